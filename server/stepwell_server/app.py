@@ -28,6 +28,7 @@ from stepwell_server.errors import ServerError
 from stepwell_server.live.models import LiveModels
 from stepwell_server.live.opening import admin_refusal, open_live_models
 from stepwell_server.live.restoring import NotRestoredError
+from stepwell_server.live.sources import KnownFiles
 from stepwell_server.live.starting import ModelWork, absence, kept_models
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics.observer import PrometheusObserver
@@ -298,7 +299,12 @@ async def _run(
             await work.begin(models, stop)
         observer.knows_versions(live.statuses)
         looking = [asyncio.create_task(each.run()) for each in (live, work)]
-        rpc.serve(engine, live, admin_refusal(settings))
+        rpc.serve(
+            engine,
+            live,
+            admin_refusal(settings),
+            known_files=KnownFiles(engine, settings.versions, settings.models_dir),
+        )
         readiness.problem("models", "")
         await _say_ready(settings, rpc, store, address, certificates, open_files)
         gone = await _until_stopped(stop, store, readiness, observer)

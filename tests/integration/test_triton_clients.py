@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
 import stepwell
 from stepwell.testing import LocalServer
-from support import triton
+from stepwell.v1 import models_pb2, models_pb2_grpc
+from support import models, programs, triton
+from support.fronts import FRONTS
+from support.secured import Server
 
 pytestmark = pytest.mark.timeout(300)  # the clients' environment is made on first use
 
@@ -95,6 +99,54 @@ def test_statistics_count_requests_and_passes(server: LocalServer) -> None:
     assert int(after["last_inference"]) > 0
     (batch,) = after["batch_stats"]
     assert (batch["batch_size"], batch["compute_infer"]["count"]) == ("2", "10")
+
+
+def _retrained() -> Any:
+    """`lstm` with other weights."""
+    return programs.saved("lstm_dense_retrained", lambda: models.build("lstm_dense", seed=1))
+
+
+@pytest.mark.parametrize("front", FRONTS)
+@pytest.mark.plain("it starts a server, and its caller must be an admin")
+def test_versions_by_the_repository(tmp_path: Path, front: str) -> None:
+    for version, one in enumerate((triton.saved("lstm"), _retrained(), triton.saved("lstm")), 1):
+        (tmp_path / "lstm").mkdir(exist_ok=True)
+        (tmp_path / "lstm" / f"{version}.keras").write_bytes(Path(one.path).read_bytes())
+    arguments = ["--models", str(tmp_path), "--version-policy", "lstm=1,2", "--front", front]
+    with Server(
+        models={}, cache_dir=programs.cache_dir(), extra_args=arguments, start_timeout_s=100
+    ) as server:
+        triton.run_scenario("triton_version_scenarios.versions", server.address)
+        assert "internal error" not in server.logs()
+
+
+@pytest.mark.parametrize("front", FRONTS)
+@pytest.mark.plain("it starts a server, and its caller must be an admin")
+def test_a_carry_in_the_middle_of_a_sequence(front: str) -> None:
+    with (
+        Server(
+            models={"lstm@1": triton.saved("lstm").path, "lstm@2": _retrained().path},
+            cache_dir=programs.cache_dir(),
+            extra_args=["--front", front],
+            start_timeout_s=100,
+        ) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        admin = models_pb2_grpc.ModelAdminServiceStub(channel)
+        first, other = (
+            ("2", "1")
+            if triton.run_scenario("triton_version_scenarios.across", server.address, "yes") == ["2"] * 3
+            else ("1", "2")
+        )
+        moved = admin.SetDefault(
+            models_pb2.SetDefaultRequest(
+                name="lstm", version=int(other), sessions=models_pb2.SESSION_POLICY_CARRY
+            ),
+            timeout=100,
+        )
+        assert (moved.previous_version, moved.moved_sessions) == (int(first), 1)
+        assert triton.run_scenario("triton_version_scenarios.across", server.address, "") == [other] * 3
+        assert "internal error" not in server.logs()
 
 
 def test_both_clients_in_one_process(server: LocalServer) -> None:

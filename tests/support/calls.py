@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.core.callers import ANYBODY, Caller, Credential
 from stepwell_server.live.models import LiveModels
+from stepwell_server.live.sources import KnownFiles
 from stepwell_server.program import Program
 from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.fronts.base import CallEnded, FrontCounts, Method, Steps
@@ -182,9 +184,10 @@ async def calls(
     auditor: Auditor | None = None,
     live_options: Mapping[str, Any] | None = None,
     admin_refusal: str = "",
+    files: Mapping[str, Mapping[int, Path]] | None = None,
     **options: Any,
 ) -> AsyncIterator[Calls]:
-    """A client of the calls of an engine on these programs; `live_options` are those of who loads models."""
+    """A client of the calls of an engine on these programs; `live_options` are those of who loads models, `files` the known ones."""
     async with running(programs, **options) as at:
         front, observer = Front(), Observer()
         server = RpcServer(
@@ -193,7 +196,8 @@ async def calls(
         await server.start(Address("", 0))
         loads = Loads()
         live = live_models(at.engine, at.clock, loads, **(live_options or {}))
-        server.serve(at.engine, live, admin_refusal)
+        known = KnownFiles(at.engine, files or {}, (live_options or {}).get("root"))
+        server.serve(at.engine, live, admin_refusal, known_files=known)
         yield Calls(at, front.methods, observer.slowest, live, loads)
         await live.close()
 

@@ -64,9 +64,13 @@ def run_scenario(name: str, address: str, *arguments: str) -> Any:
 
 @contextmanager
 def scenario(name: str, address: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A function of `triton_scenarios` that runs in the clients' environment while the block does."""
-    command = [str(environment() / "python"), str(_SCENARIOS), name, address, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    """A function of `triton_scenarios`, or MODULE.FUNCTION, that runs in the clients' environment while the block does."""
+    module, _, function = name.rpartition(".")
+    script = _SCENARIOS.with_name(f"{module}.py") if module else _SCENARIOS
+    command = [str(environment() / "python"), str(script), function, address, *arguments]
+    found = os.environ | {"PYTHONPATH": str(_SCENARIOS.parents[1])}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=found) as process:
         try:
             yield process
         finally:

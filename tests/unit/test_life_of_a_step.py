@@ -16,6 +16,7 @@ import stepwell_server
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1.sessions_pb2_grpc import SessionServiceStub
 from stepwell_server.addresses import Address
+from stepwell_server.live.sources import KnownFiles
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.fronts.python import PythonFront
@@ -68,7 +69,9 @@ async def test_a_plain_unary_step_visits_few_modules_and_enters_the_engine_four_
             max_message_bytes=1 << 20,
         )
         address = await server.start(Address("127.0.0.1", 0))
-        server.serve(at.engine, live_models(at.engine, at.clock, Loads()))
+        server.serve(
+            at.engine, live_models(at.engine, at.clock, Loads()), known_files=KnownFiles(at.engine, {}, None)
+        )
         async with grpc.aio.insecure_channel(str(address)) as channel:
             stub: Any = SessionServiceStub(channel)
 

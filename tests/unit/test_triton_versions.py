@@ -11,14 +11,17 @@ import pytest
 from stepwell_server.core.callers import Caller, Role
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import InvalidInput, ModelNotFound, ServerError
+from stepwell_server.live.sources import KnownFiles
 from stepwell_server.rpc.steps.stream import StreamLimits
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.liveness import Liveness
+from stepwell_server.rpc.triton.repository import Repository
 from stepwell_server.rpc.triton.servicer import TritonServicer
 from stepwell_server.rpc.triton.versions import InferModels, read_version
 from support.engine import Harness
 from support.fake_call import FakeCall, Requests
 from support.fake_executor import PLAIN
+from support.live import Loads, live_models
 from support.triton_requests import Array, Client, NoPasses, outputs_of, request
 from support.versions import WIDE, after, serving, weights
 
@@ -226,7 +229,14 @@ class Served:
         self.liveness = Liveness()
         self.liveness.announce_ready(is_ready=True)
         self.servicer = TritonServicer(
-            at.engine, at.clock, 4096, StreamLimits(8, 4096), self.observer, NoPasses(), self.liveness
+            at.engine,
+            at.clock,
+            4096,
+            StreamLimits(8, 4096),
+            self.observer,
+            NoPasses(),
+            self.liveness,
+            Repository(live_models(at.engine, at.clock, Loads()), KnownFiles(at.engine, {}, None)),
         )
         self.call = FakeCall()
         self.call.who = Caller("ann", "", Role.ADMIN)

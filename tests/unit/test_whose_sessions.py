@@ -214,7 +214,11 @@ OTHERS: Mapping[str, Check] = {
                 "SetDefault",
                 "SetLabel",
             ),  # for admins: see test_rpc_models
-            *("RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload"),
+            *(
+                "RepositoryIndex",
+                "RepositoryModelLoad",
+                "RepositoryModelUnload",
+            ),  # see test_triton_repository
             *("SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister"),
             *("CudaSharedMemoryStatus", "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister"),
             *("TraceSetting", "LogSettings"),
@@ -455,6 +459,7 @@ def test_who_only_reads_may_make_no_call_that_changes_anything() -> None:
             "GetModel",
         ),
         *("ModelReady", "ServerMetadata", "ModelMetadata", "ModelConfig", "ModelStatistics"),
+        "RepositoryIndex",
         "ServerReflectionInfo",
     }
     assert {name for name in OTHERS if access_of(name) is Access.ANYONE} == {

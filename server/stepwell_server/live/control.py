@@ -69,6 +69,8 @@ class LoadRequest:
     """It stays loaded, also if it has no sessions."""
     tenant: str = ""
     """Whose admin asks: its quota of models is charged."""
+    is_found: bool = False
+    """The server itself has found the path: it need not lie in `--models`."""
     is_charged: bool = True
     """Somebody asks by a call; else the server itself does: no quota counts, and the path is where the operator said."""
 

@@ -118,7 +118,7 @@ class LiveModels:
     async def load(self, request: LoadRequest, progress: Progress | None = None) -> LoadedVersion:
         """See `control.ModelControl`."""
         self._check(request)
-        root = self._root if request.is_charged else None
+        root = self._root if request.is_charged and not request.is_found else None
         path = await asyncio.to_thread(paths.checked, request.path, root) if request.path else None
         version = self._number(request)
         path = path or self._upload(request)

@@ -38,12 +38,23 @@ _READS = frozenset(
             "GetStates",
         ),
         *("ModelReady", "ServerMetadata", "ModelMetadata", "ModelConfig", "ModelStatistics"),
+        "RepositoryIndex",
         "ServerReflectionInfo",
     }
 )
 _FOR_ANYONE = frozenset({"Check", "List", "Watch", "ServerLive", "ServerReady"})
 #: Calls that change what everybody is served.
-_FOR_ADMINS = frozenset({"LoadModel", "UploadModel", "UnloadModel", "SetDefault", "SetLabel"})
+_FOR_ADMINS = frozenset(
+    {
+        "LoadModel",
+        "UploadModel",
+        "UnloadModel",
+        "SetDefault",
+        "SetLabel",
+        "RepositoryModelLoad",
+        "RepositoryModelUnload",
+    }
+)
 _ROLES = {
     Access.READ: frozenset(Role),
     Access.USE: frozenset({Role.USER, Role.ADMIN}),

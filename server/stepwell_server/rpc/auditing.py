@@ -43,6 +43,8 @@ AUDITED = {
     "UnloadModel": "unload_model",
     "SetDefault": "set_default",
     "SetLabel": "set_label",
+    "RepositoryModelLoad": "load_model",
+    "RepositoryModelUnload": "unload_model",
 }
 #: Those that have a line only when they are refused, each with its reason.
 UNAUDITED = {
@@ -59,7 +61,7 @@ UNAUDITED = {
     **dict.fromkeys(("ServerLive", "ServerReady", "ServerMetadata"), "tells of the server alone"),
     **dict.fromkeys(("Check", "List", "Watch"), "tells of the server's health alone"),
     "ServerReflectionInfo": "tells of the protocol alone",
-    **dict.fromkeys(("RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload"), "never served"),
+    "RepositoryIndex": "tells of models alone",
     **dict.fromkeys(("SystemSharedMemoryStatus", "SystemSharedMemoryRegister"), "never served"),
     **dict.fromkeys(("SystemSharedMemoryUnregister", "CudaSharedMemoryStatus"), "never served"),
     **dict.fromkeys(("CudaSharedMemoryRegister", "CudaSharedMemoryUnregister"), "never served"),
@@ -207,6 +209,8 @@ def _said(request: Message, reply: Message | None) -> dict[str, object]:
     for field in ("model", "session_id_prefix", "new_session_id", "request_id"):
         if value := getattr(request, field, None):
             facts[field] = value
+    if value := getattr(request, "model_name", ""):
+        facts["model"] = value
     if request.DESCRIPTOR in _ABOUT_MODELS:
         return facts | _said_of_model(request, reply)
     ids = list(dict.fromkeys(_ids(request)))

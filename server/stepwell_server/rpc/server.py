@@ -28,6 +28,7 @@ from stepwell_server.rpc.steps.columns import ColumnSteps
 from stepwell_server.rpc.steps.refusals import EarlySteps
 from stepwell_server.rpc.steps.stream import StreamLimits
 from stepwell_server.rpc.triton.liveness import Liveness
+from stepwell_server.rpc.triton.repository import KnownFiles, Repository
 from stepwell_server.rpc.triton.servicer import SERVICE as _TRITON
 from stepwell_server.rpc.triton.servicer import TritonServicer, unsupported_methods
 from stepwell_server.rpc.triton.statistics import PassObserver
@@ -147,18 +148,30 @@ class RpcServer:
             self._following.append(asyncio.create_task(self.guard.follow()))
         return bound
 
-    def serve(self, engine: Engine, control: ModelControl, admin_refusal: str = "") -> None:
+    def serve(
+        self, engine: Engine, control: ModelControl, admin_refusal: str = "", *, known_files: KnownFiles
+    ) -> None:
         """Serve an engine from now on, and say so.
 
         Args:
             engine: what is served.
             control: loads and unloads models.
             admin_refusal: why nobody may do that by a call; empty: admins may.
+            known_files: what Triton's calls may load.
         """
         clock, observer, limit = self._clock, self._observer, self._max_message_bytes
         limits = StreamLimits(_STREAM_FRAMES, limit)
         self._sessions = SessionServicer(engine, clock, limit, limits, observer, self._tracer, self._auditor)
-        self._triton = TritonServicer(engine, clock, limit, limits, observer, observer, self._liveness)
+        self._triton = TritonServicer(
+            engine,
+            clock,
+            limit,
+            limits,
+            observer,
+            observer,
+            self._liveness,
+            Repository(control, known_files, admin_refusal),
+        )
         self._serve_by(_SESSIONS, self._sessions)
         models = ModelServicer(engine, self._front.name, limit, observer.slowest, clock, control)
         self._serve_by(_MODELS, models)
@@ -245,6 +258,8 @@ def _codes(service: ServiceDescriptor, method: MethodDescriptor) -> Collection[s
     """The status codes that a call may end with."""
     if service is _MODEL_ADMIN:
         return UPLOAD_CODES if method.name in _TAKING_UPLOADS else ADMIN_CODES
+    if method.name.startswith("Repository"):
+        return UPLOAD_CODES
     return ANY_CODE if service in (_SESSIONS, _TRITON) else NAMING_CODES
 
 

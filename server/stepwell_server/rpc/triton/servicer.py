@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from stepwell_server.rpc.fronts.base import Call, StepColumns
     from stepwell_server.rpc.steps.columns import Form
     from stepwell_server.rpc.steps.stream import StreamLimits
+    from stepwell_server.rpc.triton.repository import Repository
     from stepwell_server.rpc.triton.statistics import PassObserver
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
@@ -46,7 +47,10 @@ class TritonServicer:
         observer: RequestObserver,
         passes: PassObserver,
         liveness: Liveness,
+        repository: Repository,
     ) -> None:
+        self.repository_index = repository.index
+        self.repository_model_load, self.repository_model_unload = repository.load, repository.unload
         self._engine = engine
         self._liveness = liveness
         self.server_live, self.server_ready = liveness.server_live, liveness.server_ready
@@ -134,11 +138,7 @@ class TritonServicer:
 
 
 _SHARED_MEMORY = "shared memory is not supported; send tensors in the messages"
-_REPOSITORY = "models are loaded when the server starts; there is no model repository to control"
 _REASONS = {
-    "RepositoryIndex": _REPOSITORY,
-    "RepositoryModelLoad": _REPOSITORY,
-    "RepositoryModelUnload": _REPOSITORY,
     "SystemSharedMemoryStatus": _SHARED_MEMORY,
     "SystemSharedMemoryRegister": _SHARED_MEMORY,
     "SystemSharedMemoryUnregister": _SHARED_MEMORY,

@@ -1,0 +1,58 @@
+"""Files that the server itself knows as versions of a model: to load one again by its number, or for the first time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from stepwell_server.engine.models import Versions
+from stepwell_server.model_folder import ModelFolder
+
+_SETTLE_S = 0.2
+"""Between the two looks at the folder: what is being written is another file by then."""
+
+
+class Catalogue(Protocol):
+    """What is asked of the engine."""
+
+    def catalogue(self) -> Mapping[str, Versions]:
+        """What is known of all names, loaded or not."""
+
+
+class KnownFiles:
+    """The files of the command line, of the folder of models, and those that were loaded before. On the event loop."""
+
+    def __init__(
+        self, engine: Catalogue, of_command_line: Mapping[str, Mapping[int, Path]], root: Path | None
+    ) -> None:
+        """Wire it.
+
+        Args:
+            engine: knows which files versions came from.
+            of_command_line: files by name and version.
+            root: `--models`.
+        """
+        self._engine = engine
+        self._of_command_line = of_command_line
+        self._root = root
+
+    async def __call__(self, name: str) -> dict[int, str]:
+        """Absolute paths of those files of a name that are there, by version."""
+        own = self._engine.catalogue().get(name)
+        found = {} if own is None else {v: known.source for v, known in own.known.items() if known.source}
+        return await asyncio.to_thread(self._look, name, found)
+
+    def _look(self, name: str, loaded_before: Mapping[int, str]) -> dict[int, str]:
+        found = dict(loaded_before)
+        if name in self._of_command_line:
+            found |= {version: str(path) for version, path in self._of_command_line[name].items()}
+        elif self._root is not None:
+            folder = ModelFolder(self._root)
+            folder.look()
+            time.sleep(_SETTLE_S)
+            found |= {version: file.path for version, file in folder.look().versions.get(name, {}).items()}
+        return {version: os.path.abspath(path) for version, path in found.items() if os.path.isfile(path)}
