@@ -92,6 +92,8 @@ class RetryPolicy:
             return 0.0  # the next frames are smaller: waiting would not help
         if isinstance(error, HandshakeError):
             return None
+        if isinstance(error, errors.OverloadedError) and error.quota == "models":
+            return None  # there is room once somebody unloads a version, and a load may have minutes
         if isinstance(error, errors.OverloadedError) and error.retry_after_s > 0:
             # Not before the server's delay, and spread out after it.
             return error.retry_after_s + self.draw(0.0, min(backoff_s, error.retry_after_s))

@@ -100,6 +100,13 @@ def test_overload_without_advice_backs_off() -> None:
     assert pauses == [0.05]
 
 
+def test_nobody_waits_for_room_for_another_model() -> None:
+    with pytest.raises(errors.OverloadedError, match="too many"):
+        drive([errors.OverloadedError("too many", retry_after_s=0.1, quota="models"), None])
+    _, pauses, _ = drive([errors.OverloadedError("too many", retry_after_s=0.1, quota="steps"), None])
+    assert len(pauses) == 1
+
+
 def test_overload_whose_delay_passes_the_limit_is_told_at_once() -> None:
     with pytest.raises(errors.OverloadedError, match="full") as caught:
         drive([errors.OverloadedError("full", retry_after_s=20.0)])
