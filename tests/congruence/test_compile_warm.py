@@ -302,6 +302,7 @@ def test_all_of_it_ends_with_the_server_however_that_ends(lstm: Path, waiting: P
         process.kill()
         process.wait(HANG_S)
     until(lambda: not is_there(server) and not is_there(worker))
+    assert list(waiting.glob("stepwell-compile-*")) == []
 
 
 def test_a_compiled_model_is_tried_by_a_worker_without_frameworks(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The fork server: ``python -m stepwell_server.compile CONTROL``, a process that is kept, so that TensorFlow is imported once.
+"""The fork server: ``python -m stepwell_server.compile CONTROL FOLDER``, a process that is kept, so that TensorFlow is imported once.
 
 It never sees a model. Each worker (`worker`) is a copy of it, made when it is asked for one on the socket CONTROL (see
 `wire`), and gives up what may do harm before it looks at anything. So what one worker did another one does not meet,
@@ -13,6 +13,7 @@ import contextlib
 import gc
 import importlib
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -36,11 +37,13 @@ def main() -> int:
     """Make workers until the server closes its side, or is gone; returns the exit code."""
     control = socket.socket(fileno=int(sys.argv[1]))
     os.dup2(2, 1)  # What others print is no message.
-    server = _ForkServer(Channel(control))
+    server, this = _ForkServer(Channel(control)), os.getpid()
     try:
         return server.run()
     finally:
-        server.end_all()
+        if os.getpid() == this:
+            server.end_all()
+            shutil.rmtree(sys.argv[2], ignore_errors=True)  # The server, whose it is, may have been killed.
 
 
 class _ForkServer:

@@ -103,7 +103,8 @@ class ForkServer:
         ours, theirs = socket.socketpair()
         self._control = Channel(ours)
         # -P: what lies in the current folder is no module unless --import names it.
-        command = [sys.executable, "-P", "-m", "stepwell_server.compile", str(theirs.fileno())]
+        command = [sys.executable, "-P", "-m", "stepwell_server.compile"]
+        command += [str(theirs.fileno()), self._folder.name]
         try:
             with theirs:
                 self._process = subprocess.Popen(
