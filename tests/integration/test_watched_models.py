@@ -284,6 +284,25 @@ def test_sessions_of_a_model_that_is_still_loaded_are_told_to_come_back(tmp_path
         assert [session.session_id for session in listed.sessions] == ["named"]
 
 
+def test_a_file_of_the_folder_that_is_no_version_of_it_is_loaded_again_too(
+    root: Path, tmp_path: Path
+) -> None:
+    """Somebody named it in a call: the policy does not know it."""
+    put(root, "forecast/1.keras")
+    put(root, "nightly/new.keras", other_weights=True)
+    data = ("--data-dir", str(tmp_path / "data"))
+    with server_of(root, *data) as server, stepwell.connect(server.address) as client:
+        session = client.open_session("forecast", session_id="a")
+        path = str(root / "nightly" / "new.keras")
+        client.load_model("forecast", path, sessions="carry", upload=False)
+        session.step(np.ones((1, FEATURES), np.float32))
+        assert session.model_version == 2
+    with server_of(root, *data) as server, stepwell.connect(server.address) as client:
+        session = client.open_session("forecast", session_id="a")
+        session.step(np.ones((1, FEATURES), np.float32))
+        assert session.model_version == 2
+
+
 def test_versions_that_were_loaded_by_a_call_are_there_after_a_restart(tmp_path: Path) -> None:
     kept, new = forecast(), other()
     options = (f"forecast={kept.path}", "--cache-dir", str(kept.cache_dir), "--listen", "127.0.0.1:0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from stepwell_server.engine.models import Known, Versions
 from stepwell_server.errors import ServerError
 from stepwell_server.live.faces import Compile
 from stepwell_server.live.models import LiveModels
+from stepwell_server.live.paths import SUFFIXES
 from stepwell_server.logs import Log
 from stepwell_server.model_loading import Abandoned
 from stepwell_server.program import FINGERPRINT_DIGITS, Program
@@ -104,7 +106,7 @@ async def restore(
                 continue
             if not (known.is_wanted and known.source) or abandoned.is_set():
                 continue
-            if is_in(known.source, real_root):
+            if await asyncio.to_thread(is_of_folder, name, known, real_root):
                 continue
             try:
                 await _load(engine, live.compile, name, known, tell, abandoned)
@@ -126,9 +128,21 @@ async def restore(
     return bad
 
 
-def is_in(source: str, root: Path | None) -> bool:
-    """Whether the file of a version is one of `--models`, which is given without links."""
-    return root is not None and Path(source).is_relative_to(root)
+def is_of_folder(name: str, known: Known, root: Path | None) -> bool:
+    """Whether a version is one of those of `--models`, given without links: the policy says whether it is loaded.
+
+    Another file in there, which somebody named in a call, is not. Blocking.
+    """
+    if root is None:
+        return False
+    source, folder = Path(known.source), root / name
+    places = [folder / f"{known.version}{suffix}" for suffix in SUFFIXES]
+    own = folder / str(known.version)
+    if source in places or source.parent == own:
+        return True
+    if own.is_dir():
+        places += own.iterdir()
+    return any(os.path.realpath(place) == known.source for place in places)
 
 
 async def _load(

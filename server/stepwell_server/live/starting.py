@@ -13,7 +13,7 @@ from stepwell_server.engine.versions import document
 from stepwell_server.errors import ModelLoading, ModelNotFound, ServerError
 from stepwell_server.live.control import LoadRequest, VersionState
 from stepwell_server.live.folder import FolderFollower, FolderOptions
-from stepwell_server.live.restoring import is_in, restore, restore_unless_stopped
+from stepwell_server.live.restoring import is_of_folder, restore, restore_unless_stopped
 from stepwell_server.model_sources import Candidates, KeptModel
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ async def kept_models(store: Store, root: Path | None) -> dict[str, KeptModel]:
         own = document.decode(model, content)
         wanted = {version: known for version, known in own.known.items() if known.is_wanted}
         elsewhere = [
-            version for version, known in wanted.items() if known.source and not is_in(known.source, root)
+            version
+            for version, each in wanted.items()
+            if each.source and not await asyncio.to_thread(is_of_folder, model, each, root)
         ]
         found[model] = KeptModel(list(wanted), own.wanted, elsewhere)
     return found
