@@ -307,6 +307,7 @@ class Engine:
             drain=self._drain_inboxes,
             clock=clock,
         )
+        creation.follow = self._changing.follow
         self.load_version = self._changing.load
         """Serve a version of a model from now on: see `Changing.load`."""
         self.unload_version = self._changing.unload

@@ -207,7 +207,9 @@ class Models:
         own.known[model.version] = known
         own.highest = max(own.highest, model.version)
         if not own.default or own.wanted == model.version:
-            own.default, own.wanted = model.version, 0
+            own.default = model.version
+        if own.wanted == model.version:
+            own.wanted = 0
 
     def retire(self, model: Model) -> None:
         """Let nobody name a version any more; its sessions in the table still find it."""

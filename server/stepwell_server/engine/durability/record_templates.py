@@ -17,9 +17,8 @@ _MOST_BYTES = 32 << 20
 #: So many sets of sessions are known by sight: a template is kept when its sessions come the second time.
 _MOST_SEEN = 4096
 
-_Key = tuple[int, bytes]
-_Facts = tuple[bytes, bytes, int]
-"""Births, leases and the model's epoch: what may have changed since a template was laid out."""
+_Facts = tuple[int, int, bytes, bytes]
+"""The version and its epoch, births and leases: what may have changed since a template was laid out."""
 
 
 class Templates:
@@ -28,7 +27,7 @@ class Templates:
     def __init__(self, table: SessionTable, fields: Fields) -> None:
         self._table = table
         self._fields = fields
-        self._kept: OrderedDict[_Key, tuple[_Facts, RecordTemplate]] = OrderedDict()
+        self._kept: OrderedDict[bytes, tuple[_Facts, RecordTemplate]] = OrderedDict()
         self._bytes = 0
         self._seen: Remembered[int, bool] = Remembered(_MOST_SEEN)
 
@@ -39,10 +38,10 @@ class Templates:
         """
         if len(handles) < _WORTH_KEEPING:
             return self._lay_out(model, handles)
-        key = (model.index, handles.tobytes())
+        key = handles.tobytes()  # of all versions: a template of one that they left is of no use
         found = self._kept.get(key)
         table = self._table
-        facts = table.birth[handles].tobytes(), table.lease[handles].tobytes(), model.epoch
+        facts = model.index, model.epoch, table.birth[handles].tobytes(), table.lease[handles].tobytes()
         if found is not None and found[0] == facts:
             self._kept.move_to_end(key)
             return found[1]

@@ -204,6 +204,8 @@ class Turns:
                     waiter.granted.set_exception(error)
             else:
                 waiter[1].fail(np.array([waiter[2]]), error)
+        if self.leave_when_free is not None:
+            self.leave_when_free(np.array([handle]))
         self._row_queue.room_may_have_come()
 
     def _start_next(self, handles: Handles) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.leases import Lease, Leases
-from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.durability.committer import not_known
@@ -55,6 +55,12 @@ class Fresh:
     lease: Lease | None = None
     is_pinned: bool = False
     """They stay on this version of the model."""
+    epoch: int = -1
+    """Of all of their records; -1: that of the model as it is when this is made."""
+
+    def __post_init__(self) -> None:
+        if self.epoch < 0:
+            object.__setattr__(self, "epoch", self.model.epoch)
 
     @property
     def ready(self) -> int:
@@ -114,6 +120,8 @@ class Creation:
         self._clock = clock
         self._making: set[asyncio.Task[None]] = set()
         """Calls of which one piece after the other is done."""
+        self.follow: Callable[[Handles, Model, int], None] = lambda *_: None
+        """Lets sessions make the moves that were made while they were: see `versions.Changing.follow`."""
 
     def is_making(self, session_ids: Sequence[str]) -> bool:
         """Whether a session of one of these ids is being made."""
@@ -328,13 +336,15 @@ class Creation:
             if rows is not None:
                 model.slots.owner[self._table.row[handles]] = handles
             self._expiry.watch(handles)
+            if not fresh.is_pinned:
+                self.follow(handles, model, fresh.epoch)
 
 
 def _records(fresh: Fresh) -> Sequence[tuple[str, Stored]]:
     if not fresh.ids:
         return ()
     model, ready = fresh.model, fresh.ready
-    fields = joined(fresh.lease, model.mark(is_pinned=fresh.is_pinned))
+    fields = joined(fresh.lease, model.mark(fresh.epoch, is_pinned=fresh.is_pinned))
     template = RecordTemplate(
         fresh.ids,
         fingerprint=model.program.fingerprint,

@@ -309,7 +309,7 @@ class Moving:
             header,
             fingerprint=model.program.fingerprint,
             last_used=self._clock.now(),
-            fields=joined(None, model.mark(is_pinned=is_pinned), rest),
+            fields=joined(None, model.mark(model.epoch, is_pinned=is_pinned), rest),
         )
         return _New(session_id, header, model, _encoded(session_id, header, decoded.rows, extra))
 

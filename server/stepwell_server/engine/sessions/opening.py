@@ -132,6 +132,7 @@ class Opening:
         """
         self._require_open()
         served = self._directory.models.by_name(model)
+        epoch = served.epoch  # what moves while the store is asked takes the session along
         is_pinned = self._directory.models.is_pinned(model)
         _require_fingerprint(served, fingerprint)
         _require_batch_size(served, batch_size)
@@ -169,6 +170,7 @@ class Opening:
                 positions,
                 lease=own,
                 is_pinned=is_pinned,
+                epoch=epoch,
             )
             try:
                 info = await self._creation.create(fresh)
@@ -217,6 +219,7 @@ class Opening:
     async def make_many(self, wanted: Wanted) -> OpenedMany:
         """Make sessions: all of them or none. Errors as of `open`."""
         served, ids, batch_size = wanted.model, wanted.ids, wanted.batch_size
+        epoch = served.epoch
         for _ in range(MOST_TRIES):
             seen = await self.seen(ids)
             known = self.made_before("open", ids, seen, wanted.request_id)
@@ -242,6 +245,7 @@ class Opening:
                 wanted.states,
                 own,
                 wanted.is_pinned,
+                epoch,
             )
             try:
                 await self._creation.create(fresh)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 
+import numpy as np
+
 from stepwell_server.core import leases
 from stepwell_server.core.history import MARK, Mark
 from stepwell_server.core.leases import Lease, Leases
@@ -97,7 +99,8 @@ class Fields:
         """The fields of the record of a session as of a version."""
         number = int(self._table.lease[handle])
         lease = self._leases.of(number) if number else None
-        mark = model.mark(is_pinned=bool(self._table.pinned[handle]))
+        (epoch,) = self._epochs(np.array([handle]), model)
+        mark = model.mark(epoch, is_pinned=bool(self._table.pinned[handle]))
         return joined(lease, mark, self._table.fields.get(handle, b""))
 
     def kinds(self, handles: Handles, model: Model) -> tuple[Mask, Mask]:
@@ -107,11 +110,20 @@ class Fields:
 
     def of_kind(self, handles: Handles, model: Model) -> list[bytes]:
         """The fields of sessions of one kind that have no others; empty if they have none."""
+        epochs = self._epochs(handles, model)
         numbers, pinned = self._table.lease[handles].tolist(), self._table.pinned[handles].tolist()
-        known: dict[tuple[int, bool], bytes] = {}
-        for number, is_pinned in set(zip(numbers, pinned, strict=True)):
+        known: dict[tuple[int, bool, int], bytes] = {}
+        for number, is_pinned, epoch in set(zip(numbers, pinned, epochs, strict=True)):
             lease = self._leases.of(number) if number else None
-            known[number, is_pinned] = joined(lease, model.mark(is_pinned=is_pinned))
+            known[number, is_pinned, epoch] = joined(lease, model.mark(epoch, is_pinned=is_pinned))
         if not any(known.values()):
             return []
-        return [known[each] for each in zip(numbers, pinned, strict=True)]
+        return [known[each] for each in zip(numbers, pinned, epochs, strict=True)]
+
+    def _epochs(self, handles: Handles, model: Model) -> list[int]:
+        """Of the records of sessions: those that left the version while something was under way move when they are read."""
+        # In this order: the event loop, which is another thread, moves sessions first and then says that it has.
+        epoch = model.epoch
+        here = self._table.model[handles] == model.index
+        epochs: list[int] = np.where(here, epoch, model.left_epoch).tolist()
+        return epochs

@@ -69,6 +69,8 @@ class Model:
     """Rung when something has come for the model's loop; its turns, and its passes on threads."""
     epoch: int = 0
     """Of the records of its sessions: see `core.history`."""
+    left_epoch: int = 0
+    """Of the records of sessions that went to another version while something was under way that began on this one."""
     is_plain: bool = True
     """A record that says no version, in epoch 0, is of this one: its fingerprint says so."""
     waiting: int = 0
@@ -82,9 +84,9 @@ class Model:
         """The records of all of its sessions say the version: it does not follow from the fingerprint."""
         return self.epoch > 0 or not self.is_plain
 
-    def mark(self, *, is_pinned: bool) -> Mark | None:
-        """What the record of one of its sessions says of the version, if it says anything."""
-        return Mark(self.version, self.epoch, is_pinned) if is_pinned or self.is_marked else None
+    def mark(self, epoch: int, *, is_pinned: bool) -> Mark | None:
+        """What the record of one of its sessions of an epoch says of the version, if it says anything."""
+        return Mark(self.version, epoch, is_pinned) if is_pinned or self.is_marked else None
 
     @property
     def rows_of_a_short_pass(self) -> int:

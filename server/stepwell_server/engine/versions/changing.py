@@ -25,10 +25,10 @@ from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.models import Known, Models, Versions
 from stepwell_server.engine.sessions.closing import Closing
 from stepwell_server.engine.sessions.ending import Removal
-from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.versions import document
+from stepwell_server.engine.versions.needed import Seen, stored
 from stepwell_server.engine.versions.serving import Serving
 from stepwell_server.errors import (
     InvalidInput,
@@ -48,9 +48,9 @@ from stepwell_server.store.base import Batch, Committed, Store
 _log = Log("engine.versions")
 #: Sessions on whose states a migration is tried before anything changes.
 _TRIED = 1024
-#: With more moves than this, those are looked for that no session makes any more.
+#: With more moves or versions than this, those are looked for that no session makes or is on any more.
 MANY_MOVES = 64
-#: Records looked at before others get a turn.
+#: Sessions that are put away before others get a turn.
 _AT_ONCE = 250
 
 
@@ -93,6 +93,8 @@ class Changing:
         """Sessions that leave for another version when their claims end: births, where they go and how."""
         self._none_late = asyncio.Event()
         self._pruning: set[asyncio.Task[None]] = set()
+        self._needed: dict[str, int] = {}
+        """Moves or versions, whichever were more, that were still needed when that was last looked at."""
 
     def begin_with(self, ref: ModelRef, program: Program) -> None:
         """Serve a version from the start, before there are sessions; the highest of a name is its default."""
@@ -183,17 +185,17 @@ class Changing:
             known = dataclasses.replace(own.known[version], is_wanted=False, is_leaving=False)
             after = dataclasses.replace(own, known={**own.known, version: known})
             after.labels = {label: at for label, at in own.labels.items() if at != version}
-            if own.default == version:
+            is_default = own.default == version
+            if is_default:
                 after.wanted = max(own.loaded.keys() - {version}, default=0)
-
-            if own.default == version:
                 await self._all_left()  # what is late for another version must not be early for the name
 
             def unknown() -> None:
                 own.known[version], own.labels = known, after.labels
                 self._models.retire(model)
-                own.wanted = 0 if own.loaded else version
-                if own.loaded:
+                if is_default:
+                    own.wanted = 0 if own.loaded else version
+                if is_default and own.loaded:
                     self._mark(own, [own.loaded[own.default]])
 
             await self._keep(own, after, unknown)
@@ -232,6 +234,7 @@ class Changing:
             after.default, after.wanted = version, 0
             after.known = own.known_after(previous, version, leaves=how is None if leaves is None else leaves)
             await self._all_left()  # what is late for the last change must not be early for this one
+            self._mark(own, own.loaded.values())
             if how is not None:
                 after.history = own.history.with_move(previous, version, how, function)
             moved = 0
@@ -241,13 +244,9 @@ class Changing:
                 self._drain()  # what came before this is under way on the version where it was sent
                 own.default, own.wanted, own.history = after.default, 0, after.history
                 own.known = after.known
-                if how is None:
-                    self._mark(
-                        own, [target]
-                    )  # what is opened on it from now on did not make the moves before
-                else:
-                    self._mark(own, [own.loaded[each] for each in own.loaded if each != previous])
+                if how is not None:
                     moved = self._move(own, previous, target, how)
+                self._mark(own, [each for v, each in own.loaded.items() if v != previous or not self._late])
 
             await self._keep(own, after, switch)
             _log.info(
@@ -424,7 +423,7 @@ class Changing:
 
     @staticmethod
     def _mark(own: Versions, models: Collection[Model] = ()) -> None:
-        """Let records say that their sessions have made all moves: those of some versions, which no session leaves now."""
+        """Let records say that their sessions have made all moves: those of some versions."""
         for model in models:
             model.epoch = own.history.epoch
         for version, model in own.loaded.items():
@@ -435,6 +434,7 @@ class Changing:
         source, table = own.loaded.get(previous), self._table
         if source is None:
             return 0
+        source.left_epoch = source.epoch
         handles = np.flatnonzero(table.model[: table.end] == source.index)
         handles = handles[~table.pinned[handles]]
         if how is How.CARRY and source.arena is target.arena:
@@ -448,6 +448,21 @@ class Changing:
         if self._late:
             self._turns.leave_when_free = self._leave_late
         return len(handles)
+
+    def follow(self, handles: Handles, source: Model, epoch: int) -> None:
+        """Let sessions make the moves since an epoch, which began on a version then and are in the table only now."""
+        own = self._models.versions(source.name)
+        version, way = own.history.way(source.version, epoch)
+        target = own.loaded.get(version)
+        if not way or target is None:
+            return
+        hows = {move.how for move in way}
+        if hows == {How.CARRY} and source.arena is target.arena:
+            self._table.model[handles] = target.index
+            return
+        now, source.epoch = source.epoch, epoch  # records that are written here are of that time
+        self._leave(handles, target, How.RESET if How.RESET in hows else How.MIGRATE)
+        source.epoch = now
 
     async def _all_left(self) -> None:
         while self._late:
@@ -513,7 +528,8 @@ class Changing:
     # ------------------------------------------------------------------------------------------------------ old moves
 
     def _prune_if_due(self, own: Versions) -> None:
-        if len(own.history.moves) > MANY_MOVES and not self._pruning:
+        many = max(MANY_MOVES, 2 * self._needed.get(own.name, 0))
+        if max(len(own.history.moves), len(own.known)) > many and not self._pruning:
             task = asyncio.create_task(self.prune(own.name))
             self._pruning.add(task)
             task.add_done_callback(self._pruning.discard)
@@ -522,34 +538,20 @@ class Changing:
         """Forget the moves that no session makes any more, and the versions that only they tell of."""
         own = self._models.versions(name)
         epoch = own.history.epoch
-        loaded = set(own.loaded)
-        needed: set[tuple[int, int]] = set()
+        seen = Seen({(version, at) for version in own.loaded for at in (0, epoch - 1, epoch)})
         try:
             async for version, of_epoch, is_pinned in self._stored(own, all_of_them=True):
-                if not is_pinned:
-                    needed.add((version, of_epoch))
+                seen.add(version, of_epoch, is_pinned=is_pinned)
             async with self._lock(name):
                 # what was under way while the records were read may say any of these
-                needed |= {
-                    (version, at) for version in loaded | set(own.loaded) for at in (0, epoch - 1, epoch)
-                }
-                history = own.history
-                recent = [move for move in history.moves if move.until > epoch]
-                pruned = history.needed_for(needed)
-                kept = {*pruned.moves, *recent}
-                pruned = dataclasses.replace(history, moves=tuple(m for m in history.moves if m in kept))
-                used = (
-                    pruned.versions() | set(own.loaded) | set(own.labels.values()) | {own.default, own.wanted}
-                )
-                used |= {version for version, _ in needed}
-                known = {
-                    version: each for version, each in own.known.items() if version in used or each.is_wanted
-                }
+                seen.moving |= {(version, at) for version in own.loaded for at in (0, epoch - 1, epoch)}
+                after = dataclasses.replace(own, **seen.needed(own, epoch))
+                self._needed[name] = max(len(after.history.moves), len(after.known))
 
                 def forget() -> None:
-                    own.history, own.known = pruned, known
+                    own.history, own.known = after.history, after.known
 
-                await self._keep(own, dataclasses.replace(own, history=pruned, known=known), forget)
+                await self._keep(own, after, forget)
         except ServerError as error:
             _log.warning("old moves of a model's sessions could not be looked for", model=name, error=error)
 
@@ -559,20 +561,9 @@ class Changing:
         """Versions, epochs and whether they are pinned, of records whose sessions are not in the table; or of all."""
         if self._others is None:
             return
-        after = ""
-        while some := await self._others.scan(after=after, limit=_AT_ONCE):
-            after = some[-1][0]
-            for session_id, header in some:
-                if header is None or header.model != own.name:
-                    continue
-                if not all_of_them and session_id in self._table:
-                    continue
-                mark = mark_of(header.fields)
-                version = own.version_of(mark, header.fingerprint)
-                if version is not None:
-                    is_pinned = mark is not None and mark.is_pinned
-                    yield version, 0 if mark is None else mark.epoch, is_pinned
-            await asyncio.sleep(0)
+        async for session_id, version, mark in stored(self._others, own):
+            if all_of_them or session_id not in self._table:
+                yield version, 0 if mark is None else mark.epoch, mark is not None and mark.is_pinned
 
 
 def _require_name(name: str) -> None:
