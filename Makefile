@@ -82,6 +82,7 @@ soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples, the front in
 	$(if $(ARGS),,STEPWELL_FRONT=python $(BIN)/pytest $(ALL) tests/integration)
 	$(if $(ARGS),,for front in auto python; do STEPWELL_TEST_SECURED=1 STEPWELL_FRONT=$$front $(BIN)/pytest $(ALL) $(SECURED) || exit 1; done)
 	$(if $(ARGS),,STEPWELL_TEST_SECURED=1 $(BIN)/python tests/fault/soak.py --kills 100)
+	$(if $(ARGS),,$(BIN)/python tests/fault/soak_models.py)
 	$(BIN)/python tests/fault/soak.py $(ARGS)
 
 .PHONY: fuzz-models

@@ -19,26 +19,14 @@ from click.testing import CliRunner
 from stepwell.cli import main
 from stepwell.v1 import models_pb2 as pb
 from stepwell.v1 import models_pb2_grpc, sessions_pb2, sessions_pb2_grpc
-from support import programs
 from support.fronts import needs_native
 from support.programs import Saved
 from support.scrape import Scrape
-from support.server_process import FEATURES, ServerProcess, array, random_tensor, serve
+from support.server_process import FEATURES, ServerProcess, array, random_tensor, retrained, serve
 
 pytestmark = pytest.mark.plain("it starts servers with callers of its own")
 LIMIT_S = 100.0
 CARRY = pb.SESSION_POLICY_CARRY
-
-
-def retrained() -> Saved:
-    """The model of `serve` with other weights."""
-
-    def build() -> Any:
-        from support import models
-
-        return models.build("lstm_dense", seed=1)
-
-    return programs.saved("lstm_dense_retrained", build)
 
 
 class Caller:

@@ -37,6 +37,17 @@ def forecast() -> Saved:
     return programs.zoo("lstm_dense")
 
 
+def retrained() -> Saved:
+    """The model of `forecast` with other weights."""
+
+    def build() -> Any:
+        from support import models
+
+        return models.build("lstm_dense", seed=1)
+
+    return programs.saved("lstm_dense_retrained", build)
+
+
 class ServerProcess:
     """``python -m stepwell_server`` on a port of the system's choice. Leaving the block kills it.
 

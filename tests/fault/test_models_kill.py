@@ -1,0 +1,31 @@
+"""The server is killed while its sessions are carried to another version: each is wholly before that or wholly after.
+
+The short version of what `make soak` does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from support.carries import Carrying
+from support.faults import local
+
+pytestmark = pytest.mark.plain("it loads models, for which a secured server wants an admin")
+
+
+@pytest.mark.parametrize(
+    ("durability", "extra"), [("sync", ()), ("async", ("--resident-rows", "900"))], ids=["sync", "async"]
+)
+def test_kills_within_carries(tmp_path: Path, durability: str, extra: tuple[str, ...]) -> None:
+    """A tenth of the sessions is idle: their records are brought forward over all moves at once."""
+    with (
+        local(tmp_path / "data", "--durability", durability, *extra) as server,
+        Carrying(server, seed=31, busy=900, idle=100) as carrying,
+    ):
+        for _ in range(5):
+            carrying.kill()
+        carrying.wait_steps(5)
+        carrying.finish()
+    assert carrying.moved >= 5
