@@ -204,10 +204,10 @@ class Carrying:
         if self._errors:
             raise AssertionError(f"{self._errors[0]}\n{self._server.logs()[-3000:]}") from self._errors[0]
 
-    def wait_steps(self, more: int) -> None:
-        """Return when so many more frames are answered."""
-        wanted = self.steps + more
-        while self.steps < wanted:
+    def wait_moves(self, more: int) -> None:
+        """Return when so many more moves are answered, and some frames."""
+        wanted, steps = self.moved + more, self.steps + more
+        while self.moved < wanted or self.steps < steps:
             self.raise_errors()
             threading.Event().wait(0.01)
 

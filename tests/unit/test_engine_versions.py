@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
 import pytest
 
 from stepwell_server.engine.api import SessionPolicy
+from stepwell_server.engine.sessions.moving import Arriving, Existing
 from stepwell_server.errors import (
     InvalidInput,
     MigrationFailed,
     ModelInUse,
     ModelNotFound,
+    ServerError,
     SessionExists,
     SpecsDiffer,
     VersionExists,
     VersionNotFound,
 )
+from support.durable import begun
 from support.engine import Harness, x
-from support.fake_executor import PLAIN
+from support.fake_executor import PLAIN, WAIT_S
 from support.versions import WIDE, after, serving, weights, widen
 
 KEEP, CARRY = SessionPolicy.KEEP, SessionPolicy.CARRY
@@ -345,3 +349,68 @@ async def test_a_model_ends_and_begins_again(store_kind: str) -> None:
         else:
             answer = await at.step("a", x(1, seed=1))
             np.testing.assert_array_equal(answer.outputs["y"], after(1, INITIAL, [x(1), x(1, seed=1)])[0])
+
+
+@pytest.mark.parametrize("policy", [CARRY, MIGRATE])
+@pytest.mark.parametrize("resident_rows", [64, 1])
+async def test_what_is_exported_is_of_the_version_by_now(
+    policy: SessionPolicy, resident_rows: int, store_kind: str
+) -> None:
+    def add_one(states: dict[str, Any]) -> dict[str, Any]:
+        return {"sum": states["sum"] + np.float32(1)}
+
+    async with serving(migrations={"add_one": add_one}, resident_rows=resident_rows) as at:
+        await at.open("a", "b")  # with one row, "a" is paged out
+        state = (await at.state("a"))["sum"]
+        await at.state("b")
+        await at.engine.load_version("plain", 2, weights(2))
+        await at.engine.set_default("plain", 2, policy)
+        (record,) = await at.engine.export_sessions(["a"], deadline=float("inf"))
+        assert not isinstance(record, ServerError)
+        await at.engine.import_sessions([Arriving("copy", "a", bytes(record))], Existing.REFUSE)
+        assert await at_version(at, "copy") == (2, False)
+        wanted = state + np.float32(policy is MIGRATE)
+        np.testing.assert_array_equal((await at.state("copy"))["sum"], wanted)
+
+
+async def test_sessions_that_are_made_while_the_default_moves_move_too(store_kind: str) -> None:
+    async with serving() as at:
+        await at.engine.load_version("plain", 2, weights(2))
+        moving = await begun(at.engine.set_default("plain", 2, CARRY))
+        await at.open("a", "b")
+        await moving
+        assert await at_version(at, "a") == (2, False)
+        assert (await at.step("a", x(1))).version == 2
+
+
+async def test_a_session_that_ends_while_it_is_late_for_a_move_holds_up_no_other(store_kind: str) -> None:
+    async with serving() as at:
+        await at.open("a")
+        await at.engine.load_version("plain", 2, weights(2))
+        moving = await begun(at.engine.set_default("plain", 2, RESET))
+        await at.engine.close_session("a")
+        await moving
+        await asyncio.wait_for(at.engine.set_default("plain", 1, CARRY), WAIT_S)
+
+
+async def test_the_default_that_is_wanted_outlives_other_versions(store_kind: str) -> None:
+    async with serving() as at:
+        await at.engine.unload_version("plain", 1)
+        await at.engine.load_version("plain", 2, weights(2))
+        await at.engine.load_version("plain", 3, weights(3))
+        await at.engine.unload_version("plain", 3)
+        own = at.engine.catalogue()["plain"]
+        assert (own.default, own.wanted) == (2, 1)
+        assert (await at.engine.set_default("plain", 2, CARRY)).previous == 1
+
+
+async def test_a_default_that_comes_back_by_keep_keeps_its_new_sessions(store_kind: str) -> None:
+    async with serving(resident_rows=1) as at:
+        await at.engine.load_version("plain", 2, weights(2))
+        await at.engine.set_default("plain", 2, CARRY)
+        await at.engine.set_default("plain", 1, KEEP)
+        await at.open("a", "b")
+        await at.state("a")
+        await at.state("b")
+        assert await at_version(at, "a") == (1, False)
+        assert (await at.step("a", x(1))).version == 1

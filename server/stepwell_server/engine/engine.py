@@ -573,8 +573,7 @@ class Engine:
             or bool(self._removal.opening)
             or self._submission.is_loading
             or self._arrivals.waiting > 0
-            or not self._pager.is_idle
-            or not self._group.is_idle
+            or not (self._pager.is_idle and self._group.is_idle)
             or any(loop.busy for loop in self._loops.values())
         )
 

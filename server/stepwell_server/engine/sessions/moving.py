@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from stepwell_server.clock import Clock
+from stepwell_server.core import leases
 from stepwell_server.core.history import How, Mark
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Observer, Position, SessionFilter
@@ -159,17 +160,31 @@ class Moving:
         seen = await self._directory.look(missing) if missing else self._directory.here
         found = [self._exported(i, record, seen) for i, record in zip(session_ids, records, strict=True)]
         for place, each in enumerate(found):
-            if not isinstance(each, ServerError) and self._moves(session_ids[place], each):
-                found[place] = await self._of_arena(session_ids[place], deadline, brings=True)
+            if not isinstance(each, ServerError):
+                as_now = self._as_now(session_ids[place], each)
+                found[place] = as_now or await self._of_arena(session_ids[place], deadline, brings=True)
         return found
 
-    def _moves(self, session_id: str, record: Stored) -> bool:
-        """Whether a session is on another version by now than its record says, and its state another."""
+    def _as_now(self, session_id: str, record: Stored) -> Stored | None:
+        """A record as of the version that its session is on by now; None: its state is another there."""
         try:
-            _, way = self._directory.models.place(session_id, decode_header(session_id, record))
+            header = decode_header(session_id, record)
+            model, way = self._directory.models.place(session_id, header)
         except ServerError:
-            return False  # it leaves as it is
-        return any(move.how is not How.CARRY for move in way)
+            return record  # it leaves as it is
+        if not way:
+            return record
+        if any(move.how is not How.CARRY for move in way):
+            return None
+        decoded = decode_many([session_id], [record])
+        lease, _, rest = split(header.fields)
+        known = None if lease is None else leases.unpack(lease)
+        header = dataclasses.replace(
+            header,
+            fingerprint=model.program.fingerprint,
+            fields=joined(known, model.mark(model.epoch, is_pinned=False), rest),
+        )
+        return _encoded(session_id, header, decoded.rows, decoded.extras.get(0, b""))
 
     def _exported(self, session_id: str, record: Stored | None, seen: Seen) -> Exported:
         if session_id in self._table:
@@ -202,14 +217,17 @@ class Moving:
             if self._table.row[handle] < 0:
                 assert self._local is not None
                 record = self._local.get(session_id)
-                return self._directory.gone(session_id, self._directory.here) if record is None else record
-            model = self._directory.models.by_handle(handle)
-            outcome = as_it_is(self._table, model, np.array([handle]))
-            last_used = self._clock.now() - (self._clock.monotonic() - float(self._table.used[handle]))
-            ((_, record),) = self._records.of(outcome, last_used)
-            return record
+                if record is None:
+                    return self._directory.gone(session_id, self._directory.here)
+                as_now = self._as_now(session_id, record)
+            else:
+                model = self._directory.models.by_handle(handle)
+                outcome = as_it_is(self._table, model, np.array([handle]))
+                last_used = self._clock.now() - (self._clock.monotonic() - float(self._table.used[handle]))
+                ((_, as_now),) = self._records.of(outcome, last_used)
         finally:
             self._turns.release(np.array([handle]))
+        return await self._of_arena(session_id, deadline, brings=True) if as_now is None else as_now
 
     async def export_page(
         self,
