@@ -26,5 +26,5 @@ def test_kills_within_carries(tmp_path: Path, durability: str, extra: tuple[str,
     ):
         for _ in range(5):
             carrying.kill()
-        carrying.wait_moves(3)
+        carrying.wait(moves=3, frames=3)
         carrying.finish()

@@ -189,7 +189,8 @@ class Carrying:
         self.admin.close()
 
     def kill(self) -> None:
-        """Kill the server within a move, or soon after, and start it again."""
+        """Kill the server within a move, or soon after, when others were answered and frames too; and start it again."""
+        self.wait(moves=self._chance.randrange(4), frames=self._chance.randrange(1, 6))
         assert self.moving.wait(PATIENCE_S), "no move has begun"
         threading.Event().wait(self._chance.uniform(0, 0.04))
         # noted before and behind: what began before may have been answered by either server
@@ -204,12 +205,12 @@ class Carrying:
         if self._errors:
             raise AssertionError(f"{self._errors[0]}\n{self._server.logs()[-3000:]}") from self._errors[0]
 
-    def wait_moves(self, more: int) -> None:
-        """Return when so many more moves are answered, and some frames."""
-        wanted, steps = self.moved + more, self.steps + more
-        while self.moved < wanted or self.steps < steps:
+    def wait(self, *, moves: int, frames: int) -> None:
+        """Return when so many more of them are answered."""
+        moves, frames = self.moved + moves, self.steps + frames
+        while self.moved < moves or self.steps < frames:
             self.raise_errors()
-            threading.Event().wait(0.01)
+            threading.Event().wait(0.001)
 
     def finish(self) -> None:
         """Stop, and look at every session: revision, position, state, version, and that a step goes on from there."""
