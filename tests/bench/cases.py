@@ -20,6 +20,7 @@ from bench import disk, harness, loads
 from bench.floods import floods
 from bench.harness import HERE, MODELS, OUT, Key, Measure, Point, Result, measured
 from bench.loads import Plan, Times
+from bench.updates import updates
 from stepwell.cli import main
 from stepwell.testing import LocalServer
 from stepwell_server.compile.warm import WarmCompiler
@@ -338,6 +339,7 @@ CASES: Mapping[str, Case] = {
         models,
         start,
         reload,
+        updates,
         seed,
     )
 }

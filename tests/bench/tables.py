@@ -213,6 +213,29 @@ def reload_table(points: Sequence[Point]) -> str:
     )
 
 
+def updates_table(points: Sequence[Point]) -> str:
+    names = ("before_ms", "meanwhile_ms")
+    return table(
+        [
+            "the server",
+            "updated, s",
+            "p99 of a frame before / meanwhile, ms",
+            "meanwhile against before",
+            "around the switch",
+        ],
+        [
+            [
+                one["server"],
+                cell(one, "updated_s"),
+                cell(one, *names) if "before_ms" in one else "",
+                cell(one, "meanwhile_ratio") if "before_ms" in one else "",
+                cell(one, "switch_ratio") if "before_ms" in one else "",
+            ]
+            for one in points
+        ],
+    )
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
     "sessions": ("sessions", sessions_table),
     "groups": ("groups", groups_table),
@@ -235,6 +258,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
     "memory": ("memory", memory_table),
     "start": ("start", start_table),
     "reload": ("reload", reload_table),
+    "updates": ("updates", updates_table),
     "seed": (
         "seed",
         ratios_table("server", "sessions", heads=("", "sessions", "rate against the seed's way")),
