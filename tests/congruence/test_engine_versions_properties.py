@@ -484,7 +484,8 @@ class Play:
         await self.stack.aclose()
         store.store.close()
         await self.begin(set(model.loaded))
-        now = self.at.engine.catalogue()["plain"].default
+        own = self.at.engine.catalogue()["plain"]
+        now = own.wanted or own.default
         has_moved = now != previous
         assert now in {previous, do.version}
         model.restart(set(model.loaded))
