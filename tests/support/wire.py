@@ -89,9 +89,12 @@ class _With(grpc.UnaryUnaryClientInterceptor, grpc.StreamStreamClientInterceptor
 class Wire:
     """A channel and its stubs."""
 
-    def __init__(self, address: str, *metadata: tuple[str, str]) -> None:
-        """`metadata` is sent with every call."""
-        self.channel = secured.channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+    def __init__(
+        self, address: str, *metadata: tuple[str, str], options: Sequence[tuple[str, int]] = ()
+    ) -> None:
+        """`metadata` is sent with every call; `options` are more of the channel's."""
+        own = [*OPTIONS, ("grpc.use_local_subchannel_pool", 1), *options]
+        self.channel = secured.channel(address, options=own)
         if metadata:
             self.channel = grpc.intercept_channel(self.channel, _With(metadata))
         self.sessions = sessions_pb2_grpc.SessionServiceStub(self.channel)
