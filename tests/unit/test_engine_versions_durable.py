@@ -17,7 +17,7 @@ from stepwell_server.engine.versions import changing
 from stepwell_server.errors import ModelMismatch, ServerError, Unavailable, VersionExists, VersionNotFound
 from stepwell_server.store.record import decode_header
 from support.durable import Disk, begun, stalled
-from support.engine import Harness, x
+from support.engine import Answer, Harness, x
 from support.fake_executor import PLAIN
 from support.versions import WIDE, after, serving, weights, widen
 
@@ -325,3 +325,21 @@ async def test_moves_that_nobody_makes_are_forgotten(disk: Disk, monkeypatch: py
     async with on(disk, {"plain@41": weights(41)}) as at:
         await expect(at, "asleep", 41, asleep, 2)
         await expect(at, "active", 41, active, 3)
+
+
+@pytest.mark.parametrize("count", [1, 20])  # records of many sessions are laid out together
+async def test_what_ends_behind_a_move_is_carried_after_a_kill(disk: Disk, count: int) -> None:
+    names = [f"s{i}" for i in range(count)]
+    async with on(disk, threads=True) as at:
+        await at.open(*names)
+        await at.engine.load_version("plain", 2, weights(2))
+        under_way = await at.begin_pass(names, x(count))
+        await at.engine.set_default("plain", 2, CARRY)
+        at.hooks.open_gate()
+        answers = await under_way.all()
+        assert [answer.version for answer in answers if isinstance(answer, Answer)] == [1] * count
+        assert set(marks(disk, *names)) == {Mark(1, 0, is_pinned=False)}
+        disk.kill()
+    async with on(disk, BOTH) as at:
+        assert await at.engine.sessions_by_version("plain") == {2: count}
+        assert (await at.step(names[-1], x(1))).version == 2
