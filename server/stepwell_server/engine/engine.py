@@ -197,6 +197,7 @@ class Engine:
             expiry=self._expiry,
             leases=leases,
             clock=clock,
+            follow=lambda *which: self._changing.follow(*which),  # noqa: PLW0108 - made below
         )
         opening = Opening(
             table,
@@ -307,7 +308,6 @@ class Engine:
             drain=self._drain_inboxes,
             clock=clock,
         )
-        creation.follow = self._changing.follow
         self.load_version = self._changing.load
         """Serve a version of a model from now on: see `Changing.load`."""
         self.unload_version = self._changing.unload

@@ -106,7 +106,9 @@ class Creation:
         expiry: Expiry,
         leases: Leases,
         clock: Clock,
+        follow: Callable[[Handles, Model, int], None],
     ) -> None:
+        """See the class; `follow` lets sessions make the moves that were made while they were."""
         self._table = table
         self._directory = directory
         self._row_queue = row_queue
@@ -118,10 +120,9 @@ class Creation:
         self._keeping = keeping
         self._pieces = pieces
         self._clock = clock
+        self._follow = follow
         self._making: set[asyncio.Task[None]] = set()
         """Calls of which one piece after the other is done."""
-        self.follow: Callable[[Handles, Model, int], None] = lambda *_: None
-        """Lets sessions make the moves that were made while they were: see `versions.Changing.follow`."""
 
     def is_making(self, session_ids: Sequence[str]) -> bool:
         """Whether a session of one of these ids is being made."""
@@ -337,7 +338,7 @@ class Creation:
                 model.slots.owner[self._table.row[handles]] = handles
             self._expiry.watch(handles)
             if not fresh.is_pinned:
-                self.follow(handles, model, fresh.epoch)
+                self._follow(handles, model, fresh.epoch)
 
 
 def _records(fresh: Fresh) -> Sequence[tuple[str, Stored]]:
