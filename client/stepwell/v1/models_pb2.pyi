@@ -311,7 +311,9 @@ class UnloadModelRequest(_message.Message):
     version: _builtins.int
     """Number of the version. 0: all versions of the name."""
     force: _builtins.bool
-    """Also if sessions are on it, or it is the default: the sessions stay in the store and fail until it is loaded again."""
+    """Also if sessions are on it, or it is the default: the sessions stay in the store and fail until it is loaded
+    again. With --store memory nothing keeps them, and they end.
+    """
     def __init__(
         self,
         *,
