@@ -6,10 +6,10 @@ import asyncio
 import os
 from collections.abc import Sequence
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 
 from stepwell_server.store.memory import MemoryStore
-from support.actions import NAMES, Action, Open, Shape, programs, shapes
+from support.actions import NAMES, Action, Change, Open, ReadMany, Shape, programs, shapes
 from support.awaited import RemoteStore
 from support.engine import running
 from support.play import IDLE_S, Play
@@ -47,7 +47,31 @@ def test_sessions_do_what_the_model_does(shape: Shape, program: list[Action]) ->
     asyncio.run(play(None, shape, program))
 
 
+def _step(*names: str) -> Change:
+    return Change(
+        names=names,
+        kind="step",
+        steps=0,
+        select="ALL",
+        expects="next",
+        with_request=True,
+        bad=frozenset(),
+        rows=None,
+        with_state=False,
+        single=False,
+        cancel=False,
+        anew="none",
+        states="NONE",
+        half=False,
+    )
+
+
+#: The second of two members waits for rows before the first does, whose session is being read.
+OUT_OF_ORDER = [_step("a"), _step("c"), ReadMany(("a", "b")), _step("b", "d")]
+
+
 @SETTINGS
 @given(shape=shapes, program=programs)
+@example(shape=Shape(4, 3, threads=False, steps=1, idle=False), program=OUT_OF_ORDER)
 def test_so_they_do_in_a_store_that_is_awaited(shape: Shape, program: list[Action]) -> None:
     asyncio.run(play(RemoteStore(MemoryStore()), shape, program))

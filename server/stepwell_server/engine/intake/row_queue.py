@@ -88,7 +88,8 @@ class RowQueue:
             starter, change, members = _take(waiting, fitting)
             fitting -= len(members)
             self._add(model, -len(members))
-            starter.start_waiting(change, np.array(members, np.intp))
+            # one whose session was busy may have come behind members that follow it in the change
+            starter.start_waiting(change, np.sort(np.array(members, np.intp)))
 
     def _fitting(self, model: Model, waiting: deque[tuple[Starter, Change, int]]) -> int:
         """How many of those that wait fit, beginning with the first."""
