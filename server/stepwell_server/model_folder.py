@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from stepwell_server.file_stamp import Stamp, stamp_of
 SUFFIXES = (".keras", ".stepwell")
 LAYOUT = "NAME/VERSION.keras, NAME/VERSION.stepwell, or NAME/VERSION/ with one such file"
 
+_SETTLE_S = 0.2
+"""Between the two looks at the folder: what is being written is another file by then."""
 _Key = tuple[str, int]
 
 
@@ -70,6 +73,12 @@ class ModelFolder:
     def root(self) -> Path:
         """Its path."""
         return self._root
+
+    def settled(self) -> Look:
+        """Look twice, a moment apart, as a file counts that two looks find alike. Blocks for that moment."""
+        self.look()
+        time.sleep(_SETTLE_S)
+        return self.look()
 
     def look(self) -> Look:
         """What is there, as far as this look and the one before agree on it: nothing at the first one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +15,6 @@ from stepwell_server.model_folder import LAYOUT, Look, ModelFolder, VersionFile
 if TYPE_CHECKING:
     from stepwell_server.settings import Settings
 
-_SETTLE_S = 0.2
-"""Between the two looks at the folder: what is being written is another file by then."""
 _ALL = VersionPolicy()
 _log = Log("app")
 
@@ -90,9 +87,7 @@ def begin_with(
         for name, versions in settings.versions.items()
     ]
     if folder is not None:
-        folder.look()
-        time.sleep(_SETTLE_S)
-        look = folder.look()
+        look = folder.settled()
         if str(folder.root) in look.problems:
             raise LoadError(f"--models: {folder.root} {look.problems[str(folder.root)]}")
         tell_problems(look)

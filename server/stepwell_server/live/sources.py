@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 from stepwell_server.engine.models import Versions
 from stepwell_server.model_folder import ModelFolder
-
-_SETTLE_S = 0.2
-"""Between the two looks at the folder: what is being written is another file by then."""
 
 
 class Catalogue(Protocol):
@@ -51,8 +47,6 @@ class KnownFiles:
         if name in self._of_command_line:
             found |= {version: str(path) for version, path in self._of_command_line[name].items()}
         elif self._root is not None:
-            folder = ModelFolder(self._root)
-            folder.look()
-            time.sleep(_SETTLE_S)
-            found |= {version: file.path for version, file in folder.look().versions.get(name, {}).items()}
+            look = ModelFolder(self._root).settled()
+            found |= {version: file.path for version, file in look.versions.get(name, {}).items()}
         return {version: os.path.abspath(path) for version, path in found.items() if os.path.isfile(path)}
