@@ -8,9 +8,8 @@ from pathlib import Path
 
 from stepwell_server.compile.origin import folder_problem
 from stepwell_server.errors import InvalidInput
-from stepwell_server.program_file import SUFFIX
+from stepwell_server.model_folder import SUFFIXES
 
-SUFFIXES = (".keras", SUFFIX)
 _MOST_SHOWN = 300
 
 

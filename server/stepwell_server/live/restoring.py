@@ -15,8 +15,8 @@ from stepwell_server.engine.models import Known, Versions
 from stepwell_server.errors import ServerError
 from stepwell_server.live.faces import Compile
 from stepwell_server.live.models import LiveModels
-from stepwell_server.live.paths import SUFFIXES
 from stepwell_server.logs import Log
+from stepwell_server.model_folder import SUFFIXES
 from stepwell_server.model_loading import Abandoned
 from stepwell_server.program import FINGERPRINT_DIGITS, Program
 

@@ -21,8 +21,8 @@ from stepwell_server import private_files
 from stepwell_server.clock import Clock
 from stepwell_server.errors import InvalidInput, MessageTooLarge, Overloaded, Unavailable
 from stepwell_server.live.control import Uploaded
-from stepwell_server.live.paths import SUFFIXES
 from stepwell_server.logs import Log
+from stepwell_server.model_folder import SUFFIXES
 
 KEPT_S = 3600.0
 """An upload that nobody loads is deleted after so long."""
