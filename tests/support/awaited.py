@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 
+from stepwell_server.engine.durability.stamps import new_stamp
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store import counts
-from stepwell_server.store.base import Batch, Committed, LocalStore, Store, StoreHealth, Tombstone
+from stepwell_server.store.awaited import fetched
+from stepwell_server.store.base import ALL_KEPT, Batch, Committed, Fetched, LocalStore, Store, StoreHealth
 from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import Header, Stored, decode_header
 from support.fake_executor import WAIT_S
@@ -21,7 +24,7 @@ _MISSING = Header(
 class RemoteStore(Store):
     """One server's way to a store that is shared: `replica` is another's.
 
-    What is kept is in a real local store. A change is kept if the session is as it was when it was read, as
+    What is kept is in a real local store. A change is kept if the session has the stamp that it had when it was read, as
     `base.Store` says; each member has a fate of its own.
     """
 
@@ -32,10 +35,12 @@ class RemoteStore(Store):
 
     def __init__(self, shared: LocalStore) -> None:
         self.shared = shared
+        self.stamps: dict[str, int] = {}
+        """Of the records, by session: one for all replicas."""
         self.secret = shared.secret
         self.incarnation = shared.incarnation
         self.calls: list[tuple[str, tuple[str, ...]]] = []
-        """Each call that names sessions, as it came: read, tombstones, commit."""
+        """Each call that names sessions, as it came: read, commit."""
         self.reads_held = False
         self.commits_held = False
         self.read_error: Exception | None = None
@@ -50,7 +55,9 @@ class RemoteStore(Store):
 
     def replica(self) -> RemoteStore:
         """The same store as another server sees it."""
-        return RemoteStore(self.shared)
+        other = RemoteStore(self.shared)
+        other.stamps = self.stamps
+        return other
 
     def let_go(self) -> None:
         """Let what is held back, and what comes, be answered."""
@@ -90,18 +97,31 @@ class RemoteStore(Store):
         else:
             await asyncio.sleep(0)
 
-    async def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
+    async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
         await self._pass("read", session_ids, held=self.reads_held)
         if self.read_error is not None:
             raise type(self.read_error)(*self.read_error.args)
-        return self.shared.get_many(session_ids)
+        stamps = known or [0] * len(session_ids)
+        return [
+            Fetched(stamp=stamp, is_known=True, idle_s=0.0)
+            if stamp and stamp == self.stamps.get(session_id)
+            else dataclasses.replace(each, stamp=self.stamp_of(session_id), idle_s=0.0)
+            for session_id, stamp, each in zip(
+                session_ids, stamps, fetched(self.shared, session_ids), strict=True
+            )
+        ]
 
     async def get(self, session_id: str) -> Stored | None:
-        return (await self.get_many([session_id]))[0]
+        return (await self.fetch([session_id]))[0].record
 
-    async def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
-        await self._pass("tombstones", session_ids, held=False)
-        return self.shared.tombstones(session_ids)
+    async def touch(self, session_ids: Sequence[str], stamps: Sequence[int]) -> None:
+        await asyncio.sleep(0)
+
+    def stamp_of(self, session_id: str) -> int:
+        """Of a session's record; 0 if there is none. One that a test put there by itself gets one."""
+        if self.shared.get(session_id) is None:
+            return 0
+        return self.stamps.setdefault(session_id, new_stamp())
 
     async def commit(self, batch: Batch) -> Committed:
         # as it is now: whoever made it may fill its buffers with the next one
@@ -114,49 +134,60 @@ class RemoteStore(Store):
             self._under_way -= 1
         if self.commit_error is not None:
             raise type(self.commit_error)(*self.commit_error.args)
-        if batch.documents:
-            self.shared.commit(Batch(documents=batch.documents))
-        return self._commit(batch, puts)
+        stale = self._stale(batch)
+        kept = [(name, content) for name, content in batch.documents if name not in stale]
+        if kept:
+            self.shared.commit(Batch(documents=kept))
+        return self._commit(batch, puts, stale)
 
-    def _commit(self, batch: Batch, puts: Sequence[tuple[str, bytes]]) -> Committed:
+    def _stale(self, batch: Batch) -> frozenset[str]:
+        there = self.shared.documents()
+        return frozenset(
+            name
+            for name, _ in batch.documents
+            if name in batch.documents_follow and there.get(name) != batch.documents_follow[name]
+        )
+
+    def _commit(
+        self, batch: Batch, puts: Sequence[tuple[str, bytes]], stale: frozenset[str] = frozenset()
+    ) -> Committed:
         stones = {stone.session_id: stone for stone in batch.tombstones}
-        new = set(batch.forgets)
         conflicts: set[str] = set()
         unknown: set[str] = set()
-        for session_id, record in puts:
-            there = self._header(session_id)
-            revision = decode_header(session_id, record).revision
-            if (
-                (there is not None)
-                if session_id in new
-                else (there is None or there.revision + 1 != revision)
-            ):
+        last = list(zip(puts, batch.follows.tolist(), batch.stamps.tolist(), strict=True))
+        for (session_id, record), follows, stamp in last:
+            there = self.stamp_of(session_id)
+            if there == stamp:
+                continue  # this very batch, sent again
+            if there != follows:
                 conflicts.add(session_id)
                 continue
             if self._is_kept(session_id, unknown):
                 model = decode_header(session_id, record).model
-                began = [(model, 1)] if session_id in new else []
-                forgets = [session_id] if session_id in new else []
+                began = [] if follows else [(model, 1)]
+                forgets = [] if follows else [session_id]
+                self.stamps[session_id] = stamp
                 tenants = counts.of_tenants([(session_id, name) for name, _ in began], 1)
                 self.shared.commit(
                     Batch(puts=[(session_id, record)], forgets=forgets, counts=began, tenant_counts=tenants)
                 )
-        for session_id in batch.deletes:
-            there, stone = self._header(session_id), stones.get(session_id)
-            if stone is not None and (
-                there is None or (there is not _MISSING and there.revision != stone.revision)
-            ):
+        for session_id, follows in zip(batch.deletes, batch.delete_follows.tolist(), strict=True):
+            header, stone = self._header(session_id), stones.get(session_id)
+            if (stone is not None and header is None) or (follows and follows != self.stamp_of(session_id)):
                 conflicts.add(session_id)
                 continue
             if self._is_kept(session_id, unknown):
-                gone = there.model if there is not None else ""
+                gone = header.model if header is not None else ""
                 ended = [(gone, -1)] if gone else []
                 own = [] if stone is None else [stone]
                 tenants = counts.of_tenants([(session_id, name) for name, _ in ended], -1)
                 self.shared.commit(
                     Batch(deletes=[session_id], tombstones=own, counts=ended, tenant_counts=tenants)
                 )
-        return Committed(frozenset(conflicts), frozenset(unknown))
+                self.stamps.pop(session_id, None)
+        if not (conflicts or unknown or stale):
+            return ALL_KEPT
+        return Committed(frozenset(conflicts), frozenset(unknown), stale)
 
     def _is_kept(self, session_id: str, unknown: set[str]) -> bool:
         if session_id not in self.unknown:

@@ -190,6 +190,12 @@ class Answers:
             raise answer
         return answer
 
+    async def none_fails(self) -> None:
+        """Raise the first member's error, if there is one."""
+        for answer in await self.all():
+            if isinstance(answer, ServerError):
+                raise answer
+
     def _set(self, member: int, answer: Answer | ServerError) -> None:
         assert 0 <= member < len(self._sizes)
         assert member not in self.by_member, f"member {member} is answered twice"

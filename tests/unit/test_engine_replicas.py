@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -23,27 +21,9 @@ from support.awaited import RemoteStore
 from support.durable import begun, same_reply
 from support.engine import Answer, Harness, kinds, running, x
 from support.model_of_sessions import traced
+from support.replicas import both_know, two
 
 pytestmark = pytest.mark.stores("awaited")
-
-
-@asynccontextmanager
-async def two(**options: Any) -> AsyncIterator[tuple[Harness, Harness]]:
-    """Two servers."""
-    store = RemoteStore(MemoryStore())
-    async with (
-        running(store=store, **options) as first,
-        running(store=store.replica(), clock=first.clock, **options) as second,
-    ):
-        yield first, second
-
-
-async def both_know(first: Harness, second: Harness, *session_ids: str) -> None:
-    """Sessions at revision 1 that are resident on both servers."""
-    await first.open(*session_ids)
-    await first.submit(list(session_ids), x(len(session_ids))).all()
-    for session_id in session_ids:
-        await second.state(session_id)
 
 
 SHAPES = pytest.mark.parametrize("shape", ["lone", "frame", "long", "traced", "reset"])

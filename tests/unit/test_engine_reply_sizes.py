@@ -28,7 +28,7 @@ async def test_time_steps_count() -> None:
         with pytest.raises(
             MessageTooLarge, match=r"the reply to the step must be at most 4096 bytes; it would be"
         ):
-            at.submit("a", _x(1, _FITS + 1), reply_limit=_LIMIT, reply_bytes=100)
+            await at.submit("a", _x(1, _FITS + 1), reply_limit=_LIMIT, reply_bytes=100).only()
         assert (await at.engine.session_info("a")).revision == 1
 
 
@@ -47,7 +47,7 @@ async def test_rows_of_all_members_count() -> None:
         for member in await at.submit(["a", "b"], _x(2, 3), reply_limit=limit, reply_bytes=100).all():
             assert not isinstance(member, Exception)
         with pytest.raises(MessageTooLarge):
-            at.submit(["a", "b"], _x(2, 4), reply_limit=limit, reply_bytes=100)
+            await at.submit(["a", "b"], _x(2, 4), reply_limit=limit, reply_bytes=100).none_fails()
 
 
 async def test_sessions_that_are_gone_are_said_to_be_gone() -> None:

@@ -244,7 +244,7 @@ async def test_rows_of_several_sessions_are_refused() -> None:
     async with running() as at:
         await at.open("a", "b")
         with pytest.raises(InvalidInput, match="rows may be given for one session only; got 2 sessions"):
-            at.submit(["a", "b"], x(2), rows=[0])
+            await at.submit(["a", "b"], x(2), rows=[0]).none_fails()
 
 
 async def test_a_failed_step_of_some_rows_changes_none() -> None:
@@ -282,9 +282,9 @@ async def test_states_count_towards_the_size_of_the_reply(said: dict[str, Any], 
             if less == 100:
                 continue
             with pytest.raises(MessageTooLarge, match="the reply to the step must be at most") as caught:
-                at.submit(
+                await at.submit(
                     "a", x(2, 3), sizes=[2], reply_limit=less - 1, reply_bytes=100, select=select, **said
-                )
+                ).only()
             assert ("or for the states of fewer rows" in str(caught.value)) == bool(states)
         assert (await at.engine.session_info("a")).revision == 1
 

@@ -429,6 +429,7 @@ async def test_a_reply_may_be_as_large_as_if_it_came_alone(columns: Columns) -> 
     await columns.at.settled()
     assert [batch.applied_by_member[member][:2] for member in range(2)] == [(1, steps), (1, steps)]
     over = columns.take(["a", "b"], np.ones((2, 2 * steps, 2)))
+    await columns.at.settled()
     assert [over.errors[member].reason for member in range(2)] == ["MESSAGE_TOO_LARGE"] * 2
 
 

@@ -37,18 +37,16 @@ async def test_it_answers_as_in_place(tmp_path: Path, kind: str) -> None:
     stone = Tombstone("a", End.CLOSED, 1.0)
     assert await store.commit(Batch(deletes=["a"], tombstones=[stone], counts=[("m", -1)])) is ALL_KEPT
     local = store.local
-    assert await store.get_many(["b"]) == [local.get("b")] == [record("b")]
-    assert await store.get_many(NAMES) == local.get_many(NAMES) == [None, record("b"), record("c")]
+    assert [each.record for each in await store.fetch(["b"])] == [local.get("b")] == [record("b")]
+    found = await store.fetch(NAMES, [0, 1, 2])
+    assert [each.record for each in found] == local.get_many(NAMES) == [None, record("b"), record("c")]
+    assert not any(each.is_known or each.stamp for each in found)
     assert await store.scan(limit=9) == local.scan(limit=9)
     assert await store.scan(after="b", limit=9) == local.scan(after="b", limit=9) != []
     assert (await store.count(), await store.count_of("m")) == (2, 2)
     assert (await store.heads(after="b", limit=9)).keys == local.heads(after="b", limit=9).keys == [b"c"]
-    assert (
-        await store.tombstones(["a", "b"])
-        == local.tombstones(["a", "b"])
-        == [local.tombstones(["a"])[0], None]
-        == [stone, None]
-    )
+    assert [each.tombstone for each in found] == local.tombstones(NAMES) == [stone, None, None]
+    await store.touch(["b"], [0])
     assert await store.check() == local.check()
     assert (store.incarnation, store.secret) == (local.incarnation, local.secret)
     await store.announce("here:1")

@@ -37,6 +37,7 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "reply": np.uint8,
     "lease": np.int32,
     "pinned": np.bool_,
+    "stamp": np.uint64,
 }
 _REQUIRED = {"model", "batch_size", "used", "created"}
 #: Sessions for which columns have room, in address space. With more of them each column is copied, twice as long.
@@ -103,6 +104,8 @@ class SessionTable:
     """Which of `leases.Leases` it has; 0: none."""
     pinned: npt.NDArray[np.bool_]
     """It stays on the version of its model that it was opened with."""
+    stamp: npt.NDArray[np.uint64]
+    """Of the record that the columns are of, where other servers use the store; else 0."""
 
     def __init__(self, capacity: int = _CAPACITY) -> None:
         self._handles: dict[str, int] = {}

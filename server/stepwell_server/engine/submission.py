@@ -104,7 +104,7 @@ class Submission:
             error.model = change.model_name
             raise
 
-    def _take(self, change: Change, seen: Seen) -> None:
+    def _take(self, change: Change, seen: Seen, *, is_anew: bool = False) -> None:
         handles = self._table.find_all(change.session_ids)
         if self._directory.may_expire or are_missing(handles):
             handles = self._directory.find_all(change.session_ids, seen)
@@ -114,12 +114,24 @@ class Submission:
         if len(missing) == change.size:
             self._refuse_missing(change, missing, seen)
             return
+        reply_bytes = change.reply_bytes
         try:
             refused = self._validation.check(change, handles)
         except MustPart as part:
             if change.may_part or not part.are_alike:
                 raise
-            self._take_parts(change, part.members, seen)
+            self._take_parts(change, part.members, seen, is_anew=is_anew)
+            return
+        except ServerError as all_of_it:
+            if self._is_local or is_anew:
+                raise
+            refused = [(0, all_of_it)]
+        if refused and not (self._is_local or is_anew):
+            # other servers may have made other sessions of these ids, which it fits
+            change.reply_bytes = reply_bytes
+            if change.may_part:
+                raise MustPart(np.arange(change.size))
+            self._load(change, anew=True)
             return
         inbox = self._inboxes[change.model.index]
         if len(change.members):
@@ -134,12 +146,12 @@ class Submission:
         if len(change.members):
             inbox.put(change)
 
-    def _take_parts(self, change: Change, others: Members, seen: Seen) -> None:
+    def _take_parts(self, change: Change, others: Members, seen: Seen, *, is_anew: bool) -> None:
         """Take a change of sessions of several versions: each part fails or goes on by itself."""
         parts = parted(change, others)
         for part in parts:
             try:
-                self._take(part, seen)
+                self._take(part, seen, is_anew=is_anew)
             except ServerError as error:
                 part.fail(np.arange(part.size), error)
         change.reply_bytes = sum(part.reply_bytes for part in parts)
@@ -162,8 +174,10 @@ class Submission:
         change.on_end = ended
         return refused
 
-    def _load(self, change: Change) -> None:
+    def _load(self, change: Change, *, anew: bool = False) -> None:
         """Let a change wait until its sessions are in the table, behind what came before for each of them.
+
+        `anew`: as other servers left them.
 
         Raises:
             Overloaded: too much waits already.
@@ -192,7 +206,7 @@ class Submission:
 
         def go_on(seen: Seen) -> None:
             try:
-                self._take(change, seen)
+                self._take(change, seen, is_anew=anew)
             except ServerError as error:
                 change.fail(np.arange(change.size), error)
 
@@ -200,14 +214,20 @@ class Submission:
             self.loading_rows -= rows
             held.bytes -= count
 
-        self._when_loaded(change, change.members, ended, go_on)
+        self._when_loaded(change, change.members, ended, go_on, anew=anew)
 
     def _when_loaded(
-        self, change: Change, members: Members, ended: Callable[[], None], go_on: Callable[[Seen], None]
+        self,
+        change: Change,
+        members: Members,
+        ended: Callable[[], None],
+        go_on: Callable[[Seen], None],
+        *,
+        anew: bool = False,
     ) -> None:
         """Call `ended`, and `go_on` unless nobody waits for the members any more, when their turn has come."""
         ids = [change.session_ids[member] for member in members.tolist()]
-        looking = self._arrivals.wait(ids)
+        looking = self._arrivals.wait(ids, anew=anew)
 
         async def wait() -> None:
             try:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from stepwell_server.store.base import ALL_KEPT, Batch, Committed, LocalStore, Store, StoreHealth, Tombstone
+from stepwell_server.store.base import ALL_KEPT, Batch, Committed, Fetched, LocalStore, Store, StoreHealth
 from stepwell_server.store.heads import Heads
-from stepwell_server.store.record import Header, Stored
+from stepwell_server.store.record import Header
 
 
 class AwaitedStore(Store):
@@ -39,8 +39,12 @@ class AwaitedStore(Store):
         return ALL_KEPT
 
     @override
-    async def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        return self.local.get_many(session_ids)
+    async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+        return fetched(self.local, session_ids)
+
+    @override
+    async def touch(self, session_ids: Sequence[str], stamps: Sequence[int]) -> None:
+        """Who serves them knows it."""
 
     @override
     async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
@@ -59,10 +63,6 @@ class AwaitedStore(Store):
         return self.local.count_of(model)
 
     @override
-    async def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
-        return self.local.tombstones(session_ids)
-
-    @override
     async def documents(self, prefix: str = "") -> dict[str, bytes]:
         return self.local.documents(prefix)
 
@@ -79,3 +79,15 @@ class AwaitedStore(Store):
     async def close(self) -> None:
         async with self._writing:
             await asyncio.to_thread(self.local.close)
+
+
+def fetched(local: LocalStore, session_ids: Sequence[str]) -> list[Fetched]:
+    """What a store that answers in place has of sessions.
+
+    Raises:
+        Unavailable: the store cannot be read now.
+    """
+    records = local.get_many(session_ids)
+    missing = [i for i, record in zip(session_ids, records, strict=True) if record is None]
+    stones = iter(local.tombstones(missing)) if missing else iter(())
+    return [Fetched(record, next(stones) if record is None else None) for record in records]

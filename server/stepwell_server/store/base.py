@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Protocol
 
-from stepwell_server.store.heads import Heads
-from stepwell_server.store.record import Header, Stored
+import numpy as np
 
+from stepwell_server.store.heads import Heads
+from stepwell_server.store.record import U64, Header, Stored
+
+NO_STAMPS: U64 = np.zeros(0, np.uint64)
+"""Of no records, or of those of a store that nobody else uses."""
 MOST_NAME_BYTES, MOST_DOCUMENT_BYTES = 400, 2**20
 """Of a document: the limits of its name, as UTF-8, and of its content."""
 
@@ -103,6 +108,21 @@ class Tombstone:
     """The last one known."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fetched:
+    """What a store has of a session."""
+
+    record: Stored | None = None
+    tombstone: Tombstone | None = None
+    """Only looked for where there is no record."""
+    stamp: int = 0
+    """Of the record: the number that was drawn for the commit that wrote it, 1 to 2**64-1. 0 in a local store."""
+    is_known: bool = False
+    """The record has the stamp that the caller knew: it was not sent, and `record` is None."""
+    idle_s: float = math.nan
+    """Seconds since the session was last used, by the clock of a store that is shared."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Changes that are kept together or not at all. They are applied in the order of these fields."""
@@ -134,6 +154,19 @@ class Batch:
 
     goes_back: bool = False
     """Its records may be of earlier changes than what the store had of the same sessions: they count all the same."""
+
+    # What follows is for stores that others use too; those that answer in place do not look at it.
+
+    follows: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
+    """`(len(puts),)`: the stamp of the record that each put follows; 0: there must be no record."""
+    stamps: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
+    """`(len(puts),)`: what the records are stamped with. A session that has it already was kept by this very batch."""
+    delete_follows: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
+    """`(len(deletes),)`: the stamp of the record that is deleted; 0: whatever is there."""
+    idle_s: float = 0.0
+    """Sessions are only deleted that were not used for so many seconds, by the store's clock."""
+    documents_follow: Mapping[str, bytes | None] = dataclasses.field(default_factory=dict)
+    """What documents must be now to be written; None: absent. Of a name that is not in it the last write counts."""
 
     def __post_init__(self) -> None:
         """Refuse documents that no store keeps.
@@ -178,10 +211,12 @@ class Outcome(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Committed:
-    """What became of a batch, by the sessions that it puts or deletes. Its documents were kept."""
+    """What became of a batch, by the sessions that it puts or deletes, and its documents."""
 
     conflicts: frozenset[str] = frozenset()
     unknown: frozenset[str] = frozenset()
+    stale: frozenset[str] = frozenset()
+    """Documents that were not as `Batch.documents_follow` said, and were not written."""
 
     def of(self, session_id: str) -> Outcome:
         """What became of a session's change."""
@@ -198,10 +233,10 @@ class Store(Protocol):
 
     Methods of the same name do the same and raise the same as those of `LocalStore`.
 
-    Where others use the same store, a change is kept only if the session is as it was when it was read: a put of a
-    session that is there follows its record's revision, one of `Batch.forgets` must not be there yet, and a
-    deletion has the revision that its tombstone says. What is otherwise is a conflict. Documents have no such condition:
-    the last one that was written counts.
+    Where others use the same store, each record has a stamp, a number that is drawn at random for the commit that writes
+    it. A change is kept only if the session has the stamp that it had when it was read (`Batch.follows`): revisions can
+    come twice, after a session was closed and opened again, or after the store lost its last writes. A session of the
+    batch that has its new stamp already was kept: so a batch may be sent again when its answer was lost.
     """
 
     local: LocalStore | None
@@ -227,8 +262,25 @@ class Store(Protocol):
             Unavailable: nothing of it was kept.
         """
 
-    async def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        """See `LocalStore`."""
+    async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+        """What it has of many sessions: their records, and how those ended that have none.
+
+        A record that cannot be read is empty: decoding it says `StateCorrupt`.
+
+        Args:
+            session_ids: Of the sessions.
+            known: Stamps that the caller knows, one for each, 0 for none: a record that has it is not sent again.
+
+        Raises:
+            Unavailable: the store cannot be read now.
+        """
+
+    async def touch(self, session_ids: Sequence[str], stamps: Sequence[int]) -> None:
+        """Sessions are being used, if they have these stamps: they are not idle. Only others' stores need it.
+
+        Raises:
+            Unavailable: the store cannot be told now.
+        """
 
     async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
         """See `LocalStore`."""
@@ -240,9 +292,6 @@ class Store(Protocol):
         """See `LocalStore`."""
 
     async def count_of(self, model: str) -> int:
-        """See `LocalStore`."""
-
-    async def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         """See `LocalStore`."""
 
     async def documents(self, prefix: str = "") -> dict[str, bytes]:

@@ -96,6 +96,8 @@ class Committer:
         table.request_id[handles] = outcome.request_ids
         table.used[handles] = self._clock.monotonic()
         table.reply[handles] = outcome.replies
+        if outcome.stamp:
+            table.stamp[handles] = outcome.stamp
         if outcome.arrays or outcome.model.replies.series:
             outcome.model.replies.remember(handles, outcome.arrays)
 

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections import deque
 from collections.abc import Sequence
 
 from stepwell_server.engine.durability.group_commit import reason
 from stepwell_server.engine.state.model import Alarm
-from stepwell_server.store.base import Store, Tombstone
-from stepwell_server.store.record import Stored
+from stepwell_server.store.base import Fetched, Store
 
 #: Sessions in one read.
 MOST_AT_ONCE = 1024
 #: Reads at the same time.
 MOST_READS = 4
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Fetched:
-    """What the store has of a session."""
-
-    record: Stored | None
-    tombstone: Tombstone | None
-    """Only looked for where there is no record."""
-
-
-_Asked = tuple[Sequence[str], "asyncio.Future[list[Fetched]]"]
+_Asked = tuple[Sequence[str], Sequence[int], "asyncio.Future[list[Fetched]]"]
 
 
 class Fetcher:
@@ -43,20 +31,20 @@ class Fetcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._work = Alarm(self._start)
 
-    async def fetch(self, session_ids: Sequence[str]) -> list[Fetched]:
-        """What the store has of sessions.
+    async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+        """What the store has of sessions, as of a moment after this was called: see `Store.fetch`.
 
         Raises:
             Unavailable: the store cannot be read now.
         """
-        parts = [
-            self._ask(session_ids[at : at + MOST_AT_ONCE]) for at in range(0, len(session_ids), MOST_AT_ONCE)
-        ]
+        stamps = known or [0] * len(session_ids)
+        cuts = [slice(at, at + MOST_AT_ONCE) for at in range(0, len(session_ids), MOST_AT_ONCE)]
+        parts = [self._ask(session_ids[cut], stamps[cut]) for cut in cuts]
         return [found for part in await asyncio.gather(*parts) for found in part]
 
-    def _ask(self, session_ids: Sequence[str]) -> asyncio.Future[list[Fetched]]:
+    def _ask(self, session_ids: Sequence[str], known: Sequence[int]) -> asyncio.Future[list[Fetched]]:
         answer: asyncio.Future[list[Fetched]] = self._loop.create_future()
-        self._wanted.append((session_ids, answer))
+        self._wanted.append((session_ids, known, answer))
         self._work.ring()
         return answer
 
@@ -80,21 +68,18 @@ class Fetcher:
 
     async def _read(self, asked: Sequence[_Asked]) -> None:
         try:
-            found = await self._fetch([session_id for ids, _ in asked for session_id in ids])
+            found = await self._store.fetch(
+                [session_id for ids, _, _ in asked for session_id in ids],
+                [stamp for _, known, _ in asked for stamp in known],
+            )
         except Exception as error:
             why = reason(error)
-            for _, answer in asked:
+            for _, _, answer in asked:
                 if not answer.done():
                     answer.set_exception(why)
             return
         at = 0
-        for ids, answer in asked:
+        for ids, _, answer in asked:
             if not answer.done():  # else whoever asked was cancelled
                 answer.set_result(found[at : at + len(ids)])
             at += len(ids)
-
-    async def _fetch(self, session_ids: Sequence[str]) -> list[Fetched]:
-        records = await self._store.get_many(session_ids)
-        missing = [i for i, record in zip(session_ids, records, strict=True) if record is None]
-        stones = iter(await self._store.tombstones(missing)) if missing else iter(())
-        return [Fetched(record, next(stones) if record is None else None) for record in records]

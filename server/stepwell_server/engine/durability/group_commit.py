@@ -15,6 +15,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+
 from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.state.model import Alarm
 from stepwell_server.errors import Overloaded, ServerError
@@ -290,7 +292,8 @@ class _Awaited:
         size = 0
         for item in self._queue:
             ids = _named(item.batch)
-            if size >= MOST_TOGETHER or not blocked.isdisjoint(ids):
+            is_alike = not taken or item.batch.idle_s == taken[0].batch.idle_s
+            if size >= MOST_TOGETHER or not is_alike or not blocked.isdisjoint(ids):
                 left.append(item)
             else:
                 taken.append(item)
@@ -358,6 +361,11 @@ def _merged(batches: Sequence[Batch]) -> Batch:
         tenant_counts=[count for batch in batches for count in batch.tenant_counts],
         documents=[document for batch in batches for document in batch.documents],
         goes_back=any(batch.goes_back for batch in batches),
+        follows=np.concatenate([batch.follows for batch in batches]),
+        stamps=np.concatenate([batch.stamps for batch in batches]),
+        delete_follows=np.concatenate([batch.delete_follows for batch in batches]),
+        idle_s=batches[0].idle_s,
+        documents_follow={name: was for batch in batches for name, was in batch.documents_follow.items()},
     )
 
 

@@ -15,9 +15,12 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.durability.group_commit import Done, GroupCommit
 from stepwell_server.engine.durability.records import Outcome, Records, as_it_is
+from stepwell_server.engine.durability.stamps import new_stamp, stamped
 from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.types import U64
 from stepwell_server.errors import ServerError
 from stepwell_server.store.base import ALL_KEPT, Batch, Committed, LocalStore, Store
+from stepwell_server.store.record import Joined, Stored
 
 
 class Keeping(Protocol):
@@ -48,10 +51,18 @@ class EveryChange(Keeping):
     may_part = False
 
     def __init__(
-        self, store: Store, commits: GroupCommit, records: Records, clock: Clock, observer: Observer
+        self,
+        store: Store,
+        commits: GroupCommit,
+        table: SessionTable,
+        records: Records,
+        clock: Clock,
+        observer: Observer,
     ) -> None:
         self.others = store
+        self._is_shared = store.local is None
         self._commits = commits
+        self._table = table
         self._records = records
         self._clock = clock
         self._observer = observer
@@ -60,12 +71,26 @@ class EveryChange(Keeping):
     def changed(self, outcome: Outcome, done: Done) -> None:
         clock, count = self._clock, len(outcome.handles)
         last_used, began = clock.now(), clock.monotonic()
+        outcome.stamp = new_stamp() if self._is_shared else 0
 
         def kept(committed: Committed | ServerError) -> None:
             self._observer.stage(outcome.model.name, "commit", clock.monotonic() - began, count)
             done(committed)
 
-        self._commits.submit(lambda: Batch(puts=self._records.of(outcome, last_used)), count, kept)
+        def build() -> Batch:
+            puts = self._records.of(outcome, last_used)
+            if not outcome.stamp:
+                return Batch(puts=puts)
+            follows = self._follows(outcome, puts)
+            return Batch(puts=puts, follows=follows, stamps=stamped(outcome.stamp, count))
+
+        self._commits.submit(build, count, kept)
+
+    def _follows(self, outcome: Outcome, puts: Sequence[tuple[str, Stored]]) -> U64:
+        """The stamps of the records that others follow, in their order."""
+        if isinstance(puts, Joined):  # records of one length each, and not in the order of the outcome
+            return self._table.stamp[self._table.find_all([session_id for session_id, _ in puts])]
+        return self._table.stamp[outcome.handles]
 
     @override
     def made(self, ids: Sequence[str], _ready: int) -> slice:
@@ -122,4 +147,4 @@ def keeping_of(
     """How a store is used: one whose records end with the process need not have more than the arena has no room for."""
     if store.local is not None and store.local.is_volatile:
         return PagedOutOnly(store.local, table, records, clock)
-    return EveryChange(store, commits, records, clock, observer)
+    return EveryChange(store, commits, table, records, clock, observer)

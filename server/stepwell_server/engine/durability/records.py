@@ -33,6 +33,8 @@ class Outcome:
     """How each reply is kept: `Kept`."""
     arrays: Mapping[int, KeptArrays] = dataclasses.field(default_factory=dict)
     """The replies that are kept as arrays of their own, by their place."""
+    stamp: int = 0
+    """Of its records, if others use the store."""
 
     def part(self, places: Members) -> Outcome:
         """The same of some of its sessions."""
@@ -45,6 +47,7 @@ class Outcome:
             self.request_ids[places],
             self.replies[places],
             {own[place]: arrays for place, arrays in self.arrays.items() if place in own},
+            self.stamp,
         )
 
 

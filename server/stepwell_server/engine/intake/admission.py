@@ -222,8 +222,8 @@ class Admission:
     ) -> Handles:
         """Apply the exactly-once rule. As `_bring_in`.
 
-        A conflict with a session that other servers may have changed is only one if its record says so, read since
-        it was claimed (`is_fresh`).
+        Where other servers may have changed a session, only its record says that a change is none of its next ones,
+        read since it was claimed (`is_fresh`).
         """
         requests = change.request_ids
         verdict = judge(
@@ -234,8 +234,8 @@ class Admission:
         )
         if verdict is None:
             return self._begin(change, members, handles)
-        if self._pager.is_shared and not is_fresh and verdict.conflict.any():
-            return self._read_anew(change, members, handles, verdict.conflict)
+        if self._pager.is_shared and not is_fresh:
+            return self._read_anew(change, members, handles, ~verdict.apply)
         self._answer_unapplied(change, members, handles, verdict)
         apply = verdict.apply
         done = handles[~apply]

@@ -19,7 +19,7 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.durability.endings import Endings
-from stepwell_server.engine.durability.fetching import Fetched, Fetcher
+from stepwell_server.engine.durability.fetching import Fetcher
 from stepwell_server.engine.durability.forwarding import Forwarded, Forwarding
 from stepwell_server.engine.durability.group_commit import reason
 from stepwell_server.engine.durability.keeping import Keeping
@@ -28,7 +28,7 @@ from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Mask
 from stepwell_server.errors import Overloaded, ServerError, SessionLost, SessionNotFound, Unavailable
-from stepwell_server.store.base import Store
+from stepwell_server.store.base import Fetched, Store
 from stepwell_server.store.record import Decoded, decode_many
 
 #: When rows are needed, this share of the arena is paged out at once: finding the least recently used
@@ -147,7 +147,7 @@ class Pager:
             return PageIn(refused, absent)
         began = self._clock.monotonic()
         try:
-            found = [Fetched(record, None) for record in self._local.get_many(self._ids(absent))]
+            found = [Fetched(record) for record in self._local.get_many(self._ids(absent))]
         except Exception as error:  # whatever it is: their claims must end
             return PageIn(refused | dict.fromkeys(absent.tolist(), reason(error)), _NOBODY)
         gone = self._bring_back(model, absent, found, self._decode(model, self._ids(absent), found))
@@ -170,6 +170,21 @@ class Pager:
         packed = _packed(decoded, sound).reshape(-1, model.arena.row_bytes)
         states = zip(model.arena.states, model.arena.unpacked(packed), strict=False)
         return [values for _, values in states], refused
+
+    async def compare(self, model: Model, handles: Handles) -> None:
+        """Have claimed sessions leave the arena that other servers have changed since their records were read.
+
+        So a read that begins now shows no less than what anybody was told before.
+
+        Raises:
+            Unavailable: the store cannot be read now.
+        """
+        here = handles[self._table.row[handles] >= 0]
+        if not self.is_shared or not len(here):
+            return
+        found = await self._fetcher.fetch(self._ids(here), self._table.stamp[here].tolist())
+        changed = np.array([not each.is_known for each in found], np.bool_)
+        self.discard(model, here[changed])
 
     def discard(self, model: Model, handles: Handles) -> None:
         """Take sessions out of the arena whose rows are not what the store holds."""
@@ -213,7 +228,7 @@ class Pager:
         """The records of sessions, from the store."""
         if self._local is None:
             return await self._fetcher.fetch(ids)
-        return [Fetched(record, None) for record in self._local.get_many(ids)]
+        return [Fetched(record) for record in self._local.get_many(ids)]
 
     async def _forward(self, model: Model, ids: Sequence[str], found: Sequence[Fetched]) -> Forwarded:
         """As `_decode`, on a thread where somebody's function may take its time."""
@@ -267,7 +282,7 @@ class Pager:
             sound[place] = False
             refused[int(handles[place])] = error
         if self._local is None:
-            self._refresh(model, handles, decoded, sound, refused)
+            self._refresh(model, handles, found, decoded, sound, refused)
         for place, kind in forwarded.replies.items():
             self._table.reply[handles[place]] = kind
         self._table.position[handles[forwarded.begun]] = 0
@@ -287,6 +302,7 @@ class Pager:
         self,
         model: Model,
         handles: Handles,
+        found: Sequence[Fetched],
         decoded: Decoded,
         sound: Mask,
         refused: Refused,
@@ -304,6 +320,7 @@ class Pager:
         own, heads = handles[decoded.sound[same]], heads[same]
         for column in ("revision", "position", "request_id", "opened_with", "created", "reply"):
             getattr(table, column)[own] = heads[column]
+        table.stamp[own] = np.array([found[place].stamp for place in decoded.sound[same].tolist()], np.uint64)
         for handle, place in zip(own.tolist(), decoded.sound[same].tolist(), strict=True):
             self._fields.take(handle, decoded.fields.get(place, b""))
 

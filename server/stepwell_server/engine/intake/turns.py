@@ -7,7 +7,9 @@ When the claim ends, the next in line is started.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias
@@ -81,8 +83,10 @@ class Turns:
     async def hold(self, handle: int, deadline: float, *, rows: bool = True) -> None:
         """Claim one session for something that is no change, when its turn comes; `rows`: and bring it to the arena.
 
+        What is in the arena then is no older than what any server has answered before.
+
         Raises:
-            DeadlineExceeded, SessionGone, Overloaded: it did not come.
+            DeadlineExceeded, SessionGone, Overloaded, Unavailable: it did not come.
         """
         if self._clock.monotonic() >= deadline:
             raise too_late()
@@ -90,8 +94,20 @@ class Turns:
             await self._await_turn(handle, deadline)
         else:
             self._claims.claim(np.array([handle]))
-        if rows and self._table.row[handle] < 0:
+        if not rows:
+            return
+        if self._pager.is_shared:
+            await self._compare(handle)
+        if self._table.row[handle] < 0:
             await self._have_rows(handle)
+
+    async def _compare(self, handle: int) -> None:
+        """Have a claimed session leave the arena if another server has changed it; if that is not known its claim ends."""
+        try:
+            await self._pager.compare(self._models.by_handle(handle), np.array([handle]))
+        except BaseException:
+            self.release(np.array([handle]))
+            raise
 
     async def _await_turn(self, handle: int, deadline: float) -> None:
         """Wait in a claimed session's line until the claim is this one's."""
@@ -101,6 +117,13 @@ class Turns:
         except asyncio.CancelledError:
             self.give_back(handle, granted)
             raise
+
+    async def free(self, handle: int) -> None:
+        """Return when what is under way for a session now has ended, and what waits for it already."""
+        if self._table.claimed[handle]:
+            with contextlib.suppress(SessionGone):
+                await self.hold(handle, math.inf, rows=False)
+                self.release(np.array([handle]))
 
     def turn_of(self, handle: int, deadline: float) -> asyncio.Future[None]:
         """Take a place in a claimed session's line: the claim is the caller's when the future is done without an error.

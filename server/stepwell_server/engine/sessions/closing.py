@@ -12,7 +12,7 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.committer import not_known
-from stepwell_server.engine.durability.fetching import Fetched, Fetcher
+from stepwell_server.engine.durability.fetching import Fetcher
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.intake.paging import Pager
@@ -32,7 +32,7 @@ from stepwell_server.errors import (
     SessionNotFound,
     StateCorrupt,
 )
-from stepwell_server.store.base import Committed, End, Outcome
+from stepwell_server.store.base import Committed, End, Fetched, Outcome
 from stepwell_server.store.record import decode_header
 
 #: Sessions deleted in one transaction by one call: each needs room on the disk before it gives any back.
@@ -191,7 +191,7 @@ class Closing:
                 self._expiry.drop(handles, committed)
                 return committed
             error: ServerError | None = None
-            for handle, (session_id, _, _, rows) in zip(handles.tolist(), sessions, strict=True):
+            for handle, (session_id, _, _, rows, _) in zip(handles.tolist(), sessions, strict=True):
                 match committed.of(session_id):
                     case Outcome.KEPT:
                         gone = SessionNotFound(session_id, f"session {session_id!r} was closed")
@@ -231,7 +231,7 @@ class Closing:
             gone = SessionNotFound(session_id, f"session {session_id!r} was closed on another server")
             self._removal.forget(handle, gone)
             return False
-        refresh(self._table, self._fields, handle, decode_header(session_id, found.record))
+        refresh(self._table, self._fields, handle, decode_header(session_id, found.record), found.stamp)
         self._pager.discard(self._directory.models.by_handle(handle), np.array([handle]))
         return True
 
@@ -241,14 +241,14 @@ class Closing:
         Raises:
             Unavailable: the store did not.
         """
-        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._deleting[session_id] = ended
+        deleted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._deleting[session_id] = deleted
         outcome = Outcome.KEPT
 
         def done(committed: Committed | ServerError) -> ServerError | None:
             nonlocal outcome
             del self._deleting[session_id]
-            ended.set_result(None)
+            deleted.set_result(None)
             if isinstance(committed, ServerError):
                 return committed
             outcome = committed.of(session_id)
@@ -258,7 +258,8 @@ class Closing:
             return not_known() if outcome is Outcome.UNKNOWN else None
 
         revision, rows = self._directory.stored_revision(session_id, seen)
-        await self._commit([(session_id, model, revision, rows)], request_id, done, lambda: None)
+        ended = Ended(session_id, model, revision, rows, seen.stamp(session_id))
+        await self._commit([ended], request_id, done, lambda: None)
         return outcome is Outcome.KEPT
 
     async def _commit(

@@ -17,6 +17,7 @@ from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.group_commit import Done, GroupCommit, reason
 from stepwell_server.engine.durability.keeping import Keeping
+from stepwell_server.engine.durability.stamps import new_stamp, stamped
 from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
@@ -57,6 +58,8 @@ class Fresh:
     """They stay on this version of the model."""
     epoch: int = -1
     """Of all of their records; -1: that of the model as it is when this is made."""
+    stamp: int = dataclasses.field(default_factory=new_stamp)
+    """Of all of their records, if others use the store."""
 
     def __post_init__(self) -> None:
         if self.epoch < 0:
@@ -118,6 +121,7 @@ class Creation:
         self._leases = leases
         self._commits = commits
         self._keeping = keeping
+        self._is_shared = keeping.others is not None and keeping.others.local is None
         self._pieces = pieces
         self._clock = clock
         self._follow = follow
@@ -193,9 +197,9 @@ class Creation:
             if isinstance(committed, ServerError):
                 settle(committed)
             elif not committed.conflicts.isdisjoint(ids):
-                self._undo(model, ids, committed, lambda: settle(Taken()))
+                self._undo(fresh, committed, lambda: settle(Taken()))
             elif not committed.unknown.isdisjoint(ids):
-                self._undo(model, ids, committed, lambda: settle(not_known()))
+                self._undo(fresh, committed, lambda: settle(not_known()))
             else:
                 settle(None)
 
@@ -239,11 +243,14 @@ class Creation:
         if self._quotas is not None:
             self._quotas.end(sessions)
 
-    def _undo(self, model: Model, ids: Sequence[str], committed: Committed, then: Callable[[], None]) -> None:
+    def _undo(self, fresh: Fresh, committed: Committed, then: Callable[[], None]) -> None:
         """Delete those of sessions that were not all made which were, or may have been."""
-        there = [session_id for session_id in ids if session_id not in committed.conflicts]
+        there, model = [i for i in fresh.ids if i not in committed.conflicts], fresh.model
         batch = Batch(
-            deletes=there, counts=[(model.name, -len(there))], tenant_counts=_of_tenants(there, model, -1)
+            deletes=there,
+            counts=[(model.name, -len(there))],
+            tenant_counts=_of_tenants(there, model, -1),
+            delete_follows=stamped(fresh.stamp, len(there)),
         )
         self._commits.submit(lambda: batch, len(there), lambda _: then())
 
@@ -264,6 +271,8 @@ class Creation:
             forgets=ids,
             counts=[(fresh.model.name, len(ids))],
             tenant_counts=_of_tenants(ids, fresh.model, 1),
+            follows=np.zeros(len(puts), np.uint64),
+            stamps=stamped(fresh.stamp, len(puts)),
         )
 
     async def _commit_in_pieces(
@@ -332,6 +341,7 @@ class Creation:
                 used=self._clock.monotonic(),
                 created=fresh.created,
                 lease=0 if fresh.lease is None else self._leases.number(fresh.lease),
+                stamp=fresh.stamp if self._is_shared else 0,
                 pinned=fresh.is_pinned,
             )
             if rows is not None:

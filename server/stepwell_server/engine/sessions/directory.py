@@ -17,7 +17,7 @@ from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.engine.sessions.ids import PIECE, IdMaker, shown
-from stepwell_server.engine.sessions.loading import Arrivals, Loader, Looked, Seen
+from stepwell_server.engine.sessions.loading import Arrivals, InPlace, Loader, Looked, Seen
 from stepwell_server.engine.state.fields import lease_of, mark_of
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import (
@@ -76,7 +76,7 @@ class Directory:
         self._is_local = store.local is not None
         self.may_expire = bool(expiry.max_idle_s)
         """Sessions that are in the table may have been idle for too long."""
-        self.here: Seen = Looked({}) if store.local is None else store.local
+        self.here: Seen = Looked({}) if store.local is None else InPlace(store.local)
         """What is known of sessions without a `look`."""
         self._counts: dict[str, int] = {}
         """Sessions of each model in an awaited store, when it was last asked."""
@@ -294,11 +294,34 @@ class Directory:
             is_pinned=bool(table.pinned[handle]),
         )
 
+    def info_now(self, handle: int, seen: Seen, *, is_same: bool = False) -> SessionInfo:
+        """Describe a session, by what another server made of it while something is under way for it here.
+
+        Raises:
+            SessionGone: it ended there; or, where it must be `is_same`, another session has its id there.
+            StateCorrupt: its record is damaged.
+        """
+        info = self.info(handle)
+        session_id, newer = info.session_id, seen.newer(info.session_id)
+        if newer is None:
+            return info
+        if newer.tombstone is not None:
+            raise self._endings.of(newer.tombstone)
+        if newer.record is None:
+            raise SessionNotFound(session_id, f"session {session_id!r} was closed on another server")
+        header = decode_header(session_id, newer.record)
+        opened_with = int(self._table.opened_with[handle])
+        if is_same and (header.created, header.opened_with) != (info.created, opened_with):
+            raise SessionNotFound(
+                session_id, f"session {session_id!r} was closed, and another one has its id"
+            )
+        return dataclasses.replace(self.stored_info(session_id, header), resident=info.resident)
+
     async def describe(self, session_id: str, *, usable: bool) -> SessionInfo:
         """Describe a session; see `Engine.session_info`."""
         seen = await self.look([session_id], anew=True)
         try:
-            return self.info(self.find(session_id, seen))
+            return self.info_now(self.find(session_id, seen), seen)
         except (ModelMismatch, ModelNotFound):
             stored = None if usable else seen.get(session_id)
             if stored is None:

@@ -9,6 +9,7 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,17 +41,32 @@ _TOLD_ONE_BY_ONE = 16
 """More sessions that expire together are a line in the log with their number."""
 
 
-Ended = tuple[str, str, int, int]
-"""Id, model, last revision and rows of a session that ends."""
+class Ended(NamedTuple):
+    """A session that ends."""
+
+    session_id: str
+    model: str
+    """Empty where the store does not count the session."""
+    revision: int
+    """The last one known."""
+    rows: int
+    stamp: int = 0
+    """Of its record; 0: it ends whatever the store has of it."""
 
 
-def batch_of(sessions: Sequence[Ended], end: End, at: float, request_id: int = 0) -> Batch:
-    """What the store is to know of sessions that ended; the model is empty where it does not count the session."""
+def batch_of(
+    sessions: Sequence[Ended], end: End, at: float, request_id: int = 0, *, idle_s: float = 0.0
+) -> Batch:
+    """What the store is to know of sessions that ended; see `Batch.idle_s`."""
     return Batch(
-        deletes=[session_id for session_id, *_ in sessions],
-        tombstones=[Tombstone(i, end, at, request_id, revision) for i, _, revision, _ in sessions],
-        counts=[(model, -1) for _, model, *_ in sessions if model],
-        tenant_counts=counts.of_tenants([(i, model) for i, model, *_ in sessions if model], -1),
+        deletes=[each.session_id for each in sessions],
+        tombstones=[Tombstone(each.session_id, end, at, request_id, each.revision) for each in sessions],
+        counts=[(each.model, -1) for each in sessions if each.model],
+        tenant_counts=counts.of_tenants(
+            [(each.session_id, each.model) for each in sessions if each.model], -1
+        ),
+        delete_follows=np.array([each.stamp for each in sessions], np.uint64),
+        idle_s=idle_s,
     )
 
 
@@ -72,11 +88,12 @@ class Removal:
         """What the store is to know of sessions of the table when they end."""
         table = self._table
         return [
-            (
+            Ended(
                 table.session_id(handle),
                 self._models.by_handle(handle).name,
                 int(table.revision[handle]),
                 int(table.batch_size[handle]),
+                int(table.stamp[handle]),
             )
             for handle in handles.tolist()
         ]
@@ -292,14 +309,17 @@ class Expiry:
         if not due or store is None:
             return 0
         try:
-            records = await store.get_many(due)
+            found = await store.fetch(due)
         except ServerError as error:
             _log.warning("the store could not be asked for idle sessions", error=error)
             return 0
         for session_id in due:
             self._strays.pop(session_id, None)  # gone if it was loaded meanwhile
-        found = zip(due, records, strict=True)
-        return self._expire_untouched((i, header_or_none(i, r)) for i, r in found if r is not None)
+        return self._expire_untouched(
+            (i, header_or_none(i, each.record))
+            for i, each in zip(due, found, strict=True)
+            if each.record is not None
+        )
 
     def _expire_untouched(self, found: Iterable[tuple[str, Header | None]]) -> int:
         """End those of the store's sessions that nobody has named for the time limit; return how many."""
@@ -311,7 +331,7 @@ class Expiry:
             and session_id not in self._strays
             and self._is_idle_everywhere(header)
         ]
-        ended = [(i, header.model, header.revision, header.batch_size) for i, header in untouched]
+        ended = [Ended(i, header.model, header.revision, header.batch_size) for i, header in untouched]
         self.end_stored(ended, End.EXPIRED)
         return len(untouched)
 
@@ -352,10 +372,12 @@ class Expiry:
             else:
                 if self._quotas is not None:
                     stay = committed.unknown | committed.conflicts
-                    self._quotas.end((i, rows) for i, _, _, rows in sessions if i not in stay)
+                    self._quotas.end((e.session_id, e.rows) for e in sessions if e.session_id not in stay)
                 # those with a conflict were used on another server, and are forgotten here
                 self.remember_use([i for i in ids if i in committed.unknown], -math.inf)
 
-        batch = batch_of(sessions, end, self._clock.now())
+        # where others use the store, one of them may have used the session since
+        idle_s = self.max_idle_s if end is End.EXPIRED and self.is_shared else 0.0
+        batch = batch_of(sessions, end, self._clock.now(), idle_s=idle_s)
         self.burying.update({stone.session_id: stone for stone in batch.tombstones})
         self._commits.submit(lambda: batch, len(sessions), done)

@@ -113,7 +113,7 @@ class Leaving:
                     continue
                 if self._leases.is_over(lease, self._clock.monotonic()):
                     due.append(
-                        (
+                        Ended(
                             session_id,
                             heads.models[int(heads.model[place])],
                             int(heads.heads["revision"][place]),

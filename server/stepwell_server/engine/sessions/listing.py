@@ -120,8 +120,12 @@ class Listing:
         away = [session_id for session_id in ids if session_id not in self._table]
         headers: dict[str, Header | None] = {}
         if away and self._others is not None:
-            records = await self._others.get_many(away)
-            headers = {i: header_or_none(i, r) for i, r in zip(away, records, strict=True) if r is not None}
+            fetched = await self._others.fetch(away)
+            headers = {
+                i: header_or_none(i, each.record)
+                for i, each in zip(away, fetched, strict=True)
+                if each.record is not None
+            }
         found = [self._info(i, headers.get(i)) for i in ids if i in self._table or i in headers]
         return [info for info in found if info is not None]
 

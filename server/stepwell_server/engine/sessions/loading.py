@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,21 +16,21 @@ from typing_extensions import override
 
 from stepwell_server.core.history import How
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.durability.fetching import Fetched, Fetcher
+from stepwell_server.engine.durability.fetching import Fetcher
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ModelMismatch, ModelNotFound, ServerError, StateCorrupt, Unavailable
-from stepwell_server.store.base import Tombstone
-from stepwell_server.store.record import Header, Stored, decode_header, header_or_none
+from stepwell_server.store.base import Fetched, LocalStore, Tombstone
+from stepwell_server.store.record import Header, Stored, decode_header
 
-_NOTHING = Fetched(None, None)
+_NOTHING = Fetched()
 
 
 class Seen(Protocol):
-    """What is known of sessions that are not in the table: what was `Looked` up, or a `LocalStore`, asked in place."""
+    """What is known of sessions that are not in the table: what was `Looked` up, or a store that is asked `InPlace`."""
 
     def get(self, session_id: str) -> Stored | None:
         """See `LocalStore`."""
@@ -41,13 +41,52 @@ class Seen(Protocol):
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         """See `LocalStore`."""
 
+    def stamp(self, session_id: str) -> int:
+        """Of the record; 0 if there is none, or nobody else uses the store."""
+
+    def newer(self, session_id: str) -> Fetched | None:
+        """What another server made of a session that is in the table and has something under way here; None: nothing."""
+
+
+class InPlace(Seen):
+    """`Seen`, of a store that answers in place, and that nobody else uses."""
+
+    def __init__(self, local: LocalStore) -> None:
+        self._local = local
+
+    @override
+    def get(self, session_id: str) -> Stored | None:
+        return self._local.get(session_id)
+
+    @override
+    def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
+        return self._local.get_many(session_ids)
+
+    @override
+    def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
+        return self._local.tombstones(session_ids)
+
+    @override
+    def stamp(self, session_id: str) -> int:
+        return 0
+
+    @override
+    def newer(self, session_id: str) -> Fetched | None:
+        return None
+
 
 class Looked(Seen):
     """`Seen`, of the sessions that a store was asked for; of others nothing is known."""
 
-    def __init__(self, found: dict[str, Fetched], error: ServerError | None = None) -> None:
+    def __init__(
+        self,
+        found: Mapping[str, Fetched],
+        error: ServerError | None = None,
+        newer: Mapping[str, Fetched] | None = None,
+    ) -> None:
         self._found = found
         self._error = error
+        self._newer = newer or {}
 
     @override
     def get(self, session_id: str) -> Stored | None:
@@ -60,6 +99,14 @@ class Looked(Seen):
     @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         return [self._of(session_id).tombstone for session_id in session_ids]
+
+    @override
+    def stamp(self, session_id: str) -> int:
+        return self._of(session_id).stamp
+
+    @override
+    def newer(self, session_id: str) -> Fetched | None:
+        return self._newer.get(session_id)
 
     def _of(self, session_id: str) -> Fetched:
         found = self._found.get(session_id)
@@ -145,14 +192,15 @@ class Arrivals:
         try:
             if before:
                 await asyncio.wait(before)
+            newer: Mapping[str, Fetched] = {}
             if anew:
                 self._drain()  # what came before is under way then
-                await self._compare(session_ids)
-            return await self._look(session_ids)
+                newer = await self._compare(session_ids)
+            return await self._look(session_ids, newer)
         finally:
             self._end_after(before, own, session_ids)
 
-    async def _look(self, session_ids: Sequence[str]) -> Seen:
+    async def _look(self, session_ids: Sequence[str], newer: Mapping[str, Fetched]) -> Seen:
         if self._expiry.is_shared:
             self._expiry.forget_due(session_ids)
         found: dict[str, Fetched] = {}
@@ -164,29 +212,52 @@ class Arrivals:
                 known = dict.fromkeys(session_ids, _NOTHING)
                 for session_id in wanted:
                     del known[session_id]
-                return Looked(known | found, error)
+                return Looked(known | found, error, newer)
         seen = Looked(found)
         ids = list(found)
         async for part in self._pieces.of(ids):
             self._loader.load_all(ids[part], seen)
         # the rest is about to begin or to end here, and has no record yet, or soon none
-        return Looked(dict.fromkeys(session_ids, _NOTHING) | found)
+        return Looked(dict.fromkeys(session_ids, _NOTHING) | found, newer=newer)
 
-    async def _compare(self, session_ids: Sequence[str]) -> None:
-        """Forget sessions that other servers have changed, of those that have nothing under way here."""
+    async def _compare(self, session_ids: Sequence[str]) -> dict[str, Fetched]:
+        """Forget sessions that other servers have changed, of those that have nothing under way here.
+
+        Returns:
+            What others made of those that do have something under way.
+
+        Raises:
+            Unavailable: the store cannot be read, and such a session may have been changed.
+        """
         table = self._table
-        handles = {i: handle for i in session_ids if (handle := table.find(i)) is not None}
-        idle = [session_id for session_id, handle in handles.items() if not table.claimed[handle]]
-        if not idle:
-            return
+        births = {i: int(table.birth[handle]) for i in session_ids if (handle := table.find(i)) is not None}
+        if not births:
+            return {}
+        ids = list(births)
+        handles = table.find_all(ids)
+        was_claimed = table.claimed[handles]
         try:
-            found = await self._fetcher.fetch(idle)
+            found = await self._fetcher.fetch(ids, table.stamp[handles].tolist())
         except ServerError:
-            found = [_NOTHING] * len(idle)  # they are loaded when the store can be read again
-        # no change of theirs has begun meanwhile: it would wait behind this one
-        self._expiry.forget(
-            [i for i, each in zip(idle, found, strict=True) if not _is_as_here(table, handles[i], i, each)]
-        )
+            if was_claimed.any():
+                raise
+            found = [_NOTHING] * len(ids)  # they are loaded when the store can be read again
+        changed = {i: each for i, each in zip(ids, found, strict=True) if not each.is_known}
+        # what is under way may have been kept after the store was asked, or before: its own stamp is no other's
+        handles = table.find_all(list(changed))
+        newer: dict[str, Fetched] = {}
+        idle: list[str] = []
+        for handle, (session_id, each) in zip(handles.tolist(), changed.items(), strict=True):
+            if handle < 0 or int(table.birth[handle]) != births[session_id]:
+                continue  # it has left the table, and is looked for anew
+            if each.stamp and each.stamp == int(table.stamp[handle]):
+                continue
+            if table.claimed[handle]:
+                newer[session_id] = each
+            else:
+                idle.append(session_id)
+        self._expiry.forget(idle)
+        return newer
 
     def _end_after(
         self, before: set[asyncio.Future[None]], own: asyncio.Future[None], session_ids: Sequence[str]
@@ -215,17 +286,9 @@ class Arrivals:
             self._idle.set()
 
 
-def _is_as_here(table: SessionTable, handle: int, session_id: str, found: Fetched) -> bool:
-    header = None if found.record is None else header_or_none(session_id, found.record)
-    return header is not None and (header.revision, header.created, header.opened_with) == (
-        int(table.revision[handle]),
-        float(table.created[handle]),
-        int(table.opened_with[handle]),
-    )
-
-
-def refresh(table: SessionTable, fields: Fields, handle: int, header: Header) -> None:
+def refresh(table: SessionTable, fields: Fields, handle: int, header: Header, stamp: int) -> None:
     """Let the table say what a record says that another server wrote."""
+    table.stamp[handle] = stamp
     table.revision[handle], table.position[handle] = header.revision, header.position
     table.request_id[handle], table.opened_with[handle] = header.request_id, header.opened_with
     table.created[handle], table.reply[handle] = header.created, header.reply
@@ -248,7 +311,7 @@ class Loader:
         stored = seen.get(session_id)
         if stored is None:
             return None
-        return int(self.adopt([self._served(session_id, stored)])[0])
+        return int(self.adopt([self._served(session_id, stored)], [seen.stamp(session_id)])[0])
 
     def load_all(self, session_ids: Sequence[str], seen: Seen) -> tuple[int, list[str]]:
         """Take those sessions into the table that are in the store and can be stepped.
@@ -270,7 +333,7 @@ class Loader:
             except (StateCorrupt, ModelMismatch, ModelNotFound):
                 unusable.append(session_id)  # `find` says why
         if found:
-            self.adopt(found)
+            self.adopt(found, [seen.stamp(session_id) for session_id, _, _ in found])
         return len(found), unusable
 
     def _served(self, session_id: str, stored: Stored) -> tuple[str, Header, Model]:
@@ -281,8 +344,11 @@ class Loader:
             header = dataclasses.replace(header, position=0)
         return session_id, header, model
 
-    def adopt(self, sessions: Sequence[tuple[str, Header, Model]]) -> Handles:
-        """Take sessions of the store into the table, none of which is there; the headers are those of their records."""
+    def adopt(self, sessions: Sequence[tuple[str, Header, Model]], stamps: Sequence[int]) -> Handles:
+        """Take sessions of the store into the table, none of which is there.
+
+        Headers and stamps are those of their records.
+        """
         headers = [header for _, header, _ in sessions]
         handles = self._table.add(
             [session_id for session_id, _, _ in sessions],
@@ -296,6 +362,7 @@ class Loader:
             created=[header.created for header in headers],
             used=[self._expiry.take_use(session_id, header) for session_id, header, _ in sessions],
             reply=[header.reply for header in headers],
+            stamp=np.array(stamps, np.uint64),
         )
         for handle, header in zip(handles.tolist(), headers, strict=True):
             if header.fields:

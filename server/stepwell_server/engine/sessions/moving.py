@@ -20,6 +20,7 @@ from stepwell_server.engine.api import Observer, Position, SessionFilter
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.records import Records, as_it_is
+from stepwell_server.engine.durability.stamps import new_stamp, stamped
 from stepwell_server.engine.intake.admission import changed_elsewhere
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.sessions.catalogue import Query
@@ -155,7 +156,7 @@ class Moving:
         """The records of sessions as of their last completed changes, or why there is none."""
         if self._others is None:
             return [await self._of_arena(session_id, deadline) for session_id in session_ids]
-        records = await self._others.get_many(session_ids)
+        records = [each.record for each in await self._others.fetch(session_ids)]
         missing = [i for i, record in zip(session_ids, records, strict=True) if record is None]
         seen = await self._directory.look(missing) if missing else self._directory.here
         found = [self._exported(i, record, seen) for i, record in zip(session_ids, records, strict=True)]
@@ -426,6 +427,7 @@ class Moving:
         if not fresh:
             return results
         ids = [each.session_id for each in fresh]
+        stamp = new_stamp() if self._local is None else 0
 
         def done(committed: Committed | ServerError) -> dict[str, Result]:
             for each in fresh:
@@ -435,7 +437,7 @@ class Moving:
                 results[each.session_id] = error or Brought.IMPORTED
             kept = [each for each in fresh if results[each.session_id] is Brought.IMPORTED]
             if kept:
-                self._loader.adopt([each.served for each in kept])
+                self._loader.adopt([each.served for each in kept], [stamp] * len(kept))
             self._creation.give_up(ids)
             self._tell(kept)
             return results
@@ -446,6 +448,8 @@ class Moving:
             counts=list(Counter(each.model.name for each in fresh).items()),
             tenant_counts=counts.of_tenants([(each.session_id, each.model.name) for each in fresh], 1),
             goes_back=any(each.was_here for each in fresh),
+            follows=np.zeros(len(fresh), np.uint64),
+            stamps=stamped(stamp, len(fresh)),
         )
         return await self._commit(batch, done)
 
@@ -502,7 +506,7 @@ class Moving:
                 session_id, f"session {session_id!r} was replaced by one that was imported"
             )
             self._removal.forget(handle, gone)
-            self._loader.adopt([each.served])
+            self._loader.adopt([each.served], [0])
             self._tell([each])
             return Brought.REPLACED
 

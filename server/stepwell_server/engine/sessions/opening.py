@@ -30,6 +30,7 @@ from stepwell_server.errors import (
     ModelNotFound,
     RevisionConflict,
     SessionExists,
+    SessionGone,
 )
 from stepwell_server.program import FINGERPRINT_DIGITS
 
@@ -145,7 +146,11 @@ class Opening:
             if handle is not None:
                 if "@" in model:
                     self._require_version(handle, served)
-                return self._resume(handle, served, batch_size, must_be_new, request_id, lease)
+                try:
+                    return self._resume(handle, seen, served, batch_size, must_be_new, request_id, lease)
+                except SessionGone:  # on another server, while something is under way for it here
+                    await self._turns.free(handle)
+                    continue
             if not session_id:
                 self._require_not_gone(name, seen)
             self._require_own(session_id, seen)
@@ -400,6 +405,7 @@ class Opening:
     def _resume(
         self,
         handle: int,
+        seen: Seen,
         model: Model,
         batch_size: int,
         must_be_new: bool,
@@ -407,12 +413,12 @@ class Opening:
         lease: Lease | None,
     ) -> Opened:
         session_id = self._table.session_id(handle)
+        info = self._directory.info_now(handle, seen, is_same=True)
         if request_id and int(self._table.opened_with[handle]) == request_id:
             self._observer.replayed(model.name, "open", 1)
-            return Opened(self._directory.info(handle), replayed=True)
+            return Opened(info, replayed=True)
         if must_be_new:
             raise _exists("session_id", session_id)
-        info = self._directory.info(handle)
         if info.model != model.name or info.batch_size != batch_size:
             raise SessionExists(
                 f"session {session_id!r} is open with model {info.model!r} and batch_size {info.batch_size};"
@@ -425,7 +431,7 @@ class Opening:
             own = self._leased(lease)
             self._table.lease[handle] = 0 if own is None else self._leases.number(own)
         self._observer.session_event("resumed", model.name, session_id)
-        return Opened(self._directory.info(handle), resumed=True)
+        return Opened(self._directory.info_now(handle, seen, is_same=True), resumed=True)
 
     async def _fork(
         self, source: int, name: str, seen: Seen, expected: int | None, request_id: int, lease: Lease | None
@@ -520,7 +526,7 @@ class Opening:
         if known is None:
             return None
         if request_id and int(self._table.opened_with[known]) == request_id:
-            info = self._directory.info(known)
+            info = self._directory.info_now(known, seen)
             self._observer.replayed(info.model, "fork", 1)
             return Opened(info, replayed=True)
         raise _exists("new_session_id", name)

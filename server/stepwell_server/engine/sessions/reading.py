@@ -252,15 +252,23 @@ class _Reader:
     async def _read(self, places: Members) -> None:
         handles = self._handles[places]
         refused: dict[int, ServerError] = {}
-        if self._with_state:
+        if self._pager.is_shared:
+            try:
+                await self._pager.compare(self._model, handles)
+            except ServerError as error:
+                refused = dict.fromkeys(handles.tolist(), error)
+        if not refused and (self._with_state or self._pager.is_shared):
             is_here = self._table.row[handles] >= 0
-            await self._copy(places[is_here], self._table.rows_of(handles[is_here]))
+            if self._with_state:
+                await self._copy(places[is_here], self._table.rows_of(handles[is_here]))
             away = places[~is_here]
             if len(away):
+                # of a store that others use revisions are known when it was asked
                 states, refused = await self._pager.states_of(self._model, handles[~is_here])
                 if refused:
                     away = away[[handle not in refused for handle in self._handles[away].tolist()]]
-                self._put(away, states)
+                if self._with_state:
+                    self._put(away, states)
         if not refused:
             self._done(places)
             return

@@ -1,0 +1,212 @@
+"""Two servers on one store: stamps tell records apart, and what is read or refused is what the store has now."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.errors import RevisionConflict, ServerError, SessionNotFound, Unavailable
+from stepwell_server.store.base import Batch
+from support.awaited import RemoteStore
+from support.durable import begun, same_reply
+from support.engine import Harness, x
+from support.replicas import both_know, two
+
+pytestmark = pytest.mark.stores("awaited")
+
+
+def loses_last_write(store: RemoteStore, session_id: str, before: bytes, stamp: int) -> None:
+    """What a fail-over of a store can do that did not wait for its copies: an older record is there again."""
+    store.shared.commit(Batch(puts=[(session_id, before)]))
+    store.stamps[session_id] = stamp
+
+
+async def test_a_revision_that_comes_twice_is_not_taken_for_the_first() -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        store: RemoteStore = first.store
+        before, stamp = bytes(store.shared.get("a") or b""), store.stamps["a"]
+        await first.step("a", x(1, seed=1))
+        loses_last_write(store, "a", before, stamp)
+        other = await second.step("a", x(1, seed=2), request_ids=7)
+        assert other.revision == 2
+        # the first server has a state of revision 2 as well: it is of the write that was lost
+        with pytest.raises(RevisionConflict) as refused:
+            await first.step("a", x(1), expected=1, request_ids=9)
+        assert (refused.value.expected, refused.value.actual) == (1, 2)
+        assert (await first.state("a"))["sum"].tobytes() == (await second.state("a"))["sum"].tobytes()
+        await first.step("a", x(1, seed=3), expected=2)
+        assert (await second.step("a", x(1), expected=3)).revision == 4
+
+
+async def test_a_change_of_a_write_that_was_lost_is_not_kept() -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        store: RemoteStore = first.store
+        before, stamp = bytes(store.shared.get("a") or b""), store.stamps["a"]
+        await first.step("a", x(1, seed=1))
+        loses_last_write(store, "a", before, stamp)
+        await second.step("a", x(1, seed=2))
+        answer = await first.step("a", x(1, seed=3), expected=2)  # of what the store has
+        assert answer.revision == 3
+        wanted = await second.state("a")
+        assert wanted["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
+
+
+async def test_a_commit_that_is_sent_again_is_kept_once() -> None:
+    async with two() as (first, _):
+        await first.open("a")
+        store: RemoteStore = first.store
+        batches: list[Batch] = []
+        commit = store.commit
+
+        async def twice(batch: Batch) -> Any:
+            kept = bytes(batch.puts[0][1])
+            batches.append(batch)
+            await commit(batch)
+            assert bytes(batch.puts[0][1]) == kept
+            return await commit(batch)
+
+        store.commit = twice  # type: ignore[method-assign]
+        assert (await first.step("a", x(1), expected=0, request_ids=1)).revision == 1
+        assert len(batches) == 1
+        assert batches[0].stamps[0] != 0
+
+
+async def test_a_retry_is_answered_by_what_the_store_has_now() -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        applied = await first.step("a", x(1), expected=1, request_ids=9)
+        store: RemoteStore = first.store
+        reads = len(store.asked("read"))
+        same_reply(await first.step("a", x(1), expected=1, request_ids=9), applied)
+        assert len(store.asked("read")) > reads
+        await second.step("a", x(1), expected=2, request_ids=10)
+        with pytest.raises(RevisionConflict) as refused:
+            await first.step("a", x(1), expected=1, request_ids=9)
+        assert refused.value.actual == 3
+
+
+async def step_while_read(first: Harness, second: Harness, **options: Any) -> tuple[Any, asyncio.Task[Any]]:
+    """A read on the second server that has its turn, and waits for the store; another that waits behind it."""
+    store: RemoteStore = second.store
+    store.reads_held = True
+    held = await begun(second.engine.get_states(["a"], **options))
+    await store.until("read", len(store.asked("read")))
+    await first.step("a", x(1, seed=4))
+    behind = await begun(second.engine.get_states(["a"], **options))
+    store.let_go()
+    return await held, behind
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+async def test_a_read_behind_a_read_shows_what_was_answered_before_it_began(with_state: bool) -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        _, behind = await step_while_read(first, second, with_state=with_state)
+        read = await behind
+        assert read.revisions.tolist() == [2]
+        if with_state:
+            assert read.state["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
+
+
+async def test_a_fork_is_of_what_was_answered_before_it_began() -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        await first.step("a", x(1, seed=4))
+        forked = await second.engine.fork("a", new_session_id="b")
+        assert forked.session.revision == 2
+        assert (await second.state("b"))["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
+
+
+@pytest.mark.parametrize("call", ["describe", "resume"])
+async def test_a_session_with_something_under_way_is_described_as_the_store_has_it(call: str) -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        store: RemoteStore = second.store
+        store.commits_held = True
+        loses = second.submit("a", x(1), expected=1, request_ids=10)
+        await store.until("commit")
+        await first.step("a", x(1), expected=1, request_ids=9)
+        await first.step("a", x(1), expected=2, request_ids=10)
+        info = (
+            await second.engine.session_info("a")
+            if call == "describe"
+            else (await second.engine.open_session("plain", session_id="a")).session
+        )
+        assert (info.revision, info.position) == (3, 3)
+        store.let_go()
+        with pytest.raises(RevisionConflict):
+            await loses.only()
+
+
+@pytest.mark.parametrize("again", [True, False])
+async def test_a_session_that_was_closed_elsewhere_while_something_is_under_way(again: bool) -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        store: RemoteStore = second.store
+        store.commits_held = True
+        loses = second.submit("a", x(1))
+        await store.until("commit")
+        await first.engine.close_session("a")
+        if again:
+            opening = await begun(second.engine.open_session("plain", session_id="a", batch_size=2))
+            store.let_go()
+            opened = await opening
+            assert not opened.resumed
+            assert opened.session.batch_size == 2
+            assert opened.session.revision > 1
+        else:
+            with pytest.raises(SessionNotFound):
+                await second.engine.session_info("a")
+            store.let_go()
+        with pytest.raises(SessionNotFound):
+            await loses.only()
+
+
+@pytest.mark.parametrize("said", [True, False])
+async def test_a_step_that_fits_the_session_which_has_the_id_now_is_applied(said: bool) -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        await first.engine.close_session("a")
+        await first.engine.open_session("plain", session_id="a", batch_size=3)
+        sizes = {"batch_sizes": [3]} if said else {}
+        answer = await second.submit("a", x(3), sizes=[3], **sizes).only()
+        assert answer.outputs["y"].shape[0] == 3
+        with pytest.raises(ServerError, match="3"):
+            await second.submit("a", x(2), sizes=[2], **{k: [2] for k in sizes}).only()
+
+
+async def test_what_is_undone_is_only_what_this_call_made() -> None:
+    async with two() as (first, second):
+        store: RemoteStore = second.store
+        store.commits_held = True
+        opening = await begun(second.engine.open_sessions("plain", session_ids=["a", "b", "c"]))
+        await store.until("commit")
+        await first.open("b")
+        store.let_go_once("commit")  # `a` and `c` are made, `b` is taken: the call undoes its own
+        await store.until("commit", 2)
+        await first.engine.close_session("a")
+        await first.engine.open_session("plain", session_id="a", batch_size=2)
+        store.let_go()
+        with pytest.raises(ServerError):
+            await opening
+        assert (await first.engine.session_info("a")).batch_size == 2
+        with pytest.raises(SessionNotFound):
+            await first.engine.session_info("c")
+
+
+async def test_nothing_is_read_that_the_store_cannot_confirm() -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        store: RemoteStore = second.store
+        store.read_error = Unavailable("the store is away")
+        with pytest.raises(Unavailable):
+            await second.state("a")
+        with pytest.raises(Unavailable):
+            await second.engine.session_info("a")
+        store.read_error = None
+        assert (await second.state("a"))["sum"].shape == np.zeros((1, 2)).shape
