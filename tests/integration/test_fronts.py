@@ -139,6 +139,13 @@ STEPS: dict[str, dict[str, Any]] = {
     "a reset mask": {"inputs": [tensor(X[:1, 0])], "reset_mask": [True]},
     "a mask of others": {"inputs": [tensor(X[:1, 0])], "reset_mask": [True, False]},
     "a request id": {"inputs": [tensor(X[:1, 0])], "request_id": 2**63 + 1},
+    "numbers": {"inputs": [tensors_pb2.Tensor(values=[0.5, 1, -2])], "request_id": 9},
+    "the request id of numbers again": {"inputs": [tensors_pb2.Tensor(values=[0.5, 1, -2])], "request_id": 9},
+    "numbers too few": {"inputs": [tensors_pb2.Tensor(values=[0.5, 1])]},
+    "numbers beside data": {"inputs": [tensor(X[:1, 0], values=[0.5, 1, -2])]},
+    "numbers back": {"inputs": [tensor(X[:1, 0])], "tensor_format": 2},
+    "numbers back from several time steps": {"inputs": [tensor(X[:1])], "tensor_format": 2, "states": 3},
+    "an unknown format": {"inputs": [tensor(X[:1, 0])], "tensor_format": 9},
     "the request id again": {"inputs": [tensor(X[1:2, 0])], "request_id": 2**63 + 1},
 }
 

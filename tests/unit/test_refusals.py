@@ -65,6 +65,11 @@ def x(array: Any = X, **fields: Any) -> list[Tensor]:
     return [tensor(array, **fields)]
 
 
+def numbers(*values: float, **fields: Any) -> list[Tensor]:
+    """The only input, without its name, its elements said as numbers."""
+    return [Tensor(values=values, **fields)]
+
+
 #: Inputs, and the message; a third is what Predict says instead.
 INPUTS: dict[str, tuple[Tensors, str] | tuple[Tensors, str, str]] = {
     # Shapes.
@@ -133,6 +138,55 @@ INPUTS: dict[str, tuple[Tensors, str] | tuple[Tensors, str, str]] = {
     "one negative axis": (
         x(shape=[-1, 0], data=b""),
         "inputs: every axis of shape must be 0 or more; got [-1, 0]",
+    ),
+    # Elements said as numbers.
+    "values and data": (
+        x(values=[1]),
+        "inputs: data must be empty where values are given; got 16 bytes of it",
+    ),
+    "values too few": (numbers(1, 2, 3, shape=[2, 2]), "inputs: shape [2, 2] needs 4 values; got 3"),
+    "values of one row": (
+        numbers(1, 2, 3, 4),
+        SHAPE + "(1, 4)",
+        "input 'x' must have shape (1, 2) or (1, T, 2); got (1, 4)",
+    ),
+    "too many values": (
+        numbers(*[0.5] * 65_537),
+        "inputs: values must be at most 65536 in all tensors, more go into data; got 65537",
+    ),
+    "values of rank 33": (numbers(1, shape=[1] * 33), "inputs: shape must have at most 32 axes; got 33"),
+    "values of a negative axis": (
+        numbers(1, 2, shape=[-1, -2]),
+        "inputs: every axis of shape must be 0 or more; got [-1, -2]",
+    ),
+    "values of an unknown dtype": (
+        numbers(1, dtype=99),
+        "inputs: dtype must be one of stepwell.v1.DataType; got 99",
+    ),
+    "half an integer": (
+        numbers(1, 2.5, dtype=7),
+        "inputs: values must be integers of -2147483648 to 2147483647 for int32; got 2.5",
+    ),
+    "an integer beyond its type": (
+        numbers(2**63, dtype=8),
+        f"inputs: values must be integers of {-(2**63)} to {2**63 - 1} for int64; got 9.22337e+18",
+    ),
+    "NaN as an integer": (
+        numbers(NAN, dtype=9),
+        "inputs: values must be integers of 0 to 255 for uint8; got nan",
+    ),
+    "two as a boolean": (
+        numbers(0, 2, dtype=13),
+        "inputs: values must be integers of 0 to 1 for bool; got 2",
+    ),
+    "NaN as a number": (numbers(1, 2, 3, NAN, shape=[2, 2]), "input 'x'" + FINITE + "nan at index [1, 1]"),
+    "a number too large": (
+        numbers(1, 2, 3, 1e300, shape=[2, 2], dtype=1),
+        "input 'x'" + FINITE + "inf at index [1, 1]",
+    ),
+    "numbers for integers": (
+        [*rich(token=None), Tensor(name="token", values=[0.5, 1], shape=[2])],
+        "input 'token'" + FITS + "int32; got float64",
     ),
     # Values.
     "NaN": (x(with_one(NAN)), "input 'x'" + FINITE + "nan at index [1, 1]"),
@@ -313,6 +367,11 @@ OF_ONE: dict[str, tuple[str, dict[str, Any], str]] = {
         "ResetStates",
         {"rows": [0, 2], "state": [tensor(with_one(NAN))]},
         "state 'sum'" + FINITE + "nan at index [1, 1]",
+    ),
+    "no such format": (
+        "Step",
+        {"tensor_format": 3},
+        "tensor_format must be one of stepwell.v1.TensorFormat; got 3",
     ),
     "no such selection": (
         "both",

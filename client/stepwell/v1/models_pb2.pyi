@@ -905,8 +905,11 @@ class PredictRequest(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     RESET_MASK_FIELD_NUMBER: _builtins.int
+    TENSOR_FORMAT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model, as in GetModelRequest."""
+    tensor_format: _tensors_pb2.TensorFormat.ValueType
+    """How the tensors of the answer say their elements. Not said: as the inputs do."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
         """Inputs, (batch, T, features...); one time step may leave out T. The batch size is free, >= 1."""
@@ -928,10 +931,11 @@ class PredictRequest(_message.Message):
         inputs: _abc.Iterable[_tensors_pb2.Tensor] | None = ...,
         state: _abc.Iterable[_tensors_pb2.Tensor] | None = ...,
         reset_mask: _abc.Iterable[_builtins.bool] | None = ...,
+        tensor_format: _tensors_pb2.TensorFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "model", b"model", "reset_mask", b"reset_mask", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "model", b"model", "reset_mask", b"reset_mask", "state", b"state", "tensor_format", b"tensor_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -816,6 +816,7 @@ class StepRequest(_message.Message):
     STATES_FIELD_NUMBER: _builtins.int
     STATE_ROWS_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
+    TENSOR_FORMAT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     expected_revision: _builtins.int
@@ -829,6 +830,8 @@ class StepRequest(_message.Message):
     anything changes if it is too large for a message. A server that does not know what is asked for says
     INVALID_ARGUMENT.
     """
+    tensor_format: _tensors_pb2.TensorFormat.ValueType
+    """How the tensors of the answer say their elements. Not said: as the inputs do."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
         """Inputs, (R, T, features...) with R the batch size, or the number of rows where these are given; one time step may
@@ -874,10 +877,11 @@ class StepRequest(_message.Message):
         states: Global___StateSelection.ValueType = ...,
         state_rows: _abc.Iterable[_builtins.int] | None = ...,
         rows: _abc.Iterable[_builtins.int] | None = ...,
+        tensor_format: _tensors_pb2.TensorFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "inputs", b"inputs", "output_names", b"output_names", "outputs", b"outputs", "request_id", b"request_id", "reset_mask", b"reset_mask", "rows", b"rows", "session_id", b"session_id", "state_rows", b"state_rows", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "inputs", b"inputs", "output_names", b"output_names", "outputs", b"outputs", "request_id", b"request_id", "reset_mask", b"reset_mask", "rows", b"rows", "session_id", b"session_id", "state_rows", b"state_rows", "states", b"states", "tensor_format", b"tensor_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -1401,16 +1405,20 @@ class GetStateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    TENSOR_FORMAT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
+    tensor_format: _tensors_pb2.TensorFormat.ValueType
+    """How the states say their elements. Not said: as data."""
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
+        tensor_format: _tensors_pb2.TensorFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id", "tensor_format", b"tensor_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1526,10 +1534,13 @@ class GetStatesRequest(_message.Message):
 
     SESSION_IDS_FIELD_NUMBER: _builtins.int
     WITHOUT_STATE_FIELD_NUMBER: _builtins.int
+    TENSOR_FORMAT_FIELD_NUMBER: _builtins.int
     without_state: _builtins.bool
     """Revisions and positions alone. The states count towards the size of the reply: a request for more than a message
     holds is refused with MESSAGE_TOO_LARGE, and may be made again for fewer sessions each.
     """
+    tensor_format: _tensors_pb2.TensorFormat.ValueType
+    """How the states say their elements. Not said: as data."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The sessions, 1 to 65536, each at most once, of the model of the first of them that is there."""
@@ -1539,10 +1550,11 @@ class GetStatesRequest(_message.Message):
         *,
         session_ids: _abc.Iterable[_builtins.str] | None = ...,
         without_state: _builtins.bool = ...,
+        tensor_format: _tensors_pb2.TensorFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_ids", b"session_ids", "without_state", b"without_state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_ids", b"session_ids", "tensor_format", b"tensor_format", "without_state", b"without_state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -87,9 +87,39 @@ DATA_TYPE_BOOL: DataType.ValueType  # 13
 """One byte, 0 or 1."""
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
+class _TensorFormat:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TensorFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TensorFormat.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TENSOR_FORMAT_UNSPECIFIED: _TensorFormat.ValueType  # 0
+    """As the tensors of the request do: as values if one of them has values, else as data."""
+    TENSOR_FORMAT_DATA: _TensorFormat.ValueType  # 1
+    """As bytes."""
+    TENSOR_FORMAT_VALUES: _TensorFormat.ValueType  # 2
+    """As numbers. The tensors of such an answer may have at most 256 KiB of elements together; what would be more is
+    refused with MESSAGE_TOO_LARGE before anything changes. A tensor that has integers of 2^53 or more comes as
+    data, since doubles do not hold all of them.
+    """
+
+class TensorFormat(_TensorFormat, metaclass=_TensorFormatEnumTypeWrapper):
+    """How the tensors of an answer say their elements."""
+
+TENSOR_FORMAT_UNSPECIFIED: TensorFormat.ValueType  # 0
+"""As the tensors of the request do: as values if one of them has values, else as data."""
+TENSOR_FORMAT_DATA: TensorFormat.ValueType  # 1
+"""As bytes."""
+TENSOR_FORMAT_VALUES: TensorFormat.ValueType  # 2
+"""As numbers. The tensors of such an answer may have at most 256 KiB of elements together; what would be more is
+refused with MESSAGE_TOO_LARGE before anything changes. A tensor that has integers of 2^53 or more comes as
+data, since doubles do not hold all of them.
+"""
+Global___TensorFormat: _TypeAlias = TensorFormat  # noqa: Y015
+
 @_typing.final
 class Tensor(_message.Message):
-    """A dense array."""
+    """A dense array. Its elements are said by `data` or by `values`, not by both."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -97,17 +127,28 @@ class Tensor(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model's input, output or state that this is. Empty in a request: the model's only one."""
     dtype: Global___DataType.ValueType
-    """Element type. Inputs and states of another float type than the model's are cast to it; floats
+    """Element type. With values it may be left out: whole numbers are then taken as integers where the model wants
+    those. Inputs and states of another float type than the model's are cast to it; floats
     where the model takes integers are refused.
     """
     data: _builtins.bytes
     """The elements: little-endian, row-major, without padding."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Size of each axis, outermost first. The product times the element size is the length of `data`."""
+        """Size of each axis, outermost first. The product times the element size is the length of `data`, or the product
+        alone the number of `values`. With values it may be left out: (1, number of values), one row at one time step.
+        """
+
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The elements as numbers, row-major: for who writes JSON. At most 65536 in all tensors of a request. Each must be one
+        that the dtype, if it is given, can hold: integers are whole and in its range, booleans 0 or 1; floats are rounded.
+        As numbers of JSON, integers are exact below 2^53.
+        """
 
     def __init__(
         self,
@@ -116,10 +157,11 @@ class Tensor(_message.Message):
         dtype: Global___DataType.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         data: _builtins.bytes = ...,
+        values: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "dtype", b"dtype", "name", b"name", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "dtype", b"dtype", "name", b"name", "shape", b"shape", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

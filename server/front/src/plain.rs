@@ -371,11 +371,21 @@ pub mod tests {
 
     #[test]
     fn what_is_asked_for_beyond_a_step_is_not_plain() {
-        for (field, value) in [(6, 1), (8, 2), (9, 1), (12, 1)] {
+        for (field, value) in [(6, 1), (8, 2), (9, 1), (11, 2), (12, 1)] {
             let mut message = request("a", 1, 2);
             put_number(&mut message, field, value);
             assert_eq!(Step::of_request(&message).unwrap_err(), NotPlain, "field {field}");
         }
+    }
+
+    #[test]
+    fn elements_said_as_numbers_are_not_plain() {
+        let mut numbers = tensor(1, 2, &[0; 8]);
+        put_bytes(&mut numbers, 5, &1f64.to_le_bytes());
+        let mut message = BytesMut::new();
+        put_bytes(&mut message, 1, b"a");
+        put_bytes(&mut message, 2, &numbers);
+        assert_eq!(Step::of_request(&message).unwrap_err(), NotPlain);
     }
 
     #[test]

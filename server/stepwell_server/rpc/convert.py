@@ -21,7 +21,7 @@ from stepwell_server.engine.types import Array, Mask
 from stepwell_server.errors import InvalidInput
 from stepwell_server.live.control import VersionState, VersionStatus
 from stepwell_server.program import Provenance, StateSpec, TensorSpec, dtype_of
-from stepwell_server.rpc import naming
+from stepwell_server.rpc import naming, values
 from stepwell_server.rpc.fronts.base import InputColumn
 
 MAX_RANK = 32
@@ -67,17 +67,19 @@ class _Tensors(Protocol):
         name: str,
         dtype: tensors_pb2.DataType.ValueType,
         shape: Sequence[int],
-        data: bytes,
+        data: bytes = b"",
+        values: Iterable[float] = (),
     ) -> object: ...
 
 
-def to_arrays(tensors: Iterable[tensors_pb2.Tensor], argument: str) -> dict[str, Array]:
+def to_arrays(tensors: Sequence[tensors_pb2.Tensor], argument: str) -> dict[str, Array]:
     """Arrays by name; `argument` is the field's name, for messages.
 
     Raises:
-        InvalidInput: one of them is not a tensor, or two have the same name.
+        InvalidInput: one of them is not a tensor, two have the same name, or they have too many values.
     """
     arrays: dict[str, Array] = {}
+    values.require_count(tensors, argument)
     for tensor in tensors:
         name = tensor.name
         if name in arrays:
@@ -98,6 +100,8 @@ def to_mask(entries: Sequence[bool]) -> Mask | None:
 
 def _to_array(tensor: tensors_pb2.Tensor, where: str) -> Array:
     dtype = _dtype(tensor.dtype)
+    if tensor.values and (dtype is not None or tensor.dtype == tensors_pb2.DATA_TYPE_UNSPECIFIED):
+        return _of_values(tensor, dtype, where)
     if dtype is None:
         raise InvalidInput(f"{where}: dtype must be one of stepwell.v1.DataType; got {tensor.dtype}")
     shape = tuple(tensor.shape)
@@ -110,6 +114,16 @@ def _to_array(tensor: tensors_pb2.Tensor, where: str) -> Array:
     if dtype.kind == "b":
         return _to_bools(data, where).reshape(shape)
     return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _of_values(tensor: tensors_pb2.Tensor, dtype: np.dtype[np.generic] | None, where: str) -> Array:
+    array = values.to_array(tensor, dtype, where)
+    shape = tuple(tensor.shape) or (1, array.size)
+    if len(shape) > MAX_RANK or min(shape) < 0:
+        raise InvalidInput(_shape_problem(where, shape, array.dtype, 0))
+    if math.prod(shape) != array.size:
+        raise InvalidInput(f"{where}: shape {list(shape)} needs {math.prod(shape)} values; got {array.size}")
+    return array.reshape(shape)
 
 
 def _to_empty(shape: tuple[int, ...], dtype: np.dtype[np.generic], where: str) -> Array:
@@ -161,9 +175,13 @@ def to_bytes(array: Array) -> tuple[tensors_pb2.DataType.ValueType, bytes]:
     return _number(array.dtype), little.tobytes()
 
 
-def add_tensors(target: _Tensors, arrays: Mapping[str, Array]) -> None:
-    """Append arrays to a repeated tensor field."""
+def add_tensors(target: _Tensors, arrays: Mapping[str, Array], *, as_values: bool = False) -> None:
+    """Append arrays to a repeated tensor field; `as_values`: as numbers, where doubles hold them."""
     for name, array in arrays.items():
+        numbers = values.of_array(array) if as_values else None
+        if numbers is not None:
+            target.add(name=name, dtype=_number(array.dtype), shape=array.shape, values=numbers.tolist())
+            continue
         number, data = to_bytes(array)
         target.add(name=name, dtype=number, shape=array.shape, data=data)
 
@@ -202,18 +220,18 @@ def to_states(value: int) -> Select:
 
 
 def to_numbers(
-    values: Sequence[int], dtype: type[_Number], argument: str, count: int
+    numbers: Sequence[int], dtype: type[_Number], argument: str, count: int
 ) -> npt.NDArray[_Number] | None:
     """One number per session of a frame; None if the field is empty.
 
     Raises:
         InvalidInput: there are more or fewer than ``count``.
     """
-    if not values:
+    if not numbers:
         return None
-    if len(values) != count:
-        raise InvalidInput(f"{argument} must be empty or one per session ({count}); got {len(values)}")
-    return np.array(values, dtype) if count == 1 else np.fromiter(values, dtype, count)
+    if len(numbers) != count:
+        raise InvalidInput(f"{argument} must be empty or one per session ({count}); got {len(numbers)}")
+    return np.array(numbers, dtype) if count == 1 else np.fromiter(numbers, dtype, count)
 
 
 def from_session(info: SessionInfo, tenant: str = "") -> sessions_pb2.Session:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from stepwell.v1 import models_pb2 as pb
 from stepwell_server.core.callers import Role
 from stepwell_server.errors import InvalidInput
-from stepwell_server.rpc import convert, naming
+from stepwell_server.rpc import convert, naming, values
 from stepwell_server.rpc.steps.messages import REPLY_BYTES
 from stepwell_server.slowest import MOST
 
@@ -104,6 +104,7 @@ class ModelServicer:
     async def predict(self, request: pb.PredictRequest, call: Call) -> pb.PredictResponse:
         """Run a model without a session."""
         inputs = convert.to_arrays(request.inputs, "inputs")
+        as_values = values.are_wanted(request.tensor_format, request.inputs)
         predicted = await self._engine.predict(
             request.model,
             inputs,
@@ -112,10 +113,10 @@ class ModelServicer:
             deadline=call.deadline,
             source=call.caller,
             who=call.who,
-            reply_limit=self._max_reply_bytes,
+            reply_limit=values.reply_limit(self._max_reply_bytes, as_values=as_values),
             reply_bytes=REPLY_BYTES,
         )
         response = pb.PredictResponse(model_version=predicted.version)
-        convert.add_tensors(response.outputs, predicted.outputs)
-        convert.add_tensors(response.state, predicted.state)
+        convert.add_tensors(response.outputs, predicted.outputs, as_values=as_values)
+        convert.add_tensors(response.state, predicted.state, as_values=as_values)
         return response

@@ -156,16 +156,16 @@ def same_frame_id(frame_id: int) -> InvalidInput:
     return InvalidInput(f"frame_id must not be that of an unanswered frame; got {frame_id}")
 
 
-def step_reply(answer: Applied) -> pb.StepResponse:
-    """The reply to a unary Step."""
+def step_reply(answer: Applied, *, as_values: bool = False) -> pb.StepResponse:
+    """The reply to a unary Step, its tensors as data or as values."""
     response = pb.StepResponse(
         revision=answer.revision,
         position=answer.position,
         replayed=answer.replayed,
         model_version=answer.version,
     )
-    convert.add_tensors(response.outputs, answer.outputs)
-    convert.add_tensors(response.states, answer.states)
+    convert.add_tensors(response.outputs, answer.outputs, as_values=as_values)
+    convert.add_tensors(response.states, answer.states, as_values=as_values)
     return response
 
 
