@@ -128,7 +128,7 @@ check-arrows: $(INSTALLED) ## Does any import go against the architecture?
 .PHONY: check-proto
 check-proto: $(INSTALLED) ## Is the protocol in order and its generated code fresh?
 	$(BIN)/buf lint
-	$(BIN)/buf format --diff --exit-code
+	$(BIN)/buf format --diff --exit-code --exclude-path proto/google
 	$(BIN)/python scripts/proto.py --check
 
 .PHONY: check-front
@@ -148,7 +148,7 @@ breaking: $(INSTALLED) ## Does the protocol break clients of the last release (o
 
 .PHONY: proto
 proto: $(INSTALLED) ## Generate the protocols' code from proto/
-	$(BIN)/buf format --write
+	$(BIN)/buf format --write --exclude-path proto/google
 	$(BIN)/python scripts/proto.py
 
 .PHONY: docs

@@ -40,30 +40,20 @@ class ModelServiceStub(object):
                 request_serializer=stepwell_dot_v1_dot_models__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=stepwell_dot_v1_dot_models__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.GetModel = channel.unary_unary(
+                '/stepwell.v1.ModelService/GetModel',
+                request_serializer=stepwell_dot_v1_dot_models__pb2.GetModelRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_models__pb2.GetModelResponse.FromString,
+                _registered_method=True)
+        self.Predict = channel.unary_unary(
+                '/stepwell.v1.ModelService/Predict',
+                request_serializer=stepwell_dot_v1_dot_models__pb2.PredictRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_models__pb2.PredictResponse.FromString,
+                _registered_method=True)
         self.ListSlowSessions = channel.unary_unary(
                 '/stepwell.v1.ModelService/ListSlowSessions',
                 request_serializer=stepwell_dot_v1_dot_models__pb2.ListSlowSessionsRequest.SerializeToString,
                 response_deserializer=stepwell_dot_v1_dot_models__pb2.ListSlowSessionsResponse.FromString,
-                _registered_method=True)
-        self.UploadModel = channel.stream_unary(
-                '/stepwell.v1.ModelService/UploadModel',
-                request_serializer=stepwell_dot_v1_dot_models__pb2.UploadModelRequest.SerializeToString,
-                response_deserializer=stepwell_dot_v1_dot_models__pb2.UploadModelResponse.FromString,
-                _registered_method=True)
-        self.UnloadModel = channel.unary_unary(
-                '/stepwell.v1.ModelService/UnloadModel',
-                request_serializer=stepwell_dot_v1_dot_models__pb2.UnloadModelRequest.SerializeToString,
-                response_deserializer=stepwell_dot_v1_dot_models__pb2.UnloadModelResponse.FromString,
-                _registered_method=True)
-        self.SetDefault = channel.unary_unary(
-                '/stepwell.v1.ModelService/SetDefault',
-                request_serializer=stepwell_dot_v1_dot_models__pb2.SetDefaultRequest.SerializeToString,
-                response_deserializer=stepwell_dot_v1_dot_models__pb2.SetDefaultResponse.FromString,
-                _registered_method=True)
-        self.SetLabel = channel.unary_unary(
-                '/stepwell.v1.ModelService/SetLabel',
-                request_serializer=stepwell_dot_v1_dot_models__pb2.SetLabelRequest.SerializeToString,
-                response_deserializer=stepwell_dot_v1_dot_models__pb2.SetLabelResponse.FromString,
                 _registered_method=True)
 
 
@@ -78,37 +68,24 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetModel(self, request, context):
+        """Describes one model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Predict(self, request, context):
+        """Runs a model without a session: any batch size, an optional initial state in, outputs and final
+        state out. The same weights and the same bits as stepping a session.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListSlowSessions(self, request, context):
         """Lists sessions with the slowest steps of the last minute, the slowest first. Of each pass only its slowest session
         is looked at.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def UploadModel(self, request_iterator, context):
-        """Sends a file to the server, if it allows that (--allow-model-upload); LoadModel then names it.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def UnloadModel(self, request, context):
-        """Serves a version no longer, when what is under way on it has ended.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def SetDefault(self, request, context):
-        """Makes a loaded version the default: the way forward and the way back.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def SetLabel(self, request, context):
-        """Gives a label to a loaded version, or takes it away. Sessions that were opened by it stay where they are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,30 +99,20 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     request_deserializer=stepwell_dot_v1_dot_models__pb2.ListModelsRequest.FromString,
                     response_serializer=stepwell_dot_v1_dot_models__pb2.ListModelsResponse.SerializeToString,
             ),
+            'GetModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModel,
+                    request_deserializer=stepwell_dot_v1_dot_models__pb2.GetModelRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_models__pb2.GetModelResponse.SerializeToString,
+            ),
+            'Predict': grpc.unary_unary_rpc_method_handler(
+                    servicer.Predict,
+                    request_deserializer=stepwell_dot_v1_dot_models__pb2.PredictRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_models__pb2.PredictResponse.SerializeToString,
+            ),
             'ListSlowSessions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListSlowSessions,
                     request_deserializer=stepwell_dot_v1_dot_models__pb2.ListSlowSessionsRequest.FromString,
                     response_serializer=stepwell_dot_v1_dot_models__pb2.ListSlowSessionsResponse.SerializeToString,
-            ),
-            'UploadModel': grpc.stream_unary_rpc_method_handler(
-                    servicer.UploadModel,
-                    request_deserializer=stepwell_dot_v1_dot_models__pb2.UploadModelRequest.FromString,
-                    response_serializer=stepwell_dot_v1_dot_models__pb2.UploadModelResponse.SerializeToString,
-            ),
-            'UnloadModel': grpc.unary_unary_rpc_method_handler(
-                    servicer.UnloadModel,
-                    request_deserializer=stepwell_dot_v1_dot_models__pb2.UnloadModelRequest.FromString,
-                    response_serializer=stepwell_dot_v1_dot_models__pb2.UnloadModelResponse.SerializeToString,
-            ),
-            'SetDefault': grpc.unary_unary_rpc_method_handler(
-                    servicer.SetDefault,
-                    request_deserializer=stepwell_dot_v1_dot_models__pb2.SetDefaultRequest.FromString,
-                    response_serializer=stepwell_dot_v1_dot_models__pb2.SetDefaultResponse.SerializeToString,
-            ),
-            'SetLabel': grpc.unary_unary_rpc_method_handler(
-                    servicer.SetLabel,
-                    request_deserializer=stepwell_dot_v1_dot_models__pb2.SetLabelRequest.FromString,
-                    response_serializer=stepwell_dot_v1_dot_models__pb2.SetLabelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -187,6 +154,60 @@ class ModelService(object):
             _registered_method=True)
 
     @staticmethod
+    def GetModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwell.v1.ModelService/GetModel',
+            stepwell_dot_v1_dot_models__pb2.GetModelRequest.SerializeToString,
+            stepwell_dot_v1_dot_models__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Predict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwell.v1.ModelService/Predict',
+            stepwell_dot_v1_dot_models__pb2.PredictRequest.SerializeToString,
+            stepwell_dot_v1_dot_models__pb2.PredictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListSlowSessions(request,
             target,
             options=(),
@@ -213,6 +234,163 @@ class ModelService(object):
             metadata,
             _registered_method=True)
 
+
+class ModelAdminServiceStub(object):
+    """Changes which models are served, while they are. For admins, where the server knows its callers.
+
+    A model has versions, whole numbers of 1 or more, of which one is the default. What names a model says NAME for the
+    default, NAME@VERSION for that version or NAME:LABEL for the version that has the label. A session stays on the version
+    that it was opened with; one that was opened by the name alone goes on to a new default if SessionPolicy says so.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.LoadModel = channel.unary_stream(
+                '/stepwell.v1.ModelAdminService/LoadModel',
+                request_serializer=stepwell_dot_v1_dot_models__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_models__pb2.LoadModelResponse.FromString,
+                _registered_method=True)
+        self.UploadModel = channel.stream_unary(
+                '/stepwell.v1.ModelAdminService/UploadModel',
+                request_serializer=stepwell_dot_v1_dot_models__pb2.UploadModelRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_models__pb2.UploadModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/stepwell.v1.ModelAdminService/UnloadModel',
+                request_serializer=stepwell_dot_v1_dot_models__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_models__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
+        self.SetDefault = channel.unary_unary(
+                '/stepwell.v1.ModelAdminService/SetDefault',
+                request_serializer=stepwell_dot_v1_dot_models__pb2.SetDefaultRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_models__pb2.SetDefaultResponse.FromString,
+                _registered_method=True)
+        self.SetLabel = channel.unary_unary(
+                '/stepwell.v1.ModelAdminService/SetLabel',
+                request_serializer=stepwell_dot_v1_dot_models__pb2.SetLabelRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_models__pb2.SetLabelResponse.FromString,
+                _registered_method=True)
+
+
+class ModelAdminServiceServicer(object):
+    """Changes which models are served, while they are. For admins, where the server knows its callers.
+
+    A model has versions, whole numbers of 1 or more, of which one is the default. What names a model says NAME for the
+    default, NAME@VERSION for that version or NAME:LABEL for the version that has the label. A session stays on the version
+    that it was opened with; one that was opened by the name alone goes on to a new default if SessionPolicy says so.
+    """
+
+    def LoadModel(self, request, context):
+        """Loads a version of a model beside the traffic, and makes it the default if asked to. Tells how far it is; the last
+        message has the model. What fails changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadModel(self, request_iterator, context):
+        """Sends a file to the server, if it allows that (--allow-model-upload); LoadModel then names it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Serves a version no longer, when what is under way on it has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetDefault(self, request, context):
+        """Makes a loaded version the default: the way forward and the way back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetLabel(self, request, context):
+        """Gives a label to a loaded version, or takes it away. Sessions that were opened by it stay where they are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ModelAdminServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'LoadModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=stepwell_dot_v1_dot_models__pb2.LoadModelRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_models__pb2.LoadModelResponse.SerializeToString,
+            ),
+            'UploadModel': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadModel,
+                    request_deserializer=stepwell_dot_v1_dot_models__pb2.UploadModelRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_models__pb2.UploadModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=stepwell_dot_v1_dot_models__pb2.UnloadModelRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_models__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'SetDefault': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetDefault,
+                    request_deserializer=stepwell_dot_v1_dot_models__pb2.SetDefaultRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_models__pb2.SetDefaultResponse.SerializeToString,
+            ),
+            'SetLabel': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetLabel,
+                    request_deserializer=stepwell_dot_v1_dot_models__pb2.SetLabelRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_models__pb2.SetLabelResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'stepwell.v1.ModelAdminService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('stepwell.v1.ModelAdminService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class ModelAdminService(object):
+    """Changes which models are served, while they are. For admins, where the server knows its callers.
+
+    A model has versions, whole numbers of 1 or more, of which one is the default. What names a model says NAME for the
+    default, NAME@VERSION for that version or NAME:LABEL for the version that has the label. A session stays on the version
+    that it was opened with; one that was opened by the name alone goes on to a new default if SessionPolicy says so.
+    """
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/stepwell.v1.ModelAdminService/LoadModel',
+            stepwell_dot_v1_dot_models__pb2.LoadModelRequest.SerializeToString,
+            stepwell_dot_v1_dot_models__pb2.LoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
     @staticmethod
     def UploadModel(request_iterator,
             target,
@@ -227,7 +405,7 @@ class ModelService(object):
         return grpc.experimental.stream_unary(
             request_iterator,
             target,
-            '/stepwell.v1.ModelService/UploadModel',
+            '/stepwell.v1.ModelAdminService/UploadModel',
             stepwell_dot_v1_dot_models__pb2.UploadModelRequest.SerializeToString,
             stepwell_dot_v1_dot_models__pb2.UploadModelResponse.FromString,
             options,
@@ -254,7 +432,7 @@ class ModelService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/stepwell.v1.ModelService/UnloadModel',
+            '/stepwell.v1.ModelAdminService/UnloadModel',
             stepwell_dot_v1_dot_models__pb2.UnloadModelRequest.SerializeToString,
             stepwell_dot_v1_dot_models__pb2.UnloadModelResponse.FromString,
             options,
@@ -281,7 +459,7 @@ class ModelService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/stepwell.v1.ModelService/SetDefault',
+            '/stepwell.v1.ModelAdminService/SetDefault',
             stepwell_dot_v1_dot_models__pb2.SetDefaultRequest.SerializeToString,
             stepwell_dot_v1_dot_models__pb2.SetDefaultResponse.FromString,
             options,
@@ -308,7 +486,7 @@ class ModelService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/stepwell.v1.ModelService/SetLabel',
+            '/stepwell.v1.ModelAdminService/SetLabel',
             stepwell_dot_v1_dot_models__pb2.SetLabelRequest.SerializeToString,
             stepwell_dot_v1_dot_models__pb2.SetLabelResponse.FromString,
             options,

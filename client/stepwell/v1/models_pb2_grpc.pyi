@@ -35,18 +35,16 @@ class ModelServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_models_pb2.ListModelsRequest, _models_pb2.ListModelsResponse]
     """Lists the models, in the order of their names."""
+    GetModel: _grpc.UnaryUnaryMultiCallable[_models_pb2.GetModelRequest, _models_pb2.GetModelResponse]
+    """Describes one model."""
+    Predict: _grpc.UnaryUnaryMultiCallable[_models_pb2.PredictRequest, _models_pb2.PredictResponse]
+    """Runs a model without a session: any batch size, an optional initial state in, outputs and final
+    state out. The same weights and the same bits as stepping a session.
+    """
     ListSlowSessions: _grpc.UnaryUnaryMultiCallable[_models_pb2.ListSlowSessionsRequest, _models_pb2.ListSlowSessionsResponse]
     """Lists sessions with the slowest steps of the last minute, the slowest first. Of each pass only its slowest session
     is looked at.
     """
-    UploadModel: _grpc.StreamUnaryMultiCallable[_models_pb2.UploadModelRequest, _models_pb2.UploadModelResponse]
-    """Sends a file to the server, if it allows that (--allow-model-upload); LoadModel then names it."""
-    UnloadModel: _grpc.UnaryUnaryMultiCallable[_models_pb2.UnloadModelRequest, _models_pb2.UnloadModelResponse]
-    """Serves a version no longer, when what is under way on it has ended."""
-    SetDefault: _grpc.UnaryUnaryMultiCallable[_models_pb2.SetDefaultRequest, _models_pb2.SetDefaultResponse]
-    """Makes a loaded version the default: the way forward and the way back."""
-    SetLabel: _grpc.UnaryUnaryMultiCallable[_models_pb2.SetLabelRequest, _models_pb2.SetLabelResponse]
-    """Gives a label to a loaded version, or takes it away. Sessions that were opened by it stay where they are."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -55,18 +53,16 @@ class ModelServiceAsyncStub(ModelServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_models_pb2.ListModelsRequest, _models_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the models, in the order of their names."""
+    GetModel: _aio.UnaryUnaryMultiCallable[_models_pb2.GetModelRequest, _models_pb2.GetModelResponse]  # type: ignore[assignment]
+    """Describes one model."""
+    Predict: _aio.UnaryUnaryMultiCallable[_models_pb2.PredictRequest, _models_pb2.PredictResponse]  # type: ignore[assignment]
+    """Runs a model without a session: any batch size, an optional initial state in, outputs and final
+    state out. The same weights and the same bits as stepping a session.
+    """
     ListSlowSessions: _aio.UnaryUnaryMultiCallable[_models_pb2.ListSlowSessionsRequest, _models_pb2.ListSlowSessionsResponse]  # type: ignore[assignment]
     """Lists sessions with the slowest steps of the last minute, the slowest first. Of each pass only its slowest session
     is looked at.
     """
-    UploadModel: _aio.StreamUnaryMultiCallable[_models_pb2.UploadModelRequest, _models_pb2.UploadModelResponse]  # type: ignore[assignment]
-    """Sends a file to the server, if it allows that (--allow-model-upload); LoadModel then names it."""
-    UnloadModel: _aio.UnaryUnaryMultiCallable[_models_pb2.UnloadModelRequest, _models_pb2.UnloadModelResponse]  # type: ignore[assignment]
-    """Serves a version no longer, when what is under way on it has ended."""
-    SetDefault: _aio.UnaryUnaryMultiCallable[_models_pb2.SetDefaultRequest, _models_pb2.SetDefaultResponse]  # type: ignore[assignment]
-    """Makes a loaded version the default: the way forward and the way back."""
-    SetLabel: _aio.UnaryUnaryMultiCallable[_models_pb2.SetLabelRequest, _models_pb2.SetLabelResponse]  # type: ignore[assignment]
-    """Gives a label to a loaded version, or takes it away. Sessions that were opened by it stay where they are."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """The models of a server, and their use without a session."""
@@ -80,6 +76,24 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists the models, in the order of their names."""
 
     @_abc_1.abstractmethod
+    def GetModel(
+        self,
+        request: _models_pb2.GetModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_models_pb2.GetModelResponse, _abc.Awaitable[_models_pb2.GetModelResponse]]:
+        """Describes one model."""
+
+    @_abc_1.abstractmethod
+    def Predict(
+        self,
+        request: _models_pb2.PredictRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_models_pb2.PredictResponse, _abc.Awaitable[_models_pb2.PredictResponse]]:
+        """Runs a model without a session: any batch size, an optional initial state in, outputs and final
+        state out. The same weights and the same bits as stepping a session.
+        """
+
+    @_abc_1.abstractmethod
     def ListSlowSessions(
         self,
         request: _models_pb2.ListSlowSessionsRequest,
@@ -87,6 +101,74 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_models_pb2.ListSlowSessionsResponse, _abc.Awaitable[_models_pb2.ListSlowSessionsResponse]]:
         """Lists sessions with the slowest steps of the last minute, the slowest first. Of each pass only its slowest session
         is looked at.
+        """
+
+def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class ModelAdminServiceStub:
+    """Changes which models are served, while they are. For admins, where the server knows its callers.
+
+    A model has versions, whole numbers of 1 or more, of which one is the default. What names a model says NAME for the
+    default, NAME@VERSION for that version or NAME:LABEL for the version that has the label. A session stays on the version
+    that it was opened with; one that was opened by the name alone goes on to a new default if SessionPolicy says so.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> ModelAdminServiceAsyncStub: ...
+    LoadModel: _grpc.UnaryStreamMultiCallable[_models_pb2.LoadModelRequest, _models_pb2.LoadModelResponse]
+    """Loads a version of a model beside the traffic, and makes it the default if asked to. Tells how far it is; the last
+    message has the model. What fails changes nothing.
+    """
+    UploadModel: _grpc.StreamUnaryMultiCallable[_models_pb2.UploadModelRequest, _models_pb2.UploadModelResponse]
+    """Sends a file to the server, if it allows that (--allow-model-upload); LoadModel then names it."""
+    UnloadModel: _grpc.UnaryUnaryMultiCallable[_models_pb2.UnloadModelRequest, _models_pb2.UnloadModelResponse]
+    """Serves a version no longer, when what is under way on it has ended."""
+    SetDefault: _grpc.UnaryUnaryMultiCallable[_models_pb2.SetDefaultRequest, _models_pb2.SetDefaultResponse]
+    """Makes a loaded version the default: the way forward and the way back."""
+    SetLabel: _grpc.UnaryUnaryMultiCallable[_models_pb2.SetLabelRequest, _models_pb2.SetLabelResponse]
+    """Gives a label to a loaded version, or takes it away. Sessions that were opened by it stay where they are."""
+
+@_typing.type_check_only
+class ModelAdminServiceAsyncStub(ModelAdminServiceStub):
+    """Changes which models are served, while they are. For admins, where the server knows its callers.
+
+    A model has versions, whole numbers of 1 or more, of which one is the default. What names a model says NAME for the
+    default, NAME@VERSION for that version or NAME:LABEL for the version that has the label. A session stays on the version
+    that it was opened with; one that was opened by the name alone goes on to a new default if SessionPolicy says so.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    LoadModel: _aio.UnaryStreamMultiCallable[_models_pb2.LoadModelRequest, _models_pb2.LoadModelResponse]  # type: ignore[assignment]
+    """Loads a version of a model beside the traffic, and makes it the default if asked to. Tells how far it is; the last
+    message has the model. What fails changes nothing.
+    """
+    UploadModel: _aio.StreamUnaryMultiCallable[_models_pb2.UploadModelRequest, _models_pb2.UploadModelResponse]  # type: ignore[assignment]
+    """Sends a file to the server, if it allows that (--allow-model-upload); LoadModel then names it."""
+    UnloadModel: _aio.UnaryUnaryMultiCallable[_models_pb2.UnloadModelRequest, _models_pb2.UnloadModelResponse]  # type: ignore[assignment]
+    """Serves a version no longer, when what is under way on it has ended."""
+    SetDefault: _aio.UnaryUnaryMultiCallable[_models_pb2.SetDefaultRequest, _models_pb2.SetDefaultResponse]  # type: ignore[assignment]
+    """Makes a loaded version the default: the way forward and the way back."""
+    SetLabel: _aio.UnaryUnaryMultiCallable[_models_pb2.SetLabelRequest, _models_pb2.SetLabelResponse]  # type: ignore[assignment]
+    """Gives a label to a loaded version, or takes it away. Sessions that were opened by it stay where they are."""
+
+class ModelAdminServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Changes which models are served, while they are. For admins, where the server knows its callers.
+
+    A model has versions, whole numbers of 1 or more, of which one is the default. What names a model says NAME for the
+    default, NAME@VERSION for that version or NAME:LABEL for the version that has the label. A session stays on the version
+    that it was opened with; one that was opened by the name alone goes on to a new default if SessionPolicy says so.
+    """
+
+    @_abc_1.abstractmethod
+    def LoadModel(
+        self,
+        request: _models_pb2.LoadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_models_pb2.LoadModelResponse], _abc.AsyncIterator[_models_pb2.LoadModelResponse]]:
+        """Loads a version of a model beside the traffic, and makes it the default if asked to. Tells how far it is; the last
+        message has the model. What fails changes nothing.
         """
 
     @_abc_1.abstractmethod
@@ -121,4 +203,4 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_models_pb2.SetLabelResponse, _abc.Awaitable[_models_pb2.SetLabelResponse]]:
         """Gives a label to a loaded version, or takes it away. Sessions that were opened by it stay where they are."""
 
-def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+def add_ModelAdminServiceServicer_to_server(servicer: ModelAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

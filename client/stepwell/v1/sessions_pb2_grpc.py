@@ -67,6 +67,11 @@ class SessionServiceStub(object):
                 request_serializer=stepwell_dot_v1_dot_sessions__pb2.CloseSessionRequest.SerializeToString,
                 response_deserializer=stepwell_dot_v1_dot_sessions__pb2.CloseSessionResponse.FromString,
                 _registered_method=True)
+        self.CloseSessions = channel.unary_unary(
+                '/stepwell.v1.SessionService/CloseSessions',
+                request_serializer=stepwell_dot_v1_dot_sessions__pb2.CloseSessionsRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_sessions__pb2.CloseSessionsResponse.FromString,
+                _registered_method=True)
         self.CloseMatchingSessions = channel.unary_unary(
                 '/stepwell.v1.SessionService/CloseMatchingSessions',
                 request_serializer=stepwell_dot_v1_dot_sessions__pb2.CloseMatchingSessionsRequest.SerializeToString,
@@ -82,6 +87,16 @@ class SessionServiceStub(object):
                 request_serializer=stepwell_dot_v1_dot_sessions__pb2.GetSessionRequest.SerializeToString,
                 response_deserializer=stepwell_dot_v1_dot_sessions__pb2.GetSessionResponse.FromString,
                 _registered_method=True)
+        self.ListSessions = channel.unary_unary(
+                '/stepwell.v1.SessionService/ListSessions',
+                request_serializer=stepwell_dot_v1_dot_sessions__pb2.ListSessionsRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_sessions__pb2.ListSessionsResponse.FromString,
+                _registered_method=True)
+        self.Step = channel.unary_unary(
+                '/stepwell.v1.SessionService/Step',
+                request_serializer=stepwell_dot_v1_dot_sessions__pb2.StepRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_sessions__pb2.StepResponse.FromString,
+                _registered_method=True)
         self.StepStream = channel.stream_stream(
                 '/stepwell.v1.SessionService/StepStream',
                 request_serializer=stepwell_dot_v1_dot_sessions__pb2.StepStreamRequest.SerializeToString,
@@ -96,6 +111,11 @@ class SessionServiceStub(object):
                 '/stepwell.v1.SessionService/GetState',
                 request_serializer=stepwell_dot_v1_dot_sessions__pb2.GetStateRequest.SerializeToString,
                 response_deserializer=stepwell_dot_v1_dot_sessions__pb2.GetStateResponse.FromString,
+                _registered_method=True)
+        self.ForkSession = channel.unary_unary(
+                '/stepwell.v1.SessionService/ForkSession',
+                request_serializer=stepwell_dot_v1_dot_sessions__pb2.ForkSessionRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_sessions__pb2.ForkSessionResponse.FromString,
                 _registered_method=True)
         self.GetStates = channel.unary_unary(
                 '/stepwell.v1.SessionService/GetStates',
@@ -161,6 +181,13 @@ class SessionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CloseSessions(self, request, context):
+        """Deletes many sessions. Those that are not there any more are passed over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CloseMatchingSessions(self, request, context):
         """Deletes the sessions that fit a filter, some of them at a time.
         """
@@ -177,6 +204,20 @@ class SessionServiceServicer(object):
 
     def GetSession(self, request, context):
         """Describes a session as of its last completed change. Does not count as use.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSessions(self, request, context):
+        """Lists live sessions page by page, in the order of their ids or in another one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Step(self, request, context):
+        """Advances a session by one time step, or by T with a time axis: whole or not at all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -212,6 +253,13 @@ class SessionServiceServicer(object):
 
     def GetState(self, request, context):
         """Reads the state, after the changes received before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForkSession(self, request, context):
+        """Opens a new session with the state, revision and position of another.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -263,6 +311,11 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     request_deserializer=stepwell_dot_v1_dot_sessions__pb2.CloseSessionRequest.FromString,
                     response_serializer=stepwell_dot_v1_dot_sessions__pb2.CloseSessionResponse.SerializeToString,
             ),
+            'CloseSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseSessions,
+                    request_deserializer=stepwell_dot_v1_dot_sessions__pb2.CloseSessionsRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_sessions__pb2.CloseSessionsResponse.SerializeToString,
+            ),
             'CloseMatchingSessions': grpc.unary_unary_rpc_method_handler(
                     servicer.CloseMatchingSessions,
                     request_deserializer=stepwell_dot_v1_dot_sessions__pb2.CloseMatchingSessionsRequest.FromString,
@@ -278,6 +331,16 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     request_deserializer=stepwell_dot_v1_dot_sessions__pb2.GetSessionRequest.FromString,
                     response_serializer=stepwell_dot_v1_dot_sessions__pb2.GetSessionResponse.SerializeToString,
             ),
+            'ListSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSessions,
+                    request_deserializer=stepwell_dot_v1_dot_sessions__pb2.ListSessionsRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_sessions__pb2.ListSessionsResponse.SerializeToString,
+            ),
+            'Step': grpc.unary_unary_rpc_method_handler(
+                    servicer.Step,
+                    request_deserializer=stepwell_dot_v1_dot_sessions__pb2.StepRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_sessions__pb2.StepResponse.SerializeToString,
+            ),
             'StepStream': grpc.stream_stream_rpc_method_handler(
                     servicer.StepStream,
                     request_deserializer=stepwell_dot_v1_dot_sessions__pb2.StepStreamRequest.FromString,
@@ -292,6 +355,11 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.GetState,
                     request_deserializer=stepwell_dot_v1_dot_sessions__pb2.GetStateRequest.FromString,
                     response_serializer=stepwell_dot_v1_dot_sessions__pb2.GetStateResponse.SerializeToString,
+            ),
+            'ForkSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkSession,
+                    request_deserializer=stepwell_dot_v1_dot_sessions__pb2.ForkSessionRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_sessions__pb2.ForkSessionResponse.SerializeToString,
             ),
             'GetStates': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStates,
@@ -424,6 +492,33 @@ class SessionService(object):
             _registered_method=True)
 
     @staticmethod
+    def CloseSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwell.v1.SessionService/CloseSessions',
+            stepwell_dot_v1_dot_sessions__pb2.CloseSessionsRequest.SerializeToString,
+            stepwell_dot_v1_dot_sessions__pb2.CloseSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def CloseMatchingSessions(request,
             target,
             options=(),
@@ -505,6 +600,60 @@ class SessionService(object):
             _registered_method=True)
 
     @staticmethod
+    def ListSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwell.v1.SessionService/ListSessions',
+            stepwell_dot_v1_dot_sessions__pb2.ListSessionsRequest.SerializeToString,
+            stepwell_dot_v1_dot_sessions__pb2.ListSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Step(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwell.v1.SessionService/Step',
+            stepwell_dot_v1_dot_sessions__pb2.StepRequest.SerializeToString,
+            stepwell_dot_v1_dot_sessions__pb2.StepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def StepStream(request_iterator,
             target,
             options=(),
@@ -575,6 +724,33 @@ class SessionService(object):
             '/stepwell.v1.SessionService/GetState',
             stepwell_dot_v1_dot_sessions__pb2.GetStateRequest.SerializeToString,
             stepwell_dot_v1_dot_sessions__pb2.GetStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwell.v1.SessionService/ForkSession',
+            stepwell_dot_v1_dot_sessions__pb2.ForkSessionRequest.SerializeToString,
+            stepwell_dot_v1_dot_sessions__pb2.ForkSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,12 +57,18 @@ class SessionServiceStub:
     """Opens many sessions of one model and batch size: all of them or none."""
     CloseSession: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.CloseSessionRequest, _sessions_pb2.CloseSessionResponse]
     """Deletes a session and its state, after the changes received before."""
+    CloseSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.CloseSessionsRequest, _sessions_pb2.CloseSessionsResponse]
+    """Deletes many sessions. Those that are not there any more are passed over."""
     CloseMatchingSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.CloseMatchingSessionsRequest, _sessions_pb2.CloseMatchingSessionsResponse]
     """Deletes the sessions that fit a filter, some of them at a time."""
     RenewLease: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.RenewLeaseRequest, _sessions_pb2.RenewLeaseResponse]
     """Says that a client is still there, so that the leases of its sessions begin anew."""
     GetSession: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.GetSessionRequest, _sessions_pb2.GetSessionResponse]
     """Describes a session as of its last completed change. Does not count as use."""
+    ListSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ListSessionsRequest, _sessions_pb2.ListSessionsResponse]
+    """Lists live sessions page by page, in the order of their ids or in another one."""
+    Step: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.StepRequest, _sessions_pb2.StepResponse]
+    """Advances a session by one time step, or by T with a time axis: whole or not at all."""
     StepStream: _grpc.StreamStreamMultiCallable[_sessions_pb2.StepStreamRequest, _sessions_pb2.StepStreamResponse]
     """Advances many sessions at once: each request is a frame, each frame is answered in one or more
     parts. Frames of different sessions overtake each other, those of one session do not.
@@ -84,6 +90,8 @@ class SessionServiceStub:
     """Sets the state, or some rows of it, to the model's initial state or to given values."""
     GetState: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.GetStateRequest, _sessions_pb2.GetStateResponse]
     """Reads the state, after the changes received before."""
+    ForkSession: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ForkSessionRequest, _sessions_pb2.ForkSessionResponse]
+    """Opens a new session with the state, revision and position of another."""
     GetStates: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.GetStatesRequest, _sessions_pb2.GetStatesResponse]
     """Reads the states of many sessions of one model, of each after the changes received before for it."""
     ForkSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ForkSessionsRequest, _sessions_pb2.ForkSessionsResponse]
@@ -122,12 +130,18 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """Opens many sessions of one model and batch size: all of them or none."""
     CloseSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.CloseSessionRequest, _sessions_pb2.CloseSessionResponse]  # type: ignore[assignment]
     """Deletes a session and its state, after the changes received before."""
+    CloseSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.CloseSessionsRequest, _sessions_pb2.CloseSessionsResponse]  # type: ignore[assignment]
+    """Deletes many sessions. Those that are not there any more are passed over."""
     CloseMatchingSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.CloseMatchingSessionsRequest, _sessions_pb2.CloseMatchingSessionsResponse]  # type: ignore[assignment]
     """Deletes the sessions that fit a filter, some of them at a time."""
     RenewLease: _aio.UnaryUnaryMultiCallable[_sessions_pb2.RenewLeaseRequest, _sessions_pb2.RenewLeaseResponse]  # type: ignore[assignment]
     """Says that a client is still there, so that the leases of its sessions begin anew."""
     GetSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.GetSessionRequest, _sessions_pb2.GetSessionResponse]  # type: ignore[assignment]
     """Describes a session as of its last completed change. Does not count as use."""
+    ListSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ListSessionsRequest, _sessions_pb2.ListSessionsResponse]  # type: ignore[assignment]
+    """Lists live sessions page by page, in the order of their ids or in another one."""
+    Step: _aio.UnaryUnaryMultiCallable[_sessions_pb2.StepRequest, _sessions_pb2.StepResponse]  # type: ignore[assignment]
+    """Advances a session by one time step, or by T with a time axis: whole or not at all."""
     StepStream: _aio.StreamStreamMultiCallable[_sessions_pb2.StepStreamRequest, _sessions_pb2.StepStreamResponse]  # type: ignore[assignment]
     """Advances many sessions at once: each request is a frame, each frame is answered in one or more
     parts. Frames of different sessions overtake each other, those of one session do not.
@@ -149,6 +163,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """Sets the state, or some rows of it, to the model's initial state or to given values."""
     GetState: _aio.UnaryUnaryMultiCallable[_sessions_pb2.GetStateRequest, _sessions_pb2.GetStateResponse]  # type: ignore[assignment]
     """Reads the state, after the changes received before."""
+    ForkSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ForkSessionRequest, _sessions_pb2.ForkSessionResponse]  # type: ignore[assignment]
+    """Opens a new session with the state, revision and position of another."""
     GetStates: _aio.UnaryUnaryMultiCallable[_sessions_pb2.GetStatesRequest, _sessions_pb2.GetStatesResponse]  # type: ignore[assignment]
     """Reads the states of many sessions of one model, of each after the changes received before for it."""
     ForkSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ForkSessionsRequest, _sessions_pb2.ForkSessionsResponse]  # type: ignore[assignment]
@@ -204,6 +220,14 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         """Deletes a session and its state, after the changes received before."""
 
     @_abc_1.abstractmethod
+    def CloseSessions(
+        self,
+        request: _sessions_pb2.CloseSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sessions_pb2.CloseSessionsResponse, _abc.Awaitable[_sessions_pb2.CloseSessionsResponse]]:
+        """Deletes many sessions. Those that are not there any more are passed over."""
+
+    @_abc_1.abstractmethod
     def CloseMatchingSessions(
         self,
         request: _sessions_pb2.CloseMatchingSessionsRequest,
@@ -226,6 +250,22 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.GetSessionResponse, _abc.Awaitable[_sessions_pb2.GetSessionResponse]]:
         """Describes a session as of its last completed change. Does not count as use."""
+
+    @_abc_1.abstractmethod
+    def ListSessions(
+        self,
+        request: _sessions_pb2.ListSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sessions_pb2.ListSessionsResponse, _abc.Awaitable[_sessions_pb2.ListSessionsResponse]]:
+        """Lists live sessions page by page, in the order of their ids or in another one."""
+
+    @_abc_1.abstractmethod
+    def Step(
+        self,
+        request: _sessions_pb2.StepRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sessions_pb2.StepResponse, _abc.Awaitable[_sessions_pb2.StepResponse]]:
+        """Advances a session by one time step, or by T with a time axis: whole or not at all."""
 
     @_abc_1.abstractmethod
     def StepStream(
@@ -265,6 +305,14 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.GetStateResponse, _abc.Awaitable[_sessions_pb2.GetStateResponse]]:
         """Reads the state, after the changes received before."""
+
+    @_abc_1.abstractmethod
+    def ForkSession(
+        self,
+        request: _sessions_pb2.ForkSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sessions_pb2.ForkSessionResponse, _abc.Awaitable[_sessions_pb2.ForkSessionResponse]]:
+        """Opens a new session with the state, revision and position of another."""
 
     @_abc_1.abstractmethod
     def GetStates(
