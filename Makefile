@@ -14,6 +14,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 # The native front, or the note that there can be none on this machine.
 FRONT := .venv/.front
+# Installs Valkey's programs where they are missing, or says what to install; tests of replicas fail without them.
+VALKEY := scripts/valkey.py || true
 # What the demo leaves behind.
 MODEL := out/temperature.keras
 
@@ -63,6 +65,7 @@ ALL := $(if $(ARGS),,--numprocesses $(WORKERS) --dist worksteal)
 
 .PHONY: test
 test: $(INSTALLED) $(FRONT) ## Run all tests (five minutes on two idle cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores
+	@$(BIN)/python $(VALKEY)
 	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) $(ARGS)
 
 .PHONY: test-unit
@@ -71,6 +74,7 @@ test-unit: $(INSTALLED) ## Run the unit tests (half a minute; ARGS="-k slots" ru
 
 .PHONY: coverage
 coverage: $(INSTALLED) $(FRONT) ## Run all tests, and fail if they cover less than the floor in pyproject.toml
+	@$(BIN)/python $(VALKEY)
 	$(BIN)/pytest --cov --cov-report=term $(ALL) $(ARGS)
 
 # What runs once more with TLS and tokens, which is said to the harness by STEPWELL_TEST_SECURED=1.
@@ -78,6 +82,7 @@ SECURED := tests/fault $(addprefix tests/integration/test_,$(addsuffix .py,wire_
 
 .PHONY: soak
 soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples, the front in Python, and TLS with tokens on both, then kill servers a thousand times under load (forty minutes; ARGS="--kills 50 --seed 7" only kills)
+	@$(BIN)/python $(VALKEY)
 	$(if $(ARGS),,TEST_ALL=1 $(BIN)/pytest $(ALL) $$(grep -rl "from support.samples" tests/unit tests/congruence))
 	$(if $(ARGS),,STEPWELL_FRONT=python $(BIN)/pytest $(ALL) tests/integration)
 	$(if $(ARGS),,for front in auto python; do STEPWELL_TEST_SECURED=1 STEPWELL_FRONT=$$front $(BIN)/pytest $(ALL) $(SECURED) || exit 1; done)
