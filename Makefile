@@ -15,7 +15,7 @@ INSTALLED := .venv/.installed
 # The native front, or the note that there can be none on this machine.
 FRONT := .venv/.front
 # Installs Valkey's programs where they are missing, or says what to install; tests of replicas fail without them.
-VALKEY := scripts/valkey.py || true
+VALKEY := scripts/install_valkey.py || true
 # What the demo leaves behind.
 MODEL := out/temperature.keras
 
