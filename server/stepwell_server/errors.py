@@ -21,6 +21,7 @@
     ├── SessionSetUnknown     the stream knows no set of that number
     ├── Overloaded            no room now; come back after retry_after_s
     ├── Unavailable           the server cannot do it now (stopping, store away)
+    │   ├── StoreAway         the store does not answer now; come back after retry_after_s
     │   ├── StoreGone         what is kept cannot be reached any more: the server ends
     │   └── Starting          its models are not loaded yet; come back after retry_after_s
     ├── DeadlineExceeded      the caller's time limit passed before the change was applied
@@ -197,6 +198,14 @@ class Unavailable(ServerError):
     """The server cannot do it now; it was not applied."""
 
     reason = "UNAVAILABLE"
+
+
+class StoreAway(Unavailable):
+    """The store does not answer now. Come back after `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class StoreGone(Unavailable):

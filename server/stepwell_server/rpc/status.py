@@ -81,7 +81,7 @@ ADMIN_CODES = NAMING_CODES | {Code.ALREADY_EXISTS.name, Code.FAILED_PRECONDITION
 UPLOAD_CODES = ADMIN_CODES | {Code.UNIMPLEMENTED.name}
 UNSUPPORTED_CODES = frozenset({"CANCELLED", Code.UNIMPLEMENTED.name, Code.INTERNAL.name})
 
-_WITH_DELAY = (errors.Overloaded, errors.Starting)
+_WITH_DELAY = (errors.Overloaded, errors.Starting, errors.StoreAway)
 # Trailers over 8 KiB may be refused by the client's gRPC, and what a caller sent (a session id, say) can be
 # part of a message. A character takes at most 12 bytes there, percent-encoded.
 _MESSAGE_BYTES = 2048
@@ -135,7 +135,7 @@ def message_of(error: errors.ServerError) -> str:
     return _bounded(without_tenants(error.message))
 
 
-def _retry_after_ms(error: errors.Overloaded | errors.Starting) -> int:
+def _retry_after_ms(error: errors.Overloaded | errors.Starting | errors.StoreAway) -> int:
     return max(1, math.ceil(error.retry_after_s * 1000))
 
 

@@ -1,0 +1,226 @@
+"""Batches as requests to the store, and what became of them.
+
+What is asked on the way of every step is a script with few and large arguments: stamps and records are each one blob, as
+they mostly lie one after the other already (`record.Puts`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from stepwell_server.errors import ServerError
+from stepwell_server.store.base import ALL_KEPT, Batch, Committed
+from stepwell_server.store.record import U64, Puts, Stored
+from stepwell_server.store.valkey import scripts
+from stepwell_server.store.valkey.keys import META, STAMP_BYTES, Keys, pack_tombstone
+from stepwell_server.store.valkey.requests import Request
+
+MOST_KEYS = 512
+"""Sessions in one script: nobody else is served while it runs, and Lua's stack has room for 8000 values."""
+MOST_BYTES = 4 * 2**20
+"""Of records in one script, unless a single one is larger."""
+_NO_STAMP = bytes(STAMP_BYTES)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Part:
+    """A request and the sessions that it is about, in the order of its keys."""
+
+    request: Request
+    session_ids: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Change:
+    """What a script does with one session: see `scripts.COMMIT`."""
+
+    letter: str
+    session_id: str
+    follows: bytes = _NO_STAMP
+    stamp: bytes = _NO_STAMP
+    content: Stored = b""
+
+
+class Commits:
+    """Makes requests of batches."""
+
+    def __init__(self, keys: Keys, *, is_cluster: bool, tombstone_s: float) -> None:
+        self._keys = keys
+        self._is_cluster = is_cluster
+        self._live_ms = int(tombstone_s * 1000)
+
+    def of(self, batch: Batch) -> list[Part]:
+        """The requests of a batch, beside those of its documents. Nothing of it is used any more afterwards.
+
+        Raises:
+            ValueError: it does not say which stamps its records have and follow.
+        """
+        puts = batch.puts
+        for name, column in (("follows", batch.follows), ("stamps", batch.stamps)):
+            if len(column) != len(puts):
+                raise ValueError(
+                    f"{name} must have one stamp for each of {len(puts)} puts; it has {len(column)}"
+                )
+        if not (batch.deletes or batch.tombstones or batch.forgets) and batch.follows.all():
+            if isinstance(puts, Puts) and not self._is_cluster and _fits(puts):
+                return [self._together(puts, batch.follows, batch.stamps)]
+            return self._follow(list(puts), batch.follows, batch.stamps)
+        return self._mixed(batch)
+
+    def _mixed(self, batch: Batch) -> list[Part]:
+        """Sessions that begin and end go into scripts of their partitions; the others as ever."""
+        apart = {*batch.deletes, *batch.forgets, *(stone.session_id for stone in batch.tombstones)}
+        follows, stamps = _bytes(batch.follows), _bytes(batch.stamps)
+        changes: dict[str, _Change] = {}
+        others: list[int] = []
+        puts = list(batch.puts)
+        for place, (session_id, record) in enumerate(puts):
+            if follows[place] == _NO_STAMP or session_id in apart:
+                changes[session_id] = _Change("P", session_id, follows[place], stamps[place], record)
+            else:
+                others.append(place)
+        nonce = secrets.token_bytes(STAMP_BYTES)
+        stones = {stone.session_id: pack_tombstone(stone) for stone in batch.tombstones}
+        # none at all: whatever is there
+        delete_follows = _bytes(batch.delete_follows) or [_NO_STAMP] * len(batch.deletes)
+        for session_id, follow in zip(batch.deletes, delete_follows, strict=True):
+            content = stones.pop(session_id, b"")
+            changes[session_id] = _Change("D", session_id, follow, nonce, content)
+        for session_id, content in stones.items():
+            changes.setdefault(session_id, _Change("T", session_id, stamp=nonce, content=content))
+        for session_id in batch.forgets:
+            changes.setdefault(session_id, _Change("F", session_id))
+        parts = self._scripts(changes.values(), idle_ms=int(batch.idle_s * 1000))
+        if others:
+            parts += self._follow([puts[i] for i in others], batch.follows[others], batch.stamps[others])
+        return parts
+
+    def _together(self, puts: Puts, follows: U64, stamps: U64) -> Part:
+        """Records of the same size, which lie one after the other."""
+        session_ids = puts.session_ids
+        request = Request.of(
+            self._keys.partition(session_ids[0]),
+            scripts.CHANGE,
+            [*map(self._keys.session, session_ids)],
+            follows.tobytes(),
+            stamps.tobytes(),
+            bytes(puts.together),
+            b"=%d" % puts.sizes[0],
+        )
+        return Part(request, session_ids)
+
+    def _follow(self, puts: Sequence[tuple[str, Stored]], follows: U64, stamps: U64) -> list[Part]:
+        parts = []
+        for partition, places in self._groups([session_id for session_id, _ in puts]):
+            for some in _pieces(places, [len(puts[place][1]) for place in places]):
+                sizes = [len(puts[place][1]) for place in some]
+                one_size = len(set(sizes)) == 1
+                request = Request.of(
+                    partition,
+                    scripts.CHANGE,
+                    [self._keys.session(puts[place][0]) for place in some],
+                    follows[some].tobytes(),
+                    stamps[some].tobytes(),
+                    b"".join([puts[place][1] for place in some]),
+                    b"=%d" % sizes[0] if one_size else b"~" + _packed(sizes),
+                )
+                parts.append(Part(request, [puts[place][0] for place in some]))
+        return parts
+
+    def _groups(self, session_ids: Sequence[str]) -> Iterable[tuple[int, list[int]]]:
+        """Places of sessions that may be in one script. Without a Cluster all may."""
+        if not self._is_cluster:
+            return [(META, list(range(len(session_ids))))] if session_ids else []
+        groups: dict[int, list[int]] = {}
+        for place, session_id in enumerate(session_ids):
+            groups.setdefault(self._keys.partition(session_id), []).append(place)
+        return groups.items()
+
+    def _scripts(self, changes: Iterable[_Change], *, idle_ms: int) -> list[Part]:
+        groups: dict[int, list[_Change]] = {}
+        for change in changes:
+            groups.setdefault(self._keys.partition(change.session_id), []).append(change)
+        parts = []
+        for partition, members in groups.items():
+            sizes = [len(change.content) for change in members]
+            for places in _pieces(range(len(members)), sizes):
+                some = [members[place] for place in places]
+                request = Request.of(
+                    partition,
+                    scripts.COMMIT,
+                    [
+                        self._keys.ids(partition),
+                        self._keys.counts(partition),
+                        *(self._keys.session(change.session_id) for change in some),
+                    ],
+                    "".join([change.letter for change in some]),
+                    b"".join([change.follows for change in some]),
+                    b"".join([change.stamp for change in some]),
+                    b"".join([change.content for change in some]),
+                    _packed([len(change.content) for change in some]),
+                    self._keys.id_at(partition),
+                    idle_ms,
+                    self._live_ms,
+                )
+                parts.append(Part(request, [change.session_id for change in some]))
+        return parts
+
+
+def outcome_of(parts: Sequence[Part], stale: frozenset[str], *, documents_kept: bool) -> Committed:
+    """What became of a batch whose requests were sent.
+
+    Raises:
+        Unavailable, Overloaded: nothing of it was kept.
+    """
+    conflicts: list[str] = []
+    unknown: list[str] = []
+    refusal: ServerError | None = None
+    is_refused = not documents_kept
+    for part in parts:
+        request = part.request
+        if request.problem is not None:
+            refusal = refusal or request.problem
+            is_refused &= not request.is_sent
+            unknown += part.session_ids
+            continue
+        failed = [part.session_ids[number - 1] for number in request.reply]
+        conflicts += failed
+        is_refused &= len(failed) == len(part.session_ids)
+        if not request.is_durable:
+            unknown += set(part.session_ids).difference(failed)
+    if refusal is not None and is_refused:
+        raise refusal
+    if not (conflicts or unknown or stale):
+        return ALL_KEPT
+    return Committed(frozenset(conflicts), frozenset(unknown), stale)
+
+
+def _fits(puts: Puts) -> bool:
+    return 0 < len(puts) <= MOST_KEYS and len(puts.together) <= MOST_BYTES
+
+
+def _bytes(stamps: U64) -> list[bytes]:
+    data = stamps.tobytes()
+    return [data[at : at + STAMP_BYTES] for at in range(0, len(data), STAMP_BYTES)]
+
+
+def _packed(sizes: Sequence[int]) -> bytes:
+    return np.array(sizes, np.dtype("<u4")).tobytes()
+
+
+def _pieces(places: Sequence[int], sizes: Sequence[int]) -> Iterable[list[int]]:
+    """Places, in pieces that one script may have."""
+    piece: list[int] = []
+    size = 0
+    for place, own in zip(places, sizes, strict=True):
+        if piece and (len(piece) == MOST_KEYS or size + own > MOST_BYTES):
+            yield piece
+            piece, size = [], 0
+        piece.append(place)
+        size += own
+    if piece:
+        yield piece

@@ -1,0 +1,108 @@
+"""Names of keys, and the form of the values of sessions.
+
+    PREFIX{p}s:ID      a session: kind (u1), stamp (8 bytes), time of its last use (ms, u8, big-endian), then
+                       1: its record, as `store.record` has it
+                       2: a tombstone; it has a time to live
+    PREFIX{p}ids       the ids of the sessions of partition p, a sorted set in which all have the same score
+    PREFIX{p}counts    how many sessions there are in it by names (`store.counts`), a hash
+    PREFIX{p}c:CLIENT  when a client was last heard of (ms), with a time to live
+    PREFIX{meta}store  what the store says of itself, a hash
+    PREFIX{meta}documents  documents by name, a hash: checksum, content
+
+What stands in braces decides which node of a Cluster has a key: a script may have all keys of one partition.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+import zlib
+
+from isal.isal_zlib import crc32
+
+from stepwell_server.errors import StateCorrupt
+from stepwell_server.store.base import End, Tombstone
+
+META = -1
+"""In place of a partition: of the keys that are the whole store's."""
+RECORD, TOMBSTONE = 1, 2
+STAMP_BYTES = 8
+HEAD = struct.Struct(">B8sQ")
+"""Kind, stamp, last use."""
+_STONE = struct.Struct("<IBdQQ")  # checksum of what follows it, end, at, request id, revision
+_CHECKSUM_BYTES = 4
+_KNOWN_IDS = 65_536
+
+
+class Keys:
+    """The keys of one store."""
+
+    def __init__(self, prefix: str, partitions: int) -> None:
+        self.partitions = partitions
+        self._prefix = prefix.encode()
+        self._tags = [b"%s{%d}" % (self._prefix, p) for p in range(partitions)]
+        self._sessions = [b"%ss:" % tag for tag in self._tags]
+        meta = b"%s{meta}" % self._prefix
+        self.store, self.documents, self.fence = meta + b"store", meta + b"documents", meta + b"fence"
+        self.channel = meta + b"changed"
+        """On which it is said that documents have changed."""
+        # the same sessions are named again and again
+        self.session = functools.lru_cache(_KNOWN_IDS)(self._session)
+        """The key of a session."""
+
+    def _session(self, session_id: str) -> bytes:
+        return self._sessions[self.partition(session_id)] + session_id.encode()
+
+    def partition(self, session_id: str) -> int:
+        """In which partition a session is."""
+        return zlib.crc32(session_id.encode()) % self.partitions
+
+    def id_at(self, partition: int) -> int:
+        """How many bytes of the keys of a partition's sessions stand before the id."""
+        return len(self._sessions[partition])
+
+    def ids(self, partition: int) -> bytes:
+        """The key of the ids of a partition."""
+        return self._tags[partition] + b"ids"
+
+    def counts(self, partition: int) -> bytes:
+        """The key of the counts of a partition."""
+        return self._tags[partition] + b"counts"
+
+    def client(self, client_id: int) -> tuple[int, bytes]:
+        """The partition and the key of a client."""
+        partition = client_id % self.partitions
+        return partition, b"%sc:%d" % (self._tags[partition], client_id)
+
+    def tag(self, partition: int) -> bytes:
+        """What stands in braces in the keys of a partition, or of `META`."""
+        return b"meta" if partition == META else b"%d" % partition
+
+
+def store_key(prefix: str) -> bytes:
+    """The key of what a store says of itself, before it is known how many partitions it has."""
+    return b"%s{meta}store" % prefix.encode()
+
+
+def pack_tombstone(stone: Tombstone) -> bytes:
+    """What is stored of a tombstone behind the head."""
+    packed = _STONE.pack(0, stone.end, stone.at, stone.request_id, stone.revision)[_CHECKSUM_BYTES:]
+    checksum = crc32(packed, crc32(stone.session_id.encode()))
+    return checksum.to_bytes(_CHECKSUM_BYTES, "little") + packed
+
+
+def unpack_tombstone(session_id: str, stored: bytes) -> Tombstone:
+    """What `pack_tombstone` was given.
+
+    Raises:
+        StateCorrupt: it is damaged.
+    """
+    checksum = crc32(stored[_CHECKSUM_BYTES:], crc32(session_id.encode()))
+    if len(stored) == _STONE.size and int.from_bytes(stored[:_CHECKSUM_BYTES], "little") == checksum:
+        _, end, at, request_id, revision = _STONE.unpack(stored)
+        if end in set(End):
+            return Tombstone(session_id, End(end), at, request_id, revision)
+    raise StateCorrupt(
+        f"the tombstone of session {session_id!r} must be as it was written; it is damaged",
+        session_id=session_id,
+    )

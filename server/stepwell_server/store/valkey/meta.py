@@ -1,0 +1,108 @@
+"""What a shared store says of itself: its layout, what was drawn when it was made, and which keys encrypt it."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Mapping
+
+from stepwell_server.store.base import StoreError
+from stepwell_server.store.valkey import scripts
+from stepwell_server.store.valkey.documents import pairs_of
+from stepwell_server.store.valkey.keys import META, store_key
+from stepwell_server.store.valkey.requests import Request, Requests
+from stepwell_server.store.valkey.url import DEFAULT_PARTITIONS, MOST_PARTITIONS
+
+LAYOUT = 1
+_LAYOUT, _PARTITIONS, _SECRET, _INCARNATION = b"layout", b"partitions", b"secret", b"incarnation"
+_FIRST_REVISION, _KEY = b"first_revision", b"key:"
+_SECRET_BYTES = 32
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Meta:
+    """What a store says of itself."""
+
+    partitions: int
+    secret: bytes
+    incarnation: str
+    first_revision: int
+    key_checks: Mapping[str, bytes]
+    """`Keyring.checks` of the keys that it was encrypted with."""
+
+
+async def read(requests: Requests, prefix: str, partitions: int | None) -> Meta:
+    """What the store with a prefix says of itself; it is made if it is not there.
+
+    Raises:
+        StoreError: it is of a later release, damaged, or has another number of partitions than is asked for.
+        ServerError: it cannot be asked.
+    """
+    new: Mapping[bytes, bytes | str | int] = {
+        _LAYOUT: LAYOUT,
+        _PARTITIONS: partitions or DEFAULT_PARTITIONS,
+        _SECRET: secrets.token_bytes(_SECRET_BYTES),
+        _INCARNATION: secrets.token_hex(4),
+        _FIRST_REVISION: 0,
+    }
+    words = [word for pair in new.items() for word in pair]
+    request = Request.of(META, scripts.MAKE, [store_key(prefix)], *words)
+    await requests.send([request], waits=True)
+    if request.problem is not None:
+        raise request.problem
+    return _meta(prefix, pairs_of(request.reply), partitions)
+
+
+async def add_key_check(requests: Requests, prefix: str, key_id: str, check: bytes) -> None:
+    """Have the store remember a key with which it is encrypted.
+
+    Raises:
+        ServerError: it cannot be asked.
+    """
+    request = Request(META, (b"HSET", store_key(prefix), _KEY + key_id.encode(), check))
+    await requests.send([request], waits=True)
+    if request.problem is not None:
+        raise request.problem
+
+
+def _meta(prefix: str, fields: Mapping[bytes, bytes], asked: int | None) -> Meta:
+    layout = _number(prefix, fields, _LAYOUT)
+    if layout > LAYOUT:
+        raise StoreError(
+            f"the layout of the store with prefix {prefix!r} must be at most {LAYOUT}; it is {layout}: a later release made it"
+        )
+    partitions = _number(prefix, fields, _PARTITIONS)
+    if not 1 <= partitions <= MOST_PARTITIONS:
+        raise _damaged(prefix, _PARTITIONS)
+    if asked not in {None, partitions}:
+        raise StoreError(
+            f"partitions must be {partitions}, as the store with prefix {prefix!r} was made with; got {asked}"
+        )
+    secret, incarnation = fields.get(_SECRET, b""), fields.get(_INCARNATION, b"")
+    if len(secret) != _SECRET_BYTES:
+        raise _damaged(prefix, _SECRET)
+    if len(incarnation) != 8:
+        raise _damaged(prefix, _INCARNATION)
+    return Meta(
+        partitions,
+        secret,
+        incarnation.decode("ascii", "replace"),
+        _number(prefix, fields, _FIRST_REVISION),
+        {
+            name.removeprefix(_KEY).decode("utf-8", "replace"): check
+            for name, check in fields.items()
+            if name.startswith(_KEY)
+        },
+    )
+
+
+def _number(prefix: str, fields: Mapping[bytes, bytes], name: bytes) -> int:
+    value = fields.get(name, b"")
+    if not value.isdigit():
+        raise _damaged(prefix, name)
+    return int(value)
+
+
+def _damaged(prefix: str, name: bytes) -> StoreError:
+    key = store_key(prefix).decode()
+    return StoreError(f"{name.decode()} in key {key!r} must be as it was written; it is damaged")

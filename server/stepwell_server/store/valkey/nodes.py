@@ -1,0 +1,387 @@
+"""Which server is asked: pools of connections to nodes, and who is the primary of what."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Collection, Sequence
+
+from typing_extensions import override
+
+from stepwell_server.store.valkey import scripts
+from stepwell_server.store.valkey.client import (
+    Access,
+    Command,
+    Denied,
+    Link,
+    Lost,
+    Refused,
+    Reply,
+    context_of,
+    slot_of,
+)
+from stepwell_server.store.valkey.keys import META
+from stepwell_server.store.valkey.url import Address, StoreUrl, shown
+
+MOST_LINKS = 24
+"""Connections to one node: 8 commits, 4 reads, and what else is asked at the same time."""
+_DOWN_S = 0.1
+"""For so long nobody tries again to connect to a node that could not be connected to."""
+_REFRESH_S = 0.05
+"""Between two looks at who has which slots."""
+
+_FIRST: Sequence[Command] = [
+    ("ROLE",),
+    *((b"SCRIPT", b"LOAD", script.source.encode()) for script in scripts.ALL),
+]
+Open = Callable[[Address], Awaitable[Link]]
+
+
+async def open_link(address: Address, access: Access, *, to_primary: bool) -> Link:
+    """A connection to a server that knows our scripts.
+
+    Raises:
+        Denied, Lost: as `Link.open`; also if it is a replica, and must be a primary.
+    """
+    link = await Link.open(address, access)
+    try:
+        role, *loaded = await link.ask(_FIRST)
+        if to_primary and isinstance(role, list) and role[0] != b"master":
+            raise Lost(f"{shown(address)} is a replica, the primary is another", sent=False)
+        for reply in loaded:
+            if isinstance(reply, Refused):
+                _require_ready(address, reply)
+                raise Denied(f"{shown(address)} must allow scripts (SCRIPT LOAD, EVALSHA): {reply}")
+    except Lost as error:
+        link.close()
+        error.sent = False
+        raise
+    except BaseException:
+        link.close()
+        raise
+    return link
+
+
+def _require_ready(address: Address, reply: Refused) -> None:
+    if reply.code in {"LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN"}:
+        raise Lost(f"{shown(address)} is not ready: {reply}", sent=False)
+
+
+class Node:
+    """One server and the connections to it, each for one exchange at a time. Lives on the event loop."""
+
+    def __init__(self, address: Address, opens: Open) -> None:
+        self.address = address
+        self._opens = opens
+        self._idle: list[Link] = []
+        self._turns = asyncio.Semaphore(MOST_LINKS)
+        self._age = 0
+        """Goes up when connections that were made before are of no use any more."""
+        self._down_until = 0.0
+        self._why_down = ""
+        self._is_closed = False
+
+    async def ask(self, commands: Sequence[Command], limit_s: float) -> list[Reply]:
+        """Send commands together, on a connection of their own, and read their answers.
+
+        Raises:
+            Denied: the node does not let us in.
+            Lost: it cannot be connected to, or did not answer within `limit_s`.
+        """
+        sent = False
+        try:
+            async with asyncio.timeout(limit_s), self._turns:
+                link, age = await self._take()
+                sent, is_whole = True, False
+                try:
+                    replies = await link.ask(commands)
+                    is_whole = True
+                finally:
+                    if is_whole and age == self._age:
+                        self._idle.append(link)
+                    else:
+                        link.close()
+                return replies
+        except TimeoutError:
+            self.hang_up()
+            raise Lost(f"{shown(self.address)} must answer within {limit_s:g} s", sent=sent) from None
+        except Lost:
+            self.hang_up()
+            raise
+
+    def hang_up(self) -> None:
+        """Make new connections from now on."""
+        self._age += 1
+        idle, self._idle = self._idle, []
+        for link in idle:
+            link.close()
+
+    async def _take(self) -> tuple[Link, int]:
+        if self._idle:
+            return self._idle.pop(), self._age
+        now = asyncio.get_running_loop().time
+        if now() < self._down_until:
+            raise Lost(self._why_down, sent=False)
+        age = self._age
+        try:
+            return await self._opens(self.address), age
+        except Denied:
+            raise
+        except Lost as error:
+            self._down_until, self._why_down = now() + _DOWN_S, str(error)
+            raise
+
+
+class Topology(abc.ABC):
+    """Knows which node has which partition. Lives on the event loop."""
+
+    def __init__(self, access: Access, *, to_primary: bool) -> None:
+        self._access = access
+        self._to_primary = to_primary
+        self._nodes: dict[Address, Node] = {}
+
+    @abc.abstractmethod
+    async def nodes_of(self, partitions: Collection[int]) -> dict[int, Node]:
+        """The node of each partition, or of `META`. The time that it takes is limited by the caller.
+
+        Raises:
+            Denied, Lost: it cannot be found out.
+        """
+
+    @abc.abstractmethod
+    def doubt(self) -> None:
+        """Something was not as expected: look again who has what."""
+
+    @abc.abstractmethod
+    def moved(self, partition: int, address: Address) -> None:
+        """A server said that another one has a partition."""
+
+    @abc.abstractmethod
+    async def primaries(self) -> list[Node]:
+        """All nodes that have something.
+
+        Raises:
+            Denied, Lost: they cannot be found.
+        """
+
+    def node_at(self, address: Address) -> Node:
+        """The node at an address that a server said."""
+        if address not in self._nodes:
+            self._nodes[address] = Node(address, self._open)
+        return self._nodes[address]
+
+    def call_itself(self, name: str) -> None:
+        """Have connections another name, for people who look at the server."""
+        self._access.name = name
+        for node in self._nodes.values():
+            node.hang_up()
+
+    def close(self) -> None:
+        """End all connections, but for those that are being asked."""
+        self._keep_only(())
+
+    def _keep_only(self, addresses: Collection[Address]) -> None:
+        for address in self._nodes.keys() - set(addresses):
+            self._nodes.pop(address).hang_up()
+
+    async def _open(self, address: Address) -> Link:
+        return await open_link(address, self._access, to_primary=self._to_primary)
+
+
+class Primary(Topology):
+    """One node has everything; which one is asked again when it is in doubt."""
+
+    def __init__(self, access: Access, find: Callable[[], Awaitable[Address]]) -> None:
+        super().__init__(access, to_primary=True)
+        self._find = find
+        self._node: Node | None = None
+        self._finding = asyncio.Lock()
+
+    @override
+    async def nodes_of(self, partitions: Collection[int]) -> dict[int, Node]:
+        node = self._node
+        if node is None:
+            async with self._finding:
+                node = self._node  # somebody else may have found it meanwhile
+                if node is None:
+                    node = self._node = self.node_at(await self._find())
+                    self._keep_only([node.address])
+        return dict.fromkeys(partitions, node)
+
+    @override
+    def doubt(self) -> None:
+        self._node = None
+
+    @override
+    def moved(self, partition: int, address: Address) -> None:
+        self._node = None
+
+    @override
+    async def primaries(self) -> list[Node]:
+        return [(await self.nodes_of([META]))[META]]
+
+
+class Cluster(Topology):
+    """Slots are divided between nodes. Only the slots of our partitions are looked at."""
+
+    def __init__(
+        self, access: Access, seeds: Sequence[Address], tag: Callable[[int], bytes], timeout_s: float
+    ) -> None:
+        # a replica may be asked for the primaries, and sends us there itself
+        super().__init__(access, to_primary=False)
+        self._timeout_s = timeout_s
+        self._seeds = seeds
+        self._tag = tag
+        self._slots: dict[int, Address] = {}
+        self._is_doubted = True
+        self._looked = -1.0
+        self._looking = asyncio.Lock()
+
+    @override
+    async def nodes_of(self, partitions: Collection[int]) -> dict[int, Node]:
+        if self._is_doubted:
+            await self._look()
+        found = {}
+        for partition in partitions:
+            address = self._slots.get(slot_of(self._tag(partition)))
+            if address is None:
+                self._is_doubted = True
+                raise Lost("the Cluster must have all slots; some are nobody's", sent=False)
+            found[partition] = self.node_at(address)
+        return found
+
+    @override
+    def doubt(self) -> None:
+        self._is_doubted = True
+
+    @override
+    def moved(self, partition: int, address: Address) -> None:
+        self._slots[slot_of(self._tag(partition))] = address
+        self._is_doubted = True
+
+    @override
+    async def primaries(self) -> list[Node]:
+        if self._is_doubted:
+            await self._look()
+        return [self.node_at(address) for address in sorted(set(self._slots.values()))]
+
+    async def _look(self) -> None:
+        async with self._looking:
+            loop = asyncio.get_running_loop()
+            if not self._is_doubted:
+                return
+            if self._slots and loop.time() < self._looked + _REFRESH_S:
+                return
+            problem: Lost | None = None
+            for address in dict.fromkeys((*self._slots.values(), *self._seeds)):
+                try:
+                    slots = await self._slots_as_seen_by(address)
+                except Denied:
+                    raise
+                except Lost as error:
+                    problem = error
+                    continue
+                self._slots, self._is_doubted, self._looked = slots, False, loop.time()
+                self._keep_only(slots.values())
+                return
+            assert problem is not None
+            raise problem
+
+    async def _slots_as_seen_by(self, address: Address) -> dict[int, Address]:
+        node = self.node_at(address)
+        (reply,) = await node.ask([("CLUSTER", "SLOTS")], self._timeout_s)
+        if isinstance(reply, Refused):
+            raise Denied(f"{shown(address)} must be a node of a Cluster: {reply}")
+        slots: dict[int, Address] = {}
+        for first, last, primary, *_ in reply:
+            host = (primary[0] or b"").decode()
+            owner = (host if host not in {"", "?"} else address[0], int(primary[1]))
+            slots.update(dict.fromkeys(range(first, last + 1), owner))
+        if not slots:
+            raise Lost(f"{shown(address)} must belong to a Cluster; it knows of no slots", sent=False)
+        return slots
+
+
+_ASK_S = 1.0
+"""So long one server may take to say who is the primary, where others can be asked."""
+
+
+def topology_of(url: StoreUrl, tag: Callable[[int], bytes]) -> Topology:
+    """Who knows which node has what. Nothing is connected to yet.
+
+    Args:
+        url: Where the store is.
+        tag: What stands in braces in the keys of a partition.
+
+    Raises:
+        UrlError: files of certificates cannot be used.
+    """
+    context = None if url.tls is None else context_of(url.tls)
+    server_name = "" if url.tls is None else url.tls.server_name
+    access = Access(url.login, url.database, context, server_name)
+    ask_s = min(_ASK_S, url.timeout_s)
+    if url.kind == "cluster":
+        return Cluster(access, url.addresses, tag, ask_s)
+    if url.kind == "sentinel":
+        sentinel = Access(url.sentinel_login, 0, context, server_name)
+        return Primary(access, _First(url.addresses, ask_s, _AskSentinel(url.sentinel, sentinel)))
+    return Primary(access, _First(url.addresses, ask_s, _AskServer(access)))
+
+
+class _First:
+    """Asks servers one after the other who is the primary, until one knows; that one is asked first the next time."""
+
+    def __init__(
+        self, addresses: Sequence[Address], limit_s: float, ask: Callable[[Address], Awaitable[Address]]
+    ) -> None:
+        self._addresses = list(addresses)
+        self._limit_s = limit_s
+        self._ask = ask
+
+    async def __call__(self) -> Address:
+        problems = []
+        for address in tuple(self._addresses):
+            try:
+                async with asyncio.timeout(self._limit_s):
+                    found = await self._ask(address)
+            except TimeoutError:
+                problems.append(f"{shown(address)} must answer within {self._limit_s:g} s")
+            except Denied:
+                raise
+            except Lost as error:
+                problems.append(str(error))
+            else:
+                self._addresses.remove(address)
+                self._addresses.insert(0, address)
+                return found
+        raise Lost("; ".join(problems), sent=False)
+
+
+class _AskServer:
+    """Asks a server whether it is the primary itself."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+
+    async def __call__(self, address: Address) -> Address:
+        (await open_link(address, self._access, to_primary=True)).close()
+        return address
+
+
+class _AskSentinel:
+    """Asks a Sentinel which server is the primary."""
+
+    def __init__(self, name: str, access: Access) -> None:
+        self._name = name
+        self._access = access
+
+    async def __call__(self, address: Address) -> Address:
+        with contextlib.closing(await Link.open(address, self._access)) as link:
+            (reply,) = await link.ask([("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._name)])
+        if isinstance(reply, Refused):
+            raise Denied(f"{shown(address)} must be a Sentinel: {reply}")
+        if reply is None:
+            raise Denied(f"the Sentinel {shown(address)} knows no primary named {self._name!r}")
+        host, port = reply
+        return host.decode(), int(port)

@@ -1,0 +1,232 @@
+"""Requests to the store: sent to the nodes that have their keys, and sent again until they are answered or time is up."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+
+from stepwell_server.errors import Overloaded, ServerError, StoreAway, Unavailable
+from stepwell_server.logs import Log
+from stepwell_server.store.valkey.client import Command, Denied, Lost, Refused, Reply
+from stepwell_server.store.valkey.nodes import Node, Topology
+from stepwell_server.store.valkey.scripts import ALL, Script
+from stepwell_server.store.valkey.url import Address
+
+LIMIT = 2.5
+"""Of the time for an answer: for so long a request is sent again before it is given up."""
+_WAIT_SHARE = 0.8
+"""Of the time for an answer: so long a server waits for its disk."""
+_RETRY_AFTER_S = 1.0
+_LATE = Lost("time was up", sent=False)
+_log = Log("store.valkey")
+_PAUSES_S = (0.0, 0.02, 0.05, 0.1, 0.2)
+_REDIRECTIONS = frozenset({"MOVED", "ASK"})
+#: Nothing was done, and it may be otherwise soon.
+_PASSING = frozenset(
+    {"TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "LOADING", "BUSY", "READONLY", "NOSCRIPT", "UNBLOCKED"}
+)
+_LOAD: Sequence[Command] = [(b"SCRIPT", b"LOAD", script.source.encode()) for script in ALL]
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Request:
+    """A command whose keys are all of one partition, or in one node anyway, and what became of it."""
+
+    partition: int
+    command: Command
+    reply: Reply = None
+    is_answered: bool = False
+    is_durable: bool = True
+    """Of what was asked to wait for the disk: so many have it as was asked."""
+    is_sent: bool = False
+    """It may have been done."""
+    problem: ServerError | None = None
+    """Why it was not answered, or refused."""
+    _ask: Address | None = None
+    """The node that is to be asked this one time."""
+
+    @classmethod
+    def of(
+        cls, partition: int, script: Script, keys: Sequence[bytes], *arguments: bytes | str | int
+    ) -> Request:
+        """A script with keys and arguments."""
+        return cls(partition, (b"EVALSHA", script.sha, len(keys), *keys, *arguments))
+
+
+class Requests:
+    """Sends requests. Lives on the event loop.
+
+    No request takes longer than `LIMIT` times the time for an answer, whatever the servers do.
+    """
+
+    def __init__(self, topology: Topology, *, timeout_s: float, wait: tuple[int, int] | None) -> None:
+        """`wait`: what is sent with `waits` is waited for, until so many servers and replicas have it on their disk."""
+        self._topology = topology
+        self._timeout_s = timeout_s
+        self._wait: Command | None = (
+            None if wait is None else ("WAITAOF", *wait, max(1, int(timeout_s * 1000 * _WAIT_SHARE)))
+        )
+        self._least = wait or (0, 0)
+        self._loop = asyncio.get_running_loop()
+        self._down_since: float | None = None
+        self.trouble: Lost | Refused | None = None
+        """Why the last request was not answered, for people who run the server; None: it was."""
+
+    @property
+    def waits(self) -> bool:
+        """There is something to wait for, with `waits`."""
+        return self._wait is not None
+
+    async def ask(self, *requests: Request) -> list[Reply]:
+        """What the servers answer; for what changes nothing, or may be done twice.
+
+        Raises:
+            StoreAway: they do not answer in time.
+            Overloaded: there is no memory for it.
+            Unavailable: they refuse.
+        """
+        await self.send(requests)
+        for request in requests:
+            if request.problem is not None:
+                raise request.problem
+        return [request.reply for request in requests]
+
+    async def send(self, requests: Sequence[Request], *, waits: bool = False) -> None:
+        """Have requests answered, or say why they are not. It does not raise.
+
+        One that may be done twice is no other than one that is done once: it is sent again when its answer is lost.
+        """
+        wait = self._wait if waits else None
+        left, attempt = requests, 0
+        deadline = self._loop.time() + self._limit_s()
+        why: Lost | Refused | None = None
+        while left:
+            why = await self._attempt(left, wait, deadline) or why
+            left = [request for request in left if not request.is_answered and request.problem is None]
+            if not left:
+                break
+            pause_s = _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)]
+            attempt += 1
+            if self._loop.time() + pause_s >= deadline or isinstance(why, Denied):
+                break
+            if pause_s:
+                await asyncio.sleep(pause_s)
+        for request in left:
+            request.problem = StoreAway(
+                "the store must answer within its time limit; it did not", retry_after_s=_RETRY_AFTER_S
+            )
+        self._note((why or _LATE) if left else None)
+
+    def _limit_s(self) -> float:
+        """When nobody has answered for longer than a request may take, the next one is tried once."""
+        whole = self._timeout_s * LIMIT
+        if self._down_since is None or self._loop.time() < self._down_since + whole:
+            return whole
+        return self._timeout_s
+
+    def _note(self, problem: Lost | Refused | None) -> None:
+        if problem is None:
+            self._down_since = self.trouble = None
+            return
+        self.trouble = problem
+        if self._down_since is None:
+            self._down_since = self._loop.time()
+
+    async def _attempt(
+        self, requests: Sequence[Request], wait: Command | None, deadline: float
+    ) -> Lost | Refused | None:
+        """Send each once, and say why some are left."""
+        limit_s = min(self._timeout_s, deadline - self._loop.time())
+        try:
+            async with asyncio.timeout(limit_s):
+                nodes = await self._topology.nodes_of({request.partition for request in requests})
+        except TimeoutError:
+            self._topology.doubt()
+            return Lost("nobody said in time who has its keys", sent=False)
+        except Lost as error:
+            self._topology.doubt()
+            return error
+        groups: dict[tuple[Node, bool], list[Request]] = {}
+        for request in requests:
+            asked = request._ask
+            node = nodes[request.partition] if asked is None else self._topology.node_at(asked)
+            groups.setdefault((node, asked is not None), []).append(request)
+        limit_s = max(0.001, min(self._timeout_s, deadline - self._loop.time()))
+        sent = [
+            self._send_to(node, group, wait, limit_s, asking=asking)
+            for (node, asking), group in groups.items()
+        ]
+        problems = [await sent[0]] if len(sent) == 1 else await asyncio.gather(*sent)
+        return next((problem for problem in problems if problem is not None), None)
+
+    async def _send_to(
+        self, node: Node, requests: Sequence[Request], wait: Command | None, limit_s: float, *, asking: bool
+    ) -> Lost | Refused | None:
+        commands = [request.command for request in requests]
+        if asking:
+            commands = [each for command in commands for each in (("ASKING",), command)]
+        if wait is not None:
+            commands.append(wait)
+        try:
+            replies = await node.ask(commands, limit_s)
+        except Lost as error:
+            for request in requests:
+                request.is_sent |= error.sent
+                request._ask = None
+            self._topology.doubt()
+            return error
+        waited: Reply = replies.pop() if wait is not None else None
+        if asking:
+            replies = replies[1::2]
+        if isinstance(waited, Refused):  # such as UNBLOCKED: the server is no primary any more
+            self._topology.doubt()
+        is_durable = wait is None or self._is_enough(waited)
+        problem: Refused | None = None
+        for request, reply in zip(requests, replies, strict=True):
+            request._ask = None
+            if not isinstance(reply, Refused):
+                request.reply, request.is_answered, request.is_durable = reply, True, is_durable
+            elif not await self._goes_on(node, request, reply):
+                request.problem = _error(reply)
+            else:
+                problem = reply
+        return problem
+
+    async def _goes_on(self, node: Node, request: Request, reply: Refused) -> bool:
+        """Whether to send again what was refused."""
+        if reply.code in _REDIRECTIONS:
+            host, port = reply.address or ("", 0)
+            address = (host or node.address[0], port)
+            if reply.code == "ASK":
+                request._ask = address
+            else:
+                self._topology.moved(request.partition, address)
+            return True
+        if reply.code not in _PASSING:
+            return False
+        if reply.code == "NOSCRIPT":
+            await self._load(node)
+        else:
+            self._topology.doubt()
+            if reply.code == "READONLY":
+                node.hang_up()
+        return True
+
+    async def _load(self, node: Node) -> None:
+        try:
+            await node.ask(_LOAD, self._timeout_s)
+        except Lost:
+            self._topology.doubt()
+
+    def _is_enough(self, waited: Reply) -> bool:
+        here, replicas = self._least
+        return isinstance(waited, list) and waited[0] >= here and waited[1] >= replicas
+
+
+def _error(reply: Refused) -> ServerError:
+    """What callers are told; the log has what the server said."""
+    _log.warning("the store refuses", reason=str(reply))
+    if reply.code == "OOM":
+        return Overloaded("the store must have memory left; it has none", retry_after_s=_RETRY_AFTER_S)
+    return Unavailable(f"the store must do what it is asked; it refuses: {reply.code}")

@@ -1,0 +1,266 @@
+"""What Valkey does in one step, in Lua. Each script has keys of one partition only where there is a Cluster.
+
+A script never ends half way for want of memory: what may be refused for that (SET, MSET, ZADD) is refused at the first
+write of a script or not at all, and what gives memory free comes first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Script:
+    """Source, and the name under which a server knows it once it was loaded."""
+
+    source: str
+    sha: bytes
+
+
+def _script(*parts: str) -> Script:
+    source = "\n".join(parts)
+    return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest().encode())
+
+
+_COMMON = """
+local call, sub, byte = redis.call, string.sub, string.byte
+local function now_ms()
+  local t = call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+local function packed(ms) return struct.pack('>I8', ms) end
+"""
+
+CHANGE = _script(
+    _COMMON,
+    """
+-- Records of sessions that are there follow others. KEYS: the sessions. ARGV: stamps that they must have, new stamps (8
+-- bytes each), records, their sizes: '=' and one for all, or '~' and 4 bytes each. Returns the numbers of those that have other stamps.
+local follows, stamps, blob, sizes = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local used, conflicts, kept, at, begin = packed(now_ms()), {}, {'MSET'}, 1, 0
+local size = byte(sizes) == 61 and tonumber(sub(sizes, 2))
+for i, key in ipairs(KEYS) do
+  local length = size or struct.unpack('<I4', sizes, 4 * i - 2)
+  local has, stamp = call('GETRANGE', key, 1, 8), sub(stamps, 8 * i - 7, 8 * i)
+  if has == sub(follows, 8 * i - 7, 8 * i) then
+    kept[at + 1], kept[at + 2] = key, '\\1' .. stamp .. used .. sub(blob, begin + 1, begin + length)
+    at = at + 2
+  elseif has == stamp then
+    call('SETRANGE', key, 9, used) -- sent again: a write, for who waits until all before it is on the disk
+  else
+    conflicts[#conflicts + 1] = i
+  end
+  begin = begin + length
+end
+if at > 1 then call(unpack(kept)) end
+return conflicts
+""",
+)
+
+COMMIT = _script(
+    _COMMON,
+    """
+-- Sessions of one partition begin, change and end. KEYS: ids, counts, the sessions. ARGV: a letter for each session, stamps
+-- that they must have, new stamps (8 bytes each), records and tombstones, their sizes (4 bytes each), where ids begin in
+-- keys, for how long unused those must be that end (ms), for how long tombstones live (ms). Returns the numbers of those
+-- that are otherwise.
+--   P  put: follows the record with the stamp; with none there must be no record
+--   D  delete the record with the stamp, with none any record; leave a tombstone if there is one
+--   T  leave a tombstone where there is no record
+--   F  forget a tombstone
+local index, counts = KEYS[1], KEYS[2]
+local letters, follows, stamps, blob, sizes = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local id_at, idle_ms, live_ms = tonumber(ARGV[6]) + 1, tonumber(ARGV[7]), tonumber(ARGV[8])
+local now = now_ms()
+local used, none, conflicts, begin = packed(now), string.rep('\\0', 8), {}, 0
+
+local function model_of(value) -- by the header of the record
+  if #value < 17 + 72 then return '' end
+  local at = 17 + 72 + byte(value, 17 + 8)
+  return sub(value, at + 1, at + byte(value, 17 + 69) + 256 * byte(value, 17 + 70))
+end
+local function count(id, model, by)
+  local names = {model}
+  local tenant = string.find(id, '\\31', 1, true)
+  if tenant then
+    names = {model, '\\31', '\\31' .. model, sub(id, 1, tenant), sub(id, 1, tenant) .. model}
+  end
+  for _, name in ipairs(names) do
+    if name ~= '' and call('HINCRBY', counts, name, by) <= 0 then call('HDEL', counts, name) end
+  end
+end
+local function model_at(key) return model_of(call('GETRANGE', key, 0, 17 + 72 + 255 + 65535)) end
+
+for i = 1, #KEYS - 2 do
+  local key, letter = KEYS[i + 2], sub(letters, i, i)
+  local follow, stamp = sub(follows, 8 * i - 7, 8 * i), sub(stamps, 8 * i - 7, 8 * i)
+  local length = struct.unpack('<I4', sizes, 4 * i - 3)
+  local content = sub(blob, begin + 1, begin + length)
+  begin = begin + length
+  local head = call('GETRANGE', key, 0, 16)
+  -- what is neither is a record that was damaged
+  local kind = #head == 0 and 0 or byte(head) == 2 and 2 or 1
+  local has, id = sub(head, 2, 9), sub(key, id_at)
+  if letter == 'P' then
+    local value = '\\1' .. stamp .. used .. content
+    if kind == 1 and has == stamp then
+      call('SETRANGE', key, 9, used)
+    elseif kind ~= 1 and follow == none then
+      call('SET', key, value)
+      call('ZADD', index, 0, id)
+      count(id, model_of(value), 1)
+    elseif kind == 1 and has == follow then
+      local before, after = model_at(key), model_of(value)
+      call('SET', key, value)
+      if before ~= after then count(id, before, -1) count(id, after, 1) end
+    else
+      conflicts[#conflicts + 1] = i
+    end
+  elseif letter == 'D' then
+    if kind == 1 then
+      local age = #head == 17 and now - struct.unpack('>I8', head, 10) or idle_ms
+      if (follow == none or has == follow) and age >= idle_ms then
+        local model = model_at(key)
+        call('DEL', key)
+        if length > 0 then call('SET', key, '\\2' .. stamp .. used .. content, 'PX', live_ms) end
+        call('ZREM', index, id)
+        count(id, model, -1)
+      else
+        conflicts[#conflicts + 1] = i
+      end
+    elseif kind == 2 and has == stamp then
+      call('SETRANGE', key, 9, used)
+    elseif length > 0 or follow ~= none then
+      conflicts[#conflicts + 1] = i
+    else
+      call('HSET', counts, '', 0) -- a write, for who waits until all before it is on the disk
+    end
+  elseif letter == 'T' then
+    if kind ~= 1 then call('SET', key, '\\2' .. stamp .. used .. content, 'PX', live_ms) end
+  elseif kind == 2 then
+    call('DEL', key)
+  end
+end
+return conflicts
+""",
+)
+
+FETCH = _script(
+    _COMMON,
+    """
+-- What sessions have. KEYS: the sessions. ARGV: stamps that are known (8 bytes each; empty: none is); '1': write something
+-- if anything is not known. Returns the time (ms), then the value of each, or its head alone where the stamp is known.
+local known, fence = ARGV[1], ARGV[2] == '1'
+local found = {now_ms()}
+for i, key in ipairs(KEYS) do
+  local value
+  if known == '' then
+    value = call('GET', key)
+  else
+    value = call('GETRANGE', key, 0, 16)
+    if value == '' then
+      value = false
+    elseif byte(value) ~= 1 or sub(value, 2, 9) ~= sub(known, 8 * i - 7, 8 * i) then
+      value = call('GET', key)
+    end
+  end
+  if fence and value and #value > 17 then
+    call('SETRANGE', key, 9, sub(value, 10, 17)) -- as it is; all that was written before is on the disk before it
+    fence = false
+  end
+  found[i + 1] = value
+end
+return found
+""",
+)
+
+HEADS = _script(
+    _COMMON,
+    """
+-- What records say beside the state. KEYS: the sessions. Returns the time (ms), then of each its value without rows and
+-- extra; empty where there is no record.
+local found = {now_ms()}
+for i, key in ipairs(KEYS) do
+  local value = call('GETRANGE', key, 0, 17 + 72 - 1)
+  if byte(value) ~= 1 then
+    value = ''
+  elseif #value == 17 + 72 then
+    local texts = byte(value, 17 + 8) + byte(value, 17 + 69) + 256 * byte(value, 17 + 70)
+    local fields = byte(value, 17 + 71) + 256 * byte(value, 17 + 72)
+    value = value .. call('GETRANGE', key, 17 + 72, 17 + 72 + texts - 1)
+    if fields > 0 then value = value .. call('GETRANGE', key, -fields, -1) end
+  end
+  found[i + 1] = value
+end
+return found
+""",
+)
+
+TOUCH = _script(
+    _COMMON,
+    """
+-- Sessions are used now, if they have these stamps. KEYS: the sessions. ARGV: stamps (8 bytes each).
+local used = packed(now_ms())
+for i, key in ipairs(KEYS) do
+  local head = call('GETRANGE', key, 0, 8)
+  if byte(head) == 1 and sub(head, 2, 9) == sub(ARGV[1], 8 * i - 7, 8 * i) then call('SETRANGE', key, 9, used) end
+end
+return 0
+""",
+)
+
+RENEW = _script(
+    _COMMON,
+    """
+-- A client was heard of. KEYS: the client. ARGV: for how long that is worth knowing (ms).
+return call('SET', KEYS[1], now_ms(), 'PX', ARGV[1])
+""",
+)
+
+UNSEEN = _script(
+    _COMMON,
+    """
+-- KEYS: clients. Returns for how long each was not heard of (ms), -1 where nothing is known.
+local now, found = now_ms(), {}
+for i, key in ipairs(KEYS) do
+  local at = call('GET', key)
+  found[i] = at and math.max(0, now - tonumber(at)) or -1
+end
+return found
+""",
+)
+
+DOCUMENTS = _script(
+    """
+-- Documents are written. KEYS: documents, and one for a write in any case. ARGV: a channel, then of each its name, what it must be now ('': anything, '0':
+-- absent, '1' and its value) and what it is to be ('0': absent, '1' and its value). Returns the names of those that are
+-- otherwise. One that is already as it is to be was written by the same commit before, and is written again.
+local call, sub = redis.call, string.sub
+local stale, changed = {}, false
+for i = 2, #ARGV, 3 do
+  local name, must, new = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  local has = call('HGET', KEYS[1], name)
+  has = has and '1' .. has or '0'
+  if must ~= '' and has ~= must and has ~= new then
+    stale[#stale + 1] = name
+  else
+    if new == '0' then call('HDEL', KEYS[1], name) else call('HSET', KEYS[1], name, sub(new, 2)) end
+    changed = changed or has ~= new
+  end
+end
+call('SET', KEYS[2], '')
+if changed then redis.pcall('PUBLISH', ARGV[1], '') end
+return stale
+""",
+)
+
+MAKE = _script(
+    """
+-- What the store says of itself; it is made where there is none. KEYS: the store. ARGV: names and values of a new one.
+if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('HSET', KEYS[1], unpack(ARGV)) end
+return redis.call('HGETALL', KEYS[1])
+""",
+)
+
+ALL = (CHANGE, COMMIT, FETCH, HEADS, TOUCH, RENEW, UNSEEN, DOCUMENTS, MAKE)

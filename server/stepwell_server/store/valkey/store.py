@@ -1,0 +1,390 @@
+"""The store on Valkey: `base.Store` for several servers at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from typing_extensions import override
+
+from stepwell_server.clock import Clock
+from stepwell_server.errors import StateCorrupt, StoreAway
+from stepwell_server.logs import Log
+from stepwell_server.store.base import (
+    Batch,
+    Committed,
+    Fetched,
+    KeyFileError,
+    Store,
+    StoreError,
+    StoreHealth,
+    Tombstone,
+)
+from stepwell_server.store.heads import Heads, heads_of
+from stepwell_server.store.keyring import Keyring
+from stepwell_server.store.record import Header, header_or_none
+from stepwell_server.store.sealing import Sealer
+from stepwell_server.store.valkey import documents, meta, scripts
+from stepwell_server.store.valkey.client import Denied, Reply
+from stepwell_server.store.valkey.commits import MOST_KEYS, Commits, outcome_of
+from stepwell_server.store.valkey.keys import (
+    HEAD,
+    META,
+    RECORD,
+    STAMP_BYTES,
+    TOMBSTONE,
+    Keys,
+    unpack_tombstone,
+)
+from stepwell_server.store.valkey.listing import ids_after
+from stepwell_server.store.valkey.nodes import Topology, topology_of
+from stepwell_server.store.valkey.requests import Request, Requests
+from stepwell_server.store.valkey.url import StoreUrl
+
+_log = Log("store.valkey")
+_NOTHING = Fetched()
+_MOST_READ_BYTES = 8 * 2**20
+"""Of records that are read at once, as far as their sizes are known."""
+_RETRY_AFTER_S = 1.0
+_CLIENT_S = 3600.0
+"""So much longer than its lease it is known when a client was last heard of."""
+
+
+async def open_valkey(
+    url: StoreUrl, *, durability: Literal["sync", "async"], clock: Clock, keyring: Keyring | None = None
+) -> ValkeyStore:
+    """Open a shared store, or make it if it is not there.
+
+    Raises:
+        StoreError: it cannot be used as it is: login, certificates, settings of the server, layout, keys.
+        StoreAway: it does not answer now.
+    """
+    wait = (1, url.replicas) if durability == "sync" else None
+    keys = Keys(url.prefix, 1)
+    topology = topology_of(url, keys.tag)
+    requests = Requests(topology, timeout_s=url.timeout_s, wait=wait)
+    try:
+        found = await _asked(requests, url)
+        await _use_keys(requests, url, found, keyring)
+    except BaseException:
+        topology.close()
+        raise
+    return ValkeyStore(url, found, topology, requests, clock, None if keyring is None else Sealer(keyring))
+
+
+async def _asked(requests: Requests, url: StoreUrl) -> meta.Meta:
+    try:
+        return await meta.read(requests, url.prefix, url.partitions)
+    except StoreAway as error:
+        if isinstance(requests.trouble, Denied):
+            raise StoreError(str(requests.trouble)) from None
+        raise StoreAway(f"{error.message}: {requests.trouble}", error.retry_after_s) from None
+
+
+async def _use_keys(requests: Requests, url: StoreUrl, found: meta.Meta, keyring: Keyring | None) -> None:
+    known = found.key_checks
+    if keyring is None:
+        if known:
+            raise KeyFileError(
+                f"the store at {url} is encrypted, with {'key' if len(known) == 1 else 'keys'}"
+                f" {', '.join(sorted(known))}: their file must be given"
+            )
+        return
+    keyring.require(known)
+    if keyring.first not in known:
+        await meta.add_key_check(requests, url.prefix, keyring.first, keyring.checks[keyring.first])
+
+
+class ValkeyStore(Store):
+    """Others use it too. Lives on one event loop, which never waits for the network."""
+
+    local = None
+
+    def __init__(
+        self,
+        url: StoreUrl,
+        found: meta.Meta,
+        topology: Topology,
+        requests: Requests,
+        clock: Clock,
+        sealer: Sealer | None,
+    ) -> None:
+        self.secret = found.secret
+        self.incarnation = found.incarnation
+        self.first_revision = found.first_revision
+        self._url = url
+        self._keys = Keys(url.prefix, found.partitions)
+        self._is_cluster = url.kind == "cluster"
+        self._commits = Commits(self._keys, is_cluster=self._is_cluster, tombstone_s=url.tombstone_s)
+        self._topology = topology
+        self._requests = requests
+        self._clock = clock
+        self._sealer = sealer
+        self._record_bytes = 1
+        """Of the largest record that was read."""
+
+    @property
+    @override
+    def damage(self) -> str:
+        return ""
+
+    @override
+    async def commit(self, batch: Batch) -> Committed:
+        puts = batch.puts
+        if self._sealer is not None and puts:
+            batch = dataclasses.replace(batch, puts=self._sealer.seal(puts))
+        # before anything is waited for: whoever made the batch may fill its buffers with the next one then
+        parts = self._commits.of(batch)
+        stale: frozenset[str] = frozenset()
+        if batch.documents:
+            stale = await self._write_documents(batch)
+        if parts:
+            await self._requests.send([part.request for part in parts], waits=True)
+        return outcome_of(parts, stale, documents_kept=bool(batch.documents))
+
+    async def _write_documents(self, batch: Batch) -> frozenset[str]:
+        request = documents.writing(self._keys, batch)
+        await self._requests.send([request], waits=True)
+        if request.problem is not None:
+            raise request.problem
+        if not request.is_durable:
+            raise _not_durable()
+        return documents.stale_of(request.reply)
+
+    @override
+    async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+        found = await self._stored(session_ids, known)
+        if self._sealer is None:
+            return found
+        opened = self._sealer.opened_or_as_is
+        return [
+            dataclasses.replace(each, record=opened(session_id, each.record)) if each.record else each
+            for session_id, each in zip(session_ids, found, strict=True)
+        ]
+
+    async def _stored(self, session_ids: Sequence[str], known: Sequence[int]) -> list[Fetched]:
+        """As `fetch`, with records as they are stored."""
+        size = max(1, min(2 * MOST_KEYS, _MOST_READ_BYTES // self._record_bytes))
+        found: list[Fetched] = []
+        for at in range(0, len(session_ids), size):
+            found += await self._read(session_ids[at : at + size], known[at : at + size])
+        return found
+
+    async def _read(self, session_ids: Sequence[str], known: Sequence[int]) -> list[Fetched]:
+        stamps = np.array(known, np.uint64).tobytes() if any(known) else b""
+        is_fenced = self._requests.waits
+        groups = self._groups(session_ids)
+        requests = [
+            Request.of(
+                partition,
+                scripts.FETCH,
+                [self._keys.session(session_ids[place]) for place in places],
+                b"".join([stamps[STAMP_BYTES * i : STAMP_BYTES * (i + 1)] for i in places]),
+                b"1" if is_fenced else b"0",
+            )
+            for partition, places in groups
+        ]
+        replies = await self._ask(requests, waits=is_fenced)
+        found = [_NOTHING] * len(session_ids)
+        for request, (_, places), (now_ms, *values) in zip(requests, groups, replies, strict=True):
+            for place, value in zip(places, values, strict=True):
+                if value is None:
+                    continue
+                found[place] = each = self._fetched(
+                    session_ids[place], value, now_ms, known[place] if len(known) else 0
+                )
+                if not (each.is_known or request.is_durable):
+                    raise _not_durable()
+        return found
+
+    def _fetched(self, session_id: str, value: bytes, now_ms: int, known: int) -> Fetched:
+        if len(value) < HEAD.size:
+            return Fetched(b"")
+        kind, packed, used_ms = HEAD.unpack_from(value)
+        stamp = int.from_bytes(packed, "little")
+        if kind == TOMBSTONE:
+            return Fetched(tombstone=_tombstone(session_id, value[HEAD.size :]))
+        idle_s = max(0, now_ms - used_ms) / 1000
+        if kind != RECORD:
+            return Fetched(b"", stamp=stamp, idle_s=idle_s)
+        if known and stamp == known:
+            return Fetched(stamp=stamp, is_known=True, idle_s=idle_s)
+        self._record_bytes = max(self._record_bytes, len(value))
+        return Fetched(value[HEAD.size :], stamp=stamp, idle_s=idle_s)
+
+    @override
+    async def touch(self, session_ids: Sequence[str], stamps: Sequence[int]) -> None:
+        packed = np.array(stamps, np.uint64).tobytes()
+        for at in range(0, len(session_ids), MOST_KEYS):
+            some = session_ids[at : at + MOST_KEYS]
+            own = packed[STAMP_BYTES * at : STAMP_BYTES * (at + len(some))]
+            requests = [
+                Request.of(
+                    partition,
+                    scripts.TOUCH,
+                    [self._keys.session(some[place]) for place in places],
+                    b"".join([own[STAMP_BYTES * i : STAMP_BYTES * (i + 1)] for i in places]),
+                )
+                for partition, places in self._groups(some)
+            ]
+            await self._requests.ask(*requests)
+
+    async def renew_client(self, client_id: int, lease_s: float) -> None:
+        """A client was heard of, whose sessions end when it is gone for `lease_s` seconds.
+
+        Raises:
+            Unavailable: the store cannot be told now.
+        """
+        partition, key = self._keys.client(client_id)
+        await self._requests.ask(
+            Request.of(partition, scripts.RENEW, [key], int((lease_s + _CLIENT_S) * 1000))
+        )
+
+    async def clients_unseen(self, client_ids: Sequence[int]) -> list[float]:
+        """For how many seconds no server has heard of clients, by the store's clock; inf: as long as can be known.
+
+        Raises:
+            Unavailable: the store cannot be asked now.
+        """
+        placed = [self._keys.client(client_id) for client_id in client_ids]
+        groups = self._grouped([partition for partition, _ in placed])
+        replies = await self._requests.ask(
+            *(
+                Request.of(partition, scripts.UNSEEN, [placed[place][1] for place in places])
+                for partition, places in groups
+            )
+        )
+        unseen = [float("inf")] * len(client_ids)
+        for (_, places), ages_ms in zip(groups, replies, strict=True):
+            for place, age_ms in zip(places, ages_ms, strict=True):
+                unseen[place] = age_ms / 1000 if age_ms >= 0 else float("inf")
+        return unseen
+
+    @override
+    async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
+        keys = await ids_after(self._requests, self._keys, after, prefix, limit)
+        session_ids = [str(key, "utf-8", "replace") for key in keys]
+        now = self._clock.now()
+        found = zip(session_ids, await self._stored(session_ids, ()), strict=True)
+        return [
+            (session_id, _dated(header_or_none(session_id, each.record), now - each.idle_s))
+            for session_id, each in found
+            if each.record is not None
+        ]
+
+    @override
+    async def heads(self, *, after: str = "", limit: int) -> Heads:
+        keys = await ids_after(self._requests, self._keys, after, "", limit)
+        session_ids = [str(key, "utf-8", "replace") for key in keys]
+        sound: list[bytes] = []
+        records: list[bytes] = []
+        idle_s: list[float] = []
+        size = 8 * MOST_KEYS
+        for at in range(0, len(session_ids), size):
+            some = session_ids[at : at + size]
+            for key, value, age_s in zip(keys[at : at + size], *await self._read_heads(some), strict=True):
+                if value:
+                    sound.append(key)
+                    records.append(value)
+                    idle_s.append(age_s)
+        found = heads_of(sound, records)
+        found.heads["last_used"] = self._clock.now() - np.array(idle_s)
+        return found
+
+    async def _read_heads(self, session_ids: Sequence[str]) -> tuple[list[bytes], list[float]]:
+        groups = [
+            (partition, places[at : at + MOST_KEYS])
+            for partition, places in self._groups(session_ids)
+            for at in range(0, len(places), MOST_KEYS)
+        ]
+        replies = await self._requests.ask(
+            *(
+                Request.of(partition, scripts.HEADS, [self._keys.session(session_ids[i]) for i in places])
+                for partition, places in groups
+            )
+        )
+        heads, ages_s = [b""] * len(session_ids), [0.0] * len(session_ids)
+        for (_, places), (now_ms, *values) in zip(groups, replies, strict=True):
+            for place, value in zip(places, values, strict=True):
+                if len(value) >= HEAD.size:
+                    heads[place] = value[HEAD.size :]
+                    ages_s[place] = max(0, now_ms - HEAD.unpack_from(value)[2]) / 1000
+        return heads, ages_s
+
+    @override
+    async def count(self) -> int:
+        every = range(self._keys.partitions)
+        return sum(await self._requests.ask(*(Request(p, (b"ZCARD", self._keys.ids(p))) for p in every)))
+
+    @override
+    async def count_of(self, model: str) -> int:
+        every = range(self._keys.partitions)
+        counts = await self._requests.ask(
+            *(Request(p, (b"HGET", self._keys.counts(p), model)) for p in every)
+        )
+        return sum(int(count or 0) for count in counts)
+
+    @override
+    async def documents(self, prefix: str = "") -> dict[str, bytes]:
+        is_fenced = self._requests.waits
+        *_, read = requests = documents.reading(self._keys, fence=is_fenced)
+        await self._ask(requests, waits=is_fenced)
+        if not read.is_durable:
+            raise _not_durable()
+        return documents.found_in(read.reply, prefix)
+
+    @override
+    async def announce(self, listen: str) -> None:
+        self._topology.call_itself(f"stepwell@{listen}")
+
+    @override
+    async def check(self) -> StoreHealth:
+        try:
+            await self._requests.ask(Request(META, (b"PING",)))
+        except StoreAway as error:
+            return StoreHealth(problem=f"{error.message}: {self._requests.trouble}")
+        return StoreHealth()
+
+    @override
+    async def close(self) -> None:
+        self._topology.close()
+
+    async def _ask(self, requests: Sequence[Request], *, waits: bool) -> list[Reply]:
+        await self._requests.send(requests, waits=waits)
+        for request in requests:
+            if request.problem is not None:
+                raise request.problem
+        return [request.reply for request in requests]
+
+    def _groups(self, session_ids: Sequence[str]) -> list[tuple[int, list[int]]]:
+        """Places of sessions that may be asked for by one script."""
+        if not self._is_cluster:
+            return [(META, list(range(len(session_ids))))]
+        return self._grouped([self._keys.partition(session_id) for session_id in session_ids])
+
+    def _grouped(self, partitions: Sequence[int]) -> list[tuple[int, list[int]]]:
+        groups: dict[int, list[int]] = {}
+        for place, partition in enumerate(partitions):
+            groups.setdefault(partition, []).append(place)
+        return list(groups.items())
+
+
+def _tombstone(session_id: str, stored: bytes) -> Tombstone | None:
+    """What is remembered; nothing if it is damaged."""
+    try:
+        return unpack_tombstone(session_id, stored)
+    except StateCorrupt as error:
+        _log.warning("a tombstone is damaged", reason=error.message)
+        return None
+
+
+def _dated(header: Header | None, last_used: float) -> Header | None:
+    return None if header is None else dataclasses.replace(header, last_used=last_used)
+
+
+def _not_durable() -> StoreAway:
+    return StoreAway(
+        "the store must have on its disk what it is asked for; it has not yet", retry_after_s=_RETRY_AFTER_S
+    )

@@ -1,0 +1,276 @@
+"""The URL of a shared store, and what it says.
+
+    valkey://[USER[:PASSWORD]@]HOST[:PORT][,HOST[:PORT]...][/DB][?NAME=VALUE&...]
+
+`valkeys` and `rediss` are the same over TLS; `redis` and `rediss` are other names of the same. Several addresses are
+those of Sentinels (`sentinel=NAME`), of nodes of a Cluster (`cluster=true`), or of servers one of which is the primary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+
+from stepwell_server import private_files
+from stepwell_server.store.base import StoreError
+
+USER_VARIABLE, PASSWORD_VARIABLE = "STEPWELL_VALKEY_USER", "STEPWELL_VALKEY_PASSWORD"
+SENTINEL_USER_VARIABLE = "STEPWELL_VALKEY_SENTINEL_USER"
+SENTINEL_PASSWORD_VARIABLE = "STEPWELL_VALKEY_SENTINEL_PASSWORD"  # noqa: S105 (a name)
+DEFAULT_PREFIX = "stepwell:"
+DEFAULT_PARTITIONS = 64
+MOST_PARTITIONS = 4096
+MOST_PREFIX_BYTES = 64
+MOST_REPLICAS = 16
+_PORT, _SENTINEL_PORT = 6379, 26379
+_PLAIN, _SECURE = frozenset({"valkey", "redis"}), frozenset({"valkeys", "rediss"})
+SCHEMES = _PLAIN | _SECURE
+_TIMEOUT_MS = 2000
+_TIMEOUTS_MS = range(50, 60_001)
+_WEEK_S = 7 * 24 * 3600
+_TOMBSTONES_S = range(60, 10 * 365 * 24 * 3600 + 1)
+
+Address = tuple[str, int]
+"""Host and port."""
+
+
+class UrlError(StoreError):
+    """The URL of a store is none, or says what cannot be. The message says what is wrong, and no password."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Login:
+    """As whom to log in; both empty: nobody is asked."""
+
+    user: str = ""
+    password: str = dataclasses.field(default="", repr=False)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tls:
+    """How connections are secured."""
+
+    ca: Path | None = None
+    """Certificates of authorities, in place of the system's."""
+    cert: Path | None = None
+    """Our certificate, for servers that ask for one; with `key`."""
+    key: Path | None = None
+    server_name: str = ""
+    """The name that certificates must be for; empty: the host that was connected to."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StoreUrl:
+    """Where a shared store is, and how it is used."""
+
+    addresses: tuple[Address, ...]
+    kind: Literal["server", "sentinel", "cluster"] = "server"
+    sentinel: str = ""
+    """The name under which Sentinels know the primary."""
+    database: int = 0
+    login: Login = Login()
+    sentinel_login: Login = Login()
+    tls: Tls | None = None
+    prefix: str = DEFAULT_PREFIX
+    """Of all keys."""
+    partitions: int | None = None
+    """Into how many parts sessions are divided; None: as the store is, `DEFAULT_PARTITIONS` in a new one."""
+    replicas: int = 0
+    """How many replicas must have a change, on their disk too, before it is acknowledged with durability `sync`."""
+    timeout_s: float = _TIMEOUT_MS / 1000
+    """For how long an answer is waited for."""
+    tombstone_s: float = _WEEK_S
+    """For how long it is remembered that a session is gone."""
+
+    def __str__(self) -> str:
+        """Without user and password."""
+        hosts = ",".join(shown(address) for address in self.addresses)
+        how = {"server": "", "sentinel": f"?sentinel={self.sentinel}", "cluster": "?cluster=true"}[self.kind]
+        return f"{'valkey' if self.tls is None else 'valkeys'}://{hosts}/{self.database}{how}"
+
+
+def shown(address: Address) -> str:
+    """An address as people write it."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_store_url(text: str) -> bool:
+    """Whether a text is meant to be the URL of a shared store."""
+    return "://" in text
+
+
+def parse(text: str, environ: Mapping[str, str] | None = None) -> StoreUrl:
+    """Read a URL. User and password may also be in the environment, a password in a file.
+
+    Raises:
+        UrlError: it breaks a rule, or a file that it names cannot be used.
+    """
+    environ = os.environ if environ is None else environ
+    try:
+        parts = urlsplit(text)
+    except ValueError as error:
+        raise UrlError(f"it must be a URL: {error}") from None
+    if parts.scheme not in SCHEMES:
+        raise UrlError(
+            f"it must begin with valkey://, valkeys://, redis:// or rediss://; got {parts.scheme or text[:20]!r}"
+        )
+    if parts.fragment:
+        raise UrlError("it must have no '#': write %23 where one is part of a name or password")
+    options = _Options(parts.query)
+    sentinel = options.text("sentinel")
+    is_cluster = options.flag("cluster")
+    if sentinel and is_cluster:
+        raise UrlError("sentinel and cluster must not be given together: a Cluster fails over by itself")
+    user_and_password, _, hosts = parts.netloc.rpartition("@")
+    addresses = _addresses(hosts, _SENTINEL_PORT if sentinel else _PORT)
+    database = _database(parts)
+    if is_cluster and database:
+        raise UrlError(f"the database of a Cluster must be 0; got {database}")
+    tls = _tls(options) if parts.scheme in _SECURE else None
+    url = StoreUrl(
+        addresses=addresses,
+        kind="cluster" if is_cluster else "sentinel" if sentinel else "server",
+        sentinel=sentinel,
+        database=database,
+        login=_login(user_and_password, options.path("password_file"), environ),
+        sentinel_login=Login(
+            environ.get(SENTINEL_USER_VARIABLE, ""), environ.get(SENTINEL_PASSWORD_VARIABLE, "")
+        ),
+        tls=tls,
+        prefix=_prefix(options.text("prefix", DEFAULT_PREFIX)),
+        partitions=options.number("partitions", range(1, MOST_PARTITIONS + 1)),
+        replicas=options.number("replicas", range(MOST_REPLICAS + 1)) or 0,
+        timeout_s=(options.number("timeout_ms", _TIMEOUTS_MS) or _TIMEOUT_MS) / 1000,
+        tombstone_s=options.number("tombstone_s", _TOMBSTONES_S) or _WEEK_S,
+    )
+    options.require_empty(is_secure=tls is not None)
+    return url
+
+
+class _Options:
+    """What stands behind the question mark. Each is taken once; what is left at the end is not known."""
+
+    _OF_TLS = ("ca", "cert", "key", "server_name")
+    _KNOWN = (
+        *("prefix", "partitions", "replicas", "sentinel", "cluster", "timeout_ms", "tombstone_s"),
+        *("password_file", *_OF_TLS),
+    )
+
+    def __init__(self, query: str) -> None:
+        self._left: dict[str, str] = {}
+        try:
+            pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), errors="strict")
+        except (ValueError, UnicodeDecodeError):
+            raise UrlError("behind '?' there must be NAME=VALUE, with '&' between them") from None
+        for name, value in pairs:
+            if name in self._left:
+                raise UrlError(f"{name} must be given once")
+            self._left[name] = value
+
+    def text(self, name: str, default: str = "") -> str:
+        value = self._left.pop(name, None)
+        if value == "":
+            raise UrlError(f"{name} must not be empty")
+        return default if value is None else value
+
+    def flag(self, name: str) -> bool:
+        value = self.text(name, "false")
+        if value not in {"true", "false"}:
+            raise UrlError(f"{name} must be true or false; got {value!r}")
+        return value == "true"
+
+    def number(self, name: str, allowed: range) -> int | None:
+        value = self.text(name)
+        if not value:
+            return None
+        if not (value.isascii() and value.isdecimal()) or len(value) > 12 or int(value) not in allowed:
+            raise UrlError(f"{name} must be a number from {allowed[0]} to {allowed[-1]}; got {value!r}")
+        return int(value)
+
+    def path(self, name: str) -> Path | None:
+        value = self.text(name)
+        return Path(value) if value else None
+
+    def require_empty(self, *, is_secure: bool) -> None:
+        for name in self._left:
+            if name in self._OF_TLS and not is_secure:
+                raise UrlError(f"{name} must be given with valkeys:// or rediss://, which are for TLS")
+            raise UrlError(f"{name} is not known; there are {', '.join(self._KNOWN)}")
+
+
+def _addresses(hosts: str, port: int) -> tuple[Address, ...]:
+    return tuple(_address(part, port) for part in hosts.split(","))
+
+
+def _address(text: str, default_port: int) -> Address:
+    problem = f"an address must be HOST or HOST:PORT, an IPv6 address in brackets; got {text!r}"
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket or (rest and not rest.startswith(":")):
+            raise UrlError(problem)
+        port = rest[1:] if rest else ""
+        is_whole = rest != ":"
+    else:
+        host, colon, port = text.partition(":")
+        is_whole = not colon or bool(port)
+    if not host or not is_whole:
+        raise UrlError(problem)
+    if not port:
+        return host, default_port
+    if not (port.isascii() and port.isdecimal()) or len(port) > 5 or not 1 <= int(port) <= 65535:
+        raise UrlError(problem)
+    return host, int(port)
+
+
+def _database(parts: SplitResult) -> int:
+    text = parts.path.removeprefix("/")
+    if not text:
+        return 0
+    if not (text.isascii() and text.isdecimal()) or len(text) > 5:
+        raise UrlError(f"behind the addresses there must be the number of a database, as in /0; got {text!r}")
+    return int(text)
+
+
+def _prefix(prefix: str) -> str:
+    size = len(prefix.encode())
+    if size > MOST_PREFIX_BYTES or not prefix.isprintable() or "{" in prefix or "}" in prefix:
+        raise UrlError(
+            f"prefix must have at most {MOST_PREFIX_BYTES} bytes, all printable, and no braces; got {prefix!r}"
+        )
+    return prefix
+
+
+def _login(text: str, password_file: Path | None, environ: Mapping[str, str]) -> Login:
+    user, colon, password = text.partition(":")
+    user, password = unquote(user), unquote(password)
+    if password_file is not None:
+        if colon:
+            raise UrlError("password_file must not be given with a password in the URL")
+        password = _password_in(password_file)
+    return Login(user or environ.get(USER_VARIABLE, ""), password or environ.get(PASSWORD_VARIABLE, ""))
+
+
+def _password_in(path: Path) -> str:
+    try:
+        private_files.require_secret(path)
+        lines = path.read_text().splitlines()
+    except private_files.NotPrivateError as error:
+        raise UrlError(f"password_file: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise UrlError(f"password_file: {path} must be readable: {reason}") from None
+    if len(lines) != 1 or not lines[0]:
+        raise UrlError(f"password_file: {path} must have one line, the password; it has {len(lines)}")
+    return lines[0]
+
+
+def _tls(options: _Options) -> Tls:
+    tls = Tls(options.path("ca"), options.path("cert"), options.path("key"), options.text("server_name"))
+    if (tls.cert is None) != (tls.key is None):
+        raise UrlError("cert and key must be given together")
+    return tls

@@ -1,0 +1,85 @@
+"""Stores on a real Valkey for tests: each with a prefix of its own, so that many share a server."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Literal
+
+import numpy as np
+
+from stepwell_server.clock import Clock
+from stepwell_server.engine.durability.stamps import new_stamp
+from stepwell_server.engine.types import U64
+from stepwell_server.store.base import Batch, Committed, Store, Tombstone
+from stepwell_server.store.keyring import Keyring
+from stepwell_server.store.record import Stored
+from stepwell_server.store.valkey import url as urls
+from stepwell_server.store.valkey.store import ValkeyStore, open_valkey
+from support.clock import ManualClock
+
+_NUMBERS = itertools.count(1)
+
+
+def fresh_prefix() -> str:
+    """A prefix that no other store of this process has."""
+    return f"t{next(_NUMBERS)}:"
+
+
+async def opened(
+    url: str,
+    *,
+    durability: Literal["sync", "async"] = "async",
+    clock: Clock | None = None,
+    keyring: Keyring | None = None,
+) -> ValkeyStore:
+    """The store at a URL; user and password are not those of the environment."""
+    parsed = urls.parse(url, {})
+    return await open_valkey(parsed, durability=durability, clock=clock or ManualClock(), keyring=keyring)
+
+
+@asynccontextmanager
+async def shared(
+    url: str, count: int = 1, *, durability: Literal["sync", "async"] = "async"
+) -> AsyncIterator[list[ValkeyStore]]:
+    """A new store as several servers see it: `url` is one of `support.valkey`, which says no prefix."""
+    whole = f"{url}{'&' if '?' in url else '?'}prefix={fresh_prefix()}"
+    stores = [await opened(whole, durability=durability) for _ in range(count)]
+    try:
+        yield stores
+    finally:
+        for store in stores:
+            await store.close()
+
+
+def stamps(*values: int) -> U64:
+    """Stamps as a batch has them."""
+    return np.array(values, np.uint64)
+
+
+async def put(
+    store: Store, records: Sequence[tuple[str, Stored]], follows: Sequence[int], stamp: int = 0
+) -> tuple[Committed, int]:
+    """Commit records that follow stamps (0: the session begins); also the stamp that they have then."""
+    stamp = stamp or new_stamp()
+    batch = Batch(
+        puts=records,
+        forgets=[session_id for (session_id, _), each in zip(records, follows, strict=True) if not each],
+        follows=stamps(*follows),
+        stamps=stamps(*[stamp] * len(records)),
+    )
+    return await store.commit(batch), stamp
+
+
+async def end(
+    store: Store, stones: Sequence[Tombstone], follows: Sequence[int], *, idle_s: float = 0.0
+) -> Committed:
+    """End sessions whose records have these stamps (0: whatever is there)."""
+    batch = Batch(
+        deletes=[stone.session_id for stone in stones],
+        tombstones=stones,
+        delete_follows=stamps(*follows),
+        idle_s=idle_s,
+    )
+    return await store.commit(batch)

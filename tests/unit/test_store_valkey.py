@@ -1,0 +1,420 @@
+"""The store on Valkey does what `base.Store` says, and the same as the store that tests of the engine use in its place."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from stepwell_server.core.namespaces import SEPARATOR
+from stepwell_server.engine.durability.stamps import new_stamp
+from stepwell_server.errors import StateCorrupt
+from stepwell_server.store import counts
+from stepwell_server.store.base import (
+    ALL_KEPT,
+    Batch,
+    Committed,
+    DocumentsDamaged,
+    End,
+    Fetched,
+    Store,
+    StoreError,
+    Tombstone,
+)
+from stepwell_server.store.memory import MemoryStore
+from stepwell_server.store.record import Joined, decode_header
+from support.awaited import RemoteStore
+from support.clock import ManualClock
+from support.shared import end, fresh_prefix, opened, put, shared, stamps
+from support.stored import record, template
+from support.valkey import Valkey
+
+TENANT = f"acme{SEPARATOR}"
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[Valkey]:
+    with Valkey(append="") as server:
+        yield server
+
+
+def conflict(*session_ids: str) -> Committed:
+    return Committed(conflicts=frozenset(session_ids))
+
+
+async def test_a_session_begins_changes_and_ends(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 2) as (a, b):
+        kept, first = await put(a, [("s", record("s"))], [0])
+        assert kept is ALL_KEPT
+        kept, second = await put(b, [("s", record("s", 1))], [first])
+        assert kept is ALL_KEPT
+        (found,) = await a.fetch(["s"])
+        assert (bytes(found.record or b""), found.stamp, found.is_known) == (record("s", 1), second, False)
+        assert 0 <= found.idle_s < 60
+        (known,) = await a.fetch(["s"], [second])
+        assert (known.record, known.stamp, known.is_known) == (None, second, True)
+        assert (await a.fetch(["s"], [first]))[0].stamp == second
+        stone = Tombstone("s", End.CLOSED, 12.5, 7, 1)
+        assert await end(a, [stone], [second]) is ALL_KEPT
+        assert _plain(await b.fetch(["s", "never"])) == _plain([Fetched(tombstone=stone), Fetched()])
+        assert await b.count() == await b.count_of("m") == 0
+
+
+async def test_a_change_that_follows_another_record_is_a_conflict(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 2) as (a, b):
+        _, first = await put(a, [("s", record("s")), ("t", record("t"))], [0, 0])
+        _, second = await put(a, [("s", record("s", 1))], [first])
+        lost, _ = await put(b, [("s", record("s", 1, content=9)), ("t", record("t", 1))], [first, first])
+        assert lost == conflict("s")
+        assert (await put(b, [("gone", record("gone", 1))], [first]))[0] == conflict("gone")
+        assert (await put(b, [("s", record("s"))], [0]))[0] == conflict("s")
+        assert bytes((await b.fetch(["s"]))[0].record or b"") == record("s", 1)
+        assert await end(b, [Tombstone("s", End.CLOSED, 0.0)], [first]) == conflict("s")
+        assert await end(b, [Tombstone("never", End.CLOSED, 0.0)], [0]) == conflict("never")
+        assert await end(b, [Tombstone("s", End.CLOSED, 0.0)], [0]) is ALL_KEPT
+        assert (await put(b, [("s", record("s", 2))], [second]))[0] == conflict("s")
+
+
+async def test_a_batch_that_is_sent_again_was_kept(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 2) as (a, b):
+        _, first = await put(a, [("s", record("s"))], [0])
+        assert (await put(a, [("s", record("s"))], [0], first))[0] is ALL_KEPT
+        _, second = await put(a, [("s", record("s", 1))], [first])
+        assert (await put(a, [("s", record("s", 1))], [first], second))[0] is ALL_KEPT
+        assert await a.count() == await a.count_of("m") == 1
+        await put(b, [("s", record("s", 2))], [second])
+        assert (await put(a, [("s", record("s", 1))], [first], second))[0] == conflict("s")
+
+
+async def test_an_id_is_opened_anew(valkey: Valkey) -> None:
+    async with shared(valkey.url()) as (store,):
+        _, first = await put(store, [("s", record("s"))], [0])
+        await end(store, [Tombstone("s", End.LEFT, 1.0)], [first])
+        assert (await put(store, [("s", record("s", 5))], [0]))[0] is ALL_KEPT
+        (found,) = await store.fetch(["s"])
+        assert found.tombstone is None
+        assert await store.count() == 1
+        # one that was only remembered is forgotten, one that is there is not
+        await store.commit(Batch(tombstones=[Tombstone("old", End.EXPIRED, 2.0)]))
+        assert (await store.fetch(["old"]))[0].tombstone == Tombstone("old", End.EXPIRED, 2.0)
+        await store.commit(Batch(forgets=["old", "s"]))
+        assert [(each.record is None, each.tombstone) for each in await store.fetch(["old", "s"])] == [
+            (True, None),
+            (False, None),
+        ]
+
+
+async def test_deleting_without_a_tombstone_leaves_nothing(valkey: Valkey) -> None:
+    async with shared(valkey.url()) as (store,):
+        _, stamp = await put(store, [("a", record("a")), ("b", record("b"))], [0, 0])
+        assert await store.commit(Batch(deletes=["a", "no"], delete_follows=stamps(stamp, 0))) is ALL_KEPT
+        assert await store.commit(Batch(deletes=["b"], delete_follows=stamps(stamp + 1))) == conflict("b")
+        assert [each.record is None for each in await store.fetch(["a", "b"])] == [True, False]
+        assert (await store.count(), [name for name, _ in await store.scan(limit=9)]) == (1, ["b"])
+
+
+async def test_many_records_of_all_sizes(valkey: Valkey) -> None:
+    async with shared(valkey.url()) as (store,):
+        ids = [f"s{i}" for i in range(1500)]
+        begun = Joined([template(ids[:700]), [(i, record(i, size=n % 90)) for n, i in enumerate(ids[700:])]])
+        kept, first = await put(store, begun, [0] * 1500)
+        assert kept is ALL_KEPT
+        found = await store.fetch(ids)
+        assert [bytes(each.record or b"") for each in found] == [bytes(stored) for _, stored in begun]
+        # of one size, and laid out together; then of several
+        some = template(ids[:300], revision=1)
+        assert (await put(store, some, [first] * 300))[0] is ALL_KEPT
+        mixed = Joined([template(ids[700:1400], 1), [(ids[1400], record(ids[1400], 1, size=61))]])
+        kept, second = await put(store, mixed, [first] * 701)
+        assert kept is ALL_KEPT
+        found = await store.fetch(ids[700:1401], [second] * 701)
+        assert all(each.is_known for each in found)
+        found = await store.fetch(ids[:300] + ids[700:1401])
+        assert [bytes(each.record or b"") for each in found] == [bytes(r) for _, r in [*some, *mixed]]
+
+
+async def test_a_frame_in_which_some_conflict(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 2) as (a, b):
+        ids = [f"s{i}" for i in range(256)]
+        _, first = await put(a, template(ids), [0] * 256)
+        _, other = await put(b, [(i, record(i, 1)) for i in ids[::3]], [first] * len(ids[::3]))
+        lost, _ = await put(a, template(ids, 1), [first] * 256)
+        assert lost == conflict(*ids[::3])
+        assert {each.stamp for each in (await b.fetch(ids))[::3]} == {other}
+
+
+async def test_what_a_template_is_filled_with_later_does_not_matter(valkey: Valkey) -> None:
+    async with shared(valkey.url()) as (store,):
+        ids = ["a", "b"]
+        _, first = await put(store, template(ids), [0, 0])
+        puts = template(ids, 1)
+        wanted = [bytes(stored) for _, stored in puts]
+        task = asyncio.ensure_future(put(store, puts, [first, first]))
+        await asyncio.sleep(0)
+        puts.together[:] = bytes(len(puts.together))
+        assert (await task)[0] is ALL_KEPT
+        assert [bytes(each.record or b"") for each in await store.fetch(ids)] == wanted
+
+
+async def test_a_batch_must_say_its_stamps(valkey: Valkey) -> None:
+    async with shared(valkey.url()) as (store,):
+        with pytest.raises(ValueError, match="follows must have one stamp for each of 1 puts; it has 0"):
+            await store.commit(Batch(puts=[("a", record("a"))]))
+        assert (await store.fetch(["a"]))[0].record is None
+
+
+async def test_sessions_in_the_order_of_their_ids(valkey: Valkey) -> None:
+    clock = ManualClock()
+    url = valkey.url(f"?prefix={fresh_prefix()}")
+    store = await opened(url, clock=clock)
+    try:
+        ids = sorted(
+            [
+                f"{chance.choice('abc')}{i}é\U0001f600"[: chance.randint(2, 9)] + str(i)
+                for chance in [random.Random(5)]
+                for i in range(700)
+            ]
+        )
+        for at in range(0, len(ids), 400):
+            some = ids[at : at + 400]
+            await put(store, [(i, record(i)) for i in some], [0] * len(some))
+        for after, prefix, limit in [
+            ("", "", 9),
+            ("", "", 2000),
+            ("b", "", 50),
+            ("", "b1", 2000),
+            ("b1", "b", 300),
+            ("a", "b", 7),
+            ("z", "", 3),
+            ("c", "b", 3),
+        ]:
+            wanted = [i for i in ids if i > after and i.startswith(prefix)][:limit]
+            found = await store.scan(after=after, prefix=prefix, limit=limit)
+            assert [name for name, _ in found] == wanted
+            if not prefix:
+                assert (await store.heads(after=after, limit=limit)).keys == [i.encode() for i in wanted]
+        assert await store.count() == 700
+        found = await store.scan(limit=1)
+        assert found[0][1] is not None
+        assert clock.now() - 60 < found[0][1].last_used <= clock.now()
+    finally:
+        await store.close()
+
+
+async def test_heads_are_those_of_the_records(valkey: Valkey) -> None:
+    async with shared(valkey.url()) as (store,):
+        stored = {f"s{i}": record(f"s{i}", i, size=7 * i) for i in range(40)}
+        await put(store, list(stored.items()), [0] * 40)
+        heads = await store.heads(limit=99)
+        assert [key.decode() for key in heads.keys] == sorted(stored)
+        headers = [decode_header(i, stored[i]) for i in sorted(stored)]
+        assert heads.heads["revision"].tolist() == [header.revision for header in headers]
+        assert [heads.models[i] for i in heads.model] == [header.model for header in headers]
+        assert np.isfinite(heads.heads["last_used"]).all()
+
+
+async def test_counts_of_models_and_tenants(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 2) as (a, b):
+        _, stamp = await put(a, [(i, record(i)) for i in ["x", f"{TENANT}x", f"{TENANT}y"]], [0, 0, 0])
+        assert await b.count() == await b.count_of("m") == 3
+        assert await counts.count(b, "acme", "") == await counts.count(b, "acme", "m") == 2
+        assert await counts.count(b, "", "m") == await counts.count(b, "", "") == 1
+        await end(b, [Tombstone(f"{TENANT}x", End.CLOSED, 0.0)], [stamp])
+        assert await counts.count(a, "acme", "m") == await counts.count(a, "", "") == 1
+        assert await a.count_of("m") == 2
+        assert await a.count_of("other") == 0
+
+
+async def test_only_sessions_that_nobody_used_end_for_being_idle(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 2) as (a, b):
+        _, stamp = await put(a, [("s", record("s"))], [0])
+        stone = Tombstone("s", End.EXPIRED, 0.0)
+        assert await end(b, [stone], [stamp], idle_s=1000.0) == conflict("s")
+        # as if it had been written long ago
+        packed = stamp.to_bytes(8, "little")
+        keys = [key for key in valkey.ask("KEYS", "*s:s") if valkey.ask("GETRANGE", key, 1, 8) == packed]
+        (key,) = keys
+        valkey.ask("SETRANGE", key, 9, bytes(8))
+        assert (await b.fetch(["s"]))[0].idle_s > 1e9
+        await a.touch(["s", "no"], [stamp + 1, stamp])
+        assert (await b.fetch(["s"]))[0].idle_s > 1e9
+        await a.touch(["s"], [stamp])
+        assert (await b.fetch(["s"]))[0].idle_s < 60
+        assert await end(b, [stone], [stamp], idle_s=1000.0) == conflict("s")
+        valkey.ask("SETRANGE", key, 9, bytes(8))
+        assert await end(b, [stone], [stamp], idle_s=1000.0) is ALL_KEPT
+        assert 0 < valkey.ask("PTTL", key) <= 7 * 24 * 3600 * 1000
+
+
+async def test_clients_that_were_heard_of(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 2) as (a, b):
+        await a.renew_client(7, 30.0)
+        unseen = await b.clients_unseen([7, 8, 2**64 - 1])
+        assert 0 <= unseen[0] < 60
+        assert unseen[1:] == [math.inf, math.inf]
+
+
+async def test_documents(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 2) as (a, b):
+        assert await a.commit(Batch(documents=[("m/1", b"x"), ("m/2", b"y"), ("n", b"")])) is ALL_KEPT
+        assert await b.documents("m/") == {"m/1": b"x", "m/2": b"y"}
+        batch = Batch(
+            documents=[("m/1", b"new"), ("m/2", None), ("m/3", b"z")],
+            documents_follow={"m/1": b"other", "m/2": b"y", "m/3": None},
+        )
+        assert await b.commit(batch) == Committed(stale=frozenset({"m/1"}))
+        assert await a.documents() == {"m/1": b"x", "m/3": b"z", "n": b""}
+        # sent again: what is as it is to be was written before
+        assert await b.commit(batch) == Committed(stale=frozenset({"m/1"}))
+        again = Batch(documents=[("m/3", b"q")], documents_follow={"m/3": None})
+        assert await a.commit(again) == Committed(stale=frozenset({"m/3"}))
+
+
+async def test_a_damaged_document_is_named(valkey: Valkey) -> None:
+    prefix = fresh_prefix()
+    store = await opened(valkey.url(f"?prefix={prefix}"))
+    await store.commit(Batch(documents=[("a", b"x"), ("b", b"y")]))
+    valkey.ask("HSET", f"{prefix}{{meta}}documents", "a", b"nonsense")
+    with pytest.raises(DocumentsDamaged, match="document 'a' must be as it was written") as caught:
+        await store.documents()
+    assert caught.value.sound == {"b": b"y"}
+    await store.close()
+
+
+async def test_damaged_records_are_found_and_can_be_ended(valkey: Valkey) -> None:
+    prefix = fresh_prefix()
+    store = await opened(valkey.url(f"?prefix={prefix}&partitions=1"))
+    ids = ["byte", "kind", "short", "sound", "stone"]
+    _, stamp = await put(store, [(i, record(i)) for i in ids], [0] * len(ids))
+    await end(store, [Tombstone("stone", End.CLOSED, 0.0)], [stamp])
+    key = prefix + "{0}s:"
+    valkey.ask("SETRANGE", f"{key}byte", 90, b"\xff\xff\xff")
+    valkey.ask("SETRANGE", f"{key}kind", 0, b"\x09")
+    valkey.ask("SET", f"{key}short", b"\x01")
+    valkey.ask("SETRANGE", f"{key}stone", 30, b"\xff\xff")
+    found = await store.fetch(ids)
+    for name, each in zip(ids[:3], found, strict=False):
+        assert each.record is not None
+        with pytest.raises(StateCorrupt):
+            decode_header(name, each.record)
+    assert (found[4].record, found[4].tombstone) == (None, None)
+    listed = dict(await store.scan(limit=9))
+    assert [name for name, header in listed.items() if header is None] == ids[:3]
+    assert listed["sound"] is not None
+    assert len(await store.heads(limit=9)) >= 2
+    stones = [Tombstone(name, End.CLOSED, 0.0) for name in ids[:3]]
+    assert await end(store, stones, [0, 0, 0]) is ALL_KEPT
+    assert await store.count() == 1
+    await store.close()
+
+
+async def test_two_servers_have_one_store(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 2) as (a, b):
+        assert (a.secret, a.incarnation, a.first_revision) == (b.secret, b.incarnation, 0)
+        assert (len(a.secret), len(a.incarnation)) == (32, 8)
+        async with shared(valkey.url()) as (other,):
+            assert other.secret != a.secret
+            await put(a, [("s", record("s"))], [0])
+            assert await other.count() == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("layout", "2", "the layout of the store with prefix .* must be at most 1; it is 2"),
+        ("layout", "", "layout in key '.*{meta}store' must be as it was written; it is damaged"),
+        ("partitions", "0", "partitions in key .* it is damaged"),
+        ("secret", "x", "secret in key .* it is damaged"),
+        ("incarnation", "x", "incarnation in key .* it is damaged"),
+    ],
+)
+async def test_a_store_that_is_not_ours_is_refused(
+    valkey: Valkey, field: str, value: str, message: str
+) -> None:
+    prefix = fresh_prefix()
+    url = valkey.url(f"?prefix={prefix}")
+    await (await opened(url)).close()
+    valkey.ask("HSET", f"{prefix}{{meta}}store", field, value)
+    with pytest.raises(StoreError, match=message):
+        await opened(url)
+
+
+async def test_the_number_of_partitions_stays(valkey: Valkey) -> None:
+    url = valkey.url(f"?prefix={fresh_prefix()}")
+    await (await opened(f"{url}&partitions=8")).close()
+    store = await opened(url)
+    _, _ = await put(store, [(f"s{i}", record(f"s{i}")) for i in range(50)], [0] * 50)
+    assert len(await store.scan(limit=99)) == 50
+    await store.close()
+    with pytest.raises(StoreError, match=r"partitions must be 8, as the store .* was made with; got 9"):
+        await opened(f"{url}&partitions=9")
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_it_does_what_the_store_of_the_tests_does(valkey: Valkey, seed: int) -> None:
+    """Two servers each, and the same random programs: whatever the one answers, the other must."""
+    chance = random.Random(seed)
+    async with shared(valkey.url(), 2) as real:
+        first = RemoteStore(MemoryStore())
+        fake: list[Store] = [first, first.replica()]
+        pairs = list(zip(real, fake, strict=True))
+        ids = [f"{chance.choice(['', TENANT])}s{i}" for i in range(9)]
+        known: dict[str, list[int]] = {i: [0] for i in ids}
+        sent: list[Batch] = []
+        for _ in range(150):
+            ours, theirs = chance.choice(pairs)
+            batch = chance.choice(sent) if sent and chance.random() < 0.1 else _drawn(chance, ids, known)
+            if not batch.deletes:  # of a deletion it is not known by whom it was
+                sent.append(batch)
+            assert await ours.commit(batch) == await theirs.commit(batch)
+            asked = [chance.choice(known[i]) for i in ids]
+            assert _plain(await ours.fetch(ids, asked)) == _plain(await theirs.fetch(ids, asked))
+            for store in (ours, theirs):
+                assert [name for name, _ in await store.scan(limit=99)] == sorted(
+                    i for i, each in zip(ids, await theirs.fetch(ids), strict=True) if each.record
+                )
+            for name in ("m", SEPARATOR, f"{SEPARATOR}m", TENANT, f"{TENANT}m"):
+                assert await ours.count_of(name) == await theirs.count_of(name)
+            assert await ours.count() == await theirs.count()
+            assert await ours.documents() == await theirs.documents()
+
+
+def _drawn(chance: random.Random, ids: list[str], known: dict[str, list[int]]) -> Batch:
+    stamp = new_stamp()
+    named = chance.sample(ids, chance.randint(1, 5))
+    cut = chance.randint(0, len(named))
+    puts = [(i, record(i, chance.randint(0, 9))) for i in named[:cut]]
+    follows = [known[i][-1] if chance.random() < 0.7 else chance.choice(known[i]) for i, _ in puts]
+    deletes = named[cut:]
+    ends = [known[i][-1] if chance.random() < 0.7 else chance.choice(known[i]) for i in deletes]
+    buried = [Tombstone(i, End.CLOSED, 1.0, 2, 3) for i in deletes if chance.random() < 0.7]
+    for i, _ in puts:
+        known[i].append(stamp)
+    for i in deletes:
+        known[i].append(0)
+    documents = (
+        [(f"d{chance.randint(0, 2)}", chance.choice([None, b"x", b"y"]))] if chance.random() < 0.2 else []
+    )
+    return Batch(
+        puts=puts,
+        deletes=deletes,
+        forgets=[i for (i, _), each in zip(puts, follows, strict=True) if not each],
+        tombstones=buried,
+        follows=stamps(*follows),
+        stamps=stamps(*[stamp] * len(puts)),
+        delete_follows=stamps(*ends),
+        documents=documents,
+    )
+
+
+def _plain(found: list[Fetched]) -> list[Fetched]:
+    """With records as bytes, and without what time says."""
+    return [
+        dataclasses.replace(each, record=None if each.record is None else bytes(each.record), idle_s=0.0)
+        for each in found
+    ]

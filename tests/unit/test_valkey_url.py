@@ -1,0 +1,133 @@
+"""URLs of shared stores: what they say, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stepwell_server.store.valkey.url import Login, StoreUrl, Tls, UrlError, parse
+
+
+def test_all_that_a_url_may_say() -> None:
+    url = parse(
+        "valkeys://me:p%40ss@a:1,[::1]:2,b/3?prefix=x:&partitions=8&replicas=2&sentinel=main&timeout_ms=500"
+        "&tombstone_s=60&ca=/ca.pem&cert=/c.pem&key=/k.pem&server_name=db",
+        {"STEPWELL_VALKEY_SENTINEL_USER": "su", "STEPWELL_VALKEY_SENTINEL_PASSWORD": "sp"},
+    )
+    assert url == StoreUrl(
+        addresses=(("a", 1), ("::1", 2), ("b", 26379)),
+        kind="sentinel",
+        sentinel="main",
+        database=3,
+        login=Login("me", "p@ss"),
+        sentinel_login=Login("su", "sp"),
+        tls=Tls(Path("/ca.pem"), Path("/c.pem"), Path("/k.pem"), "db"),
+        prefix="x:",
+        partitions=8,
+        replicas=2,
+        timeout_s=0.5,
+        tombstone_s=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "addresses", "kind"),
+    [
+        ("valkey://h", (("h", 6379),), "server"),
+        ("redis://h/", (("h", 6379),), "server"),
+        ("rediss://h/0", (("h", 6379),), "server"),
+        ("valkey://[::1]", (("::1", 6379),), "server"),
+        ("valkey://a,b:7?cluster=true", (("a", 6379), ("b", 7)), "cluster"),
+        ("valkey://a?cluster=false", (("a", 6379),), "server"),
+    ],
+)
+def test_what_is_left_out(text: str, addresses: object, kind: str) -> None:
+    url = parse(text, {})
+    assert (url.addresses, url.kind, url.prefix, url.partitions) == (addresses, kind, "stepwell:", None)
+    assert (url.login, url.replicas, url.timeout_s, url.tls is not None) == (
+        Login(),
+        0,
+        2.0,
+        text.startswith("rediss"),
+    )
+
+
+def test_user_and_password_from_elsewhere(tmp_path: Path) -> None:
+    environ = {"STEPWELL_VALKEY_USER": "eu", "STEPWELL_VALKEY_PASSWORD": "ep"}
+    assert parse("valkey://h", environ).login == Login("eu", "ep")
+    assert parse("valkey://u:p@h", environ).login == Login("u", "p")
+    assert parse("valkey://u@h", environ).login == Login("u", "ep")
+    file = tmp_path / "password"
+    file.write_text("fp\n")
+    file.chmod(0o600)
+    assert parse(f"valkey://u@h?password_file={file}", environ).login == Login("u", "fp")
+
+
+def test_a_password_is_not_shown() -> None:
+    url = parse("valkey://user:hidden@h:1,g/2?sentinel=main", {"STEPWELL_VALKEY_SENTINEL_PASSWORD": "hidden"})
+    assert str(url) == "valkey://h:1,g:26379/2?sentinel=main"
+    assert "hidden" not in repr(url)
+    assert str(parse("rediss://[::1]/0?cluster=true", {})) == "valkeys://[::1]:6379/0?cluster=true"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("http://h", "it must begin with valkey://, valkeys://, redis:// or rediss://; got 'http'"),
+        ("valkey://[::1", "it must be a URL"),
+        ("valkey://", "an address must be HOST or HOST:PORT.*; got ''"),
+        ("valkey://a,,b", "an address must be .*; got ''"),
+        ("valkey://h:", "an address must be .*; got 'h:'"),
+        ("valkey://h:0", "an address must be .*; got 'h:0'"),
+        ("valkey://h:65536", "an address must be .*; got 'h:65536'"),
+        ("valkey://h:x", "an address must be .*; got 'h:x'"),
+        ("valkey://::1", "an address must be .*IPv6 address in brackets; got '::1'"),
+        ("valkey://h/x", "behind the addresses there must be the number of a database, as in /0; got 'x'"),
+        ("valkey://h/0/1", "the number of a database.*; got '0/1'"),
+        ("valkey://h/-1", "the number of a database.*; got '-1'"),
+        ("valkey://h/1?cluster=true", "the database of a Cluster must be 0; got 1"),
+        ("valkey://h?cluster=true&sentinel=x", "sentinel and cluster must not be given together"),
+        ("valkey://h?cluster=1", "cluster must be true or false; got '1'"),
+        ("valkey://h?sentinel=", "sentinel must not be empty"),
+        ("valkey://h?replicas=1&replicas=2", "replicas must be given once"),
+        ("valkey://h?replicas=-1", "replicas must be a number from 0 to 16; got '-1'"),
+        ("valkey://h?replicas=17", "replicas must be a number from 0 to 16; got '17'"),
+        ("valkey://h?partitions=0", "partitions must be a number from 1 to 4096; got '0'"),
+        ("valkey://h?timeout_ms=49", "timeout_ms must be a number from 50 to 60000; got '49'"),
+        ("valkey://h?timeout_ms=٣٣٣", "timeout_ms must be a number"),
+        (
+            "valkey://h?prefix=a{b}",
+            "prefix must have at most 64 bytes, all printable, and no braces; got 'a{b}'",
+        ),
+        ("valkey://h?prefix=%00", "prefix must have at most 64 bytes"),
+        (f"valkey://h?prefix={65 * 'x'}", "prefix must have at most 64 bytes"),
+        ("valkey://h?ca=/x", "ca must be given with valkeys:// or rediss://"),
+        ("valkeys://h?cert=/x", "cert and key must be given together"),
+        ("valkey://h?color=red", "color is not known; there are prefix, partitions"),
+        ("valkey://h?x", "behind '\\?' there must be NAME=VALUE"),
+        ("valkey://h#x", "it must have no '#'"),
+        ("valkey://u:p@h?password_file=/x", "password_file must not be given with a password in the URL"),
+        ("valkey://h?password_file=/no/such/file", "password_file: .*/no/such/file"),
+    ],
+)
+def test_what_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UrlError, match=message):
+        parse(text, {})
+
+
+@pytest.mark.parametrize("content", ["", "a\nb\n", "\n"])
+def test_a_password_file_has_one_line(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "password"
+    file.write_text(content)
+    file.chmod(0o600)
+    with pytest.raises(UrlError, match="must have one line, the password; it has"):
+        parse(f"valkey://h?password_file={file}", {})
+
+
+def test_a_password_file_is_private(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("p\n")
+    file.chmod(0o644)
+    with pytest.raises(UrlError, match="password_file: "):
+        parse(f"valkey://h?password_file={file}", {})
