@@ -263,6 +263,32 @@ async def test_an_opening_of_which_the_store_does_not_say_whether_it_was_kept_is
         )
 
 
+@pytest.mark.parametrize("kept", [True, False])
+async def test_an_opening_that_is_not_answered_stays_if_it_was_kept(kept: bool) -> None:
+    """Whoever asks another server again may have been told that it is there."""
+    async with two() as (first, second):
+        second.store.unknown["a"] = kept
+        with pytest.raises(Unavailable, match="may have kept it"):
+            await second.engine.open_session("plain", session_id="a", request_id=4)
+        opened = await first.engine.open_session("plain", session_id="a", request_id=4)
+        assert opened.replayed is kept
+        assert (await second.step("a", x(1))).revision == 1
+
+
+async def test_a_session_that_is_being_made_here_may_be_there_already() -> None:
+    async with two() as (first, second):
+        second.store.commits_held = True
+        slow = await begun(second.engine.open_session("plain", session_id="a"))
+        await second.store.until("commit")
+        await first.open("a")
+        step = second.submit("a", x(1))
+        read = await begun(second.engine.session_info("a"))
+        second.store.let_go()
+        assert (await step.only()).revision == 1
+        assert (await read).session_id == "a", "as of its last completed change"
+        assert (await slow).resumed
+
+
 async def test_a_fork_to_an_id_that_another_server_has_just_given_is_refused() -> None:
     async with two() as (first, second):
         await both_know(first, second, "source")

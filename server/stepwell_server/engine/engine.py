@@ -159,7 +159,7 @@ class Engine:
         )
         loader = Loader(table, self._models, self._expiry, fields)
         pieces = Pieces(self._loop_turns)
-        self._arrivals = Arrivals(table, fetcher, self._expiry, loader, pieces, self._drain_inboxes)
+        self._arrivals = Arrivals(table, fetcher, self._expiry, removal, loader, pieces, self._drain_inboxes)
         self._directory = Directory(
             table,
             self._models,

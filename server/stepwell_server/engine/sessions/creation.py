@@ -134,9 +134,7 @@ class Creation:
 
     async def all_settled(self, session_ids: Sequence[str]) -> None:
         """Return when nobody is making sessions of these ids."""
-        opening = self._removal.opening
-        while self.is_making(session_ids):
-            await asyncio.wait({opening[i] for i in session_ids if i in opening})
+        await self._removal.all_made(session_ids)
 
     @staticmethod
     def reservation() -> asyncio.Future[None]:
@@ -198,6 +196,9 @@ class Creation:
                 settle(committed)
             elif not committed.conflicts.isdisjoint(ids):
                 self._undo(fresh, committed, lambda: settle(Taken()))
+            elif len(ids) == 1 and ids[0] in committed.unknown:
+                # it may be there, and somebody may have been told so: whoever asks again finds it
+                settle(not_known())
             elif not committed.unknown.isdisjoint(ids):
                 self._undo(fresh, committed, lambda: settle(not_known()))
             else:

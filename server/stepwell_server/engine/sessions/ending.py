@@ -84,6 +84,12 @@ class Removal:
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._table or session_id in self.opening
 
+    async def all_made(self, session_ids: Sequence[str]) -> None:
+        """Return when no session of these ids is being made."""
+        opening = self.opening
+        while pending := {opening[i] for i in session_ids if i in opening}:
+            await asyncio.wait(pending)
+
     def described(self, handles: Handles) -> list[Ended]:
         """What the store is to know of sessions of the table when they end."""
         table = self._table

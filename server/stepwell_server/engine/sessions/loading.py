@@ -18,7 +18,7 @@ from stepwell_server.core.history import How
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.fetching import Fetcher
 from stepwell_server.engine.models import Models
-from stepwell_server.engine.sessions.ending import Expiry
+from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
@@ -128,6 +128,7 @@ class Arrivals:
         table: SessionTable,
         fetcher: Fetcher,
         expiry: Expiry,
+        removal: Removal,
         loader: Loader,
         pieces: Pieces,
         drain: Callable[[], None],
@@ -136,6 +137,7 @@ class Arrivals:
         self._table = table
         self._fetcher = fetcher
         self._expiry = expiry
+        self._removal = removal
         self._loader = loader
         self._pieces = pieces
         self._drain = drain
@@ -203,6 +205,8 @@ class Arrivals:
     async def _look(self, session_ids: Sequence[str], newer: Mapping[str, Fetched]) -> Seen:
         if self._expiry.is_shared:
             self._expiry.forget_due(session_ids)
+            # what is being made here may be there already: another server may have made it
+            await self._removal.all_made(session_ids)
         found: dict[str, Fetched] = {}
         # others may have ended here meanwhile
         while wanted := [i for i in self._expiry.only_stored(session_ids) if i not in found]:
