@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from stepwell_server.engine.durability.stamps import new_stamp
 from stepwell_server.errors import StateCorrupt
@@ -37,6 +37,10 @@ class RemoteStore(Store):
         self.shared = shared
         self.stamps: dict[str, int] = {}
         """Of the records, by session: one for all replicas."""
+        self.listeners: list[tuple[RemoteStore, Callable[[], None]]] = []
+        """Who is told that a document was written; one list for all replicas."""
+        self.is_told = True
+        """Of documents that others have written."""
         self.secret = shared.secret
         self.incarnation = shared.incarnation
         self.calls: list[tuple[str, tuple[str, ...]]] = []
@@ -56,7 +60,7 @@ class RemoteStore(Store):
     def replica(self) -> RemoteStore:
         """The same store as another server sees it."""
         other = RemoteStore(self.shared)
-        other.stamps = self.stamps
+        other.stamps, other.listeners = self.stamps, self.listeners
         return other
 
     def let_go(self) -> None:
@@ -138,14 +142,18 @@ class RemoteStore(Store):
         kept = [(name, content) for name, content in batch.documents if name not in stale]
         if kept:
             self.shared.commit(Batch(documents=kept))
+            for store, changed in self.listeners:
+                if store is not self and store.is_told:
+                    asyncio.get_running_loop().call_soon(changed)
         return self._commit(batch, puts, stale)
 
     def _stale(self, batch: Batch) -> frozenset[str]:
         there = self.shared.documents()
         return frozenset(
             name
-            for name, _ in batch.documents
-            if name in batch.documents_follow and there.get(name) != batch.documents_follow[name]
+            for name, content in batch.documents
+            if name in batch.documents_follow
+            and there.get(name) not in (batch.documents_follow[name], content)
         )
 
     def _commit(
@@ -222,6 +230,9 @@ class RemoteStore(Store):
     async def documents(self, prefix: str = "") -> dict[str, bytes]:
         await asyncio.sleep(0)
         return self.shared.documents(prefix)
+
+    def tell_of_documents(self, changed: Callable[[], None]) -> None:
+        self.listeners.append((self, changed))
 
     async def announce(self, listen: str) -> None:
         self.shared.announce(listen)

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import random
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -143,6 +144,8 @@ class Proxy:
             for _ in range(2 if plan.fate == "double" else 1):
                 try:
                     servers.append(await asyncio.open_connection(self._host, self._port, ssl=as_client))
+                except ssl.SSLCertVerificationError:
+                    raise  # it will never do: asyncio logs it
                 except OSError:
                     return  # the server is down: the client sees its connection end
                 stack.callback(servers[-1][1].transport.abort)

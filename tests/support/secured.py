@@ -167,6 +167,7 @@ def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
     as_server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     as_server.load_cert_chain(cert, key)
     as_client = ssl.create_default_context(cafile=authority)
+    as_client.verify_flags |= ssl.VERIFY_X509_STRICT  # the default since Python 3.13
     for context in (as_server, as_client):
         context.set_alpn_protocols(["h2"])
     return as_server, as_client

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from typing_extensions import override
 
@@ -65,6 +65,10 @@ class AwaitedStore(Store):
     @override
     async def documents(self, prefix: str = "") -> dict[str, bytes]:
         return self.local.documents(prefix)
+
+    @override
+    def tell_of_documents(self, changed: Callable[[], None]) -> None:
+        """Nobody else writes one."""
 
     @override
     async def announce(self, listen: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -166,7 +166,10 @@ class Batch:
     idle_s: float = 0.0
     """Sessions are only deleted that were not used for so many seconds, by the store's clock."""
     documents_follow: Mapping[str, bytes | None] = dataclasses.field(default_factory=dict)
-    """What documents must be now to be written; None: absent. Of a name that is not in it the last write counts."""
+    """What documents must be now to be written; None: absent. Of a name that is not in it the last write counts.
+
+    One that is already as it is to be was written, maybe by this very batch, whose answer was lost.
+    """
 
     def __post_init__(self) -> None:
         """Refuse documents that no store keeps.
@@ -295,7 +298,14 @@ class Store(Protocol):
         """See `LocalStore`."""
 
     async def documents(self, prefix: str = "") -> dict[str, bytes]:
-        """See `LocalStore`."""
+        """See `LocalStore`. Nothing is missing that was kept before this was called."""
+
+    def tell_of_documents(self, changed: Callable[[], None]) -> None:
+        """Have `changed` called on the event loop soon after others may have written a document.
+
+        It is a hint: it may come without a change, late, or never; whoever has to know asks every few seconds as well.
+        Called once, at the start. A store that nobody else uses, or that cannot tell, does nothing.
+        """
 
     async def announce(self, listen: str) -> None:
         """See `LocalStore`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -334,6 +334,10 @@ class ValkeyStore(Store):
         if not read.is_durable:
             raise _not_durable()
         return documents.found_in(read.reply, prefix)
+
+    @override
+    def tell_of_documents(self, changed: Callable[[], None]) -> None:
+        """It does not listen to the channel yet: whoever has to know asks every few seconds."""
 
     @override
     async def announce(self, listen: str) -> None:
