@@ -4,21 +4,52 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
+from stepwell_server.clock import Clock
 from stepwell_server.engine.durability.stamps import new_stamp
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store import counts
 from stepwell_server.store.awaited import fetched
-from stepwell_server.store.base import ALL_KEPT, Batch, Committed, Fetched, LocalStore, Store, StoreHealth
-from stepwell_server.store.heads import Heads
+from stepwell_server.store.base import (
+    ALL_KEPT,
+    Batch,
+    Committed,
+    Fetched,
+    LocalStore,
+    Store,
+    StoreHealth,
+    Unused,
+)
+from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Stored, decode_header
+from support.clock import ManualClock
 from support.fake_executor import WAIT_S
 
 _MISSING = Header(
     fingerprint="", model="", batch_size=0, revision=0, position=0, request_id=0, opened_with=0, created=0.0,
     last_used=0.0, reply=0,
 )  # fmt: skip
+
+
+@dataclasses.dataclass(slots=True)
+class _Together:
+    """What a shared store has beside the records: one for all replicas."""
+
+    clock: Clock | None = None
+    stamps: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Of the records, by session."""
+    used: dict[str, float] = dataclasses.field(default_factory=dict)
+    """When they were last used."""
+    clients: dict[int, float] = dataclasses.field(default_factory=dict)
+    """When they were last heard of."""
+    claims: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
+    """Who has them, and until when."""
+    listeners: list[tuple[RemoteStore, Callable[[], None]]] = dataclasses.field(default_factory=list)
+    """Who is told that a document was written."""
 
 
 class RemoteStore(Store):
@@ -33,12 +64,14 @@ class RemoteStore(Store):
     damage = ""
     first_revision = 0
 
-    def __init__(self, shared: LocalStore) -> None:
+    def __init__(self, shared: LocalStore, clock: Clock | None = None) -> None:
+        """`clock` is the store's own; None: that of the first server."""
         self.shared = shared
-        self.stamps: dict[str, int] = {}
-        """Of the records, by session: one for all replicas."""
-        self.listeners: list[tuple[RemoteStore, Callable[[], None]]] = []
-        """Who is told that a document was written; one list for all replicas."""
+        self.together = _Together(clock)
+        self.own_clock: Clock = ManualClock()
+        """Of the server: heads and headers have its time."""
+        self.told_error: Exception | None = None
+        """Why `touch`, `renew_clients` and `claim` fail."""
         self.is_told = True
         """Of documents that others have written."""
         self.secret = shared.secret
@@ -60,8 +93,30 @@ class RemoteStore(Store):
     def replica(self) -> RemoteStore:
         """The same store as another server sees it."""
         other = RemoteStore(self.shared)
-        other.stamps, other.listeners = self.stamps, self.listeners
+        other.together = self.together
         return other
+
+    def serve(self, clock: Clock) -> None:
+        """A server uses it that has this clock."""
+        self.own_clock = clock
+        self.together.clock = self.together.clock or clock
+
+    @property
+    def stamps(self) -> dict[str, int]:
+        """Of the records, by session: one for all replicas."""
+        return self.together.stamps
+
+    @property
+    def now(self) -> float:
+        """By the store's clock."""
+        return (self.together.clock or self.own_clock).now()
+
+    def idle_s(self, session_id: str) -> float:
+        """For how long nobody has used a session; of one that a test put there by itself its record says it."""
+        if session_id not in self.together.used:
+            header = self._header(session_id)
+            self.together.used[session_id] = self.now if header is None else header.last_used
+        return max(0.0, self.now - self.together.used[session_id])
 
     def let_go(self) -> None:
         """Let what is held back, and what comes, be answered."""
@@ -107,9 +162,11 @@ class RemoteStore(Store):
             raise type(self.read_error)(*self.read_error.args)
         stamps = known or [0] * len(session_ids)
         return [
-            Fetched(stamp=stamp, is_known=True, idle_s=0.0)
+            Fetched(stamp=stamp, is_known=True, idle_s=self.idle_s(session_id))
             if stamp and stamp == self.stamps.get(session_id)
-            else dataclasses.replace(each, stamp=self.stamp_of(session_id), idle_s=0.0)
+            else dataclasses.replace(each, stamp=self.stamp_of(session_id), idle_s=self.idle_s(session_id))
+            if each.record is not None
+            else each
             for session_id, stamp, each in zip(
                 session_ids, stamps, fetched(self.shared, session_ids), strict=True
             )
@@ -119,7 +176,48 @@ class RemoteStore(Store):
         return (await self.fetch([session_id]))[0].record
 
     async def touch(self, session_ids: Sequence[str], stamps: Sequence[int]) -> None:
-        await asyncio.sleep(0)
+        await self._tell("touch", session_ids)
+        for session_id, stamp in zip(session_ids, stamps, strict=True):
+            if self.stamps.get(session_id) == stamp:
+                self.together.used[session_id] = self.now
+
+    async def _tell(self, kind: str, names: Sequence[str]) -> None:
+        await self._pass(kind, names, held=self.commits_held)
+        if self.told_error is not None:
+            raise type(self.told_error)(*self.told_error.args)
+
+    async def unused(self, cursor: str = "", *, idle_s: float, limit: int) -> Unused:
+        await self._pass("unused", [], held=self.reads_held)
+        if self.read_error is not None:
+            raise type(self.read_error)(*self.read_error.args)
+        found = self.shared.scan(after=cursor, limit=limit)
+        ids = [i for i, _ in found if self.idle_s(i) >= idle_s]
+        records = [record or b"" for record in self.shared.get_many(ids)]
+        return Unused(
+            heads_of([i.encode() for i in ids], records),
+            np.array([self.stamp_of(i) for i in ids], np.uint64),
+            np.array([self.idle_s(i) for i in ids], np.float64),
+            found[-1][0] if len(found) == limit else "",
+        )
+
+    async def renew_clients(self, client_ids: Sequence[int], leases_s: Sequence[float]) -> None:
+        await self._tell("renew", [str(client_id) for client_id in client_ids])
+        self.together.clients.update(dict.fromkeys(client_ids, self.now))
+
+    async def clients_unseen(self, client_ids: Sequence[int]) -> list[float]:
+        await self._pass("unseen", [str(client_id) for client_id in client_ids], held=self.reads_held)
+        if self.read_error is not None:
+            raise type(self.read_error)(*self.read_error.args)
+        heard = [self.together.clients.get(client_id, -math.inf) for client_id in client_ids]
+        return [max(0.0, self.now - at) for at in heard]
+
+    async def claim(self, name: str, whose: str, for_s: float) -> bool:
+        await self._tell("claim", [name])
+        has, until = self.together.claims.get(name, ("", -math.inf))
+        if has != whose and until > self.now:
+            return False
+        self.together.claims[name] = whose, self.now + for_s
+        return True
 
     def stamp_of(self, session_id: str) -> int:
         """Of a session's record; 0 if there is none. One that a test put there by itself gets one."""
@@ -142,7 +240,7 @@ class RemoteStore(Store):
         kept = [(name, content) for name, content in batch.documents if name not in stale]
         if kept:
             self.shared.commit(Batch(documents=kept))
-            for store, changed in self.listeners:
+            for store, changed in self.together.listeners:
                 if store is not self and store.is_told:
                     asyncio.get_running_loop().call_soon(changed)
         return self._commit(batch, puts, stale)
@@ -166,6 +264,7 @@ class RemoteStore(Store):
         for (session_id, record), follows, stamp in last:
             there = self.stamp_of(session_id)
             if there == stamp:
+                self.together.used[session_id] = self.now
                 continue  # this very batch, sent again
             if there != follows:
                 conflicts.add(session_id)
@@ -176,12 +275,23 @@ class RemoteStore(Store):
                 forgets = [] if follows else [session_id]
                 self.stamps[session_id] = stamp
                 tenants = counts.of_tenants([(session_id, name) for name, _ in began], 1)
+                self.together.used[session_id] = self.now
                 self.shared.commit(
-                    Batch(puts=[(session_id, record)], forgets=forgets, counts=began, tenant_counts=tenants)
+                    Batch(
+                        puts=[(session_id, record)],
+                        forgets=forgets,
+                        counts=began,
+                        tenant_counts=[*tenants, *self._more_rows(session_id, record)],
+                    )
                 )
-        for session_id, follows in zip(batch.deletes, batch.delete_follows.tolist(), strict=True):
+        most_s = batch.idle_most_s if len(batch.idle_most_s) else [math.inf] * len(batch.deletes)
+        for session_id, follows, idle_most_s in zip(
+            batch.deletes, batch.delete_follows.tolist(), most_s, strict=True
+        ):
             header, stone = self._header(session_id), stones.get(session_id)
-            if (stone is not None and header is None) or (follows and follows != self.stamp_of(session_id)):
+            is_other = follows and follows != self.stamp_of(session_id)
+            is_used = header is not None and not batch.idle_s <= self.idle_s(session_id) <= idle_most_s
+            if (stone is not None and header is None) or is_other or is_used:
                 conflicts.add(session_id)
                 continue
             if self._is_kept(session_id, unknown):
@@ -189,13 +299,21 @@ class RemoteStore(Store):
                 ended = [(gone, -1)] if gone else []
                 own = [] if stone is None else [stone]
                 tenants = counts.of_tenants([(session_id, name) for name, _ in ended], -1)
+                tenants += self._more_rows(session_id, None)
                 self.shared.commit(
                     Batch(deletes=[session_id], tombstones=own, counts=ended, tenant_counts=tenants)
                 )
                 self.stamps.pop(session_id, None)
+                self.together.used.pop(session_id, None)
         if not (conflicts or unknown or stale):
             return ALL_KEPT
         return Committed(frozenset(conflicts), frozenset(unknown), stale)
+
+    def _more_rows(self, session_id: str, record: bytes | None) -> list[tuple[str, int]]:
+        """How many rows the tenant has more when a record is put in place of that which is there."""
+        before = self._header(session_id)
+        after = 0 if record is None else decode_header(session_id, record).batch_size
+        return counts.of_rows([(session_id, after - (before.batch_size if before else 0))], 1)
 
     def _is_kept(self, session_id: str, unknown: set[str]) -> bool:
         if session_id not in self.unknown:
@@ -213,11 +331,17 @@ class RemoteStore(Store):
 
     async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
         await asyncio.sleep(0)
-        return self.shared.scan(after=after, prefix=prefix, limit=limit)
+        found = self.shared.scan(after=after, prefix=prefix, limit=limit)
+        own = self.own_clock.now()
+        return [
+            (i, header and dataclasses.replace(header, last_used=own - self.idle_s(i))) for i, header in found
+        ]
 
     async def heads(self, *, after: str = "", limit: int) -> Heads:
         await asyncio.sleep(0)
-        return self.shared.heads(after=after, limit=limit)
+        heads, own = self.shared.heads(after=after, limit=limit), self.own_clock.now()
+        heads.heads["last_used"] = [own - self.idle_s(key.decode()) for key in heads.keys]
+        return heads
 
     async def count(self) -> int:
         await asyncio.sleep(0)
@@ -232,7 +356,7 @@ class RemoteStore(Store):
         return self.shared.documents(prefix)
 
     def tell_of_documents(self, changed: Callable[[], None]) -> None:
-        self.listeners.append((self, changed))
+        self.together.listeners.append((self, changed))
 
     async def announce(self, listen: str) -> None:
         self.shared.announce(listen)

@@ -377,6 +377,8 @@ async def running(
     clock, hooks, events = clock or ManualClock(), Hooks(), Events()
     own = store is None
     store = STORES.make(clock) if own else store
+    if isinstance(store, RemoteStore):
+        store.serve(clock)
     engine = Engine(
         programs or {"plain": PLAIN},
         store=store if isinstance(store, RemoteStore) else AwaitedStore(store),

@@ -20,6 +20,7 @@ from stepwell_server.errors import (
 )
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
+from support.clock import ManualClock
 from support.durable import begun
 from support.engine import Answers, Harness, kinds, running, x
 
@@ -29,11 +30,11 @@ pytestmark = pytest.mark.stores("awaited")
 @asynccontextmanager
 async def after(*session_ids: str, **options: Any) -> AsyncIterator[tuple[Harness, RemoteStore]]:
     """A server on a store in which another one has opened sessions, each stepped once."""
-    store = RemoteStore(MemoryStore())
-    async with running(store=store.replica()) as at:
+    store, clock = RemoteStore(MemoryStore()), ManualClock()
+    async with running(store=store.replica(), clock=clock) as at:
         await at.open(*session_ids)
         await at.submit(list(session_ids), x(len(session_ids)), request_ids=[7] * len(session_ids)).all()
-    async with running(store=store, **options) as at:
+    async with running(store=store, clock=clock, **options) as at:
         yield at, store
 
 

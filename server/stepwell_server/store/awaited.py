@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 
 from typing_extensions import override
 
-from stepwell_server.store.base import ALL_KEPT, Batch, Committed, Fetched, LocalStore, Store, StoreHealth
-from stepwell_server.store.heads import Heads
+from stepwell_server.store.base import (
+    ALL_KEPT,
+    NO_LIMITS,
+    NO_STAMPS,
+    Batch,
+    Committed,
+    Fetched,
+    LocalStore,
+    Store,
+    StoreHealth,
+    Unused,
+)
+from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header
 
 
@@ -45,6 +57,24 @@ class AwaitedStore(Store):
     @override
     async def touch(self, session_ids: Sequence[str], stamps: Sequence[int]) -> None:
         """Who serves them knows it."""
+
+    @override
+    async def unused(self, cursor: str = "", *, idle_s: float, limit: int) -> Unused:
+        """Who serves them knows it."""
+        return Unused(heads_of([], []), NO_STAMPS, NO_LIMITS, "")
+
+    @override
+    async def renew_clients(self, client_ids: Sequence[int], leases_s: Sequence[float]) -> None:
+        """Who serves them knows it."""
+
+    @override
+    async def clients_unseen(self, client_ids: Sequence[int]) -> list[float]:
+        return [math.inf] * len(client_ids)
+
+    @override
+    async def claim(self, name: str, whose: str, for_s: float) -> bool:
+        """Nobody else is there."""
+        return True
 
     @override
     async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:

@@ -15,12 +15,17 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import U64, Header, Stored
 
+F64 = npt.NDArray[np.float64]
+
 NO_STAMPS: U64 = np.zeros(0, np.uint64)
 """Of no records, or of those of a store that nobody else uses."""
+NO_LIMITS: F64 = np.zeros(0, np.float64)
+"""Of nothing."""
 MOST_NAME_BYTES, MOST_DOCUMENT_BYTES = 400, 2**20
 """Of a document: the limits of its name, as UTF-8, and of its content."""
 
@@ -123,6 +128,20 @@ class Fetched:
     """Seconds since the session was last used, by the clock of a store that is shared."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unused:
+    """Some sessions of a shared store that nobody has used lately, in an order of the store's own."""
+
+    heads: Heads
+    """What their records say; not checked."""
+    stamps: U64
+    """`(len(heads),)`: of their records."""
+    idle_s: F64
+    """`(len(heads),)`: seconds since each was last used, by the store's clock."""
+    cursor: str
+    """Where the next ones begin; empty: there are no more. There may be more where this page has none."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Changes that are kept together or not at all. They are applied in the order of these fields."""
@@ -164,7 +183,10 @@ class Batch:
     delete_follows: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
     """`(len(deletes),)`: the stamp of the record that is deleted; 0: whatever is there."""
     idle_s: float = 0.0
-    """Sessions are only deleted that were not used for so many seconds, by the store's clock."""
+    """Sessions are only deleted that were not used for so many seconds, by the store's clock; the others conflict."""
+    idle_most_s: F64 = dataclasses.field(default_factory=lambda: NO_LIMITS)
+    """`(len(deletes),)`, or empty for no limit: each is only deleted if it was unused for at most so many seconds, by the
+    store's clock, and else conflicts. So a deletion that is late, as whoever sent it was held up, is judged again."""
     documents_follow: Mapping[str, bytes | None] = dataclasses.field(default_factory=dict)
     """What documents must be now to be written; None: absent. Of a name that is not in it the last write counts.
 
@@ -283,6 +305,55 @@ class Store(Protocol):
 
         Raises:
             Unavailable: the store cannot be told now.
+        """
+
+    async def unused(self, cursor: str = "", *, idle_s: float, limit: int) -> Unused:
+        """Sessions that were not used for `idle_s` seconds, by the store's clock. Only others' stores need it.
+
+        Who goes on until there are no more has seen each that was there, and unused, all the time.
+
+        Args:
+            cursor: Of the page before; empty: from the beginning.
+            idle_s: For how long they must be unused, at least.
+            limit: How many sessions are looked at, about: the page has those of them that are unused.
+
+        Raises:
+            Unavailable: the store cannot be read now.
+        """
+
+    async def renew_clients(self, client_ids: Sequence[int], leases_s: Sequence[float]) -> None:
+        """Clients were heard of now. Only others' stores need it.
+
+        Args:
+            client_ids: Of the clients.
+            leases_s: For how long that must be known of each, at least; it is known for as long as was said before, too.
+
+        Raises:
+            Unavailable: the store cannot be told now.
+        """
+
+    async def clients_unseen(self, client_ids: Sequence[int]) -> list[float]:
+        """For how many seconds no server has heard of clients, by the store's clock; infinity: for as long as is known.
+
+        Raises:
+            Unavailable: the store cannot be asked now.
+        """
+
+    async def claim(self, name: str, whose: str, for_s: float) -> bool:
+        """Have a task to oneself for so many seconds, by the store's clock, or for so many more. Only others' stores need it.
+
+        It keeps several servers from doing the same work; one that was held up may do it beside another.
+
+        Args:
+            name: Of the task.
+            whose: Who wants it: what no other says.
+            for_s: For how long.
+
+        Returns:
+            Whether it has it; else another has.
+
+        Raises:
+            Unavailable: the store cannot be asked now.
         """
 
     async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:

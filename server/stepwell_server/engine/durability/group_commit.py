@@ -21,7 +21,7 @@ from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.state.model import Alarm
 from stepwell_server.errors import Overloaded, ServerError
 from stepwell_server.logs import Log
-from stepwell_server.store.base import ALL_KEPT, Batch, Committed, LocalStore, Store
+from stepwell_server.store.base import ALL_KEPT, F64, NO_LIMITS, Batch, Committed, LocalStore, Store
 from stepwell_server.store.record import Joined, Stored
 
 _log = Log("engine.commit")
@@ -365,8 +365,20 @@ def _merged(batches: Sequence[Batch]) -> Batch:
         stamps=np.concatenate([batch.stamps for batch in batches]),
         delete_follows=np.concatenate([batch.delete_follows for batch in batches]),
         idle_s=batches[0].idle_s,
+        idle_most_s=_limits(batches),
         documents_follow={name: was for batch in batches for name, was in batch.documents_follow.items()},
     )
+
+
+def _limits(batches: Sequence[Batch]) -> F64:
+    """`Batch.idle_most_s` of all together."""
+    if not any(len(batch.idle_most_s) for batch in batches):
+        return NO_LIMITS
+    each = [
+        batch.idle_most_s if len(batch.idle_most_s) else np.full(len(batch.deletes), np.inf)
+        for batch in batches
+    ]
+    return np.concatenate(each)
 
 
 def _named(batch: Batch) -> _Named:
