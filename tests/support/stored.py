@@ -39,12 +39,13 @@ def record(
     created: float = 0.0,
     opened_with: int = 0,
     content: int | None = None,
+    batch_size: int = 1,
 ) -> bytes:
     """A record of a session; rows of another `content` than the revision tell it from one that is as late."""
     return Record(
         fingerprint="f" * 8,
         model="m",
-        batch_size=1,
+        batch_size=batch_size,
         revision=revision,
         position=revision,
         request_id=0,

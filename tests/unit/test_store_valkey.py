@@ -253,10 +253,69 @@ async def test_only_sessions_that_nobody_used_end_for_being_idle(valkey: Valkey)
 
 async def test_clients_that_were_heard_of(valkey: Valkey) -> None:
     async with shared(valkey.url(), 2) as (a, b):
-        await a.renew_client(7, 30.0)
-        unseen = await b.clients_unseen([7, 8, 2**64 - 1])
-        assert 0 <= unseen[0] < 60
-        assert unseen[1:] == [math.inf, math.inf]
+        await a.renew_clients([7, 9, 2**63], [30.0, 1.0, 3650 * 86400.0])
+        unseen = await b.clients_unseen([7, 8, 2**64 - 1, 9, 2**63])
+        assert all(0 <= unseen[place] < 60 for place in (0, 3, 4))
+        assert unseen[1:3] == [math.inf, math.inf]
+
+
+async def test_how_long_a_client_is_known_is_never_made_shorter(valkey: Valkey) -> None:
+    prefix = fresh_prefix()
+    store = await opened(valkey.url(f"?prefix={prefix}&partitions=1"))
+    await store.renew_clients([7], [86400.0])
+    await store.renew_clients([7], [1.0])
+    assert int(valkey.ask("PTTL", f"{prefix}{{0}}c:7")) > 86_000_000
+    await store.close()
+
+
+async def test_a_task_is_for_one_at_a_time(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 2) as (a, b):
+        assert await a.claim("sweep", "a", 1000.0)
+        assert not await b.claim("sweep", "b", 1000.0)
+        assert await b.claim("other", "b", 1000.0)
+        assert await a.claim("sweep", "a", 0.001)  # from now on
+        while not await b.claim("sweep", "b", 1000.0):
+            pass
+        assert not await a.claim("sweep", "a", 1000.0)
+
+
+async def test_pages_have_the_sessions_that_are_unused(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 2) as (a, b):
+        ids = [f"{chance}{number}" for number in range(300) for chance in ("", TENANT)]
+        _, stamp = await put(a, [(i, record(i, 3, batch_size=2)) for i in ids], [0] * len(ids))
+        for limit in (7, 100, 10_000):
+            found: list[str] = []
+            cursor, pages = "", 0
+            while cursor or not pages:
+                page = await b.unused(cursor, idle_s=0.0, limit=limit)
+                cursor, pages = page.cursor, pages + 1
+                found += [key.decode() for key in page.heads.keys]
+                assert page.stamps.tolist() == [stamp] * len(page.heads)
+                assert page.heads.heads["revision"].tolist() == [3] * len(page.heads)
+                assert (page.idle_s >= 0).all()
+                assert (page.idle_s < 60).all()
+            assert sorted(found) == sorted(ids)
+        cursor, pages = "", 0
+        while cursor or not pages:
+            page = await b.unused(cursor, idle_s=1000.0, limit=500)
+            cursor, pages = page.cursor, pages + 1
+            assert not len(page.heads)
+
+
+async def test_what_is_unused_for_longer_than_was_judged_does_not_end(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 1) as (a,):
+        _, stamp = await put(a, [(i, record(i)) for i in "ab"], [0, 0])
+        while (await a.fetch(["a"]))[0].idle_s < 0.002:
+            pass
+        batch = Batch(
+            deletes=["a", "b"],
+            tombstones=[Tombstone(i, End.LEFT, 0.0) for i in "ab"],
+            delete_follows=stamps(stamp, stamp),
+            idle_most_s=np.array([0.001, 1000.0]),
+        )
+        assert await a.commit(batch) == conflict("a")
+        found = await a.fetch(["a", "b"])
+        assert (found[0].record is None, found[1].record is None) == (False, True)
 
 
 async def test_documents(valkey: Valkey) -> None:
@@ -378,7 +437,8 @@ async def test_it_does_what_the_store_of_the_tests_does(valkey: Valkey, seed: in
                 assert [name for name, _ in await store.scan(limit=99)] == sorted(
                     i for i, each in zip(ids, await theirs.fetch(ids), strict=True) if each.record
                 )
-            for name in ("m", SEPARATOR, f"{SEPARATOR}m", TENANT, f"{TENANT}m"):
+            rows = [counts.rows_of(""), counts.rows_of("acme")]
+            for name in ("m", SEPARATOR, f"{SEPARATOR}m", TENANT, f"{TENANT}m", *rows):
                 assert await ours.count_of(name) == await theirs.count_of(name)
             assert await ours.count() == await theirs.count()
             assert await ours.documents() == await theirs.documents()
@@ -388,7 +448,7 @@ def _drawn(chance: random.Random, ids: list[str], known: dict[str, list[int]]) -
     stamp = new_stamp()
     named = chance.sample(ids, chance.randint(1, 5))
     cut = chance.randint(0, len(named))
-    puts = [(i, record(i, chance.randint(0, 9))) for i in named[:cut]]
+    puts = [(i, record(i, chance.randint(0, 9), batch_size=1 + ids.index(i))) for i in named[:cut]]
     follows = [known[i][-1] if chance.random() < 0.7 else chance.choice(known[i]) for i, _ in puts]
     deletes = named[cut:]
     ends = [known[i][-1] if chance.random() < 0.7 else chance.choice(known[i]) for i in deletes]

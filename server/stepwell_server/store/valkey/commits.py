@@ -24,6 +24,8 @@ MOST_KEYS = 512
 MOST_BYTES = 4 * 2**20
 """Of records in one script, unless a single one is larger."""
 _NO_STAMP = bytes(STAMP_BYTES)
+_ANY_IDLE_MS = 2**53
+"""A Lua number that is more than any time."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -43,6 +45,8 @@ class _Change:
     follows: bytes = _NO_STAMP
     stamp: bytes = _NO_STAMP
     content: Stored = b""
+    idle_most_ms: int = _ANY_IDLE_MS
+    """With more it does not end."""
 
 
 class Commits:
@@ -87,9 +91,11 @@ class Commits:
         stones = {stone.session_id: pack_tombstone(stone) for stone in batch.tombstones}
         # none at all: whatever is there
         delete_follows = _bytes(batch.delete_follows) or [_NO_STAMP] * len(batch.deletes)
-        for session_id, follow in zip(batch.deletes, delete_follows, strict=True):
+        most_ms = np.minimum(batch.idle_most_s * 1000, _ANY_IDLE_MS).astype(np.int64).tolist()
+        most_ms = most_ms or [_ANY_IDLE_MS] * len(batch.deletes)
+        for session_id, follow, idle_ms in zip(batch.deletes, delete_follows, most_ms, strict=True):
             content = stones.pop(session_id, b"")
-            changes[session_id] = _Change("D", session_id, follow, nonce, content)
+            changes[session_id] = _Change("D", session_id, follow, nonce, content, idle_ms)
         for session_id, content in stones.items():
             changes.setdefault(session_id, _Change("T", session_id, stamp=nonce, content=content))
         for session_id in batch.forgets:
@@ -165,6 +171,7 @@ class Commits:
                     self._keys.id_at(partition),
                     idle_ms,
                     self._live_ms,
+                    _limits(some),
                 )
                 parts.append(Part(request, [change.session_id for change in some]))
         return parts
@@ -197,6 +204,13 @@ def outcome_of(parts: Sequence[Part], stale: frozenset[str], *, documents_kept: 
     if not (conflicts or unknown or stale):
         return ALL_KEPT
     return Committed(frozenset(conflicts), frozenset(unknown), stale)
+
+
+def _limits(changes: Sequence[_Change]) -> bytes:
+    """For how long each may be unused at most; empty if there is no limit."""
+    if all(change.idle_most_ms == _ANY_IDLE_MS for change in changes):
+        return b""
+    return np.array([change.idle_most_ms for change in changes], ">u8").tobytes()
 
 
 def _fits(puts: Puts) -> bool:

@@ -5,8 +5,9 @@
                        2: a tombstone; it has a time to live
     PREFIX{p}ids       the ids of the sessions of partition p, a sorted set in which all have the same score
     PREFIX{p}counts    how many sessions there are in it by names (`store.counts`), a hash
-    PREFIX{p}c:CLIENT  when a client was last heard of (ms), with a time to live
+    PREFIX{p}c:CLIENT  when a client was last heard of (ms), and for how long that is kept (ms); with that time to live
     PREFIX{meta}store  what the store says of itself, a hash
+    PREFIX{meta}claim:NAME  who has a task to itself, with a time to live
     PREFIX{meta}documents  documents by name, a hash: checksum, content
 
 What stands in braces decides which node of a Cluster has a key: a script may have all keys of one partition.
@@ -44,6 +45,7 @@ class Keys:
         self._sessions = [b"%ss:" % tag for tag in self._tags]
         meta = b"%s{meta}" % self._prefix
         self.store, self.documents, self.fence = meta + b"store", meta + b"documents", meta + b"fence"
+        self._claims = meta + b"claim:"
         self.channel = meta + b"changed"
         """On which it is said that documents have changed."""
         # the same sessions are named again and again
@@ -68,6 +70,10 @@ class Keys:
     def counts(self, partition: int) -> bytes:
         """The key of the counts of a partition."""
         return self._tags[partition] + b"counts"
+
+    def claim(self, name: str) -> bytes:
+        """The key of a task; of the whole store."""
+        return self._claims + name.encode()
 
     def client(self, client_id: int) -> tuple[int, bytes]:
         """The partition and the key of a client."""

@@ -63,15 +63,15 @@ COMMIT = _script(
     """
 -- Sessions of one partition begin, change and end. KEYS: ids, counts, the sessions. ARGV: a letter for each session, stamps
 -- that they must have, new stamps (8 bytes each), records and tombstones, their sizes (4 bytes each), where ids begin in
--- keys, for how long unused those must be that end (ms), for how long tombstones live (ms). Returns the numbers of those
--- that are otherwise.
+-- keys, for how long unused those must be that end (ms), for how long tombstones live (ms), for how long each that ends may
+-- be unused at most (ms, 8 bytes each; empty: no limit). Returns the numbers of those that are otherwise.
 --   P  put: follows the record with the stamp; with none there must be no record
 --   D  delete the record with the stamp, with none any record; leave a tombstone if there is one
 --   T  leave a tombstone where there is no record
 --   F  forget a tombstone
 local index, counts = KEYS[1], KEYS[2]
 local letters, follows, stamps, blob, sizes = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local id_at, idle_ms, live_ms = tonumber(ARGV[6]) + 1, tonumber(ARGV[7]), tonumber(ARGV[8])
+local id_at, idle_ms, live_ms, most = tonumber(ARGV[6]) + 1, tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
 local now = now_ms()
 local used, none, conflicts, begin = packed(now), string.rep('\\0', 8), {}, 0
 
@@ -80,17 +80,26 @@ local function model_of(value) -- by the header of the record
   local at = 17 + 72 + byte(value, 17 + 8)
   return sub(value, at + 1, at + byte(value, 17 + 69) + 256 * byte(value, 17 + 70))
 end
+local function rows_of(value)
+  if #value < 17 + 72 then return 0 end
+  return struct.unpack('<I4', value, 17 + 57)
+end
+local function add(name, by)
+  if name ~= '' and by ~= 0 and call('HINCRBY', counts, name, by) <= 0 then call('HDEL', counts, name) end
+end
 local function count(id, model, by)
   local names = {model}
   local tenant = string.find(id, '\\31', 1, true)
   if tenant then
     names = {model, '\\31', '\\31' .. model, sub(id, 1, tenant), sub(id, 1, tenant) .. model}
   end
-  for _, name in ipairs(names) do
-    if name ~= '' and call('HINCRBY', counts, name, by) <= 0 then call('HDEL', counts, name) end
-  end
+  for _, name in ipairs(names) do add(name, by) end
 end
-local function model_at(key) return model_of(call('GETRANGE', key, 0, 17 + 72 + 255 + 65535)) end
+local function count_rows(id, by)
+  local tenant = string.find(id, '\\31', 1, true)
+  add('\\31\\31' .. (tenant and sub(id, 1, tenant - 1) or ''), by)
+end
+local function value_at(key) return call('GETRANGE', key, 0, 17 + 72 + 255 + 65535) end
 
 for i = 1, #KEYS - 2 do
   local key, letter = KEYS[i + 2], sub(letters, i, i)
@@ -110,22 +119,27 @@ for i = 1, #KEYS - 2 do
       call('SET', key, value)
       call('ZADD', index, 0, id)
       count(id, model_of(value), 1)
+      count_rows(id, rows_of(value))
     elseif kind == 1 and has == follow then
-      local before, after = model_at(key), model_of(value)
+      local was = value_at(key)
+      local before, after = model_of(was), model_of(value)
       call('SET', key, value)
       if before ~= after then count(id, before, -1) count(id, after, 1) end
+      count_rows(id, rows_of(value) - rows_of(was))
     else
       conflicts[#conflicts + 1] = i
     end
   elseif letter == 'D' then
     if kind == 1 then
       local age = #head == 17 and now - struct.unpack('>I8', head, 10) or idle_ms
-      if (follow == none or has == follow) and age >= idle_ms then
-        local model = model_at(key)
+      local is_late = most ~= '' and age > struct.unpack('>I8', most, 8 * i - 7)
+      if (follow == none or has == follow) and age >= idle_ms and not is_late then
+        local was = value_at(key)
         call('DEL', key)
         if length > 0 then call('SET', key, '\\2' .. stamp .. used .. content, 'PX', live_ms) end
         call('ZREM', index, id)
-        count(id, model, -1)
+        count(id, model_of(was), -1)
+        count_rows(id, -rows_of(was))
       else
         conflicts[#conflicts + 1] = i
       end
@@ -178,12 +192,15 @@ return found
 HEADS = _script(
     _COMMON,
     """
--- What records say beside the state. KEYS: the sessions. Returns the time (ms), then of each its value without rows and
--- extra; empty where there is no record.
-local found = {now_ms()}
+-- What records say beside the state. KEYS: the sessions. ARGV: for how long they must be unused (ms). Returns the time
+-- (ms), then of each its value without rows and extra; empty where there is no record, or one that was used.
+local now, idle_ms = now_ms(), tonumber(ARGV[1])
+local found = {now}
 for i, key in ipairs(KEYS) do
   local value = call('GETRANGE', key, 0, 17 + 72 - 1)
   if byte(value) ~= 1 then
+    value = ''
+  elseif idle_ms > 0 and #value >= 17 and now - struct.unpack('>I8', value, 10) < idle_ms then
     value = ''
   elseif #value == 17 + 72 then
     local texts = byte(value, 17 + 8) + byte(value, 17 + 69) + 256 * byte(value, 17 + 70)
@@ -213,8 +230,15 @@ return 0
 RENEW = _script(
     _COMMON,
     """
--- A client was heard of. KEYS: the client. ARGV: for how long that is worth knowing (ms).
-return call('SET', KEYS[1], now_ms(), 'PX', ARGV[1])
+-- Clients were heard of. KEYS: the clients. ARGV: for how long that is worth knowing of each (ms), at least.
+local now = string.format('%.0f', now_ms())
+for i, key in ipairs(KEYS) do
+  local known = call('GET', key)
+  local live_ms = math.max(tonumber(ARGV[i]), known and tonumber(string.match(known, ' (%d+)$') or 0) or 0)
+  live_ms = string.format('%.0f', live_ms)
+  call('SET', key, now .. ' ' .. live_ms, 'PX', live_ms)
+end
+return 0
 """,
 )
 
@@ -224,10 +248,20 @@ UNSEEN = _script(
 -- KEYS: clients. Returns for how long each was not heard of (ms), -1 where nothing is known.
 local now, found = now_ms(), {}
 for i, key in ipairs(KEYS) do
-  local at = call('GET', key)
-  found[i] = at and math.max(0, now - tonumber(at)) or -1
+  local known = call('GET', key)
+  found[i] = known and math.max(0, now - tonumber(string.match(known, '^%d+'))) or -1
 end
 return found
+""",
+)
+
+CLAIM = _script(
+    """
+-- A task for one at a time. KEYS: the claim. ARGV: whose it is to be, for how long (ms). Returns 1 if it is.
+local has = redis.call('GET', KEYS[1])
+if has and has ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
 """,
 )
 
@@ -263,4 +297,4 @@ return redis.call('HGETALL', KEYS[1])
 """,
 )
 
-ALL = (CHANGE, COMMIT, FETCH, HEADS, TOUCH, RENEW, UNSEEN, DOCUMENTS, MAKE)
+ALL = (CHANGE, COMMIT, FETCH, HEADS, TOUCH, RENEW, UNSEEN, CLAIM, DOCUMENTS, MAKE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -21,6 +22,7 @@ from stepwell_server.store.base import (
     StoreError,
     StoreHealth,
     Tombstone,
+    Unused,
 )
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.keyring import Keyring
@@ -50,6 +52,19 @@ _MOST_READ_BYTES = 8 * 2**20
 _RETRY_AFTER_S = 1.0
 _CLIENT_S = 3600.0
 """So much longer than its lease it is known when a client was last heard of."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Head:
+    """Of a session."""
+
+    record: bytes
+    """Without rows and extra; empty where there is none."""
+    stamp: int
+    idle_s: float
+
+
+_NO_HEAD = _Head(b"", 0, 0.0)
 
 
 async def open_valkey(
@@ -231,23 +246,52 @@ class ValkeyStore(Store):
             ]
             await self._requests.ask(*requests)
 
-    async def renew_client(self, client_id: int, lease_s: float) -> None:
-        """A client was heard of, whose sessions end when it is gone for `lease_s` seconds.
-
-        Raises:
-            Unavailable: the store cannot be told now.
-        """
-        partition, key = self._keys.client(client_id)
-        await self._requests.ask(
-            Request.of(partition, scripts.RENEW, [key], int((lease_s + _CLIENT_S) * 1000))
+    @override
+    async def unused(self, cursor: str = "", *, idle_s: float, limit: int) -> Unused:
+        """Of one partition after the other."""
+        number, _, after = cursor.partition(":")
+        partition, size = int(number or 0), min(limit, MOST_KEYS)
+        low = b"(" + after.encode() if after else b"-"
+        command = (b"ZRANGEBYLEX", self._keys.ids(partition), low, b"+", b"LIMIT", 0, size)
+        (keys,) = await self._requests.ask(Request(partition, command))
+        session_ids = [str(key, "utf-8", "replace") for key in keys]
+        # a server's clock has milliseconds: never less than was asked for
+        found = await self._read_heads(session_ids, idle_ms=math.ceil(idle_s * 1000))
+        there = [place for place, head in enumerate(found) if head.record]
+        if len(keys) == size:
+            cursor = f"{partition}:{session_ids[-1]}"
+        else:
+            cursor = f"{partition + 1}:" if partition + 1 < self._keys.partitions else ""
+        return Unused(
+            heads_of([keys[place] for place in there], [found[place].record for place in there]),
+            np.array([found[place].stamp for place in there], np.uint64),
+            np.array([found[place].idle_s for place in there], np.float64),
+            cursor,
         )
 
-    async def clients_unseen(self, client_ids: Sequence[int]) -> list[float]:
-        """For how many seconds no server has heard of clients, by the store's clock; inf: as long as can be known.
+    @override
+    async def renew_clients(self, client_ids: Sequence[int], leases_s: Sequence[float]) -> None:
+        placed = [self._keys.client(client_id) for client_id in client_ids]
+        await self._requests.ask(
+            *(
+                Request.of(
+                    partition,
+                    scripts.RENEW,
+                    [placed[place][1] for place in places],
+                    *(int((leases_s[place] + _CLIENT_S) * 1000) for place in places),
+                )
+                for partition, places in self._grouped([partition for partition, _ in placed])
+            )
+        )
 
-        Raises:
-            Unavailable: the store cannot be asked now.
-        """
+    @override
+    async def claim(self, name: str, whose: str, for_s: float) -> bool:
+        request = Request.of(META, scripts.CLAIM, [self._keys.claim(name)], whose, math.ceil(for_s * 1000))
+        (is_mine,) = await self._requests.ask(request)
+        return bool(is_mine)
+
+    @override
+    async def clients_unseen(self, client_ids: Sequence[int]) -> list[float]:
         placed = [self._keys.client(client_id) for client_id in client_ids]
         groups = self._grouped([partition for partition, _ in placed])
         replies = await self._requests.ask(
@@ -278,40 +322,42 @@ class ValkeyStore(Store):
     async def heads(self, *, after: str = "", limit: int) -> Heads:
         keys = await ids_after(self._requests, self._keys, after, "", limit)
         session_ids = [str(key, "utf-8", "replace") for key in keys]
-        sound: list[bytes] = []
-        records: list[bytes] = []
-        idle_s: list[float] = []
-        size = 8 * MOST_KEYS
-        for at in range(0, len(session_ids), size):
-            some = session_ids[at : at + size]
-            for key, value, age_s in zip(keys[at : at + size], *await self._read_heads(some), strict=True):
-                if value:
-                    sound.append(key)
-                    records.append(value)
-                    idle_s.append(age_s)
-        found = heads_of(sound, records)
-        found.heads["last_used"] = self._clock.now() - np.array(idle_s)
-        return found
+        found = await self._read_heads(session_ids)
+        there = [place for place, head in enumerate(found) if head.record]
+        heads = heads_of([keys[place] for place in there], [found[place].record for place in there])
+        heads.heads["last_used"] = self._clock.now() - np.array([found[place].idle_s for place in there])
+        return heads
 
-    async def _read_heads(self, session_ids: Sequence[str]) -> tuple[list[bytes], list[float]]:
-        groups = [
-            (partition, places[at : at + MOST_KEYS])
-            for partition, places in self._groups(session_ids)
-            for at in range(0, len(places), MOST_KEYS)
-        ]
-        replies = await self._requests.ask(
-            *(
-                Request.of(partition, scripts.HEADS, [self._keys.session(session_ids[i]) for i in places])
-                for partition, places in groups
+    async def _read_heads(self, session_ids: Sequence[str], *, idle_ms: int = 0) -> list[_Head]:
+        """What records say beside the state, of those that were unused for so long."""
+        found = [_NO_HEAD] * len(session_ids)
+        size = 8 * MOST_KEYS
+        for begin in range(0, len(session_ids), size):
+            groups = [
+                (partition, places[at : at + MOST_KEYS])
+                for partition, places in self._groups(session_ids[begin : begin + size])
+                for at in range(0, len(places), MOST_KEYS)
+            ]
+            replies = await self._requests.ask(
+                *(
+                    Request.of(
+                        partition,
+                        scripts.HEADS,
+                        [self._keys.session(session_ids[begin + place]) for place in places],
+                        idle_ms,
+                    )
+                    for partition, places in groups
+                )
             )
-        )
-        heads, ages_s = [b""] * len(session_ids), [0.0] * len(session_ids)
-        for (_, places), (now_ms, *values) in zip(groups, replies, strict=True):
-            for place, value in zip(places, values, strict=True):
-                if len(value) >= HEAD.size:
-                    heads[place] = value[HEAD.size :]
-                    ages_s[place] = max(0, now_ms - HEAD.unpack_from(value)[2]) / 1000
-        return heads, ages_s
+            for (_, places), (now_ms, *values) in zip(groups, replies, strict=True):
+                for place, value in zip(places, values, strict=True):
+                    if len(value) >= HEAD.size:
+                        _, stamp, used_ms = HEAD.unpack_from(value)
+                        idle_s = max(0, now_ms - used_ms) / 1000
+                        found[begin + place] = _Head(
+                            value[HEAD.size :], int.from_bytes(stamp, "little"), idle_s
+                        )
+        return found
 
     @override
     async def count(self) -> int:
