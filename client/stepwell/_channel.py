@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -78,7 +79,10 @@ def _options(config: ClientConfig) -> list[tuple[str, Any]]:
 def tokens(config: ClientConfig) -> Tokens:
     """What goes with the calls of a client beside their messages."""
     tenant = () if config.tenant is None else (("stepwell-tenant", config.tenant),)
-    return Tokens(config.token, (*tenant, *_metadata.checked(config.metadata)))
+    # An Envoy in front of replicas sends what has the same value to the same replica (`stepwell envoy-config`): stream and
+    # calls of a client find its sessions in memory there, also after the connection was made anew.
+    affinity = ("stepwell-session", secrets.token_hex(8))
+    return Tokens(config.token, (affinity, *tenant, *_metadata.checked(config.metadata)))
 
 
 def service_of(rpc: str) -> str:

@@ -101,7 +101,14 @@ def test_where_a_token_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
         assert other._config.token == "stw_given"
         assert "stw_" not in repr(client._config) + repr(client) + client._repr_html_()
         metadata = other._transport._tokens.metadata()
-    assert metadata == (("authorization", "Bearer stw_given"), ("stepwell-tenant", "acme"))
+    assert metadata is not None
+    affinity = dict(metadata)["stepwell-session"]
+    assert len(affinity) == 16
+    assert metadata == (
+        ("authorization", "Bearer stw_given"),
+        ("stepwell-session", affinity),
+        ("stepwell-tenant", "acme"),
+    )
     with pytest.raises(InvalidInputError, match="must be None where metadata has the key 'authorization'"):
         stepwell.connect(token="stw_x", metadata={"Authorization": "Bearer y"})
     with pytest.raises(InvalidInputError, match="tenant must be 1 to 64 letters"):
