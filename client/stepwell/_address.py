@@ -87,23 +87,31 @@ def _unix(name: str, given: str) -> Address:
 
 
 def _check_host_and_port(name: str, given: str, text: str) -> None:
+    problem = host_and_port_problem(text)
+    if problem:
+        _refuse(name, given, problem)
+
+
+def host_and_port_problem(text: str) -> str:
+    """Why a text is not HOST:PORT or [IPv6]:PORT; empty if it is."""
     in_brackets = _BRACKETS.match(text)
     if in_brackets is not None:
         if not _is_ipv6(in_brackets[1]):
-            _refuse(name, given, f"{in_brackets[0]} is not an IPv6 address")
+            return f"{in_brackets[0]} is not an IPv6 address"
         host, rest = in_brackets[0], text[in_brackets.end() :]
     else:
         if text.count(":") > 1:
-            _refuse(name, given, "an IPv6 address stands in brackets, as [::1]:50051")
+            return "an IPv6 address stands in brackets, as [::1]:50051"
         host, colon, port = text.partition(":")
         rest = colon + port
         if not _HOST.fullmatch(host):
-            _refuse(name, given, f"{host!r} is not the name of a host" if host else "the host is missing")
+            return f"{host!r} is not the name of a host" if host else "the host is missing"
     if rest in {"", ":"}:
-        _refuse(name, given, f"the port is missing; {host}:50051, say")
+        return f"the port is missing; {host}:50051, say"
     port = rest[1:]
     if rest[0] != ":" or not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
-        _refuse(name, given, f"{rest.removeprefix(':')!r} is not a port from 1 to 65535")
+        return f"{rest.removeprefix(':')!r} is not a port from 1 to 65535"
+    return ""
 
 
 def _is_ipv6(text: str) -> bool:

@@ -31,7 +31,9 @@ COMMANDS = dict(walk(main))
 OF_CLIENTS = [
     path
     for path in COMMANDS
-    if path and path[0] != "completion" and not isinstance(main.commands[path[0]], _of_server.OfServer)
+    if path
+    and path[0] not in {"completion", "envoy-config"}
+    and not isinstance(main.commands[path[0]], _of_server.OfServer)
 ]
 
 

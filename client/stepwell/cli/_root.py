@@ -11,6 +11,7 @@ from stepwell.cli import _errors, _help
 from stepwell.cli._of_server import OfServer
 from stepwell.cli.bench import bench
 from stepwell.cli.completion import completion
+from stepwell.cli.envoy import envoy_config
 from stepwell.cli.models import models
 from stepwell.cli.sessions import sessions
 from stepwell.cli.state import state
@@ -87,6 +88,7 @@ for command in (
     state,
     top,
     bench,
+    envoy_config,
     completion,
 ):
     main.add_command(command)

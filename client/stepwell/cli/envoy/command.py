@@ -1,0 +1,248 @@
+"""The command: its options, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from stepwell import _address
+from stepwell.cli._help import Command
+from stepwell.cli._types import Duration
+
+if TYPE_CHECKING:
+    from stepwell.cli.envoy.bootstrap import Address, CallerTls, ReplicaTls
+
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#]+")
+#: Words before the document, as comments.
+_HEAD = """\
+# Made by `stepwell envoy-config` of Stepwell {version}; docs/replicas.md says what it does.
+"""
+
+
+class HostAndPort(ParamType):
+    """HOST:PORT, with an IPv6 address in brackets. Becomes a `bootstrap.Address`.
+
+    Args:
+        any_port: Whether port 0 may be given, for one that is free.
+    """
+
+    name = "address"
+
+    def __init__(self, *, any_port: bool = False) -> None:
+        self.any_port = any_port
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Address:
+        """Read and check it."""
+        from stepwell.cli.envoy.bootstrap import Address
+
+        text = str(value)
+        host, _, port = text.rpartition(":")
+        checked = f"{host}:1" if self.any_port and port == "0" else text
+        problem = _address.host_and_port_problem(checked)
+        if problem:
+            self.fail(f"must be HOST:PORT or [IPv6]:PORT; got {text!r}: {problem}", param, ctx)
+        return Address(host.strip("[]"), int(port))
+
+
+def _file(name: str, text: str) -> Callable[[_Function], _Function]:
+    return click.option(name, metavar="FILE", default="", help=text)
+
+
+@click.command(
+    "envoy-config",
+    cls=Command,
+    short_help="Write the configuration of an Envoy in front of replicas.",
+    examples=(
+        "stepwell envoy-config --replica 127.0.0.1:50051 --replica 127.0.0.1:50052 > envoy.yaml",
+        "stepwell envoy-config --dns stepwell-replicas:50051 --listen 0.0.0.0:8443 --tls-cert tls.crt --tls-key tls.key",
+    ),
+    exit_codes=(("0", "done"), ("2", "the command line is wrong")),
+)
+@click.option(
+    "--replica",
+    "replicas",
+    metavar="HOST:PORT",
+    type=HostAndPort(),
+    multiple=True,
+    help="A replica; give it once for each.",
+)
+@click.option(
+    "--dns",
+    metavar="NAME:PORT",
+    type=HostAndPort(),
+    help="A name that stands for the addresses of all replicas, and is looked up again and again: a headless Service of "
+    "Kubernetes, say.",
+)
+@click.option(
+    "--listen",
+    metavar="HOST:PORT",
+    type=HostAndPort(any_port=True),
+    default="127.0.0.1:8080",
+    help="Where callers reach Envoy, with gRPC, gRPC-Web and JSON. Default: 127.0.0.1:8080.",
+)
+@click.option(
+    "--admin",
+    metavar="HOST:PORT|off",
+    default="127.0.0.1:9901",
+    help="Where Envoy shows what it does, and takes orders from whoever reaches it. Default: 127.0.0.1:9901.",
+)
+@_file("--tls-cert", "Certificate that Envoy shows callers (PEM). Files are named as where Envoy runs.")
+@_file("--tls-key", "Its key (PEM).")
+@_file("--tls-client-ca", "Callers must show a certificate of these authorities (PEM).")
+@_file(
+    "--replica-tls-ca",
+    "Replicas are reached with TLS; these authorities have signed their certificates (PEM).",
+)
+@click.option(
+    "--replica-tls-name",
+    metavar="NAME",
+    default="",
+    help="What the replicas' certificates are for. Default: the name of --dns, or of all --replica if it is the same.",
+)
+@_file("--replica-tls-cert", "Certificate that Envoy shows replicas (PEM).")
+@_file("--replica-tls-key", "Its key (PEM).")
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    metavar="ORIGIN",
+    multiple=True,
+    help="Origin whose pages may call from a browser, such as https://app.example.org, or * for all. Default: none.",
+)
+@click.option(
+    "--json-timeout-s",
+    metavar="TIME",
+    type=Duration(0.001, 86_400.0),
+    default=60.0,
+    help="How long a call in JSON may take: it has no deadline of its own. Default: 60.",
+)
+@click.option(
+    "--access-log",
+    metavar="FILE|-|off",
+    default="-",
+    help="Where Envoy writes a line of JSON for each call; - is its standard output. Default: -.",
+)
+@click.option(
+    "--insecure-listen",
+    is_flag=True,
+    help="Listen beyond loopback without TLS: say so where something else sees to who gets that far.",
+)
+def envoy_config(
+    replicas: Sequence[Address],
+    dns: Address | None,
+    listen: Address,
+    admin: str,
+    tls_cert: str,
+    tls_key: str,
+    tls_client_ca: str,
+    replica_tls_ca: str,
+    replica_tls_name: str,
+    replica_tls_cert: str,
+    replica_tls_key: str,
+    cors_origins: Sequence[str],
+    json_timeout_s: float,
+    access_log: str,
+    insecure_listen: bool,
+) -> None:
+    """Write the configuration of an Envoy in front of replicas of 'stepwell serve', as YAML.
+
+    Replicas share a store (--store valkey://...), so that any of them serves any session. Envoy sends the calls of one
+    session to one replica: by the header stepwell-session, which has the session's id, percent-encoded; else, of a
+    call in JSON, by the id in its path. It leaves out replicas that do not answer or say that they stop. It tries
+    again only what no replica has seen.
+
+    The file has the protocol in it as Envoy needs it for JSON: write it anew for a new release of Stepwell.
+    """
+    from stepwell.cli.envoy import _yaml
+    from stepwell.cli.envoy.bootstrap import Plan, bootstrap
+
+    if bool(replicas) == (dns is not None):
+        raise click.UsageError(
+            "replicas must be given by --replica, once for each, or by --dns; got both or neither"
+        )
+    given = list(replicas) if dns is None else [dns]
+    if len(set(given)) != len(given):
+        raise click.UsageError("--replica must name each replica once")
+    for origin in cors_origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise click.UsageError(
+                f"--cors-origin must be *, or SCHEME://HOST[:PORT] as browsers send it; got {origin!r}"
+            )
+    caller_tls = _caller_tls(tls_cert, tls_key, tls_client_ca)
+    if not listen.is_loopback and caller_tls is None and not insecure_listen:
+        raise click.UsageError(
+            "--listen: beyond loopback it must be given with --tls-cert and --tls-key, or with --insecure-listen, "
+            f"which allows it to be without; got {listen.host}"
+        )
+    plan = Plan(
+        replicas=given,
+        is_one_name=dns is not None,
+        listen=listen,
+        admin=_admin(admin),
+        caller_tls=caller_tls,
+        replica_tls=_replica_tls(replica_tls_ca, replica_tls_name, replica_tls_cert, replica_tls_key, given),
+        cors_origins=cors_origins,
+        access_log={"-": "/dev/stdout", "off": ""}.get(access_log, access_log),
+        json_timeout_s=json_timeout_s,
+    )
+    click.echo(_HEAD.format(version=_version()) + _yaml.dump(bootstrap(plan)), nl=False)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("stepwell")
+    except metadata.PackageNotFoundError:
+        return "(version not known)"
+
+
+def _admin(text: str) -> Address | None:
+    if text == "off":
+        return None
+    try:
+        address: Address = HostAndPort(any_port=True)(text)
+    except click.BadParameter:
+        raise click.UsageError(f"--admin must be HOST:PORT or off; got {text!r}") from None
+    if not address.is_loopback:
+        # who reaches it can stop Envoy, and see whatever passes
+        raise click.UsageError(
+            f"--admin must be an address of this machine alone, or off; got {address.host}"
+        )
+    return address
+
+
+def _caller_tls(cert: str, key: str, client_ca: str) -> CallerTls | None:
+    from stepwell.cli.envoy.bootstrap import CallerTls
+
+    if bool(cert) != bool(key):
+        raise click.UsageError("--tls-cert and --tls-key must be given together")
+    if client_ca and not cert:
+        raise click.UsageError("--tls-client-ca must be given with --tls-cert")
+    return CallerTls(cert, key, client_ca) if cert else None
+
+
+def _replica_tls(ca: str, name: str, cert: str, key: str, replicas: Sequence[Address]) -> ReplicaTls | None:
+    from stepwell.cli.envoy.bootstrap import ReplicaTls
+
+    if bool(cert) != bool(key):
+        raise click.UsageError("--replica-tls-cert and --replica-tls-key must be given together")
+    if not ca:
+        if cert or name:
+            raise click.UsageError(
+                "--replica-tls-cert and --replica-tls-name must be given with --replica-tls-ca"
+            )
+        return None
+    hosts = {replica.host for replica in replicas}
+    if not name and len(hosts) > 1:
+        raise click.UsageError(
+            f"--replica-tls-name must be given for replicas of several hosts; got {sorted(hosts)[:3]}"
+        )
+    return ReplicaTls(ca, name or hosts.pop(), cert, key)

@@ -1,0 +1,104 @@
+"""Which call goes to which replica, for how long, and what Envoy tries again.
+
+Calls that name one session go to the replica that the hash of its id stands for, so that it is in that replica's memory
+already. That is a matter of speed alone: every replica serves every session.
+"""
+
+from __future__ import annotations
+
+from stepwell.cli.envoy._yaml import Value
+from stepwell.cli.envoy.descriptors import streams
+
+CLUSTER = "stepwell"
+SESSION_HEADER = "stepwell-session"
+#: What Envoy's transcoder puts there: the path as the caller wrote it.
+ORIGINAL_PATH = "x-envoy-original-path"
+#: A path that names a session; the group is its id as it stands there. Ids may have colons.
+_SESSION_PATH = r"/v1/sessions/([^?/]+?)(?::(?:step|reset|fork))?(?:/state)?(?:\?.*)?"
+#: Calls that change nothing, which may be sent again whatever became of them. Some of them count as use of a session.
+_READS = r"/stepwell\.v1\.(Session|Model)Service/(Get|List|Predict).*"
+#: Streams of protocols that Stepwell serves beside its own.
+_OTHER_STREAMS = (
+    "/inference.GRPCInferenceService/ModelStreamInfer",
+    "/grpc.health.v1.Health/Watch",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+)
+
+
+def routes(json_timeout_s: float) -> list[Value]:
+    """The routes, in the order in which they are tried.
+
+    Args:
+        json_timeout_s: how long a call in JSON may take, which says no deadline itself.
+    """
+    limit = f"{json_timeout_s:g}s"
+    by_header = _hashed_by(SESSION_HEADER, terminal=True)
+    by_path = _hashed_by(ORIGINAL_PATH, rewritten=_SESSION_PATH)
+    is_of_session: Value = {"name": ORIGINAL_PATH, "string_match": {"safe_regex": {"regex": _SESSION_PATH}}}
+    is_json: Value = {"name": ORIGINAL_PATH, "present_match": True}
+    return [
+        # Streams live as long as their clients want, and are silent meanwhile.
+        *(
+            {"name": "stream", "match": {"path": path}, "route": _route("0s", [by_header], idle="0s")}
+            for path in (*streams(), *_OTHER_STREAMS)
+        ),
+        *_calls("json-session", [is_of_session], limit, [by_header, by_path]),
+        *_calls("json", [is_json], limit, [by_header]),
+        # A gRPC caller has a deadline of its own, which the replica keeps.
+        *_calls("grpc", [], "0s", [by_header]),
+    ]
+
+
+def _calls(name: str, headers: list[Value], timeout: str, hash_policy: list[Value]) -> list[Value]:
+    """The routes of calls with these headers: of those that change nothing, and of the others."""
+    reads: dict[str, Value] = {"safe_regex": {"regex": _READS}}
+    others: dict[str, Value] = {"prefix": "/"}
+    if headers:
+        reads["headers"] = others["headers"] = headers
+    return [
+        {"name": f"{name}-read", "match": reads, "route": _route(timeout, hash_policy, retries=",reset")},
+        {"name": name, "match": others, "route": _route(timeout, hash_policy)},
+    ]
+
+
+def _route(timeout: str, hash_policy: list[Value], idle: str = "", retries: str = "") -> Value:
+    route: dict[str, Value] = {"cluster": CLUSTER, "timeout": timeout, "hash_policy": hash_policy}
+    if idle:
+        route["idle_timeout"] = idle
+    if retries:
+        route["retry_policy"] = retry_policy(retries)
+    return route
+
+
+def retry_policy(more: str = "") -> Value:
+    """What Envoy tries again, with another replica: only what no replica has seen, and `more`.
+
+    Whether a step that was sent was applied, Envoy cannot know: who sent it tries again, with the same request id.
+    """
+    return {
+        "retry_on": f"connect-failure,refused-stream,reset-before-request{more}",
+        "num_retries": 5,
+        "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.1s"},
+        "retry_host_predicate": [
+            {
+                "name": "envoy.retry_host_predicates.previous_hosts",
+                "typed_config": {
+                    "@type": "type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3"
+                    ".PreviousHostsPredicate"
+                },
+            }
+        ],
+        # places of the ring, not replicas: one replica has many next to each other
+        "host_selection_retry_max_attempts": 30,
+    }
+
+
+def _hashed_by(name: str, *, rewritten: str = "", terminal: bool = False) -> Value:
+    header: dict[str, Value] = {"header_name": name}
+    if rewritten:
+        header["regex_rewrite"] = {"pattern": {"regex": f"^{rewritten}$"}, "substitution": r"\1"}
+    policy: dict[str, Value] = {"header": header}
+    if terminal:
+        policy["terminal"] = True  # those after it are for who does not send the header
+    return policy

@@ -1,0 +1,322 @@
+"""A real Envoy, configured by `stepwell envoy-config`, in front of real servers.
+
+The servers of this module share no store: a call finds a session only on the replica that the others went to.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import ssl
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import grpc
+import numpy as np
+import pytest
+
+import stepwell
+from stepwell.v1 import models_pb2
+from stepwell.v1 import sessions_pb2 as pb
+from support import secured, wire
+from support.envoy import Envoy
+from support.processes import until
+from support.secured import Server, host_and_port
+from support.served import local_server
+from support.wire import Wire, tensor
+
+X = [0.5, -1.0, 2.0]
+AS_VALUES = "tensor_format=TENSOR_FORMAT_VALUES"
+
+
+@contextlib.contextmanager
+def started(count: int) -> Iterator[list[Server]]:
+    """Servers that have nothing in common."""
+    servers = [local_server("seq") for _ in range(count)]
+    with contextlib.ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(Server.start, servers))
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def replicas() -> Iterator[list[Server]]:
+    if secured.is_on():
+        pytest.skip("the servers here are without TLS; there is a test with it")
+    with started(3) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def envoy(replicas: list[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Envoy]:
+    folder = tmp_path_factory.mktemp("envoy")
+    addresses = [server.address for server in replicas]
+    with Envoy(folder, addresses, "--cors-origin", "https://app.example.org") as running:
+        yield running
+
+
+def path_of(session_id: str) -> str:
+    return f"/v1/sessions/{quote(session_id, safe='')}"
+
+
+def step_body(**fields: object) -> dict[str, object]:
+    return {"inputs": [{"values": X}], **fields}
+
+
+def sessions_of(server: Server) -> set[str]:
+    with Wire(server.address) as one:
+        listed = one.sessions.ListSessions(pb.ListSessionsRequest(), timeout=wire.TIMEOUT_S)
+        return {session.session_id for session in listed.sessions}
+
+
+def test_json_opens_steps_reads_and_resets(envoy: Envoy, replicas: Sequence[Server]) -> None:
+    inputs = [tensor(np.array([X], np.float32))]
+    with Wire(replicas[0].address) as one:
+        wanted = one.predict("seq", inputs)
+    path = path_of("from curl")
+    status, opened = envoy.json("POST", path, {"model": "seq"})
+    assert (status, opened["session"]["session_id"], opened["session"]["batch_size"]) == (200, "from curl", 1)
+    status, stepped = envoy.json("POST", f"{path}:step", step_body(request_id=5, expected_revision=0))
+    assert (status, stepped["revision"], stepped["position"]) == (200, "1", "1")
+    (output,) = stepped["outputs"]
+    assert (output["name"], output["dtype"], output["shape"]) == ("y", "DATA_TYPE_FLOAT32", ["1", "2"])
+    assert np.float32(output["values"]).tobytes() == wanted.outputs[0].data
+    status, again = envoy.json("POST", f"{path}:step", step_body(request_id="5", expected_revision="0"))
+    assert (status, again) == (200, {**stepped, "replayed": True})
+    status, read = envoy.json("GET", f"{path}/state?{AS_VALUES}")
+    assert (status, read["session"]["revision"]) == (200, "1")
+    for found, state in zip(read["state"], wanted.state, strict=True):
+        assert found["name"] == state.name
+        assert np.float32(found["values"]).tobytes() == state.data
+    status, in_bytes = envoy.json("GET", f"{path}/state")
+    assert [base64.b64decode(state["data"]) for state in in_bytes["state"]] == [
+        state.data for state in wanted.state
+    ]
+    status, reset = envoy.json("POST", f"{path}:reset", {})
+    assert (status, reset) == (200, {"revision": "2", "model_version": "1"})
+    assert envoy.json("GET", path)[1]["session"]["revision"] == "2"
+    assert envoy.json("DELETE", path) == (200, {})
+    assert envoy.json("GET", path)[0] == 404
+    status, predicted = envoy.json("POST", "/v1/models/seq:predict", step_body())
+    assert np.float32(predicted["outputs"][0]["values"]).tobytes() == wanted.outputs[0].data
+    assert [model["name"] for model in envoy.json("GET", "/v1/models")[1]["models"]] == ["seq"]
+
+
+BAD: dict[str, tuple[str, str, object, int, int, str]] = {
+    "no such session": (
+        "GET",
+        "/v1/sessions/nobody",
+        None,
+        404,
+        5,
+        "must be that of an open session; got 'nobody'",
+    ),
+    "no such model": (
+        "POST",
+        "/v1/sessions",
+        {"model": "nope"},
+        404,
+        5,
+        "model must be one of ['seq']; got 'nope'",
+    ),
+    "a wrong shape": (
+        "POST",
+        "/v1/models/seq:predict",
+        {"inputs": [{"values": [1, 2]}]},
+        400,
+        3,
+        "input 'x' must have shape (1, 3) or (1, T, 3); got (1, 2)",
+    ),
+    "no such path": ("GET", "/v1/nothing", None, 404, 5, "Could not resolve /v1/nothing to a method"),
+    "another session in the body": (
+        "POST",
+        "/v1/sessions/a:step",
+        step_body(session_id="b"),
+        400,
+        3,
+        "session_id",
+    ),
+    "no such parameter": ("GET", "/v1/models?verbose=1", None, 400, 3, 'Could not find field "verbose"'),
+    "no number": (
+        "POST",
+        "/v1/sessions/a:step",
+        {"inputs": [{"values": ["one"]}]},
+        400,
+        3,
+        'invalid value "one"',
+    ),
+    "no document": ("POST", "/v1/sessions", [1], 400, 3, ""),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors_are_json_with_their_codes(envoy: Envoy, name: str) -> None:
+    method, path, body, status, code, words = BAD[name]
+    found, answer = envoy.json(method, path, body)
+    assert (found, answer["code"]) == (status, code)
+    assert words in answer["message"]
+
+
+def test_an_error_of_a_replica_says_its_reason(envoy: Envoy) -> None:
+    status, answer = envoy.json("POST", path_of("nobody") + ":step", step_body())
+    assert status == 404
+    (info,) = answer["details"]
+    assert info["@type"] == "type.googleapis.com/google.rpc.ErrorInfo"
+    assert (info["reason"], info["domain"]) == ("SESSION_NOT_FOUND", "stepwell")
+
+
+@pytest.mark.parametrize(
+    "session_id", ["user:42", "a/b c", "a:step", "..", "Jürgen %41+?&", "x:y:reset", "日本"]
+)
+def test_an_id_may_be_anything(envoy: Envoy, session_id: str) -> None:
+    path = path_of(session_id)
+    status, opened = envoy.json("POST", path, {"model": "seq"})
+    assert (status, opened["session"]["session_id"]) == (200, session_id)
+    assert envoy.json("POST", f"{path}:step", step_body())[1]["revision"] == "1"
+    assert envoy.json("GET", f"{path}/state?{AS_VALUES}")[1]["session"]["session_id"] == session_id
+    assert envoy.json("DELETE", path)[0] == 200
+
+
+def test_a_session_has_one_replica_whoever_calls(envoy: Envoy, replicas: Sequence[Server]) -> None:
+    ids = [f"user:{number}/{'x' * number}" for number in range(24)]
+    with Wire(envoy.address) as one:
+        for session_id in ids:
+            assert envoy.json("POST", path_of(session_id), {"model": "seq"})[0] == 200
+            assert envoy.json("POST", path_of(session_id) + ":step", step_body())[0] == 200
+            header = (("stepwell-session", quote(session_id, safe="")),)
+            request = pb.StepRequest(session_id=session_id, inputs=[tensor(np.array([X], np.float32))])
+            assert one.sessions.Step(request, timeout=wire.TIMEOUT_S, metadata=header).revision == 2
+            body = wire.step_frame(1, [session_id], request.inputs)
+            (part,) = one.sessions.StepStream(iter([body]), timeout=wire.TIMEOUT_S, metadata=header)
+            assert list(part.revisions) == [3]
+            # the header comes before the path
+            elsewhere = envoy.json("GET", path_of(session_id), headers={"stepwell-session": "another"})
+            assert elsewhere[0] in {200, 404}
+    shares = [sessions_of(server) & set(ids) for server in replicas]
+    assert sum(map(len, shares)) == len(ids)
+    assert all(shares)
+
+
+def test_the_sdk_finds_its_sessions_again(envoy: Envoy) -> None:
+    x = np.array([X], np.float32)
+    with stepwell.connect(envoy.address) as client, client.open_session("seq") as session:
+        first = session.step(x)
+        state = session.get_state()
+        session.reset_states()
+        np.testing.assert_array_equal(session.step(x), first)
+        assert state.revision == 1
+        with client.open_sessions("seq", 50) as group:
+            np.testing.assert_allclose(group.step(np.repeat(x, 50, 0)), np.repeat(first, 50, 0), rtol=1e-6)
+        assert session.fork().revision == 3
+
+
+async def test_the_sdk_for_tasks_finds_its_sessions_again(envoy: Envoy) -> None:
+    x = np.array([X], np.float32)
+    async with stepwell.aio.connect(envoy.address) as client:
+        session = await client.open_session("seq")
+        await session.step(x)
+        assert (await session.get_state()).revision == 1
+
+
+def test_a_browser_may_call(envoy: Envoy) -> None:
+    asked = {"origin": "https://app.example.org", "access-control-request-method": "POST"}
+    status, _, headers = envoy.http("OPTIONS", "/v1/sessions", headers=asked)
+    assert (status, headers["access-control-allow-origin"]) == (200, asked["origin"])
+    assert "content-type" in headers["access-control-allow-headers"]
+    _, _, others = envoy.http("OPTIONS", "/v1/sessions", headers={**asked, "origin": "https://example.com"})
+    assert "access-control-allow-origin" not in others
+    _, _, headers = envoy.http("GET", "/v1/models", headers={"origin": asked["origin"]})
+    assert headers["access-control-allow-origin"] == asked["origin"]
+
+
+def test_grpc_web_is_spoken(envoy: Envoy) -> None:
+    message = pb.OpenSessionRequest(model="seq").SerializeToString()
+    status, answer, headers = envoy.http(
+        "POST",
+        "/stepwell.v1.SessionService/OpenSession",
+        struct.pack(">BI", 0, len(message)) + message,
+        {"content-type": "application/grpc-web+proto", "x-grpc-web": "1"},
+    )
+    assert (status, headers.get_content_type()) == (200, "application/grpc-web+proto")
+    length = struct.unpack(">BI", answer[:5])[1]
+    assert pb.OpenSessionResponse.FromString(answer[5 : 5 + length]).session.model == "seq"
+    assert b"grpc-status:0" in answer[5 + length :]
+
+
+def test_replicas_that_stop_or_die_are_left_out_and_come_back(tmp_path: Path) -> None:
+    if secured.is_on():
+        pytest.skip("the servers here are without TLS; there is a test with it")
+    failed: list[Any] = []
+    stop = threading.Event()
+    with started(3) as servers:
+        addresses = [server.address for server in servers]
+        with Envoy(tmp_path, addresses) as envoy, Wire(envoy.address) as one:
+
+            def read(in_json: bool) -> None:
+                number = 0
+                while not stop.is_set():
+                    number += 1
+                    if in_json:
+                        found: Any = envoy.json("GET", "/v1/models")
+                        if found[0] != 200:
+                            failed.append(found)
+                        continue
+                    request = pb.GetSessionRequest(session_id="nobody")
+                    refusal = wire.refusal(
+                        lambda request=request, number=number: one.sessions.GetSession(  # type: ignore[misc]
+                            request, timeout=wire.TIMEOUT_S, metadata=(("stepwell-session", str(number)),)
+                        )
+                    )
+                    if refusal.code != "NOT_FOUND":
+                        failed.append(refusal)
+
+            with ThreadPoolExecutor(2) as pool:
+                reading = [pool.submit(read, in_json) for in_json in (True, False)]
+                try:
+                    assert servers[0].stop() == 0
+                    servers[1].kill()
+                    until(lambda: envoy.healthy() == {addresses[2]})
+                    for number in range(20):
+                        assert envoy.json("POST", path_of(f"s{number}"), {"model": "seq"})[0] == 200
+                    servers[0].restart()
+                    until(lambda: envoy.healthy() == {addresses[0], addresses[2]})
+                finally:
+                    stop.set()
+                for done in reading:
+                    done.result()
+            assert failed == []
+            servers[0].kill()
+            servers[2].kill()
+            status, answer = envoy.json("GET", "/v1/models")
+            assert (status, answer["code"]) == (503, 14)
+            with pytest.raises(grpc.RpcError) as caught:
+                one.models.ListModels(models_pb2.ListModelsRequest(), timeout=wire.TIMEOUT_S)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert "{" not in str(caught.value.details())
+
+
+def test_tls_and_tokens_go_through(tmp_path: Path) -> None:
+    with secured.switched_on():
+        made = secured._material()
+        with local_server("seq") as server:
+            ca, pair = str(made.authority), made.pair
+            options = (
+                *("--tls-cert", str(pair.cert), "--tls-key", str(pair.key)),
+                *("--replica-tls-ca", ca, "--replica-tls-name", "localhost"),
+            )
+            context = ssl.create_default_context(cafile=ca)
+            with Envoy(tmp_path, [host_and_port(server.address)], *options, tls=context) as envoy:
+                status, answer = envoy.json("GET", "/v1/models")
+                assert (status, answer["code"]) == (401, 16)
+                bearer = {"authorization": f"Bearer {made.token}"}
+                assert envoy.json("POST", path_of("a"), {"model": "seq"}, bearer)[0] == 200
+                assert envoy.json("POST", path_of("a") + ":step", step_body(), bearer)[1]["revision"] == "1"
+                with stepwell.connect(secured.SCHEME + envoy.address) as client:
+                    assert client.session_info("a").revision == 1

