@@ -220,8 +220,8 @@ class RemoteStore(Store):
         return True
 
     def stamp_of(self, session_id: str) -> int:
-        """Of a session's record; 0 if there is none. One that a test put there by itself gets one."""
-        if self.shared.get(session_id) is None:
+        """Of a session's record or tombstone; 0 if there is neither. One that a test put there by itself gets one."""
+        if self.shared.get(session_id) is None and self.shared.tombstones([session_id]) == [None]:
             return 0
         return self.stamps.setdefault(session_id, new_stamp())
 
@@ -270,9 +270,12 @@ class RemoteStore(Store):
                 conflicts.add(session_id)
                 continue
             if self._is_kept(session_id, unknown):
-                model = decode_header(session_id, record).model
-                began = [] if follows else [(model, 1)]
-                forgets = [] if follows else [session_id]
+                model, is_there = (
+                    decode_header(session_id, record).model,
+                    self.shared.get(session_id) is not None,
+                )
+                began = [] if is_there else [(model, 1)]
+                forgets = [] if is_there else [session_id]
                 self.stamps[session_id] = stamp
                 tenants = counts.of_tenants([(session_id, name) for name, _ in began], 1)
                 self.together.used[session_id] = self.now

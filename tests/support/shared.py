@@ -59,13 +59,20 @@ def stamps(*values: int) -> U64:
 
 
 async def put(
-    store: Store, records: Sequence[tuple[str, Stored]], follows: Sequence[int], stamp: int = 0
+    store: Store,
+    records: Sequence[tuple[str, Stored]],
+    follows: Sequence[int],
+    stamp: int = 0,
+    *,
+    anew: bool = False,
 ) -> tuple[Committed, int]:
-    """Commit records that follow stamps (0: the session begins); also the stamp that they have then."""
+    """Commit records that follow stamps (0, or `anew`: the sessions begin); also the stamp that they have then."""
     stamp = stamp or new_stamp()
     batch = Batch(
         puts=records,
-        forgets=[session_id for (session_id, _), each in zip(records, follows, strict=True) if not each],
+        forgets=[
+            session_id for (session_id, _), each in zip(records, follows, strict=True) if anew or not each
+        ],
         follows=stamps(*follows),
         stamps=stamps(*[stamp] * len(records)),
     )

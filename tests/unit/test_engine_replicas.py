@@ -275,6 +275,20 @@ async def test_an_opening_that_is_not_answered_stays_if_it_was_kept(kept: bool) 
         assert (await second.step("a", x(1))).revision == 1
 
 
+async def test_an_opening_that_was_slow_does_not_bring_a_session_back() -> None:
+    async with two() as (first, second):
+        second.store.commits_held = True
+        slow = await begun(
+            second.engine.open_session("plain", session_id="a", request_id=4, must_be_new=True)
+        )
+        await second.store.until("commit")
+        assert not (await first.engine.open_session("plain", session_id="a", request_id=4)).replayed
+        await first.engine.close_session("a")
+        second.store.let_go()
+        # it is judged again by what the store has: as one that comes after the closing
+        assert (await slow).session.revision == 1
+
+
 async def test_a_session_that_is_being_made_here_may_be_there_already() -> None:
     async with two() as (first, second):
         second.store.commits_held = True

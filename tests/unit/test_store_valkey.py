@@ -28,6 +28,8 @@ from stepwell_server.store.base import (
 )
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Joined, decode_header
+from stepwell_server.store.valkey.commits import Part, outcome_of
+from stepwell_server.store.valkey.requests import Request
 from support.awaited import RemoteStore
 from support.clock import ManualClock
 from support.shared import end, fresh_prefix, opened, put, shared, stamps
@@ -91,11 +93,26 @@ async def test_a_batch_that_is_sent_again_was_kept(valkey: Valkey) -> None:
         assert (await put(a, [("s", record("s", 1))], [first], second))[0] == conflict("s")
 
 
+def test_a_conflict_behind_an_answer_that_was_lost_may_be_ones_own() -> None:
+    """The first attempt may have been kept, and have been followed by another change since."""
+    request = Request(0, ())
+    request.reply, request.is_answered = [1], True
+    assert outcome_of([Part(request, ["s"])], frozenset(), documents_kept=False) == conflict("s")
+    request.is_sent = True
+    unknown = Committed(unknown=frozenset({"s"}))
+    assert outcome_of([Part(request, ["s"])], frozenset(), documents_kept=False) == unknown
+
+
 async def test_an_id_is_opened_anew(valkey: Valkey) -> None:
     async with shared(valkey.url()) as (store,):
         _, first = await put(store, [("s", record("s"))], [0])
         await end(store, [Tombstone("s", End.LEFT, 1.0)], [first])
-        assert (await put(store, [("s", record("s", 5))], [0]))[0] is ALL_KEPT
+        (gone,) = await store.fetch(["s"])
+        assert gone.stamp not in (0, first)
+        # an opening that was sent before it ended, and comes now, does not bring it back
+        assert (await put(store, [("s", record("s"))], [0]))[0] == conflict("s")
+        assert (await put(store, [("s", record("s", 5))], [gone.stamp], anew=True))[0] is ALL_KEPT
+        assert (await put(store, [("s", record("s", 5))], [gone.stamp], anew=True))[0] == conflict("s")
         (found,) = await store.fetch(["s"])
         assert found.tombstone is None
         assert await store.count() == 1
@@ -430,7 +447,12 @@ async def test_it_does_what_the_store_of_the_tests_does(valkey: Valkey, seed: in
             batch = chance.choice(sent) if sent and chance.random() < 0.1 else _drawn(chance, ids, known)
             if not batch.deletes:  # of a deletion it is not known by whom it was
                 sent.append(batch)
-            assert await ours.commit(batch) == await theirs.commit(batch)
+            opens_anew = chance.random() < 0.7
+            told = [
+                await store.commit(await _after_the_end(store, batch) if opens_anew else batch)
+                for store in (ours, theirs)
+            ]
+            assert told[0] == told[1]
             asked = [chance.choice(known[i]) for i in ids]
             assert _plain(await ours.fetch(ids, asked)) == _plain(await theirs.fetch(ids, asked))
             for store in (ours, theirs):
@@ -472,9 +494,24 @@ def _drawn(chance: random.Random, ids: list[str], known: dict[str, list[int]]) -
     )
 
 
+async def _after_the_end(store: Store, batch: Batch) -> Batch:
+    """The same batch, whose sessions that begin follow the tombstones that there are."""
+    follows = batch.follows.copy()
+    found = await store.fetch([session_id for session_id, _ in batch.puts])
+    for place, each in enumerate(found):
+        if each.tombstone is not None and not follows[place]:
+            follows[place] = each.stamp
+    return dataclasses.replace(batch, follows=follows)
+
+
 def _plain(found: list[Fetched]) -> list[Fetched]:
-    """With records as bytes, and without what time says."""
+    """With records as bytes, and without what time says, and chance."""
     return [
-        dataclasses.replace(each, record=None if each.record is None else bytes(each.record), idle_s=0.0)
+        dataclasses.replace(
+            each,
+            record=None if each.record is None else bytes(each.record),
+            idle_s=0.0,
+            stamp=0 if each.tombstone is not None else each.stamp,
+        )
         for each in found
     ]

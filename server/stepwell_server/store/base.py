@@ -121,7 +121,8 @@ class Fetched:
     tombstone: Tombstone | None = None
     """Only looked for where there is no record."""
     stamp: int = 0
-    """Of the record: the number that was drawn for the commit that wrote it, 1 to 2**64-1. 0 in a local store."""
+    """Of the record, or the tombstone: the number that was drawn for the commit that wrote it, 1 to 2**64-1. 0 in a local
+    store."""
     is_known: bool = False
     """The record has the stamp that the caller knew: it was not sent, and `record` is None."""
     idle_s: float = math.nan
@@ -177,7 +178,8 @@ class Batch:
     # What follows is for stores that others use too; those that answer in place do not look at it.
 
     follows: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
-    """`(len(puts),)`: the stamp of the record that each put follows; 0: there must be no record."""
+    """`(len(puts),)`: the stamp of what each put follows, a record or, where a session begins, a tombstone; 0: there must be
+    neither. So what was sent long ago does not bring a session back that ended meanwhile."""
     stamps: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
     """`(len(puts),)`: what the records are stamped with. A session that has it already was kept by this very batch."""
     delete_follows: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)

@@ -45,6 +45,8 @@ class Fresh:
     """The arena's rows, with their states, of the first sessions, one after the other. The others begin paged out."""
     revisions: U64
     """`(n,)`. Not 0 where another session had the id: see `Directory.first_revisions`."""
+    follows: U64
+    """`(n,)`: see `Directory.follows`."""
     opened_with: int
     """Request id of the call, 0 for none."""
     created: float
@@ -78,6 +80,7 @@ class Fresh:
             ids=self.ids[part],
             rows=self.rows[own],
             revisions=self.revisions[part],
+            follows=self.follows[part],
             positions=self.positions[part],
             states=None if self.states is None else [array[own] for array in self.states],
         )
@@ -272,7 +275,7 @@ class Creation:
             forgets=ids,
             counts=[(fresh.model.name, len(ids))],
             tenant_counts=_of_tenants(ids, fresh.model, 1),
-            follows=np.zeros(len(puts), np.uint64),
+            follows=fresh.follows[len(ids) - len(puts) :],
             stamps=stamped(fresh.stamp, len(puts)),
         )
 

@@ -260,6 +260,12 @@ class Directory:
         ]
         return np.array([max(self.store.first_revision, revision + 1) for revision in last], np.uint64)
 
+    def follows(self, session_ids: Sequence[str], seen: Seen) -> U64:
+        """What the store must have of sessions that begin: nothing, or the end of another one that was seen."""
+        if self._is_local:
+            return np.zeros(len(session_ids), np.uint64)
+        return np.array([seen.stamp(session_id) for session_id in session_ids], np.uint64)
+
     def stored_revision(self, session_id: str, seen: Seen) -> tuple[int, int]:
         """The revision that the store has of a session, and its rows; 0 if it cannot tell."""
         try:

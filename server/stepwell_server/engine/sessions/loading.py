@@ -42,7 +42,7 @@ class Seen(Protocol):
         """See `LocalStore`."""
 
     def stamp(self, session_id: str) -> int:
-        """Of the record; 0 if there is none, or nobody else uses the store."""
+        """Of the record, or else of the tombstone; 0 if there is neither, or nobody else uses the store."""
 
     def newer(self, session_id: str) -> Fetched | None:
         """What another server made of a session that is in the table and has something under way here; None: nothing."""

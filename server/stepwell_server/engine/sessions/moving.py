@@ -107,6 +107,8 @@ class _New:
     record: bytes
     was_here: bool = False
     """The store had a session of its id before."""
+    follows: int = 0
+    """See `Directory.follows`."""
 
     @property
     def served(self) -> tuple[str, Header, Model]:
@@ -377,6 +379,7 @@ class Moving:
         missing = [ids[place] for place in np.flatnonzero(handles < 0).tolist()]
         unusable = set(self._directory.unusable(missing, seen))
         revisions = dict(zip(ids, self._directory.first_revisions(ids, seen).tolist(), strict=True))
+        follows = dict(zip(ids, self._directory.follows(ids, seen).tolist(), strict=True))
         fresh: list[_New] = []
         for session_id, handle in zip(ids, handles.tolist(), strict=True):
             each = new[session_id]
@@ -389,7 +392,7 @@ class Moving:
                     )
                 else:
                     was_here = revisions[session_id] > 0 or existing is Existing.REPLACE
-                    fresh.append(dataclasses.replace(each, was_here=was_here))
+                    fresh.append(dataclasses.replace(each, was_here=was_here, follows=follows[session_id]))
             elif handle >= 0 and self._is_same(handle, each):
                 results[session_id] = Brought.IMPORTED
             elif existing is Existing.SKIP:
@@ -448,7 +451,7 @@ class Moving:
             counts=list(Counter(each.model.name for each in fresh).items()),
             tenant_counts=counts.of_tenants([(each.session_id, each.model.name) for each in fresh], 1),
             goes_back=any(each.was_here for each in fresh),
-            follows=np.zeros(len(fresh), np.uint64),
+            follows=np.array([each.follows for each in fresh], np.uint64),
             stamps=stamped(stamp, len(fresh)),
         )
         return await self._commit(batch, done)

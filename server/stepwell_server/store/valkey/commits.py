@@ -195,8 +195,9 @@ def outcome_of(parts: Sequence[Part], stale: frozenset[str], *, documents_kept: 
             unknown += part.session_ids
             continue
         failed = [part.session_ids[number - 1] for number in request.reply]
-        conflicts += failed
-        is_refused &= len(failed) == len(part.session_ids)
+        # what was sent before, and not answered, may have been kept, and be followed by another change by now
+        (unknown if request.is_sent else conflicts).extend(failed)
+        is_refused &= len(failed) == len(part.session_ids) and not request.is_sent
         if not request.is_durable:
             unknown += set(part.session_ids).difference(failed)
     if refusal is not None and is_refused:

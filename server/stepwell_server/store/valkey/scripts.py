@@ -65,7 +65,8 @@ COMMIT = _script(
 -- that they must have, new stamps (8 bytes each), records and tombstones, their sizes (4 bytes each), where ids begin in
 -- keys, for how long unused those must be that end (ms), for how long tombstones live (ms), for how long each that ends may
 -- be unused at most (ms, 8 bytes each; empty: no limit). Returns the numbers of those that are otherwise.
---   P  put: follows the record with the stamp; with none there must be no record
+--   P  put: follows the record with the stamp, or begins where there is the tombstone with the stamp; with none where there
+--      is neither
 --   D  delete the record with the stamp, with none any record; leave a tombstone if there is one
 --   T  leave a tombstone where there is no record
 --   F  forget a tombstone
@@ -115,7 +116,7 @@ for i = 1, #KEYS - 2 do
     local value = '\\1' .. stamp .. used .. content
     if kind == 1 and has == stamp then
       call('SETRANGE', key, 9, used)
-    elseif kind ~= 1 and follow == none then
+    elseif kind ~= 1 and has == (follow == none and '' or follow) then
       call('SET', key, value)
       call('ZADD', index, 0, id)
       count(id, model_of(value), 1)

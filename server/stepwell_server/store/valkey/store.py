@@ -220,7 +220,7 @@ class ValkeyStore(Store):
         kind, packed, used_ms = HEAD.unpack_from(value)
         stamp = int.from_bytes(packed, "little")
         if kind == TOMBSTONE:
-            return Fetched(tombstone=_tombstone(session_id, value[HEAD.size :]))
+            return Fetched(tombstone=_tombstone(session_id, value[HEAD.size :]), stamp=stamp)
         idle_s = max(0, now_ms - used_ms) / 1000
         if kind != RECORD:
             return Fetched(b"", stamp=stamp, idle_s=idle_s)
