@@ -283,6 +283,7 @@ def test_replicas_that_stop_or_die_are_left_out_and_come_back(tmp_path: Path) ->
                     assert servers[0].stop() == 0
                     servers[1].kill()
                     until(lambda: envoy.healthy() == {addresses[2]})
+                    assert envoy.http("GET", "/healthz")[0] == 200
                     for number in range(20):
                         assert envoy.json("POST", path_of(f"s{number}"), {"model": "seq"})[0] == 200
                     servers[0].restart()
@@ -294,6 +295,8 @@ def test_replicas_that_stop_or_die_are_left_out_and_come_back(tmp_path: Path) ->
             assert failed == []
             servers[0].kill()
             servers[2].kill()
+            until(lambda: envoy.healthy() == set())
+            assert envoy.http("GET", "/healthz")[0] == 503
             status, answer = envoy.json("GET", "/v1/models")
             assert (status, answer["code"]) == (503, 14)
             with pytest.raises(grpc.RpcError) as caught:

@@ -44,6 +44,8 @@ class Envoy:
 
     address = ""
     """Where callers reach it, HOST:PORT."""
+    admin = ""
+    """Where it takes orders, HOST:PORT."""
 
     def __init__(
         self, folder: Path, replicas: Sequence[str], *options: str, tls: ssl.SSLContext | None = None
@@ -51,7 +53,6 @@ class Envoy:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._tls = tls
-        self._admin = ""
         named = [part for replica in replicas for part in ("--replica", replica)]
         ports = ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
         (folder / "envoy.yaml").write_text(
@@ -69,7 +70,7 @@ class Envoy:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             until(lambda: self._has_ended() or (admin.exists() and bool(admin.read_text())))
-            self._admin = admin.read_text()
+            self.admin = admin.read_text()
             # it listens as soon as it has asked every replica how it is
             until(lambda: self._has_ended() or self._asked("/ready")[0] == 200)
             statuses = json.loads(self._asked("/listeners?format=json")[1])["listener_statuses"]
@@ -95,7 +96,7 @@ class Envoy:
         raise AssertionError(f"Envoy has ended: {(self._folder / 'log').read_text()[-2000:]}")
 
     def _asked(self, path: str) -> tuple[int, bytes]:
-        return _exchanged(http.client.HTTPConnection(self._admin, timeout=TIMEOUT_S), "GET", path)[:2]
+        return _exchanged(http.client.HTTPConnection(self.admin, timeout=TIMEOUT_S), "GET", path)[:2]
 
     def healthy(self) -> set[str]:
         """The replicas that it sends calls to, HOST:PORT each."""

@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.descriptor_pool import DescriptorPool
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell.cli import main
@@ -102,6 +102,18 @@ def test_every_call_that_is_no_stream_has_an_http_rule() -> None:
     assert without == ["StepStream"]
 
 
+def test_it_is_written_to_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "envoy.yaml"
+    file.write_text("another one")
+    done = CliRunner().invoke(main, ["envoy-config", *REPLICAS, "--output", str(file)])
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert yaml.safe_load(file.read_text()) == written(*REPLICAS)
+    missing = str(tmp_path / "missing" / "envoy.yaml")
+    done = CliRunner().invoke(main, ["envoy-config", *REPLICAS, "--output", missing])
+    assert done.exit_code == 1
+    assert missing in done.stderr
+
+
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "no replica": (
         (),
@@ -163,6 +175,7 @@ _DOCUMENTS = st.recursive(
 )
 
 
+@settings(max_examples=30)
 @given(st.dictionaries(_TEXTS, _DOCUMENTS, min_size=1))
 def test_documents_come_back(document: Mapping[str, _yaml.Value]) -> None:
     assert yaml.safe_load(_yaml.dump(document)) == document

@@ -11,6 +11,7 @@ from stepwell.cli.envoy.descriptors import encoded, services
 from stepwell.cli.envoy.routing import CLUSTER, ORIGINAL_PATH, SESSION_HEADER, retry_policy, routes
 
 _MIB = 1 << 20
+HEALTH_PATH = "/healthz"
 #: What Envoy may hold of a call in JSON while it makes messages of it, and JSON of the answer. Bodies as such may be
 #: larger: they pass while they are read, up to what a replica takes.
 _JSON_REQUEST_BYTES, _JSON_RESPONSE_BYTES = 8 * _MIB, 32 * _MIB
@@ -142,6 +143,7 @@ def _connections(plan: Plan) -> Value:
             "request_headers_to_remove": ["x-envoy-retry-on", "x-envoy-retry-grpc-on", "x-envoy-max-retries"],
         },
         "http_filters": [
+            _filter("health_check", "health_check.v3.HealthCheck", _own_health()),
             _filter("cors", "cors.v3.Cors"),
             _filter("grpc_web", "grpc_web.v3.GrpcWeb"),
             _filter("grpc_json_transcoder", "grpc_json_transcoder.v3.GrpcJsonTranscoder", _transcoding()),
@@ -173,6 +175,15 @@ def _virtual_host(plan: Plan) -> Value:
             }
         }
     return {**host, "retry_policy": retry_policy(), "routes": routes(plan.json_timeout_s)}
+
+
+def _own_health() -> dict[str, Value]:
+    """Whether Envoy takes calls: it is not told to drain, and there is a replica to send them to."""
+    return {
+        "pass_through_mode": False,
+        "headers": [{"name": ":path", "string_match": {"exact": HEALTH_PATH}}],
+        "cluster_min_healthy_percentages": {CLUSTER: {"value": 1}},
+    }
 
 
 def _transcoding() -> dict[str, Value]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -136,6 +137,14 @@ def _file(name: str, text: str) -> Callable[[_Function], _Function]:
     is_flag=True,
     help="Listen beyond loopback without TLS: say so where something else sees to who gets that far.",
 )
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    default="-",
+    help="File to write, or to replace. Default: standard output.",
+)
 def envoy_config(
     replicas: Sequence[Address],
     dns: Address | None,
@@ -152,6 +161,7 @@ def envoy_config(
     json_timeout_s: float,
     access_log: str,
     insecure_listen: bool,
+    output: str,
 ) -> None:
     """Write the configuration of an Envoy in front of replicas of 'stepwell serve', as YAML.
 
@@ -159,6 +169,8 @@ def envoy_config(
     session to one replica: by the header stepwell-session, which has the session's id, percent-encoded; else, of a
     call in JSON, by the id in its path. It leaves out replicas that do not answer or say that they stop. It tries
     again only what no replica has seen.
+
+    GET /healthz says whether Envoy takes calls and has a replica for them, to probes and load balancers.
 
     The file has the protocol in it as Envoy needs it for JSON: write it anew for a new release of Stepwell.
     """
@@ -194,7 +206,11 @@ def envoy_config(
         access_log={"-": "/dev/stdout", "off": ""}.get(access_log, access_log),
         json_timeout_s=json_timeout_s,
     )
-    click.echo(_HEAD.format(version=_version()) + _yaml.dump(bootstrap(plan)), nl=False)
+    text = _HEAD.format(version=_version()) + _yaml.dump(bootstrap(plan))
+    if output == "-":
+        click.echo(text, nl=False)
+    else:
+        Path(output).write_text(text, encoding="utf-8")
 
 
 def _version() -> str:
