@@ -14,7 +14,7 @@ class Report:
     problems: Mapping[str, str]
     """Why it is not ready, by what it is about: `models`, `store`, `stopping`. Empty: it is."""
     warnings: Mapping[str, str]
-    """What does not keep it from being ready: `disk`, ..."""
+    """What does not keep it from being ready: `disk`, `store`, ..."""
     versions: Mapping[str, Mapping[int, str]]
     """Of each model's versions how far they are: waiting, loading (with the stage), loaded, failed (with the reason)."""
 

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 _log = Log("app")
 CHECK_S = 2.0
 """Time between two looks."""
+_WARNINGS = {
+    "disk": ("the disk of the store is nearly full", "the disk of the store has room again"),
+    "store": ("the store is not as it should be", "the store is as it should be again"),
+}
+"""What is said when a warning begins, and when it is over."""
 
 
 async def look_after(store: Store, readiness: Readiness, observer: PrometheusObserver) -> None:
@@ -46,9 +51,11 @@ def tell(
         else:
             _log.warning("the store cannot be used", reason=health.problem)
     readiness.problem("store", health.problem)
-    if bool(health.warning) is not ("disk" in before.warnings):
+    about = health.warns_of
+    if bool(health.warning) is not (about in before.warnings):
+        begun, over = _WARNINGS[about]
         if health.warning:
-            _log.warning("the disk of the store is nearly full", reason=health.warning)
+            _log.warning(begun, reason=health.warning)
         else:
-            _log.info("the disk of the store has room again")
-    readiness.warning("disk", health.warning)
+            _log.info(over)
+    readiness.warning(about, health.warning)

@@ -64,11 +64,17 @@ def test_user_and_password_from_elsewhere(tmp_path: Path) -> None:
     assert parse(f"valkey://u@h?password_file={file}", environ).login == Login("u", "fp")
 
 
-def test_a_password_is_not_shown() -> None:
-    url = parse("valkey://user:hidden@h:1,g/2?sentinel=main", {"STEPWELL_VALKEY_SENTINEL_PASSWORD": "hidden"})
-    assert str(url) == "valkey://h:1,g:26379/2?sentinel=main"
-    assert "hidden" not in repr(url)
-    assert str(parse("rediss://[::1]/0?cluster=true", {})) == "valkeys://[::1]:6379/0?cluster=true"
+def test_a_url_as_it_is_shown_has_no_password_and_says_the_same() -> None:
+    text = (
+        "valkeys://me@h:1,[::1]:2/2?sentinel=main&prefix=x:&partitions=8&replicas=2&timeout_ms=500&tombstone_s=60"
+        "&ca=/ca.pem&cert=/c.pem&key=/k.pem&server_name=db"
+    )
+    url = parse(text, {})
+    secret = parse(text.replace("me@", "me:hidden@"), {"STEPWELL_VALKEY_SENTINEL_PASSWORD": "hidden"})
+    assert str(url) == str(secret) == text
+    assert "hidden" not in repr(secret)
+    assert parse(str(url), {}) == url
+    assert str(parse("redis://[::1]?cluster=true", {})) == "valkey://[::1]:6379/0?cluster=true"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +86,8 @@ class StoreHealth:
     """How often it was opened anew since the start, because its disk had failed."""
     warning: str = ""
     """What will become a problem if nobody does anything; empty if nothing."""
+    warns_of: Literal["disk", "store"] = "disk"
+    """What the warning is about: a disk that fills up, or how others run the store."""
 
 
 class End(enum.IntEnum):

@@ -18,7 +18,8 @@ from valkey import crc
 from valkey import exceptions as theirs
 from valkey.asyncio import connection as base
 
-from stepwell_server.store.valkey.url import Address, Login, Tls, UrlError, shown
+from stepwell_server.store.base import StoreError
+from stepwell_server.store.valkey.url import Address, Login, Tls, shown
 
 Command = Sequence[bytes | str | int]
 Reply = Any
@@ -87,17 +88,17 @@ def context_of(tls: Tls) -> ssl.SSLContext:
     """How connections are secured: certificates are checked, and the names in them.
 
     Raises:
-        UrlError: a file cannot be used.
+        StoreError: a file cannot be used.
     """
     try:
         context = ssl.create_default_context(cafile=None if tls.ca is None else str(tls.ca))
     except (OSError, ssl.SSLError) as error:
-        raise UrlError(f"ca: {tls.ca} must have certificates of authorities: {_reason(error)}") from None
+        raise StoreError(f"ca: {tls.ca} must have certificates of authorities: {_reason(error)}") from None
     if tls.cert is not None and tls.key is not None:
         try:
             context.load_cert_chain(tls.cert, tls.key, password=_no_password)
         except (OSError, ssl.SSLError) as error:
-            raise UrlError(
+            raise StoreError(
                 f"cert and key: {tls.cert} and {tls.key} must be a certificate and its key: {_reason(error)}"
             ) from None
     return context

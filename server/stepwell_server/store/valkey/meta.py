@@ -38,19 +38,39 @@ async def read(requests: Requests, prefix: str, partitions: int | None) -> Meta:
         StoreError: it is of a later release, damaged, or has another number of partitions than is asked for.
         ServerError: it cannot be asked.
     """
-    new: Mapping[bytes, bytes | str | int] = {
-        _LAYOUT: LAYOUT,
-        _PARTITIONS: partitions or DEFAULT_PARTITIONS,
-        _SECRET: secrets.token_bytes(_SECRET_BYTES),
-        _INCARNATION: secrets.token_hex(4),
-        _FIRST_REVISION: 0,
-    }
-    words = [word for pair in new.items() for word in pair]
+    new = Meta(
+        partitions or DEFAULT_PARTITIONS, secrets.token_bytes(_SECRET_BYTES), secrets.token_hex(4), 0, {}
+    )
+    return _meta(prefix, (await _made(requests, prefix, new, once=True))[1], partitions)
+
+
+async def again(requests: Requests, prefix: str, known: Meta) -> tuple[bool, str]:
+    """Make the store with a prefix as it was known, if it is not there.
+
+    Returns:
+        Whether it was made, and the incarnation of the one that is there.
+
+    Raises:
+        ServerError: it cannot be asked.
+    """
+    was_made, fields = await _made(requests, prefix, known, once=False)
+    return was_made, fields.get(_INCARNATION, b"").decode("ascii", "replace")
+
+
+async def _made(
+    requests: Requests, prefix: str, new: Meta, *, once: bool
+) -> tuple[bool, Mapping[bytes, bytes]]:
+    """What the store says, which is made as said if there is none; and whether it was."""
+    words: list[bytes | str | int] = [_LAYOUT, LAYOUT, _PARTITIONS, new.partitions, _SECRET, new.secret]
+    words += [_INCARNATION, new.incarnation, _FIRST_REVISION, new.first_revision]
+    for key_id, check in new.key_checks.items():
+        words += [_KEY + key_id.encode(), check]
     request = Request.of(META, scripts.MAKE, [store_key(prefix)], *words)
-    await requests.send([request], waits=True)
+    await requests.send([request], waits=True, once=once)
     if request.problem is not None:
         raise request.problem
-    return _meta(prefix, pairs_of(request.reply), partitions)
+    was_made, fields = request.reply
+    return bool(was_made), pairs_of(fields)
 
 
 async def add_key_check(requests: Requests, prefix: str, key_id: str, check: bytes) -> None:

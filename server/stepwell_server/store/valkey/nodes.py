@@ -165,6 +165,14 @@ class Topology(abc.ABC):
             Denied, Lost: they cannot be found.
         """
 
+    @abc.abstractmethod
+    async def look(self) -> None:
+        """Look whether who has what is still so, every now and then: a server that lost its part may not know it.
+
+        Raises:
+            Denied, Lost: nobody says it.
+        """
+
     def node_at(self, address: Address) -> Node:
         """The node at an address that a server said."""
         if address not in self._nodes:
@@ -210,6 +218,12 @@ class Primary(Topology):
         return dict.fromkeys(partitions, node)
 
     @override
+    async def look(self) -> None:
+        node = self._node
+        if node is not None and await self._find() != node.address and self._node is node:
+            self._node = None
+
+    @override
     def doubt(self) -> None:
         self._node = None
 
@@ -250,6 +264,11 @@ class Cluster(Topology):
                 raise Lost("the Cluster must have all slots; some are nobody's", sent=False)
             found[partition] = self.node_at(address)
         return found
+
+    @override
+    async def look(self) -> None:
+        self._is_doubted = True
+        await self._look()
 
     @override
     def doubt(self) -> None:
@@ -315,7 +334,7 @@ def topology_of(url: StoreUrl, tag: Callable[[int], bytes]) -> Topology:
         tag: What stands in braces in the keys of a partition.
 
     Raises:
-        UrlError: files of certificates cannot be used.
+        StoreError: files of certificates cannot be used.
     """
     context = None if url.tls is None else context_of(url.tls)
     server_name = "" if url.tls is None else url.tls.server_name

@@ -92,10 +92,11 @@ class Requests:
                 raise request.problem
         return [request.reply for request in requests]
 
-    async def send(self, requests: Sequence[Request], *, waits: bool = False) -> None:
+    async def send(self, requests: Sequence[Request], *, waits: bool = False, once: bool = False) -> None:
         """Have requests answered, or say why they are not. It does not raise.
 
-        One that may be done twice is no other than one that is done once: it is sent again when its answer is lost.
+        Each must be one that may be done twice: it is sent again when its answer is lost, but for those that are sent
+        `once`. With `waits` what is answered is on the disk where `is_durable` says so.
         """
         wait = self._wait if waits else None
         left, attempt = requests, 0
@@ -108,7 +109,7 @@ class Requests:
                 break
             pause_s = _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)]
             attempt += 1
-            if self._loop.time() + pause_s >= deadline or isinstance(why, Denied):
+            if self._loop.time() + pause_s >= deadline or once or isinstance(why, Denied):
                 break
             if pause_s:
                 await asyncio.sleep(pause_s)

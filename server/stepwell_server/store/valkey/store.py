@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 from typing_extensions import override
 
 from stepwell_server.clock import Clock
-from stepwell_server.errors import StateCorrupt, StoreAway
+from stepwell_server.errors import StateCorrupt, StoreAway, StoreGone
 from stepwell_server.logs import Log
 from stepwell_server.store.base import (
     Batch,
@@ -29,8 +30,9 @@ from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import Header, header_or_none
 from stepwell_server.store.sealing import Sealer
 from stepwell_server.store.valkey import documents, meta, scripts
-from stepwell_server.store.valkey.client import Denied, Reply
+from stepwell_server.store.valkey.client import Denied, Lost, Reply
 from stepwell_server.store.valkey.commits import MOST_KEYS, Commits, outcome_of
+from stepwell_server.store.valkey.health import examine
 from stepwell_server.store.valkey.keys import (
     HEAD,
     META,
@@ -42,7 +44,7 @@ from stepwell_server.store.valkey.keys import (
 )
 from stepwell_server.store.valkey.listing import ids_after
 from stepwell_server.store.valkey.nodes import Topology, topology_of
-from stepwell_server.store.valkey.requests import Request, Requests
+from stepwell_server.store.valkey.requests import LIMIT, Request, Requests
 from stepwell_server.store.valkey.url import StoreUrl
 
 _log = Log("store.valkey")
@@ -82,7 +84,8 @@ async def open_valkey(
     requests = Requests(topology, timeout_s=url.timeout_s, wait=wait)
     try:
         found = await _asked(requests, url)
-        await _use_keys(requests, url, found, keyring)
+        await _require_fit(topology, url, durability)
+        found = await _with_keys(requests, url, found, keyring)
     except BaseException:
         topology.close()
         raise
@@ -98,7 +101,24 @@ async def _asked(requests: Requests, url: StoreUrl) -> meta.Meta:
         raise StoreAway(f"{error.message}: {requests.trouble}", error.retry_after_s) from None
 
 
-async def _use_keys(requests: Requests, url: StoreUrl, found: meta.Meta, keyring: Keyring | None) -> None:
+async def _require_fit(topology: Topology, url: StoreUrl, durability: Literal["sync", "async"]) -> None:
+    try:
+        async with asyncio.timeout(LIMIT * url.timeout_s):
+            found = await examine(topology, url, durability, url.timeout_s)
+    except Lost as error:
+        raise StoreAway(str(error), _RETRY_AFTER_S) from None
+    except TimeoutError:
+        raise StoreAway("the servers of the store do not say how they are", _RETRY_AFTER_S) from None
+    if found.unfit:
+        raise StoreError("; ".join(found.unfit))
+    for what in (*found.problems, *found.warnings):
+        _log.warning("the store is not as it should be", reason=what)
+
+
+async def _with_keys(
+    requests: Requests, url: StoreUrl, found: meta.Meta, keyring: Keyring | None
+) -> meta.Meta:
+    """What the store says with the keys that are used, which it remembers."""
     known = found.key_checks
     if keyring is None:
         if known:
@@ -106,10 +126,11 @@ async def _use_keys(requests: Requests, url: StoreUrl, found: meta.Meta, keyring
                 f"the store at {url} is encrypted, with {'key' if len(known) == 1 else 'keys'}"
                 f" {', '.join(sorted(known))}: their file must be given"
             )
-        return
+        return found
     keyring.require(known)
     if keyring.first not in known:
         await meta.add_key_check(requests, url.prefix, keyring.first, keyring.checks[keyring.first])
+    return dataclasses.replace(found, key_checks={**known, **keyring.first_check})
 
 
 class ValkeyStore(Store):
@@ -137,13 +158,17 @@ class ValkeyStore(Store):
         self._requests = requests
         self._clock = clock
         self._sealer = sealer
+        self._found = found
+        self._durability: Literal["sync", "async"] = "sync" if requests.waits else "async"
+        self._limit_s = LIMIT * url.timeout_s
+        self._damage = ""
         self._record_bytes = 1
         """Of the largest record that was read."""
 
     @property
     @override
     def damage(self) -> str:
-        return ""
+        return self._damage
 
     @override
     async def commit(self, batch: Batch) -> Committed:
@@ -392,10 +417,35 @@ class ValkeyStore(Store):
     @override
     async def check(self) -> StoreHealth:
         try:
-            await self._requests.ask(Request(META, (b"PING",)))
+            await self._require_same()
+            async with asyncio.timeout(self._limit_s):
+                await self._topology.look()
+                found = await examine(self._topology, self._url, self._durability, self._url.timeout_s)
         except StoreAway as error:
-            return StoreHealth(problem=f"{error.message}: {self._requests.trouble}")
-        return StoreHealth()
+            return StoreHealth(problem=f"{error.message}: {self._requests.trouble}", warns_of="store")
+        except Lost as error:
+            return StoreHealth(problem=str(error), warns_of="store")
+        except TimeoutError:
+            return StoreHealth(problem="its servers do not say how they are", warns_of="store")
+        return StoreHealth(
+            problem="; ".join([*found.unfit, *found.problems]),
+            warning="; ".join(found.warnings),
+            warns_of="store",
+        )
+
+    async def _require_same(self) -> None:
+        """See whether this is still the store that was opened; one that lost everything is made again as it was.
+
+        Raises:
+            StoreGone: it is another one.
+            Unavailable: it cannot be asked now.
+        """
+        was_made, found = await meta.again(self._requests, self._url.prefix, self._found)
+        if found != self._found.incarnation:
+            raise StoreGone("the store must be the one that was opened; another one is in its place")
+        if was_made:
+            self._damage = "the store was emptied: sessions that it had are lost"
+            _log.error("the store was emptied, the sessions that it had are lost", store=str(self._url))
 
     @override
     async def close(self) -> None:

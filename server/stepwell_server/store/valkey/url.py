@@ -13,10 +13,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from stepwell_server import private_files
-from stepwell_server.store.base import StoreError
 
 USER_VARIABLE, PASSWORD_VARIABLE = "STEPWELL_VALKEY_USER", "STEPWELL_VALKEY_PASSWORD"
 SENTINEL_USER_VARIABLE = "STEPWELL_VALKEY_SENTINEL_USER"
@@ -38,7 +37,7 @@ Address = tuple[str, int]
 """Host and port."""
 
 
-class UrlError(StoreError):
+class UrlError(ValueError):
     """The URL of a store is none, or says what cannot be. The message says what is wrong, and no password."""
 
 
@@ -83,14 +82,30 @@ class StoreUrl:
     """How many replicas must have a change, on their disk too, before it is acknowledged with durability `sync`."""
     timeout_s: float = _TIMEOUT_MS / 1000
     """For how long an answer is waited for."""
+    password_file: Path | None = None
+    """Where the password was read."""
     tombstone_s: float = _WEEK_S
     """For how long it is remembered that a session is gone."""
 
     def __str__(self) -> str:
-        """Without user and password."""
+        """Without a password; what is as it is by default is left out."""
+        user = f"{quote(self.login.user, safe='')}@" if self.login.user else ""
         hosts = ",".join(shown(address) for address in self.addresses)
-        how = {"server": "", "sentinel": f"?sentinel={self.sentinel}", "cluster": "?cluster=true"}[self.kind]
-        return f"{'valkey' if self.tls is None else 'valkeys'}://{hosts}/{self.database}{how}"
+        tls = self.tls or Tls()
+        said = {
+            "sentinel": self.sentinel or None,
+            "cluster": "true" if self.kind == "cluster" else None,
+            "prefix": self.prefix if self.prefix != DEFAULT_PREFIX else None,
+            "partitions": self.partitions,
+            "replicas": self.replicas or None,
+            "timeout_ms": round(self.timeout_s * 1000) if self.timeout_s != _TIMEOUT_MS / 1000 else None,
+            "tombstone_s": round(self.tombstone_s) if self.tombstone_s != _WEEK_S else None,
+            "password_file": self.password_file,
+            **{name: getattr(tls, name) or None for name in ("ca", "cert", "key", "server_name")},
+        }
+        query = urlencode({name: value for name, value in said.items() if value is not None}, safe="/:")
+        scheme = "valkey" if self.tls is None else "valkeys"
+        return f"{scheme}://{user}{hosts}/{self.database}{'?' if query else ''}{query}"
 
 
 def shown(address: Address) -> str:
@@ -131,13 +146,15 @@ def parse(text: str, environ: Mapping[str, str] | None = None) -> StoreUrl:
     database = _database(parts)
     if is_cluster and database:
         raise UrlError(f"the database of a Cluster must be 0; got {database}")
+    password_file = options.path("password_file")
     tls = _tls(options) if parts.scheme in _SECURE else None
     url = StoreUrl(
         addresses=addresses,
         kind="cluster" if is_cluster else "sentinel" if sentinel else "server",
         sentinel=sentinel,
         database=database,
-        login=_login(user_and_password, options.path("password_file"), environ),
+        login=_login(user_and_password, password_file, environ),
+        password_file=password_file,
         sentinel_login=Login(
             environ.get(SENTINEL_USER_VARIABLE, ""), environ.get(SENTINEL_PASSWORD_VARIABLE, "")
         ),
