@@ -49,9 +49,8 @@ from stepwell_server.rpc.fronts.certificates import CertificateError, Certificat
 from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import DEFAULT_METRICS, Settings
-from stepwell_server.store.base import KeyFileError, Store, StoreBusy, StoreError
-from stepwell_server.store.opening import open_store
-from stepwell_server.store.times import StoreTimes
+from stepwell_server.store.base import Store, StoreError
+from stepwell_server.store_opening import NotOpenedError, open_own, open_shared
 from stepwell_server.store_watch import look_after
 from stepwell_server.systemd import Notifier
 from stepwell_server.tracing.starting import TracingError
@@ -122,13 +121,13 @@ def serve(settings: Settings) -> int:
         if audit is not None:
             observer.auditor = Auditor(audit, settings.audit_when_full)
             observer.audits_to(lambda: (audit.written, audit.dropped))
-        store = _open_store(settings, clock, observer)
+        own_store = _own_store(settings, clock, observer)
     try:
         with asyncio.Runner(loop_factory=_new_event_loop) as runner:
             return runner.run(
                 _run(
                     settings,
-                    store,
+                    own_store,
                     clock,
                     observer,
                     certificates,
@@ -139,7 +138,7 @@ def serve(settings: Settings) -> int:
                     migrations,
                 )
             )
-    except (LoadError, NotRestoredError) as error:
+    except (LoadError, NotRestoredError, NotOpenedError) as error:
         raise StartError(str(error)) from error
     except Abandoned:
         raise KeyboardInterrupt from None
@@ -161,7 +160,8 @@ def _audit_log(settings: Settings) -> AuditLog | None:
 
 def _build(settings: Settings) -> dict[str, str]:
     """What this server is, for metrics; which front it has is added later."""
-    kept = {"store": settings.store, "durability": settings.durability if settings.store == "disk" else ""}
+    durability = "" if settings.store == "memory" else settings.durability
+    kept = {"store": settings.store_kind, "durability": durability}
     return {"version": metadata.version("stepwell"), "python": platform.python_version(), **kept}
 
 
@@ -209,33 +209,16 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _open_store(settings: Settings, clock: Clock, observer: PrometheusObserver) -> Store:
-    times = StoreTimes()
+def _own_store(settings: Settings, clock: Clock, observer: PrometheusObserver) -> Store | None:
     try:
-        store = open_store(
-            settings.store,
-            data_dir=settings.data_dir,
-            durability=settings.durability,
-            clock=clock,
-            times=times,
-            key_file=settings.encryption_key_file,
-        )
-    except StoreBusy as error:
-        raise StartError(
-            f"--data-dir: {error}; give this server another folder, or --store memory"
-        ) from error
-    except KeyFileError as error:
-        raise StartError(f"--encryption-key-file: {error}") from error
-    except StoreError as error:
-        raise StartError(f"--data-dir: {error}") from error
-    if settings.store == "disk":
-        observer.keeps_in(times)
-    return store
+        return open_own(settings, clock, observer)
+    except NotOpenedError as error:
+        raise StartError(str(error)) from error
 
 
 async def _run(
     settings: Settings,
-    store: Store,
+    own_store: Store | None,
     clock: Clock,
     observer: _Observer,
     certificates: CertificateFiles | None,
@@ -254,8 +237,10 @@ async def _run(
 
     stop = signals.stop_on_signals(clock, reload)
     open_files = raise_limit()
-    if settings.store == "disk":
-        _log.info("store opened", data_dir=str(settings.data_dir), sessions=await store.count())
+    store = own_store or await open_shared(settings, clock, stop)
+    if settings.store_kind != "memory":
+        where = {"data_dir": settings.data_dir} if settings.store == "disk" else {"store": settings.store}
+        _log.info("store opened", **where, sessions=await store.count())
     readiness, served = Readiness(), _Served()
     rpc = RpcServer(
         _front(settings, clock, open_files),
@@ -383,7 +368,8 @@ async def _kept(store: Store, settings: Settings) -> Mapping[str, KeptModel]:
     try:
         return await kept_models(store, settings.models_dir)
     except (DocumentError, StoreError, ServerError) as error:
-        raise StartError(f"--data-dir: {error}") from error
+        option = "--data-dir" if settings.shared_store is None else "--store"
+        raise StartError(f"{option}: {error}") from error
 
 
 def _live_models(

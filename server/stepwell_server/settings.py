@@ -15,6 +15,7 @@ from stepwell_server.compile.origin import folder_problem
 from stepwell_server.core.model_names import ModelRef, parse_reference, version_of
 from stepwell_server.core.version_policy import LATEST, VersionPolicy
 from stepwell_server.rpc.fronts.limits import FrontLimits
+from stepwell_server.store.valkey.url import StoreUrl
 
 DEFAULT_LISTEN = Address("127.0.0.1", 50051)
 DEFAULT_METRICS = Address("127.0.0.1", 9464)
@@ -107,9 +108,10 @@ class Settings:
     max_connection_age_s: float = 0.0
     max_connection_age_grace_s: float = 30.0
     front: Literal["auto", "native", "python"] = "auto"
-    store: Literal["disk", "memory"] = "disk"
+    store: Literal["disk", "memory"] | StoreUrl = "disk"
+    """On this machine, or where the one is that several servers share."""
     data_dir: Path | None = None
-    """Of the store on disk; None in memory."""
+    """Of the store on disk; None for others."""
     durability: Literal["sync", "async"] = "sync"
     encryption_key_file: Path | None = None
     max_batch_rows: int = 1024
@@ -154,6 +156,10 @@ class Settings:
             raise SettingsError(
                 "--encryption-key-file: with --store memory nothing is kept on disk to encrypt"
             )
+        if self.shared_store is not None and self.data_dir is not None:
+            raise SettingsError(
+                "--data-dir: with --store URL sessions are kept there, and nothing on disk here"
+            )
         versions = self.versions  # raises
         for option, names in (
             ("--probe-steps", self.probe_steps),
@@ -183,6 +189,16 @@ class Settings:
             raise SettingsError(
                 f"--max-held-bytes must be at least --max-message-bytes, which is {message}; got {held}"
             )
+
+    @property
+    def shared_store(self) -> StoreUrl | None:
+        """Where the store is that several servers share; None: it is this server's alone."""
+        return self.store if isinstance(self.store, StoreUrl) else None
+
+    @property
+    def store_kind(self) -> Literal["disk", "memory", "valkey"]:
+        """Which kind of store it is."""
+        return "valkey" if isinstance(self.store, StoreUrl) else self.store
 
     @functools.cached_property
     def versions(self) -> Mapping[str, Mapping[int, Path]]:

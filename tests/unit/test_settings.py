@@ -18,6 +18,7 @@ from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.cli.serve import serve, settings_of
 from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.settings import Settings, SettingsError
+from stepwell_server.store.valkey.url import Login, StoreUrl, Tls
 
 
 def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
@@ -345,6 +346,22 @@ def test_a_data_dir_and_the_memory_store_exclude_each_other(model: str) -> None:
     )
     environment = {"STEPWELL_STORE": "memory", "STEPWELL_DATA_DIR": "/x"}
     assert re.search(f"^STEPWELL_DATA_DIR: with STEPWELL_STORE memory {rule}$", refused([model], environment))
+
+
+def test_a_store_that_is_shared(model: str) -> None:
+    settings = read_settings([model, "--store", "rediss://u:hidden@h:1/2?prefix=p:"], {})
+    assert settings.shared_store == dataclasses.replace(
+        StoreUrl(addresses=(("h", 1),), database=2, prefix="p:", tls=Tls()), login=Login("u", "hidden")
+    )
+    assert (settings.store_kind, settings.data_dir) == ("valkey", None)
+    assert read_settings([model], {}).shared_store is None
+    refusal = refused([model, "--store", "valkey://h?color=red"], {})
+    assert "'--store': color is not known; there are prefix, partitions" in refusal
+    refusal = refused([model, "--store", "valkey://u:hidden@h", "--data-dir", "/x"], {})
+    assert "'--data-dir': with '--store' valkey://u@h:6379/0 nothing is kept on disk" in refusal
+    assert read_settings([model, "--store", "valkey://h"], {"STEPWELL_DATA_DIR": "/x"}).data_dir is None
+    with pytest.raises(SettingsError, match="--data-dir: with --store URL sessions are kept there"):
+        Settings(store=StoreUrl(addresses=(("h", 1),)), data_dir=Path("/x"))
 
 
 def test_the_command_line_wins_over_a_variable_that_contradicts_it(model: str) -> None:

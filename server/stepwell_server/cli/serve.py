@@ -28,6 +28,8 @@ from stepwell_server.cli.values import (
     WholeNumber,
 )
 from stepwell_server.settings import Settings, SettingsError
+from stepwell_server.store.valkey.url import StoreUrl, UrlError
+from stepwell_server.store.valkey.url import parse as parse_store_url
 
 FILE, FOLDER = PathOf("file"), PathOf("dir")
 ROWS = COUNT = click.IntRange(1, 10**18)
@@ -37,13 +39,20 @@ _WINS = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSour
 
 
 class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 knows no other
-    """disk or memory."""
+    """disk, memory, or the URL of a store that several servers share."""
 
     def __init__(self) -> None:
         super().__init__(["disk", "memory"])
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Read it; lmdb is what disk was called before there was a write-ahead log."""
+        if isinstance(value, StoreUrl):
+            return value
+        if "://" in value:
+            try:
+                return parse_store_url(value)
+            except UrlError as error:
+                self.fail(str(error), param, ctx)
         return super().convert("disk" if value == "lmdb" else value, param, ctx)
 
 
@@ -157,8 +166,11 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
 )
 @setting(
     "--store",
+    metavar="disk|memory|URL",
     type=Store(),
-    help="Where sessions are kept: on disk under --data-dir, or in memory, where they end with the server.",
+    help="Where sessions are kept: on disk under --data-dir; in memory, where they end with the server; or in a Valkey that "
+    "several servers share, valkey://HOST[:PORT][,HOST[:PORT]...]/DB?..., valkeys:// over TLS: see docs/valkey.md. Needs "
+    "the extra valkey.",
 )
 @setting(
     "--data-dir",
@@ -169,13 +181,14 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
 @setting(
     "--durability",
     type=click.Choice(["sync", "async"]),
-    help="What an acknowledged change survives on disk: sync, the loss of power too; async, kill -9.",
+    help="What an acknowledged change survives: sync, the loss of power of the machine that keeps it; async, kill -9 of this "
+    "server.",
 )
 @setting(
     "--encryption-key-file",
     metavar="FILE",
     type=FILE,
-    help="Keys that encrypt states on disk, of the file's owner alone: the first encrypts, all decrypt. 'stepwell store "
+    help="Keys that encrypt states that are kept, of the file's owner alone: the first encrypts, all decrypt. 'stepwell store "
     "new-key' makes one.",
 )
 @setting(
@@ -461,13 +474,13 @@ def settings_of(ctx: click.Context) -> Settings:
         SettingsError: they contradict each other.
     """
     values = given(ctx)
-    if values.get("store") == "memory" and "data_dir" in values:
+    if values.get("store", "disk") != "disk" and "data_dir" in values:
         leave_one(ctx, values)
     return Settings(**values)
 
 
 def leave_one(ctx: click.Context, values: dict[str, Any]) -> None:
-    """Of a data folder and the store in memory leave that which wins; nobody can mean both."""
+    """Of a data folder and another store than that on disk leave that which wins; nobody can mean both."""
     store, data_dir = (
         next(parameter for parameter in ctx.command.params if parameter.name == name)
         for name in ("store", "data_dir")
@@ -477,7 +490,7 @@ def leave_one(ctx: click.Context, values: dict[str, Any]) -> None:
     ]
     if ranks[0] == ranks[1]:
         raise SettingsError(
-            f"{origin(ctx, data_dir)}: with {origin(ctx, store)} memory nothing is kept on disk; give one of the two"
+            f"{origin(ctx, data_dir)}: with {origin(ctx, store)} {values['store']} nothing is kept on disk; give one of the two"
         )
     loser = "data_dir" if ranks[0] < ranks[1] else "store"
     del values[loser]

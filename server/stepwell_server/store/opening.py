@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Literal
 
 from stepwell_server.clock import Clock
 from stepwell_server.store.awaited import AwaitedStore
-from stepwell_server.store.base import KeyFileError, LocalStore, Store
+from stepwell_server.store.base import KeyFileError, LocalStore, Store, StoreError
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.times import StoreTimes
 
 if TYPE_CHECKING:
     from stepwell_server.store.keyring import Keyring
+    from stepwell_server.store.valkey.url import StoreUrl
 
 Kind = Literal["disk", "memory"]
 
@@ -45,6 +46,31 @@ def open_store(
     except BaseException:
         disk.close()
         raise
+
+
+async def open_shared_store(
+    url: StoreUrl,
+    *,
+    durability: Literal["sync", "async"],
+    clock: Clock,
+    key_file: Path | None = None,
+) -> Store:
+    """Open a store that other servers use too, or make it if it is not there.
+
+    A change that was acknowledged is on the disk of the store's server (`sync`), or has come there (`async`).
+
+    Raises:
+        StoreError: it cannot be used as it is.
+        ServerError: it does not answer.
+    """
+    try:
+        from stepwell_server.store.valkey.store import open_valkey
+    except ImportError as error:
+        raise StoreError(
+            f"a store at a URL needs the extra valkey: pip install 'stepwell[serve,valkey]' ({error})"
+        ) from error
+    keyring = None if key_file is None else read_keyring(key_file)
+    return await open_valkey(url, durability=durability, clock=clock, keyring=keyring)
 
 
 def encrypted(disk: DiskStore, keyring: Keyring | None) -> LocalStore:

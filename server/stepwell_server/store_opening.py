@@ -1,0 +1,115 @@
+"""Opens the store that the settings ask for, or says why the server cannot start."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stepwell_server.errors import ServerError
+from stepwell_server.logs import Log
+from stepwell_server.model_loading import Abandoned
+from stepwell_server.store.base import KeyFileError, Store, StoreBusy, StoreError
+from stepwell_server.store.opening import open_shared_store, open_store
+from stepwell_server.store.times import StoreTimes
+
+if TYPE_CHECKING:
+    from stepwell_server.clock import Clock
+    from stepwell_server.metrics.observer import PrometheusObserver
+    from stepwell_server.settings import Settings
+
+_log = Log("app")
+WAIT_S = 30.0
+"""For so long a shared store may be away when the server starts."""
+_PAUSE_S = 0.5
+_Found = TypeVar("_Found")
+
+
+class NotOpenedError(Exception):
+    """The store cannot be opened. The message is one line for people, and names the option."""
+
+
+def open_own(settings: Settings, clock: Clock, observer: PrometheusObserver) -> Store | None:
+    """The store that is this server's alone; None if others use it too.
+
+    Raises:
+        NotOpenedError: it cannot be opened.
+    """
+    if settings.store == "disk" or settings.store == "memory":
+        kind = settings.store
+    else:
+        return None
+    times = StoreTimes()
+    try:
+        store = open_store(
+            kind,
+            data_dir=settings.data_dir,
+            durability=settings.durability,
+            clock=clock,
+            times=times,
+            key_file=settings.encryption_key_file,
+        )
+    except StoreBusy as error:
+        raise NotOpenedError(
+            f"--data-dir: {error}; give this server another folder, or --store memory"
+        ) from error
+    except KeyFileError as error:
+        raise NotOpenedError(f"--encryption-key-file: {error}") from error
+    except StoreError as error:
+        raise NotOpenedError(f"--data-dir: {error}") from error
+    if kind == "disk":
+        observer.keeps_in(times)
+    return store
+
+
+async def open_shared(settings: Settings, clock: Clock, stop: asyncio.Event) -> Store:
+    """The store that others use too; one that does not answer is waited for.
+
+    Raises:
+        NotOpenedError: it cannot be used, or did not answer in time.
+        Abandoned: `stop` was set.
+    """
+    url = settings.shared_store
+    assert url is not None, "the store is this server's own"
+    end = clock.monotonic() + WAIT_S
+    is_told = False
+    while True:
+        try:
+            return await _unless_stopped(
+                open_shared_store(
+                    url,
+                    durability=settings.durability,
+                    clock=clock,
+                    key_file=settings.encryption_key_file,
+                ),
+                stop,
+            )
+        except KeyFileError as error:
+            raise NotOpenedError(f"--encryption-key-file: {error}") from error
+        except StoreError as error:
+            raise NotOpenedError(f"--store: {error}") from error
+        except ServerError as error:
+            if clock.monotonic() >= end:
+                raise NotOpenedError(f"--store: {error.message}; it was waited for {WAIT_S:g} s") from error
+            if not is_told:
+                _log.warning("the store does not answer yet", store=str(url), reason=error.message)
+                is_told = True
+        await _unless_stopped(asyncio.sleep(_PAUSE_S), stop)
+
+
+async def _unless_stopped(work: Coroutine[Any, Any, _Found], stop: asyncio.Event) -> _Found:
+    """What comes of some work, unless the server is to stop before.
+
+    Raises:
+        Abandoned: it is.
+    """
+    task, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise Abandoned
+    finally:
+        for each in (task, stopped):
+            each.cancel()
+        await asyncio.gather(task, stopped, return_exceptions=True)

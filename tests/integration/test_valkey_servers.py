@@ -1,0 +1,130 @@
+"""Servers that share a Valkey: each continues the sessions of the others, and says clearly what is not right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+import stepwell
+from stepwell.v1 import sessions_pb2
+from support.server_process import FEATURES, ServerProcess, connect, serve, tensor
+from support.valkey import Valkey, paused
+
+X = np.random.default_rng(3).standard_normal((1, FEATURES)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[Valkey]:
+    with Valkey(append="always") as server:
+        yield server
+
+
+def shares(valkey: Valkey, prefix: str, *arguments: str) -> ServerProcess:
+    return serve("--store", valkey.url(f"?prefix={prefix}:"), *arguments)
+
+
+@pytest.mark.parametrize("durability", ["sync", "async"])
+def test_any_server_continues_any_session(valkey: Valkey, durability: str) -> None:
+    options = ("--durability", durability)
+    with (
+        shares(valkey, durability, *options) as one,
+        shares(valkey, durability, *options) as other,
+        stepwell.connect(one.address) as a,
+        stepwell.connect(other.address) as b,
+    ):
+        alone = a.open_session("forecast", session_id="alone")
+        wanted = [alone.step(X) for _ in range(6)]
+        here = a.open_session("forecast", session_id="both")
+        there = b.open_session("forecast", session_id="both")
+        found = []
+        for turn in range(6):
+            session = (here, there)[turn % 2]
+            session.refresh()
+            found.append(session.step(X))
+        np.testing.assert_array_equal(found, wanted)
+        assert a.session_info("both").revision == b.session_info("both").revision == 6
+        one.process.kill()
+        one.process.wait()
+        there.refresh()
+        np.testing.assert_array_equal(there.step(X), b.open_session("forecast", session_id="alone").step(X))
+        b.close_session("both")
+        assert [info.session_id for info in b.sessions()] == ["alone"]
+
+
+def test_a_server_says_what_is_wrong_with_its_store(valkey: Valkey, tmp_path: Path) -> None:
+    url = valkey.url("?prefix=wrong:")
+    cases = [
+        (
+            (url, "--data-dir", str(tmp_path)),
+            "'--data-dir': with '--store' valkey://.* nothing is kept on disk",
+        ),
+        ((valkey.url("?partitions=x"),), "'--store': partitions must be a number from 1 to 4096; got 'x'"),
+        ((valkey.url("?replicas=1").replace("/0?", "/99?"),), "--store: .* refuses the connection: .*index"),
+    ]
+    for arguments, message in cases:
+        with serve("--store", *arguments, ready=False) as server:
+            code, _, log = server.finish()
+            assert code != 0
+            assert re.search(message, log), log
+
+
+def test_sync_needs_a_server_that_writes(tmp_path: Path) -> None:
+    with Valkey(append="") as volatile, Valkey(append="no") as lazy:
+        for server, message in [
+            (volatile, "--store: .*: durability sync needs appendonly yes; it is no"),
+            (lazy, "--store: .*: durability sync needs appendfsync always or everysec; it is no"),
+        ]:
+            with serve("--store", server.url(), ready=False) as refused:
+                code, _, log = refused.finish()
+                assert (code, bool(re.search(message, log))) == (2, True), log
+        with serve("--store", volatile.url(), "--durability", "async") as served:
+            served.signal()
+            _, _, log = served.finish()
+            assert "keeps nothing on disk (appendonly no): when it ends, all sessions are lost" in log
+
+
+def test_it_waits_for_a_store_that_is_away_at_the_start() -> None:
+    with Valkey(append="always") as valkey:
+        valkey.kill()
+        with serve("--store", valkey.url(), ready=False) as server:
+            server.wait_for_log("the store does not answer yet .*cannot be connected to: Connection refused")
+            valkey.start()
+            server.wait_for_log("serving")
+        valkey.kill()
+        with serve("--store", valkey.url(), ready=False) as stopped:
+            stopped.wait_for_log("the store does not answer yet")
+            stopped.signal()
+            code, _, log = stopped.finish()
+            assert code == 1, log
+            assert "stopped before it was ready" in log
+
+
+def test_it_goes_on_when_the_store_is_back() -> None:
+    with Valkey(append="always") as valkey, serve("--store", valkey.url("?timeout_ms=200")) as server:
+        channel, stub = connect(server)
+        with channel, stepwell.connect(server.address) as patient:
+            session = patient.open_session("forecast", session_id="s")
+            session.step(X)
+            request = sessions_pb2.StepRequest(session_id="s", inputs=[tensor(X)])
+            valkey.kill()
+            refused(stub, request)
+            valkey.start()
+            session.step(X)
+            with paused(valkey):
+                refused(stub, request)
+            session.refresh()  # it was asked for, and is made when the store goes on
+            session.step(X)
+            assert session.revision == patient.session_info("s").revision >= 3
+
+
+def refused(stub: Any, request: sessions_pb2.StepRequest) -> None:
+    """A step is not answered, and soon."""
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Step(request, timeout=60.0)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
