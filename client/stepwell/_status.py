@@ -32,6 +32,9 @@ class Status:
 # How gRPC says that it was the answer, not the request, that one side's limit stopped.
 _REPLY_OVER_LIMIT = re.compile(r"(CLIENT: Received|SERVER: Sent) message larger than max")
 
+#: How gRPC says that HTTP/2 alone ended a call, without a status.
+_CUT_OFF = "RST_STREAM"
+
 Maker = Callable[[Status], errors.StepwellError]
 
 
@@ -166,6 +169,9 @@ def from_rpc(
     for key, value in trailers or ():
         if key == DETAILS_KEY and isinstance(value, bytes):
             return to_error(_with_details(Status(code, text), value))
+    if code is Code.INTERNAL and _CUT_OFF in text:
+        # A proxy ends streams so whose server has gone. Without a proxy the connection would have been lost.
+        code = Code.UNAVAILABLE
     return to_error(Status(code, text))
 
 

@@ -218,3 +218,14 @@ def test_a_failed_write_is_a_broken_connection(debug: str | None, kind: str) -> 
         assert error.outcome == "unknown"
     else:
         assert isinstance(error, errors.InternalError)
+
+
+def test_a_stream_that_a_proxy_cuts_off_is_a_lost_connection() -> None:
+    words = "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))"
+    error = from_rpc(grpc.StatusCode.INTERNAL, words, None)
+    assert isinstance(error, errors.UnavailableError)
+    assert (error.outcome, str(error)) == ("unknown", words)
+    info = error_details_pb2.ErrorInfo(reason="INTERNAL", metadata={"error_id": "abc"})
+    assert isinstance(
+        from_rpc(grpc.StatusCode.INTERNAL, f"RST_STREAM: {words}", details(info)), errors.InternalError
+    )
