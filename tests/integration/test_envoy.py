@@ -236,6 +236,20 @@ def test_a_browser_may_call(envoy: Envoy) -> None:
     assert headers["access-control-allow-origin"] == asked["origin"]
 
 
+def test_a_page_of_another_origin_may_do_nothing(envoy: Envoy) -> None:
+    path = path_of("not by others")
+    other = {"origin": "https://evil.example"}
+    for body in ({"model": "seq"}, {}):
+        # what a browser sends without asking first
+        status, answer = envoy.json("POST", path, body, {**other, "content-type": "text/plain"})
+        assert (status, answer["code"]) == (403, 7)
+        assert "--cors-origin" in answer["message"]
+    assert envoy.json("GET", path)[0] == 404
+    assert envoy.json("POST", path, {"model": "seq"}, {"origin": "https://app.example.org"})[0] == 200
+    assert envoy.json("DELETE", path, headers=other)[0] == 403
+    assert envoy.json("DELETE", path)[0] == 200
+
+
 def test_grpc_web_is_spoken(envoy: Envoy) -> None:
     message = pb.OpenSessionRequest(model="seq").SerializeToString()
     status, answer, headers = envoy.http(

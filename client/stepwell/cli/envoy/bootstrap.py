@@ -174,7 +174,7 @@ def _virtual_host(plan: Plan) -> Value:
                 "max_age": "86400",
             }
         }
-    return {**host, "retry_policy": retry_policy(), "routes": routes(plan.json_timeout_s)}
+    return {**host, "retry_policy": retry_policy(), "routes": routes(plan.json_timeout_s, plan.cors_origins)}
 
 
 def _own_health() -> dict[str, Value]:

@@ -117,7 +117,8 @@ def _file(name: str, text: str) -> Callable[[_Function], _Function]:
     "cors_origins",
     metavar="ORIGIN",
     multiple=True,
-    help="Origin whose pages may call from a browser, such as https://app.example.org, or * for all. Default: none.",
+    help="Origin whose pages may call from a browser, such as https://app.example.org, or * for all. Others are refused. "
+    "Default: none.",
 )
 @click.option(
     "--json-timeout-s",

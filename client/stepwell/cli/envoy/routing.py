@@ -6,6 +6,8 @@ already. That is a matter of speed alone: every replica serves every session.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from stepwell.cli.envoy._yaml import Value
 from stepwell.cli.envoy.descriptors import streams
 
@@ -26,10 +28,11 @@ _OTHER_STREAMS = (
 )
 
 
-def routes(json_timeout_s: float) -> list[Value]:
+def routes(json_timeout_s: float, origins: Sequence[str]) -> list[Value]:
     """The routes, in the order in which they are tried.
 
     Args:
+        origins: of the pages that may call from a browser; * for all.
         json_timeout_s: how long a call in JSON may take, which says no deadline itself.
     """
     limit = f"{json_timeout_s:g}s"
@@ -38,6 +41,7 @@ def routes(json_timeout_s: float) -> list[Value]:
     is_of_session: Value = {"name": ORIGINAL_PATH, "string_match": {"safe_regex": {"regex": _SESSION_PATH}}}
     is_json: Value = {"name": ORIGINAL_PATH, "present_match": True}
     return [
+        *_refusal_of_others(origins),
         # Streams live as long as their clients want, and are silent meanwhile.
         *(
             {"name": "stream", "match": {"path": path}, "route": _route("0s", [by_header], idle="0s")}
@@ -47,6 +51,24 @@ def routes(json_timeout_s: float) -> list[Value]:
         *_calls("json", [is_json], limit, [by_header]),
         # A gRPC caller has a deadline of its own, which the replica keeps.
         *_calls("grpc", [], "0s", [by_header]),
+    ]
+
+
+def _refusal_of_others(origins: Sequence[str]) -> list[Value]:
+    """The route of what pages of other origins send: a browser sends much of it without asking whether it may."""
+    if "*" in origins:
+        return []
+    is_one: list[Value] = [{"name": "origin", "present_match": True}]
+    is_other: list[Value] = [
+        {"name": "origin", "string_match": {"exact": origin}, "invert_match": True} for origin in origins
+    ]
+    text = "the page's origin must be one that --cors-origin of stepwell envoy-config names"
+    return [
+        {
+            "name": "other-origin",
+            "match": {"prefix": "/", "headers": [*is_one, *is_other]},
+            "direct_response": {"status": 403, "body": {"inline_string": text}},
+        }
     ]
 
 
