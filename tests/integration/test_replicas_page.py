@@ -1,0 +1,107 @@
+"""docs/replicas.md: its calls by curl run, and answer what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.api import annotations_pb2
+from google.protobuf.descriptor import MethodDescriptor
+
+from stepwell.v1 import models_pb2, sessions_pb2
+from support import programs, secured
+from support.envoy import Envoy
+from support.secured import Server
+from support.server_process import forecast
+
+PAGE = Path(__file__).parents[2] / "docs" / "replicas.md"
+BLOCK = re.compile(r"^```(sh|json)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+#: For machines without curl: as much of it as the page uses.
+CURL = """
+import http.client, sys
+from urllib.parse import urlsplit
+words, method, body = sys.argv[1:], None, None
+while words:
+    word = words.pop(0)
+    if word == "-X": method = words.pop(0)
+    elif word == "-d": body = words.pop(0)
+    elif word != "-s": url = urlsplit("http://" + word)
+connection = http.client.HTTPConnection(url.netloc)
+path = url.path + ("?" + url.query if url.query else "")
+connection.request(method or ("POST" if body else "GET"), path, body)
+print(connection.getresponse().read().decode())
+"""
+
+
+@pytest.fixture
+def envoy(tmp_path: Path) -> Iterator[Envoy]:
+    if secured.is_on():
+        pytest.skip("the page's server is without TLS")
+    models = {"forecast": forecast().path}
+    with (
+        Server(models, cache_dir=programs.cache_dir()) as server,
+        Envoy(tmp_path, [server.address]) as running,
+    ):
+        yield running
+
+
+def alike(found: Any, shown: Any) -> Any:
+    """What was found, rounded as far as what is shown is."""
+    if isinstance(shown, float):
+        return round(found, 4)
+    if isinstance(shown, list) and len(shown) == len(found):
+        return [alike(one, other) for one, other in zip(found, shown, strict=True)]
+    if isinstance(shown, dict) and shown.keys() == found.keys():
+        return {name: alike(found[name], other) for name, other in shown.items()}
+    return found
+
+
+def test_calls_by_curl_answer_what_the_page_says(envoy: Envoy, tmp_path: Path) -> None:
+    prelude = ""
+    if shutil.which("curl") is None:
+        (tmp_path / "curl.py").write_text(CURL)
+        prelude = f'curl() {{ python3 {tmp_path / "curl.py"} "$@"; }}\n'
+    answers: list[Any] = []
+    shown = 0
+    for kind, text in BLOCK.findall(PAGE.read_text()):
+        if kind == "json":
+            assert alike(answers[-1], json.loads(text)) == json.loads(text)
+            shown += 1
+        elif "curl" in text:
+            # a line break after each answer, which curl does not write
+            script = text.replace("localhost:8080", envoy.address).replace("curl -s", "echo; curl -s")
+            done = subprocess.run(
+                ["bash", "-euc", prelude + script], capture_output=True, text=True, check=True
+            )
+            answers += [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
+    assert shown == 3
+    assert len(answers) == 7
+    assert [answer["code"] for answer in answers if "code" in answer] == [5]
+
+
+def test_the_page_has_every_path() -> None:
+    page = PAGE.read_text()
+    for file in (sessions_pb2.DESCRIPTOR, models_pb2.DESCRIPTOR):
+        for service in file.services_by_name.values():
+            for method in service.methods:
+                for path in _paths(method):
+                    place, _, verb = path.partition(":")
+                    shown = place.replace("{session_id}", "ID").replace("{client_id}", "ID")
+                    shown = re.sub(r"{(name|model)}", "NAME", shown)
+                    assert f"{shown}:" in page if verb else shown in page, path
+                    assert f"`{shown}:{verb}`" in page or f":{verb}`" in page or not verb, path
+
+
+def _paths(method: MethodDescriptor) -> list[str]:
+    rule = method.GetOptions().Extensions[annotations_pb2.http]
+    return [
+        getattr(one, str(kind))
+        for one in (rule, *rule.additional_bindings)
+        if (kind := one.WhichOneof("pattern")) is not None
+    ]
