@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
+import socket
 import ssl
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -135,6 +137,11 @@ class _Connection(base.Connection):
         """End it at once; `disconnect` waits for the other side."""
         self._close()  # type: ignore[no-untyped-call]
 
+    @property
+    def has_ended(self) -> bool:
+        """The other side has closed it."""
+        return self._reader is None or self._reader.at_eof()
+
     @override
     def _connection_arguments(self) -> Mapping[str, Any]:
         arguments = dict(super()._connection_arguments())
@@ -210,6 +217,11 @@ class Link:
         except theirs.ResponseError as error:
             return _refused(error)
 
+    @property
+    def has_ended(self) -> bool:
+        """The server has closed it, as far as is known."""
+        return self._connection.has_ended
+
     def close(self) -> None:
         """End it, whatever is under way."""
         self._connection.close()
@@ -240,6 +252,6 @@ def _is_about_certificates(error: BaseException) -> bool:
 def _reason(error: BaseException) -> str:
     if isinstance(error, asyncio.IncompleteReadError | EOFError):
         return "the connection was closed"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, socket.gaierror):
+        return os.strerror(error.errno)
     return str(error) or type(error).__name__

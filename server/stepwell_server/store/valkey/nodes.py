@@ -105,7 +105,7 @@ class Node:
                 return replies
         except TimeoutError:
             self.hang_up()
-            raise Lost(f"{shown(self.address)} must answer within {limit_s:g} s", sent=sent) from None
+            raise Lost(f"{shown(self.address)} must answer within {limit_s:.2g} s", sent=sent) from None
         except Lost:
             self.hang_up()
             raise
@@ -118,8 +118,11 @@ class Node:
             link.close()
 
     async def _take(self) -> tuple[Link, int]:
-        if self._idle:
-            return self._idle.pop(), self._age
+        while self._idle:
+            link = self._idle.pop()
+            if not link.has_ended:
+                return link, self._age
+            link.close()
         now = asyncio.get_running_loop().time
         if now() < self._down_until:
             raise Lost(self._why_down, sent=False)
@@ -345,7 +348,19 @@ def topology_of(url: StoreUrl, tag: Callable[[int], bytes]) -> Topology:
     if url.kind == "sentinel":
         sentinel = Access(url.sentinel_login, 0, context, server_name)
         return Primary(access, _First(url.addresses, ask_s, _AskSentinel(url.sentinel, sentinel)))
+    if len(url.addresses) == 1:
+        return Primary(access, _Only(url.addresses[0]))
     return Primary(access, _First(url.addresses, ask_s, _AskServer(access)))
+
+
+class _Only:
+    """There is but one server: connections to it say whether it is the primary."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+
+    async def __call__(self) -> Address:
+        return self._address
 
 
 class _First:

@@ -16,8 +16,10 @@ from stepwell_server.store.valkey.url import Address
 LIMIT = 2.5
 """Of the time for an answer: for so long a request is sent again before it is given up."""
 _WAIT_SHARE = 0.8
-"""Of the time for an answer: so long a server waits for its disk."""
+"""Of the time for an answer: so long a server waits for its disk, beside the time for the answer itself."""
 _RETRY_AFTER_S = 1.0
+_LEAST_S = 0.01
+"""With less time left nothing is tried any more."""
 _LATE = Lost("time was up", sent=False)
 _log = Log("store.valkey")
 _PAUSES_S = (0.0, 0.02, 0.05, 0.1, 0.2)
@@ -109,7 +111,8 @@ class Requests:
                 break
             pause_s = _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)]
             attempt += 1
-            if self._loop.time() + pause_s >= deadline or once or isinstance(why, Denied):
+            is_late = self._loop.time() + pause_s + _LEAST_S > deadline
+            if is_late or once or isinstance(why, Denied):
                 break
             if pause_s:
                 await asyncio.sleep(pause_s)
@@ -125,6 +128,9 @@ class Requests:
         if self._down_since is None or self._loop.time() < self._down_since + whole:
             return whole
         return self._timeout_s
+
+    def _answer_s(self, wait: Command | None) -> float:
+        return self._timeout_s if wait is None else self._timeout_s * (1 + _WAIT_SHARE)
 
     def _note(self, problem: Lost | Refused | None) -> None:
         if problem is None:
@@ -153,7 +159,8 @@ class Requests:
             asked = request._ask
             node = nodes[request.partition] if asked is None else self._topology.node_at(asked)
             groups.setdefault((node, asked is not None), []).append(request)
-        limit_s = max(0.001, min(self._timeout_s, deadline - self._loop.time()))
+        # at least a moment, so that time that is up is said by who was asked last
+        limit_s = max(_LEAST_S, min(self._answer_s(wait), deadline - self._loop.time()))
         sent = [
             self._send_to(node, group, wait, limit_s, asking=asking)
             for (node, asking), group in groups.items()

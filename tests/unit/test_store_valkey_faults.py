@@ -1,0 +1,336 @@
+"""The store on Valkey when answers are lost, memory is used up, or the server is slow, gone or another one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stepwell_server.errors import Overloaded, ServerError, StoreAway, StoreGone, Unavailable
+from stepwell_server.store.base import ALL_KEPT, Batch, Committed, End, KeyFileError, StoreError, Tombstone
+from stepwell_server.store.keyring import Keyring
+from stepwell_server.store.record import decode_header
+from stepwell_server.store.valkey.nodes import MOST_LINKS
+from support.certificates import Authority
+from support.cut import Cut
+from support.shared import end, fresh_prefix, opened, put, shared
+from support.stored import record, template
+from support.valkey import HOST, Valkey, paused
+
+SHORT = "timeout_ms=400"
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[Valkey]:
+    with Valkey(append="always") as server:
+        yield server
+
+
+@pytest.mark.parametrize("durability", ["sync", "async"])
+async def test_a_commit_whose_answer_was_lost_is_sent_again(valkey: Valkey, durability: str) -> None:
+    async with Cut(valkey.port) as cut:
+        url = f"valkey://{HOST}:{cut.port}/0?prefix={fresh_prefix()}"
+        store = await opened(url, durability=durability)  # type: ignore[arg-type]
+        ids = [f"s{i}" for i in range(20)]
+        cut.losses = 2
+        kept, first = await put(store, template(ids), [0] * 20)
+        assert kept is ALL_KEPT
+        cut.losses = 1
+        kept, second = await put(store, template(ids, 1), [first] * 20)
+        assert kept is ALL_KEPT
+        assert (await store.count(), await store.count_of("m")) == (20, 20)
+        assert {each.stamp for each in await store.fetch(ids)} == {second}
+        cut.losses = 1
+        assert await end(store, [Tombstone("s0", End.CLOSED, 1.0)], [second]) is ALL_KEPT
+        cut.losses = 1
+        documents = Batch(documents=[("d", b"x")], documents_follow={"d": None})
+        assert await store.commit(documents) is ALL_KEPT
+        cut.losses = 1
+        assert (await store.fetch(["s0"]))[0].tombstone == Tombstone("s0", End.CLOSED, 1.0)
+        assert (cut.lost, await store.count()) == (6, 19)
+        await store.close()
+
+
+async def test_a_commit_that_is_never_answered_is_unknown(valkey: Valkey) -> None:
+    async with Cut(valkey.port) as cut:
+        store = await opened(f"valkey://{HOST}:{cut.port}/0?prefix={fresh_prefix()}&{SHORT}")
+        _, first = await put(store, [("s", record("s"))], [0])
+        cut.losses = 10_000
+        kept, second = await put(store, [("s", record("s", 1))], [first])
+        assert kept == Committed(unknown=frozenset({"s"}))
+        with pytest.raises(StoreAway):
+            await store.fetch(["s"])
+        cut.losses = 0
+        assert (await store.fetch(["s"]))[0].stamp == second
+        await store.close()
+
+
+async def test_a_server_that_is_gone_and_back() -> None:
+    with Valkey(append="always") as valkey:
+        async with shared(valkey.url(f"?{SHORT}")) as (store,):
+            _, first = await put(store, [("s", record("s"))], [0])
+            valkey.kill()
+            assert (await store.check()).problem
+            with pytest.raises(StoreAway) as caught:
+                await put(store, [("s", record("s", 1))], [first])
+            assert caught.value.retry_after_s > 0
+            assert str(valkey.port) not in str(caught.value)  # whoever calls need not know where the store is
+            with pytest.raises(StoreAway):
+                await store.fetch(["s"])
+            health = await store.check()
+            assert f"{HOST}:{valkey.port} cannot be connected to: Connection refused" in health.problem
+            began = time.monotonic()
+            results = await asyncio.gather(*(store.fetch(["s"]) for _ in range(200)), return_exceptions=True)
+            assert {type(result) for result in results} == {StoreAway}
+            assert time.monotonic() - began < 60
+            valkey.start()
+            assert (await put(store, [("s", record("s", 1))], [first]))[0] is ALL_KEPT
+            assert (await store.check()).problem == ""
+
+
+async def test_a_server_that_answers_nobody_holds_up_nobody_for_long() -> None:
+    with Valkey(append="always") as valkey:
+        async with shared(valkey.url(f"?{SHORT}")) as (store,):
+            ids = [f"s{i}" for i in range(60)]
+            _, first = await put(store, template(ids), [0] * 60)
+            with paused(valkey):
+                asked = [put(store, [(i, record(i, 1))], [first]) for i in ids]
+                asked += [store.fetch([i]) for i in ids]  # type: ignore[misc]
+                results = await asyncio.gather(*asked, return_exceptions=True)
+                kept = [each[0] for each in results if isinstance(each, tuple)]
+                refused = [each for each in results if isinstance(each, BaseException)]
+                assert len(kept) + len(refused) == 120
+                assert all(each == Committed(unknown=each.unknown) and each.unknown for each in kept)
+                assert {type(each) for each in refused} == {StoreAway}
+                assert f"{valkey.address} must answer within" in (await store.check()).problem
+            found = await store.fetch(ids)
+            assert {
+                decode_header(i, each.record or b"").revision for i, each in zip(ids, found, strict=True)
+            } <= {0, 1}
+            assert int(valkey.info("clients")["connected_clients"]) <= MOST_LINKS + 2
+            kept_again, _ = await put(store, template(ids, 2), [each.stamp for each in found])
+            assert kept_again is ALL_KEPT
+
+
+async def test_a_store_that_is_full_refuses_and_lets_sessions_end(valkey: Valkey) -> None:
+    async with shared(valkey.url()) as (store,):
+        ids = [f"s{i}" for i in range(9)]
+        _, first = await put(store, template(ids), [0] * 9)
+        valkey.ask("CONFIG", "SET", "maxmemory", 1)
+        try:
+            with pytest.raises(Overloaded, match="the store must have memory left; it has none") as caught:
+                await put(store, template(ids, 1), [first] * 9)
+            assert caught.value.retry_after_s > 0
+            with pytest.raises(Overloaded):
+                await put(store, [("new", record("new"))], [0])
+            with pytest.raises(Overloaded):
+                await store.commit(Batch(documents=[("d", b"x")]))
+            assert {each.stamp for each in await store.fetch(ids)} == {first}
+            assert await end(store, [Tombstone("s0", End.CLOSED, 1.0)], [first]) is ALL_KEPT
+            assert (await store.fetch(["s0"]))[0].tombstone is not None
+            assert (await store.count(), await store.count_of("m")) == (8, 8)
+            assert "of its memory is used" in (await store.check()).warning
+        finally:
+            valkey.ask("CONFIG", "SET", "maxmemory", 0)
+        assert (await put(store, template(ids[1:], 1), [first] * 8))[0] is ALL_KEPT
+
+
+async def test_scripts_that_were_forgotten_are_loaded_again(valkey: Valkey) -> None:
+    async with shared(valkey.url()) as (store,):
+        _, first = await put(store, [("s", record("s"))], [0])
+        valkey.ask("SCRIPT", "FLUSH")
+        assert (await put(store, [("s", record("s", 1))], [first]))[0] is ALL_KEPT
+
+
+async def test_a_store_that_was_emptied_is_made_again_as_it_was() -> None:
+    with Valkey(append="") as valkey:
+        async with shared(valkey.url(), 2) as (a, b):
+            await put(a, [("s", record("s"))], [0])
+            assert ((await a.check()).problem, a.damage) == ("", "")
+            valkey.ask("FLUSHALL")
+            assert (await a.check()).problem == ""
+            assert a.damage == "the store was emptied: sessions that it had are lost"
+            assert (await b.check()).problem == ""
+            async with shared(valkey.url()) as (other,):
+                url = valkey.url(f"?prefix={a._url.prefix}")
+                again = await opened(url)
+                assert (again.secret, again.incarnation) == (a.secret, a.incarnation) != (other.secret, "")
+                await again.close()
+            valkey.ask("HSET", f"{a._url.prefix}{{meta}}store", "incarnation", "12345678")
+            with pytest.raises(StoreGone, match="another one is in its place"):
+                await a.check()
+
+
+async def test_sync_is_what_waits_for_disk_and_replicas(valkey: Valkey) -> None:
+    prefix = fresh_prefix()
+    quick = await opened(valkey.url(f"?prefix={prefix}"))
+    # no replica is there: what was written cannot be as safe as was asked
+    strict = await opened(valkey.url(f"?prefix={prefix}&replicas=1&{SHORT}"), durability="sync")
+    plain = await opened(valkey.url(f"?prefix={prefix}"), durability="sync")
+    _, stamp = await put(quick, [("s", record("s")), ("gone", record("gone"))], [0, 0])
+    await end(quick, [Tombstone("gone", End.CLOSED, 0.0)], [stamp])
+    assert (await put(strict, [("t", record("t"))], [0]))[0] == Committed(unknown=frozenset({"t"}))
+    # nor what others have written: it is not told before
+    for name in ("s", "gone"):
+        with pytest.raises(StoreAway, match="must have on its disk what it is asked for"):
+            await strict.fetch([name])
+        assert (await plain.fetch([name]))[0].is_known is False
+    assert (await strict.fetch(["s"], [stamp]))[0].is_known
+    assert (await strict.fetch(["never"]))[0].tombstone is None
+    with pytest.raises(StoreAway):
+        await strict.documents()
+    with pytest.raises(StoreAway):
+        await strict.commit(Batch(documents=[("d", b"x")]))
+    assert "replicas=1 of the URL must be connected; 0 are" in (await strict.check()).problem
+    assert (await plain.check()).problem == (await plain.check()).warning == ""
+    with Valkey(append="always") as replica:
+        replica.follow(valkey)
+        # a replica says what it has on its disk when it is asked, but at times only a second later
+        patient = await opened(valkey.url(f"?prefix={prefix}&replicas=1&timeout_ms=20000"), durability="sync")
+        assert (await put(patient, [("u", record("u"))], [0]))[0] is ALL_KEPT
+        assert (await patient.fetch(["s"]))[0].stamp == stamp
+        await patient.close()
+    for store in (quick, strict, plain):
+        await store.close()
+
+
+async def test_what_was_acknowledged_in_sync_survives_a_kill() -> None:
+    with Valkey(append="always") as valkey:
+        async with shared(valkey.url(), durability="sync") as (store,):
+            ids = [f"s{i}" for i in range(50)]
+            kept, _ = await put(store, template(ids), [0] * 50)
+            assert kept is ALL_KEPT
+            valkey.restart()
+            assert await store.count() == 50
+            assert all(each.record for each in await store.fetch(ids))
+
+
+@pytest.mark.parametrize(
+    ("settings", "durability", "message"),
+    [
+        (("appendonly", "no"), "sync", "durability sync needs appendonly yes"),
+        (("appendfsync", "no"), "sync", "durability sync needs appendfsync always or everysec; it is no"),
+    ],
+)
+async def test_a_server_whose_settings_break_the_promise_is_refused(
+    settings: tuple[str, str], durability: str, message: str
+) -> None:
+    with Valkey(append="always") as valkey:
+        store = await opened(valkey.url(), durability="sync")
+        valkey.ask("CONFIG", "SET", *settings)
+        assert message in (await store.check()).problem
+        await store.close()
+        with pytest.raises(StoreError, match=message):
+            await opened(valkey.url(), durability="sync")
+        await (await opened(valkey.url())).close()
+
+
+async def test_what_is_not_well_is_a_warning() -> None:
+    with Valkey(append="", policy="allkeys-lru") as volatile, Valkey(append="everysec") as lazy:
+        store = await opened(volatile.url())
+        health = await store.check()
+        assert (health.problem, health.warns_of) == ("", "store")
+        assert "it keeps nothing on disk (appendonly no)" in health.warning
+        assert "maxmemory-policy must be noeviction; with allkeys-lru it deletes" in health.warning
+        volatile.ask("CONFIG", "SET", "save", "60 1")
+        assert "changes since its last snapshot are lost" in (await store.check()).warning
+        await store.close()
+        store = await opened(lazy.url(), durability="sync")
+        assert (
+            "with appendfsync everysec each change waits for up to a second" in (await store.check()).warning
+        )
+        await store.close()
+
+
+async def test_user_and_password() -> None:
+    with Valkey(append="", password="hidden") as valkey:
+        for login in ("", ":wrong@", "nobody:hidden@"):
+            url = f"valkey://{login}{valkey.address}/0?{SHORT}"
+            with pytest.raises(StoreError, match=f"{valkey.address} does not let us in|must allow") as caught:
+                await opened(url)
+            assert "hidden" not in str(caught.value)
+        await (await opened(f"valkey://:hidden@{valkey.address}/0")).close()
+        # a user who may do no more than what is needed
+        rules = ["on", ">own", "~stepwell:*", "&stepwell:*", "-@all", "+@connection", "+@read", "+@write"]
+        rules += ["+evalsha", "+script|load", "+waitaof", "+role", "+info", "+publish", "+time"]
+        valkey.ask("ACL", "SETUSER", "own", *rules)
+        store = await opened(f"valkey://own:own@{valkey.address}/0")
+        assert (await put(store, [("s", record("s"))], [0]))[0] is ALL_KEPT
+        assert await store.commit(Batch(documents=[("d", b"x")])) is ALL_KEPT
+        assert (await store.check()).problem == ""
+        valkey.ask("ACL", "SETUSER", "own", "-evalsha")
+        with pytest.raises(Unavailable, match="it refuses: NOPERM"):
+            await put(store, [("t", record("t"))], [0])
+        valkey.ask("ACL", "DELUSER", "own")  # its connections end
+        with pytest.raises(StoreAway):
+            await store.fetch(["s"])
+        assert "does not let us in" in (await store.check()).problem
+        await store.close()
+
+
+async def test_tls(tmp_path: Path) -> None:
+    for name in ("ours", "theirs"):
+        (tmp_path / name).mkdir()
+    ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
+    mine = ours.issue("client")
+    stranger = theirs.issue("client")
+    pair = f"&cert={mine.cert}&key={mine.key}"
+    optional = ("--tls-auth-clients", "optional")
+    with Valkey(append="", tls=ours.issue(), ca=ours.cert, options=optional) as valkey:
+        for rest, message in [
+            (f"?ca={theirs.cert}{pair}", "the certificate of .* must be right"),
+            (
+                f"?ca={ours.cert}{pair}&server_name=other.example",
+                "the certificate of .* must be right: .*other.example",
+            ),
+            (f"?ca={tmp_path}/none{pair}", "ca: .*/none must have certificates"),
+            (
+                f"?ca={ours.cert}&cert={mine.key}&key={mine.key}",
+                "cert and key: .* must be a certificate and its key",
+            ),
+        ]:
+            with pytest.raises(StoreError, match=message):
+                await opened(valkey.url(rest))
+        with pytest.raises(ServerError):  # it knows certificates of its own authority alone
+            await opened(valkey.url(f"?ca={ours.cert}&cert={stranger.cert}&key={stranger.key}&{SHORT}"))
+        with pytest.raises(ServerError):  # it speaks TLS alone
+            await opened(f"valkey://{valkey.address}/0?{SHORT}")
+        store = await opened(valkey.url(f"?ca={ours.cert}{pair}&server_name=localhost"))
+        assert (await put(store, template([f"s{i}" for i in range(300)], size=900), [0] * 300))[0] is ALL_KEPT
+        assert await store.count() == 300
+        await store.close()
+
+
+async def test_states_are_encrypted(valkey: Valkey) -> None:
+    prefix = fresh_prefix()
+    url = valkey.url(f"?prefix={prefix}&partitions=1")
+    ring = Keyring({"new": bytes(range(32)), "old": bytes(32)})
+    store = await opened(url, keyring=ring)
+    ids = ["a", "b", "c"]
+    _, first = await put(store, template(ids, 3, size=64), [0, 0, 0])
+    _, second = await put(store, template(ids, 4, size=64), [first] * 3)
+    raw = valkey.ask("GET", f"{prefix}{{0}}s:a")
+    assert bytes([4]) * 16 not in raw
+    assert [bytes(each.record or b"") for each in await store.fetch(ids)] == [
+        bytes(r) for _, r in template(ids, 4, size=64)
+    ]
+    assert [header.revision for _, header in await store.scan(limit=9) if header] == [4, 4, 4]
+    assert [header["revision"] for header in (await store.heads(limit=9)).heads] == [4, 4, 4]
+    await store.close()
+    with pytest.raises(KeyFileError, match="is encrypted, with key new: their file must be given"):
+        await opened(url)
+    with pytest.raises(KeyFileError, match="it lacks new"):
+        await opened(url, keyring=Keyring({"other": bytes(32)}))
+    with pytest.raises(KeyFileError, match="key new must be the one"):
+        await opened(url, keyring=Keyring({"new": bytes(32)}))
+    again = await opened(url, keyring=Keyring({"next": b"x" * 32, "new": bytes(range(32))}))
+    assert (await again.fetch(["a"]))[0].stamp == second
+    # what was stored is moved to another session: nobody takes it for its state
+    valkey.ask("SET", f"{prefix}{{0}}s:b", raw)
+    (moved,) = await again.fetch(["b"])
+    with pytest.raises(ServerError):
+        decode_header("b", moved.record or b"")
+    await again.close()
