@@ -281,10 +281,10 @@ async def test_tls(tmp_path: Path) -> None:
     optional = ("--tls-auth-clients", "optional")
     with Valkey(append="", tls=ours.issue(), ca=ours.cert, options=optional) as valkey:
         for rest, message in [
-            (f"?ca={theirs.cert}{pair}", "the certificate of .* must be right"),
+            (f"?ca={theirs.cert}{pair}", "TLS with .* must succeed"),
             (
                 f"?ca={ours.cert}{pair}&server_name=other.example",
-                "the certificate of .* must be right: .*other.example",
+                "TLS with .* must succeed: .*other.example",
             ),
             (f"?ca={tmp_path}/none{pair}", "ca: .*/none must have certificates"),
             (
@@ -294,7 +294,7 @@ async def test_tls(tmp_path: Path) -> None:
         ]:
             with pytest.raises(StoreError, match=message):
                 await opened(valkey.url(rest))
-        with pytest.raises(ServerError):  # it knows certificates of its own authority alone
+        with pytest.raises((StoreError, ServerError)):  # it knows certificates of its own authority alone
             await opened(valkey.url(f"?ca={ours.cert}&cert={stranger.cert}&key={stranger.key}&{SHORT}"))
         with pytest.raises(ServerError):  # it speaks TLS alone
             await opened(f"valkey://{valkey.address}/0?{SHORT}")

@@ -182,10 +182,8 @@ class Link:
             raise Denied(f"{shown(address)} refuses the connection: {error}") from None
         except (theirs.ValkeyError, OSError) as error:
             link.close()
-            if _is_about_certificates(error):
-                raise Denied(
-                    f"the certificate of {shown(address)} must be right: {_deepest(error)}"
-                ) from None
+            if _is_about_tls(error):
+                raise Denied(f"TLS with {shown(address)} must succeed: {_deepest(error)}") from None
             raise Lost(
                 f"{shown(address)} cannot be connected to: {_reason(_deepest(error))}", sent=False
             ) from None
@@ -242,7 +240,7 @@ def _deepest(error: BaseException) -> BaseException:
     return error
 
 
-def _is_about_certificates(error: BaseException) -> bool:
+def _is_about_tls(error: BaseException) -> bool:
     deepest = _deepest(error)
     return isinstance(deepest, ssl.SSLError) and not isinstance(
         deepest, ssl.SSLEOFError | ssl.SSLZeroReturnError
