@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import ssl
 import struct
 import threading
@@ -26,6 +27,7 @@ from stepwell.v1 import sessions_pb2 as pb
 from support import secured, wire
 from support.envoy import Envoy
 from support.processes import until
+from support.proxy import Proxy
 from support.secured import Server, host_and_port
 from support.served import local_server
 from support.wire import Wire, tensor
@@ -170,6 +172,26 @@ def test_an_error_of_a_replica_says_its_reason(envoy: Envoy) -> None:
     (info,) = answer["details"]
     assert info["@type"] == "type.googleapis.com/google.rpc.ErrorInfo"
     assert (info["reason"], info["domain"]) == ("SESSION_NOT_FOUND", "stepwell")
+
+
+RAW: dict[str, bytes] = {
+    "nothing": b"",
+    "no JSON": b"{",
+    "more than JSON": b"{}}",
+    "a number too large": b'{"inputs": [{"values": [1e999]}]}',
+    "half a character": b'{"session_id": "\xc3"}',
+    "bytes that are none": b'{"inputs": [{"data": "*"}]}',
+    "no number of 64 bits": b'{"request_id": "99999999999999999999"}',
+    "deep": b'{"inputs": ' * 500 + b"[" * 500,
+    "random": bytes(range(256)),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_a_body_that_is_no_message_is_refused(envoy: Envoy, name: str) -> None:
+    status, answer, headers = envoy.http("POST", "/v1/models/seq:predict", RAW[name])
+    assert (status, headers.get_content_type()) == (400, "application/json")
+    assert json.loads(answer)["code"] == 3
 
 
 @pytest.mark.parametrize(
@@ -317,6 +339,42 @@ def test_replicas_that_stop_or_die_are_left_out_and_come_back(tmp_path: Path) ->
                 one.models.ListModels(models_pb2.ListModelsRequest(), timeout=wire.TIMEOUT_S)
             assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
             assert "{" not in str(caught.value.details())
+
+
+def test_a_change_is_sent_once_and_a_read_again(tmp_path: Path, replicas: list[Server]) -> None:
+    """The answer is kept back until the connection is cut: the change is applied by then, and nobody knows."""
+    with (
+        Wire(replicas[0].address) as direct,
+        Proxy(replicas[0].address, seed=1) as proxy,
+        Envoy(tmp_path, [proxy.address]) as envoy,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        path = path_of("sent once")
+        assert envoy.json("POST", path, {"model": "seq"})[0] == 200
+
+        def cut_off(*call: Any) -> tuple[int, Any]:
+            before = direct.session("sent once").last_used_time.ToNanoseconds()
+            proxy.hold("answers")
+            answered = pool.submit(envoy.json, *call)
+            until(lambda: direct.session("sent once").last_used_time.ToNanoseconds() > before)
+            proxy.be("clean")
+            proxy.release()
+            return answered.result()
+
+        status, answer = cut_off("POST", f"{path}:step", step_body())
+        assert (status, answer["code"]) == (503, 14)
+        status, answer = cut_off("GET", f"{path}/state")
+        assert (status, answer["session"]["revision"]) == (200, "1")
+        direct.close("sent once")
+
+
+def test_replicas_are_found_by_name(tmp_path: Path, replicas: list[Server]) -> None:
+    """`localhost` may stand for an address on which nobody listens: that is left out."""
+    port = replicas[0].address.rpartition(":")[2]
+    with Envoy(tmp_path, [], "--dns", f"localhost:{port}") as envoy:
+        for _ in range(10):
+            assert envoy.json("GET", "/v1/models")[0] == 200
+        assert envoy.healthy() == {replicas[0].address}
 
 
 def test_tls_and_tokens_go_through(tmp_path: Path) -> None:
