@@ -171,7 +171,7 @@ def test_what_is_wrong_is_said(name: str) -> None:
 
 
 _TEXTS = st.text(max_size=10)
-_SCALARS = st.one_of(_TEXTS, st.integers(), st.booleans())
+_SCALARS = st.one_of(_TEXTS, st.integers(), st.booleans(), st.floats(allow_nan=False, allow_infinity=False))
 _DOCUMENTS = st.recursive(
     _SCALARS, lambda inner: st.one_of(st.lists(inner), st.dictionaries(_TEXTS, inner)), max_leaves=10
 )

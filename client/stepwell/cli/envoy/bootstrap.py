@@ -20,6 +20,8 @@ _JSON_REQUEST_BYTES, _JSON_RESPONSE_BYTES = 8 * _MIB, 32 * _MIB
 _CALLS_OF_CONNECTION = 100
 #: HTTP statuses of what Envoy answers by itself, and the gRPC codes that say the same.
 _LOCAL_CODES = ((400, 3), (403, 7), (404, 5), (413, 8), (503, 14), (504, 4))
+#: Fewer than this are none, of any number of replicas.
+_PANIC_PERCENT = 0.1
 _UNBOUNDED = 1_000_000
 _TYPE = "type.googleapis.com/envoy.extensions"
 
@@ -271,8 +273,9 @@ def _cluster(plan: Plan) -> Value:
         "connect_timeout": "1s",
         "lb_policy": "RING_HASH",
         "ring_hash_lb_config": {"minimum_ring_size": 1024},
-        # With most of the replicas gone the others still serve; by default Envoy would use those that are gone too.
-        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+        # With most of the replicas gone the others still serve; by default Envoy would use those that are gone too. If none
+        # seems well it tries them all: a load under which all of them miss their checks must not end everything.
+        "common_lb_config": {"healthy_panic_threshold": {"value": _PANIC_PERCENT}},
         "load_assignment": {
             "cluster_name": CLUSTER,
             "endpoints": [
@@ -285,7 +288,7 @@ def _cluster(plan: Plan) -> Value:
                 "interval": "1s",
                 "no_traffic_interval": "1s",
                 "unhealthy_interval": "1s",
-                "timeout": "2s",
+                "timeout": "1s",
                 "unhealthy_threshold": 2,
                 "healthy_threshold": 1,
             }
@@ -323,8 +326,9 @@ def _cluster(plan: Plan) -> Value:
                         "max_concurrent_streams": _CALLS_OF_CONNECTION,
                         "initial_stream_window_size": _MIB,
                         "initial_connection_window_size": 16 * _MIB,
-                        # A replica that hangs is noticed by this: what runs on it then ends with UNAVAILABLE.
-                        "connection_keepalive": {"interval": "3s", "timeout": "3s"},
+                        # A replica that hangs is noticed by this: what runs on it then ends with UNAVAILABLE. Not before
+                        # the health checks have left it out, after four seconds: what is sent again must go elsewhere.
+                        "connection_keepalive": {"interval": "3s", "timeout": "4s"},
                     }
                 },
             }
