@@ -12,6 +12,7 @@
     ├── ModelNotFound         no model is served under that name
     │   ├── VersionNotFound   it has no such version, or no such label
     │   └── ModelLoading      not yet: it is being loaded (also a Starting)
+    │       └── VersionElsewhere  another server on the same store may have the version
     ├── ModelMismatch         the state belongs to another model
     ├── VersionExists         the model has that version, or it is being loaded
     ├── ModelInUse            the version is the default, or has sessions
@@ -230,6 +231,13 @@ class ModelLoading(ModelNotFound, Starting):
     def __init__(self, message: str, retry_after_s: float, **metadata: str) -> None:
         ServerError.__init__(self, message, **metadata)
         self.retry_after_s = retry_after_s
+
+
+class VersionElsewhere(ModelLoading):
+    """A version is not loaded here, or not known yet, and may be on another server that shares the store.
+
+    Nothing changed. Ask there, or come back after `retry_after_s` seconds.
+    """
 
 
 class DeadlineExceeded(ServerError):

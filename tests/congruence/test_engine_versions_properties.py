@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from stepwell_server.engine.api import Select, SessionPolicy
 from stepwell_server.engine.sessions.moving import Arriving, Brought, Existing
-from stepwell_server.engine.versions import changing
+from stepwell_server.engine.versions import pruning
 from stepwell_server.errors import Overloaded, ServerError, Unavailable
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
@@ -43,6 +43,7 @@ SETTINGS = settings(
     max_examples=examples(120),
     deadline=None,
     report_multiple_bugs=False,
+    phases=(Phase.explicit, Phase.generate) if "NOSHRINK" in os.environ else tuple(Phase),
     derandomize="CI" in os.environ,
     suppress_health_check=list(HealthCheck),
 )
@@ -102,7 +103,8 @@ class Play:
         self.shape = shape
         self.disk = Disk() if kind in {"async", "sync"} else None
         self.shared = MemoryStore() if kind == "awaited" else None
-        self.model = ModelOfVersions(kind != "memory", {1}, 1)
+        self.is_shared = kind == "awaited"
+        self.model = ModelOfVersions(kind != "memory", {1}, 1, is_shared=self.is_shared)
         self.rng = np.random.default_rng(3)
         self.requests = 0
         self.stack = AsyncExitStack()
@@ -224,7 +226,14 @@ class Play:
         """The error of whoever uses a session; empty: none."""
         if session.version in self.model.loaded:
             return ""
+        if self.is_shared:
+            return "VersionElsewhere"
         return "VersionNotFound" if self.model.loaded else "ModelNotFound"
+
+    @property
+    def no_model(self) -> str:
+        """The error of whoever changes a model of which nothing is loaded."""
+        return "VersionElsewhere" if self.is_shared else "ModelNotFound"
 
     async def change(self, name: str, said: Said) -> None:
         session = self.model.sessions[name]
@@ -332,7 +341,7 @@ class Play:
     async def set_default(self, do: Do) -> None:
         model = self.model
         if not model.loaded:
-            await self.refused(self.moving(do), "ModelNotFound")
+            await self.refused(self.moving(do), self.no_model)
             return
         why = model.why_not_default(do.version, do.how)
         if why:
@@ -361,6 +370,8 @@ class Play:
             sent[name].append(self.send(name, 1))
         others = [name for name in NAMES if name not in names]
         born = next((name for name in others if name not in model.sessions), "") if do.number % 2 else ""
+        if not model.version_of("plain"):
+            born = ""
         dies = next((name for name in others if name in model.sessions), "") if do.number % 3 else ""
         opening = await begun(self.at.engine.open_session("plain", session_id=born)) if born else None
         closing = await begun(self.at.engine.close_session(dies)) if dies else None
@@ -432,7 +443,7 @@ class Play:
         version = 0 if do.flag and do.number == 0 else do.version
         call = self.at.engine.set_label("plain", "canary", version)
         if not self.model.loaded:
-            await self.refused(call, "ModelNotFound")
+            await self.refused(call, self.no_model)
         elif version and version in self.model.loaded:
             await call
             self.model.labels["canary"] = version
@@ -446,7 +457,7 @@ class Play:
         model, force = self.model, do.kind == "force"
         call = self.at.engine.unload_version("plain", do.version, force=force)
         if not model.loaded:
-            await self.refused(call, "ModelNotFound")
+            await self.refused(call, self.no_model)
             return
         why = model.why_not_unload(do.version)
         if why == "VersionNotFound" or (why and not force):
@@ -549,7 +560,7 @@ class Play:
 @pytest.fixture(params=["memory", "async", "sync", "awaited"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     kind: str = request.param
-    monkeypatch.setattr(changing, "MANY_MOVES", _MANY_MOVES)
+    monkeypatch.setattr(pruning, "MANY_MOVES", _MANY_MOVES)
     yield kind
     STORES.kind = "memory"
 

@@ -82,6 +82,9 @@ class RemoteStore(Store):
         self.commits_held = False
         self.read_error: Exception | None = None
         self.commit_error: Exception | None = None
+        self.documents_error: Exception | None = None
+        self.answer_lost: Exception | None = None
+        """The next commit is made, and fails all the same."""
         self.unknown: dict[str, bool] = {}
         """Sessions whose next commit is not answered; whether it is kept all the same."""
         self.most_at_once = 0
@@ -243,7 +246,11 @@ class RemoteStore(Store):
             for store, changed in self.together.listeners:
                 if store is not self and store.is_told:
                     asyncio.get_running_loop().call_soon(changed)
-        return self._commit(batch, puts, stale)
+        committed = self._commit(batch, puts, stale)
+        if (lost := self.answer_lost) is not None:
+            self.answer_lost = None
+            raise lost
+        return committed
 
     def _stale(self, batch: Batch) -> frozenset[str]:
         there = self.shared.documents()
@@ -356,6 +363,8 @@ class RemoteStore(Store):
 
     async def documents(self, prefix: str = "") -> dict[str, bytes]:
         await asyncio.sleep(0)
+        if self.documents_error is not None:
+            raise type(self.documents_error)(*self.documents_error.args)
         return self.shared.documents(prefix)
 
     def tell_of_documents(self, changed: Callable[[], None]) -> None:

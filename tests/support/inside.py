@@ -143,3 +143,7 @@ class Inside:
     async def pruned(self, model: str) -> None:
         """Forget the moves of a model that no session makes any more."""
         await self._engine._changing.prune(model)
+
+    async def look(self) -> None:
+        """Know what other servers made of versions."""
+        await self._engine._changing.following.look()

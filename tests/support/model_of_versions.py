@@ -166,6 +166,8 @@ class ModelOfVersions:
     wanted: int = 0
     labels: dict[str, int] = dataclasses.field(default_factory=dict)
     sessions: dict[str, OneSession] = dataclasses.field(default_factory=dict)
+    is_shared: bool = False
+    """Other servers use the store: nothing stands in for the default where it is not loaded."""
     first: dict[str, int] = dataclasses.field(default_factory=dict)
     """With which revision the next session of an id begins, where there was one before."""
 
@@ -173,7 +175,8 @@ class ModelOfVersions:
         """What a reference means; None: nothing that is loaded."""
         _, at, number = ref.partition("@")
         _, colon, label = ref.partition(":")
-        version = int(number) if at else self.labels.get(label, 0) if colon else self.default
+        default = self.wanted or self.default if self.is_shared else self.default
+        version = int(number) if at else self.labels.get(label, 0) if colon else default
         return version if version in self.loaded else None
 
     def open(self, name: str, ref: str, batch_size: int) -> OneSession:
@@ -202,10 +205,13 @@ class ModelOfVersions:
 
     def unload(self, version: int) -> None:
         self.loaded.remove(version)
-        self.labels = {label: at for label, at in self.labels.items() if at != version}
+        if not self.is_shared:
+            self.labels = {label: at for label, at in self.labels.items() if at != version}
         if self.default == version:
+            is_wanted = self.is_shared and not self.wanted
             self.default = max(self.loaded, default=0)
-            self.wanted = 0 if self.loaded else version
+            if not self.wanted:
+                self.wanted = version if is_wanted or not self.loaded else 0
         if not self.keeps:
             for name in [n for n, s in self.sessions.items() if s.version == version]:
                 self.close(name)

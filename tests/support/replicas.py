@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
+from stepwell_server.program import Program
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
 from support.engine import Harness, running, x
+from support.versions import serving
 
 
 @asynccontextmanager
@@ -28,3 +30,23 @@ async def both_know(first: Harness, second: Harness, *session_ids: str) -> None:
     await first.submit(list(session_ids), x(len(session_ids))).all()
     for session_id in session_ids:
         await second.state(session_id)
+
+
+@asynccontextmanager
+async def serving_two(
+    programs: Mapping[str, Program] | None = None,
+    others: Mapping[str, Program] | None = None,
+    **options: Any,
+) -> AsyncIterator[tuple[Harness, Harness]]:
+    """Two servers of versions of `plain`, started; `others` are those of the second, the same if nothing is said.
+
+    Neither is told of what the other does to versions: `inside.look` asks.
+    """
+    store = RemoteStore(MemoryStore())
+    other = store.replica()
+    store.is_told = other.is_told = False
+    async with (
+        serving(programs, store=store, **options) as first,
+        serving(others or programs, store=other, clock=first.clock, **options) as second,
+    ):
+        yield first, second

@@ -13,7 +13,7 @@ from stepwell_server.core.history import Mark
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.sessions.moving import Arriving, Existing
 from stepwell_server.engine.state.fields import mark_of
-from stepwell_server.engine.versions import changing
+from stepwell_server.engine.versions import pruning
 from stepwell_server.errors import ModelMismatch, ServerError, Unavailable, VersionExists, VersionNotFound
 from stepwell_server.store.record import decode_header
 from support.durable import Disk, begun, stalled
@@ -305,7 +305,7 @@ async def test_a_file_that_was_replaced_comes_back(disk: Disk) -> None:
 
 
 async def test_moves_that_nobody_makes_are_forgotten(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(changing, "MANY_MOVES", 8)
+    monkeypatch.setattr(pruning, "MANY_MOVES", 8)
     async with on(disk) as at:
         await at.open("asleep", "active")
         asleep = await expect(at, "asleep", 1, INITIAL, 0)

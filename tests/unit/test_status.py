@@ -20,6 +20,7 @@ _CODES = [
     (errors.RevisionConflict("s", 3, 5), "ABORTED", "REVISION_CONFLICT"),
     (errors.ModelNotFound("m"), "NOT_FOUND", "MODEL_NOT_FOUND"),
     (errors.ModelLoading("m", 1.0), "UNAVAILABLE", "STARTING"),
+    (errors.VersionElsewhere("m", 1.0), "UNAVAILABLE", "STARTING"),
     (errors.ServiceNotFound("m"), "NOT_FOUND", "UNSUPPORTED"),
     (errors.ModelMismatch("m"), "FAILED_PRECONDITION", "MODEL_MISMATCH"),
     (errors.VersionNotFound("m"), "NOT_FOUND", "MODEL_VERSION_NOT_FOUND"),

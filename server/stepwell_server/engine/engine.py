@@ -12,7 +12,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.leases import Leases
 from stepwell_server.core.model_names import ModelRef, parse_reference
 from stepwell_server.core.sessions import SessionTable
-from stepwell_server.engine.api import ModelInfo, Observer, SessionInfo, StateRead, StatesRead
+from stepwell_server.engine.api import ModelInfo, Observer, StateRead, StatesRead
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.endings import Endings
@@ -28,10 +28,7 @@ from stepwell_server.engine.intake.inbox import Held, joined_where_alike
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.intake.turns import Turns
-from stepwell_server.engine.intake.validation import (
-    Validation,
-    require_sessions,
-)
+from stepwell_server.engine.intake.validation import Validation, require_sessions
 from stepwell_server.engine.models import Models, Versions
 from stepwell_server.engine.prediction import Prediction
 from stepwell_server.engine.quotas import Quotas
@@ -119,8 +116,8 @@ class Engine:
         self._loop_turns = LoopTurns()
         self._shares, self._threads = Shares(clock, self._loop_turns), Threads(compute_threads)
         self._table = table = SessionTable()
-        self._models = Models(table)
         self._is_local = store.local is not None
+        self._models = Models(table, is_shared=not self._is_local)
         self._group = GroupCommit(store, self._ring_all)
         self._fetcher = fetcher = Fetcher(store)
         endings = Endings(max_session_idle_s)
@@ -159,7 +156,16 @@ class Engine:
         )
         loader = Loader(table, self._models, self._expiry, fields)
         pieces = Pieces(self._loop_turns)
-        self._arrivals = Arrivals(table, fetcher, self._expiry, removal, loader, pieces, self._drain_inboxes)
+        self._arrivals = Arrivals(
+            table,
+            fetcher,
+            self._expiry,
+            removal,
+            loader,
+            pieces,
+            self._drain_inboxes,
+            lambda h: self._changing.following.catch_up(h),  # noqa: PLW0108 - made below
+        )
         self._directory = Directory(
             table,
             self._models,
@@ -172,6 +178,10 @@ class Engine:
             leases=leases,
             clock=clock,
         )
+        self.session_info = self._directory.describe
+        """Describe a session as of its last completed change: see `Directory.describe`."""
+        self.refresh_counts = self._directory.refresh_counts
+        """Have `models` say how many sessions there are now: see `Directory.refresh_counts`."""
         self._committer = Committer(
             table, keeping, clock, release=self._turns.release, drop=self._expiry.drop, discard=pager.discard
         )
@@ -365,7 +375,8 @@ class Engine:
         await self._changing.restore()
         for model in self._models:
             await self._serving.warm_up(model)
-        self._timers = [asyncio.create_task(each.run()) for each in (self._expiry, self._leaving)]
+        for each in (self._expiry, self._leaving, self._changing.following):
+            self._timers.append(asyncio.create_task(each.run()))
 
     def explain_absence(self, absent: Callable[[ModelRef], ServerError | None]) -> None:
         """Ask from now on why a model, or a version of one, is not loaded; what is returned is raised. None: nobody knows it."""
@@ -429,20 +440,6 @@ class Engine:
         self._group.require_room()
         self._drain_inboxes()
         return await self._closing.close_many(session_ids)
-
-    async def session_info(self, session_id: str, *, usable: bool = False) -> SessionInfo:
-        """Describe a session as of its last completed change; `usable`: it must be one that can be stepped here.
-
-        Raises:
-            SessionGone: there is none.
-            ModelMismatch, ModelNotFound: it cannot be stepped here, and is to be `usable`.
-            StateCorrupt, Unavailable: it cannot be read.
-        """
-        return await self._directory.describe(session_id, usable=usable)
-
-    async def refresh_counts(self) -> None:
-        """Have `models` and `model` say how many sessions there are now, where the store must be awaited for it."""
-        await self._directory.refresh_counts()
 
     # the parts that these ask are made later than those that ask
 
@@ -558,6 +555,7 @@ class Engine:
         """
         for timer in self._timers:
             timer.cancel()
+        self._changing.following.close()
         self._catalogue.close()
         self._threads.close()
         if not self._is_local:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 from stepwell_server.core.history import History, Mark, Way
 from stepwell_server.core.model_names import ModelRef, parse_reference
@@ -11,9 +12,19 @@ from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
-from stepwell_server.errors import InvalidInput, ModelMismatch, ModelNotFound, ServerError, VersionNotFound
+from stepwell_server.errors import (
+    InvalidInput,
+    ModelMismatch,
+    ModelNotFound,
+    ServerError,
+    VersionElsewhere,
+    VersionNotFound,
+)
 from stepwell_server.program import FINGERPRINT_DIGITS
 from stepwell_server.store.record import Header
+
+#: After so many seconds it is worth to ask again for a version that is not loaded here; and for what is being read.
+_AGAIN_S, _SOON_S = 1.0, 0.05
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +64,12 @@ class Versions:
     known: dict[int, Known] = dataclasses.field(default_factory=dict)
     highest: int = 0
     """The highest number that a version ever had."""
+    change: int = 0
+    """How many changes of its document there have been."""
+
+    def changed(self, **fields: Any) -> Versions:
+        """The same with some fields changed, as it is to be kept: one change more."""
+        return dataclasses.replace(self, change=self.change + 1, **fields)
 
     def model(self, ref: ModelRef) -> Model:
         """The version that somebody means.
@@ -166,6 +183,21 @@ class Versions:
         else:
             self.wanted = kept.wanted
 
+    def take(self, told: Versions) -> None:
+        """Be as another server made it: what its document says, which is `told`; what is loaded here stays so."""
+        known = dict(told.known)
+        for version in self.loaded:
+            own, there = self.known[version], known.get(version)
+            if there is not None and there.fingerprint == own.fingerprint:
+                own = dataclasses.replace(there, source=own.source or there.source, loaded=own.loaded)
+            known[version] = own
+        self.known, self.labels, self.history = known, told.labels, told.history
+        self.highest, self.change = max(self.highest, told.highest), told.change
+        if told.wanted in self.loaded:
+            self.default, self.wanted = told.wanted, 0
+        else:
+            self.wanted = told.wanted
+
 
 class Models:
     """Models by name and version, and by the sessions that they have. Lives on the event loop.
@@ -173,8 +205,10 @@ class Models:
     Who needs a model asks here each time: models come and go.
     """
 
-    def __init__(self, table: SessionTable) -> None:
+    def __init__(self, table: SessionTable, *, is_shared: bool = False) -> None:
         self._table = table
+        self.is_shared = is_shared
+        """Other servers use the same store: what is not loaded here may be there."""
         self.absent: Callable[[ModelRef], ServerError | None] = lambda _ref: None
         """Says why a model, or a version of one, is not there, if that is known: it is being loaded, or could not be."""
         self._by_name: dict[str, Versions] = {}
@@ -234,7 +268,7 @@ class Models:
             ModelNotFound: there is no model of that name, or no such version of it.
         """
         own = self._by_name.get(ref)
-        if own is not None and own.default:  # a name alone, as nearly always
+        if own is not None and own.default and not (own.wanted and self.is_shared):  # as nearly always
             return own.loaded[own.default]
         try:
             meant = parse_reference(ref)
@@ -243,8 +277,14 @@ class Models:
                 raise InvalidInput(f"model {error}") from error
             return self.named(ref).model(ModelRef(ref))
         own = self.named(meant.name)
-        if meant.version is not None and meant.version not in own.loaded and (why := self.absent(meant)):
-            raise why
+        version = meant.version
+        if self.is_shared and version is None:
+            version = own.labels.get(meant.label) if meant.label else own.wanted or own.default
+        if version is not None and version not in own.loaded:
+            if why := self.absent(ModelRef(meant.name, version)):
+                raise why
+            if self.is_shared and version in own.known:
+                raise self.elsewhere(meant.name, version)
         return own.model(meant)
 
     @staticmethod
@@ -260,9 +300,11 @@ class Models:
         """
         own = self._by_name.get(name)
         if own is None or not own.loaded:
-            raise self.absent(ModelRef(name)) or ModelNotFound(
-                f"model must be one of {self.names()}; got {name!r}", model=name
-            )
+            if why := self.absent(ModelRef(name)):
+                raise why
+            if self.is_shared and own is not None and own.wanted:
+                raise self.elsewhere(name, own.wanted)
+            raise ModelNotFound(f"model must be one of {self.names()}; got {name!r}", model=name)
         return own
 
     def find(self, name: str) -> Versions | None:
@@ -278,20 +320,69 @@ class Models:
         """The names of which some version is loaded, in order."""
         return sorted(name for name, own in self._by_name.items() if own.loaded)
 
+    def elsewhere(self, name: str, version: int, session_id: str = "") -> VersionElsewhere:
+        """Why what needs a version is not done here: another server on the same store may have it."""
+        whose = f"session {session_id!r} is on" if session_id else "the call needs"
+        own = self._by_name.get(name)
+        return VersionElsewhere(
+            f"{whose} version {version} of model {name!r}, which is not loaded on this server, where"
+            f" {sorted(own.loaded) if own else []} are; another server on the same store may have it: ask that one, or again"
+            " when it is loaded here",
+            _AGAIN_S,
+            model=name,
+            version=str(version),
+        )
+
+    @staticmethod
+    def later(name: str, session_id: str = "") -> VersionElsewhere:
+        """Why a session is not touched whose record tells of what is not known here yet."""
+        whose = f"session {session_id!r}" if session_id else "a session"
+        return VersionElsewhere(
+            f"{whose} has made a move to another version of model {name!r} of which this server has not heard yet; it was not"
+            " applied: send it again",
+            _SOON_S,
+            model=name,
+        )
+
+    def later_epoch(self, header: Header) -> int:
+        """The epoch of a record, if it is later than what is known here; else 0."""
+        mark = mark_of(header.fields)
+        own = self._by_name.get(header.model)
+        known = 0 if own is None else own.history.epoch
+        return 0 if mark is None or mark.is_pinned or mark.epoch <= known else mark.epoch
+
+    def is_behind(self, header: Header) -> bool:
+        """Whether a record tells of moves or of a version of which nothing is known here; the store has their document."""
+        own = self._by_name.get(header.model)
+        if own is None or self.later_epoch(header):
+            return True
+        return own.version_of(mark_of(header.fields), header.fingerprint) is None
+
     def place(self, session_id: str, header: Header) -> tuple[Model, Way]:
         """On which version a stored session is now, and by which moves it gets there from its record.
 
         Raises:
+            VersionElsewhere: that version is not loaded here, or not known yet, and may be on another server.
             ModelNotFound: its model, or that version of it, is not loaded.
             ModelMismatch: no version that was ever here has the fingerprint of the record.
         """
         own = self.find(header.model)
         if own is None:
+            known = self._by_name.get(header.model)
+            if (
+                self.is_shared
+                and known is not None
+                and known.wanted
+                and not self.absent(ModelRef(header.model))
+            ):
+                raise self.elsewhere(header.model, known.wanted, session_id)
             raise self.absent(ModelRef(header.model)) or ModelNotFound(
                 f"session {session_id!r} belongs to model {header.model!r}, which is not served;"
                 f" model must be one of {self.names()}. Serve it again, or close the session",
                 model=header.model,
             )
+        if self.is_shared and self.later_epoch(header):
+            raise self.later(header.model, session_id)
         mark = mark_of(header.fields)
         version = own.version_of(mark, header.fingerprint)
         way: Way = ()
@@ -307,6 +398,8 @@ class Models:
             )
         model = own.loaded.get(version)
         if model is None:
+            if self.is_shared and not self.absent(ModelRef(header.model, version)):
+                raise self.elsewhere(header.model, version, session_id)
             raise self.absent(ModelRef(header.model, version)) or VersionNotFound(
                 f"session {session_id!r} is on version {version} of model {header.model!r}, which is not loaded;"
                 f" loaded are {sorted(own.loaded)}. Load it again, make another version the default with"

@@ -58,17 +58,26 @@ class Forwarding:
 
         Raises:
             Unavailable: the session is on its way to another version.
+            VersionElsewhere: another server has made moves with it that are not known here, or not those that are made here.
         """
         own = self._models.versions(model.name)
         mark = mark_of(fields)
         version = own.version_of(mark, fingerprint)
         if version is None:
+            if self._models.is_shared:
+                raise self._models.later(model.name)
             return None
         if mark is not None and mark.is_pinned:
             return () if version == model.version else None
-        target, way = own.history.way(version, 0 if mark is None else mark.epoch)
+        epoch = 0 if mark is None else mark.epoch
+        if self._models.is_shared and epoch > own.history.epoch:
+            raise self._models.later(model.name)
+        target, way = own.history.way(version, epoch)
         if target == model.version:
             return way
+        if self._models.is_shared and epoch > model.left_epoch:
+            # what began on the version that was left must not be made of what was made after that
+            raise self._models.later(model.name)
         # a move is being made: what is under way goes on where it began
         if version == model.version:
             return ()
@@ -91,7 +100,7 @@ class Forwarding:
         """Bring the records of sessions of a version there. Those of another model's sessions stay as they are."""
         forwarded = Forwarded(decoded, {}, [], {})
         own = self._models.versions(model.name)
-        if not own.history.moves or not len(decoded.sound):
+        if not (own.history.moves or self._models.is_shared) or not len(decoded.sound):
             return forwarded
         groups: dict[tuple[int, tuple[Move, ...]], list[int]] = {}
         for index, place in enumerate(decoded.sound.tolist()):

@@ -24,7 +24,14 @@ from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.state.replies import Kept, named_states
 from stepwell_server.engine.types import U64, Mask, Members, Tensors
-from stepwell_server.errors import Overloaded, RevisionConflict, ServerError, SessionGone, Unavailable
+from stepwell_server.errors import (
+    Overloaded,
+    RevisionConflict,
+    ServerError,
+    SessionGone,
+    Unavailable,
+    VersionElsewhere,
+)
 from stepwell_server.logs import Log
 
 _log = Log("engine.admission")
@@ -178,7 +185,7 @@ class Admission:
         ended = [
             place
             for place, handle in enumerate(handles.tolist())
-            if isinstance(refused.get(handle), SessionGone)
+            if isinstance(refused.get(handle), (SessionGone, VersionElsewhere))
         ]
         for place in ended:
             handle = int(handles[place])

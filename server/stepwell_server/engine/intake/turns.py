@@ -25,7 +25,7 @@ from stepwell_server.engine.intake.row_queue import RowQueue, Starter
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members
-from stepwell_server.errors import Overloaded, ServerError, SessionGone, SessionLost
+from stepwell_server.errors import Overloaded, ServerError, SessionGone, SessionLost, VersionElsewhere
 
 #: Changes that may wait in one session's line.
 MAX_LINE = 256
@@ -121,7 +121,7 @@ class Turns:
     async def free(self, handle: int) -> None:
         """Return when what is under way for a session now has ended, and what waits for it already."""
         if self._table.claimed[handle]:
-            with contextlib.suppress(SessionGone):
+            with contextlib.suppress(SessionGone, VersionElsewhere):
                 await self.hold(handle, math.inf, rows=False)
                 self.release(np.array([handle]))
 
@@ -172,8 +172,11 @@ class Turns:
             raise error
 
     def end(self, handle: int, error: ServerError | None) -> None:
-        """End a claim whose session could not come back because of `error`; one that has ended leaves the table."""
-        if isinstance(error, SessionGone) and not isinstance(error, SessionLost):
+        """End a claim whose session could not come back because of `error`.
+
+        One that has ended leaves the table, and so does one of which another server knows more.
+        """
+        if isinstance(error, (SessionGone, VersionElsewhere)) and not isinstance(error, SessionLost):
             self._forget(handle, error)
         else:
             self.release(np.array([handle]))

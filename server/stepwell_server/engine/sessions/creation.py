@@ -191,7 +191,12 @@ class Creation:
 
         def there() -> None:
             self.give_up(ids)
-            made.set_result(self._directory.info(self._directory.find(ids[0], self._directory.here)))
+            try:
+                first = self._directory.find(ids[0], self._directory.here)
+            except ServerError as error:  # the default has moved to a version that another server has
+                made.set_result(error)
+            else:
+                made.set_result(self._directory.info(first))
             self._row_queue.room_may_have_come()  # the rows are of sessions that have nothing under way
 
         def done(committed: Committed | ServerError) -> None:

@@ -323,8 +323,14 @@ class Directory:
             )
         return dataclasses.replace(self.stored_info(session_id, header), resident=info.resident)
 
-    async def describe(self, session_id: str, *, usable: bool) -> SessionInfo:
-        """Describe a session; see `Engine.session_info`."""
+    async def describe(self, session_id: str, *, usable: bool = False) -> SessionInfo:
+        """Describe a session as of its last completed change; `usable`: it must be one that can be stepped here.
+
+        Raises:
+            SessionGone: there is none.
+            ModelMismatch, ModelNotFound: it cannot be stepped here, and is to be `usable`.
+            StateCorrupt, Unavailable: it cannot be read.
+        """
         seen = await self.look([session_id], anew=True)
         try:
             return self.info_now(self.find(session_id, seen), seen)
@@ -361,7 +367,7 @@ class Directory:
         return sum(self._table.count(model.index) for model in self.models.named(name).loaded.values())
 
     async def refresh_counts(self) -> None:
-        """Ask an awaited store how many sessions the models have."""
+        """Ask how many sessions the models have, where the store must be awaited for it."""
         if self._others is None or self._others.local is not None:
             return
         for name in self.models.names():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -24,7 +24,7 @@ from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ModelMismatch, ModelNotFound, ServerError, StateCorrupt, Unavailable
 from stepwell_server.store.base import Fetched, LocalStore, Tombstone
-from stepwell_server.store.record import Header, Stored, decode_header
+from stepwell_server.store.record import Header, Stored, decode_header, header_or_none
 
 _NOTHING = Fetched()
 
@@ -132,8 +132,12 @@ class Arrivals:
         loader: Loader,
         pieces: Pieces,
         drain: Callable[[], None],
+        catch_up: Callable[[Sequence[Header]], Awaitable[None]],
     ) -> None:
-        """See the class; `drain` has what is in the inboxes claim its sessions."""
+        """See the class; `drain` has what is in the inboxes claim its sessions.
+
+        `catch_up` is called with records of versions, or of moves, that are not known here, and returns when they are.
+        """
         self._table = table
         self._fetcher = fetcher
         self._expiry = expiry
@@ -141,6 +145,7 @@ class Arrivals:
         self._loader = loader
         self._pieces = pieces
         self._drain = drain
+        self._catch_up = catch_up
         self._loop = asyncio.get_running_loop()
         self._tails: dict[str, asyncio.Future[None]] = {}
         """The last that waits for each session: done when the next may look."""
@@ -218,11 +223,21 @@ class Arrivals:
                     del known[session_id]
                 return Looked(known | found, error, newer)
         seen = Looked(found)
-        ids = list(found)
+        ids, unusable = list(found), list[str]()
         async for part in self._pieces.of(ids):
-            self._loader.load_all(ids[part], seen)
+            unusable += self._loader.load_all(ids[part], seen)[1]
+        known = dict.fromkeys(session_ids, _NOTHING)
+        behind = self._loader.behind(unusable, seen)
+        if behind:
+            try:
+                await self._catch_up(list(behind.values()))
+            except ServerError as error:
+                for session_id in behind:
+                    del found[session_id], known[session_id]
+                return Looked(known | found, error, newer)
+            self._loader.load_all(ids, seen)
         # the rest is about to begin or to end here, and has no record yet, or soon none
-        return Looked(dict.fromkeys(session_ids, _NOTHING) | found, newer=newer)
+        return Looked(known | found, newer=newer)
 
     async def _compare(self, session_ids: Sequence[str]) -> dict[str, Fetched]:
         """Forget sessions that other servers have changed, of those that have nothing under way here.
@@ -339,6 +354,17 @@ class Loader:
         if found:
             self.adopt(found, [seen.stamp(session_id) for session_id, _, _ in found])
         return len(found), unusable
+
+    def behind(self, session_ids: Sequence[str], seen: Seen) -> dict[str, Header]:
+        """Those sessions of the store, with their heads, that tell of versions or moves which are not known here."""
+        if not self._models.is_shared:
+            return {}
+        found: dict[str, Header] = {}
+        for session_id, stored in zip(session_ids, seen.get_many(session_ids), strict=True):
+            header = None if stored is None else header_or_none(session_id, stored)
+            if header is not None and self._models.is_behind(header):
+                found[session_id] = header
+        return found
 
     def _served(self, session_id: str, stored: Stored) -> tuple[str, Header, Model]:
         """A stored session, if it can be stepped here."""

@@ -2,6 +2,8 @@
 
 A change is one document in the store, kept before anybody hears of it. What is in memory then follows between two turns
 of the event loop, so that every session is wholly before the change or wholly after it, whenever the process ends.
+
+Where other servers use the store a change is judged again, by what it says now, if one of them was faster.
 """
 
 from __future__ import annotations
@@ -9,14 +11,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.history import How
 from stepwell_server.core.model_names import LABEL_RULE, MAX_VERSION, ModelRef, is_label, is_name, is_version
-from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Moved, SessionPolicy, VersionInfo
 from stepwell_server.engine.durability.forwarding import Forwarding
 from stepwell_server.engine.durability.group_commit import GroupCommit
@@ -28,8 +30,12 @@ from stepwell_server.engine.sessions.ending import Removal
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.versions import document
-from stepwell_server.engine.versions.needed import Seen, stored
+from stepwell_server.engine.versions.documents import Documents
+from stepwell_server.engine.versions.following import Following
+from stepwell_server.engine.versions.keeping import Made, Proposals
+from stepwell_server.engine.versions.pruning import Pruning
 from stepwell_server.engine.versions.serving import Serving
+from stepwell_server.engine.versions.switching import Switching
 from stepwell_server.errors import (
     InvalidInput,
     MigrationFailed,
@@ -37,19 +43,17 @@ from stepwell_server.errors import (
     ServerError,
     SessionGone,
     SpecsDiffer,
-    Unavailable,
+    VersionElsewhere,
     VersionExists,
     VersionNotFound,
 )
 from stepwell_server.logs import Log
-from stepwell_server.program import Program
-from stepwell_server.store.base import Batch, Committed, Store
+from stepwell_server.program import FINGERPRINT_DIGITS, Program
+from stepwell_server.store.base import Store
 
 _log = Log("engine.versions")
 #: Sessions on whose states a migration is tried before anything changes.
 _TRIED = 1024
-#: With more moves or versions than this, those are looked for that no session makes or is on any more.
-MANY_MOVES = 64
 #: Sessions that are put away before others get a turn.
 _AT_ONCE = 250
 
@@ -79,22 +83,21 @@ class Changing:
         self._models = models
         self._serving = serving
         self._forwarding = forwarding
-        self._pager = pager
         self._turns = turns
         self._closing = closing
         self._removal = removal
-        self._commits = commits
-        self._store = store
         self._others = others
-        self._drain = drain
         self._clock = clock
-        self._locks: dict[str, asyncio.Lock] = {}
-        self._late: dict[int, tuple[int, Model, How]] = {}
-        """Sessions that leave for another version when their claims end: births, where they go and how."""
-        self._none_late = asyncio.Event()
-        self._pruning: set[asyncio.Task[None]] = set()
-        self._needed: dict[str, int] = {}
-        """Moves or versions, whichever were more, that were still needed when that was last looked at."""
+        self._switching = Switching(table, models, pager, turns, removal, drain=drain)
+        self.follow = self._switching.follow
+        """Let sessions make the moves that were made while they were: see `Switching.follow`."""
+        self._documents = Documents(store, commits)
+        self._is_shared = self._documents.is_shared
+        self.following = Following(models, self._documents, self._switching)
+        self._proposals = Proposals(self._documents, self.following)
+        self._pruning = Pruning(table, models, self._proposals, others)
+        self.prune = self._pruning.prune
+        """Forget old moves now: see `Pruning.prune`."""
 
     def begin_with(self, ref: ModelRef, program: Program) -> None:
         """Serve a version from the start, before there are sessions; the highest of a name is its default."""
@@ -104,21 +107,48 @@ class Changing:
         model = self._serving.make(ref.name, version, program, self._sibling(own, program))
         self._models.add(model, known)
         own.default = max(own.loaded)
-        self._mark(own)
+        self._switching.mark(own)
         self._serving.observer.model_served(ref.name, program)
 
     async def restore(self) -> None:
-        """Know what the store has of versions. Before anything is served.
+        """Know what the store has of versions, and have it know those that are served. Before anything is served.
 
         Raises:
-            DocumentError: it cannot be read.
+            DocumentError: it cannot be read, or other servers know a version by another file.
             Unavailable: the store cannot be asked.
         """
-        for name, content in (await self._store.documents(document.PREFIX)).items():
-            model = name.removeprefix(document.PREFIX)
-            own = self._models.versions(model)
-            own.go_on_from(document.decode(model, content))
-            self._mark(own, own.loaded.values())
+        for name, content in (await self._documents.read_all()).items():
+            own, told = self._models.versions(name), document.decode(name, content)
+            self._documents.saw(name, content)
+            if self._is_shared:
+                _require_same(own, told)
+                own.take(told)
+            else:
+                own.go_on_from(told)
+            self._switching.mark(own, own.loaded.values())
+        for own in self._models.served() if self._is_shared else ():
+            await self._tell_what_is_served(own)
+
+    async def _tell_what_is_served(self, own: Versions) -> None:
+        """Let other servers know the versions that this one begins with; the first to come says the default."""
+
+        async def attempt() -> Made:
+            told = self._documents.told(own.name)
+            if told is not None:
+                _require_same(own, told)
+            known = {} if told is None else told.known
+            if all(version in known and known[version].is_wanted for version in own.loaded):
+                return None
+            wanted = {v: dataclasses.replace(own.known[v], is_wanted=True) for v in own.loaded}
+            after = own.changed(known={**own.known, **wanted})
+
+            def told_them() -> None:
+                own.known = after.known
+
+            return after, told_them
+
+        async with self._proposals.lock(own.name):
+            await self._proposals.have_kept(own, attempt, anyway=True)
 
     async def load(
         self, name: str, version: int, program: Program, *, source: str = "", tenant: str = "", rows: int = 0
@@ -134,26 +164,39 @@ class Changing:
         _require_name(name)
         if not is_version(version):
             raise InvalidInput(f"version must be 1 to {MAX_VERSION}; got {version}")
-        async with self._lock(name):
+        async with self._proposals.lock(name):
             own = self._models.versions(name)
-            known = Known(version, program.fingerprint, Layout.of(program), source, self._clock.now(), tenant)
-            if version in own.known:  # before a restart, or before it was unloaded
-                known = dataclasses.replace(known, is_leaving=own.known[version].is_leaving)
-            self._require_new(own, known)
+            here = Known(version, program.fingerprint, Layout.of(program), source, self._clock.now(), tenant)
+            self._require_new(own, here)
             model = self._serving.make(name, version, program, self._sibling(own, program), rows)
             await self._serving.warm_up(model)
-            after = dataclasses.replace(own, loaded=dict(own.loaded), known={**own.known, version: known})
-            after.highest = max(own.highest, version)
-            if not own.default:
-                after.default = version
-                after.wanted = own.wanted if own.wanted != version else 0
 
-            def served() -> None:
-                self._models.add(model, known)
-                self._mark(own, [model])
-                self._serving.observer.model_served(name, program)
+            async def attempt() -> Made:
+                self._require_new(own, here)
+                known, before = here, own.known.get(version)
+                if before is not None:  # before a restart, or it was unloaded, or another server has it
+                    known = dataclasses.replace(here, is_leaving=before.is_leaving)
+                told = known
+                if self._is_shared and before is not None:
+                    told = dataclasses.replace(before, is_wanted=True, source=before.source or source)
+                after = own.changed(known={**own.known, version: told}, highest=max(own.highest, version))
+                if not own.default:
+                    after.default = version
+                    after.wanted = own.wanted if own.wanted != version else 0
 
-            await self._keep(own, after, served)
+                def served() -> None:
+                    self._models.add(model, known)
+                    self._switching.mark(own, [model])
+                    self._serving.observer.model_served(name, program)
+
+                return after, served
+
+            try:
+                await self._proposals.have_kept(own, attempt)
+            except ServerError:
+                await self._serving.end(model)
+                model.sharing.discard(model.index)
+                raise
 
     async def unload(self, name: str, version: int, *, force: bool = False) -> None:
         """Serve a version no longer, once what is under way on it has ended.
@@ -165,43 +208,56 @@ class Changing:
             ModelInUse: it has sessions, or it is the default and others are loaded, and `force` is not said.
             Unavailable: the store could not be told; it is served as before.
         """
-        async with self._lock(name):
+        async with self._proposals.lock(name):
             own = self._models.named(name)
             model = own.require(version)
-            if not force:
-                sessions = (await self.sessions(name)).get(version, 0)
-                if own.default == version and len(own.loaded) > 1:
-                    raise ModelInUse(
-                        f"version to unload must not be the default of model {name!r}; got {version}: make another one"
-                        " the default, or say force",
-                        model=name,
-                    )
-                if sessions:
-                    raise ModelInUse(
-                        f"version {version} of model {name!r} must have no sessions to be unloaded; it has {sessions}:"
-                        " close them, move them, or say force",
-                        model=name,
-                    )
-            known = dataclasses.replace(own.known[version], is_wanted=False, is_leaving=False)
-            after = dataclasses.replace(own, known={**own.known, version: known})
-            after.labels = {label: at for label, at in own.labels.items() if at != version}
-            is_default = own.default == version
-            if is_default:
-                after.wanted = max(own.loaded.keys() - {version}, default=0)
-                await self._all_left()  # what is late for another version must not be early for the name
 
-            def unknown() -> None:
-                own.known[version], own.labels = known, after.labels
-                self._models.retire(model)
+            async def attempt() -> Made:
+                if not force:
+                    await self._require_unused(own, version)
+                known = {
+                    **own.known,
+                    version: dataclasses.replace(own.known[version], is_wanted=False, is_leaving=False),
+                }
+                after, is_default = own.changed(known=known), own.default == version
+                if not self._is_shared:  # others may have it
+                    after.labels = {label: at for label, at in own.labels.items() if at != version}
                 if is_default:
-                    own.wanted = 0 if own.loaded else version
-                if is_default and own.loaded:
-                    self._mark(own, [own.loaded[own.default]])
+                    if not self._is_shared:
+                        after.wanted = max(own.loaded.keys() - {version}, default=0)
+                    await (
+                        self._switching.all_left()
+                    )  # what is late for another version must not be early for the name
 
-            await self._keep(own, after, unknown)
+                def unknown() -> None:
+                    own.known, own.labels = known, after.labels
+                    self._models.retire(model)
+                    if is_default:
+                        own.wanted = 0 if own.loaded and not self._is_shared else version
+                    if is_default and own.loaded:
+                        self._switching.mark(own, [own.loaded[own.default]])
+
+                return after, unknown
+
+            await self._proposals.have_kept(own, attempt)
             await self._empty(model)
             self._models.forget(model)
             await self._serving.end(model)
+
+    async def _require_unused(self, own: Versions, version: int) -> None:
+        sessions = (await self.sessions(own.name)).get(version, 0)
+        if own.default == version and len(own.loaded) > 1:
+            raise ModelInUse(
+                f"version to unload must not be the default of model {own.name!r}; got {version}: make another one"
+                " the default, or say force",
+                model=own.name,
+            )
+        if sessions:
+            raise ModelInUse(
+                f"version {version} of model {own.name!r} must have no sessions to be unloaded; it has {sessions}:"
+                " close them, move them, or say force",
+                model=own.name,
+            )
 
     async def set_default(
         self,
@@ -222,38 +278,46 @@ class Changing:
             MigrationFailed: there is no such function, or it failed on states that there are.
             Unavailable: the store could not be told; nothing changed.
         """
-        async with self._lock(name):
+        async with self._proposals.lock(name):
             own = self._models.named(name)
             target = own.require(version)
-            previous = own.wanted or own.default
-            if previous == version:
-                return Moved(previous, 0)
-            how = None if policy is SessionPolicy.KEEP else How(policy.value)
-            function = await self._require_possible(own, previous, target, how, migration)
-            after = dataclasses.replace(own)
-            after.default, after.wanted = version, 0
-            after.known = own.known_after(previous, version, leaves=how is None if leaves is None else leaves)
-            await self._all_left()  # what is late for the last change must not be early for this one
-            self._mark(own, own.loaded.values())
-            if how is not None:
-                after.history = own.history.with_move(previous, version, how, function)
-            moved = 0
+            moved = Moved(version, 0)
 
-            def switch() -> None:
+            async def attempt() -> Made:
                 nonlocal moved
-                self._drain()  # what came before this is under way on the version where it was sent
-                own.default, own.wanted, own.history = after.default, 0, after.history
-                own.known = after.known
+                previous = own.wanted or own.default
+                moved = Moved(previous, 0)
+                if previous == version:
+                    return None
+                how = None if policy is SessionPolicy.KEEP else How(policy.value)
+                function = await self._require_possible(own, previous, target, how, migration)
+                after = own.changed(default=version, wanted=0)
+                after.known = own.known_after(
+                    previous, version, leaves=how is None if leaves is None else leaves
+                )
+                await (
+                    self._switching.all_left()
+                )  # what is late for the last change must not be early for this one
+                self._switching.mark(own, own.loaded.values())
                 if how is not None:
-                    moved = self._move(own, previous, target, how)
-                self._mark(own, [each for v, each in own.loaded.items() if v != previous or not self._late])
+                    after.history = own.history.with_move(previous, version, how, function)
 
-            await self._keep(own, after, switch)
-            _log.info(
-                "the default of a model is another version", model=name, version=version, previous=previous
-            )
-            self._prune_if_due(own)
-            return Moved(previous, moved)
+                def switch() -> None:
+                    nonlocal moved
+                    moved = Moved(previous, self._switching.move_default(own, after, how))
+
+                return after, switch
+
+            await self._proposals.have_kept(own, attempt)
+            if moved.previous != version:
+                _log.info(
+                    "the default of a model is another version",
+                    model=name,
+                    version=version,
+                    previous=moved.previous,
+                )
+                self._pruning.begin_if_due(own)
+            return moved
 
     async def set_label(self, name: str, label: str, version: int) -> None:
         """Let a label stand for a loaded version, or, with version 0, for none.
@@ -265,22 +329,26 @@ class Changing:
         """
         if not is_label(label):
             raise InvalidInput(f"label must be {LABEL_RULE}; got {label!r}")
-        async with self._lock(name):
+        async with self._proposals.lock(name):
             own = self._models.named(name)
-            labels = dict(own.labels)
-            if version:
-                own.require(version)
-                labels[label] = version
-            elif labels.pop(label, None) is None:
-                raise VersionNotFound(
-                    f"label to take away must be one of model {name!r}, {sorted(own.labels)}; got {label!r}",
-                    model=name,
-                )
 
-            def change() -> None:
-                own.labels = labels
+            async def attempt() -> Made:
+                labels = dict(own.labels)
+                if version:
+                    own.require(version)
+                    labels[label] = version
+                elif labels.pop(label, None) is None:
+                    raise VersionNotFound(
+                        f"label to take away must be one of model {name!r}, {sorted(own.labels)}; got {label!r}",
+                        model=name,
+                    )
 
-            await self._keep(own, dataclasses.replace(own, labels=labels), change)
+                def change() -> None:
+                    own.labels = labels
+
+                return own.changed(labels=labels), change
+
+            await self._proposals.have_kept(own, attempt)
 
     def next_version(self, name: str) -> int:
         """One more than the highest number that a version of a name ever had."""
@@ -315,38 +383,40 @@ class Changing:
     async def sessions(self, name: str) -> dict[int, int]:
         """How many sessions are on each version of a name now, in memory or in the store alone."""
         own, found = self._models.versions(name), Counter[int]()
-        for version, model in own.loaded.items():
-            found[version] += self._table.count(model.index)
-        async for version, epoch, is_pinned in self._stored(own):
+        if not self._is_shared:  # else others may have changed those in memory
+            for version, model in own.loaded.items():
+                found[version] += self._table.count(model.index)
+        async for version, epoch, is_pinned in self._pruning.stored(own, all_of_them=self._is_shared):
             found[version if is_pinned else own.history.way(version, epoch)[0]] += 1
         return {version: count for version, count in found.items() if count}
 
     async def close(self) -> None:
-        """Stop looking for moves that nobody makes."""
-        for task in self._pruning:
-            task.cancel()
-        await asyncio.gather(*self._pruning, return_exceptions=True)
+        """Follow nobody any more, and stop looking for moves that nobody makes."""
+        self.following.close()
+        await self._pruning.close()
 
     # ------------------------------------------------------------------------------------------------ what is possible
 
-    @staticmethod
-    def _require_new(own: Versions, known: Known) -> None:
+    def _require_new(self, own: Versions, known: Known) -> None:
         version, before = known.version, own.known.get(known.version)
         if version in own.loaded:
             raise VersionExists(
                 f"version of model {own.name!r} must be new; {version} is loaded: load it as {own.highest + 1}",
                 model=own.name,
             )
-        if (
-            before is not None
-            and before.fingerprint != known.fingerprint
-            and version in own.history.versions()
-        ):
-            raise VersionExists(
-                f"version of model {own.name!r} must be new; {version} had other weights, which sessions may still have:"
-                f" load it as {own.highest + 1}",
-                model=own.name,
-            )
+        if before is not None and before.fingerprint != known.fingerprint:
+            if self._is_shared:
+                raise VersionExists(
+                    f"version of model {own.name!r} must be new, or that of the same file; {version} is another file on the"
+                    f" servers that share the store: load it as {own.highest + 1}",
+                    model=own.name,
+                )
+            if version in own.history.versions():
+                raise VersionExists(
+                    f"version of model {own.name!r} must be new; {version} had other weights, which sessions may still have:"
+                    f" load it as {own.highest + 1}",
+                    model=own.name,
+                )
 
     async def _require_possible(
         self, own: Versions, previous: int, target: Model, how: How | None, migration: str
@@ -391,111 +461,12 @@ class Changing:
 
     # ---------------------------------------------------------------------------------------------------- making it so
 
-    def _lock(self, name: str) -> asyncio.Lock:
-        return self._locks.setdefault(name, asyncio.Lock())
-
-    async def _keep(self, before: Versions, after: Versions, then: Callable[[], None]) -> None:
-        """Have the store keep what is to be; `then` makes it so, also if the caller is cancelled meanwhile."""
-        content = document.encode(after)
-        if content == document.encode(before):
-            then()
-            return
-        kept: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
-        batch = Batch(documents=[(document.name_of(before.name), content)])
-
-        def done(committed: Committed | ServerError) -> None:
-            error = committed if isinstance(committed, ServerError) else None
-            if error is None:
-                then()
-            kept.set_result(error)
-
-        self._commits.submit(lambda: batch, 1, done)
-        error = await asyncio.shield(kept)
-        if error is not None:
-            raise error
-
     def _sibling(self, own: Versions, program: Program) -> Model | None:
         """A version that is loaded whose rows are rows of a program too."""
         layout = Layout.of(program)
         return next(
             (model for version, model in own.loaded.items() if own.known[version].layout == layout), None
         )
-
-    @staticmethod
-    def _mark(own: Versions, models: Collection[Model] = ()) -> None:
-        """Let records say that their sessions have made all moves: those of some versions."""
-        for model in models:
-            model.epoch = own.history.epoch
-        for version, model in own.loaded.items():
-            model.is_plain = own.version_with(model.program.fingerprint) == version
-
-    def _move(self, own: Versions, previous: int, target: Model, how: How) -> int:
-        """Let the sessions in memory that follow the default go to another version; how many they are."""
-        source, table = own.loaded.get(previous), self._table
-        if source is None:
-            return 0
-        source.left_epoch = source.epoch
-        handles = np.flatnonzero(table.model[: table.end] == source.index)
-        handles = handles[~table.pinned[handles]]
-        if how is How.CARRY and source.arena is target.arena:
-            # what is under way goes on as it began, and what it makes is a state of the new version too
-            table.model[handles] = target.index
-            return len(handles)
-        busy = table.claimed[handles]
-        self._leave(handles[~busy], target, how)
-        for handle in handles[busy].tolist():
-            self._late[handle] = int(table.birth[handle]), target, how
-        if self._late:
-            self._turns.leave_when_free = self._leave_late
-        return len(handles)
-
-    def follow(self, handles: Handles, source: Model, epoch: int) -> None:
-        """Let sessions make the moves since an epoch, which began on a version then and are in the table only now."""
-        own = self._models.versions(source.name)
-        version, way = own.history.way(source.version, epoch)
-        target = own.loaded.get(version)
-        if not way or target is None:
-            return
-        hows = {move.how for move in way}
-        if hows == {How.CARRY} and source.arena is target.arena:
-            self._table.model[handles] = target.index
-            return
-        now, source.epoch = source.epoch, epoch  # records that are written here are of that time
-        self._leave(handles, target, How.RESET if How.RESET in hows else How.MIGRATE)
-        source.epoch = now
-
-    async def _all_left(self) -> None:
-        while self._late:
-            self._none_late.clear()
-            await self._none_late.wait()
-
-    def _leave(self, handles: Handles, target: Model, how: How) -> None:
-        """Let sessions go to a version: when their states are needed they come as its own."""
-        here = handles[self._table.row[handles] >= 0]
-        if len(here):
-            self._pager.page_out(here)
-        self._table.model[handles] = target.index
-        if how is How.RESET:
-            self._table.position[handles] = 0
-
-    def _leave_late(self, handles: Handles) -> None:
-        """Let those of some sessions go whose claims end now; what waited for them is to be sent again."""
-        for handle in handles.tolist():
-            if (late := self._late.pop(handle, None)) is None:
-                continue
-            birth, target, how = late
-            if self._table.birth[handle] != birth:
-                continue
-            self._leave(np.array([handle]), target, how)
-            session_id = self._table.session_id(handle)
-            moved = Unavailable(
-                f"session {session_id!r} went to version {target.version} of model {target.name!r} while this waited;"
-                " it was not applied: send it again"
-            )
-            self._turns.close_line(handle, moved)
-        if not self._late:
-            self._turns.leave_when_free = None
-            self._none_late.set()
 
     async def _empty(self, model: Model) -> None:
         """Have no session in the table on a version that is served no longer."""
@@ -517,53 +488,32 @@ class Changing:
             return
         try:
             await self._turns.hold(handle, float("inf"), rows=False)
-        except SessionGone:
+        except (SessionGone, VersionElsewhere):
             return
-        gone = VersionNotFound(
+        gone: ServerError = VersionNotFound(
             f"session {session_id!r} is on version {model.version} of model {model.name!r}, which was unloaded",
             model=model.name,
         )
+        if self._is_shared:
+            gone = self._models.elsewhere(model.name, model.version, session_id)
         self._removal.forget(handle, gone)
 
-    # ------------------------------------------------------------------------------------------------------ old moves
 
-    def _prune_if_due(self, own: Versions) -> None:
-        many = max(MANY_MOVES, 2 * self._needed.get(own.name, 0))
-        if max(len(own.history.moves), len(own.known)) > many and not self._pruning:
-            task = asyncio.create_task(self.prune(own.name))
-            self._pruning.add(task)
-            task.add_done_callback(self._pruning.discard)
+def _require_same(own: Versions, told: Versions) -> None:
+    """Refuse to serve a version that other servers know by another file.
 
-    async def prune(self, name: str) -> None:
-        """Forget the moves that no session makes any more, and the versions that only they tell of."""
-        own = self._models.versions(name)
-        epoch = own.history.epoch
-        seen = Seen({(version, at) for version in own.loaded for at in (0, epoch - 1, epoch)})
-        try:
-            async for version, of_epoch, is_pinned in self._stored(own, all_of_them=True):
-                seen.add(version, of_epoch, is_pinned=is_pinned)
-            async with self._lock(name):
-                # what was under way while the records were read may say any of these
-                seen.moving |= {(version, at) for version in own.loaded for at in (0, epoch - 1, epoch)}
-                after = dataclasses.replace(own, **seen.needed(own, epoch))
-                self._needed[name] = max(len(after.history.moves), len(after.known))
-
-                def forget() -> None:
-                    own.history, own.known = after.history, after.known
-
-                await self._keep(own, after, forget)
-        except ServerError as error:
-            _log.warning("old moves of a model's sessions could not be looked for", model=name, error=error)
-
-    async def _stored(
-        self, own: Versions, *, all_of_them: bool = False
-    ) -> AsyncIterator[tuple[int, int, bool]]:
-        """Versions, epochs and whether they are pinned, of records whose sessions are not in the table; or of all."""
-        if self._others is None:
-            return
-        async for session_id, version, mark in stored(self._others, own):
-            if all_of_them or session_id not in self._table:
-                yield version, 0 if mark is None else mark.epoch, mark is not None and mark.is_pinned
+    Raises:
+        DocumentError: so it is.
+    """
+    for version, model in own.loaded.items():
+        known = told.known.get(version)
+        if known is not None and known.fingerprint != model.program.fingerprint:
+            raise document.DocumentError(
+                f"version {version} of model {own.name!r} must be the file that it is for the servers that share the store: its"
+                f" fingerprint is {model.program.fingerprint[:FINGERPRINT_DIGITS]}, and"
+                f" {known.fingerprint[:FINGERPRINT_DIGITS]} there. Serve another file as another version:"
+                f" {own.name}@{told.highest + 1}=PATH"
+            )
 
 
 def _require_name(name: str) -> None:

@@ -33,6 +33,7 @@ def encode(own: Versions) -> bytes:
     """The document."""
     told = {
         "form": _FORM,
+        "change": own.change,
         "default": own.wanted or own.default,
         "highest": own.highest,
         "labels": own.labels,
@@ -65,6 +66,7 @@ def decode(model: str, content: bytes) -> Versions:
             ),
             known={int(each["version"]): _known(each) for each in told["versions"]},
             highest=int(told["highest"]),
+            change=int(told.get("change", 0)),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DocumentError(

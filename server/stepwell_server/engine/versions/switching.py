@@ -1,0 +1,194 @@
+"""What is in memory when versions change: sessions go to other versions between two turns of the event loop.
+
+Who has made the change, this server or another one on the same store, is the same here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Collection
+
+import numpy as np
+
+from stepwell_server.core.history import How, Way
+from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.intake.paging import Pager
+from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.models import Models, Versions
+from stepwell_server.engine.sessions.ending import Removal
+from stepwell_server.engine.state.model import Model
+from stepwell_server.errors import ServerError, Unavailable
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Goal:
+    """Where sessions go, and how."""
+
+    name: str
+    version: int
+    model: Model | None
+    """None: it is not loaded here; they leave the table, and the store has them."""
+    how: How
+
+
+class Switching:
+    """Moves sessions of the table from version to version. Lives on the event loop."""
+
+    def __init__(
+        self,
+        table: SessionTable,
+        models: Models,
+        pager: Pager,
+        turns: Turns,
+        removal: Removal,
+        *,
+        drain: Callable[[], None],
+    ) -> None:
+        """See the class; `drain` empties the inboxes."""
+        self._table = table
+        self._models = models
+        self._pager = pager
+        self._turns = turns
+        self._removal = removal
+        self._drain = drain
+        self._late: dict[int, tuple[int, _Goal]] = {}
+        """Sessions that leave for another version when their claims end: births, where they go and how."""
+        self._none_late = asyncio.Event()
+
+    @staticmethod
+    def mark(own: Versions, models: Collection[Model] = ()) -> None:
+        """Let records say that their sessions have made all moves: those of some versions."""
+        for model in models:
+            model.epoch = own.history.epoch
+        for version, model in own.loaded.items():
+            model.is_plain = own.version_with(model.program.fingerprint) == version
+
+    async def all_left(self) -> None:
+        """Return when no session is late for a move."""
+        while self._late:
+            self._none_late.clear()
+            await self._none_late.wait()
+
+    def move_default(self, own: Versions, after: Versions, how: How | None) -> int:
+        """Let the default be another, which is loaded, and the sessions in memory that follow it go there, unless `how` is None.
+
+        `after` is what is to be. Returns how many go.
+        """
+        self._drain()  # what came before this is under way on the version where it was sent
+        previous = own.wanted or own.default
+        own.default, own.wanted, own.history = after.default, 0, after.history
+        own.known = after.known
+        moved, source = 0, own.loaded.get(previous)
+        if how is not None and source is not None:
+            moved = self._go(source, self._followers(source), self._goal(own, after.default, how))
+        self.mark(own, [each for v, each in own.loaded.items() if v != previous or not self._late])
+        return moved
+
+    def take_over(self, own: Versions, told: Versions) -> None:
+        """Let all be as another server made it. No session is late for a move.
+
+        What is under way goes on where it began, and is kept only if nobody else has changed its session.
+        """
+        self._drain()
+        since = own.history.epoch
+        own.take(told)
+        going = []
+        for source in own.loaded.values():
+            version, way = own.history.way(source.version, since)
+            if way:
+                going.append((source, self._followers(source), self._goal(own, version, _how(way))))
+        late: set[int] = set()
+        for (
+            source,
+            handles,
+            goal,
+        ) in going:  # all were found before the first went: it may go where others leave
+            before = len(self._late)
+            self._go(source, handles, goal)
+            if len(self._late) > before:
+                late.add(source.version)
+        self.mark(own, [each for v, each in own.loaded.items() if v not in late])
+
+    def follow(self, handles: Handles, source: Model, epoch: int) -> None:
+        """Let sessions make the moves since an epoch, which began on a version then and are in the table only now."""
+        own = self._models.versions(source.name)
+        version, way = own.history.way(source.version, epoch)
+        if not way:
+            return
+        now, source.epoch = source.epoch, epoch  # records that are written here are of that time
+        left = source.left_epoch
+        self._go(source, handles, self._goal(own, version, _how(way)))
+        source.epoch, source.left_epoch = now, left
+
+    def _followers(self, source: Model) -> Handles:
+        """The sessions in memory on a version that follow the default."""
+        table = self._table
+        handles = np.flatnonzero(table.model[: table.end] == source.index)
+        followers: Handles = handles[~table.pinned[handles]]
+        return followers
+
+    @staticmethod
+    def _goal(own: Versions, version: int, how: How) -> _Goal:
+        return _Goal(own.name, version, own.loaded.get(version), how)
+
+    def _go(self, source: Model, handles: Handles, goal: _Goal) -> int:
+        """Let sessions of a version go to another, now or when what is under way has ended; how many they are."""
+        source.left_epoch = source.epoch
+        table, target = self._table, goal.model
+        if target is not None and goal.how is How.CARRY and source.arena is target.arena:
+            # what is under way goes on as it began, and what it makes is a state of the new version too
+            table.model[handles] = target.index
+            return len(handles)
+        busy = table.claimed[handles]
+        self._leave(handles[~busy], goal)
+        for handle in handles[busy].tolist():
+            self._late[handle] = int(table.birth[handle]), goal
+        if self._late:
+            self._turns.leave_when_free = self._leave_late
+        return len(handles)
+
+    def _leave(self, handles: Handles, goal: _Goal) -> None:
+        """Let sessions go to a version: when their states are needed they come as its own."""
+        if goal.model is None:
+            for handle in handles.tolist():
+                self._removal.forget(handle, self._elsewhere(handle, goal))
+            return
+        here = handles[self._table.row[handles] >= 0]
+        if len(here):
+            self._pager.page_out(here)
+        self._table.model[handles] = goal.model.index
+        if goal.how is How.RESET:
+            self._table.position[handles] = 0
+
+    def _leave_late(self, handles: Handles) -> None:
+        """Let those of some sessions go whose claims end now; what waited for them is to be sent again."""
+        for handle in handles.tolist():
+            if (late := self._late.pop(handle, None)) is None:
+                continue
+            birth, goal = late
+            if self._table.birth[handle] != birth:
+                continue
+            session_id = self._table.session_id(handle)
+            self._leave(np.array([handle]), goal)
+            if goal.model is None:
+                continue
+            moved = Unavailable(
+                f"session {session_id!r} went to version {goal.version} of model {goal.name!r} while this waited;"
+                " it was not applied: send it again"
+            )
+            self._turns.close_line(handle, moved)
+        if not self._late:
+            self._turns.leave_when_free = None
+            self._none_late.set()
+
+    def _elsewhere(self, handle: int, goal: _Goal) -> ServerError:
+        return self._models.elsewhere(goal.name, goal.version, self._table.session_id(handle))
+
+
+def _how(way: Way) -> How:
+    """What several moves, one after the other, do to a state."""
+    hows = {move.how for move in way}
+    if How.RESET in hows:
+        return How.RESET
+    return How.MIGRATE if How.MIGRATE in hows else How.CARRY

@@ -1,0 +1,530 @@
+"""Versions over servers that share a store: a change of one is a change of all, and each session goes one way only."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.core.history import Mark
+from stepwell_server.engine.api import Moved, SessionPolicy
+from stepwell_server.engine.state.fields import mark_of
+from stepwell_server.engine.versions import document
+from stepwell_server.errors import (
+    InvalidInput,
+    ModelInUse,
+    ModelMismatch,
+    SpecsDiffer,
+    Unavailable,
+    VersionElsewhere,
+    VersionExists,
+    VersionNotFound,
+)
+from stepwell_server.store.base import Batch
+from stepwell_server.store.record import decode_header
+from support.awaited import RemoteStore
+from support.durable import begun
+from support.engine import Answer, Harness, x
+from support.fake_executor import PLAIN, WAIT_S
+from support.replicas import both_know, serving_two
+from support.versions import WIDE, after, serving, weights, widen
+
+KEEP, CARRY = SessionPolicy.KEEP, SessionPolicy.CARRY
+MIGRATE, RESET = SessionPolicy.MIGRATE, SessionPolicy.RESET
+INITIAL = np.array([[0.5, -0.25]], np.float32)
+BOTH = {"plain@1": PLAIN, "plain@2": weights(2)}
+FIRST, SECOND, THIRD = x(1, seed=1), x(1, seed=2), x(1, seed=3)
+
+pytestmark = pytest.mark.stores("awaited")
+
+
+def two_versions(**options: Any) -> Any:
+    """Both servers have versions 1, the default, and 2."""
+    return serving_two({"plain": PLAIN}, **options)
+
+
+async def load_2(*servers: Harness) -> None:
+    for at in servers:
+        await at.engine.load_version("plain", 2, weights(2), source="2.keras")
+
+
+def hold_commits(store: RemoteStore) -> Any:
+    """Hold commits back; what is returned waits for the next one."""
+    store.commits_held = True
+    return store.until("commit", len(store.asked("commit")) + 1)
+
+
+def told(at: Harness) -> dict[str, Any]:
+    """What the store has of the model."""
+    content = at.store.shared.documents()[document.name_of("plain")]
+    found: dict[str, Any] = json.loads(content)
+    return found
+
+
+def record_of(at: Harness, session_id: str) -> Mark | None:
+    """What the store has of a session's version."""
+    stored = at.store.shared.get(session_id)
+    assert stored is not None
+    return mark_of(decode_header(session_id, stored).fields)
+
+
+async def fails(call: Any, kind: type[Exception], match: str = ".") -> None:
+    with pytest.raises(kind, match=match) as error:
+        await call
+    assert type(error.value) is kind
+
+
+# ------------------------------------------------------------------------------------------------------- what follows
+
+
+@pytest.mark.parametrize("policy", [CARRY, RESET])
+async def test_a_change_of_the_default_is_one_for_all(policy: SessionPolicy) -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await both_know(first, second, "a")
+        assert await first.engine.set_default("plain", 2, policy) == Moved(1, 1)
+        await second.inside.look()
+        assert second.engine.version("plain") == 2
+        info = await second.engine.session_info("a")
+        assert (info.version, info.position) == (2, 0 if policy is RESET else 1)
+        answer = await second.step("a", FIRST)
+        assert answer.version == 2
+        state = after(1, INITIAL, [x(1)])[1] if policy is CARRY else weights(2).initial[0][None]
+        np.testing.assert_array_equal(answer.outputs["y"], after(2, state, [FIRST])[0])
+        assert (await first.step("a", FIRST)).version == 2
+
+
+async def test_the_store_tells_of_changes_at_once() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        second.store.is_told = True
+        await first.engine.set_default("plain", 2, KEEP)
+        for _ in range(50):
+            if second.engine.version("plain") == 2:
+                break
+            await asyncio.sleep(0)
+        assert second.engine.version("plain") == 2
+
+
+async def test_labels_follow_and_a_label_of_what_is_not_here_is_asked_for_elsewhere() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first)
+        await first.engine.set_label("plain", "canary", 2)
+        await second.inside.look()
+        await fails(
+            second.open("a", model="plain:canary"), VersionElsewhere, r"needs version 2 of model 'plain'"
+        )
+        await load_2(second)
+        await second.open("a", model="plain:canary")
+        assert (await second.engine.session_info("a")).version == 2
+        await second.engine.set_label("plain", "canary", 0)
+        await first.inside.look()
+        with pytest.raises(VersionNotFound):
+            first.engine.version("plain:canary")
+
+
+async def test_several_changes_at_once_are_made_in_their_order() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await first.engine.load_version("plain", 3, weights(3))
+        await second.engine.load_version("plain", 3, weights(3))
+        await second.open("a")
+        await second.open("b", model="plain@2")
+        await first.engine.set_default("plain", 2, CARRY)
+        await first.open("c")
+        await second.engine.session_info("c")  # it learns of the first move
+        await first.engine.set_default("plain", 3, RESET)
+        await first.engine.set_default("plain", 1, CARRY)
+        await second.inside.look()
+        versions = {name: (await second.engine.session_info(name)).version for name in "abc"}
+        assert versions == {"a": 1, "b": 2, "c": 1}
+        answer = await second.step("a", FIRST)
+        # anew on 3, which it was on without being used there, and carried on
+        np.testing.assert_array_equal(answer.outputs["y"], after(1, weights(1).initial[0][None], [FIRST])[0])
+
+
+async def test_what_a_session_waits_for_in_a_migration_follows() -> None:
+    async with serving_two({"plain": PLAIN}, migrations={"widen": widen}, threads=True) as (first, second):
+        for at in (first, second):
+            await at.engine.load_version("plain", 2, WIDE)
+        await both_know(first, second, "a")
+        slow = await second.begin_pass("a", FIRST)
+        await first.engine.set_default("plain", 2, MIGRATE, "widen")
+        looking = await begun(second.inside.look())
+        second.hooks.open_gate()
+        assert (await slow.only()).version == 1
+        await asyncio.wait_for(looking, WAIT_S)
+        answer = await second.step("a", SECOND)
+        assert answer.version == 2
+        state = widen({"sum": after(1, INITIAL, [x(1), FIRST])[1]})["wide"]
+        wanted = np.asarray(state) * np.float32(0.5) + np.tile(SECOND, 2) + np.float32(1)
+        np.testing.assert_array_equal(answer.outputs["z"], wanted)
+
+
+# --------------------------------------------------------------------------------------------- who has not heard of it
+
+
+async def test_who_has_not_heard_of_a_change_goes_on_before_it() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await second.open("a")
+        await first.engine.set_default("plain", 2, CARRY)
+        answer = await second.step("a", FIRST)
+        assert answer.version == 1
+        assert record_of(second, "a") is None, "it is of epoch 0, when nobody had moved"
+        later = await first.step("a", SECOND)
+        assert later.version == 2
+        np.testing.assert_array_equal(
+            later.outputs["y"], after(2, after(1, INITIAL, [FIRST])[1], [SECOND])[0]
+        )
+
+
+async def test_a_session_of_a_later_epoch_waits_for_its_document() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await first.open("a")
+        await first.engine.set_default("plain", 2, CARRY)
+        await first.step("a", FIRST)
+        assert record_of(first, "a") == Mark(2, 1, is_pinned=False)
+        answer = await second.step("a", SECOND)
+        assert (answer.version, answer.revision) == (2, 2)
+        assert second.engine.version("plain") == 2
+
+
+async def test_a_copy_of_before_is_never_used_for_what_comes_after() -> None:
+    """It loses its commit, and what the store has then is not made on the version that it knows."""
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await both_know(first, second, "a")
+        await first.engine.set_default("plain", 2, CARRY)
+        await first.step("a", FIRST)
+        await fails(second.step("a", SECOND), VersionElsewhere, "has not heard yet.*send it again")
+        answer = await second.step("a", SECOND)
+        assert (answer.version, answer.revision) == (2, 3)
+        state = after(2, after(1, INITIAL, [x(1)])[1], [FIRST])[1]
+        np.testing.assert_array_equal(answer.outputs["y"], after(2, state, [SECOND])[0])
+
+
+@pytest.mark.parametrize("is_faster", [False, True])
+@pytest.mark.parametrize("policy", [CARRY, RESET])
+async def test_what_is_under_way_while_the_default_moves_elsewhere(
+    policy: SessionPolicy, is_faster: bool
+) -> None:
+    """It is kept as of before if nobody was faster, and else not at all."""
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await both_know(first, second, "a")
+        store: RemoteStore = second.store
+        held = hold_commits(store)
+        slow = second.submit("a", FIRST, expected=1, request_ids=7)
+        await held
+        await first.engine.set_default("plain", 2, policy)
+        if is_faster:
+            await first.step("a", SECOND, expected=1, request_ids=8)
+        looking = await begun(second.inside.look())
+        store.let_go()
+        (answer,) = await slow.all()
+        await asyncio.wait_for(looking, WAIT_S)
+        if is_faster:
+            assert isinstance(answer, Unavailable), answer
+            assert record_of(first, "a") == Mark(2, 1, is_pinned=False)
+            answer = await second.step("a", SECOND, expected=1, request_ids=8)
+            assert (answer.revision, answer.replayed) == (2, True)
+            return
+        assert isinstance(answer, Answer)
+        assert (answer.version, answer.revision) == (1, 2)
+        assert record_of(first, "a") is None
+        again = await first.step("a", FIRST, expected=1, request_ids=7)
+        assert again.replayed
+        np.testing.assert_array_equal(again.outputs["y"], answer.outputs["y"])
+        assert (await second.step("a", SECOND)).version == 2
+
+
+async def test_a_session_that_is_opened_by_who_has_not_heard_moves_as_well() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await first.engine.set_default("plain", 2, CARRY)
+        await second.open("a")
+        assert (await second.engine.session_info("a")).version == 1
+        assert (await first.step("a", FIRST)).version == 2
+
+
+async def test_a_version_that_another_server_has_loaded_since_is_known_when_it_is_met() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first)
+        await first.open("a", model="plain@2")
+        await fails(second.step("a", FIRST), VersionElsewhere, "session 'a' is on version 2 of model 'plain'")
+        await load_2(second)
+        assert (await second.step("a", FIRST)).version == 2
+
+
+async def test_where_the_store_cannot_be_asked_for_a_change_nothing_is_judged_by_the_old_one() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await first.open("a")
+        await first.engine.set_default("plain", 2, CARRY)
+        await first.step("a", FIRST)
+        second.store.documents_error = Unavailable("the store is away")
+        await fails(second.step("a", SECOND), Unavailable, "the store is away")
+        second.store.documents_error = None
+        assert (await second.step("a", SECOND)).version == 2
+
+
+# ------------------------------------------------------------------------------------------------- what is not loaded
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+async def test_sessions_of_a_version_that_is_not_here_wait_for_it(is_used: bool) -> None:
+    async with two_versions() as (first, second):
+        await load_2(first)
+        await both_know(first, second, "a", "b")
+        await first.engine.set_default("plain", 2, CARRY)
+        if is_used:
+            await first.step("a", FIRST)
+        await second.inside.look()
+        for _ in range(2):
+            await fails(
+                second.step("a", FIRST), VersionElsewhere, "another server on the same store may have it"
+            )
+        await fails(second.state("b"), VersionElsewhere, "session 'b' is on version 2 of model 'plain'")
+        await fails(second.open("new"), VersionElsewhere, "the call needs version 2 of model 'plain'")
+        own = second.engine.catalogue()["plain"]
+        assert (own.default, own.wanted) == (1, 2)
+        await second.open("pinned", model="plain@1")
+        await load_2(second)
+        answer = await second.step("a", SECOND)
+        assert (answer.version, answer.revision) == (2, 3 if is_used else 2)
+        await second.open("new")
+        assert (await second.engine.session_info("new")).version == 2
+
+
+async def test_what_is_under_way_when_the_sessions_leave_for_what_is_not_here() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first)
+        await both_know(first, second, "a")
+        store: RemoteStore = second.store
+        held = hold_commits(store)
+        slow = second.submit("a", FIRST)
+        await held
+        behind = second.submit("a", SECOND)
+        await first.engine.set_default("plain", 2, CARRY)
+        await second.inside.look()
+        store.let_go()
+        assert (await slow.only()).version == 1
+        await fails(behind.only(), VersionElsewhere)
+        await second.settled()
+        assert second.inside.loaded() == []
+        assert (await first.step("a", SECOND)).revision == 3
+
+
+# ------------------------------------------------------------------------------------------------- two change at once
+
+
+async def test_the_same_file_is_loaded_by_each() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        assert [each["version"] for each in told(first)["versions"]] == [1, 2]
+        await fails(first.engine.load_version("plain", 2, weights(2)), VersionExists, "2 is loaded")
+
+
+async def test_a_number_is_one_file() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first)
+        before = told(first)
+        await fails(
+            second.engine.load_version("plain", 2, weights(3)),
+            VersionExists,
+            "2 is another file on the servers that share the store: load it as 3",
+        )
+        assert told(first) == before
+        assert [model.version for model in second.inside.models] == [1]
+        assert second.engine.next_version("plain") == 3
+        await second.engine.load_version("plain", 3, weights(3))
+
+
+async def test_of_two_that_load_other_files_under_one_number_one_is_refused() -> None:
+    async with two_versions() as (first, second):
+        held = hold_commits(second.store)
+        slow = await begun(second.engine.load_version("plain", 2, weights(3)))
+        await held
+        await load_2(first)
+        second.store.let_go()
+        await fails(slow, VersionExists, "another file")
+        await second.open("a", model="plain@1")
+
+
+async def test_two_make_the_same_version_the_default() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await both_know(first, second, "a")
+        held = hold_commits(second.store)
+        slow = await begun(second.engine.set_default("plain", 2, CARRY))
+        await held
+        assert await first.engine.set_default("plain", 2, CARRY) == Moved(1, 1)
+        second.store.let_go()
+        assert (await slow).sessions <= 1
+        assert told(first)["epoch"] == 1, "it is one move"
+        assert await second.engine.set_default("plain", 2, CARRY) == Moved(2, 0)
+
+
+async def test_a_change_is_judged_again_by_what_others_made() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        for at in (first, second):
+            await at.engine.load_version("plain", 3, WIDE)
+        await second.open("a")
+        held = hold_commits(second.store)
+        slow = await begun(second.engine.set_default("plain", 2, CARRY))
+        await held
+        await first.engine.set_default("plain", 3, RESET)
+        second.store.let_go()
+        await fails(slow, SpecsDiffer, "from version 3 of model 'plain' to 2")
+        assert second.engine.version("plain") == 3
+        assert (await second.step("a", x(1))).version == 3
+
+
+async def test_who_asks_for_a_default_that_it_only_thinks_is_there_makes_it() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await first.engine.set_default("plain", 2, CARRY)
+        assert await second.engine.set_default("plain", 1, CARRY) == Moved(2, 0)
+        await first.inside.look()
+        assert first.engine.version("plain") == 1
+
+
+async def test_changes_that_are_always_too_late_are_given_up() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        store: RemoteStore = second.store
+        tries, before = 0, len(store.asked("commit"))
+        store.commits_held = True
+        labelling = await begun(second.engine.set_label("plain", "canary", 2))
+        while not labelling.done():
+            asked = asyncio.ensure_future(store.until("commit", before + tries + 1))
+            await asyncio.wait({asked, labelling}, return_when=asyncio.FIRST_COMPLETED)
+            asked.cancel()
+            tries += 1
+            await first.engine.set_label("plain", f"other-{tries}", 1)
+            store.let_go_once()
+        await fails(labelling, Unavailable, "being changed by other servers again and again")
+        assert 1 < tries < 50
+        assert "canary" not in told(first)["labels"]
+
+
+async def test_a_write_whose_answer_is_lost_is_looked_for() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        first.store.answer_lost = Unavailable("the connection broke")
+        assert await first.engine.set_default("plain", 2, CARRY) == Moved(1, 0)
+        assert first.engine.version("plain") == told(first)["default"] == 2
+        first.store.commit_error = Unavailable("the store is away")
+        await fails(first.engine.set_default("plain", 1, CARRY), Unavailable, "away")
+        assert first.engine.version("plain") == told(first)["default"] == 2
+
+
+# ---------------------------------------------------------------------------------------------------- begin and end
+
+
+async def test_the_first_to_come_says_the_default() -> None:
+    async with serving_two({"plain": PLAIN}, BOTH) as (first, second):
+        assert second.engine.version("plain") == 1
+        assert (told(first)["default"], told(first)["highest"]) == (1, 2)
+        await second.open("a", model="plain@2")
+        await fails(first.step("a", x(1)), VersionElsewhere)
+
+
+async def test_a_server_whose_file_is_another_does_not_start() -> None:
+    async with two_versions() as (first, _):
+        store = first.store.replica()
+        with pytest.raises(
+            document.DocumentError, match=r"version 1 of model 'plain' must be the file .*plain@2=PATH"
+        ):
+            async with serving({"plain": weights(2)}, store=store):
+                raise AssertionError("it started")
+
+
+async def test_a_server_that_ends_a_version_ends_it_for_itself() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await first.engine.set_label("plain", "canary", 2)
+        await second.inside.look()
+        await first.engine.unload_version("plain", 1, force=True)
+        await second.inside.look()
+        assert second.engine.version("plain") == 1
+        assert second.engine.version("plain:canary") == 2
+        await second.open("a")
+        await fails(first.step("a", x(1)), VersionElsewhere)
+        await first.engine.load_version("plain", 1, PLAIN)
+        assert (await first.step("a", x(1))).version == 1
+        assert not first.engine.catalogue()["plain"].wanted
+
+
+async def test_a_version_with_sessions_elsewhere_is_in_use() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await second.open("a", model="plain@2")
+        await fails(first.engine.unload_version("plain", 2), ModelInUse, "it has 1")
+        await both_know(first, second, "b")
+        await second.engine.close_session("a")
+        await first.engine.unload_version("plain", 2)
+
+
+# ------------------------------------------------------------------------------------- a store that has lost something
+
+
+async def lose(at: Harness, content: dict[str, Any] | None) -> None:
+    kept = None if content is None else json.dumps(content).encode()
+    at.store.shared.commit(Batch(documents=[(document.name_of("plain"), kept)]))
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+async def test_a_change_that_the_store_has_lost_is_written_again(is_gone: bool) -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await second.inside.look()
+        before, change = told(first), second.engine.catalogue()["plain"].change
+        await first.engine.set_default("plain", 2, CARRY)
+        await lose(first, None if is_gone else before)
+        assert change < first.engine.catalogue()["plain"].change
+        await first.inside.look()
+        assert told(first)["default"] == 2
+        await second.inside.look()
+        assert second.engine.version("plain") == 2
+
+
+async def test_sessions_of_a_move_that_nobody_knows_any_more_stay_and_follow_the_next() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await second.inside.look()
+        before = told(first)
+        await first.open("a", "b")
+        await first.engine.set_default("plain", 2, CARRY)
+        await first.step("a", FIRST)
+        await lose(first, before)  # and the server that knew it is gone
+        answer = await second.step("a", SECOND)
+        assert (answer.version, answer.revision) == (2, 2)
+        assert (await second.step("b", FIRST)).version == 1
+        assert told(second)["epoch"] == 1
+        await second.engine.set_default("plain", 2, CARRY)
+        assert (await second.step("b", SECOND)).version == 2
+        await second.engine.set_default("plain", 1, CARRY)
+        assert (await second.step("a", THIRD)).version == 1
+
+
+async def test_a_record_of_no_version_that_ever_was_is_refused_for_good() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first)
+        await first.open("a", model="plain@2")
+        await lose(first, None)
+        await fails(second.step("a", x(1)), ModelMismatch)
+
+
+async def test_a_document_of_a_later_server_is_not_followed() -> None:
+    async with two_versions() as (first, second):
+        await lose(first, told(first) | {"form": 2})
+        await fails(second.engine.set_label("plain", "canary", 1), Unavailable, "a later server wrote it")
+        await fails(second.engine.set_label("plain", "", 1), InvalidInput)
+        assert (await second.engine.open_session("plain")).session.version == 1
