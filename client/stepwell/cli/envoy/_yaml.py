@@ -58,7 +58,8 @@ def _scalar(value: Value) -> str:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, float):
-        return format(Decimal(repr(value)), "f")  # YAML 1.1 takes 1e-05 as a string
+        text = format(Decimal(repr(value)), "f")  # YAML 1.1 takes 1e-05 as a string
+        return text if "." in text else f"{text}.0"
     if isinstance(value, str):
         is_plain = _PLAIN.fullmatch(value) and value.lower() not in _WORDS
         return value if is_plain else '"' + "".join(map(_character, value)) + '"'
