@@ -25,6 +25,7 @@ from stepwell_server.store.base import (
     Unused,
 )
 from stepwell_server.store.heads import Heads, heads_of
+from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Header, Stored, decode_header
 from support.clock import ManualClock
 from support.fake_executor import WAIT_S
@@ -92,6 +93,11 @@ class RemoteStore(Store):
         self._under_way = 0
         self._gates: list[tuple[str, asyncio.Future[None]]] = []
         self._came = asyncio.Event()
+
+    @classmethod
+    def of_memory(cls) -> RemoteStore:
+        """A new one."""
+        return cls(MemoryStore())
 
     def replica(self) -> RemoteStore:
         """The same store as another server sees it."""
@@ -354,11 +360,16 @@ class RemoteStore(Store):
         return heads
 
     async def count(self) -> int:
-        await asyncio.sleep(0)
+        await self._count("")
         return self.shared.count()
 
+    async def _count(self, name: str) -> None:
+        await self._pass("count", [name], held=self.reads_held)
+        if self.read_error is not None:
+            raise type(self.read_error)(*self.read_error.args)
+
     async def count_of(self, model: str) -> int:
-        await asyncio.sleep(0)
+        await self._count(model)
         return self.shared.count_of(model)
 
     async def documents(self, prefix: str = "") -> dict[str, bytes]:

@@ -9,8 +9,35 @@ from typing import Any
 from stepwell_server.program import Program
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
+from support.clock import ManualClock
 from support.engine import Harness, running, x
 from support.versions import serving
+
+
+class Times:
+    """The clocks of two servers and of their store, which say quite different times."""
+
+    def __init__(self) -> None:
+        self.store = ManualClock()
+        self.first = ManualClock(5.0, self.store.now() - 7 * 3600.0)
+        self.second = ManualClock(9e6, self.store.now() + 9 * 3600.0)
+
+    def advance(self, seconds: float) -> None:
+        """Time goes on."""
+        for clock in (self.store, self.first, self.second):
+            clock.advance(seconds)
+
+
+@asynccontextmanager
+async def two_in_time(**options: Any) -> AsyncIterator[tuple[Harness, Harness, Times]]:
+    """Two servers with clocks of their own."""
+    times = Times()
+    store = RemoteStore(MemoryStore(), times.store)
+    async with (
+        running(store=store, clock=times.first, **options) as first,
+        running(store=store.replica(), clock=times.second, **options) as second,
+    ):
+        yield first, second, times
 
 
 @asynccontextmanager

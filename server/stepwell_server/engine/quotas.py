@@ -2,6 +2,9 @@
 
 Sessions and rows are the tenant's that the session's id says. Steps and bytes are those of the tenant, and of the caller,
 that asks. A step that is sent again is charged again: it was refused or it was served.
+
+Where others use the store, sessions and rows are those of all servers together; steps and bytes are counted by each for
+itself.
 """
 
 from __future__ import annotations
@@ -18,14 +21,19 @@ from stepwell_server.core.callers import Caller
 from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.quotas import Buckets, Limits, QuotaTable, TokenBucket
 from stepwell_server.engine.change import Change
+from stepwell_server.engine.shared_counts import SharedCounts
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import InvalidInput, QuotaExceeded, ServerError
+from stepwell_server.logs import Log
 from stepwell_server.store.base import Store
 
 #: Nobody knows when a session ends.
 _SESSIONS_AGAIN_S, _BYTES_AGAIN_S = 1.0, 0.05
+#: So often it is asked what tenants have in a store that others use, for people who look at it, in seconds.
+_LOOK_S = 15.0
 #: Records that are counted before others get a turn.
 _AT_ONCE = 2000
+_log = Log("engine.quotas")
 QUOTAS = ("sessions", "rows", "steps_per_second", "bytes_in_flight", "models")
 OTHER = "other"
 """The label of tenants that have none of their own."""
@@ -58,6 +66,8 @@ class Quotas:
         self._bytes: Counter[str] = Counter()
         self._sessions: Counter[str] = Counter()
         self._rows: Counter[str] = Counter()
+        self._shared: SharedCounts | None = None
+        """Who knows sessions and rows, where others use the store."""
         self._steps: Counter[str] = Counter()
         self._refused: Counter[tuple[str, str]] = Counter()
         self.use(table)
@@ -69,7 +79,11 @@ class Quotas:
             self._label(tenant)
 
     async def count(self, store: Store) -> None:
-        """Count the sessions that a store has, at the start."""
+        """Count the sessions that a store has, at the start; one that others use counts them by itself."""
+        if store.local is None:
+            self._shared = SharedCounts(store, self._clock)
+            await self._shared.refresh_all(self._table.tenants)
+            return
         after = ""
         while len(heads := await store.heads(after=after, limit=_AT_ONCE)):
             ids = [str(key, "utf-8", "replace") for key in heads.keys]
@@ -90,19 +104,15 @@ class Quotas:
         """
         tenant, count = tenant_of(session_ids[0]), len(session_ids)
         limits = self._table.of_tenant(tenant)
-        self._require_room(tenant, "sessions", limits.sessions, self._sessions[tenant], count)
-        self._require_room(tenant, "rows", limits.rows, self._rows[tenant], count * rows)
-        self._sessions[tenant] += count
-        self._rows[tenant] += count * rows
+        there, rows_there = self._of(tenant)
+        self._require_room(tenant, "sessions", limits.sessions, there, count)
+        self._require_room(tenant, "rows", limits.rows, rows_there, count * rows)
+        self._change(tenant, count, count * rows)
 
     def end(self, sessions: Iterable[tuple[str, int]]) -> None:
         """Sessions have ended for good: their ids and rows."""
         for session_id, rows in sessions:
-            tenant = tenant_of(session_id)
-            self._sessions[tenant] -= 1
-            self._rows[tenant] -= rows
-            if not self._sessions[tenant]:
-                del self._sessions[tenant], self._rows[tenant]
+            self._change(tenant_of(session_id), -1, -rows)
 
     def change_rows(self, session_id: str, more: int) -> None:
         """A session is to have so many rows more, or has less.
@@ -112,8 +122,45 @@ class Quotas:
         """
         tenant = tenant_of(session_id)
         if more > 0:
-            self._require_room(tenant, "rows", self._table.of_tenant(tenant).rows, self._rows[tenant], more)
-        self._rows[tenant] += more
+            self._require_room(tenant, "rows", self._table.of_tenant(tenant).rows, self._of(tenant)[1], more)
+        self._change(tenant, 0, more)
+
+    async def refresh(self, session_ids: Iterable[str]) -> None:
+        """Know what tenants have who are about to begin sessions, where others use the store.
+
+        Raises:
+            Unavailable: it cannot be asked now.
+        """
+        if self._shared is None:
+            return
+        for tenant in {tenant_of(session_id) for session_id in session_ids}:
+            limits = self._table.of_tenant(tenant)
+            if limits.sessions is not None or limits.rows is not None:
+                await self._shared.refresh(tenant)
+
+    async def run(self) -> None:
+        """Know what tenants have for people who look at it, until cancelled."""
+        while (shared := self._shared) is not None:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                await shared.refresh_all([*{*self._labels.values(), *self._table.tenants}])
+            except ServerError as error:
+                _log.warning("the store could not be asked what tenants have", error=error)
+
+    def _of(self, tenant: str) -> tuple[int, int]:
+        """Sessions and rows of a tenant."""
+        if self._shared is not None:
+            return self._shared.of(tenant)
+        return self._sessions[tenant], self._rows[tenant]
+
+    def _change(self, tenant: str, sessions: int, rows: int) -> None:
+        if self._shared is not None:
+            self._shared.change(tenant, sessions, rows)
+            return
+        self._sessions[tenant] += sessions
+        self._rows[tenant] += rows
+        if not self._sessions[tenant]:
+            del self._sessions[tenant], self._rows[tenant]
 
     def require_model(self, tenant: str, has: int) -> None:
         """Refuse one more version of a model to a tenant whose admins have loaded so many.
@@ -236,9 +283,9 @@ class Quotas:
         """What there is and was, by label."""
         sessions: Counter[str] = Counter()
         rows: Counter[str] = Counter()
-        for tenant, count in self._sessions.items():
+        for tenant, (count, own_rows) in self.tenants().items():
             sessions[self._label(tenant)] += count
-            rows[self._label(tenant)] += self._rows[tenant]
+            rows[self._label(tenant)] += own_rows
         labels = self._labels.values()
         for label in labels:
             sessions[label] += 0
@@ -248,7 +295,10 @@ class Quotas:
         return TenantCounts(sessions, rows, steps, refused)
 
     def tenants(self) -> Mapping[str, tuple[int, int]]:
-        """Sessions and rows of each tenant that has some."""
+        """Sessions and rows of each tenant that has some; where others use the store, of those that are known here."""
+        if self._shared is not None:
+            known = {tenant: self._shared.of(tenant) for tenant in self._shared.tenants()}
+            return {tenant: has for tenant, has in known.items() if has[0]}
         return {tenant: (count, self._rows[tenant]) for tenant, count in self._sessions.items()}
 
     def _label(self, tenant: str) -> str:

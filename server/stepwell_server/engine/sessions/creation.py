@@ -136,7 +136,13 @@ class Creation:
         return not self._removal.opening.keys().isdisjoint(session_ids)
 
     async def all_settled(self, session_ids: Sequence[str]) -> None:
-        """Return when nobody is making sessions of these ids."""
+        """Return when nobody is making sessions of these ids, and it is known what their tenants have.
+
+        Raises:
+            Unavailable: that cannot be asked now.
+        """
+        if self._quotas is not None:
+            await self._quotas.refresh(session_ids)
         await self._removal.all_made(session_ids)
 
     @staticmethod

@@ -1,0 +1,116 @@
+"""Two servers on one store: sessions and rows of a tenant are limited over both."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from stepwell_server.core.namespaces import SEPARATOR
+from stepwell_server.core.quotas import Limits, QuotaTable
+from stepwell_server.errors import QuotaExceeded, Unavailable
+from support.awaited import RemoteStore
+from support.durable import begun
+from support.engine import Harness, running
+from support.replicas import two_in_time
+
+pytestmark = pytest.mark.stores("awaited")
+ACME = f"acme{SEPARATOR}"
+FIVE = QuotaTable(tenants={"acme": Limits(sessions=5, rows=12)})
+
+
+async def make(at: Harness, count: int, rows: int = 1, name: str = ACME) -> list[str]:
+    opened = await at.engine.open_sessions("plain", count=count, batch_size=rows, namespace=name)
+    return list(opened.session_ids)
+
+
+def known(at: Harness) -> tuple[int, int]:
+    assert at.quotas is not None
+    return at.quotas.tenants()["acme"]
+
+
+async def test_a_limit_holds_for_what_all_servers_have_made() -> None:
+    async with two_in_time(quotas=FIVE) as (first, second, times):
+        names = await make(first, 3)
+        times.advance(1.0)
+        with pytest.raises(
+            QuotaExceeded, match="sessions of tenant 'acme' must stay within 5; there are 3, and 3"
+        ):
+            await make(second, 3)
+        names += await make(second, 2)
+        times.advance(1.0)
+        for at in (first, second):
+            with pytest.raises(QuotaExceeded, match="there are 5, and 1 came"):
+                await make(at, 1)
+        await make(first, 8, name="other" + SEPARATOR)
+        # those that one has closed may be made on the other, and at once where they were closed
+        assert await first.engine.close_sessions(names[2:4]) == 2
+        await make(first, 1)
+        times.advance(1.0)
+        await make(second, 1)
+        assert known(second)[0] == 5
+        with pytest.raises(QuotaExceeded, match="there are 5, and 1 came"):
+            await make(first, 1)
+
+
+async def test_rows_are_counted_by_the_store() -> None:
+    async with two_in_time(quotas=FIVE) as (first, second, times):
+        await make(first, 2, rows=5)
+        times.advance(1.0)
+        with pytest.raises(
+            QuotaExceeded, match="rows of tenant 'acme' must stay within 12; there are 10, and 4 came"
+        ):
+            await make(second, 2, rows=2)
+        (name,) = await make(second, 1, rows=2)
+        assert known(second) == (3, 12)
+        await second.engine.close_session(name)
+        assert known(second) == (2, 10)
+        times.advance(1.0)
+        await make(first, 1, rows=2)
+        assert known(first) == (3, 12)
+
+
+async def test_sessions_that_expire_are_given_back_whoever_ends_them() -> None:
+    async with two_in_time(quotas=FIVE, max_session_idle_s=100.0) as (first, second, times):
+        await make(first, 5)
+        times.advance(101.0)
+        assert await second.engine.expire_idle() == 5
+        await make(first, 5)
+
+
+async def test_what_was_made_before_the_start_counts_and_nothing_is_looked_through() -> None:
+    async with running(store=RemoteStore.of_memory()) as at:
+        await make(at, 4)
+        store: RemoteStore = at.store.replica()
+        async with running(store=store, clock=at.clock, quotas=FIVE) as later:
+            with pytest.raises(QuotaExceeded, match="there are 4, and 2 came"):
+                await make(later, 2)
+
+
+async def test_the_store_is_asked_once_a_second_and_for_tenants_with_limits() -> None:
+    async with two_in_time(quotas=FIVE) as (first, _, times):
+        store: RemoteStore = first.store
+        before = len(store.asked("count"))
+        for _ in range(3):
+            await asyncio.gather(
+                *[make(first, 1, name=ACME) for _ in range(1)], make(first, 5, name="b" + SEPARATOR)
+            )
+        assert len(store.asked("count")) - before <= 2
+        times.advance(1.0)
+        await asyncio.gather(*[make(first, 1) for _ in range(2)])
+        assert len(store.asked("count")) - before <= 4
+
+
+async def test_nobody_gets_more_while_the_store_cannot_be_asked() -> None:
+    async with two_in_time(quotas=FIVE) as (first, _, times):
+        times.advance(2.0)
+        store: RemoteStore = first.store
+        store.read_error = Unavailable("away")
+        with pytest.raises(Unavailable, match="away"):
+            await make(first, 1)
+        store.read_error = None
+        store.reads_held = True
+        opening = [await begun(make(first, 1)) for _ in range(3)]
+        store.let_go()
+        await asyncio.gather(*opening)
+        assert known(first)[0] == 3
