@@ -19,6 +19,7 @@ from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.passes.runner import Runner
 from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.sessions.leaving import Leaving
+from stepwell_server.engine.sessions.using import Usage
 from stepwell_server.engine.state.model import Model
 
 
@@ -43,7 +44,7 @@ class Inside:
 
     @property
     def expiry(self) -> Expiry:
-        return self._engine._expiry
+        return self._engine._lifetimes.expiry
 
     @property
     def leases(self) -> Leases:
@@ -52,7 +53,12 @@ class Inside:
     @property
     def leaving(self) -> Leaving:
         """What ends sessions whose client is gone."""
-        return self._engine._leaving
+        return self._engine._lifetimes.leaving
+
+    @property
+    def usage(self) -> Usage:
+        """What tells a shared store of use."""
+        return self._engine._lifetimes.usage
 
     @property
     def removal(self) -> Removal:

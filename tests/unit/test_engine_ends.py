@@ -15,6 +15,7 @@ from support.lives import blocked, gone
 from support.model_of_sessions import initial
 
 
+@pytest.mark.stores("memory", "async", "sync")
 async def test_many_idle_sessions_expire_a_few_at_a_time() -> None:
     async with running(max_session_idle_s=60) as at:
         await at.open(*[f"s{i}" for i in range(10)])

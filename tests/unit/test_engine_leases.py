@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -13,15 +12,13 @@ from stepwell_server.errors import InvalidInput, SessionExpired
 from stepwell_server.store.base import Batch, End
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import LEASE, pack_fields, unpack_fields
-from support.awaited import RemoteStore
 from support.durable import Disk, begun
 from support.engine import Harness, running, x
-from support.fake_executor import WAIT_S
 from support.records import decode
 
 ONE, TWO = 11, 2**64 - 1
 LEASE_60 = (ONE, 60_000)
-# where others use the store, nobody can tell whether a client is gone
+# where others use the store, it knows of clients: test_engine_replicas_leases
 OWN = pytest.mark.stores("memory", "async", "sync")
 
 
@@ -80,8 +77,8 @@ async def test_a_client_is_there_while_it_says_so_and_while_its_sessions_are_use
         )
         for _ in range(5):
             at.clock.advance(50.0)
-            at.engine.renew_lease(ONE)
-            at.engine.renew_lease(77)  # nobody's
+            await at.engine.renew_lease(ONE)
+            await at.engine.renew_lease(77)  # nobody's
             await at.step(stepped, x(1))
             await at.state(claimed)
             assert await at.engine.end_leases() == 0
@@ -98,7 +95,7 @@ async def test_a_client_is_there_while_it_says_so_and_while_its_sessions_are_use
         assert await at.engine.end_leases() == 1
         del told
         with pytest.raises(InvalidInput, match="client_id must be random and not 0; got 0"):
-            at.engine.renew_lease(0)
+            await at.engine.renew_lease(0)
 
 
 @OWN
@@ -111,7 +108,7 @@ async def test_many_clients_come_and_go_and_nothing_is_left_of_them() -> None:
                 )
             at.clock.advance(30.0)
             for client in range(1, 100):
-                at.engine.renew_lease(client + turn * 50)
+                await at.engine.renew_lease(client + turn * 50)
             at.clock.advance(31.0)
             gone = await at.engine.end_leases()
             assert gone == sum(1 + client % 3 for client in range(100, 200))
@@ -164,7 +161,7 @@ async def test_a_restart_begins_the_time_anew_and_keeps_the_lease(disk: Disk) ->
     async with disk.engine() as at:
         assert await at.engine.end_leases() == 0
         await at.step(group[3], x(1))  # in the table from here on
-        at.engine.renew_lease(TWO)
+        await at.engine.renew_lease(TWO)
         at.clock.advance(59.0)
         assert await at.engine.end_leases() == 0
         at.clock.advance(1.5)
@@ -213,12 +210,3 @@ async def test_a_session_is_not_ended_that_is_used_while_others_are() -> None:
         assert await ending == 1199
         await at.settled()
         assert await ids(at) == {group[-1]}
-
-
-async def test_where_others_use_the_store_nobody_ends_sessions() -> None:
-    store = RemoteStore(MemoryStore())
-    async with running(store=store) as at:
-        name = await unnamed(at)
-        at.clock.advance(1000.0)
-        await asyncio.wait_for(at.inside.leaving.run(), WAIT_S)  # it ends at once
-        assert (await at.engine.session_info(name)).lease_s == 60.0

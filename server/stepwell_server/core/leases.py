@@ -87,6 +87,20 @@ class Leases:
         """How long a client may be gone; 0 for no lease."""
         return float(self._duration_s[number]) if number else 0.0
 
+    def durations_s(self, numbers: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+        """As `duration_s` of many, but infinity for no lease."""
+        return np.where(numbers > 0, self._duration_s[numbers], np.inf)
+
+    def of_client_s(self, client: int) -> float:
+        """How long a client may be gone before the first of its sessions ends; 0: none of its leases is known."""
+        return min((float(self._duration_s[number]) for number in self._clients.get(client, ())), default=0.0)
+
+    @property
+    def shortest_s(self) -> float:
+        """The shortest time that a client may be gone; infinity if there are no leases."""
+        used = self._check_at < np.inf
+        return float(self._duration_s[used].min()) if used.any() else math.inf
+
     def renew(self, client: int, now: float) -> None:
         """A client is there."""
         self._heard.put(client, now)

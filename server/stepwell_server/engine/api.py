@@ -145,6 +145,25 @@ class ModelInfo:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class ModelStats:
+    """What a model has and does now."""
+
+    name: str
+    sessions: int
+    resident_rows: int
+    max_resident_rows: int
+    queued_rows: int
+    """Rows and changes that wait for a pass or for their session."""
+    max_queued_rows: int
+    """With more of them changes are refused."""
+    max_pass_rows: int
+    queued_bytes: int
+    """Bytes of inputs that wait, over all models."""
+    uncommitted: int = 0
+    """Sessions whose changes wait for the store, over all models."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Opened:
     """Answer to opening or forking."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,7 +11,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.leases import Leases
 from stepwell_server.core.model_names import ModelRef, parse_reference
 from stepwell_server.core.sessions import SessionTable
-from stepwell_server.engine.api import ModelInfo, Observer, StateRead, StatesRead
+from stepwell_server.engine.api import ModelInfo, ModelStats, Observer, StateRead, StatesRead
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.endings import Endings
@@ -36,9 +35,9 @@ from stepwell_server.engine.sessions.catalogue import Catalogue
 from stepwell_server.engine.sessions.closing import Closing
 from stepwell_server.engine.sessions.creation import Creation
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ending import Expiry, Removal
+from stepwell_server.engine.sessions.ending import Removal
 from stepwell_server.engine.sessions.forking import Forking
-from stepwell_server.engine.sessions.leaving import Leaving
+from stepwell_server.engine.sessions.lifetimes import Lifetimes
 from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Arrivals, Loader
 from stepwell_server.engine.sessions.matching import Matching
@@ -59,25 +58,6 @@ from stepwell_server.program import Program
 from stepwell_server.store.base import Store
 
 __all__ = ["Engine", "ModelStats", "OpenedMany"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ModelStats:
-    """What a model has and does now."""
-
-    name: str
-    sessions: int
-    resident_rows: int
-    max_resident_rows: int
-    queued_rows: int
-    """Rows and changes that wait for a pass or for their session."""
-    max_queued_rows: int
-    """With more of them changes are refused."""
-    max_pass_rows: int
-    queued_bytes: int
-    """Bytes of inputs that wait, over all models."""
-    uncommitted: int = 0
-    """Sessions whose changes wait for the store, over all models."""
 
 
 class Engine:
@@ -143,9 +123,11 @@ class Engine:
         self._row_queue = row_queue
         self._held = Held()
         self._removal = removal = Removal(table, self._models, self._turns, observer)
-        self._expiry = Expiry(
+        self._lifetimes = lifetimes = Lifetimes(
             table,
             removal,
+            leases,
+            store,
             keeping.others,
             self._group,
             endings,
@@ -154,17 +136,20 @@ class Engine:
             observer=observer,
             max_idle_s=max_session_idle_s,
         )
+        self._expiry = lifetimes.expiry
         loader = Loader(table, self._models, self._expiry, fields)
         pieces = Pieces(self._loop_turns)
         self._arrivals = Arrivals(
             table,
             fetcher,
             self._expiry,
+            lifetimes.overdue,
             removal,
             loader,
             pieces,
             self._drain_inboxes,
             lambda h: self._changing.following.catch_up(h),  # noqa: PLW0108 - made below
+            clock,
         )
         self._directory = Directory(
             table,
@@ -219,6 +204,8 @@ class Engine:
             drain=self._drain_inboxes,
             require_open=self._require_open,
             leases=leases,
+            usage=lifetimes.usage,
+            clients=lifetimes.clients,
             clock=clock,
             observer=observer,
         )
@@ -228,7 +215,7 @@ class Engine:
         """Open many sessions, all of them or none: see `Opening.open_many`."""
         self.fork = opening.fork
         """Open a session with the state, revision and position of another: see `Opening.fork`."""
-        self._reading = Reading(table, self._directory, self._turns, pager, clock=clock)
+        self._reading = Reading(table, self._directory, self._turns, pager, lifetimes.usage, clock=clock)
         self.fork_sessions = Forking(
             self._directory,
             opening,
@@ -269,6 +256,7 @@ class Engine:
             self._group,
             store,
             keeping.others,
+            overdue=lifetimes.overdue,
             removal=removal,
             clock=clock,
             observer=observer,
@@ -279,10 +267,11 @@ class Engine:
         """The records of sessions that fit a filter, page by page: see `Moving.export_page`."""
         self.import_sessions = moving.bring
         """Make sessions of records, each by itself: see `Moving.bring`."""
-        self._leaving = Leaving(leases, self._expiry, keeping.others, clock=clock)
-        self.renew_lease = self._leaving.renew
-        """Hear that a client is there: see `Leaving.renew`."""
-        self.end_leases = self._leaving.end_due
+        self.renew_lease = lifetimes.clients.renew
+        """Hear that a client is there: see `Clients.renew`."""
+        self.expire_idle = lifetimes.end_idle
+        """End the sessions that nobody has used for too long; return how many. The timer does it by itself."""
+        self.end_leases = lifetimes.end_left
         """End the sessions whose client has been gone for too long; return how many. The timer does it by itself."""
         self._serving = Serving(
             table,
@@ -364,7 +353,6 @@ class Engine:
         """Run a model without a session: see `Prediction.predict`."""
         for name in sorted(programs):
             self._changing.begin_with(parse_reference(name), programs[name])
-        self._timers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Know what the store has of versions, and run each program once, so that the first callers do not pay for it.
@@ -375,8 +363,7 @@ class Engine:
         await self._changing.restore()
         for model in self._models:
             await self._serving.warm_up(model)
-        for each in (self._expiry, self._leaving, self._changing.following):
-            self._timers.append(asyncio.create_task(each.run()))
+        self._lifetimes.start(self._changing.following.run)
 
     def explain_absence(self, absent: Callable[[ModelRef], ServerError | None]) -> None:
         """Ask from now on why a model, or a version of one, is not loaded; what is returned is raised. None: nobody knows it."""
@@ -553,9 +540,8 @@ class Engine:
         Returns:
             False if the store did not come back from a commit in time: it must not be used any more then.
         """
-        for timer in self._timers:
-            timer.cancel()
         self._changing.following.close()
+        self._lifetimes.close()
         self._catalogue.close()
         self._threads.close()
         if not self._is_local:
@@ -574,10 +560,6 @@ class Engine:
             or not (self._pager.is_idle and self._group.is_idle)
             or any(loop.busy for loop in self._loops.values())
         )
-
-    async def expire_idle(self) -> int:
-        """Delete the sessions that have been idle for too long; return how many. The timer does it by itself."""
-        return await self._expiry.expire_idle()
 
     def _ring_all(self) -> None:
         for model in self._models:

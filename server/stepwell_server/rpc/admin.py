@@ -184,7 +184,7 @@ class Administration:
 
     async def renew_lease(self, request: pb.RenewLeaseRequest, call: Call) -> pb.RenewLeaseResponse:
         """Hear that a client is there."""
-        self._engine.renew_lease(naming.inner_client(call.who, request.client_id))
+        await self._engine.renew_lease(naming.inner_client(call.who, request.client_id))
         return pb.RenewLeaseResponse()
 
 

@@ -26,6 +26,8 @@ NO_STAMPS: U64 = np.zeros(0, np.uint64)
 """Of no records, or of those of a store that nobody else uses."""
 NO_LIMITS: F64 = np.zeros(0, np.float64)
 """Of nothing."""
+CLIENT_KNOWN_S = 3600.0
+"""When a client was heard of is known for so much longer than was asked for."""
 MOST_NAME_BYTES, MOST_DOCUMENT_BYTES = 400, 2**20
 """Of a document: the limits of its name, as UTF-8, and of its content."""
 
@@ -330,7 +332,8 @@ class Store(Protocol):
 
         Args:
             client_ids: Of the clients.
-            leases_s: For how long that must be known of each, at least; it is known for as long as was said before, too.
+            leases_s: For how long that must be known of each; it is for `CLIENT_KNOWN_S` longer, and for as long as was
+                said before.
 
         Raises:
             Unavailable: the store cannot be told now.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -117,12 +118,14 @@ class Closing:
         if "" in session_ids:
             raise InvalidInput("session_ids must be ids of sessions; one of them is missing (it is empty)")
         ids = list(dict.fromkeys(session_ids))
-        seen = await self._directory.look(ids)
+        is_timed = used_before < math.inf
+        # of a store that others use it is known then when they used the sessions
+        seen = await self._directory.look(ids, anew=is_timed)
         handles = self._directory.find_all(ids, seen)
         there = handles >= 0
         missing = [ids[place] for place in np.flatnonzero(~there).tolist()]
         claimed = self._table.claimed[handles] & there
-        if used_before < math.inf:
+        if is_timed:
             there &= ~claimed & (self._table.used[handles] < used_before)
         free = handles[there & ~claimed]
         # what has something under way, and what cannot be stepped here, is closed by itself; the others are not there
@@ -131,7 +134,8 @@ class Closing:
         self._turns.claim(free)
         ended: Counter[str] | None = Counter() if len(ids) > 1 else None
         try:
-            closed = await self._delete_in_parts(free, ended)
+            idle_s = self._clock.monotonic() - used_before if is_timed else 0.0
+            closed = await self._delete_in_parts(free, ended, idle_s)
         finally:
             self._removal.tell("closed", ended or Counter())
         # one after the other: to hold some while waiting for others could wait for ever
@@ -144,10 +148,10 @@ class Closing:
             closed += 1
         return closed
 
-    async def _delete_in_parts(self, handles: Handles, ended: Counter[str] | None) -> int:
+    async def _delete_in_parts(self, handles: Handles, ended: Counter[str] | None, idle_s: float) -> int:
         """Delete claimed sessions, so many at a time as a full disk has room for; return how many.
 
-        `ended` counts them, see `Removal.remove`.
+        `ended` counts them, see `Removal.remove`. Those stay that another server has used in the last `idle_s` seconds.
 
         Raises:
             Unavailable: the store did not delete all.
@@ -159,29 +163,38 @@ class Closing:
                 if start:
                     await asyncio.sleep(0)  # a commit in place lets nobody else have a turn
                 kept = handles[start + _CLOSE_AT_ONCE :]
-                deleted += await self._delete(handles[start : start + _CLOSE_AT_ONCE], 0, ended)
+                deleted += await self._delete(handles[start : start + _CLOSE_AT_ONCE], 0, ended, idle_s)
             except BaseException:
                 self._turns.release(kept)
                 raise
         return deleted
 
-    async def _delete(self, handles: Handles, request_id: int, ended: Counter[str] | None = None) -> int:
+    async def _delete(
+        self, handles: Handles, request_id: int, ended: Counter[str] | None = None, idle_s: float = 0.0
+    ) -> int:
         """Delete claimed sessions; return how many there were: others may have been closed on another server.
+
+        With `idle_s` those stay that were used there in the last so many seconds.
 
         Raises:
             Unavailable: the store did not. They leave the table: what it has of them is the truth.
         """
         deleted = 0
         for _ in range(MOST_TRIES):
-            conflicts = await self._try_to_delete(handles, request_id, ended)
+            conflicts = await self._try_to_delete(handles, request_id, ended, idle_s)
             deleted += len(handles) - len(conflicts)
             if not len(conflicts):
                 return deleted
             handles = await self._read_anew(conflicts)
+            if idle_s:
+                self._turns.release(handles)
+                return deleted
         self._turns.release(handles)
         raise changed_elsewhere(self._table.session_id(int(handles[0])))
 
-    async def _try_to_delete(self, handles: Handles, request_id: int, ended: Counter[str] | None) -> Handles:
+    async def _try_to_delete(
+        self, handles: Handles, request_id: int, ended: Counter[str] | None, idle_s: float
+    ) -> Handles:
         """As `_delete`; returns those that another server has changed, which are claimed still."""
         removal, sessions = self._removal, self._removal.described(handles)
         conflicts: list[int] = []
@@ -208,7 +221,7 @@ class Closing:
         def release() -> None:
             self._turns.release(np.array(conflicts, np.intp))
 
-        await self._commit(sessions, request_id, done, release)
+        await self._commit(sessions, request_id, done, release, idle_s)
         return np.array(conflicts, np.intp)
 
     async def _read_anew(self, handles: Handles) -> Handles:
@@ -268,6 +281,7 @@ class Closing:
         request_id: int,
         done: Callable[[Committed | ServerError], ServerError | None],
         release: Callable[[], None],
+        idle_s: float = 0.0,
     ) -> None:
         """Commit the end of sessions, then call `done`, also if the caller is cancelled meanwhile: then `release` as well.
 
@@ -276,6 +290,7 @@ class Closing:
         """
         kept: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
         batch = batch_of(sessions, End.CLOSED, self._clock.now(), request_id)
+        batch = dataclasses.replace(batch, idle_s=idle_s)
         self._commits.submit(lambda: batch, len(sessions), lambda told: kept.set_result(done(told)))
         try:
             error = await asyncio.shield(kept)

@@ -37,7 +37,7 @@ _TICKS = 10
 _SHORTEST_S = 0.05
 _AT_ONCE = 500
 _PAUSE_S = 0.01
-_TOLD_ONE_BY_ONE = 16
+TOLD_ONE_BY_ONE = 16
 """More sessions that expire together are a line in the log with their number."""
 
 
@@ -54,10 +54,8 @@ class Ended(NamedTuple):
     """Of its record; 0: it ends whatever the store has of it."""
 
 
-def batch_of(
-    sessions: Sequence[Ended], end: End, at: float, request_id: int = 0, *, idle_s: float = 0.0
-) -> Batch:
-    """What the store is to know of sessions that ended; see `Batch.idle_s`."""
+def batch_of(sessions: Sequence[Ended], end: End, at: float, request_id: int = 0) -> Batch:
+    """What the store is to know of sessions that ended."""
     return Batch(
         deletes=[each.session_id for each in sessions],
         tombstones=[Tombstone(each.session_id, end, at, request_id, each.revision) for each in sessions],
@@ -66,7 +64,6 @@ def batch_of(
             [(each.session_id, each.model) for each in sessions if each.model], -1
         ),
         delete_follows=np.array([each.stamp for each in sessions], np.uint64),
-        idle_s=idle_s,
     )
 
 
@@ -136,7 +133,8 @@ class Removal:
 class Expiry:
     """Knows which sessions are idle for too long, in the table or in the store, and ends them.
 
-    Lives on the event loop.
+    Where others use the store, nothing here ends a session: that store knows of all uses, see `overdue`. What is due by
+    the table is only suspected then. Lives on the event loop.
     """
 
     def __init__(
@@ -173,36 +171,49 @@ class Expiry:
         store: their records know it less well. Empty where sessions do not expire."""
         self.forgotten = 0
         """Counts what changed among the sessions that only the store has, without having been in the table."""
-        self._swept: str | None = None if others is None else ""
+        self._swept: str | None = None if others is None or others.local is None else ""
         """How far the store has been looked through for sessions that nobody named since the start."""
 
     def watch(self, handles: Handles) -> None:
         """Watch sessions that have come into the table."""
-        self._idle.watch(handles)
+        if not self.is_shared:
+            self._idle.watch(handles)
 
     def is_due(self, handle: int) -> bool:
         """Whether a session of the table has been idle for too long and has nothing under way."""
-        return bool(self.max_idle_s and self._idle.too_long(np.array([handle]), self._clock.monotonic())[0])
+        return len(self.due_among(np.array([handle]))) > 0
 
     def due_among(self, handles: Handles) -> Handles:
         """Those of some sessions that are due; -1 stands for none."""
-        if not self.max_idle_s:
+        if not self.max_idle_s or self.is_shared:
             return handles[:0]
         there = handles[handles >= 0]
         due: Handles = there[self._idle.too_long(there, self._clock.monotonic())]
         return np.unique(due) if len(due) > 1 else due
 
+    def suspects(self, handles: Handles) -> Handles:
+        """Those of some sessions that may be due; -1 stands for none. Others may have used them where the store is shared."""
+        if not self.is_shared:
+            return self.due_among(handles)
+        there = handles[handles >= 0]
+        since = self._clock.monotonic() - (self.max_idle_s or math.inf)
+        return np.unique(there[(self._table.used[there] < since) & ~self._table.claimed[there]])
+
     def remember_use(self, session_ids: Sequence[str], used: float) -> None:
         """Remember when sessions were last used that leave the table and may still be in the store."""
-        if self.max_idle_s:
+        if self.max_idle_s and not self.is_shared:
             self._strays.update(dict.fromkeys(session_ids, used))
 
-    def take_use(self, session_id: str, header: Header) -> float:
-        """When a session of the store that comes into the table was last used, on the monotonic clock."""
+    def take_use(self, session_id: str, header: Header, idle_s: float | None) -> float:
+        """When a session of the store that comes into the table was last used, on the monotonic clock.
+
+        `idle_s`: what a store that others use says of it.
+        """
+        if idle_s is not None:
+            return self._clock.monotonic() - idle_s
         # for people: a clock that was set back meanwhile must not make it the future
         recorded = self._clock.monotonic() - max(0.0, self._clock.now() - header.last_used)
-        known = self._strays.pop(session_id, recorded)
-        return max(known, recorded) if self.is_shared else known
+        return self._strays.pop(session_id, recorded)
 
     @property
     def is_shared(self) -> bool:
@@ -219,7 +230,7 @@ class Expiry:
 
     def forget_due(self, session_ids: Sequence[str]) -> None:
         """Let the store say whether sessions that were not used here for too long were used elsewhere."""
-        self._forget(self.due_among(self._table.find_all(session_ids)))
+        self._forget(self.suspects(self._table.find_all(session_ids)))
 
     def forget(self, session_ids: Sequence[str]) -> None:
         """Let the store say what other servers made of sessions that have nothing under way here."""
@@ -236,7 +247,7 @@ class Expiry:
     def expire(self, handles: Handles, end: End = End.EXPIRED) -> None:
         """End sessions of the table. What ends together is told together."""
         self.bury(self._removal.described(handles), end)
-        ended: Counter[str] | None = Counter() if len(handles) > _TOLD_ONE_BY_ONE else None
+        ended: Counter[str] | None = Counter() if len(handles) > TOLD_ONE_BY_ONE else None
         for handle in handles.tolist():
             error = self._endings.of(Tombstone(self._table.session_id(handle), end, self._clock.now()))
             self._removal.remove(handle, "expired", error, ended)
@@ -291,8 +302,7 @@ class Expiry:
     async def sweep(self) -> bool:
         """End some of the store's sessions that nobody has named since the start; True if there are more.
 
-        Each start does this once, when the time limit has passed: from then on all others are in the table. Where
-        other servers use the store, it begins anew each time: one of them may have ended.
+        Each start does this once, when the time limit has passed: from then on all others are in the table.
         """
         swept, store = self._swept, self._others
         if store is None or not self.max_idle_s or swept is None or self._clock.monotonic() <= self._sweep_at:
@@ -304,8 +314,6 @@ class Expiry:
             return False
         self._expire_untouched(found)
         self._swept = found[-1][0] if found else None
-        if not found and self.is_shared:
-            self._swept, self._sweep_at = "", self._clock.monotonic() + self.max_idle_s
         return bool(found)
 
     async def expire_strays(self) -> int:
@@ -332,10 +340,7 @@ class Expiry:
         untouched = [
             (session_id, header)
             for session_id, header in found
-            if header is not None
-            and self.only_stored([session_id])
-            and session_id not in self._strays
-            and self._is_idle_everywhere(header)
+            if header is not None and self.only_stored([session_id]) and session_id not in self._strays
         ]
         ended = [Ended(i, header.model, header.revision, header.batch_size) for i, header in untouched]
         self.end_stored(ended, End.EXPIRED)
@@ -344,18 +349,12 @@ class Expiry:
     def end_stored(self, sessions: Sequence[Ended], end: End) -> None:
         """End sessions that only the store has."""
         self.forgotten += len(sessions)
-        if len(sessions) > _TOLD_ONE_BY_ONE:
+        if len(sessions) > TOLD_ONE_BY_ONE:
             self._removal.tell("expired", Counter(model for _, model, *_ in sessions))
         else:
             for session_id, model, *_ in sessions:
                 self._observer.session_event("expired", model, session_id)
         self.bury(sessions, end)
-
-    def _is_idle_everywhere(self, header: Header) -> bool:
-        """Whether no other server has used a session; where there is none, its record's time counts for nothing."""
-        if not self.is_shared:
-            return True
-        return self._clock.now() - header.last_used > self.max_idle_s
 
     def bury(self, sessions: Sequence[Ended], end: End) -> None:
         """Have the store know that sessions expired.
@@ -375,15 +374,9 @@ class Expiry:
                     "sessions that expired are still in the store", sessions=len(ids), error=committed
                 )
                 self.remember_use(ids, -math.inf)
-            else:
-                if self._quotas is not None:
-                    stay = committed.unknown | committed.conflicts
-                    self._quotas.end((e.session_id, e.rows) for e in sessions if e.session_id not in stay)
-                # those with a conflict were used on another server, and are forgotten here
-                self.remember_use([i for i in ids if i in committed.unknown], -math.inf)
+            elif self._quotas is not None:
+                self._quotas.end((each.session_id, each.rows) for each in sessions)
 
-        # where others use the store, one of them may have used the session since
-        idle_s = self.max_idle_s if end is End.EXPIRED and self.is_shared else 0.0
-        batch = batch_of(sessions, end, self._clock.now(), idle_s=idle_s)
+        batch = batch_of(sessions, end, self._clock.now())
         self.burying.update({stone.session_id: stone for stone in batch.tombstones})
         self._commits.submit(lambda: batch, len(sessions), done)

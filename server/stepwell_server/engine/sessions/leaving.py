@@ -1,8 +1,8 @@
 """Sessions end when their client has been gone for longer than its lease.
 
 Those of the table are found by their leases. After a start some may be in the store alone: now and then its records are
-looked through, as long as there are such sessions. Where other servers use the store too, nobody ends them: a
-client may be there for another server.
+looked through, as long as there are such sessions. Where other servers use the store too, this ends none: a client may
+be there for another server, see `sweeping`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.leases import Leases
 from stepwell_server.engine.sessions.ending import Ended, Expiry
 from stepwell_server.engine.state.fields import lease_of_or_none
-from stepwell_server.errors import InvalidInput, ServerError
+from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import End, Store
 
@@ -48,19 +48,9 @@ class Leaving:
         """When the store is looked through next."""
         self._forgotten = expiry.forgotten
 
-    def renew(self, client_id: int) -> None:
-        """A client is there.
-
-        Raises:
-            InvalidInput: it is 0.
-        """
-        if not client_id:
-            raise InvalidInput("client_id must be random and not 0; got 0")
-        self._leases.renew(client_id, self._clock.monotonic())
-
     async def run(self) -> None:
         """End sessions as they come due, until cancelled."""
-        while not self._expiry.is_shared:
+        while True:
             await asyncio.sleep(self._pause_s())
             try:
                 await self.end_due()

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 from typing_extensions import override
 
+from stepwell_server.clock import Clock
 from stepwell_server.core.history import How
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.fetching import Fetcher
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry, Removal
+from stepwell_server.engine.sessions.overdue import Overdue
 from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
@@ -43,6 +45,9 @@ class Seen(Protocol):
 
     def stamp(self, session_id: str) -> int:
         """Of the record, or else of the tombstone; 0 if there is neither, or nobody else uses the store."""
+
+    def idle_s(self, session_id: str) -> float | None:
+        """For how long nobody had used the session, by the clock of a store that others use; None of other stores."""
 
     def newer(self, session_id: str) -> Fetched | None:
         """What another server made of a session that is in the table and has something under way here; None: nothing."""
@@ -69,6 +74,10 @@ class InPlace(Seen):
     @override
     def stamp(self, session_id: str) -> int:
         return 0
+
+    @override
+    def idle_s(self, session_id: str) -> float | None:
+        return None
 
     @override
     def newer(self, session_id: str) -> Fetched | None:
@@ -105,6 +114,10 @@ class Looked(Seen):
         return self._of(session_id).stamp
 
     @override
+    def idle_s(self, session_id: str) -> float | None:
+        return self._of(session_id).idle_s
+
+    @override
     def newer(self, session_id: str) -> Fetched | None:
         return self._newer.get(session_id)
 
@@ -128,19 +141,23 @@ class Arrivals:
         table: SessionTable,
         fetcher: Fetcher,
         expiry: Expiry,
+        overdue: Overdue,
         removal: Removal,
         loader: Loader,
         pieces: Pieces,
         drain: Callable[[], None],
         catch_up: Callable[[Sequence[Header]], Awaitable[None]],
+        clock: Clock,
     ) -> None:
         """See the class; `drain` has what is in the inboxes claim its sessions.
 
         `catch_up` is called with records of versions, or of moves, that are not known here, and returns when they are.
         """
+        self._clock = clock
         self._table = table
         self._fetcher = fetcher
         self._expiry = expiry
+        self._overdue = overdue
         self._removal = removal
         self._loader = loader
         self._pieces = pieces
@@ -169,7 +186,7 @@ class Arrivals:
         if self.is_behind(session_ids):
             return True
         handles = self._table.find_all(session_ids)
-        return bool((handles < 0).any()) or len(self._expiry.due_among(handles)) > 0
+        return bool((handles < 0).any()) or len(self._expiry.suspects(handles)) > 0
 
     def wait(self, session_ids: Sequence[str], *, anew: bool = False) -> Coroutine[None, None, Seen]:
         """Take a place for sessions; what is returned must be awaited.
@@ -216,7 +233,9 @@ class Arrivals:
         # others may have ended here meanwhile
         while wanted := [i for i in self._expiry.only_stored(session_ids) if i not in found]:
             try:
-                found.update(zip(wanted, await self._fetcher.fetch(wanted), strict=True))
+                read = dict(zip(wanted, await self._fetcher.fetch(wanted), strict=True))
+                over = await self._overdue.expire(read.items())
+                found.update((i, each) for i, each in read.items() if i not in over)
             except ServerError as error:
                 known = dict.fromkeys(session_ids, _NOTHING)
                 for session_id in wanted:
@@ -261,7 +280,12 @@ class Arrivals:
             if was_claimed.any():
                 raise
             found = [_NOTHING] * len(ids)  # they are loaded when the store can be read again
-        changed = {i: each for i, each in zip(ids, found, strict=True) if not each.is_known}
+        self._set_used(births, zip(ids, found, strict=True))
+        changed = {
+            i: each
+            for i, each in zip(ids, found, strict=True)
+            if not each.is_known or self._overdue.is_idle(each)
+        }
         # what is under way may have been kept after the store was asked, or before: its own stamp is no other's
         handles = table.find_all(list(changed))
         newer: dict[str, Fetched] = {}
@@ -269,14 +293,23 @@ class Arrivals:
         for handle, (session_id, each) in zip(handles.tolist(), changed.items(), strict=True):
             if handle < 0 or int(table.birth[handle]) != births[session_id]:
                 continue  # it has left the table, and is looked for anew
-            if each.stamp and each.stamp == int(table.stamp[handle]):
+            if each.stamp and each.stamp == int(table.stamp[handle]) and not self._overdue.is_idle(each):
                 continue
             if table.claimed[handle]:
-                newer[session_id] = each
+                if not each.is_known:
+                    newer[session_id] = each
             else:
                 idle.append(session_id)
         self._expiry.forget(idle)
         return newer
+
+    def _set_used(self, births: Mapping[str, int], found: Iterable[tuple[str, Fetched]]) -> None:
+        """Let the table say when the store last heard of the use of sessions."""
+        table, now = self._table, self._clock.monotonic()
+        for session_id, each in found:
+            handle = table.find(session_id)
+            if handle is not None and table.birth[handle] == births[session_id] and each.idle_s >= 0:
+                table.used[handle] = now - each.idle_s
 
     def _end_after(
         self, before: set[asyncio.Future[None]], own: asyncio.Future[None], session_ids: Sequence[str]
@@ -330,7 +363,8 @@ class Loader:
         stored = seen.get(session_id)
         if stored is None:
             return None
-        return int(self.adopt([self._served(session_id, stored)], [seen.stamp(session_id)])[0])
+        served, idle_s = self._served(session_id, stored), [seen.idle_s(session_id)]
+        return int(self.adopt([served], [seen.stamp(session_id)], idle_s)[0])
 
     def load_all(self, session_ids: Sequence[str], seen: Seen) -> tuple[int, list[str]]:
         """Take those sessions into the table that are in the store and can be stepped.
@@ -352,7 +386,8 @@ class Loader:
             except (StateCorrupt, ModelMismatch, ModelNotFound):
                 unusable.append(session_id)  # `find` says why
         if found:
-            self.adopt(found, [seen.stamp(session_id) for session_id, _, _ in found])
+            ids = [session_id for session_id, _, _ in found]
+            self.adopt(found, [*map(seen.stamp, ids)], [*map(seen.idle_s, ids)])
         return len(found), unusable
 
     def behind(self, session_ids: Sequence[str], seen: Seen) -> dict[str, Header]:
@@ -374,10 +409,15 @@ class Loader:
             header = dataclasses.replace(header, position=0)
         return session_id, header, model
 
-    def adopt(self, sessions: Sequence[tuple[str, Header, Model]], stamps: Sequence[int]) -> Handles:
+    def adopt(
+        self,
+        sessions: Sequence[tuple[str, Header, Model]],
+        stamps: Sequence[int],
+        idle_s: Sequence[float | None],
+    ) -> Handles:
         """Take sessions of the store into the table, none of which is there.
 
-        Headers and stamps are those of their records.
+        Headers and stamps are those of their records; for `idle_s` see `Seen.idle_s`.
         """
         headers = [header for _, header, _ in sessions]
         handles = self._table.add(
@@ -390,7 +430,10 @@ class Loader:
             request_id=np.array([header.request_id for header in headers], np.uint64),
             opened_with=np.array([header.opened_with for header in headers], np.uint64),
             created=[header.created for header in headers],
-            used=[self._expiry.take_use(session_id, header) for session_id, header, _ in sessions],
+            used=[
+                self._expiry.take_use(session_id, header, idle)
+                for (session_id, header, _), idle in zip(sessions, idle_s, strict=True)
+            ],
             reply=[header.reply for header in headers],
             stamp=np.array(stamps, np.uint64),
         )

@@ -31,6 +31,7 @@ from stepwell_server.engine.sessions.ending import Removal
 from stepwell_server.engine.sessions.ids import require_session_id
 from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Loader, Seen
+from stepwell_server.engine.sessions.overdue import Overdue
 from stepwell_server.engine.state.fields import joined, split
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import Kept
@@ -132,6 +133,7 @@ class Moving:
         store: Store,
         others: Store | None,
         *,
+        overdue: Overdue,
         removal: Removal,
         clock: Clock,
         observer: Observer,
@@ -149,6 +151,7 @@ class Moving:
         self._local: LocalStore | None = store.local
         self._others = others
         self._removal = removal
+        self._overdue = overdue
         self._clock = clock
         self._observer = observer
 
@@ -158,10 +161,16 @@ class Moving:
         """The records of sessions as of their last completed changes, or why there is none."""
         if self._others is None:
             return [await self._of_arena(session_id, deadline) for session_id in session_ids]
-        records = [each.record for each in await self._others.fetch(session_ids)]
-        missing = [i for i, record in zip(session_ids, records, strict=True) if record is None]
-        seen = await self._directory.look(missing) if missing else self._directory.here
-        found = [self._exported(i, record, seen) for i, record in zip(session_ids, records, strict=True)]
+        fetched = await self._others.fetch(session_ids)
+        over = {i for i, each in zip(session_ids, fetched, strict=True) if self._overdue.is_idle(each)}
+        missing = [
+            i for i, each in zip(session_ids, fetched, strict=True) if each.record is None or i in over
+        ]
+        seen = await self._directory.look(missing, anew=bool(over)) if missing else self._directory.here
+        found = [
+            self._exported(i, each.record, seen, must_be_here=i in over)
+            for i, each in zip(session_ids, fetched, strict=True)
+        ]
         for place, each in enumerate(found):
             if not isinstance(each, ServerError):
                 as_now = self._as_now(session_ids[place], each)
@@ -189,8 +198,10 @@ class Moving:
         )
         return _encoded(session_id, header, decoded.rows, decoded.extras.get(0, b""))
 
-    def _exported(self, session_id: str, record: Stored | None, seen: Seen) -> Exported:
-        if session_id in self._table:
+    def _exported(
+        self, session_id: str, record: Stored | None, seen: Seen, *, must_be_here: bool
+    ) -> Exported:
+        if must_be_here or session_id in self._table:
             try:
                 self._directory.find(session_id, seen)
             except ServerError as error:
@@ -440,7 +451,11 @@ class Moving:
                 results[each.session_id] = error or Brought.IMPORTED
             kept = [each for each in fresh if results[each.session_id] is Brought.IMPORTED]
             if kept:
-                self._loader.adopt([each.served for each in kept], [stamp] * len(kept))
+                self._loader.adopt(
+                    [each.served for each in kept],
+                    [stamp] * len(kept),
+                    [None if self._local else 0.0] * len(kept),
+                )
             self._creation.give_up(ids)
             self._tell(kept)
             return results
@@ -509,7 +524,7 @@ class Moving:
                 session_id, f"session {session_id!r} was replaced by one that was imported"
             )
             self._removal.forget(handle, gone)
-            self._loader.adopt([each.served], [0])
+            self._loader.adopt([each.served], [0], [None])
             self._tell([each])
             return Brought.REPLACED
 

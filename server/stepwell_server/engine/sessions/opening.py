@@ -22,6 +22,7 @@ from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, require_session_id
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.pieces import Pieces
+from stepwell_server.engine.sessions.using import Clients, Usage
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Tensors
 from stepwell_server.errors import (
@@ -95,6 +96,8 @@ class Opening:
         drain: Callable[[], None],
         require_open: Callable[[], None],
         leases: Leases,
+        usage: Usage,
+        clients: Clients,
         clock: Clock,
         observer: Observer,
     ) -> None:
@@ -107,6 +110,8 @@ class Opening:
         self._drain = drain
         self._require_open = require_open
         self._leases = leases
+        self._usage = usage
+        self._clients = clients
         self._clock = clock
         self._observer = observer
 
@@ -375,7 +380,7 @@ class Opening:
     def _leased(self, lease: Lease | None) -> Lease | None:
         """The lease that a session gets; whoever asks for it is there."""
         if lease is not None:
-            self._leases.renew(lease[0], self._clock.monotonic())
+            self._clients.begin(lease)
         return lease
 
     async def seen(self, ids: Sequence[str]) -> Seen:
@@ -427,7 +432,7 @@ class Opening:
                 f" got model {model.name!r} and batch_size {batch_size}",
                 session_id=session_id,
             )
-        self._table.used[handle] = self._clock.monotonic()
+        self._usage.used(np.array([handle]))
         if self._table.lease[handle]:
             # the store hears of it with the next change; until then the session counts as used now
             own = self._leased(lease)
@@ -445,7 +450,7 @@ class Opening:
         batch_size = int(table.batch_size[source])
         rows = self._pager.take(model, batch_size)
         model.arena.copy(table.rows(source), rows)
-        table.used[source] = self._clock.monotonic()
+        self._usage.used(np.array([source]))
         revisions = np.maximum(self._directory.first_revisions([name], seen), np.uint64(revision))
         positions, created = table.position[source : source + 1].copy(), self._clock.now()
         fresh = Fresh(

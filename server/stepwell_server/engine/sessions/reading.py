@@ -19,6 +19,7 @@ from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.loading import Seen
+from stepwell_server.engine.sessions.using import Usage
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Members
 from stepwell_server.errors import InvalidInput, Overloaded, ServerError
@@ -35,8 +36,16 @@ class Reading:
     """Reads states. Lives on the event loop."""
 
     def __init__(
-        self, table: SessionTable, directory: Directory, turns: Turns, pager: Pager, *, clock: Clock
+        self,
+        table: SessionTable,
+        directory: Directory,
+        turns: Turns,
+        pager: Pager,
+        usage: Usage,
+        *,
+        clock: Clock,
     ) -> None:
+        self._usage = usage
         self._table = table
         self._directory = directory
         self._turns = turns
@@ -48,7 +57,7 @@ class Reading:
         handle = self._directory.find(session_id, seen)
         await self._turns.hold(handle, deadline)
         try:
-            self._table.used[handle] = self._clock.monotonic()
+            self._usage.used(np.array([handle]))
             model = self._directory.models.by_handle(handle)
             arrays = await self._in_pieces(model, self._table.rows(handle))
             state = {spec.name: array for spec, array in zip(model.program.state, arrays, strict=True)}
@@ -100,7 +109,7 @@ class Reading:
                     model,
                     handles[there[places]],
                     with_state,
-                    self._clock,
+                    self._usage,
                 ),
             )
             for model, places in self._by_version(handles[there])
@@ -147,9 +156,9 @@ class _Reader:
         model: Model,
         handles: Handles,
         with_state: bool,
-        clock: Clock,
+        usage: Usage,
     ) -> None:
-        self._clock = clock
+        self._usage = usage
         self._table = table
         self._turns = turns
         self._pager = pager
@@ -303,7 +312,7 @@ class _Reader:
 
     def _done(self, places: Members) -> None:
         handles = self._handles[places]
-        self._table.used[handles] = self._clock.monotonic()
+        self._usage.used(handles)
         self._revisions[places] = self._table.revision[handles]
         self._positions[places] = self._table.position[handles]
         self._was_read[places] = True

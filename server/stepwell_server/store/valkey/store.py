@@ -15,6 +15,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, StoreAway, StoreGone
 from stepwell_server.logs import Log
 from stepwell_server.store.base import (
+    CLIENT_KNOWN_S,
     Batch,
     Committed,
     Fetched,
@@ -52,8 +53,6 @@ _NOTHING = Fetched()
 _MOST_READ_BYTES = 8 * 2**20
 """Of records that are read at once, as far as their sizes are known."""
 _RETRY_AFTER_S = 1.0
-_CLIENT_S = 3600.0
-"""So much longer than its lease it is known when a client was last heard of."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -303,7 +302,7 @@ class ValkeyStore(Store):
                     partition,
                     scripts.RENEW,
                     [placed[place][1] for place in places],
-                    *(int((leases_s[place] + _CLIENT_S) * 1000) for place in places),
+                    *(int((leases_s[place] + CLIENT_KNOWN_S) * 1000) for place in places),
                 )
                 for partition, places in self._grouped([partition for partition, _ in placed])
             )

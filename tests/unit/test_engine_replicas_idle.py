@@ -1,0 +1,276 @@
+"""Two servers on one store: a session ends when nobody has used it for too long on any of them, by the store's clock."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from stepwell_server.errors import ServerError, SessionExpired, Unavailable
+from stepwell_server.store.base import End
+from support.awaited import RemoteStore
+from support.durable import begun
+from support.engine import Harness, kinds, x
+from support.fake_executor import WAIT_S
+from support.replicas import both_know, two_in_time
+
+pytestmark = pytest.mark.stores("awaited")
+IDLE_S = 100.0
+
+
+async def turns(count: int = 20) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def ended(*servers: Harness) -> int:
+    """How many sessions ended by what the timers of servers do."""
+    return sum([await at.engine.expire_idle() for at in servers])
+
+
+async def read(at: Harness) -> Any:
+    return await at.engine.get_state("a")
+
+
+async def read_many(at: Harness) -> Any:
+    return await at.engine.get_states(["a"], with_state=False)
+
+
+async def resume(at: Harness) -> Any:
+    return await at.engine.open_session("plain", session_id="a")
+
+
+async def fork(at: Harness) -> Any:
+    return await at.engine.fork("a")
+
+
+async def step(at: Harness) -> Any:
+    return await at.step("a", x(1))
+
+
+USES = [read, read_many, resume, fork, step]
+
+
+async def test_an_unused_session_ends_once_by_the_clock_of_the_store() -> None:
+    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
+        await both_know(first, second, "a", "b")
+        times.advance(99.0)
+        await second.step("b", x(1))
+        assert await ended(first, second) == 0
+        times.advance(2.0)
+        assert await ended(first, second) == 1
+        for at in (first, second):
+            with pytest.raises(SessionExpired, match="idle for longer than max_session_idle_s 100"):
+                await at.state("a")
+            assert (await at.step("b", x(1))).revision
+        events = [event for at in (first, second) for event in at.events.sessions if event[0] == "expired"]
+        assert events == [("expired", "a")], "one of them has ended it"
+        (stone,) = first.store.shared.tombstones(["a"])
+        assert (stone.end, stone.revision) == (End.EXPIRED, 1)
+
+
+@pytest.mark.parametrize("use", USES)
+async def test_a_session_that_is_used_on_one_server_ends_on_none(
+    use: Callable[[Harness], Awaitable[Any]],
+) -> None:
+    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
+        await both_know(first, second, "a")
+        for _ in range(5):
+            times.advance(60.0)
+            await use(second)
+            await turns()
+            await ended(first, second)
+        assert first.store.shared.tombstones(["a"]) == [None]
+        assert (await first.step("a", x(1))).revision > 1
+
+
+async def test_the_store_is_told_of_reads_at_most_every_tenth_of_the_limit() -> None:
+    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
+        await both_know(first, second, "a", "b")
+        store: RemoteStore = second.store
+        for _ in range(50):
+            times.advance(1.0)
+            await second.state("a")
+            await turns()
+        assert len(store.asked("touch")) == 5
+        times.advance(20.0)
+        await asyncio.gather(second.state("a"), second.state("b"))
+        await turns()
+        assert sorted(store.asked("touch")[-1]) == ["a", "b"], "together"
+
+
+@pytest.mark.parametrize("use", USES)
+async def test_a_session_that_is_over_is_refused_before_anybody_has_looked_for_it(
+    use: Callable[[Harness], Awaitable[Any]],
+) -> None:
+    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
+        await both_know(first, second, "a")
+        times.advance(101.0)
+        if use is resume:  # of one that has ended another one is made
+            info = (await use(second)).session
+            assert (info.revision, info.position) == (2, 0)
+            assert (await first.step("a", x(1))).revision == 3
+            return
+        if use is read_many:
+            ((_, error),) = (await use(second)).errors
+            assert isinstance(error, SessionExpired)
+        else:
+            with pytest.raises(SessionExpired):
+                await use(second)
+        assert second.store.shared.tombstones(["a"])[0].end is End.EXPIRED
+        with pytest.raises(SessionExpired):
+            await first.state("a")
+
+
+@pytest.mark.parametrize("many", [False, True])
+async def test_ids_of_sessions_that_are_over_may_be_used_again(many: bool) -> None:
+    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
+        await both_know(first, second, "a", "b")
+        times.advance(101.0)
+        if many:
+            opened = await second.engine.open_sessions("plain", session_ids=["a", "b"])
+            assert list(opened.session_ids) == ["a", "b"]
+        else:
+            assert not (await second.engine.open_session("plain", session_id="a", must_be_new=True)).resumed
+        answer = await first.step("a", x(1), expected=2)
+        assert (answer.revision, answer.position) == (3, 1)
+
+
+async def test_a_session_that_was_used_while_it_was_judged_does_not_end() -> None:
+    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
+        await both_know(first, second, "a", "b")
+        times.advance(99.0)
+        await second.step("b", x(1))
+        times.advance(2.0)
+        store: RemoteStore = first.store
+        store.commits_held = True
+        sweep = asyncio.create_task(first.engine.expire_idle())
+        await store.until("claim")
+        store.let_go_once("claim")
+        await store.until("commit", len(store.asked("commit")) + 1)
+        assert store.asked("commit")[-1] == ("a",)
+        # the second server takes the session for one that is used: its clock says so as well
+        second.inside.table.used[second.inside.handle("a")] = times.second.monotonic()
+        assert (await second.step("a", x(1))).revision == 2
+        store.let_go()
+        assert await asyncio.wait_for(sweep, WAIT_S) == 0
+        assert (await first.step("a", x(1), expected=2)).revision == 3
+
+
+@pytest.mark.parametrize("pause_s", [4.0, 6.0, 9000.0])
+async def test_a_server_that_was_held_up_ends_nothing_by_what_it_knew(pause_s: float) -> None:
+    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
+        await both_know(first, second, "a")
+        times.advance(101.0)
+        store: RemoteStore = first.store
+        store.commits_held = True
+        sweep = asyncio.create_task(first.engine.expire_idle())
+        await store.until("claim")
+        store.let_go_once("claim")
+        await store.until("commit", len(store.asked("commit")) + 1)
+        times.advance(pause_s)
+        store.let_go()
+        assert await asyncio.wait_for(sweep, WAIT_S) == int(pause_s < 5.0)
+        assert await ended(first) == int(pause_s > 5.0), "it is judged again"
+
+
+async def test_one_server_at_a_time_looks_through_the_store() -> None:
+    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
+        await first.open(*[f"s{number}" for number in range(3)])
+        assert await ended(first, second) == 0
+        assert (len(first.store.asked("unused")), len(second.store.asked("unused"))) == (1, 0)
+        times.advance(80.0)
+        assert await ended(second) == 0
+        assert second.store.asked("unused") == [], "the first one has the task still"
+        times.advance(21.0)
+        assert await ended(second) == 3, "it has not said so for too long"
+        assert await ended(first) == 0
+
+
+async def test_the_store_is_looked_through_by_pages_while_others_go_on() -> None:
+    async with two_in_time(max_session_idle_s=IDLE_S, resident_rows=4096) as (first, second, times):
+        await second.engine.open_sessions("plain", count=1700)
+        await second.open("a")
+        times.advance(101.0)
+        sweep = asyncio.create_task(first.engine.expire_idle())
+        await first.store.until("unused")
+        await first.open("b")
+        assert await asyncio.wait_for(sweep, WAIT_S) == 1701
+        assert len(first.store.asked("unused")) == 4
+        assert first.store.shared.count() == 1
+
+
+async def test_what_has_something_under_way_for_long_counts_as_used() -> None:
+    async with two_in_time(max_session_idle_s=IDLE_S, threads=True) as (first, second, times):
+        await both_know(first, second, "a")
+        answers = await second.begin_pass("a", x(1), sizes=[1])
+        for _ in range(4):
+            times.advance(40.0)
+            second.inside.usage.look()
+            await turns()
+            assert await ended(first) == 0
+        second.hooks.open_gate()
+        assert (await answers.only()).revision == 2
+
+
+async def test_no_more_is_lost_than_a_use_when_the_store_cannot_be_told() -> None:
+    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
+        await both_know(first, second, "a")
+        store: RemoteStore = second.store
+        store.told_error = Unavailable("away")
+        times.advance(50.0)
+        await second.state("a")
+        await turns()
+        store.told_error = None
+        times.advance(40.0)
+        await second.state("a")
+        await turns()
+        times.advance(90.0)
+        assert await ended(first, second) == 0
+        times.advance(20.0)
+        assert await ended(first, second) == 1
+
+
+@pytest.mark.parametrize("where", ["claim", "page", "deletion"])
+async def test_a_store_that_is_away_ends_nothing_and_the_next_look_does(where: str) -> None:
+    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
+        await both_know(first, second, "a")
+        times.advance(101.0)
+        store: RemoteStore = first.store
+        error = Unavailable("away")
+        if where == "claim":
+            store.told_error = error
+        elif where == "page":
+            store.read_error = error
+        else:
+            store.commit_error = error
+        with pytest.raises(ServerError, match="away"):
+            await first.engine.expire_idle()
+        if where == "deletion":  # who names it is not told that it has expired: nobody knows
+            answers = await first.submit("a", x(1)).all()
+            assert kinds(answers) == ["Unavailable"]
+        store.told_error = store.read_error = store.commit_error = None
+        assert await ended(first, second) == 1
+
+
+async def test_an_end_that_the_store_does_not_confirm_is_not_told() -> None:
+    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
+        await both_know(first, second, "a")
+        times.advance(101.0)
+        store: RemoteStore = first.store
+        store.unknown["a"] = True
+        with pytest.raises(Unavailable):
+            await first.state("a")
+        with pytest.raises(SessionExpired):
+            await first.state("a")
+
+
+async def test_a_session_that_is_over_and_is_asked_for_by_many_ends_once() -> None:
+    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
+        await both_know(first, second, "a")
+        times.advance(101.0)
+        asked = [await begun(at.state("a")) for at in (first, second, first, second)]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(each) for each in found] == [SessionExpired] * 4
