@@ -55,7 +55,7 @@ def _unavailable(status: Status) -> errors.StepwellError:
 
 
 def _open_ended(kind: type[errors.UnavailableError | errors.DeadlineExceededError]) -> Maker:
-    # With a reason the server itself answered, and it answers so only for what it did not apply.
+    # With a reason the server itself answered, and it answers so only for what it did not apply; see OUTCOME_UNKNOWN.
     return lambda status: kind(
         status.message, outcome="not_applied" if status.reason else "unknown", reason=status.reason
     )
@@ -124,6 +124,9 @@ BY_REASON: Mapping[str, Maker] = {
     "OVERLOADED": _exhausted,
     "QUOTA_EXCEEDED": _exhausted,
     "UNAVAILABLE": _open_ended(errors.UnavailableError),
+    "OUTCOME_UNKNOWN": lambda status: errors.UnavailableError(
+        status.message, outcome="unknown", reason=status.reason
+    ),
     "STARTING": _open_ended(errors.UnavailableError),
     "UNAUTHENTICATED": _plain(errors.UnauthenticatedError),
     "PERMISSION_DENIED": _plain(errors.PermissionDeniedError),

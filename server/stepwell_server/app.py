@@ -24,7 +24,6 @@ from stepwell_server.engine.engine import Engine, ModelStats
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.versions.document import DocumentError
-from stepwell_server.errors import ServerError
 from stepwell_server.live.models import LiveModels
 from stepwell_server.live.opening import admin_refusal, open_live_models
 from stepwell_server.live.restoring import NotRestoredError
@@ -50,7 +49,7 @@ from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import DEFAULT_METRICS, Settings
 from stepwell_server.store.base import Store, StoreError
-from stepwell_server.store_opening import NotOpenedError, open_own, open_shared
+from stepwell_server.store_opening import NotOpenedError, once_it_answers, open_own, open_shared
 from stepwell_server.store_watch import look_after
 from stepwell_server.systemd import Notifier
 from stepwell_server.tracing.starting import TracingError
@@ -240,7 +239,8 @@ async def _run(
     store = own_store or await open_shared(settings, clock, stop)
     if settings.store_kind != "memory":
         where = {"data_dir": settings.data_dir} if settings.store == "disk" else {"store": settings.store}
-        _log.info("store opened", **where, sessions=await store.count())
+        count = await once_it_answers(store.count, settings, clock, stop)
+        _log.info("store opened", **where, sessions=count)
     readiness, served = Readiness(), _Served()
     rpc = RpcServer(
         _front(settings, clock, open_files),
@@ -269,14 +269,14 @@ async def _run(
         address = await _listen(settings, rpc, certificates)
         readiness.listen(rpc.announce)
         folder = None if settings.models_dir is None else ModelFolder(settings.models_dir)
-        kept = await _kept(store, settings)
+        kept = await once_it_answers(lambda: _kept(store, settings), settings, clock, stop)
         wanted = await asyncio.to_thread(begin_with, settings, folder, kept)
         models = Loaded()
         if settings.wait_for_models:
             models = await load_models(settings, compiler, wanted, observer, readiness, stop)
         engine = served.engine = _engine(settings, models, store, clock, observer, quotas, migrations)
         engine.explain_absence(absence(readiness, tells_why=not settings.asks_callers))
-        await engine.start()
+        await once_it_answers(engine.start, settings, clock, stop)
         live = _live_models(settings, engine, compiler, clock, observer, quotas, readiness)
         live.failed_at_start(models.failed)
         work = ModelWork(settings, wanted, kept, folder, engine, live, readiness, clock=clock)
@@ -367,7 +367,7 @@ def _resident_rows(settings: Settings, names: Collection[str]) -> ResidentRows:
 async def _kept(store: Store, settings: Settings) -> Mapping[str, KeptModel]:
     try:
         return await kept_models(store, settings.models_dir)
-    except (DocumentError, StoreError, ServerError) as error:
+    except (DocumentError, StoreError) as error:
         option = "--data-dir" if settings.shared_store is None else "--store"
         raise StartError(f"{option}: {error}") from error
 

@@ -23,6 +23,7 @@
     ├── Overloaded            no room now; come back after retry_after_s
     ├── Unavailable           the server cannot do it now (stopping, store away)
     │   ├── StoreAway         the store does not answer now; come back after retry_after_s
+    │   ├── OutcomeUnknown    it was tried, and nobody knows whether it was applied
     │   ├── StoreGone         what is kept cannot be reached any more: the server ends
     │   └── Starting          its models are not loaded yet; come back after retry_after_s
     ├── DeadlineExceeded      the caller's time limit passed before the change was applied
@@ -211,6 +212,12 @@ class StoreAway(Unavailable):
 
 class StoreGone(Unavailable):
     """What is kept cannot be reached any more, and will not be: changes are refused and the server must end."""
+
+
+class OutcomeUnknown(Unavailable):
+    """The store, which others keep, did not say whether it has the change: it may have been applied."""
+
+    reason = "OUTCOME_UNKNOWN"
 
 
 class Starting(Unavailable):

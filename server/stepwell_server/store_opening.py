@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stepwell_server.errors import ServerError
@@ -71,28 +71,43 @@ async def open_shared(settings: Settings, clock: Clock, stop: asyncio.Event) -> 
     """
     url = settings.shared_store
     assert url is not None, "the store is this server's own"
-    end = clock.monotonic() + WAIT_S
+
+    def opening() -> Coroutine[Any, Any, Store]:
+        return open_shared_store(
+            url, durability=settings.durability, clock=clock, key_file=settings.encryption_key_file
+        )
+
+    try:
+        return await once_it_answers(opening, settings, clock, stop)
+    except KeyFileError as error:
+        raise NotOpenedError(f"--encryption-key-file: {error}") from error
+    except StoreError as error:
+        raise NotOpenedError(f"--store: {error}") from error
+
+
+async def once_it_answers(
+    ask: Callable[[], Coroutine[Any, Any, _Found]], settings: Settings, clock: Clock, stop: asyncio.Event
+) -> _Found:
+    """What the store is asked at the start; a shared one that does not answer is asked again for a while.
+
+    Raises:
+        NotOpenedError: it did not answer in time.
+        Abandoned: `stop` was set.
+        Exception: whatever else `ask` raises.
+    """
+    end = clock.monotonic() + (0.0 if settings.shared_store is None else WAIT_S)
     is_told = False
     while True:
         try:
-            return await _unless_stopped(
-                open_shared_store(
-                    url,
-                    durability=settings.durability,
-                    clock=clock,
-                    key_file=settings.encryption_key_file,
-                ),
-                stop,
-            )
-        except KeyFileError as error:
-            raise NotOpenedError(f"--encryption-key-file: {error}") from error
-        except StoreError as error:
-            raise NotOpenedError(f"--store: {error}") from error
+            return await _unless_stopped(ask(), stop)
         except ServerError as error:
+            if settings.shared_store is None:
+                raise NotOpenedError(f"--data-dir: {error.message}") from error
             if clock.monotonic() >= end:
                 raise NotOpenedError(f"--store: {error.message}; it was waited for {WAIT_S:g} s") from error
             if not is_told:
-                _log.warning("the store does not answer yet", store=str(url), reason=error.message)
+                where = str(settings.shared_store)
+                _log.warning("the store does not answer yet", store=where, reason=error.message)
                 is_told = True
         await _unless_stopped(asyncio.sleep(_PAUSE_S), stop)
 

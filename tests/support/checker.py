@@ -13,11 +13,15 @@ revision 0 and the state it is opened with, or at its fork with what its parent 
 4. Values: replaying the changes in the order of their revisions in `replay.LstmDense` gives every output, every
    position and every state that was read. Where a gap has several candidates, one choice must fit all that follows.
    Answers to one change, and reads of one revision, are the same bits.
-5. There: no session that was acknowledged and not closed is gone, and no call ends with an error that the faults at
-   hand cannot cause.
+5. There: nobody is told that a session is gone before somebody has asked to close it; after somebody was told so, or
+   that it is closed, nothing more is told of it. No call ends with an error that the faults at hand cannot cause.
+6. Again: a change that made revision r is not refused because the session is at r: its first answer is given again.
 
-A history of a driver shows the order of its own calls, so rule 3 needs each session to be in one history only; drivers
-that follow each other may write the same one.
+Rules 1 to 3 and 5 make a session linearizable: the numbers of the revisions are the one order in which its changes happened,
+and nobody, whichever replica answers, is told of a moment before one that anybody was told of when the call was made.
+
+The lines of a history are in the order of time. So rule 3 needs each session to be in one history only, in which any
+number of drivers may write, after one another or at the same time.
 """
 
 from __future__ import annotations
@@ -153,6 +157,7 @@ class _Register:
         self._report.sessions += 1
         made = self._own()
         self._check_time(revision)
+        self._check_end()
         top = max((sight.revision for sight in self._sights), default=revision)
         branches = self._check_reads(revision, branches)
         while revision < top:
@@ -198,13 +203,29 @@ class _Register:
 
     def _check_errors(self) -> None:
         known = 0
+        asked_at = min((op.called_at for op in self._of_itself("close")), default=None)
         for op in self._ops:
-            for _, end in op.ends:
+            for at, end in op.ends:
                 known = max(known, end.revision or 0)
                 blamed = op.call.parent or op.call.session
-                if end.outcome in ("gone", "error") and blamed == self._session:
+                if blamed != self._session or end.outcome not in ("gone", "error"):
+                    continue
+                if end.outcome == "error" or asked_at is None or at < asked_at:
                     sort: Sort = "gone" if end.outcome == "gone" else "error"
                     raise Violation(sort, self._session, known, f"{op.call.kind} {op.number}: {end.error}")
+
+    def _check_end(self) -> None:
+        """Rule 5, what is told after the end."""
+        ends = [at for op in self._of_itself("close") for at, end in op.ends if end.outcome == "acknowledged"]
+        told = ((op, at, end) for op in self._ops for at, end in op.ends if end.outcome == "gone")
+        ends += [at for op, at, _ in told if (op.call.parent or op.call.session) == self._session]
+        for sight in self._sights:
+            if ends and sight.called_at > min(ends):
+                what = "told after somebody was told that the session is closed or gone"
+                raise Violation("wrong", self._session, sight.revision, what)
+
+    def _of_itself(self, kind: str) -> Iterator[Op]:
+        return (op for op in self._ops if op.call.kind == kind and op.call.session == self._session)
 
     def _own(self) -> dict[int, Op]:
         """Rule 1: acknowledged changes by the revisions they made."""
@@ -217,6 +238,7 @@ class _Register:
             assert end.revision is not None
             self._report.acknowledged += 1
             self._check_answers(op, end)
+            self._check_refusals(op, end)
             if end.revision != op.call.expected + 1:
                 sort: Sort = "twice" if end.revision > op.call.expected else "lost"
                 what = f"{_name(op)} expected revision {op.call.expected}; it must make the next one"
@@ -240,6 +262,12 @@ class _Register:
             if not same:
                 what = f"{_name(op)} was answered again in another way, at revision {end.revision}"
                 raise Violation("twice", self._session, first.revision or 0, what)
+
+    def _check_refusals(self, op: Op, first: End) -> None:
+        """Rule 6."""
+        if any(end.outcome == "not_applied" and end.revision == first.revision for _, end in op.ends):
+            what = f"{_name(op)} made it, and was refused when it was sent again"
+            raise Violation("wrong", self._session, first.revision or 0, what)
 
     def _check_time(self, start: int) -> None:
         """Rule 3, what is told: it never goes back."""

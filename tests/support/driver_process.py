@@ -1,4 +1,4 @@
-"""Starts `driver.py` as a process of its own, and knows how far it is."""
+"""Starts `driver.py` or `rover.py` as a process of its own, and knows how far it is."""
 
 from __future__ import annotations
 
@@ -7,43 +7,24 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from support.driver import Mix
+from support.rover import Cast
 
 _TESTS = Path(__file__).resolve().parent.parent
 _STOP_S = 90.0
 
 
-class DriverProcess:
-    """A driver of its own process; ends with its block, by `stop`, by `kill`, or with this process."""
+class Loading:
+    """A process that makes load and writes a history; ends with its block, by `stop`, by `kill`, or with this process."""
 
-    def __init__(
-        self,
-        address: str,
-        history: Path,
-        seed: int,
-        *,
-        mix: Mix | None = None,
-        pause_s: float = 0.02,
-        hurry: bool = True,
-    ) -> None:
-        options = dataclasses.asdict(mix or Mix())
-        command = [
-            sys.executable,
-            "-m",
-            "support.driver",
-            "--address",
-            address,
-            "--history",
-            os.fspath(history),
-        ]
-        command += ["--seed", str(seed), "--pause-s", str(pause_s), *(["--hurry"] if hurry else [])]
-        command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    def __init__(self, module: str, *arguments: str) -> None:
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", module, *arguments],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([os.fspath(_TESTS), *_paths()])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -101,6 +82,48 @@ class DriverProcess:
         with self._more:
             self._ended = True
             self._more.notify_all()
+
+
+class DriverProcess(Loading):
+    """`driver.py`: the SDK at a server, or at several, whose addresses stand in `address` with commas."""
+
+    def __init__(
+        self,
+        address: str,
+        history: Path,
+        seed: int,
+        *,
+        mix: Mix | None = None,
+        pause_s: float = 0.02,
+        hurry: bool = True,
+    ) -> None:
+        arguments = [*_common(address, history, seed, pause_s), *(["--hurry"] if hurry else [])]
+        super().__init__("support.driver", *arguments, *_options(mix or Mix()))
+
+
+class RoverProcess(Loading):
+    """`rover.py`: the protocol itself, at several replicas at once."""
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        history: Path,
+        seed: int,
+        *,
+        cast: Cast | None = None,
+        pause_s: float = 0.02,
+    ) -> None:
+        arguments = _common(",".join(addresses), history, seed, pause_s)
+        super().__init__("support.rover", *arguments, *_options(cast or Cast()))
+
+
+def _common(address: str, history: Path, seed: int, pause_s: float) -> list[str]:
+    where = ["--address", address, "--history", os.fspath(history)]
+    return [*where, "--seed", str(seed), "--pause-s", str(pause_s)]
+
+
+def _options(counts: Mix | Cast) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(counts).items()]
 
 
 def _paths() -> list[str]:

@@ -84,9 +84,9 @@ class Faults:
         self._control.sendall(f"{word}\n".encode())
 
 
-def replace(owner: object, name: str, function: Callable[..., Any]) -> None:
-    """Put a function in the place of another; nobody but us may hold the old one yet."""
-    setattr(owner, name, function)
+def replace(owner: object, name: str, other: object) -> None:
+    """Put a function, or another thing, in the place of one; nobody but us may hold the old one yet."""
+    setattr(owner, name, other)
 
 
 def install(faults: Faults) -> None:

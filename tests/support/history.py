@@ -1,6 +1,6 @@
 """What a driver asked of its sessions and what it was told: one line per call and per end, in a file.
 
-A call's line is in the file before the call is made, and an end's line is written after the answer came. So the
+Several processes may write the same file, each its own lives. A call's line is in the file before the call is made, and an end's line is written after the answer came. So the
 numbers of the lines are a clock that never shows an answer before it was given nor a call after it was made,
 and what a driver that was killed had under way are the calls without an end.
 """
@@ -11,6 +11,7 @@ import base64
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +69,10 @@ class Op:
     called_at: int
     call: Call
     ends: list[tuple[int, End]] = dataclasses.field(default_factory=list)
+    called_s: float = 0.0
+    """By the clock of `time.monotonic`, which all processes of a machine share."""
+    acknowledged_s: float = 0.0
+    """0.0: it was not."""
 
     @property
     def acknowledged(self) -> End | None:
@@ -92,13 +97,13 @@ class Log:
     def call(self, call: Call) -> str:
         """Before a call is made. Returns its number."""
         self._calls += 1
-        number = f"{self.life}:{self._calls}"
-        self._write({"call": number, **_packed(call)})
+        number = f"{self.life}.{os.getpid()}:{self._calls}"
+        self._write({"call": number, "s": time.monotonic(), **_packed(call)})
         return number
 
     def end(self, number: str, end: End) -> None:
         """After its answer came."""
-        self._write({"end": number, **_packed(end)})
+        self._write({"end": number, "s": time.monotonic(), **_packed(end)})
 
     def close(self) -> None:
         """End it."""
@@ -118,11 +123,15 @@ def load(paths: Iterable[Path]) -> list[Op]:
         for line in path.read_text().splitlines():
             at += 1
             found = json.loads(line)
+            moment_s = found.pop("s", 0.0)
             if (number := found.pop("call", None)) is not None:
-                ops.append(Op(number, at, Call(**_unpacked(found))))
+                ops.append(Op(number, at, Call(**_unpacked(found)), called_s=moment_s))
                 of[number] = ops[-1]
             elif (number := found.pop("end", None)) is not None:
-                of[number].ends.append((at, End(**_unpacked(found))))
+                op, end = of[number], End(**_unpacked(found))
+                op.ends.append((at, end))
+                if end.outcome == "acknowledged" and not op.acknowledged_s:
+                    op.acknowledged_s = moment_s
     return ops
 
 

@@ -152,6 +152,16 @@ def test_outcome_is_settled_only_where_the_server_says_so(code: grpc.StatusCode)
     assert (lost.outcome, told.outcome) == ("unknown", "not_applied")
 
 
+def test_a_server_may_say_that_it_does_not_know_the_outcome() -> None:
+    told = from_rpc(
+        grpc.StatusCode.UNAVAILABLE,
+        "no answer",
+        details(error_details_pb2.ErrorInfo(reason="OUTCOME_UNKNOWN")),
+    )
+    assert isinstance(told, errors.UnavailableError)
+    assert (told.outcome, told.reason) == ("unknown", "OUTCOME_UNKNOWN")
+
+
 def test_garbled_details_do_not_hide_the_error() -> None:
     error = from_rpc(grpc.StatusCode.DATA_LOSS, "told", [(DETAILS_KEY, b"\xff\xff\xff")])
     assert type(error) is errors.StateCorruptError

@@ -10,11 +10,11 @@ import pytest
 
 from stepwell_server.engine.api import Select
 from stepwell_server.errors import (
+    OutcomeUnknown,
     RevisionConflict,
     SessionExists,
     SessionGone,
     SessionNotFound,
-    Unavailable,
 )
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
@@ -88,7 +88,7 @@ async def test_each_member_of_a_frame_has_a_fate_of_its_own() -> None:
         second.store.unknown["d"] = False
         inputs = np.concatenate([x(1), x(1, seed=2), x(1), x(1)])
         answers = await second.submit(list("abcd"), inputs, expected=[1] * 4, request_ids=[5] * 4).all()
-        assert kinds(answers) == ["Answer", "Answer", "RevisionConflict", "Unavailable"]
+        assert kinds(answers) == ["Answer", "Answer", "RevisionConflict", "OutcomeUnknown"]
         assert isinstance(answers[0], Answer)
         assert not answers[0].replayed
         assert isinstance(answers[1], Answer)
@@ -140,7 +140,7 @@ async def test_a_commit_that_is_not_answered_is_not_known(shape: str, kept: bool
     async with two() as (first, second):
         await both_know(first, second, "a")
         second.store.unknown["a"] = kept
-        with pytest.raises(Unavailable, match="may have kept it"):
+        with pytest.raises(OutcomeUnknown, match="may have kept it"):
             await change(second, shape, expected=1, request_ids=9).only()
         answer = await change(second, shape, expected=1, request_ids=9).only()
         assert (answer.revision, answer.replayed) == (2, kept), "what the store holds is the truth"
@@ -252,7 +252,7 @@ async def test_many_are_opened_or_none_where_another_server_was_faster_with_one(
 async def test_an_opening_of_which_the_store_does_not_say_whether_it_was_kept_is_undone() -> None:
     async with two() as (first, second):
         second.store.unknown["x"] = True
-        with pytest.raises(Unavailable, match="may have kept it"):
+        with pytest.raises(OutcomeUnknown, match="may have kept it"):
             await second.engine.open_sessions("plain", session_ids=["x", "y"], request_id=4)
         assert first.store.shared.count() == 0
         assert (
@@ -268,7 +268,7 @@ async def test_an_opening_that_is_not_answered_stays_if_it_was_kept(kept: bool) 
     """Whoever asks another server again may have been told that it is there."""
     async with two() as (first, second):
         second.store.unknown["a"] = kept
-        with pytest.raises(Unavailable, match="may have kept it"):
+        with pytest.raises(OutcomeUnknown, match="may have kept it"):
             await second.engine.open_session("plain", session_id="a", request_id=4)
         opened = await first.engine.open_session("plain", session_id="a", request_id=4)
         assert opened.replayed is kept
@@ -357,7 +357,7 @@ async def test_a_closing_that_is_not_answered_is_not_known(kept: bool) -> None:
     async with two() as (first, second):
         await both_know(first, second, "a")
         second.store.unknown["a"] = kept
-        with pytest.raises(Unavailable, match="may have kept it"):
+        with pytest.raises(OutcomeUnknown, match="may have kept it"):
             await second.engine.close_session("a", request_id=5)
         assert await second.engine.close_session("a", request_id=5) is kept
 

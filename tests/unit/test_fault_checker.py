@@ -6,6 +6,7 @@ A register in numpy stands for the server; each test lets it break one rule, or 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -309,6 +310,144 @@ def test_an_error_that_nothing_can_cause(world: World) -> None:
     caught(world, "error", "b", 3, "InternalError: 77")
 
 
+# ----------------------------------------------------------------------------------- what is caught of several replicas
+
+
+def begin(world: World, call: Call) -> Op:
+    """A call that is under way."""
+    return world.told(call, None)
+
+
+def finish(world: World, op: Op, end: End) -> None:
+    op.ends.append((world.at(), end))
+
+
+def look(session: str) -> Call:
+    return Call(kind="look", session=session)
+
+
+def test_a_replica_that_reads_what_it_remembers(world: World) -> None:
+    """Its copy is right, but older than what another replica had acknowledged before it was asked."""
+    stale = world.answer("a")
+    world.step("a")
+    begin_late = begin(world, look("a"))
+    finish(world, begin_late, stale)
+    caught(world, "lost", "a", 3, "told after revision 4 was")
+
+
+def test_a_read_under_way_may_show_either_side_of_a_change(world: World) -> None:
+    """It began before the change was acknowledged: both answers are linearizable."""
+    before = world.answer("a")
+    early, late = begin(world, look("a")), begin(world, look("a"))
+    world.step("a")
+    finish(world, early, before)
+    finish(world, late, world.answer("a"))
+    world.check().require_clean()
+
+
+def test_two_reads_one_after_the_other_that_go_back(world: World) -> None:
+    """The change is not acknowledged; but who reads after somebody has seen it must see it too."""
+    before = world.answer("a")
+    world.step("a", told=False)
+    finish(world, begin(world, look("a")), world.answer("a"))
+    finish(world, begin(world, look("a")), before)
+    caught(world, "lost", "a", 3, "told after revision 4 was")
+
+
+def test_a_conflict_told_from_an_old_copy(world: World) -> None:
+    old = world.sessions["a"].revision
+    world.step("a")
+    late = Call(kind="step", session="a", expected=old + 1, x=world.x("a"))
+    world.told(late, End(outcome="not_applied", revision=old))
+    caught(world, "lost", "a", 3, "told after revision 4 was")
+
+
+def test_two_owners_whose_changes_are_both_acknowledged(world: World) -> None:
+    """Each replica made its own revision 4."""
+    state = world.sessions["a"].state
+    calls = [Call(kind="step", session="a", expected=3, x=world.x("a")) for _ in range(2)]
+    under_way = [begin(world, call) for call in calls]
+    for op in under_way:
+        assert op.call.x is not None
+        y, after = MODEL.step(state, op.call.x)
+        finish(world, op, End(outcome="acknowledged", revision=4, position=after.position, y=single(y)))
+    caught(world, "lost", "a", 4, "both made it")
+
+
+def test_rivals_of_whom_one_wins(world: World) -> None:
+    loser = begin(world, Call(kind="step", session="a", expected=3, x=world.x("a")))
+    world.step("a")
+    finish(world, loser, End(outcome="not_applied", revision=4))
+    world.step("a")
+    world.check().require_clean()
+
+
+def test_the_output_of_a_state_that_another_replica_had_moved_on(world: World) -> None:
+    """The loser computed from its old copy, and was acknowledged at the right revision all the same."""
+    old = world.sessions["a"].state
+    world.step("a")
+    position = world.sessions["a"].state.position
+    world.sessions["a"].state = dataclasses.replace(old, position=position)
+    world.step("a")
+    caught(world, "lost", "a", 5, "it is right if the change before it is left out")
+
+
+def test_a_change_sent_to_two_and_answered_by_both(world: World) -> None:
+    op = world.step("a")
+    finish(world, op, dataclasses.replace(op.ends[0][1]))
+    assert world.check().require_clean().answered_again == 1
+
+
+def test_a_change_refused_by_the_replica_that_did_not_make_it(world: World) -> None:
+    """It knows the revision, and not that this very change has made it."""
+    op = world.step("a")
+    finish(world, op, End(outcome="not_applied", revision=4))
+    caught(world, "wrong", "a", 4, "was refused when it was sent again")
+
+
+def test_a_change_sent_again_when_others_have_followed(world: World) -> None:
+    """Only the answer to the last change is remembered."""
+    op = world.step("a")
+    world.step("a")
+    finish(world, op, End(outcome="not_applied", revision=5))
+    world.check().require_clean()
+
+
+def close(world: World, session: str) -> Op:
+    return world.told(Call(kind="close", session=session), End(outcome="acknowledged"))
+
+
+def test_a_closed_session_that_a_replica_still_serves(world: World) -> None:
+    kept = world.answer("a")
+    close(world, "a")
+    finish(world, begin(world, look("a")), kept)
+    caught(world, "wrong", "a", 3, "closed or gone")
+
+
+def test_a_session_that_is_gone_for_one_replica_only(world: World) -> None:
+    """Nobody knows whether it was closed, but when one says so it was."""
+    world.told(Call(kind="close", session="a"), End(outcome="unknown"))
+    world.told(look("a"), End(outcome="gone", error="SessionNotFoundError: a"))
+    world.read("a")
+    caught(world, "wrong", "a", 3, "closed or gone")
+
+
+def test_a_session_that_is_gone_before_anybody_closes_it(world: World) -> None:
+    world.told(look("a"), End(outcome="gone", error="SessionNotFoundError: a"))
+    close(world, "a")
+    caught(world, "gone", "a", 3, "SessionNotFoundError")
+
+
+def test_what_is_told_while_a_session_is_closed(world: World) -> None:
+    kept = world.answer("a")
+    early, late = begin(world, look("a")), begin(world, look("a"))
+    close(world, "a")
+    finish(world, early, kept)
+    finish(world, late, End(outcome="gone", error="SessionNotFoundError: a"))
+    world.told(look("a"), End(outcome="gone", error="SessionNotFoundError: a"))
+    world.check().require_clean()
+
+
 # ----------------------------------------------------------------------------------------------------- what is right
 
 Choice = Callable[[World, str], object]
@@ -370,6 +509,23 @@ def test_either_of_two_unknown_changes_may_have_happened(world: World) -> None:
         world.step("a")
     report = world.check().require_clean()
     assert (report.unknown, report.filled) == (4, 2)
+
+
+def test_several_processes_write_one_history(tmp_path: Path) -> None:
+    path = tmp_path / "history"
+    logs = [history.Log(path, seed=1) for _ in range(2)]
+    logs[1].life = logs[0].life  # as if they had begun at the same time, in two processes
+    world = World()
+    world.open("a")
+    world.step("a")
+    for op in world.ops:
+        number = logs[0].call(op.call)
+        logs[0].end(number, op.ends[0][1])
+    opened, stepped = history.load([path])
+    assert 0 < opened.called_s <= opened.acknowledged_s <= stepped.called_s <= stepped.acknowledged_s
+    assert str(os.getpid()) in stepped.number
+    for log in logs:
+        log.close()
 
 
 def test_a_history_in_a_file_is_the_same(world: World, tmp_path: Path) -> None:

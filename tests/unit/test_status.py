@@ -34,7 +34,9 @@ _CODES = [
     (errors.Overloaded("m", 0.25), "RESOURCE_EXHAUSTED", "OVERLOADED"),
     (errors.QuotaExceeded("m", 0.5, quota="rows", limit="3"), "RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED"),
     (errors.Unavailable("m"), "UNAVAILABLE", "UNAVAILABLE"),
+    (errors.StoreAway("m", 0.25), "UNAVAILABLE", "UNAVAILABLE"),
     (errors.StoreGone("m"), "UNAVAILABLE", "UNAVAILABLE"),
+    (errors.OutcomeUnknown("m"), "UNAVAILABLE", "OUTCOME_UNKNOWN"),
     (errors.Starting("m", 0.25), "UNAVAILABLE", "STARTING"),
     (errors.DeadlineExceeded("m"), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
     (errors.StateCorrupt("m"), "DATA_LOSS", "STATE_CORRUPT"),
@@ -75,10 +77,11 @@ def test_calls_and_frames_say_the_same(error: errors.ServerError, code: str, rea
     assert dict(info.metadata) == dict(proto.metadata) == error.metadata
 
 
-def test_only_overload_and_a_start_come_with_a_delay() -> None:
+def test_only_what_passes_by_itself_comes_with_a_delay() -> None:
+    passing = errors.Overloaded | errors.Starting | errors.StoreAway
     for error, _, _ in _CODES:
         kinds = [detail.TypeName() for detail in _details(to_status(error)).details]
-        assert ("google.rpc.RetryInfo" in kinds) is isinstance(error, errors.Overloaded | errors.Starting)
+        assert ("google.rpc.RetryInfo" in kinds) is isinstance(error, passing)
     retry = error_details_pb2.RetryInfo()
     assert _details(to_status(errors.Overloaded("m", 0.25))).details[1].Unpack(retry)
     assert retry.retry_delay.ToMilliseconds() == 250

@@ -17,7 +17,7 @@ from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.durability.records import Outcome
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members
-from stepwell_server.errors import ServerError, Unavailable
+from stepwell_server.errors import OutcomeUnknown, ServerError
 from stepwell_server.store import base
 from stepwell_server.store.base import ALL_KEPT, Committed
 
@@ -102,6 +102,8 @@ class Committer:
             outcome.model.replies.remember(handles, outcome.arrays)
 
 
-def not_known() -> Unavailable:
+def not_known() -> OutcomeUnknown:
     """The answer to a change of which the store did not say whether it was kept."""
-    return Unavailable("the store must say that it kept the change; it did not answer, and may have kept it")
+    return OutcomeUnknown(
+        "the store must say that it kept the change; it did not answer, and may have kept it"
+    )

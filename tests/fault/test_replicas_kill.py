@@ -1,0 +1,63 @@
+"""Replicas are killed, stopped and paused under load, and others go on with their sessions: none lost, none twice.
+
+The short version of `make soak-cluster`.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from support.driver_process import RoverProcess
+from support.faults import verdict
+from support.replica_processes import Replicas
+from support.valkey import Valkey
+
+REPLICAS = 3
+
+
+def test_replicas_are_killed(tmp_path: Path) -> None:
+    """One after the other; clients go on with those that are there, and the killed one comes back into the middle of it."""
+    history, chance = tmp_path / "history", random.Random(31)
+    with (
+        Valkey() as valkey,
+        Replicas(valkey.url(), REPLICAS, "--durability", "async") as replicas,
+        RoverProcess(replicas.addresses, history, seed=31) as rover,
+    ):
+        for i in range(4):
+            rover.wait_acknowledged(chance.randrange(60, 150))
+            replicas[i % REPLICAS].kill()
+            rover.wait_acknowledged(60)
+            replicas[i % REPLICAS].start()
+        rover.wait_acknowledged(100)
+        rover.stop()
+    report = verdict(history).require_clean()
+    assert report.acknowledged > 700
+    assert report.answered_again > 0
+    assert report.reads > 50
+
+
+@pytest.mark.parametrize(
+    ("defect", "sorts"),
+    [
+        ("trust-copies", {"lost", "wrong", "gone"}),
+        ("commit-blindly", {"lost"}),
+        ("forget-requests", {"wrong"}),
+        ("answer-early", {"lost"}),
+    ],
+)
+def test_a_replica_that_breaks_a_rule_is_caught(tmp_path: Path, defect: str, sorts: set[str]) -> None:
+    """The proof that a stale read, a lost change and a forgotten answer would be seen."""
+    history = tmp_path / "history"
+    with (
+        Valkey() as valkey,
+        Replicas(valkey.url(), 2, "--durability", "async", defect=defect) as replicas,
+        RoverProcess(replicas.addresses, history, seed=32) as rover,
+    ):
+        rover.wait_acknowledged(400)
+        rover.kill()
+    report = verdict(history)
+    found = {one.sort for one in report.violations}
+    assert found & sorts, report

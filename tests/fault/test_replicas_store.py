@@ -1,0 +1,90 @@
+"""Replicas whose Valkey is killed, paused, cut off or failed over under load: nothing acknowledged is lost or doubled.
+
+The short version of `make soak-cluster`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from support import trouble
+from support.driver_process import RoverProcess
+from support.faults import verdict
+from support.proxy import Proxy
+from support.replica_processes import Replicas
+from support.valkey import Cluster, Sentinels, Valkey
+
+SYNC, ASYNC = ("--durability", "sync"), ("--durability", "async")
+
+
+@contextlib.contextmanager
+def loaded(history: Path, replicas: Replicas, seed: int) -> Iterator[RoverProcess]:
+    """Replicas under load, whose history is checked at the end."""
+    with RoverProcess(replicas.addresses, history, seed) as load:
+        load.wait_acknowledged(100)
+        yield load
+        load.wait_acknowledged(100)
+        load.stop()
+    report = verdict(history).require_clean()
+    assert report.acknowledged > 200
+    assert report.answered_again > 0
+
+
+def test_a_replica_that_was_paused_for_longer_than_any_limit(tmp_path: Path) -> None:
+    """The classic double owner: it goes on in the middle of what it did, when others have long done it."""
+    chance = random.Random(41)
+    with (
+        Valkey() as valkey,
+        Replicas(valkey.url(f"?{trouble.SHORT}"), 2, *ASYNC) as replicas,
+        loaded(tmp_path / "history", replicas, seed=41) as load,
+    ):
+        for _ in range(2):
+            trouble.pause_replica(replicas, load, chance)
+
+
+def test_a_valkey_that_is_killed_and_comes_back(tmp_path: Path) -> None:
+    """What `sync` acknowledged is in its file."""
+    chance = random.Random(42)
+    with (
+        Valkey(append="always") as valkey,
+        Replicas(valkey.url(f"?{trouble.SHORT}"), 2, *SYNC) as replicas,
+        loaded(tmp_path / "history", replicas, seed=42) as load,
+    ):
+        trouble.restart_valkey(valkey, load, chance)
+        trouble.pause_valkey(valkey, load, chance)
+
+
+def test_a_way_to_valkey_that_is_cut(tmp_path: Path) -> None:
+    """One replica is cut off, the other goes on."""
+    chance = random.Random(43)
+    with Valkey() as valkey, contextlib.ExitStack() as stack:
+        ways = [stack.enter_context(Proxy(valkey.address, i)) for i in range(2)]
+        urls = [f"valkey://{way.address}/0?{trouble.SHORT}" for way in ways]
+        with Replicas(urls, 2, *ASYNC) as replicas, loaded(tmp_path / "history", replicas, seed=43) as load:
+            for _ in range(3):
+                trouble.part(ways, load, chance)
+
+
+def test_a_primary_that_is_replaced(tmp_path: Path) -> None:
+    """With `sync` and a replica of Valkey that has it too, a fail-over loses nothing that was acknowledged."""
+    chance = random.Random(44)
+    with (
+        Sentinels(append="always") as watched,
+        Replicas(watched.url(f"&replicas=1&{trouble.SHORT}"), 2, *SYNC) as replicas,
+        loaded(tmp_path / "history", replicas, seed=44) as load,
+    ):
+        trouble.fail_over(watched, load, chance)
+
+
+def test_a_cluster_one_of_whose_primaries_is_killed(tmp_path: Path) -> None:
+    """Sessions of the other primaries go on meanwhile; afterwards all do."""
+    chance = random.Random(45)
+    with (
+        Cluster(append="always") as cluster,
+        Replicas(cluster.url(f"&{trouble.SHORT}"), 2, *SYNC) as replicas,
+        loaded(tmp_path / "history", replicas, seed=45) as load,
+    ):
+        trouble.restart_valkey(chance.choice(cluster.primaries), load, chance)

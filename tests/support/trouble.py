@@ -1,0 +1,124 @@
+"""What happens to replicas and their Valkey while clients are at work: one function for each kind of trouble.
+
+Each lets the load run for a random while before and after, so that the moment is anywhere in what is under way, and leaves
+everything running.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from support.driver_process import Loading
+from support.proxy import Proxy
+from support.replica_processes import Replica, Replicas
+from support.valkey import Sentinels, Valkey
+
+LONGER_THAN_ANY_LIMIT_S = 1.5
+"""Than attempts of `rover` wait, and than a replica waits for a Valkey whose URL says so: see SHORT."""
+SHORT = "timeout_ms=500"
+_MOST_CHANGES = 60
+_LONGEST_S = 0.05
+
+
+def at_random(load: Loading, chance: random.Random) -> None:
+    """Let some changes be acknowledged, and a moment pass."""
+    load.wait_acknowledged(chance.randrange(1, _MOST_CHANGES))
+    pass_s(chance.uniform(0, _LONGEST_S))
+
+
+def pass_s(seconds: float) -> None:
+    """Let time pass: of what is tested here it is the cause, not something to wait for."""
+    threading.Event().wait(seconds)
+
+
+def kill_replica(replicas: Replicas, load: Loading, chance: random.Random) -> Replica:
+    """Kill one, let others go on with its sessions, and start it again. Returns it."""
+    at_random(load, chance)
+    one = chance.choice(list(replicas))
+    assert one.kill() == -9, f"it had ended by itself:\n{one.logs()}"
+    at_random(load, chance)
+    one.start()
+    return one
+
+
+def pause_replica(replicas: Replicas, load: Loading, chance: random.Random) -> None:
+    """Stop one for longer than any limit: others go on with its sessions, and then it believes it was never away."""
+    at_random(load, chance)
+    with chance.choice(list(replicas)).paused():
+        pass_s(LONGER_THAN_ANY_LIMIT_S)
+        at_random(load, chance)
+    at_random(load, chance)
+
+
+def restart_replicas(replicas: Replicas, load: Loading, chance: random.Random) -> None:
+    """One after the other ends in good order and comes back."""
+    for one in replicas:
+        at_random(load, chance)
+        assert one.stop() == 0, one.logs()
+        at_random(load, chance)
+        one.start()
+    at_random(load, chance)
+
+
+def restart_valkey(valkey: Valkey, load: Loading, chance: random.Random) -> None:
+    """It is killed, and comes back with what it has in its file."""
+    at_random(load, chance)
+    valkey.kill()
+    pass_s(chance.uniform(0, 1))
+    valkey.start()
+    at_random(load, chance)
+
+
+def pause_valkey(valkey: Valkey, load: Loading, chance: random.Random) -> None:
+    """It does nothing for longer than any limit."""
+    at_random(load, chance)
+    valkey.pause()
+    pass_s(LONGER_THAN_ANY_LIMIT_S)
+    valkey.resume()
+    at_random(load, chance)
+
+
+def fail_over(watched: Sentinels, load: Loading, chance: random.Random) -> None:
+    """The primary is killed, or paused, or merely replaced; it comes back as a replica."""
+    at_random(load, chance)
+    old, how = watched.primary(), chance.choice(["kill", "pause", "replace"])
+    if how == "kill":
+        old.kill()
+    if how == "pause":
+        old.pause()
+    pass_s(chance.uniform(0, 0.3))
+    watched.fail_over()
+    load.wait_acknowledged(_MOST_CHANGES)
+    if how == "kill":
+        old.start()
+    if how == "pause":
+        old.resume()
+    watched.wait_ready(1)
+    at_random(load, chance)
+
+
+def part(ways: list[Proxy], load: Loading, chance: random.Random) -> None:
+    """Between one replica and Valkey nothing gets through in one direction or in both, or connections are cut."""
+    at_random(load, chance)
+    way, how = chance.choice(ways), chance.choice(["requests", "answers", "both", "cut"])
+    if how == "cut":
+        way.be("refuse")
+    if how in ("requests", "both"):
+        way.hold("requests")
+    if how in ("answers", "both"):
+        way.hold("answers")
+    pass_s(chance.uniform(0, LONGER_THAN_ANY_LIMIT_S))
+    at_random(load, chance)
+    way.release()
+    way.be("clean")
+    at_random(load, chance)
+
+
+def all_at_once(*kinds: Callable[[], object]) -> None:
+    """Several kinds of trouble at the same time."""
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        for done in [pool.submit(kind) for kind in kinds]:
+            done.result()
