@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stepwell import aio, config, errors, events
     from stepwell._admin import ExportReport, ImportReport
     from stepwell._local import LocalClient, local
+    from stepwell._replica import ReplicaInfo
     from stepwell._session_list import SessionList
     from stepwell._state import State
     from stepwell._trace import Trace
@@ -89,6 +90,7 @@ __all__ = [
     "ProofInfo",
     "ProvenanceInfo",
     "RefusedError",
+    "ReplicaInfo",
     "ReplyTooLargeError",
     "RevisionConflictError",
     "ServerInfo",
@@ -130,6 +132,7 @@ _HOMES = {
     "ModelVersionInfo": "_types",
     "ProofInfo": "_types",
     "ProvenanceInfo": "_types",
+    "ReplicaInfo": "_replica",
     "ServerInfo": "_types",
     "SlowSession": "_types",
     "Session": "session",

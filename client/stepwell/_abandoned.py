@@ -19,6 +19,7 @@ from typing import Any
 
 from stepwell._channel import SyncTransport, closed
 from stepwell._flow import Ask, Call, Flow, Pause, drive, drive_async
+from stepwell._replica import Replica
 from stepwell.config import ClientConfig
 from stepwell.errors import StepwellError
 
@@ -44,7 +45,7 @@ class Finisher:
         self._flows: deque[Flow[None]] = deque()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._transport: SyncTransport | None = None
+        self._transports: dict[Replica | None, SyncTransport] = {}
         self._closing = threading.Event()
 
     def add(self, flow: Flow[None]) -> None:
@@ -68,25 +69,25 @@ class Finisher:
             if self._flows and not self._closing.is_set():
                 return self._flows.popleft()
             self._thread = None
-            transport, self._transport = self._transport, None
-        if transport is not None:
+            transports, self._transports = self._transports, {}
+        for transport in transports.values():
             transport.close()
         return None
 
     def _answer(self, ask: Ask) -> Any:
         if isinstance(ask, Call):
-            return self._channel().invoke(ask)
+            return self._channel(ask.to).invoke(ask)
         if isinstance(ask, Pause) and not self._closing.wait(ask.seconds):
             return None
         raise closed()
 
-    def _channel(self) -> SyncTransport:
+    def _channel(self, replica: Replica | None) -> SyncTransport:
         with self._lock:
             if self._closing.is_set():
                 raise closed()
-            if self._transport is None:
-                self._transport = SyncTransport(self._config)
-            return self._transport
+            if replica not in self._transports:
+                self._transports[replica] = SyncTransport(self._config, replica=replica)
+            return self._transports[replica]
 
     def close(self) -> None:
         """Waits up to `GRACE_S` for the queued flows, then ends them."""
@@ -98,8 +99,8 @@ class Finisher:
         thread.join(GRACE_S)
         with self._lock:
             self._closing.set()
-            transport = self._transport
-        if transport is not None:
+            transports = list(self._transports.values())
+        for transport in transports:
             transport.close()
         thread.join()
 

@@ -61,6 +61,80 @@ def parse(name: str, given: str) -> Address:
     return Address(rest, kind == "grpcs")
 
 
+def split(text: str) -> list[str]:
+    """The addresses in a text that names several, with commas between. A Unix socket's path may hold some itself."""
+    start = 0 if text.startswith("unix:") else text.find(",unix:") + 1
+    if not start and not text.startswith("unix:"):
+        return text.split(",")
+    before = text[: start - 1].split(",") if start else []
+    return before + re.split(",(?=unix:)", text[start:])
+
+
+def parse_all(name: str, given: str) -> tuple[tuple[str, ...], bool | None]:
+    """Reads the address of a server, or those of its replicas, with commas between.
+
+    Returns:
+        What gRPC is given, each, and what their schemes say of TLS; None: nothing.
+
+    Raises:
+        InvalidInputError: One is none, or is there twice, or they differ in TLS.
+    """
+    pieces = [given]
+    if "," in str(given):
+        pieces = [each.strip() for each in split(given)]
+    if len(pieces) > 1 and not all(pieces):
+        raise InvalidInputError(f"{name} must have an address between commas; got {given!r}")
+    found = [parse(name, each) for each in pieces]
+    targets = [each.target for each in found]
+    again = [each for i, each in enumerate(targets) if each in targets[:i]]
+    if again:
+        raise InvalidInputError(f"{name} must name each replica once; got {again[0]!r} twice")
+    said = {each.tls for each in found} - {None}
+    if len(said) > 1:
+        raise InvalidInputError(
+            f"{name} must be all grpc:// or all grpcs://, as all replicas are spoken to alike; got {given!r}"
+        )
+    return tuple(targets), next(iter(said), None)
+
+
+def join(name: str, given: object) -> str:
+    """Addresses of replicas as one text, which `parse_all` reads.
+
+    Raises:
+        InvalidInputError: They are none.
+    """
+    if isinstance(given, str):
+        text = given
+    elif isinstance(given, list | tuple) and given and all(isinstance(each, str) for each in given):
+        for each in given:
+            parse(name, each)
+            if "," in each:
+                _refuse(name, each, "the path of one of several must have no comma")
+        text = ",".join(sorted(given, key=lambda each: each.startswith("unix:")))
+    else:
+        raise InvalidInputError(
+            f"{name} must be a string, {_RULE}, or a list of one or more of them; got {given!r}"
+        )
+    parse_all(name, text)
+    return text
+
+
+def is_name(target: str) -> bool:
+    """Whether each address that it stands for is a replica."""
+    return target.startswith("dns:///")
+
+
+def host_and_port(target: str) -> tuple[str, int]:
+    """Of what was read."""
+    host, _, port = target.removeprefix("dns:///").rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def of_host(host: str, port: int) -> str:
+    """The address of a host that was looked up."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def is_local(target: str) -> bool:
     """Whether what is sent there stays on this machine: a Unix socket, `localhost` or a loopback address."""
     if target.startswith("unix:"):

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from google.protobuf import duration_pb2
 
 from stepwell import _inputs
-from stepwell._flow import Flow, Retrier
+from stepwell._flow import Flow
 from stepwell._retry import Deadline
 from stepwell._session_list import Page
 from stepwell._status import from_message
 from stepwell._types import SessionInfo
 from stepwell.errors import InvalidInputError, StepwellError
 from stepwell.v1 import sessions_pb2
+
+if TYPE_CHECKING:
+    from stepwell._core import Core
 
 SessionOrder: TypeAlias = Literal["id", "last_used", "created"]
 """In which order sessions are listed: `last_used` begins with those that were not used for longest."""
@@ -129,8 +132,9 @@ def duration(name: str, seconds: float) -> duration_pb2.Duration:
 class Admin:
     """The flows; see `Client` for what they do."""
 
-    def __init__(self, retrier: Retrier) -> None:
-        self._retrier = retrier
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._retrier = core.retrier
 
     def list_request(
         self, wanted: SessionFilter, order: str, descending: bool, limit: int | None
@@ -178,10 +182,15 @@ class Admin:
 
     def close_some(self, request: sessions_pb2.CloseSessionsRequest, deadline: Deadline) -> Flow[int]:
         """Close some sessions; how many there were."""
-        reply: sessions_pb2.CloseSessionsResponse = yield from self._retrier.call(
-            "CloseSessions", request, deadline, changes=True
-        )
-        return reply.closed
+        closed = 0
+        ids = list(request.session_ids)
+        for own in self._core.by_replica(ids):
+            part = sessions_pb2.CloseSessionsRequest(session_ids=[ids[i] for i in own.tolist()])
+            reply: sessions_pb2.CloseSessionsResponse = yield from self._retrier.call(
+                "CloseSessions", part, deadline, changes=True
+            )
+            closed += reply.closed
+        return closed
 
     def close_request(
         self, wanted: SessionFilter, *, everything: bool

@@ -41,7 +41,7 @@ class AdminCalls(abc.ABC):
 
     @property
     def _admin(self) -> Admin:
-        return Admin(self._core.retrier)
+        return Admin(self._core)
 
     def sessions(
         self,

@@ -1,23 +1,40 @@
-"""The connection of an async client: its channel, its stream, and the coalescer of its steps."""
+"""The connections of an async client: one to its server, or one to each replica that it has asked.
+
+Each is a channel, its stream, and the coalescer of its steps. As `_connections`, awaited.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
+from stepwell import _channel
 from stepwell._aio_link import AsyncLink
 from stepwell._channel import AsyncTransport
 from stepwell._coalesce import Coalescer
-from stepwell._flow import Retrier
+from stepwell._flow import Call, Retrier
+from stepwell._probing import AsyncProber
+from stepwell._replica import Replica
 from stepwell._steps import Step, Stepped, read
+from stepwell._tokens import Tokens
 from stepwell.config import ClientConfig
+from stepwell.errors import StepwellError
 
 
 class AsyncConnection:
     """Belongs to the event loop that runs when it is made."""
 
-    def __init__(self, config: ClientConfig, retrier: Retrier, *, coalesce: bool) -> None:
-        self.transport = AsyncTransport(config)
-        self.link = AsyncLink(self.transport.stream, config.address)
+    def __init__(
+        self,
+        config: ClientConfig,
+        retrier: Retrier,
+        known: Tokens,
+        replica: Replica | None,
+        *,
+        coalesce: bool,
+    ) -> None:
+        self.transport = AsyncTransport(config, known, replica)
+        self.link = AsyncLink(self.transport.stream, config.address if replica is None else replica.address)
         self._retrier = retrier
         # A quarter of the message limit, because outputs may be larger than inputs.
         self._coalescer = Coalescer(self.link, retrier, self._unary, config.max_message_bytes // 4)
@@ -33,3 +50,62 @@ class AsyncConnection:
         self._coalescer.close()
         await self.link.close()
         await self.transport.close()
+
+    async def drop(self) -> None:
+        """The same while the client goes on: calls in flight are tried again elsewhere."""
+        await self.transport.drop()
+        await self.link.close()
+
+
+class AsyncConnections:
+    """The connections to replicas, each made when it is first needed. Belongs to one event loop."""
+
+    def __init__(self, config: ClientConfig, retrier: Retrier, *, coalesce: bool) -> None:
+        assert retrier.router is not None
+        self._config = config
+        self._retrier = retrier
+        self._tokens = _channel.tokens(config)
+        self._coalesce = coalesce
+        self._made: dict[Replica, AsyncConnection] = {}
+        self._is_closed = False
+        self._prober = AsyncProber(retrier.router, self._check, self._drop, config.connect_timeout_s)
+        retrier.router.attach(self._prober.wake, self._prober.drop)
+
+    def to(self, replica: Replica) -> AsyncConnection:
+        """The connection to a replica."""
+        made = self._made.get(replica)
+        if made is None:
+            if self._is_closed:
+                raise _channel.closed()
+            made = self._made[replica] = AsyncConnection(
+                self._config, self._retrier, self._tokens, replica, coalesce=self._coalesce
+            )
+        return made
+
+    async def _check(self, replica: Replica, timeout_s: float) -> StepwellError | None:
+        return await self.to(replica).transport.check(timeout_s)
+
+    async def invoke_all(self, call: Call) -> None:
+        """Makes a call to each replica that has been asked before and is not down.
+
+        Raises:
+            StepwellError: None has answered; the first one's error.
+        """
+        made = [connection for replica, connection in self._made.items() if not replica.is_down]
+        calls = [connection.transport.invoke(call) for connection in made]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        failed = [each for each in answers if isinstance(each, BaseException)]
+        if failed and len(failed) == len(answers):
+            raise failed[0]
+
+    async def _drop(self, replica: Replica) -> None:
+        connection = self._made.pop(replica, None)
+        if connection is not None:
+            await connection.drop()
+
+    async def close(self) -> None:
+        """Ends all of them."""
+        self._is_closed = True
+        await self._prober.close()
+        for connection in list(self._made.values()):
+            await connection.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
@@ -12,9 +13,11 @@ import grpc
 from stepwell import _channel
 from stepwell._flow import Exchange
 from stepwell._in_flight import Answer, Sink
+from stepwell._lanes import Exchanges, Lane
 from stepwell._log import LOG
+from stepwell._replica import Replica
 from stepwell._sets import StreamSets
-from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableError
+from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2
 
 Inbox = asyncio.Queue[Answer]
@@ -67,6 +70,31 @@ class AsyncLink:
         stream, self._stream = self._stream, None
         if stream is not None:
             await stream.close()
+
+
+async def exchange_some(ask: Exchanges, link_to: Callable[[Replica], AsyncLink]) -> None:
+    """Sends the lanes of a frame that are not sent yet, and waits until one is over, or as long as it is told."""
+    inbox: asyncio.Queue[tuple[Lane, Answer]]
+    inbox = ask.inbox = ask.inbox or asyncio.Queue()
+    for lane in ask.lanes:
+        if lane.forget is None and not lane.is_over:
+            try:
+                lane.forget = link_to(lane.to).post(lane.ask, functools.partial(_put, inbox, lane))
+            except ClosedError:
+                raise
+            except StepwellError as error:
+                lane.fail(error)
+    try:
+        async with asyncio.timeout(None if math.isinf(ask.wait_s) else ask.wait_s):
+            while not ask.has_news:
+                lane, answer = await inbox.get()
+                lane.take(answer)
+    except TimeoutError:
+        return
+
+
+def _put(inbox: asyncio.Queue[tuple[Lane, Answer]], lane: Lane, answer: Answer) -> None:
+    inbox.put_nowait((lane, answer))
 
 
 def _received(answer: Answer) -> sessions_pb2.StepStreamResponse:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -16,12 +17,27 @@ from stepwell import _address, _metadata, _status, _tls
 from stepwell._flow import Call
 from stepwell._metadata import Pairs
 from stepwell._tokens import Tokens
-from stepwell.config import ClientConfig
-from stepwell.errors import ClosedError, StepwellError, UnauthenticatedError, UnavailableError
+from stepwell.config import ClientConfig, TlsConfig
+from stepwell.errors import (
+    ClosedError,
+    DeadlineExceededError,
+    StepwellError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from stepwell.v1 import models_pb2_grpc, sessions_pb2, sessions_pb2_grpc
+
+if TYPE_CHECKING:
+    from stepwell._replica import Replica
 
 #: gRPC's own limit of an attempt to connect.
 _LONGEST_CONNECT_S = 20.0
+#: A replica that has sent nothing for so long while calls wait for it is asked whether it is there, and how long its
+#: answer may take. gRPC itself sends at most two such pings without a message between them, which every server takes.
+_KEEPALIVE_MS, _KEEPALIVE_TIMEOUT_MS = 2000, 3000
+_HEALTH = "/grpc.health.v1.Health/Check"
+#: grpc.health.v1.HealthCheckResponse with the status SERVING.
+_SERVING = b"\x08\x01"
 #: The calls that are not of SessionService.
 _SERVICES = {
     **dict.fromkeys(("ListModels", "GetModel", "ListSlowSessions", "Predict"), "ModelService"),
@@ -35,18 +51,47 @@ _SERVICES = {
 _FAILED_WRITE = 'Failed "execute_batch"'
 
 
-def open_channel(config: ClientConfig) -> grpc.Channel:
-    """A channel of the sync client. The connection is made by the first call."""
+def open_channel(config: ClientConfig, replica: Replica | None = None) -> grpc.Channel:
+    """A channel of the sync client. The connection is made by the first call.
+
+    Args:
+        config: What the client was told.
+        replica: The one of its replicas that it leads to; None: it has one server.
+    """
+    config, options = _for(config, replica)
     if config.tls is None:
-        return grpc.insecure_channel(config.address, options=_options(config))
-    return grpc.secure_channel(config.address, _tls.credentials(config.tls), options=_options(config))
+        return grpc.insecure_channel(config.address, options=options)
+    return grpc.secure_channel(config.address, _tls.credentials(config.tls), options=options)
 
 
-def open_async_channel(config: ClientConfig) -> grpc.aio.Channel:
+def open_async_channel(config: ClientConfig, replica: Replica | None = None) -> grpc.aio.Channel:
     """The same for the running event loop. Channels are opened nowhere else, not for `stepwell bench` either."""
+    config, options = _for(config, replica)
     if config.tls is None:
-        return grpc.aio.insecure_channel(config.address, options=_options(config))
-    return grpc.aio.secure_channel(config.address, _tls.credentials(config.tls), options=_options(config))
+        return grpc.aio.insecure_channel(config.address, options=options)
+    return grpc.aio.secure_channel(config.address, _tls.credentials(config.tls), options=options)
+
+
+def has_replicas(config: ClientConfig) -> bool:
+    """Whether a client has a choice: there are several addresses, or a name that may have several."""
+    return len(config.targets) > 1 or _address.is_name(config.targets[0])
+
+
+def _for(config: ClientConfig, replica: Replica | None) -> tuple[ClientConfig, list[tuple[str, Any]]]:
+    """What a channel is told: the client's config, or that of one of its replicas, and gRPC's options."""
+    if replica is None:
+        return config, _options(config)
+    tls = config.tls
+    if tls is not None and replica.host and tls.server_name is None:
+        tls = TlsConfig(tls.ca, tls.cert, tls.key, replica.host)
+    config = dataclasses.replace(config, address=replica.address, tls=tls)
+    options = _options(config)
+    if replica.authority and tls is None:
+        options.append(("grpc.default_authority", replica.authority))
+    # what hangs, or is cut off, is found out while calls wait for it, and they go to another replica
+    options.append(("grpc.keepalive_time_ms", _KEEPALIVE_MS))
+    options.append(("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS))
+    return config, options
 
 
 def _options(config: ClientConfig) -> list[tuple[str, Any]]:
@@ -104,6 +149,10 @@ def closed() -> ClosedError:
     return ClosedError("the client must be open; it was closed")
 
 
+def _dropped() -> UnavailableError:
+    return UnavailableError("its name does not have this replica any more")
+
+
 def translate(error: grpc.RpcError) -> StepwellError:
     """The error of a failed call. Both kinds of call carry code, details and trailing metadata."""
     failed: Any = error
@@ -140,6 +189,18 @@ class OpenedStream:
         return error
 
 
+def _unwell(answer: bytes) -> StepwellError | None:
+    if answer == _SERVING:
+        return None
+    return UnavailableError("its health check says that it takes no calls", outcome="not_applied")
+
+
+def _unwell_by(error: grpc.RpcError) -> StepwellError | None:
+    """What a failed health check says. One that is refused was answered: the server, or what is before it, is there."""
+    failed = translate(error)
+    return failed if isinstance(failed, UnavailableError | DeadlineExceededError) else None
+
+
 def _with(pairs: _metadata.Pairs | None, call: Call) -> _metadata.Pairs | None:
     """What is sent with every call, and what this one says."""
     return (*(pairs or ()), *call.metadata) if call.metadata else pairs
@@ -172,15 +233,20 @@ async def _awaited(requests: Iterator[Message]) -> AsyncIterator[Message]:
 class SyncTransport:
     """A channel of the sync client."""
 
-    def __init__(self, config: ClientConfig) -> None:
-        self._channel = open_channel(config)
+    def __init__(
+        self, config: ClientConfig, known: Tokens | None = None, replica: Replica | None = None
+    ) -> None:
+        """A channel to the server, or to one of its replicas; `known`: the tokens that it shares with others."""
+        self._channel = open_channel(config, replica)
         self._stubs = _stubs(self._channel)
-        self._tokens = tokens(config)
+        self._tokens = known or tokens(config)
+        self._metadata = config.metadata
+        self._ended: Callable[[], StepwellError] = closed
         self.is_closed = False
 
     def _check_open(self) -> None:
         if self.is_closed:
-            raise closed()
+            raise self._ended()
 
     def stream(self, requests: Iterator[sessions_pb2.StepStreamRequest]) -> OpenedStream:
         """Opens the stream of frames.
@@ -203,11 +269,13 @@ class SyncTransport:
             answer = method(request, timeout=call.timeout_s, metadata=_with(metadata, call))
             return answer if call.on_reply is None else _read(answer, call.on_reply)
         except grpc.RpcError as error:
-            raise closed() if self.is_closed else _refused(translate(error), self._tokens, metadata) from None
+            raise (
+                self._ended() if self.is_closed else _refused(translate(error), self._tokens, metadata)
+            ) from None
         except ValueError:
             # What gRPC raises for a closed channel; anything else is a defect to be seen.
             if self.is_closed:
-                raise closed() from None
+                raise self._ended() from None
             raise
 
     def start(self, call: Call, done: Callable[[StepwellError | None], None]) -> None:
@@ -238,7 +306,7 @@ class SyncTransport:
             )
         except ValueError:
             if self.is_closed:
-                raise closed() from None
+                raise self._ended() from None
             raise
 
         def ended(attempt: Any) -> None:
@@ -246,6 +314,21 @@ class SyncTransport:
             done(None if error is None else _refused(translate(error), self._tokens, metadata))
 
         attempt.add_done_callback(ended)
+
+    def check(self, timeout_s: float) -> StepwellError | None:
+        """Asks whether the server takes calls; why not, or None if it does."""
+        check: Any = self._channel.unary_unary(_HEALTH)
+        try:
+            return _unwell(check(b"", timeout=timeout_s, metadata=self._metadata or None))
+        except grpc.RpcError as error:
+            return _unwell_by(error)
+        except ValueError:  # the channel was closed meanwhile
+            return closed()
+
+    def drop(self) -> None:
+        """Closes it while the client goes on: calls on it are tried again elsewhere."""
+        self._ended = _dropped
+        self.close()
 
     def close(self) -> None:
         """Ends the channel and the calls on it."""
@@ -256,15 +339,20 @@ class SyncTransport:
 class AsyncTransport:
     """A channel of the async client."""
 
-    def __init__(self, config: ClientConfig) -> None:
-        self._channel = open_async_channel(config)
+    def __init__(
+        self, config: ClientConfig, known: Tokens | None = None, replica: Replica | None = None
+    ) -> None:
+        """A channel to the server, or to one of its replicas; `known`: the tokens that it shares with others."""
+        self._channel = open_async_channel(config, replica)
         self._stubs = _stubs(self._channel)
-        self._tokens = tokens(config)
+        self._tokens = known or tokens(config)
+        self._metadata = config.metadata
+        self._ended: Callable[[], StepwellError] = closed
         self.is_closed = False
 
     def _check_open(self) -> None:
         if self.is_closed:
-            raise closed()
+            raise self._ended()
 
     async def stream(self, requests: AsyncIterator[sessions_pb2.StepStreamRequest]) -> OpenedStream:
         """Opens the stream of frames.
@@ -288,17 +376,34 @@ class AsyncTransport:
             answer = method(request, timeout=call.timeout_s, metadata=_with(metadata, call))
             return await (answer if call.on_reply is None else _read_async(answer, call.on_reply))
         except grpc.RpcError as error:
-            raise closed() if self.is_closed else _refused(translate(error), self._tokens, metadata) from None
+            raise (
+                self._ended() if self.is_closed else _refused(translate(error), self._tokens, metadata)
+            ) from None
         except grpc.aio.UsageError:
             if self.is_closed:
-                raise closed() from None
+                raise self._ended() from None
             raise
         except asyncio.CancelledError:
             # gRPC cancels the calls of a closing channel; the task itself was not asked to stop.
             task = asyncio.current_task()
             if self.is_closed and not (task and task.cancelling()):
-                raise closed() from None
+                raise self._ended() from None
             raise
+
+    async def check(self, timeout_s: float) -> StepwellError | None:
+        """Asks whether the server takes calls; why not, or None if it does."""
+        check: Any = self._channel.unary_unary(_HEALTH)
+        try:
+            return _unwell(await check(b"", timeout=timeout_s, metadata=self._metadata or None))
+        except grpc.RpcError as error:
+            return _unwell_by(error)
+        except grpc.aio.UsageError:  # the channel was closed meanwhile
+            return closed()
+
+    async def drop(self) -> None:
+        """Closes it while the client goes on: calls on it are tried again elsewhere."""
+        self._ended = _dropped
+        await self.close()
 
     async def close(self) -> None:
         """Ends the channel and the calls on it."""

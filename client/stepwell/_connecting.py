@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
 from stepwell import errors
 from stepwell._log import LOG
@@ -107,7 +108,7 @@ class Contact:
     One object for all calls of a client; it may be used by many threads.
     """
 
-    __slots__ = ("address", "limit_s", "made")
+    __slots__ = ("address", "limit_s", "made", "reasons")
 
     def __init__(self, address: str, limit_s: float, *, made: bool = False) -> None:
         """Of a client.
@@ -117,6 +118,8 @@ class Contact:
             limit_s: How long a call tries, in seconds, as long as there was no contact.
             made: There was.
         """
+        self.reasons: Callable[[], str] = lambda: ""
+        """Of a client of several replicas: why they cannot be reached; empty where that is known of one at most."""
         self.address = address
         self.limit_s = limit_s
         self.made = made
@@ -154,15 +157,16 @@ class Contact:
 
     def _unreached(self, error: ConnectError, limit_s: float) -> str:
         hint = f"; {error.hint}" if error.hint else ""
+        message = self.reasons() or error.message
         if self.made or isinstance(error, HandshakeError):
-            return f"the server at {self.address} cannot be reached: {error.message}{hint}"
+            return f"the server at {self.address} cannot be reached: {message}{hint}"
         within = ""
         if error.patience:
             limits = [(limit_s, "timeout_s"), (self.patience_s(error), "connect_timeout_s")]
             within = " within {:g} s ({})".format(*min(limits))
             if error.patience > 1:
                 within = within.replace("connect_timeout_s", f"{error.patience} times connect_timeout_s")
-        return f"no server was reached at {self.address}{within}: {error.message}{hint}"
+        return f"no server was reached at {self.address}{within}: {message}{hint}"
 
 
 ALREADY_MADE = Contact("", 0.0, made=True)

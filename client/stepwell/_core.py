@@ -14,15 +14,20 @@ import numpy as np
 
 from stepwell import _inputs
 from stepwell._abandoned import TRY_FOR_S
+from stepwell._channel import has_replicas
 from stepwell._connecting import Contact
 from stepwell._display import Listing
 from stepwell._flow import Flow, Retrier
-from stepwell._frames import Change
+from stepwell._frames import Change, Frame, Indexes, Part
 from stepwell._group_tracker import GroupTracker
+from stepwell._lanes import Exchanging
 from stepwell._leases import GROUP, SESSION, Lease
 from stepwell._log import LOG
 from stepwell._observer import Observer
+from stepwell._ranking import keys_of
+from stepwell._replica import ReplicaInfo
 from stepwell._retry import Clock, Deadline, RetryPolicy
+from stepwell._router import Router
 from stepwell._state import State, States
 from stepwell._step_arguments import as_one, pack_reset, selected, step_change
 from stepwell._tensors import Packed, to_messages, unpack_all
@@ -75,12 +80,20 @@ class Core:
         """Of sessions that nobody names; None: they have none."""
         self._finish = finish
         contact = Contact(config.address, config.connect_timeout_s)
+        hooks = config.event_hooks
+        self.router = Router(config.targets, clock, hooks=hooks) if has_replicas(config) else None
+        """Chooses replicas; None: there is one server."""
+        if self.router is not None:
+            contact.reasons = self.router.reasons
         self.retrier = Retrier(
-            policy or RetryPolicy(), config.max_message_bytes, contact, renews_tokens=callable(config.token)
+            policy or RetryPolicy(),
+            config.max_message_bytes,
+            contact,
+            renews_tokens=callable(config.token),
+            router=self.router,
         )
         self._config = config
         self._clock = clock
-        hooks = config.event_hooks
         self.observer = None if hooks is None else Observer(hooks, config.address, clock)
         """Makes the events of calls; None if there are no hooks."""
         self.versions = VersionWatch(hooks, config.address)
@@ -103,6 +116,28 @@ class Core:
         """A call's time limit, from now on."""
         limit_s = self._config.timeout_s if timeout_s is None else timeout_s
         return Deadline(check_timeout("timeout_s", limit_s), self._clock)
+
+    def exchange(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Flow[None]:
+        """Sends a frame, or one to each replica that has some of its members; see `Retrier.exchange`."""
+        if self.router is None:
+            return self.retrier.exchange(frame, deadline, on_part)
+        return Exchanging(self.retrier, self.router, frame, deadline, on_part).run()
+
+    @property
+    def replicas(self) -> tuple[ReplicaInfo, ...]:
+        """The replicas as they are seen now; of a client of one server that one."""
+        if self.router is None:
+            return (ReplicaInfo(self._config.address, True),)
+        return tuple(
+            [ReplicaInfo(each.address, not each.is_down, each.error) for each in self.router.replicas]
+        )
+
+    def by_replica(self, ids: Sequence[str]) -> list[Indexes]:
+        """Some sessions by the replica that has them: the places of each one's in `ids`."""
+        if self.router is None or not ids:
+            return [np.arange(len(ids))]
+        replicas, of = self.router.choose_all(keys_of(ids))
+        return [own for i in range(len(replicas)) if len(own := np.flatnonzero(of == i))]
 
     # Models.
 
@@ -252,6 +287,7 @@ class Core:
             reply.revisions,
             version=reply.model_version,
             is_pinned=is_pinned(model),
+            router=self.router,
         )
 
     def fork_sessions(
@@ -280,6 +316,7 @@ class Core:
             reply.positions,
             version=reply.model_version,
             is_pinned=is_pinned,
+            router=self.router,
         )
 
     def _open(self, rpc: str, request: _Opening, deadline: Deadline) -> Flow[Any]:

@@ -11,18 +11,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
 from stepwell._connecting import ALREADY_MADE, Contact
 from stepwell._frames import Frame, Part
 from stepwell._metadata import Pairs
+from stepwell._ranking import key_of, key_of_request
 from stepwell._retry import Attempts, Deadline, RepliesTooLargeError, RetryPolicy
 from stepwell._sets import StreamSets
 from stepwell._steps import Step, Stepped, read
 from stepwell.errors import InvalidInputError, StepwellError
 from stepwell.v1 import sessions_pb2
+
+if TYPE_CHECKING:
+    from stepwell._lanes import Exchanges
+    from stepwell._replica import Replica
+    from stepwell._router import Router
 
 Requests: TypeAlias = Callable[[], Iterator[Message]]
 """Makes the requests of one attempt."""
@@ -40,6 +46,8 @@ class Call:
     """Beside that of every call."""
     on_reply: Callable[[Any], object] | None = None
     """Where responses stream: called with each."""
+    to: Replica | None = None
+    """The replica to ask; None: the client has one server."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,6 +59,20 @@ class Pause:
     """The one that failed, from 1."""
     error: StepwellError
     """How."""
+    is_waited: bool = True
+    """False: hooks are told of it, and what else is under way goes on."""
+    is_told: bool = True
+    """False: hooks have been told of it."""
+    to: Replica | None = None
+    """The replica that was asked, where several are at the same time."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lookup:
+    """Look a name up; the answer is the list of its addresses, HOST:PORT each."""
+
+    host: str
+    port: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,6 +92,11 @@ class Exchange:
     on_part: Callable[[Part], None]
     max_message_bytes: int
 
+    @property
+    def to(self) -> Replica | None:
+        """The replica to ask: there is one server, or whoever sends it knows."""
+        return None
+
     def request(self, frame_id: int, sets: StreamSets) -> sessions_pb2.StepStreamRequest:
         """The message to send, on the stream whose sets these are.
 
@@ -82,7 +109,7 @@ class Exchange:
 
 
 T = TypeVar("T")
-Ask: TypeAlias = Call | Step | Pause | Exchange | Notify
+Ask: TypeAlias = "Call | Step | Pause | Exchange | Exchanges | Notify | Lookup"
 Flow: TypeAlias = Generator[Ask, Any, T]
 
 
@@ -143,13 +170,24 @@ class Retrier:
         contact: Contact = ALREADY_MADE,
         *,
         renews_tokens: bool = False,
+        router: Router | None = None,
     ) -> None:
+        self.router = router
+        """Chooses the replica of each attempt; None: there is one server."""
         self._renews_tokens = renews_tokens
         self._policy = policy
         self._max_message_bytes = max_message_bytes
         self._contact = contact
 
-    def call(self, rpc: str, request: Message, deadline: Deadline, *, changes: bool = False) -> Flow[Any]:
+    def call(
+        self,
+        rpc: str,
+        request: Message,
+        deadline: Deadline,
+        *,
+        changes: bool = False,
+        to: Replica | None = None,
+    ) -> Flow[Any]:
         """Makes a unary call, with retries; the result is the response.
 
         Args:
@@ -157,16 +195,24 @@ class Retrier:
             request: The same in every attempt.
             deadline: Covers all attempts.
             changes: The call changes something, so an error must say whether it was applied.
+            to: The replica to ask, and no other; None: the one that the request's session has.
         """
         check_size(rpc, request, self._max_message_bytes)
 
-        def ask() -> Call:
-            return Call(rpc, request, deadline.grpc_timeout_s())
+        def ask(to: Replica | None) -> Call:
+            return Call(rpc, request, deadline.grpc_timeout_s(), to=to)
 
-        return (yield from self._answered(ask, self.attempts(rpc, deadline, changes=changes)))
+        route = self._route(to) or self._route_of(request)
+        return (yield from self._answered(ask, self.attempts(rpc, deadline, changes=changes), route))
 
     def streamed(
-        self, rpc: str, request: Message, deadline: Deadline, on_reply: Callable[[Any], object]
+        self,
+        rpc: str,
+        request: Message,
+        deadline: Deadline,
+        on_reply: Callable[[Any], object],
+        *,
+        to: Replica | None = None,
     ) -> Flow[None]:
         """Makes a call whose responses stream; `on_reply` is called with each.
 
@@ -174,18 +220,28 @@ class Retrier:
         """
         check_size(rpc, request, self._max_message_bytes)
 
-        def ask() -> Call:
-            return Call(rpc, request, deadline.grpc_timeout_s(), on_reply=on_reply)
+        def ask(to: Replica | None) -> Call:
+            return Call(rpc, request, deadline.grpc_timeout_s(), on_reply=on_reply, to=to)
 
-        yield from self._answered(ask, self.attempts(rpc, deadline, changes=True), once=True)
+        attempts = self.attempts(rpc, deadline, changes=True)
+        yield from self._answered(ask, attempts, self._route(to), once=True)
 
-    def sent(self, rpc: str, requests: Requests, deadline: Deadline) -> Flow[Any]:
+    def sent(
+        self, rpc: str, requests: Requests, deadline: Deadline, *, to: Replica | None = None
+    ) -> Flow[Any]:
         """Makes a call whose requests stream, with retries; the result is the response."""
 
-        def ask() -> Call:
-            return Call(rpc, requests, deadline.grpc_timeout_s())
+        def ask(to: Replica | None) -> Call:
+            return Call(rpc, requests, deadline.grpc_timeout_s(), to=to)
 
-        return (yield from self._answered(ask, self.attempts(rpc, deadline)))
+        return (yield from self._answered(ask, self.attempts(rpc, deadline), self._route(to)))
+
+    def _route(self, to: Replica | None) -> Way | None:
+        return None if to is None else Fixed(to)
+
+    def _route_of(self, request: Message) -> Way | None:
+        router = self.router
+        return None if router is None else router.route(key_of_request(request, router.home))
 
     def attempts(self, rpc: str, deadline: Deadline, *, changes: bool = False) -> Attempts:
         """The attempts of a call."""
@@ -200,18 +256,22 @@ class Retrier:
         way, another frame's reply may be the cause. The next attempt is a unary call, whose error, if any, is
         about this step.
         """
+        route = None if self.router is None else self.router.route(key_of(step.session_id))
         attempts: Attempts | None = None
         by_itself = False
         while True:
             try:
-                if by_itself:
-                    return read((yield self.unary(step)))
-                stepped: Stepped = yield step
-                return stepped
+                if route is not None:
+                    step = step._replace(to=(yield from route.next()))
+                stepped: Stepped = read((yield self.unary(step))) if by_itself else (yield step)
             except StepwellError as error:
                 attempts = attempts or self.attempts("Step", step.deadline, changes=True)
                 by_itself = isinstance(error, RepliesTooLargeError) and error.members == 1
-                pause = Pause(attempts.failed(error), attempts.made, error)
+                pause = yield from _pause(attempts, route, error)
+            else:
+                if route is not None:
+                    route.answered()
+                return stepped
             yield pause
             attempts.woke()
 
@@ -223,18 +283,28 @@ class Retrier:
         """
         request = step.request()
         check_size("Step", request, self._max_message_bytes)
-        return Call("Step", request, step.deadline.grpc_timeout_s(), step.trace)
+        return Call("Step", request, step.deadline.grpc_timeout_s(), step.trace, to=step.to)
 
-    def _answered(self, ask: Callable[[], Ask], attempts: Attempts, *, once: bool = False) -> Flow[Any]:
+    def _answered(
+        self,
+        ask: Callable[[Replica | None], Ask],
+        attempts: Attempts,
+        route: Way | None,
+        *,
+        once: bool = False,
+    ) -> Flow[Any]:
         """The answer of an attempt. `once`: one of unknown outcome is the last."""
         while True:
             try:
-                answered = yield ask()
+                to = None if route is None else (yield from route.next())
+                answered = yield ask(to)
             except StepwellError as error:
                 if once and getattr(error, "outcome", "not_applied") == "unknown":
                     raise
-                pause = Pause(attempts.failed(error), attempts.made, error)
+                pause = yield from _pause(attempts, route, error)
             else:
+                if route is not None:
+                    route.answered()
                 self._contact.make()
                 return answered
             yield pause
@@ -260,6 +330,49 @@ class Retrier:
                 attempts.woke()
         except StepwellError as final:
             on_part(frame.give_up(final))
+
+
+def _pause(attempts: Attempts, route: Way | None, error: StepwellError) -> Flow[Pause]:
+    """What comes between a failed attempt and the next.
+
+    Raises:
+        StepwellError: There is no other; with the outcome of all attempts taken together.
+    """
+    elsewhere = False if route is None else (yield from route.failed(error))
+    return Pause(attempts.failed(error, elsewhere=elsewhere), attempts.made, error)
+
+
+class Way(Protocol):
+    """Where the attempts of a call go; see `_router.Route`."""
+
+    def next(self) -> Flow[Replica]:
+        """The replica for the next attempt."""
+
+    def answered(self) -> None:
+        """The attempt was answered."""
+
+    def failed(self, error: StepwellError, /) -> Flow[bool]:
+        """It has failed; whether another replica is to be asked at once."""
+
+
+class Fixed:
+    """The way of a call that is for one replica."""
+
+    def __init__(self, to: Replica) -> None:
+        self._to = to
+
+    def next(self) -> Flow[Replica]:
+        """That replica."""
+        yield from ()
+        return self._to
+
+    def answered(self) -> None:
+        """Nothing follows."""
+
+    def failed(self, _error: StepwellError) -> Flow[bool]:
+        """No other one is asked."""
+        yield from ()
+        return False
 
 
 def check_size(what: str, request: Message, max_message_bytes: int) -> None:

@@ -6,17 +6,22 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwell import errors
+from stepwell._ranking import Keys, keys_of
 from stepwell._retry import Deadline
 from stepwell._sets import Naming, SessionSet, StreamSets
 from stepwell._status import SET_UNKNOWN, from_message
 from stepwell._tensors import Array, Packed, to_messages, view_all
 from stepwell.v1 import sessions_pb2
+
+if TYPE_CHECKING:
+    from stepwell._replica import Replica
+    from stepwell._router import Router
 
 Indexes = npt.NDArray[np.intp]
 Counts = npt.NDArray[np.uint64]
@@ -135,6 +140,47 @@ class Frame:
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    def keys(self) -> Keys:
+        """The keys of its sessions: see `_ranking`."""
+        return keys_of(self._ids) if self._named is None else self._named.keys()
+
+    def split(
+        self, router: Router, keys: Keys, members: Indexes, tried: tuple[Replica, ...]
+    ) -> list[tuple[Replica, Indexes, Frame]]:
+        """The frames of some members, by the replica that each has: with that and the members.
+
+        Args:
+            router: Says who has which.
+            keys: Of all members.
+            members: Ascending.
+            tried: Replicas to leave out.
+        """
+        if len(members) == len(self) and not tried:
+            divided = divide(router, self._named, keys)
+        else:
+            divided = [(to, members[own], None) for to, own in _parted(router, keys[members], tried)]
+        return [(to, own, self._part(own, named)) for to, own, named in divided]
+
+    def _part(self, members: Indexes, named: SessionSet | None) -> Frame:
+        if len(members) == len(self):
+            own = Frame(self._change, self._ids, self._rows, self._expected, self._request_ids, self._named)
+        else:
+            request_ids = self._request_ids[members]
+            count_up = bool((np.diff(request_ids) == 1).all())
+            ends = np.cumsum(self._rows)
+            is_own = np.zeros(len(self), np.bool_)
+            is_own[members] = True
+            own = Frame(
+                self._change.some(np.flatnonzero(np.repeat(is_own, self._rows)), int(ends[-1])),
+                [self._ids[i] for i in members.tolist()] if named is None else named.ids,
+                self._rows[members],
+                self._expected[members],
+                request_ids,
+                named if count_up else None,
+            )
+        own.traceparent = self.traceparent
+        return own
 
     def request(
         self, frame_id: int, deadline: Deadline, sets: StreamSets | None = None
@@ -264,6 +310,27 @@ class Frame:
                 failures[i] = errors.InternalError(f"the server left session {self._ids[i]!r} unanswered")
                 self._open[i] = False
 
+    def unsettled(self) -> list[tuple[errors.StepwellError, Indexes]]:
+        """After a round: the members that may be tried again, those that another replica may do and those that must wait.
+
+        Each with the error that asks for the longest wait.
+        """
+        found = []
+        for is_elsewhere in (True, False):
+            own = {
+                i: error
+                for i, error in self._waiting.items()
+                if isinstance(error, errors.UnavailableError) is is_elsewhere
+            }
+            if own:
+                longest = max(own.values(), key=lambda error: getattr(error, "retry_after_s", 0.0))
+                found.append((longest, np.array(sorted(own), np.intp)))
+        return found
+
+    def open_members(self) -> Indexes:
+        """Those that are not settled."""
+        return np.flatnonzero(self._open)
+
     def unsettled_error(self) -> errors.StepwellError | None:
         """After a round: the error that asks for the longest wait, or None if all are settled."""
         waiting = list(self._waiting.values())
@@ -282,6 +349,29 @@ class Frame:
         self._open[:] = False
         none = np.zeros(0, np.uint64)
         return Part(left[:0], none, none, {}, {i: copy.copy(error) for i in left.tolist()})
+
+
+def divide(
+    router: Router, named: SessionSet | None, keys: Keys
+) -> list[tuple[Replica, Indexes, SessionSet | None]]:
+    """All members by replica; those of a set that a stream may know are sets of their own, the same ones each time."""
+    if named is None:
+        return [(to, own, None) for to, own in _parted(router, keys, ())]
+    router.look()
+    epoch = router.epoch
+    known, divided = named.split
+    if known != epoch:
+        divided = [
+            (to, own, SessionSet(tuple([named.ids[i] for i in own.tolist()]), named.rows[own]))
+            for to, own in _parted(router, keys, ())
+        ]
+        named.split = epoch, divided
+    return list(divided)
+
+
+def _parted(router: Router, keys: Keys, tried: tuple[Replica, ...]) -> list[tuple[Replica, Indexes]]:
+    replicas, of = router.choose_all(keys, tried)
+    return [(to, own) for i, to in enumerate(replicas) if len(own := np.flatnonzero(of == i))]
 
 
 class Gathered:

@@ -191,7 +191,7 @@ class GroupCore:
     def _apply(self, some: Members, change: Change, deadline: Deadline) -> Flow[Gathered]:
         frame = self.tracker.begin(change, some.indexes)
         gathered = Gathered(len(frame), self.tracker.batch_size)
-        yield from self._core.retrier.exchange(frame, deadline, gathered.add)
+        yield from self._core.exchange(frame, deadline, gathered.add)
         yield from self._moved(self.tracker.settle(some.indexes, gathered))
         if len(gathered.kinds) > 1:
             raise self._unlike(some, gathered)
@@ -289,25 +289,8 @@ class GroupCore:
         attempts = self._core.retrier.attempts("GetStates", deadline)
         left: Indexes = np.arange(len(some))
         while True:
-            start = 0
-            while start < len(left):
-                part = left[start : start + at_once]
-                request = sessions_pb2.GetStatesRequest(
-                    session_ids=[some.ids[place] for place in part.tolist()], without_state=not read.has_state
-                )
-                try:
-                    reply = yield from self._core.retrier.call("GetStates", request, deadline)
-                except InvalidInputError as error:
-                    # The server's limit is below this client's.
-                    is_too_large = (
-                        isinstance(error, ReplyTooLargeError) or error.reason == "MESSAGE_TOO_LARGE"
-                    )
-                    if not is_too_large or len(part) == 1:
-                        raise
-                    at_once = (len(part) + 1) // 2
-                    continue
-                read.add(part, reply)
-                start += len(part)
+            for own in self._core.by_replica([some.ids[place] for place in left.tolist()]):
+                at_once = yield from self._read_once(some, left[own], read, at_once, deadline)
             if not read.waiting:
                 return
             left = np.array(sorted(read.waiting), np.intp)
@@ -320,6 +303,29 @@ class GroupCore:
                 read.failures.update({place: copy.copy(final) for place in left.tolist()})
                 return
 
+    def _read_once(
+        self, some: Members, places: Indexes, read: _States, at_once: int, deadline: Deadline
+    ) -> Flow[int]:
+        """Reads the members at these places once each; the result is how many at once the server takes."""
+        start = 0
+        while start < len(places):
+            part = places[start : start + at_once]
+            request = sessions_pb2.GetStatesRequest(
+                session_ids=[some.ids[place] for place in part.tolist()], without_state=not read.has_state
+            )
+            try:
+                reply = yield from self._core.retrier.call("GetStates", request, deadline)
+            except InvalidInputError as error:
+                # The server's limit is below this client's.
+                is_too_large = isinstance(error, ReplyTooLargeError) or error.reason == "MESSAGE_TOO_LARGE"
+                if not is_too_large or len(part) == 1:
+                    raise
+                at_once = (len(part) + 1) // 2
+                continue
+            read.add(part, reply)
+            start += len(part)
+        return at_once
+
     def fork(self, session_ids: Sequence[str] | None, deadline: Deadline) -> Flow[GroupTracker]:
         """Opens sessions with the states of these."""
         is_pinned = self.tracker.is_pinned
@@ -330,9 +336,11 @@ class GroupCore:
     def close(self, deadline: Deadline) -> Flow[None]:
         """Deletes all members; those that are gone already are passed over."""
         ids = self.members.ids
-        for start in range(0, len(ids), _AT_ONCE):
-            request = sessions_pb2.CloseSessionsRequest(session_ids=ids[start : start + _AT_ONCE])
-            yield from self._core.retrier.call("CloseSessions", request, deadline, changes=True)
+        for own in self._core.by_replica(ids):
+            for start in range(0, len(own), _AT_ONCE):
+                some = [ids[i] for i in own[start : start + _AT_ONCE].tolist()]
+                request = sessions_pb2.CloseSessionsRequest(session_ids=some)
+                yield from self._core.retrier.call("CloseSessions", request, deadline, changes=True)
         if len(ids) == len(self.tracker.ids):
             self._core.unlease(self.tracker.ids[0], GROUP)
 

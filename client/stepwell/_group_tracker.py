@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stepwell._frames import Change, Counts, Frame, Gathered, Indexes
+from stepwell._frames import Change, Counts, Frame, Gathered, Indexes, divide
+from stepwell._router import Router
 from stepwell._sets import SessionSet
 from stepwell._tracker import SessionTracker, explained, is_unknown, new_request_ids
 from stepwell._turns import Some, Turns
@@ -57,8 +58,10 @@ class GroupTracker:
         *,
         version: int = 0,
         is_pinned: bool = False,
+        router: Router | None = None,
     ) -> None:
         count = len(ids)
+        self._router = router
         self.model = model
         self.fingerprint = fingerprint
         self.batch_size = batch_size
@@ -90,15 +93,25 @@ class GroupTracker:
         self.ahead[where] |= self.unknown[where]
         self.unknown[where] = True
         with self._lock:
+            named = self._named(members)
             pending = self._same(change, members)
             if pending is None:
-                request_ids = new_request_ids(len(members))
-                pending = Pending(change, members, self.revisions[members], request_ids)
+                pending = Pending(change, members, self.revisions[members], self._request_ids(named, members))
                 self._put(pending)
-            named = self._named(members)
         rows = named.rows if named is not None else np.full(len(members), self.batch_size, np.intp)
         ids = named.ids if named is not None else self._ids[members].tolist()
         return Frame(change, ids, rows, pending.expected, pending.request_ids, named)
+
+    def _request_ids(self, named: SessionSet | None, members: Indexes) -> Counts:
+        """Request ids that count up by 1: for a set of several replicas' sessions, those of each replica."""
+        request_ids = new_request_ids(len(members))
+        if self._router is None or named is None or not self._router.replicas:
+            return request_ids
+        ordered = np.empty_like(request_ids)
+        ordered[np.concatenate([own for _, own, _ in divide(self._router, named, named.keys())])] = (
+            request_ids
+        )
+        return ordered
 
     def _same(self, change: Change, members: Indexes) -> Pending | None:
         """What is pending for these members, if it is this change."""

@@ -9,7 +9,7 @@ from typing import Any
 from stepwell.errors import InvalidInputError
 from stepwell.events import EventHooks
 
-_EVENTS = ("request", "response", "retry", "model_version")
+_EVENTS = ("request", "response", "retry", "model_version", "replica")
 
 
 def checked(hooks: object) -> EventHooks | None:

@@ -13,6 +13,7 @@ import math
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -21,9 +22,11 @@ import grpc
 from stepwell import _channel
 from stepwell._flow import Exchange
 from stepwell._in_flight import Answer, Sink
+from stepwell._lanes import Exchanges, Lane
 from stepwell._log import LOG
+from stepwell._replica import Replica
 from stepwell._sets import StreamSets
-from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableError
+from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2
 
 Inbox = queue.SimpleQueue[Answer]
@@ -93,6 +96,32 @@ class Link:
             stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()
+
+
+def exchange_some(ask: Exchanges, link_to: Callable[[Replica], Link]) -> None:
+    """Sends the lanes of a frame that are not sent yet, and waits until one is over, or as long as it is told."""
+    inbox: queue.SimpleQueue[tuple[Lane, Answer]]
+    inbox = ask.inbox = ask.inbox or queue.SimpleQueue()
+    for lane in ask.lanes:
+        if lane.forget is None and not lane.is_over:
+            try:
+                lane.forget = link_to(lane.to).post(lane.ask, functools.partial(_put, inbox, lane))
+            except ClosedError:
+                raise
+            except StepwellError as error:
+                lane.fail(error)
+    until_s = time.monotonic() + ask.wait_s
+    while not ask.has_news:
+        remaining_s = until_s - time.monotonic()
+        try:
+            lane, answer = inbox.get(timeout=None if math.isinf(remaining_s) else max(0.0, remaining_s))
+        except queue.Empty:
+            return
+        lane.take(answer)
+
+
+def _put(inbox: queue.SimpleQueue[tuple[Lane, Answer]], lane: Lane, answer: Answer) -> None:
+    inbox.put((lane, answer))
 
 
 def _receive(inbox: Inbox, ask: Exchange) -> sessions_pb2.StepStreamResponse:

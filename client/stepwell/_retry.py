@@ -126,9 +126,10 @@ class Attempts:
         """After a refusal it is worth an attempt to send another token."""
         self._unknown = False
         self._last: errors.StepwellError | None = None
+        self._is_elsewhere = False
 
-    def failed(self, error: errors.StepwellError) -> float:
-        """Seconds to wait before the next attempt.
+    def failed(self, error: errors.StepwellError, *, elsewhere: bool = False) -> float:
+        """Seconds to wait before the next attempt. `elsewhere`: it goes to another replica, and need not wait.
 
         Raises:
             StepwellError: `error`, if it is final, with the outcome of all attempts taken together.
@@ -139,6 +140,9 @@ class Attempts:
         delay_s = self._policy.delay_s(self.made, error)
         if isinstance(error, errors.UnauthenticatedError) and self._renews_token:
             self._renews_token, delay_s = False, 0.0
+        self._is_elsewhere = elsewhere
+        if elsewhere:
+            delay_s = 0.0
         remaining_s = self._remaining_s(error)
         if delay_s is None or remaining_s <= 0:
             raise self._final(error)
@@ -152,10 +156,17 @@ class Attempts:
         )  # fmt: skip
         return delay_s
 
+    @property
+    def last(self) -> errors.StepwellError | None:
+        """How the last attempt failed."""
+        return self._last
+
     def _limit_s(self, error: errors.StepwellError) -> float:
         return min(self._deadline.limit_s, self._contact.patience_s(error))
 
     def _remaining_s(self, error: errors.StepwellError) -> float:
+        if self._is_elsewhere:  # how long a server that nobody has reached is tried is that one's affair
+            return self._deadline.remaining_s()
         return min(self._deadline.remaining_s(), self._limit_s(error) - self._deadline.elapsed_s())
 
     def woke(self) -> None:

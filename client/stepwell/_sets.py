@@ -11,20 +11,32 @@ import dataclasses
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from stepwell._ranking import Keys, keys_of
 
 
 class SessionSet:
     """Sessions that are changed together again and again. Two of them are equal only if they are the same object."""
 
-    __slots__ = ("__weakref__", "ids", "rows")
+    __slots__ = ("__weakref__", "_keys", "ids", "rows", "split")
 
     def __init__(self, ids: Sequence[str], rows: npt.NDArray[np.intp]) -> None:
         self.ids = ids
         self.rows = rows
         """Of each session."""
+        self._keys: Keys | None = None
+        self.split: tuple[int, Any] = (-1, None)
+        """For clients of several replicas: the epoch of a router, and the sets of the members that each replica had then."""
+
+    def keys(self) -> Keys:
+        """The keys of the sessions: see `_ranking`."""
+        if self._keys is None:
+            self._keys = keys_of(self.ids)
+        return self._keys
 
 
 @dataclasses.dataclass(slots=True)

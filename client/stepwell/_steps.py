@@ -11,7 +11,7 @@ import dataclasses
 import math
 import types
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from stepwell._retry import Deadline
 from stepwell._tensors import Array, to_messages, unpack_all
 from stepwell.errors import StepwellError
 from stepwell.v1 import sessions_pb2
+
+if TYPE_CHECKING:
+    from stepwell._replica import Replica
 
 
 class Stepped(NamedTuple):
@@ -58,6 +61,8 @@ class Step(NamedTuple):
     deadline: Deadline
     trace: Pairs = ()
     """What it says of the span that it belongs to."""
+    to: Replica | None = None
+    """The replica to ask; None: the client has one server."""
 
     def request(self) -> sessions_pb2.StepRequest:
         """The request of a unary call."""

@@ -11,7 +11,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stepwell._channel import service_of
-from stepwell._flow import Ask, Call, Exchange, Flow, Notify, Pause
+from stepwell._flow import Ask, Call, Exchange, Flow, Lookup, Notify, Pause
+from stepwell._lanes import Exchanges
 from stepwell._metadata import sampled
 from stepwell._steps import Step
 from stepwell.errors import InvalidInputError, StepwellError
@@ -51,7 +52,7 @@ class Tracing:
         try:
             ask = next(flow)
             while True:
-                if not isinstance(ask, Pause | Notify):
+                if not isinstance(ask, Pause | Notify | Lookup):
                     attempts += 1
                     if span is None:
                         span = self._tracer.start_span(
@@ -90,6 +91,9 @@ class Tracing:
             "rpc.method": method,
             "server.address": self._address,
         }
+        if isinstance(ask, Exchanges):
+            facts["stepwell.sessions"] = sum(len(lane.members) for lane in ask.lanes)
+            return facts
         if isinstance(ask, Exchange):
             facts["stepwell.sessions"] = len(ask.frame)
             return facts
@@ -104,7 +108,7 @@ def _name(ask: Ask) -> str:
     """The method that an ask is for, or would be if steps never shared a message."""
     if isinstance(ask, Call):
         return f"stepwell.v1.{service_of(ask.rpc)}/{ask.rpc}"
-    return "stepwell.v1.SessionService/" + ("StepStream" if isinstance(ask, Exchange) else "Step")
+    return "stepwell.v1.SessionService/" + ("StepStream" if isinstance(ask, Exchange | Exchanges) else "Step")
 
 
 def _said(span: Span) -> Pairs:
@@ -123,4 +127,7 @@ def _with(ask: Ask, said: Pairs) -> Ask:
         return ask._replace(trace=said)
     if isinstance(ask, Exchange):
         ask.frame.traceparent = sampled(said)
+    if isinstance(ask, Exchanges):
+        for lane in ask.lanes:
+            lane.ask.frame.traceparent = sampled(said)
     return ask

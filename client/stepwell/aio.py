@@ -20,14 +20,18 @@ from typing import Any, Self, TypeVar
 
 from stepwell import _channel, _display
 from stepwell._abandoned import AsyncFinisher
-from stepwell._aio_connection import AsyncConnection
+from stepwell._aio_connection import AsyncConnection, AsyncConnections
+from stepwell._aio_link import exchange_some
 from stepwell._core import Core
-from stepwell._flow import Ask, Call, Exchange, Flow, Notify, drive_async
+from stepwell._flow import Ask, Call, Exchange, Flow, Lookup, Notify, Pause, drive_async
 from stepwell._group_core import GroupCore
 from stepwell._group_tracker import GroupTracker
+from stepwell._lanes import Exchanges
 from stepwell._leases import renew_while_needed
+from stepwell._lookup import look_up_async
 from stepwell._metadata import Metadata
 from stepwell._observer import notify_async
+from stepwell._replica import ReplicaInfo
 from stepwell._state import State, States
 from stepwell._steps import Step
 from stepwell._tokens import AsyncToken
@@ -58,7 +62,7 @@ T = TypeVar("T")
 
 @ends_here
 def connect(
-    address: str | None = None,
+    address: str | Sequence[str] | None = None,
     *,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     connect_timeout_s: float | None = None,
@@ -78,6 +82,8 @@ def connect(
     Args:
         address: HOST:PORT, [IPv6]:PORT, unix:PATH, dns:///HOST:PORT, grpc://HOST:PORT (without TLS) or
             grpcs://HOST:PORT (with TLS). None: the environment variable STEPWELL_SERVER, else 127.0.0.1:50051.
+            Several, in a list or with commas between, are replicas that share a store, and so is each address of a
+            name after dns:///. Each session has one of them; when that is gone it goes on at another one.
         timeout_s: Time limit of each call over all its attempts, in seconds, unless the call is given
             another; `math.inf` for none.
         connect_timeout_s: Time limit of a call as long as this client has never reached the server, in
@@ -166,21 +172,45 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
         self._renewing: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
 
+    # Made by the first call, because a channel belongs to a running event loop.
+
     @functools.cached_property
-    def _connection(self) -> AsyncConnection:
-        # Made by the first call, because a channel belongs to a running event loop.
-        return AsyncConnection(self._config, self._core.retrier, coalesce=self._coalesce)
+    def _only(self) -> AsyncConnection:
+        """To the server, where there is one."""
+        known = _channel.tokens(self._config)
+        return AsyncConnection(self._config, self._core.retrier, known, None, coalesce=self._coalesce)
+
+    @functools.cached_property
+    def _routed(self) -> AsyncConnections:
+        """To its replicas, where there are several."""
+        return AsyncConnections(self._config, self._core.retrier, coalesce=self._coalesce)
 
     def _renew(self) -> None:
         """Renew the lease from now on; the task does not keep the client."""
-        lease, invoke = self._core.lease, self._connection.transport.invoke
+        lease = self._core.lease
+        invoke = self._only.transport.invoke if self._core.router is None else self._routed.invoke_all
         if lease is not None and (self._renewing is None or self._renewing.done()):
             self._renewing = asyncio.create_task(renew_while_needed(lease, invoke), name="stepwell-leases")
 
     @property
     def address(self) -> str:
-        """Where the server is, as gRPC takes it: HOST:PORT or unix:PATH, without grpc:// or grpcs://."""
+        """Where the server is, as gRPC takes it: HOST:PORT or unix:PATH, without grpc:// or grpcs://.
+
+        The addresses of several replicas stand there with commas between.
+        """
         return self._config.address
+
+    @property
+    def replicas(self) -> tuple[ReplicaInfo, ...]:
+        """The replicas as this client sees them now, without asking; of a client of one server that one.
+
+        Those of a name that was not looked up yet are not known, and it has none.
+
+        Example:
+            >>> [replica.is_up for replica in client.replicas]
+            [True]
+        """
+        return self._core.replicas
 
     async def models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
         """All models of the server, in the order of their names.
@@ -328,7 +358,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
             await asyncio.wait([self._renewing])
         await self._finisher.close()
         self._closing.set()
-        await self._connection.close()
+        await (self._only if self._core.router is None else self._routed).close()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.address!r})"
@@ -354,15 +384,18 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
         return await drive_async(self._core.watched(flow), self._answer)
 
     def _answer(self, ask: Ask) -> Awaitable[Any]:
+        if self._core.router is not None and not isinstance(ask, Notify | Pause):
+            return _answer_routed(self._routed, ask, self._config.connect_timeout_s)
         if isinstance(ask, Step):
-            return self._connection.step(ask)
+            return self._only.step(ask)
         if isinstance(ask, Call):
-            return self._connection.transport.invoke(ask)
+            return self._only.transport.invoke(ask)
         if isinstance(ask, Exchange):
-            return self._connection.link.exchange(ask)
+            return self._only.link.exchange(ask)
         if isinstance(ask, Notify):
             return notify_async(ask)
-        return self._pause(ask.seconds)
+        assert isinstance(ask, Pause)
+        return self._pause(ask.seconds if ask.is_waited else 0.0)
 
     async def _pause(self, seconds: float) -> None:
         if self._closing.is_set():
@@ -374,3 +407,15 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
         except TimeoutError:
             return
         raise _channel.closed()
+
+
+def _answer_routed(connections: AsyncConnections, ask: Ask, connect_timeout_s: float) -> Awaitable[Any]:
+    """Answers what is asked of replicas."""
+    if isinstance(ask, Exchanges):
+        return exchange_some(ask, lambda replica: connections.to(replica).link)
+    if isinstance(ask, Lookup):
+        return look_up_async(ask, connect_timeout_s)
+    assert isinstance(ask, Step | Call)
+    assert ask.to is not None
+    connection = connections.to(ask.to)
+    return connection.step(ask) if isinstance(ask, Step) else connection.transport.invoke(ask)

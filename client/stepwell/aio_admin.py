@@ -75,7 +75,7 @@ class AsyncAdminCalls(abc.ABC):
 
     @property
     def _admin(self) -> Admin:
-        return Admin(self._core.retrier)
+        return Admin(self._core)
 
     def sessions(
         self,

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from stepwell import _channel, _display, _tokens
 from stepwell._abandoned import Finisher
 from stepwell._admin_calls import AdminCalls
+from stepwell._connections import Connection, Connections
 from stepwell._core import Core
-from stepwell._flow import Ask, Call, Exchange, Flow, Notify, Retrier, drive
+from stepwell._flow import Ask, Call, Exchange, Flow, Lookup, Notify, Pause, drive
 from stepwell._group_core import GroupCore
 from stepwell._hooks import require_sync
+from stepwell._lanes import Exchanges
 from stepwell._leases import RENEWER, Renewal
-from stepwell._link import Link
+from stepwell._link import exchange_some
+from stepwell._lookup import look_up
 from stepwell._metadata import Metadata
 from stepwell._model_calls import ModelCalls
 from stepwell._observer import notify
-from stepwell._sender import Sender
+from stepwell._replica import ReplicaInfo
 from stepwell._state import State, States
-from stepwell._steps import Step, Stepped, read
+from stepwell._steps import Step
 from stepwell._tokens import Token
 from stepwell._tracebacks import end_here, ends_here
 from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo, SlowSession
@@ -37,6 +40,7 @@ from stepwell.config import (
     tls_config,
     token_or_variable,
 )
+from stepwell.errors import StepwellError
 from stepwell.events import EventHooks
 from stepwell.group import SessionGroup
 from stepwell.session import Session
@@ -46,7 +50,7 @@ T = TypeVar("T")
 
 @ends_here
 def connect(
-    address: str | None = None,
+    address: str | Sequence[str] | None = None,
     *,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     connect_timeout_s: float | None = None,
@@ -66,6 +70,8 @@ def connect(
     Args:
         address: HOST:PORT, [IPv6]:PORT, unix:PATH, dns:///HOST:PORT, grpc://HOST:PORT (without TLS) or
             grpcs://HOST:PORT (with TLS). None: the environment variable STEPWELL_SERVER, else 127.0.0.1:50051.
+            Several, in a list or with commas between, are replicas that share a store, and so is each address of a
+            name after dns:///. Each session has one of them; when that is gone it goes on at another one.
         timeout_s: Time limit of each call over all its attempts, in seconds, unless the call is given
             another; `math.inf` for none.
         connect_timeout_s: Time limit of a call as long as this client has never reached the server, in
@@ -142,23 +148,39 @@ class Client(AdminCalls, ModelCalls):
         _tokens.require_sync(config.token)
         self._config = config
         self._finisher = Finisher(config)
-        self._transport = _channel.SyncTransport(config)
-        self._renewal = Renewal(self._transport.start)
+        self._renewal = Renewal(self._start)
         renew = functools.partial(RENEWER.add, self._renewal)
         self._core = Core(config, finish=self._finisher.add, renew=renew)
         self._renewal.lease = self._core.lease
-        self._link = Link(self._transport.stream, config.address)
-        # A quarter of the message limit, because outputs may be larger than inputs.
-        frame_bytes = config.max_message_bytes // 4
-        unary = functools.partial(_unary, self._transport, self._core.retrier)
-        self._sender = Sender(self._link, self._core.retrier, unary, frame_bytes)
-        self._step = self._sender.step if coalesce else unary
+        self._routed: Connections | None = None
+        """To its replicas, where there are several."""
+        retrier = self._core.retrier
+        if self._core.router is not None:
+            self._routed = Connections(config, retrier, coalesce=coalesce)
+        else:
+            self._only = Connection(config, retrier, _channel.tokens(config), None, coalesce=coalesce)
+            """To the server, where there is one."""
         self._closing = threading.Event()
 
     @property
     def address(self) -> str:
-        """Where the server is, as gRPC takes it: HOST:PORT or unix:PATH, without grpc:// or grpcs://."""
+        """Where the server is, as gRPC takes it: HOST:PORT or unix:PATH, without grpc:// or grpcs://.
+
+        The addresses of several replicas stand there with commas between.
+        """
         return self._config.address
+
+    @property
+    def replicas(self) -> tuple[ReplicaInfo, ...]:
+        """The replicas as this client sees them now, without asking; of a client of one server that one.
+
+        Those of a name that was not looked up yet are not known, and it has none.
+
+        Example:
+            >>> [replica.is_up for replica in client.replicas]
+            [True]
+        """
+        return self._core.replicas
 
     def models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
         """All models of the server, in the order of their names.
@@ -343,10 +365,7 @@ class Client(AdminCalls, ModelCalls):
         RENEWER.remove(self._renewal)
         self._finisher.close()
         self._closing.set()
-        self._transport.is_closed = True
-        self._sender.close()
-        self._link.close()
-        self._transport.close()
+        (self._routed or self._only).close()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.address!r})"
@@ -372,18 +391,35 @@ class Client(AdminCalls, ModelCalls):
         return drive(self._core.watched(flow), self._answer)
 
     def _answer(self, ask: Ask) -> Any:
+        if self._routed is not None and not isinstance(ask, Notify | Pause):
+            return _answer_routed(self._routed, ask, self._config.connect_timeout_s)
         if isinstance(ask, Call):
-            return self._transport.invoke(ask)
+            return self._only.transport.invoke(ask)
         if isinstance(ask, Step):
-            return self._step(ask)
+            return self._only.step(ask)
         if isinstance(ask, Exchange):
-            return self._link.exchange(ask)
+            return self._only.link.exchange(ask)
         if isinstance(ask, Notify):
             return notify(ask)
-        if self._closing.wait(ask.seconds):
+        assert isinstance(ask, Pause)
+        if self._closing.wait(ask.seconds if ask.is_waited else 0.0):
             raise _channel.closed()
         return None
 
+    def _start(self, call: Call, done: Callable[[StepwellError | None], None]) -> None:
+        if self._routed is None:
+            self._only.transport.start(call, done)
+        else:
+            self._routed.start(call, done)
 
-def _unary(transport: _channel.SyncTransport, retrier: Retrier, step: Step) -> Stepped:
-    return read(transport.invoke(retrier.unary(step)))
+
+def _answer_routed(connections: Connections, ask: Ask, connect_timeout_s: float) -> Any:
+    """Answers what is asked of replicas."""
+    if isinstance(ask, Exchanges):
+        return exchange_some(ask, lambda replica: connections.to(replica).link)
+    if isinstance(ask, Lookup):
+        return look_up(ask, connect_timeout_s)
+    assert isinstance(ask, Step | Call)
+    assert ask.to is not None
+    connection = connections.to(ask.to)
+    return connection.step(ask) if isinstance(ask, Step) else connection.transport.invoke(ask)

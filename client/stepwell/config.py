@@ -5,7 +5,7 @@
 here.
 
 An address is HOST:PORT, [IPv6]:PORT, unix:PATH, dns:///HOST:PORT, grpc://HOST:PORT (without TLS) or grpcs://HOST:PORT
-(with TLS).
+(with TLS). Several, with commas between, are replicas that share a store, and so is each address of a name after dns:///.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from stepwell import _address, _hooks, _metadata, _tokens
@@ -245,21 +246,25 @@ class ClientConfig:
     """Send it also over a plain connection to another machine."""
     tenant: str | None = None
     """The tenant to act in, for admins; "*" for all where sessions are listed. None: the caller's own."""
+    targets: tuple[str, ...] = dataclasses.field(default=(), init=False, repr=False, compare=False)
+    """The addresses in `address`: more than one where they are those of replicas."""
 
     def __post_init__(self) -> None:
-        where = _address.parse("address", self.address)
+        targets, says_tls = _address.parse_all("address", self.address)
         tls = self.tls
-        if where.tls is False and tls is not None:
+        if says_tls is False and tls is not None:
             raise InvalidInputError(f"tls must be None where the address says grpc://; got {self.address!r}")
-        if where.tls and tls is None:
+        if says_tls and tls is None:
             tls = TlsConfig()
         if tls is not None:
             ca, cert, key = tls.contents()
             tls = TlsConfig(ca, cert, key, tls.server_name)
-        object.__setattr__(self, "address", where.target)
+        object.__setattr__(self, "address", ",".join(targets))
+        object.__setattr__(self, "targets", targets)
         object.__setattr__(self, "tls", tls)
         object.__setattr__(self, "metadata", _metadata.checked(self.metadata))
-        self._check_token(where.target)
+        for target in targets:
+            self._check_token(target)
         self._check_tenant(self.tenant)
         object.__setattr__(self, "event_hooks", _hooks.checked(self.event_hooks))
         object.__setattr__(self, "lease_s", _lease(self.lease_s))
@@ -316,11 +321,14 @@ def token_or_variable(token: _tokens.AsyncToken | None = None) -> _tokens.AsyncT
     return from_environment
 
 
-def server_address(address: str | None = None) -> str:
+def server_address(address: str | Sequence[str] | None = None) -> str:
     """The server to talk to: the address given, else `STEPWELL_SERVER`, else 127.0.0.1:50051.
 
     Args:
         address: As in the docstring of this module, or None.
+
+    Returns:
+        The address; those of several replicas with commas between.
 
     Raises:
         InvalidInputError: The address, or the variable, is no address; the message names which.
@@ -330,10 +338,9 @@ def server_address(address: str | None = None) -> str:
         'localhost:50051'
     """
     if address is not None:
-        _address.parse("address", address)
-        return address
+        return _address.join("address", address)
     from_environment = os.environ.get(SERVER_VARIABLE)
     if from_environment is not None:
-        _address.parse(SERVER_VARIABLE, from_environment)
+        _address.parse_all(SERVER_VARIABLE, from_environment)
         return from_environment
     return DEFAULT_ADDRESS

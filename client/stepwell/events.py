@@ -23,7 +23,7 @@ from typing import TypedDict
 
 from stepwell.errors import StepwellError
 
-__all__ = ["EventHooks", "ModelVersionEvent", "RequestEvent", "ResponseEvent", "RetryEvent"]
+__all__ = ["EventHooks", "ModelVersionEvent", "ReplicaEvent", "RequestEvent", "ResponseEvent", "RetryEvent"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class RequestEvent:
     """
 
     address: str
-    """Of the server."""
+    """Of the server; of a client of several replicas, of the one that is asked."""
     rpc: str
     """The method: "OpenSession", "Step", "GetState", ...; "StepStream" for a change of a `SessionGroup`."""
     attempt: int
@@ -123,6 +123,29 @@ class ModelVersionEvent:
     """The version that has answered, and that they are on now."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReplicaEvent:
+    """A replica is not asked any more, or is asked again: its sessions move to other replicas, or come back.
+
+    Told by clients of several replicas, to whoever makes the call that finds it out, or the next one.
+
+    Example:
+        >>> events = []
+        >>> with stepwell.connect(address, event_hooks={"replica": [events.append]}) as client:
+        ...     client.models()[0].name
+        'forecast'
+        >>> events
+        []
+    """
+
+    address: str
+    """Of the replica."""
+    is_up: bool
+    """It is asked again. False: it is not, and its sessions go to the next replica in their order."""
+    error: StepwellError | None
+    """Why it is not."""
+
+
 class EventHooks(TypedDict, total=False):
     """The hooks of a client, by event; each a list of functions of one argument. What they return is not looked at.
 
@@ -135,3 +158,4 @@ class EventHooks(TypedDict, total=False):
     response: Sequence[Callable[[ResponseEvent], object]]
     retry: Sequence[Callable[[RetryEvent], object]]
     model_version: Sequence[Callable[[ModelVersionEvent], object]]
+    replica: Sequence[Callable[[ReplicaEvent], object]]

@@ -82,11 +82,14 @@ def answered(work: Callable[[Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
 class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.ModelServiceServicer):
     """Context manager; `address` is where it listens."""
 
-    def __init__(self) -> None:
+    def __init__(self, shares: ScriptedServer | None = None, port: int = 0) -> None:
+        """A server; it `shares` the sessions of another one, as replicas do that have one store."""
         self.calls: list[tuple[str, Any]] = []
         self.metadata: dict[str, dict[str, str | bytes]] = {}
         """What came with the last call of each method."""
-        self.sessions: dict[str, Session] = {}
+        self.sessions: dict[str, Session] = shares.sessions if shares else {}
+        self.is_serving = True
+        """What its health check says."""
         self.parts = 1
         self.most_states = 1_000_000
         self.busy: set[str] = set()
@@ -103,14 +106,17 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         self.fingerprint = FINGERPRINT
         self._faults: dict[str, collections.deque[Fault]] = collections.defaultdict(collections.deque)
         self._gates: dict[str, tuple[threading.Event, threading.Semaphore]] = {}
-        self._lock = threading.RLock()
+        self._lock: Any = shares._lock if shares else threading.RLock()
         self._answered = threading.Condition(self._lock)
-        self._made: dict[int, list[Session]] = {}
-        self._ids = (f"made-{i}" for i in itertools.count())
+        self._made: dict[int, list[Session]] = shares._made if shares else {}
+        self._ids: Iterator[str] = shares._ids if shares else (f"made-{i}" for i in itertools.count())
         self._server = grpc.server(futures.ThreadPoolExecutor(16))
         sessions_pb2_grpc.add_SessionServiceServicer_to_server(self, self._server)
         models_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
-        self.address = secured.add_port(self._server)
+        check: Any = grpc.unary_unary_rpc_method_handler(self._check)
+        health = grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check})
+        self._server.add_generic_rpc_handlers((health,))
+        self.address = secured.add_port(self._server, port)
 
     def __enter__(self) -> Self:
         self._server.start()
@@ -162,6 +168,11 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
             reply = work()
             self._answered.notify_all()
         return reply
+
+    def _check(self, _request: bytes, _context: grpc.ServicerContext) -> bytes:
+        """grpc.health.v1.Health/Check: SERVING or NOT_SERVING."""
+        self.calls.append(("Check", None))
+        return b"\x08\x01" if self.is_serving else b"\x08\x02"
 
     # Models.
 

@@ -151,13 +151,13 @@ def connected(address: str, receive_buffer: int = 0) -> socket.socket:
     return contexts()[1].wrap_socket(found, server_hostname=host) if address.startswith(SCHEME) else found
 
 
-def add_port(server: grpc.Server) -> str:
+def add_port(server: grpc.Server, port: int = 0) -> str:
     """Let a server of the test's own process listen; its address. It speaks TLS with the switch, and asks nobody."""
     if not is_on():
-        return f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        return f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
     cert, key = _material().pair
     credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
-    return f"{SCHEME}127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
+    return f"{SCHEME}127.0.0.1:{server.add_secure_port(f'127.0.0.1:{port}', credentials)}"
 
 
 def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:

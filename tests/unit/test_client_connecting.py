@@ -86,6 +86,60 @@ def test_no_addresses(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
         stepwell.connect()
 
 
+SEVERAL: dict[Any, tuple[tuple[str, ...], bool | None]] = {
+    "a:1,b:2": (("a:1", "b:2"), None),
+    "a:1, b:2 ,c:3": (("a:1", "b:2", "c:3"), None),
+    ("a:1", "b:2"): (("a:1", "b:2"), None),
+    ("a:1",): (("a:1",), None),
+    "grpcs://a:1,b:2": (("a:1", "b:2"), True),
+    "a:1,grpc://b:2": (("a:1", "b:2"), False),
+    "[::1]:1,unix:/run/a,unix:/run/b,c": (("[::1]:1", "unix:/run/a", "unix:/run/b,c"), None),
+    ("unix:/run/a", "a:1"): (("a:1", "unix:/run/a"), None),
+    "unix:/run/a,b": (("unix:/run/a,b",), None),
+    "dns:///h:1,dns:///g:2,a:1": (("dns:///h:1", "dns:///g:2", "a:1"), None),
+}
+NOT_SEVERAL: dict[Any, str] = {
+    "a:1,": "address must have an address between commas; got 'a:1,'",
+    "a:1,,b:2": "must have an address between commas",
+    "a:1,b": "got 'b': the port is missing; b:50051, say",
+    "a:1,a:1": "address must name each replica once; got 'a:1' twice",
+    "grpc://a:1,grpcs://b:1": "must be all grpc:// or all grpcs://",
+    ("a:1", "b"): "got 'b': the port is missing",
+    ("unix:/a,b", "c:1"): "the path of one of several must have no comma",
+    (): r"or a list of one or more of them; got \(\)",
+    ("a:1", 7): r"or a list of one or more of them; got \('a:1', 7\)",
+    7: "or a list of one or more of them; got 7",
+}
+
+
+@pytest.mark.parametrize("given", SEVERAL, ids=str)
+def test_addresses_of_replicas(given: Any) -> None:
+    targets, tls = SEVERAL[given]
+    for connect in (stepwell.connect, stepwell.aio.connect):
+        for each in [given, list(given)] if isinstance(given, tuple) else [given]:
+            client: Any = connect(each)
+            assert client.address == ",".join(targets)
+            assert (client._config.targets, client._config.tls is not None) == (targets, tls is True)
+            names = [one for one in targets if one.startswith("dns:///")]
+            assert [one.address for one in client.replicas] == [one for one in targets if one not in names]
+
+
+@pytest.mark.parametrize("given", NOT_SEVERAL, ids=str)
+def test_no_addresses_of_replicas(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for connect in (stepwell.connect, stepwell.aio.connect):
+        with pytest.raises(errors.InvalidInputError, match=f"^(address must )?.*{NOT_SEVERAL[given]}"):
+            connect(given)
+    if isinstance(given, str):
+        monkeypatch.setenv("STEPWELL_SERVER", given)
+        with pytest.raises(errors.InvalidInputError, match=r"^STEPWELL_SERVER must "):
+            stepwell.connect()
+
+
+def test_a_token_is_for_all_replicas_or_none() -> None:
+    with pytest.raises(errors.InvalidInputError, match=r"the address is 'far.example:1'"):
+        stepwell.connect("127.0.0.1:1,far.example:1", token="stw_secret")
+
+
 def test_the_time_limit_of_connecting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPWELL_CONNECT_TIMEOUT_S", "2.5")
     assert config.connect_timeout() == ClientConfig(ADDRESS).connect_timeout_s == 2.5

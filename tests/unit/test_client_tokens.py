@@ -100,7 +100,7 @@ def test_where_a_token_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
         assert client._config.token == "stw_variable"
         assert other._config.token == "stw_given"
         assert "stw_" not in repr(client._config) + repr(client) + client._repr_html_()
-        metadata = other._transport._tokens.metadata()
+        metadata = other._only.transport._tokens.metadata()
     assert metadata is not None
     affinity = dict(metadata)["stepwell-session"]
     assert len(affinity) == 16
