@@ -20,6 +20,7 @@ from bench import disk, harness, loads
 from bench.floods import floods
 from bench.harness import HERE, MODELS, OUT, Key, Measure, Point, Result, measured
 from bench.loads import Plan, Times
+from bench.shared_store import valkey
 from bench.updates import updates
 from stepwell.cli import main
 from stepwell.testing import LocalServer
@@ -331,6 +332,7 @@ CASES: Mapping[str, Case] = {
         sdk,
         width,
         durability,
+        valkey,
         triton,
         long,
         floods,

@@ -155,6 +155,24 @@ async def test_many_records_of_all_sizes(valkey: Valkey) -> None:
         assert [bytes(each.record or b"") for each in found] == [bytes(r) for _, r in [*some, *mixed]]
 
 
+async def test_a_frame_of_large_records(valkey: Valkey) -> None:
+    async with shared(valkey.url()) as (store,):
+        ids = [f"s{i}" for i in range(40)]
+        _, first = await put(store, template(ids, size=5000), [0] * 40)
+        assert (await put(store, template(ids, 1, size=5000), [first] * 40))[0] is ALL_KEPT
+        found = await store.fetch(ids)
+        assert [bytes(each.record or b"") for each in found] == [
+            bytes(r) for _, r in template(ids, 1, size=5000)
+        ]
+        # more than one script may have
+        kept, _ = await put(store, [(i, record(i, 2, size=3_000_000)) for i in ids[:3]], [found[0].stamp] * 3)
+        assert kept is ALL_KEPT
+        assert {
+            decode_header(i, each.record or b"").revision
+            for i, each in zip(ids, await store.fetch(ids[:3]), strict=False)
+        } == {2}
+
+
 async def test_a_frame_in_which_some_conflict(valkey: Valkey) -> None:
     async with shared(valkey.url(), 2) as (a, b):
         ids = [f"s{i}" for i in range(256)]

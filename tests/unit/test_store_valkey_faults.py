@@ -20,7 +20,7 @@ from support.shared import end, fresh_prefix, opened, put, shared
 from support.stored import record, template
 from support.valkey import HOST, Valkey, paused
 
-SHORT = "timeout_ms=400"
+SHORT = "timeout_ms=1000"
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,12 @@ from stepwell_server.store.base import StoreError
 from stepwell_server.store.valkey.url import Address, Login, Tls, shown
 
 Command = Sequence[bytes | str | int]
+"""Words; the largest one last, where there is a choice."""
 Reply = Any
 """Bytes, an int, None, a list of such, or `Refused`."""
 
+#: Bytes of a word that is worth sending by itself.
+_LARGE = 32_768
 #: The client makes errors of these classes out of the first word of an answer, and leaves the word out.
 _CODES: Sequence[tuple[type[Exception], str]] = (
     (theirs.MovedError, "MOVED"),
@@ -198,7 +201,7 @@ class Link:
         Raises:
             Lost: it did not answer.
         """
-        packed = [libvalkey.pack_command(tuple(command)) for command in commands]
+        packed = [piece for command in commands for piece in _packed(command)]
         try:
             await self._connection.send_packed_command(packed, check_health=False)
             return [await self._reply() for _ in commands]
@@ -223,6 +226,15 @@ class Link:
     def close(self) -> None:
         """End it, whatever is under way."""
         self._connection.close()
+
+
+def _packed(command: Command) -> Sequence[bytes]:
+    """A command as it is sent. A large last word is not copied."""
+    *words, last = command
+    if not isinstance(last, bytes) or len(last) < _LARGE:
+        return [libvalkey.pack_command(tuple(command))]
+    _, _, rest = libvalkey.pack_command(tuple(words)).partition(b"\r\n")
+    return [b"*%d\r\n%s$%d\r\n" % (len(command), rest, len(last)), last, b"\r\n"]
 
 
 def _refused(error: Exception) -> Refused:

@@ -114,8 +114,8 @@ class Commits:
             [*map(self._keys.session, session_ids)],
             follows.tobytes(),
             stamps.tobytes(),
-            bytes(puts.together),
             b"=%d" % puts.sizes[0],
+            bytes(puts.together),
         )
         return Part(request, session_ids)
 
@@ -131,8 +131,8 @@ class Commits:
                     [self._keys.session(puts[place][0]) for place in some],
                     follows[some].tobytes(),
                     stamps[some].tobytes(),
-                    b"".join([puts[place][1] for place in some]),
                     b"=%d" % sizes[0] if one_size else b"~" + _packed(sizes),
+                    b"".join([puts[place][1] for place in some]),
                 )
                 parts.append(Part(request, [puts[place][0] for place in some]))
         return parts

@@ -36,8 +36,8 @@ CHANGE = _script(
     _COMMON,
     """
 -- Records of sessions that are there follow others. KEYS: the sessions. ARGV: stamps that they must have, new stamps (8
--- bytes each), records, their sizes: '=' and one for all, or '~' and 4 bytes each. Returns the numbers of those that have other stamps.
-local follows, stamps, blob, sizes = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+-- bytes each), sizes of records: '=' and one for all, or '~' and 4 bytes each; the records. Returns the numbers of those that have other stamps.
+local follows, stamps, sizes, blob = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local used, conflicts, kept, at, begin = packed(now_ms()), {}, {'MSET'}, 1, 0
 local size = byte(sizes) == 61 and tonumber(sub(sizes, 2))
 for i, key in ipairs(KEYS) do

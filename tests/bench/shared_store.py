@@ -1,0 +1,121 @@
+"""A store that servers share beside the one on disk, and what Valkey itself takes for as much: `make bench ARGS=valkey`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+
+import uvloop
+
+from bench import disk, harness, loads
+from bench.harness import Key, Measure, Point, Result, measured
+from bench.loads import Plan, Times
+from stepwell_server.store.valkey.keys import META
+from stepwell_server.store.valkey.requests import Request
+from stepwell_server.store.valkey.store import ValkeyStore
+from support.shared import fresh_prefix, opened, put
+from support.stored import template
+from support.valkey import Valkey
+
+MANY = 256
+RECORD_BYTES = 600
+"""As large as a record of the small model."""
+_WARM_UP = 50
+
+
+def valkey(plan: Plan) -> list[Point]:
+    """One session and a group of 256 on disk (`async`), and on Valkey without a wait for its disk.
+
+    Beside them the same commits, and a round trip, without a server around: `over` says how many of these the one takes
+    longer than the other.
+    """
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Valkey(append="everysec"))
+        options = ("--durability", "async")
+        folder = stack.enter_context(disk.data_folder())
+        local = stack.enter_context(harness.serve("small", extra_args=options, data_dir=folder))
+        shared = stack.enter_context(
+            harness.serve("small", extra_args=(*options, "--store", server.url(f"?prefix={fresh_prefix()}")))
+        )
+        servers = {"disk": local, "valkey": shared}
+        measures: dict[Key, Measure] = {}
+        for name, one in servers.items():
+            measures[name, "unary", 1] = lambda one=one: loads.singly(one, "small", "unary", 1, plan.times)  # type: ignore[misc]
+            measures[name, "group", MANY] = lambda one=one: loads.sdk(  # type: ignore[misc]
+                one, "group", plan.times, model="small", sessions=MANY
+            )
+        for count in (1, MANY):
+            measures["commit", "script", count] = _commits(server, count, plan.times)
+        measures["round trip", "PING", 0] = _round_trips(server, plan.times)
+        points = measured(
+            ("store", "kind", "sessions"), measures, plan.repeats, lambda key: ("disk", *key[1:])
+        )
+    p50 = {(point["store"], point["sessions"]): point["p50_ms"] for point in points if "p50_ms" in point}
+    trip, script = p50["round trip", 0], p50["commit", MANY]
+    return [
+        *points,
+        {
+            "over": "round trips",
+            "sessions": 1,
+            "count": (p50["valkey", 1] - p50["disk", 1]) / trip,
+            "most": 2,
+        },
+        {
+            "over": "commits of 256",
+            "sessions": MANY,
+            "count": (p50["valkey", MANY] - p50["disk", MANY]) / script,
+            "most": 2,
+        },
+    ]
+
+
+def _commits(server: Valkey, count: int, times: Times) -> Measure:
+    """Commits of records that follow the last ones."""
+
+    async def again(store: ValkeyStore) -> Callable[[], Awaitable[None]]:
+        ids = [f"s{i}" for i in range(count)]
+        records = template(ids, 0, RECORD_BYTES)
+        _, stamp = await put(store, records, [0] * count)
+
+        async def once() -> None:
+            nonlocal stamp
+            _, stamp = await put(store, records, [stamp] * count)
+
+        return once
+
+    return lambda: _timed(server, again, times)
+
+
+def _round_trips(server: Valkey, times: Times) -> Measure:
+    async def again(store: ValkeyStore) -> Callable[[], Awaitable[None]]:
+        async def once() -> None:
+            await store._requests.ask(Request(META, (b"PING",)))
+
+        return once
+
+    return lambda: _timed(server, again, times)
+
+
+def _timed(
+    server: Valkey, make: Callable[[ValkeyStore], Awaitable[Callable[[], Awaitable[None]]]], times: Times
+) -> Result:
+    async def run() -> Result:
+        store = await opened(server.url(f"?prefix={fresh_prefix()}"))
+        try:
+            once = await make(store)
+            for _ in range(_WARM_UP):
+                await once()
+            took: list[float] = []
+            end = time.perf_counter() + times.run_s
+            while (began := time.perf_counter()) < end:
+                await once()
+                took.append(time.perf_counter() - began)
+            return {"p50_ms": 1000 * statistics.median(took), "rate": len(took) / sum(took)}
+        finally:
+            await store.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run())
