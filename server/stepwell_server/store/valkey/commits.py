@@ -119,7 +119,21 @@ class Commits:
         )
         return Part(request, session_ids)
 
+    def _one(self, session_id: str, record: Stored, follows: U64, stamps: U64) -> Part:
+        request = Request.of(
+            self._keys.partition(session_id),
+            scripts.CHANGE,
+            (self._keys.session(session_id),),
+            follows.tobytes(),
+            stamps.tobytes(),
+            b"=%d" % len(record),
+            bytes(record),
+        )
+        return Part(request, (session_id,))
+
     def _follow(self, puts: Sequence[tuple[str, Stored]], follows: U64, stamps: U64) -> list[Part]:
+        if len(puts) == 1:
+            return [self._one(*puts[0], follows, stamps)]
         parts = []
         for partition, places in self._groups([session_id for session_id, _ in puts]):
             for some in _pieces(places, [len(puts[place][1]) for place in places]):

@@ -35,6 +35,7 @@ _FIRST: Sequence[Command] = [
     ("ROLE",),
     *((b"SCRIPT", b"LOAD", script.source.encode()) for script in scripts.ALL),
 ]
+_FIRST_S = 60.0
 Open = Callable[[Address], Awaitable[Link]]
 
 
@@ -46,7 +47,8 @@ async def open_link(address: Address, access: Access, *, to_primary: bool) -> Li
     """
     link = await Link.open(address, access)
     try:
-        role, *loaded = await link.ask(_FIRST)
+        # the caller has a limit for all of it
+        role, *loaded = await link.ask(_FIRST, _FIRST_S)
         if to_primary and isinstance(role, list) and role[0] != b"master":
             raise Lost(f"{shown(address)} is a replica, the primary is another", sent=False)
         for reply in loaded:
@@ -89,26 +91,26 @@ class Node:
             Denied: the node does not let us in.
             Lost: it cannot be connected to, or did not answer within `limit_s`.
         """
-        sent = False
+        now = asyncio.get_running_loop().time
+        end = now() + limit_s
+        await self._turn(limit_s)
         try:
-            async with asyncio.timeout(limit_s), self._turns:
-                link, age = await self._take()
-                sent, is_whole = True, False
-                try:
-                    replies = await link.ask(commands)
-                    is_whole = True
-                finally:
-                    if is_whole and age == self._age:
-                        self._idle.append(link)
-                    else:
-                        link.close()
-                return replies
-        except TimeoutError:
-            self.hang_up()
-            raise Lost(f"{shown(self.address)} must answer within {limit_s:.2g} s", sent=sent) from None
+            link = self._ready() or await self._connected(end - now())
+            age, is_whole = self._age, False
+            try:
+                replies = await link.ask(commands, end - now())
+                is_whole = True
+            finally:
+                if is_whole and age == self._age:
+                    self._idle.append(link)
+                else:
+                    link.close()
+            return replies
         except Lost:
             self.hang_up()
             raise
+        finally:
+            self._turns.release()
 
     def hang_up(self) -> None:
         """Make new connections from now on."""
@@ -117,23 +119,41 @@ class Node:
         for link in idle:
             link.close()
 
-    async def _take(self) -> tuple[Link, int]:
+    async def _turn(self, limit_s: float) -> None:
+        if not self._turns.locked():
+            await self._turns.acquire()  # at once
+            return
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise self._late(limit_s) from None
+
+    def _ready(self) -> Link | None:
+        """A connection that was made before."""
         while self._idle:
             link = self._idle.pop()
             if not link.has_ended:
-                return link, self._age
+                return link
             link.close()
+        return None
+
+    async def _connected(self, limit_s: float) -> Link:
         now = asyncio.get_running_loop().time
         if now() < self._down_until:
             raise Lost(self._why_down, sent=False)
-        age = self._age
         try:
-            return await self._opens(self.address), age
+            async with asyncio.timeout(limit_s):
+                return await self._opens(self.address)
         except Denied:
             raise
-        except Lost as error:
-            self._down_until, self._why_down = now() + _DOWN_S, str(error)
-            raise
+        except (TimeoutError, Lost) as error:
+            lost = error if isinstance(error, Lost) else self._late(limit_s)
+            self._down_until, self._why_down = now() + _DOWN_S, str(lost)
+            raise lost from None
+
+    def _late(self, limit_s: float) -> Lost:
+        return Lost(f"{shown(self.address)} must answer within {limit_s:.2g} s", sent=False)
 
 
 class Topology(abc.ABC):
@@ -143,6 +163,9 @@ class Topology(abc.ABC):
         self._access = access
         self._to_primary = to_primary
         self._nodes: dict[Address, Node] = {}
+
+    only: Node | None = None
+    """The node that has everything, where there is but one and it is known."""
 
     @abc.abstractmethod
     async def nodes_of(self, partitions: Collection[int]) -> dict[int, Node]:
@@ -206,33 +229,32 @@ class Primary(Topology):
     def __init__(self, access: Access, find: Callable[[], Awaitable[Address]]) -> None:
         super().__init__(access, to_primary=True)
         self._find = find
-        self._node: Node | None = None
         self._finding = asyncio.Lock()
 
     @override
     async def nodes_of(self, partitions: Collection[int]) -> dict[int, Node]:
-        node = self._node
+        node = self.only
         if node is None:
             async with self._finding:
-                node = self._node  # somebody else may have found it meanwhile
+                node = self.only  # somebody else may have found it meanwhile
                 if node is None:
-                    node = self._node = self.node_at(await self._find())
+                    node = self.only = self.node_at(await self._find())
                     self._keep_only([node.address])
         return dict.fromkeys(partitions, node)
 
     @override
     async def look(self) -> None:
-        node = self._node
-        if node is not None and await self._find() != node.address and self._node is node:
-            self._node = None
+        node = self.only
+        if node is not None and await self._find() != node.address and self.only is node:
+            self.only = None
 
     @override
     def doubt(self) -> None:
-        self._node = None
+        self.only = None
 
     @override
     def moved(self, partition: int, address: Address) -> None:
-        self._node = None
+        self.only = None
 
     @override
     async def primaries(self) -> list[Node]:
@@ -412,7 +434,7 @@ class _AskSentinel:
 
     async def __call__(self, address: Address) -> Address:
         with contextlib.closing(await Link.open(address, self._access)) as link:
-            (reply,) = await link.ask([("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._name)])
+            (reply,) = await link.ask([("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._name)], _FIRST_S)
         if isinstance(reply, Refused):
             raise Denied(f"{shown(address)} must be a Sentinel: {reply}")
         if reply is None:

@@ -144,7 +144,11 @@ class Requests:
         self, requests: Sequence[Request], wait: Command | None, deadline: float
     ) -> Lost | Refused | None:
         """Send each once, and say why some are left."""
-        limit_s = min(self._timeout_s, deadline - self._loop.time())
+        left_s = deadline - self._loop.time()
+        only = self._topology.only
+        if only is not None and not any(request._ask for request in requests):
+            return await self._send_to(only, requests, wait, min(self._answer_s(wait), left_s), asking=False)
+        limit_s = min(self._timeout_s, left_s)
         try:
             async with asyncio.timeout(limit_s):
                 nodes = await self._topology.nodes_of({request.partition for request in requests})
