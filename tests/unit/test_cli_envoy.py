@@ -12,13 +12,15 @@ import yaml
 from click.testing import CliRunner
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.descriptor_pool import DescriptorPool
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stepwell.cli import main
 from stepwell.cli.envoy import _yaml, descriptors
 from stepwell.cli.envoy.routing import SESSION_HEADER
 from stepwell.v1 import sessions_pb2
+from stepwell_server.rpc.fronts import python
+from stepwell_server.rpc.fronts.limits import FrontLimits
 from support.envoy import validate
 
 REPLICAS = ("--replica", "127.0.0.1:50051", "--replica", "[::1]:50051")
@@ -81,6 +83,14 @@ def test_steps_are_sent_once() -> None:
             assert route["match"]["safe_regex"]["regex"] == (
                 r"/stepwell\.v1\.(Session|Model)Service/(Get|List|Predict).*"
             )
+
+
+def test_replicas_let_themselves_be_asked_so_often_whether_they_are_there() -> None:
+    (cluster,) = written(*REPLICAS)["static_resources"]["clusters"]
+    (options,) = cluster["typed_extension_protocol_options"].values()
+    interval = options["explicit_http_config"]["http2_protocol_options"]["connection_keepalive"]["interval"]
+    allowed_ms = dict(python._options(FrontLimits(1)))["grpc.http2.min_ping_interval_without_data_ms"]
+    assert float(interval.removesuffix("s")) * 1000 > 2 * allowed_ms  # gRPC hangs up on who asks more often
 
 
 def test_the_protocol_is_in_it() -> None:
@@ -177,7 +187,7 @@ _DOCUMENTS = st.recursive(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(_TEXTS, _DOCUMENTS, min_size=1))
 def test_documents_come_back(document: Mapping[str, _yaml.Value]) -> None:
     assert yaml.safe_load(_yaml.dump(document)) == document

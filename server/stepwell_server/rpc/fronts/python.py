@@ -275,9 +275,9 @@ def _options(limits: FrontLimits) -> list[tuple[str, int]]:
         # identity alone: what inflates to very much is inflated before anybody can say no
         ("grpc.compression_enabled_algorithms_bitset", 1),
         ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
-        # Clients on quiet streams may ask every ten seconds whether the server is there, and the server
-        # finds out within a minute that a client's machine has vanished.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        # Clients on quiet streams may ask every second whether the server is there (an Envoy does every three), and the
+        # server finds out within a minute that a client's machine has vanished.
+        ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.keepalive_time_ms", _milliseconds(limits.keepalive_s)),
         ("grpc.keepalive_timeout_ms", _milliseconds(limits.keepalive_timeout_s)),
