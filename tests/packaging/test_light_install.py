@@ -78,6 +78,9 @@ def test_the_command_line_works(python: Path, server: LocalServer, tmp_path: Pat
     helped = run(python, tmp_path, str(python.parent / "stepwell"), "--help")
     assert helped.returncode == 0, helped.stderr
     assert "serve" in helped.stdout
+    envoy = run(python, tmp_path, "-m", "stepwell", "envoy-config", "--replica", "127.0.0.1:50051")
+    assert envoy.returncode == 0, envoy.stderr
+    assert "grpc_json_transcoder" in envoy.stdout
     models = run(python, tmp_path, "-m", "stepwell", "models", "--json", "--server", server.address)
     assert models.returncode == 0, models.stderr
     assert "forecast" in models.stdout
