@@ -47,8 +47,10 @@ class _Together:
     """When they were last used."""
     clients: dict[int, float] = dataclasses.field(default_factory=dict)
     """When they were last heard of."""
-    claims: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
-    """Who has them, and until when."""
+    claims: dict[str, tuple[str, float, float]] = dataclasses.field(default_factory=dict)
+    """Who has them, since when and until when."""
+    is_served: bool = True
+    """Servers use it all the time, whatever the clock does; else they must say so as they do, by a claim."""
     listeners: list[tuple[RemoteStore, Callable[[], None]]] = dataclasses.field(default_factory=list)
     """Who is told that a document was written."""
 
@@ -220,13 +222,17 @@ class RemoteStore(Store):
         heard = [self.together.clients.get(client_id, -math.inf) for client_id in client_ids]
         return [max(0.0, self.now - at) for at in heard]
 
-    async def claim(self, name: str, whose: str, for_s: float) -> bool:
-        await self._tell("claim", [name])
-        has, until = self.together.claims.get(name, ("", -math.inf))
-        if has != whose and until > self.now:
-            return False
-        self.together.claims[name] = whose, self.now + for_s
-        return True
+    async def claim(self, name: str, whose: str, for_s: float) -> float | None:
+        if name == "service" and self.together.is_served:
+            return math.inf
+        await self._tell(f"claim {name}", [name])
+        has, since, until = self.together.claims.get(name, ("", self.now, -math.inf))
+        if until <= self.now:
+            has, since = whose, self.now
+        if has != whose:
+            return None
+        self.together.claims[name] = whose, since, self.now + for_s
+        return self.now - since
 
     def stamp_of(self, session_id: str) -> int:
         """Of a session's record or tombstone; 0 if there is neither. One that a test put there by itself gets one."""

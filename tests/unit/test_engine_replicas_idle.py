@@ -147,8 +147,8 @@ async def test_a_session_that_was_used_while_it_was_judged_does_not_end() -> Non
         store: RemoteStore = first.store
         store.commits_held = True
         sweep = asyncio.create_task(first.engine.expire_idle())
-        await store.until("claim")
-        store.let_go_once("claim")
+        await store.until("claim sweep")
+        store.let_go_once("claim sweep")
         await store.until("commit", len(store.asked("commit")) + 1)
         assert store.asked("commit")[-1] == ("a",)
         # the second server takes the session for one that is used: its clock says so as well
@@ -167,8 +167,8 @@ async def test_a_server_that_was_held_up_ends_nothing_by_what_it_knew(pause_s: f
         store: RemoteStore = first.store
         store.commits_held = True
         sweep = asyncio.create_task(first.engine.expire_idle())
-        await store.until("claim")
-        store.let_go_once("claim")
+        await store.until("claim sweep")
+        store.let_go_once("claim sweep")
         await store.until("commit", len(store.asked("commit")) + 1)
         times.advance(pause_s)
         store.let_go()
@@ -274,3 +274,44 @@ async def test_a_session_that_is_over_and_is_asked_for_by_many_ends_once() -> No
         asked = [await begun(at.state("a")) for at in (first, second, first, second)]
         found = await asyncio.gather(*asked, return_exceptions=True)
         assert [type(each) for each in found] == [SessionExpired] * 4
+
+
+@pytest.mark.parametrize("named", [False, True])
+async def test_time_in_which_nobody_could_use_it_ends_no_session(named: bool) -> None:
+    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
+        await both_know(first, second, "a")
+        first.store.together.is_served = False
+        assert await ended(first, second) == 0
+        for _ in range(6):  # they run, and say so
+            times.advance(15.0)
+            assert await ended(first, second) == 0
+        times.advance(5000.0)  # the store is away, or no server runs
+        if named:
+            assert (await second.state("a"))["sum"].shape
+        assert await ended(first, second) == 0
+        for _ in range(6):
+            times.advance(15.0)
+            assert await ended(first, second) == 0
+        times.advance(12.0)
+        assert await ended(first, second) == 1
+        with pytest.raises(SessionExpired):
+            await first.state("a")
+
+
+async def test_time_in_which_no_client_could_be_heard_of_ends_no_session() -> None:
+    async with two_in_time() as (first, second, times):
+        name = (await first.engine.open_session("plain", lease=(11, 60_000))).session.session_id
+        first.store.together.is_served = False
+        assert await ended(first, second) == 0
+        times.advance(5000.0)
+        assert await ended(first, second) == 0
+        times.advance(15.0)
+        await second.engine.renew_lease(11)
+        assert await ended(first, second) == 0
+        for _ in range(4):
+            times.advance(14.0)
+            assert await ended(first, second) == 0
+        times.advance(14.0)
+        assert await ended(first, second) == 1
+        with pytest.raises(SessionExpired):
+            await first.state(name)

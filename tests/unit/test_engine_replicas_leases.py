@@ -92,8 +92,8 @@ async def test_a_server_that_was_held_up_ends_nothing_of_a_client_that_is_there_
         store: RemoteStore = first.store
         store.commits_held = True
         sweep = asyncio.create_task(first.engine.end_leases())
-        await store.until("claim")
-        store.let_go_once("claim")
+        await store.until("claim sweep")
+        store.let_go_once("claim sweep")
         await store.until("commit", len(store.asked("commit")) + 1)
         times.advance(10.0)  # it sleeps
         await second.engine.renew_lease(ONE)

@@ -305,13 +305,15 @@ async def test_how_long_a_client_is_known_is_never_made_shorter(valkey: Valkey) 
 
 async def test_a_task_is_for_one_at_a_time(valkey: Valkey) -> None:
     async with shared(valkey.url(), 2) as (a, b):
-        assert await a.claim("sweep", "a", 1000.0)
-        assert not await b.claim("sweep", "b", 1000.0)
-        assert await b.claim("other", "b", 1000.0)
-        assert await a.claim("sweep", "a", 0.001)  # from now on
-        while not await b.claim("sweep", "b", 1000.0):
+        assert await a.claim("sweep", "a", 1000.0) == 0.0
+        assert await b.claim("sweep", "b", 1000.0) is None
+        assert await b.claim("other", "b", 1000.0) == 0.0
+        while not await a.claim("sweep", "a", 1000.0):
             pass
-        assert not await a.claim("sweep", "a", 1000.0)
+        assert 0.0 < (await a.claim("sweep", "a", 0.001) or 0.0) < 60.0  # from now on
+        while await b.claim("sweep", "b", 1000.0) is None:
+            pass
+        assert await a.claim("sweep", "a", 1000.0) is None
 
 
 async def test_pages_have_the_sessions_that_are_unused(valkey: Valkey) -> None:

@@ -72,9 +72,9 @@ class AwaitedStore(Store):
         return [math.inf] * len(client_ids)
 
     @override
-    async def claim(self, name: str, whose: str, for_s: float) -> bool:
+    async def claim(self, name: str, whose: str, for_s: float) -> float | None:
         """Nobody else is there."""
-        return True
+        return math.inf
 
     @override
     async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:

@@ -346,7 +346,7 @@ class Store(Protocol):
             Unavailable: the store cannot be asked now.
         """
 
-    async def claim(self, name: str, whose: str, for_s: float) -> bool:
+    async def claim(self, name: str, whose: str, for_s: float) -> float | None:
         """Have a task to oneself for so many seconds, by the store's clock, or for so many more. Only others' stores need it.
 
         It keeps several servers from doing the same work; one that was held up may do it beside another.
@@ -357,7 +357,7 @@ class Store(Protocol):
             for_s: For how long.
 
         Returns:
-            Whether it has it; else another has.
+            For how many seconds it has it without a break, by the store's clock; None: another has it.
 
         Raises:
             Unavailable: the store cannot be asked now.

@@ -19,6 +19,7 @@ from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.sessions.leaving import Leaving
 from stepwell_server.engine.sessions.overdue import Overdue
+from stepwell_server.engine.sessions.service import Service
 from stepwell_server.engine.sessions.sweeping import Sweep
 from stepwell_server.engine.sessions.using import Clients, Usage
 from stepwell_server.store.base import Store
@@ -54,11 +55,13 @@ class Lifetimes:
             observer=observer,
             max_idle_s=max_idle_s,
         )
+        service = Service(store, clock)
         self.overdue = Overdue(
             table,
             removal,
             commits,
             endings,
+            service,
             quotas=quotas,
             clock=clock,
             observer=observer,
@@ -67,7 +70,7 @@ class Lifetimes:
         self.usage = Usage(table, leases, store, clock=clock, max_idle_s=max_idle_s)
         self.clients = Clients(leases, store, clock=clock)
         self.leaving = Leaving(leases, self.expiry, others, clock=clock)
-        self.sweep = Sweep(store, self.overdue, commits, clock=clock, max_idle_s=max_idle_s)
+        self.sweep = Sweep(store, self.overdue, service, commits, clock=clock, max_idle_s=max_idle_s)
         is_shared = store.local is None
         self.end_idle: Callable[[], Coroutine[None, None, int]] = (
             self.sweep.round if is_shared else self.expiry.expire_idle
@@ -79,7 +82,7 @@ class Lifetimes:
         """End the sessions whose client has been gone for too long; return how many."""
         own = [] if quotas is None else [quotas.run]
         self._timers = (
-            [self.sweep.run, self.usage.run, self.clients.run, *own]
+            [service.run, self.sweep.run, self.usage.run, self.clients.run, *own]
             if is_shared
             else [self.expiry.run, self.leaving.run]
         )

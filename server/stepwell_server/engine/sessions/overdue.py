@@ -23,6 +23,7 @@ from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.ending import TOLD_ONE_BY_ONE, Ended, Removal, batch_of
+from stepwell_server.engine.sessions.service import Service
 from stepwell_server.errors import ServerError
 from stepwell_server.store.base import Committed, End, Fetched, Outcome, Tombstone
 from stepwell_server.store.record import header_or_none
@@ -49,6 +50,7 @@ class Overdue:
         removal: Removal,
         commits: GroupCommit,
         endings: Endings,
+        service: Service,
         *,
         quotas: Quotas | None,
         clock: Clock,
@@ -60,13 +62,14 @@ class Overdue:
         self._removal = removal
         self._commits = commits
         self._endings = endings
+        self._service = service
         self._quotas = quotas
         self._clock = clock
         self._observer = observer
         self._max_idle_s = max_idle_s or math.inf
 
     def is_idle(self, found: Fetched) -> bool:
-        """Whether a session that is there has been unused for too long."""
+        """Whether a session that is there has been unused for too long; it need not have been possible to use it."""
         return found.idle_s > self._max_idle_s
 
     def is_busy(self, session_id: str) -> bool:
@@ -91,7 +94,9 @@ class Overdue:
             if header is not None:
                 ended = Ended(session_id, header.model, header.revision, header.batch_size, each.stamp)
                 over.append(Over(ended, each.idle_s))
-        if over and (await self.end(over, End.EXPIRED, self._max_idle_s)).unknown:
+        if not over or await self._service.seconds() <= self._max_idle_s:
+            return set()
+        if (await self.end(over, End.EXPIRED, self._max_idle_s)).unknown:
             raise not_known()
         return {each.session.session_id for each in over}
 

@@ -11,15 +11,18 @@ import math
 import secrets
 from collections.abc import Sequence
 
+import numpy as np
+
 from stepwell_server.clock import Clock
 from stepwell_server.core.leases import Lease
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.sessions.ending import Ended
 from stepwell_server.engine.sessions.overdue import Over, Overdue
+from stepwell_server.engine.sessions.service import Service
 from stepwell_server.engine.state.fields import lease_of_or_none
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
-from stepwell_server.store.base import CLIENT_KNOWN_S, End, Store, Unused
+from stepwell_server.store.base import CLIENT_KNOWN_S, F64, End, Store, Unused
 
 _log = Log("engine.sweep")
 
@@ -42,11 +45,19 @@ class Sweep:
     """Ends sessions of a shared store. Lives on the event loop."""
 
     def __init__(
-        self, store: Store, overdue: Overdue, commits: GroupCommit, *, clock: Clock, max_idle_s: float
+        self,
+        store: Store,
+        overdue: Overdue,
+        service: Service,
+        commits: GroupCommit,
+        *,
+        clock: Clock,
+        max_idle_s: float,
     ) -> None:
         """`max_idle_s` 0: sessions never expire."""
         self._store = store
         self._overdue = overdue
+        self._service = service
         self._commits = commits
         self._clock = clock
         self._max_idle_s = max_idle_s or math.inf
@@ -77,35 +88,36 @@ class Sweep:
         ended, cursor, is_first = 0, "", True
         least_s = min(self._max_idle_s, _USED_S)
         while cursor or is_first:
-            if not await self._store.claim(_TASK, self._name, _CLAIMED_S):
+            if await self._store.claim(_TASK, self._name, _CLAIMED_S) is None:
                 break
             is_first, began = False, self._clock.monotonic()
             page = await self._store.unused(cursor, idle_s=least_s, limit=_AT_ONCE)
             cursor = page.cursor
-            ended += await self._end_of(page)
+            ended += await self._end_of(page, await self._service.seconds())
             if cursor:
                 await asyncio.sleep(max(_REST_S, _REST * (self._clock.monotonic() - began)))
             await self._commits.room()
         return ended
 
-    async def _end_of(self, page: Unused) -> int:
-        """End those of a page that are due; return how many."""
-        idle = [place for place, idle_s in enumerate(page.idle_s.tolist()) if idle_s > self._max_idle_s]
+    async def _end_of(self, page: Unused, served_s: float) -> int:
+        """End those of a page that are due; return how many. The store has been served for so many seconds."""
+        unused = np.minimum(page.idle_s, served_s)
+        idle = np.flatnonzero(unused > self._max_idle_s).tolist()
         ended = await self._end(page, idle, End.EXPIRED, self._max_idle_s) if idle else 0
         by_lease: dict[float, list[int]] = {}
-        for place, (client, lease_ms) in await self._left(page, set(idle)):
+        for place, (client, lease_ms) in await self._left(page, unused, set(idle)):
             del client
             by_lease.setdefault(lease_ms / 1000, []).append(place)
         for lease_s, places in by_lease.items():
             ended += await self._end(page, places, End.LEFT, lease_s)
         return ended
 
-    async def _left(self, page: Unused, others: set[int]) -> list[tuple[int, Lease]]:
+    async def _left(self, page: Unused, unused: F64, others: set[int]) -> list[tuple[int, Lease]]:
         """Sessions of a page that nobody has used, and whose client nobody has heard of, for as long as its lease."""
         leased: list[tuple[int, Lease]] = []
         for place, fields in page.heads.fields.items():
             lease = None if place in others else lease_of_or_none(fields)
-            if lease is not None and page.idle_s[place] >= lease[1] / 1000:
+            if lease is not None and unused[place] >= lease[1] / 1000:
                 leased.append((place, lease))
         if not leased:
             return []

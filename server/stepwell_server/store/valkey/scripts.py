@@ -257,12 +257,19 @@ return found
 )
 
 CLAIM = _script(
+    _COMMON,
     """
--- A task for one at a time. KEYS: the claim. ARGV: whose it is to be, for how long (ms). Returns 1 if it is.
-local has = redis.call('GET', KEYS[1])
-if has and has ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return 1
+-- A task for one at a time. KEYS: the claim. ARGV: whose it is to be, for how long (ms). Returns for how long it has been (ms);
+-- -1: it is another's.
+local has, now = call('GET', KEYS[1]), now_ms()
+local since = now
+if has then
+  local at, who = string.match(has, '^(%d+) (.*)$')
+  if who ~= ARGV[1] then return -1 end
+  since = tonumber(at)
+end
+call('SET', KEYS[1], string.format('%.0f', since) .. ' ' .. ARGV[1], 'PX', ARGV[2])
+return math.max(0, now - since)
 """,
 )
 

@@ -309,10 +309,10 @@ class ValkeyStore(Store):
         )
 
     @override
-    async def claim(self, name: str, whose: str, for_s: float) -> bool:
+    async def claim(self, name: str, whose: str, for_s: float) -> float | None:
         request = Request.of(META, scripts.CLAIM, [self._keys.claim(name)], whose, math.ceil(for_s * 1000))
-        (is_mine,) = await self._requests.ask(request)
-        return bool(is_mine)
+        (held_ms,) = await self._requests.ask(request)
+        return held_ms / 1000 if held_ms >= 0 else None
 
     @override
     async def clients_unseen(self, client_ids: Sequence[int]) -> list[float]:
