@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import dataclasses
 import itertools
 import threading
@@ -29,13 +30,16 @@ from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
 from stepwell_server.store.awaited import AwaitedStore
-from stepwell_server.store.base import LocalStore
+from stepwell_server.store.base import LocalStore, Store
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.memory import MemoryStore
+from stepwell_server.store.valkey.store import ValkeyStore
 from support.awaited import RemoteStore
 from support.clock import ManualClock
 from support.fake_executor import PLAIN, WAIT_S, FakeExecutor, Hooks
 from support.inside import Inside
+from support.shared import fresh_prefix, opened
+from support.valkey import Valkey
 
 Array = npt.NDArray[Any]
 
@@ -228,9 +232,17 @@ class Stores:
     def __init__(self) -> None:
         self.kind = "memory"
         self.folder = Path()
+        self.valkey: Valkey | None = None
+        """Started when it is first needed; all tests of a process share it, each with a prefix of its own."""
         self._numbers = itertools.count()
 
-    def make(self, clock: ManualClock) -> LocalStore | RemoteStore:
+    async def make(self, clock: ManualClock) -> LocalStore | Store:
+        if self.kind == "valkey":
+            if self.valkey is None:
+                self.valkey = Valkey(append="")
+                self.valkey.start()
+                atexit.register(self.valkey.end)
+            return await opened(self.valkey.url(f"?prefix={fresh_prefix()}"), clock=clock)
         if self.kind == "memory":
             return MemoryStore()
         if self.kind == "awaited":
@@ -376,12 +388,14 @@ async def running(
     """An engine whose books are checked at the end. `threads`: passes never run in place."""
     clock, hooks, events = clock or ManualClock(), Hooks(), Events()
     own = store is None
-    store = STORES.make(clock) if own else store
+    if own:
+        store = await STORES.make(clock)
+    is_shared = isinstance(store, RemoteStore | ValkeyStore)
     if isinstance(store, RemoteStore):
         store.serve(clock)
     engine = Engine(
         programs or {"plain": PLAIN},
-        store=store if isinstance(store, RemoteStore) else AwaitedStore(store),
+        store=store if is_shared else AwaitedStore(store),
         clock=clock,
         observer=events,
         max_batch_rows=max_batch_rows,
@@ -395,7 +409,7 @@ async def running(
         migrations=migrations,
     )
     if counted is not None:
-        await counted.count(store if isinstance(store, RemoteStore) else AwaitedStore(store))
+        await counted.count(store if is_shared else AwaitedStore(store))
     harness = Harness(engine, clock, hooks, store, events)
     harness.quotas = counted
     for model in harness.inside.models:
@@ -412,5 +426,7 @@ async def running(
             store.let_go()
         await harness.settled()
         await engine.close()
-        if own and not isinstance(store, RemoteStore):
+        if isinstance(store, ValkeyStore):
+            await store.close()
+        elif own and not is_shared:
             store.close()

@@ -21,6 +21,7 @@ from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.sessions.leaving import Leaving
 from stepwell_server.engine.sessions.using import Usage
 from stepwell_server.engine.state.model import Model
+from stepwell_server.store.memory import MemoryStore
 
 
 class Inside:
@@ -141,7 +142,7 @@ class Inside:
             assert not engine._loops[model.index].busy
             assert set(model.replies.series) <= set(own.tolist()), "a reply outlives its session"
         away = {session_id for session_id, handle in table.items() if table.row[handle] < 0}
-        if store.is_volatile:
+        if isinstance(store, MemoryStore):
             assert set(store._records) == away, "the store holds the sessions that are paged out"
         assert engine._submission.loading_rows == 0
         assert not engine._arrivals._tails, "something waits for a session to be loaded"
