@@ -90,6 +90,10 @@ soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples, the front in
 	$(if $(ARGS),,$(BIN)/python tests/fault/soak_models.py)
 	$(BIN)/python tests/fault/soak.py $(ARGS)
 
+.PHONY: soak-cluster
+soak-cluster: $(INSTALLED) ## Simulate replicas on one store, ten thousand schedules with fresh seeds (ten minutes; ARGS="--runs 500 --seed 7", or ARGS="--trace --seed 7" shows one)
+	$(BIN)/python tests/fault/simulate.py $(if $(ARGS),$(ARGS),--runs 10000)
+
 .PHONY: fuzz-models
 fuzz-models: $(INSTALLED) ## Compile random models and compare what is served with Keras (two seconds each; ARGS="--models 500 --seed 7")
 	$(BIN)/python tests/congruence/fuzz_models.py $(ARGS)

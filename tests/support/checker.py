@@ -20,6 +20,9 @@ revision 0 and the state it is opened with, or at its fork with what its parent 
 Rules 1 to 3 and 5 make a session linearizable: the numbers of the revisions are the one order in which its changes happened,
 and nobody, whichever replica answers, is told of a moment before one that anybody was told of when the call was made.
 
+Histories in which sessions are opened anew, expire, or change without an expected revision, and those of stores that lose
+their last writes, are judged by `linear`.
+
 The lines of a history are in the order of time. So rule 3 needs each session to be in one history only, in which any
 number of drivers may write, after one another or at the same time.
 """

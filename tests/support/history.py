@@ -23,6 +23,8 @@ Floats = npt.NDArray[np.floating[Any]]
 Kind = Literal["open", "step", "reset", "fork", "read", "look", "close"]
 """`read` asks for the state, `look` for revision and position alone."""
 CHANGES = frozenset({"step", "reset"})
+ANY = -1
+"""Of a change that expects nothing of a session's revision."""
 Outcome = Literal["acknowledged", "not_applied", "unknown", "gone", "error"]
 """`gone`: there is no such session; `error`: an error that nothing here can cause."""
 
@@ -34,7 +36,11 @@ class Call:
     kind: Kind
     session: str
     expected: int = 0
-    """Of a change: the revision that it expects to find."""
+    """Of a change: the revision that it expects to find, or `ANY`."""
+    request_id: int = 0
+    """Of an opening: who opens it, as the session remembers it; 0: nobody knows."""
+    must_be_new: bool = False
+    """Of an opening."""
     x: Floats | None = None
     """(rows, features) or (rows, T, features)."""
     outputs: str = "all"
@@ -58,7 +64,10 @@ class End:
     position: int | None = None
     y: Floats | None = None
     states: Mapping[str, Floats] | None = None
+    found: bool = False
+    """Of an opening: the session was there before, by this very request or by another."""
     error: str = ""
+    """The name of its class first."""
 
 
 @dataclasses.dataclass

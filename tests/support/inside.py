@@ -93,6 +93,11 @@ class Inside:
     def runners(self) -> list[Runner]:
         return [loop.runner for loop in self._engine._loops.values()]
 
+    def use_pool(self, pool: Any) -> None:
+        """Have passes run by what is no pool of threads."""
+        self._engine._threads._pool.shutdown()
+        self._engine._threads._pool = pool
+
     def loaded(self) -> list[str]:
         """Ids of the sessions in the table, in order."""
         return sorted(session_id for session_id, _ in self.table.items())

@@ -1,0 +1,119 @@
+"""Replicas on one store, simulated: see `support.sim.schedule`. `tests/fault/simulate.py` runs as many schedules as one likes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepwell_server.engine.intake.admission import Admission
+from stepwell_server.engine.intake.paging import Pager
+from support.sim.programs import Mix
+from support.sim.schedule import Plan, Schedule, run
+from support.sim.store import Bugs
+
+_BLOCK, _BLOCKS = 40, 5
+
+
+@pytest.mark.parametrize("block", range(_BLOCKS))
+def test_schedules_hold(block: int) -> None:
+    for seed in range(block * _BLOCK, (block + 1) * _BLOCK):
+        try:
+            run(seed)
+        except AssertionError as error:
+            raise AssertionError(f"tests/fault/simulate.py --trace --seed {seed}: {error}") from error
+
+
+def test_much_happens_in_them() -> None:
+    """Else they would hold because there is nothing in them."""
+    reports = [run(seed).report for seed in range(40)]
+    assert sum(report.acknowledged for report in reports) > 500
+    assert sum(report.unknown for report in reports) > 20
+    assert sum(report.reads for report in reports) > 100
+    assert sum(report.forks for report in reports) > 5
+
+
+def test_a_seed_gives_the_same_schedule_again() -> None:
+    """Also in another process, whose sets are in another order."""
+    traces = [run(seed).trace for seed in (1, 2, 3)]
+    assert len(set(traces)) == 3
+    assert [run(seed).trace for seed in (1, 2, 3)] == traces
+    program = "from support.sim.schedule import run; print(*(run(seed).trace for seed in (1, 2, 3)))"
+    other = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": "."},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert other.stdout.split() == traces
+
+
+# ------------------------------------------------------------------------------- bugs that are put in are found
+
+
+def is_found(seeds: range, bugs: Bugs | None = None, **changes: Any) -> bool:
+    """Whether one of some schedules shows that something is wrong."""
+    for seed in seeds:
+        plan = dataclasses.replace(Plan.drawn(seed), **changes)
+        try:
+            result = Schedule(seed, plan=plan, bugs=bugs).run()
+        except AssertionError:
+            return True
+        if result.report.violations:
+            return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        "ignores_stamps",
+        "ignores_tombstones",
+        "unknown_is_kept",
+        "conflicts_after_attempts",
+    ],
+)
+def test_a_store_with_a_bug_is_found(bug: str) -> None:
+    assert is_found(range(200), Bugs(**{bug: True}))
+
+
+@pytest.mark.parametrize("bug", ["waits_for_no_disk", "fences_nothing"])
+def test_a_store_that_does_not_wait_for_the_disk_is_found(bug: str) -> None:
+    changes: dict[str, Any] = {
+        "must_sync": True,
+        "flush_s": 0.3,
+        "faults": ("fail_over",),
+        "fault_every_s": 0.3,
+        "guests": 2,
+    }
+    assert is_found(range(50, 250), Bugs(**{bug: True}), **changes)
+
+
+def test_a_replica_that_judges_by_its_own_copy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = Admission._judge
+
+    def judge_at_once(self: Admission, *args: Any, is_fresh: bool = False) -> Any:
+        return judge(self, *args, is_fresh=True)
+
+    monkeypatch.setattr(Admission, "_judge", judge_at_once)
+    assert is_found(range(200))
+
+
+def test_a_replica_that_reads_its_own_copy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(_self: Pager, *_args: Any) -> None:
+        """Believe what is in the arena."""
+
+    compare: Callable[..., Awaitable[None]] = nothing
+    monkeypatch.setattr(Pager, "compare", compare)
+    mix = Mix(think_s=1e-3, read=6.0)
+    changes: dict[str, Any] = {"owners": [["a"]], "guests": 2, "mix": mix, "faults": ("cut", "kill")}
+    assert is_found(range(100), resident_rows=64, idle_s=0.0, **changes)

@@ -1,0 +1,1 @@
+"""A deterministic simulation of replicas on one store: see `schedule`."""

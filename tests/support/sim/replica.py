@@ -1,0 +1,165 @@
+"""One replica: a real engine on an event loop of its own, which can be paused, killed and started anew."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from stepwell_server.engine.engine import Engine
+from stepwell_server.engine.state.resident import ResidentRows
+from stepwell_server.errors import Unavailable
+from support.engine import Events, FixedCost
+from support.fake_executor import PLAIN, FakeExecutor, Hooks
+from support.inside import Inside
+from support.sim.network import Network
+from support.sim.shard import Shard
+from support.sim.store import Bugs, SimStore
+from support.sim.world import NodeLoop, World
+
+
+class SkewedClock:
+    """The clock of one machine: it runs as the world's does, and people have set it more or less well."""
+
+    def __init__(self, world: World, skew_s: float) -> None:
+        self._world = world
+        self._skew_s = skew_s
+
+    def monotonic(self) -> float:
+        return 1000.0 + self._world.now
+
+    def now(self) -> float:
+        return 1_700_000_000.0 + self._skew_s + self._world.now
+
+
+class LatePool:
+    """Threads that run passes: what they are given is done a little later."""
+
+    def __init__(self, loop: NodeLoop) -> None:
+        self._loop = loop
+
+    def submit(self, work: Callable[[], object]) -> None:
+        if self._loop.is_dead:
+            return
+        self._loop.call_later(self._loop.world.random.random() * 5e-3, work)
+
+    def shutdown(self, *, wait: bool) -> None:
+        """There is nothing."""
+
+
+class Replica:
+    """A machine with one server after the other on it."""
+
+    def __init__(
+        self,
+        world: World,
+        network: Network,
+        shards: Sequence[Shard],
+        name: str,
+        bugs: Bugs,
+        *,
+        skew_s: float,
+        resident_rows: int,
+        idle_s: float,
+        threads: bool,
+    ) -> None:
+        self.world = world
+        self.network = network
+        self.shards = shards
+        self.name = name
+        self.bugs = bugs
+        self.clock = SkewedClock(world, skew_s)
+        self._resident_rows = resident_rows
+        self._idle_s = idle_s
+        self._threads = threads
+        self.lives = 0
+        self.loop: NodeLoop | None = None
+        self.engine: Engine | None = None
+        """None while it starts, or is dead."""
+        self.buried: list[NodeLoop] = []
+        self.defects: list[str] = []
+
+    def start(self) -> None:
+        """Start a server that knows nothing."""
+        self.lives += 1
+        self.world.note("start", self.name)
+        loop = self.loop = NodeLoop(self.world, self.name)
+        loop.call_soon(lambda: loop.create_task(self._boot(loop)))
+
+    async def _boot(self, loop: NodeLoop) -> None:
+        store = SimStore(loop, self.network, self.shards, self.clock, self.bugs)
+        while True:
+            engine = Engine(
+                {"plain": PLAIN},
+                store=store,
+                clock=self.clock,
+                observer=Events(),
+                max_batch_rows=3,
+                resident_rows=ResidentRows(self._resident_rows),
+                max_session_idle_s=self._idle_s,
+                compute_threads=2,
+                executor=lambda program: FakeExecutor(program, Hooks()),
+            )
+            inside = Inside(engine)
+            inside.use_pool(LatePool(loop))
+            try:
+                await engine.start()
+                break
+            except Unavailable:
+                await asyncio.sleep(0.5)
+        for model in inside.models:
+            model.cost = FixedCost(1.0 if self._threads else 0.0, 2)
+        self.engine = engine
+        self.world.note("ready", self.name)
+
+    @property
+    def is_ready(self) -> bool:
+        """It takes calls, or will when it is not paused any more."""
+        return self.engine is not None
+
+    @property
+    def is_paused(self) -> bool:
+        """As by SIGSTOP."""
+        return self.loop is not None and self.loop.is_paused
+
+    def pause(self) -> None:
+        """Nothing of it runs until `resume`; what it has sent is on its way."""
+        if self.loop is not None:
+            self.world.note("pause", self.name)
+            self.loop.is_paused = True
+
+    def resume(self) -> None:
+        """Let it go on as if nothing had been."""
+        if self.loop is not None and self.loop.is_paused:
+            self.world.note("resume", self.name)
+            self.loop.is_paused = False
+
+    def kill(self) -> None:
+        """All that it knew is gone; what it has sent is on its way."""
+        if self.loop is not None:
+            self.world.note("kill", self.name)
+            self.defects += self.loop.defects
+            self.loop.kill()
+            self.buried.append(self.loop)
+        self.loop = self.engine = None
+
+    def call(self, work: Callable[[Engine], Awaitable[Any]], done: Callable[[Any], object]) -> None:
+        """Do something on the engine when the replica has a turn; `done` gets what it returns, or raises."""
+        loop, engine = self.loop, self.engine
+        if loop is None or engine is None:
+            done(Unavailable("nobody is there"))
+            return
+
+        async def do() -> None:
+            try:
+                done(await work(engine))
+            except Exception as error:
+                done(error)
+
+        loop.call_soon(lambda: loop.create_task(do()))
+
+    def bury(self) -> None:
+        """The end of the simulation."""
+        self.kill()
+        for loop in self.buried:
+            loop.bury()

@@ -1,0 +1,253 @@
+"""What the search for an order says of histories that are made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from support.checker import Report
+from support.history import ANY, Call, End, Floats, Op
+from support.linear import Rollback, Terms, check
+from support.sim.model import PlainModel, PlainState
+
+MODEL = PlainModel()
+
+
+def x(value: float) -> Floats:
+    return np.full((1, 2), value, np.float32)
+
+
+class Told:
+    """A history: each call has the moments when it was made and told."""
+
+    def __init__(self) -> None:
+        self.ops: list[Op] = []
+        self.states: list[PlainState] = [MODEL.initial(1)]
+        """By revision, of the session that all changes were made to in their order."""
+        self.outputs: list[Floats | None] = [None]
+
+    def op(self, low: int, high: int | None, call: Call, *ends: End) -> Op:
+        op = Op(str(len(self.ops)), low, call, [] if high is None else [(high, end) for end in ends])
+        self.ops.append(op)
+        return op
+
+    def open(self, low: int, high: int | None, **fields: Any) -> Op:
+        end = End(outcome="acknowledged", revision=fields.pop("revision", 0), position=0, **_found(fields))
+        return self.op(low, high, Call(kind="open", session="a", batch_size=1, **fields), end)
+
+    def after(self, value: float) -> None:
+        """The next revision is a step with this."""
+        y, state = MODEL.step(self.states[-1], x(value))
+        self.states.append(state)
+        self.outputs.append(y)
+
+    def step(self, low: int, high: int | None, value: float, revision: int, *, expected: int = ANY) -> Op:
+        """A step that made a revision, or one that is not told (`high` is None)."""
+        call = Call(kind="step", session="a", expected=expected, x=x(value))
+        return self.op(low, high, call, self.changed(revision))
+
+    def changed(self, revision: int) -> End:
+        state = self.states[revision]
+        return End(
+            outcome="acknowledged", revision=revision, position=state.position, y=self.outputs[revision]
+        )
+
+    def read(self, low: int, high: int, revision: int) -> Op:
+        state = self.states[revision]
+        end = End(outcome="acknowledged", revision=revision, position=state.position, states=state.named())
+        return self.op(low, high, Call(kind="read", session="a"), end)
+
+    def gone(self, low: int, high: int, error: str = "SessionNotFound: was closed") -> Op:
+        return self.op(low, high, Call(kind="read", session="a"), End(outcome="gone", error=error))
+
+    def close(self, low: int, high: int | None) -> Op:
+        return self.op(low, high, Call(kind="close", session="a"), End(outcome="acknowledged"))
+
+    def check(self, rollbacks: Sequence[Rollback] = (), idle_s: float = float("inf")) -> Report:
+        return check(sorted(self.ops, key=lambda op: op.called_at), MODEL, Terms(idle_s, float, rollbacks))
+
+
+def _found(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"found": fields.pop("found")} if "found" in fields else {}
+
+
+def two_steps() -> Told:
+    told = Told()
+    told.open(0, 1)
+    told.after(1)
+    told.after(2)
+    return told
+
+
+def sorts(report: Report) -> list[str]:
+    return [violation.sort for violation in report.violations]
+
+
+def test_calls_at_the_same_time_may_be_in_any_order() -> None:
+    told = two_steps()
+    told.step(2, 9, 2, 2)
+    told.step(3, 8, 1, 1)
+    told.read(4, 7, 0)
+    report = told.check()
+    assert sorts(report) == []
+    assert (report.acknowledged, report.reads) == (2, 1)
+
+
+@pytest.mark.parametrize("revision", [0, 1])
+def test_a_stale_read_is_found(revision: int) -> None:
+    told = two_steps()
+    told.step(2, 3, 1, 1)
+    told.step(4, 5, 2, 2)
+    told.read(6, 7, 2)
+    told.read(8, 9, revision)
+    assert sorts(told.check()) == ["lost"]
+
+
+def test_a_step_that_was_lost_is_found() -> None:
+    told = two_steps()
+    told.step(2, 3, 1, 1)
+    other = Told()
+    other.after(2)
+    told.op(4, 5, Call(kind="step", session="a", expected=ANY, x=x(2)), other.changed(1))
+    assert sorts(told.check()) == ["lost"]
+
+
+def test_a_step_that_was_applied_twice_is_found() -> None:
+    told = two_steps()
+    told.step(2, 3, 1, 1)
+    told.read(4, 5, 2)  # nobody made it
+    assert sorts(told.check()) == ["twice"]
+
+
+def test_an_output_of_another_order_is_found() -> None:
+    told = two_steps()
+    told.step(2, 3, 2, 1)
+    assert sorts(told.check()) == ["wrong"]
+
+
+@pytest.mark.parametrize("happened", [True, False])
+def test_what_nobody_knows_may_have_happened_or_not(happened: bool) -> None:
+    told = two_steps()
+    told.step(2, None, 1, 1)
+    if happened:
+        told.step(4, 5, 2, 2)
+    else:
+        other = Told()
+        other.after(2)
+        told.op(4, 5, Call(kind="step", session="a", expected=ANY, x=x(2)), other.changed(1))
+    assert sorts(told.check()) == []
+
+
+def test_what_nobody_knows_happens_once() -> None:
+    told = two_steps()
+    told.after(1)
+    told.step(2, None, 1, 1)
+    told.step(4, 5, 2, 2)
+    told.read(6, 7, 3)
+    assert sorts(told.check()) == ["twice"]
+
+
+def test_a_refusal_must_be_true() -> None:
+    told = two_steps()
+    told.step(2, 3, 1, 1)
+    end = End(outcome="not_applied", revision=0, error="RevisionConflict: ")
+    told.op(4, 5, Call(kind="step", session="a", expected=7, x=x(1)), end)
+    assert sorts(told.check()) == ["lost"]
+
+
+def test_closed_stays_closed_until_it_is_opened() -> None:
+    told = two_steps()
+    told.step(2, 3, 1, 1)
+    told.close(4, 5)
+    told.gone(6, 7)
+    assert sorts(told.check()) == []
+    told.read(8, 9, 1)
+    assert sorts(told.check()) == ["wrong"]
+
+
+def test_it_begins_anew_behind_the_revision_at_which_it_ended() -> None:
+    told = two_steps()
+    told.step(2, 3, 1, 1)
+    told.close(4, 5)
+    told.open(6, 7, revision=2)
+    assert sorts(told.check()) == []
+    told.ops[-1] = Op("x", 6, told.ops[-1].call, [(7, End(outcome="acknowledged", revision=0, position=0))])
+    assert sorts(told.check()) == ["lost"]
+
+
+def test_only_one_of_two_makes_a_session() -> None:
+    told = Told()
+    told.open(0, 3, must_be_new=True, request_id=1)
+    told.open(1, 2, must_be_new=True, request_id=2)
+    assert sorts(told.check()) == ["lost"]
+
+
+def test_who_is_told_that_it_made_a_session_before_did() -> None:
+    told = Told()
+    told.open(0, 1, must_be_new=True, request_id=1)
+    told.open(2, 3, must_be_new=True, request_id=2, found=True)
+    assert sorts(told.check()) == ["wrong"]
+
+
+def test_a_session_that_vanishes_is_found() -> None:
+    told = two_steps()
+    told.gone(2, 3)
+    assert sorts(told.check()) == ["gone"]
+
+
+@pytest.mark.parametrize(("at", "wrong"), [(30, []), (20, ["gone"])])
+def test_it_expires_after_its_limit_and_no_sooner(at: int, wrong: list[str]) -> None:
+    told = two_steps()
+    told.step(14, 15, 1, 1)
+    told.gone(at, at + 1, "SessionExpired: ")
+    assert sorts(told.check(idle_s=10.0)) == wrong
+
+
+def test_a_fail_over_takes_back_what_the_store_says_and_no_more() -> None:
+    told = two_steps()
+    told.step(2, 3, 1, 1)
+    told.step(4, 5, 2, 2)
+    told.read(8, 9, 1)
+    assert sorts(told.check([Rollback(6, "a", 1, "live", 1)])) == []
+    assert sorts(told.check([Rollback(6, "a", 2, "live", 0)])) == ["twice"], "that was not lost"
+    assert sorts(told.check()) == ["lost"]
+
+
+def test_what_a_fail_over_took_back_may_be_had_again_by_another_attempt() -> None:
+    told = two_steps()
+    told.step(2, 9, 1, 1)
+    told.read(3, 4, 1)
+    told.read(10, 11, 1)
+    assert sorts(told.check([Rollback(6, "a", 1, "live", 0)])) == []
+
+
+def test_a_fork_has_the_state_of_its_parent_at_its_moment() -> None:
+    told = two_steps()
+    told.step(2, 3, 1, 1)
+    end = End(outcome="acknowledged", revision=1, position=1)
+    told.op(4, 5, Call(kind="fork", session="b", parent="a"), end)
+    told.step(6, 7, 2, 2)
+    right, wrong = told.states[1].named(), told.states[2].named()
+    ask = Call(kind="read", session="b")
+    told.op(8, 9, ask, End(outcome="acknowledged", revision=1, position=1, states=right))
+    assert sorts(told.check()) == []
+    told.op(10, 11, ask, End(outcome="acknowledged", revision=1, position=1, states=wrong))
+    assert sorts(told.check()) == ["wrong"]
+
+
+def test_an_answer_again_is_the_same() -> None:
+    told = two_steps()
+    op = told.step(2, 3, 1, 1)
+    op.ends.append((4, told.changed(1)))
+    assert sorts(told.check()) == []
+    op.ends.append((5, End(outcome="acknowledged", revision=2, position=1, y=told.outputs[1])))
+    assert sorts(told.check()) == ["twice"]
+
+
+def test_an_error_that_nothing_can_cause_is_found() -> None:
+    told = two_steps()
+    told.op(2, 3, Call(kind="read", session="a"), End(outcome="error", error="Internal: "))
+    assert sorts(told.check()) == ["error"]
