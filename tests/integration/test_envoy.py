@@ -352,18 +352,22 @@ def test_a_change_is_sent_once_and_a_read_again(tmp_path: Path, replicas: list[S
         path = path_of("sent once")
         assert envoy.json("POST", path, {"model": "seq"})[0] == 200
 
-        def cut_off(*call: Any) -> tuple[int, Any]:
-            before = direct.session("sent once").last_used_time.ToNanoseconds()
+        def seen() -> tuple[int, int]:
+            session = direct.session("sent once")
+            return session.revision, session.last_used_time.ToNanoseconds()
+
+        def cut_off(*call: Any, revision: int) -> tuple[int, Any]:
+            before = seen()
             proxy.hold("answers")
             answered = pool.submit(envoy.json, *call)
-            until(lambda: direct.session("sent once").last_used_time.ToNanoseconds() > before)
+            until(lambda: seen() > before and seen()[0] == revision)
             proxy.be("clean")
             proxy.release()
             return answered.result()
 
-        status, answer = cut_off("POST", f"{path}:step", step_body())
+        status, answer = cut_off("POST", f"{path}:step", step_body(), revision=1)
         assert (status, answer["code"]) == (503, 14)
-        status, answer = cut_off("GET", f"{path}/state")
+        status, answer = cut_off("GET", f"{path}/state", revision=1)
         assert (status, answer["session"]["revision"]) == (200, "1")
         direct.close("sent once")
 
