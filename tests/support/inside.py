@@ -18,6 +18,7 @@ from stepwell_server.engine.engine import Engine
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.passes.runner import Runner
 from stepwell_server.engine.sessions.ending import Expiry, Removal
+from stepwell_server.engine.sessions.forgetting import Forgetting
 from stepwell_server.engine.sessions.leaving import Leaving
 from stepwell_server.engine.sessions.using import Usage
 from stepwell_server.engine.state.model import Model
@@ -60,6 +61,11 @@ class Inside:
     def usage(self) -> Usage:
         """What tells a shared store of use."""
         return self._engine._lifetimes.usage
+
+    @property
+    def forgetting(self) -> Forgetting:
+        """What keeps the table of a shared store's server small."""
+        return self._engine._lifetimes.forgetting
 
     @property
     def removal(self) -> Removal:

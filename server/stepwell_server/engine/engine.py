@@ -363,7 +363,7 @@ class Engine:
         await self._changing.restore()
         for model in self._models:
             await self._serving.warm_up(model)
-        self._lifetimes.start(self._changing.following.run)
+        self._lifetimes.start(self._changing.following.run, self._directory.run)
 
     def explain_absence(self, absent: Callable[[ModelRef], ServerError | None]) -> None:
         """Ask from now on why a model, or a version of one, is not loaded; what is returned is raised. None: nobody knows it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import dataclasses
+import math
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ _AT_ONCE = 1000
 _MOST_BESIDE = 4096
 #: Nobody needed it for so long: it is given up.
 _KEPT_S = 300.0
+#: Where others use the store it is made anew after so many seconds, and so many times the time that it took.
+_FRESH_S, _REST = 10.0, 10.0
 #: Bytes of an id by which ids are sorted at once; those that are longer and alike so far are compared one by one.
 _SORTED_BYTES = 96
 #: No session has this birth.
@@ -114,6 +117,8 @@ class Catalogue:
         self._sorted: _Sorted | None = None
         self._forgotten = -1
         """What `Expiry.forgotten` was when it was made."""
+        self._stale_at = math.inf
+        """When it is made anew, as other servers make and end sessions."""
         self._births = 0
         """The table's sessions up to this birth are in here."""
         self._beside: list[tuple[int, int, bytes]] = []
@@ -149,7 +154,9 @@ class Catalogue:
         self._keep()
         code = self._models.get(query.filter.model, _NO_MODEL) if query.filter.model else _ANY_MODEL
         now = self._clock.monotonic() + self._ahead
-        choice = _Choice(self._table, self._codes(), query, code, now, self._ahead)
+        choice = _Choice(
+            self._table, self._codes(), query, code, now, self._ahead, is_shared=self._expiry.is_shared
+        )
         return await asyncio.to_thread(choice.of, made, beside)
 
     async def _update(self, *, is_first: bool) -> tuple[_Sorted, list[tuple[int, int, bytes]]]:
@@ -158,7 +165,8 @@ class Catalogue:
 
     async def _up_to_date(self, *, is_first: bool) -> _Sorted:
         made = self._sorted
-        if made is not None and not (is_first and self._forgotten != self._expiry.forgotten):
+        is_stale = self._forgotten != self._expiry.forgotten or self._clock.monotonic() > self._stale_at
+        if made is not None and not (is_first and is_stale):
             await self._take_in(made)
             if len(self._beside) <= max(_MOST_BESIDE, len(made.ends) // 8):
                 return made
@@ -188,7 +196,11 @@ class Catalogue:
         # what was in the table only in between would be missed else
         self._table.departures = [] if self._others is not None else None
         self._codes()
+        began = self._clock.monotonic()
         made = await (self._of_table() if self._others is None else self._of_store(self._others))
+        if self._expiry.is_shared:
+            now = self._clock.monotonic()
+            self._stale_at = now + max(_FRESH_S, _REST * (now - began))
         self._sorted = made
         return made
 
@@ -288,8 +300,14 @@ class _Choice:
         model: int,
         now: float,
         ahead: float,
+        *,
+        is_shared: bool,
     ) -> None:
-        """`model` is the number of a name. The columns are taken as they are now."""
+        """`model` is the number of a name. The columns are taken as they are now.
+
+        `is_shared`: other servers may have used sessions after this one did.
+        """
+        self._is_shared = is_shared
         self._used, self._created = table.used, table.created
         self._born, self._model_of = table.birth, table.model
         self._codes = codes
@@ -346,7 +364,8 @@ class _Choice:
         elif self._model != _ANY_MODEL:
             codes = self._codes[np.minimum(self._model_of[handles], len(self._codes) - 1)]
             fits &= np.where(alive, codes, models) == self._model
-        used = np.where(alive, self._used[handles] + self._ahead, used)
+        used_here = self._used[handles] + self._ahead
+        used = np.where(alive, np.maximum(used_here, used) if self._is_shared else used_here, used)
         if self._used_before != np.inf:
             fits &= used < self._used_before
         if self._query.order is Order.LAST_USED:

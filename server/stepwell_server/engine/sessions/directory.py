@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -37,6 +39,9 @@ from stepwell_server.store.base import End, Store
 from stepwell_server.store.record import Header, decode_header
 
 _log = Log("engine.directory")
+
+#: What is older is asked for again, in seconds; and so often it is asked for metrics.
+_COUNTED_S, _LOOK_S = 1.0, 5.0
 
 
 class Directory:
@@ -80,6 +85,7 @@ class Directory:
         """What is known of sessions without a `look`."""
         self._counts: dict[str, int] = {}
         """Sessions of each model in an awaited store, when it was last asked."""
+        self._counted_at = -math.inf
 
     def must_look(self, session_ids: Sequence[str]) -> bool:
         """Whether what names these sessions must await `look` first: so do very many of a store that is at hand."""
@@ -367,15 +373,25 @@ class Directory:
         return sum(self._table.count(model.index) for model in self.models.named(name).loaded.values())
 
     async def refresh_counts(self) -> None:
-        """Ask how many sessions the models have, where the store must be awaited for it."""
-        if self._others is None or self._others.local is not None:
+        """Ask how many sessions the models have, where the store must be awaited for it and was not just asked."""
+        now = self._clock.monotonic()
+        if self._others is None or self._others.local is not None or now - self._counted_at < _COUNTED_S:
             return
-        for name in self.models.names():
-            try:
+        self._counted_at = now  # others who ask meanwhile take what is known
+        try:
+            for name in self.models.names():
                 self._counts[name] = await self._others.count_of(name)
-            except ServerError as error:
-                _log.warning("the store could not be asked how many sessions it has", error=error)
-                return
+        except ServerError as error:
+            _log.warning("the store could not be asked how many sessions it has", error=error)
+
+    async def run(self) -> None:
+        """Know how many sessions the models have, for metrics, until cancelled."""
+        while self._others is not None and self._others.local is None:
+            try:
+                await self.refresh_counts()
+            except Exception as error:
+                _log.defect("the sessions could not be counted; the timer goes on", error)
+            await asyncio.sleep(_LOOK_S)
 
 
 def stored_info(session_id: str, header: Header) -> SessionInfo:

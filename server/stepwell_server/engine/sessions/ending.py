@@ -232,10 +232,12 @@ class Expiry:
         """Let the store say whether sessions that were not used here for too long were used elsewhere."""
         self._forget(self.suspects(self._table.find_all(session_ids)))
 
-    def forget(self, session_ids: Sequence[str]) -> None:
-        """Let the store say what other servers made of sessions that have nothing under way here."""
+    def forget(self, session_ids: Sequence[str]) -> int:
+        """Let the store say what other servers made of sessions that have nothing under way here; return how many."""
         handles = np.unique(self._table.find_all(session_ids))
-        self._forget(handles[(handles >= 0) & ~self._table.claimed[handles]])
+        handles = handles[(handles >= 0) & ~self._table.claimed[handles]]
+        self._forget(handles)
+        return len(handles)
 
     def _forget(self, handles: Handles, error: ServerError | None = None) -> None:
         self.forgotten += len(handles)

@@ -17,6 +17,7 @@ from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.ending import Expiry, Removal
+from stepwell_server.engine.sessions.forgetting import Forgetting
 from stepwell_server.engine.sessions.leaving import Leaving
 from stepwell_server.engine.sessions.overdue import Overdue
 from stepwell_server.engine.sessions.service import Service
@@ -71,6 +72,7 @@ class Lifetimes:
         self.clients = Clients(leases, store, clock=clock)
         self.leaving = Leaving(leases, self.expiry, others, clock=clock)
         self.sweep = Sweep(store, self.overdue, service, commits, clock=clock, max_idle_s=max_idle_s)
+        self.forgetting = Forgetting(table, self.expiry)
         is_shared = store.local is None
         self.end_idle: Callable[[], Coroutine[None, None, int]] = (
             self.sweep.round if is_shared else self.expiry.expire_idle
@@ -82,7 +84,7 @@ class Lifetimes:
         """End the sessions whose client has been gone for too long; return how many."""
         own = [] if quotas is None else [quotas.run]
         self._timers = (
-            [service.run, self.sweep.run, self.usage.run, self.clients.run, *own]
+            [service.run, self.sweep.run, self.usage.run, self.clients.run, self.forgetting.run, *own]
             if is_shared
             else [self.expiry.run, self.leaving.run]
         )

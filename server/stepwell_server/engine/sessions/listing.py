@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.errors import SessionGone
 from stepwell_server.store import counts
-from stepwell_server.store.base import Store
+from stepwell_server.store.base import Fetched, Store
 from stepwell_server.store.record import Header, header_or_none
 
 #: Records looked at before others get a turn.
@@ -43,6 +44,7 @@ class Listing:
         self._expiry = expiry
         self._others = others
         """The store, if it may have sessions that are not in the table."""
+        self._is_shared = others is not None and others.local is None
         self._catalogue = catalogue
         self._clock = clock
 
@@ -117,17 +119,26 @@ class Listing:
     async def _described(self, candidates: Sequence[Candidate]) -> list[SessionInfo]:
         """What is known of sessions now, of those that are still there."""
         ids = [str(name, "utf-8", "replace") for _, name in candidates]
-        away = [session_id for session_id in ids if session_id not in self._table]
+        away = ids if self._is_shared else [i for i in ids if i not in self._table]
         headers: dict[str, Header | None] = {}
         if away and self._others is not None:
             fetched = await self._others.fetch(away)
             headers = {
-                i: header_or_none(i, each.record)
+                i: self._dated(header_or_none(i, each.record), each)
                 for i, each in zip(away, fetched, strict=True)
                 if each.record is not None
             }
-        found = [self._info(i, headers.get(i)) for i in ids if i in self._table or i in headers]
+        is_here = self._table.__contains__
+        found = [
+            self._info(i, headers.get(i)) for i in ids if i in headers or (is_here(i) and not self._is_shared)
+        ]
         return [info for info in found if info is not None]
+
+    def _dated(self, header: Header | None, found: Fetched) -> Header | None:
+        """A header that says when the session was last used, as the store knows it."""
+        if header is None or not self._is_shared:
+            return header
+        return dataclasses.replace(header, last_used=self._clock.now() - found.idle_s)
 
     def _fits(self, info: SessionInfo, wanted: SessionFilter) -> bool:
         if wanted.model not in {"", info.model}:
@@ -159,7 +170,20 @@ class Listing:
             await asyncio.sleep(0)
 
     def _info(self, session_id: str, header: Header | None) -> SessionInfo | None:
-        """What the table says, else what the record says; a damaged record says nothing but its id."""
+        """What the table says, else what the record says; a damaged record says nothing but its id.
+
+        Where others use the store, what the record says: the table may be behind.
+        """
+        if self._is_shared and header is not None:
+            if self._clock.now() - header.last_used > (self._expiry.max_idle_s or math.inf):
+                return None  # it has ended, though nobody has told the store yet
+            info = self._directory.stored_info(session_id, header)
+            handle = self._table.find(session_id)
+            if handle is None:
+                return info
+            here = self._directory.info(handle)
+            used = max(info.last_used, here.last_used)  # of reads the store is told now and then
+            return dataclasses.replace(info, last_used=used, resident=here.resident)
         if session_id in self._table:
             try:
                 return self._directory.info(self._directory.find(session_id, self._directory.here))

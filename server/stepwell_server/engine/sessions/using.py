@@ -33,6 +33,8 @@ _AT_ONCE = 1024
 MOST_WAITING = 65_536
 #: Clients of which it is known when the store was told.
 _KNOWN = 65_536
+#: Sessions that never end by themselves are told of as if they ended after so many seconds.
+_MOST_S = 600.0
 #: What has something under way is looked at so often, in seconds: at most, and at least.
 _LONGEST_S, _SHORTEST_S = 30.0, 0.1
 _AGAIN_S = 1.0
@@ -102,8 +104,9 @@ class Usage:
         return min(self._max_idle_s, self._leases.shortest_s)
 
     def _limits_s(self, handles: Handles) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """After which time each ends."""
-        return np.minimum(self._max_idle_s, self._leases.durations_s(self._table.lease[handles]))
+        """After which time each ends, or would be of interest to people who look for what is idle."""
+        limit_s = min(self._max_idle_s, _MOST_S)
+        return np.minimum(limit_s, self._leases.durations_s(self._table.lease[handles]))
 
     def _start(self) -> None:
         if self._task is None and self._waiting:
