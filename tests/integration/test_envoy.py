@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import stepwell
-from stepwell.v1 import models_pb2
+from stepwell.v1 import models_pb2, models_pb2_grpc
 from stepwell.v1 import sessions_pb2 as pb
 from support import secured, wire
 from support.envoy import Envoy
@@ -270,6 +270,24 @@ def test_a_page_of_another_origin_may_do_nothing(envoy: Envoy) -> None:
     assert envoy.json("POST", path, {"model": "seq"}, {"origin": "https://app.example.org"})[0] == 200
     assert envoy.json("DELETE", path, headers=other)[0] == 403
     assert envoy.json("DELETE", path)[0] == 200
+
+
+def test_a_page_whose_name_leads_here_may_do_nothing(envoy: Envoy) -> None:
+    port = envoy.address.rpartition(":")[2]
+    for host in ("localhost", "127.0.0.1", "[::1]"):
+        assert envoy.json("GET", "/v1/models", headers={"host": f"{host}:{port}"})[0] == 200
+    status, answer = envoy.json("GET", "/v1/models", headers={"host": f"evil.example:{port}"})
+    assert (status, answer["code"]) == (403, 7)
+    assert "--host" in answer["message"]
+    with grpc.insecure_channel(
+        envoy.address, options=[("grpc.default_authority", "evil.example")]
+    ) as channel:
+        refusal = wire.refusal(
+            lambda: models_pb2_grpc.ModelServiceStub(channel).ListModels(
+                models_pb2.ListModelsRequest(), timeout=wire.TIMEOUT_S
+            )
+        )
+    assert refusal.code == "PERMISSION_DENIED"
 
 
 def test_grpc_web_is_spoken(envoy: Envoy) -> None:

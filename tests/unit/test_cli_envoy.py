@@ -39,6 +39,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "one name": ("--dns", "stepwell-replicas.default.svc:50051"),
     "without extras": (*REPLICAS, "--access-log", "off", "--admin", "off"),
     "for browsers": (*REPLICAS, "--cors-origin", "*", "--cors-origin", "https://app.example.org"),
+    "one host": (*REPLICAS, "--host", "example.org", "--host", "[2001:db8::1]"),
     "beyond loopback": (*REPLICAS, "--listen", "0.0.0.0:8080", "--insecure-listen"),
 }
 
@@ -68,10 +69,24 @@ def test_a_replicas_certificate_is_asked_for_its_name() -> None:
         assert checked["match_typed_subject_alt_names"] == [{"san_type": "DNS", "matcher": {"exact": name}}]
 
 
+def test_only_names_of_this_machine_are_taken_on_loopback() -> None:
+    for options, domains in (
+        ((), ["localhost", "127.0.0.1", "[::1]"]),
+        (("--listen", "127.0.0.2:1"), ["localhost", "127.0.0.1", "[::1]", "127.0.0.2"]),
+        (("--listen", "0.0.0.0:1", "--insecure-listen"), ["*"]),
+        (("--host", "example.org", "--host", "[2001:db8::1]"), ["example.org", "[2001:db8::1]"]),
+    ):
+        (listener,) = written(*REPLICAS, *options)["static_resources"]["listeners"]
+        manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+        host, *others = manager["route_config"]["virtual_hosts"]
+        assert host["domains"] == domains
+        assert [other["domains"] for other in others] == ([] if domains == ["*"] else [["*"]])
+
+
 def test_steps_are_sent_once() -> None:
     (listener,) = written(*REPLICAS)["static_resources"]["listeners"]
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
-    (host,) = manager["route_config"]["virtual_hosts"]
+    host = manager["route_config"]["virtual_hosts"][0]
     assert host["retry_policy"]["retry_on"] == "connect-failure,refused-stream,reset-before-request"
     retried = {route["name"] for route in host["routes"] if "retry_policy" in route.get("route", {})}
     assert retried == {"json-session-read", "json-read", "grpc-read"}
@@ -162,6 +177,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "an admin for all": (
         (*REPLICAS, "--admin", "0.0.0.0:9901"),
         "--admin must be an address of this machine alone, or off; got 0.0.0.0",
+    ),
+    "a host with a port": (
+        (*REPLICAS, "--host", "example.org:443"),
+        "--host must be a name or an address, without a port; got 'example.org:443'",
     ),
     "an origin without a scheme": (
         (*REPLICAS, "--cors-origin", "app.example.org"),

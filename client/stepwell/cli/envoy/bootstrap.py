@@ -8,7 +8,14 @@ from collections.abc import Mapping, Sequence
 
 from stepwell.cli.envoy._yaml import Value
 from stepwell.cli.envoy.descriptors import encoded, services
-from stepwell.cli.envoy.routing import CLUSTER, ORIGINAL_PATH, SESSION_HEADER, retry_policy, routes
+from stepwell.cli.envoy.routing import (
+    CLUSTER,
+    ORIGINAL_PATH,
+    SESSION_HEADER,
+    refusal_of_hosts,
+    retry_policy,
+    routes,
+)
 
 _MIB = 1 << 20
 HEALTH_PATH = "/healthz"
@@ -81,6 +88,8 @@ class Plan:
     admin: Address | None
     caller_tls: CallerTls | None = None
     replica_tls: ReplicaTls | None = None
+    hosts: Sequence[str] = ()
+    """Names by which callers may call it, without ports. Empty: any."""
     cors_origins: Sequence[str] = ()
     access_log: str = "/dev/stdout"
     """Empty: none."""
@@ -140,7 +149,8 @@ def _connections(plan: Plan) -> Value:
         "drain_timeout": "5s",
         "route_config": {
             "name": "stepwell",
-            "virtual_hosts": [_virtual_host(plan)],
+            "ignore_port_in_host_matching": True,
+            "virtual_hosts": [_virtual_host(plan), *([refusal_of_hosts()] if plan.hosts else [])],
             # Retries and time-outs are what stands here, whatever a caller says.
             "request_headers_to_remove": ["x-envoy-retry-on", "x-envoy-retry-grpc-on", "x-envoy-max-retries"],
         },
@@ -159,7 +169,7 @@ def _connections(plan: Plan) -> Value:
 
 
 def _virtual_host(plan: Plan) -> Value:
-    host: dict[str, Value] = {"name": "stepwell", "domains": ["*"]}
+    host: dict[str, Value] = {"name": "stepwell", "domains": list(plan.hosts) or ["*"]}
     if plan.cors_origins:
         matches: list[Value] = [
             {"safe_regex": {"regex": ".*"}} if origin == "*" else {"exact": origin}

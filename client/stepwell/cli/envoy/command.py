@@ -113,6 +113,14 @@ def _file(name: str, text: str) -> Callable[[_Function], _Function]:
 @_file("--replica-tls-cert", "Certificate that Envoy shows replicas (PEM).")
 @_file("--replica-tls-key", "Its key (PEM).")
 @click.option(
+    "--host",
+    "hosts",
+    metavar="NAME",
+    multiple=True,
+    help="Name or address by which callers call Envoy, as https://NAME; others are refused. Default: the names of this "
+    "machine for itself where --listen is one of them, else any.",
+)
+@click.option(
     "--cors-origin",
     "cors_origins",
     metavar="ORIGIN",
@@ -158,6 +166,7 @@ def envoy_config(
     replica_tls_name: str,
     replica_tls_cert: str,
     replica_tls_key: str,
+    hosts: Sequence[str],
     cors_origins: Sequence[str],
     json_timeout_s: float,
     access_log: str,
@@ -203,6 +212,7 @@ def envoy_config(
         admin=_admin(admin),
         caller_tls=caller_tls,
         replica_tls=_replica_tls(replica_tls_ca, replica_tls_name, replica_tls_cert, replica_tls_key, given),
+        hosts=_hosts(hosts, listen),
         cors_origins=cors_origins,
         access_log={"-": "/dev/stdout", "off": ""}.get(access_log, access_log),
         json_timeout_s=json_timeout_s,
@@ -219,6 +229,19 @@ def _version() -> str:
         return metadata.version("stepwell")
     except metadata.PackageNotFoundError:
         return "(version not known)"
+
+
+def _hosts(given: Sequence[str], listen: Address) -> Sequence[str]:
+    for name in given:
+        problem = _address.host_and_port_problem(f"{name}:1")
+        if problem:
+            raise click.UsageError(
+                f"--host must be a name or an address, without a port; got {name!r}: {problem}"
+            )
+    if given or not listen.is_loopback:
+        return list(dict.fromkeys(given))
+    own = f"[{listen.host}]" if ":" in listen.host else listen.host
+    return list(dict.fromkeys(("localhost", "127.0.0.1", "[::1]", own)))
 
 
 def _admin(text: str) -> Address | None:

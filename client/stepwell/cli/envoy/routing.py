@@ -67,9 +67,23 @@ def _refusal_of_others(origins: Sequence[str]) -> list[Value]:
         {
             "name": "other-origin",
             "match": {"prefix": "/", "headers": [*is_one, *is_other]},
-            "direct_response": {"status": 403, "body": {"inline_string": text}},
+            "direct_response": _forbidden(text),
         }
     ]
+
+
+def refusal_of_hosts() -> Value:
+    """The host of what is called by a name that Envoy has not.
+
+    A page whose own name leads to this machine (DNS rebinding) is of one origin with it, for a browser.
+    """
+    text = "the host that is called must be one that --host of stepwell envoy-config names"
+    refusal: Value = {"name": "other-host", "match": {"prefix": "/"}, "direct_response": _forbidden(text)}
+    return {"name": "others", "domains": ["*"], "routes": [refusal]}
+
+
+def _forbidden(text: str) -> Value:
+    return {"status": 403, "body": {"inline_string": text}}
 
 
 def _calls(name: str, headers: list[Value], timeout: str, hash_policy: list[Value]) -> list[Value]:
