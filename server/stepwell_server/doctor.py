@@ -5,6 +5,7 @@ Nothing is changed: what is written to try a disk is a file without a name. A se
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import datetime as dt
@@ -35,6 +36,7 @@ from stepwell_server.settings import Settings, SettingsError, cores
 
 if TYPE_CHECKING:
     from stepwell_server.store.base import Holder
+    from stepwell_server.store.valkey.url import StoreUrl
 
 Facts = dict[str, object]
 PACKAGES = {
@@ -114,6 +116,10 @@ class Examination:
             self.facts["data-dir"]["used_by"] = self._server and str(self._server)
             self.facts["disk"] = self._disk(data_dir)
         if self._serves:
+            url = self._settings.shared_store
+            self.facts["store"] = {"kind": self._settings.store_kind}
+            if url is not None:
+                self.facts["store"] |= self._shared_store(url)
             self.facts["cache-dir"] = self._folder("--cache-dir", self._settings.cache_dir)
             self.facts["ports"] = self._ports()
             self._reach()
@@ -244,6 +250,30 @@ class Examination:
                 "take a faster disk, or --durability async, which survives kill -9 but no loss of power",
             )
         return {"flush_ms": round(median, 3), "slowest_flush_ms": round(times[-1], 3)}
+
+    def _shared_store(self, url: StoreUrl) -> Facts:
+        from stepwell_server.store.base import StoreError
+        from stepwell_server.store.opening import inspect_shared_store
+
+        facts: Facts = {
+            "url": str(url),
+            "servers": None,
+            "exists": None,
+            "partitions": None,
+            "sessions": None,
+        }
+        try:
+            found = asyncio.run(inspect_shared_store(url, self._settings.durability))
+        except StoreError as error:
+            self.wrong(f"--store: {error}", "docs/valkey.md says what it needs")
+            return facts
+        for what in (*found.findings.unfit, *found.findings.problems):
+            self.wrong(f"--store: {what}", "docs/valkey.md has the settings of Valkey")
+        for what in found.findings.warnings:
+            self.advise(f"--store: {what}", "docs/valkey.md has the settings of Valkey")
+        facts["servers"], facts["exists"] = ", ".join(found.servers), found.partitions is not None
+        facts["partitions"], facts["sessions"] = found.partitions, found.sessions
+        return facts
 
     def _ports(self) -> Facts:
         addresses = {"listen": self._settings.listen, "metrics-listen": self._settings.metrics_listen}

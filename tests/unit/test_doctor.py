@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import importlib.util
 import json
@@ -25,7 +26,11 @@ from stepwell_server.compile.sandbox import Protection
 from stepwell_server.doctor import Examination
 from stepwell_server.settings import Settings
 from stepwell_server.store.disk.lock import DirectoryLock
+from stepwell_server.store.valkey.url import parse
 from support.clock import ManualClock
+from support.shared import opened, put
+from support.stored import record
+from support.valkey import Valkey
 
 NOW = 4_000_000_000.0
 """Later than any file."""
@@ -130,6 +135,7 @@ def test_nothing_is_wrong_and_nothing_is_left_behind(settings: Settings, tmp_pat
         "limits",
         "data-dir",
         "disk",
+        "store",
         "cache-dir",
         "ports",
         "compiling",
@@ -195,6 +201,43 @@ def test_disks_that_are_none_or_slow(settings: Settings, monkeypatch: pytest.Mon
     monkeypatch.setattr(doctor, "_flush_times_ms", lambda folder: [30.0])
     assert "a flush to the disk takes 30.0 ms" in advice(settings)[0]
     assert advice(dataclasses.replace(settings, durability="async")) == []
+
+
+def test_a_store_that_is_shared(settings: Settings) -> None:
+    def shared(url: str) -> Settings:
+        return dataclasses.replace(settings, store=parse(url, {}), data_dir=None)
+
+    with Valkey(append="always") as valkey:
+        found = examined(shared(valkey.url()))
+        assert found.findings == []
+        assert found.facts["store"] == {
+            "kind": "valkey",
+            "url": valkey.url(),
+            "servers": valkey.address,
+            "exists": False,
+            "partitions": None,
+            "sessions": 0,
+        }
+        assert valkey.ask("DBSIZE") == 0  # nothing is made
+
+        async def use() -> None:
+            store = await opened(valkey.url())
+            await put(store, [(i, record(i)) for i in "abc"], [0, 0, 0])
+            await store.close()
+
+        asyncio.run(use())
+        facts = examined(shared(valkey.url())).facts["store"]
+        assert (facts["exists"], facts["partitions"], facts["sessions"]) == (True, 64, 3)
+        (problem,) = wrong(shared(valkey.url("?partitions=9")))
+        assert problem.startswith("--store: partitions must be 64, as the store")
+        valkey.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+        (said,) = advice(shared(valkey.url()))
+        assert f"--store: {valkey.address}: maxmemory-policy must be noeviction" in said
+        valkey.ask("CONFIG", "SET", "appendfsync", "no")
+        (problem,) = wrong(shared(valkey.url()))
+        assert "durability sync needs appendfsync always or everysec; it is no" in problem
+    (problem,) = wrong(shared(valkey.url()))
+    assert f"--store: {valkey.address} cannot be connected to: Connection refused" in problem
 
 
 def test_limits_that_are_too_low(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +309,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(document) == set(documented.split(", "))
     assert document["data_dir"]["path"] == str(tmp_path / "data")
     assert document["disk"]["flush_ms"] > 0
+    assert document["store"] == {"kind": "disk"}
     assert document["versions"]["grpcio"]
 
     config.write_text("lisen = 5")

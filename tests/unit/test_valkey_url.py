@@ -131,9 +131,9 @@ def test_a_password_file_has_one_line(tmp_path: Path, content: str) -> None:
         parse(f"valkey://h?password_file={file}", {})
 
 
-def test_a_password_file_is_private(tmp_path: Path) -> None:
+def test_a_password_file_is_not_for_all_to_write(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("p\n")
-    file.chmod(0o644)
+    file.chmod(0o622)
     with pytest.raises(UrlError, match="password_file: "):
         parse(f"valkey://h?password_file={file}", {})

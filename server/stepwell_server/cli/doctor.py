@@ -40,6 +40,7 @@ from stepwell_server.settings import Settings, SettingsError
             "disk",
             "flush_ms, slowest_flush_ms: writes of 4 KiB in the data folder, the median and the slowest",
         ),
+        ("store", "kind; of one that servers share url, servers, exists, partitions, sessions"),
         ("ports", "what is said of each address"),
         (
             "compiling",

@@ -14,6 +14,7 @@ from stepwell_server.store.times import StoreTimes
 
 if TYPE_CHECKING:
     from stepwell_server.store.keyring import Keyring
+    from stepwell_server.store.valkey.inspecting import Inspection
     from stepwell_server.store.valkey.url import StoreUrl
 
 Kind = Literal["disk", "memory"]
@@ -66,11 +67,28 @@ async def open_shared_store(
     try:
         from stepwell_server.store.valkey.store import open_valkey
     except ImportError as error:
-        raise StoreError(
-            f"a store at a URL needs the extra valkey: pip install 'stepwell[serve,valkey]' ({error})"
-        ) from error
+        raise _without_client(error) from error
     keyring = None if key_file is None else read_keyring(key_file)
     return await open_valkey(url, durability=durability, clock=clock, keyring=keyring)
+
+
+async def inspect_shared_store(url: StoreUrl, durability: Literal["sync", "async"]) -> Inspection:
+    """Look at such a store without using it.
+
+    Raises:
+        StoreError: it cannot be looked at, or the client is not installed.
+    """
+    try:
+        from stepwell_server.store.valkey.inspecting import inspect
+    except ImportError as error:
+        raise _without_client(error) from error
+    return await inspect(url, durability)
+
+
+def _without_client(error: ImportError) -> StoreError:
+    return StoreError(
+        f"a store at a URL needs the extra valkey: pip install 'stepwell[serve,valkey]' ({error})"
+    )
 
 
 def encrypted(disk: DiskStore, keyring: Keyring | None) -> LocalStore:

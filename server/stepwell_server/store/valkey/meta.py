@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from stepwell_server.store.base import StoreError
 from stepwell_server.store.valkey import scripts
+from stepwell_server.store.valkey.client import Reply
 from stepwell_server.store.valkey.documents import pairs_of
 from stepwell_server.store.valkey.keys import META, store_key
 from stepwell_server.store.valkey.requests import Request, Requests
@@ -41,7 +42,7 @@ async def read(requests: Requests, prefix: str, partitions: int | None) -> Meta:
     new = Meta(
         partitions or DEFAULT_PARTITIONS, secrets.token_bytes(_SECRET_BYTES), secrets.token_hex(4), 0, {}
     )
-    return _meta(prefix, (await _made(requests, prefix, new, once=True))[1], partitions)
+    return _meta_of(prefix, (await _made(requests, prefix, new, once=True))[1], partitions)
 
 
 async def again(requests: Requests, prefix: str, known: Meta) -> tuple[bool, str]:
@@ -85,7 +86,16 @@ async def add_key_check(requests: Requests, prefix: str, key_id: str, check: byt
         raise request.problem
 
 
-def _meta(prefix: str, fields: Mapping[bytes, bytes], asked: int | None) -> Meta:
+def meta_of(prefix: str, reply: Reply, asked: int | None) -> Meta:
+    """What the fields of a store say, as they were read; `asked` is the number of partitions that it must have, if any.
+
+    Raises:
+        StoreError: as `read`.
+    """
+    return _meta_of(prefix, pairs_of(reply), asked)
+
+
+def _meta_of(prefix: str, fields: Mapping[bytes, bytes], asked: int | None) -> Meta:
     layout = _number(prefix, fields, _LAYOUT)
     if layout > LAYOUT:
         raise StoreError(

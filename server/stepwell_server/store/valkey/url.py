@@ -274,7 +274,7 @@ def _login(text: str, password_file: Path | None, environ: Mapping[str, str]) ->
 
 def _password_in(path: Path) -> str:
     try:
-        private_files.require_secret(path)
+        private_files.require_secret(path, may_be_read=True)  # secrets of containers are their group's, too
         lines = path.read_text().splitlines()
     except private_files.NotPrivateError as error:
         raise UrlError(f"password_file: {error}") from None

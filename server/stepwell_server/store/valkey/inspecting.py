@@ -1,0 +1,60 @@
+"""What a shared store is and how its servers are, for who looks at it without using it. Nothing is changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from stepwell_server.store.base import StoreError
+from stepwell_server.store.valkey import meta
+from stepwell_server.store.valkey.client import Lost, Reply
+from stepwell_server.store.valkey.health import Findings, examine
+from stepwell_server.store.valkey.keys import META, Keys, store_key
+from stepwell_server.store.valkey.nodes import topology_of
+from stepwell_server.store.valkey.requests import Request, Requests
+from stepwell_server.store.valkey.url import StoreUrl, shown
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found."""
+
+    servers: list[str]
+    """Addresses of those that have something of the store."""
+    partitions: int | None
+    """None: there is no store with that prefix yet."""
+    sessions: int
+    findings: Findings
+
+
+async def inspect(url: StoreUrl, durability: Literal["sync", "async"]) -> Inspection:
+    """Look at a shared store.
+
+    Raises:
+        StoreError: it cannot be looked at: it does not answer, does not let us in, or is not ours.
+    """
+    topology = topology_of(url, Keys(url.prefix, 1).tag)
+    try:
+        requests = Requests(topology, timeout_s=url.timeout_s, wait=None)
+        (fields,) = await _answers(requests, Request(META, (b"HGETALL", store_key(url.prefix))))
+        found = meta.meta_of(url.prefix, fields, url.partitions) if fields else None
+        sessions = 0
+        if found is not None:
+            keys = Keys(url.prefix, found.partitions)
+            asked = (Request(p, (b"ZCARD", keys.ids(p))) for p in range(found.partitions))
+            sessions = sum(await _answers(requests, *asked))
+        findings = await examine(topology, url, durability, url.timeout_s)
+        servers = [shown(node.address) for node in await topology.primaries()]
+        return Inspection(servers, None if found is None else found.partitions, sessions, findings)
+    except Lost as error:
+        raise StoreError(str(error)) from None
+    finally:
+        topology.close()
+
+
+async def _answers(requests: Requests, *asked: Request) -> list[Reply]:
+    await requests.send(asked, once=True)
+    for request in asked:
+        if request.problem is not None:
+            raise StoreError(str(requests.trouble or request.problem))
+    return [request.reply for request in asked]
