@@ -51,6 +51,11 @@ install: $(INSTALLED) ## Make .venv with everything for running, testing and che
 demo: $(INSTALLED) $(FRONT) ## Train a small model on real data, serve it to three users, show what they got
 	$(BIN)/python examples/demo.py
 
+.PHONY: cluster-demo
+cluster-demo: $(INSTALLED) $(FRONT) ## Run three replicas with Valkey and Envoy, kill some, show what their users saw (a minute)
+	@$(BIN)/python $(VALKEY)
+	$(BIN)/python examples/cluster_demo.py
+
 $(MODEL): | $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
@@ -91,7 +96,13 @@ soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples, the front in
 	$(BIN)/python tests/fault/soak.py $(ARGS)
 
 .PHONY: soak-cluster
-soak-cluster: $(INSTALLED) ## Simulate replicas on one store, ten thousand schedules with fresh seeds (ten minutes; ARGS="--runs 500 --seed 7", or ARGS="--trace --seed 7" shows one)
+soak-cluster: $(INSTALLED) $(FRONT) ## Simulate replicas on one store, ten thousand schedules, then kill, pause and cut off real ones under load (an hour and a half; ARGS="--kills 50 --seed 7" only kills)
+	@$(BIN)/python $(VALKEY)
+	$(if $(ARGS),,$(BIN)/python tests/fault/simulate.py --runs 10000)
+	$(BIN)/python tests/fault/soak_cluster.py $(ARGS)
+
+.PHONY: simulate
+simulate: $(INSTALLED) ## Simulate replicas on one store, schedules with fresh seeds (ten minutes; ARGS="--runs 500 --seed 7", or ARGS="--trace --seed 7" shows one)
 	$(BIN)/python tests/fault/simulate.py $(if $(ARGS),$(ARGS),--runs 10000)
 
 .PHONY: fuzz-models

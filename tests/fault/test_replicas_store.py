@@ -72,8 +72,8 @@ def test_a_primary_that_is_replaced(tmp_path: Path) -> None:
     """With `sync` and a replica of Valkey that has it too, a fail-over loses nothing that was acknowledged."""
     chance = random.Random(44)
     with (
-        Sentinels(append="always") as watched,
-        Replicas(watched.url(f"&replicas=1&{trouble.SHORT}"), 2, *SYNC) as replicas,
+        Sentinels(replicas=2, append="always") as watched,
+        Replicas(watched.url("&replicas=1"), 2, *SYNC) as replicas,
         loaded(tmp_path / "history", replicas, seed=44) as load,
     ):
         trouble.fail_over(watched, load, chance)

@@ -17,8 +17,9 @@ from support.replica_processes import Replica, Replicas
 from support.valkey import Sentinels, Valkey
 
 LONGER_THAN_ANY_LIMIT_S = 1.5
-"""Than attempts of `rover` wait, and than a replica waits for a Valkey whose URL says so: see SHORT."""
+"""Than attempts of `rover` wait, and than a replica waits for a Valkey whose URL says SHORT."""
 SHORT = "timeout_ms=500"
+"""Not where replicas of Valkey are waited for: it may take them a second to say what they have on their disk."""
 _MOST_CHANGES = 60
 _LONGEST_S = 0.05
 
@@ -34,10 +35,16 @@ def pass_s(seconds: float) -> None:
     threading.Event().wait(seconds)
 
 
-def kill_replica(replicas: Replicas, load: Loading, chance: random.Random) -> Replica:
-    """Kill one, let others go on with its sessions, and start it again. Returns it."""
+def kill_replica(
+    replicas: Replicas,
+    load: Loading,
+    chance: random.Random,
+    about_to: Callable[[], None] = lambda: None,
+) -> Replica:
+    """Kill one, let others go on with its sessions, and start it again. Returns it; `about_to` is called before."""
     at_random(load, chance)
     one = chance.choice(list(replicas))
+    about_to()
     assert one.kill() == -9, f"it had ended by itself:\n{one.logs()}"
     at_random(load, chance)
     one.start()
@@ -82,7 +89,10 @@ def pause_valkey(valkey: Valkey, load: Loading, chance: random.Random) -> None:
 
 
 def fail_over(watched: Sentinels, load: Loading, chance: random.Random) -> None:
-    """The primary is killed, or paused, or merely replaced; it comes back as a replica."""
+    """The primary is killed, or paused, or merely replaced; it comes back as a replica.
+
+    Where the servers wait for a replica of Valkey, there must be another one than the new primary.
+    """
     at_random(load, chance)
     old, how = watched.primary(), chance.choice(["kill", "pause", "replace"])
     if how == "kill":
@@ -96,7 +106,7 @@ def fail_over(watched: Sentinels, load: Loading, chance: random.Random) -> None:
         old.start()
     if how == "pause":
         old.resume()
-    watched.wait_ready(1)
+    watched.wait_ready(len(watched.servers) - 1)
     at_random(load, chance)
 
 
