@@ -32,7 +32,6 @@ from stepwell_server.store.valkey.commits import Part, outcome_of
 from stepwell_server.store.valkey.requests import Request
 from support.awaited import RemoteStore
 from support.clock import ManualClock
-from support.fake_executor import WAIT_S
 from support.shared import end, fresh_prefix, opened, put, shared, stamps
 from support.stored import record, template
 from support.valkey import Valkey
@@ -370,26 +369,6 @@ async def test_documents(valkey: Valkey) -> None:
         assert await b.commit(batch) == Committed(stale=frozenset({"m/1"}))
         again = Batch(documents=[("m/3", b"q")], documents_follow={"m/3": None})
         assert await a.commit(again) == Committed(stale=frozenset({"m/3"}))
-
-
-async def test_others_hear_of_documents_that_change(valkey: Valkey) -> None:
-    async with shared(valkey.url(), 2) as (a, b):
-        heard = asyncio.Event()
-        b.tell_of_documents(heard.set)
-        async with asyncio.timeout(WAIT_S):
-            await heard.wait()  # it has begun to listen
-            heard.clear()
-            await a.commit(Batch(documents=[("d", b"x")]))
-            await heard.wait()
-            heard.clear()
-            # the same once more is no change, and neither is one that is refused
-            await a.commit(Batch(documents=[("d", b"x")]))
-            await a.commit(Batch(documents=[("d", b"y")], documents_follow={"d": b"z"}))
-            await b.documents()
-            assert not heard.is_set()
-            # a connection that ends is made again, and what may have been missed is told
-            valkey.ask("CLIENT", "KILL", "TYPE", "pubsub")
-            await heard.wait()
 
 
 async def test_a_damaged_document_is_named(valkey: Valkey) -> None:

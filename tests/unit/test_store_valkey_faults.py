@@ -68,19 +68,6 @@ async def test_a_commit_that_is_never_answered_is_unknown(valkey: Valkey) -> Non
         await store.close()
 
 
-async def test_what_ends_whatever_is_there_is_not_sent_again(valkey: Valkey) -> None:
-    """What has begun under the id meanwhile would end, too."""
-    async with Cut(valkey.port) as cut:
-        store = await opened(f"valkey://{HOST}:{cut.port}/0?prefix={fresh_prefix()}")
-        await put(store, [("s", record("s"))], [0])
-        cut.losses = 1
-        stone = Tombstone("s", End.CLOSED, 1.0)
-        assert await end(store, [stone], [0]) == Committed(unknown=frozenset({"s"}))
-        assert (await store.fetch(["s"]))[0].tombstone == stone
-        assert cut.lost == 1
-        await store.close()
-
-
 async def test_a_server_that_is_gone_and_back() -> None:
     with Valkey(append="always") as valkey:
         async with shared(valkey.url(f"?{SHORT}")) as (store,):

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import socket
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import libvalkey
@@ -242,13 +242,6 @@ class Link:
             raise Denied(f"{shown(self._address)} does not let us in any more: {first}")
         return replies
 
-    async def listen(self, channel: bytes, heard: Callable[[], None]) -> None:
-        """Do nothing else any more but listen to a channel: see `listen`."""
-        ended: asyncio.Future[None] = self._loop.create_future()
-        self._transport.set_protocol(_Messages(heard, ended))
-        self._transport.write(libvalkey.pack_command(("SUBSCRIBE", channel)))
-        await ended
-
     @property
     def has_ended(self) -> bool:
         """The server has closed it, as far as is known."""
@@ -257,58 +250,6 @@ class Link:
     def close(self) -> None:
         """End it, whatever is under way."""
         self._connection.close()
-
-
-class _Messages(asyncio.Protocol):
-    """Reads what comes on a connection that listens to a channel."""
-
-    def __init__(self, heard: Callable[[], None], ended: asyncio.Future[None]) -> None:
-        self._reader = libvalkey.Reader(protocolError=_Nonsense, replyError=_Nonsense, notEnoughData=_NOT_ALL)
-        self._heard = heard
-        self._ended = ended
-
-    @override
-    def data_received(self, data: bytes) -> None:
-        self._reader.feed(data)
-        try:
-            while (message := self._reader.gets()) is not _NOT_ALL:
-                if isinstance(message, _Nonsense):
-                    raise message
-                self._heard()
-        except _Nonsense as error:
-            if not self._ended.done():
-                self._ended.set_exception(Lost(str(error), sent=False))
-
-    @override
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self._ended.done():
-            self._ended.set_result(None)
-
-
-async def listen(
-    address: Address, access: Access, channel: bytes, heard: Callable[[], None], limit_s: float
-) -> None:
-    """Call `heard` when listening to a channel has begun, and with each message; return when the connection has ended.
-
-    Args:
-        address: Of the server.
-        access: As of `Link.open`.
-        channel: To be listened to.
-        heard: Must not raise.
-        limit_s: Of connecting.
-
-    Raises:
-        Denied, Lost: it cannot be listened to.
-    """
-    try:
-        async with asyncio.timeout(limit_s):
-            link = await Link.open(address, access)
-    except TimeoutError:
-        raise Lost(f"{shown(address)} must answer within {limit_s:.2g} s", sent=False) from None
-    try:
-        await link.listen(channel, heard)
-    finally:
-        link.close()
 
 
 _NOT_ALL = object()

@@ -187,10 +187,6 @@ class Commits:
                     self._live_ms,
                     _limits(some),
                 )
-                # what ends whatever is there would end, the second time, what has begun since
-                request.may_repeat = not any(
-                    change.letter == "D" and change.follows == _NO_STAMP for change in some
-                )
                 parts.append(Part(request, [change.session_id for change in some]))
         return parts
 

@@ -19,7 +19,6 @@ from stepwell_server.store.valkey.client import (
     Refused,
     Reply,
     context_of,
-    listen,
     slot_of,
 )
 from stepwell_server.store.valkey.keys import META
@@ -205,19 +204,6 @@ class Topology(abc.ABC):
         if address not in self._nodes:
             self._nodes[address] = Node(address, self._open)
         return self._nodes[address]
-
-    async def listen(self, channel: bytes, heard: Callable[[], None], limit_s: float) -> None:
-        """Listen to a channel on the node that has the documents, until the connection ends: `client.listen`.
-
-        Raises:
-            Denied, Lost: it cannot be listened to.
-        """
-        try:
-            async with asyncio.timeout(limit_s):
-                node = (await self.nodes_of([META]))[META]
-        except TimeoutError:
-            raise Lost("nobody said in time who has the documents", sent=False) from None
-        await listen(node.address, self._access, channel, heard, limit_s)
 
     def call_itself(self, name: str) -> None:
         """Have connections another name, for people who look at the server."""

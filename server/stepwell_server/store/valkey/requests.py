@@ -41,8 +41,6 @@ class Request:
     is_answered: bool = False
     is_durable: bool = True
     """Of what was asked to wait for the disk: so many have it as was asked."""
-    may_repeat: bool = True
-    """Done twice it is as done once. If not, it is not sent again when its answer is lost."""
     is_sent: bool = False
     """It may have been done."""
     problem: ServerError | None = None
@@ -99,8 +97,8 @@ class Requests:
     async def send(self, requests: Sequence[Request], *, waits: bool = False, once: bool = False) -> None:
         """Have requests answered, or say why they are not. It does not raise.
 
-        Those that may be repeated are sent again when their answer is lost, until time is up; with `once` no request is. With
-        `waits` what is answered is on the disk where `is_durable` says so.
+        Each must be one that may be done twice: it is sent again when its answer is lost, but for those that are sent
+        `once`. With `waits` what is answered is on the disk where `is_durable` says so.
         """
         wait = self._wait if waits else None
         left, attempt = requests, 0
@@ -108,9 +106,6 @@ class Requests:
         why: Lost | Refused | None = None
         while left:
             why = await self._attempt(left, wait, deadline) or why
-            for request in left:
-                if request.is_sent and not (request.may_repeat or request.is_answered or request.problem):
-                    request.problem = _away()
             left = [request for request in left if not request.is_answered and request.problem is None]
             if not left:
                 break
@@ -122,7 +117,9 @@ class Requests:
             if pause_s:
                 await asyncio.sleep(pause_s)
         for request in left:
-            request.problem = _away()
+            request.problem = StoreAway(
+                "the store must answer within its time limit; it did not", retry_after_s=_RETRY_AFTER_S
+            )
         self._note((why or _LATE) if left else None)
 
     def _limit_s(self) -> float:
@@ -237,10 +234,6 @@ class Requests:
     def _is_enough(self, waited: Reply) -> bool:
         here, replicas = self._least
         return isinstance(waited, list) and waited[0] >= here and waited[1] >= replicas
-
-
-def _away() -> StoreAway:
-    return StoreAway("the store must answer within its time limit; it did not", retry_after_s=_RETRY_AFTER_S)
 
 
 def _error(reply: Refused) -> ServerError:

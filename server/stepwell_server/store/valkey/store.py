@@ -53,7 +53,6 @@ _NOTHING = Fetched()
 _MOST_READ_BYTES = 8 * 2**20
 """Of records that are read at once, as far as their sizes are known."""
 _RETRY_AFTER_S = 1.0
-_LISTEN_AGAIN_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -162,7 +161,6 @@ class ValkeyStore(Store):
         self._durability: Literal["sync", "async"] = "sync" if requests.waits else "async"
         self._limit_s = LIMIT * url.timeout_s
         self._damage = ""
-        self._listening: asyncio.Task[None] | None = None
         self._record_bytes = 1
         """Of the largest record that was read."""
 
@@ -409,19 +407,7 @@ class ValkeyStore(Store):
 
     @override
     def tell_of_documents(self, changed: Callable[[], None]) -> None:
-        self._listening = asyncio.create_task(self._listen(changed), name="stepwell-documents")
-
-    async def _listen(self, changed: Callable[[], None]) -> None:
-        """Listen again when the connection has ended; then documents may have changed unheard, and that is told too."""
-        is_told = False
-        while True:
-            try:
-                await self._topology.listen(self._keys.channel, changed, self._url.timeout_s)
-            except Lost as error:
-                if not is_told and not self._requests.trouble:
-                    _log.info("changes of others are seen a few seconds late", reason=str(error))
-                    is_told = True
-            await asyncio.sleep(_LISTEN_AGAIN_S)
+        """It does not listen to the channel yet: whoever has to know asks every few seconds."""
 
     @override
     async def announce(self, listen: str) -> None:
@@ -462,9 +448,6 @@ class ValkeyStore(Store):
 
     @override
     async def close(self) -> None:
-        if self._listening is not None:
-            self._listening.cancel()
-            await asyncio.gather(self._listening, return_exceptions=True)
         self._topology.close()
 
     async def _ask(self, requests: Sequence[Request], *, waits: bool) -> list[Reply]:
