@@ -21,6 +21,7 @@
     ├── ModelLoadFailed       the file cannot be served
     ├── SessionSetUnknown     the stream knows no set of that number
     ├── Overloaded            no room now; come back after retry_after_s
+    │   └── NoRows            the rows belong to sessions with something under way
     ├── Unavailable           the server cannot do it now (stopping, store away)
     │   ├── StoreAway         the store does not answer now; come back after retry_after_s
     │   ├── OutcomeUnknown    it was tried, and nobody knows whether it was applied
@@ -183,6 +184,10 @@ class Overloaded(ServerError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class NoRows(Overloaded):
+    """The rows that sessions need belong to others with something under way: a change waits for them. As `Overloaded`."""
 
 
 class QuotaExceeded(Overloaded):

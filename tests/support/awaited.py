@@ -170,7 +170,7 @@ class RemoteStore(Store):
     async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
         await self._pass("read", session_ids, held=self.reads_held)
         if self.read_error is not None:
-            raise type(self.read_error)(*self.read_error.args)
+            raise self.read_error.with_traceback(None)
         stamps = known or [0] * len(session_ids)
         return [
             Fetched(stamp=stamp, is_known=True, idle_s=self.idle_s(session_id))
@@ -195,12 +195,12 @@ class RemoteStore(Store):
     async def _tell(self, kind: str, names: Sequence[str]) -> None:
         await self._pass(kind, names, held=self.commits_held)
         if self.told_error is not None:
-            raise type(self.told_error)(*self.told_error.args)
+            raise self.told_error.with_traceback(None)
 
     async def unused(self, cursor: str = "", *, idle_s: float, limit: int) -> Unused:
         await self._pass("unused", [], held=self.reads_held)
         if self.read_error is not None:
-            raise type(self.read_error)(*self.read_error.args)
+            raise self.read_error.with_traceback(None)
         found = self.shared.scan(after=cursor, limit=limit)
         ids = [i for i, _ in found if self.idle_s(i) >= idle_s]
         records = [record or b"" for record in self.shared.get_many(ids)]
@@ -218,7 +218,7 @@ class RemoteStore(Store):
     async def clients_unseen(self, client_ids: Sequence[int]) -> list[float]:
         await self._pass("unseen", [str(client_id) for client_id in client_ids], held=self.reads_held)
         if self.read_error is not None:
-            raise type(self.read_error)(*self.read_error.args)
+            raise self.read_error.with_traceback(None)
         heard = [self.together.clients.get(client_id, -math.inf) for client_id in client_ids]
         return [max(0.0, self.now - at) for at in heard]
 
@@ -250,7 +250,7 @@ class RemoteStore(Store):
         finally:
             self._under_way -= 1
         if self.commit_error is not None:
-            raise type(self.commit_error)(*self.commit_error.args)
+            raise self.commit_error.with_traceback(None)
         stale = self._stale(batch)
         kept = [(name, content) for name, content in batch.documents if name not in stale]
         if kept:
@@ -352,7 +352,7 @@ class RemoteStore(Store):
             return _MISSING
 
     async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        await asyncio.sleep(0)
+        await self._read("scan")
         found = self.shared.scan(after=after, prefix=prefix, limit=limit)
         own = self.own_clock.now()
         return [
@@ -360,7 +360,7 @@ class RemoteStore(Store):
         ]
 
     async def heads(self, *, after: str = "", limit: int) -> Heads:
-        await asyncio.sleep(0)
+        await self._read("heads")
         heads, own = self.shared.heads(after=after, limit=limit), self.own_clock.now()
         heads.heads["last_used"] = [own - self.idle_s(key.decode()) for key in heads.keys]
         return heads
@@ -370,9 +370,12 @@ class RemoteStore(Store):
         return self.shared.count()
 
     async def _count(self, name: str) -> None:
-        await self._pass("count", [name], held=self.reads_held)
+        await self._read("count", name)
+
+    async def _read(self, kind: str, *names: str) -> None:
+        await self._pass(kind, names, held=self.reads_held)
         if self.read_error is not None:
-            raise type(self.read_error)(*self.read_error.args)
+            raise self.read_error.with_traceback(None)
 
     async def count_of(self, model: str) -> int:
         await self._count(model)
@@ -381,7 +384,7 @@ class RemoteStore(Store):
     async def documents(self, prefix: str = "") -> dict[str, bytes]:
         await asyncio.sleep(0)
         if self.documents_error is not None:
-            raise type(self.documents_error)(*self.documents_error.args)
+            raise self.documents_error.with_traceback(None)
         return self.shared.documents(prefix)
 
     def tell_of_documents(self, changed: Callable[[], None]) -> None:

@@ -123,6 +123,10 @@ class Inside:
     def someone_waits_for_rows(self) -> bool:
         return bool(self._engine._row_queue)
 
+    def page_out(self, *session_ids: str) -> None:
+        """Let sessions leave the arena."""
+        self._engine._pager.page_out(self.table.find_all(session_ids))
+
     def drain_inboxes(self) -> None:
         """Admit what waits in the inboxes now, as any call but a change does."""
         self._engine._drain_inboxes()

@@ -32,6 +32,7 @@ _CODES = [
     (errors.UploadOff("m"), "UNIMPLEMENTED", "MODEL_UPLOAD_OFF"),
     (errors.SessionSetUnknown("m"), "FAILED_PRECONDITION", "SESSION_SET_UNKNOWN"),
     (errors.Overloaded("m", 0.25), "RESOURCE_EXHAUSTED", "OVERLOADED"),
+    (errors.NoRows("m", 0.25), "RESOURCE_EXHAUSTED", "OVERLOADED"),
     (errors.QuotaExceeded("m", 0.5, quota="rows", limit="3"), "RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED"),
     (errors.Unavailable("m"), "UNAVAILABLE", "UNAVAILABLE"),
     (errors.StoreAway("m", 0.25), "UNAVAILABLE", "UNAVAILABLE"),

@@ -25,7 +25,7 @@ from stepwell_server.engine.job import Job
 from stepwell_server.engine.state.replies import Kept, named_states
 from stepwell_server.engine.types import U64, Mask, Members, Tensors
 from stepwell_server.errors import (
-    Overloaded,
+    NoRows,
     RevisionConflict,
     ServerError,
     SessionGone,
@@ -213,7 +213,7 @@ class Admission:
         failed: list[int] = []
         waiting: list[int] = []
         for member, handle in zip(members[out].tolist(), handles[out].tolist(), strict=True):
-            if isinstance(refused[handle], Overloaded):
+            if isinstance(refused[handle], NoRows):
                 waiting.append(member)
             else:
                 change.fail(np.array([member]), refused[handle])

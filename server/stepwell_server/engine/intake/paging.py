@@ -27,7 +27,7 @@ from stepwell_server.engine.models import Models
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Mask
-from stepwell_server.errors import Overloaded, ServerError, SessionLost, SessionNotFound, Unavailable
+from stepwell_server.errors import NoRows, ServerError, SessionLost, SessionNotFound, Unavailable
 from stepwell_server.store.base import Fetched, Store
 from stepwell_server.store.record import Decoded, decode_many
 
@@ -38,7 +38,7 @@ SHARE_AT_ONCE = 1 / 16
 _NOBODY: Handles = np.zeros(0, np.intp)
 
 Refused = dict[int, ServerError]
-"""Why sessions stay away, by handle: `Overloaded`, `SessionGone`, `StateCorrupt`, `Unavailable`, `Internal`."""
+"""Why sessions stay away, by handle: `NoRows`, `SessionGone`, `StateCorrupt`, `Overloaded`, `Unavailable`, `Internal`."""
 Later = Callable[[Handles, Refused], None]
 """Called with sessions that were coming, and which of them stay away all the same."""
 
@@ -104,19 +104,19 @@ class Pager:
         """Take rows for sessions, paging others out as needed.
 
         Raises:
-            Overloaded: too many of the model's rows belong to sessions with something under way.
+            NoRows: too many of the model's rows belong to sessions with something under way.
         """
         rows = model.slots.take_resident(count)
         if rows is None:
             self._make_room(model, count)
             rows = model.slots.take_resident(count)
         if rows is None:
-            raise self._overloaded(model, count)
+            raise self._no_rows(model, count)
         return rows
 
     @staticmethod
-    def _overloaded(model: Model, count: int) -> Overloaded:
-        return Overloaded(
+    def _no_rows(model: Model, count: int) -> NoRows:
+        return NoRows(
             f"rows of sessions with something under way must leave {count} free of"
             f" resident_rows {model.slots.resident_limit} of model {model.name!r}",
             retry_after_s=max(0.05, model.expected_wait_s),
@@ -134,7 +134,7 @@ class Pager:
         sizes = self._table.batch_size[absent]
         fits = np.cumsum(sizes) <= self.room(model, int(sizes.sum()))
         if not fits.all():
-            short = self._overloaded(model, int(sizes.sum()))
+            short = self._no_rows(model, int(sizes.sum()))
             refused = dict.fromkeys(absent[~fits].tolist(), short)
             absent = absent[fits]
         if not len(absent):

@@ -99,9 +99,15 @@ class Directory:
         return int(np.count_nonzero(self._table.find_all(session_ids) < 0)) > PIECE
 
     async def look(self, session_ids: Sequence[str], *, anew: bool = False) -> Seen:
-        """See what the store has of sessions, in the order of all that names them: see `Arrivals.wait`."""
+        """See what the store has of sessions, in the order of all that names them: see `Arrivals.wait`.
+
+        Raises:
+            Overloaded: too many wait for the store.
+            Unavailable: it cannot be read, and one of the sessions has something under way here.
+        """
         if not (self.must_look(session_ids) or (anew and not self._is_local)):
             return self.here
+        self._arrivals.require_room()
         return await self._arrivals.wait(session_ids, anew=anew)
 
     def find(self, session_id: str, seen: Seen) -> int:

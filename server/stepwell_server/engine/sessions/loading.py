@@ -24,11 +24,21 @@ from stepwell_server.engine.sessions.overdue import Overdue
 from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
-from stepwell_server.errors import ModelMismatch, ModelNotFound, ServerError, StateCorrupt, Unavailable
+from stepwell_server.errors import (
+    ModelMismatch,
+    ModelNotFound,
+    Overloaded,
+    ServerError,
+    StateCorrupt,
+    Unavailable,
+)
 from stepwell_server.store.base import Fetched, LocalStore, Tombstone
 from stepwell_server.store.record import Header, Stored, decode_header, header_or_none
 
 _NOTHING = Fetched()
+#: So many calls may wait until an awaited store has said what it has of their sessions.
+MOST_WAITING = 16_384
+_AGAIN_S = 0.5
 
 
 class Seen(Protocol):
@@ -175,6 +185,18 @@ class Arrivals:
         while self.waiting:
             self._idle.clear()
             await self._idle.wait()
+
+    def require_room(self) -> None:
+        """Refuse a call that would wait for the store if too many do; changes have a limit of their own.
+
+        Raises:
+            Overloaded: with the time after which to come again.
+        """
+        if self.waiting >= MOST_WAITING:
+            raise Overloaded(
+                f"calls that wait for the store must stay within {MOST_WAITING}; {self.waiting} wait",
+                retry_after_s=_AGAIN_S,
+            )
 
     def is_behind(self, session_ids: Sequence[str]) -> bool:
         """Whether one of the sessions has something waiting here."""
