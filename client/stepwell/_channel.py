@@ -91,6 +91,8 @@ def _for(config: ClientConfig, replica: Replica | None) -> tuple[ClientConfig, l
     # what hangs, or is cut off, is found out while calls wait for it, and they go to another replica
     options.append(("grpc.keepalive_time_ms", _KEEPALIVE_MS))
     options.append(("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS))
+    # of the pings by which gRPC measures bandwidth too: it sends no other while it waits for one, and does so for a minute
+    options.append(("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MS))
     return config, options
 
 

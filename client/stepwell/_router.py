@@ -42,6 +42,8 @@ _SUSPECT_S = 0.2
 RETURN_S, _PARTS = 2.0, 8
 #: How often a name is looked up, and how often at the most where a replica of it is down.
 LOOKUP_S, LOOKUP_AGAIN_S = 30.0, 1.0
+#: What gRPC says of a connection whose peer has answered no ping.
+_HUNG = "ping timeout"
 #: Replicas in the order in which a session prefers them: those that are there, those that are not given it back yet,
 #: those that are down.
 _UP, _RETURNING, _DOWN = 2, 1, 0
@@ -199,7 +201,7 @@ class Router:
         """An attempt has failed; whether because of the replica, so that another one is to be asked."""
         if isinstance(error, RepliesTooLargeError) or error.reason == SET_UNKNOWN:
             return False
-        if isinstance(error, ConnectError):
+        if isinstance(error, ConnectError) or (_HUNG in error.message and not error.reason):
             if replica.generation == generation:
                 self._down(replica, error)
             return True

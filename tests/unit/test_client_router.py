@@ -120,6 +120,11 @@ def test_a_replica_that_is_down_is_looked_at_ever_more_seldom(at: At) -> None:
     assert waits[-1] == LONGEST_PROBE_S
 
 
+def test_a_replica_that_hangs_is_down_without_a_check(at: At) -> None:
+    assert at.router.failed(at.a, 0, errors.UnavailableError("Stream removed (ping timeout)"))
+    assert at.a.is_down
+
+
 def test_delays_are_spread() -> None:
     early, late = At("a:1", "b:1", draw=min), At("a:1", "b:1", draw=max)
     for one in (early, late):
