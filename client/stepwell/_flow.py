@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
-from stepwell._connecting import ALREADY_MADE, Contact
+from stepwell._connecting import ALREADY_MADE, ConnectError, Contact
 from stepwell._frames import Frame, Part
 from stepwell._metadata import Pairs
 from stepwell._ranking import key_of, key_of_request
@@ -237,7 +237,7 @@ class Retrier:
         return (yield from self._answered(ask, self.attempts(rpc, deadline), self._route(to)))
 
     def _route(self, to: Replica | None) -> Way | None:
-        return None if to is None else Fixed(to)
+        return None if to is None else Fixed(self.router, to)
 
     def _route_of(self, request: Message) -> Way | None:
         router = self.router
@@ -358,7 +358,8 @@ class Way(Protocol):
 class Fixed:
     """The way of a call that is for one replica."""
 
-    def __init__(self, to: Replica) -> None:
+    def __init__(self, router: Router | None, to: Replica) -> None:
+        self._router = router
         self._to = to
 
     def next(self) -> Flow[Replica]:
@@ -369,9 +370,17 @@ class Fixed:
     def answered(self) -> None:
         """Nothing follows."""
 
-    def failed(self, _error: StepwellError) -> Flow[bool]:
-        """No other one is asked."""
+    def failed(self, error: StepwellError) -> Flow[bool]:
+        """No other one is asked.
+
+        Raises:
+            ConnectError: It cannot be reached. It is waited for by nobody.
+        """
         yield from ()
+        if self._router is not None:
+            self._router.failed(self._to, self._to.generation, error)
+        if isinstance(error, ConnectError):
+            raise error
         return False
 
 

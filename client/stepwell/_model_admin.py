@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from stepwell._flow import Flow
+from stepwell._model_everywhere import Everywhere
 from stepwell._model_files import Placed, is_name
 from stepwell._retry import Deadline
 from stepwell._tracker import is_unknown
@@ -27,6 +28,7 @@ from stepwell.v1 import models_pb2
 
 if TYPE_CHECKING:
     from stepwell._core import Core
+    from stepwell._replica import Replica
 
 SessionPolicy: TypeAlias = Literal["keep", "carry", "migrate", "reset"]
 """What becomes of the sessions that follow the default version of a model when it moves to another one.
@@ -94,13 +96,28 @@ class ModelAdmin:
         deadline: Deadline,
         progress: LoadProgress | None,
     ) -> Flow[LoadedModel]:
-        """Loads a version, sending its file before if the server cannot read it."""
+        """Loads a version, sending its file before if the server cannot read it; on each replica, if there are several."""
         if progress is not None and not callable(progress):
             raise InvalidInputError(
                 f"progress must be a function that takes a text, or None; got {progress!r}"
             )
+        router = self._core.router
+        if router is None:
+            return (yield from self.load_one(request, file, deadline, progress))
+        yield from router.ready()
+        return (yield from Everywhere(self, router, request, deadline).load(file, progress))
+
+    def load_one(
+        self,
+        request: models_pb2.LoadModelRequest,
+        file: Placed,
+        deadline: Deadline,
+        progress: LoadProgress | None,
+        to: Replica | None = None,
+    ) -> Flow[LoadedModel]:
+        """Loads a version on one server."""
         if file.is_sent:
-            request.upload = yield from self._upload(file.path, deadline, progress)
+            request.upload = yield from self._upload(file.path, deadline, progress, to)
         else:
             request.path, request.is_temporary = file.path, file.is_temporary
         last = models_pb2.LoadModelResponse()
@@ -112,14 +129,16 @@ class ModelAdmin:
                 progress(reply.stage)
 
         try:
-            yield from self._core.retrier.streamed("LoadModel", request, deadline, on_reply)
+            yield from self._core.retrier.streamed("LoadModel", request, deadline, on_reply, to=to)
         except StepwellError as error:
             raise _explained(error, request) from None
         if not last.HasField("model"):
             raise InternalError("the server ended the load of a model without an answer")
-        return (yield from self._loaded(last.model, last.version, deadline, last.moved_sessions))
+        return (yield from self.loaded(last.model, last.version, deadline, last.moved_sessions, to=to))
 
-    def _upload(self, path: str, deadline: Deadline, progress: LoadProgress | None) -> Flow[str]:
+    def _upload(
+        self, path: str, deadline: Deadline, progress: LoadProgress | None, to: Replica | None
+    ) -> Flow[str]:
         """Sends a file; the result is what the server calls it."""
         size = os.stat(path).st_size
         if progress is not None:
@@ -139,7 +158,7 @@ class ModelAdmin:
         with open(path, "rb"):  # what cannot be read, or is a folder, is refused by its name
             pass
         reply: models_pb2.UploadModelResponse = yield from self._core.retrier.sent(
-            "UploadModel", pieces, deadline
+            "UploadModel", pieces, deadline, to=to
         )
         if reply.sha256 != digest.hexdigest():
             raise InternalError(
@@ -147,14 +166,20 @@ class ModelAdmin:
             )
         return reply.upload
 
-    def _loaded(
-        self, model: models_pb2.Model, version: int, deadline: Deadline, moved: int, previous: int = 0
+    def loaded(
+        self,
+        model: models_pb2.Model,
+        version: int,
+        deadline: Deadline,
+        moved: int,
+        previous: int = 0,
+        to: Replica | None = None,
     ) -> Flow[LoadedModel]:
         """What became of a model; described as the version that was meant."""
         if model.version != version:
             request = models_pb2.GetModelRequest(name=reference(model.name, version))
             reply: models_pb2.GetModelResponse = yield from self._core.retrier.call(
-                "GetModel", request, deadline
+                "GetModel", request, deadline, to=to
             )
             model = reply.model
         info = LoadedModel._from_message(model)
@@ -162,10 +187,21 @@ class ModelAdmin:
         return dataclasses.replace(info, moved_sessions=moved, previous_version=previous)
 
     def unload(self, name: object, version: object, force: bool, deadline: Deadline) -> Flow[None]:
-        """Unloads a version, or all of them."""
+        """Unloads a version, or all of them; on each replica, if there are several."""
         number = 0 if version is None else _version(version)
         request = models_pb2.UnloadModelRequest(name=_name(name), version=number, force=force)
-        yield from self._core.retrier.call("UnloadModel", request, deadline, changes=True)
+        router = self._core.router
+        if router is None:
+            yield from self.unload_one(request, deadline)
+        else:
+            yield from router.ready()
+            yield from Everywhere(self, router, request, deadline).unload(request)
+
+    def unload_one(
+        self, request: models_pb2.UnloadModelRequest, deadline: Deadline, to: Replica | None = None
+    ) -> Flow[None]:
+        """Unloads on one server."""
+        yield from self._core.retrier.call("UnloadModel", request, deadline, changes=True, to=to)
 
     def set_default(
         self, name: object, version: object, sessions: object, migration: object, deadline: Deadline
@@ -173,11 +209,15 @@ class ModelAdmin:
         """Makes a version the default."""
         request = models_pb2.SetDefaultRequest(name=_name(name), version=_version(version))
         request.sessions, request.migration = _policy(sessions, migration)
+        return (yield from self.move(request, deadline))
+
+    def move(self, request: models_pb2.SetDefaultRequest, deadline: Deadline) -> Flow[LoadedModel]:
+        """Makes a version the default. One replica does so for all."""
         reply: models_pb2.SetDefaultResponse = yield from self._core.retrier.call(
             "SetDefault", request, deadline, changes=True
         )
         return (
-            yield from self._loaded(
+            yield from self.loaded(
                 reply.model, request.version, deadline, reply.moved_sessions, reply.previous_version
             )
         )
@@ -191,7 +231,7 @@ class ModelAdmin:
         reply: models_pb2.SetLabelResponse = yield from self._core.retrier.call(
             "SetLabel", request, deadline, changes=True
         )
-        return (yield from self._loaded(reply.model, number or reply.model.version, deadline, 0))
+        return (yield from self.loaded(reply.model, number or reply.model.version, deadline, 0))
 
 
 def _explained(error: StepwellError, request: models_pb2.LoadModelRequest) -> StepwellError:

@@ -59,6 +59,11 @@ class ModelCalls(abc.ABC):
         sessions that were opened with a version or a label stay where they are. Each step is applied once, whatever
         moves meanwhile, and its answer says on which version: `Session.model_version`.
 
+        Where there are several replicas, each that can be reached loads it, one after the other, beside what is the
+        default; then the default moves, once for all. If one of them cannot load it, the default stays where it is, a
+        note of the error says which have it, and the same call with its number as `version` goes on: a replica that has
+        the same file under that number already is passed over.
+
         If the answer is lost, the load is not tried again, and the error says that the outcome is unknown:
         `model(name).versions` has what there is. With `version` the same call may be made again, for a version that is
         there is refused.
@@ -75,7 +80,7 @@ class ModelCalls(abc.ABC):
             migration: Name of the function; None: the only one that there is.
             labels: Labels that it gets.
             unload_previous: Unload the version that was the default when nothing is under way on it and it has no
-                session.
+                session. Of several replicas one where it is in use just then keeps it.
             progress: Called with what is done now: "waiting", a stage of compiling, "warm up", "switch".
             upload: Send the file to the server, which must allow that (`--allow-model-upload`). False: the path is one
                 on the server's disk. None: send it if the server is on another machine.
@@ -108,7 +113,7 @@ class ModelCalls(abc.ABC):
             unload_previous=unload_previous,
         )
         deadline = self._core.deadline(timeout_s)
-        is_local = _address.is_local(self.address)
+        is_local = _address.are_local(self.address)
         with _model_files.placed(name, model, upload=upload, is_local=is_local) as file:
             return self._run(admin.load(request, file, deadline, progress))
 
@@ -160,7 +165,7 @@ class ModelCalls(abc.ABC):
         force: bool = False,
         timeout_s: float | None = None,
     ) -> None:
-        """Serves a version no longer, when what is under way on it has ended.
+        """Serves a version no longer, when what is under way on it has ended; on each replica, if there are several.
 
         Args:
             name: Name of the model.

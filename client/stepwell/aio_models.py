@@ -74,7 +74,7 @@ class AsyncModelCalls(abc.ABC):
             unload_previous=unload_previous,
         )
         deadline = self._core.deadline(timeout_s)
-        is_local = _address.is_local(self.address)
+        is_local = _address.are_local(self.address)
         placing = _model_files.placed(name, model, upload=upload, is_local=is_local)
         # To save a model of Keras takes its time.
         file = await asyncio.to_thread(placing.__enter__)
