@@ -177,7 +177,7 @@ class RemoteStore(Store):
             if stamp and stamp == self.stamps.get(session_id)
             else dataclasses.replace(each, stamp=self.stamp_of(session_id), idle_s=self.idle_s(session_id))
             if each.record is not None
-            else dataclasses.replace(each, stamp=self.stamp_of(session_id))
+            else dataclasses.replace(each, stamp=0 if each.tombstone is None else self.stamp_of(session_id))
             for session_id, stamp, each in zip(
                 session_ids, stamps, fetched(self.shared, session_ids), strict=True
             )
