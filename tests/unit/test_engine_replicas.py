@@ -15,6 +15,7 @@ from stepwell_server.errors import (
     SessionExists,
     SessionGone,
     SessionNotFound,
+    Unavailable,
 )
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
@@ -285,8 +286,10 @@ async def test_an_opening_that_was_slow_does_not_bring_a_session_back() -> None:
         assert not (await first.engine.open_session("plain", session_id="a", request_id=4)).replayed
         await first.engine.close_session("a")
         second.store.let_go()
-        # it is judged again by what the store has: as one that comes after the closing
-        assert (await slow).session.revision == 1
+        with pytest.raises(Unavailable, match="was opened and has ended on another server meanwhile"):
+            await slow
+        with pytest.raises(SessionNotFound, match="session 'a' was closed"):
+            await second.state("a")
 
 
 async def test_a_session_that_is_being_made_here_may_be_there_already() -> None:
@@ -314,6 +317,54 @@ async def test_a_fork_to_an_id_that_another_server_has_just_given_is_refused() -
         with pytest.raises(SessionExists, match="session 'a' is open"):
             await slow
         assert (await second.step("source", x(1))).revision == 2, "it is free again"
+
+
+async def closing_slowly(second: Harness, **fields: Any) -> asyncio.Task[Any]:
+    """A closing whose commit waits for the store."""
+    second.store.commits_held = True
+    before = len(second.store.asked("commit"))
+    closing = await begun(second.engine.close_session("a", **fields))
+    await second.store.until("commit", before + 1)
+    return closing
+
+
+async def test_a_closing_does_not_end_a_session_that_was_opened_after_it() -> None:
+    """It may be this very closing, sent to another server, that ended the one before."""
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        slow = await closing_slowly(second, request_id=5)
+        await first.engine.close_session("a", request_id=5)
+        first.clock.advance(1.0)
+        await first.open("a")
+        await first.step("a", x(1))
+        second.store.let_go()
+        with pytest.raises(Unavailable):
+            await slow
+        assert (await second.step("a", x(1))).revision == 4
+
+
+@pytest.mark.parametrize("call", ["step", "state", "states"])
+async def test_what_waited_behind_a_closing_meets_the_session_that_was_opened_after_it(call: str) -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        slow = await closing_slowly(second, request_id=5)
+        await first.engine.close_session("a", request_id=5)
+        first.clock.advance(1.0)
+        await first.open("a")
+        if call == "step":
+            step = second.submit("a", x(1))
+            second.store.let_go()
+            assert (await step.only()).revision == 3
+        elif call == "state":
+            read = await begun(second.engine.get_state("a"))
+            second.store.let_go()
+            assert (await read).session.revision == 2
+        else:
+            states = await begun(second.engine.get_states(["a"]))
+            second.store.let_go()
+            assert [type(error) for _, error in (await states).errors] in ([], [Unavailable])
+        with pytest.raises(Unavailable):
+            await slow
 
 
 @pytest.mark.parametrize("many", [False, True])

@@ -122,6 +122,10 @@ class Admission:
                 members, handles = members[~absent], handles[~absent]
         return self._bring_in(change, members, handles, self._wait_for_rows)
 
+    def look_again(self, change: Change, members: Members) -> None:
+        """See `row_queue.Starter`."""
+        self.admit_some(change, members)
+
     def start_waiting(self, change: Change, members: Members) -> None:
         """See `row_queue.Starter`."""
         done: list[Handles] = []

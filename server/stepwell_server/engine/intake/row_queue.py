@@ -27,6 +27,9 @@ class Starter(Protocol):
     def start_due(self, change: Change, members: Members, /) -> Handles:
         """Their turn has come: claim their sessions and start them; return sessions that are done with already."""
 
+    def look_again(self, change: Change, members: Members, /) -> None:
+        """Their session has left the table: start them if the store has it, and answer them else."""
+
     def start_waiting(self, change: Change, members: Members, /) -> None:
         """There is room: start them; those that still do not fit are put back."""
 

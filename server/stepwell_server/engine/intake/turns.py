@@ -222,14 +222,23 @@ class Turns:
         model.waiting -= 1
 
     def close_line(self, handle: int, error: ServerError) -> None:
-        """Refuse what waited for a session that has gone away."""
+        """Refuse what waited for a session that has gone away.
+
+        In a store that others use too it may have been opened anew since it ended: changes look for it once more.
+        """
+        looks_again = self._pager.is_shared and isinstance(error, SessionGone)
+        changes: dict[Change, tuple[Starter, list[int]]] = {}
         for waiter in self._claims.drop_line(handle):
             self._taken(waiter)
             if isinstance(waiter, Hold):
                 if not waiter.granted.done():
                     waiter.granted.set_exception(error)
+            elif looks_again:
+                changes.setdefault(waiter[1], (waiter[0], []))[1].append(waiter[2])
             else:
                 waiter[1].fail(np.array([waiter[2]]), error)
+        for change, (starter, members) in changes.items():
+            starter.look_again(change, np.sort(np.array(members, np.intp)))
         if self.leave_when_free is not None:
             self.leave_when_free(np.array([handle]))
         self._row_queue.room_may_have_come()

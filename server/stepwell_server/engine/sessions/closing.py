@@ -106,6 +106,8 @@ class Closing:
         seen = await self._directory.look([session_id])
         if request_id and self._directory.closed_with(session_id, seen) == request_id:
             return True
+        if self._pager.is_shared and self._directory.live(session_id, seen) is not None:
+            raise changed_elsewhere(session_id)  # it was closed, and opened anew
         raise error or self._directory.gone(session_id, seen)
 
     async def close_many(self, session_ids: Sequence[str], *, used_before: float = math.inf) -> int:
@@ -244,7 +246,15 @@ class Closing:
             gone = SessionNotFound(session_id, f"session {session_id!r} was closed on another server")
             self._removal.forget(handle, gone)
             return False
-        refresh(self._table, self._fields, handle, decode_header(session_id, found.record), found.stamp)
+        header = decode_header(session_id, found.record)
+        table = self._table
+        if (header.created, header.opened_with) != (table.created[handle], table.opened_with[handle]):
+            gone = SessionNotFound(
+                session_id, f"session {session_id!r} was closed, and another one has its id now"
+            )
+            self._removal.forget(handle, gone)
+            return False
+        refresh(table, self._fields, handle, header, found.stamp)
         self._pager.discard(self._directory.models.by_handle(handle), np.array([handle]))
         return True
 

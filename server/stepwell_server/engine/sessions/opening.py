@@ -32,6 +32,7 @@ from stepwell_server.errors import (
     RevisionConflict,
     SessionExists,
     SessionGone,
+    Unavailable,
 )
 from stepwell_server.program import FINGERPRINT_DIGITS
 
@@ -167,6 +168,7 @@ class Opening:
             else:
                 served.arena.write(rows, values)
             revisions = self._directory.first_revisions([name], seen)
+            ending = self._directory.ending(name) is not None
             own = None if session_id else self._leased(lease)
             created, positions = self._clock.now(), np.zeros(1, np.uint64)
             fresh = Fresh(
@@ -186,6 +188,7 @@ class Opening:
             try:
                 info = await self._creation.create(fresh)
             except Taken:
+                await self._require_not_over([name], ending)
                 continue
             self._observer.session_event("opened", served.name, name)
             return Opened(info)
@@ -241,6 +244,7 @@ class Opening:
             if not await self._reserve(wanted, seen):
                 continue  # somebody made one of them meanwhile
             revisions, rows = await self._begun(wanted, seen)
+            ending = any(self._directory.ending(session_id) is not None for session_id in ids)
             created = self._clock.now()
             positions = np.zeros(len(ids), np.uint64) if wanted.positions is None else wanted.positions
             own = None if wanted.are_chosen else self._leased(wanted.lease)
@@ -262,6 +266,7 @@ class Opening:
             try:
                 await self._creation.create(fresh)
             except Taken:
+                await self._require_not_over(ids, ending)
                 continue
             self._observer.sessions_opened(
                 served.name, len(ids), "opened" if wanted.states is None else "forked"
@@ -368,10 +373,12 @@ class Opening:
                 if not new_session_id:
                     self._require_not_gone(name, seen)
                 self._require_own(new_session_id, seen)
+                ending = self._directory.ending(name) is not None
                 try:
                     own = None if new_session_id else self._leased(lease)
                     return await self._fork(source, name, seen, expected, request_id, own)
                 except Taken:
+                    await self._require_not_over([name], ending)
                     continue
             raise changed_elsewhere(name)
         finally:
@@ -382,6 +389,22 @@ class Opening:
         if lease is not None:
             self._clients.begin(lease)
         return lease
+
+    async def _require_not_over(self, ids: Sequence[str], ending: bool) -> None:
+        """Refuse to go on when another server was faster, and what was opened there has ended already.
+
+        It may have been this very call, sent there after it got no answer here: it is done once. `ending`: another session
+        of one of the ids was ending here, which says nothing.
+
+        Raises:
+            Unavailable: so it is.
+        """
+        seen = await self.seen(ids)
+        for session_id in () if ending else ids:
+            if self._directory.ended(session_id, seen) is not None:
+                raise Unavailable(
+                    f"session {session_id!r} was opened and has ended on another server meanwhile; it was not opened anew"
+                )
 
     async def seen(self, ids: Sequence[str]) -> Seen:
         """What the store has of ids, at a moment when nobody makes sessions of them."""

@@ -15,6 +15,7 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import StateRead, StatesRead
 from stepwell_server.engine.change import MOST_ERRORS, for_all, too_late
+from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.sessions.directory import Directory
@@ -22,7 +23,7 @@ from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.using import Usage
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Members
-from stepwell_server.errors import InvalidInput, Overloaded, ServerError
+from stepwell_server.errors import InvalidInput, Overloaded, ServerError, SessionGone
 
 #: Rows that are copied before others get a turn of the event loop.
 ROWS_AT_ONCE = 4096
@@ -54,8 +55,7 @@ class Reading:
 
     async def read(self, session_id: str, seen: Seen, deadline: float) -> StateRead:
         """Read a state when its turn comes. See `Engine.get_state`."""
-        handle = self._directory.find(session_id, seen)
-        await self._turns.hold(handle, deadline)
+        handle = await self._held(session_id, seen, deadline)
         try:
             self._usage.used(np.array([handle]))
             model = self._directory.models.by_handle(handle)
@@ -64,6 +64,21 @@ class Reading:
             return StateRead(state, self._directory.info(handle))
         finally:
             self._turns.release(np.array([handle]))
+
+    async def _held(self, session_id: str, seen: Seen, deadline: float) -> int:
+        """A session, claimed and in the arena."""
+        for _ in range(MOST_TRIES):
+            handle = self._directory.find(session_id, seen)
+            try:
+                await self._turns.hold(handle, deadline)
+            except SessionGone:
+                if not self._pager.is_shared:
+                    raise
+                # while it was waited for; by now another server may have opened it anew
+                seen = await self._directory.look([session_id], anew=True)
+                continue
+            return handle
+        raise changed_elsewhere(session_id)
 
     @staticmethod
     async def _in_pieces(model: Model, rows: Rows) -> Sequence[Array]:
@@ -124,9 +139,19 @@ class Reading:
                 return self._directory.why_not(session_ids[own[place]], seen)
 
             await reader.run(deadline, why_not)
+            if self._pager.is_shared:
+                await self._look_again(reader)
             failed = [(own[places], error) for places, error in reader.errors()]
             parts.append(reader.answer(own, failed))
         return _together(parts, errors)
+
+    async def _look_again(self, reader: _Reader) -> None:
+        """Of sessions that ended while they were waited for: another server may have opened them anew by now."""
+        ended = reader.ended()
+        seen = await self._directory.look(list(ended.values()), anew=True) if ended else self._directory.here
+        for place, session_id in ended.items():
+            if self._directory.live(session_id, seen) is not None:
+                reader.fail(place, changed_elsewhere(session_id))
 
     def _by_version(self, handles: Handles) -> list[tuple[Model, Members]]:
         """Places of sessions by the version that they are on."""
@@ -317,6 +342,16 @@ class _Reader:
         self._positions[places] = self._table.position[handles]
         self._was_read[places] = True
         self._turns.release(handles)
+
+    def ended(self) -> dict[int, str]:
+        """Ids of the sessions that are gone, by their places."""
+        return {
+            place: error.session_id for place, error in self._failed.items() if isinstance(error, SessionGone)
+        }
+
+    def fail(self, place: int, error: ServerError) -> None:
+        """One was not read because of this."""
+        self._failed[place] = error
 
     def errors(self) -> Iterator[tuple[Members, ServerError]]:
         """Why those that failed did, for each kind of error: many alike share the first one's."""
