@@ -1,0 +1,156 @@
+"""Engines on a real Valkey that is paused, full, killed and started again; sessions that end by its clock."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+from stepwell_server.clock import Clock, SystemClock
+from stepwell_server.errors import Overloaded, ServerError, SessionExpired, Unavailable
+from support.engine import Harness, running, x
+from support.fake_executor import WAIT_S
+from support.shared import fresh_prefix, opened
+from support.valkey import Valkey
+
+LONGEST_LEASE = (7, 3650 * 86_400_000)
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[Valkey]:
+    with Valkey(append="everysec") as server:
+        yield server
+
+
+@contextlib.asynccontextmanager
+async def engines(valkey: Valkey, **options: Any) -> AsyncIterator[tuple[Harness, Harness]]:
+    """Two servers on a new store."""
+    clock: Clock = SystemClock()
+    url = valkey.url(f"?prefix={fresh_prefix()}&timeout_ms=300")
+    async with contextlib.AsyncExitStack() as stack:
+        found = []
+        for _ in range(2):
+            store = await opened(url, clock=clock)
+            found.append(await stack.enter_async_context(running(store=store, clock=clock, **options)))  # type: ignore[arg-type]
+        yield found[0], found[1]
+
+
+async def until_expired(at: Harness, session_id: str) -> None:
+    """Return when a session has ended; nobody names it before."""
+
+    async def wait() -> None:
+        while not await at.engine.expire_idle():
+            pass  # it has asked the server
+
+    await asyncio.wait_for(wait(), WAIT_S)
+    with pytest.raises(SessionExpired):
+        await at.state(session_id)
+
+
+async def test_an_unused_session_ends_by_the_clock_of_the_server(valkey: Valkey) -> None:
+    async with engines(valkey, max_session_idle_s=0.3) as (first, second):
+        await first.open("a")
+        await until_expired(second, "a")
+        with pytest.raises(SessionExpired):
+            await first.step("a", x(1))
+        assert (await first.engine.open_session("plain", session_id="a")).session.revision == 1
+
+
+async def test_a_session_ends_whose_client_is_gone(valkey: Valkey) -> None:
+    async with engines(valkey) as (first, second):
+        stays = (await first.engine.open_session("plain", lease=LONGEST_LEASE)).session.session_id
+        gone = (await first.engine.open_session("plain", lease=(8, 1000))).session.session_id
+        await second.engine.renew_lease(7)
+        await until_expired(second, gone)
+        assert (await second.step(stays, x(1))).revision == 1
+
+
+class Drivers:
+    """Steps of some sessions, one after the other, each sent again until it is answered."""
+
+    def __init__(self, servers: tuple[Harness, Harness], count: int) -> None:
+        self._servers = servers
+        self.names = [f"s{number}" for number in range(count)]
+        self.revisions = dict.fromkeys(self.names, 0)
+        self.refused: list[ServerError] = []
+        self._came = asyncio.Event()
+        self._is_over = False
+
+    async def run(self, name: str) -> None:
+        request = 0
+        while not self._is_over:
+            request += 1
+            for attempt in range(100_000):
+                at = self._servers[(attempt + request) % 2]
+                try:
+                    answer = await at.step(
+                        name, x(1, seed=request), expected=self.revisions[name], request_ids=request
+                    )
+                except (Unavailable, Overloaded) as error:
+                    self.refused.append(error)
+                    self._came.set()
+                    await asyncio.sleep(0)
+                    continue
+                assert answer.revision == self.revisions[name] + 1
+                self.revisions[name] += 1
+                self._came.set()
+                break
+
+    async def until(self, condition: Any) -> None:
+        async def wait() -> None:
+            while not condition():
+                self._came.clear()
+                await self._came.wait()
+
+        await asyncio.wait_for(wait(), WAIT_S)
+
+    async def until_all_went_on(self) -> None:
+        """Return when each has been answered once more."""
+        before = dict(self.revisions)
+        await self.until(lambda: all(self.revisions[name] > before[name] + 1 for name in self.names))
+
+    @contextlib.asynccontextmanager
+    async def under_way(self) -> AsyncIterator[None]:
+        await self._servers[0].open(*self.names)
+        async with asyncio.TaskGroup() as group:
+            for name in self.names:
+                group.create_task(self.run(name))
+            await self.until_all_went_on()
+            yield
+            await self.until_all_went_on()
+            self._is_over = True
+        for name in self.names:
+            for at in self._servers:
+                assert (await at.engine.session_info(name)).revision == self.revisions[name]
+
+
+@pytest.mark.parametrize("trouble", ["paused", "killed", "full"])
+async def test_steps_are_refused_while_the_server_is_in_trouble_and_go_on_afterwards(trouble: str) -> None:
+    with Valkey(append="always") as valkey:
+        async with engines(valkey, resident_rows=8) as servers:
+            drivers = Drivers(servers, 12)
+            async with drivers.under_way():
+                if trouble == "paused":
+                    await asyncio.to_thread(valkey.pause)
+                elif trouble == "killed":
+                    await asyncio.to_thread(valkey.kill)
+                else:
+                    valkey.ask("CONFIG", "SET", "maxmemory", "1")
+                begun = len(drivers.refused)
+                await drivers.until(lambda: len(drivers.refused) > begun + 30)
+                for at in servers:
+                    assert at.inside.commits.waiting <= 12
+                    with pytest.raises((Unavailable, Overloaded)) as refused:
+                        await asyncio.wait_for(at.engine.open_session("plain"), WAIT_S)
+                    assert (getattr(refused.value, "retry_after_s", 0.0) > 0) or trouble != "full"
+                if trouble == "paused":
+                    await asyncio.to_thread(valkey.resume)
+                elif trouble == "killed":
+                    await asyncio.to_thread(valkey.start)
+                else:
+                    valkey.ask("CONFIG", "SET", "maxmemory", "0")
+            if trouble == "full":
+                assert any(isinstance(error, Overloaded) for error in drivers.refused)
