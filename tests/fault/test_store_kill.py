@@ -7,6 +7,7 @@ delete one and bury one as well, and replace documents. Session i of commit r ho
 from __future__ import annotations
 
 import os
+import queue
 import random
 import subprocess
 import sys
@@ -38,6 +39,9 @@ class Kind(NamedTuple):
 
 #: An entry is a third of a segment, so that a kill is as likely to come while segments rotate as at any other time.
 KINDS = {"lmdb": Kind(0, 1, 3000), "segments": Kind(128 * 1024, 7, 30)}
+
+
+BESIDE = "beside"
 
 
 def opened(path: Path, durability: Durability, kind: Kind) -> LmdbStore | DiskStore:
@@ -129,8 +133,41 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(
         last = found
 
 
+@pytest.mark.parametrize("durability", ["sync", "async"])
+def test_nothing_that_was_appended_beside_commits_is_lost(tmp_path: Path, durability: Durability) -> None:
+    chance, last = random.Random(11), (-1, -1)
+    for _ in range(ROUNDS):
+        lines = _lines_until_killed(tmp_path, durability, BESIDE, chance.uniform(0.005, 0.25))
+        store = opened(tmp_path, durability, KINDS["segments"])
+        found = held_beside(store)
+        store.close()
+        for mark, number, before in zip((b"c", b"a"), found, last, strict=True):
+            said = [int(line[1:]) for line in lines if line.startswith(mark)]
+            assert number - (said[-1] if said else before) in {0, 1}
+        last = found
+
+
+def held_beside(store: DiskStore | LmdbStore) -> tuple[int, int]:
+    """The numbers of the last commit and of the last append, each there as a whole; -1 for none."""
+    names = [name for name, header in store.scan(limit=1000) if header]
+    assert len(names) == store.count()
+    numbers = {name: decode(name, store.get(name) or b"").revision for name in names}
+    appended = {numbers[name] for name in numbers if name.startswith("w")}
+    if not names:
+        return -1, -1
+    assert len(appended) == 1, "all of an append or nothing"
+    assert sum(name.startswith("of-") for name in names) == 1
+    assert f"of-{numbers['m']}" in names
+    return numbers["m"], appended.pop()
+
+
 def _write_until_killed(path: Path, durability: Durability, kind: str, seconds: float) -> int:
     """Let a writer go on for a while, kill it, and return the last commit that it acknowledged."""
+    return int(_lines_until_killed(path, durability, kind, seconds)[-1])
+
+
+def _lines_until_killed(path: Path, durability: Durability, kind: str, seconds: float) -> list[bytes]:
+    """Let a writer go on for a while, kill it, and return what it acknowledged."""
     with subprocess.Popen(
         [sys.executable, __file__, os.fspath(path), durability, kind],
         stdout=subprocess.PIPE,
@@ -143,7 +180,7 @@ def _write_until_killed(path: Path, durability: Durability, kind: str, seconds: 
         lines += writer.stdout.readlines()
         killer.join()
     assert writer.returncode == -9, "it was killed, it did not fail"
-    return int([line for line in lines if line.endswith(b"\n")][-1])
+    return [line for line in lines if line.endswith(b"\n")]
 
 
 def _write(path: Path, durability: Durability, kind: Kind) -> None:
@@ -157,5 +194,44 @@ def _write(path: Path, durability: Durability, kind: Kind) -> None:
             store.checkpoint()
 
 
+def _write_beside(path: Path, durability: Durability) -> None:
+    """One thread begins and ends sessions, and checkpoints; the other appends to the log."""
+    kind = KINDS["segments"]
+    store = opened(path, durability, kind)
+    committed, appended = held_beside(store)
+    writers = [f"w{i}" for i in range(SESSIONS)]
+
+    def named(names: list[str], number: int) -> list[tuple[str, bytes]]:
+        return [(name, record(number, kind).encode(name)) for name in names]
+
+    if committed < 0:
+        committed = appended = 0
+        store.commit(Batch(puts=named(["m", "of-0", *writers], 0), counts=[("m", 2 + len(writers))]))
+        os.write(1, b"c0\na0\n")
+    handed: queue.SimpleQueue[int] = queue.SimpleQueue()
+    kept = threading.Semaphore(0)
+
+    def append(number: int) -> None:
+        while True:
+            number += 1
+            if not store.append(named(writers, number)):  # there is no room: whoever commits makes some
+                handed.put(number)
+                kept.acquire()
+            os.write(1, b"a%d\n" % number)
+
+    threading.Thread(target=append, args=[appended], daemon=True).start()
+    while True:
+        committed += 1
+        store.commit(Batch(puts=named(["m", f"of-{committed}"], committed), deletes=[f"of-{committed - 1}"]))
+        os.write(1, b"c%d\n" % committed)
+        store.checkpoint()
+        while not handed.empty():
+            store.commit(Batch(puts=named(writers, handed.get())))
+            kept.release()
+
+
 if __name__ == "__main__":
-    _write(Path(sys.argv[1]), "sync" if sys.argv[2] == "sync" else "async", KINDS[sys.argv[3]])
+    _durability: Durability = "sync" if sys.argv[2] == "sync" else "async"
+    if sys.argv[3] == BESIDE:
+        _write_beside(Path(sys.argv[1]), _durability)
+    _write(Path(sys.argv[1]), _durability, KINDS[sys.argv[3]])

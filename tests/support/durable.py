@@ -18,6 +18,7 @@ from stepwell_server.errors import Unavailable
 from stepwell_server.program import Program
 from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.store import DiskStore
+from stepwell_server.store.record import Stored
 from support.clock import ManualClock
 from support.engine import SEGMENT_BYTES, STORES, Answer, Harness, running
 from support.fake_executor import WAIT_S
@@ -42,6 +43,8 @@ class Troubled:
         self.refuses: Callable[[Batch], bool] = lambda _batch: False
         """Commits that fail, whichever others share them."""
         self._errors: deque[tuple[Exception, bool]] = deque()
+        self._alone = threading.Lock()
+        """Held by who commits or checkpoints."""
         self._open = threading.Event()
         self._open.set()
         self._stalls_behind = False
@@ -69,20 +72,38 @@ class Troubled:
     def go_on(self) -> None:
         self._open.set()
 
+    def append(self, puts: Sequence[tuple[str, Stored]]) -> bool:
+        self._keep(Batch(puts=puts), may_append=True)
+        return True
+
     def commit(self, batch: Batch) -> None:
+        self._keep(batch, may_append=False)
+
+    def checkpoint(self, *, briefly: bool = False) -> None:
+        with self._alone:
+            self.store.checkpoint(briefly=briefly)
+
+    def _keep(self, batch: Batch, *, may_append: bool) -> None:
+        """What fails, stalls and is counted is the same for a commit and for what goes beside one."""
         self.tried.append(batch)
         error, kept = self._errors.popleft() if self._errors else (None, True)
         if self.refuses(batch):
             error, kept = Unavailable("the test says no"), False
         behind = self._stalls_behind  # as it is now: another stall may begin while this one lasts
         if kept and behind:
-            self.store.commit(batch)
+            self._kept(batch, may_append=may_append)
         self.inside.set()
         assert self._open.wait(WAIT_S), "the test did not let the store go on"
         if kept and not behind:
-            self.store.commit(batch)
+            self._kept(batch, may_append=may_append)
         if error is not None:
             raise type(error)(*error.args)  # a new one: it collects a traceback
+
+    def _kept(self, batch: Batch, *, may_append: bool) -> None:
+        if may_append and self.store.append(batch.puts):
+            return
+        with self._alone:
+            self.store.commit(batch)
 
     def get(self, session_id: str) -> Any:
         self._may_read()

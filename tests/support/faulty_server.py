@@ -150,6 +150,7 @@ def drop_commits() -> None:
             commit(store, batch)
 
     replace(DiskStore, "commit", dropping)
+    replace(DiskStore, "append", lambda *_: False)  # all goes by a commit
 
 
 def commit_late() -> None:
@@ -169,6 +170,7 @@ def commit_late() -> None:
         waiting.put((time.monotonic() + _LATE_S, store, batch))
 
     replace(DiskStore, "commit", later)
+    replace(DiskStore, "append", lambda *_: False)
 
 
 DEFECTS: dict[str, Callable[[], None]] = {

@@ -7,20 +7,23 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell_server.engine.durability import group_commit as module
-from stepwell_server.engine.durability.group_commit import MADE_HERE, GroupCommit
+from stepwell_server.engine.durability.group_commit import FEW, MADE_HERE, MANY, GroupCommit
 from stepwell_server.errors import Internal, ServerError, Unavailable
 from stepwell_server.store.awaited import AwaitedStore
 from stepwell_server.store.base import Batch, Committed, End, LocalStore, Tombstone
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.memory import MemoryStore
+from stepwell_server.store.record import Stored
 from support.awaited import RemoteStore
 from support.clock import ManualClock
+from support.durable import until
 from support.fake_executor import WAIT_S
 from support.samples import examples
 
@@ -49,7 +52,7 @@ class Slow(MemoryStore):
         """Who did, and what those who wait had been told by then."""
         self.told: list[tuple[str, ServerError | None]] = []
 
-    def checkpoint(self) -> None:
+    def checkpoint(self, *, briefly: bool = False) -> None:
         self.tended.append(f"{threading.current_thread().name} {''.join(name for name, _ in self.told)}")
         self.needs_checkpoint = False
 
@@ -76,9 +79,13 @@ class Told:
         if isinstance(store, Slow):
             store.told = self.told
 
-    def submit(self, name: str, batch: Batch | None = None, size: int = 1) -> None:
+    def submit(self, name: str, batch: Batch | None = None, size: int = 1, **how: bool) -> None:
         batch = Batch(puts=[(name, b"record")]) if batch is None else batch
-        self._commits.submit(lambda: batch, size, lambda told: self.told.append((name, error_of(told))))
+
+        def done(told: Committed | ServerError) -> None:
+            self.told.append((name, error_of(told)))
+
+        self._commits.submit(lambda: batch, size, done, **how)
 
     @property
     def names(self) -> str:
@@ -164,7 +171,7 @@ async def test_nothing_is_done_in_place_while_the_thread_has_the_store(
     await inside(store)
     for _ in range(3):
         await asyncio.sleep(0)
-    assert store.tended == []
+    assert not any("MainThread" in who for who in store.tended)
     store.gate.set()
     await commits.idle()
 
@@ -184,6 +191,180 @@ async def test_none_overtakes_those_that_wait(slow: tuple[Slow, GroupCommit, Tol
     assert told.names == "abcdef"
     assert store.get("x") == b"f"
     assert len(store.batches) == 2, "what came meanwhile is kept together"
+
+
+class Logged(Slow):
+    """A store that keeps small changes beside a commit."""
+
+    has_log = True
+
+    def __init__(self, *, waits_for_disk: bool = False) -> None:
+        super().__init__(waits_for_disk=waits_for_disk)
+        self.appended: list[tuple[str, str]] = []
+        """The sessions of each, and who did it."""
+        self.has_room = True
+        self.append_error: Exception | None = None
+
+    def append(self, puts: Sequence[tuple[str, Stored]]) -> bool:
+        if self.append_error is not None:
+            raise self.append_error
+        if self.has_room:
+            who = threading.current_thread().name
+            self.appended.append(("".join(session_id for session_id, _ in puts), who))
+        return self.has_room
+
+
+@pytest.fixture(params=[False, True], ids=["async", "sync"])
+async def logged(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Logged, GroupCommit, Told]]:
+    """Something large is being committed, and does not come back."""
+    store = Logged(waits_for_disk=request.param)
+    commits = GroupCommit(AwaitedStore(store))
+    told = Told(commits, store)
+    store.gate.clear()
+    told.submit("L", size=HUGE)
+    await inside(store)
+    yield store, commits, told
+    store.gate.set()
+    await asyncio.wait_for(commits.idle(), WAIT_S)
+    assert commits.close(WAIT_S)
+
+
+async def test_small_changes_pass_what_is_large(logged: tuple[Logged, GroupCommit, Told]) -> None:
+    store, commits, told = logged
+    for name in "abc":
+        told.submit(name, is_change=True)
+        await until(lambda: told.names.endswith(name))  # noqa: B023
+    assert told.names == "abc", "and the large one still waits"
+    who = "stepwell-store-log" if store.waits_for_disk else "MainThread"
+    assert store.appended == [("a", who), ("b", who), ("c", who)]
+    told.submit("d")
+    told.submit("e", size=HUGE, is_change=True)
+    store.gate.set()
+    await commits.idle()
+    assert told.names == "abcLde", "what may not pass, or is large, has its turn"
+    assert len(store.appended) == 3
+
+
+async def test_what_finds_no_room_in_the_log_has_its_turn(
+    logged: tuple[Logged, GroupCommit, Told],
+) -> None:
+    store, commits, told = logged
+    store.has_room = False
+    told.submit("a", is_change=True)
+    told.submit("b", is_change=True)
+    assert told.names == ""
+    store.gate.set()
+    await commits.idle()
+    assert sorted(told.names) == sorted("Lab")
+    assert store.get("a") == store.get("b") == b"record"
+
+
+async def test_what_the_log_refuses_is_told_and_it_goes_on(
+    logged: tuple[Logged, GroupCommit, Told],
+) -> None:
+    store, _, told = logged
+    store.append_error = ValueError("a secret detail")
+    told.submit("a", is_change=True)
+    await until(lambda: told.told)
+    assert [(name, type(error)) for name, error in told.told] == [("a", Internal)]
+    assert "secret" not in str(told.told)
+    store.append_error = None
+    told.submit("b", is_change=True)
+    await until(lambda: told.names == "b")
+
+
+async def test_none_that_cannot_be_made_keeps_small_changes_from_passing(
+    logged: tuple[Logged, GroupCommit, Told],
+) -> None:
+    store, commits, told = logged
+
+    def broken() -> Batch:
+        raise ZeroDivisionError
+
+    commits.submit(broken, 1, lambda told_of: told.told.append(("broken", error_of(told_of))), is_change=True)
+    told.submit("a", is_change=True)
+    await until(lambda: told.names == "a")
+    store.gate.set()
+    await commits.idle()
+    assert [type(error) for name, error in told.told if name == "broken"] == [Internal]
+
+
+async def test_whoever_commits_checkpoints_what_others_append(
+    logged: tuple[Logged, GroupCommit, Told],
+) -> None:
+    store, commits, told = logged
+    store.needs_checkpoint = True
+    told.submit("a", is_change=True)
+    await until(lambda: told.names)
+    assert store.tended == []
+    store.gate.set()
+    await until(lambda: store.tended and commits.is_idle)
+    assert {who.split()[0] for who in store.tended} == {"stepwell-store"}
+
+
+async def test_changes_of_others_are_passed_only_by_small_ones_in_a_hurry_and_where_they_are_many(
+    logged: tuple[Logged, GroupCommit, Told],
+) -> None:
+    store, commits, told = logged
+    store.gate.set()
+    await commits.idle()
+    store.gate.clear()
+    store.inside.clear()
+    store.waits_for_disk = True
+    told.submit("m", size=MANY, is_change=True)
+    await inside(store)
+    told.submit("a", is_change=True, is_hurried=True)
+    told.submit("b", is_change=True)
+    assert store.appended == []
+    told.submit("n", is_change=True)
+    told.submit("c", is_change=True, is_hurried=True)
+    told.submit("d", size=FEW + 1, is_change=True, is_hurried=True)
+    await until(lambda: told.names == "Lc")
+    store.gate.set()
+    await commits.idle()
+    assert told.names == "Lcmabnd"
+
+
+async def test_what_was_put_after_a_wake_up_is_done_before_the_end() -> None:
+    store = Logged(waits_for_disk=True)
+    commits = GroupCommit(AwaitedStore(store))
+    told = Told(commits, store)
+    store.gate.clear()
+    told.submit("L", size=HUGE)
+    await inside(store)
+    store.needs_checkpoint = True
+    told.submit("a", is_change=True)
+    await until(lambda: told.names)
+    told.submit("M", size=HUGE)
+    assert commits.close(0) is False
+    store.gate.set()
+    assert commits.close(WAIT_S)
+    await commits.idle()
+    assert told.names == "aLM"
+
+
+async def test_in_place_little_is_checkpointed_at_once_until_it_has_kept_up() -> None:
+    class Behind(Logged):
+        pieces: ClassVar[list[bool]] = []
+
+        def checkpoint(self, *, briefly: bool = False) -> None:
+            self.pieces.append(briefly)
+            self.behind -= 1
+
+    store = Behind()
+    commits = GroupCommit(AwaitedStore(store))
+    told = Told(commits, store)
+    store.needs_checkpoint, store.behind = True, 3
+    told.submit("a")
+    told.submit("b")
+    await until(lambda: store.behind == 0)
+    await asyncio.sleep(0)
+    assert store.pieces == [True] * 3
+    store.behind = module.MOST_BEHIND + 1
+    assert commits.may_commit_here(FEW)
+    assert not commits.may_commit_here(FEW + 1), "a thread does that, and checkpoints"
+    store.behind = 0
+    assert commits.close(WAIT_S)
 
 
 async def test_a_transaction_takes_only_so_much(

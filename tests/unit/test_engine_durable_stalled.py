@@ -11,6 +11,7 @@ import pytest
 
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.durability import group_commit as commits
+from stepwell_server.engine.durability.group_commit import FEW
 from stepwell_server.engine.sessions import ending
 from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
 from support.durable import Disk, begun, everything, facts, stalled, until
@@ -433,3 +434,18 @@ async def test_a_caller_who_cannot_be_told_of_a_lone_step_costs_nobody_else(
         disk.store.go_on()
         assert (await after.only()).revision == 3
         assert "could not be delivered" in caplog.text
+
+
+async def test_small_jobs_are_committed_apart_from_large_ones_of_their_pass(disk: Disk) -> None:
+    ids = [f"s{number:03}" for number in range(FEW + 1)]
+    async with disk.engine(resident_rows=200, max_batch_rows=200) as at:
+        await begin(at)
+        await at.engine.open_sessions("plain", session_ids=ids)
+        so_far, ran = len(disk.store.tried), len(at.hooks.rows)
+        many, one = at.submit(ids, x(len(ids))), at.submit("a", x(1))
+        for answers in (many, one):
+            assert set(kinds(await answers.all())) == {"Answer"}
+        assert at.hooks.rows[ran:] == [len(ids) + 1], "it is one pass"
+        sizes = [len(batch.puts) for batch in disk.store.tried[so_far:]]
+        # the store's thread may find both
+        assert sizes == [1, len(ids)] or (disk.store.waits_for_disk and sizes == [1 + len(ids)])

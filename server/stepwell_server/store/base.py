@@ -398,8 +398,8 @@ class Store(Protocol):
 class LocalStore(Protocol):
     """Keeps encoded records and tombstones by session id, and answers at once.
 
-    `commit`, `checkpoint` and `close` are called from one thread at a time; the other methods from any thread, at
-    any time before `close`.
+    `commit`, `checkpoint` and `close` are called from one thread at a time, and so is `append`, maybe from another at
+    the same time; the other methods from any thread, at any time before `close`.
     """
 
     is_volatile: bool
@@ -435,12 +435,33 @@ class LocalStore(Protocol):
                 very last write: what `get` finds afterwards is the truth.
         """
 
+    has_log: bool = False
+    """`append` is worth trying."""
+
+    def append(self, puts: Sequence[tuple[str, Stored]]) -> bool:  # noqa: ARG002
+        """Keep changes of sessions that are there, as durably as `commit`, beside a commit that is under way.
+
+        Args:
+            puts: A few. What is being committed names none of their sessions.
+
+        Returns:
+            Whether they were kept, all of them. If not, none was, and `commit` can, or says why not.
+        """
+        return False
+
     @property
     def needs_checkpoint(self) -> bool:
         """`checkpoint` has something to do."""
 
-    def checkpoint(self) -> None:
-        """Do a part of the work that can wait until callers were told of a commit. It does not raise."""
+    behind: int = 0
+    """Records that should be checkpointed now, to keep up with what is committed."""
+
+    def checkpoint(self, *, briefly: bool = False) -> None:
+        """Do a part of the work that can wait until callers were told of a commit. It does not raise.
+
+        Args:
+            briefly: A small part: somebody may be waiting.
+        """
 
     def get(self, session_id: str) -> Stored | None:
         """The record of a session, or None.

@@ -40,13 +40,27 @@ class EncryptedStore(LocalStore):
         self._local.commit(sealed)
 
     @property
+    def has_log(self) -> bool:  # type: ignore[override]
+        """See `LocalStore`."""
+        return self._local.has_log
+
+    @property
+    def behind(self) -> int:  # type: ignore[override]
+        """See `LocalStore`."""
+        return self._local.behind
+
+    @override
+    def append(self, puts: Sequence[tuple[str, Stored]]) -> bool:
+        return self._local.has_log and self._local.append(self._sealer.seal(puts))
+
+    @property
     @override
     def needs_checkpoint(self) -> bool:
         return self._local.needs_checkpoint
 
     @override
-    def checkpoint(self) -> None:
-        self._local.checkpoint()
+    def checkpoint(self, *, briefly: bool = False) -> None:
+        self._local.checkpoint(briefly=briefly)
 
     @override
     def get(self, session_id: str) -> Stored | None:

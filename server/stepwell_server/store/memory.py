@@ -55,7 +55,7 @@ class MemoryStore(LocalStore):
                 self._documents[name] = bytes(content)
 
     @override
-    def checkpoint(self) -> None:
+    def checkpoint(self, *, briefly: bool = False) -> None:
         """There is nothing to do."""
 
     @override

@@ -1,14 +1,15 @@
 """Commits: what has happened is kept by the store, in its order, before anybody hears of it.
 
 A commit that waits for the disk, or is large, is made by a thread while the next pass runs; what comes meanwhile
-goes into the next transaction together. One that costs less than the hand-over is made in place. A store that is
-awaited has no thread: its commits are tasks.
+goes into the next transaction together. One that costs less than the hand-over is made in place. Small changes of
+sessions do not wait for what is large: they pass it. A store that is awaited has no thread: its commits are tasks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import enum
 import queue
 import threading
 import time
@@ -31,6 +32,11 @@ COMMIT_IN_PLACE_S = 1e-3
 #: Up to so many records are made on the event loop, although the store's thread writes them: while that thread makes
 #: them it takes Python's lock from the loop, again and again. More of them would hold up the loop for too long.
 MADE_HERE = 512
+#: Changes of up to so many sessions are small. They pass what begins or ends sessions; and the changes of others, where
+#: those are of many sessions together. Then no more than few are made here.
+FEW, MANY = 64, 256
+#: So many records may be due to be checkpointed; then it is a thread that commits more, and checkpoints them.
+MOST_BEHIND = 4096
 #: Records in one transaction at most, unless a single batch has more.
 MOST_TOGETHER = 8192
 #: Commits to an awaited store at the same time.
@@ -54,6 +60,9 @@ class _Item:
     build: Callable[[], Batch]
     size: int
     done: Done
+    is_change: bool = False
+    is_hurried: bool = False
+    passes: bool = False
     made: bool = False
     batch: Batch = _NOTHING
     error: ServerError | None = None
@@ -72,8 +81,9 @@ class _Item:
 class GroupCommit:
     """Commits to a store. Lives on the event loop.
 
-    A store that answers in place has one thread once that is needed; one that is awaited has a few commits under way
-    at the same time, never two that name the same session or document.
+    A store that answers in place has a thread once that is needed, and another for small changes, which pass what is
+    large; one that is awaited has a few commits under way at the same time, never two that name the same session or
+    document.
     """
 
     def __init__(self, store: Store, on_room: Callable[[], None] = lambda: None) -> None:
@@ -116,19 +126,33 @@ class GroupCommit:
         """Whether so many records are committed in place."""
         return self._local is not None and not self._waiting and self._local.may_commit_here(size)
 
-    def submit(self, build: Callable[[], Batch], size: int, done: Done) -> None:
+    def submit(
+        self,
+        build: Callable[[], Batch],
+        size: int,
+        done: Done,
+        *,
+        is_change: bool = False,
+        is_hurried: bool = False,
+    ) -> None:
         """Commit what `build` makes; `done` is called on the event loop, maybe before this returns.
 
         Args:
             build: May be called on another thread.
             size: Records in it, about.
             done: Gets what became of each session, or why nothing of it was kept. It must not raise.
+            is_change: It may be kept before what waits: it is changes of sessions that have been kept, and are claimed, so
+                nothing that waits names them.
+            is_hurried: Such a change, if it is small, does not wait for larger ones either: they are of others.
         """
-        item = _Item(build, size, done)
-        if self._local is not None and self.may_commit_here(size):
-            self._local.commit_here(item)
-            done(item.error or ALL_KEPT)
-            return
+        item = _Item(build, size, done, is_change, is_hurried)
+        if self._local is not None:
+            is_here = self.may_commit_here(size)
+            if is_here:
+                self._local.commit_here(item)
+            if is_here or self._local.append_here(item):
+                done(item.error or ALL_KEPT)
+                return
         self._waiting += max(1, item.size)
         self.is_full = self._waiting >= MOST_WAITING
         self._lane.put(item)
@@ -164,22 +188,33 @@ Finish = Callable[[Sequence[_Item], Committed], None]
 
 
 class _Local:
-    """Commits to a store that answers in place: here, or on a thread of its own."""
+    """Commits to a store that answers in place: here, or on threads of its own.
+
+    What begins or ends sessions, and what is large, is done by one thread in the order in which it came. Small changes
+    pass it where the store has a log for them: here, or by a second thread if that waits for the disk.
+    """
 
     def __init__(self, store: LocalStore, cost: Cost, finish: Finish) -> None:
         self._store = store
         self._cost = cost
         self._finish = finish
         self._loop = asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        """For the thread; None is its end."""
         self._handed_over = 0
-        self._thread: threading.Thread | None = None
+        self._others = 0
+        """Of those that the first thread has: what is no mere change of sessions."""
+        self._changes = 0
+        """And how many sessions the changes are of."""
+        self._will_checkpoint = False
+        self._main = _Thread("stepwell-store", self._commit)
+        self._small = _Thread("stepwell-store-log", self._append)
 
     def may_commit_here(self, size: int) -> bool:
         """Whether to commit so many records at once costs less than to hand them over, while nothing waits."""
         store = self._store
-        return store.for_one_thread or (not store.waits_for_disk and self._cost.of(size) <= COMMIT_IN_PLACE_S)
+        if store.for_one_thread:
+            return True
+        is_short = self._cost.of(size) <= COMMIT_IN_PLACE_S and (size <= FEW or store.behind <= MOST_BEHIND)
+        return is_short and not store.waits_for_disk
 
     def commit_here(self, item: _Item) -> None:
         store = self._store
@@ -188,64 +223,180 @@ class _Local:
         if item.size and item.error is None:
             self._cost.learn(item.size, time.perf_counter() - started)
         if store.needs_checkpoint:
-            self._loop.call_soon(self._checkpoint_here)
+            self._checkpoint_soon()
+
+    def append_here(self, item: _Item) -> bool:
+        """Whether something small was done at once, although others wait."""
+        if not (item.is_change and self._store.has_log and self.may_commit_here(item.size)):
+            return False
+        item.make()
+        started = time.perf_counter()
+        if item.error is None:
+            if not self._try_append([item]):
+                return False
+            self._cost.learn(item.size, time.perf_counter() - started)
+        return True
 
     def put(self, item: _Item) -> None:
         self._handed_over += 1
-        if self._thread is None:
-            # a daemon: a store that never comes back must not keep the process from ending
-            self._thread = threading.Thread(target=self._work, name="stepwell-store", daemon=True)
-            self._thread.start()
-        if item.size <= MADE_HERE:
+        if item.size <= (FEW if item.is_hurried and self._changes > MANY else MADE_HERE):
             item.make()
-        self._queue.put(item)
+        item.passes = self._passes(item)
+        if item.passes:
+            self._small.put(item)
+            return
+        self._count(item, 1)
+        self._main.put(item)
+
+    def _passes(self, item: _Item) -> bool:
+        """Whether something small is better off with the second thread: else what waits is best written together."""
+        store = self._store
+        is_small = item.is_change and item.size <= FEW and item.error is None
+        is_worth_it = self._others > 0 or (item.is_hurried and self._changes > MANY)
+        return is_small and is_worth_it and store.has_log and store.waits_for_disk
+
+    def _count(self, item: _Item, by: int) -> None:
+        if item.is_change:
+            self._changes += by * item.size
+        else:
+            self._others += by
 
     def close(self, timeout_s: float) -> bool:
-        self._queue.put(None)
+        until = time.monotonic() + timeout_s
+        # the first one may have left something to the second
+        have_ended = [t.close(max(0.0, until - time.monotonic())) for t in (self._small, self._main)]
+        return all(have_ended)
+
+    def _append(self, items: Sequence[_Item]) -> bool:
+        """Small changes, on their thread; False if nobody is left to be told."""
+        if not self._try_append(items):
+            for item in items:
+                self._main.put(item)
+            return True
+        goes_on = self._report(items)
+        if self._store.needs_checkpoint:
+            self._main.wake()
+        return goes_on
+
+    def _try_append(self, items: Sequence[_Item]) -> bool:
+        try:
+            return self._store.append(_merged([item.batch for item in items]).puts)
+        except Exception as error:
+            why = reason(error)
+            for item in items:
+                item.error = why
+            return True
+
+    def _commit(self, items: Sequence[_Item]) -> bool:
+        """All else. Nothing at all is a wake-up: there is something to checkpoint."""
+        size = sum(item.size for item in items)
+        started = time.perf_counter()
+        _keep(items, self._store.commit)
+        waits_for_disk = self._store.waits_for_disk
+        if not waits_for_disk:
+            if size:
+                self._cost.learn(size, time.perf_counter() - started)
+            # before anything is told: then the event loop may use the store
+            self._store.checkpoint()
+        goes_on = self._report(items)
+        if waits_for_disk and goes_on:
+            self._store.checkpoint()
+        return goes_on
+
+    def _report(self, items: Sequence[_Item]) -> bool:
+        try:
+            if items:
+                self._loop.call_soon_threadsafe(self._tell, items)
+        except RuntimeError:  # the event loop was closed
+            return False
+        return True
+
+    def _tell(self, items: Sequence[_Item]) -> None:
+        self._handed_over -= len(items)
+        for item in items:
+            if not item.passes:
+                self._count(item, -1)
+        self._finish(items, ALL_KEPT)
+
+    def _checkpoint_soon(self) -> None:
+        if not self._will_checkpoint:
+            self._will_checkpoint = True
+            self._loop.call_soon(self._checkpoint_here)
+
+    def _checkpoint_here(self) -> None:
+        self._will_checkpoint = False
+        if not self._handed_over and not self._store.waits_for_disk:
+            self._store.checkpoint(briefly=True)
+            if self._store.behind:
+                self._checkpoint_soon()
+
+
+class _Signal(enum.Enum):
+    """What a thread finds in its queue beside items."""
+
+    WAKE = enum.auto()
+    END = enum.auto()
+
+
+class _Thread:
+    """A thread, once there is something for it, and what waits for it."""
+
+    def __init__(self, name: str, work: Callable[[Sequence[_Item]], bool]) -> None:
+        """`work` is called on the thread with what is done together; it returns False to end it."""
+        self._name = name
+        self._work = work
+        self._queue: queue.SimpleQueue[_Item | _Signal] = queue.SimpleQueue()
+        self._is_woken = False
+        self._thread: threading.Thread | None = None
+
+    def put(self, item: _Item) -> None:
+        self._queue.put(item)
+        self._start()
+
+    def wake(self) -> None:
+        """Have `work` called soon, maybe with nothing."""
+        if not self._is_woken:
+            self._is_woken = True
+            self._queue.put(_Signal.WAKE)
+            self._start()
+
+    def close(self, timeout_s: float) -> bool:
+        """End when all is done that was put before; False if that takes longer."""
+        self._queue.put(_Signal.END)
         if self._thread is not None:
             self._thread.join(timeout_s)
         return self._thread is None or not self._thread.is_alive()
 
-    def _work(self) -> None:
-        while items := self._take():
-            size = sum(item.size for item in items)
-            started = time.perf_counter()
-            _keep(items, self._store.commit)
-            waits_for_disk = self._store.waits_for_disk
-            if not waits_for_disk:
-                if size:
-                    self._cost.learn(size, time.perf_counter() - started)
-                # before anything is told: then the event loop may use the store
-                self._store.checkpoint()
-            try:
-                self._loop.call_soon_threadsafe(self._tell, items)
-            except RuntimeError:  # the event loop was closed: nobody is left to be told
-                return
-            if waits_for_disk:
-                self._store.checkpoint()
+    def _start(self) -> None:
+        if self._thread is None:
+            # a daemon: a store that never comes back must not keep the process from ending
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
 
-    def _tell(self, items: Sequence[_Item]) -> None:
-        self._handed_over -= len(items)
-        self._finish(items, ALL_KEPT)
+    def _run(self) -> None:
+        goes_on = True
+        while goes_on:
+            items, is_end = self._take()
+            if items or not is_end:
+                goes_on = self._work(items) and not is_end
+            else:
+                goes_on = False
 
-    def _checkpoint_here(self) -> None:
-        if not self._handed_over and not self._store.waits_for_disk:
-            self._store.checkpoint()
-
-    def _take(self) -> list[_Item]:
-        """What is committed next, together; nothing at the end."""
+    def _take(self) -> tuple[list[_Item], bool]:
+        """What is done next, together, and whether it is the end."""
         items: list[_Item] = []
         size = 0
-        item = self._queue.get()
-        while item is not None:
-            items.append(item)
-            size += item.size
+        while True:
+            found = self._queue.get()
+            if found is _Signal.END:
+                return items, True
+            if isinstance(found, _Item):
+                items.append(found)
+                size += found.size
+            else:
+                self._is_woken = False
             if size >= MOST_TOGETHER or self._queue.empty():
-                return items
-            item = self._queue.get()
-        if items:
-            self._queue.put(None)  # the end comes after these
-        return items
+                return items, False
 
 
 class _Awaited:

@@ -84,7 +84,7 @@ class EveryChange(Keeping):
             follows = self._follows(outcome, puts)
             return Batch(puts=puts, follows=follows, stamps=stamped(outcome.stamp, count))
 
-        self._commits.submit(build, count, kept)
+        self._commits.submit(build, count, kept, is_change=True, is_hurried=outcome.is_hurried)
 
     def _follows(self, outcome: Outcome, puts: Sequence[tuple[str, Stored]]) -> U64:
         """The stamps of the records that others follow, in their order."""

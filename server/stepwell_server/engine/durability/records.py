@@ -35,6 +35,8 @@ class Outcome:
     """The replies that are kept as arrays of their own, by their place."""
     stamp: int = 0
     """Of its records, if others use the store."""
+    is_hurried: bool = False
+    """Others have passes, too: if it is small it need not wait for what is large."""
 
     def part(self, places: Members) -> Outcome:
         """The same of some of its sessions."""
@@ -48,6 +50,7 @@ class Outcome:
             self.replies[places],
             {own[place]: arrays for place, arrays in self.arrays.items() if place in own},
             self.stamp,
+            self.is_hurried,
         )
 
 

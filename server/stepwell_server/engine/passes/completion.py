@@ -12,6 +12,7 @@ from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Select
 from stepwell_server.engine.change import NO_STATES, Change
 from stepwell_server.engine.durability.committer import Committer
+from stepwell_server.engine.durability.group_commit import FEW
 from stepwell_server.engine.durability.records import Outcome
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes.batch import Pass, join, outputs_of
@@ -20,6 +21,9 @@ from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import Kept, KeptArrays, named_states
 from stepwell_server.engine.types import U64, Mask, Members, Tensors
 from stepwell_server.errors import ServerError
+
+#: A job is small beside others if it has at most this part of the sessions.
+_SMALL = 8
 
 
 class _Ended:
@@ -63,13 +67,15 @@ class Completion:
     def complete(self, work: Pass, jobs: Sequence[tuple[int, Job]]) -> None:
         """Commit and answer jobs (with their index in the pass) that have run their last time step."""
         changes = [(index, job) for index, job in jobs if job.handles is not None]
-        if changes:
-            self._commit(work, changes)
+        is_hurried = self._model.ready.has_company(self._clock.monotonic())
+        for some in _apart(changes) if is_hurried else (changes,):
+            if some:
+                self._commit(work, some, is_hurried=is_hurried)
         for index, job in jobs:
             if isinstance(job.owner, PredictCall):
                 job.owner.complete(work, index, job)
 
-    def _commit(self, work: Pass, jobs: Sequence[tuple[int, Job]]) -> None:
+    def _commit(self, work: Pass, jobs: Sequence[tuple[int, Job]], *, is_hurried: bool) -> None:
         self._exchange_rows([job for _, job in jobs])
         self._keep_outputs(work, jobs)
         ended, place = [], 0
@@ -78,6 +84,7 @@ class Completion:
             ended.append(_Ended(job, _change(job), outputs_of(work, index, job), states, place))
             place += len(job.members)
         outcome = self._outcome(ended)
+        outcome.is_hurried = is_hurried
         traces = [trace for _, job in jobs if job.owner.traces for trace in job.traces]
         began = self._clock.monotonic() if traces else 0.0
 
@@ -180,6 +187,13 @@ class Completion:
         spans = [np.arange(work.starts[i], work.starts[i] + job.row_count) for i, job in jobs]
         rows = np.concatenate(spans)
         self._model.arena.keep_outputs(work.target_rows[rows], [output[rows] for output in last])
+
+
+def _apart(jobs: Sequence[tuple[int, Job]]) -> tuple[Sequence[tuple[int, Job]], Sequence[tuple[int, Job]]]:
+    """Those that are small beside the others, which they need not wait for; and the others."""
+    most = min(FEW, sum(len(job.members) for _, job in jobs) // _SMALL)
+    few = [(index, job) for index, job in jobs if len(job.members) <= most]
+    return few, [(index, job) for index, job in jobs if len(job.members) > most] if few else jobs
 
 
 def _mask(count: int, places: Members) -> Mask:

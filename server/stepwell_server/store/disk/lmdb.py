@@ -179,7 +179,7 @@ class LmdbStore(LocalStore):
         self._write_with(_KEEPS, lambda: self._reserve.commit(batch, self._commit, self._extent))
 
     @override
-    def checkpoint(self) -> None:
+    def checkpoint(self, *, briefly: bool = False) -> None:
         """There is nothing to do."""
 
     @override

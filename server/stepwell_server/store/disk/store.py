@@ -17,6 +17,7 @@ import dataclasses
 import logging
 import secrets
 import struct
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,9 @@ from stepwell_server.store.times import StoreTimes
 _FOLDER = "journal"
 #: What LMDB says of the log while there may be something in it: its owner number, and the size of a segment.
 _MARK = struct.Struct("<IQ")
+
+#: An `append` that need not wait for the disk does not wait longer for a large write to the log.
+_PATIENCE_S = 2e-3
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +73,7 @@ class DiskStore(LocalStore):
         self.path = path
         self._room = Room(path)
         self._times = times or StoreTimes()
+        self._counting = threading.Lock()
         self._base = LmdbStore(
             path,
             durability=durability,
@@ -105,6 +110,24 @@ class DiskStore(LocalStore):
         self._base.set_key_checks(checks)
 
     @property
+    def has_log(self) -> bool:  # type: ignore[override]
+        """See `LocalStore`."""
+        return self._wal is not None
+
+    @override
+    def append(self, puts: Sequence[tuple[str, Stored]]) -> bool:
+        wal = self._wal
+        if wal is None or self._closed:
+            return False
+        try:
+            self._base.files.require()
+            return self._log(wal, _parts(puts), -1.0 if self.waits_for_disk else _PATIENCE_S)
+        except (Unavailable, OSError) as error:
+            # `commit` does it, or says what is wrong
+            self._complain("a change could not be written to the write-ahead log, and goes to LMDB", error)
+            return False
+
+    @property
     @override
     def needs_checkpoint(self) -> bool:
         return self._wal is not None and self._wal.needs_checkpoint
@@ -135,14 +158,20 @@ class DiskStore(LocalStore):
             self._wal.discard(ids)
             self._in_doubt.difference_update(ids)
 
+    @property
+    def behind(self) -> int:  # type: ignore[override]
+        """See `LocalStore`."""
+        return self._wal.due if self.needs_checkpoint and self._wal is not None else 0
+
     @override
-    def checkpoint(self) -> None:
+    def checkpoint(self, *, briefly: bool = False) -> None:
         if self._wal is not None and not self._closed and self._wal.needs_checkpoint:
             try:
-                self._checkpoint(self._wal)
+                self._checkpoint(self._wal, briefly=briefly)
             except StoreGone:
                 return  # whoever looks after the store says so, and ends the server
             except (Unavailable, OSError) as error:
+                self._wal.due = 0  # not again before the next write
                 self._complain("changes stay in the write-ahead log until they can be checkpointed", error)
 
     @override
@@ -295,7 +324,7 @@ class DiskStore(LocalStore):
     # ------------------------------------------------------------------------------------------------------ writing
 
     def _append(self, wal: WriteAheadLog, puts: Sequence[tuple[str, Stored]]) -> bool:
-        parts = [part for part in puts.parts if len(part)] if isinstance(puts, Joined) else [puts]
+        parts = _parts(puts)
         try:
             if self._log(wal, parts):
                 return True
@@ -310,12 +339,16 @@ class DiskStore(LocalStore):
             self._complain("a change could not be written to the write-ahead log, and goes to LMDB", error)
             return False
 
-    def _log(self, wal: WriteAheadLog, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
+    def _log(
+        self, wal: WriteAheadLog, parts: Sequence[Sequence[tuple[str, Stored]]], patience_s: float = -1.0
+    ) -> bool:
         started, times = time.perf_counter(), self._times
-        if not wal.append(parts):
+        if not wal.append(parts, patience_s):
             return False
-        times.log.observe(time.perf_counter() - started)
-        times.log_records += sum(map(len, parts))
+        seconds = time.perf_counter() - started
+        with self._counting:
+            times.log.observe(seconds)
+            times.log_records += sum(map(len, parts))
         return True
 
     def _write(self, batch: Batch) -> None:
@@ -323,9 +356,9 @@ class DiskStore(LocalStore):
         self._base.commit(batch)
         self._times.data.observe(time.perf_counter() - started)
 
-    def _checkpoint(self, wal: WriteAheadLog) -> bool:
+    def _checkpoint(self, wal: WriteAheadLog, *, briefly: bool = False) -> bool:
         """Checkpoint some changes; False if there are none."""
-        ids, records = wal.to_checkpoint()
+        ids, records = wal.to_checkpoint(briefly=briefly)
         if not self._in_doubt.isdisjoint(ids):
             records = [put for put, is_later in zip(records, self._later(records), strict=True) if is_later]
         if records:
@@ -342,17 +375,15 @@ class DiskStore(LocalStore):
         """
         try:
             for _ in range(2):
-                while self._checkpoint(wal):
-                    pass
-                wal.rotate()
+                while not wal.rotate():
+                    self._checkpoint(wal)
         except OSError as error:
             raise Unavailable(f"the write-ahead log must be writable; got {error}") from error
 
     def _checkpoint_all(self, wal: WriteAheadLog) -> None:
         """Checkpoint everything."""
-        while self._checkpoint(wal):
-            pass
-        wal.rotate()
+        while not wal.rotate():
+            self._checkpoint(wal)
         while self._checkpoint(wal):
             pass
         self._base.sync()
@@ -384,3 +415,7 @@ class DiskStore(LocalStore):
         # nothing is forgotten here: another thread may be about to commit
         (is_later,) = self._later([(session_id, record)])
         return record if is_later else None
+
+
+def _parts(puts: Sequence[tuple[str, Stored]]) -> Sequence[Sequence[tuple[str, Stored]]]:
+    return [part for part in puts.parts if len(part)] if isinstance(puts, Joined) else [puts]

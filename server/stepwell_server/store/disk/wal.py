@@ -21,8 +21,12 @@ _SHARE = 64
 _LEAST_BYTES = 64 * 1024
 #: Checkpointing begins when this part of the active segment is used.
 _CHECKPOINT_AT = 1 / 2
-#: A checkpoint takes at least this many records, or twice those of the last write, to keep up with writes.
+#: To keep up with writes, twice as many records are checkpointed as were written, and at least this many at once. A brief
+#: checkpoint takes no more.
 _LEAST_RECORDS = 64
+
+#: A write of more records leaves this part of a segment free: smaller ones have room while it waits for a checkpoint.
+_FEW, _LEFT = 512, 1 / 8
 
 Records = list[tuple[str, Stored]]
 
@@ -44,7 +48,10 @@ def room_for(folder: Path, size: int) -> int:
 
 
 class WriteAheadLog:
-    """The last change of each session that the store does not have yet. For one thread, except `find`."""
+    """The last change of each session that the store does not have yet.
+
+    For one thread that checkpoints, and one more that appends meanwhile; `find` and `places_of` are for any.
+    """
 
     def __init__(
         self,
@@ -65,7 +72,10 @@ class WriteAheadLog:
         """
         self.size = size
         self._before_rotate = before_rotate
-        self._last_count = 0
+        self.due = 0
+        """Records that are to be checkpointed to keep up with what was appended."""
+        # Held by who appends or rotates.
+        self._appending = threading.Lock()
         # Held by who reads both segments: none is truncated meanwhile.
         self._looking = threading.Lock()
         self._active = Segment(folder / NAMES[0], size, owner, flush=flush, make=make)
@@ -127,22 +137,36 @@ class WriteAheadLog:
         """It is time to checkpoint."""
         return bool(self._sealed.offsets) and self._active.end > self._active.size * _CHECKPOINT_AT
 
-    def append(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
+    def append(self, parts: Sequence[Sequence[tuple[str, Stored]]], patience_s: float = -1.0) -> bool:
         """Append changes; False if there is no room until more is checkpointed, or ever.
+
+        Args:
+            parts: The changes, each with its sessions' records.
+            patience_s: False as well if another thread appends for so long; -1: wait for it.
 
         Raises:
             OSError: they could not be written. None is there.
         """
-        self._last_count = sum(map(len, parts))
-        if self._last_count == len(parts) == 1:
+        if not self._appending.acquire(timeout=patience_s):
+            return False
+        try:
+            return self._append(parts)
+        finally:
+            self._appending.release()
+
+    def _append(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
+        count = sum(map(len, parts))
+        self.due = 2 * count + (self.due if self.needs_checkpoint else 0)
+        if count == len(parts) == 1:
             is_kept = self._active.append_one(*parts[0][0])
         else:
-            is_kept = self._active.append(parts)
+            leave = 0 if count <= _FEW else int(self._active.size * _LEFT)
+            is_kept = self._active.append(parts, leave)
         if is_kept:
             return True
         if self._sealed.offsets or not self.fits(parts):
             return False
-        self.rotate()
+        self._rotate()
         return self._active.append(parts)
 
     def fits(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
@@ -165,32 +189,46 @@ class WriteAheadLog:
 
     def discard(self, session_ids: Iterable[str]) -> None:
         """Discard the log's records of sessions: the store has later ones."""
-        written, left = self._active.offsets, self._sealed.offsets
+        with self._looking:
+            written, left = self._active.offsets, self._sealed.offsets
         if written or left:
             for session_id in session_ids:
                 written.pop(session_id, None)
                 left.pop(session_id, None)
 
-    def to_checkpoint(self) -> tuple[list[str], Records]:
+    def to_checkpoint(self, *, briefly: bool = False) -> tuple[list[str], Records]:
         """Sessions to checkpoint next, and those of their records that count; `checkpointed` afterwards."""
-        ids = list(itertools.islice(self._sealed.offsets, max(_LEAST_RECORDS, 2 * self._last_count)))
+        with self._looking:
+            active, sealed = self._active, self._sealed
+        # nobody rotates while the sealed one has something
+        most = _LEAST_RECORDS if briefly else max(_LEAST_RECORDS, self.due)
+        ids = list(itertools.islice(sealed.offsets, most))
+        self.due = max(0, self.due - len(ids)) if ids else 0
         # the active segment has a later record of the others
-        wanted = [session_id for session_id in ids if session_id not in self._active.offsets]
-        records: Records = [(i, record) for i in wanted if (record := self._sealed.record(i)) is not None]
+        wanted = [session_id for session_id in ids if session_id not in active.offsets]
+        records: Records = [(i, record) for i in wanted if (record := sealed.record(i)) is not None]
         return ids, records
 
     def checkpointed(self, session_ids: Iterable[str]) -> None:
         """The store has what `to_checkpoint` gave."""
+        left = self._sealed.offsets
         for session_id in session_ids:
-            self._sealed.offsets.pop(session_id, None)
+            left.pop(session_id, None)
 
-    def rotate(self) -> None:
-        """Seal the active segment, and append to the other; only if that one is empty.
+    def rotate(self) -> bool:
+        """Seal the active segment, and append to the other; False if that one is not empty.
 
         Raises:
             OSError: the other cannot be written.
             StoreGone: by `before_rotate`.
         """
+        with self._appending:
+            if self._sealed.offsets:
+                return False
+            self._rotate()
+            return True
+
+    def _rotate(self) -> None:
         self._before_rotate()
         with self._looking:
             self._sealed.truncate(self._active.sequence)

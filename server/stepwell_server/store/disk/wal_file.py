@@ -33,7 +33,7 @@ class SegmentDamaged(Exception):
 
 
 class Segment:
-    """One file. For one thread; others may call `record` while it is not truncated."""
+    """One file. For one thread; others may call `record`, and forget offsets, while it is not truncated."""
 
     def __init__(self, path: Path, size: int, owner: int, *, flush: bool, make: bool) -> None:
         """Open the file, to `load` it, or make it, to `truncate` it.
@@ -94,8 +94,8 @@ class Segment:
             sequence,
         )
 
-    def append(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
-        """Write entries, all of them or none; False if there is no room.
+    def append(self, parts: Sequence[Sequence[tuple[str, Stored]]], leave: int = 0) -> bool:
+        """Write entries, all of them or none; False if there is no room, of which so many bytes are to be left.
 
         Raises:
             OSError: they could not be written. None is there.
@@ -106,7 +106,7 @@ class Segment:
             for place, part in enumerate(parts)
         ]
         size = sum(entry.size for entry in added)
-        if self.end + size > self.size:
+        if self.end + size + leave > self.size:
             return False
         try:
             self._write([buffer for entry in added for buffer in entry.buffers], self.end, size)
