@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from stepwell_server.tracing.spans import Tracing
 
 _log = Log("app")
-_SWITCH_INTERVAL_S = 0.5e-3
+_SWITCH_INTERVAL_S = 0.1e-3
 _GONE_DRAIN_S = 5.0
 """Without a store nothing can be finished; this is for telling callers so."""
 

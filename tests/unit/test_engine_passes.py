@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import numpy as np
 import pytest
 
 from stepwell_server.engine.api import Applied
 from stepwell_server.engine.change import Awaited, Change
+from stepwell_server.engine.passes.completion import Completion
+from stepwell_server.engine.state.model import SHORT_PASS_S
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, Unavailable
 from support.durable import until
 from support.engine import BOTH_WAYS, Answer, FixedCost, Harness, kinds, running, x
@@ -367,3 +370,23 @@ async def test_warming_up_writes_to_nobodys_rows() -> None:
         await at.engine.start()
         assert (await at.state("a"))["sum"].tobytes() == before
         assert set(at.hooks.rows) == {1, 8, 64}, "no size beyond max_batch_rows"
+
+
+async def test_passes_are_shorter_beside_others_where_what_follows_them_takes_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running(threads=False) as at:
+        ids = await open_all(at, 40)
+        model = at.inside.models[0]
+        before = model.rows_of_a_short_pass
+        complete = Completion.complete
+
+        def slow(*given: Any) -> None:
+            at.clock.advance(5e-3)
+            complete(*given)
+
+        monkeypatch.setattr(Completion, "complete", slow)
+        for _ in range(40):
+            await at.submit(ids, x(40)).all()
+        assert model.rows_of_a_short_pass < before
+        assert model.rows_within(SHORT_PASS_S) >= before, "the passes themselves are no longer"

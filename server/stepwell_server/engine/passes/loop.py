@@ -90,9 +90,13 @@ class PassLoop:
                 self._company_until = self._clock.monotonic() + _COMPANY_S
             self._admission.admit(joined_where_alike(came))
         wanted = min(self._model.ready.rows_waiting, self._model.max_batch_rows)
+        began = self._clock.monotonic()
         jobs = self._choose() if wanted else ()
         if jobs:
+            rows = sum(job.row_count for job in jobs)
             self._run(jobs, wanted)  # then `_finish`: commit and reply
+            if not self._running:
+                self._model.turn_cost.learn(rows, self._clock.monotonic() - began)
         self._settle()
 
     def _settle(self) -> None:
