@@ -143,6 +143,30 @@ def durability_table(points: Sequence[Point]) -> str:
     return table(["sessions", "store", *RATE_AND_LATENCY, "rate / p50 against memory"], rows)
 
 
+def valkey_table(points: Sequence[Point]) -> str:
+    """What is over the disk's p50 is counted in what stands beside: round trips, commits."""
+    names = {"disk": "on disk, async", "valkey": "on Valkey, async"}
+    alone = {"script": "its commit alone", "PING": "a round trip"}
+    loads = {"unary": "call", "group": "one group"}
+    rows = []
+    for point in points:
+        if "over" in point:
+            continue
+        load = loads.get(point["kind"])
+        over = pick(points, over="round trips" if point["sessions"] == 1 else "commits of 256")
+        counted = f"{cell(over, 'count')} {over['over']}" if over and point["store"] == "valkey" else ""
+        rows.append(
+            [
+                f"{point['sessions']}, {load}" if load else str(point["sessions"] or ""),
+                names.get(point["store"]) or alone[point["kind"]],
+                cell(point, "p50_ms"),
+                cell(point, "p50_ms", of="ratios"),
+                counted,
+            ]
+        )
+    return table(["sessions", "", "p50, ms", "against the disk", "over the disk's"], rows)
+
+
 def ratios_table(*labels: str, heads: Sequence[str], key: str = "rate") -> Callable[[Sequence[Point]], str]:
     """A table with a row for each point, whose last column is a ratio."""
 
@@ -244,6 +268,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
     "profile": ("sdk", profile_table),
     "width": ("width", width_table),
     "durability": ("durability", durability_table),
+    "valkey": ("valkey", valkey_table),
     "triton": (
         "triton",
         ratios_table("protocol", "kind", heads=("256 sessions", "", "rate against Stepwell's")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import bisect
 import contextlib
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
@@ -272,7 +273,9 @@ class Cluster(Topology):
         self._timeout_s = timeout_s
         self._seeds = seeds
         self._tag = tag
-        self._slots: dict[int, Address] = {}
+        self._slots = _Slots(())
+        self._known: dict[int, Node] = {}
+        """By partition."""
         self._is_doubted = True
         self._looked = -1.0
         self._looking = asyncio.Lock()
@@ -283,11 +286,14 @@ class Cluster(Topology):
             await self._look()
         found = {}
         for partition in partitions:
-            address = self._slots.get(slot_of(self._tag(partition)))
-            if address is None:
-                self._is_doubted = True
-                raise Lost("the Cluster must have all slots; some are nobody's", sent=False)
-            found[partition] = self.node_at(address)
+            node = self._known.get(partition)
+            if node is None:
+                address = self._slots.owner(slot_of(self._tag(partition)))
+                if address is None:
+                    self._is_doubted = True
+                    raise Lost("the Cluster must have all slots; some are nobody's", sent=False)
+                node = self._known[partition] = self.node_at(address)
+            found[partition] = node
         return found
 
     @override
@@ -301,24 +307,24 @@ class Cluster(Topology):
 
     @override
     def moved(self, partition: int, address: Address) -> None:
-        self._slots[slot_of(self._tag(partition))] = address
+        self._known[partition] = self.node_at(address)
         self._is_doubted = True
 
     @override
     async def primaries(self) -> list[Node]:
         if self._is_doubted:
             await self._look()
-        return [self.node_at(address) for address in sorted(set(self._slots.values()))]
+        return [self.node_at(address) for address in sorted(self._slots.owners)]
 
     async def _look(self) -> None:
         async with self._looking:
             loop = asyncio.get_running_loop()
             if not self._is_doubted:
                 return
-            if self._slots and loop.time() < self._looked + _REFRESH_S:
+            if self._slots.owners and loop.time() < self._looked + _REFRESH_S:
                 return
             problem: Lost | None = None
-            for address in dict.fromkeys((*self._slots.values(), *self._seeds)):
+            for address in dict.fromkeys((*sorted(self._slots.owners), *self._seeds)):
                 try:
                     slots = await self._slots_as_seen_by(address)
                 except Denied:
@@ -327,24 +333,40 @@ class Cluster(Topology):
                     problem = error
                     continue
                 self._slots, self._is_doubted, self._looked = slots, False, loop.time()
-                self._keep_only(slots.values())
+                self._known = {}
+                self._keep_only(slots.owners)
                 return
             assert problem is not None
             raise problem
 
-    async def _slots_as_seen_by(self, address: Address) -> dict[int, Address]:
+    async def _slots_as_seen_by(self, address: Address) -> _Slots:
         node = self.node_at(address)
         (reply,) = await node.ask([("CLUSTER", "SLOTS")], self._timeout_s)
         if isinstance(reply, Refused):
             raise Denied(f"{shown(address)} must be a node of a Cluster: {reply}")
-        slots: dict[int, Address] = {}
+        ranges = []
         for first, last, primary, *_ in reply:
             host = (primary[0] or b"").decode()
-            owner = (host if host not in {"", "?"} else address[0], int(primary[1]))
-            slots.update(dict.fromkeys(range(first, last + 1), owner))
-        if not slots:
+            ranges.append((first, last, (host if host not in {"", "?"} else address[0], int(primary[1]))))
+        if not ranges:
             raise Lost(f"{shown(address)} must belong to a Cluster; it knows of no slots", sent=False)
-        return slots
+        return _Slots(ranges)
+
+
+class _Slots:
+    """Who has which slots, in ranges: first, last, owner."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int, Address]]) -> None:
+        self._ranges = sorted(ranges)
+        self._firsts = [first for first, _, _ in self._ranges]
+        self.owners = frozenset(owner for _, _, owner in ranges)
+
+    def owner(self, slot: int) -> Address | None:
+        """None: nobody has it."""
+        place = bisect.bisect_right(self._firsts, slot) - 1
+        if place < 0 or slot > self._ranges[place][1]:
+            return None
+        return self._ranges[place][2]
 
 
 _ASK_S = 1.0
