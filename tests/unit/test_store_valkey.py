@@ -173,6 +173,18 @@ async def test_a_frame_of_large_records(valkey: Valkey) -> None:
         } == {2}
 
 
+async def test_more_than_one_answer_may_have(valkey: Valkey) -> None:
+    async with shared(valkey.url()) as (store,):
+        ids = [f"s{i}" for i in range(12)]
+        stored = [(i, record(i, size=2_000_000 if n % 3 else 9)) for n, i in enumerate(ids)]
+        _, stamp = await put(store, stored, [0] * 12)
+        found = await store.fetch([*ids, "never"], [stamp if n == 4 else 0 for n in range(13)])
+        wanted: list[bytes | None] = [stored for _, stored in stored]
+        wanted[4] = None
+        assert [each.record for each in found] == [*wanted, None]
+        assert found[4].is_known
+
+
 async def test_a_frame_in_which_some_conflict(valkey: Valkey) -> None:
     async with shared(valkey.url(), 2) as (a, b):
         ids = [f"s{i}" for i in range(256)]

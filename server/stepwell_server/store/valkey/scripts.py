@@ -165,8 +165,9 @@ FETCH = _script(
     _COMMON,
     """
 -- What sessions have. KEYS: the sessions. ARGV: stamps that are known (8 bytes each; empty: none is); '1': write something
--- if anything is not known. Returns the time (ms), then the value of each, or its head alone where the stamp is known.
-local known, fence = ARGV[1], ARGV[2] == '1'
+-- if anything is not known; after how many bytes to end. Returns the time (ms), then the value of each, or its head alone
+-- where the stamp is known; fewer values than keys where these are larger: at least one.
+local known, fence, room = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3])
 local found = {now_ms()}
 for i, key in ipairs(KEYS) do
   local value
@@ -185,6 +186,8 @@ for i, key in ipairs(KEYS) do
     fence = false
   end
   found[i + 1] = value
+  room = room - (value and #value or 0)
+  if room < 0 then break end
 end
 return found
 """,

@@ -51,7 +51,8 @@ from stepwell_server.store.valkey.url import StoreUrl
 _log = Log("store.valkey")
 _NOTHING = Fetched()
 _MOST_READ_BYTES = 8 * 2**20
-"""Of records that are read at once, as far as their sizes are known."""
+"""Of records in the answers to one read, beside the last one of each answer."""
+_MOST_AT_ONCE = 2 * MOST_KEYS
 _RETRY_AFTER_S = 1.0
 
 
@@ -161,8 +162,6 @@ class ValkeyStore(Store):
         self._durability: Literal["sync", "async"] = "sync" if requests.waits else "async"
         self._limit_s = LIMIT * url.timeout_s
         self._damage = ""
-        self._record_bytes = 1
-        """Of the largest record that was read."""
 
     @property
     @override
@@ -205,16 +204,24 @@ class ValkeyStore(Store):
 
     async def _stored(self, session_ids: Sequence[str], known: Sequence[int]) -> list[Fetched]:
         """As `fetch`, with records as they are stored."""
-        size = max(1, min(2 * MOST_KEYS, _MOST_READ_BYTES // self._record_bytes))
-        found: list[Fetched] = []
-        for at in range(0, len(session_ids), size):
-            found += await self._read(session_ids[at : at + size], known[at : at + size])
+        found = [_NOTHING] * len(session_ids)
+        stamps = np.array(known, np.uint64).tobytes() if any(known) else b""
+        for at in range(0, len(session_ids), _MOST_AT_ONCE):
+            left = self._groups(session_ids[at : at + _MOST_AT_ONCE], at)
+            while left:
+                left = await self._read(session_ids, known, stamps, left, found)
         return found
 
-    async def _read(self, session_ids: Sequence[str], known: Sequence[int]) -> list[Fetched]:
-        stamps = np.array(known, np.uint64).tobytes() if any(known) else b""
+    async def _read(
+        self,
+        session_ids: Sequence[str],
+        known: Sequence[int],
+        stamps: bytes,
+        groups: Sequence[tuple[int, list[int]]],
+        found: list[Fetched],
+    ) -> list[tuple[int, list[int]]]:
+        """Put what sessions have into `found`, and return those for which there was no room in the answers."""
         is_fenced = self._requests.waits
-        groups = self._groups(session_ids)
         requests = [
             Request.of(
                 partition,
@@ -222,13 +229,16 @@ class ValkeyStore(Store):
                 [self._keys.session(session_ids[place]) for place in places],
                 b"".join([stamps[STAMP_BYTES * i : STAMP_BYTES * (i + 1)] for i in places]),
                 b"1" if is_fenced else b"0",
+                _MOST_READ_BYTES // len(groups),
             )
             for partition, places in groups
         ]
         replies = await self._ask(requests, waits=is_fenced)
-        found = [_NOTHING] * len(session_ids)
-        for request, (_, places), (now_ms, *values) in zip(requests, groups, replies, strict=True):
-            for place, value in zip(places, values, strict=True):
+        left = []
+        for request, (partition, places), (now_ms, *values) in zip(requests, groups, replies, strict=True):
+            if len(values) < len(places):
+                left.append((partition, places[len(values) :]))
+            for place, value in zip(places, values, strict=False):
                 if value is None:
                     continue
                 found[place] = each = self._fetched(
@@ -236,7 +246,7 @@ class ValkeyStore(Store):
                 )
                 if not (each.is_known or request.is_durable):
                     raise _not_durable()
-        return found
+        return left
 
     def _fetched(self, session_id: str, value: bytes, now_ms: int, known: int) -> Fetched:
         if len(value) < HEAD.size:
@@ -250,7 +260,6 @@ class ValkeyStore(Store):
             return Fetched(b"", stamp=stamp, idle_s=idle_s)
         if known and stamp == known:
             return Fetched(stamp=stamp, is_known=True, idle_s=idle_s)
-        self._record_bytes = max(self._record_bytes, len(value))
         return Fetched(value[HEAD.size :], stamp=stamp, idle_s=idle_s)
 
     @override
@@ -457,15 +466,15 @@ class ValkeyStore(Store):
                 raise request.problem
         return [request.reply for request in requests]
 
-    def _groups(self, session_ids: Sequence[str]) -> list[tuple[int, list[int]]]:
-        """Places of sessions that may be asked for by one script."""
+    def _groups(self, session_ids: Sequence[str], first: int = 0) -> list[tuple[int, list[int]]]:
+        """Places of sessions that may be asked for by one script, counted from `first`."""
         if not self._is_cluster:
-            return [(META, list(range(len(session_ids))))]
-        return self._grouped([self._keys.partition(session_id) for session_id in session_ids])
+            return [(META, list(range(first, first + len(session_ids))))] if session_ids else []
+        return self._grouped([self._keys.partition(session_id) for session_id in session_ids], first)
 
-    def _grouped(self, partitions: Sequence[int]) -> list[tuple[int, list[int]]]:
+    def _grouped(self, partitions: Sequence[int], first: int = 0) -> list[tuple[int, list[int]]]:
         groups: dict[int, list[int]] = {}
-        for place, partition in enumerate(partitions):
+        for place, partition in enumerate(partitions, first):
             groups.setdefault(partition, []).append(place)
         return list(groups.items())
 
