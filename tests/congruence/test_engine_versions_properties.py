@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stepwell_server.engine.api import Select, SessionPolicy
@@ -43,7 +43,6 @@ SETTINGS = settings(
     max_examples=examples(120),
     deadline=None,
     report_multiple_bugs=False,
-    phases=(Phase.explicit, Phase.generate) if "NOSHRINK" in os.environ else tuple(Phase),
     derandomize="CI" in os.environ,
     suppress_health_check=list(HealthCheck),
 )

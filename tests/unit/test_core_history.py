@@ -86,3 +86,46 @@ def test_moves_that_no_session_makes_are_left_out() -> None:
     assert left.moves == (Move(7, 7, 51, How.CARRY, "", 50),)
     assert left.way(7, 6) == history.way(7, 6)
     assert left.versions() == {7, 51}
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_followers_of_forgotten_versions_go_the_same_ways(seed: int) -> None:
+    """However often moves are put together, and whatever comes after."""
+    chance = random.Random(seed)
+    full = left = History()
+    defaults, current, forgotten = [1], 1, set[int]()
+    for _ in range(chance.randrange(2, 40)):
+        fresh = max(defaults) + 1
+        known = [version for version in range(1, fresh + 1) if version not in {current, *forgotten}]
+        target = chance.choice([*known, fresh, fresh])
+        how = chance.choices(list(How), [8, 1, 1])[0]
+        function = f"{current}>{target}" if how is How.MIGRATE else ""
+        full, left = (each.with_move(current, target, how, function) for each in (full, left))
+        current = target
+        defaults.append(current)
+        if chance.random() < 0.2:
+            free = {v for v in range(1, fresh) if v != current and chance.random() < 0.7}
+            left = left.compacted(free, lambda _one, _other: True)
+            forgotten |= {v for v in free if v not in left.versions()}
+    for epoch, version in enumerate(defaults):
+        goal, way = full.way(version, epoch)
+        start = left.follower_in(epoch) if version in forgotten else version
+        if start is None:  # it is there
+            assert epoch == left.epoch
+            continue
+        found, short = left.way(start, epoch)
+        assert found == goal
+        effects = [_effect([(move.how, move.function) for move in each]) for each in (short, way)]
+        assert effects[0] == effects[1]
+
+
+def test_neighbours_that_say_the_same_are_one_move() -> None:
+    history = History()
+    for version in range(1, 101):
+        history = history.with_move(version, version + 1, How.CARRY)
+    left = history.compacted(range(1, 101), lambda _one, _other: True)
+    assert left.moves == (Move(100, 100, 101, How.CARRY, "", 100),)
+    assert left.follower_in(7) == 100
+    assert left.follower_in(100) is None
+    assert len(history.compacted(range(1, 51), lambda _one, _other: True).moves) == 50
+    assert history.compacted(range(1, 101), lambda _one, _other: False) == history

@@ -12,7 +12,7 @@ import pytest
 from stepwell_server.core.history import Mark
 from stepwell_server.engine.api import Moved, SessionPolicy
 from stepwell_server.engine.state.fields import mark_of
-from stepwell_server.engine.versions import document
+from stepwell_server.engine.versions import document, following
 from stepwell_server.errors import (
     InvalidInput,
     ModelInUse,
@@ -39,6 +39,12 @@ BOTH = {"plain@1": PLAIN, "plain@2": weights(2)}
 FIRST, SECOND, THIRD = x(1, seed=1), x(1, seed=2), x(1, seed=3)
 
 pytestmark = pytest.mark.stores("awaited")
+
+
+@pytest.fixture(autouse=True)
+def only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No timer looks what others have changed."""
+    monkeypatch.setattr(following, "LOOK_S", 1e6)
 
 
 def two_versions(**options: Any) -> Any:
@@ -174,7 +180,7 @@ async def test_who_has_not_heard_of_a_change_goes_on_before_it() -> None:
         await first.engine.set_default("plain", 2, CARRY)
         answer = await second.step("a", FIRST)
         assert answer.version == 1
-        assert record_of(second, "a") is None, "it is of epoch 0, when nobody had moved"
+        assert record_of(second, "a") == Mark(1, 0, is_pinned=False)
         later = await first.step("a", SECOND)
         assert later.version == 2
         np.testing.assert_array_equal(
@@ -208,6 +214,20 @@ async def test_a_copy_of_before_is_never_used_for_what_comes_after() -> None:
         np.testing.assert_array_equal(answer.outputs["y"], after(2, state, [SECOND])[0])
 
 
+async def test_there_and_back_is_not_where_it_was() -> None:
+    """The version is the same, the moves are not: they would be made twice."""
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await both_know(first, second, "a")
+        await first.engine.set_default("plain", 2, RESET)
+        await first.engine.set_default("plain", 1, CARRY)
+        await first.step("a", FIRST)
+        await fails(second.step("a", SECOND), VersionElsewhere, "has not heard yet")
+        answer = await second.step("a", SECOND)
+        assert (answer.version, answer.revision, answer.position) == (1, 3, 2)
+        assert record_of(second, "a") == Mark(1, 2, is_pinned=False)
+
+
 @pytest.mark.parametrize("is_faster", [False, True])
 @pytest.mark.parametrize("policy", [CARRY, RESET])
 async def test_what_is_under_way_while_the_default_moves_elsewhere(
@@ -236,7 +256,7 @@ async def test_what_is_under_way_while_the_default_moves_elsewhere(
             return
         assert isinstance(answer, Answer)
         assert (answer.version, answer.revision) == (1, 2)
-        assert record_of(first, "a") is None
+        assert record_of(first, "a") == Mark(1, 0, is_pinned=False)
         again = await first.step("a", FIRST, expected=1, request_ids=7)
         assert again.replayed
         np.testing.assert_array_equal(again.outputs["y"], answer.outputs["y"])
@@ -470,6 +490,73 @@ async def test_a_version_with_sessions_elsewhere_is_in_use() -> None:
         await both_know(first, second, "b")
         await second.engine.close_session("a")
         await first.engine.unload_version("plain", 2)
+
+
+# ------------------------------------------------------------------------------------------------------- old moves
+
+
+async def test_a_server_that_was_stopped_for_many_moves_still_says_what_is_understood() -> None:
+    """Its version is forgotten by then; what it keeps and what it opens follows all the same."""
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await both_know(first, second, "a", "b")
+        await first.engine.set_default("plain", 2, CARRY)
+        await second.inside.look()
+        store: RemoteStore = second.store
+        held = hold_commits(store)
+        slow = second.submit("a", FIRST)
+        await held
+        opening = await begun(second.engine.open_session("plain", session_id="new"))
+        for version in range(3, 30):
+            await first.engine.load_version("plain", version, weights(version))
+            await first.engine.set_default("plain", version, CARRY)
+            await first.engine.unload_version("plain", version - 1)
+        await first.engine.unload_version("plain", 1)
+        await first.inside.pruned("plain")
+        assert [each["version"] for each in told(first)["versions"]] == [28, 29]
+        assert len(told(first)["moves"]) == 1
+        store.let_go()
+        assert (await slow.only()).version == 2
+        assert (await opening).session.version == 2
+        answer = await first.step("a", SECOND)
+        assert (answer.version, answer.revision) == (29, 3)
+        state = after(2, after(1, INITIAL, [x(1)])[1], [FIRST])[1]
+        np.testing.assert_array_equal(answer.outputs["y"], after(29, state, [SECOND])[0])
+        assert (await first.step("new", FIRST)).version == 29
+        assert (await first.step("b", FIRST)).version == 29
+
+
+async def test_a_number_that_was_forgotten_is_another_version() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await first.open("a", "b")
+        await first.engine.load_version("plain", 3, weights(3))
+        for version in (2, 3):
+            await first.engine.set_default("plain", version, CARRY)
+            await first.step("b", FIRST)
+        for version in (1, 2):
+            await first.engine.unload_version("plain", version)
+        await first.inside.pruned("plain")
+        assert told(first)["forgotten"] == 1
+        await first.engine.load_version("plain", 1, weights(7))
+        assert (await first.step("a", FIRST)).version == 3
+        await first.open("new", model="plain@1")
+        answer = await first.step("new", FIRST)
+        np.testing.assert_array_equal(answer.outputs["y"], after(7, weights(7).initial[0][None], [FIRST])[0])
+
+
+async def test_versions_that_sessions_are_on_or_somebody_wants_are_not_forgotten() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first)
+        await first.open("pinned", model="plain@2")
+        await first.engine.load_version("plain", 3, weights(3))
+        await first.engine.set_default("plain", 3, CARRY)
+        await first.engine.unload_version("plain", 2, force=True)
+        await first.inside.pruned("plain")
+        assert [each["version"] for each in told(first)["versions"]] == [1, 2, 3]
+        await second.inside.look()
+        await load_2(second)
+        assert (await second.step("pinned", FIRST)).version == 2
 
 
 # ------------------------------------------------------------------------------------- a store that has lost something

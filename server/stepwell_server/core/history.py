@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 MARK = struct.Struct("<QIB")
 """A `Mark` as it is stored; the last bit of the last byte: it is pinned."""
@@ -38,6 +38,11 @@ class Move:
     """The name of what migrates."""
     until: int = 0
     """The epoch in which they are there then: later than `epoch` where several moves were put together."""
+
+    def says_as(self, other: Move) -> bool:
+        """Whether it does the same to sessions of its source as another one to those of its own."""
+        own = self.target, self.how, self.function, self.until
+        return own == (other.target, other.how, other.function, other.until)
 
 
 Way = Sequence[Move]
@@ -88,6 +93,30 @@ class History:
         """The history without the moves that no session makes which is on one of these versions, in its epoch."""
         used = {move for version, epoch in versions for move in self.way(version, epoch)[1]}
         return History(self.epoch, tuple(move for move in self.moves if move in used))
+
+    def follower_in(self, epoch: int) -> int | None:
+        """A version whose moves a session makes that followed the default in an epoch; None: there were none since."""
+        return next((move.source for move in self.moves if move.epoch > epoch), None)
+
+    def compacted(self, forgettable: Collection[int], alike: Callable[[int, int], bool]) -> History:
+        """The history in which of neighbours that say the same of versions which are `alike` only the last one is left.
+
+        It says what sessions do that followed the default on the others, by `follower_in`. A version loses all of its
+        moves or none.
+        """
+        free = set(forgettable)
+        while True:
+            left: list[Move] = []
+            for move in reversed(self.moves):
+                says_more = not left or not move.says_as(left[-1]) or not alike(move.source, left[-1].source)
+                if says_more or move.source not in free:
+                    left.append(move)
+            gone = {move.source for move in self.moves} - {move.source for move in left}
+            lost = {move.source for move in self.moves if move not in left}
+            needed = (lost - gone) | (gone & {move.target for move in left})
+            if not needed:
+                return History(self.epoch, tuple(reversed(left)))
+            free -= needed
 
     def versions(self) -> set[int]:
         """All versions that some move begins or ends with."""

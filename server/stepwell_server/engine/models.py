@@ -45,6 +45,8 @@ class Known:
     """It is to be loaded again after a restart."""
     is_leaving: bool = False
     """It was the default, and is to be unloaded when its last session has ended, unless it has a label."""
+    since: int = 0
+    """The epoch in which it came, if its number is that of one that was forgotten: records of earlier ones are of that."""
     replaced: int = 0
     """The number that it had until another file took its place while no server ran; its own is below 0 since then."""
 
@@ -64,6 +66,8 @@ class Versions:
     known: dict[int, Known] = dataclasses.field(default_factory=dict)
     highest: int = 0
     """The highest number that a version ever had."""
+    forgotten: int = 0
+    """The highest number of a version of which others than those that follow the default know nothing any more."""
     change: int = 0
     """How many changes of its document there have been."""
 
@@ -129,11 +133,15 @@ class Versions:
     def version_of(self, mark: Mark | None, fingerprint: str) -> int | None:
         """The version that a record tells of, by its mark and the fingerprint of its weights; None: nothing is known of it.
 
-        It is below 0 if the version has another file by now: its sessions are there only if they have left it.
+        It is below 0 if the version has another file by now: its sessions are there only if they have left it. One that
+        was forgotten is any whose moves say what its sessions do.
         """
         if mark is None:
             return self.version_with(fingerprint)
         known = self.known.get(mark.version)
+        is_of_forgotten = known is None or mark.epoch < known.since
+        if is_of_forgotten and 0 < mark.version <= self.forgotten and not mark.is_pinned:
+            return self.history.follower_in(mark.epoch)
         if known is not None and known.fingerprint == fingerprint:
             return known.version
         return self._replaced(mark.version, fingerprint)
@@ -188,11 +196,14 @@ class Versions:
         known = dict(told.known)
         for version in self.loaded:
             own, there = self.known[version], known.get(version)
+            if there is None:
+                own = dataclasses.replace(own, since=told.history.epoch)
             if there is not None and there.fingerprint == own.fingerprint:
                 own = dataclasses.replace(there, source=own.source or there.source, loaded=own.loaded)
             known[version] = own
         self.known, self.labels, self.history = known, told.labels, told.history
         self.highest, self.change = max(self.highest, told.highest), told.change
+        self.forgotten = told.forgotten
         if told.wanted in self.loaded:
             self.default, self.wanted = told.wanted, 0
         else:

@@ -199,8 +199,10 @@ class Creation:
             self.give_up(ids)
             try:
                 first = self._directory.find(ids[0], self._directory.here)
-            except ServerError as error:  # the default has moved to a version that another server has
-                made.set_result(error)
+            except ServerError:  # the default has moved to a version that another server has
+                models = self._directory.models
+                own = models.versions(model.name)
+                made.set_result(models.elsewhere(model.name, own.wanted or own.default, ids[0]))
             else:
                 made.set_result(self._directory.info(first))
             self._row_queue.room_may_have_come()  # the rows are of sessions that have nothing under way

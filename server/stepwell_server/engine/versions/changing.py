@@ -174,8 +174,10 @@ class Changing:
             async def attempt() -> Made:
                 self._require_new(own, here)
                 known, before = here, own.known.get(version)
+                if version <= own.forgotten:
+                    known = dataclasses.replace(here, since=own.history.epoch)
                 if before is not None:  # before a restart, or it was unloaded, or another server has it
-                    known = dataclasses.replace(here, is_leaving=before.is_leaving)
+                    known = dataclasses.replace(here, is_leaving=before.is_leaving, since=before.since)
                 told = known
                 if self._is_shared and before is not None:
                     told = dataclasses.replace(before, is_wanted=True, source=before.source or source)

@@ -36,6 +36,7 @@ def encode(own: Versions) -> bytes:
         "change": own.change,
         "default": own.wanted or own.default,
         "highest": own.highest,
+        "forgotten": own.forgotten,
         "labels": own.labels,
         "epoch": own.history.epoch,
         "moves": [[m.epoch, m.source, m.target, m.how.value, m.function, m.until] for m in own.history.moves],
@@ -66,6 +67,7 @@ def decode(model: str, content: bytes) -> Versions:
             ),
             known={int(each["version"]): _known(each) for each in told["versions"]},
             highest=int(told["highest"]),
+            forgotten=int(told.get("forgotten", 0)),
             change=int(told.get("change", 0)),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -86,6 +88,7 @@ def _version(known: Known) -> dict[str, Any]:
         "wanted": known.is_wanted,
         "leaving": known.is_leaving,
         "replaced": known.replaced,
+        "since": known.since,
     }
 
 
@@ -105,5 +108,6 @@ def _known(told: dict[str, Any]) -> Known:
         str(told["tenant"]),
         bool(told["wanted"]),
         bool(told.get("leaving", False)),
-        int(told.get("replaced", 0)),
+        since=int(told.get("since", 0)),
+        replaced=int(told.get("replaced", 0)),
     )

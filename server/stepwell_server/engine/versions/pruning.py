@@ -41,8 +41,6 @@ class Pruning:
 
     def begin_if_due(self, own: Versions) -> None:
         """Look beside what goes on, if a model has many moves or versions."""
-        if self._models.is_shared:
-            return
         many = max(MANY_MOVES, 2 * self._needed.get(own.name, 0))
         if max(len(own.history.moves), len(own.known)) > many and not self._tasks:
             task = asyncio.create_task(self.prune(own.name))
@@ -52,27 +50,66 @@ class Pruning:
     async def prune(self, name: str) -> None:
         """Forget the moves that no session makes any more, and the versions that only they tell of."""
         own = self._models.versions(name)
-        epoch = own.history.epoch
-        seen = Seen({(version, at) for version in own.loaded for at in (0, epoch - 1, epoch)})
         try:
-            async for version, of_epoch, is_pinned in self.stored(own, all_of_them=True):
-                seen.add(version, of_epoch, is_pinned=is_pinned)
-
-            async def attempt() -> Made:
-                # what was under way while the records were read may say any of these
-                seen.moving |= {(version, at) for version in own.loaded for at in (0, epoch - 1, epoch)}
-                after = own.changed(**seen.needed(own, epoch))
-                self._needed[name] = max(len(after.history.moves), len(after.known))
-
-                def forget() -> None:
-                    own.history, own.known = after.history, after.known
-
-                return after, forget
-
-            async with self._proposals.lock(name):
-                await self._proposals.have_kept(own, attempt)
+            await (self._compact(own) if self._models.is_shared else self._forget(own))
         except ServerError as error:
             _log.warning("old moves of a model's sessions could not be looked for", model=name, error=error)
+
+    async def _compact(self, own: Versions) -> None:
+        """Where others use the store a server that was stopped may still write a record of any epoch that there was.
+
+        So none of them may come to mean nothing: of moves that do the same one is kept, and versions are forgotten that
+        nobody wants, whose sessions have all left.
+        """
+        on_them: set[int] = set()
+        async for version, epoch, is_pinned in self.stored(own, all_of_them=True):
+            on_them.add(version if is_pinned else own.history.way(version, epoch)[0])
+
+        async def attempt() -> Made:
+            used = on_them | set(own.loaded) | set(own.labels.values()) | {own.default, own.wanted}
+            free = {
+                version for version, each in own.known.items() if version not in used and not each.is_wanted
+            }
+
+            def alike(one: int, other: int) -> bool:
+                return own.known[one].layout == own.known[other].layout
+
+            history = own.history.compacted(free, alike)
+            gone = free - history.versions()
+            after = own.changed(
+                history=history,
+                known={version: each for version, each in own.known.items() if version not in gone},
+                forgotten=max(own.forgotten, *gone, 0),
+            )
+            self._needed[own.name] = max(len(after.history.moves), len(after.known))
+
+            def forget() -> None:
+                own.history, own.known, own.forgotten = after.history, after.known, after.forgotten
+
+            return after, forget
+
+        async with self._proposals.lock(own.name):
+            await self._proposals.have_kept(own, attempt)
+
+    async def _forget(self, own: Versions) -> None:
+        epoch = own.history.epoch
+        seen = Seen({(version, at) for version in own.loaded for at in (0, epoch - 1, epoch)})
+        async for version, of_epoch, is_pinned in self.stored(own, all_of_them=True):
+            seen.add(version, of_epoch, is_pinned=is_pinned)
+
+        async def attempt() -> Made:
+            # what was under way while the records were read may say any of these
+            seen.moving |= {(version, at) for version in own.loaded for at in (0, epoch - 1, epoch)}
+            after = own.changed(**seen.needed(own, epoch))
+            self._needed[own.name] = max(len(after.history.moves), len(after.known))
+
+            def forget() -> None:
+                own.history, own.known = after.history, after.known
+
+            return after, forget
+
+        async with self._proposals.lock(own.name):
+            await self._proposals.have_kept(own, attempt)
 
     async def stored(
         self, own: Versions, *, all_of_them: bool = False

@@ -56,13 +56,16 @@ class Switching:
         """Sessions that leave for another version when their claims end: births, where they go and how."""
         self._none_late = asyncio.Event()
 
-    @staticmethod
-    def mark(own: Versions, models: Collection[Model] = ()) -> None:
-        """Let records say that their sessions have made all moves: those of some versions."""
+    def mark(self, own: Versions, models: Collection[Model] = ()) -> None:
+        """Let records say that their sessions have made all moves: those of some versions.
+
+        Where others use the store all records say their versions: other servers may have forgotten the fingerprint.
+        """
         for model in models:
             model.epoch = own.history.epoch
         for version, model in own.loaded.items():
-            model.is_plain = own.version_with(model.program.fingerprint) == version
+            is_of_it = own.version_with(model.program.fingerprint) == version
+            model.is_plain = is_of_it and not self._models.is_shared
 
     async def all_left(self) -> None:
         """Return when no session is late for a move."""
