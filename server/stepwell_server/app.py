@@ -390,6 +390,7 @@ def _live_models(
             observer=observer,
             quotas=quotas,
             tell=readiness.version,
+            tell_elsewhere=readiness.defaults_elsewhere,
         )
     except OSError as error:
         raise StartError(f"--allow-model-upload: there can be no folder for uploads: {error}") from error

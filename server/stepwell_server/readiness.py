@@ -17,6 +17,8 @@ class Report:
     """What does not keep it from being ready: `disk`, `store`, ..."""
     versions: Mapping[str, Mapping[int, str]]
     """Of each model's versions how far they are: waiting, loading (with the stage), loaded, failed (with the reason)."""
+    elsewhere: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Models whose default version is not loaded here, but maybe on others of the servers that share the store: which it is."""
 
     @property
     def is_ready(self) -> bool:
@@ -32,7 +34,9 @@ class Report:
         }
 
     def is_loaded(self, name: str, version: int | None = None) -> bool:
-        """Whether a version of a model is loaded, or any."""
+        """Whether a version of a model is loaded; of the model alone, whether what it stands for is."""
+        if version is None and name in self.elsewhere:
+            return False
         versions = self.versions.get(name, {})
         return LOADED in versions.values() if version is None else versions.get(version) == LOADED
 
@@ -60,6 +64,15 @@ class Readiness:
     def warning(self, about: str, reason: str) -> None:
         """Someone should look at this; an empty reason: it is over."""
         self._change(warnings=_with(self.report.warnings, about, reason))
+
+    def defaults_elsewhere(self, defaults: Mapping[str, int]) -> None:
+        """Say which models have a default version that is not loaded here: see `Report.elsewhere`."""
+        if defaults == self.report.elsewhere:
+            return
+        which = ", ".join(f"version {version} of {name}" for name, version in sorted(defaults.items()))
+        missing = f"{which} is the default for the servers that share the store, and is not loaded here"
+        warnings = _with(self.report.warnings, "default versions", missing if defaults else "")
+        self._change(elsewhere=dict(defaults), warnings=warnings)
 
     def version(self, name: str, version: int, how: str) -> None:
         """How far a version of a model is: see `Report.versions`; nothing: there is no such version any more."""

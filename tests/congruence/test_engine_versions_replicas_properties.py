@@ -23,6 +23,7 @@ from stepwell_server.engine.versions import following, pruning
 from stepwell_server.errors import (
     RevisionConflict,
     ServerError,
+    SessionNotFound,
     SpecsDiffer,
     Unavailable,
     VersionElsewhere,
@@ -250,8 +251,9 @@ class Play:
     async def step(self, server: int, name: str) -> None:
         said, expected = self.said(), self.ways[name][0].session.revision
         (answer,) = await self.submit(server, name, said, expected).all()
-        if isinstance(answer, Unavailable):  # it has not heard yet, or has not what is needed
-            assert isinstance(answer, VersionElsewhere), answer
+        if isinstance(answer, ServerError):
+            # it has not heard yet, or has not what is needed; or it knew one that was closed and had the same id
+            assert isinstance(answer, (VersionElsewhere, SessionNotFound)), answer
             await self.look(server)
             (answer,) = await self.submit(server, name, said, expected).all()
         self.settle(server, name, said, answer)
@@ -321,7 +323,7 @@ class Play:
             asked.cancel()
             store.let_go()
             (answer,) = ended.result()
-            assert isinstance(answer, VersionElsewhere), answer
+            assert isinstance(answer, (VersionElsewhere, SessionNotFound)), answer
             return
         ended.cancel()
         self.stopped = Stopped(server, name, said, answers, expected)
@@ -336,7 +338,7 @@ class Play:
         ways = self.ways.get(stopped.name)
         if isinstance(answer, ServerError):
             if ways is None or ways[0].session.revision != stopped.expected:
-                assert isinstance(answer, (Unavailable, RevisionConflict)) or ways is None, answer
+                assert isinstance(answer, (Unavailable, RevisionConflict, SessionNotFound)), answer
             else:
                 assert isinstance(answer, Unavailable), answer
             return

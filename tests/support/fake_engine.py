@@ -143,6 +143,9 @@ class FakeVersions:
             if found
         ]
 
+    def defaults_elsewhere(self) -> dict[str, int]:
+        return {}
+
     def next_version(self, name: str) -> int:
         return self.highest.get(name, 0) + 1
 

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from typing import Any
 
 import numpy as np
 import pytest
 
 from stepwell_server.core.history import Mark
 from stepwell_server.engine.api import Moved, SessionPolicy
-from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.versions import document, following
 from stepwell_server.errors import (
-    InvalidInput,
     ModelInUse,
-    ModelMismatch,
     SpecsDiffer,
     Unavailable,
     VersionElsewhere,
     VersionExists,
     VersionNotFound,
 )
-from stepwell_server.store.base import Batch
-from stepwell_server.store.record import decode_header
 from support.awaited import RemoteStore
 from support.durable import begun
-from support.engine import Answer, Harness, x
+from support.engine import Answer, x
 from support.fake_executor import PLAIN, WAIT_S
 from support.replicas import both_know, serving_two
+from support.version_changes import fails, hold_commits, load_2, record_of, told, two_versions
 from support.versions import WIDE, after, serving, weights, widen
 
 KEEP, CARRY = SessionPolicy.KEEP, SessionPolicy.CARRY
@@ -45,42 +39,6 @@ pytestmark = pytest.mark.stores("awaited")
 def only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """No timer looks what others have changed."""
     monkeypatch.setattr(following, "LOOK_S", 1e6)
-
-
-def two_versions(**options: Any) -> Any:
-    """Both servers have versions 1, the default, and 2."""
-    return serving_two({"plain": PLAIN}, **options)
-
-
-async def load_2(*servers: Harness) -> None:
-    for at in servers:
-        await at.engine.load_version("plain", 2, weights(2), source="2.keras")
-
-
-def hold_commits(store: RemoteStore) -> Any:
-    """Hold commits back; what is returned waits for the next one."""
-    store.commits_held = True
-    return store.until("commit", len(store.asked("commit")) + 1)
-
-
-def told(at: Harness) -> dict[str, Any]:
-    """What the store has of the model."""
-    content = at.store.shared.documents()[document.name_of("plain")]
-    found: dict[str, Any] = json.loads(content)
-    return found
-
-
-def record_of(at: Harness, session_id: str) -> Mark | None:
-    """What the store has of a session's version."""
-    stored = at.store.shared.get(session_id)
-    assert stored is not None
-    return mark_of(decode_header(session_id, stored).fields)
-
-
-async def fails(call: Any, kind: type[Exception], match: str = ".") -> None:
-    with pytest.raises(kind, match=match) as error:
-        await call
-    assert type(error.value) is kind
 
 
 # ------------------------------------------------------------------------------------------------------- what follows
@@ -490,128 +448,3 @@ async def test_a_version_with_sessions_elsewhere_is_in_use() -> None:
         await both_know(first, second, "b")
         await second.engine.close_session("a")
         await first.engine.unload_version("plain", 2)
-
-
-# ------------------------------------------------------------------------------------------------------- old moves
-
-
-async def test_a_server_that_was_stopped_for_many_moves_still_says_what_is_understood() -> None:
-    """Its version is forgotten by then; what it keeps and what it opens follows all the same."""
-    async with two_versions() as (first, second):
-        await load_2(first, second)
-        await both_know(first, second, "a", "b")
-        await first.engine.set_default("plain", 2, CARRY)
-        await second.inside.look()
-        store: RemoteStore = second.store
-        held = hold_commits(store)
-        slow = second.submit("a", FIRST)
-        await held
-        opening = await begun(second.engine.open_session("plain", session_id="new"))
-        for version in range(3, 30):
-            await first.engine.load_version("plain", version, weights(version))
-            await first.engine.set_default("plain", version, CARRY)
-            await first.engine.unload_version("plain", version - 1)
-        await first.engine.unload_version("plain", 1)
-        await first.inside.pruned("plain")
-        assert [each["version"] for each in told(first)["versions"]] == [28, 29]
-        assert len(told(first)["moves"]) == 1
-        store.let_go()
-        assert (await slow.only()).version == 2
-        assert (await opening).session.version == 2
-        answer = await first.step("a", SECOND)
-        assert (answer.version, answer.revision) == (29, 3)
-        state = after(2, after(1, INITIAL, [x(1)])[1], [FIRST])[1]
-        np.testing.assert_array_equal(answer.outputs["y"], after(29, state, [SECOND])[0])
-        assert (await first.step("new", FIRST)).version == 29
-        assert (await first.step("b", FIRST)).version == 29
-
-
-async def test_a_number_that_was_forgotten_is_another_version() -> None:
-    async with two_versions() as (first, second):
-        await load_2(first, second)
-        await first.open("a", "b")
-        await first.engine.load_version("plain", 3, weights(3))
-        for version in (2, 3):
-            await first.engine.set_default("plain", version, CARRY)
-            await first.step("b", FIRST)
-        for version in (1, 2):
-            await first.engine.unload_version("plain", version)
-        await first.inside.pruned("plain")
-        assert told(first)["forgotten"] == 1
-        await first.engine.load_version("plain", 1, weights(7))
-        assert (await first.step("a", FIRST)).version == 3
-        await first.open("new", model="plain@1")
-        answer = await first.step("new", FIRST)
-        np.testing.assert_array_equal(answer.outputs["y"], after(7, weights(7).initial[0][None], [FIRST])[0])
-
-
-async def test_versions_that_sessions_are_on_or_somebody_wants_are_not_forgotten() -> None:
-    async with two_versions() as (first, second):
-        await load_2(first)
-        await first.open("pinned", model="plain@2")
-        await first.engine.load_version("plain", 3, weights(3))
-        await first.engine.set_default("plain", 3, CARRY)
-        await first.engine.unload_version("plain", 2, force=True)
-        await first.inside.pruned("plain")
-        assert [each["version"] for each in told(first)["versions"]] == [1, 2, 3]
-        await second.inside.look()
-        await load_2(second)
-        assert (await second.step("pinned", FIRST)).version == 2
-
-
-# ------------------------------------------------------------------------------------- a store that has lost something
-
-
-async def lose(at: Harness, content: dict[str, Any] | None) -> None:
-    kept = None if content is None else json.dumps(content).encode()
-    at.store.shared.commit(Batch(documents=[(document.name_of("plain"), kept)]))
-
-
-@pytest.mark.parametrize("is_gone", [False, True])
-async def test_a_change_that_the_store_has_lost_is_written_again(is_gone: bool) -> None:
-    async with two_versions() as (first, second):
-        await load_2(first, second)
-        await second.inside.look()
-        before, change = told(first), second.engine.catalogue()["plain"].change
-        await first.engine.set_default("plain", 2, CARRY)
-        await lose(first, None if is_gone else before)
-        assert change < first.engine.catalogue()["plain"].change
-        await first.inside.look()
-        assert told(first)["default"] == 2
-        await second.inside.look()
-        assert second.engine.version("plain") == 2
-
-
-async def test_sessions_of_a_move_that_nobody_knows_any_more_stay_and_follow_the_next() -> None:
-    async with two_versions() as (first, second):
-        await load_2(first, second)
-        await second.inside.look()
-        before = told(first)
-        await first.open("a", "b")
-        await first.engine.set_default("plain", 2, CARRY)
-        await first.step("a", FIRST)
-        await lose(first, before)  # and the server that knew it is gone
-        answer = await second.step("a", SECOND)
-        assert (answer.version, answer.revision) == (2, 2)
-        assert (await second.step("b", FIRST)).version == 1
-        assert told(second)["epoch"] == 1
-        await second.engine.set_default("plain", 2, CARRY)
-        assert (await second.step("b", SECOND)).version == 2
-        await second.engine.set_default("plain", 1, CARRY)
-        assert (await second.step("a", THIRD)).version == 1
-
-
-async def test_a_record_of_no_version_that_ever_was_is_refused_for_good() -> None:
-    async with two_versions() as (first, second):
-        await load_2(first)
-        await first.open("a", model="plain@2")
-        await lose(first, None)
-        await fails(second.step("a", x(1)), ModelMismatch)
-
-
-async def test_a_document_of_a_later_server_is_not_followed() -> None:
-    async with two_versions() as (first, second):
-        await lose(first, told(first) | {"form": 2})
-        await fails(second.engine.set_label("plain", "canary", 1), Unavailable, "a later server wrote it")
-        await fails(second.engine.set_label("plain", "", 1), InvalidInput)
-        assert (await second.engine.open_session("plain")).session.version == 1

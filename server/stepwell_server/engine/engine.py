@@ -319,6 +319,8 @@ class Engine:
         """The number of a version that is to come: see `Changing.next_version`."""
         self.catalogue = self._changing.catalogue
         """All that is known of versions, loaded or not: see `Changing.catalogue`."""
+        self.defaults_elsewhere = self._changing.defaults_elsewhere
+        """Defaults that are not loaded here: see `Changing.defaults_elsewhere`."""
         self.sessions_by_version = self._changing.sessions
         """How many sessions each version of a model has, in memory and in the store: see `Changing.sessions`."""
         self._submission = Submission(

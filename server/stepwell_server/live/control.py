@@ -145,6 +145,9 @@ class ModelControl(Protocol):
     def drain(self, name: str, version: int, *, drains: bool = True) -> None:
         """Unload a version as soon as it has no sessions, no label, and is not the default; or do so no longer."""
 
+    def default_elsewhere(self, name: str) -> int:
+        """The default of a name if it is not loaded here, where other servers share the store; else 0."""
+
     def statuses(self) -> Mapping[str, Sequence[VersionStatus]]:
         """The versions of each name in their order, those that are being loaded or failed among them."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +33,9 @@ class Engine(Protocol):
 
     def models(self) -> list[ModelInfo]:
         """Those that are served."""
+
+    def defaults_elsewhere(self) -> Mapping[str, int]:
+        """The defaults of names that are not loaded here, where other servers share the store and may have them."""
 
     def next_version(self, name: str, /) -> int:
         """One more than the highest that the name ever had."""

@@ -44,6 +44,8 @@ class FolderOptions:
     """For `MIGRATE`: the function for a name."""
     but: Collection[str] = ()
     """Names that are served from elsewhere."""
+    is_shared: bool = False
+    """Other servers use the same store: the default is that of all of them, and may be one that is not here yet."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -255,13 +257,18 @@ class FolderFollower:
 
     def _is_ours(self, name: str, own: _Name) -> bool:
         """Whether the default moves with what is in the folder."""
-        default = next((version for version, is_default in self._served(name).items() if is_default), 0)
-        return default in (0, own.default)
+        return self._default(name) in (0, own.default)
+
+    def _default(self, name: str) -> int:
+        """The default, be it here or on another server alone."""
+        here = (version for version, is_default in self._served(name).items() if is_default)
+        return self._control.default_elsewhere(name) or next(here, 0)
 
     async def _choose_default(self, name: str, own: _Name, chosen: Collection[int]) -> None:
         """Make the highest version the default, unless somebody made another one that."""
-        served = self._served(name)
-        default = next((version for version, is_default in served.items() if is_default), 0)
+        served, default = self._served(name), self._default(name)
+        if self._options.is_shared and default in chosen and default not in served:
+            return  # it is to come here
         target = max((version for version in served if version in chosen), default=default)
         if default == target and not own.former_default:
             own.default = target

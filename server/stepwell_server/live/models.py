@@ -70,11 +70,13 @@ class LiveModels:
         *,
         clock: Clock,
         observer: Observer,
+        is_shared: bool = False,
         root: Path | None = None,
         kept: KeptPrograms | None = None,
         uploads: Uploads | None = None,
         quotas: Quotas | None = None,
         tell: Callable[[str, int, str], None] = lambda _name, _version, _how: None,
+        tell_elsewhere: Callable[[Mapping[str, int]], None] = lambda _defaults: None,
     ) -> None:
         """Wire it.
 
@@ -83,23 +85,27 @@ class LiveModels:
             compile_model: makes programs of files.
             clock: says when to look again.
             observer: is told of loads.
+            is_shared: other servers use the same store.
             root: `--models`: paths that calls name must lie in it.
             kept: keeps programs of uploads for a restart; None: nothing outlives the server.
             uploads: takes files; None: none are taken.
             quotas: how many versions tenants may load.
             tell: is told how far a version of a name is: `loading: STAGE`, `loaded`, `failed: WHY`; empty: it is gone.
+            tell_elsewhere: is told each second which defaults are not loaded here, but maybe on other servers.
         """
         self._engine = engine
         self.compile = compile_model
         """Makes programs of files."""
         self._clock = clock
         self._observer = observer
+        self._is_shared = is_shared
         self._root = root
         self.kept = kept
         """Programs of uploads; None: nothing outlives the server."""
         self._uploads = uploads
         self._quotas = quotas
         self._tell = tell
+        self._tell_elsewhere = tell_elsewhere
         self._loads: dict[_Key, Load] = {}
         """Under way, those that wait among them."""
         self._failed: dict[_Key, VersionStatus] = {}
@@ -436,6 +442,10 @@ class LiveModels:
 
     # ------------------------------------------------------------------------------------------------------ how it is
 
+    def default_elsewhere(self, name: str) -> int:
+        """See `control.ModelControl`."""
+        return self._engine.defaults_elsewhere().get(name, 0)
+
     def statuses(self) -> Mapping[str, Sequence[VersionStatus]]:
         """See `control.ModelControl`."""
         names = {info.name for info in self._engine.models()}
@@ -500,11 +510,17 @@ class LiveModels:
                 _log.defect("models could not be looked after; the timer goes on", error)
 
     async def look(self) -> int:
-        """Unload those that drain and have no sessions; return how many. The timer does it by itself."""
+        """Unload those that drain and have no sessions; return how many. The timer does it by itself.
+
+        Those drain too that another server on the same store has left.
+        """
+        self._tell_elsewhere(self._engine.defaults_elsewhere())
         now, count = self._clock.monotonic(), 0
         for info in self._engine.models():
             for each in info.versions:
                 key = info.name, each.version
+                if self._is_shared and each.is_draining:
+                    self._leaving.add(key)
                 is_leaving = key in self._leaving and not each.is_default and not each.labels
                 if not is_leaving or each.sessions or now < self._not_before.get(key, 0.0):
                     continue

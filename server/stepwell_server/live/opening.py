@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ def open_live_models(
     observer: Observer,
     quotas: Quotas | None,
     tell: Callable[[str, int, str], None],
+    tell_elsewhere: Callable[[Mapping[str, int]], None],
 ) -> LiveModels:
     """Wire it. Blocking for a moment.
 
@@ -44,6 +45,7 @@ def open_live_models(
         observer: is told of loads.
         quotas: how many versions tenants may load.
         tell: is told how far each version is.
+        tell_elsewhere: is told which defaults are not loaded here, but maybe on other servers.
 
     Raises:
         OSError: there can be no folder for uploads.
@@ -66,6 +68,8 @@ def open_live_models(
         uploads=taken,
         quotas=quotas,
         tell=tell,
+        tell_elsewhere=tell_elsewhere,
+        is_shared=settings.store_kind == "valkey",
     )
 
 

@@ -111,6 +111,7 @@ class ModelWork:
                 SessionPolicy(settings.sessions),
                 self._migration_of,
                 frozenset(settings.versions),
+                is_shared=settings.store_kind == "valkey",
             ),
             clock=clock,
             warn=lambda problem: readiness.warning("models", problem),
@@ -186,12 +187,17 @@ class ModelWork:
             files = {} if model is None else model.files
             # loaded by a call, and made the default
             is_chosen = default == former and default not in loaded.get(name, ())
+            former_default = 0 if former in served else former
+            if self._settings.store_kind == "valkey":
+                # it is that of all servers: who starts with a new version has it, and moves nobody
+                is_chosen |= not self._settings.watch_models
+                former_default = 0
             self._follower.begin_with(
                 name,
                 {version: files[version] for version in loaded.get(name, set())},
                 {version: files[version] for version in failed.get(name, set())},
                 default=0 if is_chosen or (model is not None and model.is_default_chosen) else default,
-                former_default=0 if former in served else former,
+                former_default=former_default,
             )
         self._is_begun = True
         await self._follower.settle()

@@ -357,6 +357,12 @@ class Changing:
         _require_name(name)
         return self._models.versions(name).highest + 1
 
+    def defaults_elsewhere(self) -> dict[str, int]:
+        """Names whose default is not loaded here, but may be on others of the servers that share the store; and which it is."""
+        if not self._is_shared:
+            return {}
+        return {own.name: own.wanted for own in self._models.all() if own.wanted}
+
     def catalogue(self) -> Mapping[str, Versions]:
         """What is known of all names, loaded or not."""
         return {own.name: own for own in self._models.all() if own.known}
@@ -367,7 +373,7 @@ class Changing:
         for version, model in sorted(own.loaded.items()):
             known, sessions = own.known[version], self._table.count(model.index)
             labels = sorted(label for label, at in own.labels.items() if at == version)
-            is_default = version == own.default
+            is_default = version == own.default and not (self._is_shared and own.wanted)
             found.append(
                 VersionInfo(
                     version,

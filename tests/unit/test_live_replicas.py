@@ -1,0 +1,220 @@
+"""Loads by calls and from folders on servers that share a store: one default for all, which nobody takes from another."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from stepwell_server.core.version_policy import VersionPolicy
+from stepwell_server.engine.api import SessionPolicy
+from stepwell_server.engine.versions import following
+from stepwell_server.errors import VersionElsewhere
+from stepwell_server.live.control import LoadRequest, Progress, VersionState
+from stepwell_server.live.faces import Compiled
+from stepwell_server.live.folder import FolderFollower, FolderOptions
+from stepwell_server.live.models import LiveModels
+from stepwell_server.model_folder import ModelFolder
+from stepwell_server.readiness import Readiness
+from support.engine import Harness, x
+from support.fake_executor import PLAIN
+from support.live_at import Watcher
+from support.replicas import serving_two
+from support.versions import weights
+
+pytestmark = pytest.mark.stores("awaited")
+
+
+@pytest.fixture(autouse=True)
+def only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No timer looks what others have changed."""
+    monkeypatch.setattr(following, "LOOK_S", 1e6)
+
+
+async def compiled(_name: str, path: Path, progress: Progress, _abandoned: threading.Event) -> Compiled:
+    """A file's name is its weights."""
+    progress("load")
+    return Compiled(weights(int(path.stem)), "file")
+
+
+class Replica:
+    """A server of a folder of its own view."""
+
+    def __init__(self, at: Harness, folder: Path) -> None:
+        self.at = at
+        self.readiness = Readiness()
+        self.folder = folder
+        (folder / "plain").mkdir(parents=True)
+        self.live = LiveModels(
+            at.engine,
+            compiled,
+            clock=at.clock,
+            observer=Watcher(),
+            is_shared=True,
+            tell=self.readiness.version,
+            tell_elsewhere=self.readiness.defaults_elsewhere,
+        )
+        self.follower = FolderFollower(
+            ModelFolder(folder),
+            self.live,
+            FolderOptions(lambda _name: VersionPolicy.parse("latest 1"), SessionPolicy.CARRY, is_shared=True),
+            clock=at.clock,
+        )
+        self.readiness.version("plain", 1, "loaded")
+
+    @property
+    def default(self) -> int:
+        own = self.at.engine.catalogue()["plain"]
+        return own.wanted or own.default
+
+    def put(self, *versions: int) -> None:
+        """These are in its folder now."""
+        for file in (self.folder / "plain").iterdir():
+            if int(file.stem) not in versions:
+                file.unlink()
+        for version in versions:
+            (self.folder / "plain" / f"{version}.keras").write_text(str(version))
+
+    async def look(self) -> None:
+        """Hear of the others, look at the folder (twice, as a file must be the same), and after what drains."""
+        await self.at.inside.look()
+        await self.follower.look()
+        await self.follower.look()
+        await self.live.look()
+
+
+@asynccontextmanager
+async def two(folder: Path) -> AsyncIterator[tuple[Replica, Replica]]:
+    """Both serve version 1 from their folders."""
+    async with serving_two({"plain": PLAIN}) as servers:
+        replicas = tuple(Replica(at, folder / str(place)) for place, at in enumerate(servers))
+        for each in replicas:
+            each.put(1)
+            look = ModelFolder(each.folder).settled()
+            each.follower.begin_with("plain", look.versions["plain"], {}, default=1)
+            await each.look()
+        yield replicas[0], replicas[1]
+        for each in replicas:
+            await each.live.close()
+
+
+async def test_folders_that_are_seen_at_different_times_lead_to_one_default(tmp_path: Path) -> None:
+    async with two(tmp_path) as (first, second):
+        await second.at.open("a")
+        first.put(1, 2)
+        await first.look()
+        assert first.default == 2
+        for _ in range(3):  # it does not see the file yet, and takes nothing back
+            await second.look()
+            assert second.default == 2
+        with pytest.raises(VersionElsewhere):
+            await second.at.step("a", x(1))
+        second.put(1, 2)
+        for each in (second, first, second):
+            await each.look()
+        assert (first.default, second.default) == (2, 2)
+        assert (await second.at.step("a", x(1))).version == 2
+        # and the next one, which the other sees first
+        second.put(2, 3)
+        await second.look()
+        await first.look()
+        assert (first.default, second.default) == (3, 3)
+        first.put(2, 3)
+        for each in (first, second, first):
+            await each.look()
+        assert (first.default, second.default) == (3, 3)
+        assert (await first.at.step("a", x(1))).version == 3
+
+
+async def test_a_version_that_is_taken_away_is_left_once(tmp_path: Path) -> None:
+    async with two(tmp_path) as (first, second):
+        for each in (first, second):
+            each.put(1, 2)
+            await each.look()
+        first.put(1)
+        await first.look()
+        assert first.default == 1
+        for _ in range(3):  # it sees the file still
+            await second.look()
+            await first.look()
+            assert (first.default, second.default) == (1, 1)
+        second.put(1)
+        await second.look()
+        assert (first.default, second.default) == (1, 1)
+        for each in (first, second):  # both take the next one from there
+            each.put(1, 3)
+            await each.look()
+        assert (first.default, second.default) == (3, 3)
+
+
+async def test_who_sees_a_version_late_takes_no_later_one_back(tmp_path: Path) -> None:
+    async with two(tmp_path) as (first, second):
+        first.put(1, 3)
+        await first.look()
+        second.put(1, 2)
+        for each in (second, first, second):
+            await each.look()
+            assert each.default == 3
+        second.put(1, 2, 3)
+        await second.look()
+        assert (await second.at.engine.open_session("plain")).session.version == 3
+
+
+async def test_what_was_left_drains_on_each(tmp_path: Path) -> None:
+    async with two(tmp_path) as (first, second):
+        await first.at.open("old")
+        for each in (first, second):
+            await each.live.load(
+                LoadRequest(name="plain", version=2, path=str(_file(tmp_path)), keep_default=True)
+            )
+        await first.live.set_default("plain", 2, SessionPolicy.KEEP)
+        await second.at.inside.look()
+        await second.live.look()
+        assert second.live.status("plain")[0].state is VersionState.DRAINING
+        await first.at.engine.close_session("old")
+        for each in (first, second):
+            each.at.clock.advance(100.0)
+            await each.live.look()
+            assert [status.version for status in each.live.status("plain")] == [2]
+
+
+async def test_health_says_that_the_default_is_not_here(tmp_path: Path) -> None:
+    async with two(tmp_path) as (first, second):
+        await first.live.load(
+            LoadRequest(name="plain", version=2, path=str(_file(tmp_path)), policy=SessionPolicy.CARRY)
+        )
+        await second.at.inside.look()
+        await second.live.look()
+        report = second.readiness.report
+        assert not report.is_loaded("plain")
+        assert report.is_loaded("plain", 1)
+        assert report.warnings == {
+            "default versions": "version 2 of plain is the default for the servers that share the store, and is not loaded here"
+        }
+        assert not any(status.is_default for status in second.live.status("plain"))
+        await second.live.load(
+            LoadRequest(name="plain", version=2, path=str(_file(tmp_path)), keep_default=True)
+        )
+        await second.live.look()
+        assert second.readiness.report.is_loaded("plain")
+        assert not second.readiness.report.warnings
+
+
+def _file(folder: Path) -> Path:
+    file = folder / "2.keras"
+    file.write_text("2")
+    return file
+
+
+async def test_two_that_load_the_same_at_once(tmp_path: Path) -> None:
+    async with two(tmp_path) as (first, second):
+        request = LoadRequest(name="plain", version=2, path=str(_file(tmp_path)), policy=SessionPolicy.CARRY)
+        loaded = await asyncio.gather(first.live.load(request), second.live.load(request))
+        assert [each.version for each in loaded] == [2, 2]
+        await first.at.inside.look()
+        await second.at.inside.look()
+        assert (first.default, second.default) == (2, 2)
