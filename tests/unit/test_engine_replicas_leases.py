@@ -190,3 +190,53 @@ async def test_the_first_of_two_limits_ends_a_session() -> None:
 def test_clocks_of_the_tests_are_far_apart() -> None:
     times = Times()
     assert abs(times.first.now() - times.second.now()) > 10 * 3600
+
+
+@pytest.mark.parametrize("lease", [None, (TWO, 600_000)])
+async def test_who_resumes_a_session_has_its_lease_for_all_servers(lease: tuple[int, int] | None) -> None:
+    async with two_in_time(resident_rows=1) as (first, second, times):
+        name = await unnamed(first)
+        await first.step(name, x(1))
+        before = await first.state(name)
+        resumed = await second.engine.open_session("plain", session_id=name, lease=lease)
+        assert resumed.resumed
+        assert (resumed.session.lease_s, resumed.session.revision) == (600.0 if lease else 0.0, 1)
+        times.advance(500.0)
+        assert await ended(first, second) == 0, "the client that is gone has nothing to do with it any more"
+        after = await first.state(name)
+        assert (after["sum"].tobytes(), (await first.engine.session_info(name)).lease_s) == (
+            before["sum"].tobytes(),
+            resumed.session.lease_s,
+        )
+        assert (await first.step(name, x(1), expected=1)).revision == 2
+        times.advance(601.0)
+        assert await ended(first, second) == (1 if lease else 0)
+
+
+async def test_a_lease_changes_though_another_server_changes_the_session() -> None:
+    async with two_in_time() as (first, second, _):
+        name = await unnamed(first)
+        await second.state(name)
+        store: RemoteStore = second.store
+        store.commits_held = True
+        resuming = await begun(second.engine.open_session("plain", session_id=name))
+        await store.until("commit")
+        await first.step(name, x(1))
+        store.let_go()
+        resumed = await resuming
+        assert resumed.session.lease_s == 0.0
+        assert (await first.step(name, x(1), expected=1)).revision == 2
+        assert (await first.engine.session_info(name)).lease_s == 0.0
+
+
+async def test_who_resumes_is_told_when_the_store_does_not_keep_the_lease() -> None:
+    async with two_in_time() as (first, second, _):
+        name = await unnamed(first)
+        await second.state(name)
+        store: RemoteStore = second.store
+        store.commit_error = Unavailable("away")
+        with pytest.raises(Unavailable, match="away"):
+            await second.engine.open_session("plain", session_id=name)
+        store.commit_error = None
+        assert (await second.engine.session_info(name)).lease_s == 60.0
+        assert (await second.step(name, x(1))).revision == 1

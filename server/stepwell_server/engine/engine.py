@@ -37,6 +37,7 @@ from stepwell_server.engine.sessions.creation import Creation
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Removal
 from stepwell_server.engine.sessions.forking import Forking
+from stepwell_server.engine.sessions.leasing import Leasing
 from stepwell_server.engine.sessions.lifetimes import Lifetimes
 from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Arrivals, Loader
@@ -204,6 +205,7 @@ class Engine:
             drain=self._drain_inboxes,
             require_open=self._require_open,
             leases=leases,
+            leasing=Leasing(table, self._models, self._turns, pager, self._committer, leases),
             usage=lifetimes.usage,
             clients=lifetimes.clients,
             clock=clock,

@@ -20,6 +20,7 @@ from stepwell_server.engine.intake.validation import check_finite_state
 from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, require_session_id
+from stepwell_server.engine.sessions.leasing import Leasing
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.sessions.using import Clients, Usage
@@ -97,6 +98,7 @@ class Opening:
         drain: Callable[[], None],
         require_open: Callable[[], None],
         leases: Leases,
+        leasing: Leasing,
         usage: Usage,
         clients: Clients,
         clock: Clock,
@@ -111,6 +113,7 @@ class Opening:
         self._drain = drain
         self._require_open = require_open
         self._leases = leases
+        self._leasing = leasing
         self._usage = usage
         self._clients = clients
         self._clock = clock
@@ -153,10 +156,13 @@ class Opening:
                 if "@" in model:
                     self._require_version(handle, served)
                 try:
-                    return self._resume(handle, seen, served, batch_size, must_be_new, request_id, lease)
+                    found = self._resume(handle, seen, served, batch_size, must_be_new, request_id, lease)
                 except SessionGone:  # on another server, while something is under way for it here
                     await self._turns.free(handle)
                     continue
+                if found.replayed or await self._leasing.keep(handle, lease):
+                    return found
+                continue
             if not session_id:
                 self._require_not_gone(name, seen)
             self._require_own(session_id, seen)
@@ -456,12 +462,16 @@ class Opening:
                 session_id=session_id,
             )
         self._usage.used(np.array([handle]))
-        if self._table.lease[handle]:
-            # the store hears of it with the next change; until then the session counts as used now
+        has_lease, own = bool(self._table.lease[handle]), None
+        if has_lease:
             own = self._leased(lease)
-            self._table.lease[handle] = 0 if own is None else self._leases.number(own)
+            if not self._pager.is_shared:
+                # the store hears of it with the next change; until then the session counts as used now
+                self._table.lease[handle] = 0 if own is None else self._leases.number(own)
         self._observer.session_event("resumed", model.name, session_id)
-        return Opened(self._directory.info_now(handle, seen, is_same=True), resumed=True)
+        info = self._directory.info_now(handle, seen, is_same=True)
+        lease_s = 0.0 if own is None else own[1] / 1000
+        return Opened(dataclasses.replace(info, lease_s=lease_s if has_lease else info.lease_s), resumed=True)
 
     async def _fork(
         self, source: int, name: str, seen: Seen, expected: int | None, request_id: int, lease: Lease | None
