@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 import stepwell
 from bench import disk, harness, loads
-from bench.floods import floods
+from bench.floods import floods, floods_on_disk
 from bench.harness import HERE, MODELS, OUT, Key, Measure, Point, Result, measured
 from bench.loads import Plan, Times
 from bench.shared_store import valkey
@@ -336,6 +336,7 @@ CASES: Mapping[str, Case] = {
         triton,
         long,
         floods,
+        floods_on_disk,
         tls,
         memory,
         models,

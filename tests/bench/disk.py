@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bench.harness import OUT
@@ -17,6 +18,8 @@ from bench.harness import OUT
 _FOLDER = re.compile(r"data-(\d+)-")
 _FLUSHES = 200
 _FLUSHED_BYTES = 4096
+_PAUSE_S = 0.5e-3
+"""About as long as it is between two commits of steps."""
 
 
 @contextlib.contextmanager
@@ -53,20 +56,33 @@ def file_system(path: Path) -> str:
 
 def flush_ms(folder: Path) -> float:
     """How long fdatasync takes after 4 KiB were written, the median of many, in milliseconds."""
+    return statistics.median(_flushes_ms(folder, range(_FLUSHES)))
+
+
+def flushes_ms(folder: Path, seconds: float) -> list[float]:
+    """How long each flush takes in a file that has its blocks, with a pause behind each, in milliseconds."""
+    _flushes_ms(folder, range(_FLUSHES))  # its blocks
+    until = time.perf_counter() + seconds
+    places = itertools.takewhile(lambda _: time.perf_counter() < until, itertools.cycle(range(_FLUSHES)))
+    return _flushes_ms(folder, places, _PAUSE_S)
+
+
+def _flushes_ms(folder: Path, places: Iterable[int], pause_s: float = 0.0) -> list[float]:
     path = folder / "flushed"
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     flush = getattr(os, "fdatasync", os.fsync)
     taken = []
     try:
-        for place in range(_FLUSHES):
+        for place in places:
             os.pwrite(file, os.urandom(_FLUSHED_BYTES), place * _FLUSHED_BYTES)
             began = time.perf_counter()
             flush(file)
-            taken.append(time.perf_counter() - began)
+            taken.append((time.perf_counter() - began) * 1e3)
+            if pause_s:
+                time.sleep(pause_s)
     finally:
         os.close(file)
-        path.unlink()
-    return statistics.median(taken) * 1e3
+    return taken
 
 
 def bytes_used(folder: Path) -> int:

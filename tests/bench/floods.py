@@ -1,6 +1,6 @@
 """What a flood of one client costs another: p99 of eight streams beside each flood, as a ratio to alone.
 
-    make bench ARGS=floods
+    make bench ARGS='floods floods_on_disk'
     chrt -r 1 .venv/bin/python tests/bench/measure.py floods     (on a machine that does other things, too)
 
 Streams and flood are processes of their own, over connections of their own; with tokens they are of two tenants. Each
@@ -23,8 +23,8 @@ import numpy as np
 from click.testing import CliRunner
 
 import stepwell
-from bench import harness, loads
-from bench.harness import MODELS, OUT, Key, Measure, Point, Result, measured
+from bench import disk, harness, loads
+from bench.harness import HERE, MODELS, OUT, Key, Measure, Point, Result, measured
 from bench.loads import Plan, Times
 from stepwell.cli import main
 from stepwell.testing import LocalServer
@@ -38,6 +38,10 @@ FRAMES, FRAME, MANY_STREAMS, LONG, LONG_STEPS = 8, 1024, 64, 8, 10_000
 OPENINGS, OPENINGS_OF_MANY, OPENED_AT_ONCE = 64, 4, 2000
 _BEFORE_S, _AFTER_S = 0.3, 0.5
 """The flood begins before the streams are counted, and ends after them."""
+
+
+_WRITING = ("frames of 1,024 sessions", "new sessions", "new sessions, 2,000 at a time")
+_LARGE_WRITES = "no server: a write of 4 KiB beside 2,000 pages at a time"
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,12 @@ def _flooding(server: LocalServer, flood: Flood, token: str | None, run_s: float
 
 
 def pair(
-    flood: Flood, times: Times, *, options: Sequence[str] = (), tokens: tuple[str, str] | None = None
+    flood: Flood,
+    times: Times,
+    *,
+    options: Sequence[str] = (),
+    tokens: tuple[str, str] | None = None,
+    data_dir: Path | None = None,
 ) -> Result:
     """Latencies of the streams, alone and beside a flood.
 
@@ -131,10 +140,11 @@ def pair(
         times: How long each is measured.
         options: Of the server.
         tokens: Of the streams' client and of the one that floods; None: nobody is asked.
+        data_dir: Where sessions are; None: in memory.
     """
     own, other = tokens or (None, None)
     with (
-        harness.serve(_MODEL, extra_args=options) as server,
+        harness.serve(_MODEL, extra_args=options, data_dir=data_dir) as server,
         stepwell.connect(server.address, token=own) as client,
     ):
         requests = [_frame([one]) for one in client.open_sessions(_MODEL, WATCHED).ids]
@@ -154,6 +164,22 @@ def pair(
         "p50_ratio": beside["p50_ms"] / alone["p50_ms"],
         "p99_ratio": beside["p99_ms"] / alone["p99_ms"],
         **found,
+    }
+
+
+def _disk_alone(times: Times) -> Result:
+    """A small write that is flushed, as a step is, alone and beside a process that flushes 2,000 pages at a time."""
+    with disk.data_folder() as folder:
+        alone = disk.flushes_ms(folder, times.run_s)
+        with harness.started(str(HERE / "large_writes.py"), str(folder / "large")):
+            beside = disk.flushes_ms(folder, times.run_s)
+    result = {
+        f"{when}_{name}_ms": float(np.quantile(taken, share))
+        for when, taken in (("alone", alone), ("beside", beside))
+        for name, share in (("p50", 0.5), ("p99", 0.99))
+    }
+    return result | {
+        f"{name}_ratio": result[f"beside_{name}_ms"] / result[f"alone_{name}_ms"] for name in ("p50", "p99")
     }
 
 
@@ -177,3 +203,20 @@ def floods(plan: Plan) -> list[Point]:
                 flood, plan.times, options=options, tokens=tokens
             )
         return measured(("callers", "flood"), measures, plan.repeats)
+
+
+def floods_on_disk(plan: Plan) -> list[Point]:
+    """The same beside those floods that write, with sessions on disk; and a durable write beside large ones."""
+
+    def beside(flood: Flood, durability: str) -> Result:
+        with disk.data_folder() as folder:
+            return pair(flood, plan.times, options=("--durability", durability), data_dir=folder)
+
+    measures: dict[Key, Measure] = {}
+    for durability in ("async", "sync"):
+        for name in _WRITING:
+            measures[durability, name] = lambda flood=FLOODS[name], durability=durability: beside(  # type: ignore[misc]
+                flood, durability
+            )
+    measures["sync", _LARGE_WRITES] = lambda: _disk_alone(plan.times)
+    return measured(("durability", "flood"), measures, plan.repeats)

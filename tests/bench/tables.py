@@ -190,11 +190,11 @@ def _words(label: Any) -> str:
     return number(label) if isinstance(label, int) else words.get(label, label)
 
 
-def floods_table(points: Sequence[Point]) -> str:
+def floods_table(points: Sequence[Point], by: str = "callers") -> str:
     rows = [
         [
             point["flood"],
-            point["callers"],
+            point[by],
             cell(point, "alone_p50_ms", "alone_p99_ms"),
             cell(point, "beside_p50_ms", "beside_p99_ms"),
             cell(point, "p99_ratio"),
@@ -202,7 +202,7 @@ def floods_table(points: Sequence[Point]) -> str:
         ]
         for point in points
     ]
-    heads = ["8 streams beside", "callers", "p50 / p99 alone, ms", "p50 / p99 beside, ms"]
+    heads = ["8 streams beside", by, "p50 / p99 alone, ms", "p50 / p99 beside, ms"]
     return table([*heads, "p99 against alone", "the flood's calls or frames/s"], rows)
 
 
@@ -276,6 +276,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
     "models": ("models", models_table),
     "long": ("long", ratios_table("when", heads=("8 streams", "p99 against alone"), key="p99_ms")),
     "floods": ("floods", floods_table),
+    "floods on disk": ("floods_on_disk", lambda points: floods_table(points, "durability")),
     "tls": (
         "tls",
         ratios_table("transport", "kind", "sessions", heads=("", "", "sessions", "rate against plain")),
