@@ -6,6 +6,7 @@ does not answer there is nothing to choose from, and nothing is said.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -88,6 +89,7 @@ def answered(
     target = Target.of(dict(ctx.params))
     try:
         config = target.config()
+        config = dataclasses.replace(config, address=config.targets[0])  # of replicas any one knows
         metadata = _channel.tokens(config).metadata()
         with _channel.open_channel(config) as channel:
             return [CompletionItem(value) for value in ask(channel, metadata)]

@@ -47,7 +47,7 @@ class Target:
     """The server that a command talks to."""
 
     address: str
-    """HOST:PORT or unix:PATH."""
+    """HOST:PORT or unix:PATH; those of replicas with commas between."""
     timeout_s: float
     """Longest time that one request may take, retries included."""
     tls: Mapping[str, str] | None = None
@@ -191,7 +191,7 @@ def server_options(function: Function) -> Function:
             show_default=True,
             show_envvar=True,
             callback=check_address,
-            help="The server, HOST:PORT or unix:PATH.",
+            help="The server, HOST:PORT or unix:PATH; several, with commas between, are replicas that share a store.",
         ),
         click.option(
             "--timeout-s",

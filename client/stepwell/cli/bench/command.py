@@ -146,6 +146,8 @@ def bench(
     """
     if group_size is not None and mode != "group":
         raise click.UsageError("--group-size goes with --mode group")
+    if "," in target.address:
+        raise click.UsageError(f"bench measures one server: --server must name one; got {target.address!r}")
     processes = processes or max(1, (os.cpu_count() or 2) // 2)
     if mode == "group":
         group_size = min(group_size or min(plans.GROUP_SIZE, -(-sessions // processes)), sessions)
