@@ -69,7 +69,10 @@ class Commits:
                 raise ValueError(
                     f"{name} must have one stamp for each of {len(puts)} puts; it has {len(column)}"
                 )
-        if not (batch.deletes or batch.tombstones or batch.forgets) and batch.follows.all():
+        nothing_ends = not (batch.deletes or batch.tombstones or batch.forgets)
+        if nothing_ends and len(puts) == 1 and batch.follows[0]:  # as mostly
+            return [self._one(*puts[0], batch.follows, batch.stamps)]
+        if nothing_ends and batch.follows.all():
             if isinstance(puts, Puts) and not self._is_cluster and _fits(puts):
                 return [self._together(puts, batch.follows, batch.stamps)]
             return self._follow(list(puts), batch.follows, batch.stamps)
@@ -132,8 +135,6 @@ class Commits:
         return Part(request, (session_id,))
 
     def _follow(self, puts: Sequence[tuple[str, Stored]], follows: U64, stamps: U64) -> list[Part]:
-        if len(puts) == 1:
-            return [self._one(*puts[0], follows, stamps)]
         parts = []
         for partition, places in self._groups([session_id for session_id, _ in puts]):
             for some in _pieces(places, [len(puts[place][1]) for place in places]):
