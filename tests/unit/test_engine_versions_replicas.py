@@ -186,6 +186,35 @@ async def test_there_and_back_is_not_where_it_was() -> None:
         assert record_of(second, "a") == Mark(1, 2, is_pinned=False)
 
 
+async def test_a_session_of_the_same_id_that_was_opened_elsewhere_on_another_version_is_another() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await first.open("a", model="plain@2")
+        await second.engine.close_session("a")
+        await second.open("a")
+        await fails(first.step("a", FIRST), VersionElsewhere, "send it again")
+        answer = await first.step("a", FIRST)
+        assert answer.version == 1
+        np.testing.assert_array_equal(answer.outputs["y"], after(1, INITIAL, [FIRST])[0])
+
+
+async def test_a_session_that_follows_has_the_id_of_one_that_was_pinned() -> None:
+    """It was opened where the last move is not known yet; who knew the pinned one must not keep it there."""
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await first.open("a", model="plain@2")
+        await second.engine.set_default("plain", 2, CARRY)
+        await second.engine.close_session("a")
+        await second.open("a")
+        await first.engine.set_default("plain", 1, RESET)
+        for _ in range(2):
+            answers = await first.submit("a", FIRST).all()
+        (answer,) = answers
+        assert isinstance(answer, Answer)
+        assert answer.version == 1
+        assert record_of(first, "a") == Mark(1, 2, is_pinned=False)
+
+
 @pytest.mark.parametrize("is_faster", [False, True])
 @pytest.mark.parametrize("policy", [CARRY, RESET])
 async def test_what_is_under_way_while_the_default_moves_elsewhere(

@@ -75,8 +75,9 @@ class Forwarding:
         target, way = own.history.way(version, epoch)
         if target == model.version:
             return way
-        if self._models.is_shared and epoch > model.left_epoch:
-            # what began on the version that was left must not be made of what was made after that
+        if self._models.is_shared:
+            # It may be of a later move than that for which the session leaves, or another session by now, of the same id:
+            # what is known here of the session is not enough to go on where it began.
             raise self._models.later(model.name)
         # a move is being made: what is under way goes on where it began
         if version == model.version:
