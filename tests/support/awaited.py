@@ -83,6 +83,8 @@ class RemoteStore(Store):
         """Each call that names sessions, as it came: read, commit."""
         self.reads_held = False
         self.commits_held = False
+        self.answers_held = False
+        """Commits are made when they come, and their answers are held back."""
         self.read_error: Exception | None = None
         self.commit_error: Exception | None = None
         self.documents_error: Exception | None = None
@@ -131,7 +133,7 @@ class RemoteStore(Store):
 
     def let_go(self) -> None:
         """Let what is held back, and what comes, be answered."""
-        self.reads_held = self.commits_held = False
+        self.reads_held = self.commits_held = self.answers_held = False
         self.let_go_once()
 
     def let_go_once(self, *kinds: str) -> None:
@@ -251,6 +253,13 @@ class RemoteStore(Store):
             self._under_way -= 1
         if self.commit_error is not None:
             raise self.commit_error.with_traceback(None)
+        if self.answers_held:
+            told = self._made(batch, puts)
+            await self._pass("answer", [i for i, _ in puts], held=True)
+            return told
+        return self._made(batch, puts)
+
+    def _made(self, batch: Batch, puts: Sequence[tuple[str, bytes]]) -> Committed:
         stale = self._stale(batch)
         kept = [(name, content) for name, content in batch.documents if name not in stale]
         if kept:

@@ -306,6 +306,26 @@ async def test_a_session_that_is_being_made_here_may_be_there_already() -> None:
         assert (await slow).resumed
 
 
+@pytest.mark.parametrize("call", ["info", "state", "resume"])
+async def test_a_session_that_has_been_made_here_may_have_been_changed_already(call: str) -> None:
+    """The store has kept it, but this server has not heard of it yet, as it was paused."""
+    async with two() as (first, second):
+        second.store.answers_held = True
+        slow = await begun(second.engine.open_session("plain", session_id="a"))
+        await second.store.until("commit")
+        await first.step("a", x(1))
+        asked: dict[str, Any] = {
+            "info": lambda: second.engine.session_info("a"),
+            "state": lambda: second.engine.get_state("a"),
+            "resume": lambda: second.engine.open_session("plain", session_id="a"),
+        }
+        told = await begun(asked[call]())
+        second.store.let_go()
+        found = await told
+        assert (found if call == "info" else found.session).revision == 1
+        assert (await slow).session.session_id == "a"
+
+
 async def test_a_fork_to_an_id_that_another_server_has_just_given_is_refused() -> None:
     async with two() as (first, second):
         await both_know(first, second, "source")

@@ -241,6 +241,9 @@ class Arrivals:
             newer: Mapping[str, Fetched] = {}
             if anew:
                 self._drain()  # what came before is under way then
+                if self._expiry.is_shared:
+                    # what is in the table when it has been made may have been changed elsewhere since it was kept
+                    await self._removal.all_made(session_ids)
                 newer = await self._compare(session_ids)
             return await self._look(session_ids, newer)
         finally:
