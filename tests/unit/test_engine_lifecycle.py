@@ -319,6 +319,8 @@ async def test_a_reader_that_is_cancelled_as_its_turn_comes_gives_it_away(
         reading = await task_of(at.state("a"))
         following = at.submit("a", x(1))
         lines = at.inside.turns
+        for _ in range(100):  # an awaited store is asked before the reader is in line
+            await asyncio.sleep(0)
         grant = lines._grant  # nothing outside happens between a turn that comes and the task that wakes
 
         def grant_and_cancel(hold: Any, handle: int) -> bool:
