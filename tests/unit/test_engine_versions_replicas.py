@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import numpy as np
 import pytest
@@ -207,11 +208,9 @@ async def test_a_session_that_follows_has_the_id_of_one_that_was_pinned() -> Non
         await second.engine.close_session("a")
         await second.open("a")
         await first.engine.set_default("plain", 1, RESET)
-        for _ in range(2):
-            answers = await first.submit("a", FIRST).all()
-        (answer,) = answers
-        assert isinstance(answer, Answer)
-        assert answer.version == 1
+        with contextlib.suppress(VersionElsewhere):  # it knows the other one still
+            await first.step("a", FIRST)
+        assert (await first.step("a", FIRST)).version == 1
         assert record_of(first, "a") == Mark(1, 2, is_pinned=False)
 
 
