@@ -276,7 +276,10 @@ async def _run(
             models = await load_models(settings, compiler, wanted, observer, readiness, stop)
         engine = served.engine = _engine(settings, models, store, clock, observer, quotas, migrations)
         engine.explain_absence(absence(readiness, tells_why=not settings.asks_callers))
-        await once_it_answers(engine.start, settings, clock, stop)
+        try:
+            await once_it_answers(engine.start, settings, clock, stop)
+        except DocumentError as error:  # other servers know a version by another file
+            raise StartError(f"--store: {error}") from error
         live = _live_models(settings, engine, compiler, clock, observer, quotas, readiness)
         live.failed_at_start(models.failed)
         work = ModelWork(settings, wanted, kept, folder, engine, live, readiness, clock=clock)

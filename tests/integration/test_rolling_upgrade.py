@@ -24,7 +24,7 @@ from support.driver import FEATURES, MODEL
 from support.processes import until
 from support.replay import LstmDense
 from support.secured import Server
-from support.server_process import forecast, retrained
+from support.server_process import ServerProcess, forecast, retrained
 from support.valkey import Valkey
 from support.wire import Wire, arrays, of_call, tensor
 
@@ -211,3 +211,14 @@ def _refusal(wire: Wire) -> str:
     except grpc.RpcError as error:
         return of_call(error).code
     return ""
+
+
+def test_a_replica_whose_file_is_another_says_so_and_does_not_start() -> None:
+    with Valkey(append="everysec") as valkey, replicas(valkey, 1):
+        arguments = [f"{MODEL}={retrained().path}", "--store", valkey.url(), "--durability", "async"]
+        cache = ["--cache-dir", str(programs.cache_dir()), "--listen", "127.0.0.1:0"]
+        with ServerProcess(*arguments, *cache, ready=False) as server:
+            code, _, err = server.finish()
+    assert code == 2, err
+    assert "stepwell: error: --store: version 1 of model 'forecast' must be the file that it is" in err
+    assert "forecast@2=PATH" in err
