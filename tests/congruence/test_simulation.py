@@ -76,7 +76,6 @@ def is_found(seeds: range, bugs: Bugs | None = None, **changes: Any) -> bool:
 @pytest.mark.parametrize(
     "bug",
     [
-        "ignores_stamps",
         "ignores_tombstones",
         "unknown_is_kept",
         "conflicts_after_attempts",
@@ -84,6 +83,17 @@ def is_found(seeds: range, bugs: Bugs | None = None, **changes: Any) -> bool:
 )
 def test_a_store_with_a_bug_is_found(bug: str) -> None:
     assert is_found(range(200), Bugs(**{bug: True}))
+
+
+def test_a_store_that_compares_revisions_alone_is_found() -> None:
+    """They come twice where a fail-over takes writes back."""
+    changes: dict[str, Any] = {
+        "must_sync": False,
+        "faults": ("fail_over",),
+        "fault_every_s": 0.3,
+        "guests": 2,
+    }
+    assert is_found(range(200), Bugs(ignores_stamps=True), **changes)
 
 
 @pytest.mark.parametrize("bug", ["waits_for_no_disk", "fences_nothing"])

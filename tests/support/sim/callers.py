@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from stepwell_server.core.exactly_once import ANY_REVISION
-from stepwell_server.engine.api import Opened, SessionInfo, StateRead
+from stepwell_server.engine.api import Opened, SessionInfo, StateRead, StatesRead
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.engine import Engine
 from stepwell_server.errors import (
@@ -199,7 +199,7 @@ async def submitted(engine: Engine, members: Sequence[Member]) -> list[Answer | 
     return [answers.by_member[place] for place in range(len(members))]
 
 
-_AGAIN = ("Overloaded", "DeadlineExceeded", "Unavailable", "StoreAway")
+_AGAIN = ("Overloaded", "DeadlineExceeded", "Unavailable", "StoreAway", "VersionElsewhere")
 
 
 def is_open(end: End) -> bool:
@@ -253,6 +253,24 @@ def read(result: StateRead) -> End:
     info = result.session
     states = {name: np.array(array, np.float32) for name, array in result.state.items()}
     return End(outcome="acknowledged", revision=info.revision, position=info.position, states=states)
+
+
+def read_each(result: StatesRead, count: int) -> list[End]:
+    """What a reader was told of each of many sessions."""
+    ends: dict[int, End] = {}
+    row = 0
+    for place, member in enumerate(result.members.tolist()):
+        rows = slice(row, row + int(result.sizes[place]))
+        row = rows.stop
+        ends[member] = End(
+            outcome="acknowledged",
+            revision=int(result.revisions[place]),
+            position=int(result.positions[place]),
+            states={name: np.array(array[rows], np.float32) for name, array in result.state.items()},
+        )
+    for members, error in result.errors:
+        ends.update(dict.fromkeys(members.tolist(), end_of(error)))
+    return [ends[member] for member in range(count)]
 
 
 def looked(info: SessionInfo) -> End:

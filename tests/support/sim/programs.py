@@ -24,6 +24,7 @@ from support.sim.callers import (
     looked,
     opened,
     read,
+    read_each,
     submitted,
 )
 
@@ -37,6 +38,7 @@ class Mix:
     reset: float = 1
     any_step: float = 2
     read: float = 2
+    read_many: float = 1
     look: float = 1
     frame: float = 3
     line: float = 1
@@ -267,6 +269,22 @@ class Owner:
     async def read(self, own: Own) -> None:
         """Read the state."""
         self.learn(own, await read_once(self.callers, own.name))
+
+    async def read_many(self, _own: Own) -> None:
+        """Read the states of all sessions that are there, by one call."""
+        callers = self.callers
+        own = {each.name: each for each in self.sessions if each.is_there}
+        ops = [callers.history.call(Call(kind="read", session=name)) for name in own]
+
+        async def work(engine: Engine) -> list[End]:
+            return read_each(await engine.get_states(list(own)), len(own))
+
+        try:
+            ends = await callers.ask(callers.some_replica(), work)
+        except Exception as error:
+            ends = [end_of(error)] * len(ops)
+        for op, end in zip(ops, ends, strict=True):
+            self.learn(own[op.call.session], callers.history.end(op, end))
 
     async def look(self, own: Own) -> None:
         """Ask for the revision."""

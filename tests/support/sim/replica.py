@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.engine import Engine
 from stepwell_server.engine.state.resident import ResidentRows
-from stepwell_server.errors import Unavailable
+from stepwell_server.errors import Unavailable, VersionExists
 from support.engine import Events, FixedCost
 from support.fake_executor import PLAIN, FakeExecutor, Hooks
 from support.inside import Inside
@@ -16,6 +18,9 @@ from support.sim.network import Network
 from support.sim.shard import Shard
 from support.sim.store import Bugs, SimStore
 from support.sim.world import NodeLoop, World
+
+#: Other weights would do the same here: what is computed says nothing of the version that did it.
+SECOND = dataclasses.replace(PLAIN, fingerprint="f-plain-2")
 
 
 class SkewedClock:
@@ -76,6 +81,8 @@ class Replica:
         self.loop: NodeLoop | None = None
         self.engine: Engine | None = None
         """None while it starts, or is dead."""
+        self.has_second = False
+        """The second version of the model is in its folder, and is loaded when it starts."""
         self.buried: list[NodeLoop] = []
         self.defects: list[str] = []
 
@@ -90,7 +97,7 @@ class Replica:
         store = SimStore(loop, self.network, self.shards, self.clock, self.bugs)
         while True:
             engine = Engine(
-                {"plain": PLAIN},
+                {"plain@1": PLAIN, "plain@2": SECOND} if self.has_second else {"plain": PLAIN},
                 store=store,
                 clock=self.clock,
                 observer=Events(),
@@ -133,6 +140,27 @@ class Replica:
         if self.loop is not None and self.loop.is_paused:
             self.world.note("resume", self.name)
             self.loop.is_paused = False
+
+    def load_second(self) -> None:
+        """Serve the second version of the model too, from now on and after the next start."""
+        if not self.is_ready or self.has_second:
+            return
+
+        def done(result: Any) -> None:
+            self.world.note("loaded", self.name, type(result).__name__)
+            self.has_second |= result is None or isinstance(result, VersionExists)
+
+        self.call(lambda engine: engine.load_version("plain", 2, SECOND), done)
+
+    def set_default(self, version: int, policy: SessionPolicy) -> None:
+        """Let the other version be the default, here and everywhere, if it can be now."""
+        if not self.is_ready:
+            return
+
+        def done(result: Any) -> None:
+            self.world.note("default", version, policy.name, self.name, type(result).__name__)
+
+        self.call(lambda engine: engine.set_default("plain", version, policy), done)
 
     def kill(self) -> None:
         """All that it knew is gone; what it has sent is on its way."""

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from stepwell_server.engine.api import SessionPolicy
 from support import linear
 from support.checker import Report
 from support.inside import Inside
@@ -46,6 +47,8 @@ class Plan:
     mix: Mix
     owners: list[list[str]]
     rivals: bool
+    moves: bool
+    """Replicas load a second version one after the other, and the default moves between the two."""
     guests: int
     seconds: float
 
@@ -60,6 +63,7 @@ class Plan:
             "reset",
             "any_step",
             "read",
+            "read_many",
             "look",
             "frame",
             "line",
@@ -92,6 +96,7 @@ class Plan:
             mix=mix,
             owners=draw.choice([[["a"]], [["a", "b"]], [["a"], ["b"]], [["a", "b", "c"], ["d"]]]),
             rivals=draw.random() < 0.3,
+            moves=draw.random() < 0.25,
             guests=draw.choice([0, 0, 1, 2]),
             seconds=draw.choice([4.0, 8.0, 15.0]),
         )
@@ -146,10 +151,19 @@ class Schedule:
     # --------------------------------------------------------------------------------------------------------- faults
 
     def _nemesis(self) -> None:
-        if self._is_over or not self.plan.faults:
-            return
         draw = self.world.random
-        getattr(self, f"_{draw.choice(self.plan.faults)}")()
+        if self._is_over:
+            return
+        if self.plan.moves:
+            replica = draw.choice(self.replicas)
+            if not replica.has_second:
+                replica.load_second()
+            else:
+                replica.set_default(
+                    draw.choice([1, 2]), draw.choice([SessionPolicy.CARRY, SessionPolicy.KEEP])
+                )
+        if self.plan.faults:
+            getattr(self, f"_{draw.choice(self.plan.faults)}")()
         self.world.after(draw.expovariate(1 / self.plan.fault_every_s), self._nemesis)
 
     def _then(self, seconds: float, call: Callable[..., object], *args: Any) -> None:
@@ -265,6 +279,7 @@ class Schedule:
         world.after(0.3, self._nemesis)
         world.run(lambda: world.now >= began + plan.seconds, plan.seconds + 10, "the work")
         self._heal()
+        self._load_everywhere()
         self._finish(tasks, "callers must be answered")
         everything = sorted({op.call.session for op in callers.history.ops})
         self._finish(self._begin([read_everywhere(callers, everything)]), "sessions must be read")
@@ -281,6 +296,20 @@ class Schedule:
         self.world.run(lambda: all(task.done() for task in tasks), 120.0, what)
         for task in tasks:
             task.result()
+
+    def _pass(self, seconds: float) -> None:
+        until = self.world.now + seconds
+        self.world.run(lambda: self.world.now >= until, seconds + 10, "time must pass")
+
+    def _load_everywhere(self) -> None:
+        """Sessions may be on either version."""
+        if not self.plan.moves:
+            return
+        self.world.run(lambda: all(each.is_ready for each in self.replicas), 100.0, "replicas must start")
+        while left := [each for each in self.replicas if not each.has_second]:
+            for replica in left:
+                replica.load_second()
+            self._pass(5.0)
 
     def _heal(self) -> None:
         self.world.note("heal")
