@@ -156,11 +156,6 @@ class Settings:
             raise SettingsError(
                 "--encryption-key-file: with --store memory nothing is kept on disk to encrypt"
             )
-        if self.shared_store is not None and self.shared_store.replicas and self.durability == "async":
-            raise SettingsError(
-                f"--store: replicas={self.shared_store.replicas} must be given with --durability sync, which waits for"
-                " them; it is async"
-            )
         if self.shared_store is not None and self.data_dir is not None:
             raise SettingsError(
                 "--data-dir: with --store URL sessions are kept there, and nothing on disk here"

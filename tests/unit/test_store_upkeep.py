@@ -455,16 +455,3 @@ def test_the_commands(path: Path, tmp_path: Path) -> None:
     assert "give the keys" in run("rekey", path, code=2)
     assert "some are missing" in run("backup", path, tmp_path / "backup3", code=2)
     assert not (tmp_path / "backup3").exists()
-
-
-@pytest.mark.parametrize("command", [("verify",), ("repair",), ("backup", "b"), ("restore", "b"), ("rekey",)])
-def test_a_store_that_servers_share_is_no_folder(command: tuple[str, ...], tmp_path: Path) -> None:
-    name, *rest = command
-    url = "valkey://127.0.0.1:1/0"
-    arguments = [*rest, url] if name == "restore" else [url, *rest]
-    refusal = CliRunner().invoke(main, ["store", name, *arguments], env={"HOME": str(tmp_path)})
-    assert refusal.exit_code == 2
-    assert (
-        f"works on files, and not on a store that servers share (see docs/valkey.md); got '{url}'"
-        in refusal.output
-    )

@@ -153,15 +153,11 @@ async def test_a_store_that_was_emptied_is_made_again_as_it_was() -> None:
             valkey.ask("FLUSHALL")
             assert (await a.check()).problem == ""
             assert a.damage == "the store was emptied: sessions that it had are lost"
-            assert b.damage == ""
             assert (await b.check()).problem == ""
-            assert b.damage == a.damage  # though another one has made the store again
             async with shared(valkey.url()) as (other,):
                 url = valkey.url(f"?prefix={a._url.prefix}")
                 again = await opened(url)
                 assert (again.secret, again.incarnation) == (a.secret, a.incarnation) != (other.secret, "")
-                assert (await again.check()).problem == ""
-                assert again.damage == ""  # whoever started it has seen the loss
                 await again.close()
             valkey.ask("HSET", f"{a._url.prefix}{{meta}}store", "incarnation", "12345678")
             with pytest.raises(StoreGone, match="another one is in its place"):

@@ -19,7 +19,6 @@ from stepwell.cli._target import json_option
 from stepwell.cli._types import Size
 from stepwell_server.cli.values import PathOf
 from stepwell_server.clock import SystemClock
-from stepwell_server.store.valkey.url import is_store_url
 
 if TYPE_CHECKING:
     from stepwell_server.store.checking import Examined
@@ -31,21 +30,7 @@ _DONE = (
     ("0", "done"),
     ("2", "it cannot be done, and nothing is changed: what is given, a file, or a server that runs"),
 )
-
-
-class _OnDisk(PathOf):
-    """A data folder or a backup; a store that servers share is none."""
-
-    def read(self, text: str) -> Path:
-        """See `Text.read`."""
-        if is_store_url(text):
-            raise ValueError(
-                "a path: stepwell store works on files, and not on a store that servers share (see docs/valkey.md)"
-            )
-        return super().read(text)
-
-
-_FILE, _FOLDER = PathOf("file"), _OnDisk("dir")
+_FILE, _FOLDER = PathOf("file"), PathOf("dir")
 
 key_file_option = click.option(
     "--encryption-key-file",
@@ -107,7 +92,7 @@ def store() -> None:
         ("2", "it cannot be read at all, or a key is missing"),
     ),
 )
-@click.argument("path", metavar="PATH", type=_OnDisk("file"))
+@click.argument("path", metavar="PATH", type=PathOf("file"))
 @key_file_option
 @json_option
 @click.pass_context

@@ -16,7 +16,7 @@ from stepwell_server.store.valkey.url import DEFAULT_PARTITIONS, MOST_PARTITIONS
 
 LAYOUT = 1
 _LAYOUT, _PARTITIONS, _SECRET, _INCARNATION = b"layout", b"partitions", b"secret", b"incarnation"
-_FIRST_REVISION, _KEY, _EMPTIED = b"first_revision", b"key:", b"emptied"
+_FIRST_REVISION, _KEY = b"first_revision", b"key:"
 _SECRET_BYTES = 32
 
 
@@ -30,8 +30,6 @@ class Meta:
     first_revision: int
     key_checks: Mapping[str, bytes]
     """`Keyring.checks` of the keys that it was encrypted with."""
-    emptied: bytes = b""
-    """Drawn at random when it was last made again because it was gone; empty: never."""
 
 
 async def read(requests: Requests, prefix: str, partitions: int | None) -> Meta:
@@ -44,37 +42,36 @@ async def read(requests: Requests, prefix: str, partitions: int | None) -> Meta:
     new = Meta(
         partitions or DEFAULT_PARTITIONS, secrets.token_bytes(_SECRET_BYTES), secrets.token_hex(4), 0, {}
     )
-    return _meta_of(prefix, await _made(requests, prefix, new, once=True), partitions)
+    return _meta_of(prefix, (await _made(requests, prefix, new, once=True))[1], partitions)
 
 
-async def again(requests: Requests, prefix: str, known: Meta) -> tuple[bytes, str]:
+async def again(requests: Requests, prefix: str, known: Meta) -> tuple[bool, str]:
     """Make the store with a prefix as it was known, if it is not there.
 
     Returns:
-        `Meta.emptied` and the incarnation of the store that is there.
+        Whether it was made, and the incarnation of the one that is there.
 
     Raises:
         ServerError: it cannot be asked.
     """
-    # all servers must learn that sessions are lost, not only the one that makes the store again
-    new = dataclasses.replace(known, emptied=secrets.token_bytes(8))
-    fields = await _made(requests, prefix, new, once=False)
-    return fields.get(_EMPTIED, b""), fields.get(_INCARNATION, b"").decode("ascii", "replace")
+    was_made, fields = await _made(requests, prefix, known, once=False)
+    return was_made, fields.get(_INCARNATION, b"").decode("ascii", "replace")
 
 
-async def _made(requests: Requests, prefix: str, new: Meta, *, once: bool) -> Mapping[bytes, bytes]:
-    """What the store says, which is made as said if there is none."""
+async def _made(
+    requests: Requests, prefix: str, new: Meta, *, once: bool
+) -> tuple[bool, Mapping[bytes, bytes]]:
+    """What the store says, which is made as said if there is none; and whether it was."""
     words: list[bytes | str | int] = [_LAYOUT, LAYOUT, _PARTITIONS, new.partitions, _SECRET, new.secret]
     words += [_INCARNATION, new.incarnation, _FIRST_REVISION, new.first_revision]
-    if new.emptied:
-        words += [_EMPTIED, new.emptied]
     for key_id, check in new.key_checks.items():
         words += [_KEY + key_id.encode(), check]
     request = Request.of(META, scripts.MAKE, [store_key(prefix)], *words)
     await requests.send([request], waits=True, once=once)
     if request.problem is not None:
         raise request.problem
-    return pairs_of(request.reply)
+    was_made, fields = request.reply
+    return bool(was_made), pairs_of(fields)
 
 
 async def add_key_check(requests: Requests, prefix: str, key_id: str, check: bytes) -> None:
@@ -126,7 +123,6 @@ def _meta_of(prefix: str, fields: Mapping[bytes, bytes], asked: int | None) -> M
             for name, check in fields.items()
             if name.startswith(_KEY)
         },
-        fields.get(_EMPTIED, b""),
     )
 
 

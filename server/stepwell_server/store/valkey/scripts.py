@@ -303,9 +303,10 @@ return stale
 MAKE = _script(
     """
 -- What the store says of itself; it is made where there is none. KEYS: the store. ARGV: names and values of a new one.
--- Returns names and values of what is there.
-if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('HSET', KEYS[1], unpack(ARGV)) end
-return redis.call('HGETALL', KEYS[1])
+-- Returns 1 if it was made, else 0, then names and values.
+local made = redis.call('EXISTS', KEYS[1]) == 0 and 1 or 0
+if made == 1 then redis.call('HSET', KEYS[1], unpack(ARGV)) end
+return {made, redis.call('HGETALL', KEYS[1])}
 """,
 )
 

@@ -448,11 +448,10 @@ class ValkeyStore(Store):
             StoreGone: it is another one.
             Unavailable: it cannot be asked now.
         """
-        emptied, found = await meta.again(self._requests, self._url.prefix, self._found)
+        was_made, found = await meta.again(self._requests, self._url.prefix, self._found)
         if found != self._found.incarnation:
             raise StoreGone("the store must be the one that was opened; another one is in its place")
-        if emptied != self._found.emptied:
-            self._found = dataclasses.replace(self._found, emptied=emptied)
+        if was_made:
             self._damage = "the store was emptied: sessions that it had are lost"
             _log.error("the store was emptied, the sessions that it had are lost", store=str(self._url))
 

@@ -134,8 +134,6 @@ def parse(text: str, environ: Mapping[str, str] | None = None) -> StoreUrl:
         raise UrlError(
             f"it must begin with valkey://, valkeys://, redis:// or rediss://; got {parts.scheme or text[:20]!r}"
         )
-    if "@" in parts.path:  # the messages below would show a part of the password
-        raise UrlError("it must have no '@' behind the addresses: write %2F for a '/' in a user or password")
     if parts.fragment:
         raise UrlError("it must have no '#': write %23 where one is part of a name or password")
     options = _Options(parts.query)
@@ -144,14 +142,7 @@ def parse(text: str, environ: Mapping[str, str] | None = None) -> StoreUrl:
     if sentinel and is_cluster:
         raise UrlError("sentinel and cluster must not be given together: a Cluster fails over by itself")
     user_and_password, _, hosts = parts.netloc.rpartition("@")
-    try:
-        addresses = _addresses(hosts, _SENTINEL_PORT if sentinel else _PORT)
-    except UrlError:
-        if "@" not in parts.query:
-            raise
-        raise UrlError(
-            "an address must be HOST or HOST:PORT: write %3F for a '?' in a user or password"
-        ) from None
+    addresses = _addresses(hosts, _SENTINEL_PORT if sentinel else _PORT)
     database = _database(parts)
     if is_cluster and database:
         raise UrlError(f"the database of a Cluster must be 0; got {database}")
@@ -244,7 +235,7 @@ def _address(text: str, default_port: int) -> Address:
     else:
         host, colon, port = text.partition(":")
         is_whole = not colon or bool(port)
-    if not host or not is_whole or not host.isprintable() or " " in host:
+    if not host or not is_whole:
         raise UrlError(problem)
     if not port:
         return host, default_port
