@@ -200,8 +200,9 @@ def test_a_segment_is_rotated_only_onto_an_empty_one(path: Path) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("error", [Unavailable("no room"), StoreGone("no folder")])
 def test_to_keep_up_twice_as_much_is_checkpointed_as_is_written(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     store = opened(path, segment_bytes=1 << 16)
     names = [f"s{number:03}" for number in range(200)]
@@ -219,7 +220,7 @@ def test_to_keep_up_twice_as_much_is_checkpointed_as_is_written(
     assert store.behind == 0
     assert append(store, *names[:10], revision=next(later))
     assert store.behind == 20
-    monkeypatch.setattr(base_of(store), "commit", lambda _: (_ for _ in ()).throw(Unavailable("no room")))
+    monkeypatch.setattr(base_of(store), "commit", lambda _: (_ for _ in ()).throw(error))
     store.checkpoint(briefly=True)
     assert store.behind == 0, "not again and again where it fails"
     store.close()

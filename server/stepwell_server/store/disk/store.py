@@ -161,7 +161,7 @@ class DiskStore(LocalStore):
     @property
     def behind(self) -> int:  # type: ignore[override]
         """See `LocalStore`."""
-        return self._wal.due if self.needs_checkpoint and self._wal is not None else 0
+        return 0 if self._wal is None or self._closed or not self._wal.needs_checkpoint else self._wal.due
 
     @override
     def checkpoint(self, *, briefly: bool = False) -> None:
@@ -169,6 +169,7 @@ class DiskStore(LocalStore):
             try:
                 self._checkpoint(self._wal, briefly=briefly)
             except StoreGone:
+                self._wal.due = 0
                 return  # whoever looks after the store says so, and ends the server
             except (Unavailable, OSError) as error:
                 self._wal.due = 0  # not again before the next write
