@@ -10,6 +10,7 @@ import pytest
 
 from stepwell_server.errors import RevisionConflict, ServerError, SessionNotFound, Unavailable
 from stepwell_server.store.base import Batch
+from stepwell_server.store.record import decode_header
 from support.awaited import RemoteStore
 from support.durable import begun, same_reply
 from support.engine import Harness, x
@@ -210,3 +211,21 @@ async def test_nothing_is_read_that_the_store_cannot_confirm() -> None:
             await second.engine.session_info("a")
         store.read_error = None
         assert (await second.state("a"))["sum"].shape == np.zeros((1, 2)).shape
+
+
+async def test_records_of_sessions_that_others_opened_anew_say_so() -> None:
+    names = [f"s{number}" for number in range(64)]
+    async with two() as (first, second):
+        await both_know(first, second, *names)
+        for _ in range(3):  # these sessions come together again and again: their records are laid out once
+            await second.submit(names, x(64)).none_fails()
+        first.clock.advance(100.0)
+        await first.engine.close_sessions(names)
+        opened = await first.engine.open_sessions("plain", session_ids=names)
+        await second.submit(names, x(64)).none_fails()
+        for name, revision in zip(names, opened.revisions.tolist(), strict=True):
+            info = await first.engine.session_info(name)
+            assert (info.revision, info.position) == (revision + 1, 1)
+            stored = first.store.shared.get(name)
+            assert stored is not None
+            assert decode_header(name, stored).created == first.clock.now()

@@ -17,8 +17,9 @@ _MOST_BYTES = 32 << 20
 #: So many sets of sessions are known by sight: a template is kept when its sessions come the second time.
 _MOST_SEEN = 4096
 
-_Facts = tuple[int, int, bytes, bytes]
-"""The version and its epoch, births and leases: what may have changed since a template was laid out."""
+_Facts = tuple[int, int, bytes, bytes, bytes]
+"""What may have changed since a template was laid out: the version and its epoch, births, leases, and when sessions were
+created, as another server may have opened others of the same ids."""
 
 
 class Templates:
@@ -41,7 +42,9 @@ class Templates:
         key = handles.tobytes()  # of all versions: a template of one that they left is of no use
         found = self._kept.get(key)
         table = self._table
-        facts = model.index, model.epoch, table.birth[handles].tobytes(), table.lease[handles].tobytes()
+        columns = table.birth[handles], table.lease[handles], table.created[handles]
+        births, leases, created = (column.tobytes() for column in columns)
+        facts = model.index, model.epoch, births, leases, created
         if found is not None and found[0] == facts:
             self._kept.move_to_end(key)
             return found[1]
