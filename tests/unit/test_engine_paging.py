@@ -12,6 +12,8 @@ from stepwell_server.errors import Overloaded, SessionLost
 from stepwell_server.program import StateSpec
 from stepwell_server.store.base import Batch
 from stepwell_server.store.memory import MemoryStore
+from support.awaited import RemoteStore
+from support.durable import begun
 from support.engine import Harness, kinds, running, x
 from support.fake_executor import RICH
 from support.model_of_sessions import ModelOfSessions, Reply
@@ -157,3 +159,17 @@ async def test_a_fork_of_a_session_that_is_away_brings_it_back() -> None:
         await at.engine.fork("a", new_session_id="d")
         for name in "ad":
             assert (await at.state(name))["sum"].tobytes() == before
+
+
+async def test_rows_of_the_first_sessions_are_theirs_while_these_are_made() -> None:
+    """Before any session is there, rows that were taken for some are nobody's by the table; they are not free."""
+    store = RemoteStore(MemoryStore())
+    async with running(store=store, resident_rows=1) as at:
+        store.commits_held = True
+        first = await begun(at.open("a"))
+        await store.until("commit")
+        with pytest.raises(Overloaded):
+            await at.open("b")
+        store.let_go()
+        await first
+        assert await resident(at, "a") == "a"

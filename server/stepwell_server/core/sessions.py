@@ -120,6 +120,8 @@ class SessionTable:
         self.departures_after = 0
         for name, dtype in _COLUMNS.items():
             setattr(self, name, _zeros(capacity, np.dtype(dtype)))
+        # Rows of the arena that are of no session yet are said to be of handle 0 (`Slots.owner`), which may be nobody's.
+        self.model[0] = self.row[0] = -1
 
     def __len__(self) -> int:
         return len(self._handles)
