@@ -21,7 +21,6 @@ from stepwell_server.store.base import Batch, Committed, End, LocalStore, Tombst
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Stored
-from support.awaited import RemoteStore
 from support.clock import ManualClock
 from support.durable import until
 from support.fake_executor import WAIT_S
@@ -578,28 +577,3 @@ def test_what_has_nothing_to_do_with_each_other_is_one_transaction() -> None:
     ]
     (batch,) = together([*ended, *named])
     assert batch.documents == [("t5", b"1"), ("t5", None), ("t5", b"2")], "a document is no session"
-
-
-async def test_a_document_is_never_in_two_commits_at_a_time() -> None:
-    store, told = RemoteStore(MemoryStore()), list[str]()
-    commits = GroupCommit(store)
-
-    def submit(name: str, batch: Batch) -> None:
-        commits.submit(lambda: batch, 1, lambda _: told.append(name))
-
-    store.commits_held = True
-    submit("first", Batch(documents=[("a", b"1")]))
-    await store.until("commit")
-    submit("same", Batch(documents=[("a", b"2")]))
-    submit("session", Batch(deletes=["a"]))
-    await store.until("commit", 2)
-    assert [ids for kind, ids in store.calls if kind == "commit"] == [(), ("a",)], (
-        "a session of its name is another thing"
-    )
-    store.let_go()
-    await asyncio.wait_for(commits.idle(), WAIT_S)
-    assert store.most_at_once == 2
-    assert sorted(told[:2]) == ["first", "session"]
-    assert told[2:] == ["same"]
-    assert await store.documents() == {"a": b"2"}
-    assert commits.close(0)
