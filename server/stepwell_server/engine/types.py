@@ -14,3 +14,8 @@ Tensors = Mapping[str, Array]
 Members = npt.NDArray[np.intp]
 Mask = npt.NDArray[np.bool_]
 U64 = npt.NDArray[np.uint64]
+
+
+def is_float(dtype: np.dtype[np.generic]) -> bool:
+    """Whether a dtype is a float type, bfloat16 included."""
+    return dtype.kind == "f" or dtype.name == "bfloat16"

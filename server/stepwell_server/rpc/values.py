@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell.v1 import tensors_pb2
-from stepwell_server.engine.intake.validation import is_float
-from stepwell_server.engine.types import Array
+from stepwell_server.engine.types import Array, is_float
 from stepwell_server.errors import InvalidInput, MessageTooLarge
 
 #: Elements of all tensors of an argument: each takes a Python object on its way into an array.

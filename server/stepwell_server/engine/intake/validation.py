@@ -21,7 +21,7 @@ from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change, MustPart
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors
+from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors, is_float
 from stepwell_server.errors import InvalidInput, MessageTooLarge, RevisionConflict, ServerError
 from stepwell_server.program import Program, StateSpec, TensorSpec
 
@@ -142,11 +142,6 @@ def not_finite(what: str, name: str, array: Array) -> InvalidInput:
         f"{what} {name!r} must hold finite numbers within {array.dtype}'s range;"
         f" got {array[where]} at index {list(where)}"
     )
-
-
-def is_float(dtype: np.dtype[np.generic]) -> bool:
-    """Whether a dtype is a float type, bfloat16 included."""
-    return dtype.kind == "f" or dtype.name == "bfloat16"
 
 
 def require_lists(change: Change) -> None:
