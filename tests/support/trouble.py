@@ -91,7 +91,7 @@ def pause_valkey(valkey: Valkey, load: Loading, chance: random.Random) -> None:
 def fail_over(watched: Sentinels, load: Loading, chance: random.Random) -> None:
     """The primary is killed, or paused, or merely replaced; it comes back as a replica.
 
-    Where the servers wait for a replica of Valkey, there must be another one than the new primary.
+    Where the servers wait for all replicas of Valkey, nothing is acknowledged before it is back.
     """
     at_random(load, chance)
     old, how = watched.primary(), chance.choice(["kill", "pause", "replace"])
@@ -101,12 +101,12 @@ def fail_over(watched: Sentinels, load: Loading, chance: random.Random) -> None:
         old.pause()
     pass_s(chance.uniform(0, 0.3))
     watched.fail_over()
-    load.wait_acknowledged(_MOST_CHANGES)
     if how == "kill":
         old.start()
     if how == "pause":
         old.resume()
     watched.wait_ready(len(watched.servers) - 1)
+    load.wait_acknowledged(_MOST_CHANGES)
     at_random(load, chance)
 
 
