@@ -140,7 +140,7 @@ class Round:
             ways: list[Proxy] = []
             match self._store:
                 case "sentinel":
-                    watched = stack.enter_context(Sentinels(replicas=2, append="always"))
+                    watched = stack.enter_context(Sentinels(replicas=1, append="always"))
                     urls, durability = [watched.url("&replicas=1")] * REPLICAS, SYNC
                 case "cluster":
                     cluster = stack.enter_context(Cluster(append="always"))
