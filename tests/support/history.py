@@ -155,6 +155,16 @@ def live(ops: Iterable[Op]) -> dict[str, int]:
     return found
 
 
+def failures(ops: Iterable[Op]) -> list[str]:
+    """What reached callers as an error, whatever it was."""
+    return [
+        f"{op.call.kind} {op.number} of {op.call.session!r}: {end.error}"
+        for op in ops
+        for _, end in op.ends
+        if end.outcome != "acknowledged"
+    ]
+
+
 def _packed(record: Call | End) -> dict[str, Any]:
     """The fields that say something, as JSON has them."""
     fields = {

@@ -1,0 +1,52 @@
+"""Callers of the SDK, who know all replicas, see no error while replicas are killed and restarted.
+
+The short version of `make soak-cluster`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support import history, trouble
+from support.crowd import Crowd
+from support.driver import Mix
+from support.driver_process import DriverProcess
+from support.faults import verdict
+from support.replica_processes import Replicas
+from support.valkey import Valkey
+
+ASYNC = ("--durability", "async")
+MIX = Mix(frames=12, calls=3, threads=3, bands=2, band_size=6)
+pytestmark = pytest.mark.plain("its crowd is of no tenant")
+
+
+@pytest.fixture
+def replicas() -> Iterator[Replicas]:
+    with Valkey() as valkey, Replicas(valkey.url(), 3, *ASYNC) as three:
+        yield three
+
+
+def test_no_error_reaches_a_caller_whose_replica_is_killed(replicas: Replicas, tmp_path: Path) -> None:
+    path, chance = tmp_path / "history", random.Random(51)
+    with DriverProcess(replicas.address, path, seed=51, mix=MIX, pause_s=0.05, hurry=False) as load:
+        for _ in range(3):
+            trouble.kill_replica(replicas, load, chance)
+        load.wait_acknowledged(100)
+        load.stop()
+    assert verdict(path).require_clean().acknowledged > 150
+    assert history.failures(history.load([path])) == []
+
+
+def test_a_rolling_restart_under_load(replicas: Replicas) -> None:
+    """Each session moves to other replicas and back: no error, none lost, none twice, all right."""
+    with Crowd(replicas.address, 2000, seed=52) as crowd:
+        crowd.wait_steps(2000)
+        for one in replicas:
+            assert one.stop() == 0, one.logs()
+            crowd.wait_steps(2000)
+            one.start()
+        crowd.wait_round()
