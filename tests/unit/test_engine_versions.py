@@ -17,13 +17,14 @@ from stepwell_server.errors import (
     ModelNotFound,
     ServerError,
     SessionExists,
+    SessionGone,
     SpecsDiffer,
     VersionElsewhere,
     VersionExists,
     VersionNotFound,
 )
 from support.durable import begun
-from support.engine import Harness, x
+from support.engine import Harness, running, x
 from support.fake_executor import PLAIN, WAIT_S
 from support.versions import WIDE, after, serving, weights, widen
 
@@ -415,3 +416,23 @@ async def test_a_default_that_comes_back_by_keep_keeps_its_new_sessions(store_ki
         await at.state("b")
         assert await at_version(at, "a") == (1, False)
         assert (await at.step("a", x(1))).version == 1
+
+
+async def test_who_reads_on_several_versions_never_reads_another_session_of_a_handle() -> None:
+    async with running(threads=True) as at:
+        await at.engine.load_version("plain", 2, weights(2))
+        await at.engine.open_session("plain@1", session_id="a")
+        await at.engine.open_session("plain@2", session_id="b")
+        busy = await at.begin_pass("a", x(1, 3))
+        reading = asyncio.create_task(at.engine.get_states(["a", "b"]))
+        await asyncio.sleep(0)  # it waits for `a` now
+        await at.engine.close_session("b")
+        await at.engine.open_session("plain@2", session_id="c", state={"sum": np.full((1, 2), 7, np.float32)})
+        at.hooks.open_gate()
+        await busy.only()
+        read = await reading
+        assert read.members.tolist() == [0]
+        assert 7.0 not in read.state["sum"]
+        ((members, error),) = read.errors
+        assert members.tolist() == [1]
+        assert isinstance(error, SessionGone)

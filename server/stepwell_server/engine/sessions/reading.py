@@ -189,6 +189,8 @@ class _Reader:
         self._pager = pager
         self._model = model
         self._handles = handles
+        self._births = table.birth[handles]
+        """Before anything is waited for: by then a handle may be that of another session."""
         self._sizes = table.batch_size[handles].astype(np.intp)
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._with_state = with_state
@@ -212,7 +214,7 @@ class _Reader:
         if self._with_state:
             rows = int(self._sizes.sum())
             self._arrays = [np.empty((rows, *s.shape[1:]), s.dtype) for s in self._model.arena.states]
-        births = self._table.birth[self._handles]
+        births = self._births
         try:
             for part in self._pieces(np.arange(len(self._handles))):
                 if part[0]:
