@@ -12,8 +12,8 @@ of two bytes, the value, one field after the other. A field that is not known he
 written again. One whose tag has the bit `CRITICAL` must be known: a record that has others is refused. A record
 without fields has schema 1, as servers before schema 2 wrote it and read it; one with fields has schema 2.
 
-Tags are never used twice. 3 is the lease, 4 the version of the model and the epoch in which that was so; 0x8005 says that rows and extra are encrypted, and how (`sealing`); set aside are
-1 nonce of the commit, 2 tenant (which the id says: `core.namespaces`).
+Tags are never used twice. 3 is the lease, 4 the version of the model and the epoch in which that was so; 0x8005 says that rows and extra are encrypted, and how (`sealing`); 1 and 2
+were set aside and never written: the stamp of a commit stands beside the record, and whose a session is says its id.
 """
 
 from __future__ import annotations
