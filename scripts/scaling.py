@@ -25,6 +25,10 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from bench.tables import number, table  # noqa: E402
+
 PAGE = ROOT / "docs" / "scaling.md"
 MEASURED = ROOT / "docs" / "scaling" / "measured.json"
 GIB = 2**30
@@ -184,16 +188,6 @@ def plan(costs: Costs, need: Need) -> Plan:
 
 
 # --- the page ---
-
-
-def number(value: float) -> str:
-    """Three digits that say something."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """As Markdown."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *rows))
 
 
 def costs_table(measured: Mapping[str, Any], costs: Costs) -> str:

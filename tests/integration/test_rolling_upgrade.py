@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ from support.carries import PATIENCE_S, Admin, Reference
 from support.driver import FEATURES, MODEL
 from support.processes import until
 from support.replay import LstmDense
+from support.replica_servers import replicas
 from support.secured import Server
 from support.server_process import ServerProcess, forecast, retrained
 from support.valkey import Valkey
@@ -31,24 +32,6 @@ from support.wire import Wire, arrays, of_call, tensor
 pytestmark = pytest.mark.skipif(secured.is_on(), reason="versions are the same with TLS")
 #: The versions by their numbers; 2 has other weights than 1.
 FILES = {1: forecast, 2: retrained}
-
-
-@contextlib.contextmanager
-def replicas(valkey: Valkey, count: int) -> Iterator[list[Server]]:
-    """Servers of version 1 with the same store."""
-    store = ["--store", valkey.url(), "--durability", "async"]
-    servers = [
-        Server(
-            {MODEL: forecast().path}, cache_dir=programs.cache_dir(), start_timeout_s=100.0, extra_args=store
-        )
-        for _ in range(count)
-    ]
-    with contextlib.ExitStack() as stack:
-        for server in servers:
-            stack.callback(server.stop)
-        with ThreadPoolExecutor(count) as pool:
-            list(pool.map(Server.start, servers))
-        yield servers
 
 
 class Sessions:

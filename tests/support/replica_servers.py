@@ -25,7 +25,7 @@ def replicas(valkey: Valkey, count: int) -> Iterator[list[Server]]:
     ]
     with contextlib.ExitStack() as stack:
         for server in servers:
-            stack.callback(server.kill)
+            stack.callback(server.stop)
         with ThreadPoolExecutor(count) as pool:
             list(pool.map(Server.start, servers))
         yield servers
