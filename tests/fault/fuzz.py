@@ -8,7 +8,6 @@ a session that is not as it was, bit for bit. What was on its way then is kept i
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -57,6 +56,7 @@ AWAY_S, ENDS_S = 10.0, 5.0
 KEPT = 400
 """Calls or connections that are kept when something is found: more than are on their way at a time."""
 _DEFECT = re.compile(r"^\S+ (error|critical) |^Traceback|panicked at", re.MULTILINE)
+_NEXT_LINE = re.compile(r"\n(?=\d{4}-\d\d-\d\dT\S+ \w+ )")
 _WARM_UP = 2000
 State = tuple[object, ...]
 
@@ -176,6 +176,7 @@ class Fuzz:
             self._look("at the end")
             if self._server.stop(timeout_s=WAIT_S):
                 found.crashes.append("the server did not stop as it should")
+            self._look_at_log("when it has ended")  # its last lines may have been on their way
         return found
 
     def _prepare(self) -> None:
@@ -317,10 +318,7 @@ class Fuzz:
         if self._server.pid is None:
             self._crashed(f"the server has ended {when}")
             return
-        log = self._server.logs()
-        fresh, self._logged = log[self._logged :], len(log)
-        if _DEFECT.search(fresh):
-            self._keep(f"a defect in the log {when}: {fresh.strip().splitlines()[-1]}", fresh)
+        self._look_at_log(when)
         if not self._before:
             return
         try:
@@ -329,6 +327,14 @@ class Fuzz:
             self._crashed(f"a client is not served {when}: {error}")
             return
         self.found.changed |= {name for name, state in self._before.items() if after.get(name) != state}
+
+    def _look_at_log(self, when: str) -> None:
+        log = self._server.logs()
+        fresh, self._logged = log[self._logged :], len(log)
+        if found := _DEFECT.search(fresh):
+            # what was logged after it is of something else
+            own = _NEXT_LINE.split(fresh[found.start() :], maxsplit=1)[0]
+            self._keep(f"a defect in the log {when}: {own.strip().splitlines()[-1]}", fresh)
 
     def _served_states(self) -> dict[str, State]:
         """As `_states`, also where the server is away for a moment."""
@@ -344,8 +350,10 @@ class Fuzz:
         """Take note, and go on with a server that is well."""
         if self._has_ended():
             what = f"{what}; the server's process has ended"
+        self._look_at_log("of the server that is given up")
         self._keep(what, self._server.logs()[-20_000:])
         self._server.restart()
+        self._logged = 0  # a new process has a log of its own
         self._before = {}
         self._prepare()
 
@@ -354,13 +362,14 @@ class Fuzz:
         pid = self._server.pid
         if pid is None:
             return True
-        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+        try:
             process = os.pidfd_open(pid)
-            try:
-                select.select([process], [], [], ENDS_S)
-            finally:
-                os.close(process)
-        return self._server.pid is None
+        except ProcessLookupError:  # it has ended meanwhile
+            return True
+        try:  # the server's own `pid` may say nothing while another thread waits for the end
+            return bool(select.select([process], [], [], ENDS_S)[0])
+        finally:
+            os.close(process)
 
     def _keep(self, what: str, log: str) -> None:
         name = f"{self._name}-{self._seed}-{len(self.found.crashes)}"
