@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections.abc import Awaitable
+
+import pytest
 
 from stepwell_server.engine.durability.group_commit import GroupCommit
-from stepwell_server.store.base import Batch
+from stepwell_server.errors import ServerError, Unavailable
+from stepwell_server.store.base import ALL_KEPT, Batch, Committed, End, Tombstone
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
 from support.fake_executor import WAIT_S
@@ -34,3 +39,37 @@ async def test_a_document_is_never_in_two_commits_at_a_time() -> None:
     assert told[2:] == ["same"]
     assert await store.documents() == {"a": b"2"}
     assert commits.close(0)
+
+
+async def test_one_commit_begins_at_once_and_the_next_ones_together() -> None:
+    store, told = RemoteStore(MemoryStore()), list[Committed | ServerError]()
+    commits = GroupCommit(store)
+    store.commits_held = True
+    for name in "abc":
+        commits.submit(functools.partial(_ending, name), 1, told.append)
+    await store.until("commit", 2)
+    assert [ids for kind, ids in store.calls if kind == "commit"] == [("a",), ("b", "c")]
+    store.let_go()
+    await asyncio.wait_for(commits.idle(), WAIT_S)
+    assert told == [ALL_KEPT] * 3
+
+
+async def test_a_batch_that_the_store_does_not_take_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, told = RemoteStore(MemoryStore()), list[Committed | ServerError]()
+    commits, commit = GroupCommit(store), store.commit
+
+    def taken(batch: Batch) -> Awaitable[Committed]:
+        if batch.session_ids == ["bad"]:
+            raise Unavailable("not this one")
+        return commit(batch)
+
+    monkeypatch.setattr(store, "commit", taken)
+    for name in ("bad", "good"):
+        commits.submit(functools.partial(_ending, name), 1, told.append)
+    await asyncio.wait_for(commits.idle(), WAIT_S)
+    assert [str(told[0]), told[1]] == ["not this one", ALL_KEPT]
+    assert commits.close(0)
+
+
+def _ending(session_id: str) -> Batch:
+    return Batch(tombstones=[Tombstone(session_id, End.CLOSED, 0.0)])

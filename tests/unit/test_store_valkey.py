@@ -34,7 +34,7 @@ from support.awaited import RemoteStore
 from support.clock import ManualClock
 from support.shared import end, fresh_prefix, opened, put, shared, stamps
 from support.stored import record, template
-from support.valkey import Valkey
+from support.valkey import Valkey, until
 
 TENANT = f"acme{SEPARATOR}"
 
@@ -65,6 +65,21 @@ async def test_a_session_begins_changes_and_ends(valkey: Valkey) -> None:
         assert await end(a, [stone], [second]) is ALL_KEPT
         assert _plain(await b.fetch(["s", "never"])) == _plain([Fetched(tombstone=stone), Fetched()])
         assert await b.count() == await b.count_of("m") == 0
+
+
+async def test_a_commit_needs_no_task_to_be_on_its_way(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 1) as (a,):
+        _, first = await put(a, [("lone", record("lone"))], [0])
+        follows, made = stamps(first), stamps(new_stamp())
+        committing = a.commit(Batch(puts=[("lone", record("lone", 1))], follows=follows, stamps=made))
+        # the event loop has had no turn yet
+        until(lambda: _reads(valkey, "lone", int(made[0])), "it does not come", valkey.log)
+        assert await committing is ALL_KEPT
+
+
+def _reads(valkey: Valkey, session_id: str, stamp: int) -> bool:
+    (key,) = valkey.ask("KEYS", f"*s:{session_id}")
+    return bool(valkey.ask("GETRANGE", key, 1, 8) == stamp.to_bytes(8, "little"))
 
 
 async def test_a_change_that_follows_another_record_is_a_conflict(valkey: Valkey) -> None:

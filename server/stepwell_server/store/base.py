@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Literal, Protocol
 
@@ -286,8 +286,11 @@ class Store(Protocol):
     def damage(self) -> str:
         """See `LocalStore`."""
 
-    async def commit(self, batch: Batch) -> Committed:
+    def commit(self, batch: Batch) -> Awaitable[Committed]:
         """Keep a batch: of a local store all of it or nothing; of others each session's change or nothing of it.
+
+        What is returned must be awaited; the store may be at work before that, and has done with the batch's buffers
+        when this returns if it is another's.
 
         Raises:
             Unavailable: nothing of it was kept.

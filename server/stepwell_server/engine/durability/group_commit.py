@@ -282,9 +282,7 @@ class _Local:
         try:
             return self._store.append(_merged([item.batch for item in items]).puts)
         except Exception as error:
-            why = reason(error)
-            for item in items:
-                item.error = why
+            _fail(items, error)
             return True
 
     def _commit(self, items: Sequence[_Item]) -> bool:
@@ -400,39 +398,34 @@ class _Thread:
 
 
 class _Awaited:
-    """Commits to a store that is awaited: what has come in one turn of the event loop together."""
+    """Commits to a store that is awaited: at once if none is under way, else with what comes in the same turn of the loop."""
 
     def __init__(self, store: Store, finish: Finish) -> None:
         self._store = store
         self._finish = finish
-        self._loop = asyncio.get_running_loop()
         self._queue: list[_Item] = []
         self._busy: _Named = set()
         """What a commit which is under way names."""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._under_way: set[asyncio.Future[Committed]] = set()
         self._work = Alarm(self._start)
 
     def put(self, item: _Item) -> None:
         item.make()
         self._queue.append(item)
-        self._work.ring()
+        if self._under_way:
+            self._work.ring()
+        else:
+            self._start()
 
     def close(self, _timeout_s: float) -> bool:
-        return not self._tasks
+        return not self._under_way
 
     def _start(self) -> None:
-        while self._queue and len(self._tasks) < MOST_UNDER_WAY:
+        while self._queue and len(self._under_way) < MOST_UNDER_WAY:
             items, ids = self._take()
             if not items:
                 return
-            self._busy |= ids
-            task = self._loop.create_task(self._commit(items, ids))
-            self._tasks.add(task)
-            task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        self._work.ring()
+            self._commit(items, ids)
 
     def _take(self) -> tuple[list[_Item], _Named]:
         """What may be committed together now, in the order of all that it names; and all it names."""
@@ -454,18 +447,41 @@ class _Awaited:
         self._queue = left
         return taken, named
 
-    async def _commit(self, items: Sequence[_Item], ids: _Named) -> None:
+    def _commit(self, items: Sequence[_Item], ids: _Named) -> None:
         sound = [item for item in items if item.error is None]
-        committed = ALL_KEPT
+        if not sound:
+            self._finish(items, ALL_KEPT)
+            return
         try:
-            if sound:
-                committed = await self._store.commit(_merged([item.batch for item in sound]))
+            under_way = asyncio.ensure_future(self._store.commit(_merged([item.batch for item in sound])))
         except Exception as error:
-            why = reason(error)
-            for item in sound:
-                item.error = why
-        self._busy -= ids
-        self._finish(items, committed)
+            _fail(sound, error)
+            self._finish(items, ALL_KEPT)
+            return
+        self._busy |= ids
+        self._under_way.add(under_way)
+
+        def ended(committing: asyncio.Future[Committed]) -> None:
+            self._under_way.discard(committing)
+            self._busy -= ids
+            if committing.cancelled():  # the event loop ends
+                return
+            committed = ALL_KEPT
+            try:
+                committed = committing.result()
+            except Exception as error:
+                _fail(sound, error)
+            self._finish(items, committed)
+            if self._queue:
+                self._start()
+
+        under_way.add_done_callback(ended)
+
+
+def _fail(items: Sequence[_Item], error: Exception) -> None:
+    why = reason(error)
+    for item in items:
+        item.error = why
 
 
 def _keep(items: Sequence[_Item], commit: Callable[[Batch], None]) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from stepwell_server.engine.types import U64
 
 def new_stamp() -> int:
     """A number from 1 to 2**64-1 that nobody has drawn before, as far as anybody will notice."""
-    return secrets.randbelow(2**64 - 1) + 1
+    return int.from_bytes(os.urandom(8), "little") or 1
 
 
 def stamped(stamp: int, count: int) -> U64:

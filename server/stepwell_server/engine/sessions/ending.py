@@ -196,8 +196,17 @@ class Expiry:
         if not self.is_shared:
             return self.due_among(handles)
         there = handles[handles >= 0]
-        since = self._clock.monotonic() - (self.max_idle_s or math.inf)
+        if not (self.max_idle_s and len(there)):
+            return there[:0]
+        since = self._clock.monotonic() - self.max_idle_s
         return np.unique(there[(self._table.used[there] < since) & ~self._table.claimed[there]])
+
+    def is_suspect(self, handle: int) -> bool:
+        """`suspects` of one session."""
+        if not self.is_shared:
+            return self.is_due(handle)
+        since = self._clock.monotonic() - (self.max_idle_s or math.inf)
+        return bool(self._table.used[handle] < since) and not self._table.claimed[handle]
 
     def remember_use(self, session_ids: Sequence[str], used: float) -> None:
         """Remember when sessions were last used that leave the table and may still be in the store."""

@@ -207,6 +207,9 @@ class Arrivals:
         """Whether one of the sessions is not in the table, is due to expire, or has something waiting here."""
         if self.is_behind(session_ids):
             return True
+        if len(session_ids) == 1:  # as mostly
+            handle = self._table.find(session_ids[0])
+            return handle is None or self._expiry.is_suspect(handle)
         handles = self._table.find_all(session_ids)
         return bool((handles < 0).any()) or len(self._expiry.suspects(handles)) > 0
 

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import socket
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import libvalkey
@@ -159,14 +159,19 @@ class _Answers(asyncio.Protocol):
         )
         self._found: list[Reply] = []
         self._wanted = 0
-        self._all: asyncio.Future[list[Reply]] | None = None
+        self._done: Callable[[list[Reply] | str], None] | None = None
         self.why_ended = ""
 
-    def expect(self, count: int, answers: asyncio.Future[list[Reply]]) -> None:
-        """Have so many answers become the result."""
-        self._found, self._wanted, self._all = [], count, answers
+    @property
+    def is_awaited(self) -> bool:
+        """Some of what is expected has not come."""
+        return self._done is not None
+
+    def expect(self, count: int, done: Callable[[list[Reply] | str], None]) -> None:
+        """Have `done` called with so many answers, or with why they will not come."""
+        self._found, self._wanted, self._done = [], count, done
         if self.why_ended:
-            self._fail(self.why_ended)
+            self.fail(self.why_ended)
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -175,19 +180,24 @@ class _Answers(asyncio.Protocol):
             while (reply := self._reader.gets()) is not _NOT_ALL:
                 self._found.append(reply)
         except _Nonsense as error:
-            self._fail(f"it does not speak the protocol: {error}")
+            self.fail(f"it does not speak the protocol: {error}")
             return
-        if len(self._found) == self._wanted and self._all is not None and not self._all.done():
-            self._all.set_result(self._found)
+        if len(self._found) == self._wanted:
+            self._tell(self._found)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
-        self._fail("the connection was closed" if exc is None else _reason(exc))
+        self.fail("the connection was closed" if exc is None else _reason(exc))
 
-    def _fail(self, why: str) -> None:
+    def fail(self, why: str) -> None:
+        """Expect nothing any more."""
         self.why_ended = self.why_ended or why
-        if self._all is not None and not self._all.done():
-            self._all.set_exception(_Ended(self.why_ended))
+        self._tell(self.why_ended)
+
+    def _tell(self, result: list[Reply] | str) -> None:
+        done, self._done = self._done, None
+        if done is not None:
+            done(result)
 
 
 class Link:
@@ -202,6 +212,12 @@ class Link:
         # The client has connected and logged in. From here on answers need not go through its streams: with them a round
         # trip takes about twice as long.
         self._transport.set_protocol(self._answers)
+        self._due = 0.0
+        """When answers are late."""
+        self._limit_s = 0.0
+        self._alarm: asyncio.TimerHandle | None = None
+        """Rings when answers may be late: once in a while, and not for each exchange."""
+        self._rings_at = 0.0
 
     @classmethod
     async def open(cls, address: Address, access: Access) -> Link:
@@ -225,22 +241,59 @@ class Link:
         Raises:
             Lost: it did not answer within `limit_s`.
         """
-        answers: asyncio.Future[list[Reply]] = self._loop.create_future()
-        self._answers.expect(len(commands), answers)
+        answers: asyncio.Future[list[Reply] | Lost] = self._loop.create_future()
+
+        def done(result: list[Reply] | Lost) -> None:
+            if not answers.done():
+                answers.set_result(result)
+
+        self.begin(commands, limit_s, done)
+        result = await answers
+        if isinstance(result, Lost):
+            raise result
+        return result
+
+    def begin(
+        self, commands: Sequence[Command], limit_s: float, done: Callable[[list[Reply] | Lost], None]
+    ) -> None:
+        """Send commands together; `done` is called with their answers, at the latest after `limit_s`.
+
+        If it gets `Lost` instead, the connection must be closed.
+        """
+
+        def came(result: list[Reply] | str) -> None:
+            done(self._checked(result))
+
+        self._answers.expect(len(commands), came)
         self._transport.writelines([piece for command in commands for piece in _packed(command)])
-        alarm = self._loop.call_later(limit_s, _is_late, answers, limit_s)
-        try:
-            replies = await answers
-        except _Ended as error:
-            raise Lost(f"{shown(self._address)} did not answer: {error}", sent=True) from None
-        finally:
-            alarm.cancel()
-        first = replies[0]
+        self._limit_s, self._due = limit_s, self._loop.time() + limit_s
+        if self._alarm is None or self._due < self._rings_at:
+            self._ring_at(self._due)
+
+    def _checked(self, result: list[Reply] | str) -> list[Reply] | Lost:
+        if isinstance(result, str):
+            return Lost(f"{shown(self._address)} did not answer: {result}", sent=True)
+        first = result[0]
         if isinstance(first, Refused) and first.code in _NOT_READY:
-            raise Lost(f"{shown(self._address)} is not ready: {first}", sent=False)
+            return Lost(f"{shown(self._address)} is not ready: {first}", sent=False)
         if isinstance(first, Refused) and first.code == "NOAUTH":
-            raise Denied(f"{shown(self._address)} does not let us in any more: {first}")
-        return replies
+            return Denied(f"{shown(self._address)} does not let us in any more: {first}")
+        return result
+
+    def _ring_at(self, moment: float) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._rings_at = moment
+        self._alarm = self._loop.call_at(moment, self._rang)
+
+    def _rang(self) -> None:
+        self._alarm = None
+        if not self._answers.is_awaited:
+            return
+        if self._loop.time() < self._due:
+            self._ring_at(self._due)
+        else:
+            self._answers.fail(f"it must within {self._limit_s:.2g} s")
 
     @property
     def has_ended(self) -> bool:
@@ -249,6 +302,8 @@ class Link:
 
     def close(self) -> None:
         """End it, whatever is under way."""
+        if self._alarm is not None:
+            self._alarm.cancel()
         self._connection.close()
 
 
@@ -258,15 +313,6 @@ _NOT_READY = frozenset({"LOADING"})
 
 class _Nonsense(Exception):
     """What came is not of the protocol."""
-
-
-class _Ended(Exception):
-    """No answer will come; the message says why."""
-
-
-def _is_late(answers: asyncio.Future[list[Reply]], limit_s: float) -> None:
-    if not answers.done():
-        answers.set_exception(_Ended(f"it must within {limit_s:.2g} s"))
 
 
 def _why_not_open(address: Address, error: BaseException) -> BaseException:

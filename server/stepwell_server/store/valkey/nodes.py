@@ -26,7 +26,7 @@ from stepwell_server.store.valkey.keys import META
 from stepwell_server.store.valkey.url import Address, StoreUrl, shown
 
 MOST_LINKS = 24
-"""Connections to one node: 8 commits, 4 reads, and what else is asked at the same time."""
+"""Exchanges with one node that may wait for a connection: 8 commits, 4 reads, and what else is asked at the same time."""
 _DOWN_S = 0.1
 """For so long nobody tries again to connect to a node that could not be connected to."""
 _REFRESH_S = 0.05
@@ -113,6 +113,28 @@ class Node:
         finally:
             self._turns.release()
 
+    def begin(
+        self, commands: Sequence[Command], limit_s: float, done: Callable[[list[Reply] | Lost], None]
+    ) -> bool:
+        """Send commands on a connection that is there and idle, and call `done` with their answers; False: there is none."""
+        link = self._ready()
+        if link is None:
+            return False
+        age = self._age
+
+        def ended(result: list[Reply] | Lost) -> None:
+            if isinstance(result, Lost):
+                link.close()
+                self.hang_up()
+            elif age == self._age:
+                self._idle.append(link)
+            else:
+                link.close()
+            done(result)
+
+        link.begin(commands, limit_s, ended)
+        return True
+
     def hang_up(self) -> None:
         """Make new connections from now on."""
         self._age += 1
@@ -165,9 +187,6 @@ class Topology(abc.ABC):
         self._to_primary = to_primary
         self._nodes: dict[Address, Node] = {}
 
-    only: Node | None = None
-    """The node that has everything, where there is but one and it is known."""
-
     @abc.abstractmethod
     async def nodes_of(self, partitions: Collection[int]) -> dict[int, Node]:
         """The node of each partition, or of `META`. The time that it takes is limited by the caller.
@@ -175,6 +194,10 @@ class Topology(abc.ABC):
         Raises:
             Denied, Lost: it cannot be found out.
         """
+
+    @abc.abstractmethod
+    def known(self, partitions: Collection[int]) -> Node | None:
+        """The one node that has all of these, if that is known and not in doubt."""
 
     @abc.abstractmethod
     def doubt(self) -> None:
@@ -231,31 +254,37 @@ class Primary(Topology):
         super().__init__(access, to_primary=True)
         self._find = find
         self._finding = asyncio.Lock()
+        self._node: Node | None = None
+        """None: it is not known."""
 
     @override
     async def nodes_of(self, partitions: Collection[int]) -> dict[int, Node]:
-        node = self.only
+        node = self._node
         if node is None:
             async with self._finding:
-                node = self.only  # somebody else may have found it meanwhile
+                node = self._node  # somebody else may have found it meanwhile
                 if node is None:
-                    node = self.only = self.node_at(await self._find())
+                    node = self._node = self.node_at(await self._find())
                     self._keep_only([node.address])
         return dict.fromkeys(partitions, node)
 
     @override
+    def known(self, partitions: Collection[int]) -> Node | None:
+        return self._node
+
+    @override
     async def look(self) -> None:
-        node = self.only
-        if node is not None and await self._find() != node.address and self.only is node:
-            self.only = None
+        node = self._node
+        if node is not None and await self._find() != node.address and self._node is node:
+            self._node = None
 
     @override
     def doubt(self) -> None:
-        self.only = None
+        self._node = None
 
     @override
     def moved(self, partition: int, address: Address) -> None:
-        self.only = None
+        self._node = None
 
     @override
     async def primaries(self) -> list[Node]:
@@ -300,6 +329,13 @@ class Cluster(Topology):
     async def look(self) -> None:
         self._is_doubted = True
         await self._look()
+
+    @override
+    def known(self, partitions: Collection[int]) -> Node | None:
+        if self._is_doubted:
+            return None
+        nodes = {self._known.get(partition) for partition in partitions}
+        return nodes.pop() if len(nodes) == 1 else None
 
     @override
     def doubt(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 
 from stepwell_server.errors import Overloaded, ServerError, StoreAway, Unavailable
 from stepwell_server.logs import Log
@@ -74,6 +74,7 @@ class Requests:
         self._down_since: float | None = None
         self.trouble: Lost | Refused | None = None
         """Why the last request was not answered, for people who run the server; None: it was."""
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def waits(self) -> bool:
@@ -101,14 +102,58 @@ class Requests:
         `once`. With `waits` what is answered is on the disk where `is_durable` says so.
         """
         wait = self._wait if waits else None
-        left, attempt = requests, 0
         deadline = self._loop.time() + self._limit_s()
-        why: Lost | Refused | None = None
-        while left:
-            why = await self._attempt(left, wait, deadline) or why
-            left = [request for request in left if not request.is_answered and request.problem is None]
-            if not left:
-                break
+        why = await self._attempt(requests, wait, deadline)
+        await self._send_left(requests, wait, deadline, why, once=once)
+
+    def begin(self, requests: Sequence[Request], done: Callable[[], None], *, waits: bool = False) -> None:
+        """As `send`; `done` is called when it has ended, maybe before this returns.
+
+        They are on their way when this returns if the node and a connection to it are known, as mostly: no task waits
+        then unless something goes wrong.
+        """
+        wait = self._wait if waits else None
+        deadline = self._loop.time() + self._limit_s()
+        node = self._topology.known({request.partition for request in requests})
+
+        def came(replies: list[Reply] | Lost) -> None:
+            assert node is not None, "it has answered"
+            refused = () if isinstance(replies, Lost) else self._note_replies(requests, wait, replies)
+            if isinstance(replies, Lost) or refused:
+                self._spawn(go_on(self._after(node, requests, replies, refused)), done)
+            else:
+                self._note(None)
+                done()
+
+        async def go_on(first: Coroutine[None, None, Lost | Refused | None]) -> None:
+            await self._send_left(requests, wait, deadline, await first)
+
+        limit_s = min(self._answer_s(wait), deadline - self._loop.time())
+        if node is None or not node.begin(self._commands(requests, wait), limit_s, came):
+            self._spawn(go_on(self._attempt(requests, wait, deadline)), done)
+
+    def _spawn(self, work: Coroutine[None, None, None], done: Callable[[], None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+
+        def ended(_: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            done()
+
+        task.add_done_callback(ended)
+
+    async def _send_left(
+        self,
+        requests: Sequence[Request],
+        wait: Command | None,
+        deadline: float,
+        why: Lost | Refused | None,
+        *,
+        once: bool = False,
+    ) -> None:
+        """Send again what one attempt left, for the reason that it gave."""
+        attempt = 0
+        while left := [one for one in requests if not one.is_answered and one.problem is None]:
             pause_s = _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)]
             attempt += 1
             is_late = self._loop.time() + pause_s + _LEAST_S > deadline
@@ -116,6 +161,7 @@ class Requests:
                 break
             if pause_s:
                 await asyncio.sleep(pause_s)
+            why = await self._attempt(left, wait, deadline) or why
         for request in left:
             request.problem = StoreAway(
                 "the store must answer within its time limit; it did not", retry_after_s=_RETRY_AFTER_S
@@ -145,9 +191,11 @@ class Requests:
     ) -> Lost | Refused | None:
         """Send each once, and say why some are left."""
         left_s = deadline - self._loop.time()
-        only = self._topology.only
-        if only is not None and not any(request._ask for request in requests):
-            return await self._send_to(only, requests, wait, min(self._answer_s(wait), left_s), asking=False)
+        if not any(request._ask for request in requests):
+            node = self._topology.known({request.partition for request in requests})
+            if node is not None:
+                limit_s = min(self._answer_s(wait), left_s)
+                return await self._send_to(node, requests, wait, limit_s, asking=False)
         limit_s = min(self._timeout_s, left_s)
         try:
             async with asyncio.timeout(limit_s):
@@ -175,34 +223,63 @@ class Requests:
     async def _send_to(
         self, node: Node, requests: Sequence[Request], wait: Command | None, limit_s: float, *, asking: bool
     ) -> Lost | Refused | None:
+        try:
+            replies = await node.ask(self._commands(requests, wait, asking=asking), limit_s)
+        except Lost as error:
+            return await self._after(node, requests, error, ())
+        refused = self._note_replies(requests, wait, replies, asking=asking)
+        return await self._after(node, requests, replies, refused) if refused else None
+
+    @staticmethod
+    def _commands(
+        requests: Sequence[Request], wait: Command | None, *, asking: bool = False
+    ) -> Sequence[Command]:
         commands = [request.command for request in requests]
         if asking:
             commands = [each for command in commands for each in (("ASKING",), command)]
         if wait is not None:
             commands.append(wait)
-        try:
-            replies = await node.ask(commands, limit_s)
-        except Lost as error:
-            for request in requests:
-                request.is_sent |= error.sent
-                request._ask = None
-            self._topology.doubt()
-            return error
+        return commands
+
+    def _note_replies(
+        self, requests: Sequence[Request], wait: Command | None, replies: list[Reply], *, asking: bool = False
+    ) -> Sequence[tuple[Request, Refused]]:
+        """Note what was answered; what was refused is returned."""
         waited: Reply = replies.pop() if wait is not None else None
         if asking:
             replies = replies[1::2]
         if isinstance(waited, Refused):  # such as UNBLOCKED: the server is no primary any more
             self._topology.doubt()
         is_durable = wait is None or self._is_enough(waited)
-        problem: Refused | None = None
+        refused = []
         for request, reply in zip(requests, replies, strict=True):
             request._ask = None
-            if not isinstance(reply, Refused):
-                request.reply, request.is_answered, request.is_durable = reply, True, is_durable
-            elif not await self._goes_on(node, request, reply):
-                request.problem = _error(reply)
+            if isinstance(reply, Refused):
+                refused.append((request, reply))
             else:
+                request.reply, request.is_answered, request.is_durable = reply, True, is_durable
+        return refused
+
+    async def _after(
+        self,
+        node: Node,
+        requests: Sequence[Request],
+        replies: list[Reply] | Lost,
+        refused: Sequence[tuple[Request, Refused]],
+    ) -> Lost | Refused | None:
+        """Do what must be done before anything is sent again; why some requests are left."""
+        if isinstance(replies, Lost):
+            for request in requests:
+                request.is_sent |= replies.sent
+                request._ask = None
+            self._topology.doubt()
+            return replies
+        problem: Refused | None = None
+        for request, reply in refused:
+            if await self._goes_on(node, request, reply):
                 problem = reply
+            else:
+                request.problem = _error(reply)
         return problem
 
     async def _goes_on(self, node: Node, request: Request, reply: Refused) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal
 
 import numpy as np
 from typing_extensions import override
 
 from stepwell_server.clock import Clock
-from stepwell_server.errors import StateCorrupt, StoreAway, StoreGone
+from stepwell_server.errors import ServerError, StateCorrupt, StoreAway, StoreGone
 from stepwell_server.logs import Log
 from stepwell_server.store.base import (
     CLIENT_KNOWN_S,
@@ -32,7 +32,7 @@ from stepwell_server.store.record import Header, header_or_none
 from stepwell_server.store.sealing import Sealer
 from stepwell_server.store.valkey import documents, meta, scripts
 from stepwell_server.store.valkey.client import Denied, Lost, Reply
-from stepwell_server.store.valkey.commits import MOST_KEYS, Commits, outcome_of
+from stepwell_server.store.valkey.commits import MOST_KEYS, Commits, Part, outcome_of
 from stepwell_server.store.valkey.health import examine
 from stepwell_server.store.valkey.keys import (
     HEAD,
@@ -169,18 +169,30 @@ class ValkeyStore(Store):
         return self._damage
 
     @override
-    async def commit(self, batch: Batch) -> Committed:
+    def commit(self, batch: Batch) -> Awaitable[Committed]:
         puts = batch.puts
         if self._sealer is not None and puts:
             batch = dataclasses.replace(batch, puts=self._sealer.seal(puts))
         # before anything is waited for: whoever made the batch may fill its buffers with the next one then
         parts = self._commits.of(batch)
-        stale: frozenset[str] = frozenset()
         if batch.documents:
-            stale = await self._write_documents(batch)
+            return self._commit_with_documents(batch, parts)
+        committed: asyncio.Future[Committed] = asyncio.get_running_loop().create_future()
+
+        def done() -> None:
+            try:
+                committed.set_result(outcome_of(parts, frozenset(), documents_kept=False))
+            except ServerError as error:
+                committed.set_exception(error)
+
+        self._requests.begin([part.request for part in parts], done, waits=True)
+        return committed
+
+    async def _commit_with_documents(self, batch: Batch, parts: Sequence[Part]) -> Committed:
+        stale = await self._write_documents(batch)
         if parts:
             await self._requests.send([part.request for part in parts], waits=True)
-        return outcome_of(parts, stale, documents_kept=bool(batch.documents))
+        return outcome_of(parts, stale, documents_kept=True)
 
     async def _write_documents(self, batch: Batch) -> frozenset[str]:
         request = documents.writing(self._keys, batch)
