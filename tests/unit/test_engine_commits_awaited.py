@@ -10,10 +10,11 @@ import pytest
 
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.errors import ServerError, Unavailable
-from stepwell_server.store.base import ALL_KEPT, Batch, Committed, End, Tombstone
+from stepwell_server.store.base import ALL_KEPT, Batch, Committed
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
 from support.fake_executor import WAIT_S
+from support.shared import stamps
 
 
 async def test_a_document_is_never_in_two_commits_at_a_time() -> None:
@@ -72,4 +73,4 @@ async def test_a_batch_that_the_store_does_not_take_fails_alone(monkeypatch: pyt
 
 
 def _ending(session_id: str) -> Batch:
-    return Batch(tombstones=[Tombstone(session_id, End.CLOSED, 0.0)])
+    return Batch(deletes=[session_id], delete_follows=stamps(0))
