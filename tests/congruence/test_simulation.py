@@ -78,11 +78,16 @@ def is_found(seeds: range, bugs: Bugs | None = None, **changes: Any) -> bool:
     [
         "ignores_tombstones",
         "unknown_is_kept",
-        "conflicts_after_attempts",
     ],
 )
 def test_a_store_with_a_bug_is_found(bug: str) -> None:
     assert is_found(range(200), Bugs(**{bug: True}))
+
+
+def test_a_store_that_takes_its_own_change_for_a_conflict_is_found() -> None:
+    """It needs an answer that is lost, and a change of another replica before the second attempt."""
+    changes: dict[str, Any] = {"faults": ("cut",), "fault_every_s": 0.3, "guests": 2}
+    assert is_found(range(200), Bugs(conflicts_after_attempts=True), **changes)
 
 
 def test_a_store_that_compares_revisions_alone_is_found() -> None:
