@@ -212,6 +212,8 @@ class Batch:
     def session_ids(self) -> list[str]:
         """The sessions that it puts, deletes or remembers the end of; one may come more than once."""
         ids = [session_id for session_id, _ in self.puts]
+        if not (self.deletes or self.forgets or self.tombstones):  # as mostly
+            return ids
         return [*ids, *self.deletes, *self.forgets, *(stone.session_id for stone in self.tombstones)]
 
 

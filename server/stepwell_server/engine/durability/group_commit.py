@@ -453,22 +453,25 @@ class _Awaited:
             self._finish(items, ALL_KEPT)
             return
         try:
-            under_way = asyncio.ensure_future(self._store.commit(_merged([item.batch for item in sound])))
+            committing = self._store.commit(_merged([item.batch for item in sound]))
         except Exception as error:
             _fail(sound, error)
             self._finish(items, ALL_KEPT)
             return
+        under_way = (
+            committing if isinstance(committing, asyncio.Future) else asyncio.ensure_future(committing)
+        )
         self._busy |= ids
         self._under_way.add(under_way)
 
-        def ended(committing: asyncio.Future[Committed]) -> None:
-            self._under_way.discard(committing)
+        def ended(under_way: asyncio.Future[Committed]) -> None:
+            self._under_way.discard(under_way)
             self._busy -= ids
-            if committing.cancelled():  # the event loop ends
+            if under_way.cancelled():  # the event loop ends
                 return
             committed = ALL_KEPT
             try:
-                committed = committing.result()
+                committed = under_way.result()
             except Exception as error:
                 _fail(sound, error)
             self._finish(items, committed)
