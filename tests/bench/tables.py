@@ -145,23 +145,28 @@ def durability_table(points: Sequence[Point]) -> str:
 
 def valkey_table(points: Sequence[Point]) -> str:
     """What is over the disk's p50 is counted in what stands beside: round trips, commits."""
-    names = {"disk": "on disk, async", "valkey": "on Valkey, async"}
-    alone = {"script": "its commit alone", "PING": "a round trip"}
+    names = {
+        "disk": "on disk, async",
+        "valkey": "on Valkey, async",
+        "commit": "its commit alone",
+        "round trip": "a round trip, one after the other",
+        "paced round trip": "a round trip, one every 0.2 ms",
+    }
     loads = {"unary": "call", "group": "one group"}
     rows = []
     for point in points:
         if "over" in point:
             continue
         load = loads.get(point["kind"])
-        over = pick(points, over="round trips" if point["sessions"] == 1 else "commits of 256")
-        counted = f"{cell(over, 'count')} {over['over']}" if over and point["store"] == "valkey" else ""
+        kinds = ["round trips", "paced round trips"] if point["sessions"] == 1 else ["commits of 256"]
+        overs = [pick(points, over=kind) for kind in kinds] if point["store"] == "valkey" else []
         rows.append(
             [
                 f"{point['sessions']}, {load}" if load else str(point["sessions"] or ""),
-                names.get(point["store"]) or alone[point["kind"]],
+                names[point["store"]],
                 cell(point, "p50_ms"),
                 cell(point, "p50_ms", of="ratios"),
-                counted,
+                ", ".join(f"{cell(over, 'count')} {over['over']}" for over in overs if over),
             ]
         )
     return table(["sessions", "", "p50, ms", "against the disk", "over the disk's"], rows)
