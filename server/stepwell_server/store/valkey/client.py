@@ -208,6 +208,8 @@ class Link:
         self._connection = connection
         self._loop = asyncio.get_running_loop()
         self._transport = connection.transport
+        is_plain = self._transport.get_extra_info("ssl_object") is None
+        self._socket: socket.socket | None = self._transport.get_extra_info("socket") if is_plain else None
         self._answers = _Answers()
         # The client has connected and logged in. From here on answers need not go through its streams: with them a round
         # trip takes about twice as long.
@@ -265,10 +267,26 @@ class Link:
             done(self._checked(result))
 
         self._answers.expect(len(commands), came)
-        self._transport.writelines([piece for command in commands for piece in _packed(command)])
+        self._send([piece for command in commands for piece in _packed(command)])
         self._limit_s, self._due = limit_s, self._loop.time() + limit_s
         if self._alarm is None or self._due < self._rings_at:
             self._ring_at(self._due)
+
+    def _send(self, pieces: list[bytes]) -> None:
+        """Send now: a transport of uvloop would wait until this turn of the event loop ends, and the server with it."""
+        if self._socket is not None and not (
+            self._transport.get_write_buffer_size() or self._transport.is_closing()
+        ):
+            try:
+                sent = os.writev(self._socket.fileno(), pieces)
+            except OSError:  # it is full, or broken: the transport deals with it
+                sent = 0
+            while pieces and sent >= len(pieces[0]):
+                sent -= len(pieces.pop(0))
+            if sent:
+                pieces[0] = pieces[0][sent:]
+        if pieces:
+            self._transport.writelines(pieces)
 
     def _checked(self, result: list[Reply] | str) -> list[Reply] | Lost:
         if isinstance(result, str):
