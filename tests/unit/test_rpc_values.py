@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from stepwell.v1 import models_pb2, tensors_pb2
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.rpc import convert
+from stepwell_server.rpc import tensors
 from support.calls import Calls, calls
 from support.fake_executor import PLAIN, RICH
 from support.wire import tensor
@@ -37,9 +37,9 @@ def test_arrays_come_back_as_they_were(data: st.DataObject) -> None:
     dtype = np.dtype(data.draw(st.sampled_from(_DTYPES)))
     array = data.draw(hnp.arrays(dtype, hnp.array_shapes(min_dims=1, max_dims=4, max_side=4)))
     response = pb.StepResponse()
-    convert.add_tensors(response.outputs, {"y": array}, as_values=True)
+    tensors.add_tensors(response.outputs, {"y": array}, as_values=True)
     assert bool(response.outputs[0].data) is not bool(response.outputs[0].values)
-    back = convert.to_arrays(pb.StepResponse.FromString(response.SerializeToString()).outputs, "x")["y"]
+    back = tensors.to_arrays(pb.StepResponse.FromString(response.SerializeToString()).outputs, "x")["y"]
     assert back.dtype == dtype
     np.testing.assert_array_equal(back, array)
 
@@ -51,9 +51,9 @@ def test_integers_that_no_double_is_come_as_data() -> None:
         "b": np.array([-(2**53) - 1]),
         "c": np.array([2**64 - 1], np.uint64),
     }
-    convert.add_tensors(response.outputs, arrays, as_values=True)
+    tensors.add_tensors(response.outputs, arrays, as_values=True)
     assert [bool(one.data) for one in response.outputs] == [False, True, True]
-    back = convert.to_arrays(response.outputs, "x")
+    back = tensors.to_arrays(response.outputs, "x")
     assert {name: array.tolist() for name, array in back.items()} == {
         "a": [2**53 - 1],
         "b": [-(2**53) - 1],
@@ -64,8 +64,8 @@ def test_integers_that_no_double_is_come_as_data() -> None:
 def test_bfloat16_comes_back_as_it_was() -> None:
     array = np.array([[1.5, -2.0]], ml_dtypes.bfloat16)
     response = pb.StepResponse()
-    convert.add_tensors(response.outputs, {"": array}, as_values=True)
-    back = convert.to_arrays(response.outputs, "inputs")[""]
+    tensors.add_tensors(response.outputs, {"": array}, as_values=True)
+    back = tensors.to_arrays(response.outputs, "inputs")[""]
     assert back.dtype == array.dtype
     np.testing.assert_array_equal(back, array)
 
@@ -75,7 +75,7 @@ def test_bfloat16_comes_back_as_it_was() -> None:
     [([1, -2, 2.0**53 - 1], "int64"), ([1, 0.5], "float64"), ([2.0**53], "float64"), ([-0.0], "float64")],
 )
 def test_without_a_dtype_whole_numbers_are_integers(values: list[float], dtype: str) -> None:
-    (array,) = convert.to_arrays([tensors_pb2.Tensor(values=values)], "inputs").values()
+    (array,) = tensors.to_arrays([tensors_pb2.Tensor(values=values)], "inputs").values()
     assert array.dtype == dtype
     assert array.shape == (1, len(values))
     assert [str(value) for value in array.astype(float)[0]] == [str(float(value)) for value in values]
@@ -97,8 +97,8 @@ async def test_a_step_in_numbers_is_the_step_in_bytes() -> None:
         assert all(each.data and not each.values for each in (*told.outputs, *told.states))
         assert all(each.values and not each.data for each in (*read.outputs, *read.states))
         for field in ("outputs", "states"):
-            wanted = convert.to_arrays(getattr(told, field), field)
-            found = convert.to_arrays(getattr(read, field), field)
+            wanted = tensors.to_arrays(getattr(told, field), field)
+            found = tensors.to_arrays(getattr(read, field), field)
             assert wanted.keys() == found.keys()
             for name, array in wanted.items():
                 assert found[name].dtype == array.dtype
@@ -125,7 +125,7 @@ async def test_answers_come_in_the_format_that_was_asked_for() -> None:
             ).state
             for (found,) in (state, states):
                 assert bool(found.values) is (wanted == VALUES)
-                (array,) = convert.to_arrays([found], "state").values()
+                (array,) = tensors.to_arrays([found], "state").values()
                 assert array.tolist() == [[1, 2], [3, 4]]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from stepwell.v1 import models_pb2 as pb
 from stepwell_server.core.callers import Role
 from stepwell_server.errors import InvalidInput
-from stepwell_server.rpc import convert, naming, values
+from stepwell_server.rpc import convert, naming, tensors
 from stepwell_server.rpc.steps.messages import REPLY_BYTES
 from stepwell_server.slowest import MOST
 
@@ -103,20 +103,20 @@ class ModelServicer:
 
     async def predict(self, request: pb.PredictRequest, call: Call) -> pb.PredictResponse:
         """Run a model without a session."""
-        inputs = convert.to_arrays(request.inputs, "inputs")
-        as_values = values.are_wanted(request.tensor_format, request.inputs)
+        inputs = tensors.to_arrays(request.inputs, "inputs")
+        as_values = tensors.wants_values(request.tensor_format, request.inputs)
         predicted = await self._engine.predict(
             request.model,
             inputs,
-            convert.to_optional_arrays(request.state, "state"),
-            reset=convert.to_mask(request.reset_mask),
+            tensors.to_optional_arrays(request.state, "state"),
+            reset=tensors.to_mask(request.reset_mask),
             deadline=call.deadline,
             source=call.caller,
             who=call.who,
-            reply_limit=values.reply_limit(self._max_reply_bytes, as_values=as_values),
+            reply_limit=tensors.reply_limit(self._max_reply_bytes, as_values=as_values),
             reply_bytes=REPLY_BYTES,
         )
         response = pb.PredictResponse(model_version=predicted.version)
-        convert.add_tensors(response.outputs, predicted.outputs, as_values=as_values)
-        convert.add_tensors(response.state, predicted.state, as_values=as_values)
+        tensors.add_tensors(response.outputs, predicted.outputs, as_values=as_values)
+        tensors.add_tensors(response.state, predicted.state, as_values=as_values)
         return response

@@ -9,7 +9,7 @@ import numpy as np
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.engine.api import Applied, Opened
 from stepwell_server.engine.change import Awaited, Change
-from stepwell_server.rpc import admin, convert, naming, values
+from stepwell_server.rpc import admin, convert, naming, tensors
 from stepwell_server.rpc.status import to_proto
 from stepwell_server.rpc.steps import messages
 from stepwell_server.rpc.steps.sets import SetRoom
@@ -54,7 +54,7 @@ class SessionServicer(admin.Administration):
             request.model,
             session_id=naming.inner(call.who, request.session_id),
             batch_size=request.batch_size or 1,
-            state=convert.to_optional_arrays(request.state, "state"),
+            state=tensors.to_optional_arrays(request.state, "state"),
             must_be_new=request.must_be_new,
             request_id=request.request_id,
             fingerprint=request.model_fingerprint,
@@ -105,8 +105,8 @@ class SessionServicer(admin.Administration):
         """Advance a session."""
         answer = Awaited()
         change = messages.of_step(request, answer, call.who)
-        as_values = values.are_wanted(request.tensor_format, request.inputs)
-        messages.limit_reply(change, values.reply_limit(self._max_reply_bytes, as_values=as_values))
+        as_values = tensors.wants_values(request.tensor_format, request.inputs)
+        messages.limit_reply(change, tensors.reply_limit(self._max_reply_bytes, as_values=as_values))
         return messages.step_reply(await self._apply(change, answer, call), as_values=as_values)
 
     async def reset_states(self, request: pb.ResetStatesRequest, call: Call) -> pb.ResetStatesResponse:
@@ -117,14 +117,14 @@ class SessionServicer(admin.Administration):
 
     async def get_state(self, request: pb.GetStateRequest, call: Call) -> pb.GetStateResponse:
         """Read the state of a session."""
-        as_values = values.are_wanted(request.tensor_format)
+        as_values = tensors.wants_values(request.tensor_format)
         read = await self._engine.get_state(
             naming.inner(call.who, request.session_id), deadline=call.deadline
         )
         if as_values:
-            values.require_room(read.state)
+            tensors.require_room_as_values(read.state)
         response = pb.GetStateResponse(session=convert.from_session(read.session))
-        convert.add_tensors(response.state, read.state, as_values=as_values)
+        tensors.add_tensors(response.state, read.state, as_values=as_values)
         return response
 
     async def fork_session(self, request: pb.ForkSessionRequest, call: Call) -> pb.ForkSessionResponse:
@@ -141,7 +141,7 @@ class SessionServicer(admin.Administration):
 
     async def get_states(self, request: pb.GetStatesRequest, call: Call) -> pb.GetStatesResponse:
         """Read the states of many sessions."""
-        as_values = values.are_wanted(request.tensor_format)
+        as_values = tensors.wants_values(request.tensor_format)
         read = await self._engine.get_states(
             naming.inner_all(call.who, request.session_ids),
             with_state=not request.without_state,
@@ -150,7 +150,7 @@ class SessionServicer(admin.Administration):
             reply_bytes=len(request.session_ids) * messages.MEMBER_BYTES + messages.REPLY_BYTES,
         )
         if as_values:
-            values.require_room(read.state)
+            tensors.require_room_as_values(read.state)
         is_whole = len(read.members) == len(request.session_ids)
         response = pb.GetStatesResponse(
             model=read.model,
@@ -163,7 +163,7 @@ class SessionServicer(admin.Administration):
             errors=[pb.MemberError(members=some.tolist(), error=to_proto(why)) for some, why in read.errors],
             model_version=read.version,
         )
-        convert.add_tensors(response.state, read.state, as_values=as_values)
+        tensors.add_tensors(response.state, read.state, as_values=as_values)
         return response
 
     async def fork_sessions(self, request: pb.ForkSessionsRequest, call: Call) -> pb.ForkSessionsResponse:

@@ -18,7 +18,7 @@ from stepwell_server.core.slots import Rows
 from stepwell_server.engine.change import Change, MustPart
 from stepwell_server.engine.types import U64, Array, Members, Tensors
 from stepwell_server.errors import ServerError
-from stepwell_server.rpc import convert
+from stepwell_server.rpc import tensors
 from stepwell_server.rpc.boundary import internal
 from stepwell_server.rpc.fronts.base import Ended, OutputColumn, StepColumns
 from stepwell_server.rpc.status import code_of, to_proto, to_status
@@ -57,7 +57,7 @@ class Form:
 
     def prepare(self) -> None:
         """Read the tensors."""
-        self.inputs = convert.to_columns(self.columns.inputs)
+        self.inputs = tensors.to_columns(self.columns.inputs)
 
     def change(self, members: Members | None) -> Change:
         """The change of some of the members; None: of the whole batch."""
@@ -75,7 +75,7 @@ class Form:
             expected=expected,
             request_ids=request_ids,
             batch_sizes=sizes_of(columns, members) if columns.says_sizes else None,
-            select=convert.to_select(columns.select),
+            select=messages.to_select(columns.select),
             output_names=columns.output_names,
         )
 
@@ -387,5 +387,5 @@ class _Replies:
 
 
 def _output(name: str, array: Array) -> OutputColumn:
-    number, data = convert.to_bytes(array)
+    number, data = tensors.to_bytes(array)
     return OutputColumn(name, number, array.shape[1:], data)

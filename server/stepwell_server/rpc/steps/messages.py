@@ -12,7 +12,7 @@ from stepwell_server.engine.api import Applied, Select
 from stepwell_server.engine.change import Change, Replies
 from stepwell_server.engine.types import U64, Members, Tensors
 from stepwell_server.errors import InvalidInput, ServerError
-from stepwell_server.rpc import convert, naming
+from stepwell_server.rpc import convert, naming, tensors
 from stepwell_server.rpc.status import to_proto
 from stepwell_server.rpc.steps.sets import StreamSets, request_ids_from
 
@@ -22,6 +22,19 @@ MEMBER_BYTES = 32
 #: Bytes that a reply takes beside members and elements, with names and shapes of an ordinary model.
 REPLY_BYTES = 512
 
+_SELECTS: dict[int, Select] = {
+    pb.OUTPUT_SELECTION_UNSPECIFIED: Select.ALL,
+    pb.OUTPUT_SELECTION_ALL: Select.ALL,
+    pb.OUTPUT_SELECTION_LAST: Select.LAST,
+    pb.OUTPUT_SELECTION_NONE: Select.NONE,
+}
+_STATES: dict[int, Select] = {
+    pb.STATE_SELECTION_UNSPECIFIED: Select.NONE,
+    pb.STATE_SELECTION_NONE: Select.NONE,
+    pb.STATE_SELECTION_LAST: Select.LAST,
+    pb.STATE_SELECTION_ALL: Select.ALL,
+}
+
 
 def of_step(request: pb.StepRequest, replies: Replies, who: Caller) -> Change:
     """The change that a unary Step asks for.
@@ -30,7 +43,7 @@ def of_step(request: pb.StepRequest, replies: Replies, who: Caller) -> Change:
         InvalidInput: it is none.
     """
     change = _of_one(request.session_id, replies, who)
-    change.inputs = convert.to_arrays(request.inputs, "inputs")
+    change.inputs = tensors.to_arrays(request.inputs, "inputs")
     _say_step(change, request)
     change.rows = list(request.rows) or None
     change.state_rows = _some_states(change, "state_rows", request.state_rows)
@@ -46,7 +59,7 @@ def of_reset(request: pb.ResetStatesRequest, replies: Replies, who: Caller) -> C
     """
     change = _of_one(request.session_id, replies, who)
     change.reset = True
-    change.state = convert.to_optional_arrays(request.state, "state")
+    change.state = tensors.to_optional_arrays(request.state, "state")
     change.rows = list(request.rows) or None
     if request.position and (change.rows or not request.state):
         raise InvalidInput(
@@ -63,14 +76,39 @@ def _of_one(session_id: str, replies: Replies, who: Caller) -> Change:
 
 def limit_reply(change: Change, limit: int) -> None:
     """Say how large the reply may be, and what of it are no outputs."""
-    change.reply_limit, change.reply_bytes = limit, change.size * MEMBER_BYTES + REPLY_BYTES
+    change.reply_limit = limit
+    change.reply_bytes = len(change.session_ids) * MEMBER_BYTES + REPLY_BYTES
 
 
 def _say_step(change: Change, message: pb.StepRequest | pb.StepFrame) -> None:
-    change.select = convert.to_select(message.outputs)
+    change.select = to_select(message.outputs)
     change.output_names = tuple(message.output_names)
-    change.states = convert.to_states(message.states)
-    change.reset_rows = convert.to_mask(message.reset_mask)
+    change.states = to_states(message.states)
+    change.reset_rows = tensors.to_mask(message.reset_mask)
+
+
+def to_select(value: int) -> Select:
+    """The selection of outputs.
+
+    Raises:
+        InvalidInput: no such selection.
+    """
+    select = _SELECTS.get(value)
+    if select is None:
+        raise InvalidInput(f"outputs must be one of stepwell.v1.OutputSelection; got {value}")
+    return select
+
+
+def to_states(value: int) -> Select:
+    """The selection of states.
+
+    Raises:
+        InvalidInput: no such selection.
+    """
+    select = _STATES.get(value)
+    if select is None:
+        raise InvalidInput(f"states must be one of stepwell.v1.StateSelection; got {value}")
+    return select
 
 
 def _some_states(change: Change, name: str, some: Sequence[int]) -> Sequence[int] | None:
@@ -115,12 +153,12 @@ def of_frame(body: FrameBody, replies: Replies, sets: StreamSets, who: Caller) -
         change.batch_sizes = convert.to_numbers(body.batch_sizes, np.intp, "batch_sizes", change.size)
     _say_once_each(change, body)
     if isinstance(body, pb.StepFrame):
-        change.inputs = convert.to_arrays(body.inputs, "inputs")
+        change.inputs = tensors.to_arrays(body.inputs, "inputs")
         _say_step(change, body)
         change.state_members = _some_states(change, "state_members", body.state_members)
     else:
         change.reset = True
-        change.state = convert.to_optional_arrays(body.state, "state")
+        change.state = tensors.to_optional_arrays(body.state, "state")
     return change
 
 
@@ -164,8 +202,8 @@ def step_reply(answer: Applied, *, as_values: bool = False) -> pb.StepResponse:
         replayed=answer.replayed,
         model_version=answer.version,
     )
-    convert.add_tensors(response.outputs, answer.outputs, as_values=as_values)
-    convert.add_tensors(response.states, answer.states, as_values=as_values)
+    tensors.add_tensors(response.outputs, answer.outputs, as_values=as_values)
+    tensors.add_tensors(response.states, answer.states, as_values=as_values)
     return response
 
 
@@ -213,8 +251,8 @@ def applied_part(
         response.first_member, response.member_count = int(members[0]), len(members)
     elif members is not None:
         response.members.extend(members.tolist())
-    convert.add_tensors(response.outputs, outputs)
-    convert.add_tensors(response.states, states)
+    tensors.add_tensors(response.outputs, outputs)
+    tensors.add_tensors(response.states, states)
     if replayed:
         response.replayed_members.extend(range(len(revisions)) if members is None else members.tolist())
     return response.SerializeToString()

@@ -16,7 +16,7 @@ import numpy as np
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.types import U64, Members, Tensors
 from stepwell_server.errors import InvalidInput, ModelNotFound, ServerError
-from stepwell_server.rpc import convert
+from stepwell_server.rpc import tensors
 from stepwell_server.rpc.fronts.base import OutputColumn, StepColumns
 from stepwell_server.rpc.status import message_of
 from stepwell_server.rpc.steps.columns import Form, sizes_of
@@ -169,7 +169,7 @@ class RequestForm(Form):
         columns = []
         for tensor in self._outputs:
             array = outputs[tensor.spec.name]
-            number, data = convert.to_bytes(array)
+            number, data = tensors.to_bytes(array)
             shape = array.shape if tensor.spec.shape else (*array.shape, 1)
             columns.append(OutputColumn(tensor.spec.name, number, shape[1:], data))
         return columns

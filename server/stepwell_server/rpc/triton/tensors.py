@@ -15,8 +15,8 @@ import numpy as np
 from stepwell_server.engine.types import Array
 from stepwell_server.errors import InvalidInput, Unsupported
 from stepwell_server.program import Program, TensorSpec, dtype_of
-from stepwell_server.rpc.convert import number_of
 from stepwell_server.rpc.fronts.base import InputColumn
+from stepwell_server.rpc.tensors import number_of
 from stepwell_server.rpc.triton.errors import about
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 

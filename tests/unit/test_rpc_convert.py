@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as hnp
 from stepwell.v1 import sessions_pb2, tensors_pb2
 from stepwell_server.engine.api import ModelInfo, Select, SessionInfo
 from stepwell_server.errors import InvalidInput
-from stepwell_server.rpc import convert
+from stepwell_server.rpc import convert, tensors
+from stepwell_server.rpc.steps import messages
 from support.fake_engine import program
 
 _FLOAT32 = tensors_pb2.DATA_TYPE_FLOAT32
@@ -36,8 +37,8 @@ def test_arrays_come_back_as_they_were(data: st.DataObject) -> None:
     array = data.draw(hnp.arrays(dtype, shapes))
     sent = array.T if data.draw(st.booleans()) else array  # also one that is not contiguous
     response = sessions_pb2.StepResponse()
-    convert.add_tensors(response.outputs, {"y": sent})
-    back = convert.to_arrays(sessions_pb2.StepResponse.FromString(response.SerializeToString()).outputs, "x")
+    tensors.add_tensors(response.outputs, {"y": sent})
+    back = tensors.to_arrays(sessions_pb2.StepResponse.FromString(response.SerializeToString()).outputs, "x")
     assert back["y"].dtype == dtype
     np.testing.assert_array_equal(back["y"], sent)
 
@@ -45,39 +46,39 @@ def test_arrays_come_back_as_they_were(data: st.DataObject) -> None:
 def test_bfloat16_comes_back_as_it_was() -> None:
     array = np.array([[1.5, -2.0]], ml_dtypes.bfloat16)
     response = sessions_pb2.StepResponse()
-    convert.add_tensors(response.outputs, {"": array})
-    back = convert.to_arrays(response.outputs, "inputs")[""]
+    tensors.add_tensors(response.outputs, {"": array})
+    back = tensors.to_arrays(response.outputs, "inputs")[""]
     assert back.dtype == array.dtype
     np.testing.assert_array_equal(back, array)
 
 
 def test_big_endian_arrays_leave_as_little_endian() -> None:
     response = sessions_pb2.StepResponse()
-    convert.add_tensors(response.outputs, {"y": np.array([1.0], ">f4")})
+    tensors.add_tensors(response.outputs, {"y": np.array([1.0], ">f4")})
     assert response.outputs[0].data == np.array([1.0], "<f4").tobytes()
 
 
 def test_request_arrays_are_views() -> None:
-    array = convert.to_arrays([_tensor([1, 2], bytes(8))], "inputs")["x"]
+    array = tensors.to_arrays([_tensor([1, 2], bytes(8))], "inputs")["x"]
     assert not array.flags.owndata
     assert not array.flags.writeable
 
 
 def test_an_empty_tensor_is_a_tensor() -> None:
-    assert convert.to_arrays([_tensor([0, 3], b"")], "inputs")["x"].shape == (0, 3)
+    assert tensors.to_arrays([_tensor([0, 3], b"")], "inputs")["x"].shape == (0, 3)
 
 
 def test_selections() -> None:
     names = ("UNSPECIFIED", "ALL", "LAST", "NONE")
     values = [sessions_pb2.OutputSelection.Value(f"OUTPUT_SELECTION_{name}") for name in names]
-    assert [convert.to_select(value) for value in values] == [
+    assert [messages.to_select(value) for value in values] == [
         Select.ALL,
         Select.ALL,
         Select.LAST,
         Select.NONE,
     ]
     with pytest.raises(InvalidInput, match="OutputSelection; got 7"):
-        convert.to_select(7)
+        messages.to_select(7)
 
 
 def test_numbers_are_one_per_session() -> None:
