@@ -382,10 +382,14 @@ async def running(
     check: bool = True,
     store: Any = None,
     clock: ManualClock | None = None,
+    observer: Observer | None = None,
     quotas: QuotaTable | None = None,
     migrations: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[Harness]:
-    """An engine whose books are checked at the end. `threads`: passes never run in place."""
+    """An engine whose books are checked at the end. `threads`: passes never run in place.
+
+    `observer`: who is told of everything, in place of the harness's `events`.
+    """
     clock, hooks, events = clock or ManualClock(), Hooks(), Events()
     own = store is None
     if own:
@@ -397,7 +401,7 @@ async def running(
         programs or {"plain": PLAIN},
         store=store if is_shared else AwaitedStore(store),
         clock=clock,
-        observer=events,
+        observer=observer or events,
         max_batch_rows=max_batch_rows,
         resident_rows=resident_rows
         if isinstance(resident_rows, ResidentRows)

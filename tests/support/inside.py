@@ -75,8 +75,9 @@ class Inside:
     @property
     def templates(self) -> Any:
         """The layouts of records that are kept; only of an engine whose store keeps all records."""
-        keeping: Any = self._engine._committer._keeping
-        return keeping._records._templates
+        recorder = self._engine._committer._recorder
+        assert recorder is not None
+        return recorder._records._templates
 
     @property
     def remembering_store(self) -> Any:

@@ -269,11 +269,11 @@ class Observer:
     def pass_done(self, model: str, rows: int, time_steps: int, seconds: float) -> None:
         """A pass ran `rows` rows for `time_steps` time steps."""
 
-    def stepped_alone(self, model: str, seconds: float) -> None:
-        """A single step ran at once, alone: `pass_done`, `stage` and `applied` in one."""
+    def stepped_alone(self, model: str, session_id: str, seconds: float, now: float) -> None:
+        """A single step ran at once, alone: `pass_done`, `stage`, `applied` and `slow` in one."""
 
     def slow(self, model: str, session_id: str, seconds: float, now: float) -> None:
-        """A step took `seconds` until its answer at `now`: the slowest of a pass, or one that ran alone."""
+        """A step took `seconds` until its answer at `now`: the slowest of a pass."""
 
     def applied(self, model: str, change: str, count: int, row_steps: int) -> None:
         """`count` changes (`change`: step, reset, predict) were applied: `row_steps` rows x time steps."""

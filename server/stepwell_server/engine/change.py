@@ -205,17 +205,15 @@ class Change:
     @property
     def byte_count(self) -> int:
         """Bytes of its inputs or states, and of the states that it makes for its reply."""
-        return sum([array.nbytes for array in self.arrays]) + self.state_bytes
+        total = self.state_bytes
+        for array in self.arrays:
+            total += array.nbytes
+        return total
 
     @property
     def may_part(self) -> bool:
         """Who submits it does without members for which `MustPart` is raised."""
         return self.callers is not None or bool(self.goes_on)
-
-    @property
-    def may_repeat(self) -> bool:
-        """The same session may be among the members more than once, to be applied in their order."""
-        return self.callers is not None
 
     @property
     def starts(self) -> Rows:

@@ -13,7 +13,7 @@ from stepwell_server.core.model_names import ModelRef, parse_reference
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import ModelInfo, ModelStats, Observer, StateRead, StatesRead
 from stepwell_server.engine.change import Change
-from stepwell_server.engine.durability.committer import Committer
+from stepwell_server.engine.durability.committer import Committer, Recorder
 from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.durability.fetching import Fetcher
 from stepwell_server.engine.durability.forwarding import Forwarding, Migration
@@ -96,6 +96,14 @@ class Engine:
         """
         self._loop_turns = LoopTurns()
         self._shares, self._threads = Shares(clock, self._loop_turns), Threads(compute_threads)
+        self.hold_turns: Callable[[], None] = self._shares.hold
+        """Begin no pass until `take_turns`: more changes come at once."""
+        self.take_turns: Callable[[], None] = self._shares.go
+        """Do now what has come, rather than in the next turn of the event loop."""
+        self.take_turns_soon: Callable[[], None] = self._shares.go_soon
+        """Do what has come in another turn of the event loop: this one has had its large work."""
+        self.call_in_turn: Callable[[Callable[[], None]], None] = self._loop_turns.soon
+        """Do a part of large work in a turn of the event loop that has no other: see `LoopTurns`."""
         self._table = table = SessionTable()
         self._is_local = store.local is not None
         self._models = Models(table, is_shared=not self._is_local)
@@ -105,7 +113,7 @@ class Engine:
         self._leases = leases = Leases(table, clock.monotonic())
         fields = Fields(table, leases)
         records = Records(table, fields)
-        keeping = keeping_of(store, self._group, table, records, clock=clock, observer=observer)
+        keeping = keeping_of(store, table, records, clock)
         forwarding = Forwarding(self._models, migrations or {})
         self._pager = pager = Pager(
             table,
@@ -168,8 +176,13 @@ class Engine:
         """Describe a session as of its last completed change: see `Directory.describe`."""
         self.refresh_counts = self._directory.refresh_counts
         """Have `models` say how many sessions there are now: see `Directory.refresh_counts`."""
+        recorder = None
+        if keeping.others is not None:
+            recorder = Recorder(
+                self._group, table, records, is_shared=not self._is_local, clock=clock, observer=observer
+            )
         self._committer = Committer(
-            table, keeping, clock, release=self._turns.release, drop=self._expiry.drop, discard=pager.discard
+            table, recorder, clock, release=self._turns.release, drop=self._expiry.drop, discard=pager.discard
         )
         self._admission = Admission(
             table,
@@ -507,22 +520,6 @@ class Engine:
             queued_bytes=self._held.bytes,
             uncommitted=self._group.waiting,
         )
-
-    def hold_turns(self) -> None:
-        """Begin no pass until `take_turns`: more changes come at once."""
-        self._shares.hold()
-
-    def take_turns(self) -> None:
-        """Do now what has come, rather than in the next turn of the event loop."""
-        self._shares.go()
-
-    def take_turns_soon(self) -> None:
-        """Do what has come in another turn of the event loop: this one has had its large work."""
-        self._shares.go_soon()
-
-    def call_in_turn(self, work: Callable[[], None]) -> None:
-        """Do a part of large work in a turn of the event loop that has no other: see `LoopTurns`."""
-        self._loop_turns.soon(work)
 
     def stop_accepting(self) -> None:
         """From now on refuse new sessions and new changes with `Unavailable`."""

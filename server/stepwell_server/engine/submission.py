@@ -105,15 +105,16 @@ class Submission:
             raise
 
     def _take(self, change: Change, seen: Seen, *, is_anew: bool = False) -> None:
-        handles = self._table.find_all(change.session_ids)
+        handles, missing = self._table.find_all(change.session_ids), _NOBODY
         if self._directory.may_expire or are_missing(handles):
             handles = self._directory.find_all(change.session_ids, seen)
-        missing = np.flatnonzero(handles < 0) if are_missing(handles) else _NOBODY
-        if len(missing) and change.may_part:
-            raise MustPart(missing)
-        if len(missing) == change.size:
-            self._refuse_missing(change, missing, seen)
-            return
+            missing = np.flatnonzero(handles < 0)
+        if len(missing):
+            if change.may_part:
+                raise MustPart(missing)
+            if len(missing) == change.size:
+                self._refuse_missing(change, missing, seen)
+                return
         reply_bytes = change.reply_bytes
         try:
             refused = self._validation.check(change, handles)

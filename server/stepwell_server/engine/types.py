@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,6 +17,7 @@ Mask = npt.NDArray[np.bool_]
 U64 = npt.NDArray[np.uint64]
 
 
+@functools.cache
 def is_float(dtype: np.dtype[np.generic]) -> bool:
     """Whether a dtype is a float type, bfloat16 included."""
     return dtype.kind == "f" or dtype.name == "bfloat16"

@@ -183,7 +183,7 @@ class PrometheusObserver(Observer):
         """See `Observer.stage`."""
         self._stages.observe((model, stage), seconds, count)
 
-    def stepped_alone(self, model: str, seconds: float) -> None:
+    def stepped_alone(self, model: str, session_id: str, seconds: float, now: float) -> None:
         """See `Observer.stepped_alone`."""
         alone = self._alone.get(model)
         if alone is None:
@@ -191,6 +191,7 @@ class PrometheusObserver(Observer):
         alone.counts[bisect_left(SECONDS, seconds)] += 1
         alone.total += seconds
         self._time_step_s[model] = seconds
+        self.slowest.note(model, session_id, seconds, now)
 
     def _count_alone(self) -> None:
         """Add the steps that ran alone to everything they belong to."""
@@ -277,6 +278,9 @@ class PrometheusObserver(Observer):
 
     def requests_done(self, method: str, code: str, seconds: npt.NDArray[np.float64]) -> None:
         """Several calls of a method ended alike."""
+        if len(seconds) == 1:
+            self.request_done(method, code, float(seconds[0]))
+            return
         self._requests.values[method, code] += len(seconds)
         self._request_seconds.of((method,)).observe_all(seconds)
 

@@ -7,19 +7,22 @@ the store holds now: whoever sent it there before gets the first answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.durability.keeping import Keeping
-from stepwell_server.engine.durability.records import Outcome
+from stepwell_server.engine.api import Observer
+from stepwell_server.engine.durability.group_commit import Done, GroupCommit
+from stepwell_server.engine.durability.records import Outcome, Records
+from stepwell_server.engine.durability.stamps import new_stamp, stamped
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import Members
+from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import OutcomeUnknown, ServerError
 from stepwell_server.store import base
-from stepwell_server.store.base import ALL_KEPT, Committed
+from stepwell_server.store.base import ALL_KEPT, Batch, Committed
+from stepwell_server.store.record import Joined, Stored
 
 Answer = Callable[[ServerError | None, Members | None], None]
 """Called with None, or why it never will be true; and for which places of the outcome: None for all of them."""
@@ -27,13 +30,59 @@ Again = Callable[[Members], None]
 """Called with places of the outcome whose sessions another server has changed: they are claimed, and paged out."""
 
 
+class Recorder:
+    """Has the store keep a record of every change. Lives on the event loop; the store's thread makes records too."""
+
+    def __init__(
+        self,
+        commits: GroupCommit,
+        table: SessionTable,
+        records: Records,
+        *,
+        is_shared: bool,
+        clock: Clock,
+        observer: Observer,
+    ) -> None:
+        self._commits = commits
+        self._table = table
+        self._records = records
+        self._is_shared = is_shared
+        self._clock = clock
+        self._observer = observer
+
+    def keep(self, outcome: Outcome, done: Done) -> None:
+        """Keep an outcome of claimed sessions; `done` is called then, maybe before this returns."""
+        clock, count = self._clock, len(outcome.handles)
+        last_used, began = clock.now(), clock.monotonic()
+        outcome.stamp = new_stamp() if self._is_shared else 0
+
+        def kept(committed: Committed | ServerError) -> None:
+            self._observer.stage(outcome.model.name, "commit", clock.monotonic() - began, count)
+            done(committed)
+
+        def build() -> Batch:
+            puts = self._records.of(outcome, last_used)
+            if not outcome.stamp:
+                return Batch(puts=puts)
+            follows = self._follows(outcome, puts)
+            return Batch(puts=puts, follows=follows, stamps=stamped(outcome.stamp, count))
+
+        self._commits.submit(build, count, kept, is_change=True, is_hurried=outcome.is_hurried)
+
+    def _follows(self, outcome: Outcome, puts: Sequence[tuple[str, Stored]]) -> U64:
+        """The stamps of the records that others follow, in their order."""
+        if isinstance(puts, Joined):  # records of one length each, and not in the order of the outcome
+            return self._table.stamp[self._table.find_all([session_id for session_id, _ in puts])]
+        return self._table.stamp[outcome.handles]
+
+
 class Committer:
-    """Makes outcomes true. Lives on the event loop; records are also made by the store's thread."""
+    """Makes outcomes true. Lives on the event loop."""
 
     def __init__(
         self,
         table: SessionTable,
-        keeping: Keeping,
+        recorder: Recorder | None,
         clock: Clock,
         *,
         release: Callable[[Handles], None],
@@ -41,7 +90,8 @@ class Committer:
         discard: Callable[[Model, Handles], None],
     ) -> None:
         self._table = table
-        self._keeping = keeping
+        self._recorder = recorder
+        """None: the arena is the truth, and a change has no record."""
         self._clock = clock
         self._release = release
         """Ends claims and starts what waited."""
@@ -55,19 +105,20 @@ class Committer:
 
         Neither `answer` nor `again` may raise.
         """
+        if self._recorder is None:
+            self._set(outcome, answer, None)
+            return
 
         def done(committed: Committed | ServerError) -> None:
             if committed is ALL_KEPT:
-                self._set(outcome)
-                answer(None, None)
-                self._release(outcome.handles)
+                self._set(outcome, answer, None)
             elif isinstance(committed, ServerError):
                 answer(committed, None)
                 self._drop(outcome.handles, committed)
             else:
                 self._settle(outcome, committed, answer, again)
 
-        self._keeping.changed(outcome, done)
+        self._recorder.keep(outcome, done)
 
     def _settle(self, outcome: Outcome, committed: Committed, answer: Answer, again: Again) -> None:
         """Each session has a fate of its own."""
@@ -78,9 +129,7 @@ class Committer:
         conflicts = np.flatnonzero(fates == base.Outcome.CONFLICT.value)
         handles = outcome.handles
         if len(kept):
-            self._set(outcome.part(kept))
-            answer(None, kept)
-            self._release(handles[kept])
+            self._set(outcome.part(kept), answer, kept)
         if len(unknown):
             error = not_known()
             answer(error, unknown)
@@ -89,7 +138,8 @@ class Committer:
             self._discard(outcome.model, handles[conflicts])
             again(conflicts)
 
-    def _set(self, outcome: Outcome) -> None:
+    def _set(self, outcome: Outcome, answer: Answer, places: Members | None) -> None:
+        """What was kept is true from here on; `places`: of a larger outcome, None: all."""
         table, handles = self._table, outcome.handles
         table.revision[handles] = outcome.revisions
         table.position[handles] = outcome.positions
@@ -100,6 +150,8 @@ class Committer:
             table.stamp[handles] = outcome.stamp
         if outcome.arrays or outcome.model.replies.series:
             outcome.model.replies.remember(handles, outcome.arrays)
+        answer(None, places)
+        self._release(handles)
 
 
 def not_known() -> OutcomeUnknown:

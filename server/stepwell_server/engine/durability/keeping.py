@@ -12,28 +12,19 @@ from typing_extensions import override
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.api import Observer
-from stepwell_server.engine.durability.group_commit import Done, GroupCommit
-from stepwell_server.engine.durability.records import Outcome, Records, as_it_is
-from stepwell_server.engine.durability.stamps import new_stamp, stamped
+from stepwell_server.engine.durability.records import Records, as_it_is
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import U64
-from stepwell_server.errors import ServerError
-from stepwell_server.store.base import ALL_KEPT, Batch, Committed, LocalStore, Store
-from stepwell_server.store.record import Joined, Stored
+from stepwell_server.store.base import Batch, LocalStore, Store
 
 
 class Keeping(Protocol):
-    """Which sessions have a record, and when it is written. Lives on the event loop."""
+    """Which sessions have a record while nothing changes. Lives on the event loop."""
 
     others: Store | None
     """The store, if it may have sessions that are not in the table; None: the table has all of them."""
     may_part: bool
     """Records of sessions that begin together may be kept a few at a time, in place: those that are not in the table
     yet are seen by nobody."""
-
-    def changed(self, outcome: Outcome, done: Done, /) -> None:
-        """Keep an outcome of claimed sessions; `done` is called then, maybe before this returns."""
 
     def made(self, ids: Sequence[str], ready: int, /) -> slice:
         """Which of new sessions begin with a record, if so many of them, the first ones, have rows."""
@@ -50,47 +41,8 @@ class EveryChange(Keeping):
 
     may_part = False
 
-    def __init__(
-        self,
-        store: Store,
-        commits: GroupCommit,
-        table: SessionTable,
-        records: Records,
-        clock: Clock,
-        observer: Observer,
-    ) -> None:
+    def __init__(self, store: Store) -> None:
         self.others = store
-        self._is_shared = store.local is None
-        self._commits = commits
-        self._table = table
-        self._records = records
-        self._clock = clock
-        self._observer = observer
-
-    @override
-    def changed(self, outcome: Outcome, done: Done) -> None:
-        clock, count = self._clock, len(outcome.handles)
-        last_used, began = clock.now(), clock.monotonic()
-        outcome.stamp = new_stamp() if self._is_shared else 0
-
-        def kept(committed: Committed | ServerError) -> None:
-            self._observer.stage(outcome.model.name, "commit", clock.monotonic() - began, count)
-            done(committed)
-
-        def build() -> Batch:
-            puts = self._records.of(outcome, last_used)
-            if not outcome.stamp:
-                return Batch(puts=puts)
-            follows = self._follows(outcome, puts)
-            return Batch(puts=puts, follows=follows, stamps=stamped(outcome.stamp, count))
-
-        self._commits.submit(build, count, kept, is_change=True, is_hurried=outcome.is_hurried)
-
-    def _follows(self, outcome: Outcome, puts: Sequence[tuple[str, Stored]]) -> U64:
-        """The stamps of the records that others follow, in their order."""
-        if isinstance(puts, Joined):  # records of one length each, and not in the order of the outcome
-            return self._table.stamp[self._table.find_all([session_id for session_id, _ in puts])]
-        return self._table.stamp[outcome.handles]
 
     @override
     def made(self, ids: Sequence[str], _ready: int) -> slice:
@@ -118,10 +70,6 @@ class PagedOutOnly(Keeping):
         self._clock = clock
 
     @override
-    def changed(self, _outcome: Outcome, done: Done) -> None:
-        done(ALL_KEPT)
-
-    @override
     def made(self, ids: Sequence[str], ready: int) -> slice:
         return slice(ready, len(ids))
 
@@ -135,16 +83,8 @@ class PagedOutOnly(Keeping):
         self._store.commit(Batch(deletes=session_ids))
 
 
-def keeping_of(
-    store: Store,
-    commits: GroupCommit,
-    table: SessionTable,
-    records: Records,
-    *,
-    clock: Clock,
-    observer: Observer,
-) -> Keeping:
+def keeping_of(store: Store, table: SessionTable, records: Records, clock: Clock) -> Keeping:
     """How a store is used: one whose records end with the process need not have more than the arena has no room for."""
     if store.local is not None and store.local.is_volatile:
         return PagedOutOnly(store.local, table, records, clock)
-    return EveryChange(store, commits, table, records, clock, observer)
+    return EveryChange(store)

@@ -40,6 +40,8 @@ class Inbox:
         self._held = held
         self._waiting: list[Change] = []
         self._rows = 0
+        self.most_waiting = MAX_WAITING_PASSES * model.max_batch_rows
+        """So many rows and changes may wait, unless one change alone has more."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -48,11 +50,6 @@ class Inbox:
     def waiting(self) -> int:
         """Rows and changes that wait: here, for their session, for rows, for a pass."""
         return self._rows + self._model.ready.rows_waiting + self._model.waiting
-
-    @property
-    def most_waiting(self) -> int:
-        """So many may wait, unless one change alone has more."""
-        return MAX_WAITING_PASSES * self._model.max_batch_rows
 
     def require_room(self, rows: int, byte_count: int) -> None:
         """Refuse so many rows and bytes of inputs if too much waits already.

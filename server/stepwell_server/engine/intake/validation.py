@@ -151,13 +151,14 @@ def require_lists(change: Change) -> None:
         InvalidInput: it names too many sessions, one of them twice, or numbers for others.
     """
     ids = change.session_ids
-    require_sessions(ids, may_repeat=change.may_repeat)
-    if change.expected is not None:
-        _require_length("expected_revisions", change.expected, len(ids))
-    if change.request_ids is not None:
-        _require_length("request_ids", change.request_ids, len(ids))
+    require_sessions(ids, may_repeat=change.callers is not None)
+    if change.expected is not None and len(change.expected) != len(ids):
+        raise _wrong_length("expected_revisions", change.expected, ids)
+    if change.request_ids is not None and len(change.request_ids) != len(ids):
+        raise _wrong_length("request_ids", change.request_ids, ids)
     if change.batch_sizes is not None:
-        _require_length("batch_sizes", change.batch_sizes, len(ids))
+        if len(change.batch_sizes) != len(ids):
+            raise _wrong_length("batch_sizes", change.batch_sizes, ids)
         _require_sizes(change.batch_sizes)
 
 
@@ -400,9 +401,8 @@ def _finite(change: Change) -> Mask | None:
     return np.logical_and.reduceat(rows, change.starts)
 
 
-def _require_length(name: str, values: Sized, count: int) -> None:
-    if len(values) != count:
-        raise InvalidInput(f"{name} must be empty or one for each of {count} sessions; got {len(values)}")
+def _wrong_length(name: str, values: Sized, ids: Sized) -> InvalidInput:
+    return InvalidInput(f"{name} must be empty or one for each of {len(ids)} sessions; got {len(values)}")
 
 
 def _require_sizes(sizes: Rows) -> None:

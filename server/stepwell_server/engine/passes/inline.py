@@ -52,7 +52,7 @@ class Inline:
         self._again = again
         self._clock = clock
         self._observer = observer
-        self._outputs = [(spec.name, spec.temporal) for spec in model.program.outputs]
+        self._names = [spec.name for spec in model.program.outputs]
 
     def run_few(self, changes: list[Change]) -> list[Change]:
         """Run the first of some changes, as long as they are few and plain; return the others."""
@@ -100,8 +100,7 @@ class Inline:
                     for trace in change.traces.values():
                         trace.stage("commit", ran, self._clock.monotonic())
                 now = self._clock.monotonic()
-                self._observer.stepped_alone(self._model.name, now - started)
-                self._observer.slow(self._model.name, change.session_ids[0], now - started, now)
+                self._observer.stepped_alone(self._model.name, change.session_ids[0], now - started, now)
                 change.succeed(
                     change.members, outcome.revisions, outcome.positions, self._named(kept, outputs)
                 )
@@ -132,24 +131,33 @@ class Inline:
         """
         executor, arena = self._executor, self._model.arena
         executor.bind(1)
-        arena.gather_row(row, executor.states())
+        self._fill(row, inputs)
+        executor.invoke()
+        for state, after in zip(arena.states, executor.next_states(), strict=True):
+            state[row] = after[0]
+        outputs: list[Array] = []
+        for last, output in zip(arena.outputs, executor.outputs(), strict=True):
+            last[row] = output[0]
+            outputs.append(output.copy())
+        return outputs
+
+    def _fill(self, row: int, inputs: Sequence[Array]) -> None:
+        # a function of its own: no view of the executor's buffers may be left when it is invoked
+        executor = self._executor
+        for state, buffer in zip(self._model.arena.states, executor.states(), strict=True):
+            buffer[0] = state[row]
         for view, array in zip(executor.inputs(), inputs, strict=True):
             view[...] = array
-        del view
-        executor.invoke()
-        arena.write_row(row, executor.next_states())
-        outputs = [output.copy() for output in executor.outputs()]
-        arena.keep_row_outputs(row, outputs)
-        return outputs
 
     def _named(self, kept: Kept, outputs: Sequence[Array]) -> dict[str, Array]:
         if kept is Kept.EMPTY:
             return {}
-        with_time = kept is Kept.ROWS_WITH_TIME
-        return {
-            name: output[:, None] if temporal and with_time else output
-            for (name, temporal), output in zip(self._outputs, outputs, strict=True)
-        }
+        if kept is Kept.ROWS_WITH_TIME:
+            outputs = [
+                output[:, None] if spec.temporal else output
+                for spec, output in zip(self._model.program.outputs, outputs, strict=True)
+            ]
+        return dict(zip(self._names, outputs, strict=True))
 
 
 def _kept(change: Change) -> Kept:

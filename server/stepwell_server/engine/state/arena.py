@@ -45,21 +45,6 @@ class Arena:
         for kept, values in zip(self.outputs, outputs, strict=True):
             kept[rows] = values
 
-    def gather_row(self, row: int, into: Sequence[Array]) -> None:
-        """As `gather`, for one row."""
-        for state, buffer in zip(self.states, into, strict=True):
-            buffer[0] = state[row]
-
-    def write_row(self, row: int, states: Sequence[Array]) -> None:
-        """As `write`, for one row."""
-        for state, values in zip(self.states, states, strict=True):
-            state[row] = values[0]
-
-    def keep_row_outputs(self, row: int, outputs: Sequence[Array]) -> None:
-        """As `keep_outputs`, for one row."""
-        for kept, values in zip(self.outputs, outputs, strict=True):
-            kept[row] = values[0]
-
     def copy(self, source: Rows, target: Rows) -> None:
         """Copy states and outputs from rows to other rows."""
         for array in self._arrays:

@@ -188,22 +188,8 @@ class ColumnSteps(Refusals):
         self.traces = tracer is not None
         self._form_of_requests = form_of_requests
         """The form of Triton's requests."""
-
-    def hold(self) -> None:
-        """See `base.Steps`."""
-        self._engine.hold_turns()
-
-    def go(self) -> None:
-        """See `base.Steps`."""
-        self._engine.take_turns()
-
-    def go_soon(self) -> None:
-        """See `base.Steps`."""
-        self._engine.take_turns_soon()
-
-    def in_turn(self, work: Callable[[], None]) -> None:
-        """See `base.Steps`."""
-        self._engine.call_in_turn(work)
+        self.hold, self.go, self.go_soon = engine.hold_turns, engine.take_turns, engine.take_turns_soon
+        self.in_turn = engine.call_in_turn
 
     def take(self, columns: StepColumns) -> None:
         """See `base.Steps`."""
