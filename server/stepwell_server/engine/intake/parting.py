@@ -5,6 +5,8 @@ Each is checked, charged, run and answered by itself; whoever sent the frame get
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from stepwell_server.core.slots import Rows
@@ -42,23 +44,16 @@ def parted(change: Change, others: Members) -> list[Change]:
 
 def _part(change: Change, members: Members) -> Change:
     rows = change.rows_of(members)
-    part = Change(
-        [change.session_ids[member] for member in members.tolist()],
-        _Part(change.replies, members),
+    part = dataclasses.replace(
+        change,
+        session_ids=[change.session_ids[member] for member in members.tolist()],
+        replies=_Part(change.replies, members),
         inputs=_some(change.inputs, rows),
-        reset=change.reset,
         state=_some(change.state, rows),
         reset_rows=_mask(change.reset_rows, rows, change.row_count),
-        expected=None if change.expected is None else change.expected[members],
+        expected=change.expected_of(members),
         request_ids=None if change.request_ids is None else change.request_ids[members],
         batch_sizes=change.sizes[members],
-        select=change.select,
-        output_names=change.output_names,
-        states=change.states,
-        deadline=change.deadline,
-        caller=change.caller,
-        who=change.who,
-        reply_limit=change.reply_limit,
         reply_bytes=change.reply_bytes * len(members) // change.size,
     )
     if change.state_members is not None:
