@@ -50,7 +50,7 @@ from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import DEFAULT_METRICS, Settings
 from stepwell_server.store.base import Store, StoreError
 from stepwell_server.store_opening import NotOpenedError, once_it_answers, open_own, open_shared
-from stepwell_server.store_watch import look_after
+from stepwell_server.store_watch import look_after, tell_store
 from stepwell_server.systemd import Notifier
 from stepwell_server.tracing.starting import TracingError
 from stepwell_server.tracing.starting import start as start_tracing
@@ -237,6 +237,7 @@ async def _run(
     stop = signals.stop_on_signals(clock, reload)
     open_files = raise_limit()
     store = own_store or await open_shared(settings, clock, stop)
+    tell_store(store, observer)
     if settings.store_kind != "memory":
         where = {"data_dir": settings.data_dir} if settings.store == "disk" else {"store": settings.store}
         count = await once_it_answers(store.count, settings, clock, stop)

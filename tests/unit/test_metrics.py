@@ -16,7 +16,12 @@ from stepwell_server.readiness import Readiness
 from stepwell_server.rpc.fronts.base import FrontCounts
 from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.status import ANY_CODE
+from stepwell_server.store.awaited import AwaitedStore
+from stepwell_server.store.base import Store
+from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.times import StoreTimes
+from stepwell_server.store_watch import tell_store
+from support.awaited import RemoteStore
 from support.fake_executor import PLAIN
 from support.scrape import Scrape
 
@@ -237,3 +242,37 @@ def test_the_front_is_shown() -> None:
     assert samples.value("stepwell_front_refused_total", "memory") == 2
     assert samples.value("stepwell_front_refused_total", "silent") == 0
     assert samples.value("stepwell_front_max_connections") == 10
+
+
+async def test_servers_of_one_store_say_the_same_name_of_it_and_others_another() -> None:
+    shared = RemoteStore.of_memory()
+    own = AwaitedStore(MemoryStore())
+
+    def told(store: Store) -> dict[str, str]:
+        observer = PrometheusObserver()
+        tell_store(store, observer)
+        (labels,) = _scrape(observer).series("stepwell_store_info")
+        return dict(labels)
+
+    first, second = told(shared), told(shared.replica())
+    assert first == second == {"store_id": shared.incarnation, "shared": "true"}
+    # two servers may have been set up from one backup
+    assert told(own)["shared"] == "false"
+    assert told(own)["store_id"] != told(own)["store_id"] != shared.incarnation
+
+
+def test_what_the_server_warns_of_is_shown() -> None:
+    observer, readiness = PrometheusObserver(), Readiness()
+    readiness.listen(observer.ready_is)
+    assert {each["about"] for each in _scrape(observer).series("stepwell_warning")} == {
+        "default_versions",
+        "disk",
+        "models",
+        "store",
+    }
+    readiness.warning("store", "it keeps nothing")
+    readiness.defaults_elsewhere({"m": 3})
+    values = [
+        _scrape(observer).value("stepwell_warning", about) for about in ("store", "default_versions", "disk")
+    ]
+    assert values == [1, 1, 0]

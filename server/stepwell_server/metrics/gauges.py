@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from stepwell_server.rpc.fronts.certificates import CertificateFiles
     from stepwell_server.store.times import StoreTimes
 
+#: What there can be warnings of (`Report.warnings`): each has a series from the start.
+WARNINGS = ("default versions", "disk", "models", "store")
 #: What a front has to do (`FrontCounts.now`).
 _FRONT = {
     "connections": "Connections open.",
@@ -86,12 +88,17 @@ def of_versions(counts: Mapping[str, VersionCounts]) -> Iterator[Metric]:
     yield from (versions, default)
 
 
-def of_readiness(*, is_ready: bool) -> Metric:
-    """What /readyz says."""
+def of_readiness(*, is_ready: bool, warnings: Collection[str]) -> Iterator[Metric]:
+    """What /readyz says, and what it warns of."""
     from prometheus_client.core import GaugeMetricFamily
 
     text = "1 if calls can be answered, 0 while models are loaded, the store cannot be used, or the server stops."
-    return GaugeMetricFamily("stepwell_ready", text, value=is_ready)
+    yield GaugeMetricFamily("stepwell_ready", text, value=is_ready)
+    text = "1 while /readyz?verbose warns of it: the server is ready, and somebody should look at this."
+    family = GaugeMetricFamily("stepwell_warning", text, labels=("about",))
+    for about in sorted({*WARNINGS, *warnings}):
+        family.add_metric((about.replace(" ", "_"),), about in warnings)
+    yield family
 
 
 def of_streams(streams: Mapping[str, int]) -> Iterator[Metric]:
@@ -158,6 +165,15 @@ def of_certificates(files: CertificateFiles) -> Iterator[Metric]:
         family.add_metric((file,), end)
     text = "How often changed certificates could not be used, so that the old ones stayed."
     yield from (family, CounterMetricFamily("stepwell_certificate_failures", text, value=files.failures))
+
+
+def of_store_info(store_id: str, *, is_shared: bool) -> Metric:
+    """Which store it is. Servers that share one say the same of it, so that what all of them report is counted once."""
+    from prometheus_client.core import InfoMetricFamily
+
+    text = "Which store the server has: store_id is the same for those that share it; shared: true or false."
+    value = {"store_id": store_id, "shared": "true" if is_shared else "false"}
+    return InfoMetricFamily("stepwell_store", text, value=value)
 
 
 def of_store(
