@@ -14,8 +14,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 # The native front, or the note that there can be none on this machine.
 FRONT := .venv/.front
-# Installs Valkey's programs where they are missing, or says what to install; tests of replicas fail without them.
-VALKEY := scripts/install_valkey.py || true
+# Installs Valkey and promtool where they are missing, or says what to install; tests that need them fail without.
+PROGRAMS := scripts/install_programs.py || true
 # What the demo leaves behind.
 MODEL := out/temperature.keras
 
@@ -53,7 +53,7 @@ demo: $(INSTALLED) $(FRONT) ## Train a small model on real data, serve it to thr
 
 .PHONY: cluster-demo
 cluster-demo: $(INSTALLED) $(FRONT) ## Run three replicas with Valkey and Envoy, kill some, show what their users saw (a minute)
-	@$(BIN)/python $(VALKEY)
+	@$(BIN)/python $(PROGRAMS)
 	$(BIN)/python examples/cluster_demo.py
 
 $(MODEL): | $(INSTALLED)
@@ -70,7 +70,7 @@ ALL := $(if $(ARGS),,--numprocesses $(WORKERS) --dist worksteal)
 
 .PHONY: test
 test: $(INSTALLED) $(FRONT) ## Run all tests (five minutes on two idle cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores
-	@$(BIN)/python $(VALKEY)
+	@$(BIN)/python $(PROGRAMS)
 	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) $(ARGS)
 
 .PHONY: test-unit
@@ -79,7 +79,7 @@ test-unit: $(INSTALLED) ## Run the unit tests (half a minute; ARGS="-k slots" ru
 
 .PHONY: coverage
 coverage: $(INSTALLED) $(FRONT) ## Run all tests, and fail if they cover less than the floor in pyproject.toml
-	@$(BIN)/python $(VALKEY)
+	@$(BIN)/python $(PROGRAMS)
 	$(BIN)/pytest --cov --cov-report=term $(ALL) $(ARGS)
 
 # What runs once more with TLS and tokens, which is said to the harness by STEPWELL_TEST_SECURED=1.
@@ -87,7 +87,7 @@ SECURED := tests/fault $(addprefix tests/integration/test_,$(addsuffix .py,wire_
 
 .PHONY: soak
 soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples, the front in Python, and TLS with tokens on both, then kill servers a thousand times under load (forty minutes; ARGS="--kills 50 --seed 7" only kills)
-	@$(BIN)/python $(VALKEY)
+	@$(BIN)/python $(PROGRAMS)
 	$(if $(ARGS),,TEST_ALL=1 $(BIN)/pytest $(ALL) $$(grep -rl "from support.samples" tests/unit tests/congruence))
 	$(if $(ARGS),,STEPWELL_FRONT=python $(BIN)/pytest $(ALL) tests/integration)
 	$(if $(ARGS),,for front in auto python; do STEPWELL_TEST_SECURED=1 STEPWELL_FRONT=$$front $(BIN)/pytest $(ALL) $(SECURED) || exit 1; done)
@@ -97,7 +97,7 @@ soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples, the front in
 
 .PHONY: soak-cluster
 soak-cluster: $(INSTALLED) $(FRONT) ## Simulate replicas on one store, ten thousand schedules, then kill, pause and cut off real ones under load (an hour and a half; ARGS="--kills 50 --seed 7" only kills)
-	@$(BIN)/python $(VALKEY)
+	@$(BIN)/python $(PROGRAMS)
 	$(if $(ARGS),,$(BIN)/python tests/fault/simulate.py --runs 10000)
 	$(BIN)/python tests/fault/soak_cluster.py $(ARGS)
 

@@ -1,4 +1,4 @@
-"""Install Valkey's programs for the tests and the demo of a cluster, where they are missing and we may.
+"""Install programs that tests and the demo of a cluster run, where they are missing and we may: Valkey, promtool.
 
 They are Debian's packages; elsewhere, or without root, it says what to install. Debian would start a server when its
 package is installed: it is kept from that. Exit codes: 0 they are there, 1 they are not.
@@ -14,8 +14,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-PROGRAMS = ("valkey-server", "valkey-sentinel")
-"""Also the names of their packages."""
+PROGRAMS = {
+    "valkey-server": "the tests of replicas",
+    "valkey-sentinel": "the tests of replicas",
+    "promtool": "the tests of alert rules",
+}
+"""Which tests need them, by the names of the programs, which are also those of their packages."""
 POLICY = Path("/usr/sbin/policy-rc.d")
 #: Debian asks this program whether a package may start its services; 101: no.
 DENY = "#!/bin/sh\nexit 101\n"
@@ -23,29 +27,35 @@ DENY = "#!/bin/sh\nexit 101\n"
 
 def main() -> int:
     """Returns the exit code."""
-    if not missing():
+    wanted = missing()
+    if not wanted:
         return 0
     if shutil.which("apt-get") is None or os.geteuid() != 0:
         print(
-            f"{' and '.join(missing())} missing: the tests of replicas will fail. Install Valkey 7.2 or newer;"
-            f" on Debian, as root: apt-get install {' '.join(PROGRAMS)}"
+            f"{_failing(wanted)}. Install Valkey 7.2 or newer and Prometheus's promtool;"
+            f" on Debian, as root: apt-get install {' '.join(wanted)}"
         )
         return 1
-    print(f"Installing Debian's packages {' and '.join(PROGRAMS)}", flush=True)
+    print(f"Installing Debian's packages {', '.join(wanted)}", flush=True)
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    install = ["apt-get", "install", "--yes", "--quiet=2", "--no-install-recommends", *PROGRAMS]
+    install = ["apt-get", "install", "--yes", "--quiet=2", "--no-install-recommends", *wanted]
     with no_services():
         for step in (install, ["apt-get", "update", "--quiet=2"], install):
             subprocess.run(step, env=quiet, stdout=subprocess.DEVNULL, check=False)
             if not missing():
                 return 0
-    print(f"{' and '.join(missing())} could not be installed, see above: the tests of replicas will fail")
+    print(f"{_failing(missing())}: they could not be installed, see above")
     return 1
 
 
 def missing() -> list[str]:
     """The programs that are not there."""
     return [name for name in PROGRAMS if shutil.which(name) is None]
+
+
+def _failing(names: list[str]) -> str:
+    tests = " and ".join(sorted({PROGRAMS[name] for name in names}))
+    return f"{', '.join(names)} missing: {tests} will fail"
 
 
 @contextlib.contextmanager
