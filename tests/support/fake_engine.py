@@ -10,6 +10,7 @@ import numpy as np
 
 from stepwell_server.engine.api import ModelInfo, Moved, SessionInfo, SessionPolicy, VersionInfo
 from stepwell_server.engine.change import Change
+from stepwell_server.engine.models import Known
 from stepwell_server.errors import (
     InvalidInput,
     MessageTooLarge,
@@ -134,6 +135,8 @@ class FakeVersions:
         self.highest: dict[str, int] = {}
         self.refusal: ServerError | None = None
         """What the next change of a default, or of a label, fails with."""
+        self.unload_refusal: ServerError | None = None
+        """What the next unload fails with."""
         self.told: list[tuple[Any, ...]] = []
 
     def models(self) -> list[ModelInfo]:
@@ -163,7 +166,11 @@ class FakeVersions:
         )
         self.highest[name] = max(version, self.highest.get(name, 0))
 
-    async def unload_version(self, name: str, version: int, *, force: bool = False) -> None:
+    async def unload_version(
+        self, name: str, version: int, *, force: bool = False, back_to: Known | None = None
+    ) -> None:
+        assert back_to is None, "nothing was known before"
+        self._refuse_unload()
         self.told.append(("unload", name, version, force))
         info = self.names[name][version]
         if not force and (info.is_default or info.sessions):
@@ -192,6 +199,11 @@ class FakeVersions:
         for number, info in self.names[name].items():
             labels = {*info.labels} - {label} | ({label} if number == version else set())
             self.give(name, number, labels=tuple(sorted(labels)))
+
+    def _refuse_unload(self) -> None:
+        if self.unload_refusal is not None:
+            error, self.unload_refusal = self.unload_refusal, None
+            raise error
 
     def _refuse(self) -> None:
         if self.refusal is not None:

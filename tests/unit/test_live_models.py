@@ -161,6 +161,18 @@ async def test_a_refused_switch_leaves_no_half(at: At) -> None:
     assert at.states() == {1: VersionState.READY, 2: VersionState.FAILED, 3: VersionState.FAILED}
 
 
+async def test_a_load_that_cannot_be_taken_back_says_so(at: At) -> None:
+    await at.load()
+    at.engine.refusal = Unavailable("the store is away")
+    at.engine.unload_refusal = Unavailable("the store is still away")
+    with pytest.raises(Unavailable) as caught:
+        await at.load(policy=SessionPolicy.CARRY)
+    assert caught.value.message.startswith("the store is away (version 2 of model 'm' stays loaded here")
+    assert "make it the default, or unload it" in caught.value.message
+    assert at.states() == {1: VersionState.READY, 2: VersionState.READY}
+    assert (await at.live.set_default("m", 2, SessionPolicy.CARRY)).version == 2
+
+
 async def test_a_label_that_cannot_be_kept_does_not_take_the_switch_back(at: At) -> None:
     await at.load()
 
@@ -282,7 +294,7 @@ async def test_a_version_stays_for_sessions_that_only_the_store_has(at: At) -> N
     tries: list[int] = []
     unload = at.engine.unload_version
 
-    async def in_store(name: str, version: int, *, force: bool = False) -> None:
+    async def in_store(name: str, version: int, *, force: bool = False, back_to: object = None) -> None:
         tries.append(version)
         raise ModelInUse("the store has sessions of it")
 

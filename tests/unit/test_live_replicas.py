@@ -10,20 +10,24 @@ from pathlib import Path
 
 import pytest
 
+from stepwell_server.compile.errors import ModelError
 from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.versions import following
-from stepwell_server.errors import VersionElsewhere
+from stepwell_server.errors import MigrationFailed, Unavailable, VersionElsewhere
+from stepwell_server.live.catching_up import CatchingUp
 from stepwell_server.live.control import LoadRequest, Progress, VersionState
 from stepwell_server.live.faces import Compiled
 from stepwell_server.live.folder import FolderFollower, FolderOptions
 from stepwell_server.live.models import LiveModels
+from stepwell_server.live.starting import absence
 from stepwell_server.model_folder import ModelFolder
 from stepwell_server.readiness import Readiness
 from support.engine import Harness, x
 from support.fake_executor import PLAIN
 from support.live_at import Watcher
 from support.replicas import serving_two
+from support.version_changes import told
 from support.versions import weights
 
 pytestmark = pytest.mark.stores("awaited")
@@ -64,6 +68,8 @@ class Replica:
             FolderOptions(lambda _name: VersionPolicy.parse("latest 1"), SessionPolicy.CARRY, is_shared=True),
             clock=at.clock,
         )
+        self.catching_up = CatchingUp(at.engine, self.live, root=None, clock=at.clock)
+        at.engine.explain_absence(absence(self.readiness, tells_why=True))
         self.readiness.version("plain", 1, "loaded")
 
     @property
@@ -218,3 +224,114 @@ async def test_two_that_load_the_same_at_once(tmp_path: Path) -> None:
         await first.at.inside.look()
         await second.at.inside.look()
         assert (first.default, second.default) == (2, 2)
+
+
+def is_wanted(replica: Replica, version: int) -> bool:
+    """Whether the store says that a version is to be loaded again after a restart."""
+    (found,) = [each for each in told(replica.at)["versions"] if each["version"] == version]
+    return bool(found["wanted"])
+
+
+async def test_a_load_whose_switch_fails_leaves_what_other_servers_want(tmp_path: Path) -> None:
+    """Else no server would load it again when it is started anew."""
+    async with two(tmp_path) as (first, second):
+        path = str(_file(tmp_path))
+        await first.live.load(LoadRequest(name="plain", version=2, path=path, keep_default=True))
+        request = LoadRequest(
+            name="plain", version=2, path=path, policy=SessionPolicy.MIGRATE, migration="none"
+        )
+        with pytest.raises(MigrationFailed):
+            await second.live.load(request)
+        assert is_wanted(first, 2)
+        # what only this server wanted is wanted by nobody afterwards
+        third = tmp_path / "3.keras"
+        third.write_text("3")
+        request = LoadRequest(
+            name="plain", version=3, path=str(third), policy=SessionPolicy.MIGRATE, migration="no"
+        )
+        with pytest.raises(MigrationFailed):
+            await second.live.load(request)
+        assert not is_wanted(first, 3)
+        # it can be loaded there still, and is the default on both then
+        await second.live.load(LoadRequest(name="plain", version=2, path=path, policy=SessionPolicy.CARRY))
+        await first.at.inside.look()
+        assert (first.default, second.default) == (2, 2)
+
+
+async def test_a_default_that_others_have_is_loaded_where_its_file_is(tmp_path: Path) -> None:
+    async with two(tmp_path) as (first, second):
+        await second.at.open("a")
+        file = _file(tmp_path)
+        await first.live.load(
+            LoadRequest(name="plain", version=2, path=str(file), policy=SessionPolicy.CARRY)
+        )
+        file.unlink()  # on the other machine it is not there yet
+        await second.at.inside.look()
+        for _ in range(2):
+            assert await second.catching_up.look() == 0
+            with pytest.raises(VersionElsewhere, match=r"stepwell models load plain@2 PATH --no-default"):
+                await second.at.step("a", x(1))
+        file.write_text("2")
+        assert await second.catching_up.look() == 1
+        assert (await second.at.step("a", x(1))).version == 2
+        assert second.readiness.report.is_loaded("plain", 2)
+        assert not second.at.engine.defaults_elsewhere()
+        assert await second.catching_up.look() == 0
+        # so is what has a label, and nothing else
+        for version, labels in ((3, ["canary"]), (4, [])):
+            other = tmp_path / f"{version}.keras"
+            other.write_text(str(version))
+            request = LoadRequest(
+                name="plain", version=version, path=str(other), keep_default=True, labels=labels
+            )
+            await first.live.load(request)
+        await second.at.inside.look()
+        assert await second.catching_up.look() == 1
+        assert sorted(second.at.engine.catalogue()["plain"].loaded) == [1, 2, 3]
+
+
+async def test_a_file_that_is_another_one_here_is_refused_once_and_others_are_asked(tmp_path: Path) -> None:
+    async with two(tmp_path) as (first, second):
+        file = _file(tmp_path)
+        await first.live.load(
+            LoadRequest(name="plain", version=2, path=str(file), policy=SessionPolicy.CARRY)
+        )
+        second.live.compile = _broken
+        await second.at.inside.look()
+        assert await second.catching_up.look() == 0
+        (status,) = [each for each in second.live.status("plain") if each.version == 2]
+        assert status.state is VersionState.FAILED
+        assert "it is damaged" in status.reason
+        # it is not MODEL_NOT_FOUND: the other server has it
+        with pytest.raises(VersionElsewhere):
+            await second.at.open("b")
+        second.live.compile = compiled
+        assert await second.catching_up.look() == 0, "the file has not changed"
+        file.write_text("2 ")
+        assert await second.catching_up.look() == 1
+
+
+async def test_what_others_have_is_loaded_only_from_where_files_may_be(tmp_path: Path) -> None:
+    async with two(tmp_path) as (first, second):
+        await first.live.load(
+            LoadRequest(name="plain", version=2, path=str(_file(tmp_path)), policy=SessionPolicy.CARRY)
+        )
+        await second.at.inside.look()
+        engine, live, clock = second.at.engine, second.live, second.at.clock
+        inside = CatchingUp(engine, live, root=second.folder, clock=clock)
+        assert await inside.look() == 0
+        left_out = CatchingUp(engine, live, root=None, clock=clock, is_left_out=lambda *_: True)
+        assert await left_out.look() == 0
+        assert not [each for each in live.status("plain") if each.version == 2]
+        # a store that does not answer is asked again later
+        second.at.store.documents_error = Unavailable("away")
+        assert await second.catching_up.look() == 0
+        second.at.store.documents_error = None
+        assert await second.catching_up.look() == 0
+        clock.advance(31.0)
+        assert await second.catching_up.look() == 1
+
+
+async def _broken(_name: str, _path: Path, progress: Progress, _abandoned: threading.Event) -> Compiled:
+    progress("load")
+    raise ModelError("it is damaged")

@@ -14,6 +14,7 @@ from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import (
     InvalidInput,
+    ModelLoading,
     ModelMismatch,
     ModelNotFound,
     ServerError,
@@ -291,12 +292,22 @@ class Models:
         version = meant.version
         if self.is_shared and version is None:
             version = own.labels.get(meant.label) if meant.label else own.wanted or own.default
-        if version is not None and version not in own.loaded:
-            if why := self.absent(ModelRef(meant.name, version)):
-                raise why
-            if self.is_shared and version in own.known:
-                raise self.elsewhere(meant.name, version)
+        if version is not None and version not in own.loaded and (why := self._away(meant.name, version)):
+            raise why
         return own.model(meant)
+
+    def _away(self, name: str, version: int | None, session_id: str = "") -> ServerError | None:
+        """Why a version is not loaded here, or of a name without one the default: if that is known, or others may have it.
+
+        One that could not be loaded here may be well on another server: so that is said, to be asked for there.
+        """
+        own = self._by_name.get(name)
+        why = self.absent(ModelRef(name, version))
+        if not self.is_shared or own is None or isinstance(why, ModelLoading):
+            return why
+        version = own.wanted if version is None else version
+        is_there = version in own.known or (version and session_id)
+        return self.elsewhere(name, version, session_id) if is_there else why
 
     @staticmethod
     def is_pinned(ref: str) -> bool:
@@ -311,10 +322,8 @@ class Models:
         """
         own = self._by_name.get(name)
         if own is None or not own.loaded:
-            if why := self.absent(ModelRef(name)):
+            if why := self._away(name, None):
                 raise why
-            if self.is_shared and own is not None and own.wanted:
-                raise self.elsewhere(name, own.wanted)
             raise ModelNotFound(f"model must be one of {self.names()}; got {name!r}", model=name)
         return own
 
@@ -338,7 +347,7 @@ class Models:
         return VersionElsewhere(
             f"{whose} version {version} of model {name!r}, which is not loaded on this server, where"
             f" {sorted(own.loaded) if own else []} are; another server on the same store may have it: ask that one, or again"
-            " when it is loaded here",
+            f" when an admin has loaded it here (stepwell models load {name}@{version} PATH --no-default)",
             _AGAIN_S,
             model=name,
             version=str(version),
@@ -379,15 +388,7 @@ class Models:
         """
         own = self.find(header.model)
         if own is None:
-            known = self._by_name.get(header.model)
-            if (
-                self.is_shared
-                and known is not None
-                and known.wanted
-                and not self.absent(ModelRef(header.model))
-            ):
-                raise self.elsewhere(header.model, known.wanted, session_id)
-            raise self.absent(ModelRef(header.model)) or ModelNotFound(
+            raise self._away(header.model, None, session_id) or ModelNotFound(
                 f"session {session_id!r} belongs to model {header.model!r}, which is not served;"
                 f" model must be one of {self.names()}. Serve it again, or close the session",
                 model=header.model,
@@ -409,9 +410,7 @@ class Models:
             )
         model = own.loaded.get(version)
         if model is None:
-            if self.is_shared and not self.absent(ModelRef(header.model, version)):
-                raise self.elsewhere(header.model, version, session_id)
-            raise self.absent(ModelRef(header.model, version)) or VersionNotFound(
+            raise self._away(header.model, version, session_id) or VersionNotFound(
                 f"session {session_id!r} is on version {version} of model {header.model!r}, which is not loaded;"
                 f" loaded are {sorted(own.loaded)}. Load it again, make another version the default with"
                 " sessions=carry, or close the session",

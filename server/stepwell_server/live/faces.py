@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from stepwell_server.engine.api import ModelInfo, Moved, SessionPolicy
+from stepwell_server.engine.models import Known
 from stepwell_server.live.control import Progress
 from stepwell_server.program import Program
 
@@ -42,11 +43,13 @@ class Engine(Protocol):
 
     async def load_version(
         self, name: str, version: int, program: Program, *, source: str = "", tenant: str = ""
-    ) -> None:
-        """Serve a version; the first one of a name is its default."""
+    ) -> Known | None:
+        """Serve a version; the first one of a name is its default. What was known of it before is returned."""
 
-    async def unload_version(self, name: str, version: int, *, force: bool = False) -> None:
-        """Serve it no longer."""
+    async def unload_version(
+        self, name: str, version: int, *, force: bool = False, back_to: Known | None = None
+    ) -> None:
+        """Serve it no longer; with `back_to`, what `load_version` has returned, as if it had never been loaded."""
 
     async def set_default(
         self,

@@ -13,22 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.core.model_names import (
-    LABEL_RULE,
-    MAX_VERSION,
-    NAME_RULE,
-    is_label,
-    is_name,
-    is_version,
-)
+from stepwell_server.core.model_names import MAX_VERSION, NAME_RULE, is_name, is_version
 from stepwell_server.engine.api import SessionPolicy, VersionInfo
+from stepwell_server.engine.models import Known
 from stepwell_server.errors import (
     InvalidInput,
     ModelInUse,
     ModelLoadFailed,
     ModelNotFound,
     ServerError,
-    UploadOff,
     VersionExists,
     VersionNotFound,
 )
@@ -46,6 +39,7 @@ from stepwell_server.live.control import (
 from stepwell_server.live.faces import Clock, Compile, Compiled, Engine, Observer, Quotas
 from stepwell_server.live.kept import KeptPrograms
 from stepwell_server.live.load import Load
+from stepwell_server.live.refusals import no_version, require_label, upload_off
 from stepwell_server.live.uploads import Uploads
 from stepwell_server.logs import Log
 
@@ -169,11 +163,11 @@ class LiveModels:
         if len(request.labels) > _MOST_LABELS:
             raise InvalidInput(f"labels must be at most {_MOST_LABELS}; got {len(request.labels)}")
         for label in request.labels:
-            _require_label(label)
+            require_label(label)
 
     def _upload(self, request: LoadRequest) -> Path:
         if self._uploads is None:
-            raise _upload_off()
+            raise upload_off()
         return self._uploads.take(request.upload, request.tenant)
 
     def _number(self, request: LoadRequest) -> int:
@@ -263,7 +257,7 @@ class LiveModels:
             source = "" if kept is None else str(kept)
         is_first = not self._served(name)
         try:
-            await self._engine.load_version(
+            before = await self._engine.load_version(
                 name, version, compiled.program, source=source, tenant=request.tenant
             )
         except BaseException:
@@ -285,10 +279,8 @@ class LiveModels:
                     request.migration,
                     leaves=_leaves(request.policy, request.keep_previous) or request.unload_previous,
                 )
-        except BaseException:
-            # nobody was told of it: what was opened on it meanwhile by its number stays in the store
-            await self._engine.unload_version(name, version, force=True)
-            await self._forget(name, version, source)
+        except BaseException as error:
+            await self._take_back(name, version, source, before, error)
             raise
         if loaded.previous:
             try:
@@ -302,6 +294,28 @@ class LiveModels:
         _log.info("model loaded", model=name, version=version, path=load.path, seconds=seconds)
         await self.look()
         return loaded
+
+    async def _take_back(
+        self, name: str, version: int, source: str, before: Known | None, error: BaseException
+    ) -> None:
+        """Serve no longer what was just loaded, as its load has failed."""
+        try:
+            # nobody was told of it: what was opened on it meanwhile by its number stays in the store
+            await self._engine.unload_version(name, version, force=True, back_to=before)
+        except ServerError as failure:
+            _log.warning(
+                "a version whose load has failed stays loaded",
+                model=name,
+                version=version,
+                reason=failure.message,
+            )
+            if isinstance(error, ServerError):
+                error.message += (
+                    f" (version {version} of model {name!r} stays loaded here, as the store could not be told that it is not:"
+                    " make it the default, or unload it, when the store can be used)"
+                )
+            return
+        await self._forget(name, version, source)
 
     async def _label(self, name: str, version: int, labels: Sequence[str]) -> None:
         for label in labels:
@@ -349,7 +363,7 @@ class LiveModels:
         if not known or (version and version not in known):
             if is_done:
                 return
-            raise _no_version(name, version, known)
+            raise no_version(name, version, known)
         async with self._turn:
             served = self._served(name)
             if version:
@@ -390,7 +404,7 @@ class LiveModels:
             )
         known = self._known(name)
         if version not in known:
-            raise _no_version(name, version, known)
+            raise no_version(name, version, known)
         async with self._turn:
             return await self._switch(name, version, policy, migration, leaves=_leaves(policy, keep_previous))
 
@@ -414,10 +428,10 @@ class LiveModels:
 
     async def set_label(self, name: str, label: str, version: int) -> None:
         """See `control.ModelControl`."""
-        _require_label(label)
+        require_label(label)
         known = self._known(name)
         if version and version not in known:
-            raise _no_version(name, version, known)
+            raise no_version(name, version, known)
         if not version and not any(label in info.labels for info in known.values()):
             raise VersionNotFound(
                 f"label must be one that model {name!r} has, to be taken away; got {label!r}", model=name
@@ -437,7 +451,7 @@ class LiveModels:
     async def begin_upload(self, filename: str, tenant: str) -> Upload:
         """See `control.ModelControl`."""
         if self._uploads is None:
-            raise _upload_off()
+            raise upload_off()
         return await self._uploads.begin(filename, tenant)
 
     # ------------------------------------------------------------------------------------------------------ how it is
@@ -567,25 +581,6 @@ class LiveModels:
 def _leaves(policy: SessionPolicy, keep_previous: bool) -> bool:
     """Whether the version that was the default is unloaded with its last session."""
     return policy is SessionPolicy.KEEP and not keep_previous
-
-
-def _require_label(label: str) -> None:
-    if not is_label(label):
-        raise InvalidInput(f"label must be {LABEL_RULE}; got {label[:160]!r}")
-
-
-def _upload_off() -> UploadOff:
-    return UploadOff(
-        "the server takes no files: it must be started with --allow-model-upload; or give the path of a file on its disk"
-    )
-
-
-def _no_version(name: str, version: int, known: Mapping[int, object]) -> VersionNotFound:
-    return VersionNotFound(
-        f"version of model {name!r} must be one that is loaded, {sorted(known)}; got {version}",
-        model=name,
-        version=str(version),
-    )
 
 
 def _look_at(task: asyncio.Task[LoadedVersion]) -> None:

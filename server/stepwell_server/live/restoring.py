@@ -38,7 +38,7 @@ class Engine(Protocol):
 
     async def load_version(
         self, name: str, version: int, program: Program, *, source: str = "", tenant: str = ""
-    ) -> None:
+    ) -> Known | None:
         """Serve a version."""
 
 

@@ -11,6 +11,7 @@ from stepwell_server.core.model_names import ModelRef
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.versions import document
 from stepwell_server.errors import ModelLoading, ModelNotFound, ServerError
+from stepwell_server.live.catching_up import CatchingUp
 from stepwell_server.live.control import LoadRequest, VersionState
 from stepwell_server.live.folder import FolderFollower, FolderOptions
 from stepwell_server.live.restoring import is_of_folder, restore, restore_unless_stopped
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
+    from stepwell_server.engine.models import Known
     from stepwell_server.live.models import LiveModels
     from stepwell_server.model_folder import ModelFolder
     from stepwell_server.model_loading import Loaded
@@ -116,7 +118,15 @@ class ModelWork:
             clock=clock,
             warn=lambda problem: readiness.warning("models", problem),
         )
+        self._catching_up = CatchingUp(
+            engine, live, root=settings.models_dir, clock=clock, is_left_out=self._is_followed
+        )
         self._is_begun = False
+
+    def _is_followed(self, name: str, known: Known) -> bool:
+        """Whether the folder that is watched has a version. Blocking."""
+        root = self._settings.models_dir
+        return self._settings.watch_models and root is not None and is_of_folder(name, known, root.resolve())
 
     async def begin(self, loaded: Loaded, stop: asyncio.Event) -> None:
         """Go on from what was loaded before the server takes calls.
@@ -131,11 +141,14 @@ class ModelWork:
         )
 
     async def run(self) -> None:
-        """Load what is not loaded yet, beside the traffic, then follow the folder, if that was asked for."""
+        """Load what is not loaded yet, beside the traffic, then follow the folder, if that was asked for, and other servers."""
         if not self._is_begun:
             await self._load_all()
-        if self._settings.watch_models:
-            await self._follower.run()
+        async with asyncio.TaskGroup() as group:
+            if self._settings.watch_models:
+                group.create_task(self._follower.run())
+            if self._settings.store_kind == "valkey":
+                group.create_task(self._catching_up.run())
 
     async def _load_all(self) -> None:
         for model in self._wanted:

@@ -152,8 +152,11 @@ class Changing:
 
     async def load(
         self, name: str, version: int, program: Program, *, source: str = "", tenant: str = "", rows: int = 0
-    ) -> None:
+    ) -> Known | None:
         """Serve a version from now on; the first of a name is its default.
+
+        Returns:
+            What was known of the version before, for `unload` to go back to; None: nothing.
 
         Raises:
             InvalidInput: name or number are none.
@@ -170,8 +173,10 @@ class Changing:
             self._require_new(own, here)
             model = self._serving.make(name, version, program, self._sibling(own, program), rows)
             await self._serving.warm_up(model)
+            before: Known | None = None
 
             async def attempt() -> Made:
+                nonlocal before
                 self._require_new(own, here)
                 known, before = here, own.known.get(version)
                 if version <= own.forgotten:
@@ -199,11 +204,21 @@ class Changing:
                 await self._serving.end(model)
                 model.sharing.discard(model.index)
                 raise
+            return before
 
-    async def unload(self, name: str, version: int, *, force: bool = False) -> None:
+    async def unload(
+        self, name: str, version: int, *, force: bool = False, back_to: Known | None = None
+    ) -> None:
         """Serve a version no longer, once what is under way on it has ended.
 
         Its sessions stay in the store, where there is one that keeps them, and fail until it is loaded again.
+
+        Args:
+            name: Of the model.
+            version: To be unloaded.
+            force: Although it has sessions, or is the default beside others.
+            back_to: What `load` has returned, to take that load back: if the version was wanted before, by another server
+                or at the last restart, it stays so.
 
         Raises:
             ModelNotFound, VersionNotFound: it is not loaded.
@@ -217,10 +232,13 @@ class Changing:
             async def attempt() -> Made:
                 if not force:
                     await self._require_unused(own, version)
-                known = {
-                    **own.known,
-                    version: dataclasses.replace(own.known[version], is_wanted=False, is_leaving=False),
-                }
+                if back_to is not None and back_to.is_wanted:
+                    left = dataclasses.replace(
+                        own.known[version], source=back_to.source, tenant=back_to.tenant
+                    )
+                else:
+                    left = dataclasses.replace(own.known[version], is_wanted=False, is_leaving=False)
+                known = {**own.known, version: left}
                 after, is_default = own.changed(known=known), own.default == version
                 if not self._is_shared:  # others may have it
                     after.labels = {label: at for label, at in own.labels.items() if at != version}

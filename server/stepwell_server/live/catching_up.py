@@ -1,0 +1,135 @@
+"""Loads what other servers on the same store have chosen, and this one does not have: defaults, and versions with labels.
+
+A version is loaded on each server by itself, and the choice is one for all. A server that was down when a version was
+loaded, or that nobody told, refuses what needs it until it has it too. The file that the version came from may be in the
+same place here, now or later: then nobody has to come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from stepwell_server import file_stamp
+from stepwell_server.engine.models import Known, Versions
+from stepwell_server.errors import InvalidInput, Overloaded, ServerError, Unavailable, VersionExists
+from stepwell_server.live import paths
+from stepwell_server.live.control import LoadedVersion, LoadRequest
+from stepwell_server.live.faces import Clock
+from stepwell_server.logs import Log
+
+_log = Log("models")
+LOOK_S = 2.0
+"""Between two looks, in seconds."""
+_AGAIN_S = 30.0
+"""After so many seconds a load is tried again that failed for want of room, or of the store."""
+_Key = tuple[str, int]
+
+
+class Engine(Protocol):
+    """What is asked of the engine."""
+
+    def catalogue(self) -> Mapping[str, Versions]:
+        """What is known of all names, loaded or not."""
+
+
+class Loads(Protocol):
+    """What is asked of the one who loads models."""
+
+    async def load(self, request: LoadRequest) -> LoadedVersion:
+        """Load a version beside the traffic: see `control.ModelControl`."""
+
+    def owned_before(self, name: str, version: int, tenant: str) -> None:
+        """A tenant's admin has loaded it, elsewhere."""
+
+
+class CatchingUp:
+    """Lives on the event loop; `run` runs beside it, where other servers use the store."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        loads: Loads,
+        *,
+        root: Path | None,
+        clock: Clock,
+        is_left_out: Callable[[str, Known], bool] = lambda _name, _known: False,
+    ) -> None:
+        """Wire it.
+
+        Args:
+            engine: knows what was chosen.
+            loads: loads it.
+            root: `--models`: files must lie in it; None: anywhere.
+            clock: says when to try again.
+            is_left_out: whether somebody else looks after the file of a version. Blocking.
+        """
+        self._engine = engine
+        self._loads = loads
+        self._root = root
+        self._clock = clock
+        self._is_left_out = is_left_out
+        self._failed: dict[_Key, file_stamp.Stamp] = {}
+        """Files that cannot be loaded, until they change."""
+        self._not_before: dict[_Key, float] = {}
+
+    async def run(self) -> None:
+        """Look again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            try:
+                await self.look()
+            except Exception as error:
+                _log.defect(
+                    "versions that other servers have could not be looked for; the timer goes on", error
+                )
+
+    async def look(self) -> int:
+        """Load what can be loaded; return how many versions that were. The timer does it by itself."""
+        missing = list(self._missing())
+        for key in self._failed.keys() - {(name, known.version) for name, known in missing}:
+            del self._failed[key]
+        return sum([await self._load(name, known) for name, known in missing])
+
+    def _missing(self) -> Iterator[tuple[str, Known]]:
+        """What was chosen, comes from a file, and is not loaded here; defaults first."""
+        for name, own in sorted(self._engine.catalogue().items()):
+            for version in dict.fromkeys((own.wanted, *sorted(own.labels.values()))):
+                known = own.known.get(version)
+                if known is not None and known.is_wanted and known.source and version not in own.loaded:
+                    yield name, known
+
+    async def _load(self, name: str, known: Known) -> bool:
+        key, path = (name, known.version), Path(known.source)
+        if self._clock.monotonic() < self._not_before.get(key, 0.0):
+            return False
+        stamp = await asyncio.to_thread(file_stamp.stamp, path)
+        if stamp == self._failed.get(key) or await asyncio.to_thread(self._is_left_out, name, known):
+            return False
+        request = LoadRequest(
+            name=name, version=known.version, path=known.source, keep_default=True, is_charged=False
+        )
+        try:
+            await asyncio.to_thread(paths.checked, known.source, self._root)
+            await self._loads.load(request)
+        except InvalidInput as error:  # it is not here, or not where files may be
+            self._failed[key] = stamp
+            _log.warning(
+                "a version that other servers have is not loaded here",
+                model=name,
+                version=known.version,
+                reason=error.message,
+            )
+        except (Unavailable, Overloaded, VersionExists):  # for now, or somebody loads it at this moment
+            self._not_before[key] = self._clock.monotonic() + _AGAIN_S
+        except ServerError:
+            self._failed[key] = stamp  # who loads has said why
+        else:
+            self._loads.owned_before(name, known.version, known.tenant)
+            _log.info(
+                "a version that other servers have is loaded here, too", model=name, version=known.version
+            )
+            return True
+        return False
