@@ -108,7 +108,7 @@ def counted(server: LocalServer, run: Callable[[], Result], made: Callable[[], i
     Raises:
         RuntimeError: Fewer steps were made than were answered.
     """
-    process, before_steps = Listener(server.pid), made()
+    process, before_steps = Listener(() if server.pid is None else (server.pid,)), made()
     before_s = process.cpu_s()
     result = run()
     after_s, steps = process.cpu_s(), made() - before_steps

@@ -39,7 +39,7 @@ class Meter:
     """Counts steps and times; processor time is over all steps, those of the warm-up included."""
 
     def __init__(self, pid: int, steps: int, warm_up_s: float, run_s: float) -> None:
-        self._server, self._steps, self._run_s = Listener(pid), steps, run_s
+        self._server, self._steps, self._run_s = Listener((pid,)), steps, run_s
         self._latencies: list[float] = []
         self._calls = 0
         self._server_before, self._client_before = self._server.cpu_s(), time.process_time()

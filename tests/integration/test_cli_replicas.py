@@ -57,9 +57,3 @@ def test_what_is_no_list_of_addresses() -> None:
     ended = run("models", "--server", "a:1,", server="")
     assert ended.exit_code == 2
     assert "address must have an address between commas; got 'a:1,'" in ended.stderr
-
-
-def test_bench_measures_one_server() -> None:
-    ended = run("bench", "forecast", "--server", "a:1,b:1", server="")
-    assert ended.exit_code == 2
-    assert "bench measures one server: --server must name one; got 'a:1,b:1'" in ended.stderr

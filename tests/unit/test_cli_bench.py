@@ -178,7 +178,7 @@ def test_the_listener_is_found(family: int, host: str) -> None:
 
 
 def test_processor_time_grows() -> None:
-    listener = cpu.Listener(os.getpid())
+    listener = cpu.Listener((os.getpid(),))
     before = listener.cpu_s()
     assert before is not None
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         "stepwell bench forecast --mode stream --sessions 256 --duration-s 10",
         "stepwell bench forecast --mode group --sessions 100000 --processes 2 --json",
         "stepwell bench forecast --mode unary --sessions 4 --steps-per-call 1000",
+        "stepwell bench forecast --server a:50051,b:50051,c:50051",
     ),
     values=(
         ("unary", "one call for each step"),
@@ -45,7 +46,10 @@ if TYPE_CHECKING:
         ("calls_per_s, steps_per_s", "the same per second"),
         ("row_steps_per_s", "steps per second times the batch size"),
         ("latency_ms", "of a call: mean, p50, p90, p99, p99.9, max; null if none was answered"),
-        ("server_pid, server_cpu_s", "the server's process and its processor time; null where not known"),
+        (
+            "server_pid, server_cpu_s",
+            "the server's process (of replicas null) and processor time (of replicas the sum)",
+        ),
         ("server_cpu_ms_per_1000_steps", "processor time in ms for 1,000 steps; null where not known"),
         ("server_cpu_note", "why it is not known; else empty"),
         ("errors, first_error", "how often each class of error came; the first one's text"),
@@ -141,13 +145,14 @@ def bench(
     last one is answered, and closes them at the end, also after Ctrl-C. A step is one time step of one
     session. Other users of the server will notice.
 
+    Of several addresses, those of replicas, each session is stepped on the one that the SDK sends it to, and on
+    another when that is gone.
+
     The generator needs processors too: measure from another machine, or with more processes, to see what the
     server can do at most.
     """
     if group_size is not None and mode != "group":
         raise click.UsageError("--group-size goes with --mode group")
-    if "," in target.address:
-        raise click.UsageError(f"bench measures one server: --server must name one; got {target.address!r}")
     processes = processes or max(1, (os.cpu_count() or 2) // 2)
     if mode == "group":
         group_size = min(group_size or min(plans.GROUP_SIZE, -(-sessions // processes)), sessions)

@@ -8,34 +8,49 @@ from dataclasses import dataclass
 
 import psutil
 
+from stepwell import _address
+
 
 @dataclass(frozen=True)
 class Listener:
-    """The process that listens on an address, or why it is not known."""
+    """The processes that listen on the addresses of a server or its replicas, or why they are not known."""
 
-    pid: int | None
+    pids: tuple[int, ...]
+    """Of all; empty: not all are known."""
     reason: str = ""
 
+    @property
+    def pid(self) -> int | None:
+        """The process, if there is one."""
+        return self.pids[0] if len(self.pids) == 1 else None
+
     def cpu_s(self) -> float | None:
-        """Processor time of all its threads so far, in seconds; None where it cannot be read."""
+        """Processor time of all their threads so far, in seconds; None where it cannot be read."""
         try:
-            times = None if self.pid is None else psutil.Process(self.pid).cpu_times()
+            times = [psutil.Process(pid).cpu_times() for pid in self.pids]
         except psutil.Error:
             return None
-        return times and times.user + times.system
+        return sum(each.user + each.system for each in times) if times else None
 
 
 def find_listener(address: str) -> Listener:
-    """Find the process that listens on HOST:PORT.
+    """Find the processes that listen on HOST:PORT, or on each of several with commas between.
 
-    Only one is looked for that this user may look into; a server of another user, on another machine or
+    Only those are looked for that this user may look into; a server of another user, on another machine or
     behind a proxy or in a container of its own is not found.
     """
-    host, _, port = address.rpartition(":")
-    if address.startswith("unix:") or not is_here(host.strip("[]")):
-        return Listener(None, "the server is not on this machine, or not on a port of it")
-    pid = listening_pid(int(port))
-    return Listener(pid, "" if pid else "no process of this user listens there")
+    pids, several = [], _address.split(address)
+    for each in several:
+        host, _, port = each.rpartition(":")
+        which = f"the server at {each}" if len(several) > 1 else "the server"
+        if each.startswith(("unix:", "dns:")) or not is_here(host.strip("[]")):
+            return Listener((), f"{which} is not on this machine, or not on a port of it")
+        pid = listening_pid(int(port))
+        if pid is None:
+            where = f"at {each}" if len(several) > 1 else "there"
+            return Listener((), f"no process of this user listens {where}")
+        pids.append(pid)
+    return Listener(tuple(pids))
 
 
 def is_here(host: str) -> bool:

@@ -14,21 +14,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import grpc
-import grpc.aio
 
 from stepwell import _channel, _status
 from stepwell._inputs import pack_inputs
-from stepwell._metadata import Pairs
 from stepwell._tensors import to_messages
 from stepwell.aio import AsyncSession, AsyncSessionGroup
 from stepwell.cli.bench.inputs import Inputs
-from stepwell.errors import DeadlineExceededError, UnavailableError
+from stepwell.cli.bench.ways import Way, Ways
+from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2
 
 T = TypeVar("T")
-
-STEP = "/stepwell.v1.SessionService/Step"
-STEP_STREAM = "/stepwell.v1.SessionService/StepStream"
 
 
 class Lane(abc.ABC):
@@ -49,10 +45,11 @@ class Lane(abc.ABC):
 class LaneSession:
     """A session as a lane knows it: its id, its revision, and the change that is not settled yet."""
 
-    __slots__ = ("_request_id", "revision", "session_id")
+    __slots__ = ("_request_id", "key", "revision", "session_id")
 
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
+        self.key = Ways.key(session_id)
         self.revision = 0
         self._request_id = 0
 
@@ -71,24 +68,17 @@ class UnaryLane(Lane):
     """One Step call for each step.
 
     Args:
-        channel: To the server.
+        ways: To the server, or to its replicas.
         ids: Of its sessions.
         requests: To be sent in turn. Lanes may share them: nothing is awaited between filling one in and
             making bytes of it.
         timeout_s: Time limit of a call.
-        metadata: To send with it.
     """
 
     def __init__(
-        self,
-        channel: grpc.aio.Channel,
-        ids: Sequence[str],
-        requests: Iterator[sessions_pb2.StepRequest],
-        timeout_s: float,
-        metadata: Pairs | None = None,
+        self, ways: Ways, ids: Sequence[str], requests: Iterator[sessions_pb2.StepRequest], timeout_s: float
     ) -> None:
-        self._metadata = metadata
-        self._step: Any = channel.unary_unary(STEP)
+        self._ways = ways
         self._requests = requests
         self._sessions = itertools.cycle([LaneSession(one) for one in ids])
         self._timeout_s = timeout_s
@@ -99,29 +89,27 @@ class UnaryLane(Lane):
         request.session_id = session.session_id
         request.expected_revision = session.revision
         request.request_id = session.begin()
+        way = self._ways.to(session.key)
         try:
-            await self._step(request.SerializeToString(), timeout=self._timeout_s, metadata=self._metadata)
+            await way.step(request.SerializeToString(), timeout=self._timeout_s, metadata=self._ways.metadata)
         except grpc.RpcError as error:
-            raise _channel.translate(error) from None
+            raise _told(self._ways, way, _channel.translate(error)) from None
         session.applied()
         return 1
 
 
 class StreamLane(Lane):
-    """A stream of its own, with one step in each message. Arguments are those of `UnaryLane`."""
+    """A stream of its own, to each replica, with one step in each message. Arguments are those of `UnaryLane`."""
 
     def __init__(
         self,
-        channel: grpc.aio.Channel,
+        ways: Ways,
         ids: Sequence[str],
         requests: Iterator[sessions_pb2.StepStreamRequest],
         timeout_s: float,
-        metadata: Pairs | None = None,
     ) -> None:
-        self._metadata = metadata
-        parse = sessions_pb2.StepStreamResponse.FromString
-        self._open: Any = channel.stream_stream(STEP_STREAM, response_deserializer=parse)
-        self._stream: Any = None
+        self._ways = ways
+        self._streams: dict[Way, Any] = {}
         self._requests = requests
         self._sessions = itertools.cycle([LaneSession(one) for one in ids])
         self._frame_ids = itertools.count(1)
@@ -134,16 +122,20 @@ class StreamLane(Lane):
         request.step.session_ids[0] = session.session_id
         request.step.expected_revisions[0] = session.revision
         request.step.request_ids[0] = session.begin()
-        answer = await self._exchange(request.SerializeToString())
+        way = self._ways.to(session.key)
+        try:
+            answer = await self._exchange(way, request.SerializeToString())
+        except StepwellError as error:
+            raise _told(self._ways, way, error) from None
         for failed in answer.errors:
             raise _status.from_message(failed.error)
         session.applied()
         return 1
 
-    async def _exchange(self, request: bytes) -> sessions_pb2.StepStreamResponse:
-        if self._stream is None:
-            self._stream = self._open(metadata=self._metadata)
-        stream, self._stream = self._stream, None  # until it has answered, it may be broken
+    async def _exchange(self, way: Way, request: bytes) -> sessions_pb2.StepStreamResponse:
+        stream = self._streams.pop(way, None)  # until it has answered, it may be broken
+        if stream is None:
+            stream = way.stream(metadata=self._ways.metadata)
         try:
             async with asyncio.timeout(self._timeout_s):
                 await stream.write(request)
@@ -156,13 +148,19 @@ class StreamLane(Lane):
             raise DeadlineExceededError("the time limit passed while a frame was unanswered") from None
         if not isinstance(answer, sessions_pb2.StepStreamResponse):
             raise UnavailableError("the server ended the stream")
-        self._stream = stream
+        self._streams[way] = stream
         return answer
 
     async def close(self) -> None:
-        """End the stream."""
-        if self._stream is not None:
-            self._stream.cancel()
+        """End the streams."""
+        for stream in self._streams.values():
+            stream.cancel()
+
+
+def _told(ways: Ways, way: Way, error: StepwellError) -> StepwellError:
+    """An error that a call ended with, of which the ways know now."""
+    ways.failed(way, error)
+    return error
 
 
 class SessionLane(Lane):

@@ -26,7 +26,7 @@ class Plan:
     """What a process of the load generator does: its own share, or the whole before it is shared out."""
 
     address: str
-    """HOST:PORT or unix:PATH of the server."""
+    """HOST:PORT or unix:PATH of the server; those of replicas with commas between."""
     timeout_s: float
     """Time limit of each call."""
     model: str

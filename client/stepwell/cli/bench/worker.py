@@ -23,8 +23,9 @@ from stepwell.cli.bench import inputs as random_inputs
 from stepwell.cli.bench import lanes
 from stepwell.cli.bench.histogram import Histogram
 from stepwell.cli.bench.plan import Plan
+from stepwell.cli.bench.ways import Ways
 from stepwell.errors import OverloadedError, StepwellError
-from stepwell.v1 import sessions_pb2, sessions_pb2_grpc
+from stepwell.v1 import sessions_pb2
 
 PROGRESS_S = 0.5
 """How often it says how far it is."""
@@ -55,9 +56,8 @@ class Worker:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         config = plan.target.config(max_message_bytes=MAX_MESSAGE_BYTES)
-        self._tokens = _channel.tokens(config)
         self._client = aio.AsyncClient(config)
-        self._channel = _channel.open_async_channel(config)
+        self._ways = Ways(config, self._client._core.router, _channel.tokens(config).metadata())
         self._opened: list[str] = []
         self._lanes: list[lanes.Lane] = []
         self._stopping = False
@@ -79,13 +79,12 @@ class Worker:
             steps_of = lanes.endless(pool)
             self._lanes = [lanes.SessionLane([*map(self._session, ids)], steps_of) for ids in owned]
             return
-        channel, metadata = self._channel, self._tokens.metadata()
         if plan.mode == "unary":
             steps = lanes.endless([lanes.step_request(one) for one in pool])
-            self._lanes = [lanes.UnaryLane(channel, ids, steps, plan.timeout_s, metadata) for ids in owned]
+            self._lanes = [lanes.UnaryLane(self._ways, ids, steps, plan.timeout_s) for ids in owned]
         else:
             frames = lanes.endless([lanes.frame_request(one, plan.batch_size) for one in pool])
-            self._lanes = [lanes.StreamLane(channel, ids, frames, plan.timeout_s, metadata) for ids in owned]
+            self._lanes = [lanes.StreamLane(self._ways, ids, frames, plan.timeout_s) for ids in owned]
 
     async def _open_group(self, ids: Sequence[str]) -> aio.AsyncSessionGroup:
         plan = self._plan
@@ -177,12 +176,10 @@ class Worker:
         try:
             for lane in self._lanes:
                 await lane.close()
-            stub: Any = sessions_pb2_grpc.SessionServiceStub(self._channel)
             for start in range(0, len(self._opened), CHUNK):
-                request = sessions_pb2.CloseSessionsRequest(session_ids=self._opened[start : start + CHUNK])
-                await stub.CloseSessions(request, timeout=FINISH_S, metadata=self._tokens.metadata())
+                await self._client.close_sessions(self._opened[start : start + CHUNK], timeout_s=FINISH_S)
         finally:
-            await self._channel.close()
+            await self._ways.close()
             await self._client.close()
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import select
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from stepwell import _address
 from stepwell.cli import _render
 from stepwell.cli._errors import Failure
 from stepwell.cli._help import Command
@@ -23,19 +26,55 @@ from stepwell.cli._types import Duration
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from stepwell import Client
+    from stepwell import Client, SlowSession
+    from stepwell.cli.top.picture import Seen
     from stepwell.cli.top.scrape import Scrape
 
-_DEFAULT_METRICS = "http://127.0.0.1:9464"
+_PORT = 9464
+_DEFAULT_METRICS = f"http://127.0.0.1:{_PORT}"
 _URL = re.compile(r"https?://[^\s/]+(/\S*)?")
+_SLOW_S = 1.0
+"""How long each of several servers may take to say who is slow: the picture goes on without one that is gone."""
 _WIDTH = 80
 """Columns of a picture that goes to no terminal."""
 
 
-def _metrics_url(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    if not _URL.fullmatch(value):
-        raise click.BadParameter(f"must be http://HOST:PORT or https://HOST:PORT; got {value!r}", ctx, param)
-    return value if value.count("/") > 2 and not value.endswith("/") else value.rstrip("/") + "/metrics"
+def _metrics_urls(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str]:
+    """Those that are named; none if none are."""
+    found = []
+    for url in [each.strip() for each in value.split(",")] if value is not None else []:
+        if not _URL.fullmatch(url):
+            raise click.BadParameter(
+                f"must be http://HOST:PORT or https://HOST:PORT, or several with commas between; got {url!r}",
+                ctx,
+                param,
+            )
+        full = url if url.count("/") > 2 and not url.endswith("/") else url.rstrip("/") + "/metrics"
+        if full in found:
+            raise click.BadParameter(f"must name each server once; got {url!r} twice", ctx, param)
+        found.append(full)
+    return found
+
+
+def _metrics_of(servers: Sequence[str]) -> list[str]:
+    """Where the metrics of servers are if nobody says it.
+
+    Raises:
+        click.UsageError: That cannot be known.
+    """
+    if len(servers) == 1 and not _address.is_name(servers[0]):
+        return [f"{_DEFAULT_METRICS}/metrics"]
+    hosts = [
+        each.rpartition(":")[0]
+        for each in servers
+        if not each.startswith("unix:") and not _address.is_name(each)
+    ]
+    if len(set(hosts)) < len(servers):
+        raise click.UsageError(
+            "--metrics must name the metrics of each server, with commas between, unless --server names one server, or"
+            f" several on hosts of their own, whose metrics are at port {_PORT}; got --server {','.join(servers)}"
+        )
+    return [f"http://{host}:{_PORT}/metrics" for host in hosts]
 
 
 @click.command(
@@ -44,11 +83,19 @@ def _metrics_url(ctx: click.Context, param: click.Parameter, value: str) -> str:
     examples=(
         "stepwell top",
         "stepwell top --server 10.0.0.5:50051 --metrics http://10.0.0.5:9464",
+        "stepwell top --server a:50051,b:50051,c:50051",
         "stepwell top --once",
         "stepwell top --json | jq '.models[] | {model, row_steps_per_s, p99_s}'",
     ),
     json_keys=(
-        ("server", "version, front, uptime_s, memory_bytes, cores, connections, streams, store_ready"),
+        (
+            "server",
+            "version, front, uptime_s, memory_bytes, cores, connections, streams, store_ready; of several the sums",
+        ),
+        (
+            "servers",
+            "list: metrics, error (if it did not answer), ready, row_steps_per_s, p99_s, ..., and what server has",
+        ),
         (
             "models",
             "list: model, row_steps_per_s, passes_per_s, rows_per_pass, busy (0 to 1), p50_s, p99_s, sessions, ...",
@@ -64,10 +111,9 @@ def _metrics_url(ctx: click.Context, param: click.Parameter, value: str) -> str:
     metavar="URL",
     envvar="STEPWELL_METRICS_URL",
     show_envvar=True,
-    default=_DEFAULT_METRICS,
-    show_default=True,
-    callback=_metrics_url,
-    help="Where the server serves its metrics.",
+    callback=_metrics_urls,
+    help=f"Where the server serves its metrics; of several servers all, with commas between. Default: "
+    f"{_DEFAULT_METRICS}, of several servers port {_PORT} of each host.",
 )
 @click.option(
     "--metrics-token-file",
@@ -100,42 +146,109 @@ def _metrics_url(ctx: click.Context, param: click.Parameter, value: str) -> str:
 @server_options
 def top(
     target: Target,
-    metrics: str,
+    metrics: list[str],
     metrics_token_file: Path | None,
     interval: float,
     rows: int,
     once: bool,
     as_json: bool,
 ) -> None:
-    """Show what a server does: steps, latency, passes, sessions, tenants, errors, and who is slow.
+    """Show what servers do: steps, latency, passes, sessions, tenants, errors, and who is slow.
 
-    The numbers are those of its metrics, and of one call that asks for slow sessions. On a terminal the picture is
-    made anew every --interval until you press q, also over restarts of the server.
+    The numbers are those of their metrics, and of one call that asks for slow sessions. On a terminal the picture is
+    made anew every --interval until you press q, also over restarts of a server. Of several servers each has a row,
+    and everything else is of all together: rates are sums, percentiles those of all calls, sessions those of the
+    store that they share.
     """
-    from stepwell.cli.top.scrape import scrape
-
+    servers = _address.split(target.address)
     token = metrics_token_file.read_text().strip() if metrics_token_file is not None else None
-
-    def look() -> Scrape:
-        return scrape(metrics, token, target.timeout_s)
-
-    with target.connect("Looking", prints=True) as client:
-        before = look()
+    watch = _Watch(metrics or _metrics_of(servers), token, target.timeout_s)
+    with contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(dataclasses.replace(target, address=server).connect("Looking", prints=True))
+            for server in servers
+        ]
+        watch.look()
         if as_json or once or not sys.stdout.isatty():
             time.sleep(interval)
-            found = _picture(client, before, look(), rows)
+            found = _picture(clients, watch.look(), rows)
             if as_json:
                 _render.print_json(found)
             else:
                 _print(found, rows)
             return
-        _live(client, before, look, interval, rows)
+        _live(clients, watch.look, interval, rows)
 
 
-def _picture(client: Client, before: Scrape, now: Scrape, rows: int) -> dict[str, Any]:
+class _Watch:
+    """Looks at the metrics of servers, again and again."""
+
+    def __init__(self, urls: Sequence[str], token: str | None, timeout_s: float) -> None:
+        self._urls, self._token, self._timeout_s = urls, token, timeout_s
+        self._last: dict[str, Scrape] = {}
+
+    def look(self) -> list[Seen]:
+        """What each answers now, and what it answered last.
+
+        Raises:
+            Failure: None answers; what is wrong with the first.
+        """
+        from stepwell.cli.top.picture import Seen
+
+        with ThreadPoolExecutor(len(self._urls)) as pool:
+            answers = list(pool.map(self._ask, self._urls))
+        failed = [answer for answer in answers if isinstance(answer, Failure)]
+        if len(failed) == len(answers):
+            raise failed[0]
+        seen = []
+        for url, answer in zip(self._urls, answers, strict=True):
+            name = url.partition("://")[2].removesuffix("/metrics")
+            if isinstance(answer, Failure):
+                seen.append(Seen(name, None, None, answer.message))
+            else:
+                seen.append(Seen(name, self._last.get(url), answer))
+                self._last[url] = answer
+        return seen
+
+    def _ask(self, url: str) -> Scrape | Failure:
+        from stepwell.cli.top.scrape import scrape
+
+        try:
+            return scrape(url, self._token, self._timeout_s)
+        except Failure as failure:
+            return failure
+
+
+def _picture(clients: Sequence[Client], seen: Sequence[Seen], rows: int) -> dict[str, Any]:
     from stepwell.cli.top.picture import picture
 
-    return picture(before, now, client.slow_sessions(limit=rows), time.time())
+    return picture(seen, _slow(clients, rows), time.time())
+
+
+def _slow(clients: Sequence[Client], rows: int) -> list[SlowSession]:
+    """The slowest sessions of all servers that answer.
+
+    Raises:
+        StepwellError: None does.
+    """
+    from stepwell import DeadlineExceededError, UnavailableError
+
+    if len(clients) == 1:
+        return clients[0].slow_sessions(limit=rows)
+
+    def ask(client: Client) -> list[SlowSession] | UnavailableError | DeadlineExceededError:
+        try:
+            return client.slow_sessions(limit=rows, timeout_s=_SLOW_S)
+        except (UnavailableError, DeadlineExceededError) as error:
+            return error
+
+    with ThreadPoolExecutor(len(clients)) as pool:
+        answers = list(pool.map(ask, clients))
+    found = [answer for answer in answers if isinstance(answer, list)]
+    for answer in answers:
+        if not found and not isinstance(answer, list):
+            raise answer
+    return sorted((one for some in found for one in some), key=lambda one: -one.seconds)[:rows]
 
 
 def _print(found: dict[str, Any], rows: int) -> None:
@@ -147,7 +260,7 @@ def _print(found: dict[str, Any], rows: int) -> None:
     Console(width=width, highlight=False).print(screen(found, rows))
 
 
-def _live(client: Client, before: Scrape, look: Callable[[], Scrape], interval: float, rows: int) -> None:
+def _live(clients: Sequence[Client], look: Callable[[], Sequence[Seen]], interval: float, rows: int) -> None:
     from rich.console import Console, Group
     from rich.live import Live
     from rich.text import Text
@@ -160,15 +273,13 @@ def _live(client: Client, before: Scrape, look: Callable[[], Scrape], interval: 
     with _keys() as pressed, Live(Text("..."), console=console, screen=True, auto_refresh=False) as live:
         while not pressed(interval):
             try:
-                now = look()
-                last = screen(_picture(client, before, now, rows), rows)
+                last = screen(_picture(clients, look(), rows), rows)
             except (Failure, StepwellError) as error:
                 # who watches a restart wants to see the server come back
                 text = f"no answer, it is asked again: {error}"
                 live.update(Group(Text(text, style="bold red"), "", last), refresh=True)
                 continue
             live.update(last, refresh=True)
-            before = now
 
 
 def _slept(seconds: float) -> bool:

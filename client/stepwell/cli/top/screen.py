@@ -17,7 +17,9 @@ _MEBIBYTE = 1 << 20
 
 def screen(picture: dict[str, Any], rows: int) -> RenderableType:
     """All of it; at most so many rows of each table."""
-    parts: list[RenderableType] = [_server(picture["server"])]
+    parts: list[RenderableType] = [_server(picture["server"], len(picture["servers"]))]
+    if len(picture["servers"]) > 1:
+        parts.append(_servers(picture["servers"]))
     parts.append(
         _table(
             ("MODEL", "STEPS/S", "P50", "P99", "PASSES/S", "ROWS", "BUSY", "SESSIONS", "RESIDENT", "QUEUED"),
@@ -74,9 +76,33 @@ def _more(picture: dict[str, Any], rows: int) -> list[RenderableType]:
     return [_table(headings, cells[:rows]) for headings, cells in tables if cells]
 
 
-def _server(server: dict[str, Any]) -> Text:
+def _servers(servers: list[dict[str, Any]]) -> Table:
+    """A row for each, however many there are."""
+    rows: list[tuple[str, ...]] = []
+    for one in servers:
+        if one["error"]:
+            rows.append((one["metrics"], "NO ANSWER", *("-",) * 7))
+            continue
+        rows.append(
+            (
+                one["metrics"],
+                "yes" if one["ready"] else "NO",
+                _long(one["uptime_s"]),
+                f"{one['cores']:.1f}",
+                _number(one["memory_bytes"] / _MEBIBYTE),
+                _number(one["row_steps_per_s"]),
+                _time(one["p99_s"]),
+                _number(one["resident_rows"]),
+                _number(one["errors_per_s"]),
+            )
+        )
+    return _table(("SERVER", "READY", "UP", "CORES", "MIB", "STEPS/S", "P99", "RESIDENT", "ERRORS/S"), rows)
+
+
+def _server(server: dict[str, Any], count: int) -> Text:
+    of = f"{count} servers, " if count > 1 else ""
     text = (
-        f"stepwell {server['version']} ({server['front']}), up {_long(server['uptime_s'])}, "
+        f"{of}stepwell {server['version']} ({server['front']}), up {_long(server['uptime_s'])}, "
         f"{server['cores']:.1f} cores, {server['memory_bytes'] / _MEBIBYTE:.0f} MiB, "
         f"{server['connections']:.0f} connections, {server['streams']:.0f} streams"
     )
@@ -89,7 +115,7 @@ def _server(server: dict[str, Any]) -> Text:
 def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     for place, heading in enumerate(headings):
-        text = heading in {"MODEL", "METHOD", "TENANT", "SLOW SESSION", "ERROR"}
+        text = heading in {"MODEL", "METHOD", "TENANT", "SLOW SESSION", "ERROR", "SERVER"}
         table.add_column(
             heading,
             justify="left" if text else "right",

@@ -1,0 +1,162 @@
+"""`stepwell top` and `stepwell bench` over servers that share a real Valkey."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import stepwell
+from support import secured
+from support.driver import MODEL
+from support.replica_processes import Replicas
+from support.server_process import FEATURES
+from support.valkey import Valkey
+
+pytestmark = pytest.mark.skipif(secured.is_on(), reason="options of TLS are tried elsewhere")
+_TIMEOUT_S = 100.0
+
+
+class _Cluster:
+    """Three replicas, and where their metrics are."""
+
+    def __init__(self, replicas: Replicas) -> None:
+        self.replicas = replicas
+
+    @property
+    def metrics(self) -> list[str]:
+        """Of each, as it has said in its log."""
+        return [
+            next(
+                json.loads(line)["address"]
+                for line in one.logs().splitlines()
+                if line.startswith("{") and json.loads(line)["event"] == "metrics"
+            )
+            for one in self.replicas
+        ]
+
+    def command(self, *arguments: str, server: str = "") -> list[str]:
+        program = str(Path(sys.executable).with_name("stepwell"))
+        return [program, *arguments, "--server", server or self.replicas.address]
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(self.command(*arguments), stdout=subprocess.PIPE, text=True)
+
+    def run(self, *arguments: str, server: str = "") -> subprocess.CompletedProcess[str]:
+        command = self.command(*arguments, server=server)
+        environment = os.environ | {"STEPWELL_CONNECT_TIMEOUT_S": "1"}
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=environment
+        )
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[_Cluster]:
+    options = ["--durability", "async", "--metrics-listen", "127.0.0.1:0"]
+    options += ["--log-format", "json", "--log-level", "info"]
+    with Valkey() as valkey, Replicas(valkey.url(), 3, *options) as replicas:
+        yield _Cluster(replicas)
+
+
+def test_top_has_a_row_for_each_and_counts_sessions_once(cluster: _Cluster) -> None:
+    with stepwell.connect(cluster.replicas.address) as client:
+        group = client.open_sessions(MODEL, 30)
+        metrics = ",".join(f"http://{each}" for each in cluster.metrics)
+        # all the time while it looks, on each of the replicas
+        steps = cluster.start("bench", MODEL, "--mode", "group", "--sessions", "30", "--duration-s", "60")
+        try:
+            while len(client.sessions(prefix="bench-")) < 30:
+                group.step(np.zeros((30, FEATURES), np.float32))
+            found = cluster.run("top", "--metrics", metrics, "--interval", "6s", "--json")
+            shown = cluster.run("top", "--metrics", metrics, "--interval", "300ms", "--once")
+        finally:
+            steps.terminate()
+            steps.communicate(timeout=_TIMEOUT_S)
+        assert found.returncode == shown.returncode == 0, found.stderr + shown.stderr
+        picture = json.loads(found.stdout)
+        assert [row["metrics"] for row in picture["servers"]] == cluster.metrics
+        (model,) = picture["models"]
+        assert model["sessions"] == 60  # each of them says so
+        rates = [row["row_steps_per_s"] for row in picture["servers"]]
+        assert min(rates) > 0
+        assert sum(rates) == pytest.approx(model["row_steps_per_s"])
+        assert sum(row["resident_rows"] for row in picture["servers"]) == model["resident_rows"]
+        assert picture["server"]["memory_bytes"] > max(row["memory_bytes"] for row in picture["servers"])
+        assert model["p50_s"] <= model["p99_s"]
+        assert 0 < model["busy"] <= 1.5
+        lines = shown.stdout.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert lines[0].startswith("3 servers, stepwell ")
+        assert sum(each in shown.stdout for each in cluster.metrics) == 3, shown.stdout
+        group.close()
+
+
+def test_top_goes_on_without_one_that_is_gone(cluster: _Cluster) -> None:
+    metrics = cluster.metrics
+    gone = "127.0.0.1:1"
+    shown = cluster.run(
+        *("top", "--once", "--interval", "100ms", "--metrics", f"http://{metrics[0]},http://{gone}"),
+        server=f"{cluster.replicas.addresses[0]},{gone}",
+    )
+    assert shown.returncode == 0, shown.stderr
+    (row,) = [line for line in shown.stdout.splitlines() if line.startswith(gone)]
+    assert "NO ANSWER" in row
+    (row,) = [line for line in shown.stdout.splitlines() if line.startswith(metrics[0])]
+    assert "yes" in row
+    refused = cluster.run("top", "--once")
+    assert refused.returncode == 2
+    assert "--metrics must name the metrics of each server" in refused.stderr
+
+
+@pytest.mark.parametrize("mode", ["unary", "stream", "group"])
+def test_bench_steps_on_all_of_them(cluster: _Cluster, mode: str) -> None:
+    before = _changes(cluster)
+    done = cluster.run(
+        *("bench", MODEL, "--mode", mode, "--sessions", "24", "--processes", "2", "--json"),
+        *("--duration-s", "0.6", "--warm-up-s", "0.2", "--timeout-s", "20"),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["errors"] == {}, result["first_error"]
+    assert result["steps"] > 0
+    assert result["server"] == cluster.replicas.address
+    assert result["server_pid"] is None
+    assert result["server_cpu_s"] > 0
+    after = _changes(cluster)
+    assert all(then < now for then, now in zip(before, after, strict=True))
+    with stepwell.connect(cluster.replicas.address) as client:
+        assert not client.sessions(prefix="bench-")
+
+
+def test_bench_goes_on_where_a_replica_dies(cluster: _Cluster) -> None:
+    """Calls that it makes without the SDK go to another replica, as the SDK's would."""
+    arguments = ("--mode", "unary", "--sessions", "12", "--duration-s", "3", "--warm-up-s", "0", "--json")
+    bench = cluster.start("bench", MODEL, *arguments)
+    victim = cluster.replicas[2]
+    try:
+        with stepwell.connect(cluster.replicas.addresses[0]) as client:
+            while not any(one.revision > 5 for one in client.sessions(prefix="bench-")):
+                pass
+            victim.kill()
+            output, _ = bench.communicate(timeout=_TIMEOUT_S)
+            assert bench.returncode == 0, output
+            # what failed came once for each session at most; all of them were stepped on
+            assert set(json.loads(output)["errors"]) <= {"UnavailableError"}
+            assert not client.sessions(prefix="bench-")
+    finally:
+        bench.kill()
+        bench.wait()
+        victim.start()
+
+
+def _changes(cluster: _Cluster) -> list[float]:
+    """How many changes each replica has made."""
+    from support.scrape import Scrape
+
+    return [Scrape.of(each).value("stepwell_changes_total", MODEL, "step") for each in cluster.metrics]
