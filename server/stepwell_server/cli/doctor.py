@@ -25,6 +25,7 @@ from stepwell_server.settings import Settings, SettingsError
     examples=(
         "stepwell doctor",
         "stepwell doctor --config stepwell.toml",
+        "stepwell doctor --store valkey://db.example/0",
         "stepwell doctor --json | jq -r '.wrong[].what'",
     ),
     json_keys=(
@@ -56,16 +57,31 @@ from stepwell_server.settings import Settings, SettingsError
     type=PathOf("file"),
     help="Config file of the server that is meant. Its settings come from the variables of serve, too.",
 )
+@click.option(
+    "--store",
+    metavar="URL",
+    help="A store that servers share, as their --store has it, in place of the one that the settings name.",
+)
+@click.option(
+    "--durability",
+    type=click.Choice(["sync", "async"]),
+    help="That of the servers, as it decides what the store must be like. Default: that of the settings.",
+)
 @json_option
 @click.pass_context
-def doctor(ctx: click.Context, /, config: Path | None, as_json: bool) -> None:
+def doctor(
+    ctx: click.Context, /, config: Path | None, store: str | None, durability: str | None, as_json: bool
+) -> None:
     """Look at this machine as a server would meet it: versions, limits, folders, disk, ports, clock; and its settings.
 
     Says what is wrong and the way on, then what would be better. Nothing is changed, and a server that runs is not
     disturbed: its folder and ports are said to be in use, which is not wrong. Without the packages of a server only
     what concerns clients is looked at.
     """
-    settings, problem = read_settings(config)
+    given = [("--config", config), ("--store", store), ("--durability", durability)]
+    settings, problem = read_settings(
+        [text for name, value in given if value is not None for text in (name, str(value))]
+    )
     missing = _of_server.missing_packages("serve")
     uncompiled = [] if missing else _of_server.missing_packages("server")
     found = Examination(settings, SystemClock(), serves=not missing, listening=listening_pid)
@@ -93,10 +109,10 @@ def doctor(ctx: click.Context, /, config: Path | None, as_json: bool) -> None:
     ctx.exit(1 if wrong else 0)
 
 
-def read_settings(config: Path | None) -> tuple[Settings, str]:
+def read_settings(arguments: list[str]) -> tuple[Settings, str]:
     """The settings of the server that is meant, or the default ones and why they cannot be read."""
     try:
-        with serve.make_context("serve", [] if config is None else ["--config", str(config)]) as context:
+        with serve.make_context("serve", arguments) as context:
             return settings_of(context), ""
     except click.UsageError as error:
         return default_settings(), error.format_message()

@@ -1,4 +1,4 @@
-"""`stepwell store`: check, back up, restore, encrypt and mend stores on disk."""
+"""`stepwell store`: check, back up, restore, encrypt and mend stores on disk; check, back up and restore shared ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,12 +18,13 @@ from stepwell.cli._errors import Failure
 from stepwell.cli._help import Command, Group
 from stepwell.cli._target import json_option
 from stepwell.cli._types import Size
-from stepwell_server.cli.values import PathOf
+from stepwell_server.cli.values import PathOf, StorePlace
 from stepwell_server.clock import SystemClock
 
 if TYPE_CHECKING:
     from stepwell_server.store.checking import Examined
     from stepwell_server.store.keyring import Keyring
+    from stepwell_server.store.valkey.url import StoreUrl
 
 #: Sessions that are named where there may be many.
 _NAMED = 5
@@ -42,6 +44,7 @@ key_file_option = click.option(
     help="Keys of an encrypted store, as stepwell serve has them.",
 )
 data_dir_argument = click.argument("data_dir", metavar="DATA_DIR", type=_FOLDER)
+place_argument = click.argument("place", metavar="DATA_DIR|URL", type=StorePlace("dir"))
 
 
 @click.group(
@@ -51,13 +54,14 @@ data_dir_argument = click.argument("data_dir", metavar="DATA_DIR", type=_FOLDER)
         "stepwell store backup data /backup/monday",
         "stepwell store verify data",
         "stepwell store restore /backup/monday data-2",
+        "stepwell store backup valkey://db.example/0 /backup/monday",
         "stepwell store new-key --file keys",
     ),
 )
 def store() -> None:
-    """Check, back up, restore, encrypt and mend stores on disk.
+    """Check, back up, restore, encrypt and mend stores on disk; check, back up and restore those that servers share.
 
-    DATA_DIR is the --data-dir of a server. These commands read and write files on the machine they run on, and ask no
+    DATA_DIR is the --data-dir of a server, URL the --store of servers that share one. These commands read and write files on the machine they run on, and ask no
     server; they need the rights of the server's account.
     """
 
@@ -69,6 +73,7 @@ def store() -> None:
     examples=(
         "stepwell store verify data",
         "stepwell store verify /backup/monday --encryption-key-file keys",
+        "stepwell store verify valkey://db.example/0",
     ),
     json_keys=(
         ("problems", "list of what is wrong; empty: nothing"),
@@ -92,20 +97,26 @@ def store() -> None:
         ("2", "it cannot be read at all, or a key is missing"),
     ),
 )
-@click.argument("path", metavar="PATH", type=PathOf("file"))
+@click.argument("path", metavar="PATH|URL", type=StorePlace("file"))
 @key_file_option
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, path: Path, key_file: Path | None, as_json: bool) -> None:
-    """Check a store, or a backup, at PATH: every record's checksum, that every session is found, and all counts.
+def verify(ctx: click.Context, path: Path | StoreUrl, key_file: Path | None, as_json: bool) -> None:
+    """Check a store: every record's checksum, that every session is found, and all counts.
 
-    A server may use the store meanwhile. With its keys, records are decrypted too; all else is checked without.
+    PATH is a data directory or a backup, URL the --store of servers that share one. Servers may use the store meanwhile. With its keys, records are decrypted too; all else is checked without. Of a shared
+    store neither tombstones nor a log are looked at.
     """
     with _failures():
-        from stepwell_server.store import checking
-
         keyring = _keyring(key_file)
-        found = checking.examine(path, keyring) if path.is_dir() else checking.examine_backup(path, keyring)
+        if isinstance(path, Path):
+            from stepwell_server.store import checking
+
+            found = (
+                checking.examine(path, keyring) if path.is_dir() else checking.examine_backup(path, keyring)
+            )
+        else:
+            found = _shared().examine(path, keyring, SystemClock())
     if as_json:
         fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
         _render.print_json(fields)
@@ -121,6 +132,7 @@ def verify(ctx: click.Context, path: Path, key_file: Path | None, as_json: bool)
     examples=(
         "stepwell store backup data /backup/monday",
         "stepwell store backup data monday --max-rate 50MB",
+        "stepwell store backup valkey://db.example/0 monday",
     ),
     json_keys=(
         ("file", "the backup"),
@@ -136,23 +148,27 @@ def verify(ctx: click.Context, path: Path, key_file: Path | None, as_json: bool)
     ),
     exit_codes=_DONE,
 )
-@data_dir_argument
+@place_argument
 @click.argument("file", metavar="FILE", type=_FILE)
 @click.option(
     "--max-rate", metavar="SIZE", type=Size(1), help="Bytes to write in a second at most. Default: no limit."
 )
 @json_option
-def backup(data_dir: Path, file: Path, max_rate: int | None, as_json: bool) -> None:
-    """Back up the store in DATA_DIR into FILE, whether or not a server uses it; FILE must not be there yet.
+def backup(place: Path | StoreUrl, file: Path, max_rate: int | None, as_json: bool) -> None:
+    """Back up the store in DATA_DIR, or the shared one at URL, into FILE, which must not be there yet.
 
-    Each session is in the backup with all that was acknowledged before it began, or later. What is encrypted stays so, and
-    no key is needed. FILE appears when it is whole and on the disk.
+    Servers may use it meanwhile. Each session is in the backup with all that was acknowledged before it began, or later. What is encrypted stays so, and
+    no key is needed. FILE appears when it is whole and on the disk. What is remembered of ended sessions is not in the
+    backup of a shared store.
     """
+    rate = math.inf if max_rate is None else max_rate
     with _failures():
-        from stepwell_server.store.backup import back_up
+        if isinstance(place, Path):
+            from stepwell_server.store.backup import back_up
 
-        rate = math.inf if max_rate is None else max_rate
-        done = back_up(data_dir, file, SystemClock(), bytes_per_s=rate)
+            done = back_up(place, file, SystemClock(), bytes_per_s=rate)
+        else:
+            done = _shared().back_up(place, file, SystemClock(), bytes_per_s=rate)
     if as_json:
         _render.print_json({**dataclasses.asdict(done), "file": str(done.file)})
         return
@@ -171,9 +187,10 @@ def backup(data_dir: Path, file: Path, max_rate: int | None, as_json: bool) -> N
     examples=(
         "stepwell store restore /backup/monday data-2",
         "stepwell store restore handover data-2 --moved",
+        "stepwell store restore handover valkey://db.example/0 --moved",
     ),
     json_keys=(
-        ("data_dir", "the new data directory"),
+        ("data_dir", "the new data directory, or the URL"),
         ("sessions, tombstones", "how many sessions it has, and ended ones that are remembered"),
         ("damaged", "sessions whose records are damaged; they answer STATE_CORRUPT"),
         ("backed_up_time", "when the backup was begun (RFC 3339, UTC)"),
@@ -184,7 +201,7 @@ def backup(data_dir: Path, file: Path, max_rate: int | None, as_json: bool) -> N
     exit_codes=_DONE,
 )
 @click.argument("file", metavar="FILE", type=_FILE)
-@data_dir_argument
+@place_argument
 @key_file_option
 @click.option(
     "--moved",
@@ -192,24 +209,27 @@ def backup(data_dir: Path, file: Path, max_rate: int | None, as_json: bool) -> N
     help="Nothing was acknowledged since the backup: sessions keep their revisions, and clients go on as if nothing had been.",
 )
 @json_option
-def restore(file: Path, data_dir: Path, key_file: Path | None, moved: bool, as_json: bool) -> None:
-    """Make a store in DATA_DIR, which must not be there yet or be empty, of the backup FILE.
+def restore(file: Path, place: Path | StoreUrl, key_file: Path | None, moved: bool, as_json: bool) -> None:
+    """Make a store of the backup FILE, of whatever kind of store that is.
 
-    All of FILE is checked before. Sessions go on with the states that they had, at revisions 1000000000000 higher: above any
+    DATA_DIR must not be there yet, or be empty; at URL, the --store of servers that share one, there must be no store. All of FILE is checked before. Sessions go on with the states that they had, at revisions 1000000000000 higher: above any
     that a client was told since, so that what it sends is refused (REVISION_CONFLICT), not taken for a change of what it
     knows. With --moved they keep their revisions: for the backup of a server that was stopped, and stays so.
     """
     with _failures():
-        from stepwell_server.store import backup as backups
+        if isinstance(place, Path):
+            from stepwell_server.store import backup as backups
 
-        done = backups.restore(file, data_dir, SystemClock(), _keyring(key_file), moved=moved)
+            done = backups.restore(file, place, SystemClock(), _keyring(key_file), moved=moved)
+        else:
+            done = _shared().restore(file, place, SystemClock(), _keyring(key_file), moved=moved)
     created = datetime.fromtimestamp(done.created, UTC).isoformat(timespec="seconds")
     if as_json:
-        facts = {"data_dir": str(data_dir), "backed_up_time": created, **dataclasses.asdict(done)}
+        facts = {"data_dir": str(place), "backed_up_time": created, **dataclasses.asdict(done)}
         facts.pop("created")
         _render.print_json(facts)
         return
-    click.echo(f"{data_dir}: {done.sessions} sessions, as of {created}")
+    click.echo(f"{place}: {done.sessions} sessions, as of {created}")
     if done.damaged:
         click.echo(f"{done.damaged} of them have damaged records, and answer STATE_CORRUPT", err=True)
     _say_damaged_documents(done.damaged_documents)
@@ -324,6 +344,17 @@ def repair(data_dir: Path, as_json: bool) -> None:
 def _say_damaged_documents(count: int) -> None:
     if count:
         click.echo(f"{count} documents of the server are damaged; stepwell store verify names them", err=True)
+
+
+def _shared() -> ModuleType:
+    """What looks after stores that servers share.
+
+    Raises:
+        StoreError: the client of Valkey is not installed.
+    """
+    from stepwell_server.store.opening import shared_stores
+
+    return shared_stores()
 
 
 def _keyring(file: Path | None) -> Keyring | None:

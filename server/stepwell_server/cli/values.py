@@ -17,6 +17,8 @@ from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.core.model_names import NAME_RULE, VERSION_RULE, is_name, parse_reference
 from stepwell_server.core.version_policy import POLICY_RULE, VersionPolicy
 from stepwell_server.settings import expanded
+from stepwell_server.store.valkey.url import UrlError, is_store_url
+from stepwell_server.store.valkey.url import parse as parse_store_url
 
 _MOST = 10**18
 _LONGEST_SOCKET_PATH = 107
@@ -143,6 +145,19 @@ class PathOf(Text):
     ) -> list[CompletionItem]:
         """Leave it to the shell."""
         return [CompletionItem(incomplete, type=self.name)]
+
+
+class StorePlace(PathOf):
+    """A path, or the URL of a store that several servers share."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A `Path` or a `StoreUrl`."""
+        if not isinstance(value, str) or not is_store_url(value):
+            return super().convert(value, param, ctx)
+        try:
+            return parse_store_url(value)
+        except UrlError as error:
+            self.fail(str(error), param, ctx)
 
 
 class DataFile(PathOf):

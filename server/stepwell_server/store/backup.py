@@ -109,20 +109,20 @@ class Restored:
     """So many of them are damaged, as they were in the store that was backed up."""
 
 
-def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, moved: bool) -> Restored:
-    """Make a store of a backup in a new data directory. The whole backup is read and checked before.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """A backup that a store is to be made of."""
 
-    Args:
-        file: The backup.
-        path: The data directory, which is not there or empty.
-        clock: For its lock, and for revisions that nobody was told.
-        keyring: Keys of the backup: all is encrypted with the first one then.
-        moved: No change was acknowledged since the backup was made: sessions go on as they were.
+    reader: Reader
+    about: About
+    first_revision: int
+    """Of the new store."""
+    change: Change
+    """Makes its records."""
 
-    Raises:
-        StoreError: the backup cannot be used, or the folder.
-        KeyFileError: it is encrypted, and a key is missing.
-    """
+
+def checked(file: Path, clock: Clock, keyring: Keyring | None, *, moved: bool) -> Source:
+    """Read and check a whole backup. Arguments and errors are those of `restore`."""
     reader = Reader(file)
     about = reader.about()
     for _ in reader.entries():
@@ -137,7 +137,26 @@ def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, mo
     first_revision = (
         about.first_revision if moved else meta.later_first_revision(about.first_revision, clock.now())
     )
-    change = _Change(None if keyring is None else Sealer(keyring), first_revision - about.first_revision)
+    change = Change(None if keyring is None else Sealer(keyring), first_revision - about.first_revision)
+    return Source(reader, about, first_revision, change)
+
+
+def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, moved: bool) -> Restored:
+    """Make a store of a backup in a new data directory. The whole backup is read and checked before.
+
+    Args:
+        file: The backup.
+        path: The data directory, which is not there or empty.
+        clock: For its lock, and for revisions that nobody was told.
+        keyring: Keys of the backup: all is encrypted with the first one then.
+        moved: No change was acknowledged since the backup was made: sessions go on as they were.
+
+    Raises:
+        StoreError: the backup cannot be used, or the folder.
+        KeyFileError: it is encrypted, and a key is missing.
+    """
+    source = checked(file, clock, keyring, moved=moved)
+    reader, about, change = source.reader, source.about, source.change
     stones: list[Tombstone] = []
     documents = Found()
 
@@ -150,7 +169,7 @@ def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, mo
             else:
                 yield change(*entry)
 
-    values = {meta.FIRST_REVISION: str(first_revision).encode()}
+    values = {meta.FIRST_REVISION: str(source.first_revision).encode()}
     if moved:
         values |= {meta.INCARNATION: about.incarnation.encode(), meta.SECRET: about.secret}
     with new_folder(path) as folder:
@@ -168,21 +187,23 @@ def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, mo
         count,
         len(stones),
         change.damaged,
-        first_revision,
+        source.first_revision,
         len(documents.items),
         len(documents.damaged),
     )
 
 
-class _Change:
+class Change:
     """Records as the new store has them."""
 
     def __init__(self, sealer: Sealer | None, ahead: int) -> None:
+        """`ahead`: by so much revisions are higher. Without a sealer records stay as they are otherwise."""
         self._sealer = sealer
         self.ahead = ahead
         self.damaged = 0
 
     def __call__(self, session_id: str, record: bytes) -> Pair:
+        """A record as it is to be stored."""
         header = header_or_none(session_id, record)
         if header is None:
             self.damaged += 1

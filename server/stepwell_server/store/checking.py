@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from stepwell_server.core.namespaces import SEPARATOR
@@ -47,7 +48,7 @@ class Examined:
     """Names of documents that are not as they were written, or not found by their name; `MOST_NAMED` of them."""
 
 
-class _Records:
+class Records:
     """Looks at records, one by one."""
 
     def __init__(self, keyring: Keyring | None) -> None:
@@ -57,6 +58,7 @@ class _Records:
         self._of_tenants: Counter[str] = Counter()
 
     def look(self, session_id: str, record: bytes) -> None:
+        """Look at a record as it is stored."""
         found = self.found
         found.sessions += 1
         header = header_or_none(session_id, record) if is_sound(session_id, record) else None
@@ -77,6 +79,7 @@ class _Records:
                 self._name("sealed", found.sealed, session_id)
 
     def documents(self, found: Found) -> None:
+        """Say what was found of documents, when all else was said."""
         self.found.documents = len(found.items)
         self.found.damaged_documents = found.damaged[:MOST_NAMED]
         if found.damaged:
@@ -89,6 +92,7 @@ class _Records:
         return dict(self.found.models + self._of_tenants)
 
     def unreachable(self, session_id: str) -> None:
+        """A session is not found by its id."""
         self._name("unreachable", self.found.unreachable, session_id)
 
     def _name(self, kind: str, names: list[str], session_id: str) -> None:
@@ -97,6 +101,7 @@ class _Records:
             names.append(session_id)
 
     def conclude(self) -> Examined:
+        """All records were looked at."""
         for kind, what in (
             ("damaged", "sessions have records that are not as they were written"),
             ("sealed", "sessions have records that no key of the file opens"),
@@ -114,8 +119,8 @@ def examine(path: Path, keyring: Keyring | None) -> Examined:
         StoreError: it cannot be read at all, or a key is missing.
     """
     with snapshot.opened(path) as found:
-        _require_keys(keyring, found.key_checks)
-        records, sums, before = _Records(keyring), Sums(), b""
+        require_keys(keyring, found.key_checks)
+        records, sums, before = Records(keyring), Sums(), b""
         for entry in found.sessions():
             records.look(entry.session_id, entry.record)
             sums.add([entry.key])
@@ -148,8 +153,8 @@ def examine_backup(file: Path, keyring: Keyring | None) -> Examined:
         StoreError: it is none, is damaged or was cut off, or a key is missing.
     """
     reader = Reader(file)
-    _require_keys(keyring, reader.about().key_checks)
-    records, documents = _Records(keyring), Found()
+    require_keys(keyring, reader.about().key_checks)
+    records, documents = Records(keyring), Found()
     for entry in reader.entries():
         if isinstance(entry, Item):
             documents.add(entry)
@@ -161,7 +166,12 @@ def examine_backup(file: Path, keyring: Keyring | None) -> Examined:
     return result
 
 
-def _require_keys(keyring: Keyring | None, checks: dict[str, bytes]) -> None:
+def require_keys(keyring: Keyring | None, checks: Mapping[str, bytes]) -> None:
+    """Refuse keys that are not those of a store; without any, what is encrypted is not opened.
+
+    Raises:
+        KeyFileError: one is missing, or is another.
+    """
     if keyring is not None:
         try:
             keyring.require(checks)

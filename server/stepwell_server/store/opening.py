@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 from stepwell_server.clock import Clock
@@ -83,6 +84,19 @@ async def inspect_shared_store(url: StoreUrl, durability: Literal["sync", "async
     except ImportError as error:
         raise _without_client(error) from error
     return await inspect(url, durability)
+
+
+def shared_stores() -> ModuleType:
+    """`store.shared`: backups of such stores, and whether they are whole.
+
+    Raises:
+        StoreError: the client is not installed.
+    """
+    try:
+        from stepwell_server.store import shared
+    except ImportError as error:
+        raise _without_client(error) from error
+    return shared
 
 
 def _without_client(error: ImportError) -> StoreError:

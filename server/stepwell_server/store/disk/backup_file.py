@@ -2,8 +2,8 @@
 
     magic, block, block, ...        block: length, CRC-32, kind, content
 
-Kinds, in their order: `head` (what is said of the store as a whole, as JSON), `documents`, `sessions` and `tombstones` (many
-each), `end` (how many there were, and SHA-256 of all before it, as JSON). Little-endian. A file without its end is no backup.
+Kinds: `head` (what is said of the store as a whole, as JSON), then `documents`, `sessions` and `tombstones` (many each; of a
+shared store `documents` come last, so that they know all that sessions tell of), `end` (how many there were, and SHA-256 of all before it, as JSON). Little-endian. A file without its end is no backup.
 Records and documents are as in the store: encrypted ones stay so, and each has its own checksum. A backup without documents
 is one that releases of before there were any can read; they refuse others.
 """
@@ -92,7 +92,7 @@ class Writer:
         }).encode())  # fmt: skip
 
     def document(self, item: Item) -> None:
-        """Write a document. All of them come before the sessions."""
+        """Write a document. All of them come before the sessions, or after them."""
         value = item.value or b""
         self._gather(_DOCUMENTS, _ENTRY.pack(len(item.key), len(value)) + item.key + value)
         self.documents += 1
@@ -205,7 +205,7 @@ class Reader:
         raise self._damaged("it must begin with a head")
 
     def entries(self) -> Iterator[Item | tuple[str, bytes] | Tombstone]:
-        """All documents, then all sessions and then all tombstones. Whether it is whole is known when this has come to its end.
+        """All documents, sessions and tombstones, as they come. Whether it is whole is known when this has come to its end.
 
         Raises:
             BackupError: it is no backup, damaged, or not whole.

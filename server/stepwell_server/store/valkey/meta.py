@@ -17,6 +17,8 @@ from stepwell_server.store.valkey.url import DEFAULT_PARTITIONS, MOST_PARTITIONS
 LAYOUT = 1
 _LAYOUT, _PARTITIONS, _SECRET, _INCARNATION = b"layout", b"partitions", b"secret", b"incarnation"
 _FIRST_REVISION, _KEY = b"first_revision", b"key:"
+_RESTORING = b"restoring"
+"""It is being filled, and nobody may use it before that has ended."""
 _SECRET_BYTES = 32
 
 
@@ -58,14 +60,30 @@ async def again(requests: Requests, prefix: str, known: Meta) -> tuple[bool, str
     return was_made, fields.get(_INCARNATION, b"").decode("ascii", "replace")
 
 
+async def make_unfinished(requests: Requests, prefix: str, new: Meta) -> bool:
+    """Make a store that servers refuse to use until `finishing` was sent; whether there was none.
+
+    Raises:
+        ServerError: it cannot be asked.
+    """
+    return (await _made(requests, prefix, new, once=True, is_finished=False))[0]
+
+
+def finishing(prefix: str) -> Request:
+    """The request after which servers can use what `make_unfinished` has made."""
+    return Request(META, (b"HDEL", store_key(prefix), _RESTORING))
+
+
 async def _made(
-    requests: Requests, prefix: str, new: Meta, *, once: bool
+    requests: Requests, prefix: str, new: Meta, *, once: bool, is_finished: bool = True
 ) -> tuple[bool, Mapping[bytes, bytes]]:
     """What the store says, which is made as said if there is none; and whether it was."""
     words: list[bytes | str | int] = [_LAYOUT, LAYOUT, _PARTITIONS, new.partitions, _SECRET, new.secret]
     words += [_INCARNATION, new.incarnation, _FIRST_REVISION, new.first_revision]
     for key_id, check in new.key_checks.items():
         words += [_KEY + key_id.encode(), check]
+    if not is_finished:
+        words += [_RESTORING, 1]
     request = Request.of(META, scripts.MAKE, [store_key(prefix)], *words)
     await requests.send([request], waits=True, once=once)
     if request.problem is not None:
@@ -96,6 +114,11 @@ def meta_of(prefix: str, reply: Reply, asked: int | None) -> Meta:
 
 
 def _meta_of(prefix: str, fields: Mapping[bytes, bytes], asked: int | None) -> Meta:
+    if _RESTORING in fields:
+        raise StoreError(
+            f"the store with prefix {prefix!r} must be restored as a whole; that is under way, or was broken off: wait for it,"
+            f" or delete all keys that begin with {prefix!r} and restore again"
+        )
     layout = _number(prefix, fields, _LAYOUT)
     if layout > LAYOUT:
         raise StoreError(

@@ -1,0 +1,206 @@
+"""All that a shared store has, read partition by partition beside its servers; and a new store that is filled at once."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import numpy as np
+
+from stepwell_server.clock import Clock
+from stepwell_server.errors import ServerError
+from stepwell_server.store.base import Batch, Fetched, StoreError
+from stepwell_server.store.record import Stored
+from stepwell_server.store.valkey import meta
+from stepwell_server.store.valkey.client import Reply
+from stepwell_server.store.valkey.keys import META, Keys, store_key
+from stepwell_server.store.valkey.meta import Meta
+from stepwell_server.store.valkey.nodes import topology_of
+from stepwell_server.store.valkey.requests import Request, Requests
+from stepwell_server.store.valkey.store import ValkeyStore
+from stepwell_server.store.valkey.url import StoreUrl
+
+_AT_ONCE = 1000
+"""Sessions that are asked for together."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Member:
+    """A session by its id in the index of a partition."""
+
+    session_id: str
+    record: Stored | None
+    """As it is stored; empty: it is no record. None: there is none, though the index has the id."""
+
+
+class Whole:
+    """A shared store with its records as they are stored. Lives on one event loop."""
+
+    def __init__(self, url: StoreUrl, requests: Requests, about: Meta, store: ValkeyStore) -> None:
+        self.url = url
+        self.about = about
+        """What it says of itself."""
+        self.store = store
+        """It neither encrypts nor decrypts."""
+        self._requests = requests
+        self._keys = Keys(url.prefix, about.partitions)
+
+    async def sessions(self, partition: int) -> AsyncIterator[list[Member]]:
+        """Those of a partition in the order of their ids, some at a time.
+
+        One that is there all the time comes once, with what was acknowledged before it was asked for, or later.
+
+        Raises:
+            ServerError: the store cannot be read.
+        """
+        after = b""
+        while True:
+            ids = await self._ids(partition, after)
+            if not ids:
+                return
+            names = [str(key, "utf-8", "replace") for key in ids]
+            found = await self.store.fetch(names)
+            lost = [name for name, each in zip(names, found, strict=True) if each.record is None]
+            # one that ended meanwhile has left the index; one that began anew is in it again
+            lost = [
+                name
+                for name, is_there in zip(lost, await self._indexed(partition, lost), strict=True)
+                if is_there
+            ]
+            again = (
+                dict(zip(lost, await self.store.fetch(lost), strict=True)) if lost else dict[str, Fetched]()
+            )
+            yield [
+                Member(name, each.record if name not in again else again[name].record)
+                for name, each in zip(names, found, strict=True)
+                if each.record is not None or name in again
+            ]
+            after = ids[-1]
+
+    async def _ids(self, partition: int, after: bytes) -> Sequence[bytes]:
+        low = b"(" + after if after else b"-"
+        command = (b"ZRANGEBYLEX", self._keys.ids(partition), low, b"+", b"LIMIT", 0, _AT_ONCE)
+        (ids,) = await self._requests.ask(Request(partition, command))
+        return ids  # type: ignore[no-any-return]
+
+    async def _indexed(self, partition: int, names: Sequence[str]) -> list[bool]:
+        if not names:
+            return []
+        command = (b"ZMSCORE", self._keys.ids(partition), *(name.encode() for name in names))
+        (scores,) = await self._requests.ask(Request(partition, command))
+        return [score is not None for score in scores]
+
+    async def counts(self, partition: int) -> Counter[str]:
+        """What the store counts in a partition: see `store.counts`."""
+        (reply,) = await self._requests.ask(Request(partition, (b"HGETALL", self._keys.counts(partition))))
+        pairs = zip(reply[::2], reply[1::2], strict=True)
+        return Counter({str(name, "utf-8", "replace"): int(count) for name, count in pairs if int(count)})
+
+    async def put(self, sessions: Sequence[tuple[str, Stored]]) -> None:
+        """Put sessions into a new store, as they are to be stored.
+
+        Raises:
+            StoreError: one is there already.
+            ServerError: the store does not keep them.
+        """
+        stamps = np.random.default_rng().integers(1, 2**64, len(sessions), np.uint64)
+        kept = await self.store.commit(
+            Batch(puts=list(sessions), follows=np.zeros(len(sessions), np.uint64), stamps=stamps)
+        )
+        if kept.conflicts or kept.unknown:
+            raise StoreError(
+                f"session {min(kept.conflicts | kept.unknown)!r} could not be put into the new store at {self.url}:"
+                " somebody else writes there, or it did not answer in time"
+            )
+
+    async def remove(self) -> None:
+        """Take all of it away, what it says of itself last.
+
+        Raises:
+            ServerError: it could not be.
+        """
+        keys = self._keys
+        for partition in range(keys.partitions):
+            while ids := await self._ids(partition, b""):
+                names = [str(key, "utf-8", "replace") for key in ids]
+                await self._requests.ask(
+                    Request(partition, (b"UNLINK", *map(keys.session, names))),
+                    Request(partition, (b"ZREM", keys.ids(partition), *ids)),
+                )
+            await self._requests.ask(Request(partition, (b"UNLINK", keys.counts(partition))))
+        await self._requests.ask(Request(META, (b"UNLINK", keys.documents, keys.fence, keys.store)))
+
+
+@asynccontextmanager
+async def opened(url: StoreUrl, clock: Clock) -> AsyncIterator[Whole]:
+    """A store that is there, to be read.
+
+    Raises:
+        StoreError: there is none, or it cannot be read.
+    """
+    topology = topology_of(url, Keys(url.prefix, 1).tag)
+    requests = Requests(topology, timeout_s=url.timeout_s, wait=None)
+    try:
+        fields = await _asked(requests, url, Request(META, (b"HGETALL", store_key(url.prefix))))
+        if not fields:
+            raise StoreError(f"there is no store at {url}: no server has ever used it")
+        about = meta.meta_of(url.prefix, fields, url.partitions)
+        yield Whole(url, requests, about, ValkeyStore(url, about, topology, requests, clock, None))
+    finally:
+        topology.close()
+
+
+@asynccontextmanager
+async def made(url: StoreUrl, clock: Clock, about: Meta) -> AsyncIterator[Whole]:
+    """A new store, to be filled: no server can use it before the block has ended, nor if it ends by an error.
+
+    Raises:
+        StoreError: there is one already, or none can be made.
+    """
+    topology = topology_of(url, Keys(url.prefix, 1).tag)
+    requests = Requests(topology, timeout_s=url.timeout_s, wait=None)
+    try:
+        try:
+            was_made = await meta.make_unfinished(requests, url.prefix, about)
+        except ServerError as error:
+            raise StoreError(
+                f"the store at {url} must be writable: {requests.trouble or error.message}"
+            ) from None
+        if not was_made:
+            raise StoreError(
+                f"there must be no store at {url} yet; there is one: give another prefix or another database"
+            )
+        whole = Whole(url, requests, about, ValkeyStore(url, about, topology, requests, clock, None))
+        try:
+            yield whole
+        except BaseException as error:
+            await _remove(whole, error)
+            raise
+        await _asked(requests, url, meta.finishing(url.prefix))
+    finally:
+        topology.close()
+
+
+async def _remove(whole: Whole, error: BaseException) -> None:
+    """Take away what was put into a store that will not be finished."""
+    try:
+        await whole.remove()
+    except ServerError as failure:
+        error.add_note(
+            f"what was restored so far could not be removed from {whole.url} ({failure.message}): delete all keys that begin"
+            f" with {whole.url.prefix!r}"
+        )
+
+
+async def _asked(requests: Requests, url: StoreUrl, request: Request) -> Reply:
+    try:
+        async with asyncio.timeout(url.timeout_s * 3):
+            await requests.send([request], once=True)
+    except TimeoutError:
+        raise StoreError(f"the store at {url} does not answer") from None
+    if request.problem is not None:
+        raise StoreError(f"the store at {url} cannot be used: {requests.trouble or request.problem.message}")
+    return request.reply
