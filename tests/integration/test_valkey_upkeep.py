@@ -261,3 +261,41 @@ def test_doctor_looks_at_a_store_that_it_is_told(valkey: Valkey) -> None:
     )
     assert done.returncode == 1
     assert [one for one in json.loads(done.stdout)["wrong"] if "127.0.0.1:1" in one["what"]]
+
+
+def test_encryption_begins_in_a_rolling_restart(valkey: Valkey, tmp_path: Path) -> None:
+    """As docs/valkey.md says, while sessions are stepped: no call fails, and nothing is plain of what is written then."""
+    keys, url = tmp_path / "keys", place(valkey)
+    add_key(keys, "k", is_last=True)
+    failed: list[BaseException] = []
+    with (
+        Replicas(str(url), 2, "--durability", "async", "--encryption-key-file", str(keys)) as replicas,
+        stepwell.connect(replicas.address) as client,
+    ):
+        group = client.open_sessions("forecast", 20)
+        ended, steps = threading.Event(), [0]
+
+        def work() -> None:
+            try:
+                while not ended.is_set():
+                    group.step(np.repeat(X, 20, axis=0))
+                    steps[0] += 1
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            assert not stepwell_store("verify", url)["encrypted"]
+            keys.write_text(keys.read_text().removeprefix("none\n"))
+            for replica in replicas:
+                replica.stop()
+                replica.start()
+            done = steps[0]
+            while not failed and steps[0] < done + 2:  # each session has changed since
+                pass
+            assert stepwell_store("verify", url, "--encryption-key-file", keys)["encrypted"] == {"k": 20}
+        finally:
+            ended.set()
+            thread.join()
+        assert not failed

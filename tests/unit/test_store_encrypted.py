@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from stepwell_server.errors import StateCorrupt
+from stepwell_server.store import mending, xaes
 from stepwell_server.store import record as records
-from stepwell_server.store import xaes
 from stepwell_server.store.base import Batch, KeyFileError, LocalStore
 from stepwell_server.store.encrypted import EncryptedStore
 from stepwell_server.store.keyring import Keyring, add_key, read_keys
@@ -190,7 +190,9 @@ def test_a_new_key_encrypts_and_those_of_before_stay(tmp_path: Path) -> None:
 BAD_FILES = {
     "": "must have at least one key; stepwell store new-key",
     "a": r"line 1: a line must be ID = KEY",
-    "\n-a = b": r"line 2: a line must be ID = KEY, and an id must be 1 to 32",
+    "none": "must have at least one key",
+    f"a = {'00' * 32}\nnone": r"line 2: a line must be ID = KEY \(or none, before all keys\)",
+    "\n-a = b": r"line 2: a line must be ID = KEY .*, and an id must be 1 to 32",
     "a = secret": r"line 1: key a must be 32 bytes, as base64 or as 64 hex digits$",
     f"a = {'0' * 62}": r"key a must be 32 bytes",
     f"a = {'00' * 32}\na = {'11' * 32}": "line 2: there must be one key of an id; a comes again",
@@ -253,3 +255,28 @@ def test_a_store_opens_with_all_its_keys_only(tmp_path: Path) -> None:
             key_file=tmp_path / "keys",
         )
     start("c b a")
+
+
+def test_with_none_keys_decrypt_and_nothing_is_encrypted(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    add_key(file, "a", is_last=True)
+    assert file.read_text().startswith("none\na = ")
+    waiting = read_keys(file)
+    assert (waiting.first, waiting.first_check, list(waiting.keys)) == ("", {}, ["a"])
+    with pytest.raises(KeyFileError, match="must not begin with none"):
+        add_key(file, "b")
+    add_key(file, "b", is_last=True)
+    file.write_text(file.read_text().removeprefix("none\n"))
+    ring = read_keys(file)
+    assert (ring.first, list(ring.keys)) == ("a", ["a", "b"])
+    disk = opened(tmp_path / "data")
+    encrypted(disk, waiting).commit(Batch(puts=[("x", a_record("x"))], counts=[("m", 1)]))
+    assert not disk.key_checks
+    encrypted(disk, ring).commit(Batch(puts=[("y", a_record("y"))], counts=[("m", 1)]))
+    assert kept(encrypted(disk, waiting)) == {"x": a_record("x"), "y": a_record("y")}
+    assert records.key_id_of(disk.get("x") or b"") is None
+    assert records.key_id_of(disk.get("y") or b"") == "a"
+    disk.close()
+    with pytest.raises(KeyFileError, match="must begin with the key that is to encrypt"):
+        mending.rekey(tmp_path / "data", ManualClock(), waiting)
+    assert mending.rekey(tmp_path / "data", ManualClock(), waiting, decrypt=True).sessions == 2

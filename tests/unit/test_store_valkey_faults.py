@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from stepwell_server.engine.durability.stamps import new_stamp
 from stepwell_server.errors import Overloaded, ServerError, StoreAway, StoreGone, Unavailable
 from stepwell_server.store.base import ALL_KEPT, Batch, Committed, End, KeyFileError, StoreError, Tombstone
 from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import decode_header
 from stepwell_server.store.valkey.nodes import MOST_LINKS
+from stepwell_server.store.valkey.store import ValkeyStore
 from support.certificates import Authority
 from support.cut import Cut
 from support.shared import end, fresh_prefix, opened, put, shared
@@ -334,3 +336,44 @@ async def test_states_are_encrypted(valkey: Valkey) -> None:
     with pytest.raises(ServerError):
         decode_header("b", moved.record or b"")
     await again.close()
+
+
+async def test_encryption_begins_and_keys_change_while_all_servers_read_all(valkey: Valkey) -> None:
+    url = valkey.url(f"?prefix={fresh_prefix()}")
+    keys = {"a": bytes(range(32)), "b": bytes(32)}
+
+    async def started(*names: str, encrypts: bool = True) -> ValkeyStore:
+        ring = Keyring({name: keys[name] for name in names}, encrypts=encrypts) if names else None
+        return await opened(url, keyring=ring)
+
+    async def all_read(*servers: ValkeyStore) -> None:
+        """Each writes a session, and all of them read it; the stamps go on as if nothing were encrypted."""
+        for number, writer in enumerate(servers):
+            name = f"{number} of {len(servers)} {new_stamp()}"
+            await put(writer, [(name, record(name, 1))], [0])
+            for reader in servers:
+                (found,) = await reader.fetch([name])
+                assert bytes(found.record or b"") == record(name, 1)
+                assert not (await reader.check()).problem
+
+    plain = await started()
+    # one after the other is restarted: first with what decrypts, then with what encrypts
+    waiting = await started("a", encrypts=False)
+    await all_read(plain, waiting)
+    encrypting = await started("a")
+    await all_read(waiting, encrypting)
+    both = await started("a", "b")
+    await all_read(encrypting, both)
+    later = await started("b", "a")
+    await all_read(both, later)
+    # who has not heard of a key answers nothing wrong, says what it lacks, and is not ready
+    (name, _), *_ = await later.scan(limit=1)
+    await put(later, [("sealed", record("sealed"))], [0])
+    for behind in (plain, encrypting):
+        assert "encrypted by other servers, with key" in (await behind.check()).problem
+        with pytest.raises(
+            StoreAway, match="which this server lacks: it must be started again with their file"
+        ):
+            await behind.fetch([name, "sealed"])
+    for store in (plain, waiting, encrypting, both, later):
+        await store.close()

@@ -246,7 +246,14 @@ def restore(file: Path, place: Path | StoreUrl, key_file: Path | None, moved: bo
     "--file", metavar="FILE", type=_FILE, required=True, help="The key file; it is made if it is not there."
 )
 @click.option("--id", "key_id", metavar="ID", help="What the key is called, for ever. Default: the date.")
-def new_key(file: Path, key_id: str | None) -> None:
+@click.option(
+    "--last",
+    "is_last",
+    is_flag=True,
+    help="Put it behind the others: it decrypts, and encrypts nothing before its line is moved to the top. For servers that "
+    "share a store: docs/valkey.md says why.",
+)
+def new_key(file: Path, key_id: str | None, is_last: bool) -> None:
     """Put a new key before those of a key file: a server that is started with it encrypts with that one from then on.
 
     The others stay, as what they encrypted needs them. Keep a copy elsewhere: without its keys a store is lost.
@@ -255,8 +262,8 @@ def new_key(file: Path, key_id: str | None) -> None:
         from stepwell_server.store import keyring
 
         key_id = key_id or keyring.unused_id(file, datetime.now(UTC).date().isoformat())
-        keyring.add_key(file, key_id)
-    click.echo(f"{file}: key {key_id} encrypts")
+        keyring.add_key(file, key_id, is_last=is_last)
+    click.echo(f"{file}: key {key_id} {'decrypts' if is_last else 'encrypts'}")
 
 
 @store.command(

@@ -5,6 +5,9 @@
     2026 = 0a1b2c...
 
 An id names a key for ever: what was encrypted says by which key. So no id is used for two keys.
+
+`none` in a line of its own before all keys: they decrypt, and nothing is encrypted. So servers that share a store can all
+know a key before the first of them uses it.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import hmac
 import itertools
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from stepwell_server import private_files
@@ -26,13 +29,15 @@ from stepwell_server.store.xaes import KEY_BYTES, Key
 MOST_ID_BYTES = 32
 _ID = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MOST_ID_BYTES - 1}}}")
 _CHECK_BYTES = 16
+_NONE = "none"
 
 
 class Keyring:
-    """Keys by id; `first` is the id of the one that encrypts."""
+    """Keys by id; `first` is the id of the one that encrypts, or empty if none does."""
 
-    def __init__(self, keys: Mapping[str, bytes]) -> None:
-        self.first = next(iter(keys))
+    def __init__(self, keys: Mapping[str, bytes], *, encrypts: bool = True) -> None:
+        """With `encrypts` false all of them decrypt, and what is written stays plain."""
+        self.first = next(iter(keys)) if encrypts else ""
         self.keys = {key_id: Key(key) for key_id, key in keys.items()}
         self.checks = {
             key_id: hmac.digest(key, b"stepwell: which key this is", "sha256")[:_CHECK_BYTES]
@@ -42,8 +47,8 @@ class Keyring:
 
     @property
     def first_check(self) -> dict[str, bytes]:
-        """Of `checks` that of the first key."""
-        return {self.first: self.checks[self.first]}
+        """Of `checks` that of the key that encrypts, if one does."""
+        return {self.first: self.checks[self.first]} if self.first else {}
 
     def require(self, used: Mapping[str, bytes]) -> None:
         """See that all keys are there that a store has used; `used` are their `checks`.
@@ -69,11 +74,15 @@ def read_keys(path: Path) -> Keyring:
     Raises:
         KeyFileError: it cannot be read, is not private, or says something else than keys.
     """
-    return Keyring(_parse(path, _text(path)))
+    text = _text(path)
+    return Keyring(_parse(path, text), encrypts=not _begins_with_none(text))
 
 
-def add_key(path: Path, key_id: str) -> None:
+def add_key(path: Path, key_id: str, *, is_last: bool = False) -> None:
     """Put a new key before those of a key file, which is made if it is not there.
+
+    With `is_last` it is put behind them: it decrypts, and encrypts nothing until it is moved. A file that is made so begins
+    with `none`.
 
     Raises:
         KeyFileError: the file cannot be used, or has a key of that id.
@@ -83,9 +92,15 @@ def add_key(path: Path, key_id: str) -> None:
     there = _text(path) if path.exists() else ""
     if there and key_id in _parse(path, there):
         raise KeyFileError(f"{path} has a key {key_id} already: what is encrypted names its key by that")
-    key = base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode()
+    if not is_last and _begins_with_none(there):
+        raise KeyFileError(
+            f"{path} must not begin with none for a key to be put first: take that line away, or put the key last"
+        )
+    line = f"{key_id} = {base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode()}\n"
+    before = there if not there or there.endswith("\n") else f"{there}\n"
+    content = f"{before or f'{_NONE}{chr(10)}'}{line}" if is_last else line + there
     try:
-        private_files.replace(path, f"{key_id} = {key}\n{there}".encode())
+        private_files.replace(path, content.encode())
     except OSError as error:
         raise KeyFileError(f"the key file {path} must be writable: {error.strerror}") from error
 
@@ -112,16 +127,28 @@ def _text(path: Path) -> str:
         raise KeyFileError(f"the key file {path} must be readable: {reason}") from error
 
 
-def _parse(path: Path, text: str) -> dict[str, bytes]:
-    keys: dict[str, bytes] = {}
+def _begins_with_none(text: str) -> bool:
+    return next((said for _, said in _said(text)), "") == _NONE
+
+
+def _said(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that say something, with their numbers."""
     for number, line in enumerate(text.splitlines(), 1):
         said = line.strip()
-        if not said or said.startswith("#"):
-            continue
+        if said and not said.startswith("#"):
+            yield number, said
+
+
+def _parse(path: Path, text: str) -> dict[str, bytes]:
+    keys: dict[str, bytes] = {}
+    lines = list(_said(text))
+    for number, said in lines[1:] if _begins_with_none(text) else lines:
         where = f"{path}, line {number}"
         key_id, separator, value = (part.strip() for part in said.partition("="))
         if not separator or not _ID.fullmatch(key_id):
-            raise KeyFileError(f"{where}: a line must be ID = KEY, and {_id_rule()}")
+            raise KeyFileError(
+                f"{where}: a line must be ID = KEY (or none, before all keys), and {_id_rule()}"
+            )
         key = _bytes_of(value)
         if key is None:
             raise KeyFileError(

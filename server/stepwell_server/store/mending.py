@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stepwell_server.clock import Clock
-from stepwell_server.store.base import StoreError, Tombstone
+from stepwell_server.store.base import KeyFileError, StoreError, Tombstone
 from stepwell_server.store.disk import meta
 from stepwell_server.store.disk.documents import Item
 from stepwell_server.store.disk.documents import item as document
@@ -46,6 +46,10 @@ def rekey(path: Path, clock: Clock, keyring: Keyring, *, decrypt: bool = False) 
         StoreError: it cannot be read or written, or lost sessions.
         KeyFileError: a key is missing.
     """
+    if not (decrypt or keyring.first):
+        raise KeyFileError(
+            "the key file must begin with the key that is to encrypt; it begins with none, which --decrypt is for"
+        )
     sealer, found = Sealer(keyring), Rekeyed()
 
     def sessions(old: Snapshot) -> Iterator[Pair]:

@@ -124,7 +124,7 @@ def encrypted(disk: DiskStore, keyring: Keyring | None) -> LocalStore:
     from stepwell_server.store.sealing import Sealer
 
     keyring.require(known)
-    if keyring.first not in known:
+    if keyring.first and keyring.first not in known:
         disk.set_key_checks({**known, keyring.first: keyring.checks[keyring.first]})
     return EncryptedStore(disk, Sealer(keyring))
 

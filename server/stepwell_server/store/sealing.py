@@ -48,18 +48,20 @@ assert KEY_ID_AT == NONCE_BYTES + TAG_BYTES
 
 
 class Sealer:
-    """Encrypts records with the first key of a ring, and decrypts those of all. Safe for threads."""
+    """Encrypts records with the first key of a ring, if that encrypts, and decrypts those of all. Safe for threads."""
 
     def __init__(self, keyring: Keyring) -> None:
         self._keys = keyring.keys
         self._key_id = keyring.first.encode()
-        self._key = keyring.keys[keyring.first]
+        self._key = keyring.keys.get(keyring.first)
         value_bytes = KEY_ID_AT + len(self._key_id)
         self._seal_head = _HEAD.pack(SEAL, value_bytes)
         self._seal_bytes = len(self._seal_head) + value_bytes
 
     def seal(self, puts: Sequence[tuple[str, Stored]]) -> Sequence[tuple[str, Stored]]:
-        """The same records, encrypted; those that are are not to be given."""
+        """The same records, encrypted; those that are are not to be given. Where no key encrypts, the same."""
+        if self._key is None:
+            return puts
         nonces = random_nonces(len(puts))
         cipher = self._key.derive(nonces[:1].tobytes())
         if not isinstance(puts, Joined):
@@ -73,7 +75,11 @@ class Sealer:
 
     def is_current(self, record: Stored) -> bool:
         """Whether a sound record is encrypted with the key that is used now."""
-        return key_id_of(record) == self._key_id.decode()
+        return (key_id_of(record) or "") == self._key_id.decode()
+
+    def knows(self, key_id: str) -> bool:
+        """Whether there is a key of that id."""
+        return key_id in self._keys
 
     def open(self, session_id: str, record: Stored) -> Stored:
         """A record as it was before it was encrypted; one that is not is returned as it is.

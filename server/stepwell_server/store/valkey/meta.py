@@ -47,17 +47,17 @@ async def read(requests: Requests, prefix: str, partitions: int | None) -> Meta:
     return _meta_of(prefix, (await _made(requests, prefix, new, once=True))[1], partitions)
 
 
-async def again(requests: Requests, prefix: str, known: Meta) -> tuple[bool, str]:
+async def again(requests: Requests, prefix: str, known: Meta) -> tuple[bool, str, list[str]]:
     """Make the store with a prefix as it was known, if it is not there.
 
     Returns:
-        Whether it was made, and the incarnation of the one that is there.
+        Whether it was made, the incarnation of the one that is there, and the ids of the keys that encrypt it.
 
     Raises:
         ServerError: it cannot be asked.
     """
     was_made, fields = await _made(requests, prefix, known, once=False)
-    return was_made, fields.get(_INCARNATION, b"").decode("ascii", "replace")
+    return was_made, fields.get(_INCARNATION, b"").decode("ascii", "replace"), list(_key_checks(fields))
 
 
 async def make_unfinished(requests: Requests, prefix: str, new: Meta) -> bool:
@@ -141,12 +141,17 @@ def _meta_of(prefix: str, fields: Mapping[bytes, bytes], asked: int | None) -> M
         secret,
         incarnation.decode("ascii", "replace"),
         _number(prefix, fields, _FIRST_REVISION),
-        {
-            name.removeprefix(_KEY).decode("utf-8", "replace"): check
-            for name, check in fields.items()
-            if name.startswith(_KEY)
-        },
+        _key_checks(fields),
     )
+
+
+def _key_checks(fields: Mapping[bytes, bytes]) -> dict[str, bytes]:
+    """`Keyring.checks` of the keys that the store was encrypted with."""
+    return {
+        name.removeprefix(_KEY).decode("utf-8", "replace"): check
+        for name, check in fields.items()
+        if name.startswith(_KEY)
+    }
 
 
 def _number(prefix: str, fields: Mapping[bytes, bytes], name: bytes) -> int:

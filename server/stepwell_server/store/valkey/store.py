@@ -28,7 +28,7 @@ from stepwell_server.store.base import (
 )
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.keyring import Keyring
-from stepwell_server.store.record import Header, header_or_none
+from stepwell_server.store.record import Header, header_or_none, is_sound, key_id_of
 from stepwell_server.store.sealing import Sealer
 from stepwell_server.store.valkey import documents, meta, scripts
 from stepwell_server.store.valkey.client import Denied, Lost, Reply
@@ -128,7 +128,7 @@ async def _with_keys(
             )
         return found
     keyring.require(known)
-    if keyring.first not in known:
+    if keyring.first and keyring.first not in known:
         await meta.add_key_check(requests, url.prefix, keyring.first, keyring.checks[keyring.first])
     return dataclasses.replace(found, key_checks={**known, **keyring.first_check})
 
@@ -205,7 +205,12 @@ class ValkeyStore(Store):
 
     @override
     async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
-        found = await self._stored(session_ids, known)
+        found = await self.stored(session_ids, known)
+        for session_id, each in zip(session_ids, found, strict=True):
+            if not each.record or (key_id := key_id_of(each.record)) is None or self._knows(key_id):
+                continue
+            if is_sound(session_id, each.record):
+                raise StoreAway(self._lacks([key_id]), _RETRY_AFTER_S)
         if self._sealer is None:
             return found
         opened = self._sealer.opened_or_as_is
@@ -214,7 +219,18 @@ class ValkeyStore(Store):
             for session_id, each in zip(session_ids, found, strict=True)
         ]
 
-    async def _stored(self, session_ids: Sequence[str], known: Sequence[int]) -> list[Fetched]:
+    def _knows(self, key_id: str) -> bool:
+        """Whether this server can decrypt what a key has encrypted."""
+        return self._sealer is not None and self._sealer.knows(key_id)
+
+    @staticmethod
+    def _lacks(key_ids: Sequence[str]) -> str:
+        return (
+            f"the store is encrypted by other servers, with {'key' if len(key_ids) == 1 else 'keys'}"
+            f" {', '.join(sorted(key_ids))}, which this server lacks: it must be started again with their file"
+        )
+
+    async def stored(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
         """As `fetch`, with records as they are stored."""
         found = [_NOTHING] * len(session_ids)
         stamps = np.array(known, np.uint64).tobytes() if any(known) else b""
@@ -356,7 +372,7 @@ class ValkeyStore(Store):
         keys = await ids_after(self._requests, self._keys, after, prefix, limit)
         session_ids = [str(key, "utf-8", "replace") for key in keys]
         now = self._clock.now()
-        found = zip(session_ids, await self._stored(session_ids, ()), strict=True)
+        found = zip(session_ids, await self.stored(session_ids), strict=True)
         return [
             (session_id, _dated(header_or_none(session_id, each.record), now - each.idle_s))
             for session_id, each in found
@@ -437,7 +453,9 @@ class ValkeyStore(Store):
     @override
     async def check(self) -> StoreHealth:
         try:
-            await self._require_same()
+            lacking = await self._require_same()
+            if lacking:
+                return StoreHealth(problem=self._lacks(lacking), warns_of="store")
             async with asyncio.timeout(self._limit_s):
                 await self._topology.look()
                 found = await examine(self._topology, self._url, self._durability, self._url.timeout_s)
@@ -453,19 +471,23 @@ class ValkeyStore(Store):
             warns_of="store",
         )
 
-    async def _require_same(self) -> None:
+    async def _require_same(self) -> list[str]:
         """See whether this is still the store that was opened; one that lost everything is made again as it was.
+
+        Returns:
+            Ids of keys that other servers encrypt it with since, and that this one lacks.
 
         Raises:
             StoreGone: it is another one.
             Unavailable: it cannot be asked now.
         """
-        was_made, found = await meta.again(self._requests, self._url.prefix, self._found)
-        if found != self._found.incarnation:
+        was_made, incarnation, key_ids = await meta.again(self._requests, self._url.prefix, self._found)
+        if incarnation != self._found.incarnation:
             raise StoreGone("the store must be the one that was opened; another one is in its place")
         if was_made:
             self._damage = "the store was emptied: sessions that it had are lost"
             _log.error("the store was emptied, the sessions that it had are lost", store=str(self._url))
+        return [key_id for key_id in key_ids if not self._knows(key_id)]
 
     @override
     async def close(self) -> None:

@@ -62,7 +62,7 @@ class Whole:
             if not ids:
                 return
             names = [str(key, "utf-8", "replace") for key in ids]
-            found = await self.store.fetch(names)
+            found = await self.store.stored(names)
             lost = [name for name, each in zip(names, found, strict=True) if each.record is None]
             # one that ended meanwhile has left the index; one that began anew is in it again
             lost = [
@@ -71,7 +71,7 @@ class Whole:
                 if is_there
             ]
             again = (
-                dict(zip(lost, await self.store.fetch(lost), strict=True)) if lost else dict[str, Fetched]()
+                dict(zip(lost, await self.store.stored(lost), strict=True)) if lost else dict[str, Fetched]()
             )
             yield [
                 Member(name, each.record if name not in again else again[name].record)
