@@ -13,7 +13,7 @@ from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.engine import submission
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.sessions import creation, directory, forking, ids, pieces, reading
-from stepwell_server.engine.sessions.opening import OpenedMany
+from stepwell_server.engine.sessions.attempts import OpenedMany
 from stepwell_server.engine.shares import LoopTurns
 from stepwell_server.errors import RevisionConflict, ServerError, SessionExists, Unavailable
 from stepwell_server.store.base import Batch

@@ -250,20 +250,6 @@ async def test_many_are_opened_or_none_where_another_server_was_faster_with_one(
         assert opened.revisions.tolist() == [0, 0], "they never were"
 
 
-async def test_an_opening_of_which_the_store_does_not_say_whether_it_was_kept_is_undone() -> None:
-    async with two() as (first, second):
-        second.store.unknown["x"] = True
-        with pytest.raises(OutcomeUnknown, match="may have kept it"):
-            await second.engine.open_sessions("plain", session_ids=["x", "y"], request_id=4)
-        assert first.store.shared.count() == 0
-        assert (
-            len(
-                (await second.engine.open_sessions("plain", session_ids=["x", "y"], request_id=4)).session_ids
-            )
-            == 2
-        )
-
-
 @pytest.mark.parametrize("kept", [True, False])
 async def test_an_opening_that_is_not_answered_stays_if_it_was_kept(kept: bool) -> None:
     """Whoever asks another server again may have been told that it is there."""

@@ -31,6 +31,7 @@ from stepwell_server.engine.intake.validation import Validation, require_session
 from stepwell_server.engine.models import Models, Versions
 from stepwell_server.engine.prediction import Prediction
 from stepwell_server.engine.quotas import Quotas
+from stepwell_server.engine.sessions.attempts import Attempts, OpenedMany
 from stepwell_server.engine.sessions.catalogue import Catalogue
 from stepwell_server.engine.sessions.closing import Closing
 from stepwell_server.engine.sessions.creation import Creation
@@ -43,7 +44,7 @@ from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Arrivals, Loader
 from stepwell_server.engine.sessions.matching import Matching
 from stepwell_server.engine.sessions.moving import Moving
-from stepwell_server.engine.sessions.opening import OpenedMany, Opening
+from stepwell_server.engine.sessions.opening import Opening
 from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.sessions.reading import Reading
 from stepwell_server.engine.shares import LoopTurns, Shares, Threads
@@ -214,6 +215,7 @@ class Engine:
             self._turns,
             pager,
             creation,
+            Attempts(table, self._directory, fetcher, self._group, pieces, observer),
             pieces,
             drain=self._drain_inboxes,
             require_open=self._require_open,

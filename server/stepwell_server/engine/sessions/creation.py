@@ -27,9 +27,12 @@ from stepwell_server.engine.state.fields import joined
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array
 from stepwell_server.errors import QuotaExceeded, ServerError
+from stepwell_server.logs import Log
 from stepwell_server.store import counts
 from stepwell_server.store.base import ALL_KEPT, Batch, Committed
 from stepwell_server.store.record import Joined, RecordTemplate, Stored
+
+_log = Log("engine.creation")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,7 +95,13 @@ def _of_tenants(ids: Sequence[str], model: Model, by: int) -> list[tuple[str, in
 
 
 class Taken(Exception):
-    """Another server has made a session of one of the ids."""
+    """Another server has made a session of one of the ids. It may have been the same call."""
+
+    def __init__(self, fresh: Fresh, made: Sequence[str]) -> None:
+        super().__init__()
+        self.fresh = fresh
+        self.made = made
+        """Those of `fresh` that are there, or may be: see `Creation.take_back`."""
 
 
 class Creation:
@@ -174,7 +183,7 @@ class Creation:
         Raises:
             Unavailable: the store could not keep them; none is made, and the rows are given back.
             QuotaExceeded: the tenant may not have so many; the same.
-            Taken: so it is where another server was faster.
+            Taken: another server was faster with one. The others may be there, if the call can come again.
         """
         model, ids = fresh.model, fresh.ids
         made: asyncio.Future[SessionInfo | Exception] = asyncio.get_running_loop().create_future()
@@ -211,12 +220,16 @@ class Creation:
             if isinstance(committed, ServerError):
                 settle(committed)
             elif not committed.conflicts.isdisjoint(ids):
-                self._undo(fresh, committed, lambda: settle(Taken()))
-            elif len(ids) == 1 and ids[0] in committed.unknown:
+                there = [i for i in ids if i not in committed.conflicts]
+                if there and not fresh.opened_with:  # nobody could tell whose they are
+                    self._undo(fresh, there, lambda: settle(Taken(fresh, ())))
+                else:
+                    settle(Taken(fresh, there))
+            elif not committed.unknown.isdisjoint(ids) and (len(ids) == 1 or fresh.opened_with):
                 # it may be there, and somebody may have been told so: whoever asks again finds it
                 settle(not_known())
             elif not committed.unknown.isdisjoint(ids):
-                self._undo(fresh, committed, lambda: settle(not_known()))
+                self._undo(fresh, ids, lambda: settle(not_known()))
             else:
                 settle(None)
 
@@ -260,16 +273,34 @@ class Creation:
         if self._quotas is not None:
             self._quotas.end(sessions)
 
-    def _undo(self, fresh: Fresh, committed: Committed, then: Callable[[], None]) -> None:
-        """Delete those of sessions that were not all made which were, or may have been."""
-        there, model = [i for i in fresh.ids if i not in committed.conflicts], fresh.model
+    async def take_back(self, taken: Sequence[Taken]) -> None:
+        """Delete what was made of sessions that are not all made; also if the caller is cancelled."""
+        for each in taken:
+            if each.made:
+                done = asyncio.get_running_loop().create_future()
+                self._undo(each.fresh, each.made, functools.partial(done.set_result, None))
+                await asyncio.shield(done)
+
+    def _undo(self, fresh: Fresh, there: Sequence[str], then: Callable[[], None]) -> None:
+        """Delete some sessions that are there, or may be.
+
+        Only as they were made here: others may have changed them since, or have been told that they are there (`Attempts`).
+        """
         batch = Batch(
             deletes=there,
-            counts=[(model.name, -len(there))],
-            tenant_counts=_of_tenants(there, model, -1),
+            counts=[(fresh.model.name, -len(there))],
+            tenant_counts=_of_tenants(there, fresh.model, -1),
             delete_follows=stamped(fresh.stamp, len(there)),
         )
-        self._commits.submit(lambda: batch, len(there), lambda _: then())
+
+        def done(undone: Committed | ServerError) -> None:
+            if isinstance(undone, ServerError) or undone.unknown:
+                _log.warning(
+                    "sessions of a call that was refused may still be in the store", sessions=len(there)
+                )
+            then()
+
+        self._commits.submit(lambda: batch, len(there), done)
 
     def _go_on(self, work: Coroutine[None, None, None], then: Callable[[], None] = lambda: None) -> None:
         """Do what is done in pieces, whatever becomes of the call."""

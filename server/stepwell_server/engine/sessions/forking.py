@@ -11,9 +11,10 @@ from stepwell_server.core import namespaces
 from stepwell_server.core.leases import Lease
 from stepwell_server.engine.api import StatesRead
 from stepwell_server.engine.intake.validation import require_sessions
+from stepwell_server.engine.sessions.attempts import OpenedMany, Wanted
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.loading import Seen
-from stepwell_server.engine.sessions.opening import OpenedMany, Opening, Wanted
+from stepwell_server.engine.sessions.opening import Opening
 from stepwell_server.engine.sessions.pieces import TURN, Pieces
 from stepwell_server.engine.sessions.reading import Reading
 from stepwell_server.engine.types import U64, Array, Members
@@ -92,12 +93,18 @@ class Forking:
         # Together: between two looks at a store that is awaited, changes that came later would overtake the reading.
         seen = await self._opening.seen([*ids, *sources])
         self._drain()
-        known = self._opening.made_before("fork", ids, seen, request_id)
+        known = await self._opening.attempts.made_before("fork", ids, seen, request_id)
         if known is not None:  # also if those it was made of are gone by now
             return known
-        async for part in self._pieces.of(new_session_ids):
-            self._directory.require_new(field, new_session_ids[part], seen)
-        if len(new_session_ids) > TURN:  # others had turns between the pieces
+        left = await self._opening.attempts.left(field, ids, seen, request_id)
+        new = (
+            [new_session_ids[place] for place in left.tolist()]
+            if new_session_ids and left is not None
+            else ()
+        )
+        async for part in self._pieces.of(new):
+            self._directory.require_new(field, new[part], seen)
+        if len(new) > TURN or left is None or len(left) < count:  # others had turns meanwhile
             seen = await self._directory.look(sources, anew=True)
             self._drain()
         with self._copying(session_ids) as admit:

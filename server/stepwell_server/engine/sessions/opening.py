@@ -17,6 +17,7 @@ from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewher
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.intake.validation import check_finite_state
+from stepwell_server.engine.sessions.attempts import Attempts, OpenedMany, Wanted
 from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, require_session_id
@@ -25,58 +26,18 @@ from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.sessions.using import Clients, Usage
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import U64, Array, Tensors
+from stepwell_server.engine.types import U64, Tensors
 from stepwell_server.errors import (
     InvalidInput,
     ModelMismatch,
     ModelNotFound,
     RevisionConflict,
+    ServerError,
     SessionExists,
     SessionGone,
     Unavailable,
 )
 from stepwell_server.program import FINGERPRINT_DIGITS
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class OpenedMany:
-    """Answer to opening or forking many sessions."""
-
-    session_ids: Sequence[str]
-    model: str
-    fingerprint: str
-    batch_size: int
-    revisions: U64
-    """`(n,)`."""
-    positions: U64
-    """`(n,)`."""
-    replayed: bool = False
-    version: int = 0
-    """Of the model."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Wanted:
-    """Many sessions that are to begin."""
-
-    model: Model
-    ids: Sequence[str]
-    batch_size: int
-    request_id: int
-    are_chosen: bool
-    """By the caller; else the ids were made here."""
-    field: str
-    """Of the request, that has the ids or would have them."""
-    revisions: U64 | None = None
-    """`(n,)`, those of the sessions they are copies of."""
-    positions: U64 | None = None
-    """`(n,)`."""
-    states: Sequence[Array] | None = None
-    """Their rows one after the other; None: the model's initial state."""
-    lease: Lease | None = None
-    """Of those whose ids were made here."""
-    is_pinned: bool = False
-    """They stay on this version of the model."""
 
 
 class Opening:
@@ -93,6 +54,7 @@ class Opening:
         turns: Turns,
         pager: Pager,
         creation: Creation,
+        attempts: Attempts,
         pieces: Pieces,
         *,
         drain: Callable[[], None],
@@ -109,6 +71,7 @@ class Opening:
         self._turns = turns
         self._pager = pager
         self._creation = creation
+        self.attempts = attempts
         self._pieces = pieces
         self._drain = drain
         self._require_open = require_open
@@ -237,14 +200,34 @@ class Opening:
         )
 
     async def make_many(self, wanted: Wanted) -> OpenedMany:
-        """Make sessions: all of them or none. Errors as of `open`."""
-        served, ids, batch_size = wanted.model, wanted.ids, wanted.batch_size
+        """Make sessions: all of them or none. Errors as of `open`.
+
+        Where the store, which others use too, does not say what it kept, some of them may be there: the same call makes
+        the others when it comes again, here or on another server.
+        """
+        taken: list[Taken] = []
+        try:
+            return await self._make_many(wanted, taken)
+        except Unavailable:  # it comes again
+            raise
+        except ServerError:
+            await self._creation.take_back(taken)
+            raise
+
+    async def _make_many(self, wanted: Wanted, taken: list[Taken]) -> OpenedMany:
+        """As `make_many`; `taken` gets what was made, if not all was."""
+        served, every, batch_size = wanted.model, wanted, wanted.batch_size
         epoch = served.epoch
         for _ in range(MOST_TRIES):
-            seen = await self.seen(ids)
-            known = self.made_before("open", ids, seen, wanted.request_id)
+            seen = await self.seen(every.ids)
+            known = await self.attempts.made_before("open", every.ids, seen, every.request_id)
             if known is not None:
                 return known
+            left = await self.attempts.left(every.field, every.ids, seen, every.request_id)
+            if left is None:
+                continue
+            wanted = every.part(left)
+            ids = wanted.ids
             if not wanted.are_chosen:
                 self._require_not_gone(ids[0], seen)
             if not await self._reserve(wanted, seen):
@@ -271,12 +254,15 @@ class Opening:
             )
             try:
                 await self._creation.create(fresh)
-            except Taken:
+            except Taken as error:
+                taken.append(error)
                 await self._require_not_over(ids, ending)
                 continue
             self._observer.sessions_opened(
                 served.name, len(ids), "opened" if wanted.states is None else "forked"
             )
+            if wanted is not every:
+                continue  # and now all of them are there
             return OpenedMany(
                 ids,
                 served.name,
@@ -286,7 +272,7 @@ class Opening:
                 positions,
                 version=served.version,
             )
-        raise changed_elsewhere(ids[0])
+        raise changed_elsewhere(every.ids[0])
 
     async def _reserve(self, wanted: Wanted, seen: Seen) -> bool:
         """Keep ids that may begin for the call; False if another one is making a session of one of them.
@@ -523,26 +509,6 @@ class Opening:
         if len(set(chosen)) != len(chosen):
             raise InvalidInput(f"{field} must be different from each other; got one of them twice")
         return list(chosen)
-
-    def made_before(self, change: str, ids: Sequence[str], seen: Seen, request_id: int) -> OpenedMany | None:
-        """What this very request, to `open` or to `fork`, has made; None if it has not."""
-        if not request_id or self._directory.live(ids[0], seen) is None:
-            return None
-        table, handles = self._table, self._directory.find_all(ids, seen)
-        if not ((handles >= 0).all() and (table.opened_with[handles] == request_id).all()):
-            return None
-        model = self._directory.models.by_handle(int(handles[0]))
-        self._observer.replayed(model.name, change, len(ids))
-        return OpenedMany(
-            ids,
-            model.name,
-            model.program.fingerprint,
-            int(table.batch_size[handles[0]]),
-            table.revision[handles],
-            table.position[handles],
-            replayed=True,
-            version=model.version,
-        )
 
     def _require_not_gone(self, name: str, seen: Seen) -> None:
         """Refuse a call that made a session and comes again when that is gone: it must not begin anew."""

@@ -1,0 +1,231 @@
+"""Calls that make many sessions, and come again: what an earlier attempt has made is taken over, and the rest is made.
+
+Where others use the store, the attempts of a call may be on several servers at the same time, and one that was held up
+may go on long after another was answered. An attempt that is refused for good takes back what it made, as far as that
+has the stamp that it wrote. So whoever answers that sessions are there which another attempt has made gives them a
+stamp of its own first: from then on nobody takes them back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from stepwell_server.core.leases import Lease
+from stepwell_server.core.sessions import SessionTable
+from stepwell_server.engine.api import Observer
+from stepwell_server.engine.durability.committer import not_known
+from stepwell_server.engine.durability.fetching import Fetcher
+from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.durability.stamps import new_stamp, stamped
+from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
+from stepwell_server.engine.sessions.directory import Directory
+from stepwell_server.engine.sessions.loading import Seen
+from stepwell_server.engine.sessions.pieces import Pieces
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.types import U64, Array, Members
+from stepwell_server.errors import ServerError
+from stepwell_server.store.base import Batch, Committed
+from stepwell_server.store.record import Stored, decode_header
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OpenedMany:
+    """Answer to opening or forking many sessions."""
+
+    session_ids: Sequence[str]
+    model: str
+    fingerprint: str
+    batch_size: int
+    revisions: U64
+    """`(n,)`."""
+    positions: U64
+    """`(n,)`."""
+    replayed: bool = False
+    version: int = 0
+    """Of the model."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wanted:
+    """Many sessions that are to begin."""
+
+    model: Model
+    ids: Sequence[str]
+    batch_size: int
+    request_id: int
+    are_chosen: bool
+    """By the caller; else the ids were made here."""
+    field: str
+    """Of the request, that has the ids or would have them."""
+    revisions: U64 | None = None
+    """`(n,)`, those of the sessions they are copies of."""
+    positions: U64 | None = None
+    """`(n,)`."""
+    states: Sequence[Array] | None = None
+    """Their rows one after the other; None: the model's initial state."""
+    lease: Lease | None = None
+    """Of those whose ids were made here."""
+    is_pinned: bool = False
+    """They stay on this version of the model."""
+
+    def part(self, places: Members) -> Wanted:
+        """Some of them."""
+        if len(places) == len(self.ids):
+            return self
+        return dataclasses.replace(
+            self,
+            ids=[self.ids[place] for place in places.tolist()],
+            revisions=None if self.revisions is None else self.revisions[places],
+            positions=None if self.positions is None else self.positions[places],
+            states=None if self.states is None else [self._rows(array, places) for array in self.states],
+        )
+
+    def _rows(self, array: Array, places: Members) -> Array:
+        by_session = array.reshape(-1, self.batch_size, *array.shape[1:])
+        return by_session[places].reshape(-1, *array.shape[1:])
+
+
+class Attempts:
+    """Finds what earlier attempts of a call have made. Lives on the event loop."""
+
+    def __init__(
+        self,
+        table: SessionTable,
+        directory: Directory,
+        fetcher: Fetcher,
+        commits: GroupCommit,
+        pieces: Pieces,
+        observer: Observer,
+    ) -> None:
+        self._table = table
+        self._directory = directory
+        self._is_shared = directory.store.local is None
+        self._fetcher = fetcher
+        self._commits = commits
+        self._pieces = pieces
+        self._observer = observer
+
+    async def made_before(
+        self, change: str, ids: Sequence[str], seen: Seen, request_id: int
+    ) -> OpenedMany | None:
+        """What this very request, to `open` or to `fork`, has made; None if it has not made all of it.
+
+        Raises:
+            Unavailable, OutcomeUnknown: it is there, and it is not sure that it stays.
+        """
+        if not request_id or self._directory.live(ids[0], seen) is None:
+            return None
+        table, handles = self._table, self._directory.find_all(ids, seen)
+        if not ((handles >= 0).all() and (table.opened_with[handles] == request_id).all()):
+            return None
+        model = self._directory.models.by_handle(int(handles[0]))
+        known = OpenedMany(
+            ids,
+            model.name,
+            model.program.fingerprint,
+            int(table.batch_size[handles[0]]),
+            table.revision[handles],
+            table.position[handles],
+            replayed=True,
+            version=model.version,
+        )
+        if not await self._take_over(ids, request_id):
+            return None
+        self._observer.replayed(model.name, change, len(ids))
+        return known
+
+    async def left(self, field: str, ids: Sequence[str], seen: Seen, request_id: int) -> Members | None:
+        """Places of sessions that are to be made: of all, or of those that an earlier attempt of the call did not make.
+
+        Only what nobody has changed, closed or taken is made whole: else the call is judged as one that is new.
+
+        Returns:
+            None: it has changed meanwhile, and is to be looked at again.
+
+        Raises:
+            SessionExists: some are another call's, beside those of this one; `field` is the one of the request that has ids.
+            Unavailable, OutcomeUnknown: as `made_before`.
+        """
+        every: Members = np.arange(len(ids))
+        if not (request_id and self._is_shared):
+            return every
+        table, handles = self._table, self._directory.find_all(ids, seen)
+        there = handles >= 0
+        found = handles[there]
+        is_own = table.opened_with[found] == request_id
+        if not is_own.any():
+            return every
+        if not is_own.all():
+            others = np.flatnonzero(there)[~is_own].tolist()
+            self._directory.require_new(field, [ids[place] for place in others], seen)
+        missing = [ids[place] for place in np.flatnonzero(~there).tolist()]
+        is_whole = not missing or table.request_id[found].any()
+        if is_whole or len(self._directory.unusable(missing, seen)):
+            return every
+        if any(self._directory.ended(session_id, seen) is not None for session_id in missing):
+            return every
+        made = [ids[place] for place in np.flatnonzero(there).tolist()]
+        return every[~there] if await self._take_over(made, request_id) else None
+
+    async def _take_over(self, ids: Sequence[str], request_id: int) -> bool:
+        """Give sessions another stamp that an attempt of a call has made; False if one of them is not there any more.
+
+        Those that were changed since have another one already.
+        """
+        if not self._is_shared:
+            return True
+        async for part in self._pieces.of(ids):
+            if not await self._take_over_part(ids[part], request_id):
+                return False
+        return True
+
+    async def _take_over_part(self, ids: Sequence[str], request_id: int) -> bool:
+        for _ in range(MOST_TRIES):
+            puts: list[tuple[str, Stored]] = []
+            follows: list[int] = []
+            for session_id, each in zip(ids, await self._fetcher.fetch(ids), strict=True):
+                if each.record is None:
+                    return False
+                header = decode_header(session_id, each.record)
+                if header.opened_with != request_id:
+                    return False
+                if not header.request_id:
+                    puts.append((session_id, each.record))
+                    follows.append(each.stamp)
+            if not puts or await self._stamp(puts, np.array(follows, np.uint64)):
+                return True
+        raise changed_elsewhere(ids[0])
+
+    async def _stamp(self, puts: Sequence[tuple[str, Stored]], follows: U64) -> bool:
+        """Write records as they are, with another stamp; False if one was changed meanwhile."""
+        stamp = new_stamp()
+        told: asyncio.Future[Committed | ServerError] = asyncio.get_running_loop().create_future()
+
+        def done(committed: Committed | ServerError) -> None:
+            if isinstance(committed, Committed):
+                self._know(puts, follows, stamp, committed)
+            told.set_result(committed)
+
+        batch = Batch(puts=puts, follows=follows, stamps=stamped(stamp, len(puts)))
+        self._commits.submit(lambda: batch, len(puts), done)
+        committed = await asyncio.shield(told)
+        if isinstance(committed, ServerError):
+            raise committed
+        if committed.unknown:
+            raise not_known()
+        return not committed.conflicts
+
+    def _know(
+        self, puts: Sequence[tuple[str, Stored]], follows: U64, stamp: int, committed: Committed
+    ) -> None:
+        """Let the table say what its sessions are stamped with now."""
+        table = self._table
+        for (session_id, _), before in zip(puts, follows.tolist(), strict=True):
+            handle = table.find(session_id)
+            is_kept = session_id not in committed.conflicts and session_id not in committed.unknown
+            if is_kept and handle is not None and int(table.stamp[handle]) == before:
+                table.stamp[handle] = stamp
