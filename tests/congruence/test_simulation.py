@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import subprocess
@@ -14,6 +15,9 @@ import pytest
 
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.paging import Pager
+from stepwell_server.engine.sessions.attempts import Attempts
+from stepwell_server.engine.sessions.creation import Creation, Fresh
+from support.sim.network import Weather
 from support.sim.programs import Mix
 from support.sim.schedule import Plan, Schedule, run
 from support.sim.store import Bugs
@@ -63,7 +67,7 @@ def test_a_seed_gives_the_same_schedule_again() -> None:
 def is_found(seeds: range, bugs: Bugs | None = None, **changes: Any) -> bool:
     """Whether one of some schedules shows that something is wrong."""
     for seed in seeds:
-        plan = dataclasses.replace(Plan.drawn(seed), **changes)
+        plan = dataclasses.replace(Plan.drawn(seed), **copy.deepcopy(changes))
         try:
             result = Schedule(seed, plan=plan, bugs=bugs).run()
         except AssertionError:
@@ -132,3 +136,32 @@ def test_a_replica_that_reads_its_own_copy_is_found(monkeypatch: pytest.MonkeyPa
     mix = Mix(think_s=1e-3, read=6.0)
     changes: dict[str, Any] = {"owners": [["a"]], "guests": 2, "mix": mix, "faults": ("cut", "kill")}
     assert is_found(range(100), resident_rows=64, idle_s=0.0, **changes)
+
+
+def test_an_attempt_that_takes_back_what_another_was_answered_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A call for many sessions of which the store did not say what it kept: it was undone, whoever had come again meanwhile."""
+
+    async def believe(_self: Attempts, *_args: Any) -> bool:
+        return True
+
+    def never(fresh: Fresh) -> bool:
+        return len(fresh.ids) == 1
+
+    monkeypatch.setattr(Attempts, "_take_over", believe)
+    monkeypatch.setattr(Creation, "_may_come_again", staticmethod(never))
+    changes: dict[str, Any] = {
+        "together": True,
+        "owners": [["a", "b", "c"]],
+        "shards": 3,
+        "faults": ("cut",),
+        "fault_every_s": 0.2,
+        "mix": Mix(step=1.0, close=3.0, think_s=0.02),
+        "weather": Weather(lost=0.3, late=0.2, late_s=5.0),
+        "moves": False,
+        "seconds": 15.0,
+    }
+    assert is_found(range(100), **changes)
+    monkeypatch.undo()
+    assert not is_found(range(20), **changes)

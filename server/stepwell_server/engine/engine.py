@@ -198,6 +198,7 @@ class Engine:
         creation = Creation(
             table,
             self._directory,
+            self._turns,
             row_queue,
             self._group,
             keeping,

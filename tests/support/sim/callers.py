@@ -12,7 +12,7 @@ import numpy as np
 from stepwell_server.core.exactly_once import ANY_REVISION
 from stepwell_server.engine.api import Opened, SessionInfo, StateRead, StatesRead
 from stepwell_server.engine.change import Change
-from stepwell_server.engine.engine import Engine
+from stepwell_server.engine.engine import Engine, OpenedMany
 from stepwell_server.errors import (
     DeadlineExceeded,
     OutcomeUnknown,
@@ -162,6 +162,22 @@ class Callers:
             await self.sleep(self.way.pause_s)
             replica = self.some_replica(replica)
 
+    async def until_all_told(self, ops: Sequence[Op], work: Work) -> list[End]:
+        """As `until_told`, of a call that makes many sessions."""
+        replica, attempt = self.some_replica(), 0
+        while True:
+            attempt += 1
+            try:
+                ends = opened_many(await self.ask(replica, work))
+            except Exception as error:
+                ends = [end_of_one(op.call.session, error) for op in ops]
+            for op, end in zip(ops, ends, strict=True):
+                self.history.end(op, end)
+            if not is_open(ends[0]) or (attempt >= self.way.attempts and not self.way.is_calm):
+                return ends
+            await self.sleep(self.way.pause_s)
+            replica = self.some_replica(replica)
+
 
 @dataclasses.dataclass
 class Member:
@@ -224,6 +240,14 @@ def end_of(error: Exception) -> End:
     raise AssertionError(name) from error
 
 
+def end_of_one(session: str, error: Exception) -> End:
+    """What an error of a call for many sessions says of one of them."""
+    end = end_of(error)
+    if isinstance(error, ServerError) and error.metadata.get("session_id", session) != session:
+        return End(outcome="not_applied", error=f"another one: {end.error}")
+    return end
+
+
 def changed(answer: Answer | ServerError) -> End:
     """What a change was answered."""
     if isinstance(answer, ServerError):
@@ -246,6 +270,14 @@ def opened(result: Opened) -> End:
         position=info.position,
         found=result.resumed or result.replayed,
     )
+
+
+def opened_many(result: OpenedMany) -> list[End]:
+    """What the opening, or the forks, of many sessions were answered."""
+    return [
+        End(outcome="acknowledged", revision=revision, position=position, found=result.replayed)
+        for revision, position in zip(result.revisions.tolist(), result.positions.tolist(), strict=True)
+    ]
 
 
 def read(result: StateRead) -> End:

@@ -46,6 +46,7 @@ class Mix:
     close: float = 0.5
     resume: float = 0.7
     rest: float = 0.0
+    fork_many: float = 0.0
     think_s: float = 0.2
 
 
@@ -64,8 +65,16 @@ class Owner:
     """Opens sessions and works with them; nobody else closes them, or opens them anew."""
 
     def __init__(
-        self, callers: Callers, mix: Mix, names: Sequence[str], *, must_be_new: bool = False
+        self,
+        callers: Callers,
+        mix: Mix,
+        names: Sequence[str],
+        *,
+        must_be_new: bool = False,
+        together: bool = False,
     ) -> None:
+        """`together`: those that are not there are opened by one call."""
+        self._together = together
         self.callers = callers
         self.world = callers.world
         self.mix = mix
@@ -81,7 +90,7 @@ class Owner:
         while self.world.now < end_s:
             own = random.choice(self.sessions)
             if not own.is_there:
-                if not await self.open(own):
+                if not await (self.open_many() if self._together else self.open(own)):
                     await self.callers.sleep(self.mix.think_s)
                 continue
             if own.revision is None:
@@ -124,6 +133,48 @@ class Owner:
         own.is_there = end.outcome == "acknowledged" or end.error.startswith("SessionExists")
         own.revision = end.revision
         return own.is_there
+
+    async def open_many(self) -> bool:
+        """Open all sessions that are not there by one call; whether they are there."""
+        callers, request_id = self.callers, self.callers.request_id()
+        owns = [own for own in self.sessions if not own.is_there and own.rows == 1]
+        names = [own.name for own in owns]
+        ops = [
+            callers.history.call(
+                Call(kind="open", session=name, request_id=request_id, must_be_new=True, batch_size=1)
+            )
+            for name in names
+        ]
+        ends = await callers.until_all_told(
+            ops,
+            lambda engine: engine.open_sessions("plain", session_ids=names, request_id=request_id),
+        )
+        for own, end in zip(owns, ends, strict=True):
+            own.is_there = end.outcome == "acknowledged" or end.error.startswith("SessionExists")
+            own.revision = None if end.found else end.revision
+        return all(own.is_there for own in owns)
+
+    async def fork_many(self, _own: Own) -> None:
+        """Make sessions of all sessions that are there, by one call."""
+        callers, request_id = self.callers, self.callers.request_id()
+        owns = [each for each in self.sessions if each.is_there]
+        self._forks += 1
+        names = [f"{own.name}.{self._forks}" for own in owns]
+        ops = [
+            callers.history.call(
+                Call(kind="fork", session=name, parent=own.name, request_id=request_id, batch_size=own.rows)
+            )
+            for own, name in zip(owns, names, strict=True)
+        ]
+        sources = [own.name for own in owns]
+        ends = await callers.until_all_told(
+            ops,
+            lambda engine: engine.fork_sessions(sources, new_session_ids=names, request_id=request_id),
+        )
+        for own, name, end in zip(owns, names, ends, strict=True):
+            if end.outcome == "acknowledged":
+                revision = None if end.found else end.revision
+                self.sessions.append(Own(name, own.rows, is_there=True, revision=revision))
 
     async def open_once(self, name: str) -> None:
         """Open a session that others want to open too, and change it if it is there."""

@@ -51,6 +51,8 @@ class Plan:
     """Replicas load a second version one after the other, and the default moves between the two."""
     guests: int
     seconds: float
+    together: bool = False
+    """Owners open their sessions, and fork them, many by one call."""
 
     @classmethod
     def drawn(cls, seed: int) -> Plan:
@@ -78,7 +80,7 @@ class Plan:
         if idle_s:
             mix.rest = draw.choice([0.0, 2.0, 8.0])
         bad = draw.random()
-        return cls(
+        plan = cls(
             replicas=draw.choice([2, 3, 3]),
             shards=draw.choice([1, 1, 2, 3]),
             must_sync=draw.random() < 0.5,
@@ -100,6 +102,10 @@ class Plan:
             guests=draw.choice([0, 0, 1, 2]),
             seconds=draw.choice([4.0, 8.0, 15.0]),
         )
+        plan.together = draw.random() < 0.3
+        if plan.together:
+            mix.fork_many = draw.choice([0.0, 0.3])
+        return plan
 
 
 @dataclasses.dataclass
@@ -267,7 +273,7 @@ class Schedule:
             replica.start()
         world.run(lambda: all(each.is_ready for each in self.replicas), 1000.0, "the start")
         began = world.now
-        owners = [Owner(callers, plan.mix, names) for names in plan.owners]
+        owners = [Owner(callers, plan.mix, names, together=plan.together) for names in plan.owners]
         names = [name for group in plan.owners for name in group]
         work = [owner.run(began + plan.seconds) for owner in owners]
         work += [

@@ -19,9 +19,11 @@ from stepwell_server.engine.durability.group_commit import Done, GroupCommit, re
 from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.durability.stamps import new_stamp, stamped
 from stepwell_server.engine.intake.row_queue import RowQueue
+from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Expiry, Removal
+from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.pieces import TURN, Pieces
 from stepwell_server.engine.state.fields import joined
 from stepwell_server.engine.state.model import Model
@@ -111,6 +113,7 @@ class Creation:
         self,
         table: SessionTable,
         directory: Directory,
+        turns: Turns,
         row_queue: RowQueue,
         commits: GroupCommit,
         keeping: Keeping,
@@ -126,6 +129,7 @@ class Creation:
         """See the class; `follow` lets sessions make the moves that were made while they were."""
         self._table = table
         self._directory = directory
+        self._turns = turns
         self._row_queue = row_queue
         self._removal = removal
         self._quotas = quotas
@@ -144,15 +148,26 @@ class Creation:
         """Whether a session of one of these ids is being made."""
         return not self._removal.opening.keys().isdisjoint(session_ids)
 
-    async def all_settled(self, session_ids: Sequence[str]) -> None:
-        """Return when nobody is making sessions of these ids, and it is known what their tenants have.
+    async def look(self, session_ids: Sequence[str]) -> Seen:
+        """What the store has of ids, at a moment when nobody makes sessions of them, and it is known what their tenants have.
+
+        Nor has any of them something under way here that has ended on another server: that comes to its end first.
 
         Raises:
-            Unavailable: that cannot be asked now.
+            Unavailable: the store cannot be asked now.
         """
-        if self._quotas is not None:
-            await self._quotas.refresh(session_ids)
-        await self._removal.all_made(session_ids)
+        while True:
+            if self._quotas is not None:
+                await self._quotas.refresh(session_ids)
+            await self._removal.all_made(session_ids)
+            seen = await self._directory.look(session_ids, anew=True)
+            ended = seen.ended_elsewhere()
+            for session_id in ended:
+                handle = self._table.find(session_id)
+                if handle is not None:
+                    await self._turns.free(handle)
+            if not ended and not self.is_making(session_ids):
+                return seen
 
     @staticmethod
     def reservation() -> asyncio.Future[None]:
@@ -221,11 +236,11 @@ class Creation:
                 settle(committed)
             elif not committed.conflicts.isdisjoint(ids):
                 there = [i for i in ids if i not in committed.conflicts]
-                if there and not fresh.opened_with:  # nobody could tell whose they are
-                    self._undo(fresh, there, lambda: settle(Taken(fresh, ())))
-                else:
+                if not there or self._may_come_again(fresh):
                     settle(Taken(fresh, there))
-            elif not committed.unknown.isdisjoint(ids) and (len(ids) == 1 or fresh.opened_with):
+                else:
+                    self._undo(fresh, there, lambda: settle(Taken(fresh, ())))
+            elif not committed.unknown.isdisjoint(ids) and self._may_come_again(fresh):
                 # it may be there, and somebody may have been told so: whoever asks again finds it
                 settle(not_known())
             elif not committed.unknown.isdisjoint(ids):
@@ -241,6 +256,11 @@ class Creation:
         if isinstance(result, Exception):
             raise result
         return result
+
+    @staticmethod
+    def _may_come_again(fresh: Fresh) -> bool:
+        """Whether the same call goes on with what is there of it: of many sessions it must be possible to tell whose they are."""
+        return len(fresh.ids) == 1 or fresh.opened_with != 0
 
     def _charge(self, fresh: Fresh) -> None:
         try:

@@ -35,7 +35,7 @@ from stepwell_server.errors import (
     Unavailable,
 )
 from stepwell_server.logs import Log
-from stepwell_server.store.base import End, Store
+from stepwell_server.store.base import End, Store, Tombstone
 from stepwell_server.store.record import Header, decode_header
 
 _log = Log("engine.directory")
@@ -257,6 +257,10 @@ class Directory:
             return ending
         (stone,) = seen.tombstones([session_id])
         return None if stone is None else self._endings.of(stone)
+
+    def ended_by(self, stone: Tombstone) -> SessionGone:
+        """What is said of a session of which a tombstone is kept."""
+        return self._endings.of(stone)
 
     def first_revisions(self, session_ids: Sequence[str], seen: Seen) -> U64:
         """The revisions with which sessions begin: the store's first, or more than another session that had the id ever had.

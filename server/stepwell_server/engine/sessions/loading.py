@@ -62,6 +62,9 @@ class Seen(Protocol):
     def newer(self, session_id: str) -> Fetched | None:
         """What another server made of a session that is in the table and has something under way here; None: nothing."""
 
+    def ended_elsewhere(self) -> Sequence[str]:
+        """Sessions that are in the table, have something under way here, and have ended on another server."""
+
 
 class InPlace(Seen):
     """`Seen`, of a store that answers in place, and that nobody else uses."""
@@ -92,6 +95,10 @@ class InPlace(Seen):
     @override
     def newer(self, session_id: str) -> Fetched | None:
         return None
+
+    @override
+    def ended_elsewhere(self) -> Sequence[str]:
+        return ()
 
 
 class Looked(Seen):
@@ -130,6 +137,10 @@ class Looked(Seen):
     @override
     def newer(self, session_id: str) -> Fetched | None:
         return self._newer.get(session_id)
+
+    @override
+    def ended_elsewhere(self) -> Sequence[str]:
+        return [session_id for session_id, each in self._newer.items() if each.record is None]
 
     def _of(self, session_id: str) -> Fetched:
         found = self._found.get(session_id)

@@ -48,7 +48,7 @@ from stepwell_server.errors import (
     StateCorrupt,
 )
 from stepwell_server.store import counts
-from stepwell_server.store.base import Batch, Committed, LocalStore, Outcome, Store
+from stepwell_server.store.base import Batch, Committed, Fetched, LocalStore, Outcome, Store
 from stepwell_server.store.record import (
     Header,
     Stored,
@@ -168,7 +168,7 @@ class Moving:
         ]
         seen = await self._directory.look(missing, anew=bool(over)) if missing else self._directory.here
         found = [
-            self._exported(i, each.record, seen, must_be_here=i in over)
+            self._exported(i, each, seen, must_be_here=i in over)
             for i, each in zip(session_ids, fetched, strict=True)
         ]
         for place, each in enumerate(found):
@@ -198,9 +198,12 @@ class Moving:
         )
         return _encoded(session_id, header, decoded.rows, decoded.extras.get(0, b""))
 
-    def _exported(
-        self, session_id: str, record: Stored | None, seen: Seen, *, must_be_here: bool
-    ) -> Exported:
+    def _exported(self, session_id: str, fetched: Fetched, seen: Seen, *, must_be_here: bool) -> Exported:
+        record = fetched.record
+        if (
+            fetched.tombstone is not None and not must_be_here
+        ):  # maybe by another server, and the table has it still
+            return self._directory.ended_by(fetched.tombstone)
         if must_be_here or session_id in self._table:
             try:
                 self._directory.find(session_id, seen)
@@ -381,11 +384,7 @@ class Moving:
     ) -> list[_New]:
         """Those that are not there; `results` gets what is there and stays. The others are to be replaced."""
         ids = list(new)
-        while True:
-            await self._creation.all_settled(ids)
-            seen = await self._directory.look(ids, anew=True)
-            if not self._creation.is_making(ids):
-                break
+        seen = await self._creation.look(ids)
         handles = self._directory.find_all(ids, seen)
         missing = [ids[place] for place in np.flatnonzero(handles < 0).tolist()]
         unusable = set(self._directory.unusable(missing, seen))

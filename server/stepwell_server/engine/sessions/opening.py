@@ -348,13 +348,22 @@ class Opening:
             require_session_id("new_session_id", new_session_id)
         namespace = namespaces.prefix_of(namespaces.tenant_of(session_id))
         name = new_session_id or self._directory.ids.make(request_id, session_id, namespace=namespace)
-        seen = await self.seen([name, session_id])
-        self._drain()
-        known = self._forked_before(name, seen, request_id)
-        if known is not None:
-            return known
-        source = self._directory.find(session_id, seen)
-        await self._turns.hold(source, deadline)
+        for _ in range(MOST_TRIES):
+            seen = await self.seen([name, session_id])
+            self._drain()
+            known = self._forked_before(name, seen, request_id)
+            if known is not None:
+                return known
+            source = self._directory.find(session_id, seen)
+            try:
+                await self._turns.hold(source, deadline)
+                break
+            except SessionGone:
+                if not self._pager.is_shared:
+                    raise
+                # while it was waited for; by now another server may have opened it anew
+        else:
+            raise changed_elsewhere(session_id)
         try:
             for _ in range(MOST_TRIES):
                 # once more: the same call may have been in line before this one
@@ -399,12 +408,8 @@ class Opening:
                 )
 
     async def seen(self, ids: Sequence[str]) -> Seen:
-        """What the store has of ids, at a moment when nobody makes sessions of them."""
-        while True:
-            await self._creation.all_settled(ids)
-            seen = await self._directory.look(ids, anew=True)
-            if not self._creation.is_making(ids):
-                return seen
+        """See `Creation.look`."""
+        return await self._creation.look(ids)
 
     def _live(self, name: str, seen: Seen, must_be_new: bool) -> int | None:
         try:

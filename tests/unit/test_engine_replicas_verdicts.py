@@ -1,0 +1,118 @@
+"""What is said of sessions that were closed on another server while something is under way for them here, or while they are in the table."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from stepwell_server.engine.sessions.moving import Arriving, Brought, Existing
+from stepwell_server.errors import ServerError, SessionNotFound
+from support.awaited import RemoteStore
+from support.durable import begun
+from support.engine import Answers, Harness, x
+from support.replicas import both_know, two
+
+pytestmark = pytest.mark.stores("awaited")
+
+
+async def closed_behind(first: Harness, second: Harness) -> Answers:
+    """The first closes a session for which a step of the second waits for the store: its answers."""
+    if "a" not in second.inside.loaded():
+        await both_know(first, second, "a")
+    store: RemoteStore = second.store
+    before = len(store.asked("commit"))
+    store.commits_held = True
+    step = second.submit("a", x(1))
+    await store.until("commit", before + 1)
+    await first.engine.close_session("a")
+    return step
+
+
+async def told(second: Harness, call: Any, step: Answers) -> Any:
+    """What a call is told, when what is under way has ended."""
+    before = len(second.store.asked("read"))
+    task: asyncio.Task[Any] = await begun(call)
+    await second.store.until("read", before + 1)
+    for _ in range(20):  # it has seen what the store says, and goes on as far as it can
+        await asyncio.sleep(0)
+    second.store.let_go()
+    with pytest.raises(SessionNotFound):
+        await step.only()
+    return await asyncio.wait_for(task, 60)
+
+
+async def test_many_are_opened() -> None:
+    async with two() as (first, second):
+        step = await closed_behind(first, second)
+        opened = await told(
+            second, second.engine.open_sessions("plain", session_ids=["a", "b"], request_id=3), step
+        )
+        assert opened.revisions.tolist() == [2, 0]
+        assert (await first.step("a", x(1), expected=2)).revision == 3
+
+
+async def test_it_may_be_forked_to() -> None:
+    async with two() as (first, second):
+        await first.open("source")
+        step = await closed_behind(first, second)
+        fork = second.engine.fork("source", new_session_id="a", request_id=3)
+        assert (await told(second, fork, step)).session.revision == 2
+
+
+async def test_many_may_be_forked_to() -> None:
+    async with two() as (first, second):
+        await first.open("source")
+        step = await closed_behind(first, second)
+        fork = second.engine.fork_sessions(["source", "source"], new_session_ids=["a", "b"], request_id=3)
+        assert (await told(second, fork, step)).revisions.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("many", [False, True])
+async def test_it_is_not_forked(many: bool) -> None:
+    async with two() as (first, second):
+        step = await closed_behind(first, second)
+        if not many:
+            fork: Any = second.engine.fork("a", new_session_id="b", request_id=3)
+        else:
+            fork = second.engine.fork_sessions(["a"], new_session_ids=["b"], request_id=3)
+        with pytest.raises(SessionNotFound, match="session 'a' was closed"):
+            await told(second, fork, step)
+
+
+async def test_the_session_is_forked_that_has_the_id_now() -> None:
+    """Also where the fork waits in the line of the one that was closed."""
+    async with two() as (first, second):
+        step = await closed_behind(first, second)
+        await first.open("a", batch_size=2)
+        fork = second.engine.fork("a", new_session_id="b", request_id=3)
+        assert (await told(second, fork, step)).session.batch_size == 2
+
+
+@pytest.mark.parametrize("existing", list(Existing))
+async def test_it_is_imported(existing: Existing) -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        (record,) = await first.engine.export_sessions(["a"], deadline=float("inf"))
+        assert not isinstance(record, ServerError)
+        step = await closed_behind(first, second)
+        arriving = [Arriving("a", "a", bytes(record))]
+        assert await told(second, second.engine.import_sessions(arriving, existing), step) == [
+            Brought.IMPORTED
+        ]
+        assert (await first.engine.session_info("a")).revision == 1
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+async def test_it_is_not_exported_and_it_is_said_why(is_busy: bool) -> None:
+    async with two() as (first, second):
+        if is_busy:
+            step = await closed_behind(first, second)
+            (why,) = await told(second, second.engine.export_sessions(["a"], deadline=float("inf")), step)
+        else:
+            await both_know(first, second, "a")
+            await first.engine.close_session("a")
+            (why,) = await second.engine.export_sessions(["a"], deadline=float("inf"))
+        assert isinstance(why, SessionNotFound)
+        assert why.message == "session 'a' was closed"
