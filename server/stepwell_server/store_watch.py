@@ -56,7 +56,12 @@ def tell(
     """Make known how the store is; a line is written when that changes."""
     before = readiness.report
     is_ready = not health.problem
-    observer.store_checked(is_ready=is_ready, reopened=health.reopened, is_damaged=is_damaged)
+    observer.store_checked(
+        is_ready=is_ready,
+        reopened=health.reopened,
+        is_damaged=is_damaged,
+        lost_sessions=health.lost_sessions,
+    )
     if is_ready is ("store" in before.problems):
         if is_ready:
             _log.info("the store can be used again")

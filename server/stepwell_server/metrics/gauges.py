@@ -177,7 +177,7 @@ def of_store_info(store_id: str, *, is_shared: bool) -> Metric:
 
 
 def of_store(
-    times: StoreTimes | None, *, is_ready: bool, reopened: int, is_damaged: bool
+    times: StoreTimes | None, *, is_ready: bool, reopened: int, is_damaged: bool, lost_sessions: int
 ) -> Iterator[Metric]:
     """How the store is, and, of one on disk, how long it takes."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -185,6 +185,8 @@ def of_store(
     yield GaugeMetricFamily("stepwell_store_ready", "1 if the store can be used, 0 if not.", value=is_ready)
     text = "1 if sessions are missing from the store although nobody ended them, 0 if none are known to be."
     yield GaugeMetricFamily("stepwell_store_damaged", text, value=is_damaged)
+    text = "How many sessions were found to be lost whose keys a shared store does not have any more."
+    yield CounterMetricFamily("stepwell_store_lost_sessions", text, value=lost_sessions)
     text = "How often the store was opened anew because its disk had failed."
     yield CounterMetricFamily("stepwell_store_reopened", text, value=reopened)
     if times is None:

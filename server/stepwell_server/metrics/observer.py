@@ -71,6 +71,7 @@ class PrometheusObserver(Observer):
         self._store_is_ready = True
         self._store_reopened = 0
         self._store_is_damaged = False
+        self._store_lost_sessions = 0
         self._events = Counter(
             "stepwell_session_events",
             "Sessions opened, resumed, forked, closed, expired.",
@@ -337,8 +338,11 @@ class PrometheusObserver(Observer):
         """Which store it is: a name that no other store has; whether other servers use it too."""
         self._store_id = store_id, is_shared
 
-    def store_checked(self, *, is_ready: bool, reopened: int, is_damaged: bool) -> None:
+    def store_checked(
+        self, *, is_ready: bool, reopened: int, is_damaged: bool, lost_sessions: int = 0
+    ) -> None:
         """The store was looked after: whether it can be used, how often it was opened anew, whether it lost sessions."""
+        self._store_lost_sessions = lost_sessions
         self._store_is_ready, self._store_reopened = is_ready, reopened
         self._store_is_damaged = is_damaged
 
@@ -382,6 +386,7 @@ class PrometheusObserver(Observer):
             is_ready=self._store_is_ready,
             reopened=self._store_reopened,
             is_damaged=self._store_is_damaged,
+            lost_sessions=self._store_lost_sessions,
         )
         if self._versions is not None:
             families += gauges.of_versions(counts_of(self._versions()))

@@ -90,6 +90,8 @@ class StoreHealth:
     """What will become a problem if nobody does anything; empty if nothing."""
     warns_of: Literal["disk", "store"] = "disk"
     """What the warning is about: a disk that fills up, or how others run the store."""
+    lost_sessions: int = 0
+    """So many sessions were found to be lost, since the start: each alone, beside those of parts that were emptied."""
 
 
 class End(enum.IntEnum):
@@ -101,6 +103,8 @@ class End(enum.IntEnum):
     """A caller closed it."""
     LEFT = 3
     """Its client had been gone for longer than the lease allows."""
+    LOST = 4
+    """Nobody ended it: the store, which others use too, has lost it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -287,6 +291,10 @@ class Store(Protocol):
     @property
     def damage(self) -> str:
         """See `LocalStore`."""
+
+    def damage_of(self, session_id: str) -> str:  # noqa: ARG002 - of stores that know more
+        """The same of a session that is not found; empty: it is none of those that are missing."""
+        return self.damage
 
     def commit(self, batch: Batch) -> Awaitable[Committed]:
         """Keep a batch: of a local store all of it or nothing; of others each session's change or nothing of it.

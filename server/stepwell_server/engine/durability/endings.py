@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stepwell_server.errors import SessionExpired, SessionGone, SessionNotFound
+from stepwell_server.errors import SessionExpired, SessionGone, SessionLost, SessionNotFound
 from stepwell_server.store.base import End, Tombstone
 
 
@@ -24,6 +24,11 @@ class Endings:
         """What is said of a session of which a tombstone is kept."""
         if stone.end is End.EXPIRED:
             return self.expired(stone.session_id)
+        if stone.end is End.LOST:
+            return SessionLost(
+                stone.session_id,
+                f"session {stone.session_id!r} was lost by the store; nobody had ended it. Close it to use its id anew",
+            )
         if stone.end is End.LEFT:
             return SessionExpired(
                 stone.session_id,

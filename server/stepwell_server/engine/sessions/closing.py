@@ -30,10 +30,11 @@ from stepwell_server.errors import (
     ModelNotFound,
     ServerError,
     SessionGone,
+    SessionLost,
     SessionNotFound,
     StateCorrupt,
 )
-from stepwell_server.store.base import Committed, End, Fetched, Outcome
+from stepwell_server.store.base import Batch, Committed, End, Fetched, Outcome, Tombstone
 from stepwell_server.store.record import decode_header
 
 #: Sessions deleted in one transaction by one call: each needs room on the disk before it gives any back.
@@ -106,9 +107,29 @@ class Closing:
         seen = await self._directory.look([session_id])
         if request_id and self._directory.closed_with(session_id, seen) == request_id:
             return True
+        if await self._close_lost(session_id, request_id, seen):
+            return False
         if self._pager.is_shared and self._directory.live(session_id, seen) is not None:
             raise changed_elsewhere(session_id)  # it was closed, and opened anew
         raise error or self._directory.gone(session_id, seen)
+
+    async def _close_lost(self, session_id: str, request_id: int, seen: Seen) -> bool:
+        """Have a session that a shared store has lost count as closed; False if it is none.
+
+        Raises:
+            Unavailable: the store did not say that it remembers it.
+        """
+        if not (self._pager.is_shared and isinstance(self._directory.ended(session_id, seen), SessionLost)):
+            return False
+        kept: asyncio.Future[Committed | ServerError] = asyncio.get_running_loop().create_future()
+        batch = Batch(tombstones=[Tombstone(session_id, End.CLOSED, self._clock.now(), request_id)])
+        self._commits.submit(lambda: batch, 1, kept.set_result)
+        committed = await asyncio.shield(kept)
+        if isinstance(committed, ServerError):
+            raise committed
+        if committed.of(session_id) is Outcome.UNKNOWN:
+            raise not_known()
+        return True
 
     async def close_many(self, session_ids: Sequence[str], *, used_before: float = math.inf) -> int:
         """Delete those of many sessions that are there. See `Engine.close_sessions`.
@@ -133,6 +154,8 @@ class Closing:
         # what has something under way, and what cannot be stepped here, is closed by itself; the others are not there
         rest = [ids[place] for place in np.flatnonzero(there & claimed).tolist()]
         rest += self._directory.unusable(missing, seen)
+        if self._pager.is_shared:
+            rest += [i for i in missing if isinstance(self._directory.ended(i, seen), SessionLost)]
         self._turns.claim(free)
         ended: Counter[str] | None = Counter() if len(ids) > 1 else None
         try:

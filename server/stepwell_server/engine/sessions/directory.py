@@ -236,9 +236,10 @@ class Directory:
                 f"session {session_id!r} was lost with the store that kept it: it is of another server process"
                 " with --store memory, or of another --data-dir",
             )
-        if self.store.damage:
+        damage = self.store.damage_of(session_id)
+        if damage:
             return StateCorrupt(
-                f"session {session_id!r} is not in the store, which lost sessions: {self.store.damage}. It may be one of"
+                f"session {session_id!r} is not in the store, which lost sessions: {damage}. It may be one of"
                 " them, so it is not begun anew",
                 session_id=session_id,
             )

@@ -35,6 +35,7 @@ from stepwell_server.errors import (
     ServerError,
     SessionExists,
     SessionGone,
+    SessionLost,
     Unavailable,
 )
 from stepwell_server.program import FINGERPRINT_DIGITS
@@ -529,7 +530,8 @@ class Opening:
         if not chosen:
             return
         directory = self._directory
-        is_lost = directory.store.damage and directory.ended(chosen, seen) is None
+        ended = directory.ended(chosen, seen)
+        is_lost = directory.store.damage_of(chosen) if ended is None else isinstance(ended, SessionLost)
         if is_lost or directory.ids.is_made_by_a_server(chosen):
             raise directory.gone(chosen, seen)
 

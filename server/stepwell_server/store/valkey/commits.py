@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from stepwell_server.errors import ServerError
-from stepwell_server.store.base import ALL_KEPT, Batch, Committed
+from stepwell_server.store.base import ALL_KEPT, Batch, Committed, Tombstone
 from stepwell_server.store.record import U64, Puts, Stored
 from stepwell_server.store.valkey import scripts
 from stepwell_server.store.valkey.keys import META, STAMP_BYTES, Keys, pack_tombstone
@@ -34,6 +34,16 @@ class Part:
 
     request: Request
     session_ids: Sequence[str]
+
+    @property
+    def is_unmarked(self) -> bool:
+        """Its partition may have been emptied: no session has begun."""
+        return bool(self.request.is_answered and self.request.reply and not self.request.reply[0])
+
+    @property
+    def refused(self) -> list[str]:
+        """Sessions that were not as they had to be."""
+        return [self.session_ids[number - 1] for number in self.request.reply if number]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,6 +118,14 @@ class Commits:
             parts += self._follow([puts[i] for i in others], batch.follows[others], batch.stamps[others])
         return parts
 
+    def burying(self, stones: Sequence[Tombstone]) -> list[Part]:
+        """Requests that leave tombstones of sessions that were lost, where they still are."""
+        nonce = secrets.token_bytes(STAMP_BYTES)
+        changes = [
+            _Change("L", each.session_id, stamp=nonce, content=pack_tombstone(each)) for each in stones
+        ]
+        return self._scripts(changes, idle_ms=0)
+
     def _together(self, puts: Puts, follows: U64, stamps: U64) -> Part:
         """Records of the same size, which lie one after the other."""
         session_ids = puts.session_ids
@@ -176,6 +194,7 @@ class Commits:
                     [
                         self._keys.ids(partition),
                         self._keys.counts(partition),
+                        self._keys.mark(partition),
                         *(self._keys.session(change.session_id) for change in some),
                     ],
                     "".join([change.letter for change in some]),
@@ -209,7 +228,7 @@ def outcome_of(parts: Sequence[Part], stale: frozenset[str], *, documents_kept: 
             is_refused &= not request.is_sent
             unknown += part.session_ids
             continue
-        failed = [part.session_ids[number - 1] for number in request.reply]
+        failed = part.refused
         # what was sent before, and not answered, may have been kept, and be followed by another change by now
         (unknown if request.is_sent else conflicts).extend(failed)
         is_refused &= len(failed) == len(part.session_ids) and not request.is_sent

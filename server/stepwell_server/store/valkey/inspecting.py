@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 from stepwell_server.store.base import StoreError
@@ -10,6 +11,7 @@ from stepwell_server.store.valkey import meta
 from stepwell_server.store.valkey.client import Lost, Reply
 from stepwell_server.store.valkey.health import Findings, examine
 from stepwell_server.store.valkey.keys import META, Keys, store_key
+from stepwell_server.store.valkey.losses import Mark, emptied_parts
 from stepwell_server.store.valkey.nodes import topology_of
 from stepwell_server.store.valkey.requests import Request, Requests
 from stepwell_server.store.valkey.url import StoreUrl, shown
@@ -38,18 +40,31 @@ async def inspect(url: StoreUrl, durability: Literal["sync", "async"]) -> Inspec
         requests = Requests(topology, timeout_s=url.timeout_s, wait=None)
         (fields,) = await _answers(requests, Request(META, (b"HGETALL", store_key(url.prefix))))
         found = meta.meta_of(url.prefix, fields, url.partitions) if fields else None
-        sessions = 0
+        sessions, warnings = 0, list[str]()
         if found is not None:
             keys = Keys(url.prefix, found.partitions)
-            asked = (Request(p, (b"ZCARD", keys.ids(p))) for p in range(found.partitions))
+            asked = (Request(p, (b"ZCARD", keys.ids(p)), otherwise=0) for p in range(found.partitions))
             sessions = sum(await _answers(requests, *asked))
+            warnings = _losses(await emptied_parts(requests, keys), keys.partitions)
         findings = await examine(topology, url, durability, url.timeout_s)
+        findings = findings.joined(Findings(warnings=warnings))
         servers = [shown(node.address) for node in await topology.primaries()]
         return Inspection(servers, None if found is None else found.partitions, sessions, findings)
     except Lost as error:
         raise StoreError(str(error)) from None
     finally:
         topology.close()
+
+
+def _losses(emptied: Sequence[Mark], partitions: int) -> list[str]:
+    if not emptied:
+        return []
+    last = max(emptied, key=lambda mark: mark.lost_ms).lost_at
+    warning = (
+        f"{len(emptied)} of the {partitions} parts of the store were found to be emptied, last at {last}: sessions that"
+        " they had then are lost"
+    )
+    return [warning]
 
 
 async def _answers(requests: Requests, *asked: Request) -> list[Reply]:

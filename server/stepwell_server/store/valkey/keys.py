@@ -5,6 +5,7 @@
                        2: a tombstone; it has a time to live
     PREFIX{p}ids       the ids of the sessions of partition p, a sorted set in which all have the same score
     PREFIX{p}counts    how many sessions there are in it by names (`store.counts`), a hash
+    PREFIX{p}mark      incarnation of the store, a token, and when the partition was found to be emptied (ms); 0: never
     PREFIX{p}c:CLIENT  when a client was last heard of (ms), and for how long that is kept (ms); with that time to live
     PREFIX{meta}store  what the store says of itself, a hash
     PREFIX{meta}claim:NAME  who has a task to itself, with a time to live
@@ -27,6 +28,10 @@ from stepwell_server.store.base import End, Tombstone
 META = -1
 """In place of a partition: of the keys that are the whole store's."""
 RECORD, TOMBSTONE = 1, 2
+LOST, OTHER_TYPE, UNMARKED = 3, 4, 5
+"""In place of a value: see `scripts.FETCH`."""
+LOST_STAMP = 2**64 - 1
+"""Of what was lost: a session that begins in its place follows it."""
 STAMP_BYTES = 8
 HEAD = struct.Struct(">B8sQ")
 """Kind, stamp, last use."""
@@ -70,6 +75,10 @@ class Keys:
     def counts(self, partition: int) -> bytes:
         """The key of the counts of a partition."""
         return self._tags[partition] + b"counts"
+
+    def mark(self, partition: int) -> bytes:
+        """The key of the mark of a partition: it goes when all is lost that the partition has."""
+        return self._tags[partition] + b"mark"
 
     def claim(self, name: str) -> bytes:
         """The key of a task; of the whole store."""

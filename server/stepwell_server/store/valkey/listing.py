@@ -44,7 +44,9 @@ async def ids_after(requests: Requests, keys: Keys, after: str, prefix: str, lim
             unread = [p for p, page in pages.items() if not page.is_last and page.found[-1] == bound]
         asked = [
             Request(
-                p, _command(keys.ids(p), b"(" + pages[p].found[-1] if pages[p].found else low, high, size)
+                p,
+                _command(keys.ids(p), b"(" + pages[p].found[-1] if pages[p].found else low, high, size),
+                otherwise=(),
             )
             for p in unread
         ]

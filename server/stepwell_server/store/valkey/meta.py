@@ -16,7 +16,7 @@ from stepwell_server.store.valkey.url import DEFAULT_PARTITIONS, MOST_PARTITIONS
 
 LAYOUT = 1
 _LAYOUT, _PARTITIONS, _SECRET, _INCARNATION = b"layout", b"partitions", b"secret", b"incarnation"
-_FIRST_REVISION, _KEY = b"first_revision", b"key:"
+_FIRST_REVISION, _KEY, _MARKED = b"first_revision", b"key:", b"marked"
 _RESTORING = b"restoring"
 """It is being filled, and nobody may use it before that has ended."""
 _SECRET_BYTES = 32
@@ -32,6 +32,8 @@ class Meta:
     first_revision: int
     key_checks: Mapping[str, bytes]
     """`Keyring.checks` of the keys that it was encrypted with."""
+    is_marked: bool = False
+    """Each of its partitions has had its mark."""
 
 
 async def read(requests: Requests, prefix: str, partitions: int | None) -> Meta:
@@ -80,6 +82,8 @@ async def _made(
     """What the store says, which is made as said if there is none; and whether it was."""
     words: list[bytes | str | int] = [_LAYOUT, LAYOUT, _PARTITIONS, new.partitions, _SECRET, new.secret]
     words += [_INCARNATION, new.incarnation, _FIRST_REVISION, new.first_revision]
+    if new.is_marked:
+        words += [_MARKED, 1]
     for key_id, check in new.key_checks.items():
         words += [_KEY + key_id.encode(), check]
     if not is_finished:
@@ -98,7 +102,20 @@ async def add_key_check(requests: Requests, prefix: str, key_id: str, check: byt
     Raises:
         ServerError: it cannot be asked.
     """
-    request = Request(META, (b"HSET", store_key(prefix), _KEY + key_id.encode(), check))
+    await _set(requests, prefix, _KEY + key_id.encode(), check)
+
+
+async def set_marked(requests: Requests, prefix: str) -> None:
+    """Have the store remember that each of its partitions has its mark.
+
+    Raises:
+        ServerError: it cannot be asked.
+    """
+    await _set(requests, prefix, _MARKED, b"1")
+
+
+async def _set(requests: Requests, prefix: str, name: bytes, value: bytes) -> None:
+    request = Request(META, (b"HSET", store_key(prefix), name, value))
     await requests.send([request], waits=True)
     if request.problem is not None:
         raise request.problem
@@ -142,6 +159,7 @@ def _meta_of(prefix: str, fields: Mapping[bytes, bytes], asked: int | None) -> M
         incarnation.decode("ascii", "replace"),
         _number(prefix, fields, _FIRST_REVISION),
         _key_checks(fields),
+        _MARKED in fields,
     )
 
 

@@ -23,11 +23,14 @@ _LEAST_S = 0.01
 _LATE = Lost("time was up", sent=False)
 _log = Log("store.valkey")
 _PAUSES_S = (0.0, 0.02, 0.05, 0.1, 0.2)
+_WRONG_TYPE, _OTHER_TYPE = "WRONGTYPE", "a key of the store is of another type than it must be"
+_KEYS_SHOWN = 4
 _REDIRECTIONS = frozenset({"MOVED", "ASK"})
 #: Nothing was done, and it may be otherwise soon.
 _PASSING = frozenset(
     {"TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "LOADING", "BUSY", "READONLY", "NOSCRIPT", "UNBLOCKED"}
 )
+NO_OTHER = object()
 _LOAD: Sequence[Command] = [(b"SCRIPT", b"LOAD", script.source.encode()) for script in ALL]
 
 
@@ -45,8 +48,18 @@ class Request:
     """It may have been done."""
     problem: ServerError | None = None
     """Why it was not answered, or refused."""
+    otherwise: Reply = NO_OTHER
+    """What stands for the answer where its key is of another type; `NO_OTHER`: it is refused then."""
     _ask: Address | None = None
     """The node that is to be asked this one time."""
+
+    @property
+    def keys(self) -> str:
+        """Some of its keys, for people."""
+        first, *words = self.command
+        keys = words[2 : 2 + int(words[1])] if first == b"EVALSHA" else words[:1]
+        shown = [str(key, "utf-8", "replace") if isinstance(key, bytes) else str(key) for key in keys]
+        return " ".join(shown[:_KEYS_SHOWN]) + (" ..." if len(shown) > _KEYS_SHOWN else "")
 
     @classmethod
     def of(
@@ -254,7 +267,10 @@ class Requests:
         refused = []
         for request, reply in zip(requests, replies, strict=True):
             request._ask = None
-            if isinstance(reply, Refused):
+            if isinstance(reply, Refused) and reply.code == _WRONG_TYPE and request.otherwise is not NO_OTHER:
+                _log.error(_OTHER_TYPE, key=request.keys)
+                request.reply, request.is_answered, request.is_durable = request.otherwise, True, is_durable
+            elif isinstance(reply, Refused):
                 refused.append((request, reply))
             else:
                 request.reply, request.is_answered, request.is_durable = reply, True, is_durable
@@ -279,7 +295,7 @@ class Requests:
             if await self._goes_on(node, request, reply):
                 problem = reply
             else:
-                request.problem = _error(reply)
+                request.problem = _error(reply, request)
         return problem
 
     async def _goes_on(self, node: Node, request: Request, reply: Refused) -> bool:
@@ -313,9 +329,12 @@ class Requests:
         return isinstance(waited, list) and waited[0] >= here and waited[1] >= replicas
 
 
-def _error(reply: Refused) -> ServerError:
+def _error(reply: Refused, request: Request) -> ServerError:
     """What callers are told; the log has what the server said."""
-    _log.warning("the store refuses", reason=str(reply))
+    if reply.code == _WRONG_TYPE:
+        _log.error(_OTHER_TYPE, key=request.keys)
+    else:
+        _log.warning("the store refuses", reason=str(reply))
     if reply.code == "OOM":
         return Overloaded("the store must have memory left; it has none", retry_after_s=_RETRY_AFTER_S)
     return Unavailable(f"the store must do what it is asked; it refuses: {reply.code}")

@@ -2,6 +2,9 @@
 
 A script never ends half way for want of memory: what may be refused for that (SET, MSET, ZADD) is refused at the first
 write of a script or not at all, and what gives memory free comes first.
+
+Nor does one fail because of one key of another type: keys are first read by `pcall`, whose answer is a table then, and
+such a session is like one whose record is damaged.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ def _script(*parts: str) -> Script:
 
 
 _COMMON = """
-local call, sub, byte = redis.call, string.sub, string.byte
+local call, pcall, sub, byte = redis.call, redis.pcall, string.sub, string.byte
 local function now_ms()
   local t = call('TIME')
   return t[1] * 1000 + math.floor(t[2] / 1000)
@@ -42,7 +45,7 @@ local used, conflicts, kept, at, begin = packed(now_ms()), {}, {'MSET'}, 1, 0
 local size = byte(sizes) == 61 and tonumber(sub(sizes, 2))
 for i, key in ipairs(KEYS) do
   local length = size or struct.unpack('<I4', sizes, 4 * i - 2)
-  local has, stamp = call('GETRANGE', key, 1, 8), sub(stamps, 8 * i - 7, 8 * i)
+  local has, stamp = pcall('GETRANGE', key, 1, 8), sub(stamps, 8 * i - 7, 8 * i)
   if has == sub(follows, 8 * i - 7, 8 * i) then
     kept[at + 1], kept[at + 2] = key, '\\1' .. stamp .. used .. sub(blob, begin + 1, begin + length)
     at = at + 2
@@ -61,20 +64,24 @@ return conflicts
 COMMIT = _script(
     _COMMON,
     """
--- Sessions of one partition begin, change and end. KEYS: ids, counts, the sessions. ARGV: a letter for each session, stamps
+-- Sessions of one partition begin, change and end. KEYS: ids, counts, its mark, the sessions. ARGV: a letter for each session, stamps
 -- that they must have, new stamps (8 bytes each), records and tombstones, their sizes (4 bytes each), where ids begin in
 -- keys, for how long unused those must be that end (ms), for how long tombstones live (ms), for how long each that ends may
--- be unused at most (ms, 8 bytes each; empty: no limit). Returns the numbers of those that are otherwise.
+-- be unused at most (ms, 8 bytes each; empty: no limit). Returns the numbers of those that are otherwise; before them a 0 if
+-- the mark is missing: the partition may have been emptied, and none begins.
 --   P  put: follows the record with the stamp, or begins where there is the tombstone with the stamp; with none where there
---      is neither
+--      is neither and the id is not listed; with the highest stamp where it is listed: the session was lost
 --   D  delete the record with the stamp, with none any record; leave a tombstone if there is one
 --   T  leave a tombstone where there is no record
 --   F  forget a tombstone
+--   L  leave a tombstone where there is neither and the id is listed
 local index, counts = KEYS[1], KEYS[2]
 local letters, follows, stamps, blob, sizes = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local id_at, idle_ms, live_ms, most = tonumber(ARGV[6]) + 1, tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
 local now = now_ms()
-local used, none, conflicts, begin = packed(now), string.rep('\\0', 8), {}, 0
+local used, none, lost, conflicts, begin = packed(now), string.rep('\\0', 8), string.rep('\\255', 8), {}, 0
+local is_marked = not string.find(letters, 'P', 1, true) or call('EXISTS', KEYS[3]) == 1
+if not is_marked then conflicts[1] = 0 end
 
 local function model_of(value) -- by the header of the record
   if #value < 17 + 72 then return '' end
@@ -86,7 +93,9 @@ local function rows_of(value)
   return struct.unpack('<I4', value, 17 + 57)
 end
 local function add(name, by)
-  if name ~= '' and by ~= 0 and call('HINCRBY', counts, name, by) <= 0 then call('HDEL', counts, name) end
+  if name == '' or by == 0 then return end
+  local after = pcall('HINCRBY', counts, name, by)
+  if type(after) == 'number' and after <= 0 then call('HDEL', counts, name) end
 end
 local function count(id, model, by)
   local names = {model}
@@ -100,15 +109,19 @@ local function count_rows(id, by)
   local tenant = string.find(id, '\\31', 1, true)
   add('\\31\\31' .. (tenant and sub(id, 1, tenant - 1) or ''), by)
 end
-local function value_at(key) return call('GETRANGE', key, 0, 17 + 72 + 255 + 65535) end
+local function value_at(key)
+  local value = pcall('GETRANGE', key, 0, 17 + 72 + 255 + 65535)
+  return type(value) == 'string' and value or ''
+end
 
-for i = 1, #KEYS - 2 do
-  local key, letter = KEYS[i + 2], sub(letters, i, i)
+for i = 1, #KEYS - 3 do
+  local key, letter = KEYS[i + 3], sub(letters, i, i)
   local follow, stamp = sub(follows, 8 * i - 7, 8 * i), sub(stamps, 8 * i - 7, 8 * i)
   local length = struct.unpack('<I4', sizes, 4 * i - 3)
   local content = sub(blob, begin + 1, begin + length)
   begin = begin + length
-  local head = call('GETRANGE', key, 0, 16)
+  local head = pcall('GETRANGE', key, 0, 16)
+  if type(head) ~= 'string' then head = '?' end
   -- what is neither is a record that was damaged
   local kind = #head == 0 and 0 or byte(head) == 2 and 2 or 1
   local has, id = sub(head, 2, 9), sub(key, id_at)
@@ -116,9 +129,20 @@ for i = 1, #KEYS - 2 do
     local value = '\\1' .. stamp .. used .. content
     if kind == 1 and has == stamp then
       call('SETRANGE', key, 9, used)
-    elseif kind ~= 1 and has == (follow == none and '' or follow) then
-      call('SET', key, value)
+    elseif kind == 0 and is_marked and (follow == none or follow == lost) then
+      local is_new = follow == none and call('ZADD', index, 0, id) == 1
+      if is_new then
+        call('SET', key, value)
+        count(id, model_of(value), 1)
+        count_rows(id, rows_of(value))
+      elseif follow == lost and call('ZSCORE', index, id) then
+        call('SET', key, value) -- it is counted still
+      else
+        conflicts[#conflicts + 1] = i
+      end
+    elseif kind == 2 and is_marked and has == follow then
       call('ZADD', index, 0, id)
+      call('SET', key, value)
       count(id, model_of(value), 1)
       count_rows(id, rows_of(value))
     elseif kind == 1 and has == follow then
@@ -138,7 +162,7 @@ for i = 1, #KEYS - 2 do
         local was = value_at(key)
         call('DEL', key)
         if length > 0 then call('SET', key, '\\2' .. stamp .. used .. content, 'PX', live_ms) end
-        call('ZREM', index, id)
+        pcall('ZREM', index, id)
         count(id, model_of(was), -1)
         count_rows(id, -rows_of(was))
       else
@@ -149,10 +173,20 @@ for i = 1, #KEYS - 2 do
     elseif length > 0 or follow ~= none then
       conflicts[#conflicts + 1] = i
     else
-      call('HSET', counts, '', 0) -- a write, for who waits until all before it is on the disk
+      pcall('HSET', counts, '', 0) -- a write, for who waits until all before it is on the disk
     end
   elseif letter == 'T' then
-    if kind ~= 1 then call('SET', key, '\\2' .. stamp .. used .. content, 'PX', live_ms) end
+    if kind ~= 1 then
+      call('SET', key, '\\2' .. stamp .. used .. content, 'PX', live_ms)
+      pcall('ZREM', index, id) -- it was lost
+    end
+  elseif letter == 'L' then
+    if kind == 0 and call('ZSCORE', index, id) then
+      call('SET', key, '\\2' .. stamp .. used .. content, 'PX', live_ms)
+      call('ZREM', index, id)
+    else
+      conflicts[#conflicts + 1] = i
+    end
   elseif kind == 2 then
     call('DEL', key)
   end
@@ -166,20 +200,34 @@ FETCH = _script(
     """
 -- What sessions have. KEYS: the sessions. ARGV: stamps that are known (8 bytes each; empty: none is); '1': write something
 -- if anything is not known; after how many bytes to end. Returns the time (ms), then the value of each, or its head alone
--- where the stamp is known; fewer values than keys where these are larger: at least one.
+-- where the stamp is known; fewer values than keys where these are larger: at least one. In place of a value, one byte:
+--   3  there is none, and the id is listed: it was lost
+--   4  the key is of another type
+--   5  there is none, and the partition has no mark: it may have been emptied
 local known, fence, room = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3])
 local found = {now_ms()}
+-- Of the same partition, and so in the same slot. Only asked for where there is nothing.
+local function of_nothing(key)
+  local tag, id = string.match(key, '^(.-{%d+})s:(.*)$')
+  if type(pcall('ZSCORE', tag .. 'ids', id)) == 'string' then return '\\3' end
+  return pcall('EXISTS', tag .. 'mark') == 0 and '\\5'
+end
 for i, key in ipairs(KEYS) do
   local value
   if known == '' then
-    value = call('GET', key)
+    value = pcall('GET', key)
   else
-    value = call('GETRANGE', key, 0, 16)
+    value = pcall('GETRANGE', key, 0, 16)
     if value == '' then
       value = false
-    elseif byte(value) ~= 1 or sub(value, 2, 9) ~= sub(known, 8 * i - 7, 8 * i) then
+    elseif type(value) == 'string' and (byte(value) ~= 1 or sub(value, 2, 9) ~= sub(known, 8 * i - 7, 8 * i)) then
       value = call('GET', key)
     end
+  end
+  if not value then
+    value = of_nothing(key)
+  elseif type(value) == 'table' then
+    value = '\\4'
   end
   if fence and value and #value > 17 then
     call('SETRANGE', key, 9, sub(value, 10, 17)) -- as it is; all that was written before is on the disk before it
@@ -197,12 +245,15 @@ HEADS = _script(
     _COMMON,
     """
 -- What records say beside the state. KEYS: the sessions. ARGV: for how long they must be unused (ms). Returns the time
--- (ms), then of each its value without rows and extra; empty where there is no record, or one that was used.
+-- (ms), then of each its value without rows and extra; empty where there is no record, or one that was used; one byte, 3,
+-- where there is nothing.
 local now, idle_ms = now_ms(), tonumber(ARGV[1])
 local found = {now}
 for i, key in ipairs(KEYS) do
-  local value = call('GETRANGE', key, 0, 17 + 72 - 1)
-  if byte(value) ~= 1 then
+  local value = pcall('GETRANGE', key, 0, 17 + 72 - 1)
+  if value == '' then
+    value = '\\3'
+  elseif type(value) == 'table' or byte(value) ~= 1 then
     value = ''
   elseif idle_ms > 0 and #value >= 17 and now - struct.unpack('>I8', value, 10) < idle_ms then
     value = ''
@@ -224,8 +275,8 @@ TOUCH = _script(
 -- Sessions are used now, if they have these stamps. KEYS: the sessions. ARGV: stamps (8 bytes each).
 local used = packed(now_ms())
 for i, key in ipairs(KEYS) do
-  local head = call('GETRANGE', key, 0, 8)
-  if byte(head) == 1 and sub(head, 2, 9) == sub(ARGV[1], 8 * i - 7, 8 * i) then call('SETRANGE', key, 9, used) end
+  local head = pcall('GETRANGE', key, 0, 8)
+  if type(head) == 'string' and byte(head) == 1 and sub(head, 2, 9) == sub(ARGV[1], 8 * i - 7, 8 * i) then call('SETRANGE', key, 9, used) end
 end
 return 0
 """,
@@ -237,8 +288,8 @@ RENEW = _script(
 -- Clients were heard of. KEYS: the clients. ARGV: for how long that is worth knowing of each (ms), at least.
 local now = string.format('%.0f', now_ms())
 for i, key in ipairs(KEYS) do
-  local known = call('GET', key)
-  local live_ms = math.max(tonumber(ARGV[i]), known and tonumber(string.match(known, ' (%d+)$') or 0) or 0)
+  local known = pcall('GET', key)
+  local live_ms = math.max(tonumber(ARGV[i]), type(known) == 'string' and tonumber(string.match(known, ' (%d+)$') or 0) or 0)
   live_ms = string.format('%.0f', live_ms)
   call('SET', key, now .. ' ' .. live_ms, 'PX', live_ms)
 end
@@ -252,8 +303,8 @@ UNSEEN = _script(
 -- KEYS: clients. Returns for how long each was not heard of (ms), -1 where nothing is known.
 local now, found = now_ms(), {}
 for i, key in ipairs(KEYS) do
-  local known = call('GET', key)
-  found[i] = known and math.max(0, now - tonumber(string.match(known, '^%d+'))) or -1
+  local known = pcall('GET', key)
+  found[i] = type(known) == 'string' and math.max(0, now - tonumber(string.match(known, '^%d+'))) or -1
 end
 return found
 """,
@@ -264,9 +315,9 @@ CLAIM = _script(
     """
 -- A task for one at a time. KEYS: the claim. ARGV: whose it is to be, for how long (ms). Returns for how long it has been (ms);
 -- -1: it is another's.
-local has, now = call('GET', KEYS[1]), now_ms()
+local has, now = pcall('GET', KEYS[1]), now_ms()
 local since = now
-if has then
+if type(has) == 'string' then
   local at, who = string.match(has, '^(%d+) (.*)$')
   if who ~= ARGV[1] then return -1 end
   since = tonumber(at)
@@ -310,4 +361,26 @@ return {made, redis.call('HGETALL', KEYS[1])}
 """,
 )
 
-ALL = (CHANGE, COMMIT, FETCH, HEADS, TOUCH, RENEW, UNSEEN, CLAIM, DOCUMENTS, MAKE)
+MARK = _script(
+    _COMMON,
+    """
+-- A partition has a mark, which goes when all that it has is lost. KEYS: its mark, its ids. ARGV: incarnation of the store,
+-- the token of the mark that was known (empty: none), a token for a new one, '1' if there must have been one. Returns the
+-- mark: incarnation, token, and when the partition was found to be emptied (ms), 0: never.
+local has = pcall('GET', KEYS[1])
+if type(has) == 'string' then return has end
+local token, lost_ms = ARGV[3], 0
+if ARGV[4] == '1' then
+  if call('EXISTS', KEYS[2]) == 0 then
+    lost_ms = now_ms()
+  elseif ARGV[2] ~= '' then
+    token = ARGV[2] -- the mark alone is gone
+  end
+end
+local mark = ARGV[1] .. ' ' .. token .. ' ' .. string.format('%.0f', lost_ms)
+call('SET', KEYS[1], mark)
+return mark
+""",
+)
+
+ALL = (CHANGE, COMMIT, FETCH, HEADS, TOUCH, RENEW, UNSEEN, CLAIM, DOCUMENTS, MAKE, MARK)

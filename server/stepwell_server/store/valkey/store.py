@@ -18,6 +18,7 @@ from stepwell_server.store.base import (
     CLIENT_KNOWN_S,
     Batch,
     Committed,
+    End,
     Fetched,
     KeyFileError,
     Store,
@@ -36,14 +37,19 @@ from stepwell_server.store.valkey.commits import MOST_KEYS, Commits, Part, outco
 from stepwell_server.store.valkey.health import examine
 from stepwell_server.store.valkey.keys import (
     HEAD,
+    LOST,
+    LOST_STAMP,
     META,
+    OTHER_TYPE,
     RECORD,
     STAMP_BYTES,
     TOMBSTONE,
+    UNMARKED,
     Keys,
     unpack_tombstone,
 )
 from stepwell_server.store.valkey.listing import ids_after
+from stepwell_server.store.valkey.losses import Losses
 from stepwell_server.store.valkey.nodes import Topology, topology_of
 from stepwell_server.store.valkey.requests import LIMIT, Request, Requests
 from stepwell_server.store.valkey.url import StoreUrl
@@ -66,7 +72,8 @@ class _Head:
     idle_s: float
 
 
-_NO_HEAD = _Head(b"", 0, 0.0)
+_NO_HEAD, _LOST_HEAD = _Head(b"", 0, 0.0), _Head(b"", 0, 0.0)
+_LOST, _OTHER_TYPE, _UNMARKED = bytes([LOST]), bytes([OTHER_TYPE]), bytes([UNMARKED])
 
 
 async def open_valkey(
@@ -86,10 +93,16 @@ async def open_valkey(
         found = await _asked(requests, url)
         await _require_fit(topology, url, durability)
         found = await _with_keys(requests, url, found, keyring)
+        losses = Losses(requests, Keys(url.prefix, found.partitions), found.incarnation, str(url))
+        await losses.begin(must_be_there=found.is_marked)
+        if not found.is_marked:
+            await meta.set_marked(requests, url.prefix)
+            found = dataclasses.replace(found, is_marked=True)
     except BaseException:
         topology.close()
         raise
-    return ValkeyStore(url, found, topology, requests, clock, None if keyring is None else Sealer(keyring))
+    sealer = None if keyring is None else Sealer(keyring)
+    return ValkeyStore(url, found, topology, requests, clock, sealer, losses)
 
 
 async def _asked(requests: Requests, url: StoreUrl) -> meta.Meta:
@@ -146,6 +159,7 @@ class ValkeyStore(Store):
         requests: Requests,
         clock: Clock,
         sealer: Sealer | None,
+        losses: Losses,
     ) -> None:
         self.secret = found.secret
         self.incarnation = found.incarnation
@@ -161,12 +175,17 @@ class ValkeyStore(Store):
         self._found = found
         self._durability: Literal["sync", "async"] = "sync" if requests.waits else "async"
         self._limit_s = LIMIT * url.timeout_s
-        self._damage = ""
+        self._losses = losses
+        self._looking: set[asyncio.Task[None]] = set()
 
     @property
     @override
     def damage(self) -> str:
-        return self._damage
+        return self._losses.damage
+
+    @override
+    def damage_of(self, session_id: str) -> str:
+        return self._losses.damage_of(session_id)
 
     @override
     def commit(self, batch: Batch) -> Awaitable[Committed]:
@@ -179,11 +198,21 @@ class ValkeyStore(Store):
             return self._commit_with_documents(batch, parts)
         committed: asyncio.Future[Committed] = asyncio.get_running_loop().create_future()
 
-        def done() -> None:
+        def settle(_: object = None) -> None:
             try:
                 committed.set_result(outcome_of(parts, frozenset(), documents_kept=False))
             except ServerError as error:
                 committed.set_exception(error)
+
+        def done() -> None:
+            unmarked = _unmarked(parts)
+            if not unmarked:
+                settle()
+                return
+            task = asyncio.create_task(self._look_at(unmarked))
+            self._looking.add(task)
+            task.add_done_callback(self._looking.discard)
+            task.add_done_callback(settle)
 
         self._requests.begin([part.request for part in parts], done, waits=True)
         return committed
@@ -192,7 +221,17 @@ class ValkeyStore(Store):
         stale = await self._write_documents(batch)
         if parts:
             await self._requests.send([part.request for part in parts], waits=True)
+            unmarked = _unmarked(parts)
+            if unmarked:
+                await self._look_at(unmarked)
         return outcome_of(parts, stale, documents_kept=True)
+
+    async def _look_at(self, partitions: Sequence[int]) -> None:
+        """See whether partitions were emptied, in which sessions did not begin as their marks are missing."""
+        try:
+            await self._losses.look(partitions)
+        except ServerError as error:
+            _log.warning("it is not known whether a part of the store was emptied", error=error)
 
     async def _write_documents(self, batch: Batch) -> frozenset[str]:
         request = documents.writing(self._keys, batch)
@@ -262,22 +301,33 @@ class ValkeyStore(Store):
             for partition, places in groups
         ]
         replies = await self._ask(requests, waits=is_fenced)
-        left = []
+        left, unmarked = [], set[int]()
         for request, (partition, places), (now_ms, *values) in zip(requests, groups, replies, strict=True):
             if len(values) < len(places):
                 left.append((partition, places[len(values) :]))
             for place, value in zip(places, values, strict=False):
                 if value is None:
                     continue
+                if value == _UNMARKED:
+                    unmarked.add(self._keys.partition(session_ids[place]))
+                    continue
                 found[place] = each = self._fetched(
                     session_ids[place], value, now_ms, known[place] if len(known) else 0
                 )
                 if not (each.is_known or request.is_durable):
                     raise _not_durable()
+        if unmarked:
+            await self._losses.look(list(unmarked))
         return left
 
     def _fetched(self, session_id: str, value: bytes, now_ms: int, known: int) -> Fetched:
+        if value == _LOST:
+            self._losses.note([session_id])
+            return Fetched(tombstone=Tombstone(session_id, End.LOST, 0.0), stamp=LOST_STAMP)
         if len(value) < HEAD.size:
+            if value == _OTHER_TYPE:
+                key = str(self._keys.session(session_id), "utf-8", "replace")
+                _log.error("a key of the store is of another type: its session cannot be used", key=key)
             return Fetched(b"")
         kind, packed, used_ms = HEAD.unpack_from(value)
         stamp = int.from_bytes(packed, "little")
@@ -314,10 +364,11 @@ class ValkeyStore(Store):
         partition, size = int(number or 0), min(limit, MOST_KEYS)
         low = b"(" + after.encode() if after else b"-"
         command = (b"ZRANGEBYLEX", self._keys.ids(partition), low, b"+", b"LIMIT", 0, size)
-        (keys,) = await self._requests.ask(Request(partition, command))
+        (keys,) = await self._requests.ask(Request(partition, command, otherwise=()))
         session_ids = [str(key, "utf-8", "replace") for key in keys]
         # a server's clock has milliseconds: never less than was asked for
         found = await self._read_heads(session_ids, idle_ms=math.ceil(idle_s * 1000))
+        await self._bury([i for i, head in zip(session_ids, found, strict=True) if head is _LOST_HEAD])
         there = [place for place, head in enumerate(found) if head.record]
         if len(keys) == size:
             cursor = f"{partition}:{session_ids[-1]}"
@@ -329,6 +380,16 @@ class ValkeyStore(Store):
             np.array([found[place].idle_s for place in there], np.float64),
             cursor,
         )
+
+    async def _bury(self, session_ids: Sequence[str]) -> None:
+        """Have tombstones of sessions that are listed and not there, if they still are so: their ids are not listed any more."""
+        now = self._clock.now()
+        parts = self._commits.burying([Tombstone(session_id, End.LOST, now) for session_id in session_ids])
+        if parts:
+            await self._requests.send([part.request for part in parts], waits=True)
+        for part in parts:
+            if part.request.problem is None:
+                self._losses.note(set(part.session_ids).difference(part.refused))
 
     @override
     async def renew_clients(self, client_ids: Sequence[int], leases_s: Sequence[float]) -> None:
@@ -412,7 +473,9 @@ class ValkeyStore(Store):
             )
             for (_, places), (now_ms, *values) in zip(groups, replies, strict=True):
                 for place, value in zip(places, values, strict=True):
-                    if len(value) >= HEAD.size:
+                    if value == _LOST:
+                        found[begin + place] = _LOST_HEAD
+                    elif len(value) >= HEAD.size:
                         _, stamp, used_ms = HEAD.unpack_from(value)
                         idle_s = max(0, now_ms - used_ms) / 1000
                         found[begin + place] = _Head(
@@ -423,13 +486,14 @@ class ValkeyStore(Store):
     @override
     async def count(self) -> int:
         every = range(self._keys.partitions)
-        return sum(await self._requests.ask(*(Request(p, (b"ZCARD", self._keys.ids(p))) for p in every)))
+        counts = (Request(p, (b"ZCARD", self._keys.ids(p)), otherwise=0) for p in every)
+        return sum(await self._requests.ask(*counts))
 
     @override
     async def count_of(self, model: str) -> int:
         every = range(self._keys.partitions)
         counts = await self._requests.ask(
-            *(Request(p, (b"HGET", self._keys.counts(p), model)) for p in every)
+            *(Request(p, (b"HGET", self._keys.counts(p), model), otherwise=0) for p in every)
         )
         return sum(int(count or 0) for count in counts)
 
@@ -461,14 +525,20 @@ class ValkeyStore(Store):
                 found = await examine(self._topology, self._url, self._durability, self._url.timeout_s)
         except StoreAway as error:
             return StoreHealth(problem=f"{error.message}: {self._requests.trouble}", warns_of="store")
+        except StoreGone:
+            raise
+        except ServerError as error:
+            return StoreHealth(problem=error.message, warns_of="store")
         except Lost as error:
             return StoreHealth(problem=str(error), warns_of="store")
         except TimeoutError:
             return StoreHealth(problem="its servers do not say how they are", warns_of="store")
+        warnings = [*found.warnings, self._losses.warning]
         return StoreHealth(
             problem="; ".join([*found.unfit, *found.problems]),
-            warning="; ".join(found.warnings),
+            warning="; ".join(each for each in warnings if each),
             warns_of="store",
+            lost_sessions=self._losses.count,
         )
 
     async def _require_same(self) -> list[str]:
@@ -485,8 +555,10 @@ class ValkeyStore(Store):
         if incarnation != self._found.incarnation:
             raise StoreGone("the store must be the one that was opened; another one is in its place")
         if was_made:
-            self._damage = "the store was emptied: sessions that it had are lost"
-            _log.error("the store was emptied, the sessions that it had are lost", store=str(self._url))
+            _log.error(
+                "what the store says of itself was lost; it was made again as it was", store=str(self._url)
+            )
+        await self._losses.look_again()
         return [key_id for key_id in key_ids if not self._knows(key_id)]
 
     @override
@@ -520,6 +592,10 @@ def _tombstone(session_id: str, stored: bytes) -> Tombstone | None:
     except StateCorrupt as error:
         _log.warning("a tombstone is damaged", reason=error.message)
         return None
+
+
+def _unmarked(parts: Sequence[Part]) -> list[int]:
+    return [part.request.partition for part in parts if part.is_unmarked]
 
 
 def _dated(header: Header | None, last_used: float) -> Header | None:

@@ -1,0 +1,356 @@
+"""What a Valkey loses in silence is noticed: keys that are deleted or evicted, parts that are emptied; and keys of other types."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+from stepwell_server.clock import SystemClock
+from stepwell_server.engine.sessions.moving import Arriving, Brought, Existing
+from stepwell_server.errors import (
+    ServerError,
+    SessionLost,
+    SessionNotFound,
+    StateCorrupt,
+    Unavailable,
+)
+from stepwell_server.store.base import ALL_KEPT, Batch, Committed, End, Fetched, Tombstone
+from stepwell_server.store.valkey import url as urls
+from stepwell_server.store.valkey.inspecting import inspect
+from stepwell_server.store.valkey.keys import LOST_STAMP
+from stepwell_server.store.valkey.store import ValkeyStore
+from support.engine import Harness, running, x
+from support.shared import end, fresh_prefix, opened, put, shared
+from support.stored import record
+from support.valkey import Valkey
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[Valkey]:
+    with Valkey(append="everysec") as server:
+        yield server
+
+
+def key(store: ValkeyStore, session_id: str) -> str:
+    return store._keys.session(session_id).decode()
+
+
+def mark(store: ValkeyStore, session_id: str) -> str:
+    return store._keys.mark(store._keys.partition(session_id)).decode()
+
+
+def part(store: ValkeyStore, session_id: str) -> list[str]:
+    """All keys of the part that has a session."""
+    prefix = key(store, session_id).partition("s:")[0]
+    return [prefix + name for name in ("ids", "counts", "mark")]
+
+
+def lost(session_id: str) -> Fetched:
+    return Fetched(tombstone=Tombstone(session_id, End.LOST, 0.0), stamp=LOST_STAMP)
+
+
+@pytest.mark.parametrize("known", [False, True])
+async def test_a_session_that_is_listed_and_has_no_key_is_lost(valkey: Valkey, known: bool) -> None:
+    async with shared(valkey.url(), 2) as (a, b):
+        _, stamp = await put(a, [("s", record("s")), ("t", record("t"))], [0, 0])
+        valkey.ask("DEL", key(a, "s"))
+        found = await b.fetch(["s", "t", "never"], [stamp if known else 0, 0, 0])
+        assert found[0] == lost("s")
+        assert found[1].stamp == stamp
+        assert found[2] == Fetched()
+        assert (await put(b, [("s", record("s"))], [0]))[0] == Committed(conflicts=frozenset({"s"}))
+        assert (await b.fetch(["s"]))[0] == lost("s"), "it has not begun"
+        health = await b.check()
+        assert (health.lost_sessions, health.problem, b.damage) == (1, "", "")
+        assert health.warning == "1 sessions were lost: their keys were deleted, or evicted"
+        assert (await a.check()).lost_sessions == 0, "it has not looked"
+        assert [i for i, _ in await a.scan(limit=10)] == ["t"]
+
+
+async def test_a_change_of_a_session_that_was_lost_is_a_conflict(valkey: Valkey) -> None:
+    async with shared(valkey.url()) as (store,):
+        _, stamp = await put(store, [("s", record("s"))], [0])
+        valkey.ask("DEL", key(store, "s"))
+        kept, _ = await put(store, [("s", record("s", 1))], [stamp])
+        assert kept == Committed(conflicts=frozenset({"s"}))
+        ended = await end(store, [Tombstone("s", End.CLOSED, 1.0)], [stamp])
+        assert ended == Committed(conflicts=frozenset({"s"}))
+
+
+async def test_an_id_that_was_lost_is_closed_or_put_back(valkey: Valkey) -> None:
+    async with shared(valkey.url()) as (store,):
+        await put(store, [("s", record("s")), ("t", record("t"))], [0, 0])
+        for name in ("s", "t"):
+            valkey.ask("DEL", key(store, name))
+        kept, stamp = await put(store, [("t", record("t", 5))], [LOST_STAMP], anew=True)
+        assert kept is ALL_KEPT
+        assert (await store.fetch(["t"]))[0].stamp == stamp
+        assert await store.commit(Batch(tombstones=[Tombstone("s", End.CLOSED, 2.0)])) is ALL_KEPT
+        (found,) = await store.fetch(["s"])
+        assert found.tombstone == Tombstone("s", End.CLOSED, 2.0)
+        assert await store.count() == 1
+        assert (await put(store, [("s", record("s"))], [found.stamp]))[0] is ALL_KEPT
+        kept, _ = await put(store, [("u", record("u"))], [LOST_STAMP], anew=True)
+        assert kept == Committed(conflicts=frozenset({"u"})), "it was not lost"
+
+
+async def test_who_looks_through_the_store_finds_what_was_lost(valkey: Valkey) -> None:
+    ids = [f"s{i}" for i in range(40)]
+    async with shared(valkey.url("?tombstone_s=60"), 2) as (a, b):
+        _, stamp = await put(a, [(i, record(i)) for i in ids], [0] * 40)
+        await end(a, [Tombstone("s39", End.CLOSED, 1.0)], [stamp])
+        for name in ids[:3]:
+            valkey.ask("DEL", key(a, name))
+        cursor, seen = "", list[str]()
+        while True:
+            page = await b.unused(cursor, idle_s=0.0, limit=500)
+            seen += [each.decode() for each in page.heads.keys]
+            if not (cursor := page.cursor):
+                break
+        assert sorted(seen) == sorted(ids[3:39])
+        assert (await b.check()).lost_sessions == 3
+        for each in await a.fetch(ids[:3]):
+            assert each.tombstone is not None
+            assert each.tombstone.end is End.LOST
+        assert await a.count() == 36
+        assert 0 < valkey.ask("PTTL", key(a, "s0")) <= 60_000, "that is forgotten some day too"
+        valkey.ask("DEL", key(a, "s39"))  # its tombstone has run out
+        assert (await a.fetch(["s39"]))[0] == Fetched()
+        assert (await put(a, [("s39", record("s39"))], [0]))[0] is ALL_KEPT
+
+
+async def test_a_part_that_was_emptied_is_noticed_by_all(valkey: Valkey) -> None:
+    async with shared(valkey.url("?partitions=4"), 2) as (a, b):
+        ids = [f"s{i}" for i in range(20)]
+        await put(a, [(i, record(i)) for i in ids], [0] * 20)
+        gone = [i for i in ids if mark(a, i) == mark(a, "s0")]
+        assert 0 < len(gone) < 20
+        valkey.ask("DEL", *part(a, "s0"), *(key(a, i) for i in gone))
+        for store in (a, b):
+            health = await store.check()
+            told = "1 of 4 parts of the store were emptied: sessions that they had are lost"
+            assert (store.damage, health.warning, health.problem) == (told, told, "")
+            assert [bool(store.damage_of(i)) for i in ids] == [i in gone for i in ids]
+        late = await opened(valkey.url(f"?prefix={a._url.prefix}"))
+        assert late.damage == "", "it was before"
+        found = await inspect(urls.parse(valkey.url(f"?prefix={a._url.prefix}"), {}), "async")
+        assert any(
+            "1 of the 4 parts of the store were found to be emptied" in w for w in found.findings.warnings
+        )
+        valkey.ask("DEL", *part(a, "s0"))
+        again = await opened(valkey.url(f"?prefix={a._url.prefix}"))
+        assert again.damage_of("s0"), "it was found just now"
+        await late.close()
+        await again.close()
+
+
+async def test_no_session_begins_in_a_part_that_was_emptied_before_that_is_known(valkey: Valkey) -> None:
+    async with shared(valkey.url()) as (store,):
+        await put(store, [("s", record("s"))], [0])
+        valkey.ask("DEL", *part(store, "s"), key(store, "s"))
+        assert store.damage == ""
+        assert (await put(store, [("s", record("s"))], [0]))[0] == Committed(conflicts=frozenset({"s"}))
+        assert store.damage_of("s")
+        assert (await put(store, [("s", record("s"))], [0]))[0] is ALL_KEPT, "whoever asks decides"
+
+
+async def test_who_finds_nothing_in_a_part_that_was_emptied_knows_it(valkey: Valkey) -> None:
+    async with shared(valkey.url()) as (store,):
+        await put(store, [("s", record("s"))], [0])
+        valkey.ask("DEL", *part(store, "s"), key(store, "s"))
+        assert await store.fetch(["s"]) == [Fetched()]
+        assert store.damage_of("s")
+
+
+async def test_a_mark_that_alone_is_gone_is_made_again(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 2) as (a, b):
+        await put(a, [("s", record("s"))], [0])
+        valkey.ask("DEL", mark(a, "s"))
+        for store in (a, b):
+            assert ((await store.check()).warning, store.damage) == ("", "")
+        assert (await put(a, [("u", record("u"))], [0]))[0] is ALL_KEPT
+
+
+async def test_a_store_of_an_earlier_release_gets_its_marks(valkey: Valkey) -> None:
+    async with shared(valkey.url()) as (a,):
+        await put(a, [("s", record("s"))], [0])
+        valkey.ask("HDEL", f"{a._url.prefix}{{meta}}store", "marked")
+        for partition in range(64):
+            valkey.ask("DEL", a._keys.mark(partition).decode())
+        again = await opened(valkey.url(f"?prefix={a._url.prefix}"))
+        assert again.damage == ""
+        assert valkey.ask("EXISTS", mark(again, "s")) == 1
+        assert (await put(again, [("t", record("t"))], [0]))[0] is ALL_KEPT
+        await again.close()
+
+
+# ---------------------------------------------------------------------------------------------- keys of another type
+
+
+async def test_a_key_of_another_type_is_a_damaged_session_and_nothing_more(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with shared(valkey.url()) as (store,):
+        ids = [f"s{i}" for i in range(10)]
+        _, stamp = await put(store, [(i, record(i)) for i in ids], [0] * 10)
+        valkey.ask("DEL", key(store, "s3"))
+        valkey.ask("RPUSH", key(store, "s3"), "x")
+        found = await store.fetch(ids)
+        assert [each.record == b"" for each in found] == [i == "s3" for i in ids]
+        (line,) = caplog.records
+        assert "of another type" in line.message
+        assert line.__dict__["fields"] == {"key": key(store, "s3")}
+        assert [i for i, header in await store.scan(limit=20) if header is None] == ["s3"]
+        assert len((await store.heads(limit=20)).keys) == 9
+        assert (await store.fetch(["s3"], [stamp]))[0].record == b""
+        await store.touch(ids, [stamp] * 10)
+        kept, second = await put(store, [(i, record(i, 1)) for i in ids], [stamp] * 10)
+        assert kept == Committed(conflicts=frozenset({"s3"}))
+        assert (await put(store, [("s3", record("s3"))], [0]))[0] == Committed(conflicts=frozenset({"s3"}))
+        assert await store.count() == 10
+        assert await end(store, [Tombstone(i, End.CLOSED, 1.0) for i in ids[2:4]], [second, 0]) is ALL_KEPT
+        assert await store.count() == 8
+
+
+@pytest.mark.parametrize("name", ["ids", "counts"])
+async def test_a_list_or_count_of_another_type_concerns_one_part(valkey: Valkey, name: str) -> None:
+    async with shared(valkey.url("?partitions=2")) as (store,):
+        ids = [f"s{i}" for i in range(20)]
+        _, stamp = await put(store, [(i, record(i)) for i in ids], [0] * 20)
+        mine = [i for i in ids if mark(store, i) == mark(store, "s0")]
+        wrong = mark(store, "s0").removesuffix("mark") + name
+        valkey.ask("DEL", wrong)
+        valkey.ask("SET", wrong, "x")
+        left = len(ids) - len(mine)
+        assert await store.count() == (left if name == "ids" else 20)
+        assert await store.count_of("m") == (20 if name == "ids" else left)
+        assert len(await store.scan(limit=50)) == (left if name == "ids" else 20)
+        await store.unused("", idle_s=0.0, limit=100)
+        kept, second = await put(store, [(i, record(i, 1)) for i in ids], [stamp] * 20)
+        assert kept is ALL_KEPT
+        assert await end(store, [Tombstone("s0", End.CLOSED, 1.0)], [second]) is ALL_KEPT
+        new = next(f"n{i}" for i in range(99) if mark(store, f"n{i}") == mark(store, "s0"))
+        if name == "counts":
+            assert (await put(store, [(new, record(new))], [0]))[0] is ALL_KEPT
+        else:
+            with pytest.raises(Unavailable, match="it refuses: WRONGTYPE"):
+                await put(store, [(new, record(new))], [0])
+        assert (await store.fetch([new]))[0].record == (None if name == "ids" else record(new))
+
+
+# ------------------------------------------------------------------------------------------------------- whole servers
+
+
+@contextlib.asynccontextmanager
+async def engines(valkey: Valkey) -> AsyncIterator[tuple[Harness, Harness]]:
+    """Two servers on a new store."""
+    clock: Any = SystemClock()
+    url = valkey.url(f"?prefix={fresh_prefix()}")
+    async with contextlib.AsyncExitStack() as stack:
+        found = [
+            await stack.enter_async_context(running(store=await opened(url, clock=clock), clock=clock))
+            for _ in range(2)
+        ]
+        yield found[0], found[1]
+
+
+CALLS: dict[str, Any] = {
+    "step": lambda at: at.step("a", x(1)),
+    "state": lambda at: at.state("a"),
+    "info": lambda at: at.engine.session_info("a"),
+    "open": lambda at: at.engine.open_session("plain", session_id="a"),
+    "open many": lambda at: at.engine.open_sessions("plain", session_ids=["b", "a"]),
+    "fork": lambda at: at.engine.fork("a"),
+    "fork to": lambda at: at.engine.fork("other", new_session_id="a"),
+}
+
+
+@pytest.mark.parametrize("call", list(CALLS))
+@pytest.mark.parametrize("where", ["first", "second"])
+async def test_whoever_names_a_session_that_was_lost_is_told_so(
+    valkey: Valkey, call: str, where: str
+) -> None:
+    async with engines(valkey) as (first, second):
+        await first.open("a", "other")
+        await first.step("a", x(1))
+        valkey.ask("DEL", key(first.store, "a"))
+        at = first if where == "first" else second
+        for _ in range(2):
+            with pytest.raises(SessionLost, match="session 'a' was lost by the store; nobody had ended it"):
+                await CALLS[call](at)
+        assert (await second.step("other", x(1))).revision == 1
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("where", ["first", "second"])
+async def test_an_id_that_was_lost_is_free_when_it_was_closed(valkey: Valkey, where: str, many: bool) -> None:
+    async with engines(valkey) as (first, second):
+        await first.open("a")
+        await first.step("a", x(1))
+        valkey.ask("DEL", key(first.store, "a"))
+        at = first if where == "first" else second
+        if many and where == "second":
+            assert await at.engine.close_sessions(["a"]) == 1
+        else:
+            assert await at.engine.close_session("a", request_id=5) is False
+            assert await at.engine.close_session("a", request_id=5) is True
+        with pytest.raises(SessionNotFound, match="session 'a' was closed"):
+            await second.step("a", x(1))
+        assert not (await second.engine.open_session("plain", session_id="a")).resumed
+        assert (await first.step("a", x(1), expected=1)).revision == 2
+
+
+async def test_a_session_that_was_lost_is_brought_back_from_an_export(valkey: Valkey) -> None:
+    async with engines(valkey) as (first, second):
+        await first.open("a")
+        await first.step("a", x(1))
+        (saved,) = await first.engine.export_sessions(["a"], deadline=float("inf"))
+        assert not isinstance(saved, ServerError)
+        valkey.ask("DEL", key(first.store, "a"))
+        (why,) = await second.engine.export_sessions(["a"], deadline=float("inf"))
+        assert isinstance(why, SessionLost)
+        arriving = [Arriving("a", "a", bytes(saved))]
+        assert await second.engine.import_sessions(arriving, Existing.REFUSE) == [Brought.IMPORTED]
+        assert (await first.step("a", x(1), expected=1)).revision == 2
+        assert await first.store.count_of("plain") == 1
+
+
+async def test_no_named_session_begins_anew_where_a_part_was_emptied(valkey: Valkey) -> None:
+    async with engines(valkey) as (first, second):
+        await first.open("a")
+        await first.step("a", x(1))
+        store: ValkeyStore = first.store
+        valkey.ask("DEL", *part(store, "a"), key(store, "a"))
+        with pytest.raises(StateCorrupt, match="the store, which lost sessions: 1 of 64 parts"):
+            await second.engine.open_session("plain", session_id="a")
+        with pytest.raises(StateCorrupt, match="so it is not begun anew"):
+            await second.step("a", x(1))
+        elsewhere = next(f"n{i}" for i in range(999) if mark(store, f"n{i}") != mark(store, "a"))
+        await second.open(elsewhere)
+        made = await second.engine.open_session("plain")
+        assert made.session.revision == 0, "whose id nobody had"
+        await first.store.check()
+        with pytest.raises(SessionLost):  # it had it in its table
+            await first.step("a", x(1))
+
+
+async def test_a_session_whose_key_is_of_another_type_can_be_closed(valkey: Valkey) -> None:
+    async with engines(valkey) as (first, second):
+        await first.open("a", "b")
+        await first.step("a", x(1))
+        valkey.ask("DEL", key(first.store, "a"))
+        valkey.ask("SADD", key(first.store, "a"), "x")
+        for at in (first, second):
+            with pytest.raises(StateCorrupt, match="session 'a'"):
+                await at.step("a", x(1))
+        with pytest.raises(StateCorrupt):
+            await second.engine.open_session("plain", session_id="a")
+        answers = await first.submit(["a", "b"], x(2)).all()
+        assert [type(each).__name__ for each in answers] == ["StateCorrupt", "Answer"]
+        listed = {info.session_id for info in (await second.engine.list_sessions())[0]}
+        assert "b" in listed
+        assert await second.engine.close_session("a") is False
+        assert not (await second.engine.open_session("plain", session_id="a")).resumed
