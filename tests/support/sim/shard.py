@@ -90,8 +90,8 @@ class Shard:
         self.rollbacks: list[Rollback] = []
         self.generation = 0
         """Of primaries: requests to an earlier one are never answered."""
-        self._log: list[tuple[float, str, Entry | None]] = []
-        """When each session was written, and what it was before."""
+        self._log: list[tuple[float, str, Entry | None, bool]] = []
+        """When each session was written, what it was before, and whether more than its stamp was changed."""
         self._documents_log: list[tuple[int, dict[str, bytes]]] = []
         self._durable = 0
         self._tombstones = 0
@@ -206,7 +206,9 @@ class Shard:
         return True
 
     def _set(self, session_id: str, entry: Entry | None) -> None:
-        self._log.append((self.world.now, session_id, self.entries.get(session_id)))
+        there = self.entries.get(session_id)
+        is_stamp = entry is not None and there is not None and entry.record == there.record is not None
+        self._log.append((self.world.now, session_id, there, not is_stamp))
         if session_id:
             if entry is None:
                 self.entries.pop(session_id, None)
@@ -246,15 +248,15 @@ class Shard:
         """The replica takes over, without some of the last writes: none that are durable, none older than `most_s`."""
         first = max(
             self._durable,
-            next((n for n, (at, _, _) in enumerate(self._log) if at >= self.world.now - most_s), self.offset),
+            next((n for n, (at, *_) in enumerate(self._log) if at >= self.world.now - most_s), self.offset),
         )
         cut = self.world.random.randint(first, self.offset)
         before: dict[str, Entry | None] = {}
         writes: dict[str, int] = {}
-        for _, session_id, entry in reversed(self._log[cut:]):
+        for _, session_id, entry, is_change in reversed(self._log[cut:]):
             if session_id:
                 before[session_id] = entry
-                writes[session_id] = writes.get(session_id, 0) + 1
+                writes[session_id] = writes.get(session_id, 0) + is_change
         del self._log[cut:]
         while self._documents_log and self._documents_log[-1][0] >= cut:
             self.documents = self._documents_log.pop()[1]
@@ -263,6 +265,8 @@ class Shard:
                 self.entries.pop(session_id, None)
             else:
                 self.entries[session_id] = entry
+            if not writes[session_id]:
+                continue
             at = self.world.moment()
             life = _life(entry)
             revision = _revision(session_id, entry) if life == "live" else 0
