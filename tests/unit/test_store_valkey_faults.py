@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -180,8 +181,11 @@ async def test_sync_is_what_waits_for_disk_and_replicas(valkey: Valkey) -> None:
         with pytest.raises(StoreAway, match="must have on its disk what it is asked for"):
             await strict.fetch([name])
         assert (await plain.fetch([name]))[0].is_known is False
-    assert (await strict.fetch(["s"], [stamp]))[0].is_known
-    assert (await strict.fetch(["never"]))[0].tombstone is None
+    # nor what is as it was known, or not there: it may not be the primary any more
+    for name, known in (("s", [stamp]), ("never", [])):
+        with pytest.raises(StoreAway, match="must have on its disk what it is asked for"):
+            await strict.fetch([name], known)
+    assert (await plain.fetch(["s"], [stamp]))[0].is_known
     with pytest.raises(StoreAway):
         await strict.documents()
     with pytest.raises(StoreAway):
@@ -194,8 +198,64 @@ async def test_sync_is_what_waits_for_disk_and_replicas(valkey: Valkey) -> None:
         patient = await opened(valkey.url(f"?prefix={prefix}&replicas=1&timeout_ms=20000"), durability="sync")
         assert (await put(patient, [("u", record("u"))], [0]))[0] is ALL_KEPT
         assert (await patient.fetch(["s"]))[0].stamp == stamp
+        assert (await patient.fetch(["s"], [stamp]))[0].is_known
+        assert (await patient.fetch(["s", "s"], [stamp, 7]))[1].stamp == stamp
+        found = await patient.fetch(["s", "u", "never"], [7, 7, 7])
+        assert [each.record is not None for each in found] == [True, True, False]
         await patient.close()
     for store in (quick, strict, plain):
+        await store.close()
+
+
+async def test_a_primary_that_lost_its_replicas_is_not_believed() -> None:
+    """It is cut off, another has taken over, and it does not know."""
+    with Valkey(append="always") as old, Valkey(append="always") as new:
+        new.follow(old)
+        url = f"?prefix={fresh_prefix()}&replicas=1"
+        async with contextlib.AsyncExitStack() as stack:
+            here = await opened(old.url(f"{url}&timeout_ms=3000"), durability="sync")
+            stack.push_async_callback(here.close)
+            _, first = await put(here, [("s", record("s"))], [0])
+            assert (await here.fetch(["s"], [first]))[0].is_known
+            new.ask("REPLICAOF", "NO", "ONE")
+            there = await opened(new.url(url.removesuffix("&replicas=1")), durability="sync")
+            stack.push_async_callback(there.close)
+            assert (await put(there, [("s", record("s", 1))], [first]))[0] is ALL_KEPT
+            for names, known in ((["s"], [first]), (["s"], []), (["never"], [])):
+                with pytest.raises(StoreAway):
+                    await here.fetch(names, known)
+
+
+async def test_reads_are_confirmed_also_where_the_user_may_not_wait_for_replicas_alone() -> None:
+    with Valkey(append="always") as primary, Valkey(append="always") as replica:
+        replica.follow(primary)
+        rules = ["on", ">own", "~*", "&*", "+@all", "-wait"]
+        primary.ask("ACL", "SETUSER", "own", *rules)
+        store = await opened(
+            f"valkey://own:own@{primary.address}/0?replicas=1&timeout_ms=20000", durability="sync"
+        )
+        _, stamp = await put(store, [("s", record("s"))], [0])
+        with pytest.raises(StoreAway):
+            await store.fetch(["s"], [stamp])
+        assert (await store.fetch(["s"], [stamp]))[0].is_known
+        await store.close()
+
+
+async def test_what_is_read_in_sync_is_read_although_memory_is_full() -> None:
+    with Valkey(append="always") as valkey:
+        async with shared(valkey.url(), 2, durability="sync") as (a, b):
+            _, stamp = await put(a, [("s", record("s"))], [0])
+            valkey.ask("CONFIG", "SET", "maxmemory", 1)
+            assert (await b.fetch(["s"]))[0].stamp == stamp
+            assert (await b.fetch(["never"]))[0].record is None
+
+
+async def test_a_time_limit_that_replicas_can_miss_is_a_warning(valkey: Valkey) -> None:
+    for rest, told in (("timeout_ms=1499", True), ("timeout_ms=1500", False), ("", False)):
+        url = valkey.url(f"?prefix={fresh_prefix()}&replicas=1&{rest}".rstrip("&"))
+        store = await opened(url, durability="sync")
+        warning = (await store.check()).warning
+        assert ("with replicas=1 timeout_ms must be at least 1500; got 1499" in warning) is told
         await store.close()
 
 
@@ -257,7 +317,7 @@ async def test_user_and_password() -> None:
         await (await opened(f"valkey://:hidden@{valkey.address}/0")).close()
         # a user who may do no more than what is needed
         rules = ["on", ">own", "~stepwell:*", "&stepwell:*", "-@all", "+@connection", "+@read", "+@write"]
-        rules += ["+evalsha", "+script|load", "+waitaof", "+role", "+info", "+publish", "+time"]
+        rules += ["+evalsha", "+script|load", "+waitaof", "+wait", "+role", "+info", "+publish", "+time"]
         valkey.ask("ACL", "SETUSER", "own", *rules)
         store = await opened(f"valkey://own:own@{valkey.address}/0")
         assert (await put(store, [("s", record("s"))], [0]))[0] is ALL_KEPT
@@ -270,6 +330,36 @@ async def test_user_and_password() -> None:
         with pytest.raises(StoreAway):
             await store.fetch(["s"])
         assert "does not let us in" in (await store.check()).problem
+        await store.close()
+
+
+async def test_a_password_may_change_while_it_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "password"
+    file.touch(0o600)
+    file.write_text("one\n")
+    with Valkey(append="") as valkey:
+        valkey.ask("ACL", "SETUSER", "app", "on", ">one", "~*", "&*", "+@all")
+        store = await opened(f"valkey://app@{valkey.address}/0?password_file={file}&{SHORT}")
+        _, stamp = await put(store, [("s", record("s"))], [0])
+        # the file first: whoever connects from now on has the new one
+        valkey.ask("ACL", "SETUSER", "app", ">two")
+        file.write_text("two\n")
+        valkey.ask("CLIENT", "KILL", "USER", "app")
+        valkey.ask("ACL", "SETUSER", "app", "<one")
+        assert (await store.fetch(["s"]))[0].stamp == stamp
+        # the file too late
+        valkey.ask("ACL", "SETUSER", "app", "resetpass", ">three")
+        valkey.ask("CLIENT", "KILL", "USER", "app")
+        with pytest.raises(StoreAway):
+            await store.fetch(["s"])
+        file.write_text("three\n")
+        assert (await store.fetch(["s"]))[0].stamp == stamp
+        # one that cannot be read is as it was
+        file.write_text("")
+        valkey.ask("CLIENT", "KILL", "USER", "app")
+        assert (await store.fetch(["s"]))[0].stamp == stamp
+        assert "cannot be read again" in caplog.text
+        assert not any(word in caplog.text for word in ("two", "three"))
         await store.close()
 
 

@@ -12,6 +12,7 @@ import os
 import socket
 import ssl
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import libvalkey
@@ -20,9 +21,11 @@ from valkey import crc
 from valkey import exceptions as theirs
 from valkey.asyncio import connection as base
 
+from stepwell_server.logs import Log
 from stepwell_server.store.base import StoreError
-from stepwell_server.store.valkey.url import Address, Login, Tls, shown
+from stepwell_server.store.valkey.url import Address, Login, Tls, UrlError, password_in, shown
 
+_log = Log("store.valkey")
 Command = Sequence[bytes | str | int]
 """Words; the largest one last, where there is a choice."""
 Reply = Any
@@ -81,6 +84,27 @@ class Access:
     server_name: str = ""
     name: str = "stepwell"
     """Of the connections, as `CLIENT LIST` shows it."""
+    password_file: Path | None = None
+    """Where the password is: it may be another one by now."""
+    _is_unreadable: bool = False
+
+    async def read_password(self) -> None:
+        """Have the password that the file has now. One that cannot be read is as it was."""
+        if self.password_file is None:
+            return
+        try:
+            password = await asyncio.to_thread(password_in, self.password_file)
+        except UrlError as error:
+            if not self._is_unreadable:
+                _log.warning(
+                    "the password of the store cannot be read again; the last one stays", reason=str(error)
+                )
+            self._is_unreadable = True
+            return
+        self._is_unreadable = False
+        if password != self.login.password:
+            _log.info("the store has another password now", file=str(self.password_file))
+            self.login = Login(self.login.user, password)
 
 
 def context_of(tls: Tls) -> ssl.SSLContext:
@@ -229,6 +253,7 @@ class Link:
             Denied: we may not, for a reason that stays.
             Lost: nobody is there, or it is not ready.
         """
+        await access.read_password()
         connection = _Connection(access, address)
         try:
             await connection.connect()  # type: ignore[no-untyped-call]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from stepwell_server.store.valkey.client import Command, Denied, Lost, Refused, Reply
 from stepwell_server.store.valkey.nodes import Node, Topology
+from stepwell_server.store.valkey.requests import WAIT_SHARE
 from stepwell_server.store.valkey.url import StoreUrl, shown
 
 _ASK: Sequence[Command] = [
@@ -16,6 +18,8 @@ _ASK: Sequence[Command] = [
 ]
 _FULL = 0.9
 _OLDEST_WITH_WAITAOF = (7, 2)
+_REPLICA_TELLS_S = 1.2
+"""After so long at the latest a replica has said what it has on its disk: it does each second, beside when it is asked."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ async def _examine(
         return Findings(warnings=[f"how {shown(node.address)} is cannot be seen: {info}"])
     facts, settings = _facts(info), _settings(config)
     if durability == "sync":
-        found = _sync(facts, settings, url.replicas)
+        found = _sync(facts, settings, url.replicas, url.timeout_s)
     else:
         found = _async(facts, settings)
     found = found.joined(_in_general(facts, settings))
@@ -77,7 +81,7 @@ async def _examine(
     )
 
 
-def _sync(facts: Mapping[str, str], settings: Mapping[str, str], replicas: int) -> Findings:
+def _sync(facts: Mapping[str, str], settings: Mapping[str, str], replicas: int, timeout_s: float) -> Findings:
     unfit, problems, warnings = list[str](), list[str](), list[str]()
     version = facts.get("valkey_version") or facts.get("redis_version", "")
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
@@ -92,6 +96,12 @@ def _sync(facts: Mapping[str, str], settings: Mapping[str, str], replicas: int) 
         warnings.append("with appendfsync everysec each change waits for up to a second: set always")
     elif not flush:
         warnings.append("appendfsync cannot be seen (CONFIG GET); durability sync needs always, or everysec")
+    if replicas and timeout_s * WAIT_SHARE < _REPLICA_TELLS_S:
+        least_ms = math.ceil(_REPLICA_TELLS_S / WAIT_SHARE * 1000)
+        warnings.append(
+            f"a replica may say only a second later what it has on its disk: with replicas={replicas} timeout_ms must be at"
+            f" least {least_ms}; got {timeout_s * 1000:.0f}: changes that are kept will be OUTCOME_UNKNOWN"
+        )
     connected = int(facts.get("connected_slaves", "0"))
     if connected < replicas:
         problems.append(f"replicas={replicas} of the URL must be connected; {connected} are")

@@ -421,7 +421,7 @@ def topology_of(url: StoreUrl, tag: Callable[[int], bytes]) -> Topology:
     """
     context = None if url.tls is None else context_of(url.tls)
     server_name = "" if url.tls is None else url.tls.server_name
-    access = Access(url.login, url.database, context, server_name)
+    access = Access(url.login, url.database, context, server_name, password_file=url.password_file)
     ask_s = min(_ASK_S, url.timeout_s)
     if url.kind == "cluster":
         return Cluster(access, url.addresses, tag, ask_s)

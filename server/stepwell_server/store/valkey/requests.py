@@ -15,7 +15,7 @@ from stepwell_server.store.valkey.url import Address
 
 LIMIT = 2.5
 """Of the time for an answer: for so long a request is sent again before it is given up."""
-_WAIT_SHARE = 0.8
+WAIT_SHARE = 0.8
 """Of the time for an answer: so long a server waits for its disk, beside the time for the answer itself."""
 _RETRY_AFTER_S = 1.0
 _LEAST_S = 0.01
@@ -80,9 +80,12 @@ class Requests:
         self._topology = topology
         self._timeout_s = timeout_s
         self._wait: Command | None = (
-            None if wait is None else ("WAITAOF", *wait, max(1, int(timeout_s * 1000 * _WAIT_SHARE)))
+            None if wait is None else ("WAITAOF", *wait, max(1, int(timeout_s * 1000 * WAIT_SHARE)))
         )
         self._least = wait or (0, 0)
+        self._confirm: Command | None = (
+            ("WAIT", wait[1], max(1, int(timeout_s * 1000 * WAIT_SHARE))) if wait and wait[1] else None
+        )
         self._loop = asyncio.get_running_loop()
         self._down_since: float | None = None
         self.trouble: Lost | Refused | None = None
@@ -93,6 +96,11 @@ class Requests:
     def waits(self) -> bool:
         """There is something to wait for, with `waits`."""
         return self._wait is not None
+
+    @property
+    def confirms(self) -> bool:
+        """It can be seen whether a server is still the primary of its replicas, with `confirms`."""
+        return self._confirm is not None
 
     async def ask(self, *requests: Request) -> list[Reply]:
         """What the servers answer; for what changes nothing, or may be done twice.
@@ -108,13 +116,16 @@ class Requests:
                 raise request.problem
         return [request.reply for request in requests]
 
-    async def send(self, requests: Sequence[Request], *, waits: bool = False, once: bool = False) -> None:
+    async def send(
+        self, requests: Sequence[Request], *, waits: bool = False, once: bool = False, confirms: bool = False
+    ) -> None:
         """Have requests answered, or say why they are not. It does not raise.
 
         Each must be one that may be done twice: it is sent again when its answer is lost, but for those that are sent
-        `once`. With `waits` what is answered is on the disk where `is_durable` says so.
+        `once`. With `waits` what is answered is on the disk where `is_durable` says so. With `confirms`, of requests that write
+        something, it says that the server was the primary: so many replicas have heard of what was written.
         """
-        wait = self._wait if waits else None
+        wait = self._confirm if confirms else self._wait if waits else None
         deadline = self._loop.time() + self._limit_s()
         why = await self._attempt(requests, wait, deadline)
         await self._send_left(requests, wait, deadline, why, once=once)
@@ -189,7 +200,7 @@ class Requests:
         return self._timeout_s
 
     def _answer_s(self, wait: Command | None) -> float:
-        return self._timeout_s if wait is None else self._timeout_s * (1 + _WAIT_SHARE)
+        return self._timeout_s if wait is None else self._timeout_s * (1 + WAIT_SHARE)
 
     def _note(self, problem: Lost | Refused | None) -> None:
         if problem is None:
@@ -263,6 +274,9 @@ class Requests:
             replies = replies[1::2]
         if isinstance(waited, Refused):  # such as UNBLOCKED: the server is no primary any more
             self._topology.doubt()
+            if wait is self._confirm and waited.code == "NOPERM":
+                _log.warning("the user of the store should have the right +wait: reads are slower without")
+                self._confirm = self._wait
         is_durable = wait is None or self._is_enough(waited)
         refused = []
         for request, reply in zip(requests, replies, strict=True):
@@ -326,6 +340,8 @@ class Requests:
 
     def _is_enough(self, waited: Reply) -> bool:
         here, replicas = self._least
+        if isinstance(waited, int):  # of WAIT
+            return waited >= replicas
         return isinstance(waited, list) and waited[0] >= here and waited[1] >= replicas
 
 

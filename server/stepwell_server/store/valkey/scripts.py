@@ -199,14 +199,14 @@ FETCH = _script(
     _COMMON,
     """
 -- What sessions have. KEYS: the sessions. ARGV: stamps that are known (8 bytes each; empty: none is); '1': write something
--- if anything is not known; after how many bytes to end. Returns the time (ms), then the value of each, or its head alone
+-- if anything is not known, '2': in any case; after how many bytes to end. Returns the time (ms), then the value of each, or its head alone
 -- where the stamp is known; fewer values than keys where these are larger: at least one. In place of a value, one byte:
 --   3  there is none, and the id is listed: it was lost
 --   4  the key is of another type
 --   5  there is none, and the partition has no mark: it may have been emptied
-local known, fence, room = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3])
+local known, fence, room = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local found = {now_ms()}
--- Of the same partition, and so in the same slot. Only asked for where there is nothing.
+-- Keys of the same partition, and so of the same slot, begin with the same words.
 local function of_nothing(key)
   local tag, id = string.match(key, '^(.-{%d+})s:(.*)$')
   if type(pcall('ZSCORE', tag .. 'ids', id)) == 'string' then return '\\3' end
@@ -229,13 +229,19 @@ for i, key in ipairs(KEYS) do
   elseif type(value) == 'table' then
     value = '\\4'
   end
-  if fence and value and #value > 17 then
+  if value and fence ~= '0' and #value >= (fence == '1' and 18 or 17) then
+    call('DEL', string.match(key, '^.-{%d+}') .. 'none') -- after it nothing is refused for want of memory
     call('SETRANGE', key, 9, sub(value, 10, 17)) -- as it is; all that was written before is on the disk before it
-    fence = false
+    fence = '0'
   end
   found[i + 1] = value
   room = room - (value and #value or 0)
   if room < 0 then break end
+end
+if fence == '2' then
+  local tag = string.match(KEYS[1], '^.-{%d+}')
+  call('DEL', tag .. 'none')
+  call('SET', tag .. 'fence', '')
 end
 return found
 """,

@@ -83,7 +83,7 @@ class StoreUrl:
     timeout_s: float = _TIMEOUT_MS / 1000
     """For how long an answer is waited for."""
     password_file: Path | None = None
-    """Where the password was read."""
+    """Where the password was read, and is read again for each connection."""
     tombstone_s: float = _WEEK_S
     """For how long it is remembered that a session is gone."""
 
@@ -268,11 +268,16 @@ def _login(text: str, password_file: Path | None, environ: Mapping[str, str]) ->
     if password_file is not None:
         if colon:
             raise UrlError("password_file must not be given with a password in the URL")
-        password = _password_in(password_file)
+        password = password_in(password_file)
     return Login(user or environ.get(USER_VARIABLE, ""), password or environ.get(PASSWORD_VARIABLE, ""))
 
 
-def _password_in(path: Path) -> str:
+def password_in(path: Path) -> str:
+    """The password that a file has.
+
+    Raises:
+        UrlError: it cannot be read, is not private, or has not one line.
+    """
     try:
         private_files.require_secret(path, may_be_read=True)  # secrets of containers are their group's, too
         lines = path.read_text().splitlines()
