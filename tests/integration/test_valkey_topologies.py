@@ -115,6 +115,33 @@ def move(cluster: Cluster, source: Valkey, target: Valkey, prefix: str, partitio
             node.ask("CLUSTER", "SETSLOT", slot, "NODE", to_id)
 
 
+async def test_a_primary_of_a_cluster_that_was_emptied_is_noticed(cluster: Cluster) -> None:
+    async with shared(cluster.url("&partitions=12"), 2) as (a, b):
+        ids = IDS[:60]
+        assert (await put(a, template(ids), [0] * 60))[0] is ALL_KEPT
+        owners = [cluster.primary_of(f"{{{p}}}") for p in range(12)]
+        victim = next(node for node in owners if node is not cluster.primary_of("{meta}"))
+        gone = [i for i in ids if owners[a._keys.partition(i)] is victim]
+        assert 0 < len(gone) < 60
+        lone = next(i for i in ids if i not in gone)
+        owners[a._keys.partition(lone)].ask("DEL", a._keys.session(lone).decode())
+        victim.ask("FLUSHALL")
+        # before anybody has looked: none begins
+        kept, _ = await put(b, [(gone[0], record(gone[0]))], [0])
+        assert kept.conflicts == {gone[0]}
+        emptied = sum(owner is victim for owner in owners)
+        for store in (a, b):
+            health = await store.check()
+            assert health.problem == ""
+            assert f"{emptied} of 12 parts of the store were emptied" in health.warning
+            assert [bool(store.damage_of(i)) for i in ids] == [i in gone for i in ids]
+        (found,) = await b.fetch([lone])
+        assert found.tombstone is not None
+        assert found.tombstone.end is End.LOST
+        assert (await a.fetch([gone[1]]))[0].record is None
+        assert (await put(a, [(gone[0], record(gone[0]))], [0]))[0] is ALL_KEPT
+
+
 async def test_a_primary_of_a_cluster_is_killed(cluster: Cluster) -> None:
     async with shared(cluster.url("&timeout_ms=300"), 2) as (a, b):
         ids = IDS[:64]

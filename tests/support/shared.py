@@ -16,7 +16,8 @@ from stepwell_server.store.base import Batch, Committed, Store, Tombstone
 from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import Stored
 from stepwell_server.store.valkey import url as urls
-from stepwell_server.store.valkey.store import ValkeyStore, open_valkey
+from stepwell_server.store.valkey.opening import open_valkey
+from stepwell_server.store.valkey.store import ValkeyStore
 from support.clock import ManualClock
 
 _NUMBERS = itertools.count(1)

@@ -66,7 +66,7 @@ async def open_shared_store(
         ServerError: it does not answer.
     """
     try:
-        from stepwell_server.store.valkey.store import open_valkey
+        from stepwell_server.store.valkey.opening import open_valkey
     except ImportError as error:
         raise _without_client(error) from error
     keyring = None if key_file is None else read_keyring(key_file)

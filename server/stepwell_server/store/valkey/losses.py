@@ -48,8 +48,11 @@ class Mark:
 class Losses:
     """Finds out what was lost. Lives on the event loop."""
 
-    def __init__(self, requests: Requests, keys: Keys, incarnation: str, store: str) -> None:
-        """`store` is its URL, for people."""
+    def __init__(
+        self, requests: Requests, keys: Keys, incarnation: str, store: str, *, may_write: bool = True
+    ) -> None:
+        """`store` is its URL, for people. Without `may_write` no marks are made."""
+        self._may_write = may_write
         self._requests = requests
         self._keys = keys
         self._incarnation = incarnation
@@ -133,7 +136,9 @@ class Losses:
         )
         found = dict(zip(partitions, values, strict=True))
         missing = [p for p, value in found.items() if value is None]
-        if missing:
+        if missing and not self._may_write:
+            found = {p: value for p, value in found.items() if value is not None}
+        elif missing:
             requests = [self._making(p, must_be_there=must_be_there) for p in missing]
             await self._requests.send(requests, waits=True)
             for partition, request in zip(missing, requests, strict=True):

@@ -20,19 +20,16 @@ from stepwell_server.store.base import (
     Committed,
     End,
     Fetched,
-    KeyFileError,
     Store,
-    StoreError,
     StoreHealth,
     Tombstone,
     Unused,
 )
 from stepwell_server.store.heads import Heads, heads_of
-from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import Header, header_or_none, is_sound, key_id_of
 from stepwell_server.store.sealing import Sealer
 from stepwell_server.store.valkey import documents, meta, scripts
-from stepwell_server.store.valkey.client import Denied, Lost, Reply
+from stepwell_server.store.valkey.client import Lost, Reply
 from stepwell_server.store.valkey.commits import MOST_KEYS, Commits, Part, outcome_of
 from stepwell_server.store.valkey.health import examine
 from stepwell_server.store.valkey.keys import (
@@ -50,7 +47,7 @@ from stepwell_server.store.valkey.keys import (
 )
 from stepwell_server.store.valkey.listing import ids_after
 from stepwell_server.store.valkey.losses import Losses
-from stepwell_server.store.valkey.nodes import Topology, topology_of
+from stepwell_server.store.valkey.nodes import Topology
 from stepwell_server.store.valkey.requests import LIMIT, Request, Requests
 from stepwell_server.store.valkey.url import StoreUrl
 
@@ -74,76 +71,6 @@ class _Head:
 
 _NO_HEAD, _LOST_HEAD = _Head(b"", 0, 0.0), _Head(b"", 0, 0.0)
 _LOST, _OTHER_TYPE, _UNMARKED = bytes([LOST]), bytes([OTHER_TYPE]), bytes([UNMARKED])
-
-
-async def open_valkey(
-    url: StoreUrl, *, durability: Literal["sync", "async"], clock: Clock, keyring: Keyring | None = None
-) -> ValkeyStore:
-    """Open a shared store, or make it if it is not there.
-
-    Raises:
-        StoreError: it cannot be used as it is: login, certificates, settings of the server, layout, keys.
-        StoreAway: it does not answer now.
-    """
-    wait = (1, url.replicas) if durability == "sync" else None
-    keys = Keys(url.prefix, 1)
-    topology = topology_of(url, keys.tag)
-    requests = Requests(topology, timeout_s=url.timeout_s, wait=wait)
-    try:
-        found = await _asked(requests, url)
-        await _require_fit(topology, url, durability)
-        found = await _with_keys(requests, url, found, keyring)
-        losses = Losses(requests, Keys(url.prefix, found.partitions), found.incarnation, str(url))
-        await losses.begin(must_be_there=found.is_marked)
-        if not found.is_marked:
-            await meta.set_marked(requests, url.prefix)
-            found = dataclasses.replace(found, is_marked=True)
-    except BaseException:
-        topology.close()
-        raise
-    sealer = None if keyring is None else Sealer(keyring)
-    return ValkeyStore(url, found, topology, requests, clock, sealer, losses)
-
-
-async def _asked(requests: Requests, url: StoreUrl) -> meta.Meta:
-    try:
-        return await meta.read(requests, url.prefix, url.partitions)
-    except StoreAway as error:
-        if isinstance(requests.trouble, Denied):
-            raise StoreError(str(requests.trouble)) from None
-        raise StoreAway(f"{error.message}: {requests.trouble}", error.retry_after_s) from None
-
-
-async def _require_fit(topology: Topology, url: StoreUrl, durability: Literal["sync", "async"]) -> None:
-    try:
-        async with asyncio.timeout(LIMIT * url.timeout_s):
-            found = await examine(topology, url, durability, url.timeout_s)
-    except Lost as error:
-        raise StoreAway(str(error), _RETRY_AFTER_S) from None
-    except TimeoutError:
-        raise StoreAway("the servers of the store do not say how they are", _RETRY_AFTER_S) from None
-    if found.unfit:
-        raise StoreError("; ".join(found.unfit))
-    for what in (*found.problems, *found.warnings):
-        _log.warning("the store is not as it should be", reason=what)
-
-
-async def _with_keys(
-    requests: Requests, url: StoreUrl, found: meta.Meta, keyring: Keyring | None
-) -> meta.Meta:
-    """What the store says with the keys that are used, which it remembers."""
-    known = found.key_checks
-    if keyring is None:
-        if known:
-            raise KeyFileError(
-                f"the store at {url} is encrypted, with {'key' if len(known) == 1 else 'keys'}"
-                f" {', '.join(sorted(known))}: their file must be given"
-            )
-        return found
-    keyring.require(known)
-    if keyring.first and keyring.first not in known:
-        await meta.add_key_check(requests, url.prefix, keyring.first, keyring.checks[keyring.first])
-    return dataclasses.replace(found, key_checks={**known, **keyring.first_check})
 
 
 class ValkeyStore(Store):

@@ -17,6 +17,7 @@ from stepwell_server.store.record import Stored
 from stepwell_server.store.valkey import meta
 from stepwell_server.store.valkey.client import Reply
 from stepwell_server.store.valkey.keys import META, Keys, store_key
+from stepwell_server.store.valkey.losses import Losses
 from stepwell_server.store.valkey.meta import Meta
 from stepwell_server.store.valkey.nodes import topology_of
 from stepwell_server.store.valkey.requests import Request, Requests
@@ -83,7 +84,7 @@ class Whole:
     async def _ids(self, partition: int, after: bytes) -> Sequence[bytes]:
         low = b"(" + after if after else b"-"
         command = (b"ZRANGEBYLEX", self._keys.ids(partition), low, b"+", b"LIMIT", 0, _AT_ONCE)
-        (ids,) = await self._requests.ask(Request(partition, command))
+        (ids,) = await self._requests.ask(Request(partition, command, otherwise=()))
         return ids  # type: ignore[no-any-return]
 
     async def _indexed(self, partition: int, names: Sequence[str]) -> list[bool]:
@@ -95,7 +96,8 @@ class Whole:
 
     async def counts(self, partition: int) -> Counter[str]:
         """What the store counts in a partition: see `store.counts`."""
-        (reply,) = await self._requests.ask(Request(partition, (b"HGETALL", self._keys.counts(partition))))
+        command = (b"HGETALL", self._keys.counts(partition))
+        (reply,) = await self._requests.ask(Request(partition, command, otherwise=()))
         pairs = zip(reply[::2], reply[1::2], strict=True)
         return Counter({str(name, "utf-8", "replace"): int(count) for name, count in pairs if int(count)})
 
@@ -130,7 +132,9 @@ class Whole:
                     Request(partition, (b"UNLINK", *map(keys.session, names))),
                     Request(partition, (b"ZREM", keys.ids(partition), *ids)),
                 )
-            await self._requests.ask(Request(partition, (b"UNLINK", keys.counts(partition))))
+            await self._requests.ask(
+                Request(partition, (b"UNLINK", keys.counts(partition), keys.mark(partition)))
+            )
         await self._requests.ask(Request(META, (b"UNLINK", keys.documents, keys.fence, keys.store)))
 
 
@@ -148,7 +152,10 @@ async def opened(url: StoreUrl, clock: Clock) -> AsyncIterator[Whole]:
         if not fields:
             raise StoreError(f"there is no store at {url}: no server has ever used it")
         about = meta.meta_of(url.prefix, fields, url.partitions)
-        yield Whole(url, requests, about, ValkeyStore(url, about, topology, requests, clock, None))
+        losses = Losses(
+            requests, Keys(url.prefix, about.partitions), about.incarnation, str(url), may_write=False
+        )
+        yield Whole(url, requests, about, ValkeyStore(url, about, topology, requests, clock, None, losses))
     finally:
         topology.close()
 
@@ -162,6 +169,8 @@ async def made(url: StoreUrl, clock: Clock, about: Meta) -> AsyncIterator[Whole]
     """
     topology = topology_of(url, Keys(url.prefix, 1).tag)
     requests = Requests(topology, timeout_s=url.timeout_s, wait=None)
+    about = dataclasses.replace(about, is_marked=True)
+    losses = Losses(requests, Keys(url.prefix, about.partitions), about.incarnation, str(url))
     try:
         try:
             was_made = await meta.make_unfinished(requests, url.prefix, about)
@@ -173,8 +182,9 @@ async def made(url: StoreUrl, clock: Clock, about: Meta) -> AsyncIterator[Whole]
             raise StoreError(
                 f"there must be no store at {url} yet; there is one: give another prefix or another database"
             )
-        whole = Whole(url, requests, about, ValkeyStore(url, about, topology, requests, clock, None))
+        whole = Whole(url, requests, about, ValkeyStore(url, about, topology, requests, clock, None, losses))
         try:
+            await losses.begin(must_be_there=False)
             yield whole
         except BaseException as error:
             await _remove(whole, error)
