@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from stepwell.cli import main as root
-from stepwell.cli._of_server import OfServer
+from stepwell.cli._lazy import Lazy
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 WIDTH = 100
@@ -58,7 +58,7 @@ def walk(command: click.Command, context: click.Context) -> Iterator[tuple[str, 
         return
     for name in command.list_commands(context):
         child = command.commands[name]
-        if isinstance(child, OfServer):
+        if isinstance(child, Lazy):
             child = child.load()
         yield from walk(child, click.Context(child, info_name=name, parent=context, terminal_width=WIDTH))
 

@@ -12,7 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from stepwell.cli import _help, _of_server, main
+from stepwell.cli import _help, _lazy, _of_server, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,7 +23,7 @@ def walk(
     yield path, command
     if isinstance(command, click.Group):
         for name, child in command.commands.items():
-            loaded = child.load() if isinstance(child, _of_server.OfServer) else child
+            loaded = child.load() if isinstance(child, _lazy.Lazy) else child
             yield from walk(loaded, (*path, name))
 
 
@@ -46,6 +46,11 @@ def test_every_command_has_help_that_teaches(path: tuple[str, ...]) -> None:
     assert command.help.count(".") >= 2
     assert "Examples:" in text
     assert isinstance(command, _help.Group) or "Exit codes:" in text
+
+
+@pytest.mark.parametrize("name", main.commands)
+def test_lists_say_what_the_command_says_of_itself(name: str) -> None:
+    assert main.commands[name].short_help == COMMANDS[name,].short_help
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
@@ -117,6 +122,22 @@ def test_help_imports_nothing_heavy() -> None:
     )
 
     assert finished.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_command_is_read_without_the_others() -> None:
+    code = (
+        "import sys\n"
+        "sys.argv = ['stepwell', 'completion', 'bash']\n"
+        "from stepwell.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print(sorted(name for name in sys.modules if name.startswith('stepwell.cli.') and '._' not in name))\n"
+    )
+
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True
+    )
+
+    assert finished.stdout.splitlines()[-1] == "['stepwell.cli.completion']"
 
 
 def test_serve_without_its_packages_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@
     _types.py     times and sizes
     _complete.py  models and sessions, as shells complete them
     _render.py    tables for people, JSON for programs
+    _lazy.py      commands whose code is read when they are called
     _of_server.py commands that the server's package has: serve, check, doctor, tokens ...
     models.py sessions.py step.py state.py bench/ completion.py    the other commands
 """

@@ -1,15 +1,14 @@
-"""Commands that the server's package has: its code is found by name and read when one is called, not before."""
+"""Commands that the server's package has: its code is found by name, so that the client's code nowhere imports it."""
 
 from __future__ import annotations
 
-import importlib
 import re
-from importlib import metadata
 from typing import Any
 
 import click
 
 from stepwell.cli._errors import Failure
+from stepwell.cli._lazy import Lazy
 
 INSTALL = {
     "serve": "pip install 'stepwell[server]', or 'stepwell[serve]' for compiled models (.stepwell) only",
@@ -18,8 +17,8 @@ INSTALL = {
 """How to get what an extra has. `server` has all of `serve`, and what compiles models."""
 
 
-class OfServer(click.Command):
-    """Stands for a command of the server's package in lists of commands, and becomes it when it is called.
+class OfServer(Lazy):
+    """Stands for a command of the server's package, and says what to install where it is not there.
 
     Args:
         name: The command, and the module of `stepwell_server.cli` that has it.
@@ -29,26 +28,22 @@ class OfServer(click.Command):
     """
 
     def __init__(self, name: str, short_help: str, doing: str = "", extra: str = "serve") -> None:
-        super().__init__(name, short_help=short_help)
+        super().__init__(name, short_help, f"stepwell_server.cli.{name}")
         self.doing = doing
         self.extra = extra
 
     def load(self) -> click.Command:
         """The command itself."""
         try:
-            # By name, so that the client's code nowhere imports the server's.
-            module = importlib.import_module(f"stepwell_server.cli.{self.name}")
+            return super().load()
         except ModuleNotFoundError as error:
             raise self.lacking(str(error.name)) from None
-        command = getattr(module, str(self.name))
-        assert isinstance(command, click.Command)
-        return command
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
         """Parse its arguments; without the packages that it needs it goes no further."""
-        context = self.load().make_context(info_name, args, parent, **extra)
+        context = super().make_context(info_name, args, parent, **extra)
         missing = missing_packages(self.extra) if self.doing and not context.resilient_parsing else []
         if missing:
             raise self.lacking(*missing)
@@ -69,6 +64,8 @@ def missing_packages(extra: str) -> list[str]:
 
 def packages_of(extra: str) -> list[str]:
     """Distributions that an extra asks for, as the installed metadata has them."""
+    from importlib import metadata
+
     try:
         requirements = metadata.requires("stepwell") or []
     except metadata.PackageNotFoundError:
@@ -81,6 +78,8 @@ def packages_of(extra: str) -> list[str]:
 
 def is_installed(name: str) -> bool:
     """Whether a distribution is installed."""
+    from importlib import metadata
+
     try:
         metadata.distribution(name)
     except metadata.PackageNotFoundError:

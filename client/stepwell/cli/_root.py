@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Any
 
 import click
 
 from stepwell.cli import _errors, _help
+from stepwell.cli._lazy import Lazy
 from stepwell.cli._of_server import OfServer
-from stepwell.cli.bench import bench
-from stepwell.cli.completion import completion
-from stepwell.cli.envoy import envoy_config
-from stepwell.cli.models import models
-from stepwell.cli.sessions import sessions
-from stepwell.cli.state import state
-from stepwell.cli.step import step
-from stepwell.cli.top import top
 
 
 class Root(_help.Group):
@@ -37,6 +29,8 @@ class Root(_help.Group):
 def show_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
     """Print the version of the installed distribution and exit."""
     if wanted and not ctx.resilient_parsing:
+        from importlib import metadata
+
         try:
             click.echo(f"stepwell {metadata.version('stepwell')}")
         except metadata.PackageNotFoundError:
@@ -82,13 +76,13 @@ for command in (
     OfServer("doctor", "Look for what is wrong with this machine and a server's settings."),
     OfServer("store", "Check, back up, restore, encrypt and mend stores.", "looking at a store"),
     OfServer("tokens", "Add, list and revoke the tokens of callers."),
-    models,
-    sessions,
-    step,
-    state,
-    top,
-    bench,
-    envoy_config,
-    completion,
+    Lazy("models", "Show the models of a server; load, unload and choose versions.", "stepwell.cli.models"),
+    Lazy("sessions", "List, show, close, export and import sessions.", "stepwell.cli.sessions"),
+    Lazy("step", "Advance a session by one time step or more.", "stepwell.cli.step"),
+    Lazy("state", "Read and set the state of a session.", "stepwell.cli.state"),
+    Lazy("top", "Show what a server does, live.", "stepwell.cli.top"),
+    Lazy("bench", "Load a server and measure steps/s and latencies.", "stepwell.cli.bench"),
+    Lazy("envoy-config", "Write the configuration of an Envoy in front of replicas.", "stepwell.cli.envoy"),
+    Lazy("completion", "Print the script that makes a shell complete.", "stepwell.cli.completion"),
 ):
     main.add_command(command)
