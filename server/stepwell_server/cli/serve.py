@@ -27,6 +27,7 @@ from stepwell_server.cli.values import (
     Url,
     WholeNumber,
 )
+from stepwell_server.importing import without_collecting
 from stepwell_server.settings import Settings, SettingsError
 from stepwell_server.store.valkey.url import StoreUrl, UrlError
 from stepwell_server.store.valkey.url import parse as parse_store_url
@@ -457,7 +458,10 @@ def serve(ctx: click.Context, /, show_config: bool, **_values: Any) -> None:
         raise Failure(str(error)) from None
     # gRPC would write lines of its own into the log, one for each handshake of TLS that fails
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from stepwell_server import app
+    # numpy would start a thread for each core but one, and the server multiplies no matrices by it
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    with without_collecting():
+        from stepwell_server import app
 
     try:
         ctx.exit(app.serve(settings))

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import sys
 from collections.abc import Iterator
+
+from stepwell_server.importing import without_collecting
 
 
 @contextlib.contextmanager
 def light_imports() -> Iterator[None]:
     """What is imported in this block is imported a third faster; for the main thread, and frameworks that stay.
 
-    Modules are no garbage, so none is looked for, neither meanwhile nor in what has been loaded by then. Keras
-    imports matplotlib where that is there, for plots that no server draws: here it goes without.
+    No garbage is looked for in them. Keras imports matplotlib where that is there, for plots that no server draws: here
+    it goes without.
     """
-    has_plots, collects = "matplotlib" in sys.modules, gc.isenabled()
+    has_plots = "matplotlib" in sys.modules
     if not has_plots:
         sys.modules["matplotlib"] = None  # type: ignore[assignment] # the documented way to make an import fail
-    gc.disable()
     try:
-        yield
+        with without_collecting():
+            yield
     finally:
-        if collects:
-            gc.enable()
-        gc.freeze()
         if not has_plots:
             del sys.modules["matplotlib"]
