@@ -11,15 +11,18 @@ import pytest
 from stepwell_server.engine.executors.loading import light_imports
 
 
-def test_no_garbage_is_looked_for_and_no_plots_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "matplotlib", raising=False)
+@pytest.mark.parametrize("name", ["IPython", "matplotlib", "pandas"])
+def test_no_garbage_is_looked_for_and_what_no_server_needs_is_left_out(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, name, raising=False)
     with light_imports():
         assert not gc.isenabled()
-        with pytest.raises(ImportError, match="matplotlib"):
-            importlib.import_module("matplotlib")
+        with pytest.raises(ImportError, match=name):
+            importlib.import_module(name)
     assert gc.isenabled()
     assert gc.get_freeze_count()
-    assert "matplotlib" not in sys.modules
+    assert name not in sys.modules
 
 
 def test_what_was_imported_or_turned_off_before_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
