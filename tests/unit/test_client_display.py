@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import datetime as dt
 import html.parser
 import re
 import struct
 import types
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -148,24 +150,35 @@ def test_handles_show_what_they_know() -> None:
     assert "AsyncClient" in Checked(stepwell.aio.connect("127.0.0.1:1")._repr_html_()).words
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        model("m" * 9_000, tensors=10_000),
-        ServerInfo("native", tuple(model(f"m{i}", tensors=1_000) for i in range(1_000))),
-        Listing([model(f"m{i}", tensors=1_000) for i in range(1_000)]),
-        Listing([session("s" * 200) for _ in range(10_000)]),
-        state(tensors=1_000, units=100_000)[:1],
-    ],
-    ids=["model", "server", "models", "sessions", "state"],
-)
-def test_length_is_bounded_and_says_what_is_left_out(value: Any) -> None:
+LONG: dict[str, Callable[[], Any]] = {
+    "model": lambda: model("m" * 9_000, tensors=10_000),
+    "server": lambda: ServerInfo("native", many_models()),
+    "models": lambda: Listing(many_models()),
+    "sessions": lambda: Listing([session("s" * 200) for _ in range(10_000)]),
+    "state": lambda: state(tensors=1_000, units=1_000)[:1],
+}
+
+
+def many_models() -> tuple[ModelInfo, ...]:
+    one = model(tensors=1_000)
+    return tuple(dataclasses.replace(one, name=f"m{i}") for i in range(1_000))
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_length_is_bounded_and_says_what_is_left_out(kind: str) -> None:
+    value = LONG[kind]()
     assert len(repr(value)) < 20_000
     shown = value._repr_html_()
     Checked(shown)
     assert len(shown) < 100_000
     assert re.search(r"\.\.\. \d+ more", shown)
     assert isinstance(value, ModelInfo | State) or re.search(r"\.\.\. \d+ more", repr(value))
+
+
+def test_a_wide_tensor_is_shown_in_short() -> None:
+    value = state(units=100_000)
+    assert len(repr(value)) < 20_000
+    assert len(value._repr_html_()) < 100_000
 
 
 def pixels(picture: str) -> list[list[tuple[int, int, int]]]:
