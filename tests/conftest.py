@@ -27,6 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.mkdtemp(prefix="stepwell-data-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["XDG_DATA_HOME"] = folder
+    # each of hundreds of processes would compile all modules anew, and start a thread of numpy's for each core
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # servers whose metrics no test asks for leave their port alone
     os.environ["STEPWELL_METRICS_LISTEN"] = "off"
     # on a machine that is busy a server that is there may take longer than a second to say so
