@@ -78,11 +78,6 @@ class Tokens:
         self._metadata: Pairs | None = self._with(token) if isinstance(token, str) else (others or None)
 
     @property
-    def is_renewable(self) -> bool:
-        """After a refusal there may be another token."""
-        return self._function is not None
-
-    @property
     def is_at_hand(self) -> bool:
         """No function has to be called."""
         return self._now() < self._renewed_at

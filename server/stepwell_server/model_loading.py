@@ -6,9 +6,9 @@ import asyncio
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stepwell_server.compile import data_file
 from stepwell_server.compile.errors import DataError, ModelError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _LOOK_FOR_IDLE_S = 30.0
 _log = Log("app")
+_T = TypeVar("_T")
 
 
 class Abandoned(Exception):
@@ -74,15 +75,26 @@ async def load_models(
         Abandoned: `stop` was set. No worker is left behind.
     """
     abandoned = threading.Event()
-    work = asyncio.create_task(_load_all(settings, compiler, wanted, observer, readiness, abandoned))
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
+    work = _load_all(settings, compiler, wanted, observer, readiness, abandoned)
+    return await unless_stopped(work, stop, abandoned)
+
+
+async def unless_stopped(
+    work: Coroutine[Any, Any, _T], stop: asyncio.Event, abandoned: threading.Event
+) -> _T:
+    """Do work that ends soon when `abandoned` is set, as it is when `stop` is.
+
+    Raises:
+        Abandoned: `stop` was set. The work has ended.
+    """
+    working, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    await asyncio.wait((working, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     if stop.is_set():
         abandoned.set()
-        await asyncio.gather(work, return_exceptions=True)
+        await asyncio.gather(working, return_exceptions=True)
         raise Abandoned
-    return work.result()
+    return working.result()
 
 
 async def _load_all(

@@ -67,12 +67,12 @@ def test_two_processes_compile_one_model_and_the_rest_read_the_cache(lstm: Path,
     assert found.provenance is not None
     assert (found.provenance.source, len(found.provenance.source_sha256)) == ("copy.keras", 64)
     assert again == []
-    entry = cache.entry(tmp_path / "cache", cache.cache_key(lstm, ()))
+    entry = cache.entry(tmp_path / "cache", programs.cache_key(lstm, ()))
     assert sorted((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / ".key", entry]
 
 
 def test_a_damaged_entry_is_compiled_again(lstm: Path, tmp_path: Path) -> None:
-    entry = cache.entry(tmp_path, cache.cache_key(lstm, ()))
+    entry = cache.entry(tmp_path, programs.cache_key(lstm, ()))
     entry.write_text("{}")
     stages: list[str] = []
     program = compile_program(lstm, tmp_path, progress=stages.append)
@@ -208,17 +208,17 @@ def test_the_key_is_of_content_and_of_the_modules_source(
 ) -> None:
     copy = tmp_path / "copy.keras"
     copy.write_bytes(lstm.read_bytes())
-    assert cache.cache_key(copy, ()) == cache.cache_key(lstm, ())
-    assert cache.cache_key(custom, ()) != cache.cache_key(lstm, ())
+    assert programs.cache_key(copy, ()) == programs.cache_key(lstm, ())
+    assert programs.cache_key(custom, ()) != programs.cache_key(lstm, ())
     package = tmp_path / "layers_of_mine"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('must not be imported for the key')\n")
     (package / "cells.py").write_text("A = 1\n")
     monkeypatch.chdir(tmp_path)
-    before = cache.cache_key(lstm, ["layers_of_mine.cells"])
-    assert before != cache.cache_key(lstm, ())
+    before = programs.cache_key(lstm, ["layers_of_mine.cells"])
+    assert before != programs.cache_key(lstm, ())
     (package / "cells.py").write_text("A = 2\n")
-    assert cache.cache_key(lstm, ["layers_of_mine.cells"]) != before
+    assert programs.cache_key(lstm, ["layers_of_mine.cells"]) != before
 
 
 def test_the_caller_never_loads_tensorflow() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 import stepwell
 from stepwell_server.compile import cache
-from support import models, models_trusted
+from support import models, models_trusted, programs
 from support.programs import Saved
 from support.server_process import ServerProcess, forecast
 
@@ -37,9 +37,9 @@ def swapped(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     known = forecast()
     models.build("lstm_dense", seed=5).save(folder / "other.keras")
     cache.make(folder / "cache")
-    entry = cache.entry(folder / "cache", cache.cache_key(folder / "other.keras", ()))
+    entry = cache.entry(folder / "cache", programs.cache_key(folder / "other.keras", ()))
     with cache.unfinished(entry) as file:
-        shutil.copyfile(cache.entry(known.cache_dir, cache.cache_key(known.path, ())), file)
+        shutil.copyfile(cache.entry(known.cache_dir, programs.cache_key(known.path, ())), file)
         cache.publish(file, entry)
     return Saved(folder / "other.keras", folder / "cache")
 

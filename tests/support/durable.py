@@ -124,7 +124,6 @@ class Disk:
     def __init__(self) -> None:
         self.clock = ManualClock()
         self.store = Troubled(self._opened(STORES.folder / f"disk-{next(_NUMBERS)}"))
-        self._is_dead = False
 
     def _opened(self, folder: Path) -> DiskStore:
         durability: Literal["sync", "async"] = "sync" if STORES.kind == "sync" else "async"

@@ -189,7 +189,6 @@ class _Search:
             (item.low, 1 << place) for place, item in enumerate(self._items_of) if item.kind == "rollback"
         ]
         self._ops = ops
-        self._trails: dict[int, _Value] = {}
 
     def run(self) -> None:
         """Find an order.

@@ -71,11 +71,18 @@ def zoo(name: str) -> Saved:
     return saved(name, lambda: models.build(name), kept=_kept_folder())
 
 
+def cache_key(model: Path, imports: Sequence[str] = (), options: ProofOptions | None = None) -> str:
+    """Under which key the cache has the program of a file."""
+    from stepwell_server.compile import cache
+
+    return cache.key_of(cache.file_digest(model), imports, options)
+
+
 def program_of(saved: Saved, imports: Sequence[str] = (), options: ProofOptions | None = None) -> Program:
     """The program of a saved model."""
     from stepwell_server.compile import cache
 
-    program = cache.load(cache.entry(saved.cache_dir, cache.cache_key(saved.path, imports, options)))
+    program = cache.load(cache.entry(saved.cache_dir, cache_key(saved.path, imports, options)))
     assert program is not None
     return program
 
@@ -110,9 +117,9 @@ def saved(
                 if kept is not None:
                     _keep(unfinished, options, kept / name)
             unfinished.rename(path)
-        wanted = cache.entry(programs, cache.cache_key(path, imports, options))
+        wanted = cache.entry(programs, cache_key(path, imports, options))
         if not wanted.exists():
-            _publish(cache.entry(programs, cache.cache_key(path, (), options)), wanted)
+            _publish(cache.entry(programs, cache_key(path, (), options)), wanted)
     return Saved(path, programs)
 
 
@@ -138,7 +145,7 @@ def _take(kept: Path, path: Path, options: ProofOptions | None) -> bool:
 
     if not (kept / "model.keras").exists():
         return False
-    key = cache.cache_key(kept / "model.keras", (), options)
+    key = cache_key(kept / "model.keras", (), options)
     try:
         program_file.load(cache.entry(kept, key), sys.maxsize, is_own=True)
     except (OSError, program_file.ProgramFileError):
@@ -162,7 +169,7 @@ def _keep(path: Path, options: ProofOptions | None, kept: Path) -> None:
     """Keep model and program for the next run: both or neither."""
     from stepwell_server.compile import cache
 
-    key = cache.cache_key(path, (), options)
+    key = cache_key(path, (), options)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=kept.parent) as folder:
         shutil.copyfile(path, Path(folder, "model.keras"))
         shutil.copyfile(cache.entry(cache_dir(), key), cache.entry(Path(folder), key))
@@ -174,7 +181,7 @@ def _compile(path: Path, options: ProofOptions | None) -> None:
     from stepwell_server.compile import cache
     from stepwell_server.compile.pipeline import compile_model
 
-    target = cache.entry(cache_dir(), cache.cache_key(path, (), options))
+    target = cache.entry(cache_dir(), cache_key(path, (), options))
     cache.make(cache_dir())
     with cache.unfinished(target) as file:
         made = compile_model(path, options=options)

@@ -32,16 +32,6 @@ _log = Log("compile")
 _PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy")
 
 
-def cache_key(model: Path, imports: Sequence[str], options: ProofOptions | None = None) -> str:
-    """Return the key of a file's program, see `key_of`.
-
-    Raises:
-        ModelError: there is no such module.
-        OSError: the file cannot be read.
-    """
-    return key_of(file_digest(model), imports, options)
-
-
 def key_of(content: bytes, imports: Sequence[str], options: ProofOptions | None = None) -> str:
     """Hash all that a program is made from: the file, the versions, the imported modules' source, the options.
 

@@ -8,7 +8,6 @@ import math
 import re
 from typing import Literal, NamedTuple
 
-MAX_NAME_LENGTH = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 

@@ -17,7 +17,7 @@ from stepwell_server.live.faces import Compile
 from stepwell_server.live.models import LiveModels
 from stepwell_server.logs import Log
 from stepwell_server.model_folder import SUFFIXES
-from stepwell_server.model_loading import Abandoned
+from stepwell_server.model_loading import unless_stopped
 from stepwell_server.program import FINGERPRINT_DIGITS, Program
 
 if TYPE_CHECKING:
@@ -56,17 +56,8 @@ async def restore_unless_stopped(
         Abandoned: `stop` was set.
     """
     abandoned = threading.Event()
-    work = asyncio.create_task(
-        restore(engine, live, root=settings.models_dir, tell=readiness.version, abandoned=abandoned)
-    )
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    if stop.is_set():
-        abandoned.set()
-        await asyncio.gather(work, return_exceptions=True)
-        raise Abandoned
-    bad = work.result()
+    work = restore(engine, live, root=settings.models_dir, tell=readiness.version, abandoned=abandoned)
+    bad = await unless_stopped(work, stop, abandoned)
     if bad and settings.bad_models == "refuse":
         raise NotRestoredError(f"{'; '.join(bad.values())}; or start with --bad-models skip")
 

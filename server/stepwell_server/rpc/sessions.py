@@ -13,7 +13,7 @@ from stepwell_server.rpc import admin, convert, naming, tensors
 from stepwell_server.rpc.status import to_proto
 from stepwell_server.rpc.steps import messages
 from stepwell_server.rpc.steps.sets import SetRoom
-from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
+from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits, Streams
 from stepwell_server.rpc.tracing import TRACES
 
 if TYPE_CHECKING:
@@ -45,8 +45,9 @@ class SessionServicer(admin.Administration):
         self._clock = clock
         self._limits = limits
         self._set_room = SetRoom()
-        self._streams: set[FrameStream] = set()
-        self._stopping = False
+        self._streams = Streams()
+        self.stop = self._streams.stop
+        """End each stream with UNAVAILABLE as soon as its frames are answered."""
 
     async def open_session(self, request: pb.OpenSessionRequest, call: Call) -> pb.OpenSessionResponse:
         """Open a session, or resume a live one."""
@@ -201,19 +202,7 @@ class SessionServicer(admin.Administration):
             self._tracer,
             self._auditor,
         )
-        self._streams.add(stream)
-        if self._stopping:
-            stream.stop()
-        try:
-            await stream.run()
-        finally:
-            self._streams.discard(stream)
-
-    def stop(self) -> None:
-        """End each stream with UNAVAILABLE as soon as its frames are answered."""
-        self._stopping = True
-        for stream in self._streams:
-            stream.stop()
+        await self._streams.run(stream)
 
     async def _apply(self, change: Change, answer: Awaited, call: Call) -> Applied:
         change.deadline, change.caller = call.deadline, call.caller

@@ -70,12 +70,6 @@ def joined(lease: Lease | None, mark: Mark | None, rest: bytes = b"") -> bytes:
     return pack_fields({**unpack_fields(rest), **unpack_fields(own)}) if rest else own
 
 
-def without_lease(fields: bytes) -> bytes:
-    """The other fields."""
-    _, mark, rest = split(fields)
-    return joined(None, None if mark is None else Mark.unpack(mark), rest)
-
-
 class Fields:
     """Extension fields of the sessions of a table. For whoever holds their claims."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -50,6 +50,40 @@ class StreamLimits:
     """Frames whose last part is not written yet."""
     bytes: int
     """Bytes of their requests and of their whole replies."""
+
+
+class Stream(Protocol):
+    """A call that is a stream of changes."""
+
+    async def run(self) -> None:
+        """Read, submit and answer until the client has ended."""
+
+    def stop(self) -> None:
+        """End with UNAVAILABLE as soon as everything is answered."""
+
+
+class Streams:
+    """The streams of a servicer, which end when it stops. Lives on the event loop."""
+
+    def __init__(self) -> None:
+        self._running: set[Stream] = set()
+        self._is_stopping = False
+
+    async def run(self, stream: Stream) -> None:
+        """Serve one of them to its end."""
+        self._running.add(stream)
+        if self._is_stopping:
+            stream.stop()
+        try:
+            await stream.run()
+        finally:
+            self._running.discard(stream)
+
+    def stop(self) -> None:
+        """End each of them with UNAVAILABLE as soon as what it was sent is answered."""
+        self._is_stopping = True
+        for stream in self._running:
+            stream.stop()
 
 
 class FrameStream:

@@ -14,6 +14,7 @@ from stepwell_server.rpc import naming
 from stepwell_server.rpc.boundary import Boundary, Serve
 from stepwell_server.rpc.fronts.base import Call
 from stepwell_server.rpc.status import UNSUPPORTED_CODES
+from stepwell_server.rpc.steps.stream import Streams
 from stepwell_server.rpc.triton import metadata
 from stepwell_server.rpc.triton.columns import RequestForm
 from stepwell_server.rpc.triton.infer import Inference
@@ -59,8 +60,9 @@ class TritonServicer:
         self._observer = observer
         self._inference = Inference(engine, clock, max_reply_bytes, passes)
         self._models = self._inference.models
-        self._streams: set[InferStream] = set()
-        self._stopping = False
+        self._streams = Streams()
+        self.stop = self._streams.stop
+        """End each stream with UNAVAILABLE as soon as its requests are answered."""
 
     async def model_ready(self, request: pb.ModelReadyRequest, _call: Call) -> pb.ModelReadyResponse:
         """Whether a model takes requests."""
@@ -122,19 +124,7 @@ class TritonServicer:
             self._observer,
             call,
         )
-        self._streams.add(stream)
-        if self._stopping:
-            stream.stop()
-        try:
-            await stream.run()
-        finally:
-            self._streams.discard(stream)
-
-    def stop(self) -> None:
-        """End each stream with UNAVAILABLE as soon as its requests are answered."""
-        self._stopping = True
-        for stream in self._streams:
-            stream.stop()
+        await self._streams.run(stream)
 
 
 _SHARED_MEMORY = "shared memory is not supported; send tensors in the messages"

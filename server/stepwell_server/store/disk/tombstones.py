@@ -58,8 +58,3 @@ def tombstone(session_id: str, stored: bytes) -> Tombstone:
 def age_of(stored: bytes) -> int:
     """The age of a stored tombstone."""
     return int(_VALUE.unpack(stored)[0])
-
-
-def age_key(age: int) -> bytes:
-    """Under which key the key of a tombstone of that age is."""
-    return _AGE.pack(age)
