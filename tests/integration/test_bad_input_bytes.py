@@ -16,7 +16,6 @@ from support.served import MAX_MESSAGE_BYTES, Served
 from support.wire import SERVICE, tensor
 
 pb = sessions_pb2
-MODELS = "stepwell.v1.ModelService"
 RPCS = [
     (service.full_name, method.name)
     for service in (

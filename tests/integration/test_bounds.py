@@ -33,7 +33,7 @@ from support.wire import Wire
 
 FRONTS = [pytest.param("native", marks=needs_native), "python"]
 SERVICE = "/stepwell.v1.SessionService/"
-STEP, STREAM, GET = SERVICE + "Step", SERVICE + "StepStream", SERVICE + "GetSession"
+STREAM, GET = SERVICE + "StepStream", SERVICE + "GetSession"
 TIMEOUT_S = 100.0
 X = tensor(np.zeros((1, FEATURES), np.float32))
 ENHANCE_YOUR_CALM, REFUSED_STREAM = 11, 7

@@ -6,7 +6,6 @@ The servers of this module share no store: a call finds a session only on the re
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import ssl
 import struct
@@ -28,6 +27,7 @@ from support import secured, wire
 from support.envoy import Envoy
 from support.processes import until
 from support.proxy import Proxy
+from support.replica_servers import started
 from support.secured import Server, host_and_port
 from support.served import local_server
 from support.wire import Wire, tensor
@@ -36,23 +36,11 @@ X = [0.5, -1.0, 2.0]
 AS_VALUES = "tensor_format=TENSOR_FORMAT_VALUES"
 
 
-@contextlib.contextmanager
-def started(count: int) -> Iterator[list[Server]]:
-    """Servers that have nothing in common."""
-    servers = [local_server("seq") for _ in range(count)]
-    with contextlib.ExitStack() as stack:
-        for server in servers:
-            stack.callback(server.stop)
-        with ThreadPoolExecutor(count) as pool:
-            list(pool.map(Server.start, servers))
-        yield servers
-
-
 @pytest.fixture(scope="module")
 def replicas() -> Iterator[list[Server]]:
     if secured.is_on():
         pytest.skip("the servers here are without TLS; there is a test with it")
-    with started(3) as servers:
+    with started([local_server("seq") for _ in range(3)]) as servers:
         yield servers
 
 
@@ -309,7 +297,7 @@ def test_replicas_that_stop_or_die_are_left_out_and_come_back(tmp_path: Path) ->
         pytest.skip("the servers here are without TLS; there is a test with it")
     failed: list[Any] = []
     stop = threading.Event()
-    with started(3) as servers:
+    with started([local_server("seq") for _ in range(3)]) as servers:
         addresses = [server.address for server in servers]
         with Envoy(tmp_path, addresses) as envoy, Wire(envoy.address) as one:
 

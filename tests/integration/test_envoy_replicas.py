@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from stepwell.v1 import sessions_pb2 as pb
 from support import secured, wire
 from support.envoy import Envoy
 from support.processes import until
+from support.replica_servers import started
 from support.secured import Server
 from support.served import local_server
 from support.valkey import Valkey
@@ -26,17 +26,10 @@ pytestmark = pytest.mark.skipif(secured.is_on(), reason="with TLS Envoy is tried
 X = [0.5, -1.0, 2.0]
 
 
-@contextlib.contextmanager
-def replicas(valkey: Valkey, count: int) -> Iterator[list[Server]]:
+def replicas(valkey: Valkey, count: int) -> contextlib.AbstractContextManager[list[Server]]:
     """Servers with the same store."""
     store = ["--store", valkey.url(), "--durability", "async"]
-    servers = [local_server("seq", extra_args=store) for _ in range(count)]
-    with contextlib.ExitStack() as stack:
-        for server in servers:
-            stack.callback(server.stop)
-        with ThreadPoolExecutor(count) as pool:
-            list(pool.map(Server.start, servers))
-        yield servers
+    return started([local_server("seq", extra_args=store) for _ in range(count)])
 
 
 class JsonCaller:

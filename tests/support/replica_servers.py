@@ -1,4 +1,4 @@
-"""Real servers that share a real Valkey."""
+"""Several real servers at once, such as share a real Valkey."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from support.valkey import Valkey
 
 
 @contextlib.contextmanager
-def replicas(valkey: Valkey, count: int) -> Iterator[list[Server]]:
-    """Servers of the model `forecast` with the same store, which end with the block."""
-    store = ["--store", valkey.url(), "--durability", "async"]
-    servers = [
-        Server(
-            {MODEL: forecast().path}, cache_dir=programs.cache_dir(), start_timeout_s=100.0, extra_args=store
-        )
-        for _ in range(count)
-    ]
+def started(servers: list[Server]) -> Iterator[list[Server]]:
+    """Start some servers at the same time. They end with the block."""
     with contextlib.ExitStack() as stack:
         for server in servers:
             stack.callback(server.stop)
-        with ThreadPoolExecutor(count) as pool:
+        with ThreadPoolExecutor(len(servers)) as pool:
             list(pool.map(Server.start, servers))
         yield servers
+
+
+def replicas(valkey: Valkey, count: int) -> contextlib.AbstractContextManager[list[Server]]:
+    """Servers of the model `forecast` with the same store, which end with the block."""
+    model, cache = {MODEL: forecast().path}, programs.cache_dir()
+    store = ["--store", valkey.url(), "--durability", "async"]
+    return started(
+        [Server(model, cache_dir=cache, start_timeout_s=100.0, extra_args=store) for _ in range(count)]
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from support.driver_process import Loading
 from support.proxy import Proxy
@@ -125,10 +124,3 @@ def part(ways: list[Proxy], load: Loading, chance: random.Random) -> None:
     way.release()
     way.be("clean")
     at_random(load, chance)
-
-
-def all_at_once(*kinds: Callable[[], object]) -> None:
-    """Several kinds of trouble at the same time."""
-    with ThreadPoolExecutor(len(kinds)) as pool:
-        for done in [pool.submit(kind) for kind in kinds]:
-            done.result()

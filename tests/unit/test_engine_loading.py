@@ -305,17 +305,22 @@ async def test_a_page_in_that_fails_costs_its_members_and_nobody_else() -> None:
         assert (await at.step("a", x(1))).revision == 1
 
 
+async def drains_when_read(at: Harness, store: RemoteStore) -> None:
+    """The engine has ended when what it reads for a step has come, and not before."""
+    store.reads_held = True
+    step = at.submit("a", x(1))
+    await store.until("read")
+    drain = await begun(at.engine.drain())
+    await turns(20)
+    assert not drain.done()
+    store.let_go()
+    await drain
+    assert step.ended
+
+
 async def test_the_engine_has_ended_when_loads_have() -> None:
     async with after("a") as (at, store):
-        store.reads_held = True
-        step = at.submit("a", x(1))
-        await store.until("read")
-        drain = await begun(at.engine.drain())
-        await turns(20)
-        assert not drain.done()
-        store.let_go()
-        await drain
-        assert step.ended
+        await drains_when_read(at, store)
 
 
 async def test_the_engine_has_ended_when_page_ins_have() -> None:
@@ -323,15 +328,7 @@ async def test_the_engine_has_ended_when_page_ins_have() -> None:
         store: RemoteStore = at.store
         await at.open("a")
         await at.open("b")
-        store.reads_held = True
-        step = at.submit("a", x(1))
-        await store.until("read")
-        drain = await begun(at.engine.drain())
-        await turns(20)
-        assert not drain.done()
-        store.let_go()
-        await drain
-        assert step.ended
+        await drains_when_read(at, store)
 
 
 async def test_the_engine_is_closed_when_commits_have_ended_or_its_time_is_over() -> None:

@@ -15,14 +15,9 @@ from stepwell_server.errors import (
     SessionExpired,
     SessionNotFound,
 )
-from support.engine import BOTH_WAYS, Answer, Harness, running, x
+from support.engine import BOTH_WAYS, Harness, running, x
 from support.fake_executor import BROKEN
 from support.model_of_sessions import initial
-
-
-def bytes_of(answer: Answer) -> bytes:
-    data: bytes = answer.outputs["y"].tobytes()
-    return data
 
 
 @BOTH_WAYS

@@ -19,7 +19,6 @@ from stepwell_server.store.base import Batch
 from support.awaited import RemoteStore
 from support.durable import begun
 from support.engine import Harness, x
-from support.fake_executor import PLAIN
 from support.replicas import both_know
 from support.version_changes import fails, hold_commits, load_2, told, two_versions
 from support.versions import after, weights
@@ -27,7 +26,6 @@ from support.versions import after, weights
 KEEP, CARRY = SessionPolicy.KEEP, SessionPolicy.CARRY
 MIGRATE, RESET = SessionPolicy.MIGRATE, SessionPolicy.RESET
 INITIAL = np.array([[0.5, -0.25]], np.float32)
-BOTH = {"plain@1": PLAIN, "plain@2": weights(2)}
 FIRST, SECOND, THIRD = x(1, seed=1), x(1, seed=2), x(1, seed=3)
 
 pytestmark = pytest.mark.stores("awaited")

@@ -31,7 +31,7 @@ KEEP, CARRY = SessionPolicy.KEEP, SessionPolicy.CARRY
 MIGRATE, RESET = SessionPolicy.MIGRATE, SessionPolicy.RESET
 INITIAL = np.array([[0.5, -0.25]], np.float32)
 BOTH = {"plain@1": PLAIN, "plain@2": weights(2)}
-FIRST, SECOND, THIRD = x(1, seed=1), x(1, seed=2), x(1, seed=3)
+FIRST, SECOND = x(1, seed=1), x(1, seed=2)
 
 pytestmark = pytest.mark.stores("awaited")
 

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from stepwell_server.core.history import How, Move, Way
 from stepwell_server.engine.models import Models, Versions
@@ -29,8 +28,6 @@ Migration = Callable[[dict[str, Array]], Mapping[str, Array]]
 Called with the rows of many sessions at once, from any thread. It must give the same for the same rows each time: what
 it made is only stored with the session's next change.
 """
-
-_Bytes = npt.NDArray[np.uint8]
 
 
 @dataclasses.dataclass(slots=True)
