@@ -18,7 +18,7 @@ import pytest
 
 from stepwell_server.core.quotas import QuotaTable
 from stepwell_server.engine.api import Observer
-from stepwell_server.engine.change import Change
+from stepwell_server.engine.change import Change, Reply
 from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.engine import Engine
 from stepwell_server.engine.executors.base import Executor
@@ -26,7 +26,7 @@ from stepwell_server.engine.passes.batch import Pass
 from stepwell_server.engine.passes.runner import Runner
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.resident import ResidentRows
-from stepwell_server.engine.types import U64, Members
+from stepwell_server.engine.types import Members
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
 from stepwell_server.store.awaited import AwaitedStore
@@ -142,25 +142,16 @@ class Answers:
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.is_cancelled = False
 
-    def applied(
-        self,
-        members: Members,
-        revisions: U64,
-        positions: U64,
-        outputs: Mapping[str, Array],
-        states: Mapping[str, Array],
-        *,
-        replayed: bool,
-        version: int,
-    ) -> None:
+    def applied(self, members: Members, reply: Reply) -> None:
+        outputs, states = reply.outputs, reply.states
         row = state_row = 0
         for place, member in enumerate(members.tolist()):
             end, state_end = row + self._sizes[member], state_row + self.state_sizes[member]
             # copied at once: they may be views that the next pass does not outlive
             own = {name: array[row:end].copy() for name, array in outputs.items()}
             after = {name: array[state_row:state_end].copy() for name, array in states.items()}
-            answer = Answer(int(revisions[place]), int(positions[place]), own, replayed, after, version)
-            self._set(member, answer)
+            revision, position = int(reply.revisions[place]), int(reply.positions[place])
+            self._set(member, Answer(revision, position, own, reply.replayed, after, reply.version))
             row, state_row = end, state_end
         assert all(len(array) == row for array in outputs.values())
         assert all(len(array) == state_row for array in states.values())

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stepwell_server.engine.api import ModelInfo, Moved, SessionInfo, SessionPolicy, VersionInfo
-from stepwell_server.engine.change import Change
+from stepwell_server.engine.change import Change, Reply
 from stepwell_server.engine.models import Known
 from stepwell_server.errors import (
     InvalidInput,
@@ -111,12 +111,13 @@ class FakeEngine:
             infos = [self._sessions[change.session_ids[index]].info for index in members]
             change.replies.applied(
                 np.array(members, np.intp),
-                np.array([info.revision for info in infos], np.uint64),
-                np.array([info.position for info in infos], np.uint64),
-                {"y": np.array(outputs, np.float32)} if change.inputs else {},
-                {},
-                replayed=False,
-                version=1,
+                Reply(
+                    np.array([info.revision for info in infos], np.uint64),
+                    np.array([info.position for info in infos], np.uint64),
+                    {"y": np.array(outputs, np.float32)} if change.inputs else {},
+                    {},
+                    version=1,
+                ),
             )
 
     def _step(self, session_id: str, x: Any) -> Any:

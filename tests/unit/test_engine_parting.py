@@ -9,7 +9,7 @@ import pytest
 
 from stepwell_server.core.callers import Caller, Role
 from stepwell_server.engine.api import Select
-from stepwell_server.engine.change import Change
+from stepwell_server.engine.change import Change, Reply
 from stepwell_server.engine.intake.parting import parted
 from stepwell_server.errors import InvalidInput, ServerError
 from support.engine import x
@@ -25,8 +25,8 @@ class Told:
     def __init__(self) -> None:
         self.told: list[tuple[Any, ...]] = []
 
-    def applied(self, members: Any, *_: Any, version: int, replayed: bool) -> None:
-        self.told.append((members.tolist(), version, replayed))
+    def applied(self, members: Any, reply: Reply) -> None:
+        self.told.append((members.tolist(), reply.version, reply.replayed))
 
     def failed(self, members: Any, error: ServerError) -> None:
         self.told.append((members.tolist(), error))
@@ -108,8 +108,8 @@ def test_answers_are_those_of_the_members_of_the_whole() -> None:
     replies = Told()
     stay, other = parted(frame(replies), np.array([1]))
     nothing = np.zeros(1, np.uint64)
-    stay.replies.applied(np.array([1]), nothing, nothing, {}, {}, replayed=False, version=2)
-    other.replies.applied(np.array([0]), nothing, nothing, {}, {}, replayed=True, version=1)
+    stay.replies.applied(np.array([1]), Reply(nothing, nothing, {}, {}, version=2))
+    other.replies.applied(np.array([0]), Reply(nothing, nothing, {}, {}, replayed=True, version=1))
     error = InvalidInput("no")
     stay.replies.failed(np.array([0]), error)
     assert replies.told == [([2], 2, False), ([1], 1, True), ([0], error)]
@@ -125,7 +125,7 @@ def test_parts_are_parted_again() -> None:
     _, last = parted(others, np.array([1]))
     assert last.session_ids == ["c"]
     nothing = np.zeros(1, np.uint64)
-    last.replies.applied(np.array([0]), nothing, nothing, {}, {}, replayed=False, version=3)
+    last.replies.applied(np.array([0]), Reply(nothing, nothing, {}, {}, version=3))
     assert replies.told == [([2], 3, False)]
 
 

@@ -59,9 +59,9 @@ class Parts(Answers):
         super().__init__([1] * count)
         self.parts = 0
 
-    def applied(self, *args: Any, **fields: Any) -> None:
+    def applied(self, *args: Any) -> None:
         self.parts += 1
-        super().applied(*args, **fields)
+        super().applied(*args)
 
     def failed(self, *args: Any) -> None:
         self.parts += 1

@@ -11,7 +11,7 @@ import pytest
 
 from stepwell.v1 import errors_pb2
 from stepwell_server.core.callers import ANYBODY, Caller, Role
-from stepwell_server.engine.change import Change
+from stepwell_server.engine.change import Change, Reply
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import SessionNotFound
 from stepwell_server.rpc.fronts.base import Ended, InputColumn, OutputColumn, StepColumns
@@ -187,9 +187,7 @@ async def test_what_ran_on_several_versions_is_answered_apart(columns: Columns) 
         for members, version in (([0, 2], 7), ([1], 8)):
             numbers, rows = np.ones(len(members), np.uint64), np.zeros((len(members), 2), np.float32)
             replies: Any = change.replies
-            replies.applied(
-                np.array(members), numbers, numbers, {"y": rows}, {}, replayed=False, version=version
-            )
+            replies.applied(np.array(members), Reply(numbers, numbers, {"y": rows}, {}, version=version))
 
     columns.at.engine.submit = submit
     batch = columns.take(["a", "b", "c"], np.ones((3, 2)))

@@ -55,31 +55,29 @@ class MustPart(Exception):
         """They are of other models than the first member, and may be submitted together."""
 
 
+@dataclasses.dataclass(slots=True)
+class Reply:
+    """What members of a change are told that were applied, one after the other."""
+
+    revisions: U64
+    """After the change, `(m,)`."""
+    positions: U64
+    """After the change, `(m,)`."""
+    outputs: Tensors
+    """The members' rows one after the other, `(rows, T, ...)` or `(rows, ...)`."""
+    states: Tensors
+    """The same of those rows whose states were asked for; empty if none were."""
+    replayed: bool = False
+    """They were applied before, and this is what is remembered."""
+    version: int = 0
+    """Of the model, which ran them; of remembered replies, on which their sessions are now. `Change.succeed` sets it."""
+
+
 class Replies(Protocol):
     """Who gets the answers to a change. Every member is in exactly one of them. Called on the event loop."""
 
-    def applied(
-        self,
-        members: Members,
-        revisions: U64,
-        positions: U64,
-        outputs: Tensors,
-        states: Tensors,
-        *,
-        replayed: bool,
-        version: int,
-    ) -> None:
-        """Members were applied, now or before (`replayed`).
-
-        Args:
-            members: Ascending indexes, `(m,)`.
-            revisions: After the change, `(m,)`.
-            positions: After the change, `(m,)`.
-            outputs: The members' rows one after the other, `(rows, T, ...)` or `(rows, ...)`.
-            states: The same of those rows whose states were asked for; empty if none were.
-            replayed: They were answered with a remembered reply.
-            version: Of the model, which ran them; of remembered replies, on which their sessions are now.
-        """
+    def applied(self, members: Members, reply: Reply) -> None:
+        """Members, ascending indexes, `(m,)`, were applied, now or before."""
 
     def failed(self, members: Members, error: ServerError) -> None:
         """Members failed; nothing changed for them."""
@@ -317,30 +315,15 @@ class Change:
         except Exception as raised:
             self._undelivered(raised)
 
-    def succeed(
-        self,
-        members: Members,
-        revisions: U64,
-        positions: U64,
-        outputs: Tensors,
-        states: Tensors = NO_STATES,
-        *,
-        replayed: bool = False,
-    ) -> None:
-        """Members were applied, now or before; `outputs` and `states` are their rows one after the other."""
+    def succeed(self, members: Members, reply: Reply) -> None:
+        """Members were applied, now or before."""
         self._count(len(members))
+        reply.version = self.model.version
         if self.output_names:
-            outputs = {name: outputs[name] for name in self.output_names if name in outputs}
+            outputs = reply.outputs
+            reply.outputs = {name: outputs[name] for name in self.output_names if name in outputs}
         try:
-            self.replies.applied(
-                members,
-                revisions,
-                positions,
-                outputs,
-                states,
-                replayed=replayed,
-                version=self.model.version,
-            )
+            self.replies.applied(members, reply)
         except Exception as raised:
             self._undelivered(raised)
 
@@ -371,21 +354,18 @@ class Awaited:
             raise answer
         return answer
 
-    def applied(
-        self,
-        _members: Members,
-        revisions: U64,
-        positions: U64,
-        outputs: Tensors,
-        states: Tensors,
-        *,
-        replayed: bool,
-        version: int,
-    ) -> None:
+    def applied(self, _members: Members, reply: Reply) -> None:
         """See `Replies`."""
         if not self._answer.done():
             self._answer.set_result(
-                Applied(int(revisions[0]), int(positions[0]), outputs, replayed, states, version)
+                Applied(
+                    int(reply.revisions[0]),
+                    int(reply.positions[0]),
+                    reply.outputs,
+                    reply.replayed,
+                    reply.states,
+                    reply.version,
+                )
             )
 
     def failed(self, _members: Members, error: ServerError) -> None:
@@ -404,23 +384,14 @@ class _Callers:
     def __init__(self, parts: Sequence[Change]) -> None:
         self._parts = parts
 
-    def applied(
-        self,
-        members: Members,
-        revisions: U64,
-        positions: U64,
-        outputs: Tensors,
-        states: Tensors,
-        *,
-        replayed: bool,
-        version: int,  # noqa: ARG002 - that of the model of the parts, which know it
-    ) -> None:
-        parts, names, columns = self._parts, list(outputs), list(outputs.values())
+    def applied(self, members: Members, reply: Reply) -> None:
+        states = reply.states
         for at, member in enumerate(members.tolist()):
             here = slice(at, at + 1)
-            own = {name: column[here] for name, column in zip(names, columns, strict=True)}
+            own = {name: array[here] for name, array in reply.outputs.items()}
             after = {name: array[here] for name, array in states.items()} if states else states
-            parts[member].succeed(_FIRST, revisions[here], positions[here], own, after, replayed=replayed)
+            told = Reply(reply.revisions[here], reply.positions[here], own, after, reply.replayed)
+            self._parts[member].succeed(_FIRST, told)
 
     def failed(self, members: Members, error: ServerError) -> None:
         for member in members.tolist():

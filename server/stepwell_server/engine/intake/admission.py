@@ -15,7 +15,7 @@ from stepwell_server.core.scheduler import Source
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Select
-from stepwell_server.engine.change import MOST_ERRORS, NO_STATES, Change, for_all
+from stepwell_server.engine.change import MOST_ERRORS, NO_STATES, Change, Reply, for_all
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.records import Outcome
 from stepwell_server.engine.intake.paging import ALL_HERE, Pager, Refused
@@ -280,14 +280,8 @@ class Admission:
             states = kept if change.keeps_states else self._states_now(change, members[some], own)
             kind = "reset" if change.reset else "step"
             self._observer.replayed(change.model.name, kind, len(some))
-            change.succeed(
-                members[some],
-                self._table.revision[own],
-                self._table.position[own],
-                outputs,
-                states,
-                replayed=True,
-            )
+            revisions, positions = self._table.revision[own], self._table.position[own]
+            change.succeed(members[some], Reply(revisions, positions, outputs, states, replayed=True))
         conflicts = np.flatnonzero(verdict.conflict)
         for places, expected, actual in _alike(
             change, members[conflicts], self._table.revision[handles[conflicts]]
@@ -398,7 +392,7 @@ class Admission:
                 return
             row_count = len(change.rows) if change.rows is not None else int(change.sizes[own].sum())
             self._observer.applied(model.name, "reset", len(own), row_count)
-            change.succeed(own, told.revisions, told.positions, {})
+            change.succeed(own, Reply(told.revisions, told.positions, {}, NO_STATES))
 
         self._committer.commit(outcome, answer, lambda places: self.again(change, members[places]))
 

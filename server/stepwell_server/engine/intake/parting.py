@@ -11,9 +11,9 @@ import numpy as np
 
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Select
-from stepwell_server.engine.change import Change, Replies
+from stepwell_server.engine.change import Change, Replies, Reply
 from stepwell_server.engine.intake.validation import require_state_members
-from stepwell_server.engine.types import U64, Mask, Members, Tensors
+from stepwell_server.engine.types import Mask, Members, Tensors
 from stepwell_server.errors import InvalidInput, ServerError
 
 
@@ -88,27 +88,9 @@ class _Part:
         self._whole = whole
         self._members = members
 
-    def applied(
-        self,
-        members: Members,
-        revisions: U64,
-        positions: U64,
-        outputs: Tensors,
-        states: Tensors,
-        *,
-        replayed: bool,
-        version: int,
-    ) -> None:
+    def applied(self, members: Members, reply: Reply) -> None:
         """See `Replies`."""
-        self._whole.applied(
-            self._members[members],
-            revisions,
-            positions,
-            outputs,
-            states,
-            replayed=replayed,
-            version=version,
-        )
+        self._whole.applied(self._members[members], reply)
 
     def failed(self, members: Members, error: ServerError) -> None:
         """See `Replies`."""

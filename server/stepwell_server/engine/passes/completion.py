@@ -10,7 +10,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Select
-from stepwell_server.engine.change import NO_STATES, Change
+from stepwell_server.engine.change import NO_STATES, Change, Reply
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.group_commit import FEW
 from stepwell_server.engine.durability.records import Outcome
@@ -162,7 +162,7 @@ class Completion:
             self._observer.stage(self._model.name, "total", now - job.queued_at, len(members))
             if job.queued_at <= queued_at:
                 slowest, queued_at = each.change.session_ids[members[0]], job.queued_at
-            each.change.succeed(members, revisions, positions, tensors, states)
+            each.change.succeed(members, Reply(revisions, positions, tensors, states))
         self._observer.slow(self._model.name, slowest, now - queued_at, now)
         self._observer.applied(self._model.name, "step", count, row_steps)
 

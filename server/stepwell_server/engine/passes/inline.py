@@ -15,7 +15,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.exactly_once import applies
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Observer, Select, Trace
-from stepwell_server.engine.change import Change, may_join
+from stepwell_server.engine.change import NO_STATES, Change, Reply, may_join
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.records import Outcome
 from stepwell_server.engine.executors.base import ExecutionError, Executor
@@ -101,9 +101,9 @@ class Inline:
                         trace.stage("commit", ran, self._clock.monotonic())
                 now = self._clock.monotonic()
                 self._observer.stepped_alone(self._model.name, change.session_ids[0], now - started, now)
-                change.succeed(
-                    change.members, outcome.revisions, outcome.positions, self._named(kept, outputs)
-                )
+                named = self._named(kept, outputs)
+                reply = Reply(outcome.revisions, outcome.positions, named, NO_STATES)
+                change.succeed(change.members, reply)
 
         self._committer.commit(outcome, answer, lambda _places: self._again(change, change.members))
         return True

@@ -15,8 +15,8 @@ import numpy as np
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import Caller
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.change import Change, MustPart
-from stepwell_server.engine.types import U64, Array, Members, Tensors
+from stepwell_server.engine.change import Change, MustPart, Reply
+from stepwell_server.engine.types import Array, Members, Tensors
 from stepwell_server.errors import ServerError
 from stepwell_server.rpc import tensors
 from stepwell_server.rpc.boundary import internal
@@ -89,20 +89,11 @@ class Form:
         """Members cannot be done with the others; those that are to be submitted alone."""
         return members
 
-    def applied(
-        self,
-        members: Members | None,
-        revisions: U64,
-        positions: U64,
-        outputs: Tensors,
-        *,
-        replayed: bool,
-        version: int,
-    ) -> None:
-        """Members were applied, on this version of their model; None: all of the batch."""
+    def applied(self, members: Members | None, reply: Reply) -> None:
+        """Members were applied; None: all of the batch."""
         if self.traces:
             self._end_traces(members, "OK", "")
-        self._answer(members, revisions, positions, outputs, replayed=replayed, version=version)
+        self._answer(members, reply)
 
     def failed(self, members: Members | None, error: ServerError) -> None:
         """Members failed alike; None: all of the batch."""
@@ -134,24 +125,15 @@ class Form:
         """Outputs as they leave."""
         return [_output(name, array) for name, array in outputs.items()]
 
-    def _answer(
-        self,
-        members: Members | None,
-        revisions: U64,
-        positions: U64,
-        outputs: Tensors,
-        *,
-        replayed: bool,
-        version: int,
-    ) -> None:
+    def _answer(self, members: Members | None, reply: Reply) -> None:
         ended = self.columns.replies.applied(
             members,
-            revisions,
-            positions,
-            self.output_columns(outputs),
-            replayed=replayed,
-            version=self.version_text(version),
-            model_version=version,
+            reply.revisions,
+            reply.positions,
+            self.output_columns(reply.outputs),
+            replayed=reply.replayed,
+            version=self.version_text(reply.version),
+            model_version=reply.version,
         )
         self._ended(ended, "OK")
 
@@ -338,21 +320,9 @@ class _Replies:
         self._index = index
         """Of its members in the batch; None: they are all of it."""
 
-    def applied(
-        self,
-        members: Members,
-        revisions: U64,
-        positions: U64,
-        outputs: Tensors,
-        _states: Tensors,  # plain steps ask for none
-        *,
-        replayed: bool,
-        version: int,
-    ) -> None:
+    def applied(self, members: Members, reply: Reply) -> None:
         """See `Replies`."""
-        self._form.applied(
-            self._members(members), revisions, positions, outputs, replayed=replayed, version=version
-        )
+        self._form.applied(self._members(members), reply)
 
     def failed(self, members: Members, error: ServerError) -> None:
         """See `Replies`."""

@@ -9,8 +9,8 @@ import numpy as np
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core.callers import Caller
 from stepwell_server.engine.api import Applied, Select
-from stepwell_server.engine.change import Change, Replies
-from stepwell_server.engine.types import U64, Members, Tensors
+from stepwell_server.engine.change import Change, Replies, Reply
+from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import InvalidInput, ServerError
 from stepwell_server.rpc import convert, naming, tensors
 from stepwell_server.rpc.status import to_proto
@@ -220,16 +220,11 @@ def reset_reply(answer: Applied) -> pb.ResetStatesResponse:
 def applied_part(
     frame_id: int,
     members: Members | None,
-    revisions: U64,
-    positions: U64,
-    outputs: Tensors,
-    states: Tensors,
+    reply: Reply,
     *,
-    replayed: bool,
     last: bool,
     is_short: bool = False,
     declared_set: int = 0,
-    model_version: int = 0,
 ) -> bytes:
     """The part of a frame's reply for members that were applied; None: all of the frame's."""
     response = pb.StepStreamResponse(
@@ -237,8 +232,9 @@ def applied_part(
         all_members=members is None,
         last=last,
         declared_set=declared_set,
-        model_version=model_version,
+        model_version=reply.version,
     )
+    revisions, positions = reply.revisions, reply.positions
     if is_short and _are_alike(revisions):
         response.revision = int(revisions[0])
     else:
@@ -251,9 +247,9 @@ def applied_part(
         response.first_member, response.member_count = int(members[0]), len(members)
     elif members is not None:
         response.members.extend(members.tolist())
-    tensors.add_tensors(response.outputs, outputs)
-    tensors.add_tensors(response.states, states)
-    if replayed:
+    tensors.add_tensors(response.outputs, reply.outputs)
+    tensors.add_tensors(response.states, reply.states)
+    if reply.replayed:
         response.replayed_members.extend(range(len(revisions)) if members is None else members.tolist())
     return response.SerializeToString()
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.engine.intake.validation import require_lists
-from stepwell_server.engine.types import U64, Members, Tensors
+from stepwell_server.engine.types import Members
 from stepwell_server.errors import ServerError, Unavailable
 from stepwell_server.logs import Log
 from stepwell_server.rpc.boundary import parse
@@ -30,7 +30,7 @@ from stepwell_server.rpc.steps.write_queue import WriteQueue
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
-    from stepwell_server.engine.change import Change
+    from stepwell_server.engine.change import Change, Reply
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.auditing import Auditor
     from stepwell_server.rpc.boundary import RequestObserver
@@ -323,17 +323,7 @@ class _Frame:
         self.declared_set = 0
         """The set that it has made known; 0: none."""
 
-    def applied(
-        self,
-        members: Members,
-        revisions: U64,
-        positions: U64,
-        outputs: Tensors,
-        states: Tensors,
-        *,
-        replayed: bool,
-        version: int,
-    ) -> None:
+    def applied(self, members: Members, reply: Reply) -> None:
         """See `Replies`."""
         last = self._is_last(len(members))
         if last:
@@ -342,15 +332,10 @@ class _Frame:
             part = messages.applied_part(
                 self.frame_id,
                 self._named(members),
-                revisions,
-                positions,
-                outputs,
-                states,
-                replayed=replayed,
+                reply,
                 last=last,
                 is_short=self.is_short,
                 declared_set=self.declared_set,
-                model_version=version,
             )
             self._stream.answer(self, part, last=last)
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stepwell_server.engine.change import Change
-from stepwell_server.engine.types import U64, Members, Tensors
+from stepwell_server.engine.change import Change, Reply
+from stepwell_server.engine.types import Members, Tensors
 from stepwell_server.errors import InvalidInput, ModelNotFound, ServerError
 from stepwell_server.rpc import tensors
 from stepwell_server.rpc.fronts.base import OutputColumn, StepColumns
@@ -115,21 +115,12 @@ class RequestForm(Form):
         self.columns.replies.hand_back(members)
         return members[:0]
 
-    def applied(
-        self,
-        members: Members | None,
-        revisions: U64,
-        positions: U64,
-        outputs: Tensors,
-        *,
-        replayed: bool,
-        version: int,
-    ) -> None:
+    def applied(self, members: Members | None, reply: Reply) -> None:
         """See `Form`."""
         timing, sizes = self._timing, self.columns.sizes
         timing.run = time.perf_counter_ns()
-        self._answer(members, revisions, positions, outputs, replayed=replayed, version=version)
-        model = self._inference.models.known(self._named[0], version)
+        self._answer(members, reply)
+        model = self._inference.models.known(self._named[0], reply.version)
         if model is None:
             return
         model.statistics.succeeded(
@@ -138,7 +129,7 @@ class RequestForm(Form):
             now_s=self._clock.now(),
             rows=int((sizes if members is None else sizes[members]).sum()),
             steps=self._steps,
-            count=len(revisions),
+            count=len(reply.revisions),
         )
 
     def failed(self, members: Members | None, error: ServerError) -> None:
