@@ -409,7 +409,11 @@ def _start_tracing(settings: Settings, clock: Clock, observer: PrometheusObserve
 
 def _quota_file(settings: Settings) -> QuotaFile | None:
     try:
-        return None if settings.quotas is None else QuotaFile(settings.quotas)
+        return (
+            None
+            if settings.quotas is None
+            else QuotaFile(settings.quotas, is_shared=settings.store_kind == "valkey")
+        )
     except WatchedFileError as error:
         raise StartError(str(error)) from error
 

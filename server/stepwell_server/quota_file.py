@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,13 +22,14 @@ LOOK_S = 0.25
 _MOST = 10**15
 _MOST_SHOWN = 40
 _OF_TENANTS = tuple(field.name for field in dataclasses.fields(Limits))
-#: Who made a session is not kept, only whose it is.
-_OF_CALLERS = ("steps_per_second", "burst", "bytes_in_flight")
+_OF_CALLERS = ("sessions", "rows", "steps_per_second", "burst", "bytes_in_flight")
+#: A store that servers share counts for all of them, and counts by tenants.
+_NOT_SHARED = ("sessions", "rows")
 _TABLES = ("default", "tenants", "callers")
 
 
-def parse(text: str) -> QuotaTable:
-    """What a file says.
+def parse(text: str, *, is_shared: bool = False) -> QuotaTable:
+    """What a file says; `is_shared`: to servers that share a store.
 
     Raises:
         ValueError: it is no TOML, or breaks a rule; the message names both.
@@ -48,6 +50,12 @@ def parse(text: str) -> QuotaTable:
             raise ValueError(
                 f'[callers] must be named as "TENANT/NAME", or "NAME" where it has no tenant; got {caller!r}'
             )
+        for quota in _NOT_SHARED if is_shared and isinstance(tables["callers"][caller], dict) else ():
+            if quota in tables["callers"][caller]:
+                raise ValueError(
+                    f'[callers."{caller}"] {quota} must be left out where servers share a store, which counts by tenants: limit'
+                    " the tenant, or give the caller a tenant of its own"
+                )
     return QuotaTable(
         _limits("[default]", tables["default"], _OF_TENANTS),
         {name: _limits(f"[tenants.{name}]", each, _OF_TENANTS) for name, each in tables["tenants"].items()},
@@ -89,14 +97,14 @@ def _limits(where: str, value: object, allowed: tuple[str, ...]) -> Limits:
 class QuotaFile:
     """A file of quotas. Lives on the event loop."""
 
-    def __init__(self, path: Path) -> None:
-        """Read it.
+    def __init__(self, path: Path, *, is_shared: bool = False) -> None:
+        """Read it; `is_shared`: other servers use the store, too.
 
         Raises:
             WatchedFileError: it cannot be, or breaks a rule.
         """
         self._path = path
-        self._file = WatchedFile("--quotas", path, parse)
+        self._file = WatchedFile("--quotas", path, functools.partial(parse, is_shared=is_shared))
 
     @property
     def table(self) -> QuotaTable:

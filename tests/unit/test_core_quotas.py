@@ -80,7 +80,7 @@ def test_a_file_says_whose_quotas_are_which() -> None:
         ('[tenants."a b"]', r"\[tenants\] must be named by names of tenants; got 'a b'"),
         ('[callers."a/b/c"]', r'\[callers\] must be named as "TENANT/NAME", .*; got \'a/b/c\''),
         ("[default]\nstep = 1", r"\[default\] must have sessions, .* only; got 'step'"),
-        ("[callers.a]\nsessions = 1", r'\[callers."a"\] must have steps_per_second, burst, .* only; got'),
+        ("[callers.a]\nmodels = 1", r'\[callers."a"\] must have sessions, rows, .* only; got'),
         ("[default]\nsessions = -1", r"sessions must be a whole number of at least 0, .*; got -1"),
         ("[default]\nrows = 1.5", r"rows must be a whole number of at least 0, .*; got 1.5"),
         ("[default]\nrows = true", r"rows must be a whole number of at least 0, .*; got True"),
@@ -134,3 +134,13 @@ def test_a_file_is_read_again_when_it_changes_and_a_broken_one_changes_nothing(
     path.chmod(0o644)
     assert looks() == [False, True, False]
     assert file.table.default.sessions == 3
+
+
+def test_callers_have_no_sessions_of_their_own_in_a_store_that_servers_share() -> None:
+    text = '[callers."acme/ann"]\nrows = 5\nsteps_per_second = 9'
+    assert parse(text).callers["acme/ann"].rows == 5
+    with pytest.raises(
+        ValueError, match=r'\[callers."acme/ann"\] rows must be left out where servers share a store'
+    ):
+        parse(text, is_shared=True)
+    assert parse(text.replace("rows = 5", ""), is_shared=True).callers["acme/ann"].steps_per_second == 9

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from stepwell_server.engine.quotas import OTHER, Quotas
 from stepwell_server.engine.sessions.moving import Arriving, Brought, Existing
 from stepwell_server.errors import InvalidInput, Overloaded, QuotaExceeded, ServerError
 from stepwell_server.rpc.status import to_proto
+from stepwell_server.store.disk.store import DiskStore
 from support.clock import ManualClock
 from support.engine import Harness, running, x
 
@@ -190,3 +195,79 @@ async def test_what_a_store_has_counts_from_the_start_and_tenants_beyond_the_lim
     assert counts.refused["acme", "sessions"] == counts.refused["t0", "rows"] == 0  # there before the first
     with pytest.raises(QuotaExceeded, match="sessions of tenant 'acme' must stay within 2; there are 2"):
         quotas.begin([f"{prefix_of('acme')}x"], 1)
+
+
+@contextlib.asynccontextmanager
+async def kept_in(folder: Path, **options: Any) -> AsyncIterator[Harness]:
+    """A server whose sessions are there for the next one."""
+    store = DiskStore(folder, durability="async", clock=ManualClock())
+    try:
+        async with running(store=store, **options) as at:
+            yield at
+    finally:
+        store.close()
+
+
+@pytest.mark.stores("memory")
+async def test_sessions_and_rows_of_a_caller_are_those_that_it_made(tmp_path: Path) -> None:
+    table = QuotaTable(callers={"acme/ann": Limits(sessions=3, rows=5)})
+    namespace = prefix_of("acme")
+
+    async def opened(at: Harness, who: Caller, rows: int = 1, count: int = 1) -> list[str]:
+        made = await at.engine.open_sessions(
+            "plain", count=count, batch_size=rows, namespace=namespace, who=who
+        )
+        return list(made.session_ids)
+
+    async with kept_in(tmp_path, quotas=table) as at:
+        assert at.quotas is not None
+        (first,) = await opened(at, ANN, 2)
+        await opened(at, OTHERS, 3, 4)  # another caller of the tenant, without a quota
+        with pytest.raises(
+            QuotaExceeded, match="rows of caller 'acme/ann' must stay within 5; there are 2, and 4 came"
+        ):
+            await opened(at, ANN, 2, 2)
+        forked = await at.engine.fork(first, who=ANN)
+        with pytest.raises(
+            QuotaExceeded, match="rows of caller 'acme/ann' must stay within 5; there are 4, and 2 came"
+        ) as told:
+            await at.engine.fork_sessions([first], who=ANN)
+        assert dict(to_proto(told.value).metadata) == {"quota": "rows", "limit": "5"}
+        # it does not matter who closes it
+        await at.engine.close_session(forked.session.session_id)
+        assert at.quotas.callers() == {"acme/ann": (1, 2)}
+        await opened(at, ANN, 1, 2)
+        with pytest.raises(
+            QuotaExceeded, match="sessions of caller 'acme/ann' must stay within 3; there are 3, and 1"
+        ):
+            await opened(at, ANN)
+        # who brings a session has it, whatever its record says
+        (record,) = await at.engine.export_sessions([first], deadline=float("inf"))
+        assert not isinstance(record, ServerError)
+        arriving = [Arriving(f"{namespace}copy", first, bytes(record))]
+        assert isinstance(
+            (await at.engine.import_sessions(arriving, Existing.REPLACE, ANN))[0], QuotaExceeded
+        )
+        assert (await at.engine.import_sessions(arriving, Existing.REPLACE, OTHERS))[0] is Brought.IMPORTED
+        assert at.quotas.callers() == {"acme/ann": (3, 4)}
+        # a session that is replaced stays whose it was, whoever does it
+        await at.step(first, x(2))
+        again = [Arriving(first, first, bytes(record))]
+        assert (await at.engine.import_sessions(again, Existing.REPLACE, OTHERS))[0] is Brought.REPLACED
+        assert at.quotas.callers() == {"acme/ann": (3, 4)}
+        await at.step(first, x(2))
+        counts = at.quotas.counts()
+        assert counts.refused["acme", "sessions"] == 2
+        assert counts.refused["acme", "rows"] == 2
+    # the records say whose they are: also after a restart, and when the caller has no quota any more
+    for after in (table, QuotaTable()):
+        async with kept_in(tmp_path, quotas=after) as at:
+            assert at.quotas is not None
+            assert at.quotas.callers() == {"acme/ann": (3, 4)}
+            await at.step(first, x(2))
+    async with kept_in(tmp_path, quotas=table) as at:
+        assert at.quotas is not None
+        listed, _ = await at.engine.list_sessions(limit=100)
+        await at.engine.close_sessions([info.session_id for info in listed])
+        assert at.quotas.callers() == {}
+        await opened(at, ANN, 1, 3)

@@ -27,6 +27,11 @@ class Limits:
     """Versions of models that its admins have loaded while the server ran."""
 
     @property
+    def counts_sessions(self) -> bool:
+        """Sessions or rows are limited."""
+        return self.sessions is not None or self.rows is not None
+
+    @property
     def most_steps(self) -> int:
         """Steps at once."""
         if self.burst is not None:

@@ -1,6 +1,7 @@
 """Who has how much, and whether there may be more of it: charged where sessions begin and steps come in.
 
-Sessions and rows are the tenant's that the session's id says. Steps and bytes are those of the tenant, and of the caller,
+Sessions and rows are the tenant's that the session's id says. They are also those of the caller that made the session, if
+it has such a quota when it makes it: the session's record says so then. Steps and bytes are those of the tenant, and of the caller,
 that asks. A step that is sent again is charged again: it was refused or it was served.
 
 Where others use the store, sessions and rows are those of all servers together; steps and bytes are counted by each for
@@ -19,9 +20,10 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import Caller
 from stepwell_server.core.namespaces import tenant_of
-from stepwell_server.core.quotas import Buckets, Limits, QuotaTable, TokenBucket
+from stepwell_server.core.quotas import NO_LIMITS, Buckets, Limits, QuotaTable, TokenBucket
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.shared_counts import SharedCounts
+from stepwell_server.engine.state.fields import owner_of
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import InvalidInput, QuotaExceeded, ServerError
 from stepwell_server.logs import Log
@@ -66,6 +68,10 @@ class Quotas:
         self._bytes: Counter[str] = Counter()
         self._sessions: Counter[str] = Counter()
         self._rows: Counter[str] = Counter()
+        self._owners: dict[str, str] = {}
+        """Who has made sessions, of those that are counted for their callers."""
+        self._of_callers: dict[str, Counter[str]] = {}
+        """Sessions and rows of those callers."""
         self._shared: SharedCounts | None = None
         """Who knows sessions and rows, where others use the store."""
         self._steps: Counter[str] = Counter()
@@ -88,6 +94,9 @@ class Quotas:
         while len(heads := await store.heads(after=after, limit=_AT_ONCE)):
             ids = [str(key, "utf-8", "replace") for key in heads.keys]
             after = ids[-1]
+            for place, fields in heads.fields.items():
+                if owner := owner_of(fields):
+                    self._own(owner, [ids[place]], int(heads.heads["batch_size"][place]))
             for session_id, rows in zip(ids, heads.heads["batch_size"].tolist(), strict=True):
                 tenant = tenant_of(session_id)
                 self._sessions[tenant] += 1
@@ -96,8 +105,20 @@ class Quotas:
 
     # ------------------------------------------------------------------------------------------------------- sessions
 
-    def begin(self, session_ids: Sequence[str], rows: int) -> None:
+    def owner(self, who: Caller, session_id: str = "") -> str:
+        """As whose sessions those count, beside its tenant's, that a caller makes now; empty: as nobody's.
+
+        One of an id that is there, and is replaced, stays whose it was.
+        """
+        if session_id in self._owners:
+            return self._owners[session_id]
+        limits = self._table.callers.get(str(who)) if who.name else None
+        return str(who) if limits is not None and limits.counts_sessions else ""
+
+    def begin(self, session_ids: Sequence[str], rows: int, owner: str = "") -> None:
         """Count sessions of so many rows each that are about to be made, of one tenant; `end` them if they are not.
+
+        `owner`: see `owner`.
 
         Raises:
             QuotaExceeded: they would be too many, and none is counted.
@@ -107,12 +128,20 @@ class Quotas:
         there, rows_there = self._of(tenant)
         self._require_room(tenant, "sessions", limits.sessions, there, count)
         self._require_room(tenant, "rows", limits.rows, rows_there, count * rows)
+        if owner:
+            self._require_own_room(tenant, owner, count, count * rows)
+            self._own(owner, session_ids, rows)
         self._change(tenant, count, count * rows)
 
     def end(self, sessions: Iterable[tuple[str, int]]) -> None:
         """Sessions have ended for good: their ids and rows."""
         for session_id, rows in sessions:
             self._change(tenant_of(session_id), -1, -rows)
+            if self._owners and (owner := self._owners.pop(session_id, "")):
+                own = self._of_callers[owner]
+                own.subtract({"sessions": 1, "rows": rows})
+                if not own["sessions"]:
+                    del self._of_callers[owner]
 
     def change_rows(self, session_id: str, more: int) -> None:
         """A session is to have so many rows more, or has less.
@@ -120,10 +149,29 @@ class Quotas:
         Raises:
             QuotaExceeded: they would be too many, and are not counted.
         """
-        tenant = tenant_of(session_id)
+        tenant, owner = tenant_of(session_id), self._owners.get(session_id, "")
         if more > 0:
             self._require_room(tenant, "rows", self._table.of_tenant(tenant).rows, self._of(tenant)[1], more)
+            if owner:
+                self._require_own_room(tenant, owner, 0, more)
         self._change(tenant, 0, more)
+        if owner:
+            self._of_callers[owner]["rows"] += more
+
+    def callers(self) -> Mapping[str, tuple[int, int]]:
+        """Sessions and rows of each caller for whom they are counted."""
+        return {owner: (own["sessions"], own["rows"]) for owner, own in self._of_callers.items()}
+
+    def _own(self, owner: str, session_ids: Sequence[str], rows: int) -> None:
+        self._owners.update(dict.fromkeys(session_ids, owner))
+        own = self._of_callers.setdefault(owner, Counter())
+        own["sessions"] += len(session_ids)
+        own["rows"] += rows * len(session_ids)
+
+    def _require_own_room(self, tenant: str, owner: str, sessions: int, rows: int) -> None:
+        limits, own = self._table.callers.get(owner, NO_LIMITS), self._of_callers.get(owner, Counter())
+        for quota, most, more in (("sessions", limits.sessions, sessions), ("rows", limits.rows, rows)):
+            self._require_room(tenant, quota, most, own[quota], more, whose=f"caller {owner!r}")
 
     async def refresh(self, session_ids: Iterable[str]) -> None:
         """Know what tenants have who are about to begin sessions, where others use the store.
@@ -170,9 +218,11 @@ class Quotas:
         """
         self._require_room(tenant, "models", self._table.of_tenant(tenant).models, has, 1)
 
-    def _require_room(self, tenant: str, quota: str, most: int | None, there: int, more: int) -> None:
+    def _require_room(
+        self, tenant: str, quota: str, most: int | None, there: int, more: int, *, whose: str = ""
+    ) -> None:
         if most is not None and there + more > most:
-            what = f"{quota} of {_named(tenant)} must stay within {most}; there are {there}, and {more} came"
+            what = f"{quota} of {whose or _named(tenant)} must stay within {most}; there are {there}, and {more} came"
             raise self._exceeded(tenant, quota, most, what, _SESSIONS_AGAIN_S)
 
     # ---------------------------------------------------------------------------------------------------------- steps

@@ -171,7 +171,7 @@ class Administration:
             for each in request.sessions
         ]
         response = pb.ImportSessionsResponse()
-        results = await self._engine.import_sessions(sessions, existing)
+        results = await self._engine.import_sessions(sessions, existing, call.who)
         for each, result in zip(request.sessions, results, strict=True):
             tenant = naming.tenant_told(call.who, naming.recorded(each.tenant, each.session_id))
             told = response.sessions.add(session_id=each.session_id, tenant=tenant)

@@ -61,6 +61,7 @@ class SessionServicer(admin.Administration):
             fingerprint=request.model_fingerprint,
             lease=admin.lease_of(request, call.who),
             namespace=naming.namespace_of(call.who),
+            who=call.who,
         )
         return pb.OpenSessionResponse(
             session=convert.from_session(opened.session), resumed=opened.resumed, replayed=opened.replayed
@@ -76,6 +77,7 @@ class SessionServicer(admin.Administration):
             request_id=request.request_id,
             lease=admin.lease_of(request, call.who),
             namespace=naming.namespace_of(call.who),
+            who=call.who,
         )
         return pb.OpenSessionsResponse(
             session_ids=naming.own_all(opened.session_ids),
@@ -137,6 +139,7 @@ class SessionServicer(admin.Administration):
             request_id=request.request_id,
             lease=admin.lease_of(request, call.who),
             deadline=call.deadline,
+            who=call.who,
         )
         return pb.ForkSessionResponse(session=convert.from_session(forked.session), replayed=forked.replayed)
 
@@ -177,6 +180,7 @@ class SessionServicer(admin.Administration):
             request_id=request.request_id,
             lease=admin.lease_of(request, call.who),
             deadline=call.deadline,
+            who=call.who,
         )
         return pb.ForkSessionsResponse(
             session_ids=naming.own_all(forked.session_ids),

@@ -12,7 +12,8 @@ of two bytes, the value, one field after the other. A field that is not known he
 written again. One whose tag has the bit `CRITICAL` must be known: a record that has others is refused. A record
 without fields has schema 1, as servers before schema 2 wrote it and read it; one with fields has schema 2.
 
-Tags are never used twice. 3 is the lease, 4 the version of the model and the epoch in which that was so; 0x8005 says that rows and extra are encrypted, and how (`sealing`); 1 and 2
+Tags are never used twice. 3 is the lease, 4 the version of the model and the epoch in which that was so, 6 who has made the
+session; 0x8005 says that rows and extra are encrypted, and how (`sealing`); 1 and 2
 were set aside and never written: the stamp of a commit stands beside the record, and whose a session is says its id.
 """
 
@@ -43,7 +44,9 @@ SEAL = 0x8005
 """Tag of what says how rows and extra are encrypted. It is the first field; the value ends with the key's id."""
 KEY_ID_AT = 40
 """Where in that value the id begins."""
-KNOWN_TAGS: frozenset[int] = frozenset({LEASE, VERSION, SEAL})
+OWNER = 6
+"""Tag of who has made the session, where that caller has a quota of sessions or rows: `TENANT/NAME` in UTF-8."""
+KNOWN_TAGS: frozenset[int] = frozenset({LEASE, VERSION, OWNER, SEAL})
 """Tags of the fields that this server knows."""
 _PLAIN_SCHEMA = 1
 

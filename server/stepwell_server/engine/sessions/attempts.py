@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.leases import Lease
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Observer
@@ -71,6 +72,8 @@ class Wanted:
     """Of those whose ids were made here."""
     is_pinned: bool = False
     """They stay on this version of the model."""
+    who: Caller = ANYBODY
+    """Who makes them."""
 
     def part(self, places: Members) -> Wanted:
         """Some of them."""

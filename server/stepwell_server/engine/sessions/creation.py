@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Sequence
 import numpy as np
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.callers import Caller
 from stepwell_server.core.leases import Lease, Leases
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
@@ -25,7 +26,7 @@ from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.pieces import TURN, Pieces
-from stepwell_server.engine.state.fields import joined
+from stepwell_server.engine.state.fields import joined, of_owner
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array
 from stepwell_server.errors import QuotaExceeded, ServerError
@@ -65,6 +66,8 @@ class Fresh:
     """They stay on this version of the model."""
     epoch: int = -1
     """Of all of their records; -1: that of the model as it is when this is made."""
+    owner: str = ""
+    """As whose they are counted, beside their tenant's: see `Quotas.owner`."""
     stamp: int = dataclasses.field(default_factory=new_stamp)
     """Of all of their records, if others use the store."""
 
@@ -264,20 +267,24 @@ class Creation:
 
     def _charge(self, fresh: Fresh) -> None:
         try:
-            self.count(fresh.ids, fresh.batch_size)
+            self.count(fresh.ids, fresh.batch_size, fresh.owner)
         except QuotaExceeded:
             self.give_up(fresh.ids)
             fresh.model.slots.free_resident(fresh.rows)
             raise
 
-    def count(self, ids: Sequence[str], rows: int) -> None:
-        """Charge a tenant for sessions of so many rows each that are about to be made.
+    def owner(self, who: Caller, session_id: str = "") -> str:
+        """See `Quotas.owner`."""
+        return "" if self._quotas is None else self._quotas.owner(who, session_id)
+
+    def count(self, ids: Sequence[str], rows: int, owner: str = "") -> None:
+        """Charge a tenant, and who makes them if it is said, for sessions of so many rows each that are about to be made.
 
         Raises:
             QuotaExceeded: it may not have so many.
         """
         if self._quotas is not None:
-            self._quotas.begin(ids, rows)
+            self._quotas.begin(ids, rows, owner)
 
     def recount(self, session_id: str, before: int, after: int) -> None:
         """A session is to have more rows than before, or has less.
@@ -414,6 +421,8 @@ class Creation:
             )
             if rows is not None:
                 model.slots.owner[self._table.row[handles]] = handles
+            if fresh.owner:
+                self._table.fields.update(dict.fromkeys(handles.tolist(), of_owner(fresh.owner)))
             self._expiry.watch(handles)
             if not fresh.is_pinned:
                 self._follow(handles, model, fresh.epoch)
@@ -423,7 +432,8 @@ def _records(fresh: Fresh) -> Sequence[tuple[str, Stored]]:
     if not fresh.ids:
         return ()
     model, ready = fresh.model, fresh.ready
-    fields = joined(fresh.lease, model.mark(fresh.epoch, is_pinned=fresh.is_pinned))
+    mark = model.mark(fresh.epoch, is_pinned=fresh.is_pinned)
+    fields = joined(fresh.lease, mark, of_owner(fresh.owner))
     template = RecordTemplate(
         fresh.ids,
         fingerprint=model.program.fingerprint,

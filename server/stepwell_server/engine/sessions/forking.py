@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from stepwell_server.core import namespaces
+from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.leases import Lease
 from stepwell_server.engine.api import StatesRead
 from stepwell_server.engine.intake.validation import require_sessions
@@ -60,6 +61,7 @@ class Forking:
         request_id: int = 0,
         lease: Lease | None = None,
         deadline: float = float("inf"),
+        who: Caller = ANYBODY,
     ) -> OpenedMany:
         """Open sessions with the states, revisions and positions of others: all of them or none.
 
@@ -72,6 +74,7 @@ class Forking:
             request_id: 0 for none.
             lease: Of sessions whose ids are made here.
             deadline: Of the reading.
+            who: Who asks.
 
         Raises:
             SessionGone, SessionExists, RevisionConflict, InvalidInput, Overloaded, DeadlineExceeded, Unavailable
@@ -126,6 +129,7 @@ class Forking:
                     states,
                     lease,
                     read.are_pinned,
+                    who,
                 )
             )
 

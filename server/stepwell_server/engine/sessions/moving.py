@@ -14,6 +14,7 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core import leases
+from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.history import How, Mark
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Observer, Position, SessionFilter
@@ -32,7 +33,7 @@ from stepwell_server.engine.sessions.ids import require_session_id
 from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Loader, Seen
 from stepwell_server.engine.sessions.overdue import Overdue
-from stepwell_server.engine.state.fields import joined, split
+from stepwell_server.engine.state.fields import joined, owned, owner_of, split
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import Kept
 from stepwell_server.errors import (
@@ -284,7 +285,9 @@ class Moving:
 
     # ---------------------------------------------------------------------------------------------------- importing
 
-    async def bring(self, sessions: Sequence[Arriving], existing: Existing) -> list[Result]:
+    async def bring(
+        self, sessions: Sequence[Arriving], existing: Existing, who: Caller = ANYBODY
+    ) -> list[Result]:
         """Make sessions of records, each by itself; what became of each, or why not.
 
         A session begins without a lease, and as used now. Its revision, position and creation, and the answer that is
@@ -304,7 +307,7 @@ class Moving:
             if place % _PIECE == _PIECE - 1:
                 await asyncio.sleep(0)
             try:
-                new[each.session_id] = self._checked(each)
+                new[each.session_id] = self._checked(each, who)
             except ServerError as error:
                 results[each.session_id] = error
         fresh = await self._unless_there(new, existing, results)
@@ -314,7 +317,7 @@ class Moving:
                 results[session_id] = await self._replace(one)
         return [results[session_id] for session_id in ids]
 
-    def _checked(self, arriving: Arriving) -> _New:
+    def _checked(self, arriving: Arriving, who: Caller) -> _New:
         """What would be imported, if it may be.
 
         Raises:
@@ -339,6 +342,7 @@ class Moving:
                 f" batch_size {header.batch_size}; it has others"
             )
         _, mark, rest = split(header.fields)
+        rest = owned(rest, self._creation.owner(who, session_id))
         is_pinned = mark is not None and Mark.unpack(mark).is_pinned
         header = dataclasses.replace(
             header,
@@ -475,7 +479,7 @@ class Moving:
         results: dict[str, Result] = {}
         for each in fresh:
             try:
-                self._creation.count([each.session_id], each.header.batch_size)
+                self._creation.count([each.session_id], each.header.batch_size, owner_of(each.header.fields))
             except QuotaExceeded as error:
                 self._creation.give_up([each.session_id])
                 results[each.session_id] = error
@@ -560,13 +564,10 @@ class Moving:
 def _problem(session_id: str, committed: Committed | ServerError) -> ServerError | None:
     if isinstance(committed, ServerError):
         return committed
-    match committed.of(session_id):
-        case Outcome.KEPT:
-            return None
-        case Outcome.CONFLICT:
-            return changed_elsewhere(session_id)
-        case Outcome.UNKNOWN:
-            return not_known()
+    outcome = committed.of(session_id)
+    if outcome is Outcome.KEPT:
+        return None
+    return not_known() if outcome is Outcome.UNKNOWN else changed_elsewhere(session_id)
 
 
 def _is_reply(model: Model, header: Header, extra: bytes) -> bool:

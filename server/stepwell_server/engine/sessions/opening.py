@@ -9,6 +9,7 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core import namespaces
+from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.leases import Lease, Leases
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Rows
@@ -95,6 +96,7 @@ class Opening:
         fingerprint: str = "",
         lease: Lease | None = None,
         namespace: str = "",
+        who: Caller = ANYBODY,
     ) -> Opened:
         """Open a session, or resume the live one of that id.
 
@@ -154,6 +156,7 @@ class Opening:
                 lease=own,
                 is_pinned=is_pinned,
                 epoch=epoch,
+                owner=self._creation.owner(who),
             )
             try:
                 info = await self._creation.create(fresh)
@@ -174,6 +177,7 @@ class Opening:
         request_id: int = 0,
         lease: Lease | None = None,
         namespace: str = "",
+        who: Caller = ANYBODY,
     ) -> OpenedMany:
         """Open many sessions: all of them or none. The `namespace`, and errors, are as of `open`."""
         self._require_open()
@@ -197,6 +201,7 @@ class Opening:
                 "session_ids",
                 lease=lease,
                 is_pinned=self._directory.models.is_pinned(model),
+                who=who,
             )
         )
 
@@ -252,6 +257,7 @@ class Opening:
                 own,
                 wanted.is_pinned,
                 epoch,
+                self._creation.owner(wanted.who),
             )
             try:
                 await self._creation.create(fresh)
@@ -338,6 +344,7 @@ class Opening:
         request_id: int = 0,
         lease: Lease | None = None,
         deadline: float = float("inf"),
+        who: Caller = ANYBODY,
     ) -> Opened:
         """Open a session with the state, revision and position of another.
 
@@ -378,7 +385,7 @@ class Opening:
                 ending = self._directory.ending(name) is not None
                 try:
                     own = None if new_session_id else self._leased(lease)
-                    return await self._fork(source, name, seen, expected, request_id, own)
+                    return await self._fork(source, name, seen, expected, request_id, own, who)
                 except Taken:
                     await self._require_not_over([name], ending)
                     continue
@@ -466,7 +473,14 @@ class Opening:
         return Opened(dataclasses.replace(info, lease_s=lease_s if has_lease else info.lease_s), resumed=True)
 
     async def _fork(
-        self, source: int, name: str, seen: Seen, expected: int | None, request_id: int, lease: Lease | None
+        self,
+        source: int,
+        name: str,
+        seen: Seen,
+        expected: int | None,
+        request_id: int,
+        lease: Lease | None,
+        who: Caller,
     ) -> Opened:
         table, model = self._table, self._directory.models.by_handle(source)
         revision = int(table.revision[source])
@@ -490,6 +504,7 @@ class Opening:
             positions,
             lease=lease,
             is_pinned=bool(table.pinned[source]),
+            owner=self._creation.owner(who),
         )
         info = await self._creation.create(fresh)
         self._observer.session_event("forked", model.name, name)

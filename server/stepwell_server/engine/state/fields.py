@@ -12,7 +12,7 @@ from stepwell_server.core.leases import Lease, Leases
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Mask
-from stepwell_server.store.record import LEASE, VERSION, pack_fields, unpack_fields
+from stepwell_server.store.record import LEASE, OWNER, VERSION, pack_fields, unpack_fields
 
 _LEASE_HEAD = struct.pack("<HH", LEASE, leases.STORED.size)
 _MARK_HEAD = struct.pack("<HH", VERSION, MARK.size)
@@ -68,6 +68,29 @@ def joined(lease: Lease | None, mark: Mark | None, rest: bytes = b"") -> bytes:
     if mark is not None:
         own += _MARK_HEAD + mark.pack()
     return pack_fields({**unpack_fields(rest), **unpack_fields(own)}) if rest else own
+
+
+def owner_of(fields: bytes) -> str:
+    """Who has made a session, as the fields of its record say; empty: they do not, or cannot be read."""
+    if not fields:
+        return ""
+    try:
+        return str(unpack_fields(split(fields)[2]).get(OWNER, b""), "utf-8", "replace")
+    except ValueError:
+        return ""
+
+
+def of_owner(owner: str) -> bytes:
+    """The fields that say who has made a session, beside the lease and the version; empty: nothing."""
+    return pack_fields({OWNER: owner.encode()}) if owner else b""
+
+
+def owned(rest: bytes, owner: str) -> bytes:
+    """Fields beside lease and version, with nobody else than this owner; empty: with none."""
+    if not rest:
+        return of_owner(owner)
+    others = {tag: value for tag, value in unpack_fields(rest).items() if tag != OWNER}
+    return pack_fields({**others, OWNER: owner.encode()} if owner else others)
 
 
 class Fields:

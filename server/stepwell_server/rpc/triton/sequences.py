@@ -176,13 +176,15 @@ class Sequences:
         ref = request.model if asked is None else f"{request.model}@{asked}"
         try:
             opened = await self._engine.open_session(
-                ref, session_id=request.session_id, batch_size=rows, must_be_new=True
+                ref, session_id=request.session_id, batch_size=rows, must_be_new=True, who=request.who
             )
             return opened.session.revision
         except Overloaded:
             # Sessions with something under way have all rows. Triton's clients do not come again as our SDK does: so
             # the session begins without rows, and its first step waits in line for them.
-            many = await self._engine.open_sessions(ref, session_ids=[request.session_id], batch_size=rows)
+            many = await self._engine.open_sessions(
+                ref, session_ids=[request.session_id], batch_size=rows, who=request.who
+            )
             return int(many.revisions[0])
 
     async def _go_on(self, request: SequenceRequest) -> tuple[Applied, Read]:
