@@ -12,6 +12,7 @@ from stepwell_server.errors import QuotaExceeded, Unavailable
 from support.awaited import RemoteStore
 from support.durable import begun
 from support.engine import Harness, running
+from support.fake_executor import WAIT_S
 from support.replicas import two_in_time
 
 pytestmark = pytest.mark.stores("awaited")
@@ -114,3 +115,48 @@ async def test_nobody_gets_more_while_the_store_cannot_be_asked() -> None:
         store.let_go()
         await asyncio.gather(*opening)
         assert known(first)[0] == 3
+
+
+async def test_what_is_being_made_counts_whatever_the_store_says_meanwhile() -> None:
+    """It may say what it had before, as the sessions are on their way to it."""
+    async with two_in_time(quotas=FIVE) as (first, _, times):
+        store: RemoteStore = first.store
+        await make(first, 3)
+        store.commits_held = True
+        making = await begun(make(first, 2))
+        await store.until("commit", 2)
+        times.advance(1.0)
+        with pytest.raises(QuotaExceeded, match="there are 5, and 1 came"):
+            await asyncio.wait_for(make(first, 1), WAIT_S)
+        store.let_go()
+        await making
+        times.advance(1.0)
+        with pytest.raises(QuotaExceeded, match="there are 5, and 1 came"):
+            await make(first, 1)
+
+
+async def test_what_ends_while_the_store_is_asked_makes_room_once() -> None:
+    async with two_in_time(quotas=FIVE) as (first, _, times):
+        store: RemoteStore = first.store
+        names = await make(first, 5)
+        store.answers_held = True
+        closing = await begun(first.engine.close_sessions(names[:2]))
+        await store.until("answer", 1)
+        times.advance(1.0)
+        store.answers_held = False
+        await make(first, 1)  # the store says that there are three
+        store.let_go()
+        assert await closing == 2
+        await make(first, 1)
+        with pytest.raises(QuotaExceeded, match="there are 5, and 1 came"):
+            await make(first, 1)
+
+
+async def test_sessions_that_were_not_made_do_not_count() -> None:
+    async with two_in_time(quotas=FIVE) as (first, _, _):
+        store: RemoteStore = first.store
+        store.commit_error = Unavailable("away")
+        with pytest.raises(Unavailable, match="away"):
+            await make(first, 4)
+        store.commit_error = None
+        await make(first, 5)

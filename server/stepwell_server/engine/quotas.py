@@ -116,7 +116,7 @@ class Quotas:
         return str(who) if limits is not None and limits.counts_sessions else ""
 
     def begin(self, session_ids: Sequence[str], rows: int, owner: str = "") -> None:
-        """Count sessions of so many rows each that are about to be made, of one tenant; `end` them if they are not.
+        """Count sessions of so many rows each that are about to be made, of one tenant: then they are `made`, or `not_made`.
 
         `owner`: see `owner`.
 
@@ -131,7 +131,25 @@ class Quotas:
         if owner:
             self._require_own_room(tenant, owner, count, count * rows)
             self._own(owner, session_ids, rows)
-        self._change(tenant, count, count * rows)
+        if self._shared is not None:
+            self._shared.making(tenant, count, count * rows)
+        else:
+            self._change(tenant, count, count * rows)
+
+    def made(self, session_ids: Sequence[str], rows: int) -> None:
+        """The store has sessions that were counted, of one tenant."""
+        if self._shared is not None:
+            tenant, count = tenant_of(session_ids[0]), len(session_ids)
+            self._shared.making(tenant, -count, -count * rows)
+            self._shared.begin(tenant, count, count * rows)
+
+    def not_made(self, session_ids: Sequence[str], rows: int) -> None:
+        """Sessions that were counted, of one tenant, are not there, as far as that is known."""
+        if self._shared is not None:
+            count = len(session_ids)
+            self._shared.making(tenant_of(session_ids[0]), -count, -count * rows)
+        else:
+            self.end((session_id, rows) for session_id in session_ids)
 
     def end(self, sessions: Iterable[tuple[str, int]]) -> None:
         """Sessions have ended for good: their ids and rows."""
@@ -198,12 +216,15 @@ class Quotas:
     def _of(self, tenant: str) -> tuple[int, int]:
         """Sessions and rows of a tenant."""
         if self._shared is not None:
-            return self._shared.of(tenant)
+            return self._shared.at_most(tenant)
         return self._sessions[tenant], self._rows[tenant]
 
     def _change(self, tenant: str, sessions: int, rows: int) -> None:
         if self._shared is not None:
-            self._shared.change(tenant, sessions, rows)
+            if rows > 0:
+                self._shared.begin(tenant, sessions, rows)
+            else:
+                self._shared.end(tenant, -sessions, -rows)
             return
         self._sessions[tenant] += sessions
         self._rows[tenant] += rows
@@ -347,7 +368,7 @@ class Quotas:
     def tenants(self) -> Mapping[str, tuple[int, int]]:
         """Sessions and rows of each tenant that has some; where others use the store, of those that are known here."""
         if self._shared is not None:
-            known = {tenant: self._shared.of(tenant) for tenant in self._shared.tenants()}
+            known = {tenant: self._shared.about(tenant) for tenant in self._shared.tenants()}
             return {tenant: has for tenant, has in known.items() if has[0]}
         return {tenant: (count, self._rows[tenant]) for tenant, count in self._sessions.items()}
 

@@ -1,16 +1,20 @@
 """How many sessions and rows tenants have in a store that others use too.
 
 The store counts what all servers keep. It is asked again before a tenant with a limit begins sessions, unless it was
-just asked; what begins and ends here meanwhile is added. So a tenant can have more than its limit by what begins on
-other servers within that time, and not for longer than until it asks for more.
+just asked. What begins here meanwhile is added, and what is being made here: the store may not have it yet. So a tenant
+can have more than its limit by what begins on other servers within that time, and not for longer than until it asks
+for more.
+
+What the store had already when it was asked, and had not said yet, is counted twice until it is asked again. What has
+ended is not subtracted, as nobody knows whether the store had counted it when it was asked: it is asked again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections import Counter
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable
 
 from stepwell_server.clock import Clock
 from stepwell_server.store import counts
@@ -23,14 +27,33 @@ _AT_ONCE = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Asked:
-    """What the store said of a tenant."""
+class _Count:
+    """Of a tenant."""
 
-    sessions: int
-    rows: int
-    began: Mapping[str, int]
-    """Sessions and rows that had begun here when it was asked, less those that had ended."""
-    at: float
+    sessions: int = 0
+    rows: int = 0
+
+    def __add__(self, other: _Count) -> _Count:
+        return _Count(self.sessions + other.sessions, self.rows + other.rows)
+
+    def __sub__(self, other: _Count) -> _Count:
+        return _Count(self.sessions - other.sessions, self.rows - other.rows)
+
+
+_NONE = _Count()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the store said of a tenant, and what had begun and ended here when it was asked."""
+
+    has: _Count = _NONE
+    began: _Count = _NONE
+    ended: _Count = _NONE
+    at: float = -math.inf
+
+
+_NEVER = _Asked()
 
 
 class SharedCounts:
@@ -40,43 +63,64 @@ class SharedCounts:
         self._store = store
         self._clock = clock
         self._asked: dict[str, _Asked] = {}
-        self._began: dict[str, Counter[str]] = {}
+        self._making: dict[str, _Count] = {}
+        self._began: dict[str, _Count] = {}
+        self._ended: dict[str, _Count] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
 
-    def change(self, tenant: str, sessions: int, rows: int) -> None:
-        """So many more begin here, or fewer are left."""
-        began = self._began.setdefault(tenant, Counter())
-        began["sessions"] += sessions
-        began["rows"] += rows
+    def making(self, tenant: str, sessions: int, rows: int) -> None:
+        """So many more are being made here, or fewer: then they have begun, or they are not there."""
+        making = self._making.get(tenant, _NONE) + _Count(sessions, rows)
+        if making == _NONE:
+            self._making.pop(tenant, None)
+        else:
+            self._making[tenant] = making
 
-    def of(self, tenant: str) -> tuple[int, int]:
-        """Sessions and rows of a tenant, as far as that is known here."""
-        began, asked = self._began.get(tenant, Counter()), self._asked.get(tenant)
-        if asked is None:
-            return max(0, began["sessions"]), max(0, began["rows"])
-        return (
-            max(0, asked.sessions + began["sessions"] - asked.began["sessions"]),
-            max(0, asked.rows + began["rows"] - asked.began["rows"]),
-        )
+    def begin(self, tenant: str, sessions: int, rows: int) -> None:
+        """So many have begun here."""
+        self._began[tenant] = self._began.get(tenant, _NONE) + _Count(sessions, rows)
+
+    def end(self, tenant: str, sessions: int, rows: int) -> None:
+        """So many have ended here."""
+        self._ended[tenant] = self._ended.get(tenant, _NONE) + _Count(sessions, rows)
+
+    def at_most(self, tenant: str) -> tuple[int, int]:
+        """Sessions and rows that a tenant has at most, as far as that is known here."""
+        asked = self._asked.get(tenant, _NEVER)
+        found = asked.has + self._began.get(tenant, _NONE) - asked.began + self._making.get(tenant, _NONE)
+        return found.sessions, found.rows
+
+    def about(self, tenant: str) -> tuple[int, int]:
+        """Sessions and rows of a tenant, for people who look at it."""
+        asked = self._asked.get(tenant, _NEVER)
+        ended = self._ended.get(tenant, _NONE) - asked.ended
+        sessions, rows = self.at_most(tenant)
+        return max(0, sessions - ended.sessions), max(0, rows - ended.rows)
 
     def tenants(self) -> list[str]:
         """Those of which something is known."""
-        return [*{*self._asked, *self._began}]
+        return [*{*self._asked, *self._began, *self._making, *self._ended}]
 
     async def refresh(self, tenant: str) -> None:
-        """Ask the store, unless it was just asked. Many who want that ask once.
+        """Ask the store, unless it was just asked and nothing has ended since. Many who want that ask once.
 
         Raises:
             Unavailable: it cannot be asked now.
         """
-        asked = self._asked.get(tenant)
-        if asked is not None and self._clock.monotonic() - asked.at < FRESH_S:
+        task = self._asking.get(tenant)
+        if task is not None:
+            await asyncio.shield(task)  # it was asked before, and may not know what has ended since
+        if self._is_fresh(tenant):
             return
         task = self._asking.get(tenant)
         if task is None:
             task = self._asking[tenant] = asyncio.create_task(self._ask(tenant))
             task.add_done_callback(lambda _: self._asking.pop(tenant, None))
         await asyncio.shield(task)
+
+    def _is_fresh(self, tenant: str) -> bool:
+        asked = self._asked.get(tenant, _NEVER)
+        return asked.ended == self._ended.get(tenant, _NONE) and self._clock.monotonic() - asked.at < FRESH_S
 
     async def refresh_all(self, tenants: Iterable[str]) -> None:
         """As `refresh`, of many, some at a time."""
@@ -85,9 +129,9 @@ class SharedCounts:
             await asyncio.gather(*map(self.refresh, wanted[at : at + _AT_ONCE]))
 
     async def _ask(self, tenant: str) -> None:
-        began, at = dict(self._began.setdefault(tenant, Counter())), self._clock.monotonic()
-        began = {"sessions": 0, "rows": 0} | began
+        began, ended = self._began.get(tenant, _NONE), self._ended.get(tenant, _NONE)
+        at = self._clock.monotonic()
         sessions, rows = await asyncio.gather(
             counts.count(self._store, tenant, ""), self._store.count_of(counts.rows_of(tenant))
         )
-        self._asked[tenant] = _Asked(sessions, rows, began, at)
+        self._asked[tenant] = _Asked(_Count(sessions, rows), began, ended, at)

@@ -211,12 +211,14 @@ class Creation:
 
         def settle(error: Exception | None) -> None:
             if error is not None:
-                self.uncount([(session_id, fresh.batch_size) for session_id in ids])
+                self.uncount(ids, fresh.batch_size)
                 self.give_up(ids)
                 model.slots.free_resident(fresh.rows)
                 made.set_result(error)
                 self._row_queue.room_may_have_come()
-            elif len(ids) <= TURN:
+                return
+            self.counted(ids, fresh.batch_size)
+            if len(ids) <= TURN:
                 self._add(fresh)
                 there()
             else:
@@ -295,10 +297,15 @@ class Creation:
         if self._quotas is not None:
             self._quotas.change_rows(session_id, after - before)
 
-    def uncount(self, sessions: Sequence[tuple[str, int]]) -> None:
-        """Sessions that were counted are not there, or not with so many rows."""
+    def counted(self, ids: Sequence[str], rows: int) -> None:
+        """Sessions that were counted, of so many rows each, are there."""
         if self._quotas is not None:
-            self._quotas.end(sessions)
+            self._quotas.made(ids, rows)
+
+    def uncount(self, ids: Sequence[str], rows: int) -> None:
+        """Sessions that were counted, of so many rows each, are not there."""
+        if self._quotas is not None:
+            self._quotas.not_made(ids, rows)
 
     async def take_back(self, taken: Sequence[Taken]) -> None:
         """Delete what was made of sessions that are not all made; also if the caller is cancelled."""

@@ -449,8 +449,8 @@ class Moving:
         def done(committed: Committed | ServerError) -> dict[str, Result]:
             for each in fresh:
                 error = _problem(each.session_id, committed)
-                if error is not None:
-                    self._creation.uncount([(each.session_id, each.header.batch_size)])
+                settle = self._creation.counted if error is None else self._creation.uncount
+                settle([each.session_id], each.header.batch_size)
                 results[each.session_id] = error or Brought.IMPORTED
             kept = [each for each in fresh if results[each.session_id] is Brought.IMPORTED]
             if kept:
