@@ -59,6 +59,17 @@ async def test_a_commit_whose_answer_was_lost_is_sent_again(valkey: Valkey, dura
         await store.close()
 
 
+async def test_a_commit_of_nothing_asks_nobody(valkey: Valkey) -> None:
+    """Else it would wait for an answer to nothing, and take the server for gone."""
+    store = await opened(valkey.url(f"?prefix={fresh_prefix()}"))
+    assert await store.count() == 0
+    before = valkey.info("stats")["total_connections_received"]
+    assert await store.commit(Batch()) is ALL_KEPT
+    assert await store.count() == 0
+    assert valkey.info("stats")["total_connections_received"] == before
+    await store.close()
+
+
 async def test_a_commit_that_is_never_answered_is_unknown(valkey: Valkey) -> None:
     async with Cut(valkey.port) as cut:
         store = await opened(f"valkey://{HOST}:{cut.port}/0?prefix={fresh_prefix()}&{SHORT}")

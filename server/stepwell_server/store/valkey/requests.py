@@ -136,6 +136,9 @@ class Requests:
         They are on their way when this returns if the node and a connection to it are known, as mostly: no task waits
         then unless something goes wrong.
         """
+        if not requests:
+            done()
+            return
         wait = self._wait if waits else None
         deadline = self._loop.time() + self._limit_s()
         node = self._topology.known({request.partition for request in requests})
