@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from typing import Any
 
 import pytest
 
@@ -135,6 +137,24 @@ async def test_who_renews_is_told_when_the_store_does_not_hear_of_it() -> None:
         await first.engine.renew_lease(ONE)
         with pytest.raises(InvalidInput, match="client_id must be random and not 0"):
             await first.engine.renew_lease(0)
+
+
+async def test_who_gives_up_a_renewal_leaves_no_error_behind() -> None:
+    left: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: left.append(context))
+    async with two_in_time() as (first, _, _):
+        store: RemoteStore = first.store
+        store.commits_held = True
+        renewal = await begun(first.engine.renew_lease(ONE))
+        await store.until("renew")
+        renewal.cancel()
+        store.told_error = Unavailable("away")
+        store.let_go()
+        await turns()
+        store.told_error = None  # it has frames that have the future
+    del renewal
+    gc.collect()
+    assert left == []
 
 
 async def test_few_clients_wait_while_the_store_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from typing import Any
 
 import pytest
 
@@ -160,3 +162,23 @@ async def test_sessions_that_were_not_made_do_not_count() -> None:
             await make(first, 4)
         store.commit_error = None
         await make(first, 5)
+
+
+async def test_who_gives_up_while_the_store_is_asked_leaves_no_error_behind() -> None:
+    left: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: left.append(context))
+    async with two_in_time(quotas=FIVE) as (first, _, times):
+        times.advance(2.0)
+        store: RemoteStore = first.store
+        store.reads_held = True
+        making = await begun(make(first, 1))
+        await store.until("count", 2)
+        making.cancel()
+        store.read_error = Unavailable("away")
+        store.let_go()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        store.read_error = None
+    del making
+    gc.collect()
+    assert left == []

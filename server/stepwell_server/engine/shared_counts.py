@@ -115,7 +115,13 @@ class SharedCounts:
         task = self._asking.get(tenant)
         if task is None:
             task = self._asking[tenant] = asyncio.create_task(self._ask(tenant))
-            task.add_done_callback(lambda _: self._asking.pop(tenant, None))
+
+            def ended(task: asyncio.Task[None]) -> None:
+                del self._asking[tenant]
+                if not task.cancelled():
+                    task.exception()  # who waits gets it; maybe nobody does any more
+
+            task.add_done_callback(ended)
         await asyncio.shield(task)
 
     def _is_fresh(self, tenant: str) -> bool:

@@ -180,7 +180,7 @@ class Clients:
         if not self._is_shared or (told is not None and now - told < SHARE * lease_ms / 1000):
             return
         if len(self._waiting) < MOST_WAITING:
-            self._tell_of(client_id, lease_ms / 1000).add_done_callback(_seen)
+            _ = self._tell_of(client_id, lease_ms / 1000)
 
     async def run(self) -> None:
         """Forget leases that no session of the table has any more, until cancelled."""
@@ -200,6 +200,7 @@ class Clients:
         self._waiting[client_id] = max(lease_s, self._waiting.get(client_id, 0.0))
         if self._next is None:
             self._next = asyncio.get_running_loop().create_future()
+            self._next.add_done_callback(_seen)
         self._work.ring()
         return self._next
 
@@ -235,6 +236,6 @@ class Clients:
 
 
 def _seen(told: asyncio.Future[None]) -> None:
-    """Nobody waits for it: the next renewal says whether the store can be told."""
+    """Maybe nobody waits for it any more: then the next renewal says whether the store can be told."""
     if not told.cancelled():
         told.exception()
