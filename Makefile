@@ -96,7 +96,7 @@ soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples, the front in
 	$(BIN)/python tests/fault/soak.py $(ARGS)
 
 .PHONY: soak-cluster
-soak-cluster: $(INSTALLED) $(FRONT) ## Simulate replicas on one store, ten thousand schedules, then kill, pause and cut off real ones under load (an hour and a half; ARGS="--kills 50 --seed 7" only kills)
+soak-cluster: $(INSTALLED) $(FRONT) ## Simulate replicas on one store, ten thousand schedules, then kill, pause, restart and cut off real ones under load (an hour and a half; ARGS="--kills 50 --seed 7" only kills)
 	@$(BIN)/python $(PROGRAMS)
 	$(if $(ARGS),,$(BIN)/python tests/fault/simulate.py --runs 10000)
 	$(BIN)/python tests/fault/soak_cluster.py $(ARGS)

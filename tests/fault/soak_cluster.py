@@ -4,9 +4,11 @@ Three replicas share a Valkey: one alone, a primary that Sentinels watch, or a C
 `rover`, which speaks the protocol to all at once, and the SDK with the addresses of all. In rounds of some troubles each,
 replicas are killed, paused, restarted one after the other and cut off from Valkey, and Valkey is killed, paused and failed
 over. After each round the checker judges what the clients were told: lost, twice and wrong must be 0, and no error may
-reach a caller of the SDK. What is found wrong is kept, with the seed to find it again.
+reach a caller of the SDK. What is found wrong is kept, with the seed to find it again. In the end the replicas are restarted
+one after the other under a crowd: as many sessions of the SDK as `--crowd` says.
 
-At the end it says how long the SDK's callers waited for the first answer after a kill, of sessions whose replica was killed.
+It says how long the SDK's callers waited for the first answer after a kill, of sessions whose replica was killed, and how
+long the steps of the crowd took.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import numpy as np
 from stepwell.testing import ServerStartError
 from support import history, trouble
 from support.checker import Report
+from support.crowd import restart_under_crowd
 from support.driver import Mix
 from support.driver_process import DriverProcess, Loading, RoverProcess
 from support.faults import verdict
@@ -40,6 +43,7 @@ from support.valkey import Cluster, Sentinels, Valkey
 
 REPLICAS = 3
 A_ROUND = 10
+CROWD = 100_000
 SYNC, ASYNC = ("--durability", "sync"), ("--durability", "async")
 STORES = ("async", "sync", "sentinel", "cluster")
 KINDS = {
@@ -207,8 +211,22 @@ def waits_after(ops: list[history.Op], moments_s: list[float]) -> list[float]:
     return found
 
 
-def soak(wanted: dict[str, int], seed: int) -> int:
-    """Run all rounds. Returns the exit code."""
+def crowd(count: int, seed: int) -> bool:
+    """Restart replicas under so many sessions; whether all was well."""
+    with Valkey() as valkey, Replicas(valkey.url(), REPLICAS, *ASYNC) as replicas:
+        try:
+            print(f"{REPLICAS} restarts: {restart_under_crowd(replicas, count, seed)}", flush=True)
+        except (AssertionError, ServerStartError) as error:
+            print(
+                f"{count} sessions while replicas were restarted (seed {seed}): {error}\n{replicas.logs()}",
+                flush=True,
+            )
+            return False
+    return True
+
+
+def soak(wanted: dict[str, int], sessions: int, seed: int) -> int:
+    """Run all rounds, and then the crowd of so many sessions, if there are any. Returns the exit code."""
     total, began_s = Total(wanted), time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="stepwell-soak-cluster-"))
     print(f"seed {seed}, what is found wrong is kept in {folder}", flush=True)
@@ -238,6 +256,8 @@ def soak(wanted: dict[str, int], seed: int) -> int:
             shutil.rmtree(one.folder)
     if not failed:
         folder.rmdir()
+    if sessions:
+        failed |= not crowd(sessions, seed)
     return int(failed)
 
 
@@ -255,10 +275,17 @@ def main() -> int:
     }
     for kind, count in defaults.items():
         parser.add_argument(f"--{kind}", type=int, help=f"how many; {count} if no kind is named, else 0")
+    parser.add_argument(
+        "--crowd",
+        type=int,
+        help=f"sessions, while all replicas are restarted once; {CROWD} if no kind is named, else 0",
+    )
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     arguments = parser.parse_args()
     named = {kind: getattr(arguments, kind) for kind in defaults if getattr(arguments, kind) is not None}
-    return soak(dict.fromkeys(defaults, 0) | named if named else defaults, arguments.seed)
+    if not named and arguments.crowd is None:
+        return soak(defaults, CROWD, arguments.seed)
+    return soak(dict.fromkeys(defaults, 0) | named, arguments.crowd or 0, arguments.seed)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from support import history, trouble
-from support.crowd import Crowd
+from support.crowd import restart_under_crowd
 from support.driver import Mix
 from support.driver_process import DriverProcess
 from support.faults import verdict
@@ -43,10 +43,4 @@ def test_no_error_reaches_a_caller_whose_replica_is_killed(replicas: Replicas, t
 
 def test_a_rolling_restart_under_load(replicas: Replicas) -> None:
     """Each session moves to other replicas and back: no error, none lost, none twice, all right."""
-    with Crowd(replicas.address, 2000, seed=52) as crowd:
-        crowd.wait_steps(2000)
-        for one in replicas:
-            assert one.stop() == 0, one.logs()
-            crowd.wait_steps(2000)
-            one.start()
-        crowd.wait_round()
+    assert restart_under_crowd(replicas, 2000, seed=52).startswith("2000 sessions made ")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import time
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,9 +19,11 @@ import stepwell
 from support.driver import FEATURES, MODEL, PATIENCE_S
 from support.faults import replayed
 from support.replay import TOLERANCE, LstmState
+from support.replica_processes import Replicas
 
 A_GROUP = 500
 _AT_ONCE = 4
+_QUANTILES = {"median": 0.5, "p99": 0.99, "at most": 1.0}
 
 
 class Crowd:
@@ -42,6 +45,8 @@ class Crowd:
         """How often all sessions have been stepped."""
         self.steps = 0
         """Of sessions, answered."""
+        self.waits_s: list[float] = []
+        """How long the steps of groups took, in the order in which they were answered."""
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run)
 
@@ -70,6 +75,24 @@ class Crowd:
     def wait_round(self) -> None:
         """Wait until every session has been stepped at least once more, from now on."""
         self.wait_steps(2 * sum(self._sizes))
+
+    def said_of(self, quiet: int) -> str:
+        """What it did, in words, where replicas were left alone for the first `quiet` steps of groups."""
+        alone, after = (
+            ", ".join(
+                [
+                    f"{name} {value:.3f} s"
+                    for name, value in zip(
+                        _QUANTILES, np.quantile(waits_s, list(_QUANTILES.values())), strict=True
+                    )
+                ]
+            )
+            for waits_s in (self.waits_s[:quiet], self.waits_s[quiet:])
+        )
+        return (
+            f"{sum(self._sizes)} sessions made {self.steps} steps, each once and all right, and no error reached a caller;"
+            f" a step of {self._sizes[0]} took {after} (before the first restart: {alone})"
+        )
 
     def _run(self) -> None:
         try:
@@ -102,7 +125,9 @@ class Crowd:
     async def _step(self, place: int) -> None:
         group, state = self._groups[place], self._states[place]
         x = self._numbers.standard_normal((len(group), FEATURES)).astype(np.float32)
+        began_s = time.monotonic()
         y = np.asarray(await group.step(x))
+        self.waits_s.append(time.monotonic() - began_s)
         right, self._states[place] = replayed().step(state, x)
         far = float(np.abs(y - right).max())
         assert far < TOLERANCE, f"group {place} answered what is {far} from the right"
@@ -123,3 +148,20 @@ class Crowd:
             far = float(np.abs(np.asarray(read[name]) - right).max())
             assert math.isfinite(far), name
             assert far < TOLERANCE, f"{name} is {far} from the right"
+
+
+def restart_under_crowd(replicas: Replicas, count: int, seed: int) -> str:
+    """Restart replicas one after the other, while very many sessions are stepped. Returns what the crowd did, in words.
+
+    Raises:
+        AssertionError: an error reached a caller, a step was lost, made twice or wrong, or a replica did not end well.
+    """
+    with Crowd(replicas.address, count, seed) as crowd:
+        crowd.wait_steps(count)
+        quiet = len(crowd.waits_s)
+        for one in replicas:
+            assert one.stop() == 0, one.logs()
+            crowd.wait_steps(count)
+            one.start()
+        crowd.wait_round()
+    return crowd.said_of(quiet)
