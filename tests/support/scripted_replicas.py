@@ -42,10 +42,9 @@ class ScriptedReplicas:
         self.servers[at] = self._open[at].enter_context(ScriptedServer(other, port))
         return self.servers[at]
 
-    def drain(self, at: int) -> None:
+    def drain(self, at: int, refusal: Fault) -> None:
         """It takes no calls any more, and says so."""
         self.servers[at].is_serving = False
-        stopping = Fault(reason="UNAVAILABLE", message="the server is stopping")
         for method in (
             "OpenSession",
             "OpenSessions",
@@ -55,7 +54,7 @@ class ScriptedReplicas:
             "GetStates",
             "ListModels",
         ):
-            self.servers[at].fail(method, stopping, times=10_000)
+            self.servers[at].fail(method, refusal, times=10_000)
 
     def undrain(self, at: int) -> None:
         """It takes calls again."""

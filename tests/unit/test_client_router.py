@@ -77,6 +77,7 @@ def test_a_refused_connection_moves_all_sessions_at_once(at: At) -> None:
     ("error", "is_about_it"),
     [
         (errors.UnavailableError("stopping", reason="UNAVAILABLE"), True),
+        (errors.UnavailableError("starting", reason="STARTING"), True),
         (errors.UnavailableError("Socket closed"), True),
         (errors.DeadlineExceededError("late"), False),
     ],
