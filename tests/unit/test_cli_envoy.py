@@ -87,7 +87,12 @@ def test_steps_are_sent_once() -> None:
     (listener,) = written(*REPLICAS)["static_resources"]["listeners"]
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
     host = manager["route_config"]["virtual_hosts"][0]
-    assert host["retry_policy"]["retry_on"] == "connect-failure,refused-stream,reset-before-request"
+    retries = host["retry_policy"]
+    assert retries["retry_on"] == "connect-failure,refused-stream,reset-before-request,retriable-headers"
+    # what a replica says that has done nothing of a call, and nothing that it says of one that it may have applied
+    assert retries["retriable_headers"] == [
+        {"name": "stepwell-retry", "string_match": {"exact": "other-replica"}}
+    ]
     retried = {route["name"] for route in host["routes"] if "retry_policy" in route.get("route", {})}
     assert retried == {"json-session-read", "json-read", "grpc-read"}
     refusal, *others = host["routes"]

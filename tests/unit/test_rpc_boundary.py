@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.errors import SessionNotFound
+from stepwell_server.errors import (
+    ModelLoading,
+    ServerError,
+    SessionNotFound,
+    Stopping,
+    Unavailable,
+    VersionElsewhere,
+)
 from stepwell_server.rpc.boundary import Boundary
 from stepwell_server.rpc.fronts.base import CallEnded
 from support.fake_call import FakeCall, Requests
@@ -73,6 +80,29 @@ async def test_errors_become_statuses(
     assert caught.value.status.code.name == code
     assert requests.done == [("GetSession", code)]
     assert sum(requests.refusals.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "may_go"),
+    [
+        ("Step", ModelLoading("m", 1.0), True),
+        ("Predict", VersionElsewhere("m", 1.0), True),
+        # some of the sessions may be closed by then, the old session of a sequence too
+        ("CloseSessions", ModelLoading("m", 1.0), False),
+        ("ModelInfer", VersionElsewhere("m", 1.0), False),
+        ("CloseSessions", Stopping("m"), True),
+        ("Step", Unavailable("m"), False),
+    ],
+)
+async def test_only_what_has_done_nothing_may_go_elsewhere(
+    boundary: Boundary, method: str, error: ServerError, may_go: bool
+) -> None:
+    async def fails(_request: object, _call: object) -> pb.GetSessionResponse:
+        raise error
+
+    with pytest.raises(CallEnded) as caught:
+        await boundary.unary(method, fails, pb.GetSessionRequest)(FakeCall())
+    assert caught.value.status.may_go_elsewhere is may_go
 
 
 @pytest.mark.parametrize("behaviour", [_breaks, _awaits_something_cancelled])

@@ -35,6 +35,7 @@ _CODES = [
     (errors.NoRows("m", 0.25), "RESOURCE_EXHAUSTED", "OVERLOADED"),
     (errors.QuotaExceeded("m", 0.5, quota="rows", limit="3"), "RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED"),
     (errors.Unavailable("m"), "UNAVAILABLE", "UNAVAILABLE"),
+    (errors.Stopping("m"), "UNAVAILABLE", "UNAVAILABLE"),
     (errors.StoreAway("m", 0.25), "UNAVAILABLE", "UNAVAILABLE"),
     (errors.StoreGone("m"), "UNAVAILABLE", "UNAVAILABLE"),
     (errors.OutcomeUnknown("m"), "UNAVAILABLE", "OUTCOME_UNKNOWN"),
@@ -61,6 +62,11 @@ def _details(status: Status) -> status_pb2.Status:
 def test_the_table_knows_every_error() -> None:
     abstract = {errors.ServerError, errors.SessionGone}
     assert {type(error) for error, _, _ in _CODES} == _all_subclasses(errors.ServerError) - abstract
+
+
+def test_only_what_is_refused_before_it_began_may_go_elsewhere() -> None:
+    found = {type(error) for error, _, _ in _CODES if to_status(error).may_go_elsewhere}
+    assert found == {errors.Starting, errors.Stopping, errors.ModelLoading, errors.VersionElsewhere}
 
 
 @pytest.mark.parametrize(("error", "code", "reason"), _CODES, ids=lambda value: type(value).__name__)

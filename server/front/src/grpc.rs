@@ -12,6 +12,8 @@ pub const UNAVAILABLE: u32 = 14;
 pub const UNIMPLEMENTED: u32 = 12;
 pub const INTERNAL: u32 = 13;
 const PREFIX: usize = 5;
+/// Tells a proxy that it may send a call to another server: see status.py.
+const GO_ELSEWHERE: (&str, &str) = ("stepwell-retry", "other-replica");
 
 /// How a call ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +22,8 @@ pub struct Status {
     pub message: String,
     /// A serialized google.rpc.Status; empty: none.
     pub details: Bytes,
+    /// Nothing of the call was done, and another server may do it: said where this is all that is said of it.
+    pub may_go_elsewhere: bool,
 }
 
 impl Status {
@@ -28,7 +32,7 @@ impl Status {
     }
 
     pub fn new(code: u32, message: &str) -> Self {
-        Status { code, message: message.to_owned(), details: Bytes::new() }
+        Status { code, message: message.to_owned(), details: Bytes::new(), may_go_elsewhere: false }
     }
 
     /// A stream ends so whatever of it is under way; with others when its frames are answered.
@@ -259,6 +263,9 @@ pub fn status_only(status: &Status) -> http::Response<()> {
             .into_iter()
             .filter_map(|(name, value): (Option<HeaderName>, _)| Some((name?, value))),
     );
+    if status.may_go_elsewhere {
+        response.headers_mut().insert(GO_ELSEWHERE.0, HeaderValue::from_static(GO_ELSEWHERE.1));
+    }
     response
 }
 
@@ -353,6 +360,15 @@ mod tests {
             prop_assert!(encoded.iter().all(|byte| (b' '..=b'~').contains(byte)));
             prop_assert!(HeaderValue::from_bytes(&encoded).is_ok());
         }
+    }
+
+    #[test]
+    fn that_a_call_may_go_elsewhere_is_said_only_where_nothing_else_is() {
+        let mut status = Status::new(UNAVAILABLE, "not now");
+        assert!(!status_only(&status).headers().contains_key(GO_ELSEWHERE.0));
+        status.may_go_elsewhere = true;
+        assert_eq!(status_only(&status).headers()[GO_ELSEWHERE.0], GO_ELSEWHERE.1);
+        assert!(!status.trailers().contains_key(GO_ELSEWHERE.0));
     }
 
     #[test]

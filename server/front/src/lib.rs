@@ -10,6 +10,7 @@
 #![deny(unsafe_code)]
 #![cfg_attr(not(feature = "python"), allow(dead_code))] // what only Python calls
 
+mod answering;
 mod begin;
 mod bounds;
 mod call;

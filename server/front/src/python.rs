@@ -28,11 +28,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
-/// A status as Python says it: code, message, and a serialized google.rpc.Status or nothing.
-type Said = (u32, String, Vec<u8>);
+/// A status as Python says it: code, message, a serialized google.rpc.Status or nothing, and `may_go_elsewhere`.
+type Said = (u32, String, PyBackedBytes, bool);
 
-fn status((code, message, details): Said) -> Status {
-    Status { code, message, details: details.into() }
+fn status((code, message, details, may_go_elsewhere): Said) -> Status {
+    Status { code, message, details: Bytes::copy_from_slice(&details), may_go_elsewhere }
 }
 
 /// The front. Started and stopped once.
@@ -386,10 +386,9 @@ impl CallHandle {
         self.send(Command::Write(self.call.clone(), Bytes::copy_from_slice(reply), number));
     }
 
-    /// The end, when what was answered before is on its way. `details`: a serialized google.rpc.Status, or empty.
-    fn end(&self, code: u32, message: &str, details: &[u8]) {
-        let status = Status { code, message: message.to_owned(), details: Bytes::copy_from_slice(details) };
-        self.send(Command::End(self.call.clone(), status));
+    /// The end, when what was answered before is on its way.
+    fn end(&self, said: Said) {
+        self.send(Command::End(self.call.clone(), status(said)));
     }
 
     /// So many messages have been looked at.
@@ -481,20 +480,12 @@ impl BatchHandle {
         ended
     }
 
-    #[pyo3(signature = (members, code, message, details, error))]
+    #[pyo3(signature = (members, said, error))]
     /// Members failed: the status of those that are calls, and what streams are told.
-    fn failed<'py>(
-        &self,
-        py: Python<'py>,
-        members: Option<&[u8]>,
-        code: u32,
-        message: &str,
-        details: &[u8],
-        error: &[u8],
-    ) -> Ended<'py> {
+    fn failed<'py>(&self, py: Python<'py>, members: Option<&[u8]>, said: Said, error: &[u8]) -> Ended<'py> {
         let members = members.map(|some| numbers_of(some, u32::from_ne_bytes));
         let ended = self.ended(py, members.as_deref());
-        let status = Status { code, message: message.to_owned(), details: Bytes::copy_from_slice(details) };
+        let status = status(said);
         self.send(Answer::Failed { members, status, error: Bytes::copy_from_slice(error) });
         ended
     }

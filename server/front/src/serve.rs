@@ -1,5 +1,6 @@
 //! One call on the wire: its messages are read, its replies written, its end told to whoever must know.
 
+use crate::answering::Answering;
 use crate::begin::{self, refuse};
 use crate::bounds::{counted, Held, Place, Refusal, Slot, GENERAL};
 use crate::call::{Call, Peer};
@@ -118,12 +119,10 @@ impl Served {
         let early = match answer {
             Ok(reply) => {
                 let writing = Writing(self.call.clone());
-                let Ok(mut out) = respond.send_response(grpc::reply_headers(), false) else { return };
+                let mut out = Answering::Silent(respond);
                 self.held.set(0);
                 match self.write(&mut out, reply, writing).await {
-                    Ok(()) => {
-                        let _ = out.send_trailers(Status::ok().trailers());
-                    }
+                    Ok(()) => out.end(&Status::ok()),
                     Err(early) => self.end_early(&mut out, early),
                 }
                 return;
@@ -275,15 +274,13 @@ impl Served {
         if let Err(Early::Status(status)) = self.announce(None) {
             return refuse(&mut respond, &status);
         }
-        let Ok(mut out) = respond.send_response(grpc::reply_headers(), false) else {
-            return self.abandon(false);
-        };
+        let mut out = Answering::Silent(respond);
         if let Err(early) = self.serve_stream(&mut out).await {
             self.end_early(&mut out, early);
         }
     }
 
-    async fn serve_stream(&mut self, out: &mut SendStream<Bytes>) -> Result<(), Early> {
+    async fn serve_stream(&mut self, out: &mut Answering) -> Result<(), Early> {
         let mut is_open = true;
         loop {
             match poll_fn(|cx| self.poll_stream(cx, out, is_open)).await? {
@@ -296,7 +293,7 @@ impl Served {
                     if !self.call.state().frames.is_empty() {
                         self.drop_frames();
                     }
-                    let _ = out.send_trailers(status.trailers());
+                    out.end(&status);
                     return Ok(());
                 }
                 Next::Data(data) => {
@@ -319,17 +316,17 @@ impl Served {
         }
     }
 
-    fn end_early(&mut self, out: &mut SendStream<Bytes>, early: Early) {
+    fn end_early(&mut self, out: &mut Answering, early: Early) {
         self.abandon(matches!(early, Early::Late));
         let status = match early {
             // trailers would wait behind the rest of the reply, for which there is no room
-            Early::Status(_) if self.is_writing => return out.send_reset(h2::Reason::ENHANCE_YOUR_CALM),
-            Early::Late if self.is_writing => return out.send_reset(h2::Reason::CANCEL),
+            Early::Status(_) if self.is_writing => return out.cut_off(h2::Reason::ENHANCE_YOUR_CALM),
+            Early::Late if self.is_writing => return out.cut_off(h2::Reason::CANCEL),
             Early::Status(status) => status,
             Early::Gone => return,
             Early::Late => too_late(),
         };
-        let _ = out.send_trailers(status.trailers());
+        out.end(&status);
     }
 
     /// Count the bytes of the call in memory, and refuse it if it is one of those that hold too much.
@@ -345,7 +342,7 @@ impl Served {
     fn poll_stream(
         &mut self,
         cx: &mut Context<'_>,
-        out: &mut SendStream<Bytes>,
+        out: &mut Answering,
         is_open: bool,
     ) -> Poll<Result<Next, Early>> {
         let may_read = {
@@ -458,12 +455,8 @@ impl Served {
     }
 
     /// Write a reply as the client makes room for it.
-    async fn write(
-        &mut self,
-        out: &mut SendStream<Bytes>,
-        reply: Bytes,
-        _writing: Writing,
-    ) -> Result<(), Early> {
+    async fn write(&mut self, out: &mut Answering, reply: Bytes, _writing: Writing) -> Result<(), Early> {
+        let Some(out) = out.begin() else { return Err(Early::Gone) };
         self.is_writing = true;
         let reply = counted(reply, &self.shared, &self.call.peer);
         self.write_all(out, reply).await?;

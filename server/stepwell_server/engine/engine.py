@@ -525,8 +525,12 @@ class Engine:
         )
 
     def stop_accepting(self) -> None:
-        """From now on refuse new sessions and new changes with `Unavailable`."""
+        """From now on refuse new sessions and new changes with `Stopping`."""
         self._submission.is_accepting = False
+
+    def require_accepting(self) -> None:
+        """See `Submission`. For what asks several things of the engine, of which none is done after this was refused."""
+        self._submission.require_accepting()
 
     async def drain(self) -> None:
         """Return when everything that was taken in is finished."""

@@ -23,7 +23,7 @@ from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ids import PIECE
 from stepwell_server.engine.sessions.loading import Arrivals, Seen
 from stepwell_server.engine.types import Members
-from stepwell_server.errors import Overloaded, ServerError, Unavailable
+from stepwell_server.errors import Overloaded, ServerError, Stopping
 
 #: Rows of changes that may wait for their sessions to be loaded, over all models.
 MAX_LOADING_ROWS = 65_536
@@ -77,10 +77,10 @@ class Submission:
         """Refuse what comes while the server is stopping.
 
         Raises:
-            Unavailable: it is.
+            Stopping: it is.
         """
         if not self.is_accepting:
-            raise Unavailable("the server is stopping; it was not applied")
+            raise Stopping("the server is stopping; it was not applied")
 
     def submit(self, change: Change) -> None:
         """See `Engine.submit`."""

@@ -12,6 +12,7 @@ module makes sure of three things that a front would do otherwise:
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from typing import Any, Protocol, TypeVar
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError, Message
 
 from stepwell_server.core.callers import ANYBODY
-from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
+from stepwell_server.errors import InvalidInput, MessageTooLarge, ModelLoading, ServerError
 from stepwell_server.logs import Log
 from stepwell_server.rpc import naming
 from stepwell_server.rpc.access import Access, access_of
@@ -33,6 +34,14 @@ from stepwell_server.rpc.tracing import TRACES, Tracer
 
 _log = Log("rpc")
 _Message = TypeVar("_Message", bound=Message)
+
+#: Calls of which nothing is done where they end because a model is not loaded here. In others it may come up when a part is.
+_WHOLE = frozenset(
+    {
+        *("OpenSession", "OpenSessions", "Step", "ResetStates", "ForkSession", "ForkSessions"),
+        *("GetSession", "GetState", "GetStates", "Predict", "GetModel"),
+    }
+)
 
 UnaryBehaviour = Callable[[Any, Call], Awaitable[Message]]
 StreamBehaviour = Callable[[Call], Awaitable[None]]
@@ -195,6 +204,8 @@ class Boundary:
                     raise
                 known = error if isinstance(error, ServerError) else internal(error, method=method)
                 status = to_status(known)
+                if isinstance(known, ModelLoading) and method not in _WHOLE:
+                    status = dataclasses.replace(status, may_go_elsewhere=False)
                 code, reason = status.code.name, known.reason
                 observer.refused(known.reason, 1, known.model)
                 if auditor is not None:

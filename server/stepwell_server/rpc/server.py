@@ -92,7 +92,7 @@ class RpcServer:
         self._sessions: SessionServicer | None = None
         self._triton: TritonServicer | None = None
         self._liveness = Liveness()
-        self._steps = EarlySteps(max_message_bytes, observer, self._not_yet, traces=tracer is not None)
+        self._steps = EarlySteps(max_message_bytes, observer, traces=tracer is not None)
         self.starting = "the models are being loaded"
         """What is said to callers until there is an engine."""
         ours = [service.full_name for service in _OF_ENGINE]
@@ -178,6 +178,7 @@ class RpcServer:
         self._serve_by(_MODEL_ADMIN, ModelAdminServicer(control, models, self._auditor, admin_refusal))
         self._serve_by(_TRITON, self._triton)
         self._steps.go_to(ColumnSteps(engine, clock, limit, observer, self._triton.form_of, self._tracer))
+        self._front.set_plain(are_taken=True)
         self.announce(self._report)
 
     @property
@@ -200,17 +201,26 @@ class RpcServer:
         self._health.announce(is_serving=has_engine and report.is_ready, models=models)
 
     async def announce_stop(self) -> None:
-        """Tell health checkers that the server is going away; serve on."""
+        """Tell health checkers that the server is going away; serve what has begun on.
+
+        Streams that begin from now on end before they had an answer, so that they may be sent to another server.
+        """
+        self._front.set_plain(are_taken=False)  # a step that is taken as such is answered by itself
+        for servicer in self._streaming:
+            servicer.refuse_streams()
         self._liveness.announce_stop()
         self._health.stop()
 
     async def finish(self) -> None:
         """Return when the running calls are done and their replies on their way. Streams end as soon as their frames are answered."""
-        for servicer in (self._sessions, self._triton):
-            if servicer is not None:
-                servicer.stop()
+        for servicer in self._streaming:
+            servicer.stop()
         await self._boundary.wait_idle()
         await self._front.flush()
+
+    @property
+    def _streaming(self) -> list[SessionServicer | TritonServicer]:
+        return [servicer for servicer in (self._sessions, self._triton) if servicer is not None]
 
     async def close(self) -> None:
         """Stop listening and cut off what still runs."""

@@ -46,6 +46,8 @@ class SessionServicer(admin.Administration):
         self._limits = limits
         self._set_room = SetRoom()
         self._streams = Streams()
+        self.refuse_streams = self._streams.refuse
+        """End each stream that begins from now on with UNAVAILABLE, before anything of it is read."""
         self.stop = self._streams.stop
         """End each stream with UNAVAILABLE as soon as its frames are answered."""
 

@@ -17,6 +17,9 @@ from stepwell_server.core.namespaces import own, without_tenants
 #: Domain of every ErrorInfo.
 DOMAIN = "stepwell"
 _DETAILS_KEY = "grpc-status-details-bin"
+#: In the headers of a call that ends without an answer: nothing of it was done, and a proxy may send it to another replica.
+#: The native front (`grpc.rs`) and Envoy's configuration (`stepwell envoy-config`) know it too.
+GO_ELSEWHERE = ("stepwell-retry", "other-replica")
 
 
 class Code(enum.IntEnum):
@@ -95,6 +98,8 @@ class Status:
     code: Code
     message: str
     trailers: tuple[tuple[str, bytes], ...]
+    may_go_elsewhere: bool = False
+    """As of errors. A front says it where the call ends before it had an answer, by `GO_ELSEWHERE`."""
 
 
 def code_of(error: errors.ServerError) -> Code:
@@ -116,7 +121,8 @@ def to_status(error: errors.ServerError) -> Status:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromMilliseconds(_retry_after_ms(error))
         details.details.add().Pack(retry)
-    return Status(code, message, ((_DETAILS_KEY, details.SerializeToString()),))
+    trailers = ((_DETAILS_KEY, details.SerializeToString()),)
+    return Status(code, message, trailers, error.may_go_elsewhere)
 
 
 def to_proto(error: errors.ServerError) -> errors_pb2.Error:

@@ -27,8 +27,10 @@ _JSON_REQUEST_BYTES, _JSON_RESPONSE_BYTES = 8 * _MIB, 32 * _MIB
 _CALLS_OF_CONNECTION = 100
 #: HTTP statuses of what Envoy answers by itself, and the gRPC codes that say the same.
 _LOCAL_CODES = ((400, 3), (403, 7), (404, 5), (413, 8), (503, 14), (504, 4))
-#: Fewer than this are none, of any number of replicas.
-_PANIC_PERCENT = 0.1
+#: What Envoy answers where it was about to send a call to another replica, and then more of it came than it keeps.
+_NOT_KEPT = 507
+#: Fewer than this are none of up to a hundred replicas. Envoy rounds it: a part of a percent is 0, which is never.
+_PANIC_PERCENT = 1
 _UNBOUNDED = 1_000_000
 _TYPE = "type.googleapis.com/envoy.extensions"
 
@@ -162,7 +164,13 @@ def _connections(plan: Plan) -> Value:
             _filter("router", "router.v3.Router"),
         ],
     }
-    document["local_reply_config"] = {"mappers": [_local_reply(*each) for each in _LOCAL_CODES]}
+    document["local_reply_config"] = {
+        "mappers": [
+            *(_local_reply(*each) for each in _LOCAL_CODES),
+            {**_local_reply(_NOT_KEPT, 14), "status_code": 503},
+            {"filter": _has_status(_NOT_KEPT), "status_code": 503},
+        ]
+    }
     if plan.access_log:
         document["access_log"] = [_access_log(plan.access_log)]
     return document
@@ -217,18 +225,17 @@ def _transcoding() -> dict[str, Value]:
     }
 
 
-def _local_reply(status: int, code: int) -> Value:
+def _local_reply(status: int, code: int) -> Mapping[str, Value]:
     """What Envoy answers by itself, in the form in which a replica's errors come as JSON. gRPC has its own.
 
     A call in JSON is one of gRPC by then, but for the path that it had.
     """
-    is_status: Value = {"op": "EQ", "value": {"default_value": status, "runtime_key": f"stepwell_{status}"}}
     is_grpc: Mapping[str, Value] = {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
     return {
         "filter": {
             "and_filter": {
                 "filters": [
-                    {"status_code_filter": {"comparison": is_status}},
+                    _has_status(status),
                     {
                         "or_filter": {
                             "filters": [
@@ -242,6 +249,11 @@ def _local_reply(status: int, code: int) -> Value:
         },
         "body_format_override": {"json_format": {"code": code, "message": "%LOCAL_REPLY_BODY%"}},
     }
+
+
+def _has_status(status: int) -> Value:
+    is_status: Value = {"op": "EQ", "value": {"default_value": status, "runtime_key": f"stepwell_{status}"}}
+    return {"status_code_filter": {"comparison": is_status}}
 
 
 def _access_log(path: str) -> Value:

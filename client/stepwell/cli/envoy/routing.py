@@ -13,6 +13,8 @@ from stepwell.cli.envoy.descriptors import streams
 
 CLUSTER = "stepwell"
 SESSION_HEADER = "stepwell-session"
+#: With what a replica says that nothing of a call was done, and that another replica may do it: it starts, or stops.
+GO_ELSEWHERE = ("stepwell-retry", "other-replica")
 #: What Envoy's transcoder puts there: the path as the caller wrote it.
 ORIGINAL_PATH = "x-envoy-original-path"
 #: A path that names a session; the group is its id as it stands there. Ids may have colons.
@@ -108,12 +110,15 @@ def _route(timeout: str, hash_policy: list[Value], idle: str = "", retries: str 
 
 
 def retry_policy(more: str = "") -> Value:
-    """What Envoy tries again, with another replica: only what no replica has seen, and `more`.
+    """What Envoy tries again, with another replica: only what no replica has seen or done anything of, and `more`.
 
-    Whether a step that was sent was applied, Envoy cannot know: who sent it tries again, with the same request id.
+    Whether a step that was sent was applied, Envoy cannot know: who sent it tries again, with the same request id. If
+    no replica takes it the last one's answer is the caller's.
     """
+    name, value = GO_ELSEWHERE
     return {
-        "retry_on": f"connect-failure,refused-stream,reset-before-request{more}",
+        "retry_on": f"connect-failure,refused-stream,reset-before-request,retriable-headers{more}",
+        "retriable_headers": [{"name": name, "string_match": {"exact": value}}],
         "num_retries": 5,
         "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.1s"},
         "retry_host_predicate": [

@@ -292,6 +292,12 @@ class Front(Protocol):
             Unusable: certificate or key is of a kind that it does not know.
         """
 
+    def set_plain(self, *, are_taken: bool) -> None:
+        """Say whether plain steps are taken as such, in any order of calls and from the next message on.
+
+        Else every message is handed on as one of a call, as it is from the start on until this is called.
+        """
+
     def ask_callers(self) -> None:
         """Take messages as plain steps only of callers whose credential is known; hand on all others as calls. Before `start`.
 

@@ -64,6 +64,9 @@ _PLAIN = {
     "/inference.GRPCInferenceService/ModelInfer": "infer",
     "/inference.GRPCInferenceService/ModelStreamInfer": "infer_stream",
 }
+#: A status as the wire knows it: code, message, details, and whether the call may go elsewhere.
+Said = tuple[int, str, bytes, bool]
+_OK: Said = (0, "", b"", False)
 _NOBODY: Members = np.zeros(0, np.intp)
 _NO_TIMES: F64 = np.zeros(0)
 _ANYBODY = [ANYBODY]
@@ -186,7 +189,7 @@ class _Replies:
 
     def failed(self, members: Members | None, status: Status, error: bytes) -> Ended:
         some = None if members is None else members.astype(np.uint32).tobytes()
-        return _ended(*self._batch.failed(some, *_said(status), error))
+        return _ended(*self._batch.failed(some, _said(status), error))
 
     def hand_back(self, members: Members) -> None:
         self._front.serve(self._batch.hand_back(members.tolist()))
@@ -250,10 +253,16 @@ class NativeFront:
             self.secure(certificates)
         listeners, bound = await self._listen(address)
         front.set_traces(steps.traces)
-        front.set_general(_log.is_debug)  # each message has a line in the log
+        front.set_general(True)
         self._loop.add_reader(front.fd(), self._take, front)
         front.start([(one.detach(), isinstance(address, UnixAddress)) for one in listeners])
         return bound
+
+    def set_plain(self, *, are_taken: bool) -> None:
+        """See `base.Front`."""
+        if self._front is not None:
+            # where each message has a line in the log, none is plain
+            self._front.set_general(not are_taken or _log.is_debug)
 
     def ask_callers(self) -> None:
         """See `base.Front`."""
@@ -458,7 +467,7 @@ class NativeFront:
             return
         if tag == _TOO_LARGE:
             handle, size = rest
-            handle.end(*_said(self._steps.too_large(size)))
+            handle.end(_said(self._steps.too_large(size)))
         call = self._calls.get(key)
         if call is None:  # it has had its end meanwhile
             return
@@ -485,11 +494,11 @@ class NativeFront:
             method = self._methods[handle.method]
             reply = await method.serve(call)
             if method.streams:
-                handle.end(0, "", b"")
+                handle.end(_OK)
             else:
                 handle.finish(reply)
         except CallEnded as ended:
-            handle.end(*_said(ended.status))
+            handle.end(_said(ended.status))
 
 
 def _identity(caller: Caller) -> str:
@@ -497,9 +506,9 @@ def _identity(caller: Caller) -> str:
     return SEPARATOR.join((caller.tenant, caller.name, caller.role.value))
 
 
-def _said(status: Status) -> tuple[int, str, bytes]:
+def _said(status: Status) -> Said:
     details = next((value for _, value in status.trailers), b"")
-    return int(status.code), status.message, details
+    return int(status.code), status.message, details, status.may_go_elsewhere
 
 
 def _ended(calls: bytes, messages: bytes) -> Ended:

@@ -32,6 +32,7 @@ from stepwell_server.rpc.fronts.base import (
 )
 from stepwell_server.rpc.fronts.certificates import Certificates
 from stepwell_server.rpc.fronts.limits import FrontLimits
+from stepwell_server.rpc.status import GO_ELSEWHERE
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 #: Of the certificate of a caller, as gRPC calls them.
@@ -59,12 +60,14 @@ logging.getLogger("grpc._cython.cygrpc").addFilter(_is_of_use)
 class _Call:
     """A call as grpc.aio hands it over. `base.Call`."""
 
-    __slots__ = ("_context", "caller", "deadline", "request", "who")
+    __slots__ = ("_context", "caller", "deadline", "is_answered", "request", "who")
 
     def __init__(self, request: bytes, context: _Context, clock: Clock) -> None:
         self._context = context
         self.request = request
         self.who = ANYBODY
+        self.is_answered = False
+        """It has a reply, so that its headers are on their way."""
         self.caller = context.peer()
         remaining: float | None = context.time_remaining()  # its type forgets that there may be none
         self.deadline = math.inf if remaining is None else clock.monotonic() + remaining
@@ -88,6 +91,7 @@ class _Call:
         return None if request is grpc.aio.EOF else request
 
     async def write(self, reply: bytes) -> None:
+        self.is_answered = True
         try:
             await self._context.write(reply)
         except grpc.aio.InternalError:
@@ -204,6 +208,9 @@ class PythonFront:
         self._used = current
         return _as_grpc(current)
 
+    def set_plain(self, *, are_taken: bool) -> None:
+        """See `base.Front`. Every message is handed on."""
+
     def ask_callers(self) -> None:
         """See `base.Front`. Every message is handed on."""
 
@@ -233,12 +240,16 @@ class PythonFront:
     def _handler(self, method: Method) -> Any:
         async def handle(raw: Any, context: _Context) -> bytes | None:
             self._calls += 1
+            call = _Call(b"" if method.streams else raw, context, self._clock)
             try:
-                reply = await method.serve(_Call(b"" if method.streams else raw, context, self._clock))
+                reply = await method.serve(call)
                 return None if method.streams else reply
             except CallEnded as ended:
                 status = ended.status
-                await context.abort(_CODES[status.code], status.message, status.trailers)
+                trailers: list[tuple[str, str | bytes]] = [*status.trailers]
+                if status.may_go_elsewhere and not call.is_answered:
+                    trailers.append(GO_ELSEWHERE)  # without an answer these are the headers
+                await context.abort(_CODES[status.code], status.message, tuple(trailers))
                 raise  # not reached: abort raises
             finally:
                 self._calls -= 1

@@ -1,4 +1,4 @@
-"""What is said of plain steps that a front refuses by itself, or that come before there is an engine."""
+"""What is said of plain steps that a front refuses by itself, and the steps of a server that has no engine yet."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from stepwell_server.errors import Overloaded, RequestTooLarge, ServerError
-from stepwell_server.rpc.status import Status, to_proto, to_status
+from stepwell_server.errors import Overloaded, RequestTooLarge
+from stepwell_server.rpc.status import Status, to_status
 from stepwell_server.rpc.steps import messages
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Refusals:
 
 
 class EarlySteps(Refusals):
-    """`base.Steps` of a server that listens and has no engine yet: it refuses them until `go_to` says where they go."""
+    """`base.Steps` of a server that listens and has no engine yet: none come before `go_to` says where they go."""
 
     hold: Callable[[], None]
     go: Callable[[], None]
@@ -66,28 +66,13 @@ class EarlySteps(Refusals):
     in_turn: Callable[[Callable[[], None]], object]
     take: Callable[[StepColumns], None]
 
-    def __init__(
-        self,
-        max_message_bytes: int,
-        observer: RequestObserver,
-        refusal: Callable[[], ServerError],
-        *,
-        traces: bool,
-    ) -> None:
+    def __init__(self, max_message_bytes: int, observer: RequestObserver, *, traces: bool) -> None:
         super().__init__(max_message_bytes, observer)
         self.traces = traces
-        self._refusal = refusal
         self.hold = self.go = self.go_soon = lambda: None
         self.in_turn = asyncio.get_running_loop().call_soon
-        self.take = self._refuse
 
     def go_to(self, steps: Steps) -> None:
         """From now on these take the steps."""
         self.hold, self.go, self.take = steps.hold, steps.go, steps.take
         self.go_soon, self.in_turn = steps.go_soon, steps.in_turn
-
-    def _refuse(self, columns: StepColumns) -> None:
-        error = self._refusal()
-        told = to_proto(error).SerializeToString() if columns.model is None else error.message.encode()
-        self._observer.refused(error.reason, len(columns.session_ids))
-        columns.replies.failed(None, to_status(error), told)

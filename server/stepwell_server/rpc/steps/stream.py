@@ -20,7 +20,7 @@ import numpy as np
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.engine.intake.validation import require_lists
 from stepwell_server.engine.types import Members
-from stepwell_server.errors import ServerError, Unavailable
+from stepwell_server.errors import ServerError, Stopping
 from stepwell_server.logs import Log
 from stepwell_server.rpc.boundary import parse
 from stepwell_server.rpc.status import code_of
@@ -79,9 +79,13 @@ class Streams:
         finally:
             self._running.discard(stream)
 
-    def stop(self) -> None:
-        """End each of them with UNAVAILABLE as soon as what it was sent is answered."""
+    def refuse(self) -> None:
+        """End each that begins from now on with UNAVAILABLE, before anything of it is read."""
         self._is_stopping = True
+
+    def stop(self) -> None:
+        """The same, and end those that are there as soon as what they were sent is answered."""
+        self.refuse()
         for stream in self._running:
             stream.stop()
 
@@ -130,7 +134,7 @@ class FrameStream:
 
         Raises:
             InvalidInput: the client sent bytes that are no frame.
-            Unavailable: the server is stopping, and all frames are answered.
+            Stopping: the server is stopping, and all frames are answered.
         """
         self._reader = asyncio.create_task(self._read())
         self._reader.add_done_callback(lambda _: self._begin_end())
@@ -182,7 +186,7 @@ class FrameStream:
         elif reader is not None and reader.done() and not (self._pending and _ended_well(reader)):
             self._end.set_result(_error_of(reader))
         elif self._is_stopping and not self._pending:
-            self._end.set_result(Unavailable("the server is stopping"))
+            self._end.set_result(Stopping("the server is stopping"))
 
     def _progressed(self) -> None:
         """Something was written, or cannot be: see `write_queue`."""

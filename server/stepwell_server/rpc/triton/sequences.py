@@ -34,6 +34,8 @@ from stepwell_server.errors import (
     ServerError,
     SessionGone,
     StateCorrupt,
+    Stopping,
+    Unavailable,
     VersionNotFound,
 )
 from stepwell_server.logs import Log
@@ -136,15 +138,16 @@ class Sequences:
             ServerError: as of `Awaited.get`; nothing changed.
         """
         await request.turn.come()
-        return await self._step(request)
-
-    async def _step(self, request: SequenceRequest) -> tuple[Applied, Read]:
         if self._clock.monotonic() >= request.deadline:
             raise DeadlineExceeded("the request's time was over before its sequence's turn; nothing changed")
         given = request.parameters
         if given.request_id and (known := self._ended.get(request.session_id, given.request_id)):
             return known, request.reading.read_answered(known.version)
-        reply, read = await (self._start(request) if given.start else self._go_on(request))
+        self._engine.require_accepting()
+        try:
+            reply, read = await (self._start(request) if given.start else self._go_on(request))
+        except Stopping as error:  # the sequence's session may have been closed or opened before that
+            raise Unavailable(error.message) from error
         if given.end:
             await self._end(request, reply)
         return reply, read

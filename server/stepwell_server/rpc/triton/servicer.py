@@ -61,6 +61,8 @@ class TritonServicer:
         self._inference = Inference(engine, clock, max_reply_bytes, passes)
         self._models = self._inference.models
         self._streams = Streams()
+        self.refuse_streams = self._streams.refuse
+        """End each stream that begins from now on with UNAVAILABLE, before anything of it is read."""
         self.stop = self._streams.stop
         """End each stream with UNAVAILABLE as soon as its requests are answered."""
 

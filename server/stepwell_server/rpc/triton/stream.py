@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stepwell_server.errors import ServerError, Unavailable
+from stepwell_server.errors import ServerError, Stopping
 from stepwell_server.rpc.boundary import internal, parse
 from stepwell_server.rpc.status import message_of
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
@@ -58,7 +58,7 @@ class InferStream:
 
         Raises:
             InvalidInput: the client sent bytes that are no request.
-            Unavailable: the server is stopping, and all requests are answered.
+            Stopping: the server is stopping, and all requests are answered.
         """
         reader = asyncio.create_task(self._read())
         reader.add_done_callback(lambda _: self._work.set())
@@ -104,7 +104,7 @@ class InferStream:
             if reader.done():
                 return reader.result()
             if self._is_stopping:
-                raise Unavailable("the server is stopping")
+                raise Stopping("the server is stopping")
             self._work.clear()
             await self._work.wait()
 
