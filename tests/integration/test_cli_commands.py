@@ -122,7 +122,7 @@ def test_models_for_programs_have_every_documented_key(run: Run, client: stepwel
     shown = whole["models"]
 
     assert whole["front"] == client.server_info().front == FRONT
-    texts = [text for text, _ in main.commands["models"].json_keys[2:]]  # type: ignore[attr-defined]
+    texts = [text for text, _ in main.commands["models"].load().json_keys[2:]]  # type: ignore[attr-defined]
     keys = [key for text in texts if not text.startswith("versions.") for key in text.split(", ")]
     within = [f"proof.{key}" for key in shown[0]["proof"]]
     assert [[*model, *within] for model in shown] == [keys, keys]
@@ -141,7 +141,7 @@ def test_a_model_is_shown_with_all_that_is_known_of_it(run: Run, client: stepwel
     assert any(line.split()[:2] == ["lstm", "LSTM"] for line in lines)
 
     shown = document(run("models", "show", "forecast", "--json"))
-    keys = main.commands["models"].commands["show"].json_keys  # type: ignore[attr-defined]
+    keys = main.commands["models"].load().commands["show"].json_keys  # type: ignore[attr-defined]
     names = {key for text, _ in keys for key in text.split(", ")}
     within = {f"{outer}.{key}" for outer in ("proof", "provenance") for key in shown[outer]}
     assert {*shown, *within} == names

@@ -84,7 +84,7 @@ def test_a_version_is_loaded_and_shown(run: Run, server: ScriptedModels, file: s
     assert "1; 2* b canary" in said(run())
     shown = document(run("--json"))["models"][0]
     assert shown["version"] == 2
-    keys = [text for text, _ in main.commands["models"].json_keys if text.startswith("versions.")]  # type: ignore[attr-defined]
+    keys = [text for text, _ in main.commands["models"].load().json_keys if text.startswith("versions.")]  # type: ignore[attr-defined]
     assert [f"versions.{key}" for key in shown["versions"][1]] == keys
     assert [each["is_default"] for each in shown["versions"]] == [False, True]
     assert "2* b canary" in said(run("show", f"{MODEL}:canary"))
