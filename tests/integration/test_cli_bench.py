@@ -45,8 +45,10 @@ def command(served: Served, *options: str) -> list[str]:
     return [sys.executable, "-m", "stepwell", "bench", "--server", served.address, *options]
 
 
-@pytest.mark.parametrize("mode", ["unary", "stream", "frames", "group"])
-@pytest.mark.parametrize("model", ["seq", "multi"])
+@pytest.mark.parametrize(
+    ("model", "mode"),
+    [("seq", "unary"), ("multi", "unary"), ("multi", "stream"), ("multi", "frames"), ("multi", "group")],
+)
 def test_every_mode_counts_what_it_does(bench: Bench, served: Served, mode: str, model: str) -> None:
     shape = ("--sessions", "5", "--concurrency", "3", "--batch-size", "2", "--steps-per-call", "4")
 
@@ -71,7 +73,7 @@ def test_every_mode_counts_what_it_does(bench: Bench, served: Served, mode: str,
 def test_the_document_has_every_documented_key(bench: Bench) -> None:
     from stepwell.cli import main
 
-    described = main.commands["bench"].json_keys  # type: ignore[attr-defined]
+    described = main.commands["bench"].load().json_keys  # type: ignore[attr-defined]
     keys = [key for text, _ in described for key in text.split(", ")]
 
     assert sorted(bench("seq", "--sessions", "2")) == sorted(keys)
@@ -134,19 +136,34 @@ def test_killed_it_leaves_no_process_and_no_session(served: Served, nothing_is_l
 
 
 def test_sessions_closed_by_someone_else_are_errors_by_kind(served: Served, nothing_is_left: None) -> None:
-    options = ("seq", "--mode", "unary", "--sessions", "4", "--warm-up-s", "0", "--duration-s", "4", "--json")
+    options = (
+        "seq",
+        "--mode",
+        "unary",
+        "--sessions",
+        "4",
+        "--warm-up-s",
+        "0",
+        "--duration-s",
+        "60",
+        "--json",
+    )
     process = subprocess.Popen(command(served, *options), stdout=subprocess.PIPE, text=True)
     wait_until(lambda: len(served.client.sessions(prefix="bench-")) == 4)
-    victim = served.client.sessions(prefix="bench-")[0]
-    wait_until(lambda: info(served, victim.session_id).revision > 5)
+    victim, other = (one.session_id for one in served.client.sessions(prefix="bench-")[:2])
+    wait_until(lambda: info(served, victim).revision > 5)
 
-    served.client.close_session(victim.session_id)
+    served.client.close_session(victim)
+    # the victim's next step fails, and the others' do not wait for it
+    closed_at = info(served, other).revision
+    wait_until(lambda: info(served, other).revision > closed_at + 50)
+    process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=200)
 
-    assert process.returncode == 0
+    assert process.returncode == 130
     result = json.loads(output)
     assert set(result["errors"]) == {"SessionNotFoundError"}
-    assert victim.session_id in result["first_error"]
+    assert victim in result["first_error"]
 
 
 def info(served: Served, session_id: str) -> stepwell.SessionInfo:
