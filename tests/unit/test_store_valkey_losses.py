@@ -91,7 +91,7 @@ async def test_an_id_that_was_lost_is_closed_or_put_back(valkey: Valkey) -> None
         assert await store.commit(Batch(tombstones=[Tombstone("s", End.CLOSED, 2.0)])) is ALL_KEPT
         (found,) = await store.fetch(["s"])
         assert found.tombstone == Tombstone("s", End.CLOSED, 2.0)
-        assert await store.count() == 1
+        assert (await store.count(), await store.count_of("m")) == (1, 1)
         assert (await put(store, [("s", record("s"))], [found.stamp]))[0] is ALL_KEPT
         kept, _ = await put(store, [("u", record("u"))], [LOST_STAMP], anew=True)
         assert kept == Committed(conflicts=frozenset({"u"})), "it was not lost"
@@ -115,11 +115,28 @@ async def test_who_looks_through_the_store_finds_what_was_lost(valkey: Valkey) -
         for each in await a.fetch(ids[:3]):
             assert each.tombstone is not None
             assert each.tombstone.end is End.LOST
-        assert await a.count() == 36
+        assert (await a.count(), await a.count_of("m")) == (36, 36)
         assert 0 < valkey.ask("PTTL", key(a, "s0")) <= 60_000, "that is forgotten some day too"
         valkey.ask("DEL", key(a, "s39"))  # its tombstone has run out
         assert (await a.fetch(["s39"]))[0] == Fetched()
         assert (await put(a, [("s39", record("s39"))], [0]))[0] is ALL_KEPT
+
+
+async def test_tenants_are_counted_anew_where_sessions_were_lost(valkey: Valkey) -> None:
+    ids = [f"{tenant}\x1fs{i}" for tenant in ("a", "b") for i in range(30)]
+    async with shared(valkey.url("?partitions=3"), 2) as (a, b):
+        await put(a, [(i, record(i, batch_size=2)) for i in ids], [0] * 60)
+        gone = ids[::7]
+        for name in gone:
+            valkey.ask("DEL", key(a, name))
+        valkey.ask("RPUSH", key(a, gone[0]), "another type")
+        for partition in range(3):
+            await b.unused(f"{partition}:", idle_s=0.0, limit=500)
+        left = {tenant: sum(i.startswith(tenant) for i in set(ids) - set(gone)) for tenant in ("a", "b")}
+        for tenant, count in left.items():
+            assert await a.count_of(f"{tenant}\x1f") == await a.count_of(f"{tenant}\x1fm") == count
+            assert await a.count_of(f"\x1f\x1f{tenant}") == 2 * count
+        assert await a.count_of("m") == await a.count_of("\x1f") == sum(left.values())
 
 
 async def test_a_part_that_was_emptied_is_noticed_by_all(valkey: Valkey) -> None:

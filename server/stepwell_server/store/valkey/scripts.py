@@ -61,6 +61,9 @@ return conflicts
 """,
 )
 
+MOST_RECOUNTED = 10_000
+"""Sessions of a partition: nobody else is served while they are counted."""
+
 COMMIT = _script(
     _COMMON,
     """
@@ -80,6 +83,7 @@ local letters, follows, stamps, blob, sizes = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local id_at, idle_ms, live_ms, most = tonumber(ARGV[6]) + 1, tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
 local now = now_ms()
 local used, none, lost, conflicts, begin = packed(now), string.rep('\\0', 8), string.rep('\\255', 8), {}, 0
+local was_lost = false
 local is_marked = not string.find(letters, 'P', 1, true) or call('EXISTS', KEYS[3]) == 1
 if not is_marked then conflicts[1] = 0 end
 
@@ -97,17 +101,38 @@ local function add(name, by)
   local after = pcall('HINCRBY', counts, name, by)
   if type(after) == 'number' and after <= 0 then call('HDEL', counts, name) end
 end
-local function count(id, model, by)
-  local names = {model}
+local function names_of(id, model)
   local tenant = string.find(id, '\\31', 1, true)
-  if tenant then
-    names = {model, '\\31', '\\31' .. model, sub(id, 1, tenant), sub(id, 1, tenant) .. model}
-  end
-  for _, name in ipairs(names) do add(name, by) end
+  if not tenant then return {model} end
+  return {model, '\\31', '\\31' .. model, sub(id, 1, tenant), sub(id, 1, tenant) .. model}
 end
-local function count_rows(id, by)
+local function rows_name_of(id)
   local tenant = string.find(id, '\\31', 1, true)
-  add('\\31\\31' .. (tenant and sub(id, 1, tenant - 1) or ''), by)
+  return '\\31\\31' .. (tenant and sub(id, 1, tenant - 1) or '')
+end
+local function count(id, model, by)
+  for _, name in ipairs(names_of(id, model)) do add(name, by) end
+end
+local function count_rows(id, by) add(rows_name_of(id), by) end
+-- Of a session that was lost nobody knows what it counted for: all of the partition are counted, unless they are too many.
+local function recount()
+  if call('ZCARD', index) > MOST_RECOUNTED then return end
+  local before, sums = sub(KEYS[4], 1, id_at - 1), {}
+  for _, id in ipairs(call('ZRANGE', index, 0, -1)) do
+    local value = pcall('GETRANGE', before .. id, 0, 17 + 72 - 1)
+    if type(value) == 'string' and byte(value) == 1 and #value == 17 + 72 then
+      local at = 17 + 72 + byte(value, 17 + 8)
+      local length = byte(value, 17 + 69) + 256 * byte(value, 17 + 70)
+      for _, name in ipairs(names_of(id, call('GETRANGE', before .. id, at, at + length - 1))) do
+        sums[name] = (sums[name] or 0) + 1
+      end
+      sums[rows_name_of(id)] = (sums[rows_name_of(id)] or 0) + rows_of(value)
+    end
+  end
+  call('DEL', counts)
+  for name, sum in pairs(sums) do
+    if name ~= '' and sum > 0 then call('HSET', counts, name, sum) end
+  end
 end
 local function value_at(key)
   local value = pcall('GETRANGE', key, 0, 17 + 72 + 255 + 65535)
@@ -178,12 +203,13 @@ for i = 1, #KEYS - 3 do
   elseif letter == 'T' then
     if kind ~= 1 then
       call('SET', key, '\\2' .. stamp .. used .. content, 'PX', live_ms)
-      pcall('ZREM', index, id) -- it was lost
+      was_lost = pcall('ZREM', index, id) == 1 or was_lost
     end
   elseif letter == 'L' then
     if kind == 0 and call('ZSCORE', index, id) then
       call('SET', key, '\\2' .. stamp .. used .. content, 'PX', live_ms)
       call('ZREM', index, id)
+      was_lost = true
     else
       conflicts[#conflicts + 1] = i
     end
@@ -191,8 +217,9 @@ for i = 1, #KEYS - 3 do
     call('DEL', key)
   end
 end
+if was_lost then recount() end
 return conflicts
-""",
+""".replace("MOST_RECOUNTED", str(MOST_RECOUNTED)),
 )
 
 FETCH = _script(
