@@ -12,7 +12,16 @@ import pytest
 
 from stepwell_server.engine.durability.stamps import new_stamp
 from stepwell_server.errors import Overloaded, ServerError, StoreAway, StoreGone, Unavailable
-from stepwell_server.store.base import ALL_KEPT, Batch, Committed, End, KeyFileError, StoreError, Tombstone
+from stepwell_server.store.base import (
+    ALL_KEPT,
+    Batch,
+    Committed,
+    End,
+    Fetched,
+    KeyFileError,
+    StoreError,
+    Tombstone,
+)
 from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import decode_header
 from stepwell_server.store.valkey import url as urls
@@ -215,6 +224,16 @@ async def test_sync_is_what_waits_for_disk_and_replicas(valkey: Valkey) -> None:
         assert (await patient.fetch(["s", "s"], [stamp, 7]))[1].stamp == stamp
         found = await patient.fetch(["s", "u", "never"], [7, 7, 7])
         assert [each.record is not None for each in found] == [True, True, False]
+        many = [f"many{i}" for i in range(40)]
+        _, third = await put(patient, [(i, record(i)) for i in many[::2]], [0] * 20)
+        found = await patient.fetch(many, [third, 7, 7, 7] * 10)
+        assert [each.is_known for each in found] == [i % 4 == 0 for i in range(40)]
+        assert [each.record is not None for each in found] == [i % 4 == 2 for i in range(40)]
+        # nobody waits for disks to hear that nothing is there, or that nothing has changed
+        before = valkey.info("commandstats")["cmdstat_waitaof"]
+        assert await patient.fetch(["no", "one"]) == [Fetched(), Fetched()]
+        assert (await patient.fetch(["s"], [stamp]))[0].is_known
+        assert valkey.info("commandstats")["cmdstat_waitaof"] == before
         await patient.close()
     for store in (quick, strict, plain):
         await store.close()

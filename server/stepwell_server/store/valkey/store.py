@@ -199,27 +199,33 @@ class ValkeyStore(Store):
     async def stored(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
         """As `fetch`, with records as they are stored."""
         found = [_NOTHING] * len(session_ids)
-        known = list(known) or [0] * len(session_ids)
+        known = known if len(known) else [0] * len(session_ids)
         for at in range(0, len(session_ids), _MOST_AT_ONCE):
             left = self._groups(session_ids[at : at + _MOST_AT_ONCE], at)
+            changed: list[tuple[int, list[int]]] = []
+            if self._requests.confirms:
+                while left:
+                    left = await self._read(session_ids, known, left, found, changed)
+                left = changed
             while left:
-                left = await self._read(session_ids, known, left, found)
+                left = await self._read(session_ids, known, left, found, None)
         return found
 
     async def _read(
         self,
         session_ids: Sequence[str],
-        known: list[int],
+        known: Sequence[int],
         groups: Sequence[tuple[int, list[int]]],
         found: list[Fetched],
+        changed: list[tuple[int, list[int]]] | None,
     ) -> list[tuple[int, list[int]]]:
         """Put what sessions have into `found`, and return those for which there was no room in the answers.
 
-        Where replicas are waited for, nothing is believed that a server says which may not be their primary any more. What is
-        as it was known need not be waited for until it is on their disks; what is not is read once more, and `known` is 0.
+        Where replicas are waited for, nothing is believed that a server says which may not be their primary any more. That
+        takes them a moment; until they have something on their disks it may be a second. So what is as it was known, or is not
+        there, is only confirmed; what is otherwise comes into `changed`, and is read once more, without it.
         """
-        is_fenced, may_confirm = self._requests.waits, self._requests.confirms
-        confirms = may_confirm and all(known[place] for _, places in groups for place in places)
+        confirms, is_fenced = changed is not None, self._requests.waits
         stamps = np.array(known, np.uint64).tobytes() if any(known) else b""
         requests = [
             Request.of(
@@ -227,7 +233,7 @@ class ValkeyStore(Store):
                 scripts.FETCH,
                 [self._keys.session(session_ids[place]) for place in places],
                 b"".join([stamps[STAMP_BYTES * i : STAMP_BYTES * (i + 1)] for i in places]),
-                b"2" if may_confirm else b"1" if is_fenced else b"0",
+                b"2" if self._requests.confirms else b"1" if is_fenced else b"0",
                 _MOST_READ_BYTES // len(groups),
             )
             for partition, places in groups
@@ -235,25 +241,26 @@ class ValkeyStore(Store):
         replies = await self._ask(requests, waits=is_fenced, confirms=confirms)
         left, unmarked = [], set[int]()
         for request, (partition, places), (now_ms, *values) in zip(requests, groups, replies, strict=True):
-            if may_confirm and not request.is_durable:
+            if self._requests.confirms and not request.is_durable:
                 raise _not_durable()
-            if confirms:
-                changed = [place for place, value in zip(places, values, strict=False) if not _is_head(value)]
-                if changed:
-                    left.append((partition, changed))
-                for place in changed:
-                    known[place] = 0
             if len(values) < len(places):
                 left.append((partition, places[len(values) :]))
+            others: list[int] = []
             for place, value in zip(places, values, strict=False):
-                if value is None or (confirms and not known[place]):
+                if value is None:
                     continue
                 if value == _UNMARKED:
                     unmarked.add(self._keys.partition(session_ids[place]))
                     continue
-                found[place] = each = self._fetched(session_ids[place], value, now_ms, known[place])
+                each = self._fetched(session_ids[place], value, now_ms, known[place])
+                if confirms and len(value) > HEAD.size:
+                    others.append(place)
+                    continue
+                found[place] = each
                 if not (each.is_known or request.is_durable):
                     raise _not_durable()
+            if changed is not None and others:
+                changed.append((partition, others))
         if unmarked:
             await self._losses.look(list(unmarked))
         return left
@@ -521,11 +528,6 @@ class ValkeyStore(Store):
         for place, partition in enumerate(partitions, first):
             groups.setdefault(partition, []).append(place)
         return list(groups.items())
-
-
-def _is_head(value: bytes | None) -> bool:
-    """Whether an answer says that a session is as it was known."""
-    return value is not None and len(value) == HEAD.size and value[0] == RECORD
 
 
 def _tombstone(session_id: str, stored: bytes) -> Tombstone | None:
