@@ -24,10 +24,10 @@ from stepwell_server.engine.engine import Engine, ModelStats
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.versions.document import DocumentError
+from stepwell_server.live.known_files import KnownFiles
 from stepwell_server.live.models import LiveModels
 from stepwell_server.live.opening import admin_refusal, open_live_models
 from stepwell_server.live.restoring import NotRestoredError
-from stepwell_server.live.sources import KnownFiles
 from stepwell_server.live.starting import ModelWork, absence, kept_models
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics.observer import PrometheusObserver

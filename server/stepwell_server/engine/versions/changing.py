@@ -32,7 +32,7 @@ from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.versions import document
 from stepwell_server.engine.versions.documents import Documents
 from stepwell_server.engine.versions.following import Following
-from stepwell_server.engine.versions.keeping import Made, Proposals
+from stepwell_server.engine.versions.proposals import Made, Proposals
 from stepwell_server.engine.versions.pruning import Pruning
 from stepwell_server.engine.versions.serving import Serving
 from stepwell_server.engine.versions.switching import Switching

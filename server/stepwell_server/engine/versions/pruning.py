@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.models import Models, Versions
-from stepwell_server.engine.versions.keeping import Made, Proposals
 from stepwell_server.engine.versions.needed import Seen, stored
+from stepwell_server.engine.versions.proposals import Made, Proposals
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import Store
