@@ -329,7 +329,6 @@ class _Served:
     engine: Engine | None = None
 
     def stats(self) -> list[ModelStats]:
-        """See `Engine.stats`."""
         return [] if self.engine is None else self.engine.stats()
 
 

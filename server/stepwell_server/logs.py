@@ -17,6 +17,8 @@ import secrets
 import sys
 from typing import IO, ClassVar, Literal
 
+from typing_extensions import override
+
 from stepwell_server.errors import Internal, Overloaded, ServerError
 
 LogFormat = Literal["text", "json"]
@@ -83,8 +85,8 @@ def configure(level: str, log_format: LogFormat, stream: IO[str] | None = None) 
 class TextFormatter(logging.Formatter):
     """``2026-08-01T12:00:00.123Z info session opened model=forecast session=user-42``."""
 
+    @override
     def format(self, record: logging.LogRecord) -> str:
-        """See `logging.Formatter.format`."""
         facts = "".join(f" {key}={_text(value)}" for key, value in _fields(record).items())
         line = f"{_timestamp(record)} {record.levelname.lower()} {_one_line(record.getMessage())}{facts}"
         return line + "\n" + self.formatException(record.exc_info) if record.exc_info else line
@@ -93,8 +95,8 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """One JSON object per line: ``time``, ``level``, ``event``, the fields, ``traceback`` if there is one."""
 
+    @override
     def format(self, record: logging.LogRecord) -> str:
-        """See `logging.Formatter.format`."""
         document: dict[str, object] = {
             "time": _timestamp(record),
             "level": record.levelname.lower(),

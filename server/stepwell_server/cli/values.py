@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
+from typing_extensions import override
 
 from stepwell.cli._types import ParamType
 from stepwell_server.addresses import Address, UnixAddress
@@ -48,8 +49,8 @@ class Text(ParamType):
         """
         raise NotImplementedError
 
+    @override
     def split_envvar_value(self, rv: str) -> Sequence[str]:
-        """See `click.ParamType.split_envvar_value`."""
         return [item.strip() for item in rv.split(",")]
 
 
@@ -59,8 +60,8 @@ class TcpAddress(Text):
     name = "address"
     rule = "HOST:PORT, or [HOST]:PORT for IPv6, with a port from 0 to 65535"
 
+    @override
     def read(self, text: str) -> Address:
-        """See `Text.read`."""
         host, _, port = text.rpartition(":")
         bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
         if (
@@ -79,8 +80,8 @@ class Url(Text):
     name = "url"
     rule = "http://HOST:PORT or https://HOST:PORT"
 
+    @override
     def read(self, text: str) -> str:
-        """See `Text.read`."""
         if not re.fullmatch(
             r"https?://[^\s/:@]+(:\d{1,5})?(/\S*)?|https?://\[[0-9a-fA-F:.]+\](:\d{1,5})?(/\S*)?", text
         ):
@@ -93,8 +94,8 @@ class AddressOrOff(TcpAddress):
 
     rule = f"{TcpAddress.rule}, or off"
 
+    @override
     def read(self, text: str) -> Address | str:  # type: ignore[override]
-        """See `Text.read`."""
         return text if text == "off" else super().read(text)
 
 
@@ -103,8 +104,8 @@ class AnyAddress(TcpAddress):
 
     rule = f"{TcpAddress.rule}, or unix:PATH"
 
+    @override
     def read(self, text: str) -> Address | UnixAddress:  # type: ignore[override]
-        """See `Text.read`."""
         kind, _, path = text.partition(":")
         if kind != "unix":
             return super().read(text)
@@ -128,8 +129,8 @@ class PathOf(Text):
     def __init__(self, what: str) -> None:
         self.name = what
 
+    @override
     def read(self, text: str) -> Path:
-        """See `Text.read`."""
         try:
             if text:
                 return expanded(text)
@@ -163,8 +164,8 @@ class StorePlace(PathOf):
 class DataFile(PathOf):
     """A file of sequences that exists."""
 
+    @override
     def read(self, text: str) -> Path:
-        """See `Text.read`."""
         file = super().read(text)
         if file.suffix not in {".npy", ".npz"} or not file.is_file():
             raise ValueError("an .npy or .npz file that exists")
@@ -177,8 +178,8 @@ class ModelName(Text):
     name = "name"
     rule = f"the name of a model, {NAME_RULE}"
 
+    @override
     def read(self, text: str) -> str:
-        """See `Text.read`."""
         if not is_name(text):
             raise ValueError
         return text
@@ -190,8 +191,8 @@ class ModuleName(Text):
     name = "module"
     rule = "the name of a module"
 
+    @override
     def read(self, text: str) -> str:
-        """See `Text.read`."""
         if not all(word.isidentifier() for word in text.split(".")):
             raise ValueError
         return text
@@ -203,8 +204,8 @@ class FunctionName(Text):
     name = "function"
     rule = "MODULE:FUNCTION"
 
+    @override
     def read(self, text: str) -> str:
-        """See `Text.read`."""
         module, _, function = text.partition(":")
         if not all(word.isidentifier() for word in (*module.split("."), *function.split("."))):
             raise ValueError
@@ -216,8 +217,8 @@ class Policy(Text):
 
     name = "policy"
 
+    @override
     def read(self, text: str) -> VersionPolicy:
-        """See `Text.read`."""
         try:
             return VersionPolicy.parse(text)
         except ValueError:
@@ -234,8 +235,8 @@ class WholeNumber(Text):
     name = "integer"
     rule = f"a whole number from 1 to {_MOST}"
 
+    @override
     def read(self, text: str) -> int:
-        """See `Text.read`."""
         if not re.fullmatch(r"[0-9]{1,19}", text) or not 1 <= int(text) <= _MOST:
             raise ValueError(self.rule)
         return int(text)
@@ -277,10 +278,10 @@ class PerModel(Collected):
         except ValueError as error:
             self.fail(f"must be {self.form} or NAME={self.form} with {error}; got {value!r}", param, ctx)
 
+    @override
     def collected(
         self, pairs: Sequence[tuple[str, Any]], param: click.Parameter, ctx: click.Context
     ) -> dict[str, Any]:
-        """See `Collected.collected`."""
         values: dict[str, Any] = {}
         for name, value in pairs:
             if name in values:
@@ -336,10 +337,10 @@ class Named(Collected):
         except ValueError:
             return False
 
+    @override
     def collected(
         self, pairs: Sequence[tuple[str, Any]], param: click.Parameter, ctx: click.Context
     ) -> dict[str, Any]:
-        """See `Collected.collected`."""
         values: dict[str, Any] = {}
         for name, value in pairs:
             if name in values:

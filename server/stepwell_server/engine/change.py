@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.exactly_once import ANY_REVISION
@@ -337,7 +338,7 @@ class Change:
             self.on_end()
 
 
-class Awaited:
+class Awaited(Replies):
     """The answer to a change of one session, for a task that waits for it. `Replies`."""
 
     def __init__(self) -> None:
@@ -354,8 +355,8 @@ class Awaited:
             raise answer
         return answer
 
+    @override
     def applied(self, _members: Members, reply: Reply) -> None:
-        """See `Replies`."""
         if not self._answer.done():
             self._answer.set_result(
                 Applied(
@@ -368,13 +369,13 @@ class Awaited:
                 )
             )
 
+    @override
     def failed(self, _members: Members, error: ServerError) -> None:
-        """See `Replies`."""
         if not self._answer.done():
             self._answer.set_result(error)
 
+    @override
     def cancelled(self, members: Members) -> Members:
-        """See `Replies`."""
         return members if self._answer.cancelled() else _NOBODY
 
 

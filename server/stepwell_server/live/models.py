@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from typing_extensions import override
+
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.core.model_names import MAX_VERSION, NAME_RULE, is_name, is_version
 from stepwell_server.engine.api import SessionPolicy, VersionInfo
@@ -31,6 +33,7 @@ from stepwell_server.live.control import (
     WARM_UP,
     LoadedVersion,
     LoadRequest,
+    ModelControl,
     Progress,
     Upload,
     VersionState,
@@ -54,7 +57,7 @@ _MOST_LABELS = 16
 _Key = tuple[str, int]
 
 
-class LiveModels:
+class LiveModels(ModelControl):
     """`control.ModelControl`. Lives on the event loop; `run` must run beside it."""
 
     def __init__(
@@ -115,8 +118,8 @@ class LiveModels:
 
     # ----------------------------------------------------------------------------------------------------------- loads
 
+    @override
     async def load(self, request: LoadRequest, progress: Progress | None = None) -> LoadedVersion:
-        """See `control.ModelControl`."""
         self._check(request)
         root = self._root if request.is_charged and not request.is_found else None
         path = await asyncio.to_thread(paths.checked, request.path, root) if request.path else None
@@ -347,8 +350,8 @@ class LiveModels:
 
     # ---------------------------------------------------------------------------------------------- what else is asked
 
+    @override
     async def unload(self, name: str, version: int, *, force: bool) -> None:
-        """See `control.ModelControl`."""
         under_way = [load for (other, number), load in self._loads.items() if other == name]
         if version:
             under_way = [load for load in under_way if load.version == version]
@@ -388,6 +391,7 @@ class LiveModels:
         self._tell(name, version, "")
         _log.info("model unloaded", model=name, version=version)
 
+    @override
     async def set_default(
         self,
         name: str,
@@ -397,7 +401,6 @@ class LiveModels:
         *,
         keep_previous: bool = False,
     ) -> LoadedVersion:
-        """See `control.ModelControl`."""
         if migration and policy is not SessionPolicy.MIGRATE:
             raise InvalidInput(
                 f"migration must be left out unless sessions is migrate; got {migration[:160]!r}"
@@ -426,8 +429,8 @@ class LiveModels:
         )
         return LoadedVersion(version, moved.previous, moved.sessions)
 
+    @override
     async def set_label(self, name: str, label: str, version: int) -> None:
-        """See `control.ModelControl`."""
         require_label(label)
         known = self._known(name)
         if version and version not in known:
@@ -441,33 +444,33 @@ class LiveModels:
         self._leaving.discard((name, version))
         _log.info("a label of a model is that of another version", model=name, label=label, version=version)
 
+    @override
     def drain(self, name: str, version: int, *, drains: bool = True) -> None:
-        """See `control.ModelControl`."""
         if drains:
             self._leaving.add((name, version))
         else:
             self._leaving.discard((name, version))
 
+    @override
     async def begin_upload(self, filename: str, tenant: str) -> Upload:
-        """See `control.ModelControl`."""
         if self._uploads is None:
             raise upload_off()
         return await self._uploads.begin(filename, tenant)
 
     # ------------------------------------------------------------------------------------------------------ how it is
 
+    @override
     def default_elsewhere(self, name: str) -> int:
-        """See `control.ModelControl`."""
         return self._engine.defaults_elsewhere().get(name, 0)
 
+    @override
     def statuses(self) -> Mapping[str, Sequence[VersionStatus]]:
-        """See `control.ModelControl`."""
         names = {info.name for info in self._engine.models()}
         names |= {name for name, _ in self._loads} | {name for name, _ in self._failed}
         return {name: self.status(name) for name in sorted(names)}
 
+    @override
     def status(self, name: str) -> Sequence[VersionStatus]:
-        """See `control.ModelControl`."""
         found = {key[1]: status for key, status in self._failed.items() if key[0] == name}
         for (other, version), load in self._loads.items():
             if other == name:

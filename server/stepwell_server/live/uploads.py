@@ -162,7 +162,6 @@ class _File:
                 os.close(descriptor)
 
     async def write(self, content: bytes) -> None:
-        """See `control.Upload`."""
         self._require_there()
         self._size += len(content)
         if self._size > self._most_bytes:
@@ -180,7 +179,6 @@ class _File:
                 view = view[os.write(self._descriptor, view) :]
 
     async def finish(self) -> Uploaded:
-        """See `control.Upload`."""
         self._require_there()
         if not self._size:
             raise InvalidInput("content must be the bytes of a file; got none")
@@ -189,7 +187,6 @@ class _File:
         return Uploaded(self._token, self._digest.hexdigest())
 
     async def abort(self) -> None:
-        """See `control.Upload`."""
         await self._uploads.delete(self._token)
 
     def _require_there(self) -> None:

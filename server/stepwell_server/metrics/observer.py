@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from stepwell_server.compile.limits import memory_bytes
 from stepwell_server.engine.api import Observer, SessionPolicy
@@ -132,8 +133,8 @@ class PrometheusObserver(Observer):
             ("method",),
         )
 
+    @override
     def model_served(self, model: str, program: Program) -> None:
-        """See `Observer.model_served`."""
         self._moved.declare((model, each.value) for each in SessionPolicy)
         self._loads.declare((model, each) for each in _SOURCES)
         self._models[model] = {"fingerprint": program.fingerprint, "executor": program.executor}
@@ -170,24 +171,24 @@ class PrometheusObserver(Observer):
         self._loads.declare((model, each) for each in _SOURCES)
         self._loads.values[model, "failed"] += 1
 
-    def session_event(self, event: str, model: str, session_id: str) -> None:  # noqa: ARG002
-        """See `Observer.session_event`."""
+    @override
+    def session_event(self, event: str, model: str, session_id: str) -> None:
         self._events.values[self._known(model), event] += 1
 
+    @override
     def sessions_opened(self, model: str, count: int, event: str = "opened") -> None:
-        """See `Observer.sessions_opened`."""
         self._events.values[model, event] += count
 
+    @override
     def session_events(self, event: str, model: str, count: int) -> None:
-        """See `Observer.session_events`."""
         self._events.values[self._known(model), event] += count
 
+    @override
     def stage(self, model: str, stage: str, seconds: float, count: int) -> None:
-        """See `Observer.stage`."""
         self._stages.observe((model, stage), seconds, count)
 
+    @override
     def stepped_alone(self, model: str, session_id: str, seconds: float, now: float) -> None:
-        """See `Observer.stepped_alone`."""
         alone = self._alone.get(model)
         if alone is None:
             alone = self._alone[model] = Series()
@@ -210,8 +211,8 @@ class PrometheusObserver(Observer):
             self._count_passes(model, 1, steps, alone.total)
         self._alone.clear()
 
+    @override
     def pass_done(self, model: str, rows: int, time_steps: int, seconds: float) -> None:
-        """See `Observer.pass_done`."""
         labels = (model,)
         self._pass_rows.observe(labels, rows)
         self._pass_seconds.observe(labels, seconds)
@@ -233,26 +234,26 @@ class PrometheusObserver(Observer):
         """Seconds that one time step took in the model's latest pass; 0 before the first."""
         return self._time_step_s.get(model, 0.0)
 
+    @override
     def slow(self, model: str, session_id: str, seconds: float, now: float) -> None:
-        """See `Observer.slow`."""
         self.slowest.note(model, session_id, seconds, now)
 
+    @override
     def applied(self, model: str, change: str, count: int, row_steps: int) -> None:
-        """See `Observer.applied`."""
         labels = (model, change)
         self._changes.values[labels] += count
         self._row_steps.values[labels] += row_steps
 
+    @override
     def replayed(self, model: str, change: str, count: int) -> None:
-        """See `Observer.replayed`."""
         self._replays.values[model, change] += count
 
+    @override
     def judged_again(self, model: str, count: int) -> None:
-        """See `Observer.judged_again`."""
         self._conflicts.values[(model,)] += count
 
+    @override
     def paged(self, model: str, direction: str, sessions: int, seconds: float) -> None:
-        """See `Observer.paged`."""
         labels = (model, direction)
         self._paged.values[labels] += sessions
         self._paging_seconds.observe(labels, seconds)

@@ -39,14 +39,14 @@ class EncryptedStore(LocalStore):
         sealed = dataclasses.replace(batch, puts=self._sealer.seal(batch.puts)) if batch.puts else batch
         self._local.commit(sealed)
 
+    @override
     @property
     def has_log(self) -> bool:  # type: ignore[override]
-        """See `LocalStore`."""
         return self._local.has_log
 
+    @override
     @property
     def behind(self) -> int:  # type: ignore[override]
-        """See `LocalStore`."""
         return self._local.behind
 
     @override

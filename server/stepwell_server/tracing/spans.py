@@ -21,6 +21,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import Link, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from typing_extensions import override
 
 from stepwell_server.engine.api import Trace
 from stepwell_server.rpc.status import Code
@@ -120,12 +121,13 @@ class CallSpans(Trace):
         self.context = span.get_span_context()
         self._below = trace.set_span_in_context(span, _EMPTY)
 
+    @override
     def stage(self, name: str, began: float, ended: float, links: Sequence[Link] = ()) -> None:
-        """See `Trace`."""
         at = self._tracing.nanoseconds
         span = self._tracing.tracer.start_span(name, self._below, links=links, start_time=at(began))
         span.end(at(ended))
 
+    @override
     def ran(
         self,
         others: Sequence[Trace],
@@ -135,7 +137,6 @@ class CallSpans(Trace):
         began: float,
         ended: float,
     ) -> None:
-        """See `Trace`."""
         tracing = self._tracing
         calls = [each for each in others if isinstance(each, CallSpans)]
         span = tracing.tracer.start_span(

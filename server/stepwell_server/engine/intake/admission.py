@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from typing_extensions import override
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.exactly_once import Verdict, judge
@@ -19,7 +20,7 @@ from stepwell_server.engine.change import MOST_ERRORS, NO_STATES, Change, Reply,
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.records import Outcome
 from stepwell_server.engine.intake.paging import ALL_HERE, Pager, Refused
-from stepwell_server.engine.intake.row_queue import RowQueue
+from stepwell_server.engine.intake.row_queue import RowQueue, Starter
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.state.replies import Kept, named_states
@@ -45,7 +46,7 @@ Wait = Callable[[Change, Members], None]
 _NOBODY: Members = np.zeros(0, np.intp)
 
 
-class Admission:
+class Admission(Starter):
     """Claims the sessions of changes and hands jobs to the models' queues. Lives on the event loop."""
 
     def __init__(
@@ -110,8 +111,8 @@ class Admission:
         if len(done):
             self._turns.release(done)
 
+    @override
     def start_due(self, change: Change, members: Members) -> Handles:
-        """See `row_queue.Starter`."""
         handles = change.handles[members]
         self._turns.claim(handles)
         if self._row_queue.count(change.model.index):
@@ -122,12 +123,12 @@ class Admission:
                 members, handles = members[~absent], handles[~absent]
         return self._bring_in(change, members, handles, self._wait_for_rows)
 
+    @override
     def look_again(self, change: Change, members: Members) -> None:
-        """See `row_queue.Starter`."""
         self.admit_some(change, members)
 
+    @override
     def start_waiting(self, change: Change, members: Members) -> None:
-        """See `row_queue.Starter`."""
         done: list[Handles] = []
         for dropped, error in change.drop(members, self._clock.monotonic()):
             done.append(change.handles[dropped])

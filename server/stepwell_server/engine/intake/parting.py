@@ -89,14 +89,11 @@ class _Part:
         self._members = members
 
     def applied(self, members: Members, reply: Reply) -> None:
-        """See `Replies`."""
         self._whole.applied(self._members[members], reply)
 
     def failed(self, members: Members, error: ServerError) -> None:
-        """See `Replies`."""
         self._whole.failed(self._members[members], error)
 
     def cancelled(self, members: Members) -> Members:
-        """See `Replies`."""
         gone = self._whole.cancelled(self._members[members])
         return np.searchsorted(self._members, gone)

@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from typing_extensions import override
 
 from stepwell_server.core.scheduler import Source
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Predicted, Select, Trace
 from stepwell_server.engine.change import cancelled, too_late
 from stepwell_server.engine.intake.validation import CheckedInputs
-from stepwell_server.engine.job import Job
+from stepwell_server.engine.job import Job, Owner
 from stepwell_server.engine.passes.batch import Pass, outputs_of
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Mask, Members
@@ -22,7 +23,7 @@ from stepwell_server.errors import ServerError
 _MOST_ROWS = 256
 
 
-class PredictCall:
+class PredictCall(Owner):
     """One run over any number of rows, in jobs of at most `max_batch_rows`. Owner of those jobs."""
 
     traces: Mapping[int, Trace] | None = None
@@ -62,8 +63,8 @@ class PredictCall:
         self._model.work.ring()
         return await self._done
 
+    @override
     def drop(self, members: Members, now: float) -> Sequence[tuple[Members, ServerError]]:
-        """See `job.Owner`."""
         if self._error is not None:
             return [(members, self._error)]
         if self._done.cancelled():

@@ -321,15 +321,12 @@ class _Replies:
         """Of its members in the batch; None: they are all of it."""
 
     def applied(self, members: Members, reply: Reply) -> None:
-        """See `Replies`."""
         self._form.applied(self._members(members), reply)
 
     def failed(self, members: Members, error: ServerError) -> None:
-        """See `Replies`."""
         self._form.failed(self._members(members), error)
 
     def cancelled(self, members: Members) -> Members:
-        """See `Replies`."""
         gone = self._form.columns.replies.gone()
         if not len(gone):
             return _NOBODY

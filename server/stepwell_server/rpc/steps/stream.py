@@ -328,7 +328,6 @@ class _Frame:
         """The set that it has made known; 0: none."""
 
     def applied(self, members: Members, reply: Reply) -> None:
-        """See `Replies`."""
         last = self._is_last(len(members))
         if last:
             self._stream.ended(self)
@@ -344,7 +343,6 @@ class _Frame:
             self._stream.answer(self, part, last=last)
 
     def failed(self, members: Members, error: ServerError) -> None:
-        """See `Replies`."""
         last = self._is_last(len(members))
         self.error = error
         self.failures += len(members)
@@ -358,7 +356,6 @@ class _Frame:
             self._stream.answer(self, part, last=last)
 
     def cancelled(self, members: Members) -> Members:
-        """See `Replies`."""
         return members if self._stream.is_over else members[:0]
 
     def _is_last(self, answered: int) -> bool:

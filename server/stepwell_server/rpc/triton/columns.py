@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from typing_extensions import override
 
 from stepwell_server.engine.change import Change, Reply
 from stepwell_server.engine.types import Members, Tensors
@@ -93,16 +94,16 @@ class RequestForm(Form):
         behind = columns.replies.behind()
         return np.union1d(out, behind).astype(np.intp) if behind else out
 
+    @override
     def change(self, members: Members | None) -> Change:
-        """See `Form`."""
         change = super().change(members)
         change.goes_on, change.goes_on_versions = self._named[0], self._versions
         change.output_names = ()
         change.batch_sizes = sizes_of(self.columns, members)
         return change
 
+    @override
     def with_followers(self, members: Members) -> Members:
-        """See `Form`."""
         ids = self.columns.session_ids
         if len(set(ids)) == len(ids):
             return members
@@ -115,8 +116,8 @@ class RequestForm(Form):
         self.columns.replies.hand_back(members)
         return members[:0]
 
+    @override
     def applied(self, members: Members | None, reply: Reply) -> None:
-        """See `Form`."""
         timing, sizes = self._timing, self.columns.sizes
         timing.run = time.perf_counter_ns()
         self._answer(members, reply)
@@ -132,8 +133,8 @@ class RequestForm(Form):
             count=len(reply.revisions),
         )
 
+    @override
     def failed(self, members: Members | None, error: ServerError) -> None:
-        """See `Form`."""
         name, ids = self._named[0], self.columns.session_ids
         if self._model is not None:
             count = len(ids) if members is None else len(members)
@@ -151,8 +152,8 @@ class RequestForm(Form):
         for member in (self.members if members is None else members).tolist():
             yield np.array([member]), member
 
+    @override
     def version_text(self, version: int) -> str:
-        """See `Form`."""
         return str(version)
 
     def output_columns(self, outputs: Tensors) -> list[OutputColumn]:
