@@ -73,10 +73,6 @@ class Sealer:
                 at += len(part)
         return Joined(sealed)
 
-    def is_current(self, record: Stored) -> bool:
-        """Whether a sound record is encrypted with the key that is used now."""
-        return (key_id_of(record) or "") == self._key_id.decode()
-
     def knows(self, key_id: str) -> bool:
         """Whether there is a key of that id."""
         return key_id in self._keys
