@@ -24,6 +24,7 @@ class Arena:
         self.states = tuple(np.zeros((capacity, *spec.shape), spec.dtype) for spec in program.state)
         self.outputs = tuple(np.zeros((capacity, *spec.shape), spec.dtype) for spec in program.outputs)
         """The output of the last time step of each row: part of the reply that is remembered."""
+        self._arrays = (*self.states, *self.outputs)
 
     def read(self, rows: Rows) -> tuple[Array, ...]:
         """Copies of the states of `rows`, `(len(rows), ...)` each."""
@@ -107,10 +108,6 @@ class Arena:
             part = np.ascontiguousarray(packed[:, start : start + size])
             yield part.view(array.dtype).reshape(len(packed), *array.shape[1:])
             start += size
-
-    @property
-    def _arrays(self) -> tuple[Array, ...]:
-        return (*self.states, *self.outputs)
 
     def clear_outputs(self, rows: Rows) -> None:
         """Forget the outputs of `rows`: they are those of whoever had the rows before."""

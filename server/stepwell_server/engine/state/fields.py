@@ -116,7 +116,9 @@ class Fields:
         """The fields of the record of a session as of a version."""
         number = int(self._table.lease[handle])
         lease = self._leases.of(number) if number else None
-        (epoch,) = self._epochs(np.array([handle]), model)
+        epoch = model.epoch  # looked at before the table is: see `_epochs`
+        if self._table.model[handle] != model.index:
+            epoch = model.left_epoch
         mark = model.mark(epoch, is_pinned=bool(self._table.pinned[handle]))
         return joined(lease, mark, self._table.fields.get(handle, b""))
 
