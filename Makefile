@@ -188,6 +188,10 @@ wheels: $(INSTALLED) ## Build the wheels of stepwell and of its native front int
 	$(BIN)/python scripts/front.py --wheel dist
 	$(BIN)/pytest tests/packaging/wheels.py
 
+.PHONY: image
+image: $(INSTALLED) ## Build the container image with podman, docker or buildah (ARGS="--base debian --check model.stepwell": without a registry of images; run it)
+	$(BIN)/python scripts/image.py $(ARGS)
+
 .PHONY: clean
 clean: ## Remove everything that the targets above have made
 	rm -rf .venv .tools out dist server/front/target server/front/.cargo server/front/Cargo.lock build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -77,6 +78,32 @@ def test_the_image_is_pinned_and_runs_as_nobody_in_particular() -> None:
     finally:
         sys.path.pop(0)
     assert sorted(re.findall(r"librust-\S+-dev", text)) == sorted(front.PACKAGES)
+
+
+def test_temporary_files_of_the_image_are_in_a_volume() -> None:
+    """The root file system may be read-only, and no server starts without a folder for them."""
+    text = (DEPLOY / "Containerfile").read_text()
+    (volumes,) = re.findall(r"^VOLUME (\[.*\])$", text, re.MULTILINE)
+    (folder,) = re.findall(r"^ +TMPDIR=(\S+)", text, re.MULTILINE)
+    assert folder in json.loads(volumes)
+
+
+@pytest.mark.parametrize(
+    ("builder", "begins"),
+    [
+        ("podman", "podman build "),
+        ("docker", "docker build "),
+        ("buildah", "buildah --storage-driver vfs bud "),
+    ],
+)
+def test_the_image_is_built_by_whatever_is_there(builder: str, begins: str) -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "image.py"), "--builder", builder, "--print"]
+    arguments = ["--tag", "stepwell:1", "--base", "debian", "--", "--build-arg", "NATIVE=no"]
+    done = subprocess.run([*script, *arguments], capture_output=True, text=True, check=True)
+    (command,) = done.stdout.splitlines()
+    assert command.startswith(begins)
+    assert command.endswith("--build-arg NATIVE=no --tag stepwell:1 --file deploy/Containerfile .")
+    assert "--build-arg PYTHON=localhost/stepwell-base:trixie" in command
 
 
 def test_the_unit_is_one(tmp_path: Path) -> None:
