@@ -123,6 +123,31 @@ def test_it_goes_on_when_the_store_is_back() -> None:
             assert session.revision == patient.session_info("s").revision >= 3
 
 
+def test_what_the_store_has_lost_is_said_to_callers_and_to_those_who_run_it(valkey: Valkey) -> None:
+    with shares(valkey, "lost") as server, stepwell.connect(server.address) as client:
+        session = client.open_session("forecast", session_id="s")
+        session.step(X)
+        (key,) = (name for name in valkey.ask("KEYS", "lost:*") if name.endswith(b"s:s"))
+        valkey.ask("DEL", key)
+        for call in (
+            lambda: session.step(X),
+            session.get_state,
+            lambda: client.open_session("forecast", session_id="s"),
+        ):
+            with pytest.raises(stepwell.SessionLostError, match="session 's' was lost by the store"):
+                call()
+        server.wait_for_log("sessions are lost: their keys were deleted from the store, or evicted")
+        server.wait_for_log("the store is not as it should be.*1 sessions were lost")
+        client.close_session("s")
+        assert client.open_session("forecast", session_id="s").revision > 0
+        for name in valkey.ask("KEYS", "lost:{*}*"):
+            if b"{meta}" not in name:
+                valkey.ask("DEL", name)
+        with pytest.raises(stepwell.StateCorruptError, match="so it is not begun anew"):
+            client.open_session("forecast", session_id="another")
+        server.wait_for_log("was emptied: sessions that it had are lost")
+
+
 def refused(stub: Any, request: sessions_pb2.StepRequest) -> None:
     """A step is not answered, and soon."""
     with pytest.raises(grpc.RpcError) as caught:

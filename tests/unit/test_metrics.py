@@ -203,11 +203,12 @@ def test_how_the_store_is_stands_there() -> None:
     assert _scrape(observer).value("stepwell_store_write_seconds_count", "data") == 0
     assert _scrape(observer).value("stepwell_store_log_records_total") == 3
     assert _scrape(observer).value("stepwell_store_ready") == 1
-    observer.store_checked(is_ready=False, reopened=3, is_damaged=True)
+    observer.store_checked(is_ready=False, reopened=3, is_damaged=True, lost_sessions=2)
     samples = _scrape(observer)
     assert samples.value("stepwell_store_ready") == 0
     assert samples.value("stepwell_store_reopened_total") == 3
     assert samples.value("stepwell_store_damaged") == 1
+    assert samples.value("stepwell_store_lost_sessions_total") == 2
 
 
 def test_whether_it_is_ready_stands_there_from_the_first_scrape_on() -> None:
