@@ -22,7 +22,7 @@ from stepwell_server.store.record import Stored
 from support.clock import ManualClock
 from support.engine import SEGMENT_BYTES, STORES, Answer, Harness, running
 from support.fake_executor import WAIT_S
-from support.stored import base_of, copy_files, wal_of
+from support.stored import base_of, copy_files, logs_of
 
 Array = npt.NDArray[Any]
 _NUMBERS = itertools.count()
@@ -187,7 +187,7 @@ def damage(store: Troubled, session_id: str) -> None:
     changed = bytearray(record)
     changed[-1] ^= 4
     base_of(store.store).commit(Batch(puts=[(session_id, bytes(changed))]))
-    wal_of(store.store).discard([session_id])
+    logs_of(store.store).discard([session_id])
 
 
 def same_reply(found: Answer, wanted: Answer, *, replayed: bool = True) -> None:

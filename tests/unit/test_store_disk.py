@@ -23,6 +23,7 @@ from support.samples import examples
 from support.stored import (
     SEGMENT_BYTES,
     begin,
+    beside_of,
     end,
     fill_one,
     in_lmdb,
@@ -47,7 +48,9 @@ def path(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------ as the one in memory
 
 KNOWN = ["a", "aa", "ab", "b", "ä", "é" * 256]
-DEEDS = st.sampled_from(["begin", "put", "put", "put", "end", "both", "name", "checkpoint", "reopen", "kill"])
+DEEDS = st.sampled_from(
+    ["begin", "put", "put", "put", "beside", "beside", "end", "both", "name", "checkpoint", "reopen", "kill"]
+)
 SIZES = [0, 20, 20, 300, 900, 2500, 9000]
 
 
@@ -72,6 +75,12 @@ class Two:
             self.disk.close()
             self.disk = opened(self.disk.path, self._durability)
             assert wal_of(self.disk).is_empty
+            assert beside_of(self.disk).is_empty
+        elif deed == "beside":
+            puts = self._part(chance)
+            self.memory.commit(Batch(puts=puts))
+            if puts and not self.disk.append(puts):  # there is no room
+                self.disk.commit(Batch(puts=puts))
         else:
             self._commit(getattr(self, f"_{deed}")(chance))
 
@@ -144,6 +153,7 @@ class Two:
 @DURABILITIES
 @settings(max_examples=examples(60), deadline=None)
 @example(deeds=["begin", "put", "begin", "kill", "put", "kill"], seed=1)
+@example(deeds=["put", "beside", "kill", "put", "kill", "beside", "checkpoint", "put", "reopen"], seed=2)
 @given(deeds=st.lists(DEEDS, min_size=5, max_size=60), seed=st.integers(0, 2**32))
 def test_it_answers_as_the_store_in_memory_does(
     tmp_path_factory: pytest.TempPathFactory, durability: Durability, deeds: list[str], seed: int
@@ -166,6 +176,9 @@ def test_journals_turn_a_hundred_times_and_nothing_is_lost(path: Path, durabilit
         some = chance.sample(names, 3)
         put(store, *some, revision=revision)
         wanted |= dict.fromkeys(some, revision)
+        for name in chance.sample(names, 2):  # into the other log, beside
+            if wanted[name] < revision and store.append([(name, record(name, revision))]):
+                wanted[name] = revision
         if chance.random() < 0.5:
             store.checkpoint()
         if revision % 50 == 0:

@@ -76,14 +76,15 @@ def test_a_segment_takes_no_more_than_its_share_of_the_room(
 ) -> None:
     usage = shutil.disk_usage(path.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=64 * 100_000))
-    store = opened(path, segment_bytes=2**20)
+    store = opened(path, "sync", segment_bytes=2**20)
     assert [(path / "journal" / name).stat().st_size for name in "01"] == [100_000] * 2
+    assert [(path / "journal" / name).stat().st_size for name in "23"] == [25_000] * 2
     store.close()
 
 
 @pytest.mark.parametrize(
     "which",
-    ["0", "1"],
+    ["0", "1", "2", "3"],
 )
 def test_where_one_of_the_journals_cannot_be_preallocated_it_starts_without(
     path: Path, monkeypatch: pytest.MonkeyPatch, which: str
@@ -97,7 +98,7 @@ def test_where_one_of_the_journals_cannot_be_preallocated_it_starts_without(
 
     monkeypatch.setattr(os, "pwrite", some)
     for revision in range(3):
-        store = opened(path)
+        store = opened(path, "sync")
         (put if revision else begin)(store, "a", revision=revision)
         assert revisions(store) == in_lmdb(store) == {"a": revision}
         store.close()

@@ -23,7 +23,7 @@ from stepwell_server.store.disk.store import DiskStore
 from support.clock import ManualClock
 from support.stored import begin, fill_one, opened, put, revisions
 
-PARTS = ["", "server.lock", "sessions/data.mdb", "journal/0", "journal/1"]
+PARTS = ["", "server.lock", "sessions/data.mdb", "journal/0", "journal/1", "journal/2", "journal/3"]
 
 
 def remove(path: Path) -> None:
@@ -52,7 +52,7 @@ def path(tmp_path: Path) -> Path:
 def test_what_is_not_in_its_place_any_more_ends_the_store(
     path: Path, part: str, how: Callable[[Path], None]
 ) -> None:
-    store = opened(path)
+    store = opened(path, "sync")
     begin(store, "a")
     assert not store.check().problem
     how(path / part)

@@ -26,13 +26,13 @@ from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.disk.keys import all_entries, is_digest, named
 from stepwell_server.store.disk.lock import reading
 from stepwell_server.store.disk.tombstones import age_of, tombstone
-from stepwell_server.store.disk.wal_reading import LogReplaced, read_log
+from stepwell_server.store.disk.wal_mark import Mark
+from stepwell_server.store.disk.wal_reading import LogReplaced, read_logs
 from stepwell_server.store.disk.whole_file import require_whole_file
 from stepwell_server.store.record import is_sound, supersedes
 
 DATA = Path("sessions") / "data.mdb"
 _LOG = "journal"
-_MARK = struct.Struct("<IQ")
 _MOST_TRIES = 5
 
 
@@ -214,5 +214,5 @@ def _log(path: Path, environment: Any) -> dict[str, bytes]:
         if not stored:
             return {}
         with contextlib.suppress(LogReplaced):
-            return read_log(path / _LOG, _MARK.unpack(stored)[0])
+            return read_logs(path / _LOG, Mark.unpacked(stored))
     raise StoreError(f"{path / _LOG} must belong to this store; it belongs to another")

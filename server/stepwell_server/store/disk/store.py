@@ -1,7 +1,8 @@
 """The store on disk: sessions in LMDB, and in front of it a write-ahead log of their last changes.
 
-    sessions/       see `lmdb`
-    journal/0, 1    the segments of the log, see `wal`
+    sessions/           see `lmdb`
+    journal/0, 1        the segments of the log, see `wal`
+    journal/2, 3        with `sync`: those of another log, for small changes that are kept beside a commit, see `wals`
 
 What begins or ends sessions, or has documents, is a transaction of LMDB. A change of existing sessions, and nearly all are such, is one
 write to the log. A checkpoint takes it over into LMDB later, unless the session has changed again by then. A record
@@ -16,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import secrets
-import struct
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -31,18 +31,21 @@ from stepwell_server.store.disk.files import flush_folders
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, Durability, LmdbStore
 from stepwell_server.store.disk.room import Room
 from stepwell_server.store.disk.tombstones import TOMBSTONES
-from stepwell_server.store.disk.wal import SEGMENT_BYTES, Records, WriteAheadLog, room_for
+from stepwell_server.store.disk.wal import SEGMENT_BYTES, Parts, Records, WriteAheadLog, room_for
+from stepwell_server.store.disk.wal_file import SegmentDamaged
+from stepwell_server.store.disk.wal_mark import COMMITS, Mark, mark_of
+from stepwell_server.store.disk.wals import WriteAheadLogs
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Joined, Stored, header_or_none, is_sound, supersedes
 from stepwell_server.store.times import StoreTimes
 
 #: The name on disk, of before it was called a write-ahead log.
 _FOLDER = "journal"
-#: What LMDB says of the log while there may be something in it: its owner number, and the size of a segment.
-_MARK = struct.Struct("<IQ")
 
 #: An `append` that need not wait for the disk does not wait longer for a large write to the log.
 _PATIENCE_S = 2e-3
+#: So many records are checkpointed together where a transaction is flushed: small changes wait at the disk for that.
+_MOST_TOGETHER = 256
 
 _log = logging.getLogger(__name__)
 
@@ -84,12 +87,14 @@ class DiskStore(LocalStore):
         self.incarnation, self.secret = self._base.incarnation, self._base.secret
         self.first_revision = self._base.first_revision
         self.waits_for_disk = self._base.waits_for_disk
+        self._most_together = _MOST_TOGETHER if self.waits_for_disk else None
+        """Records of a checkpoint's transaction."""
         self._closed = self._in_trouble = False
         self._in_doubt: set[str] = set()
         """Sessions whose transaction failed, and may have been kept all the same."""
-        self._wal: WriteAheadLog | None = None
+        self._wals: WriteAheadLogs | None = None
         try:
-            self._open_wal(path / _FOLDER, segment_bytes)
+            self._open_wals(path / _FOLDER, segment_bytes)
             self._watch_files()
         except BaseException:
             self._close_files()
@@ -112,16 +117,16 @@ class DiskStore(LocalStore):
     @property
     def has_log(self) -> bool:  # type: ignore[override]
         """See `LocalStore`."""
-        return self._wal is not None
+        return self._wals is not None
 
     @override
     def append(self, puts: Sequence[tuple[str, Stored]]) -> bool:
-        wal = self._wal
-        if wal is None or self._closed:
+        wals = self._wals
+        if wals is None or self._closed:
             return False
         try:
             self._base.files.require()
-            return self._log(wal, _parts(puts), -1.0 if self.waits_for_disk else _PATIENCE_S)
+            return self._log(wals.beside, _parts(puts), -1.0 if self.waits_for_disk else _PATIENCE_S)
         except (Unavailable, OSError) as error:
             # `commit` does it, or says what is wrong
             self._complain("a change could not be written to the write-ahead log, and goes to LMDB", error)
@@ -130,7 +135,7 @@ class DiskStore(LocalStore):
     @property
     @override
     def needs_checkpoint(self) -> bool:
-        return self._wal is not None and self._wal.needs_checkpoint
+        return self._wals is not None and self._wals.needs_checkpoint
 
     @override
     def commit(self, batch: Batch) -> None:
@@ -142,37 +147,42 @@ class DiskStore(LocalStore):
 
     def _commit(self, batch: Batch) -> None:
         self._base.files.require()
-        if self._wal is None or self._closed:
+        wals = self._wals
+        if wals is None or self._closed:
             self._write(batch)
             return
         others = batch.deletes or batch.forgets or batch.tombstones or batch.counts or batch.documents
-        if others or not batch.puts or not self._append(self._wal, batch.puts):
+        if others or not batch.puts or not self._append(wals.commits, batch.puts):
             ids = [*(session_id for session_id, _ in batch.puts), *batch.deletes]
             try:
                 if batch.goes_back:
-                    self._empty(self._wal)
+                    self._empty(wals)
                 self._write(batch)
             except BaseException:
                 self._in_doubt.update(ids)
                 raise
-            self._wal.discard(ids)
+            wals.discard(ids)
             self._in_doubt.difference_update(ids)
 
     @property
     def behind(self) -> int:  # type: ignore[override]
         """See `LocalStore`."""
-        return 0 if self._wal is None or self._closed or not self._wal.needs_checkpoint else self._wal.due
+        return 0 if self._wals is None or self._closed else self._wals.due
 
     @override
     def checkpoint(self, *, briefly: bool = False) -> None:
-        if self._wal is not None and not self._closed and self._wal.needs_checkpoint:
+        for wal in () if self._wals is None or self._closed else self._wals.each:
+            if not wal.needs_checkpoint:
+                continue
             try:
-                self._checkpoint(self._wal, briefly=briefly)
+                self._checkpoint(wal, briefly=briefly)
+                while self._most_together is not None and wal.due and wal.needs_checkpoint:
+                    self._checkpoint(wal)
             except StoreGone:
-                self._wal.due = 0
+                wal.due = 0
                 return  # whoever looks after the store says so, and ends the server
             except (Unavailable, OSError) as error:
-                self._wal.due = 0  # not again before the next write
+                wal.due = 0  # not again before the next write
                 self._complain("changes stay in the write-ahead log until they can be checkpointed", error)
 
     @override
@@ -182,7 +192,7 @@ class DiskStore(LocalStore):
 
     @override
     def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        if self._wal is None or self._wal.is_empty:
+        if self._wals is None or self._wals.is_empty:
             return self._base.get_many(session_ids)
         found: list[Stored | None] = [self._find(session_id) for session_id in session_ids]
         missing = [place for place, record in enumerate(found) if record is None]
@@ -195,7 +205,7 @@ class DiskStore(LocalStore):
     @override
     def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
         some = self._base.scan(after=after, prefix=prefix, limit=limit)
-        if self._wal is None or self._wal.is_empty:
+        if self._wals is None or self._wals.is_empty:
             return some
         later = ((session_id, self._find(session_id), header) for session_id, header in some)
         return [(i, header if record is None else header_or_none(i, record)) for i, record, header in later]
@@ -203,9 +213,9 @@ class DiskStore(LocalStore):
     @override
     def heads(self, *, after: str = "", limit: int) -> Heads:
         keys, records = self._base.values(after=after, limit=limit)
-        if self._wal is not None and not self._wal.is_empty:
+        if self._wals is not None and not self._wals.is_empty:
             ids = [str(key, "utf-8", "replace") for key in keys]
-            for place in self._wal.places_of(ids):
+            for place in self._wals.places_of(ids):
                 records[place] = self._find(ids[place]) or records[place]
         return heads_of(keys, records)
 
@@ -239,42 +249,58 @@ class DiskStore(LocalStore):
     def close(self) -> None:
         if self._closed:
             return
-        if self._wal is not None and not self._base.files.is_gone:
+        if self._wals is not None and not self._base.files.is_gone:
             try:
-                self._checkpoint_all(self._wal)
+                self._checkpoint_all(self._wals)
             except (Unavailable, OSError) as error:
                 _log.warning("the write-ahead log keeps what could not be checkpointed: %s", error)
         self._close_files()
 
     # ------------------------------------------------------------------------------------------------------ opening
 
-    def _open_wal(self, folder: Path, size: int) -> None:
-        """Load the log that LMDB says there is, else make a new one."""
-        mark = _MARK.unpack(self._base.wal_mark) if self._base.wal_mark else None
-        if mark is not None and self._load_wal(folder, *mark):
-            return
-        try:
-            self._make_wal(folder, size)
-        except (OSError, Unavailable) as error:
-            _log.warning("there is no write-ahead log, every change is a transaction: %s", error)
+    def _open_wals(self, folder: Path, size: int) -> None:
+        """Load the logs that LMDB says there are, else make new ones."""
+        mark = Mark.unpacked(self._base.wal_mark) if self._base.wal_mark else None
+        if mark is not None:
+            self._wals = self._loaded(folder, mark)
+        if self._wals is None:
+            try:
+                self._wals = self._made(folder, size)
+            except (OSError, Unavailable) as error:
+                _log.warning("there is no write-ahead log, every change is a transaction: %s", error)
 
     def _watch_files(self) -> None:
-        if self._wal is not None:
-            for place, descriptor in self._wal.descriptors():
+        if self._wals is not None:
+            for place, descriptor in self._wals.descriptors():
                 self._base.files.add(place, descriptor)
 
-    def _load_wal(self, folder: Path, owner: int, size: int) -> bool:
-        """Load the log; False if a new one is to be made, because something is missing and may be.
+    def _loaded(self, folder: Path, mark: Mark) -> WriteAheadLogs | None:
+        """Load the logs; None if new ones are to be made: something is missing and may be, or there are others with this durability.
 
         Raises:
-            StoreError: acknowledged changes are missing, or the log cannot be read.
+            StoreError: acknowledged changes are missing, or a log cannot be read.
         """
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
-            wal = self._wal = self._wal_in(folder, size, owner, make=False)
-            damage = wal.load(self._later)
-        except (OSError, Unavailable) as error:
-            raise StoreError(f"the write-ahead log in {folder} must be readable: {error}") from error
+            wals = self._wals_in(folder, mark, make=False)
+        except OSError as error:
+            raise _unreadable(folder, error) from error
+        try:
+            try:
+                damage = wals.load(self._later)
+            except (OSError, Unavailable) as error:
+                raise _unreadable(folder, error) from error
+            self._report(damage)
+            if bool(mark.beside_size) == self.waits_for_disk and not damage:
+                return wals
+            self._salvage(wals)
+        except BaseException:
+            wals.close()
+            raise
+        wals.close()
+        return None
+
+    def _report(self, damage: Sequence[SegmentDamaged]) -> None:
         for problem in damage:
             if self.waits_for_disk:
                 raise StoreError(
@@ -282,37 +308,34 @@ class DiskStore(LocalStore):
                     " --durability async, and sessions go on from what there is of them"
                 )
             _log.warning("%s: sessions go on from what there is of them", problem)
-        if damage:
-            self._salvage(wal)
-        return not damage
 
-    def _salvage(self, wal: WriteAheadLog) -> None:
-        """Checkpoint what could be read, and do without the log."""
+    def _salvage(self, wals: WriteAheadLogs) -> None:
+        """Checkpoint what could be read, and do without the logs."""
         try:
-            self._checkpoint_all(wal)
+            self._checkpoint_all(wals)
         except (Unavailable, OSError) as error:
             raise StoreError(
                 f"what is left of the write-ahead log must find its way into the store: {error}"
             ) from error
-        wal.close()
-        self._wal = None
 
-    def _make_wal(self, folder: Path, size: int) -> None:
+    def _made(self, folder: Path, size: int) -> WriteAheadLogs:
         folder.mkdir(mode=0o700, exist_ok=True)
-        owner = secrets.randbits(31) + 1
-        wal = self._wal_in(folder, room_for(folder, size), owner, make=True)
+        mark = mark_of(
+            secrets.randbits(31) + 1, room_for(folder, COMMITS, size), has_beside=self.waits_for_disk
+        )
+        wals = self._wals_in(folder, mark, make=True)
         try:
-            wal.truncate()
+            wals.truncate()
             flush_folders(folder, folder.parent)
-            self._base.set_wal_mark(_MARK.pack(owner, wal.size))
+            self._base.set_wal_mark(mark.packed())
         except BaseException:
-            wal.close()
+            wals.close()
             raise
-        self._wal = wal
+        return wals
 
-    def _wal_in(self, folder: Path, size: int, owner: int, *, make: bool) -> WriteAheadLog:
+    def _wals_in(self, folder: Path, mark: Mark, *, make: bool) -> WriteAheadLogs:
         check = self._base.files.check
-        return WriteAheadLog(folder, size, owner, flush=self.waits_for_disk, make=make, before_rotate=check)
+        return WriteAheadLogs(folder, mark, flush=self.waits_for_disk, make=make, before_rotate=check)
 
     def _later(self, records: Records) -> list[bool]:
         """Whether each record counts. One that is damaged does, so that its session does not go back silently."""
@@ -340,9 +363,7 @@ class DiskStore(LocalStore):
             self._complain("a change could not be written to the write-ahead log, and goes to LMDB", error)
             return False
 
-    def _log(
-        self, wal: WriteAheadLog, parts: Sequence[Sequence[tuple[str, Stored]]], patience_s: float = -1.0
-    ) -> bool:
+    def _log(self, wal: WriteAheadLog, parts: Parts, patience_s: float = -1.0) -> bool:
         started, times = time.perf_counter(), self._times
         if not wal.append(parts, patience_s):
             return False
@@ -359,7 +380,7 @@ class DiskStore(LocalStore):
 
     def _checkpoint(self, wal: WriteAheadLog, *, briefly: bool = False) -> bool:
         """Checkpoint some changes; False if there are none."""
-        ids, records = wal.to_checkpoint(briefly=briefly)
+        ids, records = wal.to_checkpoint(briefly=briefly, most=self._most_together)
         if not self._in_doubt.isdisjoint(ids):
             records = [put for put, is_later in zip(records, self._later(records), strict=True) if is_later]
         if records:
@@ -368,25 +389,26 @@ class DiskStore(LocalStore):
         self._in_trouble = False
         return bool(ids)
 
-    def _empty(self, wal: WriteAheadLog) -> None:
-        """Leave nothing in the log, not even what does not count any more: it could be taken for a later change.
+    def _empty(self, wals: WriteAheadLogs) -> None:
+        """Leave nothing in the logs, not even what does not count any more: it could be taken for a later change.
 
         Raises:
             Unavailable: that could not be done.
         """
         try:
-            for _ in range(2):
+            for wal in 2 * wals.each:
                 while not wal.rotate():
                     self._checkpoint(wal)
         except OSError as error:
             raise Unavailable(f"the write-ahead log must be writable; got {error}") from error
 
-    def _checkpoint_all(self, wal: WriteAheadLog) -> None:
+    def _checkpoint_all(self, wals: WriteAheadLogs) -> None:
         """Checkpoint everything."""
-        while not wal.rotate():
-            self._checkpoint(wal)
-        while self._checkpoint(wal):
-            pass
+        for wal in wals.each:
+            while not wal.rotate():
+                self._checkpoint(wal)
+            while self._checkpoint(wal):
+                pass
         self._base.sync()
         self._base.set_wal_mark(b"")
 
@@ -398,17 +420,17 @@ class DiskStore(LocalStore):
     def _close_files(self) -> None:
         self._closed = True
         self._base.files.forget()
-        if self._wal is not None:
-            self._wal.close()
+        if self._wals is not None:
+            self._wals.close()
         self._base.close()
 
     # ------------------------------------------------------------------------------------------------------ reading
 
     def _find(self, session_id: str) -> bytes | None:
-        if self._wal is None or self._closed:
+        if self._wals is None or self._closed:
             return None
         try:
-            record = self._wal.find(session_id)
+            record = self._wals.find(session_id)
         except OSError as error:
             raise Unavailable(f"the write-ahead log must be readable; got {error}") from error
         if record is None or session_id not in self._in_doubt:
@@ -418,5 +440,9 @@ class DiskStore(LocalStore):
         return record if is_later else None
 
 
-def _parts(puts: Sequence[tuple[str, Stored]]) -> Sequence[Sequence[tuple[str, Stored]]]:
+def _unreadable(folder: Path, error: Exception) -> StoreError:
+    return StoreError(f"the write-ahead log in {folder} must be readable: {error}")
+
+
+def _parts(puts: Sequence[tuple[str, Stored]]) -> Parts:
     return [part for part in puts.parts if len(part)] if isinstance(puts, Joined) else [puts]

@@ -12,7 +12,6 @@ from pathlib import Path
 from stepwell_server.store.disk.wal_file import Segment, SegmentDamaged
 from stepwell_server.store.record import Stored
 
-NAMES = ("0", "1")
 SEGMENT_BYTES = 8 * 2**20
 """Size of each segment."""
 
@@ -29,15 +28,17 @@ _LEAST_RECORDS = 64
 _FEW, _LEFT = 512, 1 / 8
 
 Records = list[tuple[str, Stored]]
+Parts = Sequence[Sequence[tuple[str, Stored]]]
+"""Changes that are written together, each with its sessions' records."""
 
 
-def room_for(folder: Path, size: int) -> int:
-    """How large a segment may be, at most `size`.
+def room_for(folder: Path, names: Sequence[str], size: int) -> int:
+    """How large a segment may be, at most `size`, of those of these names.
 
     Raises:
         OSError: there is too little room.
     """
-    sizes = {(folder / name).stat().st_size if (folder / name).is_file() else 0 for name in NAMES}
+    sizes = {(folder / name).stat().st_size if (folder / name).is_file() else 0 for name in names}
     least = min(size, _LEAST_BYTES)
     if len(sizes) == 1 and (there := sizes.pop()) >= least:
         return there  # whatever they are: they take no more
@@ -56,34 +57,41 @@ class WriteAheadLog:
     def __init__(
         self,
         folder: Path,
+        names: tuple[str, str],
         size: int,
         owner: int,
         *,
         flush: bool,
         make: bool,
         before_rotate: Callable[[], None],
+        appended: Callable[[Parts], None],
+        find: Callable[[str], bytes | None],
     ) -> None:
-        """Open the segments, to be loaded, or make them. See `Segment`.
+        """Open the segments of these names, to be loaded, or make them. See `Segment`.
 
-        `before_rotate` raises if what is appended would be lost.
+        `before_rotate` raises if what is appended would be lost. `appended` is called with what was, before anybody can
+        checkpoint it. `find` gives a session's record in any log.
 
         Raises:
             OSError: one cannot be opened, or there is no room.
         """
         self.size = size
         self._before_rotate = before_rotate
+        self._appended = appended
+        self._find = find
         self.due = 0
         """Records that are to be checkpointed to keep up with what was appended."""
         # Held by who appends or rotates.
         self._appending = threading.Lock()
         # Held by who reads both segments: none is truncated meanwhile.
         self._looking = threading.Lock()
-        self._active = Segment(folder / NAMES[0], size, owner, flush=flush, make=make)
+        self._active = Segment(folder / names[0], size, owner, flush=flush, make=make)
         try:
-            self._sealed = Segment(folder / NAMES[1], size, owner, flush=flush, make=make)
+            self._sealed = Segment(folder / names[1], size, owner, flush=flush, make=make)
         except BaseException:
             self._active.close()
             raise
+        self._segments = (self._active, self._sealed)
 
     def descriptors(self) -> list[tuple[Path, int]]:
         """Paths and descriptors of the open files."""
@@ -135,9 +143,14 @@ class WriteAheadLog:
     @property
     def needs_checkpoint(self) -> bool:
         """It is time to checkpoint."""
-        return bool(self._sealed.offsets) and self._active.end > self._active.size * _CHECKPOINT_AT
+        return self._is_due and self._active.end > self._active.size * _CHECKPOINT_AT
 
-    def append(self, parts: Sequence[Sequence[tuple[str, Stored]]], patience_s: float = -1.0) -> bool:
+    @property
+    def _is_due(self) -> bool:
+        """There is something to checkpoint before the segments can be rotated."""
+        return bool(self._sealed.offsets or self._sealed.moved)
+
+    def append(self, parts: Parts, patience_s: float = -1.0) -> bool:
         """Append changes; False if there is no room until more is checkpointed, or ever.
 
         Args:
@@ -150,11 +163,14 @@ class WriteAheadLog:
         if not self._appending.acquire(timeout=patience_s):
             return False
         try:
-            return self._append(parts)
+            if not self._append(parts):
+                return False
+            self._appended(parts)
+            return True
         finally:
             self._appending.release()
 
-    def _append(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
+    def _append(self, parts: Parts) -> bool:
         count = sum(map(len, parts))
         self.due = 2 * count + (self.due if self.needs_checkpoint else 0)
         if count == len(parts) == 1:
@@ -164,12 +180,12 @@ class WriteAheadLog:
             is_kept = self._active.append(parts, leave)
         if is_kept:
             return True
-        if self._sealed.offsets or not self.fits(parts):
+        if self._is_due or not self.fits(parts):
             return False
         self._rotate()
         return self._active.append(parts)
 
-    def fits(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
+    def fits(self, parts: Parts) -> bool:
         """Whether changes are small enough for a segment that holds little else."""
         return sum(len(record) for part in parts for _, record in part) < self._sealed.size // 2
 
@@ -187,33 +203,53 @@ class WriteAheadLog:
         active, sealed = self._active.offsets, self._sealed.offsets
         return [place for place, i in enumerate(session_ids) if i in active or i in sealed]
 
+    def ids(self) -> set[str]:
+        """Sessions that it has records of."""
+        return {*self._active.offsets, *self._sealed.offsets}
+
     def discard(self, session_ids: Iterable[str]) -> None:
         """Discard the log's records of sessions: the store has later ones."""
-        with self._looking:
-            written, left = self._active.offsets, self._sealed.offsets
-        if written or left:
-            for session_id in session_ids:
-                written.pop(session_id, None)
-                left.pop(session_id, None)
+        self._drop(session_ids, are_moved=False)
 
-    def to_checkpoint(self, *, briefly: bool = False) -> tuple[list[str], Records]:
-        """Sessions to checkpoint next, and those of their records that count; `checkpointed` afterwards."""
+    def moved(self, session_ids: Iterable[str]) -> None:
+        """Another log has later records of these sessions.
+
+        The store gets them before the earlier ones are overwritten here: so whoever reads one log after the other, and
+        then the store, misses none that was acknowledged before.
+        """
+        self._drop(session_ids, are_moved=True)
+
+    def _drop(self, session_ids: Iterable[str], *, are_moved: bool) -> None:
+        for segment in self._segments:  # of one that is truncated meanwhile the store has all
+            offsets = segment.offsets
+            there = offsets.keys() & session_ids if offsets else ()
+            if are_moved:
+                segment.moved.update(there)
+            for session_id in there:
+                offsets.pop(session_id, None)
+
+    def to_checkpoint(self, *, briefly: bool = False, most: int | None = None) -> tuple[list[str], Records]:
+        """Sessions to checkpoint next, at most so many, and those of their records that count; `checkpointed` afterwards."""
         with self._looking:
             active, sealed = self._active, self._sealed
         # nobody rotates while the sealed one has something
-        most = _LEAST_RECORDS if briefly else max(_LEAST_RECORDS, self.due)
+        wanted_most = _LEAST_RECORDS if briefly else max(_LEAST_RECORDS, self.due)
+        most = wanted_most if most is None else min(most, wanted_most)
         ids = list(itertools.islice(sealed.offsets, most))
-        self.due = max(0, self.due - len(ids)) if ids else 0
+        moved = list(itertools.islice(sealed.moved, most - len(ids)))
+        self.due = max(0, self.due - len(ids) - len(moved)) if ids or moved else 0
         # the active segment has a later record of the others
         wanted = [session_id for session_id in ids if session_id not in active.offsets]
         records: Records = [(i, record) for i in wanted if (record := sealed.record(i)) is not None]
-        return ids, records
+        records += [(i, record) for i in moved if (record := self._find(i)) is not None]
+        return [*ids, *moved], records
 
     def checkpointed(self, session_ids: Iterable[str]) -> None:
         """The store has what `to_checkpoint` gave."""
-        left = self._sealed.offsets
+        offsets, moved = self._sealed.offsets, self._sealed.moved
         for session_id in session_ids:
-            left.pop(session_id, None)
+            offsets.pop(session_id, None)
+            moved.discard(session_id)
 
     def rotate(self) -> bool:
         """Seal the active segment, and append to the other; False if that one is not empty.
@@ -223,7 +259,7 @@ class WriteAheadLog:
             StoreGone: by `before_rotate`.
         """
         with self._appending:
-            if self._sealed.offsets:
+            if self._is_due:
                 return False
             self._rotate()
             return True

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from stepwell_server.store.disk import wal_format
@@ -25,6 +25,9 @@ WRITE_THROUGH: int = getattr(os, "RWF_DSYNC", 0)
 _GUESS_BYTES = 2048
 #: Buffers in one write.
 _MOST_BUFFERS = 512
+#: A larger write that is flushed is made in pieces of so many bytes, each flushed: a small write to another file waits at
+#: the disk for one of them at most.
+_PIECE_BYTES = 256 * 1024
 _NO_HEAD = bytes(wal_format.HEAD.size)
 
 
@@ -52,6 +55,8 @@ class Segment:
         self.size = size
         self.offsets: dict[str, int] = {}
         """Where each session's last record is."""
+        self.moved: set[str] = set()
+        """Sessions whose last record was here, until another log had a later one."""
         self.end = 0
         self.sequence = 0
         """Sequence number of the last write."""
@@ -82,7 +87,7 @@ class Segment:
         Raises:
             OSError: it could not be written; then this is to be done again before anything is appended.
         """
-        self.offsets = {}
+        self.offsets, self.moved = {}, set()
         self._generation, self.end = 0, self.size  # there is no room until this is done
         generation = secrets.randbits(63) + 1
         start = wal_format.lay_out((), generation, sequence, owner=self._owner)
@@ -206,6 +211,15 @@ class Segment:
     def _write(self, buffers: Sequence[Stored], at: int, size: int) -> None:
         if len(buffers) > _MOST_BUFFERS:
             buffers = [b"".join(buffers)]
+        if not self._flush or size <= _PIECE_BYTES:
+            self._write_piece(buffers, at, size)
+            return
+        for piece in _pieces(buffers):
+            piece_size = sum(map(len, piece))
+            self._write_piece(piece, at, piece_size)
+            at += piece_size
+
+    def _write_piece(self, buffers: Sequence[Stored], at: int, size: int) -> None:
         written = os.pwritev(self._file, buffers, at, self._flags)
         if written < size:
             data = memoryview(b"".join(buffers))
@@ -219,3 +233,20 @@ class Segment:
             # should this fail as well, the change may be found later: whoever was told that it failed may not mind
             with contextlib.suppress(OSError):
                 os.pwrite(self._file, _NO_HEAD, at)
+
+
+def _pieces(buffers: Iterable[Stored]) -> Iterator[list[Stored]]:
+    """The same bytes, in pieces of at most `_PIECE_BYTES`."""
+    piece: list[Stored] = []
+    room = _PIECE_BYTES
+    for buffer in buffers:
+        left = memoryview(buffer)
+        while left:
+            piece.append(left[:room])
+            room -= len(piece[-1])
+            left = left[len(piece[-1]) :]
+            if not room:
+                yield piece
+                piece, room = [], _PIECE_BYTES
+    if piece:
+        yield piece

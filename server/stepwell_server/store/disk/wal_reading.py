@@ -12,9 +12,9 @@ from pathlib import Path
 
 from stepwell_server.store.base import StoreError
 from stepwell_server.store.disk import wal_format
+from stepwell_server.store.disk.wal_mark import BESIDE, COMMITS, Mark, is_later
 from stepwell_server.store.record import HEADER, is_sound, size_of
 
-NAMES = ("0", "1")
 #: A busy log looks another way each time; so often is it looked at.
 _MOST_LOOKS = 100
 
@@ -38,11 +38,21 @@ class _Segment:
     owner: int | None = None
 
 
-def read_log(folder: Path, owner: int) -> dict[str, bytes]:
-    """The last record of each session that the log has; those that were damaged as they are.
+def read_logs(folder: Path, mark: Mark) -> dict[str, bytes]:
+    """As `read_log`, of all logs of a store."""
+    found = read_log(folder, COMMITS, mark.owner)
+    for session_id, record in read_log(folder, BESIDE, mark.owner).items() if mark.beside_size else ():
+        if session_id not in found or is_later(session_id, record, found[session_id]):
+            found[session_id] = record
+    return found
+
+
+def read_log(folder: Path, names: tuple[str, str], owner: int) -> dict[str, bytes]:
+    """The last record of each session that a log has; those that were damaged as they are.
 
     Args:
         folder: Of the segments.
+        names: Theirs.
         owner: The store's number, see `Segment`.
 
     Raises:
@@ -50,11 +60,11 @@ def read_log(folder: Path, owner: int) -> dict[str, bytes]:
         StoreError: changes are missing that were acknowledged, or a segment cannot be read.
     """
     try:
-        segments = [_read(folder / name) for name in NAMES]
+        segments = [_read(folder / name) for name in names]
         first, last = sorted(segments, key=lambda segment: (segment.base_sequence, segment.sequence))
         if not first.problem and first.sequence < last.base_sequence:
             # The later one was begun when the earlier had so many. Maybe that was not so yet when it was read.
-            path = folder / NAMES[segments.index(first)]
+            path = folder / names[segments.index(first)]
             again = _read(path)
             if again.generation == first.generation and again.sequence < last.base_sequence:
                 raise StoreError(
