@@ -324,6 +324,60 @@ async def test_changes_of_others_are_passed_only_by_small_ones_in_a_hurry_and_wh
     assert told.names == "Lcmabnd"
 
 
+async def test_small_changes_do_not_wait_for_a_checkpoint(
+    logged: tuple[Logged, GroupCommit, Told],
+) -> None:
+    store, commits, told = logged
+    store.gate.set()
+    await commits.idle()
+    store.waits_for_disk = True
+    checkpoint, inside_it, go_on = store.checkpoint, threading.Event(), threading.Event()
+
+    def slow(*, briefly: bool = False) -> None:
+        inside_it.set()
+        assert go_on.wait(WAIT_S)
+        checkpoint(briefly=briefly)
+
+    store.checkpoint = slow  # type: ignore[method-assign]
+    store.needs_checkpoint = True
+    told.submit("m", size=MANY, is_change=True)
+    assert await asyncio.to_thread(inside_it.wait, WAIT_S)
+    await until(lambda: told.names.endswith("m"))
+    told.submit("a", is_change=True)
+    told.submit("b", size=FEW + 1, is_change=True)
+    told.submit("c")
+    await until(lambda: told.names.endswith("a"))
+    assert store.appended == [("a", "stepwell-store-log")]
+    go_on.set()
+    await commits.idle()
+    assert told.names == "Lmabc"
+
+
+async def test_what_is_small_comes_before_a_checkpoint_and_before_what_is_large_behind_it(
+    logged: tuple[Logged, GroupCommit, Told],
+) -> None:
+    store, commits, told = logged
+    store.waits_for_disk = True
+    checkpoint, kept_before = store.checkpoint, list[int]()
+
+    def noted(*, briefly: bool = False) -> None:
+        if store.needs_checkpoint:
+            kept_before.append(len(store.batches))
+        checkpoint(briefly=briefly)
+
+    store.checkpoint = noted  # type: ignore[method-assign]
+    told.submit("a", size=FEW)
+    told.submit("b", size=MANY + 1)
+    told.submit("c")
+    store.needs_checkpoint = True
+    store.gate.set()
+    await commits.idle()
+    assert told.names == "Labc"
+    assert ["".join(i for i, _ in batch.puts) for batch in store.batches] == ["L", "a", "bc"]
+    assert commits.close(WAIT_S)
+    assert kept_before == [3], "after the last small one"
+
+
 async def test_what_was_put_after_a_wake_up_is_done_before_the_end() -> None:
     store = Logged(waits_for_disk=True)
     commits = GroupCommit(AwaitedStore(store))

@@ -449,3 +449,24 @@ async def test_small_jobs_are_committed_apart_from_large_ones_of_their_pass(disk
         sizes = [len(batch.puts) for batch in disk.store.tried[so_far:]]
         # the store's thread may find both
         assert sizes == [1, len(ids)] or (disk.store.waits_for_disk and sizes == [1 + len(ids)])
+
+
+async def test_a_lone_step_does_not_wait_for_large_changes_of_others(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits, "MANY", FEW)
+    ids = [f"s{number:03}" for number in range(FEW + 1)]
+    async with disk.engine(resident_rows=200, max_batch_rows=200) as at:
+        await begin(at)
+        await at.engine.open_sessions("plain", session_ids=ids)
+        disk.store.stall()
+        many = at.submit(ids, x(len(ids)))
+        await stalled(disk.store)
+        so_far = len(disk.store.tried)
+        lone = at.single("a", x(1))
+        await until(lambda: len(disk.store.tried) > so_far)
+        assert [len(batch.puts) for batch in disk.store.tried[so_far:]] == [1]
+        assert not many.ended
+        disk.store.go_on()
+        assert (await lone.only()).revision == 2
+        assert set(kinds(await many.all())) == {"Answer"}

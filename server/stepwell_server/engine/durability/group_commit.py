@@ -252,8 +252,10 @@ class _Local:
         """Whether something small is better off with the second thread: else what waits is best written together."""
         store = self._store
         is_small = item.is_change and item.size <= FEW and item.error is None
-        is_worth_it = self._others > 0 or (item.is_hurried and self._changes > MANY)
-        return is_small and is_worth_it and store.has_log and store.waits_for_disk
+        if not (is_small and store.has_log and store.waits_for_disk):
+            return False
+        # the first thread may be busy with a checkpoint as long as one is due
+        return self._others > 0 or (item.is_hurried and self._changes > MANY) or store.needs_checkpoint
 
     def _count(self, item: _Item, by: int) -> None:
         if item.is_change:
@@ -297,7 +299,7 @@ class _Local:
             # before anything is told: then the event loop may use the store
             self._store.checkpoint()
         goes_on = self._report(items)
-        if waits_for_disk and goes_on:
+        if waits_for_disk and goes_on and not self._main.has_small:  # they come first; those after them pass
             self._store.checkpoint()
         return goes_on
 
@@ -345,9 +347,19 @@ class _Thread:
         self._work = work
         self._queue: queue.SimpleQueue[_Item | _Signal] = queue.SimpleQueue()
         self._is_woken = False
+        self._small_put = self._small_taken = 0
+        self._next: _Item | None = None
+        """It was found, and is done after what was taken."""
         self._thread: threading.Thread | None = None
 
+    @property
+    def has_small(self) -> bool:
+        """Something small waits that came here at once."""
+        return self._small_put > self._small_taken
+
     def put(self, item: _Item) -> None:
+        if item.size <= FEW and not item.passes:  # of one thread alone, which so can count
+            self._small_put += 1
         self._queue.put(item)
         self._start()
 
@@ -381,16 +393,21 @@ class _Thread:
                 goes_on = False
 
     def _take(self) -> tuple[list[_Item], bool]:
-        """What is done next, together, and whether it is the end."""
+        """What is done next, together, and whether it is the end. What is small does not wait for what is many behind it."""
         items: list[_Item] = []
         size = 0
         while True:
-            found = self._queue.get()
+            found = self._next or self._queue.get()
+            self._next = None
             if found is _Signal.END:
                 return items, True
             if isinstance(found, _Item):
+                if items and size <= FEW and found.size > MANY:
+                    self._next = found
+                    return items, False
                 items.append(found)
                 size += found.size
+                self._small_taken += found.size <= FEW and not found.passes
             else:
                 self._is_woken = False
             if size >= MOST_TOGETHER or self._queue.empty():

@@ -86,6 +86,7 @@ class Inline:
             table.position[change.handles] + np.uint64(1),
             change.requests_of(change.members),
             np.array([kept], np.uint8),
+            is_hurried=True,  # what is large and waits for the store is of others
         )
         table.claimed[handle] = True
         if change.traces:
