@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -41,7 +42,11 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 @pytest.fixture(scope="session")
 def wheel(build: Build, root: Path) -> Path:
     """The wheel, built from the tree."""
-    return build("wheel", root)
+    from support import programs
+
+    folder = programs.once("wheel", lambda target: shutil.copy2(build("wheel", root), target))
+    (built,) = folder.iterdir()
+    return built
 
 
 @pytest.fixture(scope="session")

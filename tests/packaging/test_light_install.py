@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from stepwell.testing import LocalServer
+from support import programs
 
 pytestmark = pytest.mark.timeout(300)  # each environment is installed from the package registry
 
@@ -29,23 +30,24 @@ with stepwell.connect(sys.argv[1]) as client, client.open_session("forecast") as
 
 
 @pytest.fixture(scope="module", params=["pinned", "lowest"])
-def python(
-    request: pytest.FixtureRequest, wheel: Path, root: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def python(request: pytest.FixtureRequest, wheel: Path, root: Path) -> Path:
     """The interpreter of an environment that has only the wheel and what it needs."""
-    folder = tmp_path_factory.mktemp(f"light-{request.param}")
+    kind: str = request.param
+    folder = programs.once(f"environment-light-{kind}", lambda folder: make(folder, kind, wheel, root))
+    return folder / "venv" / "bin" / "python"
+
+
+def make(folder: Path, kind: str, wheel: Path, root: Path) -> None:
+    """Make the environment: by our own pip, and without the bytecode of what is never imported."""
     environment = folder / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=200)
-    interpreter = environment / "bin" / "python"
     constraints = root / "constraints.txt"
-    if request.param == "lowest":
+    if kind == "lowest":
         constraints = folder / "lowest.txt"
         constraints.write_text("\n".join(lowest_versions(root)))
-    # by our own pip, and without the bytecode of what is never imported: most of the time would go there
-    pip = [sys.executable, "-m", "pip", "--python", str(interpreter), "--disable-pip-version-check"]
-    command = [*pip, "install", "--quiet", "--no-compile"]
+    pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python")]
+    command = [*pip, "--disable-pip-version-check", "install", "--quiet", "--no-compile"]
     subprocess.run([*command, "--constraint", str(constraints), str(wheel)], check=True, timeout=240)
-    return interpreter
 
 
 def lowest_versions(root: Path) -> list[str]:

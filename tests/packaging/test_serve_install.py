@@ -16,6 +16,7 @@ from stepwell.cli import main
 from stepwell_server import program_file
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.stepping import initial_rows, step_of_executor
+from support import programs
 
 pytestmark = pytest.mark.timeout(600)  # the environment is installed from the package registry
 
@@ -63,15 +64,17 @@ def program(model_path: Path, compiled: Path, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def python(wheel: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def python(wheel: Path, root: Path) -> Path:
     """The interpreter of an environment that has the wheel and what its extra `serve` names."""
-    environment = tmp_path_factory.mktemp("serve") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=200)
-    interpreter = environment / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", str(interpreter), "--disable-pip-version-check"]
-    command = [*pip, "install", "--quiet", "--no-compile", "--constraint", str(root / "constraints.txt")]
-    subprocess.run([*command, f"{wheel}[serve]"], check=True, timeout=500)
-    return interpreter
+
+    def make(environment: Path) -> None:
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=200)
+        pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python")]
+        command = [*pip, "--disable-pip-version-check", "install", "--quiet", "--no-compile"]
+        constraints = str(root / "constraints.txt")
+        subprocess.run([*command, "--constraint", constraints, f"{wheel}[serve]"], check=True, timeout=500)
+
+    return programs.once("environment-serve", make) / "bin" / "python"
 
 
 def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -63,6 +63,21 @@ def cache_dir() -> Path:
     return run_folder() / "cache"
 
 
+def once(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder of the test run, which `make` fills for the first process that asks; the others wait for it.
+
+    What a fixture makes for all tests of a module is else made by each process that gets some of them.
+    """
+    folder, done = run_folder() / name, run_folder() / f"{name}.done"
+    with _alone(run_folder() / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @functools.cache
 def zoo(name: str) -> Saved:
     """A model of the zoo."""
