@@ -26,15 +26,15 @@ def test_replicas_are_killed(tmp_path: Path) -> None:
         Replicas(valkey.url(), REPLICAS, "--durability", "async") as replicas,
         RoverProcess(replicas.addresses, history, seed=31) as rover,
     ):
-        for i in range(4):
+        for replica in replicas:
             rover.wait_acknowledged(chance.randrange(60, 150))
-            replicas[i % REPLICAS].kill()
+            replica.kill()
             rover.wait_acknowledged(60)
-            replicas[i % REPLICAS].start()
+            replica.start()
         rover.wait_acknowledged(100)
         rover.stop()
     report = verdict(history).require_clean()
-    assert report.acknowledged > 700
+    assert report.acknowledged > 450
     assert report.answered_again > 0
     assert report.reads > 50
 
