@@ -189,12 +189,12 @@ def _mix(configuration: Path, weights: Path, target: Path) -> None:
             mixed.writestr(name, (two if name == "model.weights.h5" else one).read(name))
 
 
-def test_twenty_reloads_leave_nothing_behind(lstm: Path, kept: WarmCompiler) -> None:
+def test_reloads_leave_nothing_behind(lstm: Path, kept: WarmCompiler) -> None:
     content = (lstm / "1.keras").read_bytes()
     kept.compile(lstm / "1.keras")
     kept.compile(lstm / "2.keras")
     pids, before = kept.pids, (descriptors(), _threads(), [descriptors(pid) for pid in kept.pids])
-    for number in range(20):
+    for number in range(samples.examples(20)):
         (lstm / "next.keras").write_bytes(content + bytes([number]))
         kept.compile(lstm / "next.keras")
     assert kept.pids == pids

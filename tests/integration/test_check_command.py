@@ -164,20 +164,11 @@ def test_a_start_checks_with_ones_own_data_and_is_refused_if_they_differ(data: P
 
 def test_trust_is_shown_wherever_the_model_is(tmp_path: Path) -> None:
     models_trusted.determinant().save(tmp_path / "det.keras")
-    arguments = (
-        f"det={tmp_path}/det.keras",
-        "--cache-dir",
-        str(tmp_path / "cache"),
-        "--listen",
-        "127.0.0.1:0",
-    )
-    options = ("--import", "support.custom_layers", "--probe-steps", "det=600")
+    arguments = (f"det={tmp_path}/det.keras", f"strict={tmp_path}/det.keras", "--bad-models", "skip")
+    where = ("--cache-dir", str(tmp_path / "cache"), "--listen", "127.0.0.1:0")
+    options = ("--import", "support.custom_layers", "--probe-steps", "det=600", "--trust-causality", "det")
     environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    with ServerProcess(*arguments, *options, ready=False, environment=environment) as server:
-        code, _, err = server.finish()
-    assert code == 2
-    assert "--trust-causality NAME serves the model" in err.splitlines()[-1]
-    with ServerProcess(*arguments, *options, "--trust-causality", "det", environment=environment) as server:
+    with ServerProcess(*arguments, *where, *options, environment=environment) as server:
         with stepwell.connect(server.address) as client:
             proof = client.model("det").proof
         listed = subprocess.run(
@@ -189,6 +180,8 @@ def test_trust_is_shown_wherever_the_model_is(tmp_path: Path) -> None:
         ).stdout
         server.signal()
         _, _, err = server.finish()
+    (refused,) = (line for line in err.splitlines() if "a model cannot be served model=strict" in line)
+    assert "--trust-causality NAME serves the model" in refused
     assert (proof.is_trusted, proof.compared_steps) == (True, 600)
     assert "MatrixDeterminant" in proof.unproven
     assert "TRUSTED, not proven; compared with Keras over 600 time steps" in listed
