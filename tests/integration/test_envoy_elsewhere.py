@@ -93,6 +93,10 @@ def frame_of(session_id: str, steps: int = 1) -> pb.StepStreamRequest:
     return pb.StepStreamRequest(frame_id=1, step=pb.StepFrame(session_ids=[session_id], inputs=inputs))
 
 
+#: Calls of `change_in_every_way`.
+WAYS = 6
+
+
 def change_in_every_way(envoy: Envoy, one: Wire, session_id: str) -> None:
     """Open a session and make four changes of it, in JSON, gRPC, gRPC-Web and on a stream."""
     path, header = f"/v1/sessions/{session_id}", ("stepwell-session", session_id)
@@ -123,7 +127,7 @@ def be_refused_in_every_way(envoy: Envoy, one: Wire, reason: str) -> None:
     refusal = wire.refusal(lambda: one.exchange(frame_of("a")))
     assert (refusal.code, refusal.reason) == ("UNAVAILABLE", reason)
     # More than Envoy keeps: it goes nowhere else.
-    for _ in range(5):
+    for _ in range(3):
         assert wire.refusal(lambda: one.exchange(*[frame_of("a", 90_000)] * 3)).code == "UNAVAILABLE"
 
 
@@ -141,7 +145,9 @@ def test_no_caller_sees_a_replica_that_starts_or_stops(
             for session_id in [f"{how}-{front}-{name}" for name in IDS]:
                 change_in_every_way(envoy, one, session_id)
                 assert direct.session(session_id).revision == 4  # once each
-            assert envoy.count("upstream_rq_retry") > 0
+                if envoy.count("upstream_rq_retry"):  # its first replica is the one that refuses
+                    break
+            assert envoy.count("upstream_rq_retry") == WAYS
         with Envoy(tmp_path / "alone", [address], checks="port") as envoy, Wire(envoy.address) as one:
             be_refused_in_every_way(envoy, one, REASONS[how])
 
