@@ -43,7 +43,7 @@ from stepwell_server.reach import ReachError, require_closed
 from stepwell_server.readiness import Readiness
 from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.fronts import unix_socket
-from stepwell_server.rpc.fronts.base import BindError, Front
+from stepwell_server.rpc.fronts.base import BindError, Front, OtherFront
 from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
 from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.server import RpcServer
@@ -450,6 +450,8 @@ def _native_front(settings: Settings) -> type[NativeFront] | None:
     except ImportError as error:
         if settings.front == "native":
             raise StartError(f"--front native: stepwell-front cannot be imported: {error}") from error
+        if isinstance(error, OtherFront):
+            _log.warning(f"the front in Python serves: {error}")
         return None
     own = metadata.version("stepwell")
     if own != VERSION:

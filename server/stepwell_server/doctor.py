@@ -147,7 +147,7 @@ class Examination:
             problem = f"is of version {facts['native_front']}, stepwell of {facts['stepwell']}"
         else:
             try:
-                import_module("stepwell_front")
+                import_module("stepwell_server.rpc.fronts.native")
             except ImportError as error:
                 problem = f"cannot be imported: {error}"
         if problem and self._settings.front != "python":

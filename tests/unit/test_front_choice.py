@@ -1,8 +1,10 @@
-"""Which front a server has: the native one only if it is that of the same version."""
+"""Which front a server has: the native one only if it is that of the same version, built from the same sources."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
 from typing import cast
 
 import pytest
@@ -36,6 +38,29 @@ def test_a_front_of_another_version_is_not_used(
     else:
         assert app._native_front(settings) is None
         assert ("0.0.1 is installed" in caplog.text) == (front == "auto")
+
+
+@needs_native
+@pytest.mark.parametrize("front", ["auto", "native"])
+@pytest.mark.parametrize("installed", [0, 999])
+def test_a_front_built_from_other_sources_is_not_used(
+    front: str, installed: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import stepwell_front
+
+    if installed:
+        monkeypatch.setattr(stepwell_front, "INTERFACE", installed)
+    else:  # as those were that had no number
+        monkeypatch.delattr(stepwell_front, "INTERFACE")
+    monkeypatch.delitem(sys.modules, "stepwell_server.rpc.fronts.native", raising=False)
+    settings = cast(Settings, Chosen(front))
+    said = rf"must have interface \d+; the installed one, .*, has {installed}\. .* run scripts/front\.py"
+    if front == "native":
+        with pytest.raises(app.StartError, match=said):
+            app._native_front(settings)
+    else:
+        assert app._native_front(settings) is None
+        assert re.search(f"the front in Python serves: stepwell-front {said}", caplog.text)
 
 
 def test_limits_beyond_what_64_bits_hold_twice_are_as_much_as_those_hold() -> None:

@@ -28,6 +28,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
+/// What Python and the front say to each other: raised with every change of it, here and in `rpc/fronts/native.py`.
+const INTERFACE: u32 = 1;
+
 /// A status as Python says it: code, message, a serialized google.rpc.Status or nothing, and `may_go_elsewhere`.
 type Said = (u32, String, PyBackedBytes, bool);
 
@@ -587,5 +590,6 @@ fn stepwell_front(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<KnownCallers>()?;
     module.add_class::<CallHandle>()?;
     module.add_class::<BatchHandle>()?;
+    module.add("INTERFACE", INTERFACE)?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))
 }

@@ -24,6 +24,10 @@ class BindError(Exception):
     """A front cannot listen where it was told to."""
 
 
+class OtherFront(ImportError):
+    """The native front that is installed was built from other sources than this server's."""
+
+
 class CallEnded(Exception):
     """A call ends with this status, and without a reply."""
 

@@ -28,6 +28,7 @@ from stepwell_server.rpc.fronts.base import (
     FrontCounts,
     InputColumn,
     Method,
+    OtherFront,
     OutputColumn,
     SessionSet,
     StepColumns,
@@ -42,6 +43,14 @@ if TYPE_CHECKING:
     from stepwell_front import BatchHandle, CallHandle
 
 VERSION = stepwell_front.__version__
+#: What this module and the front say to each other: raised with every change of it, here and in `python.rs`.
+_INTERFACE = 1
+_installed = getattr(stepwell_front, "INTERFACE", 0)
+if _installed != _INTERFACE:
+    raise OtherFront(
+        f"stepwell-front must have interface {_INTERFACE}; the installed one, {VERSION}, has {_installed}. It was built"
+        " from other sources: install the one of this stepwell, or in a clone run scripts/front.py"
+    )
 _log = Log("rpc.front")
 #: Bytes of replies that a stream's writer may be ahead of what is on its way.
 _AHEAD_BYTES = 64 << 10
