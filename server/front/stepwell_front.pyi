@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 __version__: str
+INTERFACE: int
 # A status: code, message, a serialized google.rpc.Status or nothing, and whether the call may go to another server.
 _Said: TypeAlias = tuple[int, str, bytes, bool]
-INTERFACE: int
 
 class Front:
     # The wire. Its methods are for one thread, that of the event loop, but for `wait` and `close`.

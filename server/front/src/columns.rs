@@ -15,7 +15,7 @@ use std::sync::Arc;
 /// Sessions of one batch, and of what Python takes at a time: about a pass, so that passes run in between.
 pub const MOST_IN_BATCH: usize = 1024;
 /// Sessions of a step that shares no batch with other connections' steps: these would wait for it.
-const LARGE: usize = 64;
+pub const LARGE: usize = 64;
 /// Calls that have begun since Python looked last.
 const MOST_CALLS: usize = 10_000;
 /// Batches of different signatures that are filled at the same time.

@@ -4,12 +4,9 @@ use crate::call::Call;
 use crate::columns::Batch;
 use crate::grpc::{self, Status};
 use crate::reply::{self, Answer};
-use crate::server::Shared;
 use crate::sets::SessionSet;
 use bytes::Bytes;
-use std::sync::atomic::Ordering;
 use std::sync::Arc;
-use tokio::sync::mpsc;
 
 /// What Python asks of the wire.
 pub enum Command {
@@ -21,21 +18,7 @@ pub enum Command {
     KnowSet(Arc<Call>, u32, Option<Arc<SessionSet>>),
 }
 
-/// Where they go. They are counted from here on until they are carried out.
-#[derive(Clone)]
-pub struct Commands {
-    pub sender: mpsc::UnboundedSender<Command>,
-    pub shared: Arc<Shared>,
-}
-
-impl Commands {
-    pub fn send(&self, command: Command) {
-        self.shared.commands.fetch_add(1, Ordering::Release);
-        // it fails where the wire's thread has ended, and then there is nobody to hear of it
-        let _ = self.sender.send(command);
-    }
-}
-
+/// On the wire, in whichever thread drives it.
 pub fn carry_out(command: Command) {
     match command {
         Command::Deliver(batch, answer) => reply::deliver(&batch, &answer),

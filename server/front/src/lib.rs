@@ -4,8 +4,9 @@
 //! eventfd wakes Python's event loop, which takes what has come, in its order, and answers a batch in one call
 //! (`reply`, `triton_reply`). No rule and no message text of the server is in here: those are Python's.
 //!
-//! Threads: `Front`'s methods are for one thread, that of the event loop. The wire has a thread (`server`, `serve`);
-//! the two share `Shared` and each `Call`, both behind short locks that are never held while something waits.
+//! Threads: `Front`'s methods are for one thread, that of the event loop. The wire has a thread (`server`, `serve`),
+//! which at times leaves its work to the event loop (`driver`); the two share `Shared` and each `Call`, both behind
+//! short locks that are never held while something waits.
 
 #![deny(unsafe_code)]
 #![cfg_attr(not(feature = "python"), allow(dead_code))] // what only Python calls
@@ -19,6 +20,7 @@ mod clock;
 mod columns;
 mod commands;
 mod doors;
+mod driver;
 mod grpc;
 #[cfg(feature = "python")]
 mod known;
@@ -39,3 +41,4 @@ mod tls;
 mod triton;
 mod triton_reply;
 mod turn;
+mod wakeup;

@@ -7,7 +7,8 @@ use crate::bounds;
 use crate::call::Call;
 use crate::clock;
 use crate::columns::{Arrival, Batch, Entry};
-use crate::commands::{carry_out, Command, Commands};
+use crate::commands::{carry_out, Command};
+use crate::driver::Driver;
 use crate::grpc::Status;
 use crate::known::KnownCallers;
 use crate::limits::Limits;
@@ -15,13 +16,13 @@ use crate::lists::{self, bytes_of, numbers_of, Peers};
 use crate::reply::{Answer, Output};
 use crate::server::{self, Listener, Method, Plain, Shared, Stage};
 use crate::tls::{self, Unusable};
+use crate::wakeup::Wakeup;
 use bytes::Bytes;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyList, PyTuple};
 use std::collections::{HashMap, HashSet};
-use std::os::fd::FromRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -43,7 +44,7 @@ fn status((code, message, details, may_go_elsewhere): Said) -> Status {
 struct Front {
     shared: Arc<Shared>,
     stage: watch::Sender<Stage>,
-    commands: Commands,
+    driver: Arc<Driver>,
     waiting: Mutex<Option<mpsc::UnboundedReceiver<Command>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
     /// Says something, or is closed, when the thread is about to end.
@@ -86,14 +87,13 @@ impl Front {
             })
             .collect();
         let callers = callers.map(|known| known.callers.clone());
-        let shared = Arc::new(Shared::new(limits, methods, callers, server::eventfd()?));
-        let (sender, waiting) = mpsc::unbounded_channel();
-        let commands = Commands { sender, shared: shared.clone() };
+        let shared = Arc::new(Shared::new(limits, methods, callers, Wakeup::new()?));
+        let (driver, waiting) = Driver::new(shared.clone());
         let (ending, ended) = std::sync::mpsc::channel();
         Ok(Front {
             shared,
             stage: watch::Sender::new(Stage::Serving),
-            commands,
+            driver: Arc::new(driver),
             waiting: Mutex::new(Some(waiting)),
             thread: Mutex::new(None),
             ended: Mutex::new(ended),
@@ -122,41 +122,41 @@ impl Front {
     /// Serve listening sockets, which are the front's from now on: file descriptors, and whether they are Unix sockets.
     fn start(&self, listeners: Vec<(i32, bool)>) -> PyResult<()> {
         let listeners: Vec<Listener> =
-            listeners.into_iter().map(|(fd, is_unix)| owned(fd, is_unix)).collect();
+            listeners.into_iter().map(|(fd, is_unix)| Listener::given(fd, is_unix)).collect();
         let Some(mut waiting) = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return Err(PyRuntimeError::new_err("a front is started once"));
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (shared, stage) = (self.shared.clone(), self.stage.subscribe());
         let until = self.stage.subscribe();
-        let (carried, watched) = (self.shared.clone(), self.shared.clone());
+        let (carried, watched, driver) = (self.shared.clone(), self.shared.clone(), self.driver.clone());
         let ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let thread = std::thread::Builder::new().name("stepwell-front".to_owned()).spawn(move || {
-            runtime.block_on(async move {
-                let mut carrying = tokio::spawn(async move {
-                    while let Some(command) = waiting.recv().await {
-                        carry_out(command);
-                        carried.commands.fetch_sub(1, Ordering::Release);
-                    }
-                });
-                tokio::select! {
-                    () = server::run(listeners, shared, stage) => carrying.abort(),
-                    _ = &mut carrying => {} // it has panicked: nobody would be answered any more
+        let serving = async move {
+            let mut carrying = tokio::spawn(async move {
+                while let Some(command) = waiting.recv().await {
+                    carry_out(command);
+                    carried.commands.fetch_sub(1, Ordering::Release);
                 }
             });
+            tokio::select! {
+                () = server::run(listeners, shared, stage) => carrying.abort(),
+                _ = &mut carrying => {} // it has panicked: nobody would be answered any more
+            }
+        };
+        let thread = std::thread::Builder::new().name("stepwell-front".to_owned()).spawn(move || {
+            driver.drive(runtime, serving);
             if *until.borrow() == Stage::Serving {
                 watched.end();
             }
             drop(ending);
-            runtime.shutdown_timeout(Duration::from_millis(100));
         })?;
         *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
         Ok(())
     }
 
-    /// The eventfd that is readable when something has come.
+    /// Readable when something has come.
     fn fd(&self) -> i32 {
-        self.shared.fd()
+        self.shared.wakeup.fd()
     }
 
     /// Replies that are not on their way.
@@ -190,7 +190,7 @@ impl Front {
         let found = PyList::empty_bound(py);
         let mut peers = HashMap::new();
         let mut skipped = HashSet::new();
-        for arrival in self.shared.take() {
+        for arrival in self.driver.take() {
             if is_pointless(&arrival, &mut skipped) {
                 continue;
             }
@@ -201,6 +201,7 @@ impl Front {
 
     /// Accept no more, and let clients know; what runs goes on.
     fn drain(&self) {
+        self.driver.lend_no_more();
         self.stage.send_replace(Stage::Draining);
     }
 
@@ -214,6 +215,7 @@ impl Front {
 
     /// Cut off what still runs, and end the thread.
     fn close(&self, py: Python<'_>) {
+        self.driver.lend_no_more();
         self.stage.send_replace(Stage::Closed);
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread {
@@ -266,7 +268,7 @@ impl Front {
     }
 
     fn handle(&self, call: Arc<Call>) -> CallHandle {
-        CallHandle { call, commands: self.commands.clone() }
+        CallHandle { call, driver: self.driver.clone() }
     }
 
     fn batch<'py>(
@@ -302,7 +304,7 @@ impl Front {
         let tensors = kinds.into_py(py);
         let handle = BatchHandle {
             batch: Arc::new(batch),
-            commands: self.commands.clone(),
+            driver: self.driver.clone(),
             shared: self.shared.clone(),
             seen,
         };
@@ -320,7 +322,7 @@ fn key(call: &Arc<Call>) -> usize {
 #[pyclass(frozen)]
 struct CallHandle {
     call: Arc<Call>,
-    commands: Commands,
+    driver: Arc<Driver>,
 }
 
 #[pymethods]
@@ -369,7 +371,7 @@ impl CallHandle {
 
     /// Python has found out who makes the call, whose name in `KnownCallers` is this.
     fn identified(&self, identity: &str) {
-        self.call.whose.identified(identity, self.commands.shared.callers.as_ref());
+        self.call.whose.identified(identity, self.driver.shared.callers.as_ref());
     }
 
     /// It ended because its time was over.
@@ -402,7 +404,7 @@ impl CallHandle {
     /// What the client means by a number in messages that are read from now on. `sizes`: rows of each as uint32, or
     /// empty; `held_bytes`: what it takes.
     fn know_set(&self, number: u32, ids: Bound<'_, PyList>, sizes: &[u8], held_bytes: usize) -> PyResult<()> {
-        let set = lists::set_of(ids, sizes, &self.commands.shared.held, held_bytes)?;
+        let set = lists::set_of(ids, sizes, &self.driver.shared.held, held_bytes)?;
         self.send(Command::KnowSet(self.call.clone(), number, Some(Arc::new(set))));
         Ok(())
     }
@@ -415,7 +417,7 @@ impl CallHandle {
 
 impl CallHandle {
     fn send(&self, command: Command) {
-        self.commands.send(command);
+        self.driver.send(command);
     }
 }
 
@@ -423,7 +425,7 @@ impl CallHandle {
 #[pyclass(frozen)]
 struct BatchHandle {
     batch: Arc<Batch>,
-    commands: Commands,
+    driver: Arc<Driver>,
     shared: Arc<Shared>,
     seen: u64,
 }
@@ -519,7 +521,7 @@ impl BatchHandle {
             let (key, message) = (key(&entry.call), PyBytes::new_bound(py, &request.message));
             let tuple: PyObject = match entry.frame_id {
                 None => {
-                    let handle = CallHandle { call: entry.call.clone(), commands: self.commands.clone() };
+                    let handle = CallHandle { call: entry.call.clone(), driver: self.driver.clone() };
                     (1, key, handle, message).into_py(py)
                 }
                 Some(number) => (2, key, message, number).into_py(py),
@@ -567,20 +569,7 @@ impl BatchHandle {
     }
 
     fn send(&self, answer: Answer) {
-        self.commands.send(Command::Deliver(self.batch.clone(), answer));
-    }
-}
-
-/// A socket that Python has made and given away.
-#[allow(unsafe_code)]
-fn owned(fd: i32, is_unix: bool) -> Listener {
-    // SAFETY: `start`'s caller says that it is a listening socket of that kind and that it is the front's now.
-    unsafe {
-        if is_unix {
-            Listener::Unix(FromRawFd::from_raw_fd(fd))
-        } else {
-            Listener::Tcp(FromRawFd::from_raw_fd(fd))
-        }
+        self.driver.send(Command::Deliver(self.batch.clone(), answer));
     }
 }
 

@@ -10,11 +10,12 @@ use crate::limits::Limits;
 use crate::serve;
 use crate::tls;
 use crate::turn::{InTurns, Turn};
+use crate::wakeup::Wakeup;
 use bytes::Bytes;
 use std::collections::HashMap;
 use std::future::Future;
 use std::net::{SocketAddr, TcpListener as StdTcpListener};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -71,7 +72,9 @@ pub struct Shared {
     readers: Waiters,
     pub counts: Counts,
     arrivals: Mutex<Arrivals>,
-    wakeup: OwnedFd,
+    pub wakeup: Wakeup,
+    /// Python's event loop is about to take what comes.
+    pub is_taking: AtomicBool,
     /// Connections so far: each has its number.
     connections: AtomicU64,
 }
@@ -81,7 +84,7 @@ impl Shared {
         limits: Limits,
         methods: HashMap<String, Method>,
         callers: Option<Arc<Callers>>,
-        wakeup: OwnedFd,
+        wakeup: Wakeup,
     ) -> Self {
         Shared {
             limits,
@@ -100,12 +103,9 @@ impl Shared {
             counts: Counts::default(),
             arrivals: Mutex::new(Arrivals::default()),
             wakeup,
+            is_taking: AtomicBool::new(false),
             connections: AtomicU64::new(0),
         }
-    }
-
-    pub fn fd(&self) -> i32 {
-        self.wakeup.as_raw_fd()
     }
 
     /// Replies that are not on their way, wherever they wait.
@@ -121,8 +121,8 @@ impl Shared {
             add(&mut arrivals);
             was_empty
         };
-        if was_empty {
-            ring(self.fd());
+        if was_empty && !self.is_taking.load(Ordering::Relaxed) {
+            self.wakeup.ring();
         }
     }
 
@@ -141,19 +141,19 @@ impl Shared {
     /// Say that the wire serves no longer.
     pub fn end(&self) {
         self.is_dead.store(true, Ordering::Release);
-        ring(self.fd());
+        self.wakeup.ring();
     }
 
     /// Some of what has come; Python is woken again if there is more.
     pub fn take(&self) -> Vec<Arrival> {
-        quiet(self.fd());
+        self.wakeup.quiet();
         let (taken, bytes, is_all) = {
             let mut arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
             let (taken, bytes) = arrivals.take(MOST_IN_BATCH);
             (taken, bytes, arrivals.is_empty())
         };
         if !is_all {
-            ring(self.fd());
+            self.wakeup.ring();
         }
         let left = self.queued.fetch_sub(bytes, Ordering::Relaxed) - bytes;
         if left < self.limits.queued_bytes {
@@ -173,40 +173,26 @@ impl Shared {
     }
 }
 
-/// An eventfd, by which Python's event loop is woken.
-#[allow(unsafe_code)]
-pub fn eventfd() -> std::io::Result<OwnedFd> {
-    // SAFETY: the call takes no memory of ours.
-    let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(std::io::Error::last_os_error());
-    }
-    // SAFETY: it is new, and nobody else's.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// Make an eventfd readable.
-#[allow(unsafe_code)]
-fn ring(fd: i32) {
-    let one: u64 = 1;
-    // SAFETY: eight bytes of a number that lives until the call returns, written to an eventfd that is ours.
-    // It cannot fail but for a counter that is full, and then it is readable already.
-    let _ = unsafe { libc::write(fd, std::ptr::from_ref(&one).cast(), 8) };
-}
-
-/// Make an eventfd unreadable.
-#[allow(unsafe_code)]
-fn quiet(fd: i32) {
-    let mut count: u64 = 0;
-    // SAFETY: eight bytes into a number that lives until the call returns. Not readable is fine.
-    let _ = unsafe { libc::read(fd, std::ptr::from_mut(&mut count).cast(), 8) };
-}
-
 /// Where connections come from.
 #[derive(Debug)]
 pub enum Listener {
     Tcp(StdTcpListener),
     Unix(StdUnixListener),
+}
+
+impl Listener {
+    /// A listening socket that Python has made and given away: `Front.start`'s caller says of which kind it is.
+    #[allow(unsafe_code)]
+    pub fn given(fd: i32, is_unix: bool) -> Self {
+        // SAFETY: it is open, and nobody else's any more.
+        unsafe {
+            if is_unix {
+                Listener::Unix(FromRawFd::from_raw_fd(fd))
+            } else {
+                Listener::Tcp(FromRawFd::from_raw_fd(fd))
+            }
+        }
+    }
 }
 
 /// How far the server is in its end.
@@ -252,6 +238,7 @@ async fn accept_tcp(
     mut stage: watch::Receiver<Stage>,
     done: Done,
 ) {
+    let _watched = shared.wakeup.watch(&listener);
     let Ok(listener) = TcpListener::from_std(listener) else { return };
     let mut doors = Doors::new(shared.clone());
     loop {
@@ -272,6 +259,7 @@ async fn accept_unix(
     mut stage: watch::Receiver<Stage>,
     done: Done,
 ) {
+    let _watched = shared.wakeup.watch(&listener);
     let Ok(listener) = UnixListener::from_std(listener) else { return };
     let mut doors = Doors::new(shared.clone());
     loop {
@@ -301,8 +289,9 @@ fn begin<S>(
     stage: &watch::Receiver<Stage>,
     done: &Done,
 ) where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: AsyncRead + AsyncWrite + AsRawFd + Unpin + Send + 'static,
 {
+    let watched = shared.wakeup.watch(&socket);
     let number = shared.connections.fetch_add(1, Ordering::Relaxed);
     let load = Load::new(shared.limits.connection_steps);
     let mut peer = Peer::new(name(number), number, load);
@@ -329,7 +318,7 @@ fn begin<S>(
             serving.as_mut().poll(cx)
         })
         .await;
-        drop((slot, done));
+        drop((slot, watched, done));
     });
 }
 
@@ -468,6 +457,6 @@ async fn keep_alive(pings: &mut h2::PingPong, limits: &Limits) {
 impl Shared {
     pub fn for_test() -> Self {
         let limits = Limits::for_test();
-        Shared::new(limits, HashMap::new(), None, eventfd().unwrap_or_else(|_| unreachable!()))
+        Shared::new(limits, HashMap::new(), None, Wakeup::new().unwrap_or_else(|_| unreachable!()))
     }
 }

@@ -1,0 +1,370 @@
+//! Who drives the wire: its own thread; or Python's event loop, while one client steps back to back and nobody else does.
+//!
+//! To hand a lone step from one thread to the other and its answer back takes two wake-ups, which are longer than the
+//! step itself. There is nothing that the threads could do at the same time either: the client waits. So the wire's
+//! thread lends the runtime to the event loop then, which is woken by the sockets themselves, reads, steps, and writes.
+//! As soon as others come, or something that may take long, or nothing any more, the wire's thread has it again.
+
+use crate::columns::{Arrival, LARGE};
+use crate::commands::{carry_out, Command};
+use crate::server::Shared;
+use std::future::Future;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::runtime::Runtime;
+use tokio::sync::{mpsc, Notify};
+
+/// The wire's thread looks so often whether the event loop still drives.
+const LOOK: Duration = Duration::from_millis(10);
+/// Lone steps that follow each other within this are back to back.
+const QUICK: Duration = Duration::from_millis(2);
+/// So many of them in a row before the loop drives.
+const LONE: u32 = 16;
+/// Turns in which nothing comes for Python (room for replies, pings), before it does not any more.
+const EMPTY: u32 = 8;
+/// How often new input is looked for when what is there is to be read, and when a reply is to be written.
+const READING: usize = 2;
+const WRITING: usize = 1;
+
+/// For the event loop's thread, but for `drive`.
+pub struct Driver {
+    pub shared: Arc<Shared>,
+    sender: mpsc::UnboundedSender<Command>,
+    state: Mutex<State>,
+    /// The wire's thread is to lend the runtime.
+    asked: Notify,
+    given_back: Condvar,
+}
+
+struct State {
+    /// Of the wire's thread, while it serves.
+    runtime: Option<Arc<Runtime>>,
+    /// The event loop drives it. Whoever does has this lock.
+    is_lent: bool,
+    may_lend: bool,
+    /// Of the event loop.
+    turns: u64,
+    pace: Pace,
+}
+
+impl Driver {
+    /// One that is to `drive`, and what it is asked to do, which its wire carries out while it drives itself.
+    pub fn new(shared: Arc<Shared>) -> (Self, mpsc::UnboundedReceiver<Command>) {
+        let (sender, waiting) = mpsc::unbounded_channel();
+        let state = State { runtime: None, is_lent: false, may_lend: true, turns: 0, pace: Pace::default() };
+        let driver = Driver {
+            shared,
+            sender,
+            state: Mutex::new(state),
+            asked: Notify::new(),
+            given_back: Condvar::new(),
+        };
+        (driver, waiting)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Serve on this thread, which is the wire's, until that has ended.
+    pub fn drive(&self, runtime: Runtime, serving: impl Future<Output = ()> + Send + 'static) {
+        let runtime = Arc::new(runtime);
+        self.state().runtime = Some(runtime.clone());
+        let mut serving = runtime.spawn(serving);
+        loop {
+            let has_ended = runtime.block_on(async {
+                tokio::select! {
+                    _ = &mut serving => true, // a panic of it has been printed
+                    () = self.asked.notified() => false,
+                }
+            });
+            if has_ended {
+                break;
+            }
+            self.lend(&runtime);
+        }
+        self.state().runtime = None;
+        if let Some(runtime) = Arc::into_inner(runtime) {
+            runtime.shutdown_timeout(Duration::from_millis(100));
+        }
+    }
+
+    /// Let the event loop drive, and return when it does not any more.
+    fn lend(&self, runtime: &Runtime) {
+        let mut state = self.state();
+        if !state.may_lend || !state.pace.is_lone() || !self.shared.wakeup.add_sockets() {
+            return;
+        }
+        state.is_lent = true;
+        turn(runtime, || (), WRITING); // what was asked for until now
+        while state.is_lent {
+            let turns = state.turns;
+            let waited = self.given_back.wait_timeout(state, LOOK);
+            (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+            if state.turns == turns {
+                self.take_back(&mut state); // nobody steps any more, or the loop is busy with something else
+            }
+        }
+    }
+
+    fn take_back(&self, state: &mut State) {
+        if state.is_lent {
+            state.is_lent = false;
+            state.pace = Pace::default();
+            self.shared.wakeup.remove_sockets();
+            self.given_back.notify_one();
+        }
+    }
+
+    /// Have the wire's thread drive from now on.
+    pub fn lend_no_more(&self) {
+        let mut state = self.state();
+        state.may_lend = false;
+        self.take_back(&mut state);
+    }
+
+    /// What has come for Python.
+    pub fn take(&self) -> Vec<Arrival> {
+        let mut state = self.state();
+        if state.is_lent {
+            state.turns += 1;
+            self.shared.is_taking.store(true, Ordering::Relaxed);
+            state.turn(|| (), READING);
+            self.shared.is_taking.store(false, Ordering::Relaxed);
+        }
+        let taken = self.shared.take();
+        state.pace.took(&taken, Instant::now());
+        if state.is_lent {
+            if !state.pace.is_lone() {
+                self.take_back(&mut state);
+            }
+        } else if state.pace.is_lone() && state.may_lend && self.shared.wakeup.sees_all() {
+            self.asked.notify_one();
+        }
+        taken
+    }
+
+    /// Have something done: now, if this thread drives. Else it is counted until it is carried out.
+    pub fn send(&self, command: Command) {
+        let state = self.state();
+        if state.is_lent {
+            return state.turn(|| carry_out(command), WRITING);
+        }
+        self.shared.commands.fetch_add(1, Ordering::Release);
+        // it fails where the wire's thread has ended, and then there is nobody to hear of it
+        let _ = self.sender.send(command);
+    }
+}
+
+impl State {
+    fn turn(&self, work: impl FnOnce(), looks: usize) {
+        if let Some(runtime) = &self.runtime {
+            turn(runtime, work, looks);
+        }
+    }
+}
+
+/// Do something on the wire, and all that can be done then without waiting.
+fn turn(runtime: &Runtime, work: impl FnOnce(), looks: usize) {
+    runtime.block_on(async {
+        work();
+        for _ in 0..looks {
+            tokio::task::yield_now().await; // tasks run until none can go on, and the sockets are looked at
+        }
+    });
+}
+
+/// Whether steps come one by one, each when the last was answered.
+#[derive(Debug, Default)]
+struct Pace {
+    lone: u32,
+    empty: u32,
+    latest: Option<Instant>,
+}
+
+impl Pace {
+    fn is_lone(&self) -> bool {
+        self.lone >= LONE
+    }
+
+    fn took(&mut self, taken: &[Arrival], now: Instant) {
+        match taken {
+            [] => {
+                self.empty += 1;
+                if self.empty > EMPTY {
+                    self.lone = 0;
+                }
+                return;
+            }
+            [Arrival::Batch(batch)] if batch.entries.len() == 1 && batch.sizes.len() < LARGE => {
+                let is_quick = self.latest.is_some_and(|latest| now.duration_since(latest) <= QUICK);
+                self.lone = if is_quick { LONE.min(self.lone + 1) } else { 0 };
+            }
+            _ => self.lone = 0,
+        }
+        self.empty = 0;
+        self.latest = Some(now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::call::Call;
+    use crate::columns::Arrivals;
+    use crate::plain::{Step, Tensor};
+    use bytes::Bytes;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream as StdUnixStream;
+    use tokio::io::AsyncReadExt;
+    use tokio::net::UnixStream;
+
+    /// A step of the session of this name.
+    fn push(arrivals: &mut Arrivals, name: u8) {
+        let id = [name];
+        let step = Step {
+            session_ids: vec![std::str::from_utf8(&id).unwrap()],
+            tensors: vec![Tensor { name: "", dtype: 9, shape: vec![1], data: &[0] }],
+            sizes: vec![1],
+            ..Step::default()
+        };
+        arrivals.push_step(Arc::new(Call::for_test()), None, &step, f64::INFINITY, 0);
+    }
+
+    fn taken(names: &[u8]) -> Vec<Arrival> {
+        let mut arrivals = Arrivals::default();
+        names.iter().for_each(|name| push(&mut arrivals, *name));
+        arrivals.take(usize::MAX).0
+    }
+
+    /// A driver of a wire whose messages are the names of sessions that step; a client of it; and what it serves by.
+    struct Wire {
+        driver: Arc<Driver>,
+        client: StdUnixStream,
+        runtime: Runtime,
+        served: StdUnixStream,
+    }
+
+    fn wire() -> Wire {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (driver, _) = Driver::new(Arc::new(Shared::for_test()));
+        let (client, served) = StdUnixStream::pair().unwrap();
+        served.set_nonblocking(true).unwrap();
+        Wire { driver: Arc::new(driver), client, runtime, served }
+    }
+
+    async fn serve(shared: Arc<Shared>, served: StdUnixStream) {
+        let _watched = shared.wakeup.watch(&served);
+        let mut served = UnixStream::from_std(served).unwrap();
+        let mut names = [0; 16];
+        loop {
+            let size = served.read(&mut names).await.unwrap();
+            if size == 0 {
+                return;
+            }
+            shared.arrive(|arrivals| names[..size].iter().for_each(|name| push(arrivals, *name)));
+        }
+    }
+
+    /// Wait for the wire as Python's event loop does, and take what has come.
+    #[allow(unsafe_code)]
+    fn next(driver: &Driver) -> Vec<Arrival> {
+        loop {
+            let mut polled = libc::pollfd { fd: driver.shared.wakeup.fd(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: one entry, which lives until the call returns.
+            assert_eq!(unsafe { libc::poll(std::ptr::from_mut(&mut polled), 1, 60_000) }, 1, "nothing comes");
+            let found = driver.take();
+            if !found.is_empty() {
+                return found;
+            }
+        }
+    }
+
+    #[test]
+    fn lone_steps_are_one_at_a_time_and_back_to_back() {
+        let start = Instant::now();
+        let lone = || {
+            let mut pace = Pace::default();
+            (0..=LONE).for_each(|_| pace.took(&taken(b"a"), start));
+            pace
+        };
+        assert!(lone().is_lone());
+        let mut pace = lone();
+        pace.took(&taken(b"ab"), start);
+        assert!(!pace.is_lone(), "two at a time");
+        let mut pace = lone();
+        pace.took(&[Arrival::HalfClosed(Arc::new(Call::for_test()))], start);
+        assert!(!pace.is_lone(), "something else");
+        let mut pace = lone();
+        pace.took(&taken(b"a"), start + QUICK);
+        assert!(pace.is_lone());
+        pace.took(&taken(b"a"), start + 3 * QUICK);
+        assert!(!pace.is_lone(), "too late");
+        let mut pace = lone();
+        (0..EMPTY).for_each(|_| pace.took(&[], start));
+        assert!(pace.is_lone());
+        pace.took(&taken(b"a"), start);
+        (0..=EMPTY).for_each(|_| pace.took(&[], start));
+        assert!(!pace.is_lone(), "nothing any more");
+    }
+
+    #[test]
+    fn the_event_loop_drives_until_others_come() {
+        let Wire { driver, mut client, runtime, served } = wire();
+        drop(runtime.spawn(serve(driver.shared.clone(), served)));
+        turn(&runtime, || (), READING);
+        {
+            let mut state = driver.state();
+            state.runtime = Some(Arc::new(runtime));
+            state.is_lent = true;
+            state.pace.lone = LONE;
+            state.pace.latest = Some(Instant::now() + Duration::from_secs(3600));
+            // whatever it takes is quick
+        }
+        assert!(driver.shared.wakeup.add_sockets());
+        client.write_all(b"a").unwrap();
+        let found = next(&driver);
+        assert!(matches!(&found[..], [Arrival::Batch(batch)] if batch.entries.len() == 1));
+        assert!(driver.state().is_lent);
+        let call = Arc::new(Call::for_test());
+        driver.send(Command::Finish(call.clone(), Bytes::from_static(b"answered")));
+        assert_eq!(call.state().replies.len(), 1, "it is done at once");
+        client.write_all(b"bc").unwrap();
+        assert!(matches!(&next(&driver)[..], [Arrival::Batch(batch)] if batch.entries.len() == 2));
+        assert!(!driver.state().is_lent);
+        driver.send(Command::Finish(call.clone(), Bytes::from_static(b"answered")));
+        assert_eq!(
+            (call.state().replies.len(), driver.shared.unwritten()),
+            (1, 1),
+            "another thread is to do it"
+        );
+    }
+
+    #[test]
+    fn the_wire_has_it_back_when_nothing_comes_any_more() {
+        let Wire { driver, mut client, runtime, served } = wire();
+        let serving = serve(driver.shared.clone(), served);
+        let own = driver.clone();
+        let thread = std::thread::spawn(move || own.drive(runtime, serving));
+        while !driver.state().is_lent {
+            driver.state().pace.lone = LONE;
+            driver.asked.notify_one();
+            std::thread::yield_now();
+        }
+        while driver.state().is_lent {
+            std::thread::yield_now();
+        }
+        client.write_all(b"a").unwrap();
+        assert_eq!(next(&driver).len(), 1);
+        driver.lend_no_more();
+        driver.state().pace.lone = LONE;
+        driver.asked.notify_one();
+        client.write_all(b"b").unwrap();
+        assert_eq!(next(&driver).len(), 1);
+        assert!(!driver.state().is_lent);
+        drop(client);
+        thread.join().unwrap();
+        assert!(driver.state().runtime.is_none());
+    }
+}
