@@ -1,0 +1,93 @@
+"""GroupCommit: what is committed together has become what it would have become one by one."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stepwell_server.engine.durability import group_commit as module
+from stepwell_server.store.base import Batch, End, LocalStore, Tombstone
+from stepwell_server.store.disk.lmdb import LmdbStore
+from stepwell_server.store.memory import MemoryStore
+from support.clock import ManualClock
+from support.samples import examples
+
+pytestmark = pytest.mark.stores("memory")
+
+ids = st.sampled_from("abc")
+some = st.lists(ids, max_size=2)
+stones = st.builds(
+    Tombstone, ids, st.sampled_from([End.EXPIRED, End.CLOSED]), st.just(1.0), request_id=st.integers(0, 99)
+)
+batches = st.builds(
+    Batch,
+    puts=st.lists(st.tuples(ids, st.binary(min_size=1, max_size=2)), max_size=2),
+    deletes=some,
+    forgets=some,
+    tombstones=st.lists(stones, max_size=2),
+    counts=st.lists(st.tuples(st.sampled_from("mn"), st.integers(-2, 2)), max_size=2),
+    tenant_counts=st.lists(st.tuples(st.sampled_from(["\x1f", "m\x1f"]), st.integers(-2, 2)), max_size=2),
+    documents=st.lists(st.tuples(ids, st.none() | st.binary(max_size=1)), max_size=2),
+)
+
+
+def content(store: LocalStore) -> list[object]:
+    found: list[object] = [(i, store.get(i), store.tombstones([i])[0]) for i in "abc"]
+    counts = [store.count_of(name) for name in ("m", "n", "\x1f", "m\x1f")]
+    return [*found, store.count(), *counts, store.documents()]
+
+
+def together(batches: Sequence[Batch]) -> list[Batch]:
+    items = [module._Item(Batch, 1, lambda _error: None) for _ in batches]
+    for item, batch in zip(items, batches, strict=True):
+        item.batch = batch
+    groups = module._groups(items)
+    assert [item for group in groups for item in group] == items
+    return [module._merged([item.batch for item in group]) for group in groups]
+
+
+@settings(max_examples=examples(500), deadline=None)
+@given(st.lists(batches, min_size=2, max_size=8))
+def test_together_is_as_one_by_one(batches: list[Batch]) -> None:
+    one_by_one, merged = MemoryStore(), MemoryStore()
+    for batch in batches:
+        one_by_one.commit(batch)
+    for batch in together(batches):
+        merged.commit(batch)
+    assert content(merged) == content(one_by_one)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(batches, min_size=1, max_size=6), min_size=1, max_size=6))
+def test_so_it_is_on_disk(runs: list[list[Batch]]) -> None:
+    one_by_one = MemoryStore()
+    with tempfile.TemporaryDirectory() as folder:
+        store = LmdbStore(Path(folder), durability="async", clock=ManualClock())
+        for batches in runs:
+            for batch in batches:
+                one_by_one.commit(batch)
+            for batch in together(batches):
+                store.commit(batch)
+            assert content(store) == content(one_by_one)
+        store.close()
+
+
+def test_what_has_nothing_to_do_with_each_other_is_one_transaction() -> None:
+    made = [Batch(puts=[(f"s{i}", b"1")], forgets=[f"s{i}"], counts=[("m", 1)]) for i in range(100)]
+    ended = [Batch(deletes=[f"t{i}"], tombstones=[Tombstone(f"t{i}", End.CLOSED, 1.0)]) for i in range(100)]
+    assert len(together([*made, *ended])) == 1
+    assert len(together([*ended, *made])) == 1
+    assert len(together([*ended, Batch(puts=[("t5", b"1")])])) == 2
+    assert len(together([*ended, Batch(forgets=["t5"])])) == 2
+    named = [
+        Batch(documents=[("t5", b"1")]),
+        Batch(documents=[("t5", None)]),
+        Batch(documents=[("t5", b"2")]),
+    ]
+    (batch,) = together([*ended, *named])
+    assert batch.documents == [("t5", b"1"), ("t5", None), ("t5", b"2")], "a document is no session"
