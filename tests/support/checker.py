@@ -72,6 +72,10 @@ class Report:
     forks: int = 0
     answered_again: int = 0
     """Changes with more than one answer, the same in all bits."""
+    taken_back: int = 0
+    """Acknowledged changes that the store has lost, as it may: see `linear`."""
+    unjudged: int = 0
+    """Sessions with too many orders to look at."""
     violations: list[Violation] = dataclasses.field(default_factory=list)
 
     def count(self, sort: Sort) -> int:

@@ -52,6 +52,8 @@ class Call:
     """Of a fork."""
     batch_size: int = 0
     """Of an opening, or of a fork."""
+    is_together: bool = False
+    """Of an opening, or of a fork: the same call makes others, all of them or none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,10 @@ class Log:
         """After its answer came."""
         self._write({"end": number, "s": time.monotonic(), **_packed(end)})
 
+    def mark(self, name: str) -> None:
+        """Something else happened, see `marks`."""
+        self._write({"mark": name, "s": time.monotonic()})
+
     def close(self) -> None:
         """End it."""
         os.close(self._file)
@@ -142,6 +148,14 @@ def load(paths: Iterable[Path]) -> list[Op]:
                 if end.outcome == "acknowledged" and not op.acknowledged_s:
                     op.acknowledged_s = moment_s
     return ops
+
+
+def marks(path: Path) -> list[tuple[int, str]]:
+    """What else happened, and at which moment, by the clock of a history."""
+    lines = enumerate(path.read_text().splitlines(), 1)
+    return [
+        (at, found["mark"]) for at, found in ((at, json.loads(line)) for at, line in lines) if "mark" in found
+    ]
 
 
 def live(ops: Iterable[Op]) -> dict[str, int]:

@@ -14,7 +14,11 @@ each call at which it took effect:
 - a call that was refused told the truth of a moment, and had no effect;
 - a call whose outcome nobody knows took effect once, at any time after it was sent, or never;
 - a session expires only when its last acknowledged change is longer ago than the limit;
-- at a fail-over exactly those writes are gone that the store says it lost (`Rollback`), and none in any other moment.
+- what one call makes together with others, and does not make in the end, is taken back before the call is answered;
+- at a fail-over exactly those writes are gone that the store says it lost (`Rollback`), and none in any other moment;
+- where nobody can say what a fail-over lost (`Loss`), it is the last writes of a session, and none that were acknowledged
+  before the new primary had them for sure. Until all servers ask the new primary some may still ask the old one: what is
+  changed and read there follows what was there before, and is lost.
 
 What only looks is settled as soon as it fits, so the search branches only where outcomes are unknown.
 """
@@ -24,20 +28,17 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from support.checker import Report, Sort, Violation
-from support.history import ANY, CHANGES, End, Floats, Op
+from support.history import ANY, CHANGES, Floats, Op
+from support.register import Item, Loss, Rollback, State, Terms, Value
 from support.replay import TOLERANCE
 
-Life = Literal["absent", "live", "closed", "expired"]
-_MOST_NODES = 200_000
-"""Of a search: more of them cannot be looked at."""
-State: TypeAlias = Any
-"""What a model computes with; it has a position."""
+TOO_MANY = "too many orders to look at all of them"
 
 
 class Model(Protocol):
@@ -53,32 +54,6 @@ class Model(Protocol):
         """The state after a reset."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Rollback:
-    """A fail-over took the last writes of a session back."""
-
-    at: int
-    """When, on the clock of the history."""
-    session: str
-    writes: int
-    """How many of the session's."""
-    life: Life
-    """What it is afterwards."""
-    revision: int = 0
-    """Of a session that is live afterwards."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Terms:
-    """What may happen to sessions besides what callers ask for."""
-
-    idle_s: float = math.inf
-    """After so many seconds without a change a session may expire."""
-    time_of: Callable[[int], float] = float
-    """Seconds, by the clock of the history."""
-    rollbacks: Sequence[Rollback] = ()
-
-
 def check(ops: Sequence[Op], model: Model, terms: Terms | None = None) -> Report:
     """Check the histories of all sessions, in the order of their calls."""
     terms, report = terms or Terms(), Report()
@@ -91,71 +66,22 @@ def check(ops: Sequence[Op], model: Model, terms: Terms | None = None) -> Report
     for each in terms.rollbacks:
         lost[each.session].append(each)
     forked: dict[str, list[tuple[int, State]]] = collections.defaultdict(list)
+    unjudged: set[str] = set()
     for session, mine in of.items():  # a parent stands before what was forked from it
+        if any(
+            op.call.kind == "fork" and op.call.session == session and op.call.parent in unjudged
+            for op in mine
+        ):
+            unjudged.add(session)
+            continue
         search = _Search(session, mine, model, terms, lost[session], forked, report)
         try:
             search.run()
         except Violation as violation:
             report.violations.append(violation)
+            if violation.what == TOO_MANY:
+                unjudged.add(session)
     return report
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Value:
-    """Of the register; `before` is what the last write replaced."""
-
-    life: Life
-    revision: int
-    state: State
-    opened_with: int
-    used_at: float
-    before: _Value | None
-    trail: int
-    """Tells which writes made it, in which order."""
-    op: Op | None = None
-    """That wrote it."""
-
-    def write(self, item: int, life: Life, op: Op | None = None, **changed: Any) -> _Value:
-        fields: dict[str, Any] = {
-            "revision": self.revision,
-            "state": self.state,
-            "opened_with": self.opened_with,
-            "used_at": self.used_at,
-        }
-        trail = hash((self.trail, item))
-        return _Value(life=life, before=self, trail=trail, op=op, **(fields | changed))
-
-    def has(self, op: Op) -> bool:
-        """Whether an operation is among its writes."""
-        at: _Value | None = self
-        while at is not None:
-            if at.op is op:
-                return True
-            at = at.before
-        return False
-
-    def __str__(self) -> str:
-        return f"live at revision {self.revision}" if self.life == "live" else self.life
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Item:
-    """What the order must have."""
-
-    kind: Literal["effect", "look", "rollback"]
-    low: int
-    high: float
-    op: Op | None = None
-    end: End | None = None
-    rollback: Rollback | None = None
-    must: bool = True
-
-    def __str__(self) -> str:
-        if self.op is None:
-            return f"fail-over {self.rollback}"
-        call, end = self.op.call, self.end
-        told = "" if end is None else f" told {end.outcome} revision {end.revision} {end.error}"
-        return f"{call.kind} {self.op.number} ({self.low}, {self.high}) expected {call.expected}{told}"
 
 
 class _Search:
@@ -179,16 +105,22 @@ class _Search:
         self._forks = any(op.call.parent == session for op in ops)
         self._lost_forks = [op for op in ops if op.call.parent == session and op.acknowledged is None]
         items = [item for op in ops for item in self._items(op)]
-        items += [_Item("rollback", each.at, each.at, rollback=each) for each in lost]
-        twins = list(_twins(items, lost))
-        if terms.idle_s < math.inf:
+        twins = list(_twins(items, [(each.at, each.at) for each in lost]))
+        twins += _twins(items, [(each.low, each.high) for each in terms.losses])
+        items += [Item("rollback", each.at, each.at, rollback=each) for each in lost]
+        items += [Item("loss", each.low, each.high, loss=each, must=False) for each in terms.losses]
+        if terms.may_end:
             twins += _openings_of_unused(items)
         self._may_repeat = {id(item.op) for item in twins}
-        self._items_of: list[_Item] = sorted([*items, *twins], key=lambda item: item.low)
+        self._items_of: list[Item] = sorted([*items, *twins], key=lambda item: item.low)
         self._backs = [
-            (item.low, 1 << place) for place, item in enumerate(self._items_of) if item.kind == "rollback"
+            (item.low, item.high, 1 << place)
+            for place, item in enumerate(self._items_of)
+            if item.kind in ("rollback", "loss")
         ]
         self._ops = ops
+        self._computed: dict[tuple[int, int], tuple[Floats | None, State, State]] = {}
+        """By change and state, which is kept so that no other gets its number."""
 
     def run(self) -> None:
         """Find an order.
@@ -211,37 +143,52 @@ class _Search:
 
     # ------------------------------------------------------------------------------------------------- what there is
 
-    def _items(self, op: Op) -> Iterator[_Item]:
+    def _items(self, op: Op) -> Iterator[Item]:
         call = op.call
         if call.kind == "fork" and call.parent == self._session:
             yield from self._looks_of_a_fork(op)
             return
         acknowledged = op.acknowledged
+        if call.is_together:
+            yield from self._attempts(op)
         if call.kind in ("read", "look"):
             for told_at, end in op.ends:
                 if end.outcome in ("acknowledged", "gone"):
-                    yield _Item("look", op.called_at, told_at, op, end)
+                    yield Item("look", op.called_at, told_at, op, end)
             return
         for told_at, end in op.ends:
             tells = end.outcome == "gone" or end.revision is not None or end.error.startswith("SessionExists")
             if end.outcome != "acknowledged" and tells:
-                yield _Item("look", op.called_at, told_at, op, end)
+                yield Item("look", op.called_at, told_at, op, end)
         if acknowledged is not None:
             told_at = next(at for at, end in op.ends if end is acknowledged)
             if call.kind == "open" and acknowledged.found:
-                yield _Item("look", op.called_at, told_at, op, acknowledged)
+                yield Item("look", op.called_at, told_at, op, acknowledged)
                 # it may be this very call that made it, in an attempt whose answer was lost
-                yield _Item("effect", op.called_at, told_at, op, None, must=False)
+                yield Item("effect", op.called_at, told_at, op, None, must=False)
             else:
-                yield _Item("effect", op.called_at, told_at, op, acknowledged)
+                yield Item("effect", op.called_at, told_at, op, acknowledged)
         elif _may_have_happened(op):
-            yield _Item("effect", op.called_at, math.inf, op, None, must=False)
+            yield Item("effect", op.called_at, math.inf, op, None, must=False)
 
     @staticmethod
-    def _looks_of_a_fork(op: Op) -> Iterator[_Item]:
+    def _attempts(op: Op) -> Iterator[Item]:
+        """What was made and taken back by attempts of a call that makes several sessions, before it was answered for good.
+
+        What attempts made that were to come again may stay, though another one was refused for good.
+        """
+        is_open = op.acknowledged is None and (_may_have_happened(op) or len(op.ends) > 1)
+        high = math.inf if is_open else max(at for at, _ in op.ends)
+        if op.acknowledged is not None:
+            high = next(at for at, end in op.ends if end is op.acknowledged)
+        yield Item("effect", op.called_at, high, op, None, must=False, is_attempt=True)
+        yield Item("undo", op.called_at, high, op, None, must=False)
+
+    @staticmethod
+    def _looks_of_a_fork(op: Op) -> Iterator[Item]:
         for told_at, end in op.ends:
             if end is op.acknowledged:
-                yield _Item("look", op.called_at, told_at, op, end)
+                yield Item("look", op.called_at, told_at, op, end)
 
     def _count(self, op: Op) -> None:
         report, end = self._report, op.acknowledged
@@ -271,27 +218,29 @@ class _Search:
     # ------------------------------------------------------------------------------------------------------ the search
 
     def _look_for_an_order(self) -> None:
-        start = _Value("absent", 0, None, 0, -math.inf, None, 0)
+        start = Value("absent", 0, None, 0, -math.inf, None, 0)
         stack = [(0, start)]
         seen: set[tuple[int, int]] = set()
-        best: tuple[int, int, _Value] = (-1, 0, start)
+        best: tuple[int, int, Value] = (-1, 0, start)
         found = False
         while stack:
             done, value = stack.pop()
             done, progress = self._settle(done, value)
+            if value.undone_by is not None and value.undone_by < self._now(done):
+                continue
             if (done, value.trail) in seen:
                 continue
             seen.add((done, value.trail))
-            if len(seen) > _MOST_NODES:
+            if len(seen) > self._terms.most_nodes:
                 if found:
                     return
-                raise Violation(
-                    "error", self._session, value.revision, "too many orders to look at all of them"
-                )
+                raise Violation("error", self._session, value.revision, TOO_MANY)
             for op in self._lost_forks if value.life == "live" else ():
                 self._may_be_forked(op, value)
-            candidates, left = self._candidates(done)
+            candidates, left, _ = self._candidates(done)
             if not left:
+                if not found:
+                    self._report.taken_back += self._taken_back_in(value)
                 found = True
                 if not self._forks:  # else all that it may have been when it was forked
                     self._report.filled += progress
@@ -300,7 +249,7 @@ class _Search:
             if progress > best[0]:
                 best = (progress, done, value)
             bound = min(self._items_of[place].high for place in left)
-            if value.life == "live" and self._terms.time_of(int(bound)) - value.used_at >= self._terms.idle_s:
+            if self._may_expire(done, value, bound):
                 stack.append((done, value.write(-1, "expired")))
             if self._is_too_late(done, left, value):
                 continue
@@ -310,23 +259,48 @@ class _Search:
         if not found:
             raise self._explain(*best[1:])
 
-    def _settle(self, done: int, value: _Value) -> tuple[int, int]:
-        """Take what only looks and sees this value: it changes nothing, so it need not wait."""
+    def _taken_back_in(self, value: Value) -> int:
+        """Acknowledged changes that are not among its writes."""
+        changes = (op for op in self._ops if op.call.kind in CHANGES and op.acknowledged is not None)
+        return sum(not value.has(op) for op in changes)
+
+    def _may_expire(self, done: int, value: Value, bound: float) -> bool:
+        terms, now = self._terms, self._now(done)
+        if value.life != "live" or not terms.may_end:
+            return False
+        end_s = math.inf if bound == math.inf else terms.time_of(int(bound))
+        now_s = -math.inf if now == -math.inf else terms.time_of(int(now))
+        return terms.may_end_at(self._session, value.used_at, now_s) <= end_s
+
+    def _now(self, done: int) -> float:
+        """The latest moment that is certainly over. Items are in the order of their beginnings."""
+        return self._items_of[done.bit_length() - 1].low if done else -math.inf
+
+    def _settle(self, done: int, value: Value) -> tuple[int, int]:
+        """Take what only looks and sees this value: it changes nothing, so it need not wait.
+
+        Unless something that may still happen had to happen before it.
+        """
         again = True
         while again:
             again = False
-            for place in self._candidates(done)[0]:
+            candidates, _, horizon = self._candidates(done)
+            for place in candidates:
                 item = self._items_of[place]
-                if item.kind == "look" and self._sees(item, value):
+                if item.kind == "look" and item.low <= horizon and self._sees(item, value):
                     done |= 1 << place
                     again = True
         return done, done.bit_count()
 
-    def _candidates(self, done: int) -> tuple[list[int], list[int]]:
-        """What may be next: all that was sent before anything that is left was answered. And what must be there of it."""
-        bound, found, left = math.inf, [], []
+    def _candidates(self, done: int) -> tuple[list[int], list[int], float]:
+        """What may be next: all that was sent before anything that is left was answered. And what must be there of it.
+
+        And when the first is over of those that need not be.
+        """
+        bound, horizon, found, left = math.inf, math.inf, [], []
+        now = self._now(done)
         for place, item in enumerate(self._items_of):
-            if done >> place & 1:
+            if done >> place & 1 or item.high < now:
                 continue
             if item.low > bound:
                 break
@@ -334,12 +308,19 @@ class _Search:
             if item.must:
                 left.append(place)
                 bound = min(bound, item.high)
-        return [place for place in found if self._items_of[place].low <= bound], left
+            else:
+                horizon = min(horizon, item.high)
+        return [place for place in found if self._items_of[place].low <= bound], left, horizon
 
-    def _is_too_late(self, done: int, left: Sequence[int], value: _Value) -> bool:
+    def _is_too_late(self, done: int, left: Sequence[int], value: Value) -> bool:
         """Whether something told a revision that is over: nothing but a fail-over brings one back."""
-        back = min((at for at, bit in self._backs if not done & bit), default=math.inf)
+        now = self._now(done)
+        back = min(
+            (low for low, high, bit in self._backs if not done & bit and high >= now), default=math.inf
+        )
         items = [self._items_of[place] for place in left if self._items_of[place].high < back]
+        if value.old is not None:
+            items = [item for item in items if item.low >= value.old_until]
         told = [
             item.end.revision + (item.kind == "look")
             for item in items
@@ -350,13 +331,16 @@ class _Search:
         ]
         return bool(told) and min(told) <= value.revision
 
-    def _sees(self, item: _Item, value: _Value) -> bool:
+    def _sees(self, item: Item, value: Value) -> bool:
+        return self._sees_it(item, value) or any(self._sees_it(item, each) for each in value.stale_for(item))
+
+    def _sees_it(self, item: Item, value: Value) -> bool:
         assert item.op is not None
         assert item.end is not None
         call, end = item.op.call, item.end
         if end.outcome == "gone":
             return value.life == "expired" if end.error.startswith("SessionExpired") else value.life != "live"
-        if value.life != "live":
+        if value.life != "live" or (value.undone_by is not None and value.op is item.op):
             return False
         if end.revision is not None and end.revision != value.revision:
             return False
@@ -371,20 +355,39 @@ class _Search:
             return True
         return end.states is None or _all_close(end.states, value.state.named())
 
-    def _may_be_forked(self, op: Op, value: _Value) -> None:
+    def _may_be_forked(self, op: Op, value: Value) -> None:
         if not any(state is value.state for _, state in self._forked[op.number]):
             self._forked[op.number].append((value.revision, value.state))
 
-    def _after(self, place: int, value: _Value) -> Iterable[_Value]:
+    def _after(self, place: int, value: Value) -> Iterable[Value]:
         """What the register may be when something has taken effect; nothing if it cannot at this moment."""
         item = self._items_of[place]
         if item.kind == "look":
+            if self._sees(item, value):  # it was not settled, as it is later than what may still happen
+                yield value
             return
+        if item.loss is not None:
+            for back in _all_before(value, item.loss):
+                if back is not value or item.loss.low < item.loss.high:
+                    yield value.split(back, item.loss)
+            return
+        yield from self._after_it(place, value)
+        old = value.old_for(item)
+        if old is not None and item.kind in ("effect", "undo"):
+            for after in self._after_it(place, old):
+                yield value.with_old(after)
+
+    def _after_it(self, place: int, value: Value) -> Iterable[Value]:
+        item = self._items_of[place]
         if item.kind == "rollback":
             assert item.rollback is not None
             yield from _taken_back(item.rollback, value)
             return
         assert item.op is not None
+        if item.kind == "undo":
+            if value.undone_by is not None and value.op is item.op:
+                yield value.write(place, "absent")
+            return
         if id(item.op) in self._may_repeat and value.has(item.op) and value.life != "expired":
             return
         call, end, used_at = item.op.call, item.end, self._terms.time_of(item.low)
@@ -402,6 +405,7 @@ class _Search:
                             revision=max(revision, its_revision),
                             state=state,
                             opened_with=call.request_id,
+                            undone_by=item.high if item.is_attempt else None,
                             used_at=used_at,
                         )
                 return
@@ -415,6 +419,7 @@ class _Search:
                 revision=revision,
                 state=state,
                 opened_with=call.request_id,
+                undone_by=item.high if item.is_attempt else None,
                 used_at=used_at,
             )
             return
@@ -433,14 +438,20 @@ class _Search:
         yield value.write(place, "live", item.op, revision=value.revision + 1, state=state, used_at=used_at)
 
     def _changed(self, op: Op, state: State) -> tuple[Floats | None, State]:
-        if op.call.kind == "reset":
-            return None, self._model.reset(state, op.call.states, op.call.rows)
-        assert op.call.x is not None
-        return self._model.step(state, op.call.x)
+        known = self._computed.get((id(op), id(state)))
+        if known is None:
+            made: tuple[Floats | None, State]
+            if op.call.kind == "reset":
+                made = None, self._model.reset(state, op.call.states, op.call.rows)
+            else:
+                assert op.call.x is not None
+                made = self._model.step(state, op.call.x)
+            known = self._computed[id(op), id(state)] = (*made, state)
+        return known[0], known[1]
 
-    def _explain(self, done: int, value: _Value) -> Violation:
+    def _explain(self, done: int, value: Value) -> Violation:
         """Where the best order ends: for people, and a guess at what happened."""
-        _, left = self._candidates(done)
+        _, left, _ = self._candidates(done)
         place = min(left, key=lambda at: self._items_of[at].high)
         item = self._items_of[place]
         revision = None if item.end is None else item.end.revision
@@ -458,15 +469,30 @@ class _Search:
         )
 
 
-def _twins(items: Sequence[_Item], lost: Sequence[Rollback]) -> Iterator[_Item]:
+def _twins(items: Sequence[Item], lost: Sequence[tuple[float, float]]) -> Iterator[Item]:
     """Effects that a fail-over took back while their calls were under way: they may be had again, by another attempt."""
     for item in items:
-        for each in lost:
-            if item.kind == "effect" and item.low < each.at < item.high:
-                yield _Item("effect", item.low, each.at, item.op, must=False)
+        for low, high in lost:
+            if item.kind == "effect" and item.low < high and item.high > low:
+                yield Item("effect", item.low, high, item.op, must=False)
+                assert item.op is not None
+                if item.must and _has_unknown(item.op):  # it was sent more than once
+                    yield Item("effect", item.low, math.inf, item.op, must=False)
 
 
-def _openings_of_unused(items: Sequence[_Item]) -> Iterator[_Item]:
+def _all_before(value: Value, loss: Loss) -> Iterator[Value]:
+    """What a session may be when last writes are gone: none first, then more and more of those that may be lost."""
+    there: Value | None = value
+    while there is not None:
+        yield there
+        if there.op is not None and any(
+            at < loss.since for at, end in there.op.ends if end.outcome == "acknowledged"
+        ):
+            return
+        there = there.before
+
+
+def _openings_of_unused(items: Sequence[Item]) -> Iterator[Item]:
     """Openings whose first attempt nobody heard of, so that what it had made expired before another one."""
     for item in items:
         if (
@@ -475,7 +501,7 @@ def _openings_of_unused(items: Sequence[_Item]) -> Iterator[_Item]:
             and item.op.call.kind == "open"
             and _has_unknown(item.op)
         ):
-            yield _Item("effect", item.low, item.high, item.op, must=False)
+            yield Item("effect", item.low, item.high, item.op, must=False)
 
 
 def _may_have_happened(op: Op) -> bool:
@@ -486,8 +512,8 @@ def _has_unknown(op: Op) -> bool:
     return any(end.outcome == "unknown" for _, end in op.ends)
 
 
-def _taken_back(rollback: Rollback, value: _Value) -> Iterator[_Value]:
-    there: _Value | None = value
+def _taken_back(rollback: Rollback, value: Value) -> Iterator[Value]:
+    there: Value | None = value
     for _ in range(rollback.writes):
         there = None if there is None else there.before
     if there is None or there.life != rollback.life:
@@ -502,8 +528,10 @@ def _bits(array: Floats | None) -> bytes:
 
 
 def _is_output(op: Op, seen: Floats | None, y: Floats | None) -> bool:
-    if y is None:
+    if y is None or op.call.outputs == "none":
         return seen is None
+    if op.call.outputs == "last" and y.ndim == 3:
+        y = y[:, -1]
     return seen is not None and _close(seen, y)
 
 

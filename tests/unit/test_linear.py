@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import pytest
 
 from support.checker import Report
 from support.history import ANY, Call, End, Floats, Op
-from support.linear import Rollback, Terms, check
+from support.linear import check
+from support.register import Loss, Rollback, Terms
 from support.sim.model import PlainModel, PlainState
 
 MODEL = PlainModel()
@@ -66,8 +67,15 @@ class Told:
     def close(self, low: int, high: int | None) -> Op:
         return self.op(low, high, Call(kind="close", session="a"), End(outcome="acknowledged"))
 
-    def check(self, rollbacks: Sequence[Rollback] = (), idle_s: float = float("inf")) -> Report:
-        return check(sorted(self.ops, key=lambda op: op.called_at), MODEL, Terms(idle_s, float, rollbacks))
+    def check(
+        self,
+        rollbacks: Sequence[Rollback] = (),
+        idle_s: float = float("inf"),
+        losses: Sequence[Loss] = (),
+        ends_after: Callable[[str, float, float], float] | None = None,
+    ) -> Report:
+        terms = Terms(idle_s, float, rollbacks, losses, ends_after=ends_after)
+        return check(sorted(self.ops, key=lambda op: op.called_at), MODEL, terms)
 
 
 def _found(fields: dict[str, Any]) -> dict[str, Any]:
@@ -251,3 +259,164 @@ def test_an_error_that_nothing_can_cause_is_found() -> None:
     told = two_steps()
     told.op(2, 3, Call(kind="read", session="a"), End(outcome="error", error="Internal: "))
     assert sorts(told.check()) == ["error"]
+
+
+# ------------------------------------------------------------------ what a fail-over may lose that nobody can tell of
+
+
+def lost_at(at: int, since: int = 0, until: int | None = None) -> list[Loss]:
+    return [Loss(since, at, at if until is None else until)]
+
+
+def three_steps() -> Told:
+    told = two_steps()
+    told.after(3)
+    told.step(2, 3, 1, 1)
+    told.step(4, 5, 2, 2)
+    told.step(6, 7, 3, 3)
+    return told
+
+
+@pytest.mark.parametrize("left", [0, 1, 2, 3])
+def test_any_number_of_last_changes_may_be_lost(left: int) -> None:
+    told = three_steps()
+    told.read(12, 13, left)
+    report = told.check(losses=lost_at(10))
+    assert sorts(report) == []
+    assert report.taken_back == 3 - left
+    assert sorts(told.check()) == ([] if left == 3 else ["lost"])
+
+
+def test_a_hole_is_found() -> None:
+    told = three_steps()
+    without_the_second = Told()
+    without_the_second.after(1)
+    without_the_second.after(3)
+    state = without_the_second.states[2]
+    end = End(outcome="acknowledged", revision=2, position=2, states=state.named())
+    told.op(12, 13, Call(kind="read", session="a"), end)
+    assert sorts(told.check(losses=lost_at(10))) != []
+
+
+def test_a_mix_of_two_moments_is_found() -> None:
+    told = three_steps()
+    end = End(outcome="acknowledged", revision=2, position=2, states=told.states[1].named())
+    told.op(12, 13, Call(kind="read", session="a"), end)
+    assert sorts(told.check(losses=lost_at(10))) != []
+
+
+def test_the_state_of_another_session_is_found() -> None:
+    told = three_steps()
+    other = Told()
+    for value in (7, 8):
+        other.after(value)
+    end = End(outcome="acknowledged", revision=2, position=2, states=other.states[2].named())
+    told.op(12, 13, Call(kind="read", session="a"), end)
+    assert sorts(told.check(losses=lost_at(10))) != []
+
+
+@pytest.mark.parametrize(("since", "wrong"), [(5, []), (6, ["lost"])])
+def test_what_the_new_primary_had_for_sure_is_not_lost(since: int, wrong: list[str]) -> None:
+    """The second step was told at 5."""
+    told = three_steps()
+    told.read(12, 13, 1)
+    assert sorts(told.check(losses=lost_at(10, since))) == wrong
+
+
+def test_nothing_is_lost_at_another_time() -> None:
+    told = three_steps()
+    told.read(12, 13, 3)
+    told.read(14, 15, 2)
+    assert sorts(told.check(losses=lost_at(10))) == ["lost"]
+
+
+def test_it_is_lost_once_and_does_not_come_back() -> None:
+    told = three_steps()
+    told.read(12, 13, 1)
+    assert sorts(told.check(losses=lost_at(10))) == []
+    told.read(14, 15, 3)
+    assert sorts(told.check(losses=lost_at(10))) == ["twice"]
+
+
+def test_who_expects_what_is_lost_is_told_so() -> None:
+    told = three_steps()
+    told.after(4)
+    told.op(
+        12,
+        13,
+        Call(kind="step", session="a", expected=3, x=x(4)),
+        End(outcome="not_applied", revision=1, error="RevisionConflict: "),
+    )
+    assert sorts(told.check(losses=lost_at(10))) == []
+    told.ops[-1] = Op("x", 12, told.ops[-1].call, [(13, told.changed(4))])
+    told.read(14, 15, 1)
+    assert sorts(told.check(losses=lost_at(10))) == ["lost"], "it was applied to what is lost"
+
+
+def test_the_old_primary_goes_on_for_a_while_and_all_of_that_is_lost() -> None:
+    told = three_steps()  # the third step is made at the old primary, the other one at the new
+    other = Told()
+    for value in (1, 2, 9):
+        other.after(value)
+    told.op(5, 6, Call(kind="step", session="a", expected=2, x=x(9)), other.changed(3))
+    told.read(7, 8, 3)
+    end = End(outcome="acknowledged", revision=3, position=3, states=other.states[3].named())
+    told.op(22, 23, Call(kind="read", session="a"), end)
+    assert sorts(told.check(losses=lost_at(5, 0, 20))) == []
+    assert sorts(told.check(losses=lost_at(5, 0, 6))) != [], "it was read when nobody asked it any more"
+
+
+def test_an_opening_and_an_end_may_be_lost() -> None:
+    told = two_steps()
+    told.close(2, 3)
+    told.read(12, 13, 0)
+    assert sorts(told.check(losses=lost_at(10))) == []
+    told.ops[-1] = Op("x", 12, told.ops[-1].call, [(13, End(outcome="gone", error="SessionNotFound: "))])
+    assert sorts(told.check(losses=lost_at(10))) == []
+
+
+# ----------------------------------------------------------------------------------------------- all of them or none
+
+
+def opening(told: Told, low: int, *ends: tuple[int, End]) -> None:
+    call = Call(kind="open", session="a", request_id=1, must_be_new=True, batch_size=1, is_together=True)
+    told.ops.append(Op("o", low, call, list(ends)))
+
+
+REFUSED = End(outcome="not_applied", error="with others: SessionExists: ")
+
+
+def test_what_was_made_with_others_may_be_taken_back_before_the_call_is_answered() -> None:
+    told = Told()
+    opening(told, 0, (9, REFUSED))
+    told.read(2, 3, 0)
+    told.gone(4, 5, "SessionNotFound: ")
+    assert sorts(told.check()) == []
+    told.read(12, 13, 0)
+    assert sorts(told.check()) == ["wrong"]
+
+
+def test_what_was_made_with_others_is_not_taken_back_once_somebody_was_told_of_it() -> None:
+    told = Told()
+    opening(told, 0, (9, End(outcome="acknowledged", revision=0, position=0)))
+    told.gone(2, 3, "SessionNotFound: ")
+    assert sorts(told.check()) == []
+    told.gone(12, 13, "SessionNotFound: ")
+    assert sorts(told.check()) == ["gone"]
+
+
+def test_what_was_changed_is_not_taken_back() -> None:
+    told = two_steps()
+    told.ops.clear()
+    opening(told, 0, (9, REFUSED))
+    told.step(2, 3, 1, 1)
+    told.gone(4, 5, "SessionNotFound: ")
+    assert sorts(told.check()) == ["gone"]
+
+
+@pytest.mark.parametrize(("at", "wrong"), [(30, []), (20, ["gone"])])
+def test_it_ends_by_itself_no_sooner_than_it_may(at: int, wrong: list[str]) -> None:
+    told = two_steps()
+    told.step(14, 15, 1, 1)
+    told.gone(at, at + 1, "SessionExpired: its client had been gone")
+    assert sorts(told.check(ends_after=lambda _session, used, _now: used + 12)) == wrong
