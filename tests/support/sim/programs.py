@@ -141,7 +141,14 @@ class Owner:
         names = [own.name for own in owns]
         ops = [
             callers.history.call(
-                Call(kind="open", session=name, request_id=request_id, must_be_new=True, batch_size=1)
+                Call(
+                    kind="open",
+                    session=name,
+                    request_id=request_id,
+                    must_be_new=True,
+                    batch_size=1,
+                    is_together=True,
+                )
             )
             for name in names
         ]
@@ -162,7 +169,14 @@ class Owner:
         names = [f"{own.name}.{self._forks}" for own in owns]
         ops = [
             callers.history.call(
-                Call(kind="fork", session=name, parent=own.name, request_id=request_id, batch_size=own.rows)
+                Call(
+                    kind="fork",
+                    session=name,
+                    parent=own.name,
+                    request_id=request_id,
+                    batch_size=own.rows,
+                    is_together=True,
+                )
             )
             for own, name in zip(owns, names, strict=True)
         ]

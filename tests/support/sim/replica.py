@@ -14,9 +14,10 @@ from stepwell_server.errors import Unavailable, VersionExists
 from support.engine import Events, FixedCost
 from support.fake_executor import PLAIN, FakeExecutor, Hooks
 from support.inside import Inside
+from support.sim.client import open_store
 from support.sim.network import Network
-from support.sim.shard import Shard
-from support.sim.store import Bugs, SimStore
+from support.sim.node import ModelNode
+from support.sim.quota import Admission, WatchedQuotas
 from support.sim.world import NodeLoop, World
 
 #: Other weights would do the same here: what is computed says nothing of the version that did it.
@@ -59,24 +60,28 @@ class Replica:
         self,
         world: World,
         network: Network,
-        shards: Sequence[Shard],
+        nodes: Sequence[ModelNode],
         name: str,
-        bugs: Bugs,
         *,
         skew_s: float,
         resident_rows: int,
         idle_s: float,
         threads: bool,
+        most: int,
+        book: list[Admission],
     ) -> None:
+        """`most` sessions of a tenant, 0 for any number; `book` gets what its quotas count."""
         self.world = world
         self.network = network
-        self.shards = shards
+        self.nodes = nodes
         self.name = name
-        self.bugs = bugs
         self.clock = SkewedClock(world, skew_s)
         self._resident_rows = resident_rows
         self._idle_s = idle_s
         self._threads = threads
+        self._most = most
+        self._book = book
+        self.quotas: WatchedQuotas | None = None
         self.lives = 0
         self.loop: NodeLoop | None = None
         self.engine: Engine | None = None
@@ -94,8 +99,16 @@ class Replica:
         loop.call_soon(lambda: loop.create_task(self._boot(loop)))
 
     async def _boot(self, loop: NodeLoop) -> None:
-        store = SimStore(loop, self.network, self.shards, self.clock, self.bugs)
+        whose = f"{self.name}/{self.lives}"
         while True:
+            try:
+                store = await open_store(loop, self.network, self.nodes, self.clock, whose=whose)
+            except Unavailable:
+                await asyncio.sleep(0.5)
+                continue
+            quotas = None
+            if self._most:
+                quotas = WatchedQuotas(self.world, self.clock, self._most, whose, self._book)
             engine = Engine(
                 {"plain@1": PLAIN, "plain@2": SECOND} if self.has_second else {"plain": PLAIN},
                 store=store,
@@ -106,17 +119,20 @@ class Replica:
                 max_session_idle_s=self._idle_s,
                 compute_threads=2,
                 executor=lambda program: FakeExecutor(program, Hooks()),
+                quotas=quotas,
             )
             inside = Inside(engine)
             inside.use_pool(LatePool(loop))
             try:
+                if quotas is not None:
+                    await quotas.count(store)
                 await engine.start()
                 break
             except Unavailable:
                 await asyncio.sleep(0.5)
         for model in inside.models:
             model.cost = FixedCost(1.0 if self._threads else 0.0, 2)
-        self.engine = engine
+        self.engine, self.quotas = engine, quotas
         self.world.note("ready", self.name)
 
     @property
@@ -169,7 +185,7 @@ class Replica:
             self.defects += self.loop.defects
             self.loop.kill()
             self.buried.append(self.loop)
-        self.loop = self.engine = None
+        self.loop = self.engine = self.quotas = None
 
     def call(self, work: Callable[[Engine], Awaitable[Any]], done: Callable[[Any], object]) -> None:
         """Do something on the engine when the replica has a turn; `done` gets what it returns, or raises."""

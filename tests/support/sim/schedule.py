@@ -10,23 +10,27 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
-from stepwell_server.engine.api import SessionPolicy
 from support import linear
 from support.checker import Report
 from support.inside import Inside
+from support.register import Loss, Terms
 from support.sim.callers import Callers
+from support.sim.client import Bugs, make_nodes
+from support.sim.leases import ENDED_S, Holder, Leases
 from support.sim.model import PlainModel
+from support.sim.nemesis import FAULTS, Nemesis
 from support.sim.network import Network, Weather
 from support.sim.programs import Mix, Owner, guest, read_everywhere
+from support.sim.quota import PREFIX, Admission, WatchedQuotas, require_kept
 from support.sim.replica import Replica
-from support.sim.shard import Shard
-from support.sim.store import Bugs
+from support.sim.together import Together
 from support.sim.world import Hang, World
 
-FAULTS = ("pause", "kill", "cut", "cut_callers", "fail_over", "storm", "stall")
+_MOST_NODES, _MOST_BLIND = 20_000, 2_000
+"""Of a search: a session that needs more is not judged."""
 
 
 @dataclasses.dataclass
@@ -51,8 +55,14 @@ class Plan:
     """Replicas load a second version one after the other, and the default moves between the two."""
     guests: int
     seconds: float
+    lease_s: float
+    """Of clients that have some, and of what they opened; 0: there are no such clients."""
+    most: int
+    """Sessions of all owners together, who are one tenant; 0: any number."""
     together: bool = False
     """Owners open their sessions, and fork them, many by one call."""
+    contested: bool = False
+    """Others do so too, and want some of the same sessions."""
 
     @classmethod
     def drawn(cls, seed: int) -> Plan:
@@ -80,7 +90,7 @@ class Plan:
         if idle_s:
             mix.rest = draw.choice([0.0, 2.0, 8.0])
         bad = draw.random()
-        plan = cls(
+        return cls(
             replicas=draw.choice([2, 3, 3]),
             shards=draw.choice([1, 1, 2, 3]),
             must_sync=draw.random() < 0.5,
@@ -101,11 +111,29 @@ class Plan:
             moves=draw.random() < 0.25,
             guests=draw.choice([0, 0, 1, 2]),
             seconds=draw.choice([4.0, 8.0, 15.0]),
-        )
-        plan.together = draw.random() < 0.3
-        if plan.together:
-            mix.fork_many = draw.choice([0.0, 0.3])
-        return plan
+            lease_s=0.0,
+            most=0,
+        )._with_more(draw)
+
+    def _with_more(self, draw: random.Random) -> Plan:
+        """The same, with what few schedules have."""
+        match draw.choice(["leases", "quotas", "together", "contested", "", "", "", ""]):
+            case "leases":
+                return dataclasses.replace(
+                    self, lease_s=draw.choice([6.0, 10.0]), idle_s=30.0, seconds=25.0, owners=[["a"]]
+                )
+            case "quotas":
+                names = [f"{PREFIX}{name}" for name in "abcdef"]
+                mix = dataclasses.replace(self.mix, close=6.0, fork=0.0, rest=0.0)
+                return dataclasses.replace(
+                    self, most=2, owners=[[name] for name in names], rivals=False, idle_s=0.0, mix=mix
+                )
+            case "together":
+                mix = dataclasses.replace(self.mix, fork_many=draw.choice([0.0, 0.3]))
+                return dataclasses.replace(self, together=True, mix=mix)
+            case "contested":
+                return dataclasses.replace(self, contested=True)
+        return self
 
 
 @dataclasses.dataclass
@@ -123,128 +151,54 @@ class Schedule:
     """One run."""
 
     def __init__(
-        self, seed: int, *, plan: Plan | None = None, bugs: Bugs | None = None, show: bool = False
+        self,
+        seed: int,
+        *,
+        plan: Plan | None = None,
+        bugs: Bugs | None = None,
+        is_told: bool = True,
+        show: bool = False,
     ) -> None:
+        """`is_told` False: the verdict is that of who does not know what fail-overs took back."""
+        self._is_told = is_told
         self.seed = seed
         self.plan = plan or Plan.drawn(seed)
         self.world = World(seed, show=show)
         self.network = Network(self.world, self.plan.weather)
-        self.shards = [
-            Shard(self.world, number, must_sync=self.plan.must_sync, flush_s=self.plan.flush_s)
-            for number in range(self.plan.shards)
-        ]
-        bugs = bugs or Bugs()
-        for shard in self.shards:
-            shard.ignores_stamps = bugs.ignores_stamps
-            shard.ignores_tombstones = bugs.ignores_tombstones
+        self.shards = make_nodes(
+            self.world,
+            self.plan.shards,
+            bugs or Bugs(),
+            must_sync=self.plan.must_sync,
+            flush_s=self.plan.flush_s,
+        )
+        self._book: list[Admission] = []
         self.replicas = [
             Replica(
                 self.world,
                 self.network,
                 self.shards,
                 f"replica-{number}",
-                bugs,
                 skew_s=self.world.random.uniform(-300, 300),
                 resident_rows=self.plan.resident_rows,
                 idle_s=self.plan.idle_s,
                 threads=self.plan.threads,
+                most=self.plan.most,
+                book=self._book,
             )
             for number in range(self.plan.replicas)
         ]
         self.callers = Callers(self.world, self.network, self.replicas)
-        self._is_over = False
-
-    # --------------------------------------------------------------------------------------------------------- faults
-
-    def _nemesis(self) -> None:
-        draw = self.world.random
-        if self._is_over:
-            return
-        if self.plan.moves:
-            replica = draw.choice(self.replicas)
-            if not replica.has_second:
-                replica.load_second()
-            else:
-                replica.set_default(
-                    draw.choice([1, 2]), draw.choice([SessionPolicy.CARRY, SessionPolicy.KEEP])
-                )
-        if self.plan.faults:
-            getattr(self, f"_{draw.choice(self.plan.faults)}")()
-        self.world.after(draw.expovariate(1 / self.plan.fault_every_s), self._nemesis)
-
-    def _then(self, seconds: float, call: Callable[..., object], *args: Any) -> None:
-        def end() -> None:
-            if not self._is_over:
-                call(*args)
-
-        self.world.after(seconds, end)
-
-    def _pause(self) -> None:
-        draw = self.world.random
-        replica = draw.choice(self.replicas)
-        if replica.loop is None or replica.is_paused:
-            return
-        replica.pause()
-        loop, seconds = replica.loop, draw.choice([0.01, 0.3, 2.0, 10.0]) * draw.random()
-        self._then(seconds, lambda: replica.resume() if replica.loop is loop else None)
-
-    def _kill(self) -> None:
-        draw = self.world.random
-        replica = draw.choice(self.replicas)
-        if replica.loop is None:
-            return
-        replica.kill()
-        self._then(draw.random() * 2.0, replica.start)
-
-    def _cut(self) -> None:
-        draw = self.world.random
-        self._cut_off(draw.choice(self.replicas).name, f"shard-{draw.choice(self.shards).number}")
-
-    def _cut_callers(self) -> None:
-        self._cut_off("callers", self.world.random.choice(self.replicas).name)
-
-    def _cut_off(self, a: str, b: str) -> None:
-        self.world.note("cut", a, b)
-        self.network.cut.add((a, b))
-
-        def mend() -> None:
-            self.world.note("mend", a, b)
-            self.network.cut.discard((a, b))
-
-        self._then(self.world.random.choice([0.1, 1.5, 6.0]) * self.world.random.random(), mend)
-
-    def _fail_over(self) -> None:
-        draw, shard = self.world.random, self.world.random.choice(self.shards)
-        if shard.is_down:
-            return
-        self.world.note("down", shard.number)
-        shard.is_down = True
-        shard.fail_over(draw.choice([0.05, 0.5, 2.0]))
-
-        def up() -> None:
-            self.world.note("up", shard.number)
-            shard.is_down = False
-
-        self.world.after(draw.choice([0.0, 0.2, 2.0]) * draw.random(), up)
-
-    def _storm(self) -> None:
-        weather, draw = self.network.weather, self.world.random
-        before = (weather.lost, weather.late)
-        weather.lost, weather.late = 0.2 * draw.random(), 0.3 * draw.random()
-
-        def calm() -> None:
-            weather.lost, weather.late = before
-
-        self._then(draw.random() * 2.0, calm)
-
-    def _stall(self) -> None:
-        shard, draw = self.world.random.choice(self.shards), self.world.random
-        before, shard.flush_s = shard.flush_s, 0.5
-
-        def flow() -> None:
-            shard.flush_s = before
-
-        self.world.after(draw.random() * 2.0, flow)
+        self._leases = Leases(self.plan.lease_s)
+        self._nemesis = Nemesis(
+            self.world,
+            self.network,
+            self.shards,
+            self.replicas,
+            self.plan.faults,
+            every_s=self.plan.fault_every_s,
+            versions=self.plan.moves,
+        )
 
     # ------------------------------------------------------------------------------------------------------------ run
 
@@ -262,16 +216,46 @@ class Schedule:
             self.callers.loop.bury()
         # in `sync` nobody was told of what a fail-over takes back
         lost = [] if self.plan.must_sync else [each for shard in self.shards for each in shard.rollbacks]
-        terms = linear.Terms(self.plan.idle_s or float("inf"), self.world.time_of, lost)
+        self._leases.forget([each for shard in self.shards for each in shard.unheard])
+        terms = Terms(
+            self.plan.idle_s or float("inf"),
+            self.world.time_of,
+            lost,
+            most_nodes=_MOST_NODES,
+            ends_after=self._leases.ends_after if self.plan.lease_s else None,
+        )
         report = linear.check(self.callers.history.ops, PlainModel(), terms)
+        if lost:
+            self._check_blindly(report, terms)
+        judged = [each for each in report.violations if each.what != linear.TOO_MANY]
+        report.unjudged, report.violations = len(report.violations) - len(judged), judged
+        if self.plan.most:
+            births = [birth for shard in self.shards for birth in shard.births]
+            require_kept(births, self._book, self.plan.most)
         return Result(self.seed, self.world.trace, report, self.world.turns, self.world.now)
+
+    def _check_blindly(self, report: Report, terms: Terms) -> None:
+        """As who has a real store must, which does not say what a fail-over lost. What takes too long is left."""
+        moments = sorted({each.at for each in terms.rollbacks})
+        losses = [Loss(0, at, at) for at in moments]
+        blind = linear.check(
+            self.callers.history.ops,
+            PlainModel(),
+            dataclasses.replace(terms, rollbacks=(), losses=losses, most_nodes=_MOST_BLIND),
+        )
+        if not self._is_told:
+            report.violations = []
+        report.violations += blind.violations
 
     def _run(self) -> None:
         world, plan, callers = self.world, self.plan, self.callers
         world.note("plan", plan)
+        weather = dataclasses.replace(self.network.weather)
+        self.network.weather.calm()
         for replica in self.replicas:
             replica.start()
         world.run(lambda: all(each.is_ready for each in self.replicas), 1000.0, "the start")
+        self.network.weather = weather
         began = world.now
         owners = [Owner(callers, plan.mix, names, together=plan.together) for names in plan.owners]
         names = [name for group in plan.owners for name in group]
@@ -281,15 +265,48 @@ class Schedule:
         ]
         if plan.rivals:
             work += [Owner(callers, plan.mix, ["r"], must_be_new=True).open_once("r") for _ in range(3)]
+        work += [
+            Holder(callers, self._leases, plan.mix).run(began + plan.seconds)
+            for _ in range(2 if plan.lease_s else 0)
+        ]
+        if plan.contested:
+            sets = [["m0", "m1"], ["m1", "m2"]]
+            work += [Together(callers, plan.mix, each).run(began + plan.seconds) for each in sets]
         tasks = self._begin(work)
-        world.after(0.3, self._nemesis)
+        world.after(0.3, self._nemesis.begin)
         world.run(lambda: world.now >= began + plan.seconds, plan.seconds + 10, "the work")
         self._heal()
         self._load_everywhere()
         self._finish(tasks, "callers must be answered")
+        if plan.lease_s:
+            self._pass(plan.lease_s + ENDED_S)
         everything = sorted({op.call.session for op in callers.history.ops})
         self._finish(self._begin([read_everywhere(callers, everything)]), "sessions must be read")
+        self._require_all_ended()
+        self._require_known()
         self._settle()
+
+    def _require_all_ended(self) -> None:
+        """Nobody has heard of clients for long: what they opened is gone."""
+        there = {session for shard in self.shards for session in shard.live()}
+        left = sorted(there & self._leases.client_of.keys())
+        assert not left, f"their clients are gone, and they are there: {left}"
+
+    def _require_known(self) -> None:
+        """Every replica counts what the tenant has in truth."""
+        if not self.plan.most:
+            return
+        self._pass(2.0)
+        there = sum(session.startswith(PREFIX) for shard in self.shards for session in shard.live())
+        for replica in self.replicas:
+            quotas, found = replica.quotas, list[Any]()
+            assert quotas is not None
+            self._ask_quotas(replica, quotas, found)
+            assert found == [there], f"{replica.name} knows of {found}, there are {there}"
+
+    def _ask_quotas(self, replica: Replica, quotas: WatchedQuotas, found: list[Any]) -> None:
+        replica.call(lambda _engine: quotas.known(), found.append)
+        self.world.run(lambda: bool(found), 60.0, "the store must be asked")
 
     def _begin(self, work: list[Coroutine[Any, Any, None]]) -> list[asyncio.Task[None]]:
         tasks: list[asyncio.Task[None]] = []
@@ -319,7 +336,7 @@ class Schedule:
 
     def _heal(self) -> None:
         self.world.note("heal")
-        self._is_over = True
+        self._nemesis.is_over = True
         self.network.heal()
         self.callers.way.is_calm = True
         for shard in self.shards:

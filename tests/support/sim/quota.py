@@ -1,0 +1,104 @@
+"""Quotas of a tenant over replicas: nobody begins more sessions than it may have, as far as a replica can know."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from stepwell_server.clock import Clock
+from stepwell_server.core.namespaces import SEPARATOR, tenant_of
+from stepwell_server.core.quotas import Limits, QuotaTable
+from stepwell_server.engine.quotas import Quotas
+from support.sim.node import Birth
+from support.sim.world import World
+
+TENANT = "t"
+PREFIX = TENANT + SEPARATOR
+
+
+@dataclasses.dataclass(slots=True)
+class Admission:
+    """A replica has counted a session that is about to be made."""
+
+    whose: str
+    session: str
+    asked_s: float
+    """When what it knows of others was asked for, or before."""
+    gone_s: float = float("inf")
+    """When it counted it no longer."""
+
+
+class WatchedQuotas(Quotas):
+    """The quotas of one life of a replica, with what it counted written down."""
+
+    def __init__(self, world: World, clock: Clock, most: int, whose: str, book: list[Admission]) -> None:
+        super().__init__(QuotaTable(tenants={TENANT: Limits(sessions=most)}), clock)
+        self._world = world
+        self._skew_s = clock.monotonic() - world.now
+        self._whose = whose
+        self._book = book
+
+    def begin(self, session_ids: Sequence[str], rows: int, owner: str = "") -> None:
+        super().begin(session_ids, rows, owner)
+        shared: Any = self._shared
+        asked = shared._asked.get(TENANT)
+        asked_s = 0.0 if asked is None else asked.at - self._skew_s
+        self._book += [Admission(self._whose, each, asked_s) for each in session_ids]
+
+    def not_made(self, session_ids: Sequence[str], rows: int) -> None:
+        super().not_made(session_ids, rows)
+        self._forget(session_ids)
+
+    def end(self, sessions: Iterable[tuple[str, int]]) -> None:
+        sessions = list(sessions)
+        super().end(sessions)
+        self._forget(session for session, _ in sessions)
+
+    def _forget(self, session_ids: Iterable[str]) -> None:
+        for session in session_ids:
+            for each in reversed(self._book):
+                if (each.whose, each.session) == (self._whose, session):
+                    each.gone_s = min(each.gone_s, self._world.now)
+                    break
+
+    async def known(self) -> int:
+        """How many sessions the tenant has, as the store says now."""
+        await self.refresh([PREFIX])
+        return self.tenants().get(TENANT, (0, 0))[0]
+
+
+def require_kept(births: Sequence[Birth], book: Sequence[Admission], most: int) -> None:
+    """Check that a replica begins too many only by what others began since it asked for what they have.
+
+    Raises:
+        AssertionError: it did not keep to it.
+    """
+    there = 0
+    ours = sorted((birth for birth in births if tenant_of(birth.session) == TENANT), key=lambda b: b.at_s)
+    for place, birth in enumerate(ours):
+        there += birth.by
+        if birth.by < 0 or not birth.whose:
+            continue
+        admission = next(
+            each
+            for each in reversed(book)
+            if (each.whose, each.session) == (birth.whose, birth.session) and each.asked_s <= birth.at_s
+        )
+        others = sum(
+            other.by > 0 and other.at_s >= admission.asked_s and not _is_counted(other, birth, book)
+            for other in ours[:place]
+        )
+        assert there <= most + others, (
+            f"{birth.session!r} is session {there} of its tenant, which may have {most}, at {birth.at_s:.6f} s;"
+            f" {birth.whose} asked at {admission.asked_s:.6f} s, and others began {others} since then"
+        )
+
+
+def _is_counted(other: Birth, birth: Birth, book: Sequence[Admission]) -> bool:
+    """Whether the replica that made a session had counted another one, and did so still."""
+    return any(
+        each.gone_s > birth.at_s
+        for each in book
+        if (each.whose, each.session) == (birth.whose, other.session) == (other.whose, other.session)
+    )

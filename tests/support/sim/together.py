@@ -1,0 +1,102 @@
+"""Who opens and forks many sessions with one call, all of them or none, and sends it again to another replica."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from stepwell_server.engine.engine import Engine
+from stepwell_server.engine.sessions.attempts import OpenedMany
+from support.history import Call
+from support.sim.callers import Callers, Work, closed
+from support.sim.programs import Mix, Own, Owner
+
+
+class Together:
+    """Opens the same sessions again and again, with others who want some of them too."""
+
+    def __init__(self, callers: Callers, mix: Mix, names: Sequence[str]) -> None:
+        self._callers = callers
+        self._names = names
+        self._owner = Owner(callers, mix, [])
+        self._forks = 0
+
+    async def run(self, end_s: float) -> None:
+        """Work until a moment on the world's clock."""
+        world = self._callers.world
+        while world.now < end_s:
+            own = await self._open()
+            for _ in range(world.random.randint(0, 3)):
+                if own:
+                    await self._owner.any_step(world.random.choice(own))
+            if own and world.chance(0.5):
+                own += await self._fork([each for each in own if each.is_there])
+            await self._callers.sleep(0.5)
+            for each in own:
+                while each.is_there:
+                    await self._close(each)
+            await self._callers.sleep(0.5)
+
+    async def _close(self, own: Own) -> None:
+        """Each attempt is a call of its own: one that is sent again may close what others have opened meanwhile."""
+        callers, request_id = self._callers, self._callers.request_id()
+        op = callers.history.call(Call(kind="close", session=own.name, request_id=request_id))
+        end = await callers.until_told(
+            op, lambda engine: engine.close_session(own.name, request_id=request_id), closed, again=False
+        )
+        own.is_there = end.outcome not in ("acknowledged", "gone")
+        if own.is_there:
+            await callers.sleep(callers.way.pause_s)
+
+    async def _open(self) -> list[Own]:
+        request_id = self._callers.request_id()
+        calls = [
+            Call(
+                kind="open",
+                session=name,
+                request_id=request_id,
+                must_be_new=True,
+                batch_size=1,
+                is_together=True,
+            )
+            for name in self._names
+        ]
+        return await self._told(calls, functools.partial(self._opened, request_id))
+
+    async def _opened(self, request_id: int, engine: Engine) -> OpenedMany:
+        return await engine.open_sessions("plain", session_ids=self._names, request_id=request_id)
+
+    async def _fork(self, parents: Sequence[Own]) -> list[Own]:
+        if not parents:
+            return []
+        self._forks += 1
+        request_id = self._callers.request_id()
+        names = [f"{parent.name}+{self._forks}.{request_id}" for parent in parents]
+        calls = [
+            Call(
+                kind="fork",
+                session=name,
+                parent=parent.name,
+                request_id=request_id,
+                batch_size=1,
+                is_together=True,
+            )
+            for name, parent in zip(names, parents, strict=True)
+        ]
+
+        async def work(engine: Engine) -> OpenedMany:
+            return await engine.fork_sessions(
+                [parent.name for parent in parents], new_session_ids=names, request_id=request_id
+            )
+
+        return await self._told(calls, work)
+
+    async def _told(self, calls: Sequence[Call], work: Work) -> list[Own]:
+        """Send one call until somebody says what became of it; what is there then."""
+        ops = [self._callers.history.call(call) for call in calls]
+        ends = await self._callers.until_all_told(ops, work)
+        return [
+            Own(op.call.session, is_there=True, revision=end.revision)
+            for op, end in zip(ops, ends, strict=True)
+            if end.outcome == "acknowledged"
+        ]
