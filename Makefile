@@ -96,13 +96,13 @@ soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples, the front in
 	$(BIN)/python tests/fault/soak.py $(ARGS)
 
 .PHONY: soak-cluster
-soak-cluster: $(INSTALLED) $(FRONT) ## Simulate replicas on one store, ten thousand schedules, then kill, pause, restart and cut off real ones under load (an hour and a half; ARGS="--kills 50 --seed 7" only kills)
+soak-cluster: $(INSTALLED) $(FRONT) ## Simulate replicas on one store, ten thousand schedules, then kill, pause, restart, cut off and fail over real ones under load (two hours; ARGS="--kills 50 --seed 7" only kills)
 	@$(BIN)/python $(PROGRAMS)
 	$(if $(ARGS),,$(BIN)/python tests/fault/simulate.py --runs 10000)
 	$(BIN)/python tests/fault/soak_cluster.py $(ARGS)
 
 .PHONY: simulate
-simulate: $(INSTALLED) ## Simulate replicas on one store, schedules with fresh seeds (ten minutes; ARGS="--runs 500 --seed 7", or ARGS="--trace --seed 7" shows one)
+simulate: $(INSTALLED) ## Simulate replicas on one store, schedules with fresh seeds (half an hour; ARGS="--runs 500 --seed 7", or ARGS="--trace --seed 7" shows one)
 	$(BIN)/python tests/fault/simulate.py $(if $(ARGS),$(ARGS),--runs 10000)
 
 .PHONY: fuzz-models

@@ -7,6 +7,9 @@ over. After each round the checker judges what the clients were told: lost, twic
 reach a caller of the SDK. What is found wrong is kept, with the seed to find it again. In the end the replicas are restarted
 one after the other under a crowd: as many sessions of the SDK as `--crowd` says.
 
+In rounds of `losses` Valkey does not wait for its replicas, so that fail-overs lose what was acknowledged: `linear` judges
+that it is the last changes of each session, and nothing else. No caller of the SDK is there, who would see it.
+
 It says how long the SDK's callers waited for the first answer after a kill, of sessions whose replica was killed, and how
 long the steps of the crowd took.
 """
@@ -35,7 +38,7 @@ from support.checker import Report
 from support.crowd import restart_under_crowd
 from support.driver import Mix
 from support.driver_process import DriverProcess, Loading, RoverProcess
-from support.faults import verdict
+from support.faults import verdict, verdict_of_losses
 from support.proxy import Proxy
 from support.replica_processes import Replicas
 from support.server_process import forecast
@@ -54,8 +57,9 @@ KINDS = {
     "restarts": ("sync", "cluster"),
     "stalls": ("async", "sync", "cluster"),
     "failovers": ("sentinel",),
+    "losses": ("sentinel-async",),
 }
-"""Which trouble each kind of store can have: of those where it loses nothing."""
+"""Which trouble each kind of store can have: of those where it loses nothing, but for the last kind."""
 MIX = Mix(frames=40, calls=4, threads=4, bands=4, band_size=8)
 
 
@@ -71,6 +75,8 @@ class Total:
     lost: int = 0
     twice: int = 0
     wrong: int = 0
+    taken_back: int = 0
+    """What was acknowledged and is lost where that may be."""
     waits_s: list[float] = dataclasses.field(default_factory=list)
     """Of callers of the SDK, after kills."""
     quiet_s: list[float] = dataclasses.field(default_factory=list)
@@ -82,6 +88,7 @@ class Total:
         self.reads += report.reads
         self.lost += report.count("lost") + report.count("gone")
         self.twice += report.count("twice")
+        self.taken_back += report.taken_back
         self.wrong += report.count("wrong") + report.count("error")
 
     def __str__(self) -> str:
@@ -93,7 +100,8 @@ class Total:
             waits += f" (a second before it: {before[0]:.3f} s, {before[1]:.3f} s)"
         return (
             f"{done}; changes acknowledged {self.acknowledged} ({self.again} again), reads {self.reads},"
-            f" lost {self.lost}, twice {self.twice}, wrong {self.wrong}{waits}"
+            f" lost {self.lost}, twice {self.twice}, wrong {self.wrong}; taken back by fail-overs that may"
+            f" {self.taken_back}{waits}"
         )
 
 
@@ -114,6 +122,8 @@ class Round:
     def run(self) -> list[Report]:
         """Go through it; the reports say what the checker found."""
         self.folder.mkdir()
+        if self._kind == "losses":
+            return [self._lose(self.folder / "rovers")]
         rovers, sdk = self.folder / "rovers", self.folder / "sdk"
         with self._replicas() as (replicas, act):
             seeds = [self._chance.getrandbits(31) for _ in range(2)]
@@ -135,6 +145,25 @@ class Round:
         self._total.waits_s += waits_after(ops, self._kills)
         self._total.quiet_s += waits_after(ops, [moment_s - 1.0 for moment_s in self._kills])
         return [verdict(rovers), verdict(sdk)]
+
+    def _lose(self, rovers: Path) -> Report:
+        """Fail-overs that lose something. Callers of the SDK would see it, so there are none."""
+        chance = self._chance
+        with (
+            Sentinels(replicas=1, append="everysec") as watched,
+            Replicas(watched.url(), REPLICAS, *ASYNC) as replicas,
+            RoverProcess(replicas.addresses, rovers, chance.getrandbits(31), pause_s=0.03) as load,
+            contextlib.closing(history.Log(rovers, 0)) as log,
+        ):
+            try:
+                for _ in range(self._count):
+                    load.wait_acknowledged(50)
+                    trouble.lose(watched, load, chance, log)
+                    self._total.done[self._kind] += 1
+                load.stop()
+            finally:
+                (self.folder / "log").write_text(replicas.logs())
+        return verdict_of_losses(rovers)
 
     @contextlib.contextmanager
     def _replicas(self) -> Iterator[tuple[Replicas, Callable[[Loading], None]]]:
@@ -272,6 +301,7 @@ def main() -> int:
         "restarts": 20,
         "stalls": 20,
         "failovers": 40,
+        "losses": 30,
     }
     for kind, count in defaults.items():
         parser.add_argument(f"--{kind}", type=int, help=f"how many; {count} if no kind is named, else 0")

@@ -24,7 +24,7 @@ def test_kills_within_carries(tmp_path: Path, durability: str, extra: tuple[str,
         local(tmp_path / "data", "--durability", durability, *extra) as server,
         Carrying(server, seed=31, busy=900, idle=100) as carrying,
     ):
-        for _ in range(3):
+        for _ in range(5):
             carrying.kill()
         carrying.wait(moves=3, frames=3)
         carrying.finish()

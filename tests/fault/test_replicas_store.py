@@ -12,7 +12,8 @@ from pathlib import Path
 
 from support import trouble
 from support.driver_process import RoverProcess
-from support.faults import verdict
+from support.faults import verdict, verdict_of_losses
+from support.history import Log
 from support.proxy import Proxy
 from support.replica_processes import Replicas
 from support.valkey import Cluster, Sentinels, Valkey
@@ -80,6 +81,23 @@ def test_a_primary_that_is_replaced(tmp_path: Path) -> None:
         loaded(tmp_path / "history", replicas, seed=44) as load,
     ):
         trouble.fail_over(watched, load, chance)
+
+
+def test_a_fail_over_that_loses_something(tmp_path: Path) -> None:
+    """With `async` the last changes of each session may be gone, and nothing else."""
+    chance = random.Random(46)
+    with (
+        Sentinels(replicas=1, append="everysec") as watched,
+        Replicas(watched.url(), 2, *ASYNC) as replicas,
+        RoverProcess(replicas.addresses, tmp_path / "history", 46) as load,
+        contextlib.closing(Log(tmp_path / "history", 46)) as log,
+    ):
+        load.wait_acknowledged(100)
+        trouble.lose(watched, load, chance, log, "replace")
+        load.stop()
+    report = verdict_of_losses(tmp_path / "history").require_clean()
+    assert report.acknowledged > 200
+    assert report.taken_back > 0
 
 
 def test_a_cluster_one_of_whose_primaries_is_killed(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from support import history
+from support import history, linear
 from support.checker import Report, check
 from support.driver import MODEL
+from support.register import Loss, Terms
 from support.replay import LstmDense
 from support.secured import Server
 from support.server_process import forecast
@@ -33,6 +34,22 @@ def replayed() -> LstmDense:
 def verdict(*histories: Path) -> Report:
     """What the checker says of what drivers wrote."""
     return check(history.load(histories), replayed())
+
+
+_MOST_NODES = 3_000
+"""Of a search in a history with losses: a session that needs more is not judged."""
+SINCE, BEGINS, ENDS = "since", "begins", "ends"
+"""Marks in a history, of each fail-over that may lose something: what was acknowledged before the first is safe."""
+
+
+def verdict_of_losses(path: Path) -> Report:
+    """What `linear` says of a history during which the store may have lost last writes: see the marks."""
+    marks = [at for at, name in history.marks(path) if name in (SINCE, BEGINS, ENDS)]
+    losses = [Loss(*marks[i : i + 3]) for i in range(0, len(marks), 3)]
+    report = linear.check(history.load([path]), replayed(), Terms(losses=losses, most_nodes=_MOST_NODES))
+    judged = [each for each in report.violations if each.what != linear.TOO_MANY]
+    report.unjudged, report.violations = len(report.violations) - len(judged), judged
+    return report
 
 
 def local(data_dir: Path | None, *extra: str, segment_bytes: int | None = None) -> Server:

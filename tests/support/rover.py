@@ -155,6 +155,10 @@ class Roads:
             # One revision further on and not replayed: others made it. Further on nobody remembers who did.
             if unknown and end.revision > call.expected + 1:
                 end = dataclasses.replace(end, outcome="unknown")
+            elif (
+                unknown
+            ):  # an attempt may have been applied, and be lost again, where the store loses something
+                self.table.log.end(number, End(outcome="unknown", error="an attempt before"))
         elif unknown and end.outcome not in ("gone", "error"):
             end = End(outcome="unknown", error=end.error)
         self.table.log.end(number, end)
@@ -188,7 +192,8 @@ class Roads:
         )
 
         async def attempt(at: Replica, limit_s: float) -> End:
-            return _seen((await at.ask("OpenSession", request, limit_s)).session)
+            answer = await at.ask("OpenSession", request, limit_s)
+            return dataclasses.replace(_seen(answer.session), found=answer.resumed or answer.replayed)
 
         end = await self.asked(Call(kind="open", session=name, batch_size=rows, states=states), attempt)
         return self._known(name, rows, end)
@@ -381,6 +386,8 @@ class Band:
                     and (end.revision or 0) > calls[i].expected + 1
                 ):
                     end = dataclasses.replace(end, outcome="unknown")
+                elif end.outcome == "not_applied" and i in unknown:
+                    table.log.end(numbers[i], End(outcome="unknown", error="an attempt before"))
                 table.ended(numbers[i], end)
                 if end.revision is None:
                     raise Broken

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable
 
 from support.driver_process import Loading
+from support.faults import BEGINS, ENDS, SINCE
+from support.history import Log
 from support.proxy import Proxy
 from support.replica_processes import Replica, Replicas
 from support.valkey import Sentinels, Valkey
@@ -21,6 +23,9 @@ SHORT = "timeout_ms=500"
 """Not where replicas of Valkey are waited for: it may take them a second to say what they have on their disk."""
 _MOST_CHANGES = 60
 _LONGEST_S = 0.05
+_REPLICATED_MS = 20_000
+_LOOKED_S = 3.0
+"""A replica looks every two seconds who is the primary."""
 
 
 def at_random(load: Loading, chance: random.Random) -> None:
@@ -107,6 +112,33 @@ def fail_over(watched: Sentinels, load: Loading, chance: random.Random) -> None:
     watched.wait_ready(len(watched.servers) - 1)
     load.wait_acknowledged(_MOST_CHANGES)
     at_random(load, chance)
+
+
+def lose(watched: Sentinels, load: Loading, chance: random.Random, log: Log, how: str = "") -> None:
+    """A fail-over of a store whose replicas nobody waits for: last writes are lost. It writes down when.
+
+    The old primary is killed, or paused, or merely replaced; then it acknowledges changes for a while that are lost.
+    """
+    at_random(load, chance)
+    old, how = watched.primary(), how or chance.choice(["kill", "pause", "replace", "replace"])
+    log.mark(SINCE)
+    old.ask("SET", "all before this", "")
+    assert old.ask("WAIT", 1, _REPLICATED_MS) >= 1, "the replica does not get what is written"
+    at_random(load, chance)
+    log.mark(BEGINS)
+    if how == "kill":
+        old.kill()
+    if how == "pause":
+        old.pause()
+    watched.fail_over()
+    if how == "kill":
+        old.start()
+    if how == "pause":
+        old.resume()
+    watched.wait_ready(len(watched.servers) - 1)
+    pass_s(_LOOKED_S)
+    log.mark(ENDS)
+    load.wait_acknowledged(_MOST_CHANGES)
 
 
 def part(ways: list[Proxy], load: Loading, chance: random.Random) -> None:
