@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import AsyncIterator, Sequence
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -252,14 +254,21 @@ async def test_what_finds_no_room_in_the_log_has_its_turn(
 
 
 async def test_what_the_log_refuses_is_told_and_it_goes_on(
-    logged: tuple[Logged, GroupCommit, Told],
+    logged: tuple[Logged, GroupCommit, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, _, told = logged
+    store, commits, told = logged
+    times = (
+        itertools.count()
+    )  # each look at the clock is a second later: what failed says nothing of what others cost
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: float(next(times))))
+    costs = commits.may_commit_here(1)
     store.append_error = ValueError("a secret detail")
     told.submit("a", is_change=True)
     await until(lambda: told.told)
     assert [(name, type(error)) for name, error in told.told] == [("a", Internal)]
     assert "secret" not in str(told.told)
+    assert commits.may_commit_here(1) == costs
+    monkeypatch.undo()
     store.append_error = None
     told.submit("b", is_change=True)
     await until(lambda: told.names == "b")

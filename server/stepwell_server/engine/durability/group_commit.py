@@ -234,7 +234,8 @@ class _Local:
         if item.error is None:
             if not self._try_append([item]):
                 return False
-            self._cost.learn(item.size, time.perf_counter() - started)
+            if item.error is None:
+                self._cost.learn(item.size, time.perf_counter() - started)
         return True
 
     def put(self, item: _Item) -> None:
