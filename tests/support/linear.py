@@ -340,7 +340,8 @@ class _Search:
         call, end = item.op.call, item.end
         if end.outcome == "gone":
             return value.life == "expired" if end.error.startswith("SessionExpired") else value.life != "live"
-        if value.life != "live" or (value.undone_by is not None and value.op is item.op):
+        is_own = value.undone_by is not None and value.op is item.op and end.outcome == "acknowledged"
+        if value.life != "live" or is_own:
             return False
         if end.revision is not None and end.revision != value.revision:
             return False
