@@ -157,7 +157,12 @@ class _Search:
                     yield Item("look", op.called_at, told_at, op, end)
             return
         for told_at, end in op.ends:
-            tells = end.outcome == "gone" or end.revision is not None or end.error.startswith("SessionExists")
+            # what is gone may be the parent of a fork
+            tells = (
+                (end.outcome == "gone" and call.kind != "fork")
+                or end.revision is not None
+                or end.error.startswith("SessionExists")
+            )
             if end.outcome != "acknowledged" and tells:
                 yield Item("look", op.called_at, told_at, op, end)
         if acknowledged is not None:
