@@ -294,6 +294,8 @@ class Arrivals:
                     del found[session_id], known[session_id]
                 return Looked(known | found, error, newer)
             self._loader.load_all(ids, seen)
+        if any(i not in found for i in self._expiry.only_stored(session_ids)):
+            return await self._look(session_ids, newer)  # others have left the table meanwhile
         # the rest is about to begin or to end here, and has no record yet, or soon none
         return Looked(known | found, newer=newer)
 
