@@ -26,11 +26,13 @@ from stepwell_server.store.valkey.nodes import Node
 from stepwell_server.store.valkey.requests import Request, Requests
 from stepwell_server.store.valkey.scripts import CHANGE, COMMIT
 from support.samples import ALL
-from support.sim.client import Bugs
+from support.sim.client import Bugs, make_nodes, tags
 from support.sim.network import Weather
+from support.sim.node import ModelNode
 from support.sim.programs import Mix
 from support.sim.quota import PREFIX
 from support.sim.schedule import Plan, Schedule, run
+from support.sim.world import World
 
 _BLOCK, _BLOCKS = 40, 5 if ALL else 2
 
@@ -54,6 +56,54 @@ def test_schedules_hold(block: int) -> None:
 def test_a_session_that_leaves_the_table_while_others_are_looked_at_is_not_lost() -> None:
     """A frame names several sessions, and versions move: this schedule had one that was not found, though it was there."""
     run(190335)
+
+
+def test_a_session_that_ended_before_its_slot_moved_is_not_counted_after_a_fail_over() -> None:
+    """Of this schedule's store a fail-over took back that counts were gone, and the slot came back to them."""
+    run(400477)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_fail_over_brings_nothing_back_of_a_slot_that_has_moved(seed: int) -> None:
+    """Not what was deleted before either, which is not among the keys that move."""
+    source, target = make_nodes(World(seed), 2, Bugs(), must_sync=False, flush_s=1.0)
+    tag = next(tag for tag in tags()[1:] if source.owners[tag] is source)
+    key = b"{%s}counts" % tag
+    assert told(source, [b"HSET", key, b"a", b"1"], [b"HDEL", key, b"a"]) == [1, 1]
+    move(source, tag, target)
+    source.fail_over(2.0)
+    move(target, tag, source)
+    assert told(source, [b"HGET", key, b"a"]) == [None]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_fail_over_while_a_slot_moves_leaves_all_of_a_command_or_nothing(seed: int) -> None:
+    source, target = make_nodes(World(seed), 2, Bugs(), must_sync=False, flush_s=1.0)
+    tag = next(tag for tag in tags()[1:] if source.owners[tag] is source)
+    keys = [b"{%s}%s" % (tag, name) for name in (b"a", b"b")]
+    told(source, [b"MSET", keys[0], b"1", keys[1], b"1"])
+    source.begin_move(tag, target)
+    source.move_some(tag)
+    source.fail_over(2.0)
+    while source.move_some(tag):
+        pass
+    source.end_move(tag)
+    assert len(set(told(target, *([b"GET", key] for key in keys)))) == 1
+
+
+def told(node: ModelNode, *commands: list[bytes]) -> list[Any]:
+    """What a node answers."""
+    replies: list[Any] = []
+    node.do(commands, "", replies.extend)
+    return replies
+
+
+def move(source: ModelNode, tag: bytes, target: ModelNode) -> None:
+    """Move a slot."""
+    source.begin_move(tag, target)
+    while source.move_some(tag):
+        pass
+    source.end_move(tag)
 
 
 def test_a_seed_gives_the_same_schedule_again() -> None:

@@ -1,7 +1,8 @@
 """A model of one Valkey primary with its replica, which runs the store's own scripts: slots, a log, what survives a fail-over.
 
 It does at once what a request says when the request arrives. What it has done is durable some time later; in `sync` a
-client waits for that (WAITAOF). A fail-over takes the last writes back: any of those that are not durable. Slots move to
+client waits for that (WAITAOF). A fail-over takes the last writes back: any of those that are not durable, but nothing of
+a slot from before a key of it moved, or it was another node's: MIGRATE and SETSLOT wait for replicas here. Slots move to
 other nodes key by key, as Valkey's documentation of Clusters says: what is not there any more is asked for at the other
 node (ASK), requests for several keys some of which have gone are to be sent again (TRYAGAIN), and at the end the slot is
 another node's (MOVED).
@@ -240,7 +241,7 @@ class ModelNode:
         target.importing.add(tag)
 
     def move_some(self, tag: bytes) -> bool:
-        """Move one key, as MIGRATE does, which waits for both nodes' disks here; False if there is none left."""
+        """Move one key, as MIGRATE does; False if there is none left."""
         target = self.migrating[tag]
         keys = [key for key in self._keys.all() if _tag(key) == tag]
         if not keys:
@@ -248,16 +249,23 @@ class ModelNode:
         key = self.world.random.choice(keys)
         target._keys.put_back(key, self._keys.kept(key))
         self._keys.put_back(key, None)
-        # a fail-over of this node does not bring it back
-        self._log = [dataclasses.replace(each, key=b"") if each.key == key else each for each in self._log]
+        self._keep_all_of(tag)
         return True
 
     def end_move(self, tag: bytes) -> None:
-        """The slot is the other node's: both know it."""
+        """The slot is the other node's: both know it, and their replicas."""
         target = self.migrating.pop(tag)
+        self._keep_all_of(tag)
         target.importing.discard(tag)
         target.owners[tag] = self.owners[tag] = target
         self.epochs[tag] = target.epochs[tag] = max(self.epochs[tag], target.epochs[tag]) + 1
+
+    def _keep_all_of(self, tag: bytes) -> None:
+        """No fail-over takes back what was written of a tag so far: deletions neither, nor some keys of a script alone."""
+        self._log = [
+            dataclasses.replace(each, key=b"") if each.key and _tag(each.key) == tag else each
+            for each in self._log
+        ]
 
     def hear_of(self, tag: bytes, other: ModelNode) -> None:
         """Another node says what it knows of a tag."""
