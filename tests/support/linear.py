@@ -14,7 +14,8 @@ each call at which it took effect:
 - a call that was refused told the truth of a moment, and had no effect;
 - a call whose outcome nobody knows took effect once, at any time after it was sent, or never;
 - a session expires only when its last acknowledged change is longer ago than the limit;
-- what one call makes together with others, and does not make in the end, is taken back before the call is answered;
+- what one call makes together with others, and does not make in the end, is taken back before the call is answered; a
+  fail-over may lose that, and then it stays;
 - at a fail-over exactly those writes are gone that the store says it lost (`Rollback`), and none in any other moment;
 - where nobody can say what a fail-over lost (`Loss`), it is the last writes of a session, and none that were acknowledged
   before the new primary had them for sure. Until all servers ask the new primary some may still ask the old one: what is
@@ -375,7 +376,8 @@ class _Search:
         if item.loss is not None:
             for back in _all_before(value, item.loss):
                 if back is not value or item.loss.low < item.loss.high:
-                    yield value.split(back, item.loss)
+                    for left in back.left_by_loss():
+                        yield value.split(left, item.loss)
             return
         yield from self._after_it(place, value)
         old = value.old_for(item)
@@ -526,7 +528,8 @@ def _taken_back(rollback: Rollback, value: Value) -> Iterator[Value]:
         return
     if there.life == "live" and there.revision != rollback.revision:
         return
-    yield dataclasses.replace(there, trail=hash((there.trail, rollback.at)))
+    for left in there.left_by_loss():
+        yield dataclasses.replace(left, trail=hash((left.trail, rollback.at)))
 
 
 def _bits(array: Floats | None) -> bytes:

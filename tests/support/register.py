@@ -106,6 +106,12 @@ class Value:
         trail = hash((back.trail, self.trail, loss.low))
         return dataclasses.replace(back, trail=trail, old=old, old_until=loss.high)
 
+    def left_by_loss(self) -> Iterator[Value]:
+        """This, where a fail-over comes back to it: that it was taken back may be lost too, and then it stays."""
+        yield self
+        if self.undone_by is not None:
+            yield dataclasses.replace(self, undone_by=None, trail=hash((self.trail, "stays")))
+
     def with_old(self, old: Value) -> Value:
         """What is there, with something else at the old primary."""
         return dataclasses.replace(self, trail=hash((self.trail, old.trail)), old=old)

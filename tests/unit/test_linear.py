@@ -405,6 +405,19 @@ def test_what_was_made_with_others_is_not_taken_back_once_somebody_was_told_of_i
     assert sorts(told.check()) == ["gone"]
 
 
+def test_that_it_was_taken_back_may_be_lost_and_then_it_stays() -> None:
+    told = Told()
+    opening(told, 0, (9, REFUSED))
+    told.read(22, 23, 0)
+    told.read(32, 33, 0)
+    assert sorts(told.check([Rollback(20, "a", 1, "live", 0)])) == []
+    assert sorts(told.check(losses=lost_at(20))) == []
+    assert sorts(told.check(losses=lost_at(5, 0, 20))) == [], "it was taken back at the old primary alone"
+    told.read(12, 13, 0)
+    assert sorts(told.check([Rollback(20, "a", 1, "live", 0)])) == ["wrong"], "nothing was lost yet"
+    assert sorts(told.check(losses=lost_at(20))) == ["wrong"]
+
+
 def test_what_was_changed_is_not_taken_back() -> None:
     told = two_steps()
     told.ops.clear()
