@@ -478,14 +478,16 @@ class _Search:
 
 
 def _twins(items: Sequence[Item], lost: Sequence[tuple[float, float]]) -> Iterator[Item]:
-    """Effects that a fail-over took back while their calls were under way: they may be had again, by another attempt."""
+    """Effects that a fail-over took back: they may be had again, by another attempt that is still under way."""
     for item in items:
         for low, high in lost:
-            if item.kind == "effect" and item.low < high and item.high > low:
+            if item.kind != "effect" or item.low >= high:
+                continue
+            if item.high > low:
                 yield Item("effect", item.low, high, item.op, must=False)
-                assert item.op is not None
-                if item.must and _has_unknown(item.op):  # it was sent more than once
-                    yield Item("effect", item.low, math.inf, item.op, must=False)
+            assert item.op is not None
+            if item.must and _has_unknown(item.op):  # it was sent more than once, and told of one of these attempts
+                yield Item("effect", item.low, math.inf, item.op, must=False)
 
 
 def _all_before(value: Value, loss: Loss) -> Iterator[Value]:

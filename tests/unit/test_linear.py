@@ -232,6 +232,18 @@ def test_what_a_fail_over_took_back_may_be_had_again_by_another_attempt() -> Non
     assert sorts(told.check([Rollback(6, "a", 1, "live", 0)])) == []
 
 
+def test_what_a_fail_over_took_back_may_come_again_by_an_attempt_that_is_late() -> None:
+    told = two_steps()
+    op = told.step(2, 5, 1, 1)
+    told.read(8, 9, 0)
+    told.read(10, 11, 1)
+    rollback = Rollback(6, "a", 1, "live", 0)
+    assert sorts(told.check([rollback])) == ["twice"], "there was one attempt, which is over"
+    op.ends.insert(0, (3, End(outcome="unknown")))
+    assert sorts(told.check([rollback])) == []
+    assert sorts(told.check(losses=lost_at(6))) == []
+
+
 def test_a_fork_has_the_state_of_its_parent_at_its_moment() -> None:
     told = two_steps()
     told.step(2, 3, 1, 1)
