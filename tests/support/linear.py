@@ -486,7 +486,7 @@ def _twins(items: Sequence[Item], lost: Sequence[tuple[float, float]]) -> Iterat
             if item.high > low:
                 yield Item("effect", item.low, high, item.op, must=False)
             assert item.op is not None
-            if item.must and _has_unknown(item.op):  # it was sent more than once, and told of one of these attempts
+            if item.must and _has_unknown(item.op):  # it was sent more than once
                 yield Item("effect", item.low, math.inf, item.op, must=False)
 
 
