@@ -156,6 +156,10 @@ def test_a_store_that_lets_sessions_begin_where_others_ended_is_found() -> None:
         "mix": Mix(step=1.0, frame=0.0, close=6.0, think_s=0.02),
         "owners": [["a"], ["b"], ["c"], ["d"]],
         "faults": (),
+        "together": False,
+        "contested": False,
+        "most": 0,
+        "lease_s": 0.0,
     }
     assert is_found(range(100), Bugs({"COMMIT": rule}), **changes)
 
