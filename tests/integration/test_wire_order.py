@@ -29,6 +29,10 @@ def long_frame(served: Served, frame_id: int, session_id: str) -> pb.StepStreamR
     return wire.step_frame(frame_id, [session_id], step.inputs, outputs=step.outputs)
 
 
+_TRIES = 5
+"""Of what a busy machine may spoil."""
+
+
 def begun(served: Served, session_id: str) -> Conversation:
     """A stream on which a long step of the session is under way: the answer to what came after says so."""
     stream = Conversation(served.wire)
@@ -154,21 +158,26 @@ def test_a_client_that_disconnects_in_the_middle_and_comes_back(served: Served) 
 
 def test_a_deadline_that_passes_in_line(served: Served) -> None:
     x = [tensor(np.ones((1, 3), np.float32))]
-    with served.session("seq", steps=0) as session_id, begun(served, session_id) as stream:
-        late = pb.StepRequest(session_id=session_id, inputs=x)
-        with pytest.raises(grpc.RpcError) as caught:
-            served.wire.sessions.Step(late, timeout=0.01)
-        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        stream.send(
-            wire.step_frame(5, [session_id], x, timeout_ms=1), wire.reset_frame(6, [session_id], timeout_ms=1)
-        )
-        stream.send(wire.step_frame(7, [session_id], x))
-        answers = {answer.frame_id: answer for answer in stream.end()}
-        for frame_id in (5, 6):
-            wire.of_members([answers[frame_id]], 1)[0].expect(
-                "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", "not applied"
+    refused: list[dict[int, wire.Refusal]] = [{}]
+    answers: dict[int, pb.StepStreamResponse] = {}
+    for _ in range(_TRIES):
+        with served.session("seq", steps=0) as session_id, begun(served, session_id) as stream:
+            late = pb.StepRequest(session_id=session_id, inputs=x)
+            with pytest.raises(grpc.RpcError) as caught:
+                served.wire.sessions.Step(late, timeout=0.01)
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            stream.send(
+                wire.step_frame(5, [session_id], x, timeout_ms=1),
+                wire.reset_frame(6, [session_id], timeout_ms=1),
             )
-        assert list(answers[7].revisions) == [2]
+            stream.send(wire.step_frame(7, [session_id], x))
+            answers = {answer.frame_id: answer for answer in stream.end()}
+        refused = [wire.of_members([answers[frame_id]], 1) for frame_id in (5, 6)]
+        if all(refused):
+            break  # else this process was held up until the long step was over
+    for one in refused:
+        one[0].expect("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", "not applied")
+    assert list(answers[7].revisions) == [2]
 
 
 def test_a_time_limit_of_the_sdk(served: Served) -> None:

@@ -17,7 +17,7 @@ import stepwell_server
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1.sessions_pb2_grpc import SessionServiceStub
 from stepwell_server.addresses import Address
-from stepwell_server.clock import Clock
+from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.live.known_files import KnownFiles
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.rpc.fronts.base import Front
@@ -34,10 +34,10 @@ _ROOT = Path(stepwell_server.__file__).parent
 _EXECUTOR = 1
 
 
-def _native(clock: Clock, limits: FrontLimits) -> Front:
+def _native(_clock: Clock, limits: FrontLimits) -> Front:
     from stepwell_server.rpc.fronts.native import NativeFront
 
-    return NativeFront(clock, limits)
+    return NativeFront(SystemClock(), limits)  # the wire keeps the first clock that a process gives it
 
 
 def _module(frame: FrameType | None) -> str:
