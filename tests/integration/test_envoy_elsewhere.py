@@ -52,7 +52,7 @@ def starting(folder: Path, front: str) -> Iterator[str]:
 def stopping(folder: Path, front: str) -> Iterator[str]:
     """The address of a server that was told to stop and has a step to finish, whose commit does not come back."""
     with Valkey(append="no") as valkey, Proxy(valkey.address, seed=1) as proxy:
-        url = valkey.url("?timeout_ms=600000").replace(valkey.address, proxy.address)
+        url = valkey.url("?timeout_ms=60000").replace(valkey.address, proxy.address)
         options = ("--store", url, "--durability", "async", "--drain-timeout-s", "10m")
         with serve("--front", front, *options) as server:
             channel, stub = connect(server)
