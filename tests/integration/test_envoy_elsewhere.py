@@ -67,7 +67,12 @@ def stopping(folder: Path, front: str) -> Iterator[str]:
                 server.signal()
                 server.wait_for_log("stopping")
                 with Wire(server.address) as one:
-                    until(lambda: "stopping" in one.refused("Step", step).message)
+                    # one that comes just before it refuses them waits behind the first, until its time is over
+                    until(
+                        lambda: (
+                            "stopping" in wire.refusal(lambda: one.sessions.Step(step, timeout=1.0)).message
+                        )
+                    )
                 yield server.address
                 assert not last.done()
                 proxy.release()
