@@ -417,8 +417,8 @@ def misframed(raw: bytes, rng: Random) -> bytes:
         lambda: b"\0" + (1 << 24).to_bytes(4, "big") + raw,
         lambda: framed(raw) + framed(raw),
         lambda: framed(raw) + b"\0\0",
-        lambda: packed(gzip.compress(raw)),
-        lambda: packed(flip(gzip.compress(raw), rng)),
+        lambda: packed(gzip.compress(raw, mtime=0)),
+        lambda: packed(flip(gzip.compress(raw, mtime=0), rng)),
         lambda: packed(_bomb()),
     )
     return rng.choice(odd)()
@@ -430,7 +430,7 @@ def packed(compressed: bytes) -> bytes:
 
 @functools.cache
 def _bomb() -> bytes:
-    return gzip.compress(bytes(32 << 20))
+    return gzip.compress(bytes(32 << 20), mtime=0)
 
 
 _ODD_HEADERS: Sequence[tuple[str, str]] = (
