@@ -332,6 +332,9 @@ async def test_small_changes_do_not_wait_for_a_checkpoint(
     store, commits, told = logged
     store.gate.set()
     await commits.idle()
+    await until(
+        lambda: bool(store.tended)
+    )  # the checkpoint after the first, which may come when that has been told
     store.waits_for_disk = True
     checkpoint, inside_it, go_on = store.checkpoint, threading.Event(), threading.Event()
 
