@@ -17,6 +17,7 @@ from stepwell_server.addresses import Address, UnixAddress, bind_problem
 from stepwell_server.audit_log import AuditError, AuditLog
 from stepwell_server.auth.callers import Callers
 from stepwell_server.auth.opening import open_callers
+from stepwell_server.auth.quota_file import QuotaFile
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.core.namespaces import own, tenant_of
 from stepwell_server.engine.durability.forwarding import Migration
@@ -24,6 +25,7 @@ from stepwell_server.engine.engine import Engine, ModelStats
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.versions.document import DocumentError
+from stepwell_server.files.watched import WatchedFileError
 from stepwell_server.live.known_files import KnownFiles
 from stepwell_server.live.models import LiveModels
 from stepwell_server.live.opening import admin_refusal, open_live_models
@@ -38,7 +40,6 @@ from stepwell_server.model_folder import ModelFolder
 from stepwell_server.model_loading import Abandoned, Loaded, compiler_of, end_idle, load_models
 from stepwell_server.model_sources import KeptModel, LoadError, begin_with
 from stepwell_server.open_files import RESERVE, raise_limit
-from stepwell_server.quota_file import QuotaFile
 from stepwell_server.reach import ReachError, require_closed
 from stepwell_server.readiness import Readiness
 from stepwell_server.rpc.auditing import Auditor
@@ -54,7 +55,6 @@ from stepwell_server.store_watch import look_after, tell_store
 from stepwell_server.systemd import Notifier
 from stepwell_server.tracing.starting import TracingError
 from stepwell_server.tracing.starting import start as start_tracing
-from stepwell_server.watched_file import WatchedFileError
 
 if TYPE_CHECKING:
     from stepwell_server.compile.warm import WarmCompiler

@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from stepwell_server import private_files, program_file
+from stepwell_server import program_file
 from stepwell_server.addresses import Address, UnixAddress, bind_problem
 from stepwell_server.clock import Clock
 from stepwell_server.compile import cache, sandbox
+from stepwell_server.files import private_files
 from stepwell_server.model_folder import LAYOUT, ModelFolder
 from stepwell_server.open_files import RESERVE
 from stepwell_server.reach import ReachError, require_closed
@@ -334,11 +335,11 @@ class Examination:
         """Who calls, what they may have, and what guards metrics and records, each as a server reads it."""
         # All of these need packages of the server.
         from stepwell_server.auth.opening import open_callers
+        from stepwell_server.auth.quota_file import QuotaFile
+        from stepwell_server.files.watched import WatchedFileError
         from stepwell_server.metrics.token import MetricsToken, TokenError
-        from stepwell_server.quota_file import QuotaFile
         from stepwell_server.store.base import KeyFileError
         from stepwell_server.store.keyring import read_keys
-        from stepwell_server.watched_file import WatchedFileError
 
         settings = self._settings
         reads: list[tuple[str, Path | None, Callable[[Path], object]]] = [

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from stepwell_server.core.model_names import NAME_RULE, VERSION_RULE, is_name, version_of
-from stepwell_server.file_stamp import Stamp, stamp_of
+from stepwell_server.files.stamp import Stamp, stamp_of
 
 SUFFIXES = (".keras", ".stepwell")
 LAYOUT = "NAME/VERSION.keras, NAME/VERSION.stepwell, or NAME/VERSION/ with one such file"

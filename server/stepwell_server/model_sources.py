@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepwell_server.core.version_policy import VersionPolicy
-from stepwell_server.file_stamp import stamp
+from stepwell_server.files.stamp import stamp
 from stepwell_server.logs import Log
 from stepwell_server.model_folder import LAYOUT, Look, ModelFolder, VersionFile
 

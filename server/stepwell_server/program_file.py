@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stepwell_server import archive_rules
+from stepwell_server.files import archive_rules
 from stepwell_server.program import (
     FLATBUFFER,
     SAVED_MODEL,

@@ -23,7 +23,7 @@ from stepwell_server.auth.callers import Callers
 from stepwell_server.auth.tokens import Token, caller_of, digest_of
 from stepwell_server.core.callers import Caller, Role
 from stepwell_server.errors import Unauthenticated
-from stepwell_server.watched_file import WatchedFile, WatchedFileError
+from stepwell_server.files.watched import WatchedFile, WatchedFileError
 from support.clock import ManualClock
 from support.fake_call import FakeCall
 

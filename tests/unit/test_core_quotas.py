@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepwell_server.auth.quota_file import QuotaFile, parse
 from stepwell_server.core.quotas import Buckets, Limits, QuotaTable, TokenBucket
-from stepwell_server.quota_file import QuotaFile, parse
-from stepwell_server.watched_file import WatchedFileError
+from stepwell_server.files.watched import WatchedFileError
 
 FILE = """
 [default]

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from stepwell_server import private_files
 from stepwell_server.clock import SystemClock
 from stepwell_server.compile import cache
-from stepwell_server.private_files import NotPrivateError, make_folder, require_secret
+from stepwell_server.files import private_files
+from stepwell_server.files.private_files import NotPrivateError, make_folder, require_secret
 from stepwell_server.store.base import StoreError
 from stepwell_server.store.disk.store import DiskStore
 
@@ -239,7 +239,7 @@ def test_another_user_than_root_gets_the_same() -> None:
     code = f"""
 import os, pwd
 from pathlib import Path
-from stepwell_server.private_files import *
+from stepwell_server.files.private_files import *
 os.setgroups([])
 os.setgid({SOMEBODY})
 os.setuid({SOMEBODY})

@@ -12,8 +12,8 @@ from stepwell_server.auth import certificate_map, tokens
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import Credential, Known
 from stepwell_server.errors import Unauthenticated
+from stepwell_server.files.watched import WatchedFile, WatchedFileError
 from stepwell_server.logs import Log
-from stepwell_server.watched_file import WatchedFile, WatchedFileError
 
 if TYPE_CHECKING:
     from stepwell_server.auth.web_tokens import WebTokens

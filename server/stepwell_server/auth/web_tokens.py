@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import Caller, Credential, Known, Role, is_name
 from stepwell_server.errors import Unauthenticated
-from stepwell_server.watched_file import WatchedFile
+from stepwell_server.files.watched import WatchedFile
 
 LEEWAY_S = 10.0
 """By how much the clocks of the issuer and of this machine may differ."""

@@ -18,8 +18,9 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from stepwell_server import archive_rules, private_files, program_file
+from stepwell_server import program_file
 from stepwell_server.compile.errors import ModelError
+from stepwell_server.files import archive_rules, private_files
 from stepwell_server.logs import Log
 from stepwell_server.program import Program, ProofOptions
 

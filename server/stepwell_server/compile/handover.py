@@ -15,9 +15,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from stepwell_server import archive_rules
 from stepwell_server.compile import configuration, origin
 from stepwell_server.compile.errors import ModelError
+from stepwell_server.files import archive_rules
 
 _PIECE_BYTES = 1 << 20
 _CONFIGURATION = "config.json"

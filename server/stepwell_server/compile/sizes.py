@@ -12,8 +12,8 @@ from typing import IO
 
 import h5py
 
-from stepwell_server import archive_rules
 from stepwell_server.compile.errors import ModelError
+from stepwell_server.files import archive_rules
 
 OPTION = "--max-model-bytes"
 #: What zipfile raises for archives that are damaged, encrypted, or of a kind that it does not know.

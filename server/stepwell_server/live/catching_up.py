@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from stepwell_server import file_stamp
 from stepwell_server.engine.models import Known, Versions
 from stepwell_server.errors import InvalidInput, Overloaded, ServerError, Unavailable, VersionExists
+from stepwell_server.files.stamp import Stamp, stamp
 from stepwell_server.live import paths
 from stepwell_server.live.control import LoadedVersion, LoadRequest
 from stepwell_server.live.faces import Clock
@@ -71,7 +71,7 @@ class CatchingUp:
         self._root = root
         self._clock = clock
         self._is_left_out = is_left_out
-        self._failed: dict[_Key, file_stamp.Stamp] = {}
+        self._failed: dict[_Key, Stamp] = {}
         """Files that cannot be loaded, until they change."""
         self._not_before: dict[_Key, float] = {}
 
@@ -105,8 +105,8 @@ class CatchingUp:
         key, path = (name, known.version), Path(known.source)
         if self._clock.monotonic() < self._not_before.get(key, 0.0):
             return False
-        stamp = await asyncio.to_thread(file_stamp.stamp, path)
-        if stamp == self._failed.get(key) or await asyncio.to_thread(self._is_left_out, name, known):
+        now = await asyncio.to_thread(stamp, path)
+        if now == self._failed.get(key) or await asyncio.to_thread(self._is_left_out, name, known):
             return False
         request = LoadRequest(
             name=name, version=known.version, path=known.source, keep_default=True, is_charged=False
@@ -115,7 +115,7 @@ class CatchingUp:
             await asyncio.to_thread(paths.checked, known.source, self._root)
             await self._loads.load(request)
         except InvalidInput as error:  # it is not here, or not where files may be
-            self._failed[key] = stamp
+            self._failed[key] = now
             _log.warning(
                 "a version that other servers have is not loaded here",
                 model=name,
@@ -125,7 +125,7 @@ class CatchingUp:
         except (Unavailable, Overloaded, VersionExists):  # for now, or somebody loads it at this moment
             self._not_before[key] = self._clock.monotonic() + _AGAIN_S
         except ServerError:
-            self._failed[key] = stamp  # who loads has said why
+            self._failed[key] = now  # who loads has said why
         else:
             self._loads.owned_before(name, known.version, known.tenant)
             _log.info(

@@ -16,7 +16,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import Overloaded, ServerError, Unavailable, VersionExists
-from stepwell_server.file_stamp import Stamp
+from stepwell_server.files.stamp import Stamp
 from stepwell_server.live.control import LoadRequest, ModelControl, VersionState
 from stepwell_server.logs import Log
 from stepwell_server.model_folder import Look, ModelFolder, VersionFile

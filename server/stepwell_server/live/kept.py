@@ -8,9 +8,10 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from stepwell_server import private_files, program_file
+from stepwell_server import program_file
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.errors import Unavailable
+from stepwell_server.files import private_files
 from stepwell_server.program import Program
 
 FOLDER = "models"

@@ -17,9 +17,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from stepwell_server import private_files
 from stepwell_server.clock import Clock
 from stepwell_server.errors import InvalidInput, MessageTooLarge, Overloaded, Unavailable
+from stepwell_server.files import private_files
 from stepwell_server.live.control import Uploaded
 from stepwell_server.logs import Log
 from stepwell_server.model_folder import SUFFIXES

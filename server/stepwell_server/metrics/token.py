@@ -7,8 +7,8 @@ import hmac
 from pathlib import Path
 from typing import Self
 
-from stepwell_server import private_files
-from stepwell_server.file_stamp import stamp
+from stepwell_server.files import private_files
+from stepwell_server.files.stamp import stamp
 from stepwell_server.logs import Log
 
 _log = Log("metrics")

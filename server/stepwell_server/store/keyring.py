@@ -22,7 +22,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from stepwell_server import private_files
+from stepwell_server.files import private_files
 from stepwell_server.store.base import KeyFileError
 from stepwell_server.store.xaes import KEY_BYTES, Key
 

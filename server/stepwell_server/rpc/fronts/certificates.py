@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from stepwell_server.file_stamp import Stamp, stamp
+from stepwell_server.files.private_files import NotPrivateError, require_secret
+from stepwell_server.files.stamp import Stamp, stamp
 from stepwell_server.logs import Log
-from stepwell_server.private_files import NotPrivateError, require_secret
 
 _log = Log("rpc.tls")
 _LOOK_S = 0.5

@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 from isal.isal_zlib import crc32
 
-from stepwell_server import private_files
+from stepwell_server.files import private_files
 from stepwell_server.store.base import End, StoreError, Tombstone
 from stepwell_server.store.disk.documents import Item
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import lmdb
 
-from stepwell_server import private_files
+from stepwell_server.files import private_files
 from stepwell_server.store.disk.files import flush
 
 _log = logging.getLogger(__name__)

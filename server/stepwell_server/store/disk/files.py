@@ -11,8 +11,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from stepwell_server import private_files
 from stepwell_server.errors import StoreGone
+from stepwell_server.files import private_files
 from stepwell_server.store.base import StoreError
 
 #: A file that is there and cannot be looked at (EACCES, EIO) says nothing: only these say that it is gone.

@@ -32,9 +32,9 @@ from typing import Any, Literal, TypeVar
 import lmdb
 from typing_extensions import override
 
-from stepwell_server import private_files
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, StoreGone, Unavailable
+from stepwell_server.files import private_files
 from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk import documents as in_lmdb
 from stepwell_server.store.disk import meta

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from stepwell_server import private_files
 from stepwell_server.clock import Clock
+from stepwell_server.files import private_files
 from stepwell_server.store.base import Holder, StoreBusy, StoreError
 from stepwell_server.store.disk.files import is_same
 

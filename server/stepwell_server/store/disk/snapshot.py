@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import lmdb
 
-from stepwell_server import private_files
+from stepwell_server.files import private_files
 from stepwell_server.store.base import StoreError, Tombstone
 from stepwell_server.store.disk import documents as in_lmdb
 from stepwell_server.store.disk import key_sums, meta

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
-from stepwell_server import private_files
+from stepwell_server.files import private_files
 
 USER_VARIABLE, PASSWORD_VARIABLE = "STEPWELL_VALKEY_USER", "STEPWELL_VALKEY_PASSWORD"
 SENTINEL_USER_VARIABLE = "STEPWELL_VALKEY_SENTINEL_USER"

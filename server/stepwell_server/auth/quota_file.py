@@ -12,8 +12,8 @@ from typing import Any
 
 from stepwell_server.core.callers import is_name
 from stepwell_server.core.quotas import Limits, QuotaTable
+from stepwell_server.files.watched import WatchedFile, WatchedFileError
 from stepwell_server.logs import Log
-from stepwell_server.watched_file import WatchedFile, WatchedFileError
 
 _log = Log("quotas")
 #: So often the file is looked at, in seconds. Two looks must have seen a change.

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from stepwell_server import private_files
-from stepwell_server.file_stamp import stamp
+from stepwell_server.files import private_files
+from stepwell_server.files.stamp import stamp
 
 T = TypeVar("T")
 _MAX_BYTES = 64 << 20
