@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from stepwell_server import signals
 from stepwell_server.addresses import Address, UnixAddress, bind_problem
 from stepwell_server.audit_log import AuditError, AuditLog
 from stepwell_server.auth.callers import Callers
@@ -39,9 +38,11 @@ from stepwell_server.migrations import MigrationError, load_migrations
 from stepwell_server.model_folder import ModelFolder
 from stepwell_server.model_loading import Abandoned, Loaded, compiler_of, end_idle, load_models
 from stepwell_server.model_sources import KeptModel, LoadError, begin_with
-from stepwell_server.open_files import RESERVE, raise_limit
+from stepwell_server.process import signals
+from stepwell_server.process.open_files import RESERVE, raise_limit
+from stepwell_server.process.readiness import Readiness
+from stepwell_server.process.systemd import Notifier
 from stepwell_server.reach import ReachError, require_closed
-from stepwell_server.readiness import Readiness
 from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.base import BindError, Front, OtherFront
@@ -52,7 +53,6 @@ from stepwell_server.settings import DEFAULT_METRICS, Settings
 from stepwell_server.store.base import Store, StoreError
 from stepwell_server.store_opening import NotOpenedError, once_it_answers, open_own, open_shared
 from stepwell_server.store_watch import look_after, tell_store
-from stepwell_server.systemd import Notifier
 from stepwell_server.tracing.starting import TracingError
 from stepwell_server.tracing.starting import start as start_tracing
 

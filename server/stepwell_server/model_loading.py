@@ -17,14 +17,14 @@ from stepwell_server.compile.warm import WarmCompiler
 from stepwell_server.loading import load_program
 from stepwell_server.logs import Log
 from stepwell_server.model_sources import Candidates, LoadError, Source
+from stepwell_server.process.readiness import LOADED
 from stepwell_server.program import Program, ProofOptions
 from stepwell_server.program_file import is_program
-from stepwell_server.readiness import LOADED
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.metrics.observer import PrometheusObserver
-    from stepwell_server.readiness import Readiness
+    from stepwell_server.process.readiness import Readiness
     from stepwell_server.settings import Settings
 
 _LOOK_FOR_IDLE_S = 30.0

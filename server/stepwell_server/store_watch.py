@@ -11,7 +11,7 @@ from stepwell_server.logs import Log
 
 if TYPE_CHECKING:
     from stepwell_server.metrics.observer import PrometheusObserver
-    from stepwell_server.readiness import Readiness
+    from stepwell_server.process.readiness import Readiness
     from stepwell_server.store.base import Store, StoreHealth
 
 _log = Log("app")

@@ -24,7 +24,7 @@ from stepwell_server import app
 from stepwell_server.addresses import Address
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.metrics.token import MetricsToken
-from stepwell_server.readiness import Readiness
+from stepwell_server.process.readiness import Readiness
 from stepwell_server.settings import DEFAULT_METRICS, Settings
 from support.certificates import Authority
 from support.engine import running

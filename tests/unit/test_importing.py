@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stepwell_server.importing import without_collecting
+from stepwell_server.process.importing import without_collecting
 
 SERVE = """
 import atexit, gc, os, sys

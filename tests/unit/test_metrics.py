@@ -12,7 +12,7 @@ from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES
 from stepwell_server.errors import reasons
 from stepwell_server.live.control import VersionState, VersionStatus
 from stepwell_server.metrics.observer import PrometheusObserver
-from stepwell_server.readiness import Readiness
+from stepwell_server.process.readiness import Readiness
 from stepwell_server.rpc.fronts.base import FrontCounts
 from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.status import ANY_CODE

@@ -11,7 +11,7 @@ import pytest
 from stepwell_server.addresses import Address
 from stepwell_server.core.callers import ANYBODY, Caller, Credential, Known, Role
 from stepwell_server.errors import Unauthenticated
-from stepwell_server.readiness import Report
+from stepwell_server.process.readiness import Report
 from stepwell_server.rpc import guard
 from stepwell_server.rpc.access import Access
 from stepwell_server.rpc.boundary import Boundary

@@ -10,7 +10,7 @@ import pytest
 
 from stepwell_server.errors import Unavailable
 from stepwell_server.metrics.observer import PrometheusObserver
-from stepwell_server.readiness import Readiness
+from stepwell_server.process.readiness import Readiness
 from stepwell_server.store.base import Batch, StoreHealth
 from stepwell_server.store.disk.room import Room
 from stepwell_server.store_watch import tell

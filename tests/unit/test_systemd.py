@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from stepwell_server.readiness import Readiness
-from stepwell_server.systemd import Notifier
+from stepwell_server.process.readiness import Readiness
+from stepwell_server.process.systemd import Notifier
 
 
 @pytest.fixture

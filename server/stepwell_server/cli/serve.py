@@ -27,7 +27,7 @@ from stepwell_server.cli.values import (
     Url,
     WholeNumber,
 )
-from stepwell_server.importing import without_collecting
+from stepwell_server.process.importing import without_collecting
 from stepwell_server.settings import Settings, SettingsError
 from stepwell_server.store.valkey.url import StoreUrl, UrlError
 from stepwell_server.store.valkey.url import parse as parse_store_url

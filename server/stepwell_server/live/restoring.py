@@ -21,7 +21,7 @@ from stepwell_server.model_loading import unless_stopped
 from stepwell_server.program import FINGERPRINT_DIGITS, Program
 
 if TYPE_CHECKING:
-    from stepwell_server.readiness import Readiness
+    from stepwell_server.process.readiness import Readiness
     from stepwell_server.settings import Settings
 
 _log = Log("models")

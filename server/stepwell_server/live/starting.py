@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stepwell_server.live.models import LiveModels
     from stepwell_server.model_folder import ModelFolder
     from stepwell_server.model_loading import Loaded
-    from stepwell_server.readiness import Readiness
+    from stepwell_server.process.readiness import Readiness
     from stepwell_server.settings import Settings
     from stepwell_server.store.base import Store
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from stepwell_server.engine.engine import ModelStats
     from stepwell_server.engine.quotas import TenantCounts
+    from stepwell_server.process.readiness import Report
     from stepwell_server.program import Program
-    from stepwell_server.readiness import Report
     from stepwell_server.rpc.fronts.base import FrontCounts
     from stepwell_server.rpc.fronts.certificates import CertificateFiles
     from stepwell_server.store.times import StoreTimes

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
 
     from stepwell_server.metrics.token import MetricsToken
-    from stepwell_server.readiness import Readiness
+    from stepwell_server.process.readiness import Readiness
 
 PATHS = ("/livez", "/readyz")
 ALIVE_S = 5.0

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from stepwell_server.engine.engine import ModelStats
-    from stepwell_server.readiness import Readiness
+    from stepwell_server.process.readiness import Readiness
 
 _SCRAPE_TIMEOUT_S = 5.0
 #: Scrapes at the same time, connections, bytes of a request, and how long a connection may be silent.

@@ -13,7 +13,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.errors import ServerError, Starting, Unauthenticated
-from stepwell_server.readiness import Report
+from stepwell_server.process.readiness import Report
 from stepwell_server.rpc import health, reflection
 from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.boundary import Boundary, RequestObserver, Serve, served_at

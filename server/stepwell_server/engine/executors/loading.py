@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from stepwell_server.importing import without_collecting
+from stepwell_server.process.importing import without_collecting
 
 _UNUSED = ("IPython", "matplotlib", "pandas")
 """What Keras and TensorFlow import where it is there: to show and to draw, and for data frames. No server does that."""

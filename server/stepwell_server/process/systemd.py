@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 
 from stepwell_server.logs import Log
-from stepwell_server.readiness import Report
+from stepwell_server.process.readiness import Report
 
 _log = Log("systemd")
 EXTEND_S = 60.0
