@@ -34,10 +34,10 @@ from stepwell_server.logs import Log, configure
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.metrics.server import MetricsServer
 from stepwell_server.metrics.token import MetricsToken, TokenError
-from stepwell_server.migrations import MigrationError, load_migrations
-from stepwell_server.model_folder import ModelFolder
-from stepwell_server.model_loading import Abandoned, Loaded, compiler_of, end_idle, load_models
-from stepwell_server.model_sources import KeptModel, LoadError, begin_with
+from stepwell_server.models.folder import ModelFolder
+from stepwell_server.models.loading import Abandoned, Loaded, compiler_of, end_idle, load_models
+from stepwell_server.models.migrations import MigrationError, load_migrations
+from stepwell_server.models.sources import KeptModel, LoadError, begin_with
 from stepwell_server.process import signals
 from stepwell_server.process.open_files import RESERVE, raise_limit
 from stepwell_server.process.readiness import Readiness

@@ -21,7 +21,7 @@ from stepwell_server.compile import sandbox
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.limits import Limits
 from stepwell_server.compile.warm import WarmCompiler
-from stepwell_server.loading import load_program
+from stepwell_server.models.programs import load_program
 from support import programs
 from support.clock import ManualClock
 from support.processes import HANG_S, children, home_of, is_there, until

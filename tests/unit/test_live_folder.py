@@ -17,7 +17,7 @@ from stepwell_server.errors import Overloaded
 from stepwell_server.live.control import LoadedVersion, LoadRequest
 from stepwell_server.live.folder import FolderFollower, FolderOptions
 from stepwell_server.live.models import LiveModels
-from stepwell_server.model_folder import ModelFolder
+from stepwell_server.models.folder import ModelFolder
 from support.engine import Harness, running
 from support.fake_executor import PLAIN, RICH
 from support.live import Loads, live_models

@@ -21,7 +21,7 @@ from stepwell_server.live.faces import Compiled
 from stepwell_server.live.folder import FolderFollower, FolderOptions
 from stepwell_server.live.models import LiveModels
 from stepwell_server.live.starting import absence
-from stepwell_server.model_folder import ModelFolder
+from stepwell_server.models.folder import ModelFolder
 from stepwell_server.process.readiness import Readiness
 from support.engine import Harness, x
 from support.fake_executor import PLAIN

@@ -11,7 +11,7 @@ from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.versions.document import DocumentError, name_of
 from stepwell_server.errors import ModelLoading, ModelNotFound
 from stepwell_server.live.starting import absence, kept_models
-from stepwell_server.model_sources import KeptModel
+from stepwell_server.models.sources import KeptModel
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.store.awaited import AwaitedStore
 from stepwell_server.store.base import Batch

@@ -20,7 +20,7 @@ from stepwell_server.compile.handover import opened
 from stepwell_server.compile.job import Progress
 from stepwell_server.compile.limits import Limits
 from stepwell_server.compile.warm import WarmCompiler
-from stepwell_server.loading import load_program
+from stepwell_server.models.programs import load_program
 from stepwell_server.program import Program, ProofOptions
 from support.fake_executor import PLAIN
 

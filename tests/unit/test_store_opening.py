@@ -9,7 +9,7 @@ import pytest
 
 from stepwell_server import store_opening
 from stepwell_server.errors import StoreAway, Unavailable
-from stepwell_server.model_loading import Abandoned
+from stepwell_server.models.loading import Abandoned
 from stepwell_server.settings import Settings
 from stepwell_server.store.valkey.url import parse
 from stepwell_server.store_opening import NotOpenedError, once_it_answers

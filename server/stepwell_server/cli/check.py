@@ -23,7 +23,7 @@ from stepwell_server.cli.compiling import (
 from stepwell_server.cli.values import PathOf
 from stepwell_server.compile.comparison import Comparison, Difference
 from stepwell_server.compile.errors import DataError, ModelError
-from stepwell_server.loading import load_program
+from stepwell_server.models.programs import load_program
 from stepwell_server.program import Program
 from stepwell_server.settings import SettingsError
 

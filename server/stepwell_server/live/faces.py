@@ -11,6 +11,7 @@ from typing import Protocol
 from stepwell_server.engine.api import ModelInfo, Moved, SessionPolicy
 from stepwell_server.engine.models import Known
 from stepwell_server.live.control import Progress
+from stepwell_server.models import loading
 from stepwell_server.program import Program
 
 
@@ -73,14 +74,8 @@ class Quotas(Protocol):
         """Raises `QuotaExceeded` if it has as many as it may have."""
 
 
-class Observer(Protocol):
-    """Is told of loads."""
-
-    def model_loaded(self, model: str, source: str, seconds: float) -> None:
-        """A version was loaded; its program came from `source`."""
-
-    def model_failed(self, model: str) -> None:
-        """A version could not be loaded."""
+class Observer(loading.Observer, Protocol):
+    """Is told of loads, and of what they do to sessions."""
 
     def sessions_moved(self, model: str, policy: str, count: int) -> None:
         """The default moved, and so many sessions in memory with it."""

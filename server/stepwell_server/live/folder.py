@@ -19,8 +19,8 @@ from stepwell_server.errors import Overloaded, ServerError, Unavailable, Version
 from stepwell_server.files.stamp import Stamp
 from stepwell_server.live.control import LoadRequest, ModelControl, VersionState
 from stepwell_server.logs import Log
-from stepwell_server.model_folder import Look, ModelFolder, VersionFile
-from stepwell_server.model_sources import tell_problems
+from stepwell_server.models.folder import Look, ModelFolder, VersionFile
+from stepwell_server.models.sources import tell_problems
 
 _log = Log("models")
 LOOK_S = 1.0

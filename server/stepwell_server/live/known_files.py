@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from stepwell_server.engine.models import Versions
-from stepwell_server.model_folder import ModelFolder
+from stepwell_server.models.folder import ModelFolder
 
 
 class Catalogue(Protocol):

@@ -14,7 +14,7 @@ from stepwell_server.live import kept, uploads
 from stepwell_server.live.control import Progress
 from stepwell_server.live.faces import Compile, Compiled, Engine, Observer, Quotas
 from stepwell_server.live.models import LiveModels
-from stepwell_server.model_loading import load_file
+from stepwell_server.models.loading import load_file
 from stepwell_server.program_file import is_program
 from stepwell_server.reach import beyond_loopback
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stepwell_server.compile.origin import folder_problem
 from stepwell_server.errors import InvalidInput
-from stepwell_server.model_folder import SUFFIXES
+from stepwell_server.models.folder import SUFFIXES
 
 _MOST_SHOWN = 300
 

@@ -16,8 +16,8 @@ from stepwell_server.errors import ServerError
 from stepwell_server.live.faces import Compile
 from stepwell_server.live.models import LiveModels
 from stepwell_server.logs import Log
-from stepwell_server.model_folder import SUFFIXES
-from stepwell_server.model_loading import unless_stopped
+from stepwell_server.models.folder import SUFFIXES
+from stepwell_server.models.loading import unless_stopped
 from stepwell_server.program import FINGERPRINT_DIGITS, Program
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from stepwell_server.live.catching_up import CatchingUp
 from stepwell_server.live.control import LoadRequest, VersionState
 from stepwell_server.live.folder import FolderFollower, FolderOptions
 from stepwell_server.live.restoring import is_of_folder, restore, restore_unless_stopped
-from stepwell_server.model_sources import Candidates, KeptModel
+from stepwell_server.models.sources import Candidates, KeptModel
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from stepwell_server.engine.engine import Engine
     from stepwell_server.engine.models import Known
     from stepwell_server.live.models import LiveModels
-    from stepwell_server.model_folder import ModelFolder
-    from stepwell_server.model_loading import Loaded
+    from stepwell_server.models.folder import ModelFolder
+    from stepwell_server.models.loading import Loaded
     from stepwell_server.process.readiness import Readiness
     from stepwell_server.settings import Settings
     from stepwell_server.store.base import Store

@@ -22,7 +22,7 @@ from stepwell_server.errors import InvalidInput, MessageTooLarge, Overloaded, Un
 from stepwell_server.files import private_files
 from stepwell_server.live.control import Uploaded
 from stepwell_server.logs import Log
-from stepwell_server.model_folder import SUFFIXES
+from stepwell_server.models.folder import SUFFIXES
 
 KEPT_S = 3600.0
 """An upload that nobody loads is deleted after so long."""

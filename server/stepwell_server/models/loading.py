@@ -8,28 +8,37 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from stepwell_server.compile import data_file
 from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.compile.limits import Limits
 from stepwell_server.compile.warm import WarmCompiler
-from stepwell_server.loading import load_program
 from stepwell_server.logs import Log
-from stepwell_server.model_sources import Candidates, LoadError, Source
+from stepwell_server.models.programs import load_program
+from stepwell_server.models.sources import Candidates, LoadError, Source
 from stepwell_server.process.readiness import LOADED
 from stepwell_server.program import Program, ProofOptions
 from stepwell_server.program_file import is_program
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
-    from stepwell_server.metrics.observer import PrometheusObserver
     from stepwell_server.process.readiness import Readiness
     from stepwell_server.settings import Settings
 
 _LOOK_FOR_IDLE_S = 30.0
 _log = Log("app")
 _T = TypeVar("_T")
+
+
+class Observer(Protocol):
+    """Is told of loads."""
+
+    def model_loaded(self, model: str, source: str, seconds: float) -> None:
+        """A version was loaded; its program came from `source`."""
+
+    def model_failed(self, model: str) -> None:
+        """A version could not be loaded."""
 
 
 class Abandoned(Exception):
@@ -64,7 +73,7 @@ async def load_models(
     settings: Settings,
     compiler: WarmCompiler,
     wanted: Sequence[Candidates],
-    observer: PrometheusObserver,
+    observer: Observer,
     readiness: Readiness,
     stop: asyncio.Event,
 ) -> Loaded:
@@ -101,7 +110,7 @@ async def _load_all(
     settings: Settings,
     compiler: WarmCompiler,
     wanted: Sequence[Candidates],
-    observer: PrometheusObserver,
+    observer: Observer,
     readiness: Readiness,
     abandoned: threading.Event,
 ) -> Loaded:
@@ -155,7 +164,7 @@ class _Place:
 async def _load(
     settings: Settings,
     compiler: WarmCompiler,
-    observer: PrometheusObserver,
+    observer: Observer,
     readiness: Readiness,
     limits: Limits,
     at: _Place,
