@@ -18,6 +18,7 @@ from stepwell_server.auth.callers import Callers
 from stepwell_server.auth.opening import open_callers
 from stepwell_server.auth.quota_file import QuotaFile
 from stepwell_server.clock import Clock, SystemClock
+from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.namespaces import own, tenant_of
 from stepwell_server.engine.durability.forwarding import Migration
 from stepwell_server.engine.engine import Engine, ModelStats
@@ -47,7 +48,6 @@ from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.base import BindError, Front, OtherFront
 from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
-from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import DEFAULT_METRICS, Settings
 from stepwell_server.store.base import Store, StoreError

@@ -12,9 +12,9 @@ from typing import Literal
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.compile.limits import Limits, default_memory_bytes
 from stepwell_server.compile.origin import folder_problem
+from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.model_names import ModelRef, parse_reference, version_of
 from stepwell_server.core.version_policy import LATEST, VersionPolicy
-from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.store.valkey.url import StoreUrl
 
 DEFAULT_LISTEN = Address("127.0.0.1", 50051)

@@ -17,9 +17,9 @@ from stepwell.v1 import sessions_pb2
 from stepwell_server.addresses import Address
 from stepwell_server.clock import SystemClock
 from stepwell_server.core.callers import ANYBODY, Caller, Credential, Role
+from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.namespaces import SEPARATOR, prefix_of
 from stepwell_server.rpc.fronts.base import Call, CallEnded, Method, OutputColumn, SessionSet, StepColumns
-from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.status import Code, Status
 from support import secured, streams, triton_requests
 from support.durable import until

@@ -13,9 +13,9 @@ import pytest
 
 from stepwell_server.addresses import Address
 from stepwell_server.clock import SystemClock
+from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.engine.types import Members
 from stepwell_server.rpc.fronts.base import Call, FrontCounts, Method, OutputColumn, StepColumns
-from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.status import Code, Status
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from support import secured

@@ -12,9 +12,9 @@ import pytest
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.addresses import Address
 from stepwell_server.clock import SystemClock
+from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.rpc.boundary import Boundary
 from stepwell_server.rpc.fronts.base import Method, StepColumns
-from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.sessions import SessionServicer
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from stepwell_server.rpc.steps.stream import StreamLimits

@@ -18,16 +18,16 @@ from google.rpc import error_details_pb2, status_pb2
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.core.callers import ANYBODY, Caller, Credential
+from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.live.known_files import KnownFiles
 from stepwell_server.live.models import LiveModels
 from stepwell_server.program import Program
 from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.fronts.base import CallEnded, FrontCounts, Method, Steps
 from stepwell_server.rpc.fronts.certificates import Certificates
-from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.server import RpcServer
+from stepwell_server.rpc.slowest import Slowest
 from stepwell_server.rpc.triton.inference import service_pb2
-from stepwell_server.slowest import Slowest
 from support.engine import Harness, running
 from support.fake_call import FakeCall, Requests
 from support.live import Loads, live_models

@@ -19,8 +19,8 @@ from stepwell.cli import main
 from stepwell.cli.envoy import _yaml, descriptors
 from stepwell.cli.envoy.routing import SESSION_HEADER
 from stepwell.v1 import sessions_pb2
+from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.rpc.fronts import python
-from stepwell_server.rpc.fronts.limits import FrontLimits
 from support.envoy import validate
 
 REPLICAS = ("--replica", "127.0.0.1:50051", "--replica", "[::1]:50051")

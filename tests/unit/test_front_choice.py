@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 
 from stepwell_server import app
-from stepwell_server.rpc.fronts.limits import FrontLimits
+from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.settings import Settings
 from support.fronts import needs_native
 

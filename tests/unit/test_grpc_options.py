@@ -10,8 +10,8 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined,unused-ignore]
 
 from stepwell import _channel
 from stepwell.config import ClientConfig
+from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.rpc.fronts import python
-from stepwell_server.rpc.fronts.limits import FrontLimits
 
 SERVER = python._options(FrontLimits(1, age_s=1.0))
 CLIENT = [

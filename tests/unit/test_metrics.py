@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.engine.durability.group_commit import MOST_WAITING
 from stepwell_server.engine.engine import ModelStats
 from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES
@@ -14,7 +15,6 @@ from stepwell_server.live.control import VersionState, VersionStatus
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.rpc.fronts.base import FrontCounts
-from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.status import ANY_CODE
 from stepwell_server.store.awaited import AwaitedStore
 from stepwell_server.store.base import Store

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stepwell_server.slowest import KEPT_S, MOST, Slowest
+from stepwell_server.rpc.slowest import KEPT_S, MOST, Slowest
 
 
 def _names(slowest: Slowest, now: float) -> list[str]:

@@ -16,8 +16,8 @@ from stepwell_server.engine.api import Observer, SessionPolicy
 from stepwell_server.errors import reasons
 from stepwell_server.live.control import VersionStatus, counts_of
 from stepwell_server.metrics import gauges
+from stepwell_server.rpc.slowest import Slowest
 from stepwell_server.series import ROWS, SECONDS, Counter, Histogram, Series
-from stepwell_server.slowest import Slowest
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric

@@ -8,15 +8,15 @@ from stepwell.v1 import models_pb2 as pb
 from stepwell_server.core.callers import Role
 from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc import convert, naming, tensors
+from stepwell_server.rpc.slowest import MOST
 from stepwell_server.rpc.steps.messages import REPLY_BYTES
-from stepwell_server.slowest import MOST
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
     from stepwell_server.live.control import ModelControl
     from stepwell_server.rpc.fronts.base import Call
-    from stepwell_server.slowest import Slowest
+    from stepwell_server.rpc.slowest import Slowest
 
 
 _SLOW = 10

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
     from stepwell_server.live.control import ModelControl
+    from stepwell_server.rpc.slowest import Slowest
     from stepwell_server.rpc.tracing import Tracer
-    from stepwell_server.slowest import Slowest
 
 _SESSIONS = sessions_pb2.DESCRIPTOR.services_by_name["SessionService"]
 _MODELS = models_pb2.DESCRIPTOR.services_by_name["ModelService"]

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.core.callers import Caller, Credential
+from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.rpc.fronts.certificates import Certificates
-from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.status import Status
 
 F64 = npt.NDArray[np.float64]

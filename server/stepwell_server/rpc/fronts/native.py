@@ -15,6 +15,7 @@ import stepwell_front
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import ANYBODY, Caller, Credential
+from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.namespaces import SEPARATOR, prefix_of
 from stepwell_server.core.remembered import Remembered
 from stepwell_server.engine.types import U64, Members
@@ -35,7 +36,6 @@ from stepwell_server.rpc.fronts.base import (
     Steps,
 )
 from stepwell_server.rpc.fronts.certificates import Certificates, Option, Unusable
-from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.fronts.unix_socket import SocketFile, bind
 from stepwell_server.rpc.status import Status
 

@@ -20,6 +20,7 @@ import grpc.aio
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import ANYBODY, Caller, Credential
+from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.logs import Log
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.base import (
@@ -31,7 +32,6 @@ from stepwell_server.rpc.fronts.base import (
     Steps,
 )
 from stepwell_server.rpc.fronts.certificates import Certificates
-from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.status import GO_ELSEWHERE
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
