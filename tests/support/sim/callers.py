@@ -162,8 +162,46 @@ class Callers:
             await self.sleep(self.way.pause_s)
             replica = self.some_replica(replica)
 
-    async def until_all_told(self, ops: Sequence[Op], work: Work) -> list[End]:
+    async def open_many(self, names: Sequence[str], request_id: int) -> list[End]:
+        """Open new sessions by one call."""
+        calls = [
+            Call(
+                kind="open",
+                session=name,
+                request_id=request_id,
+                must_be_new=True,
+                batch_size=1,
+                is_together=True,
+            )
+            for name in names
+        ]
+        return await self._until_all_told(
+            calls, lambda engine: engine.open_sessions("plain", session_ids=names, request_id=request_id)
+        )
+
+    async def fork_many(
+        self, parents: Sequence[str], sizes: Sequence[int], names: Sequence[str], request_id: int
+    ) -> list[End]:
+        """Make sessions of such batch sizes of their parents by one call."""
+        calls = [
+            Call(
+                kind="fork",
+                session=name,
+                parent=parent,
+                request_id=request_id,
+                batch_size=size,
+                is_together=True,
+            )
+            for parent, size, name in zip(parents, sizes, names, strict=True)
+        ]
+        return await self._until_all_told(
+            calls,
+            lambda engine: engine.fork_sessions(parents, new_session_ids=names, request_id=request_id),
+        )
+
+    async def _until_all_told(self, calls: Sequence[Call], work: Work) -> list[End]:
         """As `until_told`, of a call that makes many sessions."""
+        ops = [self.history.call(call) for call in calls]
         replica, attempt = self.some_replica(), 0
         while True:
             attempt += 1

@@ -138,24 +138,7 @@ class Owner:
         """Open all sessions that are not there by one call; whether they are there."""
         callers, request_id = self.callers, self.callers.request_id()
         owns = [own for own in self.sessions if not own.is_there and own.rows == 1]
-        names = [own.name for own in owns]
-        ops = [
-            callers.history.call(
-                Call(
-                    kind="open",
-                    session=name,
-                    request_id=request_id,
-                    must_be_new=True,
-                    batch_size=1,
-                    is_together=True,
-                )
-            )
-            for name in names
-        ]
-        ends = await callers.until_all_told(
-            ops,
-            lambda engine: engine.open_sessions("plain", session_ids=names, request_id=request_id),
-        )
+        ends = await callers.open_many([own.name for own in owns], request_id)
         for own, end in zip(owns, ends, strict=True):
             own.is_there = end.outcome == "acknowledged" or end.error.startswith("SessionExists")
             own.revision = None if end.found else end.revision
@@ -167,23 +150,8 @@ class Owner:
         owns = [each for each in self.sessions if each.is_there]
         self._forks += 1
         names = [f"{own.name}.{self._forks}" for own in owns]
-        ops = [
-            callers.history.call(
-                Call(
-                    kind="fork",
-                    session=name,
-                    parent=own.name,
-                    request_id=request_id,
-                    batch_size=own.rows,
-                    is_together=True,
-                )
-            )
-            for own, name in zip(owns, names, strict=True)
-        ]
-        sources = [own.name for own in owns]
-        ends = await callers.until_all_told(
-            ops,
-            lambda engine: engine.fork_sessions(sources, new_session_ids=names, request_id=request_id),
+        ends = await callers.fork_many(
+            [own.name for own in owns], [own.rows for own in owns], names, request_id
         )
         for own, name, end in zip(owns, names, ends, strict=True):
             if end.outcome == "acknowledged":

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
-from stepwell_server.engine.engine import Engine
-from stepwell_server.engine.sessions.attempts import OpenedMany
-from support.history import Call
-from support.sim.callers import Callers, Work, closed
+from support.history import Call, End
+from support.sim.callers import Callers, closed
 from support.sim.programs import Mix, Own, Owner
 
 
@@ -49,22 +46,8 @@ class Together:
             await callers.sleep(callers.way.pause_s)
 
     async def _open(self) -> list[Own]:
-        request_id = self._callers.request_id()
-        calls = [
-            Call(
-                kind="open",
-                session=name,
-                request_id=request_id,
-                must_be_new=True,
-                batch_size=1,
-                is_together=True,
-            )
-            for name in self._names
-        ]
-        return await self._told(calls, functools.partial(self._opened, request_id))
-
-    async def _opened(self, request_id: int, engine: Engine) -> OpenedMany:
-        return await engine.open_sessions("plain", session_ids=self._names, request_id=request_id)
+        ends = await self._callers.open_many(self._names, self._callers.request_id())
+        return _there(self._names, ends)
 
     async def _fork(self, parents: Sequence[Own]) -> list[Own]:
         if not parents:
@@ -72,31 +55,16 @@ class Together:
         self._forks += 1
         request_id = self._callers.request_id()
         names = [f"{parent.name}+{self._forks}.{request_id}" for parent in parents]
-        calls = [
-            Call(
-                kind="fork",
-                session=name,
-                parent=parent.name,
-                request_id=request_id,
-                batch_size=1,
-                is_together=True,
-            )
-            for name, parent in zip(names, parents, strict=True)
-        ]
+        ends = await self._callers.fork_many(
+            [parent.name for parent in parents], [1] * len(parents), names, request_id
+        )
+        return _there(names, ends)
 
-        async def work(engine: Engine) -> OpenedMany:
-            return await engine.fork_sessions(
-                [parent.name for parent in parents], new_session_ids=names, request_id=request_id
-            )
 
-        return await self._told(calls, work)
-
-    async def _told(self, calls: Sequence[Call], work: Work) -> list[Own]:
-        """Send one call until somebody says what became of it; what is there then."""
-        ops = [self._callers.history.call(call) for call in calls]
-        ends = await self._callers.until_all_told(ops, work)
-        return [
-            Own(op.call.session, is_there=True, revision=end.revision)
-            for op, end in zip(ops, ends, strict=True)
-            if end.outcome == "acknowledged"
-        ]
+def _there(names: Sequence[str], ends: Sequence[End]) -> list[Own]:
+    """The sessions that a call has made."""
+    return [
+        Own(name, is_there=True, revision=end.revision)
+        for name, end in zip(names, ends, strict=True)
+        if end.outcome == "acknowledged"
+    ]
