@@ -31,13 +31,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-import numpy as np
-
 from support.history import CHANGES, End, Floats, Op
-from support.replay import TOLERANCE, LstmDense, LstmState
+from support.replay import LstmDense, LstmState, are_states, bits, is_output
 
 Sort = Literal["lost", "twice", "wrong", "gone", "error"]
 _MOST_BRANCHES = 1024
@@ -261,10 +259,10 @@ class _Register:
         again = [end for _, end in op.ends if end.outcome == "acknowledged" and end is not first]
         self._report.answered_again += bool(again)
         for end in again:
-            same = (end.revision, end.position, _bits(end.y)) == (
+            same = (end.revision, end.position, bits(end.y)) == (
                 first.revision,
                 first.position,
-                _bits(first.y),
+                bits(first.y),
             )
             if not same:
                 what = f"{_name(op)} was answered again in another way, at revision {end.revision}"
@@ -316,7 +314,7 @@ class _Register:
         after: list[LstmState] = []
         for state in branches:
             y, new = self._apply(op, state)
-            if end.position == new.position and _is_output(op, end.y, y):
+            if end.position == new.position and is_output(op.call.outputs, end.y, y):
                 after.append(new)
         if not after:
             sort, how = self._explain(op, end)
@@ -328,7 +326,7 @@ class _Register:
 
     def _check_reads(self, revision: int, branches: list[LstmState]) -> list[LstmState]:
         """Rule 4 for what was read at a revision."""
-        bits: set[bytes] = set()
+        answers: set[bytes] = set()
         for end in {
             id(s.end): s.end for s in self._sights if s.revision == revision and not s.is_change
         }.values():
@@ -339,8 +337,8 @@ class _Register:
             branches = left
             if end.states is not None:
                 self._report.reads += 1
-                bits.add(b"".join(_bits(end.states[name]) for name in sorted(end.states)))
-        if len(bits) > 1:
+                answers.add(b"".join(bits(end.states[name]) for name in sorted(end.states)))
+        if len(answers) > 1:
             raise Violation("wrong", self._session, revision, "the state was read twice with different bits")
         if revision in self._forked:
             self._snapshots[self._session, revision] = branches
@@ -363,13 +361,13 @@ class _Register:
         """A guess at what happened instead: for people, the verdict does not hang on it."""
         if op.call.kind == "step":
             for state in self._before:
-                if _is_output(op, end.y, self._apply(op, state)[0]):
+                if is_output(op.call.outputs, end.y, self._apply(op, state)[0]):
                     return "lost", "; it is right if the change before it is left out"
             for before in self._changes:
                 if before.call.expected == op.call.expected - 1:
                     for state in self._before:
                         twice = self._apply(before, self._apply(before, state)[1])[1]
-                        if _is_output(op, end.y, self._apply(op, twice)[0]):
+                        if is_output(op.call.outputs, end.y, self._apply(op, twice)[0]):
                             return "twice", f"; it is right if {_name(before)} is applied twice"
         return "wrong", ""
 
@@ -378,31 +376,10 @@ def _name(op: Op) -> str:
     return f"{op.call.kind} {op.number}"
 
 
-def _bits(array: Floats | None) -> bytes:
-    return b"" if array is None else array.tobytes()
-
-
-def _is_output(op: Op, seen: Floats | None, y: Floats | None) -> bool:
-    """Whether what a step answered is what the replay gives, of which the caller may have asked for less."""
-    if y is None or op.call.outputs == "none":
-        return seen is None
-    if op.call.outputs == "last" and y.ndim == 3:
-        y = y[:, -1]
-    return seen is not None and _close(seen, y)
-
-
 def _is_state(end: End, state: LstmState) -> bool:
     if end.position is not None and end.position != state.position:
         return False
-    return end.states is None or _all_close(end.states, state.named())
-
-
-def _all_close(seen: Mapping[str, Floats], right: Mapping[str, Floats]) -> bool:
-    return set(seen) == set(right) and all(_close(seen[name], right[name]) for name in right)
-
-
-def _close(seen: Floats, right: Floats) -> bool:
-    return seen.shape == right.shape and bool(np.allclose(seen, right, rtol=TOLERANCE, atol=TOLERANCE))
+    return end.states is None or are_states(end.states, state.named())
 
 
 def clean(ops: Iterable[Op], model: LstmDense) -> Report:

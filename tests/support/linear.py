@@ -32,12 +32,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-import numpy as np
-
 from support.checker import Report, Sort, Violation
 from support.history import ANY, CHANGES, Floats, Op
 from support.register import Item, Loss, Rollback, State, Terms, Value
-from support.replay import TOLERANCE
+from support.replay import are_states, bits, is_output
 
 TOO_MANY = "too many orders to look at all of them"
 
@@ -208,10 +206,10 @@ class _Search:
         if op.call.kind in CHANGES and end is not None:
             report.answered_again += bool(again)
             for other in again:
-                if (other.revision, other.position, _bits(other.y)) != (
+                if (other.revision, other.position, bits(other.y)) != (
                     end.revision,
                     end.position,
-                    _bits(end.y),
+                    bits(end.y),
                 ):
                     what = f"{op.call.kind} {op.number} was answered again in another way"
                     raise Violation("twice", self._session, end.revision or 0, what)
@@ -360,7 +358,7 @@ class _Search:
         if call.kind == "fork":
             self._may_be_forked(item.op, value)
             return True
-        return end.states is None or _all_close(end.states, value.state.named())
+        return end.states is None or are_states(end.states, value.state.named())
 
     def _may_be_forked(self, op: Op, value: Value) -> None:
         if not any(state is value.state for _, state in self._forked[op.number]):
@@ -441,7 +439,9 @@ class _Search:
         if end is not None and end.revision != value.revision + 1:
             return
         y, state = self._changed(item.op, value.state)
-        if end is not None and not (end.position == state.position and _is_output(item.op, end.y, y)):
+        if end is not None and not (
+            end.position == state.position and is_output(item.op.call.outputs, end.y, y)
+        ):
             return
         yield value.write(place, "live", item.op, revision=value.revision + 1, state=state, used_at=used_at)
 
@@ -532,23 +532,3 @@ def _taken_back(rollback: Rollback, value: Value) -> Iterator[Value]:
         return
     for left in there.left_by_loss():
         yield dataclasses.replace(left, trail=hash((left.trail, rollback.at)))
-
-
-def _bits(array: Floats | None) -> bytes:
-    return b"" if array is None else array.tobytes()
-
-
-def _is_output(op: Op, seen: Floats | None, y: Floats | None) -> bool:
-    if y is None or op.call.outputs == "none":
-        return seen is None
-    if op.call.outputs == "last" and y.ndim == 3:
-        y = y[:, -1]
-    return seen is not None and _close(seen, y)
-
-
-def _all_close(seen: Mapping[str, Floats], right: Mapping[str, Floats]) -> bool:
-    return set(seen) == set(right) and all(_close(seen[name], right[name]) for name in right)
-
-
-def _close(seen: Floats, right: Floats) -> bool:
-    return seen.shape == right.shape and bool((np.abs(seen - right) <= TOLERANCE * (1 + np.abs(right))).all())
