@@ -6,9 +6,10 @@ everything running.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from support.driver_process import Loading
 from support.faults import BEGINS, ENDS, SINCE
@@ -92,6 +93,20 @@ def pause_valkey(valkey: Valkey, load: Loading, chance: random.Random) -> None:
     at_random(load, chance)
 
 
+@contextlib.contextmanager
+def gone(valkey: Valkey, how: str) -> Iterator[None]:
+    """It is killed meanwhile, or paused, or all is well with it."""
+    if how == "kill":
+        valkey.kill()
+    if how == "pause":
+        valkey.pause()
+    yield
+    if how == "kill":
+        valkey.start()
+    if how == "pause":
+        valkey.resume()
+
+
 def fail_over(watched: Sentinels, load: Loading, chance: random.Random) -> None:
     """The primary is killed, or paused, or merely replaced; it comes back as a replica.
 
@@ -99,16 +114,9 @@ def fail_over(watched: Sentinels, load: Loading, chance: random.Random) -> None:
     """
     at_random(load, chance)
     old, how = watched.primary(), chance.choice(["kill", "pause", "replace"])
-    if how == "kill":
-        old.kill()
-    if how == "pause":
-        old.pause()
-    pass_s(chance.uniform(0, 0.3))
-    watched.fail_over()
-    if how == "kill":
-        old.start()
-    if how == "pause":
-        old.resume()
+    with gone(old, how):
+        pass_s(chance.uniform(0, 0.3))
+        watched.fail_over()
     watched.wait_ready(len(watched.servers) - 1)
     load.wait_acknowledged(_MOST_CHANGES)
     at_random(load, chance)
@@ -126,15 +134,8 @@ def lose(watched: Sentinels, load: Loading, chance: random.Random, log: Log, how
     assert old.ask("WAIT", 1, _REPLICATED_MS) >= 1, "the replica does not get what is written"
     at_random(load, chance)
     log.mark(BEGINS)
-    if how == "kill":
-        old.kill()
-    if how == "pause":
-        old.pause()
-    watched.fail_over()
-    if how == "kill":
-        old.start()
-    if how == "pause":
-        old.resume()
+    with gone(old, how):
+        watched.fail_over()
     watched.wait_ready(len(watched.servers) - 1)
     pass_s(_LOOKED_S)
     log.mark(ENDS)
