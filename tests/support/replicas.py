@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -57,6 +58,16 @@ async def both_know(first: Harness, second: Harness, *session_ids: str) -> None:
     await first.submit(list(session_ids), x(len(session_ids))).all()
     for session_id in session_ids:
         await second.state(session_id)
+
+
+async def sweeping(store: RemoteStore, sweep: Coroutine[Any, Any, int]) -> asyncio.Task[int]:
+    """A look for sessions to end that has judged them, and whose commit is on its way."""
+    store.commits_held = True
+    task = asyncio.create_task(sweep)
+    await store.until("claim sweep")
+    store.let_go_once("claim sweep")
+    await store.until("commit", len(store.asked("commit")) + 1)
+    return task
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ from support.awaited import RemoteStore
 from support.durable import begun
 from support.engine import Harness, kinds, x
 from support.fake_executor import WAIT_S
-from support.replicas import both_know, two_in_time
+from support.replicas import both_know, sweeping, two_in_time
 
 pytestmark = pytest.mark.stores("awaited")
 IDLE_S = 100.0
@@ -145,11 +145,7 @@ async def test_a_session_that_was_used_while_it_was_judged_does_not_end() -> Non
         await second.step("b", x(1))
         times.advance(2.0)
         store: RemoteStore = first.store
-        store.commits_held = True
-        sweep = asyncio.create_task(first.engine.expire_idle())
-        await store.until("claim sweep")
-        store.let_go_once("claim sweep")
-        await store.until("commit", len(store.asked("commit")) + 1)
+        sweep = await sweeping(store, first.engine.expire_idle())
         assert store.asked("commit")[-1] == ("a",)
         # the second server takes the session for one that is used: its clock says so as well
         second.inside.table.used[second.inside.handle("a")] = times.second.monotonic()
@@ -165,11 +161,7 @@ async def test_a_server_that_was_held_up_ends_nothing_by_what_it_knew(pause_s: f
         await both_know(first, second, "a")
         times.advance(101.0)
         store: RemoteStore = first.store
-        store.commits_held = True
-        sweep = asyncio.create_task(first.engine.expire_idle())
-        await store.until("claim sweep")
-        store.let_go_once("claim sweep")
-        await store.until("commit", len(store.asked("commit")) + 1)
+        sweep = await sweeping(store, first.engine.expire_idle())
         times.advance(pause_s)
         store.let_go()
         assert await asyncio.wait_for(sweep, WAIT_S) == int(pause_s < 5.0)

@@ -15,7 +15,7 @@ from support.awaited import RemoteStore
 from support.durable import begun
 from support.engine import Harness, x
 from support.fake_executor import WAIT_S
-from support.replicas import Times, two_in_time
+from support.replicas import Times, sweeping, two_in_time
 
 pytestmark = pytest.mark.stores("awaited")
 ONE, TWO = 11, 2**64 - 1
@@ -92,11 +92,7 @@ async def test_a_server_that_was_held_up_ends_nothing_of_a_client_that_is_there_
         name = await unnamed(first)
         times.advance(61.0)
         store: RemoteStore = first.store
-        store.commits_held = True
-        sweep = asyncio.create_task(first.engine.end_leases())
-        await store.until("claim sweep")
-        store.let_go_once("claim sweep")
-        await store.until("commit", len(store.asked("commit")) + 1)
+        sweep = await sweeping(store, first.engine.end_leases())
         times.advance(10.0)  # it sleeps
         await second.engine.renew_lease(ONE)
         store.let_go()
