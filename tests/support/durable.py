@@ -7,7 +7,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from support.fake_executor import WAIT_S
 from support.stored import base_of, copy_files, logs_of
 
 Array = npt.NDArray[Any]
+Running = Callable[..., AbstractAsyncContextManager[Harness]]
 _NUMBERS = itertools.count()
 
 
@@ -131,12 +132,12 @@ class Disk:
 
     @asynccontextmanager
     async def engine(
-        self, programs: Mapping[str, Program] | None = None, **options: Any
+        self, programs: Mapping[str, Program] | None = None, run: Running = running, **options: Any
     ) -> AsyncIterator[Harness]:
         """A server process. What it does after `kill` is not on the disk that the next one finds."""
         mine = self.store
         try:
-            async with running(programs, store=mine, clock=self.clock, **options) as at:
+            async with run(programs, store=mine, clock=self.clock, **options) as at:
                 try:
                     yield at
                 finally:

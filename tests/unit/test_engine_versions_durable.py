@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import numpy as np
@@ -29,19 +28,9 @@ BOTH = {"plain@1": PLAIN, "plain@2": weights(2)}
 pytestmark = pytest.mark.stores("async", "sync")
 
 
-@asynccontextmanager
-async def on(disk: Disk, programs: Any = None, **options: Any) -> AsyncIterator[Harness]:
-    """A server process; see `Disk.engine`."""
-    mine = disk.store
-    try:
-        async with serving(programs, store=mine, clock=disk.clock, **options) as at:
-            try:
-                yield at
-            finally:
-                mine.go_on()
-    finally:
-        if disk.store is not mine:
-            mine.store.close()
+def on(disk: Disk, programs: Any = None, **options: Any) -> AbstractAsyncContextManager[Harness]:
+    """A server process that serves versions of `plain`."""
+    return disk.engine(programs, run=serving, **options)
 
 
 def marks(disk: Disk, *session_ids: str) -> list[Mark | None]:

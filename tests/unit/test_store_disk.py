@@ -21,6 +21,7 @@ from stepwell_server.store.record import Joined
 from support.records import decode
 from support.samples import examples
 from support.stored import (
+    DURABILITIES,
     SEGMENT_BYTES,
     begin,
     beside_of,
@@ -36,8 +37,6 @@ from support.stored import (
     template,
     wal_of,
 )
-
-DURABILITIES = pytest.mark.parametrize("durability", ["sync", "async"])
 
 
 @pytest.fixture
