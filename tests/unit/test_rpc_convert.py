@@ -33,20 +33,24 @@ def _tensor(shape: list[int], data: bytes, dtype: int = _FLOAT32, name: str = "x
 @given(data=st.data())
 def test_arrays_come_back_as_they_were(data: st.DataObject) -> None:
     dtype = np.dtype(data.draw(st.sampled_from(_DTYPES)))
-    shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
+    as_values = data.draw(st.booleans())
+    least = int(as_values)  # numbers say nothing of what is empty
+    shapes = hnp.array_shapes(min_dims=least, max_dims=4, min_side=least, max_side=4)
     array = data.draw(hnp.arrays(dtype, shapes))
     sent = array.T if data.draw(st.booleans()) else array  # also one that is not contiguous
     response = sessions_pb2.StepResponse()
-    tensors.add_tensors(response.outputs, {"y": sent})
+    tensors.add_tensors(response.outputs, {"y": sent}, as_values=as_values)
+    assert not (response.outputs[0].data and response.outputs[0].values)
     back = tensors.to_arrays(sessions_pb2.StepResponse.FromString(response.SerializeToString()).outputs, "x")
     assert back["y"].dtype == dtype
     np.testing.assert_array_equal(back["y"], sent)
 
 
-def test_bfloat16_comes_back_as_it_was() -> None:
+@pytest.mark.parametrize("as_values", [False, True])
+def test_bfloat16_comes_back_as_it_was(as_values: bool) -> None:
     array = np.array([[1.5, -2.0]], ml_dtypes.bfloat16)
     response = sessions_pb2.StepResponse()
-    tensors.add_tensors(response.outputs, {"": array})
+    tensors.add_tensors(response.outputs, {"": array}, as_values=as_values)
     back = tensors.to_arrays(response.outputs, "inputs")[""]
     assert back.dtype == array.dtype
     np.testing.assert_array_equal(back, array)
