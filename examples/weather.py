@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
-Hours = npt.NDArray[np.int64]
 
 START = datetime(2013, 1, 1, 6, tzinfo=UTC)
 AIRPORTS = {"newark": "Newark", "kennedy": "Kennedy", "laguardia": "LaGuardia"}

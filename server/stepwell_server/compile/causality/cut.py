@@ -277,7 +277,7 @@ class _Tracing:
         return (last, outputs, keras.tree.pack_sequence_as(initial_state, flatten(states))), call
 
 
-def cut(interface: Interface, temporal: Sequence[bool], scales: Scales = SCALES) -> Cuts:
+def cut(interface: Interface, temporal: Sequence[bool]) -> Cuts:
     """Trace the model at two sizes.
 
     Raises:
@@ -288,13 +288,13 @@ def cut(interface: Interface, temporal: Sequence[bool], scales: Scales = SCALES)
     if not any(temporal) and recurrent_layers(interface.model):
         raise ModelError("no recurrent layer of the model follows the sequence of its inputs")
     _refuse_loops(interface, temporal)
-    both = (scales.first, scales.second)
+    both = (SCALES.first, SCALES.second)
     one, two = (_cut(interface, temporal, scale) for scale in both)
     inner = one[1].items() & two[1].items()
     if inner:
         loops = frozenset(loop for loop, _ in inner)
         one, two = (_cut(interface, temporal, scale, loops) for scale in both)
-    return Cuts(tuple(temporal), scales, one[0], two[0])
+    return Cuts(tuple(temporal), SCALES, one[0], two[0])
 
 
 def cut_one_step(interface: Interface, cuts: Cuts) -> Cut:

@@ -26,11 +26,11 @@ _EVERY_S = 1.0
 class Forgetting:
     """Takes sessions out of the table that are in the store. Lives on the event loop."""
 
-    def __init__(self, table: SessionTable, expiry: Expiry, most: int = MOST_PAGED_OUT) -> None:
-        """`most`: sessions of the table that are not in the arena."""
+    def __init__(self, table: SessionTable, expiry: Expiry) -> None:
         self._table = table
         self._expiry = expiry
-        self.most = most
+        self.most = MOST_PAGED_OUT
+        """Sessions of the table that are not in the arena."""
 
     async def run(self) -> None:
         """Look whether there are too many, until cancelled."""

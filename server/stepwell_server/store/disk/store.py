@@ -30,7 +30,6 @@ from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealt
 from stepwell_server.store.disk.files import flush_folders
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, Durability, LmdbStore
 from stepwell_server.store.disk.room import Room
-from stepwell_server.store.disk.tombstones import TOMBSTONES
 from stepwell_server.store.disk.wal import SEGMENT_BYTES, Parts, Records, WriteAheadLog, room_for
 from stepwell_server.store.disk.wal_file import SegmentDamaged
 from stepwell_server.store.disk.wal_mark import COMMITS, Mark, mark_of
@@ -62,7 +61,6 @@ class DiskStore(LocalStore):
         *,
         durability: Durability,
         clock: Clock,
-        tombstones: int = TOMBSTONES,
         first_map_bytes: int = FIRST_MAP_BYTES,
         segment_bytes: int = SEGMENT_BYTES,
         times: StoreTimes | None = None,
@@ -81,7 +79,6 @@ class DiskStore(LocalStore):
             path,
             durability=durability,
             clock=clock,
-            tombstones=tombstones,
             first_map_bytes=first_map_bytes,
         )
         self.incarnation, self.secret = self._base.incarnation, self._base.secret
