@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from support.programs import compile_model
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support import random_models
@@ -29,7 +31,6 @@ def check(seed: int) -> str:
         AssertionError: it is served and differs from Keras, or is refused although all its blocks are good.
     """
     from stepwell_server.compile.errors import ModelError
-    from stepwell_server.compile.pipeline import compile_model
     from stepwell_server.program import ProofOptions
 
     rng = np.random.default_rng(seed)

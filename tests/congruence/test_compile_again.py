@@ -19,6 +19,7 @@ from stepwell_server.compile.warm import WarmCompiler
 from stepwell_server.program import Program
 from support import models, samples
 from support.processes import descriptors, home_of, is_there, until
+from support.programs import compile_model
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -77,7 +78,7 @@ def silent(_stage: str) -> None:
 @pytest.mark.parametrize("name", samples.some(AGAIN))
 def test_it_is_what_compiling_it_anew_gives(name: str, tmp_path: Path) -> None:
     from stepwell_server.compile.again import compile_again, may_be_reused
-    from stepwell_server.compile.pipeline import compile_model, compile_traced
+    from stepwell_server.compile.pipeline import compile_traced
 
     model = models.build(name)
     model.save(tmp_path / "first.keras")
@@ -115,7 +116,7 @@ def by_position(scale: float) -> Any:
 
 def test_a_proof_that_only_holds_for_these_weights_is_not_reused(tmp_path: Path) -> None:
     from stepwell_server.compile.again import may_be_reused
-    from stepwell_server.compile.pipeline import compile_model, compile_traced
+    from stepwell_server.compile.pipeline import compile_traced
 
     by_position(0.0).save(tmp_path / "none.keras")
     by_position(1.0).save(tmp_path / "some.keras")
@@ -142,8 +143,6 @@ def lstm(tmp_path: Path) -> Path:
 
 
 def test_one_worker_compiles_what_has_the_same_configuration(lstm: Path, kept: WarmCompiler) -> None:
-    from stepwell_server.compile.pipeline import compile_model
-
     known = [compile_model(lstm / f"{seed}.keras") for seed in (1, 2, 3)]
     assert_same(kept.compile(lstm / "1.keras"), known[0])
     (server, worker) = kept.pids

@@ -12,6 +12,7 @@ from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.executors.padded import chunks
 from support.compiled import Compiled, compile_anew, zoo_model
+from support.programs import compile_model
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -96,8 +97,6 @@ def test_what_the_converter_says_becomes_a_clause(text: str, says: str) -> None:
 
 def test_the_layer_that_litert_cannot_run_is_named(tmp_path: Path) -> None:
     import keras
-
-    from stepwell_server.compile.pipeline import compile_model
 
     x = keras.Input((None,), dtype="int32")
     hashed = keras.layers.Hashing(5, name="buckets")(x)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.compile.errors import ModelError
+from support.programs import compile_model
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -67,7 +68,6 @@ def test_samples_of_binned_numbers_are_numbers() -> None:
 
 def test_a_lookup_without_room_for_other_words_is_served_and_equal(tmp_path: Path) -> None:
     from stepwell_server.compile.own_data import compare
-    from stepwell_server.compile.pipeline import compile_model
 
     _looked_up(num_oov_indices=0).save(tmp_path / "model.keras")
     program = compile_model(tmp_path / "model.keras")
@@ -82,7 +82,6 @@ def test_a_lookup_without_room_for_other_words_is_served_and_equal(tmp_path: Pat
 
 def test_ones_own_numbers_may_be_binned(tmp_path: Path) -> None:
     from stepwell_server.compile.own_data import compare
-    from stepwell_server.compile.pipeline import compile_model
 
     _binned().save(tmp_path / "model.keras")
     program = compile_model(tmp_path / "model.keras")

@@ -11,14 +11,13 @@ import pytest
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.engine.executors import load_executor
 from support import models
+from support.programs import compile_model
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 def _compiled(model: Any, folder: Path) -> Any:
-    from stepwell_server.compile.pipeline import compile_model
-
     models.randomize(model)
     model.save(folder / "model.keras")
     return compile_model(folder / "model.keras")

@@ -14,6 +14,7 @@ from stepwell_server.compile.comparison import Comparison
 from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.program import Program, Proof, ProofOptions, TensorSpec
 from support import models, models_trusted
+from support.programs import compile_model
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -22,8 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 @pytest.fixture(scope="module")
 def forecast(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Program]:
     """A model's file and its program."""
-    from stepwell_server.compile.pipeline import compile_model
-
     folder = tmp_path_factory.mktemp("forecast")
     models.build("lstm_dense").save(folder / "model.keras")
     return folder / "model.keras", compile_model(folder / "model.keras")
@@ -108,8 +107,6 @@ def test_data_that_do_not_fit_are_refused(arrays: dict[str, Any], says: str, tmp
     ],
 )
 def test_data_are_looked_at_before_the_model_is_compiled(array: Any, says: str, tmp_path: Path) -> None:
-    from stepwell_server.compile.pipeline import compile_model
-
     models.build("lstm_dense").save(tmp_path / "model.keras")
     np.save(tmp_path / "x.npy", array)
     stages: list[str] = []
@@ -192,8 +189,6 @@ def test_one_sequence_may_leave_out_the_batch(tmp_path: Path) -> None:
 
 
 def test_an_unknown_operation_needs_trust_and_is_then_said_everywhere(tmp_path: Path) -> None:
-    from stepwell_server.compile.pipeline import compile_model
-
     models_trusted.determinant().save(tmp_path / "model.keras")
     with pytest.raises(
         ModelError,

@@ -10,6 +10,7 @@ import pytest
 
 from stepwell_server.compile.errors import ModelError, NotCausalError
 from support import models
+from support.programs import compile_model
 
 # Keras calls numpy in a way that numpy 2 deprecates, and warns of weights it does not restore.
 pytestmark = [
@@ -20,8 +21,6 @@ pytestmark = [
 
 @pytest.mark.parametrize("name", list(models.REFUSED))
 def test_a_model_that_cannot_be_stepped_is_refused(name: str, tmp_path: Path) -> None:
-    from stepwell_server.compile.pipeline import compile_model
-
     models.build(name).save(tmp_path / "model.keras")
     with pytest.raises(ModelError, match=models.REFUSED[name][1]) as caught:
         compile_model(tmp_path / "model.keras")

@@ -11,6 +11,7 @@ import pytest
 from stepwell_server.compile.errors import ModelError
 from support import models
 from support.compiled import Compiled
+from support.programs import compile_model
 
 pytestmark = [
     # Keras calls numpy in a way that numpy 2 deprecates.
@@ -56,7 +57,6 @@ def model_used_twice(keras: Any) -> Any:
     "build", [tied_embeddings, spectral_normalization, layer_used_twice, model_used_twice]
 )
 def test_shared_weights_are_restored(build: Any, tmp_path: Path) -> None:
-    from stepwell_server.compile.pipeline import compile_model
     from stepwell_server.compile.tensorflow_setup import keras
 
     model = build(keras)

@@ -88,8 +88,6 @@ def zoo_model(name: str) -> Compiled:
 
 def compile_anew(name: str, folder: Path) -> Compiled:
     """Build, save and compile the zoo model ``name`` in ``folder``."""
-    from stepwell_server.compile.pipeline import compile_model
-
     model = models.build(name)
     model.save(folder / "model.keras")
-    return Compiled(name, model, compile_model(folder / "model.keras"))
+    return Compiled(name, model, programs.compile_model(folder / "model.keras"))

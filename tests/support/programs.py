@@ -192,9 +192,15 @@ def _keep(path: Path, options: ProofOptions | None, kept: Path) -> None:
         shutil.copytree(folder, kept)
 
 
+def compile_model(model: Path, **said: Any) -> Program:
+    """The program of a model, compiled in this process, without a cache."""
+    from stepwell_server.compile.pipeline import compile_traced
+
+    return compile_traced(model, **said)[0]
+
+
 def _compile(path: Path, options: ProofOptions | None) -> None:
     from stepwell_server.compile import cache
-    from stepwell_server.compile.pipeline import compile_model
 
     target = cache.entry(cache_dir(), cache_key(path, (), options))
     cache.make(cache_dir())

@@ -27,17 +27,6 @@ from stepwell_server.program import FLATBUFFER, Program, ProofOptions, Provenanc
 _ELSEWHERE = 16
 
 
-def compile_model(
-    model: Path,
-    imports: Sequence[str] = (),
-    progress: Callable[[str], None] | None = None,
-    options: ProofOptions | None = None,
-    data: Path | None = None,
-) -> Program:
-    """Compile ``model``, see `compile_traced`."""
-    return compile_traced(model, imports, progress, options, data)[0]
-
-
 def compile_traced(
     model: Path,
     imports: Sequence[str] = (),
