@@ -232,15 +232,14 @@ async def _awaited(requests: Iterator[Message]) -> AsyncIterator[Message]:
         yield request
 
 
-class SyncTransport:
-    """A channel of the sync client."""
+class _Transport:
+    """What a channel has in both clients: to the server, or to one of its replicas."""
 
     def __init__(
-        self, config: ClientConfig, known: Tokens | None = None, replica: Replica | None = None
+        self, channel: grpc.Channel | grpc.aio.Channel, config: ClientConfig, known: Tokens | None
     ) -> None:
-        """A channel to the server, or to one of its replicas; `known`: the tokens that it shares with others."""
-        self._channel = open_channel(config, replica)
-        self._stubs = _stubs(self._channel)
+        """`known`: the tokens that it shares with others."""
+        self._stubs = _stubs(channel)
         self._tokens = known or tokens(config)
         self._metadata = config.metadata
         self._ended: Callable[[], StepwellError] = closed
@@ -249,6 +248,16 @@ class SyncTransport:
     def _check_open(self) -> None:
         if self.is_closed:
             raise self._ended()
+
+
+class SyncTransport(_Transport):
+    """A channel of the sync client."""
+
+    def __init__(
+        self, config: ClientConfig, known: Tokens | None = None, replica: Replica | None = None
+    ) -> None:
+        self._channel = open_channel(config, replica)
+        super().__init__(self._channel, config, known)
 
     def stream(self, requests: Iterator[sessions_pb2.StepStreamRequest]) -> OpenedStream:
         """Opens the stream of frames.
@@ -338,23 +347,14 @@ class SyncTransport:
         self._channel.close()
 
 
-class AsyncTransport:
+class AsyncTransport(_Transport):
     """A channel of the async client."""
 
     def __init__(
         self, config: ClientConfig, known: Tokens | None = None, replica: Replica | None = None
     ) -> None:
-        """A channel to the server, or to one of its replicas; `known`: the tokens that it shares with others."""
         self._channel = open_async_channel(config, replica)
-        self._stubs = _stubs(self._channel)
-        self._tokens = known or tokens(config)
-        self._metadata = config.metadata
-        self._ended: Callable[[], StepwellError] = closed
-        self.is_closed = False
-
-    def _check_open(self) -> None:
-        if self.is_closed:
-            raise self._ended()
+        super().__init__(self._channel, config, known)
 
     async def stream(self, requests: AsyncIterator[sessions_pb2.StepStreamRequest]) -> OpenedStream:
         """Opens the stream of frames.
