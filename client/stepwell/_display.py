@@ -29,8 +29,12 @@ _CELL = 80
 """Characters of a cell."""
 _STRIP = (4, 64)
 """Rows and columns of the picture of a tensor."""
-FINGERPRINT_DIGITS = 12
-"""Digits of a fingerprint that people are shown."""
+_FINGERPRINT_DIGITS = 12
+
+
+def short(fingerprint: str) -> str:
+    """A fingerprint as people are shown it."""
+    return fingerprint[:_FINGERPRINT_DIGITS]
 
 
 def some(parts: Iterable[str]) -> str:

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stepwell._display import short
 from stepwell._state import State, States
 from stepwell._tensors import Packed, pack
 from stepwell._types import Inputs, ModelInfo, Rows, TensorInfo
 from stepwell.errors import InvalidInputError, ModelMismatchError
 
-FINGERPRINT_DIGITS = 12
-"""So many digits of a fingerprint are shown to people."""
 _MAX_ID = 256
 _MAX_UINT32 = 2**32 - 1
 
@@ -73,8 +72,8 @@ def pack_states(states: States, info: ModelInfo, rows: int) -> tuple[Packed, ...
     """
     if isinstance(states, State) and states.fingerprint != info.fingerprint:
         raise ModelMismatchError(
-            f"the state must belong to model {info.name!r} of fingerprint {_short(info.fingerprint)}; it belongs to "
-            f"{states.model!r} of fingerprint {_short(states.fingerprint)}"
+            f"the state must belong to model {info.name!r} of fingerprint {short(info.fingerprint)}; it belongs to "
+            f"{states.model!r} of fingerprint {short(states.fingerprint)}"
         )
     values = _by_name(states, [spec.name for spec in info.state], info.name)
     return tuple(_state_tensor(spec, values[spec.name], rows) for spec in info.state)
@@ -87,11 +86,6 @@ def _state_tensor(spec: TensorInfo, value: npt.ArrayLike, rows: int) -> Packed:
             f"state {spec.name!r} must have shape {(rows, *spec.shape)}; got {tensor.shape}"
         )
     return tensor
-
-
-def _short(fingerprint: str) -> str:
-    """A fingerprint as messages show it."""
-    return fingerprint[:FINGERPRINT_DIGITS]
 
 
 def _by_name(states: States, names: Sequence[str], model: str) -> Mapping[str, Any]:

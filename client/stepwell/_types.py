@@ -279,7 +279,7 @@ class ModelInfo:
 
     def _cells(self) -> Sequence[object]:
         tensors = (_names(infos) for infos in (self.inputs, self.outputs, self.state))
-        counts = self.sessions, _short(self.fingerprint)
+        counts = self.sessions, _display.short(self.fingerprint)
         return self.name, self.version or "", *tensors, self.executor, *counts
 
     def _repr_html_(self) -> str:
@@ -294,7 +294,7 @@ class ModelInfo:
             "proof": self.proof,
             "state of a row": f"{self.state_row_bytes} bytes",
             "sessions": self.sessions,
-            "fingerprint": _short(self.fingerprint),
+            "fingerprint": _display.short(self.fingerprint),
         }
         return _display.facts_html(f"Model {self.name!r}", facts) + tensors
 
@@ -368,10 +368,6 @@ _TENSORS = 50
 
 def _names(infos: Sequence[TensorInfo]) -> str:
     return _display.some(f"{info.name}: {info._kind()}" for info in infos)
-
-
-def _short(fingerprint: str) -> str:
-    return fingerprint[: _display.FINGERPRINT_DIGITS]
 
 
 def _infos(specs: Sequence[tensors_pb2.TensorSpec]) -> tuple[TensorInfo, ...]:

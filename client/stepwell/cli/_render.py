@@ -30,8 +30,6 @@ MAX_RICH_ROWS = 500
 """Rows of a table that is fitted to a terminal; longer ones are plain."""
 MAX_PADDED_WIDTH = 48
 """Columns that a cell of a plain table may claim for the whole column; a wider one moves only its own row."""
-FINGERPRINT_DIGITS = 12
-"""Digits of a fingerprint that people are shown."""
 
 
 def print_json(document: object) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import click
 from click.shell_completion import CompletionItem
 
+from stepwell._display import short
 from stepwell.cli import _complete, _render, model_changes
 from stepwell.cli._errors import Failure
 from stepwell.cli._help import Listing
@@ -130,7 +131,7 @@ def model_cells(model: ModelInfo) -> tuple[str, ...]:
     return (
         model.name,
         "\n".join(map(version_text, model.versions)) or "1",
-        model.fingerprint[: _render.FINGERPRINT_DIGITS],
+        short(model.fingerprint),
         "\n".join(map(_render.shape_text, model.inputs)),
         "\n".join(map(_render.shape_text, model.outputs)),
         "\n".join(map(_render.shape_text, model.state)),
@@ -156,7 +157,7 @@ def version_cells(model: ModelInfo, version: ModelVersionInfo) -> tuple[str, ...
         "yes" if version.is_default else "",
         ", ".join(version.labels),
         str(version.sessions),
-        version.fingerprint[: _render.FINGERPRINT_DIGITS],
+        short(version.fingerprint),
         "" if version.loaded_time is None else time_text(version.loaded_time),
         version.reason,
     )

@@ -41,7 +41,7 @@ Whole = Callable[[Sequence[Array]], dict[str, Array]]
 STEPS = 512
 #: Times the effect of noise of one rounding on each input. Stepping rounds at other places than one call
 #: over the sequence does, some tens of times in each time step.
-_NOISES = 64
+NOISES = 64
 #: Above this share of the values the effect of rounding is as large as they are: nothing to compare.
 _LOST = 0.1
 
@@ -269,7 +269,7 @@ def _allowed(usual: Floats, noise: Floats, tolerance: float) -> tuple[Floats, np
     """Return the allowed difference by row and time, and from where on a row says nothing."""
     size = np.max(np.abs(np.nan_to_num(usual, nan=0, posinf=0, neginf=0)), axis=2, initial=0)
     size = np.maximum(np.maximum.accumulate(size, axis=1), 0.1)
-    effect = _NOISES * noise
+    effect = NOISES * noise
     ended = ~np.all(np.isfinite(usual), axis=2) | ~np.isfinite(noise) | (effect > _LOST * size)
     return tolerance * size + effect, np.logical_or.accumulate(ended, axis=1)
 

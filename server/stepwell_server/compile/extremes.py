@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stepwell_server.compile.evidence import NOISES
 from stepwell_server.compile.probe import Traced
 from stepwell_server.compile.sequences import rounding, step_of_function, tolerance
 from stepwell_server.compile.tensorflow_setup import tf
@@ -20,8 +21,6 @@ from stepwell_server.engine.executors.stepping import Step, initial_rows
 Array = npt.NDArray[np.generic]
 #: Sizes of the inputs of each row, twice: for both signs.
 _SIZES = np.repeat(10.0 ** np.arange(-6, 10), 2)
-#: Times what noise of one rounding on the inputs does, see `evidence`.
-_NOISES = 64
 
 
 def worst_at_extremes(traced: Traced, step: Step) -> str:
@@ -96,5 +95,5 @@ def _first_wrong(
         apart = np.where((one == two) | (np.isnan(one) & np.isnan(two)), 0.0, np.abs(one - two))
         apart = np.max(np.nan_to_num(apart, nan=np.inf), axis=1, initial=0)
     meant = np.all(np.isfinite(one), axis=1) & np.isfinite(effect)
-    wrong = np.flatnonzero(meant & (apart > allowed * size + _NOISES * effect))
+    wrong = np.flatnonzero(meant & (apart > allowed * size + NOISES * effect))
     return int(wrong[0]) if len(wrong) else None

@@ -24,7 +24,6 @@ _ARCHIVE = b"PK\x03\x04"
 #: Filters that HDF5 brings along; it loads others as libraries, from wherever it is told.
 _FILTERS = frozenset(range(1, 7)) | {h5py.h5z.FILTER_LZF}
 _PIECE_BYTES = 1 << 20
-_LOCAL_HEADER_BYTES = 30
 
 
 def check_sizes(path: Path, max_bytes: int) -> None:
@@ -83,8 +82,8 @@ def _size_is_true(file: IO[bytes], member: zipfile.ZipInfo) -> bool:
     if member.compress_type != zipfile.ZIP_DEFLATED:
         raise zipfile.BadZipFile(f"{member.filename} is compressed in a way that Keras does not use")
     file.seek(member.header_offset)
-    header = file.read(_LOCAL_HEADER_BYTES)
-    if len(header) < _LOCAL_HEADER_BYTES:
+    header = file.read(archive_rules.LOCAL_HEADER_BYTES)
+    if len(header) < archive_rules.LOCAL_HEADER_BYTES:
         raise zipfile.BadZipFile(f"{member.filename} is cut off")
     file.seek(sum(struct.unpack("<2H", header[26:])), io.SEEK_CUR)
     return _inflated_bytes(file, member.compress_size, member.file_size) == member.file_size

@@ -18,7 +18,7 @@ MAX_MEMBERS = 10_000
 _MAX_DIRECTORY_BYTES = 4 << 20
 _MAX_NAME = 512
 _ENCRYPTED = 0x1 | 0x40
-_LOCAL_HEADER_BYTES = 30
+LOCAL_HEADER_BYTES = 30
 _END = b"PK\x05\x06"
 _END_RECORD = struct.Struct("<4s4H2LH")
 _END_64_LOCATOR = struct.Struct("<4sLQL")
@@ -125,6 +125,6 @@ def _check_places(archive: zipfile.ZipFile, entries: Sequence[zipfile.ZipInfo]) 
     for entry in sorted(entries, key=lambda each: each.header_offset):
         if entry.header_offset < end:
             raise ArchiveError(f"its members must not overlap; {entry.filename!r:.80} does")
-        end = entry.header_offset + _LOCAL_HEADER_BYTES + entry.compress_size
+        end = entry.header_offset + LOCAL_HEADER_BYTES + entry.compress_size
     if end > archive.start_dir:
         raise ArchiveError("its members must end before its directory; the last one does not")

@@ -15,12 +15,9 @@ from datetime import UTC, datetime
 from typing import Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from stepwell_server.store.heads import Heads
-from stepwell_server.store.record import U64, Header, Stored
-
-F64 = npt.NDArray[np.float64]
+from stepwell_server.store.record import F64, U64, Header, Stored
 
 NO_STAMPS: U64 = np.zeros(0, np.uint64)
 """Of no records, or of those of a store that nobody else uses."""
@@ -28,6 +25,8 @@ NO_LIMITS: F64 = np.zeros(0, np.float64)
 """Of nothing."""
 CLIENT_KNOWN_S = 3600.0
 """When a client was heard of is known for so much longer than was asked for."""
+TOMBSTONES = 100_000
+"""Of the latest sessions that are gone, a local store remembers so many."""
 MOST_NAME_BYTES, MOST_DOCUMENT_BYTES = 400, 2**20
 """Of a document: the limits of its name, as UTF-8, and of its content."""
 

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from typing_extensions import override
 
 from stepwell_server.core.remembered import Remembered
-from stepwell_server.store.base import Batch, LocalStore, StoreHealth, Tombstone
+from stepwell_server.store.base import TOMBSTONES, Batch, LocalStore, StoreHealth, Tombstone
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Stored, header_or_none
-
-TOMBSTONES = 100_000
 
 
 class MemoryStore(LocalStore):

@@ -24,7 +24,7 @@ from stepwell_server.engine.api import Order, Position, SessionFilter
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.engine.types import Mask
-from stepwell_server.store.base import Store
+from stepwell_server.store.base import F64, Store
 
 #: Sessions looked at before others get a turn: about a millisecond.
 _AT_ONCE = 1000
@@ -42,8 +42,6 @@ _ANY_MODEL, _NO_MODEL = -1, -2
 #: Behind all ids that begin alike: stands in no UTF-8.
 _LAST = b"\xff"
 _SEPARATOR = SEPARATOR.encode()
-
-F64 = npt.NDArray[np.float64]
 
 Candidate = tuple[float, bytes]
 """Where a session stands in an order, and its id as UTF-8."""

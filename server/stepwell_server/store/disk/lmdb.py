@@ -35,7 +35,7 @@ from typing_extensions import override
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, StoreGone, Unavailable
 from stepwell_server.files import private_files
-from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealth, Tombstone
+from stepwell_server.store.base import TOMBSTONES, Batch, LocalStore, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk import documents as in_lmdb
 from stepwell_server.store.disk import meta
 from stepwell_server.store.disk.compaction import copy_compactly
@@ -44,7 +44,7 @@ from stepwell_server.store.disk.key_sums import PIECE, Change, KeyCheck, NewKeys
 from stepwell_server.store.disk.keys import entries, items, key_of, own, values
 from stepwell_server.store.disk.lock import DirectoryLock, replacing
 from stepwell_server.store.disk.reserve import Extent, NoRoom, Reserve
-from stepwell_server.store.disk.tombstones import TOMBSTONES, bury, next_age, tombstone
+from stepwell_server.store.disk.tombstones import bury, next_age, tombstone
 from stepwell_server.store.disk.whole_file import require_whole_file
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Stored, header_or_none

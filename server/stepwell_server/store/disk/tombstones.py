@@ -16,8 +16,6 @@ from stepwell_server.store.disk.keys import key_of
 _VALUE = struct.Struct("<QBdQQ")  # age, end, at, request id, revision
 _AGE = struct.Struct(">Q")  # big-endian: in the order of the keys
 
-TOMBSTONES = 100_000
-
 
 def next_age(transaction: Any, ages: Any) -> int:
     """The age of the next one to be buried."""
