@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typing_extensions import override
 
 from stepwell_server.engine import shared_counts
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.sessions.creation import Creation, Taken
 from stepwell_server.engine.shared_counts import SharedCounts
+from stepwell_server.errors import SessionExists
 from stepwell_server.store.base import Committed
 from stepwell_server.store.valkey import store as valkey_store
 from stepwell_server.store.valkey.client import Refused
@@ -26,11 +28,12 @@ from stepwell_server.store.valkey.nodes import Node
 from stepwell_server.store.valkey.requests import Request, Requests
 from stepwell_server.store.valkey.scripts import CHANGE, COMMIT
 from support.samples import ALL
-from support.sim.client import Bugs, make_nodes, tags
-from support.sim.network import Weather
+from support.sim.client import KEYS, Bugs, make_nodes, tags
+from support.sim.network import Network, Weather
 from support.sim.node import ModelNode
 from support.sim.programs import Mix
 from support.sim.quota import PREFIX
+from support.sim.replica import Replica
 from support.sim.schedule import Plan, Schedule, run
 from support.sim.world import World
 
@@ -104,6 +107,59 @@ def move(source: ModelNode, tag: bytes, target: ModelNode) -> None:
     while source.move_some(tag):
         pass
     source.end_move(tag)
+
+
+class LateNetwork(Network):
+    """Messages take as long as is said of the next ones between two."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world, Weather())
+        self.next_s: dict[tuple[str, str], list[float]] = {}
+
+    @override
+    def delay(self, a: str, b: str) -> float:
+        return said.pop(0) if (said := self.next_s.get((a, b))) else super().delay(a, b)
+
+
+def test_what_comes_late_of_an_opening_that_was_undone_begins_nothing() -> None:
+    """Of the two sessions of a call another replica makes one meanwhile; the first message that makes the other comes last."""
+    world = World(1)
+    network = LateNetwork(world)
+    nodes = make_nodes(world, 2, Bugs(), must_sync=False, flush_s=1.0)
+    own, taken = (next(i for i in "abcdef" if _node_of(i, nodes) is node) for node in nodes)
+    options: dict[str, Any] = {"skew_s": 0.0, "resident_rows": 8, "idle_s": 0.0, "threads": False, "most": 0}
+    first, second = (
+        Replica(world, network, nodes, name, book=[], **options) for name in ("replica-0", "replica-1")
+    )
+    told: list[object] = []
+    try:
+        for replica in (first, second):
+            replica.start()
+        world.run(lambda: first.is_ready and second.is_ready, 10.0, "the start")
+        # it looks, and then makes them
+        network.next_s = {
+            (first.name, nodes[0].name): [1e-3, 4.0],
+            (first.name, nodes[1].name): [1e-3, 0.5],
+        }
+        first.call(
+            lambda engine: engine.open_sessions("plain", session_ids=[own, taken], request_id=1), told.append
+        )
+        world.after(
+            0.2, second.call, lambda engine: engine.open_session("plain", session_id=taken), told.append
+        )
+        world.run(lambda: len(told) == 2, 10.0, "both calls")
+        assert isinstance(told[1], SessionExists), told[1]
+        until = world.now + 10.0
+        world.run(lambda: world.now >= until, 20.0, "the late message")
+        assert not any(network.next_s.values()), "it has come"
+        assert {session for node in nodes for session in node.live()} == {taken}
+    finally:
+        for replica in (first, second):
+            replica.bury()
+
+
+def _node_of(session_id: str, nodes: Sequence[ModelNode]) -> ModelNode:
+    return nodes[0].owners[b"%d" % KEYS.partition(session_id)]
 
 
 def test_a_seed_gives_the_same_schedule_again() -> None:

@@ -49,6 +49,8 @@ class _Together:
     """When they were last heard of."""
     claims: dict[str, tuple[str, float, float]] = dataclasses.field(default_factory=dict)
     """Who has them, since when and until when."""
+    undone: set[int] = dataclasses.field(default_factory=set)
+    """Stamps of openings that were undone."""
     is_served: bool = True
     """Servers use it all the time, whatever the clock does; else they must say so as they do, by a claim."""
     listeners: list[tuple[RemoteStore, Callable[[], None]]] = dataclasses.field(default_factory=list)
@@ -294,7 +296,8 @@ class RemoteStore(Store):
             if there == stamp:
                 self.together.used[session_id] = self.now
                 continue  # this very batch, sent again
-            if there != follows:
+            begins = self.shared.get(session_id) is None
+            if there != follows or (begins and stamp in self.together.undone):
                 conflicts.add(session_id)
                 continue
             if self._is_kept(session_id, unknown):
@@ -315,6 +318,11 @@ class RemoteStore(Store):
                         tenant_counts=[*tenants, *self._more_rows(session_id, record)],
                     )
                 )
+        self.together.undone.update(
+            stamp
+            for session_id, stamp in zip(batch.deletes, batch.delete_follows.tolist(), strict=True)
+            if session_id in batch.undoes
+        )
         most_s = batch.idle_most_s if len(batch.idle_most_s) else [math.inf] * len(batch.deletes)
         for session_id, follows, idle_most_s in zip(
             batch.deletes, batch.delete_follows.tolist(), most_s, strict=True

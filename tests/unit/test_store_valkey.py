@@ -30,6 +30,7 @@ from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Joined, decode_header
 from stepwell_server.store.valkey.commits import Part, outcome_of
 from stepwell_server.store.valkey.requests import Request
+from stepwell_server.store.valkey.scripts import UNDONE_MS
 from support.awaited import RemoteStore
 from support.clock import ManualClock
 from support.shared import end, fresh_prefix, opened, put, shared, stamps
@@ -148,6 +149,38 @@ async def test_deleting_without_a_tombstone_leaves_nothing(valkey: Valkey) -> No
         assert await store.commit(Batch(deletes=["b"], delete_follows=stamps(stamp + 1))) == conflict("b")
         assert [each.record is None for each in await store.fetch(["a", "b"])] == [True, False]
         assert (await store.count(), [name for name, _ in await store.scan(limit=9)]) == (1, ["b"])
+
+
+async def test_what_comes_late_of_an_opening_that_was_undone_begins_nothing(valkey: Valkey) -> None:
+    """Whether its sessions were there when it was undone, or not yet, or where another one had ended."""
+    async with shared(valkey.url(), 2) as (a, b):
+        await _undone_before_it_comes(a, b)
+    fake = RemoteStore(MemoryStore())
+    await _undone_before_it_comes(fake, fake.replica())
+
+
+async def _undone_before_it_comes(a: Store, b: Store) -> None:
+    await put(a, [("old", record("old"))], [0])
+    await end(a, [Tombstone("old", End.CLOSED, 1.0)], [0])
+    (gone,) = await a.fetch(["old"])
+    _, stamp = await put(a, [("there", record("there"))], [0])
+    ids, follows = ["there", "late", "old"], [0, 0, gone.stamp]
+    undoing = Batch(deletes=ids, undoes=ids, delete_follows=stamps(stamp, stamp, stamp))
+    assert await a.commit(undoing) == conflict("late", "old")
+    late = [(session_id, record(session_id)) for session_id in ids]
+    assert (await put(a, late, follows, stamp, anew=True))[0] == conflict(*ids)
+    assert [each.record for each in await b.fetch(ids)] == [None] * 3
+    assert await b.count() == await b.count_of("m") == 0
+    # others are not kept from it
+    assert (await put(b, late, follows, anew=True))[0] is ALL_KEPT
+
+
+async def test_what_is_known_of_an_opening_that_was_undone_goes_by_itself(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 1) as (a,):
+        stamp = new_stamp()
+        await a.commit(Batch(deletes=["s"], undoes=["s"], delete_follows=stamps(stamp)))
+        (key,) = [key for key in valkey.ask("KEYS", "*u:*") if key.endswith(stamp.to_bytes(8, "little"))]
+        assert 0 < valkey.ask("PTTL", key) <= UNDONE_MS
 
 
 async def test_many_records_of_all_sizes(valkey: Valkey) -> None:

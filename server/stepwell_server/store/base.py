@@ -191,6 +191,8 @@ class Batch:
     """`(len(puts),)`: what the records are stamped with. A session that has it already was kept by this very batch."""
     delete_follows: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
     """`(len(deletes),)`: the stamp of the record that is deleted; 0: whatever is there."""
+    undoes: Sequence[str] = ()
+    """Those of `deletes` that a commit with the stamp may have begun, or may yet: what of that comes later begins nothing."""
     idle_s: float = 0.0
     """Sessions are only deleted that were not used for so many seconds, by the store's clock; the others conflict."""
     idle_most_s: F64 = dataclasses.field(default_factory=lambda: NO_LIMITS)

@@ -28,7 +28,7 @@ PARTITIONS = 4
 _TIMEOUT_MS = 1000
 _NO_LINK = 0.2
 """So often no connection to a node is idle."""
-_KEYS = Keys(url.DEFAULT_PREFIX, PARTITIONS)
+KEYS = Keys(url.DEFAULT_PREFIX, PARTITIONS)
 FOUND = Meta(PARTITIONS, b"s" * 32, "5eed5eed", 0, {})
 
 
@@ -147,13 +147,13 @@ def make_nodes(world: Any, count: int, bugs: Bugs, *, must_sync: bool, flush_s: 
                 node.owners[tag] = nodes[place % count]
     for partition, tag in enumerate(tags()[1:]):
         owner = nodes[0] if count == 1 else nodes[0].owners[tag]
-        owner.has_from_the_beginning(_KEYS.mark(partition), f"{FOUND.incarnation} token 0".encode())
+        owner.has_from_the_beginning(KEYS.mark(partition), f"{FOUND.incarnation} token 0".encode())
     return nodes
 
 
 def tags() -> list[bytes]:
     """Of all keys that there are: what stands in braces."""
-    return [_KEYS.tag(partition) for partition in (META, *range(PARTITIONS))]
+    return [KEYS.tag(partition) for partition in (META, *range(PARTITIONS))]
 
 
 async def open_store(
@@ -171,7 +171,7 @@ async def open_store(
     topology: _PrimaryOver | _ClusterOver
     if len(nodes) > 1:
         seeds = [node.address for node in nodes]
-        topology = _ClusterOver(access, seeds, _KEYS.tag, parsed.timeout_s)
+        topology = _ClusterOver(access, seeds, KEYS.tag, parsed.timeout_s)
     else:
 
         async def find() -> Address:

@@ -552,6 +552,7 @@ def _merged(batches: Sequence[Batch]) -> Batch:
         follows=np.concatenate([batch.follows for batch in batches]),
         stamps=np.concatenate([batch.stamps for batch in batches]),
         delete_follows=np.concatenate([batch.delete_follows for batch in batches]),
+        undoes=[name for batch in batches for name in batch.undoes],
         idle_s=batches[0].idle_s,
         idle_most_s=_limits(batches),
         documents_follow={name: was for batch in batches for name, was in batch.documents_follow.items()},

@@ -325,6 +325,7 @@ class Creation:
             counts=[(fresh.model.name, -len(there))],
             tenant_counts=_of_tenants(there, fresh.model, -1),
             delete_follows=stamped(fresh.stamp, len(there)),
+            undoes=there,
         )
 
         def done(undone: Committed | ServerError) -> None:

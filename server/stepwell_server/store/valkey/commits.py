@@ -104,11 +104,12 @@ class Commits:
         stones = {stone.session_id: pack_tombstone(stone) for stone in batch.tombstones}
         # none at all: whatever is there
         delete_follows = _bytes(batch.delete_follows) or [_NO_STAMP] * len(batch.deletes)
+        undoes = set(batch.undoes)
         most_ms = np.minimum(batch.idle_most_s * 1000, _ANY_IDLE_MS).astype(np.int64).tolist()
         most_ms = most_ms or [_ANY_IDLE_MS] * len(batch.deletes)
         for session_id, follow, idle_ms in zip(batch.deletes, delete_follows, most_ms, strict=True):
-            content = stones.pop(session_id, b"")
-            changes[session_id] = _Change("D", session_id, follow, nonce, content, idle_ms)
+            letter, content = "U" if session_id in undoes else "D", stones.pop(session_id, b"")
+            changes[session_id] = _Change(letter, session_id, follow, nonce, content, idle_ms)
         for session_id, content in stones.items():
             changes.setdefault(session_id, _Change("T", session_id, stamp=nonce, content=content))
         for session_id in batch.forgets:

@@ -7,6 +7,7 @@
     PREFIX{p}counts    how many sessions there are in it by names (`store.counts`), a hash
     PREFIX{p}mark      incarnation of the store, a token, and when the partition was found to be emptied (ms); 0: never
     PREFIX{p}fence     for a write in any case
+    PREFIX{p}u:STAMP   is there if an opening was undone whose records have the stamp; with a time to live
     PREFIX{p}c:CLIENT  when a client was last heard of (ms), and for how long that is kept (ms); with that time to live
     PREFIX{meta}store  what the store says of itself, a hash
     PREFIX{meta}claim:NAME  who has a task to itself, with a time to live

@@ -64,6 +64,9 @@ return conflicts
 MOST_RECOUNTED = 10_000
 """Sessions of a partition: nobody else is served while they are counted."""
 
+UNDONE_MS = 3_600_000
+"""For how long what comes late of an attempt that was undone begins nothing: no connection keeps a request for so long."""
+
 COMMIT = _script(
     _COMMON,
     """
@@ -75,6 +78,7 @@ COMMIT = _script(
 --   P  put: follows the record with the stamp, or begins where there is the tombstone with the stamp; with none where there
 --      is neither and the id is not listed; with the highest stamp where it is listed: the session was lost
 --   D  delete the record with the stamp, with none any record; leave a tombstone if there is one
+--   U  as D, of a session that an attempt with the stamp may have begun: what of it comes late begins nothing
 --   T  leave a tombstone where there is no record
 --   F  forget a tombstone
 --   L  leave a tombstone where there is neither and the id is listed
@@ -134,6 +138,13 @@ local function recount()
     if name ~= '' and sum > 0 then call('HSET', counts, name, sum) end
   end
 end
+-- An attempt that was undone has a mark by its stamp.
+local function mark_of(stamp) return string.match(index, '^.-{%d+}') .. 'u:' .. stamp end
+local asked, is_undone, marked
+local function was_undone(stamp)
+  if stamp ~= asked then asked, is_undone = stamp, call('EXISTS', mark_of(stamp)) == 1 end
+  return is_undone
+end
 local function value_at(key)
   local value = pcall('GETRANGE', key, 0, 17 + 72 + 255 + 65535)
   return type(value) == 'string' and value or ''
@@ -154,6 +165,8 @@ for i = 1, #KEYS - 3 do
     local value = '\\1' .. stamp .. used .. content
     if kind == 1 and has == stamp then
       call('SETRANGE', key, 9, used)
+    elseif kind ~= 1 and was_undone(stamp) then
+      conflicts[#conflicts + 1] = i
     elseif kind == 0 and is_marked and (follow == none or follow == lost) then
       local is_new = follow == none and call('ZADD', index, 0, id) == 1
       if is_new then
@@ -179,7 +192,12 @@ for i = 1, #KEYS - 3 do
     else
       conflicts[#conflicts + 1] = i
     end
-  elseif letter == 'D' then
+  elseif letter == 'D' or letter == 'U' then
+    if letter == 'U' and marked ~= follow then
+      marked = follow
+      call('DEL', mark_of(follow)) -- after it nothing is refused for want of memory
+      call('SET', mark_of(follow), '', 'PX', UNDONE_MS)
+    end
     if kind == 1 then
       local age = #head == 17 and now - struct.unpack('>I8', head, 10) or idle_ms
       local is_late = most ~= '' and age > struct.unpack('>I8', most, 8 * i - 7)
@@ -219,7 +237,7 @@ for i = 1, #KEYS - 3 do
 end
 if was_lost then recount() end
 return conflicts
-""".replace("MOST_RECOUNTED", str(MOST_RECOUNTED)),
+""".replace("MOST_RECOUNTED", str(MOST_RECOUNTED)).replace("UNDONE_MS", str(UNDONE_MS)),
 )
 
 FETCH = _script(
