@@ -193,7 +193,11 @@ async def test_a_session_of_the_same_id_that_was_opened_elsewhere_on_another_ver
         await first.open("a", model="plain@2")
         await second.engine.close_session("a")
         await second.open("a")
-        await fails(first.step("a", FIRST), VersionElsewhere, "send it again")
+        await fails(
+            first.step("a", FIRST),
+            VersionElsewhere,
+            "a session belongs to version 1 of model 'plain', and is on",
+        )
         answer = await first.step("a", FIRST)
         assert answer.version == 1
         np.testing.assert_array_equal(answer.outputs["y"], after(1, INITIAL, [FIRST])[0])
@@ -236,6 +240,7 @@ async def test_what_is_under_way_while_the_default_moves_elsewhere(
         await asyncio.wait_for(looking, WAIT_S)
         if is_faster:
             assert isinstance(answer, Unavailable), answer
+            assert "a session belongs to version 2 of model 'plain', and is on version 1" in str(answer)
             assert record_of(first, "a") == Mark(2, 1, is_pinned=False)
             answer = await second.step("a", SECOND, expected=1, request_ids=8)
             assert (answer.revision, answer.replayed) == (2, True)

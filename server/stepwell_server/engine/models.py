@@ -364,6 +364,16 @@ class Models:
             model=name,
         )
 
+    @staticmethod
+    def leaving(name: str, version: int, target: int) -> VersionElsewhere:
+        """Why a session is not touched that is on `version` here and on `target` by its record and the moves that are known."""
+        return VersionElsewhere(
+            f"a session belongs to version {target} of model {name!r}, and is on version {version} on this server for a"
+            " moment yet; it was not applied: send it again",
+            _SOON_S,
+            model=name,
+        )
+
     def later_epoch(self, header: Header) -> int:
         """The epoch of a record, if it is later than what is known here; else 0."""
         mark = mark_of(header.fields)

@@ -55,7 +55,8 @@ class Forwarding:
 
         Raises:
             Unavailable: the session is on its way to another version.
-            VersionElsewhere: another server has made moves with it that are not known here, or not those that are made here.
+            VersionElsewhere: another server has made moves with it that are not known here; or it is on another version, and
+                this server has yet to follow.
         """
         own = self._models.versions(model.name)
         mark = mark_of(fields)
@@ -75,7 +76,7 @@ class Forwarding:
         if self._models.is_shared:
             # It may be of a later move than that for which the session leaves, or another session by now, of the same id:
             # what is known here of the session is not enough to go on where it began.
-            raise self._models.later(model.name)
+            raise self._models.leaving(model.name, model.version, target)
         # a move is being made: what is under way goes on where it began
         if version == model.version:
             return ()
