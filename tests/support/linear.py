@@ -503,15 +503,17 @@ def _all_before(value: Value, loss: Loss) -> Iterator[Value]:
 
 
 def _openings_of_unused(items: Sequence[Item]) -> Iterator[Item]:
-    """Openings whose first attempt nobody heard of, so that what it had made expired before another one."""
+    """What attempts of openings and forks made of which nobody heard, so that it expired before the next one made it anew.
+
+    One of the attempts of each is among the items already.
+    """
     for item in items:
-        if (
-            item.kind == "effect"
-            and item.op is not None
-            and item.op.call.kind == "open"
-            and _has_unknown(item.op)
-        ):
-            yield Item("effect", item.low, item.high, item.op, must=False)
+        op = item.op
+        if item.kind != "effect" or item.is_attempt or op is None or op.call.kind not in ("open", "fork"):
+            continue
+        unheard = sum(end.outcome == "unknown" for _, end in op.ends)
+        for _ in range(unheard if item.must else unheard - 1):
+            yield Item("effect", item.low, item.high, op, must=False)
 
 
 def _may_have_happened(op: Op) -> bool:

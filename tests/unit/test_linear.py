@@ -387,6 +387,21 @@ def test_an_opening_and_an_end_may_be_lost() -> None:
     assert sorts(told.check(losses=lost_at(10))) == []
 
 
+@pytest.mark.parametrize(("unheard", "revision", "wrong"), [(2, 2, []), (2, 1, []), (1, 2, ["twice"])])
+def test_each_attempt_of_an_opening_may_expire_before_the_next(
+    unheard: int, revision: int, wrong: list[str]
+) -> None:
+    """Each begins the session anew, one revision further."""
+    told = Told()
+    ends = [(10 * (n + 1), End(outcome="unknown", error="Lost: ")) for n in range(unheard)]
+    call = Call(kind="open", session="a", request_id=1, batch_size=1)
+    opened = End(outcome="acknowledged", revision=revision, position=0)
+    told.ops.append(Op("o", 0, call, [*ends, (30, opened)]))
+    told.op(32, 33, Call(kind="look", session="a"), opened)
+    assert sorts(told.check(idle_s=6.0)) == wrong
+    assert told.check().violations, "nothing expires"
+
+
 # ----------------------------------------------------------------------------------------------- all of them or none
 
 
