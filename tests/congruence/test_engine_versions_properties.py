@@ -542,7 +542,7 @@ class Play:
         own = at.engine.catalogue()["plain"]
         assert (set(own.loaded), own.default, own.wanted) == (model.loaded, model.default, model.wanted)
         assert own.labels == model.labels
-        assert await at.engine.sessions_by_version("plain") == model.count()
+        assert await at.inside.sessions_by_version("plain") == model.count()
         for name, session in model.sessions.items():
             if why := self.why_not(session):
                 await self.refused(at.engine.get_state(name), why)

@@ -42,7 +42,7 @@ async def until_expired(at: Harness, session_id: str) -> None:
     """Return when a session has ended; nobody names it before."""
 
     async def wait() -> None:
-        while not await at.engine.expire_idle():
+        while not await at.inside.expire_idle():
             pass  # it has asked the server
 
     await asyncio.wait_for(wait(), WAIT_S)

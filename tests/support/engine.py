@@ -332,7 +332,7 @@ class Harness:
 
     async def expire(self) -> None:
         """End all sessions that are due, as the timer does; return when the store knows."""
-        await self.engine.expire_idle()
+        await self.inside.expire_idle()
         await self.sweep()
 
     async def sweep(self) -> None:

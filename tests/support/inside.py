@@ -132,9 +132,19 @@ class Inside:
         """Admit what waits in the inboxes now, as any call but a change does."""
         self._engine._drain_inboxes()
 
-    async def tick(self) -> None:
-        """What the timer of expiry does each time."""
-        await self._engine.expire_idle()
+    async def expire_idle(self) -> int:
+        """End the sessions that nobody has used for too long, as a timer does; how many."""
+        lifetimes = self._engine._lifetimes
+        return await (lifetimes.sweep.round() if self._is_shared else lifetimes.expiry.expire_idle())
+
+    async def end_leases(self) -> int:
+        """End the sessions whose client has been gone for too long, as a timer does; how many."""
+        lifetimes = self._engine._lifetimes
+        return await (lifetimes.sweep.round() if self._is_shared else lifetimes.leaving.end_due())
+
+    @property
+    def _is_shared(self) -> bool:
+        return self._engine._pager.is_shared
 
     def check_books(self, store: Any) -> None:
         """Nothing is under way: then everything must add up."""
@@ -166,6 +176,10 @@ class Inside:
     async def pruned(self, model: str) -> None:
         """Forget the moves of a model that no session makes any more."""
         await self._engine._changing.prune(model)
+
+    async def sessions_by_version(self, model: str) -> dict[int, int]:
+        """How many sessions are on each version of a model now, in memory or in the store alone."""
+        return await self._engine._changing.sessions(model)
 
     async def look(self) -> None:
         """Know what other servers made of versions."""

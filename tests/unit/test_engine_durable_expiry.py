@@ -50,7 +50,7 @@ async def test_how_a_session_ended_is_remembered(disk: Disk, elsewhere: str) -> 
         await at.engine.close_session("closed")
         await at.engine.close_session(mine)
         at.clock.advance(IDLE_S + 1)
-        await at.engine.expire_idle()
+        await at.inside.expire_idle()
         wanted = ["SessionExpired", "SessionNotFound", "SessionNotFound", "SessionNotFound", "SessionLost"]
         assert await ends(at, "idle", "closed", mine, "never", elsewhere) == wanted
         await at.settled()
@@ -75,7 +75,7 @@ async def test_time_that_the_server_was_away_ends_no_session(disk: Disk, jump_s:
         at.clock.advance(IDLE_S)
         await at.step("used", x(1))
         await at.state("read")
-        await at.engine.expire_idle()
+        await at.inside.expire_idle()
         await at.sweep()
         assert await ids(at) == ["named", "read", "untouched", "used"]
         at.clock.advance(1)
@@ -84,13 +84,13 @@ async def test_time_that_the_server_was_away_ends_no_session(disk: Disk, jump_s:
         ):  # else the record says that it was used in the future: it counts from when it is named
             with pytest.raises(SessionExpired):
                 await at.engine.session_info("untouched")
-        await at.engine.expire_idle()
+        await at.inside.expire_idle()
         await at.sweep()
         assert await ids(at) == ["read", "used"]
         assert ("expired", "untouched") in at.events.sessions
         assert at.events.sessions.count(("expired", "untouched")) == 1
         at.clock.advance(IDLE_S)
-        await at.engine.expire_idle()
+        await at.inside.expire_idle()
         assert await ids(at) == []
         assert at.slots().resident == 0
 
@@ -128,7 +128,7 @@ async def test_a_clock_that_is_set_ends_no_session(disk: Disk, jump_s: float) ->
         await at.state("b")
         at.clock.jump(jump_s)
         at.clock.advance(IDLE_S / 2)
-        await at.engine.expire_idle()
+        await at.inside.expire_idle()
         await at.sweep()
         assert await ids(at) == ["a", "b"]
         assert (await at.engine.session_info("a")).last_used == at.clock.now() - IDLE_S / 2

@@ -158,7 +158,7 @@ async def test_an_expired_id_that_is_opened_at_once_is_a_new_session(disk: Disk)
         disk.store.stall()
         waiting = await begun(at.engine.open_session("plain", session_id="c"))
         await stalled(disk.store)
-        assert (await at.engine.expire_idle()) == 2
+        assert (await at.inside.expire_idle()) == 2
         with pytest.raises(SessionExpired):
             await at.engine.session_info("a")
         assert (await at.engine.list_sessions())[0] == []
@@ -394,7 +394,7 @@ async def test_the_timer_does_not_queue_behind_a_store_that_has_too_much(
         disk.clock.advance(6.0)
         disk.store.stall()
         monkeypatch.setattr(ending, "_PAUSE_S", 0)
-        expiring = await begun(at.inside.tick())
+        expiring = await begun(at.inside.expire_idle())
         for _ in range(5):
             await turns()
         assert at.engine.stats()[0].uncommitted == 4

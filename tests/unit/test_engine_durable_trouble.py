@@ -92,7 +92,7 @@ async def test_what_expired_and_could_not_be_deleted_is_deleted_later(disk: Disk
         await at.open("a")
         at.clock.advance(IDLE_S + 1)
         disk.store.fail(AWAY)
-        await at.engine.expire_idle()
+        await at.inside.expire_idle()
         await at.settled()
         assert disk.store.count() == at.engine.stats()[0].sessions == 1
         at.clock.jump(-1000)  # it must not come back to life
@@ -115,7 +115,7 @@ async def test_an_id_whose_old_session_could_not_be_deleted_is_opened_anew(disk:
         await at.step("a", x(1))
         at.clock.advance(IDLE_S + 1)
         disk.store.fail(AWAY)
-        await at.engine.expire_idle()
+        await at.inside.expire_idle()
         await at.settled()
         await at.open("a")
         await at.settled()

@@ -39,9 +39,9 @@ async def test_a_session_that_is_idle_too_long_expires() -> None:
         at.clock.advance(40)
         await at.state("b")
         at.clock.advance(20)
-        assert (await at.engine.expire_idle()) == 0, "idle for 60 s is not longer than 60 s"
+        assert (await at.inside.expire_idle()) == 0, "idle for 60 s is not longer than 60 s"
         at.clock.advance(1)
-        assert (await at.engine.expire_idle()) == 2
+        assert (await at.inside.expire_idle()) == 2
         assert at.events.sessions[-2:] == [("expired", "a"), ("expired", "c")]
         assert await gone(at, "a") == "SessionExpired"
         assert await gone(at, "never") == "SessionNotFound"
@@ -127,7 +127,7 @@ async def test_a_session_with_something_under_way_does_not_expire() -> None:
         await at.open("a", "b")
         await blocked(at, "a")
         at.clock.advance(100)
-        assert (await at.engine.expire_idle()) == 1
+        assert (await at.inside.expire_idle()) == 1
         waiting = at.submit("a", x(1))
         at.hooks.open_gate()
         assert (await waiting.only()).revision == 2

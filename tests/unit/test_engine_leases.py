@@ -53,16 +53,16 @@ async def test_a_session_ends_when_its_client_is_gone_and_a_retry_is_told_so() -
         info = await at.engine.session_info(one)
         assert (info.lease_s, (await at.engine.session_info("with")).lease_s) == (60.0, 0.0)
         at.clock.advance(59.9)
-        assert await at.engine.end_leases() == 0
+        assert await at.inside.end_leases() == 0
         at.clock.advance(0.2)
-        assert await at.engine.end_leases() == 7
+        assert await at.inside.end_leases() == 7
         await at.settled()
         assert await ids(at) == {"named", *stays}
         for name in (one, *group, fork):
             message = await refused(functools.partial(at.engine.get_state, name))
             assert "its client had been gone for longer than the lease" in message
         at.clock.advance(1.0)
-        assert await at.engine.end_leases() == 1, "the other client's"
+        assert await at.inside.end_leases() == 1, "the other client's"
         await at.settled()
         assert ("expired", one) in at.events.sessions
 
@@ -81,18 +81,18 @@ async def test_a_client_is_there_while_it_says_so_and_while_its_sessions_are_use
             await at.engine.renew_lease(77)  # nobody's
             await at.step(stepped, x(1))
             await at.state(claimed)
-            assert await at.engine.end_leases() == 0
+            assert await at.inside.end_leases() == 0
         answer = await at.begin_pass(claimed, x(1))
         at.clock.advance(70.0)
-        assert await at.engine.end_leases() == 2, "what is under way is use"
+        assert await at.inside.end_leases() == 2, "what is under way is use"
         at.hooks.open_gate()
         assert (await answer.only()).revision == 1
         await at.settled()
         assert await ids(at) == {claimed}
         at.clock.advance(59.0)
-        assert await at.engine.end_leases() == 0
+        assert await at.inside.end_leases() == 0
         at.clock.advance(61.0)
-        assert await at.engine.end_leases() == 1
+        assert await at.inside.end_leases() == 1
         del told
         with pytest.raises(InvalidInput, match="client_id must be random and not 0; got 0"):
             await at.engine.renew_lease(0)
@@ -110,10 +110,10 @@ async def test_many_clients_come_and_go_and_nothing_is_left_of_them() -> None:
             for client in range(1, 100):
                 await at.engine.renew_lease(client + turn * 50)
             at.clock.advance(31.0)
-            gone = await at.engine.end_leases()
+            gone = await at.inside.end_leases()
             assert gone == sum(1 + client % 3 for client in range(100, 200))
             at.clock.advance(60.0)
-            assert await at.engine.end_leases() == sum(1 + client % 3 for client in range(1, 100))
+            assert await at.inside.end_leases() == sum(1 + client % 3 for client in range(1, 100))
             await at.settled()
             assert await ids(at) == set()
             assert len(at.inside.leases) == 0
@@ -128,12 +128,12 @@ async def test_who_resumes_a_session_takes_its_lease_over() -> None:
         opened = await at.engine.open_session("plain", session_id=second)  # of an older release, say
         assert opened.session.lease_s == 0.0
         at.clock.advance(61.0)
-        assert await at.engine.end_leases() == 1
+        assert await at.inside.end_leases() == 1
         await at.settled()
         assert await ids(at) == {first, second}
         assert "gone" in await refused(lambda: at.engine.open_session("plain", session_id=third))
         at.clock.advance(30.0)
-        assert await at.engine.end_leases() == 1
+        assert await at.inside.end_leases() == 1
         await at.settled()
         assert await ids(at) == {second}
 
@@ -159,15 +159,15 @@ async def test_a_restart_begins_the_time_anew_and_keeps_the_lease(disk: Disk) ->
     assert set(field_of(disk, group[0])) == set(field_of(disk, group[5])) == {LEASE}
     assert field_of(disk, "n3") == {}
     async with disk.engine() as at:
-        assert await at.engine.end_leases() == 0
+        assert await at.inside.end_leases() == 0
         await at.step(group[3], x(1))  # in the table from here on
         await at.engine.renew_lease(TWO)
         at.clock.advance(59.0)
-        assert await at.engine.end_leases() == 0
+        assert await at.inside.end_leases() == 0
         at.clock.advance(1.5)
-        assert await at.engine.end_leases() == 1, "the one that is in the table"
+        assert await at.inside.end_leases() == 1, "the one that is in the table"
         at.clock.advance(60.0)  # the store is not looked through all the time
-        assert await at.engine.end_leases() == 19
+        assert await at.inside.end_leases() == 19
         await at.settled()
         assert await ids(at) == {*others, *(f"n{number}" for number in range(20))}
         assert "client had been gone" in await refused(lambda: at.engine.get_state(group[0]))
@@ -205,7 +205,7 @@ async def test_a_session_is_not_ended_that_is_used_while_others_are() -> None:
     async with running(store=MemoryStore()) as at:
         group = (await at.engine.open_sessions("plain", count=1200, lease=LEASE_60)).session_ids
         at.clock.advance(61.0)
-        ending = await begun(at.engine.end_leases())
+        ending = await begun(at.inside.end_leases())
         await at.state(group[-1])
         assert await ending == 1199
         await at.settled()

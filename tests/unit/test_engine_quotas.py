@@ -136,7 +136,7 @@ async def test_sessions_and_rows_are_those_that_are_there_whatever_happened() ->
                         await at.engine.close_sessions(ids)
                     case 5:
                         at.clock.advance(20)
-                        await at.engine.expire_idle()
+                        await at.inside.expire_idle()
                         await at.settled()
                     case 6:
                         (record,) = await at.engine.export_sessions(ids[:1], deadline=float("inf"))

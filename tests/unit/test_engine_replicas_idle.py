@@ -27,7 +27,7 @@ async def turns(count: int = 20) -> None:
 
 async def ended(*servers: Harness) -> int:
     """How many sessions ended by what the timers of servers do."""
-    return sum([await at.engine.expire_idle() for at in servers])
+    return sum([await at.inside.expire_idle() for at in servers])
 
 
 async def read(at: Harness) -> Any:
@@ -145,7 +145,7 @@ async def test_a_session_that_was_used_while_it_was_judged_does_not_end() -> Non
         await second.step("b", x(1))
         times.advance(2.0)
         store: RemoteStore = first.store
-        sweep = await sweeping(store, first.engine.expire_idle())
+        sweep = await sweeping(store, first.inside.expire_idle())
         assert store.asked("commit")[-1] == ("a",)
         # the second server takes the session for one that is used: its clock says so as well
         second.inside.table.used[second.inside.handle("a")] = times.second.monotonic()
@@ -161,7 +161,7 @@ async def test_a_server_that_was_held_up_ends_nothing_by_what_it_knew(pause_s: f
         await both_know(first, second, "a")
         times.advance(101.0)
         store: RemoteStore = first.store
-        sweep = await sweeping(store, first.engine.expire_idle())
+        sweep = await sweeping(store, first.inside.expire_idle())
         times.advance(pause_s)
         store.let_go()
         assert await asyncio.wait_for(sweep, WAIT_S) == int(pause_s < 5.0)
@@ -186,7 +186,7 @@ async def test_the_store_is_looked_through_by_pages_while_others_go_on() -> None
         await second.engine.open_sessions("plain", count=1700)
         await second.open("a")
         times.advance(101.0)
-        sweep = asyncio.create_task(first.engine.expire_idle())
+        sweep = asyncio.create_task(first.inside.expire_idle())
         await first.store.until("unused")
         await first.open("b")
         assert await asyncio.wait_for(sweep, WAIT_S) == 1701
@@ -239,7 +239,7 @@ async def test_a_store_that_is_away_ends_nothing_and_the_next_look_does(where: s
         else:
             store.commit_error = error
         with pytest.raises(ServerError, match="away"):
-            await first.engine.expire_idle()
+            await first.inside.expire_idle()
         if where == "deletion":  # who names it is not told that it has expired: nobody knows
             answers = await first.submit("a", x(1)).all()
             assert kinds(answers) == ["Unavailable"]

@@ -33,7 +33,7 @@ async def unnamed(at: Harness, lease: tuple[int, int] = LEASE_60) -> str:
 
 async def ended(*servers: Harness) -> int:
     """How many sessions ended by what the timers of servers do."""
-    return sum([await at.engine.end_leases() for at in servers])
+    return sum([await at.inside.end_leases() for at in servers])
 
 
 async def test_sessions_of_a_client_that_is_gone_end_whoever_opened_them() -> None:
@@ -92,7 +92,7 @@ async def test_a_server_that_was_held_up_ends_nothing_of_a_client_that_is_there_
         name = await unnamed(first)
         times.advance(61.0)
         store: RemoteStore = first.store
-        sweep = await sweeping(store, first.engine.end_leases())
+        sweep = await sweeping(store, first.inside.end_leases())
         times.advance(10.0)  # it sleeps
         await second.engine.renew_lease(ONE)
         store.let_go()

@@ -70,7 +70,7 @@ CALLS: dict[str, Callable[[Harness], Awaitable[Any]]] = {
     "close by a filter": close_matching,
     "export": export,
     "renew a lease": lambda at: at.engine.renew_lease(12345),
-    "end what is idle": lambda at: at.engine.expire_idle(),
+    "end what is idle": lambda at: at.inside.expire_idle(),
 }
 ERRORS = {
     "away": Unavailable("the store is away"),

@@ -136,7 +136,7 @@ async def test_kept_sessions_stay_until_they_end(store_kind: str) -> None:
         assert await at_version(at, "new") == (2, False)
         np.testing.assert_array_equal((await at.step("old", x(1))).outputs["y"], after(1, INITIAL, [x(1)])[0])
         assert at.engine.model("plain").versions[0].is_draining
-        assert await at.engine.sessions_by_version("plain") == {1: 1, 2: 1}
+        assert await at.inside.sessions_by_version("plain") == {1: 1, 2: 1}
         with pytest.raises(ModelInUse, match=r"version 1 of model 'plain' must have no sessions .* it has 1"):
             await at.engine.unload_version("plain", 1)
         await at.engine.close_session("old")

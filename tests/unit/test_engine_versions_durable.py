@@ -152,7 +152,7 @@ async def test_kept_and_pinned_sessions_are_where_they_were(disk: Disk) -> None:
         await expect(at, "pinned", 1, INITIAL, 1)
         await expect(at, "kept", 1, INITIAL, 2)
         await expect(at, "new", 3, weights(2).initial[0][None], 3)
-        assert await at.engine.sessions_by_version("plain") == {1: 2, 3: 1}
+        assert await at.inside.sessions_by_version("plain") == {1: 2, 3: 1}
 
 
 @pytest.mark.parametrize("at_start", [True, False])
@@ -330,5 +330,5 @@ async def test_what_ends_behind_a_move_is_carried_after_a_kill(disk: Disk, count
         assert set(marks(disk, *names)) == {Mark(1, 0, is_pinned=False)}
         disk.kill()
     async with on(disk, BOTH) as at:
-        assert await at.engine.sessions_by_version("plain") == {2: count}
+        assert await at.inside.sessions_by_version("plain") == {2: count}
         assert (await at.step(names[-1], x(1))).version == 2

@@ -439,7 +439,7 @@ async def test_nobody_renews_the_lease_of_another_tenants_client(at: Calls) -> N
         at.at.clock.advance(4)
         await at.of(BOB).call(pb.RenewLeaseRequest(client_id=5))
         await at.of(NOBODYS).call(pb.RenewLeaseRequest(client_id=5))
-        await at.at.engine.end_leases()
+        await at.at.inside.end_leases()
     refusal = await at.of(ANN).refused(pb.GetSessionRequest(session_id=own[0]))
     assert refusal.reason == "SESSION_EXPIRED"
     assert repr(own[0]) in refusal.message

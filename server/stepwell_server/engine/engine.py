@@ -287,10 +287,6 @@ class Engine:
         """Make sessions of records, each by itself: see `Moving.bring`."""
         self.renew_lease = lifetimes.clients.renew
         """Hear that a client is there: see `Clients.renew`."""
-        self.expire_idle = lifetimes.end_idle
-        """End the sessions that nobody has used for too long; return how many. The timer does it by itself."""
-        self.end_leases = lifetimes.end_left
-        """End the sessions whose client has been gone for too long; return how many. The timer does it by itself."""
         self._serving = Serving(
             table,
             self._models,
@@ -339,8 +335,6 @@ class Engine:
         """All that is known of versions, loaded or not: see `Changing.catalogue`."""
         self.defaults_elsewhere = self._changing.defaults_elsewhere
         """Defaults that are not loaded here: see `Changing.defaults_elsewhere`."""
-        self.sessions_by_version = self._changing.sessions
-        """How many sessions each version of a model has, in memory and in the store: see `Changing.sessions`."""
         self._submission = Submission(
             table,
             self._directory,

@@ -74,14 +74,6 @@ class Lifetimes:
         self.sweep = Sweep(store, self.overdue, service, commits, clock=clock, max_idle_s=max_idle_s)
         self.forgetting = Forgetting(table, self.expiry)
         is_shared = store.local is None
-        self.end_idle: Callable[[], Coroutine[None, None, int]] = (
-            self.sweep.round if is_shared else self.expiry.expire_idle
-        )
-        """End the sessions that nobody has used for too long; return how many."""
-        self.end_left: Callable[[], Coroutine[None, None, int]] = (
-            self.sweep.round if is_shared else self.leaving.end_due
-        )
-        """End the sessions whose client has been gone for too long; return how many."""
         own = [] if quotas is None else [quotas.run]
         self._timers = (
             [service.run, self.sweep.run, self.usage.run, self.clients.run, self.forgetting.run, *own]
