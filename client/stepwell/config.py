@@ -161,7 +161,7 @@ def _lease(lease_s: float | None) -> float:
         raise InvalidInputError(f"lease_s must be a number of seconds, or None; got {lease_s!r}")
     if not 1 <= lease_s <= _LONGEST_LEASE_S:
         raise InvalidInputError(
-            f"lease_s must be from 1 to {_LONGEST_LEASE_S:g}, or 0 or None for no lease; got {lease_s}"
+            f"lease_s must be from 1 to {_LONGEST_LEASE_S:.0f}, or 0 or None for no lease; got {lease_s}"
         )
     return float(lease_s)
 

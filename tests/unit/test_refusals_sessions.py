@@ -349,7 +349,7 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
     ),
     "a time that is none": (
         pb.ExportSessionsRequest(idle_longer=Duration(nanos=-1)),
-        (*BAD_ARGUMENT, "idle_longer must be 0 to 315576000000 s; got -1e-09 s"),
+        (*BAD_ARGUMENT, "idle_longer must have nanos of 0 to 999999999; got -1"),
     ),
     "nothing to close": (
         pb.CloseMatchingSessionsRequest(),
@@ -368,13 +368,17 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
         (*BAD_ARGUMENT, "client_id must be random and not 0; got 0"),
     ),
     **{
-        f"a lease of {seconds} s": (
+        f"a lease of {shown} s": (
             pb.OpenSessionRequest(
-                model="plain", lease=pb.Lease(client_id=1, duration=Duration(seconds=seconds))
+                model="plain", lease=pb.Lease(client_id=1, duration=Duration(seconds=seconds, nanos=nanos))
             ),
-            (*BAD_ARGUMENT, f"lease.duration must be 1 s to 3.1536e+08 s; got {seconds:g} s"),
+            (*BAD_ARGUMENT, f"lease.duration must be 1 s to 315360000 s; got {shown} s"),
         )
-        for seconds in (0, 400_000_000)
+        for seconds, nanos, shown in (
+            (0, 0, "0"),
+            (0, 999_999_999, "0.999999999"),
+            (315_360_001, 0, "315360001"),
+        )
     },
     "a lease of nobody": (
         pb.OpenSessionsRequest(model="plain", count=1, lease=pb.Lease(duration=Duration(seconds=60))),

@@ -217,7 +217,8 @@ def lease_of(request: _Opening, who: Caller) -> Lease | None:
     seconds = convert.to_seconds(request.lease.duration, "lease.duration")
     if not leases.SHORTEST_S <= seconds <= leases.LONGEST_S:
         raise InvalidInput(
-            f"lease.duration must be {leases.SHORTEST_S:g} s to {leases.LONGEST_S:g} s; got {seconds:g} s"
+            f"lease.duration must be {leases.SHORTEST_S:.0f} s to {leases.LONGEST_S:.0f} s; "
+            f"got {convert.seconds_text(request.lease.duration)} s"
         )
     return naming.inner_client(who, request.lease.client_id), round(seconds * 1000)
 

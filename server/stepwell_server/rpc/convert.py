@@ -76,10 +76,16 @@ def to_seconds(duration: duration_pb2.Duration, argument: str) -> float:
     Raises:
         InvalidInput: it is below 0, or out of the range of its type.
     """
-    seconds = duration.seconds + duration.nanos / 1e9
-    if seconds < 0 or not 0 <= duration.nanos < 1_000_000_000 or duration.seconds > _MOST_SECONDS:
-        raise InvalidInput(f"{argument} must be 0 to {_MOST_SECONDS} s; got {seconds:g} s")
-    return seconds
+    if not 0 <= duration.nanos < 1_000_000_000:
+        raise InvalidInput(f"{argument} must have nanos of 0 to 999999999; got {duration.nanos}")
+    if not 0 <= duration.seconds <= _MOST_SECONDS:
+        raise InvalidInput(f"{argument} must be 0 to {_MOST_SECONDS} s; got {seconds_text(duration)} s")
+    return duration.seconds + duration.nanos / 1e9
+
+
+def seconds_text(duration: duration_pb2.Duration) -> str:
+    """The seconds of a time span that is not negative, with no digit left out: 0.999999999 is not 1."""
+    return f"{duration.seconds}.{duration.nanos:09}".rstrip("0").rstrip(".")
 
 
 def _timestamp(seconds: float) -> timestamp_pb2.Timestamp:
