@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from stepwell_server.engine.durability.stamps import new_stamp
 from stepwell_server.errors import Overloaded, ServerError, StoreAway, StoreGone, Unavailable
@@ -25,6 +28,7 @@ from stepwell_server.store.base import (
 from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import decode_header
 from stepwell_server.store.valkey import url as urls
+from stepwell_server.store.valkey.client import Access, Link, Lost
 from stepwell_server.store.valkey.inspecting import inspect
 from stepwell_server.store.valkey.nodes import MOST_LINKS
 from stepwell_server.store.valkey.store import ValkeyStore
@@ -91,6 +95,28 @@ async def test_a_commit_that_is_never_answered_is_unknown(valkey: Valkey) -> Non
         cut.losses = 0
         assert (await store.fetch(["s"]))[0].stamp == second
         await store.close()
+
+
+def test_a_name_that_is_looked_up_for_too_long_leaves_no_error_behind() -> None:
+    """The servers' event loop is uvloop's."""
+
+    async def give_up() -> list[dict[str, object]]:
+        errors: list[dict[str, object]] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: errors.append(context))
+        for _ in range(8):
+            opening = asyncio.create_task(Link.open(("nobody.invalid", 1), Access()))
+            await asyncio.sleep(0)  # it has begun, and looks the name up
+            opening.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Lost):
+                await opening
+            with pytest.raises(socket.gaierror):  # and by now nobody is said to be there
+                await loop.getaddrinfo("nobody.invalid", 1)
+        gc.collect()
+        return errors
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(give_up()) == []
 
 
 async def test_a_server_that_is_gone_and_back() -> None:

@@ -256,6 +256,9 @@ class Link:
         await access.read_password()
         connection = _Connection(access, address)
         try:
+            # uvloop looks a name up in a future of its own while it connects. Should the limit end that, nobody asks for
+            # the future's exception, and the log gets it as an error of nobody's. What it finds here it needs not wait for.
+            await asyncio.get_running_loop().getaddrinfo(*address, type=socket.SOCK_STREAM)
             await connection.connect()  # type: ignore[no-untyped-call]
             return cls(address, connection)
         except BaseException as error:
