@@ -228,7 +228,7 @@ def test_keys_are_read() -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ("no json", "Expecting value"),
+        ("no json", 'must be a JWKS, {"keys": [...]} in JSON: Expecting value'),
         ([], "must have a key to check signatures with"),
         (["x"], "key 1: must be an object"),
         ([jwk(EC), jwk(EC)], "key 2: its kid must be its own"),
@@ -249,6 +249,15 @@ def test_broken_files_of_keys(keys: Any, words: str) -> None:
     text = keys if isinstance(keys, str) else json.dumps({"keys": keys})
     with pytest.raises(ValueError, match=re.escape(words)):
         web_tokens.parse(text)
+
+
+def test_a_folder_is_no_file_whatever_its_mode(tmp_path: Path) -> None:
+    folder = tmp_path / "tokens"
+    folder.mkdir(0o755)
+    with pytest.raises(
+        WatchedFileError, match=r"^--x: .*tokens: must be a file that can be read; Is a directory$"
+    ):
+        WatchedFile("--x", folder, str, is_private=True)
 
 
 def test_a_file_is_read_again_when_it_has_changed_and_is_still(tmp_path: Path) -> None:

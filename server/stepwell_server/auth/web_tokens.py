@@ -167,13 +167,16 @@ def parse(text: str) -> dict[str, Key]:
     Raises:
         ValueError: it is none, or holds what must not be in it; the message names the key and the rule.
     """
+    rule = 'must be a JWKS, {"keys": [...]} in JSON'
     try:
         document = json.loads(text)
     except RecursionError:
         document = None
+    except ValueError as error:
+        raise ValueError(f"{rule}: {error}") from None
     keys = document.get("keys") if isinstance(document, dict) else None
     if not isinstance(keys, list):
-        raise ValueError('must be a JWKS, {"keys": [...]} in JSON')
+        raise ValueError(rule)
     found: dict[str, Key] = {}
     other = "must have a key to check signatures with; it has none"
     for number, given in enumerate(keys, 1):

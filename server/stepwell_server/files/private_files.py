@@ -213,7 +213,7 @@ def require_trusted(path: Path) -> None:
 
 
 def _trusted(path: Path) -> _Place | None:
-    """A file that no other user can change; None: there is none.
+    """A file that no other user can change; None: there is none, or a folder, which whoever reads it is told.
 
     Raises:
         NotPrivateError: another user can change it or put another in its place.
@@ -222,6 +222,8 @@ def _trusted(path: Path) -> _Place | None:
         places = list(_places(path))
         file = _Place(path, os.stat(path))
     except OSError:
+        return None
+    if stat.S_ISDIR(file.found.st_mode):  # "chmod 600" would be bad advice
         return None
     for place in places[:-1]:
         if problem := _way_problem(place, path):
