@@ -279,7 +279,7 @@ def test_resident_rows_are_of_each_model_or_of_the_one_that_is_named(model: str)
         ("max-model-bytes", "9" * 400 + "TiB", "a whole number of bytes"),
         ("compile-timeout-s", "-1", "a number of seconds"),
         ("compute-threads", "1.5", "not a valid integer"),
-        ("store", "redis", "is not one of 'disk', 'memory'"),
+        ("store", "redis", "must be disk, memory, or the URL of a Valkey, valkey://HOST/0 say; got 'redis'"),
         ("durability", "none", "is not one of 'sync', 'async'"),
         ("log-level", "loud", "is not one of 'debug'"),
         ("log-format", "xml", "is not one of 'text', 'json'"),
@@ -288,6 +288,9 @@ def test_resident_rows_are_of_each_model_or_of_the_one_that_is_named(model: str)
         ("max-connections", "0", "not in the range 1<=x"),
         ("max-calls-per-connection", "none", "not a valid integer"),
         ("max-held-bytes", "1000", "1024 or more"),
+        ("trace-sample", "nan", "a number from 0 to 1"),
+        ("trace-sample", "1.01", "a number from 0 to 1"),
+        ("trace-sample", "few", "a number from 0 to 1"),
     ],
 )
 def test_a_value_that_cannot_be_read_is_named_with_its_origin(

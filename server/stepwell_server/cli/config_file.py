@@ -19,7 +19,7 @@ from click.core import ParameterSource
 from stepwell.cli._types import Duration, Size, size_text
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.cli.setting import FILE_KEY, Sourced
-from stepwell_server.cli.values import AnyAddress, Named, PathOf, PerModel, WholeNumber
+from stepwell_server.cli.values import AnyAddress, Named, PathOf, PerModel, Share, WholeNumber
 from stepwell_server.settings import Settings
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -77,7 +77,7 @@ def _text(of: Any, value: object, folder: Path) -> str:
         if not isinstance(value, bool):
             raise ValueError(f"must be true or false; got {value!r}")
         return str(value)
-    is_number = isinstance(of, click.IntRange | click.FloatRange | Duration | Size | WholeNumber)
+    is_number = isinstance(of, click.IntRange | Duration | Share | Size | WholeNumber)
     if is_number and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value:

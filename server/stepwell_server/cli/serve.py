@@ -24,6 +24,7 @@ from stepwell_server.cli.values import (
     PathOf,
     PerModel,
     Policy,
+    Share,
     Url,
     WholeNumber,
 )
@@ -54,7 +55,14 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
                 return parse_store_url(value)
             except UrlError as error:
                 self.fail(str(error), param, ctx)
-        return super().convert("disk" if value == "lmdb" else value, param, ctx)
+        value = "disk" if value == "lmdb" else value
+        if value not in self.choices:
+            self.fail(
+                f"must be disk, memory, or the URL of a Valkey, valkey://HOST/0 say; got {value!r}",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
 
 
 @click.command(
@@ -324,7 +332,7 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
 @setting(
     "--trace-sample",
     metavar="RATIO",
-    type=click.FloatRange(0, 1),
+    type=Share(),
     help="Share of calls to trace, from 0 to 1, where the caller does not say: what a caller traces is traced.",
 )
 @setting(

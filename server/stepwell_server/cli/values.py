@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -227,6 +228,23 @@ class Policy(Text):
     def split_envvar_value(self, rv: str) -> Sequence[str]:
         """At commas, but for those between numbers: they belong to one value."""
         return [item.strip() for item in re.split(r",(?!\s*\d+\s*(?:,|$))", rv)]
+
+
+class Share(Text):
+    """A number from 0 to 1."""
+
+    name = "float"
+    rule = "a number from 0 to 1"
+
+    @override
+    def read(self, text: str) -> float:
+        try:
+            share = float(text)
+        except ValueError:
+            share = math.nan
+        if not 0 <= share <= 1:  # nan is none of these
+            raise ValueError
+        return share
 
 
 class WholeNumber(Text):

@@ -225,7 +225,10 @@ def _addresses(hosts: str, port: int) -> tuple[Address, ...]:
 
 
 def _address(text: str, default_port: int) -> Address:
-    problem = f"an address must be HOST or HOST:PORT, an IPv6 address in brackets; got {text!r}"
+    problem = (
+        "an address must be HOST or HOST:PORT with a port from 1 to 65535, an IPv6 address in brackets; "
+        f"got {text!r}"
+    )
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
         if not bracket or (rest and not rest.startswith(":")):
