@@ -88,7 +88,7 @@ SECURED := tests/fault $(addprefix tests/integration/test_,$(addsuffix .py,wire_
 .PHONY: soak
 soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples, the front in Python, and TLS with tokens on both, then kill servers a thousand times under load (forty minutes; ARGS="--kills 50 --seed 7" only kills)
 	@$(BIN)/python $(PROGRAMS)
-	$(if $(ARGS),,TEST_ALL=1 $(BIN)/pytest $(ALL) $$(grep -rl "from support.samples" tests/unit tests/congruence))
+	$(if $(ARGS),,TEST_ALL=1 $(BIN)/pytest $(ALL) $$(grep -rlE "^from (hypothesis|support.samples) import" tests/unit tests/congruence tests/fault/test_*.py))
 	$(if $(ARGS),,STEPWELL_FRONT=python $(BIN)/pytest $(ALL) tests/integration)
 	$(if $(ARGS),,for front in auto python; do STEPWELL_TEST_SECURED=1 STEPWELL_FRONT=$$front $(BIN)/pytest $(ALL) $(SECURED) || exit 1; done)
 	$(if $(ARGS),,STEPWELL_TEST_SECURED=1 $(BIN)/python tests/fault/soak.py --kills 100)

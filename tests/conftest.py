@@ -19,8 +19,10 @@ def pytest_configure(config: pytest.Config) -> None:
     that interrupts a server or a command would wait in vain.
     """
     # Here, not above: a worker of pytest-xdist reads this file before it measures coverage.
+    from support import samples
     from support.programs import run_folder
 
+    samples.settle()
     # made here, so that the processes among which pytest-xdist divides the tests find it
     run_folder()
     # what a server keeps on disk unless it is told where: not among the sessions of whoever runs the tests

@@ -139,7 +139,7 @@ def _reshapes(draw: st.DrawFn) -> tuple[Axes, list[Pair]]:
     return axes, [Pair(math.prod(a for a, _ in part), math.prod(b for _, b in part)) for part in parts]
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(_reshapes())
 def test_a_reshape_is_what_numpy_does_to_each_element(case: tuple[Axes, list[Pair]]) -> None:
     """Label every element by its row and time step, and look where the labels are after the reshape."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell_server.errors import ServerError, Unavailable
@@ -36,13 +35,7 @@ from support.fake_executor import WAIT_S
 from support.play import IDLE_S, Asked, Play, Sent
 from support.samples import examples
 
-SETTINGS = settings(
-    max_examples=examples(80),
-    deadline=None,
-    report_multiple_bugs=False,
-    derandomize="CI" in os.environ,
-    suppress_health_check=list(HealthCheck),
-)
+SETTINGS = settings(max_examples=examples(80))
 AWAY = Unavailable("the test says no")
 _MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 

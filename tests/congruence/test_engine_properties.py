@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 
 from stepwell_server.store.memory import MemoryStore
 from support.actions import NAMES, Action, Change, Open, ReadMany, Shape, programs, shapes
@@ -15,13 +14,7 @@ from support.engine import running
 from support.play import IDLE_S, Play
 from support.samples import examples
 
-SETTINGS = settings(
-    max_examples=examples(400),
-    deadline=None,
-    report_multiple_bugs=False,
-    derandomize="CI" in os.environ,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+SETTINGS = settings(max_examples=examples(400))
 
 
 async def play(store: RemoteStore | None, shape: Shape, program: Sequence[Action]) -> None:

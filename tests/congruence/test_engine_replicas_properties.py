@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any
@@ -92,7 +91,7 @@ async def play(programs: Sequence[Sequence[Sent]], resident_rows: int) -> None:
         assert store.shared.count() == len(NAMES)
 
 
-@settings(max_examples=150, deadline=None, derandomize="CI" in os.environ)
+@settings(max_examples=150)
 @given(
     programs=st.lists(st.lists(sents, max_size=8), min_size=len(NAMES), max_size=len(NAMES)),
     resident_rows=st.sampled_from([2, 64]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell_server.engine.api import Select, SessionPolicy
@@ -39,13 +38,7 @@ from support.model_of_versions import (
 from support.samples import examples
 from support.versions import serving
 
-SETTINGS = settings(
-    max_examples=examples(120),
-    deadline=None,
-    report_multiple_bugs=False,
-    derandomize="CI" in os.environ,
-    suppress_health_check=list(HealthCheck),
-)
+SETTINGS = settings(max_examples=examples(120))
 NAMES = "abcdef"
 _MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 #: So few, that old moves are looked for all the time.

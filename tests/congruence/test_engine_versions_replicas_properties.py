@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell_server.engine.api import Moved, SessionPolicy
@@ -44,13 +43,7 @@ from support.model_of_versions import (
 from support.samples import examples
 from support.versions import serving
 
-SETTINGS = settings(
-    max_examples=examples(160),
-    deadline=None,
-    report_multiple_bugs=False,
-    derandomize="CI" in os.environ,
-    suppress_health_check=list(HealthCheck),
-)
+SETTINGS = settings(max_examples=examples(160))
 NAMES = "abcd"
 SERVERS = 3
 #: So few, that old moves are put together all the time.

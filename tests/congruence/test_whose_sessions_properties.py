@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from google.protobuf import duration_pb2
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell.v1 import sessions_pb2 as pb
@@ -189,12 +188,7 @@ async def play(actions: Sequence[Action]) -> None:
             await tenant.check()
 
 
-@settings(
-    max_examples=examples(400),
-    deadline=None,
-    derandomize="CI" in os.environ,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@settings(max_examples=examples(400))
 @given(st.lists(ACTIONS, min_size=5, max_size=30))
 def test_each_of_three_tenants_sees_what_it_would_see_alone(actions: list[Action]) -> None:
     asyncio.run(play(actions))

@@ -86,7 +86,7 @@ def test_every_method_is_fuzzed() -> None:
     assert methods - fuzzed == {"/stepwell.v1.SessionService/CloseMatchingSessions"}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.randoms(use_true_random=False))
 def test_what_is_sent_is_bounded_and_found_again_by_its_seed(rng: malformed.Random) -> None:
     state = rng.getstate()

@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.descriptor_pool import DescriptorPool
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell.cli import main
@@ -211,7 +211,7 @@ _DOCUMENTS = st.recursive(
 )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30)
 @given(st.dictionaries(_TEXTS, _DOCUMENTS, min_size=1))
 def test_documents_come_back(document: Mapping[str, _yaml.Value]) -> None:
     assert yaml.safe_load(_yaml.dump(document)) == document

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell import errors
@@ -167,9 +167,7 @@ def check(state: State, path: Path) -> None:
     assert list(again) == list(state)
 
 
-fuzzed = settings(
-    max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+fuzzed = settings(max_examples=examples(300))
 
 JUNK_TEXT = st.one_of(
     st.text(max_size=20),

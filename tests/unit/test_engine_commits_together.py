@@ -51,7 +51,7 @@ def together(batches: Sequence[Batch]) -> list[Batch]:
     return [module._merged([item.batch for item in group]) for group in groups]
 
 
-@settings(max_examples=examples(500), deadline=None)
+@settings(max_examples=examples(500))
 @given(st.lists(batches, min_size=2, max_size=8))
 def test_together_is_as_one_by_one(batches: list[Batch]) -> None:
     one_by_one, merged = MemoryStore(), MemoryStore()
@@ -62,7 +62,7 @@ def test_together_is_as_one_by_one(batches: list[Batch]) -> None:
     assert content(merged) == content(one_by_one)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.lists(batches, min_size=1, max_size=6), min_size=1, max_size=6))
 def test_so_it_is_on_disk(runs: list[list[Batch]]) -> None:
     one_by_one = MemoryStore()

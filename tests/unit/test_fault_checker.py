@@ -464,7 +464,7 @@ MOVES: dict[str, Choice] = {
 }
 
 
-@settings(max_examples=examples(150), deadline=None)
+@settings(max_examples=examples(150))
 @given(
     st.lists(st.tuples(st.sampled_from(sorted(MOVES)), st.integers(0, 99)), max_size=40), st.integers(0, 9)
 )
@@ -483,7 +483,7 @@ def test_right_histories_pass(moves: list[tuple[str, int]], seed: int) -> None:
     assert report.forks == sum(move == "fork" for move, _ in moves)
 
 
-@settings(max_examples=examples(100), deadline=None)
+@settings(max_examples=examples(100))
 @given(st.lists(st.sampled_from(sorted(MOVES)), min_size=1, max_size=20), st.data())
 def test_a_forged_output_never_passes(moves: list[str], data: st.DataObject) -> None:
     world = World()

@@ -150,7 +150,7 @@ class Two:
 
 
 @DURABILITIES
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @example(deeds=["begin", "put", "begin", "kill", "put", "kill"], seed=1)
 @example(deeds=["put", "beside", "kill", "put", "kill", "beside", "checkpoint", "put", "reopen"], seed=2)
 @given(deeds=st.lists(DEEDS, min_size=5, max_size=60), seed=st.integers(0, 2**32))

@@ -149,7 +149,7 @@ BATCH = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(BATCH, max_size=8))
 def test_both_stores_answer_alike(tmp_path_factory: pytest.TempPathFactory, batches: list[Batch]) -> None:
     known = ["a", "aa", "ab", "b", "ä", "é" * 256, "é" * 255 + "1"]

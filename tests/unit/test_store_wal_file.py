@@ -111,7 +111,7 @@ TEMPLATE = st.builds(template, st.lists(ID, min_size=1, max_size=5, unique=True)
 WRITE = st.lists(st.one_of(LIST, TEMPLATE), min_size=1, max_size=3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(WRITE, max_size=4), st.lists(WRITE, max_size=2))
 def test_what_was_appended_is_there_when_it_is_loaded(
     tmp_path_factory: pytest.TempPathFactory, writes: list[Write], more: list[Write]
@@ -137,7 +137,7 @@ def test_what_was_appended_is_there_when_it_is_loaded(
         segment.close()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ID, SIZES)
 def test_a_lone_record_is_written_as_one_among_others(session_id: str, size: int) -> None:
     stored = record(session_id, 3, size)
