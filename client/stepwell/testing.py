@@ -11,10 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
+from stepwell._ports import reserved
 from stepwell.config import check_timeout
 from stepwell.errors import InvalidInputError, StepwellError
 
@@ -119,11 +121,13 @@ class LocalServer:
         self._start_timeout_s = check_timeout("start_timeout_s", start_timeout_s)
         self._on_log = on_log
         self._address: str | None = None
+        self._release: Callable[[], object] | None = None
+        """Gives its port back."""
         self._run: _Run | None = None
 
     @property
     def address(self) -> str:
-        """Where it listens, 127.0.0.1:PORT; the same after a restart."""
+        """Where it listens, 127.0.0.1:PORT; the same after a restart: on Linux nobody else gets the port meanwhile."""
         if self._address is None:
             raise ServerStartError(
                 "the server must be started before it has an address; use `with` or start()"
@@ -164,8 +168,18 @@ class LocalServer:
 
     def _command(self) -> list[str]:
         models = [f"{name}={path}" for name, path in self._models.items()]
-        listen = ["--listen", self._address or "127.0.0.1:0"]
+        listen = ["--listen", self._address or self._new_address()]
         return [sys.executable, "-m", "stepwell_server", *models, *listen, *self._store, *self._extra_args]
+
+    def _new_address(self) -> str:
+        """A port that is kept for it until its `with` block ends, or nobody has the object any more."""
+        if self._release is not None:
+            self._release()
+        held = reserved("127.0.0.1")
+        if held is None:
+            return "127.0.0.1:0"
+        self._release = weakref.finalize(self, held.close)
+        return f"127.0.0.1:{held.getsockname()[1]}"
 
     def stop(self, timeout_s: float = 30.0) -> int:
         """Asks it to finish (SIGTERM) and waits for it.
@@ -214,6 +228,8 @@ class LocalServer:
     ) -> None:
         if self.pid is not None:
             self.stop()
+        if self._release is not None:
+            self._release()
 
 
 def _left_s(deadline: float) -> float:

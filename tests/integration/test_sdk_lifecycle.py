@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -274,6 +275,37 @@ def test_a_server_that_takes_too_long_is_killed(tmp_path: Path, monkeypatch: pyt
         server.start()
     assert server.pid is None
     assert "loading" in server.logs()
+
+
+LISTENING = """
+import socket, sys, threading
+host, port = sys.argv[sys.argv.index("--listen") + 1].split(":")
+with socket.create_server((host, int(port))) as listening:
+    print(f"stepwell: python front, listening on {host}:{listening.getsockname()[1]}", flush=True)
+    threading.Event().wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps a port for a server that is away")
+def test_nobody_gets_the_port_of_a_server_that_is_away(tmp_path: Path) -> None:
+    fake = tmp_path / "stepwell_server"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("")
+    (fake / "__main__.py").write_text(LISTENING)
+
+    def take(address: str) -> None:
+        host, port = address.split(":")
+        with socket.socket() as other:
+            other.bind((host, int(port)))
+
+    with LocalServer(env={"PYTHONPATH": str(tmp_path)}) as server:
+        address = server.address
+        server.kill()
+        with pytest.raises(OSError, match="in use"):
+            take(address)
+        server.restart()
+        assert server.address == address
+    take(address)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ties a child's life to its parent's")

@@ -6,6 +6,7 @@ import contextlib
 from types import TracebackType
 from typing import Any, Self
 
+from stepwell._ports import reserved
 from stepwell._ranking import key_of, weight
 from support.scripted_server import Fault, ScriptedServer
 
@@ -14,8 +15,9 @@ class ScriptedReplicas:
     """Context manager; `address` names all of them."""
 
     def __init__(self, count: int = 3) -> None:
-        first = ScriptedServer()
-        self.servers = [first, *(ScriptedServer(first) for _ in range(count - 1))]
+        self._ports = contextlib.ExitStack()
+        first = ScriptedServer(port=self._port())
+        self.servers = [first, *(ScriptedServer(first, self._port()) for _ in range(count - 1))]
         self.addresses = [server.address for server in self.servers]
         self.address = ",".join(self.addresses)
         self._open = [contextlib.ExitStack() for _ in self.servers]
@@ -30,9 +32,15 @@ class ScriptedReplicas:
     ) -> None:
         for opened in self._open:
             opened.close()
+        self._ports.close()
+
+    def _port(self) -> int:
+        """One that is kept until the block ends, or any where that cannot be."""
+        held = reserved("127.0.0.1")
+        return 0 if held is None else int(self._ports.enter_context(held).getsockname()[1])
 
     def stop(self, at: int) -> None:
-        """The replica is gone: its calls end, and nothing listens there."""
+        """The replica is gone: its calls end, and nothing listens there, nor anybody else until it is back."""
         self._open[at].close()
 
     def start(self, at: int) -> ScriptedServer:
