@@ -169,7 +169,7 @@ async def test_what_is_logged(shell: str, server: ScriptedServer, caplog: pytest
         caplog.clear()
         for _ in range(20):
             await group.step(np.ones((2, 2)))
-    assert caplog.records == []
+    assert _told(caplog) == []
 
 
 async def test_what_is_closed_in_the_background_is_logged(

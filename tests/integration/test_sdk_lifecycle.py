@@ -32,23 +32,33 @@ def server() -> Iterator[ScriptedServer]:
         yield server
 
 
-def names_of_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("stepwell")]
+class Begun:
+    """The SDK's threads that are there, but for those that were there before: other tests have theirs."""
+
+    def __init__(self) -> None:
+        self._before = set(threading.enumerate())
+
+    def threads(self) -> list[threading.Thread]:
+        begun = [thread for thread in threading.enumerate() if thread not in self._before]
+        return [thread for thread in begun if thread.name.startswith("stepwell")]
+
+    def names(self) -> list[str]:
+        return [thread.name for thread in self.threads()]
 
 
 def test_no_thread_outlives_a_client(server: ScriptedServer) -> None:
-    before = names_of_threads()  # other tests' servers have theirs
+    begun = Begun()
     with stepwell.connect(server.address) as client:
         client.open_sessions(MODEL, 2).step(np.ones((2, 2)))
-        ours = [thread for thread in threading.enumerate() if thread.name.startswith("stepwell")]
-        begun = [thread for thread in ours if thread.name not in before]
-        assert {thread.name for thread in begun} | {"stepwell-leases"} == {
+        threads = begun.threads()
+        # another test's client may have begun that of the leases, which serves all clients
+        assert {thread.name for thread in threads} | {"stepwell-leases"} == {
             "stepwell-stream",
             "stepwell-leases",
         }
-    for thread in begun:  # that of the leases goes when it has seen that no client is left
+    for thread in threads:  # that of the leases goes when it has seen that no client is left
         thread.join(WAIT_S)
-    assert names_of_threads() == before
+    assert begun.names() == []
 
 
 async def test_no_task_outlives_a_client(server: ScriptedServer) -> None:
@@ -136,20 +146,20 @@ def test_an_interpreter_ends_whatever_its_threads_do(server: ScriptedServer, end
 def test_a_client_of_one_thread_starts_no_thread_and_one_of_many_ends_what_it_started(
     server: ScriptedServer,
 ) -> None:
-    before = names_of_threads()
+    begun = Begun()
     with stepwell.connect(server.address) as client:
         session = client.open_session(MODEL)
         for _ in range(3):
             session.step(X)
-        assert names_of_threads() == before
+        assert begun.names() == []
         sessions = [client.open_session(MODEL) for _ in range(8)]
-        while "stepwell-sender" not in names_of_threads():
+        while "stepwell-sender" not in begun.names():
             threads = [threading.Thread(target=one.step, args=(X,)) for one in sessions]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-    assert names_of_threads() == before
+    assert begun.names() == []
 
 
 async def test_a_client_may_be_made_before_the_loop_and_closed_unused() -> None:

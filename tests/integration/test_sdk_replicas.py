@@ -373,11 +373,13 @@ def test_a_client_that_nobody_closed_leaves_no_thread(replicas: ScriptedReplicas
     import gc
     import threading
 
+    before = set(threading.enumerate())  # other tests' clients may have theirs
     client = stepwell.connect(replicas.address, timeout_s=WAIT_S)
     replicas.stop(1)
     client.open_session(MODEL, session_id=replicas.ids_of(1, 1)[0]).step(np.ones((1, 2)))
     assert not client.replicas[1].is_up
-    (thread,) = [one for one in threading.enumerate() if one.name == "stepwell-replicas"]
+    begun = set(threading.enumerate()) - before
+    (thread,) = [one for one in begun if one.name == "stepwell-replicas"]
     del client
     gc.collect()
     thread.join(WAIT_S)
