@@ -23,7 +23,8 @@ from stepwell_server.errors import Unavailable
 from stepwell_server.store.base import Batch, End, StoreHealth, Tombstone
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
-from support.records import Record, decode
+from stepwell_server.store.record import decode_header
+from support.records import Record
 
 MIB = 2**20
 DISK_BYTES = 8 * MIB
@@ -129,7 +130,7 @@ def require(store: DiskOrLmdb, kept: dict[str, int]) -> None:
     for name, revision in kept.items():
         stored = store.get(name)
         assert stored is not None
-        assert decode(name, stored).revision == revision
+        assert decode_header(name, stored).revision == revision
 
 
 def opened(kind: str, durability: Durability, path: Path) -> DiskOrLmdb:
