@@ -22,8 +22,8 @@ from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.state.model import Alarm
 from stepwell_server.errors import Overloaded, ServerError
 from stepwell_server.logs import Log
-from stepwell_server.store.base import ALL_KEPT, F64, NO_LIMITS, Batch, Committed, LocalStore, Store
-from stepwell_server.store.record import Joined, Stored
+from stepwell_server.store.base import ALL_KEPT, NO_LIMITS, Batch, Committed, LocalStore, Store
+from stepwell_server.store.record import F64, Joined, Stored
 
 _log = Log("engine.commit")
 

@@ -24,7 +24,8 @@ from stepwell_server.engine.api import Order, Position, SessionFilter
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.engine.types import Mask
-from stepwell_server.store.base import F64, Store
+from stepwell_server.store.base import Store
+from stepwell_server.store.record import F64
 
 #: Sessions looked at before others get a turn: about a millisecond.
 _AT_ONCE = 1000

@@ -22,7 +22,8 @@ from stepwell_server.engine.sessions.service import Service
 from stepwell_server.engine.state.fields import lease_of_or_none
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
-from stepwell_server.store.base import CLIENT_KNOWN_S, F64, End, Store, Unused
+from stepwell_server.store.base import CLIENT_KNOWN_S, End, Store, Unused
+from stepwell_server.store.record import F64
 
 _log = Log("engine.sweep")
 
