@@ -387,8 +387,8 @@ def write_schema(path: Path, version: bytes) -> bytes | None:
 
 
 def test_a_store_of_a_later_release_stops_the_start(tmp_path: Path) -> None:
-    write_schema(tmp_path, b"5")
-    with pytest.raises(StoreError, match="must be of schema version 4; it is of 5"):
+    write_schema(tmp_path, b"6")
+    with pytest.raises(StoreError, match="must be of schema version 5; it is of 6"):
         opened(tmp_path)
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import pytest
 
 from stepwell_server.store.base import StoreError
@@ -53,6 +54,49 @@ def fill(store: DiskStore, session_id: str, revision: int) -> int:
         if wal._active is not active:
             active, begun = wal._active, begun + 1
     return revision
+
+
+def schema_of(folder: Path) -> bytes:
+    """The schema version that a folder says it is of, which is the first that any release looks at."""
+    with (
+        lmdb.open(str(folder / "sessions"), max_dbs=9) as environment,
+        environment.begin() as transaction,
+    ):
+        version: bytes = transaction.get(b"schema", db=environment.open_db(b"meta", transaction))
+        return version
+
+
+def test_a_release_that_knows_one_log_is_told_by_the_schema_while_there_are_two(path: Path) -> None:
+    store = opened(path, "sync")
+    begin(store, "a")
+    assert append(store, "a", revision=1)
+    killed = left_behind(store)
+    assert schema_of(killed) == b"5"
+    store.close()
+    assert schema_of(path) == b"4", "a clean stop leaves nothing in them"
+    store = opened(killed, "async")
+    assert revisions(store) == {"a": 1}
+    assert schema_of(left_behind(store)) == b"4", "there is one log"
+    store.close()
+
+
+def write_schema(folder: Path, version: bytes) -> None:
+    with (
+        lmdb.open(str(folder / "sessions"), max_dbs=9) as environment,
+        environment.begin(write=True) as transaction,
+    ):
+        transaction.put(b"schema", version, db=environment.open_db(b"meta", transaction))
+
+
+def test_two_logs_of_before_there_was_a_version_for_them_get_it(path: Path) -> None:
+    store = opened(path, "sync")
+    begin(store, "a")
+    before = left_behind(store)
+    write_schema(before, b"4")
+    store.close()
+    store = opened(before, "sync")
+    assert schema_of(left_behind(store)) == b"5"
+    store.close()
 
 
 @DURABILITIES

@@ -142,7 +142,7 @@ class LmdbStore(LocalStore):
         Raises:
             Unavailable: it could not be kept.
         """
-        self.set_meta({meta.MARK: mark})
+        self.set_meta({meta.MARK: mark, meta.SCHEMA: meta.schema_of(mark)})
         self._mark: bytes = mark
 
     @property

@@ -10,9 +10,14 @@ from typing import Any
 
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.store.base import StoreError
+from stepwell_server.store.disk.wal_mark import Mark
 
-SCHEMA_VERSION = 4
-"""Since 2 there may be a write-ahead log, since 3 there are sums of keys, since 4 documents. An earlier one becomes one of 4."""
+SCHEMA_VERSION, ONE_LOG_VERSION = 5, 4
+"""Since 2 there may be a write-ahead log, since 3 there are sums of keys, since 4 documents. An earlier one becomes one of 4.
+
+A store is of 5 while there may be something in two logs: a release that knows one would not find it, and says by the
+version that it does not open the store. After a clean stop it is of 4, and such a release goes on with it.
+"""
 
 SCHEMA, INCARNATION, SECRET = b"schema", b"incarnation", b"secret"
 MARK = b"journal"
@@ -37,8 +42,14 @@ def begin(transaction: Any, meta: Any, folder: Path) -> None:
     if not schema:
         transaction.put(INCARNATION, secrets.token_hex(4).encode(), db=meta)
         transaction.put(SECRET, secrets.token_bytes(32), db=meta)
-    if schema != (own := str(SCHEMA_VERSION).encode()):
+    if schema != (own := schema_of(transaction.get(MARK, b"", db=meta))):
         transaction.put(SCHEMA, own, db=meta)
+
+
+def schema_of(mark: bytes) -> bytes:
+    """The version of a store with these write-ahead logs; empty: with none."""
+    has_two = bool(mark) and bool(Mark.unpacked(mark).beside_size)
+    return str(SCHEMA_VERSION if has_two else ONE_LOG_VERSION).encode()
 
 
 def require_schema(schema: bytes, folder: Path) -> None:
