@@ -17,7 +17,8 @@ from typing_extensions import override
 from stepwell_server.engine import shared_counts
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.sessions.creation import Creation, Taken
+from stepwell_server.engine.sessions.attempts import Attempts
+from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
 from stepwell_server.engine.shared_counts import SharedCounts
 from stepwell_server.errors import SessionExists
 from stepwell_server.store.base import Committed
@@ -367,3 +368,34 @@ def test_a_refused_call_for_many_that_leaves_some_is_found(monkeypatch: pytest.M
 
     monkeypatch.setattr(Creation, "take_back", nothing)
     assert is_found(range(100), contested=True, faults=(), shards=3, owners=[], guests=0, seconds=6.0)
+
+
+def test_an_attempt_that_takes_back_what_another_was_answered_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A call for many sessions of which the store did not say what it kept: it was undone, whoever had come again meanwhile."""
+
+    async def believe(_self: Attempts, *_args: Any) -> bool:
+        return True
+
+    def never(fresh: Fresh) -> bool:
+        return len(fresh.ids) == 1
+
+    monkeypatch.setattr(Attempts, "_take_over", believe)
+    monkeypatch.setattr(Creation, "_may_come_again", staticmethod(never))
+    changes: dict[str, Any] = {
+        "together": True,
+        "contested": False,
+        "owners": [["a", "b", "c"]],
+        "shards": 3,
+        "faults": (),
+        "mix": Mix(step=1.0, close=3.0, think_s=0.02),
+        "weather": Weather(lost=0.1, late=0.4, late_s=5.0),
+        "moves": False,
+        "seconds": 15.0,
+        "lease_s": 0.0,
+        "most": 0,
+    }
+    assert is_found(range(50, 150), **changes)
+    monkeypatch.undo()
+    assert not is_found(range(50, 75), **changes)
