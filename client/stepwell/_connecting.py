@@ -143,12 +143,7 @@ class Contact:
         return self.limit_s * error.patience if error.patience else 0.0
 
     def explain(self, error: errors.StepwellError, limit_s: float) -> str:
-        """What to say of the error that ends a call.
-
-        Args:
-            error: The error.
-            limit_s: The call's own time limit.
-        """
+        """What to say of the error that ends a call of that time limit."""
         if isinstance(error, ConnectError):
             return self._unreached(error, limit_s)
         if not self.made and isinstance(error, errors.DeadlineExceededError):

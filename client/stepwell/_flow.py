@@ -315,13 +315,7 @@ class Retrier:
         return Exchange(frame, deadline, on_part, self._max_message_bytes)
 
     def exchange(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Flow[None]:
-        """Sends a frame, with retries, until every member was applied or has failed for good.
-
-        Args:
-            frame: The frame.
-            deadline: Covers all attempts.
-            on_part: Called with the members that were settled, as they are.
-        """
+        """Sends a frame, with retries, until every member was applied or has failed for good; `on_part` hears of each at once."""
         ask = self.ask(frame, deadline, on_part)
         attempts = self.attempts("StepStream", deadline, changes=True)
         try:

@@ -81,12 +81,7 @@ class RetryPolicy:
     """Draws from an interval."""
 
     def delay_s(self, attempt: int, error: errors.StepwellError) -> float | None:
-        """Seconds to wait before the next attempt; None if another attempt would not help.
-
-        Args:
-            attempt: Attempts made so far, from 1.
-            error: How the last one ended.
-        """
+        """Seconds to wait after so many attempts; None if another one would not help."""
         backoff_s = min(self.cap_s, self.base_s * 2 ** min(attempt - 1, 30))
         if isinstance(error, RepliesTooLargeError):
             return 0.0  # the next frames are smaller: waiting would not help

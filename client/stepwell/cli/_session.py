@@ -9,12 +9,7 @@ if TYPE_CHECKING:
 
 
 def attach(client: Client, session_id: str, model: str | None = None) -> Session:
-    """Attach to a session that exists; never open one.
-
-    Args:
-        client: The server.
-        session_id: The session.
-        model: Name of the model that it must have; None: any.
+    """Attach to a session that exists, of a model if one is named; never open one.
 
     Raises:
         SessionGoneError: It is not there.
@@ -41,13 +36,7 @@ def fits(model: str, known: SessionInfo) -> bool:
 
 
 def attach_or_open(client: Client, session_id: str, model: str, batch_size: int | None) -> Session:
-    """Attach to a session, or open it if it never existed or was closed.
-
-    Args:
-        client: The server.
-        session_id: The session.
-        model: Name of its model.
-        batch_size: Its rows; None: as many as it has, 1 for a new one.
+    """Attach to a session, or open it if it never existed or was closed. Without `batch_size` it has what it has, or 1.
 
     Raises:
         StepwellError: It expired or was lost, or has another model or batch size.

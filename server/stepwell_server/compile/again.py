@@ -56,14 +56,9 @@ def _may_hold_constants(part: Any) -> bool:
 
 
 def compile_again(traced: Traced, path: Path, report: Callable[[str], None]) -> Program:
-    """Compile the model in ``path``, whose configuration is that of the model that was ``traced``.
+    """Compile the model in ``path``, whose configuration is that of the model that was ``traced`` and `may_be_reused`.
 
     The model that was traced has other weights afterwards, whatever comes of it.
-
-    Args:
-        traced: of which `may_be_reused` is true.
-        path: the ``.keras`` file.
-        report: called with each stage as it begins.
 
     Raises:
         OtherwiseError: the file must be compiled anew, which also says what is wrong with it.

@@ -34,15 +34,10 @@ _PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy")
 
 
 def key_of(content: bytes, imports: Sequence[str], options: ProofOptions | None = None) -> str:
-    """Hash all that a program is made from: the file, the versions, the imported modules' source, the options.
+    """Hash all that a program is made from: the file (by its SHA-256), the versions, the imported modules' source, the options.
 
     The processor is part of it: kernels are chosen by what it can do, and which batch sizes give the same
     bits was found out on it.
-
-    Args:
-        content: the SHA-256 of the file.
-        imports: the modules.
-        options: the options.
 
     Raises:
         ModelError: there is no such module.

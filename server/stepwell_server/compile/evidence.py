@@ -60,12 +60,6 @@ class Evidence:
 def gather(plan: Plan, sampler: Sampler, steps: int, whole: Whole) -> list[Evidence]:
     """Call the model on hard sequences of ``steps`` time steps, and look at what disturbances do.
 
-    Args:
-        plan: which inputs and outputs have a time axis.
-        sampler: draws the sequences.
-        steps: their length.
-        whole: Keras's call, see `whole_call`.
-
     Raises:
         NotCausalError: an output moves before the time step that was disturbed.
         ModelError: two calls differ, a row moves when another one is disturbed, or Keras's call fails.
@@ -92,14 +86,7 @@ def gather(plan: Plan, sampler: Sampler, steps: int, whole: Whole) -> list[Evide
 
 
 def compare(plan: Stepped, evidence: Evidence, stepped: Mapping[str, Array], tolerance: float) -> Comparison:
-    """Return how what a program gives, stepped through the same inputs, differs from Keras.
-
-    Args:
-        plan: the program's specs.
-        evidence: Keras's call, and the inputs.
-        stepped: the program's outputs, shaped as Keras's are.
-        tolerance: see `sequences.tolerance`.
-    """
+    """Return how what a program gives, stepped through the same inputs and shaped alike, differs from Keras."""
     rows = len(evidence.inputs[0])
     found = [
         _difference(spec.name, spec.temporal, evidence, stepped[spec.name], tolerance)

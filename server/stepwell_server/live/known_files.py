@@ -25,13 +25,6 @@ class KnownFiles:
     def __init__(
         self, engine: Catalogue, of_command_line: Mapping[str, Mapping[int, Path]], root: Path | None
     ) -> None:
-        """Wire it.
-
-        Args:
-            engine: knows which files versions came from.
-            of_command_line: files by name and version.
-            root: `--models`.
-        """
         self._engine = engine
         self._of_command_line = of_command_line
         self._root = root

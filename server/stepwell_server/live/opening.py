@@ -37,16 +37,6 @@ def open_live_models(
 ) -> LiveModels:
     """Wire it. Blocking for a moment.
 
-    Args:
-        settings: of the server.
-        engine: serves the models.
-        compiler: compiles them.
-        clock: the server's.
-        observer: is told of loads.
-        quotas: how many versions tenants may load.
-        tell: is told how far each version is.
-        tell_elsewhere: is told which defaults are not loaded here, but maybe on other servers.
-
     Raises:
         OSError: there can be no folder for uploads.
     """

@@ -225,14 +225,7 @@ def load_file(
 ) -> Program:
     """Return the program of a file, as the settings want models of that name to be loaded. Blocks.
 
-    Args:
-        settings: of the server.
-        compiler: compiles it.
-        name: of the model.
-        path: the file.
-        limits: what loading may take.
-        report: called with each stage as it begins.
-        keep: what comes next may be the same model with other weights; see `WarmCompiler.compile`.
+    `keep`: what comes next may be the same model with other weights; see `WarmCompiler.compile`.
 
     Raises:
         ModelError: it cannot be served; the message is one line for people.

@@ -36,20 +36,7 @@ def load_program(
     Whatever is read of the file by others' code, and whatever it makes run, happens in the compiler's processes: it may be
     called, on a thread, while this process serves.
 
-    Args:
-        path: the file. What it is, its name or its content says.
-        compiler: compiles it, or tries it.
-        progress: called with each stage as it begins: waiting, if another model is being loaded, then those of
-            `WarmCompiler.compile`, or load and check.
-        options: what the user says about the proof of a ``.keras`` file.
-        limits: what loading may take; by default those of the compiler.
-        data: see `WarmCompiler.compile`.
-        keep: see `WarmCompiler.compile`.
-
-    Raises:
-        DataError: the data do not fit the model, as far as that can be seen before.
-        ModelError: the model cannot be served; the message is one line for people.
-        OSError: the cache cannot be written.
+    What its arguments mean, and what it raises, `WarmCompiler.compile` says; a ``.stepwell`` file has the stages load and check.
     """
     with handover.opened(path):  # Or it is no file, which nothing below expects.
         is_program = program_file.is_program(path)

@@ -74,10 +74,7 @@ def begin_with(
 ) -> list[Candidates]:
     """All that a server is to load when it starts. Looks at the folder twice, which blocks for a moment.
 
-    Args:
-        settings: of the server.
-        folder: that of `--models`.
-        kept: what the store knows of versions, by name.
+    `kept` is what the store knows of versions, by name.
 
     Raises:
         LoadError: the folder cannot be used, or an option is about a model that is not there, and none can come.

@@ -49,8 +49,7 @@ class Authenticator(Protocol):
     async def refresh(self, *, at_once: bool = False) -> bool:
         """Find out whether others are known now than before, and whether that has changed since the last time.
 
-        Args:
-            at_once: Somebody says that something has changed.
+        `at_once`: somebody says that something has changed.
         """
 
 

@@ -42,13 +42,7 @@ class Repository:
     """Lists, loads and unloads versions. Lives on the event loop."""
 
     def __init__(self, control: ModelControl, known_files: KnownFiles, refusal: str = "") -> None:
-        """Wire it.
-
-        Args:
-            control: does it.
-            known_files: of names.
-            refusal: why nobody may load and unload; empty: callers with the role may.
-        """
+        """`refusal` is why nobody may load and unload; if it is empty, callers with the role may."""
         self._control = control
         self._known_files = known_files
         self._refusal = refusal

@@ -130,13 +130,7 @@ def write(transaction: Any, documents: Any, meta: Any, items: Iterable[Item]) ->
 
 
 def read(transaction: Any, documents: Any, meta: Any) -> Found:
-    """All documents, in the order of their keys.
-
-    Args:
-        transaction: Of LMDB.
-        documents: The database of documents; None: there is none.
-        meta: The database `meta`.
-    """
+    """All documents, in the order of their keys; none where there is no database of them."""
     found, sums = Found(), Sums()
     stored = transaction.get(
         SUMS, db=meta

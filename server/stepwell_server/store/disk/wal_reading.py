@@ -48,12 +48,7 @@ def read_logs(folder: Path, mark: Mark) -> dict[str, bytes]:
 
 
 def read_log(folder: Path, names: tuple[str, str], owner: int) -> dict[str, bytes]:
-    """The last record of each session that a log has; those that were damaged as they are.
-
-    Args:
-        folder: Of the segments.
-        names: Theirs.
-        owner: The store's number, see `Segment`.
+    """The last record of each session that the segments of a store have; those that were damaged as they are.
 
     Raises:
         LogReplaced: see there.

@@ -94,8 +94,7 @@ class Losses:
     async def begin(self, *, must_be_there: bool) -> None:
         """See all marks, and make those that are missing; what was lost while nobody looked is known then.
 
-        Args:
-            must_be_there: They have all been made before.
+        `must_be_there`: they have all been made before.
 
         Raises:
             ServerError: they cannot be asked for.
