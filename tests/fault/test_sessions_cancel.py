@@ -118,7 +118,7 @@ async def test_on_the_way(tmp_path: Path, shell: str, direction: Direction, how:
         @contextlib.asynccontextmanager
         async def held() -> AsyncIterator[Callable[[], Any]]:
             proxy.hold(direction)
-            yield lambda: asyncio.to_thread(proxy.held.wait, 10)
+            yield lambda: asyncio.to_thread(proxy.held.wait, 100)
             proxy.release()
 
         async with connect(shell, proxy.address) as client:

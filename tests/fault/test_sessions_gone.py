@@ -72,7 +72,7 @@ def test_no_step_is_acknowledged_once_it_was_noticed(tmp_path: Path, durability:
             while server.process.poll() is None:
                 request.request_id += 1
                 try:
-                    stub.Step(request, timeout=5.0)
+                    stub.Step(request, timeout=100.0)
                     assert not refusals, "it was noticed before, and this is lost"
                 except grpc.RpcError as error:
                     codes.add(error.code())

@@ -29,7 +29,7 @@ def is_ready_for_triton(address: str) -> bool:
             request_serializer=pb.ServerReadyRequest.SerializeToString,
             response_deserializer=pb.ServerReadyResponse.FromString,
         )
-        ready: bool = call(pb.ServerReadyRequest(), timeout=10.0).ready
+        ready: bool = call(pb.ServerReadyRequest(), timeout=100.0).ready
         return ready
 
 
@@ -37,7 +37,7 @@ def is_ready_for_triton(address: str) -> bool:
 def health(address: str) -> Iterator[Iterator[int]]:
     """What the health service says of all, one answer after the other."""
     with secured.channel(address) as channel:
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60.0)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=100.0)
         yield (answer.status for answer in watch)
         watch.cancel()
 
@@ -94,7 +94,7 @@ def test_while_it_cannot_be_opened_nobody_is_sent_here(tmp_path: Path) -> None:
 
 def scraped(server: FaultyServer) -> dict[str, float]:
     address = next(line for line in server.logs().splitlines() if " metrics address=" in line).split("=")[-1]
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10.0) as answer:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=100.0) as answer:
         lines = answer.read().decode().splitlines()
     return {
         name: float(value)

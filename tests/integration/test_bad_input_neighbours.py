@@ -84,7 +84,8 @@ def test_in_calls_of_their_own_at_once(served: Served, model: str, value: float,
     crowd = Crowd(served, model, 2, value, 30)
     calls = [
         served.wire.sessions.Step.future(
-            sessions_pb2.StepRequest(session_id=crowd.ids[i], inputs=wire.tensors(crowd.row(i))), timeout=20
+            sessions_pb2.StepRequest(session_id=crowd.ids[i], inputs=wire.tensors(crowd.row(i))),
+            timeout=wire.TIMEOUT_S,
         )
         for i in range(COUNT)
     ]

@@ -459,7 +459,7 @@ async def test_a_handle_says_whether_it_resumed(client: Any) -> None:
 
 async def test_connections_that_break_while_frames_are_written(server: ScriptedServer) -> None:
     with Proxy(server.address, 1) as proxy:
-        async with connect("async", proxy.address, timeout_s=20.0) as client:
+        async with connect("async", proxy.address, timeout_s=WAIT_S) as client:
             sessions = [await client.open_session(MODEL) for _ in range(16)]
             stepped, over = asyncio.Event(), False
 

@@ -25,7 +25,7 @@ def server() -> Iterator[LocalServer]:
 
 @pytest.mark.parametrize("shell", SHELLS)
 async def test_calls_wait_for_a_server_that_comes_back(shell: str, server: LocalServer) -> None:
-    async with connect(shell, server.address, timeout_s=60) as client:
+    async with connect(shell, server.address, timeout_s=200) as client:
         session = await client.open_session("seq")
         group = await client.open_sessions("seq", 3)
         await session.step(X)
@@ -52,7 +52,7 @@ async def test_calls_wait_for_a_server_that_comes_back(shell: str, server: Local
 
 @pytest.mark.parametrize("shell", SHELLS)
 async def test_calls_end_with_their_limit_while_the_server_is_down(shell: str, server: LocalServer) -> None:
-    async with connect(shell, server.address, timeout_s=60) as client:
+    async with connect(shell, server.address, timeout_s=200) as client:
         session = await client.open_session("seq")
         group = await client.open_sessions("seq", 3)
         server.kill()
@@ -63,7 +63,7 @@ async def test_calls_end_with_their_limit_while_the_server_is_down(shell: str, s
                 group.step(np.ones((3, 3)), timeout_s=0.3),
             ):
                 with pytest.raises((stepwell.UnavailableError, stepwell.DeadlineExceededError)):
-                    await asyncio.wait_for(call, 60)
+                    await asyncio.wait_for(call, 200)
         finally:
             await asyncio.to_thread(server.restart)
 

@@ -17,7 +17,7 @@ from support.shells import SHELLS, connect
 
 @pytest.fixture(params=SHELLS)
 async def client(request: pytest.FixtureRequest, served: Served) -> AsyncIterator[Any]:
-    async with connect(request.param, served.address, timeout_s=20.0) as client:
+    async with connect(request.param, served.address, timeout_s=100.0) as client:
         yield client
 
 

@@ -146,7 +146,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
     def requests(self, method: str) -> list[Any]:
         return [request for name, request in self.calls if name == method]
 
-    def wait_until(self, is_so: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+    def wait_until(self, is_so: Callable[[], bool], timeout_s: float = 100.0) -> bool:
         """Waits for what the answer to some call makes so; says whether it is."""
         with self._answered:
             return self._answered.wait_for(is_so, timeout_s)

@@ -484,7 +484,7 @@ def survive(address: str, sequences: str) -> int:
 
 def _until_answered(send: Callable[[], Any]) -> tuple[Any, int]:
     """The answer, None if it is lost though the request counted; and how often it was sent."""
-    for sent in range(1, 1000):
+    for sent in range(1, 10_000):
         try:
             return send(), sent
         except InferenceServerException as error:

@@ -265,7 +265,7 @@ def test_who_asks_for_a_new_file_does_not_wait_for_the_disk_of_the_old_one(
     file.rename(tmp_path / "old")
     asks = threading.Thread(target=log.reopen, daemon=True)
     asks.start()
-    asks.join(10)
+    asks.join(100)
     assert not asks.is_alive()
     goes_on.set()
     log.close()
@@ -334,7 +334,7 @@ def test_a_full_disk_cuts_no_line_off_and_loses_none(
             pass
         refused.clear()
         log.reopen()  # not even this may end the thread
-        assert refused.wait(5), "it is tried again"
+        assert refused.wait(100), "it is tried again"
         room.set()
         log.close()
     assert [line["number"] for line in _lines(file)] == [1]

@@ -62,18 +62,18 @@ def test_a_token_stays_on_this_machine_unless_told_otherwise(address: str, stays
 
 
 async def test_no_proxy_gets_what_is_meant_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as proxy, socket.create_server(("127.0.0.1", 0)) as closed:
-        target = f"127.0.0.1:{closed.getsockname()[1]}"
-        closed.close()
+    with socket.create_server(("127.0.0.1", 0)) as proxy, socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and does not listen
+        target = f"127.0.0.1:{silent.getsockname()[1]}"
         proxy.setblocking(False)
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
         config = ClientConfig(target, token="stw_x")
         with _channel.open_channel(config) as channel, pytest.raises(grpc.RpcError, match="refused"):
-            models_pb2_grpc.ModelServiceStub(channel).ListModels(models_pb2.ListModelsRequest(), timeout=30)
+            models_pb2_grpc.ModelServiceStub(channel).ListModels(models_pb2.ListModelsRequest(), timeout=100)
         async with _channel.open_async_channel(config) as other:
             with pytest.raises(grpc.RpcError, match="refused"):
                 await models_pb2_grpc.ModelServiceStub(other).ListModels(
-                    models_pb2.ListModelsRequest(), timeout=30
+                    models_pb2.ListModelsRequest(), timeout=100
                 )
         with pytest.raises(BlockingIOError):
             proxy.accept()

@@ -16,7 +16,7 @@ from stepwell_server.errors import (
     SessionNotFound,
 )
 from support.engine import BOTH_WAYS, Harness, running, x
-from support.fake_executor import BROKEN
+from support.fake_executor import BROKEN, WAIT_S
 from support.model_of_sessions import initial
 
 
@@ -103,7 +103,7 @@ async def test_whatever_a_session_is_sent_is_applied_in_the_order_received(threa
         for i, answers in enumerate(changes):
             assert (await answers.only()).revision == i + 1
         for wanted, task in reads:
-            assert (await asyncio.wait_for(task, 10)).session.revision == wanted
+            assert (await asyncio.wait_for(task, WAIT_S)).session.revision == wanted
 
 
 def change_of(at: Harness, kind: str, expected: int) -> Any:

@@ -253,7 +253,7 @@ def test_a_segment_is_not_truncated_while_someone_reads_in_it(
     def read(file: int, size: int, at: int) -> bytes:
         if threading.current_thread() is reader:
             inside.set()
-            assert go_on.wait(20)
+            assert go_on.wait(100)
         return pread(file, size, at)
 
     monkeypatch.setattr(os, "pread", read)
@@ -261,11 +261,11 @@ def test_a_segment_is_not_truncated_while_someone_reads_in_it(
     monkeypatch.setattr(wal, "_looking", Watched(wal._looking, go_on))
     reader = threading.Thread(target=lambda: found.append(bytes(store.get(changed[0]) or b"")))
     reader.start()
-    assert inside.wait(20)
+    assert inside.wait(100)
     for revision in range(2, 100):
         put(store, changed[-1], revision=revision)
     go_on.set()
-    reader.join(20)
+    reader.join(100)
     assert found == [record(changed[0], 1)]
     store.close()
 
