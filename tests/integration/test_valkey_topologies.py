@@ -145,7 +145,7 @@ async def test_a_primary_of_a_cluster_that_was_emptied_is_noticed(cluster: Clust
 async def test_a_primary_of_a_cluster_is_killed(cluster: Cluster) -> None:
     async with shared(cluster.url("&timeout_ms=300"), 2) as (a, b):
         ids = IDS[:64]
-        stamps: Sequence[int] = [(await put(a, template(ids), [0] * 64))[1]] * 64
+        stamps = await until_kept(a, ids, 0, [0] * 64)
         old = cluster.primary_of("{0}")
         old.kill()
         over = asyncio.create_task(asyncio.to_thread(cluster.fail_over, old))
@@ -182,8 +182,8 @@ async def test_sentinels_name_the_primary_and_the_next_one() -> None:
             await opened(watched.url("").replace("sentinel=stepwell", "sentinel=other"))
         async with shared(watched.url("&timeout_ms=300"), 2) as (a, b):
             ids = IDS[:64]
-            first = (await put(a, template(ids), [0] * 64))[1]
-            stamps = await until_kept(b, ids, 1, [first] * 64)
+            stamps = await until_kept(a, ids, 0, [0] * 64)
+            stamps = await until_kept(b, ids, 1, stamps)
             old = watched.primary()
             old.kill()
             over = asyncio.create_task(asyncio.to_thread(watched.fail_over))
