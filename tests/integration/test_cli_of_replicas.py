@@ -139,23 +139,32 @@ def test_bench_steps_on_all_of_them(cluster: _Cluster, mode: str) -> None:
 
 def test_bench_goes_on_where_a_replica_dies(cluster: _Cluster) -> None:
     """Calls that it makes without the SDK go to another replica, as the SDK's would."""
-    arguments = ("--mode", "unary", "--sessions", "12", "--duration-s", "3", "--warm-up-s", "0", "--json")
-    bench = cluster.start("bench", MODEL, *arguments)
+    arguments = ("--mode", "unary", "--sessions", "12", "--warm-up-s", "0", "--json")
     victim = cluster.replicas[2]
-    try:
-        with stepwell.connect(cluster.replicas.addresses[0]) as client:
-            while not any(one.revision > 5 for one in client.sessions(prefix="bench-")):
-                pass
+    with stepwell.connect(cluster.replicas.addresses[0]) as client:
+        bench = _under_way(cluster, client, "bench", MODEL, *arguments)
+        try:
             victim.kill()
             output, _ = bench.communicate(timeout=_TIMEOUT_S)
             assert bench.returncode == 0, output
             # what failed came once for each session at most; all of them were stepped on
             assert set(json.loads(output)["errors"]) <= {"UnavailableError", "ConnectError"}
             assert not client.sessions(prefix="bench-")
-    finally:
-        bench.kill()
-        bench.wait()
-        victim.start()
+        finally:
+            bench.kill()
+            bench.wait()
+            victim.start()
+
+
+def _under_way(cluster: _Cluster, client: stepwell.Client, *bench: str) -> subprocess.Popen[str]:
+    """A `stepwell bench` some of whose sessions have been stepped, and which is not over."""
+    for duration_s in (3, 20, 60):  # a busy machine gets more time
+        started = cluster.start(*bench, "--duration-s", str(duration_s))
+        while started.poll() is None:
+            if any(one.revision > 5 for one in client.sessions(prefix="bench-")):
+                return started
+        started.communicate()
+    raise AssertionError("it is always over before it is seen")
 
 
 def _changes(cluster: _Cluster) -> list[float]:

@@ -32,7 +32,7 @@ def busy() -> Iterator[tuple[ServerProcess, str]]:
 @contextlib.contextmanager
 def _working(server: ServerProcess) -> Iterator[None]:
     """Steps of one session while the body runs, and errors of another."""
-    ended = threading.Event()
+    begun, ended = threading.Event(), threading.Event()
 
     def work() -> None:
         with (
@@ -43,10 +43,12 @@ def _working(server: ServerProcess) -> Iterator[None]:
                 session.step(np.zeros((1, FEATURES), np.float32))
                 with pytest.raises(stepwell.SessionNotFoundError):
                     client.session_info("nobody")
+                begun.set()
 
     thread = threading.Thread(target=work)
     thread.start()
     try:
+        assert begun.wait(_TIMEOUT_S)
         yield
     finally:
         ended.set()
@@ -54,7 +56,7 @@ def _working(server: ServerProcess) -> Iterator[None]:
 
 
 def _command(server: ServerProcess, metrics: str, *arguments: str) -> list[str]:
-    where = ("--server", server.address, "--metrics", f"http://{metrics}", "--interval", "300ms")
+    where = ("--server", server.address, "--metrics", f"http://{metrics}", "--interval", "1s")
     return [str(Path(sys.executable).with_name("stepwell")), "top", *where, *arguments]
 
 
