@@ -53,7 +53,7 @@ def test_a_server_that_answers_before_it_keeps_is_caught(tmp_path: Path, defect:
         DriverProcess(server.address, history, seed=23, mix=Mix(frames=12)) as driver,
     ):
         driver.wait_acknowledged(300)
-        kill_at_random(server, driver, random.Random(23), kills=1)
+        kill_at_random(server, driver, random.Random(23), kills=3)
         driver.stop()
     report = verdict(history)
     assert report.count("lost") > 0, report
