@@ -55,12 +55,16 @@ class OnSmallDisk(Server):
 def fill(client: stepwell.Client) -> list[stepwell.SessionGroup]:
     """Open sessions until there is no room for more."""
     groups: list[Any] = []
-    while True:
+    limit_s = 1.0
+    while limit_s < 20.0:
         try:
-            groups.append(client.open_sessions(MODEL, GROUP, timeout_s=1.0))
-        except (stepwell.UnavailableError, stepwell.DeadlineExceededError):
-            return groups
+            groups.append(client.open_sessions(MODEL, GROUP, timeout_s=limit_s))
+        except stepwell.UnavailableError:
+            break
+        except stepwell.DeadlineExceededError:
+            limit_s *= 4  # it may have been the machine that was busy
         assert len(groups) < 200, "the disk is never full"
+    return groups
 
 
 def check(server: Server, history: Path, full: Callable[[], object], room: Callable[[], object]) -> None:
@@ -79,7 +83,7 @@ def check(server: Server, history: Path, full: Callable[[], object], room: Calla
         state = mine.get_state()
         assert np.array_equal(client.predict(MODEL, x)[0], y)
         assert client.session_info(mine.ids[0]).revision == 1
-        groups[0].close(timeout_s=10.0)
+        groups[0].close(timeout_s=100.0)
         with pytest.raises(stepwell.SessionNotFoundError):
             client.session_info(groups[0].ids[-1])
         room()

@@ -26,10 +26,10 @@ def test_quotas_of_a_file_are_kept_told_read_again_and_counted(tmp_path: Path) -
     ):
         first = client.open_session("forecast", session_id="one")
         client.open_session("forecast", session_id="two")
-        with pytest.raises(stepwell.OverloadedError, match="sessions of all callers together") as refused:
-            client.open_session("forecast", timeout_s=0.5)
-        assert (refused.value.quota, refused.value.reason) == ("sessions", "QUOTA_EXCEEDED")
-        assert refused.value.retry_after_s > 0
+        refused = _refusal(client)
+        assert "sessions of all callers together" in refused.message
+        assert (refused.quota, refused.reason) == ("sessions", "QUOTA_EXCEEDED")
+        assert refused.retry_after_s > 0
         client.close_session("two")
         client.open_session("forecast", session_id="three")
         with pytest.raises(
@@ -51,6 +51,19 @@ def test_quotas_of_a_file_are_kept_told_read_again_and_counted(tmp_path: Path) -
         os.replace(other, path)
         server.wait_for_log("quotas read")
         client.open_session("forecast", session_id="four")
+
+
+def _refusal(client: stepwell.Client) -> stepwell.OverloadedError:
+    """Of a session more than there may be."""
+    for limit_s in (0.5, 5.0, 50.0):  # a busy machine gets more time
+        try:
+            client.open_session("forecast", timeout_s=limit_s)
+        except stepwell.OverloadedError as error:
+            return error
+        except stepwell.DeadlineExceededError:
+            continue
+        break
+    raise AssertionError("it was not refused")
 
 
 def test_a_broken_file_is_refused_at_the_start(tmp_path: Path) -> None:

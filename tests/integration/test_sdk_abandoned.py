@@ -60,7 +60,7 @@ def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=SHELLS)
 async def client(request: pytest.FixtureRequest, server: ScriptedServer) -> AsyncIterator[Any]:
-    async with connect(request.param, server.address, timeout_s=20.0) as client:
+    async with connect(request.param, server.address, timeout_s=100.0) as client:
         yield client
 
 
@@ -111,7 +111,7 @@ async def test_one_that_was_refused_is_not_asked_for_again(
     before = len(server.requests(method))
     server.fail(method, Fault(grpc.StatusCode.INVALID_ARGUMENT, "no"))
     with pytest.raises(errors.InvalidInputError):
-        await OPENS[method](client, kept, 20.0)
+        await OPENS[method](client, kept, 100.0)
     await client.close()
     assert len(server.requests(method)) == before + 1
     assert not server.requests("CloseSessions")
@@ -122,8 +122,8 @@ async def test_a_cancelled_one_is_closed(server: ScriptedServer, method: str) ->
     async with stepwell.aio.connect(server.address) as client:
         kept = await client.open_session(MODEL, session_id="kept")
         gate, arrived = server.hold(method)
-        opening = asyncio.ensure_future(OPENS[method](client, kept, 20.0))
-        assert await asyncio.to_thread(arrived.acquire, timeout=10)
+        opening = asyncio.ensure_future(OPENS[method](client, kept, 100.0))
+        assert await asyncio.to_thread(arrived.acquire, timeout=100)
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):
             await opening
@@ -153,7 +153,7 @@ async def test_a_client_that_cannot_reach_its_server_is_closed_soon(shell: str) 
         server.fail("OpenSession", LOST, 10_000)
         with pytest.raises(GAVE_UP):
             await client.open_session(MODEL, timeout_s=0.2)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(100):
             await client.close()
 
 
@@ -162,19 +162,24 @@ async def test_nothing_is_left_on_a_real_server(
     served: Served, shell: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stepwell._abandoned.GRACE_S", 60.0)
-    with Proxy(served.address, 1) as proxy:
-        async with connect("sync", served.address) as watching, connect(shell, proxy.address) as client:
-            kept = await client.open_session("seq", session_id="kept")
-            before = {info.session_id for info in await watching.sessions()}
-            proxy.hold("answers")
-            calls = [OPENS[method](client, kept, 2.0, "seq") for method in OPENS]
-            gave_up = await asyncio.gather(*calls, return_exceptions=True)
-            assert {type(error) for error in gave_up} == {errors.DeadlineExceededError}
-            assert len(await watching.sessions()) == len(before) + 5
-            proxy.release()
-            await client.close()
-            assert {info.session_id for info in await watching.sessions()} == before
-            await watching.close_session("kept")
+    made = 0
+    for limit_s in (2.0, 10.0, 50.0):  # a busy machine gets more time
+        with Proxy(served.address, 1) as proxy:
+            async with connect("sync", served.address) as watching, connect(shell, proxy.address) as client:
+                kept = await client.open_session("seq", session_id="kept")
+                before = {info.session_id for info in await watching.sessions()}
+                proxy.hold("answers")
+                calls = [OPENS[method](client, kept, limit_s, "seq") for method in OPENS]
+                gave_up = await asyncio.gather(*calls, return_exceptions=True)
+                assert {type(error) for error in gave_up} == {errors.DeadlineExceededError}
+                made = len(await watching.sessions()) - len(before)
+                proxy.release()
+                await client.close()
+                assert {info.session_id for info in await watching.sessions()} == before
+                await watching.close_session("kept")
+        if made == 5:
+            break
+    assert made == 5
 
 
 def test_one_that_was_interrupted_is_closed_though_the_channel_is_of_no_use_any_more(

@@ -91,10 +91,10 @@ RUNS = "does `stepwell serve` run there"
 UNREACHABLE = {
     "nobody": (
         nobody,
-        0.1,
-        rf"no server was reached at ADDRESS within 0\.1 s \(connect_timeout_s\): .*refused; {RUNS}",
+        0.5,
+        rf"no server was reached at ADDRESS within 0\.5 s \(connect_timeout_s\): .*refused; {RUNS}",
     ),
-    "no file": (no_file, 0.1, rf"no server was reached at ADDRESS within 0\.1 s .*: No such file.*; {RUNS}"),
+    "no file": (no_file, 0.5, rf"no server was reached at ADDRESS within 0\.5 s .*: No such file.*; {RUNS}"),
     "silence": (
         silence,
         0.03,

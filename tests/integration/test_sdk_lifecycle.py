@@ -280,11 +280,16 @@ def test_a_server_that_takes_too_long_is_killed(tmp_path: Path, monkeypatch: pyt
     (fake / "__main__.py").write_text(
         "import sys\nprint('loading', flush=True)\nsys.stdin.read()\nimport time\ntime.sleep(60)\n"
     )
-    server = LocalServer(env={"PYTHONPATH": str(tmp_path)}, start_timeout_s=2.0)
-    with pytest.raises(ServerStartError, match="not ready within 2 s"):
-        server.start()
-    assert server.pid is None
-    assert "loading" in server.logs()
+    logs = ""
+    for limit_s in (1.0, 4.0, 16.0, 64.0):
+        server = LocalServer(env={"PYTHONPATH": str(tmp_path)}, start_timeout_s=limit_s)
+        with pytest.raises(ServerStartError, match=f"not ready within {limit_s:g} s"):
+            server.start()
+        assert server.pid is None
+        logs = server.logs()
+        if logs:
+            break  # else the machine was too busy for it to say something by then
+    assert "loading" in logs
 
 
 LISTENING = """

@@ -16,7 +16,7 @@ from support.scripted_replicas import ScriptedReplicas
 from support.scripted_server import MODEL, Fault
 from support.shells import SHELLS, connect
 
-WAIT_S = 60.0
+WAIT_S = 100.0
 STOPPING = Fault(reason="UNAVAILABLE", message="the server is stopping")
 RNG = np.random.default_rng(15)
 
@@ -163,15 +163,22 @@ async def test_one_that_hangs_ends_only_its_own_members(client: Any, replicas: S
     group = await client.open_sessions(MODEL, 24, session_ids=replicas.spread(24))
     x = random(24, 2)
     total = await group.step(x)
-    gate, _ = replicas.servers[0].hold("StepStream")
     hung = [i for i, one in enumerate(group.ids) if replicas.ranking(one)[0] == 0]
-    with pytest.raises(errors.DeadlineExceededError) as caught:
-        await group.step(x, timeout_s=1.0)
-    assert sorted(caught.value.failures) == hung
-    assert {getattr(error, "outcome", "") for error in caught.value.failures.values()} == {"unknown"}
-    gate.set()
-    np.testing.assert_array_equal(await group.step(x), total + x)
-    assert group.revisions.tolist() == [2] * 24
+    failures: Any = {}
+    steps = 1
+    for limit_s in (1.0, 10.0, 50.0):  # a busy machine gets more time
+        gate, _ = replicas.servers[0].hold("StepStream")
+        with pytest.raises(errors.DeadlineExceededError) as caught:
+            await group.step(x, timeout_s=limit_s)
+        failures = caught.value.failures
+        gate.set()
+        total, steps = total + x, steps + 1
+        np.testing.assert_array_equal(await group.step(x), total)
+        assert group.revisions.tolist() == [steps] * 24
+        if sorted(failures) == hung:
+            break
+    assert sorted(failures) == hung
+    assert {getattr(error, "outcome", "") for error in failures.values()} == {"unknown"}
 
 
 async def test_a_member_that_is_asked_for_elsewhere(client: Any, replicas: ScriptedReplicas) -> None:
@@ -363,10 +370,10 @@ async def test_the_addresses_of_a_name(shell: str, replicas: ScriptedReplicas) -
         np.testing.assert_array_equal(await group.step(x), x)
         assert f"127.0.0.1:{port}" in [replica.address for replica in client.replicas if replica.is_up]
     async with connect(shell, "dns:///no-such-host.invalid:1", timeout_s=WAIT_S) as nobody:
-        with pytest.raises(errors.UnavailableError, match="its name cannot be resolved"):
-            await nobody.models(timeout_s=0.5)
-        with pytest.raises(errors.UnavailableError, match="its name cannot be resolved"):
-            await nobody.open_session(MODEL, timeout_s=0.5)
+        for call in (nobody.models, lambda **k: nobody.open_session(MODEL, **k)):
+            told = await given_up(call, lambda error: "its name cannot be resolved" in error)
+            assert isinstance(told, errors.UnavailableError)
+            assert "its name cannot be resolved" in str(told)
 
 
 def test_a_client_that_nobody_closed_leaves_no_thread(replicas: ScriptedReplicas) -> None:
