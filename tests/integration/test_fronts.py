@@ -332,7 +332,7 @@ def test_an_id_is_that_of_one_unanswered_frame(
     """A long frame is under way; another has its id. Of each kind: plain, and one with a mask of rows to reset."""
     name = f"id {kinds}"
     both[front].open("seq", name)
-    x = np.zeros((1, 200_000, 3), np.float16)
+    x = np.zeros((1, 50_000, 3), np.float16)
     masks: tuple[dict[str, Any], ...] = ({}, {"reset_mask": [False]})
     frames = [
         wire.step_frame(5, [name], [tensor(part)], outputs=pb.OUTPUT_SELECTION_NONE, **masks[kind])
