@@ -273,15 +273,16 @@ def test_encryption_begins_in_a_rolling_restart(valkey: Valkey, tmp_path: Path) 
         stepwell.connect(replicas.address) as client,
     ):
         group = client.open_sessions("forecast", 20)
-        ended, steps = threading.Event(), [0]
+        ended, stepped = threading.Event(), threading.Semaphore(0)
 
         def work() -> None:
             try:
                 while not ended.is_set():
                     group.step(np.repeat(X, 20, axis=0))
-                    steps[0] += 1
+                    stepped.release()
             except BaseException as error:
                 failed.append(error)
+                stepped.release(2)
 
         thread = threading.Thread(target=work)
         thread.start()
@@ -291,9 +292,10 @@ def test_encryption_begins_in_a_rolling_restart(valkey: Valkey, tmp_path: Path) 
             for replica in replicas:
                 replica.stop()
                 replica.start()
-            done = steps[0]
-            while not failed and steps[0] < done + 2:  # each session has changed since
+            while stepped.acquire(blocking=False):
                 pass
+            for _ in range(2):  # each session has changed since
+                assert stepped.acquire(timeout=100)
             assert stepwell_store("verify", url, "--encryption-key-file", keys)["encrypted"] == {"k": 20}
         finally:
             ended.set()
