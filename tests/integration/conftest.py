@@ -1,4 +1,4 @@
-"""Fixtures of the integration tests: one real server for all of them."""
+"""Fixtures of the integration tests: one real server for all of them, or one of one's own whose faults are scripted."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 if TYPE_CHECKING:
     # What is tested is imported inside: a worker of pytest-xdist reads this before it measures coverage.
+    from support.scripted_server import ScriptedServer
     from support.served import Served
 
 
@@ -32,3 +33,12 @@ def served_secured() -> Iterator[Served]:
         with switched_on():
             running = stack.enter_context(serve())
         yield running
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    """One that does as a test says."""
+    from support.scripted_server import ScriptedServer
+
+    with ScriptedServer() as scripted:
+        yield scripted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -27,12 +27,6 @@ X = np.ones((1, 2), np.float32)
 Code = grpc.StatusCode
 LOST = Fault(after_work=True)
 """The work is done, the answer is lost."""
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with ScriptedServer() as server:
-        yield server
 
 
 @pytest.fixture(params=SHELLS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -20,12 +20,6 @@ LOST = Fault(after_work=True)
 """The work is done, the answer is lost."""
 GONE = Fault(grpc.StatusCode.INTERNAL, "broken", "INTERNAL", member=1)
 X = np.arange(1, 9, dtype=np.float32).reshape(4, 2)
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with ScriptedServer() as server:
-        yield server
 
 
 @pytest.fixture(params=["sync", "async"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -17,12 +17,6 @@ LOST = Fault(after_work=True)
 """The work is done, the answer is lost."""
 FULL = Fault(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", "OVERLOADED", member=2, retry_after_s=0.01)
 X = np.arange(6, dtype=np.float32).reshape(3, 2)
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with ScriptedServer() as server:
-        yield server
 
 
 @pytest.fixture(params=["sync", "async"])

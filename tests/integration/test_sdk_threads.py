@@ -22,12 +22,6 @@ WAIT_S = 100.0
 X = np.ones((1, 2), np.float32)
 
 
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with ScriptedServer() as server:
-        yield server
-
-
 def at_once(use: Callable[[int], Any], count: int) -> list[Any]:
     """What each use came to, a result or an error; all run at the same time, each in a thread of its own."""
     start = threading.Barrier(count)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -15,12 +14,6 @@ from support.shells import SHELLS, connect
 
 ENDED = Fault(grpc.StatusCode.UNAUTHENTICATED, "revoked", "UNAUTHENTICATED", after_work=True)
 """The token is revoked when the work is done and before the answer is."""
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with ScriptedServer() as server:
-        yield server
 
 
 def numbered(shell: str, given: list[str]) -> Any:
