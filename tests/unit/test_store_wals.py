@@ -62,8 +62,9 @@ def schema_of(folder: Path) -> bytes:
         lmdb.open(str(folder / "sessions"), max_dbs=9) as environment,
         environment.begin() as transaction,
     ):
-        version: bytes = transaction.get(b"schema", db=environment.open_db(b"meta", transaction))
-        return version
+        version = transaction.get(b"schema", db=environment.open_db(b"meta", transaction))
+        assert version is not None
+        return bytes(version)
 
 
 def test_a_release_that_knows_one_log_is_told_by_the_schema_while_there_are_two(path: Path) -> None:
