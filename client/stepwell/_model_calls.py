@@ -83,7 +83,9 @@ class ModelCalls(abc.ABC):
                 session. Of several replicas one where it is in use just then keeps it.
             progress: Called with what is done now: "waiting", a stage of compiling, "warm up", "switch".
             upload: Send the file to the server, which must allow that (`--allow-model-upload`). False: the path is one
-                on the server's disk. None: send it if the server is on another machine.
+                on the server's disk. None: send it if the server is on another machine. A server without a data folder, as
+                those that share a store, keeps nothing of a file that was sent: the version ends with it, and the
+                `reason` of the version in the answer's `versions` says so.
             timeout_s: Time limit of all of it; the server compiles a new architecture in some seconds or, if it is
                 large, minutes.
 

@@ -105,6 +105,13 @@ def test_a_load_is_told_to_programs(run: Run, server: ScriptedModels, file: str)
     assert server.requests("LoadModel")[-1].path == os.path.relpath(file)
 
 
+def test_what_is_to_be_known_of_a_loaded_version_is_said(run: Run, server: ScriptedModels, file: str) -> None:
+    server.reason = "nothing is kept of its file"
+    result = run("load", MODEL, file, "--upload")
+    assert said(result) == "loaded sum@2 (the default)\n"
+    assert "note: nothing is kept of its file\n" in result.stderr
+
+
 def test_the_default_and_labels_are_chosen(run: Run, server: ScriptedModels, file: str) -> None:
     said(run("load", MODEL, file, "--no-default"))
     assert said(run("default", f"{MODEL}@2", "--sessions", "migrate", "--migration", "f")) == (

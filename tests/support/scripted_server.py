@@ -102,6 +102,8 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         self.widths = {1: FEATURES}
         """Versions of the model, and how many numbers a row of their outputs has."""
         self.default = 1
+        self.reason = ""
+        """Of the versions that are there."""
         self.labels: dict[str, int] = {}
         self.fingerprint = FINGERPRINT
         self._faults: dict[str, collections.deque[Fault]] = collections.defaultdict(collections.deque)
@@ -192,6 +194,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
                 models_pb2.ModelVersion(
                     version=number,
                     state=models_pb2.MODEL_STATE_READY,
+                    reason=self.reason,
                     fingerprint=self._fingerprint(number),
                     is_default=number == self.default,
                     labels=sorted(label for label, of in self.labels.items() if of == number),

@@ -177,6 +177,9 @@ def load(
             **time_limit(target),
         )
     say(loaded, "loaded", as_json)
+    reason = next((one.reason for one in loaded.versions if one.version == loaded.version), "")
+    if reason:
+        click.echo(f"note: {reason}", err=True)
 
 
 def time_limit(target: Target) -> dict[str, float]:

@@ -109,7 +109,9 @@ class ModelVersion(_message.Message):
     state: Global___ModelState.ValueType
     """How it is."""
     reason: _builtins.str
-    """Why it is so, as a sentence: the stage of LOADING, what FAILED."""
+    """Why it is so, as a sentence: the stage of LOADING, what FAILED; of one that is served what is to be known of it,
+    mostly nothing.
+    """
     fingerprint: _builtins.str
     """The fingerprint. Empty while it is not known."""
     is_default: _builtins.bool

@@ -31,7 +31,7 @@ class VersionStatus:
     version: int
     state: VersionState
     reason: str = ""
-    """The stage of one that is being loaded, why one failed."""
+    """The stage of one that is being loaded, why one failed; of one that is served what is to be known of it, mostly nothing."""
     fingerprint: str = ""
     """Empty as long as it is not known."""
     is_default: bool = False

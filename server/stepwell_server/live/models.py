@@ -40,7 +40,7 @@ from stepwell_server.live.control import (
     VersionStatus,
 )
 from stepwell_server.live.faces import Clock, Compile, Compiled, Engine, Observer, Quotas
-from stepwell_server.live.kept import KeptPrograms
+from stepwell_server.live.kept import KeptPrograms, not_kept
 from stepwell_server.live.load import Load
 from stepwell_server.live.refusals import no_version, require_label, upload_off
 from stepwell_server.live.uploads import Uploads
@@ -111,6 +111,8 @@ class LiveModels(ModelControl):
         self._not_before: dict[_Key, float] = {}
         """When to try again to unload a version."""
         self._owners: dict[_Key, str] = {}
+        self._unkept: set[_Key] = set()
+        """Versions of files that nobody keeps."""
         """Whose admins loaded versions."""
         self._turn = asyncio.Lock()
         """One load at a time compiles, and one change of a name at a time is made."""
@@ -258,6 +260,8 @@ class LiveModels(ModelControl):
         if request.upload or request.is_temporary:
             kept = None if self.kept is None else await self.kept.keep(name, version, compiled.program)
             source = "" if kept is None else str(kept)
+            if kept is None:
+                self._unkept.add((name, version))
         is_first = not self._served(name)
         try:
             before = await self._engine.load_version(
@@ -343,6 +347,7 @@ class LiveModels(ModelControl):
         """Nothing stands for a version any more."""
         key = name, version
         self._owners.pop(key, None)
+        self._unkept.discard(key)
         self._leaving.discard(key)
         self._not_before.pop(key, None)
         if self.kept is not None and source:
@@ -479,15 +484,17 @@ class LiveModels(ModelControl):
                 )
         for version, info in self._served(name).items():
             loading = self._loads.get((name, version))
-            state = VersionState.READY
+            state, reason = VersionState.READY, ""
+            if (name, version) in self._unkept:
+                reason = not_kept(is_shared=self._is_shared)
             if (name, version) in self._leaving and not info.labels:
                 state = VersionState.DRAINING
             if loading is not None:
-                state = VersionState.LOADING
+                state, reason = VersionState.LOADING, loading.stage
             found[version] = VersionStatus(
                 version,
                 state,
-                "" if loading is None else loading.stage,
+                reason,
                 info.fingerprint,
                 info.is_default,
                 info.labels,
