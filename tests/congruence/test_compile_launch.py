@@ -53,10 +53,9 @@ def custom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_compile_one_model_and_the_rest_read_the_cache(lstm: Path, tmp_path: Path) -> None:
     stages: list[list[str]] = [[], []]
-    with ThreadPoolExecutor(2) as pool:
-        both = list(
-            pool.map(lambda i: compile_program(lstm, tmp_path / "cache", progress=stages[i].append), (0, 1))
-        )
+    compilers = [WarmCompiler(tmp_path / "cache") for _ in range(2)]
+    with compilers[0], compilers[1], ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda i: compilers[i].compile(lstm, stages[i].append), (0, 1)))
     assert both[0].fingerprint == both[1].fingerprint
     assert STAGES in stages
     again: list[str] = []
@@ -272,10 +271,12 @@ def test_it_has_a_folder_of_its_own_limits_and_no_secrets(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STEPWELL_TOKEN", "secret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    with pytest.raises(ModelError, match=r"--import looking: ValueError: ") as caught:
-        compile_program(
-            lstm, tmp_path / "cache", ["looking"], limits=Limits(model_bytes=1 << 20, timeout_s=99)
-        )
+    limits = Limits(model_bytes=1 << 20, timeout_s=99)
+    with (
+        WarmCompiler(tmp_path / "cache", ["looking"], limits) as compiler,
+        pytest.raises(ModelError, match=r"--import looking: ValueError: ") as caught,
+    ):
+        compiler.compile(lstm)
     found = json.loads(str(caught.value).partition("ValueError: ")[2])
     folder = Path(found.pop("home at"))
     assert not folder.exists()

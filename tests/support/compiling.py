@@ -1,14 +1,20 @@
-"""A model compiled as a server does it, by processes that end with it."""
+"""A model compiled as a server does it, by workers of one fork server for all tests of a process."""
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stepwell_server.clock import Clock
 from stepwell_server.compile.limits import Limits
+from stepwell_server.compile.processes import Processes
 from stepwell_server.compile.warm import WarmCompiler
 from stepwell_server.program import Program, ProofOptions
+
+#: It imports TensorFlow once. What a worker may see of tests before is nothing: the fork server never sees a model.
+_PROCESSES = Processes()
+atexit.register(_PROCESSES.end)
 
 
 def compile_program(
@@ -21,6 +27,11 @@ def compile_program(
     clock: Clock | None = None,
     data: Path | None = None,
 ) -> Program:
-    """See `WarmCompiler.compile`. Who compiles several models has one of those."""
-    with WarmCompiler(cache_dir, imports, limits, clock) as compiler:
-        return compiler.compile(model, progress, options, data=data, keep=False)
+    """See `WarmCompiler.compile`; for one thread at a time.
+
+    Who tests the fork server, or what it has of this process's environment, has a compiler of their own.
+    """
+    compiler = WarmCompiler(cache_dir, imports, limits, clock)
+    # Private, because servers have one compiler each: nobody but tests has several that may share processes.
+    compiler._processes = _PROCESSES
+    return compiler.compile(model, progress, options, data=data, keep=False)
