@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,15 @@ def replace(data: Path) -> None:
     shutil.copytree(data, data.with_name("backup"))
     rename(data)
     data.with_name("backup").rename(data)
+
+
+def ended(server: ServerProcess, within_s: float) -> bool:
+    """Whether the server has ended by then."""
+    try:
+        server.process.wait(within_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def require_ended(server: ServerProcess, data: Path) -> None:
@@ -69,7 +79,7 @@ def test_no_step_is_acknowledged_once_it_was_noticed(tmp_path: Path, durability:
             shutil.rmtree(data)
             refusals: list[str] = []
             codes: set[grpc.StatusCode] = set()
-            while server.process.poll() is None:
+            while not ended(server, within_s=0.005):
                 request.request_id += 1
                 try:
                     stub.Step(request, timeout=100.0)
