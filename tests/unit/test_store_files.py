@@ -21,6 +21,7 @@ from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.disk.lock import DirectoryLock
 from stepwell_server.store.disk.store import DiskStore
 from support.clock import ManualClock
+from support.processes import opened_below
 from support.stored import begin, fill_one, opened, put, revisions
 
 PARTS = ["", "server.lock", "sessions/data.mdb", "journal/0", "journal/1", "journal/2", "journal/3"]
@@ -118,10 +119,11 @@ def refused(store: DiskStore, revision: int) -> StoreGone | None:
 def test_looking_after_a_store_that_is_well_changes_nothing(path: Path) -> None:
     store = opened(path)
     begin(store, "a")
-    before = sorted(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else []
+    before = opened_below(path)
+    assert before
     for _ in range(100):
         assert store.check().reopened == 0
-    assert before == (sorted(os.listdir("/proc/self/fd")) if before else [])
+    assert opened_below(path) == before
     store.close()
 
 
@@ -140,10 +142,9 @@ def test_a_folder_that_cannot_be_looked_at_is_not_gone(path: Path, monkeypatch: 
 
 
 def test_a_closed_store_lets_all_descriptors_go(path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         opened(path).close()
-    assert len(os.listdir("/proc/self/fd")) == before
+        assert opened_below(path) == []
 
 
 linux_only = pytest.mark.skipif(not hasattr(socket, "SO_PEERCRED"), reason="names are locked on Linux only")
