@@ -105,6 +105,10 @@ class Server(LocalServer):
         """See `LocalServer`; it says whether it is secured."""
         return f"{self._scheme}{super().address}"
 
+    def stop(self, timeout_s: float = _PATIENCE_S) -> int:
+        """See `LocalServer`; only a hang is killed."""
+        return super().stop(timeout_s)
+
 
 def host_and_port(address: str) -> str:
     """An address without what it says of TLS."""
