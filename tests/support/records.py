@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from stepwell_server.store.record import (
+    SCHEMA_VERSION,
     Header,
     Stored,
     Texts,
@@ -21,10 +22,10 @@ class Record(Header):
     rows: bytes
     extra: bytes = b""
 
-    def encode(self, session_id: str) -> bytes:
+    def encode(self, session_id: str, schema: int = SCHEMA_VERSION) -> bytes:
         said = {name: getattr(self, name) for name in (*Header.__slots__, "rows", "extra")}
         texts = Texts(said.pop("fingerprint"), said.pop("model"))
-        return encode(session_id, texts, **said)
+        return encode(session_id, texts, schema=schema, **said)
 
 
 def decode(session_id: str, stored: Stored) -> Record:

@@ -215,6 +215,13 @@ def test_a_critical_field_that_is_not_known_is_refused(monkeypatch: pytest.Monke
     assert unpack_fields(decode("s", stored).fields)[9 | CRITICAL] == b"key"
 
 
+def test_schema_1_can_be_written_where_others_know_no_more() -> None:
+    record = a_record(fields=pack_fields({2: b"tenant"}))
+    assert record.encode("s", schema=1) == a_record().encode("s")
+    with pytest.raises(ValueError, match=r"'s' must be of schema 2, not 1: it has the critical field 0x8009"):
+        a_record(fields=pack_fields({9 | CRITICAL: b""})).encode("s", schema=1)
+
+
 @pytest.mark.parametrize("fields", [b"\1", b"\1\0\5", b"\1\0\5\0four", b"\1\0\0\0\2"])
 def test_fields_that_make_no_sense_are_damage(fields: bytes) -> None:
     with pytest.raises(ValueError, match="must have"):

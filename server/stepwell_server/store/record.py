@@ -137,15 +137,19 @@ def encode(
     rows: bytes,
     extra: bytes = b"",
     fields: bytes = b"",
+    schema: int = SCHEMA_VERSION,
 ) -> bytes:
     """A record as bytes, bound to the session's id; the values are those of `Header`, if nothing else is said.
 
     `rows` are the session's, one after the other, each as `Arena.pack` lays it out; `extra` the arrays of a reply of
-    several time steps, opaque here.
+    several time steps, opaque here. `schema` is the latest that all readers know: 1 leaves fields out, for servers of
+    an earlier release.
 
     Raises:
-        ValueError: a part is too large to be stored.
+        ValueError: a part is too large to be stored, or a critical field cannot be in that schema.
     """
+    if schema < SCHEMA_VERSION:
+        fields = _left_out(session_id, fields)
     try:
         head = _STRUCT.pack(
             0, SCHEMA_VERSION if fields else _PLAIN_SCHEMA, reply, texts.fingerprint_bytes,
@@ -187,6 +191,17 @@ def unpack_fields(fields: Stored) -> dict[int, bytes]:
         found[tag] = bytes(view[at : at + length])
         at += length
     return found
+
+
+def _left_out(session_id: str, fields: bytes) -> bytes:
+    """No fields, if it is allowed to leave these out."""
+    critical = [tag for tag in unpack_fields(fields) if tag & CRITICAL]
+    if critical:
+        raise ValueError(
+            f"the record of session {session_id!r} must be of schema {SCHEMA_VERSION}, not {_PLAIN_SCHEMA}:"
+            f" it has the critical field {critical[0]:#06x}"
+        )
+    return b""
 
 
 def encode_ids(session_ids: Sequence[str]) -> bytes:
