@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import enum
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from stepwell_server.engine.cost import Cost
+from stepwell_server.engine.durability.store_thread import StoreThread
 from stepwell_server.engine.state.model import Alarm
 from stepwell_server.errors import Overloaded, ServerError
 from stepwell_server.logs import Log
@@ -66,6 +64,11 @@ class _Item:
     made: bool = False
     batch: Batch = _NOTHING
     error: ServerError | None = None
+
+    @property
+    def is_small(self) -> bool:
+        """See `FEW`."""
+        return self.size <= FEW
 
     def make(self) -> None:
         """Build the batch, unless that was done, or note why it could not be."""
@@ -205,8 +208,10 @@ class _Local:
         self._changes = 0
         """And how many sessions the changes are of."""
         self._will_checkpoint = False
-        self._main = _Thread("stepwell-store", self._commit)
-        self._small = _Thread("stepwell-store-log", self._append)
+        self._main = StoreThread("stepwell-store", self._commit, self._goes_along)
+        self._small = StoreThread(
+            "stepwell-store-log", self._append, lambda _items, size, _found: size < MOST_TOGETHER
+        )
 
     def may_commit_here(self, size: int) -> bool:
         """Whether to commit so many records at once costs less than to hand them over, while nothing waits."""
@@ -270,6 +275,10 @@ class _Local:
         have_ended = [t.close(max(0.0, until - time.monotonic())) for t in (self._small, self._main)]
         return all(have_ended)
 
+    def _goes_along(self, _items: Sequence[_Item], size: int, found: _Item) -> bool:
+        """For the first thread. What is small does not wait for what is many behind it."""
+        return size < MOST_TOGETHER and not (size <= FEW and found.size > MANY)
+
     def _append(self, items: Sequence[_Item]) -> bool:
         """Small changes, on their thread; False if nobody is left to be told."""
         if not self._try_append(items):
@@ -330,89 +339,6 @@ class _Local:
             self._store.checkpoint(briefly=True)
             if self._store.behind:
                 self._checkpoint_soon()
-
-
-class _Signal(enum.Enum):
-    """What a thread finds in its queue beside items."""
-
-    WAKE = enum.auto()
-    END = enum.auto()
-
-
-class _Thread:
-    """A thread, once there is something for it, and what waits for it."""
-
-    def __init__(self, name: str, work: Callable[[Sequence[_Item]], bool]) -> None:
-        """`work` is called on the thread with what is done together; it returns False to end it."""
-        self._name = name
-        self._work = work
-        self._queue: queue.SimpleQueue[_Item | _Signal] = queue.SimpleQueue()
-        self._is_woken = False
-        self._small_put = self._small_taken = 0
-        self._next: _Item | None = None
-        """It was found, and is done after what was taken."""
-        self._thread: threading.Thread | None = None
-
-    @property
-    def has_small(self) -> bool:
-        """Something small waits that came here at once."""
-        return self._small_put > self._small_taken
-
-    def put(self, item: _Item) -> None:
-        if item.size <= FEW and not item.passes:  # of one thread alone, which so can count
-            self._small_put += 1
-        self._queue.put(item)
-        self._start()
-
-    def wake(self) -> None:
-        """Have `work` called soon, maybe with nothing."""
-        if not self._is_woken:
-            self._is_woken = True
-            self._queue.put(_Signal.WAKE)
-            self._start()
-
-    def close(self, timeout_s: float) -> bool:
-        """End when all is done that was put before; False if that takes longer."""
-        self._queue.put(_Signal.END)
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-        return self._thread is None or not self._thread.is_alive()
-
-    def _start(self) -> None:
-        if self._thread is None:
-            # a daemon: a store that never comes back must not keep the process from ending
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
-
-    def _run(self) -> None:
-        goes_on = True
-        while goes_on:
-            items, is_end = self._take()
-            if items or not is_end:
-                goes_on = self._work(items) and not is_end
-            else:
-                goes_on = False
-
-    def _take(self) -> tuple[list[_Item], bool]:
-        """What is done next, together, and whether it is the end. What is small does not wait for what is many behind it."""
-        items: list[_Item] = []
-        size = 0
-        while True:
-            found = self._next or self._queue.get()
-            self._next = None
-            if found is _Signal.END:
-                return items, True
-            if isinstance(found, _Item):
-                if items and size <= FEW and found.size > MANY:
-                    self._next = found
-                    return items, False
-                items.append(found)
-                size += found.size
-                self._small_taken += found.size <= FEW and not found.passes
-            else:
-                self._is_woken = False
-            if size >= MOST_TOGETHER or self._queue.empty():
-                return items, False
 
 
 class _Awaited:
