@@ -383,6 +383,28 @@ async def test_what_is_small_comes_before_a_checkpoint_and_before_what_is_large_
     assert kept_before == [3], "after the last small one"
 
 
+@pytest.mark.parametrize("has_log", [True, False])
+async def test_changes_are_no_part_of_a_transaction_where_they_can_be_logged(has_log: bool) -> None:
+    store = Logged(waits_for_disk=True)
+    store.has_log = has_log  # type: ignore[misc]
+    commits = GroupCommit(AwaitedStore(store))
+    told = Told(commits, store)
+    store.gate.clear()
+    told.submit("m", is_change=True)
+    await inside(store)
+    told.submit("a", is_change=True)
+    told.submit("b", is_change=True)
+    for name in "cd":
+        told.submit(name)
+    told.submit("e", size=FEW + 1, is_change=True)
+    store.gate.set()
+    await commits.idle()
+    assert commits.close(WAIT_S)
+    assert told.names == "mabcde"
+    together = ["m", "ab", "cd", "e"] if has_log else ["m", "abcde"]
+    assert ["".join(i for i, _ in batch.puts) for batch in store.batches] == together
+
+
 async def test_what_was_put_after_a_wake_up_is_done_before_the_end() -> None:
     store = Logged(waits_for_disk=True)
     commits = GroupCommit(AwaitedStore(store))

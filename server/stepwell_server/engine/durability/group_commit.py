@@ -275,8 +275,14 @@ class _Local:
         have_ended = [t.close(max(0.0, until - time.monotonic())) for t in (self._small, self._main)]
         return all(have_ended)
 
-    def _goes_along(self, _items: Sequence[_Item], size: int, found: _Item) -> bool:
-        """For the first thread. What is small does not wait for what is many behind it."""
+    def _goes_along(self, items: Sequence[_Item], size: int, found: _Item) -> bool:
+        """For the first thread.
+
+        What is small does not wait for what is many behind it. And no change becomes part of a transaction where it can
+        be written to a log.
+        """
+        if self._store.has_log and found.is_change != items[0].is_change:
+            return False
         return size < MOST_TOGETHER and not (size <= FEW and found.size > MANY)
 
     def _append(self, items: Sequence[_Item]) -> bool:
