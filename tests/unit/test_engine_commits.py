@@ -392,16 +392,28 @@ async def test_changes_are_no_part_of_a_transaction_where_they_can_be_logged(has
     store.gate.clear()
     told.submit("m", is_change=True)
     await inside(store)
-    told.submit("a", is_change=True)
-    told.submit("b", is_change=True)
-    for name in "cd":
-        told.submit(name)
+    for name in "abcd":
+        told.submit(name, is_change=name in "ab")
     told.submit("e", size=FEW + 1, is_change=True)
     store.gate.set()
     await commits.idle()
     assert commits.close(WAIT_S)
-    assert told.names == "mabcde"
     together = ["m", "ab", "cd", "e"] if has_log else ["m", "abcde"]
+    assert ["".join(i for i, _ in batch.puts) for batch in store.batches] == together
+
+
+async def test_beside_small_changes_that_wait_for_the_disk_sessions_begin_few_at_a_time(
+    logged: tuple[Logged, GroupCommit, Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_BESIDE", 3)
+    monkeypatch.setattr(module, "TURNS_BESIDE", 3)
+    store, commits, told = logged
+    told.submit("x", is_change=True)
+    for name, size in (("a", 1), ("b", 2), ("c", 1), ("d", 4), ("e", 3), ("f", 1), ("g", 1)):
+        told.submit(name, size=size)
+    store.gate.set()
+    await commits.idle()
+    together = ["L", "ab", "c", "d", "efg"] if store.waits_for_disk else ["L", "abcdefg"]
     assert ["".join(i for i, _ in batch.puts) for batch in store.batches] == together
 
 

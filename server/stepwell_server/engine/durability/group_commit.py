@@ -37,6 +37,10 @@ FEW, MANY = 64, 256
 MOST_BEHIND = 4096
 #: Records in one transaction at most, unless a single batch has more.
 MOST_TOGETHER = 8192
+#: Beside small changes that wait for the disk, so many sessions begin or end in one transaction: each is a page or two
+#: somewhere, and a small write waits at the disk for all of a transaction's. "Beside" are so many turns of the thread
+#: after each: a second or so.
+MOST_BESIDE, TURNS_BESIDE = 8, 1024
 #: Commits to an awaited store at the same time.
 MOST_UNDER_WAY = 8
 #: So many sessions may wait for the store before passes wait too.
@@ -207,6 +211,8 @@ class _Local:
         """Of those that the first thread has: what is no mere change of sessions."""
         self._changes = 0
         """And how many sessions the changes are of."""
+        self._turns = self._beside_until = 0
+        """How many the first thread had; and will have had when small changes have not come for long."""
         self._will_checkpoint = False
         self._main = StoreThread("stepwell-store", self._commit, self._goes_along)
         self._small = StoreThread(
@@ -247,6 +253,8 @@ class _Local:
         self._handed_over += 1
         if item.size <= (FEW if item.is_hurried and self._changes > MANY else MADE_HERE):
             item.make()
+        if item.is_change and item.size <= FEW and self._store.waits_for_disk:
+            self._beside_until = self._turns + TURNS_BESIDE
         item.passes = self._passes(item)
         if item.passes:
             self._small.put(item)
@@ -283,6 +291,8 @@ class _Local:
         """
         if self._store.has_log and found.is_change != items[0].is_change:
             return False
+        if not found.is_change and self._turns < self._beside_until and size + found.size > MOST_BESIDE:
+            return False
         return size < MOST_TOGETHER and not (size <= FEW and found.size > MANY)
 
     def _append(self, items: Sequence[_Item]) -> bool:
@@ -305,6 +315,7 @@ class _Local:
 
     def _commit(self, items: Sequence[_Item]) -> bool:
         """All else. Nothing at all is a wake-up: there is something to checkpoint."""
+        self._turns += 1
         size = sum(item.size for item in items)
         started = time.perf_counter()
         _keep(items, self._store.commit)
