@@ -159,6 +159,22 @@ def test_others_are_about_while_they_wait_and_for_a_moment_after() -> None:
     assert not scheduler.has_company(2 * COMPANY_S)
 
 
+def test_a_source_is_the_only_one_as_long_as_no_other_is_about() -> None:
+    scheduler = scheduler_of(1000, *many("a", 1, 300))
+    assert scheduler.only_source(0.0) is None, "nobody had a pass yet"
+    scheduler.next_pass(0.0)
+    only = scheduler.only_source(0.0)
+    assert only is not None
+    assert only[0] == "a"
+    scheduler.add(*many("b", 1, 1))
+    scheduler.next_pass(COMPANY_S / 2)
+    assert scheduler.only_source(COMPANY_S / 2) is None
+    scheduler.add(*many("a", 1, 300))
+    scheduler.next_pass(COMPANY_S)
+    assert scheduler.only_source(COMPANY_S) is None
+    assert scheduler.only_source(1.9 * COMPANY_S) == only
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from("abcd"), st.integers(0, 5), st.integers(1, 40), st.booleans()),

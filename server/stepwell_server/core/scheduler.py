@@ -172,9 +172,18 @@ class Scheduler(Generic[J]):
         about, only = self._about, self._only
         if only is not None and len(about) == 1 and only.source in about:
             return False
+        self._forget_those_gone(now)
+        return only is None or len(about) > (only.source in about)
+
+    def only_source(self, now: float) -> Source | None:
+        """The source that had jobs in passes of late, if there was just one."""
+        self._forget_those_gone(now)
+        return next(iter(self._about)) if len(self._about) == 1 else None
+
+    def _forget_those_gone(self, now: float) -> None:
+        about = self._about
         while about and next(iter(about.values()))[0] < now - COMPANY_S:
             del about[next(iter(about))]
-        return only is None or len(about) > (only.source in about)
 
     def most_rows(self, now: float, bound: int) -> int | None:
         """Rows of the next pass at most, for the sake of those that will come while it runs; None: as many as fit.
