@@ -191,6 +191,16 @@ async def test_the_thread_goes_to_the_model_that_has_used_it_least(threads: Thre
     assert order[0] == "little", "it came last, and has used least"
 
 
+async def test_a_thread_calls_after_some_time_unless_it_is_told_not_to(threads: Threads) -> None:
+    called, never, last = threading.Event(), threading.Event(), threading.Event()
+    threads.wake(1e-4, called.set)
+    assert await asyncio.to_thread(called.wait, WAIT_S)
+    threads.wake(WAIT_S, never.set).set()
+    threads.wake(1e-4, last.set)  # the only thread has nothing else to wait for
+    assert await asyncio.to_thread(last.wait, WAIT_S / 2)
+    assert not never.is_set()
+
+
 def no_piece() -> None:
     """Nothing to do."""
 

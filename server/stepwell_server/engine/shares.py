@@ -228,6 +228,20 @@ class Threads:
         for _ in pieces:
             self._pool.submit(self._run_next)
 
+    def wake(self, seconds: float, then: Callable[[], None]) -> threading.Event:
+        """Call `then` on a thread after so many seconds, unless what is returned is set before.
+
+        For moments: the event loop's own timers know milliseconds.
+        """
+        over = threading.Event()
+
+        def wait() -> None:
+            if not over.wait(seconds):
+                then()
+
+        self._pool.submit(wait)
+        return over
+
     def ended(self, share: Share, now: float) -> None:
         """A pass has run. On the event loop."""
         share.pieces, share.last_on_threads = 0, now

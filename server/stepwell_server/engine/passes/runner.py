@@ -71,6 +71,10 @@ class Runner:
         wanted_s = max(cost.of(work.rows_wanted), cost.of(work.row_count, work.steps))
         self._threads.run(self._model.work, run, wanted_s, self._clock.monotonic())
 
+    def wake(self, seconds: float, then: Callable[[], None]) -> threading.Event:
+        """See `Threads.wake`."""
+        return self._threads.wake(seconds, then)
+
     def ended(self) -> None:
         """A pass has run on threads. On the event loop."""
         self._threads.ended(self._model.work, self._clock.monotonic())
