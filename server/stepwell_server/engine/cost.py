@@ -18,6 +18,11 @@ class Cost:
         self.one_s = fixed_s + each_s
         """Seconds that a single item is expected to take."""
 
+    @property
+    def fixed_s(self) -> float:
+        """Seconds that are spent whatever the number of items."""
+        return self._fixed_s
+
     def learn(self, items: int, seconds: float, times: int = 1) -> None:
         """Take into account that `items` items took `seconds`, done `times` times in a row."""
         once = seconds / times

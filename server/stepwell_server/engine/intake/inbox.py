@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable
 
+from stepwell_server.core.scheduler import Source
 from stepwell_server.engine.change import Change, joined, kind_of, may_join
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import Overloaded
@@ -45,6 +46,20 @@ class Inbox:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the changes that wait here."""
+        return self._rows
+
+    @property
+    def deadline(self) -> float:
+        """The earliest of those that wait here."""
+        return min((change.deadline for change in self._waiting), default=float("inf"))
+
+    def is_of(self, source: Source) -> bool:
+        """Whether all that waits here was sent by one source."""
+        return all(change.only_source == source for change in self._waiting)
 
     @property
     def waiting(self) -> int:

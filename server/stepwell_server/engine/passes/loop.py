@@ -1,13 +1,15 @@
 """The pass loop of one model: choose, run, complete.
 
-No waiting for company: when nothing runs, what has arrived goes at once; what arrives while a pass runs
-forms the next one. Everything here happens on the event loop, but for the passes that the runner puts
-on threads.
+When nothing runs, what has arrived goes at once; what arrives while a pass runs forms the next one. Only where a pass is
+long whatever its rows, and steps over one connection are all that is about, may it wait a moment for those of them that
+were just answered: see `BatchingWindow`. Everything here happens on the event loop, but for the passes that the runner
+puts on threads.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,6 +22,7 @@ from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.inbox import Inbox, joined_where_alike
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes.batch import FailedUnit, Pass, starts_of
+from stepwell_server.engine.passes.batching_window import BatchingWindow
 from stepwell_server.engine.passes.completion import Completion
 from stepwell_server.engine.passes.inline import Inline
 from stepwell_server.engine.passes.runner import SHORT_SLICE_S, SLICE_S, Runner
@@ -63,8 +66,12 @@ class PassLoop:
         self._clock = clock
         self._observer = observer
         self._running = False
+        self._pass_began = 0.0
         self._company_until = 0.0
         """Until then long work is cut into short slices."""
+        self._window = BatchingWindow(model.max_batch_rows, clock)
+        self._alarm: threading.Event | None = None
+        """Rings when the next pass has waited long enough; set: it does not."""
         self._idle = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         model.work.listen(self._turn)
@@ -84,6 +91,9 @@ class PassLoop:
         """What came is drained, admitted and chosen from; what was chosen runs, is committed and answered."""
         if self._running or self._commits.is_full:
             return
+        if self._window.is_open and self._waits():
+            self._model.work.done()
+            return
         came = self._inline.run_few(self._inbox.drain())
         if came:
             if self._model.ready.rows_waiting:
@@ -98,6 +108,37 @@ class PassLoop:
             if not self._running:
                 self._model.turn_cost.learn(rows, self._clock.monotonic() - began)
         self._settle()
+
+    def _waits(self) -> bool:
+        """Whether what has come waits for those who were just answered. They ring when they come, and else the alarm."""
+        left_s = 0.0
+        if not self._may_wait():
+            self._window.close()
+        elif self._inbox:
+            left_s = self._window.left_s(self._inbox.rows, self._inbox.deadline)
+        if left_s:
+            if self._alarm is None:
+                self._alarm = self.runner.wake(left_s, self._wake)
+            return True
+        if self._alarm is not None:
+            self._alarm.set()
+            self._alarm = None
+        return False
+
+    def _may_wait(self) -> bool:
+        """Nobody waits for others: neither other callers nor other models are about, nor what is under way already."""
+        ready, now = self._model.ready, self._clock.monotonic()
+        source = ready.only_source(now)
+        is_alone = source is not None and self._inbox.is_of(source) and not ready
+        return is_alone and self.runner.most_s(now) is None
+
+    def _wake(self) -> None:
+        """From a thread."""
+        self._loop.call_soon_threadsafe(self._woken)
+
+    def _woken(self) -> None:
+        self._alarm = None
+        self._model.work.ring()
 
     def _settle(self) -> None:
         """Have no other turn unless there is something to do in it."""
@@ -118,7 +159,7 @@ class PassLoop:
             self._fail_all(jobs, error)
             self._model.work.ring()
             return
-        self._running = True
+        self._running, self._pass_began = True, now
         if self.runner.is_small(work):
             broken: BaseException | None = None
             try:
@@ -176,6 +217,8 @@ class PassLoop:
         began = self._clock.monotonic()
         self.runner.ended()
         self._finish(work, broken)
+        answered = sum(job.row_count for job in work.jobs if not job.steps_left) if work.steps == 1 else 0
+        self._window.answered(answered, self._inbox.rows, self._model.cost, began - self._pass_began)
         self._model.work.loop_s += self._clock.monotonic() - began
 
     def _finish(self, work: Pass, broken: BaseException | None) -> None:
