@@ -16,9 +16,10 @@ import pytest
 import stepwell
 from stepwell.testing import LocalServer
 from stepwell.v1 import models_pb2, models_pb2_grpc
-from support import models, programs, triton
+from support import programs, triton
 from support.fronts import FRONTS
 from support.secured import Server
+from support.server_process import retrained
 
 pytestmark = pytest.mark.timeout(300)  # the clients' environment is made on first use
 
@@ -101,15 +102,10 @@ def test_statistics_count_requests_and_passes(server: LocalServer) -> None:
     assert (batch["batch_size"], batch["compute_infer"]["count"]) == ("2", "10")
 
 
-def _retrained() -> Any:
-    """`lstm` with other weights."""
-    return programs.saved("lstm_dense_retrained", lambda: models.build("lstm_dense", seed=1))
-
-
 @pytest.mark.parametrize("front", FRONTS)
 @pytest.mark.plain("it starts a server, and its caller must be an admin")
 def test_versions_by_the_repository(tmp_path: Path, front: str) -> None:
-    for version, one in enumerate((triton.saved("lstm"), _retrained(), triton.saved("lstm")), 1):
+    for version, one in enumerate((triton.saved("lstm"), retrained(), triton.saved("lstm")), 1):
         (tmp_path / "lstm").mkdir(exist_ok=True)
         (tmp_path / "lstm" / f"{version}.keras").write_bytes(Path(one.path).read_bytes())
     arguments = ["--models", str(tmp_path), "--version-policy", "lstm=1,2", "--front", front]
@@ -125,7 +121,7 @@ def test_versions_by_the_repository(tmp_path: Path, front: str) -> None:
 def test_a_carry_in_the_middle_of_a_sequence(front: str) -> None:
     with (
         Server(
-            models={"lstm@1": triton.saved("lstm").path, "lstm@2": _retrained().path},
+            models={"lstm@1": triton.saved("lstm").path, "lstm@2": retrained().path},
             cache_dir=programs.cache_dir(),
             extra_args=["--front", front],
             start_timeout_s=100,

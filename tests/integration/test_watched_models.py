@@ -19,9 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import stepwell
 from stepwell.v1 import models_pb2, models_pb2_grpc, sessions_pb2, sessions_pb2_grpc
-from support import models, programs
 from support.scrape import Scrape
-from support.server_process import FEATURES, ServerProcess, forecast, random_tensor
+from support.server_process import FEATURES, ServerProcess, forecast, random_tensor, retrained
 
 _TIMEOUT_S = 100.0
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -38,16 +37,11 @@ def root(tmp_path: Path) -> Path:
 
 def put(root: Path, name: str, *, other_weights: bool = False) -> None:
     """A model's file, put there as an operator would: whole at once."""
-    source = other() if other_weights else forecast()
+    source = retrained() if other_weights else forecast()
     path = root / name
     path.parent.mkdir(exist_ok=True)
     shutil.copy(source.path, path.with_name(f".{path.name}"))
     path.with_name(f".{path.name}").rename(path)
-
-
-def other() -> programs.Saved:
-    """The model of `forecast` with other weights."""
-    return programs.saved("lstm_dense_again", lambda: models.build("lstm_dense", seed=1))
 
 
 def server_of(root: Path, *options: str, **settings: Any) -> ServerProcess:
@@ -304,7 +298,7 @@ def test_a_file_of_the_folder_that_is_no_version_of_it_is_loaded_again_too(
 
 
 def test_versions_that_were_loaded_by_a_call_are_there_after_a_restart(tmp_path: Path) -> None:
-    kept, new = forecast(), other()
+    kept, new = forecast(), retrained()
     options = (f"forecast={kept.path}", "--cache-dir", str(kept.cache_dir), "--listen", "127.0.0.1:0")
     store = ("--data-dir", str(tmp_path / "data"))
     file = tmp_path / "new.keras"

@@ -1,8 +1,8 @@
 """Models that are saved and compiled once per test run, whichever tests and processes of it ask for them.
 
-`make test` keeps those of the zoo for its next run, as long as nothing changes of which they are made: the compiler, the
-code that builds them (all of this folder), the frameworks, the processor. Whatever is tested of a program is tested
-in each run. Elsewhere, in CI (`make coverage`) and in `make soak`, each run compiles all of them.
+`make test` keeps those that this folder builds for its next run, as long as nothing changes of which they are made: the
+compiler, the code that builds them (all of this folder), the frameworks, the processor. Whatever is tested of a program
+is tested in each run. Elsewhere, in CI (`make coverage`) and in `make soak`, each run compiles all of them.
 """
 
 from __future__ import annotations
@@ -84,6 +84,11 @@ def zoo(name: str) -> Saved:
     from support import models
 
     return saved(name, lambda: models.build(name), kept=_kept_folder())
+
+
+def built_here(name: str, build: Callable[[], Any], imports: Sequence[str] = ()) -> Saved:
+    """A model that something else in this folder builds; see `saved`."""
+    return saved(name, build, imports, kept=_kept_folder())
 
 
 def cache_key(model: Path, imports: Sequence[str] = (), options: ProofOptions | None = None) -> str:

@@ -45,7 +45,7 @@ def retrained() -> Saved:
 
         return models.build("lstm_dense", seed=1)
 
-    return programs.saved("lstm_dense_retrained", build)
+    return programs.built_here("lstm_dense_retrained", build)
 
 
 class ServerProcess:

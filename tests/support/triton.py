@@ -122,7 +122,7 @@ def accumulator(dtype: str, features: int) -> Any:
 
 def saved(name: str) -> programs.Saved:
     """The model that is served under a name, and the cache that has its program."""
-    return programs.saved(ZOO.get(name, name), lambda: keras_model(name), ("support.custom_layers",))
+    return programs.built_here(ZOO.get(name, name), lambda: keras_model(name), ("support.custom_layers",))
 
 
 @contextmanager
