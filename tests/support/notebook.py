@@ -7,7 +7,9 @@ import dataclasses
 import os
 import queue
 import select
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,9 @@ class Notebook:
     def __init__(self, folder: Path, env: dict[str, str]) -> None:
         from jupyter_client.manager import KernelManager
 
-        self._manager: Any = KernelManager(kernel_name="python3")
+        # not over TCP: Jupyter looks for free ports, and another may take one before the kernel does
+        self._sockets = tempfile.mkdtemp(prefix="kernel-")  # whose names must be short
+        self._manager: Any = KernelManager(kernel_name="python3", transport="ipc", ip=f"{self._sockets}/ipc")
         self._manager.start_kernel(cwd=str(folder), env={**os.environ, **env})
         self._client: Any = self._manager.blocking_client()
         self._client.start_channels()
@@ -121,6 +125,7 @@ class Notebook:
         self._client.stop_channels()
         self._manager.shutdown_kernel(now=True)
         self._manager.cleanup_resources()
+        shutil.rmtree(self._sockets, ignore_errors=True)
 
 
 @contextlib.contextmanager
