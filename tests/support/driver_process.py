@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,11 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from support.driver import Mix
+from support.driver import PATIENCE_S, Mix
 from support.rover import Cast
 
 _TESTS = Path(__file__).resolve().parent.parent
-_STOP_S = 90.0
+_STOP_S = PATIENCE_S + 80.0
 
 
 class Loading:
@@ -25,7 +26,11 @@ class Loading:
     def __init__(self, module: str, *arguments: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([os.fspath(_TESTS), *_paths()])},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([os.fspath(_TESTS), *_paths()]),
+                "PYTHONFAULTHANDLER": "1",
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -54,7 +59,13 @@ class Loading:
         """Let it finish what is under way and read everything; fail if it cannot."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        assert self._process.wait(_STOP_S) == 0, "the driver has failed; see what it wrote on stderr"
+        try:
+            code = self._process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.send_signal(signal.SIGABRT)  # it says where each of its threads is
+            self._process.wait()
+            raise
+        assert code == 0, "the driver has failed; see what it wrote on stderr"
 
     def kill(self) -> None:
         """Kill it with whatever it has under way."""
