@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import shutil
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Self
 
 import grpc
@@ -168,7 +170,11 @@ def test_a_model_is_upgraded_replica_by_replica_under_load() -> None:
             callers.progress()
 
 
-def test_a_replica_without_the_version_lets_others_have_its_sessions_and_goes_on_when_it_is_loaded() -> None:
+def test_a_replica_without_the_version_lets_others_have_its_sessions_and_goes_on_when_it_is_loaded(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "retrained.keras"
+    shutil.copyfile(retrained().path, file)
     with (
         Valkey(append="everysec") as valkey,
         replicas(valkey, 2) as servers,
@@ -179,7 +185,8 @@ def test_a_replica_without_the_version_lets_others_have_its_sessions_and_goes_on
             stack.callback(admin.close)
         with Callers(servers) as callers:
             callers.progress()
-            assert admins[0].load(retrained().path, version=2, keep_default=True) == 2
+            assert admins[0].load(file, version=2, keep_default=True) == 2
+            file.unlink()  # or the other would load it by itself
             assert admins[0].move(2)
             with Wire(servers[1].address) as wire:
                 until(lambda: _refusal(wire) == "UNAVAILABLE")
