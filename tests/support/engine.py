@@ -233,7 +233,7 @@ class Stores:
                 self.valkey = Valkey(append="")
                 self.valkey.start()
                 atexit.register(self.valkey.end)
-            return await opened(self.valkey.url(f"?prefix={fresh_prefix()}"), clock=clock)
+            return await opened(self.valkey.url(f"?prefix={fresh_prefix()}&timeout_ms=60000"), clock=clock)
         if self.kind == "memory":
             return MemoryStore()
         if self.kind == "awaited":
