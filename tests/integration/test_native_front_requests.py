@@ -195,6 +195,18 @@ async def test_a_plain_request_comes_as_columns(server: Server) -> None:
         assert server.general.empty()
 
 
+async def test_it_is_counted_who_drives_when_something_is_taken(server: Server) -> None:
+    """The event loop where one client alone steps back to back, as far as this machine lets it: `driver.rs` tests that."""
+    taken = server.counts().taken
+    assert taken.keys() == {"event_loop", "thread"}
+    async with Client(server) as client:
+        for number in range(50):
+            reply = client.infer(asked(number), timeout=_PATIENCE_S)
+            answer(await server.columns())
+            await reply
+    assert sum(server.counts().taken.values()) >= sum(taken.values()) + 50
+
+
 @pytest.mark.parametrize("flags", [{"start": True}, {"end": True}])
 async def test_what_begins_or_ends_a_sequence_is_a_call(server: Server, flags: Any) -> None:
     async with Client(server) as client:

@@ -234,7 +234,9 @@ def test_calls_that_end_together_are_counted_as_if_each_had_ended_alone() -> Non
 def test_the_front_is_shown() -> None:
     observer = PrometheusObserver()
     limits = FrontLimits(1 << 20, connections=10).values
-    counts = FrontCounts({"calls": 3, "held_bytes": 1000}, {"memory": 2, "silent": 0})
+    counts = FrontCounts(
+        {"calls": 3, "held_bytes": 1000}, {"memory": 2, "silent": 0}, {"event_loop": 7, "thread": 5}
+    )
     observer.serves_by("native", limits, lambda: counts)
     samples = _scrape(observer)
     assert {"front": "native"} in samples.series("stepwell_build_info")
@@ -242,6 +244,8 @@ def test_the_front_is_shown() -> None:
     assert samples.value("stepwell_front_held_bytes") == 1000
     assert samples.value("stepwell_front_refused_total", "memory") == 2
     assert samples.value("stepwell_front_refused_total", "silent") == 0
+    assert samples.value("stepwell_front_taken_total", "event_loop") == 7
+    assert samples.value("stepwell_front_taken_total", "thread") == 5
     assert samples.value("stepwell_front_max_connections") == 10
 
 

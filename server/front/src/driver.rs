@@ -43,8 +43,9 @@ struct State {
     /// The event loop drives it. Whoever does has this lock.
     is_lent: bool,
     may_lend: bool,
-    /// Of the event loop.
+    /// How often the event loop has taken what had come, while it drove and while the wire's thread did.
     turns: u64,
+    other_turns: u64,
     pace: Pace,
 }
 
@@ -52,7 +53,14 @@ impl Driver {
     /// One that is to `drive`, and what it is asked to do, which its wire carries out while it drives itself.
     pub fn new(shared: Arc<Shared>) -> (Self, mpsc::UnboundedReceiver<Command>) {
         let (sender, waiting) = mpsc::unbounded_channel();
-        let state = State { runtime: None, is_lent: false, may_lend: true, turns: 0, pace: Pace::default() };
+        let state = State {
+            runtime: None,
+            is_lent: false,
+            may_lend: true,
+            turns: 0,
+            other_turns: 0,
+            pace: Pace::default(),
+        };
         let driver = Driver {
             shared,
             sender,
@@ -132,6 +140,8 @@ impl Driver {
             self.shared.is_taking.store(true, Ordering::Relaxed);
             state.turn(|| (), READING);
             self.shared.is_taking.store(false, Ordering::Relaxed);
+        } else {
+            state.other_turns += 1;
         }
         let taken = self.shared.take();
         state.pace.took(&taken, Instant::now());
@@ -143,6 +153,12 @@ impl Driver {
             self.asked.notify_one();
         }
         taken
+    }
+
+    /// How often `take` was called, by who drove the wire.
+    pub fn turns(&self) -> [(&'static str, u64); 2] {
+        let state = self.state();
+        [("event_loop", state.turns), ("thread", state.other_turns)]
     }
 
     /// Have something done: now, if this thread drives. Else it is counted until it is carried out.
@@ -333,6 +349,11 @@ mod tests {
         client.write_all(b"bc").unwrap();
         assert!(matches!(&next(&driver)[..], [Arrival::Batch(batch)] if batch.entries.len() == 2));
         assert!(!driver.state().is_lent);
+        let [(_, own), (_, others)] = driver.turns();
+        assert!(own >= 2);
+        assert_eq!(others, 0);
+        driver.take();
+        assert_eq!(driver.turns(), [("event_loop", own), ("thread", 1)]);
         driver.send(Command::Finish(call.clone(), Bytes::from_static(b"answered")));
         assert_eq!(
             (call.state().replies.len(), driver.shared.unwritten()),

@@ -30,10 +30,13 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 /// What Python and the front say to each other: raised with every change of it, here and in `rpc/fronts/native.py`.
-const INTERFACE: u32 = 1;
+const INTERFACE: u32 = 2;
 
 /// A status as Python says it: code, message, a serialized google.rpc.Status or nothing, and `may_go_elsewhere`.
 type Said = (u32, String, PyBackedBytes, bool);
+
+/// Of something, until now.
+type Count = (&'static str, u64);
 
 fn status((code, message, details, may_go_elsewhere): Said) -> Status {
     Status { code, message, details: Bytes::copy_from_slice(&details), may_go_elsewhere }
@@ -164,9 +167,10 @@ impl Front {
         self.shared.unwritten()
     }
 
-    /// How much there is now, and how often something was refused: by reason.
-    fn counts(&self) -> (HashMap<&'static str, usize>, Vec<(&'static str, u64)>) {
-        (HashMap::from(bounds::now(&self.shared)), self.shared.counts.refusals())
+    /// How much there is now, how often something was refused, by reason, and how often Python took what had come, by who
+    /// drove the wire.
+    fn counts(&self) -> (HashMap<&'static str, usize>, Vec<Count>, [Count; 2]) {
+        (HashMap::from(bounds::now(&self.shared)), self.shared.counts.refusals(), self.driver.turns())
     }
 
     /// Hand on every message with its bytes, or only those that are not plain.

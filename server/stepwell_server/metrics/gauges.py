@@ -125,6 +125,16 @@ def of_front(counts: FrontCounts, limits: Mapping[str, float]) -> Iterator[Metri
     for reason, count in counts.refused.items():
         refused.add_metric((reason,), count)
     yield refused
+    if counts.taken:
+        taken = CounterMetricFamily(
+            "stepwell_front_taken",
+            "How often the event loop took what had come, by who read and wrote the sockets: a thread of the front, or the"
+            " event loop, as while one client alone steps back to back.",
+            labels=("driver",),
+        )
+        for driver, count in counts.taken.items():
+            taken.add_metric((driver,), count)
+        yield taken
     for name, most in limits.items():
         metric, text = _FRONT_LIMITS[name]
         yield GaugeMetricFamily(f"stepwell_front_{metric}", text, value=most)

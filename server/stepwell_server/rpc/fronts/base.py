@@ -267,6 +267,9 @@ class FrontCounts:
     """How much there is now: `connections`, `calls`, `held_bytes` and so on. What a front cannot tell is missing."""
     refused: Mapping[str, int]
     """How often something was refused until now, by reason."""
+    taken: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """How often the event loop took what had come until now, by who drove the connections meanwhile. Empty where it always
+    does."""
 
 
 class Front(Protocol):

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 VERSION = stepwell_front.__version__
 #: What this module and the front say to each other: raised with every change of it, here and in `python.rs`.
-_INTERFACE = 1
+_INTERFACE = 2
 _installed = getattr(stepwell_front, "INTERFACE", 0)
 if _installed != _INTERFACE:
     raise OtherFront(
@@ -302,8 +302,8 @@ class NativeFront:
         """See `base.Front`."""
         if self._front is None:
             return FrontCounts({}, {})
-        now, refused = self._front.counts()
-        return FrontCounts(now, dict(refused))
+        now, refused, taken = self._front.counts()
+        return FrontCounts(now, dict(refused), dict(taken))
 
     async def flush(self) -> None:
         """See `base.Front`."""
