@@ -10,6 +10,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined,unused-ignore]
 
 from stepwell import _channel
 from stepwell.config import ClientConfig
+from stepwell_server.cli.serve import MOST_OF_GRPC
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.rpc.fronts import python
 
@@ -25,3 +26,8 @@ def test_grpc_knows_the_option(name: str) -> None:
     with Path(cygrpc.__file__).open("rb") as file:
         library = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         assert library.find(name.encode() + b"\0") >= 0
+
+
+def test_the_largest_that_a_setting_may_be_fits_an_option() -> None:
+    most = FrontLimits(MOST_OF_GRPC, streams=MOST_OF_GRPC, age_s=1e308, age_grace_s=1e308)
+    assert max(value for _, value in python._options(most)) == MOST_OF_GRPC == 2**31 - 1

@@ -68,12 +68,14 @@ class Size(ParamType):
 
     Args:
         smallest: In bytes.
+        largest: In bytes.
     """
 
     name = "size"
 
-    def __init__(self, smallest: int = 0) -> None:
+    def __init__(self, smallest: int = 0, largest: int = 2**63 - 1) -> None:
         self.smallest = smallest
+        self.largest = largest
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Read and check it."""
@@ -83,8 +85,9 @@ class Size(ParamType):
                 f"must be a number of bytes, or a size such as 512MiB or 2GB; got {value!r}", param, ctx
             )
         size = Decimal(found[1]) * _FACTORS[found[2] or ""]
-        if not self.smallest <= size < 2**63 or size != int(size):
-            self.fail(f"must be a whole number of bytes, {self.smallest} or more; got {value!r}", param, ctx)
+        if not self.smallest <= size <= self.largest or size != int(size):
+            most = "or more" if self.largest == 2**63 - 1 else f"to {self.largest}"
+            self.fail(f"must be a whole number of bytes, {self.smallest} {most}; got {value!r}", param, ctx)
         return int(size)
 
 

@@ -36,6 +36,8 @@ from stepwell_server.store.valkey.url import parse as parse_store_url
 FILE, FOLDER = PathOf("file"), PathOf("dir")
 ROWS = COUNT = click.IntRange(1, 10**18)
 THREADS = click.IntRange(1, 4096)
+MOST_OF_GRPC = 2**31 - 1
+"""Of bytes in a message of protobuf, and of what gRPC's options can say."""
 _WINS = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
 """Sources of a value; the first one has it."""
 
@@ -391,7 +393,12 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     type=Duration(),
     help="Time that compiling a model may take; 0 means as long as it takes.",
 )
-@setting("--max-message-bytes", metavar="SIZE", type=Size(1024), help="Size of a request or reply at most.")
+@setting(
+    "--max-message-bytes",
+    metavar="SIZE",
+    type=Size(1024, MOST_OF_GRPC),
+    help="Size of a request or reply at most.",
+)
 @setting(
     "--max-connections",
     metavar="N",
@@ -402,7 +409,7 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
 @setting(
     "--max-calls-per-connection",
     metavar="N",
-    type=COUNT,
+    type=click.IntRange(1, MOST_OF_GRPC),
     help="Calls that one connection may have under way; more of them wait at the client.",
 )
 @setting(

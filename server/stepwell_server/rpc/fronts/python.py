@@ -304,4 +304,4 @@ def _options(limits: FrontLimits) -> list[tuple[str, int]]:
 
 def _milliseconds(seconds: float) -> int:
     """As gRPC takes them: the largest number that it knows, 25 days, is for ever."""
-    return min(math.ceil(seconds * 1000), 2**31 - 1)
+    return math.ceil(min(seconds * 1000, 2**31 - 1))
