@@ -143,6 +143,7 @@ def test_commands(tmp_path: Path) -> None:
     assert run("revoke", "ann", "--tenant", "beta")[0] == run("revoke", "ann", "--id", made["id"])[0] == 0
     assert json.loads(run("list", "--json")[1]) == {"tokens": []}
     assert "ROLE" not in run("add", "a b", "--tenant", "acme")[1]
+    assert "a number of seconds, 1 to 3153600000; got '0'" in run("add", "ann", "--expires-in", "0")[1]
     Path(path).write_text("broken\n")
     for command in (("add", "ann", "--tenant", "acme"), ("list",), ("revoke", "ann")):
         code, out = run(*command)

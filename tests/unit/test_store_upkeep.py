@@ -431,6 +431,13 @@ def run(*arguments: object, code: int = 0) -> str:
     return found.output
 
 
+@pytest.mark.parametrize("command", [("repair",), ("rekey", "--encryption-key-file", "keys")])
+def test_a_store_that_servers_share_has_no_folder_to_mend(command: tuple[str, ...]) -> None:
+    said = run(*command, "valkey://app:hidden@db.example/0", code=2)
+    assert "'DATA_DIR': must be the data directory of one server; got the URL of a store" in said
+    assert "hidden" not in said
+
+
 def test_the_commands(path: Path, tmp_path: Path) -> None:
     keys, file = tmp_path / "keys", tmp_path / "backup"
     assert run("new-key", "--file", keys, "--id", "k1") == f"{keys}: key k1 encrypts\n"

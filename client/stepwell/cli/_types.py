@@ -46,8 +46,8 @@ class Duration(ParamType):
             rule = "a number of seconds, or a time such as 500ms, 90s or 1h30m"
             self.fail(f"must be {rule}; got {value!r}", param, ctx)
         if not self.smallest <= seconds <= self.largest:
-            most = "or more" if self.largest == math.inf else f"to {self.largest:g}"
-            self.fail(f"must be a number of seconds, {self.smallest:g} {most}; got {value!r}", param, ctx)
+            most = "or more" if self.largest == math.inf else f"to {self.largest:.12g}"
+            self.fail(f"must be a number of seconds, {self.smallest:.12g} {most}; got {value!r}", param, ctx)
         return seconds
 
 

@@ -18,7 +18,7 @@ from stepwell.cli._errors import Failure
 from stepwell.cli._help import Command, Group
 from stepwell.cli._target import json_option
 from stepwell.cli._types import Size
-from stepwell_server.cli.values import PathOf, StorePlace
+from stepwell_server.cli.values import PathOf, StoreFolder, StorePlace
 from stepwell_server.clock import SystemClock
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _DONE = (
     ("0", "done"),
     ("2", "it cannot be done, and nothing is changed: what is given, a file, or a server that runs"),
 )
-_FILE, _FOLDER = PathOf("file"), PathOf("dir")
+_FILE = PathOf("file")
 
 key_file_option = click.option(
     "--encryption-key-file",
@@ -43,7 +43,7 @@ key_file_option = click.option(
     show_envvar=True,
     help="Keys of an encrypted store, as stepwell serve has them.",
 )
-data_dir_argument = click.argument("data_dir", metavar="DATA_DIR", type=_FOLDER)
+data_dir_argument = click.argument("data_dir", metavar="DATA_DIR", type=StoreFolder("dir"))
 place_argument = click.argument("place", metavar="DATA_DIR|URL", type=StorePlace("dir"))
 
 

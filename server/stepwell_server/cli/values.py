@@ -162,6 +162,21 @@ class StorePlace(PathOf):
             self.fail(str(error), param, ctx)
 
 
+class StoreFolder(PathOf):
+    """The folder of one server's store."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it. What is refused is not repeated: a URL may have a password."""
+        if isinstance(value, str) and is_store_url(value):
+            self.fail(
+                "must be the data directory of one server; got the URL of a store that servers share: docs/valkey.md says "
+                "what is done with those",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
 class DataFile(PathOf):
     """A file of sequences that exists."""
 
