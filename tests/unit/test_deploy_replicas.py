@@ -218,6 +218,17 @@ def test_valkey_starts_with_its_password(where: str, tmp_path: Path) -> None:
             port.free()
 
 
+def test_valkey_has_room_to_write_its_file_anew() -> None:
+    """docs/valkey.md: twice what the sessions take, as pages that change meanwhile are copied."""
+    (pod,) = [pod for name, pod in pods() if name == "stepwell-valkey"]
+    (container,) = pod["spec"]["containers"]
+    found = re.search(r"--maxmemory (\d+)gb", container["args"][0])
+    room = re.fullmatch(r"(\d+)Gi", container["resources"]["limits"]["memory"])
+    assert found
+    assert room
+    assert int(room[1]) >= 2 * int(found[1])
+
+
 def _answers(port: int) -> bool:
     try:
         Connection(HOST, port).close()
