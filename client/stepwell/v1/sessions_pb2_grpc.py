@@ -42,8 +42,8 @@ class SessionServiceStub(object):
     Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
     not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
     of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
-    about: the name of a tenant, - for sessions of none, or * for everybody's, which ListSessions, ExportSessions with
-    filters, CloseMatchingSessions and ImportSessions take.
+    about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
+    CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
     """
 
     def __init__(self, channel):
@@ -156,8 +156,8 @@ class SessionServiceServicer(object):
     Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
     not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
     of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
-    about: the name of a tenant, - for sessions of none, or * for everybody's, which ListSessions, ExportSessions with
-    filters, CloseMatchingSessions and ImportSessions take.
+    about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
+    CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
     """
 
     def OpenSession(self, request, context):
@@ -406,8 +406,8 @@ class SessionService(object):
     Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
     not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
     of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
-    about: the name of a tenant, - for sessions of none, or * for everybody's, which ListSessions, ExportSessions with
-    filters, CloseMatchingSessions and ImportSessions take.
+    about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
+    CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
     """
 
     @staticmethod

@@ -43,8 +43,8 @@ class SessionServiceStub:
     Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
     not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
     of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
-    about: the name of a tenant, - for sessions of none, or * for everybody's, which ListSessions, ExportSessions with
-    filters, CloseMatchingSessions and ImportSessions take.
+    about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
+    CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
     """
 
     @_typing.overload
@@ -119,8 +119,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
     Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
     not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
     of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
-    about: the name of a tenant, - for sessions of none, or * for everybody's, which ListSessions, ExportSessions with
-    filters, CloseMatchingSessions and ImportSessions take.
+    about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
+    CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -191,8 +191,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
     not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
     of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
-    about: the name of a tenant, - for sessions of none, or * for everybody's, which ListSessions, ExportSessions with
-    filters, CloseMatchingSessions and ImportSessions take.
+    about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
+    CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
     """
 
     @_abc_1.abstractmethod
