@@ -86,7 +86,8 @@ def parse_all(name: str, given: str) -> tuple[tuple[str, ...], bool | None]:
         raise InvalidInputError(f"{name} must have an address between commas; got {given!r}")
     found = [parse(name, each) for each in pieces]
     targets = [each.target for each in found]
-    again = [each for i, each in enumerate(targets) if each in targets[:i]]
+    names = [target if target.startswith("unix:") else target.lower() for target in targets]  # as hosts are
+    again = [target for i, target in enumerate(targets) if names[i] in names[:i]]
     if again:
         raise InvalidInputError(f"{name} must name each replica once; got {again[0]!r} twice")
     said = {each.tls for each in found} - {None}

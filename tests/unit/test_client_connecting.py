@@ -103,6 +103,7 @@ NOT_SEVERAL: dict[Any, str] = {
     "a:1,,b:2": "must have an address between commas",
     "a:1,b": "got 'b': the port is missing; b:50051, say",
     "a:1,a:1": "address must name each replica once; got 'a:1' twice",
+    "replica:1,Replica:1": "address must name each replica once; got 'Replica:1' twice",
     "grpc://a:1,grpcs://b:1": "must be all grpc:// or all grpcs://",
     ("a:1", "b"): "got 'b': the port is missing",
     ("unix:/a,b", "c:1"): "the path of one of several must have no comma",
