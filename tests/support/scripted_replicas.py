@@ -6,6 +6,9 @@ import contextlib
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
+
+from stepwell import _channel
 from stepwell._ports import reserved
 from stepwell._ranking import key_of, weight
 from support.scripted_server import Fault, ScriptedServer
@@ -15,7 +18,7 @@ class ScriptedReplicas:
     """Context manager; `address` names all of them."""
 
     def __init__(self, count: int = 3) -> None:
-        self._ports = contextlib.ExitStack()
+        self._kept = contextlib.ExitStack()
         first = ScriptedServer(port=self._port())
         self.servers = [first, *(ScriptedServer(first, self._port()) for _ in range(count - 1))]
         self.addresses = [server.address for server in self.servers]
@@ -23,6 +26,10 @@ class ScriptedReplicas:
         self._open = [contextlib.ExitStack() for _ in self.servers]
 
     def __enter__(self) -> Self:
+        # Client and servers share this process: where it cannot run for three seconds, no replica has hung. The limit is
+        # no setting of a client, and what it is for is tested with replicas that are processes.
+        patch = self._kept.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(_channel, "_KEEPALIVE_TIMEOUT_MS", 100_000)
         for server, opened in zip(self.servers, self._open, strict=True):
             opened.enter_context(server)
         return self
@@ -32,12 +39,12 @@ class ScriptedReplicas:
     ) -> None:
         for opened in self._open:
             opened.close()
-        self._ports.close()
+        self._kept.close()
 
     def _port(self) -> int:
         """One that is kept until the block ends, or any where that cannot be."""
         held = reserved("127.0.0.1")
-        return 0 if held is None else int(self._ports.enter_context(held).getsockname()[1])
+        return 0 if held is None else int(self._kept.enter_context(held).getsockname()[1])
 
     def stop(self, at: int) -> None:
         """The replica is gone: its calls end, and nothing listens there, nor anybody else until it is back."""
