@@ -386,7 +386,7 @@ async def test_what_is_small_comes_before_a_checkpoint_and_before_what_is_large_
 @pytest.mark.parametrize("has_log", [True, False])
 async def test_changes_are_no_part_of_a_transaction_where_they_can_be_logged(has_log: bool) -> None:
     store = Logged(waits_for_disk=True)
-    store.has_log = has_log  # type: ignore[misc]
+    store.has_log = has_log
     commits = GroupCommit(AwaitedStore(store))
     told = Told(commits, store)
     store.gate.clear()
