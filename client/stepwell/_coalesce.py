@@ -85,10 +85,12 @@ class Coalescer:
         """Sets the timer for the next time limit of the frame's members, if it is in flight."""
         if frame in self._in_flight:
             waiting = [member.step.deadline for member in frame.members if not member.answer.done()]
-            next_s = min([deadline.remaining_s() for deadline in waiting], default=0.0)
-            if next_s <= 0:
+            if not waiting:
                 self.over(frame)  # no caller waits for it any more
-            elif next_s < float("inf"):
+                return
+            # 0 if it has just passed: the timer ends those whose it is, and the others go on waiting
+            next_s = min(deadline.remaining_s() for deadline in waiting)
+            if next_s < float("inf"):
                 loop = asyncio.get_running_loop()
                 self._in_flight[frame] = loop.call_later(next_s, self._on_time_limit, frame)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from stepwell import errors
+from stepwell import _coalesce, errors
 from stepwell._coalesce import Coalescer
 from stepwell._flow import Ask, Call, Exchange, Retrier, drive_async
 from stepwell._frames import Change
@@ -18,7 +18,7 @@ from stepwell._in_flight import Sink
 from stepwell._inputs import pack_inputs
 from stepwell._retry import Deadline, RetryPolicy
 from stepwell._sets import StreamSets
-from stepwell._steps import Step, Stepped, read
+from stepwell._steps import Member, Step, Stepped, abandon, read
 from stepwell._tensors import pack, to_messages, unpack
 from stepwell.v1 import sessions_pb2
 from support.clock import ManualClock
@@ -189,6 +189,39 @@ async def test_each_caller_keeps_its_own_time_limit_in_a_frame_with_a_longer_one
     wire.coalescer._on_time_limit(frame)
     assert wire.forgotten == 1, "every caller has left"
     assert not wire.coalescer._in_flight
+
+
+@pytest.mark.parametrize("moment", ["before the frame leaves", "after others of the frame have ended"])
+async def test_a_time_limit_that_passes_between_two_looks_at_the_clock_ends_its_step(
+    moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = ManualClock()
+    wire = Wire(answers=False)
+    steps = [
+        asyncio.ensure_future(wire.step(one_step(i, name, Deadline(limit_s, clock.monotonic))))
+        for i, (name, limit_s) in enumerate({"a": 20.0, "b": 20.5, "c": 31.0}.items())
+    ]
+    await asyncio.sleep(0)
+    if moment == "before the frame leaves":
+        clock.advance(20.5)
+        await asyncio.sleep(0)
+    else:
+        await asyncio.sleep(0)
+        (frame,) = wire.coalescer._in_flight
+
+        def slowly(late: Sequence[Member], error: BaseException) -> None:
+            abandon(late, error)
+            clock.advance(0.5)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_coalesce, "abandon", slowly)
+            clock.advance(20.0)
+            wire.coalescer._on_time_limit(frame)
+    for step in steps[:2]:
+        with pytest.raises(errors.DeadlineExceededError):
+            await asyncio.wait_for(step, 100)
+    assert not steps[2].done()
+    steps[2].cancel()
 
 
 async def test_a_time_limit_passes_by_itself() -> None:
