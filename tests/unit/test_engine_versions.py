@@ -406,6 +406,21 @@ async def test_the_default_that_is_wanted_outlives_other_versions(store_kind: st
         assert (await at.engine.set_default("plain", 2, CARRY)).previous == 1
 
 
+@pytest.mark.parametrize("others", [[2], [2, 3]])
+async def test_the_default_that_is_wanted_outlives_what_stands_in_for_it(
+    others: list[int], store_kind: str
+) -> None:
+    async with serving() as at:
+        await at.engine.unload_version("plain", 1)
+        for version in others:
+            await at.engine.load_version("plain", version, weights(version))
+        await at.engine.unload_version("plain", 2, force=True)
+        own = at.engine.catalogue()["plain"]
+        assert (own.default, own.wanted) == (max({*others} - {2}, default=0), 1)
+        await at.engine.load_version("plain", 4, weights(4))
+        assert (await at.engine.set_default("plain", 4, CARRY)).previous == 1
+
+
 async def test_a_default_that_comes_back_by_keep_keeps_its_new_sessions(store_kind: str) -> None:
     async with serving(resident_rows=1) as at:
         await at.engine.load_version("plain", 2, weights(2))

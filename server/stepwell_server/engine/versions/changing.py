@@ -240,10 +240,11 @@ class Changing:
                     left = dataclasses.replace(own.known[version], is_wanted=False, is_leaving=False)
                 known = {**own.known, version: left}
                 after, is_default = own.changed(known=known), own.default == version
+                is_stand_in = bool(own.wanted)  # then the default stays the one that it stood in for
                 if not self._is_shared:  # others may have it
                     after.labels = {label: at for label, at in own.labels.items() if at != version}
                 if is_default:
-                    if not self._is_shared:
+                    if not self._is_shared and not is_stand_in:
                         after.wanted = max(own.loaded.keys() - {version}, default=0)
                     await (
                         self._switching.all_left()
@@ -252,7 +253,7 @@ class Changing:
                 def unknown() -> None:
                     own.known, own.labels = known, after.labels
                     self._models.retire(model)
-                    if is_default:
+                    if is_default and not is_stand_in:
                         own.wanted = 0 if own.loaded and not self._is_shared else version
                     if is_default and own.loaded:
                         self._switching.mark(own, [own.loaded[own.default]])
