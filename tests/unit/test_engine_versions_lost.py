@@ -14,6 +14,7 @@ from stepwell_server.errors import (
     InvalidInput,
     ModelMismatch,
     Unavailable,
+    VersionElsewhere,
 )
 from stepwell_server.store.base import Batch
 from support.awaited import RemoteStore
@@ -102,6 +103,17 @@ async def test_versions_that_sessions_are_on_or_somebody_wants_are_not_forgotten
         await second.inside.look()
         await load_2(second)
         assert (await second.step("pinned", FIRST)).version == 2
+
+
+async def test_a_session_of_a_forgotten_version_is_asked_for_where_that_is_still_loaded() -> None:
+    async with two_versions() as (first, second):
+        await load_2(first, second)
+        await second.engine.unload_version("plain", 2)
+        await second.inside.pruned("plain")
+        assert told(second)["forgotten"] == 2
+        await first.open("a", model="plain@2")
+        await fails(second.step("a", FIRST), VersionElsewhere, "version 2")
+        assert (await first.step("a", FIRST)).version == 2
 
 
 # ------------------------------------------------------------------------------------- a store that has lost something

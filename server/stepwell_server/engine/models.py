@@ -147,6 +147,10 @@ class Versions:
             return known.version
         return self._replaced(mark.version, fingerprint)
 
+    def has_forgotten(self, version: int) -> bool:
+        """Whether a version may have been there, and was forgotten because no session was on it."""
+        return version not in self.known and 0 < version <= self.forgotten
+
     def _replaced(self, version: int, fingerprint: str) -> int | None:
         return next(
             (
@@ -410,6 +414,10 @@ class Models:
         way: Way = ()
         if version is not None and (mark is None or not mark.is_pinned):
             version, way = own.history.way(version, 0 if mark is None else mark.epoch)
+        if version is None and mark is not None and self.is_shared and own.has_forgotten(mark.version):
+            raise self.elsewhere(
+                header.model, mark.version, session_id
+            )  # a server may have it loaded all the same
         if version is None or version < 0:
             raise ModelMismatch(
                 f"session {session_id!r} belongs to model {header.model!r} with fingerprint"
