@@ -78,8 +78,10 @@ class BatchingWindow:
         """A pass has `max_rows` rows at most."""
         self._max_rows = max_rows
         self._clock = clock
+        self.is_open = False
+        """Somebody was answered and may be waited for. Asked each turn, therefore no property."""
         self._answered = 0
-        """Rows of the last pass that were answered; 0: nobody is waited for."""
+        """Rows of the last pass that were answered, while it is open."""
         self._answered_at = 0.0
         self._fixed, self._fixed_s = _Fixed(), 0.0
         self._before = 0
@@ -98,11 +100,6 @@ class BatchingWindow:
         self._skipped = 0
         """Passes without a wait that are left of this time."""
 
-    @property
-    def is_open(self) -> bool:
-        """Somebody was answered and may be waited for."""
-        return self._answered > 0
-
     def answered(self, rows: int, waiting: int, cost: Cost, seconds: float) -> None:
         """A pass on threads has ended, and so many of its rows are answered, while others wait: the next may wait.
 
@@ -113,12 +110,12 @@ class BatchingWindow:
             self._fixed.learn(rows, seconds)
             self._fixed_s = self._fixed.of(cost)
             if self._fixed_s >= _LEAST_PART * seconds:
-                self._answered, self._before = rows, waiting
+                self.is_open, self._answered, self._before = True, rows, waiting
                 self._answered_at = self._clock.monotonic()
 
     def close(self) -> None:
         """The next pass waits for nobody."""
-        self._answered, self._is_waiting = 0, False
+        self.is_open = self._is_waiting = False
 
     def left_s(self, waiting: int, deadline: float = math.inf) -> float:
         """Seconds that the next pass waits yet, unless more comes; 0: it begins now.
