@@ -147,11 +147,14 @@ class _Stream:
         self._sets = StreamSets()
         self._frame_ids = itertools.count(1)
         self.error: StepwellError | None = None
+        self._consumer: threading.Thread | None = None
+        """gRPC's, which takes the requests."""
         self._opened = open_stream(self._requests())
         self._reader = threading.Thread(target=self._read, name="stepwell-stream", daemon=True)
         self._reader.start()
 
     def _requests(self) -> Iterator[sessions_pb2.StepStreamRequest]:
+        self._consumer = threading.current_thread()
         while (request := self._outbox.get()) is not None:
             yield request
 
@@ -201,10 +204,16 @@ class _Stream:
             sink(error)
 
     def close(self) -> None:
-        """Ends the call and waits for the reader."""
+        """Ends the call and waits for the threads that have to do with it.
+
+        gRPC's own among them: it is a daemon, and takes a lock of the call to end it. Where the interpreter ended
+        meanwhile that lock stayed taken, and the call's destructor waited for it for good.
+        """
         self.hang_up()
         self._opened.call.cancel()
         self._reader.join()
+        if self._consumer is not None:
+            self._consumer.join()
 
 
 @atexit.register

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 import stepwell
+from stepwell import _link
 from stepwell.testing import LocalServer, ServerStartError
 from support.scripted_server import MODEL, ScriptedServer
 
@@ -52,6 +54,23 @@ def test_no_thread_outlives_a_client(server: ScriptedServer) -> None:
     for thread in threads:  # that of the leases goes when it has seen that no client is left
         thread.join(WAIT_S)
     assert begun.names() == []
+
+
+def test_no_thread_of_grpc_outlives_a_client(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a lock that the call's destructor needs: an interpreter that ends meanwhile would never end."""
+    # Private: the requests are taken by that thread, which so has its last turn late.
+    requests = _link._Stream._requests
+    consumers: list[threading.Thread] = []
+
+    def late(stream: Any) -> Iterator[Any]:
+        consumers.append(threading.current_thread())
+        yield from requests(stream)
+        threading.Event().wait(0.1)
+
+    monkeypatch.setattr(_link._Stream, "_requests", late)
+    with stepwell.connect(server.address) as client:
+        client.open_sessions(MODEL, 2).step(np.ones((2, 2)))
+    assert [consumer.is_alive() for consumer in consumers] == [False]
 
 
 async def test_no_task_outlives_a_client(server: ScriptedServer) -> None:
