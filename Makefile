@@ -69,16 +69,16 @@ WORKERS ?= 3
 ALL := $(if $(ARGS),,--numprocesses $(WORKERS) --dist worksteal)
 
 .PHONY: test
-test: $(INSTALLED) $(FRONT) ## Run all tests (five minutes on two idle cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores
+test: $(INSTALLED) $(FRONT) ## Run all tests but those marked slow (five minutes on two idle cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores
 	@$(BIN)/python $(PROGRAMS)
-	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) $(ARGS)
+	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) $(if $(ARGS),,-m "not slow") $(ARGS)
 
 .PHONY: test-unit
 test-unit: $(INSTALLED) ## Run the unit tests (half a minute; ARGS="-k slots" runs some)
 	$(BIN)/pytest tests/unit $(ALL) $(ARGS)
 
 .PHONY: coverage
-coverage: $(INSTALLED) $(FRONT) ## Run all tests, and fail if they cover less than the floor in pyproject.toml
+coverage: $(INSTALLED) $(FRONT) ## Run all tests, those marked slow too, and fail if they cover less than the floor in pyproject.toml
 	@$(BIN)/python $(PROGRAMS)
 	$(BIN)/pytest --cov --cov-report=term $(ALL) $(ARGS)
 

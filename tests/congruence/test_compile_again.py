@@ -76,6 +76,7 @@ def silent(_stage: str) -> None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", samples.some(AGAIN))
 def test_it_is_what_compiling_it_anew_gives(name: str, tmp_path: Path) -> None:
     from stepwell_server.compile.again import compile_again, may_be_reused
@@ -143,6 +144,7 @@ def lstm(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_one_worker_compiles_what_has_the_same_configuration(lstm: Path, kept: WarmCompiler) -> None:
     known = [compile_model(lstm / f"{seed}.keras") for seed in (1, 2, 3)]
     assert_same(kept.compile(lstm / "1.keras"), known[0])
@@ -159,6 +161,7 @@ def test_one_worker_compiles_what_has_the_same_configuration(lstm: Path, kept: W
     assert_same(kept.compile(lstm / "3.keras"), known[2])  # compiled anew: another one was in between
 
 
+@pytest.mark.slow
 def test_where_it_cannot_be_done_so_it_is_compiled_anew_and_that_says_why(
     lstm: Path, kept: WarmCompiler, tmp_path: Path
 ) -> None:
@@ -189,6 +192,7 @@ def _mix(configuration: Path, weights: Path, target: Path) -> None:
             mixed.writestr(name, (two if name == "model.weights.h5" else one).read(name))
 
 
+@pytest.mark.slow
 def test_reloads_leave_nothing_behind(lstm: Path, kept: WarmCompiler) -> None:
     content = (lstm / "1.keras").read_bytes()
     kept.compile(lstm / "1.keras")
@@ -211,6 +215,7 @@ def _threads() -> Counter[str]:
     return Counter(thread.name for thread in threading.enumerate())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["worker", "fork server"])
 def test_a_kept_worker_that_is_gone_is_replaced(who: str, lstm: Path, kept: WarmCompiler) -> None:
     model = models.build("lstm_dense", 7)
@@ -228,6 +233,7 @@ def test_a_kept_worker_that_is_gone_is_replaced(who: str, lstm: Path, kept: Warm
     assert program.fingerprint
 
 
+@pytest.mark.slow
 def test_what_takes_ever_more_memory_is_not_kept(
     lstm: Path, kept: WarmCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:

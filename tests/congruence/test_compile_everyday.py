@@ -14,6 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 TOLERANCE = 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", list(models_everyday.groups()))
 def test_everyday_models_are_served_and_equal_keras(first: str) -> None:
     names = models_everyday.groups()[first]

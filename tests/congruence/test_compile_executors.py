@@ -95,6 +95,7 @@ def test_what_the_converter_says_becomes_a_clause(text: str, says: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_layer_that_litert_cannot_run_is_named(tmp_path: Path) -> None:
     import keras
 

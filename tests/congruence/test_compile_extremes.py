@@ -53,6 +53,7 @@ def test_what_has_a_gradient_of_its_own_runs_on_litert(tmp_path: Path) -> None:
     assert _compiled(model, tmp_path).executor == "litert"
 
 
+@pytest.mark.slow
 def test_a_step_that_overflows_for_large_inputs_is_found() -> None:
     from stepwell_server.compile.extremes import worst_at_extremes
     from stepwell_server.compile.probe import trace_and_probe
@@ -73,6 +74,7 @@ def test_a_step_that_overflows_for_large_inputs_is_found() -> None:
     )
 
 
+@pytest.mark.slow
 def test_tokens_given_as_floats_are_compared_and_not_only_trusted(tmp_path: Path) -> None:
     """Noise on an index would make another one of it, and then nothing could be said of any sequence."""
     from stepwell_server.compile.tensorflow_setup import keras

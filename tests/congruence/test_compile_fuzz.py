@@ -11,6 +11,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 
 # Compiling takes two seconds on an idle machine, and many times that on a busy one.
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_random_models_are_served_equal_to_keras_or_refused() -> None:
     for seed in range(5):

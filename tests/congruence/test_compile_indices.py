@@ -66,6 +66,7 @@ def test_samples_of_binned_numbers_are_numbers() -> None:
     assert not sampler.tables
 
 
+@pytest.mark.slow
 def test_a_lookup_without_room_for_other_words_is_served_and_equal(tmp_path: Path) -> None:
     from stepwell_server.compile.own_data import compare
 

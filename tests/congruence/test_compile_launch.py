@@ -51,6 +51,7 @@ def custom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_two_processes_compile_one_model_and_the_rest_read_the_cache(lstm: Path, tmp_path: Path) -> None:
     stages: list[list[str]] = [[], []]
     compilers = [WarmCompiler(tmp_path / "cache") for _ in range(2)]
@@ -70,6 +71,7 @@ def test_two_processes_compile_one_model_and_the_rest_read_the_cache(lstm: Path,
     assert sorted((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / ".key", entry]
 
 
+@pytest.mark.slow
 def test_a_damaged_entry_is_compiled_again(lstm: Path, tmp_path: Path) -> None:
     entry = cache.entry(tmp_path, programs.cache_key(lstm, ()))
     entry.write_text("{}")
@@ -263,6 +265,7 @@ raise ValueError(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it is the kernel of Linux that takes these away")
 def test_it_has_a_folder_of_its_own_limits_and_no_secrets(
     lstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -47,6 +47,7 @@ def _saved(folder: Path, **arrays: Any) -> Path:
     return folder / "data.npz"
 
 
+@pytest.mark.slow
 def test_a_program_equals_the_model_it_was_made_from(forecast: tuple[Path, Program], tmp_path: Path) -> None:
     from stepwell_server.compile.own_data import compare
 
@@ -188,6 +189,7 @@ def test_one_sequence_may_leave_out_the_batch(tmp_path: Path) -> None:
     assert (arrays[0].shape, arrays[0].dtype.name, steps) == ((1, 5, 3), "float32", 5)
 
 
+@pytest.mark.slow
 def test_an_unknown_operation_needs_trust_and_is_then_said_everywhere(tmp_path: Path) -> None:
     models_trusted.determinant().save(tmp_path / "model.keras")
     with pytest.raises(

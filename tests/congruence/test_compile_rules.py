@@ -74,6 +74,7 @@ def test_every_operation_on_the_list_has_an_example() -> None:
     assert all(_examples().values())
 
 
+@pytest.mark.slow
 def test_what_a_rule_says_of_the_axes_is_true() -> None:
     from stepwell_server.compile.causality.proof import follow
     from stepwell_server.compile.causality.values import Data
@@ -94,6 +95,7 @@ def test_what_a_rule_says_of_the_axes_is_true() -> None:
                 np.testing.assert_allclose(_sliced(one, value.axes), two, rtol=1e-4, atol=1e-5, err_msg=where)
 
 
+@pytest.mark.slow
 def test_what_an_operation_does_along_the_batch_or_the_time_axis_is_refused() -> None:
     from stepwell_server.compile.causality.proof import Unadmitted, follow
     from support import rule_examples
@@ -139,6 +141,7 @@ def _reshapes(draw: st.DrawFn) -> tuple[Axes, list[Pair]]:
     return axes, [Pair(math.prod(a for a, _ in part), math.prod(b for _, b in part)) for part in parts]
 
 
+@pytest.mark.slow
 @settings(max_examples=600)
 @given(_reshapes())
 def test_a_reshape_is_what_numpy_does_to_each_element(case: tuple[Axes, list[Pair]]) -> None:

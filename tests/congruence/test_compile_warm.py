@@ -80,6 +80,7 @@ def touched(file: Path, number: int, folder: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_one_process_imports_and_each_model_has_a_worker_of_its_own(kept: WarmCompiler) -> None:
     assert kept.pids == []
     stages: list[str] = []
@@ -95,6 +96,7 @@ def test_one_process_imports_and_each_model_has_a_worker_of_its_own(kept: WarmCo
     assert children(servers[0]) == []
 
 
+@pytest.mark.slow
 def test_a_model_that_is_refused_leaves_nothing_for_the_next_one(
     lstm: Path, kept: WarmCompiler, tmp_path: Path
 ) -> None:
@@ -171,6 +173,7 @@ def test_a_worker_reads_what_it_is_given_and_no_other_file(tmp_path: Path) -> No
         assert (found["fork"], found["socket"]) == ("PermissionError", "PermissionError")
 
 
+@pytest.mark.slow
 def test_what_a_worker_leaves_in_its_folder_is_no_trap(lstm: Path, waiting: Path) -> None:
     """A link in place of the program is not followed."""
     trap = 'import os\nos.symlink({secret!r}, os.environ["HOME"] + "/program.stepwell")\n'
@@ -189,6 +192,7 @@ def test_what_a_worker_leaves_in_its_folder_is_no_trap(lstm: Path, waiting: Path
     assert [file.name for file in (waiting / "cache").iterdir()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["worker", "fork server"])
 def test_what_is_killed_in_the_middle_is_told_and_the_next_one_is_compiled(
     who: str, lstm: Path, waiting: Path
@@ -224,6 +228,7 @@ def test_a_fork_server_that_was_killed_while_idle_is_started_again(
     assert kept.pids not in ([], [server])
 
 
+@pytest.mark.slow
 def test_one_at_a_time_in_order_and_who_gives_up_is_let_go(lstm: Path, waiting: Path) -> None:
     gone = threading.Event()
     told: list[str] = []
@@ -258,6 +263,7 @@ def test_one_at_a_time_in_order_and_who_gives_up_is_let_go(lstm: Path, waiting: 
         assert compiler.pids[0] == server
 
 
+@pytest.mark.slow
 def test_closing_ends_what_is_under_way(lstm: Path, waiting: Path) -> None:
     compiler = WarmCompiler(waiting / "cache", ["waiting"])
     with ThreadPoolExecutor(1) as pool:
@@ -297,6 +303,7 @@ WarmCompiler(Path(sys.argv[1]), ["waiting"]).compile(Path(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 def test_all_of_it_ends_with_the_server_however_that_ends(lstm: Path, waiting: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", ORPHANED, str(waiting / "cache"), str(lstm)],

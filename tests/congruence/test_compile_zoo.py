@@ -8,6 +8,7 @@ import pytest
 from stepwell_server.engine.executors import load_executor
 from support.compiled import Compiled, zoo_model
 from support.models import SERVED
+from support.samples import one_in
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -40,7 +41,7 @@ ON_TENSORFLOW = {
 TOLERANCE = {"half_precision": 4e-3, "mixed_float16": 4e-3, "mixed_bfloat16": 3e-2}
 
 
-@pytest.fixture(scope="module", params=list(SERVED))
+@pytest.fixture(scope="module", params=one_in(4, SERVED))
 def zoo(request: pytest.FixtureRequest) -> Compiled:
     return zoo_model(request.param)
 

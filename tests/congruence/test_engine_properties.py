@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import example, given, settings
 
 from stepwell_server.store.memory import MemoryStore
@@ -63,6 +64,7 @@ def _step(*names: str) -> Change:
 OUT_OF_ORDER = [_step("a"), _step("c"), ReadMany(("a", "b")), _step("b", "d")]
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(shape=shapes, program=programs)
 @example(shape=Shape(4, 3, threads=False, steps=1, idle=False), program=OUT_OF_ORDER)

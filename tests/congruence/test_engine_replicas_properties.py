@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -91,6 +92,7 @@ async def play(programs: Sequence[Sequence[Sent]], resident_rows: int) -> None:
         assert store.shared.count() == len(NAMES)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(
     programs=st.lists(st.lists(sents, max_size=8), min_size=len(NAMES), max_size=len(NAMES)),

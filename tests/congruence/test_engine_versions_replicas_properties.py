@@ -393,6 +393,7 @@ def at_versions(at: Harness) -> list[int]:
     return [model.version for model in at.inside.models]
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(program=programs)
 def test_versions_over_servers(program: list[Do]) -> None:

@@ -392,6 +392,7 @@ def test_a_file_that_is_an_archive_and_hdf5_is_not_loaded_as_the_other(lstm: Pat
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_processes_that_are_kept_refuse_them_all_and_are_as_good_as_new(lstm: Path, tmp_path: Path) -> None:
     """What is refused above without a process is refused by a server's too, one after the other."""
     marker, secret = tmp_path / "marker", tmp_path / "secret"

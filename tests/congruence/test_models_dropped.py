@@ -82,6 +82,7 @@ async def test_nothing_of_a_model_that_has_gone_waits_for_the_garbage_collector(
         await asyncio.wait_for(gone.wait(), WAIT_S)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel says it in /proc")
 async def test_models_that_come_and_go_leave_no_memory_behind() -> None:
     def resident_bytes() -> int:

@@ -28,7 +28,7 @@ from stepwell_server.store.valkey.commits import Part, outcome_of
 from stepwell_server.store.valkey.nodes import Node
 from stepwell_server.store.valkey.requests import Request, Requests
 from stepwell_server.store.valkey.scripts import CHANGE, COMMIT
-from support.samples import ALL
+from support.samples import ALL, one_in
 from support.sim.client import KEYS, Bugs, make_nodes, tags
 from support.sim.network import Network, Weather
 from support.sim.node import ModelNode
@@ -41,7 +41,7 @@ from support.sim.world import World
 _BLOCK, _BLOCKS = 40, 5 if ALL else 2
 
 
-@pytest.mark.parametrize("block", range(_BLOCKS))
+@pytest.mark.parametrize("block", one_in(_BLOCKS, range(_BLOCKS)))
 def test_schedules_hold(block: int) -> None:
     reports = []
     for seed in range(block * _BLOCK, (block + 1) * _BLOCK):
@@ -163,6 +163,7 @@ def _node_of(session_id: str, nodes: Sequence[ModelNode]) -> ModelNode:
     return nodes[0].owners[b"%d" % KEYS.partition(session_id)]
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_schedule_again() -> None:
     """Also in another process, whose sets are in another order."""
     traces = [run(seed).trace for seed in (1, 2, 3)]
@@ -259,6 +260,7 @@ FAIL_OVERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_told", [True, False])
 def test_a_store_that_compares_revisions_alone_is_found(is_told: bool) -> None:
     """Also by who is not told what a fail-over took back, as nobody is of a real store."""
@@ -370,6 +372,7 @@ def test_a_refused_call_for_many_that_leaves_some_is_found(monkeypatch: pytest.M
     assert is_found(range(100), contested=True, faults=(), shards=3, owners=[], guests=0, seconds=6.0)
 
 
+@pytest.mark.slow
 def test_an_attempt_that_takes_back_what_another_was_answered_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

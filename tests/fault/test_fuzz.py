@@ -38,6 +38,7 @@ boundary.parse = planted
 KNOWN = malformed.valid("seq", FUZZED, 3, "x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("front", "asks"),
     [

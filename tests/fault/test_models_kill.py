@@ -15,6 +15,7 @@ from support.faults import local
 pytestmark = pytest.mark.plain("it loads models, for which a secured server wants an admin")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("durability", "extra"), [("sync", ()), ("async", ("--resident-rows", "900"))], ids=["sync", "async"]
 )

@@ -39,6 +39,7 @@ def test_replicas_are_killed(tmp_path: Path) -> None:
     assert report.reads > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("defect", "sorts"),
     [

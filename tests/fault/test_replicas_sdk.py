@@ -30,6 +30,7 @@ def replicas() -> Iterator[Replicas]:
         yield three
 
 
+@pytest.mark.slow
 def test_no_error_reaches_a_caller_whose_replica_is_killed(replicas: Replicas, tmp_path: Path) -> None:
     path, chance = tmp_path / "history", random.Random(51)
     with DriverProcess(replicas.address, path, seed=51, mix=MIX, pause_s=0.05, hurry=False) as load:
@@ -41,6 +42,7 @@ def test_no_error_reaches_a_caller_whose_replica_is_killed(replicas: Replicas, t
     assert history.failures(history.load([path])) == []
 
 
+@pytest.mark.slow
 def test_a_rolling_restart_under_load(replicas: Replicas) -> None:
     """Each session moves to other replicas and back: no error, none lost, none twice, all right."""
     assert restart_under_crowd(replicas, 2000, seed=52).startswith("2000 sessions made ")

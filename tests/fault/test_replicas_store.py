@@ -10,6 +10,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from support import trouble
 from support.driver_process import RoverProcess
 from support.faults import verdict, verdict_of_losses
@@ -34,6 +36,7 @@ def loaded(history: Path, replicas: Replicas, seed: int) -> Iterator[RoverProces
     assert report.answered_again > 0
 
 
+@pytest.mark.slow
 def test_a_replica_that_was_paused_for_longer_than_any_limit(tmp_path: Path) -> None:
     """The classic double owner: it goes on in the middle of what it did, when others have long done it."""
     chance = random.Random(41)
@@ -46,6 +49,7 @@ def test_a_replica_that_was_paused_for_longer_than_any_limit(tmp_path: Path) -> 
             trouble.pause_replica(replicas, load, chance)
 
 
+@pytest.mark.slow
 def test_a_valkey_that_is_killed_and_comes_back(tmp_path: Path) -> None:
     """What `sync` acknowledged is in its file."""
     chance = random.Random(42)
@@ -58,6 +62,7 @@ def test_a_valkey_that_is_killed_and_comes_back(tmp_path: Path) -> None:
         trouble.pause_valkey(valkey, load, chance)
 
 
+@pytest.mark.slow
 def test_a_way_to_valkey_that_is_cut(tmp_path: Path) -> None:
     """One replica is cut off, the other goes on."""
     chance = random.Random(43)
@@ -69,6 +74,7 @@ def test_a_way_to_valkey_that_is_cut(tmp_path: Path) -> None:
                 trouble.part(ways, load, chance)
 
 
+@pytest.mark.slow
 def test_a_primary_that_is_replaced(tmp_path: Path) -> None:
     """With `sync`, and all replicas of Valkey waited for, a fail-over loses nothing that was acknowledged.
 
@@ -83,6 +89,7 @@ def test_a_primary_that_is_replaced(tmp_path: Path) -> None:
         trouble.fail_over(watched, load, chance)
 
 
+@pytest.mark.slow
 def test_a_fail_over_that_loses_something(tmp_path: Path) -> None:
     """With `async` the last changes of each session may be gone, and nothing else."""
     chance = random.Random(46)
@@ -100,6 +107,7 @@ def test_a_fail_over_that_loses_something(tmp_path: Path) -> None:
     assert report.taken_back > 0
 
 
+@pytest.mark.slow
 def test_a_cluster_one_of_whose_primaries_is_killed(tmp_path: Path) -> None:
     """Sessions of the other primaries go on meanwhile; afterwards all do."""
     chance = random.Random(45)

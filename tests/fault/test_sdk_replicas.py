@@ -148,6 +148,7 @@ class Users:
         return max(taken, default=0.0)
 
 
+@pytest.mark.slow
 def test_replicas_that_are_killed_stopped_and_paused_fail_no_caller() -> None:
     with (
         Valkey(append="everysec") as valkey,

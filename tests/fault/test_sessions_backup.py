@@ -50,6 +50,7 @@ def in_backup(file: Path, sealer: Sealer) -> dict[str, int]:
     return {own(i): decode_header(i, sealer.open(i, record)).revision for i, record in pairs}
 
 
+@pytest.mark.slow
 def test_nothing_that_was_acknowledged_is_missing(tmp_path: Path) -> None:
     keys, data, file = tmp_path / "keys", tmp_path / "data", tmp_path / "history"
     add_key(keys, "k")

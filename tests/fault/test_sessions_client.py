@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
+
 from support import history
 from support.driver import Mix
 from support.driver_process import DriverProcess
@@ -13,6 +15,7 @@ from support.faults import local, verdict
 MIX = Mix(frames=6, calls=2, threads=2, bands=3, band_size=8)
 
 
+@pytest.mark.slow
 def test_others_take_over_from_clients_that_die(tmp_path: Path) -> None:
     """Each driver goes on with the sessions of those before it, with the revisions that the server has."""
     path, chance = tmp_path / "history", random.Random(11)

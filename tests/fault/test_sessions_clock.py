@@ -15,6 +15,7 @@ DAY_S = 86_400
 IDLE_S = 3_600
 
 
+@pytest.mark.slow
 def test_jumps_end_no_session(tmp_path: Path) -> None:
     history = tmp_path / "history"
     with (

@@ -96,6 +96,7 @@ def check(server: Server, history: Path, full: Callable[[], object], room: Calla
     verdict(history).require_clean()
 
 
+@pytest.mark.slow
 def test_a_limit_on_files(tmp_path: Path) -> None:
     data = tmp_path / "data"
     with local(data, "--durability", "sync") as server:
@@ -117,6 +118,7 @@ def test_a_limit_on_files(tmp_path: Path) -> None:
     verdict(tmp_path / "history").require_clean()
 
 
+@pytest.mark.slow
 def test_a_small_disk(tmp_path: Path) -> None:
     prefix = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"])]
     (tmp_path / "data").mkdir()

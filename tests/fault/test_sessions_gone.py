@@ -52,6 +52,7 @@ def require_ended(server: ServerProcess, data: Path) -> None:
     assert f"{data} must stay where it is while a server uses it; " in line
 
 
+@pytest.mark.slow
 @DURABILITIES
 @pytest.mark.parametrize("how", [shutil.rmtree, rename, replace])
 def test_a_server_that_does_nothing_notices(
@@ -63,6 +64,7 @@ def test_a_server_that_does_nothing_notices(
         require_ended(server, data)
 
 
+@pytest.mark.slow
 @DURABILITIES
 def test_no_step_is_acknowledged_once_it_was_noticed(tmp_path: Path, durability: str) -> None:
     data = tmp_path / "data"
@@ -92,6 +94,7 @@ def test_no_step_is_acknowledged_once_it_was_noticed(tmp_path: Path, durability:
     assert codes <= REFUSED
 
 
+@pytest.mark.slow
 def test_two_servers_never_acknowledge_under_one_name(tmp_path: Path) -> None:
     """However long the first one does not notice."""
     data = tmp_path / "data"

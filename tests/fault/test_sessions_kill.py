@@ -21,7 +21,10 @@ from support.wire import Wire, tensor
 
 @pytest.mark.parametrize(
     ("durability", "seed", "extra", "segment_bytes"),
-    [("sync", 21, (), SMALL_BYTES), ("async", 22, ("--resident-rows", "16"), None)],
+    [
+        pytest.param("sync", 21, (), SMALL_BYTES, marks=pytest.mark.slow),
+        ("async", 22, ("--resident-rows", "16"), None),
+    ],
 )
 def test_kills(
     tmp_path: Path, durability: str, seed: int, extra: tuple[str, ...], segment_bytes: int | None
@@ -44,6 +47,7 @@ def test_kills(
     assert report.reads > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defect", ["drop-commits", "commit-late"])
 def test_a_server_that_answers_before_it_keeps_is_caught(tmp_path: Path, defect: str) -> None:
     """The proof that a lost change would be seen."""

@@ -20,6 +20,7 @@ from support.proxy import Fate, Proxy
 BAD: tuple[Fate, ...] = ("refuse", "drop", "truncate", "delay", "double", "double")
 
 
+@pytest.mark.slow
 def test_bad_connections(tmp_path: Path) -> None:
     history, seed = tmp_path / "history", 1
     with (
@@ -50,6 +51,7 @@ def doubled(server: LocalServer, history: Path) -> Report:
     return verdict(history)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defect", ["forget-requests", "judge-nothing"])
 def test_a_server_that_does_not_know_what_it_has_done_is_caught(tmp_path: Path, defect: str) -> None:
     """Without the dedupe the doubled connections apply steps twice. That is what the checker is for."""

@@ -65,6 +65,7 @@ def test_a_moment_ends_nothing(tmp_path: Path) -> None:
         assert "the store was opened anew" in server.logs()
 
 
+@pytest.mark.slow
 def test_while_it_cannot_be_opened_nobody_is_sent_here(tmp_path: Path) -> None:
     metrics = ("--metrics-listen", "127.0.0.1:0", "--log-level", "info")
     with (
@@ -102,6 +103,7 @@ def scraped(server: FaultyServer) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_a_store_that_will_never_open_again_ends_the_server(tmp_path: Path) -> None:
     with (
         FaultyServer(tmp_path / "data", "--durability", "sync") as server,

@@ -21,6 +21,7 @@ X = np.ones((1, 3), np.float32)
 AWAY = (stepwell.UnavailableError, stepwell.DeadlineExceededError)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", SHELLS)
 async def test_callers_are_told_and_do_not_hang(shell: str) -> None:
     """Each of many callers steps until the server is away: then it has an answer or this error, and soon."""
@@ -53,6 +54,7 @@ async def test_callers_are_told_and_do_not_hang(shell: str) -> None:
             assert any(isinstance(error, stepwell.UnavailableError) for error in found), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("durability", ["sync", "async"])
 def test_what_was_acknowledged_stays(tmp_path: Path, durability: str) -> None:
     history = tmp_path / "history"

@@ -35,6 +35,7 @@ def refused(call: Callable[..., Any]) -> Any:
     return ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("durability", DURABILITIES)
 def test_writes_that_fail(tmp_path: Path, durability: str) -> None:
     """Nothing is acknowledged while they do, nothing is half done, and then it goes on as if nothing had been."""
@@ -114,6 +115,7 @@ async def test_writes_that_do_not_come_back(tmp_path: Path) -> None:
                 assert (state.revision, state.position, session.revision) == (2, 2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("durability", DURABILITIES)
 def test_stalls_under_load(tmp_path: Path, durability: str) -> None:
     """And a kill in the middle of one: what waited for the store was not acknowledged."""
@@ -136,6 +138,7 @@ def test_stalls_under_load(tmp_path: Path, durability: str) -> None:
     verdict(history).require_clean()
 
 
+@pytest.mark.slow
 def test_stopping_while_the_store_does_not_come_back(tmp_path: Path) -> None:
     """The server ends all the same, in its time, and nothing that was acknowledged is lost."""
     history = tmp_path / "history"

@@ -37,6 +37,7 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(
         last = found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("durability", ["sync", "async"])
 def test_nothing_that_was_appended_beside_commits_is_lost(tmp_path: Path, durability: Durability) -> None:
     chance, last = random.Random(11), (-1, -1)

@@ -39,6 +39,7 @@ def test_prometheus_can_read_the_rules(name: str) -> None:
     promtool("check", "rules", "--lint=all", "--lint-fatal", str(_RULES / name))
 
 
+@pytest.mark.slow
 def test_each_alert_fires_for_what_it_is_made_for_and_not_before() -> None:
     promtool("test", "rules", str(_RULES / "tests.yml"))
     firing = {

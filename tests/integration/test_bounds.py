@@ -263,6 +263,7 @@ def test_what_a_peer_says_at_its_end_is_not_in_the_log(both: Target) -> None:
 # --- peers that say nothing, or slowly ---
 
 
+@pytest.mark.slow
 def test_many_silent_connections(both: Target) -> None:
     """Ten thousand of them, in each state of silence, are there at the same time, and calls go on."""
     count = 10_000
@@ -352,6 +353,7 @@ def test_no_file_descriptors_are_left() -> None:
 # --- the metrics' own server ---
 
 
+@pytest.mark.slow
 def test_the_metrics_endpoint_serves_metrics_alone_and_closes_who_says_nothing(both: Target) -> None:
     host, _, port = both.metrics_address.rpartition(":")
     for path, status in (("/metrics", 200), ("/", 404), ("/metrics/x", 404), ("/favicon.ico", 404)):

@@ -49,6 +49,7 @@ def _check(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
+@pytest.mark.slow
 def test_a_good_model_passes_on_ones_own_data(data: Path) -> None:
     known = forecast()
     done = _check(str(known.path), "--cache-dir", str(known.cache_dir), "--data", str(data))
@@ -61,6 +62,7 @@ def test_a_good_model_passes_on_ones_own_data(data: Path) -> None:
     assert sum(line.split()[0] in {"step", "steps"} for line in lines if line.startswith("   ")) == 14
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_what_runs_is_found_out(data: Path, swapped: Saved) -> None:
     arguments = (str(swapped.path), "--cache-dir", str(swapped.cache_dir), "--data", str(data))
     done = _check(*arguments)
@@ -76,6 +78,7 @@ def test_a_model_that_is_not_what_runs_is_found_out(data: Path, swapped: Saved) 
     assert len(document["outputs"][0]["by_step"]) == 40
 
 
+@pytest.mark.slow
 def test_what_cannot_be_stepped_and_what_cannot_be_read_exit_with_2(tmp_path: Path) -> None:
     models.build("convolution_over_time").save(tmp_path / "conv.keras")
     done = _check(str(tmp_path / "conv.keras"), "--cache-dir", str(tmp_path))
@@ -108,6 +111,7 @@ def test_a_wrong_command_line_is_told_in_one_line(arguments: tuple[str, ...], sa
     assert line.endswith(f"{says} ('stepwell check --help' shows how)")
 
 
+@pytest.mark.slow
 def test_data_that_do_not_fit_are_found_before_the_model_is_compiled(tmp_path: Path) -> None:
     models.build("lstm_dense", seed=11).save(tmp_path / "model.keras")
     np.save(tmp_path / "x.npy", np.zeros((2, 5, 4)))
@@ -132,6 +136,7 @@ def test_data_that_do_not_fit_are_found_before_the_model_is_compiled(tmp_path: P
     )
 
 
+@pytest.mark.slow
 def test_the_cache_is_that_of_serve_and_an_end_by_signal_leaves_nothing_behind(tmp_path: Path) -> None:
     models.build("lstm_dense", seed=9).save(tmp_path / "model.keras")
     environment = os.environ | {"STEPWELL_CACHE_DIR": str(tmp_path / "cache")}
@@ -145,6 +150,7 @@ def test_the_cache_is_that_of_serve_and_an_end_by_signal_leaves_nothing_behind(t
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_start_checks_with_ones_own_data_and_is_refused_if_they_differ(data: Path, swapped: Saved) -> None:
     known = forecast()
     arguments = ("--listen", "127.0.0.1:0", "--check-with", f"forecast={data}")
@@ -162,6 +168,7 @@ def test_a_start_checks_with_ones_own_data_and_is_refused_if_they_differ(data: P
     )
 
 
+@pytest.mark.slow
 def test_trust_is_shown_wherever_the_model_is(tmp_path: Path) -> None:
     models_trusted.determinant().save(tmp_path / "det.keras")
     arguments = (f"det={tmp_path}/det.keras", f"strict={tmp_path}/det.keras", "--bad-models", "skip")

@@ -45,6 +45,7 @@ def command(served: Served, *options: str) -> list[str]:
     return [sys.executable, "-m", "stepwell", "bench", "--server", served.address, *options]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "mode"),
     [("seq", "unary"), ("multi", "unary"), ("multi", "stream"), ("multi", "frames"), ("multi", "group")],
@@ -98,6 +99,7 @@ def test_a_model_that_is_not_there_is_one_line(bench: Bench) -> None:
     assert finished.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_what_the_server_refuses_is_one_line_and_nothing_is_left(bench: Bench) -> None:
     # Each process's inputs are larger than the server takes, so that not one call succeeds.
     finished = bench("seq", "--sessions", "2", "--steps-per-call", "500000")

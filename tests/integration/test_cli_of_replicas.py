@@ -66,6 +66,7 @@ def cluster() -> Iterator[_Cluster]:
         yield _Cluster(replicas)
 
 
+@pytest.mark.slow
 def test_top_has_a_row_for_each_and_counts_sessions_once(cluster: _Cluster) -> None:
     with stepwell.connect(cluster.replicas.address) as client:
         group = client.open_sessions(MODEL, _SESSIONS)
@@ -117,6 +118,7 @@ def test_top_goes_on_without_one_that_is_gone(cluster: _Cluster) -> None:
     assert "--metrics must name the metrics of each server" in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["unary", "stream", "group"])
 def test_bench_steps_on_all_of_them(cluster: _Cluster, mode: str) -> None:
     before = _changes(cluster)
@@ -137,6 +139,7 @@ def test_bench_steps_on_all_of_them(cluster: _Cluster, mode: str) -> None:
         assert not client.sessions(prefix="bench-")
 
 
+@pytest.mark.slow
 def test_bench_goes_on_where_a_replica_dies(cluster: _Cluster) -> None:
     """Calls that it makes without the SDK go to another replica, as the SDK's would."""
     arguments = ("--mode", "unary", "--sessions", "12", "--warm-up-s", "0", "--json")

@@ -16,6 +16,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 pytestmark = [pytest.mark.timeout(300), pytest.mark.plain("it starts its servers by itself")]
 
 
+@pytest.mark.slow
 def test_replicas_are_killed_and_users_see_no_error(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "cluster_demo.py"), "--seconds", "3", "--users", "6"]
     demo = subprocess.run(

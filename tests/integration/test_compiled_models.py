@@ -84,6 +84,7 @@ def test_refusals_leave_nothing_behind(file: Path, tmp_path: Path, monkeypatch: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_sessions_go_on_from_the_keras_file_to_the_compiled_one(file: Path, tmp_path: Path) -> None:
     """And the second server serves both kinds."""
     saved, other = programs.zoo("lstm_dense"), programs.zoo("gru_reset_after")

@@ -203,6 +203,7 @@ def test_the_names_of_a_callers_certificate_reach_its_calls(front: str, authorit
                 assert f" certificate={names} " in line
 
 
+@pytest.mark.slow
 def test_changed_certificates_are_for_new_connections(
     front: str, authority: Authority, tmp_path: Path
 ) -> None:
@@ -307,6 +308,7 @@ def test_a_unix_socket_is_an_address_like_any_other(front: str, tmp_path: Path) 
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_old_connections_are_replaced_and_no_step_is_lost_or_done_twice(front: str) -> None:
     """Streams that do not end are cut off, and the SDK goes on with new ones."""
     rng = np.random.default_rng(3)

@@ -40,6 +40,7 @@ def said(folder: Path) -> str:
 pytestmark = pytest.mark.timeout(300)
 
 
+@pytest.mark.slow
 def test_no_session_was_disturbed(said: str) -> None:
     assert said.count("are bit for bit") == 2
     assert "ARE NOT" not in said

@@ -61,6 +61,7 @@ async def test_an_unused_session_ends_by_the_clock_of_the_server(valkey: Valkey)
         assert (await first.engine.open_session("plain", session_id="a")).session.revision == 1
 
 
+@pytest.mark.slow
 async def test_a_session_ends_whose_client_is_gone(valkey: Valkey) -> None:
     async with engines(valkey) as (first, second):
         stays = (await first.engine.open_session("plain", lease=LONGEST_LEASE)).session.session_id
@@ -146,6 +147,7 @@ async def _info(at: Harness, name: str) -> Any:
             pass  # see `Drivers._opened`
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["paused", "killed", "full"])
 async def test_steps_are_refused_while_the_server_is_in_trouble_and_go_on_afterwards(trouble: str) -> None:
     with Valkey(append="always") as valkey:

@@ -293,6 +293,7 @@ def test_grpc_web_is_spoken(envoy: Envoy) -> None:
     assert b"grpc-status:0" in answer[5 + length :]
 
 
+@pytest.mark.slow
 def test_replicas_that_stop_or_die_are_left_out_and_come_back(tmp_path: Path) -> None:
     if secured.is_on():
         pytest.skip("the servers here are without TLS; there is a test with it")

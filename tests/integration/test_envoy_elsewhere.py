@@ -136,6 +136,7 @@ def be_refused_in_every_way(envoy: Envoy, one: Wire, reason: str) -> None:
         assert wire.refusal(lambda: one.exchange(*[frame_of("a", 90_000)] * 3)).code == "UNAVAILABLE"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("front", FRONTS)
 @pytest.mark.parametrize("how", REFUSING)
 def test_no_caller_sees_a_replica_that_starts_or_stops(
@@ -201,6 +202,7 @@ def test_all_know_the_same_header() -> None:
     assert json.dumps(routing.retry_policy()).count(status.GO_ELSEWHERE[1]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("front", FRONTS)
 def test_no_caller_sees_a_model_that_only_another_replica_has(front: str, tmp_path: Path) -> None:
     kept = forecast()

@@ -61,6 +61,7 @@ class JsonCaller:
         return True
 
 
+@pytest.mark.slow
 def test_sessions_go_on_while_replicas_die_and_stop(tmp_path: Path) -> None:
     x = np.array([X], np.float32)
     stop = threading.Event()

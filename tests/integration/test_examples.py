@@ -76,6 +76,7 @@ def test_hidden_state(
     assert (tmp_path / "made" / "hidden-state.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_async_users(server: LocalServer, tmp_path: Path) -> None:
     said = run("async_users.py", server, tmp_path)
     assert "200 users came, made 48 steps each and went" in said
@@ -84,6 +85,7 @@ def test_async_users(server: LocalServer, tmp_path: Path) -> None:
         assert client.sessions(model="temperature") == []
 
 
+@pytest.mark.slow
 def test_environments(server: LocalServer, tmp_path: Path) -> None:
     said = run("environments.py", server, tmp_path)
     episodes = re.findall(r"thermostat at (\d+) °C: reward +(-[\d.]+) an hour, (\d+) episodes", said)
@@ -94,6 +96,7 @@ def test_environments(server: LocalServer, tmp_path: Path) -> None:
     assert all(int(ended) >= 5 * 16 for _, _, ended in episodes)
 
 
+@pytest.mark.slow
 def test_recurrent_policy(server: LocalServer, tmp_path: Path) -> None:
     """It learns, and what it learns needs the memory."""
     said = run("recurrent_policy.py", server, tmp_path, "--generations", "4", "--picture", "returns.png")
@@ -104,6 +107,7 @@ def test_recurrent_policy(server: LocalServer, tmp_path: Path) -> None:
     assert (tmp_path / "returns.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_policy_gradient(server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """New weights are played at once, and the episodes go on: they become longer than chance makes them."""
     monkeypatch.setenv("STEPWELL_CACHE_DIR", str(tmp_path / "cache"))

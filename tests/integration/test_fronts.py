@@ -353,6 +353,7 @@ def test_an_id_is_that_of_one_unanswered_frame(
     pytest.fail("in twenty attempts no second frame was read while the first one was under way")
 
 
+@pytest.mark.slow
 def test_a_message_over_the_limit_ends_a_stream_alike(both: Mapping[str, Wire]) -> None:
     """However it comes: the rest of it is no message."""
     opened(both, "large")
@@ -413,6 +414,7 @@ def test_a_step_and_a_reset_keep_their_order_on_streams_that_have_just_begun(
             assert revisions[1] < revisions[2] < revisions[3]
 
 
+@pytest.mark.slow
 def test_calls_that_are_cancelled_together_end_nobody_elses(both: Mapping[str, Wire]) -> None:
     opened(both, "cancelled", "bystander")
     long = wire.step_frame(

@@ -280,6 +280,7 @@ def _drawn(rng: np.random.Generator, number: int, ids: list[Any]) -> Request:
     return asked(x if kind < 16 else x[:, 0], **fields)
 
 
+@pytest.mark.slow
 def test_a_life_that_is_sent_at_once_keeps_its_order(both: _Both) -> None:
     """START and END are not plain, and what is between them is: on very many streams that have just begun."""
     for front in FRONTS:

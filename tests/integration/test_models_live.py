@@ -174,6 +174,7 @@ def test_sessions_are_carried_under_traffic(server: ServerProcess) -> None:
             caller.step("fresh", 7)
 
 
+@pytest.mark.slow
 def test_what_is_refused_changes_nothing(server: ServerProcess, tmp_path: Path) -> None:
     bad = tmp_path / "bad.keras"
     bad.write_bytes(b"no model")
@@ -199,6 +200,7 @@ def test_what_is_refused_changes_nothing(server: ServerProcess, tmp_path: Path) 
         assert after == model
 
 
+@pytest.mark.slow
 def test_versions_and_default_survive_a_kill(tmp_path: Path) -> None:
     options = ("--data-dir", str(tmp_path / "data"), "--allow-model-upload")
     own = tmp_path / "own.keras"

@@ -43,6 +43,7 @@ def pid_of(cells: Notebook, code: str = START, cell: str | None = None) -> int:
     return int(cells.run(code, cell).out)
 
 
+@pytest.mark.slow
 def test_a_cell_that_runs_again_leaves_nothing_behind(cells: Notebook) -> None:
     first = pid_of(cells, cell="one")
     cells.run("session = client.open_session('lstm_dense', session_id='mine')\nbefore = client")
@@ -90,6 +91,7 @@ def test_the_stop_button_interrupts_the_cell_and_not_the_server(cells: Notebook)
     cells.run("client.close()")
 
 
+@pytest.mark.slow
 def test_the_stop_button_while_a_model_is_compiled_ends_the_compilation(
     cells: Notebook, tmp_path: Path
 ) -> None:
@@ -109,6 +111,7 @@ def test_the_stop_button_while_a_model_is_compiled_ends_the_compilation(
     cells.run("client.close()")
 
 
+@pytest.mark.slow
 def test_no_server_outlives_its_kernel(cells: Notebook) -> None:
     watched = Watched(
         pid_of(cells), pid_of(cells, "print(stepwell.local(OTHER, data_dir='kept').server.pid)")

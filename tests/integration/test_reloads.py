@@ -21,6 +21,7 @@ LIMIT_S = 200.0
 RELOADS = 5
 
 
+@pytest.mark.slow
 def test_one_worker_compiles_all_of_them_and_ends_with_the_server(tmp_path: Path) -> None:
     from stepwell_server.compile.tensorflow_setup import keras
 

@@ -147,6 +147,7 @@ class Callers:
         return found[0]
 
 
+@pytest.mark.slow
 def test_a_model_is_upgraded_replica_by_replica_under_load() -> None:
     with (
         Valkey(append="everysec") as valkey,

@@ -151,6 +151,7 @@ async def test_a_client_that_cannot_reach_its_server_is_closed_soon(shell: str) 
             await client.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", SHELLS)
 async def test_nothing_is_left_on_a_real_server(
     served: Served, shell: str, monkeypatch: pytest.MonkeyPatch

@@ -230,6 +230,7 @@ def ended(client: stepwell.Client, ids: list[str]) -> None:
             _ask_on(client, session_id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sync", "aio"])
 def test_sessions_of_a_client_that_is_killed_end_and_those_of_others_do_not(
     leasing: LocalServer, kind: str
@@ -292,6 +293,7 @@ def test_a_client_that_is_not_closed_and_lost_does_not_hold_its_sessions(leasing
         ended(other, [lost])
 
 
+@pytest.mark.slow
 async def test_leases_are_renewed_whatever_the_last_answer_was() -> None:
     with ScriptedServer() as server, stepwell.connect(server.address, lease_s=1) as client:
         lease = client._core.lease

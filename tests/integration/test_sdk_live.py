@@ -276,6 +276,7 @@ def test_a_server_of_ones_own_has_several_versions_from_the_start_and_gets_more(
             stepwell.local({name: paths["first"]})
 
 
+@pytest.mark.slow
 def test_weights_that_were_pushed_outlive_the_server(tmp_path: Path, paths: dict[str, Path]) -> None:
     """Their file is gone, and so the server keeps what it made of it."""
     model, x = build(7), draw(1)

@@ -200,6 +200,7 @@ async def test_a_member_that_is_asked_for_elsewhere(client: Any, replicas: Scrip
     assert list(replicas.requests(1, "StepStream")[-1].step.session_ids) == own[:1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "refusal", [STOPPING, Fault(reason="STARTING", message="the server is starting", retry_after_s=1000.0)]
 )
@@ -254,6 +255,7 @@ async def test_one_that_was_never_there(client: Any, replicas: ScriptedReplicas)
     await until(lambda: up(client) == [True] * 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["sync", "async"])
 async def test_all_are_gone(shell: str, replicas: ScriptedReplicas) -> None:
     async with connect(shell, replicas.address, timeout_s=WAIT_S, connect_timeout_s=0.5) as client:

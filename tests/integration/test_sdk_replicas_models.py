@@ -37,6 +37,7 @@ def versions(server: Server) -> dict[int, bool]:
         return {each.version: each.is_default for each in found if each.state == "ready"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", SHELLS)
 async def test_a_version_is_loaded_on_all_and_becomes_the_default_once(
     shell: str, servers: list[Server]

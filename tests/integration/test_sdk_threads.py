@@ -119,6 +119,7 @@ def test_closing_ends_what_waits_and_what_is_under_way(held: Held, server: Scrip
     assert not [t for t in mine if t.is_alive()]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_one_callers_wait_and_nobody_elses(held: Held, server: ScriptedServer) -> None:
     session, other = held.client.open_session(MODEL), held.client.open_session(MODEL)
     waiting = held.stand(other)
@@ -194,6 +195,7 @@ def test_bad_input_among_many_threads(served: Served) -> None:
             session.close()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_under_many_threads() -> None:
     with (
         local_server("seq") as server,

@@ -148,6 +148,7 @@ def test_without_a_model_that_can_be_served_there_is_no_server(tmp_path: Path) -
     assert err.splitlines()[-1].startswith("stepwell: error: no model can be served; model bad: ")
 
 
+@pytest.mark.slow
 def test_probes_systemd_and_the_audit_log_hear_of_a_life(tmp_path: Path) -> None:
     kept, audit = forecast(), tmp_path / "audit.jsonl"
     options = ("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0")

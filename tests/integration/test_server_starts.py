@@ -92,6 +92,7 @@ def test_settings_that_cannot_be_used(tmp_path: Path) -> None:
     assert "does not exist" in _refused("x=nowhere.keras")
 
 
+@pytest.mark.slow
 def test_models_of_a_folder(tmp_path: Path) -> None:
     model = forecast()
     for name in ("forecast/1.keras", "forecast/2/m.keras", "words/7.keras"):
@@ -122,6 +123,7 @@ def test_models_of_a_folder(tmp_path: Path) -> None:
     assert "model loaded model=forecast@2 " in err
 
 
+@pytest.mark.slow
 def test_a_migration_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_moves.py").write_text("number = 5\ndef widen(): ...\n")
@@ -140,6 +142,7 @@ def test_a_migration_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.Monk
         pass
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     """What else a file may be, and what is said of it, is for the tests of the compiler."""
     whole = forecast().path.read_bytes()
@@ -149,6 +152,7 @@ def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     assert line.startswith("stepwell: error: model x: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "value"),
     [("max-model-bytes", "1000"), ("max-compile-memory-bytes", "1000"), ("compile-timeout-s", "0.001")],
@@ -222,6 +226,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     assert "--cache-dir" in _refused(f"x={forecast().path}", "--cache-dir", str(file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_a_model_is_compiled_leaves_nothing_behind(
     tmp_path: Path, number: signal.Signals

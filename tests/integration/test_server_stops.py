@@ -54,6 +54,7 @@ def test_an_idle_server_stops_with_0(server: ServerProcess, number: signal.Signa
     assert f"stopping signal={number.name}" in err
 
 
+@pytest.mark.slow
 def test_queued_work_is_finished_and_new_work_refused(server: ServerProcess) -> None:
     channel, stub = connect(server)
     with channel:
@@ -76,6 +77,7 @@ def test_queued_work_is_finished_and_new_work_refused(server: ServerProcess) -> 
         assert server.finish()[0] == 0
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_stops_it_with_a_drain() -> None:
     primary, secondary = os.openpty()
     with serve(terminal=secondary) as server:
@@ -93,6 +95,7 @@ def test_a_terminal_that_is_closed_stops_it_with_a_drain() -> None:
     assert "stopping signal=SIGHUP" in err
 
 
+@pytest.mark.slow
 def test_a_stream_is_answered_and_then_ended(server: ServerProcess) -> None:
     channel, stub = connect(server)
     done = threading.Event()

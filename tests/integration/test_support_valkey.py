@@ -94,6 +94,7 @@ def test_a_port_is_nobody_elses_though_nobody_listens() -> None:
     port.free()
 
 
+@pytest.mark.slow
 def test_a_replica_becomes_the_primary_when_that_is_killed() -> None:
     with Sentinels() as watched:
         old = watched.primary()
@@ -107,6 +108,7 @@ def test_a_replica_becomes_the_primary_when_that_is_killed() -> None:
         until(lambda: old.role() == "slave", "it stays a primary", watched.sentinels[0].log)
 
 
+@pytest.mark.slow
 def test_a_cluster_shares_the_slots_and_goes_on_without_a_primary() -> None:
     with Cluster(replicas=1) as cluster:
         owners = {cluster.primary_of(f"{{{i}}}").port for i in range(100)}
@@ -122,6 +124,7 @@ def test_a_cluster_shares_the_slots_and_goes_on_without_a_primary() -> None:
         assert new.ask("GET", "a") == b"1"
 
 
+@pytest.mark.slow
 def test_sentinels_find_out_by_themselves() -> None:
     with Sentinels(down_after_ms=1000) as watched:
         old = watched.primary()

@@ -65,6 +65,7 @@ def _run(server: ServerProcess, metrics: str, *arguments: str) -> subprocess.Com
     return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
 
 
+@pytest.mark.slow
 def test_one_picture_for_people_and_for_programs(busy: tuple[ServerProcess, str]) -> None:
     server, metrics = busy
     with _working(server):
@@ -104,6 +105,7 @@ def test_what_cannot_be_read_is_said(busy: tuple[ServerProcess, str]) -> None:
         assert failed.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_on_a_terminal_it_goes_on_until_q_is_pressed(busy: tuple[ServerProcess, str]) -> None:
     server, metrics = busy
     ours, theirs = pty.openpty()

@@ -168,6 +168,7 @@ def test_a_trace_goes_on_from_the_caller_over_the_client_to_the_server(
     assert own["GetSession"].status.status_code is trace.StatusCode.ERROR
 
 
+@pytest.mark.slow
 def test_attempts_are_events_of_one_span(clients_spans: list[ReadableSpan]) -> None:
     clients_spans.clear()
     client = stepwell.connect("127.0.0.1:1", tracing=True, connect_timeout_s=2.0)

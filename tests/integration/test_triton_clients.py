@@ -150,6 +150,7 @@ def test_both_clients_in_one_process(server: LocalServer) -> None:
     triton.run_scenario("both_clients", server.address, str(client_folder))
 
 
+@pytest.mark.slow
 def test_a_sequence_outlives_the_server(tmp_path: Path) -> None:
     with triton.serve(only=("acc",), data_dir=tmp_path / "data") as server:
         triton.run_scenario("begin", server.address, "kept")
@@ -167,6 +168,7 @@ def test_a_sequence_outlives_the_server(tmp_path: Path) -> None:
         triton.run_scenario("is_gone", server.address, "kept")
 
 
+@pytest.mark.slow
 def test_every_request_counts_once_though_the_server_is_killed(tmp_path: Path) -> None:
     kills = 0
     with (
@@ -219,6 +221,7 @@ def test_a_sequence_numbered_0_is_refused_by_a_model_that_keeps_state(server: Lo
     assert said.split() == ["True", "True", "True", "False", "False"]
 
 
+@pytest.mark.slow
 def test_more_sequences_than_resident_rows_take_turns() -> None:
     with triton.serve("--resident-rows", "2", only=("acc",)) as server:
         triton.run_scenario("crowd", server.address)
@@ -239,6 +242,7 @@ def test_an_idle_sequence_ends() -> None:
         triton.run_scenario("is_gone", server.address, "idle")
 
 
+@pytest.mark.slow
 @pytest.mark.plain("perf_analyzer sends no token over gRPC")
 @pytest.mark.parametrize(
     "mode", [["--async"], ["--streaming"], ["--streaming", "--sequence-id-range", "1:9"]]

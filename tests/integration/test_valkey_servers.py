@@ -74,6 +74,7 @@ def test_a_server_says_what_is_wrong_with_its_store(valkey: Valkey, tmp_path: Pa
             assert re.search(message, log), log
 
 
+@pytest.mark.slow
 def test_sync_needs_a_server_that_writes(tmp_path: Path) -> None:
     with Valkey(append="") as volatile, Valkey(append="no") as lazy:
         for server, message in [
@@ -89,6 +90,7 @@ def test_sync_needs_a_server_that_writes(tmp_path: Path) -> None:
             assert "keeps nothing on disk (appendonly no): when it ends, all sessions are lost" in log
 
 
+@pytest.mark.slow
 def test_it_waits_for_a_store_that_is_away_at_the_start() -> None:
     with Valkey(append="always") as valkey:
         valkey.kill()
@@ -105,6 +107,7 @@ def test_it_waits_for_a_store_that_is_away_at_the_start() -> None:
             assert "stopped before it was ready" in log
 
 
+@pytest.mark.slow
 def test_it_goes_on_when_the_store_is_back() -> None:
     with Valkey(append="always") as valkey, serve("--store", valkey.url("?timeout_ms=200")) as server:
         channel, stub = connect(server)
@@ -123,6 +126,7 @@ def test_it_goes_on_when_the_store_is_back() -> None:
             assert session.revision == patient.session_info("s").revision >= 3
 
 
+@pytest.mark.slow
 def test_what_the_store_has_lost_is_said_to_callers_and_to_those_who_run_it(valkey: Valkey) -> None:
     with shares(valkey, "lost") as server, stepwell.connect(server.address) as client:
         session = client.open_session("forecast", session_id="s")

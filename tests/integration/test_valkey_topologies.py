@@ -53,6 +53,7 @@ async def fetched(store: ValkeyStore, ids: Sequence[str]) -> list[int]:
             continue
 
 
+@pytest.mark.slow
 async def test_a_cluster_has_it_all(cluster: Cluster) -> None:
     async with shared(cluster.url(), 2) as (a, b):
         kept, first = await put(a, template(IDS), [0] * 300)

@@ -181,6 +181,7 @@ async def test_a_restore_that_is_broken_off_leaves_nothing_and_no_server_takes_a
     assert await content(new) == dict.fromkeys(IDS, 2)
 
 
+@pytest.mark.slow
 async def test_a_cluster_is_backed_up_and_made(tmp_path: Path) -> None:
     with Cluster() as cluster:
         was, new = (urls.parse(cluster.url(f"&prefix={fresh_prefix()}"), {}) for _ in range(2))
@@ -198,6 +199,7 @@ def stepwell_store(*arguments: object) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
+@pytest.mark.slow
 def test_sessions_go_from_replicas_to_a_disk_and_back(valkey: Valkey, tmp_path: Path) -> None:
     """By the commands, with servers that are stepped meanwhile; states and versions are the same everywhere."""
     keys = tmp_path / "keys"
@@ -263,6 +265,7 @@ def test_doctor_looks_at_a_store_that_it_is_told(valkey: Valkey) -> None:
     assert [one for one in json.loads(done.stdout)["wrong"] if "127.0.0.1:1" in one["what"]]
 
 
+@pytest.mark.slow
 def test_encryption_begins_in_a_rolling_restart(valkey: Valkey, tmp_path: Path) -> None:
     """As docs/valkey.md says, while sessions are stepped: no call fails, and nothing is plain of what is written then."""
     keys, url = tmp_path / "keys", place(valkey)

@@ -123,6 +123,7 @@ def versions(server: ServerProcess) -> dict[int, str]:
     return {each.version: name(each.state).removeprefix("MODEL_STATE_") for each in model.versions}
 
 
+@pytest.mark.slow
 def test_a_version_that_is_put_there_takes_over_under_load(root: Path) -> None:
     put(root, "forecast/1.keras")
     with (
@@ -147,6 +148,7 @@ def test_a_version_that_is_put_there_takes_over_under_load(root: Path) -> None:
         assert versions(server) == {1: "READY"}
 
 
+@pytest.mark.slow
 def test_a_bad_file_is_told_everywhere_and_changes_nothing(root: Path) -> None:
     put(root, "forecast/1.keras")
     with server_of(root, "--metrics-listen", "127.0.0.1:0", ready=False) as server:
@@ -176,6 +178,7 @@ def test_a_bad_file_is_told_everywhere_and_changes_nothing(root: Path) -> None:
     assert code == 0
 
 
+@pytest.mark.slow
 def test_what_was_put_there_while_no_server_ran_takes_over_at_the_start(root: Path, tmp_path: Path) -> None:
     put(root, "forecast/1.keras")
     store = ("--data-dir", str(tmp_path / "data"), "--sessions", "carry")
@@ -297,6 +300,7 @@ def test_a_file_of_the_folder_that_is_no_version_of_it_is_loaded_again_too(
         assert session.model_version == 2
 
 
+@pytest.mark.slow
 def test_versions_that_were_loaded_by_a_call_are_there_after_a_restart(tmp_path: Path) -> None:
     kept, new = forecast(), retrained()
     options = (f"forecast={kept.path}", "--cache-dir", str(kept.cache_dir), "--listen", "127.0.0.1:0")
@@ -336,6 +340,7 @@ def test_versions_that_were_loaded_by_a_call_are_there_after_a_restart(tmp_path:
         server.finish()
 
 
+@pytest.mark.slow
 def test_a_version_that_is_put_there_is_compared_with_keras_as_the_first_was(
     root: Path, tmp_path: Path
 ) -> None:

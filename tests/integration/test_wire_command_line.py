@@ -89,6 +89,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
         process.process.stdout.close()
 
 
+@pytest.mark.slow
 def test_ten_lines(started: Started, served: Served) -> None:
     """Compiled by its own process from the file as Keras saved it; the numbers are the other server's."""
     address = started.address()

@@ -60,6 +60,7 @@ def test_every_package_of_the_tree_is_in_the_wheel(wheel: Path, root: Path) -> N
     assert sources - contents(wheel) == set()
 
 
+@pytest.mark.slow
 def test_the_source_distribution_builds_the_same_wheel(
     build: Callable[[str, Path], Path], wheel: Path, root: Path, tmp_path: Path
 ) -> None:

@@ -64,6 +64,7 @@ def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.slow
 def test_it_brings_no_framework(python: Path, tmp_path: Path) -> None:
     code = "from importlib.metadata import distributions\nfor d in distributions(): print(f'{d.name}=={d.version}')"
     listed = run(python, tmp_path, "-c", code).stdout.lower()

@@ -66,6 +66,7 @@ async def _awaited(value: Any) -> Any:
     return await value
 
 
+@pytest.mark.slow
 def test_the_page_for_tests(
     root: Path,
     model_path: Path,

@@ -82,6 +82,7 @@ def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_served_and_stepped_without_tensorflow(
     python: Path, program: Path, tmp_path: Path
 ) -> None:

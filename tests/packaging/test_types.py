@@ -51,6 +51,7 @@ def lines_that_are_wrong() -> set[int]:
     return set(range(FIRST_WRONG, FIRST_WRONG + len(WRONG.splitlines()) - 3)) - {RIGHT_AMONG_THEM}
 
 
+@pytest.mark.slow
 def test_pyright(folder: Path) -> None:
     pytest.importorskip("pyright")
     config = {
@@ -78,6 +79,7 @@ def test_pyright(folder: Path) -> None:
     assert wrong == lines_that_are_wrong()
 
 
+@pytest.mark.slow
 def test_mypy(folder: Path) -> None:
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "right.py", "wrong.py"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, cwd=folder)

@@ -1,14 +1,16 @@
-"""How much of what could be tried a test run tries: a sample in `make test`, all of it in `make soak`.
+"""How much of what could be tried a test run tries.
 
-`make soak` runs the files that import this module.
+Tests that are marked `slow` run in `make coverage`, hence in CI, and not in `make test` (unless it is told files). Of
+long lists and of random examples both try a sample, and `make soak` all: it runs the files that import this module.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 
@@ -24,6 +26,14 @@ _SHARE = 4
 def some(values: Sequence[T]) -> Sequence[T]:
     """Each of the values, or one in seven, the first and the last among them."""
     return values if ALL else [*values[:-1:_ONE_IN], *values[-1:]]
+
+
+def one_in(count: int, values: Iterable[Any]) -> list[Any]:
+    """All of the values, for a test of each; those between every so many are marked `slow`."""
+    return [
+        pytest.param(value, marks=pytest.mark.slow if place % count else ())
+        for place, value in enumerate(values)
+    ]
 
 
 def examples(count: int) -> int:

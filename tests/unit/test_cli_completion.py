@@ -38,6 +38,7 @@ def environment() -> dict[str, str]:
     return kept | {"PATH": f"{PROGRAM.parent}:{os.environ['PATH']}", "STEPWELL_SERVER": free}
 
 
+@pytest.mark.slow
 @needs_bash
 def test_bash_completes_by_the_printed_script(environment: dict[str, str]) -> None:
     script = CliRunner().invoke(main, ["completion", "bash"])

@@ -124,6 +124,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_every_name_is_there_however_it_is_asked_for() -> None:
     """Each as the first thing that is asked of the package."""
     assert set(stepwell.__all__) <= set(dir(stepwell))

@@ -217,6 +217,7 @@ class Last:
         return bytes(picture)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(examples(3)))
 def test_a_loss_of_power_takes_nothing_but_the_change_that_was_not_acknowledged(
     path: Path, monkeypatch: pytest.MonkeyPatch, seed: int

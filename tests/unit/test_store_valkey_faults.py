@@ -83,6 +83,7 @@ async def test_a_commit_of_nothing_asks_nobody(valkey: Valkey) -> None:
     await store.close()
 
 
+@pytest.mark.slow
 async def test_a_commit_that_is_never_answered_is_unknown(valkey: Valkey) -> None:
     async with Cut(valkey.port) as cut:
         store = await opened(f"valkey://{HOST}:{cut.port}/0?prefix={fresh_prefix()}&{SHORT}")
@@ -119,6 +120,7 @@ def test_a_name_that_is_looked_up_for_too_long_leaves_no_error_behind() -> None:
         assert runner.run(give_up()) == []
 
 
+@pytest.mark.slow
 async def test_a_server_that_is_gone_and_back() -> None:
     with Valkey(append="always") as valkey:
         async with shared(valkey.url(f"?{SHORT}")) as (store,):
@@ -142,6 +144,7 @@ async def test_a_server_that_is_gone_and_back() -> None:
             assert (await store.check()).problem == ""
 
 
+@pytest.mark.slow
 async def test_a_server_that_answers_nobody_holds_up_nobody_for_long() -> None:
     with Valkey(append="always") as valkey:
         async with shared(valkey.url(f"?{SHORT}")) as (store,):
@@ -215,6 +218,7 @@ async def test_a_store_that_was_emptied_is_made_again_as_it_was() -> None:
                 await a.check()
 
 
+@pytest.mark.slow
 async def test_sync_is_what_waits_for_disk_and_replicas(valkey: Valkey) -> None:
     prefix = fresh_prefix()
     quick = await opened(valkey.url(f"?prefix={prefix}"))
@@ -265,6 +269,7 @@ async def test_sync_is_what_waits_for_disk_and_replicas(valkey: Valkey) -> None:
         await store.close()
 
 
+@pytest.mark.slow
 async def test_a_primary_that_lost_its_replicas_is_not_believed() -> None:
     """It is cut off, another has taken over, and it does not know."""
     with Valkey(append="always") as old, Valkey(append="always") as new:
@@ -284,6 +289,7 @@ async def test_a_primary_that_lost_its_replicas_is_not_believed() -> None:
             assert [type(each) for each in found] == [StoreAway] * 3
 
 
+@pytest.mark.slow
 async def test_reads_are_confirmed_also_where_the_user_may_not_wait_for_replicas_alone() -> None:
     with Valkey(append="always") as primary, Valkey(append="always") as replica:
         replica.follow(primary)
