@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
+import repository
+from repository import documents, text_of, tracked_files
 from wrap_documents import wrapped
 
-ROOT = Path(__file__).resolve().parent.parent
 MAX_MODULE_LINES = 600
 GENERATED = ("client/stepwell/v1/", "server/stepwell_server/rpc/triton/inference/")
 LOCK_FILES = {"uv.lock", "poetry.lock", "pdm.lock", "package-lock.json", "yarn.lock", "pnpm-lock.yaml"}
@@ -25,34 +24,8 @@ REGISTRY_HOSTS = re.compile(
 )
 PATH_IN_DOCUMENT = re.compile(r"`([\w.-]+(?:/[\w.-]+)+/?|[\w-]+/)`|\]\((?!https?:|#|mailto:)([^)#\s]+)")
 FOLDERS_OF_PACKAGES = ("", "client/stepwell", "server/stepwell_server", "tests")
-MADE_AT_RUN_TIME = {".venv", ".tools", "out", "dist", "build"}
 MAKE_OPTIONS = ("", "-o .venv/.installed ")
 VARIABLE = re.compile(r"\bSTEPWELL_[A-Z0-9_]+\b")
-
-
-@cache
-def tracked_files() -> list[str]:
-    """Return the tracked files, relative to the root; in an unpacked sdist, all files."""
-    command = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        names = [name for name in done.stdout.split("\0") if name]
-    else:
-        names = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
-        names = [name for name in names if name.split("/")[0] not in MADE_AT_RUN_TIME]
-    return sorted(name for name in names if (ROOT / name).is_file())
-
-
-@cache
-def text_of(name: str) -> str:
-    """Return the text of a file, empty for a binary one."""
-    content = (ROOT / name).read_bytes()
-    return "" if b"\0" in content else content.decode("utf-8", errors="replace")
-
-
-def documents() -> list[str]:
-    """Return the Markdown files."""
-    return [name for name in tracked_files() if name.endswith(".md")]
 
 
 def modules() -> list[str]:
@@ -98,7 +71,7 @@ def no_registry_hosts() -> Iterator[str]:
 
 def no_machine_paths() -> Iterator[str]:
     """A path of the machine it was written on is of no use elsewhere."""
-    folders = {ROOT.parent, Path.home()}
+    folders = {repository.ROOT.parent, Path.home()}
     # A checkout right under a common folder (/tmp, /home) says nothing about the paths below that.
     shared = {Path("/"), Path("/tmp"), Path("/home"), Path("/usr"), Path("/opt"), Path("/var"), Path("/srv")}  # noqa: S108
     wanted = [re.escape(f"{folder}/") for folder in sorted(folders - shared)]
@@ -121,12 +94,12 @@ def constraints_are_exact() -> Iterator[str]:
 def documents_name_real_paths() -> Iterator[str]:
     """A path in backticks or in a link of a document exists, seen from the root, a package or the document."""
     for name in documents():
-        places = [ROOT / name, *(ROOT / folder / "x" for folder in FOLDERS_OF_PACKAGES)]
+        places = [repository.ROOT / name, *(repository.ROOT / folder / "x" for folder in FOLDERS_OF_PACKAGES)]
         for match in PATH_IN_DOCUMENT.finditer(text_of(name)):
             path = match[1] or match[2]
             if match[1] and not is_path(path):
                 continue
-            if path.split("/")[0] not in MADE_AT_RUN_TIME and not any(
+            if path.split("/")[0] not in repository.MADE_AT_RUN_TIME and not any(
                 (at.parent / path).exists() for at in places
             ):
                 yield f"{name}: names {path}, which is not there"
@@ -138,7 +111,7 @@ def is_path(text: str) -> bool:
     return (
         text.endswith("/")
         or Path(text).suffix in {".py", ".proto", ".md", ".toml", ".txt", ".yaml"}
-        or (ROOT / first).is_dir()
+        or (repository.ROOT / first).is_dir()
     )
 
 

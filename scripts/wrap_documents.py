@@ -10,6 +10,8 @@ import re
 import textwrap
 from collections.abc import Iterator
 
+from repository import ROOT, documents, text_of
+
 WIDTH = 100
 _ITEM = re.compile(r"\s*(?:[-*+]|\d+[.)])\s+")
 _LEFT_ALONE = re.compile(r"\s*(?:\||#|<!--|>|!\[|\[[^\]]+\]:|$)")
@@ -65,8 +67,6 @@ def _paragraph(lines: list[str]) -> list[str]:
 
 def main() -> None:
     """Wrap every document."""
-    from check_repo import ROOT, documents, text_of
-
     for name in documents():
         if (new := wrapped(text_of(name))) != text_of(name):
             (ROOT / name).write_text(new)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import check_repo
 import pytest
+import repository as files
 from wrap_documents import wrapped
 
 Write = Callable[[str, str], None]
@@ -19,19 +20,19 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     repository = tmp_path / "someone" / "checkout"
     repository.mkdir(parents=True)
     subprocess.run(["git", "init", "--quiet"], cwd=repository, check=True, timeout=200)
-    monkeypatch.setattr(check_repo, "ROOT", repository)
+    monkeypatch.setattr(files, "ROOT", repository)
 
     def write_one(name: str, text: str) -> None:
         path = repository / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         subprocess.run(["git", "add", name], cwd=repository, check=True, timeout=200)
-        check_repo.tracked_files.cache_clear()
-        check_repo.text_of.cache_clear()
+        files.tracked_files.cache_clear()
+        files.text_of.cache_clear()
 
     yield write_one
-    check_repo.tracked_files.cache_clear()
-    check_repo.text_of.cache_clear()
+    files.tracked_files.cache_clear()
+    files.text_of.cache_clear()
 
 
 def test_a_long_module_is_found_and_generated_code_is_not(write: Write) -> None:
