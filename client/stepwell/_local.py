@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from stepwell import _model_files
 from stepwell._model_files import ModelSource
 from stepwell.client import Client
-from stepwell.config import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_S, ClientConfig
+from stepwell.config import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_S, ClientConfig, check_switch
 from stepwell.testing import LocalServer, serve_arguments
 
 _STOP_S = 10.0
@@ -175,6 +175,7 @@ class _Told(NamedTuple):
         Raises:
             InvalidInputError: It breaks a rule.
         """
+        check_switch("coalesce", self.coalesce)
         return ClientConfig(address, self.timeout_s, self.max_message_bytes)
 
 

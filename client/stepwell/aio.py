@@ -48,6 +48,7 @@ from stepwell.config import (
     DEFAULT_TIMEOUT_S,
     ClientConfig,
     TlsConfig,
+    check_switch,
     connect_timeout,
     server_address,
     tls_config,
@@ -165,6 +166,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
     """
 
     def __init__(self, config: ClientConfig, *, coalesce: bool = True) -> None:
+        check_switch("coalesce", coalesce)
         self._config = config
         self._coalesce = coalesce
         self._finisher = AsyncFinisher(self._answer)

@@ -35,6 +35,7 @@ from stepwell.config import (
     DEFAULT_TIMEOUT_S,
     ClientConfig,
     TlsConfig,
+    check_switch,
     connect_timeout,
     server_address,
     tls_config,
@@ -144,6 +145,7 @@ class Client(AdminCalls, ModelCalls):
     """
 
     def __init__(self, config: ClientConfig, *, coalesce: bool = True) -> None:
+        check_switch("coalesce", coalesce)
         require_sync(config.event_hooks)
         _tokens.require_sync(config.token)
         self._config = config

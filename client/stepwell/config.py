@@ -166,6 +166,16 @@ def _lease(lease_s: float | None) -> float:
     return float(lease_s)
 
 
+def check_switch(name: str, given: object) -> None:
+    """What is on or off: any other value would be on or off by its truth, "no" on.
+
+    Raises:
+        InvalidInputError: It is no bool.
+    """
+    if not isinstance(given, bool):
+        raise InvalidInputError(f"{name} must be True or False; got {given!r}")
+
+
 def check_timeout(name: str, timeout_s: float) -> float:
     """A time limit that is a number above zero, `math.inf` included.
 
@@ -263,6 +273,8 @@ class ClientConfig:
         object.__setattr__(self, "targets", targets)
         object.__setattr__(self, "tls", tls)
         object.__setattr__(self, "metadata", _metadata.checked(self.metadata))
+        check_switch("tracing", self.tracing)
+        check_switch("allow_insecure_token", self.allow_insecure_token)
         for target in targets:
             self._check_token(target)
         self._check_tenant(self.tenant)

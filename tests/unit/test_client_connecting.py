@@ -169,6 +169,12 @@ async def coroutine_hook(_event: object) -> None:
 TOLD: dict[str, tuple[dict[str, Any], str]] = {
     "no time": ({"connect_timeout_s": 0}, "connect_timeout_s must be above 0"),
     "text for time": ({"connect_timeout_s": "1"}, "connect_timeout_s must be a number of seconds"),
+    "text for a switch": ({"coalesce": "no"}, "coalesce must be True or False; got 'no'"),
+    "a number for a switch": ({"tracing": 0}, "tracing must be True or False; got 0"),
+    "None for a switch": (
+        {"allow_insecure_token": None},
+        "allow_insecure_token must be True or False; got None",
+    ),
     "metadata: a number": ({"metadata": 5}, "metadata must be a mapping, or pairs.*got int"),
     "metadata: no pairs": ({"metadata": [("a", "b", "c")]}, "metadata must be .*got list"),
     "metadata: a space": ({"metadata": {"a b": "c"}}, "keys of metadata must be letters.*got 'a b'"),

@@ -132,6 +132,7 @@ def test_a_client_that_is_told_something_else_has_the_same_server(path: Path, ma
     [
         {"timeout_s": -1},
         {"max_message_bytes": "x"},
+        {"coalesce": "no"},
         {"extra_args": "--import"},
         {"extra_args": ["--resident-rows", 5]},
     ],
