@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 /// Most sessions of one message that are read here.
 pub const MOST_MEMBERS: usize = 65_536;
-pub const MOST_RANK: usize = 32;
+const MOST_RANK: usize = 32;
 /// The revision that stands for "any" in Python's columns, so no session has it.
 const ANY_REVISION: u64 = u64::MAX;
 
@@ -252,21 +252,25 @@ impl<'a> Tensor<'a> {
             match (number, value) {
                 (1, Value::Bytes(name)) => tensor.name = text(name)?,
                 (2, Value::Varint(dtype)) => tensor.dtype = u8::try_from(dtype).map_err(|_| NotPlain)?,
-                (3, Value::Bytes(packed)) => {
-                    let mut axes = Fields::new(packed);
-                    while let Some(axis) = axes.packed()? {
-                        tensor.shape.push(usize::try_from(axis).map_err(|_| NotPlain)?);
-                        if tensor.shape.len() > MOST_RANK {
-                            return Err(NotPlain);
-                        }
-                    }
-                }
+                (3, Value::Bytes(packed)) => tensor.add_axes(packed)?,
                 (4, Value::Bytes(data)) => tensor.data = data,
                 _ => return Err(NotPlain),
             }
         }
         tensor.require_size()?;
         Ok(tensor)
+    }
+
+    /// Add what a packed field holds of the shape: the field may come in parts.
+    pub fn add_axes(&mut self, packed: &[u8]) -> Result<(), NotPlain> {
+        let mut axes = Fields::new(packed);
+        while let Some(axis) = axes.packed()? {
+            self.shape.push(usize::try_from(axis).map_err(|_| NotPlain)?);
+            if self.shape.len() > MOST_RANK {
+                return Err(NotPlain);
+            }
+        }
+        Ok(())
     }
 
     /// There is data, and as much of it as shape and dtype say.
@@ -386,6 +390,20 @@ pub mod tests {
         put_bytes(&mut message, 1, b"a");
         put_bytes(&mut message, 2, &numbers);
         assert_eq!(Step::of_request(&message).unwrap_err(), NotPlain);
+    }
+
+    #[test]
+    fn a_shape_may_come_in_parts_up_to_the_most_axes() {
+        let in_parts = |axes: usize| {
+            let mut tensor = BytesMut::new();
+            put_number(&mut tensor, 2, 1);
+            put_packed(&mut tensor, 3, &[1]);
+            put_packed(&mut tensor, 3, &vec![1; axes - 1]);
+            put_bytes(&mut tensor, 4, &[0; 4]);
+            tensor
+        };
+        assert_eq!(Tensor::of(&in_parts(MOST_RANK)).unwrap().shape, [1; MOST_RANK]);
+        assert_eq!(Tensor::of(&in_parts(MOST_RANK + 1)).unwrap_err(), NotPlain);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::call::Call;
 use crate::callers::SEPARATOR;
 use crate::clock;
 use crate::columns::Request;
-use crate::plain::{text, Step, Tensor, MOST_RANK};
+use crate::plain::{text, Step, Tensor};
 use crate::protobuf::{Fields, NotPlain, Value};
 use crate::server::Shared;
 use bytes::Bytes;
@@ -200,15 +200,7 @@ fn input_of(message: &[u8]) -> Result<Tensor<'_>, NotPlain> {
         match (number, value) {
             (1, Value::Bytes(name)) => tensor.name = text(name)?,
             (2, Value::Bytes(name)) => tensor.dtype = dtype_of(name)?,
-            (3, Value::Bytes(packed)) => {
-                let mut axes = Fields::new(packed);
-                while let Some(axis) = axes.packed()? {
-                    tensor.shape.push(usize::try_from(axis).map_err(|_| NotPlain)?);
-                    if tensor.shape.len() > MOST_RANK {
-                        return Err(NotPlain);
-                    }
-                }
-            }
+            (3, Value::Bytes(packed)) => tensor.add_axes(packed)?,
             _ => return Err(NotPlain),
         }
     }
