@@ -194,6 +194,14 @@ def test_an_id_may_be_anything(envoy: Envoy, session_id: str) -> None:
     assert envoy.json("DELETE", path)[0] == 200
 
 
+@pytest.mark.parametrize("end", ["u:stpe", "u:open", "u:step:again", ":open"])
+def test_a_call_that_there_is_not_opens_nothing(envoy: Envoy, replicas: Sequence[Server], end: str) -> None:
+    status, answer = envoy.json("POST", f"/v1/sessions/{end}", {"model": "seq"})
+    assert (status, answer["code"]) == (404, 5)
+    assert answer["message"] == "no such call; in the id of a session to open, a colon is %3A"
+    assert not any(":" in session_id for server in replicas for session_id in sessions_of(server))
+
+
 def test_a_session_has_one_replica_whoever_calls(envoy: Envoy, replicas: Sequence[Server]) -> None:
     # Where each goes depends on the ports: that one of the replicas has none of them would come about once in 10 ** 10 runs.
     ids = [f"user:{number}/{'x' * number}" for number in range(60)]

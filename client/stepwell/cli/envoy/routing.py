@@ -19,6 +19,9 @@ GO_ELSEWHERE = ("stepwell-retry", "other-replica")
 ORIGINAL_PATH = "x-envoy-original-path"
 #: A path that names a session; the group is its id as it stands there. Ids may have colons.
 _SESSION_PATH = r"/v1/sessions/([^?/]+?)(?::(?:step|reset|fork))?(?:/state)?(?:\?.*)?"
+_OPEN = "/stepwell.v1.SessionService/OpenSession"
+#: A path with a colon at which no known call begins: the transcoder takes it and what follows for a part of an id.
+_UNKNOWN_CALL = r"/v1/sessions/[^?/]*:.*"
 #: Calls that change nothing, which may be sent again whatever became of them. Some of them count as use of a session.
 _READS = r"/stepwell\.v1\.(Session|Model)Service/(Get|List|Predict).*"
 #: Streams of protocols that Stepwell serves beside its own.
@@ -44,6 +47,7 @@ def routes(json_timeout_s: float, origins: Sequence[str]) -> list[Value]:
     is_json: Value = {"name": ORIGINAL_PATH, "present_match": True}
     return [
         *_refusal_of_others(origins),
+        _refusal_of_unknown_calls(),
         # Streams live as long as their clients want, and are silent meanwhile.
         *(
             {"name": "stream", "match": {"path": path}, "route": _route("0s", [by_header], idle="0s")}
@@ -72,6 +76,17 @@ def _refusal_of_others(origins: Sequence[str]) -> list[Value]:
             "direct_response": _forbidden(text),
         }
     ]
+
+
+def _refusal_of_unknown_calls() -> Value:
+    """The route of `/v1/sessions/ID:stpe`, which would open a session of that id; in one that is meant it is `%3A`."""
+    text = "no such call; in the id of a session to open, a colon is %3A"
+    headers: list[Value] = [{"name": ORIGINAL_PATH, "string_match": {"safe_regex": {"regex": _UNKNOWN_CALL}}}]
+    return {
+        "name": "unknown-call",
+        "match": {"path": _OPEN, "headers": headers},
+        "direct_response": {"status": 404, "body": {"inline_string": text}},
+    }
 
 
 def refusal_of_hosts() -> Value:
