@@ -68,17 +68,21 @@ def test_a_broken_pipe_is_quiet_and_141() -> None:
 
 
 def test_a_reader_that_leaves_makes_no_noise() -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stepwell", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    process.stdout.close()
-    process.stdout = None
+    read_end, write_end = os.pipe()
+    os.close(read_end)  # before it begins: what it writes while there is a reader would fit in the pipe
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "stepwell", "--help"],
+            stdout=write_end,
+            stderr=subprocess.PIPE,
+            timeout=200,
+            check=False,
+        )
+    finally:
+        os.close(write_end)
 
-    _, stderr = process.communicate(timeout=200)
-
-    assert stderr == b""
-    assert process.returncode == 141
+    assert done.stderr == b""
+    assert done.returncode == 141
 
 
 def test_a_defect_is_not_hidden() -> None:
