@@ -22,6 +22,7 @@ from stepwell.errors import InvalidInputError, ModelMismatchError
 
 _MAX_ID = 256
 _MAX_UINT32 = 2**32 - 1
+_MOST_POSITION = 2**61
 
 
 def pack_inputs(inputs: Inputs, rows: int | None = None, count: str = "batch_size") -> tuple[Packed, ...]:
@@ -196,10 +197,10 @@ def check_count(name: str, count: object) -> int:
 
 
 def check_position(position: object) -> int:
-    """An integer that fits the protocol's 64 bits."""
+    """An integer that the server takes: far from where 64 bits end, so that no stepping gets there."""
     checked = _integer("position", position)
-    if not 0 <= checked < 2**64:
-        raise InvalidInputError(f"position must be from 0 to {2**64 - 1}; got {checked}")
+    if not 0 <= checked <= _MOST_POSITION:
+        raise InvalidInputError(f"position must be from 0 to 2**61, {_MOST_POSITION}; got {checked}")
     return checked
 
 

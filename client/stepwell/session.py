@@ -322,7 +322,7 @@ class Session(Handle):
             rows: Rows to set, as indexes, each at most once, or as booleans of shape (batch_size,). None: all,
                 and the position becomes `position`. An empty list sets nothing and is no change.
             position: The session's position afterwards, where all rows are set to states that a session had at that
-                position.
+                position; at most 2**61.
             timeout_s: Time limit of this call over all its attempts; None: the client's.
 
         Raises:

@@ -189,6 +189,12 @@ async def test_bad_records_change_nothing() -> None:
                 "batch_size of session 'a' must be 1 to resident_rows, 4; got 0",
             ),
             (other(batch_size=5), InvalidInput, "got 5"),
+            (
+                other(revision=2**62 + 1),
+                InvalidInput,
+                r"revision and position of session 'a' must be at most 2\*\*62, \d+; got 4611686018427387905 and 3",
+            ),
+            (other(position=2**64 - 1), InvalidInput, "got 1 and 18446744073709551615"),
             (other(batch_size=2), InvalidInput, "must have the state and the last reply"),
             (other(rows=good.rows[:-4]), InvalidInput, "must have the state and the last reply"),
             (other(extra=good.extra[:-1]), InvalidInput, "must have the state and the last reply"),

@@ -468,6 +468,11 @@ OF_ONE: dict[str, tuple[str, dict[str, Any], str]] = {
         {"request_ids": [1, 2]},
         "request_ids must be empty or one per session (1); got 2",
     ),
+    "a position that is too near to the end of numbers": (
+        "ResetStates",
+        {"state": GOOD, "position": 2**61 + 1},
+        f"position must be at most 2**61, {2**61}; got {2**61 + 1}",
+    ),
     "two batch sizes": (
         "frame",
         {"batch_sizes": [1, 2]},

@@ -1331,7 +1331,9 @@ class ResetStatesRequest(_message.Message):
     request_id: _builtins.int
     """Random and non-zero, the same in a retry. 0: none."""
     position: _builtins.int
-    """Position after the reset of all rows, where the values are those of a session at that position. Absent: 0."""
+    """Position after the reset of all rows, where the values are those of a session at that position: at most 2^61.
+    Absent: 0.
+    """
     @_builtins.property
     def state(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
         """New values, each (batch_size, ...), or (number of rows, ...) with rows. Absent: the model's initial

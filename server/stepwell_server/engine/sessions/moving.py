@@ -16,7 +16,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core import leases
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.history import How, Mark
-from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.sessions import MOST_COUNTED, SessionTable
 from stepwell_server.engine.api import Observer, Position, SessionFilter
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.group_commit import GroupCommit
@@ -332,6 +332,11 @@ class Moving:
                 f"batch_size of session {session_id!r} must be 1 to resident_rows,"
                 f" {model.slots.resident_limit}; got {header.batch_size}"
             )
+        if max(header.revision, header.position) > MOST_COUNTED:
+            raise InvalidInput(
+                f"revision and position of session {session_id!r} must be at most 2**62, {MOST_COUNTED};"
+                f" got {header.revision} and {header.position}"
+            )
         decoded = decode_many([arriving.recorded_as], [record])
         extra = decoded.extras.get(0, b"")
         if len(decoded.rows) != header.batch_size * model.arena.row_bytes or not _is_reply(
@@ -581,18 +586,6 @@ def _is_reply(model: Model, header: Header, extra: bytes) -> bool:
 
 
 def _encoded(session_id: str, header: Header, rows: bytes, extra: bytes) -> bytes:
-    return encode(
-        session_id,
-        Texts(header.fingerprint, header.model),
-        reply=header.reply,
-        revision=header.revision,
-        position=header.position,
-        request_id=header.request_id,
-        opened_with=header.opened_with,
-        created=header.created,
-        last_used=header.last_used,
-        batch_size=header.batch_size,
-        rows=rows,
-        extra=extra,
-        fields=header.fields,
-    )
+    facts = dataclasses.asdict(header)
+    texts = Texts(facts.pop("fingerprint"), facts.pop("model"))
+    return encode(session_id, texts, rows=rows, extra=extra, **facts)
