@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import heapq
 import random
 import statistics
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +15,10 @@ import pytest
 
 from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.passes.batching_window import BatchingWindow
+from stepwell_server.engine.shares import Threads
 from support.clock import ManualClock
 from support.engine import FixedCost, Harness, running, x
-from support.fake_executor import PLAIN
+from support.fake_executor import PLAIN, WAIT_S
 
 pytestmark = pytest.mark.stores("memory")
 
@@ -338,6 +341,34 @@ async def test_a_pass_goes_without_those_who_do_not_come_back_in_time() -> None:
         at.clock.advance(Wide.fixed_s / 2)
         await at.settled()
         assert rows_of(at) == [2, 2]
+
+
+async def test_an_alarm_that_is_heard_late_has_no_second_one_set_for_the_next_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It rings on its thread while the others come, and the event loop hears of it in the next wait."""
+    wake, rang = Threads.wake, threading.Event()
+    alarms = asyncio.Queue[Callable[[], None]]()
+
+    def held_back(threads: Threads, seconds: float, then: Callable[[], None]) -> threading.Event:
+        alarms.put_nowait(then)
+        return wake(threads, 30.0 if rang.is_set() else seconds, rang.set)
+
+    monkeypatch.setattr(Threads, "wake", held_back)
+    async with running(threads=True) as at:
+        await open_wide(at)
+        await two_halves(at)
+        heard = await asyncio.wait_for(alarms.get(), WAIT_S)
+        assert await asyncio.to_thread(rang.wait, WAIT_S)
+        await at.submit(["a", "b"], x(2), caller="me").none_fails()
+        at.submit(["a", "b"], x(2), caller="me")
+        await asyncio.wait_for(alarms.get(), WAIT_S)
+        heard()
+        for _ in range(5):  # turns of the event loop
+            await asyncio.sleep(0)
+        await at.submit(["c", "d"], x(2), caller="me").none_fails()
+        assert alarms.empty()
+        assert rows_of(at) == [2, 4, 4]
 
 
 async def test_nobody_waits_for_others() -> None:

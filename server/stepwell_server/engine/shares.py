@@ -229,7 +229,7 @@ class Threads:
             self._pool.submit(self._run_next)
 
     def wake(self, seconds: float, then: Callable[[], None]) -> threading.Event:
-        """Call `then` on a thread after so many seconds, unless what is returned is set before.
+        """Call `then` on a thread after so many seconds, unless what is returned is set before; then it is set as well.
 
         For moments: the event loop's own timers know milliseconds.
         """
@@ -237,6 +237,7 @@ class Threads:
 
         def wait() -> None:
             if not over.wait(seconds):
+                over.set()
                 then()
 
         self._pool.submit(wait)

@@ -70,8 +70,9 @@ class PassLoop:
         self._company_until = 0.0
         """Until then long work is cut into short slices."""
         self._window = BatchingWindow(model.max_batch_rows, clock)
-        self._alarm: threading.Event | None = None
-        """Rings when the next pass has waited long enough; set: it does not."""
+        self._alarm = threading.Event()
+        """Rings when the next pass has waited long enough; set: it does not, or has."""
+        self._alarm.set()
         self._idle = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         model.work.listen(self._turn)
@@ -117,12 +118,10 @@ class PassLoop:
         elif self._inbox:
             left_s = self._window.left_s(self._inbox.rows, self._inbox.deadline)
         if left_s:
-            if self._alarm is None:
+            if self._alarm.is_set():
                 self._alarm = self.runner.wake(left_s, self._wake)
             return True
-        if self._alarm is not None:
-            self._alarm.set()
-            self._alarm = None
+        self._alarm.set()
         return False
 
     def _may_wait(self) -> bool:
@@ -134,11 +133,7 @@ class PassLoop:
 
     def _wake(self) -> None:
         """From a thread."""
-        self._loop.call_soon_threadsafe(self._woken)
-
-    def _woken(self) -> None:
-        self._alarm = None
-        self._model.work.ring()
+        self._loop.call_soon_threadsafe(self._model.work.ring)
 
     def _settle(self) -> None:
         """Have no other turn unless there is something to do in it."""
