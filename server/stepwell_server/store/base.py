@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Literal, Protocol
 
@@ -48,6 +48,19 @@ class DocumentsDamaged(StoreError):
 
 class KeyFileError(StoreError):
     """Keys of encryption are missing, or cannot be used. The message names the file or the keys."""
+
+
+def require_no_keys(where: str, known: Collection[str]) -> None:
+    """See that a store that is used without keys has none; `known` are the ids of those it has, `where` is its place.
+
+    Raises:
+        KeyFileError: it was encrypted.
+    """
+    if known:
+        raise KeyFileError(
+            f"the store {where} is encrypted, with {'key' if len(known) == 1 else 'keys'}"
+            f" {', '.join(sorted(known))}: their file must be given"
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from stepwell_server.clock import Clock
 from stepwell_server.store.awaited import AwaitedStore
-from stepwell_server.store.base import KeyFileError, LocalStore, Store, StoreError
+from stepwell_server.store.base import LocalStore, Store, StoreError, require_no_keys
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.times import StoreTimes
@@ -114,11 +114,7 @@ def encrypted(disk: DiskStore, keyring: Keyring | None) -> LocalStore:
     """
     known = disk.key_checks
     if keyring is None:
-        if known:
-            raise KeyFileError(
-                f"the store in {disk.path} is encrypted, with {'key' if len(known) == 1 else 'keys'}"
-                f" {', '.join(sorted(known))}: their file must be given"
-            )
+        require_no_keys(f"in {disk.path}", known)
         return disk
     from stepwell_server.store.encrypted import EncryptedStore
     from stepwell_server.store.sealing import Sealer

@@ -9,7 +9,7 @@ from typing import Literal
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StoreAway
 from stepwell_server.logs import Log
-from stepwell_server.store.base import KeyFileError, StoreError
+from stepwell_server.store.base import StoreError, require_no_keys
 from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.sealing import Sealer
 from stepwell_server.store.valkey import meta
@@ -84,11 +84,7 @@ async def _with_keys(
     """What the store says with the keys that are used, which it remembers."""
     known = found.key_checks
     if keyring is None:
-        if known:
-            raise KeyFileError(
-                f"the store at {url} is encrypted, with {'key' if len(known) == 1 else 'keys'}"
-                f" {', '.join(sorted(known))}: their file must be given"
-            )
+        require_no_keys(f"at {url}", known)
         return found
     keyring.require(known)
     if keyring.first and keyring.first not in known:
