@@ -77,10 +77,15 @@ test: $(INSTALLED) $(FRONT) ## Run all tests but those marked slow (five minutes
 test-unit: $(INSTALLED) ## Run the unit tests (half a minute; ARGS="-k slots" runs some)
 	$(BIN)/pytest tests/unit $(ALL) $(ARGS)
 
-.PHONY: coverage
-coverage: $(INSTALLED) $(FRONT) ## Run all tests, those marked slow too, and fail if they cover less than the floor in pyproject.toml
+.PHONY: test-slow
+test-slow: $(INSTALLED) $(FRONT) ## Run the tests that are marked slow (eight minutes on two idle cores)
 	@$(BIN)/python $(PROGRAMS)
-	$(BIN)/pytest --cov --cov-report=term $(ALL) $(ARGS)
+	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) -m slow $(ARGS)
+
+.PHONY: coverage
+coverage: $(INSTALLED) $(FRONT) ## Run what `make test` runs, and fail if that covers less than the floor in pyproject.toml
+	@$(BIN)/python $(PROGRAMS)
+	$(BIN)/pytest --cov --cov-report=term $(ALL) $(if $(ARGS),,-m "not slow") $(ARGS)
 
 # What runs once more with TLS and tokens, which is said to the harness by STEPWELL_TEST_SECURED=1.
 SECURED := tests/fault $(addprefix tests/integration/test_,$(addsuffix .py,wire_* fronts* sdk_* native_* groups server_stops triton_clients))

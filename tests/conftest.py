@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["STEPWELL_METRICS_LISTEN"] = "off"
     # on a machine that is busy a server that is there may take longer than a second to say so
     os.environ["STEPWELL_CONNECT_TIMEOUT_S"] = "60"
-    config.addinivalue_line("markers", "slow: takes seconds; runs in `make coverage`, not in `make test`")
+    config.addinivalue_line("markers", "slow: takes seconds; runs in `make test-slow`, not in `make test`")
     config.addinivalue_line("markers", "plain(reason): skipped where all servers of the tests are secured")
     if os.environ.get("STEPWELL_TEST_SECURED"):
         from support import secured
