@@ -78,7 +78,11 @@ def test_a_file_says_whose_quotas_are_which() -> None:
         ("default = 3", r"\[default\] must be a table; got 3"),
         ("[tenants]\nacme = 3", r"\[tenants.acme\] must be a table; got 3"),
         ('[tenants."a b"]', r"\[tenants\] must be named by names of tenants; got 'a b'"),
-        ('[callers."a/b/c"]', r'\[callers\] must be named as "TENANT/NAME", .*; got \'a/b/c\''),
+        ('[callers."a b/c"]', r'\[callers\] must be named as "TENANT/NAME", .*; got \'a b/c\''),
+        ('[callers."a/b c"]', r'\[callers\] must be named as "TENANT/NAME", .*; got \'a/b c\''),
+        ('[callers."/c"]', r'\[callers\] must be named as "TENANT/NAME", .*; got \'/c\''),
+        ('[callers."a/"]', r'\[callers\] must be named as "TENANT/NAME", .*; got \'a/\''),
+        ('[callers."b:c"]', r'\[callers\] must be named as "TENANT/NAME", .*; got \'b:c\''),
         ("[default]\nstep = 1", r"\[default\] must have sessions, .* only; got 'step'"),
         ("[callers.a]\nmodels = 1", r'\[callers."a"\] must have sessions, rows, .* only; got'),
         ("[default]\nsessions = -1", r"sessions must be a whole number of at least 0, .*; got -1"),
@@ -134,6 +138,12 @@ def test_a_file_is_read_again_when_it_changes_and_a_broken_one_changes_nothing(
     path.chmod(0o644)
     assert looks() == [False, True, False]
     assert file.table.default.sessions == 3
+
+
+def test_callers_whom_others_name_have_quotas_too() -> None:
+    names = ("acme/auth0|1234", "acme/system:serviceaccount:shop:web", "acme/spiffe://acme.example/web")
+    table = parse("\n".join(f'[callers."{name}"]\nsteps_per_second = 9' for name in names))
+    assert set(table.callers) == set(names)
 
 
 def test_callers_have_no_sessions_of_their_own_in_a_store_that_servers_share() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stepwell_server.core.callers import is_name
+from stepwell_server.core.callers import is_name, is_subject
 from stepwell_server.core.quotas import Limits, QuotaTable
 from stepwell_server.files.watched import WatchedFile, WatchedFileError
 from stepwell_server.logs import Log
@@ -46,7 +46,8 @@ def parse(text: str, *, is_shared: bool = False) -> QuotaTable:
         if not is_name(tenant):
             raise ValueError(f"[tenants] must be named by names of tenants; got {tenant!r}")
     for caller in tables["callers"]:
-        if not all(map(is_name, caller.split("/"))) or caller.count("/") > 1:
+        tenant, slash, name = caller.partition("/")
+        if not is_name(tenant) or (slash and not is_subject(name)):
             raise ValueError(
                 f'[callers] must be named as "TENANT/NAME", or "NAME" where it has no tenant; got {caller!r}'
             )

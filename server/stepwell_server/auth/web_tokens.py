@@ -14,7 +14,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.callers import Caller, Credential, Known, Role, is_name
+from stepwell_server.core.callers import MAX_SUBJECT_LENGTH, Caller, Credential, Known, Role, is_name, is_subject
 from stepwell_server.errors import Unauthenticated
 from stepwell_server.files.watched import WatchedFile
 
@@ -33,7 +33,6 @@ _PRIVATE = {"d", "k", "p", "q"}
 _MOST_KNOWN = 4096
 """Tokens of which it is remembered that they are in order."""
 _ROLES = (Role.ADMIN, Role.USER, Role.VIEWER)
-_MAX_NAME_LENGTH = 256
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,9 +121,9 @@ class WebTokens:
     def _caller_of(self, said: Mapping[str, Any]) -> Caller:
         names = self._claims
         name, tenant, role = (said.get(claim) for claim in ("sub", names.tenant, names.role))
-        if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME_LENGTH or not _is_plain(name):
+        if not isinstance(name, str) or not is_subject(name):
             raise _Refused(
-                f"the claim sub must be 1 to {_MAX_NAME_LENGTH} printable characters without spaces"
+                f"the claim sub must be 1 to {MAX_SUBJECT_LENGTH} printable characters without spaces"
             )
         if not isinstance(tenant, str) or not is_name(tenant):
             raise _Refused(
@@ -139,10 +138,6 @@ class WebTokens:
 
 class _Refused(ValueError):
     """Why a token is not taken, in our words."""
-
-
-def _is_plain(text: str) -> bool:
-    return text.isascii() and all("!" <= character <= "~" for character in text)
 
 
 def _reason(error: Exception) -> str:

@@ -65,6 +65,14 @@ ANYBODY = Caller("", "", Role.ADMIN)
 """Who calls a server that does not ask."""
 
 
+MAX_SUBJECT_LENGTH = 256
+
+
+def is_subject(text: str) -> bool:
+    """Whether it may be the name that others give a caller, an identity provider say: printable ASCII without spaces."""
+    return 0 < len(text) <= MAX_SUBJECT_LENGTH and text.isascii() and all("!" <= each <= "~" for each in text)
+
+
 def is_name(text: str) -> bool:
     """Whether it may be the name of a caller or of a tenant: letters, digits and `._@-`, at most 64."""
     return _NAME.fullmatch(text) is not None
