@@ -236,6 +236,17 @@ class Settings:
                 )
             if self.auth_jwks is None and value is not None:
                 raise SettingsError(f"{option}: must be given with --auth-jwks, the keys that sign")
+        for option, claim, default in (
+            ("--auth-jwt-tenant-claim", self.auth_jwt_tenant_claim, "tenant"),
+            ("--auth-jwt-role-claim", self.auth_jwt_role_claim, "role"),
+        ):
+            if not claim:
+                raise SettingsError(f"{option}: must be the name of a claim; it is empty")
+            # Who names a claim wants callers to be known by JWTs, and would get a server that asks nobody.
+            if self.auth_jwks is None and claim != default:
+                raise SettingsError(
+                    f"{option}: must be given with --auth-jwks, the keys that sign; got {claim!r} alone"
+                )
 
     @property
     def asks_callers(self) -> bool:

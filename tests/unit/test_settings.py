@@ -95,13 +95,25 @@ def test_what_is_said_of_callers_goes_together(model: str) -> None:
         "tenant",
         True,
     )
-    assert not read_settings([model, "--auth-jwt-tenant-claim", "org"], {}).asks_callers
+    named = read_settings(
+        [model, *jwks, "--auth-jwt-tenant-claim", "org", "--auth-jwt-role-claim", "may"], {}
+    )
+    assert (named.auth_jwt_tenant_claim, named.auth_jwt_role_claim) == ("org", "may")
     for arguments, message in (
         (["--auth-certificates", "c"], "--auth-certificates: must be given with --tls-client-ca"),
         (jwks[:4], "--auth-jwt-issuer: must be given with --auth-jwks"),
         ([*jwks[:2], *jwks[4:]], "--auth-jwt-audience: must be given with --auth-jwks"),
         ([*jwks[:2], "--auth-jwt-audience", "", *jwks[4:]], "--auth-jwt-audience: must be given"),
         (jwks[2:4], "--auth-jwt-audience: must be given with --auth-jwks, the keys"),
+        (
+            ["--auth-jwt-tenant-claim", "org"],
+            "--auth-jwt-tenant-claim: must be given with --auth-jwks, .* 'org'",
+        ),
+        (["--auth-jwt-role-claim", "may"], "--auth-jwt-role-claim: must be given with --auth-jwks, .* 'may'"),
+        (
+            [*jwks, "--auth-jwt-role-claim", ""],
+            "--auth-jwt-role-claim: must be the name of a claim; it is empty",
+        ),
     ):
         with pytest.raises(SettingsError, match=message):
             read_settings([model, *arguments], {})

@@ -14,7 +14,15 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.callers import MAX_SUBJECT_LENGTH, Caller, Credential, Known, Role, is_name, is_subject
+from stepwell_server.core.callers import (
+    MAX_SUBJECT_LENGTH,
+    Caller,
+    Credential,
+    Known,
+    Role,
+    is_name,
+    is_subject,
+)
 from stepwell_server.errors import Unauthenticated
 from stepwell_server.files.watched import WatchedFile
 
