@@ -445,6 +445,9 @@ async def test_tls(tmp_path: Path) -> None:
                 f"?ca={ours.cert}&cert={mine.key}&key={mine.key}",
                 "cert and key: .* must be a certificate and its key",
             ),
+            # the words of TLS, not of the system's error of the same number
+            (f"?ca={mine.key}", r"ca: .* must have certificates of authorities: .*NO_CERTIFICATE"),
+            (f"?ca={ours.cert}&cert={mine.cert}&key={stranger.key}", "cert and key: .*KEY_VALUES_MISMATCH"),
         ]:
             with pytest.raises(StoreError, match=message):
                 await opened(valkey.url(rest))

@@ -399,6 +399,8 @@ def _is_about_tls(error: BaseException) -> bool:
 def _reason(error: BaseException) -> str:
     if isinstance(error, asyncio.IncompleteReadError | EOFError):
         return "the connection was closed"
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, socket.gaierror):
+    # Their numbers are not the system's.
+    has_own_numbers = isinstance(error, socket.gaierror | ssl.SSLError)
+    if isinstance(error, OSError) and error.errno is not None and not has_own_numbers:
         return os.strerror(error.errno)
     return str(error) or type(error).__name__
