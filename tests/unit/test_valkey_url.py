@@ -137,3 +137,13 @@ def test_a_password_file_is_not_for_all_to_write(tmp_path: Path) -> None:
     file.chmod(0o622)
     with pytest.raises(UrlError, match="password_file: "):
         parse(f"valkey://h?password_file={file}", {})
+
+
+def test_a_password_file_is_not_for_all_to_read(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("p\n")
+    file.chmod(0o440)
+    assert parse(f"valkey://h?password_file={file}", {}).login.password == "p"
+    file.chmod(0o644)
+    with pytest.raises(UrlError, match="password_file: .* must be readable by its owner only; .*: chmod 600"):
+        parse(f"valkey://h?password_file={file}", {})

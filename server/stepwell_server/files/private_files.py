@@ -179,13 +179,14 @@ def replace(path: Path, content: bytes) -> None:
 # ------------------------------------------------------------------------------------------------ the user's secrets
 
 
-def require_secret(path: Path, *, may_be_read: bool = False) -> None:
+def require_secret(path: Path, *, may_be_read: bool = False, group_may_read: bool = False) -> None:
     """Check a file that holds a secret of the user's. Nothing is changed: whoever made it decides.
 
     Args:
         path: the file; a link is followed. A file that is not there is no business of this function's.
         may_be_read: a file that other users can read is only complained of, with a warning, and not at all if only
             its group can (certificates' keys are often shared so).
+        group_may_read: a file that its group can read is taken, but not one that everybody can.
 
     Raises:
         NotPrivateError: another user can change it or put another in its place, or can read it.
@@ -194,7 +195,7 @@ def require_secret(path: Path, *, may_be_read: bool = False) -> None:
     if file is None:
         return
     by_others, by_group = file.mode & stat.S_IROTH, _group_may(file, _READ)
-    if not by_others and not by_group:
+    if not by_others and (not by_group or group_may_read):
         return
     problem = f"{path} must be readable by its owner only; {_wideness(file)}: chmod 600 {path}"
     if not may_be_read:
