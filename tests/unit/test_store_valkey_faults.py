@@ -230,12 +230,18 @@ async def test_sync_is_what_waits_for_disk_and_replicas(valkey: Valkey) -> None:
     assert (await put(strict, [("t", record("t"))], [0]))[0] == Committed(unknown=frozenset({"t"}))
     # nor what others have written: it is not told before
     for name in ("s", "gone"):
-        with pytest.raises(StoreAway, match="must have on its disk what it is asked for"):
+        with pytest.raises(
+            StoreAway,
+            match=r"must have on its disk and that of 1 replicas \(replicas=1\) what it is asked for",
+        ):
             await strict.fetch([name])
         assert (await plain.fetch([name]))[0].is_known is False
     # nor what is as it was known, or not there: it may not be the primary any more
     for name, known in (("s", [stamp]), ("never", [])):
-        with pytest.raises(StoreAway, match="must have on its disk what it is asked for"):
+        with pytest.raises(
+            StoreAway,
+            match=r"must have on its disk and that of 1 replicas \(replicas=1\) what it is asked for",
+        ):
             await strict.fetch([name], known)
     assert (await plain.fetch(["s"], [stamp]))[0].is_known
     with pytest.raises(StoreAway):
@@ -386,12 +392,48 @@ async def test_user_and_password() -> None:
         assert await store.commit(Batch(documents=[("d", b"x")])) is ALL_KEPT
         assert (await store.check()).problem == ""
         valkey.ask("ACL", "SETUSER", "own", "-evalsha")
-        with pytest.raises(Unavailable, match="it refuses: NOPERM"):
+        with pytest.raises(Unavailable, match=r"it refuses: NOPERM$"):
             await put(store, [("t", record("t"))], [0])
+        assert "no permissions to run the 'evalsha' command" in (await store.check()).problem
+        with pytest.raises(StoreAway, match="no permissions to run the 'evalsha' command"):
+            await opened(f"valkey://own:own@{valkey.address}/0")
+        valkey.ask("ACL", "SETUSER", "own", "+evalsha")
+        assert (await store.check()).problem == ""
         valkey.ask("ACL", "DELUSER", "own")  # its connections end
         with pytest.raises(StoreAway):
             await store.fetch(["s"])
         assert "does not let us in" in (await store.check()).problem
+        await store.close()
+
+
+async def test_a_store_that_refuses_changes_is_not_well() -> None:
+    with Valkey(append="") as valkey:
+        store = await opened(valkey.url())
+        valkey.ask("CONFIG", "SET", "min-replicas-to-write", "1")
+        with pytest.raises(Unavailable, match=r"it refuses: NOREPLICAS$"):
+            await put(store, [("s", record("s"))], [0])
+        assert "Not enough good replicas to write" in (await store.check()).problem
+        valkey.ask("CONFIG", "SET", "min-replicas-to-write", "0")
+        assert (await store.check()).problem == ""
+        # what has no memory left still reads and closes sessions
+        valkey.ask("CONFIG", "SET", "maxmemory", "1")
+        with pytest.raises(Overloaded):
+            await put(store, [("s", record("s"))], [0])
+        assert (await store.check()).problem == ""
+        await store.close()
+
+
+async def test_a_store_whose_replica_hangs_is_not_well() -> None:
+    with Valkey(append="always") as primary, Valkey(append="always") as replica:
+        replica.follow(primary)
+        store = await opened(primary.url("?replicas=1&timeout_ms=1500"), durability="sync")
+        assert (await put(store, [("s", record("s"))], [0]))[0] is ALL_KEPT
+        assert (await store.check()).problem == ""
+        with paused(replica):  # it is connected still
+            assert (await put(store, [("t", record("t"))], [0]))[0] == Committed(unknown=frozenset({"t"}))
+            assert "1 replicas (replicas=1)" in (await store.check()).problem
+        assert (await put(store, [("u", record("u"))], [0]))[0] is ALL_KEPT
+        assert (await store.check()).problem == ""
         await store.close()
 
 

@@ -145,5 +145,7 @@ def test_a_password_file_is_not_for_all_to_read(tmp_path: Path) -> None:
     file.chmod(0o440)
     assert parse(f"valkey://h?password_file={file}", {}).login.password == "p"
     file.chmod(0o644)
-    with pytest.raises(UrlError, match="password_file: .* must be readable by its owner only; .*: chmod 600"):
+    with pytest.raises(
+        UrlError, match=r"password_file: .* must be readable by its owner only; .*: chmod 600"
+    ):
         parse(f"valkey://h?password_file={file}", {})

@@ -18,7 +18,7 @@ from stepwell_server.store.valkey.health import examine
 from stepwell_server.store.valkey.keys import Keys
 from stepwell_server.store.valkey.losses import Losses
 from stepwell_server.store.valkey.nodes import Topology, topology_of
-from stepwell_server.store.valkey.requests import LIMIT, Requests
+from stepwell_server.store.valkey.requests import LIMIT, Refuses, Requests
 from stepwell_server.store.valkey.store import ValkeyStore
 from stepwell_server.store.valkey.url import StoreUrl
 
@@ -48,8 +48,10 @@ async def open_valkey(
         if not found.is_marked:
             await meta.set_marked(requests, url.prefix)
             found = dataclasses.replace(found, is_marked=True)
-    except BaseException:
+    except BaseException as error:
         topology.close()
+        if isinstance(error, Refuses):
+            raise StoreAway(error.why, _RETRY_AFTER_S) from None
         raise
     sealer = None if keyring is None else Sealer(keyring)
     return ValkeyStore(url, found, topology, requests, clock, sealer, losses)

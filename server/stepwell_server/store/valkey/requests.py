@@ -34,6 +34,15 @@ NO_OTHER = object()
 _LOAD: Sequence[Command] = [(b"SCRIPT", b"LOAD", script.source.encode()) for script in ALL]
 
 
+class Refuses(Unavailable):
+    """The store does not do what it is asked, for want of a right say. Callers are told the first word of its answer."""
+
+    def __init__(self, reply: Refused) -> None:
+        super().__init__(f"the store must do what it is asked; it refuses: {reply.code}")
+        self.why = f"the store must do what it is asked; it refuses: {reply}"
+        """With all of its answer, for people who run the server."""
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Request:
     """A command whose keys are all of one partition, or in one node anyway, and what became of it."""
@@ -349,11 +358,11 @@ class Requests:
 
 
 def _error(reply: Refused, request: Request) -> ServerError:
-    """What callers are told; the log has what the server said."""
+    """What callers are told; the log and `Refuses.why` have what the server said."""
     if reply.code == _WRONG_TYPE:
         _log.error(_OTHER_TYPE, key=request.keys)
     else:
         _log.warning("the store refuses", reason=str(reply))
     if reply.code == "OOM":
         return Overloaded("the store must have memory left; it has none", retry_after_s=_RETRY_AFTER_S)
-    return Unavailable(f"the store must do what it is asked; it refuses: {reply.code}")
+    return Refuses(reply)

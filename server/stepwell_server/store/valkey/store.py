@@ -12,7 +12,7 @@ import numpy as np
 from typing_extensions import override
 
 from stepwell_server.clock import Clock
-from stepwell_server.errors import ServerError, StateCorrupt, StoreAway, StoreGone
+from stepwell_server.errors import Overloaded, ServerError, StateCorrupt, StoreAway, StoreGone
 from stepwell_server.logs import Log
 from stepwell_server.store.base import (
     CLIENT_KNOWN_S,
@@ -48,7 +48,7 @@ from stepwell_server.store.valkey.keys import (
 from stepwell_server.store.valkey.listing import ids_after
 from stepwell_server.store.valkey.losses import Losses
 from stepwell_server.store.valkey.nodes import Topology
-from stepwell_server.store.valkey.requests import LIMIT, Request, Requests
+from stepwell_server.store.valkey.requests import LIMIT, Refuses, Request, Requests
 from stepwell_server.store.valkey.url import StoreUrl
 
 _log = Log("store.valkey")
@@ -166,7 +166,7 @@ class ValkeyStore(Store):
         if request.problem is not None:
             raise request.problem
         if not request.is_durable:
-            raise _not_durable()
+            raise _not_durable(self._url.replicas)
         return documents.stale_of(request.reply)
 
     @override
@@ -242,7 +242,7 @@ class ValkeyStore(Store):
         left, unmarked = [], set[int]()
         for request, (partition, places), (now_ms, *values) in zip(requests, groups, replies, strict=True):
             if self._requests.confirms and not request.is_durable:
-                raise _not_durable()
+                raise _not_durable(self._url.replicas)
             if len(values) < len(places):
                 left.append((partition, places[len(values) :]))
             others: list[int] = []
@@ -258,7 +258,7 @@ class ValkeyStore(Store):
                     continue
                 found[place] = each
                 if not (each.is_known or request.is_durable):
-                    raise _not_durable()
+                    raise _not_durable(self._url.replicas)
             if changed is not None and others:
                 changed.append((partition, others))
         if unmarked:
@@ -448,7 +448,7 @@ class ValkeyStore(Store):
         *_, read = requests = documents.reading(self._keys, fence=is_fenced)
         await self._ask(requests, waits=is_fenced)
         if not read.is_durable:
-            raise _not_durable()
+            raise _not_durable(self._url.replicas)
         return documents.found_in(read.reply, prefix)
 
     @override
@@ -468,10 +468,13 @@ class ValkeyStore(Store):
             async with asyncio.timeout(self._limit_s):
                 await self._topology.look()
                 found = await examine(self._topology, self._url, self._durability, self._url.timeout_s)
+            problem = "; ".join([*found.unfit, *found.problems]) or await self._why_no_changes()
         except StoreAway as error:
             return StoreHealth(problem=f"{error.message}: {self._requests.trouble}", warns_of="store")
         except StoreGone:
             raise
+        except Refuses as error:
+            return StoreHealth(problem=error.why, warns_of="store")
         except ServerError as error:
             return StoreHealth(problem=error.message, warns_of="store")
         except Lost as error:
@@ -480,11 +483,26 @@ class ValkeyStore(Store):
             return StoreHealth(problem="its servers do not say how they are", warns_of="store")
         warnings = [*found.warnings, self._losses.warning]
         return StoreHealth(
-            problem="; ".join([*found.unfit, *found.problems]),
+            problem=problem,
             warning="; ".join(each for each in warnings if each),
             warns_of="store",
             lost_sessions=self._losses.count,
         )
+
+    async def _why_no_changes(self) -> str:
+        """Why changes are not kept, found by one that changes nothing: not every server that keeps none says so of itself.
+
+        It may lack a right, want more replicas, or wait for one that hangs.
+
+        Raises:
+            ServerError: it refuses, or does not answer.
+        """
+        request = documents.writing(self._keys, Batch())
+        try:
+            await self._ask([request], waits=self._requests.waits)
+        except Overloaded:  # sessions are read and closed without memory
+            return ""
+        return "" if request.is_durable else _not_durable(self._url.replicas).message
 
     async def _require_same(self) -> list[str]:
         """See whether this is still the store that was opened; one that lost everything is made again as it was.
@@ -547,7 +565,8 @@ def _dated(header: Header | None, last_used: float) -> Header | None:
     return None if header is None else dataclasses.replace(header, last_used=last_used)
 
 
-def _not_durable() -> StoreAway:
+def _not_durable(replicas: int) -> StoreAway:
+    where = f"its disk and that of {replicas} replicas (replicas={replicas})" if replicas else "its disk"
     return StoreAway(
-        "the store must have on its disk what it is asked for; it has not yet", retry_after_s=_RETRY_AFTER_S
+        f"the store must have on {where} what it is asked for; it has not yet", retry_after_s=_RETRY_AFTER_S
     )

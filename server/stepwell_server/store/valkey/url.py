@@ -282,7 +282,9 @@ def password_in(path: Path) -> str:
         UrlError: it cannot be read, is not private, or has not one line.
     """
     try:
-        private_files.require_secret(path, group_may_read=True)  # secrets of containers are their group's, too
+        private_files.require_secret(
+            path, group_may_read=True
+        )  # secrets of containers are their group's, too
         lines = path.read_text().splitlines()
     except private_files.NotPrivateError as error:
         raise UrlError(f"password_file: {error}") from None
