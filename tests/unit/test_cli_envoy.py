@@ -105,6 +105,18 @@ def test_steps_are_sent_once() -> None:
             )
 
 
+def test_no_call_is_cut_off_for_a_silence_that_it_may_keep() -> None:
+    (listener,) = written(*REPLICAS, "--json-timeout-s", "20m")["static_resources"]["listeners"]
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    routes = [
+        route["route"] for route in manager["route_config"]["virtual_hosts"][0]["routes"] if "route" in route
+    ]
+    for route in routes:
+        limit, silence = (float(route[name].removesuffix("s")) for name in ("timeout", "idle_timeout"))
+        assert (silence == 0) if limit == 0 else (silence > limit == 1200)
+    assert {route["timeout"] for route in routes} == {"0s", "1200s"}
+
+
 def test_replicas_let_themselves_be_asked_so_often_whether_they_are_there() -> None:
     (cluster,) = written(*REPLICAS)["static_resources"]["clusters"]
     (options,) = cluster["typed_extension_protocol_options"].values()

@@ -15,6 +15,8 @@ CLUSTER = "stepwell"
 SESSION_HEADER = "stepwell-session"
 #: With what a replica says that nothing of a call was done, and that another replica may do it: it starts, or stops.
 GO_ELSEWHERE = ("stepwell-retry", "other-replica")
+#: How long the caller of a call in JSON may send nothing of it, beside the time that the answer may take.
+_SENDING_S = 300
 #: What Envoy's transcoder puts there: the path as the caller wrote it.
 ORIGINAL_PATH = "x-envoy-original-path"
 #: A path that names a session; the group is its id as it stands there. Ids may have colons.
@@ -40,7 +42,7 @@ def routes(json_timeout_s: float, origins: Sequence[str]) -> list[Value]:
         origins: of the pages that may call from a browser; * for all.
         json_timeout_s: how long a call in JSON may take, which says no deadline itself.
     """
-    limit = f"{json_timeout_s:g}s"
+    limit, silence = f"{json_timeout_s:g}s", f"{json_timeout_s + _SENDING_S:g}s"
     by_header = _hashed_by(SESSION_HEADER, terminal=True)
     by_path = _hashed_by(ORIGINAL_PATH, rewritten=_SESSION_PATH)
     is_of_session: Value = {"name": ORIGINAL_PATH, "string_match": {"safe_regex": {"regex": _SESSION_PATH}}}
@@ -50,13 +52,13 @@ def routes(json_timeout_s: float, origins: Sequence[str]) -> list[Value]:
         _refusal_of_unknown_calls(),
         # Streams live as long as their clients want, and are silent meanwhile.
         *(
-            {"name": "stream", "match": {"path": path}, "route": _route("0s", [by_header], idle="0s")}
+            {"name": "stream", "match": {"path": path}, "route": _route("0s", "0s", [by_header])}
             for path in (*streams(), *_OTHER_STREAMS)
         ),
-        *_calls("json-session", [is_of_session], limit, [by_header, by_path]),
-        *_calls("json", [is_json], limit, [by_header]),
-        # A gRPC caller has a deadline of its own, which the replica keeps.
-        *_calls("grpc", [], "0s", [by_header]),
+        *_calls("json-session", [is_of_session], limit, silence, [by_header, by_path]),
+        *_calls("json", [is_json], limit, silence, [by_header]),
+        # A gRPC caller has a deadline of its own, which the replica keeps, and waits for a long answer in silence.
+        *_calls("grpc", [], "0s", "0s", [by_header]),
     ]
 
 
@@ -103,22 +105,24 @@ def _forbidden(text: str) -> Value:
     return {"status": 403, "body": {"inline_string": text}}
 
 
-def _calls(name: str, headers: list[Value], timeout: str, hash_policy: list[Value]) -> list[Value]:
+def _calls(
+    name: str, headers: list[Value], timeout: str, silence: str, hash_policy: list[Value]
+) -> list[Value]:
     """The routes of calls with these headers: of those that change nothing, and of the others."""
     reads: dict[str, Value] = {"safe_regex": {"regex": _READS}}
     others: dict[str, Value] = {"prefix": "/"}
     if headers:
         reads["headers"] = others["headers"] = headers
     return [
-        {"name": f"{name}-read", "match": reads, "route": _route(timeout, hash_policy, retries=",reset")},
-        {"name": name, "match": others, "route": _route(timeout, hash_policy)},
+        {"name": f"{name}-read", "match": reads, "route": _route(timeout, silence, hash_policy, ",reset")},
+        {"name": name, "match": others, "route": _route(timeout, silence, hash_policy)},
     ]
 
 
-def _route(timeout: str, hash_policy: list[Value], idle: str = "", retries: str = "") -> Value:
+def _route(timeout: str, silence: str, hash_policy: list[Value], retries: str = "") -> Value:
+    """How calls go on: `timeout` from the whole request to the whole answer, `silence` between any two parts of either."""
     route: dict[str, Value] = {"cluster": CLUSTER, "timeout": timeout, "hash_policy": hash_policy}
-    if idle:
-        route["idle_timeout"] = idle
+    route["idle_timeout"] = silence  # Envoy's own is five minutes
     if retries:
         route["retry_policy"] = retry_policy(retries)
     return route
