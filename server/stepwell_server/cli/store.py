@@ -212,9 +212,11 @@ def backup(place: Path | StoreUrl, file: Path, max_rate: int | None, as_json: bo
 def restore(file: Path, place: Path | StoreUrl, key_file: Path | None, moved: bool, as_json: bool) -> None:
     """Make a store of the backup FILE, of whatever kind of store that is.
 
-    DATA_DIR must not be there yet, or be empty; at URL, the --store of servers that share one, there must be no store. All of FILE is checked before. Sessions go on with the states that they had, at revisions 1000000000000 higher: above any
-    that a client was told since, so that what it sends is refused (REVISION_CONFLICT), not taken for a change of what it
-    knows. With --moved they keep their revisions: for the backup of a server that was stopped, and stays so.
+    DATA_DIR must not be there yet, or be empty; at URL, the --store of servers that share one, there must be no store.
+    All of FILE is checked before. Sessions go on with the states that they had, at revisions that are higher by the
+    microseconds since 1970: above any that a client was told since, so that what it sends is refused
+    (REVISION_CONFLICT), not taken for a change of what it knows. With --moved they keep their revisions: for the backup
+    of a server that was stopped, and stays so.
     """
     with _failures():
         if isinstance(place, Path):
