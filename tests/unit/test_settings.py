@@ -321,6 +321,11 @@ def test_a_value_that_cannot_be_read_is_named_with_its_origin(
         assert value in message
 
 
+def test_a_password_in_what_should_be_the_url_of_a_store_is_not_shown(model: str) -> None:
+    for text in ("valkey//u:s3cret@h/0", "valkey://u:s3cret/x@h/0", "valkey://u:s3cret?x=1@h/0"):
+        assert "s3c" not in refused([model, f"--store={text}"], {})
+
+
 @pytest.mark.parametrize(
     ("models", "expected"),
     [

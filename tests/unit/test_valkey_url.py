@@ -113,6 +113,11 @@ def test_a_url_as_it_is_shown_has_no_password_and_says_the_same() -> None:
         ("valkey://h?color=red", "color is not known; there are prefix, partitions"),
         ("valkey://h?x", "behind '\\?' there must be NAME=VALUE"),
         ("valkey://h#x", "it must have no '#'"),
+        # of a password that is not written as in a URL nothing is shown
+        ("valkey://u:s3c/ret@h/0", "^in a name or password '/' must be written %2F"),
+        ("valkey://u:33/ret@h/0", "^in a name or password '/' must be written %2F"),
+        ("valkey://u:s3c?r=t@h/0", "^in a name or password '/' must be written %2F"),
+        ("valkey://h:x?prefix=a", "an address must be HOST or HOST:PORT .*; got 'h:x'"),
         ("valkey://u:p@h?password_file=/x", "password_file must not be given with a password in the URL"),
         ("valkey://h?password_file=/no/such/file", "password_file: .*/no/such/file"),
     ],

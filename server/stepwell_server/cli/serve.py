@@ -59,10 +59,10 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
                 self.fail(str(error), param, ctx)
         value = "disk" if value == "lmdb" else value
         if value not in self.choices:
+            # meant to be a URL with a password, maybe
+            got = "a text with '@'" if "@" in value else repr(value)
             self.fail(
-                f"must be disk, memory, or the URL of a Valkey, valkey://HOST/0 say; got {value!r}",
-                param,
-                ctx,
+                f"must be disk, memory, or the URL of a Valkey, valkey://HOST/0 say; got {got}", param, ctx
             )
         return super().convert(value, param, ctx)
 

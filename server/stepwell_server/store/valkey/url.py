@@ -142,6 +142,7 @@ def parse(text: str, environ: Mapping[str, str] | None = None) -> StoreUrl:
     if sentinel and is_cluster:
         raise UrlError("sentinel and cluster must not be given together: a Cluster fails over by itself")
     user_and_password, _, hosts = parts.netloc.rpartition("@")
+    _require_whole_password(parts)
     addresses = _addresses(hosts, _SENTINEL_PORT if sentinel else _PORT)
     database = _database(parts)
     if is_cluster and database:
@@ -218,6 +219,18 @@ class _Options:
             if name in self._OF_TLS and not is_secure:
                 raise UrlError(f"{name} must be given with valkeys:// or rediss://, which are for TLS")
             raise UrlError(f"{name} is not known; there are {', '.join(self._KNOWN)}")
+
+
+def _require_whole_password(parts: SplitResult) -> None:
+    """Find a password with which the URL was taken apart in the wrong place: no message may have a piece of it.
+
+    Raises:
+        UrlError: there is one.
+    """
+    host, _, port = parts.netloc.partition(":")
+    is_address = "@" in parts.netloc or host.startswith("[") or "," in port or not port or port.isdecimal()
+    if "@" in parts.path or ("@" in parts.query and not is_address):
+        raise UrlError("in a name or password '/' must be written %2F, '?' %3F and '@' %40")
 
 
 def _addresses(hosts: str, port: int) -> tuple[Address, ...]:
