@@ -79,7 +79,7 @@ def test_sync_needs_a_server_that_writes(tmp_path: Path) -> None:
     with Valkey(append="") as volatile, Valkey(append="no") as lazy:
         for server, message in [
             (volatile, "--store: .*: durability sync needs appendonly yes; it is no"),
-            (lazy, "--store: .*: durability sync needs appendfsync always or everysec; it is no"),
+            (lazy, "--store: .*: durability sync needs appendfsync always; it is no"),
         ]:
             with serve("--store", server.url(), ready=False) as refused:
                 code, _, log = refused.finish()

@@ -235,7 +235,7 @@ def test_a_store_that_is_shared(settings: Settings) -> None:
         assert f"--store: {valkey.address}: maxmemory-policy must be noeviction" in said
         valkey.ask("CONFIG", "SET", "appendfsync", "no")
         (problem,) = wrong(shared(valkey.url()))
-        assert "durability sync needs appendfsync always or everysec; it is no" in problem
+        assert "durability sync needs appendfsync always; it is no" in problem
     (problem,) = wrong(shared(valkey.url()))
     assert f"--store: {valkey.address} cannot be connected to: Connection refused" in problem
 

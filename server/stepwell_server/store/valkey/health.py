@@ -91,11 +91,15 @@ def _sync(facts: Mapping[str, str], settings: Mapping[str, str], replicas: int, 
     if facts.get("aof_enabled") == "0":
         unfit.append("durability sync needs appendonly yes; it is no")
     if flush == "no":
-        unfit.append("durability sync needs appendfsync always or everysec; it is no")
+        unfit.append("durability sync needs appendfsync always; it is no")
     elif flush == "everysec":
-        warnings.append("with appendfsync everysec each change waits for up to a second: set always")
+        # Valkey 8.1.1, and servers of 7.4 until redis/redis#13793: WAITAOF answers before they have flushed.
+        warnings.append(
+            "with appendfsync everysec a server may say that a change is on its disk up to two seconds before it is:"
+            " durability sync needs always"
+        )
     elif not flush:
-        warnings.append("appendfsync cannot be seen (CONFIG GET); durability sync needs always, or everysec")
+        warnings.append("appendfsync cannot be seen (CONFIG GET); durability sync needs always")
     if replicas and timeout_s * WAIT_SHARE < _REPLICA_TELLS_S:
         least_ms = math.ceil(_REPLICA_TELLS_S / WAIT_SHARE * 1000)
         warnings.append(
