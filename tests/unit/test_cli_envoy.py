@@ -165,6 +165,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "two ways": ((*REPLICAS, "--dns", "a:1"), "replicas must be given by --replica"),
     "one twice": (("--replica", "a:1", "--replica", "a:1"), "--replica must name each replica once"),
+    "callers and orders": (
+        (*REPLICAS, "--listen", "127.0.0.1:9901"),
+        "--admin must be another address than --listen; got 127.0.0.1:9901 for both",
+    ),
     "no port": (("--replica", "a"), "must be HOST:PORT or [IPv6]:PORT; got 'a'"),
     "port 0": (("--replica", "a:0"), "'0' is not a port from 1 to 65535"),
     "no host": ((*REPLICAS, "--listen", ":8080"), "the host is missing"),

@@ -209,7 +209,7 @@ def envoy_config(
         replicas=given,
         is_one_name=dns is not None,
         listen=listen,
-        admin=_admin(admin),
+        admin=_admin(admin, listen),
         caller_tls=caller_tls,
         replica_tls=_replica_tls(replica_tls_ca, replica_tls_name, replica_tls_cert, replica_tls_key, given),
         hosts=_hosts(hosts, listen),
@@ -244,7 +244,7 @@ def _hosts(given: Sequence[str], listen: Address) -> Sequence[str]:
     return list(dict.fromkeys(("localhost", "127.0.0.1", "[::1]", own)))
 
 
-def _admin(text: str) -> Address | None:
+def _admin(text: str, listen: Address) -> Address | None:
     if text == "off":
         return None
     try:
@@ -256,6 +256,8 @@ def _admin(text: str) -> Address | None:
         raise click.UsageError(
             f"--admin must be an address of this machine alone, or off; got {address.host}"
         )
+    if address == listen and address.port:
+        raise click.UsageError(f"--admin must be another address than --listen; got {text} for both")
     return address
 
 
