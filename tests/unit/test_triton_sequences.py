@@ -204,7 +204,9 @@ async def test_an_end_whose_answer_is_lost_says_that_it_counted() -> None:
         client.inference.sequences._ended = EndedReplies()
         message = await refused(InvalidInput, client.send(last))
         assert message.startswith(must_start(3))
-        assert "ended with this very request" in message
+        assert (
+            "ended with this very request, and its answer was in the memory of the server process" in message
+        )
 
 
 async def test_an_expired_sequence_must_start_again() -> None:

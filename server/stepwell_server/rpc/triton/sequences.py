@@ -287,7 +287,7 @@ class Sequences:
             if await self._engine.close_session(request.session_id, request_id=given.request_id):
                 raise InvalidInput(
                     f"{not_started(request.sequence_id, request.model).message}: the last one ended with this very"
-                    " request, and its answer was lost with the server's process",
+                    " request, and its answer was in the memory of the server process that gave it",
                     cause="ALREADY_APPLIED",
                 )
 
