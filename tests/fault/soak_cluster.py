@@ -150,7 +150,7 @@ class Round:
         """Fail-overs that lose something. Callers of the SDK would see it, so there are none."""
         chance = self._chance
         with (
-            Sentinels(replicas=1, append="everysec") as watched,
+            Sentinels(replicas=1) as watched,
             Replicas(watched.url(), REPLICAS, *ASYNC) as replicas,
             RoverProcess(replicas.addresses, rovers, chance.getrandbits(31), pause_s=0.03) as load,
             contextlib.closing(history.Log(rovers, 0)) as log,

@@ -94,7 +94,7 @@ def test_a_fail_over_that_loses_something(tmp_path: Path) -> None:
     """With `async` the last changes of each session may be gone, and nothing else."""
     chance = random.Random(46)
     with (
-        Sentinels(replicas=1, append="everysec") as watched,
+        Sentinels(replicas=1) as watched,
         Replicas(watched.url(), 2, *ASYNC) as replicas,
         RoverProcess(replicas.addresses, tmp_path / "history", 46) as load,
         contextlib.closing(Log(tmp_path / "history", 46)) as log,

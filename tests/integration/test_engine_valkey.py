@@ -21,7 +21,7 @@ LONGEST_LEASE = (7, 3650 * 86_400_000)
 
 @pytest.fixture(scope="module")
 def valkey() -> Iterator[Valkey]:
-    with Valkey(append="everysec") as server:
+    with Valkey() as server:
         yield server
 
 

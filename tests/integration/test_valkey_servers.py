@@ -76,10 +76,10 @@ def test_a_server_says_what_is_wrong_with_its_store(valkey: Valkey, tmp_path: Pa
 
 @pytest.mark.slow
 def test_sync_needs_a_server_that_writes(tmp_path: Path) -> None:
-    with Valkey(append="") as volatile, Valkey(append="no") as lazy:
+    with Valkey(append="") as volatile, Valkey(append="everysec") as lazy:
         for server, message in [
             (volatile, "--store: .*: durability sync needs appendonly yes; it is no"),
-            (lazy, "--store: .*: durability sync needs appendfsync always; it is no"),
+            (lazy, "--store: .*: durability sync needs appendfsync always; it is everysec"),
         ]:
             with serve("--store", server.url(), ready=False) as refused:
                 code, _, log = refused.finish()

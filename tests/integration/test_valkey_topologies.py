@@ -20,7 +20,7 @@ IDS = [f"s{i}" for i in range(300)]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with Cluster(replicas=1, append="everysec") as running:
+    with Cluster(replicas=1) as running:
         yield running
 
 
@@ -178,7 +178,7 @@ async def test_nodes_that_are_no_cluster_are_refused() -> None:
 
 
 async def test_sentinels_name_the_primary_and_the_next_one() -> None:
-    with Sentinels(append="everysec") as watched:
+    with Sentinels() as watched:
         with pytest.raises(StoreError, match="knows no primary named 'other'"):
             await opened(watched.url("").replace("sentinel=stepwell", "sentinel=other"))
         async with shared(watched.url("&timeout_ms=300"), 2) as (a, b):
@@ -197,7 +197,7 @@ async def test_sentinels_name_the_primary_and_the_next_one() -> None:
 
 async def test_a_primary_that_others_replaced_is_left_though_it_still_answers() -> None:
     """The connections to it stay: but Sentinels say that it is another now."""
-    with Sentinels(append="everysec") as watched:
+    with Sentinels() as watched:
         async with shared(watched.url()) as (store,):
             _, first = await put(store, [("s", record("s"))], [0])
             old = watched.primary()

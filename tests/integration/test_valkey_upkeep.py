@@ -36,7 +36,7 @@ IDS = ["a", "acme\x1fa", "acme\x1fb", *(f"s{n}" for n in range(40))]
 
 @pytest.fixture(scope="module")
 def valkey() -> Iterator[Valkey]:
-    with Valkey(append="everysec") as server:
+    with Valkey() as server:
         yield server
 
 

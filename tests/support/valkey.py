@@ -243,7 +243,7 @@ class Valkey(Process):
     def __init__(
         self,
         *,
-        append: Append = "everysec",
+        append: Append = "always",
         maxmemory: int = 0,
         policy: str = "noeviction",
         password: str = "",

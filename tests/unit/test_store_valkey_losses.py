@@ -30,7 +30,7 @@ from support.valkey import Valkey
 
 @pytest.fixture(scope="module")
 def valkey() -> Iterator[Valkey]:
-    with Valkey(append="everysec") as server:
+    with Valkey() as server:
         yield server
 
 

@@ -90,14 +90,10 @@ def _sync(facts: Mapping[str, str], settings: Mapping[str, str], replicas: int, 
         unfit.append(f"durability sync needs Valkey, or a server of version 7.2 or newer; it is {version}")
     if facts.get("aof_enabled") == "0":
         unfit.append("durability sync needs appendonly yes; it is no")
-    if flush == "no":
-        unfit.append("durability sync needs appendfsync always; it is no")
-    elif flush == "everysec":
-        # Valkey 8.1.1, and servers of 7.4 until redis/redis#13793: WAITAOF answers before they have flushed.
-        warnings.append(
-            "with appendfsync everysec a server may say that a change is on its disk up to two seconds before it is:"
-            " durability sync needs always"
-        )
+    if flush and flush != "always":
+        # Also everysec. Valkey 8.1.1, and servers of 7.4 until redis/redis#13793, answer WAITAOF up to two seconds before
+        # they have flushed; and with others each change would wait for up to a second.
+        unfit.append(f"durability sync needs appendfsync always; it is {flush}")
     elif not flush:
         warnings.append("appendfsync cannot be seen (CONFIG GET); durability sync needs always")
     if replicas and timeout_s * WAIT_SHARE < _REPLICA_TELLS_S:
