@@ -4,7 +4,7 @@
     python tests/bench/capacity.py --seconds 1 --sessions 2000
 
 Costs are processor time, memory and bytes, which other work on the machine changes little; no rate is measured here. A
-real server and a real Valkey (append-only log, `appendfsync everysec`), one model after the other.
+real server and a real Valkey (append-only log, `appendfsync always`), one model after the other.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ async def run(sessions: int, seconds: float) -> dict[str, Any]:
     """All models, one after the other."""
     harness.save_models()
     found = []
-    with Valkey(append="everysec") as valkey:
+    with Valkey() as valkey:
         valkey.ask("CONFIG", "SET", "auto-aof-rewrite-percentage", "0")  # its size is read
         version = valkey.info("server")["valkey_version"]
         for name in MODELS:
