@@ -27,6 +27,7 @@ from stepwell_server.store.base import (
 )
 from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import decode_header
+from stepwell_server.store.valkey import requests
 from stepwell_server.store.valkey import url as urls
 from stepwell_server.store.valkey.client import Access, Link, Lost
 from stepwell_server.store.valkey.inspecting import inspect
@@ -419,6 +420,25 @@ async def test_a_store_that_refuses_changes_is_not_well() -> None:
         await store.close()
 
 
+async def test_the_log_is_told_of_a_flood_of_refusals_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Valkey(append="") as valkey:
+        store = await opened(valkey.url())
+        valkey.ask("CONFIG", "SET", "min-replicas-to-write", "1")
+        for tell_s, said in [(1e9, [{}]), (0.0, [{}, {"more_before": 19}])]:
+            monkeypatch.setattr(requests, "TELL_S", tell_s)
+            for _ in range(20 if tell_s else 1):
+                with pytest.raises(Unavailable):
+                    await put(store, [("s", record("s"))], [0])
+            told = [line for line in caplog.records if line.message == "the store refuses"]
+            fields = [dict(line.__dict__["fields"]) for line in told]
+            assert all("NOREPLICAS" in each.pop("reason") for each in fields)
+            assert fields == said
+        await store.close()
+
+
+@pytest.mark.slow
 async def test_a_store_whose_replica_hangs_is_not_well() -> None:
     with Valkey(append="always") as primary, Valkey(append="always") as replica:
         replica.follow(primary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import Callable, Coroutine, Sequence
 
 from stepwell_server.errors import Overloaded, ServerError, StoreAway, Unavailable
@@ -17,6 +18,8 @@ LIMIT = 2.5
 """Of the time for an answer: for so long a request is sent again before it is given up."""
 WAIT_SHARE = 0.8
 """Of the time for an answer: so long a server waits for its disk, beside the time for the answer itself."""
+TELL_S = 10.0
+"""The log is told again of a refusal after so long, if it comes again."""
 _RETRY_AFTER_S = 1.0
 _LEAST_S = 0.01
 """With less time left nothing is tried any more."""
@@ -100,6 +103,8 @@ class Requests:
         self.trouble: Lost | Refused | None = None
         """Why the last request was not answered, for people who run the server; None: it was."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._told: dict[str, tuple[float, int]] = {}
+        """By the first word of a refusal: when the log was told of it, and how often it came since."""
 
     @property
     def waits(self) -> bool:
@@ -321,7 +326,7 @@ class Requests:
             if await self._goes_on(node, request, reply):
                 problem = reply
             else:
-                request.problem = _error(reply, request)
+                request.problem = self._error(reply, request)
         return problem
 
     async def _goes_on(self, node: Node, request: Request, reply: Refused) -> bool:
@@ -356,13 +361,22 @@ class Requests:
             return waited >= replicas
         return isinstance(waited, list) and waited[0] >= here and waited[1] >= replicas
 
+    def _error(self, reply: Refused, request: Request) -> ServerError:
+        """What callers are told; the log and `Refuses.why` have what the server said."""
+        if reply.code == _WRONG_TYPE:
+            _log.error(_OTHER_TYPE, key=request.keys)
+        else:
+            self._tell(reply)
+        if reply.code == "OOM":
+            return Overloaded("the store must have memory left; it has none", retry_after_s=_RETRY_AFTER_S)
+        return Refuses(reply)
 
-def _error(reply: Refused, request: Request) -> ServerError:
-    """What callers are told; the log and `Refuses.why` have what the server said."""
-    if reply.code == _WRONG_TYPE:
-        _log.error(_OTHER_TYPE, key=request.keys)
-    else:
-        _log.warning("the store refuses", reason=str(reply))
-    if reply.code == "OOM":
-        return Overloaded("the store must have memory left; it has none", retry_after_s=_RETRY_AFTER_S)
-    return Refuses(reply)
+    def _tell(self, reply: Refused) -> None:
+        """Write to the log that the store refuses, not for every request of a flood."""
+        now = self._loop.time()
+        told, more = self._told.get(reply.code, (-math.inf, 0))
+        if now < told + TELL_S:
+            self._told[reply.code] = told, more + 1
+            return
+        self._told[reply.code] = now, 0
+        _log.warning("the store refuses", reason=str(reply), **({"more_before": more} if more else {}))
