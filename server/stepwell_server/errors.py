@@ -224,6 +224,14 @@ class StoreAway(Unavailable):
         self.retry_after_s = retry_after_s
 
 
+class StoreRefuses(Unavailable):
+    """The store does not do what it is asked, for want of a right say. `why` is for people who run the server."""
+
+    def __init__(self, message: str, why: str) -> None:
+        super().__init__(message)
+        self.why = why
+
+
 class StoreGone(Unavailable):
     """What is kept cannot be reached any more, and will not be: changes are refused and the server must end."""
 

@@ -37,6 +37,7 @@ _CODES = [
     (errors.Unavailable("m"), "UNAVAILABLE", "UNAVAILABLE"),
     (errors.Stopping("m"), "UNAVAILABLE", "UNAVAILABLE"),
     (errors.StoreAway("m", 0.25), "UNAVAILABLE", "UNAVAILABLE"),
+    (errors.StoreRefuses("m", why="w"), "UNAVAILABLE", "UNAVAILABLE"),
     (errors.StoreGone("m"), "UNAVAILABLE", "UNAVAILABLE"),
     (errors.OutcomeUnknown("m"), "UNAVAILABLE", "OUTCOME_UNKNOWN"),
     (errors.Starting("m", 0.25), "UNAVAILABLE", "STARTING"),

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Literal
 
 from stepwell_server.clock import Clock
-from stepwell_server.errors import StoreAway
+from stepwell_server.errors import StoreAway, StoreRefuses
 from stepwell_server.logs import Log
 from stepwell_server.store.base import StoreError, require_no_keys
 from stepwell_server.store.keyring import Keyring
@@ -18,7 +18,7 @@ from stepwell_server.store.valkey.health import examine
 from stepwell_server.store.valkey.keys import Keys
 from stepwell_server.store.valkey.losses import Losses
 from stepwell_server.store.valkey.nodes import Topology, topology_of
-from stepwell_server.store.valkey.requests import LIMIT, Refuses, Requests
+from stepwell_server.store.valkey.requests import LIMIT, Requests
 from stepwell_server.store.valkey.store import ValkeyStore
 from stepwell_server.store.valkey.url import StoreUrl
 
@@ -50,7 +50,7 @@ async def open_valkey(
             found = dataclasses.replace(found, is_marked=True)
     except BaseException as error:
         topology.close()
-        if isinstance(error, Refuses):
+        if isinstance(error, StoreRefuses):
             raise StoreAway(error.why, _RETRY_AFTER_S) from None
         raise
     sealer = None if keyring is None else Sealer(keyring)

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Coroutine, Sequence
 
-from stepwell_server.errors import Overloaded, ServerError, StoreAway, Unavailable
+from stepwell_server.errors import Overloaded, ServerError, StoreAway, StoreRefuses
 from stepwell_server.logs import Log
 from stepwell_server.store.valkey.client import Command, Denied, Lost, Refused, Reply
 from stepwell_server.store.valkey.nodes import Node, Topology
@@ -35,15 +35,6 @@ _PASSING = frozenset(
 )
 NO_OTHER = object()
 _LOAD: Sequence[Command] = [(b"SCRIPT", b"LOAD", script.source.encode()) for script in ALL]
-
-
-class Refuses(Unavailable):
-    """The store does not do what it is asked, for want of a right say. Callers are told the first word of its answer."""
-
-    def __init__(self, reply: Refused) -> None:
-        super().__init__(f"the store must do what it is asked; it refuses: {reply.code}")
-        self.why = f"the store must do what it is asked; it refuses: {reply}"
-        """With all of its answer, for people who run the server."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -362,14 +353,15 @@ class Requests:
         return isinstance(waited, list) and waited[0] >= here and waited[1] >= replicas
 
     def _error(self, reply: Refused, request: Request) -> ServerError:
-        """What callers are told; the log and `Refuses.why` have what the server said."""
+        """What callers are told; the log and `StoreRefuses.why` have what the server said."""
         if reply.code == _WRONG_TYPE:
             _log.error(_OTHER_TYPE, key=request.keys)
         else:
             self._tell(reply)
         if reply.code == "OOM":
             return Overloaded("the store must have memory left; it has none", retry_after_s=_RETRY_AFTER_S)
-        return Refuses(reply)
+        refuses = "the store must do what it is asked; it refuses"
+        return StoreRefuses(f"{refuses}: {reply.code}", why=f"{refuses}: {reply}")
 
     def _tell(self, reply: Refused) -> None:
         """Write to the log that the store refuses, not for every request of a flood."""

@@ -12,7 +12,7 @@ import numpy as np
 from typing_extensions import override
 
 from stepwell_server.clock import Clock
-from stepwell_server.errors import Overloaded, ServerError, StateCorrupt, StoreAway, StoreGone
+from stepwell_server.errors import Overloaded, ServerError, StateCorrupt, StoreAway, StoreGone, StoreRefuses
 from stepwell_server.logs import Log
 from stepwell_server.store.base import (
     CLIENT_KNOWN_S,
@@ -48,7 +48,7 @@ from stepwell_server.store.valkey.keys import (
 from stepwell_server.store.valkey.listing import ids_after
 from stepwell_server.store.valkey.losses import Losses
 from stepwell_server.store.valkey.nodes import Topology
-from stepwell_server.store.valkey.requests import LIMIT, Refuses, Request, Requests
+from stepwell_server.store.valkey.requests import LIMIT, Request, Requests
 from stepwell_server.store.valkey.url import StoreUrl
 
 _log = Log("store.valkey")
@@ -473,7 +473,7 @@ class ValkeyStore(Store):
             return StoreHealth(problem=f"{error.message}: {self._requests.trouble}", warns_of="store")
         except StoreGone:
             raise
-        except Refuses as error:
+        except StoreRefuses as error:
             return StoreHealth(problem=error.why, warns_of="store")
         except ServerError as error:
             return StoreHealth(problem=error.message, warns_of="store")
