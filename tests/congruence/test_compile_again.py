@@ -94,6 +94,7 @@ def test_it_is_what_compiling_it_anew_gives(name: str, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", samples.some(list(ANEW)))
 def test_what_must_be_traced_anew_is(name: str, tmp_path: Path) -> None:
     from stepwell_server.compile.again import may_be_reused

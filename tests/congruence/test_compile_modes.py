@@ -29,6 +29,7 @@ def _refused(model: Any, folder: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sin", "cos"])
 def test_a_period_is_as_keras_has_it_for_a_clock(name: str, tmp_path: Path) -> None:
     """LiteRT's leave [-1, 1] for numbers as large as seconds since 1970."""
@@ -103,6 +104,7 @@ def test_training_that_changes_nothing_is_served(tmp_path: Path) -> None:
     _compiled(keras.Model(x, keras.layers.LSTM(3, return_sequences=True)(x, training=True)), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [-1.0, -999.0, 1e6])
 def test_rounding_is_not_tried_on_what_a_mask_looks_for(value: float, tmp_path: Path) -> None:
     """A masked time step with another last digit is one that counts: nothing could be compared behind it."""

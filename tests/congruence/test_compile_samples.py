@@ -39,6 +39,7 @@ def test_a_trusted_look_back_of_200_steps_is_found() -> None:
         _prove(LOOK_BACK)
 
 
+@pytest.mark.slow
 def test_the_layer_that_differs_first_is_named() -> None:
     case = before_rnn("back_200", odd("lag_by_padding", 200))
     with pytest.raises(NotCausalError) as caught:
@@ -66,6 +67,7 @@ def test_a_trusted_look_ahead_of_200_steps_is_found_by_the_disturbance() -> None
         _prove(LOOK_AHEAD)
 
 
+@pytest.mark.slow
 def test_without_the_disturbance_nobody_would_say_that_it_looks_ahead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -76,6 +78,7 @@ def test_without_the_disturbance_nobody_would_say_that_it_looks_ahead(
     assert "was disturbed" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_end_token_of_a_vocabulary_of_1000_is_found_by_its_value() -> None:
     with pytest.raises(NotCausalError, match="trust-causality"):
         _prove(models_rows.CASES["end_mask"])

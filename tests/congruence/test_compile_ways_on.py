@@ -47,6 +47,7 @@ def _stepped(program: Program, inputs: list[Any], states: list[Any] | None = Non
     return np.stack(seen, 1)
 
 
+@pytest.mark.slow
 def test_a_series_of_fixed_length_that_is_reshaped(keras: Any, tmp_path: Path) -> None:
     def built(length: int | None) -> Any:
         x = keras.Input((length,))
@@ -68,6 +69,7 @@ def test_a_series_of_fixed_length_that_is_reshaped(keras: Any, tmp_path: Path) -
     np.testing.assert_allclose(_stepped(program, [x]), np.array(fixed(x)), rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_static_features_that_are_repeated(keras: Any, tmp_path: Path) -> None:
     def built(length: int | None) -> Any:
         x, s = keras.Input((length, 3), name="x"), keras.Input((2,), name="s")
@@ -95,6 +97,7 @@ def test_static_features_that_are_repeated(keras: Any, tmp_path: Path) -> None:
     np.testing.assert_allclose(stepped, np.array(fixed([x, s])), rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_decoder_whose_initial_state_is_an_input(keras: Any, tmp_path: Path) -> None:
     x, h, c = keras.Input((None, 3)), keras.Input((4,)), keras.Input((4,))
     decoder = keras.layers.LSTM(4, return_sequences=True, name="decoder")

@@ -53,6 +53,7 @@ def model_used_twice(keras: Any) -> Any:
     return keras.Model(x, outer(outer(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build", [tied_embeddings, spectral_normalization, layer_used_twice, model_used_twice]
 )

@@ -234,6 +234,7 @@ def test_killed_at_any_moment(kind: str, shape: Shape, program: list[Action]) ->
     asyncio.run(play(kind, shape, program, settled=False))
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(shape=crowded, program=programs)
 def test_killed_in_peace_with_more_sessions_than_rows(kind: str, shape: Shape, program: list[Action]) -> None:

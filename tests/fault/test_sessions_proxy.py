@@ -61,6 +61,7 @@ def test_a_server_that_does_not_know_what_it_has_done_is_caught(tmp_path: Path, 
         report.require_clean()
 
 
+@pytest.mark.slow
 def test_the_same_server_without_the_defect_is_not(tmp_path: Path) -> None:
     """With TLS and tokens: a sample of what `make soak` does with all of these tests."""
     with secured.switched_on():

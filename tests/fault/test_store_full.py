@@ -55,6 +55,7 @@ def record(session_id: str, revision: int, row_bytes: int = 5000) -> bytes:
     ).encode(session_id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["go-on", "close-many"])
 @pytest.mark.parametrize("durability", ["sync", "async"])
 @pytest.mark.parametrize("kind", ["lmdb", "segments"])

@@ -109,6 +109,7 @@ def test_what_the_server_refuses_is_one_line_and_nothing_is_left(bench: Bench) -
     assert finished.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["frames", "group"])
 def test_interrupted_it_reports_and_closes_its_sessions(
     served: Served, nothing_is_left: None, mode: str
@@ -137,6 +138,7 @@ def test_killed_it_leaves_no_process_and_no_session(served: Served, nothing_is_l
     until(lambda: not served.client.sessions(prefix="bench-"))
 
 
+@pytest.mark.slow
 def test_sessions_closed_by_someone_else_are_errors_by_kind(served: Served, nothing_is_left: None) -> None:
     options = (
         "seq",

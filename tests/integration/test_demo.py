@@ -37,10 +37,9 @@ def said(folder: Path) -> str:
     return " ".join(demo.stdout.split())
 
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 
-@pytest.mark.slow
 def test_no_session_was_disturbed(said: str) -> None:
     assert said.count("are bit for bit") == 2
     assert "ARE NOT" not in said

@@ -261,6 +261,7 @@ def test_sessions_of_a_client_that_is_killed_end_and_those_of_others_do_not(
         client.close_sessions([unleased.id, named.id])
 
 
+@pytest.mark.slow
 async def test_a_lease_is_renewed_only_while_a_session_needs_it(leasing: LocalServer) -> None:
     with stepwell.connect(leasing.address, lease_s=1) as client:
         with client.open_session("seq", session_id="named"):

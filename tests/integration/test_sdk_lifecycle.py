@@ -137,6 +137,7 @@ def company():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ending",
     [

@@ -14,7 +14,8 @@ import pytest
 from stepwell.testing import LocalServer
 from support import programs
 
-pytestmark = pytest.mark.timeout(300)  # each environment is installed from the package registry
+# each environment is installed from the package registry
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 USE_A_SERVER = """
 import sys
@@ -64,7 +65,6 @@ def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProc
     )
 
 
-@pytest.mark.slow
 def test_it_brings_no_framework(python: Path, tmp_path: Path) -> None:
     code = "from importlib.metadata import distributions\nfor d in distributions(): print(f'{d.name}=={d.version}')"
     listed = run(python, tmp_path, "-c", code).stdout.lower()

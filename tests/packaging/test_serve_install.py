@@ -18,7 +18,8 @@ from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.stepping import initial_rows, step_of_executor
 from support import programs
 
-pytestmark = pytest.mark.timeout(600)  # the environment is installed from the package registry
+# the environment is installed from the package registry
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 X = np.random.default_rng(3).standard_normal((1, 4, 3)).astype(np.float32)
 SERVE_AND_STEP = """
@@ -82,7 +83,6 @@ def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.slow
 def test_a_compiled_model_is_served_and_stepped_without_tensorflow(
     python: Path, program: Path, tmp_path: Path
 ) -> None:
