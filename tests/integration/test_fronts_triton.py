@@ -29,6 +29,7 @@ _Both = Mapping[str, Wire]
 def both() -> Iterator[_Both]:
     with fronts.serve("seq", "multi") as wires:
         yield wires
+        assert same(wires, asked(sequence_id="that never began"))[0] != "OK", "one at least has failed"
         statistics = [_statistics(one) for one in wires.values()]
         assert statistics[0] == statistics[1]
         # a caller who is known, and no admin, is told no numbers
