@@ -229,7 +229,9 @@ class Threads:
             self._pool.submit(self._run_next)
 
     def wake(self, seconds: float, then: Callable[[], None]) -> threading.Event:
-        """Call `then` on a thread after so many seconds, unless what is returned is set before; then it is set as well.
+        """Call `then` on a thread after so many seconds, unless the event that is returned is set before.
+
+        The event is set before `then` is called, so it tells whether the call is still to come.
 
         For moments: the event loop's own timers know milliseconds.
         """
