@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -97,7 +98,13 @@ def reload(folder: Path, reloads: int, seed: int, *extra: str) -> Reloaded:
     chance, numbers = random.Random(seed), np.random.default_rng(seed)
     files = [forecast(), retrained()]
     models = [LstmDense.load(saved.path) for saved in files]
-    server = Server(**{**arguments(folder / "data", extra), "env": {"TMPDIR": str(temporary)}})
+    # a cache of its own: other processes of the test run add to theirs
+    cache = folder / "cache"
+    cache.mkdir(mode=0o700)
+    for entry in files[0].cache_dir.glob("*.stepwell"):
+        shutil.copy2(entry, cache)
+    options = {**arguments(folder / "data", extra), "cache_dir": cache, "env": {"TMPDIR": str(temporary)}}
+    server = Server(**options)
     taken: list[Taken] = []
     with server, stepwell.connect(server.address, timeout_s=PATIENCE_S) as client:
         assert server.pid is not None
@@ -107,7 +114,7 @@ def reload(folder: Path, reloads: int, seed: int, *extra: str) -> Reloaded:
         others: list[stepwell.Session] = []
         for count in range(reloads + 1):
             if count % max(1, reloads // 10) == 0:
-                taken.append(Taken.by(server.pid, temporary, files[0].cache_dir))
+                taken.append(Taken.by(server.pid, temporary, cache))
             if count == reloads:
                 break
             for _ in range(chance.randrange(3)):
