@@ -17,7 +17,12 @@ Defects = Mapping[str, tuple[str, str]]
 """What is wrong with scripts on purpose: by what a script is called in `scripts`, a part of its text and what stands there instead."""
 
 _NAMES = {script.sha: name for name, script in vars(scripts).items() if isinstance(script, scripts.Script)}
-_FORMS = {b">I8": struct.Struct(">Q"), b"<I4": struct.Struct("<I")}
+_FORMS = {
+    b">I8": struct.Struct(">Q"),
+    b"<I4": struct.Struct("<I"),
+    b"<I2": struct.Struct("<H"),
+    b"<I1": struct.Struct("<B"),
+}
 
 
 class _Lua:

@@ -12,6 +12,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 
+from stepwell_server.store.record import HEADER
+from stepwell_server.store.valkey.keys import HEAD
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Script:
@@ -25,6 +28,31 @@ def _script(*parts: str) -> Script:
     source = "\n".join(parts)
     return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest().encode())
 
+
+def _record_functions() -> str:
+    """Lua that reads the header of the record in a session's value, by the names and places of `HEADER`.
+
+    For each field that is an unsigned integer of at most 4 bytes there is a function `NAME_of(value)`. `HEAD_BYTES` is
+    the length of what stands before the texts; a value may be cut off behind that.
+    """
+    functions = [f"local HEAD_BYTES = {HEAD.size + HEADER.itemsize}"]
+    for name, (dtype, offset, *_) in (HEADER.fields or {}).items():
+        if dtype.kind == "u" and dtype.itemsize <= 4:  # larger ones are no exact numbers in Lua
+            at = HEAD.size + offset + 1
+            functions.append(
+                f"local function {name}_of(value) return (struct.unpack('<I{dtype.itemsize}', value, {at})) end"
+            )
+    return "\n".join(functions)
+
+
+RECORD = (
+    _record_functions()
+    + """
+local MAX_TEXT_BYTES = 255 + 65535
+local function model_at(value) return HEAD_BYTES + fingerprint_bytes_of(value) end
+"""
+)
+"""The part of a script that reads headers of records."""
 
 _COMMON = """
 local call, pcall, sub, byte = redis.call, redis.pcall, string.sub, string.byte
@@ -69,6 +97,7 @@ UNDONE_MS = 3_600_000
 
 COMMIT = _script(
     _COMMON,
+    RECORD,
     """
 -- Sessions of one partition begin, change and end. KEYS: ids, counts, its mark, the sessions. ARGV: a letter for each session, stamps
 -- that they must have, new stamps (8 bytes each), records and tombstones, their sizes (4 bytes each), where ids begin in
@@ -92,13 +121,13 @@ local is_marked = not string.find(letters, 'P', 1, true) or call('EXISTS', KEYS[
 if not is_marked then conflicts[1] = 0 end
 
 local function model_of(value) -- by the header of the record
-  if #value < 17 + 72 then return '' end
-  local at = 17 + 72 + byte(value, 17 + 8)
-  return sub(value, at + 1, at + byte(value, 17 + 69) + 256 * byte(value, 17 + 70))
+  if #value < HEAD_BYTES then return '' end
+  local at = model_at(value)
+  return sub(value, at + 1, at + model_bytes_of(value))
 end
 local function rows_of(value)
-  if #value < 17 + 72 then return 0 end
-  return struct.unpack('<I4', value, 17 + 57)
+  if #value < HEAD_BYTES then return 0 end
+  return batch_size_of(value)
 end
 local function add(name, by)
   if name == '' or by == 0 then return end
@@ -123,10 +152,9 @@ local function recount()
   if call('ZCARD', index) > MOST_RECOUNTED then return end
   local before, sums = sub(KEYS[4], 1, id_at - 1), {}
   for _, id in ipairs(call('ZRANGE', index, 0, -1)) do
-    local value = pcall('GETRANGE', before .. id, 0, 17 + 72 - 1)
-    if type(value) == 'string' and byte(value) == 1 and #value == 17 + 72 then
-      local at = 17 + 72 + byte(value, 17 + 8)
-      local length = byte(value, 17 + 69) + 256 * byte(value, 17 + 70)
+    local value = pcall('GETRANGE', before .. id, 0, HEAD_BYTES - 1)
+    if type(value) == 'string' and byte(value) == 1 and #value == HEAD_BYTES then
+      local at, length = model_at(value), model_bytes_of(value)
       for _, name in ipairs(names_of(id, call('GETRANGE', before .. id, at, at + length - 1))) do
         sums[name] = (sums[name] or 0) + 1
       end
@@ -146,7 +174,7 @@ local function was_undone(stamp)
   return is_undone
 end
 local function value_at(key)
-  local value = pcall('GETRANGE', key, 0, 17 + 72 + 255 + 65535)
+  local value = pcall('GETRANGE', key, 0, HEAD_BYTES + MAX_TEXT_BYTES - 1)
   return type(value) == 'string' and value or ''
 end
 
@@ -294,6 +322,7 @@ return found
 
 HEADS = _script(
     _COMMON,
+    RECORD,
     """
 -- What records say beside the state. KEYS: the sessions. ARGV: for how long they must be unused (ms). Returns the time
 -- (ms), then of each its value without rows and extra; empty where there is no record, or one that was used; one byte, 3,
@@ -301,17 +330,17 @@ HEADS = _script(
 local now, idle_ms = now_ms(), tonumber(ARGV[1])
 local found = {now}
 for i, key in ipairs(KEYS) do
-  local value = pcall('GETRANGE', key, 0, 17 + 72 - 1)
+  local value = pcall('GETRANGE', key, 0, HEAD_BYTES - 1)
   if value == '' then
     value = '\\3'
   elseif type(value) == 'table' or byte(value) ~= 1 then
     value = ''
   elseif idle_ms > 0 and #value >= 17 and now - struct.unpack('>I8', value, 10) < idle_ms then
     value = ''
-  elseif #value == 17 + 72 then
-    local texts = byte(value, 17 + 8) + byte(value, 17 + 69) + 256 * byte(value, 17 + 70)
-    local fields = byte(value, 17 + 71) + 256 * byte(value, 17 + 72)
-    value = value .. call('GETRANGE', key, 17 + 72, 17 + 72 + texts - 1)
+  elseif #value == HEAD_BYTES then
+    local texts = fingerprint_bytes_of(value) + model_bytes_of(value)
+    local fields = fields_bytes_of(value)
+    value = value .. call('GETRANGE', key, HEAD_BYTES, HEAD_BYTES + texts - 1)
     if fields > 0 then value = value .. call('GETRANGE', key, -fields, -1) end
   end
   found[i + 1] = value
