@@ -111,9 +111,9 @@ class LiveModels(ModelControl):
         self._not_before: dict[_Key, float] = {}
         """When to try again to unload a version."""
         self._owners: dict[_Key, str] = {}
+        """The tenants whose admins loaded versions."""
         self._unkept: set[_Key] = set()
         """Versions of files that nobody keeps."""
-        """Whose admins loaded versions."""
         self._turn = asyncio.Lock()
         """One load at a time compiles, and one change of a name at a time is made."""
         self._tasks: set[asyncio.Task[LoadedVersion]] = set()
