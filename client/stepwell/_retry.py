@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import Self
 
 from stepwell import errors
-from stepwell._connecting import Contact, HandshakeError
+from stepwell._connecting import ConnectError, Contact, HandshakeError
 from stepwell._log import LOG
 
 # An attempt that the time limit cuts short has an unknown outcome, so none is made with less time than this.
 _LEAST_ATTEMPT_S = 0.02
+_LASTING_QUOTAS = frozenset({"sessions", "models"})
+"""Quotas that stay used up until somebody closes or unloads something: waiting does not help."""
 
 Clock = Callable[[], float]
 
@@ -77,24 +79,36 @@ class RetryPolicy:
     """Upper end of the first delay."""
     cap_s: float = 2.0
     """Upper end of every later delay."""
+    down_cap_s: float = 0.25
+    """Upper end of the first delays while a server is down or starts: such an attempt costs it next to nothing."""
+    down_attempts: int = 20
+    """How many delays of a call that holds for: about three seconds of them."""
     draw: Callable[[float, float], float] = random.uniform
     """Draws from an interval."""
 
     def delay_s(self, attempt: int, error: errors.StepwellError) -> float | None:
         """Seconds to wait after so many attempts; None if another one would not help."""
-        backoff_s = min(self.cap_s, self.base_s * 2 ** min(attempt - 1, 30))
+        cap_s = self.down_cap_s if attempt <= self.down_attempts and _is_down(error) else self.cap_s
+        backoff_s = min(cap_s, self.base_s * 2 ** min(attempt - 1, 30))
         if isinstance(error, RepliesTooLargeError):
             return 0.0  # the next frames are smaller: waiting would not help
         if isinstance(error, HandshakeError):
             return None
-        if isinstance(error, errors.OverloadedError) and error.quota == "models":
-            return None  # there is room once somebody unloads a version, and a load may have minutes
+        if isinstance(error, errors.OverloadedError) and error.quota in _LASTING_QUOTAS:
+            return None
         if isinstance(error, errors.OverloadedError) and error.retry_after_s > 0:
             # Not before the server's delay, and spread out after it.
             return error.retry_after_s + self.draw(0.0, min(backoff_s, error.retry_after_s))
         if isinstance(error, errors.OverloadedError | errors.UnavailableError):
             return self.draw(0.0, backoff_s)
         return None
+
+
+def _is_down(error: errors.StepwellError) -> bool:
+    """Whether no server took the attempt, because none listens or one is starting."""
+    return isinstance(error, ConnectError) or (
+        isinstance(error, errors.UnavailableError) and error.reason == "STARTING"
+    )
 
 
 class Attempts:

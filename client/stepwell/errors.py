@@ -33,7 +33,7 @@
 | SessionExistsError | ALREADY_EXISTS | no |
 | RevisionConflictError | ABORTED | no |
 | ModelMismatchError | FAILED_PRECONDITION | no |
-| OverloadedError | RESOURCE_EXHAUSTED | after its delay |
+| OverloadedError | RESOURCE_EXHAUSTED | after its delay; not where `quota` is `sessions` or `models` |
 | UnavailableError | UNAVAILABLE, CANCELLED | yes |
 | DeadlineExceededError | DEADLINE_EXCEEDED | no; the caller may |
 | StateCorruptError | DATA_LOSS | no |

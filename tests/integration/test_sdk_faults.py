@@ -61,6 +61,26 @@ def changes(server: ScriptedServer, method: str) -> list[tuple[list[int], list[i
     return [(list(f.expected_revisions), list(f.request_ids)) for f in frames]
 
 
+async def test_a_used_up_quota_of_sessions_is_one_attempt(client: Any, server: ScriptedServer) -> None:
+    """Waiting does not help until somebody closes a session, so a handler of a web server must not hang for 30 s."""
+    metadata = (("quota", "sessions"),)
+    used_up = Fault(Code.RESOURCE_EXHAUSTED, "scripted", "QUOTA_EXCEEDED", metadata, retry_after_s=0.1)
+    session, group = await client.open_session(MODEL), await client.open_sessions(MODEL, 2)
+    for method, call in {
+        "OpenSession": lambda: client.open_session(MODEL),
+        "OpenSessions": lambda: client.open_sessions(MODEL, 2),
+        "ForkSession": session.fork,
+        "ForkSessions": group.fork,
+    }.items():
+        before = len(server.requests(method))
+        server.fail(method, used_up, times=5)
+        with pytest.raises(errors.OverloadedError, match="scripted") as caught:
+            await call()
+        assert caught.value.quota == "sessions"
+        assert len(server.requests(method)) == before + 1
+        server.fail_no_more()
+
+
 @pytest.mark.parametrize("code", [c for c in Code if c is not Code.OK], ids=lambda code: code.name)
 @pytest.mark.parametrize("shell", SHELLS)
 async def test_every_status_becomes_an_error_of_ours(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from stepwell import errors
+from stepwell._connecting import ConnectError
 from stepwell._flow import Call, Flow, Pause, Retrier
 from stepwell._retry import Deadline, RetryPolicy
 from stepwell.v1 import sessions_pb2
@@ -100,11 +101,31 @@ def test_overload_without_advice_backs_off() -> None:
     assert pauses == [0.05]
 
 
-def test_nobody_waits_for_room_for_another_model() -> None:
+@pytest.mark.parametrize("quota", ["models", "sessions"])
+def test_a_quota_that_waiting_does_not_free_ends_the_call_at_once(quota: str) -> None:
     with pytest.raises(errors.OverloadedError, match="too many"):
-        drive([errors.OverloadedError("too many", retry_after_s=0.1, quota="models"), None])
-    _, pauses, _ = drive([errors.OverloadedError("too many", retry_after_s=0.1, quota="steps"), None])
-    assert len(pauses) == 1
+        drive([errors.OverloadedError("too many", retry_after_s=0.1, quota=quota), None])
+
+
+@pytest.mark.parametrize("quota", ["rows", "steps_per_second", "bytes_in_flight"])
+def test_other_quotas_are_waited_for(quota: str) -> None:
+    _, pauses, attempts = drive([errors.OverloadedError("too many", retry_after_s=0.1, quota=quota), None])
+    assert (len(pauses), attempts) == (1, 2)
+
+
+def starting() -> errors.StepwellError:
+    return errors.UnavailableError("loading", outcome="not_applied", reason="STARTING")
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectError("Connection refused"), starting()], ids=["refused", "starting"]
+)
+def test_a_server_that_is_down_is_tried_often_for_a_while(error: errors.StepwellError) -> None:
+    """A server that restarts is back after a second or two; delays of two seconds would double the pause."""
+    _, pauses, _ = drive([error] * 22 + [None], 100.0)
+    assert pauses[:4] == [0.05, 0.1, 0.2, 0.25]
+    assert max(pauses[:20]) == 0.25
+    assert pauses[20:] == [2.0, 2.0], "not for ever: many clients may wait for it"
 
 
 def test_overload_whose_delay_passes_the_limit_is_told_at_once() -> None:
