@@ -245,7 +245,9 @@ async def test_what_is_handed_back_is_served_as_a_message_in_its_place(server: S
         server.may_answer.clear()
         second.replies.hand_back(only(0))
         assert await server.handed_on() == "2"
-        # until it is answered the task reads no more, and what comes waits behind it
+        # until it is answered the task reads no more, and what comes waits behind it; a message that arrives only after
+        # that is plain again, since `send` waits for the client's write alone: it is then handed back likewise
+        server.on_take = lambda columns: columns.replies.hand_back(only(0))
         await client.send(asked(3, sequence_id=2))
         first.replies.failed(None, Status(Code.INVALID_ARGUMENT, "no", ()), b"no good")
         server.may_answer.set()
