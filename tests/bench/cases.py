@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 import stepwell
 from bench import disk, harness, loads
+from bench.attacks.case import attacks
 from bench.floods import floods, floods_on_disk
 from bench.harness import HERE, MODELS, OUT, Key, Measure, Point, Result, measured
 from bench.loads import Plan, Times
@@ -335,6 +336,7 @@ CASES: Mapping[str, Case] = {
         valkey,
         triton,
         long,
+        attacks,
         floods,
         floods_on_disk,
         tls,

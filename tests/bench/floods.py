@@ -183,7 +183,8 @@ def _disk_alone(times: Times) -> Result:
     }
 
 
-def _new_token(file: Path, name: str) -> str:
+def new_token(file: Path, name: str) -> str:
+    """A token of a user of a tenant of its own, added to a file."""
     arguments = ["tokens", "add", name, "--tenant", name, "--file", str(file), "--json"]
     added = CliRunner().invoke(main, arguments, catch_exceptions=False)
     token: str = json.loads(added.stdout)["token"]
@@ -194,7 +195,7 @@ def floods(plan: Plan) -> list[Point]:
     """A few streams beside each flood of another client: of nobody, and of another tenant."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "callers.tokens"
-        tokens = _new_token(file, "watched"), _new_token(file, "flooding")
+        tokens = new_token(file, "watched"), new_token(file, "flooding")
         options = ("--auth-tokens", str(file))
         measures: dict[Key, Measure] = {}
         for name, flood in FLOODS.items():
