@@ -326,3 +326,19 @@ def reasons() -> list[str]:
         found.update(kind.reason for kind in more)
         kinds += more
     return sorted(found)
+
+
+def release_frames(error: BaseException | None) -> None:
+    """Drop the tracebacks of an error, its causes and its contexts.
+
+    A traceback holds frames, and they hold requests, tensors and often the error itself. Without this, that cycle keeps
+    a refused request in memory until Python looks for cycles, which it seldom does for old objects.
+    """
+    seen: set[int] = set()
+    left = [error]
+    while left:
+        each = left.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            left += [each.__cause__, each.__context__]

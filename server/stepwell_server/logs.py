@@ -19,7 +19,7 @@ from typing import IO, ClassVar, Literal
 
 from typing_extensions import override
 
-from stepwell_server.errors import Internal, Overloaded, ServerError
+from stepwell_server.errors import Internal, Overloaded, ServerError, release_frames
 
 LogFormat = Literal["text", "json"]
 _ROOT = "stepwell_server"
@@ -57,13 +57,16 @@ class Log:
     def internal(self, event: str, error: BaseException, **fields: object) -> ServerError:
         """Write a defect, and return the opaque error that stands for it: its id is in the line.
 
-        To run out of memory is no defect but too much at once, and is said so.
+        To run out of memory is no defect but too much at once, and is said so. The error lets go of its frames: the
+        line has what they say.
         """
         if isinstance(error, MemoryError):
             self.warning("out of memory", at=event, **fields)
+            release_frames(error)
             return Overloaded("there must be memory for what is asked; there was not enough, just now", 1.0)
         opaque = Internal(secrets.token_hex(6))
         self.defect(event, error, error_id=opaque.error_id, **fields)
+        release_frames(error)
         return opaque
 
     def _write(self, level: int, event: str, fields: dict[str, object]) -> None:

@@ -22,14 +22,20 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError, Message
 
 from stepwell_server.core.callers import ANYBODY
-from stepwell_server.errors import InvalidInput, MessageTooLarge, ModelLoading, ServerError
+from stepwell_server.errors import (
+    InvalidInput,
+    MessageTooLarge,
+    ModelLoading,
+    ServerError,
+    release_frames,
+)
 from stepwell_server.logs import Log
 from stepwell_server.rpc import naming
 from stepwell_server.rpc.access import Access, access_of
 from stepwell_server.rpc.auditing import AUDITED, UNAUDITED, Auditor
 from stepwell_server.rpc.fronts.base import Call, CallEnded
 from stepwell_server.rpc.guard import Guard, Guarded
-from stepwell_server.rpc.status import ANY_CODE, to_status
+from stepwell_server.rpc.status import ANY_CODE, Status, to_status
 from stepwell_server.rpc.tracing import TRACES, Tracer
 
 _log = Log("rpc")
@@ -115,10 +121,12 @@ class Boundary:
         codes: Collection[str] = ANY_CODE,
     ) -> Serve:
         """Serves a method of one request and one reply, which may end with these status codes."""
-        auditor = self._auditor
+        auditor, keeps_bytes = self._auditor, self._keeps_bytes
 
         async def answer(call: Call) -> bytes:
             request = parse(request_type, call.request)
+            if not keeps_bytes():
+                call.request = b""  # one copy of a large request is enough
             try:
                 message = await behaviour(request, call)
             except ServerError as error:
@@ -196,24 +204,17 @@ class Boundary:
                     auditor.begins(method, call)
                 return await answer(call)
             except (Exception, asyncio.CancelledError) as raised:
-                error = raised if guarded is None else guarded.instead_of(raised)
-                if isinstance(error, asyncio.CancelledError) and _is_cancelled_by_front():
-                    code = "DEADLINE_EXCEEDED" if call.is_late else "CANCELLED"
-                    if auditor is not None:
-                        auditor.cancelled(method, call, code)
+                status, reason = self._end_of(raised, guarded, method, call)
+                if status is None:
+                    code = reason
                     raise
-                known = error if isinstance(error, ServerError) else internal(error, method=method)
-                status = to_status(known)
-                if isinstance(known, ModelLoading) and method not in _WHOLE:
-                    status = dataclasses.replace(status, may_go_elsewhere=False)
-                code, reason = status.code.name, known.reason
-                observer.refused(known.reason, 1, known.model)
-                if auditor is not None:
-                    auditor.refused(method, call, known)
-                raise CallEnded(status) from raised
+                code = status.code.name
+                release_frames(raised)
+                raise CallEnded(status) from None
             finally:
                 if guard is not None and guarded is not None:
                     guard.leave(guarded)
+                    guarded = None  # it holds the task, and so its end and this frame
                 seconds = time.perf_counter() - started
                 self._running -= counts
                 if self._running == 0:
@@ -229,6 +230,33 @@ class Boundary:
                     _log.debug("request", method=method, **facts, status=code, duration_ms=seconds * 1000)
 
         return serve
+
+    def _end_of(
+        self, raised: BaseException, guarded: Guarded | None, method: str, call: Call
+    ) -> tuple[Status | None, str]:
+        """The status and the reason with which a call ends that raised this.
+
+        Without a status the front itself has cancelled the call; the reason is then the code for metrics.
+        """
+        error = raised if guarded is None else guarded.instead_of(raised)
+        auditor = self._auditor
+        if isinstance(error, asyncio.CancelledError) and _is_cancelled_by_front():
+            code = "DEADLINE_EXCEEDED" if call.is_late else "CANCELLED"
+            if auditor is not None:
+                auditor.cancelled(method, call, code)
+            return None, code
+        known = error if isinstance(error, ServerError) else internal(error, method=method)
+        status = to_status(known)
+        if isinstance(known, ModelLoading) and method not in _WHOLE:
+            status = dataclasses.replace(status, may_go_elsewhere=False)
+        self._observer.refused(known.reason, 1, known.model)
+        if auditor is not None:
+            auditor.refused(method, call, known)
+        return status, known.reason
+
+    def _keeps_bytes(self) -> bool:
+        """Whether the end of a call still looks at its request: for traces and the log of requests."""
+        return _log.is_debug or self._tracer is not None
 
 
 def served_at(

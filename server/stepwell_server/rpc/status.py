@@ -108,7 +108,8 @@ def code_of(error: errors.ServerError) -> Code:
 
 
 def to_status(error: errors.ServerError) -> Status:
-    """The status of a call that failed with ``error``."""
+    """The status of a call that failed with ``error``, which lets go of its frames."""
+    errors.release_frames(error)
     # A server may live long before its first error, so this is not imported at the start.
     from google.rpc import error_details_pb2, status_pb2
 
@@ -126,7 +127,8 @@ def to_status(error: errors.ServerError) -> Status:
 
 
 def to_proto(error: errors.ServerError) -> errors_pb2.Error:
-    """The error of a frame or of its members."""
+    """The error of a frame or of its members. It lets go of its own frames."""
+    errors.release_frames(error)
     return errors_pb2.Error(
         code=int(code_of(error)),
         message=message_of(error),

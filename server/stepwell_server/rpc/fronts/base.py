@@ -54,6 +54,8 @@ class Call(Protocol):
     who: Caller
     """Who calls. The boundary finds that out before the call is served, by which messages of a stream may become plain; until
     then it is `ANYBODY`."""
+    request: bytes
+    """The one request; empty where requests are read, and once it was parsed and is not needed any more."""
 
     @property
     def caller(self) -> str:
@@ -77,10 +79,6 @@ class Call(Protocol):
     @property
     def metadata(self) -> Mapping[str, str | bytes]:
         """What the client sent beside its messages, by lower-case key; the last value of each."""
-
-    @property
-    def request(self) -> bytes:
-        """The one request; empty where requests are read."""
 
     async def read(self) -> bytes | None:
         """The next request of a stream; None when the client has sent its last one."""

@@ -496,7 +496,8 @@ class NativeFront:
         call.task.add_done_callback(lambda _: self._forget(key))
 
     def _forget(self, key: int) -> None:
-        del self._calls[key], self._peers[key]
+        del self._peers[key]
+        self._calls.pop(key).task = None  # a task that was cancelled holds its frames, and they the call
 
     async def _serve(self, call: _Call, handle: CallHandle) -> None:
         try:

@@ -241,6 +241,7 @@ class PythonFront:
         async def handle(raw: Any, context: _Context) -> bytes | None:
             self._calls += 1
             call = _Call(b"" if method.streams else raw, context, self._clock)
+            del raw
             try:
                 reply = await method.serve(call)
                 return None if method.streams else reply
@@ -249,6 +250,7 @@ class PythonFront:
                 trailers: list[tuple[str, str | bytes]] = [*status.trailers]
                 if status.may_go_elsewhere and not call.is_answered:
                     trailers.append(GO_ELSEWHERE)  # without an answer these are the headers
+                call.request = b""  # gRPC keeps what `abort` raises, and its traceback keeps this frame
                 await context.abort(_CODES[status.code], status.message, tuple(trailers))
                 raise  # not reached: abort raises
             finally:

@@ -149,6 +149,7 @@ class FrameStream:
             self._sets.close()
             # Its own error, if it has one, has either ended the stream or comes too late to matter.
             await asyncio.gather(self._reader, return_exceptions=True)
+            self._reader = None  # its end holds frames, and they this stream
 
     def stop(self) -> None:
         """End the stream with UNAVAILABLE as soon as its frames are answered."""
@@ -266,7 +267,7 @@ class FrameStream:
 
     def _refuse(self, frame: _Frame, error: ServerError) -> None:
         """Answer a frame of which nothing was done."""
-        frame.error, frame.failures = error, frame.size
+        frame.error, frame.failures, frame.change = error, frame.size, None  # the change holds the frame
         self.refused(error, frame.size or 1)
         self.ended(frame)
         part = messages.failed_part(frame.frame_id, None, error, last=True, declared_set=frame.declared_set)

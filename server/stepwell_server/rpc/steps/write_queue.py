@@ -62,13 +62,16 @@ class WriteQueue:
             self._end.add_done_callback(self._ended)
 
     def close(self) -> None:
-        """Give up what is not written."""
+        """Give up what is not written, and call nobody any more."""
         self._waiting.clear()
-        if self.look() or self._begun is None or self._end is None:
-            return
-        self._end.cancel()
-        self._begun.close()
-        self._begun = self._end = None
+        if not self.look() and self._begun is not None and self._end is not None:
+            self._end.cancel()
+            self._begun.close()
+            self._begun = self._end = None
+        self._on_written, self._on_progress = (
+            _ignore_size,
+            _ignore,
+        )  # they hold the stream, and that this queue
 
     def _begin(self, reply: bytes, held: int) -> None:
         if self.error is not None:
@@ -100,3 +103,11 @@ class WriteQueue:
         if end is self._end and not self.look():
             self.watch()
         self._on_progress()
+
+
+def _ignore() -> None:
+    pass
+
+
+def _ignore_size(_: int) -> None:
+    pass

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stepwell_server.errors import ServerError, Stopping
+from stepwell_server.errors import ServerError, Stopping, release_frames
 from stepwell_server.rpc.boundary import internal, parse
 from stepwell_server.rpc.status import message_of
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
@@ -122,6 +122,7 @@ class InferStream:
 
     def _error(self, request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
         known = error if isinstance(error, ServerError) else internal(error, method="ModelStreamInfer")
+        release_frames(error)
         self._observer.refused(known.reason, 1, request.model_name)
         return pb.ModelStreamInferResponse(
             error_message=message_of(known), infer_response=pb.ModelInferResponse(id=request.id)
