@@ -36,7 +36,7 @@ from stepwell._tracing import Tracing
 from stepwell._tracker import SessionTracker, is_unknown, new_request_id
 from stepwell._types import Inputs, Mask, ModelInfo, Outputs, Rows, ServerInfo, SessionInfo, SlowSession
 from stepwell._versions import VersionWatch, is_pinned, name_of, reference
-from stepwell.config import ClientConfig, check_timeout
+from stepwell.config import ClientConfig, check_switch, check_timeout
 from stepwell.errors import InvalidInputError, ModelMismatchError, SessionGoneError, StepwellError
 from stepwell.v1 import models_pb2, sessions_pb2
 
@@ -267,28 +267,37 @@ class Core:
         batch_size: int,
         session_ids: Sequence[str] | None,
         deadline: Deadline,
+        *,
+        resume: bool = False,
     ) -> Flow[GroupTracker]:
-        """Opens many sessions: all of them or none."""
+        """Opens many sessions, or resumes those that are live."""
         count, rows = _inputs.check_count("n", n), _inputs.check_count("batch_size", batch_size)
         ids = _inputs.check_session_ids(session_ids, count, f"n = {count} ids")
+        check_switch("resume", resume)
+        if resume and session_ids is None:
+            raise InvalidInputError("resume=True must come with session_ids; got None")
         request = sessions_pb2.OpenSessionsRequest(
             model=_inputs.check_model(model),
             count=count,
             session_ids=ids,
             batch_size=rows,
             request_id=new_request_id(),
+            resume=resume,
         )
         reply: sessions_pb2.OpenSessionsResponse = yield from self._open("OpenSessions", request, deadline)
-        return GroupTracker(
+        tracker = GroupTracker(
             name_of(model),
             reply.model_fingerprint,
             rows,
             reply.session_ids,
             reply.revisions,
+            reply.positions,
             version=reply.model_version,
             is_pinned=is_pinned(model),
             router=self.router,
         )
+        tracker.resume(reply.resumed, reply.model_versions)
+        return tracker
 
     def fork_sessions(
         self,
@@ -325,7 +334,9 @@ class Core:
         If it ends without an answer, or its caller gives up, it may have made sessions whose ids nobody
         knows. Those are closed in the background. Sessions that the caller named are left to the caller.
         """
-        if self.lease is not None:
+        # a session that is resumed by its id loses its lease: it stays until it is closed
+        resumes = isinstance(request, sessions_pb2.OpenSessionsRequest) and request.resume
+        if self.lease is not None and not resumes:
             request.lease.CopyFrom(self.lease.message())
         try:
             reply = yield from self.retrier.call(rpc, request, deadline, changes=True)

@@ -71,6 +71,8 @@ class GroupTracker:
         self.model_versions = np.full(count, version, np.uint64)
         """0: the server does not say."""
         self.is_pinned = is_pinned
+        self.resumed = np.zeros(count, np.bool_)
+        """Which were live before this client opened them."""
         self.turns = Turns(count)
         self.everyone: Indexes = np.arange(count)
         self.everyone.flags.writeable = False
@@ -86,6 +88,13 @@ class GroupTracker:
         # As in `SessionTracker`, for each member.
         self.unknown = np.zeros(count, np.bool_)
         self.ahead = np.zeros(count, np.bool_)
+
+    def resume(self, resumed: Sequence[bool], versions: Sequence[int]) -> None:
+        """Records which sessions were there before, and the version of each; empty: none was, all have the same."""
+        if resumed:
+            self.resumed[:] = resumed
+        if versions:
+            self.model_versions[:] = versions
 
     def begin(self, change: Change, members: Indexes) -> Frame:
         """Begins a change of members; returns its frame. The same change again has the same request ids."""
@@ -228,7 +237,7 @@ class MemberTracker(SessionTracker):
         self.session_id = group.ids[member]
         self.model = group.model
         self.batch_size = group.batch_size
-        self.resumed = False
+        self.resumed = bool(group.resumed[member])
 
     @property
     def fingerprint(self) -> str:

@@ -289,9 +289,12 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
         *,
         batch_size: int = 1,
         session_ids: Sequence[str] | None = None,
+        resume: bool = False,
         timeout_s: float | None = None,
     ) -> Opening[AsyncSessionGroup]:
         """Opens many sessions of one model, to be stepped together: all of them or none.
+
+        With `resume` it takes up those of `session_ids` that are live.
 
         Arguments, result and errors are those of `Client.open_sessions`.
 
@@ -300,7 +303,8 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
             ...     (await group.step(np.ones((8, 3), np.float32))).shape
             (8, 1)
         """
-        flow = self._core.open_sessions(model, n, batch_size, session_ids, self._core.deadline(timeout_s))
+        deadline = self._core.deadline(timeout_s)
+        flow = self._core.open_sessions(model, n, batch_size, session_ids, deadline, resume=resume)
         return Opening(self._group(flow, owned=session_ids is None))
 
     @ends_here

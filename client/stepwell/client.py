@@ -276,6 +276,7 @@ class Client(AdminCalls, ModelCalls):
         *,
         batch_size: int = 1,
         session_ids: Sequence[str] | None = None,
+        resume: bool = False,
         timeout_s: float | None = None,
     ) -> SessionGroup:
         """Opens many sessions of one model, to be stepped together: all of them or none.
@@ -284,21 +285,35 @@ class Client(AdminCalls, ModelCalls):
             model: Name of the model, with a version or a label as in `open_session`.
             n: How many, 1 to 65536.
             batch_size: Rows of each.
-            session_ids: n ids, none of them in use. None: the server makes them, and the sessions are
-                closed when the group's `with` block ends.
+            session_ids: n ids, none of them in use unless `resume` is given. None: the server makes them, and the
+                sessions are closed when the group's `with` block ends.
+            resume: Take up the sessions of `session_ids` that are live, with their states, revisions and positions, and
+                open the others: `SessionGroup.resumed` says which. For trainers that restart. The same call again
+                succeeds and changes nothing.
             timeout_s: Time limit of this call over all its attempts; None: the client's.
 
         Raises:
             ModelNotFoundError: No model is served under that name, or not that version of it.
-            SessionExistsError: One of the ids is in use.
+            SessionExistsError: One of the ids is in use; with `resume`: by a session of another model or batch size, or of
+                another version if `model` names one. The message names those sessions, and nothing is opened.
+            SessionLostError: The store lost one of them; it does not begin anew unnoticed.
 
         Example:
             >>> with client.open_sessions("forecast", 8) as group:
             ...     group.step(np.ones((8, 3), np.float32)).shape
             (8, 1)
+            >>> first = client.open_sessions("forecast", 2, session_ids=["env-0", "env-1"])
+            >>> again = client.open_sessions(
+            ...     "forecast", 3, session_ids=["env-0", "env-1", "env-2"], resume=True
+            ... )
+            >>> again.resumed.tolist()
+            [True, True, False]
+            >>> again.close()
         """
         deadline = self._core.deadline(timeout_s)
-        tracker = self._run(self._core.open_sessions(model, n, batch_size, session_ids, deadline))
+        tracker = self._run(
+            self._core.open_sessions(model, n, batch_size, session_ids, deadline, resume=resume)
+        )
         return SessionGroup(self, GroupCore(self._core, tracker), owned=session_ids is None)
 
     def predict(

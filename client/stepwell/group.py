@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from stepwell import _display
 from stepwell._frames import Counts
@@ -123,6 +124,11 @@ class SessionGroup(Handle):
     def positions(self) -> Counts:
         """Time steps of each member since its last reset, (n,) uint64; a copy."""
         return self._group.tracker.positions[self._group.members.indexes]
+
+    @property
+    def resumed(self) -> npt.NDArray[np.bool_]:
+        """Which members were live before, (n,) bool; a copy. See `open_sessions(resume=True)`."""
+        return self._group.tracker.resumed[self._group.members.indexes]
 
     @property
     def model_versions(self) -> Counts:

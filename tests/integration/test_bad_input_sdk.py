@@ -235,6 +235,14 @@ CLIENT_CALLS: dict[str, Case] = {
     "no sessions": (lambda c: c.open_sessions("seq", 0), "n must be at least 1; got 0"),
     "too many sessions": (lambda c: c.open_sessions("seq", 65_537), "1 to 65536; got 65537"),
     "ids": (lambda c: c.open_sessions("seq", 2, session_ids=["a"]), "session_ids must have n = 2 ids; got 1"),
+    "resume without ids": (
+        lambda c: c.open_sessions("seq", 2, resume=True),
+        "resume=True must come with session_ids; got None",
+    ),
+    "resume that is no bool": (
+        lambda c: c.open_sessions("seq", 1, session_ids=["a"], resume="no"),
+        "resume must be True or False; got 'no'",
+    ),
     "state": (
         lambda c: c.open_session("seq", batch_size=2, state=[H, H[:1]]),
         r"'lstm/c' must have shape \(2, 8\)",

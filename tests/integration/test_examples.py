@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import stepwell
@@ -119,10 +120,55 @@ def test_policy_gradient(server: LocalServer, tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")
 
 
+def _blocks_of_reinforcement_learning() -> list[str]:
+    text = (EXAMPLES.parent / "docs" / "reinforcement-learning.md").read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_a_trainer_that_is_killed_continues_when_it_is_started_again(
+    server: LocalServer, tmp_path: Path
+) -> None:
+    """The trainer of the page, killed twice: each environment's steps are applied exactly once, in their order."""
+    (block,) = (each for each in _blocks_of_reinforcement_learning() if "def train(" in each)
+    trainer, observations = tmp_path / "trainer.py", tmp_path / "observations.npy"
+    function = block[: block.index("states = train(")]
+    trainer.write_text(
+        "import sys\nimport numpy as np\nimport stepwell\n"
+        f"{function}train(sys.argv[1], np.load(sys.argv[2])).save(sys.argv[3])\n"
+    )
+    inputs = np.random.default_rng(9).normal(size=(8, 40, 2)).astype(np.float32)
+    np.save(observations, inputs)
+    command = [
+        sys.executable,
+        str(trainer),
+        server.address,
+        str(observations),
+        str(tmp_path / "end.safetensors"),
+    ]
+    said = []
+    for kill_after in (5, 10, None):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+            assert running.stdout is not None
+            said.append(running.stdout.readline())
+            if kill_after is not None:
+                for _ in range(kill_after):
+                    running.stdout.readline()
+                running.kill()
+            running.communicate(timeout=200)
+        assert running.returncode == (0 if kill_after is None else -9)
+    assert [line.split(" sessions")[0] for line in said] == ["0", "8", "8"]
+    with stepwell.connect(server.address) as client:
+        _, expected = client.predict("memory", inputs)
+        assert client.sessions(prefix="env-") == []
+    found = stepwell.State.load(tmp_path / "end.safetensors")
+    assert {name: array.tolist() for name, array in found.items()} == {
+        name: array.tolist() for name, array in expected.items()
+    }
+
+
 def test_the_page_of_reinforcement_learning(server: LocalServer) -> None:
     """Its blocks run in order, in one namespace."""
-    text = (EXAMPLES.parent / "docs" / "reinforcement-learning.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks = _blocks_of_reinforcement_learning()
     assert len(blocks) >= 6
     names: dict[str, object] = {}
     for block in blocks:

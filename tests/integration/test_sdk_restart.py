@@ -77,6 +77,39 @@ def test_stopping_is_clean(server: LocalServer) -> None:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
+async def test_a_group_is_taken_up_by_the_names_of_its_sessions(shell: str, server: LocalServer) -> None:
+    """What a trainer does that was killed: some sessions are there, at revisions of their own, and one is new."""
+    ids = [f"{shell}-env-{i}" for i in range(4)]
+    inputs = np.random.default_rng(4).normal(size=(4, 6, 3)).astype(np.float32)
+    async with connect(shell, server.address) as killed:
+        group = await killed.open_sessions("seq", 3, session_ids=ids[:3])
+        await group.step(inputs[:3, 0])
+        await group[1].step(inputs[1:2, 1])
+    async with connect(shell, server.address) as client:
+        group = await client.open_sessions("seq", 4, session_ids=ids, resume=True)
+        assert group.resumed.tolist() == [True, True, True, False]
+        assert group[0].resumed
+        assert group.revisions.tolist() == group.positions.tolist() == [1, 2, 1, 0]
+        members = np.array([0, 2, 3])
+        await group.step(inputs[members, group.positions[members].astype(int)], members=members)
+        for _ in range(2):
+            await group.step(inputs[np.arange(4), group.positions.astype(int)])
+        assert group.positions.tolist() == [4, 4, 4, 3]
+        found = await group.get_states()
+        for i, position in enumerate(group.positions.tolist()):
+            _, expected = await client.predict("seq", inputs[i : i + 1, :position])
+            for name, array in expected.items():
+                np.testing.assert_array_equal(found[name][i : i + 1], array)
+        with pytest.raises(stepwell.SessionExistsError, match=f"session '{ids[1]}' is open"):
+            await client.open_sessions("seq", 2, session_ids=["fresh", ids[1]])
+        with pytest.raises(
+            stepwell.SessionExistsError, match=rf"session '{ids[1]}' \(index 1\) has model 'seq'"
+        ):
+            await client.open_sessions("seq", 2, session_ids=["fresh", ids[1]], batch_size=2, resume=True)
+        await group.close()
+
+
+@pytest.mark.parametrize("shell", SHELLS)
 async def test_a_handle_of_a_session_that_ended_does_not_step_the_next_of_its_id(
     shell: str, server: LocalServer
 ) -> None:

@@ -124,6 +124,11 @@ async def opened(at: Calls, session_id: str) -> None:
     many = await at.call(pb.OpenSessionsRequest(model="plain", session_ids=[session_id, "b"]))
     assert list(many.session_ids) == [session_id, "b"]
     assert (await at.call(pb.CloseSessionsRequest(session_ids=[session_id, "b"]))).closed == 2
+    again = pb.OpenSessionsRequest(model="plain", session_ids=[session_id, "b"], resume=True)
+    assert not (await at.call(again)).resumed
+    other = pb.OpenSessionsRequest(model="plain", session_ids=[session_id], resume=True, batch_size=2)
+    assert f"; session {session_id!r} (index 0) has model" in (await at.refused(other)).message
+    assert (await at.call(pb.CloseSessionsRequest(session_ids=[session_id, "b"]))).closed == 2
 
 
 async def imported(at: Calls, session_id: str) -> None:

@@ -383,6 +383,7 @@ class OpenSessionsRequest(_message.Message):
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model, as in OpenSessionRequest."""
     count: _builtins.int
@@ -393,9 +394,13 @@ class OpenSessionsRequest(_message.Message):
     """Random and non-zero. A retry with the same request id is answered with the first answer as long as
     the server remembers it. 0: none.
     """
+    resume: _builtins.bool
+    """Resume the sessions of session_ids that are live, and open the others. A live one must be of this model and have this
+    batch_size, else the call ends with ALREADY_EXISTS and changes nothing. Of those that are opened all are, or none.
+    """
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids; must all be new. Empty: count says how many."""
+        """Ids; must all be new, unless resume says otherwise. Empty: count says how many."""
 
     @_builtins.property
     def lease(self) -> Global___Lease:
@@ -410,10 +415,11 @@ class OpenSessionsRequest(_message.Message):
         batch_size: _builtins.int = ...,
         request_id: _builtins.int = ...,
         lease: Global___Lease | None = ...,
+        resume: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "count", b"count", "lease", b"lease", "model", b"model", "request_id", b"request_id", "session_ids", b"session_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "count", b"count", "lease", b"lease", "model", b"model", "request_id", b"request_id", "resume", b"resume", "session_ids", b"session_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -421,7 +427,7 @@ Global___OpenSessionsRequest: _TypeAlias = OpenSessionsRequest  # noqa: Y015
 
 @_typing.final
 class OpenSessionsResponse(_message.Message):
-    """The open sessions, at revision 0."""
+    """The open sessions, at revision 0 unless they were resumed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -430,6 +436,9 @@ class OpenSessionsResponse(_message.Message):
     REPLAYED_FIELD_NUMBER: _builtins.int
     REVISIONS_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
+    MODEL_VERSIONS_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     """Fingerprint of their model."""
     replayed: _builtins.bool
@@ -446,6 +455,18 @@ class OpenSessionsResponse(_message.Message):
         remembered, does not begin with 0 but with a revision that the other never had.
         """
 
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Their positions, one each; empty if all are 0."""
+
+    @_builtins.property
+    def resumed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """Whether each was there before, one each; empty if none was."""
+
+    @_builtins.property
+    def model_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Version of the model that each is on; empty if all are on model_version."""
+
     def __init__(
         self,
         *,
@@ -454,10 +475,13 @@ class OpenSessionsResponse(_message.Message):
         replayed: _builtins.bool = ...,
         revisions: _abc.Iterable[_builtins.int] | None = ...,
         model_version: _builtins.int = ...,
+        positions: _abc.Iterable[_builtins.int] | None = ...,
+        resumed: _abc.Iterable[_builtins.bool] | None = ...,
+        model_versions: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "replayed", b"replayed", "revisions", b"revisions", "session_ids", b"session_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "model_versions", b"model_versions", "positions", b"positions", "replayed", b"replayed", "resumed", b"resumed", "revisions", b"revisions", "session_ids", b"session_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -210,18 +210,29 @@ class Engine:
             clock=clock,
             follow=lambda *which: self._changing.follow(*which),  # noqa: PLW0108 - made below
         )
+        leasing = Leasing(table, self._models, self._turns, pager, self._committer, leases)
+        attempts = Attempts(
+            table,
+            self._directory,
+            fetcher,
+            self._group,
+            pieces,
+            observer,
+            leasing=leasing,
+            usage=lifetimes.usage,
+        )
         opening = Opening(
             table,
             self._directory,
             self._turns,
             pager,
             creation,
-            Attempts(table, self._directory, fetcher, self._group, pieces, observer),
+            attempts,
             pieces,
             drain=self._drain_inboxes,
             require_open=self._require_open,
             leases=leases,
-            leasing=Leasing(table, self._models, self._turns, pager, self._committer, leases),
+            leasing=leasing,
             usage=lifetimes.usage,
             clients=lifetimes.clients,
             clock=clock,

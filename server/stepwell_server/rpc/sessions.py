@@ -80,6 +80,7 @@ class SessionServicer(admin.Administration):
             lease=admin.lease_of(request, call.who),
             namespace=naming.namespace_of(call.who),
             who=call.who,
+            resume=request.resume,
         )
         return pb.OpenSessionsResponse(
             session_ids=naming.own_all(opened.session_ids),
@@ -87,6 +88,9 @@ class SessionServicer(admin.Administration):
             replayed=opened.replayed,
             revisions=opened.revisions.tolist() if opened.revisions.any() else (),
             model_version=opened.version,
+            positions=opened.positions.tolist() if opened.positions.any() else (),
+            resumed=() if opened.resumed is None else opened.resumed.tolist(),
+            model_versions=() if opened.versions is None else opened.versions.tolist(),
         )
 
     async def close_session(self, request: pb.CloseSessionRequest, call: Call) -> pb.CloseSessionResponse:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.leases import Lease
-from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.fetching import Fetcher
@@ -24,13 +24,18 @@ from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.stamps import new_stamp, stamped
 from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.sessions.directory import Directory
+from stepwell_server.engine.sessions.leasing import Leasing
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.pieces import Pieces
+from stepwell_server.engine.sessions.using import Usage
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import U64, Array, Members
-from stepwell_server.errors import ServerError
+from stepwell_server.engine.types import U64, Array, Mask, Members
+from stepwell_server.errors import ServerError, SessionExists, SessionGone
 from stepwell_server.store.base import Batch, Committed
 from stepwell_server.store.record import Stored, decode_header
+
+_SHOWN = 5
+"""Sessions that a message names."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,6 +53,10 @@ class OpenedMany:
     replayed: bool = False
     version: int = 0
     """Of the model."""
+    resumed: Mask | None = None
+    """`(n,)`, which were there before; None: none was."""
+    versions: U64 | None = None
+    """`(n,)`, the version that each is on; None: all are on `version`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,6 +83,8 @@ class Wanted:
     """They stay on this version of the model."""
     who: Caller = ANYBODY
     """Who makes them."""
+    is_version: bool = False
+    """That version was asked for, by its number."""
 
     def part(self, places: Members) -> Wanted:
         """Some of them."""
@@ -103,6 +114,9 @@ class Attempts:
         commits: GroupCommit,
         pieces: Pieces,
         observer: Observer,
+        *,
+        leasing: Leasing,
+        usage: Usage,
     ) -> None:
         self._table = table
         self._directory = directory
@@ -111,6 +125,117 @@ class Attempts:
         self._commits = commits
         self._pieces = pieces
         self._observer = observer
+        self._leasing = leasing
+        self._usage = usage
+
+    async def absent(self, wanted: Wanted, seen: Seen) -> Members:
+        """Places of sessions that are not live, of a call that resumes those that are.
+
+        Raises:
+            SessionExists: Live ones are not as the call wants them.
+        """
+        absent: list[Members] = []
+        unlike: list[int] = []
+        told: list[str] = []
+        async for part in self._pieces.of(wanted.ids):
+            handles = self._directory.find_all(wanted.ids[part], seen)
+            absent.append(part.start + np.flatnonzero(handles < 0))
+            for place in self._unlike(wanted, handles).tolist():
+                unlike.append(part.start + place)
+                if len(told) < _SHOWN:
+                    told.append(self._described(wanted.ids, unlike[-1], int(handles[place])))
+        if unlike:
+            more = f"; {len(unlike) - _SHOWN} more differ" if len(unlike) > _SHOWN else ""
+            version = f", version {wanted.model.version}," if wanted.is_version else ""
+            raise SessionExists(
+                f"{wanted.field} must name new sessions, or live ones to resume of model {wanted.model.name!r}{version}"
+                f" with batch_size {wanted.batch_size}; {'; '.join(told)}{more}",
+                session_id=wanted.ids[unlike[0]],
+            )
+        return np.concatenate(absent)
+
+    def _unlike(self, wanted: Wanted, handles: Handles) -> Members:
+        """Places of live sessions of another model or batch size."""
+        table, live = self._table, np.flatnonzero(handles >= 0)
+        fits = table.batch_size[handles[live]] == wanted.batch_size
+        for index in np.unique(table.model[handles[live]]).tolist():
+            own = self._directory.models.by_index[index]
+            if own.name != wanted.model.name or (wanted.is_version and own is not wanted.model):
+                fits &= table.model[handles[live]] != index
+        unlike: Members = live[~fits]
+        return unlike
+
+    def _described(self, ids: Sequence[str], place: int, handle: int) -> str:
+        own, rows = self._directory.models.by_handle(handle), int(self._table.batch_size[handle])
+        return (
+            f"session {ids[place]!r} (index {place}) has model {own.name!r}, version {own.version}, and"
+            f" batch_size {rows}"
+        )
+
+    async def resume(self, wanted: Wanted, seen: Seen, opened: Container[str]) -> OpenedMany | None:
+        """Resume live sessions, but for those that this attempt has `opened`.
+
+        A session that has a lease has that of the call from now on, or none.
+
+        Returns:
+            None: One has ended meanwhile, and all are to be looked at again.
+        """
+        table, ids = self._table, wanted.ids
+        if not await self._take_over(self._made(ids, wanted.request_id), wanted.request_id):
+            return None
+        for session_id in self._leased(ids):
+            handle = table.find(session_id)
+            if handle is None or not await self._leasing.give(handle, wanted.lease):
+                return None
+        handles = table.find_all(ids)
+        if (handles < 0).any():
+            return None
+        revisions, positions = table.revision[handles], table.position[handles]
+        for place, session_id in enumerate(ids if self._is_shared else ()):
+            if seen.newer(session_id) is not None:
+                try:
+                    info = self._directory.info_now(int(handles[place]), seen, is_same=True)
+                except SessionGone:
+                    return None
+                revisions[place], positions[place] = info.revision, info.position
+        self._usage.used(handles)
+        model = wanted.model
+        made = np.fromiter((session_id in opened for session_id in ids), np.bool_, len(ids))
+        if wanted.request_id:
+            made |= table.opened_with[handles] == wanted.request_id
+        count = len(ids) - int(made.sum())
+        if count:
+            self._observer.sessions_opened(model.name, count, "resumed")
+        indexes = np.unique(table.model[handles])
+        versions = np.zeros(len(ids), np.uint64)
+        for index in indexes.tolist():
+            versions[table.model[handles] == index] = self._directory.models.by_index[index].version
+        own = self._directory.models.by_handle(int(handles[0]))
+        return OpenedMany(
+            ids,
+            model.name,
+            own.program.fingerprint if len(indexes) == 1 else "",
+            wanted.batch_size,
+            revisions,
+            positions,
+            version=int(versions[0]),
+            resumed=~made if count else None,
+            versions=versions if len(indexes) > 1 else None,
+        )
+
+    def _made(self, ids: Sequence[str], request_id: int) -> list[str]:
+        """Those that an earlier attempt of the call has made."""
+        handles = self._table.find_all(ids)
+        is_made = (handles >= 0) & (self._table.opened_with[handles] == request_id)
+        return [ids[place] for place in np.flatnonzero(is_made).tolist()] if request_id else []
+
+    def _leased(self, ids: Sequence[str]) -> list[str]:
+        """Those that have a lease."""
+        handles = self._table.find_all(ids)
+        return [
+            ids[place]
+            for place in np.flatnonzero((handles >= 0) & (self._table.lease[handles] != 0)).tolist()
+        ]
 
     async def made_before(
         self, change: str, ids: Sequence[str], seen: Seen, request_id: int

@@ -37,6 +37,15 @@ class Leasing:
         self._committer = committer
         self._leases = leases
 
+    async def give(self, handle: int, lease: Lease | None) -> bool:
+        """Let a session that has a lease have this one. Result and errors are those of `keep`."""
+        if not await self.keep(handle, lease):
+            return False
+        if not self._pager.is_shared:
+            # the store hears of it with the next change; until then the session counts as used now
+            self._table.lease[handle] = 0 if lease is None else self._leases.number(lease)
+        return True
+
     async def keep(self, handle: int, lease: Lease | None) -> bool:
         """Let a session that has a lease have this one when its turn comes, if the store must know it for other servers.
 

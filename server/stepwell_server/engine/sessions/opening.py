@@ -39,7 +39,6 @@ from stepwell_server.errors import (
     SessionLost,
     Unavailable,
 )
-from stepwell_server.program import FINGERPRINT_DIGITS
 
 
 class Opening:
@@ -110,8 +109,8 @@ class Opening:
         served = self._directory.models.by_name(model)
         epoch = served.epoch  # what moves while the store is asked takes the session along
         is_pinned = self._directory.models.is_pinned(model)
-        _require_fingerprint(served, fingerprint)
-        _require_batch_size(served, batch_size)
+        served.require_fingerprint(fingerprint)
+        served.require_batch_size(batch_size)
         if session_id:
             require_session_id("session_id", session_id)
         name = session_id or self._directory.ids.make(request_id, namespace=namespace)
@@ -126,7 +125,7 @@ class Opening:
                 except SessionGone:  # on another server, while something is under way for it here
                     await self._turns.free(handle)
                     continue
-                if found.replayed or await self._leasing.keep(handle, lease):
+                if found.replayed or await self._leasing.give(handle, lease):
                     return found
                 continue
             if not session_id:
@@ -178,11 +177,15 @@ class Opening:
         lease: Lease | None = None,
         namespace: str = "",
         who: Caller = ANYBODY,
+        resume: bool = False,
     ) -> OpenedMany:
-        """Open many sessions: all of them or none. The `namespace`, and errors, are as of `open`."""
+        """Open many sessions: all of them or none. The `namespace`, and errors, are as of `open`.
+
+        `resume`: live ones of `session_ids` are resumed, and the others are opened.
+        """
         self._require_open()
         served = self._directory.models.by_name(model)
-        _require_batch_size(served, batch_size)
+        served.require_batch_size(batch_size)
         if session_ids and count and count != len(session_ids):
             raise InvalidInput(
                 f"count must be 0 or the number of session_ids, {len(session_ids)}; got {count}"
@@ -191,19 +194,41 @@ class Opening:
         if not 1 <= wanted <= MAX_SESSIONS_PER_CALL:
             raise InvalidInput(f"count must be 1 to {MAX_SESSIONS_PER_CALL}; got {wanted}")
         ids = await self.ids_to_make("session_ids", session_ids, wanted, request_id, namespace=namespace)
-        return await self.make_many(
-            Wanted(
-                served,
-                ids,
-                batch_size,
-                request_id,
-                bool(session_ids),
-                "session_ids",
-                lease=lease,
-                is_pinned=self._directory.models.is_pinned(model),
-                who=who,
-            )
+        every = Wanted(
+            served,
+            ids,
+            batch_size,
+            request_id,
+            bool(session_ids),
+            "session_ids",
+            lease=lease,
+            is_pinned=self._directory.models.is_pinned(model),
+            who=who,
+            is_version="@" in model,
         )
+        if not resume:
+            return await self.make_many(every)
+        if not session_ids:
+            raise InvalidInput("resume must come with session_ids; got none")
+        return await self._resume_many(every)
+
+    async def _resume_many(self, wanted: Wanted) -> OpenedMany:
+        opened: set[str] = set()
+        for _ in range(MOST_TRIES):
+            absent = await self.attempts.absent(wanted, await self.seen(wanted.ids))
+            if len(absent):
+                try:
+                    made = await self.make_many(wanted.part(absent))
+                except SessionExists:  # another call has opened one of them meanwhile
+                    continue
+                if len(absent) == len(wanted.ids):
+                    return made
+                opened.update(made.session_ids)
+            self._leased(wanted.lease)
+            resumed = await self.attempts.resume(wanted, await self.seen(wanted.ids), opened)
+            if resumed is not None:
+                return resumed
+        raise changed_elsewhere(wanted.ids[0])
 
     async def make_many(self, wanted: Wanted) -> OpenedMany:
         """Make sessions: all of them or none. Errors as of `open`.
@@ -464,9 +489,6 @@ class Opening:
         has_lease, own = bool(self._table.lease[handle]), None
         if has_lease:
             own = self._leased(lease)
-            if not self._pager.is_shared:
-                # the store hears of it with the next change; until then the session counts as used now
-                self._table.lease[handle] = 0 if own is None else self._leases.number(own)
         self._observer.session_event("resumed", model.name, session_id)
         info = self._directory.info_now(handle, seen, is_same=True)
         lease_s = 0.0 if own is None else own[1] / 1000
@@ -559,22 +581,6 @@ class Opening:
             self._observer.replayed(info.model, "fork", 1)
             return Opened(info, replayed=True)
         raise _exists("new_session_id", name)
-
-
-def _require_fingerprint(model: Model, fingerprint: str) -> None:
-    if fingerprint and fingerprint != model.program.fingerprint:
-        raise ModelMismatch(
-            f"model_fingerprint must be that of model {model.name!r}, "
-            f"{model.program.fingerprint[:FINGERPRINT_DIGITS]}; got {fingerprint[:FINGERPRINT_DIGITS]}",
-            model=model.name,
-        )
-
-
-def _require_batch_size(model: Model, batch_size: int) -> None:
-    if not 1 <= batch_size <= model.slots.resident_limit:
-        raise InvalidInput(
-            f"batch_size must be 1 to resident_rows, {model.slots.resident_limit}; got {batch_size}"
-        )
 
 
 def _exists(name: str, session_id: str) -> SessionExists:

@@ -14,7 +14,8 @@ from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.shares import Share
 from stepwell_server.engine.state.arena import Arena
 from stepwell_server.engine.state.replies import ReplyMemory
-from stepwell_server.program import Program
+from stepwell_server.errors import InvalidInput, ModelMismatch
+from stepwell_server.program import FINGERPRINT_DIGITS, Program
 from stepwell_server.store.record import Texts
 
 #: A pass takes about so long at most while others are about, in seconds; but its fixed part is at most this share of it.
@@ -82,6 +83,31 @@ class Model:
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"
+
+    def require_fingerprint(self, fingerprint: str) -> None:
+        """Check the fingerprint that a caller expects; empty: any.
+
+        Raises:
+            ModelMismatch: The model has another one.
+        """
+        own = self.program.fingerprint
+        if fingerprint and fingerprint != own:
+            raise ModelMismatch(
+                f"model_fingerprint must be that of model {self.name!r}, {own[:FINGERPRINT_DIGITS]};"
+                f" got {fingerprint[:FINGERPRINT_DIGITS]}",
+                model=self.name,
+            )
+
+    def require_batch_size(self, batch_size: int) -> None:
+        """Check the batch size of a session that is to be opened.
+
+        Raises:
+            InvalidInput: It has no row, or more rows than the arena.
+        """
+        if not 1 <= batch_size <= self.slots.resident_limit:
+            raise InvalidInput(
+                f"batch_size must be 1 to resident_rows, {self.slots.resident_limit}; got {batch_size}"
+            )
 
     @property
     def is_marked(self) -> bool:
