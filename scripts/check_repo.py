@@ -144,8 +144,9 @@ def environment_variables_are_documented() -> Iterator[str]:
     documented = {variable: name for name in documents() for variable in VARIABLE.findall(text_of(name))}
     for variable in sorted(read - documented.keys()):
         yield f"{variable}: is read, and no document names it"
-    # the switch of the tests, which is for whoever works on this
-    read.update(VARIABLE.findall(text_of("tests/support/secured.py")))
+    # the switches of the tests and of make's targets, for developers
+    for name in ("tests/support/secured.py", "scripts/apt_get.py"):
+        read.update(VARIABLE.findall(text_of(name)))
     for variable in sorted(documented.keys() - read):
         yield f"{documented[variable]}: names {variable}, which nothing reads"
 

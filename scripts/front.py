@@ -5,9 +5,10 @@
     python scripts/front.py --wheel DIR  build the wheel of stepwell-front into a folder
 
 Cargo does the work, called by maturin where a Python package comes of it. The crates come from cargo's registry; where
-that is not reached, from Debian's librust-*-dev packages, which are installed if this is a Debian and we may. Without
-cargo nothing is built, and the server uses the front in Python. Exit codes: 0 built or nothing to do, 3 there is no
-native front, and 1 if --check finds it at fault, or if REQUIRE_NATIVE_FRONT is set and there is none.
+that is not reached, from Debian's librust-*-dev packages. On a Debian and as root this script installs them, unless
+STEPWELL_NO_APT is set. Without cargo nothing is built, and the server uses the front in Python. Exit codes: 0 built or
+nothing to do, 3 there is no native front, and 1 if --check finds it at fault, or if REQUIRE_NATIVE_FRONT is set and
+there is none.
 """
 
 from __future__ import annotations
@@ -17,40 +18,26 @@ import functools
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import apt_get
+
 ROOT = Path(__file__).resolve().parent.parent
 CRATE = ROOT / "server" / "front"
+sys.path.insert(0, str(CRATE / "backend"))
+import front_cargo  # noqa: E402  the build backend of the crate has it
+from front_cargo import CannotBuild  # noqa: E402
+
 #: Says of which sources the installed module was built.
 STAMP = Path(sysconfig.get_path("platlib")) / "stepwell_front.sources"
-#: Tells cargo in this folder where the crates are, whoever calls it; there only if they are Debian's.
-CARGO_CONFIG = CRATE / ".cargo" / "config.toml"
-#: Debian's packages of the crates in Cargo.toml.
-CRATES = (
-    *("bytes", "flate2", "h2", "http", "libc", "proptest", "pyo3", "ring", "rustls", "tokio"),
-    *("tokio-rustls", "x509-parser"),
-)
-PACKAGES = [f"librust-{name}-dev" for name in CRATES]
-DEBIAN_CRATES = Path("/usr/share/cargo/registry")
-FROM_DEBIAN = f"""\
-# Written by scripts/front.py.
-[source.crates-io]
-replace-with = "debian"
-[source.debian]
-directory = "{DEBIAN_CRATES}"
-[net]
-offline = true
-"""
 NO_FRONT = 3
-
-
-class NoFront(Exception):
-    """There can be no native front here, and why."""
+HOW = "Cargo comes with https://rustup.rs, or on Debian as root: apt-get install cargo; then: make front"
+_REPORT_INTERVAL_S = 10.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,8 +53,11 @@ def main(arguments: Sequence[str]) -> int:
         if options.wheel:
             return build_wheel(options.wheel.absolute())
         return build()
-    except NoFront as reason:
-        print(f"No native front: {reason}. The server uses the front in Python, which is slower.")
+    except CannotBuild as reason:
+        print(
+            f"No native front: {reason}. The server uses the front in Python, which is slower and serves this machine"
+            f" only. {HOW}"
+        )
         return 1 if "REQUIRE_NATIVE_FRONT" in os.environ else NO_FRONT
 
 
@@ -77,7 +67,7 @@ def build() -> int:
     is_there = importlib.util.find_spec("stepwell_front") is not None
     if is_there and STAMP.exists() and STAMP.read_text() == sources:
         return 0
-    print("Building the native front (Rust; the first time takes a minute or two)", flush=True)
+    print("Building the native front (Rust; the first time takes one to six minutes)", flush=True)
     maturin("develop", "--release")
     STAMP.write_text(sources)
     return 0
@@ -85,7 +75,9 @@ def build() -> int:
 
 def build_wheel(folder: Path) -> int:
     """Build the wheel into a folder."""
-    print("Building the wheel of the native front (Rust; the first time takes a minute or two)", flush=True)
+    print(
+        "Building the wheel of the native front (Rust; the first time takes one to six minutes)", flush=True
+    )
     maturin("build", "--release", "--out", str(folder))
     return 0
 
@@ -111,34 +103,39 @@ def digest() -> str:
 
 
 def maturin(command: str, *arguments: str) -> None:
-    """Let maturin do something with the crate; what it says is shown if it fails.
+    """Run a command of maturin in the crate, and show how far it is; its output is shown if it fails.
 
     Raises:
-        NoFront: it fails, or there is no cargo, or no crates.
+        CannotBuild: it fails, or there is no cargo, or no crates.
     """
     find_crates(working_cargo())
-    # maturin looks for the environment into which it installs, and for pip, by these
-    scripts = sysconfig.get_path("scripts")
-    inside = {"VIRTUAL_ENV": sys.prefix, "PATH": os.pathsep.join((scripts, os.environ["PATH"]))}
-    done = subprocess.run(
-        [sys.executable, "-m", "maturin", command, *arguments],
-        cwd=CRATE,
-        env={**os.environ, **inside},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        print(done.stdout, flush=True)
-        raise NoFront("it does not build here, see above")
+    front_cargo.maturin(command, *arguments, crate=CRATE, report=Progress())
+
+
+class Progress:
+    """Prints how many crates are compiled: on a terminal in one line, elsewhere a line each ten seconds."""
+
+    def __init__(self) -> None:
+        self._printed = time.monotonic()
+
+    def __call__(self, compiled: int, total: int) -> None:
+        """Print the numbers, unless it was done just now."""
+        is_last = compiled == total - 1
+        text = f"  {compiled} of {total} crates are compiled" + (
+            ", the front itself is next" if is_last else ""
+        )
+        if sys.stdout.isatty():
+            print(f"\r{text}", end="\n" if is_last else "", flush=True)
+        elif is_last or time.monotonic() > self._printed + _REPORT_INTERVAL_S:
+            self._printed = time.monotonic()
+            print(text, flush=True)
 
 
 def cargo(command: str, *arguments: str) -> int:
     """Run cargo in the crate; its exit code.
 
     Raises:
-        NoFront: there is no cargo, or it has no crates.
+        CannotBuild: there is no cargo, or it has no crates.
     """
     program = working_cargo()
     if command != "fmt":
@@ -151,66 +148,28 @@ def working_cargo() -> str:
     """Where cargo is.
 
     Raises:
-        NoFront: it is not there, or is rustup's stand-in for one that is not installed for this user.
+        CannotBuild: it is not there, or does not run.
     """
-    program = shutil.which("cargo")
-    if program is None:
-        raise NoFront("cargo is not installed")
-    tried = subprocess.run([program, "--version"], cwd=CRATE, capture_output=True, text=True, check=False)
-    if tried.returncode:
-        first = tried.stderr.strip().splitlines()[:1]
-        raise NoFront(f"cargo does not run ({' '.join(first) or 'it says nothing'})")
-    return program
+    return front_cargo.working_cargo(CRATE)
 
 
 @functools.cache
 def find_crates(program: str) -> None:
-    """Tell cargo where the crates are.
+    """Make sure that cargo finds the crates; on a Debian, install them if that is allowed.
 
     Raises:
-        NoFront: nowhere.
+        CannotBuild: they are nowhere.
     """
-    if has_debian_crates():
-        use_debian_crates()
-        return
-    CARGO_CONFIG.unlink(missing_ok=True)
-    # two attempts of ten seconds: who has no way to the registry is to know soon
-    patience = {"CARGO_NET_RETRY": "1", "CARGO_HTTP_TIMEOUT": "10"}
-    fetched = subprocess.run(
-        [program, "fetch", "--quiet"],
-        cwd=CRATE,
-        env={**os.environ, **patience},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if fetched.returncode == 0:
-        return
-    if shutil.which("apt-get") is None or os.geteuid() != 0:
-        last = fetched.stderr.strip().splitlines()[-1:]
-        raise NoFront(f"cargo does not reach its registry ({' '.join(last).strip() or 'no reason given'})")
-    print(f"Installing Debian's crates: {' '.join(PACKAGES)}", flush=True)
-    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    install = ["apt-get", "install", "--yes", "--quiet=2", "--no-install-recommends", *PACKAGES]
-    for step in (install, ["apt-get", "update", "--quiet=2"], install):
-        if (
-            subprocess.run(step, env=quiet, stdout=subprocess.DEVNULL, check=False).returncode == 0
-            and has_debian_crates()
-        ):
-            use_debian_crates()
-            return
-    raise NoFront("cargo does not reach its registry, and Debian's crates could not be installed")
-
-
-def use_debian_crates() -> None:
-    """Let cargo take Debian's crates instead of its registry's."""
-    CARGO_CONFIG.parent.mkdir(exist_ok=True)
-    CARGO_CONFIG.write_text(FROM_DEBIAN)
-
-
-def has_debian_crates() -> bool:
-    """Every package is there."""
-    return all(any(DEBIAN_CRATES.glob(f"{package[8:-4]}-[0-9]*")) for package in PACKAGES)
+    try:
+        front_cargo.find_crates(program, CRATE)
+    except front_cargo.NoCrates as reason:
+        if front_cargo.has_debian_crates():
+            raise
+        if problem := apt_get.refusal():
+            packages = " ".join(front_cargo.PACKAGES)
+            raise CannotBuild(f"{reason}: {problem}; as root: apt-get install {packages}") from None
+        apt_get.install(front_cargo.PACKAGES, what="Debian's crates")
+        front_cargo.find_crates(program, CRATE)
 
 
 if __name__ == "__main__":

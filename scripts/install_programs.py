@@ -1,18 +1,18 @@
 """Install programs that tests and the demo of a cluster run, where they are missing and we may: Valkey, promtool.
 
-They are Debian's packages; elsewhere, or without root, it says what to install. Debian would start a server when its
-package is installed: it is kept from that. Exit codes: 0 they are there, 1 they are not.
+They are Debian's packages; elsewhere, without root, or with STEPWELL_NO_APT set, it says what to install. Debian would
+start a server when its package is installed: it is kept from that. Exit codes: 0 they are there, 1 they are not.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import apt_get
 
 PROGRAMS = {
     "valkey-server": "the tests of replicas",
@@ -30,22 +30,18 @@ def main() -> int:
     wanted = missing()
     if not wanted:
         return 0
-    if shutil.which("apt-get") is None or os.geteuid() != 0:
+    if problem := apt_get.refusal():
         print(
-            f"{_failing(wanted)}. Install Valkey 7.2 or newer and Prometheus's promtool;"
+            f"{_failing(wanted)}; {problem}. Install Valkey 7.2 or newer and Prometheus's promtool;"
             f" on Debian, as root: apt-get install {' '.join(wanted)}"
         )
         return 1
-    print(f"Installing Debian's packages {', '.join(wanted)}", flush=True)
-    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    install = ["apt-get", "install", "--yes", "--quiet=2", "--no-install-recommends", *wanted]
     with no_services():
-        for step in (install, ["apt-get", "update", "--quiet=2"], install):
-            subprocess.run(step, env=quiet, stdout=subprocess.DEVNULL, check=False)
-            if not missing():
-                return 0
-    print(f"{_failing(missing())}: they could not be installed, see above")
-    return 1
+        apt_get.install(wanted, what="programs for the tests")
+    if wanted := missing():
+        print(f"{_failing(wanted)}: they could not be installed, see above")
+        return 1
+    return 0
 
 
 def missing() -> list[str]:
