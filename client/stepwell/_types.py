@@ -348,10 +348,21 @@ class ServerInfo:
     """What speaks to the network: "native" or "python"; empty if the server is of an older release."""
     models: tuple[ModelInfo, ...]
     """Its models, in the order of their names."""
+    id: str = ""
+    """Of the server's process, random: another one after a restart. Label `server_id` of the metric `stepwell_build_info`."""
+    metrics_address: str | None = None
+    """Where its metrics are, HOST:PORT as the server listens there; "0.0.0.0" or "[::]" stands for all of its addresses.
+    Empty: it serves none. None: only admins may know."""
 
     @classmethod
     def _from_message(cls, reply: models_pb2.ListModelsResponse) -> Self:
-        return cls(reply.server.front, tuple(ModelInfo._from_message(model) for model in reply.models))
+        server = reply.server
+        return cls(
+            server.front,
+            tuple(ModelInfo._from_message(model) for model in reply.models),
+            server.id,
+            server.metrics_address if server.HasField("metrics_address") else None,
+        )
 
     def __repr__(self) -> str:
         names = _display.some(model.name for model in self.models)

@@ -254,7 +254,7 @@ async def _run(
     )
     if certificates is not None:
         observer.secured_by(certificates)
-    observer.serves_by(rpc.front.name, rpc.front.limits.values, rpc.front.counts)
+    observer.serves_by(rpc.front.name, rpc.front.limits.values, rpc.front.counts, rpc.info.id)
     gone, metrics = False, None
     live: LiveModels | None = None
     looking: list[asyncio.Task[None]] = []
@@ -267,6 +267,7 @@ async def _run(
         readiness.listen(observer.ready_is)
         # Probes are answered from here on, however long the models take.
         metrics = _serve_metrics(settings, observer, readiness, served.stats, metrics_token)
+        rpc.info.metrics_address = "" if metrics is None else str(metrics.address)
         address = await _listen(settings, rpc, certificates)
         readiness.listen(rpc.announce)
         folder = None if settings.models_dir is None else ModelFolder(settings.models_dir)
@@ -529,7 +530,7 @@ def _serve_metrics(
             )
             return None
         raise StartError(f"--metrics-listen: cannot listen on {address}: {error.strerror}") from error
-    _log.info("metrics", address=str(address._replace(port=metrics.port)))
+    _log.info("metrics", address=str(metrics.address))
     return metrics
 
 

@@ -299,7 +299,7 @@ async def test_metrics_are_served_by_default_unless_they_are_off(monkeypatch: py
         assert metrics is not None
         off = Settings(metrics_listen="off")
         try:
-            scrape = await asyncio.to_thread(Scrape.of, f"127.0.0.1:{metrics.port}")
+            scrape = await asyncio.to_thread(Scrape.of, f"127.0.0.1:{metrics.address.port}")
         finally:
             await asyncio.to_thread(metrics.close)
         assert scrape.series("stepwell_max_pass_rows")
@@ -326,19 +326,21 @@ async def test_with_a_token_only_who_shows_it_gets_metrics(tmp_path: Path) -> No
         assert metrics is not None
         try:
             for shown in ("", "Bearer wrong", "Basic b1946ac92492d2347c6235b4d2611184"):
-                status, challenge, text = await asyncio.to_thread(ask, metrics.port, Authorization=shown)
+                status, challenge, text = await asyncio.to_thread(
+                    ask, metrics.address.port, Authorization=shown
+                )
                 assert (status, challenge) == (401, 'Bearer realm="metrics"')
                 assert text == "metrics need the token of --metrics-token-file\n"
             shown = "Bearer b1946ac92492d2347c6235b4d2611184"
-            status, _, text = await asyncio.to_thread(ask, metrics.port, Authorization=shown)
+            status, _, text = await asyncio.to_thread(ask, metrics.address.port, Authorization=shown)
             assert status == 200
             assert "stepwell_max_pass_rows" in text
             # probes cannot show one, and are not told why then
-            assert await asyncio.to_thread(ask, metrics.port, "/readyz") == (503, "", "not ready\n")
-            verbose = await asyncio.to_thread(ask, metrics.port, "/readyz?verbose")
+            assert await asyncio.to_thread(ask, metrics.address.port, "/readyz") == (503, "", "not ready\n")
+            verbose = await asyncio.to_thread(ask, metrics.address.port, "/readyz?verbose")
             assert verbose == (503, "", '{"ready": false}\n')
-            _, _, text = await asyncio.to_thread(ask, metrics.port, "/readyz", Authorization=shown)
+            _, _, text = await asyncio.to_thread(ask, metrics.address.port, "/readyz", Authorization=shown)
             assert text == "not ready: models: the models are being loaded\n"
-            assert await asyncio.to_thread(ask, metrics.port, "/livez") == (200, "", "alive\n")
+            assert await asyncio.to_thread(ask, metrics.address.port, "/livez") == (200, "", "alive\n")
         finally:
             await asyncio.to_thread(metrics.close)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pty
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 
 import stepwell
+from stepwell.cli._errors import Failure
+from stepwell.cli.top.metrics import ServerMetrics, server_ids
 from support.server_process import FEATURES, ServerProcess, serve
 
 _TIMEOUT_S = 100.0
@@ -90,6 +93,90 @@ def test_one_picture_for_people_and_for_programs(busy: tuple[ServerProcess, str]
     assert "\x1b" not in shown.stdout
     for word in ("MODEL", "P99", "forecast", "METHOD", "SLOW SESSION", "busy one", "SESSION_NOT_FOUND"):
         assert word in shown.stdout, word
+
+
+@pytest.fixture(scope="module")
+def other() -> Iterator[ServerProcess]:
+    """Another server of this machine, with metrics of its own."""
+    with serve("--metrics-listen", "127.0.0.1:0", "--log-format", "json") as server:
+        yield server
+
+
+def _top(*servers: ServerProcess, metrics: str = "") -> subprocess.CompletedProcess[str]:
+    addresses = ",".join(server.address for server in servers)
+    program = str(Path(sys.executable).with_name("stepwell"))
+    named = ("--metrics", f"http://{metrics}") if metrics else ()
+    command = [program, "top", "--json", "--interval", "100ms", "--server", addresses, *named]
+    return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+
+
+def _info(server: ServerProcess) -> stepwell.ServerInfo:
+    with stepwell.connect(server.address) as client:
+        return client.server_info()
+
+
+def test_each_server_says_where_its_metrics_are(
+    busy: tuple[ServerProcess, str], other: ServerProcess
+) -> None:
+    server, metrics = busy
+    mine, theirs = _info(server), _info(other)
+    assert mine.metrics_address == metrics
+    assert mine.id != theirs.id
+    for servers, expected in (((server,), [mine]), ((other,), [theirs]), ((other, server), [theirs, mine])):
+        done = _top(*servers)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)["servers"]
+        assert [(row["metrics"], row["id"]) for row in found] == [
+            (one.metrics_address, one.id) for one in expected
+        ]
+        assert done.stderr == ""
+
+
+def test_metrics_of_another_server_are_never_shown_without_a_word(
+    busy: tuple[ServerProcess, str], other: ServerProcess
+) -> None:
+    """That a server says another one's address is made up here: a forwarded port, or the default one, would do it."""
+    server, metrics = busy
+    mine, theirs = _info(server), _info(other)
+    with stepwell.connect(server.address) as client:
+        with pytest.MonkeyPatch.context() as patch:
+            wrong = dataclasses.replace(mine, metrics_address=theirs.metrics_address)
+            patch.setattr(stepwell.Client, "server_info", lambda *_, **__: wrong)
+            with pytest.raises(Failure) as caught:
+                ServerMetrics(server.address, client, None, 10.0).look()
+        for name in (server.address, mine.id, f"http://{theirs.metrics_address}/metrics", theirs.id):
+            assert name in caught.value.message
+    named = _top(server, metrics=theirs.metrics_address or "")
+    assert named.returncode == 0
+    assert (
+        f"note: --metrics has metrics of the server process {theirs.id}; --server is {mine.id}"
+        in named.stderr
+    )
+    assert _top(server, metrics=metrics).stderr == ""
+
+
+def test_a_server_that_was_restarted_is_asked_again(
+    busy: tuple[ServerProcess, str], other: ServerProcess
+) -> None:
+    """Its id is another one, and where the system chooses the port so are its metrics."""
+    before, after = _info(busy[0]), _info(other)
+    told = [before, after]
+    with stepwell.connect(busy[0].address) as client, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stepwell.Client, "server_info", lambda *_, **__: told[0])
+        metrics = ServerMetrics(busy[0].address, client, None, 10.0)
+        assert server_ids(metrics.look()) == [before.id]
+        told.pop(0)
+        metrics._id = "of a process that is gone"
+        assert server_ids(metrics.look()) == [after.id]
+        assert metrics.name == after.metrics_address
+
+
+def test_a_server_without_metrics_says_so() -> None:
+    with serve("--metrics-listen", "off") as server:
+        assert _info(server).metrics_address == ""
+        done = _top(server)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"the server at {server.address} (--server) serves no metrics" in done.stderr
 
 
 def test_what_cannot_be_read_is_said(busy: tuple[ServerProcess, str]) -> None:

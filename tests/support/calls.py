@@ -197,6 +197,7 @@ async def calls(
             front, clock=at.clock, observer=observer, max_message_bytes=MAX_MESSAGE_BYTES, auditor=auditor
         )
         await server.start(Address("", 0))
+        server.info.metrics_address = "127.0.0.1:9464"
         loads = Loads()
         live = live_models(at.engine, at.clock, loads, **(live_options or {}))
         known = KnownFiles(at.engine, files or {}, (live_options or {}).get("root"))

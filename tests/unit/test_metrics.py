@@ -237,9 +237,9 @@ def test_the_front_is_shown() -> None:
     counts = FrontCounts(
         {"calls": 3, "held_bytes": 1000}, {"memory": 2, "silent": 0}, {"event_loop": 7, "thread": 5}
     )
-    observer.serves_by("native", limits, lambda: counts)
+    observer.serves_by("native", limits, lambda: counts, "5e1f")
     samples = _scrape(observer)
-    assert {"front": "native"} in samples.series("stepwell_build_info")
+    assert {"front": "native", "server_id": "5e1f"} in samples.series("stepwell_build_info")
     assert samples.value("stepwell_front_calls") == 3
     assert samples.value("stepwell_front_held_bytes") == 1000
     assert samples.value("stepwell_front_refused_total", "memory") == 2

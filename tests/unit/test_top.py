@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from stepwell import UnavailableError
+import stepwell
+from stepwell import ServerInfo, UnavailableError
 from stepwell.cli._errors import SERVER_ERROR, Failure
-from stepwell.cli.top import command
+from stepwell.cli.top import command, metrics
+from stepwell.cli.top.metrics import url_of
+from stepwell.cli.top.scrape import Scrape
 
 SERVER = {"version": "9.8.7", "front": "native", "uptime_s": 1.0, "memory_bytes": 1, "cores": 0.0}
 PICTURE = {
@@ -22,6 +26,42 @@ PICTURE = {
     "tenants": [],
     "slow_sessions": [],
 }
+
+
+@pytest.mark.parametrize(
+    ("server", "address", "url"),
+    [
+        ("127.0.0.1:50051", "127.0.0.1:9964", "http://127.0.0.1:9964/metrics"),
+        ("127.0.0.1:50051", "0.0.0.0:9964", "http://127.0.0.1:9964/metrics"),
+        ("[::1]:50051", "[::]:9964", "http://[::1]:9964/metrics"),
+        ("unix:/run/stepwell", "0.0.0.0:9964", "http://127.0.0.1:9964/metrics"),
+        ("10.0.0.5:50051", "0.0.0.0:9964", "http://10.0.0.5:9964/metrics"),
+        ("[fd00::5]:50051", "[::]:9964", "http://[fd00::5]:9964/metrics"),
+        ("grpcs://a.example:50051", "0.0.0.0:9964", "http://a.example:9964/metrics"),
+        ("a.example:50051", "10.0.0.6:9964", "http://10.0.0.6:9964/metrics"),
+        ("a.example:50051", None, "http://a.example:9464/metrics"),
+        ("127.0.0.1:50051", None, "http://127.0.0.1:9464/metrics"),
+    ],
+)
+def test_where_the_metrics_of_a_server_are(server: str, address: str | None, url: str) -> None:
+    assert url_of(server, ServerInfo("native", (), "5e1f", address)) == url
+
+
+@pytest.mark.parametrize("address", ["evil.example", "a:b@c:1", "a:0", "a:1/x", "a b:1"])
+def test_what_is_no_address_is_not_asked(address: str) -> None:
+    with pytest.raises(Failure, match="must have its metrics at HOST:PORT"):
+        url_of("127.0.0.1:50051", ServerInfo("native", (), "5e1f", address))
+
+
+def test_metrics_of_another_machine_alone_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scrape(url: str, _token: str | None, _timeout_s: float) -> Scrape:
+        raise Failure(f"{url} cannot be read", SERVER_ERROR)
+
+    client = mock.create_autospec(stepwell.Client, instance=True)
+    client.server_info.return_value = ServerInfo("native", (), "5e1f", "127.0.0.1:9464")
+    monkeypatch.setattr(metrics, "scrape", scrape)
+    with pytest.raises(Failure, match=r"127\.0\.0\.1:9464 of its own machine: run 'stepwell top' there"):
+        metrics.ServerMetrics("a.example:50051", client, None, 1.0).look()
 
 
 def test_it_goes_on_over_a_restart_of_the_server(

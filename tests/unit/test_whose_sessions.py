@@ -152,7 +152,10 @@ async def renewed(at: Calls, _session_id: str) -> None:
 
 
 async def models(at: Calls, _session_id: str) -> None:
-    assert [model.sessions for model in (await at.call(models_pb2.ListModelsRequest())).models] == [0, 0]
+    told = await at.call(models_pb2.ListModelsRequest())
+    assert [model.sessions for model in told.models] == [0, 0]
+    assert told.server.id
+    assert not told.server.HasField("metrics_address"), "for admins"
     assert (await at.call(models_pb2.GetModelRequest(name="plain"))).model.sessions == 0
 
 

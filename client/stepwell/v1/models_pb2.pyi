@@ -836,18 +836,30 @@ class Server(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FRONT_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     front: _builtins.str
     """What speaks to the network: "native" or "python" (--front)."""
+    id: _builtins.str
+    """Of this process, random: another one after a restart. Label server_id of the metric stepwell_build_info."""
+    metrics_address: _builtins.str
+    """Where its metrics are, HOST:PORT as the server listens there: 0.0.0.0 or [::] for all of its addresses. Empty: it
+    serves none. Absent: the caller is no admin, and may not know.
+    """
     def __init__(
         self,
         *,
         front: _builtins.str = ...,
+        id: _builtins.str = ...,
+        metrics_address: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_metrics_address", b"_metrics_address", "metrics_address", b"metrics_address"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["front", b"front"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_metrics_address", b"_metrics_address", "front", b"front", "id", b"id", "metrics_address", b"metrics_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__metrics_address: _TypeAlias = _typing.Literal["metrics_address"]  # noqa: Y015
+    _WhichOneofArgType__metrics_address: _TypeAlias = _typing.Literal["_metrics_address", b"_metrics_address"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__metrics_address) -> _WhichOneofReturnType__metrics_address | None: ...
 
 Global___Server: _TypeAlias = Server  # noqa: Y015
 

@@ -301,9 +301,11 @@ class PrometheusObserver(Observer):
         """Messages of streams were answered to their last parts, which took so long since they had come."""
         self._request_seconds.of((method,)).observe_all(seconds)
 
-    def serves_by(self, front: str, limits: Mapping[str, float], counts: Callable[[], FrontCounts]) -> None:
-        """What speaks to the network, as `--front` has it; its limits; what it has to do when it is asked."""
-        self._build["front"] = front
+    def serves_by(
+        self, front: str, limits: Mapping[str, float], counts: Callable[[], FrontCounts], server_id: str
+    ) -> None:
+        """What speaks to the network, as `--front` has it; its limits; its counts when it is asked; the process's random id."""
+        self._build |= {"front": front, "server_id": server_id}
         self._limits, self._front_counts = limits, counts
 
     def secured_by(self, certificates: CertificateFiles) -> None:

@@ -60,7 +60,8 @@ class MetricsServer:
         collector = _Collector(lambda: observer.families(stats()), loop, data_dir)
         family, _, _, _, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(place[:2], family=family, backlog=_BACKLOG)
-        self.port: int = listener.getsockname()[1]
+        self.address = address._replace(port=listener.getsockname()[1])
+        """Where it listens, with the port that the system chose if it was 0."""
         self._map: dict[int, Any] = {}
         self._server = create_server(
             _application(collector, Probes(loop, readiness, token), token),

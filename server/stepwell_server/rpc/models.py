@@ -29,18 +29,18 @@ class ModelServicer:
     def __init__(
         self,
         engine: Engine,
-        front: str,
+        server: pb.Server,
         max_reply_bytes: int,
         slowest: Slowest,
         clock: Clock,
         control: ModelControl | None = None,
     ) -> None:
-        """`control` loads models; None: those of the start are all."""
+        """`server` describes it to admins; `control` loads models; None: those of the start are all."""
         self._control = control
         self._slowest = slowest
         self._clock = clock
         self._engine = engine
-        self._server = pb.Server(front=front)
+        self._server = server
         self._max_reply_bytes = max_reply_bytes
 
     async def list_models(self, _request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
@@ -56,7 +56,8 @@ class ModelServicer:
             told = [convert.from_version(status, counted=counted) for status in statuses[name]]
             models.append(pb.Model(name=name, versions=told))
         models.sort(key=lambda model: model.name)
-        return pb.ListModelsResponse(models=models, server=self._server)
+        server = self._server if counted else pb.Server(front=self._server.front, id=self._server.id)
+        return pb.ListModelsResponse(models=models, server=server)
 
     async def get_model(self, request: pb.GetModelRequest, call: Call) -> pb.GetModelResponse:
         """Describe a model."""

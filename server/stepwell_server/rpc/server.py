@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Protocol
 
@@ -79,6 +80,8 @@ class RpcServer:
         tracer: Tracer | None = None,
     ) -> None:
         self._front = front
+        self.info = models_pb2.Server(front=front.name, id=secrets.token_hex(8))
+        """How the server describes itself to admins; where its metrics are is added by whoever serves them."""
         self._authenticator = authenticator
         self._following: list[asyncio.Task[None]] = []
         self.guard = None if authenticator is None else Guard(authenticator, front, clock)
@@ -173,7 +176,7 @@ class RpcServer:
             Repository(control, known_files, admin_refusal),
         )
         self._serve_by(_SESSIONS, self._sessions)
-        models = ModelServicer(engine, self._front.name, limit, observer.slowest, clock, control)
+        models = ModelServicer(engine, self.info, limit, observer.slowest, clock, control)
         self._serve_by(_MODELS, models)
         self._serve_by(_MODEL_ADMIN, ModelAdminServicer(control, models, self._auditor, admin_refusal))
         self._serve_by(_TRITON, self._triton)

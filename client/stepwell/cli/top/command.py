@@ -27,11 +27,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from stepwell import Client, SlowSession
+    from stepwell.cli.top.metrics import Metrics
     from stepwell.cli.top.picture import Seen
     from stepwell.cli.top.scrape import Scrape
 
-_PORT = 9464
-_DEFAULT_METRICS = f"http://127.0.0.1:{_PORT}"
 _URL = re.compile(r"https?://[^\s/]+(/\S*)?")
 _SLOW_S = 1.0
 """How long each of several servers may take to say who is slow: the picture goes on without one that is gone."""
@@ -56,25 +55,18 @@ def _metrics_urls(ctx: click.Context, param: click.Parameter, value: str | None)
     return found
 
 
-def _metrics_of(servers: Sequence[str]) -> list[str]:
-    """Where the metrics of servers are if nobody says it.
+def _require_single(servers: Sequence[str]) -> None:
+    """Check that each server can be asked where its metrics are.
 
     Raises:
-        click.UsageError: That cannot be known.
+        click.UsageError: One is a name whose every address is a server.
     """
-    if len(servers) == 1 and not _address.is_name(servers[0]):
-        return [f"{_DEFAULT_METRICS}/metrics"]
-    hosts = [
-        each.rpartition(":")[0]
-        for each in servers
-        if not each.startswith("unix:") and not _address.is_name(each)
-    ]
-    if len(set(hosts)) < len(servers):
+    names = [server for server in servers if _address.is_name(server)]
+    if names:
         raise click.UsageError(
-            "--metrics must name the metrics of each server, with commas between, unless --server names one server, or"
-            f" several on hosts of their own, whose metrics are at port {_PORT}; got --server {','.join(servers)}"
+            "--metrics must name the metrics of each server, with commas between, where --server has a name that stands"
+            f" for several; got --server {names[0]}"
         )
-    return [f"http://{host}:{_PORT}/metrics" for host in hosts]
 
 
 @click.command(
@@ -94,7 +86,7 @@ def _metrics_of(servers: Sequence[str]) -> list[str]:
         ),
         (
             "servers",
-            "list: metrics, error (if it did not answer), ready, row_steps_per_s, p99_s, ..., and what server has",
+            "list: metrics, error (if it did not answer), ready, id, row_steps_per_s, p99_s, ..., and what server has",
         ),
         (
             "models",
@@ -112,8 +104,8 @@ def _metrics_of(servers: Sequence[str]) -> list[str]:
     envvar="STEPWELL_METRICS_URL",
     show_envvar=True,
     callback=_metrics_urls,
-    help=f"Where the server serves its metrics; of several servers all, with commas between. Default: "
-    f"{_DEFAULT_METRICS}, of several servers port {_PORT} of each host.",
+    help="Where the server serves its metrics; of several servers all, with commas between. Default: where each server"
+    " says; to callers that are no admins it does not, and port 9464 of its host is tried.",
 )
 @click.option(
     "--metrics-token-file",
@@ -155,20 +147,30 @@ def top(
 ) -> None:
     """Show what servers do: steps, latency, passes, sessions, tenants, errors, and who is slow.
 
-    The numbers are those of their metrics, and of one call that asks for slow sessions. On a terminal the picture is
+    The numbers are those of their metrics, and of one call that asks for slow sessions. Metrics that are of another
+    server process than --server are refused. On a terminal the picture is
     made anew every --interval until you press q, also over restarts of a server. Of several servers each has a row,
     and everything else is of all together: rates are sums, percentiles those of all calls, sessions those of the
     store that they share.
     """
+    from stepwell.cli.top.metrics import GivenMetrics, ServerMetrics
+
     servers = _address.split(target.address)
     token = metrics_token_file.read_text().strip() if metrics_token_file is not None else None
-    watch = _Watch(metrics or _metrics_of(servers), token, target.timeout_s)
+    if not metrics:
+        _require_single(servers)
     with contextlib.ExitStack() as stack:
         clients = [
             stack.enter_context(dataclasses.replace(target, address=server).connect("Looking", prints=True))
             for server in servers
         ]
+        watch = _Watch(
+            [GivenMetrics(url, token, target.timeout_s) for url in metrics]
+            or [ServerMetrics(*each, token, target.timeout_s) for each in zip(servers, clients, strict=True)]
+        )
         watch.look()
+        if metrics:
+            _note_others(servers, clients, watch.last)
         if as_json or once or not sys.stdout.isatty():
             time.sleep(interval)
             found = _picture(clients, watch.look(), rows)
@@ -183,9 +185,14 @@ def top(
 class _Watch:
     """Looks at the metrics of servers, again and again."""
 
-    def __init__(self, urls: Sequence[str], token: str | None, timeout_s: float) -> None:
-        self._urls, self._token, self._timeout_s = urls, token, timeout_s
-        self._last: dict[str, Scrape] = {}
+    def __init__(self, metrics: Sequence[Metrics]) -> None:
+        self._metrics = metrics
+        self._last: dict[int, Scrape] = {}
+
+    @property
+    def last(self) -> list[Scrape]:
+        """What each answered last, of those that have answered."""
+        return list(self._last.values())
 
     def look(self) -> list[Seen]:
         """What each answers now, and what it answered last.
@@ -195,28 +202,52 @@ class _Watch:
         """
         from stepwell.cli.top.picture import Seen
 
-        with ThreadPoolExecutor(len(self._urls)) as pool:
-            answers = list(pool.map(self._ask, self._urls))
+        with ThreadPoolExecutor(len(self._metrics)) as pool:
+            answers = list(pool.map(_look, self._metrics))
         failed = [answer for answer in answers if isinstance(answer, Failure)]
         if len(failed) == len(answers):
             raise failed[0]
         seen = []
-        for url, answer in zip(self._urls, answers, strict=True):
-            name = url.partition("://")[2].removesuffix("/metrics")
+        for number, (metrics, answer) in enumerate(zip(self._metrics, answers, strict=True)):
             if isinstance(answer, Failure):
-                seen.append(Seen(name, None, None, answer.message))
+                seen.append(Seen(metrics.name, None, None, answer.message))
             else:
-                seen.append(Seen(name, self._last.get(url), answer))
-                self._last[url] = answer
+                seen.append(Seen(metrics.name, self._last.get(number), answer))
+                self._last[number] = answer
         return seen
 
-    def _ask(self, url: str) -> Scrape | Failure:
-        from stepwell.cli.top.scrape import scrape
 
+def _look(metrics: Metrics) -> Scrape | Failure:
+    try:
+        return metrics.look()
+    except Failure as failure:
+        return failure
+
+
+def _note_others(servers: Sequence[str], clients: Sequence[Client], found: Sequence[Scrape]) -> None:
+    """Say so on stderr where --metrics names metrics of other servers than --server does.
+
+    That may be right, behind a proxy say; but slow sessions are those of --server.
+    """
+    from stepwell import StepwellError
+    from stepwell.cli.top.metrics import server_ids
+
+    def ask(client: Client) -> str:
         try:
-            return scrape(url, self._token, self._timeout_s)
-        except Failure as failure:
-            return failure
+            return client.server_info(timeout_s=_SLOW_S).id
+        except StepwellError:
+            return ""
+
+    with ThreadPoolExecutor(len(clients)) as pool:
+        known = list(pool.map(ask, clients))
+    theirs = {server_id for scrape in found for server_id in server_ids(scrape)}
+    others = theirs - set(known)
+    if others and all(known) and not any(map(_address.is_name, servers)):
+        click.echo(
+            f"stepwell: note: --metrics has metrics of the server process {', '.join(sorted(others))}; --server is"
+            f" {', '.join(known)}",
+            err=True,
+        )
 
 
 def _picture(clients: Sequence[Client], seen: Sequence[Seen], rows: int) -> dict[str, Any]:

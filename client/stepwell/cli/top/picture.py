@@ -157,6 +157,7 @@ def _row(one: Seen, wall_s: float) -> _Picture:
         "metrics": one.metrics,
         "error": "",
         "ready": bool(between.total("stepwell_ready")),
+        "id": ", ".join(between.values("stepwell_build_info", "server_id")),
         **_server(between, wall_s),
         "row_steps_per_s": between.rate("stepwell_row_steps_total", change="step"),
         "p50_s": between.quantile("stepwell_stage_seconds", 0.5, stage="total"),
