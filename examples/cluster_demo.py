@@ -97,7 +97,7 @@ def main() -> None:
         addresses = [replica.address for replica in replicas]
         console.print(f"replicas: {', '.join(addresses)}")
         front = stack.enter_context(envoy(folder, addresses))
-        console.print(f"Envoy, for who does not know the replicas: {front}")
+        console.print(f"Envoy, for clients that do not know the replicas: {front}")
         console.rule(f"{options.users} users step; replicas are killed and come back")
         demo = Demo(replicas, ports, console)
         asyncio.run(live(demo, ",".join(addresses), front, options.users, options.seconds))

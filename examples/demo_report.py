@@ -74,7 +74,7 @@ class Log:
 
 @dataclass
 class Experiment:
-    """One user's next 48 hours, foretold hour by hour from several states."""
+    """One user's next 48 hours, forecast hour by hour from several states."""
 
     untouched: Floats
     others: Floats

@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def draw(path: Path, series: dict[str, Floats], days: dict[str, list[stepwell.Trace]]) -> None:
-    """Above, what came and what was foretold an hour before; below, the LSTM's hidden state."""
+    """Above, the temperature and its one-hour-ahead forecast; below, the LSTM's hidden state."""
     hours = np.arange(DAYS * DAY)
     figure, axes = plt.subplots(
         2, len(days), figsize=(12, 4.6), sharex="col", height_ratios=(1, 1.15), layout="constrained"
@@ -59,10 +59,10 @@ def draw(path: Path, series: dict[str, Floats], days: dict[str, list[stepwell.Tr
     for column, (name, traces) in enumerate(days.items()):
         (above, below), (airport, first) = axes[:, column], USERS[name]
         came = series[airport][first + 1 : first + 1 + len(hours)]
-        foretold = np.concatenate([np.asarray(trace.outputs)[0, :, 0] for trace in traces])
+        forecast = np.concatenate([np.asarray(trace.outputs)[0, :, 0] for trace in traces])
         hidden = np.concatenate([trace.states["lstm/h"][0] for trace in traces])
         above.plot(hours, came, color="#22262b", linewidth=1.3, label="temperature, °C")
-        above.plot(hours, foretold, ".", color="#c1440e", markersize=3.5, label="foretold an hour before")
+        above.plot(hours, forecast, ".", color="#c1440e", markersize=3.5, label="one-hour-ahead forecast")
         above.set_title(f"{name} at {AIRPORTS[airport]}", loc="left", fontweight="bold")
         order = np.argsort(hidden[:DAY].argmax(axis=0))  # units by when they peak in a day
         below.imshow(hidden.T[order], aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
@@ -73,7 +73,7 @@ def draw(path: Path, series: dict[str, Floats], days: dict[str, list[stepwell.Tr
         for axis in (above, below):
             axis.axvline(DAYS // 2 * DAY, color="#22262b", linewidth=1, linestyle=(0, (4, 3)))
         above.spines[["top", "right"]].set_visible(False)
-        above.set_title("server killed, started again", fontsize=8)
+        above.set_title("server killed and restarted", fontsize=8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
