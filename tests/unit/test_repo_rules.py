@@ -105,6 +105,7 @@ def test_a_changelog_without_the_version_is_found(write: Write, newest: str, fin
 
 def test_an_undocumented_and_an_unread_variable_are_found(write: Write) -> None:
     write("server/stepwell_server/x.py", "")
+    write("scripts/apt_get.py", "")
     write("tests/support/secured.py", 'SWITCH = "STEPWELL_TEST_SOMETHING"\n')
     write("README.md", "`STEPWELL_LISTEN`, `STEPWELL_NOTHING`, `STEPWELL_TEST_SOMETHING`\n")
     findings = list(check_repo.environment_variables_are_documented())
