@@ -31,7 +31,7 @@ from stepwell._router import Router
 from stepwell._state import State, States
 from stepwell._step_arguments import as_one, pack_reset, selected, step_change
 from stepwell._tensors import Packed, to_messages, unpack_all
-from stepwell._trace import Trace
+from stepwell._trace import Trace, traced
 from stepwell._tracing import Tracing
 from stepwell._tracker import SessionTracker, is_unknown, new_request_id
 from stepwell._types import Inputs, Mask, ModelInfo, Outputs, Rows, ServerInfo, SessionInfo, SlowSession
@@ -432,6 +432,10 @@ class Core:
 
     def step(self, tracker: SessionTracker, change: Change, deadline: Deadline) -> Flow[Outputs | Trace]:
         """Advances a session. The result is what its caller receives."""
+        info: ModelInfo | None = None
+        if change.states == "all":  # the model says whether the states that come back have a time axis
+            name = reference(tracker.model, tracker.model_version)
+            info = yield from self.known_model(name, deadline, fingerprint=tracker.fingerprint)
         try:
             stepped = yield from self.retrier.step(tracker.step(change, deadline))
         except StepwellError as error:
@@ -442,7 +446,8 @@ class Core:
         outputs = selected(stepped.outputs, change)
         if change.states == "none":
             return outputs
-        return Trace(outputs, dict(stepped.states), stepped.revision, stepped.position, tracker.model_version)
+        states = traced(stepped.states, info)
+        return Trace(outputs, states, stepped.revision, stepped.position, tracker.model_version)
 
     def _moved(self, tracker: SessionTracker, previous: int) -> Flow[None]:
         return self.versions.moved(tracker.model, [tracker.session_id], previous, tracker.model_version)

@@ -22,7 +22,7 @@ from stepwell._state import State, States
 from stepwell._status import from_message
 from stepwell._step_arguments import check_outputs, check_states, selected, step_change
 from stepwell._tensors import Array, Packed, as_array, dtype_of, unpack_all
-from stepwell._trace import Trace
+from stepwell._trace import Trace, traced
 from stepwell._turns import Some
 from stepwell._types import (
     Inputs,
@@ -172,12 +172,18 @@ class GroupCore:
 
     def step(self, some: Members, change: Change, deadline: Deadline) -> Flow[Outputs | Trace]:
         """Advances some members. The result is what its caller receives."""
-        if not len(some):
+        info: ModelInfo | None = None
+        if (
+            not len(some) or change.states == "all"
+        ):  # the model says whether states that come back have a time axis
             info = yield from self._info(deadline)
+        if info is not None and not len(some):
             return _nothing(info, change)
         gathered = yield from self._apply(some, change, deadline)
         outputs = selected(gathered.outputs, change)
-        return outputs if change.states == "none" else Trace(outputs, dict(gathered.states), 0, 0)
+        if change.states == "none":
+            return outputs
+        return Trace(outputs, traced(gathered.states, info), None, None)
 
     def reset_states(self, some: Members, states: States | None, deadline: Deadline) -> Flow[None]:
         """Sets the whole state of some members."""
@@ -470,4 +476,4 @@ def _nothing(info: ModelInfo, change: Change) -> Outputs | Trace:
         return outputs
     kept = times if change.states == "all" else ()
     states = {spec.name: np.zeros((0, *kept, *spec.shape), dtype_of(spec.dtype)) for spec in info.state}
-    return Trace(outputs, states, 0, 0)
+    return Trace(outputs, traced(states, info), None, None)

@@ -28,8 +28,10 @@ class Header(NamedTuple):
     model: str
     fingerprint: str
     batch_size: int
-    revision: int
-    position: int
+    revision: int | None
+    """None: it is not the state of one session; the file says nothing of it then."""
+    position: int | None
+    """As `revision`."""
 
 
 def write(path: str, tensors: Mapping[str, Array], header: Header) -> None:
@@ -47,7 +49,7 @@ def write(path: str, tensors: Mapping[str, Array], header: Header) -> None:
     from safetensors import numpy as safetensors_numpy
 
     _check(tensors, header)
-    metadata = {name: str(value) for name, value in header._asdict().items()}
+    metadata = {name: str(value) for name, value in header._asdict().items() if value is not None}
     # The file format sorts its tensors; a list of states is read in the model's order.
     metadata |= {"format": _FORMAT, "names": json.dumps(list(tensors))}
     arrays = {name: array.copy(order="C") for name, array in tensors.items()}
@@ -85,8 +87,8 @@ def _read(path: str) -> tuple[dict[str, Array], Header]:
             _text(metadata, "model"),
             _text(metadata, "fingerprint"),
             _number(metadata, "batch_size"),
-            _number(metadata, "revision"),
-            _number(metadata, "position"),
+            _number(metadata, "revision") if "revision" in metadata else None,
+            _number(metadata, "position") if "position" in metadata else None,
         )
         names = _names(metadata, file.keys())
         for name in names:
@@ -149,7 +151,7 @@ def _check(tensors: Mapping[str, Array], header: Header) -> None:
             f"the batch_size of a saved state must be 1 to {2**32 - 1}; got {header.batch_size}"
         )
     for key, count in (("revision", header.revision), ("position", header.position)):
-        if not 0 <= count < 2**64:
+        if count is not None and not 0 <= count < 2**64:
             raise InvalidInputError(f"the {key} of a saved state must be 0 to {2**64 - 1}; got {count}")
     for name, array in tensors.items():
         _check_tensor(f"tensor {name!r:.100} of a saved state", array, header.batch_size)
