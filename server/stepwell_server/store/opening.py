@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Literal
 from stepwell import _install
 from stepwell_server.clock import Clock
 from stepwell_server.store.awaited import AwaitedStore
-from stepwell_server.store.base import LocalStore, Store, StoreError, require_no_keys
+from stepwell_server.store.base import LocalStore, Store, StoreError, StoreTimes, require_no_keys
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store.times import StoreTimes
 
 if TYPE_CHECKING:
     from stepwell_server.store.keyring import Keyring
