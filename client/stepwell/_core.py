@@ -232,6 +232,7 @@ class Core:
             model=info.name,
             fingerprint=info.fingerprint,
             batch_size=rows,
+            structure=info.structure,
         )
         return as_one(unpack_all(reply.outputs)), final
 
@@ -254,9 +255,10 @@ class Core:
             batch_size=rows,
             must_be_new=must_be_new,
             request_id=new_request_id(),
-            model_fingerprint=state.fingerprint if isinstance(state, State) else "",
         )
         request.state.extend(to_messages((yield from self.states(model, "", state, rows, deadline))))
+        if isinstance(state, State):  # what it was checked against; the default may move meanwhile
+            request.model_fingerprint = self._models[model].fingerprint
         reply: sessions_pb2.OpenSessionResponse = yield from self._open("OpenSession", request, deadline)
         return SessionTracker(reply.session, resumed=reply.resumed)
 
@@ -501,6 +503,7 @@ class Core:
             batch_size=reply.session.batch_size,
             revision=reply.session.revision,
             position=reply.session.position,
+            structure=reply.model_structure,
         )
 
     def fork(

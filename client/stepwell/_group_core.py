@@ -274,6 +274,7 @@ class GroupCore:
             model=self.tracker.model,
             fingerprint=read.fingerprint or info.fingerprint,
             batch_size=some.rows,
+            structure=read.structure or "",
         )
 
     def refresh(self, deadline: Deadline) -> Flow[None]:
@@ -363,6 +364,7 @@ class _States:
         for spec in info.state if info is not None else ():
             self.tensors[spec.name] = np.zeros((count * rows, *spec.shape), dtype_of(spec.dtype))
         self.fingerprint = ""
+        self.structure: str | None = None
         self.revisions: Counts = np.zeros(count, np.uint64)
         self.positions: Counts = np.zeros(count, np.uint64)
         self.versions: Counts = np.zeros(count, np.uint64)
@@ -385,6 +387,9 @@ class _States:
                 "opened with this id"
             )
         self.fingerprint = self.fingerprint or reply.model_fingerprint
+        if len(read):
+            is_first = self.structure in (None, reply.model_structure)
+            self.structure = reply.model_structure if is_first else ""  # of several versions
         self.revisions[read] = np.fromiter(reply.revisions, np.uint64, len(read))
         self.positions[read] = np.fromiter(reply.positions, np.uint64, len(read))
         self.versions[read] = reply.model_version

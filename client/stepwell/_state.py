@@ -51,6 +51,7 @@ class State(Mapping[str, Array]):
         batch_size: int,
         revision: int | None = None,
         position: int | None = None,
+        structure: str = "",
     ) -> None:
         self._tensors = dict(tensors)
         self.model = model
@@ -64,6 +65,9 @@ class State(Mapping[str, Array]):
         group or `concat`."""
         self.position = position
         """Position of the session when it was read. None as `revision`."""
+        self.structure = structure
+        """Structure of the model (`ModelInfo.structure`): the state fits every version of the model that has the same
+        one. Empty: only the fingerprint says what it fits."""
 
     @overload
     def __getitem__(self, key: str) -> Array: ...
@@ -88,6 +92,7 @@ class State(Mapping[str, Array]):
             batch_size=len(rows),
             revision=self.revision,
             position=self.position,
+            structure=self.structure,
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -157,6 +162,7 @@ class State(Mapping[str, Array]):
             model=states[0].model,
             fingerprint=states[0].fingerprint,
             batch_size=sum(state.batch_size for state in states),
+            structure=states[0].structure,
         )
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -215,7 +221,7 @@ class State(Mapping[str, Array]):
             True
         """
         header = _state_file.Header(
-            self.model, self.fingerprint, self.batch_size, self.revision, self.position
+            self.model, self.fingerprint, self.batch_size, self.revision, self.position, self.structure
         )
         _state_file.write(os.fspath(path), self._tensors, header)
 

@@ -17,7 +17,7 @@ import numpy as np
 from stepwell._tensors import Array, pack
 from stepwell.errors import InvalidInputError
 
-_FORMAT = "stepwell-state/1"
+_FORMAT = "stepwell-state/2"
 #: Types of the file format that numpy has too, and that a session may be set to.
 _DTYPES = frozenset({"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"})
 
@@ -32,6 +32,8 @@ class Header(NamedTuple):
     """None: it is not the state of one session; the file says nothing of it then."""
     position: int | None
     """As `revision`."""
+    structure: str = ""
+    """Of the model; empty: it is not known."""
 
 
 def write(path: str, tensors: Mapping[str, Array], header: Header) -> None:
@@ -89,6 +91,7 @@ def _read(path: str) -> tuple[dict[str, Array], Header]:
             _number(metadata, "batch_size"),
             _number(metadata, "revision") if "revision" in metadata else None,
             _number(metadata, "position") if "position" in metadata else None,
+            _text(metadata, "structure"),
         )
         names = _names(metadata, file.keys())
         for name in names:
@@ -146,6 +149,10 @@ def _check(tensors: Mapping[str, Array], header: Header) -> None:
             raise InvalidInputError(
                 f"the {key} in a saved state must be printable and not empty; got {text!r:.100}"
             )
+    if not header.structure.isprintable():
+        raise InvalidInputError(
+            f"the structure in a saved state must be printable; got {header.structure!r:.100}"
+        )
     if not 1 <= header.batch_size < 2**32:
         raise InvalidInputError(
             f"the batch_size of a saved state must be 1 to {2**32 - 1}; got {header.batch_size}"

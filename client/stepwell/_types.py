@@ -219,7 +219,8 @@ class ModelInfo:
     name: str
     """Name it is served under."""
     fingerprint: str
-    """Hash of its architecture and weights. A state belongs to one fingerprint."""
+    """Hash of its architecture and weights, without names that Keras made up. A state belongs to one fingerprint, and
+    fits other versions of its model with the same `structure`."""
     inputs: tuple[TensorInfo, ...]
     """Its inputs."""
     outputs: tuple[TensorInfo, ...]
@@ -245,6 +246,9 @@ class ModelInfo:
     older release."""
     versions: tuple[ModelVersionInfo, ...] = ()
     """All versions of the name, in their order."""
+    structure: str = ""
+    """Digest of its architecture without weights, and without names that Keras made up. A state of one version of a model
+    fits every version of it with the same structure. Empty: it is not known."""
 
     @classmethod
     def _from_message(cls, model: models_pb2.Model) -> Self:
@@ -265,6 +269,7 @@ class ModelInfo:
             else None,
             version=model.version,
             versions=tuple(map(ModelVersionInfo._from_message, model.versions)),
+            structure=model.structure,
         )
 
     def __repr__(self) -> str:

@@ -18,12 +18,13 @@ from stepwell._state import State
 from support.samples import examples
 
 METADATA = {
-    "format": "stepwell-state/1",
+    "format": "stepwell-state/2",
     "model": "m",
     "fingerprint": "f00d",
     "batch_size": "2",
     "revision": "7",
     "position": "9",
+    "structure": "5ca1ab1e",
     "names": '["h"]',
 }
 
@@ -47,6 +48,7 @@ def saved(metadata: Mapping[str, str] = {}, dtype: str = "F32", shape: tuple[int
 
 
 HOSTILE = {
+    "the structure is not printable": saved({"structure": "\n"}),
     "names are a number": saved({"names": "5"}),
     "names are a string": saved({"names": '"h"'}),
     "names are a mapping": saved({"names": '{"h": 1}'}),

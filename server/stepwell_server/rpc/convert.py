@@ -126,6 +126,7 @@ def from_model(info: ModelInfo, *, counted: bool, statuses: Sequence[VersionStat
         provenance=None if program.provenance is None else _from_provenance(program.provenance),
         version=info.version,
         versions=[from_version(status, counted=counted) for status in statuses],
+        structure=program.structure,
     )
 
 
