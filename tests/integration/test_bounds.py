@@ -13,14 +13,13 @@ import resource
 import socket
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from hyperframe.frame import GoAwayFrame, PingFrame
-from prometheus_client.parser import text_string_to_metric_families
 
 from stepwell.v1 import sessions_pb2 as pb
 from support import http2
@@ -28,82 +27,14 @@ from support.fronts import needs_native
 from support.http2 import Gone, Http2, data, framed
 from support.malformed import Call
 from support.malformed_http2 import HELLO, conversation
-from support.server_process import FEATURES, ServerProcess, begin_long_step, connect, serve, tensor
+from support.server_process import FEATURES, begin_long_step, connect, tensor
+from support.target import TIMEOUT_S, Target, X, target
 from support.wire import Wire
 
 FRONTS = [pytest.param("native", marks=needs_native), "python"]
 SERVICE = "/stepwell.v1.SessionService/"
 STREAM, GET = SERVICE + "StepStream", SERVICE + "GetSession"
-TIMEOUT_S = 100.0
-X = tensor(np.zeros((1, FEATURES), np.float32))
 ENHANCE_YOUR_CALM, REFUSED_STREAM = 11, 7
-
-
-class Target:
-    """A server, a client that goes on whatever others do, and what the server counts."""
-
-    def __init__(self, front: str, server: ServerProcess, metrics: str) -> None:
-        self.front = front
-        self.server = server
-        self.metrics_address = metrics
-        self.channel, self.stub = connect(server)
-        self.session_id = self.open()
-
-    @property
-    def address(self) -> str:
-        return self.server.address
-
-    @property
-    def is_native(self) -> bool:
-        return self.front == "native"
-
-    def open(self) -> str:
-        request = pb.OpenSessionRequest(model="forecast")
-        session_id: str = self.stub.OpenSession(request, timeout=TIMEOUT_S).session.session_id
-        return session_id
-
-    def goes_on(self) -> None:
-        """The client that was there before is answered."""
-        self.stub.Step(pb.StepRequest(session_id=self.session_id, inputs=[X]), timeout=TIMEOUT_S)
-
-    def count(self, name: str, *labels: str) -> float:
-        """A number of the front's metrics."""
-        return self.number(f"stepwell_front_{name}", *labels)
-
-    def number(self, name: str, *labels: str) -> float:
-        """A number of the metrics."""
-        with urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=TIMEOUT_S) as response:
-            families = text_string_to_metric_families(response.read().decode())
-        for family in families:
-            for sample in family.samples:
-                if (sample.name, tuple(sample.labels.values())) == (name, labels):
-                    return sample.value
-        raise LookupError((name, labels))
-
-    def refused(self, reason: str) -> float:
-        return self.count("refused_total", reason)
-
-    def wait_until(self, holds: Callable[[], bool]) -> None:
-        """Ask again and again; only a hang is not told in time. The other client goes on."""
-        while not holds():
-            self.goes_on()
-
-    def memory(self) -> int:
-        """Bytes that the server has of the machine's memory."""
-        with open(f"/proc/{self.server.process.pid}/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-
-
-@contextlib.contextmanager
-def target(front: str, *arguments: str) -> Iterator[Target]:
-    """A server on a front."""
-    options = ("--front", front, "--metrics-listen", "127.0.0.1:0", "--log-format", "json", *arguments)
-    with serve(*options) as server:
-        metrics = json.loads(server.wait_for_log('"metrics"'))["address"]
-        found = Target(front, server, metrics)
-        with found.channel:
-            yield found
-            found.goes_on()
 
 
 @pytest.fixture(scope="module", params=FRONTS)

@@ -1,6 +1,6 @@
 """A client that speaks HTTP/2 frame by frame, to do what no gRPC library does: half a handshake, floods, no reading.
 
-It checks nothing and keeps no rules: no flow control, no limits of the server. Loopback only.
+It checks nothing and keeps no rules: no limits of the server, and flow control only in `upload`. Loopback only.
 """
 
 from __future__ import annotations
@@ -79,6 +79,11 @@ class Http2:
         self._decoder = hpack.Decoder()
         self._next_stream = 1
         self._buffer = b""
+        self._kept: list[Frame] = []
+        """Frames that `upload` has read."""
+        self._room: dict[int, int] = {0: 65_535}
+        """What the server takes, in all and of each stream, as far as it was said since `upload` began to look."""
+        self._stream_room = 65_535
         hello = PREFACE + settings({SettingsFrame.INITIAL_WINDOW_SIZE: window})
         if window > 65_535:
             hello += WindowUpdateFrame(0, window_increment=window - 65_535).serialize()
@@ -132,15 +137,46 @@ class Http2:
         self.send(begun, data(stream, body, end=end))
         return stream
 
+    def upload(self, stream: int, body: bytes, *, end: bool = True) -> None:
+        """Send data as the server makes room for it; less of it if the stream ends before.
+
+        Raises:
+            Gone: the server has closed the connection.
+        """
+        sent = 0
+        while sent < len(body):
+            own = self._room.setdefault(stream, 0) + self._stream_room
+            room = min(self._room[0], own, 16_384)
+            if room <= 0:
+                frame = self._read_frame()
+                self._kept.append(frame)
+                if frame.stream_id == stream and (
+                    "END_STREAM" in frame.flags or isinstance(frame, RstStreamFrame)
+                ):
+                    return
+                continue
+            piece = body[sent : sent + room]
+            sent += len(piece)
+            for each in (0, stream):
+                self._room[each] -= len(piece)
+            self.send(data(stream, piece, end=end and sent == len(body)))
+
     def frame(self) -> Frame:
         """The next frame of the server; SETTINGS are acknowledged, pings answered.
 
         Raises:
             Gone: it has closed the connection.
         """
+        return self._kept.pop(0) if self._kept else self._read_frame()
+
+    def _read_frame(self) -> Frame:
         head = self._exactly(9)
         found, length = Frame.parse_frame_header(memoryview(head))
         found.parse_body(memoryview(self._exactly(length)))
+        if isinstance(found, WindowUpdateFrame):
+            self._room[found.stream_id] = self._room.get(found.stream_id, 0) + found.window_increment
+        elif isinstance(found, SettingsFrame):
+            self._stream_room = found.settings.get(SettingsFrame.INITIAL_WINDOW_SIZE, self._stream_room)
         with contextlib.suppress(Gone):
             if isinstance(found, SettingsFrame) and "ACK" not in found.flags:
                 self.send(SettingsFrame(flags=["ACK"]).serialize())

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -61,8 +61,9 @@ class ServerProcess:
         ready: bool = True,
         environment: Mapping[str, str | None] | None = None,
         terminal: int | None = None,
+        program: Sequence[str] | None = None,
     ) -> None:
-        """`environment` is added to the test's own; None takes out what is there. Metrics are off unless it or an option says otherwise."""
+        """`program` is what Python runs, if not `-m stepwell_server`; `environment` is added to the test's own; None takes out what is there. Metrics are off unless it or an option says otherwise."""
         if not {"--store", "--data-dir"} & set(arguments):
             arguments = (*arguments, "--store", "memory")
         added_options = secured.options(arguments)
@@ -72,7 +73,7 @@ class ServerProcess:
         clean = {key: os.environ[key] for key in kept}
         clean["STEPWELL_METRICS_LISTEN"] = "off"
         added = {**clean, **(environment or {})}
-        command = [sys.executable, "-m", "stepwell_server", *arguments, *added_options]
+        command = [sys.executable, *(program or ("-m", "stepwell_server")), *arguments, *added_options]
         if terminal is not None:
             command = [sys.executable, "-c", _CONTROLLED, *command]
         self.process = subprocess.Popen(
@@ -139,11 +140,13 @@ def serve(
     ready: bool = True,
     environment: Mapping[str, str | None] | None = None,
     terminal: int | None = None,
+    program: Sequence[str] | None = None,
 ) -> ServerProcess:
     """A server of the `forecast` model; wait until it is `ready`, or not."""
     model = forecast()
     standard = (f"forecast={model.path}", "--listen", "127.0.0.1:0", "--cache-dir", str(model.cache_dir))
-    return ServerProcess(*standard, *arguments, ready=ready, environment=environment, terminal=terminal)
+    options = (*standard, *arguments)
+    return ServerProcess(*options, ready=ready, environment=environment, terminal=terminal, program=program)
 
 
 def connect(
