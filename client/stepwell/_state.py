@@ -49,9 +49,8 @@ class State(Mapping[str, Array]):
         model: str,
         fingerprint: str,
         batch_size: int,
-        revision: int | None = None,
-        position: int | None = None,
-        structure: str = "",
+        revision: int = 0,
+        position: int = 0,
     ) -> None:
         self._tensors = dict(tensors)
         self.model = model
@@ -61,13 +60,9 @@ class State(Mapping[str, Array]):
         self.batch_size = batch_size
         """Rows: the first axis of every tensor."""
         self.revision = revision
-        """Revision of the session when it was read. None if it is not the state of one session, as from `predict`, a
-        group or `concat`."""
+        """Revision of the session when it was read; 0 from `predict`, a group or `concat`."""
         self.position = position
-        """Position of the session when it was read. None as `revision`."""
-        self.structure = structure
-        """Structure of the model (`ModelInfo.structure`): the state fits every version of the model that has the same
-        one. Empty: only the fingerprint says what it fits."""
+        """Position of the session when it was read; 0 from `predict`, a group or `concat`."""
 
     @overload
     def __getitem__(self, key: str) -> Array: ...
@@ -92,7 +87,6 @@ class State(Mapping[str, Array]):
             batch_size=len(rows),
             revision=self.revision,
             position=self.position,
-            structure=self.structure,
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -111,18 +105,13 @@ class State(Mapping[str, Array]):
     def __repr__(self) -> str:
         tensors = ((name, f"{array.dtype}{array.shape}") for name, array in self._tensors.items())
         shapes = _display.some(f"{name}: {kind}" for name, kind in tensors)
-        counts = "".join(f"{name}={count}, " for name, count in self._counts().items())
-        return f"State(model={self.model!r}, batch_size={self.batch_size}, {counts}{{{shapes}}})"
+        return (
+            f"State(model={self.model!r}, revision={self.revision}, position={self.position}, {{{shapes}}})"
+        )
 
     def _repr_html_(self) -> str:
-        counts = "".join(f", {name} {count}" for name, count in self._counts().items())
-        title = f"State of {self.model!r}: batch_size {self.batch_size}{counts}"
+        title = f"State of {self.model!r}: batch_size {self.batch_size}, revision {self.revision}, position {self.position}"
         return _display.tensors_html(title, self._tensors)
-
-    def _counts(self) -> dict[str, int]:
-        """Revision and position, if it has them."""
-        counts = {"revision": self.revision, "position": self.position}
-        return {name: count for name, count in counts.items() if count is not None}
 
     def _bytes(self) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
         return {name: (str(a.dtype), a.shape, a.tobytes()) for name, a in self._tensors.items()}
@@ -135,7 +124,7 @@ class State(Mapping[str, Array]):
             states: One or more, of one fingerprint; of any batch sizes.
 
         Returns:
-            A state of as many rows as all of them have; its revision and position are None.
+            A state of as many rows as all of them have; its revision and position are 0.
 
         Raises:
             InvalidInputError: There is none, one is no `State`, or their tensors differ.
@@ -162,14 +151,13 @@ class State(Mapping[str, Array]):
             model=states[0].model,
             fingerprint=states[0].fingerprint,
             batch_size=sum(state.batch_size for state in states),
-            structure=states[0].structure,
         )
 
     def to_dataframe(self) -> pd.DataFrame:
         """A copy as a pandas `DataFrame`: a row for each row, a column for each number of it.
 
         Columns have two levels, `tensor` and `unit`, so that `df["lstm/h"]` is one tensor; units of tensors with
-        several axes are numbered in C order. `df.attrs` holds model, fingerprint, and revision and position if it has them.
+        several axes are numbered in C order. `df.attrs` holds model, fingerprint, revision and position.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -179,15 +167,13 @@ class State(Mapping[str, Array]):
             >>> frame.shape, list(frame.columns.names)
             ((1, 16), ['tensor', 'unit'])
         """
-        return _state_frames.to_dataframe(
-            self._tensors, (self.batch_size,), self._attrs(), "State.to_dataframe"
-        )
+        return _state_frames.to_dataframe(self._tensors, self.batch_size, self._attrs())
 
     def to_xarray(self) -> xr.Dataset:
         """A copy as an xarray `Dataset`: a variable for each tensor, with the axis `row` and those of its layer.
 
         The axes after `row` are called after the layer, `lstm.1` and so on; tensors of one layer share them.
-        `ds.attrs` holds model, fingerprint, and revision and position if it has them.
+        `ds.attrs` holds model, fingerprint, revision and position.
 
         Raises:
             ModuleNotFoundError: xarray is not installed.
@@ -197,10 +183,11 @@ class State(Mapping[str, Array]):
             >>> h.dims[0], h.shape
             ('row', (1, 8))
         """
-        return _state_frames.to_xarray(self._tensors, (self.batch_size,), self._attrs(), "State.to_xarray")
+        return _state_frames.to_xarray(self._tensors, self.batch_size, self._attrs())
 
     def _attrs(self) -> dict[str, Any]:
-        return {"model": self.model, "fingerprint": self.fingerprint, **self._counts()}
+        names = ("model", "fingerprint", "revision", "position")
+        return {name: getattr(self, name) for name in names}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, whole or not at all; an old file of that name is replaced.
@@ -221,7 +208,7 @@ class State(Mapping[str, Array]):
             True
         """
         header = _state_file.Header(
-            self.model, self.fingerprint, self.batch_size, self.revision, self.position, self.structure
+            self.model, self.fingerprint, self.batch_size, self.revision, self.position
         )
         _state_file.write(os.fspath(path), self._tensors, header)
 

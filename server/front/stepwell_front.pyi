@@ -13,7 +13,7 @@ class Front:
 
     def __init__(
         self,
-        methods: Sequence[tuple[str, bool, str]],
+        methods: Sequence[tuple[str, bool, str, bool]],
         limits: Mapping[str, float],
         *,
         now: Callable[[], float],
@@ -38,7 +38,14 @@ class KnownCallers:
 
     def __init__(self) -> None: ...
     def know(
-        self, digest: bytes, names: Sequence[str], prefix: str, identity: str, who: object, until: float
+        self,
+        digest: bytes,
+        names: Sequence[str],
+        prefix: str,
+        identity: str,
+        may_step: bool,
+        who: object,
+        until: float,
     ) -> None: ...
     def forget(self, digest: bytes, names: Sequence[str]) -> None: ...
 
@@ -58,6 +65,7 @@ class CallHandle:
     @property
     def metadata(self) -> list[tuple[str, str | bytes]]: ...
     def identified(self, identity: str) -> None: ...
+    def admit(self) -> None: ...
     @property
     def is_late(self) -> bool: ...
     def finish(self, reply: bytes) -> None: ...

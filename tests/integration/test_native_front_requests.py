@@ -449,7 +449,7 @@ async def test_a_peer_that_sends_and_answers_no_ping_is_cut_off(server: Server) 
     await cut_off(server, "silent", PREFACE + settings(), frame[:-1])
 
 
-@pytest.mark.parametrize("server", [FrontLimits(1 << 20, calls=4)], indirect=True)
+@pytest.mark.parametrize("server", [FrontLimits(1 << 20, calls=6)], indirect=True)
 async def test_calls_of_all_connections_have_a_limit(server: Server) -> None:
     server.may_answer.clear()
     async with Client(server) as one, Client(server) as other:  # each has a stream, too

@@ -10,7 +10,7 @@ import pytest
 
 from stepwell_server.addresses import Address
 from stepwell_server.core.callers import ANYBODY, Caller, Credential, Known, Role
-from stepwell_server.errors import Unauthenticated
+from stepwell_server.errors import PermissionDenied, Unauthenticated
 from stepwell_server.process.readiness import Report
 from stepwell_server.rpc import guard
 from stepwell_server.rpc.access import Access
@@ -126,23 +126,39 @@ async def test_what_is_being_loaded_is_not_told_to_strangers() -> None:
     assert [call.args[0] for call in auditor.refused.call_args_list] == ["ListModels"]
 
 
-async def test_the_front_is_told_of_those_who_may_step_in_their_own_tenant() -> None:
+async def test_the_front_learns_who_calls_in_their_own_tenant() -> None:
     doors = Doors()
     admit = doors.guard.admit
     admit(call := of("ann"), "Step", Access.USE)
     assert call.who is ANN
     assert doors.front.known == {Credential("token", b"ann"): (ANN, float("inf"))}
     admit(of("chief", **{"stepwell-tenant": "beta"}), "Step", Access.USE)
+    assert doors.known() == {"ann"}
     admit(of("chief"), "OpenSession", Access.USE)
     admit(of("bob"), "GetState", Access.READ)
-    assert doors.known() == {"ann"}
+    with pytest.raises(PermissionDenied):
+        admit(of("bob"), "Step", Access.USE)
+    assert doors.known() == {"ann", "bob", "chief"}
     doors.named.until["ann"] = 2000.0
     doors.named.changed = True
     await doors.guard.look()
-    assert doors.front.known == {Credential("token", b"ann"): (ANN, 2000.0)}
+    assert doors.front.known[Credential("token", b"ann")] == (ANN, 2000.0)
     doors.named.callers["ann"] = Caller("ann", "beta", Role.USER)
     admit(of("ann"), "StepStream", Access.USE)  # before anybody has looked
     assert doors.front.known[Credential("token", b"ann")][0].tenant == "beta"
+
+
+async def test_a_call_is_judged_before_its_message_as_where_it_is_served() -> None:
+    doors = Doors()
+    judge = doors.boundary.judging("Step")
+    doors.boundary.judging("Check")(of("nobody"))  # of health checkers nothing is asked
+    judge(call := of("ann"))
+    assert call.who is ANN
+    for name, code in (("nobody", "UNAUTHENTICATED"), ("bob", "PERMISSION_DENIED")):
+        with pytest.raises(CallEnded, match=code):
+            judge(of(name))
+        assert doors.observer.done[-1] == ("Step", code)
+    assert doors.observer.refusals.total() == 2
 
 
 async def test_streams_end_with_what_their_calls_have_shown() -> None:
@@ -156,7 +172,7 @@ async def test_streams_end_with_what_their_calls_have_shown() -> None:
     doors.named.changed = True
     await doors.guard.look()
     assert await code_of(ann) == "UNAUTHENTICATED"
-    assert doors.known() == {"chief"}
+    assert doors.known() == {"bob", "chief"}
     doors.named.callers["bob"] = Caller("bob", "beta", Role.ADMIN)
     doors.named.changed = True
     await doors.guard.look()

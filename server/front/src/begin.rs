@@ -1,13 +1,21 @@
 //! Whether a call that begins is served: its headers say enough, and not too much, and there is room for it.
 
-use crate::bounds::{Refusal, Slot};
+use crate::bounds::{Held, Refusal};
+use crate::call::Peer;
+use crate::callers::Whose;
 use crate::clock;
 use crate::grpc::{self, Encoding, NoTimeout, Status};
+use crate::places::{CallPlace, Pool};
 use crate::server::{Method, Shared};
 use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::RecvStream;
 use std::sync::Arc;
+
+/// What a call takes in memory, whatever its client sends: about.
+const CALL_BYTES: usize = 4 << 10;
+/// The same of one that Python has from its begin on.
+const STREAM_BYTES: usize = 10 << 10;
 
 /// What the headers of a call say, and its place among all calls.
 pub struct Begun {
@@ -17,14 +25,19 @@ pub struct Begun {
     pub started: f64,
     /// The same; infinity if it has none.
     pub deadline: f64,
-    pub header_bytes: usize,
-    pub slot: Slot,
+    pub whose: Whose,
+    /// Nobody need be asked whether its caller may make it.
+    pub is_admitted: bool,
+    /// Bytes of its headers, and of what is made of it.
+    pub held: Held,
+    pub place: CallPlace,
 }
 
 /// A call that is served; None: it has had its answer.
 pub fn admitted(
     request: &http::Request<RecvStream>,
     respond: &mut SendResponse<Bytes>,
+    peer: &Arc<Peer>,
     shared: &Arc<Shared>,
 ) -> Option<Begun> {
     let (headers, limits) = (request.headers(), &shared.limits);
@@ -44,15 +57,26 @@ pub fn admitted(
         refuse(respond, &limits.headers_too_large);
         return None;
     }
-    let Some(slot) = Slot::take(shared, |counts| &counts.calls, 1, limits.calls) else {
-        shared.counts.refuse(Refusal::Calls);
-        refuse(respond, &limits.overloaded);
-        return None;
-    };
     let Some(method) = shared.methods.get(path).copied() else {
         refuse(respond, &Status::new(grpc::UNIMPLEMENTED, "Method not found!"));
         return None;
     };
+    let whose = Whose::of_call(headers, peer.certificate, shared.callers.as_ref());
+    let is_known = whose.is_known(shared.callers.as_ref());
+    let pool = Pool::of(method, is_known);
+    let caller = whose.share().filter(|_| is_known && pool == Pool::Known);
+    let Some(place) = CallPlace::take(shared, peer, caller.clone(), pool) else {
+        shared.counts.refuse(pool.refusal());
+        refuse(respond, &limits.overloaded);
+        return None;
+    };
+    let own_bytes = if method.streams { STREAM_BYTES } else { CALL_BYTES };
+    let held = Held::new(shared, peer, caller, header_bytes + own_bytes);
+    if !method.is_open && held.may_not_begin() {
+        shared.counts.refuse(Refusal::Memory);
+        refuse(respond, &limits.overloaded);
+        return None;
+    }
     let Some(encoding) = Encoding::of(headers) else {
         let status = Status::new(grpc::UNIMPLEMENTED, "grpc-encoding must be identity, gzip or deflate");
         let mut response = grpc::status_only(&status);
@@ -69,7 +93,8 @@ pub fn admitted(
             return None;
         }
     };
-    Some(Begun { method, encoding, started, deadline, header_bytes, slot })
+    let is_admitted = is_known || method.is_open;
+    Some(Begun { method, encoding, started, deadline, whose, is_admitted, held, place })
 }
 
 /// End a call without a reply.

@@ -2,6 +2,7 @@
 
 use crate::call::Peer;
 use crate::columns::Entry;
+use crate::places::{Places, Pool, Share};
 use crate::server::Shared;
 use bytes::Bytes;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -26,8 +27,18 @@ pub enum Refusal {
     ControlFrames,
     /// A connection broke HTTP/2's rules, or h2's own limits.
     Protocol,
-    /// A call: there are as many as may be, or Python has not looked at many.
+    /// A call: there are as many as may be, of all or of this caller, or Python has not looked at many.
     Calls,
+    /// A call whose caller is not known: there are as many of these as may be.
+    UnknownCalls,
+    /// A call that asks how the server is, likewise.
+    HealthCalls,
+    /// The same, for as long as the client likes.
+    Watches,
+    /// A message that took too long to come.
+    SlowMessage,
+    /// A compressed message that is not one stream, or becomes too large.
+    Compressed,
     /// A call whose headers are too large.
     Headers,
     /// A call, because too many bytes are in memory.
@@ -36,7 +47,7 @@ pub enum Refusal {
     UnreadReplies,
 }
 
-const REFUSALS: [(Refusal, &str); 10] = [
+const REFUSALS: [(Refusal, &str); 15] = [
     (Refusal::Connections, "connections"),
     (Refusal::OpenFiles, "open_files"),
     (Refusal::Handshake, "handshake"),
@@ -44,6 +55,11 @@ const REFUSALS: [(Refusal, &str); 10] = [
     (Refusal::ControlFrames, "control_frames"),
     (Refusal::Protocol, "protocol"),
     (Refusal::Calls, "calls"),
+    (Refusal::UnknownCalls, "unknown_calls"),
+    (Refusal::HealthCalls, "health_calls"),
+    (Refusal::Watches, "watches"),
+    (Refusal::SlowMessage, "slow_message"),
+    (Refusal::Compressed, "compressed"),
     (Refusal::Headers, "headers"),
     (Refusal::Memory, "memory"),
     (Refusal::UnreadReplies, "unread_replies"),
@@ -59,7 +75,7 @@ impl Refusal {
 #[derive(Debug, Default)]
 pub struct Counts {
     pub connections: AtomicUsize,
-    pub calls: AtomicUsize,
+    pub calls: Places,
     /// Bytes that peers may send before they are read: the windows of all connections.
     pub windows: AtomicUsize,
     refused: [AtomicU64; REFUSALS.len()],
@@ -79,11 +95,14 @@ impl Counts {
 }
 
 /// How much there is, for metrics.
-pub fn now(shared: &Shared) -> [(&'static str, usize); 6] {
+pub fn now(shared: &Shared) -> [(&'static str, usize); 9] {
     let load = |count: &AtomicUsize| count.load(Ordering::Relaxed);
     [
         ("connections", load(&shared.counts.connections)),
-        ("calls", load(&shared.counts.calls)),
+        ("calls", shared.counts.calls.all()),
+        ("unknown_calls", shared.counts.calls.of(Pool::Unknown)),
+        ("health_calls", shared.counts.calls.of(Pool::Health)),
+        ("watches", shared.counts.calls.of(Pool::Watch)),
         ("held_bytes", load(&shared.held)),
         ("queued_bytes", load(&shared.queued)),
         ("window_bytes", load(&shared.counts.windows)),
@@ -162,8 +181,8 @@ impl Waiters {
 /// What a connection has under way.
 #[derive(Debug)]
 pub struct Load {
-    /// Bytes of its messages and replies in memory.
-    bytes: AtomicUsize,
+    /// Its calls, and bytes of messages and replies in memory.
+    pub share: Share,
     /// Steps that Python was handed and has not answered; what is no plain step counts `GENERAL`.
     steps: AtomicUsize,
     most_steps: usize,
@@ -175,7 +194,7 @@ pub struct Load {
 impl Load {
     pub fn new(most_steps: usize) -> Self {
         Load {
-            bytes: AtomicUsize::new(0),
+            share: Share::default(),
             steps: AtomicUsize::new(0),
             most_steps,
             is_full: AtomicBool::new(false),
@@ -220,27 +239,36 @@ impl Drop for Entry {
     }
 }
 
-/// Bytes in memory for a connection, counted while this lives.
+/// Bytes in memory for a connection and a caller, counted while this lives.
 #[derive(Debug)]
 pub struct Held {
     shared: Arc<Shared>,
     peer: Arc<Peer>,
+    /// None: nobody is asked, or it is not known.
+    caller: Option<Arc<Share>>,
     bytes: usize,
 }
 
-/// A call that holds no more than this goes on where all of them together hold too much.
+/// A call that holds no more than this continues where its connection, or its caller, holds too much.
 const SMALL_BYTES: usize = 64 << 10;
+/// This part of a limit more is for calls that hold little.
+const SMALL_PART: usize = 8;
 
 impl Held {
-    pub fn new(shared: &Arc<Shared>, peer: &Arc<Peer>, bytes: usize) -> Self {
-        let mut held = Held { shared: shared.clone(), peer: peer.clone(), bytes: 0 };
+    pub fn new(shared: &Arc<Shared>, peer: &Arc<Peer>, caller: Option<Arc<Share>>, bytes: usize) -> Self {
+        let mut held = Held { shared: shared.clone(), peer: peer.clone(), caller, bytes: 0 };
         held.set(bytes);
         held
     }
 
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// It is so many bytes now.
     pub fn set(&mut self, bytes: usize) {
-        for count in [&self.shared.held, &self.peer.load.bytes] {
+        let caller = self.caller.as_ref().map(|caller| &caller.bytes);
+        for count in [&*self.shared.held, &self.peer.load.share.bytes].into_iter().chain(caller) {
             if bytes >= self.bytes {
                 count.fetch_add(bytes - self.bytes, Ordering::Relaxed);
             } else {
@@ -250,17 +278,40 @@ impl Held {
         self.bytes = bytes;
     }
 
-    /// Whether it must be given up: too much is in memory, and this is one of those that hold much; where it is twice as
-    /// much as may be, whoever holds anything.
+    /// It is of this caller, as is known now.
+    pub fn belongs_to(&mut self, caller: Option<Arc<Share>>) {
+        let bytes = self.bytes;
+        self.set(0);
+        self.caller = caller;
+        self.set(bytes);
+    }
+
+    /// Whether it must be given up: its connection or its caller holds more than is left for the others, and this is one
+    /// of those that hold much; or all together hold so much that nobody may hold more.
     pub fn is_too_much(&self) -> bool {
         let limits = &self.shared.limits;
-        let counts = [
-            (self.shared.held.load(Ordering::Relaxed), limits.budget_bytes),
-            (self.peer.load.bytes.load(Ordering::Relaxed), limits.connection_bytes),
-        ];
-        counts.iter().any(|(held, limit)| {
-            held > limit && self.bytes > SMALL_BYTES || *held > 2 * limit && self.bytes > 0
-        })
+        let (held, own) = (self.shared.held.load(Ordering::Relaxed), self.own());
+        let is_beyond = |bytes: usize, limit: usize| bytes > limit + limit / SMALL_PART;
+        (own > limits.connection_bytes || own > limits.budget_bytes.saturating_sub(held))
+            && self.bytes > SMALL_BYTES
+            || (is_beyond(held, limits.budget_bytes) || is_beyond(own, limits.connection_bytes))
+                && self.bytes > 0
+    }
+
+    /// The same for a call that begins: beside others of its connection, which hold more than is left, there is no room.
+    pub fn may_not_begin(&self) -> bool {
+        let limits = &self.shared.limits;
+        let (held, own) = (self.shared.held.load(Ordering::Relaxed), self.own());
+        let is_over = held > limits.budget_bytes + limits.budget_bytes / SMALL_PART;
+        is_over
+            || own > SMALL_BYTES
+                && (own > limits.connection_bytes || own > limits.budget_bytes.saturating_sub(held))
+    }
+
+    /// Bytes of its connection, or of its caller, whichever are more.
+    fn own(&self) -> usize {
+        let caller = self.caller.as_ref().map_or(0, |caller| caller.bytes.load(Ordering::Relaxed));
+        self.peer.load.share.bytes.load(Ordering::Relaxed).max(caller)
     }
 }
 
@@ -281,7 +332,7 @@ pub fn counted(reply: Bytes, shared: &Arc<Shared>, peer: &Arc<Peer>) -> Bytes {
             &self.reply
         }
     }
-    let held = Held::new(shared, peer, reply.len());
+    let held = Held::new(shared, peer, None, reply.len());
     Bytes::from_owner(Counted { reply, _held: held })
 }
 
@@ -327,7 +378,7 @@ mod tests {
         assert_eq!(&part[..], b"0123");
         drop(part);
         assert_eq!(shared.held.load(Ordering::Relaxed), 0);
-        assert_eq!(peer.load.bytes.load(Ordering::Relaxed), 0);
+        assert_eq!(peer.load.share.bytes.load(Ordering::Relaxed), 0);
     }
 
     #[test]
@@ -335,10 +386,11 @@ mod tests {
         let shared = Arc::new(Shared::for_test());
         let (one, other) = (Arc::new(Peer::for_test()), Arc::new(Peer::for_test()));
         let limit = shared.limits.connection_bytes;
-        let mut large = Held::new(&shared, &one, limit);
-        let small = Held::new(&shared, &one, SMALL_BYTES);
-        let elsewhere = Held::new(&shared, &other, SMALL_BYTES + 1);
+        let mut large = Held::new(&shared, &one, None, limit);
+        let small = Held::new(&shared, &one, None, SMALL_BYTES);
+        let elsewhere = Held::new(&shared, &other, None, SMALL_BYTES + 1);
         assert!(large.is_too_much() && !small.is_too_much() && !elsewhere.is_too_much());
+        assert!(small.may_not_begin() && !elsewhere.may_not_begin());
         large.set(2 * limit);
         assert!(small.is_too_much() && !elsewhere.is_too_much());
         drop(large);
@@ -346,9 +398,43 @@ mod tests {
     }
 
     #[test]
+    fn nobody_holds_more_than_is_left_for_the_others() {
+        let mut shared = Shared::for_test();
+        shared.limits.connection_bytes = usize::MAX / 2;
+        let shared = Arc::new(shared);
+        let budget = shared.limits.budget_bytes;
+        let peers: Vec<_> = (0..3).map(|_| Arc::new(Peer::for_test())).collect();
+        let mut first = Held::new(&shared, &peers[0], None, budget / 2);
+        assert!(!first.is_too_much());
+        let second = Held::new(&shared, &peers[1], None, budget / 4);
+        assert!(first.is_too_much() && !second.is_too_much(), "who holds most is refused first");
+        first.set(budget / 4 * 3);
+        let small = Held::new(&shared, &peers[2], None, SMALL_BYTES);
+        assert!(!small.is_too_much() && !small.may_not_begin());
+        first.set(budget / 8 * 7);
+        assert!(small.is_too_much() && small.may_not_begin(), "nobody may hold more");
+    }
+
+    #[test]
+    fn a_caller_holds_what_all_of_its_connections_hold() {
+        let shared = Arc::new(Shared::for_test());
+        let caller = Arc::<Share>::default();
+        let peers: Vec<_> = (0..3).map(|_| Arc::new(Peer::for_test())).collect();
+        let half = shared.limits.connection_bytes / 2 + 1;
+        let mut one = Held::new(&shared, &peers[0], None, half);
+        let two = Held::new(&shared, &peers[1], Some(caller.clone()), half);
+        assert!(!one.is_too_much() && !two.is_too_much());
+        one.belongs_to(Some(caller.clone()));
+        assert!(one.is_too_much() && two.is_too_much());
+        assert!(!Held::new(&shared, &peers[2], Some(Arc::default()), half).is_too_much());
+        drop((one, two));
+        assert_eq!(caller.bytes.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
     fn slots_are_given_back() {
         let shared = Arc::new(Shared::for_test());
-        let take = || Slot::take(&shared, |counts| &counts.calls, 1, 2);
+        let take = || Slot::take(&shared, |counts| &counts.connections, 1, 2);
         let (first, second) = (take(), take());
         assert!(first.is_some() && second.is_some() && take().is_none());
         drop(first);

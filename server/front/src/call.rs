@@ -25,12 +25,15 @@ pub struct Peer {
     /// The same, as what calls are known by.
     pub certificate: Option<Credential>,
     pub load: Load,
+    /// One of its messages is inflated at a time.
+    pub inflating: tokio::sync::Mutex<()>,
 }
 
 impl Peer {
     /// One that has shown no certificate.
     pub fn new(name: String, number: u64, load: Load) -> Self {
-        Peer { name, number, certificate_names: Vec::new(), certificate: None, load }
+        let inflating = tokio::sync::Mutex::default();
+        Peer { name, number, certificate_names: Vec::new(), certificate: None, load, inflating }
     }
 
     pub fn show(&mut self, certificate_names: Vec<String>) {
@@ -90,6 +93,8 @@ pub struct State {
     pub unread: VecDeque<usize>,
     /// Python was handed back its plain request.
     is_handed_back: bool,
+    /// Python knows who makes it, and that this caller may.
+    pub is_admitted: bool,
     pub waker: Option<Waker>,
 }
 
@@ -242,6 +247,16 @@ impl Call {
         wake(waker);
     }
 
+    /// Python knows who makes it.
+    pub fn admit(&self) {
+        let waker = {
+            let mut state = self.state();
+            state.is_admitted = true;
+            state.waker.take()
+        };
+        wake(waker);
+    }
+
     pub fn end(&self, status: Status) {
         let waker = {
             let mut state = self.state();
@@ -300,7 +315,7 @@ impl Call {
     #[cfg(test)]
     pub fn of_connection(number: u64) -> Self {
         let peer = Arc::new(Peer { number, ..Peer::for_test() });
-        let method = Method { index: 0, streams: false, plain: crate::server::Plain::No };
+        let method = Method { index: 0, streams: false, plain: crate::server::Plain::No, is_open: false };
         Call::new(peer, method, 0.0, f64::INFINITY, Vec::new(), Whose::Anybody, Arc::default())
     }
 }

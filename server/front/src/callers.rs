@@ -4,6 +4,7 @@
 //! there with its bytes.
 
 use crate::clock;
+use crate::places::Share;
 use crate::protobuf::NotPlain;
 use http::header::AUTHORIZATION;
 use http::HeaderMap;
@@ -11,7 +12,7 @@ use ring::digest::{digest, Context, SHA256, SHA256_OUTPUT_LEN};
 use std::any::Any;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 /// Between a tenant and what it calls a session: namespaces.py. A client's id with it goes to Python, which refuses it.
 pub const SEPARATOR: char = '\u{1f}';
@@ -77,6 +78,10 @@ pub struct Known {
     pub prefix: String,
     /// Tells it from all other callers.
     pub identity: String,
+    /// It may step: else none of its messages is plain.
+    pub may_step: bool,
+    /// What it holds, by whichever credential.
+    share: OnceLock<Arc<Share>>,
     /// Python's own of it.
     pub who: Option<Box<dyn Any + Send + Sync>>,
     /// Until when, seconds on the monotonic clock: the bits of a number, which others look at while it changes.
@@ -87,10 +92,16 @@ impl Known {
     pub fn new(
         prefix: String,
         identity: String,
+        may_step: bool,
         who: Option<Box<dyn Any + Send + Sync>>,
         until: f64,
     ) -> Arc<Self> {
-        Arc::new(Known { prefix, identity, who, until: AtomicU64::new(until.to_bits()) })
+        let (share, until) = (OnceLock::new(), AtomicU64::new(until.to_bits()));
+        Arc::new(Known { prefix, identity, may_step, share, who, until })
+    }
+
+    fn share(&self) -> &Arc<Share> {
+        self.share.get_or_init(Arc::default)
     }
 
     fn is_same(&self, other: &Known) -> bool {
@@ -122,6 +133,8 @@ pub struct Callers(Mutex<Table>);
 #[derive(Debug, Default)]
 struct Table {
     known: HashMap<Credential, Arc<Known>>,
+    /// Of each caller, by its identity: while there are calls, or a credential is known.
+    shares: HashMap<String, Weak<Share>>,
     /// When it was full the last time, the first of them to leave had so long.
     full_until: f64,
 }
@@ -138,6 +151,7 @@ impl Callers {
         } else if !table.has_room() {
             return;
         }
+        table.give_share(&caller);
         table.known.insert(credential, caller);
     }
 
@@ -158,6 +172,16 @@ impl Callers {
 }
 
 impl Table {
+    /// A caller has one share, whatever it is known by.
+    fn give_share(&mut self, caller: &Known) {
+        if self.shares.len() > 2 * self.known.len() + 16 {
+            self.shares.retain(|_, share| share.strong_count() > 0);
+        }
+        let share = self.shares.get(&caller.identity).and_then(Weak::upgrade).unwrap_or_default();
+        self.shares.insert(caller.identity.clone(), Arc::downgrade(&share));
+        let _ = caller.share.set(share);
+    }
+
     /// Whether there is room for one more, when those whose time is over have left.
     fn has_room(&mut self) -> bool {
         if self.known.len() < MOST_KNOWN {
@@ -197,23 +221,39 @@ impl Whose {
         }
     }
 
+    /// Whether it is known who calls, or nobody is asked: else Python has to say whether the call is served.
+    pub fn is_known(&self, callers: Option<&Arc<Callers>>) -> bool {
+        matches!(self, Whose::Anybody) || self.caller(callers).is_ok()
+    }
+
+    /// What its caller holds; None: that is not known.
+    pub fn share(&self) -> Option<Arc<Share>> {
+        let Whose::Of(_, own) = self else { return None };
+        let own = own.lock().unwrap_or_else(PoisonError::into_inner);
+        own.as_ref().map(|known| known.share().clone())
+    }
+
     /// In whose name plain messages are taken, None: anybody's. Err: there are none.
     pub fn taken(&self, callers: Option<&Arc<Callers>>) -> Result<Option<Arc<Known>>, NotPlain> {
-        let (credential, own) = match self {
-            Whose::Anybody => return Ok(None),
-            Whose::Unclear => return Err(NotPlain),
-            Whose::Of(credential, own) => (credential, own),
-        };
+        if matches!(self, Whose::Anybody) {
+            return Ok(None);
+        }
+        self.caller(callers).and_then(|known| if known.may_step { Ok(Some(known)) } else { Err(NotPlain) })
+    }
+
+    /// Who makes it, as long as that holds.
+    fn caller(&self, callers: Option<&Arc<Callers>>) -> Result<Arc<Known>, NotPlain> {
+        let Whose::Of(credential, own) = self else { return Err(NotPlain) };
         let mut own = own.lock().unwrap_or_else(PoisonError::into_inner);
         let known = own.as_ref().ok_or(NotPlain)?;
         if known.is_valid() {
-            return Ok(Some(known.clone()));
+            return Ok(known.clone());
         }
         // it may be known again
         let again = callers.and_then(|callers| callers.find(*credential));
         let again = again.filter(|again| again.is_same(known) && again.is_valid()).ok_or(NotPlain)?;
         *own = Some(again.clone());
-        Ok(Some(again))
+        Ok(again)
     }
 
     /// Python has found out who makes the call: its next messages may be plain, if the front knows that caller.
@@ -246,7 +286,10 @@ mod tests {
 
     /// Know a caller of a tenant, which is all that is known of it.
     fn know(callers: &Callers, credential: Credential, tenant: &str, until: f64) {
-        callers.know(credential, Known::new(format!("{tenant}{SEPARATOR}"), tenant.to_owned(), None, until));
+        callers.know(
+            credential,
+            Known::new(format!("{tenant}{SEPARATOR}"), tenant.to_owned(), true, None, until),
+        );
     }
 
     fn whose(callers: &Arc<Callers>, lines: &[(&'static str, &[u8])]) -> Whose {

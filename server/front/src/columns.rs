@@ -219,6 +219,8 @@ pub enum Arrival {
     Batch(Box<Batch>),
     /// A call has begun; with its request if it does not stream.
     Call(Arc<Call>, Option<Bytes>),
+    /// A unary call has begun: is its caller known, and may it? Its message is not taken in before that is answered.
+    Judge(Arc<Call>),
     /// A message of a stream, and the number of its reply where those leave in the order of the messages.
     Message(Arc<Call>, Bytes, Option<u64>),
     /// A message was too large: so many bytes.
@@ -478,7 +480,7 @@ mod tests {
     fn tenants_share_a_batch_and_no_names() {
         let mut arrivals = Arrivals::default();
         let mut push = |tenant: &str, id: &str, select: u8| {
-            let whose = Known::new(format!("{tenant}\u{1f}"), tenant.to_owned(), None, f64::INFINITY);
+            let whose = Known::new(format!("{tenant}\u{1f}"), tenant.to_owned(), true, None, f64::INFINITY);
             let step = Step {
                 session_ids: vec![id],
                 tensors: vec![Tensor { name: "", dtype: 9, shape: vec![1], data: &[0] }],

@@ -14,6 +14,7 @@ pub enum Command {
     Finish(Arc<Call>, Bytes),
     Write(Arc<Call>, Bytes, Option<u64>),
     End(Arc<Call>, Status),
+    Admit(Arc<Call>),
     Read(Arc<Call>, usize),
     KnowSet(Arc<Call>, u32, Option<Arc<SessionSet>>),
 }
@@ -25,6 +26,7 @@ pub fn carry_out(command: Command) {
         Command::Finish(call, message) => call.finish(grpc::framed(&message)),
         Command::Write(call, message, number) => call.write(&message, number),
         Command::End(call, status) => call.end(status),
+        Command::Admit(call) => call.admit(),
         Command::Read(call, count) => call.read(count),
         Command::KnowSet(call, number, set) => call.know_set(number, set),
     }

@@ -21,20 +21,23 @@ impl KnownCallers {
     }
 
     /// Take who shows this for a caller, until then on the monotonic clock: `who` is handed over with its plain steps,
-    /// `prefix` put before the ids of its sessions, and `identity` tells it from all others.
+    /// `prefix` put before the ids of its sessions, and `identity` tells it from all others. Without `may_step` no message of
+    /// it is plain.
     ///
     /// `digest`: SHA-256 of its token, or empty: then `names` are those of its certificate.
+    #[allow(clippy::too_many_arguments)]
     fn know(
         &self,
         digest: &[u8],
         names: Vec<String>,
         prefix: String,
         identity: String,
+        may_step: bool,
         who: PyObject,
         until: f64,
     ) {
         if let Some(credential) = credential(digest, &names) {
-            self.callers.know(credential, Known::new(prefix, identity, Some(Box::new(who)), until));
+            self.callers.know(credential, Known::new(prefix, identity, may_step, Some(Box::new(who)), until));
         }
     }
 

@@ -22,6 +22,7 @@ mod commands;
 mod doors;
 mod driver;
 mod grpc;
+mod inflate;
 #[cfg(feature = "python")]
 mod known;
 mod lifetime;
@@ -29,6 +30,7 @@ mod limits;
 #[cfg(feature = "python")]
 mod lists;
 mod ordered;
+mod places;
 mod plain;
 mod protobuf;
 #[cfg(feature = "python")]

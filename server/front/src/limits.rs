@@ -13,6 +13,11 @@ pub struct Limits {
     pub connections: usize,
     /// Calls of all connections at the same time; more are refused.
     pub calls: usize,
+    /// The same, of callers that are not known.
+    pub unknown_calls: usize,
+    /// The same, of those that ask how the server is.
+    pub health_calls: usize,
+    pub watches: usize,
     /// Calls of one connection at the same time; more of them wait at the client.
     pub streams: u32,
     /// Of the headers of a call, as HTTP/2 counts them: 32 bytes for each beside name and value.
@@ -29,7 +34,11 @@ pub struct Limits {
     pub unread: Duration,
     /// Bytes of plain messages that may wait for Python before streams are read no further.
     pub queued_bytes: usize,
-    /// How they are refused.
+    /// A message may pause for this time while it comes.
+    pub receive: Duration,
+    /// And must come at this rate, or faster, after this time.
+    pub receive_bytes_per_s: usize,
+    /// How calls are refused for which there is no room.
     pub overloaded: Status,
     /// Plain frames of one stream that are not answered, before reading stops.
     pub frames: usize,
@@ -59,6 +68,11 @@ impl Limits {
             message_bytes: whole("message_bytes")?,
             connections: whole("connections")?,
             calls: whole("calls")?,
+            unknown_calls: whole("unknown_calls")?,
+            health_calls: whole("health_calls")?,
+            watches: whole("watches")?,
+            receive: time("receive_s")?,
+            receive_bytes_per_s: whole("receive_bytes_per_s")?.max(1),
             streams: whole("streams")? as u32,
             header_bytes: whole("header_bytes")?,
             headers_too_large,
@@ -83,6 +97,11 @@ impl Limits {
             ("message_bytes", 1 << 20),
             ("connections", 10),
             ("calls", 10),
+            ("unknown_calls", 10),
+            ("health_calls", 10),
+            ("watches", 10),
+            ("receive_s", 1),
+            ("receive_bytes_per_s", 1024),
             ("streams", 10),
             ("header_bytes", 1 << 14),
             ("budget_bytes", 16 << 20),

@@ -30,7 +30,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 /// What Python and the front say to each other: raised with every change of it, here and in `rpc/fronts/native.py`.
-const INTERFACE: u32 = 2;
+const INTERFACE: u32 = 3;
 
 /// A status as Python says it: code, message, a serialized google.rpc.Status or nothing, and `may_go_elsewhere`.
 type Said = (u32, String, PyBackedBytes, bool);
@@ -59,13 +59,13 @@ struct Front {
 
 #[pymethods]
 impl Front {
-    /// `methods`: path, whether it streams, and which of its messages may be plain ("step", "step_stream", "infer",
-    /// "infer_stream" or ""). `limits`: each by the name that it has in `limits::Limits`, times in seconds.
+    /// `methods`: path, whether it streams, which of its messages may be plain ("step", "step_stream", "infer",
+    /// "infer_stream" or ""), and whether anybody may call it. `limits`: each by the name that it has in `limits::Limits`, times in seconds.
     #[new]
     /// `callers`: who is known; None: nobody is asked.
     #[pyo3(signature = (methods, limits, *, now, overloaded, headers_too_large, callers))]
     fn new(
-        methods: Vec<(String, bool, String)>,
+        methods: Vec<(String, bool, String, bool)>,
         limits: HashMap<String, f64>,
         now: &Bound<'_, PyAny>,
         overloaded: Said,
@@ -78,7 +78,7 @@ impl Front {
         let methods = methods
             .into_iter()
             .enumerate()
-            .map(|(index, (path, streams, plain))| {
+            .map(|(index, (path, streams, plain, is_open))| {
                 let plain = match plain.as_str() {
                     "step" => Plain::Step,
                     "step_stream" => Plain::StepStream,
@@ -86,7 +86,7 @@ impl Front {
                     "infer_stream" => Plain::InferStream,
                     _ => Plain::No,
                 };
-                (path, Method { index, streams, plain })
+                (path, Method { index, streams, plain, is_open })
             })
             .collect();
         let callers = callers.map(|known| known.callers.clone());
@@ -235,6 +235,7 @@ fn is_pointless(arrival: &Arrival, skipped: &mut HashSet<usize>) -> bool {
     match arrival {
         Arrival::Batch(_) | Arrival::Refused(_) => false,
         Arrival::Call(call, _) => call.is_over() && skipped.insert(key(call)),
+        Arrival::Judge(call) => call.is_over(),
         Arrival::Message(call, ..)
         | Arrival::TooLarge(call, _)
         | Arrival::Duplicate(call, _)
@@ -267,6 +268,7 @@ impl Front {
             Arrival::Written(call, size) => (6, key(&call), size).into_py(py),
             Arrival::Ended(call) => (7, key(&call)).into_py(py),
             Arrival::Refused(why) => (8, why.name()).into_py(py),
+            Arrival::Judge(call) => (9, self.handle(call)).into_py(py),
         };
         Ok(tuple.into_bound(py).downcast_into::<PyTuple>()?)
     }
@@ -376,6 +378,14 @@ impl CallHandle {
     /// Python has found out who makes the call, whose name in `KnownCallers` is this.
     fn identified(&self, identity: &str) {
         self.call.whose.identified(identity, self.driver.shared.callers.as_ref());
+        if !self.call.state().is_admitted {
+            self.admit();
+        }
+    }
+
+    /// Its caller is known, and may make it.
+    fn admit(&self) {
+        self.send(Command::Admit(self.call.clone()));
     }
 
     /// It ended because its time was over.

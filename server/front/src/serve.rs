@@ -2,12 +2,12 @@
 
 use crate::answering::Answering;
 use crate::begin::{self, refuse};
-use crate::bounds::{counted, Held, Place, Refusal, Slot, GENERAL};
+use crate::bounds::{counted, Held, Place, Refusal, GENERAL};
 use crate::call::{Call, Peer};
-use crate::callers::Whose;
 use crate::clock;
 use crate::columns::{Arrival, Arrivals};
-use crate::grpc::{self, Messages, Status, Unreadable};
+use crate::grpc::{self, Messages, Status, Unreadable, Whole};
+use crate::places::CallPlace;
 use crate::plain::Step;
 use crate::server::{Method, Plain, Shared};
 use crate::triton;
@@ -20,6 +20,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use tokio::time::{sleep, timeout, Sleep};
 
+mod receive;
+
 /// Messages that Python has not looked at, before reading stops.
 const MOST_UNREAD: usize = 16;
 
@@ -29,17 +31,16 @@ pub fn begin(
     peer: &Arc<Peer>,
     shared: &Arc<Shared>,
 ) {
-    let Some(begun) = begin::admitted(&request, &mut respond, shared) else { return };
-    let headers = request.headers();
-    let (method, deadline, header_bytes) = (begun.method, begun.deadline, begun.header_bytes);
-    let metadata = grpc::metadata(headers);
+    let Some(begun) = begin::admitted(&request, &mut respond, peer, shared) else { return };
+    let (method, deadline, header_bytes) = (begun.method, begun.deadline, begun.held.bytes());
+    let metadata = grpc::metadata(request.headers());
     let call = Arc::new(Call::new(
         peer.clone(),
         method,
         begun.started,
         deadline,
         metadata,
-        Whose::of_call(headers, peer.certificate, shared.callers.as_ref()),
+        begun.whose,
         shared.unwritten.clone(),
     ));
     let served = Served {
@@ -49,15 +50,18 @@ pub fn begin(
         body: request.into_body(),
         messages: Messages::new(begun.encoding, shared.limits.message_bytes),
         timer: clock::until(deadline).map(|left| Box::pin(sleep(left))),
-        held: Held::new(shared, peer, header_bytes),
+        coming: receive::Coming::default(),
+        held: begun.held,
         header_bytes,
         steps: 0,
         place: Place::default(),
         reading: Place::default(),
+        call_place: begun.place,
+        is_admitted: begun.is_admitted,
+        must_begin: method.is_open,
         is_known: false,
         is_deaf: false,
         is_writing: false,
-        _slot: begun.slot,
     };
     // two kinds of tasks: one for both would be as large as both
     if method.streams {
@@ -76,7 +80,9 @@ struct Served {
     messages: Messages,
     /// Ends it when its time is over.
     timer: Option<std::pin::Pin<Box<Sleep>>>,
-    /// Bytes of it in memory.
+    /// Ends it when a message takes too long to come.
+    coming: receive::Coming,
+    /// Bytes of it in memory; those that it has from its begin to its end.
     held: Held,
     header_bytes: usize,
     /// What it counts in its connection's steps under way, if Python was handed it whole.
@@ -84,13 +90,18 @@ struct Served {
     /// Where it waits for its connection, and for Python.
     place: Place,
     reading: Place,
+    /// Among all calls.
+    call_place: CallPlace,
+    /// Who calls is known, and may; nobody is asked; or it does not matter for this method.
+    is_admitted: bool,
+    /// Its first message must come in time: everybody may make such a call.
+    must_begin: bool,
     /// Python was told that it has begun.
     is_known: bool,
     /// Nothing is read any more: Python is about to end it.
     is_deaf: bool,
     /// A reply is on its way, and not all of it was taken.
     is_writing: bool,
-    _slot: Slot,
 }
 
 /// What to do next for a stream.
@@ -112,11 +123,7 @@ enum Early {
 
 impl Served {
     async fn unary(mut self, mut respond: SendResponse<Bytes>) {
-        let answer = match self.only_message().await {
-            Ok(message) => self.answer(message, &mut respond).await,
-            Err(early) => Err(early),
-        };
-        let early = match answer {
+        let early = match self.answer(&mut respond).await {
             Ok(reply) => {
                 let writing = Writing(self.call.clone());
                 let mut out = Answering::Silent(respond);
@@ -139,8 +146,16 @@ impl Served {
         }
     }
 
-    async fn answer(&mut self, message: Message, respond: &mut SendResponse<Bytes>) -> Result<Bytes, Early> {
+    async fn answer(&mut self, respond: &mut SendResponse<Bytes>) -> Result<Bytes, Early> {
+        self.admit(respond).await?;
+        let message = self.only_message().await?;
         poll_fn(|cx| self.poll_turn(cx, respond)).await?;
+        let message = match message {
+            Ok(Whole { bytes, compressed: None }) => Message::Whole(bytes),
+            Err(size) => Message::TooLarge(size),
+            // boxed: most calls need no room for it
+            Ok(message) => Box::pin(self.inflated(message, |cx| respond.poll_reset(cx).is_ready())).await?,
+        };
         self.submit(message)?;
         poll_fn(|cx| self.poll_answer(cx, respond)).await
     }
@@ -182,6 +197,10 @@ impl Served {
         self.call.peer.load.begin(GENERAL);
     }
 
+    fn end_general(&mut self) {
+        self.call.peer.load.end(std::mem::take(&mut self.steps));
+    }
+
     /// Let Python know of the call.
     fn announce(&mut self, request: Option<Bytes>) -> Result<(), Early> {
         let call = self.call.clone();
@@ -191,41 +210,6 @@ impl Served {
         }
         self.shared.counts.refuse(Refusal::Calls);
         Err(Early::Status(self.shared.limits.overloaded.clone()))
-    }
-
-    /// The one message of the call.
-    async fn only_message(&mut self) -> Result<Message, Early> {
-        let one = || Early::Status(Status::new(grpc::INTERNAL, "a unary call must have one request"));
-        let mut found = None;
-        while let Some(data) = poll_fn(|cx| self.poll_data(cx)).await? {
-            self.messages.push(data);
-            match self.messages.next() {
-                Ok(Some(message)) if found.is_none() => found = Some(message),
-                Ok(None) => {}
-                Ok(Some(_)) => return Err(one()),
-                Err(Unreadable::TooLarge(size)) => return Ok(Message::TooLarge(size)),
-                Err(problem) => return Err(Early::Status(unreadable(&problem))),
-            }
-            let held = found.as_ref().map_or(0, Bytes::len) + self.messages.size();
-            self.require_room(held)?;
-        }
-        match found {
-            Some(message) if !self.messages.is_cut_off() => Ok(Message::Whole(message)),
-            _ => Err(one()),
-        }
-    }
-
-    /// The next data of a call that has not been answered; None at its end.
-    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Early>> {
-        match self.body.poll_data(cx) {
-            Poll::Ready(Some(Ok(data))) => {
-                let _ = self.body.flow_control().release_capacity(data.len());
-                Poll::Ready(Ok(Some(data)))
-            }
-            Poll::Ready(Some(Err(_))) => Poll::Ready(Err(Early::Gone)),
-            Poll::Ready(None) => Poll::Ready(Ok(None)),
-            Poll::Pending => self.poll_timer(cx).map(|()| Err(Early::Late)),
-        }
     }
 
     fn take_plain_step(&self, message: &Bytes) -> bool {
@@ -287,6 +271,7 @@ impl Served {
                 Next::Write(reply, held) => {
                     let size = reply.len();
                     self.write(out, reply, Writing(self.call.clone())).await?;
+                    self.coming.restart(); // it was not read meanwhile
                     self.written(size, held);
                 }
                 Next::End(status) => {
@@ -298,10 +283,12 @@ impl Served {
                 }
                 Next::Data(data) => {
                     let _ = self.body.flow_control().release_capacity(data.len());
+                    self.coming.came(data.len());
                     self.messages.push(data);
                 }
                 Next::Message => {
-                    self.take_next().map_err(Early::Status)?;
+                    self.coming.restart();
+                    self.take_next(out).await?;
                     if self.call.peer.load.is_busy() {
                         tokio::task::yield_now().await; // each of the connection's streams in its turn
                     }
@@ -345,6 +332,11 @@ impl Served {
         out: &mut Answering,
         is_open: bool,
     ) -> Poll<Result<Next, Early>> {
+        if !self.is_admitted && self.call.state().is_admitted {
+            if let Err(early) = self.admitted() {
+                return Poll::Ready(Err(early));
+            }
+        }
         let may_read = {
             let mut state = self.call.state();
             if let Some((reply, held)) = state.replies.pop_front() {
@@ -360,6 +352,7 @@ impl Served {
             let limits = &self.shared.limits;
             is_open
                 && !self.is_deaf
+                && self.is_admitted
                 && state.end.is_none()
                 && state.unread.len() < MOST_UNREAD
                 && state.frames.len() + state.ordered.len() < limits.frames
@@ -376,8 +369,16 @@ impl Served {
                 Poll::Ready(Some(Ok(data))) => return Poll::Ready(Ok(Next::Data(data))),
                 Poll::Ready(Some(Err(_))) => return Poll::Ready(Err(Early::Gone)),
                 Poll::Ready(None) => return Poll::Ready(Ok(Next::HalfClosed)),
+                // a stream may be silent for as long as it likes, but not within a message
+                Poll::Pending if self.messages.is_cut_off() || self.must_begin => {
+                    if let Poll::Ready(early) = self.poll_coming(cx) {
+                        return Poll::Ready(Err(early));
+                    }
+                }
                 Poll::Pending => {}
             }
+        } else {
+            self.coming.restart();
         }
         if out.poll_reset(cx).is_ready() {
             return Poll::Ready(Err(Early::Gone));
@@ -386,15 +387,21 @@ impl Served {
     }
 
     /// Hand on a message that has come whole. Err: the call ends so.
-    fn take_next(&mut self) -> Result<(), Status> {
-        match self.messages.next() {
-            Ok(Some(message)) => self.take_message(message),
-            Ok(None) => {}
-            Err(Unreadable::TooLarge(size)) => {
+    async fn take_next(&mut self, out: &mut Answering) -> Result<(), Early> {
+        let found = match self.messages.next() {
+            Ok(Some(Whole { bytes, compressed: None })) => Message::Whole(bytes),
+            Ok(Some(message)) => Box::pin(self.inflated(message, |cx| out.poll_reset(cx).is_ready())).await?,
+            Ok(None) => return Ok(()),
+            Err(Unreadable::TooLarge(size)) => Message::TooLarge(size),
+            Err(problem) => return Err(Early::Status(unreadable(&problem))),
+        };
+        self.must_begin = false;
+        match found {
+            Message::Whole(message) => self.take_message(message),
+            Message::TooLarge(size) => {
                 self.arrive(Arrival::TooLarge(self.call.clone(), size));
                 self.is_deaf = true; // what follows is the rest of it
             }
-            Err(problem) => return Err(unreadable(&problem)),
         }
         Ok(())
     }

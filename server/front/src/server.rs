@@ -5,6 +5,7 @@ use crate::call::Peer;
 use crate::callers::Callers;
 use crate::columns::{Arrival, Arrivals, MOST_IN_BATCH};
 use crate::doors::Doors;
+use crate::inflate::Pace;
 use crate::lifetime::{Age, Lifetime};
 use crate::limits::Limits;
 use crate::serve;
@@ -31,6 +32,8 @@ pub struct Method {
     pub index: usize,
     pub streams: bool,
     pub plain: Plain,
+    /// Anybody may call it: it says how the server is.
+    pub is_open: bool,
 }
 
 /// Which of a method's messages may be plain.
@@ -71,6 +74,8 @@ pub struct Shared {
     /// Streams that wait for it to take some.
     readers: Waiters,
     pub counts: Counts,
+    /// Of inflating.
+    pub pace: Pace,
     arrivals: Mutex<Arrivals>,
     pub wakeup: Wakeup,
     /// Python's event loop is about to take what comes.
@@ -101,6 +106,7 @@ impl Shared {
             queued: AtomicUsize::new(0),
             readers: Waiters::default(),
             counts: Counts::default(),
+            pace: Pace::default(),
             arrivals: Mutex::new(Arrivals::default()),
             wakeup,
             is_taking: AtomicBool::new(false),

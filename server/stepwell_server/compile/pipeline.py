@@ -51,8 +51,7 @@ def compile_traced(
         if data is not None:
             own_data.look(data, describe(loaded))
         traced = trace_and_probe(loaded, report, options)
-        program = artefact(traced, fingerprint, origin, report)
-        return dataclasses.replace(program, architecture=archive.architecture(model, program)), traced
+        return artefact(traced, fingerprint, origin, report), traced
     except DataError:
         raise
     except ModelError as error:

@@ -10,14 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
 from stepwell_server import program_file
-from stepwell_server.architecture.canonical import comparable
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.compile import cache, data_file, handover, origin
 from stepwell_server.compile.comparison import Comparison
@@ -263,10 +261,7 @@ class WarmCompiler:
             return None
         digest = hashlib.sha256(f"{call.options}\n".encode())
         digest.update(cache.sources_of(self._imports))
-        try:
-            digest.update(comparable(json.loads(configuration)))
-        except (ValueError, RecursionError):
-            return None
+        digest.update(configuration)
         return digest.digest()
 
     @contextlib.contextmanager

@@ -34,6 +34,11 @@ class Caller:
     own_tenant: str | None = None
     """To which it belongs, where it acts in another one: with its name that says who it is. None: `tenant`."""
 
+    @property
+    def may_step(self) -> bool:
+        """Its role allows it to change sessions."""
+        return self.role is not Role.VIEWER
+
     def __str__(self) -> str:
         tenant = self.tenant if self.own_tenant is None else self.own_tenant
         return f"{tenant}/{self.name}" if tenant else self.name

@@ -38,7 +38,17 @@ class FrontLimits:
     connections: int = 16_384
     """At the same time; more are closed at once."""
     calls: int = 65_536
-    """Of all connections at the same time; more are refused."""
+    """Of all connections at the same time; more are refused. Nobody holds more than what is left for the others."""
+    unknown_calls: int = 16_384
+    """The same, of callers that are not known, where callers are asked."""
+    health_calls: int = 1024
+    """The same, of calls that ask how the server is: nobody else's."""
+    watches: int = 4096
+    """The same, of those that ask for as long as they like."""
+    receive_s: float = 10.0
+    """A message that has begun to come may pause for so long."""
+    receive_bytes_per_s: int = 64 << 10
+    """And must come at this rate or faster, after this time."""
     budget_bytes: int = 0
     """Messages and replies of all calls in memory. Beyond, calls that hold over 64 KiB are refused; beyond twice as
     much, all. 0: as much as a few of the largest messages need."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stepwell_server.live.control import VersionCounts
     from stepwell_server.rpc.fronts.base import FrontCounts
     from stepwell_server.rpc.fronts.certificates import CertificateFiles
-    from stepwell_server.store.base import StoreTimes
+    from stepwell_server.store.times import StoreTimes
 
 #: What there can be warnings of (`Report.warnings`): each has a series from the start.
 WARNINGS = ("default versions", "disk", "models", "store")
@@ -26,6 +26,9 @@ WARNINGS = ("default versions", "disk", "models", "store")
 _FRONT = {
     "connections": "Connections open.",
     "calls": "Calls under way.",
+    "unknown_calls": "Those of them whose caller is not known, or not yet.",
+    "health_calls": "Those of them that ask how the server is.",
+    "watches": "Those of them that ask so for as long as they like.",
     "held_bytes": "Bytes of requests and replies in memory.",
     "queued_bytes": "Bytes of plain steps that the event loop has not taken.",
     "window_bytes": "Bytes that clients may send before they are read.",
@@ -35,6 +38,14 @@ _FRONT = {
 _FRONT_LIMITS = {
     "connections": ("max_connections", "Connections at most."),
     "calls": ("max_calls", "Calls under way at most."),
+    "unknown_calls": ("max_unknown_calls", "Calls under way at most whose caller is not known."),
+    "health_calls": ("max_health_calls", "Calls under way at most that ask how the server is."),
+    "watches": ("max_watches", "The same that ask for as long as they like."),
+    "receive_s": ("receive_timeout_seconds", "So long a message may pause while it comes."),
+    "receive_bytes_per_s": (
+        "min_receive_bytes_per_second",
+        "The rate at which a message must come after that time.",
+    ),
     "streams": ("max_connection_calls", "Calls under way of one connection at most."),
     "budget_bytes": ("max_held_bytes", "Bytes of requests and replies in memory before calls are refused."),
     "connection_bytes": ("max_connection_held_bytes", "The same, of one connection."),

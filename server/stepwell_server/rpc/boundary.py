@@ -163,6 +163,27 @@ class Boundary:
 
         return self._around(answer, method, None, codes, counts=not endless)
 
+    def judging(self, method: str) -> Callable[[Call], None]:
+        """Judges unary calls of a method by their metadata. What it refuses ends as it would where it is served."""
+        guard, access = self._guard, access_of(method)
+
+        def judge(call: Call) -> None:
+            if guard is None or access is Access.ANYONE:
+                return
+            try:
+                guard.admit(call, method, access)
+            except Exception as raised:
+                status, reason = self._end_of(raised, None, method, call)
+                assert status is not None, reason
+                self._observer.request_done(method, status.code.name, 0.0)
+                if _log.is_debug:
+                    facts = _facts(None, call)
+                    _log.debug("request", method=method, **facts, status=status.code.name, duration_ms=0.0)
+                release_frames(raised)
+                raise CallEnded(status) from None
+
+        return judge
+
     async def wait_idle(self) -> None:
         """Return as soon as no call is running."""
         if self._running:

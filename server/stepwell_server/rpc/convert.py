@@ -26,8 +26,6 @@ _VERSION_STATES: dict[VersionState, models_pb2.ModelState.ValueType] = {
 }
 #: Of a `google.protobuf.Duration`.
 _MOST_SECONDS = 315_576_000_000
-#: The last second of the year 9999: the last one of a `google.protobuf.Timestamp`, and of many calendars.
-_LAST_SECOND = 253_402_300_799.0
 
 _Number = TypeVar("_Number", bound=np.integer[Any])
 
@@ -67,10 +65,9 @@ def from_session(info: SessionInfo, tenant: str = "") -> sessions_pb2.Session:
 
 
 def from_seconds(seconds: float) -> duration_pb2.Duration:
-    """A time span, of at most what its type can say."""
-    seconds = min(max(0.0, seconds), _MOST_SECONDS) if seconds == seconds else 0.0
+    """A time span."""
     whole = math.floor(seconds)
-    return duration_pb2.Duration(seconds=whole, nanos=min(round((seconds - whole) * 1e9), 999_999_999))
+    return duration_pb2.Duration(seconds=whole, nanos=round((seconds - whole) * 1e9))
 
 
 def to_seconds(duration: duration_pb2.Duration, argument: str) -> float:
@@ -92,8 +89,6 @@ def seconds_text(duration: duration_pb2.Duration) -> str:
 
 
 def _timestamp(seconds: float) -> timestamp_pb2.Timestamp:
-    """A time; one that is no time of the years 1970 to 9999 is the nearest of them, and NaN is the first."""
-    seconds = min(max(0.0, seconds), _LAST_SECOND) if seconds == seconds else 0.0
     whole = math.floor(seconds)
     return timestamp_pb2.Timestamp(seconds=whole, nanos=int((seconds - whole) * 1e9))
 
@@ -126,7 +121,6 @@ def from_model(info: ModelInfo, *, counted: bool, statuses: Sequence[VersionStat
         provenance=None if program.provenance is None else _from_provenance(program.provenance),
         version=info.version,
         versions=[from_version(status, counted=counted) for status in statuses],
-        structure=program.structure,
     )
 
 

@@ -26,8 +26,6 @@ _AT_ONCE = 256
 """Credentials that are reviewed before others have a turn of the event loop."""
 _CLOSE_S = 1.0
 """Ends of what is known that differ by less are the same, computed anew."""
-#: Those of which a front may take messages by itself.
-_PLAIN = frozenset({"Step", "StepStream", "ModelInfer", "ModelStreamInfer"})
 
 
 class Authenticator(Protocol):
@@ -112,15 +110,16 @@ class Guard:
             Unauthenticated, PermissionDenied, InvalidInput: it is refused.
         """
         known = self._authenticator.identify(call)
-        call.who = known.caller  # whoever is refused is named, too
-        who = acting(known.caller, call.metadata)
-        if who is not known.caller:
-            call.who = who
-        require(access, method, who)
-        if method in _PLAIN and who is known.caller:
-            entry = self._remember(known)
-            entry.is_told = True
-            self._front.know(known.credential, known.caller, known.until)
+        who = known.caller
+        try:
+            who = acting(known.caller, call.metadata)
+            require(access, method, who)
+            if who is known.caller:
+                entry = self._remember(known)
+                entry.is_told = True
+                self._front.know(known.credential, known.caller, known.until)
+        finally:
+            call.who = who  # whoever is refused is named, too
         return known
 
     def enter(self, known: Known) -> Guarded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Protocol
 
 from google.protobuf import message_factory
@@ -13,9 +13,10 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.addresses import Address, UnixAddress
-from stepwell_server.errors import ServerError, Starting, Unauthenticated
+from stepwell_server.errors import Starting, Unauthenticated
 from stepwell_server.process.readiness import Report
 from stepwell_server.rpc import health, reflection
+from stepwell_server.rpc.access import Access, access_of
 from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.boundary import Boundary, RequestObserver, Serve, served_at
 from stepwell_server.rpc.fronts.base import Call, CallEnded, Front, Method
@@ -110,6 +111,8 @@ class RpcServer:
                 method.name,
                 served_at(path, self._serving, self._refusing(method.name)),
                 streams=_streams(method),
+                is_open=access_of(method.name) is Access.ANYONE,
+                judge=None if self.guard is None else self._judging(path, method.name),
             )
             for service in (*_OF_ENGINE, health.SERVICE, *shown.services)
             for method in service.methods
@@ -120,7 +123,8 @@ class RpcServer:
             self._serve_by(service, shown)
         self._serve_by(_TRITON, self._liveness, only={"ServerLive", "ServerReady"})
         for name, serve in unsupported_methods(self._boundary).items():
-            self._methods.append(Method(_TRITON.full_name, name, serve))
+            judge = None if self.guard is None else self._boundary.judging(name)
+            self._methods.append(Method(_TRITON.full_name, name, serve, judge=judge))
 
     async def start(
         self, address: Address | UnixAddress, files: CertificateFiles | None = None
@@ -253,18 +257,34 @@ class RpcServer:
 
     def _refusing(self, method: str) -> Serve:
         async def refuse(call: Call) -> bytes:
-            error: ServerError = self._not_yet()
-            try:
-                if self._authenticator is not None:  # what is being loaded is not for everybody
-                    self._authenticator.identify(call)
-            except Unauthenticated as stranger:
-                error = stranger
-                if self._auditor is not None:
-                    self._auditor.refused(method, call, error)
+            self._require_known(method, call)
+            error = self._not_yet()
             self._observer.refused(error.reason, 1)
             raise CallEnded(to_status(error))
 
         return refuse
+
+    def _judging(self, path: str, method: str) -> Callable[[Call], None]:
+        judge = self._boundary.judging(method)
+
+        def judge_or_wait(call: Call) -> None:
+            if path in self._serving:
+                judge(call)
+            else:
+                self._require_known(method, call)
+
+        return judge_or_wait
+
+    def _require_known(self, method: str, call: Call) -> None:
+        """Refuse callers that are not known while the server starts: what is being loaded is not for everybody."""
+        try:
+            if self._authenticator is not None:
+                self._authenticator.identify(call)
+        except Unauthenticated as error:
+            if self._auditor is not None:
+                self._auditor.refused(method, call, error)
+            self._observer.refused(error.reason, 1)
+            raise CallEnded(to_status(error)) from None
 
 
 def _codes(service: ServiceDescriptor, method: MethodDescriptor) -> Collection[str]:

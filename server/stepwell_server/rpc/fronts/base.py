@@ -52,8 +52,8 @@ class Call(Protocol):
     """A call on its way. It is served by a task, which the front cancels when its client is gone or its time is over."""
 
     who: Caller
-    """Who calls. The boundary finds that out before the call is served, by which messages of a stream may become plain; until
-    then it is `ANYBODY`."""
+    """Who calls. The boundary finds that out before the call is served: then a front takes in its messages, and those of a
+    stream may become plain. Until then it is `ANYBODY`."""
     request: bytes
     """The one request; empty where requests are read, and once it was parsed and is not needed any more."""
 
@@ -107,6 +107,13 @@ class Method:
     """
     streams: bool = False
     """Its requests are read and its replies written; else there is one of each."""
+    is_open: bool = False
+    """Anybody may call it, and it is served when nothing else is: it says how the server is."""
+    judge: Callable[[Call], None] | None = None
+    """Judges a call by its metadata, before a front that can wait takes in its message. None: `serve` alone judges it.
+
+    Raises `CallEnded`: its caller is not known, or may not make it; else `Call.who` is set.
+    """
 
     @property
     def path(self) -> str:
@@ -320,7 +327,7 @@ class Front(Protocol):
 
         Args:
             credential: What calls show.
-            caller: Whose they are then; its role may step. `namespaces.prefix_of` its tenant stands before the ids.
+            caller: Whose they are then, if its role may step. `namespaces.prefix_of` its tenant stands before the ids.
             until: On the clock's monotonic time; infinity if it does not end by itself.
         """
 

@@ -44,12 +44,12 @@ if TYPE_CHECKING:
 
 VERSION = stepwell_front.__version__
 #: What this module and the front say to each other: raised with every change of it, here and in `python.rs`.
-_INTERFACE = 2
+_INTERFACE = 3
 _installed = getattr(stepwell_front, "INTERFACE", 0)
 if _installed != _INTERFACE:
     raise OtherFront(
-        f"stepwell-front must have interface {_INTERFACE}; the installed one, {VERSION}, has {_installed}, as it was built"
-        " from other sources"
+        f"stepwell-front must have interface {_INTERFACE}; the installed one, {VERSION}, has {_installed}. It was built"
+        " from other sources: install the one of this stepwell, or in a clone run scripts/front.py"
     )
 _log = Log("rpc.front")
 #: Bytes of replies that a stream's writer may be ahead of what is on its way.
@@ -80,7 +80,7 @@ _NOBODY: Members = np.zeros(0, np.intp)
 _NO_TIMES: F64 = np.zeros(0)
 _ANYBODY = [ANYBODY]
 # The numbers that tell what has come: see `tuple` in python.rs.
-_BATCH, _CALL, _MESSAGE, _TOO_LARGE, _DUPLICATE, _HALF_CLOSED, _WRITTEN, _ENDED, _REFUSED = range(9)
+_BATCH, _CALL, _MESSAGE, _TOO_LARGE, _DUPLICATE, _HALF_CLOSED, _WRITTEN, _ENDED, _REFUSED, _JUDGE = range(10)
 #: What the log says of connections that cannot be taken, by the reason that the metric has.
 _REFUSED_LOG = {
     "connections": "connections are refused: there are as many as may be (--max-connections)",
@@ -119,7 +119,9 @@ class _Call:
     @who.setter
     def who(self, who: Caller) -> None:
         self._who = who
-        self._handle.identified(_identity(who))  # what a stream sends from now on may be plain
+        self._handle.identified(
+            _identity(who)
+        )  # its messages are taken in, and those of a stream may be plain
         self._identified(self.caller, who)
 
     @property
@@ -251,7 +253,10 @@ class NativeFront:
         """See `base.Front`."""
         self._methods, self._steps = methods, steps
         front = self._front = stepwell_front.Front(
-            [(method.path, method.streams, _PLAIN.get(method.path, "")) for method in methods],
+            [
+                (method.path, method.streams, _PLAIN.get(method.path, ""), method.is_open)
+                for method in methods
+            ],
             self.limits.values,
             now=self._clock.monotonic,
             overloaded=_said(steps.overloaded()),
@@ -281,7 +286,8 @@ class NativeFront:
         """See `base.Front`."""
         if self._known is not None:
             prefix, identity = prefix_of(caller.tenant), _identity(caller)
-            self._known.know(credential.digest, credential.names, prefix, identity, caller, until)
+            shown = (credential.digest, credential.names)
+            self._known.know(*shown, prefix, identity, caller.may_step, caller, until)
 
     def forget(self, credentials: Collection[Credential]) -> None:
         """See `base.Front`."""
@@ -400,6 +406,8 @@ class NativeFront:
         elif tag == _CALL:
             peer = self._peers[arrival[1]] = arrival[2].peer
             self._arrivals.add(Kind.TASK, (peer,), arrival)
+        elif tag == _JUDGE:
+            self._arrivals.add(Kind.TASK, (arrival[1].peer,), arrival)
         elif tag == _REFUSED:
             _log.warning(_REFUSED_LOG[arrival[1]], **self.counts().now)
         else:
@@ -443,11 +451,25 @@ class NativeFront:
         if tag == _BATCH:
             self._steps.take(_columns(self, *arrival[1:]))
             return
+        if tag == _JUDGE:
+            self._judge(arrival[1])
+            return
         self._tell(*arrival)
         if tag in {_CALL, _MESSAGE}:
             peer = self._peer_of(arrival[1])
             self._arrivals.looking(peer)
             self._loop.call_soon(self._arrivals.looked, peer)  # when the task that was told has had its turn
+
+    def _judge(self, handle: CallHandle) -> None:
+        """Say whether the message of a call is taken in."""
+        judge = self._methods[handle.method].judge
+        try:
+            if judge is not None:
+                judge(_Call(handle, None, self._callers.put))
+        except CallEnded as ended:
+            handle.end(_said(ended.status))
+        else:
+            handle.admit()
 
     def serve(self, handed_back: list[tuple[Any, ...]]) -> None:
         """Serve plain messages as those that are not."""

@@ -1,0 +1,269 @@
+//! How the messages of a call come: when its caller is known, within a time limit, and inflated in slices.
+
+use super::{too_late, unreadable, Early, Message, Served};
+use crate::bounds::{Place, Refusal};
+use crate::columns::Arrival;
+use crate::grpc::{self, Status, Unreadable, Whole};
+use crate::inflate::{Inflation, Problem};
+use crate::limits::Limits;
+use bytes::Bytes;
+use h2::server::SendResponse;
+use std::future::{poll_fn, Future};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::time::{sleep_until, Instant, Sleep};
+
+/// How long a message takes to come. It costs nothing where it does not have to be waited for.
+#[derive(Default)]
+pub struct Coming {
+    /// When it was waited for first, and when some of it came last.
+    since: Option<(Instant, Instant)>,
+    bytes: usize,
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl Coming {
+    /// Some of it has come.
+    pub fn came(&mut self, bytes: usize) {
+        if let Some((_, latest)) = &mut self.since {
+            *latest = Instant::now();
+            self.bytes += bytes;
+        }
+    }
+
+    /// It has come whole, or it is not waited for: what comes next has its own time.
+    pub fn restart(&mut self) {
+        self.since = None;
+        self.bytes = 0;
+    }
+
+    /// Wait for it. Ready when it takes too long: nothing of it has come for a time, or too little since it began.
+    fn poll_late(&mut self, cx: &mut Context<'_>, limits: &Limits) -> Poll<()> {
+        let (began, latest) = *self.since.get_or_insert_with(|| (Instant::now(), Instant::now()));
+        let in_all = limits.receive + limits.receive_time(self.bytes);
+        let end = (latest + limits.receive).min(began + in_all);
+        let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(end)));
+        if timer.deadline() != end {
+            timer.as_mut().reset(end);
+        }
+        timer.as_mut().poll(cx)
+    }
+}
+
+impl Limits {
+    /// The time that this many bytes of a message may take.
+    fn receive_time(&self, bytes: usize) -> Duration {
+        Duration::from_secs_f64(bytes as f64 / self.receive_bytes_per_s as f64)
+    }
+}
+
+impl Served {
+    /// Return when it is known who makes the unary call, and that this caller may: no message is taken in before.
+    pub(super) async fn admit(&mut self, respond: &mut SendResponse<Bytes>) -> Result<(), Early> {
+        if self.is_admitted {
+            return Ok(());
+        }
+        poll_fn(|cx| self.poll_turn(cx, respond)).await?;
+        self.place = Place::default();
+        self.begin_general();
+        self.arrive(Arrival::Judge(self.call.clone()));
+        poll_fn(|cx| self.poll_admitted(cx, respond)).await?;
+        self.end_general();
+        self.admitted()
+    }
+
+    fn poll_admitted(
+        &mut self,
+        cx: &mut Context<'_>,
+        respond: &mut SendResponse<Bytes>,
+    ) -> Poll<Result<(), Early>> {
+        {
+            let mut state = self.call.state();
+            if state.is_admitted {
+                return Poll::Ready(Ok(()));
+            }
+            if let Some(status) = state.end.take() {
+                return Poll::Ready(Err(Early::Status(status)));
+            }
+            super::keep_waker(&mut state.waker, cx);
+        }
+        if respond.poll_reset(cx).is_ready() {
+            return Poll::Ready(Err(Early::Gone));
+        }
+        self.poll_timer(cx).map(|()| Err(Early::Late))
+    }
+
+    /// Its caller is known now.
+    pub(super) fn admitted(&mut self) -> Result<(), Early> {
+        self.is_admitted = true;
+        let caller = self.call.whose.share();
+        self.held.belongs_to(caller.clone());
+        if self.call_place.know(caller) {
+            return Ok(());
+        }
+        Err(self.overloaded(Refusal::Calls))
+    }
+
+    /// The one message of the call, as it came; in its place its size, if that is larger than any may be.
+    pub(super) async fn only_message(&mut self) -> Result<Result<Whole, usize>, Early> {
+        let one = || Early::Status(Status::new(grpc::INTERNAL, "a unary call must have one request"));
+        let mut found: Option<Whole> = None;
+        while let Some(data) = poll_fn(|cx| self.poll_data(cx)).await? {
+            self.messages.push(data);
+            match self.messages.next() {
+                Ok(Some(message)) if found.is_none() => found = Some(message),
+                Ok(None) => {}
+                Ok(Some(_)) => return Err(one()),
+                Err(Unreadable::TooLarge(size)) => return Ok(Err(size)),
+                Err(problem) => return Err(Early::Status(unreadable(&problem))),
+            }
+            let held = found.as_ref().map_or(0, |message| message.bytes.len()) + self.messages.size();
+            self.require_room(held)?;
+        }
+        match found {
+            Some(message) if !self.messages.is_cut_off() => Ok(Ok(message)),
+            _ => Err(one()),
+        }
+    }
+
+    /// The next data of a call that has not been answered; None at its end.
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Early>> {
+        match self.body.poll_data(cx) {
+            Poll::Ready(Some(Ok(data))) => {
+                let _ = self.body.flow_control().release_capacity(data.len());
+                self.coming.came(data.len());
+                Poll::Ready(Ok(Some(data)))
+            }
+            Poll::Ready(Some(Err(_))) => Poll::Ready(Err(Early::Gone)),
+            Poll::Ready(None) => Poll::Ready(Ok(None)),
+            Poll::Pending => self.poll_coming(cx).map(Err),
+        }
+    }
+
+    /// Wait for more of a message.
+    pub(super) fn poll_coming(&mut self, cx: &mut Context<'_>) -> Poll<Early> {
+        if self.coming.poll_late(cx, &self.shared.limits).is_ready() {
+            self.shared.counts.refuse(Refusal::SlowMessage);
+            return Poll::Ready(Early::Status(slow(&self.shared.limits)));
+        }
+        self.poll_timer(cx).map(|()| Early::Late)
+    }
+
+    /// A message as it was before it was compressed. `is_gone`: nobody waits for it any more.
+    pub(super) async fn inflated(
+        &mut self,
+        message: Whole,
+        mut is_gone: impl FnMut(&mut Context<'_>) -> bool,
+    ) -> Result<Message, Early> {
+        let Some(encoding) = message.compressed else { return Ok(Message::Whole(message.bytes)) };
+        let begun = Inflation::new(message.bytes, encoding, self.shared.limits.message_bytes);
+        let mut inflation = match begun {
+            Ok(inflation) => inflation,
+            Err(problem) => return self.refuse_inflation(problem),
+        };
+        let (shared, peer) = (self.shared.clone(), self.call.peer.clone());
+        // what is small is done at once, while there is time for it
+        let mut found = Ok(None);
+        if shared.pace.has_time() {
+            found = shared.pace.spending(|| inflation.piece());
+        }
+        // one message of a connection at a time, one slice of all of them at a time
+        let own = if matches!(found, Ok(None)) { Some(peer.inflating.lock().await) } else { None };
+        loop {
+            match found {
+                Ok(None) => {}
+                Ok(Some(message)) => return Ok(Message::Whole(message)),
+                Err(problem) => {
+                    drop(own);
+                    return self.refuse_inflation(problem);
+                }
+            }
+            let others = self.messages.size() + self.call.state().held_bytes();
+            self.require_room(others + inflation.size())?;
+            let early = poll_fn(|cx| {
+                if is_gone(cx) {
+                    return Poll::Ready(Some(Early::Gone));
+                }
+                Poll::Ready(self.poll_timer(cx).is_ready().then_some(Early::Late))
+            });
+            if let Some(early) = early.await {
+                return Err(early);
+            }
+            let lane = shared.pace.turn().await;
+            found = shared.pace.spending(|| inflation.slice());
+            drop(lane);
+        }
+    }
+
+    fn refuse_inflation(&self, problem: Problem) -> Result<Message, Early> {
+        self.shared.counts.refuse(Refusal::Compressed);
+        match problem {
+            Problem::TooLarge(size) => Ok(Message::TooLarge(size)),
+            problem => Err(Early::Status(Status::new(grpc::INVALID_ARGUMENT, &problem.to_string()))),
+        }
+    }
+
+    fn overloaded(&self, why: Refusal) -> Early {
+        self.shared.counts.refuse(why);
+        Early::Status(self.shared.limits.overloaded.clone())
+    }
+}
+
+fn slow(limits: &Limits) -> Status {
+    let text = format!(
+        "a message must come without a pause of more than {} s, and at {} bytes a second or faster after the first {} s",
+        limits.receive.as_secs_f64(),
+        limits.receive_bytes_per_s,
+        limits.receive.as_secs_f64(),
+    );
+    Status { message: text, ..too_late() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time::{advance, timeout};
+
+    async fn is_late(coming: &mut Coming, limits: &Limits) -> bool {
+        timeout(Duration::ZERO, poll_fn(|cx| coming.poll_late(cx, limits))).await.is_ok()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_may_not_pause_for_long() {
+        let limits = Limits::for_test(); // 1 s, 1024 bytes a second
+        let mut coming = Coming::default();
+        coming.came(1 << 30);
+        assert!(!is_late(&mut coming, &limits).await);
+        coming.came(1 << 30);
+        advance(Duration::from_millis(900)).await;
+        assert!(!is_late(&mut coming, &limits).await);
+        advance(Duration::from_millis(200)).await;
+        assert!(is_late(&mut coming, &limits).await);
+        coming.restart();
+        assert!(!is_late(&mut coming, &limits).await, "the next one has its own time");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drip_ends_and_a_slow_client_goes_on() {
+        let limits = Limits::for_test();
+        for (bytes, most) in [(1, Some(2)), (1024, None)] {
+            let mut coming = Coming::default();
+            assert!(!is_late(&mut coming, &limits).await);
+            let mut late = None;
+            for half in 1..100 {
+                advance(Duration::from_millis(500)).await;
+                if is_late(&mut coming, &limits).await {
+                    late = Some(half);
+                    break;
+                }
+                coming.came(bytes / 2 + 1);
+            }
+            assert_eq!(
+                late.map(|half| half <= most.unwrap_or(0) + 1),
+                most.map(|_| true),
+                "{bytes}: {late:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,294 @@
+"""Peers that want to stop a server: bombs, calls that never end, messages that drip. Others are served, and health answers.
+
+Each attack is a real connection that speaks HTTP/2 frame by frame (`support.http2`), to a server in a process of its own;
+beside it a client of gRPC steps a session. What is asserted are answers, counters and memory, never how long it took.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from stepwell.v1 import sessions_pb2 as pb
+from support import http2, secured
+from support.fronts import needs_native
+from support.http2 import Gone, Http2, data
+from support.target import TIMEOUT_S, Target, X, target
+
+pytestmark = needs_native
+SERVICE = "/stepwell.v1.SessionService/"
+STEP, GET, STREAM = SERVICE + "Step", SERVICE + "GetSession", SERVICE + "StepStream"
+CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
+GZIP = [("grpc-encoding", "gzip")]
+HELD_BYTES = 64 << 20
+SLACK_BYTES = 100 << 20
+OK, INVALID_ARGUMENT, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAUTHENTICATED = "0", "3", "4", "8", "16"
+
+
+@pytest.fixture(scope="module")
+def open_to_all() -> Iterator[Target]:
+    """A server that asks nobody who calls."""
+    with target("native", "--max-held-bytes", str(HELD_BYTES), "--max-message-bytes", str(32 << 20)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def closed() -> Iterator[Target]:
+    """A server that asks for a token."""
+    with contextlib.ExitStack() as stack:
+        with secured.switched_on():
+            found = stack.enter_context(target("native", "--max-held-bytes", str(HELD_BYTES)))
+        yield found
+
+
+def packed(raw: bytes) -> bytes:
+    """A compressed message with its prefix."""
+    return b"\1" + len(raw).to_bytes(4, "big") + raw
+
+
+def ends(peer: Http2, path: str, body: bytes, extra: http2.Headers = GZIP) -> dict[str, str]:
+    """How a call with this body ends."""
+    stream, begun = peer.begin(path, extra)
+    peer.send(begun)
+    peer.upload(stream, body)
+    return peer.outcome(stream)
+
+
+def status_of(server: Target) -> int:
+    """What a health checker with a connection of its own is answered."""
+    with secured.channel(server.address, token=False) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+    return int(reply.status)
+
+
+@contextlib.contextmanager
+def attackers(count: int, attack: Callable[[], None]) -> Iterator[Callable[[], int]]:
+    """Threads that attack again and again; how often they have."""
+    stopped = threading.Event()
+    rounds: list[int] = []
+
+    def run() -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(Gone, OSError):
+                attack()
+            rounds.append(1)
+
+    threads = [threading.Thread(target=run) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield lambda: len(rounds)
+    finally:
+        stopped.set()
+        for thread in threads:
+            thread.join()
+
+
+# --- compressed messages ---
+
+
+def test_what_is_not_one_compressed_stream_is_refused(open_to_all: Target) -> None:
+    raw = pb.GetSessionRequest(session_id=open_to_all.session_id).SerializeToString()
+    whole, empty = gzip.compress(raw, mtime=0), gzip.compress(b"", mtime=0)
+    deflate = [("grpc-encoding", "deflate")]
+    cases = [
+        (GZIP, whole, OK, ""),
+        (deflate, zlib.compress(raw), OK, ""),
+        (GZIP, whole + whole, INVALID_ARGUMENT, "bytes stand behind"),
+        (GZIP, empty * 100_000, INVALID_ARGUMENT, "bytes stand behind"),
+        (GZIP, whole + b"\0", INVALID_ARGUMENT, "bytes stand behind"),
+        (GZIP, whole[:-1], INVALID_ARGUMENT, "cut off"),
+        (GZIP, whole[:12], INVALID_ARGUMENT, "cut off"),
+        (GZIP, whole[:-8] + b"\0\0\0\0" + whole[-4:], INVALID_ARGUMENT, "checksum"),
+        (GZIP, b"no gzip at all", INVALID_ARGUMENT, "one gzip or zlib stream"),
+        (deflate, zlib.compress(raw) + b"x", INVALID_ARGUMENT, "bytes stand behind"),
+        (deflate, zlib.compress(raw)[:-3], INVALID_ARGUMENT, "cut off"),
+        (GZIP, gzip.compress(bytes(5 << 20)), INVALID_ARGUMENT, "inflate to at most"),
+    ]
+    before = open_to_all.refused("compressed")
+    with Http2(open_to_all.address) as peer:
+        for extra, body, code, text in cases:
+            end = ends(peer, GET, packed(body), extra)
+            assert (end["grpc-status"], text in end.get("grpc-message", "")) == (code, True), (body[:30], end)
+    assert open_to_all.refused("compressed") == before + sum(code != OK for _, _, code, _ in cases)
+
+
+def test_bombs_of_many_connections_slow_nobody(open_to_all: Target) -> None:
+    """Each inflates to as much as may be, or to nothing for as long as it takes."""
+    bomb = packed(gzip.compress(bytes(31 << 20), compresslevel=1)[: 1 << 20])
+    large = gzip.compress(bytes(4 << 20))
+    nothing = packed(gzip.compress(b"", mtime=0) * 50_000)
+    tables = packed(gzip.compress(b"", mtime=0)[:10] + b"\0\0\0\xff\xff" * 200_000)
+    before = open_to_all.memory()
+
+    def attack() -> None:
+        with Http2(open_to_all.address) as peer:
+            for body in (bomb, packed(large), nothing, tables):
+                ends(peer, GET, body)
+
+    with attackers(4, attack) as rounds:
+        steps = 0
+        while rounds() < 12:
+            open_to_all.goes_on()
+            steps += 1
+            assert open_to_all.memory() - before < HELD_BYTES + SLACK_BYTES
+        assert status_of(open_to_all) == health_pb2.HealthCheckResponse.SERVING
+    assert steps > 2 * rounds(), "others wait for bombs"
+    open_to_all.wait_until(lambda: open_to_all.count("held_bytes") == 0)
+
+
+def test_nothing_is_taken_in_of_callers_that_are_not_known(closed: Target) -> None:
+    """Neither inflated nor kept: the answer comes while the message is still on its way."""
+    body = packed(gzip.compress(bytes(4 << 20)))
+    held: list[float] = []
+    with Http2(closed.address) as peer:
+        for extra in ([], [("authorization", "Bearer wrong")], [("stepwell-tenant", "x")]):
+            for path in (STEP, GET, "/inference.GRPCInferenceService/ModelInfer", STREAM):
+                stream, begun = peer.begin(path, [*GZIP, *extra])
+                peer.send(begun, data(stream, body[:100]))  # the rest never comes
+                assert peer.outcome(stream)["grpc-status"] == UNAUTHENTICATED, (path, extra)
+                held.append(closed.count("held_bytes"))
+    assert max(held) < 1 << 20
+    assert closed.refused("compressed") == 0
+
+
+def test_large_messages_of_strangers_are_not_kept(closed: Target) -> None:
+    before = closed.memory()
+    message = http2.framed(bytes(60 << 20))
+
+    def attack() -> None:
+        with Http2(closed.address) as peer:
+            end = ends(peer, STEP, message, [("authorization", "Bearer wrong")])
+            assert end["grpc-status"] == UNAUTHENTICATED
+
+    with attackers(2, attack) as rounds:
+        while rounds() < 10:
+            closed.goes_on()
+            assert closed.memory() - before < HELD_BYTES
+
+
+# --- calls that do not end ---
+
+
+def test_half_calls_of_a_few_connections_leave_places_for_others(open_to_all: Target) -> None:
+    limit = int(open_to_all.count("max_connection_calls"))
+    before = open_to_all.memory()
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(Http2(open_to_all.address)) for _ in range(7)]
+        for path in (STEP, STREAM):
+            for peer in peers:
+                peer.send(*(peer.begin(path)[1] for _ in range(limit // 2)))
+        open_to_all.wait_until(lambda: open_to_all.count("calls") > limit)
+        for _ in range(50):
+            open_to_all.goes_on()
+        assert status_of(open_to_all) == health_pb2.HealthCheckResponse.SERVING
+        open_to_all.open()
+        assert open_to_all.memory() - before < HELD_BYTES + SLACK_BYTES
+    open_to_all.wait_until(lambda: open_to_all.count("calls") < 5)
+
+
+def test_a_message_that_does_not_come_ends_its_call() -> None:
+    """Also one that drips. A stream may be silent, but not within a message."""
+    limits = {"receive_s": 0.5, "receive_bytes_per_s": 1000}
+    with target("native", limits=limits) as found, Http2(found.address) as peer:
+        half = http2.framed(bytes(1000))[:100]
+        calls = {
+            "nothing": (STEP, b""),
+            "half": (STEP, half),
+            "half of a stream": (STREAM, half),
+            "watch": (WATCH, b""),
+            "check": (CHECK, b""),
+        }
+        for name, (path, body) in calls.items():
+            stream, begun = peer.begin(path)
+            peer.send(begun, data(stream, body))
+            end = peer.outcome(stream)
+            assert end["grpc-status"] == DEADLINE_EXCEEDED, name
+            assert "without a pause" in end["grpc-message"]
+        assert found.refused("slow_message") == len(calls)
+        silent, begun = peer.begin(STREAM)
+        peer.send(begun)
+        drip, begun = peer.begin(STEP)
+        peer.send(begun)
+        sent = 0
+        with contextlib.suppress(Gone):
+            while found.refused("slow_message") == len(calls):
+                peer.send(data(drip, half[sent : sent + 1]))
+                sent += 1
+        assert sent > 2, "it was ended for its pause"
+        assert peer.outcome(drip)["grpc-status"] == DEADLINE_EXCEEDED
+        assert found.count("calls") == 1, "the silent stream goes on"
+        del silent
+
+
+def test_watches_are_few_of_a_connection_and_in_all(open_to_all: Target) -> None:
+    before = open_to_all.memory()
+    raw = health_pb2.HealthCheckRequest().SerializeToString()
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            peer = stack.enter_context(Http2(open_to_all.address))
+            streams = [peer.call(WATCH, raw) for _ in range(100)]
+            assert peer.outcome(streams[-1])["grpc-status"] == RESOURCE_EXHAUSTED
+        assert open_to_all.count("watches") == 20 * 8
+        assert open_to_all.refused("watches") >= 20 * 92
+        assert status_of(open_to_all) == health_pb2.HealthCheckResponse.SERVING
+        open_to_all.goes_on()
+        assert open_to_all.memory() - before < SLACK_BYTES
+    open_to_all.wait_until(lambda: open_to_all.count("watches") == 0)
+
+
+def test_strangers_take_no_places_of_known_callers() -> None:
+    """Where every place of theirs is taken, too."""
+    limits = {"calls": 200, "unknown_calls": 40, "receive_s": 100.0}
+    with secured.switched_on(), target("native", limits=limits) as found, contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(Http2(found.address)) for _ in range(20)]
+        for peer in peers:
+            peer.send(*(peer.begin(CHECK)[1] for _ in range(100)))
+        found.wait_until(lambda: found.count("health_calls") > 500)
+        for _ in range(20):
+            found.goes_on()
+        assert status_of(found) == health_pb2.HealthCheckResponse.SERVING
+        assert found.refused("health_calls") > 0
+
+
+def test_headers_of_half_calls_count_as_bytes_in_memory(open_to_all: Target) -> None:
+    before = open_to_all.memory()
+    large = [("x-large", "v" * 15_000)]
+    refused = open_to_all.refused("memory")
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(Http2(open_to_all.address)) for _ in range(8)]
+        for _ in range(20):
+            for peer in peers:
+                with contextlib.suppress(Gone):
+                    peer.send(*(peer.begin(STREAM, large)[1] for _ in range(50)))
+            open_to_all.goes_on()
+        assert open_to_all.refused("memory") > refused
+        assert open_to_all.memory() - before < HELD_BYTES + SLACK_BYTES
+        assert status_of(open_to_all) == health_pb2.HealthCheckResponse.SERVING
+    open_to_all.wait_until(lambda: open_to_all.count("held_bytes") == 0)
+
+
+def test_half_messages_of_two_clients_leave_room_for_a_third(open_to_all: Target) -> None:
+    """A connection holds at most what is left for the others, however much that is."""
+    half = http2.framed(bytes(24 << 20))[: 20 << 20]
+    with contextlib.ExitStack() as stack:
+        for _ in range(6):
+            peer = stack.enter_context(Http2(open_to_all.address))
+            stream, begun = peer.begin(STEP)
+            with contextlib.suppress(Gone):
+                peer.send(begun)
+                peer.upload(stream, half, end=False)
+        open_to_all.wait_until(lambda: open_to_all.refused("memory") > 0)
+        with Http2(open_to_all.address) as peer:
+            end = ends(peer, GET, http2.framed(bytes(6 << 20)), [])
+            assert end["grpc-status"] == INVALID_ARGUMENT, "it was taken in, and is no such message"
+    with contextlib.suppress(grpc.RpcError):
+        open_to_all.stub.Step(pb.StepRequest(session_id="nobody", inputs=[X]), timeout=TIMEOUT_S)
