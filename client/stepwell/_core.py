@@ -31,7 +31,7 @@ from stepwell._router import Router
 from stepwell._state import State, States
 from stepwell._step_arguments import as_one, pack_reset, selected, step_change
 from stepwell._tensors import Packed, to_messages, unpack_all
-from stepwell._trace import Trace
+from stepwell._trace import Trace, traced
 from stepwell._tracing import Tracing
 from stepwell._tracker import SessionTracker, is_unknown, new_request_id
 from stepwell._types import Inputs, Mask, ModelInfo, Outputs, Rows, ServerInfo, SessionInfo, SlowSession
@@ -232,6 +232,7 @@ class Core:
             model=info.name,
             fingerprint=info.fingerprint,
             batch_size=rows,
+            structure=info.structure,
         )
         return as_one(unpack_all(reply.outputs)), final
 
@@ -254,9 +255,10 @@ class Core:
             batch_size=rows,
             must_be_new=must_be_new,
             request_id=new_request_id(),
-            model_fingerprint=state.fingerprint if isinstance(state, State) else "",
         )
         request.state.extend(to_messages((yield from self.states(model, "", state, rows, deadline))))
+        if isinstance(state, State):  # what it was checked against; the default may move meanwhile
+            request.model_fingerprint = self._models[model].fingerprint
         reply: sessions_pb2.OpenSessionResponse = yield from self._open("OpenSession", request, deadline)
         return SessionTracker(reply.session, resumed=reply.resumed)
 
@@ -432,6 +434,10 @@ class Core:
 
     def step(self, tracker: SessionTracker, change: Change, deadline: Deadline) -> Flow[Outputs | Trace]:
         """Advances a session. The result is what its caller receives."""
+        info: ModelInfo | None = None
+        if change.states == "all":  # the model says whether the states that come back have a time axis
+            name = reference(tracker.model, tracker.model_version)
+            info = yield from self.known_model(name, deadline, fingerprint=tracker.fingerprint)
         try:
             stepped = yield from self.retrier.step(tracker.step(change, deadline))
         except StepwellError as error:
@@ -442,7 +448,8 @@ class Core:
         outputs = selected(stepped.outputs, change)
         if change.states == "none":
             return outputs
-        return Trace(outputs, dict(stepped.states), stepped.revision, stepped.position, tracker.model_version)
+        states = traced(stepped.states, info)
+        return Trace(outputs, states, stepped.revision, stepped.position, tracker.model_version)
 
     def _moved(self, tracker: SessionTracker, previous: int) -> Flow[None]:
         return self.versions.moved(tracker.model, [tracker.session_id], previous, tracker.model_version)
@@ -496,6 +503,7 @@ class Core:
             batch_size=reply.session.batch_size,
             revision=reply.session.revision,
             position=reply.session.position,
+            structure=reply.model_structure,
         )
 
     def fork(

@@ -22,7 +22,7 @@ from stepwell._state import State, States
 from stepwell._status import from_message
 from stepwell._step_arguments import check_outputs, check_states, selected, step_change
 from stepwell._tensors import Array, Packed, as_array, dtype_of, unpack_all
-from stepwell._trace import Trace
+from stepwell._trace import Trace, traced
 from stepwell._turns import Some
 from stepwell._types import (
     Inputs,
@@ -172,12 +172,18 @@ class GroupCore:
 
     def step(self, some: Members, change: Change, deadline: Deadline) -> Flow[Outputs | Trace]:
         """Advances some members. The result is what its caller receives."""
-        if not len(some):
+        info: ModelInfo | None = None
+        if (
+            not len(some) or change.states == "all"
+        ):  # the model says whether states that come back have a time axis
             info = yield from self._info(deadline)
+        if info is not None and not len(some):
             return _nothing(info, change)
         gathered = yield from self._apply(some, change, deadline)
         outputs = selected(gathered.outputs, change)
-        return outputs if change.states == "none" else Trace(outputs, dict(gathered.states), 0, 0)
+        if change.states == "none":
+            return outputs
+        return Trace(outputs, traced(gathered.states, info), None, None)
 
     def reset_states(self, some: Members, states: States | None, deadline: Deadline) -> Flow[None]:
         """Sets the whole state of some members."""
@@ -268,6 +274,7 @@ class GroupCore:
             model=self.tracker.model,
             fingerprint=read.fingerprint or info.fingerprint,
             batch_size=some.rows,
+            structure=read.structure or "",
         )
 
     def refresh(self, deadline: Deadline) -> Flow[None]:
@@ -357,6 +364,7 @@ class _States:
         for spec in info.state if info is not None else ():
             self.tensors[spec.name] = np.zeros((count * rows, *spec.shape), dtype_of(spec.dtype))
         self.fingerprint = ""
+        self.structure: str | None = None
         self.revisions: Counts = np.zeros(count, np.uint64)
         self.positions: Counts = np.zeros(count, np.uint64)
         self.versions: Counts = np.zeros(count, np.uint64)
@@ -379,6 +387,9 @@ class _States:
                 "opened with this id"
             )
         self.fingerprint = self.fingerprint or reply.model_fingerprint
+        if len(read):
+            is_first = self.structure in (None, reply.model_structure)
+            self.structure = reply.model_structure if is_first else ""  # of several versions
         self.revisions[read] = np.fromiter(reply.revisions, np.uint64, len(read))
         self.positions[read] = np.fromiter(reply.positions, np.uint64, len(read))
         self.versions[read] = reply.model_version
@@ -470,4 +481,4 @@ def _nothing(info: ModelInfo, change: Change) -> Outputs | Trace:
         return outputs
     kept = times if change.states == "all" else ()
     states = {spec.name: np.zeros((0, *kept, *spec.shape), dtype_of(spec.dtype)) for spec in info.state}
-    return Trace(outputs, states, 0, 0)
+    return Trace(outputs, traced(states, info), None, None)

@@ -67,17 +67,36 @@ def pack_states(states: States, info: ModelInfo, rows: int) -> tuple[Packed, ...
     """A whole state of a model, in the model's order.
 
     Args:
-        states: By name, or as a list in the model's order.
+        states: By name, or as a list in the model's order. A `State` of the same model may have other names: those that
+            Keras made up when it was built again.
         info: The model.
         rows: How many rows each must have.
+
+    Raises:
+        InvalidInputError: They are not the states of the model.
+        ModelMismatchError: It is a `State` of another model.
     """
-    if isinstance(states, State) and states.fingerprint != info.fingerprint:
-        raise ModelMismatchError(
-            f"the state must belong to model {info.name!r} of fingerprint {short(info.fingerprint)}; it belongs to "
-            f"{states.model!r} of fingerprint {short(states.fingerprint)}"
-        )
+    if isinstance(states, State):
+        _require_of(states, info)
+        names = [spec.name for spec in info.state]
+        if len(states) == len(names) and set(states) != set(names):
+            states = dict(zip(names, states.values(), strict=True))  # built again: Keras made up other names
     values = _by_name(states, [spec.name for spec in info.state], info.name)
     return tuple(_state_tensor(spec, values[spec.name], rows) for spec in info.state)
+
+
+def _require_of(state: State, info: ModelInfo) -> None:
+    """Checks that a state is of the same weights, or of another version of the same model."""
+    is_version = state.model == info.name and state.structure == info.structure != ""
+    if state.fingerprint == info.fingerprint or is_version:
+        return
+    why = ""
+    if state.model == info.name and state.structure and info.structure:
+        why = ", and the layers of the two differ"
+    raise ModelMismatchError(
+        f"the state must belong to model {info.name!r} of fingerprint {short(info.fingerprint)}, or to a version of it with "
+        f"the same layers; it belongs to {state.model!r} of fingerprint {short(state.fingerprint)}{why}"
+    )
 
 
 def _state_tensor(spec: TensorInfo, value: npt.ArrayLike, rows: int) -> Packed:

@@ -49,8 +49,9 @@ class State(Mapping[str, Array]):
         model: str,
         fingerprint: str,
         batch_size: int,
-        revision: int = 0,
-        position: int = 0,
+        revision: int | None = None,
+        position: int | None = None,
+        structure: str = "",
     ) -> None:
         self._tensors = dict(tensors)
         self.model = model
@@ -60,9 +61,13 @@ class State(Mapping[str, Array]):
         self.batch_size = batch_size
         """Rows: the first axis of every tensor."""
         self.revision = revision
-        """Revision of the session when it was read; 0 from `predict`, a group or `concat`."""
+        """Revision of the session when it was read. None if it is not the state of one session, as from `predict`, a
+        group or `concat`."""
         self.position = position
-        """Position of the session when it was read; 0 from `predict`, a group or `concat`."""
+        """Position of the session when it was read. None as `revision`."""
+        self.structure = structure
+        """Structure of the model (`ModelInfo.structure`): the state fits every version of the model that has the same
+        one. Empty: only the fingerprint says what it fits."""
 
     @overload
     def __getitem__(self, key: str) -> Array: ...
@@ -87,6 +92,7 @@ class State(Mapping[str, Array]):
             batch_size=len(rows),
             revision=self.revision,
             position=self.position,
+            structure=self.structure,
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -105,13 +111,18 @@ class State(Mapping[str, Array]):
     def __repr__(self) -> str:
         tensors = ((name, f"{array.dtype}{array.shape}") for name, array in self._tensors.items())
         shapes = _display.some(f"{name}: {kind}" for name, kind in tensors)
-        return (
-            f"State(model={self.model!r}, revision={self.revision}, position={self.position}, {{{shapes}}})"
-        )
+        counts = "".join(f"{name}={count}, " for name, count in self._counts().items())
+        return f"State(model={self.model!r}, batch_size={self.batch_size}, {counts}{{{shapes}}})"
 
     def _repr_html_(self) -> str:
-        title = f"State of {self.model!r}: batch_size {self.batch_size}, revision {self.revision}, position {self.position}"
+        counts = "".join(f", {name} {count}" for name, count in self._counts().items())
+        title = f"State of {self.model!r}: batch_size {self.batch_size}{counts}"
         return _display.tensors_html(title, self._tensors)
+
+    def _counts(self) -> dict[str, int]:
+        """Revision and position, if it has them."""
+        counts = {"revision": self.revision, "position": self.position}
+        return {name: count for name, count in counts.items() if count is not None}
 
     def _bytes(self) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
         return {name: (str(a.dtype), a.shape, a.tobytes()) for name, a in self._tensors.items()}
@@ -124,7 +135,7 @@ class State(Mapping[str, Array]):
             states: One or more, of one fingerprint; of any batch sizes.
 
         Returns:
-            A state of as many rows as all of them have; its revision and position are 0.
+            A state of as many rows as all of them have; its revision and position are None.
 
         Raises:
             InvalidInputError: There is none, one is no `State`, or their tensors differ.
@@ -151,13 +162,14 @@ class State(Mapping[str, Array]):
             model=states[0].model,
             fingerprint=states[0].fingerprint,
             batch_size=sum(state.batch_size for state in states),
+            structure=states[0].structure,
         )
 
     def to_dataframe(self) -> pd.DataFrame:
         """A copy as a pandas `DataFrame`: a row for each row, a column for each number of it.
 
         Columns have two levels, `tensor` and `unit`, so that `df["lstm/h"]` is one tensor; units of tensors with
-        several axes are numbered in C order. `df.attrs` holds model, fingerprint, revision and position.
+        several axes are numbered in C order. `df.attrs` holds model, fingerprint, and revision and position if it has them.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -167,13 +179,15 @@ class State(Mapping[str, Array]):
             >>> frame.shape, list(frame.columns.names)
             ((1, 16), ['tensor', 'unit'])
         """
-        return _state_frames.to_dataframe(self._tensors, self.batch_size, self._attrs())
+        return _state_frames.to_dataframe(
+            self._tensors, (self.batch_size,), self._attrs(), "State.to_dataframe"
+        )
 
     def to_xarray(self) -> xr.Dataset:
         """A copy as an xarray `Dataset`: a variable for each tensor, with the axis `row` and those of its layer.
 
         The axes after `row` are called after the layer, `lstm.1` and so on; tensors of one layer share them.
-        `ds.attrs` holds model, fingerprint, revision and position.
+        `ds.attrs` holds model, fingerprint, and revision and position if it has them.
 
         Raises:
             ModuleNotFoundError: xarray is not installed.
@@ -183,11 +197,10 @@ class State(Mapping[str, Array]):
             >>> h.dims[0], h.shape
             ('row', (1, 8))
         """
-        return _state_frames.to_xarray(self._tensors, self.batch_size, self._attrs())
+        return _state_frames.to_xarray(self._tensors, (self.batch_size,), self._attrs(), "State.to_xarray")
 
     def _attrs(self) -> dict[str, Any]:
-        names = ("model", "fingerprint", "revision", "position")
-        return {name: getattr(self, name) for name in names}
+        return {"model": self.model, "fingerprint": self.fingerprint, **self._counts()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, whole or not at all; an old file of that name is replaced.
@@ -208,7 +221,7 @@ class State(Mapping[str, Array]):
             True
         """
         header = _state_file.Header(
-            self.model, self.fingerprint, self.batch_size, self.revision, self.position
+            self.model, self.fingerprint, self.batch_size, self.revision, self.position, self.structure
         )
         _state_file.write(os.fspath(path), self._tensors, header)
 

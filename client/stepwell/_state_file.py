@@ -17,7 +17,7 @@ import numpy as np
 from stepwell._tensors import Array, pack
 from stepwell.errors import InvalidInputError
 
-_FORMAT = "stepwell-state/1"
+_FORMAT = "stepwell-state/2"
 #: Types of the file format that numpy has too, and that a session may be set to.
 _DTYPES = frozenset({"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"})
 
@@ -28,8 +28,12 @@ class Header(NamedTuple):
     model: str
     fingerprint: str
     batch_size: int
-    revision: int
-    position: int
+    revision: int | None
+    """None: it is not the state of one session; the file says nothing of it then."""
+    position: int | None
+    """As `revision`."""
+    structure: str = ""
+    """Of the model; empty: it is not known."""
 
 
 def write(path: str, tensors: Mapping[str, Array], header: Header) -> None:
@@ -47,7 +51,7 @@ def write(path: str, tensors: Mapping[str, Array], header: Header) -> None:
     from safetensors import numpy as safetensors_numpy
 
     _check(tensors, header)
-    metadata = {name: str(value) for name, value in header._asdict().items()}
+    metadata = {name: str(value) for name, value in header._asdict().items() if value is not None}
     # The file format sorts its tensors; a list of states is read in the model's order.
     metadata |= {"format": _FORMAT, "names": json.dumps(list(tensors))}
     arrays = {name: array.copy(order="C") for name, array in tensors.items()}
@@ -85,8 +89,9 @@ def _read(path: str) -> tuple[dict[str, Array], Header]:
             _text(metadata, "model"),
             _text(metadata, "fingerprint"),
             _number(metadata, "batch_size"),
-            _number(metadata, "revision"),
-            _number(metadata, "position"),
+            _number(metadata, "revision") if "revision" in metadata else None,
+            _number(metadata, "position") if "position" in metadata else None,
+            _text(metadata, "structure"),
         )
         names = _names(metadata, file.keys())
         for name in names:
@@ -144,12 +149,16 @@ def _check(tensors: Mapping[str, Array], header: Header) -> None:
             raise InvalidInputError(
                 f"the {key} in a saved state must be printable and not empty; got {text!r:.100}"
             )
+    if not header.structure.isprintable():
+        raise InvalidInputError(
+            f"the structure in a saved state must be printable; got {header.structure!r:.100}"
+        )
     if not 1 <= header.batch_size < 2**32:
         raise InvalidInputError(
             f"the batch_size of a saved state must be 1 to {2**32 - 1}; got {header.batch_size}"
         )
     for key, count in (("revision", header.revision), ("position", header.position)):
-        if not 0 <= count < 2**64:
+        if count is not None and not 0 <= count < 2**64:
             raise InvalidInputError(f"the {key} of a saved state must be 0 to {2**64 - 1}; got {count}")
     for name, array in tensors.items():
         _check_tensor(f"tensor {name!r:.100} of a saved state", array, header.batch_size)

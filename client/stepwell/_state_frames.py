@@ -16,12 +16,22 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
-def to_dataframe(tensors: Mapping[str, Array], rows: int, attrs: Mapping[str, Any]) -> pd.DataFrame:
-    """See `State.to_dataframe`."""
-    pandas = _imported("pandas", "State.to_dataframe")
-    index = pandas.RangeIndex(rows, name="row")
+_AXES = ("row", "time")
+
+
+def to_dataframe(
+    tensors: Mapping[str, Array], shape: tuple[int, ...], attrs: Mapping[str, Any], what: str
+) -> pd.DataFrame:
+    """See `State.to_dataframe`. `shape`: rows, or rows and time steps, which all tensors begin with."""
+    pandas = _imported("pandas", what)
+    if len(shape) == 1:
+        index = pandas.RangeIndex(shape[0], name="row")
+    else:
+        index = pandas.MultiIndex.from_product(map(range, shape), names=_AXES)
     frames = {
-        name: pandas.DataFrame(array.reshape(rows, math.prod(array.shape[1:])).copy(), index=index)
+        name: pandas.DataFrame(
+            array.reshape(math.prod(shape), math.prod(array.shape[len(shape) :])).copy(), index=index
+        )
         for name, array in tensors.items()
     }
     names = ["tensor", "unit"]
@@ -35,18 +45,23 @@ def to_dataframe(tensors: Mapping[str, Array], rows: int, attrs: Mapping[str, An
     return result
 
 
-def to_xarray(tensors: Mapping[str, Array], rows: int, attrs: Mapping[str, Any]) -> xr.Dataset:
-    """See `State.to_xarray`."""
-    xarray = _imported("xarray", "State.to_xarray")
+def to_xarray(
+    tensors: Mapping[str, Array], shape: tuple[int, ...], attrs: Mapping[str, Any], what: str
+) -> xr.Dataset:
+    """See `State.to_xarray`. `shape` is as of `to_dataframe`."""
+    xarray = _imported("xarray", what)
+    first = len(shape)
     layers: dict[str, set[tuple[int, ...]]] = {}
     for name, array in tensors.items():
-        layers.setdefault(_layer(name), set()).add(array.shape[1:])
+        layers.setdefault(_layer(name), set()).add(array.shape[first:])
     variables = {}
     for name, array in tensors.items():
         # The tensors of a layer share its axes, so that h and c can be computed with, unless their shapes differ.
         owner = _layer(name) if len(layers[_layer(name)]) == 1 else name
-        variables[name] = (["row", *(f"{owner}.{axis}" for axis in range(1, array.ndim))], array.copy())
-    dataset: xr.Dataset = xarray.Dataset(variables, coords={"row": np.arange(rows)}, attrs=attrs)
+        own = [f"{owner}.{axis - first + 1}" for axis in range(first, array.ndim)]
+        variables[name] = ([*_AXES[:first], *own], array.copy())
+    coordinates = {axis: np.arange(count) for axis, count in zip(_AXES, shape, strict=False)}
+    dataset: xr.Dataset = xarray.Dataset(variables, coords=coordinates, attrs=attrs)
     return dataset
 
 

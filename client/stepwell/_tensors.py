@@ -93,7 +93,7 @@ def _dtype_number(what: str, array: Array) -> int:
         return _pb.DATA_TYPE_BFLOAT16
     if number is None:
         raise InvalidInputError(
-            f"{what} must be an array of floats of 2, 4 or 8 bytes, integers or booleans; "
+            f"{what} must be an array of floats of 2, 4 or 8 bytes or of integers, or of booleans where the model has them; "
             f"got dtype {array.dtype} and shape {array.shape}"
         )
     return number

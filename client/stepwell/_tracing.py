@@ -10,6 +10,7 @@ import dataclasses
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from stepwell import _install
 from stepwell._channel import service_of
 from stepwell._flow import Ask, Call, Exchange, Flow, Lookup, Notify, Pause
 from stepwell._lanes import Exchanges
@@ -37,7 +38,7 @@ class Tracing:
             from opentelemetry import trace
         except ImportError as error:
             raise InvalidInputError(
-                "tracing must be False where opentelemetry-api is not installed (pip install 'stepwell[otel]'); got True"
+                f"tracing must be False where opentelemetry-api is not installed: {_install.advice(_install.OTEL)}; got True"
             ) from error
         self._tracer = trace.get_tracer("stepwell", metadata.version("stepwell"))
         self._address = address

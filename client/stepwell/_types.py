@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from google.protobuf import timestamp_pb2
 
 from stepwell import _display
 from stepwell._tensors import Array, dtype_name
@@ -31,6 +32,9 @@ Rows: TypeAlias = Iterable[int] | npt.NDArray[np.bool_]
 """Some rows: their indexes, or booleans, one for each row."""
 Mask: TypeAlias = npt.ArrayLike
 """Booleans: one for each row, (rows,), or for each row and time step, (rows, T)."""
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+#: Of the times that a `datetime` can be: 0001-01-01 and 9999-12-31, in seconds since the epoch.
+_FIRST_SECOND, _LAST_SECOND = -62_135_596_800, 253_402_300_799
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -138,7 +142,7 @@ class ProvenanceInfo:
         return cls(
             source=message.source,
             source_sha256=message.source_sha256,
-            compiled_time=message.compiled_time.ToDatetime(dt.UTC),
+            compiled_time=_time_of(message.compiled_time),
             versions=dict(sorted(message.versions.items())),
             processor=message.processor,
             parameters=message.parameters,
@@ -199,7 +203,7 @@ class ModelVersionInfo:
             labels=tuple(message.labels),
             sessions=message.sessions,
             path=message.path,
-            loaded_time=message.loaded_time.ToDatetime(dt.UTC) if is_loaded else None,
+            loaded_time=_time_of(message.loaded_time) if is_loaded else None,
         )
 
 
@@ -215,7 +219,8 @@ class ModelInfo:
     name: str
     """Name it is served under."""
     fingerprint: str
-    """Hash of its architecture and weights. A state belongs to one fingerprint."""
+    """Hash of its architecture and weights, without names that Keras made up. A state belongs to one fingerprint, and
+    fits other versions of its model with the same `structure`."""
     inputs: tuple[TensorInfo, ...]
     """Its inputs."""
     outputs: tuple[TensorInfo, ...]
@@ -241,6 +246,9 @@ class ModelInfo:
     older release."""
     versions: tuple[ModelVersionInfo, ...] = ()
     """All versions of the name, in their order."""
+    structure: str = ""
+    """Digest of its architecture without weights, and without names that Keras made up. A state of one version of a model
+    fits every version of it with the same structure. Empty: it is not known."""
 
     @classmethod
     def _from_message(cls, model: models_pb2.Model) -> Self:
@@ -261,6 +269,7 @@ class ModelInfo:
             else None,
             version=model.version,
             versions=tuple(map(ModelVersionInfo._from_message, model.versions)),
+            structure=model.structure,
         )
 
     def __repr__(self) -> str:
@@ -430,10 +439,10 @@ class SessionInfo:
             batch_size=session.batch_size,
             revision=session.revision,
             position=session.position,
-            created_time=session.created_time.ToDatetime(tzinfo=dt.UTC),
-            last_used_time=session.last_used_time.ToDatetime(tzinfo=dt.UTC),
+            created_time=_time_of(session.created_time),
+            last_used_time=_time_of(session.last_used_time),
             resident=session.resident,
-            lease_s=session.lease.ToTimedelta().total_seconds() if session.HasField("lease") else None,
+            lease_s=session.lease.seconds + session.lease.nanos / 1e9 if session.HasField("lease") else None,
             tenant=session.tenant,
             model_version=session.model_version,
             model_version_pinned=session.model_version_pinned,
@@ -464,3 +473,9 @@ class SessionInfo:
 
 def _second(time: dt.datetime) -> str:
     return f"{time:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _time_of(message: timestamp_pb2.Timestamp) -> dt.datetime:
+    """A time in UTC; the nearest one that a `datetime` can be, as one row of a list must not fail the others."""
+    seconds = min(max(_FIRST_SECOND, message.seconds), _LAST_SECOND)
+    return _EPOCH + dt.timedelta(seconds=seconds, microseconds=min(max(0, message.nanos // 1000), 999_999))

@@ -276,7 +276,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
         """
         deadline = self._core.deadline(timeout_s)
         flow = self._core.open_session(model, batch_size, session_id, state, must_be_new, deadline)
-        return Opening(self._session(flow, owned=session_id is None))
+        return Opening(self._session(flow, owned=session_id is None), "AsyncClient.open_session")
 
     @ends_here
     async def _session(self, flow: Flow[SessionTracker], owned: bool) -> AsyncSession:
@@ -305,7 +305,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
         """
         deadline = self._core.deadline(timeout_s)
         flow = self._core.open_sessions(model, n, batch_size, session_ids, deadline, resume=resume)
-        return Opening(self._group(flow, owned=session_ids is None))
+        return Opening(self._group(flow, owned=session_ids is None), "AsyncClient.open_sessions")
 
     @ends_here
     async def _group(self, flow: Flow[GroupTracker], owned: bool) -> AsyncSessionGroup:

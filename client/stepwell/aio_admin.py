@@ -24,12 +24,13 @@ from stepwell._flow import Flow
 from stepwell._session_list import Page
 from stepwell._tracebacks import end_here
 from stepwell._types import SessionInfo
+from stepwell.aio_session import Unawaited
 from stepwell.errors import StepwellError
 
 T = TypeVar("T")
 
 
-class AsyncSessionList:
+class AsyncSessionList(Unawaited):
     """Sessions of a server. Made by `AsyncClient.sessions`: awaited it is a list of all of them.
 
     `async for` goes through them page by page and keeps nothing, however many there are.
@@ -40,6 +41,9 @@ class AsyncSessionList:
         >>> session.id in [info.session_id for info in await client.sessions(model="forecast")]
         True
     """
+
+    _call = "AsyncClient.sessions"
+    _instead = "use `async for`"
 
     def __init__(self, read: Callable[[str], Awaitable[Page]], limit: int | None) -> None:
         self._read = read

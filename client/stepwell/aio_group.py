@@ -274,7 +274,7 @@ class AsyncSessionGroup(AsyncHandle):
             ...     twins.revisions.tolist(), group.revisions.tolist()
             ([1, 1, 1, 1], [0, 0, 0, 0])
         """
-        return Opening(self._fork(session_ids, timeout_s))
+        return Opening(self._fork(session_ids, timeout_s), "AsyncSessionGroup.fork")
 
     async def _fork(self, session_ids: Sequence[str] | None, timeout_s: float | None) -> AsyncSessionGroup:
         self._check_open()

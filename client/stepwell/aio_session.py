@@ -5,8 +5,8 @@ from __future__ import annotations
 import abc
 import asyncio
 from collections.abc import Coroutine, Generator
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
+from types import CoroutineType, TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, cast, overload
 
 from stepwell import _display
 from stepwell._flow import Flow
@@ -102,14 +102,44 @@ class AsyncHandle(abc.ABC):
             error.add_note(f"and then closing the session failed: {closing}")
 
 
-class Opening(Coroutine[Any, Any, H]):
+class Unawaited:
+    """The result of a call that must be awaited. Any other use of it raises an error that says so."""
+
+    _call = "the call"
+    """The public call that made it, as "AsyncClient.open_session"."""
+    _instead = "use `async with`"
+
+    if not TYPE_CHECKING:  # type checkers know already what it lacks
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(f"{self._call}(...) {self._rule()}; got .{name}", name=name, obj=self)
+
+        def __getitem__(self, key: object) -> NoReturn:
+            raise TypeError(f"{self._call}(...) {self._rule()}; got [{key!r:.40}]")
+
+        def __enter__(self) -> NoReturn:
+            raise TypeError(f"{self._call}(...) {self._rule()}; got `with`")
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    def _rule(self) -> str:
+        return f"is not awaited yet: await it first, or {self._instead}"
+
+
+class Opening(Unawaited, Coroutine[Any, Any, H]):
     """A session or group that is being opened: `await` it, or use it in `async with` directly.
 
     A coroutine in every other respect, so that a task can be made of it.
     """
 
-    def __init__(self, opening: Coroutine[Any, Any, H]) -> None:
+    def __init__(self, opening: Coroutine[Any, Any, H], call: str) -> None:
+        """`call`: the public call that made it, for messages."""
+        cast(
+            "CoroutineType[Any, Any, H]", opening
+        ).__qualname__ = call  # Python's warning of an await that is missing
         self._opening = opening
+        self._call = call
         self._handle: H | None = None
 
     def send(self, value: Any) -> Any:
@@ -335,7 +365,7 @@ class AsyncSession(AsyncHandle):
             ...     twin.id != session.id, twin.position == session.position
             (True, True)
         """
-        return Opening(self._fork(session_id, timeout_s))
+        return Opening(self._fork(session_id, timeout_s), "AsyncSession.fork")
 
     @ends_here
     async def _fork(self, session_id: str | None, timeout_s: float | None) -> AsyncSession:

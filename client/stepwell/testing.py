@@ -16,13 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
+from stepwell import _install
 from stepwell._ports import reserved
 from stepwell.config import check_timeout
 from stepwell.errors import InvalidInputError, StepwellError
 
 __all__ = ["LocalServer", "ServerStartError"]
 
-_READY = re.compile(r"^stepwell: \w+ front, listening on (?P<address>unix:\S+|\S+:\d+)\s*$")
+_READY = re.compile(r"^stepwell: \w+ front\b.*, listening on (?P<address>unix:\S+|\S+:\d+)\s*$")
 _REFUSAL = re.compile(r"^stepwell: (?:error: )?(?P<reason>.+)$")
 _MISSING = re.compile(r"No module named '?(?P<module>[\w.]+)'?$")
 _LOG_LINES = 10_000
@@ -343,5 +344,5 @@ class _Run:
         if (refusal := _REFUSAL.match(last)) is not None:
             return f": {refusal['reason']}"
         if (missing := _MISSING.search(last)) is not None:
-            return f": serving needs a package that is not installed ({missing['module']}): pip install 'stepwell[server]'"
+            return f": serving needs a package that is not installed ({missing['module']}): {_install.advice(_install.SERVER)}"
         return f"; its last log lines:\n{''.join(lines[-_SHOWN_LINES:])}"

@@ -46,8 +46,9 @@ from stepwell_server.process.systemd import Notifier
 from stepwell_server.reach import ReachError, require_closed
 from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.fronts import unix_socket
-from stepwell_server.rpc.fronts.base import BindError, Front, OtherFront
+from stepwell_server.rpc.fronts.base import BindError, Front
 from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
+from stepwell_server.rpc.fronts.choice import HINT, Choice, NoNativeFrontError, choose
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import DEFAULT_METRICS, Settings
 from stepwell_server.store.base import Store, StoreError
@@ -58,7 +59,6 @@ from stepwell_server.tracing.starting import start as start_tracing
 
 if TYPE_CHECKING:
     from stepwell_server.compile.warm import WarmCompiler
-    from stepwell_server.rpc.fronts.native import NativeFront
     from stepwell_server.tracing.spans import Tracing
 
 _log = Log("app")
@@ -195,7 +195,10 @@ def _require_free(option: str, address: Address | UnixAddress) -> None:
 def _require_closed(settings: Settings) -> MetricsToken | None:
     """Refuse to be open to others without a word; return what guards the metrics."""
     try:
-        require_closed(settings, is_bounded=_native_front(settings) is not None)
+        front = _front_choice(settings)
+        require_closed(settings, front_problem=front.advice)
+        if front.problem:
+            _log.warning(f"the front in Python serves, which is slower: {front.advice}")
         return None if settings.metrics_token_file is None else MetricsToken.of(settings.metrics_token_file)
     except (ReachError, TokenError) as error:
         raise StartError(str(error)) from error
@@ -433,35 +436,20 @@ async def _quotas(
 
 def _front(settings: Settings, clock: Clock, open_files: int) -> Front:
     limits = _limits(settings, open_files)
-    native = _native_front(settings)
-    if native is not None:
-        return native(clock, limits)
+    choice = _front_choice(settings)
+    if choice.native is not None:
+        return choice.native(clock, limits)
     # Here: it brings grpc, 8 MiB that the native front does not need.
     from stepwell_server.rpc.fronts.python import PythonFront
 
     return PythonFront(clock, limits)
 
 
-def _native_front(settings: Settings) -> type[NativeFront] | None:
-    """The native front, if it is to be used."""
-    if settings.front == "python":
-        return None
+def _front_choice(settings: Settings) -> Choice:
     try:
-        from stepwell_server.rpc.fronts.native import VERSION, NativeFront
-    except ImportError as error:
-        if settings.front == "native":
-            raise StartError(f"--front native: stepwell-front cannot be imported: {error}") from error
-        if isinstance(error, OtherFront):
-            _log.warning(f"the front in Python serves: {error}")
-        return None
-    own = metadata.version("stepwell")
-    if own != VERSION:
-        problem = f"stepwell-front must be of stepwell's version, {own}; {VERSION} is installed"
-        if settings.front == "native":
-            raise StartError(f"--front native: {problem}")
-        _log.warning(f"the front in Python serves: {problem}")
-        return None
-    return NativeFront
+        return choose(settings.front)
+    except NoNativeFrontError as error:
+        raise StartError(str(error)) from error
 
 
 def _limits(settings: Settings, open_files: int) -> FrontLimits:
@@ -572,7 +560,8 @@ async def _say_ready(
     gc.collect()
     gc.freeze()
     await store.announce(str(address))
-    sys.stdout.write(f"stepwell: {rpc.front.name} front, listening on {address}\n")
+    hint = f" ({HINT})" if _front_choice(settings).problem else ""
+    sys.stdout.write(f"stepwell: {rpc.front.name} front{hint}, listening on {address}\n")
     sys.stdout.flush()
 
 

@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib import import_module, metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ from stepwell_server.process.open_files import RESERVE
 from stepwell_server.reach import ReachError, require_closed
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
+from stepwell_server.rpc.fronts.choice import HOW, Choice, NoNativeFrontError, choose
 from stepwell_server.settings import Settings, SettingsError, cores
 
 if TYPE_CHECKING:
@@ -123,7 +124,9 @@ class Examination:
                 self.facts["store"] |= self._shared_store(url)
             self.facts["cache-dir"] = self._folder("--cache-dir", self._settings.cache_dir)
             self.facts["ports"] = self._ports()
-            self._reach()
+            choice = self._front_choice()
+            self.facts["front"] = {"serves": choice.name, "reason": choice.problem or None}
+            self._reach(choice)
             self.facts["compiling"] = self._compiling()
             self._files_of_settings()
         self.facts["clock"] = self._time()
@@ -139,25 +142,21 @@ class Examination:
     def _versions(self) -> Facts:
         facts: Facts = {"python": platform.python_version(), "system": platform.platform()}
         facts |= {name: _version(package) for name, package in PACKAGES.items()}
-        if not self._serves:
-            return facts
-        problem = ""
-        if util.find_spec("stepwell_front") is None:
-            problem = "is not installed"
-        elif facts["native_front"] != facts["stepwell"]:
-            problem = f"is of version {facts['native_front']}, stepwell of {facts['stepwell']}"
-        else:
-            try:
-                import_module("stepwell_server.rpc.fronts.native")
-            except ImportError as error:
-                problem = f"cannot be imported: {error}"
-        if problem and self._settings.front != "python":
-            say = self.wrong if self._settings.front == "native" else self.advise
-            say(
-                f"stepwell-front {problem}: the front in Python, which serves without it, is slower and for loopback only",
-                f"install stepwell-front {facts['stepwell']}",
-            )
         return facts
+
+    def _front_choice(self) -> Choice:
+        """The front that a server would have; what is wrong if that is not the native one."""
+        try:
+            choice = choose(self._settings.front)
+        except NoNativeFrontError as error:
+            self.wrong(str(error), "or leave --front away")
+            return Choice(None)
+        if choice.problem:
+            self.advise(
+                f"{choice.problem}: the front in Python, which serves then, is slower and for this machine only",
+                HOW,
+            )
+        return choice
 
     def _limits(self) -> Facts:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -300,9 +299,9 @@ class Examination:
         )
         return f"{address} is not free: {problem}{who}"
 
-    def _reach(self) -> None:
+    def _reach(self, front: Choice) -> None:
         try:
-            require_closed(self._settings, is_bounded=util.find_spec("stepwell_front") is not None)
+            require_closed(self._settings, front_problem=front.advice)
         except (ReachError, OSError) as error:
             self.wrong(str(error), "docs/security.md has a set-up that is closed")
 

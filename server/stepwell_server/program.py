@@ -14,8 +14,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ FINGERPRINT_DIGITS = 12
 
 ExecutorKind = Literal["litert", "tensorflow"]
 Array = npt.NDArray[np.generic]
+_Spec = TypeVar("_Spec", "TensorSpec", "StateSpec")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -150,6 +151,30 @@ class Provenance:
     """In the model's order, those of nested models after them."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a model is apart from its weights and from the names that Keras made up (`architecture`)."""
+
+    structure: str
+    """Digest of it. Two programs with the same one have the same inputs, outputs and states, in the same order, whatever
+    these are called: a state of one is a state of the other."""
+    config: str = dataclasses.field(default="", repr=False)
+    """Its configuration in canonical form, as JSON, to say how two of them differ; empty: it is too large."""
+    names: tuple[str, ...] = ()
+    """The names that Keras made up, by their numbers in ``config``."""
+    ambiguous: tuple[tuple[str, ...], ...] = ()
+    """Groups of layers that carry states, and that only their names tell apart: they are never renamed."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Names:
+    """What the tensors of a program are called, each in its order."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    state: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A model made ready to step. Immutable; safe to share between threads."""
@@ -175,6 +200,32 @@ class Program:
     """With what it is tried on the processor that is to run it; None: it cannot be."""
     provenance: Provenance | None = None
     """Where it comes from; None: nothing is known of that."""
+    architecture: Architecture | None = None
+    """What it is apart from weights and made-up names; None: it is compared by its names alone."""
+
+    @property
+    def structure(self) -> str:
+        """`Architecture.structure`; empty: not known."""
+        return "" if self.architecture is None else self.architecture.structure
+
+    @property
+    def names(self) -> Names:
+        """What its tensors are called."""
+        inputs, outputs, state = (
+            [spec.name for spec in specs] for specs in (self.inputs, self.outputs, self.state)
+        )
+        return Names(tuple(inputs), tuple(outputs), tuple(state))
+
+    def called(self, names: Names) -> Program:
+        """The same program with other names of its tensors, as many of each. What runs it finds them by their place."""
+        if names == self.names:
+            return self
+        return dataclasses.replace(
+            self,
+            inputs=_called(self.inputs, names.inputs),
+            outputs=_called(self.outputs, names.outputs),
+            state=_called(self.state, names.state),
+        )
 
     @functools.cached_property
     def output_bytes(self) -> tuple[int, int]:
@@ -186,3 +237,7 @@ class Program:
     def state_row_bytes(self) -> int:
         """Size in bytes of the whole state of one row."""
         return sum(spec.row_bytes for spec in self.state)
+
+
+def _called(specs: Sequence[_Spec], names: Sequence[str]) -> tuple[_Spec, ...]:
+    return tuple(dataclasses.replace(spec, name=name) for spec, name in zip(specs, names, strict=True))

@@ -1,6 +1,6 @@
 """A program as one file: a zip archive, stored without compression, with a manifest in JSON.
 
-``stepwell.json`` is the manifest: the version of the format, specs, fingerprint, proof and provenance, and
+``stepwell.json`` is the manifest: the version of the format, specs, fingerprint, proof, provenance and architecture, and
 size and digest of every other member. The rest is what the executor loads (`Program.files`, so that
 ``program.tflite`` can be taken out by any tool) and plain arrays: little-endian numbers, whose types and
 shapes follow from the specs. There is no code in it, and no pickle. The same program gives the same bytes.
@@ -29,6 +29,7 @@ from stepwell_server.files import archive_rules
 from stepwell_server.program import (
     FLATBUFFER,
     SAVED_MODEL,
+    Architecture,
     Array,
     Layer,
     Program,
@@ -42,7 +43,7 @@ from stepwell_server.program import (
 
 FORMAT = "stepwell-program"
 #: Version of the format. A reader refuses other ones.
-VERSION = 1
+VERSION = 2
 MANIFEST = "stepwell.json"
 SUFFIX = ".stepwell"
 MAX_BYTES = 2 * 1024**3
@@ -176,6 +177,7 @@ def _document(program: Program) -> dict[str, Any]:
             "sizes": list(trial.sizes),
         },
         "provenance": None if provenance is None else dataclasses.asdict(provenance),
+        "architecture": None if program.architecture is None else dataclasses.asdict(program.architecture),
     }
 
 
@@ -322,6 +324,7 @@ def _program(manifest: Mapping[str, Any], members: dict[str, bytes], max_bytes: 
         proof=_proof(manifest["proof"]),
         trial=None if trial is None else _trial(trial, members, inputs, outputs),
         provenance=None if manifest["provenance"] is None else _provenance(manifest["provenance"]),
+        architecture=None if manifest["architecture"] is None else _architecture(manifest["architecture"]),
     )
 
 
@@ -375,6 +378,15 @@ def _provenance(item: Mapping[str, Any]) -> Provenance:
     )
 
 
+def _architecture(item: Mapping[str, Any]) -> Architecture:
+    return Architecture(
+        structure=_text(item["structure"]),
+        config=_text(item["config"]),
+        names=_texts(item["names"]),
+        ambiguous=tuple(_texts(group) for group in item["ambiguous"]),
+    )
+
+
 def _array(members: Mapping[str, bytes], name: str, spec: TensorSpec | StateSpec, rows: int | None) -> Array:
     """One array: of ``rows`` rows, or one row of its own where that is None; zeros if it is not there."""
     shape = spec.shape if rows is None else (rows, *spec.shape)
@@ -420,6 +432,10 @@ def _text(value: Any) -> str:
         raise TypeError(f"a text was expected; got {value!r:.40}")
     value.encode()  # JSON can say half a character, which no message takes
     return value
+
+
+def _texts(values: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(_text(value) for value in values)
 
 
 def _dtype_name(value: Any) -> str:

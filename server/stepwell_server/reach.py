@@ -20,19 +20,20 @@ class ReachError(Exception):
     """Others could reach the server who must not. The message is one line and names the options."""
 
 
-def require_closed(settings: Settings, *, is_bounded: bool) -> None:
+def require_closed(settings: Settings, *, front_problem: str) -> None:
     """Refuse settings that open the server to others without a word. What was allowed by an option is a warning.
 
     Args:
         settings: of the server.
-        is_bounded: the front bounds what clients take: it is the native one.
+        front_problem: why the front in Python serves although `--front` does not ask for it, and how to get the native
+            one; empty if the native one serves.
 
     Raises:
         ReachError: others could reach it.
     """
     if others := beyond_loopback(settings.listen):
         _require_known(settings, others)
-        _require_bounds(settings, is_bounded=is_bounded)
+        _require_bounds(settings, front_problem)
     metrics = settings.metrics_listen
     if not isinstance(metrics, Address) or settings.metrics_token_file is not None:
         return
@@ -92,14 +93,13 @@ def _require_known(settings: Settings, others: list[str]) -> None:
     )
 
 
-def _require_bounds(settings: Settings, *, is_bounded: bool) -> None:
+def _require_bounds(settings: Settings, front_problem: str) -> None:
     """Let the front in Python, which cannot bound what clients take, be reached from elsewhere only if it was asked for."""
-    if is_bounded:
-        return
-    if settings.front != "python":
+    if settings.front == "python":
+        _log.warning("the front in Python does not bound what clients take", listen=str(settings.listen))
+    elif front_problem:
         raise ReachError(
-            "--listen: without the native front, which is not installed, it must be a loopback address, unless --front python"
-            " says otherwise: the front in Python does not bound what clients take (docs/operations.md);"
+            "--listen: without the native front it must be a loopback address, because the front in Python does not bound"
+            f" what clients take; {front_problem}; or accept that with --front python (docs/operations.md);"
             f" got {settings.listen}"
         )
-    _log.warning("the front in Python does not bound what clients take", listen=str(settings.listen))

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.models.loading import Abandoned
-from stepwell_server.store.base import KeyFileError, Store, StoreBusy, StoreError
+from stepwell_server.store.base import KeyFileError, Store, StoreBusy, StoreError, StoreTimes
 from stepwell_server.store.opening import open_shared_store, open_store
-from stepwell_server.store.times import StoreTimes
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock

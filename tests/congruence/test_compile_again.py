@@ -17,7 +17,7 @@ import pytest
 from stepwell_server.compile import warm
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.warm import WarmCompiler
-from stepwell_server.program import Program
+from stepwell_server.program import Architecture, Program
 from support import models, samples
 from support.processes import descriptors, home_of, is_there, until
 from support.programs import compile_model
@@ -89,9 +89,39 @@ def test_it_is_what_compiling_it_anew_gives(name: str, tmp_path: Path) -> None:
     for seed in (1, 2):
         models.randomize(model, seed)
         model.save(tmp_path / "other.keras")
-        assert_same(
-            compile_again(traced, tmp_path / "other.keras", silent), compile_model(tmp_path / "other.keras")
-        )
+        again = compile_again(traced, architecture_of(program), tmp_path / "other.keras", silent)
+        assert_same(again, compile_model(tmp_path / "other.keras"))
+
+
+def unnamed() -> Any:
+    """A model whose layers Keras names, in another way each time."""
+    from stepwell_server.compile.tensorflow_setup import keras
+
+    layers = keras.layers
+    inner = keras.Sequential([keras.Input((None, 4)), layers.GRU(3, return_sequences=True)])
+    x = keras.Input((None, 2))
+    y = inner(layers.LSTM(4, return_sequences=True)(x))
+    return keras.Model(x, [layers.Dense(1)(y), layers.Dense(2)(y)])
+
+
+def test_names_that_keras_made_up_are_those_of_the_file(tmp_path: Path) -> None:
+    from stepwell_server.compile.again import compile_again, may_be_reused
+    from stepwell_server.compile.pipeline import compile_traced
+
+    for name in ("first", "other"):
+        unnamed().save(tmp_path / f"{name}.keras")
+    program, traced = compile_traced(tmp_path / "first.keras")
+    assert may_be_reused(traced, program)
+    again = compile_again(traced, architecture_of(program), tmp_path / "other.keras", silent)
+    anew = compile_model(tmp_path / "other.keras")
+    assert program.names != anew.names
+    # A flatbuffer has names of its own, of its operations.
+    assert_same(dataclasses.replace(again, files=anew.files), anew)
+
+
+def architecture_of(program: Program) -> Architecture:
+    assert program.architecture is not None
+    return program.architecture
 
 
 @pytest.mark.slow

@@ -154,6 +154,7 @@ async def test_states_are_read_in_pieces_as_large_as_the_server_bears(
     assert asked == [5, 3, 2, 2, 1]
     assert np.array_equal((await group.get_states(members=[4, 1]))["sum"], x[[4, 1]])
     assert (await group.get_states(members=[])).batch_size == 0
+    assert (state.revision, state.position) == (None, None)  # they are the members' own
     del server.sessions[group.ids[3]]
     with pytest.raises(errors.SessionNotFoundError) as caught:
         await group[2:].get_state()

@@ -9,7 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+import stepwell.testing
+from stepwell.cli import main
 from support.fronts import needs_native
 from support.server_process import ServerProcess, forecast, serve
 
@@ -65,7 +68,7 @@ def test_the_environment_will_do() -> None:
         "STEPWELL_LOG_FORMAT": "json",
     }
     with ServerProcess(environment=environment) as server:
-        assert " front, listening on localhost:" in server.ready_line
+        assert ", listening on localhost:" in server.ready_line
         server.signal()
         code, _, err = server.finish()
     assert code == 0
@@ -186,20 +189,63 @@ def test_addresses_that_are_taken(taken: str) -> None:
     assert f"--metrics-listen: cannot listen on {taken}: Address already in use" in _refused(*metrics)
 
 
-def test_the_front_in_python_is_reached_from_elsewhere_only_if_it_is_asked_for(tmp_path: Path) -> None:
-    # as if the native front were not installed
-    (tmp_path / "stepwell_front.py").write_text("raise ImportError('none is installed')")
+@pytest.fixture
+def without_module(tmp_path: Path) -> Path:
+    """A folder for PYTHONPATH that stands for a stepwell-front without its native module."""
+    text = "raise ImportError('the installed stepwell-front has no native module: cargo is not installed', name=__name__)"
+    (tmp_path / "stepwell_front.py").write_text(text)
+    return tmp_path
+
+
+def test_without_the_native_front_it_says_how_to_get_it(without_module: Path) -> None:
+    """In the log, in the line that says it is ready, and to `stepwell models`; the SDK finds the address all the same."""
+    reason = "the installed stepwell-front has no native module: cargo is not installed"
+    model = forecast()
+    with stepwell.testing.LocalServer(
+        {"forecast": model.path},
+        cache_dir=model.cache_dir,
+        env={"PYTHONPATH": str(without_module), "STEPWELL_FRONT": "auto"},
+    ) as server:
+        logs = server.logs()
+        models = CliRunner().invoke(main, ["models", "--server", server.address])
+    assert (
+        f"warning the front in Python serves, which is slower: {reason}; for the native front install cargo"
+        in logs
+    )
+    assert re.search(
+        r"^stepwell: python front \(slower, this machine only; for the native one: pip install \./server/front, in a clone of"
+        r" Stepwell\), listening on 127\.0\.0\.1:\d+$",
+        logs,
+        re.MULTILINE,
+    )
+    assert models.stdout.splitlines()[-1] == (
+        "front: python (slower; for the native one, where the server runs: pip install ./server/front (in a clone of"
+        " Stepwell))"
+    )
+
+
+def test_the_front_in_python_is_reached_from_elsewhere_only_if_it_is_asked_for(without_module: Path) -> None:
     line = _refused(
         f"x={forecast().path}",
         *("--listen", "0.0.0.0:0", "--insecure-listen"),
-        environment={"PYTHONPATH": str(tmp_path)},
+        environment={"PYTHONPATH": str(without_module), "STEPWELL_FRONT": "auto"},
     )
     assert line.startswith(
-        "stepwell: error: --listen: without the native front, which is not installed, it must be a loopback"
+        "stepwell: error: --listen: without the native front it must be a loopback address"
+    )
+    assert "cargo is not installed; for the native front install cargo" in line
+    assert (
+        "run: pip install ./server/front (in a clone of Stepwell); or accept that with --front python" in line
     )
     assert line.endswith("got 0.0.0.0:0")
     # a data folder that is none ends this start before anything listens
-    asked = (f"x={forecast().path}", "--front", "python", "--data-dir", str(tmp_path / "stepwell_front.py"))
+    asked = (
+        f"x={forecast().path}",
+        "--front",
+        "python",
+        "--data-dir",
+        str(without_module / "stepwell_front.py"),
+    )
     with ServerProcess(*asked, "--listen", "0.0.0.0:0", "--insecure-listen", ready=False) as server:
         _, _, err = server.finish()
     assert "warning --insecure-listen: other machines reach this server, and it does not speak TLS" in err

@@ -30,7 +30,7 @@ with stepwell.connect(sys.argv[1]) as client:
         session.reset_states(state)
         print(np.array_equal(first, again), session.revision, session.get_state() == state, first.tolist())
 """
-READY = re.compile(r"stepwell: (native|python) front, listening on (\S+)")
+READY = re.compile(r"stepwell: (native|python) front\b.*, listening on (\S+)")
 
 
 class Started:

@@ -92,13 +92,13 @@ def test_the_command_line_works(python: Path, server: LocalServer, tmp_path: Pat
 def test_serving_from_a_notebook_says_what_to_install(python: Path, model_path: Path, tmp_path: Path) -> None:
     done = run(python, tmp_path, "-c", f"import stepwell; stepwell.local({str(model_path)!r})")
     assert done.returncode != 0
-    assert "stepwell[server]" in done.stderr.splitlines()[-1]
+    assert "pip install '.[server]' ./server/front" in done.stderr.splitlines()[-1]
 
 
 def test_serving_says_what_to_install(python: Path, tmp_path: Path) -> None:
     done = run(python, tmp_path, "-m", "stepwell", "serve", "forecast=forecast.keras")
     assert done.returncode != 0
-    assert "stepwell[server]" in done.stderr
+    assert "pip install '.[server]' ./server/front" in done.stderr
     assert "Traceback" not in done.stderr
     assert "--max-batch-rows" in run(python, tmp_path, "-m", "stepwell", "serve", "--help").stdout
 

@@ -125,8 +125,8 @@ def test_what_needs_keras_says_how_to_go_on(
         f"stepwell: error: model forecast: {model_path}: must be compiled, which needs packages that are"
     )
     assert (
-        "not installed (tensorflow, keras, h5py): pip install 'stepwell[server]'; or compile it where they are"
-        in line
+        "not installed (tensorflow, keras, h5py): pip install '.[server]' ./server/front "
+        "(in a clone of Stepwell); or compile it where they are" in line
     )
 
     done = run(python, tmp_path, "-m", "stepwell", "compile", str(model_path))

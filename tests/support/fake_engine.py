@@ -136,6 +136,8 @@ class FakeVersions:
         self.highest: dict[str, int] = {}
         self.refusal: ServerError | None = None
         """What the next change of a default, or of a label, fails with."""
+        self.move_refusal: ServerError | None = None
+        """With what moves of a default are judged impossible before a load."""
         self.unload_refusal: ServerError | None = None
         """What the next unload fails with."""
         self.told: list[tuple[Any, ...]] = []
@@ -167,12 +169,26 @@ class FakeVersions:
         )
         self.highest[name] = max(version, self.highest.get(name, 0))
 
+    async def require_possible(
+        self, name: str, version: int, program: Program, policy: SessionPolicy, migration: str = ""
+    ) -> None:
+        if self.move_refusal is not None:
+            raise self.move_refusal
+
     async def unload_version(
-        self, name: str, version: int, *, force: bool = False, back_to: Known | None = None
+        self,
+        name: str,
+        version: int,
+        *,
+        force: bool = False,
+        back_to: Known | None = None,
+        frees_number: bool = False,
     ) -> None:
         assert back_to is None, "nothing was known before"
         self._refuse_unload()
         self.told.append(("unload", name, version, force))
+        if frees_number and self.highest[name] == version:
+            self.highest[name] -= 1
         info = self.names[name][version]
         if not force and (info.is_default or info.sessions):
             raise ModelInUse("it is the default, or has sessions")

@@ -33,6 +33,7 @@ _KEEP = "TEST_KEEP_PROGRAMS"
 _ROOT = Path(__file__).parents[2]
 #: What programs are made with.
 _SOURCES = (
+    "server/stepwell_server/architecture/*.py",
     "server/stepwell_server/compile/**/*.py",
     "server/stepwell_server/engine/executors/*.py",
     "server/stepwell_server/engine/types.py",

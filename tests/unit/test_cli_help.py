@@ -147,9 +147,12 @@ def test_serve_without_its_packages_says_how_to_get_them(monkeypatch: pytest.Mon
         (
             ["serve", "m=x.keras"],
             "serving",
-            "'stepwell[server]', or 'stepwell[serve]' for compiled models (.stepwell) only",
+            (
+                "'.[server]' ./server/front, or for compiled models (.stepwell) only "
+                "pip install '.[serve]' ./server/front, in a clone of Stepwell"
+            ),
         ),
-        (["compile", "x.keras"], "compiling", "'stepwell[server]'"),
+        (["compile", "x.keras"], "compiling", "'.[server]' ./server/front (in a clone of Stepwell)"),
     ):
         result = CliRunner().invoke(main, arguments)
 

@@ -341,5 +341,5 @@ def test_the_packages_that_serving_needs_are_named(tmp_path: Path) -> None:
         LocalServer({}, env={"PYTHONPATH": str(tmp_path)}).start()
     assert str(caught.value) == (
         "the server ended with exit code 1: serving needs a package that is not installed "
-        "(no_such_package_anywhere): pip install 'stepwell[server]'"
+        "(no_such_package_anywhere): pip install '.[server]' ./server/front (in a clone of Stepwell)"
     )

@@ -146,6 +146,6 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 
 def test_metadata_that_is_incomplete_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    save_file({"h": np.ones(2)}, path, metadata={"format": "stepwell-state/1", "names": '["h"]'})
+    save_file({"h": np.ones(2)}, path, metadata={"format": "stepwell-state/2", "names": '["h"]'})
     with pytest.raises(errors.InvalidInputError, match="model"):
         State.load(path)

@@ -18,12 +18,13 @@ from stepwell._state import State
 from support.samples import examples
 
 METADATA = {
-    "format": "stepwell-state/1",
+    "format": "stepwell-state/2",
     "model": "m",
     "fingerprint": "f00d",
     "batch_size": "2",
     "revision": "7",
     "position": "9",
+    "structure": "5ca1ab1e",
     "names": '["h"]',
 }
 
@@ -47,6 +48,7 @@ def saved(metadata: Mapping[str, str] = {}, dtype: str = "F32", shape: tuple[int
 
 
 HOSTILE = {
+    "the structure is not printable": saved({"structure": "\n"}),
     "names are a number": saved({"names": "5"}),
     "names are a string": saved({"names": '"h"'}),
     "names are a mapping": saved({"names": '{"h": 1}'}),
@@ -160,11 +162,24 @@ def check(state: State, path: Path) -> None:
     assert len(state) >= 1
     assert state.batch_size >= 1
     assert all(array.shape[0] == state.batch_size for array in state.values())
-    assert 0 <= min(state.revision, state.position) <= max(state.revision, state.position) < 2**64
+    for count in (state.revision, state.position):
+        assert count is None or 0 <= count < 2**64
     state.save(path)
     again = State.load(path)
     assert again == state
+    assert (again.revision, again.position) == (state.revision, state.position)
     assert list(again) == list(state)
+
+
+def test_a_state_of_many_sessions_has_no_revision_in_its_file_either(tmp_path: Path) -> None:
+    many = State({"h": np.ones((3, 2), np.float32)}, model="m", fingerprint="f00d", batch_size=3)
+    assert "revision" not in repr(many)
+    assert "position" not in many._repr_html_()
+    assert many.to_dataframe().attrs == {"model": "m", "fingerprint": "f00d"}
+    path = tmp_path / "many.safetensors"
+    check(many, path)
+    again = State.load(path)
+    assert (again.revision, again.position, again[1].revision) == (None, None, None)
 
 
 fuzzed = settings(max_examples=examples(300))

@@ -12,6 +12,7 @@ from stepwell import errors
 from stepwell._state import State
 from stepwell._state_rows import Rows
 from stepwell._tensors import Array
+from stepwell._trace import TracedStates
 
 ROWS = 4
 
@@ -104,7 +105,7 @@ def test_states_are_put_one_after_the_other() -> None:
     whole = state()
     joined = State.concat([whole[0], whole[[1, 2]], whole[3:]])
     assert joined == whole
-    assert (joined.model, joined.batch_size, joined.revision, joined.position) == ("m", ROWS, 0, 0)
+    assert (joined.model, joined.batch_size, joined.revision, joined.position) == ("m", ROWS, None, None)
     joined["count"][0] = 5
     assert whole == state()
     assert State.concat([whole]) == whole
@@ -173,6 +174,27 @@ def test_as_a_dataset() -> None:
     dataset["count"][0] = 5
     assert one["count"][0] == 0
     assert not State({}, model="m", fingerprint="f", batch_size=2).to_xarray().data_vars
+
+
+def test_the_states_of_a_trace_as_a_dataframe_and_a_dataset() -> None:
+    h, c = np.random.default_rng(3).normal(size=(2, ROWS, 4, 5))
+    conv = np.random.default_rng(4).normal(size=(ROWS, 4, 2, 6))
+    states = TracedStates({"lstm/h": h, "lstm/c": c, "conv/h": conv}, has_time=True)
+    frame = states.to_dataframe()
+    assert (frame.index.names, frame.columns.names) == (["row", "time"], ["tensor", "unit"])
+    assert np.array_equal(frame.loc[(2, 3), "lstm/c"].to_numpy(), c[2, 3])
+    assert np.array_equal(frame["conv/h"].to_numpy(), conv.reshape(ROWS * 4, 12))
+    dataset = states.to_xarray()
+    assert dataset["lstm/h"].dims == dataset["lstm/c"].dims == ("row", "time", "lstm.1")
+    assert dataset["conv/h"].dims == ("row", "time", "conv.1", "conv.2")
+    assert np.array_equal(dataset.sel(row=1, time=2)["lstm/h"].to_numpy(), h[1, 2])
+    last = TracedStates({"lstm/h": h[:, -1]}, has_time=False)
+    assert last.to_dataframe().index.names == ["row"]
+    assert last.to_xarray()["lstm/h"].dims == ("row", "lstm.1")
+    assert TracedStates({}, has_time=True).to_dataframe().shape == (0, 0)
+    assert repr(last) == f"TracedStates({{lstm/h: float64({ROWS}, 5)}})"
+    with pytest.raises(KeyError, match="the tensors of the states are"):
+        last["lstm/x"]
 
 
 @pytest.mark.parametrize("package", ["pandas", "xarray"])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import importlib.util
 import json
 import os
 import resource
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from stepwell_server.cli.doctor import doctor as command
 from stepwell_server.compile import sandbox
 from stepwell_server.compile.sandbox import Protection
 from stepwell_server.doctor import Examination
+from stepwell_server.rpc.fronts.choice import Choice, choose
 from stepwell_server.settings import Settings
 from stepwell_server.store.disk.lock import DirectoryLock
 from stepwell_server.store.valkey.url import parse
@@ -42,14 +43,6 @@ class Usage(NamedTuple):
     free: int
 
 
-_find_spec = importlib.util.find_spec
-
-
-def _finding(front: object) -> Any:
-    """Finds what is there, and the native front as it is said: coverage looks for modules, too, while a test runs."""
-    return lambda name, *rest: front if name == "stepwell_front" else _find_spec(name, *rest)
-
-
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Of a machine on which nothing is wrong, whatever this one is like."""
@@ -57,8 +50,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setattr(doctor, "_file_system", lambda folder: "ext4")
     monkeypatch.setattr(doctor, "_cgroup", lambda name: "max 100000")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(2**40, 2**39, 2**39))
-    monkeypatch.setattr(importlib.util, "find_spec", _finding(object()))
-    monkeypatch.setattr(doctor, "import_module", lambda name: None)
+    monkeypatch.setattr(doctor, "choose", lambda option: Choice(object()))  # type: ignore[arg-type]
     monkeypatch.setattr(sandbox, "tried", lambda: Protection("namespace", "seccomp", "Landlock"))
     monkeypatch.setattr(doctor, "_version", lambda package: "1.2.3")
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
@@ -138,6 +130,7 @@ def test_nothing_is_wrong_and_nothing_is_left_behind(settings: Settings, tmp_pat
         "store",
         "cache-dir",
         "ports",
+        "front",
         "compiling",
         "clock",
     ]
@@ -250,13 +243,41 @@ def test_limits_that_are_too_low(settings: Settings, monkeypatch: pytest.MonkeyP
     assert "give --compute-threads 2" in advice(settings)[0]
 
 
-def test_a_front_that_does_not_fit(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "tried", lambda: Protection("namespace", "seccomp", "Landlock"))
-    monkeypatch.setattr(doctor, "_version", lambda package: package)
-    assert "stepwell-front is of version stepwell-front, stepwell of stepwell: the" in advice(settings)[0]
-    monkeypatch.setattr(importlib.util, "find_spec", _finding(None))
-    assert "stepwell-front is not installed" in wrong(dataclasses.replace(settings, front="native"))[0]
-    assert examined(dataclasses.replace(settings, front="python")).findings == []
+@pytest.mark.parametrize("option", ["auto", "native", "python"])
+def test_which_front_serves_and_how_to_get_the_native_one(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, option: Any
+) -> None:
+    monkeypatch.setattr(doctor, "choose", choose)
+    monkeypatch.setitem(sys.modules, "stepwell_front", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "stepwell_server.rpc.fronts.native", raising=False)
+    found = examined(dataclasses.replace(settings, front=option))
+    how = "for the native front install cargo (https://rustup.rs) and run: pip install ./server/front (in a clone of Stepwell)"
+    expected = {
+        "auto": (
+            "stepwell-front is not installed: the front in Python, which serves then, is slower and for this machine only;"
+            f" {how}"
+        ),
+        "native": f"--front native: stepwell-front is not installed; {how}; or leave --front away",
+    }
+    assert [str(finding) for finding in found.findings] == [
+        text for key, text in expected.items() if key == option
+    ]
+    assert [finding.is_wrong for finding in found.findings] == [True] * (option == "native") + [False] * (
+        option == "auto"
+    )
+    reason = "stepwell-front is not installed" if option == "auto" else None
+    assert found.facts["front"] == {"serves": "python", "reason": reason}
+
+
+def test_the_front_in_python_is_not_for_other_machines(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "choose", lambda option: Choice(None, "there is none"))
+    monkeypatch.setattr("stepwell_server.doctor.CertificateFiles", lambda *files: None)
+    files: dict[str, Any] = {name: Path(name) for name in ("tls_cert", "tls_key", "tls_client_ca")}
+    (said,) = wrong(dataclasses.replace(settings, listen=Address("0.0.0.0", 0), **files))
+    assert said.startswith("--listen: without the native front it must be a loopback address")
+    assert "; there is none; for the native front install cargo" in said
 
 
 def test_a_clock_that_is_wrong(settings: Settings, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store.base import Batch
-from stepwell_server.store.record import CRITICAL, pack_fields
+from stepwell_server.store.fields import CRITICAL, pack_fields
 from support.durable import Disk, Troubled
 from support.engine import x
 from support.records import decode

@@ -112,6 +112,18 @@ async def test_members_with_numbers_that_are_not_finite_fail_alone() -> None:
         assert bytes_of(answers[2]) == stepped(initial(2), value[4:6]).tobytes()
 
 
+async def test_members_with_numbers_that_are_too_large_fail_alone_and_are_told_which() -> None:
+    async with running() as at:
+        await opened(at)
+        value = x(7, 2).astype(np.float64)
+        value[2, 1, 0] = 1e39
+        value[6, 0, 1] = np.inf
+        answers = await at.submit(list("abcd"), sizes=[1, 3, 2, 1], inputs={"": value}).all()
+        assert kinds(answers) == ["Answer", "InvalidInput", "Answer", "InvalidInput"]
+        assert "must fit float32; got 1e+39 at index [1, 1, 0]" in str(answers[1])
+        assert "finite numbers within float32's range; got inf at index [0, 0, 1]" in str(answers[3])
+
+
 async def test_states_that_are_not_finite_fail_alone() -> None:
     async with running() as at:
         await opened(at)

@@ -10,8 +10,8 @@ import pytest
 
 from stepwell_server.errors import InvalidInput, SessionExpired
 from stepwell_server.store.base import Batch, End
+from stepwell_server.store.fields import LEASE, pack_fields, unpack_fields
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store.record import LEASE, pack_fields, unpack_fields
 from support.durable import Disk, begun
 from support.engine import Harness, running, x
 from support.records import decode

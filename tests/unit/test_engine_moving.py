@@ -24,8 +24,8 @@ from stepwell_server.errors import (
     StateCorrupt,
     Unavailable,
 )
+from stepwell_server.store.fields import CRITICAL, pack_fields, unpack_fields
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store.record import CRITICAL, pack_fields, unpack_fields
 from support.durable import Disk, begun, same_reply
 from support.engine import Harness, running, x
 from support.fake_executor import PLAIN, RICH
@@ -183,24 +183,54 @@ async def test_bad_records_change_nothing() -> None:
             (dataclasses.replace(good).encode("b"), StateCorrupt, "checksum"),
             (other(model="x"), ModelNotFound, r"must be one of \['plain', 'rich'\]; it is 'x'"),
             (other(fingerprint="f"), ModelMismatch, "of fingerprint f-plain; it has f"),
+            (other(batch_size=0), StateCorrupt, "its batch_size is 0, not 1 to 2147483647"),
+            (other(batch_size=2**32 - 1), StateCorrupt, "its batch_size is 4294967295"),
             (
-                other(batch_size=0),
+                other(batch_size=5),
                 InvalidInput,
-                "batch_size of session 'a' must be 1 to resident_rows, 4; got 0",
+                "batch_size of session 'a' must be 1 to resident_rows, 4; got 5",
             ),
-            (other(batch_size=5), InvalidInput, "got 5"),
             (
                 other(revision=2**62 + 1),
                 InvalidInput,
                 r"revision and position of session 'a' must be at most 2\*\*62, \d+; got 4611686018427387905 and 3",
             ),
-            (other(position=2**64 - 1), InvalidInput, "got 1 and 18446744073709551615"),
-            (other(batch_size=2), InvalidInput, "must have the state and the last reply"),
-            (other(rows=good.rows[:-4]), InvalidInput, "must have the state and the last reply"),
-            (other(extra=good.extra[:-1]), InvalidInput, "must have the state and the last reply"),
-            (other(extra=b"\xff" * 9), InvalidInput, "must have the state and the last reply"),
-            (other(extra=b""), InvalidInput, "must have the state and the last reply"),
-            (other(reply=9), InvalidInput, "must have the state and the last reply"),
+            (other(position=2**63 - 1), InvalidInput, "got 1 and 9223372036854775807"),
+            (other(position=2**64 - 1), StateCorrupt, "are 1 and 18446744073709551615, more than"),
+            (other(created=float("nan")), StateCorrupt, "created and last_used are nan"),
+            (other(created=float("inf")), StateCorrupt, "created and last_used are inf"),
+            (other(last_used=-1.0), StateCorrupt, "not seconds of the years 1970 to 9999"),
+            (other(created=1e12), StateCorrupt, "not seconds of the years 1970 to 9999"),
+            (
+                other(created=new.clock.now() + 86_401),
+                InvalidInput,
+                "created and last_used of session 'a' must be at most a day after now",
+            ),
+            (other(last_used=new.clock.now() + 86_401), InvalidInput, "at most a day after now"),
+            (other(batch_size=2), InvalidInput, "must have 32 bytes, 16 for each of batch_size 2; got 16"),
+            (
+                other(rows=good.rows[:-4]),
+                InvalidInput,
+                "must have 16 bytes, 16 for each of batch_size 1; got 12",
+            ),
+            (
+                other(extra=good.extra[:-1]),
+                InvalidInput,
+                "last reply of session 'a' must be one of its model",
+            ),
+            (other(extra=b"\xff" * 9), InvalidInput, "last reply of session 'a' must be one of its model"),
+            (other(extra=b""), InvalidInput, "a reply of arrays must have some; it has none"),
+            (other(reply=9), InvalidInput, "the kind of its reply must be 0 to 3; it is 9"),
+            (
+                other(rows=np.float32("nan").tobytes() + good.rows[4:]),
+                InvalidInput,
+                r"session 'a': state '.*' must hold finite numbers within float32's range; got nan at index \[0, 0\]",
+            ),
+            (
+                other(fields=pack_fields({9: bytes(1021)})),
+                InvalidInput,
+                "that this server does not know must have at most 1024 bytes together; got 1025",
+            ),
             (other(fields=pack_fields({9 | CRITICAL: b""})), StateCorrupt, "critical field"),
         ]:
             found = await refused(new, "a", given)

@@ -168,7 +168,7 @@ async def test_a_record_of_no_version_that_ever_was_is_refused_for_good() -> Non
 
 async def test_a_document_of_a_later_server_is_not_followed() -> None:
     async with two_versions() as (first, second):
-        await lose(first, told(first) | {"form": 2})
+        await lose(first, told(first) | {"form": 3})
         await fails(second.engine.set_label("plain", "canary", 1), Unavailable, "a later server wrote it")
         await fails(second.engine.set_label("plain", "", 1), InvalidInput)
         assert (await second.engine.open_session("plain")).session.version == 1

@@ -2,65 +2,86 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 import sys
-from typing import cast
+from pathlib import Path
 
 import pytest
 
-from stepwell_server import app
 from stepwell_server.core.front_limits import FrontLimits
-from stepwell_server.settings import Settings
+from stepwell_server.rpc.fronts.choice import HOW, Choice, NoNativeFrontError, choose
 from support.fronts import needs_native
 
+NATIVE = "stepwell_server.rpc.fronts.native"
 
-@dataclasses.dataclass
-class Chosen:
-    """What of the settings decides."""
 
-    front: str
+def expect(front: str, problem: str) -> None:
+    """The front in Python is chosen for this reason, and `native` is refused with it."""
+    if front == "native":
+        with pytest.raises(NoNativeFrontError) as caught:
+            choose(front)
+        assert str(caught.value) == f"--front native: {problem}; {HOW}"
+        return
+    chosen = choose(front)
+    assert chosen == Choice(None, "" if front == "python" else problem)
+    assert chosen.name == "python"
+    assert chosen.advice == ("" if front == "python" else f"{problem}; {HOW}")
 
 
 @needs_native
 @pytest.mark.parametrize("front", ["auto", "native", "python"])
-def test_a_front_of_another_version_is_not_used(
-    front: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_front_of_another_version_is_not_used(front: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from stepwell_server.rpc.fronts import native
 
-    settings = cast(Settings, Chosen(front))
-    assert app._native_front(settings) is (None if front == "python" else native.NativeFront)
+    own = native.VERSION
+    assert choose(front) == Choice(None if front == "python" else native.NativeFront)
     monkeypatch.setattr(native, "VERSION", "0.0.1")
-    if front == "native":
-        with pytest.raises(app.StartError, match=r"must be of stepwell's version, .*; 0\.0\.1 is installed"):
-            app._native_front(settings)
-    else:
-        assert app._native_front(settings) is None
-        assert ("0.0.1 is installed" in caplog.text) == (front == "auto")
+    expect(front, f"stepwell-front must be of stepwell's version, {own}; 0.0.1 is installed")
 
 
 @needs_native
 @pytest.mark.parametrize("front", ["auto", "native"])
 @pytest.mark.parametrize("installed", [0, 999])
 def test_a_front_built_from_other_sources_is_not_used(
-    front: str, installed: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    front: str, installed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import stepwell_front
+
+    from stepwell_server.rpc.fronts import native
 
     if installed:
         monkeypatch.setattr(stepwell_front, "INTERFACE", installed)
     else:  # as those were that had no number
         monkeypatch.delattr(stepwell_front, "INTERFACE")
-    monkeypatch.delitem(sys.modules, "stepwell_server.rpc.fronts.native", raising=False)
-    settings = cast(Settings, Chosen(front))
-    said = rf"must have interface \d+; the installed one, .*, has {installed}\. .* run scripts/front\.py"
-    if front == "native":
-        with pytest.raises(app.StartError, match=said):
-            app._native_front(settings)
+    monkeypatch.delitem(sys.modules, NATIVE)
+    expect(
+        front,
+        f"stepwell-front must have interface {native._INTERFACE}; the installed one, {native.VERSION}, has {installed},"
+        " as it was built from other sources",
+    )
+
+
+@pytest.mark.parametrize("front", ["auto", "native", "python"])
+@pytest.mark.parametrize(
+    ("module", "problem"),
+    [
+        (None, "stepwell-front is not installed"),
+        # of the wheel without the module (server/front/backend)
+        ("raise ImportError('the reason of the wheel', name=__name__)", "the reason of the wheel"),
+        ("import no_such_module", "stepwell-front cannot be imported: No module named 'no_such_module'"),
+        ("raise ImportError('libx.so')", "stepwell-front cannot be imported: libx.so"),
+    ],
+)
+def test_without_the_native_front_the_reason_is_known(
+    front: str, module: str | None, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, NATIVE, raising=False)
+    if module is None:
+        monkeypatch.setitem(sys.modules, "stepwell_front", None)
     else:
-        assert app._native_front(settings) is None
-        assert re.search(f"the front in Python serves: stepwell-front {said}", caplog.text)
+        (tmp_path / "stepwell_front.py").write_text(module)
+        monkeypatch.delitem(sys.modules, "stepwell_front", raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+    expect(front, problem)
 
 
 def test_limits_beyond_what_64_bits_hold_twice_are_as_much_as_those_hold() -> None:

@@ -108,11 +108,11 @@ async def test_with_a_folder_of_models_nothing_else_is_loaded_nor_told_of(tmp_pa
     assert (await at.load(path=str(root / "in.keras"))).version == 1
 
 
-async def test_a_file_that_cannot_be_served_is_remembered_until_it_can(at: At) -> None:
+async def test_a_numbered_version_that_cannot_be_served_is_remembered_until_it_can(at: At) -> None:
     await at.load()
     at.compiler.error = ModelError("m.keras: it sees the future")
     with pytest.raises(ModelLoadFailed) as raised:
-        await at.load()
+        await at.load(version=2)
     assert raised.value.message == "version 2 of model 'm' cannot be loaded: m.keras: it sees the future"
     (ready, failed) = at.live.status("m")
     assert (ready.is_default, failed.state, failed.reason) == (
@@ -124,13 +124,36 @@ async def test_a_file_that_cannot_be_served_is_remembered_until_it_can(at: At) -
     assert at.watcher.told[1:] == [("failed", "m")]
     at.compiler.error = None
     assert at.how[-2:] == [("m", 2, "loading: load"), ("m", 2, f"failed: {raised.value.message}")]
-    assert (await at.load()).version == 2
+    assert (await at.load(version=2)).version == 2
     assert at.how[-4:] == [
         *(("m", 2, f"loading: {stage}") for stage in ("warm up", "switch")),
         ("m", 2, "loaded"),
         ("m", 1, ""),
     ]
     assert at.states() == {2: VersionState.READY}
+
+
+async def test_a_refused_load_uses_no_number(at: At) -> None:
+    await at.load()
+    at.compiler.error = ModelError("m.keras: it sees the future")
+    for _ in range(2):
+        with pytest.raises(
+            ModelLoadFailed, match=r"^a new version of model 'm' cannot be loaded: m.keras: it"
+        ):
+            await at.load()
+    at.compiler.error = None
+    at.engine.move_refusal = SpecsDiffer("state 'h' is new")
+    with pytest.raises(SpecsDiffer):
+        await at.load(policy=SessionPolicy.CARRY)
+    assert at.engine.told == [("load", "m", 1, str(at.folder / "m.keras"), "")], "it is judged before"
+    assert at.watcher.told[1:] == [("failed", "m")] * 3
+    at.engine.move_refusal = None
+    at.engine.refusal = Unavailable("the disk is full")
+    with pytest.raises(Unavailable):
+        await at.load(keep_default=True, labels=["a"])
+    assert at.states() == {1: VersionState.READY}
+    assert at.how[-1] == ("m", 2, "")
+    assert (await at.load()).version == 2
 
 
 async def test_only_so_many_failures_are_remembered(at: At) -> None:
@@ -151,13 +174,13 @@ async def test_a_refused_switch_leaves_no_half(at: At) -> None:
     await at.load()
     at.engine.refusal = SpecsDiffer("state 'h' is new")
     with pytest.raises(SpecsDiffer):
-        await at.load(policy=SessionPolicy.CARRY)
+        await at.load(version=2, policy=SessionPolicy.CARRY)
     assert at.engine.told[-1] == ("unload", "m", 2, True)
     assert at.states() == {1: VersionState.READY, 2: VersionState.FAILED}
     assert at.live.status("m")[1].reason == "state 'h' is new"
     at.engine.refusal = Unavailable("the disk is full")
     with pytest.raises(Unavailable):
-        await at.load(keep_default=True, labels=["a"])
+        await at.load(version=3, keep_default=True, labels=["a"])
     assert at.states() == {1: VersionState.READY, 2: VersionState.FAILED, 3: VersionState.FAILED}
 
 
@@ -194,7 +217,7 @@ async def test_a_defect_is_told_by_an_id_alone(at: At) -> None:
     with pytest.raises(ServerError) as raised:
         await at.load()
     assert "secret" not in raised.value.message
-    assert at.states() == {1: VersionState.FAILED}
+    assert at.states() == {}
     at.compiler.error = None
     assert (await at.load()).version == 1
 
@@ -294,7 +317,7 @@ async def test_a_version_stays_for_sessions_that_only_the_store_has(at: At) -> N
     tries: list[int] = []
     unload = at.engine.unload_version
 
-    async def in_store(name: str, version: int, *, force: bool = False, back_to: object = None) -> None:
+    async def in_store(name: str, version: int, **_others: object) -> None:
         tries.append(version)
         raise ModelInUse("the store has sessions of it")
 

@@ -236,6 +236,11 @@ async def test_a_load_whose_switch_fails_leaves_what_other_servers_want(tmp_path
     """Else no server would load it again when it is started anew."""
     async with two(tmp_path) as (first, second):
         path = str(_file(tmp_path))
+
+        async def possible(*_arguments: object) -> None:
+            """Let the switch itself find that it is not."""
+
+        second.at.engine.require_possible = possible  # type: ignore[assignment]
         await first.live.load(LoadRequest(name="plain", version=2, path=path, keep_default=True))
         request = LoadRequest(
             name="plain", version=2, path=path, policy=SessionPolicy.MIGRATE, migration="none"

@@ -191,6 +191,6 @@ def test_without_the_frameworks_a_keras_file_is_refused_with_both_ways_on(
         load_program(tmp_path / "forecast.keras", Known())
     assert str(caught.value) == (
         f"{tmp_path / 'forecast.keras'}: must be compiled, which needs packages that are not installed (tensorflow, keras): "
-        "pip install 'stepwell[server]'; or compile it where they are, by: stepwell compile forecast.keras -o "
+        "pip install '.[server]' ./server/front (in a clone of Stepwell); or compile it where they are, by: stepwell compile forecast.keras -o "
         "forecast.stepwell, and serve that file"
     )

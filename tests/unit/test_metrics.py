@@ -17,9 +17,8 @@ from stepwell_server.process.readiness import Readiness
 from stepwell_server.rpc.fronts.base import FrontCounts
 from stepwell_server.rpc.status import ANY_CODE
 from stepwell_server.store.awaited import AwaitedStore
-from stepwell_server.store.base import Store
+from stepwell_server.store.base import Store, StoreTimes
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store.times import StoreTimes
 from stepwell_server.store_watch import tell_store
 from support.awaited import RemoteStore
 from support.fake_executor import PLAIN

@@ -17,7 +17,16 @@ import numpy as np
 import pytest
 
 from stepwell_server import program_file
-from stepwell_server.program import Layer, Program, Proof, Provenance, StateSpec, TensorSpec, Trial
+from stepwell_server.program import (
+    Architecture,
+    Layer,
+    Program,
+    Proof,
+    Provenance,
+    StateSpec,
+    TensorSpec,
+    Trial,
+)
 from stepwell_server.program_file import ProgramFileError
 
 
@@ -59,6 +68,7 @@ def program(seed: int | None = None) -> Program:
             123,
             (Layer("lstm", "LSTM", "(None, None, 8)", 123),),
         ),
+        architecture=Architecture("e" * 64, '{"config":{"name":"#0"}}', ("lstm",), (("lstm", "lstm_1"),)),
     )
 
 
@@ -155,10 +165,10 @@ def test_every_byte_that_is_changed_or_cut_off_is_noticed_or_changes_nothing(fil
     ("change", "message"),
     [
         (
-            lambda m: m.update(version=2),
-            r"is of version 2 of its format, and this Stepwell reads 1: use a newer",
+            lambda m: m.update(version=3),
+            r"is of version 3 of its format, and this Stepwell reads 2: use a newer",
         ),
-        (lambda m: m.update(version=0), r"is of version 0 .*: compile the model anew"),
+        (lambda m: m.update(version=1), r"is of version 1 .*: compile the model anew"),
         (lambda m: m.update(version="1"), r"is of version '1'"),
         (lambda m: m.update(version="1" * 999), r"^is of version '1{39} of its format"),
         (lambda m: m["proof"].update(compared=math.nan), r"a number from 0 to 1 was expected; got nan"),
@@ -185,6 +195,9 @@ def test_every_byte_that_is_changed_or_cut_off_is_noticed_or_changes_nothing(fil
         (lambda m: m["trial"].update(rows=0), r"a trial needs rows"),
         (lambda m: m["provenance"].update(source="\ud800"), r"surrogates not allowed"),
         (lambda m: m["provenance"].update(compiled_time=2**60), r"a whole number from 0 to 253402300799"),
+        (lambda m: m["architecture"].update(structure=5), r"a text was expected; got 5"),
+        (lambda m: m["architecture"]["ambiguous"].append([5]), r"a text was expected; got 5"),
+        (lambda m: m.pop("architecture"), r"it does not say 'architecture'"),
         (lambda m: m["members"].pop("program.tflite"), r"its members are not those that stepwell.json names"),
         (lambda m: m["members"].update(more={}), r"its members are not those that stepwell.json names"),
         (

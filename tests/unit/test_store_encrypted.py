@@ -14,10 +14,11 @@ from stepwell_server.store import mending, xaes
 from stepwell_server.store import record as records
 from stepwell_server.store.base import Batch, KeyFileError, LocalStore
 from stepwell_server.store.encrypted import EncryptedStore
+from stepwell_server.store.fields import LEASE, pack_fields
 from stepwell_server.store.keyring import Keyring, add_key, read_keys
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.opening import encrypted, open_store
-from stepwell_server.store.record import Joined, Stored, decode_many, pack_fields
+from stepwell_server.store.record import Joined, Stored, decode_many
 from stepwell_server.store.sealing import Sealer
 from support.clock import ManualClock
 from support.records import Record, decode
@@ -62,7 +63,7 @@ def in_files(folder: Path) -> bytes:
 def test_what_is_kept_is_the_same_and_no_file_has_a_state(tmp_path: Path) -> None:
     disk = opened(tmp_path / "data")
     store = encrypted(disk, Keyring(KEYS))
-    lease = {records.LEASE: bytes(16), 7: b"later"}
+    lease = {LEASE: bytes(16), 7: b"later"}
     first = {i: a_record(i, fields=lease if i == "b" else None) for i in ("a", "b", LONG)}
     store.commit(Batch(puts=list(first.items()), counts=[("m", 3)]))
     group = [f"g{n}" for n in range(20)]
@@ -118,7 +119,7 @@ def resealed(session_id: str, record: Stored, at: int) -> bytes:
 
 
 def test_no_byte_can_be_changed_and_no_record_be_anothers(sealer: Sealer) -> None:
-    plain = a_record("a", 3, fields={records.LEASE: bytes(16)})
+    plain = a_record("a", 3, fields={LEASE: bytes(16)})
     ((_, sealed),) = sealer.seal([("a", plain)])
     assert sealer.open("a", sealed) == plain
     for at in range(4, len(sealed)):
@@ -155,7 +156,7 @@ def test_a_server_that_knows_no_encryption_refuses_the_record(
 ) -> None:
     ((_, sealed),) = sealer.seal([("a", a_record("a"))])
     assert records.header_or_none("a", sealed) is not None
-    monkeypatch.setattr(records, "KNOWN_TAGS", frozenset({records.LEASE}))
+    monkeypatch.setattr(records, "KNOWN_TAGS", frozenset({LEASE}))
     with pytest.raises(StateCorrupt):
         decode("a", sealed)
     assert records.header_or_none("a", sealed) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from typing import Any
 
@@ -12,24 +13,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell_server.errors import StateCorrupt
+from stepwell_server.store.fields import CRITICAL, pack_fields, unpack_fields
+from stepwell_server.store.heads import heads_of
 from stepwell_server.store.record import (
-    CRITICAL,
     HEADER,
+    MAX_BATCH_SIZE,
+    MAX_COUNTER,
+    MAX_TIME,
     Header,
     RecordTemplate,
     Stored,
     decode_header,
     decode_many,
+    header_or_none,
     is_sound,
-    pack_fields,
     size_of,
     supersedes,
-    unpack_fields,
+    with_checksum,
 )
 from support.records import Record, decode
 
 U64 = st.integers(0, 2**64 - 1)
-TIMES = st.floats(0, 1e11)
+COUNTERS = st.integers(0, MAX_COUNTER)
+TIMES = st.floats(0, MAX_TIME, exclude_max=True)
 TEXT = st.text(max_size=40)
 
 OPTIONAL = st.dictionaries(st.integers(0, CRITICAL - 1), st.binary(max_size=30), max_size=3)
@@ -38,9 +44,9 @@ records = st.builds(
     Record,
     fingerprint=TEXT,
     model=TEXT,
-    batch_size=st.integers(1, 2**32 - 1),
-    revision=U64,
-    position=U64,
+    batch_size=st.integers(1, MAX_BATCH_SIZE),
+    revision=COUNTERS,
+    position=COUNTERS,
     request_id=U64,
     opened_with=U64,
     created=TIMES,
@@ -284,3 +290,54 @@ def test_a_template_is_filled_again_and_again_and_says_what_it_was_given_last() 
             assert (found.revision, found.position, found.rows) == (revision, position, row.tobytes())
             assert (found.opened_with, found.created, found.last_used) == (9, 1.5, 2.5)
             assert (found.batch_size, found.request_id, found.reply) == (2, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"created": math.nan},
+            "created and last_used are nan and 2.5, not seconds of the years 1970 to 9999",
+        ),
+        ({"last_used": math.inf}, "created and last_used are 1.5 and inf"),
+        ({"created": -0.5}, "created and last_used are -0.5"),
+        ({"created": MAX_TIME}, "created and last_used are 253402300800.0"),
+        ({"position": 2**63}, "its revision and position are 3 and 9223372036854775808, more than"),
+        ({"revision": 2**64 - 1}, "its revision and position are 18446744073709551615"),
+        ({"batch_size": 0}, "its batch_size is 0, not 1 to 2147483647"),
+        ({"rows_bytes": 41}, "its parts have"),
+        ({"extra_bytes": 0}, "its parts have"),
+        ({"fields_bytes": 2**16 - 1}, "its parts have"),
+        ({"model_bytes": 2**16 - 1}, "its parts have"),
+        ({"fingerprint_bytes": 65, "model_bytes": 7}, "its fingerprint is no UTF-8: unexpected end of data"),
+    ],
+)
+def test_a_record_that_no_session_can_have_is_damaged(changes: dict[str, float], problem: str) -> None:
+    """Whoever makes a record can make its checksum, too."""
+    stored = bytearray(a_record(model="\u00e9abcdef").encode("s"))
+    heads = np.frombuffer(stored, HEADER, 1)
+    for name, value in changes.items():
+        heads[name] = value
+    forged = with_checksum("s", stored)
+    assert not is_sound("s", forged)
+    assert header_or_none("s", forged) is None
+    with pytest.raises(StateCorrupt) as caught:
+        decode_header("s", forged)
+    assert problem in caught.value.message
+    (error,) = decode_many(["s"], [forged]).errors.values()
+    assert error.message == caught.value.message
+
+
+def test_heads_of_records_that_no_session_can_have_are_read_to_their_end() -> None:
+    """Lists read heads that nobody has checked: they must neither go on for ever nor sort by what has no order."""
+    stored = [a_record().encode(name) for name in "abc"]
+    forged = bytearray(stored[1])
+    head = np.frombuffer(forged, HEADER, 1)
+    head["created"], head["last_used"], head["fingerprint_bytes"] = math.nan, -math.inf, 255
+    head["model_bytes"] = head["fields_bytes"] = 2**16 - 1
+    for some in ([stored[0], forged, stored[2]], [forged], [forged[:80], forged[:20], stored[0]]):
+        found = heads_of([b"%d" % place for place in range(len(some))], [bytes(one) for one in some])
+        assert len(found.model) == len(some)
+        assert np.isfinite(found.heads["created"]).all()
+        assert np.isfinite(found.heads["last_used"]).all()
+        assert "forecast" in found.models or some[0] is forged

@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
+from stepwell import _install
 from stepwell.cli._errors import Failure
 from stepwell.cli._lazy import Lazy
 
 INSTALL = {
-    "serve": "pip install 'stepwell[server]', or 'stepwell[serve]' for compiled models (.stepwell) only",
-    "server": "pip install 'stepwell[server]'",
+    "serve": f"{_install.SERVER}, or for compiled models (.stepwell) only {_install.SERVE}, {_install.IN_A_CLONE}",
+    "server": _install.advice(_install.SERVER),
 }
 """How to get what an extra has. `server` has all of `serve`, and what compiles models."""
 

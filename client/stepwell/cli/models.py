@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import click
 from click.shell_completion import CompletionItem
 
+from stepwell import _install
 from stepwell._display import short
 from stepwell.cli import _complete, _render, model_changes
 from stepwell.cli._errors import Failure
@@ -123,7 +124,13 @@ def models(ctx: click.Context, target: Target, versions: bool, as_json: bool) ->
             "WHY",
         )
         _render.print_records(headings, [model_cells(model) for model in server.models], right=("SESSIONS",))
-    click.echo(f"front: {server.front or 'unknown, a server of an older release'}")
+    click.echo(f"front: {front_text(server.front)}")
+
+
+def front_text(front: str) -> str:
+    """The front of a server, and where it is not the native one, how to get that."""
+    hint = f" (slower; for the native one, where the server runs: {_install.advice(_install.NATIVE_FRONT)})"
+    return front + (hint if front == "python" else "")
 
 
 def model_cells(model: ModelInfo) -> tuple[str, ...]:

@@ -111,7 +111,9 @@ def set_state(
     new = None if file is None else load_state(file)
     with target.connect("Setting the state") as client:
         session = attach(client, session_id)
-        session.reset_states(new, rows=rows, position=0 if new is None or rows else new.position)
+        # a state of many sessions has no position of its own
+        position = 0 if new is None or rows else new.position or 0
+        session.reset_states(new, rows=rows, position=position)
     if as_json:
         _render.print_json(
             {"session_id": session.id, "revision": session.revision, "position": session.position}

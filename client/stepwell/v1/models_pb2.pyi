@@ -33,7 +33,8 @@ class _SessionPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Session
     """They stay on their version until they end. It is unloaded when the last of them has ended."""
     SESSION_POLICY_CARRY: _SessionPolicy.ValueType  # 2
     """They go on with their states under the new weights, all of them between two passes. The specs of states and outputs
-    must be equal.
+    must be equal. Names that Keras made up are matched through the model's graph; the new version is served with the
+    names of the old one.
     """
     SESSION_POLICY_MIGRATE: _SessionPolicy.ValueType  # 3
     """A function that was named at the server's start (--migration) makes their new states of the old ones."""
@@ -49,7 +50,8 @@ SESSION_POLICY_KEEP: SessionPolicy.ValueType  # 1
 """They stay on their version until they end. It is unloaded when the last of them has ended."""
 SESSION_POLICY_CARRY: SessionPolicy.ValueType  # 2
 """They go on with their states under the new weights, all of them between two passes. The specs of states and outputs
-must be equal.
+must be equal. Names that Keras made up are matched through the model's graph; the new version is served with the
+names of the old one.
 """
 SESSION_POLICY_MIGRATE: SessionPolicy.ValueType  # 3
 """A function that was named at the server's start (--migration) makes their new states of the old ones."""
@@ -168,7 +170,7 @@ class LoadModelRequest(_message.Message):
     name: _builtins.str
     """Name of the model; one that is not served yet begins with this version as its default."""
     version: _builtins.int
-    """Number of the version. 0: one more than the highest that the name ever had."""
+    """Number of the version. 0: one more than the highest that the name ever had; a load that fails then uses none."""
     path: _builtins.str
     """A .keras or .stepwell file on the server's disk. Empty: `upload` is given."""
     upload: _builtins.str
@@ -572,10 +574,13 @@ class Model(_message.Message):
     PROVENANCE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
+    STRUCTURE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name it is served under."""
     fingerprint: _builtins.str
-    """Hash of its architecture and weights. A state belongs to one fingerprint."""
+    """Hash of its architecture and weights, without names that Keras made up. A state belongs to one fingerprint, and fits
+    other versions of its model with the same structure.
+    """
     executor: _builtins.str
     """What runs it: "litert" or "tensorflow"."""
     executor_reason: _builtins.str
@@ -587,6 +592,10 @@ class Model(_message.Message):
     version: _builtins.int
     """The version that all of this is about: the default, unless another one was asked for. 0: the server is of an older
     release.
+    """
+    structure: _builtins.str
+    """Digest of its architecture without weights, and without names that Keras made up. A state of one version of a model
+    fits every version of it with the same structure, tensor by tensor in their order. Empty: it is not known.
     """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.TensorSpec]:
@@ -633,10 +642,11 @@ class Model(_message.Message):
         provenance: Global___Provenance | None = ...,
         version: _builtins.int = ...,
         versions: _abc.Iterable[Global___ModelVersion] | None = ...,
+        structure: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof", "provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "executor", b"executor", "executor_reason", b"executor_reason", "fingerprint", b"fingerprint", "inputs", b"inputs", "name", b"name", "outputs", b"outputs", "proof", b"proof", "provenance", b"provenance", "sessions", b"sessions", "state", b"state", "state_row_bytes", b"state_row_bytes", "version", b"version", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "executor", b"executor", "executor_reason", b"executor_reason", "fingerprint", b"fingerprint", "inputs", b"inputs", "name", b"name", "outputs", b"outputs", "proof", b"proof", "provenance", b"provenance", "sessions", b"sessions", "state", b"state", "state_row_bytes", b"state_row_bytes", "structure", b"structure", "version", b"version", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1458,6 +1458,9 @@ class GetStateResponse(_message.Message):
 
     STATE_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
+    MODEL_STRUCTURE_FIELD_NUMBER: _builtins.int
+    model_structure: _builtins.str
+    """Structure of its model: see Model. Empty: it is not known."""
     @_builtins.property
     def state(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
         """Each (batch_size, ...), in the model's order."""
@@ -1471,10 +1474,11 @@ class GetStateResponse(_message.Message):
         *,
         state: _abc.Iterable[_tensors_pb2.Tensor] | None = ...,
         session: Global___Session | None = ...,
+        model_structure: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_structure", b"model_structure", "session", b"session", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1602,6 +1606,7 @@ class GetStatesResponse(_message.Message):
     POSITIONS_FIELD_NUMBER: _builtins.int
     ERRORS_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    MODEL_STRUCTURE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of their model. Empty if none was read."""
     model_fingerprint: _builtins.str
@@ -1610,6 +1615,8 @@ class GetStatesResponse(_message.Message):
     """All of them were read."""
     model_version: _builtins.int
     """Version of the model that they are on. 0: the server is of an older release."""
+    model_structure: _builtins.str
+    """Structure of their model: see Model. Empty: it is not known, or they have different ones."""
     @_builtins.property
     def state(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
         """Each (R, ...), in the model's order: the rows of the sessions that were read, one session after the other, in the
@@ -1649,10 +1656,11 @@ class GetStatesResponse(_message.Message):
         positions: _abc.Iterable[_builtins.int] | None = ...,
         errors: _abc.Iterable[Global___MemberError] | None = ...,
         model_version: _builtins.int = ...,
+        model_structure: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_members", b"all_members", "batch_sizes", b"batch_sizes", "errors", b"errors", "members", b"members", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "positions", b"positions", "revisions", b"revisions", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_members", b"all_members", "batch_sizes", b"batch_sizes", "errors", b"errors", "members", b"members", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_structure", b"model_structure", "model_version", b"model_version", "positions", b"positions", "revisions", b"revisions", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

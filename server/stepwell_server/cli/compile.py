@@ -113,7 +113,7 @@ def _require_litert(model: Path, program: Program) -> None:
         why = program.executor_reason.split("; ", maxsplit=1)[0]
         raise Failure(
             f"refused: {model}: {why}, only TensorFlow can; a {program_file.SUFFIX} file is for servers without it. Serve "
-            "the .keras file itself, where stepwell[server] is installed"
+            "the .keras file itself, where the extra server is installed"
         )
 
 

@@ -44,6 +44,10 @@ from stepwell_server.settings import Settings, SettingsError
         ("store", "kind; of one that servers share url, servers, exists, partitions, sessions"),
         ("ports", "what is said of each address"),
         (
+            "front",
+            "serves: native or python; reason: why it is python though --front does not ask for it, or null",
+        ),
+        (
             "compiling",
             "network, programs, files: by what the kernel keeps the compiling process from them; null: not",
         ),

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from stepwell_server.architecture.canonical import canonical
 from stepwell_server.compile import archive, evidence, provenance, weights
 from stepwell_server.compile.causality.cut import all_operations
 from stepwell_server.compile.pipeline import artefact
@@ -23,7 +24,7 @@ from stepwell_server.compile.probe import LENGTHS, MORE_LENGTHS, SEED, Traced, o
 from stepwell_server.compile.sequences import tolerance
 from stepwell_server.compile.tensorflow_setup import keras, tf
 from stepwell_server.compile.whole_call import has_no_modes
-from stepwell_server.program import Program, Proof
+from stepwell_server.program import Architecture, Names, Program, Proof
 
 
 class OtherwiseError(Exception):
@@ -55,10 +56,16 @@ def _may_hold_constants(part: Any) -> bool:
     )
 
 
-def compile_again(traced: Traced, path: Path, report: Callable[[str], None]) -> Program:
+def compile_again(traced: Traced, before: Architecture, path: Path, report: Callable[[str], None]) -> Program:
     """Compile the model in ``path``, whose configuration is that of the model that was ``traced`` and `may_be_reused`.
 
-    The model that was traced has other weights afterwards, whatever comes of it.
+    Names that Keras made up may differ. The model that was traced has other weights afterwards, whatever comes of it.
+
+    Args:
+        traced: what was traced.
+        before: the architecture of the model that was traced.
+        path: the ``.keras`` file.
+        report: called with each stage.
 
     Raises:
         OtherwiseError: the file must be compiled anew, which also says what is wrong with it.
@@ -90,7 +97,31 @@ def compile_again(traced: Traced, path: Path, report: Callable[[str], None]) -> 
     program = artefact(changed, fingerprint, origin, report)
     if program.executor != "litert":
         raise OtherwiseError("LiteRT cannot run it")
+    program = _with_names_of(path, before, program)
+    program = dataclasses.replace(program, architecture=archive.architecture(path, program))
+    if program.structure != before.structure:
+        raise OtherwiseError("its layers cannot be matched for sure")
     return program
+
+
+def _with_names_of(path: Path, before: Architecture, program: Program) -> Program:
+    """Give a program the names that its file has, in place of those of the model that was traced."""
+    now = canonical(archive.configuration_of(path), of_training=False).names
+    named = dict(zip(before.names, now, strict=True))
+    if any(named[old] != new for old, new in zip(before.names, now, strict=True)):
+        raise OtherwiseError("layers of several of its models have one name")
+
+    def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
+        paths = [[part.partition("#") for part in name.split("/")] for name in names]
+        return tuple("/".join(named.get(stem, stem) + mark + n for stem, mark, n in parts) for parts in paths)
+
+    names = program.names
+    origin = program.provenance
+    if origin is not None:
+        layers = [dataclasses.replace(each, name=named.get(each.name, each.name)) for each in origin.layers]
+        origin = dataclasses.replace(origin, layers=tuple(layers))
+    called = program.called(Names(renamed(names.inputs), renamed(names.outputs), renamed(names.state)))
+    return dataclasses.replace(called, provenance=origin)
 
 
 def _load_weights(model: Any, path: Path) -> None:

@@ -12,14 +12,15 @@ from typing import Any
 import h5py
 import numpy as np
 
+from stepwell_server.architecture.canonical import canonical
+from stepwell_server.architecture.description import describe
 from stepwell_server.compile import configuration, origin, weights
 from stepwell_server.compile.errors import ModelError, gist
 from stepwell_server.compile.sizes import UNREADABLE
 from stepwell_server.compile.tensorflow_setup import keras
+from stepwell_server.program import Architecture, Program
 
 _MEMBERS = ("config.json", "metadata.json", weights.MEMBER)
-#: Parts of the configuration that do not change what the model computes.
-_NOISE = {"compile_config", "shared_object_id", "build_config"}
 
 
 def load_model(path: Path) -> Any:
@@ -114,26 +115,29 @@ def _hdf5_problem(path: Path) -> str:
 def fingerprint(path: Path) -> str:
     """Hash architecture and weights: the same for every save of one model, another for other weights.
 
+    Names that Keras made up are left out, so that a model which is built again with the same weights has the same one.
     Weights are named by their place in the archive: Keras's own names of a subclassed model's variables
     depend on what else the process has built. Seeds and the optimizer are left out: they do not change
     what is computed.
     """
     digest = hashlib.sha256()
-    with zipfile.ZipFile(path) as archive:
-        config = _without_noise(json.loads(archive.read("config.json")))
-    digest.update(json.dumps(config, sort_keys=True).encode())
+    digest.update(json.dumps(canonical(configuration_of(path)).config, sort_keys=True).encode())
     for name, value in weights.saved_weights(path):
         digest.update(f"\n{name} {value.shape} {value.dtype}\n".encode())
         digest.update(np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()
 
 
-def _without_noise(config: Any) -> Any:
-    if isinstance(config, dict):
-        return {key: _without_noise(value) for key, value in config.items() if key not in _NOISE}
-    if isinstance(config, list):
-        return [_without_noise(item) for item in config]
-    return config
+def architecture(path: Path, program: Program) -> Architecture:
+    """Describe the architecture of a program that was made from a ``.keras`` file, and has the names of that."""
+    shapes = [(name, value.shape, value.dtype.name) for name, value in weights.saved_weights(path)]
+    return describe(configuration_of(path), shapes, program)
+
+
+def configuration_of(path: Path) -> Any:
+    """Return the content of the file's ``config.json``."""
+    with zipfile.ZipFile(path) as archive:
+        return json.loads(archive.read("config.json"))
 
 
 def _load_problem(error: Exception, version: str) -> str:

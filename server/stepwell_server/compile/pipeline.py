@@ -51,7 +51,8 @@ def compile_traced(
         if data is not None:
             own_data.look(data, describe(loaded))
         traced = trace_and_probe(loaded, report, options)
-        return artefact(traced, fingerprint, origin, report), traced
+        program = artefact(traced, fingerprint, origin, report)
+        return dataclasses.replace(program, architecture=archive.architecture(model, program)), traced
     except DataError:
         raise
     except ModelError as error:

@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
+from stepwell import _install
 from stepwell_server.compile.errors import REPORT, ModelError, gist
 
 _PACKAGE = Path(__file__).parents[1]
@@ -24,7 +25,7 @@ def _problem(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return f"memory ran out while it was compiled ({what}). Give the compiling process more memory"
     if isinstance(error, ImportError) and error.name in {"tensorflow", "keras", "h5py", "ai_edge_litert"}:
-        return f"the compiler cannot be loaded ({what}). Install it with: pip install 'stepwell[server]'"
+        return f"the compiler cannot be loaded ({what}). Install it with: {_install.advice(_install.SERVER)}"
     theirs = _users_line(error.__traceback__)
     if theirs:
         return f"code that --import has loaded failed on this model ({what}) at {theirs}"

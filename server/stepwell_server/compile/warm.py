@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
 from stepwell_server import program_file
+from stepwell_server.architecture.canonical import comparable
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.compile import cache, data_file, handover, origin
 from stepwell_server.compile.comparison import Comparison
@@ -261,7 +263,10 @@ class WarmCompiler:
             return None
         digest = hashlib.sha256(f"{call.options}\n".encode())
         digest.update(cache.sources_of(self._imports))
-        digest.update(configuration)
+        try:
+            digest.update(comparable(json.loads(configuration)))
+        except (ValueError, RecursionError):
+            return None
         return digest.digest()
 
     @contextlib.contextmanager

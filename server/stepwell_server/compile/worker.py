@@ -19,7 +19,7 @@ from stepwell_server.compile import limits, sandbox
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.unexpected import failure
 from stepwell_server.compile.wire import Channel
-from stepwell_server.program import ProofOptions
+from stepwell_server.program import Architecture, ProofOptions
 
 if TYPE_CHECKING:
     from stepwell_server.compile.probe import Traced
@@ -99,6 +99,8 @@ class _Jobs:
         self._channel = channel
         self._traced: Traced | None = None
         """Of the model that was compiled last, if it may be compiled again with other weights."""
+        self._architecture: Architecture | None = None
+        """Of the same model."""
 
     def do(self, job: dict[str, Any]) -> Any:
         """Do one job; returns what is said of it when it is done."""
@@ -126,7 +128,7 @@ class _Jobs:
         )
         program_file.save(program, Path(job["program"]), is_kept=False)
         if job["keep"] and may_be_reused(traced, program):
-            self._traced = traced
+            self._traced, self._architecture = traced, program.architecture
         return self._traced is not None
 
     def _again(self, job: dict[str, Any], model: Path) -> bool:
@@ -138,7 +140,8 @@ class _Jobs:
         from stepwell_server.compile.again import compile_again
 
         assert self._traced is not None
-        program = compile_again(self._traced, model, self._report)
+        assert self._architecture is not None
+        program = compile_again(self._traced, self._architecture, model, self._report)
         program_file.save(program, Path(job["program"]), is_kept=False)
         return True
 

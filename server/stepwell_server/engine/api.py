@@ -178,6 +178,8 @@ class StateRead:
 
     state: Mapping[str, Array]
     session: SessionInfo
+    structure: str = ""
+    """Of its model: `Program.structure`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -203,6 +205,8 @@ class StatesRead:
     """Of the model; 0: they are on several, or none was read."""
     are_pinned: bool = False
     """All of them stay on that version."""
+    structure: str = ""
+    """Of their model: `Program.structure`; empty: they have different ones."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -334,6 +334,8 @@ class Engine:
         )
         self.load_version = self._changing.load
         """Serve a version of a model from now on: see `Changing.load`."""
+        self.require_possible = self._changing.require_possible
+        """Judge a move of the default before the version is loaded: see `Changing.require_possible`."""
         self.unload_version = self._changing.unload
         """Serve a version no longer: see `Changing.unload`."""
         self.set_default = self._changing.set_default

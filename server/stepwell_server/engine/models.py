@@ -21,7 +21,7 @@ from stepwell_server.errors import (
     VersionElsewhere,
     VersionNotFound,
 )
-from stepwell_server.program import FINGERPRINT_DIGITS
+from stepwell_server.program import FINGERPRINT_DIGITS, Names, Program
 from stepwell_server.store.record import Header
 
 #: After so many seconds it is worth to ask again for a version that is not loaded here; and for what is being read.
@@ -50,6 +50,32 @@ class Known:
     """The epoch in which it came, if its number is that of one that was forgotten: records of earlier ones are of that."""
     replaced: int = 0
     """The number that it had until another file took its place while no server ran; its own is below 0 since then."""
+    inputs: tuple[str, ...] = ()
+    """What its inputs are called."""
+    structure: str = ""
+    """`Program.structure`."""
+
+    @classmethod
+    def of(cls, version: int, program: Program, source: str, loaded: float, tenant: str = "") -> Known:
+        """What there is to remember of a version when it is loaded: of a program with the names that are served."""
+        return cls(
+            version,
+            program.fingerprint,
+            Layout.of(program),
+            source,
+            loaded,
+            tenant,
+            inputs=program.names.inputs,
+            structure=program.structure,
+        )
+
+    @property
+    def names(self) -> Names:
+        """What its tensors are called."""
+        outputs, states = (
+            [spec.name for spec in specs] for specs in (self.layout.outputs, self.layout.states)
+        )
+        return Names(self.inputs, tuple(outputs), tuple(states))
 
 
 @dataclasses.dataclass(slots=True, eq=False)

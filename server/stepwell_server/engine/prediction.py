@@ -75,7 +75,7 @@ class Prediction:
         checked = check_inputs(served.program, inputs, rows, any_rows=True)
         resets = check_reset(reset, rows, checked.steps)
         require_reply(served.program, rows, checked.steps, reply_bytes, reply_limit)
-        require_finite("input", checked.arrays, [spec.name for spec in served.program.inputs])
+        require_finite("input", checked.arrays, [spec.name for spec in served.program.inputs], inputs)
         values = check_finite_state(served.program, state, rows)
         self._drain()
         byte_count = sum(array.nbytes for array in (*checked.arrays, *(values or ())))

@@ -42,15 +42,29 @@ class Engine(Protocol):
     def next_version(self, name: str, /) -> int:
         """One more than the highest that the name ever had."""
 
+    async def require_possible(
+        self, name: str, version: int, program: Program, policy: SessionPolicy, migration: str = ""
+    ) -> None:
+        """Judge whether a version could become the default in this way, before it is loaded."""
+
     async def load_version(
         self, name: str, version: int, program: Program, *, source: str = "", tenant: str = ""
     ) -> Known | None:
         """Serve a version; the first one of a name is its default. What was known of it before is returned."""
 
     async def unload_version(
-        self, name: str, version: int, *, force: bool = False, back_to: Known | None = None
+        self,
+        name: str,
+        version: int,
+        *,
+        force: bool = False,
+        back_to: Known | None = None,
+        frees_number: bool = False,
     ) -> None:
-        """Serve it no longer; with `back_to`, what `load_version` has returned, as if it had never been loaded."""
+        """Serve it no longer; with `back_to`, what `load_version` has returned, as if it had never been loaded.
+
+        With `frees_number` the next load may have its number, if nobody has used it.
+        """
 
     async def set_default(
         self,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing_extensions import override
 
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.core.model_names import MAX_VERSION, NAME_RULE, is_name, is_version
 from stepwell_server.engine.api import SessionPolicy, VersionInfo
 from stepwell_server.engine.models import Known
 from stepwell_server.errors import (
@@ -42,7 +41,7 @@ from stepwell_server.live.control import (
 from stepwell_server.live.faces import Clock, Compile, Compiled, Engine, Observer, Quotas
 from stepwell_server.live.kept import KeptPrograms, not_kept
 from stepwell_server.live.load import Load
-from stepwell_server.live.refusals import no_version, require_label, upload_off
+from stepwell_server.live.refusals import no_version, require_label, require_valid, upload_off
 from stepwell_server.live.uploads import Uploads
 from stepwell_server.logs import Log
 
@@ -53,7 +52,6 @@ _AGAIN_S = 60.0
 """A version that had none in memory and could not be unloaded, since the store has some, is tried again after so long."""
 MOST_FAILED = 64
 """Failed versions that are remembered, of all names together."""
-_MOST_LABELS = 16
 _Key = tuple[str, int]
 
 
@@ -122,7 +120,7 @@ class LiveModels(ModelControl):
 
     @override
     async def load(self, request: LoadRequest, progress: Progress | None = None) -> LoadedVersion:
-        self._check(request)
+        require_valid(request)
         root = self._root if request.is_charged and not request.is_found else None
         path = await asyncio.to_thread(paths.checked, request.path, root) if request.path else None
         version = self._number(request)
@@ -147,28 +145,6 @@ class LiveModels(ModelControl):
             load.stop()
             task.add_done_callback(_look_at)  # nobody else does
             raise
-
-    def _check(self, request: LoadRequest) -> None:
-        if not is_name(request.name):
-            raise InvalidInput(f"name must be {NAME_RULE}; got {request.name[:160]!r}")
-        if request.version and not is_version(request.version):
-            raise InvalidInput(
-                f"version must be 0, for the next one, to {MAX_VERSION}; got {request.version}"
-            )
-        if bool(request.path) is bool(request.upload):
-            raise InvalidInput("path or upload must be given; got " + ("both" if request.path else "neither"))
-        if request.keep_default and (request.policy is not SessionPolicy.KEEP or request.unload_previous):
-            raise InvalidInput(
-                "sessions and unload_previous must be left out with keep_default: the default does not move"
-            )
-        if request.migration and request.policy is not SessionPolicy.MIGRATE:
-            raise InvalidInput(
-                f"migration must be left out unless sessions is migrate; got {request.migration[:160]!r}"
-            )
-        if len(request.labels) > _MOST_LABELS:
-            raise InvalidInput(f"labels must be at most {_MOST_LABELS}; got {len(request.labels)}")
-        for label in request.labels:
-            require_label(label)
 
     def _upload(self, request: LoadRequest) -> Path:
         if self._uploads is None:
@@ -243,7 +219,9 @@ class LiveModels(ModelControl):
         # what callers send makes no series
         self._observer.model_failed("" if load.request.is_charged and not served else name)
         _log.error("a model cannot be loaded", model=name, version=version, reason=why)
-        if version not in served:
+        if not load.request.version and version not in served:
+            self._tell(name, version, "")  # the caller named no version: the next load gets the number
+        elif version not in served:
             self._tell(name, version, f"failed: {why}")
             self._failed[key] = VersionStatus(version, VersionState.FAILED, why, path=load.path)
             while len(self._failed) > MOST_FAILED:
@@ -255,6 +233,11 @@ class LiveModels(ModelControl):
         request, name, version = load.request, load.request.name, load.version
         compiled = await self._compiled(load, path)
         load.require_wanted()
+        is_first = not self._served(name)
+        if not (is_first or request.keep_default):
+            await self._engine.require_possible(
+                name, version, compiled.program, request.policy, request.migration
+            )
         load.tell(WARM_UP)
         source = str(path)
         if request.upload or request.is_temporary:
@@ -262,7 +245,6 @@ class LiveModels(ModelControl):
             source = "" if kept is None else str(kept)
             if kept is None:
                 self._unkept.add((name, version))
-        is_first = not self._served(name)
         try:
             before = await self._engine.load_version(
                 name, version, compiled.program, source=source, tenant=request.tenant
@@ -287,7 +269,7 @@ class LiveModels(ModelControl):
                     leaves=_leaves(request.policy, request.keep_previous) or request.unload_previous,
                 )
         except BaseException as error:
-            await self._take_back(name, version, source, before, error)
+            await self._take_back(load, source, before, error)
             raise
         if loaded.previous:
             try:
@@ -302,13 +284,15 @@ class LiveModels(ModelControl):
         await self.look()
         return loaded
 
-    async def _take_back(
-        self, name: str, version: int, source: str, before: Known | None, error: BaseException
-    ) -> None:
+    async def _take_back(self, load: Load, source: str, before: Known | None, error: BaseException) -> None:
         """Serve no longer what was just loaded, as its load has failed."""
+        name, version = load.request.name, load.version
+        frees_number = not load.request.version and before is None
         try:
             # nobody was told of it: what was opened on it meanwhile by its number stays in the store
-            await self._engine.unload_version(name, version, force=True, back_to=before)
+            await self._engine.unload_version(
+                name, version, force=True, back_to=before, frees_number=frees_number
+            )
         except ServerError as failure:
             _log.warning(
                 "a version whose load has failed stays loaded",
@@ -337,8 +321,9 @@ class LiveModels(ModelControl):
             details = getattr(error, "details", "")
             if details:
                 _log.warning("model refused", model=load.request.name, version=load.version, details=details)
+            which = f"version {load.version}" if load.request.version else "a new version"
             raise ModelLoadFailed(
-                f"version {load.version} of model {load.request.name!r} cannot be loaded: {why}",
+                f"{which} of model {load.request.name!r} cannot be loaded: {why}",
                 model=load.request.name,
                 version=str(load.version),
             ) from error

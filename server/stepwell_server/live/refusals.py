@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from stepwell_server.core.model_names import LABEL_RULE, is_label
+from stepwell_server.core.model_names import (
+    LABEL_RULE,
+    MAX_VERSION,
+    NAME_RULE,
+    is_label,
+    is_name,
+    is_version,
+)
+from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import InvalidInput, UploadOff, VersionNotFound
+from stepwell_server.live.control import LoadRequest
+
+_MAX_LABELS = 16
 
 
 def require_label(label: str) -> None:
@@ -32,3 +43,25 @@ def no_version(name: str, version: int, known: Mapping[int, object]) -> VersionN
         model=name,
         version=str(version),
     )
+
+
+def require_valid(request: LoadRequest) -> None:
+    """Raises `InvalidInput` if an argument of a load breaks its rule."""
+    if not is_name(request.name):
+        raise InvalidInput(f"name must be {NAME_RULE}; got {request.name[:160]!r}")
+    if request.version and not is_version(request.version):
+        raise InvalidInput(f"version must be 0, for the next one, to {MAX_VERSION}; got {request.version}")
+    if bool(request.path) is bool(request.upload):
+        raise InvalidInput("path or upload must be given; got " + ("both" if request.path else "neither"))
+    if request.keep_default and (request.policy is not SessionPolicy.KEEP or request.unload_previous):
+        raise InvalidInput(
+            "sessions and unload_previous must be left out with keep_default: the default does not move"
+        )
+    if request.migration and request.policy is not SessionPolicy.MIGRATE:
+        raise InvalidInput(
+            f"migration must be left out unless sessions is migrate; got {request.migration[:160]!r}"
+        )
+    if len(request.labels) > _MAX_LABELS:
+        raise InvalidInput(f"labels must be at most {_MAX_LABELS}; got {len(request.labels)}")
+    for label in request.labels:
+        require_label(label)

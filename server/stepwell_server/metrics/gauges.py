@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stepwell_server.live.control import VersionCounts
     from stepwell_server.rpc.fronts.base import FrontCounts
     from stepwell_server.rpc.fronts.certificates import CertificateFiles
-    from stepwell_server.store.times import StoreTimes
+    from stepwell_server.store.base import StoreTimes
 
 #: What there can be warnings of (`Report.warnings`): each has a series from the start.
 WARNINGS = ("default versions", "disk", "models", "store")

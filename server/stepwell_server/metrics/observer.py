@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from stepwell_server.program import Program
     from stepwell_server.rpc.fronts.base import FrontCounts
     from stepwell_server.rpc.fronts.certificates import CertificateFiles
-    from stepwell_server.store.times import StoreTimes
+    from stepwell_server.store.base import StoreTimes
 
 _EVENTS = ("opened", "resumed", "forked", "imported", "closed", "expired")
 _CHANGES = ("step", "reset", "predict")

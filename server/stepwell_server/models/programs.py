@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from stepwell import _install
 from stepwell_server import program_file
 from stepwell_server.compile import handover
 from stepwell_server.compile.errors import DataError, ModelError
@@ -17,7 +18,6 @@ from stepwell_server.compile.warm import WarmCompiler
 from stepwell_server.engine.executors import trial
 from stepwell_server.program import Program, ProofOptions
 
-INSTALL = "pip install 'stepwell[server]'"
 _FRAMEWORKS = ("tensorflow", "keras", "h5py")
 
 
@@ -60,7 +60,7 @@ def require_frameworks(path: Path) -> None:
     missing = [name for name in _FRAMEWORKS if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelError(
-            f"{path}: must be compiled, which needs packages that are not installed ({', '.join(missing)}): {INSTALL}; or "
+            f"{path}: must be compiled, which needs packages that are not installed ({', '.join(missing)}): {_install.advice(_install.SERVER)}; or "
             f"compile it where they are, by: stepwell compile {path.name} -o {path.stem}{program_file.SUFFIX}, and serve "
             "that file"
         )

@@ -26,6 +26,8 @@ _VERSION_STATES: dict[VersionState, models_pb2.ModelState.ValueType] = {
 }
 #: Of a `google.protobuf.Duration`.
 _MOST_SECONDS = 315_576_000_000
+#: The last second of the year 9999: the last one of a `google.protobuf.Timestamp`, and of many calendars.
+_LAST_SECOND = 253_402_300_799.0
 
 _Number = TypeVar("_Number", bound=np.integer[Any])
 
@@ -65,9 +67,10 @@ def from_session(info: SessionInfo, tenant: str = "") -> sessions_pb2.Session:
 
 
 def from_seconds(seconds: float) -> duration_pb2.Duration:
-    """A time span."""
+    """A time span, of at most what its type can say."""
+    seconds = min(max(0.0, seconds), _MOST_SECONDS) if seconds == seconds else 0.0
     whole = math.floor(seconds)
-    return duration_pb2.Duration(seconds=whole, nanos=round((seconds - whole) * 1e9))
+    return duration_pb2.Duration(seconds=whole, nanos=min(round((seconds - whole) * 1e9), 999_999_999))
 
 
 def to_seconds(duration: duration_pb2.Duration, argument: str) -> float:
@@ -89,6 +92,8 @@ def seconds_text(duration: duration_pb2.Duration) -> str:
 
 
 def _timestamp(seconds: float) -> timestamp_pb2.Timestamp:
+    """A time; one that is no time of the years 1970 to 9999 is the nearest of them, and NaN is the first."""
+    seconds = min(max(0.0, seconds), _LAST_SECOND) if seconds == seconds else 0.0
     whole = math.floor(seconds)
     return timestamp_pb2.Timestamp(seconds=whole, nanos=int((seconds - whole) * 1e9))
 
@@ -121,6 +126,7 @@ def from_model(info: ModelInfo, *, counted: bool, statuses: Sequence[VersionStat
         provenance=None if program.provenance is None else _from_provenance(program.provenance),
         version=info.version,
         versions=[from_version(status, counted=counted) for status in statuses],
+        structure=program.structure,
     )
 
 

@@ -132,7 +132,9 @@ class SessionServicer(admin.Administration):
         )
         if as_values:
             tensors.require_room_as_values(read.state)
-        response = pb.GetStateResponse(session=convert.from_session(read.session))
+        response = pb.GetStateResponse(
+            session=convert.from_session(read.session), model_structure=read.structure
+        )
         tensors.add_tensors(response.state, read.state, as_values=as_values)
         return response
 
@@ -172,6 +174,7 @@ class SessionServicer(admin.Administration):
             positions=read.positions.tolist(),
             errors=[pb.MemberError(members=some.tolist(), error=to_proto(why)) for some, why in read.errors],
             model_version=read.version,
+            model_structure=read.structure,
         )
         tensors.add_tensors(response.state, read.state, as_values=as_values)
         return response

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from stepwell_server.series import Series
 from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import F64, U64, Header, Stored
 
@@ -550,3 +551,18 @@ class LocalStore(Protocol):
 
     def close(self) -> None:
         """See to it that all that was committed survives a loss of power, and end. May be called again."""
+
+
+class StoreTimes:
+    """What a store on disk measures of its own work, in seconds, of what succeeded.
+
+    Written by the thread that commits; others may read.
+    """
+
+    def __init__(self) -> None:
+        self.log = Series()
+        """Of a write to the log: until the disk has it, if it is waited for."""
+        self.data = Series()
+        """The same of a transaction of LMDB."""
+        self.log_records = 0
+        """How many records were written to the log: what comes together is one write."""

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.store.record import FIELD, HEADER, SEAL, Stored
+from stepwell_server.store.fields import FIELD, SEAL
+from stepwell_server.store.record import HEADER, MAX_TIME, Stored
 
 _EMPTY = bytes(HEADER.itemsize)
 _HEAD_BYTES = np.arange(HEADER.itemsize)
@@ -21,7 +22,7 @@ class Heads:
     keys: list[bytes]
     """The ids, as UTF-8."""
     heads: npt.NDArray[np.void]
-    """`(n,)` of dtype `record.HEADER`."""
+    """`(n,)` of dtype `record.HEADER`. Times that cannot be, as `record` has it, are 0: lists are sorted by them."""
     models: list[str]
     """Names of models, each once."""
     model: npt.NDArray[np.intp]
@@ -44,7 +45,10 @@ def heads_of(keys: list[bytes], records: Sequence[Stored]) -> Heads:
         heads = together.reshape(len(sizes), -1)[:, : HEADER.itemsize].copy().view(HEADER)[:, 0]
     else:
         heads = together[starts[:, None] + _HEAD_BYTES].view(HEADER)[:, 0]
-    texts = starts + HEADER.itemsize + heads["fingerprint_bytes"]
+    for name in ("created", "last_used"):
+        times = heads[name]
+        times[~((times >= 0.0) & (times < MAX_TIME))] = 0.0
+    texts = np.minimum(starts + HEADER.itemsize + heads["fingerprint_bytes"], starts + sizes)
     ends = np.minimum(texts + heads["model_bytes"], starts + sizes)
     names, model = _names(together, texts, ends)
     places = np.flatnonzero(heads["fields_bytes"])

@@ -6,12 +6,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
+from stepwell import _install
 from stepwell_server.clock import Clock
 from stepwell_server.store.awaited import AwaitedStore
-from stepwell_server.store.base import LocalStore, Store, StoreError, require_no_keys
+from stepwell_server.store.base import LocalStore, Store, StoreError, StoreTimes, require_no_keys
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store.times import StoreTimes
 
 if TYPE_CHECKING:
     from stepwell_server.store.keyring import Keyring
@@ -101,7 +101,7 @@ def shared_stores() -> ModuleType:
 
 def _without_client(error: ImportError) -> StoreError:
     return StoreError(
-        f"a store at a URL needs the extra valkey: pip install 'stepwell[serve,valkey]' ({error})"
+        f"a store at a URL needs the extra valkey ({error}): {_install.advice(_install.VALKEY)}"
     )
 
 

@@ -7,14 +7,8 @@ for certain and any other but one in 4 billion. ISA-L computes it several times 
 from the session's id, so that a record found under another id is damaged too. Every schema version keeps
 checksum and schema where they are now: a record of a later version can be told from a damaged one.
 
-Extension fields are what later servers say of a session beside the columns of the header: a tag of two bytes, a length
-of two bytes, the value, one field after the other. A field that is not known here goes along when the session is
-written again. One whose tag has the bit `CRITICAL` must be known: a record that has others is refused. A record
+The extension fields (`fields`) are what later servers say of a session beside the columns of the header. A record
 without fields has schema 1, as servers before schema 2 wrote it and read it; one with fields has schema 2.
-
-Tags are never used twice. 3 is the lease, 4 the version of the model and the epoch in which that was so, 6 who has made the
-session; 0x8005 says that rows and extra are encrypted, and how (`sealing`); 1 and 2
-were set aside and never written: the stamp of a commit stands beside the record, and whose a session is says its id.
 """
 
 from __future__ import annotations
@@ -23,7 +17,7 @@ import dataclasses
 import functools
 import itertools
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,24 +25,24 @@ import numpy.typing as npt
 from isal.isal_zlib import crc32
 
 from stepwell_server.errors import StateCorrupt
+from stepwell_server.store.fields import (
+    CRITICAL,
+    FIELD,
+    FIELD_HEAD,
+    KEY_ID_AT,
+    KNOWN_TAGS,
+    SEAL,
+    unpack_fields,
+)
 
 SCHEMA_VERSION = 2
 """Of records with fields. Those without are of schema 1 and are still written so."""
-CRITICAL = 0x8000
-"""A bit of a field's tag: who does not know the field must not use the record."""
-LEASE = 3
-"""Tag of the client whose absence ends the session: its id and milliseconds, 8 bytes each."""
-VERSION = 4
-"""Tag of the version of its model that the session was on: `core.history.Mark`."""
-SEAL = 0x8005
-"""Tag of what says how rows and extra are encrypted. It is the first field; the value ends with the key's id."""
-KEY_ID_AT = 40
-"""Where in that value the id begins."""
-OWNER = 6
-"""Tag of who has made the session, where that caller has a quota of sessions or rows: `TENANT/NAME` in UTF-8."""
-KNOWN_TAGS: frozenset[int] = frozenset({LEASE, VERSION, OWNER, SEAL})
-"""Tags of the fields that this server knows."""
 _PLAIN_SCHEMA = 1
+MAX_COUNTER = 2**63 - 1
+"""Of revisions and positions: many clients read them as numbers with a sign."""
+MAX_BATCH_SIZE = 2**31 - 1
+MAX_TIME = 253_402_300_800.0
+"""Seconds from the epoch to the end of the year 9999: times of records are from 0 up to it."""
 
 Stored = bytes | bytearray | memoryview
 """An encoded record."""
@@ -72,13 +66,11 @@ HEADER = np.dtype(
         ("fields_bytes", "<u2"),
     ]
 )
-FIELD = np.dtype([("tag", "<u2"), ("length", "<u2")])
 _STRUCT = struct.Struct("<IHBBQQQQddIIIHH")  # the same, for one
 _START = struct.Struct("<IH")
 _LENGTH = struct.Struct("<H")
 #: Ids whose encoding is kept: those of sessions that change again and again.
 _IDS_KNOWN = 16_384
-_FIELD = struct.Struct("<HH")  # the same as FIELD, for one
 _REVISION, _REVISION_AT = struct.Struct("<Q"), 8
 _CHECKSUM_BYTES = 4
 
@@ -160,37 +152,6 @@ def encode(
         raise ValueError(f"a part of session {session_id!r} is too large to be stored: {error}") from error
     body = b"".join((head[_CHECKSUM_BYTES:], texts.data, rows, extra, fields))
     return crc32(body, _encoded(session_id)[1]).to_bytes(_CHECKSUM_BYTES, "little") + body
-
-
-def pack_fields(fields: Mapping[int, bytes]) -> bytes:
-    """Extension fields by tag as a record has them, in the order of their tags.
-
-    Raises:
-        ValueError: a tag or a value does not fit into two bytes, or two bytes of length.
-    """
-    try:
-        return b"".join([_FIELD.pack(tag, len(value)) + value for tag, value in sorted(fields.items())])
-    except struct.error as error:
-        raise ValueError(f"fields of a record must have tags and lengths below 65536: {error}") from error
-
-
-def unpack_fields(fields: Stored) -> dict[int, bytes]:
-    """What `pack_fields` was given.
-
-    Raises:
-        ValueError: it was not made so.
-    """
-    view, found, at = memoryview(fields), dict[int, bytes](), 0
-    while at < len(view):
-        if at + _FIELD.size > len(view):
-            raise ValueError(f"a field must have a tag and a length; {len(view) - at} bytes are left")
-        tag, length = _FIELD.unpack_from(view, at)
-        at += _FIELD.size
-        if at + length > len(view):
-            raise ValueError(f"field {tag:#06x} must have {length} bytes; {len(view) - at} are left")
-        found[tag] = bytes(view[at : at + length])
-        at += length
-    return found
 
 
 def _left_out(session_id: str, fields: bytes) -> bytes:
@@ -465,15 +426,50 @@ def _seed(session_id: str) -> int:
 
 
 def _intact(session_id: str, stored: Stored) -> memoryview:
-    """The record, if its length and checksum are right."""
+    """The record, if its checksum is right and, as far as its schema is known, its header can be true.
+
+    A checksum says nothing of who made a record: whoever imports or restores one can make it anew.
+    """
     view = memoryview(stored)
     if len(view) < HEADER.itemsize:
         raise _corrupt(session_id, f"it has {len(view)} bytes, a header alone has {HEADER.itemsize}")
-    checksum, _ = _START.unpack_from(view)
+    checksum, schema = _START.unpack_from(view)
     found = crc32(view[_CHECKSUM_BYTES:], _seed(session_id))
     if found != checksum:
         raise _corrupt(session_id, f"its checksum is {checksum:08x}, its bytes have {found:08x}")
+    if schema <= SCHEMA_VERSION:
+        _require_possible(session_id, view)
     return view
+
+
+def _require_possible(session_id: str, view: memoryview) -> None:
+    """Refuse a record whose parts do not add up, or whose header has values that no session can have."""
+    (_, _, _, fingerprint_bytes, revision, position, _, _, created, last_used,
+     batch_size, rows_bytes, extra_bytes, model_bytes, fields_bytes) = _STRUCT.unpack_from(view)  # fmt: skip
+    texts_end = _STRUCT.size + fingerprint_bytes + model_bytes
+    size = texts_end + rows_bytes + extra_bytes + fields_bytes
+    problem = ""
+    if size != len(view):
+        problem = f"its parts have {size} bytes together, it has {len(view)}"
+    elif revision > MAX_COUNTER or position > MAX_COUNTER:
+        problem = f"its revision and position are {revision} and {position}, more than {MAX_COUNTER}"
+    elif not (0.0 <= created < MAX_TIME and 0.0 <= last_used < MAX_TIME):  # nor is NaN
+        problem = (
+            f"created and last_used are {created} and {last_used}, not seconds of the years 1970 to 9999"
+        )
+    elif not 1 <= batch_size <= MAX_BATCH_SIZE:
+        problem = f"its batch_size is {batch_size}, not 1 to {MAX_BATCH_SIZE}"
+    elif not (texts := bytes(view[_STRUCT.size : texts_end])).isascii():
+        for name, text in (
+            ("fingerprint", texts[:fingerprint_bytes]),
+            ("model", texts[fingerprint_bytes:]),
+        ):
+            try:
+                text.decode()
+            except UnicodeDecodeError as error:
+                problem = problem or f"its {name} is no UTF-8: {error.reason}"
+    if problem:
+        raise _corrupt(session_id, problem)
 
 
 def checksums_of(bodies: Iterable[Stored], seeds: Iterable[int]) -> npt.NDArray[np.uint32]:
@@ -516,10 +512,10 @@ def fields_at(record: Stored) -> int:
 def seal_end(record: Stored) -> int:
     """Where the extension fields begin that are not about encryption; nothing is checked."""
     at = fields_at(record)
-    if at + _FIELD.size > len(record):
+    if at + FIELD.itemsize > len(record):
         return at
-    tag, length = _FIELD.unpack_from(record, at)
-    return at + _FIELD.size + length if tag == SEAL else at
+    tag, length = FIELD_HEAD.unpack_from(record, at)
+    return at + FIELD.itemsize + length if tag == SEAL else at
 
 
 def key_id_of(record: Stored) -> str | None:
@@ -527,23 +523,24 @@ def key_id_of(record: Stored) -> str | None:
     if len(record) < HEADER.itemsize:
         return None
     start, end = fields_at(record), seal_end(record)
-    return None if start == end else str(record[start + _FIELD.size + KEY_ID_AT : end], "utf-8", "replace")
+    return None if start == end else str(record[start + FIELD.itemsize + KEY_ID_AT : end], "utf-8", "replace")
 
 
 def _checked(session_id: str, stored: Stored, *, sealed: bool = False) -> memoryview:
     """The record, if it is intact and of a form that this server can use; an encrypted one only if it may be `sealed`."""
     view = _intact(session_id, stored)
     _, schema = _START.unpack_from(view)
-    if schema == _PLAIN_SCHEMA:
-        return view
-    if schema != SCHEMA_VERSION:
+    if not _PLAIN_SCHEMA <= schema <= SCHEMA_VERSION:
         age = "a later server wrote it" if schema > SCHEMA_VERSION else "no server that is known wrote it"
         raise _corrupt(
             session_id,
             f"its schema version is {schema}, this server reads {_PLAIN_SCHEMA} to {SCHEMA_VERSION}: {age}",
         )
+    fields = _fields_of(view)
+    if not fields:
+        return view
     try:
-        tags = unpack_fields(_fields_of(view))
+        tags = unpack_fields(fields)
     except ValueError as error:
         raise _corrupt(session_id, str(error)) from error
     if SEAL in tags and not sealed:

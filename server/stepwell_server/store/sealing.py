@@ -21,12 +21,11 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from stepwell_server.errors import StateCorrupt
+from stepwell_server.store.fields import KEY_ID_AT, SEAL
 from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import (
     HEADER,
-    KEY_ID_AT,
     SCHEMA_VERSION,
-    SEAL,
     U8,
     Joined,
     Puts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from stepwell import _install
 from stepwell_server.logs import Log
 from stepwell_server.rpc.server import SERVICES
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 _log = Log("tracing")
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-_HOW = "pip install 'stepwell[otel]'"
+_HOW = _install.advice(_install.OTEL)
 
 
 class TracingError(Exception):

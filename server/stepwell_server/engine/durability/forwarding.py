@@ -10,13 +10,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from stepwell_server.core.history import How, Move, Way
 from stepwell_server.engine.models import Models, Versions
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.state.replies import Kept, KeptArrays, pack_foreign, unpack_reply
+from stepwell_server.engine.state.replies import Kept, KeptArrays, check_reply, pack_foreign, unpack_reply
 from stepwell_server.engine.types import Array
 from stepwell_server.errors import MigrationFailed, ServerError, StateCorrupt, Unavailable
 from stepwell_server.program import StateSpec, dtype_of
@@ -98,7 +99,8 @@ class Forwarding:
     def bring(self, model: Model, decoded: Decoded) -> Forwarded:
         """Bring the records of sessions of a version there. Those of another model's sessions stay as they are."""
         forwarded = Forwarded(decoded, {}, [], {})
-        own = self._models.versions(model.name)
+        own, target = self._models.versions(model.name), Layout.of(model.program)
+        forwarded.refused.update(_misfits(decoded, np.arange(len(decoded.sound)), target))
         if not (own.history.moves or self._models.is_shared) or not len(decoded.sound):
             return forwarded
         groups: dict[tuple[int, tuple[Move, ...]], list[int]] = {}
@@ -110,8 +112,12 @@ class Forwarding:
                 forwarded.refused[place] = error
                 continue
             if way:
-                groups.setdefault((way[0].source, tuple(way)), []).append(index)
-        target = Layout.of(model.program)
+                layout = own.known[way[0].source].layout
+                if layout != target:
+                    forwarded.refused.pop(place, None)
+                    forwarded.refused.update(_misfits(decoded, np.array([index]), layout))
+                if place not in forwarded.refused:
+                    groups.setdefault((way[0].source, tuple(way)), []).append(index)
         changed = {
             key: indexes
             for key, indexes in groups.items()
@@ -253,6 +259,34 @@ class Forwarding:
             if kept.outputs or kept.states:
                 extras[place] = pack_foreign(kept)
             low = high
+
+
+def _misfits(decoded: Decoded, indexes: npt.NDArray[np.intp], layout: Layout) -> dict[int, ServerError]:
+    """Why some of the records, by their index, cannot be sessions of a version with this layout, by place.
+
+    Each is refused by itself: what fills the rows of many at once must find that they fit.
+    """
+    heads, places = decoded.heads[indexes], decoded.sound[indexes]
+    wrong = heads["rows_bytes"] != heads["batch_size"].astype(np.int64) * layout.row_bytes
+    found: dict[int, ServerError] = {
+        place: _misfit("its rows must have the size of its model's and of its batch_size; they have another")
+        for place in places[wrong].tolist()
+    }
+    # as mostly none has arrays, and all have replies of another kind
+    for index in np.flatnonzero(
+        ~wrong & ((heads["extra_bytes"] > 0) | (heads["reply"] >= Kept.ARRAYS))
+    ).tolist():
+        place = int(places[index])
+        kind, batch_size = int(heads["reply"][index]), int(heads["batch_size"][index])
+        try:
+            check_reply(kind, batch_size, decoded.extras.get(place, b""), layout.outputs, layout.states)
+        except ValueError as error:
+            found[place] = _misfit(str(error))
+    return found
+
+
+def _misfit(problem: str) -> StateCorrupt:
+    return StateCorrupt(f"the stored record of a session must be one of its model: {problem}")
 
 
 def _packed(

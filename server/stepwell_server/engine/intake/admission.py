@@ -30,6 +30,7 @@ from stepwell_server.errors import (
     RevisionConflict,
     ServerError,
     SessionGone,
+    StateCorrupt,
     Unavailable,
     VersionElsewhere,
 )
@@ -279,6 +280,14 @@ class Admission(Starter):
             some = replayed[places]
             own = handles[some]  # a copy: the caller must not see the sessions move on
             states = kept if change.keeps_states else self._states_now(change, members[some], own)
+            if not self._are_of_rows(change, members[some], own, outputs, states):
+                problem = StateCorrupt(
+                    f"the reply that is remembered of session {self._table.session_id(int(own[0]))!r} must have the rows"
+                    " of the change; it has others",
+                    session_id=self._table.session_id(int(own[0])),
+                )
+                change.fail(members[some], for_all(problem, len(some)))
+                continue
             kind = "reset" if change.reset else "step"
             self._observer.replayed(change.model.name, kind, len(some))
             revisions, positions = self._table.revision[own], self._table.position[own]
@@ -292,6 +301,16 @@ class Admission(Starter):
                 self._table.session_id(int(handles[conflicts[places[0]]])), expected, actual
             )
             change.fail(some, for_all(error, len(some)))
+
+    def _are_of_rows(
+        self, change: Change, members: Members, handles: Handles, outputs: Tensors, states: Tensors
+    ) -> bool:
+        """Whether remembered tensors have the rows that members ask for: whoever writes the replies counts on it."""
+        count, wanted = len(self._rows_of(change, handles)), change.state_rows_among(members)
+        state_count = count if wanted is None else len(wanted)
+        return all(len(array) == count for array in outputs.values()) and all(
+            len(array) == state_count for array in states.values()
+        )
 
     def _states_now(self, change: Change, members: Members, handles: Handles) -> Tensors:
         """The states after a step that is the last change of its sessions: those that they have, if asked for."""

@@ -96,7 +96,7 @@ def check_finite_state(program: Program, state: Tensors | None, rows: int) -> tu
     if state is None:
         return None
     arrays = check_state(program, state, rows)
-    require_finite("state", arrays, [spec.name for spec in program.state])
+    require_finite("state", arrays, [spec.name for spec in program.state], state)
     return arrays
 
 
@@ -124,20 +124,32 @@ def require_reply(program: Program, rows: int, steps: int, extra: int, limit: in
         raise _too_large("prediction", size, limit)
 
 
-def require_finite(what: str, arrays: Sequence[Array], names: Sequence[str]) -> None:
-    """Refuse NaN and infinity anywhere in `arrays`.
+def require_finite(
+    what: str, arrays: Sequence[Array], names: Sequence[str], given: Tensors | None = None
+) -> None:
+    """Refuse NaN and infinity anywhere in `arrays`, which were `given` before they were cast.
 
     Raises:
         InvalidInput: it names the first tensor at fault and the first index in it.
     """
     for array, name in zip(arrays, names, strict=True):
         if is_float(array.dtype) and not np.isfinite(array).all():
-            raise not_finite(what, name, array)
+            raise not_finite(what, name, array, _given(name, array, given))
 
 
-def not_finite(what: str, name: str, array: Array) -> InvalidInput:
-    """The error for an array that holds NaN, infinity or a value too large for its dtype."""
+def _given(name: str, cast: Array, given: Tensors | None) -> Array:
+    """An array before it was cast, in the cast one's shape: that lacks the time axis of a single step."""
+    before = None if given is None else given.get(name, given.get(""))
+    return cast if before is None else before.reshape(cast.shape)
+
+
+def not_finite(what: str, name: str, array: Array, given: Array) -> InvalidInput:
+    """The error for an array that holds NaN, infinity or a value too large for its dtype; `given`: before the cast."""
     where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+    if np.isfinite(given[where]):
+        return InvalidInput(
+            f"{what} {name!r} must fit {array.dtype}; got {given[where]} at index {list(where)}"
+        )
     return InvalidInput(
         f"{what} {name!r} must hold finite numbers within {array.dtype}'s range;"
         f" got {array[where]} at index {list(where)}"
@@ -383,7 +395,7 @@ def _check_reset(change: Change) -> None:
         count = change.row_count if rows is None else len(rows)
         change.arrays = check_state(model.program, change.state, count)
         if change.size == 1:
-            require_finite("state", change.arrays, [spec.name for spec in model.program.state])
+            require_finite("state", change.arrays, [spec.name for spec in model.program.state], change.state)
 
 
 def _wrong_size(change: Change, member: int, own: int) -> ServerError:
@@ -471,7 +483,8 @@ def _not_finite_member(change: Change, member: int) -> ServerError:
     for name, array in zip(names, change.arrays, strict=True):
         part = array[low:high]
         if is_float(part.dtype) and not np.isfinite(part).all():
-            return not_finite("state" if change.reset else "input", name, part)
+            given = _given(name, array, change.state if change.reset else change.inputs)[low:high]
+            return not_finite("state" if change.reset else "input", name, part, given)
     raise AssertionError("only called for members that are not finite")
 
 

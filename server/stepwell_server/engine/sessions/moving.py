@@ -16,13 +16,14 @@ from stepwell_server.clock import Clock
 from stepwell_server.core import leases
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.history import How, Mark
-from stepwell_server.core.sessions import MOST_COUNTED, SessionTable
+from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Observer, Position, SessionFilter
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.records import Records, as_it_is
 from stepwell_server.engine.durability.stamps import new_stamp, stamped
 from stepwell_server.engine.intake.admission import changed_elsewhere
+from stepwell_server.engine.intake.imported import check_header, check_state, imported_fields
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.sessions.catalogue import Query
 from stepwell_server.engine.sessions.closing import Closing
@@ -35,7 +36,6 @@ from stepwell_server.engine.sessions.loading import Loader, Seen
 from stepwell_server.engine.sessions.overdue import Overdue
 from stepwell_server.engine.state.fields import joined, owned, owner_of, split
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.state.replies import Kept
 from stepwell_server.errors import (
     InvalidInput,
     MessageTooLarge,
@@ -326,28 +326,18 @@ class Moving:
         session_id, record = arriving.session_id, arriving.record
         require_session_id("session_id", session_id)
         header = decode_header(arriving.recorded_as, record)
+        check_header(session_id, header, self._clock.now())
         model = self._version_of(session_id, header)
         if not 1 <= header.batch_size <= model.slots.resident_limit:
             raise InvalidInput(
                 f"batch_size of session {session_id!r} must be 1 to resident_rows,"
                 f" {model.slots.resident_limit}; got {header.batch_size}"
             )
-        if max(header.revision, header.position) > MOST_COUNTED:
-            raise InvalidInput(
-                f"revision and position of session {session_id!r} must be at most 2**62, {MOST_COUNTED};"
-                f" got {header.revision} and {header.position}"
-            )
         decoded = decode_many([arriving.recorded_as], [record])
         extra = decoded.extras.get(0, b"")
-        if len(decoded.rows) != header.batch_size * model.arena.row_bytes or not _is_reply(
-            model, header, extra
-        ):
-            raise InvalidInput(
-                f"the record of session {session_id!r} must have the state and the last reply of a session of"
-                f" batch_size {header.batch_size}; it has others"
-            )
-        _, mark, rest = split(header.fields)
-        rest = owned(rest, self._creation.owner(who, session_id))
+        check_state(session_id, header, model, decoded.rows, extra)
+        _, mark, _ = split(header.fields)
+        rest = owned(imported_fields(session_id, header.fields), self._creation.owner(who, session_id))
         is_pinned = mark is not None and Mark.unpack(mark).is_pinned
         header = dataclasses.replace(
             header,
@@ -573,16 +563,6 @@ def _problem(session_id: str, committed: Committed | ServerError) -> ServerError
     if outcome is Outcome.KEPT:
         return None
     return not_known() if outcome is Outcome.UNKNOWN else changed_elsewhere(session_id)
-
-
-def _is_reply(model: Model, header: Header, extra: bytes) -> bool:
-    """Whether `extra` is what a reply that is kept so leaves beside the rows."""
-    if header.reply not in {kept.value for kept in Kept} or (header.reply == Kept.ARRAYS and not extra):
-        return False
-    try:
-        return not extra or bool(model.replies.unpacked(extra))
-    except ValueError:
-        return False
 
 
 def _encoded(session_id: str, header: Header, rows: bytes, extra: bytes) -> bytes:

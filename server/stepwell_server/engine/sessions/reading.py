@@ -61,7 +61,7 @@ class Reading:
             model = self._directory.models.by_handle(handle)
             arrays = await self._in_pieces(model, self._table.rows(handle))
             state = {spec.name: array for spec, array in zip(model.program.state, arrays, strict=True)}
-            return StateRead(state, self._directory.info(handle))
+            return StateRead(state, self._directory.info(handle), model.program.structure)
         finally:
             self._turns.release(np.array([handle]))
 
@@ -385,6 +385,7 @@ class _Reader:
             errors,
             self._model.version,
             bool(self._table.pinned[self._handles[read]].all()),
+            program.structure,
         )
 
 
@@ -409,6 +410,7 @@ def _together(parts: Sequence[StatesRead], errors: Sequence[tuple[Members, Serve
         errors=errors,
         fingerprint="",
         version=0,
+        structure=parts[0].structure if len({part.structure for part in parts}) == 1 else "",
     )
 
 

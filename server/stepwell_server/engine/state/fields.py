@@ -12,7 +12,7 @@ from stepwell_server.core.leases import Lease, Leases
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Mask
-from stepwell_server.store.record import LEASE, OWNER, VERSION, pack_fields, unpack_fields
+from stepwell_server.store.fields import LEASE, OWNER, VERSION, pack_fields, unpack_fields
 
 _LEASE_HEAD = struct.pack("<HH", LEASE, leases.STORED.size)
 _MARK_HEAD = struct.pack("<HH", VERSION, MARK.size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,12 @@ class Layout:
             start += size
         return arrays[: len(self.states)], arrays[len(self.states) :]
 
+    def has_shapes_of(self, other: Layout) -> bool:
+        """Whether the tensors differ in their names at most: rows of one have the bytes of rows of the other."""
+        return _unnamed(self.states) == _unnamed(other.states) and _unnamed(self.outputs) == _unnamed(
+            other.outputs
+        )
+
     def differences(self, other: Layout) -> list[str]:
         """In what another layout differs, each as a clause; empty: rows of one are rows of the other."""
         found: list[str] = []
@@ -61,6 +68,10 @@ class Layout:
             if not found and list(mine) != list(theirs):
                 found.append(f"the {kind}s are in another order")
         return found
+
+
+def _unnamed(specs: Sequence[StateSpec | TensorSpec]) -> list[StateSpec | TensorSpec]:
+    return [dataclasses.replace(spec, name="") for spec in specs]
 
 
 def _shown(spec: StateSpec | TensorSpec) -> str:

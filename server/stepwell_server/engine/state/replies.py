@@ -19,10 +19,12 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.state.arena import Arena
 from stepwell_server.engine.types import Array, Mask, Members, Tensors
-from stepwell_server.program import Program, StateSpec, TensorSpec
+from stepwell_server.program import Program, StateSpec, TensorSpec, dtype_of
 
 #: Bytes of the arrays of one model that are kept in memory where the store has them too.
 MOST_BYTES = 256 << 20
+#: Of one number: of no dtype of the protocol it has more.
+_MAX_NUMBER_BYTES = 8
 #: The first byte of a packed reply that says its own tensors; no array has so many axes.
 _FOREIGN = b"\xff"
 
@@ -54,6 +56,10 @@ class KeptArrays(NamedTuple):
     def byte_count(self) -> int:
         """Bytes of the arrays."""
         return sum([array.nbytes for tensors in self[:2] for array in tensors.values()])
+
+    def has_rows(self, count: int) -> bool:
+        """Whether each array has so many rows."""
+        return all(len(array) == count for tensors in self[:2] for array in tensors.values())
 
     @property
     def form(self) -> Hashable:
@@ -120,9 +126,12 @@ class ReplyMemory:
             places = np.flatnonzero((kinds == kind) & ~own)
             if len(places):
                 yield places, self._of_rows(kind, handles[places]), {}
+        sizes = self._table.batch_size[handles]
         alike: dict[Hashable, list[int]] = {}
         for place in np.flatnonzero(own).tolist():
-            form = int(kinds[place]), self.series[int(handles[place])].form
+            arrays = self.series[int(handles[place])]
+            # one of other rows than the session's is given alone: it must not move the rows of the others
+            form = int(kinds[place]), arrays.form, -1 if arrays.has_rows(int(sizes[place])) else place
             alike.setdefault(form, []).append(place)
         for some in alike.values():
             found = [self.series[int(handle)] for handle in handles[some].tolist()]
@@ -188,16 +197,50 @@ def unpack_reply(packed: bytes, outputs: Sequence[TensorSpec], states: Sequence[
             return _unpack_foreign(packed)
         kept, at = _unpacked(packed, outputs, 0)
         after, at = _unpacked(packed, states, at) if at < len(packed) else ({}, at)
-    except (struct.error, IndexError, KeyError, TypeError) as error:
+    except (struct.error, IndexError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"a reply must be as it was packed: {error}") from error
     if at != len(packed):
         raise ValueError(f"a reply must have {at} bytes; it has {len(packed)}")
     return KeptArrays(kept, after)
 
 
+def check_reply(
+    kind: int, batch_size: int, packed: bytes, outputs: Sequence[TensorSpec], states: Sequence[StateSpec]
+) -> None:
+    """Check what a record says of a reply: somebody may have made the record, and replies of many are put together.
+
+    Args:
+        kind: How the outputs are kept, as the record has it.
+        batch_size: Of the session.
+        packed: The arrays as the record has them; empty: none.
+        outputs: Of the version whose rows the record has.
+        states: The same.
+
+    Raises:
+        ValueError: No session of that version has such a reply.
+    """
+    if kind not in {each.value for each in Kept}:
+        raise ValueError(f"the kind of its reply must be 0 to {max(Kept)}; it is {kind}")
+    if kind == Kept.ARRAYS and not packed:
+        raise ValueError("a reply of arrays must have some; it has none")
+    if not packed:
+        return
+    arrays = unpack_reply(packed, outputs, states)
+    for what, tensors, specs in (("output", arrays.outputs, outputs), ("state", arrays.states, states)):
+        shapes = {spec.name: spec.shape for spec in specs}
+        for name, array in tensors.items():
+            # of a version with other tensors nothing else is known here
+            fits = arrays.are_foreign or shapes[name] in (array.shape[1:], array.shape[2:])
+            if not (fits and array.ndim and 1 <= len(array) <= batch_size):
+                raise ValueError(
+                    f"{what} {name!r} of its reply must have 1 to {batch_size} rows of that version's shape;"
+                    f" its shape is {list(array.shape)}"
+                )
+
+
 def pack_foreign(arrays: KeptArrays) -> bytes:
     """As `ReplyMemory.pack`, with what the arrays are: a version with other tensors made them."""
-    told = [[[name, a.dtype.str, a.shape] for name, a in tensors.items()] for tensors in arrays[:2]]
+    told = [[[name, a.dtype.name, a.shape] for name, a in tensors.items()] for tensors in arrays[:2]]
     head = json.dumps(told).encode()
     parts = [a.tobytes() for tensors in arrays[:2] for a in tensors.values()]
     return b"".join([_FOREIGN, struct.pack("<I", len(head)), head, *parts])
@@ -209,8 +252,14 @@ def _unpack_foreign(packed: bytes) -> KeptArrays:
     for told in json.loads(packed[5:at]):
         tensors: dict[str, Array] = {}
         for name, dtype, shape in told:
-            count = math.prod(shape)
-            tensors[name] = np.frombuffer(packed, np.dtype(dtype), count, at).reshape(shape)
+            if not isinstance(name, str) or not all(type(size) is int and size >= 0 for size in shape):
+                raise ValueError("tensors of a reply must have a name, and sizes of at least 0")
+            kind = dtype_of(dtype) if isinstance(dtype, str) else None
+            if kind is None or kind.name != dtype or kind.itemsize > _MAX_NUMBER_BYTES or kind.hasobject:
+                raise ValueError(
+                    f"the dtype of a tensor of a reply must be that of numbers; it is {dtype!r:.40}"
+                )
+            tensors[name] = np.frombuffer(packed, kind, math.prod(shape), at).reshape(shape)
             at += tensors[name].nbytes
         found.append(tensors)
     outputs, states = found

@@ -30,6 +30,7 @@ from stepwell_server.engine.sessions.ending import Removal
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.versions import document
+from stepwell_server.engine.versions.compatibility import as_served, refusal
 from stepwell_server.engine.versions.documents import Documents
 from stepwell_server.engine.versions.following import Following
 from stepwell_server.engine.versions.proposals import Made, Proposals
@@ -43,6 +44,7 @@ from stepwell_server.errors import (
     ServerError,
     SessionGone,
     SpecsDiffer,
+    Unavailable,
     VersionElsewhere,
     VersionExists,
     VersionNotFound,
@@ -103,7 +105,8 @@ class Changing:
         """Serve a version from the start, before there are sessions; the highest of a name is its default."""
         version = ref.version or 1
         own = self._models.versions(ref.name)
-        known = Known(version, program.fingerprint, Layout.of(program), "", self._clock.now())
+        program = as_served(own, version, program)
+        known = Known.of(version, program, "", self._clock.now())
         model = self._serving.make(ref.name, version, program, self._sibling(own, program))
         self._models.add(model, known)
         own.default = max(own.loaded)
@@ -120,6 +123,7 @@ class Changing:
         for name, content in (await self._documents.read_all()).items():
             own, told = self._models.versions(name), document.decode(name, content)
             self._documents.saw(name, content)
+            await self._name_as_before(own, told)
             if self._is_shared:
                 _require_same(own, told)
                 own.take(told)
@@ -128,6 +132,19 @@ class Changing:
             self._switching.mark(own, own.loaded.values())
         for own in self._models.served() if self._is_shared else ():
             await self._tell_what_is_served(own)
+
+    async def _name_as_before(self, own: Versions, told: Versions) -> None:
+        """Serve versions anew whose tensors have other names than before: their sessions' records have those."""
+        for version, model in list(own.loaded.items()):
+            program = as_served(told, version, model.program)
+            if program.names == model.program.names:
+                continue
+            self._models.retire(model)
+            self._models.forget(model)
+            await self._serving.end(model)
+            again = self._serving.make(own.name, version, program, self._sibling(own, program))
+            self._models.add(again, Known.of(version, program, "", self._clock.now()))
+        own.default = max(own.loaded, default=0)
 
     async def _tell_what_is_served(self, own: Versions) -> None:
         """Let other servers know the versions that this one begins with; the first to come says the default."""
@@ -169,7 +186,8 @@ class Changing:
             raise InvalidInput(f"version must be 1 to {MAX_VERSION}; got {version}")
         async with self._proposals.lock(name):
             own = self._models.versions(name)
-            here = Known(version, program.fingerprint, Layout.of(program), source, self._clock.now(), tenant)
+            program = as_served(own, version, program)
+            here = Known.of(version, program, source, self._clock.now(), tenant)
             self._require_new(own, here)
             model = self._serving.make(name, version, program, self._sibling(own, program), rows)
             await self._serving.warm_up(model)
@@ -207,7 +225,13 @@ class Changing:
             return before
 
     async def unload(
-        self, name: str, version: int, *, force: bool = False, back_to: Known | None = None
+        self,
+        name: str,
+        version: int,
+        *,
+        force: bool = False,
+        back_to: Known | None = None,
+        frees_number: bool = False,
     ) -> None:
         """Serve a version no longer, once what is under way on it has ended.
 
@@ -219,6 +243,7 @@ class Changing:
             force: Although it has sessions, or is the default beside others.
             back_to: What `load` has returned, to take that load back: if the version was wanted before, by another server
                 or at the last restart, it stays so.
+            frees_number: The next load may have its number, if it is the highest one and no session was opened on it.
 
         Raises:
             ModelNotFound, VersionNotFound: it is not loaded.
@@ -240,6 +265,9 @@ class Changing:
                     left = dataclasses.replace(own.known[version], is_wanted=False, is_leaving=False)
                 known = {**own.known, version: left}
                 after, is_default = own.changed(known=known), own.default == version
+                if frees_number and own.highest == version and not (await self.sessions(name)).get(version):
+                    del known[version]
+                    after.highest = version - 1
                 is_stand_in = bool(own.wanted)  # then the default stays the one that it stood in for
                 if not self._is_shared:  # others may have it
                     after.labels = {label: at for label, at in own.labels.items() if at != version}
@@ -251,7 +279,7 @@ class Changing:
                     )  # what is late for another version must not be early for the name
 
                 def unknown() -> None:
-                    own.known, own.labels = known, after.labels
+                    own.known, own.labels, own.highest = known, after.labels, after.highest
                     self._models.retire(model)
                     if is_default and not is_stand_in:
                         own.wanted = 0 if own.loaded and not self._is_shared else version
@@ -311,7 +339,9 @@ class Changing:
                 if previous == version:
                     return None
                 how = None if policy is SessionPolicy.KEEP else How(policy.value)
-                function = await self._require_possible(own, previous, target, how, migration)
+                function = await self._require_possible(
+                    own, previous, version, target.program, how, migration
+                )
                 after = own.changed(default=version, wanted=0)
                 after.known = own.known_after(
                     previous, version, leaves=how is None if leaves is None else leaves
@@ -431,7 +461,13 @@ class Changing:
                 f"version of model {own.name!r} must be new; {version} is loaded: load it as {own.highest + 1}",
                 model=own.name,
             )
-        if before is not None and before.fingerprint != known.fingerprint:
+        if self._is_shared and before is not None and before.fingerprint == known.fingerprint:
+            if before.names != known.names:
+                raise Unavailable(
+                    f"version {version} of model {own.name!r} was loaded on another server at this moment, with other names"
+                    " of its tensors: load it again"
+                )
+        elif before is not None and before.fingerprint != known.fingerprint:
             if self._is_shared:
                 raise VersionExists(
                     f"version of model {own.name!r} must be new, or that of the same file; {version} is another file on the"
@@ -445,21 +481,28 @@ class Changing:
                     model=own.name,
                 )
 
+    async def require_possible(
+        self, name: str, version: int, program: Program, policy: SessionPolicy, migration: str = ""
+    ) -> None:
+        """Judge whether a version that is not loaded yet could become the default, as `set_default` would then.
+
+        Raises:
+            SpecsDiffer, MigrationFailed: sessions cannot go on with it so.
+        """
+        own = self._models.versions(name)
+        if own.loaded and policy is not SessionPolicy.KEEP:
+            program = as_served(own, version, program)
+            previous = own.wanted or own.default
+            await self._require_possible(own, previous, version, program, How(policy.value), migration)
+
     async def _require_possible(
-        self, own: Versions, previous: int, target: Model, how: How | None, migration: str
+        self, own: Versions, previous: int, version: int, program: Program, how: How | None, migration: str
     ) -> str:
         """Find out before anything changes whether sessions can go to a version; returns what migrates them."""
-        known = own.known.get(previous)
-        if how is None or known is None:
+        if how is None or previous not in own.known:
             return ""
-        if how is How.CARRY:
-            differences = known.layout.differences(Layout.of(target.program))
-            if differences:
-                raise SpecsDiffer(
-                    f"sessions can be carried from version {previous} of model {own.name!r} to {target.version} only if"
-                    f" states and outputs are equal; {'; '.join(differences)}. Say sessions=migrate, reset or keep",
-                    model=own.name,
-                )
+        if how is How.CARRY and (problem := refusal(own, previous, version, program)):
+            raise SpecsDiffer(problem, model=own.name)
         if how is not How.MIGRATE:
             return ""
         names = sorted(self._forwarding.migrations)
@@ -472,10 +515,10 @@ class Changing:
             )
         source = own.loaded.get(previous)
         if source is not None:
-            await self._try_migration(migration, source, target)
+            await self._try_migration(migration, source, program)
         return migration
 
-    async def _try_migration(self, function: str, source: Model, target: Model) -> None:
+    async def _try_migration(self, function: str, source: Model, target: Program) -> None:
         table = self._table
         on_it = np.flatnonzero(table.model[: table.end] == source.index)
         free = on_it[(table.row[on_it] >= 0) & ~table.claimed[on_it] & ~table.pinned[on_it]][:_TRIED]
@@ -484,7 +527,7 @@ class Changing:
             arrays = list(source.arena.read(table.rows_of(free)))
         named = {spec.name: array for spec, array in zip(source.program.state, arrays, strict=True)}
         rows = len(arrays[0]) if arrays else 0
-        await asyncio.to_thread(self._forwarding.migrated, function, named, target.program.state, rows)
+        await asyncio.to_thread(self._forwarding.migrated, function, named, target.state, rows)
 
     # ---------------------------------------------------------------------------------------------------- making it so
 

@@ -16,8 +16,8 @@ from stepwell_server.program import StateSpec, TensorSpec
 
 PREFIX = "models/"
 """Of the names of these documents; the model's follows."""
-_FORM = 1
-"""Of what is written here. A server reads its own and those before."""
+_FORM = 2
+"""Of what is written here. A server reads its own alone."""
 
 
 class DocumentError(Exception):
@@ -54,8 +54,9 @@ def decode(model: str, content: bytes) -> Versions:
     try:
         told = json.loads(content)
         if told["form"] != _FORM:
+            when = "a later" if told["form"] > _FORM else "an earlier"
             raise ValueError(
-                f"its form is {told['form']}, this server reads {_FORM}: a later server wrote it"
+                f"its form is {told['form']}, and this server reads {_FORM}: {when} server wrote it"
             )
         return Versions(
             model,
@@ -89,6 +90,8 @@ def _version(known: Known) -> dict[str, Any]:
         "leaving": known.is_leaving,
         "replaced": known.replaced,
         "since": known.since,
+        "inputs": known.inputs,
+        "structure": known.structure,
     }
 
 
@@ -110,4 +113,6 @@ def _known(told: dict[str, Any]) -> Known:
         bool(told.get("leaving", False)),
         since=int(told.get("since", 0)),
         replaced=int(told.get("replaced", 0)),
+        inputs=tuple(map(str, told["inputs"])),
+        structure=str(told["structure"]),
     )

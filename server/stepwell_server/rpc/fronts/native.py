@@ -48,8 +48,8 @@ _INTERFACE = 3
 _installed = getattr(stepwell_front, "INTERFACE", 0)
 if _installed != _INTERFACE:
     raise OtherFront(
-        f"stepwell-front must have interface {_INTERFACE}; the installed one, {VERSION}, has {_installed}. It was built"
-        " from other sources: install the one of this stepwell, or in a clone run scripts/front.py"
+        f"stepwell-front must have interface {_INTERFACE}; the installed one, {VERSION}, has {_installed}, as it was built"
+        " from other sources"
     )
 _log = Log("rpc.front")
 #: Bytes of replies that a stream's writer may be ahead of what is on its way.

@@ -158,7 +158,7 @@ class Sequences:
         read = request.reading.read()
         inputs, program = read.inputs, read.model.program
         checked = check_inputs(program, inputs.arrays, inputs.rows)
-        require_finite("input", checked.arrays, [spec.name for spec in program.inputs])
+        require_finite("input", checked.arrays, [spec.name for spec in program.inputs], inputs.arrays)
         if info is not None:
             is_there = info.version == read.model.version and info.is_pinned == (asked is not None)
             if is_there and info.batch_size == inputs.rows:

@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StoreGone, Unavailable
-from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealth, Tombstone
+from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealth, StoreTimes, Tombstone
 from stepwell_server.store.disk.files import flush_folders
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, Durability, LmdbStore
 from stepwell_server.store.disk.room import Room
@@ -36,7 +36,6 @@ from stepwell_server.store.disk.wal_mark import COMMITS, Mark, mark_of
 from stepwell_server.store.disk.wals import WriteAheadLogs
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Joined, Stored, header_or_none, is_sound, supersedes
-from stepwell_server.store.times import StoreTimes
 
 #: The name on disk, of before it was called a write-ahead log.
 _FOLDER = "journal"

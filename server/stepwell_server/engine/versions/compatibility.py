@@ -1,0 +1,77 @@
+"""Whether sessions can go from one version of a model to another with their states, and what its tensors are called.
+
+A retrained model is the same model: where two versions differ only in names that Keras made up, the later one is served
+with the names of the earlier one. So clients' code and stored states go on fitting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stepwell_server.architecture.differences import compare
+from stepwell_server.engine.models import Known, Versions
+from stepwell_server.engine.state.layout import Layout
+from stepwell_server.program import Program
+
+_MAX_SHOWN = 8
+"""Differences that a message shows."""
+_SAME_ARCHITECTURE = (
+    "Give the layers the names that are served (name=...), or copy the weights into the first model"
+    " (old.set_weights(new.get_weights())), or call keras.backend.clear_session() before you build the model again"
+)
+_OTHER_ARCHITECTURE = "Load it with sessions=keep or sessions=reset, or under another name"
+_SAME_STATES = f"Give the layers the names that are served (name=...) to carry sessions all the same. {_OTHER_ARCHITECTURE}"
+
+
+def as_served(own: Versions, version: int, program: Program) -> Program:
+    """Return the program of a version with the names under which it is to be served.
+
+    A version that was served before keeps its names. Any other one gets those of the default version or, failing that, of
+    the latest version that is the same model, if there is one.
+    """
+    for known in _candidates(own, version):
+        is_same = known.fingerprint == program.fingerprint or known.structure == program.structure != ""
+        if (
+            is_same
+            and known.layout.has_shapes_of(Layout.of(program))
+            and len(known.inputs) == len(program.inputs)
+        ):
+            return program.called(known.names)
+    return program
+
+
+def _candidates(own: Versions, version: int) -> Iterator[Known]:
+    default = own.wanted or own.default
+    for number in dict.fromkeys((version, default, *sorted(own.known, reverse=True))):
+        if number in own.known:
+            yield own.known[number]
+
+
+def refusal(own: Versions, previous: int, version: int, program: Program) -> str:
+    """Return why sessions cannot be carried to a version, and what to do; empty: they can.
+
+    Args:
+        own: the model.
+        previous: the version that its sessions are on.
+        version: the number that the other one has, or would get.
+        program: the other one, `as_served`.
+    """
+    known = own.known[previous]
+    clauses = known.layout.differences(Layout.of(program))
+    if not clauses:
+        return ""
+    source = own.loaded.get(previous)
+    before, after = None if source is None else source.program.architecture, program.architecture
+    fix = _OTHER_ARCHITECTURE
+    if before is not None and after is not None:
+        found = compare(before, after)
+        clauses = [*found.clauses, *clauses]
+        if known.layout.has_shapes_of(Layout.of(program)):
+            fix = _SAME_ARCHITECTURE if found.is_of_names else _SAME_STATES
+    shown = "; ".join(clauses[:_MAX_SHOWN])
+    if len(clauses) > _MAX_SHOWN:
+        shown += f"; and {len(clauses) - _MAX_SHOWN} more differences"
+    return (
+        f"sessions can be carried from version {previous} of model {own.name!r} to {version} only if states and outputs are"
+        f" equal; {shown}. {fix}"
+    )

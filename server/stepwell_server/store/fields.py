@@ -1,0 +1,66 @@
+"""The extension fields of a record: what later servers say of a session beside the columns of the header.
+
+Each has a tag of two bytes, a length of two bytes and its value; one stands after the other. A field that is not known
+here goes along when the session is written again. One whose tag has the bit `CRITICAL` must be known: a record that has
+others is refused.
+
+Tags are never used twice. 3 is the lease, 4 the version of the model and the epoch in which that was so, 6 who has made the
+session; 0x8005 says that rows and extra are encrypted, and how (`sealing`); 1 and 2
+were set aside and never written: the stamp of a commit stands beside the record, and whose a session is says its id.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+
+import numpy as np
+
+CRITICAL = 0x8000
+"""A bit of a field's tag: who does not know the field must not use the record."""
+LEASE = 3
+"""Tag of the client whose absence ends the session: its id and milliseconds, 8 bytes each."""
+VERSION = 4
+"""Tag of the version of its model that the session was on: `core.history.Mark`."""
+SEAL = 0x8005
+"""Tag of what says how rows and extra are encrypted. It is the first field; the value ends with the key's id."""
+KEY_ID_AT = 40
+"""Where in that value the id begins."""
+OWNER = 6
+"""Tag of who has made the session, where that caller has a quota of sessions or rows: `TENANT/NAME` in UTF-8."""
+KNOWN_TAGS: frozenset[int] = frozenset({LEASE, VERSION, OWNER, SEAL})
+"""Tags of the fields that this server knows."""
+FIELD = np.dtype([("tag", "<u2"), ("length", "<u2")])
+FIELD_HEAD = struct.Struct("<HH")
+"""The same, for one."""
+
+
+def pack_fields(fields: Mapping[int, bytes]) -> bytes:
+    """Extension fields by tag as a record has them, in the order of their tags.
+
+    Raises:
+        ValueError: a tag or a value does not fit into two bytes, or two bytes of length.
+    """
+    try:
+        return b"".join([FIELD_HEAD.pack(tag, len(value)) + value for tag, value in sorted(fields.items())])
+    except struct.error as error:
+        raise ValueError(f"fields of a record must have tags and lengths below 65536: {error}") from error
+
+
+def unpack_fields(fields: bytes | bytearray | memoryview) -> dict[int, bytes]:
+    """What `pack_fields` was given.
+
+    Raises:
+        ValueError: it was not made so.
+    """
+    view, found, at = memoryview(fields), dict[int, bytes](), 0
+    while at < len(view):
+        if at + FIELD_HEAD.size > len(view):
+            raise ValueError(f"a field must have a tag and a length; {len(view) - at} bytes are left")
+        tag, length = FIELD_HEAD.unpack_from(view, at)
+        at += FIELD_HEAD.size
+        if at + length > len(view):
+            raise ValueError(f"field {tag:#06x} must have {length} bytes; {len(view) - at} are left")
+        found[tag] = bytes(view[at : at + length])
+        at += length
+    return found
