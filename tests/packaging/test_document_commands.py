@@ -28,12 +28,16 @@ PROGRAM = "stepwell"
 SEPARATORS = {";", "|", "&&", "||", "&", ">", "<", ">>", "(", ")"}
 PLACEHOLDERS = {"ADDRESS": "127.0.0.1:50051"}
 """What a page writes for a value that its reader has, where the command line judges the value."""
-FILES = ("stepwell.toml", "sequences.npy", "forecast.sessions", "all.sessions", "old.sessions", "etc/valkey")
+FILES = (
+    *("stepwell.toml", "sequences.npy", "forecast.sessions", "all.sessions", "old.sessions", "etc/valkey"),
+    *("etc/stepwell.toml", "etc/server.crt", "etc/server.key", "etc/tokens"),
+)
 """Files that commands of the documents read and that readers have."""
 PYTHON_PAGES = {
     "README.md": "tests/packaging/test_examples.py",
     "docs/client.md": "tests/packaging/test_examples.py",
     "docs/operations.md": "tests/packaging/test_examples.py",
+    "docs/production.md": "tests/packaging/test_production_page.py",
     "docs/steps.md": "tests/packaging/test_examples.py",
     "docs/notebooks.md": "tests/packaging/test_pages.py",
     "docs/testing.md": "tests/packaging/test_pages.py",
@@ -118,10 +122,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_command_line_accepts(command: str, home: Path) -> None:
     arguments, is_whole = COMMANDS[command]
-    given = [
-        PLACEHOLDERS.get(word, word).replace("/etc/stepwell/valkey", f"{home}/etc/valkey")
-        for word in arguments
-    ]
+    given = [PLACEHOLDERS.get(word, word).replace("/etc/stepwell/", f"{home}/etc/") for word in arguments]
     try:
         parse(given, is_whole=is_whole)
     except click.exceptions.Exit:
