@@ -31,9 +31,11 @@ help: ## Show this list
 $(INSTALLED): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { echo "No Python 3.11, 3.12 or 3.13 found. Name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv .venv || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; rm -rf .venv; exit 1; }
-	@echo "Installing into .venv (TensorFlow is large: the first time takes a minute or two)"
+	@echo "Installing into .venv (TensorFlow is large: the first time takes one to five minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[server,demo,otel,valkey]' --group dev
+	@echo "Compiling what all targets import"
+	@$(BIN)/python -c "import keras, tensorflow" 2>/dev/null
 	@touch $@
 
 $(FRONT): $(INSTALLED) scripts/front.py $(wildcard server/front/*.toml server/front/*.pyi server/front/src/*.rs)
@@ -52,7 +54,7 @@ demo: $(INSTALLED) $(FRONT) ## Train a small model on real data, serve it to thr
 	$(BIN)/python examples/demo.py
 
 .PHONY: cluster-demo
-cluster-demo: $(INSTALLED) $(FRONT) ## Run three replicas with Valkey and Envoy, kill some, show what their users saw (a minute)
+cluster-demo: $(INSTALLED) $(FRONT) ## Run three replicas with Valkey and Envoy, kill some, show what their users saw (one to five minutes)
 	@$(BIN)/python $(PROGRAMS)
 	$(BIN)/python examples/cluster_demo.py
 
@@ -69,16 +71,16 @@ WORKERS ?= 3
 ALL := $(if $(ARGS),,--numprocesses $(WORKERS) --dist worksteal)
 
 .PHONY: test
-test: $(INSTALLED) $(FRONT) ## Run all tests but those marked slow (five minutes on two idle cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores
+test: $(INSTALLED) $(FRONT) ## Run all tests but those marked slow (five to twenty minutes on two cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores
 	@$(BIN)/python $(PROGRAMS)
 	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) $(if $(ARGS),,-m "not slow") $(ARGS)
 
 .PHONY: test-unit
-test-unit: $(INSTALLED) ## Run the unit tests (half a minute; ARGS="-k slots" runs some)
+test-unit: $(INSTALLED) ## Run the unit tests (half a minute to three; ARGS="-k slots" runs some)
 	$(BIN)/pytest tests/unit $(ALL) $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(INSTALLED) $(FRONT) ## Run the tests that are marked slow (eight minutes on two idle cores)
+test-slow: $(INSTALLED) $(FRONT) ## Run the tests that are marked slow (fifteen minutes to an hour on two cores)
 	@$(BIN)/python $(PROGRAMS)
 	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) -m slow $(ARGS)
 

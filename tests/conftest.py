@@ -42,6 +42,14 @@ def pytest_configure(config: pytest.Config) -> None:
         from support import secured
 
         secured.switch_on()
+    if config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput"):
+        from support.collection_progress import CollectionProgress
+
+        # the reporter is made later; and nothing is written unless tests are divided among workers
+        reporter = config.pluginmanager.getplugin
+        config.pluginmanager.register(
+            CollectionProgress(lambda line: reporter("terminalreporter").write_line(line))
+        )
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; servers would ignore it, too
