@@ -64,7 +64,7 @@ def test_a_version_is_loaded_and_shown(run: Run, server: ScriptedModels, file: s
         client.open_session(MODEL)
     options = ["--sessions", "carry", "--label", "canary", "--label", "b", "--unload-previous"]
     assert said(run("load", MODEL, file, *options)) == (
-        "loaded sum@2 (the default, label b, label canary, 1 sessions moved)\n"
+        "loaded sum@2 (the default, label b, label canary, 1 session moved)\n"
     )
     assert server.requests("LoadModel") == [
         models_pb2.LoadModelRequest(
@@ -105,6 +105,13 @@ def test_a_load_is_told_to_programs(run: Run, server: ScriptedModels, file: str)
     assert server.requests("LoadModel")[-1].path == os.path.relpath(file)
 
 
+def test_a_file_where_a_name_belongs_is_told_its_commands(run: Run, tmp_path: Path) -> None:
+    for name in ("model.keras", str(tmp_path / "m").rpartition("/")[2] + ".keras"):
+        result = run("show", name)
+        assert f"stepwell check {name}, or stepwell compile {name} -o {name[:-6]}.stepwell" in result.stderr
+        assert result.exit_code == 2
+
+
 def test_what_is_to_be_known_of_a_loaded_version_is_said(run: Run, server: ScriptedModels, file: str) -> None:
     server.reason = "nothing is kept of its file"
     result = run("load", MODEL, file, "--upload")
@@ -115,7 +122,7 @@ def test_what_is_to_be_known_of_a_loaded_version_is_said(run: Run, server: Scrip
 def test_the_default_and_labels_are_chosen(run: Run, server: ScriptedModels, file: str) -> None:
     said(run("load", MODEL, file, "--no-default"))
     assert said(run("default", f"{MODEL}@2", "--sessions", "migrate", "--migration", "f")) == (
-        "default is sum@2 (the default)\n"
+        "sum@2 is the default now (0 sessions moved)\n"
     )
     (request,) = server.requests("SetDefault")
     assert (request.sessions, request.migration) == (models_pb2.SESSION_POLICY_MIGRATE, "f")

@@ -104,6 +104,7 @@ def test_a_defect_is_not_hidden() -> None:
         (["step", "s", "--input", "[[1]]", "--batch-size", "2"], "--batch-size goes with --open"),
         (["step", "s", "--input", "[[1]]", "--open", "a", "--model", "b"], "got b and a"),
         (["step", "s", "--input", "[[1]]", "--outputs", "some"], "'some' is not one of"),
+        (["state", "reset", "s"], "no command 'reset': stepwell state set s --zero sets the initial state"),
         (["state", "set", "s"], "either a FILE.safetensors or --zero"),
         (["state", "set", "s", __file__, "--zero"], "either a FILE.safetensors or --zero"),
         (["state", "set", "s", "--zero", "--rows", "0,x"], "'0,x' must be row numbers"),

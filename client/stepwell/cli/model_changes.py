@@ -176,7 +176,7 @@ def load(
             upload=upload,
             **time_limit(target),
         )
-    say(loaded, "loaded", as_json)
+    say(loaded, f"loaded {loaded.name}@{loaded.version}", as_json, moves=policy != "keep")
     reason = next((one.reason for one in loaded.versions if one.version == loaded.version), "")
     if reason:
         click.echo(f"note: {reason}", err=True)
@@ -238,7 +238,8 @@ def default(target: Target, name: str, policy: Policy, migration: str | None, as
     found, version = versioned(name)
     with target.connect("Changing the default") as client, settled("it may be the default"):
         changed = client.set_default(found, version, sessions=policy, migration=migration)
-    say(changed, "default is", as_json, previous_version=changed.previous_version)
+    what = f"{changed.name}@{changed.version} is the default now"
+    say(changed, what, as_json, moves=policy != "keep", previous_version=changed.previous_version)
 
 
 @click.command(
@@ -276,17 +277,31 @@ def label(target: Target, name: str, label: str, remove: bool, as_json: bool) ->
         click.echo(f"removed {found}:{label}" if version is None else f"{found}:{label} is {found}@{version}")
 
 
-def say(changed: LoadedModel, what: str, as_json: bool, **more: object) -> None:
-    """Print what has become of a version."""
+def say(changed: LoadedModel, what: str, as_json: bool, *, moves: bool, **more: object) -> None:
+    """Print what has become of a version, and of the sessions of the others.
+
+    Args:
+        changed: The version.
+        what: What has become of it, for people.
+        as_json: Print it for programs instead.
+        moves: Sessions were to move, so that it matters if none did.
+        more: Further fields for programs.
+    """
     document = change_json(changed)
     if as_json:
         _render.print_json(document | more)
         return
-    traits = ["the default"] if document["is_default"] else []
+    traits = ["the default"] if document["is_default"] and not what.endswith("now") else []
     traits += [f"label {one}" for one in own(changed)[1]]
-    if changed.moved_sessions:
-        traits.append(f"{changed.moved_sessions:,} sessions moved")
-    click.echo(f"{what} {changed.name}@{changed.version}" + (f" ({', '.join(traits)})" if traits else ""))
+    moved = changed.moved_sessions
+    if moved or (moves and document["is_default"]):
+        traits.append(f"{moved:,} {'session' if moved == 1 else 'sessions'} moved")
+    traits += [
+        f"{other.sessions:,} stay on {changed.name}@{other.version}"
+        for other in changed.versions
+        if other.version != changed.version and other.sessions
+    ]
+    click.echo(what + (f" ({', '.join(traits)})" if traits else ""))
 
 
 def own(changed: LoadedModel) -> tuple[bool, tuple[str, ...]]:

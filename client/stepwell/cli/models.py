@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 import click
@@ -257,7 +259,7 @@ def show(target: Target, model: str, as_json: bool) -> None:
     if is_file:
         info = read_file(model)
     else:
-        with target.connect("Reading the model") as client:
+        with target.connect("Reading the model") as client, _explained(model):
             info = client.model(model)
     if as_json:
         document = model_json(info) | {"provenance": provenance_json(info.provenance)}
@@ -277,6 +279,22 @@ def show(target: Target, model: str, as_json: bool) -> None:
             [(layer.name, layer.kind, layer.output, str(layer.parameters)) for layer in layers],
             right=("PARAMETERS",),
         )
+
+
+@contextlib.contextmanager
+def _explained(model: str) -> Iterator[None]:
+    """Say of a file, where a served model's name belongs, which commands are for files."""
+    from stepwell.errors import InvalidInputError, ModelNotFoundError
+
+    try:
+        yield
+    except (InvalidInputError, ModelNotFoundError) as error:
+        if not (model.endswith(".keras") or os.path.isfile(model)):
+            raise
+        raise Failure(
+            f"{error}. This command takes the name of a served model, or a .stepwell file. For a Keras file: stepwell check"
+            f" {model}, or stepwell compile {model} -o {model.removesuffix('.keras')}.stepwell"
+        ) from None
 
 
 def read_file(path: str) -> ModelInfo:

@@ -18,8 +18,22 @@ if TYPE_CHECKING:
     from stepwell import State
 
 
+class _States(Group):
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command; `reset`, which others have, is another one here."""
+        if args[:1] == ["reset"]:
+            session = args[1] if args[1:] and not args[1].startswith("-") else "SESSION"
+            raise click.UsageError(
+                f"there is no command 'reset': stepwell state set {session} --zero sets the initial state",
+                ctx,
+            )
+        return super().resolve_command(ctx, args)
+
+
 @click.group(
-    cls=Group,
+    cls=_States,
     short_help="Read and set the state of a session.",
     examples=(
         "stepwell state get user-42 -o user-42.safetensors",
@@ -101,9 +115,9 @@ def set_state(
 ) -> None:
     """Set the state of a session to a saved one, or to the model's initial one with --zero.
 
-    A saved state fits a session of the same model, by its fingerprint, and has as many rows as are set. With a file for
-    all rows the session has the file's position, with --zero it starts again at 0; with --rows the other rows and the
-    position stay. The revision counts on: it is that of the session's changes. To move a session with its revision and
+    A saved state fits a session of the same model, also of a retrained version of it, and has as many rows as are set.
+    With a file for all rows the session has the file's position, with --zero it starts again at 0; with --rows the
+    other rows and the position stay. The revision counts on: it is that of the session's changes. To move a session with its revision and
     the answer to its last change, use 'stepwell sessions export' and 'import'.
     """
     if (file is None) != zero:

@@ -298,13 +298,13 @@ class Changing:
         if own.default == version and len(own.loaded) > 1:
             raise ModelInUse(
                 f"version to unload must not be the default of model {own.name!r}; got {version}: make another one"
-                " the default, or say force",
+                " the default, or force it (--force, force=True)",
                 model=own.name,
             )
         if sessions:
             raise ModelInUse(
                 f"version {version} of model {own.name!r} must have no sessions to be unloaded; it has {sessions}:"
-                " close them, move them, or say force",
+                " close them, move them, or force it (--force, force=True)",
                 model=own.name,
             )
 
