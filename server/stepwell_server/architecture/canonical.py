@@ -21,7 +21,7 @@ NOISE = frozenset({"compile_config", "shared_object_id", "build_config"})
 #: Arguments of Keras's own layers that matter in training alone, and one that the server replaces.
 _TRAINING = frozenset(
     {
-        "trainable", "seed", "dropout", "recurrent_dropout", "stateful",
+        "trainable", "seed", "dropout", "recurrent_dropout", "rate", "stateful",
         "kernel_initializer", "recurrent_initializer", "bias_initializer",
         "kernel_regularizer", "recurrent_regularizer", "bias_regularizer", "activity_regularizer",
         "kernel_constraint", "recurrent_constraint", "bias_constraint",
