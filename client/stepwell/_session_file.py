@@ -18,7 +18,8 @@ from google.protobuf.message import DecodeError
 from stepwell.errors import InvalidInputError
 from stepwell.v1 import sessions_pb2
 
-_MAGIC = b"STPWLS1\n"
+_NAME, _FORMAT = b"STPWLS", 1
+_MAGIC = _NAME + b"%d\n" % _FORMAT
 _HEAD = struct.Struct("<II")
 #: A message of protobuf has less than this.
 _MOST_BYTES = 2**31
@@ -97,8 +98,7 @@ def read(path: str | os.PathLike[str]) -> Iterator[sessions_pb2.ExportedSession]
 
 
 def _sessions(file: IO[bytes], path: str | os.PathLike[str]) -> Iterator[sessions_pb2.ExportedSession]:
-    if file.read(len(_MAGIC)) != _MAGIC:
-        raise InvalidInputError(f"{os.fspath(path)} must be a file of exported sessions; it begins otherwise")
+    _require_format(file.read(len(_MAGIC)), path)
     count = 0
     for number, entry in enumerate(_entries(file, path)):
         kind = entry.WhichOneof("entry")
@@ -116,6 +116,18 @@ def _sessions(file: IO[bytes], path: str | os.PathLike[str]) -> Iterator[session
         elif kind is None:
             raise _damaged(path, file.tell(), "a later release wrote it")
     raise _damaged(path, file.tell(), "its end is missing: it was cut off")
+
+
+def _require_format(start: bytes, path: str | os.PathLike[str]) -> None:
+    if start == _MAGIC:
+        return
+    version = start.removeprefix(_NAME).removesuffix(b"\n")
+    if start.startswith(_NAME) and version.isdigit():
+        raise InvalidInputError(
+            f"{os.fspath(path)} must be a file of exported sessions of format {_FORMAT}; it is of {int(version)}, which another"
+            " release wrote"
+        )
+    raise InvalidInputError(f"{os.fspath(path)} must be a file of exported sessions; it begins otherwise")
 
 
 def _entries(file: IO[bytes], path: str | os.PathLike[str]) -> Iterator[sessions_pb2.ExportFileEntry]:

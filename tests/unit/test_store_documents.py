@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -389,23 +388,6 @@ def test_a_backup_without_some_of_them_is_refused(path: Path, tmp_path: Path) ->
         with pytest.raises(BackupError, match="is damaged"):
             backup.restore(tmp_path / "changed", tmp_path / "to", CLOCK, None, moved=True)
     assert not (tmp_path / "to").exists()
-
-
-def test_a_store_of_before_has_none_and_its_backup_is_as_it_was_then(tmp_path: Path) -> None:
-    with tarfile.open(Path(__file__).parents[1] / "data" / "store-schema-2.tar.xz") as archive:
-        archive.extractall(tmp_path / "data", filter="data")
-    before = checking.examine(tmp_path / "data", None)
-    assert (before.problems, before.documents) == ([], 0)
-    backup.back_up(tmp_path / "data", tmp_path / "backup", CLOCK)
-    assert b"documents" not in (tmp_path / "backup").read_bytes(), "a release of before can read it"
-    store = opened(tmp_path / "data")
-    assert store.documents() == {}
-    store.commit(Batch(documents=[("a", b"1")]))
-    store.close()
-    store = opened(tmp_path / "data")
-    assert store.documents() == {"a": b"1"}
-    assert store.count() == 3
-    store.close()
 
 
 def test_a_store_that_is_encrypted_anew_or_decrypted_has_them(path: Path) -> None:

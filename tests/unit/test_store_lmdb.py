@@ -373,31 +373,6 @@ def test_a_file_that_is_cut_off_or_no_store_stops_the_start(tmp_path: Path) -> N
     opened(tmp_path).close()
 
 
-def write_schema(path: Path, version: bytes) -> bytes | None:
-    """Write another version of the schema into a store that is closed; which one was there."""
-    opened(path).close()
-    with (
-        lmdb.open(str(path / "sessions"), max_dbs=9) as environment,
-        environment.begin(write=True) as transaction,
-    ):
-        meta = environment.open_db(b"meta", transaction)
-        before: bytes | None = transaction.get(b"schema", db=meta)
-        transaction.put(b"schema", version, db=meta)
-    return before
-
-
-def test_a_store_of_a_later_release_stops_the_start(tmp_path: Path) -> None:
-    write_schema(tmp_path, b"6")
-    with pytest.raises(StoreError, match="must be of schema version 5; it is of 6"):
-        opened(tmp_path)
-
-
-def test_a_store_from_before_there_were_journals_becomes_one_that_may_have_some(tmp_path: Path) -> None:
-    write_schema(tmp_path, b"1")
-    opened(tmp_path).close()
-    assert write_schema(tmp_path, b"2") == b"4", "the release before must not open it any more"
-
-
 def test_a_directory_that_is_none_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "data").mkdir()

@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-import tarfile
 import threading
 from pathlib import Path
 
@@ -237,16 +236,6 @@ def test_a_check_says_all_that_is_wrong(path: Path, tmp_path: Path) -> None:
     assert len(found.damaged) == 2, "one has another id"
     with pytest.raises(StoreError, match="must hold a store"):
         checking.examine(tmp_path, None)
-
-
-def test_a_check_reads_stores_of_before(tmp_path: Path) -> None:
-    with tarfile.open(Path(__file__).parents[1] / "data" / "store-schema-2.tar.xz") as archive:
-        archive.extractall(tmp_path / "data", filter="data")
-    found = checking.examine(tmp_path / "data", None)
-    assert (found.problems, found.sessions, found.logged) == ([], 3, 2)
-    backup.back_up(tmp_path / "data", tmp_path / "backup", CLOCK)
-    backup.restore(tmp_path / "backup", tmp_path / "new", CLOCK, None, moved=True)
-    assert content(tmp_path / "new") == content(tmp_path / "data") == {"a": 2, "b": 2, LONG: 0}
 
 
 def test_a_check_with_keys_opens_all(path: Path) -> None:

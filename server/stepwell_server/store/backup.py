@@ -22,7 +22,7 @@ from stepwell_server.store.disk.filling import Pair, fill, new_folder
 from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.keyring import Keyring
-from stepwell_server.store.record import header_or_none, is_sound, key_id_of, with_revision
+from stepwell_server.store.record import MAX_COUNTER, header_or_none, is_sound, key_id_of, with_revision
 from stepwell_server.store.sealing import Sealer
 
 
@@ -208,6 +208,8 @@ class Change:
         if header is None:
             self.damaged += 1
             return session_id, record
+        # no step leads there: somebody made the record, which no server uses then
+        self.damaged += header.revision + self.ahead > MAX_COUNTER
         if self._sealer is None:
             return session_id, with_revision(session_id, record, header.revision + self.ahead)
         plain = self._sealer.opened_or_as_is(session_id, record)

@@ -26,14 +26,18 @@ from isal.isal_zlib import crc32
 from stepwell_server.files import private_files
 from stepwell_server.store.base import End, StoreError, Tombstone
 from stepwell_server.store.disk.documents import Item
+from stepwell_server.store.record import MAX_COUNTER, MAX_TIME
 
-MAGIC = b"stepwell backup 1\n"
+_NAME, FORMAT = b"stepwell backup ", 1
+MAGIC = _NAME + b"%d\n" % FORMAT
+"""With the version of everything in the file, records too. Raise it whenever something of it changes."""
 _BLOCK = struct.Struct("<IIc")  # bytes of content, checksum of kind and content, kind
 _ENTRY = struct.Struct("<HI")  # bytes of id, of record; or of a document's key and value
 _STONE = struct.Struct("<HBdQQ")  # bytes of id, end, at, request id, revision
 _HEAD, _DOCUMENTS, _SESSIONS, _TOMBSTONES, _END = b"h", b"d", b"s", b"t", b"e"
 _BLOCK_BYTES = 2**20
 _MOST_BLOCK_BYTES = 2**31
+_MAX_MAGIC_BYTES = 32
 
 
 class BackupError(StoreError):
@@ -261,22 +265,21 @@ class Reader:
         try:
             said = json.loads(content)
             checks = {key_id: bytes.fromhex(check) for key_id, check in said["key_checks"].items()}
+            created, first_revision = float(said["created"]), int(said["first_revision"])
+            if not (0.0 <= created < MAX_TIME and 0 <= first_revision <= MAX_COUNTER):
+                raise ValueError(f"created is {created}, first_revision {first_revision}")
             return About(
-                float(said["created"]),
-                str(said["incarnation"]),
-                bytes.fromhex(said["secret"]),
-                int(said["first_revision"]),
-                checks,
+                created, str(said["incarnation"]), bytes.fromhex(said["secret"]), first_revision, checks
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise self._damaged(f"its head cannot be read ({error})") from error
 
     def _blocks(self) -> Iterator[tuple[bytes, bytes, str]]:
         """Kind and content of each block, and the digest of what stands before it."""
         try:
             with self._path.open("rb") as file:
-                if file.read(len(MAGIC)) != MAGIC:
-                    raise BackupError(f"{self._path} must be a backup that 'stepwell store backup' wrote")
+                self._require_format(file.read(_MAX_MAGIC_BYTES))
+                file.seek(len(MAGIC))
                 digest = hashlib.sha256(MAGIC)
                 while head := file.read(_BLOCK.size):
                     if len(head) < _BLOCK.size:
@@ -290,6 +293,16 @@ class Reader:
                     digest.update(content)
         except OSError as error:
             raise BackupError(f"{self._path} must be readable: {error.strerror}") from error
+
+    def _require_format(self, start: bytes) -> None:
+        if start.startswith(MAGIC):
+            return
+        version, newline, _ = start.removeprefix(_NAME).partition(b"\n")
+        if start.startswith(_NAME) and newline and version.isdigit():
+            raise BackupError(
+                f"{self._path} must be a backup of format {FORMAT}; it is of {int(version)}, which another release wrote"
+            )
+        raise BackupError(f"{self._path} must be a backup that 'stepwell store backup' wrote")
 
     def _damaged(self, problem: str) -> BackupError:
         return BackupError(f"the backup {self._path} is damaged: {problem}")

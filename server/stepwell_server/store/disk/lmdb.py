@@ -142,7 +142,7 @@ class LmdbStore(LocalStore):
         Raises:
             Unavailable: it could not be kept.
         """
-        self.set_meta({meta.MARK: mark, meta.SCHEMA: meta.schema_of(mark)})
+        self.set_meta({meta.MARK: mark})
         self._mark: bytes = mark
 
     @property
@@ -374,6 +374,7 @@ class LmdbStore(LocalStore):
         environment = self._environment
         self._map_bytes = environment.info()["map_size"]
         require_whole_file(environment, self._folder / _DATA)
+        self._require_schema()
         with environment.begin(write=True) as transaction:
             names = (b"sessions", b"tombstones", b"tombstone_ages", b"meta", b"documents")
             found = [environment.open_db(name, txn=transaction) for name in names]
@@ -381,6 +382,12 @@ class LmdbStore(LocalStore):
             meta.begin(transaction, self._meta, self._folder)
             self._next_age = next_age(transaction, self._ages)
             self._check.begin(transaction, self._sessions, self._meta)
+
+    def _require_schema(self) -> None:
+        """Refuse a store of another version before anything is written."""
+        with self._environment.begin() as transaction, contextlib.suppress(lmdb.NotFoundError):
+            found = self._environment.open_db(b"meta", txn=transaction, create=False)
+            meta.require_schema(transaction.get(meta.SCHEMA, b"", db=found), self._folder)
 
     def _read_meta(self) -> None:
         with self._environment.begin(db=self._meta) as transaction:

@@ -10,13 +10,11 @@ from typing import Any
 
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.store.base import StoreError
-from stepwell_server.store.disk.wal_mark import Mark
 
-SCHEMA_VERSION, ONE_LOG_VERSION = 5, 4
-"""Since 2 there may be a write-ahead log, since 3 there are sums of keys, since 4 documents. An earlier one becomes one of 4.
+SCHEMA_VERSION = 6
+"""Of everything in the folder: database, write-ahead logs, records. Raise it whenever one of them changes.
 
-A store is of 5 while there may be something in two logs: a release that knows one would not find it, and says by the
-version that it does not open the store. After a clean stop it is of 4, and such a release goes on with it.
+A folder of another version is refused, and stays as it is.
 """
 
 SCHEMA, INCARNATION, SECRET = b"schema", b"incarnation", b"secret"
@@ -32,36 +30,29 @@ _AHEAD, _REVISIONS_PER_S = 10**12, 10**6
 
 
 def begin(transaction: Any, meta: Any, folder: Path) -> None:
-    """Write what is said of a new store, and of an old one that it is of this version.
+    """Write what is said of a new store.
 
     Raises:
-        StoreError: it is of a later one.
+        StoreError: it is there, and of another version.
     """
     schema = transaction.get(SCHEMA, b"", db=meta)
     require_schema(schema, folder)
     if not schema:
         transaction.put(INCARNATION, secrets.token_hex(4).encode(), db=meta)
         transaction.put(SECRET, secrets.token_bytes(32), db=meta)
-    if schema != (own := schema_of(transaction.get(MARK, b"", db=meta))):
-        transaction.put(SCHEMA, own, db=meta)
-
-
-def schema_of(mark: bytes) -> bytes:
-    """The version of a store with these write-ahead logs; empty: with none."""
-    has_two = bool(mark) and bool(Mark.unpacked(mark).beside_size)
-    return str(SCHEMA_VERSION if has_two else ONE_LOG_VERSION).encode()
+        transaction.put(SCHEMA, str(SCHEMA_VERSION).encode(), db=meta)
 
 
 def require_schema(schema: bytes, folder: Path) -> None:
-    """Refuse a store of another release; one that says nothing is new.
+    """Refuse a store of another version; one that says nothing is new.
 
     Raises:
-        StoreError: it is of a later one.
+        StoreError: it is of another one.
     """
-    if schema and not 1 <= int(schema) <= SCHEMA_VERSION:
+    if schema and schema != str(SCHEMA_VERSION).encode():
         raise StoreError(
             f"the store in {folder} must be of schema version {SCHEMA_VERSION};"
-            f" it is of {int(schema)}, written by another release"
+            f" it is of {str(schema, 'utf-8', 'replace'):.20}, written by another release, and stays as it is"
         )
 
 

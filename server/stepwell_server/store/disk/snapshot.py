@@ -60,11 +60,10 @@ class Snapshot:
             environment.open_db(name, txn=transaction, create=False) for name in names
         )
         self._documents = None
-        with contextlib.suppress(lmdb.NotFoundError):  # in a store of before there were any
+        with contextlib.suppress(lmdb.NotFoundError):  # damage can have taken it
             self._documents = environment.open_db(b"documents", txn=transaction, create=False)
         self.meta: dict[bytes, bytes] = dict(transaction.cursor(self._meta).iternext())
         """All that is said of the store as a whole, see `meta`."""
-        meta.require_schema(self.meta.get(meta.SCHEMA, b""), path / DATA.parent)
 
     def again(self) -> Snapshot:
         """The store as it is now, for a store that no server uses: one that met a damaged page is of no use any more."""
@@ -210,6 +209,7 @@ def _log(path: Path, environment: Any) -> dict[str, bytes]:
     for _ in range(_MOST_TRIES):
         with environment.begin() as transaction:
             meta_db = environment.open_db(b"meta", txn=transaction, create=False)
+            meta.require_schema(transaction.get(meta.SCHEMA, b"", db=meta_db), path / DATA.parent)
             stored = transaction.get(meta.MARK, b"", db=meta_db)
         if not stored:
             return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple, Self
 
+from stepwell_server.store.base import StoreError
 from stepwell_server.store.record import is_sound, supersedes
 
 COMMITS, BESIDE = ("0", "1"), ("2", "3")
@@ -12,7 +13,7 @@ COMMITS, BESIDE = ("0", "1"), ("2", "3")
 
 #: Segments for small changes have this part of the size of the others, but not less than so many bytes.
 _PART, _LEAST_BYTES = 4, 4096
-_FIRST_MARK, _MARK = struct.Struct("<IQ"), struct.Struct("<IQQ")
+_MARK = struct.Struct("<IQQ")
 
 
 class Mark(NamedTuple):
@@ -26,17 +27,21 @@ class Mark(NamedTuple):
     """Of one of the other log; 0 if there is none."""
 
     def packed(self) -> bytes:
-        """As it is stored: where there is no other log, as servers have read it that had never two."""
-        return _MARK.pack(*self) if self.beside_size else _FIRST_MARK.pack(self.owner, self.size)
+        """As it is stored."""
+        return _MARK.pack(*self)
 
     @classmethod
     def unpacked(cls, stored: bytes) -> Self:
-        """Read what `packed` gave."""
-        if len(stored) == _FIRST_MARK.size:
-            owner, size = _FIRST_MARK.unpack(stored)
-            return cls(owner, size, 0)
-        owner, size, beside_size = _MARK.unpack(stored)
-        return cls(owner, size, beside_size)
+        """Read what `packed` gave.
+
+        Raises:
+            StoreError: it was not made so.
+        """
+        if len(stored) != _MARK.size:
+            raise StoreError(
+                f"the mark of the write-ahead log must have {_MARK.size} bytes; it is damaged and has {len(stored)}"
+            )
+        return cls(*_MARK.unpack(stored))
 
 
 def mark_of(owner: int, size: int, *, has_beside: bool) -> Mark:

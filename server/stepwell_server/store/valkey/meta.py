@@ -15,6 +15,7 @@ from stepwell_server.store.valkey.requests import Request, Requests
 from stepwell_server.store.valkey.url import DEFAULT_PARTITIONS, MOST_PARTITIONS
 
 LAYOUT = 1
+"""Of everything under the prefix: keys, values, counts, records. Raise it whenever one of them changes."""
 _LAYOUT, _PARTITIONS, _SECRET, _INCARNATION = b"layout", b"partitions", b"secret", b"incarnation"
 _FIRST_REVISION, _KEY, _MARKED = b"first_revision", b"key:", b"marked"
 _RESTORING = b"restoring"
@@ -40,7 +41,7 @@ async def read(requests: Requests, prefix: str, partitions: int | None) -> Meta:
     """What the store with a prefix says of itself; it is made if it is not there.
 
     Raises:
-        StoreError: it is of a later release, damaged, or has another number of partitions than is asked for.
+        StoreError: it is of another release, damaged, or has another number of partitions than is asked for.
         ServerError: it cannot be asked.
     """
     new = Meta(
@@ -137,9 +138,10 @@ def _meta_of(prefix: str, fields: Mapping[bytes, bytes], asked: int | None) -> M
             f" or delete all keys that begin with {prefix!r} and restore again"
         )
     layout = _number(prefix, fields, _LAYOUT)
-    if layout > LAYOUT:
+    if layout != LAYOUT:
         raise StoreError(
-            f"the layout of the store with prefix {prefix!r} must be at most {LAYOUT}; it is {layout}: a later release made it"
+            f"the layout of the store with prefix {prefix!r} must be {LAYOUT}; it is {layout}: another release made it, and it"
+            " stays as it is"
         )
     partitions = _number(prefix, fields, _PARTITIONS)
     if not 1 <= partitions <= MOST_PARTITIONS:
