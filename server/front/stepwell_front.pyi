@@ -14,6 +14,7 @@ class Front:
     def __init__(
         self,
         methods: Sequence[tuple[str, bool, str, bool]],
+        shapes: Sequence[Sequence[Sequence[tuple[int, int, int, int]]]],
         limits: Mapping[str, float],
         *,
         now: Callable[[], float],

@@ -44,8 +44,8 @@ CALLS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
         ("NOT_FOUND", "SESSION_NOT_FOUND", f"that of an open session; got {ODD!r}"),
     ),
     "GetSession": (
-        lambda _: pb.GetSessionRequest(session_id="x" * 10_000),
-        ("NOT_FOUND", "SESSION_NOT_FOUND", "that of an open session; got 10000 characters, 'xxx"),
+        lambda _: pb.GetSessionRequest(session_id="x" * 1_000),
+        ("NOT_FOUND", "SESSION_NOT_FOUND", "that of an open session; got 1000 characters, 'xxx"),
     ),
     "CloseSession": (
         lambda _: pb.CloseSessionRequest(session_id=""),

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.core.callers import ANYBODY
+from stepwell_server.errors import ServerError
 from stepwell_server.rpc.fronts.base import SessionSet
 
 
@@ -67,6 +68,7 @@ class FakeCall:
         self, request: bytes = b"", *, deadline: float = float("inf"), is_late: bool = False
     ) -> None:
         self.request = request
+        self.refusal: ServerError | None = None
         self.who = ANYBODY
         self.caller = "fake:1"
         self.deadline = deadline

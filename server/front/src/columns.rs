@@ -6,6 +6,7 @@ use crate::callers::Known;
 use crate::clock;
 use crate::plain::Step;
 use crate::sets::{Ids, SessionSet};
+use crate::shape::Breach;
 use bytes::Bytes;
 use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, RandomState};
@@ -225,6 +226,8 @@ pub enum Arrival {
     Message(Arc<Call>, Bytes, Option<u64>),
     /// A message was too large: so many bytes.
     TooLarge(Arc<Call>, usize),
+    /// A message breaks a rule of its shape: the only one of a call, which begins with it, or one of a stream.
+    Breach(Arc<Call>, Breach),
     /// A frame has the id of another that is not answered.
     Duplicate(Arc<Call>, u64),
     /// The client has sent its last message.

@@ -39,6 +39,7 @@ mod reply;
 mod serve;
 mod server;
 mod sets;
+mod shape;
 mod tls;
 mod triton;
 mod triton_reply;

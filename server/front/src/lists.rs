@@ -1,11 +1,12 @@
 //! Lists and columns between Python and the wire.
 
+use crate::call::Call;
 use crate::callers::Known;
-use crate::columns::{Batch, Entry};
+use crate::columns::{Arrival, Batch, Entry};
 use crate::sets::{Ids, SessionSet};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyString};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::AtomicUsize;
 use std::sync::Arc;
 
@@ -91,4 +92,26 @@ pub fn bytes_of<'py, T: Copy, const N: usize>(
 /// The numbers in a column of bytes.
 pub fn numbers_of<T, const N: usize>(column: &[u8], number: impl Fn([u8; N]) -> T) -> Vec<T> {
     column.chunks_exact(N).filter_map(|bytes| bytes.try_into().ok()).map(number).collect()
+}
+
+/// Tells a call from all others that Python knows of.
+pub fn key(call: &Arc<Call>) -> usize {
+    Arc::as_ptr(call) as usize
+}
+
+/// Whether it is of a call that was over before Python heard of it.
+pub fn is_pointless(arrival: &Arrival, skipped: &mut HashSet<usize>) -> bool {
+    match arrival {
+        Arrival::Batch(_) | Arrival::Refused(_) => false,
+        Arrival::Call(call, _) => call.is_over() && skipped.insert(key(call)),
+        Arrival::Judge(call) => call.is_over(),
+        Arrival::Breach(call, ..) if !call.streams => call.is_over() && skipped.insert(key(call)),
+        Arrival::Message(call, ..)
+        | Arrival::TooLarge(call, _)
+        | Arrival::Breach(call, ..)
+        | Arrival::Duplicate(call, _)
+        | Arrival::HalfClosed(call)
+        | Arrival::Written(call, _)
+        | Arrival::Ended(call) => !skipped.is_empty() && skipped.contains(&key(call)),
+    }
 }

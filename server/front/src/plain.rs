@@ -6,11 +6,14 @@
 use crate::callers::{Known, SEPARATOR};
 use crate::protobuf::{Fields, NotPlain, Value};
 use crate::sets::SessionSet;
+use crate::shape::FREE_BYTES;
 use std::sync::Arc;
 
 /// Most sessions of one message that are read here.
 pub const MOST_MEMBERS: usize = 65_536;
 const MOST_RANK: usize = 32;
+/// Tensors of one message that are read here: each is compared with the others.
+const MAX_TENSORS: usize = 256;
 /// The revision that stands for "any" in Python's columns, so no session has it.
 const ANY_REVISION: u64 = u64::MAX;
 
@@ -59,7 +62,7 @@ impl<'a> Step<'a> {
                     step.session_ids.clear(); // the last one counts
                     step.session_ids.push(id_of(id)?);
                 }
-                (2, Value::Bytes(tensor)) => step.tensors.push(Tensor::of(tensor)?),
+                (2, Value::Bytes(tensor)) => step.add_tensor(Tensor::of(tensor)?)?,
                 (3, Value::Varint(revision)) => {
                     step.expected.clear();
                     step.expected.push(revision);
@@ -69,7 +72,7 @@ impl<'a> Step<'a> {
                     step.request_ids.push(id);
                 }
                 (5, Value::Varint(select)) => step.select = selection(select)?,
-                (7, Value::Bytes(name)) => step.output_names.push(text(name)?),
+                (7, Value::Bytes(name)) => push(&mut step.output_names, text(name)?)?,
                 _ => return Err(NotPlain),
             }
         }
@@ -120,8 +123,8 @@ impl<'a> Step<'a> {
         let mut fields = Fields::new(message);
         while let Some((number, value)) = fields.next()? {
             match (number, value) {
-                (1, Value::Bytes(id)) => step.session_ids.push(id_of(id)?),
-                (2, Value::Bytes(tensor)) => step.tensors.push(Tensor::of(tensor)?),
+                (1, Value::Bytes(id)) => push(&mut step.session_ids, id_of(id)?)?,
+                (2, Value::Bytes(tensor)) => step.add_tensor(Tensor::of(tensor)?)?,
                 (3, Value::Bytes(packed)) => unpack(packed, &mut step.expected)?,
                 (4, Value::Bytes(packed)) => unpack_fixed(packed, &mut step.request_ids)?,
                 (5, Value::Varint(select)) => step.select = selection(select)?,
@@ -129,10 +132,10 @@ impl<'a> Step<'a> {
                 (7, Value::Bytes(packed)) => {
                     let mut inner = Fields::new(packed);
                     while let Some(size) = inner.packed()? {
-                        step.sizes.push(u32::try_from(size).map_err(|_| NotPlain)?);
+                        push(&mut step.sizes, u32::try_from(size).map_err(|_| NotPlain)?)?;
                     }
                 }
-                (9, Value::Bytes(name)) => step.output_names.push(text(name)?),
+                (9, Value::Bytes(name)) => push(&mut step.output_names, text(name)?)?,
                 (13, Value::Varint(number)) => set = u32::try_from(number).map_err(|_| NotPlain)?,
                 (14, Value::Varint(revision)) => expected = Some(revision),
                 (15, Value::Fixed64(base)) => request_id_base = base,
@@ -178,6 +181,15 @@ impl<'a> Step<'a> {
             }
             self.request_ids.extend(request_id_base..=last);
         }
+        Ok(())
+    }
+
+    /// Add a tensor, unless there are too many.
+    pub fn add_tensor(&mut self, tensor: Tensor<'a>) -> Result<(), NotPlain> {
+        if self.tensors.len() >= MAX_TENSORS {
+            return Err(NotPlain);
+        }
+        self.tensors.push(tensor);
         Ok(())
     }
 
@@ -298,8 +310,21 @@ pub fn element_size(dtype: u8) -> Result<usize, NotPlain> {
     }
 }
 
+/// A name: longer ones go to Python, which refuses them.
 pub fn text(bytes: &[u8]) -> Result<&str, NotPlain> {
+    if bytes.len() > FREE_BYTES {
+        return Err(NotPlain);
+    }
     std::str::from_utf8(bytes).map_err(|_| NotPlain)
+}
+
+/// Add to a list that has at most one entry for each session.
+pub fn push<T>(list: &mut Vec<T>, entry: T) -> Result<(), NotPlain> {
+    if list.len() >= MOST_MEMBERS {
+        return Err(NotPlain);
+    }
+    list.push(entry);
+    Ok(())
 }
 
 /// The id of a session, as its client has it.
@@ -319,7 +344,7 @@ fn selection(value: u64) -> Result<u8, NotPlain> {
 fn unpack(packed: &[u8], into: &mut Vec<u64>) -> Result<(), NotPlain> {
     let mut values = Fields::new(packed);
     while let Some(value) = values.packed()? {
-        into.push(value);
+        push(into, value)?;
     }
     Ok(())
 }
@@ -329,7 +354,7 @@ fn unpack_fixed(packed: &[u8], into: &mut Vec<u64>) -> Result<(), NotPlain> {
         return Err(NotPlain);
     }
     for bytes in packed.chunks_exact(8) {
-        into.push(u64::from_le_bytes(bytes.try_into().map_err(|_| NotPlain)?));
+        push(into, u64::from_le_bytes(bytes.try_into().map_err(|_| NotPlain)?))?;
     }
     Ok(())
 }

@@ -12,9 +12,10 @@ use crate::driver::Driver;
 use crate::grpc::Status;
 use crate::known::KnownCallers;
 use crate::limits::Limits;
-use crate::lists::{self, bytes_of, numbers_of, Peers};
+use crate::lists::{self, bytes_of, key, numbers_of, Peers};
 use crate::reply::{Answer, Output};
 use crate::server::{self, Listener, Method, Plain, Shared, Stage};
+use crate::shape::{Given, Shape};
 use crate::tls::{self, Unusable};
 use crate::wakeup::Wakeup;
 use bytes::Bytes;
@@ -30,7 +31,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 /// What Python and the front say to each other: raised with every change of it, here and in `rpc/fronts/native.py`.
-const INTERFACE: u32 = 3;
+const INTERFACE: u32 = 4;
 
 /// A status as Python says it: code, message, a serialized google.rpc.Status or nothing, and `may_go_elsewhere`.
 type Said = (u32, String, PyBackedBytes, bool);
@@ -60,12 +61,14 @@ struct Front {
 #[pymethods]
 impl Front {
     /// `methods`: path, whether it streams, which of its messages may be plain ("step", "step_stream", "infer",
-    /// "infer_stream" or ""), and whether anybody may call it. `limits`: each by the name that it has in `limits::Limits`, times in seconds.
+    /// "infer_stream" or ""), and whether anybody may call it. `shapes`: the rules of each method's requests. `limits`: each
+    /// by the name that it has in `limits::Limits`, times in seconds.
     #[new]
     /// `callers`: who is known; None: nobody is asked.
-    #[pyo3(signature = (methods, limits, *, now, overloaded, headers_too_large, callers))]
+    #[pyo3(signature = (methods, shapes, limits, *, now, overloaded, headers_too_large, callers))]
     fn new(
         methods: Vec<(String, bool, String, bool)>,
+        shapes: Vec<Vec<Vec<Given>>>,
         limits: HashMap<String, f64>,
         now: &Bound<'_, PyAny>,
         overloaded: Said,
@@ -89,8 +92,10 @@ impl Front {
                 (path, Method { index, streams, plain, is_open })
             })
             .collect();
+        let shapes: Option<Vec<Shape>> = shapes.into_iter().map(Shape::new).collect();
+        let shapes = shapes.ok_or_else(|| PyValueError::new_err("the rules of a request make no sense"))?;
         let callers = callers.map(|known| known.callers.clone());
-        let shared = Arc::new(Shared::new(limits, methods, callers, Wakeup::new()?));
+        let shared = Arc::new(Shared::new(limits, methods, shapes, callers, Wakeup::new()?));
         let (driver, waiting) = Driver::new(shared.clone());
         let (ending, ended) = std::sync::mpsc::channel();
         Ok(Front {
@@ -195,7 +200,7 @@ impl Front {
         let mut peers = HashMap::new();
         let mut skipped = HashSet::new();
         for arrival in self.driver.take() {
-            if is_pointless(&arrival, &mut skipped) {
+            if lists::is_pointless(&arrival, &mut skipped) {
                 continue;
             }
             found.append(self.tuple(py, arrival, seen, &mut peers)?)?;
@@ -230,21 +235,6 @@ impl Front {
     }
 }
 
-/// Whether it is of a call that was over before Python heard of it.
-fn is_pointless(arrival: &Arrival, skipped: &mut HashSet<usize>) -> bool {
-    match arrival {
-        Arrival::Batch(_) | Arrival::Refused(_) => false,
-        Arrival::Call(call, _) => call.is_over() && skipped.insert(key(call)),
-        Arrival::Judge(call) => call.is_over(),
-        Arrival::Message(call, ..)
-        | Arrival::TooLarge(call, _)
-        | Arrival::Duplicate(call, _)
-        | Arrival::HalfClosed(call)
-        | Arrival::Written(call, _)
-        | Arrival::Ended(call) => !skipped.is_empty() && skipped.contains(&key(call)),
-    }
-}
-
 impl Front {
     fn tuple<'py>(
         &self,
@@ -269,6 +259,9 @@ impl Front {
             Arrival::Ended(call) => (7, key(&call)).into_py(py),
             Arrival::Refused(why) => (8, why.name()).into_py(py),
             Arrival::Judge(call) => (9, self.handle(call)).into_py(py),
+            Arrival::Breach(call, breach) => {
+                (10, key(&call), self.handle(call), breach.rule, breach.size).into_py(py)
+            }
         };
         Ok(tuple.into_bound(py).downcast_into::<PyTuple>()?)
     }
@@ -317,11 +310,6 @@ impl Front {
         let tuple: PyObject = (0, handle, ids, callers, whos, columns, asked, tensors).into_py(py);
         Ok(tuple.into_bound(py).downcast_into::<PyTuple>()?)
     }
-}
-
-/// Tells a call from all others that Python knows of.
-fn key(call: &Arc<Call>) -> usize {
-    Arc::as_ptr(call) as usize
 }
 
 /// A call that Python serves.

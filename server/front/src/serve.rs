@@ -204,7 +204,11 @@ impl Served {
     /// Let Python know of the call.
     fn announce(&mut self, request: Option<Bytes>) -> Result<(), Early> {
         let call = self.call.clone();
-        self.is_known = self.shared.arrive_unless(Arrivals::has_many_calls, Arrival::Call(call, request));
+        let arrival = match request.as_ref().and_then(|message| self.shared.breach(self.method, message)) {
+            Some(breach) => Arrival::Breach(call, breach),
+            None => Arrival::Call(call, request),
+        };
+        self.is_known = self.shared.arrive_unless(Arrivals::has_many_calls, arrival);
         if self.is_known {
             return Ok(());
         }
@@ -406,17 +410,19 @@ impl Served {
         Ok(())
     }
 
-    fn take_message(&self, message: Bytes) {
+    fn take_message(&mut self, message: Bytes) {
         if self.method.plain == Plain::InferStream {
-            if let Some(number) = triton::take_message(&self.shared, &self.call, &message) {
-                self.arrive(Arrival::Message(self.call.clone(), message, Some(number)));
+            let number = triton::take_message(&self.shared, &self.call, &message);
+            if number.is_some() && !self.refuse_breach(&message) {
+                self.arrive(Arrival::Message(self.call.clone(), message, number));
             }
             return;
         }
-        if self.method.plain == Plain::StepStream && self.take_plain_frame(&message) {
+        let is_frame = self.method.plain == Plain::StepStream;
+        if is_frame && self.take_plain_frame(&message) || self.refuse_breach(&message) {
             return;
         }
-        if self.method.plain == Plain::StepStream {
+        if is_frame {
             if let Some(frame_id) = Step::frame_id(&message) {
                 let mut state = self.call.state();
                 if state.frames.contains(&frame_id) || !state.general_frames.insert(frame_id) {
@@ -428,6 +434,14 @@ impl Served {
         }
         self.call.hand_over(&mut self.call.state(), message.len());
         self.arrive(Arrival::Message(self.call.clone(), message, None));
+    }
+
+    /// End a stream whose message breaks a rule; whether it does.
+    fn refuse_breach(&mut self, message: &[u8]) -> bool {
+        let Some(breach) = self.shared.breach(self.method, message) else { return false };
+        self.arrive(Arrival::Breach(self.call.clone(), breach));
+        self.is_deaf = true;
+        true
     }
 
     fn take_plain_frame(&self, message: &Bytes) -> bool {

@@ -9,6 +9,7 @@ use crate::inflate::Pace;
 use crate::lifetime::{Age, Lifetime};
 use crate::limits::Limits;
 use crate::serve;
+use crate::shape::{Breach, Shape};
 use crate::tls;
 use crate::turn::{InTurns, Turn};
 use crate::wakeup::Wakeup;
@@ -51,6 +52,8 @@ pub enum Plain {
 pub struct Shared {
     pub limits: Limits,
     pub methods: HashMap<String, Method>,
+    /// What their requests may hold, by `Method::index`.
+    pub shapes: Vec<Shape>,
     /// What new connections get; None: plain text.
     pub tls: Mutex<Option<Arc<rustls::ServerConfig>>>,
     /// Who is known; None: nobody is asked who calls.
@@ -88,12 +91,14 @@ impl Shared {
     pub fn new(
         limits: Limits,
         methods: HashMap<String, Method>,
+        shapes: Vec<Shape>,
         callers: Option<Arc<Callers>>,
         wakeup: Wakeup,
     ) -> Self {
         Shared {
             limits,
             methods,
+            shapes,
             tls: Mutex::default(),
             callers,
             is_dead: AtomicBool::new(false),
@@ -112,6 +117,11 @@ impl Shared {
             is_taking: AtomicBool::new(false),
             connections: AtomicU64::new(0),
         }
+    }
+
+    /// The rule that a message breaks which Python is to parse.
+    pub fn breach(&self, method: Method, message: &[u8]) -> Option<Breach> {
+        self.shapes.get(method.index).and_then(|shape| shape.check(message))
     }
 
     /// Replies that are not on their way, wherever they wait.
@@ -463,6 +473,12 @@ async fn keep_alive(pings: &mut h2::PingPong, limits: &Limits) {
 impl Shared {
     pub fn for_test() -> Self {
         let limits = Limits::for_test();
-        Shared::new(limits, HashMap::new(), None, Wakeup::new().unwrap_or_else(|_| unreachable!()))
+        Shared::new(
+            limits,
+            HashMap::new(),
+            Vec::new(),
+            None,
+            Wakeup::new().unwrap_or_else(|_| unreachable!()),
+        )
     }
 }

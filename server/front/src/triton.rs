@@ -8,7 +8,7 @@ use crate::call::Call;
 use crate::callers::SEPARATOR;
 use crate::clock;
 use crate::columns::Request;
-use crate::plain::{text, Step, Tensor};
+use crate::plain::{push as add, text, Step, Tensor};
 use crate::protobuf::{Fields, NotPlain, Value};
 use crate::server::Shared;
 use bytes::Bytes;
@@ -58,9 +58,9 @@ impl<'a> Infer<'a> {
                 (2, Value::Bytes(bytes)) => version = text(bytes)?,
                 (3, Value::Bytes(bytes)) => id = text(bytes)?,
                 (4, Value::Bytes(entry)) => parameters.add(entry)?,
-                (5, Value::Bytes(input)) => step.tensors.push(input_of(input)?),
-                (6, Value::Bytes(output)) => step.output_names.push(output_of(output)?),
-                (7, Value::Bytes(raw)) => contents.push(raw),
+                (5, Value::Bytes(input)) => step.add_tensor(input_of(input)?)?,
+                (6, Value::Bytes(output)) => add(&mut step.output_names, output_of(output)?)?,
+                (7, Value::Bytes(raw)) => add(&mut contents, raw)?,
                 _ => return Err(NotPlain),
             }
         }

@@ -23,7 +23,6 @@ from google.protobuf.message import DecodeError, Message
 
 from stepwell_server.core.callers import ANYBODY
 from stepwell_server.errors import (
-    InvalidInput,
     MessageTooLarge,
     ModelLoading,
     ServerError,
@@ -34,6 +33,7 @@ from stepwell_server.rpc import naming
 from stepwell_server.rpc.access import Access, access_of
 from stepwell_server.rpc.auditing import AUDITED, UNAUDITED, Auditor
 from stepwell_server.rpc.fronts.base import Call, CallEnded
+from stepwell_server.rpc.fronts.shape import not_a_message
 from stepwell_server.rpc.guard import Guard, Guarded
 from stepwell_server.rpc.status import ANY_CODE, Status, to_status
 from stepwell_server.rpc.tracing import TRACES, Tracer
@@ -88,8 +88,7 @@ def parse(message_type: type[_Message], raw: bytes) -> _Message:
     try:
         return message_type.FromString(raw)
     except DecodeError as error:
-        name = message_type.DESCRIPTOR.full_name
-        raise InvalidInput(f"request must be a {name}; got {len(raw)} bytes that are none") from error
+        raise not_a_message(message_type.DESCRIPTOR.full_name, len(raw)) from error
 
 
 class Boundary:
@@ -124,6 +123,8 @@ class Boundary:
         auditor, keeps_bytes = self._auditor, self._keeps_bytes
 
         async def answer(call: Call) -> bytes:
+            if call.refusal is not None:
+                raise call.refusal
             request = parse(request_type, call.request)
             if not keeps_bytes():
                 call.request = b""  # one copy of a large request is enough

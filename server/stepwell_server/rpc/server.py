@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Protocol
 
-from google.protobuf import message_factory
+from google.protobuf import empty_pb2, message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 
 from stepwell.v1 import models_pb2, sessions_pb2
@@ -21,6 +21,7 @@ from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.boundary import Boundary, RequestObserver, Serve, served_at
 from stepwell_server.rpc.fronts.base import Call, CallEnded, Front, Method
 from stepwell_server.rpc.fronts.certificates import CertificateFiles, Unusable, follow
+from stepwell_server.rpc.fronts.shape import Shape
 from stepwell_server.rpc.guard import Authenticator, Guard
 from stepwell_server.rpc.model_admin import ModelAdminServicer
 from stepwell_server.rpc.models import ModelServicer
@@ -110,6 +111,7 @@ class RpcServer:
                 service.full_name,
                 method.name,
                 served_at(path, self._serving, self._refusing(method.name)),
+                Shape(method.input_type),
                 streams=_streams(method),
                 is_open=access_of(method.name) is Access.ANYONE,
                 judge=None if self.guard is None else self._judging(path, method.name),
@@ -124,7 +126,8 @@ class RpcServer:
         self._serve_by(_TRITON, self._liveness, only={"ServerLive", "ServerReady"})
         for name, serve in unsupported_methods(self._boundary).items():
             judge = None if self.guard is None else self._boundary.judging(name)
-            self._methods.append(Method(_TRITON.full_name, name, serve, judge=judge))
+            shape = Shape(empty_pb2.Empty.DESCRIPTOR)
+            self._methods.append(Method(_TRITON.full_name, name, serve, shape, judge=judge))
 
     async def start(
         self, address: Address | UnixAddress, files: CertificateFiles | None = None

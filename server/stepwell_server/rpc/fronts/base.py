@@ -14,7 +14,9 @@ from stepwell_server.core.callers import Caller, Credential
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.types import U64, Members
+from stepwell_server.errors import ServerError
 from stepwell_server.rpc.fronts.certificates import Certificates
+from stepwell_server.rpc.fronts.shape import Shape
 from stepwell_server.rpc.status import Status
 
 F64 = npt.NDArray[np.float64]
@@ -56,6 +58,8 @@ class Call(Protocol):
     stream may become plain. Until then it is `ANYBODY`."""
     request: bytes
     """The one request; empty where requests are read, and once it was parsed and is not needed any more."""
+    refusal: ServerError | None
+    """The error of the one request if it breaks a rule of the method's shape; its bytes are then not here."""
 
     @property
     def caller(self) -> str:
@@ -81,7 +85,11 @@ class Call(Protocol):
         """What the client sent beside its messages, by lower-case key; the last value of each."""
 
     async def read(self) -> bytes | None:
-        """The next request of a stream; None when the client has sent its last one."""
+        """The next request of a stream; None when the client has sent its last one.
+
+        Raises:
+            InvalidInput: it breaks a rule of the method's shape.
+        """
 
     def write(self, reply: bytes) -> Coroutine[Any, Any, None]:
         """Send a reply of a stream. It is begun when the coroutine is, and ends when the reply is on its way."""
@@ -105,6 +113,8 @@ class Method:
 
     Raises `CallEnded`, and `asyncio.CancelledError` where the front cancelled its task; nothing else.
     """
+    shape: Shape | None = None
+    """What a request may hold: a front checks it before it hands over the bytes. None: anything."""
     streams: bool = False
     """Its requests are read and its replies written; else there is one of each."""
     is_open: bool = False

@@ -18,33 +18,28 @@ from stepwell_server.core.callers import ANYBODY, Caller, Credential
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.namespaces import SEPARATOR, prefix_of
 from stepwell_server.core.remembered import Remembered
-from stepwell_server.engine.types import U64, Members
+from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.rpc.fronts.arrivals import Arrivals, Kind, Whose
 from stepwell_server.rpc.fronts.base import (
-    F64,
     BindError,
     CallEnded,
-    Ended,
     FrontCounts,
-    InputColumn,
     Method,
     OtherFront,
-    OutputColumn,
     SessionSet,
-    StepColumns,
     Steps,
 )
 from stepwell_server.rpc.fronts.certificates import Certificates, Option, Unusable
+from stepwell_server.rpc.fronts.native_columns import Said, columns_of, said
 from stepwell_server.rpc.fronts.unix_socket import SocketFile, bind
-from stepwell_server.rpc.status import Status
 
 if TYPE_CHECKING:
-    from stepwell_front import BatchHandle, CallHandle
+    from stepwell_front import CallHandle
 
 VERSION = stepwell_front.__version__
 #: What this module and the front say to each other: raised with every change of it, here and in `python.rs`.
-_INTERFACE = 3
+_INTERFACE = 4
 _installed = getattr(stepwell_front, "INTERFACE", 0)
 if _installed != _INTERFACE:
     raise OtherFront(
@@ -73,14 +68,11 @@ _PLAIN = {
     "/inference.GRPCInferenceService/ModelInfer": "infer",
     "/inference.GRPCInferenceService/ModelStreamInfer": "infer_stream",
 }
-#: A status as the wire knows it: code, message, details, and whether the call may go elsewhere.
-Said = tuple[int, str, bytes, bool]
 _OK: Said = (0, "", b"", False)
-_NOBODY: Members = np.zeros(0, np.intp)
-_NO_TIMES: F64 = np.zeros(0)
-_ANYBODY = [ANYBODY]
 # The numbers that tell what has come: see `tuple` in python.rs.
-_BATCH, _CALL, _MESSAGE, _TOO_LARGE, _DUPLICATE, _HALF_CLOSED, _WRITTEN, _ENDED, _REFUSED, _JUDGE = range(10)
+_BATCH, _CALL, _MESSAGE, _TOO_LARGE, _DUPLICATE, _HALF_CLOSED, _WRITTEN, _ENDED, _REFUSED, _JUDGE, _BREACH = (
+    range(11)
+)
 #: What the log says of connections that cannot be taken, by the reason that the metric has.
 _REFUSED_LOG = {
     "connections": "connections are refused: there are as many as may be (--max-connections)",
@@ -102,8 +94,9 @@ class _Call:
         self.certificate_names = handle.certificate_names
         self.deadline = handle.deadline
         self.request = request or b""
+        self.refusal: ServerError | None = None
         self.task: asyncio.Task[None] | None = None
-        self._messages: collections.deque[bytes | None] = collections.deque()
+        self._messages: collections.deque[bytes | ServerError | None] = collections.deque()
         self._numbers: collections.deque[int] = collections.deque()
         """Of messages that have no reply yet, where replies leave in their order."""
         self._taken = 0
@@ -142,6 +135,8 @@ class _Call:
             await self._reader
         message = self._messages.popleft()
         self._taken += 1
+        if isinstance(message, ServerError):
+            raise message
         return message
 
     async def write(self, reply: bytes) -> None:
@@ -163,8 +158,11 @@ class _Call:
             sizes = b"" if known.sizes is None else known.sizes.astype(np.uint32).tobytes()
             self._handle.know_set(number, known.ids, sizes, known.held_bytes)
 
-    def came(self, message: bytes | None, number: int | None = None) -> None:
-        """A message of the client, and the number of its reply where those leave in order; None: there are no more."""
+    def came(self, message: bytes | ServerError | None, number: int | None = None) -> None:
+        """A message of the client, and the number of its reply where those leave in order; None: there are no more.
+
+        An error stands for one that breaks a rule.
+        """
         self._messages.append(message)
         if number is not None:
             self._numbers.append(number)
@@ -174,47 +172,6 @@ class _Call:
         """So many bytes of replies are on their way."""
         self._ahead -= count
         _wake(self._room)
-
-
-class _Replies:
-    """`base.ColumnReplies` of a batch that the wire has handed over."""
-
-    def __init__(self, batch: BatchHandle, front: NativeFront) -> None:
-        self._batch = batch
-        self._front = front
-
-    def applied(
-        self,
-        members: Members | None,
-        revisions: U64,
-        positions: U64,
-        outputs: Sequence[OutputColumn],
-        *,
-        replayed: bool,
-        version: str,
-        model_version: int,
-    ) -> Ended:
-        some = None if members is None else members.astype(np.uint32).tobytes()
-        columns = (revisions.tobytes(), positions.tobytes(), outputs)
-        return _ended(*self._batch.applied(some, *columns, replayed, version, model_version))
-
-    def failed(self, members: Members | None, status: Status, error: bytes) -> Ended:
-        some = None if members is None else members.astype(np.uint32).tobytes()
-        return _ended(*self._batch.failed(some, _said(status), error))
-
-    def hand_back(self, members: Members) -> None:
-        self._front.serve(self._batch.hand_back(members.tolist()))
-
-    def behind(self) -> Sequence[int]:
-        calls = self._front.behind()
-        return [place for place, key in enumerate(self._batch.keys()) if key in calls] if calls else ()
-
-    def untraced(self) -> Sequence[int]:
-        return self._batch.untraced()
-
-    def gone(self) -> Members:
-        gone = self._batch.gone()
-        return np.array(gone, np.intp) if gone else _NOBODY
 
 
 class NativeFront:
@@ -257,10 +214,11 @@ class NativeFront:
                 (method.path, method.streams, _PLAIN.get(method.path, ""), method.is_open)
                 for method in methods
             ],
+            [[] if method.shape is None else method.shape.table for method in methods],
             self.limits.values,
             now=self._clock.monotonic,
-            overloaded=_said(steps.overloaded()),
-            headers_too_large=_said(steps.headers_too_large(self.limits.header_bytes)),
+            overloaded=said(steps.overloaded()),
+            headers_too_large=said(steps.headers_too_large(self.limits.header_bytes)),
             callers=self._known,
         )
         if certificates is not None:
@@ -403,7 +361,7 @@ class NativeFront:
             if arrival[4] is not None:
                 self._callers_of(peers, callers, arrival[4])
             self._arrivals.add(Kind.BATCH, peers, arrival, len(arrival[2]), is_all=is_all)
-        elif tag == _CALL:
+        elif tag == _CALL or (tag == _BREACH and not arrival[2].streams):
             peer = self._peers[arrival[1]] = arrival[2].peer
             self._arrivals.add(Kind.TASK, (peer,), arrival)
         elif tag == _JUDGE:
@@ -411,7 +369,7 @@ class NativeFront:
         elif tag == _REFUSED:
             _log.warning(_REFUSED_LOG[arrival[1]], **self.counts().now)
         else:
-            kind = Kind.TASK if tag == _MESSAGE else Kind.EVENT
+            kind = Kind.TASK if tag in {_MESSAGE, _BREACH} else Kind.EVENT
             self._arrivals.add(kind, (self._peer_of(arrival[1]),), arrival)
 
     def _callers_of(self, peers: Collection[str], callers: list[str], whos: list[Caller]) -> None:
@@ -449,13 +407,13 @@ class NativeFront:
     def _do(self, arrival: tuple[Any, ...]) -> None:
         tag = arrival[0]
         if tag == _BATCH:
-            self._steps.take(_columns(self, *arrival[1:]))
+            self._steps.take(columns_of(self, *arrival[1:]))
             return
         if tag == _JUDGE:
             self._judge(arrival[1])
             return
         self._tell(*arrival)
-        if tag in {_CALL, _MESSAGE}:
+        if tag in {_CALL, _MESSAGE, _BREACH}:
             peer = self._peer_of(arrival[1])
             self._arrivals.looking(peer)
             self._loop.call_soon(self._arrivals.looked, peer)  # when the task that was told has had its turn
@@ -467,7 +425,7 @@ class NativeFront:
             if judge is not None:
                 judge(_Call(handle, None, self._callers.put))
         except CallEnded as ended:
-            handle.end(_said(ended.status))
+            handle.end(said(ended.status))
         else:
             handle.admit()
 
@@ -492,13 +450,16 @@ class NativeFront:
         if tag == _CALL:
             self._begin(key, *rest)
             return
+        if tag == _BREACH:
+            self._refuse(key, *rest)
+            return
         if tag == _DUPLICATE:
             handle, frame_id = rest
             handle.write(self._steps.duplicate(frame_id))
             return
         if tag == _TOO_LARGE:
             handle, size = rest
-            handle.end(_said(self._steps.too_large(size)))
+            handle.end(said(self._steps.too_large(size)))
         call = self._calls.get(key)
         if call is None:  # it has had its end meanwhile
             return
@@ -517,6 +478,19 @@ class NativeFront:
         # not in the task: one that is cancelled before it begins runs nothing of its own
         call.task.add_done_callback(lambda _: self._forget(key))
 
+    def _refuse(self, key: int, handle: CallHandle, rule: int, size: int) -> None:
+        """A message breaks a rule of its method's shape: the only one of a call, or one of a stream."""
+        shape = self._methods[handle.method].shape
+        assert shape is not None
+        error = shape.error(rule, size)
+        call = self._calls.get(key)
+        if handle.streams:
+            if call is not None:
+                call.came(error)
+            return
+        self._begin(key, handle, None)
+        self._calls[key].refusal = error
+
     def _forget(self, key: int) -> None:
         del self._peers[key]
         self._calls.pop(key).task = None  # a task that was cancelled holds its frames, and they the call
@@ -530,7 +504,7 @@ class NativeFront:
             else:
                 handle.finish(reply)
         except CallEnded as ended:
-            handle.end(_said(ended.status))
+            handle.end(said(ended.status))
 
 
 def _identity(caller: Caller) -> str:
@@ -538,49 +512,6 @@ def _identity(caller: Caller) -> str:
     return SEPARATOR.join((caller.tenant, caller.name, caller.role.value))
 
 
-def _said(status: Status) -> Said:
-    details = next((value for _, value in status.trailers), b"")
-    return int(status.code), status.message, details, status.may_go_elsewhere
-
-
-def _ended(calls: bytes, messages: bytes) -> Ended:
-    return Ended(_times(calls), _times(messages))
-
-
-def _times(raw: bytes) -> F64:
-    return np.frombuffer(raw, np.float64) if raw else _NO_TIMES
-
-
 def _wake(waiting: asyncio.Future[None] | None) -> None:
     if waiting is not None and not waiting.done():
         waiting.set_result(None)
-
-
-def _columns(
-    front: NativeFront,
-    batch: BatchHandle,
-    session_ids: list[str],
-    callers: list[str],
-    whos: list[Caller] | None,
-    numbers: tuple[bytes, bytes, bytes, bytes, bytes],
-    asked: tuple[int, list[str], bool, tuple[str, str] | None],
-    tensors: list[tuple[str, int, list[int], bytes]],
-) -> StepColumns:
-    counts, sizes, expected, request_ids, deadlines = numbers
-    select, output_names, says_sizes, model = asked
-    return StepColumns(
-        session_ids,
-        callers,
-        _ANYBODY if whos is None else whos,
-        np.frombuffer(sizes, np.uint32),
-        says_sizes,
-        np.frombuffer(expected, np.uint64) if expected else None,
-        np.frombuffer(request_ids, np.uint64) if request_ids else None,
-        np.frombuffer(deadlines, np.float64),
-        select,
-        output_names,
-        [InputColumn(*tensor) for tensor in tensors],
-        np.frombuffer(counts, np.uint32),
-        _Replies(batch, front),
-        model,
-    )

@@ -21,6 +21,7 @@ from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import ANYBODY, Caller, Credential
 from stepwell_server.core.front_limits import FrontLimits
+from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.base import (
@@ -32,6 +33,7 @@ from stepwell_server.rpc.fronts.base import (
     Steps,
 )
 from stepwell_server.rpc.fronts.certificates import Certificates
+from stepwell_server.rpc.fronts.shape import Shape
 from stepwell_server.rpc.status import GO_ELSEWHERE
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
@@ -60,11 +62,13 @@ logging.getLogger("grpc._cython.cygrpc").addFilter(_is_of_use)
 class _Call:
     """A call as grpc.aio hands it over. `base.Call`."""
 
-    __slots__ = ("_context", "caller", "deadline", "is_answered", "request", "who")
+    __slots__ = ("_context", "_shape", "caller", "deadline", "is_answered", "refusal", "request", "who")
 
-    def __init__(self, request: bytes, context: _Context, clock: Clock) -> None:
+    def __init__(self, request: bytes, context: _Context, clock: Clock, shape: Shape | None) -> None:
         self._context = context
-        self.request = request
+        self._shape = shape
+        self.refusal: ServerError | None = None if shape is None else shape.check(request)
+        self.request = request if self.refusal is None else b""
         self.who = ANYBODY
         self.is_answered = False
         """It has a reply, so that its headers are on their way."""
@@ -88,7 +92,12 @@ class _Call:
 
     async def read(self) -> bytes | None:
         request: Any = await self._context.read()
-        return None if request is grpc.aio.EOF else request
+        if request is grpc.aio.EOF:
+            return None
+        refusal = None if self._shape is None else self._shape.check(request)
+        if refusal is not None:
+            raise refusal
+        return bytes(request)
 
     async def write(self, reply: bytes) -> None:
         self.is_answered = True
@@ -240,7 +249,7 @@ class PythonFront:
     def _handler(self, method: Method) -> Any:
         async def handle(raw: Any, context: _Context) -> bytes | None:
             self._calls += 1
-            call = _Call(b"" if method.streams else raw, context, self._clock)
+            call = _Call(b"" if method.streams else raw, context, self._clock, method.shape)
             del raw
             try:
                 reply = await method.serve(call)
