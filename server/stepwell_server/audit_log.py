@@ -17,6 +17,7 @@ import queue
 import stat
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stepwell_server.logs import Log
@@ -24,6 +25,13 @@ from stepwell_server.logs import Log
 _log = Log("audit")
 MOST_WAITING = 16_384
 """Events. A line has some hundreds of bytes, or some thousands where it names sessions."""
+MAX_WAITING_BYTES = 16 << 20
+"""Bytes of the lines that wait, those that are being written among them."""
+MAX_LINE_BYTES = 32 << 10
+"""Bytes of a line; one that would be longer names fewer sessions, and says so."""
+_BATCH_BYTES = 1 << 20
+_SHORT = 64
+"""Characters that are left of each text where a line is too long without its lists, too."""
 _AT_ONCE = 512
 _AGAIN_S, _LAST_S = 1.0, 5.0
 """Time between two tries, and how long the end waits for the last one."""
@@ -46,6 +54,7 @@ class AuditLog:
         self._path = path
         self._waiting: queue.Queue[object] = queue.Queue(most_waiting)
         self._counting = threading.Lock()
+        self._waiting_bytes = 0
         self._missing = 0
         """Events that no line has told of."""
         self.written = self.dropped = 0
@@ -63,14 +72,23 @@ class AuditLog:
     @property
     def is_full(self) -> bool:
         """The next event would be dropped, or cannot be written now."""
-        return self._waiting.full() or self._is_failing
+        has_no_room = self._waiting_bytes > MAX_WAITING_BYTES - MAX_LINE_BYTES
+        return has_no_room or self._waiting.full() or self._is_failing
 
-    def write(self, event: dict[str, object]) -> None:
+    def write(self, event: Mapping[str, object]) -> None:
         """Have an event written, with the time that it is now. Never blocks."""
         moment = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
+        line = _line({"time": moment, **event})
+        with self._counting:
+            has_room = self._waiting_bytes + len(line) <= MAX_WAITING_BYTES
+            self._waiting_bytes += len(line) if has_room else 0
+        if not has_room:
+            self._drop(1)
+            return
         try:
-            self._waiting.put_nowait({"time": moment, **event})
+            self._waiting.put_nowait(line)
         except queue.Full:
+            self._release([line])
             self._drop(1)
 
     def reopen(self) -> None:
@@ -96,6 +114,11 @@ class AuditLog:
         if self._descriptor > 2 and not self._thread.is_alive():
             os.close(self._descriptor)
 
+    def _release(self, lines: Sequence[bytes]) -> None:
+        """They do not wait any more."""
+        with self._counting:
+            self._waiting_bytes -= sum(map(len, lines))
+
     def _drop(self, count: int) -> None:
         with self._counting:
             self.dropped += count
@@ -104,27 +127,32 @@ class AuditLog:
     def _run(self) -> None:
         going_on = True
         while going_on:
-            events: list[object] = [self._waiting.get()]
-            while len(events) < _AT_ONCE and events[-1] not in (_STOP, _REOPEN):
+            last = self._waiting.get()
+            lines: list[bytes] = []
+            size = 0
+            while isinstance(last, bytes):
+                lines.append(last)
+                size += len(last)
+                if len(lines) >= _AT_ONCE or size >= _BATCH_BYTES:
+                    break
                 try:
-                    events.append(self._waiting.get_nowait())
+                    last = self._waiting.get_nowait()
                 except queue.Empty:
                     break
-            last = events[-1]
-            if last in (_STOP, _REOPEN):
-                events.pop()
-            self._put(events)
+            self._put(lines)
+            self._release(lines)
             going_on = last is not _STOP
             if last is _REOPEN or self._must_turn:
                 self._turn()
 
-    def _put(self, events: list[object]) -> None:
+    def _put(self, lines: list[bytes]) -> None:
         with self._counting:
             missing, self._missing = self._missing, 0
-        told: list[object] = [{"action": "missing", "who": "server", "count": missing}] if missing else []
-        if not events and not told:
+        if missing:
+            lines = [_line({"action": "missing", "who": "server", "count": missing}), *lines]
+        if not lines:
             return
-        data = "".join(f"{json.dumps(event, default=str)}\n" for event in [*told, *events]).encode()
+        data, count = b"".join(lines), len(lines) - bool(missing)
         done = 0
         while done < len(data):
             try:
@@ -134,8 +162,8 @@ class AuditLog:
                     _log.error("the audit log cannot be written", path=str(self._path), reason=error.strerror)
                 self._is_failing = True
                 if self._is_stopping:
-                    lost = min(len(events), data.count(b"\n", done))
-                    self.written += len(events) - lost
+                    lost = min(count, data.count(b"\n", done))
+                    self.written += count - lost
                     self._drop(lost)
                     return
                 self._nudge.wait(_AGAIN_S)
@@ -144,7 +172,7 @@ class AuditLog:
                     if self._cut(done - begin):
                         done = begin
                     self._turn()
-        self.written += len(events)
+        self.written += count
         if self._is_failing:
             _log.info("the audit log can be written again", path=str(self._path))
         self._is_failing = False
@@ -185,3 +213,24 @@ class AuditLog:
             _log.warning("the audit log was open to other users, and is closed to them", path=str(self._path))
             os.fchmod(descriptor, 0o600)
         return descriptor
+
+
+def _line(event: Mapping[str, object]) -> bytes:
+    """An event as it stands in the file, within `MAX_LINE_BYTES`."""
+    line = _dumped(event)
+    kept = 1 << 10
+    while len(line) > MAX_LINE_BYTES and kept:
+        kept //= 4
+        line = _dumped({"cut": True} | {key: _shortened(value, kept) for key, value in event.items()})
+    return line
+
+
+def _dumped(event: Mapping[str, object]) -> bytes:
+    return f"{json.dumps(event, default=str)}\n".encode()
+
+
+def _shortened(value: object, entries: int) -> object:
+    """A list with so many of its entries; other values are short, but for a text that somebody has sent."""
+    if isinstance(value, list):
+        return [_shortened(each, entries) for each in value[:entries]]
+    return value[:_SHORT] if isinstance(value, str) and entries < _SHORT else value

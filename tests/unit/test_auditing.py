@@ -17,9 +17,9 @@ import pytest
 
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.audit_log import AuditError, AuditLog
+from stepwell_server.audit_log import MAX_LINE_BYTES, MAX_WAITING_BYTES, AuditError, AuditLog
 from stepwell_server.core.callers import Caller, Credential, Known, Role
-from stepwell_server.errors import Overloaded, PermissionDenied, Unauthenticated
+from stepwell_server.errors import Overloaded, PermissionDenied, StoreAway, Unauthenticated
 from stepwell_server.rpc import health
 from stepwell_server.rpc.access import Access, require
 from stepwell_server.rpc.auditing import AUDITED, MOST_NAMED, UNAUDITED, Auditor
@@ -177,6 +177,143 @@ def test_strangers_do_not_fill_the_disk(file: Path) -> None:
     lines = _lines(file)
     assert len(lines) == 1004
     assert [line.get("skipped") for line in lines[999:]] == [None, None, None, 5, 2]
+
+
+async def test_a_caller_who_is_refused_again_and_again_does_not_fill_the_disk(file: Path) -> None:
+    log, clock = AuditLog(file), ManualClock()
+    async with calls(auditor=Auditor(log, "drop", clock.monotonic)) as client:
+        for _ in range(1005):
+            await client.refused(pb.CloseSessionRequest(session_id="nobody"))
+        await client.call(pb.OpenSessionRequest(model="plain", session_id="a"))
+        clock.advance(0.1)
+        await client.refused(pb.CloseSessionRequest(session_id="nobody"))
+    log.close()
+    lines = _lines(file)
+    assert [line["outcome"] for line in lines[999:]] == ["SESSION_NOT_FOUND", "OK", "SESSION_NOT_FOUND"]
+    assert [line.get("skipped") for line in lines[999:]] == [None, None, 5]
+
+
+def test_callers_have_budgets_of_their_own(file: Path) -> None:
+    log, clock = AuditLog(file), ManualClock()
+    auditor, calls_of = Auditor(log, "drop", clock.monotonic), {}
+    for name in ("ann", "bob"):
+        calls_of[name] = FakeCall()
+        calls_of[name].who = Caller(name, "acme", Role.VIEWER)
+    for _ in range(1005):
+        auditor.refused("Step", calls_of["ann"], PermissionDenied("no", role="viewer"))
+    auditor.refused("Step", calls_of["bob"], PermissionDenied("no", role="viewer"))
+    # what may have changed something has its line, whatever was refused before
+    auditor.failed("CloseSessions", calls_of["ann"], pb.CloseSessionsRequest(), StoreAway("away", 1.0))
+    log.close()
+    assert [line["who"] for line in _lines(file)[999:]] == ["ann", "bob", "ann"]
+
+
+def test_names_are_cut_and_lines_are_bounded(file: Path) -> None:
+    log = AuditLog(file)
+    auditor, call = Auditor(log, "drop"), FakeCall()
+    wild = "\x01" * 900
+    auditor.done(
+        "ListSessions", call, pb.ListSessionsRequest(session_id_prefix=wild), pb.ListSessionsResponse()
+    )
+    many = pb.CloseSessionsRequest(session_ids=[f"\U0001f600{wild}{number}" for number in range(60_000)])
+    auditor.done("CloseSessions", call, many, pb.CloseSessionsResponse(closed=3))
+    call.certificate_names = [wild] * 2000
+    auditor.done("ListSessions", call, pb.ListSessionsRequest(), pb.ListSessionsResponse())
+    log.write({"anything": "x" * 100_000})
+    log.close()
+    assert max(map(len, file.read_bytes().splitlines())) <= MAX_LINE_BYTES
+    prefix, closed, certificates, anything = _lines(file)
+    assert prefix["session_id_prefix"] == "\x01" * 256 + "... (900 characters)"
+    assert (closed["count"], closed["cut"]) == (3, True)
+    assert 0 < len(closed["sessions"]) < MOST_NAMED
+    assert certificates["cut"]
+    assert len(anything["anything"]) == 64
+
+
+def test_the_queue_is_bounded_in_bytes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on, write = threading.Event(), os.write
+
+    def slow(descriptor: int, data: bytes) -> int:
+        if threading.current_thread().name == "stepwell-audit":
+            goes_on.wait(100)
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", slow)
+    log = AuditLog(file)
+    line = {"padding": "x" * (MAX_LINE_BYTES - 1000)}
+    auditor = Auditor(log, "refuse")
+    written = 0
+    while not log.is_full:
+        log.write(line)
+        written += 1
+    assert MAX_WAITING_BYTES // MAX_LINE_BYTES - 2 < written < MAX_WAITING_BYTES // MAX_LINE_BYTES + 50
+    assert log.dropped == 0, "what is refused when it is full had no line yet"
+    with pytest.raises(Overloaded, match="the audit log must have room"):
+        auditor.begins("OpenSession", FakeCall())
+    for _ in range(50):
+        log.write(line)
+    assert log.dropped > 0
+    goes_on.set()
+    log.close()
+    assert sum("padding" in each for each in _lines(file)) == log.written == written + 50 - log.dropped
+
+
+def test_sessions_of_one_call_are_gathered_in_a_moment(file: Path) -> None:
+    """Each id of a call was compared with each of its reply."""
+    log = AuditLog(file)
+    ids = [f"session-{number:06}" for number in range(20_000)]
+    request = pb.OpenSessionsRequest(model="plain", session_ids=ids)
+    looked: list[int] = []
+
+    class Counted(str):
+        __slots__ = ()
+
+        def __eq__(self, other: object) -> bool:
+            looked.append(1)
+            return str.__eq__(self, str(other))
+
+        __hash__ = str.__hash__
+
+    reply = Mock(spec=["session_ids", "DESCRIPTOR"], session_ids=[Counted(each) for each in ids])
+    reply.DESCRIPTOR = pb.OpenSessionsResponse.DESCRIPTOR
+    Auditor(log, "drop").done("OpenSessions", FakeCall(), request, reply)
+    log.close()
+    assert len(looked) <= 2 * len(ids)
+
+
+async def test_steps_that_reset_or_read_states_have_lines(file: Path) -> None:
+    log = AuditLog(file)
+    x = tensors({"x": np.full((1, 1, 2), 0.5, np.float32)})
+    all_states = pb.STATE_SELECTION_ALL
+    async with calls(auditor=Auditor(log, "drop")) as client:
+        await client.call(pb.OpenSessionRequest(model="plain", session_id="a"))
+        await client.call(pb.StepRequest(session_id="a", inputs=x))
+        await client.call(pb.StepRequest(session_id="a", inputs=x, reset_mask=[False]))
+        await client.call(pb.StepRequest(session_id="a", inputs=x, reset_mask=[True]))
+        await client.call(pb.StepRequest(session_id="a", inputs=x, states=all_states))
+        await client.refused(pb.StepRequest(session_id="nobody", inputs=x, reset_mask=[True]))
+        for fields in ({}, {"reset_mask": [False]}, {"reset_mask": [True], "states": all_states}):
+            step = pb.StepFrame(session_ids=["a"], inputs=x, **fields)
+            await client.exchange(pb.StepStreamRequest(step=step))
+    log.close()
+    assert [(line["action"], line["method"], line["outcome"]) for line in _lines(file)[1:]] == [
+        ("reset", "Step", "OK"),
+        ("read_state", "Step", "OK"),
+        ("reset", "Step", "SESSION_NOT_FOUND"),
+        ("reset", "StepStream", "OK"),
+        ("read_state", "StepStream", "OK"),
+    ]
+
+
+async def test_a_step_that_must_have_a_line_is_refused_where_there_is_no_room(file: Path) -> None:
+    log = Mock(is_full=False)
+    x = tensors({"x": np.full((1, 1, 2), 0.5, np.float32)})
+    async with calls(auditor=Auditor(log, "refuse")) as client:
+        await client.call(pb.OpenSessionRequest(model="plain", session_id="a"))
+        log.is_full = True
+        refused = await client.refused(pb.StepRequest(session_id="a", inputs=x, reset_mask=[True]))
+        assert "the audit log must have room" in refused.message
+        await client.call(pb.StepRequest(session_id="a", inputs=x))
 
 
 async def test_who_acts_in_another_tenant_is_not_taken_for_a_caller_of_that(file: Path) -> None:

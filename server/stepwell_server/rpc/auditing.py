@@ -7,17 +7,31 @@ neither cannot be served.
 from __future__ import annotations
 
 import contextvars
+import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from google.protobuf.message import Message
 
-from stepwell.v1 import models_pb2
+from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import ANYBODY
 from stepwell_server.core.quotas import TokenBucket
-from stepwell_server.errors import Overloaded, ServerError
+from stepwell_server.core.remembered import Remembered
+from stepwell_server.errors import (
+    InvalidInput,
+    ModelNotFound,
+    Overloaded,
+    PermissionDenied,
+    QuotaExceeded,
+    RevisionConflict,
+    ServerError,
+    SessionExists,
+    SessionGone,
+    Unauthenticated,
+)
 
 if TYPE_CHECKING:
     from stepwell_server.audit_log import AuditLog
@@ -48,8 +62,8 @@ AUDITED = {
 }
 #: Those that have a line only when they are refused, each with its reason.
 UNAUDITED = {
-    "Step": "the hot path; what steps do is in the metrics",
-    "StepStream": "the hot path; its frames that reset sessions have lines",
+    "Step": "the hot path; those that reset or read states have lines",
+    "StepStream": "the hot path; its frames that reset or read states have lines",
     "Predict": "the hot path; it touches no session",
     "ModelInfer": "the hot path; sequences that begin and end have lines as sessions",
     "ModelStreamInfer": "the hot path; as ModelInfer",
@@ -90,10 +104,19 @@ _ABOUT_MODELS = tuple(
 )
 MOST_NAMED = 100
 """Session ids of a line; of more only the count is said."""
+MAX_NAME_CHARACTERS = 256
+"""Characters of a text in a line; of a longer one the length is said."""
 _RETRY_AFTER_S = 1.0
-#: Lines a second, and at once, for calls of those whom nobody knows: else whoever reaches the server fills its disk, and
-#: leaves no room for the lines of others.
-_STRANGERS = 10.0, 1000
+#: Lines a second, and at once, of one caller for calls that were refused and changed nothing, and of all strangers
+#: together: else whoever reaches the server fills its disk, and leaves no room for the lines of others.
+_REFUSED_RATE = 10.0, 1000
+_MAX_CALLERS = 10_000
+"""Callers whose refused calls are counted; the one that was refused least lately is forgotten first."""
+#: What changes nothing, by what the errors' classes promise.
+_UNCHANGED = (
+    *(InvalidInput, SessionGone, SessionExists, RevisionConflict, ModelNotFound),
+    *(Unauthenticated, PermissionDenied, QuotaExceeded),
+)
 _sequences: contextvars.ContextVar[Call | None] = contextvars.ContextVar("stepwell_sequences", default=None)
 
 
@@ -106,9 +129,8 @@ class Auditor:
         self._log = log
         self._refuses = when_full == "refuse"
         self._now = now
-        self._strangers = TokenBucket(*_STRANGERS, now())
-        self._skipped = 0
-        """Calls of strangers without a line, which the next of their lines tells of."""
+        self._budgets: Remembered[tuple[str, str], _Budget] = Remembered(_MAX_CALLERS)
+        """By tenant and name; of strangers by neither."""
 
     def begins(self, method: str, call: Call) -> None:
         """A call begins, in its task.
@@ -134,33 +156,66 @@ class Auditor:
 
     def done(self, method: str, call: Call, request: Message, reply: Message) -> None:
         """It was served."""
-        if method in AUDITED:
-            self._write(AUDITED[method], method, call, "OK", _said(request, reply))
+        for action in _actions(method, request):
+            self._write(action, method, call, "OK", _said(request, reply))
 
     def failed(self, method: str, call: Call, request: Message, error: ServerError) -> None:
         """Its behaviour refused it."""
-        if method in AUDITED and not _is_refusal(error):
-            self._write(AUDITED[method], method, call, error.reason, _said(request, None))
+        actions = () if _is_refusal(error) else _actions(method, request)
+        skipped = self._skipped(call, error) if actions else 0
+        if skipped < 0:
+            return
+        for action in actions:
+            facts = _said(request, None)
+            if skipped:
+                facts["skipped"], skipped = skipped, 0
+            self._write(action, method, call, error.reason, facts)
 
     def refused(self, method: str, call: Call, error: ServerError) -> None:
         """It ended with an error. Those that say no to a caller have a line, whatever was called."""
         if _is_refusal(error):
             facts: dict[str, object] = {"quota": error.metadata["quota"]} if "quota" in error.metadata else {}
-            if call.who is ANYBODY and error.reason == "UNAUTHENTICATED":
-                if self._strangers.take(1, self._now()):
-                    self._skipped += 1
-                    return
-                if self._skipped:
-                    facts["skipped"], self._skipped = self._skipped, 0
+            skipped = self._skipped(call, error)
+            if skipped < 0:
+                return
+            if skipped:
+                facts["skipped"] = skipped
             self._write("refused", method, call, error.reason, facts)
 
-    def sessions_reset(self, call: Call, session_ids: Sequence[str], failed: int, reason: str) -> None:
-        """A frame of a stream that resets sessions has ended; for so many of them with an error, the last for a reason."""
+    def _skipped(self, call: Call, error: ServerError) -> int:
+        """How many refused calls of a caller had no line since its last one; -1: this one has none either."""
+        if not isinstance(error, _UNCHANGED):
+            return 0
+        whose = ("", "") if call.who is ANYBODY else (call.who.tenant, call.who.name)
+        budget = self._budgets.get(whose) or _Budget(TokenBucket(*_REFUSED_RATE, self._now()))
+        self._budgets.put(whose, budget)
+        if budget.bucket.take(1, self._now()):
+            budget.skipped += 1
+            return -1
+        skipped, budget.skipped = budget.skipped, 0
+        return skipped
+
+    def parsed(self, method: str, request: Message) -> None:
+        """A request is about to be served: a step that resets or reads states has a line, too.
+
+        Raises:
+            Overloaded: it would have none, and must have one.
+        """
+        if method not in AUDITED and _actions(method, request):
+            self.require_room()
+
+    def frame_ended(
+        self, call: Call, action: str, session_ids: Sequence[str], failed: int, reason: str
+    ) -> None:
+        """A frame of a stream that resets or reads states has ended.
+
+        For ``failed`` of its sessions it ended with an error, of the last for this reason.
+        """
         names = [namespaces.own(session_id) for session_id in session_ids[:MOST_NAMED]]
         facts: dict[str, object] = {"count": len(session_ids), "sessions": names}
         if failed:
             facts["failed"] = failed
-        self._write("reset", "StepStream", call, reason or "OK", facts)
+        self._write(action, "StepStream", call, reason or "OK", facts)
 
     def cancelled(self, method: str, call: Call, code: str) -> None:
         """Its client went away, or its time was over: what became of it nobody was told."""
@@ -196,7 +251,36 @@ class Auditor:
         trace = str(call.metadata.get("traceparent", "")).split("-")
         if len(trace) == 4 and len(trace[1]) == 32:
             line["trace_id"] = trace[1]
-        self._log.write(line)
+        self._log.write({key: _cut(value) for key, value in line.items()})
+
+
+@dataclasses.dataclass(slots=True)
+class _Budget:
+    """How many lines a caller may have for refused calls."""
+
+    bucket: TokenBucket
+    skipped: int = 0
+    """Calls without a line, which the next of the caller's lines tells of."""
+
+
+def _actions(method: str, request: Any) -> Sequence[str]:
+    """What the lines of a call say it does; empty: it has none."""
+    if method == "Step":
+        return step_actions(reset=any(request.reset_mask), states=request.states)
+    return (AUDITED[method],) if method in AUDITED else ()
+
+
+def step_actions(*, reset: bool, states: int) -> Sequence[str]:
+    """What a step does beside advancing its sessions. `states` is a `StateSelection`."""
+    reads = states not in (sessions_pb2.STATE_SELECTION_UNSPECIFIED, sessions_pb2.STATE_SELECTION_NONE)
+    return ("reset",) * reset + ("read_state",) * reads
+
+
+def _cut(value: object) -> object:
+    """A value as it may stand in a line: of a long text its beginning and its length."""
+    if isinstance(value, str) and len(value) > MAX_NAME_CHARACTERS:
+        return f"{value[:MAX_NAME_CHARACTERS]}... ({len(value)} characters)"
+    return [_cut(each) for each in value[:MOST_NAMED]] if isinstance(value, list) else value
 
 
 def _is_refusal(error: ServerError) -> bool:
@@ -213,12 +297,12 @@ def _said(request: Message, reply: Message | None) -> dict[str, object]:
         facts["model"] = value
     if request.DESCRIPTOR in _ABOUT_MODELS:
         return facts | _said_of_model(request, reply)
-    ids = list(dict.fromkeys(_ids(request)))
-    opened = [] if reply is None else [each for each in _ids(reply) if each not in ids]
-    ids += opened
+    ids = dict.fromkeys(_ids(request))
+    if reply is not None:
+        ids |= dict.fromkeys(_ids(reply))
     if ids:
         facts["count"] = len(ids)
-        facts["sessions"] = ids[:MOST_NAMED]
+        facts["sessions"] = list(itertools.islice(ids, MOST_NAMED))
     closed = getattr(reply, "closed", None)
     if closed is not None:
         facts["count"] = closed

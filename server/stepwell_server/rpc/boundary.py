@@ -126,6 +126,8 @@ class Boundary:
             if call.refusal is not None:
                 raise call.refusal
             request = parse(request_type, call.request)
+            if auditor is not None:
+                auditor.parsed(method, request)
             if not keeps_bytes():
                 call.request = b""  # one copy of a large request is enough
             try:

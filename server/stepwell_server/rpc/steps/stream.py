@@ -22,6 +22,7 @@ from stepwell_server.engine.intake.validation import require_lists
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import ServerError, Stopping
 from stepwell_server.logs import Log
+from stepwell_server.rpc.auditing import step_actions
 from stepwell_server.rpc.boundary import parse
 from stepwell_server.rpc.status import code_of
 from stepwell_server.rpc.steps import messages
@@ -229,9 +230,11 @@ class FrameStream:
             frame.trace = self._tracer.of_frame("StepStream", body.traceparent)
             if frame.trace is not None:
                 change.traces = {0: frame.trace}
-        if self._auditor is not None and change.reset:
-            self._auditor.require_room()
-            frame.reset = change.session_ids
+        if self._auditor is not None:
+            frame.actions = _actions(change, body)
+            if frame.actions:
+                self._auditor.require_room()
+                frame.audited = change.session_ids
         frame.change = change
         self._engine.submit(change)
         self._hold(frame)
@@ -260,10 +263,11 @@ class FrameStream:
         self._observer.refused(error.reason, count, error.model)
 
     def ended(self, frame: _Frame) -> None:
-        """All of a frame is done, or refused: what resets sessions is for the audit log."""
-        if self._auditor is not None and frame.reset is not None:
+        """All of a frame is done, or refused: what resets or reads states is for the audit log."""
+        if self._auditor is not None:
             reason = "" if frame.error is None else frame.error.reason
-            self._auditor.sessions_reset(self._call, frame.reset, frame.failures, reason)
+            for action in frame.actions:
+                self._auditor.frame_ended(self._call, action, frame.audited, frame.failures, reason)
 
     def _refuse(self, frame: _Frame, error: ServerError) -> None:
         """Answer a frame of which nothing was done."""
@@ -300,8 +304,8 @@ class _Frame:
     """A frame whose last part is not written yet: the replies to its change."""
 
     __slots__ = (
-        *("_stream", "came", "change", "declared_set", "error", "failures", "frame_id", "held_bytes"),
-        *("is_short", "left", "reset", "size", "trace"),
+        *("_stream", "actions", "audited", "came", "change", "declared_set", "error", "failures"),
+        *("frame_id", "held_bytes", "is_short", "left", "size", "trace"),
     )
 
     def __init__(self, stream: FrameStream, frame_id: int, held_bytes: int, came: float) -> None:
@@ -323,8 +327,10 @@ class _Frame:
         """How members failed, the last of them."""
         self.failures = 0
         """Members that failed."""
-        self.reset: Sequence[str] | None = None
-        """The sessions that it resets, where that is audited."""
+        self.actions: Sequence[str] = ()
+        """What the audit log says of it, a line each."""
+        self.audited: Sequence[str] = ()
+        """The sessions that those lines name."""
         self.declared_set = 0
         """The set that it has made known; 0: none."""
 
@@ -365,6 +371,16 @@ class _Frame:
 
     def _named(self, members: Members) -> Members | None:
         return None if len(members) == self.size else members
+
+
+def _actions(change: Change, body: messages.FrameBody) -> Sequence[str]:
+    """What the audit log says of a frame."""
+    if change.reset:
+        return ("reset",)
+    if not isinstance(body, pb.StepFrame):
+        return ()
+    resets = change.reset_rows is not None and bool(change.reset_rows.any())
+    return step_actions(reset=resets, states=body.states)
 
 
 def _end_trace(trace: CallTrace, error: ServerError | None, sessions: int) -> None:
