@@ -20,6 +20,7 @@ from stepwell import _model_files
 from stepwell._model_files import ModelSource
 from stepwell.client import Client
 from stepwell.config import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_S, ClientConfig, check_switch
+from stepwell.errors import ServerStartError
 from stepwell.testing import LocalServer, serve_arguments
 
 _STOP_S = 10.0
@@ -75,7 +76,7 @@ def local(
         InvalidInputError: An argument breaks its rule.
         FileNotFoundError: There is no such file.
         ServerStartError: The server cannot start (a model that cannot be served; packages that are not installed:
-            the message says which); it is in `stepwell.testing`.
+            the message begins with the reason).
 
     Example:
         >>> client = stepwell.local(model_path, name="forecast")
@@ -103,7 +104,20 @@ def local(
         )
         place = _places.of(frozenset(files))
         paths = {name: file.path for name, file in files.items()}
-        return place.client(wanted, told, lambda: _new_server(wanted, paths, start_timeout_s))
+
+        def start() -> LocalServer:
+            try:
+                return _new_server(wanted, paths, start_timeout_s)
+            except ServerStartError as error:
+                if not error.refusal:
+                    raise
+                message = error.refusal
+                for file in files.values():
+                    if not file.is_given:  # a temporary file of this call, whose name says nothing
+                        message = message.replace(f"{file.path}: ", "")
+                raise ServerStartError(f"{message} (the server did not start)", refusal=message) from None
+
+        return place.client(wanted, told, start)
 
 
 class LocalClient(Client):

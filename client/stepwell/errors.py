@@ -23,6 +23,7 @@
     │   ├── ModelLoadError         the file cannot be served
     │   └── MigrationFailedError   the function that makes new states of old ones is not there, or failed
     ├── InternalError              a defect of the server: its log has the details under .error_id
+    ├── ServerStartError           a server that this process starts did not start: `stepwell.local`, `LocalServer`
     └── ClosedError                the client or session was closed on this side
 
 | class | gRPC status | retried by the SDK |
@@ -248,6 +249,20 @@ class InternalError(StepwellError):
         self.error_id = error_id
 
 
+class ServerStartError(StepwellError):
+    """A server that this process starts refused to start, or was not ready in time.
+
+    Raised by `stepwell.local` and `stepwell.testing.LocalServer`.
+    """
+
+    refusal: str
+    """What the server says about it, in one line. Empty if it says nothing: the message has its last log lines."""
+
+    def __init__(self, message: str, *, refusal: str = "") -> None:
+        super().__init__(message)
+        self.refusal = refusal
+
+
 class ClosedError(StepwellError):
     """The client, session or group was closed on this side."""
 
@@ -268,6 +283,7 @@ __all__ = [
     "RefusedError",
     "ReplyTooLargeError",
     "RevisionConflictError",
+    "ServerStartError",
     "SessionExistsError",
     "SessionExpiredError",
     "SessionGoneError",

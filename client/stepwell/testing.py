@@ -19,7 +19,7 @@ from typing import Self
 from stepwell import _install
 from stepwell._ports import reserved
 from stepwell.config import check_timeout
-from stepwell.errors import InvalidInputError, StepwellError
+from stepwell.errors import InvalidInputError, ServerStartError
 
 __all__ = ["LocalServer", "ServerStartError"]
 
@@ -41,10 +41,6 @@ if sys.platform == "linux":
         sys.exit(1)
 os.execv(sys.argv[2], sys.argv[2:])
 """
-
-
-class ServerStartError(StepwellError):
-    """The server refused to start, or was not ready in time; the message ends with its last log lines."""
 
 
 def serve_arguments(extra_args: object) -> list[str]:
@@ -164,7 +160,9 @@ class LocalServer:
                 how = f"was not ready within {self._start_timeout_s:g} s"
             else:
                 how = f"ended with exit code {run.exit_code}"
-            raise ServerStartError(f"the server {how}{run.reason()}")
+            refusal = run.refusal()
+            why = f": {refusal}" if refusal else f"; its last log lines:\n{run.text(_SHOWN_LINES)}"
+            raise ServerStartError(f"the server {how}{why}", refusal=refusal)
         self._address = address
 
     def _command(self) -> list[str]:
@@ -334,15 +332,16 @@ class _Run:
         self._thread.join()
         return self._process.wait()
 
-    def text(self) -> str:
-        return "".join(tuple(self._lines))
+    def text(self, last: int = 0) -> str:
+        """What it has written: the `last` lines of it, or all that is kept."""
+        return "".join(tuple(self._lines)[-last:])
 
-    def reason(self) -> str:
-        """Why it did not start, as the end of a sentence: its own last word on it, or else its last lines."""
+    def refusal(self) -> str:
+        """Why it did not start, by its last line; empty if that does not say it."""
         lines = tuple(self._lines)
         last = lines[-1].rstrip() if lines else ""
         if (refusal := _REFUSAL.match(last)) is not None:
-            return f": {refusal['reason']}"
+            return refusal["reason"]
         if (missing := _MISSING.search(last)) is not None:
-            return f": serving needs a package that is not installed ({missing['module']}): {_install.advice(_install.SERVER)}"
-        return f"; its last log lines:\n{''.join(lines[-_SHOWN_LINES:])}"
+            return f"serving needs a package that is not installed ({missing['module']}): {_install.advice(_install.SERVER)}"
+        return ""

@@ -209,6 +209,18 @@ def test_several_inputs_and_outputs(run: Run, tmp_path: Path) -> None:
     refused(run("step", "a", "--input", "[[1]]"), "--input needs a name", exit_code=2)
 
 
+def test_an_input_without_its_first_axis_is_written_as_it_should_be(
+    run: Run, client: stepwell.Client
+) -> None:
+    client.open_session("forecast", session_id="one")
+    for given, hint in (
+        ("[0.1, 0.2, 0.3]", "did you mean --input '[[0.1, 0.2, 0.3]]'?"),
+        ("x=[0.1, 0.2, 0.3]", "did you mean --input 'x=[[0.1, 0.2, 0.3]]'?"),
+        ('{"x": [0.1, 0.2, 0.3]}', "did you mean one more pair of brackets around it, [[...]]?"),
+    ):
+        refused(run("step", "one", "--input", given), hint)
+
+
 def test_a_session_that_is_not_there_is_never_made(run: Run, client: stepwell.Client) -> None:
     refused(run("step", "nobody", "--input", "[[1, 2, 3]]"), "'nobody'")
     refused(run("state", "get", "nobody"), "'nobody'")
@@ -335,6 +347,28 @@ def test_a_long_id_is_whole_in_a_pipe_and_pads_no_other_row(run: Run, client: st
     assert second.split()[:2] == [long, "forecast"]
     assert max(len(heading), len(first)) < 80
     assert heading.index("MODEL") == first.index("forecast")
+
+
+def test_a_terminal_shows_a_hundred_sessions_and_how_many_more_there_are(
+    run: Run, client: stepwell.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.open_sessions("forecast", 103, session_ids=[f"user-{number:03}" for number in range(103)])
+    assert len(run("sessions", "list").stdout.splitlines()) == 104, "all, into a pipe"
+    monkeypatch.setattr("stepwell.cli.sessions.shows_on_terminal", lambda: True)
+    cut = run("sessions", "list")
+    assert len(cut.stdout.splitlines()) == 101
+    assert cut.stderr == "3 more: --all lists them, --limit N another number of them\n"
+    for options, count in (
+        (("--all",), 103),
+        (("--limit", "102"), 102),
+        (("--prefix", "user-00"), 10),
+    ):
+        listed = run("sessions", "list", *options)
+        assert (len(listed.stdout.splitlines()) - 1, listed.stderr) == (count, "")
+    assert len(documents(run("sessions", "list", "--json"))) == 103
+    refused(
+        run("sessions", "list", "--all", "--limit", "3"), "--all must be given without --limit", exit_code=2
+    )
 
 
 def test_no_sessions_are_an_empty_list(run: Run) -> None:

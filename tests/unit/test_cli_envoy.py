@@ -147,10 +147,17 @@ def test_every_call_that_is_no_stream_has_an_http_rule() -> None:
 
 
 def test_it_is_written_to_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "envoy.yaml"
+    file = tmp_path / "my envoy.yaml"
+    said = f"written: {file}; start it: envoy -c '{file}'\n"
+    done = CliRunner().invoke(main, ["envoy-config", *REPLICAS, "--output", str(file)])
+    assert (done.exit_code, done.stdout) == (0, said)
+    assert yaml.safe_load(file.read_text()) == written(*REPLICAS)
     file.write_text("another one")
     done = CliRunner().invoke(main, ["envoy-config", *REPLICAS, "--output", str(file)])
-    assert (done.exit_code, done.stdout) == (0, "")
+    assert (done.exit_code, done.stdout, file.read_text()) == (2, "", "another one")
+    assert f"-o must name a file that is not there, unless --force replaces it; got {file}" in done.stderr
+    done = CliRunner().invoke(main, ["envoy-config", *REPLICAS, "--output", str(file), "--force"])
+    assert (done.exit_code, done.stdout) == (0, said)
     assert yaml.safe_load(file.read_text()) == written(*REPLICAS)
     missing = str(tmp_path / "missing" / "envoy.yaml")
     done = CliRunner().invoke(main, ["envoy-config", *REPLICAS, "--output", missing])

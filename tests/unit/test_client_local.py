@@ -37,7 +37,8 @@ class FakeServer:
         self.contents = {name: Path(path).read_bytes() for name, path in self.models.items()}
         FakeServer.made.append(self)
         if b"bad" in self.contents.values():
-            raise ServerStartError("the server ended with exit code 2: model m: it is bad")
+            refusal = f"model m: {self.models['m']}: it is bad"
+            raise ServerStartError(f"the server ended with exit code 2: {refusal}", refusal=refusal)
         for name in self.models:
             self.options["on_log"](f"2026 info loading model model={name} stage=load")
             self.options["on_log"](json.dumps({"event": "loading model", "model": name, "stage": "trace"}))
@@ -174,7 +175,10 @@ def test_a_server_that_refuses_leaves_none(path: Path, made: list[FakeServer]) -
     stepwell.local(path)
     path.write_bytes(b"bad")
     for _ in range(2):
-        with pytest.raises(ServerStartError, match="it is bad"):
+        # the path is the caller's own
+        with pytest.raises(
+            stepwell.ServerStartError, match=f"^model m: {path}: it is bad \\(the server did not start"
+        ):
             stepwell.local(path)
     assert [server.pid for server in made] == [None] * 3
     path.write_bytes(b"one")
@@ -217,6 +221,21 @@ def test_an_object_is_the_same_if_its_content_is(made: list[FakeServer]) -> None
     assert made[0].contents != made[1].contents
     # the file was there when the server started, and is gone
     assert not any(os.path.exists(file) for server in made for file in server.models.values())
+
+
+def test_a_refusal_of_an_object_begins_with_the_reason(
+    made: list[FakeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an exit code nor the path of a temporary file says anything in a notebook."""
+
+    def refuse(server: FakeServer) -> None:
+        refusal = f"model model: {server.models['model']}: it looks ahead"
+        raise ServerStartError(f"the server ended with exit code 2: {refusal}", refusal=refusal)
+
+    monkeypatch.setattr(FakeServer, "start", refuse)
+    with pytest.raises(stepwell.ServerStartError) as caught:
+        stepwell.local(Sequential("w"))
+    assert str(caught.value) == "model model: it looks ahead (the server did not start)"
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -32,8 +33,13 @@ class Value:
     """The numbers."""
     is_csv: bool = False
     """It is a CSV file's (lines, columns), whose lines are time steps and whose columns are features."""
+    json: str = ""
+    """How it stands on the command line; empty if it does not."""
 
 
+_PYTHON_HINT = ": did you mean x[None]?"
+_MAX_HINT = 200
+"""Characters of an input that are repeated in a hint."""
 Values = Mapping[str | None, Value]
 """Inputs by name; None stands for the only one, unnamed."""
 
@@ -78,7 +84,10 @@ def read_value(text: str) -> Values:
     if text.startswith("@"):
         return from_json(read_text(Path(text[1:])), text[1:])
     reader = READERS.get(Path(text).suffix.lower())
-    return reader(Path(text)) if reader else from_json(text, "the value")
+    if reader:
+        return reader(Path(text))
+    values = from_json(text, "the value")
+    return {None: replace(values[None], json=text)} if None in values else values
 
 
 def read_text(path: Path) -> str:
@@ -203,6 +212,18 @@ def fold_columns(array: NDArray[Any], spec: TensorInfo) -> NDArray[Any]:
     lines, columns = array.shape
     features = spec.shape if math.prod(spec.shape) == columns else (columns,)
     return array.reshape((1, lines, *features) if spec.temporal else (lines, *features))
+
+
+def as_json_hint(message: str, given: Sequence[Values]) -> str:
+    """What the SDK says of an input that lacks its first axis, with the hint as this command line takes it."""
+    told, hint, rest = message.partition(_PYTHON_HINT)
+    if not hint or rest:
+        return message
+    texts = [(name, value.json) for values in given for name, value in values.items()]
+    if len(texts) != 1 or not 0 < len(texts[0][1]) <= _MAX_HINT:
+        return f"{told}: did you mean one more pair of brackets around it, [[...]]?"
+    ((name, text),) = texts
+    return f"{told}: did you mean --input {shlex.quote(f'{name}=[{text}]' if name else f'[{text}]')}?"
 
 
 def is_float(dtype: str | np.dtype[Any]) -> bool:

@@ -33,6 +33,8 @@ ORDERS: Mapping[str, Literal["id", "last_used", "created"]] = {
 """What --sort may be, and what the SDK calls it."""
 PAGE = 1000
 """Sessions that are looked at before the first is printed: as many as the first answer of a server has."""
+SHOWN = 100
+"""Sessions that a terminal shows by default."""
 SAMPLE = 5
 """Sessions that are named where there may be many."""
 SESSION_KEYS = (
@@ -111,19 +113,33 @@ def filter_options(function: Function) -> Function:
     help="By id, or beginning with those that were not used for longest (idle), or with the oldest (age).",
 )
 @click.option("--reverse", is_flag=True, help="The other way round.")
-@click.option("--limit", metavar="N", type=click.IntRange(min=1), help="At most so many.")
+@click.option(
+    "--limit",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help=f"At most N sessions. Default: all; {SHOWN} on a terminal.",
+)
+@click.option("--all", "every", is_flag=True, help="All sessions, also on a terminal.")
 @json_option
 @server_options
 def list_sessions(
-    target: Target, wanted: Filter, order: str, reverse: bool, limit: int | None, as_json: bool
+    target: Target, wanted: Filter, order: str, reverse: bool, limit: int | None, every: bool, as_json: bool
 ) -> None:
     """List the live sessions of a server, page by page as they come: also a million of them.
+
+    A terminal shows the first 100 and how many more there are, unless --all or --limit says otherwise. A pipe and
+    --json get all.
 
     AGE is the time since a session was opened, IDLE the time since it was last changed, read or resumed. Being
     listed does not count as use. TENANT is there where an admin lists everybody's sessions.
 
     On a terminal the middle of a long id is left out, and ... stands for it; a pipe and --json get it whole.
     """
+    if every and limit is not None:
+        raise click.UsageError("--all must be given without --limit")
+    is_cut = shows_on_terminal() and not (as_json or every or limit is not None)
+    if is_cut:
+        limit = SHOWN
     with target.connect("Listing the sessions", prints=True) as client:
         found = client.sessions(**wanted, order=ORDERS[order], descending=reverse, limit=limit)
         if as_json:
@@ -138,6 +154,8 @@ def list_sessions(
         rows = (session_cells(session, everybodys=everybodys) for session in itertools.chain(first, coming))
         if not _render.print_rows(("TENANT",) * everybodys + headings, rows, right=numbers):
             click.echo("no sessions", err=True)
+        elif is_cut and len(first) == SHOWN and (more := client.count_sessions(**wanted) - SHOWN) > 0:
+            click.echo(f"{more:,} more: --all lists them, --limit N another number of them", err=True)
 
 
 @sessions.command(
@@ -387,6 +405,11 @@ def end_with(what: str, failures: Mapping[str, StepwellError]) -> None:
     told = [f"{one_line(error.message)}" for error in list(failures.values())[:SAMPLE]]
     more = f"; and {len(failures) - len(told):,} more" if len(failures) > len(told) else ""
     raise Failure(f"{len(failures):,} sessions could not be {what}ed: {'; '.join(told)}{more}", exit_code=1)
+
+
+def shows_on_terminal() -> bool:
+    """Whether people read what is printed."""
+    return sys.stdout.isatty()
 
 
 def is_terminal() -> bool:

@@ -91,6 +91,8 @@ def step(
     An input has the axes (B, F...) for one time step or (B, T, F...) for T of them, where B is the session's batch
     size. 'stepwell models' shows them. The step is applied whole or not at all.
     """
+    from stepwell.errors import InvalidInputError
+
     check_options(model, open_model, batch_size)
     with target.connect("Stepping the session") as client:
         if open_model is None:
@@ -98,7 +100,12 @@ def step(
         else:
             session = attach_or_open(client, session_id, open_model, batch_size)
         info = client.model(session.model)
-        result = session.step(_values.fit(inputs, info.inputs), outputs=outputs)
+        try:
+            result = session.step(_values.fit(inputs, info.inputs), outputs=outputs)
+        except InvalidInputError as error:
+            raise InvalidInputError(
+                _values.as_json_hint(error.message, inputs), reason=error.reason
+            ) from None
     arrays = named_outputs(result, info)
     if as_json:
         _render.print_json(step_json(session, arrays))

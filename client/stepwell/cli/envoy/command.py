@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from stepwell import _address
+from stepwell.cli._errors import Failure
 from stepwell.cli._help import Command
 from stepwell.cli._types import Duration
 
@@ -152,8 +154,9 @@ def _file(name: str, text: str) -> Callable[[_Function], _Function]:
     metavar="FILE",
     type=click.Path(dir_okay=False),
     default="-",
-    help="File to write, or to replace. Default: standard output.",
+    help="File to write. Default: standard output.",
 )
+@click.option("--force", is_flag=True, help="Replace the file of -o if it is there.")
 def envoy_config(
     replicas: Sequence[Address],
     dns: Address | None,
@@ -172,6 +175,7 @@ def envoy_config(
     access_log: str,
     insecure_listen: bool,
     output: str,
+    force: bool,
 ) -> None:
     """Write the configuration of an Envoy in front of replicas of 'stepwell serve', as YAML.
 
@@ -221,7 +225,23 @@ def envoy_config(
     if output == "-":
         click.echo(text, nl=False)
     else:
-        Path(output).write_text(text, encoding="utf-8")
+        _write(Path(output), text, replaces=force)
+        click.echo(f"written: {output}; start it: envoy -c {shlex.quote(output)}")
+
+
+def _write(path: Path, text: str, *, replaces: bool) -> None:
+    """Write the file.
+
+    Raises:
+        Failure: It is there, and must not be replaced.
+    """
+    try:
+        with path.open("w" if replaces else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise Failure(
+            f"-o must name a file that is not there, unless --force replaces it; got {path}"
+        ) from None
 
 
 def _version() -> str:
