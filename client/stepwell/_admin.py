@@ -14,6 +14,7 @@ from stepwell._flow import Flow
 from stepwell._retry import Deadline
 from stepwell._session_list import Page
 from stepwell._status import from_message
+from stepwell._tracker import new_request_id
 from stepwell._types import SessionInfo
 from stepwell.errors import InvalidInputError, StepwellError
 from stepwell.v1 import sessions_pb2
@@ -178,14 +179,18 @@ class Admin:
         """The requests that close sessions by their ids."""
         checked = _inputs.check_some_ids(ids)
         for start in range(0, len(checked), _CLOSED_AT_ONCE):
-            yield sessions_pb2.CloseSessionsRequest(session_ids=checked[start : start + _CLOSED_AT_ONCE])
+            yield sessions_pb2.CloseSessionsRequest(
+                session_ids=checked[start : start + _CLOSED_AT_ONCE], request_id=new_request_id()
+            )
 
     def close_some(self, request: sessions_pb2.CloseSessionsRequest, deadline: Deadline) -> Flow[int]:
         """Close some sessions; how many there were."""
         closed = 0
         ids = list(request.session_ids)
         for own in self._core.by_replica(ids):
-            part = sessions_pb2.CloseSessionsRequest(session_ids=[ids[i] for i in own.tolist()])
+            part = sessions_pb2.CloseSessionsRequest(
+                session_ids=[ids[i] for i in own.tolist()], request_id=request.request_id
+            )
             reply: sessions_pb2.CloseSessionsResponse = yield from self._retrier.call(
                 "CloseSessions", part, deadline, changes=True
             )
@@ -212,6 +217,7 @@ class Admin:
         self, request: sessions_pb2.CloseMatchingSessionsRequest, deadline: Deadline
     ) -> Flow[tuple[int, str]]:
         """Close some of what fits; how many, and where to go on."""
+        request.request_id = new_request_id()
         reply: sessions_pb2.CloseMatchingSessionsResponse = yield from self._retrier.call(
             "CloseMatchingSessions", request, deadline, changes=True
         )

@@ -295,6 +295,7 @@ class Core:
             reply.revisions,
             reply.positions,
             version=reply.model_version,
+            uids=reply.uids,
             is_pinned=is_pinned(model),
             router=self.router,
         )
@@ -326,6 +327,7 @@ class Core:
             reply.revisions,
             reply.positions,
             version=reply.model_version,
+            uids=reply.uids,
             is_pinned=is_pinned,
             router=self.router,
         )
@@ -378,8 +380,12 @@ class Core:
         LOG.info("%s ended without an answer; what it may have made is closed in the background", rpc)
         try:
             reply = yield from self.retrier.call(rpc, request, deadline, changes=True)
-            made = reply.session_ids if rpc.endswith("Sessions") else [reply.session.session_id]
-            closing = sessions_pb2.CloseSessionsRequest(session_ids=made)
+            is_group = rpc.endswith("Sessions")
+            made = reply.session_ids if is_group else [reply.session.session_id]
+            uids = reply.uids if is_group else [reply.session.uid]
+            closing = sessions_pb2.CloseSessionsRequest(
+                session_ids=made, request_id=new_request_id(), uids=uids
+            )
             yield from self.retrier.call("CloseSessions", closing, deadline, changes=True)
         except StepwellError as error:
             LOG.warning("%s ended without an answer, and what it may have made is not closed: %s", rpc, error)
@@ -397,10 +403,12 @@ class Core:
         reply: sessions_pb2.GetSessionResponse = yield from self.retrier.call("GetSession", request, deadline)
         return reply.session
 
-    def close_session(self, session_id: str, deadline: Deadline) -> Flow[None]:
-        """Deletes a session."""
+    def close_session(self, session_id: str, deadline: Deadline, *, uid: int = 0) -> Flow[None]:
+        """Deletes a session; with a `uid` no other one that has the id now."""
         request = sessions_pb2.CloseSessionRequest(
-            session_id=_inputs.check_session_id("session_id", session_id), request_id=new_request_id()
+            session_id=_inputs.check_session_id("session_id", session_id),
+            request_id=new_request_id(),
+            uid=uid,
         )
         yield from self.retrier.call("CloseSession", request, deadline, changes=True)
         self.unlease(session_id)
@@ -525,9 +533,9 @@ class Core:
             yield from self._moved(tracker, previous)
 
     def close(self, tracker: SessionTracker, deadline: Deadline) -> Flow[None]:
-        """Deletes a session. Succeeds if it is gone already."""
+        """Deletes a session. Succeeds if it is gone already, also if another one has its id now: that one stays."""
         try:
-            yield from self.close_session(tracker.session_id, deadline)
+            yield from self.close_session(tracker.session_id, deadline, uid=tracker.uid)
         except SessionGoneError:
             return
 

@@ -23,6 +23,7 @@ from stepwell._status import from_message
 from stepwell._step_arguments import check_outputs, check_states, selected, step_change
 from stepwell._tensors import Array, Packed, as_array, dtype_of, unpack_all
 from stepwell._trace import Trace, traced
+from stepwell._tracker import new_request_id
 from stepwell._turns import Some
 from stepwell._types import (
     Inputs,
@@ -341,15 +342,26 @@ class GroupCore:
         )
 
     def close(self, deadline: Deadline) -> Flow[None]:
-        """Deletes all members; those that are gone already are passed over."""
-        ids = self.members.ids
+        """Deletes all members; those that are gone already are passed over, and others that have their ids now stay."""
+        ids, uids = self.members.ids, self.tracker.uids[self.members.indexes]
         for own in self._core.by_replica(ids):
             for start in range(0, len(own), _AT_ONCE):
-                some = [ids[i] for i in own[start : start + _AT_ONCE].tolist()]
-                request = sessions_pb2.CloseSessionsRequest(session_ids=some)
+                part = own[start : start + _AT_ONCE]
+                request = sessions_pb2.CloseSessionsRequest(
+                    session_ids=[ids[i] for i in part.tolist()],
+                    request_id=new_request_id(),
+                    uids=_once(uids[part]),
+                )
                 yield from self._core.retrier.call("CloseSessions", request, deadline, changes=True)
         if len(ids) == len(self.tracker.ids):
             self._core.unlease(self.tracker.ids[0], GROUP)
+
+
+def _once(uids: Counts) -> list[int]:
+    """Uids as a request has them: one for all where they are alike."""
+    alike = bool((uids == uids[0]).all())
+    found: list[int] = (uids[:1] if alike else uids).tolist()
+    return found
 
 
 class _States:

@@ -57,6 +57,7 @@ class GroupTracker:
         positions: Sequence[int] = (),
         *,
         version: int = 0,
+        uids: Sequence[int] = (),
         is_pinned: bool = False,
         router: Router | None = None,
     ) -> None:
@@ -70,6 +71,9 @@ class GroupTracker:
         self.positions = np.array(positions or [0] * count, np.uint64)
         self.model_versions = np.full(count, version, np.uint64)
         """0: the server does not say."""
+        self.uids = np.zeros(count, np.uint64)
+        self.uids[:] = uids or 0  # a single one is that of all
+        """As in `SessionTracker`, of each member."""
         self.is_pinned = is_pinned
         self.resumed = np.zeros(count, np.bool_)
         """Which were live before this client opened them."""
@@ -247,6 +251,14 @@ class MemberTracker(SessionTracker):
     def fingerprint(self, fingerprint: str) -> None:
         if fingerprint != self._group.fingerprint:
             self._group.fingerprint = ""  # the others' may be another one
+
+    @property
+    def uid(self) -> int:
+        return int(self._group.uids[self._member])
+
+    @uid.setter
+    def uid(self, uid: int) -> None:
+        self._group.uids[self._member] = uid
 
     @property
     def model_version(self) -> int:

@@ -47,10 +47,13 @@ class SessionTracker:
         "resumed",
         "revision",
         "session_id",
+        "uid",
     )
 
     def __init__(self, session: sessions_pb2.Session, *, resumed: bool = False) -> None:
         self.session_id = session.session_id
+        self.uid = session.uid
+        """Tells the session from others that get its id later; 0: the server does not say."""
         self.model = session.model
         self.fingerprint = session.model_fingerprint
         self.batch_size = session.batch_size
@@ -107,6 +110,7 @@ class SessionTracker:
     def refresh(self, session: sessions_pb2.Session) -> int:
         """Updates to what the server says, and drops a change without an answer. Returns what `applied` does."""
         previous = self.applied(session.revision, session.position, session.model_version)
+        self.uid = session.uid
         self.fingerprint = session.model_fingerprint
         self.model_version_pinned = session.model_version_pinned
         return previous

@@ -115,6 +115,38 @@ def test_openings_forks_and_closings_that_are_sent_again(either: Served) -> None
     either.wire.close(*ids, *groups[0], *forks)
 
 
+def test_a_closing_that_is_sent_again_leaves_what_was_opened_since(either: Served) -> None:
+    raw = either.wire.sessions
+    opening = pb.OpenSessionRequest(model="seq", session_id="user-42")
+    closing = pb.CloseSessionRequest(session_id="user-42", request_id=30)
+    first = raw.OpenSession(opening, timeout=200).session
+    assert not raw.CloseSession(closing, timeout=200).replayed
+    second = raw.OpenSession(opening, timeout=200).session
+    either.wire.step("user-42", [tensor(X)])
+    assert first.uid != second.uid
+    assert raw.CloseSession(closing, timeout=200).replayed
+    with pytest.raises(grpc.RpcError) as caught:
+        raw.CloseSession(
+            pb.CloseSessionRequest(session_id="user-42", request_id=31, uid=first.uid), timeout=200
+        )
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert (
+        raw.CloseSessions(
+            pb.CloseSessionsRequest(session_ids=["user-42"], uids=[first.uid]), timeout=200
+        ).closed
+        == 0
+    )
+    assert either.wire.session("user-42").revision == second.revision + 1
+    many = pb.CloseSessionsRequest(session_ids=["user-42", "never"], request_id=32, uids=[second.uid])
+    assert raw.CloseSessions(many, timeout=200).closed == 1
+    raw.OpenSession(opening, timeout=200)
+    assert raw.CloseSessions(many, timeout=200).closed == 1
+    matching = pb.CloseMatchingSessionsRequest(session_id_prefix="user-42", request_id=32)
+    raw.CloseMatchingSessions(matching, timeout=200)
+    assert either.wire.session("user-42").uid != second.uid
+    either.wire.close("user-42")
+
+
 def test_the_secured_server_is_secured(served_secured: Served) -> None:
     """The harness does what its switch says: otherwise the sample here, and all that `make soak` does with it, is none."""
     address = served_secured.address

@@ -92,6 +92,8 @@ class ModelOfSessions:
         self.expired: set[str] = set()
         self.first: dict[str, int] = {}
         """With which revision the next session of an id begins, where there was one before."""
+        self.closes: dict[str, tuple[int, ...]] = {}
+        """Request ids of the last four calls that closed a session of an id."""
         self._max_idle_s = max_idle_s
 
     def open(self, name: str, batch_size: int, state: Array | None, now: float) -> str:
@@ -115,12 +117,18 @@ class ModelOfSessions:
     def gone(self, name: str) -> Refused:
         return Refused("SessionExpired" if name in self.expired else "SessionNotFound")
 
-    def close(self, name: str) -> bool | Refused:
+    def close(self, name: str, request: int = 0) -> bool | Refused:
+        """Whether this very request closed a session of the id before."""
+        closes = self.closes.get(name, ())
+        if request in closes:
+            return True
         closed = self.sessions.pop(name, None)
         if closed is None:
             return self.gone(name)
         self.first[name] = closed.revision + 1
-        return True
+        if request:
+            self.closes[name] = (request, *closes)[:4]
+        return False
 
     def fork(self, name: str, new: str, now: float) -> ModelSession | Refused:
         if new in self.sessions:

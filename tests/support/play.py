@@ -203,7 +203,7 @@ class Play:
             await self.ask(self.at.engine.get_state(action.name), self.check_of_read(action.name))
         elif action.kind == "close":
             self.closing.add(action.name)
-            await self.close(action.name)
+            await self.close(action.name, action.number)
         elif action.kind == "predict":
             await self.predict(action.number)
         elif action.kind == "let go":
@@ -231,19 +231,19 @@ class Play:
 
         return check
 
-    async def close(self, name: str) -> None:
+    async def close(self, name: str, request: int) -> None:
         def check(result: Any) -> None:
-            wanted = self.model.close(name)
+            wanted = self.model.close(name, request)
             if isinstance(wanted, Refused):
                 assert type(result).__name__ == wanted.why
             else:
-                assert result is False, "it is not a replay"
+                assert result is wanted, "it is a replay, or is not"
 
         def lost(there: Container[str]) -> None:
             if name not in there:
-                self.model.close(name)
+                self.model.close(name, request)
 
-        await self.ask(self.at.engine.close_session(name), check, lost)
+        await self.ask(self.at.engine.close_session(name, request_id=request), check, lost)
 
     async def predict(self, number: int) -> None:
         rows, steps = 1 + number, 1 + number % 4

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 _MEMORY = Path("/dev/shm")
 KINDS = ("memory", "async", "sync", "awaited")
 ON_VALKEY = frozenset(
-    {"test_engine_checks", "test_engine_frames", "test_engine_lifecycle", "test_engine_steps"}
+    {
+        "test_engine_checks",
+        "test_engine_closes",
+        "test_engine_frames",
+        "test_engine_lifecycle",
+        "test_engine_steps",
+    }
 )
 """Modules of tests that use a real Valkey, too, whose clock is its own."""
 

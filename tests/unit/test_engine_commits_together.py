@@ -22,7 +22,11 @@ pytestmark = pytest.mark.stores("memory")
 ids = st.sampled_from("abc")
 some = st.lists(ids, max_size=2)
 stones = st.builds(
-    Tombstone, ids, st.sampled_from([End.EXPIRED, End.CLOSED]), st.just(1.0), request_id=st.integers(0, 99)
+    Tombstone,
+    ids,
+    st.sampled_from([End.EXPIRED, End.CLOSED]),
+    st.just(1.0),
+    closes=st.tuples(st.integers(1, 99)),
 )
 batches = st.builds(
     Batch,

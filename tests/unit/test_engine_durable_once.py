@@ -132,6 +132,29 @@ async def test_a_close_sent_again_succeeds(disk: Disk) -> None:
         assert await count(at) == 0
 
 
+async def test_a_close_sent_again_after_restarts_closes_only_what_it_closed(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await at.open("a", "b", "group 1", "group 2")
+        uid = (await at.engine.session_info("b")).uid
+        await at.engine.close_session("a", request_id=7)
+        await at.engine.close_session("b")
+        await at.engine.close_sessions(["group 1", "group 2"], request_id=8)
+        disk.kill()
+    async with disk.engine() as at:
+        await at.open("a", "b", "group 2")
+        await at.step("a", x(1))
+        disk.kill()
+    for _ in range(2):
+        async with disk.engine() as at:
+            assert await at.engine.close_session("a", request_id=7) is True
+            with pytest.raises(SessionNotFound, match="another one has its id now"):
+                await at.engine.close_session("b", request_id=9, uid=uid)
+            assert await at.engine.close_sessions(["group 1", "group 2"], request_id=8) == 2
+            assert await count(at) == 3
+            await at.step("a", x(1))
+            disk.kill()
+
+
 @pytest.mark.parametrize("killed", [False, True])
 async def test_a_late_duplicate_does_not_bring_a_session_back(disk: Disk, killed: bool) -> None:
     async with disk.engine() as at:

@@ -255,9 +255,13 @@ async def test_a_closing_that_is_answered_does_not_close_the_next_session_of_tha
         await at.open("a")
         await at.engine.close_session("a", request_id=5)
         await at.open("a")
+        assert await at.engine.close_session("a", request_id=5) is True
+        assert (await at.engine.session_info("a")).revision == 1
         assert await at.engine.close_session("a", request_id=6) is False
+        assert await at.engine.close_session("a", request_id=5) is True
+        assert await at.engine.close_session("a", request_id=6) is True
         with pytest.raises(SessionNotFound):
-            await at.engine.close_session("a", request_id=5)
+            await at.engine.close_session("a", request_id=7)
 
 
 async def test_closing_many_counts_those_that_were_there() -> None:

@@ -117,7 +117,7 @@ class Two:
         gone = [i for i in self._lives if chance.random() < 0.3]
         for session_id in gone:
             del self._lives[session_id]
-        stones = [Tombstone(i, chance.choice(list(End)), 2.0, 3, 4) for i in gone]
+        stones = [Tombstone(i, chance.choice(list(End)), 2.0, (3,), 4) for i in gone]
         return Batch(deletes=gone, tombstones=stones, counts=[("m", -1)] * len(gone))
 
     def _both(self, chance: random.Random) -> Batch:

@@ -52,7 +52,7 @@ def store(tmp_path: Path) -> Iterator[LmdbStore]:
 @pytest.mark.parametrize("durability", ["sync", "async"])
 def test_what_is_committed_is_there_after_opening_again(tmp_path: Path, durability: Durability) -> None:
     first = opened(tmp_path, durability)
-    stone = Tombstone("gone", End.CLOSED, 12.5, request_id=2**64 - 1, revision=3)
+    stone = Tombstone("gone", End.CLOSED, 12.5, closes=(2**64 - 1, 1), revision=3)
     first.commit(Batch(puts=[(i, record(i)) for i in ODD_IDS], tombstones=[stone]))
     first.sync()
     first.close()
@@ -136,7 +136,13 @@ def test_pages_of_a_scan_make_up_the_whole(store: LmdbStore, limit: int) -> None
 
 
 ID = st.sampled_from(["a", "aa", "ab", "b", "ä", "é" * 256, "é" * 255 + "1"])
-STONE = st.builds(Tombstone, ID, st.sampled_from(End), st.floats(0, 1e9), st.integers(0, 2**64 - 1))
+STONE = st.builds(
+    Tombstone,
+    ID,
+    st.sampled_from(End),
+    st.floats(0, 1e9),
+    st.lists(st.integers(1, 2**64 - 1), max_size=4).map(tuple),
+)
 BATCH = st.builds(
     Batch,
     puts=st.lists(st.builds(lambda i, r: (i, record(i, r)), ID, st.integers(0, 99)), max_size=4),

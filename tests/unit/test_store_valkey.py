@@ -62,7 +62,7 @@ async def test_a_session_begins_changes_and_ends(valkey: Valkey) -> None:
         (known,) = await a.fetch(["s"], [second])
         assert (known.record, known.stamp, known.is_known) == (None, second, True)
         assert (await a.fetch(["s"], [first]))[0].stamp == second
-        stone = Tombstone("s", End.CLOSED, 12.5, 7, 1)
+        stone = Tombstone("s", End.CLOSED, 12.5, (7,), 1)
         assert await end(a, [stone], [second]) is ALL_KEPT
         assert _plain(await b.fetch(["s", "never"])) == _plain([Fetched(tombstone=stone), Fetched()])
         assert await b.count() == await b.count_of("m") == 0
@@ -482,8 +482,8 @@ async def test_two_servers_have_one_store(valkey: Valkey) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("layout", "2", "the layout of the store with prefix .* must be 1; it is 2: another release"),
-        ("layout", "0", "the layout of the store with prefix .* must be 1; it is 0: another release"),
+        ("layout", "1", "the layout of the store with prefix .* must be 2; it is 1: another release"),
+        ("layout", "0", "the layout of the store with prefix .* must be 2; it is 0: another release"),
         ("layout", "", "layout in key '.*{meta}store' must be as it was written; it is damaged"),
         ("partitions", "0", "partitions in key .* it is damaged"),
         ("secret", "x", "secret in key .* it is damaged"),
@@ -555,7 +555,7 @@ def _drawn(chance: random.Random, ids: list[str], known: dict[str, list[int]]) -
     follows = [known[i][-1] if chance.random() < 0.7 else chance.choice(known[i]) for i, _ in puts]
     deletes = named[cut:]
     ends = [known[i][-1] if chance.random() < 0.7 else chance.choice(known[i]) for i in deletes]
-    buried = [Tombstone(i, End.CLOSED, 1.0, 2, 3) for i in deletes if chance.random() < 0.7]
+    buried = [Tombstone(i, End.CLOSED, 1.0, (2,), 3) for i in deletes if chance.random() < 0.7]
     for i, _ in puts:
         known[i].append(stamp)
     for i in deletes:

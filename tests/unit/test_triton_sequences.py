@@ -209,6 +209,24 @@ async def test_an_end_whose_answer_is_lost_says_that_it_counted() -> None:
         )
 
 
+@pytest.mark.parametrize("start", [False, True])
+async def test_an_end_that_is_sent_again_leaves_the_sequence_that_was_begun_since(start: bool) -> None:
+    x = draw(1, 1, 2)
+    async with inference() as client:
+        if not start:
+            await client.infer(x, sequence_id=3, start=True)
+        said: dict[str, Any] = {} if start else {"stepwell_revision": 1}
+        last = request(x, sequence_id=3, start=start, end=True, stepwell_request_id=5, **said)
+        await client.send(last)
+        client.inference.sequences._ended = EndedReplies()  # as after a restart, or on another replica
+        begun = await client.infer(x, sequence_id=3, start=True)
+        message = await refused(InvalidInput, client.send(last))
+        assert "ended with this very request" in message
+        following = await client.infer(x, sequence_id=3)
+        revisions = [each.parameters["stepwell_revision"].int64_param for each in (begun, following)]
+        assert revisions[1] == revisions[0] + 1
+
+
 async def test_an_expired_sequence_must_start_again() -> None:
     x = draw(1, 1, 2)
     async with inference(max_session_idle_s=10) as client:

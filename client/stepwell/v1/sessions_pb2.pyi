@@ -186,6 +186,7 @@ class Session(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_PINNED_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """1 to 256 printable characters."""
     model: _builtins.str
@@ -210,6 +211,8 @@ class Session(_message.Message):
     """It was opened with a version or a label and stays on its version; else it goes where the default goes, as the
     operator decides.
     """
+    uid: _builtins.int
+    """Tells sessions apart that had the same id one after the other: no two of them have the same. Random and non-zero."""
     @_builtins.property
     def created_time(self) -> _timestamp_pb2.Timestamp:
         """When it was opened."""
@@ -238,10 +241,11 @@ class Session(_message.Message):
         tenant: _builtins.str = ...,
         model_version: _builtins.int = ...,
         model_version_pinned: _builtins.bool = ...,
+        uid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time", "last_used_time", b"last_used_time", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "created_time", b"created_time", "last_used_time", b"last_used_time", "lease", b"lease", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "model_version_pinned", b"model_version_pinned", "position", b"position", "resident", b"resident", "revision", b"revision", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "created_time", b"created_time", "last_used_time", b"last_used_time", "lease", b"lease", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "model_version_pinned", b"model_version_pinned", "position", b"position", "resident", b"resident", "revision", b"revision", "session_id", b"session_id", "tenant", b"tenant", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -439,6 +443,7 @@ class OpenSessionsResponse(_message.Message):
     POSITIONS_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
     MODEL_VERSIONS_FIELD_NUMBER: _builtins.int
+    UIDS_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     """Fingerprint of their model."""
     replayed: _builtins.bool
@@ -467,6 +472,10 @@ class OpenSessionsResponse(_message.Message):
     def model_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Version of the model that each is on; empty if all are on model_version."""
 
+    @_builtins.property
+    def uids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Their uids: one each, or a single one if all have the same, as sessions that one call opens do."""
+
     def __init__(
         self,
         *,
@@ -478,10 +487,11 @@ class OpenSessionsResponse(_message.Message):
         positions: _abc.Iterable[_builtins.int] | None = ...,
         resumed: _abc.Iterable[_builtins.bool] | None = ...,
         model_versions: _abc.Iterable[_builtins.int] | None = ...,
+        uids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "model_versions", b"model_versions", "positions", b"positions", "replayed", b"replayed", "resumed", b"resumed", "revisions", b"revisions", "session_ids", b"session_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "model_versions", b"model_versions", "positions", b"positions", "replayed", b"replayed", "resumed", b"resumed", "revisions", b"revisions", "session_ids", b"session_ids", "uids", b"uids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -495,21 +505,28 @@ class CloseSessionRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     request_id: _builtins.int
-    """Random and non-zero. A retry with the same request id succeeds as long as the server remembers it.
+    """Random and non-zero. A retry with the same request id succeeds as long as the server remembers it, and deletes no
+    session that was opened with this session_id since. An id remembers the last 4 calls that closed a session of it.
     0: none.
+    """
+    uid: _builtins.int
+    """The session's uid: another session that has the id now is not deleted, and the call fails as if there were none.
+    0: whichever session has the id.
     """
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         request_id: _builtins.int = ...,
+        uid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "session_id", b"session_id", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -544,18 +561,28 @@ class CloseSessionsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_IDS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    UIDS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    """As in CloseSessionRequest, for each of them."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The sessions, at most 65536."""
+
+    @_builtins.property
+    def uids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in CloseSessionRequest: one for each of session_ids, or one for all. Empty: whichever sessions have the ids."""
 
     def __init__(
         self,
         *,
         session_ids: _abc.Iterable[_builtins.str] | None = ...,
+        request_id: _builtins.int = ...,
+        uids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_ids", b"session_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "session_ids", b"session_ids", "uids", b"uids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -569,7 +596,7 @@ class CloseSessionsResponse(_message.Message):
 
     CLOSED_FIELD_NUMBER: _builtins.int
     closed: _builtins.int
-    """How many of them were there."""
+    """How many of them this request deleted, now or before."""
     def __init__(
         self,
         *,
@@ -597,6 +624,7 @@ class CloseMatchingSessionsRequest(_message.Message):
     ALL_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Only sessions of this model. Empty: of all models."""
     session_id_prefix: _builtins.str
@@ -607,6 +635,10 @@ class CloseMatchingSessionsRequest(_message.Message):
     """At most this many are closed by this call, up to 10000. 0: 1000."""
     page_token: _builtins.str
     """next_page_token of the response before, with the same filters. Empty: the first call."""
+    request_id: _builtins.int
+    """As in CloseSessionRequest, for each session that is deleted: another one for each call. A retry with the same one
+    deletes no session that was opened with an id after this call had closed another one of it.
+    """
     @_builtins.property
     def idle_longer(self) -> _duration_pb2.Duration:
         """Only sessions that nobody has changed, read or resumed for longer than this. Absent: all."""
@@ -620,10 +652,11 @@ class CloseMatchingSessionsRequest(_message.Message):
         all: _builtins.bool = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        request_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["idle_longer", b"idle_longer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "idle_longer", b"idle_longer", "model", b"model", "page_size", b"page_size", "page_token", b"page_token", "session_id_prefix", b"session_id_prefix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "idle_longer", b"idle_longer", "model", b"model", "page_size", b"page_size", "page_token", b"page_token", "request_id", b"request_id", "session_id_prefix", b"session_id_prefix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1732,6 +1765,7 @@ class ForkSessionsResponse(_message.Message):
     POSITIONS_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    UIDS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of their model."""
     model_fingerprint: _builtins.str
@@ -1754,6 +1788,10 @@ class ForkSessionsResponse(_message.Message):
     def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Those of the sessions they were copied from."""
 
+    @_builtins.property
+    def uids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Their uids: one each, or a single one if all have the same."""
+
     def __init__(
         self,
         *,
@@ -1765,10 +1803,11 @@ class ForkSessionsResponse(_message.Message):
         positions: _abc.Iterable[_builtins.int] | None = ...,
         replayed: _builtins.bool = ...,
         model_version: _builtins.int = ...,
+        uids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "positions", b"positions", "replayed", b"replayed", "revisions", b"revisions", "session_ids", b"session_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "positions", b"positions", "replayed", b"replayed", "revisions", b"revisions", "session_ids", b"session_ids", "uids", b"uids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

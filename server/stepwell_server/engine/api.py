@@ -80,6 +80,8 @@ class SessionInfo:
     """Of the model, on which its next change runs; 0: it is not known."""
     is_pinned: bool = False
     """It stays on that version, whatever becomes the default."""
+    uid: int = 0
+    """Tells sessions apart that had the same id one after the other."""
 
 
 class SessionPage(list[SessionInfo]):

@@ -52,7 +52,7 @@ from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.submission import Submission
-from stepwell_server.engine.types import Members
+from stepwell_server.engine.types import U64, Members
 from stepwell_server.engine.versions.changing import Changing
 from stepwell_server.engine.versions.serving import Serving
 from stepwell_server.errors import MessageTooLarge, ServerError
@@ -273,6 +273,8 @@ class Engine:
         """Up to `limit` sessions, and how many fit in all: see `Listing.ask`."""
         self.close_matching = Matching(listing, self._closing, clock).close
         """Close sessions that fit a filter, some at a time: see `Matching.close`."""
+        self.was_closed_by = self._closing.was_closed_by
+        """Whether a request has closed a session of an id: see `Closing.was_closed_by`."""
         moving = Moving(
             table,
             self._directory,
@@ -431,9 +433,12 @@ class Engine:
         return self._models.names()
 
     async def close_session(
-        self, session_id: str, *, request_id: int = 0, deadline: float = float("inf")
+        self, session_id: str, *, request_id: int = 0, uid: int = 0, deadline: float = float("inf")
     ) -> bool:
         """Delete a session after what was received before; True if this request did so before.
+
+        With a `uid` (see `SessionInfo.uid`) another session that has the id now stays. So does one that was opened after
+        this very request had closed an earlier one.
 
         Raises:
             SessionGone, Overloaded, DeadlineExceeded, Unavailable
@@ -441,19 +446,18 @@ class Engine:
         self._group.require_room()
         seen = await self._directory.look([session_id])
         self._drain_inboxes()
-        return await self._closing.close(session_id, seen, request_id=request_id, deadline=deadline)
+        return await self._closing.close(session_id, seen, request_id=request_id, deadline=deadline, uid=uid)
 
-    async def close_sessions(self, session_ids: Sequence[str]) -> int:
-        """Delete those of many sessions that are there; return how many they were.
+    async def close_sessions(
+        self, session_ids: Sequence[str], *, request_id: int = 0, uids: U64 | None = None
+    ) -> int:
+        """Delete those of many sessions that are there; return how many this request deleted, now or before.
 
-        Raises:
-            InvalidInput: there are too many.
-            Overloaded: too much waits for the store, and none was deleted; or for one of them.
-            Unavailable: the store did not delete all.
+        Arguments and errors are those of `Closing.close_many`.
         """
         self._group.require_room()
         self._drain_inboxes()
-        return await self._closing.close_many(session_ids)
+        return await self._closing.close_many(session_ids, request_id=request_id, uids=uids)
 
     # the parts that these ask are made later than those that ask
 

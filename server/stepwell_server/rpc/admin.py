@@ -105,6 +105,7 @@ class Administration:
             wanted,
             limit=_page_size(request.page_size),
             place=Place(as_of, naming.inner_place(call.who, after)) if request.page_token else None,
+            request_id=request.request_id,
         )
         token = "" if place is None else to_token(naming.own_place(call.who, place.after), place.as_of)
         return pb.CloseMatchingSessionsResponse(closed=closed, next_page_token=token)

@@ -12,6 +12,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 
 from stepwell.v1 import models_pb2, sessions_pb2, tensors_pb2
 from stepwell_server.engine.api import ModelInfo, SessionInfo
+from stepwell_server.engine.types import U64
 from stepwell_server.errors import InvalidInput
 from stepwell_server.live.control import VersionState, VersionStatus
 from stepwell_server.program import Provenance, StateSpec, TensorSpec
@@ -63,7 +64,14 @@ def from_session(info: SessionInfo, tenant: str = "") -> sessions_pb2.Session:
         tenant=tenant,
         model_version=info.version,
         model_version_pinned=info.is_pinned,
+        uid=info.uid,
     )
+
+
+def once(uids: U64) -> list[int]:
+    """Uids as a message has them: a single one where all are the same."""
+    found: list[int] = uids.tolist()
+    return found[:1] if len(set(found)) == 1 else found
 
 
 def from_seconds(seconds: float) -> duration_pb2.Duration:

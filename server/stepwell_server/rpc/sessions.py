@@ -91,18 +91,26 @@ class SessionServicer(admin.Administration):
             positions=opened.positions.tolist() if opened.positions.any() else (),
             resumed=() if opened.resumed is None else opened.resumed.tolist(),
             model_versions=() if opened.versions is None else opened.versions.tolist(),
+            uids=convert.once(opened.uids),
         )
 
     async def close_session(self, request: pb.CloseSessionRequest, call: Call) -> pb.CloseSessionResponse:
         """Delete a session."""
         replayed = await self._engine.close_session(
-            naming.inner(call.who, request.session_id), request_id=request.request_id, deadline=call.deadline
+            naming.inner(call.who, request.session_id),
+            request_id=request.request_id,
+            uid=request.uid,
+            deadline=call.deadline,
         )
         return pb.CloseSessionResponse(replayed=replayed)
 
     async def close_sessions(self, request: pb.CloseSessionsRequest, call: Call) -> pb.CloseSessionsResponse:
         """Delete many sessions."""
-        closed = await self._engine.close_sessions(naming.inner_all(call.who, request.session_ids))
+        closed = await self._engine.close_sessions(
+            naming.inner_all(call.who, request.session_ids),
+            request_id=request.request_id,
+            uids=np.array(request.uids, np.uint64) if request.uids else None,
+        )
         return pb.CloseSessionsResponse(closed=closed)
 
     async def get_session(self, request: pb.GetSessionRequest, call: Call) -> pb.GetSessionResponse:
@@ -200,6 +208,7 @@ class SessionServicer(admin.Administration):
             positions=forked.positions.tolist(),
             replayed=forked.replayed,
             model_version=forked.version,
+            uids=convert.once(forked.uids),
         )
 
     async def step_stream(self, call: Call) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import struct
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Literal, Protocol
@@ -107,6 +108,28 @@ class StoreHealth:
     """So many sessions were found to be lost, since the start: each alone, beside those of parts that were emptied."""
 
 
+MAX_CLOSES = 4
+"""Request ids of closes that an id remembers."""
+_CLOSES = struct.Struct(f"<{MAX_CLOSES}Q")
+CLOSES_BYTES = _CLOSES.size
+"""Of `pack_closes`."""
+
+
+def pack_closes(closes: Sequence[int]) -> bytes:
+    """The request ids of closes as they are stored, in `CLOSES_BYTES`."""
+    return _CLOSES.pack(*closes, *[0] * (MAX_CLOSES - len(closes)))
+
+
+def unpack_closes(stored: bytes) -> tuple[int, ...]:
+    """What `pack_closes` was given."""
+    return tuple(filter(None, _CLOSES.unpack(stored)))
+
+
+def with_close(request_id: int, closes: tuple[int, ...]) -> tuple[int, ...]:
+    """The request ids of closes once another one has closed a session; 0: it had none."""
+    return (request_id, *closes)[:MAX_CLOSES] if request_id else closes
+
+
 class End(enum.IntEnum):
     """How a session ended."""
 
@@ -128,8 +151,10 @@ class Tombstone:
     end: End
     at: float
     """Seconds since the epoch."""
-    request_id: int = 0
-    """Of the closing, so that a retry of it succeeds; 0 for none."""
+    closes: tuple[int, ...] = ()
+    """Request ids of the latest calls that closed a session of this id, the last one first, at most `MAX_CLOSES`.
+
+    A retry of one of them succeeds, and closes nothing that was opened since."""
     revision: int = 0
     """The last one known."""
 

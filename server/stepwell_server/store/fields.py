@@ -5,8 +5,8 @@ here goes along when the session is written again. One whose tag has the bit `CR
 others is refused.
 
 Tags are never used twice. 3 is the lease, 4 the version of the model and the epoch in which that was so, 6 who has made the
-session; 0x8005 says that rows and extra are encrypted, and how (`sealing`); 1 and 2
-were set aside and never written: the stamp of a commit stands beside the record, and whose a session is says its id.
+session, 7 the closes that ended earlier sessions of its id; 0x8005 says that rows and extra are encrypted, and how
+(`sealing`); 1 and 2 were set aside and never written: the stamp of a commit stands beside the record, and whose a session is says its id.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ KEY_ID_AT = 40
 """Where in that value the id begins."""
 OWNER = 6
 """Tag of who has made the session, where that caller has a quota of sessions or rows: `TENANT/NAME` in UTF-8."""
-KNOWN_TAGS: frozenset[int] = frozenset({LEASE, VERSION, OWNER, SEAL})
+CLOSES = 7
+"""Tag of the request ids of the calls that closed earlier sessions of the id: `store.base.pack_closes`."""
+KNOWN_TAGS: frozenset[int] = frozenset({LEASE, VERSION, OWNER, CLOSES, SEAL})
 """Tags of the fields that this server knows."""
 FIELD = np.dtype([("tag", "<u2"), ("length", "<u2")])
 FIELD_HEAD = struct.Struct("<HH")

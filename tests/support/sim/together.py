@@ -35,11 +35,11 @@ class Together:
             await self._callers.sleep(0.5)
 
     async def _close(self, own: Own) -> None:
-        """Each attempt is a call of its own: one that is sent again may close what others have opened meanwhile."""
+        """The same request, sent again until it is answered: it leaves what others have opened meanwhile."""
         callers, request_id = self._callers, self._callers.request_id()
         op = callers.history.call(Call(kind="close", session=own.name, request_id=request_id))
         end = await callers.until_told(
-            op, lambda engine: engine.close_session(own.name, request_id=request_id), closed, again=False
+            op, lambda engine: engine.close_session(own.name, request_id=request_id), closed
         )
         own.is_there = end.outcome not in ("acknowledged", "gone")
         if own.is_there:

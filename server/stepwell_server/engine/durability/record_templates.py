@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from stepwell_server.core.remembered import Remembered
 from stepwell_server.core.sessions import Handles, SessionTable
@@ -17,9 +18,9 @@ _MOST_BYTES = 32 << 20
 #: So many sets of sessions are known by sight: a template is kept when its sessions come the second time.
 _MOST_SEEN = 4096
 
-_Facts = tuple[int, int, bytes, bytes, bytes]
-"""What may have changed since a template was laid out: the version and its epoch, births, leases, and when sessions were
-created, as another server may have opened others of the same ids."""
+_Facts = tuple[int, int, bytes, bytes, bytes, Sequence[bytes]]
+"""What may have changed since a template was laid out: the version and its epoch, births, leases, when sessions were
+created, as another server may have opened others of the same ids, and their other fields."""
 
 
 class Templates:
@@ -33,7 +34,7 @@ class Templates:
         self._seen: Remembered[int, bool] = Remembered(_MOST_SEEN)
 
     def of(self, model: Model, handles: Handles) -> RecordTemplate:
-        """A template for sessions of one batch size and one of `Fields.kinds`; to be filled.
+        """A template for sessions of one batch size whose fields have one length; to be filled.
 
         Nobody else fills it before their change is stored: their claims see to that.
         """
@@ -44,7 +45,7 @@ class Templates:
         table = self._table
         columns = table.birth[handles], table.lease[handles], table.created[handles]
         births, leases, created = (column.tobytes() for column in columns)
-        facts = model.index, model.epoch, births, leases, created
+        facts = model.index, model.epoch, births, leases, created, self._fields.others(handles)
         if found is not None and found[0] == facts:
             self._kept.move_to_end(key)
             return found[1]
@@ -80,5 +81,5 @@ class Templates:
             created=table.created[handles],
             row_bytes=model.arena.row_bytes,
             batch_size=int(table.batch_size[handles[0]]),
-            fields=self._fields.of_kind(handles, model),
+            fields=self._fields.of_many(handles, model),
         )

@@ -81,16 +81,17 @@ class Records:
         rows, sizes = self._table.rows_of(handles), self._table.batch_size[handles]
         if len(handles) == 1 and sizes[0] == 1:  # a third of the time of a template
             return [self._one(outcome, 0, outcome.model.arena.pack_row(int(rows[0])), last_used)]
-        if outcome.arrays or (sizes != sizes[0]).any() or self._table.have_fields(handles):
+        if outcome.arrays or (sizes != sizes[0]).any():
             packed, ends = outcome.model.arena.pack(rows), np.cumsum(sizes)
             parts = [
                 packed[end - size : end] for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)
             ]
             return [self._one(outcome, place, part.tobytes(), last_used) for place, part in enumerate(parts)]
-        for which in self._fields.kinds(handles, outcome.model):
-            if which.any() and not which.all():  # their records are not as long as the others
-                parts_of = [outcome.part(np.flatnonzero(which)), outcome.part(np.flatnonzero(~which))]
-                return Joined([self.of(part, last_used) for part in parts_of])
+        lengths = self._fields.lengths(handles, outcome.model)
+        if (lengths != lengths[0]).any():  # the records of a template are of one length
+            same = lengths == lengths[0]
+            parts_of = [outcome.part(np.flatnonzero(same)), outcome.part(np.flatnonzero(~same))]
+            return Joined([self.of(part, last_used) for part in parts_of])
         template = self._templates.of(outcome.model, handles)
         outcome.model.arena.pack_into(rows, template.rows)
         return template.fill(

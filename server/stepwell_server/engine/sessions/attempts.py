@@ -50,6 +50,8 @@ class OpenedMany:
     """`(n,)`."""
     positions: U64
     """`(n,)`."""
+    uids: U64
+    """`(n,)`: see `SessionInfo.uid`."""
     replayed: bool = False
     version: int = 0
     """Of the model."""
@@ -218,6 +220,7 @@ class Attempts:
             wanted.batch_size,
             revisions,
             positions,
+            table.opened_with[handles],
             version=int(versions[0]),
             resumed=~made if count else None,
             versions=versions if len(indexes) > 1 else None,
@@ -258,6 +261,7 @@ class Attempts:
             int(table.batch_size[handles[0]]),
             table.revision[handles],
             table.position[handles],
+            table.opened_with[handles],
             replayed=True,
             version=model.version,
         )

@@ -20,10 +20,11 @@ from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ending import Ended, Expiry, Removal, batch_of
+from stepwell_server.engine.sessions.ending import Ended, Expiry, Removal, batch_of, ended_of
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL
 from stepwell_server.engine.sessions.loading import Seen, refresh
-from stepwell_server.engine.state.fields import Fields
+from stepwell_server.engine.state.fields import Fields, closes_of
+from stepwell_server.engine.types import U64, Mask
 from stepwell_server.errors import (
     InvalidInput,
     ModelMismatch,
@@ -34,8 +35,8 @@ from stepwell_server.errors import (
     SessionNotFound,
     StateCorrupt,
 )
-from stepwell_server.store.base import Batch, Committed, End, Fetched, Outcome, Tombstone
-from stepwell_server.store.record import decode_header
+from stepwell_server.store.base import Batch, Committed, End, Fetched, Outcome, Tombstone, with_close
+from stepwell_server.store.record import Header, decode_header, header_or_none
 
 #: Sessions deleted in one transaction by one call: each needs room on the disk before it gives any back.
 _CLOSE_AT_ONCE = 500
@@ -75,43 +76,97 @@ class Closing:
         self._deleting: dict[str, asyncio.Future[None]] = {}
         """Sessions that cannot be stepped here and are being deleted: they have no claim."""
 
-    async def close(self, session_id: str, seen: Seen, *, request_id: int, deadline: float) -> bool:
+    async def close(
+        self, session_id: str, seen: Seen, *, request_id: int, deadline: float, uid: int = 0
+    ) -> bool:
         """Delete a session when its turn comes. See `Engine.close_session`."""
         for _ in range(MOST_TRIES):
             try:
                 handle = self._directory.find(session_id, seen)
                 await self._turns.hold(handle, deadline, rows=False)
             except SessionGone as error:
-                return await self._closed_before(session_id, request_id, error)
+                seen = await self._directory.look([session_id], anew=True)
+                answer = await self._ended_meanwhile(session_id, request_id, uid, seen, error)
+                if answer is not None:
+                    return answer
+                continue
             except _UNUSABLE as error:
                 pending = self._deleting.get(session_id)
                 if pending is not None:
                     await asyncio.shield(pending)
-                elif await self._delete_unusable(
-                    session_id, error.metadata.get("model", ""), request_id, seen
-                ):
-                    return False
+                else:
+                    header = self._directory.stored_header(session_id, seen)
+                    if self._was_closed_by(session_id, request_id, seen):
+                        return True
+                    if header is not None and uid not in {0, header.opened_with}:
+                        raise _another(session_id) from error
+                    model = error.metadata.get("model", "")
+                    if await self._delete_unusable(session_id, model, request_id, header, seen):
+                        return False
                 seen = await self._directory.look([session_id])
                 continue
-            if await self._delete(np.array([handle]), request_id):
-                return False
-            return await self._closed_before(session_id, request_id, None)
+            handles = np.array([handle])
+            if self._has_closed_before(handle, request_id):
+                self._turns.release(handles)
+                return True
+            if uid and int(self._table.opened_with[handle]) != uid:
+                # where others use the store, its record says which session it is now
+                handles = (await self._read_anew(handles, 0))[0] if self._pager.is_shared else handles
+                if len(handles) and int(self._table.opened_with[handle]) != uid:
+                    self._turns.release(handles)
+                    raise _another(session_id)
+            if len(handles):
+                deleted, before = await self._delete(handles, request_id)
+                if deleted or before:
+                    return not deleted
+            seen = await self._directory.look([session_id], anew=True)
+            answer = await self._ended_meanwhile(session_id, request_id, uid, seen, None)
+            if answer is not None:
+                return answer
         raise changed_elsewhere(session_id)
 
-    async def _closed_before(self, session_id: str, request_id: int, error: SessionGone | None) -> bool:
-        """True if this very request closed a session that is gone.
+    async def _ended_meanwhile(
+        self, session_id: str, request_id: int, uid: int, seen: Seen, error: SessionGone | None
+    ) -> bool | None:
+        """The answer to a close whose session somebody else has ended: True if it was this very request.
+
+        None: there is another session of the id, and its uid says whether it is the one that is meant.
 
         Raises:
-            SessionGone: it did not.
+            SessionGone: there is none; `error`, if it is known.
+            Unavailable: another one was opened on another server, and it may not be the one that is meant.
         """
-        seen = await self._directory.look([session_id])
-        if request_id and self._directory.closed_with(session_id, seen) == request_id:
+        if self._was_closed_by(session_id, request_id, seen):
             return True
         if await self._close_lost(session_id, request_id, seen):
             return False
-        if self._pager.is_shared and self._directory.live(session_id, seen) is not None:
-            raise changed_elsewhere(session_id)  # it was closed, and opened anew
+        is_there = self._table.find(session_id) is not None or seen.get(session_id) is not None
+        if is_there and self._pager.is_shared:
+            if uid:
+                return None
+            raise changed_elsewhere(session_id)
         raise error or self._directory.gone(session_id, seen)
+
+    def _has_closed_before(self, handle: int, request_id: int) -> bool:
+        """Whether a call closed an earlier session of the id of one that is there: then it is sent again, and done."""
+        return bool(request_id) and request_id in closes_of(self._table.fields.get(handle, b""))
+
+    async def was_closed_by(self, session_id: str, request_id: int) -> bool:
+        """Whether a call has closed a session of an id; another session may have the id by now."""
+        seen = await self._directory.look([session_id], anew=True)
+        return self._was_closed_by(session_id, request_id, seen)
+
+    def _was_closed_by(self, session_id: str, request_id: int, seen: Seen) -> bool:
+        if not request_id:
+            return False
+        try:
+            handle = self._directory.live(session_id, seen)
+        except _UNUSABLE:
+            header = self._directory.stored_header(session_id, seen)
+            return header is not None and request_id in closes_of(header.fields)
+        if handle is None:
+            return self._directory.was_closed_by(session_id, request_id, seen)
+        return self._has_closed_before(handle, request_id)
 
     async def _close_lost(self, session_id: str, request_id: int, seen: Seen) -> bool:
         """Have a session that a shared store has lost count as closed; False if it is none.
@@ -122,7 +177,8 @@ class Closing:
         if not (self._pager.is_shared and isinstance(self._directory.ended(session_id, seen), SessionLost)):
             return False
         kept: asyncio.Future[Committed | ServerError] = asyncio.get_running_loop().create_future()
-        batch = Batch(tombstones=[Tombstone(session_id, End.CLOSED, self._clock.now(), request_id)])
+        stone = Tombstone(session_id, End.CLOSED, self._clock.now(), with_close(request_id, ()))
+        batch = Batch(tombstones=[stone])
         self._commits.submit(lambda: batch, 1, kept.set_result)
         committed = await asyncio.shield(kept)
         if isinstance(committed, ServerError):
@@ -131,16 +187,40 @@ class Closing:
             raise not_known()
         return True
 
-    async def close_many(self, session_ids: Sequence[str], *, used_before: float = math.inf) -> int:
-        """Delete those of many sessions that are there. See `Engine.close_sessions`.
+    async def close_many(
+        self,
+        session_ids: Sequence[str],
+        *,
+        request_id: int = 0,
+        uids: U64 | None = None,
+        used_before: float = math.inf,
+    ) -> int:
+        """Delete those of many sessions that are there; how many this request has deleted, now or before.
 
-        With `used_before`, on the monotonic clock, those that were used since then, or have something under way, stay.
+        Args:
+            session_ids: One that comes twice counts once.
+            request_id: 0 for none; as in `Engine.close_session`, of each.
+            uids: One for each, or one for all; 0, and None, for any.
+            used_before: On the monotonic clock. Sessions that were used since then, or have something under way, stay.
+
+        Raises:
+            InvalidInput: there are too many, or not one uid for each.
+            Overloaded: too much waits for the store, and none was deleted; or for one of them.
+            Unavailable: the store did not delete all.
         """
         if len(session_ids) > MAX_SESSIONS_PER_CALL:
             raise InvalidInput(f"session_ids must be at most {MAX_SESSIONS_PER_CALL}; got {len(session_ids)}")
         if "" in session_ids:
             raise InvalidInput("session_ids must be ids of sessions; one of them is missing (it is empty)")
-        ids = list(dict.fromkeys(session_ids))
+        if uids is not None and len(uids) not in {1, len(session_ids)}:
+            raise InvalidInput(
+                f"uids must be empty, one for all of session_ids, or one for each ({len(session_ids)});"
+                f" got {len(uids)}"
+            )
+        wanted = dict.fromkeys(session_ids, 0)
+        if uids is not None:
+            wanted = dict(zip(session_ids, np.broadcast_to(uids, len(session_ids)).tolist(), strict=True))
+        ids = list(wanted)
         is_timed = used_before < math.inf
         # of a store that others use it is known then when they used the sessions
         seen = await self._directory.look(ids, anew=is_timed)
@@ -150,30 +230,47 @@ class Closing:
         claimed = self._table.claimed[handles] & there
         if is_timed:
             there &= ~claimed & (self._table.used[handles] < used_before)
-        free = handles[there & ~claimed]
-        # what has something under way, and what cannot be stepped here, is closed by itself; the others are not there
-        rest = [ids[place] for place in np.flatnonzero(there & claimed).tolist()]
+        apart = self._apart(handles, there, np.fromiter(wanted.values(), np.uint64, len(ids)), request_id)
+        free = handles[there & ~claimed & ~apart]
+        # each of the others is closed by itself, if it is there: it has something under way, cannot be stepped here, was
+        # closed by this very call, or is another session than the one that is meant
+        rest = [ids[place] for place in np.flatnonzero(there & (claimed | apart)).tolist()]
         rest += self._directory.unusable(missing, seen)
+        if request_id:
+            stones = zip(missing, seen.tombstones(missing), strict=True)
+            rest += [session_id for session_id, stone in stones if stone and request_id in stone.closes]
         if self._pager.is_shared:
             rest += [i for i in missing if isinstance(self._directory.ended(i, seen), SessionLost)]
         self._turns.claim(free)
         ended: Counter[str] | None = Counter() if len(ids) > 1 else None
         try:
             idle_s = self._clock.monotonic() - used_before if is_timed else 0.0
-            closed = await self._delete_in_parts(free, ended, idle_s)
+            closed = await self._delete_in_parts(free, request_id, ended, idle_s)
         finally:
             self._removal.tell("closed", ended or Counter())
         # one after the other: to hold some while waiting for others could wait for ever
-        for session_id in rest:
+        for session_id in dict.fromkeys(rest):
             try:
                 seen = await self._directory.look([session_id])
-                await self.close(session_id, seen, request_id=0, deadline=float("inf"))
+                await self.close(
+                    session_id, seen, request_id=request_id, deadline=float("inf"), uid=wanted[session_id]
+                )
             except SessionGone:
                 continue  # it was not there, or somebody else closed it while it was waited for
             closed += 1
         return closed
 
-    async def _delete_in_parts(self, handles: Handles, ended: Counter[str] | None, idle_s: float) -> int:
+    def _apart(self, handles: Handles, there: Mask, uids: U64, request_id: int) -> Mask:
+        """Which sessions that are there may not be those that a call means to close."""
+        apart: Mask = there & (uids != 0) & (self._table.opened_with[handles] != uids)
+        if request_id and self._table.fields:
+            for place in np.flatnonzero(there).tolist():
+                apart[place] |= self._has_closed_before(int(handles[place]), request_id)
+        return apart
+
+    async def _delete_in_parts(
+        self, handles: Handles, request_id: int, ended: Counter[str] | None, idle_s: float
+    ) -> int:
         """Delete claimed sessions, so many at a time as a full disk has room for; return how many.
 
         `ended` counts them, see `Removal.remove`. Those stay that another server has used in the last `idle_s` seconds.
@@ -188,7 +285,8 @@ class Closing:
                 if start:
                     await asyncio.sleep(0)  # a commit in place lets nobody else have a turn
                 kept = handles[start + _CLOSE_AT_ONCE :]
-                deleted += await self._delete(handles[start : start + _CLOSE_AT_ONCE], 0, ended, idle_s)
+                some = handles[start : start + _CLOSE_AT_ONCE]
+                deleted += sum(await self._delete(some, request_id, ended, idle_s))
             except BaseException:
                 self._turns.release(kept)
                 raise
@@ -196,24 +294,28 @@ class Closing:
 
     async def _delete(
         self, handles: Handles, request_id: int, ended: Counter[str] | None = None, idle_s: float = 0.0
-    ) -> int:
-        """Delete claimed sessions; return how many there were: others may have been closed on another server.
+    ) -> tuple[int, int]:
+        """Delete claimed sessions; others may have been closed on another server.
 
         With `idle_s` those stay that were used there in the last so many seconds.
+
+        Returns:
+            How many were deleted, and how many this very request had closed on another server.
 
         Raises:
             Unavailable: the store did not. They leave the table: what it has of them is the truth.
         """
-        deleted = 0
+        deleted = before = 0
         for _ in range(MOST_TRIES):
             conflicts = await self._try_to_delete(handles, request_id, ended, idle_s)
             deleted += len(handles) - len(conflicts)
             if not len(conflicts):
-                return deleted
-            handles = await self._read_anew(conflicts)
+                return deleted, before
+            handles, closed = await self._read_anew(conflicts, request_id)
+            before += closed
             if idle_s:
                 self._turns.release(handles)
-                return deleted
+                return deleted, before
         self._turns.release(handles)
         raise changed_elsewhere(self._table.session_id(int(handles[0])))
 
@@ -229,13 +331,14 @@ class Closing:
                 self._expiry.drop(handles, committed)
                 return committed
             error: ServerError | None = None
-            for handle, (session_id, _, _, rows, _) in zip(handles.tolist(), sessions, strict=True):
+            for handle, each in zip(handles.tolist(), sessions, strict=True):
+                session_id = each.session_id
                 match committed.of(session_id):
                     case Outcome.KEPT:
                         gone = SessionNotFound(session_id, f"session {session_id!r} was closed")
                         removal.remove(handle, "closed", gone, ended)
                         if self._quotas is not None:
-                            self._quotas.end([(session_id, rows)])
+                            self._quotas.end([(session_id, each.rows)])
                     case Outcome.UNKNOWN:
                         error = not_known()
                         self._expiry.drop(np.array([handle]), error)
@@ -249,19 +352,27 @@ class Closing:
         await self._commit(sessions, request_id, done, release, idle_s)
         return np.array(conflicts, np.intp)
 
-    async def _read_anew(self, handles: Handles) -> Handles:
-        """Let the table say what the store has of claimed sessions; return those that are there still."""
+    async def _read_anew(self, handles: Handles, request_id: int) -> tuple[Handles, int]:
+        """Let the table say what the store has of claimed sessions.
+
+        Returns:
+            Those that are there still, and how many of the others the request had closed.
+        """
         ids = [self._table.session_id(handle) for handle in handles.tolist()]
+        there: list[int] = []
+        closed = 0
         try:
             found = await self._fetcher.fetch(ids)
-            return np.array(
-                [h for h, each in zip(handles.tolist(), found, strict=True) if self._is_there(h, each)],
-                np.intp,
-            )
+            for session_id, handle, each in zip(ids, handles.tolist(), found, strict=True):
+                if self._is_there(handle, each):
+                    there.append(handle)
+                elif request_id and request_id in _closes(session_id, each):
+                    closed += 1
         except BaseException:
             left = [h for h, i in zip(handles.tolist(), ids, strict=True) if self._table.find(i) == h]
             self._turns.release(np.array(left, np.intp))
             raise
+        return np.array(there, np.intp), closed
 
     def _is_there(self, handle: int, found: Fetched) -> bool:
         session_id = self._table.session_id(handle)
@@ -272,16 +383,15 @@ class Closing:
         header = decode_header(session_id, found.record)
         table = self._table
         if (header.created, header.opened_with) != (table.created[handle], table.opened_with[handle]):
-            gone = SessionNotFound(
-                session_id, f"session {session_id!r} was closed, and another one has its id now"
-            )
-            self._removal.forget(handle, gone)
+            self._removal.forget(handle, _another(session_id))
             return False
         refresh(table, self._fields, handle, header, found.stamp)
         self._pager.discard(self._directory.models.by_handle(handle), np.array([handle]))
         return True
 
-    async def _delete_unusable(self, session_id: str, model: str, request_id: int, seen: Seen) -> bool:
+    async def _delete_unusable(
+        self, session_id: str, model: str, request_id: int, header: Header | None, seen: Seen
+    ) -> bool:
         """Delete a session that only the store has; False if another server has changed it meanwhile.
 
         Raises:
@@ -303,8 +413,10 @@ class Closing:
             self._expiry.forgotten += 1
             return not_known() if outcome is Outcome.UNKNOWN else None
 
-        revision, rows = self._directory.stored_revision(session_id, seen)
-        ended = Ended(session_id, model, revision, rows, seen.stamp(session_id))
+        rows, ended = 0, Ended(session_id, model, 0, 0, seen.stamp(session_id))
+        if header is not None:
+            rows = header.batch_size
+            ended = ended_of(session_id, header, ended.stamp)._replace(model=model)
         await self._commit([ended], request_id, done, lambda: None)
         return outcome is Outcome.KEPT
 
@@ -333,3 +445,15 @@ class Closing:
         if error is not None:
             release()
             raise error
+
+
+def _another(session_id: str) -> SessionNotFound:
+    return SessionNotFound(session_id, f"session {session_id!r} was closed, and another one has its id now")
+
+
+def _closes(session_id: str, found: Fetched) -> tuple[int, ...]:
+    """Request ids of the calls that closed earlier sessions of an id."""
+    if found.tombstone is not None:
+        return found.tombstone.closes
+    header = None if found.record is None else header_or_none(session_id, found.record)
+    return () if header is None else closes_of(header.fields)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.pieces import TURN, Pieces
-from stepwell_server.engine.state.fields import joined, of_owner
+from stepwell_server.engine.state.fields import at_birth, joined
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array
 from stepwell_server.errors import QuotaExceeded, ServerError
@@ -50,11 +50,11 @@ class Fresh:
     rows: Rows
     """The arena's rows, with their states, of the first sessions, one after the other. The others begin paged out."""
     revisions: U64
-    """`(n,)`. Not 0 where another session had the id: see `Directory.first_revisions`."""
+    """`(n,)`. Not 0 where another session had the id: see `Directory.past`."""
     follows: U64
     """`(n,)`: see `Directory.follows`."""
-    opened_with: int
-    """Request id of the call, 0 for none."""
+    request_id: int
+    """Of the call, 0 for none."""
     created: float
     """Seconds since the epoch."""
     positions: U64
@@ -70,8 +70,14 @@ class Fresh:
     """As whose they are counted, beside their tenant's: see `Quotas.owner`."""
     stamp: int = dataclasses.field(default_factory=new_stamp)
     """Of all of their records, if others use the store."""
+    closes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """See `Directory.past`."""
+    opened_with: int = 0
+    """The request id, or a number that is drawn: sessions of the same id never share it."""
 
     def __post_init__(self) -> None:
+        if not self.opened_with:
+            object.__setattr__(self, "opened_with", self.request_id or new_stamp())
         if self.epoch < 0:
             object.__setattr__(self, "epoch", self.model.epoch)
 
@@ -265,7 +271,7 @@ class Creation:
     @staticmethod
     def _may_come_again(fresh: Fresh) -> bool:
         """Whether the same call goes on with what is there of it: of many sessions it must be possible to tell whose they are."""
-        return len(fresh.ids) == 1 or fresh.opened_with != 0
+        return len(fresh.ids) == 1 or fresh.request_id != 0
 
     def _charge(self, fresh: Fresh) -> None:
         try:
@@ -429,8 +435,11 @@ class Creation:
             )
             if rows is not None:
                 model.slots.owner[self._table.row[handles]] = handles
-            if fresh.owner:
-                self._table.fields.update(dict.fromkeys(handles.tolist(), of_owner(fresh.owner)))
+            if fresh.owner or fresh.closes:
+                for handle, session_id in zip(handles.tolist(), fresh.ids[part], strict=True):
+                    fields = at_birth(fresh.owner, fresh.closes.get(session_id))
+                    if fields:
+                        self._table.fields[handle] = fields
             self._expiry.watch(handles)
             if not fresh.is_pinned:
                 self._follow(handles, model, fresh.epoch)
@@ -441,7 +450,14 @@ def _records(fresh: Fresh) -> Sequence[tuple[str, Stored]]:
         return ()
     model, ready = fresh.model, fresh.ready
     mark = model.mark(fresh.epoch, is_pinned=fresh.is_pinned)
-    fields = joined(fresh.lease, mark, of_owner(fresh.owner))
+    if fresh.closes:  # the records of one template have the same length
+        fields = [
+            joined(fresh.lease, mark, at_birth(fresh.owner, fresh.closes.get(session_id, ())))
+            for session_id in fresh.ids
+        ]
+    else:
+        alike = joined(fresh.lease, mark, at_birth(fresh.owner, None))
+        fields = [alike] * len(fresh.ids) if alike else []
     template = RecordTemplate(
         fresh.ids,
         fingerprint=model.program.fingerprint,
@@ -450,7 +466,7 @@ def _records(fresh: Fresh) -> Sequence[tuple[str, Stored]]:
         created=fresh.created,
         row_bytes=model.arena.row_bytes,
         batch_size=fresh.batch_size,
-        fields=[fields] * len(fresh.ids) if fields else (),
+        fields=fields,
     )
     model.arena.pack_into(fresh.rows, template.rows[:ready])
     if fresh.states is None:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,13 +36,24 @@ from stepwell_server.errors import (
     Unavailable,
 )
 from stepwell_server.logs import Log
-from stepwell_server.store.base import End, Store, Tombstone
-from stepwell_server.store.record import Header, decode_header
+from stepwell_server.store.base import Store, Tombstone
+from stepwell_server.store.record import Header, decode_header, header_or_none
 
 _log = Log("engine.directory")
 
 #: What is older is asked for again, in seconds; and so often it is asked for metrics.
 _COUNTED_S, _LOOK_S = 1.0, 5.0
+
+
+class Past(NamedTuple):
+    """What is known of sessions that had some ids before."""
+
+    revisions: U64
+    """`(n,)`: the store's first revision, or one more than the last one of an earlier session.
+
+    So whoever still has a revision of that one gets a conflict, and does not step a session that is not theirs."""
+    closes: dict[str, tuple[int, ...]]
+    """Request ids of the calls that closed them (`Tombstone.closes`), of those ids that have any."""
 
 
 class Directory:
@@ -263,19 +275,20 @@ class Directory:
         """What is said of a session of which a tombstone is kept."""
         return self._endings.of(stone)
 
-    def first_revisions(self, session_ids: Sequence[str], seen: Seen) -> U64:
-        """The revisions with which sessions begin: the store's first, or more than another session that had the id ever had.
-
-        So whoever still has that one's revision gets a conflict, and does not step a session that is not theirs.
-        As long as its end is remembered, that is.
-        """
+    def past(self, session_ids: Sequence[str], seen: Seen) -> Past:
+        """What ids that have no live session keep of earlier ones, as long as the end of those is remembered."""
         burying = self._expiry.burying
         seen = self.here if self._is_local else seen
-        last = [
-            burying[session_id].revision if session_id in burying else -1 if stone is None else stone.revision
-            for session_id, stone in zip(session_ids, seen.tombstones(session_ids), strict=True)
-        ]
-        return np.array([max(self.store.first_revision, revision + 1) for revision in last], np.uint64)
+        revisions = np.full(len(session_ids), self.store.first_revision, np.uint64)
+        closes: dict[str, tuple[int, ...]] = {}
+        for place, stone in enumerate(seen.tombstones(session_ids)):
+            ended = burying.get(session_ids[place], stone)
+            if ended is None:
+                continue
+            revisions[place] = max(self.store.first_revision, ended.revision + 1)
+            if ended.closes:
+                closes[session_ids[place]] = ended.closes
+        return Past(revisions, closes)
 
     def follows(self, session_ids: Sequence[str], seen: Seen) -> U64:
         """What the store must have of sessions that begin: nothing, or the end of another one that was seen."""
@@ -283,21 +296,15 @@ class Directory:
             return np.zeros(len(session_ids), np.uint64)
         return np.array([seen.stamp(session_id) for session_id in session_ids], np.uint64)
 
-    def stored_revision(self, session_id: str, seen: Seen) -> tuple[int, int]:
-        """The revision that the store has of a session, and its rows; 0 if it cannot tell."""
-        try:
-            stored = seen.get(session_id)
-            if stored is None:
-                return 0, 0
-            header = decode_header(session_id, stored)
-            return header.revision, header.batch_size
-        except StateCorrupt:
-            return 0, 0
+    def stored_header(self, session_id: str, seen: Seen) -> Header | None:
+        """What the store's record says of a session; None if there is none, or it cannot be read."""
+        stored = seen.get(session_id)
+        return None if stored is None else header_or_none(session_id, stored)
 
-    def closed_with(self, session_id: str, seen: Seen) -> int:
-        """The request id of the call that closed a session that is gone, 0 if none said one."""
+    def was_closed_by(self, session_id: str, request_id: int, seen: Seen) -> bool:
+        """Whether a call has closed a session of an id that has no live one."""
         (stone,) = seen.tombstones([session_id])
-        return stone.request_id if stone is not None and stone.end is End.CLOSED else 0
+        return stone is not None and request_id in stone.closes
 
     def info(self, handle: int) -> SessionInfo:
         """Describe a session."""
@@ -315,6 +322,7 @@ class Directory:
             lease_s=self._leases.duration_s(int(table.lease[handle])),
             version=model.version,
             is_pinned=bool(table.pinned[handle]),
+            uid=int(table.opened_with[handle]),
         )
 
     def info_now(self, handle: int, seen: Seen, *, is_same: bool = False) -> SessionInfo:
@@ -420,4 +428,5 @@ def stored_info(session_id: str, header: Header) -> SessionInfo:
         lease_s=0.0 if (lease := lease_of(header.fields)) is None else lease[1] / 1000,
         version=0 if (mark := mark_of(header.fields)) is None else mark.version,
         is_pinned=mark is not None and mark.is_pinned,
+        uid=header.opened_with,
     )

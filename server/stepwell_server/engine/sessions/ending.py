@@ -22,10 +22,11 @@ from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.quotas import Quotas
+from stepwell_server.engine.state.fields import closes_of
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store import counts
-from stepwell_server.store.base import Batch, Committed, End, Store, Tombstone
+from stepwell_server.store.base import Batch, Committed, End, Store, Tombstone, with_close
 from stepwell_server.store.record import Header, header_or_none
 
 _log = Log("engine.expiry")
@@ -52,13 +53,24 @@ class Ended(NamedTuple):
     rows: int
     stamp: int = 0
     """Of its record; 0: it ends whatever the store has of it."""
+    closes: tuple[int, ...] = ()
+    """Request ids of the calls that closed earlier sessions of the id: see `Tombstone.closes`."""
+
+
+def ended_of(session_id: str, header: Header, stamp: int = 0) -> Ended:
+    """A session that ends and only the store has, by its record's header and stamp."""
+    closes = closes_of(header.fields)
+    return Ended(session_id, header.model, header.revision, header.batch_size, stamp, closes)
 
 
 def batch_of(sessions: Sequence[Ended], end: End, at: float, request_id: int = 0) -> Batch:
-    """What the store is to know of sessions that ended."""
+    """What the store is to know of sessions that ended; `request_id` is that of the call that closed them, 0 for none."""
     return Batch(
         deletes=[each.session_id for each in sessions],
-        tombstones=[Tombstone(each.session_id, end, at, request_id, each.revision) for each in sessions],
+        tombstones=[
+            Tombstone(each.session_id, end, at, with_close(request_id, each.closes), each.revision)
+            for each in sessions
+        ],
         counts=[(each.model, -1) for each in sessions if each.model],
         tenant_counts=counts.of_tenants(
             [(each.session_id, each.model) for each in sessions if each.model], -1
@@ -97,6 +109,7 @@ class Removal:
                 int(table.revision[handle]),
                 int(table.batch_size[handle]),
                 int(table.stamp[handle]),
+                closes_of(table.fields.get(handle, b"")),
             )
             for handle in handles.tolist()
         ]
@@ -353,7 +366,7 @@ class Expiry:
             for session_id, header in found
             if header is not None and self.only_stored([session_id]) and session_id not in self._strays
         ]
-        ended = [Ended(i, header.model, header.revision, header.batch_size) for i, header in untouched]
+        ended = [ended_of(session_id, header) for session_id, header in untouched]
         self.end_stored(ended, End.EXPIRED)
         return len(untouched)
 

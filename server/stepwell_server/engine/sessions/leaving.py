@@ -13,7 +13,7 @@ import math
 from stepwell_server.clock import Clock
 from stepwell_server.core.leases import Leases
 from stepwell_server.engine.sessions.ending import Ended, Expiry
-from stepwell_server.engine.state.fields import lease_of_or_none
+from stepwell_server.engine.state.fields import closes_of, lease_of_or_none
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import End, Store
@@ -108,6 +108,7 @@ class Leaving:
                             heads.models[int(heads.model[place])],
                             int(heads.heads["revision"][place]),
                             int(heads.heads["batch_size"][place]),
+                            closes=closes_of(heads.fields[place]),
                         )
                     )
                 else:

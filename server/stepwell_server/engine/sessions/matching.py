@@ -31,9 +31,11 @@ class Matching:
         self._clock = clock
 
     async def close(
-        self, wanted: SessionFilter, *, limit: int, place: Place | None = None
+        self, wanted: SessionFilter, *, limit: int, place: Place | None = None, request_id: int = 0
     ) -> tuple[int, Place | None]:
         """Close up to `limit` sessions; return how many, and where to go on, None at the end.
+
+        A session that begins after the request of this id closed an earlier one of its id stays.
 
         Raises:
             ModelNotFound: there is no model of that name.
@@ -53,5 +55,7 @@ class Matching:
         page, _ = await self._listing.page(query)
         ids = [info.session_id for info in page if info.created <= at.as_of]
         used_before = math.inf if idle is None else self._clock.monotonic() - idle
-        closed = await self._closing.close_many(ids, used_before=used_before) if ids else 0
+        closed = 0
+        if ids:
+            closed = await self._closing.close_many(ids, request_id=request_id, used_before=used_before)
         return closed, None if page.next is None else dataclasses.replace(at, after=page.next[1])

@@ -34,7 +34,14 @@ from stepwell_server.engine.sessions.ids import require_session_id
 from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Loader, Seen
 from stepwell_server.engine.sessions.overdue import Overdue
-from stepwell_server.engine.state.fields import joined, owned, owner_of, split
+from stepwell_server.engine.state.fields import (
+    at_birth,
+    closes_of,
+    joined,
+    owner_of,
+    split,
+    with_closes,
+)
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import (
     InvalidInput,
@@ -106,11 +113,21 @@ class _New:
     header: Header
     """As it will be."""
     model: Model
-    record: bytes
+    rows: bytes
+    extra: bytes
     was_here: bool = False
     """The store had a session of its id before."""
     follows: int = 0
     """See `Directory.follows`."""
+
+    def after(self, closes: tuple[int, ...]) -> _New:
+        """The same, of an id whose earlier sessions these calls closed."""
+        fields = with_closes(self.header.fields, closes)
+        return dataclasses.replace(self, header=dataclasses.replace(self.header, fields=fields))
+
+    @property
+    def record(self) -> bytes:
+        return _encoded(self.session_id, self.header, self.rows, self.extra)
 
     @property
     def served(self) -> tuple[str, Header, Model]:
@@ -337,7 +354,8 @@ class Moving:
         extra = decoded.extras.get(0, b"")
         check_state(session_id, header, model, decoded.rows, extra)
         _, mark, _ = split(header.fields)
-        rest = owned(imported_fields(session_id, header.fields), self._creation.owner(who, session_id))
+        rest = imported_fields(session_id, header.fields)
+        rest = at_birth(self._creation.owner(who, session_id), None, rest)
         is_pinned = mark is not None and Mark.unpack(mark).is_pinned
         header = dataclasses.replace(
             header,
@@ -345,7 +363,7 @@ class Moving:
             last_used=self._clock.now(),
             fields=joined(None, model.mark(model.epoch, is_pinned=is_pinned), rest),
         )
-        return _New(session_id, header, model, _encoded(session_id, header, decoded.rows, extra))
+        return _New(session_id, header, model, decoded.rows, extra)
 
     def _version_of(self, session_id: str, header: Header) -> Model:
         """The version that an imported session is on: that with its weights, or the one that took its sessions over.
@@ -387,7 +405,8 @@ class Moving:
         handles = self._directory.find_all(ids, seen)
         missing = [ids[place] for place in np.flatnonzero(handles < 0).tolist()]
         unusable = set(self._directory.unusable(missing, seen))
-        revisions = dict(zip(ids, self._directory.first_revisions(ids, seen).tolist(), strict=True))
+        past = self._directory.past(ids, seen)
+        revisions = dict(zip(ids, past.revisions.tolist(), strict=True))
         follows = dict(zip(ids, self._directory.follows(ids, seen).tolist(), strict=True))
         fresh: list[_New] = []
         for session_id, handle in zip(ids, handles.tolist(), strict=True):
@@ -401,7 +420,8 @@ class Moving:
                     )
                 else:
                     was_here = revisions[session_id] > 0 or existing is Existing.REPLACE
-                    fresh.append(dataclasses.replace(each, was_here=was_here, follows=follows[session_id]))
+                    own = each.after(past.closes.get(session_id, ()))
+                    fresh.append(dataclasses.replace(own, was_here=was_here, follows=follows[session_id]))
             elif handle >= 0 and self._is_same(handle, each):
                 results[session_id] = Brought.IMPORTED
             elif existing is Existing.SKIP:
@@ -489,11 +509,9 @@ class Moving:
                 handle = self._directory.find(session_id, seen)
             if handle < 0 or self._local is None:
                 # nobody can step it, or the store takes a record only if it follows the one that is there
-                old_rows = (
-                    int(self._table.batch_size[handle])
-                    if handle >= 0
-                    else self._directory.stored_revision(session_id, seen)[1]
-                )
+                stored = None if handle >= 0 else self._directory.stored_header(session_id, seen)
+                old_rows = 0 if stored is None else stored.batch_size
+                old_rows = int(self._table.batch_size[handle]) if handle >= 0 else old_rows
                 # a quota refuses it now, or when what was there is gone
                 self._creation.recount(session_id, old_rows, max(old_rows, rows))
                 self._creation.recount(session_id, max(old_rows, rows), old_rows)
@@ -511,6 +529,8 @@ class Moving:
         except QuotaExceeded as error:
             self._turns.release(np.array([handle]))
             return error
+
+        each = each.after(closes_of(self._table.fields.get(handle, b"")))
 
         def done(committed: Committed | ServerError) -> Result:
             error = _problem(session_id, committed)

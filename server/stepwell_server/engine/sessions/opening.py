@@ -20,14 +20,14 @@ from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.intake.validation import check_finite_state
 from stepwell_server.engine.sessions.attempts import Attempts, OpenedMany, Wanted
 from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
-from stepwell_server.engine.sessions.directory import Directory
+from stepwell_server.engine.sessions.directory import Directory, Past
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, require_session_id
 from stepwell_server.engine.sessions.leasing import Leasing
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.sessions.using import Clients, Usage
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import U64, Tensors
+from stepwell_server.engine.types import Tensors
 from stepwell_server.errors import (
     InvalidInput,
     ModelMismatch,
@@ -138,7 +138,7 @@ class Opening:
                 served.arena.reset(rows, served.program.initial)
             else:
                 served.arena.write(rows, values)
-            revisions = self._directory.first_revisions([name], seen)
+            past = self._directory.past([name], seen)
             ending = self._directory.ending(name) is not None
             own = None if session_id else self._leased(lease)
             created, positions = self._clock.now(), np.zeros(1, np.uint64)
@@ -147,7 +147,7 @@ class Opening:
                 [name],
                 batch_size,
                 rows,
-                revisions,
+                past.revisions,
                 self._directory.follows([name], seen),
                 request_id,
                 created,
@@ -156,6 +156,7 @@ class Opening:
                 is_pinned=is_pinned,
                 epoch=epoch,
                 owner=self._creation.owner(who),
+                closes=past.closes,
             )
             try:
                 info = await self._creation.create(fresh)
@@ -263,7 +264,7 @@ class Opening:
                 self._require_not_gone(ids[0], seen)
             if not await self._reserve(wanted, seen):
                 continue  # somebody made one of them meanwhile
-            revisions, rows = await self._begun(wanted, seen)
+            past, rows = await self._begun(wanted, seen)
             ending = any(self._directory.ending(session_id) is not None for session_id in ids)
             created = self._clock.now()
             positions = np.zeros(len(ids), np.uint64) if wanted.positions is None else wanted.positions
@@ -273,7 +274,7 @@ class Opening:
                 ids,
                 batch_size,
                 rows,
-                revisions,
+                past.revisions,
                 self._directory.follows(ids, seen),
                 wanted.request_id,
                 created,
@@ -283,6 +284,7 @@ class Opening:
                 wanted.is_pinned,
                 epoch,
                 self._creation.owner(wanted.who),
+                closes=past.closes,
             )
             try:
                 await self._creation.create(fresh)
@@ -300,8 +302,9 @@ class Opening:
                 served.name,
                 served.program.fingerprint,
                 batch_size,
-                revisions,
+                past.revisions,
                 positions,
+                np.full(len(ids), fresh.opened_with, np.uint64),
                 version=served.version,
             )
         raise changed_elsewhere(every.ids[0])
@@ -329,8 +332,8 @@ class Opening:
             creation.give_up(ids[:kept], pending)
         return kept == len(ids)
 
-    async def _begun(self, wanted: Wanted, seen: Seen) -> tuple[U64, Rows]:
-        """Revisions and rows of sessions that are reserved; if these cannot be had the sessions are given up.
+    async def _begun(self, wanted: Wanted, seen: Seen) -> tuple[Past, Rows]:
+        """The past and the rows of sessions that are reserved; if these cannot be had the sessions are given up.
 
         As many as there is room for have rows at once; the others come when they are stepped.
         """
@@ -338,10 +341,12 @@ class Opening:
         rows: Rows | None = None
         try:
             # of ids that are made here none was another session's
-            revisions = np.zeros(len(ids), np.uint64)
+            revisions, closes = np.zeros(len(ids), np.uint64), dict[str, tuple[int, ...]]()
             if wanted.are_chosen:
                 async for part in self._pieces.of(ids):
-                    revisions[part] = self._directory.first_revisions(ids[part], seen)
+                    past = self._directory.past(ids[part], seen)
+                    revisions[part] = past.revisions
+                    closes.update(past.closes)
             if wanted.revisions is not None:
                 revisions = np.maximum(revisions, wanted.revisions)
             fitting = (served.slots.resident_limit - served.slots.resident) // batch_size
@@ -358,7 +363,7 @@ class Opening:
                 served.slots.free_resident(rows)
             self._creation.give_up(ids)
             raise
-        return revisions, rows
+        return Past(revisions, closes), rows
 
     async def fork(
         self,
@@ -512,7 +517,8 @@ class Opening:
         rows = self._pager.take(model, batch_size)
         model.arena.copy(table.rows(source), rows)
         self._usage.used(np.array([source]))
-        revisions = np.maximum(self._directory.first_revisions([name], seen), np.uint64(revision))
+        past = self._directory.past([name], seen)
+        revisions = np.maximum(past.revisions, np.uint64(revision))
         positions, created = table.position[source : source + 1].copy(), self._clock.now()
         fresh = Fresh(
             model,
@@ -527,6 +533,7 @@ class Opening:
             lease=lease,
             is_pinned=bool(table.pinned[source]),
             owner=self._creation.owner(who),
+            closes=past.closes,
         )
         info = await self._creation.create(fresh)
         self._observer.session_event("forked", model.name, name)

@@ -22,7 +22,7 @@ from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.quotas import Quotas
-from stepwell_server.engine.sessions.ending import TOLD_ONE_BY_ONE, Ended, Removal, batch_of
+from stepwell_server.engine.sessions.ending import TOLD_ONE_BY_ONE, Ended, Removal, batch_of, ended_of
 from stepwell_server.engine.sessions.service import Service
 from stepwell_server.errors import ServerError
 from stepwell_server.store.base import Committed, End, Fetched, Outcome, Tombstone
@@ -92,8 +92,7 @@ class Overdue:
                 continue
             header = header_or_none(session_id, each.record)
             if header is not None:
-                ended = Ended(session_id, header.model, header.revision, header.batch_size, each.stamp)
-                over.append(Over(ended, each.idle_s))
+                over.append(Over(ended_of(session_id, header, each.stamp), each.idle_s))
         if not over or await self._service.seconds() <= self._max_idle_s:
             return set()
         if (await self.end(over, End.EXPIRED, self._max_idle_s)).unknown:

@@ -19,7 +19,7 @@ from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.sessions.ending import Ended
 from stepwell_server.engine.sessions.overdue import Over, Overdue
 from stepwell_server.engine.sessions.service import Service
-from stepwell_server.engine.state.fields import lease_of_or_none
+from stepwell_server.engine.state.fields import closes_of, lease_of_or_none
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import CLIENT_KNOWN_S, End, Store, Unused
@@ -149,6 +149,7 @@ class Sweep:
                     int(heads["revision"][place]),
                     int(heads["batch_size"][place]),
                     int(page.stamps[place]),
+                    closes_of(page.heads.fields.get(place, b"")),
                 ),
                 float(page.idle_s[place]),
             )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from stepwell_server.core import leases
 from stepwell_server.core.history import MARK, Mark
 from stepwell_server.core.leases import Lease, Leases
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import Mask
-from stepwell_server.store.fields import LEASE, OWNER, VERSION, pack_fields, unpack_fields
+from stepwell_server.store.base import CLOSES_BYTES, pack_closes, unpack_closes
+from stepwell_server.store.fields import CLOSES, LEASE, OWNER, VERSION, pack_fields, unpack_fields
 
 _LEASE_HEAD = struct.pack("<HH", LEASE, leases.STORED.size)
 _MARK_HEAD = struct.pack("<HH", VERSION, MARK.size)
@@ -80,17 +82,43 @@ def owner_of(fields: bytes) -> str:
         return ""
 
 
-def of_owner(owner: str) -> bytes:
-    """The fields that say who has made a session, beside the lease and the version; empty: nothing."""
-    return pack_fields({OWNER: owner.encode()}) if owner else b""
+def closes_of(fields: bytes) -> tuple[int, ...]:
+    """Request ids of the calls that closed earlier sessions of the id, the last one first.
+
+    Empty where the fields name none, or cannot be read.
+    """
+    if not fields:
+        return ()
+    try:
+        stored = unpack_fields(fields).get(CLOSES, b"")
+    except ValueError:
+        return ()
+    return unpack_closes(stored) if len(stored) == CLOSES_BYTES else ()
 
 
-def owned(rest: bytes, owner: str) -> bytes:
-    """Fields beside lease and version, with nobody else than this owner; empty: with none."""
-    if not rest:
-        return of_owner(owner)
-    others = {tag: value for tag, value in unpack_fields(rest).items() if tag != OWNER}
-    return pack_fields({**others, OWNER: owner.encode()} if owner else others)
+def at_birth(owner: str, closes: tuple[int, ...] | None, others: bytes = b"") -> bytes:
+    """The fields of a session that begins, beside its lease and version: its owner, and the closes of its id.
+
+    Args:
+        owner: Empty for none.
+        closes: Of earlier sessions of the id. None: no such field; an empty one has the length of any other.
+        others: Fields that it has beside these two.
+    """
+    if not (owner or others or closes is not None):
+        return b""
+    own = unpack_fields(others)
+    own.pop(OWNER, None)
+    own.pop(CLOSES, None)
+    if owner:
+        own[OWNER] = owner.encode()
+    if closes is not None:
+        own[CLOSES] = pack_closes(closes)
+    return pack_fields(own)
+
+
+def with_closes(fields: bytes, closes: tuple[int, ...]) -> bytes:
+    """All fields of a record, with other closes of its id."""
+    return pack_fields({**unpack_fields(fields), CLOSES: pack_closes(closes)}) if closes else fields
 
 
 class Fields:
@@ -122,22 +150,35 @@ class Fields:
         mark = model.mark(epoch, is_pinned=bool(self._table.pinned[handle]))
         return joined(lease, mark, self._table.fields.get(handle, b""))
 
-    def kinds(self, handles: Handles, model: Model) -> tuple[Mask, Mask]:
-        """Which sessions have a lease, and which say their version: records of one kind have the same length."""
-        leased: Mask = self._table.lease[handles] > 0
-        return leased, self._table.pinned[handles] | model.is_marked
+    def others(self, handles: Handles) -> Sequence[bytes]:
+        """The fields of sessions beside their leases and versions; empty if none of them has any."""
+        if not self._table.have_fields(handles):
+            return ()
+        fields = self._table.fields
+        return [fields.get(handle, b"") for handle in handles.tolist()]
 
-    def of_kind(self, handles: Handles, model: Model) -> list[bytes]:
-        """The fields of sessions of one kind that have no others; empty if they have none."""
+    def lengths(self, handles: Handles, model: Model) -> npt.NDArray[np.intp]:
+        """Bytes of the fields of the records of sessions as of a version, `(n,)`."""
+        if self._table.have_fields(handles):  # a later server's may have the tag of a lease or a version
+            fields = self.of_many(handles, model) or [b""] * len(handles)
+            return np.fromiter(map(len, fields), np.intp, len(handles))
+        leased = self._table.lease[handles] > 0
+        marked = self._table.pinned[handles] | model.is_marked
+        return leased * np.intp(_LEASE_BYTES) + marked * np.intp(_MARK_BYTES)
+
+    def of_many(self, handles: Handles, model: Model) -> list[bytes]:
+        """The fields of sessions, all of one length; empty if they have none."""
         epochs = self._epochs(handles, model)
         numbers, pinned = self._table.lease[handles].tolist(), self._table.pinned[handles].tolist()
-        known: dict[tuple[int, bool, int], bytes] = {}
-        for number, is_pinned, epoch in set(zip(numbers, pinned, epochs, strict=True)):
+        others = self.others(handles) or [b""] * len(handles)
+        known: dict[tuple[int, bool, int, bytes], bytes] = {}
+        for each in set(zip(numbers, pinned, epochs, others, strict=True)):
+            number, is_pinned, epoch, rest = each
             lease = self._leases.of(number) if number else None
-            known[number, is_pinned, epoch] = joined(lease, model.mark(epoch, is_pinned=is_pinned))
+            known[each] = joined(lease, model.mark(epoch, is_pinned=is_pinned), rest)
         if not any(known.values()):
             return []
-        return [known[each] for each in zip(numbers, pinned, epochs, strict=True)]
+        return [known[each] for each in zip(numbers, pinned, epochs, others, strict=True)]
 
     def _epochs(self, handles: Handles, model: Model) -> list[int]:
         """Of the records of sessions: those that left the version while something was under way move when they are read."""

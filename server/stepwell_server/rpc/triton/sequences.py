@@ -11,7 +11,6 @@ opened for it, and closed again if its step fails; one of another batch size is 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import hashlib
 from collections import OrderedDict, deque
@@ -154,6 +153,8 @@ class Sequences:
 
     async def _start(self, request: SequenceRequest) -> tuple[Applied, Read]:
         info = await self._live_or_cleared(request)
+        if info is not None:
+            await self._refuse_if_ended(request)
         asked = request.reading.asked
         read = request.reading.read()
         inputs, program = read.inputs, read.model.program
@@ -166,29 +167,29 @@ class Sequences:
             if known := await self._applied_before(request, read, info):
                 return known, read
             await self._engine.close_session(request.session_id, deadline=request.deadline)
-        revision = await self._open(request, inputs.rows)
+        revision, uid = await self._open(request, inputs.rows)
         try:
             return await self._advance(request, read, revision), read
         except BaseException:  # cancelled too: then nobody knows of the sequence
-            await self._close_if_possible(request.session_id)
+            await self._close_if_possible(request.session_id, uid=uid)
             raise
 
-    async def _open(self, request: SequenceRequest, rows: int) -> int:
-        """Open the sequence's session, which stays on the version that the request names; returns its revision."""
+    async def _open(self, request: SequenceRequest, rows: int) -> tuple[int, int]:
+        """Open the sequence's session, which stays on the version that the request names; its revision and uid."""
         asked = request.reading.asked
         ref = request.model if asked is None else f"{request.model}@{asked}"
         try:
             opened = await self._engine.open_session(
                 ref, session_id=request.session_id, batch_size=rows, must_be_new=True, who=request.who
             )
-            return opened.session.revision
+            return opened.session.revision, opened.session.uid
         except Overloaded:
             # Sessions with something under way have all rows. Triton's clients do not come again as our SDK does: so
             # the session begins without rows, and its first step waits in line for them.
             many = await self._engine.open_sessions(
                 ref, session_ids=[request.session_id], batch_size=rows, who=request.who
             )
-            return int(many.revisions[0])
+            return int(many.revisions[0]), int(many.uids[0])
 
     async def _go_on(self, request: SequenceRequest) -> tuple[Applied, Read]:
         asked = request.reading.asked
@@ -196,8 +197,10 @@ class Sequences:
             info = await self._live(request)
         except _UNUSABLE as error:
             request.reading.read()  # what is wrong with its tensors is said first, as by Triton
-            await self._refuse_if_ended(request, error)
+            if isinstance(error, SessionGone):
+                await self._refuse_if_ended(request)
             raise not_started(request.sequence_id, request.model, error) from error
+        await self._refuse_if_ended(request)
         if asked is not None and info.version != asked:
             refusal = on_another_version(request.sequence_id, request.model, info.version, asked)
             if not request.parameters.request_id:
@@ -233,9 +236,9 @@ class Sequences:
             self._ended.put(request.session_id, request.parameters.request_id, reply)
         await self._close_if_possible(request.session_id, request.parameters.request_id)
 
-    async def _close_if_possible(self, session_id: str, request_id: int = 0) -> None:
+    async def _close_if_possible(self, session_id: str, request_id: int = 0, *, uid: int = 0) -> None:
         try:
-            await self._engine.close_session(session_id, request_id=request_id)
+            await self._engine.close_session(session_id, request_id=request_id, uid=uid)
         except SessionGone:
             return  # somebody else closed it
         except ServerError as error:
@@ -278,18 +281,21 @@ class Sequences:
             await self._engine.close_session(request.session_id, deadline=request.deadline)
             return None
 
-    async def _refuse_if_ended(self, request: SequenceRequest, error: ServerError) -> None:
-        """Tell a client that sends an END again that it was applied, where its answer is not known any more."""
+    async def _refuse_if_ended(self, request: SequenceRequest) -> None:
+        """Refuse an END that is sent again where its answer is not known any more: another sequence may have begun.
+
+        Raises:
+            InvalidInput: it was applied.
+        """
         given = request.parameters
-        if not (given.end and given.request_id and isinstance(error, SessionGone)):
+        if not (given.end and given.request_id):
             return
-        with contextlib.suppress(SessionGone):
-            if await self._engine.close_session(request.session_id, request_id=given.request_id):
-                raise InvalidInput(
-                    f"{not_started(request.sequence_id, request.model).message}: the last one ended with this very"
-                    " request, and its answer was in the memory of the server process that gave it",
-                    cause="ALREADY_APPLIED",
-                )
+        if await self._engine.was_closed_by(request.session_id, given.request_id):
+            raise InvalidInput(
+                f"{not_started(request.sequence_id, request.model).message}: the last one ended with this very"
+                " request, and its answer was in the memory of the server process that gave it",
+                cause="ALREADY_APPLIED",
+            )
 
 
 class EndedReplies:

@@ -24,16 +24,23 @@ from typing import BinaryIO
 from isal.isal_zlib import crc32
 
 from stepwell_server.files import private_files
-from stepwell_server.store.base import End, StoreError, Tombstone
+from stepwell_server.store.base import (
+    CLOSES_BYTES,
+    End,
+    StoreError,
+    Tombstone,
+    pack_closes,
+    unpack_closes,
+)
 from stepwell_server.store.disk.documents import Item
 from stepwell_server.store.record import MAX_COUNTER, MAX_TIME
 
-_NAME, FORMAT = b"stepwell backup ", 1
+_NAME, FORMAT = b"stepwell backup ", 2
 MAGIC = _NAME + b"%d\n" % FORMAT
 """With the version of everything in the file, records too. Raise it whenever something of it changes."""
 _BLOCK = struct.Struct("<IIc")  # bytes of content, checksum of kind and content, kind
 _ENTRY = struct.Struct("<HI")  # bytes of id, of record; or of a document's key and value
-_STONE = struct.Struct("<HBdQQ")  # bytes of id, end, at, request id, revision
+_STONE = struct.Struct(f"<HBdQ{CLOSES_BYTES}s")  # bytes of id, end, at, revision, request ids of closes
 _HEAD, _DOCUMENTS, _SESSIONS, _TOMBSTONES, _END = b"h", b"d", b"s", b"t", b"e"
 _BLOCK_BYTES = 2**20
 _MOST_BLOCK_BYTES = 2**31
@@ -110,9 +117,8 @@ class Writer:
     def tombstone(self, stone: Tombstone) -> None:
         """Write a tombstone. The oldest comes first."""
         key = stone.session_id.encode()
-        self._gather(
-            _TOMBSTONES, _STONE.pack(len(key), stone.end, stone.at, stone.request_id, stone.revision) + key
-        )
+        closes = pack_closes(stone.closes)
+        self._gather(_TOMBSTONES, _STONE.pack(len(key), stone.end, stone.at, stone.revision, closes) + key)
         self.tombstones += 1
 
     def finish(self) -> None:
@@ -249,11 +255,11 @@ class Reader:
     def _tombstones(self, content: bytes) -> Iterator[Tombstone]:
         at = 0
         while at < len(content):
-            id_bytes, end, ended, request_id, revision = _STONE.unpack_from(content, at)
+            id_bytes, end, ended, revision, closes = _STONE.unpack_from(content, at)
             start = at + _STONE.size
             at = start + id_bytes
             self.tombstones += 1
-            yield Tombstone(str(content[start:at], "utf-8"), End(end), ended, request_id, revision)
+            yield Tombstone(str(content[start:at], "utf-8"), End(end), ended, unpack_closes(closes), revision)
 
     def _require_end(self, content: bytes, digest: str) -> None:
         said = json.loads(content)

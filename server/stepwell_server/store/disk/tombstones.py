@@ -1,6 +1,6 @@
 """Tombstones in LMDB: what is remembered of sessions that are gone, and which are forgotten first.
 
-tombstones        key of the id -> age, end, at, request id, revision
+tombstones        key of the id -> age, end, at, revision, request ids of closes
 tombstone_ages    age -> key of the id
 """
 
@@ -10,10 +10,10 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-from stepwell_server.store.base import End, Tombstone
+from stepwell_server.store.base import CLOSES_BYTES, End, Tombstone, pack_closes, unpack_closes
 from stepwell_server.store.disk.keys import key_of
 
-_VALUE = struct.Struct("<QBdQQ")  # age, end, at, request id, revision
+_VALUE = struct.Struct(f"<QBdQ{CLOSES_BYTES}s")  # age, end, at, revision, request ids of closes
 _AGE = struct.Struct(">Q")  # big-endian: in the order of the keys
 
 
@@ -29,9 +29,8 @@ def bury(
     """Put tombstones, the first of the given age, and forget the oldest beyond `most`; returns the next age."""
     for stone in stones:
         key = key_of(stone.session_id)
-        transaction.put(
-            key, _VALUE.pack(age, stone.end, stone.at, stone.request_id, stone.revision), db=tombstones
-        )
+        closes = pack_closes(stone.closes)
+        transaction.put(key, _VALUE.pack(age, stone.end, stone.at, stone.revision, closes), db=tombstones)
         transaction.put(_AGE.pack(age), key, db=ages)
         age += 1
     surplus = transaction.stat(ages)["entries"] - most
@@ -49,8 +48,8 @@ def bury(
 
 def tombstone(session_id: str, stored: bytes) -> Tombstone:
     """What a stored tombstone says."""
-    _, end, at, request_id, revision = _VALUE.unpack(stored)
-    return Tombstone(session_id, End(end), at, request_id, revision)
+    _, end, at, revision, closes = _VALUE.unpack(stored)
+    return Tombstone(session_id, End(end), at, unpack_closes(closes), revision)
 
 
 def age_of(stored: bytes) -> int:

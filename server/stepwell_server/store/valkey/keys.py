@@ -25,7 +25,7 @@ import zlib
 from isal.isal_zlib import crc32
 
 from stepwell_server.errors import StateCorrupt
-from stepwell_server.store.base import End, Tombstone
+from stepwell_server.store.base import CLOSES_BYTES, End, Tombstone, pack_closes, unpack_closes
 
 META = -1
 """In place of a partition: of the keys that are the whole store's."""
@@ -37,7 +37,8 @@ LOST_STAMP = 2**64 - 1
 STAMP_BYTES = 8
 HEAD = struct.Struct(">B8sQ")
 """Kind, stamp, last use."""
-_STONE = struct.Struct("<IBdQQ")  # checksum of what follows it, end, at, request id, revision
+# checksum of the bytes that follow it, end, at, revision, request ids of closes
+_STONE = struct.Struct(f"<IBdQ{CLOSES_BYTES}s")
 _CHECKSUM_BYTES = 4
 _KNOWN_IDS = 65_536
 
@@ -103,7 +104,8 @@ def store_key(prefix: str) -> bytes:
 
 def pack_tombstone(stone: Tombstone) -> bytes:
     """What is stored of a tombstone behind the head."""
-    packed = _STONE.pack(0, stone.end, stone.at, stone.request_id, stone.revision)[_CHECKSUM_BYTES:]
+    closes = pack_closes(stone.closes)
+    packed = _STONE.pack(0, stone.end, stone.at, stone.revision, closes)[_CHECKSUM_BYTES:]
     checksum = crc32(packed, crc32(stone.session_id.encode()))
     return checksum.to_bytes(_CHECKSUM_BYTES, "little") + packed
 
@@ -116,9 +118,9 @@ def unpack_tombstone(session_id: str, stored: bytes) -> Tombstone:
     """
     checksum = crc32(stored[_CHECKSUM_BYTES:], crc32(session_id.encode()))
     if len(stored) == _STONE.size and int.from_bytes(stored[:_CHECKSUM_BYTES], "little") == checksum:
-        _, end, at, request_id, revision = _STONE.unpack(stored)
+        _, end, at, revision, closes = _STONE.unpack(stored)
         if end in set(End):
-            return Tombstone(session_id, End(end), at, request_id, revision)
+            return Tombstone(session_id, End(end), at, unpack_closes(closes), revision)
     raise StateCorrupt(
         f"the tombstone of session {session_id!r} must be as it was written; it is damaged",
         session_id=session_id,
