@@ -113,7 +113,10 @@ def test_policy_gradient(server: LocalServer, tmp_path: Path, monkeypatch: pytes
     """New weights are played at once, and the episodes go on: they become longer than chance makes them."""
     monkeypatch.setenv("STEPWELL_CACHE_DIR", str(tmp_path / "cache"))
     said = run("policy_gradient.py", server, tmp_path, "--updates", "10", "--picture", "learning.png")
-    told = re.findall(r"^update (\d+): version (\d+) played, episodes last (\d+) steps$", said, re.MULTILINE)
+    assert said.startswith("Loading TensorFlow, "), "people see at once that it has begun"
+    told = re.findall(
+        r"^update (\d+) of 10, \d+ s: version (\d+) played, episodes last (\d+) steps$", said, re.MULTILINE
+    )
     assert [update for update, _, _ in told] == [str(update) for update in range(1, 11)]
     assert all(update == version for update, version, _ in told)
     assert int(told[-1][2]) > 1.5 * int(told[0][2])

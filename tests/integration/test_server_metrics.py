@@ -239,7 +239,10 @@ def test_dashboard_and_rules_ask_for_what_is_there(scraped: Scrape) -> None:
     assert not {expr: found for expr, found in lacking.items() if is_native or "_front_" not in expr}
     for name, alert in alerts.items():
         assert alert["labels"]["severity"] in {"page", "ticket"}
-        assert alert["annotations"]["runbook_url"] == f"docs/incidents.md#{name.lower()}"
+        assert (
+            alert["annotations"]["runbook_url"]
+            == f"https://runbooks.example/stepwell/incidents.md#{name.lower()}"
+        )
         said = set(re.findall(r"\$labels\.(\w+)", " ".join(alert["annotations"].values())))
         assert said <= labels(alert["expr"], scraped, recorded), name
 
