@@ -60,6 +60,10 @@ class Everywhere:
         asked = self._request
         assert isinstance(asked, models_pb2.LoadModelRequest)
         request = models_pb2.LoadModelRequest(name=asked.name, version=asked.version, keep_default=True)
+        if (
+            not asked.keep_default
+        ):  # so that a version to which sessions cannot move is refused before it is loaded
+            request.sessions, request.migration = asked.sessions, asked.migration
         loaded: LoadedModel | None = None
         there: ModelVersionExistsError | None = None
         for to in self._router.replicas:

@@ -81,6 +81,34 @@ async def test_a_version_is_loaded_on_all_and_becomes_the_default_once(
             await client.unload_model(MODEL, loaded.version)
 
 
+def unnamed(units: int) -> Any:
+    """A model whose layers Keras names."""
+    import keras
+
+    layers = [keras.layers.LSTM(units, return_sequences=True), keras.layers.Dense(1)]
+    return keras.Sequential([keras.Input((None, 3)), *layers])
+
+
+async def test_a_retrained_model_is_carried_and_another_one_uses_no_number(servers: list[Server]) -> None:
+    models = [unnamed(4), unnamed(4), unnamed(5)]
+    async with connect("sync", ",".join(server.address for server in servers), timeout_s=60.0) as client:
+        first = await client.load_model("unnamed", models[0])
+        group = await client.open_sessions("unnamed", 8)
+        await group.step(X)
+        with pytest.raises(stepwell.ModelMismatchError, match="units was 4 and is 5"):
+            await client.update_model("unnamed", models[2])
+        updated = await client.update_model("unnamed", models[1])
+        assert (updated.version, updated.previous_version) == (first.version + 1, first.version)
+        await group.step(X)
+        assert set(group.model_versions.tolist()) == {updated.version}
+        await group.close()
+        for server in servers:
+            with stepwell.connect(server.address) as one:
+                found = one.model("unnamed")
+                assert (found.state, found.outputs) == (first.state, first.outputs)
+        await client.unload_model("unnamed", force=True)
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 async def test_a_file_that_fails_moves_nothing(shell: str, servers: list[Server], tmp_path: Path) -> None:
     (tmp_path / "bad.keras").write_bytes(b"nothing")

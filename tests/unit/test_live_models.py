@@ -64,7 +64,6 @@ async def test_a_version_may_stay_beside_the_default(at: At) -> None:
         ({"version": 2**63}, f"version must be 0, for the next one, to {2**63 - 1}; got {2**63}"),
         ({"path": ""}, "path or upload must be given; got neither"),
         ({"upload": "u"}, "path or upload must be given; got both"),
-        ({"keep_default": True, "policy": SessionPolicy.RESET}, "must be left out with keep_default"),
         ({"keep_default": True, "unload_previous": True}, "must be left out with keep_default"),
         ({"migration": "f"}, "migration must be left out unless sessions is migrate; got 'f'"),
         ({"labels": ["7"]}, "label must be 1 to 64 letters, digits, _, - or ., not digits alone; got '7'"),
@@ -147,6 +146,8 @@ async def test_a_refused_load_uses_no_number(at: At) -> None:
         await at.load(policy=SessionPolicy.CARRY)
     assert at.engine.told == [("load", "m", 1, str(at.folder / "m.keras"), "")], "it is judged before"
     assert at.watcher.told[1:] == [("failed", "m")] * 3
+    with pytest.raises(SpecsDiffer):  # as a client of several replicas asks, which moves the default later
+        await at.load(policy=SessionPolicy.CARRY, keep_default=True)
     at.engine.move_refusal = None
     at.engine.refusal = Unavailable("the disk is full")
     with pytest.raises(Unavailable):

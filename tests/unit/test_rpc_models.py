@@ -103,15 +103,24 @@ async def test_a_failure_is_told_and_listed_and_nothing_changes(at: Calls, tmp_p
     before = await at.everything(), (await at.call(pb.GetModelRequest(name="plain"))).model
     bad = tmp_path / "bad.keras"
     bad.write_bytes(b"x")
-    code, message = await refused(at, "LoadModel", pb.LoadModelRequest(name="plain", path=str(bad)))
+    request = pb.LoadModelRequest(name="plain", path=str(bad), version=2)
+    code, message = await refused(at, "LoadModel", request)
     assert (code, message) == (
         "FAILED_PRECONDITION",
         "version 2 of model 'plain' cannot be loaded: bad.keras: not a .keras file",
     )
-    await refused(at, "LoadModel", pb.LoadModelRequest(name="other", path=str(bad)))
+    await refused(at, "LoadModel", pb.LoadModelRequest(name="other", path=str(bad), version=1))
     other, plain = (await at.call(pb.ListModelsRequest())).models
     assert (other.name, other.version, len(other.inputs)) == ("other", 0, 0)
     assert [(one.version, one.state) for one in other.versions] == [(1, pb.MODEL_STATE_FAILED)]
+    # One without a number would have got the next one, and leaves nothing.
+    request.version = 0
+    code, why = await refused(at, "LoadModel", request)
+    assert (code, why.partition(":")[0]) == (
+        "FAILED_PRECONDITION",
+        "a new version of model 'plain' cannot be loaded",
+    )
+    assert len((await at.call(pb.GetModelRequest(name="plain"))).model.versions) == 2
     failed = plain.versions[1]
     assert (failed.version, failed.state, failed.reason, failed.path) == (
         2,
@@ -137,7 +146,7 @@ async def test_carrying_to_other_specs_is_refused_and_says_what_differs(at: Call
     assert "state 'count' is new; output 'head' is new" in message
     assert await at.everything() == before
     (only,) = (await at.call(pb.ListModelsRequest())).models
-    assert [(one.version, one.state) for one in only.versions] == [(1, READY), (2, pb.MODEL_STATE_FAILED)]
+    assert [(one.version, one.state) for one in only.versions] == [(1, READY)]
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,9 @@ class LoadModelRequest(_message.Message):
     keep_default: _builtins.bool
     """It stays beside the default; else it becomes the default."""
     sessions: Global___SessionPolicy.ValueType
-    """What becomes of the sessions that follow the default."""
+    """What becomes of the sessions that follow the default. With keep_default nothing, but a version to which they could not
+    move in this way is refused: a client of several servers loads it on each, and then moves the default once.
+    """
     migration: _builtins.str
     """For MIGRATE: the name of the function. Empty: the only one there is."""
     unload_previous: _builtins.bool

@@ -59,7 +59,7 @@ class LoadRequest:
     keep_default: bool = False
     """It stays beside the default. Else, and if the name is served by nothing else, it becomes the default."""
     policy: SessionPolicy = SessionPolicy.KEEP
-    """What becomes of the sessions that follow the default."""
+    """What becomes of the sessions that follow the default. With `keep_default` it is only judged whether that could be."""
     migration: str = ""
     """For `MIGRATE`: the name of the function; empty: the only one there is."""
     labels: Sequence[str] = ()

@@ -135,7 +135,8 @@ class LiveModels(ModelControl):
         load.path = str(path)
         key = request.name, load.version
         self._loads[key] = load
-        self._failed.pop(key, None)
+        if request.version:
+            self._failed.pop(key, None)
         task = asyncio.create_task(self._run(load, path))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -220,7 +221,9 @@ class LiveModels(ModelControl):
         self._observer.model_failed("" if load.request.is_charged and not served else name)
         _log.error("a model cannot be loaded", model=name, version=version, reason=why)
         if not load.request.version and version not in served:
-            self._tell(name, version, "")  # the caller named no version: the next load gets the number
+            # The caller named no version: the next load gets the number. One that did may have failed with it before.
+            before = self._failed.get(key)
+            self._tell(name, version, "" if before is None else f"failed: {before.reason}")
         elif version not in served:
             self._tell(name, version, f"failed: {why}")
             self._failed[key] = VersionStatus(version, VersionState.FAILED, why, path=load.path)
@@ -234,7 +237,7 @@ class LiveModels(ModelControl):
         compiled = await self._compiled(load, path)
         load.require_wanted()
         is_first = not self._served(name)
-        if not (is_first or request.keep_default):
+        if not is_first:
             await self._engine.require_possible(
                 name, version, compiled.program, request.policy, request.migration
             )
@@ -277,6 +280,7 @@ class LiveModels(ModelControl):
             except ServerError as error:  # the switch is true, and is not taken back
                 error.message += f" (version {version} of model {name!r} is loaded and the default, without all its labels)"
                 raise
+        self._failed.pop((name, version), None)
         seconds = time.perf_counter() - started
         self._observer.model_loaded(name, compiled.origin, seconds)
         self._tell(name, version, "loaded")

@@ -53,10 +53,8 @@ def require_valid(request: LoadRequest) -> None:
         raise InvalidInput(f"version must be 0, for the next one, to {MAX_VERSION}; got {request.version}")
     if bool(request.path) is bool(request.upload):
         raise InvalidInput("path or upload must be given; got " + ("both" if request.path else "neither"))
-    if request.keep_default and (request.policy is not SessionPolicy.KEEP or request.unload_previous):
-        raise InvalidInput(
-            "sessions and unload_previous must be left out with keep_default: the default does not move"
-        )
+    if request.keep_default and request.unload_previous:
+        raise InvalidInput("unload_previous must be left out with keep_default: the default does not move")
     if request.migration and request.policy is not SessionPolicy.MIGRATE:
         raise InvalidInput(
             f"migration must be left out unless sessions is migrate; got {request.migration[:160]!r}"
