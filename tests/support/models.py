@@ -160,6 +160,16 @@ def conv_lstm_2d(keras: Any) -> Any:
 
 
 @served
+def frames(keras: Any) -> Any:
+    """Values that grow without bound, as they do in many a model of films."""
+    x = out = keras.Input((None, 8, 8, 1))
+    for _ in range(2):
+        conv = keras.layers.ConvLSTM2D(4, 3, padding="same", activation="relu", return_sequences=True)
+        out = keras.layers.BatchNormalization()(conv(out))
+    return keras.Model(x, keras.layers.TimeDistributed(keras.layers.Dense(1, activation="sigmoid"))(out))
+
+
+@served
 def time_distributed(keras: Any) -> Any:
     x = keras.Input((None, 6, 6, 1))
     frames = keras.layers.TimeDistributed(keras.layers.Conv2D(2, 3))(x)
@@ -312,15 +322,10 @@ def lookup_table(keras: Any) -> Any:
 
 @served
 def int8_dense(keras: Any) -> Any:
-    model = keras.Sequential(
-        [
-            keras.Input((None, 3)),
-            keras.layers.LSTM(4, name="lstm"),
-            # What the quantizer makes of it stays: it must be the same each time.
-            keras.layers.Dense(2, kernel_initializer=keras.initializers.GlorotUniform(seed=1)),
-        ]
-    )
-    model.layers[-1].quantize("int8")
+    # What the quantizer makes of it stays: it must be the same each time.
+    dense = keras.layers.Dense(2, kernel_initializer=keras.initializers.GlorotUniform(seed=1))
+    model = keras.Sequential([keras.Input((None, 3)), keras.layers.LSTM(4, name="lstm"), dense])
+    dense.quantize("int8")
     return model
 
 

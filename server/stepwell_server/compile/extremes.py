@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.compile.evidence import NOISES
 from stepwell_server.compile.probe import Traced
-from stepwell_server.compile.sequences import rounding, step_of_function, tolerance
+from stepwell_server.compile.sequences import step_of_function, tolerance
 from stepwell_server.compile.tensorflow_setup import tf
+from stepwell_server.compile.whole_call import perturbed_inputs
 from stepwell_server.engine.executors.stepping import Step, initial_rows
 
 Array = npt.NDArray[np.generic]
@@ -34,10 +34,11 @@ def worst_at_extremes(traced: Traced, step: Step) -> str:
     except tf.errors.OpError:  # An integer was out of the range of something.
         inputs = _inputs(traced, rng, are_wide=False)
         expected = usual(inputs, states)
-    noisy = usual(_noisy(traced, rng, inputs), states)
+    model, held = traced.plan.interface.model, traced.sampler.whole
+    noisy = usual(perturbed_inputs(model, inputs, held, (), seed=29), states)
     found = step(inputs, states)
     names = [spec.name for spec in traced.plan.outputs] + [spec.name for spec in traced.plan.state]
-    allowed = tolerance(traced.plan.interface.model)
+    allowed = tolerance(model)
     for name, one, two, moved in zip(names, _flat(expected), _flat(found), _flat(noisy), strict=True):
         row = _first_wrong(one, two, moved, allowed)
         if row is not None:
@@ -68,16 +69,6 @@ def _inputs(traced: Traced, rng: np.random.Generator, *, are_wide: bool) -> list
     return arrays
 
 
-def _noisy(traced: Traced, rng: np.random.Generator, inputs: Sequence[Any]) -> list[Any]:
-    one = rounding(traced.plan.interface.model)
-    return [
-        (value.astype(np.float64) * (1 + one * rng.choice([-1.0, 1.0], value.shape))).astype(value.dtype)
-        if np.issubdtype(value.dtype, np.floating) and i not in traced.sampler.whole
-        else value
-        for i, value in enumerate(inputs)
-    ]
-
-
 def _flat(results: tuple[Sequence[Array], Sequence[Array]]) -> list[npt.NDArray[np.float64]]:
     return [value.reshape(len(value), -1).astype(np.float64) for value in (*results[0], *results[1])]
 
@@ -95,5 +86,5 @@ def _first_wrong(
         apart = np.where((one == two) | (np.isnan(one) & np.isnan(two)), 0.0, np.abs(one - two))
         apart = np.max(np.nan_to_num(apart, nan=np.inf), axis=1, initial=0)
     meant = np.all(np.isfinite(one), axis=1) & np.isfinite(effect)
-    wrong = np.flatnonzero(meant & (apart > allowed * size + NOISES * effect))
+    wrong = np.flatnonzero(meant & (apart > allowed * size + effect))
     return int(wrong[0]) if len(wrong) else None

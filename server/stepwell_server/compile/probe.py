@@ -22,7 +22,7 @@ from stepwell_server.compile.causality.proof import Unadmitted, prove
 from stepwell_server.compile.causality.refusals import Reason
 from stepwell_server.compile.causality.values import weights_recorded
 from stepwell_server.compile.errors import ModelError, NotCausalError
-from stepwell_server.compile.evidence import Evidence, Whole
+from stepwell_server.compile.evidence import Evidence
 from stepwell_server.compile.first_difference import first_to_differ
 from stepwell_server.compile.interface import Interface, describe
 from stepwell_server.compile.plan import Plan, assignments, make_plan
@@ -32,7 +32,7 @@ from stepwell_server.compile.sequences import run, step_of_function, tolerance, 
 from stepwell_server.compile.trace import trace
 from stepwell_server.compile.untraceable import failed
 from stepwell_server.compile.watch import Observation, watch
-from stepwell_server.compile.whole_call import refuse_kept_states, refuse_training
+from stepwell_server.compile.whole_call import WholeCall, refuse_kept_states, refuse_training
 from stepwell_server.program import Proof, ProofOptions
 
 #: Two lengths that tell a time axis from a feature axis, and two that try the ends.
@@ -57,8 +57,7 @@ class Traced:
     evidence: tuple[Evidence, ...]
     """Long ones on hard sequences."""
     proof: Proof
-    whole: Whole
-    """Keras's call of the whole model, compiled."""
+    whole: WholeCall
     options: ProofOptions
     is_of_weights: bool
     """The proof has looked at weights: with others it may be another one."""
@@ -115,7 +114,7 @@ def _try(
         if progress is not None:
             progress("probe")
         seen += [observe(sampler, temporal, steps, rng) for steps in MORE_LENGTHS]
-    whole = evidence.whole_call(sampler.interface)
+    whole = WholeCall(sampler.interface)
     found = evidence.gather(plan, sampler, steps_of(sampler, temporal, options), whole)
     share = evidence.compared_share(plan, found, tolerance(interface.model))
     if unproven and share < 0.5:

@@ -14,6 +14,8 @@ from stepwell_server.engine.executors.stepping import Step, initial_rows
 from stepwell_server.program import TensorSpec
 
 Array = npt.NDArray[np.generic]
+#: One rounding of each type, as a share of a value.
+ROUNDINGS = {"bfloat16": 2.0**-8, "float16": 2.0**-10, "float32": 2.0**-23, "float64": 2.0**-52}
 
 
 def step_of_function(plan: Plan, function: Any) -> Step:
@@ -71,11 +73,18 @@ def run(plan: Stepped, step: Step, inputs: Sequence[Array], steps: int) -> dict[
 def rounding(model: Any) -> float:
     """Return one rounding of the coarsest type that a layer of the model computes in, as a share of a value."""
     types = {layer.compute_dtype for layer in model._flatten_layers()}
-    if "bfloat16" in types:
-        return 2.0**-8
-    if "float16" in types:
-        return 2.0**-10
-    return 2.0**-23
+    return max(
+        (ROUNDINGS[name] for name in types & ROUNDINGS.keys() - {"float64"}), default=ROUNDINGS["float32"]
+    )
+
+
+def added_roundings(model: Any) -> int:
+    """Return how many roundings are added to each value of Keras's call, to see what rounding does to it.
+
+    Stepping rounds at other places than one call over the sequence does, some tens of times in each time
+    step. Half-precision types round alike in both, and some tens of their roundings are as large as the values.
+    """
+    return 64 if rounding(model) < 2.0**-16 else 4
 
 
 def tolerance(model: Any) -> float:

@@ -1,0 +1,110 @@
+"""A model is not refused for its rounding, however large that grows; one that truly differs a little is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.compile import evidence
+from stepwell_server.compile.sequences import run, step_of_function, tolerance
+from support import models
+from support.programs import compile_model
+
+# Keras calls numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def _frames(seed: int, last: str) -> Any:
+    """Frames through a stack whose values grow until they overflow, some of them within twenty time steps."""
+    from stepwell_server.compile.tensorflow_setup import keras
+
+    model = models.frames(keras)
+    model.layers[-1].layer.activation = keras.activations.get(last)
+    rng = np.random.default_rng(seed)
+    for weight in model.weights:
+        value = rng.normal(0, 0.35, weight.shape)
+        weight.assign(np.abs(value) if "variance" in weight.path else value)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", ["sigmoid", "linear"])
+@pytest.mark.parametrize("seed", [1, 3, 4, 5, 7])
+def test_frames_that_grow_without_bound_are_served_and_equal(seed: int, last: str, tmp_path: Path) -> None:
+    _frames(seed, last).save(tmp_path / "model.keras")
+    program = compile_model(tmp_path / "model.keras")
+    assert program.executor == "litert", program.executor_reason
+    assert not program.proof.unproven
+
+
+def _worst(model: Any, change: Callable[[Any], Any] = lambda step: step, weights: float = 1.0) -> Any:
+    """Return how far stepping is from Keras, where the step or, for the step alone, a weight is changed."""
+    from stepwell_server.compile.probe import trace_and_probe
+
+    traced = trace_and_probe(model)
+    kernel = model.trainable_weights[0]
+    kernel.assign(kernel * weights)
+    step = step_of_function(traced.plan, traced.function)
+    found = [
+        evidence.compare(
+            traced.plan,
+            sample,
+            run(traced.plan, change(step), sample.inputs, sample.steps),
+            tolerance(model),
+        )
+        for sample in traced.evidence
+    ]
+    differences = [difference for comparison in found for difference in comparison.outputs]
+    return max(differences, key=lambda difference: difference.share)
+
+
+def _drifting(by: float, after: int) -> Callable[[Any], Any]:
+    """Return a change of a step: its outputs are larger from some time step on."""
+
+    def change(step: Any) -> Any:
+        calls = 0
+
+        def other(inputs: Sequence[Any], states: Sequence[Any]) -> Any:
+            nonlocal calls
+            calls += 1
+            outputs, after_step = step(inputs, states)
+            return [value * (1 + by * (calls > after)) for value in outputs], after_step
+
+        return other
+
+    return change
+
+
+#: A difference that is to be found: some times what rounding makes of the values of each.
+_MODELS: dict[str, tuple[Callable[[], Any], float, int]] = {
+    "frames": (lambda: _frames(3, "linear"), 1e-3, 8),
+    "lstm_dense": (lambda: models.build("lstm_dense"), 1e-4, 400),
+    "mixed_float16": (lambda: models.build("mixed_float16"), 0.05, 400),
+    "mixed_bfloat16": (lambda: models.build("mixed_bfloat16"), 0.25, 400),
+}
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_what_is_stepped_rightly_is_within_rounding(name: str) -> None:
+    build, _, _ = _MODELS[name]
+    found = _worst(build())
+    assert found.is_allowed, found
+    assert found.skipped < 0.7
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_a_small_change_from_some_time_step_on_is_found(name: str) -> None:
+    build, by, after = _MODELS[name]
+    found = _worst(build(), _drifting(by, after))
+    assert not found.is_allowed
+    assert found.time >= after
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_a_small_change_of_one_weight_is_found(name: str) -> None:
+    build, by, _ = _MODELS[name]
+    assert not _worst(build(), weights=1 + 2 * by).is_allowed
