@@ -12,7 +12,7 @@ import pytest
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.engine import submission
 from stepwell_server.engine.change import Change
-from stepwell_server.engine.sessions import creation, directory, forking, ids, pieces, reading
+from stepwell_server.engine.sessions import closing, creation, directory, forking, ids, pieces, reading
 from stepwell_server.engine.sessions.attempts import OpenedMany
 from stepwell_server.engine.shares import LoopTurns
 from stepwell_server.errors import RevisionConflict, ServerError, SessionExists, Unavailable
@@ -31,7 +31,7 @@ COUNT = 10 * PIECE
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (ids, directory, submission):
         monkeypatch.setattr(module, "PIECE", PIECE)
-    for module in (pieces, creation, forking):
+    for module in (pieces, creation, forking, closing, reading):
         monkeypatch.setattr(module, "TURN", PIECE)
 
 
@@ -219,6 +219,72 @@ async def test_a_call_that_is_cancelled_between_pieces_leaves_no_id_taken() -> N
             await at.settled()
             assert await at.engine.close_sessions(names) in {0, COUNT}, "all or none"
         assert len((await at.engine.open_sessions("plain", session_ids=names)).session_ids) == COUNT
+
+
+def _calls(at: Harness, names: list[str]) -> dict[str, Callable[[], Coroutine[Any, Any, Any]]]:
+    return {
+        "close": lambda: at.engine.close_sessions(names),
+        "read": lambda: at.engine.get_states(names),
+        "look": lambda: at.engine.get_states(names, with_state=False),
+        "fork": lambda: at.engine.fork_sessions(names),
+    }
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("call", ["close", "read", "look", "fork"])
+@pytest.mark.parametrize("are_there", [True, False])
+@pytest.mark.stores("memory")
+async def test_steps_of_others_are_answered_between_the_pieces(call: str, are_there: bool) -> None:
+    async with running(resident_rows=2 * COUNT) as at:
+        names = [f"s{number:03}" for number in range(COUNT)]
+        await at.open(f"beta{SEPARATOR}quiet", *(names if are_there else ()))
+        large = await begun(_calls(at, names)[call]())
+        for _ in range(3):
+            assert (await at.submit(f"beta{SEPARATOR}quiet", x(1)).only()).revision
+            assert not large.done(), "it was done in one piece"
+        result: Any = (await asyncio.gather(large, return_exceptions=True))[0]
+        if call == "close":
+            assert result == (COUNT if are_there else 0)
+        elif call == "fork":
+            assert isinstance(result, OpenedMany if are_there else ServerError)
+        else:
+            assert len(result.members) == (COUNT if are_there else 0)
+            assert sum(len(members) for members, _ in result.errors) == (0 if are_there else COUNT)
+
+
+@pytest.mark.usefixtures("small_pieces")
+async def test_a_session_that_takes_the_place_of_another_is_not_read_for_it() -> None:
+    async with running(resident_rows=2 * COUNT) as at:
+        names = [f"s{number:03}" for number in range(COUNT)]
+        await at.open(*names)
+        read = await begun(at.engine.get_states(names))
+        await asyncio.sleep(0)
+        await at.engine.close_session(names[0])
+        await at.open("other")
+        await at.step("other", x(1))
+        states = await read
+        if 0 in states.members.tolist():
+            assert states.revisions[0] == 0, "its own, read before it was closed"
+        else:
+            ((members, error),) = states.errors
+            assert members.tolist() == [0]
+            assert names[0] in error.message
+
+
+@pytest.mark.usefixtures("small_pieces")
+async def test_a_close_that_is_cancelled_between_pieces_holds_no_session() -> None:
+    async with running(resident_rows=2 * COUNT) as at:
+        names = [f"s{number:03}" for number in range(COUNT)]
+        for turns in range(0, 30, 3):
+            await at.engine.open_sessions("plain", session_ids=names)
+            many = await begun(at.engine.close_sessions(names))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            many.cancel()
+            await asyncio.gather(many, return_exceptions=True)
+            await at.settled()
+            assert set(kinds(await at.submit(names, x(COUNT)).all())) <= {"Answer", "SessionNotFound"}
+            await at.engine.close_sessions(names)
 
 
 async def test_a_large_state_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Ended, Expiry, Removal, batch_of, ended_of
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL
 from stepwell_server.engine.sessions.loading import Seen, refresh
+from stepwell_server.engine.sessions.pieces import TURN
 from stepwell_server.engine.state.fields import Fields, closes_of
 from stepwell_server.engine.types import U64, Mask
 from stepwell_server.errors import (
@@ -68,6 +69,7 @@ class Closing:
         self._pager = pager
         self._fetcher = fetcher
         self._commits = commits
+        self._pieces = directory.pieces
         self._removal = removal
         self._quotas = quotas
         self._expiry = expiry
@@ -224,40 +226,38 @@ class Closing:
         is_timed = used_before < math.inf
         # of a store that others use it is known then when they used the sessions
         seen = await self._directory.look(ids, anew=is_timed)
-        handles = self._directory.find_all(ids, seen)
-        there = handles >= 0
-        missing = [ids[place] for place in np.flatnonzero(~there).tolist()]
-        claimed = self._table.claimed[handles] & there
-        if is_timed:
-            there &= ~claimed & (self._table.used[handles] < used_before)
-        apart = self._apart(handles, there, np.fromiter(wanted.values(), np.uint64, len(ids)), request_id)
-        free = handles[there & ~claimed & ~apart]
-        # each of the others is closed by itself, if it is there: it has something under way, cannot be stepped here, was
-        # closed by this very call, or is another session than the one that is meant
-        rest = [ids[place] for place in np.flatnonzero(there & (claimed | apart)).tolist()]
-        rest += self._directory.unusable(missing, seen)
-        if request_id:
-            stones = zip(missing, seen.tombstones(missing), strict=True)
-            rest += [session_id for session_id, stone in stones if stone and request_id in stone.closes]
-        if self._pager.is_shared:
-            rest += [i for i in missing if isinstance(self._directory.ended(i, seen), SessionLost)]
-        self._turns.claim(free)
         ended: Counter[str] | None = Counter() if len(ids) > 1 else None
+        closed, rest, claimed = 0, dict[str, None](), list[Handles]()
         try:
-            idle_s = self._clock.monotonic() - used_before if is_timed else 0.0
-            closed = await self._delete_in_parts(free, request_id, ended, idle_s)
+            async for part in self._pieces.of(ids):
+                some = {session_id: wanted[session_id] for session_id in ids[part]}
+                free, others = self._claim_free(some, seen, request_id, used_before)
+                claimed.append(free)
+                rest.update(dict.fromkeys(others))
+                if part.stop == len(ids) or sum(map(len, claimed)) + TURN > _CLOSE_AT_ONCE:
+                    handles, claimed = np.concatenate(claimed), []
+                    idle_s = self._clock.monotonic() - used_before if is_timed else 0.0
+                    closed += (
+                        sum(await self._delete(handles, request_id, ended, idle_s)) if len(handles) else 0
+                    )
+        except BaseException:
+            for handles in claimed:
+                self._turns.release(handles)
+            raise
         finally:
             self._removal.tell("closed", ended or Counter())
         # one after the other: to hold some while waiting for others could wait for ever
-        for session_id in dict.fromkeys(rest):
-            try:
-                seen = await self._directory.look([session_id])
-                await self.close(
-                    session_id, seen, request_id=request_id, deadline=float("inf"), uid=wanted[session_id]
-                )
-            except SessionGone:
-                continue  # it was not there, or somebody else closed it while it was waited for
-            closed += 1
+        left = list(rest)
+        async for part in self._pieces.of(left):
+            for session_id in left[part]:
+                try:
+                    seen = await self._directory.look([session_id])
+                    await self.close(
+                        session_id, seen, request_id=request_id, deadline=float("inf"), uid=wanted[session_id]
+                    )
+                except SessionGone:
+                    continue  # it was not there, or somebody else closed it while it was waited for
+                closed += 1
         return closed
 
     def _apart(self, handles: Handles, there: Mask, uids: U64, request_id: int) -> Mask:
@@ -268,29 +268,33 @@ class Closing:
                 apart[place] |= self._has_closed_before(int(handles[place]), request_id)
         return apart
 
-    async def _delete_in_parts(
-        self, handles: Handles, request_id: int, ended: Counter[str] | None, idle_s: float
-    ) -> int:
-        """Delete claimed sessions, so many at a time as a full disk has room for; return how many.
+    def _claim_free(
+        self, wanted: Mapping[str, int], seen: Seen, request_id: int, used_before: float
+    ) -> tuple[Handles, Sequence[str]]:
+        """Claim those of some sessions, with their uids, that are there and have nothing under way.
 
-        `ended` counts them, see `Removal.remove`. Those stay that another server has used in the last `idle_s` seconds.
-
-        Raises:
-            Unavailable: the store did not delete all.
+        Returns:
+            Them, and the others, each of which is closed by itself, if it is there: it has something under way, cannot be
+            stepped here, was closed by this very call, or is another session than the one that is meant.
         """
-        deleted = 0
-        for start in range(0, len(handles), _CLOSE_AT_ONCE):
-            kept = handles[start:]
-            try:
-                if start:
-                    await asyncio.sleep(0)  # a commit in place lets nobody else have a turn
-                kept = handles[start + _CLOSE_AT_ONCE :]
-                some = handles[start : start + _CLOSE_AT_ONCE]
-                deleted += sum(await self._delete(some, request_id, ended, idle_s))
-            except BaseException:
-                self._turns.release(kept)
-                raise
-        return deleted
+        ids = list(wanted)
+        handles = self._directory.find_all(ids, seen)
+        there = handles >= 0
+        missing = [ids[place] for place in np.flatnonzero(~there).tolist()]
+        is_claimed = self._table.claimed[handles] & there
+        if used_before < math.inf:
+            there &= ~is_claimed & (self._table.used[handles] < used_before)
+        apart = self._apart(handles, there, np.fromiter(wanted.values(), np.uint64, len(ids)), request_id)
+        free = handles[there & ~is_claimed & ~apart]
+        rest = [ids[place] for place in np.flatnonzero(there & (is_claimed | apart)).tolist()]
+        rest += self._directory.unusable(missing, seen)
+        if request_id:
+            stones = zip(missing, seen.tombstones(missing), strict=True)
+            rest += [session_id for session_id, stone in stones if stone and request_id in stone.closes]
+        if self._pager.is_shared:
+            rest += [i for i in missing if isinstance(self._directory.ended(i, seen), SessionLost)]
+        self._turns.claim(free)
+        return free, rest
 
     async def _delete(
         self, handles: Handles, request_id: int, ended: Counter[str] | None = None, idle_s: float = 0.0

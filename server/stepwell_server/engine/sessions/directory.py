@@ -56,6 +56,16 @@ class Past(NamedTuple):
     """Request ids of the calls that closed them (`Tombstone.closes`), of those ids that have any."""
 
 
+Alike = dict[tuple[object, ...], tuple[ServerError, list[int]]]
+"""Sessions that cannot be had, by what they have in common: why the first of them cannot, and the indexes of all."""
+
+
+def errors_of(alike: Alike) -> Iterator[tuple[Members, ServerError]]:
+    """Their errors, one for all that are gone alike."""
+    for error, some in alike.values():
+        yield np.array(some, np.intp), for_all(error, len(some))
+
+
 class Directory:
     """Finds models and sessions, and says how sessions ended. Lives on the event loop.
 
@@ -83,6 +93,8 @@ class Directory:
         self._others = others
         """The store, if it may have sessions that are not in the table."""
         self._arrivals = arrivals
+        self.pieces = arrivals.pieces
+        """Calls on many sessions are done in these."""
         self._expiry = expiry
         self._endings = endings
         self._leases = leases
@@ -206,6 +218,12 @@ class Directory:
             for member in members.tolist():
                 yield np.array([member]), self.why_not(session_ids[member], seen)
             return
+        alike: Alike = {}
+        self.sort_missing(session_ids, members, seen, alike)
+        yield from errors_of(alike)
+
+    def sort_missing(self, session_ids: Sequence[str], members: Members, seen: Seen, alike: Alike) -> None:
+        """Put sessions that cannot be had, by their index, to those that are gone alike."""
         ids = [session_ids[member] for member in members.tolist()]
         named = [session_id for session_id in ids if session_id]
         try:
@@ -213,7 +231,6 @@ class Directory:
             stones = dict(zip(named, seen.tombstones(named), strict=True))
         except ServerError:
             unusable, stones = set(ids), {}
-        alike: dict[tuple[object, ...], list[int]] = {}
         for member, session_id in zip(members.tolist(), ids, strict=True):
             stone = stones.get(session_id)
             kind: tuple[object, ...] = (
@@ -224,9 +241,9 @@ class Directory:
             )
             if session_id in unusable:
                 kind = (type(self.why_not(session_id, seen)),)
-            alike.setdefault(kind, []).append(member)
-        for some in alike.values():
-            yield np.array(some, np.intp), for_all(self.why_not(session_ids[some[0]], seen), len(some))
+            if kind not in alike:
+                alike[kind] = self.why_not(session_id, seen), []
+            alike[kind][1].append(member)
 
     def unusable(self, session_ids: Sequence[str], seen: Seen) -> Sequence[str]:
         """Those that are in the store and cannot be stepped here, or all if it cannot be read."""

@@ -181,7 +181,7 @@ class Arrivals:
         self._overdue = overdue
         self._removal = removal
         self._loader = loader
-        self._pieces = pieces
+        self.pieces = pieces
         self._drain = drain
         self._catch_up = catch_up
         self._loop = asyncio.get_running_loop()
@@ -282,7 +282,7 @@ class Arrivals:
                 return Looked(known | found, error, newer)
         seen = Looked(found)
         ids, unusable = list(found), list[str]()
-        async for part in self._pieces.of(ids):
+        async for part in self.pieces.of(ids):
             unusable += self._loader.load_all(ids[part], seen)[1]
         known = dict.fromkeys(session_ids, _NOTHING)
         behind = self._loader.behind(unusable, seen)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import StateRead, StatesRead
@@ -18,8 +19,9 @@ from stepwell_server.engine.change import MOST_ERRORS, for_all, too_late
 from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
-from stepwell_server.engine.sessions.directory import Directory
+from stepwell_server.engine.sessions.directory import Alike, Directory, errors_of
 from stepwell_server.engine.sessions.loading import Seen
+from stepwell_server.engine.sessions.pieces import TURN
 from stepwell_server.engine.sessions.using import Usage
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Members
@@ -47,6 +49,7 @@ class Reading:
         clock: Clock,
     ) -> None:
         self._usage = usage
+        self._call_pieces = directory.pieces
         self._table = table
         self._directory = directory
         self._turns = turns
@@ -106,12 +109,9 @@ class Reading:
 
         `admit` is told how many bytes of states that will be, and raises if they are too many.
         """
-        handles = self._directory.find_all(session_ids, seen)
+        handles = await self._find(session_ids, seen)
+        errors = await self._why_not(session_ids, np.flatnonzero(handles < 0), seen)
         there = np.flatnonzero(handles >= 0)
-        errors: list[tuple[Members, ServerError]] = []
-        missing = np.flatnonzero(handles < 0)
-        if len(missing):
-            errors += self._directory.why_not_all(session_ids, missing, seen)
         if not len(there):
             return _nothing_of(errors)
         readers = [
@@ -144,6 +144,28 @@ class Reading:
             failed = [(own[places], error) for places, error in reader.errors()]
             parts.append(reader.answer(own, failed))
         return _together(parts, errors)
+
+    async def _find(self, session_ids: Sequence[str], seen: Seen) -> Handles:
+        """Handles of many sessions, -1 for those that cannot be had; others have turns meanwhile."""
+        handles = np.full(len(session_ids), -1, np.intp)
+        births = np.zeros(len(session_ids), self._table.birth.dtype)
+        async for part in self._call_pieces.of(session_ids):
+            handles[part] = self._directory.find_all(session_ids[part], seen)
+            births[part] = self._table.birth[handles[part]]
+        # a handle may be another session's by now
+        handles[births != self._table.birth[handles]] = -1
+        return handles
+
+    async def _why_not(
+        self, session_ids: Sequence[str], missing: Members, seen: Seen
+    ) -> list[tuple[Members, ServerError]]:
+        """Why sessions, by their index, cannot be had; others have turns meanwhile."""
+        if len(missing) <= TURN:
+            return list(self._directory.why_not_all(session_ids, missing, seen))
+        alike: Alike = {}
+        async for part in self._call_pieces.parts(len(missing), tenant_of(session_ids[0])):
+            self._directory.sort_missing(session_ids, missing[part], seen, alike)
+        return list(errors_of(alike))
 
     async def _look_again(self, reader: _Reader) -> None:
         """Of sessions that ended while they were waited for: another server may have opened them anew by now."""
