@@ -36,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["STEPWELL_METRICS_LISTEN"] = "off"
     # on a machine that is busy a server that is there may take longer than a second to say so
     os.environ["STEPWELL_CONNECT_TIMEOUT_S"] = "60"
+    _quiet_grpc()
     config.addinivalue_line("markers", "slow: takes seconds; runs in `make test-slow`, not in `make test`")
     config.addinivalue_line("markers", "plain(reason): skipped where all servers of the tests are secured")
     if os.environ.get("STEPWELL_TEST_SECURED"):
@@ -54,6 +55,20 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; servers would ignore it, too
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def _quiet_grpc() -> None:
+    """Keep gRPC in this process from writing a line among the dots for each GOAWAY that a test sends on purpose.
+
+    It reads the variable once, with its first channel. The processes that tests start are to write what goes wrong.
+    """
+    if "GRPC_VERBOSITY" in os.environ:
+        return
+    os.environ["GRPC_VERBOSITY"] = "NONE"
+    import grpc
+
+    grpc.insecure_channel("127.0.0.1:1").close()
+    del os.environ["GRPC_VERBOSITY"]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
