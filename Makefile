@@ -43,14 +43,15 @@ $(FRONT): $(INSTALLED) scripts/front.py $(wildcard server/front/*.toml server/fr
 	@touch $@
 
 .PHONY: front
-front: $(FRONT) ## Build the native front, where cargo is there
+front: $(FRONT) ## Build the native front, where cargo is there (one to six minutes; may install Debian's crates, which STEPWELL_NO_APT=1 forbids)
 	@$(BIN)/python -c "import stepwell_front" 2>/dev/null && echo "The native front is installed" || $(BIN)/python scripts/front.py
 
 .PHONY: install
 install: $(INSTALLED) ## Make .venv with everything for running, testing and checking
 
 .PHONY: demo
-demo: $(INSTALLED) $(FRONT) ## Train a small model on real data, serve it to three users, show what they got
+demo: $(INSTALLED) $(FRONT) ## Train a small model on real data, serve it to three users, show what they got (one to four minutes)
+	@echo "Importing TensorFlow (ten seconds, a minute on a busy machine)"
 	$(BIN)/python examples/demo.py
 
 .PHONY: cluster-demo
@@ -71,7 +72,7 @@ WORKERS ?= 3
 ALL := $(if $(ARGS),,--numprocesses $(WORKERS) --dist worksteal)
 
 .PHONY: test
-test: $(INSTALLED) $(FRONT) ## Run all tests but those marked slow (five to twenty minutes on two cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores
+test: $(INSTALLED) $(FRONT) ## Run all tests but those marked slow (five to twenty minutes on two cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores; installs Valkey and promtool on a Debian as root, unless STEPWELL_NO_APT=1
 	@$(BIN)/python $(PROGRAMS)
 	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) $(if $(ARGS),,-m "not slow") $(ARGS)
 

@@ -160,3 +160,20 @@ def test_pip_installs_it_without_cargo_and_without_a_network(
         check=False,
     )
     assert imported.stderr.splitlines()[-1].endswith("has no native module: cargo is not installed")
+
+
+def test_make_front_says_what_the_server_does_without_cargo_and_where_it_comes_from(
+    root: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, str(root / "scripts" / "front.py"), "--check"],
+        env=environment(tmp_path, ""),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert done.stdout == (
+        "No native front: cargo is not installed. The server uses the front in Python, which is slower and serves this"
+        " machine only. Cargo comes with https://rustup.rs, or on Debian as root: apt-get install cargo; then: make front\n"
+    )
