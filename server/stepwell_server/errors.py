@@ -44,6 +44,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+MAX_MESSAGE_CHARACTERS = 4096
+MAX_FACT_CHARACTERS = 1024
+"""Of an error's message, and of each of its facts: what a caller has sent may be part of them."""
+
 
 class ServerError(Exception):
     """Base of every error that a caller may see."""
@@ -56,9 +60,10 @@ class ServerError(Exception):
     """Of what failed, where that is known: for metrics, not for callers."""
 
     def __init__(self, message: str, **metadata: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.metadata = metadata
+        # once and here: a status, a log line, a metric and the audit log take it as it is
+        self.message = shorten(message, MAX_MESSAGE_CHARACTERS)
+        self.metadata = {key: shorten(value, MAX_FACT_CHARACTERS) for key, value in metadata.items()}
+        super().__init__(self.message)
 
 
 class InvalidInput(ServerError):
@@ -326,6 +331,11 @@ def reasons() -> list[str]:
         found.update(kind.reason for kind in more)
         kinds += more
     return sorted(found)
+
+
+def shorten(text: str, limit: int) -> str:
+    """A text within so many characters; one that is longer has its beginning and says its length."""
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
 
 
 def release_frames(error: BaseException | None) -> None:

@@ -104,3 +104,16 @@ def test_long_messages_are_cut_to_what_trailers_can_hold(character: str) -> None
     assert status.message.endswith(character + "...")
     assert len(status.trailers[0][1]) < 4096
     assert len(to_proto(errors.InvalidInput(character * 10_000)).message) < 2100
+
+
+def test_what_a_caller_sent_is_cut_once_in_the_error_itself() -> None:
+    long = "x" * 1_000_000
+    error = errors.SessionNotFound(long, f"no session {long!r}", model=long)
+    assert len(error.message) < errors.MAX_MESSAGE_CHARACTERS + 50
+    assert error.message.endswith("... (1000013 characters)")
+    assert str(error) == error.message
+    assert max(map(len, error.metadata.values())) < errors.MAX_FACT_CHARACTERS + 50
+    status, member = to_status(error), to_proto(error)
+    assert len(status.message) < 2100
+    assert len(_details(status).SerializeToString()) < 4096
+    assert member.ByteSize() < 4096

@@ -31,6 +31,7 @@ from stepwell_server.errors import (
     SessionExists,
     SessionGone,
     Unauthenticated,
+    shorten,
 )
 
 if TYPE_CHECKING:
@@ -278,8 +279,8 @@ def step_actions(*, reset: bool, states: int) -> Sequence[str]:
 
 def _cut(value: object) -> object:
     """A value as it may stand in a line: of a long text its beginning and its length."""
-    if isinstance(value, str) and len(value) > MAX_NAME_CHARACTERS:
-        return f"{value[:MAX_NAME_CHARACTERS]}... ({len(value)} characters)"
+    if isinstance(value, str):
+        return shorten(value, MAX_NAME_CHARACTERS)
     return [_cut(each) for each in value[:MOST_NAMED]] if isinstance(value, list) else value
 
 
