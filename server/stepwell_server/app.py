@@ -465,6 +465,7 @@ def _limits(settings: Settings, open_files: int) -> FrontLimits:
         settings.max_message_bytes,
         settings.max_calls_per_connection,
         connections=connections,
+        address_connections=settings.max_connections_per_address,
         budget_bytes=settings.max_held_bytes or 0,
         age_s=settings.max_connection_age_s,
         age_grace_s=settings.max_connection_age_grace_s,

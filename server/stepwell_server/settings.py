@@ -143,6 +143,7 @@ class Settings:
     compile_timeout_s: float = Limits.timeout_s
     max_message_bytes: int = 64 * 1024 * 1024
     max_connections: int | None = None
+    max_connections_per_address: int = 0
     max_calls_per_connection: int = FrontLimits.streams
     max_held_bytes: int | None = None
     drain_timeout_s: float = 30.0

@@ -240,22 +240,52 @@ def test_replies_that_nobody_reads(native: Target) -> None:
 
 
 @needs_native
-def test_more_connections_than_may_be_are_closed_and_others_go_on(native: Target) -> None:
+def test_new_connections_find_room_while_others_do_nothing(native: Target) -> None:
+    """A health checker's too. One with a call stays; where all have some, new ones are closed."""
+    raw = pb.GetSessionRequest(session_id=native.session_id).SerializeToString()
     with contextlib.ExitStack() as stack:
-        peers = [stack.enter_context(Http2(native.address)) for _ in range(12)]
-        native.wait_until(lambda: native.refused("connections") > 0)
-        closed = 0
-        for peer in peers[7:]:
-            with contextlib.suppress(TimeoutError):
-                peer.goodbye()
-                closed += 1
-        assert closed == 5
-        line = json.loads(native.server.wait_for_log("connections are refused"))
-        assert (line["level"], line["connections"]) == ("warning", 8)
+        for _ in range(20):  # more than may be
+            peer = stack.enter_context(Http2(native.address))
+            assert peer.outcome(peer.call(GET, raw))["grpc-status"] == "0"
+        assert native.refused("evicted") >= 12
+        assert native.refused("connections") == 0
+        line = json.loads(native.server.wait_for_log("connections that do nothing are closed"))
+        assert (line["level"], line["connections"] >= 8) == ("warning", True)
+        native.goes_on()
+    with contextlib.ExitStack() as stack:
+        busy = []
+        for _ in range(8):
+            peer = stack.enter_context(Http2(native.address))
+            stream, begun = peer.begin(STREAM)
+            # it has been read when the ping is answered
+            peer.send(begun, http2.ping())
+            while not isinstance(peer.frame(), PingFrame):
+                pass
+            busy.append((peer, stream))
+        late = [stack.enter_context(Http2(native.address)) for _ in range(4)]
+        for peer in late:
+            peer.goodbye()
+        assert native.refused("connections") > 0
+        native.server.wait_for_log("connections are refused")
+        for peer, stream in busy[:2]:
+            peer.send(data(stream, b"", end=True))
+            assert peer.outcome(stream)["grpc-status"] == "0"
     native.wait_until(lambda: native.count("connections") == 1)
-    with Http2(native.address) as peer:
-        raw = pb.GetSessionRequest(session_id=native.session_id).SerializeToString()
-        assert peer.outcome(peer.call(GET, raw))["grpc-status"] == "0"
+
+
+@needs_native
+def test_connections_of_an_address_may_be_bounded() -> None:
+    with (
+        target("native", "--max-connections-per-address", "3") as found,
+        contextlib.ExitStack() as stack,
+    ):
+        peers = [stack.enter_context(Http2(found.address)) for _ in range(5)]
+        for peer in peers[2:]:
+            peer.goodbye()
+        assert found.refused("address_connections") == 3
+        found.goes_on()
+        raw = pb.GetSessionRequest(session_id=found.session_id).SerializeToString()
+        assert peers[0].outcome(peers[0].call(GET, raw))["grpc-status"] == "0"
 
 
 @needs_native
@@ -335,3 +365,21 @@ def _wait_until_served(both: Target) -> None:
                 raise
         else:
             return
+
+
+@pytest.mark.parametrize("key", ["authorization", "stepwell-tenant"])
+@pytest.mark.parametrize("path", [SERVICE + "Step", GET, STREAM, "/grpc.health.v1.Health/Check"])
+def test_what_says_who_calls_comes_once(both: Target, key: str, path: str) -> None:
+    """Of two the last one counted, so that a proxy which judges the first was passed by."""
+    step = pb.StepRequest(session_id=both.session_id, inputs=[X]).SerializeToString()
+    with Http2(both.address) as peer:
+        for values in (("Bearer a", "Bearer b"), ("Bearer a", "Bearer a"), ("", "Bearer a")):
+            raw = step if path.endswith("Step") else b""
+            end = peer.outcome(peer.call(path, raw, extra=[(key, value) for value in values]))
+            said = f"{key} must be sent at most once; got 2"
+            assert (end["grpc-status"], end["grpc-message"]) == ("3", said)
+        if path != "/grpc.health.v1.Health/Check" and key == "authorization":
+            end = peer.outcome(
+                peer.call(path, step if path.endswith("Step") else b"", extra=[(key, "Bearer a")])
+            )
+            assert "at most once" not in end.get("grpc-message", "")

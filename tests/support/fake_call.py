@@ -82,6 +82,10 @@ class FakeCall:
         self.reads = 0
         self.sets: dict[int, SessionSet] = {}
 
+    @property
+    def metadata_keys(self) -> list[str]:
+        return list(self.metadata)
+
     def send(self, *messages: Any) -> None:
         """The client sends messages; bytes go as they are."""
         for message in messages:

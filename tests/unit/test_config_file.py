@@ -157,7 +157,7 @@ def test_what_is_shown_says_where_it_came_from_and_can_be_read_again(file: Path)
     assert 'metrics-listen = "127.0.0.1:9"  # command line' in lines
     assert "resident-rows = 5  # STEPWELL_RESIDENT_ROWS" in lines
     assert f'max-message-bytes = "32MiB"  # {file}' in lines
-    assert "max-calls-per-connection = 10000  # default" in lines
+    assert "max-calls-per-connection = 1000  # default" in lines
     assert "# max-connections is not set" in lines
     assert f"[models]  # {file}" in lines
     again = file.with_name("again.toml")

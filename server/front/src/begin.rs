@@ -61,7 +61,7 @@ pub fn admitted(
         refuse(respond, &Status::new(grpc::UNIMPLEMENTED, "Method not found!"));
         return None;
     };
-    let whose = Whose::of_call(headers, peer.certificate, shared.callers.as_ref());
+    let whose = Whose::of_call(headers, peer.certificate(), shared.callers.as_ref());
     let is_known = whose.is_known(shared.callers.as_ref());
     let pool = Pool::of(method, is_known);
     let caller = whose.share().filter(|_| is_known && pool == Pool::Known);

@@ -17,6 +17,10 @@ pub const GENERAL: usize = 8;
 pub enum Refusal {
     /// A connection: there are as many as may be.
     Connections,
+    /// The same, from its address.
+    AddressConnections,
+    /// A connection that did nothing, or whose callers were not known, for a new one.
+    Evicted,
     /// A connection could not be accepted, because file descriptors had run out.
     OpenFiles,
     /// A connection did not begin to speak HTTP/2 in time.
@@ -47,8 +51,10 @@ pub enum Refusal {
     UnreadReplies,
 }
 
-const REFUSALS: [(Refusal, &str); 15] = [
+const REFUSALS: [(Refusal, &str); 17] = [
     (Refusal::Connections, "connections"),
+    (Refusal::AddressConnections, "address_connections"),
+    (Refusal::Evicted, "evicted"),
     (Refusal::OpenFiles, "open_files"),
     (Refusal::Handshake, "handshake"),
     (Refusal::Silent, "silent"),

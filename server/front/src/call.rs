@@ -7,10 +7,11 @@ use crate::ordered::{Ordered, Reply};
 use crate::protobuf::{Fields, Value};
 use crate::server::Method;
 use crate::sets::SessionSet;
+use crate::tenancy::Stay;
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::Waker;
 
 /// What all calls of a connection share.
@@ -20,11 +21,10 @@ pub struct Peer {
     pub name: String,
     /// Tells connections apart.
     pub number: u64,
-    /// Of the certificate with which its client has shown who it is.
-    pub certificate_names: Vec<String>,
-    /// The same, as what calls are known by.
-    pub certificate: Option<Credential>,
+    /// Of the certificate with which its client has shown who it is; and the same, as what calls are known by.
+    shown: OnceLock<(Vec<String>, Option<Credential>)>,
     pub load: Load,
+    pub stay: Stay,
     /// One of its messages is inflated at a time.
     pub inflating: tokio::sync::Mutex<()>,
 }
@@ -33,12 +33,21 @@ impl Peer {
     /// One that has shown no certificate.
     pub fn new(name: String, number: u64, load: Load) -> Self {
         let inflating = tokio::sync::Mutex::default();
-        Peer { name, number, certificate_names: Vec::new(), certificate: None, load, inflating }
+        Peer { name, number, shown: OnceLock::new(), load, stay: Stay::default(), inflating }
     }
 
-    pub fn show(&mut self, certificate_names: Vec<String>) {
-        self.certificate = Credential::of_certificate(&certificate_names);
-        self.certificate_names = certificate_names;
+    /// It has shown a certificate with these names.
+    pub fn show(&self, certificate_names: Vec<String>) {
+        let certificate = Credential::of_certificate(&certificate_names);
+        let _ = self.shown.set((certificate_names, certificate));
+    }
+
+    pub fn certificate_names(&self) -> &[String] {
+        self.shown.get().map_or(&[], |(names, _)| names)
+    }
+
+    pub fn certificate(&self) -> Option<Credential> {
+        self.shown.get().and_then(|(_, certificate)| *certificate)
     }
 }
 

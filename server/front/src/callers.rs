@@ -18,6 +18,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 pub const SEPARATOR: char = '\u{1f}';
 /// Says for which tenant an admin works: that is for Python to allow.
 const TENANT: &str = "stepwell-tenant";
+/// What says who calls, and for whom: sent once, for whoever reads another one than we do would be deceived.
+const DECIDING: [&str; 2] = ["authorization", TENANT];
 /// Credentials that are known at the same time; more of them are Python's. Signed tokens are as many as their issuer likes.
 const MOST_KNOWN: usize = 65_536;
 
@@ -46,21 +48,19 @@ impl Credential {
         (!names.is_empty()).then_some(Credential::Certificate(found))
     }
 
-    /// What a call shows, if there can be no doubt about it. `certificate`: that of its connection.
+    /// What a call shows, each of which it sends once. `certificate`: that of its connection.
     fn of_call(headers: &HeaderMap, certificate: Option<Credential>) -> Option<Self> {
         if headers.contains_key(TENANT) {
             return None;
         }
-        let mut values = headers.get_all(AUTHORIZATION).iter();
-        match (values.next(), values.next()) {
-            (None, _) => certificate,
-            (Some(value), None) => {
-                let token = bearer_token(value.as_bytes())?;
-                Credential::of_digest(digest(&SHA256, token).as_ref())
-            }
-            (Some(_), Some(_)) => None,
-        }
+        let Some(value) = headers.get(AUTHORIZATION) else { return certificate };
+        let token = bearer_token(value.as_bytes())?;
+        Credential::of_digest(digest(&SHA256, token).as_ref())
     }
+}
+
+fn is_repeated(headers: &HeaderMap, name: &str) -> bool {
+    headers.get_all(name).iter().nth(1).is_some()
 }
 
 /// The token in `Bearer TOKEN`; the scheme in any case.
@@ -214,6 +214,9 @@ impl Whose {
         certificate: Option<Credential>,
         callers: Option<&Arc<Callers>>,
     ) -> Self {
+        if DECIDING.iter().any(|name| is_repeated(headers, name)) {
+            return Whose::Unclear; // for Python to refuse
+        }
         let Some(callers) = callers else { return Whose::Anybody };
         match Credential::of_call(headers, certificate) {
             Some(credential) => Whose::Of(credential, Mutex::new(callers.find(credential))),
@@ -315,6 +318,9 @@ mod tests {
     fn nobody_is_asked_unless_somebody_is() {
         let lines = headers(&[ANNA[0], (TENANT, b"x")]);
         assert!(Whose::of_call(&lines, None, None).taken(None).unwrap().is_none());
+        for twice in [[ANNA[0], ANNA[0]], [(TENANT, b"x"), (TENANT, b"x")]] {
+            assert!(Whose::of_call(&headers(&twice), None, None).taken(None).is_err(), "Python refuses it");
+        }
         let callers = Arc::default();
         assert!(whose(&callers, &[]).taken(Some(&callers)).is_err());
         assert!(whose(&callers, ANNA).taken(Some(&callers)).is_err());

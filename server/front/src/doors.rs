@@ -3,7 +3,9 @@
 use crate::bounds::{Refusal, Slot};
 use crate::columns::Arrival;
 use crate::server::Shared;
+use crate::tenancy::FromAddress;
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,6 +13,16 @@ use std::time::{Duration, Instant};
 const NOTICE_EVERY: Duration = Duration::from_secs(60);
 const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Connections beyond those that may be, until as many have left for them.
+const LEAVING: usize = 64;
+
+/// A connection's place among all.
+#[derive(Debug)]
+pub struct Entry {
+    _slot: Slot,
+    _address: Option<FromAddress>,
+}
 
 /// One listener's.
 #[derive(Debug)]
@@ -26,16 +38,17 @@ impl Doors {
     }
 
     /// The socket of a connection that was accepted, and its place among all; None: it is closed, or there was none.
-    pub async fn admit<S>(&mut self, accepted: io::Result<S>) -> Option<(S, Slot)> {
+    /// `address`: where a socket comes from, if that counts.
+    pub async fn admit<S>(
+        &mut self,
+        accepted: io::Result<S>,
+        address: impl FnOnce(&S) -> Option<IpAddr>,
+    ) -> Option<(S, Entry)> {
         match accepted {
             Ok(socket) => {
                 self.pause = SHORTEST_PAUSE;
-                let most = self.shared.limits.connections;
-                let slot = Slot::take(&self.shared, |counts| &counts.connections, 1, most);
-                if slot.is_none() {
-                    self.refuse(Refusal::Connections);
-                }
-                Some((socket, slot?))
+                let entry = self.enter(address(&socket))?;
+                Some((socket, entry))
             }
             Err(error) if is_of_the_peer(&error) => None,
             Err(_) => {
@@ -46,6 +59,29 @@ impl Doors {
                 None
             }
         }
+    }
+
+    fn enter(&mut self, address: Option<IpAddr>) -> Option<Entry> {
+        let most = self.shared.limits.address_connections;
+        let mut own = None;
+        if let Some(address) = address.filter(|_| most > 0) {
+            own = self.shared.open.come(address, most);
+            if own.is_none() {
+                self.refuse(Refusal::AddressConnections);
+                return None;
+            }
+        }
+        let most = self.shared.limits.connections;
+        let take = |most| Slot::take(&self.shared, |counts| &counts.connections, 1, most);
+        let mut slot = take(most);
+        if slot.is_none() && self.shared.open.make_room(self.shared.callers.is_some()) {
+            slot = take(most + LEAVING);
+            self.refuse(Refusal::Evicted);
+        }
+        if slot.is_none() {
+            self.refuse(Refusal::Connections);
+        }
+        Some(Entry { _slot: slot?, _address: own })
     }
 
     /// Count it, and let the log say so from time to time.

@@ -40,6 +40,7 @@ mod serve;
 mod server;
 mod sets;
 mod shape;
+mod tenancy;
 mod tls;
 mod triton;
 mod triton_reply;

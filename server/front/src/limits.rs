@@ -9,8 +9,10 @@ use std::time::Duration;
 pub struct Limits {
     /// Of a message, inflated or not.
     pub message_bytes: usize,
-    /// At the same time; more are closed as soon as they are accepted.
+    /// At the same time: for more of them, others leave that do nothing, or they are closed as soon as they are accepted.
     pub connections: usize,
+    /// The same, from one address; 0: no limit.
+    pub address_connections: usize,
     /// Calls of all connections at the same time; more are refused.
     pub calls: usize,
     /// The same, of callers that are not known.
@@ -67,6 +69,7 @@ impl Limits {
         Ok(Limits {
             message_bytes: whole("message_bytes")?,
             connections: whole("connections")?,
+            address_connections: whole("address_connections")?,
             calls: whole("calls")?,
             unknown_calls: whole("unknown_calls")?,
             health_calls: whole("health_calls")?,
@@ -96,6 +99,7 @@ impl Limits {
         let names = [
             ("message_bytes", 1 << 20),
             ("connections", 10),
+            ("address_connections", 0),
             ("calls", 10),
             ("unknown_calls", 10),
             ("health_calls", 10),

@@ -31,7 +31,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 /// What Python and the front say to each other: raised with every change of it, here and in `rpc/fronts/native.py`.
-const INTERFACE: u32 = 4;
+const INTERFACE: u32 = 5;
 
 /// A status as Python says it: code, message, a serialized google.rpc.Status or nothing, and `may_go_elsewhere`.
 type Said = (u32, String, PyBackedBytes, bool);
@@ -328,7 +328,7 @@ impl CallHandle {
 
     #[getter]
     fn certificate_names(&self) -> Vec<String> {
-        self.call.peer.certificate_names.clone()
+        self.call.peer.certificate_names().to_vec()
     }
 
     #[getter]
@@ -361,6 +361,12 @@ impl CallHandle {
                 (name.clone(), value)
             })
             .collect()
+    }
+
+    /// As often as they came.
+    #[getter]
+    fn metadata_keys(&self) -> Vec<&str> {
+        self.call.metadata.iter().map(|(name, _)| name.as_str()).collect()
     }
 
     /// Python has found out who makes the call, whose name in `KnownCallers` is this.

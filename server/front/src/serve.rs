@@ -32,6 +32,9 @@ pub fn begin(
     shared: &Arc<Shared>,
 ) {
     let Some(begun) = begin::admitted(&request, &mut respond, peer, shared) else { return };
+    if begun.is_admitted && !begun.method.is_open {
+        peer.stay.know();
+    }
     let (method, deadline, header_bytes) = (begun.method, begun.deadline, begun.held.bytes());
     let metadata = grpc::metadata(request.headers());
     let call = Arc::new(Call::new(

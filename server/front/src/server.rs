@@ -4,12 +4,13 @@ use crate::bounds::{Counts, Load, Place, Refusal, Slot, Waiters};
 use crate::call::Peer;
 use crate::callers::Callers;
 use crate::columns::{Arrival, Arrivals, MOST_IN_BATCH};
-use crate::doors::Doors;
+use crate::doors::{Doors, Entry};
 use crate::inflate::Pace;
 use crate::lifetime::{Age, Lifetime};
 use crate::limits::Limits;
 use crate::serve;
 use crate::shape::{Breach, Shape};
+use crate::tenancy::Connections;
 use crate::tls;
 use crate::turn::{InTurns, Turn};
 use crate::wakeup::Wakeup;
@@ -83,6 +84,8 @@ pub struct Shared {
     pub wakeup: Wakeup,
     /// Python's event loop is about to take what comes.
     pub is_taking: AtomicBool,
+    /// Those that are there.
+    pub open: Arc<Connections>,
     /// Connections so far: each has its number.
     connections: AtomicU64,
 }
@@ -115,6 +118,7 @@ impl Shared {
             arrivals: Mutex::new(Arrivals::default()),
             wakeup,
             is_taking: AtomicBool::new(false),
+            open: Arc::default(),
             connections: AtomicU64::new(0),
         }
     }
@@ -262,9 +266,10 @@ async fn accept_tcp(
             accepted = listener.accept() => accepted,
             () = reached(&mut stage, Stage::Draining) => return,
         };
-        if let Some(((socket, address), slot)) = doors.admit(accepted).await {
+        let entered = doors.admit(accepted, |(_, address)| Some(address.ip())).await;
+        if let Some(((socket, address), entry)) = entered {
             let _ = socket.set_nodelay(true);
-            begin(socket, slot, |_| tcp_name(address), &shared, &stage, &done);
+            begin(socket, entry, |_| tcp_name(address), &shared, &stage, &done);
         }
     }
 }
@@ -283,8 +288,8 @@ async fn accept_unix(
             accepted = listener.accept() => accepted,
             () = reached(&mut stage, Stage::Draining) => return,
         };
-        if let Some(((socket, _), slot)) = doors.admit(accepted).await {
-            begin(socket, slot, |number| format!("unix:{number}"), &shared, &stage, &done);
+        if let Some(((socket, _), entry)) = doors.admit(accepted, |_| None).await {
+            begin(socket, entry, |number| format!("unix:{number}"), &shared, &stage, &done);
         }
     }
 }
@@ -299,7 +304,7 @@ fn tcp_name(address: SocketAddr) -> String {
 /// Serve a connection in a task of its own. `name` makes its name of its number.
 fn begin<S>(
     socket: S,
-    slot: Slot,
+    entry: Entry,
     name: impl FnOnce(u64) -> String,
     shared: &Arc<Shared>,
     stage: &watch::Receiver<Stage>,
@@ -310,7 +315,8 @@ fn begin<S>(
     let watched = shared.wakeup.watch(&socket);
     let number = shared.connections.fetch_add(1, Ordering::Relaxed);
     let load = Load::new(shared.limits.connection_steps);
-    let mut peer = Peer::new(name(number), number, load);
+    let peer = Arc::new(Peer::new(name(number), number, load));
+    shared.open.add(&peer);
     let (shared, mut stage, done) = (shared.clone(), stage.clone(), done.clone());
     tokio::spawn(async move {
         let turn = Arc::<Turn>::default();
@@ -318,23 +324,24 @@ fn begin<S>(
             let tls = shared.tls.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let Some(config) = tls else {
                 let socket = InTurns::new(socket, turn.clone());
-                return connection(socket, &turn, Arc::new(peer), &shared, stage).await;
+                return connection(socket, &turn, peer, &shared, stage).await;
             };
             let secured = tokio::select! {
                 secured = tls::accept(config, socket) => secured,
                 () = reached(&mut stage, Stage::Draining) => return,
+                () = peer.stay.left() => return,
             };
             let Some((socket, names)) = secured else { return shared.counts.refuse(Refusal::Handshake) };
             peer.show(names);
             let socket = InTurns::new(socket, turn.clone());
-            connection(socket, &turn, Arc::new(peer), &shared, stage).await;
+            connection(socket, &turn, peer, &shared, stage).await;
         });
         std::future::poll_fn(|cx| {
             turn.begin();
             serving.as_mut().poll(cx)
         })
         .await;
-        drop((slot, watched, done));
+        drop((entry, watched, done));
     });
 }
 
@@ -384,7 +391,11 @@ async fn connection<S>(
 {
     let limits = &shared.limits;
     let handshake = tokio::time::timeout(limits.handshake, http2(limits).handshake::<_, Bytes>(socket));
-    let mut connection = match handshake.await {
+    let handshake = tokio::select! {
+        handshake = handshake => handshake,
+        () = peer.stay.left() => return,
+    };
+    let mut connection = match handshake {
         Ok(Ok(connection)) => connection,
         Ok(Err(error)) if error.is_io() => return, // it has gone
         _ => return shared.counts.refuse(Refusal::Handshake),
@@ -407,6 +418,7 @@ async fn connection<S>(
             () = reached(&mut closed, Stage::Closed) => {
                 return cut_off(&mut connection, h2::Reason::CANCEL).await;
             }
+            () = peer.stay.left() => return cut_off(&mut connection, h2::Reason::NO_ERROR).await,
             () = std::future::poll_fn(|_| turn.poll_flooded()) => {
                 shared.counts.refuse(Refusal::ControlFrames);
                 return cut_off(&mut connection, h2::Reason::ENHANCE_YOUR_CALM).await;

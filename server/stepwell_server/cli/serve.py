@@ -403,8 +403,15 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     "--max-connections",
     metavar="N",
     type=COUNT,
-    help="Connections at most; more are closed at once. Default: 16384, or as many as the limit of open files leaves "
-    "room for. The native front only.",
+    help="Connections at most; for more of them, idle ones are closed. Default: 16384, or as many as the limit of open "
+    "files leaves room for. The native front only.",
+)
+@setting(
+    "--max-connections-per-address",
+    metavar="N",
+    type=click.IntRange(0, MOST_OF_GRPC),
+    help="Connections from one IP address at most; 0: no limit. All callers behind a proxy have one address. The native "
+    "front only.",
 )
 @setting(
     "--max-calls-per-connection",

@@ -19,7 +19,7 @@ class FrontLimits:
 
     message_bytes: int
     """A request or reply."""
-    streams: int = 10_000
+    streams: int = 1000
     """Calls of one connection at the same time; more of them wait at the client."""
     header_bytes: int = 16 << 10
     """Headers of a call."""
@@ -36,7 +36,9 @@ class FrontLimits:
 
     # The native front's alone: gRPC has no such limits.
     connections: int = 16_384
-    """At the same time; more are closed at once."""
+    """At the same time: for more of them, others are closed that do nothing or whose callers are not known, else they are."""
+    address_connections: int = 0
+    """The same, from one address, which may be that of a proxy. 0: no limit."""
     calls: int = 65_536
     """Of all connections at the same time; more are refused. Nobody holds more than what is left for the others."""
     unknown_calls: int = 16_384

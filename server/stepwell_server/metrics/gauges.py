@@ -37,6 +37,7 @@ _FRONT = {
 #: What clients may take of it (`FrontLimits`): the metric, and what it says.
 _FRONT_LIMITS = {
     "connections": ("max_connections", "Connections at most."),
+    "address_connections": ("max_address_connections", "Connections from one address at most; 0: no limit."),
     "calls": ("max_calls", "Calls under way at most."),
     "unknown_calls": ("max_unknown_calls", "Calls under way at most whose caller is not known."),
     "health_calls": ("max_health_calls", "Calls under way at most that ask how the server is."),

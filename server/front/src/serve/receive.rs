@@ -97,6 +97,7 @@ impl Served {
     /// Its caller is known now.
     pub(super) fn admitted(&mut self) -> Result<(), Early> {
         self.is_admitted = true;
+        self.call.peer.stay.know();
         let caller = self.call.whose.share();
         self.held.belongs_to(caller.clone());
         if self.call_place.know(caller) {

@@ -84,6 +84,10 @@ class Call(Protocol):
     def metadata(self) -> Mapping[str, str | bytes]:
         """What the client sent beside its messages, by lower-case key; the last value of each."""
 
+    @property
+    def metadata_keys(self) -> Sequence[str]:
+        """The keys of the metadata, as often as they came."""
+
     async def read(self) -> bytes | None:
         """The next request of a stream; None when the client has sent its last one.
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 VERSION = stepwell_front.__version__
 #: What this module and the front say to each other: raised with every change of it, here and in `python.rs`.
-_INTERFACE = 4
+_INTERFACE = 5
 _installed = getattr(stepwell_front, "INTERFACE", 0)
 if _installed != _INTERFACE:
     raise OtherFront(
@@ -76,6 +76,9 @@ _BATCH, _CALL, _MESSAGE, _TOO_LARGE, _DUPLICATE, _HALF_CLOSED, _WRITTEN, _ENDED,
 #: What the log says of connections that cannot be taken, by the reason that the metric has.
 _REFUSED_LOG = {
     "connections": "connections are refused: there are as many as may be (--max-connections)",
+    "address_connections": "connections are refused: there are as many of an address as may be"
+    " (--max-connections-per-address)",
+    "evicted": "connections that do nothing are closed for new ones: there are as many as may be (--max-connections)",
     "open_files": "connections wait: no more files can be opened (ulimit -n)",
 }
 
@@ -124,6 +127,10 @@ class _Call:
     @property
     def metadata(self) -> Mapping[str, str | bytes]:
         return dict(self._handle.metadata)
+
+    @property
+    def metadata_keys(self) -> Sequence[str]:
+        return self._handle.metadata_keys
 
     async def read(self) -> bytes | None:
         while not self._messages:

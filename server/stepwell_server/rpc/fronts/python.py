@@ -90,6 +90,10 @@ class _Call:
     def metadata(self) -> Mapping[str, str | bytes]:
         return dict(self._context.invocation_metadata() or ())
 
+    @property
+    def metadata_keys(self) -> Sequence[str]:
+        return [key for key, _ in self._context.invocation_metadata() or ()]
+
     async def read(self) -> bytes | None:
         request: Any = await self._context.read()
         if request is grpc.aio.EOF:

@@ -1,0 +1,166 @@
+//! Which connections are there, so that new ones find room: those that do nothing leave for them.
+
+use crate::call::Peer;
+use std::collections::{HashMap, VecDeque};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use tokio::sync::Notify;
+
+/// Connections that are looked at for each new one that finds no room.
+const LOOKS: usize = 64;
+
+/// What a connection is to the others.
+#[derive(Debug, Default)]
+pub struct Stay {
+    /// A caller who is known, or need not be, has made a call over it.
+    is_known: AtomicBool,
+    leave: Notify,
+}
+
+impl Stay {
+    pub fn know(&self) {
+        self.is_known.store(true, Ordering::Relaxed);
+    }
+
+    /// Return when the connection is to leave for another.
+    pub async fn left(&self) {
+        self.leave.notified().await;
+    }
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub struct Connections(Mutex<Table>);
+
+#[derive(Debug, Default)]
+struct Table {
+    /// About from the oldest to the newest.
+    all: VecDeque<Weak<Peer>>,
+    /// How many there are from each address.
+    addresses: HashMap<IpAddr, usize>,
+}
+
+impl Connections {
+    pub fn add(&self, peer: &Arc<Peer>) {
+        let mut table = self.table();
+        // one that has ended is dropped for each new one, so that what is kept stays as large as what there is
+        for _ in 0..2 {
+            match table.all.pop_front() {
+                Some(old) if old.strong_count() > 0 => table.all.push_back(old),
+                _ => {}
+            }
+        }
+        table.all.push_back(Arc::downgrade(peer));
+    }
+
+    /// Let a connection leave that does nothing, or whose callers are not known; whether there was one. `asks`: callers are
+    /// asked who they are.
+    pub fn make_room(&self, asks: bool) -> bool {
+        let mut table = self.table();
+        let mut idle = None;
+        for _ in 0..LOOKS.min(table.all.len()) {
+            let Some(weak) = table.all.pop_front() else { break };
+            let Some(peer) = weak.upgrade() else { continue };
+            if asks && !peer.stay.is_known.load(Ordering::Relaxed) {
+                peer.stay.leave.notify_one();
+                return true;
+            }
+            if idle.is_none() && peer.load.share.places.all() == 0 {
+                idle = Some(peer);
+            } else {
+                table.all.push_back(weak);
+            }
+        }
+        idle.inspect(|peer| peer.stay.leave.notify_one()).is_some()
+    }
+
+    /// A connection from an address, until what is returned is dropped; None: there are as many from there as may be.
+    pub fn come(self: &Arc<Self>, address: IpAddr, limit: usize) -> Option<FromAddress> {
+        let address = address.to_canonical();
+        let mut table = self.table();
+        let count = table.addresses.entry(address).or_default();
+        if *count >= limit {
+            return None;
+        }
+        *count += 1;
+        Some(FromAddress { connections: self.clone(), address })
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Counts a connection among those of its address.
+#[derive(Debug)]
+pub struct FromAddress {
+    connections: Arc<Connections>,
+    address: IpAddr,
+}
+
+impl Drop for FromAddress {
+    fn drop(&mut self) {
+        let mut table = self.connections.table();
+        if let Some(count) = table.addresses.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                table.addresses.remove(&self.address);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::places::{CallPlace, Pool};
+    use crate::server::Shared;
+    use std::net::Ipv4Addr;
+
+    fn has_left(peer: &Peer) -> bool {
+        let waker = std::task::Waker::noop();
+        std::pin::pin!(peer.stay.left()).poll(&mut std::task::Context::from_waker(waker)).is_ready()
+    }
+
+    use std::future::Future;
+
+    #[test]
+    fn what_does_nothing_leaves_first() {
+        let shared = Arc::new(Shared::for_test());
+        let connections = Connections::default();
+        let peers: Vec<_> = (0..3).map(|_| Arc::new(Peer::for_test())).collect();
+        peers.iter().for_each(|peer| connections.add(peer));
+        peers.iter().for_each(|peer| peer.stay.know());
+        let place = CallPlace::take(&shared, &peers[0], None, Pool::Known);
+        assert!(place.is_some() && connections.make_room(true) && connections.make_room(true));
+        assert!(!connections.make_room(true), "the other one has a call");
+        assert_eq!(peers.iter().map(|peer| has_left(peer)).collect::<Vec<_>>(), [false, true, true]);
+        drop(place);
+        assert!(connections.make_room(true) && has_left(&peers[0]));
+    }
+
+    #[test]
+    fn callers_that_are_not_known_leave_whatever_they_do_where_callers_are_asked() {
+        let shared = Arc::new(Shared::for_test());
+        let connections = Connections::default();
+        let (idle, stranger) = (Arc::new(Peer::for_test()), Arc::new(Peer::for_test()));
+        idle.stay.know();
+        connections.add(&idle);
+        connections.add(&stranger);
+        let _place = CallPlace::take(&shared, &stranger, None, Pool::Unknown);
+        assert!(connections.make_room(true) && has_left(&stranger) && !has_left(&idle));
+    }
+
+    #[test]
+    fn connections_of_an_address_are_counted() {
+        let connections = Arc::new(Connections::default());
+        let [one, other] = [1, 2].map(|last| IpAddr::from(Ipv4Addr::new(10, 0, 0, last)));
+        let mapped = IpAddr::from(Ipv4Addr::new(10, 0, 0, 1).to_ipv6_mapped());
+        let held = (connections.come(one, 2), connections.come(mapped, 2));
+        assert!(held.0.is_some() && held.1.is_some() && connections.come(one, 2).is_none());
+        assert!(connections.come(other, 2).is_some());
+        drop(held);
+        assert!(connections.come(one, 1).is_some() && connections.table().addresses.is_empty());
+    }
+}
