@@ -13,13 +13,16 @@ import zlib
 from collections.abc import Callable, Iterator
 
 import grpc
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from hyperframe.frame import WindowUpdateFrame
 
 from stepwell.v1 import sessions_pb2 as pb
 from support import http2, secured
 from support.fronts import needs_native
 from support.http2 import Gone, Http2, data
+from support.server_process import FEATURES, tensor
 from support.target import TIMEOUT_S, Target, X, target
 
 pytestmark = needs_native
@@ -29,6 +32,7 @@ CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
 GZIP = [("grpc-encoding", "gzip")]
 HELD_BYTES = 64 << 20
 SLACK_BYTES = 100 << 20
+ENHANCE_YOUR_CALM = 11
 OK, INVALID_ARGUMENT, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAUTHENTICATED = "0", "3", "4", "8", "16"
 
 
@@ -292,3 +296,51 @@ def test_half_messages_of_two_clients_leave_room_for_a_third(open_to_all: Target
             assert end["grpc-status"] == INVALID_ARGUMENT, "it was taken in, and is no such message"
     with contextlib.suppress(grpc.RpcError):
         open_to_all.stub.Step(pb.StepRequest(session_id="nobody", inputs=[X]), timeout=TIMEOUT_S)
+
+
+def test_tiny_frames_that_nobody_reads_are_a_flood(open_to_all: Target) -> None:
+    """Each takes hundreds of bytes of memory while it waits, and flow control counts one."""
+    ids = [open_to_all.open() for _ in range(100)]
+    before = open_to_all.memory()
+    x = tensor(np.zeros((100, FEATURES), np.float32))
+    step = pb.StepFrame(session_ids=ids, inputs=[x])
+    frames = [pb.StepStreamRequest(frame_id=n, step=step).SerializeToString() for n in range(1, 5)]
+    closed = 0
+    for _ in range(4):
+        # no room for replies: the stream is read no further
+        with Http2(open_to_all.address, window=100) as peer:
+            stream = peer.call(STREAM, *frames, end=False)
+            open_to_all.wait_until(lambda: open_to_all.count("unwritten_replies") > 0)
+            tiny = data(stream, b"\0") * 1000
+            with contextlib.suppress(Gone):
+                for _ in range(500):
+                    peer.send(tiny)
+            closed += peer.goodbye()[0] in {ENHANCE_YOUR_CALM, -1}
+        open_to_all.goes_on()
+        assert open_to_all.memory() - before < SLACK_BYTES
+    assert closed == 4
+    assert open_to_all.refused("control_frames") > 0
+
+
+@pytest.mark.parametrize("frame", ["window", "headers", "data"])
+def test_mistakes_that_the_server_must_answer_with_resets(open_to_all: Target, frame: str) -> None:
+    """Made you reset: calls that the server itself has to end, as fast as a client can make it."""
+    before = open_to_all.memory()
+    raw = http2.framed(pb.GetSessionRequest(session_id=open_to_all.session_id).SerializeToString())
+    for _ in range(3):
+        with Http2(open_to_all.address) as peer, contextlib.suppress(Gone):
+            for _ in range(100):
+                parts = []
+                for _ in range(100):
+                    stream, begun = peer.begin(GET)
+                    mistake = {
+                        "window": WindowUpdateFrame(stream, window_increment=(1 << 31) - 1).serialize() * 2,
+                        "headers": begun,
+                        "data": data(stream, b"x"),
+                    }[frame]
+                    parts += [begun, data(stream, raw, end=True), mistake]
+                peer.send(*parts)
+        open_to_all.goes_on()
+    open_to_all.wait_until(lambda: open_to_all.count("calls") <= 1)
+    assert open_to_all.memory() - before < SLACK_BYTES
+    assert status_of(open_to_all) == health_pb2.HealthCheckResponse.SERVING

@@ -152,6 +152,7 @@ def connected(address: str, receive_buffer: int = 0) -> socket.socket:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     found.settimeout(_PATIENCE_S)
     found.connect((host, int(port)))
+    found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return contexts()[1].wrap_socket(found, server_hostname=host) if address.startswith(SCHEME) else found
 
 

@@ -8,6 +8,7 @@ use crate::protobuf::{Fields, Value};
 use crate::server::Method;
 use crate::sets::SessionSet;
 use crate::tenancy::Stay;
+use crate::turn::Turn;
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -25,15 +26,16 @@ pub struct Peer {
     shown: OnceLock<(Vec<String>, Option<Credential>)>,
     pub load: Load,
     pub stay: Stay,
+    pub turn: Arc<Turn>,
     /// One of its messages is inflated at a time.
     pub inflating: tokio::sync::Mutex<()>,
 }
 
 impl Peer {
     /// One that has shown no certificate.
-    pub fn new(name: String, number: u64, load: Load) -> Self {
+    pub fn new(name: String, number: u64, load: Load, turn: Arc<Turn>) -> Self {
         let inflating = tokio::sync::Mutex::default();
-        Peer { name, number, shown: OnceLock::new(), load, stay: Stay::default(), inflating }
+        Peer { name, number, shown: OnceLock::new(), load, stay: Stay::default(), turn, inflating }
     }
 
     /// It has shown a certificate with these names.
@@ -54,7 +56,7 @@ impl Peer {
 #[cfg(test)]
 impl Peer {
     pub fn for_test() -> Self {
-        Peer::new("test".to_owned(), 0, Load::new(1000))
+        Peer::new("test".to_owned(), 0, Load::new(1000), Arc::default())
     }
 }
 

@@ -163,21 +163,6 @@ impl Served {
         poll_fn(|cx| self.poll_answer(cx, respond)).await
     }
 
-    /// Ready when the connection may have one more step under way.
-    fn poll_turn(
-        &mut self,
-        cx: &mut Context<'_>,
-        respond: &mut SendResponse<Bytes>,
-    ) -> Poll<Result<(), Early>> {
-        if self.call.peer.load.may_begin(cx, &mut self.place) {
-            return Poll::Ready(Ok(()));
-        }
-        if respond.poll_reset(cx).is_ready() {
-            return Poll::Ready(Err(Early::Gone));
-        }
-        self.poll_timer(cx).map(|()| Err(Early::Late))
-    }
-
     fn submit(&mut self, message: Message) -> Result<(), Early> {
         match message {
             Message::Whole(message) if self.take_plain_step(&message) => Ok(()),
@@ -192,16 +177,6 @@ impl Served {
                 Ok(())
             }
         }
-    }
-
-    /// Python has the call's only message until it has answered it.
-    fn begin_general(&mut self) {
-        self.steps = GENERAL;
-        self.call.peer.load.begin(GENERAL);
-    }
-
-    fn end_general(&mut self) {
-        self.call.peer.load.end(std::mem::take(&mut self.steps));
     }
 
     /// Let Python know of the call.
@@ -289,8 +264,7 @@ impl Served {
                     return Ok(());
                 }
                 Next::Data(data) => {
-                    let _ = self.body.flow_control().release_capacity(data.len());
-                    self.coming.came(data.len());
+                    self.came(&data);
                     self.messages.push(data);
                 }
                 Next::Message => {

@@ -20,7 +20,7 @@ use std::future::Future;
 use std::net::{SocketAddr, TcpListener as StdTcpListener};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::net::UnixListener as StdUnixListener;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Context;
 use std::time::Duration;
@@ -80,6 +80,8 @@ pub struct Shared {
     pub counts: Counts,
     /// Of inflating.
     pub pace: Pace,
+    /// Small frames of data that wait to be read.
+    small: Arc<AtomicI64>,
     arrivals: Mutex<Arrivals>,
     pub wakeup: Wakeup,
     /// Python's event loop is about to take what comes.
@@ -115,6 +117,7 @@ impl Shared {
             readers: Waiters::default(),
             counts: Counts::default(),
             pace: Pace::default(),
+            small: Arc::default(),
             arrivals: Mutex::new(Arrivals::default()),
             wakeup,
             is_taking: AtomicBool::new(false),
@@ -315,11 +318,11 @@ fn begin<S>(
     let watched = shared.wakeup.watch(&socket);
     let number = shared.connections.fetch_add(1, Ordering::Relaxed);
     let load = Load::new(shared.limits.connection_steps);
-    let peer = Arc::new(Peer::new(name(number), number, load));
+    let turn = Arc::new(Turn::new(shared.small.clone()));
+    let peer = Arc::new(Peer::new(name(number), number, load, turn.clone()));
     shared.open.add(&peer);
     let (shared, mut stage, done) = (shared.clone(), stage.clone(), done.clone());
     tokio::spawn(async move {
-        let turn = Arc::<Turn>::default();
         let mut serving = std::pin::pin!(async {
             let tls = shared.tls.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let Some(config) = tls else {
@@ -347,10 +350,11 @@ fn begin<S>(
 
 /// Headers that are refused with a status. h2 answers larger ones with HTTP's 431, and ends connections that go on.
 const LARGEST_HEADER_BYTES: u32 = 64 << 10;
-/// What a connection may send that is not read: until its first call, and from then on if there is enough for it.
+/// What a connection may send that is not read: until its first call of a caller who may make it, and from then on if there
+/// is enough for it. All of them have this part of the bytes that may be held.
 const FIRST_WINDOW_BYTES: u32 = 64 << 10;
 const WINDOW_BYTES: u32 = 4 << 20;
-const ALL_WINDOW_BYTES: usize = 512 << 20;
+const WINDOWS_PART: usize = 4;
 /// The same, of one call.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 /// What h2 takes of a call's replies, as the client makes room, before they are written to the socket.
@@ -440,14 +444,15 @@ async fn connection<S>(
         };
         match accepted {
             Some(Ok((request, respond))) => {
-                if window.is_none() {
-                    let size = WINDOW_BYTES as usize;
-                    window = Some(Slot::take(shared, |counts| &counts.windows, size, ALL_WINDOW_BYTES));
-                    if matches!(window, Some(Some(_))) {
-                        connection.set_target_window_size(WINDOW_BYTES);
+                serve::begin(request, respond, &peer, shared);
+                if window.is_none() && peer.stay.is_known() {
+                    let all = limits.budget_bytes / WINDOWS_PART;
+                    let size = window_for(all.saturating_sub(shared.counts.windows.load(Ordering::Relaxed)));
+                    window = Some(Slot::take(shared, |counts| &counts.windows, size as usize, all));
+                    if size > FIRST_WINDOW_BYTES && matches!(window, Some(Some(_))) {
+                        connection.set_target_window_size(size);
                     }
                 }
-                serve::begin(request, respond, &peer, shared);
             }
             Some(Err(error)) => {
                 if error.is_library() {
@@ -458,6 +463,11 @@ async fn connection<S>(
             None => return,
         }
     }
+}
+
+/// What a connection may send unread while this is left for all: the less there is left, the less it gets of it.
+fn window_for(left: usize) -> u32 {
+    (left / WINDOWS_PART).min(WINDOW_BYTES as usize) as u32
 }
 
 /// End a connection, and say why.

@@ -23,6 +23,10 @@ impl Stay {
         self.is_known.store(true, Ordering::Relaxed);
     }
 
+    pub fn is_known(&self) -> bool {
+        self.is_known.load(Ordering::Relaxed)
+    }
+
     /// Return when the connection is to leave for another.
     pub async fn left(&self) {
         self.leave.notified().await;
@@ -62,7 +66,7 @@ impl Connections {
         for _ in 0..LOOKS.min(table.all.len()) {
             let Some(weak) = table.all.pop_front() else { break };
             let Some(peer) = weak.upgrade() else { continue };
-            if asks && !peer.stay.is_known.load(Ordering::Relaxed) {
+            if asks && !peer.stay.is_known() {
                 peer.stay.leave.notify_one();
                 return true;
             }

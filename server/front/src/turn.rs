@@ -5,7 +5,7 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::task::{ready, Context, Poll};
 use std::time::{Duration, Instant};
@@ -13,6 +13,16 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Bytes read of a connection before the others have their turn.
 const TURN_BYTES: usize = 64 << 10;
+/// A frame costs as much as this many bytes more.
+const FRAME_COST: usize = 128;
+/// A frame of data smaller than this takes more memory while it waits than its bytes, which flow control bounds.
+pub const SMALL_BYTES: usize = 256;
+/// Those of one connection that wait to be read; and where those of all are many, fewer.
+const MAX_SMALL: i64 = 16_384;
+const MAX_SMALL_OF_MANY: i64 = 512;
+const MANY_SMALL: i64 = 131_072;
+/// Small frames of calls that have ended are not counted back. This time makes up for one.
+const FORGET_EVERY: Duration = Duration::from_millis(50);
 /// Frames that carry no call, in a burst; each frame that does allows one more.
 const MOST_CONTROL: usize = 1000;
 /// And so many more as time passes.
@@ -25,9 +35,42 @@ const HEAD_BYTES: usize = 9;
 pub struct Turn {
     left: AtomicUsize,
     is_flooded: AtomicBool,
+    /// Small frames of data that wait to be read: its own, and those of all connections.
+    small: AtomicI64,
+    all_small: Arc<AtomicI64>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.all_small.fetch_sub(*self.small.get_mut(), Ordering::Relaxed);
+    }
 }
 
 impl Turn {
+    /// `all_small` is shared by all connections.
+    pub fn new(all_small: Arc<AtomicI64>) -> Self {
+        let mut turn = Turn::default();
+        turn.all_small = all_small;
+        turn
+    }
+
+    /// Data of a call was read.
+    pub fn read(&self, bytes: usize) {
+        if bytes < SMALL_BYTES {
+            self.add_small(-1);
+        }
+    }
+
+    /// So many small frames more, or fewer, wait; whether that may be.
+    fn add_small(&self, count: i64) -> bool {
+        // never below none: frames that were read are not all small ones that were counted
+        let add = |small: i64| Some((small + count).max(0));
+        let before = self.small.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add).unwrap_or(0);
+        let now = (before + count).max(0);
+        let all = self.all_small.fetch_add(now - before, Ordering::Relaxed) + now - before;
+        now <= if all > MANY_SMALL { MAX_SMALL_OF_MANY } else { MAX_SMALL }
+    }
+
     /// The task of the connection is polled: it may read again.
     pub fn begin(&self) {
         self.left.store(TURN_BYTES, Ordering::Relaxed);
@@ -70,8 +113,16 @@ impl<S: AsyncRead + Unpin> AsyncRead for InTurns<S> {
         let before = buf.filled().len();
         ready!(Pin::new(&mut self.socket).poll_read(cx, buf))?;
         let new = &buf.filled()[before..];
-        self.turn.left.store(left.saturating_sub(new.len()), Ordering::Relaxed);
-        if !self.control.may_send(new, Instant::now) {
+        let frames = self.control.frames;
+        let mut may_send = self.control.may_send(new, Instant::now);
+        let cost = new.len() + FRAME_COST * (self.control.frames - frames);
+        self.turn.left.store(left.saturating_sub(cost), Ordering::Relaxed);
+        let small = std::mem::take(&mut self.control.small);
+        if small > 0 && !self.turn.add_small(small) {
+            let forgotten = self.control.forget(Instant::now());
+            may_send &= self.turn.add_small(-forgotten);
+        }
+        if !may_send {
             self.turn.is_flooded.store(true, Ordering::Relaxed);
         }
         Poll::Ready(Ok(()))
@@ -113,11 +164,32 @@ struct Control {
     known: usize,
     left: usize,
     refilled: Instant,
+    /// Frames that have begun, and small ones of data among them that were not looked at.
+    frames: usize,
+    small: i64,
+    /// Small ones that ended unread are forgotten up to then.
+    forgotten: Instant,
 }
 
 impl Control {
     fn new(now: Instant) -> Self {
-        Control { skip: PREFACE_BYTES, head: [0; HEAD_BYTES], known: 0, left: MOST_CONTROL, refilled: now }
+        Control {
+            skip: PREFACE_BYTES,
+            head: [0; HEAD_BYTES],
+            known: 0,
+            left: MOST_CONTROL,
+            refilled: now,
+            frames: 0,
+            small: 0,
+            forgotten: now,
+        }
+    }
+
+    /// Small frames that may have ended unread since this was asked last.
+    fn forget(&mut self, now: Instant) -> i64 {
+        let passed = now.saturating_duration_since(self.forgotten);
+        self.forgotten = now;
+        (passed.as_millis() / FORGET_EVERY.as_millis()) as i64
     }
 
     /// Whether a peer may go on that has sent this.
@@ -143,12 +215,14 @@ impl Control {
     fn may_send_frame(&mut self, now: &impl Fn() -> Instant) -> bool {
         let [high, mid, low, kind, flags, ..] = self.head;
         self.skip = u32::from_be_bytes([0, high, mid, low]) as usize;
+        self.frames += 1;
         const DATA: u8 = 0;
         const END_STREAM: u8 = 1;
         match kind {
             DATA if self.skip == 0 && flags & END_STREAM == 0 => {}
             // data; headers, and more of them; of a stream that is there: its end, and room for its replies
             DATA | 1 | 9 => {
+                self.small += i64::from(kind == DATA && flags & END_STREAM == 0 && self.skip < SMALL_BYTES);
                 self.left = MOST_CONTROL.min(self.left + 1);
                 return true;
             }
@@ -223,5 +297,37 @@ mod tests {
             control.may_send(&frame(PING, 0, 8), || later) && control.may_send(&frame(PING, 0, 8), || later)
         );
         assert!(!control.may_send(&frame(PING, 0, 8), || later));
+    }
+
+    #[test]
+    fn small_frames_that_nobody_reads_are_a_flood() {
+        let start = Instant::now();
+        let mut control = Control::new(start);
+        assert!(control.may_send(&hello(), || start));
+        for size in [1, SMALL_BYTES - 1, SMALL_BYTES] {
+            assert!(control.may_send(&frame(0, 0, size), || start));
+        }
+        assert!(control.may_send(&frame(0, 1, 1), || start), "the last one of a call");
+        assert_eq!((control.small, control.frames), (2, 5));
+        assert_eq!(control.forget(start + 3 * FORGET_EVERY), 3);
+        let turn = Turn::default();
+        assert!(turn.add_small(MAX_SMALL) && !turn.add_small(1));
+        turn.read(SMALL_BYTES);
+        assert!(!turn.add_small(0), "that was a large one");
+        turn.read(1);
+        assert!(turn.add_small(0));
+        turn.add_small(-2 * MAX_SMALL);
+        assert!(turn.add_small(MAX_SMALL));
+    }
+
+    #[test]
+    fn of_many_small_frames_each_connection_has_few() {
+        let all = Arc::<AtomicI64>::default();
+        let turns: Vec<_> = (0..8).map(|_| Turn::new(all.clone())).collect();
+        assert!(turns.iter().all(|turn| turn.add_small(MAX_SMALL)));
+        let last = Turn::new(all.clone());
+        assert!(last.add_small(MAX_SMALL_OF_MANY) && !last.add_small(1) && !turns[0].add_small(0));
+        drop((turns, last));
+        assert_eq!(all.load(Ordering::Relaxed), 0);
     }
 }

@@ -1,7 +1,7 @@
 //! How the messages of a call come: when its caller is known, within a time limit, and inflated in slices.
 
 use super::{too_late, unreadable, Early, Message, Served};
-use crate::bounds::{Place, Refusal};
+use crate::bounds::{Place, Refusal, GENERAL};
 use crate::columns::Arrival;
 use crate::grpc::{self, Status, Unreadable, Whole};
 use crate::inflate::{Inflation, Problem};
@@ -94,6 +94,31 @@ impl Served {
         self.poll_timer(cx).map(|()| Err(Early::Late))
     }
 
+    /// Ready when the connection may have one more step under way.
+    pub(super) fn poll_turn(
+        &mut self,
+        cx: &mut Context<'_>,
+        respond: &mut SendResponse<Bytes>,
+    ) -> Poll<Result<(), Early>> {
+        if self.call.peer.load.may_begin(cx, &mut self.place) {
+            return Poll::Ready(Ok(()));
+        }
+        if respond.poll_reset(cx).is_ready() {
+            return Poll::Ready(Err(Early::Gone));
+        }
+        self.poll_timer(cx).map(|()| Err(Early::Late))
+    }
+
+    /// Python has the call's only message until it has answered it.
+    pub(super) fn begin_general(&mut self) {
+        self.steps = GENERAL;
+        self.call.peer.load.begin(GENERAL);
+    }
+
+    pub(super) fn end_general(&mut self) {
+        self.call.peer.load.end(std::mem::take(&mut self.steps));
+    }
+
     /// Its caller is known now.
     pub(super) fn admitted(&mut self) -> Result<(), Early> {
         self.is_admitted = true;
@@ -132,14 +157,20 @@ impl Served {
     fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Early>> {
         match self.body.poll_data(cx) {
             Poll::Ready(Some(Ok(data))) => {
-                let _ = self.body.flow_control().release_capacity(data.len());
-                self.coming.came(data.len());
+                self.came(&data);
                 Poll::Ready(Ok(Some(data)))
             }
             Poll::Ready(Some(Err(_))) => Poll::Ready(Err(Early::Gone)),
             Poll::Ready(None) => Poll::Ready(Ok(None)),
             Poll::Pending => self.poll_coming(cx).map(Err),
         }
+    }
+
+    /// Some of a message has come, and makes room for more.
+    pub(super) fn came(&mut self, data: &Bytes) {
+        let _ = self.body.flow_control().release_capacity(data.len());
+        self.call.peer.turn.read(data.len());
+        self.coming.came(data.len());
     }
 
     /// Wait for more of a message.
