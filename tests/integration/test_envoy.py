@@ -25,6 +25,7 @@ from stepwell.v1 import models_pb2, models_pb2_grpc
 from stepwell.v1 import sessions_pb2 as pb
 from support import secured, wire
 from support.envoy import Envoy
+from support.http2 import Http2
 from support.processes import until
 from support.proxy import Proxy
 from support.replica_servers import started
@@ -415,3 +416,16 @@ def test_tls_and_tokens_go_through(tmp_path: Path) -> None:
                 assert envoy.json("POST", path_of("a") + ":step", step_body(), bearer)[1]["revision"] == "1"
                 with stepwell.connect(secured.SCHEME + envoy.address) as client:
                     assert client.session_info("a").revision == 1
+
+
+def test_nobody_passes_by_a_proxy_with_a_second_header(envoy: Envoy) -> None:
+    """Two of `stepwell-tenant` reach the replica; those of `authorization` Envoy joins to one that is no token."""
+    raw = pb.ListSessionsRequest().SerializeToString()
+    path = f"/{wire.SERVICE}/ListSessions"
+    with Http2(envoy.address) as peer:
+        twice = [("stepwell-tenant", "acme"), ("stepwell-tenant", "beta")]
+        end = peer.outcome(peer.call(path, raw, extra=twice))
+        assert (end["grpc-status"], end["grpc-message"]) == (
+            "3",
+            "stepwell-tenant must be sent at most once; got 2",
+        )

@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "without extras": (*REPLICAS, "--access-log", "off", "--admin", "off"),
     "for browsers": (*REPLICAS, "--cors-origin", "*", "--cors-origin", "https://app.example.org"),
     "one host": (*REPLICAS, "--host", "example.org", "--host", "[2001:db8::1]"),
+    "with a heap": (*REPLICAS, "--max-heap", "2GiB"),
     "beyond loopback": (*REPLICAS, "--listen", "0.0.0.0:8080", "--insecure-listen"),
 }
 
@@ -123,6 +124,24 @@ def test_replicas_let_themselves_be_asked_so_often_whether_they_are_there() -> N
     interval = options["explicit_http_config"]["http2_protocol_options"]["connection_keepalive"]["interval"]
     allowed_ms = dict(python._options(FrontLimits(1)))["grpc.http2.min_ping_interval_without_data_ms"]
     assert float(interval.removesuffix("s")) * 1000 > 2 * allowed_ms  # gRPC hangs up on who asks more often
+
+
+def test_what_callers_may_take_of_envoy() -> None:
+    document = written(*REPLICAS, "--max-heap", "2GiB")
+    (listener,) = document["static_resources"]["listeners"]
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    assert manager["http2_protocol_options"]["max_concurrent_streams"] == 100
+    assert not any("compress" in each["name"] for each in manager["http_filters"])
+    overload = document["overload_manager"]
+    assert [each["typed_config"].get("max_heap_size_bytes") for each in overload["resource_monitors"]] == [
+        None,
+        2 << 30,
+    ]
+    assert [each["name"].rpartition(".")[2] for each in overload["actions"]] == [
+        "reset_high_memory_stream",
+        "stop_accepting_requests",
+    ]
+    assert "actions" not in written(*REPLICAS)["overload_manager"]
 
 
 def test_the_protocol_is_in_it() -> None:

@@ -25,6 +25,12 @@ _JSON_REQUEST_BYTES, _JSON_RESPONSE_BYTES = 8 * _MIB, 32 * _MIB
 #: Calls at the same time on one connection to a replica: with more of them Envoy makes another. A replica bounds what it
 #: does for one connection, and a connection here has many callers behind it.
 _CALLS_OF_CONNECTION = 100
+#: Calls at the same time on one connection of a caller, as Envoy's guide for the edge advises.
+_CALLS_OF_CALLER = 100
+#: Parts of its memory at which Envoy ends the calls that hold most, at the second all of these, and takes no new ones.
+_HEAP_RESETS, _HEAP_FULL = 0.85, 0.95
+#: Calls that hold less than this, as a power of two, are not looked at.
+_SMALL_CALL = 20
 #: HTTP statuses of what Envoy answers by itself, and the gRPC codes that say the same.
 _LOCAL_CODES = ((400, 3), (403, 7), (404, 5), (413, 8), (503, 14), (504, 4))
 #: What Envoy answers where it was about to send a call to another replica, and then more of it came than it keeps.
@@ -96,29 +102,56 @@ class Plan:
     access_log: str = "/dev/stdout"
     """Empty: none."""
     json_timeout_s: float = 60.0
+    max_heap_bytes: int = 0
+    """Of Envoy's memory, before it ends calls. 0: it does not look."""
 
 
 def bootstrap(plan: Plan) -> Mapping[str, Value]:
     """The whole configuration."""
     document: dict[str, Value] = {
         "static_resources": {"listeners": [_listener(plan)], "clusters": [_cluster(plan)]},
-        "overload_manager": {
-            "resource_monitors": [
-                {
-                    "name": "envoy.resource_monitors.global_downstream_max_connections",
-                    "typed_config": {
-                        "@type": f"{_TYPE}.resource_monitors.downstream_connections.v3"
-                        ".DownstreamConnectionsConfig",
-                        "max_active_downstream_connections": 50_000,
-                    },
-                }
-            ]
-        },
+        "overload_manager": _overload(plan.max_heap_bytes),
     }
     if plan.admin is not None:
         # Whoever reaches it can stop Envoy and read what passes.
         document = {"admin": {"address": _socket(plan.admin)}, **document}
     return document
+
+
+def _overload(max_heap_bytes: int) -> Value:
+    """What Envoy does before it runs out of connections or memory."""
+    monitors: list[Value] = [
+        {
+            "name": "envoy.resource_monitors.global_downstream_max_connections",
+            "typed_config": {
+                "@type": f"{_TYPE}.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
+                "max_active_downstream_connections": 50_000,
+            },
+        }
+    ]
+    if not max_heap_bytes:
+        return {"resource_monitors": monitors}
+    heap = "envoy.resource_monitors.fixed_heap"
+    typed: Value = {
+        "@type": f"{_TYPE}.resource_monitors.fixed_heap.v3.FixedHeapConfig",
+        "max_heap_size_bytes": max_heap_bytes,
+    }
+    scaled: Value = {"scaling_threshold": _HEAP_RESETS, "saturation_threshold": _HEAP_FULL}
+    return {
+        "refresh_interval": "0.25s",
+        "buffer_factory_config": {"minimum_account_to_track_power_of_two": _SMALL_CALL},
+        "resource_monitors": [*monitors, {"name": heap, "typed_config": typed}],
+        "actions": [
+            {
+                "name": "envoy.overload_actions.reset_high_memory_stream",
+                "triggers": [{"name": heap, "scaled": scaled}],
+            },
+            {
+                "name": "envoy.overload_actions.stop_accepting_requests",
+                "triggers": [{"name": heap, "threshold": {"value": _HEAP_FULL}}],
+            },
+        ],
+    }
 
 
 def _listener(plan: Plan) -> Value:
@@ -142,7 +175,7 @@ def _connections(plan: Plan) -> Value:
         "server_header_transformation": "PASS_THROUGH",
         "request_headers_timeout": "10s",
         "http2_protocol_options": {
-            "max_concurrent_streams": 1000,
+            "max_concurrent_streams": _CALLS_OF_CALLER,
             "initial_stream_window_size": _MIB,
             "initial_connection_window_size": 16 * _MIB,
             "connection_keepalive": {"interval": "30s", "timeout": "10s"},

@@ -14,7 +14,7 @@ import click
 from stepwell import _address
 from stepwell.cli._errors import Failure
 from stepwell.cli._help import Command
-from stepwell.cli._types import Duration
+from stepwell.cli._types import Duration, Size
 
 if TYPE_CHECKING:
     from stepwell.cli.envoy.bootstrap import Address, CallerTls, ReplicaTls
@@ -138,6 +138,13 @@ def _file(name: str, text: str) -> Callable[[_Function], _Function]:
     help="How long a call in JSON may take: it has no deadline of its own. Default: 60.",
 )
 @click.option(
+    "--max-heap",
+    metavar="SIZE",
+    type=Size(1 << 26, 1 << 50),
+    help="Memory of Envoy at most: at 85 % of it Envoy ends the calls that hold most, at 95 % it takes no new ones. "
+    "Default: no limit.",
+)
+@click.option(
     "--access-log",
     metavar="FILE|-|off",
     default="-",
@@ -172,6 +179,7 @@ def envoy_config(
     hosts: Sequence[str],
     cors_origins: Sequence[str],
     json_timeout_s: float,
+    max_heap: int | None,
     access_log: str,
     insecure_listen: bool,
     output: str,
@@ -220,6 +228,7 @@ def envoy_config(
         cors_origins=cors_origins,
         access_log={"-": "/dev/stdout", "off": ""}.get(access_log, access_log),
         json_timeout_s=json_timeout_s,
+        max_heap_bytes=max_heap or 0,
     )
     text = _HEAD.format(version=_version()) + _yaml.dump(bootstrap(plan))
     if output == "-":
