@@ -31,8 +31,9 @@ COUNT = 10 * PIECE
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (ids, directory, submission):
         monkeypatch.setattr(module, "PIECE", PIECE)
-    for module in (pieces, creation, forking, closing, reading):
+    for module in (pieces, creation, forking, closing, directory):
         monkeypatch.setattr(module, "TURN", PIECE)
+    monkeypatch.setattr(submission, "REFUSED_AT_ONCE", PIECE)
 
 
 async def turns_of(call: Coroutine[Any, Any, T]) -> tuple[T, int]:
@@ -227,12 +228,18 @@ def _calls(at: Harness, names: list[str]) -> dict[str, Callable[[], Coroutine[An
         "read": lambda: at.engine.get_states(names),
         "look": lambda: at.engine.get_states(names, with_state=False),
         "fork": lambda: at.engine.fork_sessions(names),
+        "frame": lambda: frame(at, names),
     }
 
 
 @pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("call", ["close", "read", "look", "fork"])
-@pytest.mark.parametrize("are_there", [True, False])
+@pytest.mark.parametrize(
+    ("call", "are_there"),
+    [
+        *((call, are_there) for call in ("close", "read", "look", "fork") for are_there in (True, False)),
+        ("frame", False),
+    ],
+)
 @pytest.mark.stores("memory")
 async def test_steps_of_others_are_answered_between_the_pieces(call: str, are_there: bool) -> None:
     async with running(resident_rows=2 * COUNT) as at:
@@ -247,6 +254,9 @@ async def test_steps_of_others_are_answered_between_the_pieces(call: str, are_th
             assert result == (COUNT if are_there else 0)
         elif call == "fork":
             assert isinstance(result, OpenedMany if are_there else ServerError)
+        elif call == "frame":
+            answers, parts = result
+            assert (set(kinds(answers)), parts) == ({"SessionNotFound"}, 1)
         else:
             assert len(result.members) == (COUNT if are_there else 0)
             assert sum(len(members) for members, _ in result.errors) == (0 if are_there else COUNT)

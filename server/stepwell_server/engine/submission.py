@@ -30,6 +30,9 @@ MAX_LOADING_ROWS = 65_536
 _LOAD_AGAIN_S = 0.1
 _NOBODY: Members = np.zeros(0, np.intp)
 
+#: Members without a session that are refused in one go: of more others have turns meanwhile.
+REFUSED_AT_ONCE = 1024
+
 
 class Submission:
     """Takes changes. Lives on the event loop."""
@@ -251,8 +254,17 @@ class Submission:
 
     def _refuse_missing(self, change: Change, members: Members, seen: Seen) -> None:
         for group in change.alike(members):
-            for some, error in self._directory.why_not_all(change.session_ids, group, seen):
-                change.fail(some, error)
+            if len(group) <= REFUSED_AT_ONCE:
+                for some, error in self._directory.why_not_all(change.session_ids, group, seen):
+                    change.fail(some, error)
+                continue
+            task = asyncio.create_task(self._refuse_in_pieces(change, group, seen))
+            self._loading.add(task)
+            task.add_done_callback(self._loading.discard)
+
+    async def _refuse_in_pieces(self, change: Change, members: Members, seen: Seen) -> None:
+        for some, error in await self._directory.why_not_many(change.session_ids, members, seen):
+            change.fail(some, error)
 
     def refuse_stale(self, change: Change, members: Members) -> Members:
         """Members whose sessions left the table since they were checked: see `Admission`."""

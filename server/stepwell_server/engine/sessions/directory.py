@@ -13,6 +13,7 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.history import How
 from stepwell_server.core.leases import Leases
+from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.sessions import Handles, SessionTable, are_missing
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.change import MOST_ERRORS, for_all
@@ -21,6 +22,7 @@ from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.engine.sessions.ids import PIECE, IdMaker, shown
 from stepwell_server.engine.sessions.loading import Arrivals, InPlace, Loader, Looked, Seen
+from stepwell_server.engine.sessions.pieces import TURN
 from stepwell_server.engine.state.fields import lease_of, mark_of
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import (
@@ -56,11 +58,11 @@ class Past(NamedTuple):
     """Request ids of the calls that closed them (`Tombstone.closes`), of those ids that have any."""
 
 
-Alike = dict[tuple[object, ...], tuple[ServerError, list[int]]]
+_Alike = dict[tuple[object, ...], tuple[ServerError, list[int]]]
 """Sessions that cannot be had, by what they have in common: why the first of them cannot, and the indexes of all."""
 
 
-def errors_of(alike: Alike) -> Iterator[tuple[Members, ServerError]]:
+def _errors_of(alike: _Alike) -> Iterator[tuple[Members, ServerError]]:
     """Their errors, one for all that are gone alike."""
     for error, some in alike.values():
         yield np.array(some, np.intp), for_all(error, len(some))
@@ -218,11 +220,22 @@ class Directory:
             for member in members.tolist():
                 yield np.array([member]), self.why_not(session_ids[member], seen)
             return
-        alike: Alike = {}
-        self.sort_missing(session_ids, members, seen, alike)
-        yield from errors_of(alike)
+        alike: _Alike = {}
+        self._sort_missing(session_ids, members, seen, alike)
+        yield from _errors_of(alike)
 
-    def sort_missing(self, session_ids: Sequence[str], members: Members, seen: Seen, alike: Alike) -> None:
+    async def why_not_many(
+        self, session_ids: Sequence[str], members: Members, seen: Seen
+    ) -> list[tuple[Members, ServerError]]:
+        """As `why_not_all`; others have turns meanwhile if there are many."""
+        if len(members) <= TURN:
+            return list(self.why_not_all(session_ids, members, seen))
+        alike: _Alike = {}
+        async for part in self.pieces.parts(len(members), tenant_of(session_ids[0])):
+            self._sort_missing(session_ids, members[part], seen, alike)
+        return list(_errors_of(alike))
+
+    def _sort_missing(self, session_ids: Sequence[str], members: Members, seen: Seen, alike: _Alike) -> None:
         """Put sessions that cannot be had, by their index, to those that are gone alike."""
         ids = [session_ids[member] for member in members.tolist()]
         named = [session_id for session_id in ids if session_id]

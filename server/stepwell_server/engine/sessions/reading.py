@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import StateRead, StatesRead
@@ -19,9 +18,8 @@ from stepwell_server.engine.change import MOST_ERRORS, for_all, too_late
 from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
-from stepwell_server.engine.sessions.directory import Alike, Directory, errors_of
+from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.loading import Seen
-from stepwell_server.engine.sessions.pieces import TURN
 from stepwell_server.engine.sessions.using import Usage
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Members
@@ -110,7 +108,7 @@ class Reading:
         `admit` is told how many bytes of states that will be, and raises if they are too many.
         """
         handles = await self._find(session_ids, seen)
-        errors = await self._why_not(session_ids, np.flatnonzero(handles < 0), seen)
+        errors = await self._directory.why_not_many(session_ids, np.flatnonzero(handles < 0), seen)
         there = np.flatnonzero(handles >= 0)
         if not len(there):
             return _nothing_of(errors)
@@ -155,17 +153,6 @@ class Reading:
         # a handle may be another session's by now
         handles[births != self._table.birth[handles]] = -1
         return handles
-
-    async def _why_not(
-        self, session_ids: Sequence[str], missing: Members, seen: Seen
-    ) -> list[tuple[Members, ServerError]]:
-        """Why sessions, by their index, cannot be had; others have turns meanwhile."""
-        if len(missing) <= TURN:
-            return list(self._directory.why_not_all(session_ids, missing, seen))
-        alike: Alike = {}
-        async for part in self._call_pieces.parts(len(missing), tenant_of(session_ids[0])):
-            self._directory.sort_missing(session_ids, missing[part], seen, alike)
-        return list(errors_of(alike))
 
     async def _look_again(self, reader: _Reader) -> None:
         """Of sessions that ended while they were waited for: another server may have opened them anew by now."""
