@@ -13,8 +13,8 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.rpc.fronts.shape import (
     MAX_ENTRIES,
     MAX_NAME_BYTES,
-    MAX_NUMBERS,
     MAX_SMALL_BYTES,
+    MAX_TENSORS,
     Shape,
 )
 from stepwell_server.rpc.triton.inference import service_pb2 as triton_pb
@@ -68,15 +68,29 @@ def _refused(request: Message, more: bytes = b"") -> str | None:
         ),
         (
             pb.ImportSessionsRequest(sessions=[pb.ExportedSession()] * (MAX_ENTRIES + 1)),
-            "sessions must have at most 65536 entries; got more",
+            "sessions must have at most 4096 entries; got more",
         ),
         (
             pb.ImportSessionsRequest(sessions=[pb.ExportedSession(tenant="t")] * (MAX_ENTRIES + 1)),
-            "sessions must have at most 65536 entries; got more",
+            "sessions must have at most 4096 entries; got more",
         ),
         (
-            pb.StepRequest(rows=range(MAX_NUMBERS + 1)),
-            "rows must have at most 1048576 entries; got more",
+            pb.StepRequest(inputs=[tensors_pb2.Tensor()] * (MAX_TENSORS + 1)),
+            "inputs must have at most 1024 entries; got more",
+        ),
+        (
+            triton_pb.ModelInferRequest(
+                parameters={str(each): triton_pb.InferParameter() for each in range(MAX_TENSORS + 1)}
+            ),
+            "parameters must have at most 1024 entries; got more",
+        ),
+        (
+            pb.StepRequest(output_names=["y"] * (MAX_TENSORS + 1)),
+            "output_names must have at most 1024 entries; got more",
+        ),
+        (
+            pb.StepRequest(rows=range(MAX_ENTRIES + 1)),
+            "rows must have at most 65536 entries; got more",
         ),
     ],
 )
@@ -86,8 +100,8 @@ def test_what_breaks_a_rule_is_named(request_: Message, words: str) -> None:
 
 def test_a_list_is_counted_over_the_whole_message() -> None:
     shaped = tensors_pb2.Tensor(shape=[1] * 1000)
-    request = pb.StepRequest(inputs=[shaped] * (MAX_NUMBERS // 1000 + 1))
-    assert _refused(request) == "inputs.shape must have at most 1048576 entries; got more"
+    request = pb.StepRequest(inputs=[shaped] * (MAX_ENTRIES // 1000 + 1))
+    assert _refused(request) == "inputs.shape must have at most 65536 entries; got more"
 
 
 @pytest.mark.parametrize(
@@ -127,12 +141,12 @@ def _largest_import() -> Message:
 def _large_tensor() -> Message:
     tensor = tensors_pb2.Tensor(name="é" * 256, shape=[1, 1 << 21], data=bytes(8 << 20))
     return pb.StepRequest(
-        session_id="é" * 256, inputs=[tensor], rows=range(65_536), reset_mask=[True] * (1 << 21)
+        session_id="é" * 256, inputs=[tensor], rows=range(65_536), reset_mask=[True] * (1 << 20)
     )
 
 
 def _triton() -> Message:
-    contents = triton_pb.InferTensorContents(fp32_contents=[0.0] * (2 << 20))
+    contents = triton_pb.InferTensorContents(fp32_contents=[0.0] * (1 << 20))
     inputs = [triton_pb.ModelInferRequest.InferInputTensor(name="x", contents=contents)]
     return triton_pb.ModelInferRequest(model_name="m", inputs=inputs, raw_input_contents=[bytes(8 << 20)])
 

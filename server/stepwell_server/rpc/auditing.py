@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from google.protobuf.message import Message
 
 from stepwell.v1 import models_pb2, sessions_pb2
@@ -267,7 +268,7 @@ class _Budget:
 def _actions(method: str, request: Any) -> Sequence[str]:
     """What the lines of a call say it does; empty: it has none."""
     if method == "Step":
-        return step_actions(reset=any(request.reset_mask), states=request.states)
+        return step_actions(reset=bool(np.array(request.reset_mask, np.bool_).any()), states=request.states)
     return (AUDITED[method],) if method in AUDITED else ()
 
 

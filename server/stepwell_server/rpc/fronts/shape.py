@@ -17,10 +17,10 @@ from stepwell_server.errors import InvalidInput
 MAX_NAME_BYTES = 1024
 """Bytes of a name, an id, a label or a prefix: 256 characters of UTF-8. A message no larger than this breaks no rule."""
 MAX_ENTRIES = 65_536
-"""Entries of a list of names or messages, in the whole message."""
-MAX_NUMBERS = 1 << 20
-"""Entries of a list of numbers, in the whole message."""
-MAX_ELEMENTS = 1 << 22
+"""Entries of a list of sessions or numbers, in the whole message."""
+MAX_TENSORS = 1024
+"""Entries of a list of tensors, of parameters, or of names of outputs or labels."""
+MAX_ELEMENTS = 1 << 20
 """Entries of a list of numbers that stands for a tensor or a mask of its rows."""
 MAX_SMALL_BYTES = 1 << 20
 """Bytes of a message beside its lists and the fields of `_LARGE`."""
@@ -47,6 +47,16 @@ _LIMITS = {
     "stepwell.v1.ListSessionsRequest.page_token": _LONG,
     "stepwell.v1.CloseMatchingSessionsRequest.page_token": _LONG,
     "stepwell.v1.ExportSessionsRequest.page_token": _LONG,
+}
+#: Lists of names and messages by how long they may be, where that is not `MAX_ENTRIES` for names and `MAX_TENSORS` for
+#: messages. What a call itself allows is less, and says so in words of its own.
+_ENTRIES = {
+    "stepwell.v1.StepRequest.output_names": MAX_TENSORS,
+    "stepwell.v1.StepFrame.output_names": MAX_TENSORS,
+    "stepwell.v1.LoadModelRequest.labels": MAX_TENSORS,
+    "stepwell.v1.ImportSessionsRequest.sessions": 4096,
+    "stepwell.v1.ExportSessionsRequest.session_ids": 4096,
+    "inference.ModelInferRequest.raw_input_contents": MAX_TENSORS,
 }
 #: Lists of numbers that stand for tensors and masks.
 _ELEMENTS = frozenset(
@@ -220,7 +230,7 @@ def _max_entries(field: FieldDescriptor, kind: Kind) -> int:
         return 0
     if field.full_name in _ELEMENTS:
         return MAX_ELEMENTS
-    return MAX_ENTRIES if kind <= Kind.MESSAGE else MAX_NUMBERS
+    return _ENTRIES.get(field.full_name, MAX_TENSORS if kind is Kind.MESSAGE else MAX_ENTRIES)
 
 
 class _Scan:
