@@ -24,7 +24,16 @@ def block(function: Block) -> Block:
 
 
 #: LiteRT cannot convert them: in a model of their own, so that the others run where they will be served.
-ON_TENSORFLOW = ["features_reversed_and_rolled", "best_class", "hashed", "looked_up"]
+ON_TENSORFLOW = [
+    "features_reversed_and_rolled",
+    "best_class",
+    "hashed",
+    "looked_up",
+    "searched",
+    "cross_product",
+    "small_matrices",
+    "spectrum_and_back",
+]
 
 
 def groups() -> dict[str, list[str]]:
@@ -89,6 +98,7 @@ _SINGLE: dict[str, Callable[[Any], Any]] = {
     "even_constant": odd("even_constant"),
     "norm_of_the_weights": odd("norm_of_the_weights"),
     "checked": odd("checked"),
+    "binned": odd("binned"),
 }
 _ACTIVATIONS = (
     "elu",
@@ -515,3 +525,49 @@ def deep(keras: Any, x: Any, _tokens: Any) -> Any:
         hidden = keras.layers.LSTM(4, return_sequences=True, dropout=0.1, recurrent_dropout=0.1)(x)
         x = keras.layers.BatchNormalization()(x + keras.layers.Dense(4)(hidden)) if i else hidden
     return x
+
+
+# --- vectors and matrices within a step ------------------------------------------------------------------
+
+
+@block
+def searched(keras: Any, x: Any, _tokens: Any) -> Any:
+    return keras.layers.GRU(3)(odd("searched")(keras.layers)(x))
+
+
+@block
+def cross_product(keras: Any, x: Any, _tokens: Any) -> Any:
+    return keras.layers.GRU(3)(keras.ops.cross(x[..., :3], x[..., 1:]))
+
+
+def _matrices(keras: Any, x: Any) -> Any:
+    """Matrices that can be inverted, ``(batch, time, 2, 2)``."""
+    return keras.layers.Reshape((-1, 2, 2))(keras.ops.tanh(x)) + 3.0 * keras.ops.eye(2)
+
+
+@block
+def small_matrices(keras: Any, x: Any, _tokens: Any) -> Any:
+    ops, matrices = keras.ops, _matrices(keras, x)
+    inverse = keras.layers.Reshape((-1, 4))(ops.inv(matrices))
+    diagonal = ops.diagonal(matrices, axis1=2, axis2=3)
+    found = ops.concatenate([inverse, ops.expand_dims(ops.det(matrices), -1), diagonal], -1)
+    return keras.layers.GRU(3, return_sequences=True)(found)
+
+
+@block
+def triangles(keras: Any, x: Any, _tokens: Any) -> Any:
+    matrices = _matrices(keras, x)
+    flat = keras.layers.Reshape((-1, 4))
+    return keras.layers.GRU(3)(flat(keras.ops.tril(matrices)) + flat(keras.ops.triu(matrices, 1)))
+
+
+@block
+def spectrum(keras: Any, x: Any, _tokens: Any) -> Any:
+    return keras.layers.GRU(3)(keras.ops.concatenate(keras.ops.rfft(x), -1))
+
+
+@block
+def spectrum_and_back(keras: Any, x: Any, _tokens: Any) -> Any:
+    real, imaginary = keras.ops.rfft(x)
+    low = keras.ops.array([1.0, 1.0, 0.0], "float32")
+    return keras.layers.GRU(3)(keras.ops.irfft((real * low, imaginary * low)))

@@ -509,6 +509,18 @@ def norm_of_the_weights(layer: Apply, x: Any) -> Any:
 
 
 @kind
+def binned(_layer: Apply, x: Any) -> Any:
+    return ops.cast(ops.digitize(x, np.array([-0.5, 0.0, 0.5])), x.dtype)
+
+
+@kind
+def searched(_layer: Apply, x: Any) -> Any:
+    """Keras itself takes no more than one dimension."""
+    places = ops.searchsorted(ops.array([-0.5, 0.0, 0.5], x.dtype), ops.reshape(x, (-1,)), side="right")
+    return ops.cast(ops.reshape(places, ops.shape(x)), x.dtype)
+
+
+@kind
 def checked(layer: Apply, x: Any) -> Any:
     return tf.ensure_shape(x, [None, None, x.shape[-1]])
 

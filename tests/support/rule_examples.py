@@ -13,14 +13,16 @@ import numpy as np
 import tensorflow as tf
 
 from stepwell_server.compile.causality import rules_elementwise
+from support import rule_examples_matrices
+from support.rule_examples_matrices import Example
 
-Example = Callable[[Any], Any]
-EXAMPLES: dict[str, list[Example]] = {}
-REFUSED: dict[str, list[Example]] = {}
+EXAMPLES: dict[str, list[Example]] = dict(rule_examples_matrices.EXAMPLES)
+REFUSED: dict[str, list[Example]] = dict(rule_examples_matrices.REFUSED)
 """What the same operations do along the batch or the time axis."""
 raw = tf.raw_ops
 _INTEGERS = {"BitwiseAnd", "BitwiseOr", "BitwiseXor", "LeftShift", "RightShift", "Invert"}
 _BOOLEANS = {"LogicalAnd", "LogicalOr", "LogicalNot"}
+_COMPLEX = {"Angle", "ComplexAbs", "Imag", "Real"}
 _TEXTS = {"StringToHashBucketFast", "StringToHashBucketStrong"}
 _UNARY_MORE: dict[str, dict[str, Any]] = {
     "Bitcast": {"type": tf.int32},
@@ -36,6 +38,8 @@ _UNARY_MORE: dict[str, dict[str, Any]] = {
 def _typed(kind: str, x: Any) -> Any:
     if kind in _INTEGERS:
         return tf.cast(x * 7, tf.int32)
+    if kind in _COMPLEX:
+        return tf.complex(x, x - 0.4)
     if kind in _TEXTS:
         return tf.strings.as_string(x)
     return x > 0.5 if kind in _BOOLEANS else x
@@ -70,7 +74,7 @@ _OTHERS: list[Callable[[Any], Any]] = [
 ]
 for _kind in rules_elementwise.UNARY:
     EXAMPLES[_kind] = [_unary(_kind)]
-_SPECIAL = {"AddN", "BiasAdd", "Betainc", "ClipByValue", "SelectV2"}
+_SPECIAL = {"AddN", "BiasAdd", "Betainc", "ClipByValue", "Complex", "SelectV2"}
 for _kind in rules_elementwise.BROADCAST - _SPECIAL:
     EXAMPLES[_kind] = [_binary(_kind, other) for other in _OTHERS]
     REFUSED[_kind] = [
