@@ -372,7 +372,8 @@ impl CallHandle {
     /// Python has found out who makes the call, whose name in `KnownCallers` is this.
     fn identified(&self, identity: &str) {
         self.call.whose.identified(identity, self.driver.shared.callers.as_ref());
-        if !self.call.state().is_admitted {
+        // a call of one message is admitted by whoever judges it: its caller is known also where it is refused
+        if self.call.streams && !self.call.state().is_admitted {
             self.admit();
         }
     }
