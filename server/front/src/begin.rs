@@ -15,7 +15,7 @@ use std::sync::Arc;
 /// What a call takes in memory, whatever its client sends: about.
 const CALL_BYTES: usize = 4 << 10;
 /// The same of one that Python has from its begin on.
-const STREAM_BYTES: usize = 10 << 10;
+const STREAM_BYTES: usize = 14 << 10;
 
 /// What the headers of a call say, and its place among all calls.
 pub struct Begun {
