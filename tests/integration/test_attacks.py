@@ -201,8 +201,13 @@ def test_half_calls_of_a_few_connections_leave_places_for_others(open_to_all: Ta
 
 def test_a_message_that_does_not_come_ends_its_call() -> None:
     """Also one that drips. A stream may be silent, but not within a message."""
-    limits = {"receive_s": 0.5, "receive_bytes_per_s": 1000}
-    with target("native", limits=limits) as found, Http2(found.address) as peer:
+    limits = {"receive_s": 3.0, "receive_bytes_per_s": 1000}
+    waiting: dict[str, tuple[Http2, int]] = {}
+    with (
+        target("native", limits=limits) as found,
+        Http2(found.address) as peer,
+        contextlib.ExitStack() as stack,
+    ):
         half = http2.framed(bytes(1000))[:100]
         calls = {
             "nothing": (STEP, b""),
@@ -211,10 +216,14 @@ def test_a_message_that_does_not_come_ends_its_call() -> None:
             "watch": (WATCH, b""),
             "check": (CHECK, b""),
         }
+        # each on a connection of its own: they wait at the same time
         for name, (path, body) in calls.items():
-            stream, begun = peer.begin(path)
-            peer.send(begun, data(stream, body))
-            end = peer.outcome(stream)
+            other = stack.enter_context(Http2(found.address))
+            stream, begun = other.begin(path)
+            other.send(begun, data(stream, body))
+            waiting[name] = (other, stream)
+        for name, (other, stream) in waiting.items():
+            end = other.outcome(stream)
             assert end["grpc-status"] == DEADLINE_EXCEEDED, name
             assert "without a pause" in end["grpc-message"]
         assert found.refused("slow_message") == len(calls)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from stepwell_server.core.callers import Caller, Role, is_name
 from stepwell_server.errors import InvalidInput, PermissionDenied
@@ -12,8 +12,6 @@ from stepwell_server.errors import InvalidInput, PermissionDenied
 TENANT_KEY = "stepwell-tenant"
 """Of the metadata by which an admin says in which tenant it acts."""
 ALL_TENANTS = "*"
-#: What says who calls and for which tenant. Whoever reads another one of two than this server does would be deceived.
-_DECIDING = ("authorization", TENANT_KEY)
 
 
 class Access(enum.Enum):
@@ -62,21 +60,6 @@ _ROLES = {
     Access.USE: frozenset({Role.USER, Role.ADMIN}),
     Access.ADMINISTER: frozenset({Role.ADMIN}),
 }
-
-
-def require_once(keys: Collection[str]) -> None:
-    """Refuse a call whose metadata says more than once who calls, or for which tenant.
-
-    Args:
-        keys: those of its metadata, as often as they came.
-
-    Raises:
-        InvalidInput: it does.
-    """
-    for key in _DECIDING:
-        count = sum(each == key for each in keys)
-        if count > 1:
-            raise InvalidInput(f"{key} must be sent at most once; got {count}")
 
 
 def access_of(method: str) -> Access:

@@ -30,7 +30,7 @@ from stepwell_server.errors import (
 )
 from stepwell_server.logs import Log
 from stepwell_server.rpc import naming
-from stepwell_server.rpc.access import Access, access_of, require_once
+from stepwell_server.rpc.access import Access, access_of
 from stepwell_server.rpc.auditing import AUDITED, UNAUDITED, Auditor
 from stepwell_server.rpc.fronts.base import Call, CallEnded
 from stepwell_server.rpc.fronts.shape import not_a_message
@@ -174,7 +174,7 @@ class Boundary:
             if guard is None or access is Access.ANYONE:
                 return
             try:
-                require_once(call.metadata_keys)
+                naming.require_once(call.metadata_keys)
                 guard.admit(call, method, access)
             except Exception as raised:
                 status, reason = self._end_of(raised, None, method, call)
@@ -220,7 +220,7 @@ class Boundary:
                 observer.stream_began(method)
             guarded: Guarded | None = None
             try:
-                require_once(call.metadata_keys)
+                naming.require_once(call.metadata_keys)
                 if guard is not None:
                     found = guard.admit(call, method, access)
                     guarded = guard.enter(found) if streams else None

@@ -7,12 +7,30 @@ caller cannot name a session of another tenant: what it says is in its own names
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import Caller, is_name
 from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc.access import ALL_TENANTS, TENANT_KEY
+
+#: What says who calls and for which tenant. Whoever reads another one of two than this server does would be deceived.
+_DECIDING = ("authorization", TENANT_KEY)
+
+
+def require_once(keys: Collection[str]) -> None:
+    """Refuse a call whose metadata says more than once who calls, or for which tenant.
+
+    Args:
+        keys: those of its metadata, as often as they came.
+
+    Raises:
+        InvalidInput: it does.
+    """
+    for key in _DECIDING:
+        count = sum(each == key for each in keys)
+        if count > 1:
+            raise InvalidInput(f"{key} must be sent at most once; got {count}")
 
 
 def require_no_tenant(metadata: Mapping[str, str | bytes]) -> None:
