@@ -15,7 +15,7 @@ from stepwell._log import LOG
 
 # An attempt that the time limit cuts short has an unknown outcome, so none is made with less time than this.
 _LEAST_ATTEMPT_S = 0.02
-_LASTING_QUOTAS = frozenset({"sessions", "models"})
+_LASTING_QUOTAS = frozenset({"sessions", "bytes", "models"})
 """Quotas that stay used up until somebody closes or unloads something: waiting does not help."""
 
 Clock = Callable[[], float]

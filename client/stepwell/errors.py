@@ -34,7 +34,7 @@
 | SessionExistsError | ALREADY_EXISTS | no |
 | RevisionConflictError | ABORTED | no |
 | ModelMismatchError | FAILED_PRECONDITION | no |
-| OverloadedError | RESOURCE_EXHAUSTED | after its delay; not where `quota` is `sessions` or `models` |
+| OverloadedError | RESOURCE_EXHAUSTED | after its delay; not where `quota` is `sessions`, `bytes` or `models` |
 | UnavailableError | UNAVAILABLE, CANCELLED | yes |
 | DeadlineExceededError | DEADLINE_EXCEEDED | no; the caller may |
 | StateCorruptError | DATA_LOSS | no |
@@ -165,7 +165,7 @@ class OverloadedError(StepwellError):
     retry_after_s: float
     """Seconds the server asks to wait; 0.0 if it gave no advice."""
     quota: str
-    """The quota that is used up: ``sessions``, ``rows``, ``steps_per_second`` or ``bytes_in_flight``; ``""`` if it is none."""
+    """The quota that is used up: ``sessions``, ``rows``, ``bytes``, ``steps_per_second`` or ``bytes_in_flight``; ``""`` if it is none."""
 
     def __init__(
         self, message: str, *, retry_after_s: float = 0.0, quota: str = "", reason: str = ""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.quotas import NOTHING
 from stepwell_server.engine.durability.stamps import new_stamp
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store import counts
@@ -315,7 +316,7 @@ class RemoteStore(Store):
                         puts=[(session_id, record)],
                         forgets=forgets,
                         counts=began,
-                        tenant_counts=[*tenants, *self._more_rows(session_id, record)],
+                        tenant_counts=[*tenants, *self._more_usage(session_id, record)],
                     )
                 )
         self.together.undone.update(
@@ -338,7 +339,7 @@ class RemoteStore(Store):
                 ended = [(gone, -1)] if gone else []
                 own = [] if stone is None else [stone]
                 tenants = counts.of_tenants([(session_id, name) for name, _ in ended], -1)
-                tenants += self._more_rows(session_id, None)
+                tenants += self._more_usage(session_id, None)
                 self.shared.commit(
                     Batch(deletes=[session_id], tombstones=own, counts=ended, tenant_counts=tenants)
                 )
@@ -348,11 +349,12 @@ class RemoteStore(Store):
             return ALL_KEPT
         return Committed(frozenset(conflicts), frozenset(unknown), stale)
 
-    def _more_rows(self, session_id: str, record: bytes | None) -> list[tuple[str, int]]:
-        """How many rows the tenant has more when a record is put in place of that which is there."""
-        before = self._header(session_id)
-        after = 0 if record is None else decode_header(session_id, record).batch_size
-        return counts.of_rows([(session_id, after - (before.batch_size if before else 0))], 1)
+    def _more_usage(self, session_id: str, record: bytes | None) -> list[tuple[str, int]]:
+        """What the tenant has more of when a record is put in place of that which is there."""
+        there = self.shared.get(session_id)
+        before = NOTHING if there is None else counts.usage_of_record(session_id, there)[1]
+        after = NOTHING if record is None else counts.usage_of(decode_header(session_id, record))
+        return counts.of_usage([(session_id, after - before)])
 
     def _is_kept(self, session_id: str, unknown: set[str]) -> bool:
         if session_id not in self.unknown:

@@ -14,6 +14,9 @@ from stepwell_server.store.record import (
     encode,
 )
 
+#: What follows from the others is left out.
+_SAID = [name for name in Header.__slots__ if name != "state_bytes"]
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Record(Header):
@@ -23,7 +26,7 @@ class Record(Header):
     extra: bytes = b""
 
     def encode(self, session_id: str, schema: int = SCHEMA_VERSION) -> bytes:
-        said = {name: getattr(self, name) for name in (*Header.__slots__, "rows", "extra")}
+        said = {name: getattr(self, name) for name in (*_SAID, "rows", "extra")}
         texts = Texts(said.pop("fingerprint"), said.pop("model"))
         return encode(session_id, texts, schema=schema, **said)
 
@@ -31,5 +34,5 @@ class Record(Header):
 def decode(session_id: str, stored: Stored) -> Record:
     """Read a record back; raises `StateCorrupt` as `decode_header` does."""
     header, whole = decode_header(session_id, stored), decode_many([session_id], [stored])
-    said = {name: getattr(header, name) for name in Header.__slots__}
+    said = {name: getattr(header, name) for name in _SAID}
     return Record(**said, rows=whole.rows, extra=whole.extras.get(0, b""))

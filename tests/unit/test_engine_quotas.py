@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ import pytest
 
 from stepwell_server.core.callers import Caller, Role
 from stepwell_server.core.namespaces import prefix_of, tenant_of
-from stepwell_server.core.quotas import Limits, QuotaTable
+from stepwell_server.core.quotas import NOTHING, Limits, QuotaTable, Usage
 from stepwell_server.engine.quotas import OTHER, Quotas
 from stepwell_server.engine.sessions.moving import Arriving, Brought, Existing
 from stepwell_server.errors import InvalidInput, Overloaded, QuotaExceeded, ServerError
 from stepwell_server.rpc.status import to_proto
+from stepwell_server.store.counts import usage_of_record
 from stepwell_server.store.disk.store import DiskStore
 from support.clock import ManualClock
 from support.engine import Harness, running, x
@@ -27,17 +27,24 @@ ANN, BOB = Caller("ann", "acme", Role.USER), Caller("bob", "beta", Role.USER)
 OTHERS = Caller("eve", "acme", Role.USER)
 
 
-def recount(at: Harness) -> dict[str, tuple[int, int]]:
-    """Sessions and rows of each tenant, as the table has them."""
+async def recount(at: Harness) -> dict[str, Usage]:
+    """What each tenant has, by the records of its sessions."""
     table = at.inside.table
     handles = np.flatnonzero(table.birth[: table.end] > 0)
-    found: Counter[str] = Counter()
-    rows: Counter[str] = Counter()
-    for handle in handles.tolist():
-        tenant = tenant_of(table.session_id(handle))
-        found[tenant] += 1
-        rows[tenant] += int(table.batch_size[handle])
-    return {tenant: (count, rows[tenant]) for tenant, count in found.items()}
+    ids = [table.session_id(handle) for handle in handles.tolist()]
+    found: dict[str, Usage] = {}
+    for session_id, record in zip(
+        ids, await at.engine.export_sessions(ids, deadline=float("inf")), strict=True
+    ):
+        assert not isinstance(record, ServerError)
+        _, usage = usage_of_record(session_id, record)
+        tenant = tenant_of(session_id)
+        found[tenant] = found.get(tenant, NOTHING) + usage
+    return found
+
+
+def without_bytes(found: Mapping[str, Usage]) -> dict[str, tuple[int, int]]:
+    return {name: (usage.sessions, usage.rows) for name, usage in found.items()}
 
 
 async def test_steps_are_charged_to_who_asks_and_refused_with_the_time_to_wait() -> None:
@@ -123,7 +130,7 @@ async def test_sessions_and_rows_are_those_that_are_there_whatever_happened() ->
             prefix = prefix_of(chosen.choice(["acme", "beta", ""]))
             ids = [f"{prefix}s{chosen.randrange(8)}" for _ in range(2)]
             try:
-                match chosen.randrange(7):
+                match chosen.randrange(10):
                     case 0 | 1:
                         await at.engine.open_session(
                             "plain", session_id=ids[0], batch_size=chosen.randint(1, 3)
@@ -146,6 +153,11 @@ async def test_sessions_and_rows_are_those_that_are_there_whatever_happened() ->
                                 [Arriving(again, ids[0], bytes(record))], Existing.REPLACE
                             )
                             refused += isinstance(told[0], QuotaExceeded)
+                    case 7 | 8:
+                        rows = (await at.engine.session_info(ids[0])).batch_size
+                        await at.step(ids[0], x(rows, chosen.choice([1, 1, 2, 5]), seed=n))
+                    case 9:
+                        await at.submit(ids[0], reset=True).only()
             except QuotaExceeded:
                 refused += 1
             except ServerError:  # what else is refused changes nothing
@@ -155,7 +167,7 @@ async def test_sessions_and_rows_are_those_that_are_there_whatever_happened() ->
                 await at.settled()
                 for info in listed:
                     await at.engine.session_info(info.session_id)
-                assert dict(at.quotas.tenants()) == recount(at)
+                assert dict(at.quotas.tenants()) == await recount(at)
         assert refused
 
 
@@ -176,25 +188,28 @@ async def test_an_import_makes_no_session_larger_than_its_tenant_may_have_rows()
         assert isinstance(error := await brought(), QuotaExceeded)
         assert "rows of all callers together must stay within 7; there are 4, and 5 came" in error.message
         await at.submit("a", x(1)).only()  # it is there as it was
-        assert dict(at.quotas.tenants()) == recount(at) == {"": (2, 4)}
+        assert dict(at.quotas.tenants()) == await recount(at)
+        assert without_bytes(at.quotas.tenants()) == {"": (2, 4)}
         await at.engine.close_session("b")
         assert await brought() is Brought.REPLACED
-        assert dict(at.quotas.tenants()) == recount(at) == {"": (1, 6)}
+        assert dict(at.quotas.tenants()) == await recount(at)
+        assert without_bytes(at.quotas.tenants()) == {"": (1, 6)}
 
 
 async def test_what_a_store_has_counts_from_the_start_and_tenants_beyond_the_limit_share_a_label() -> None:
     quotas = Quotas(QuotaTable(tenants={"acme": Limits(sessions=2)}), ManualClock(), most_labels=2)
-    quotas.begin([f"{prefix_of('acme')}{n}" for n in range(2)], 3)
+    quotas.begin([f"{prefix_of('acme')}{n}" for n in range(2)], Usage(1, 3, 30))
     for n in range(5):
-        quotas.begin([f"{prefix_of(f't{n}')}s"], 1)
+        quotas.begin([f"{prefix_of(f't{n}')}s"], Usage(1, 1, 10))
         quotas.charge(Caller("", f"t{n}", Role.USER), 2, 0)
     counts = quotas.counts()
     assert counts.sessions == {"acme": 2, "t0": 1, OTHER: 4}
     assert counts.rows == {"acme": 6, "t0": 1, OTHER: 4}
+    assert counts.bytes == {"acme": 60, "t0": 10, OTHER: 40}
     assert counts.steps == {"acme": 0, "t0": 2, OTHER: 8}
     assert counts.refused["acme", "sessions"] == counts.refused["t0", "rows"] == 0  # there before the first
     with pytest.raises(QuotaExceeded, match="sessions of tenant 'acme' must stay within 2; there are 2"):
-        quotas.begin([f"{prefix_of('acme')}x"], 1)
+        quotas.begin([f"{prefix_of('acme')}x"], Usage(1, 1, 10))
 
 
 @contextlib.asynccontextmanager
@@ -235,7 +250,7 @@ async def test_sessions_and_rows_of_a_caller_are_those_that_it_made(tmp_path: Pa
         assert dict(to_proto(told.value).metadata) == {"quota": "rows", "limit": "5"}
         # it does not matter who closes it
         await at.engine.close_session(forked.session.session_id)
-        assert at.quotas.callers() == {"acme/ann": (1, 2)}
+        assert without_bytes(at.quotas.callers()) == {"acme/ann": (1, 2)}
         await opened(at, ANN, 1, 2)
         with pytest.raises(
             QuotaExceeded, match="sessions of caller 'acme/ann' must stay within 3; there are 3, and 1"
@@ -249,12 +264,12 @@ async def test_sessions_and_rows_of_a_caller_are_those_that_it_made(tmp_path: Pa
             (await at.engine.import_sessions(arriving, Existing.REPLACE, ANN))[0], QuotaExceeded
         )
         assert (await at.engine.import_sessions(arriving, Existing.REPLACE, OTHERS))[0] is Brought.IMPORTED
-        assert at.quotas.callers() == {"acme/ann": (3, 4)}
+        assert without_bytes(at.quotas.callers()) == {"acme/ann": (3, 4)}
         # a session that is replaced stays whose it was, whoever does it
         await at.step(first, x(2))
         again = [Arriving(first, first, bytes(record))]
         assert (await at.engine.import_sessions(again, Existing.REPLACE, OTHERS))[0] is Brought.REPLACED
-        assert at.quotas.callers() == {"acme/ann": (3, 4)}
+        assert without_bytes(at.quotas.callers()) == {"acme/ann": (3, 4)}
         await at.step(first, x(2))
         counts = at.quotas.counts()
         assert counts.refused["acme", "sessions"] == 2
@@ -263,11 +278,11 @@ async def test_sessions_and_rows_of_a_caller_are_those_that_it_made(tmp_path: Pa
     for after in (table, QuotaTable()):
         async with kept_in(tmp_path, quotas=after) as at:
             assert at.quotas is not None
-            assert at.quotas.callers() == {"acme/ann": (3, 4)}
+            assert without_bytes(at.quotas.callers()) == {"acme/ann": (3, 4)}
             await at.step(first, x(2))
     async with kept_in(tmp_path, quotas=table) as at:
         assert at.quotas is not None
         listed, _ = await at.engine.list_sessions(limit=100)
         await at.engine.close_sessions([info.session_id for info in listed])
-        assert at.quotas.callers() == {}
+        assert without_bytes(at.quotas.callers()) == {}
         await opened(at, ANN, 1, 3)

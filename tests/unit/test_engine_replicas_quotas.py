@@ -29,7 +29,8 @@ async def make(at: Harness, count: int, rows: int = 1, name: str = ACME) -> list
 
 def known(at: Harness) -> tuple[int, int]:
     assert at.quotas is not None
-    return at.quotas.tenants()["acme"]
+    has = at.quotas.tenants()["acme"]
+    return has.sessions, has.rows
 
 
 async def test_a_limit_holds_for_what_all_servers_have_made() -> None:

@@ -22,9 +22,9 @@ LOOK_S = 0.25
 _MOST = 10**15
 _MOST_SHOWN = 40
 _OF_TENANTS = tuple(field.name for field in dataclasses.fields(Limits))
-_OF_CALLERS = ("sessions", "rows", "steps_per_second", "burst", "bytes_in_flight")
+_OF_CALLERS = ("sessions", "rows", "bytes", "steps_per_second", "burst", "bytes_in_flight")
 #: A store that servers share counts for all of them, and counts by tenants.
-_NOT_SHARED = ("sessions", "rows")
+_NOT_SHARED = ("sessions", "rows", "bytes")
 _TABLES = ("default", "tenants", "callers")
 
 

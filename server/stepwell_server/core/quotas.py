@@ -5,8 +5,37 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+SESSION_BYTES = 256
+"""What counts of each session beside its rows, its arrays and its fields: header, names and keys, about."""
 #: Buckets that are kept of those who have done nothing lately.
 _MOST_BUCKETS = 10_000
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Usage:
+    """What sessions take: of one, of a tenant, or a difference."""
+
+    sessions: int = 0
+    rows: int = 0
+    """Their batch sizes together."""
+    bytes: int = 0
+    """What the store keeps of them: see `store.counts`."""
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(self.sessions + other.sessions, self.rows + other.rows, self.bytes + other.bytes)
+
+    def __sub__(self, other: Usage) -> Usage:
+        return self + other * -1
+
+    def __mul__(self, count: int) -> Usage:
+        return Usage(self.sessions * count, self.rows * count, self.bytes * count)
+
+    def positive(self) -> Usage:
+        """The same without what is negative."""
+        return Usage(max(0, self.sessions), max(0, self.rows), max(0, self.bytes))
+
+
+NOTHING = Usage()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -17,6 +46,8 @@ class Limits:
     """Sessions at a time."""
     rows: int | None = None
     """Their batch sizes together."""
+    bytes: int | None = None
+    """What the store keeps of them."""
     steps_per_second: float | None = None
     """Rows times time steps, on average."""
     burst: int | None = None
@@ -28,8 +59,8 @@ class Limits:
 
     @property
     def counts_sessions(self) -> bool:
-        """Sessions or rows are limited."""
-        return self.sessions is not None or self.rows is not None
+        """Sessions, rows or bytes are limited."""
+        return (self.sessions, self.rows, self.bytes) != (None, None, None)
 
     @property
     def most_steps(self) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stepwell_server.core.quotas import Usage
 from stepwell_server.core.slots import Rows
 
 Handles = npt.NDArray[np.intp]
@@ -42,6 +43,7 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "lease": np.int32,
     "pinned": np.bool_,
     "stamp": np.uint64,
+    "bytes": np.int64,
 }
 _REQUIRED = {"model", "batch_size", "used", "created"}
 #: Sessions for which columns have room, in address space. With more of them each column is copied, twice as long.
@@ -110,6 +112,8 @@ class SessionTable:
     """It stays on the version of its model that it was opened with."""
     stamp: npt.NDArray[np.uint64]
     """Of the record that the columns are of, where other servers use the store; else 0."""
+    bytes: npt.NDArray[np.int64]
+    """What counts of each for quotas of bytes: see `store.counts`. As the store has it."""
 
     def __init__(self, capacity: int = _CAPACITY) -> None:
         self._handles: dict[str, int] = {}
@@ -208,6 +212,10 @@ class SessionTable:
     def have_fields(self, handles: Handles) -> bool:
         """Whether any of the sessions is in `fields`."""
         return bool(self.fields) and not self.fields.keys().isdisjoint(handles.tolist())
+
+    def usage(self, handle: int) -> Usage:
+        """What a session takes of its tenant's quotas, as it is counted."""
+        return Usage(1, int(self.batch_size[handle]), int(self.bytes[handle]))
 
     def page_out(self, handles: Handles) -> None:
         """Say that sessions have no rows in the arena any more."""

@@ -48,6 +48,7 @@ from stepwell_server.engine.sessions.opening import Opening
 from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.sessions.reading import Reading
 from stepwell_server.engine.shares import LoopTurns, Shares, Threads
+from stepwell_server.engine.sizes import Sizes
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.resident import ResidentRows
@@ -177,13 +178,14 @@ class Engine:
         """Describe a session as of its last completed change: see `Directory.describe`."""
         self.refresh_counts = self._directory.refresh_counts
         """Have `models` say how many sessions there are now: see `Directory.refresh_counts`."""
+        sizes = Sizes(table, quotas)
         recorder = None
         if keeping.others is not None:
             recorder = Recorder(
                 self._group, table, records, is_shared=not self._is_local, clock=clock, observer=observer
             )
         self._committer = Committer(
-            table, recorder, clock, release=self._turns.release, drop=self._expiry.drop, discard=pager.discard
+            sizes, recorder, clock, release=self._turns.release, drop=self._expiry.drop, discard=pager.discard
         )
         self._admission = Admission(
             table,
@@ -211,15 +213,9 @@ class Engine:
             follow=lambda *which: self._changing.follow(*which),  # noqa: PLW0108 - made below
         )
         leasing = Leasing(table, self._models, self._turns, pager, self._committer, leases)
+        usage = lifetimes.usage
         attempts = Attempts(
-            table,
-            self._directory,
-            fetcher,
-            self._group,
-            pieces,
-            observer,
-            leasing=leasing,
-            usage=lifetimes.usage,
+            table, self._directory, fetcher, self._group, pieces, observer, leasing=leasing, usage=usage
         )
         opening = Opening(
             table,
@@ -359,7 +355,7 @@ class Engine:
             self._admission,
             self._inboxes,
             self._group,
-            quotas=quotas,
+            sizes=sizes,
             is_local=self._is_local,
             clock=clock,
         )

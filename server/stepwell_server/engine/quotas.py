@@ -1,26 +1,32 @@
 """Who has how much, and whether there may be more of it: charged where sessions begin and steps come in.
 
-Sessions and rows are the tenant's that the session's id says. They are also those of the caller that made the session, if
+Sessions, their rows and bytes are the tenant's that the session's id says. They are also those of the caller that made the session, if
 it has such a quota when it makes it: the session's record says so then. Steps and bytes are those of the tenant, and of the caller,
 that asks. A step that is sent again is charged again: it was refused or it was served.
 
-Where others use the store, sessions and rows are those of all servers together; steps and bytes are counted by each for
-itself.
+Where others use the store, sessions, rows and bytes are those of all servers together; steps and bytes in flight are
+counted by each for itself.
+
+Bytes are what the store keeps of sessions (`store.counts`). They grow with sessions that begin, and where the reply of a
+step is kept as arrays: such a step is charged for what it may leave when it comes in, and the session for what it has left
+when that is kept.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import Caller
 from stepwell_server.core.namespaces import tenant_of
-from stepwell_server.core.quotas import NO_LIMITS, Buckets, Limits, QuotaTable, TokenBucket
+from stepwell_server.core.quotas import NO_LIMITS, NOTHING, Buckets, Limits, QuotaTable, TokenBucket, Usage
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.shared_counts import SharedCounts
 from stepwell_server.engine.state.fields import owner_of
@@ -36,7 +42,7 @@ _LOOK_S = 15.0
 #: Records that are counted before others get a turn.
 _AT_ONCE = 2000
 _log = Log("engine.quotas")
-QUOTAS = ("sessions", "rows", "steps_per_second", "bytes_in_flight", "models")
+QUOTAS = ("sessions", "rows", "bytes", "steps_per_second", "bytes_in_flight", "models")
 OTHER = "other"
 """The label of tenants that have none of their own."""
 
@@ -47,6 +53,7 @@ class TenantCounts:
 
     sessions: Mapping[str, int]
     rows: Mapping[str, int]
+    bytes: Mapping[str, int]
     steps: Mapping[str, int]
     refused: Mapping[tuple[str, str], int]
     """By tenant and quota."""
@@ -66,12 +73,14 @@ class Quotas:
         self._labels: dict[str, str] = {}
         self._buckets = Buckets()
         self._bytes: Counter[str] = Counter()
-        self._sessions: Counter[str] = Counter()
-        self._rows: Counter[str] = Counter()
+        self._has: dict[str, Usage] = {}
+        """What tenants have, where nobody else uses the store."""
+        self._growing: Counter[str] = Counter()
+        """Bytes that steps which are under way may add to sessions, by tenant."""
         self._owners: dict[str, str] = {}
         """Who has made sessions, of those that are counted for their callers."""
-        self._of_callers: dict[str, Counter[str]] = {}
-        """Sessions and rows of those callers."""
+        self._of_callers: dict[str, Usage] = {}
+        """What those callers have made."""
         self._shared: SharedCounts | None = None
         """Who knows sessions and rows, where others use the store."""
         self._steps: Counter[str] = Counter()
@@ -96,11 +105,9 @@ class Quotas:
             after = ids[-1]
             for place, fields in heads.fields.items():
                 if owner := owner_of(fields):
-                    self._own(owner, [ids[place]], int(heads.heads["batch_size"][place]))
-            for session_id, rows in zip(ids, heads.heads["batch_size"].tolist(), strict=True):
-                tenant = tenant_of(session_id)
-                self._sessions[tenant] += 1
-                self._rows[tenant] += rows
+                    self._own(owner, [ids[place]], heads.usage(place))
+            for place, session_id in enumerate(ids):
+                self._change(tenant_of(session_id), heads.usage(place))
             await asyncio.sleep(0)
 
     # ------------------------------------------------------------------------------------------------------- sessions
@@ -115,81 +122,94 @@ class Quotas:
         limits = self._table.callers.get(str(who)) if who.name else None
         return str(who) if limits is not None and limits.counts_sessions else ""
 
-    def begin(self, session_ids: Sequence[str], rows: int, owner: str = "") -> None:
-        """Count sessions of so many rows each that are about to be made, of one tenant: then they are `made`, or `not_made`.
+    def begin(self, session_ids: Sequence[str], each: Usage, owner: str = "") -> None:
+        """Count sessions that are about to be made, of one tenant: then they are `made`, or `not_made`.
 
-        `owner`: see `owner`.
+        `each` is what each of them takes; `owner`: see `owner`.
 
         Raises:
             QuotaExceeded: they would be too many, and none is counted.
         """
-        tenant, count = tenant_of(session_ids[0]), len(session_ids)
-        limits = self._table.of_tenant(tenant)
-        there, rows_there = self._of(tenant)
-        self._require_room(tenant, "sessions", limits.sessions, there, count)
-        self._require_room(tenant, "rows", limits.rows, rows_there, count * rows)
+        tenant, more = tenant_of(session_ids[0]), each * len(session_ids)
+        self._require_usage(tenant, owner, more)
         if owner:
-            self._require_own_room(tenant, owner, count, count * rows)
-            self._own(owner, session_ids, rows)
+            self._own(owner, session_ids, each)
         if self._shared is not None:
-            self._shared.making(tenant, count, count * rows)
+            self._shared.making(tenant, more)
         else:
-            self._change(tenant, count, count * rows)
+            self._change(tenant, more)
 
-    def made(self, session_ids: Sequence[str], rows: int) -> None:
+    def made(self, session_ids: Sequence[str], each: Usage) -> None:
         """The store has sessions that were counted, of one tenant."""
         if self._shared is not None:
-            tenant, count = tenant_of(session_ids[0]), len(session_ids)
-            self._shared.making(tenant, -count, -count * rows)
-            self._shared.begin(tenant, count, count * rows)
+            tenant, more = tenant_of(session_ids[0]), each * len(session_ids)
+            self._shared.making(tenant, more * -1)
+            self._shared.begin(tenant, more)
 
-    def not_made(self, session_ids: Sequence[str], rows: int) -> None:
+    def not_made(self, session_ids: Sequence[str], each: Usage) -> None:
         """Sessions that were counted, of one tenant, are not there, as far as that is known."""
         if self._shared is not None:
-            count = len(session_ids)
-            self._shared.making(tenant_of(session_ids[0]), -count, -count * rows)
+            self._shared.making(tenant_of(session_ids[0]), each * -len(session_ids))
         else:
-            self.end((session_id, rows) for session_id in session_ids)
+            self.end((session_id, each) for session_id in session_ids)
 
-    def end(self, sessions: Iterable[tuple[str, int]]) -> None:
-        """Sessions have ended for good: their ids and rows."""
-        for session_id, rows in sessions:
-            self._change(tenant_of(session_id), -1, -rows)
+    def end(self, sessions: Iterable[tuple[str, Usage]]) -> None:
+        """Sessions have ended for good: their ids, and what each took."""
+        for session_id, usage in sessions:
+            self._change(tenant_of(session_id), usage * -1)
             if self._owners and (owner := self._owners.pop(session_id, "")):
-                own = self._of_callers[owner]
-                own.subtract({"sessions": 1, "rows": rows})
-                if not own["sessions"]:
+                self._of_callers[owner] -= usage
+                if not self._of_callers[owner].sessions:
                     del self._of_callers[owner]
 
-    def change_rows(self, session_id: str, more: int) -> None:
-        """A session is to have so many rows more, or has less.
+    def change(self, session_id: str, more: Usage) -> None:
+        """A session is to take so much more, or takes less.
 
         Raises:
-            QuotaExceeded: they would be too many, and are not counted.
+            QuotaExceeded: it would be too much, and is not counted.
         """
-        tenant, owner = tenant_of(session_id), self._owners.get(session_id, "")
-        if more > 0:
-            self._require_room(tenant, "rows", self._table.of_tenant(tenant).rows, self._of(tenant)[1], more)
-            if owner:
-                self._require_own_room(tenant, owner, 0, more)
-        self._change(tenant, 0, more)
+        owner = self._owners.get(session_id, "")
+        self._require_usage(tenant_of(session_id), owner, more)
+        self._change(tenant_of(session_id), more)
         if owner:
-            self._of_callers[owner]["rows"] += more
+            self._of_callers[owner] += more
 
-    def callers(self) -> Mapping[str, tuple[int, int]]:
-        """Sessions and rows of each caller for whom they are counted."""
-        return {owner: (own["sessions"], own["rows"]) for owner, own in self._of_callers.items()}
+    def resized(self, sessions: Iterable[tuple[str, int]]) -> None:
+        """The store keeps so many bytes more, or less, of sessions."""
+        by_tenant: Counter[str] = Counter()
+        for session_id, more in sessions:
+            by_tenant[tenant_of(session_id)] += more
+            if self._owners and (owner := self._owners.get(session_id, "")):
+                self._of_callers[owner] += Usage(bytes=more)
+        for tenant, more in by_tenant.items():
+            self._change(tenant, Usage(bytes=more))
 
-    def _own(self, owner: str, session_ids: Sequence[str], rows: int) -> None:
+    def callers(self) -> Mapping[str, Usage]:
+        """What each caller has made for whom that is counted."""
+        return dict(self._of_callers)
+
+    def _own(self, owner: str, session_ids: Sequence[str], each: Usage) -> None:
         self._owners.update(dict.fromkeys(session_ids, owner))
-        own = self._of_callers.setdefault(owner, Counter())
-        own["sessions"] += len(session_ids)
-        own["rows"] += rows * len(session_ids)
+        self._of_callers[owner] = self._of_callers.get(owner, NOTHING) + each * len(session_ids)
 
-    def _require_own_room(self, tenant: str, owner: str, sessions: int, rows: int) -> None:
-        limits, own = self._table.callers.get(owner, NO_LIMITS), self._of_callers.get(owner, Counter())
-        for quota, most, more in (("sessions", limits.sessions, sessions), ("rows", limits.rows, rows)):
-            self._require_room(tenant, quota, most, own[quota], more, whose=f"caller {owner!r}")
+    def _require_usage(self, tenant: str, owner: str, more: Usage) -> None:
+        """Refuse what would be more than a tenant may have, and than a caller of it may have made."""
+        there = self._of(tenant) + Usage(bytes=self._growing[tenant])
+        scopes = [(_named(tenant), self._table.of_tenant(tenant), there)]
+        if owner:
+            own = self._table.callers.get(owner, NO_LIMITS), self._of_callers.get(owner, NOTHING)
+            scopes.append((f"caller {owner!r}", *own))
+        for whose, limits, has in scopes:
+            for quota in ("sessions", "rows", "bytes"):
+                most, wanted, found = getattr(limits, quota), getattr(more, quota), getattr(has, quota)
+                if most is not None and wanted > 0 and found + wanted > most:
+                    raise self._exceeded(
+                        tenant,
+                        quota,
+                        most,
+                        f"{quota} of {whose} must stay within {most}; there are {found}, and {wanted} came",
+                        _SESSIONS_AGAIN_S,
+                    )
 
     async def refresh(self, session_ids: Iterable[str]) -> None:
         """Know what tenants have who are about to begin sessions, where others use the store.
@@ -201,7 +221,7 @@ class Quotas:
             return
         for tenant in {tenant_of(session_id) for session_id in session_ids}:
             limits = self._table.of_tenant(tenant)
-            if limits.sessions is not None or limits.rows is not None:
+            if limits.counts_sessions:
                 await self._shared.refresh(tenant)
 
     async def run(self) -> None:
@@ -213,23 +233,18 @@ class Quotas:
             except ServerError as error:
                 _log.warning("the store could not be asked what tenants have", error=error)
 
-    def _of(self, tenant: str) -> tuple[int, int]:
-        """Sessions and rows of a tenant."""
-        if self._shared is not None:
-            return self._shared.at_most(tenant)
-        return self._sessions[tenant], self._rows[tenant]
+    def _of(self, tenant: str) -> Usage:
+        """What a tenant has, at most."""
+        return self._has.get(tenant, NOTHING) if self._shared is None else self._shared.at_most(tenant)
 
-    def _change(self, tenant: str, sessions: int, rows: int) -> None:
+    def _change(self, tenant: str, more: Usage) -> None:
         if self._shared is not None:
-            if rows > 0:
-                self._shared.begin(tenant, sessions, rows)
-            else:
-                self._shared.end(tenant, -sessions, -rows)
+            self._shared.begin(tenant, more.positive())
+            self._shared.end(tenant, (more * -1).positive())
             return
-        self._sessions[tenant] += sessions
-        self._rows[tenant] += rows
-        if not self._sessions[tenant]:
-            del self._sessions[tenant], self._rows[tenant]
+        self._has[tenant] = has = self._has.get(tenant, NOTHING) + more
+        if not has.sessions:
+            del self._has[tenant]
 
     def require_model(self, tenant: str, has: int) -> None:
         """Refuse one more version of a model to a tenant whose admins have loaded so many.
@@ -237,14 +252,10 @@ class Quotas:
         Raises:
             QuotaExceeded: they would be too many.
         """
-        self._require_room(tenant, "models", self._table.of_tenant(tenant).models, has, 1)
-
-    def _require_room(
-        self, tenant: str, quota: str, most: int | None, there: int, more: int, *, whose: str = ""
-    ) -> None:
-        if most is not None and there + more > most:
-            what = f"{quota} of {whose or _named(tenant)} must stay within {most}; there are {there}, and {more} came"
-            raise self._exceeded(tenant, quota, most, what, _SESSIONS_AGAIN_S)
+        most = self._table.of_tenant(tenant).models
+        if most is not None and has >= most:
+            what = f"models of {_named(tenant)} must stay within {most}; there are {has}, and 1 came"
+            raise self._exceeded(tenant, "models", most, what, _SESSIONS_AGAIN_S)
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
@@ -307,8 +318,14 @@ class Quotas:
 
         return release
 
-    def charge_change(self, change: Change) -> tuple[list[tuple[Members, ServerError]], Callable[[], None]]:
+    def charge_change(
+        self, change: Change, growth: npt.NDArray[np.int64] | None = None
+    ) -> tuple[list[tuple[Members, ServerError]], Callable[[], None]]:
         """Charge those who ask for a checked step; the members that are refused leave it.
+
+        Args:
+            change: The step.
+            growth: By how many bytes each member may grow, `(size,)`; None: by nothing.
 
         Returns:
             What is refused, and what is to be called when the change has ended.
@@ -323,6 +340,7 @@ class Quotas:
         for who, members in groups:
             rows = int(change.sizes[members].sum())
             try:
+                grown = {} if growth is None else self._growth(change, members, growth)
                 releases.append(
                     self.charge(who, 0 if change.reset else rows * change.steps, rows * row_bytes)
                 )
@@ -330,6 +348,10 @@ class Quotas:
                 if len(groups) == 1 and change.callers is None:
                     raise
                 refused.append((members, error))
+                continue
+            if grown:
+                self._growing.update(grown)
+                releases.append(functools.partial(self._grown, grown))
         if refused:
             gone = np.concatenate([members for members, _ in refused])
             change.members = np.setdiff1d(change.members, gone)
@@ -339,6 +361,34 @@ class Quotas:
                 each()
 
         return refused, release
+
+    def _growth(self, change: Change, members: Members, growth: npt.NDArray[np.int64]) -> Mapping[str, int]:
+        """By how many bytes the sessions of some members may grow, by tenant.
+
+        Raises:
+            QuotaExceeded: a tenant, or a caller who has made sessions, may not have so many.
+        """
+        tenants: Counter[str] = Counter()
+        owners: Counter[tuple[str, str]] = Counter()
+        for member in members[growth[members] > 0].tolist():
+            session_id, more = change.session_ids[member], int(growth[member])
+            tenants[tenant_of(session_id)] += more
+            if self._owners and (owner := self._owners.get(session_id, "")):
+                owners[tenant_of(session_id), owner] += more
+        for tenant, more in tenants.items():
+            if self._shared is not None and self._table.of_tenant(tenant).bytes is not None:
+                self._shared.look(tenant)
+            self._require_usage(tenant, "", Usage(bytes=more))
+        for (tenant, owner), more in owners.items():
+            self._require_usage(tenant, owner, Usage(bytes=more))
+        return tenants
+
+    def _grown(self, grown: Mapping[str, int]) -> None:
+        """What may have grown has, or has not."""
+        self._growing.subtract(grown)
+        for tenant in grown:
+            if not self._growing[tenant]:
+                del self._growing[tenant]
 
     def _scopes(self, who: Caller) -> list[_Scope]:
         table, name = self._table, str(who)
@@ -352,25 +402,28 @@ class Quotas:
 
     def counts(self) -> TenantCounts:
         """What there is and was, by label."""
-        sessions: Counter[str] = Counter()
-        rows: Counter[str] = Counter()
-        for tenant, (count, own_rows) in self.tenants().items():
-            sessions[self._label(tenant)] += count
-            rows[self._label(tenant)] += own_rows
+        has: dict[str, Usage] = {}
+        for tenant, usage in self.tenants().items():
+            label = self._label(tenant)
+            has[label] = has.get(label, NOTHING) + usage
         labels = self._labels.values()
-        for label in labels:
-            sessions[label] += 0
-            rows[label] += 0
+        has = dict.fromkeys(labels, NOTHING) | has
         steps = dict.fromkeys(labels, 0) | self._steps
         refused = {(label, quota): 0 for label in labels for quota in QUOTAS} | self._refused
-        return TenantCounts(sessions, rows, steps, refused)
+        return TenantCounts(
+            {label: usage.sessions for label, usage in has.items()},
+            {label: usage.rows for label, usage in has.items()},
+            {label: usage.bytes for label, usage in has.items()},
+            steps,
+            refused,
+        )
 
-    def tenants(self) -> Mapping[str, tuple[int, int]]:
-        """Sessions and rows of each tenant that has some; where others use the store, of those that are known here."""
+    def tenants(self) -> Mapping[str, Usage]:
+        """What each tenant has that has sessions; where others use the store, of those that are known here."""
         if self._shared is not None:
             known = {tenant: self._shared.about(tenant) for tenant in self._shared.tenants()}
-            return {tenant: has for tenant, has in known.items() if has[0]}
-        return {tenant: (count, self._rows[tenant]) for tenant, count in self._sessions.items()}
+            return {tenant: has for tenant, has in known.items() if has.sessions}
+        return dict(self._has)
 
     def _label(self, tenant: str) -> str:
         label = self._labels.get(tenant)

@@ -1,4 +1,4 @@
-"""How many sessions and rows tenants have in a store that others use too.
+"""How many sessions, rows and bytes tenants have in a store that others use too.
 
 The store counts what all servers keep. It is asked again before a tenant with a limit begins sessions, unless it was
 just asked. What begins here meanwhile is added, and what is being made here: the store may not have it yet. So a tenant
@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.quotas import NOTHING, Usage
 from stepwell_server.store import counts
 from stepwell_server.store.base import Store
 
@@ -27,29 +28,12 @@ _AT_ONCE = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Count:
-    """Of a tenant."""
-
-    sessions: int = 0
-    rows: int = 0
-
-    def __add__(self, other: _Count) -> _Count:
-        return _Count(self.sessions + other.sessions, self.rows + other.rows)
-
-    def __sub__(self, other: _Count) -> _Count:
-        return _Count(self.sessions - other.sessions, self.rows - other.rows)
-
-
-_NONE = _Count()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class _Asked:
     """What the store said of a tenant, and what had begun and ended here when it was asked."""
 
-    has: _Count = _NONE
-    began: _Count = _NONE
-    ended: _Count = _NONE
+    has: Usage = NOTHING
+    began: Usage = NOTHING
+    ended: Usage = NOTHING
     at: float = -math.inf
 
 
@@ -63,39 +47,38 @@ class SharedCounts:
         self._store = store
         self._clock = clock
         self._asked: dict[str, _Asked] = {}
-        self._making: dict[str, _Count] = {}
-        self._began: dict[str, _Count] = {}
-        self._ended: dict[str, _Count] = {}
+        self._making: dict[str, Usage] = {}
+        self._began: dict[str, Usage] = {}
+        self._ended: dict[str, Usage] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
 
-    def making(self, tenant: str, sessions: int, rows: int) -> None:
+    def making(self, tenant: str, more: Usage) -> None:
         """So many more are being made here, or fewer: then they have begun, or they are not there."""
-        making = self._making.get(tenant, _NONE) + _Count(sessions, rows)
-        if making == _NONE:
+        making = self._making.get(tenant, NOTHING) + more
+        if making == NOTHING:
             self._making.pop(tenant, None)
         else:
             self._making[tenant] = making
 
-    def begin(self, tenant: str, sessions: int, rows: int) -> None:
-        """So many have begun here."""
-        self._began[tenant] = self._began.get(tenant, _NONE) + _Count(sessions, rows)
+    def begin(self, tenant: str, usage: Usage) -> None:
+        """So many have begun here, or sessions have grown by so much."""
+        if usage != NOTHING:
+            self._began[tenant] = self._began.get(tenant, NOTHING) + usage
 
-    def end(self, tenant: str, sessions: int, rows: int) -> None:
-        """So many have ended here."""
-        self._ended[tenant] = self._ended.get(tenant, _NONE) + _Count(sessions, rows)
+    def end(self, tenant: str, usage: Usage) -> None:
+        """So many have ended here, or sessions have become smaller by so much."""
+        if usage != NOTHING:
+            self._ended[tenant] = self._ended.get(tenant, NOTHING) + usage
 
-    def at_most(self, tenant: str) -> tuple[int, int]:
-        """Sessions and rows that a tenant has at most, as far as that is known here."""
+    def at_most(self, tenant: str) -> Usage:
+        """What a tenant has at most, as far as that is known here."""
         asked = self._asked.get(tenant, _NEVER)
-        found = asked.has + self._began.get(tenant, _NONE) - asked.began + self._making.get(tenant, _NONE)
-        return found.sessions, found.rows
+        return asked.has + self._began.get(tenant, NOTHING) - asked.began + self._making.get(tenant, NOTHING)
 
-    def about(self, tenant: str) -> tuple[int, int]:
-        """Sessions and rows of a tenant, for people who look at it."""
-        asked = self._asked.get(tenant, _NEVER)
-        ended = self._ended.get(tenant, _NONE) - asked.ended
-        sessions, rows = self.at_most(tenant)
-        return max(0, sessions - ended.sessions), max(0, rows - ended.rows)
+    def about(self, tenant: str) -> Usage:
+        """What a tenant has, for people who look at it."""
+        ended = self._ended.get(tenant, NOTHING) - self._asked.get(tenant, _NEVER).ended
+        return (self.at_most(tenant) - ended).positive()
 
     def tenants(self) -> list[str]:
         """Those of which something is known."""
@@ -112,21 +95,29 @@ class SharedCounts:
             await asyncio.shield(task)  # it was asked before, and may not know what has ended since
         if self._is_fresh(tenant):
             return
-        task = self._asking.get(tenant)
-        if task is None:
-            task = self._asking[tenant] = asyncio.create_task(self._ask(tenant))
+        await asyncio.shield(self._asking.get(tenant) or self._ask_soon(tenant))
 
-            def ended(task: asyncio.Task[None]) -> None:
-                del self._asking[tenant]
-                if not task.cancelled():
-                    task.exception()  # who waits gets it; maybe nobody does any more
+    def look(self, tenant: str) -> None:
+        """As `refresh`, for those who cannot wait: what the store says counts for the next."""
+        if not self._is_fresh(tenant) and tenant not in self._asking:
+            _ = self._ask_soon(tenant)
 
-            task.add_done_callback(ended)
-        await asyncio.shield(task)
+    def _ask_soon(self, tenant: str) -> asyncio.Task[None]:
+        task = self._asking[tenant] = asyncio.create_task(self._ask(tenant))
+
+        def ended(task: asyncio.Task[None]) -> None:
+            del self._asking[tenant]
+            if not task.cancelled():
+                task.exception()  # who waits gets it; maybe nobody does any more
+
+        task.add_done_callback(ended)
+        return task
 
     def _is_fresh(self, tenant: str) -> bool:
         asked = self._asked.get(tenant, _NEVER)
-        return asked.ended == self._ended.get(tenant, _NONE) and self._clock.monotonic() - asked.at < FRESH_S
+        return (
+            asked.ended == self._ended.get(tenant, NOTHING) and self._clock.monotonic() - asked.at < FRESH_S
+        )
 
     async def refresh_all(self, tenants: Iterable[str]) -> None:
         """As `refresh`, of many, some at a time."""
@@ -135,9 +126,11 @@ class SharedCounts:
             await asyncio.gather(*map(self.refresh, wanted[at : at + _AT_ONCE]))
 
     async def _ask(self, tenant: str) -> None:
-        began, ended = self._began.get(tenant, _NONE), self._ended.get(tenant, _NONE)
+        began, ended = self._began.get(tenant, NOTHING), self._ended.get(tenant, NOTHING)
         at = self._clock.monotonic()
-        sessions, rows = await asyncio.gather(
-            counts.count(self._store, tenant, ""), self._store.count_of(counts.rows_of(tenant))
+        sessions, rows, byte_count = await asyncio.gather(
+            counts.count(self._store, tenant, ""),
+            self._store.count_of(counts.rows_of(tenant)),
+            self._store.count_of(counts.bytes_of(tenant)),
         )
-        self._asked[tenant] = _Asked(_Count(sessions, rows), began, ended, at)
+        self._asked[tenant] = _Asked(Usage(sessions, rows, byte_count), began, ended, at)

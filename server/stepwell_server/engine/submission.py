@@ -22,6 +22,7 @@ from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ids import PIECE
 from stepwell_server.engine.sessions.loading import Arrivals, Seen
+from stepwell_server.engine.sizes import Sizes
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import Overloaded, ServerError, Stopping
 
@@ -48,7 +49,7 @@ class Submission:
         inboxes: Mapping[int, Inbox],
         commits: GroupCommit,
         *,
-        quotas: Quotas | None,
+        sizes: Sizes,
         is_local: bool,
         clock: Clock,
     ) -> None:
@@ -62,7 +63,7 @@ class Submission:
         """By the number of the model."""
         self._commits = commits
         self._is_local = is_local
-        self._quotas = quotas
+        self._sizes, self._quotas = sizes, sizes.quotas
         self._clock = clock
         self.is_accepting = True
         """Changes are taken; else they are refused, since the server is stopping."""
@@ -160,13 +161,12 @@ class Submission:
                 part.fail(np.arange(part.size), error)
         change.reply_bytes = sum(part.reply_bytes for part in parts)
 
-    @staticmethod
-    def _charge(quotas: Quotas, change: Change) -> Sequence[tuple[Members, ServerError]]:
+    def _charge(self, quotas: Quotas, change: Change) -> Sequence[tuple[Members, ServerError]]:
         """Charge who asks for a change that is held; the members that are refused leave it."""
         give = change.on_end
         assert give is not None, "it is held"
         try:
-            refused, release = quotas.charge_change(change)
+            refused, release = quotas.charge_change(change, self._sizes.growth(change))
         except ServerError:
             give()
             raise

@@ -231,6 +231,7 @@ def of_tenants(counts: TenantCounts) -> Iterator[Metric]:
     for name, text, values in (
         ("sessions", "Sessions of the tenant.", counts.sessions),
         ("rows", "Rows of the tenant's sessions.", counts.rows),
+        ("bytes", "Bytes that are kept of the tenant's sessions.", counts.bytes),
     ):
         family = GaugeMetricFamily(f"stepwell_tenant_{name}", text, labels=("tenant",))
         for tenant, value in values.items():

@@ -228,6 +228,8 @@ class Batch:
     neither. So what was sent long ago does not bring a session back that ended meanwhile."""
     stamps: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
     """`(len(puts),)`: what the records are stamped with. A session that has it already was kept by this very batch."""
+    resized: Collection[str] = ()
+    """Those of `puts` that are there, and of which the bytes that count (`store.counts`) are others than before."""
     delete_follows: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
     """`(len(deletes),)`: the stamp of the record that is deleted; 0: whatever is there."""
     undoes: Sequence[str] = ()

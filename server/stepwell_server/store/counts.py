@@ -1,11 +1,15 @@
-"""How many sessions the store has: in all, of each model, and of tenants.
+"""What the store has: sessions in all, of each model, and of tenants; and of a session, what counts for quotas.
 
 A store counts by names (`LocalStore.count_of`): that of a model, which counts everybody's; of a tenant `TENANT<US>` and
 `TENANT<US>MODEL`; of all tenants together `<US>` and `<US>MODEL`. So what is no tenant's is the difference, and a folder
 from before there were tenants has the right counts.
 
-A store that others use counts rows too, as no server knows those of all sessions: `<US><US>TENANT`, and `<US><US>` of
-those of none.
+A store that others use counts rows and bytes too, as no server knows those of all sessions: rows `<US><US>TENANT`,
+bytes `<US><US><US>TENANT`, with an empty name those of none.
+
+The bytes of a session are those of its rows (state and last output), of a last reply that is kept as arrays, and of
+extension fields that are not the server's own (`fields.counted_bytes`), and `SESSION_BYTES` for everything else. That
+follows from the record alone, and stays the same when the record is encrypted, carried or leased.
 """
 
 from __future__ import annotations
@@ -14,7 +18,11 @@ from collections import Counter
 from collections.abc import Iterable
 
 from stepwell_server.core.namespaces import SEPARATOR, tenant_of
+from stepwell_server.core.quotas import SESSION_BYTES, Usage
 from stepwell_server.store.base import Store
+from stepwell_server.store.fields import counted_bytes
+from stepwell_server.store.heads import heads_of
+from stepwell_server.store.record import Header, Stored, header_or_none
 
 
 def of_tenants(sessions: Iterable[tuple[str, str]], by: int) -> list[tuple[str, int]]:
@@ -27,17 +35,38 @@ def of_tenants(sessions: Iterable[tuple[str, str]], by: int) -> list[tuple[str, 
     return [(name, by * count) for name, count in counts.items()]
 
 
-def of_rows(sessions: Iterable[tuple[str, int]], by: int) -> list[tuple[str, int]]:
-    """By how much counts of rows change when sessions begin (1) or end (-1), each with its id and its rows."""
+def usage_of(header: Header) -> Usage:
+    """What a session takes, by the header of its record."""
+    extra_bytes = header.state_bytes + counted_bytes(header.fields)
+    return Usage(1, header.batch_size, SESSION_BYTES + extra_bytes)
+
+
+def usage_of_record(session_id: str, stored: Stored) -> tuple[int, Usage]:
+    """The revision that a record says, and what the session takes; 0 and what was counted of it if it is damaged."""
+    header = header_or_none(session_id, stored)
+    if header is None:
+        return 0, heads_of([session_id.encode()], [stored]).usage(0)
+    return header.revision, usage_of(header)
+
+
+def of_usage(sessions: Iterable[tuple[str, Usage]]) -> list[tuple[str, int]]:
+    """By how much counts of rows and bytes change with what sessions take more, or less, each with its id."""
     counts: Counter[str] = Counter()
-    for session_id, rows in sessions:
-        counts[rows_of(tenant_of(session_id))] += rows
-    return [(name, by * count) for name, count in counts.items()]
+    for session_id, usage in sessions:
+        tenant = tenant_of(session_id)
+        counts[rows_of(tenant)] += usage.rows
+        counts[bytes_of(tenant)] += usage.bytes
+    return list(counts.items())
 
 
 def rows_of(tenant: str) -> str:
     """The name by which a store that others use counts the rows of a tenant's sessions; empty: of those of none."""
     return f"{SEPARATOR}{SEPARATOR}{tenant}"
+
+
+def bytes_of(tenant: str) -> str:
+    """As `rows_of`, of their bytes."""
+    return f"{SEPARATOR}{rows_of(tenant)}"
 
 
 async def count(store: Store, tenant: str | None, model: str) -> int:

@@ -32,9 +32,23 @@ CLOSES = 7
 """Tag of the request ids of the calls that closed earlier sessions of the id: `store.base.pack_closes`."""
 KNOWN_TAGS: frozenset[int] = frozenset({LEASE, VERSION, OWNER, CLOSES, SEAL})
 """Tags of the fields that this server knows."""
+NOT_COUNTED = frozenset({LEASE, VERSION, CLOSES, SEAL})
+"""Tags of the fields that do not count for quotas: see `counted_bytes`."""
 FIELD = np.dtype([("tag", "<u2"), ("length", "<u2")])
 FIELD_HEAD = struct.Struct("<HH")
 """The same, for one."""
+
+
+def counted_bytes(fields: bytes) -> int:
+    """How many bytes of extension fields count for quotas: all but those of lease, version, closes and encryption.
+
+    Those change with moves, keys and earlier sessions of the id, and nobody can make them large. Fields that make no sense count whole.
+    """
+    try:
+        found = unpack_fields(fields)
+    except ValueError:
+        return len(fields)
+    return sum(FIELD_HEAD.size + len(value) for tag, value in found.items() if tag not in NOT_COUNTED)
 
 
 def pack_fields(fields: Mapping[int, bytes]) -> bytes:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.store.fields import FIELD, SEAL
+from stepwell_server.core.quotas import SESSION_BYTES, Usage
+from stepwell_server.store.fields import FIELD, SEAL, counted_bytes
 from stepwell_server.store.record import HEADER, MAX_TIME, Stored
 
 _EMPTY = bytes(HEADER.itemsize)
@@ -27,16 +28,25 @@ class Heads:
     """Names of models, each once."""
     model: npt.NDArray[np.intp]
     """Of each record, the index of its model's name, `(n,)`."""
+    byte_counts: npt.NDArray[np.int64]
+    """What counts for quotas of bytes of each record, `(n,)`: see `counts`. Not more than the record has, if it is here."""
     fields: dict[int, bytes]
     """Extension fields beside the one of encryption, as they are stored, by place; few have any."""
+
+    def usage(self, place: int) -> Usage:
+        """What a session takes."""
+        return Usage(1, int(self.heads["batch_size"][place]), int(self.byte_counts[place]))
 
     def __len__(self) -> int:
         """How many records there are."""
         return len(self.keys)
 
 
-def heads_of(keys: list[bytes], records: Sequence[Stored]) -> Heads:
-    """The columns of records: a few array operations, as there may be a million of them."""
+def heads_of(keys: list[bytes], records: Sequence[Stored], *, is_whole: bool = True) -> Heads:
+    """The columns of records: a few array operations, as there may be a million of them.
+
+    `is_whole`: they come with their rows and arrays.
+    """
     records = [record if len(record) >= HEADER.itemsize else _EMPTY for record in records]
     sizes = np.fromiter(map(len, records), np.int64, len(records))
     together = np.frombuffer(b"".join(records), np.uint8)
@@ -51,15 +61,19 @@ def heads_of(keys: list[bytes], records: Sequence[Stored]) -> Heads:
     texts = np.minimum(starts + HEADER.itemsize + heads["fingerprint_bytes"], starts + sizes)
     ends = np.minimum(texts + heads["model_bytes"], starts + sizes)
     names, model = _names(together, texts, ends)
+    counted = heads["rows_bytes"].astype(np.int64) + heads["extra_bytes"]
+    # lists of a shared store come without rows and arrays
+    counted = np.where(is_whole, np.minimum(counted, sizes), counted) + SESSION_BYTES
     places = np.flatnonzero(heads["fields_bytes"])
     if len(places):
         seals = _seal_bytes(together, (starts + sizes - heads["fields_bytes"])[places])
         places, seals = places[found := heads["fields_bytes"][places] > seals], seals[found]
         rests = zip(places.tolist(), (seals - heads["fields_bytes"][places]).tolist(), strict=True)
-        return Heads(
-            keys, heads, names, model, {place: bytes(records[place][rest:]) for place, rest in rests}
-        )
-    return Heads(keys, heads, names, model, {})
+        fields = {place: bytes(records[place][rest:]) for place, rest in rests}
+        for place, own in fields.items():
+            counted[place] += counted_bytes(own)
+        return Heads(keys, heads, names, model, counted, fields)
+    return Heads(keys, heads, names, model, counted, {})
 
 
 def _seal_bytes(together: npt.NDArray[np.uint8], places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -102,6 +102,8 @@ class Header:
     """How the reply to the last change is kept: the engine's `Kept`."""
     fields: bytes = b""
     """Extension fields as `pack_fields` makes them; they are written again as they are."""
+    state_bytes: int = dataclasses.field(default=0, compare=False)
+    """Of the rows and of the arrays of a reply."""
 
 
 class Texts:
@@ -321,6 +323,7 @@ def _header(view: memoryview) -> Header:
         last_used=facts[9],
         reply=facts[2],
         fields=bytes(view[seal_end(view) :]) if facts[14] else b"",
+        state_bytes=facts[11] + facts[12],
     )
 
 

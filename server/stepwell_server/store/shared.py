@@ -213,7 +213,7 @@ def _counted(expected: Counter[str] | None, session_id: str, record: bytes) -> C
     expected[header.model] += 1
     for name, count in counts.of_tenants([(session_id, header.model)], 1):
         expected[name] += count
-    for name, count in counts.of_rows([(session_id, header.batch_size)], 1):
+    for name, count in counts.of_usage([(session_id, counts.usage_of(header))]):
         expected[name] += count
     return expected
 

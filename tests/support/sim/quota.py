@@ -8,7 +8,7 @@ from typing import Any
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.namespaces import SEPARATOR, tenant_of
-from stepwell_server.core.quotas import Limits, QuotaTable
+from stepwell_server.core.quotas import NOTHING, Limits, QuotaTable, Usage
 from stepwell_server.engine.quotas import Quotas
 from support.sim.node import Birth
 from support.sim.world import World
@@ -39,18 +39,18 @@ class WatchedQuotas(Quotas):
         self._whose = whose
         self._book = book
 
-    def begin(self, session_ids: Sequence[str], rows: int, owner: str = "") -> None:
-        super().begin(session_ids, rows, owner)
+    def begin(self, session_ids: Sequence[str], each: Usage, owner: str = "") -> None:
+        super().begin(session_ids, each, owner)
         shared: Any = self._shared
         asked = shared._asked.get(TENANT)
         asked_s = 0.0 if asked is None else asked.at - self._skew_s
         self._book += [Admission(self._whose, each, asked_s) for each in session_ids]
 
-    def not_made(self, session_ids: Sequence[str], rows: int) -> None:
-        super().not_made(session_ids, rows)
+    def not_made(self, session_ids: Sequence[str], each: Usage) -> None:
+        super().not_made(session_ids, each)
         self._forget(session_ids)
 
-    def end(self, sessions: Iterable[tuple[str, int]]) -> None:
+    def end(self, sessions: Iterable[tuple[str, Usage]]) -> None:
         sessions = list(sessions)
         super().end(sessions)
         self._forget(session for session, _ in sessions)
@@ -65,7 +65,7 @@ class WatchedQuotas(Quotas):
     async def known(self) -> int:
         """How many sessions the tenant has, as the store says now."""
         await self.refresh([PREFIX])
-        return self.tenants().get(TENANT, (0, 0))[0]
+        return self.tenants().get(TENANT, NOTHING).sessions
 
 
 def require_kept(births: Sequence[Birth], book: Sequence[Admission], most: int) -> None:

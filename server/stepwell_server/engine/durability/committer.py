@@ -17,6 +17,7 @@ from stepwell_server.engine.api import Observer
 from stepwell_server.engine.durability.group_commit import Done, GroupCommit
 from stepwell_server.engine.durability.records import Outcome, Records
 from stepwell_server.engine.durability.stamps import new_stamp, stamped
+from stepwell_server.engine.sizes import Sizes
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import OutcomeUnknown, ServerError
@@ -50,7 +51,7 @@ class Recorder:
         self._clock = clock
         self._observer = observer
 
-    def keep(self, outcome: Outcome, done: Done) -> None:
+    def keep(self, outcome: Outcome, sizes: Sizes, done: Done) -> None:
         """Keep an outcome of claimed sessions; `done` is called then, maybe before this returns."""
         clock, count = self._clock, len(outcome.handles)
         last_used, began = clock.now(), clock.monotonic()
@@ -65,7 +66,12 @@ class Recorder:
             if not outcome.stamp:
                 return Batch(puts=puts)
             follows = self._follows(outcome, puts)
-            return Batch(puts=puts, follows=follows, stamps=stamped(outcome.stamp, count))
+            return Batch(
+                puts=puts,
+                resized=sizes.resized(outcome),
+                follows=follows,
+                stamps=stamped(outcome.stamp, count),
+            )
 
         self._commits.submit(build, count, kept, is_change=True, is_hurried=outcome.is_hurried)
 
@@ -81,7 +87,7 @@ class Committer:
 
     def __init__(
         self,
-        table: SessionTable,
+        sizes: Sizes,
         recorder: Recorder | None,
         clock: Clock,
         *,
@@ -89,7 +95,7 @@ class Committer:
         drop: Callable[[Handles, ServerError], None],
         discard: Callable[[Model, Handles], None],
     ) -> None:
-        self._table = table
+        self._sizes, self._table = sizes, sizes.table
         self._recorder = recorder
         """None: the arena is the truth, and a change has no record."""
         self._clock = clock
@@ -118,7 +124,7 @@ class Committer:
             else:
                 self._settle(outcome, committed, answer, again)
 
-        self._recorder.keep(outcome, done)
+        self._recorder.keep(outcome, self._sizes, done)
 
     def _settle(self, outcome: Outcome, committed: Committed, answer: Answer, again: Again) -> None:
         """Each session has a fate of its own."""
@@ -141,6 +147,7 @@ class Committer:
     def _set(self, outcome: Outcome, answer: Answer, places: Members | None) -> None:
         """What was kept is true from here on; `places`: of a larger outcome, None: all."""
         table, handles = self._table, outcome.handles
+        self._sizes.settle(outcome)
         table.revision[handles] = outcome.revisions
         table.position[handles] = outcome.positions
         table.request_id[handles] = outcome.request_ids

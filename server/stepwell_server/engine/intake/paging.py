@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.quotas import SESSION_BYTES
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer
@@ -29,6 +30,7 @@ from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Mask
 from stepwell_server.errors import NoRows, ServerError, SessionLost, SessionNotFound, Unavailable
 from stepwell_server.store.base import Fetched, Store
+from stepwell_server.store.fields import counted_bytes
 from stepwell_server.store.record import Decoded, decode_many
 
 #: When rows are needed, this share of the arena is paged out at once: finding the least recently used
@@ -320,6 +322,13 @@ class Pager:
         own, heads = handles[decoded.sound[same]], heads[same]
         for column in ("revision", "position", "request_id", "opened_with", "created", "reply"):
             getattr(table, column)[own] = heads[column]
+        for handle, place, extra in zip(
+            own.tolist(),
+            decoded.sound[same].tolist(),
+            (heads["rows_bytes"].astype(np.int64) + heads["extra_bytes"]).tolist(),
+            strict=True,
+        ):
+            table.bytes[handle] = SESSION_BYTES + extra + counted_bytes(decoded.fields.get(place, b""))
         table.stamp[own] = np.array([found[place].stamp for place in decoded.sound[same].tolist()], np.uint64)
         for handle, place in zip(own.tolist(), decoded.sound[same].tolist(), strict=True):
             self._fields.take(handle, decoded.fields.get(place, b""))

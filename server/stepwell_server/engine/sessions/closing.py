@@ -342,7 +342,7 @@ class Closing:
                         gone = SessionNotFound(session_id, f"session {session_id!r} was closed")
                         removal.remove(handle, "closed", gone, ended)
                         if self._quotas is not None:
-                            self._quotas.end([(session_id, each.rows)])
+                            self._quotas.end([(session_id, each.usage)])
                     case Outcome.UNKNOWN:
                         error = not_known()
                         self._expiry.drop(np.array([handle]), error)
@@ -413,13 +413,13 @@ class Closing:
                 return committed
             outcome = committed.of(session_id)
             if self._quotas is not None and outcome is Outcome.KEPT:
-                self._quotas.end([(session_id, rows)])
+                self._quotas.end([(session_id, usage)])
             self._expiry.forgotten += 1
             return not_known() if outcome is Outcome.UNKNOWN else None
 
-        rows, ended = 0, Ended(session_id, model, 0, 0, seen.stamp(session_id))
+        _, usage = self._directory.stored_usage(session_id, seen)
+        ended = Ended(session_id, model, 0, usage, seen.stamp(session_id))
         if header is not None:
-            rows = header.batch_size
             ended = ended_of(session_id, header, ended.stamp)._replace(model=model)
         await self._commit([ended], request_id, done, lambda: None)
         return outcome is Outcome.KEPT

@@ -12,6 +12,7 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import Caller
 from stepwell_server.core.leases import Lease, Leases
+from stepwell_server.core.quotas import SESSION_BYTES, Usage
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import SessionInfo
@@ -80,6 +81,12 @@ class Fresh:
             object.__setattr__(self, "opened_with", self.request_id or new_stamp())
         if self.epoch < 0:
             object.__setattr__(self, "epoch", self.model.epoch)
+
+    @property
+    def usage(self) -> Usage:
+        """What each takes of its tenant's quotas."""
+        own_bytes = self.batch_size * self.model.arena.row_bytes + len(at_birth(self.owner, None))
+        return Usage(1, self.batch_size, SESSION_BYTES + own_bytes)
 
     @property
     def ready(self) -> int:
@@ -217,13 +224,13 @@ class Creation:
 
         def settle(error: Exception | None) -> None:
             if error is not None:
-                self.uncount(ids, fresh.batch_size)
+                self.uncount(ids, fresh.usage)
                 self.give_up(ids)
                 model.slots.free_resident(fresh.rows)
                 made.set_result(error)
                 self._row_queue.room_may_have_come()
                 return
-            self.counted(ids, fresh.batch_size)
+            self.counted(ids, fresh.usage)
             if len(ids) <= TURN:
                 self._add(fresh)
                 there()
@@ -275,7 +282,7 @@ class Creation:
 
     def _charge(self, fresh: Fresh) -> None:
         try:
-            self.count(fresh.ids, fresh.batch_size, fresh.owner)
+            self.count(fresh.ids, fresh.usage, fresh.owner)
         except QuotaExceeded:
             self.give_up(fresh.ids)
             fresh.model.slots.free_resident(fresh.rows)
@@ -285,33 +292,33 @@ class Creation:
         """See `Quotas.owner`."""
         return "" if self._quotas is None else self._quotas.owner(who, session_id)
 
-    def count(self, ids: Sequence[str], rows: int, owner: str = "") -> None:
-        """Charge a tenant, and who makes them if it is said, for sessions of so many rows each that are about to be made.
+    def count(self, ids: Sequence[str], each: Usage, owner: str = "") -> None:
+        """Charge a tenant, and who makes them if it is said, for sessions that are about to be made.
 
         Raises:
             QuotaExceeded: it may not have so many.
         """
         if self._quotas is not None:
-            self._quotas.begin(ids, rows, owner)
+            self._quotas.begin(ids, each, owner)
 
-    def recount(self, session_id: str, before: int, after: int) -> None:
-        """A session is to have more rows than before, or has less.
+    def recount(self, session_id: str, more: Usage) -> None:
+        """A session is to take more than before, or takes less.
 
         Raises:
-            QuotaExceeded: its tenant may not have so many.
+            QuotaExceeded: its tenant may not have so much.
         """
         if self._quotas is not None:
-            self._quotas.change_rows(session_id, after - before)
+            self._quotas.change(session_id, more)
 
-    def counted(self, ids: Sequence[str], rows: int) -> None:
-        """Sessions that were counted, of so many rows each, are there."""
+    def counted(self, ids: Sequence[str], each: Usage) -> None:
+        """Sessions that were counted are there."""
         if self._quotas is not None:
-            self._quotas.made(ids, rows)
+            self._quotas.made(ids, each)
 
-    def uncount(self, ids: Sequence[str], rows: int) -> None:
-        """Sessions that were counted, of so many rows each, are not there."""
+    def uncount(self, ids: Sequence[str], each: Usage) -> None:
+        """Sessions that were counted are not there."""
         if self._quotas is not None:
-            self._quotas.not_made(ids, rows)
+            self._quotas.not_made(ids, each)
 
     async def take_back(self, taken: Sequence[Taken]) -> None:
         """Delete what was made of sessions that are not all made; also if the caller is cancelled."""
@@ -432,6 +439,7 @@ class Creation:
                 lease=0 if fresh.lease is None else self._leases.number(fresh.lease),
                 stamp=fresh.stamp if self._is_shared else 0,
                 pinned=fresh.is_pinned,
+                bytes=fresh.usage.bytes,
             )
             if rows is not None:
                 model.slots.owner[self._table.row[handles]] = handles

@@ -14,6 +14,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.history import How
 from stepwell_server.core.leases import Leases
 from stepwell_server.core.namespaces import tenant_of
+from stepwell_server.core.quotas import NOTHING, Usage
 from stepwell_server.core.sessions import Handles, SessionTable, are_missing
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.change import MOST_ERRORS, for_all
@@ -38,6 +39,7 @@ from stepwell_server.errors import (
     Unavailable,
 )
 from stepwell_server.logs import Log
+from stepwell_server.store import counts
 from stepwell_server.store.base import Store, Tombstone
 from stepwell_server.store.record import Header, decode_header, header_or_none
 
@@ -330,6 +332,14 @@ class Directory:
         """What the store's record says of a session; None if there is none, or it cannot be read."""
         stored = seen.get(session_id)
         return None if stored is None else header_or_none(session_id, stored)
+
+    def stored_usage(self, session_id: str, seen: Seen) -> tuple[int, Usage]:
+        """The revision that the store has of a session, 0 if it cannot tell, and what it takes, as it was counted."""
+        try:
+            stored = seen.get(session_id)
+        except StateCorrupt:
+            stored = b""
+        return (0, NOTHING) if stored is None else counts.usage_of_record(session_id, stored)
 
     def was_closed_by(self, session_id: str, request_id: int, seen: Seen) -> bool:
         """Whether a call has closed a session of an id that has no live one."""

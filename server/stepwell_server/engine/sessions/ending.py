@@ -15,6 +15,7 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.idle import IdleWatch
+from stepwell_server.core.quotas import Usage
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.durability.endings import Endings
@@ -50,7 +51,8 @@ class Ended(NamedTuple):
     """Empty where the store does not count the session."""
     revision: int
     """The last one known."""
-    rows: int
+    usage: Usage
+    """What it took of its tenant's quotas."""
     stamp: int = 0
     """Of its record; 0: it ends whatever the store has of it."""
     closes: tuple[int, ...] = ()
@@ -60,7 +62,7 @@ class Ended(NamedTuple):
 def ended_of(session_id: str, header: Header, stamp: int = 0) -> Ended:
     """A session that ends and only the store has, by its record's header and stamp."""
     closes = closes_of(header.fields)
-    return Ended(session_id, header.model, header.revision, header.batch_size, stamp, closes)
+    return Ended(session_id, header.model, header.revision, counts.usage_of(header), stamp, closes)
 
 
 def batch_of(sessions: Sequence[Ended], end: End, at: float, request_id: int = 0) -> Batch:
@@ -107,7 +109,7 @@ class Removal:
                 table.session_id(handle),
                 self._models.by_handle(handle).name,
                 int(table.revision[handle]),
-                int(table.batch_size[handle]),
+                table.usage(handle),
                 int(table.stamp[handle]),
                 closes_of(table.fields.get(handle, b"")),
             )
@@ -399,7 +401,7 @@ class Expiry:
                 )
                 self.remember_use(ids, -math.inf)
             elif self._quotas is not None:
-                self._quotas.end((each.session_id, each.rows) for each in sessions)
+                self._quotas.end((each.session_id, each.usage) for each in sessions)
 
         batch = batch_of(sessions, end, self._clock.now())
         self.burying.update({stone.session_id: stone for stone in batch.tombstones})

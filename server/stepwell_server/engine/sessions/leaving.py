@@ -107,7 +107,7 @@ class Leaving:
                             session_id,
                             heads.models[int(heads.model[place])],
                             int(heads.heads["revision"][place]),
-                            int(heads.heads["batch_size"][place]),
+                            heads.usage(place),
                             closes=closes_of(heads.fields[place]),
                         )
                     )

@@ -32,6 +32,7 @@ from stepwell_server.errors import (
     StateCorrupt,
     Unavailable,
 )
+from stepwell_server.store import counts
 from stepwell_server.store.base import Fetched, LocalStore, Tombstone
 from stepwell_server.store.record import Header, Stored, decode_header, header_or_none
 
@@ -385,6 +386,7 @@ def refresh(table: SessionTable, fields: Fields, handle: int, header: Header, st
     table.revision[handle], table.position[handle] = header.revision, header.position
     table.request_id[handle], table.opened_with[handle] = header.request_id, header.opened_with
     table.created[handle], table.reply[handle] = header.created, header.reply
+    table.bytes[handle] = counts.usage_of(header).bytes
     fields.take(handle, header.fields)
 
 
@@ -477,6 +479,7 @@ class Loader:
             ],
             reply=[header.reply for header in headers],
             stamp=np.array(stamps, np.uint64),
+            bytes=[counts.usage_of(header).bytes for header in headers],
         )
         for handle, header in zip(handles.tolist(), headers, strict=True):
             if header.fields:

@@ -16,6 +16,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core import leases
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.history import How, Mark
+from stepwell_server.core.quotas import Usage
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Observer, Position, SessionFilter
 from stepwell_server.engine.durability.committer import not_known
@@ -128,6 +129,11 @@ class _New:
     @property
     def record(self) -> bytes:
         return _encoded(self.session_id, self.header, self.rows, self.extra)
+
+    @property
+    def usage(self) -> Usage:
+        """What it takes of its tenant's quotas."""
+        return counts.usage_of(self.header)
 
     @property
     def served(self) -> tuple[str, Header, Model]:
@@ -361,6 +367,7 @@ class Moving:
             header,
             fingerprint=model.program.fingerprint,
             last_used=self._clock.now(),
+            state_bytes=len(decoded.rows) + len(extra),
             fields=joined(None, model.mark(model.epoch, is_pinned=is_pinned), rest),
         )
         return _New(session_id, header, model, decoded.rows, extra)
@@ -465,7 +472,7 @@ class Moving:
             for each in fresh:
                 error = _problem(each.session_id, committed)
                 settle = self._creation.counted if error is None else self._creation.uncount
-                settle([each.session_id], each.header.batch_size)
+                settle([each.session_id], each.usage)
                 results[each.session_id] = error or Brought.IMPORTED
             kept = [each for each in fresh if results[each.session_id] is Brought.IMPORTED]
             if kept:
@@ -494,14 +501,14 @@ class Moving:
         results: dict[str, Result] = {}
         for each in fresh:
             try:
-                self._creation.count([each.session_id], each.header.batch_size, owner_of(each.header.fields))
+                self._creation.count([each.session_id], each.usage, owner_of(each.header.fields))
             except QuotaExceeded as error:
                 self._creation.give_up([each.session_id])
                 results[each.session_id] = error
         return [each for each in fresh if each.session_id not in results], results
 
     async def _replace(self, each: _New) -> Result:
-        session_id, rows = each.session_id, each.header.batch_size
+        session_id, new = each.session_id, each.usage
         try:
             seen = await self._directory.look([session_id], anew=True)
             handle = -1
@@ -509,12 +516,12 @@ class Moving:
                 handle = self._directory.find(session_id, seen)
             if handle < 0 or self._local is None:
                 # nobody can step it, or the store takes a record only if it follows the one that is there
-                stored = None if handle >= 0 else self._directory.stored_header(session_id, seen)
-                old_rows = 0 if stored is None else stored.batch_size
-                old_rows = int(self._table.batch_size[handle]) if handle >= 0 else old_rows
+                _, old = self._directory.stored_usage(session_id, seen)
+                old = self._table.usage(handle) if handle >= 0 else old
                 # a quota refuses it now, or when what was there is gone
-                self._creation.recount(session_id, old_rows, max(old_rows, rows))
-                self._creation.recount(session_id, max(old_rows, rows), old_rows)
+                more = (new - old).positive()
+                self._creation.recount(session_id, more)
+                self._creation.recount(session_id, more * -1)
                 await self._closing.close(session_id, seen, request_id=0, deadline=float("inf"))
                 result = await self._make_anew(each)
                 return Brought.REPLACED if result is Brought.IMPORTED else result
@@ -523,9 +530,10 @@ class Moving:
             return await self._make_anew(each)
         except ServerError as error:
             return error
-        old, old_rows = self._directory.models.by_handle(handle).name, int(self._table.batch_size[handle])
+        name, old = self._directory.models.by_handle(handle).name, self._table.usage(handle)
+        more = (new - old).positive()
         try:
-            self._creation.recount(session_id, old_rows, max(old_rows, rows))
+            self._creation.recount(session_id, more)
         except QuotaExceeded as error:
             self._turns.release(np.array([handle]))
             return error
@@ -534,7 +542,7 @@ class Moving:
 
         def done(committed: Committed | ServerError) -> Result:
             error = _problem(session_id, committed)
-            self._creation.recount(session_id, max(old_rows, rows), rows if error is None else old_rows)
+            self._creation.recount(session_id, (new - old - more) if error is None else more * -1)
             if error is not None:
                 self._turns.release(np.array([handle]))
                 return error
@@ -546,13 +554,13 @@ class Moving:
             self._tell([each])
             return Brought.REPLACED
 
-        moved = [] if old == each.model.name else [(old, -1), (each.model.name, 1)]
+        moved = [] if name == each.model.name else [(name, -1), (each.model.name, 1)]
         batch = Batch(
             puts=[(session_id, each.record)],
             forgets=[session_id],
             counts=moved,
             tenant_counts=[
-                change for name, by in moved for change in counts.of_tenants([(session_id, name)], by)
+                change for whose, by in moved for change in counts.of_tenants([(session_id, whose)], by)
             ],
             goes_back=True,
         )
@@ -587,5 +595,6 @@ def _problem(session_id: str, committed: Committed | ServerError) -> ServerError
 
 def _encoded(session_id: str, header: Header, rows: bytes, extra: bytes) -> bytes:
     facts = dataclasses.asdict(header)
+    del facts["state_bytes"]
     texts = Texts(facts.pop("fingerprint"), facts.pop("model"))
     return encode(session_id, texts, rows=rows, extra=extra, **facts)

@@ -127,7 +127,7 @@ class Overdue:
     def _ended(self, sessions: Sequence[Ended], end: End) -> None:
         """Let the table know, and those who count."""
         if self._quotas is not None:
-            self._quotas.end((each.session_id, each.rows) for each in sessions)
+            self._quotas.end((each.session_id, each.usage) for each in sessions)
         for each in sessions:
             handle = self._table.find(each.session_id)
             # what has something under way finds out by itself

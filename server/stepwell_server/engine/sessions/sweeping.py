@@ -147,7 +147,7 @@ class Sweep:
                     str(page.heads.keys[place], "utf-8", "replace"),
                     names[int(page.heads.model[place])],
                     int(heads["revision"][place]),
-                    int(heads["batch_size"][place]),
+                    page.heads.usage(place),
                     int(page.stamps[place]),
                     closes_of(page.heads.fields.get(place, b"")),
                 ),

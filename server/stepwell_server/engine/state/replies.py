@@ -23,6 +23,9 @@ from stepwell_server.program import Program, StateSpec, TensorSpec, dtype_of
 
 #: Bytes of the arrays of one model that are kept in memory where the store has them too.
 MOST_BYTES = 256 << 20
+#: In place of an array that is not kept.
+_EMPTY = struct.pack("<BI", 1, 0)
+_EMPTY_BYTES = len(_EMPTY)
 #: Of one number: of no dtype of the protocol it has more.
 _MAX_NUMBER_BYTES = 8
 #: The first byte of a packed reply that says its own tensors; no array has so many axes.
@@ -173,6 +176,18 @@ class ReplyMemory:
             parts += [_packed(arrays.states[spec.name]) for spec in self._program.state]
         return b"".join(parts)
 
+    def packed_bytes(self, arrays: KeptArrays) -> int:
+        """How many bytes `pack` makes of arrays."""
+        if arrays.are_foreign:
+            return len(pack_foreign(arrays))
+        specs: list[tuple[Tensors, TensorSpec | StateSpec]] = [
+            (arrays.outputs, s) for s in self._program.outputs
+        ]
+        if arrays.states:
+            specs += [(arrays.states, s) for s in self._program.state]
+        found = [tensors.get(spec.name) for tensors, spec in specs]
+        return sum(_EMPTY_BYTES if a is None else 1 + 4 * a.ndim + a.nbytes for a in found)
+
     def restore(self, handle: int, packed: bytes) -> None:
         """Keep what `pack` returned of the reply of a session."""
         self._put(handle, self.unpacked(packed))
@@ -281,7 +296,7 @@ def _together(parts: Sequence[Tensors]) -> Tensors:
 
 def _packed(array: Array | None) -> bytes:
     if array is None:
-        return struct.pack("<BI", 1, 0)
+        return _EMPTY
     return struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape) + array.tobytes()
 
 

@@ -80,6 +80,7 @@ class Commits:
                     f"{name} must have one stamp for each of {len(puts)} puts; it has {len(column)}"
                 )
         nothing_ends = not (batch.deletes or batch.tombstones or batch.forgets)
+        nothing_ends = nothing_ends and not batch.resized
         if nothing_ends and len(puts) == 1 and batch.follows[0]:  # as mostly
             return [self._one(*puts[0], batch.follows, batch.stamps)]
         if nothing_ends and batch.follows.all():
@@ -89,8 +90,13 @@ class Commits:
         return self._mixed(batch)
 
     def _mixed(self, batch: Batch) -> list[Part]:
-        """Sessions that begin and end go into scripts of their partitions; the others as ever."""
-        apart = {*batch.deletes, *batch.forgets, *(stone.session_id for stone in batch.tombstones)}
+        """Sessions that begin, end or count otherwise go into scripts of their partitions; the others as ever."""
+        apart = {
+            *batch.resized,
+            *batch.deletes,
+            *batch.forgets,
+            *(stone.session_id for stone in batch.tombstones),
+        }
         follows, stamps = _bytes(batch.follows), _bytes(batch.stamps)
         changes: dict[str, _Change] = {}
         others: list[int] = []

@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 
+from stepwell_server.core.quotas import SESSION_BYTES
+from stepwell_server.store.fields import NOT_COUNTED
 from stepwell_server.store.record import HEADER
 from stepwell_server.store.valkey.keys import HEAD
 
@@ -53,6 +55,21 @@ local function model_at(value) return HEAD_BYTES + fingerprint_bytes_of(value) e
 """
 )
 """The part of a script that reads headers of records."""
+
+_BYTES = f"""
+local NOT_COUNTED = {{{", ".join(f"[{tag}] = true" for tag in sorted(NOT_COUNTED))}}}
+-- The bytes that count of a record (`store.counts`), by its value, which may be cut off behind the texts, and its fields.
+local function bytes_of(value, fields)
+  if #value < HEAD_BYTES then return 0 end
+  local sum, at = {SESSION_BYTES} + rows_bytes_of(value) + extra_bytes_of(value), 1
+  while at + 3 <= #fields do
+    local length = struct.unpack('<I2', fields, at + 2)
+    if not NOT_COUNTED[struct.unpack('<I2', fields, at)] then sum = sum + 4 + length end
+    at = at + 4 + length
+  end
+  return sum
+end
+"""
 
 _COMMON = """
 local call, pcall, sub, byte = redis.call, redis.pcall, string.sub, string.byte
@@ -98,6 +115,7 @@ UNDONE_MS = 3_600_000
 COMMIT = _script(
     _COMMON,
     RECORD,
+    _BYTES,
     """
 -- Sessions of one partition begin, change and end. KEYS: ids, counts, its mark, the sessions. ARGV: a letter for each session, stamps
 -- that they must have, new stamps (8 bytes each), records and tombstones, their sizes (4 bytes each), where ids begin in
@@ -146,7 +164,20 @@ end
 local function count(id, model, by)
   for _, name in ipairs(names_of(id, model)) do add(name, by) end
 end
-local function count_rows(id, by) add(rows_name_of(id), by) end
+local function count_size(id, rows, bytes)
+  add(rows_name_of(id), rows)
+  add('\\31' .. rows_name_of(id), bytes)
+end
+local function bytes_of_new(value)
+  if #value < HEAD_BYTES then return 0 end
+  local size = fields_bytes_of(value)
+  return bytes_of(value, size > 0 and sub(value, -size) or '')
+end
+local function bytes_at(key, value)
+  if #value < HEAD_BYTES then return 0 end
+  local size = fields_bytes_of(value)
+  return bytes_of(value, size > 0 and call('GETRANGE', key, -size, -1) or '')
+end
 -- Of a session that was lost nobody knows what it counted for: all of the partition are counted, unless they are too many.
 local function recount()
   if call('ZCARD', index) > MOST_RECOUNTED then return end
@@ -158,7 +189,9 @@ local function recount()
       for _, name in ipairs(names_of(id, call('GETRANGE', before .. id, at, at + length - 1))) do
         sums[name] = (sums[name] or 0) + 1
       end
-      sums[rows_name_of(id)] = (sums[rows_name_of(id)] or 0) + rows_of(value)
+      local rows_name = rows_name_of(id)
+      sums[rows_name] = (sums[rows_name] or 0) + rows_of(value)
+      sums['\\31' .. rows_name] = (sums['\\31' .. rows_name] or 0) + bytes_at(before .. id, value)
     end
   end
   call('DEL', counts)
@@ -200,7 +233,7 @@ for i = 1, #KEYS - 3 do
       if is_new then
         call('SET', key, value)
         count(id, model_of(value), 1)
-        count_rows(id, rows_of(value))
+        count_size(id, rows_of(value), bytes_of_new(value))
       elseif follow == lost and call('ZSCORE', index, id) then
         call('SET', key, value) -- it is counted still
       else
@@ -210,13 +243,13 @@ for i = 1, #KEYS - 3 do
       call('ZADD', index, 0, id)
       call('SET', key, value)
       count(id, model_of(value), 1)
-      count_rows(id, rows_of(value))
+      count_size(id, rows_of(value), bytes_of_new(value))
     elseif kind == 1 and has == follow then
       local was = value_at(key)
-      local before, after = model_of(was), model_of(value)
+      local before, after, bytes = model_of(was), model_of(value), bytes_at(key, was)
       call('SET', key, value)
       if before ~= after then count(id, before, -1) count(id, after, 1) end
-      count_rows(id, rows_of(value) - rows_of(was))
+      count_size(id, rows_of(value) - rows_of(was), bytes_of_new(value) - bytes)
     else
       conflicts[#conflicts + 1] = i
     end
@@ -231,11 +264,12 @@ for i = 1, #KEYS - 3 do
       local is_late = most ~= '' and age > struct.unpack('>I8', most, 8 * i - 7)
       if (follow == none or has == follow) and age >= idle_ms and not is_late then
         local was = value_at(key)
+        local bytes = bytes_at(key, was)
         call('DEL', key)
         if length > 0 then call('SET', key, '\\2' .. stamp .. used .. content, 'PX', live_ms) end
         pcall('ZREM', index, id)
         count(id, model_of(was), -1)
-        count_rows(id, -rows_of(was))
+        count_size(id, -rows_of(was), -bytes)
       else
         conflicts[#conflicts + 1] = i
       end

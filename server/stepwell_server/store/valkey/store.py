@@ -320,7 +320,9 @@ class ValkeyStore(Store):
         else:
             cursor = f"{partition + 1}:" if partition + 1 < self._keys.partitions else ""
         return Unused(
-            heads_of([keys[place] for place in there], [found[place].record for place in there]),
+            heads_of(
+                [keys[place] for place in there], [found[place].record for place in there], is_whole=False
+            ),
             np.array([found[place].stamp for place in there], np.uint64),
             np.array([found[place].idle_s for place in there], np.float64),
             cursor,
@@ -391,7 +393,9 @@ class ValkeyStore(Store):
         session_ids = [str(key, "utf-8", "replace") for key in keys]
         found = await self._read_heads(session_ids)
         there = [place for place, head in enumerate(found) if head.record]
-        heads = heads_of([keys[place] for place in there], [found[place].record for place in there])
+        heads = heads_of(
+            [keys[place] for place in there], [found[place].record for place in there], is_whole=False
+        )
         heads.heads["last_used"] = self._clock.now() - np.array([found[place].idle_s for place in there])
         return heads
 

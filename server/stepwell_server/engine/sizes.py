@@ -1,0 +1,105 @@
+"""How many bytes the store keeps of sessions, as `store.counts` counts them, while they change."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.core.quotas import SESSION_BYTES
+from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.api import Select
+from stepwell_server.engine.change import Change
+from stepwell_server.engine.durability.records import Outcome
+from stepwell_server.engine.quotas import Quotas
+from stepwell_server.engine.state.model import Model
+from stepwell_server.store.fields import counted_bytes
+
+_I64 = npt.NDArray[np.int64]
+
+
+class Sizes:
+    """The table's column `bytes`, and the quotas that follow it. Lives on the event loop."""
+
+    def __init__(self, table: SessionTable, quotas: Quotas | None) -> None:
+        self.table = table
+        self.quotas = quotas
+
+    def growth(self, change: Change) -> _I64 | None:
+        """By how many bytes a checked change may let each of its members grow, at most, `(size,)`; None: by nothing.
+
+        What a session grows by is the reply that is kept of several time steps, or of some rows; and what the rows of
+        another version of its model have more, once it has moved there.
+        """
+        model = change.model
+        of_arrays = _of_arrays(change)
+        if of_arrays is None and not model.is_marked:
+            return None
+        members = change.members
+        handles = change.handles[members]
+        after = self._without_arrays(model, handles)
+        if of_arrays is not None:
+            after += of_arrays[0] + of_arrays[1] * change.sizes[members]
+        found = np.zeros(change.size, np.int64)
+        found[members] = np.maximum(0, after - self.table.bytes[handles])
+        return found
+
+    def settle(self, outcome: Outcome) -> None:
+        """The store has kept an outcome: count its sessions by what it has now. To be called before the table says it."""
+        if not _may_resize(outcome):
+            return
+        after = self._of(outcome)
+        more = after - self.table.bytes[outcome.handles]
+        places = np.flatnonzero(more)
+        if not len(places):
+            return
+        handles = outcome.handles[places]
+        self.table.bytes[handles] = after[places]
+        if self.quotas is not None:
+            ids = [self.table.session_id(handle) for handle in handles.tolist()]
+            self.quotas.resized(zip(ids, more[places].tolist(), strict=True))
+
+    def resized(self, outcome: Outcome) -> frozenset[str]:
+        """The sessions that take more or less bytes once an outcome is kept."""
+        if not _may_resize(outcome):
+            return frozenset()
+        other = outcome.handles[self._of(outcome) != self.table.bytes[outcome.handles]]
+        return frozenset(self.table.session_id(handle) for handle in other.tolist())
+
+    def _of(self, outcome: Outcome) -> _I64:
+        found = self._without_arrays(outcome.model, outcome.handles)
+        for place, arrays in outcome.arrays.items():
+            found[place] += outcome.model.replies.packed_bytes(arrays)
+        return found
+
+    def _without_arrays(self, model: Model, handles: Handles) -> _I64:
+        table = self.table
+        found: _I64 = SESSION_BYTES + table.batch_size[handles].astype(np.int64) * model.arena.row_bytes
+        if table.have_fields(handles):
+            found += [counted_bytes(table.fields.get(handle, b"")) for handle in handles.tolist()]
+        return found
+
+
+def _of_arrays(change: Change) -> tuple[int, int] | None:
+    """The bytes of a session, and of each of its rows, that a change may leave as arrays; None: it leaves none."""
+    if change.reset:
+        return None
+    program, several = change.model.program, change.steps > 1
+    has_outputs = change.select is Select.ALL and several
+    has_outputs |= change.select is not Select.NONE and change.advancing is not None
+    has_states = change.states is Select.ALL and several
+    if not (has_outputs or has_states):
+        return None
+    of_session = of_row = 0
+    for spec in program.outputs:
+        of_session += 1 + 4 * (len(spec.shape) + 1 + spec.temporal)
+        steps = change.steps if spec.temporal and change.select is Select.ALL else 1
+        of_row += steps * spec.row_bytes if has_outputs else 0
+    for state in program.state if has_states else ():
+        of_session += 1 + 4 * (len(state.shape) + 2)
+        of_row += change.steps * state.row_bytes
+    return of_session, of_row
+
+
+def _may_resize(outcome: Outcome) -> bool:
+    """Whether some sessions may take other bytes than before: few do, and those that do not should cost nothing."""
+    return bool(outcome.arrays or outcome.model.replies.series or outcome.model.is_marked)
