@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.engine.executors import load_executor
-from stepwell_server.program import Program
+from stepwell_server.program import Program, ProofOptions
 from support import models
 from support.programs import compile_model
 
@@ -76,7 +77,7 @@ def test_static_features_that_are_repeated(keras: Any, tmp_path: Path) -> None:
         if length:
             spread = keras.layers.RepeatVector(length, name="again")(s)
         else:
-            spread = keras.ops.expand_dims(s, 1) + keras.ops.zeros_like(x[:, :, :1])
+            spread = keras.ops.expand_dims(s, 1) * keras.ops.ones_like(x[:, :, :1])
         joined = keras.layers.Concatenate()([x, spread])
         return keras.Model([x, s], keras.layers.GRU(4, return_sequences=True)(joined))
 
@@ -84,7 +85,7 @@ def test_static_features_that_are_repeated(keras: Any, tmp_path: Path) -> None:
     with pytest.raises(
         ModelError,
         match=r"runs only on sequences of 24 time steps.*in place of 'again' repeat by "
-        r"keras\.ops\.expand_dims\(s, 1\) \+ keras\.ops\.zeros_like\(x\[:, :, :1\]\)",
+        r"keras\.ops\.expand_dims\(s, 1\) \* keras\.ops\.ones_like\(x\[:, :, :1\]\)",
     ):
         _compiled(fixed, tmp_path)
     free = built(None)
@@ -95,6 +96,13 @@ def test_static_features_that_are_repeated(keras: Any, tmp_path: Path) -> None:
     named = {"x": x, "s": s}
     stepped = _stepped(program, [named[spec.name] for spec in program.inputs])
     np.testing.assert_allclose(stepped, np.array(fixed([x, s])), rtol=2e-5, atol=2e-6)
+    # Keras takes a sum of these for one with a bias where one row has as many time steps as features.
+    for rows, steps in ((1, 2), (1, 1), (2, 2), (1, 24)):
+        one, other = named["x"][:rows, :steps], named["s"][:rows]
+        whole = np.array(free([one, other]))
+        arrays = {"x": one, "s": other}
+        stepped = _stepped(program, [arrays[spec.name] for spec in program.inputs])
+        np.testing.assert_allclose(stepped, whole, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.slow
@@ -145,3 +153,91 @@ def test_a_chaotic_cell_is_not_refused_for_rounding(keras: Any, tmp_path: Path) 
     traced = trace_and_probe(keras.Model(x, rnn(x)))
     assert traced.proof.unproven == ""
     assert 0 < traced.proof.compared <= 1
+
+
+@pytest.mark.parametrize(("dtype", "low", "high"), [("int8", -128, 127), ("uint8", 0, 255)])
+def test_a_cast_beyond_the_range_of_its_integers(
+    keras: Any, tmp_path: Path, dtype: str, low: int, high: int
+) -> None:
+    def built(clip: Callable[[Any], Any]) -> Any:
+        x = keras.Input((None, 4))
+        whole = keras.ops.cast(clip(x * 100), dtype)
+        rnn = keras.layers.SimpleRNN(3, return_sequences=True)
+        return keras.Model(x, rnn(keras.ops.cast(whole, "float32") * 0.01))
+
+    with pytest.raises(
+        ModelError,
+        match=rf"the operation 'cast\w*' \(Cast\) casts floats to {dtype}, which is undefined for numbers below {low} or "
+        rf"above {high}: Keras itself answers otherwise .* with keras\.ops\.clip\(x, {low}, {high}\) \(output ",
+    ):
+        _compiled(built(lambda x: x), tmp_path)
+    program = _compiled(built(lambda x: keras.ops.clip(x, low, high)), tmp_path)
+    assert not program.proof.unproven
+    assert program.proof.compared == 1
+
+
+def test_a_cast_is_not_blamed_for_what_another_layer_does(keras: Any, tmp_path: Path) -> None:
+    x = keras.Input((None, 4))
+    lagging = keras.layers.Conv1D(4, 2, padding="causal", dilation_rate=16, name="lag")(x)
+    whole = keras.ops.cast(keras.ops.clip(lagging, -100, 100), "int8")
+    model = keras.Model(x, keras.layers.SimpleRNN(3)(keras.ops.cast(whole, "float32") * 0.1))
+    models.randomize(model)
+    model.save(tmp_path / "model.keras")
+    with pytest.raises(ModelError, match=r"the layer 'lag' \(Conv1D\) differs first") as caught:
+        compile_model(tmp_path / "model.keras", options=ProofOptions(trust=True))
+    assert "undefined" not in str(caught.value)
+
+
+def test_a_cell_whose_constants_nobody_passes(keras: Any) -> None:
+    from stepwell_server.compile.probe import trace_and_probe
+
+    class Conditioned(keras.Layer):
+        """A cell for Keras 2, which passed constants."""
+
+        state_size = 4
+
+        def call(self, inputs: Any, states: Any, constants: Any = None) -> Any:
+            after = keras.ops.tanh(inputs + states[0] + constants[0])
+            return after, [after]
+
+    x = keras.Input((None, 4))
+    with pytest.raises(
+        ModelError,
+        match=r"the layer 'conditioned' \(Conditioned\) uses an argument of its call\(\) that is None.*Keras 3 passes no "
+        r"constants to a cell.*; give what it needs as features of each time step, or keep it in a weight",
+    ):
+        trace_and_probe(keras.Model(x, keras.layers.RNN(Conditioned())(x)))
+
+
+def test_weights_of_a_bidirectional_cannot_be_kept(keras: Any) -> None:
+    from stepwell_server.compile.probe import trace_and_probe
+
+    x = keras.Input((None, 4))
+    both = keras.layers.Bidirectional(keras.layers.LSTM(3, return_sequences=True))
+    with pytest.raises(
+        ModelError, match=r"use layers that read forwards.*; no weights can be kept.*: train the model anew$"
+    ):
+        trace_and_probe(keras.Model(x, both(x)))
+
+
+@pytest.mark.parametrize("kind", ["Conv1D", "Bidirectional", "Flatten", "output"])
+def test_a_refusal_shortens_long_names(keras: Any, kind: str) -> None:
+    from stepwell_server.compile.probe import trace_and_probe
+
+    name = "n" * 200_000
+    x = keras.Input((None, 4))
+    match kind:
+        case "Conv1D":
+            model = keras.Model(x, keras.layers.Conv1D(3, 3, padding="same", name=name)(x))
+        case "Bidirectional":
+            model = keras.Model(x, keras.layers.Bidirectional(keras.layers.LSTM(3), name=name)(x))
+        case "Flatten":
+            x = keras.Input((6, 4))
+            flat = keras.layers.Flatten(name=name)(keras.layers.LSTM(2, return_sequences=True)(x))
+            model = keras.Model(x, keras.layers.Dense(2)(flat))
+        case _:
+            model = keras.Model(x, {name: keras.layers.Conv1D(3, 3, padding="causal", dilation_rate=9)(x)})
+    options = ProofOptions(trust=kind == "output")
+    with pytest.raises(ModelError, match=r"n{100}\.\.\. \(200000 characters\)") as caught:
+        trace_and_probe(model, options=options)
+    assert len(str(caught.value)) < 2000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stepwell_server.compile.errors import quoted
 from stepwell_server.compile.evidence import compare
 from stepwell_server.compile.probe import Traced
 from stepwell_server.compile.sequences import run, tolerance, worst
@@ -27,7 +28,7 @@ def check_against_keras(traced: Traced, step: Step) -> None:
         stepped = run(traced.plan, step, observation.inputs, observation.steps)
         name, share = worst(observation.outputs, stepped)
         if share > allowed:
-            raise CheckError(f"output {name!r} differs from Keras by {share:.2g} of its largest value")
+            raise CheckError(f"output {quoted(name)} differs from Keras by {share:.2g} of its largest value")
     for sample in traced.evidence:
         stepped = run(traced.plan, step, sample.inputs, sample.steps)
         found = compare(traced.plan, sample, stepped, allowed).worst

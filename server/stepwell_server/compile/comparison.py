@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stepwell_server.compile.errors import quoted
+
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
@@ -46,7 +48,7 @@ class Difference:
     def __str__(self) -> str:
         how = "rounding explains it" if self.is_allowed else "stepping is not what Keras computes"
         return (
-            f"output {self.output!r} differs from Keras by {self.absolute:.2g} at time step {self.time} of row {self.row} "
+            f"output {quoted(self.output)} differs from Keras by {self.absolute:.2g} at time step {self.time} of row {self.row} "
             f"({self.allowed:.2g} is allowed there): {how}"
         )
 

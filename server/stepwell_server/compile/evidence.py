@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from stepwell_server.compile.causality.cut import all_operations
 from stepwell_server.compile.comparison import Comparison, Difference
-from stepwell_server.compile.errors import ModelError, NotCausalError
+from stepwell_server.compile.errors import ModelError, NotCausalError, quoted
 from stepwell_server.compile.interface import Interface
 from stepwell_server.compile.plan import Plan
 from stepwell_server.compile.samples import Sampler
@@ -68,7 +68,9 @@ def gather(plan: Plan, sampler: Sampler, steps: int, whole: WholeCall) -> list[E
     for spec in plan.outputs:
         name, timed = spec.name, spec.temporal
         if not _same(usual[name], again[name]):
-            raise ModelError(f"two calls of the model differ: output {name!r} is another for the same inputs")
+            raise ModelError(
+                f"two calls of the model differ: output {quoted(name)} is another for the same inputs"
+            )
         _refuse_moves(name, timed, usual[name], moved[name], times)
     held, kept = sampler.whole, sampler.exact
     return [
@@ -232,10 +234,10 @@ def _refuse_moves(name: str, timed: bool, usual: Array, moved: Array, times: Map
             continue
         if until is None:
             raise ModelError(
-                f"the rows of a batch are not independent of each other: output {name!r} of one row moves by {apart:.2g} "
+                f"the rows of a batch are not independent of each other: output {quoted(name)} of one row moves by {apart:.2g} "
                 "when another row is disturbed"
             )
         raise NotCausalError(
-            f"model is not causal: output {name!r} moves by {apart:.2g} before the time step that was disturbed "
+            f"model is not causal: output {quoted(name)} moves by {apart:.2g} before the time step that was disturbed "
             f"({until})"
         )

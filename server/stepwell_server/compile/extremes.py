@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stepwell_server.compile.errors import quoted
 from stepwell_server.compile.probe import Traced
 from stepwell_server.compile.sequences import step_of_function, tolerance
 from stepwell_server.compile.tensorflow_setup import tf
@@ -42,7 +43,7 @@ def worst_at_extremes(traced: Traced, step: Step) -> str:
     for name, one, two, moved in zip(names, _flat(expected), _flat(found), _flat(noisy), strict=True):
         row = _first_wrong(one, two, moved, allowed)
         if row is not None:
-            return f"{name!r} differs from TensorFlow's for inputs of the size {_SIZES[row]:g}"
+            return f"{quoted(name)} differs from TensorFlow's for inputs of the size {_SIZES[row]:g}"
     return ""
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.errors import ModelError, quoted
 from stepwell_server.compile.tensorflow_setup import keras
 
 
@@ -54,13 +54,13 @@ def describe(model: Any) -> Interface:
     for item in interface.inputs:
         if item.dtype == "string":
             raise ModelError(
-                f"input {item.name!r} must have a numeric type; it has string. Leave the layer that reads text "
+                f"input {quoted(item.name)} must have a numeric type; it has string. Leave the layer that reads text "
                 "(StringLookup, TextVectorization, Hashing) out of the model, run it where the text is, and send the "
                 "numbers that it makes"
             )
         if any(size is None for size in item.shape[2:]):
             raise ModelError(
-                f"input {item.name!r} must have fixed dimensions after batch and time; it has the shape {item.shape}: build "
+                f"input {quoted(item.name)} must have fixed dimensions after batch and time; it has the shape {item.shape}: build "
                 "the model with their sizes"
             )
     return interface

@@ -11,7 +11,7 @@ import numpy as np
 from stepwell_server.compile import archive, data_file, evidence
 from stepwell_server.compile.causality.cut import cut
 from stepwell_server.compile.comparison import Comparison
-from stepwell_server.compile.errors import DataError
+from stepwell_server.compile.errors import DataError, quoted
 from stepwell_server.compile.evidence import Evidence
 from stepwell_server.compile.interface import Input, Interface, describe
 from stepwell_server.compile.plan import assignments
@@ -94,7 +94,9 @@ def read(file: Path, specs: Sequence[TensorSpec], sampler: Sampler | None = None
     lengths = {array.shape[1] for array, spec in zip(arrays, specs, strict=True) if spec.temporal}
     rows = {len(array) for array in arrays}
     if len(lengths) > 1 or len(rows) > 1:
-        shapes = ", ".join(f"{spec.name!r} {array.shape}" for spec, array in zip(specs, arrays, strict=True))
+        shapes = ", ".join(
+            f"{quoted(spec.name)} {array.shape}" for spec, array in zip(specs, arrays, strict=True)
+        )
         raise DataError(f"{file}: all inputs must have the same rows and time steps; got {shapes}")
     steps = lengths.pop() if lengths else 1
     if steps < 2 and any(spec.temporal for spec in specs):
@@ -131,10 +133,10 @@ def _fitting(file: Path, spec: TensorSpec, array: Array) -> Array:
     wanted = ("batch", *(("T",) if spec.temporal else ()), *map(str, spec.shape))
     if array.ndim != len(wanted) or array.shape[leading:] != spec.shape or 0 in array.shape[:leading]:
         raise DataError(
-            f"{file}: input {spec.name!r} must have the shape ({', '.join(wanted)}), none of them 0; got {array.shape}"
+            f"{file}: input {quoted(spec.name)} must have the shape ({', '.join(wanted)}), none of them 0; got {array.shape}"
         )
     if not np.can_cast(array.dtype, np.dtype(spec.dtype), "same_kind"):
-        raise DataError(f"{file}: input {spec.name!r} must be {spec.dtype}; got {array.dtype}")
+        raise DataError(f"{file}: input {quoted(spec.name)} must be {spec.dtype}; got {array.dtype}")
     with np.errstate(over="ignore"):
         cast = array.astype(spec.dtype)
     _refuse_at(file, spec, array, ~np.isfinite(cast), f"must be finite {spec.dtype}")
@@ -160,4 +162,4 @@ def _refuse_at(file: Path, spec: TensorSpec, array: Array, is_wrong: Any, rule: 
     if len(wrong):
         place = tuple(int(i) for i in wrong[0])
         where = f"row {place[0]}" + (f", time step {place[1]}" if spec.temporal else "")
-        raise DataError(f"{file}: input {spec.name!r} {rule}; got {array[place]} at {where}")
+        raise DataError(f"{file}: input {quoted(spec.name)} {rule}; got {array[place]} at {where}")

@@ -14,7 +14,7 @@ import numpy as np
 from stepwell_server.compile import archive, check, convert, own_data, provenance
 from stepwell_server.compile.errors import DataError, ModelError, NotCausalError, gist
 from stepwell_server.compile.extremes import worst_at_extremes
-from stepwell_server.compile.first_difference import first_to_differ
+from stepwell_server.compile.first_difference import first_to_differ, undefined_cast
 from stepwell_server.compile.interface import describe
 from stepwell_server.compile.probe import Traced, trace_and_probe
 from stepwell_server.compile.sequences import Array, tolerance
@@ -137,9 +137,13 @@ def _tensorflow(traced: Traced, program: Program, reason: str, report: Callable[
         first = first_to_differ(
             traced.plan, traced.sampler, traced.evidence[0].inputs, traced.evidence[0].steps
         )
-        raise NotCausalError(
-            f"model cannot be run step by step: {error}, though its graph says nothing of it; {first}does it do "
-            "something else from some number of time steps on?"
+        refusal = undefined_cast(traced.plan.interface.model, traced.function, first, str(error))
+        raise (
+            refusal
+            or NotCausalError(
+                f"model cannot be run step by step: {error}, though its graph says nothing of it; {first.clause}does it do "
+                "something else from some number of time steps on?"
+            )
         ) from error
     except (convert.ConversionError, check.CheckError) as error:
         raise ModelError(f"{reason}; nor can TensorFlow run what was traced of it: {error}") from error

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.errors import ModelError, quoted
 from stepwell_server.compile.interface import Input, Interface
 from stepwell_server.compile.samples import plain_dtype
 from stepwell_server.compile.tensorflow_setup import keras
@@ -137,7 +137,7 @@ def _refuse_two_clocks(interface: Interface, temporal: Sequence[bool], seen: Obs
             known = ", ".join(f"{other!r} of {length}" for other, length in fixed.items())
             raise ModelError(
                 f"the inputs are sequences of different lengths ({known} time steps), and a session has one time: all of its "
-                f"sequences advance together. Give {name!r} the length of the others, or serve its part of the model "
+                f"sequences advance together. Give {quoted(name)} the length of the others, or serve its part of the model "
                 "as a model of its own"
             )
 
@@ -155,7 +155,7 @@ def _pairs(short: Observation, long: Observation) -> list[tuple[RecurrentCall, R
         counts = [sum(call.layer is layer.layer for call in seen.calls) for seen in (short, long)]
         if counts[0] != counts[1]:
             raise ModelError(
-                f"layer {layer.path!r} is called {counts[0]} times for {short.steps} time steps "
+                f"layer {quoted(layer.path)} is called {counts[0]} times for {short.steps} time steps "
                 f"and {counts[1]} times for {long.steps}: a loop over time outside a recurrent layer cannot be stepped"
             )
     return pairs
@@ -166,7 +166,7 @@ def _constant_initial(first: RecurrentCall, second: RecurrentCall) -> Iterator[A
         rows = np.concatenate([value, other])
         if not np.array_equal(rows, np.broadcast_to(rows[0], rows.shape)):
             raise ModelError(
-                f"the initial state of layer {first.path!r} is computed from the model's inputs "
+                f"the initial state of layer {quoted(first.path)} is computed from the model's inputs "
                 "(initial_state=...): such a model is not stepped from a state of its own"
             )
         yield np.array(rows[0])
@@ -201,7 +201,7 @@ def _input_spec(info: Input, timed: bool) -> TensorSpec:
     shape = info.shape[2:] if timed else info.shape[1:]
     if None in shape:
         raise ModelError(
-            f"input {info.name!r} must have fixed dimensions after batch and time; it has {info.shape}"
+            f"input {quoted(info.name)} must have fixed dimensions after batch and time; it has {info.shape}"
         )
     return TensorSpec(info.name, tuple(int(size or 0) for size in shape), plain_dtype(info.dtype), timed)
 
@@ -213,6 +213,6 @@ def _output_spec(name: str, short: Observation, long: Observation) -> TensorSpec
     if (one.shape[1], two.shape[1]) == (short.steps, long.steps) and one.shape[2:] == two.shape[2:]:
         return TensorSpec(name, one.shape[2:], one.dtype.name, temporal=True)
     raise ModelError(
-        f"output {name!r} has the shape {one.shape} for {short.steps} time steps and {two.shape} for {long.steps}: "
+        f"output {quoted(name)} has the shape {one.shape} for {short.steps} time steps and {two.shape} for {long.steps}: "
         "it must have one value for each time step, or one for the sequence"
     )

@@ -21,9 +21,9 @@ from stepwell_server.compile.causality.one_step import require_same
 from stepwell_server.compile.causality.proof import Unadmitted, prove
 from stepwell_server.compile.causality.refusals import Reason
 from stepwell_server.compile.causality.values import weights_recorded
-from stepwell_server.compile.errors import ModelError, NotCausalError
+from stepwell_server.compile.errors import ModelError, NotCausalError, quoted
 from stepwell_server.compile.evidence import Evidence
-from stepwell_server.compile.first_difference import first_to_differ
+from stepwell_server.compile.first_difference import first_to_differ, undefined_cast
 from stepwell_server.compile.interface import Interface, describe
 from stepwell_server.compile.plan import Plan, assignments, make_plan
 from stepwell_server.compile.samples import Sampler, fitted, make_sampler
@@ -142,7 +142,7 @@ def _refuse_complex(cuts: Cuts) -> None:
     for name, output in cuts.first.outputs.items():
         if output.dtype.is_complex:
             raise ModelError(
-                f"output {name!r} must be of real numbers or booleans, which are what messages carry; it is of "
+                f"output {quoted(name)} must be of real numbers or booleans, which are what messages carry; it is of "
                 f"{output.dtype.name}: give its parts as real numbers, and put them together where they are used"
             )
 
@@ -194,15 +194,19 @@ def _compare(traced: Traced) -> None:
 
     Where it proves enough they are left to the check of the artefact, which is what will run.
     """
-    step, allowed = step_of_function(traced.plan, traced.function), tolerance(traced.plan.interface.model)
+    model = traced.plan.interface.model
+    step, allowed = step_of_function(traced.plan, traced.function), tolerance(model)
     for observation in traced.observations:
         stepped = run(traced.plan, step, observation.inputs, observation.steps)
         name, share = worst(observation.outputs, stepped)
         if share > allowed:
             first = first_to_differ(traced.plan, traced.sampler, observation.inputs, observation.steps)
-            raise NotCausalError(
-                f"model cannot be run step by step: {first}output {name!r} of one call over {observation.steps} steps differs "
-                f"by {share:.2g} of its largest value from {observation.steps} calls of one step"
+            difference = (
+                f"output {quoted(name)} of one call over {observation.steps} steps differs by {share:.2g} of its largest value "
+                f"from {observation.steps} calls of one step"
+            )
+            raise undefined_cast(model, traced.function, first, difference) or NotCausalError(
+                f"model cannot be run step by step: {first.clause}{difference}"
             )
     if not traced.proof.unproven:
         return
@@ -211,7 +215,7 @@ def _compare(traced: Traced) -> None:
         found = evidence.compare(traced.plan, sample, stepped, allowed).worst
         if found is not None and not found.is_allowed:
             first = first_to_differ(traced.plan, traced.sampler, sample.inputs, sample.steps)
-            raise NotCausalError(
-                f"model cannot be run step by step, although --trust-causality names it: {found}; {first}"
+            raise undefined_cast(model, traced.function, first, str(found)) or NotCausalError(
+                f"model cannot be run step by step, although --trust-causality names it: {found}; {first.clause}"
                 f"{traced.proof.unproven}"
             )

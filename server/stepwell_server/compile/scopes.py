@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from stepwell_server.compile.causality.cut import all_operations
+from stepwell_server.compile.errors import quoted
 from stepwell_server.compile.tensorflow_setup import keras
 
 
@@ -35,4 +36,4 @@ def named(model: Any, layer: Any) -> str:
     if layer is model:
         return f"the model's own call ({type(model).__name__})"
     what = "layer" if isinstance(layer, keras.Layer) else "operation"
-    return f"the {what} {layer.name!r} ({type(layer).__name__})"
+    return f"the {what} {quoted(layer.name)} ({type(layer).__name__})"

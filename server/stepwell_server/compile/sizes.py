@@ -12,7 +12,7 @@ from typing import IO
 
 import h5py
 
-from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.errors import ModelError, quoted
 from stepwell_server.files import archive_rules
 
 OPTION = "--max-model-bytes"
@@ -126,7 +126,7 @@ def _check_weights(path: Path, content: bytes, max_bytes: int) -> None:
                 )
             if item.external or item.is_virtual:
                 raise ModelError(
-                    f"{path}: {_WEIGHTS} must hold its weights itself; {name!r} is in another file"
+                    f"{path}: {_WEIGHTS} must hold its weights itself; {quoted(name)} is in another file"
                 )
             chunk = math.prod(item.chunks or ()) * item.dtype.itemsize
             size += max((item.size or 0) * item.dtype.itemsize, chunk)

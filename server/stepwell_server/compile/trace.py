@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.errors import ModelError, quoted
 from stepwell_server.compile.graph import concrete
 from stepwell_server.compile.patch import attribute, relaxed
 from stepwell_server.compile.plan import Carried, Plan
@@ -79,7 +79,7 @@ def _results(plan: Plan, outputs: Sequence[Any], carrying: _Carrying, time: _Tim
     for i, (state, value) in enumerate(zip(plan.state, carrying.after, strict=True)):
         if value is None:
             raise ModelError(
-                f"the layer of state {state.name!r} is not called on a sequence of one time step"
+                f"the layer of state {quoted(state.name)} is not called on a sequence of one time step"
             )
         named[f"next_{i}"] = tf.cast(value, state.dtype)
     return named

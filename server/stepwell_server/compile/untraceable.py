@@ -38,6 +38,11 @@ _HABITS = (
         "compute both and choose with keras.ops.where",
     ),
     Habit(
+        r"'NoneType' object is not (?:subscriptable|iterable)",
+        "uses an argument of its call() that is None, because nothing passes it (Keras 3 passes no constants to a cell)",
+        "give what it needs as features of each time step, or keep it in a weight",
+    ),
+    Habit(
         r"assertion failed: \[",
         "asserts something of its values that does not hold of all numbers, of which the samples hold large and small ones",
         "leave the assertion out of the model, and look at the values before they are sent",

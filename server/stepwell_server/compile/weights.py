@@ -12,7 +12,7 @@ from typing import Any
 import h5py
 
 from stepwell_server.compile import patch
-from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.errors import ModelError, quoted
 from stepwell_server.compile.tensorflow_setup import keras
 
 MEMBER = "model.weights.h5"
@@ -101,4 +101,4 @@ def _layer(file: h5py.File, place: str) -> str:
     group = place.rpartition("/")[0]
     where = group.removesuffix("vars").rstrip("/") or "the model itself"
     name = file[group].attrs.get("name")
-    return f"layer {name!r} ({where})" if isinstance(name, str) else where
+    return f"layer {quoted(name)} ({where})" if isinstance(name, str) else where

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from stepwell_server.compile.causality.cut import Cuts, all_operations, time_distributed
-from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.errors import ModelError, quoted
 from stepwell_server.compile.graph import concrete
 from stepwell_server.compile.interface import Interface
 from stepwell_server.compile.patch import attribute, relaxed
@@ -223,7 +223,7 @@ def refuse_training(sampler: Sampler, temporal: Sequence[bool]) -> None:
         size = np.max(np.abs(np.nan_to_num(one)), initial=1e-3)
         if not np.allclose(one, two, rtol=0, atol=_SAME * size, equal_nan=True):
             raise ModelError(
-                f"model(x) is not what predict() computes: output {name!r} is another with training=False; "
+                f"model(x) is not what predict() computes: output {quoted(name)} is another with training=False; "
                 f"{_culprit(interface.model)}, and load the weights into it"
             )
 

@@ -9,7 +9,7 @@ from stepwell_server.compile.causality.cut import CutError, LoopError, all_opera
 from stepwell_server.compile.causality.direction import Direction, direction
 from stepwell_server.compile.causality.proof import Unadmitted
 from stepwell_server.compile.causality.refusals import Reason
-from stepwell_server.compile.errors import ModelError, NotCausalError
+from stepwell_server.compile.errors import ModelError, NotCausalError, quoted
 from stepwell_server.compile.interface import Interface
 from stepwell_server.compile.samples import Sampler
 from stepwell_server.compile.scopes import named
@@ -29,7 +29,7 @@ def refusal_of(sampler: Sampler, temporal: Sequence[bool], found: Unadmitted) ->
         case Reason.TIME:
             return _over_time(sampler, temporal, layer, clause)
         case Reason.BACKWARDS:
-            return _ahead(who, clause)
+            return _ahead(model, layer, clause)
         case Reason.END:
             return NotCausalError(f"model is not causal: {who} {clause}; {way}")
         case Reason.POSITION | Reason.LENGTH:
@@ -52,15 +52,18 @@ def _over_time(sampler: Sampler, temporal: Sequence[bool], layer: Any, clause: s
     who = named(sampler.interface.model, layer)
     match direction(sampler, temporal, layer):
         case Direction.AHEAD:
-            return _ahead(who, clause)
+            return _ahead(sampler.interface.model, layer, clause)
         case Direction.BACK:
             return NotCausalError(f"{_STEP_BY_STEP}{who} {_SEVERAL_STEPS}: it {clause}; {Reason.TIME.value}")
         case Direction.UNKNOWN:
             return NotCausalError(f"{_STEP_BY_STEP}{who} mixes time steps: it {clause}; {Reason.TIME.value}")
 
 
-def _ahead(who: str, clause: str) -> NotCausalError:
-    return NotCausalError(f"model is not causal: {who} looks ahead: it {clause}; {Reason.BACKWARDS.value}")
+def _ahead(model: Any, layer: Any, clause: str) -> NotCausalError:
+    way = Reason.BACKWARDS.value
+    if isinstance(layer, keras.layers.Bidirectional):
+        way += "; no weights can be kept, because each layer after it was trained on both directions: train the model anew"
+    return NotCausalError(f"model is not causal: {named(model, layer)} looks ahead: it {clause}; {way}")
 
 
 def loop_problem(interface: Interface, found: LoopError) -> NotCausalError:
@@ -117,18 +120,18 @@ def _way_on(interface: Interface, steps: Any) -> str:
         if isinstance(layer, kinds.Reshape) and steps in layer.target_shape:
             shape = tuple(-1 if size == steps else size for size in layer.target_shape)
             return (
-                f"build it with keras.Input((None, ...)) and Reshape({shape}) in place of {layer.name!r}, and load the "
+                f"build it with keras.Input((None, ...)) and Reshape({shape}) in place of {quoted(layer.name)}, and load the "
                 "weights into it"
             )
     for layer in layers:
         if isinstance(layer, kinds.RepeatVector) and layer.n == steps:
             return (
-                f"build it with keras.Input((None, ...)), and in place of {layer.name!r} repeat by "
-                "keras.ops.expand_dims(s, 1) + keras.ops.zeros_like(x[:, :, :1]), where x is the series"
+                f"build it with keras.Input((None, ...)), and in place of {quoted(layer.name)} repeat by "
+                "keras.ops.expand_dims(s, 1) * keras.ops.ones_like(x[:, :, :1]), where x is the series"
             )
     for layer in layers:
         if isinstance(layer, kinds.Flatten):
-            return f"{layer.name!r} makes features of time steps: let a recurrent layer return its last output instead"
+            return f"{quoted(layer.name)} makes features of time steps: let a recurrent layer return its last output instead"
     return (
         "let it take any length, and build the model with keras.Input((None, ...)); what is another value for each time "
         "step must come in as a feature"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stepwell_server.compile.causality.axes import Scale, Scales
-from stepwell_server.compile.errors import ModelError, gist
+from stepwell_server.compile.errors import ModelError, gist, quoted
 from stepwell_server.compile.graph import concrete
 from stepwell_server.compile.interface import Interface
 from stepwell_server.compile.patch import attribute, relaxed
@@ -456,7 +456,7 @@ def _has_gaps_for_nothing(operation: Any) -> bool:
 
 
 def _other_rows(path: str, layer: Any, rows: int, steps: int, scale: Scale) -> str:
-    who = f"the layer {path!r} ({type(layer).__name__})"
+    who = f"the layer {quoted(path)} ({type(layer).__name__})"
     if rows != scale.rows:
         return (
             f"{who} runs over {rows // scale.rows} rows for each row of the batch (a graph's nodes, say), and a "
@@ -474,7 +474,7 @@ def _require_kept(call: CutCall) -> None:
     given, made = ([tuple(x.shape[1:]) for x in states] for states in (call.before, call.after[1:]))
     if given != made:
         raise ModelError(
-            f"the cell of the layer {call.path!r} ({type(call.layer).__name__}) must return states of the shapes that it is "
+            f"the cell of the layer {quoted(call.path)} ({type(call.layer).__name__}) must return states of the shapes that it is "
             f"given; for each row it is given {_listed(given)} and returns {_listed(made)}: let state_size say what "
             "call() returns"
         )
