@@ -19,7 +19,7 @@ from stepwell.cli.sessions import session_cells, session_facts, session_json
 from stepwell.v1 import sessions_pb2
 from stepwell_server.engine.api import Order
 from stepwell_server.engine.sessions.moving import Arriving, Brought, Existing
-from stepwell_server.errors import Internal, ServerError
+from stepwell_server.errors import Internal, ServerError, StateCorrupt
 from stepwell_server.rpc.convert import from_session
 from stepwell_server.rpc.pages import from_token, to_token
 from stepwell_server.store.base import Batch
@@ -245,3 +245,45 @@ def test_any_record_in_the_store_harms_nobody_else(some: list[Mutation], store_k
             await harmless(at, answer)
 
     asyncio.run(tried())
+
+
+def _with_rows(record: bytes, rows: int) -> bytes:
+    """The record of a session whose remembered reply has other rows than the session."""
+    reply = struct.pack("<B3I", 3, rows, 3, 2) + bytes(rows * 3 * 2 * 4)
+    return dataclasses.replace(decode("a", record), extra=reply).encode("a")
+
+
+@pytest.mark.stores("memory", "awaited")
+async def test_a_reply_of_other_rows_moves_nobody_elses(store_kind: str) -> None:
+    """Replies of one form are put together, one session's rows after the other's."""
+    async with running(resident_rows=6) as at:
+        await at.open("a", "z", batch_size=2)
+        for name in "az":
+            await at.single(name, x(2, 3), expected=0, request_id=HOSTILE_ID).only()
+        honest = await at.single("z", x(2, 3), expected=0, request_id=HOSTILE_ID).only()
+        answer = await begun(at)
+        (record,) = await at.engine.export_sessions(["a"], deadline=float("inf"))
+        assert not isinstance(record, ServerError)
+        for rows, is_taken in ((1, True), (0, False), (3, False)):
+            await at.engine.close_session("a")
+            later = dataclasses.replace(decode("a", _with_rows(bytes(record), rows)), revision=100).encode(
+                "a"
+            )
+            (told,) = await at.engine.import_sessions([Arriving("a", "a", later)], Existing.REFUSE)
+            assert (told is Brought.IMPORTED) is is_taken
+            if not is_taken:
+                await at.open("a", batch_size=2)
+                continue
+            found = await at.submit(
+                ["a", "z", "fine"],
+                np.concatenate([x(2, 3), x(2, 3), STEP]),
+                sizes=[2, 2, 1],
+                batch_sizes=[2, 2, 1],
+                expected=[99, 0, 0],
+                request_ids=[HOSTILE_ID, HOSTILE_ID, FINE_ID],
+            ).all()
+            assert isinstance(found[0], StateCorrupt)
+            assert isinstance(found[1], Answer)
+            assert isinstance(found[2], Answer)
+            same_reply(found[1], honest)
+            same_reply(found[2], answer)
