@@ -83,6 +83,10 @@ def test_the_reason_for_tensorflow_is_a_sentence(tokens: Compiled, tokens_on_ten
             "x.py:3:1: error: 'tfl.zeros_like' op operand #0 must be tensor of 32-bit float values, but got 'tensor<?x1xi1>'",
             "its zeros_like takes no bool values",
         ),
+        (
+            'Could not translate MLIR to FlatBuffer.\nloc(callsite(fused["TensorListReserve:", "f/scan_1"] at callsite(x)))',
+            "its converter fails on TensorListReserve",
+        ),
     ],
 )
 def test_what_the_converter_says_becomes_a_clause(text: str, says: str) -> None:

@@ -68,9 +68,10 @@ def _sliced(value: Array, axes: Axes) -> Array:
 
 
 def test_every_operation_on_the_list_has_an_example() -> None:
+    from stepwell_server.compile.causality.proof import LOOPS
     from stepwell_server.compile.causality.rules import RULES
 
-    assert sorted(_examples()) == sorted(RULES)
+    assert sorted(_examples()) == sorted([*RULES, *LOOPS])
     assert all(_examples().values())
 
 

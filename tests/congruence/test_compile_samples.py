@@ -122,10 +122,11 @@ def test_what_no_trust_can_mend_is_refused_all_the_same(name: str) -> None:
         odd("other_above_a_length", 300),
         odd("other_above_a_length_by_tensors", 300),
         odd("other_for_one_step"),
+        odd("other_for_one_step_in_a_loop"),
         odd("another_number_for_one_step"),
         odd("other_below_a_length_in_wiring"),
     ],
-    ids=["300", "300_by_tensors", "one_step", "number", "wiring"],
+    ids=["300", "300_by_tensors", "one_step", "loop", "number", "wiring"],
 )
 def test_what_is_different_for_one_step_is_found_in_its_graph(
     layer: Any, monkeypatch: pytest.MonkeyPatch

@@ -33,6 +33,8 @@ ON_TENSORFLOW = [
     "cross_product",
     "small_matrices",
     "spectrum_and_back",
+    "scanned",
+    "mapped",
 ]
 
 
@@ -99,6 +101,8 @@ _SINGLE: dict[str, Callable[[Any], Any]] = {
     "norm_of_the_weights": odd("norm_of_the_weights"),
     "checked": odd("checked"),
     "binned": odd("binned"),
+    "repeated": odd("repeated"),
+    "repeated_by_while": odd("repeated_by_while"),
 }
 _ACTIVATIONS = (
     "elu",
@@ -533,6 +537,16 @@ def deep(keras: Any, x: Any, _tokens: Any) -> Any:
 @block
 def searched(keras: Any, x: Any, _tokens: Any) -> Any:
     return keras.layers.GRU(3)(odd("searched")(keras.layers)(x))
+
+
+@block
+def scanned(keras: Any, x: Any, _tokens: Any) -> Any:
+    return keras.layers.GRU(3)(odd("scanned_over_features")(keras.layers)(x))
+
+
+@block
+def mapped(keras: Any, x: Any, _tokens: Any) -> Any:
+    return keras.layers.GRU(3)(odd("mapped_over_features")(keras.layers)(x))
 
 
 @block

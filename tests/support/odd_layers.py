@@ -521,6 +521,47 @@ def searched(_layer: Apply, x: Any) -> Any:
 
 
 @kind
+def repeated(_layer: Apply, x: Any) -> Any:
+    """A loop of TensorFlow's with a fixed number of turns."""
+    return ops.fori_loop(0, 3, lambda i, y: ops.tanh(y + x * (ops.cast(i, x.dtype) + 1)), x)
+
+
+@kind
+def repeated_by_while(layer: Apply, x: Any) -> Any:
+    def body(i: Any, y: Any) -> Any:
+        return i + 1, ops.tanh(y * layer.weight + x)
+
+    return ops.while_loop(lambda i, y: i < 3, body, (0, x))[1]
+
+
+@kind
+def scanned_over_features(_layer: Apply, x: Any) -> Any:
+    features = ops.moveaxis(x, -1, 0)
+    _, sums = ops.scan(lambda total, now: (total + now, ops.tanh(total + now)), features[0], features)
+    return ops.moveaxis(sums, 0, -1)
+
+
+@kind
+def mapped_over_features(_layer: Apply, x: Any) -> Any:
+    return ops.moveaxis(ops.map(lambda one: one * 2.0 - 1.0, ops.moveaxis(x, -1, 0)), 0, -1)
+
+
+@kind
+def other_for_one_step_in_a_loop(_layer: Apply, x: Any) -> Any:
+    return ops.fori_loop(0, 3, lambda _i, y: y * (0.5 if x.shape[1] == 1 else 0.9), x)
+
+
+@kind
+def repeated_for_each_step(_layer: Apply, x: Any) -> Any:
+    return ops.fori_loop(0, x.shape[1], lambda _i, y: y * 0.9, x)
+
+
+@kind
+def repeated_until_all_are_small(_layer: Apply, x: Any) -> Any:
+    return ops.while_loop(lambda y: ops.max(ops.abs(y)) > 1.0, lambda y: (y * 0.5,), (x,))[0]
+
+
+@kind
 def checked(layer: Apply, x: Any) -> Any:
     return tf.ensure_shape(x, [None, None, x.shape[-1]])
 

@@ -13,11 +13,11 @@ import numpy as np
 import tensorflow as tf
 
 from stepwell_server.compile.causality import rules_elementwise
-from support import rule_examples_matrices
+from support import rule_examples_loops, rule_examples_matrices
 from support.rule_examples_matrices import Example
 
-EXAMPLES: dict[str, list[Example]] = dict(rule_examples_matrices.EXAMPLES)
-REFUSED: dict[str, list[Example]] = dict(rule_examples_matrices.REFUSED)
+EXAMPLES: dict[str, list[Example]] = rule_examples_matrices.EXAMPLES | rule_examples_loops.EXAMPLES
+REFUSED: dict[str, list[Example]] = rule_examples_matrices.REFUSED | rule_examples_loops.REFUSED
 """What the same operations do along the batch or the time axis."""
 raw = tf.raw_ops
 _INTEGERS = {"BitwiseAnd", "BitwiseOr", "BitwiseXor", "LeftShift", "RightShift", "Invert"}

@@ -120,6 +120,9 @@ def _complaint(text: str, function: Any, model: Any) -> str:
         kind, dtype = types.groups()
         return f"its {kind} takes no {_TYPES.get(dtype, dtype)} values"
     error = re.search(r"error: (.+)", text)
+    place = re.search(r'loc\(callsite\(fused\["(\w+):"', text)
+    if error is None and place is not None:
+        return f"its converter fails on {place[1]}{_where({place[1]}, function, model)}"
     return f"its converter fails ({(error[1] if error else gist(text))[:120]})"
 
 

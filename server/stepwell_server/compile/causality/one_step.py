@@ -12,9 +12,17 @@ from typing import Any
 import numpy as np
 
 from stepwell_server.compile.causality.cut import Cut, Cuts
-from stepwell_server.compile.causality.proof import Unadmitted, blamed, captured, needed, side_by_side
+from stepwell_server.compile.causality.proof import (
+    Unadmitted,
+    blamed,
+    captured,
+    needed,
+    needed_by,
+    side_by_side,
+)
 from stepwell_server.compile.causality.refusals import Reason
 from stepwell_server.compile.causality.values import OF_SHAPES, Const, Evaluator, attributes
+from stepwell_server.compile.tensorflow_setup import tf
 
 #: Whole numbers from here on may be sizes and places in a sequence, which are others in a short one.
 _OF_LENGTH = 256
@@ -39,6 +47,8 @@ def require_same(cuts: Cuts, one: Cut) -> None:
             for value, twin in () if op.type in OF_SHAPES else zip(op.inputs, other.inputs, strict=True):
                 if not _is_alike(value, twin, twins, evaluators):
                     raise Unadmitted(Reason.LENGTH, first.owner(index), _OTHERWISE)
+            if not _call_alike(op, other):
+                raise Unadmitted(Reason.LENGTH, first.owner(index), _OTHERWISE)
             twins.update((x.name, y.name) for x, y in zip(op.outputs, other.outputs, strict=True))
     except Unadmitted as found:
         raise Unadmitted(Reason.LENGTH, found.layer, _OTHERWISE) from found
@@ -68,10 +78,53 @@ def _on_data(side: Cut) -> list[tuple[int, Any]]:
     return found
 
 
+def _call_alike(one: Any, other: Any) -> bool:
+    """Return whether the functions that two operations call (the body of a loop, say) do the same."""
+    called = [
+        [
+            op.graph._get_function(value.func.name).graph
+            for _, value in sorted(op.node_def.attr.items())
+            if value.func.name
+        ]
+        for op in (one, other)
+    ]
+    return all(_are_same(*graphs) for graphs in zip(*called, strict=True))
+
+
+def _are_same(first: Any, second: Any) -> bool:
+    """Return whether two functions do the same: the same operations, wired alike, on the same constants."""
+    twins = {one.name: other.name for one, other in zip(first.inputs, second.inputs, strict=True)}
+    evaluators = (Evaluator({}), Evaluator({}))
+    pairs = [needed_by(graph.outputs, graph) for graph in (first, second)]
+    if len(pairs[0]) != len(pairs[1]):
+        return False
+    for (_, op), (_, other) in zip(*pairs, strict=True):
+        if op.type != other.type or len(op.inputs) != len(other.inputs):
+            return False
+        if op.type == "Const":
+            if not _is_alike(op.outputs[0], other.outputs[0], {}, evaluators):
+                return False
+        elif op.type != "Placeholder":
+            wired = op.type in OF_SHAPES or all(
+                twins[x.name] == y.name for x, y in zip(op.inputs, other.inputs, strict=True)
+            )
+            if attributes(op) != attributes(other) or not wired or not _call_alike(op, other):
+                return False
+        twins.update((x.name, y.name) for x, y in zip(op.outputs, other.outputs, strict=True))
+    return all(twins[x.name] == y.name for x, y in zip(first.outputs, second.outputs, strict=True))
+
+
 def _is_alike(value: Any, twin: Any, twins: dict[str, str], evaluators: tuple[Evaluator, Evaluator]) -> bool:
     """Return whether two tensors are the same data, or constants of which the second is one time step's part."""
     if value.name in twins:
         return bool(twins[value.name] == twin.name)
+    if value.dtype == tf.variant:  # A list. One that is filled in a loop may have items of another size.
+        if value.op.type != twin.op.type or attributes(value.op) != attributes(twin.op):
+            return False
+        made = zip(value.op.inputs, twin.op.inputs, strict=True)
+        return value.op.type == "TensorListReserve" or all(
+            _is_alike(x, y, twins, evaluators) for x, y in made
+        )
     constant = Const(value, twin, evaluators)
     try:
         if constant.is_same:

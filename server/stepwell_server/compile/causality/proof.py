@@ -19,12 +19,24 @@ from stepwell_server.compile.causality.call import Call
 from stepwell_server.compile.causality.cut import Cut, CutCall, Cuts
 from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.rules import RULES
-from stepwell_server.compile.causality.values import OF_SHAPES, Const, Data, Evaluator, attributes, sizes
+from stepwell_server.compile.causality.values import (
+    OF_SHAPES,
+    Const,
+    Data,
+    Evaluator,
+    Items,
+    attributes,
+    sizes,
+)
 from stepwell_server.compile.errors import ModelError
 
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 _WRITES = ("Assign", "ResourceApply", "ResourceScatter", "LookupTableInsert", "LookupTableImport")
-_LOOPS = ("While", "TensorList", "TensorArray", "StatelessIf", "StatelessCase")
+LOOPS = ("StatelessWhile", "While")
+#: A loop may have this many turns: more than the time steps of the first trace, so that a loop over them is found to
+#: depend on their number.
+_MAX_TURNS = 1024
+_UNFOLLOWED = ("TensorList", "TensorArray", "StatelessIf", "StatelessCase")
 _DRAWS = (
     "Random",
     "Multinomial",
@@ -45,6 +57,7 @@ _READS = {
     "ResourceGather",
     "StatefulPartitionedCall",
     "VarHandleOp",
+    "While",
 }
 _PYTHON = {"EagerPyFunc", "PyFunc", "PyFuncStateless"}
 _OTHERWISE = "computes something else for another number of time steps"
@@ -396,6 +409,9 @@ class _Frame:
             )
         self.pair(one.outputs, two.outputs)
         self.require_alike(one.inputs, two.inputs)
+        if one.type == "TensorListReserve":
+            self.values[one.outputs[0].name] = Items((), is_empty=True)
+            return
         inputs = [] if one.type in OF_SHAPES else [self.values.get(value.name) for value in one.inputs]
         if any(value is None for value in inputs):
             raise Refusal(Reason.UNPROVEN, f"uses a result of an operation that is not known ({one.type})")
@@ -417,13 +433,14 @@ class _Frame:
 
     def _results(self, one: Any, two: Any, inputs: Sequence[_Value]) -> list[_Value]:
         if one.type in _CALLS:
-            return self._called(one, two, inputs)
+            return self._called("f", one, two, inputs)
+        if one.type in LOOPS:
+            return self._looped(one, two, inputs)
         rule = RULES.get(one.type)
-        if rule is None and any(kind in one.type for kind in _LOOPS):
+        if rule is None and any(kind in one.type for kind in _UNFOLLOWED):
             raise Refusal(
                 Reason.UNPROVEN,
-                "runs a loop or a branch of TensorFlow's (tf.while_loop, tf.map_fn, tf.scan, tf.cond: "
-                f"{one.type}), which is not followed",
+                f"runs a branch or keeps a list of TensorFlow's (tf.cond, tf.TensorArray: {one.type}), which is not followed",
             )
         if rule is None:
             raise Refusal(
@@ -445,7 +462,7 @@ class _Frame:
 
     def _checked(self, call: Call, i: int, data: Data) -> Data:
         """Check what every result of every operation must keep to."""
-        if [self.walk.scales.size(dim) for dim in data.axes] != call.out(i):
+        if not isinstance(data, Items) and [self.walk.scales.size(dim) for dim in data.axes] != call.out(i):
             raise LostAxisError("the axes do not make up the shape")
         found = list(labels(data.axes))
         if found.count(BATCH) != 1:
@@ -456,9 +473,26 @@ class _Frame:
             raise Refusal(Reason.END, "spreads a value of the whole sequence over its time steps")
         return data
 
-    def _called(self, one: Any, two: Any, inputs: Sequence[_Value]) -> list[_Value]:
-        """Walk through a function that is called."""
-        graphs = [op.graph._get_function(op.get_attr("f").name).graph for op in (one, two)]
+    def _looped(self, one: Any, two: Any, inputs: Sequence[_Value]) -> list[_Value]:
+        """Walk through a loop, turn by turn: how many there are must not depend on data or on the number of time steps."""
+        values = list(inputs)
+        for _ in range(_MAX_TURNS):
+            (goes_on,) = self._called("cond", one, two, values)
+            if isinstance(goes_on, Data):
+                raise Refusal(Reason.ROWS, "runs a loop that ends by the values of all rows and time steps")
+            first, second = (bool(value) for value in goes_on.arrays())
+            if first != second:
+                raise Refusal(
+                    Reason.LENGTH, "runs a loop that has as many turns as there are time steps or rows"
+                )
+            if not first:
+                return values
+            values = self._called("body", one, two, values)
+        raise Refusal(Reason.UNPROVEN, f"runs a loop of more than {_MAX_TURNS} turns, which are not followed")
+
+    def _called(self, name: str, one: Any, two: Any, inputs: Sequence[_Value]) -> list[_Value]:
+        """Walk through the function that the attribute ``name`` names."""
+        graphs = [op.graph._get_function(op.get_attr(name).name).graph for op in (one, two)]
         values: dict[str, _Value] = {}
         given: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
         for inner, other, value in zip(graphs[0].inputs, graphs[1].inputs, inputs, strict=True):
@@ -469,7 +503,7 @@ class _Frame:
                 given[1][other.name] = value.evaluators[1].value(value.second)
         frame = _Frame(self.walk, values, (Evaluator(given[0]), Evaluator(given[1])))
         frame.pair(graphs[0].inputs, graphs[1].inputs)
-        ops = [_needed_by(graph.outputs, graph) for graph in graphs]
+        ops = [needed_by(graph.outputs, graph) for graph in graphs]
         for _, first, second in side_by_side(ops[0], ops[1], lambda _one, _two: None):
             frame.enter(first, second)
         frame.require_alike(graphs[0].outputs, graphs[1].outputs)
@@ -478,7 +512,8 @@ class _Frame:
         return [frame.values[output.name] for output in graphs[0].outputs]
 
 
-def _needed_by(wanted: Iterable[Any], graph: Any) -> list[tuple[int, Any]]:
+def needed_by(wanted: Iterable[Any], graph: Any) -> list[tuple[int, Any]]:
+    """Return the operations of a graph that some tensors need, in the graph's order, with their places in it."""
     seen: set[str] = set()
     waiting = list(wanted)
     while waiting:

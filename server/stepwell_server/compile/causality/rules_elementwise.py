@@ -170,6 +170,7 @@ def _normalization(call: Call) -> Sequence[Axes]:
 RULES: dict[str, Rule] = {
     **dict.fromkeys(UNARY, _unary),
     **dict.fromkeys(BROADCAST, _broadcast),
+    "Identity": _identities,
     "IdentityN": _identities,
     "LookupTableFindV2": _lookup,
     "FusedBatchNormV3": _normalization,

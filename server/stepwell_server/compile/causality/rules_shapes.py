@@ -16,7 +16,7 @@ from stepwell_server.compile.causality.axes import (
 )
 from stepwell_server.compile.causality.call import Call, Rule, broadcast
 from stepwell_server.compile.causality.refusals import Reason, Refusal
-from stepwell_server.compile.causality.values import Const, Data
+from stepwell_server.compile.causality.values import Const, Data, Items
 
 
 def mixed(dim: Dim, clause: str) -> Refusal:
@@ -286,7 +286,50 @@ def _to_space(call: Call) -> Sequence[Axes]:
     return [_sized(call, (first, *axes[1:]))]
 
 
+def _items(call: Call, i: int) -> Items:
+    value = call.inputs[i]
+    if isinstance(value, Items) and not value.is_empty:
+        return value
+    raise LostAxisError("a list of constants and of data")
+
+
+def _apart(call: Call) -> Sequence[Data]:
+    """Make a list of what a tensor has along its first axis."""
+    first, *rest = call.data(0).axes
+    require_plain(first, "loops over")
+    return [Items(tuple(rest), call.data(0).ends)]
+
+
+def _item(call: Call) -> Sequence[Data]:
+    call.integers(1)
+    items = _items(call, 0)
+    return [Data(items.axes, items.ends)]
+
+
+def _with_item(call: Call) -> Sequence[Data]:
+    """Put one item into a list, which then holds items with its axes only."""
+    call.integers(1)
+    items, item = call.data(0), call.inputs[2]
+    if not isinstance(items, Items):
+        raise LostAxisError("a list of constants and of data")
+    if items.is_empty:
+        axes = call.axes(2)
+    else:
+        axes = item.axes if isinstance(item, Data) else call.even(item, items.axes)
+        if axes != items.axes:
+            raise LostAxisError("two items of a list have their axes in different orders")
+    return [Items(axes, items.ends or (isinstance(item, Data) and item.ends))]
+
+
+def _together(call: Call) -> Sequence[Axes]:
+    return [(call.plain(call.out()[0]), *_items(call, 0).axes)]
+
+
 RULES: dict[str, Rule] = {
+    "TensorListFromTensor": _apart,
+    "TensorListGetItem": _item,
+    "TensorListSetItem": _with_item,
+    "TensorListStack": _together,
     "Reshape": _reshape,
     "Squeeze": _reshape,
     "ExpandDims": _expand_dims,

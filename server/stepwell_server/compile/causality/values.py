@@ -45,6 +45,14 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Items(Data):
+    """A list of tensors in TensorFlow's own kind of loop, each of which has these axes."""
+
+    is_empty: bool = False
+    """Nothing was put into it, so nothing is known of the axes."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Const:
     """A tensor that does not, as it stands in the graphs of the two traces."""
 
