@@ -84,7 +84,7 @@ def test_the_reason_for_tensorflow_is_a_sentence(tokens: Compiled, tokens_on_ten
             "its zeros_like takes no bool values",
         ),
         (
-            'Could not translate MLIR to FlatBuffer.\nloc(callsite(fused["TensorListReserve:", "f/scan_1"] at callsite(x)))',
+            'Could not translate MLIR to FlatBuffer. error: loc(callsite(fused["TensorListReserve:", "f/scan_1"] at callsite(x)))',
             "its converter fails on TensorListReserve",
         ),
     ],

@@ -119,10 +119,10 @@ def _complaint(text: str, function: Any, model: Any) -> str:
     if types:
         kind, dtype = types.groups()
         return f"its {kind} takes no {_TYPES.get(dtype, dtype)} values"
-    error = re.search(r"error: (.+)", text)
-    place = re.search(r'loc\(callsite\(fused\["(\w+):"', text)
-    if error is None and place is not None:
+    place = re.search(r'(?:^|\n|error: )loc\(callsite\(fused\["(\w+):"', text)
+    if place:
         return f"its converter fails on {place[1]}{_where({place[1]}, function, model)}"
+    error = re.search(r"error: (.+)", text)
     return f"its converter fails ({(error[1] if error else gist(text))[:120]})"
 
 
