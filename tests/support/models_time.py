@@ -20,7 +20,6 @@ from support.cases import (
     position,
     python,
     rows,
-    unproven,
 )
 
 
@@ -141,7 +140,7 @@ SUMS = [
     for name, pattern in (
         ("cumulative_sum", back("cumul", "accumulates along the time axis")),
         ("cumulative_product", back("cumul", "accumulates along the time axis")),
-        ("running_max", unproven("running_max")),
+        ("running_max", ahead("running_max", "loops over the time axis")),
         ("largest_scale", ahead("largest", "takes the max over the time axis")),
         ("mean_so_far", back("mean_so_far", "accumulates along the time axis")),
         ("exponential_moving_average", back("exponential", "all time steps")),
@@ -149,7 +148,7 @@ SUMS = [
         ("softmax_over_time", ahead("softmax", "over the time axis")),
         ("sorted_over_time", ahead("sorted", "sorts the time axis")),
         ("place_of_the_largest", ahead("place", "the largest over the time axis")),
-        ("spectrum_over_time", unproven("spectrum", "FFT")),
+        ("spectrum_over_time", ahead("spectrum", r"works \(FFT\) over the time axis")),
     )
 ] + [
     dataclasses.replace(
