@@ -202,6 +202,8 @@ class Program:
     """Where it comes from; None: nothing is known of that."""
     architecture: Architecture | None = None
     """What it is apart from weights and made-up names; None: it is compared by its names alone."""
+    file_names: Names | None = None
+    """What its tensors are called in its file, if it is served with other names (`called`)."""
 
     @property
     def structure(self) -> str:
@@ -222,6 +224,7 @@ class Program:
             return self
         return dataclasses.replace(
             self,
+            file_names=self.file_names or self.names,
             inputs=_called(self.inputs, names.inputs),
             outputs=_called(self.outputs, names.outputs),
             state=_called(self.state, names.state),

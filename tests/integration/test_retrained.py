@@ -45,6 +45,17 @@ def branches() -> Any:
     return keras.Model(x, keras.layers.Add()(both))
 
 
+def two_sources(order: str, joined: str, width: int = 2) -> Any:
+    """Two recurrent layers without names; each reads, and is read by, a layer that the user named."""
+    import keras
+
+    x = keras.Input((None, 3))
+    layers = {one: keras.layers.LSTM(4, return_sequences=True) for one in order}
+    sources = {"a": keras.layers.Dense(2, name="price")(x), "b": keras.layers.Dense(2, name="volume")(x)}
+    y = keras.layers.Concatenate()([layers[one](sources[one]) for one in joined])
+    return keras.Model(x, keras.layers.Dense(width, name="y")(y))
+
+
 def expected(models: list[Any], inputs: list[Any]) -> list[Any]:
     """What Keras gives where each model runs one time step from the state that the one before left."""
     import keras
@@ -170,6 +181,80 @@ def test_four_refused_tries_use_no_number(
     assert client.update_model(name, unnamed(rate=0.5)).version == 2
     assert session.step(np.ones((1, 3), np.float32)).shape == y.shape
     assert client.model(name).state == info.state
+
+
+def test_equal_names_of_layers_that_are_connected_in_another_way_are_no_proof(
+    client: stepwell.Client, load: Callable[[Any], Any]
+) -> None:
+    import keras
+
+    keras.backend.clear_session()
+    name, info = load(two_sources("ab", "ab"))
+    keras.backend.clear_session()
+    exchanged = two_sources(
+        "ba", "ba"
+    )  # as a script that builds its branches in another order, in a process of its own
+    assert [layer.name for layer in exchanged.layers if layer.name.startswith("lstm")] == ["lstm", "lstm_1"]
+    with pytest.raises(
+        errors.ModelMismatchError,
+        match=r"Keras made up the names of the layers 'lstm' and 'lstm_1', and these layers are connected in another way,"
+        r" .*; layer 'lstm' \(LSTM\) was called on 'price' and is called on 'volume' now; .*Give each of these layers the"
+        r" name of the served layer that it stands for",
+    ):
+        client.update_model(name, exchanged)
+    assert client.model(name).version == info.version == 1
+    keras.backend.clear_session()
+    deeper = two_sources("ab", "ab")
+    y = keras.layers.Dense(2, name="z")(keras.layers.Dense(3)(deeper.output))
+    with pytest.raises(errors.ModelMismatchError, match=r"output 'y' is not there; output 'z' is new"):
+        client.update_model(name, keras.Model(deeper.input, y))
+    y = keras.layers.Rescaling(0.5, name="y")(deeper.get_layer("y").input[..., :2])
+    assert client.update_model(name, keras.Model(deeper.input, y)).version == 2  # the same connections
+
+
+def test_a_clone_is_the_same_model(client: stepwell.Client, load: Callable[[Any], Any]) -> None:
+    import keras
+
+    name, info = load(unnamed())
+    clone = keras.models.clone_model(unnamed())
+    assert clone.layers[0].name.startswith("keras_tensor")
+    assert client.update_model(name, clone).version == 2
+    assert client.model(name).state == info.state
+
+
+def test_an_initial_bias_may_differ(client: stepwell.Client, load: Callable[[Any], Any]) -> None:
+    import keras
+
+    name, info = load(unnamed())
+    x = keras.Input((None, 3))
+    y = keras.layers.LSTM(4, return_sequences=True, unit_forget_bias=False)(x)
+    assert client.update_model(name, keras.Model(x, keras.layers.Dense(2)(y))).version == 2
+    assert client.model(name).state == info.state
+
+
+def test_real_differences_are_named(client: stepwell.Client, load: Callable[[Any], Any]) -> None:
+    import keras
+
+    def model(dtype: str = "float32", key: str = "q", inner: str = "encoder") -> Any:
+        steps = keras.Input((None, 3))
+        encoder = keras.Model(
+            steps, keras.layers.LSTM(4, return_sequences=True, dtype=dtype)(steps), name=inner
+        )
+        x = keras.Input((None, 3))
+        return keras.Model(
+            x, {"p": keras.layers.Dense(2)(encoder(x)), key: keras.layers.Dense(1)(encoder(x))}
+        )
+
+    name, _ = load(model())
+    for wrong, says in (
+        (model("mixed_bfloat16"), r"\(LSTM\): dtype was 'float32' and is 'mixed_bfloat16'; "),
+        (model(key="r"), r"the outputs were \['p', 'q'\] and are \['p', 'r'\]; "),
+        (model(inner="decoder"), r"layer 'encoder' \(Functional\) is called 'decoder' now; "),
+    ):
+        with pytest.raises(errors.ModelMismatchError, match=says) as caught:
+            client.update_model(name, wrong)
+        assert "made in another order" not in caught.value.message
+        assert ("clear_session" in caught.value.message) == ("decoder" in caught.value.message)
 
 
 def test_layers_that_could_change_places_are_named(

@@ -21,7 +21,7 @@ NOISE = frozenset({"compile_config", "shared_object_id", "build_config"})
 #: Arguments of Keras's own layers that matter in training alone, and one that the server replaces.
 _TRAINING = frozenset(
     {
-        "trainable", "seed", "dropout", "recurrent_dropout", "rate", "stateful",
+        "trainable", "seed", "dropout", "recurrent_dropout", "rate", "stateful", "unit_forget_bias",
         "kernel_initializer", "recurrent_initializer", "bias_initializer",
         "kernel_regularizer", "recurrent_regularizer", "bias_regularizer", "activity_regularizer",
         "kernel_constraint", "recurrent_constraint", "bias_constraint",
@@ -30,6 +30,8 @@ _TRAINING = frozenset(
 _COUNT = re.compile(r"(?:_([1-9][0-9]*))?")
 _WRAPPED = ("", "forward_", "backward_")
 """What `Bidirectional` puts before the names of its layers."""
+_OF_CLONE = "keras_tensor"
+"""After what `clone_model` names an input that the user did not name."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,9 +52,12 @@ def is_made_up(name: str, class_name: str) -> bool:
 def count_of(name: str, class_name: str) -> int | None:
     """Return the number at the end of a made-up name, 0 where there is none; None: the user gave the name."""
     snake = _snake_case(class_name)
-    for prefix in _WRAPPED:
-        if name.startswith(prefix + snake):
-            found = _COUNT.fullmatch(name, len(prefix) + len(snake))
+    stems = [prefix + snake for prefix in _WRAPPED]
+    if class_name == "InputLayer":
+        stems.append(_OF_CLONE)
+    for stem in stems:
+        if name.startswith(stem):
+            found = _COUNT.fullmatch(name, len(stem))
             if found:
                 return int(found[1] or 0)
     return None
@@ -123,6 +128,19 @@ def with_references(value: Any, renamed: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         return {key: with_references(item, renamed) for key, item in value.items()}
     return value
+
+
+def references(value: Any, place: str = "") -> Iterator[tuple[str, tuple[str, int, int]]]:
+    """Yield the tensors that a structure refers to (layer, call, output), and the place of each in it."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from references(item, f"{place}/{key}")
+    elif isinstance(value, list):
+        if len(value) == 3 and isinstance(value[0], str) and isinstance(value[1], int):
+            yield place, (value[0], value[1], int(value[2]))
+            return
+        for index, item in enumerate(value):
+            yield from references(item, f"{place}/{index}")
 
 
 class _Form:

@@ -65,7 +65,7 @@ def _of_models(before: Any, after: Any, old: tuple[str, ...], new: tuple[str, ..
     found = [clause for one, other in pairs for clause in _of_layers(one, other, old, new)]
     found += [_Clause(f"{_said(one, old)} is not there") for one in gone]
     found += [_Clause(f"{_said(other, new)} is new") for other in new_ones]
-    yield from found or _wiring(pairs, old, new)
+    yield from found or [*_wiring(pairs, old, new), *_ends(before, after, pairs)]
 
 
 def _paired(
@@ -100,6 +100,7 @@ def _of_layers(one: _Layer, other: _Layer, old: tuple[str, ...], new: tuple[str,
         yield _Clause(f"{_said(one, old)} is not there, but {_said(other, new)}")
         return
     if layers_of(one) and layers_of(other):
+        yield from _renamed(_own_name(one), _own_name(other), new, _said(one, old))
         yield from _of_models(one, other, old, new)
         return
     yield from _of_objects(one, other, old, new, _said(one, old))
@@ -109,14 +110,20 @@ def _of_objects(
     one: Any, other: Any, old: tuple[str, ...], new: tuple[str, ...], said: str
 ) -> Iterator[_Clause]:
     for key, value, instead in _changes(one.get("config"), other.get("config"), ""):
+        is_dtype = key.endswith("dtype.name")
         if key == "name":
-            if not (_is_number(value) and _is_number(instead)):
-                yield _Clause(f"{said} is called {_value(instead, new)} now", is_of_name=True)
+            yield from _renamed(value, instead, new, said)
         elif not (key.endswith(".name") and _is_number(value) and _is_number(instead)):
+            argument = key.removesuffix(".name") if is_dtype else key
             yield _Clause(
-                f"{said}: {key} was {_value(value, old)} and is {_value(instead, new)}",
-                is_of_name=key.endswith(".name"),
+                f"{said}: {argument} was {_value(value, old)} and is {_value(instead, new)}",
+                is_of_name=key.endswith(".name") and not is_dtype,
             )
+
+
+def _renamed(name: Any, instead: Any, new: tuple[str, ...], said: str) -> Iterator[_Clause]:
+    if name != instead and not (_is_number(name) and _is_number(instead)):
+        yield _Clause(f"{said} is called {_value(instead, new)} now", is_of_name=True)
 
 
 def _changes(one: Any, other: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
@@ -147,7 +154,22 @@ def _wiring(
         theirs = with_references(other.get("inbound_nodes"), lambda name: others.get(name, name))
         if mine != theirs:
             before, after = _sources(one, old), _sources(other, new)
-            yield _Clause(f"{_said(one, old)} was called on {before} and is called on {after} now")
+            if before != after:  # else another layer has the name now, which is a clause of its own
+                yield _Clause(f"{_said(one, old)} was called on {before} and is called on {after} now")
+
+
+def _ends(before: Any, after: Any, pairs: list[tuple[_Layer, _Layer]]) -> Iterator[_Clause]:
+    """Inputs and outputs that have other names or come from other layers; only asked of models with the same wiring."""
+    numbers = {_own_name(one): str(number) for number, (one, _) in enumerate(pairs)}
+    others = {_own_name(other): str(number) for number, (_, other) in enumerate(pairs)}
+    for key, said in (("input_layers", "inputs"), ("output_layers", "outputs")):
+        mine, theirs = before["config"].get(key), after["config"].get(key)
+        if isinstance(mine, dict) and isinstance(theirs, dict) and mine.keys() != theirs.keys():
+            yield _Clause(f"the {said} were {_value(sorted(mine), ())} and are {_value(sorted(theirs), ())}")
+        elif with_references(mine, lambda name: numbers.get(name, name)) != with_references(
+            theirs, lambda name: others.get(name, name)
+        ):
+            yield _Clause(f"the {said} are those of other layers, or in another order or structure")
 
 
 def _sources(layer: _Layer, names: tuple[str, ...]) -> str:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from stepwell_server.architecture.canonical import is_graph, is_made_up, kind, layers_of, objects
+from stepwell_server.architecture.canonical import is_graph, is_made_up, kind, layers_of, objects, references
 
 _UNORDERED = frozenset({"Add", "Average", "Maximum", "Minimum", "Multiply"})
 _MAX_ROUNDS = 512
@@ -61,7 +61,7 @@ def _refined(
         outgoing[edge.source].append(edge)
     ends: dict[str, list[str]] = defaultdict(list)
     for end in ("input_layers", "output_layers"):
-        for place, (name, number, tensor) in _references(graph["config"].get(end), end):
+        for place, (name, number, tensor) in references(graph["config"].get(end), end):
             ends[name].append(f"{place} {number} {tensor}")
     nodes = [(name, i) for name, layer in layers.items() for i in range(len(layer["inbound_nodes"]) or 1)]
     seen: dict[Any, int] = {}
@@ -96,18 +96,5 @@ def _kind(layer: dict[str, Any]) -> str:
 def _edges(layer: dict[str, Any]) -> Iterator[_Edge]:
     name, is_unordered = layer["config"]["name"], layer["class_name"] in _UNORDERED
     for number, node in enumerate(layer.get("inbound_nodes") or []):
-        for place, (source, index, tensor) in _references(node, ""):
+        for place, (source, index, tensor) in references(node):
             yield _Edge((source, index), tensor, (name, number), "" if is_unordered else place)
-
-
-def _references(value: Any, place: str) -> Iterator[tuple[str, tuple[str, int, int]]]:
-    """Yield the tensors that a structure refers to, and the place of each in it."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _references(item, f"{place}/{key}")
-    elif isinstance(value, list):
-        if len(value) == 3 and isinstance(value[0], str) and isinstance(value[1], int):
-            yield place, (value[0], value[1], int(value[2]))
-            return
-        for index, item in enumerate(value):
-            yield from _references(item, f"{place}/{index}")

@@ -6,9 +6,12 @@ with the names of the earlier one. So clients' code and stored states go on fitt
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 
-from stepwell_server.architecture.differences import compare
+from stepwell_server.architecture.connections import moved
+from stepwell_server.architecture.differences import Differences, compare
 from stepwell_server.engine.models import Known, Versions
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.program import Program
@@ -21,6 +24,8 @@ _SAME_ARCHITECTURE = (
 )
 _OTHER_ARCHITECTURE = "Load it with sessions=keep or sessions=reset, or under another name"
 _SAME_STATES = f"Give the layers the names that are served (name=...) to carry sessions all the same. {_OTHER_ARCHITECTURE}"
+
+_MOVED = f"Give each of these layers the name of the served layer that it stands for (name=...). {_OTHER_ARCHITECTURE}"
 
 
 def as_served(own: Versions, version: int, program: Program) -> Program:
@@ -56,18 +61,40 @@ def refusal(own: Versions, previous: int, version: int, program: Program) -> str
         version: the number that the other one has, or would get.
         program: the other one, `as_served`.
     """
-    known = own.known[previous]
-    clauses = known.layout.differences(Layout.of(program))
-    if not clauses:
-        return ""
+    known, layout = own.known[previous], Layout.of(program)
     source = own.loaded.get(previous)
-    before, after = None if source is None else source.program.architecture, program.architecture
-    fix = _OTHER_ARCHITECTURE
-    if before is not None and after is not None:
-        found = compare(before, after)
-        clauses = [*found.clauses, *clauses]
-        if known.layout.has_shapes_of(Layout.of(program)):
+    clauses = known.layout.differences(layout)
+    if clauses:
+        found = Differences((), is_of_names=False)
+        if source is not None and source.program.architecture and program.architecture:
+            found = compare(source.program.architecture, program.architecture)
+        fix = _OTHER_ARCHITECTURE
+        has_same_names = Counter(known.names.state) == Counter(spec.name for spec in layout.states)
+        if known.layout.has_shapes_of(layout) and (found.is_of_names or not has_same_names):
             fix = _SAME_ARCHITECTURE if found.is_of_names else _SAME_STATES
+        return _sentence(own, previous, version, [*found.clauses, *clauses], fix)
+    return "" if source is None else _moved(own, previous, version, source.program, program)
+
+
+def _moved(own: Versions, previous: int, version: int, old: Program, new: Program) -> str:
+    """Return why equal names do not mean equal layers; empty: they do, as far as can be known."""
+    before, after = old.architecture, new.architecture
+    if before is None or after is None or before.structure == after.structure:
+        return ""
+    state = (new.file_names or new.names).state
+    specs = [dataclasses.replace(spec, name=name) for spec, name in zip(new.state, state, strict=True)]
+    names = moved(before, (old.file_names or old.names).state, after, specs)
+    if not names:
+        return ""
+    shown = " and ".join(repr(name) for name in names[:_MAX_SHOWN])
+    why = (
+        f"Keras made up the names of the layers {shown}, and these layers are connected in another way, so that it is not"
+        " clear which state belongs to which"
+    )
+    return _sentence(own, previous, version, [why, *compare(before, after).clauses], _MOVED)
+
+
+def _sentence(own: Versions, previous: int, version: int, clauses: list[str], fix: str) -> str:
     shown = "; ".join(clauses[:_MAX_SHOWN])
     if len(clauses) > _MAX_SHOWN:
         shown += f"; and {len(clauses) - _MAX_SHOWN} more differences"
