@@ -319,3 +319,42 @@ async def test_a_plain_reply_says_on_which_version_the_step_ran(
     said = getattr(sessions_pb2, reply).FromString(await one.ask())
     assert said.model_version == 3
     assert server.seen()[1] == [], "it was plain"
+
+
+class SlowServer(Server):
+    """It takes its time to find out who calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        self.may_answer = asyncio.Event()
+
+    async def stream(self, call: Call) -> bytes:
+        self.asked.append(call.caller)
+        await self.may_answer.wait()
+        return await super().stream(call)
+
+
+async def test_of_each_connection_few_calls_at_a_time_ask_who_makes_them() -> None:
+    """A flood of calls by strangers leaves the event loop to others."""
+    server, count = SlowServer(), 100
+    await server.start()
+    try:
+        with await asyncio.to_thread(Http2, server.address) as flood, Http2(server.address) as other:
+            begun = [flood.begin("/{}/{}".format(*KINDS["frames"])) for _ in range(count)]
+            flood.send(*(frame for _, frame in begun))
+            await until(lambda: len(server.asked) == 8)
+            other.send(other.begin("/{}/{}".format(*KINDS["frames"]))[1])
+            await until(lambda: len(server.asked) == 9)
+            assert len(set(server.asked[:8])) == 1
+            assert server.asked[8] != server.asked[0], "the flood has all of its places"
+            server.may_answer.set()
+            ended: set[int] = set()
+            while len(ended) < count:
+                frame = await asyncio.to_thread(flood.frame)
+                if "END_STREAM" in frame.flags:
+                    ended.add(frame.stream_id)
+            assert ended == {stream for stream, _ in begun}
+            assert len(server.asked) == count + 1
+    finally:
+        await server.front.stop(0)

@@ -14,6 +14,10 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::Waker;
+use tokio::sync::Semaphore;
+
+/// Calls of one connection of which Python is asked at the same time who makes them. Asking takes as long as ten steps.
+const MAX_JUDGED: usize = 8;
 
 /// What all calls of a connection share.
 #[derive(Debug)]
@@ -29,13 +33,16 @@ pub struct Peer {
     pub turn: Arc<Turn>,
     /// One of its messages is inflated at a time.
     pub inflating: tokio::sync::Mutex<()>,
+    /// Places of calls of which Python is asked who makes them.
+    pub judging: Arc<Semaphore>,
 }
 
 impl Peer {
     /// One that has shown no certificate.
     pub fn new(name: String, number: u64, load: Load, turn: Arc<Turn>) -> Self {
         let inflating = tokio::sync::Mutex::default();
-        Peer { name, number, shown: OnceLock::new(), load, stay: Stay::default(), turn, inflating }
+        let judging = Arc::new(Semaphore::new(MAX_JUDGED));
+        Peer { name, number, shown: OnceLock::new(), load, stay: Stay::default(), turn, inflating, judging }
     }
 
     /// It has shown a certificate with these names.

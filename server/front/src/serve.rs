@@ -18,6 +18,7 @@ use std::future::{poll_fn, Future};
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{sleep, timeout, Sleep};
 
 mod receive;
@@ -60,6 +61,7 @@ pub fn begin(
         place: Place::default(),
         reading: Place::default(),
         call_place: begun.place,
+        judging: None,
         is_admitted: begun.is_admitted,
         must_begin: method.is_open,
         is_known: false,
@@ -95,6 +97,8 @@ struct Served {
     reading: Place,
     /// Among all calls.
     call_place: CallPlace,
+    /// Among those of which Python is asked who makes them: its connection's place, and that of all.
+    judging: Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)>,
     /// Who calls is known, and may; nobody is asked; or it does not matter for this method.
     is_admitted: bool,
     /// Its first message must come in time: everybody may make such a call.
@@ -237,6 +241,13 @@ impl Served {
     }
 
     async fn stream(mut self, mut respond: SendResponse<Bytes>) {
+        if !self.is_admitted {
+            match self.await_judge(|cx| respond.poll_reset(cx).is_ready()).await {
+                Err(Early::Late) => return refuse(&mut respond, &too_late()),
+                Err(_) => return,
+                Ok(()) => {}
+            }
+        }
         if let Err(Early::Status(status)) = self.announce(None) {
             return refuse(&mut respond, &status);
         }

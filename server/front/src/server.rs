@@ -23,10 +23,10 @@ use std::os::unix::net::UnixListener as StdUnixListener;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Context;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::watch;
+use tokio::sync::{watch, Semaphore};
 
 /// A method that is served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +80,8 @@ pub struct Shared {
     pub counts: Counts,
     /// Of inflating.
     pub pace: Pace,
+    /// Places of calls of which Python is asked who makes them.
+    pub judging: Arc<Semaphore>,
     /// Small frames of data that wait to be read.
     small: Arc<AtomicI64>,
     arrivals: Mutex<Arrivals>,
@@ -117,6 +119,7 @@ impl Shared {
             readers: Waiters::default(),
             counts: Counts::default(),
             pace: Pace::default(),
+            judging: Arc::new(Semaphore::new(MAX_JUDGED)),
             small: Arc::default(),
             arrivals: Mutex::new(Arrivals::default()),
             wakeup,
@@ -341,13 +344,18 @@ fn begin<S>(
         });
         std::future::poll_fn(|cx| {
             turn.begin();
-            serving.as_mut().poll(cx)
+            let began = Instant::now();
+            let served = serving.as_mut().poll(cx);
+            turn.end(began.elapsed());
+            served
         })
         .await;
         drop((entry, watched, done));
     });
 }
 
+/// Calls of all connections of which Python is asked at the same time who makes them.
+const MAX_JUDGED: usize = 32;
 /// Headers that are refused with a status. h2 answers larger ones with HTTP's 431, and ends connections that go on.
 const LARGEST_HEADER_BYTES: u32 = 64 << 10;
 /// What a connection may send that is not read: until its first call of a caller who may make it, and from then on if there

@@ -3,6 +3,7 @@
 //! h2 reads a connection for as long as there is something to read. Who sends fast and small would keep the wire's
 //! thread from everybody else, and frames that carry no call (pings, settings) are not limited at all.
 
+use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
@@ -11,10 +12,11 @@ use std::task::{ready, Context, Poll};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Bytes read of a connection before the others have their turn.
-const TURN_BYTES: usize = 64 << 10;
-/// A frame costs as much as this many bytes more.
-const FRAME_COST: usize = 128;
+/// Bytes read of a connection in one turn, at most and at least. Between them each connection has as many as it can be
+/// served with in the time of a turn: headers cost a hundred times as much as data.
+const MAX_TURN_BYTES: usize = 64 << 10;
+const MIN_TURN_BYTES: usize = 1 << 10;
+const TURN_TIME: Duration = Duration::from_micros(100);
 /// A frame of data smaller than this takes more memory while it waits than its bytes, which flow control bounds.
 pub const SMALL_BYTES: usize = 256;
 /// Those of one connection that wait to be read; and where those of all are many, fewer.
@@ -31,13 +33,27 @@ const PREFACE_BYTES: usize = 24;
 const HEAD_BYTES: usize = 9;
 
 /// Shared by the socket and the task that serves the connection.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Turn {
+    /// Bytes of a turn, and those left of this one.
+    size: AtomicUsize,
     left: AtomicUsize,
     is_flooded: AtomicBool,
     /// Small frames of data that wait to be read: its own, and those of all connections.
     small: AtomicI64,
     all_small: Arc<AtomicI64>,
+}
+
+impl Default for Turn {
+    fn default() -> Self {
+        Turn {
+            size: AtomicUsize::new(MAX_TURN_BYTES),
+            left: AtomicUsize::new(0),
+            is_flooded: AtomicBool::new(false),
+            small: AtomicI64::new(0),
+            all_small: Arc::default(),
+        }
+    }
 }
 
 impl Drop for Turn {
@@ -73,7 +89,20 @@ impl Turn {
 
     /// The task of the connection is polled: it may read again.
     pub fn begin(&self) {
-        self.left.store(TURN_BYTES, Ordering::Relaxed);
+        self.left.store(self.size.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+
+    /// The poll has ended after this time: the next turn is as large as this one's pace allows.
+    pub fn end(&self, took: Duration) {
+        let size = self.size.load(Ordering::Relaxed);
+        let next = if took > TURN_TIME {
+            (size / 2).max(MIN_TURN_BYTES)
+        } else if self.left.load(Ordering::Relaxed) == 0 && took < TURN_TIME / 2 {
+            (size * 2).min(MAX_TURN_BYTES)
+        } else {
+            return;
+        };
+        self.size.store(next, Ordering::Relaxed);
     }
 
     /// Ready when the peer has sent more frames without a call than it may.
@@ -107,16 +136,18 @@ impl<S: AsyncRead + Unpin> AsyncRead for InTurns<S> {
     ) -> Poll<io::Result<()>> {
         let left = self.turn.left.load(Ordering::Relaxed);
         if left == 0 || self.turn.poll_flooded().is_ready() {
-            cx.waker().wake_by_ref();
+            // behind all that is ready, and behind a look at the sockets: a task that only wakes itself keeps tokio from
+            // looking at them for 61 tasks
+            let _ = std::pin::pin!(tokio::task::yield_now()).poll(cx);
             return Poll::Pending;
         }
-        let before = buf.filled().len();
-        ready!(Pin::new(&mut self.socket).poll_read(cx, buf))?;
-        let new = &buf.filled()[before..];
-        let frames = self.control.frames;
-        let mut may_send = self.control.may_send(new, Instant::now);
-        let cost = new.len() + FRAME_COST * (self.control.frames - frames);
-        self.turn.left.store(left.saturating_sub(cost), Ordering::Relaxed);
+        let room = buf.remaining().min(left);
+        let mut part = ReadBuf::new(buf.initialize_unfilled_to(room));
+        ready!(Pin::new(&mut self.socket).poll_read(cx, &mut part))?;
+        let read = part.filled().len();
+        let mut may_send = self.control.may_send(part.filled(), Instant::now);
+        buf.advance(read);
+        self.turn.left.store(left - read, Ordering::Relaxed);
         let small = std::mem::take(&mut self.control.small);
         if small > 0 && !self.turn.add_small(small) {
             let forgotten = self.control.forget(Instant::now());
@@ -164,8 +195,7 @@ struct Control {
     known: usize,
     left: usize,
     refilled: Instant,
-    /// Frames that have begun, and small ones of data among them that were not looked at.
-    frames: usize,
+    /// Small frames of data that were not looked at.
     small: i64,
     /// Small ones that ended unread are forgotten up to then.
     forgotten: Instant,
@@ -179,7 +209,6 @@ impl Control {
             known: 0,
             left: MOST_CONTROL,
             refilled: now,
-            frames: 0,
             small: 0,
             forgotten: now,
         }
@@ -215,7 +244,6 @@ impl Control {
     fn may_send_frame(&mut self, now: &impl Fn() -> Instant) -> bool {
         let [high, mid, low, kind, flags, ..] = self.head;
         self.skip = u32::from_be_bytes([0, high, mid, low]) as usize;
-        self.frames += 1;
         const DATA: u8 = 0;
         const END_STREAM: u8 = 1;
         match kind {
@@ -308,7 +336,7 @@ mod tests {
             assert!(control.may_send(&frame(0, 0, size), || start));
         }
         assert!(control.may_send(&frame(0, 1, 1), || start), "the last one of a call");
-        assert_eq!((control.small, control.frames), (2, 5));
+        assert_eq!(control.small, 2);
         assert_eq!(control.forget(start + 3 * FORGET_EVERY), 3);
         let turn = Turn::default();
         assert!(turn.add_small(MAX_SMALL) && !turn.add_small(1));
@@ -318,6 +346,42 @@ mod tests {
         assert!(turn.add_small(0));
         turn.add_small(-2 * MAX_SMALL);
         assert!(turn.add_small(MAX_SMALL));
+    }
+
+    #[test]
+    fn a_turn_is_as_large_as_its_time_allows() {
+        let turn = Turn::default();
+        let size_after = |took: Duration, left: usize| {
+            turn.begin();
+            turn.left.store(left, Ordering::Relaxed);
+            turn.end(took);
+            turn.begin();
+            turn.left.load(Ordering::Relaxed)
+        };
+        assert_eq!(size_after(TURN_TIME, 0), MAX_TURN_BYTES);
+        assert_eq!(size_after(2 * TURN_TIME, 0), MAX_TURN_BYTES / 2);
+        assert_eq!(size_after(TURN_TIME / 4, 1), MAX_TURN_BYTES / 2, "it had less to read than it might");
+        assert_eq!(size_after(TURN_TIME / 4, 0), MAX_TURN_BYTES);
+        for _ in 0..20 {
+            size_after(2 * TURN_TIME, 0);
+        }
+        assert_eq!(size_after(2 * TURN_TIME, 0), MIN_TURN_BYTES);
+    }
+
+    #[tokio::test]
+    async fn no_more_is_read_than_a_turn_has() {
+        use tokio::io::AsyncReadExt;
+        let sent = [hello(), frame(0, 0, MAX_TURN_BYTES)].concat();
+        let turn = Arc::new(Turn::default());
+        let mut socket = InTurns::new(&sent[..], turn.clone());
+        let mut buffer = vec![0; 2 * MAX_TURN_BYTES];
+        turn.begin();
+        assert_eq!(socket.read(&mut buffer).await.unwrap(), MAX_TURN_BYTES);
+        assert_eq!(turn.left.load(Ordering::Relaxed), 0);
+        turn.begin();
+        let rest = socket.read(&mut buffer).await.unwrap();
+        assert_eq!(rest, sent.len() - MAX_TURN_BYTES);
+        assert_eq!(buffer[..rest], sent[MAX_TURN_BYTES..]);
     }
 
     #[test]

@@ -17,6 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench.attacks import peer
 
 _WINDOW, _STREAM_WINDOW = 4 << 20, 1 << 20
+_MAX_STREAMS = 1000
+"""Of a connection, as the server has it: an attacker that ignores the limit floods both alike."""
+_REFUSED_STREAM = (7).to_bytes(4, "big")
 _ANSWER = b"\x88" + peer.header_block([("content-type", "application/grpc"), ("grpc-status", "8")])
 """HTTP's 200, from the static table, and RESOURCE_EXHAUSTED."""
 
@@ -30,6 +33,7 @@ class Peer:
         self._is_greeted = False
         self._preface = len(peer.PREFACE)
         self._taken = 0
+        self._open: set[int] = set()
 
     def read(self) -> bool:
         """Take in what has come; False where the connection ends."""
@@ -49,7 +53,13 @@ class Peer:
                 self._taken += len(payload)
                 if not flags & peer.END_STREAM and payload:
                     out += peer.window_update(stream, len(payload))
+            if kind == peer.HEADERS and len(self._open) >= _MAX_STREAMS:
+                out += peer.frame(peer.RST_STREAM, 0, stream, _REFUSED_STREAM)
+                continue
+            if kind == peer.HEADERS:
+                self._open.add(stream)
             if kind in {peer.DATA, peer.HEADERS} and flags & peer.END_STREAM:
+                self._open.discard(stream)
                 out += peer.frame(peer.HEADERS, peer.END_HEADERS | peer.END_STREAM, stream, _ANSWER)
         if self._taken >= _WINDOW // 4:
             out += peer.window_update(0, self._taken)

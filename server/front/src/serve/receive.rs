@@ -64,6 +64,7 @@ impl Served {
         if self.is_admitted {
             return Ok(());
         }
+        self.await_judge(|cx| respond.poll_reset(cx).is_ready()).await?;
         poll_fn(|cx| self.poll_turn(cx, respond)).await?;
         self.place = Place::default();
         self.begin_general();
@@ -71,6 +72,26 @@ impl Served {
         poll_fn(|cx| self.poll_admitted(cx, respond)).await?;
         self.end_general();
         self.admitted()
+    }
+
+    /// Return when Python may be asked who makes the call: of each connection, and of all, few calls ask at a time.
+    pub(super) async fn await_judge(
+        &mut self,
+        mut is_gone: impl FnMut(&mut Context<'_>) -> bool,
+    ) -> Result<(), Early> {
+        let (own, all) = (self.call.peer.judging.clone(), self.shared.judging.clone());
+        let mut places = Box::pin(async move { (own.acquire_owned().await, all.acquire_owned().await) });
+        poll_fn(|cx| {
+            if let Poll::Ready((own, all)) = places.as_mut().poll(cx) {
+                self.judging = own.ok().zip(all.ok());
+                return Poll::Ready(Ok(()));
+            }
+            if is_gone(cx) {
+                return Poll::Ready(Err(Early::Gone));
+            }
+            self.poll_timer(cx).map(|()| Err(Early::Late))
+        })
+        .await
     }
 
     fn poll_admitted(
@@ -122,6 +143,7 @@ impl Served {
     /// Its caller is known now.
     pub(super) fn admitted(&mut self) -> Result<(), Early> {
         self.is_admitted = true;
+        self.judging = None;
         self.call.peer.stay.know();
         let caller = self.call.whose.share();
         self.held.belongs_to(caller.clone());
