@@ -191,16 +191,16 @@ def test_one_sequence_may_leave_out_the_batch(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_unknown_operation_needs_trust_and_is_then_said_everywhere(tmp_path: Path) -> None:
-    models_trusted.determinant().save(tmp_path / "model.keras")
+    models_trusted.singular_values().save(tmp_path / "model.keras")
     with pytest.raises(
         ModelError,
-        match=r"not proven that the model may be stepped: the layer 'det' \(Determinant\) uses the operation "
-        r"MatrixDeterminant, which is not known .*--trust-causality NAME",
+        match=r"not proven that the model may be stepped: the layer 'svd' \(SingularValues\) uses the operation "
+        r"Svd, which is not known .*--trust-causality NAME",
     ):
         compile_model(tmp_path / "model.keras")
     program = compile_model(tmp_path / "model.keras", options=ProofOptions(steps=700, trust=True))
     assert program.proof.steps == 700
-    assert "MatrixDeterminant" in program.proof.unproven
+    assert "Svd" in program.proof.unproven
     assert str(program.proof) == "trusted by --trust-causality, compared with Keras over 700 time steps"
     program_file.save(program, tmp_path / "program.stepwell")
     assert program_file.load(tmp_path / "program.stepwell", is_own=True).proof == program.proof

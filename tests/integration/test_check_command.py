@@ -170,14 +170,14 @@ def test_a_start_checks_with_ones_own_data_and_is_refused_if_they_differ(data: P
 
 @pytest.mark.slow
 def test_trust_is_shown_wherever_the_model_is(tmp_path: Path) -> None:
-    models_trusted.determinant().save(tmp_path / "det.keras")
-    arguments = (f"det={tmp_path}/det.keras", f"strict={tmp_path}/det.keras", "--bad-models", "skip")
+    models_trusted.singular_values().save(tmp_path / "svd.keras")
+    arguments = (f"svd={tmp_path}/svd.keras", f"strict={tmp_path}/svd.keras", "--bad-models", "skip")
     where = ("--cache-dir", str(tmp_path / "cache"), "--listen", "127.0.0.1:0")
-    options = ("--import", "support.custom_layers", "--probe-steps", "det=600", "--trust-causality", "det")
+    options = ("--import", "support.custom_layers", "--probe-steps", "svd=600", "--trust-causality", "svd")
     environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     with ServerProcess(*arguments, *where, *options, environment=environment) as server:
         with stepwell.connect(server.address) as client:
-            proof = client.model("det").proof
+            proof = client.model("svd").proof
         listed = subprocess.run(
             [sys.executable, "-m", "stepwell", "models", "--server", server.address],
             capture_output=True,
@@ -190,6 +190,6 @@ def test_trust_is_shown_wherever_the_model_is(tmp_path: Path) -> None:
     (refused,) = (line for line in err.splitlines() if "a model cannot be served model=strict" in line)
     assert "--trust-causality NAME serves the model" in refused
     assert (proof.is_trusted, proof.compared_steps) == (True, 600)
-    assert "MatrixDeterminant" in proof.unproven
+    assert "Svd" in proof.unproven
     assert "TRUSTED, not proven; compared with Keras over 600 time steps" in listed
-    assert "warning model is trusted, not proven model=det" in err
+    assert "warning model is trusted, not proven model=svd" in err

@@ -91,15 +91,15 @@ class BetaCell(keras.Layer):
 
 
 @_register
-class Determinant(keras.Layer):
+class SingularValues(keras.Layer):
     """A layer with an operation that the proof does not know; it does treat every time step by itself."""
 
     def call(self, inputs: Any) -> Any:
         squares = keras.ops.reshape(inputs, (-1, inputs.shape[1], 2, 2)) if inputs.shape[1] else inputs
-        return tf.linalg.det(squares)[..., None]
+        return tf.linalg.svd(squares, compute_uv=False)
 
     def compute_output_shape(self, shape: Any) -> Any:
-        return (*shape[:-1], 1)
+        return (*shape[:-1], 2)
 
 
 @_register

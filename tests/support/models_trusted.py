@@ -7,13 +7,13 @@ from typing import Any
 from support.models import randomize
 
 
-def determinant() -> Any:
-    """Build an LSTM over determinants: an operation that the proof does not know."""
+def singular_values() -> Any:
+    """Build an LSTM over singular values: an operation that the proof does not know."""
     from stepwell_server.compile.tensorflow_setup import keras
-    from support.custom_layers import Determinant
+    from support.custom_layers import SingularValues
 
     x = keras.Input((None, 4), name="x")
     lstm = keras.layers.LSTM(3, return_sequences=True, name="lstm")
-    model = keras.Model(x, lstm(Determinant(name="det")(x)))
+    model = keras.Model(x, lstm(SingularValues(name="svd")(x)))
     randomize(model)
     return model
