@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
-from stepwell.v1 import sessions_pb2
+from stepwell.v1 import sessions_pb2, tensors_pb2
 from support import secured, wire
 from support.served import Served
 from support.wire import Wire, tensor
@@ -52,13 +52,37 @@ def test_a_step_that_is_sent_again(either: Served, model: str, states: Any, outp
         assert either.wire.session(session_id).revision == 2
 
 
-def test_what_is_sent_again_need_not_say_the_same(either: Served) -> None:
-    """The request id decides, not the inputs: the remembered answer is the first one's."""
+def test_a_request_id_with_another_change_is_refused(either: Served) -> None:
     with either.session("seq") as session_id:
-        first = either.wire.step(session_id, [tensor(X)], expected_revision=1, request_id=5)
-        again = either.wire.step(session_id, [tensor(X * 2)], expected_revision=1, request_id=5)
-        assert again.replayed
-        assert again.outputs == first.outputs
+        request: dict[str, Any] = {"expected_revision": 1, "request_id": 5}
+        first = either.wire.step(session_id, [tensor(X)], **request)
+        others: list[dict[str, Any]] = [
+            {"inputs": [tensor(X * 2)]},
+            {"inputs": [tensor(X[:, :2])]},
+            {"inputs": [tensor(X)], "outputs": pb.OUTPUT_SELECTION_LAST},
+            {"inputs": [tensor(X)], "reset_mask": [True]},
+        ]
+        for other in others:
+            with pytest.raises(grpc.RpcError, match="it stands for a step with other content"):
+                either.wire.step(session_id, **request, **other)
+        with pytest.raises(grpc.RpcError, match="it stands for a step, and a reset came") as caught:
+            either.wire.sessions.ResetStates(
+                pb.ResetStatesRequest(session_id=session_id, **request), timeout=200
+            )
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert either.wire.session(session_id).revision == 2
+        as_values = tensor(X, data=b"", values=X.reshape(-1).tolist())
+        for same in (tensor(X), tensor(X.astype(np.float64)), as_values):
+            again = either.wire.step(
+                session_id, [same], **request, tensor_format=tensors_pb2.TENSOR_FORMAT_DATA
+            )
+            assert again.replayed
+            assert again.outputs == first.outputs
+        fields: dict[str, Any] = {"expected_revisions": [1], "request_ids": [5]}
+        (answer,) = either.wire.exchange(wire.step_frame(1, [session_id], [tensor(X)], **fields))
+        assert list(answer.replayed_members) == [0]
+        (answer,) = either.wire.exchange(wire.step_frame(1, [session_id], [tensor(X * 2)], **fields))
+        assert answer.errors[0].error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
 
 
 def test_members_of_a_frame_that_is_sent_again(either: Served) -> None:

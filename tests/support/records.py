@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from stepwell_server.store.record import (
-    SCHEMA_VERSION,
     Header,
     Stored,
     Texts,
@@ -25,10 +24,10 @@ class Record(Header):
     rows: bytes
     extra: bytes = b""
 
-    def encode(self, session_id: str, schema: int = SCHEMA_VERSION) -> bytes:
+    def encode(self, session_id: str) -> bytes:
         said = {name: getattr(self, name) for name in (*_SAID, "rows", "extra")}
         texts = Texts(said.pop("fingerprint"), said.pop("model"))
-        return encode(session_id, texts, schema=schema, **said)
+        return encode(session_id, texts, **said)
 
 
 def decode(session_id: str, stored: Stored) -> Record:

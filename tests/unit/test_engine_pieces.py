@@ -402,9 +402,13 @@ async def test_replays_of_several_forms_are_each_their_own() -> None:
             "c": await at.step("c", x(1, 3, seed=3), request_ids=3),
             "d": await at.step("d", x(1, 2, seed=4), request_ids=4),
         }
-        answers = await at.submit(list("abcd"), x(4), expected=[0] * 4, request_ids=[1, 2, 3, 4]).all()
-        for name, answer in zip("abcd", answers, strict=True):
+        both = np.concatenate([x(1, 2, seed=2), x(1, 2, seed=4)])
+        answers = await at.submit(["b", "d"], both, expected=[0] * 2, request_ids=[2, 4]).all()
+        answers += [await at.step("a", x(1, seed=1), expected=0, request_ids=1)]
+        answers += [await at.step("c", x(1, 3, seed=3), expected=0, request_ids=3)]
+        for name, answer in zip("bdac", answers, strict=True):
             assert isinstance(answer, Answer)
+            assert answer.replayed
             assert answer.outputs["y"].tobytes() == first[name].outputs["y"].tobytes()
             assert answer.outputs["y"].shape == first[name].outputs["y"].shape
 

@@ -482,8 +482,8 @@ async def test_two_servers_have_one_store(valkey: Valkey) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("layout", "2", "the layout of the store with prefix .* must be 3; it is 2: another release"),
-        ("layout", "0", "the layout of the store with prefix .* must be 3; it is 0: another release"),
+        ("layout", "2", "the layout of the store with prefix .* must be 4; it is 2: another release"),
+        ("layout", "0", "the layout of the store with prefix .* must be 4; it is 0: another release"),
         ("layout", "", "layout in key '.*{meta}store' must be as it was written; it is damaged"),
         ("partitions", "0", "partitions in key .* it is damaged"),
         ("secret", "x", "secret in key .* it is damaged"),

@@ -35,6 +35,11 @@ class SessionServiceStub:
     and the reply; expected r - 1 with the same request id sends the remembered reply, marked replayed;
     anything else is ABORTED and changes nothing.
 
+    A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
+    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. The same holds for calls that
+    open sessions: another model, batch size, state, lease or source is other content. How tensors say their elements
+    makes no difference, nor does the message: a step may come alone first and in a frame later.
+
     Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
     expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
     in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
@@ -111,6 +116,11 @@ class SessionServiceAsyncStub(SessionServiceStub):
     and the reply; expected r - 1 with the same request id sends the remembered reply, marked replayed;
     anything else is ABORTED and changes nothing.
 
+    A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
+    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. The same holds for calls that
+    open sessions: another model, batch size, state, lease or source is other content. How tensors say their elements
+    makes no difference, nor does the message: a step may come alone first and in a frame later.
+
     Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
     expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
     in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
@@ -182,6 +192,11 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     revision r: expected r applies it, after which the session is at r + 1 and remembers the request id
     and the reply; expected r - 1 with the same request id sends the remembered reply, marked replayed;
     anything else is ABORTED and changes nothing.
+
+    A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
+    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. The same holds for calls that
+    open sessions: another model, batch size, state, lease or source is other content. How tensors say their elements
+    makes no difference, nor does the message: a step may come alone first and in a frame later.
 
     Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
     expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not

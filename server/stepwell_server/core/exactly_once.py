@@ -3,14 +3,23 @@
 With a session at revision r: expected r applies the change; expected r - 1 with the request id of the
 last change replays its answer; anything else is a conflict. Without an expected revision the change is
 applied, unless its request id is that of the last change: then it is that change, sent again.
+
+A request id stands for one change: beside it a digest is kept of what the change says, so that the same id with other
+content is refused, and not answered with the remembered reply.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
+import functools
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from isal.isal_zlib import crc32
 
 #: Stands for "no revision expected" among those that are.
 ANY_REVISION = 2**64 - 1
@@ -58,3 +67,147 @@ def judge(revision: U64, last_request: U64, expected: U64 | None, request: U64 |
     # revision >= 1 wherever a request id is remembered, so the subtraction cannot wrap for `same`
     replay = ~apply & same & (anything | (expected == revision - np.uint64(1)))
     return Verdict(apply, replay, ~(apply | replay))
+
+
+class Kind(enum.IntEnum):
+    """What a request id stands for."""
+
+    STEP = 1
+    RESET = 2
+    OPEN = 3
+    FORK = 4
+
+
+_KINDS = frozenset(Kind)
+#: A digest has the kind in its first bits, then 16 bits of the dtypes of the model that read the content, then the content.
+_KIND_BITS, _DTYPE_BITS, _CONTENT_BITS = 4, 16, 44
+_KIND_AT = _DTYPE_BITS + _CONTENT_BITS
+_TO_KIND, _TO_CONTENT = np.uint64(_KIND_AT), np.uint64(64 - _CONTENT_BITS)
+_CONTENT = np.uint64(2**_CONTENT_BITS - 1)
+#: Words of a row that are multiplied; a longer row has a CRC-32, which costs less a byte and more a row.
+_MAX_WORDS = 256
+_WEIGHTS: U64 = np.random.Generator(np.random.PCG64(0)).integers(
+    2**64, size=_MAX_WORDS, dtype=np.uint64
+) | np.uint64(1)
+_FACTOR, _HALF = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
+_ROW_WEIGHTS, _U64 = _WEIGHTS[::-1], 2**64 - 1
+
+
+def prefix_of(kind: Kind, dtypes: Sequence[object]) -> np.uint64:
+    """What digests of one kind, of content that a model of these dtypes has read, begin with."""
+    return np.uint64(int(kind) << _KIND_AT | _number(dtypes) >> (64 - _DTYPE_BITS) << _CONTENT_BITS)
+
+
+def seed_of(*content: object) -> np.uint64:
+    """The part of the content that the sessions of a change share; anything whose `repr` says all."""
+    return np.uint64(_number(content))
+
+
+def digest_of_one(prefix: np.uint64, seed: np.uint64, arrays: Iterable[npt.NDArray[Any]]) -> int:
+    """The digest of one session of one row: as `digests` of it, in a third of the time."""
+    row = 0
+    for array in arrays:
+        number = int(_numbers(np.ascontiguousarray(array).reshape(1, -1))[0])
+        row = (_mixed_one(row) if row else 0) + number & _U64
+    return _mixed_one(row + int(seed) & _U64) >> (64 - _CONTENT_BITS) | int(prefix)
+
+
+def row_numbers(arrays: Iterable[npt.NDArray[Any]], count: int) -> U64:
+    """A number for the bytes of each row, `(count,)`; every array has one entry for each row, of any shape."""
+    rows: U64 | None = None
+    for array in arrays:
+        numbers = _numbers(np.ascontiguousarray(array).reshape(count, -1))
+        if rows is not None:
+            numbers += _mixed(rows)
+        rows = numbers
+    return np.zeros(count, np.uint64) if rows is None else rows
+
+
+def digests(
+    prefix: np.uint64, seeds: U64 | np.uint64, rows: U64, sizes: npt.NDArray[np.intp] | None = None
+) -> U64:
+    """Digests of what changes say of n sessions: no other content has the same, but one in four billion.
+
+    Args:
+        prefix: See `prefix_of`.
+        seeds: See `seed_of`; `(n,)`, or one for all.
+        rows: See `row_numbers`; the rows of all sessions, one after the other. They are changed.
+        sizes: `(n,)`, how many rows each session has, at least 1. None: 1.
+    """
+    if sizes is not None and len(sizes) != len(rows):
+        starts = np.cumsum(sizes) - sizes
+        places = np.arange(len(rows)) - np.repeat(starts, sizes)
+        weights = _ROW_WEIGHTS[places % _MAX_WORDS] * np.asarray(2 * (places // _MAX_WORDS) + 1, np.uint64)
+        rows = np.add.reduceat(np.where(places, _mixed(rows) * weights, rows), starts)
+    found = np.add(rows, seeds, out=rows)
+    found ^= found >> _HALF
+    found *= _FACTOR
+    found >>= _TO_CONTENT
+    found |= prefix
+    return found
+
+
+def mask_numbers(mask: Mask) -> U64:
+    """A number for each row of a mask, `(n, T)`, to be added to its `row_numbers`: 0 where nothing is masked.
+
+    Columns without a mark at the end make no difference.
+    """
+    columns = np.arange(mask.shape[1])
+    weights = _WEIGHTS[columns % _MAX_WORDS] * np.asarray(2 * (columns // _MAX_WORDS) + 1, np.uint64)
+    found: U64 = mask @ weights
+    return found
+
+
+def kind_of(digest: int) -> Kind | None:
+    """The kind of a digest; None: one that is not known here. A record that somebody imported may have any."""
+    kind = digest >> _KIND_AT
+    return Kind(kind) if kind in _KINDS else None
+
+
+def unlike(stored: U64, own: U64) -> tuple[Mask, Mask]:
+    """Which changes are of another kind, and which of the same one have other content, than those that are stored.
+
+    `(n,)` each. 0 is no digest, and like any; so is other content where another model has read it, of other dtypes.
+    """
+    differs = stored ^ own
+    known = (stored != 0) & (own != 0)
+    other_kind = known & (differs >> _TO_KIND != 0)
+    is_comparable = known & (differs >> np.uint64(_CONTENT_BITS) == 0)
+    return other_kind, is_comparable & (differs & _CONTENT != 0)
+
+
+def _number(content: Sequence[object]) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(content).encode(), digest_size=8).digest(), "little")
+
+
+def _mixed_one(number: int) -> int:
+    return (number ^ number >> 32) * int(_FACTOR) & _U64
+
+
+def _mixed(numbers: U64) -> U64:
+    found: U64 = (numbers ^ (numbers >> _HALF)) * _FACTOR
+    return found
+
+
+def _numbers(rows: npt.NDArray[Any]) -> U64:
+    """A number for the bytes of each row: its words, each times a weight of its place, or its CRC-32."""
+    byte_count = rows.shape[1] * rows.itemsize
+    if not byte_count:
+        return np.zeros(len(rows), np.uint64)
+    words = rows.view(_words_of(byte_count))
+    if words.shape[1] > _MAX_WORDS:
+        data = rows.tobytes()
+        parts = [data[at : at + byte_count] for at in range(0, len(data), byte_count)]
+        return np.fromiter(map(crc32, parts), np.uint64, len(parts))
+    if words.itemsize == 8:  # else the first bits of a word would reach no other ones
+        words = words ^ (words >> _HALF)
+    found: U64 = words @ _WEIGHTS[: words.shape[1]]
+    return found
+
+
+@functools.cache
+def _words_of(byte_count: int) -> type[np.unsignedinteger[Any]]:
+    return next(
+        (word for word, size in ((np.uint64, 8), (np.uint32, 4), (np.uint16, 2)) if byte_count % size == 0),
+        np.uint8,
+    )

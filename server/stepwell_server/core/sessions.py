@@ -33,6 +33,8 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "position": np.uint64,
     "request_id": np.uint64,
     "opened_with": np.uint64,
+    "digest": np.uint64,
+    "opened_digest": np.uint64,
     "row": np.intp,
     "used": np.float64,
     "created": np.float64,
@@ -91,7 +93,11 @@ class SessionTable:
     request_id: npt.NDArray[np.uint64]
     """Request id of the last change, 0 for none."""
     opened_with: npt.NDArray[np.uint64]
-    """Request id of the call that made the session, 0 for none."""
+    """Request id of the call that made the session, or a number that was drawn: no two sessions of an id share it."""
+    digest: npt.NDArray[np.uint64]
+    """Of what the last change said: see `exactly_once`. 0 for none."""
+    opened_digest: npt.NDArray[np.uint64]
+    """The same of the call that made the session."""
     row: npt.NDArray[np.intp]
     """First row in the model's arena; -1: paged out, the state is only in the store."""
     used: npt.NDArray[np.float64]

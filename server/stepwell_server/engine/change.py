@@ -24,6 +24,7 @@ from stepwell_server.core.scheduler import Source, source_of
 from stepwell_server.core.sessions import Handles
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Applied, Select, Trace
+from stepwell_server.engine.content import digests_of
 from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors
 from stepwell_server.errors import DeadlineExceeded, ServerError, Unavailable
 from stepwell_server.logs import Log
@@ -174,6 +175,8 @@ class Change:
     """Called when every member has its answer."""
     left: int = dataclasses.field(init=False)
     """Members without an answer."""
+    digests: U64 | None = None
+    """Of what it says of each member, where any has a request id: see `content`. None: not computed yet."""
     tries: npt.NDArray[np.uint8] | None = None
     """How often each member was judged again because another server had changed its session; None: never."""
 
@@ -233,6 +236,14 @@ class Change:
     def requests_of(self, members: Members) -> U64:
         """Request ids of members, 0 for none."""
         return np.zeros(len(members), np.uint64) if self.request_ids is None else self.request_ids[members]
+
+    def digests_of(self, members: Members) -> U64:
+        """Digests of what it says of members, 0 where it has no request ids: see `core.exactly_once`."""
+        if self.request_ids is None:
+            return np.zeros(len(members), np.uint64)
+        if self.digests is None:
+            self.digests = digests_of(self)
+        return self.digests[members]
 
     def expected_of(self, members: Members) -> U64 | None:
         """Revisions that members expect; None if none of them expects any."""

@@ -7,8 +7,7 @@ for certain and any other but one in 4 billion. ISA-L computes it several times 
 from the session's id, so that a record found under another id is damaged too. Every schema version keeps
 checksum and schema where they are now: a record of a later version can be told from a damaged one.
 
-The extension fields (`fields`) are what later servers say of a session beside the columns of the header. A record
-without fields has schema 1, as servers before schema 2 wrote it and read it; one with fields has schema 2.
+The extension fields (`fields`) are what later servers say of a session beside the columns of the header.
 """
 
 from __future__ import annotations
@@ -35,9 +34,8 @@ from stepwell_server.store.fields import (
     unpack_fields,
 )
 
-SCHEMA_VERSION = 2
-"""Of records with fields. Those without are of schema 1 and are still written so."""
-_PLAIN_SCHEMA = 1
+SCHEMA_VERSION = 3
+"""Of all records; others are refused."""
 MAX_COUNTER = 2**63 - 1
 """Of revisions and positions: many clients read them as numbers with a sign."""
 MAX_BATCH_SIZE = 2**31 - 1
@@ -59,6 +57,8 @@ HEADER = np.dtype(
         ("opened_with", "<u8"),
         ("created", "<f8"),
         ("last_used", "<f8"),
+        ("digest", "<u8"),
+        ("opened_digest", "<u8"),
         ("batch_size", "<u4"),
         ("rows_bytes", "<u4"),
         ("extra_bytes", "<u4"),
@@ -66,7 +66,11 @@ HEADER = np.dtype(
         ("fields_bytes", "<u2"),
     ]
 )
-_STRUCT = struct.Struct("<IHBBQQQQddIIIHH")  # the same, for one
+_STRUCT = struct.Struct("<IHBBQQQQddQQIIIHH")  # the same, for one
+_NAMES = HEADER.names or ()
+_FINGERPRINT, _MODEL, _ROWS, _EXTRA, _FIELDS = (
+    _NAMES.index(f"{part}_bytes") for part in ("fingerprint", "model", "rows", "extra", "fields")
+)
 _START = struct.Struct("<IH")
 _LENGTH = struct.Struct("<H")
 #: Ids whose encoding is kept: those of sessions that change again and again.
@@ -93,13 +97,17 @@ class Header:
     request_id: int
     """Of the last change, 0 for none."""
     opened_with: int
-    """Request id of the call that made the session, 0 for none."""
+    """Request id of the call that made the session, or a number that was drawn: see `SessionInfo.uid`."""
     created: float
     """Seconds since the epoch."""
     last_used: float
     """Seconds since the epoch."""
     reply: int
     """How the reply to the last change is kept: the engine's `Kept`."""
+    digest: int = 0
+    """Of what the last change said (`core.exactly_once`), 0 for none."""
+    opened_digest: int = 0
+    """The same of the call that made the session."""
     fields: bytes = b""
     """Extension fields as `pack_fields` makes them; they are written again as they are."""
     state_bytes: int = dataclasses.field(default=0, compare=False)
@@ -129,42 +137,29 @@ def encode(
     last_used: float,
     batch_size: int,
     rows: bytes,
+    digest: int = 0,
+    opened_digest: int = 0,
     extra: bytes = b"",
     fields: bytes = b"",
-    schema: int = SCHEMA_VERSION,
 ) -> bytes:
     """A record as bytes, bound to the session's id; the values are those of `Header`, if nothing else is said.
 
     `rows` are the session's, one after the other, each as `Arena.pack` lays it out; `extra` the arrays of a reply of
-    several time steps, opaque here. `schema` is the latest that all readers know: 1 leaves fields out, for servers of
-    an earlier release.
+    several time steps, opaque here.
 
     Raises:
-        ValueError: a part is too large to be stored, or a critical field cannot be in that schema.
+        ValueError: a part is too large to be stored.
     """
-    if schema < SCHEMA_VERSION:
-        fields = _left_out(session_id, fields)
     try:
         head = _STRUCT.pack(
-            0, SCHEMA_VERSION if fields else _PLAIN_SCHEMA, reply, texts.fingerprint_bytes,
-            revision, position, request_id, opened_with, created, last_used,
+            0, SCHEMA_VERSION, reply, texts.fingerprint_bytes,
+            revision, position, request_id, opened_with, created, last_used, digest, opened_digest,
             batch_size, len(rows), len(extra), texts.model_bytes, len(fields),
         )  # fmt: skip
     except struct.error as error:
         raise ValueError(f"a part of session {session_id!r} is too large to be stored: {error}") from error
     body = b"".join((head[_CHECKSUM_BYTES:], texts.data, rows, extra, fields))
     return crc32(body, _encoded(session_id)[1]).to_bytes(_CHECKSUM_BYTES, "little") + body
-
-
-def _left_out(session_id: str, fields: bytes) -> bytes:
-    """No fields, if it is allowed to leave these out."""
-    critical = [tag for tag in unpack_fields(fields) if tag & CRITICAL]
-    if critical:
-        raise ValueError(
-            f"the record of session {session_id!r} must be of schema {SCHEMA_VERSION}, not {_PLAIN_SCHEMA}:"
-            f" it has the critical field {critical[0]:#06x}"
-        )
-    return b""
 
 
 def encode_ids(session_ids: Sequence[str]) -> bytes:
@@ -242,12 +237,13 @@ class RecordTemplate:
         fingerprint: str,
         model: str,
         opened_with: U64 | int,
+        opened_digest: U64 | int = 0,
         created: F64 | float,
         row_bytes: int,
         batch_size: int = 1,
         fields: Sequence[bytes] = (),
     ) -> None:
-        """Lay out n records; `opened_with` and `created` are `(n,)` or one for all, a row as `Arena.pack` lays it out.
+        """Lay out n records; what is said of how they were opened is `(n,)` or one for all, a row is as `Arena.pack` makes it.
 
         `fields` are each one's extension fields; empty for none.
         """
@@ -261,13 +257,13 @@ class RecordTemplate:
         self.rows: U8 = buffer[:, start:end]
         """`(n, batch_size * row_bytes)`: to be written before `fill`."""
         heads = self._heads = buffer[:, : HEADER.itemsize].view(HEADER)[:, 0]
-        heads["schema"], heads["batch_size"] = _PLAIN_SCHEMA, batch_size
+        heads["schema"], heads["batch_size"] = SCHEMA_VERSION, batch_size
         if fields:
             buffer[:, end:] = np.frombuffer(b"".join(fields), np.uint8).reshape(len(session_ids), -1)
-            heads["schema"], heads["fields_bytes"] = SCHEMA_VERSION, size - end
+            heads["fields_bytes"] = size - end
         heads["rows_bytes"] = batch_size * row_bytes
         heads["fingerprint_bytes"], heads["model_bytes"] = texts.fingerprint_bytes, texts.model_bytes
-        heads["opened_with"], heads["created"] = opened_with, created
+        heads["opened_with"], heads["opened_digest"], heads["created"] = opened_with, opened_digest, created
         self.byte_count = buffer.nbytes
         flat = memoryview(buffer.reshape(-1).data)
         records: list[Stored] = [flat[at : at + size] for at in range(0, buffer.size, size)]
@@ -283,6 +279,7 @@ class RecordTemplate:
         request_ids: U64 | int,
         last_used: F64 | float,
         replies: U8 | int,
+        digests: U64 | int = 0,
     ) -> Puts:
         """Complete the records, whose rows have been written; `(n,)` or one for all, see `Header`.
 
@@ -291,7 +288,7 @@ class RecordTemplate:
         """
         heads = self._heads
         heads["revision"], heads["position"], heads["request_id"] = revisions, positions, request_ids
-        heads["last_used"], heads["reply"] = last_used, replies
+        heads["last_used"], heads["reply"], heads["digest"] = last_used, replies, digests
         checksums = np.fromiter(map(crc32, self._bodies, self._seeds), np.dtype("<u4"), len(heads))
         heads["checksum"] = checksums
         self._puts.checksums = checksums.tobytes()
@@ -309,21 +306,24 @@ def decode_header(session_id: str, stored: Stored) -> Header:
 
 
 def _header(view: memoryview) -> Header:
-    facts = _STRUCT.unpack_from(view)
-    model_at = HEADER.itemsize + facts[3]
+    (_, _, reply, fingerprint_bytes, revision, position, request_id, opened_with, created, last_used,
+     digest, opened_digest, batch_size, rows_bytes, extra_bytes, model_bytes, fields_bytes) = _STRUCT.unpack_from(view)  # fmt: skip
+    model_at = HEADER.itemsize + fingerprint_bytes
     return Header(
         fingerprint=str(view[HEADER.itemsize : model_at], "utf-8"),
-        model=str(view[model_at : model_at + facts[13]], "utf-8"),
-        batch_size=facts[10],
-        revision=facts[4],
-        position=facts[5],
-        request_id=facts[6],
-        opened_with=facts[7],
-        created=facts[8],
-        last_used=facts[9],
-        reply=facts[2],
-        fields=bytes(view[seal_end(view) :]) if facts[14] else b"",
-        state_bytes=facts[11] + facts[12],
+        model=str(view[model_at : model_at + model_bytes], "utf-8"),
+        batch_size=batch_size,
+        revision=revision,
+        position=position,
+        request_id=request_id,
+        opened_with=opened_with,
+        created=created,
+        last_used=last_used,
+        reply=reply,
+        digest=digest,
+        opened_digest=opened_digest,
+        fields=bytes(view[seal_end(view) :]) if fields_bytes else b"",
+        state_bytes=rows_bytes + extra_bytes,
     )
 
 
@@ -338,7 +338,8 @@ def header_or_none(session_id: str, stored: Stored) -> Header | None:
 def size_of(head: Stored) -> int:
     """How many bytes a record has, by its header; nothing is checked."""
     facts = _STRUCT.unpack_from(head)
-    return int(HEADER.itemsize + facts[3] + facts[13] + facts[11] + facts[12] + facts[14])
+    sizes: int = facts[_FINGERPRINT] + facts[_MODEL] + facts[_ROWS] + facts[_EXTRA] + facts[_FIELDS]
+    return HEADER.itemsize + sizes
 
 
 def is_sound(session_id: str, stored: Stored) -> bool:
@@ -440,14 +441,14 @@ def _intact(session_id: str, stored: Stored) -> memoryview:
     found = crc32(view[_CHECKSUM_BYTES:], _seed(session_id))
     if found != checksum:
         raise _corrupt(session_id, f"its checksum is {checksum:08x}, its bytes have {found:08x}")
-    if schema <= SCHEMA_VERSION:
+    if schema == SCHEMA_VERSION:
         _require_possible(session_id, view)
     return view
 
 
 def _require_possible(session_id: str, view: memoryview) -> None:
     """Refuse a record whose parts do not add up, or whose header has values that no session can have."""
-    (_, _, _, fingerprint_bytes, revision, position, _, _, created, last_used,
+    (_, _, _, fingerprint_bytes, revision, position, _, _, created, last_used, _, _,
      batch_size, rows_bytes, extra_bytes, model_bytes, fields_bytes) = _STRUCT.unpack_from(view)  # fmt: skip
     texts_end = _STRUCT.size + fingerprint_bytes + model_bytes
     size = texts_end + rows_bytes + extra_bytes + fields_bytes
@@ -496,7 +497,7 @@ def with_revision(session_id: str, record: Stored, revision: int) -> bytes:
 def head_with(head: Stored, fields_bytes: int) -> bytes:
     """What stands before the rows of a record, as it is with so many bytes of fields; the checksum is not made."""
     changed = bytearray(head)
-    _START.pack_into(changed, 0, 0, SCHEMA_VERSION if fields_bytes else _PLAIN_SCHEMA)
+    _START.pack_into(changed, 0, 0, SCHEMA_VERSION)
     _LENGTH.pack_into(changed, HEADER.itemsize - _LENGTH.size, fields_bytes)
     return bytes(changed)
 
@@ -504,12 +505,12 @@ def head_with(head: Stored, fields_bytes: int) -> bytes:
 def state_at(record: Stored) -> int:
     """Where rows and extra of a record begin; nothing is checked."""
     facts = _STRUCT.unpack_from(record)
-    return int(HEADER.itemsize + facts[3] + facts[13])
+    return int(HEADER.itemsize + facts[_FINGERPRINT] + facts[_MODEL])
 
 
 def fields_at(record: Stored) -> int:
     """Where the extension fields of a record begin; nothing is checked."""
-    return max(0, len(record) - int(_STRUCT.unpack_from(record)[14]))
+    return max(0, len(record) - int(_STRUCT.unpack_from(record)[_FIELDS]))
 
 
 def seal_end(record: Stored) -> int:
@@ -533,11 +534,11 @@ def _checked(session_id: str, stored: Stored, *, sealed: bool = False) -> memory
     """The record, if it is intact and of a form that this server can use; an encrypted one only if it may be `sealed`."""
     view = _intact(session_id, stored)
     _, schema = _START.unpack_from(view)
-    if not _PLAIN_SCHEMA <= schema <= SCHEMA_VERSION:
-        age = "a later server wrote it" if schema > SCHEMA_VERSION else "no server that is known wrote it"
+    if schema != SCHEMA_VERSION:
+        age = "a later" if schema > SCHEMA_VERSION else "an earlier"
         raise _corrupt(
             session_id,
-            f"its schema version is {schema}, this server reads {_PLAIN_SCHEMA} to {SCHEMA_VERSION}: {age}",
+            f"its schema version is {schema}, this server reads {SCHEMA_VERSION}: {age} server wrote it",
         )
     fields = _fields_of(view)
     if not fields:
@@ -561,7 +562,7 @@ def _checked(session_id: str, stored: Stored, *, sealed: bool = False) -> memory
 
 
 def _fields_of(view: memoryview) -> memoryview:
-    size = _STRUCT.unpack_from(view)[14]
+    size = _STRUCT.unpack_from(view)[_FIELDS]
     return view[len(view) - size :] if size else view[:0]
 
 

@@ -151,6 +151,7 @@ class Committer:
         table.revision[handles] = outcome.revisions
         table.position[handles] = outcome.positions
         table.request_id[handles] = outcome.request_ids
+        table.digest[handles] = outcome.digests
         table.used[handles] = self._clock.monotonic()
         table.reply[handles] = outcome.replies
         if outcome.stamp:

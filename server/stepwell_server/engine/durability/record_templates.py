@@ -78,6 +78,7 @@ class Templates:
             fingerprint=model.program.fingerprint,
             model=model.name,
             opened_with=table.opened_with[handles],
+            opened_digest=table.opened_digest[handles],
             created=table.created[handles],
             row_bytes=model.arena.row_bytes,
             batch_size=int(table.batch_size[handles[0]]),

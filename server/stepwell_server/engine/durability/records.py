@@ -29,6 +29,8 @@ class Outcome:
     revisions: U64
     positions: U64
     request_ids: U64
+    digests: U64
+    """See `core.exactly_once`; 0 for none."""
     replies: npt.NDArray[np.uint8]
     """How each reply is kept: `Kept`."""
     arrays: Mapping[int, KeptArrays] = dataclasses.field(default_factory=dict)
@@ -47,6 +49,7 @@ class Outcome:
             self.revisions[places],
             self.positions[places],
             self.request_ids[places],
+            self.digests[places],
             self.replies[places],
             {own[place]: arrays for place, arrays in self.arrays.items() if place in own},
             self.stamp,
@@ -62,6 +65,7 @@ def as_it_is(table: SessionTable, model: Model, handles: Handles) -> Outcome:
         table.revision[handles],
         table.position[handles],
         table.request_id[handles],
+        table.digest[handles],
         table.reply[handles],
         model.replies.arrays(handles),
     )
@@ -98,6 +102,7 @@ class Records:
             revisions=outcome.revisions,
             positions=outcome.positions,
             request_ids=outcome.request_ids,
+            digests=outcome.digests,
             last_used=last_used,
             replies=outcome.replies,
         )
@@ -113,6 +118,8 @@ class Records:
             position=int(outcome.positions[place]),
             request_id=int(outcome.request_ids[place]),
             opened_with=int(table.opened_with[handle]),
+            digest=int(outcome.digests[place]),
+            opened_digest=int(table.opened_digest[handle]),
             created=float(table.created[handle]),
             last_used=last_used,
             batch_size=int(table.batch_size[handle]),

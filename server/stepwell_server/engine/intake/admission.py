@@ -11,12 +11,13 @@ import numpy as np
 from typing_extensions import override
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.exactly_once import Verdict, judge
+from stepwell_server.core.exactly_once import Kind, Verdict, judge, kind_of, unlike
 from stepwell_server.core.scheduler import Source
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Select
 from stepwell_server.engine.change import MOST_ERRORS, NO_STATES, Change, Reply, for_all
+from stepwell_server.engine.content import reused_request
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.records import Outcome
 from stepwell_server.engine.intake.paging import ALL_HERE, Pager, Refused
@@ -275,7 +276,7 @@ class Admission(Starter):
         return handles[:0]
 
     def _answer_unapplied(self, change: Change, members: Members, handles: Handles, verdict: Verdict) -> None:
-        replayed = np.flatnonzero(verdict.replay)
+        replayed = self._refuse_reused(change, members, handles, np.flatnonzero(verdict.replay))
         for places, outputs, kept in change.model.replies.recall_many(handles[replayed]):
             some = replayed[places]
             own = handles[some]  # a copy: the caller must not see the sessions move on
@@ -311,6 +312,25 @@ class Admission(Starter):
         return all(len(array) == count for array in outputs.values()) and all(
             len(array) == state_count for array in states.values()
         )
+
+    def _refuse_reused(
+        self, change: Change, members: Members, handles: Handles, replayed: Members
+    ) -> Members:
+        """Refuse those of some places whose request id stands for another change, and return the others."""
+        if not len(replayed):
+            return replayed
+        stored = self._table.digest[handles[replayed]]
+        other_kind, other_content = unlike(stored, change.digests_of(members[replayed]))
+        reused = other_kind | other_content
+        if not np.count_nonzero(reused):
+            return replayed
+        for which in (other_kind, other_content):
+            for group in _in_groups(change, members[replayed[which]]):
+                session_id = change.session_ids[int(group[0])]
+                kind = kind_of(int(self._table.digest[change.handles[group[0]]]))
+                own = Kind.RESET if change.reset else Kind.STEP
+                change.fail(group, for_all(reused_request(session_id, kind, own), len(group)))
+        return replayed[~reused]
 
     def _states_now(self, change: Change, members: Members, handles: Handles) -> Tensors:
         """The states after a step that is the last change of its sessions: those that they have, if asked for."""
@@ -402,6 +422,7 @@ class Admission(Starter):
             table.revision[handles] + np.uint64(1),
             table.position[handles] if some else np.full(len(handles), change.position, np.uint64),
             change.requests_of(members),
+            change.digests_of(members),
             np.full(len(handles), Kept.EMPTY, np.uint8),
         )
 
@@ -415,6 +436,17 @@ class Admission(Starter):
             change.succeed(own, Reply(told.revisions, told.positions, {}, NO_STATES))
 
         self._committer.commit(outcome, answer, lambda places: self.again(change, members[places]))
+
+
+def _in_groups(change: Change, members: Members) -> Iterator[Members]:
+    """Members, those together that share an error: a few have one each."""
+    if not len(members):
+        return
+    if len(members) <= MOST_ERRORS:
+        for place in range(len(members)):
+            yield members[place : place + 1]
+        return
+    yield from change.alike(members)
 
 
 def _alike(change: Change, members: Members, actual: U64) -> Iterator[tuple[Members, int, int]]:

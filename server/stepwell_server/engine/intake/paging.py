@@ -33,6 +33,10 @@ from stepwell_server.store.base import Fetched, Store
 from stepwell_server.store.fields import counted_bytes
 from stepwell_server.store.record import Decoded, decode_many
 
+#: Columns of the table that are in the header of a record.
+_FROM_RECORDS = (
+    "revision", "position", "request_id", "digest", "opened_with", "opened_digest", "created", "reply",
+)  # fmt: skip
 #: When rows are needed, this share of the arena is paged out at once: finding the least recently used
 #: means a look at all sessions, and should not be paid for each row.
 SHARE_AT_ONCE = 1 / 16
@@ -320,7 +324,7 @@ class Pager:
                 session_id, f"session {session_id!r} was closed, and another one has its id now"
             )
         own, heads = handles[decoded.sound[same]], heads[same]
-        for column in ("revision", "position", "request_id", "opened_with", "created", "reply"):
+        for column in _FROM_RECORDS:
             getattr(table, column)[own] = heads[column]
         for handle, place, extra in zip(
             own.tolist(),

@@ -129,6 +129,7 @@ class Completion:
             self._table.revision[handles] + np.uint64(1),
             self._positions(ended, handles),
             join([each.change.requests_of(each.job.members) for each in ended]),
+            join([each.change.digests_of(each.job.members) for each in ended]),
             join([np.full(len(each.job.members), int(each.kept), np.uint8) for each in ended]),
             arrays,
         )

@@ -85,6 +85,7 @@ class Inline:
             table.revision[change.handles] + np.uint64(1),
             table.position[change.handles] + np.uint64(1),
             change.requests_of(change.members),
+            change.digests_of(change.members),
             np.array([kept], np.uint8),
             is_hurried=True,  # what is large and waits for the store is of others
         )

@@ -15,22 +15,25 @@ from collections.abc import Container, Sequence
 import numpy as np
 
 from stepwell_server.core.callers import ANYBODY, Caller
+from stepwell_server.core.exactly_once import Kind
 from stepwell_server.core.leases import Lease
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
+from stepwell_server.engine.content import require_same_opening
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.fetching import Fetcher
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.stamps import new_stamp, stamped
 from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.sessions.directory import Directory
+from stepwell_server.engine.sessions.ids import require_session_id
 from stepwell_server.engine.sessions.leasing import Leasing
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.sessions.using import Usage
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Mask, Members
-from stepwell_server.errors import ServerError, SessionExists, SessionGone
+from stepwell_server.errors import InvalidInput, ServerError, SessionExists, SessionGone
 from stepwell_server.store.base import Batch, Committed
 from stepwell_server.store.record import Stored, decode_header
 
@@ -73,6 +76,10 @@ class Wanted:
     """By the caller; else the ids were made here."""
     field: str
     """Of the request, that has the ids or would have them."""
+    kind: Kind
+    """Of the call."""
+    content: U64
+    """`(n,)`, what it says of each: see `content`."""
     revisions: U64 | None = None
     """`(n,)`, those of the sessions they are copies of."""
     positions: U64 | None = None
@@ -95,6 +102,7 @@ class Wanted:
         return dataclasses.replace(
             self,
             ids=[self.ids[place] for place in places.tolist()],
+            content=self.content[places],
             revisions=None if self.revisions is None else self.revisions[places],
             positions=None if self.positions is None else self.positions[places],
             states=None if self.states is None else [self._rows(array, places) for array in self.states],
@@ -130,11 +138,33 @@ class Attempts:
         self._leasing = leasing
         self._usage = usage
 
+    async def ids_to_make(
+        self,
+        field: str,
+        chosen: Sequence[str],
+        count: int,
+        request_id: int,
+        sources: Sequence[str] = (),
+        *,
+        namespace: str,
+    ) -> list[str]:
+        """The chosen ids, or new ones; `field` is the one of the request that has them."""
+        if not chosen:
+            ids = self._directory.ids
+            return await ids.make_many(request_id, count, self._pieces, sources, namespace=namespace)
+        async for part in self._pieces.of(chosen):
+            for session_id in chosen[part]:
+                require_session_id(field, session_id)
+        if len(set(chosen)) != len(chosen):
+            raise InvalidInput(f"{field} must be different from each other; got one of them twice")
+        return list(chosen)
+
     async def absent(self, wanted: Wanted, seen: Seen) -> Members:
         """Places of sessions that are not live, of a call that resumes those that are.
 
         Raises:
             SessionExists: Live ones are not as the call wants them.
+            InvalidInput: another call with the request id has made some.
         """
         absent: list[Members] = []
         unlike: list[int] = []
@@ -142,6 +172,9 @@ class Attempts:
         async for part in self._pieces.of(wanted.ids):
             handles = self._directory.find_all(wanted.ids[part], seen)
             absent.append(part.start + np.flatnonzero(handles < 0))
+            self._require_same(
+                wanted.ids[part], handles, wanted.kind, wanted.content[part], wanted.request_id
+            )
             for place in self._unlike(wanted, handles).tolist():
                 unlike.append(part.start + place)
                 if len(told) < _SHOWN:
@@ -240,17 +273,34 @@ class Attempts:
             for place in np.flatnonzero((handles >= 0) & (self._table.lease[handles] != 0)).tolist()
         ]
 
-    async def made_before(
-        self, change: str, ids: Sequence[str], seen: Seen, request_id: int
-    ) -> OpenedMany | None:
-        """What this very request, to `open` or to `fork`, has made; None if it has not made all of it.
+    def _require_same(
+        self, ids: Sequence[str], handles: Handles, kind: Kind, content: U64, request_id: int
+    ) -> None:
+        """Refuse a call whose request id made some of these sessions by another call; -1 stands for none.
 
         Raises:
+            InvalidInput: so it is.
+        """
+        own = np.flatnonzero((handles >= 0) & (self._table.opened_with[handles] == request_id))
+        if request_id and len(own):
+            model = self._directory.models.by_handle(int(handles[own[0]]))
+            names = ids if len(own) == len(ids) else [ids[place] for place in own.tolist()]
+            stored = self._table.opened_digest[handles[own]]
+            require_same_opening(model, names, stored, kind, content[own])
+
+    async def made_before(
+        self, kind: Kind, ids: Sequence[str], content: U64, seen: Seen, request_id: int
+    ) -> OpenedMany | None:
+        """What this very request has made; None if it has not made all of it.
+
+        Raises:
+            InvalidInput: another call with the request id has made some of it.
             Unavailable, OutcomeUnknown: it is there, and it is not sure that it stays.
         """
         if not request_id or self._directory.live(ids[0], seen) is None:
             return None
         table, handles = self._table, self._directory.find_all(ids, seen)
+        self._require_same(ids, handles, kind, content, request_id)
         if not ((handles >= 0).all() and (table.opened_with[handles] == request_id).all()):
             return None
         model = self._directory.models.by_handle(int(handles[0]))
@@ -267,7 +317,7 @@ class Attempts:
         )
         if not await self._take_over(ids, request_id):
             return None
-        self._observer.replayed(model.name, change, len(ids))
+        self._observer.replayed(model.name, kind.name.lower(), len(ids))
         return known
 
     async def left(self, field: str, ids: Sequence[str], seen: Seen, request_id: int) -> Members | None:

@@ -73,6 +73,8 @@ class Fresh:
     """Of all of their records, if others use the store."""
     closes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     """See `Directory.past`."""
+    opened_digests: U64 | None = None
+    """`(n,)`, of what the call says of each: see `core.exactly_once`. None: it has no request id."""
     opened_with: int = 0
     """The request id, or a number that is drawn: sessions of the same id never share it."""
 
@@ -104,6 +106,7 @@ class Fresh:
             follows=self.follows[part],
             positions=self.positions[part],
             states=None if self.states is None else [array[own] for array in self.states],
+            opened_digests=None if self.opened_digests is None else self.opened_digests[part],
         )
 
 
@@ -434,6 +437,7 @@ class Creation:
                 revision=fresh.revisions[part],
                 position=fresh.positions[part],
                 opened_with=fresh.opened_with,
+                opened_digest=0 if fresh.opened_digests is None else fresh.opened_digests[part],
                 used=self._clock.monotonic(),
                 created=fresh.created,
                 lease=0 if fresh.lease is None else self._leases.number(fresh.lease),
@@ -471,6 +475,7 @@ def _records(fresh: Fresh) -> Sequence[tuple[str, Stored]]:
         fingerprint=model.program.fingerprint,
         model=model.name,
         opened_with=fresh.opened_with,
+        opened_digest=0 if fresh.opened_digests is None else fresh.opened_digests,
         created=fresh.created,
         row_bytes=model.arena.row_bytes,
         batch_size=fresh.batch_size,

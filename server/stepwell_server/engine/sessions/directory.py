@@ -25,6 +25,7 @@ from stepwell_server.engine.sessions.ids import PIECE, IdMaker, shown
 from stepwell_server.engine.sessions.loading import Arrivals, InPlace, Loader, Looked, Seen
 from stepwell_server.engine.sessions.pieces import TURN
 from stepwell_server.engine.state.fields import lease_of, mark_of
+from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import (
     InvalidInput,
@@ -201,6 +202,39 @@ class Directory:
             raise SessionExists(f"{name} must be new; session {session_id!r} is open", session_id=session_id)
         if unusable:
             raise self.why_not(unusable[0], seen)
+
+    def require_not_gone(self, name: str, seen: Seen) -> None:
+        """Refuse a call that made a session and comes again when that is gone: it must not begin anew."""
+        error = self.ended(name, seen)
+        if error is not None:
+            raise error
+
+    def require_own(self, chosen: str, seen: Seen) -> None:
+        """Refuse a chosen id of a session which is gone if it must not begin anew unnoticed.
+
+        Be it that a server made the id, or that the store lost sessions, and nobody can tell that this is none of them.
+        """
+        if not chosen:
+            return
+        ended = self.ended(chosen, seen)
+        is_lost = self.store.damage_of(chosen) if ended is None else isinstance(ended, SessionLost)
+        if is_lost or self.ids.is_made_by_a_server(chosen):
+            raise self.gone(chosen, seen)
+
+    def require_version(self, handle: int, wanted: Model) -> None:
+        """Refuse to resume a session that is on another version of the model than the one that is asked for.
+
+        Raises:
+            SessionExists: it is.
+        """
+        own = self.models.by_handle(handle)
+        if own is not wanted and own.name == wanted.name:
+            session_id = self._table.session_id(handle)
+            raise SessionExists(
+                f"session {session_id!r} is open on version {own.version} of model {own.name!r}; got version"
+                f" {wanted.version}",
+                session_id=session_id,
+            )
 
     def why_not(self, session_id: str, seen: Seen) -> ServerError:
         """Why a session cannot be had."""

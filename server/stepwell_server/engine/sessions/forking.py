@@ -9,8 +9,10 @@ import numpy as np
 
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import ANYBODY, Caller
+from stepwell_server.core.exactly_once import Kind
 from stepwell_server.core.leases import Lease
 from stepwell_server.engine.api import StatesRead
+from stepwell_server.engine.content import content_of_fork
 from stepwell_server.engine.intake.validation import require_sessions
 from stepwell_server.engine.sessions.attempts import OpenedMany, Wanted
 from stepwell_server.engine.sessions.directory import Directory
@@ -89,14 +91,17 @@ class Forking:
             )
         field = "new_session_ids"
         namespace = namespaces.prefix_of(namespaces.tenant_of(session_ids[0]))  # they have one caller
-        ids = await self._opening.ids_to_make(
+        ids = await self._opening.attempts.ids_to_make(
             field, new_session_ids, count, request_id, session_ids, namespace=namespace
         )
         sources = list(dict.fromkeys(session_ids))
         # Together: between two looks at a store that is awaited, changes that came later would overtake the reading.
         seen = await self._opening.seen([*ids, *sources])
         self._drain()
-        known = await self._opening.attempts.made_before("fork", ids, seen, request_id)
+        content = np.zeros(count, np.uint64)
+        async for part in self._pieces.of(ids):
+            content[part] = content_of_fork(session_ids[part], lease)
+        known = await self._opening.attempts.made_before(Kind.FORK, ids, content, seen, request_id)
         if known is not None:  # also if those it was made of are gone by now
             return known
         left = await self._opening.attempts.left(field, ids, seen, request_id)
@@ -124,6 +129,8 @@ class Forking:
                     request_id,
                     bool(new_session_ids),
                     field,
+                    Kind.FORK,
+                    content,
                     read.revisions[chosen],
                     read.positions[chosen],
                     states,

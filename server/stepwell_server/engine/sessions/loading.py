@@ -385,6 +385,7 @@ def refresh(table: SessionTable, fields: Fields, handle: int, header: Header, st
     table.stamp[handle] = stamp
     table.revision[handle], table.position[handle] = header.revision, header.position
     table.request_id[handle], table.opened_with[handle] = header.request_id, header.opened_with
+    table.digest[handle], table.opened_digest[handle] = header.digest, header.opened_digest
     table.created[handle], table.reply[handle] = header.created, header.reply
     table.bytes[handle] = counts.usage_of(header).bytes
     fields.take(handle, header.fields)
@@ -472,6 +473,8 @@ class Loader:
             position=np.array([header.position for header in headers], np.uint64),
             request_id=np.array([header.request_id for header in headers], np.uint64),
             opened_with=np.array([header.opened_with for header in headers], np.uint64),
+            digest=np.array([header.digest for header in headers], np.uint64),
+            opened_digest=np.array([header.opened_digest for header in headers], np.uint64),
             created=[header.created for header in headers],
             used=[
                 self._expiry.take_use(session_id, header, idle)

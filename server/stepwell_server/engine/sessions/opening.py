@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -10,10 +11,12 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import ANYBODY, Caller
+from stepwell_server.core.exactly_once import Kind
 from stepwell_server.core.leases import Lease, Leases
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Opened
+from stepwell_server.engine.content import content_of_fork, content_of_open, require_same_opening
 from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
@@ -27,7 +30,7 @@ from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.sessions.using import Clients, Usage
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import Tensors
+from stepwell_server.engine.types import U64, Array, Tensors
 from stepwell_server.errors import (
     InvalidInput,
     ModelMismatch,
@@ -36,7 +39,6 @@ from stepwell_server.errors import (
     ServerError,
     SessionExists,
     SessionGone,
-    SessionLost,
     Unavailable,
 )
 
@@ -119,18 +121,20 @@ class Opening:
             handle = self._live(name, seen, must_be_new)
             if handle is not None:
                 if "@" in model:
-                    self._require_version(handle, served)
+                    self._directory.require_version(handle, served)
                 try:
-                    found = self._resume(handle, seen, served, batch_size, must_be_new, request_id, lease)
+                    if request_id and int(self._table.opened_with[handle]) == request_id:
+                        return self._opened_before(handle, seen, model, batch_size, lease, state)
+                    found = self._resume(handle, seen, served, batch_size, must_be_new, lease)
                 except SessionGone:  # on another server, while something is under way for it here
                     await self._turns.free(handle)
                     continue
-                if found.replayed or await self._leasing.give(handle, lease):
+                if await self._leasing.give(handle, lease):
                     return found
                 continue
             if not session_id:
-                self._require_not_gone(name, seen)
-            self._require_own(session_id, seen)
+                self._directory.require_not_gone(name, seen)
+            self._directory.require_own(session_id, seen)
             values = check_finite_state(served.program, state, batch_size)
             rows = self._pager.take(served, batch_size)
             served.arena.clear_outputs(rows)
@@ -157,6 +161,8 @@ class Opening:
                 epoch=epoch,
                 owner=self._creation.owner(who),
                 closes=past.closes,
+                opened_digests=content_of_open(model, batch_size, lease, values or ())
+                | served.digest_prefixes[Kind.OPEN],
             )
             try:
                 info = await self._creation.create(fresh)
@@ -194,7 +200,9 @@ class Opening:
         wanted = len(session_ids) or count
         if not 1 <= wanted <= MAX_SESSIONS_PER_CALL:
             raise InvalidInput(f"count must be 1 to {MAX_SESSIONS_PER_CALL}; got {wanted}")
-        ids = await self.ids_to_make("session_ids", session_ids, wanted, request_id, namespace=namespace)
+        ids = await self.attempts.ids_to_make(
+            "session_ids", session_ids, wanted, request_id, namespace=namespace
+        )
         every = Wanted(
             served,
             ids,
@@ -202,6 +210,8 @@ class Opening:
             request_id,
             bool(session_ids),
             "session_ids",
+            Kind.OPEN,
+            content_of_open(model, batch_size, lease, count=len(ids)),
             lease=lease,
             is_pinned=self._directory.models.is_pinned(model),
             who=who,
@@ -252,7 +262,9 @@ class Opening:
         epoch = served.epoch
         for _ in range(MOST_TRIES):
             seen = await self.seen(every.ids)
-            known = await self.attempts.made_before("open", every.ids, seen, every.request_id)
+            known = await self.attempts.made_before(
+                every.kind, every.ids, every.content, seen, every.request_id
+            )
             if known is not None:
                 return known
             left = await self.attempts.left(every.field, every.ids, seen, every.request_id)
@@ -261,7 +273,7 @@ class Opening:
             wanted = every.part(left)
             ids = wanted.ids
             if not wanted.are_chosen:
-                self._require_not_gone(ids[0], seen)
+                self._directory.require_not_gone(ids[0], seen)
             if not await self._reserve(wanted, seen):
                 continue  # somebody made one of them meanwhile
             past, rows = await self._begun(wanted, seen)
@@ -285,6 +297,7 @@ class Opening:
                 epoch,
                 self._creation.owner(wanted.who),
                 closes=past.closes,
+                opened_digests=wanted.content | served.digest_prefixes[wanted.kind],
             )
             try:
                 await self._creation.create(fresh)
@@ -321,7 +334,7 @@ class Opening:
             async for part in self._pieces.of(ids):
                 self._directory.require_new(wanted.field, ids[part], seen)
                 for session_id in ids[part] if wanted.are_chosen else ():
-                    self._require_own(session_id, seen)
+                    self._directory.require_own(session_id, seen)
                 if not creation.reserve(ids[part], pending):
                     break
                 kept = part.stop
@@ -386,10 +399,11 @@ class Opening:
             require_session_id("new_session_id", new_session_id)
         namespace = namespaces.prefix_of(namespaces.tenant_of(session_id))
         name = new_session_id or self._directory.ids.make(request_id, session_id, namespace=namespace)
+        content = content_of_fork([session_id], lease)
         for _ in range(MOST_TRIES):
             seen = await self.seen([name, session_id])
             self._drain()
-            known = self._forked_before(name, seen, request_id)
+            known = self._forked_before(name, seen, request_id, content)
             if known is not None:
                 return known
             source = self._directory.find(session_id, seen)
@@ -406,16 +420,16 @@ class Opening:
             for _ in range(MOST_TRIES):
                 # once more: the same call may have been in line before this one
                 seen = await self.seen([name])
-                known = self._forked_before(name, seen, request_id)
+                known = self._forked_before(name, seen, request_id, content)
                 if known is not None:
                     return known
                 if not new_session_id:
-                    self._require_not_gone(name, seen)
-                self._require_own(new_session_id, seen)
+                    self._directory.require_not_gone(name, seen)
+                self._directory.require_own(new_session_id, seen)
                 ending = self._directory.ending(name) is not None
                 try:
                     own = None if new_session_id else self._leased(lease)
-                    return await self._fork(source, name, seen, expected, request_id, own, who)
+                    return await self._fork(source, name, seen, expected, request_id, content, own, who)
                 except Taken:
                     await self._require_not_over([name], ending)
                     continue
@@ -457,15 +471,34 @@ class Opening:
                 raise _exists("session_id", name) from error
             raise
 
-    def _require_version(self, handle: int, wanted: Model) -> None:
-        own = self._directory.models.by_handle(handle)
-        if own is not wanted and own.name == wanted.name:
-            session_id = self._table.session_id(handle)
-            raise SessionExists(
-                f"session {session_id!r} is open on version {own.version} of model {own.name!r}; got version"
-                f" {wanted.version}",
-                session_id=session_id,
-            )
+    def _opened_before(
+        self,
+        handle: int,
+        seen: Seen,
+        model: str,
+        batch_size: int,
+        lease: Lease | None,
+        state: Tensors | None,
+    ) -> Opened:
+        """The answer to a call with the request id that opened a session.
+
+        Raises:
+            InvalidInput: it is another call.
+        """
+        info, own = (
+            self._directory.info_now(handle, seen, is_same=True),
+            self._directory.models.by_handle(handle),
+        )
+        values: Sequence[Array] | None = None
+        with contextlib.suppress(InvalidInput):  # then it is another state
+            values = check_finite_state(own.program, state, batch_size) or ()
+        content = np.zeros(1, np.uint64)
+        if values is not None:
+            content = content_of_open(model, batch_size, lease, values)
+        stored = self._table.opened_digest[handle : handle + 1]
+        require_same_opening(own, [info.session_id], stored, Kind.OPEN, content)
+        self._observer.replayed(own.name, "open", 1)
+        return Opened(info, replayed=True)
 
     def _resume(
         self,
@@ -474,14 +507,10 @@ class Opening:
         model: Model,
         batch_size: int,
         must_be_new: bool,
-        request_id: int,
         lease: Lease | None,
     ) -> Opened:
         session_id = self._table.session_id(handle)
         info = self._directory.info_now(handle, seen, is_same=True)
-        if request_id and int(self._table.opened_with[handle]) == request_id:
-            self._observer.replayed(model.name, "open", 1)
-            return Opened(info, replayed=True)
         if must_be_new:
             raise _exists("session_id", session_id)
         if info.model != model.name or info.batch_size != batch_size:
@@ -506,6 +535,7 @@ class Opening:
         seen: Seen,
         expected: int | None,
         request_id: int,
+        content: U64,
         lease: Lease | None,
         who: Caller,
     ) -> Opened:
@@ -534,57 +564,21 @@ class Opening:
             is_pinned=bool(table.pinned[source]),
             owner=self._creation.owner(who),
             closes=past.closes,
+            opened_digests=content | model.digest_prefixes[Kind.FORK],
         )
         info = await self._creation.create(fresh)
         self._observer.session_event("forked", model.name, name)
         return Opened(info)
 
-    async def ids_to_make(
-        self,
-        field: str,
-        chosen: Sequence[str],
-        count: int,
-        request_id: int,
-        sources: Sequence[str] = (),
-        *,
-        namespace: str,
-    ) -> list[str]:
-        """The chosen ids, or new ones; `field` is the one of the request that has them."""
-        if not chosen:
-            ids = self._directory.ids
-            return await ids.make_many(request_id, count, self._pieces, sources, namespace=namespace)
-        async for part in self._pieces.of(chosen):
-            for session_id in chosen[part]:
-                require_session_id(field, session_id)
-        if len(set(chosen)) != len(chosen):
-            raise InvalidInput(f"{field} must be different from each other; got one of them twice")
-        return list(chosen)
-
-    def _require_not_gone(self, name: str, seen: Seen) -> None:
-        """Refuse a call that made a session and comes again when that is gone: it must not begin anew."""
-        error = self._directory.ended(name, seen)
-        if error is not None:
-            raise error
-
-    def _require_own(self, chosen: str, seen: Seen) -> None:
-        """Refuse a chosen id of a session which is gone if it must not begin anew unnoticed.
-
-        Be it that a server made the id, or that the store lost sessions, and nobody can tell that this is none of them.
-        """
-        if not chosen:
-            return
-        directory = self._directory
-        ended = directory.ended(chosen, seen)
-        is_lost = directory.store.damage_of(chosen) if ended is None else isinstance(ended, SessionLost)
-        if is_lost or directory.ids.is_made_by_a_server(chosen):
-            raise directory.gone(chosen, seen)
-
-    def _forked_before(self, name: str, seen: Seen, request_id: int) -> Opened | None:
+    def _forked_before(self, name: str, seen: Seen, request_id: int, content: U64) -> Opened | None:
         known = self._directory.live(name, seen)
         if known is None:
             return None
         if request_id and int(self._table.opened_with[known]) == request_id:
-            info = self._directory.info_now(known, seen)
+            info, model = self._directory.info_now(known, seen), self._directory.models.by_handle(known)
+            require_same_opening(
+                model, [name], self._table.opened_digest[known : known + 1], Kind.FORK, content
+            )
             self._observer.replayed(info.model, "fork", 1)
             return Opened(info, replayed=True)
         raise _exists("new_session_id", name)

@@ -7,6 +7,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from stepwell_server.core.exactly_once import Kind, prefix_of
 from stepwell_server.core.history import Mark
 from stepwell_server.core.scheduler import Scheduler
 from stepwell_server.core.slots import Slots
@@ -78,8 +81,15 @@ class Model:
     """Of the records of sessions that went to another version while something was under way that began on this one."""
     is_plain: bool = True
     """A record that says no version, in epoch 0, is of this one: its fingerprint says so."""
+    digest_prefixes: dict[Kind, np.uint64] = dataclasses.field(init=False)
+    """What digests of changes of its sessions begin with: see `core.exactly_once`."""
     waiting: int = 0
     """Changes and holds that wait for their session or for rows: see `turns` and `row_queue`."""
+
+    def __post_init__(self) -> None:
+        dtypes = [(spec.name, str(spec.dtype)) for spec in self.program.inputs]
+        dtypes += [(spec.name, str(spec.dtype)) for spec in self.program.state]
+        self.digest_prefixes = {kind: prefix_of(kind, dtypes) for kind in Kind}
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"

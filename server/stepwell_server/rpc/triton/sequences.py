@@ -169,7 +169,8 @@ class Sequences:
             await self._engine.close_session(request.session_id, deadline=request.deadline)
         revision, uid = await self._open(request, inputs.rows)
         try:
-            return await self._advance(request, read, revision), read
+            # as when it is sent again: then the session is there, and begins anew
+            return await self._advance(request, read, revision, anew=True), read
         except BaseException:  # cancelled too: then nobody knows of the sequence
             await self._close_if_possible(request.session_id, uid=uid)
             raise

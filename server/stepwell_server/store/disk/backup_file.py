@@ -35,7 +35,7 @@ from stepwell_server.store.base import (
 from stepwell_server.store.disk.documents import Item
 from stepwell_server.store.record import MAX_COUNTER, MAX_TIME
 
-_NAME, FORMAT = b"stepwell backup ", 2
+_NAME, FORMAT = b"stepwell backup ", 3
 MAGIC = _NAME + b"%d\n" % FORMAT
 """With the version of everything in the file, records too. Raise it whenever something of it changes."""
 _BLOCK = struct.Struct("<IIc")  # bytes of content, checksum of kind and content, kind

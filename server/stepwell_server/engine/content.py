@@ -1,0 +1,147 @@
+"""What a change says of each of its sessions, as a digest: see `core.exactly_once`.
+
+It is of what the change has become when it was checked, whichever way it came: one request or a part of a frame,
+members that were put together or apart, tensors of bytes or of values. So it is the same when the change is sent again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from isal.isal_zlib import crc32
+
+from stepwell_server.core.exactly_once import (
+    Kind,
+    digest_of_one,
+    digests,
+    kind_of,
+    mask_numbers,
+    row_numbers,
+    seed_of,
+    unlike,
+)
+from stepwell_server.core.leases import Lease
+from stepwell_server.engine.api import Select
+from stepwell_server.engine.types import U64, Array
+from stepwell_server.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from stepwell_server.engine.change import Change
+    from stepwell_server.engine.state.model import Model
+
+_NOUNS = {
+    Kind.STEP: "a step",
+    Kind.RESET: "a reset",
+    Kind.OPEN: "an opening",
+    Kind.FORK: "a fork",
+}
+_NO_PREFIX = np.uint64(0)
+_seed_of = functools.lru_cache(4096)(seed_of)
+
+
+def digests_of(change: Change) -> U64:
+    """Digests of what a checked change says of each of its members, `(n,)`."""
+    return _of_reset(change) if change.reset else _of_step(change)
+
+
+def _of_reset(change: Change) -> U64:
+    prefix = change.model.digest_prefixes[Kind.RESET]
+    rows, arrays = change.rows, change.arrays
+    seed = _seed_of(None if rows is None else tuple(rows), change.position, bool(arrays))
+    if not arrays:
+        return digests(prefix, seed, np.zeros(change.size, np.uint64))
+    count = change.row_count if rows is None else len(rows)
+    sizes = change.sizes if rows is None else np.array([count], np.intp)
+    return digests(prefix, seed, row_numbers(arrays, count), sizes)
+
+
+def _of_step(change: Change) -> U64:
+    prefix, seed = change.model.digest_prefixes[Kind.STEP], _step_seed(change, change.states)
+    if change.row_count == 1 and change.reset_rows is None and change.state_members is None:
+        return np.array([digest_of_one(prefix, seed, change.arrays)], np.uint64)
+    rows = row_numbers(change.arrays, change.row_count)
+    if change.reset_rows is not None:
+        rows += mask_numbers(change.reset_rows)
+    if change.state_members is None:
+        return digests(prefix, seed, rows, change.sizes)
+    seeds = np.full(change.size, _step_seed(change, Select.NONE))
+    seeds[np.array(change.state_members, np.intp)] = seed
+    return digests(prefix, seeds, rows, change.sizes)
+
+
+def _step_seed(change: Change, states: Select) -> np.uint64:
+    names, advancing, state_rows = change.output_names, change.advancing, change.state_rows
+    rows = None
+    if advancing is not None and advancing.tolist() != list(range(change.batch_size)):
+        rows = tuple(advancing.tolist())
+    return _seed_of(
+        change.select,
+        change.with_time,
+        change.steps,
+        tuple(sorted(set(names))) if names else (),
+        rows,
+        states,
+        None if state_rows is None or states is Select.NONE else tuple(state_rows),
+    )
+
+
+def content_of_open(
+    model: str, batch_size: int, lease: Lease | None, values: Sequence[Array] = (), count: int = 1
+) -> U64:
+    """What a call says of each of the sessions that it opens, `(count,)`: a digest without its prefix.
+
+    Args:
+        model: As the call names it.
+        batch_size: Of each.
+        lease: Of each.
+        values: Initial states of one session, `(batch_size, ...)` each.
+        count: How many there are.
+    """
+    seed = seed_of(model, batch_size, lease)
+    if not values:
+        return digests(_NO_PREFIX, seed, np.zeros(count, np.uint64))
+    return digests(_NO_PREFIX, seed, row_numbers(values, batch_size), np.array([batch_size], np.intp))
+
+
+def content_of_fork(session_ids: Sequence[str], lease: Lease | None) -> U64:
+    """What a call says of each of the sessions that it makes of others: as `content_of_open`."""
+    rows = np.fromiter(
+        (crc32(session_id.encode()) for session_id in session_ids), np.uint64, len(session_ids)
+    )
+    return digests(_NO_PREFIX, seed_of(lease), rows)
+
+
+def require_same_opening(
+    model: Model, session_ids: Sequence[str], stored: U64, kind: Kind, content: U64
+) -> None:
+    """Refuse a call that comes again with the request id that opened sessions, and is another call.
+
+    Args:
+        model: Of the first session now.
+        session_ids: Of the sessions.
+        stored: The digests of the calls that opened them, `(n,)`.
+        kind: Of the call.
+        content: What it says of each, `(n,)`.
+
+    Raises:
+        InvalidInput: it is another one.
+    """
+    other_kind, other_content = unlike(stored, content | model.digest_prefixes[kind])
+    for place in np.flatnonzero(other_kind | other_content)[:1].tolist():
+        raise reused_request(session_ids[place], kind_of(int(stored[place])), kind)
+
+
+def reused_request(session_id: str, known: Kind | None, own: Kind) -> InvalidInput:
+    """The answer to a change whose request id stands for another one, of kind `known`, of the session."""
+    noun = "another kind of change" if known is None else _NOUNS[known]
+    differs = f"it stands for {noun}, and {_NOUNS[own]} came"
+    if known is own:
+        differs = (
+            f"it stands for {_NOUNS[own]} with other content (values, rows, masks or what is to be returned)"
+        )
+    return InvalidInput(
+        f"request_id must be another one for another change of session {session_id!r}: {differs}; nothing changed"
+    )

@@ -1,0 +1,231 @@
+"""A request id stands for one change: with another kind of change, or other content, it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine.api import Opened, Select
+from stepwell_server.engine.change import Awaited, Change
+from stepwell_server.errors import InvalidInput, ServerError
+from support.engine import Harness, running, x
+
+KIND, CONTENT = "it stands for a step, and a reset came", "it stands for a step with other content"
+X = x(4, seed=1)
+FIRST = {"inputs": {"": X}}
+MASK = np.array([True, False, True, False])
+OTHERS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
+    "a reset": (FIRST, {"reset": True}, KIND),
+    "other inputs": (FIRST, {"inputs": {"": X + 1}}, CONTENT),
+    "signs": (FIRST, {"inputs": {"": -X}}, CONTENT),
+    "rows in another order": (FIRST, {"inputs": {"": X[::-1]}}, CONTENT),
+    "more time steps": (FIRST, {"inputs": {"": np.stack([X, X], 1)}}, CONTENT),
+    "a reset mask": (FIRST, {"inputs": {"": X}, "reset_rows": MASK}, CONTENT),
+    "another reset mask": (
+        {"inputs": {"": X}, "reset_rows": MASK},
+        {"inputs": {"": X}, "reset_rows": ~MASK},
+        CONTENT,
+    ),
+    "all rows": ({"inputs": {"": X[:2]}, "rows": [1, 3]}, FIRST, CONTENT),
+    "other rows": (
+        {"inputs": {"": X[:2]}, "rows": [1, 3]},
+        {"inputs": {"": X[:2]}, "rows": [3, 1]},
+        CONTENT,
+    ),
+    "no outputs": (FIRST, {"inputs": {"": X}, "select": Select.NONE}, CONTENT),
+    "outputs of the last step": (FIRST, {"inputs": {"": X}, "select": Select.LAST}, CONTENT),
+    "an output by its name": (FIRST, {"inputs": {"": X}, "output_names": ["y"]}, CONTENT),
+    "states": (FIRST, {"inputs": {"": X}, "states": Select.LAST}, CONTENT),
+    "zeros of another sign": ({"inputs": {"": 0 * X}}, {"inputs": {"": -0.0 * X}}, CONTENT),
+    "a step": ({"reset": True}, FIRST, "it stands for a reset, and a step came"),
+    "other states": (
+        {"reset": True, "state": {"": X}},
+        {"reset": True, "state": {"": X + 1}},
+        "it stands for a reset with other content",
+    ),
+    "the initial state": (
+        {"reset": True, "state": {"": X}},
+        {"reset": True},
+        "it stands for a reset with other content",
+    ),
+    "other rows reset": (
+        {"reset": True, "rows": [0]},
+        {"reset": True, "rows": [1]},
+        "it stands for a reset with other content",
+    ),
+    "another position": (
+        {"reset": True, "position": 4},
+        {"reset": True, "position": 5},
+        "it stands for a reset with other content",
+    ),
+}
+
+
+async def sent(at: Harness, said: Mapping[str, Any], request_id: int = 7, expected: int | None = None) -> Any:
+    answer = Awaited()
+    change = Change(["a"], answer, **said)
+    change.request_ids = np.array([request_id], np.uint64)
+    if expected is not None:
+        change.expected = np.array([expected], np.uint64)
+    at.engine.submit(change)
+    return await answer.get()
+
+
+@pytest.mark.parametrize("expected", [None, 0])
+@pytest.mark.parametrize("other", OTHERS)
+async def test_another_change_with_a_request_id_is_refused(other: str, expected: int | None) -> None:
+    first, second, message = OTHERS[other]
+    async with running() as at:
+        await at.open("a", batch_size=4)
+        applied = await sent(at, first, expected=expected)
+        state = (await at.state("a"))["sum"]
+        with pytest.raises(InvalidInput) as caught:
+            await sent(at, second, expected=expected)
+        assert caught.value.message.startswith(
+            f"request_id must be another one for another change of session 'a': {message}"
+        )
+        assert np.array_equal((await at.state("a"))["sum"], state)
+        again = await sent(at, first, expected=expected)
+        assert again.replayed
+        assert (again.revision, again.position) == (applied.revision, applied.position)
+        later = await sent(at, second, request_id=8, expected=None if expected is None else 1)
+        assert not later.replayed
+
+
+async def test_the_same_change_is_replayed_whichever_way_it_comes() -> None:
+    """Alone, in a frame with others, with other columns beside it, as float64, cut from a larger array."""
+    rng = np.random.default_rng(5)
+    async with running() as at:
+        names = [f"s{number}" for number in range(9)]
+        sizes = rng.integers(1, 4, len(names))
+        for name, size in zip(names, sizes.tolist(), strict=True):
+            await at.open(name, batch_size=size)
+        values = rng.standard_normal((int(sizes.sum()), 3, 2)).astype(np.float32)
+        masks = rng.random((len(values), 3)) < 0.5
+        ends = np.cumsum(sizes)
+        own = [slice(end - size, end) for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)]
+        requests = np.arange(1, len(names) + 1, dtype=np.uint64)
+
+        async def step(which: list[int], inputs: Any, mask: Any, states: Select = Select.LAST) -> list[Any]:
+            change = at.submit(
+                [names[place] for place in which],
+                inputs,
+                sizes=[int(sizes[place]) for place in which],
+                request_ids=requests[which],
+                reset_rows=mask,
+                states=states,
+            )
+            return list(await change.all())
+
+        def part(which: list[int]) -> tuple[Any, Any]:
+            return (
+                np.concatenate([values[own[place]] for place in which]),
+                np.concatenate([masks[own[place]] for place in which]).reshape(-1),
+            )
+
+        first = await step([*range(9)], values, masks.reshape(-1))
+        assert not any(reply.replayed for reply in first)
+        for which in ([0], [3], [8], [2, 1], [*range(8, -1, -1)], [0, 4, 8]):
+            inputs, mask = part(which)
+            again = await step(which, inputs.astype(np.float64), mask)
+            assert all(reply.replayed for reply in again), which
+        (refused,) = await step([0], part([0])[0] * 2, part([0])[1])
+        assert isinstance(refused, InvalidInput)
+
+
+async def test_only_the_members_with_other_content_are_refused() -> None:
+    async with running() as at:
+        names = [f"s{number}" for number in range(80)]
+        await at.open(*names)
+        values, requests = x(80, seed=3), np.arange(1, 81, dtype=np.uint64)
+        await at.submit(names, values, request_ids=requests).all()
+        other = values.copy()
+        other[::2] += 1
+        for member, found in enumerate(await at.submit(names, other, request_ids=requests).all()):
+            if member % 2:
+                assert not isinstance(found, ServerError)
+                assert found.replayed
+            else:
+                assert isinstance(found, InvalidInput)
+
+
+Call = Callable[[Harness], Any]
+OPEN = {"model": "plain", "session_id": "b", "request_id": 5}
+
+
+def opening(**said: Any) -> Call:
+    fields = {**OPEN, **said}
+    return lambda at: at.engine.open_session(
+        fields["model"], **{k: v for k, v in fields.items() if k != "model"}
+    )
+
+
+OPENINGS: dict[str, tuple[Call, Call, str]] = {
+    "another batch size": (opening(), opening(batch_size=2), "an opening with other content"),
+    "a state": (opening(), opening(state={"": x(1)}), "an opening with other content"),
+    "another state": (
+        opening(state={"": x(1)}),
+        opening(state={"": x(1) + 1}),
+        "an opening with other content",
+    ),
+    "a lease": (opening(), opening(lease=(1, 5000)), "an opening with other content"),
+    "another model": (opening(), opening(model="plain@1"), "an opening with other content"),
+    "a fork": (
+        opening(),
+        lambda at: at.engine.fork("a", new_session_id="b", request_id=5),
+        "an opening, and a fork came",
+    ),
+    "an opening of many": (
+        opening(batch_size=2),
+        lambda at: at.engine.open_sessions("plain", session_ids=["b"], request_id=5),
+        "an opening with other content",
+    ),
+    "forks": (
+        opening(),
+        lambda at: at.engine.fork_sessions(["a"], new_session_ids=["b"], request_id=5),
+        "an opening, and a fork came",
+    ),
+    "a fork of another one": (
+        lambda at: at.engine.fork("a", new_session_id="b", request_id=5),
+        lambda at: at.engine.fork("c", new_session_id="b", request_id=5),
+        "a fork with other content",
+    ),
+    "forks of others": (
+        lambda at: at.engine.fork_sessions(["a"], new_session_ids=["b"], request_id=5),
+        lambda at: at.engine.fork_sessions(["c"], new_session_ids=["b"], request_id=5),
+        "a fork with other content",
+    ),
+    "an opening in place of a fork": (
+        lambda at: at.engine.fork("a", new_session_id="b", request_id=5),
+        opening(),
+        "a fork, and an opening came",
+    ),
+}
+
+
+@pytest.mark.parametrize("other", OPENINGS)
+async def test_another_opening_with_a_request_id_is_refused(other: str) -> None:
+    first, second, message = OPENINGS[other]
+    async with running() as at:
+        await at.open("a", "c")
+        made = await first(at)
+        with pytest.raises(InvalidInput) as caught:
+            await second(at)
+        assert f"of session 'b': it stands for {message}" in caught.value.message
+        again = await first(at)
+        assert again.replayed
+        if isinstance(made, Opened):
+            assert again.session.uid == made.session.uid
+        assert len((await at.engine.list_sessions())[0]) == 3
+
+
+async def test_errors_of_members_are_those_of_the_server() -> None:
+    async with running() as at:
+        await at.open("a")
+        await at.step("a", x(1), request_ids=np.array([7], np.uint64))
+        with pytest.raises(ServerError) as caught:
+            await at.step("a", x(1) + 1, request_ids=np.array([7], np.uint64))
+        assert caught.value.reason == "INVALID_INPUT"
