@@ -75,7 +75,7 @@ opens = st.builds(Open, names, st.integers(1, 3), st.booleans())
 changes = st.builds(
     Change,
     st.lists(names, min_size=1, max_size=5, unique=True).map(tuple),
-    st.sampled_from(["step", "step", "step", "step", "reset", "again", "again"]),
+    st.sampled_from(["step", "step", "step", "step", "reset", "again", "again", "reused"]),
     st.sampled_from([0, 0, 1, 2, 5]),
     st.sampled_from(["ALL", "ALL", "LAST", "NONE"]),
     st.sampled_from(["next", "next", "next", "next", "stale", "ahead", "nothing"]),

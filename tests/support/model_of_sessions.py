@@ -43,6 +43,8 @@ class ModelSession:
     revision: int = 0
     position: int = 0
     request: int = 0
+    said: object = None
+    """What the last change said, for which its request id stands."""
     outputs: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     states: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     """Of the reply to its last change."""
@@ -173,7 +175,9 @@ class ModelOfSessions:
             states: Which states come back.
             state_rows: Those rows whose.
         """
-        session = self._judge(name, expected, request)
+        marks = None if reset is None else reset.tobytes()
+        said = ("step", x.shape, x.tobytes(), select, marks, rows, states, state_rows)
+        session = self._judge(name, expected, request, said)
         if not isinstance(session, ModelSession):
             return session
         chosen = list(range(session.batch_size)) if rows is None else list(rows)
@@ -196,7 +200,8 @@ class ModelOfSessions:
                 return {}
             return {name: array if timed and which == "ALL" else array[:, -1]}
 
-        return self._changed(session, request, shown("y", outputs, select), now, shown("sum", after, states))
+        shown_states = shown("sum", after, states)
+        return self._changed(session, request, said, shown("y", outputs, select), now, shown_states)
 
     def reset(
         self,
@@ -207,7 +212,8 @@ class ModelOfSessions:
         request: int,
         now: float,
     ) -> Reply | Refused:
-        session = self._judge(name, expected, request)
+        said = ("reset", None if state is None else state.tobytes(), rows)
+        session = self._judge(name, expected, request, said)
         if not isinstance(session, ModelSession):
             return session
         chosen = list(range(session.batch_size)) if rows is None else list(rows)
@@ -217,9 +223,11 @@ class ModelOfSessions:
             session.state[row] = value
         if rows is None:
             session.position = 0
-        return self._changed(session, request, {}, now)
+        return self._changed(session, request, said, {}, now)
 
-    def _judge(self, name: str, expected: int | None, request: int) -> ModelSession | Reply | Refused:
+    def _judge(
+        self, name: str, expected: int | None, request: int, said: object
+    ) -> ModelSession | Reply | Refused:
         session = self.sessions.get(name)
         if session is None:
             return self.gone(name)
@@ -231,6 +239,8 @@ class ModelOfSessions:
             replay = not apply and again and expected == session.revision - 1
         if apply:
             return session
+        if replay and said != session.said:
+            return Refused("InvalidInput")
         if replay:
             return Reply(
                 session.revision, session.position, session.outputs, replayed=True, states=session.states
@@ -241,12 +251,13 @@ class ModelOfSessions:
     def _changed(
         session: ModelSession,
         request: int,
+        said: object,
         outputs: Mapping[str, Array],
         now: float,
         states: Mapping[str, Array] = MappingProxyType({}),
     ) -> Reply:
         session.revision += 1
-        session.request = request
+        session.request, session.said = request, said
         session.outputs, session.states = outputs, states
         session.used = now
         return Reply(session.revision, session.position, outputs, states=states)

@@ -304,6 +304,8 @@ class Play:
         for member, (name, size) in enumerate(zip(chosen, sizes, strict=True)):
             self.request += 1
             requests.append(self.request if action.with_request else 0)
+            if action.kind == "reused" and (known := self.last.get(name)) is not None:
+                requests[-1] = known.fields["request_ids"][0]
             wanted = self.expected(name, action.expects)
             expected.append(0 if wanted is None else wanted)
             count = size if some_rows is None else len(some_rows)
