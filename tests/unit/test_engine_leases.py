@@ -138,6 +138,18 @@ async def test_who_resumes_a_session_takes_its_lease_over() -> None:
         assert await ids(at) == {second}
 
 
+async def test_a_named_session_that_is_resumed_has_no_lease() -> None:
+    async with running() as at:
+        for _ in range(2):
+            opened = await at.engine.open_session("plain", session_id="named", lease=(TWO, 60_000))
+            assert opened.session.lease_s == 0.0
+            assert (await at.engine.session_info("named")).lease_s == 0.0
+        at.clock.advance(61.0)
+        assert await at.inside.end_leases() == 0
+        await at.settled()
+        assert await ids(at) == {"named"}
+
+
 def field_of(disk: Disk, session_id: str) -> dict[int, bytes]:
     stored = disk.store.get(session_id)
     return unpack_fields(decode(session_id, stored).fields)

@@ -38,10 +38,10 @@ class Leasing:
         self._leases = leases
 
     async def give(self, handle: int, lease: Lease | None) -> bool:
-        """Let a session that has a lease have this one. Result and errors are those of `keep`."""
+        """Give a session that has a lease this one; one without a lease gets none. Result and errors are those of `keep`."""
         if not await self.keep(handle, lease):
             return False
-        if not self._pager.is_shared:
+        if not self._pager.is_shared and self._table.lease[handle]:
             # the store hears of it with the next change; until then the session counts as used now
             self._table.lease[handle] = 0 if lease is None else self._leases.number(lease)
         return True
