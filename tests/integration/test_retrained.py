@@ -286,10 +286,11 @@ def test_the_command_line_says_what_stays(
 
     client.open_session(name, session_id=f"{name}-a")
     assert (
-        run("load", name, str(tmp_path / "2.keras")) == f"loaded {name}@2 (the default, 1 stay on {name}@1)\n"
+        run("load", name, str(tmp_path / "2.keras"))
+        == f"loaded {name}@2 (the default, 1 stays on {name}@1)\n"
     )
     assert run("load", name, str(tmp_path / "3.keras"), "--sessions", "carry") == (
-        f"loaded {name}@3 (the default, 0 sessions moved, 1 stay on {name}@1)\n"
+        f"loaded {name}@3 (the default, 0 sessions moved, 1 stays on {name}@1)\n"
     )
     assert run("default", f"{name}@1") == f"{name}@1 is the default now\n"
     assert json.loads(run("default", f"{name}@1", "--json"))["is_default"]
