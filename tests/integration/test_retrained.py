@@ -212,6 +212,29 @@ def test_equal_names_of_layers_that_are_connected_in_another_way_are_no_proof(
     assert client.update_model(name, keras.Model(deeper.input, y)).version == 2  # the same connections
 
 
+def test_calls_of_one_layer_in_another_order_are_refused(
+    client: stepwell.Client, load: Callable[[Any], Any]
+) -> None:
+    import keras
+
+    def shared(order: str, activation: str = "linear") -> Any:
+        x = keras.Input((None, 3))
+        lstm = keras.layers.LSTM(4, return_sequences=True, name="shared")
+        sources = {
+            "a": keras.layers.Dense(2, name="price")(x),
+            "b": keras.layers.Dense(2, name="volume")(x),
+        }
+        calls = {one: lstm(sources[one]) for one in order}
+        y = keras.layers.Concatenate()([calls["a"], calls["b"]])
+        return keras.Model(x, keras.layers.Dense(1, name="y", activation=activation)(y))
+
+    name, _ = load(shared("ab"))
+    says = r"called several times have a state for each call, 'shared', .*sessions=keep or sessions=reset"
+    with pytest.raises(errors.ModelMismatchError, match=says):
+        client.update_model(name, shared("ba"))
+    assert client.update_model(name, shared("ab", "tanh")).version == 2  # the same connections
+
+
 def test_a_clone_is_the_same_model(client: stepwell.Client, load: Callable[[Any], Any]) -> None:
     import keras
 
