@@ -353,3 +353,59 @@ def test_mistakes_that_the_server_must_answer_with_resets(open_to_all: Target, f
     open_to_all.wait_until(lambda: open_to_all.count("calls") <= 1)
     assert open_to_all.memory() - before < SLACK_BYTES
     assert status_of(open_to_all) == health_pb2.HealthCheckResponse.SERVING
+
+
+# --- frames that cost more than their bytes ---
+
+
+def test_headers_of_a_byte_for_each_field_are_a_flood(open_to_all: Target) -> None:
+    """HPACK's table: one byte stands for a field of 4 KiB, and is decoded whether or not the headers are too large."""
+    with Http2(open_to_all.address) as peer:
+        own = peer.block(GET, [("x-large", "v" * 3900)])  # the newest entry of the table
+        for count in (400, 1900):
+            stream = peer.next_stream()
+            peer.send(http2.headers(stream, own + b"\xbe" * count, end=True))
+            own = peer.block(GET)
+            end = peer.outcome(stream)
+            assert end.get("grpc-status") == RESOURCE_EXHAUSTED or end[":status"] == "431"
+        peer.send(http2.headers(peer.next_stream(), own + b"\xbe" * 10_000, end=True))
+        assert peer.goodbye()[0] == ENHANCE_YOUR_CALM
+    open_to_all.goes_on()
+    assert open_to_all.refused("control_frames") > 0
+
+
+def test_settings_between_calls_are_a_flood(open_to_all: Target) -> None:
+    """Each changes the window of every call of the connection."""
+    with Http2(open_to_all.address) as peer:
+        peer.send(*(peer.begin(STREAM)[1] for _ in range(500)))
+        with contextlib.suppress(Gone):
+            for number in range(300):
+                peer.send(peer.begin("/no/method", end=True)[1], http2.settings({4: 60_000 + number % 2}))
+        assert peer.goodbye()[0] in {ENHANCE_YOUR_CALM, -1}
+    open_to_all.wait_until(lambda: open_to_all.count("calls") <= 1)
+
+
+@pytest.mark.parametrize("kind", ["headers", "headers that go on", "data", "unknown"])
+def test_frames_that_do_not_end_are_bounded_over_all_connections(open_to_all: Target, kind: str) -> None:
+    """They are kept before it is known whose they are, and no window counts headers."""
+    count, size = 800, 60_000
+    before, evicted = open_to_all.memory(), open_to_all.refused("evicted")
+    number = {"headers": 1, "headers that go on": 1, "data": 0, "unknown": 200}[kind]
+    filled = b"\0\x01a\x7f\x81\x7f" + b"v" * 16_384  # a field in which no other begins
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            peer = stack.enter_context(Http2(open_to_all.address))
+            with contextlib.suppress(Gone):
+                peer.frame()  # its settings, which are acknowledged: larger frames may come
+                if kind == "headers that go on":
+                    peer.send(http2.raw_frame(1, 0, 1, filled[:16_000]))
+                    peer.send(http2.raw_frame(9, 0, 1, b"v" * 16_000))
+                    peer.send(http2.raw_frame(9, 0, 1, b"v" * 16_000))
+                else:
+                    peer.send(http2.raw_frame(number, 0, 1, (filled * 4)[:size], of=65_000))
+        open_to_all.wait_until(lambda: open_to_all.refused("evicted") > evicted)
+        for _ in range(20):
+            open_to_all.goes_on()
+        assert open_to_all.memory() - before < HELD_BYTES // 4 + count * 30_000
+        assert status_of(open_to_all) == health_pb2.HealthCheckResponse.SERVING
+    open_to_all.wait_until(lambda: open_to_all.count("connections") <= 2)

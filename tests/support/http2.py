@@ -49,6 +49,17 @@ def reset(stream: int) -> bytes:
     return RstStreamFrame(stream, error_code=8).serialize()
 
 
+def raw_frame(kind: int, flags: int, stream: int, payload: bytes, *, of: int | None = None) -> bytes:
+    """Any frame; `of`: the bytes that its head promises, of which the payload is a part."""
+    size = len(payload) if of is None else of
+    return size.to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big") + payload
+
+
+def headers(stream: int, block: bytes, *, end: bool = False) -> bytes:
+    """A HEADERS frame with a whole block."""
+    return raw_frame(1, 4 | end, stream, block)
+
+
 def ping() -> bytes:
     return PingFrame(opaque_data=b"01234567").serialize()
 
@@ -108,9 +119,14 @@ class Http2:
         except OSError as error:
             raise Gone from error
 
+    def next_stream(self) -> int:
+        """The number of a new stream."""
+        stream, self._next_stream = self._next_stream, self._next_stream + 2
+        return stream
+
     def begin(self, path: str, extra: Headers = (), *, end: bool = False) -> tuple[int, bytes]:
         """The number of a new stream and the frame that begins it."""
-        stream, self._next_stream = self._next_stream, self._next_stream + 2
+        stream = self.next_stream()
         frame = HeadersFrame(stream, self.block(path, extra))
         frame.flags.add("END_HEADERS")
         if end:

@@ -12,7 +12,7 @@ use crate::serve;
 use crate::shape::{Breach, Shape};
 use crate::tenancy::Connections;
 use crate::tls;
-use crate::turn::{InTurns, Turn};
+use crate::turn::{InTurns, Received, Turn};
 use crate::wakeup::Wakeup;
 use bytes::Bytes;
 use std::collections::HashMap;
@@ -20,7 +20,7 @@ use std::future::Future;
 use std::net::{SocketAddr, TcpListener as StdTcpListener};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::net::UnixListener as StdUnixListener;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Context;
 use std::time::{Duration, Instant};
@@ -82,8 +82,8 @@ pub struct Shared {
     pub pace: Pace,
     /// Places of calls of which Python is asked who makes them.
     pub judging: Arc<Semaphore>,
-    /// Small frames of data that wait to be read.
-    small: Arc<AtomicI64>,
+    /// What connections have sent that is not done with.
+    received: Arc<Received>,
     arrivals: Mutex<Arrivals>,
     pub wakeup: Wakeup,
     /// Python's event loop is about to take what comes.
@@ -120,7 +120,7 @@ impl Shared {
             counts: Counts::default(),
             pace: Pace::default(),
             judging: Arc::new(Semaphore::new(MAX_JUDGED)),
-            small: Arc::default(),
+            received: Arc::default(),
             arrivals: Mutex::new(Arrivals::default()),
             wakeup,
             is_taking: AtomicBool::new(false),
@@ -321,11 +321,12 @@ fn begin<S>(
     let watched = shared.wakeup.watch(&socket);
     let number = shared.connections.fetch_add(1, Ordering::Relaxed);
     let load = Load::new(shared.limits.connection_steps);
-    let turn = Arc::new(Turn::new(shared.small.clone()));
+    let turn = Arc::new(Turn::new(shared.received.clone()));
     let peer = Arc::new(Peer::new(name(number), number, load, turn.clone()));
     shared.open.add(&peer);
     let (shared, mut stage, done) = (shared.clone(), stage.clone(), done.clone());
     tokio::spawn(async move {
+        let most_unfinished = shared.limits.budget_bytes / UNFINISHED_PART;
         let mut serving = std::pin::pin!(async {
             let tls = shared.tls.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let Some(config) = tls else {
@@ -347,6 +348,10 @@ fn begin<S>(
             let began = Instant::now();
             let served = serving.as_mut().poll(cx);
             turn.end(began.elapsed());
+            let is_crowded = turn.unfinished() > 0 && shared.received.unfinished() > most_unfinished;
+            if is_crowded && shared.open.end_unfinished() {
+                shared.counts.refuse(Refusal::Evicted);
+            }
             served
         })
         .await;
@@ -363,6 +368,8 @@ const LARGEST_HEADER_BYTES: u32 = 64 << 10;
 const FIRST_WINDOW_BYTES: u32 = 64 << 10;
 const WINDOW_BYTES: u32 = 4 << 20;
 const WINDOWS_PART: usize = 4;
+/// Frames and headers without an end have this part of them: the largest or least known of them ends where they have more.
+const UNFINISHED_PART: usize = 4;
 /// The same, of one call.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 /// What h2 takes of a call's replies, as the client makes room, before they are written to the socket.

@@ -79,6 +79,26 @@ impl Connections {
         idle.inspect(|peer| peer.stay.leave.notify_one()).is_some()
     }
 
+    /// End a connection whose frame or headers have no end yet, one that no known caller has used first; of others the one
+    /// that has sent most. Returns whether there was one.
+    pub fn end_unfinished(&self) -> bool {
+        let mut table = self.table();
+        let mut largest: Option<Arc<Peer>> = None;
+        for _ in 0..LOOKS.min(table.all.len()) {
+            let Some(weak) = table.all.pop_front() else { break };
+            let Some(peer) = weak.upgrade() else { continue };
+            table.all.push_back(weak);
+            let rank = |peer: &Peer| (!peer.stay.is_known(), peer.turn.unfinished());
+            if peer.turn.unfinished() > 0 && largest.as_ref().is_none_or(|other| rank(&peer) > rank(other)) {
+                largest = Some(peer);
+            }
+        }
+        let Some(peer) = largest else { return false };
+        peer.turn.give_up();
+        peer.stay.leave.notify_one();
+        true
+    }
+
     /// A connection from an address, until what is returned is dropped; None: there are as many from there as may be.
     pub fn come(self: &Arc<Self>, address: IpAddr, limit: usize) -> Option<FromAddress> {
         let address = address.to_canonical();
@@ -154,6 +174,21 @@ mod tests {
         connections.add(&stranger);
         let _place = CallPlace::take(&shared, &stranger, None, Pool::Unknown);
         assert!(connections.make_room(true) && has_left(&stranger) && !has_left(&idle));
+    }
+
+    #[test]
+    fn of_those_that_end_no_frame_strangers_leave_first() {
+        let connections = Connections::default();
+        let peers: Vec<_> = (0..4).map(|_| Arc::new(Peer::for_test())).collect();
+        peers.iter().for_each(|peer| connections.add(peer));
+        for (peer, bytes) in peers.iter().zip([3000, 2000, 1000, 0]) {
+            peer.turn.set_unfinished(bytes);
+        }
+        peers[0].stay.know();
+        for left in [[false, true, false, false], [false, false, true, false], [true, false, false, false]] {
+            assert!(connections.end_unfinished());
+            assert_eq!(peers.iter().map(|peer| has_left(peer)).collect::<Vec<_>>(), left);
+        }
     }
 
     #[test]

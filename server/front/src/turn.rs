@@ -3,6 +3,7 @@
 //! h2 reads a connection for as long as there is something to read. Who sends fast and small would keep the wire's
 //! thread from everybody else, and frames that carry no call (pings, settings) are not limited at all.
 
+use fields::Fields;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
@@ -12,11 +13,15 @@ use std::task::{ready, Context, Poll};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+mod fields;
+
 /// Bytes read of a connection in one turn, at most and at least. Between them each connection has as many as it can be
 /// served with in the time of a turn: headers cost a hundred times as much as data.
 const MAX_TURN_BYTES: usize = 64 << 10;
 const MIN_TURN_BYTES: usize = 1 << 10;
 const TURN_TIME: Duration = Duration::from_micros(100);
+/// Fields of one call's headers. As many are over what h2 takes, since HTTP/2 counts 32 bytes for each.
+const MAX_FIELDS: usize = 2048;
 /// A frame of data smaller than this takes more memory while it waits than its bytes, which flow control bounds.
 pub const SMALL_BYTES: usize = 256;
 /// Those of one connection that wait to be read; and where those of all are many, fewer.
@@ -29,6 +34,9 @@ const FORGET_EVERY: Duration = Duration::from_millis(50);
 const MOST_CONTROL: usize = 1000;
 /// And so many more as time passes.
 const CONTROL_EVERY: Duration = Duration::from_millis(10);
+/// SETTINGS, which may change something of each call of the connection: a burst, and one more as time passes.
+const MAX_SETTINGS: usize = 100;
+const SETTINGS_INTERVAL: Duration = Duration::from_millis(100);
 const PREFACE_BYTES: usize = 24;
 const HEAD_BYTES: usize = 9;
 
@@ -39,9 +47,25 @@ pub struct Turn {
     size: AtomicUsize,
     left: AtomicUsize,
     is_flooded: AtomicBool,
-    /// Small frames of data that wait to be read: its own, and those of all connections.
+    /// Small frames of data that wait to be read.
     small: AtomicI64,
-    all_small: Arc<AtomicI64>,
+    /// Bytes of a frame, or of a call's headers, of which the end has not come.
+    unfinished: AtomicUsize,
+    all: Arc<Received>,
+}
+
+/// What all connections together have sent that is not done with.
+#[derive(Debug, Default)]
+pub struct Received {
+    small: AtomicI64,
+    unfinished: AtomicUsize,
+}
+
+impl Received {
+    /// Bytes of frames and headers of which the end has not come.
+    pub fn unfinished(&self) -> usize {
+        self.unfinished.load(Ordering::Relaxed)
+    }
 }
 
 impl Default for Turn {
@@ -51,23 +75,45 @@ impl Default for Turn {
             left: AtomicUsize::new(0),
             is_flooded: AtomicBool::new(false),
             small: AtomicI64::new(0),
-            all_small: Arc::default(),
+            unfinished: AtomicUsize::new(0),
+            all: Arc::default(),
         }
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.all_small.fetch_sub(*self.small.get_mut(), Ordering::Relaxed);
+        self.all.small.fetch_sub(*self.small.get_mut(), Ordering::Relaxed);
+        self.set_unfinished(0);
     }
 }
 
 impl Turn {
-    /// `all_small` is shared by all connections.
-    pub fn new(all_small: Arc<AtomicI64>) -> Self {
+    /// `all` is shared by all connections.
+    pub fn new(all: Arc<Received>) -> Self {
         let mut turn = Turn::default();
-        turn.all_small = all_small;
+        turn.all = all;
         turn
+    }
+
+    /// Bytes of a frame, or of a call's headers, of which the end has not come.
+    pub fn unfinished(&self) -> usize {
+        self.unfinished.load(Ordering::Relaxed)
+    }
+
+    /// The connection is about to leave: what it has sent counts no longer.
+    pub fn give_up(&self) {
+        self.is_flooded.store(true, Ordering::Relaxed);
+        self.set_unfinished(0);
+    }
+
+    pub(crate) fn set_unfinished(&self, bytes: usize) {
+        let before = self.unfinished.swap(bytes, Ordering::Relaxed);
+        if bytes >= before {
+            self.all.unfinished.fetch_add(bytes - before, Ordering::Relaxed);
+        } else {
+            self.all.unfinished.fetch_sub(before - bytes, Ordering::Relaxed);
+        }
     }
 
     /// Data of a call was read.
@@ -83,7 +129,7 @@ impl Turn {
         let add = |small: i64| Some((small + count).max(0));
         let before = self.small.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add).unwrap_or(0);
         let now = (before + count).max(0);
-        let all = self.all_small.fetch_add(now - before, Ordering::Relaxed) + now - before;
+        let all = self.all.small.fetch_add(now - before, Ordering::Relaxed) + now - before;
         now <= if all > MANY_SMALL { MAX_SMALL_OF_MANY } else { MAX_SMALL }
     }
 
@@ -146,16 +192,19 @@ impl<S: AsyncRead + Unpin> AsyncRead for InTurns<S> {
         ready!(Pin::new(&mut self.socket).poll_read(cx, &mut part))?;
         let read = part.filled().len();
         let mut may_send = self.control.may_send(part.filled(), Instant::now);
-        buf.advance(read);
         self.turn.left.store(left - read, Ordering::Relaxed);
+        self.turn.set_unfinished(self.control.unfinished());
         let small = std::mem::take(&mut self.control.small);
         if small > 0 && !self.turn.add_small(small) {
             let forgotten = self.control.forget(Instant::now());
             may_send &= self.turn.add_small(-forgotten);
         }
         if !may_send {
-            self.turn.is_flooded.store(true, Ordering::Relaxed);
+            self.turn.give_up(); // and h2 does not see it
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
         }
+        buf.advance(read);
         Poll::Ready(Ok(()))
     }
 }
@@ -193,8 +242,13 @@ struct Control {
     head: [u8; HEAD_BYTES],
     /// How much of it has come.
     known: usize,
-    left: usize,
-    refilled: Instant,
+    control: Bucket,
+    settings: Bucket,
+    /// Fields and bytes of the headers that come; whether some do, and whether their end is in this frame.
+    fields: Fields,
+    header_bytes: usize,
+    is_in_headers: bool,
+    ends_headers: bool,
     /// Small frames of data that were not looked at.
     small: i64,
     /// Small ones that ended unread are forgotten up to then.
@@ -207,8 +261,12 @@ impl Control {
             skip: PREFACE_BYTES,
             head: [0; HEAD_BYTES],
             known: 0,
-            left: MOST_CONTROL,
-            refilled: now,
+            control: Bucket::new(MOST_CONTROL, CONTROL_EVERY, now),
+            settings: Bucket::new(MAX_SETTINGS, SETTINGS_INTERVAL, now),
+            fields: Fields::default(),
+            header_bytes: 0,
+            is_in_headers: false,
+            ends_headers: false,
             small: 0,
             forgotten: now,
         }
@@ -225,7 +283,11 @@ impl Control {
     fn may_send(&mut self, mut bytes: &[u8], now: impl Fn() -> Instant) -> bool {
         while !bytes.is_empty() {
             let skipped = self.skip.min(bytes.len());
+            if self.is_in_headers && !self.may_send_fields(&bytes[..skipped]) {
+                return false;
+            }
             self.skip -= skipped;
+            self.is_in_headers &= self.skip > 0 || !self.ends_headers;
             bytes = &bytes[skipped..];
             let taken = bytes.len().min(HEAD_BYTES - self.known);
             self.head[self.known..self.known + taken].copy_from_slice(&bytes[..taken]);
@@ -241,29 +303,87 @@ impl Control {
         true
     }
 
+    /// Whether so many fields may come in one call's headers.
+    fn may_send_fields(&mut self, bytes: &[u8]) -> bool {
+        self.fields.push(bytes);
+        self.header_bytes += bytes.len();
+        self.fields.count() <= MAX_FIELDS
+    }
+
+    /// Bytes of a frame, or of headers, of which the end has not come.
+    fn unfinished(&self) -> usize {
+        if self.is_in_headers {
+            return self.header_bytes;
+        }
+        let [high, mid, low, ..] = self.head;
+        let size = u32::from_be_bytes([0, high, mid, low]) as usize;
+        if self.skip > 0 {
+            size.saturating_sub(self.skip)
+        } else {
+            0
+        }
+    }
+
     fn may_send_frame(&mut self, now: &impl Fn() -> Instant) -> bool {
+        const DATA: u8 = 0;
+        const HEADERS: u8 = 1;
+        const SETTINGS: u8 = 4;
+        const PUSH_PROMISE: u8 = 5;
+        const CONTINUATION: u8 = 9;
+        const END_STREAM: u8 = 1;
+        const END_HEADERS: u8 = 4;
         let [high, mid, low, kind, flags, ..] = self.head;
         self.skip = u32::from_be_bytes([0, high, mid, low]) as usize;
-        const DATA: u8 = 0;
-        const END_STREAM: u8 = 1;
+        if kind == HEADERS {
+            self.fields.begin(flags);
+            self.header_bytes = 0;
+        }
+        self.is_in_headers = kind == HEADERS || kind == CONTINUATION;
+        self.ends_headers = flags & END_HEADERS != 0;
         match kind {
             DATA if self.skip == 0 && flags & END_STREAM == 0 => {}
             // data; headers, and more of them; of a stream that is there: its end, and room for its replies
-            DATA | 1 | 9 => {
+            DATA | HEADERS | CONTINUATION => {
                 self.small += i64::from(kind == DATA && flags & END_STREAM == 0 && self.skip < SMALL_BYTES);
-                self.left = MOST_CONTROL.min(self.left + 1);
+                self.control.give();
                 return true;
             }
             3 | 8 => return true,
+            PUSH_PROMISE => return false, // no client sends it
+            SETTINGS => return self.settings.take(now),
             _ => {}
         }
+        self.control.take(now)
+    }
+}
+
+/// So much at a time, and more of it as time passes.
+struct Bucket {
+    left: usize,
+    max: usize,
+    interval: Duration,
+    refilled: Instant,
+}
+
+impl Bucket {
+    fn new(max: usize, interval: Duration, now: Instant) -> Self {
+        Bucket { left: max, max, interval, refilled: now }
+    }
+
+    /// One more may be taken.
+    fn give(&mut self) {
+        self.left = self.max.min(self.left + 1);
+    }
+
+    /// Take one; whether there was one.
+    fn take(&mut self, now: &impl Fn() -> Instant) -> bool {
         if self.left == 0 {
             let passed = now().saturating_duration_since(self.refilled);
-            let more = (passed.as_millis() / CONTROL_EVERY.as_millis()) as usize;
+            let more = (passed.as_millis() / self.interval.as_millis()) as usize;
             if more == 0 {
                 return false;
             }
-            self.left = more.min(MOST_CONTROL);
+            self.left = more.min(self.max);
             self.refilled += passed;
         }
         self.left -= 1;
@@ -301,7 +421,7 @@ mod tests {
             for part in bytes.chunks(piece) {
                 prop_assert!(control.may_send(part, || start));
             }
-            prop_assert_eq!(control.left, MOST_CONTROL - 1 - sizes.len());
+            prop_assert_eq!(control.control.left, MOST_CONTROL - sizes.len());
         }
     }
 
@@ -310,16 +430,16 @@ mod tests {
         let start = Instant::now();
         let mut control = Control::new(start);
         assert!(control.may_send(&hello(), || start));
-        for kind in [PING, 4, 2, 200, 0] {
-            control.left = 1;
+        for kind in [PING, 2, 200, 0] {
+            control.control.left = 1;
             assert!(control.may_send(&frame(kind, 0, 0), || start), "{kind}");
             assert!(!control.may_send(&frame(kind, 0, 0), || start), "{kind}");
         }
         assert!(control.may_send(&frame(1, 4, 30), || start), "headers");
         assert!(control.may_send(&frame(0, 0, 1), || start), "data");
         assert!(control.may_send(&frame(0, 1, 0), || start), "the end of a call");
-        assert_eq!(control.left, 3);
-        control.left = 0;
+        assert_eq!(control.control.left, 3);
+        control.control.left = 0;
         let later = start + 2 * CONTROL_EVERY;
         assert!(
             control.may_send(&frame(PING, 0, 8), || later) && control.may_send(&frame(PING, 0, 8), || later)
@@ -385,13 +505,73 @@ mod tests {
     }
 
     #[test]
+    fn settings_have_their_own_number_whatever_calls_come() {
+        let start = Instant::now();
+        let mut control = Control::new(start);
+        assert!(control.may_send(&hello(), || start));
+        for _ in 1..MAX_SETTINGS {
+            let both = [frame(1, 5, 30), frame(4, 0, 6)].concat();
+            assert!(control.may_send(&both, || start));
+        }
+        assert!(!control.may_send(&frame(4, 0, 6), || start));
+        assert!(control.may_send(&frame(4, 0, 6), || start + SETTINGS_INTERVAL));
+    }
+
+    #[test]
+    fn headers_of_very_many_fields_are_a_flood() {
+        let start = Instant::now();
+        let of = |kind, flags, fields: usize| {
+            let mut bytes = frame(kind, flags, fields);
+            bytes[HEAD_BYTES..].fill(0xbe);
+            bytes
+        };
+        let new = || {
+            let mut control = Control::new(start);
+            assert!(control.may_send(&hello(), || start));
+            control
+        };
+        let mut control = new();
+        assert!(control.may_send(&of(1, 5, MAX_FIELDS), || start));
+        assert!(control.may_send(&of(1, 5, MAX_FIELDS), || start), "each call has its own");
+        assert!(!control.may_send(&of(1, 5, MAX_FIELDS + 1), || start));
+        let mut control = new();
+        assert!(control.may_send(&of(1, 1, MAX_FIELDS / 2), || start));
+        assert!(control.may_send(&of(9, 0, MAX_FIELDS / 2), || start));
+        assert!(!control.may_send(&of(9, 4, 1), || start), "they go on in frames of their own");
+        assert!(!new().may_send(&of(5, 4, 1), || start), "a promise");
+    }
+
+    #[test]
+    fn bytes_without_an_end_are_counted() {
+        let start = Instant::now();
+        let mut control = Control::new(start);
+        assert!(control.may_send(&hello(), || start) && control.unfinished() == 0);
+        let long = frame(0, 0, 1000);
+        assert!(control.may_send(&long[..HEAD_BYTES + 600], || start));
+        assert_eq!(control.unfinished(), 600);
+        assert!(control.may_send(&long[HEAD_BYTES + 600..], || start) && control.unfinished() == 0);
+        for (kind, flags, bytes) in [(1, 0, 40), (9, 0, 80), (9, 4, 0), (0, 0, 0)] {
+            assert!(control.may_send(&frame(kind, flags, 40), || start));
+            assert_eq!(control.unfinished(), bytes);
+        }
+        let all = Arc::<Received>::default();
+        let turns = [Turn::new(all.clone()), Turn::new(all.clone())];
+        turns.iter().for_each(|turn| turn.set_unfinished(600));
+        turns[0].set_unfinished(500);
+        turns[1].give_up();
+        assert_eq!((all.unfinished(), turns[1].poll_flooded().is_ready()), (500, true));
+        drop(turns);
+        assert_eq!(all.unfinished(), 0);
+    }
+
+    #[test]
     fn of_many_small_frames_each_connection_has_few() {
-        let all = Arc::<AtomicI64>::default();
+        let all = Arc::<Received>::default();
         let turns: Vec<_> = (0..8).map(|_| Turn::new(all.clone())).collect();
         assert!(turns.iter().all(|turn| turn.add_small(MAX_SMALL)));
         let last = Turn::new(all.clone());
         assert!(last.add_small(MAX_SMALL_OF_MANY) && !last.add_small(1) && !turns[0].add_small(0));
         drop((turns, last));
-        assert_eq!(all.load(Ordering::Relaxed), 0);
+        assert_eq!(all.small.load(Ordering::Relaxed), 0);
     }
 }
