@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -409,3 +410,19 @@ def test_frames_that_do_not_end_are_bounded_over_all_connections(open_to_all: Ta
         assert open_to_all.memory() - before < HELD_BYTES // 4 + count * 30_000
         assert status_of(open_to_all) == health_pb2.HealthCheckResponse.SERVING
     open_to_all.wait_until(lambda: open_to_all.count("connections") <= 2)
+
+
+@pytest.mark.parametrize("path", [CHECK, WATCH, "/inference.GRPCInferenceService/ServerReady"])
+def test_of_strangers_only_small_messages_are_taken_in(closed: Target, path: str) -> None:
+    """Everybody may ask for health: whole or compressed, a large question is refused when its size is known."""
+    small = health_pb2.HealthCheckRequest(service="x" * 500).SerializeToString()
+    with Http2(closed.address) as peer:
+        for extra, body in (
+            ([], http2.framed(bytes(60 << 20))[:100]),
+            (GZIP, packed(gzip.compress(bytes(1 << 20)))),
+            (GZIP, packed(os.urandom(5000))),
+        ):
+            end = ends(peer, path, body, extra)
+            assert (end["grpc-status"], "4096 bytes" in end["grpc-message"]) == (RESOURCE_EXHAUSTED, True)
+        if path == CHECK:
+            assert ends(peer, path, packed(gzip.compress(small)))["grpc-status"] == "5"  # NOT_FOUND

@@ -83,7 +83,7 @@ class Server:
     def in_turn(self, work: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_soon(work)
 
-    def too_large(self, size: int) -> Status:
+    def too_large(self, size: int, limit: int | None = None) -> Status:
         raise AssertionError(size)
 
     def overloaded(self) -> Status:

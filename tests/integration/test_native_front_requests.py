@@ -59,7 +59,7 @@ class Server:
     def in_turn(self, work: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_soon(work)
 
-    def too_large(self, size: int) -> Status:
+    def too_large(self, size: int, limit: int | None = None) -> Status:
         return Status(Code.RESOURCE_EXHAUSTED, f"{size} bytes", ())
 
     def overloaded(self) -> Status:

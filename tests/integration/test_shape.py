@@ -85,7 +85,7 @@ def _large() -> dict[str, tuple[str, str, bytes, str]]:
         "inputs of Triton": (TRITON, "ModelInfer", b"\x2a\x00" * MANY, "inputs"),
         "unknown field": (SERVICE, "GetSession", unknown, "request"),
         "unknown fields": (MODELS, "ListModels", b"\x98\x06\x01" * MANY, "request"),
-        "health": (HEALTH, "Check", b"\x0a\x80\x80\x80\x0f" + bytes(SIZE), "service"),
+        "health": (HEALTH, "Check", b"\x0a\xd0\x0f" + bytes(2000), "service"),
         "shared memory": (TRITON, "SystemSharedMemoryStatus", unknown, "request"),
     }
 

@@ -297,7 +297,7 @@ def say(changed: LoadedModel, what: str, as_json: bool, *, moves: bool, **more: 
     if moved or (moves and document["is_default"]):
         traits.append(f"{moved:,} {'session' if moved == 1 else 'sessions'} moved")
     traits += [
-        f"{other.sessions:,} {'stays' if other.sessions == 1 else 'stay'} on {changed.name}@{other.version}"
+        f"{other.sessions:,} stay on {changed.name}@{other.version}"
         for other in changed.versions
         if other.version != changed.version and other.sessions
     ]

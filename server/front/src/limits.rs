@@ -1,6 +1,7 @@
 //! What clients may take. The numbers are Python's.
 
 use crate::grpc::Status;
+use crate::server::Method;
 use std::collections::HashMap;
 use std::time::Duration;
 
@@ -9,6 +10,8 @@ use std::time::Duration;
 pub struct Limits {
     /// Of a message, inflated or not.
     pub message_bytes: usize,
+    /// The same, of a method that everybody may call.
+    pub open_message_bytes: usize,
     /// At the same time: for more of them, others leave that do nothing, or they are closed as soon as they are accepted.
     pub connections: usize,
     /// The same, from one address; 0: no limit.
@@ -57,6 +60,15 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// Of a message of this method.
+    pub fn message_bytes_of(&self, method: Method) -> usize {
+        if method.is_open {
+            self.message_bytes.min(self.open_message_bytes)
+        } else {
+            self.message_bytes
+        }
+    }
+
     /// Of numbers by their names, times in seconds. Err: the name of one that is missing.
     pub fn read(
         numbers: &HashMap<String, f64>,
@@ -68,6 +80,7 @@ impl Limits {
         let time = |name: &str| number(name).map(Duration::from_secs_f64);
         Ok(Limits {
             message_bytes: whole("message_bytes")?,
+            open_message_bytes: whole("open_message_bytes")?,
             connections: whole("connections")?,
             address_connections: whole("address_connections")?,
             calls: whole("calls")?,
@@ -98,6 +111,7 @@ impl Limits {
     pub fn for_test() -> Self {
         let names = [
             ("message_bytes", 1 << 20),
+            ("open_message_bytes", 1 << 12),
             ("connections", 10),
             ("address_connections", 0),
             ("calls", 10),

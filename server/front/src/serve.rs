@@ -52,7 +52,7 @@ pub fn begin(
         method,
         shared: shared.clone(),
         body: request.into_body(),
-        messages: Messages::new(begun.encoding, shared.limits.message_bytes),
+        messages: Messages::new(begun.encoding, shared.limits.message_bytes_of(method)),
         timer: clock::until(deadline).map(|left| Box::pin(sleep(left))),
         coming: receive::Coming::default(),
         held: begun.held,

@@ -4,9 +4,6 @@ A made-up name is a count. Where two models differ, a layer ``lstm_1`` of one ne
 branches that are built in another order exchange their names. So each such layer is described by its anchors: the inputs,
 outputs, named layers and recurrent layers that it is connected to, through any other layers. A layer with other anchors may
 be another layer.
-
-The states of a layer that is called several times are counted in the order in which its calls run. Where such calls are
-concerned, all layers of the graph must be connected as before.
 """
 
 from __future__ import annotations
@@ -48,58 +45,6 @@ def moved(
         return list(dict.fromkeys(found))
     except (RecursionError, ValueError, LookupError, TypeError, AttributeError):  # a file may say anything
         return []
-
-
-def has_other_calls(
-    old: Architecture, old_states: Sequence[str], new: Architecture, new_states: Sequence[StateSpec]
-) -> list[str]:
-    """Return the layers that are called several times, in graphs of which the connections differ. As `moved`."""
-    try:
-        before, after = json.loads(old.config or "null"), json.loads(new.config or "null")
-        found: list[str] = []
-        for name, spec in zip(old_states, new_states, strict=True):
-            mine, theirs = name.split("/")[:-1], spec.name.split("/")[:-1]
-            if "#" in spec.name and _differs(before, after, mine, theirs, (old.names, new.names)):
-                found.append(theirs[0].partition("#")[0])
-        return list(dict.fromkeys(found))
-    except (RecursionError, ValueError, LookupError, TypeError, AttributeError):  # a file may say anything
-        return []
-
-
-def _differs(
-    before: Any,
-    after: Any,
-    mine: list[str],
-    theirs: list[str],
-    names: tuple[Sequence[str], Sequence[str]],
-) -> bool:
-    if not (mine and theirs and layers_of(before) and layers_of(after)):
-        return False
-    given = {_name(layer) for layer in layers_of(before)} & {_name(layer) for layer in layers_of(after)}
-    if _shape(before, given) != _shape(after, given):
-        return True
-    one, other = _layer(before, mine[0], names[0]), _layer(after, theirs[0], names[1])
-    return _differs(one, other, mine[1:], theirs[1:], names)
-
-
-def _shape(graph: Any, given: set[str]) -> list[Any]:
-    """The connections of all layers of a graph; a layer is its place, and its name where the user gave it in both models."""
-    layers = layers_of(graph)
-    places = {_name(layer): place for place, layer in enumerate(layers)}
-    kinds = [
-        _name(layer) if _name(layer) in given and _number(_name(layer)) is None else layer["class_name"]
-        for layer in layers
-    ]
-    calls = [
-        [(place, places[source], *rest) for place, (source, *rest) in references(layer.get("inbound_nodes"))]
-        for layer in layers
-    ]
-    return [kinds, calls]
-
-
-def _layer(graph: Any, part: str, names: Sequence[str]) -> Any:
-    level = _level(layers_of(graph), [[part]], names, [0])
-    return next((layer for layer in layers_of(graph) if _name(layer) in level), None)
 
 
 def _moved(

@@ -47,6 +47,8 @@ class FrontLimits:
     """The same, of calls that ask how the server is: nobody else's."""
     watches: int = 4096
     """The same, of those that ask for as long as they like."""
+    open_message_bytes: int = 4 << 10
+    """A message of a method that everybody may call: it names a service or a model, or says nothing."""
     receive_s: float = 10.0
     """A message that has begun to come may pause for so long."""
     receive_bytes_per_s: int = 64 << 10

@@ -369,8 +369,8 @@ class LiveModels(ModelControl):
             busy = {number: info.sessions for number, info in served.items() if info.sessions}
             if busy and not force:
                 raise ModelInUse(
-                    f"model {name!r} must have no sessions to be unloaded; it has {sum(busy.values())} on versions"
-                    f" {sorted(busy)}: close them, or force it (--force, force=True)",
+                    f"model {name!r} must have no sessions to be unloaded, unless force is given; it has"
+                    f" {sum(busy.values())} on versions {sorted(busy)}",
                     model=name,
                 )
             for number in sorted(served, key=lambda one: (served[one].is_default, one)):

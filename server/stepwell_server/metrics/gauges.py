@@ -54,6 +54,7 @@ _FRONT_LIMITS = {
     "frames": ("max_stream_frames", "Frames of one stream without an answer at most."),
     "queued_bytes": ("max_queued_bytes", "Bytes of plain steps that may wait for the event loop."),
     "message_bytes": ("max_message_bytes", "Bytes of a request or reply at most."),
+    "open_message_bytes": ("max_open_message_bytes", "Bytes of a health check at most."),
     "header_bytes": ("max_header_bytes", "Bytes of the headers of a call at most."),
     "keepalive_s": ("keepalive_seconds", "A client that is silent for so long is pinged."),
     "keepalive_timeout_s": ("keepalive_timeout_seconds", "So long it may take to answer."),

@@ -211,7 +211,7 @@ impl Served {
         mut is_gone: impl FnMut(&mut Context<'_>) -> bool,
     ) -> Result<Message, Early> {
         let Some(encoding) = message.compressed else { return Ok(Message::Whole(message.bytes)) };
-        let begun = Inflation::new(message.bytes, encoding, self.shared.limits.message_bytes);
+        let begun = Inflation::new(message.bytes, encoding, self.shared.limits.message_bytes_of(self.method));
         let mut inflation = match begun {
             Ok(inflation) => inflation,
             Err(problem) => return self.refuse_inflation(problem),

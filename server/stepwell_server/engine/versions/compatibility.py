@@ -10,7 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 
-from stepwell_server.architecture.connections import has_other_calls, moved
+from stepwell_server.architecture.connections import moved
 from stepwell_server.architecture.differences import Differences, compare
 from stepwell_server.engine.models import Known, Versions
 from stepwell_server.engine.state.layout import Layout
@@ -83,16 +83,7 @@ def _moved(own: Versions, previous: int, version: int, old: Program, new: Progra
         return ""
     state = (new.file_names or new.names).state
     specs = [dataclasses.replace(spec, name=name) for spec, name in zip(new.state, state, strict=True)]
-    before_names = (old.file_names or old.names).state
-    calls = has_other_calls(before, before_names, after, specs)
-    names = moved(before, before_names, after, specs)
-    if calls:
-        shown = " and ".join(repr(name) for name in calls[:_MAX_SHOWN])
-        why = (
-            f"layers that are called several times have a state for each call, {shown}, and the layers are connected in"
-            " another way, so that it is not clear which state belongs to which call"
-        )
-        return _sentence(own, previous, version, [why, *compare(before, after).clauses], _OTHER_ARCHITECTURE)
+    names = moved(before, (old.file_names or old.names).state, after, specs)
     if not names:
         return ""
     shown = " and ".join(repr(name) for name in names[:_MAX_SHOWN])

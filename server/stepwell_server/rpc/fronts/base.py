@@ -265,8 +265,8 @@ class Steps(Protocol):
     def in_turn(self, work: Callable[[], None], /) -> object:
         """Do a part of large work in a turn of the event loop that has no other."""
 
-    def too_large(self, size: int) -> Status:
-        """What a call ends with whose request has so many bytes."""
+    def too_large(self, size: int, limit: int | None = None) -> Status:
+        """What a call ends with whose request has so many bytes; `limit`: of its method, where that is not the server's."""
 
     def overloaded(self) -> Status:
         """What calls end with that hold much while all of them together hold too much."""

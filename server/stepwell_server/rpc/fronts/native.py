@@ -466,7 +466,9 @@ class NativeFront:
             return
         if tag == _TOO_LARGE:
             handle, size = rest
-            handle.end(said(self._steps.too_large(size)))
+            is_open = self._methods[handle.method].is_open
+            limit = min(self.limits.message_bytes, self.limits.open_message_bytes) if is_open else None
+            handle.end(said(self._steps.too_large(size, limit)))
         call = self._calls.get(key)
         if call is None:  # it has had its end meanwhile
             return

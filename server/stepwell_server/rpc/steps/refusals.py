@@ -24,11 +24,11 @@ class Refusals:
         self._max_message_bytes = max_message_bytes
         self._observer = observer
 
-    def too_large(self, size: int) -> Status:
+    def too_large(self, size: int, limit: int | None = None) -> Status:
         """See `base.Steps`."""
         error = RequestTooLarge(
             "the request must fit the size limits of both sides (max_message_bytes);"
-            f" got a message larger than max: {size} vs. {self._max_message_bytes} bytes"
+            f" got a message larger than max: {size} vs. {limit or self._max_message_bytes} bytes"
         )
         self._observer.refused(error.reason, 1)
         return to_status(error)
