@@ -104,6 +104,14 @@ KINDS = {
     "closes of 60,000 unknown ids": Kind(
         lambda: _attack(f"{_SESSIONS}CloseSessions", _closes(60_000), 3, 1), is_known=True
     ),
+    "steps of unknown sessions": Kind(
+        lambda: _attack(_STEP, sessions_pb2.StepRequest(session_id="nobody").SerializeToString(), 4, 256),
+        is_known=True,
+    ),
+    "calls of no method": Kind(lambda: _attack("/no/method", b"", 8, 500), is_known=False),
+    "health checks of 200 connections": Kind(
+        lambda: _attack("/grpc.health.v1.Health/Check", b"", 200, 60), is_known=False
+    ),
     "lookups of a model": Kind(
         lambda: _attack(
             "/stepwell.v1.ModelService/GetModel",
