@@ -211,6 +211,23 @@ def floods_table(points: Sequence[Point], by: str = "callers") -> str:
     return table([*heads, "p99 against alone", "the flood's calls or frames/s"], rows)
 
 
+def attacks_table(points: Sequence[Point]) -> str:
+    rows = [
+        [
+            point["attack"],
+            cell(point, "alone_p50_ms", "alone_p99_ms"),
+            cell(point, "sink_p50_ms", "sink_p99_ms"),
+            cell(point, "attacked_p50_ms", "attacked_p99_ms"),
+            cell(point, "p99_against_sink"),
+            cell(point, "p99_against_alone"),
+            cell(point, "grown_mib"),
+        ]
+        for point in points
+    ]
+    heads = ["attack", "p50 / p99 alone, ms", "beside an attacked sink, ms", "attacked, ms"]
+    return table([*heads, "p99 against the sink", "p99 against alone", "memory grew by, MiB"], rows)
+
+
 def memory_table(points: Sequence[Point]) -> str:
     rows = [[FRONTS[one["front"]], cell(one, "resident_mib"), cell(one, "session_bytes")] for one in points]
     return table(["front", "resident memory, MiB", "a session beyond its state, bytes"], rows)
@@ -280,6 +297,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
     ),
     "models": ("models", models_table),
     "long": ("long", ratios_table("when", heads=("8 streams", "p99 against alone"), key="p99_ms")),
+    "attacks": ("attacks", attacks_table),
     "floods": ("floods", floods_table),
     "floods on disk": ("floods_on_disk", lambda points: floods_table(points, "durability")),
     "tls": (

@@ -73,9 +73,9 @@ def _watched() -> Iterator[_Visits]:
 @pytest.mark.parametrize(
     ("front", "most", "entries"),
     [
-        pytest.param(PythonFront, 21, {"Awaited.__init__", "Submission.submit", "Awaited.get"}, id="python"),
+        pytest.param(PythonFront, 24, {"Awaited.__init__", "Submission.submit", "Awaited.get"}, id="python"),
         pytest.param(
-            _native, 20, {"Shares.hold", "Submission.submit", "Shares.go"}, id="native", marks=needs_native
+            _native, 23, {"Shares.hold", "Submission.submit", "Shares.go"}, id="native", marks=needs_native
         ),
     ],
 )

@@ -121,7 +121,9 @@ def _with_names_of(path: Path, before: Architecture, program: Program) -> Progra
         layers = [dataclasses.replace(each, name=named.get(each.name, each.name)) for each in origin.layers]
         origin = dataclasses.replace(origin, layers=tuple(layers))
     called = program.called(Names(renamed(names.inputs), renamed(names.outputs), renamed(names.state)))
-    return dataclasses.replace(called, provenance=origin)
+    return dataclasses.replace(
+        called, provenance=origin, file_names=None
+    )  # these are the names of its own file
 
 
 def _load_weights(model: Any, path: Path) -> None:
