@@ -473,6 +473,7 @@ async def test_what_is_large_is_taken_after_a_look_at_what_else_has_come() -> No
 
     front = native.NativeFront(SystemClock(), FrontLimits(1 << 20))
     front._steps = steps = mock.create_autospec(Server, instance=True)
+    steps.take.return_value = None
     steps.in_turn.side_effect = asyncio.get_running_loop().call_soon
 
     def batch(peer: str, count: int) -> tuple[Any, ...]:

@@ -162,3 +162,17 @@ def test_what_came_over_a_connection_stays_in_its_order_and_all_is_done(
     for peer in "abcd":
         numbers = [what[3] for what in wire.done if peer in what[1]]
         assert numbers == sorted(numbers)
+
+
+def test_what_comes_over_a_held_connection_waits_and_other_connections_do_not() -> None:
+    wire = Wire()
+    wire.add(Kind.BATCH, "a", is_all=True)
+    wire.arrivals.hold({"a"})
+    wire.add(Kind.BATCH, "a", is_all=True)
+    wire.add(Kind.TASK, "a")
+    wire.add(Kind.EVENT, "a")
+    wire.add(Kind.BATCH, "ab")
+    wire.add(Kind.EVENT, "c")
+    assert wire.turn() == [6]
+    wire.arrivals.release({"a"})
+    assert [number for _ in range(3) for number in wire.turn()] == [2, 3, 4, 5]

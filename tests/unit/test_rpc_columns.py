@@ -14,7 +14,7 @@ from stepwell_server.core.callers import ANYBODY, Caller, Role
 from stepwell_server.engine.change import Change, Reply
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import SessionNotFound
-from stepwell_server.rpc.fronts.base import Ended, InputColumn, OutputColumn, StepColumns
+from stepwell_server.rpc.fronts.base import Ended, InputColumn, OutputColumn, Rest, StepColumns
 from stepwell_server.rpc.status import Status
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from support.awaited import RemoteStore
@@ -96,6 +96,7 @@ class Columns:
         self.steps = ColumnSteps(
             at.engine, at.clock, limit, self.observer, lambda _: pytest.fail("not Triton's")
         )
+        self.rest: Rest | None = None
         self.changes: list[Change] = []
         submit = at.engine.submit
 
@@ -114,6 +115,7 @@ class Columns:
         counts: Sequence[int] = (),
         says_sizes: bool = False,
         dtype: int = FLOAT32,
+        in_pieces: bool = False,
         **columns: Any,
     ) -> Batch:
         """Hand over a step of each session, each a message of its own unless `counts` say otherwise."""
@@ -121,7 +123,7 @@ class Columns:
         own = list(sizes) or [1] * len(ids)
         batch = Batch(own)
         deadlines = columns.pop("deadlines", [np.inf] * len(ids))
-        self.steps.take(
+        rest = self.steps.take(
             StepColumns(
                 list(ids),
                 [f"caller of {session_id}" for session_id in ids],
@@ -138,6 +140,11 @@ class Columns:
                 batch,
             )
         )
+        if in_pieces:
+            self.rest = rest
+            return batch
+        while rest is not None and rest():
+            pass
         return batch
 
 
@@ -458,3 +465,19 @@ async def test_each_change_says_who_asked_for_it(columns: Columns) -> None:
         (ann, None),
     ]
     assert [change.who for change in columns.changes if change.session_ids == ["gone"]] == [ann]
+
+
+@pytest.mark.stores("memory", "async", "sync")
+async def test_very_many_messages_that_go_one_by_one_leave_turns_to_others(columns: Columns) -> None:
+    """In their order, and each is answered once."""
+    count = 100
+    ids = [f"unknown-{number}" for number in range(count)]
+    batch = columns.take(ids, np.zeros((count, 2), np.float32), in_pieces=True)
+    assert columns.rest is not None
+    seen = [len(batch.errors)]
+    while columns.rest():
+        seen.append(len(batch.errors))
+    assert len(seen) >= 3
+    assert max(np.diff(seen)) <= 32
+    assert list(batch.errors) == list(range(count))
+    assert not columns.rest()

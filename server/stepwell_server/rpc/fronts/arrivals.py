@@ -59,6 +59,8 @@ class Arrivals:
         """By connection, in the order of their turns."""
         self._unlooked: collections.Counter[str] = collections.Counter()
         """Of each connection, what tasks have not looked at yet."""
+        self._held: set[str] = set()
+        """Connections of which a batch is not done whole."""
         self._turns: dict[Whose, int] = {}
         """When each tenant (`(TENANT, "")`) and each caller last had what is done a little at a time, in such turns."""
         self._turn = 0
@@ -84,7 +86,7 @@ class Arrivals:
             self._latest = first
         elif self.has_company:
             self.has_company = self._now() < self._company_until
-        if is_all and not (self._lines or self._unlooked or self.has_company):
+        if is_all and not (self._lines or self._unlooked or self._held or self.has_company):
             self._do(what)
             return
         item = _Item(kind, size, peers, what, 0)
@@ -111,6 +113,8 @@ class Arrivals:
                 line = self._lines.get(peer)
                 while line:
                     item = line[0]
+                    if not self._held.isdisjoint(item.peers):
+                        break
                     if item.kind is Kind.TASK:
                         if not tasks:
                             break
@@ -157,6 +161,14 @@ class Arrivals:
                 line[0].behind -= 1
         if not self._lines:
             self._turns.clear()
+
+    def hold(self, peers: Collection[str]) -> None:
+        """Do nothing more of some connections, until `release`: the batch that was just done has parts left."""
+        self._held.update(peers)
+
+    def release(self, peers: Collection[str]) -> None:
+        """Go on with connections that were held; one batch at a time holds a connection."""
+        self._held.difference_update(peers)
 
     def looking(self, peer: str) -> None:
         """A task is to look at what came over a connection."""

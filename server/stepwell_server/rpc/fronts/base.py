@@ -244,6 +244,10 @@ class StepColumns:
     them. `session_ids` are then those of the sequences, and each is a message of its own."""
 
 
+Rest = Callable[[], bool]
+"""Does a part of what is left; whether more is left. It never raises."""
+
+
 class Steps(Protocol):
     """Takes plain steps, for fronts that read them. On the event loop."""
 
@@ -253,8 +257,11 @@ class Steps(Protocol):
     def hold(self) -> None:
         """Several batches are about to be taken: run none before `go`."""
 
-    def take(self, columns: StepColumns) -> None:
-        """Do them, in their order."""
+    def take(self, columns: StepColumns) -> Rest | None:
+        """Do them, in their order; what is left of them for later turns of the event loop, None if nothing is.
+
+        Nothing that comes behind them over the same connections may be done before that.
+        """
 
     def go(self) -> None:
         """Run what was taken since `hold`, at once."""

@@ -27,6 +27,7 @@ from stepwell_server.rpc.fronts.base import (
     FrontCounts,
     Method,
     OtherFront,
+    Rest,
     SessionSet,
     Steps,
 )
@@ -414,7 +415,9 @@ class NativeFront:
     def _do(self, arrival: tuple[Any, ...]) -> None:
         tag = arrival[0]
         if tag == _BATCH:
-            self._steps.take(columns_of(self, *arrival[1:]))
+            rest = self._steps.take(columns_of(self, *arrival[1:]))
+            if rest is not None:
+                self._do_rest(rest, set(arrival[3]))
             return
         if tag == _JUDGE:
             self._judge(arrival[1])
@@ -424,6 +427,25 @@ class NativeFront:
             peer = self._peer_of(arrival[1])
             self._arrivals.looking(peer)
             self._loop.call_soon(self._arrivals.looked, peer)  # when the task that was told has had its turn
+
+    def _do_rest(self, rest: Rest, peers: Collection[str]) -> None:
+        """Do what is left of a batch in other turns. What came behind it over its connections waits."""
+        self._arrivals.hold(peers)
+
+        def go_on() -> None:
+            self._steps.hold()
+            try:
+                is_left = rest()
+            finally:
+                self._steps.go()
+            if is_left:
+                self._steps.in_turn(go_on)
+                return
+            self._arrivals.release(peers)
+            if self._arrivals:
+                self._go_on_soon()
+
+        self._steps.in_turn(go_on)
 
     def _judge(self, handle: CallHandle) -> None:
         """Say whether the message of a call is taken in."""

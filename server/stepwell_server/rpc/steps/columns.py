@@ -7,7 +7,7 @@ every protocol; what differs between them is a `Form`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from stepwell_server.engine.types import Array, Members, Tensors
 from stepwell_server.errors import ServerError
 from stepwell_server.rpc import tensors
 from stepwell_server.rpc.boundary import internal
-from stepwell_server.rpc.fronts.base import Ended, OutputColumn, StepColumns
+from stepwell_server.rpc.fronts.base import Ended, OutputColumn, Rest, StepColumns
 from stepwell_server.rpc.status import code_of, to_proto, to_status
 from stepwell_server.rpc.steps import messages
 from stepwell_server.rpc.steps.refusals import Refusals
@@ -35,6 +35,8 @@ _T = TypeVar("_T")
 _Message = tuple[int, int]
 """Of a batch: its first session, and how many it has."""
 _NOBODY: Members = np.zeros(0, np.intp)
+_PIECE = 32
+"""Messages that are submitted one by one in one turn of the event loop."""
 
 
 class Form:
@@ -173,7 +175,7 @@ class ColumnSteps(Refusals):
         self.hold, self.go, self.go_soon = engine.hold_turns, engine.take_turns, engine.take_turns_soon
         self.in_turn = engine.call_in_turn
 
-    def take(self, columns: StepColumns) -> None:
+    def take(self, columns: StepColumns) -> Rest | None:
         """See `base.Steps`."""
         if columns.model is None:
             form = Form(columns, self._clock, self._observer)
@@ -184,22 +186,31 @@ class ColumnSteps(Refusals):
             traced = self._tracer.of_messages(form.method, len(firsts))
             untraced = columns.replies.untraced() if traced else ()
             form.traces = {int(firsts[n]): trace for n, trace in traced.items() if n not in untraced}
-        try:
-            form.prepare()
-            form.left = form.members
-            self._submit(form)
-        except Exception as error:  # a defect: no caller may wait for ever, or be answered twice
-            left = np.intersect1d(form.left, form.members)
-            if len(left):
-                form.failed(left, internal(error, method=form.method))
+        pieces = self._submit(form)
 
-    def _submit(self, form: Form) -> None:
+        def go_on() -> bool:
+            try:
+                return next(pieces, None) is not None
+            except Exception as error:  # a defect: no caller may wait for ever, or be answered twice
+                left = np.intersect1d(form.left, form.members)
+                if len(left):
+                    form.failed(left, internal(error, method=form.method))
+                return False
+
+        return go_on if go_on() else None
+
+    def _submit(self, form: Form) -> Iterator[bool]:
+        """Submit all, with a pause after each piece of what must be submitted one by one."""
+        form.prepare()
+        form.left = form.members
         columns, alone = form.columns, form.members
         if len(columns.counts) > 1 and len(alone) and not _names_one_twice(columns):
             alone = self._submit_together(form)
         out: set[int] = set()
         is_one = len(columns.counts) == 1
-        for first, count in _messages_of(columns, alone):
+        for number, (first, count) in enumerate(_messages_of(columns, alone), 1):
+            if number % _PIECE == 0:
+                yield True
             if first in out:
                 continue
             members = alone if is_one else np.arange(first, first + count)

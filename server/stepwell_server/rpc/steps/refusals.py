@@ -12,7 +12,7 @@ from stepwell_server.rpc.steps import messages
 
 if TYPE_CHECKING:
     from stepwell_server.rpc.boundary import RequestObserver
-    from stepwell_server.rpc.fronts.base import StepColumns, Steps
+    from stepwell_server.rpc.fronts.base import Rest, StepColumns, Steps
 
 _RETRY_AFTER_S = 0.2
 
@@ -64,7 +64,7 @@ class EarlySteps(Refusals):
     go: Callable[[], None]
     go_soon: Callable[[], None]
     in_turn: Callable[[Callable[[], None]], object]
-    take: Callable[[StepColumns], None]
+    take: Callable[[StepColumns], Rest | None]
 
     def __init__(self, max_message_bytes: int, observer: RequestObserver, *, traces: bool) -> None:
         super().__init__(max_message_bytes, observer)
