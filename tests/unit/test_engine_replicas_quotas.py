@@ -10,7 +10,7 @@ import pytest
 
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.core.quotas import Limits, QuotaTable
-from stepwell_server.errors import QuotaExceeded, Unavailable
+from stepwell_server.errors import OutcomeUnknown, QuotaExceeded, Unavailable
 from support.awaited import RemoteStore
 from support.durable import begun
 from support.engine import Harness, running
@@ -163,6 +163,31 @@ async def test_sessions_that_were_not_made_do_not_count() -> None:
             await make(first, 4)
         store.commit_error = None
         await make(first, 5)
+
+
+async def test_a_session_that_may_be_in_the_store_counts_until_it_is_asked_again() -> None:
+    async with two_in_time(quotas=FIVE) as (first, second, _):
+        store: RemoteStore = first.store
+        await make(first, 4)
+        store.commits_held = True
+        unknown = await begun(first.open(ACME + "unknown"))
+        await store.until("commit", 2)
+        store.reads_held = True
+        reads = len(store.asked("read"))
+        # this one asks for no counts, as they are fresh; it waits for what the store has of its id
+        late = await begun(first.open(ACME + "late"))
+        await store.until("read", reads + 1)
+        store.unknown[ACME + "unknown"] = True
+        store.let_go_once("commit")
+        with pytest.raises(OutcomeUnknown):
+            await unknown
+        store.let_go()
+        with pytest.raises(QuotaExceeded, match="there are 5, and 1 came"):
+            await late
+        # the next one asks at once, and the session is counted once
+        await second.engine.close_session(ACME + "unknown")
+        await first.open(ACME + "late")
+        assert known(first) == (5, 5)
 
 
 async def test_who_gives_up_while_the_store_is_asked_leaves_no_error_behind() -> None:

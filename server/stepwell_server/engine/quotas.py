@@ -147,11 +147,12 @@ class Quotas:
             self._shared.begin(tenant, more)
 
     def not_made(self, session_ids: Sequence[str], each: Usage) -> None:
-        """Sessions that were counted, of one tenant, are not there, as far as that is known."""
-        if self._shared is not None:
-            self._shared.making(tenant_of(session_ids[0]), each * -len(session_ids))
-        else:
-            self.end((session_id, each) for session_id in session_ids)
+        """Sessions that were counted, of one tenant, are not there, as far as that is known.
+
+        A store that others use may have them all the same, if its answer was lost: they count until it is asked again.
+        """
+        self.made(session_ids, each)
+        self.end((session_id, each) for session_id in session_ids)
 
     def end(self, sessions: Iterable[tuple[str, Usage]]) -> None:
         """Sessions have ended for good: their ids, and what each took."""

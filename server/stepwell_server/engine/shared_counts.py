@@ -2,11 +2,12 @@
 
 The store counts what all servers keep. It is asked again before a tenant with a limit begins sessions, unless it was
 just asked. What begins here meanwhile is added, and what is being made here: the store may not have it yet. So a tenant
-can have more than its limit by what begins on other servers within that time, and not for longer than until it asks
-for more.
+can have more than its limit by what begins on other servers after the store was asked, and by what servers have sent
+that the store gets later still. While it has so many it gets no more.
 
 What the store had already when it was asked, and had not said yet, is counted twice until it is asked again. What has
-ended is not subtracted, as nobody knows whether the store had counted it when it was asked: it is asked again.
+ended is not subtracted, as nobody knows whether the store had counted it when it was asked: it is asked again. Nor is
+what was not made, as far as that is known: the store may have it, and only its answer was lost.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class SharedCounts:
         self._asking: dict[str, asyncio.Task[None]] = {}
 
     def making(self, tenant: str, more: Usage) -> None:
-        """So many more are being made here, or fewer: then they have begun, or they are not there."""
+        """So many more are being made here, or fewer: then they have begun, and ended too if they were not made."""
         making = self._making.get(tenant, NOTHING) + more
         if making == NOTHING:
             self._making.pop(tenant, None)
