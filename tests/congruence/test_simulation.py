@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 from typing_extensions import override
 
+from stepwell_server.core.namespaces import tenant_of
+from stepwell_server.core.quotas import Usage
 from stepwell_server.engine import shared_counts
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.paging import Pager
+from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.attempts import Attempts
 from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
 from stepwell_server.engine.shared_counts import SharedCounts
@@ -334,6 +337,20 @@ def test_a_replica_that_forgets_what_it_is_making_is_found(monkeypatch: pytest.M
 
     monkeypatch.setattr(SharedCounts, "making", nothing)
     assert is_found(range(100), **QUOTAS)
+
+
+def test_a_replica_that_forgets_what_the_store_may_have_made_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forget(self: Quotas, session_ids: Sequence[str], each: Usage) -> None:
+        """Take sessions for not made when the store's answer was lost."""
+        assert self._shared is not None
+        self._shared.making(tenant_of(session_ids[0]), each * -len(session_ids))
+        self.end((session_id, each) for session_id in session_ids)
+
+    monkeypatch.setattr(Quotas, "not_made", forget)
+    faults = ("pause", "fail_over", "storm")
+    assert is_found(range(100), must_sync=True, flush_s=0.3, faults=faults, **QUOTAS)
 
 
 def test_a_replica_that_judges_by_its_own_copy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

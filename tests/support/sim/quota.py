@@ -23,10 +23,11 @@ class Admission:
 
     whose: str
     session: str
+    at_s: float
     asked_s: float
     """When what it knows of others was asked for, or before."""
     gone_s: float = float("inf")
-    """When it counted it no longer."""
+    """When it took it for ended, or not made: it counts until the store is asked later than that."""
 
 
 class WatchedQuotas(Quotas):
@@ -44,11 +45,7 @@ class WatchedQuotas(Quotas):
         shared: Any = self._shared
         asked = shared._asked.get(TENANT)
         asked_s = 0.0 if asked is None else asked.at - self._skew_s
-        self._book += [Admission(self._whose, each, asked_s) for each in session_ids]
-
-    def not_made(self, session_ids: Sequence[str], each: Usage) -> None:
-        super().not_made(session_ids, each)
-        self._forget(session_ids)
+        self._book += [Admission(self._whose, each, self._world.now, asked_s) for each in session_ids]
 
     def end(self, sessions: Iterable[tuple[str, Usage]]) -> None:
         sessions = list(sessions)
@@ -80,13 +77,12 @@ def require_kept(births: Sequence[Birth], book: Sequence[Admission], most: int) 
         there += birth.by
         if birth.by < 0 or not birth.whose:
             continue
-        admission = next(
-            each
-            for each in reversed(book)
-            if (each.whose, each.session) == (birth.whose, birth.session) and each.asked_s <= birth.at_s
-        )
+        admission = _admission_of(birth, book)
+        assert admission is not None, f"{birth.whose} has made {birth.session!r}, which it had not counted"
         others = sum(
-            other.by > 0 and other.at_s >= admission.asked_s and not _is_counted(other, birth, book)
+            other.by > 0
+            and other.at_s >= admission.asked_s
+            and not _is_counted(_admission_of(other, book), admission)
             for other in ours[:place]
         )
         assert there <= most + others, (
@@ -95,10 +91,19 @@ def require_kept(births: Sequence[Birth], book: Sequence[Admission], most: int) 
         )
 
 
-def _is_counted(other: Birth, birth: Birth, book: Sequence[Admission]) -> bool:
-    """Whether the replica that made a session had counted another one, and did so still."""
-    return any(
-        each.gone_s > birth.at_s
-        for each in book
-        if (each.whose, each.session) == (birth.whose, other.session) == (other.whose, other.session)
+def _admission_of(birth: Birth, book: Sequence[Admission]) -> Admission | None:
+    """The last time that the replica which made a session had counted it; None: a fail-over brought it back."""
+    for each in reversed(book):
+        if (each.whose, each.session) == (birth.whose, birth.session) and each.at_s <= birth.at_s:
+            return each
+    return None
+
+
+def _is_counted(other: Admission | None, admission: Admission) -> bool:
+    """Whether a replica that admitted a session knew of another one by itself."""
+    return (
+        other is not None
+        and other.whose == admission.whose
+        and other.at_s <= admission.at_s
+        and other.gone_s > admission.asked_s
     )
