@@ -143,6 +143,7 @@ async def test_each_member_is_judged_for_itself() -> None:
         before = await at.submit(list("abcdef"), first, request_ids=range(11, 17)).all()
         await at.begin_pass("f", x(1, seed=1), expected=1)
         value = x(7, seed=2)
+        value[1] = first[1]  # what b was sent before: its request id stands for that
         value[4, 0] = BAD
         #        a: new    b: again   c: stale   gone      d: new     e: bad      f: waits in line
         ids = ["a", "b", "c", "gone", "e", "d", "f"]
