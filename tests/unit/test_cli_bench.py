@@ -19,6 +19,7 @@ from stepwell.cli import main
 from stepwell.cli.bench import cpu, inputs, lanes
 from stepwell.cli.bench.histogram import BUCKETS, Histogram
 from stepwell.cli.bench.plan import Plan, parts
+from stepwell.v1 import sessions_pb2
 
 WHOLE = Plan(
     address="127.0.0.1:50051",
@@ -149,12 +150,17 @@ def test_inputs_take_bounded_memory() -> None:
 
 
 def test_a_failed_change_is_sent_again_as_the_same_one() -> None:
-    session = lanes.LaneSession("one")
-    first = session.begin()
-
-    assert session.begin() == first
+    """The request too: other inputs under the same request id are refused."""
+    session = lanes.LaneSession[sessions_pb2.StepRequest]("one")
+    failed, other = sessions_pb2.StepRequest(), sessions_pb2.StepRequest()
+    assert session.begin(failed) is failed
+    request_id = session.request_id
+    assert request_id
+    assert session.begin(other) is failed
+    assert session.request_id == request_id
     session.applied()
-    assert session.begin() != first
+    assert session.begin(other) is other
+    assert session.request_id != request_id
     assert session.revision == 1
 
 

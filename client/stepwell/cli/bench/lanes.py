@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import grpc
 
@@ -25,6 +25,7 @@ from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableErr
 from stepwell.v1 import sessions_pb2
 
 T = TypeVar("T")
+M = TypeVar("M", sessions_pb2.StepRequest, sessions_pb2.StepStreamRequest)
 
 
 class Lane(abc.ABC):
@@ -42,26 +43,30 @@ class Lane(abc.ABC):
         """End what the lane has open; never the sessions."""
 
 
-class LaneSession:
+class LaneSession(Generic[M]):
     """A session as a lane knows it: its id, its revision, and the change that is not settled yet."""
 
-    __slots__ = ("_request_id", "key", "revision", "session_id")
+    __slots__ = ("_request", "key", "request_id", "revision", "session_id")
 
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
         self.key = Ways.key(session_id)
         self.revision = 0
-        self._request_id = 0
+        self.request_id = 0
+        """Of the change."""
+        self._request: M | None = None
 
-    def begin(self) -> int:
-        """The request id of the next change: after an error the same again, so that it is applied once."""
-        self._request_id = self._request_id or random.getrandbits(64) or 1
-        return self._request_id
+    def begin(self, request: M) -> M:
+        """The request of the next change: after an error the last one again, under its id, so that it is applied once."""
+        if self._request is None:
+            self._request = request
+            self.request_id = random.getrandbits(64) or 1
+        return self._request
 
     def applied(self) -> None:
         """The change is settled."""
         self.revision += 1
-        self._request_id = 0
+        self._request = None
 
 
 class UnaryLane(Lane):
@@ -80,15 +85,16 @@ class UnaryLane(Lane):
     ) -> None:
         self._ways = ways
         self._requests = requests
-        self._sessions = itertools.cycle([LaneSession(one) for one in ids])
+        self._sessions = itertools.cycle([LaneSession[sessions_pb2.StepRequest](one) for one in ids])
         self._timeout_s = timeout_s
 
     async def call(self) -> int:
         """Make the next call."""
-        session, request = next(self._sessions), next(self._requests)
+        session = next(self._sessions)
+        request = session.begin(next(self._requests))
         request.session_id = session.session_id
         request.expected_revision = session.revision
-        request.request_id = session.begin()
+        request.request_id = session.request_id
         way = self._ways.to(session.key)
         try:
             await way.step(request.SerializeToString(), timeout=self._timeout_s, metadata=self._ways.metadata)
@@ -111,17 +117,18 @@ class StreamLane(Lane):
         self._ways = ways
         self._streams: dict[Way, Any] = {}
         self._requests = requests
-        self._sessions = itertools.cycle([LaneSession(one) for one in ids])
+        self._sessions = itertools.cycle([LaneSession[sessions_pb2.StepStreamRequest](one) for one in ids])
         self._frame_ids = itertools.count(1)
         self._timeout_s = timeout_s
 
     async def call(self) -> int:
         """Make the next call."""
-        session, request = next(self._sessions), next(self._requests)
+        session = next(self._sessions)
+        request = session.begin(next(self._requests))
         request.frame_id = next(self._frame_ids)
         request.step.session_ids[0] = session.session_id
         request.step.expected_revisions[0] = session.revision
-        request.step.request_ids[0] = session.begin()
+        request.step.request_ids[0] = session.request_id
         way = self._ways.to(session.key)
         try:
             answer = await self._exchange(way, request.SerializeToString())
