@@ -187,11 +187,17 @@ impl<S: AsyncRead + Unpin> AsyncRead for InTurns<S> {
             let _ = std::pin::pin!(tokio::task::yield_now()).poll(cx);
             return Poll::Pending;
         }
-        let room = buf.remaining().min(left);
-        let mut part = ReadBuf::new(buf.initialize_unfilled_to(room));
-        ready!(Pin::new(&mut self.socket).poll_read(cx, &mut part))?;
-        let read = part.filled().len();
-        let mut may_send = self.control.may_send(part.filled(), Instant::now);
+        let before = buf.filled().len();
+        if buf.remaining() <= left {
+            ready!(Pin::new(&mut self.socket).poll_read(cx, buf))?;
+        } else {
+            let mut part = ReadBuf::new(buf.initialize_unfilled_to(left)); // which costs time: it is written first
+            ready!(Pin::new(&mut self.socket).poll_read(cx, &mut part))?;
+            let read = part.filled().len();
+            buf.advance(read);
+        }
+        let read = buf.filled().len() - before;
+        let mut may_send = self.control.may_send(&buf.filled()[before..], Instant::now);
         self.turn.left.store(left - read, Ordering::Relaxed);
         self.turn.set_unfinished(self.control.unfinished());
         let small = std::mem::take(&mut self.control.small);
@@ -200,11 +206,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for InTurns<S> {
             may_send &= self.turn.add_small(-forgotten);
         }
         if !may_send {
-            self.turn.give_up(); // and h2 does not see it
+            self.turn.give_up();
+            buf.set_filled(before); // h2 does not see it
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        buf.advance(read);
         Poll::Ready(Ok(()))
     }
 }
