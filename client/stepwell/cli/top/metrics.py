@@ -98,7 +98,7 @@ class ServerMetrics:
 
     def _hint(self, info: ServerInfo) -> str:
         if info.metrics_address is None:
-            return "; only admins are told where the metrics of a server are: --metrics says it"
+            return "; only admins see the address of a server's metrics: give it with --metrics"
         if _is_loopback(info.metrics_address) and not _address.is_local(self._server):
             return (
                 f"; that server has its metrics at {info.metrics_address} of its own machine: run 'stepwell top' there, or"
