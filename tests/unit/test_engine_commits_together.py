@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,3 +97,32 @@ def test_what_has_nothing_to_do_with_each_other_is_one_transaction() -> None:
     ]
     (batch,) = together([*ended, *named])
     assert batch.documents == [("t5", b"1"), ("t5", None), ("t5", b"2")], "a document is no session"
+
+
+def test_nothing_that_a_batch_says_is_lost_where_several_are_committed_together() -> None:
+    """A field that the merging forgets would be lost only beside other commits."""
+    one = Batch(
+        puts=[("a", b"1")],
+        deletes=["b"],
+        forgets=["c"],
+        tombstones=[Tombstone("b", End.CLOSED, 1.0)],
+        counts=[("m", 1)],
+        tenant_counts=[("t", 1)],
+        documents=[("d", b"1")],
+        goes_back=True,
+        follows=np.array([1], np.uint64),
+        stamps=np.array([2], np.uint64),
+        resized=["a"],
+        delete_follows=np.array([3], np.uint64),
+        undoes=["b"],
+        idle_s=4.0,
+        idle_most_s=np.array([5.0]),
+        documents_follow={"d": None},
+    )
+    nothing, merged = Batch(), module._merged([one, Batch(idle_s=4.0)])
+    for field in dataclasses.fields(Batch):
+        said, kept = getattr(one, field.name), getattr(merged, field.name)
+        assert not np.array_equal(said, getattr(nothing, field.name)), f"{field.name} is not tried"
+        assert (
+            np.array_equal(list(kept), list(said)) if isinstance(said, (list, np.ndarray)) else kept == said
+        ), field.name

@@ -494,6 +494,7 @@ def _merged(batches: Sequence[Batch]) -> Batch:
         goes_back=any(batch.goes_back for batch in batches),
         follows=np.concatenate([batch.follows for batch in batches]),
         stamps=np.concatenate([batch.stamps for batch in batches]),
+        resized=[name for batch in batches for name in batch.resized],
         delete_follows=np.concatenate([batch.delete_follows for batch in batches]),
         undoes=[name for batch in batches for name in batch.undoes],
         idle_s=batches[0].idle_s,
