@@ -175,27 +175,11 @@ class Admin:
         )
         return reply.total
 
-    def close_requests(self, ids: Iterable[str]) -> Iterator[sessions_pb2.CloseSessionsRequest]:
-        """The requests that close sessions by their ids."""
+    def close_parts(self, ids: Iterable[str]) -> Iterator[list[str]]:
+        """The ids of sessions that are closed together."""
         checked = _inputs.check_some_ids(ids)
         for start in range(0, len(checked), _CLOSED_AT_ONCE):
-            yield sessions_pb2.CloseSessionsRequest(
-                session_ids=checked[start : start + _CLOSED_AT_ONCE], request_id=new_request_id()
-            )
-
-    def close_some(self, request: sessions_pb2.CloseSessionsRequest, deadline: Deadline) -> Flow[int]:
-        """Close some sessions; how many there were."""
-        closed = 0
-        ids = list(request.session_ids)
-        for own in self._core.by_replica(ids):
-            part = sessions_pb2.CloseSessionsRequest(
-                session_ids=[ids[i] for i in own.tolist()], request_id=request.request_id
-            )
-            reply: sessions_pb2.CloseSessionsResponse = yield from self._retrier.call(
-                "CloseSessions", part, deadline, changes=True
-            )
-            closed += reply.closed
-        return closed
+            yield checked[start : start + _CLOSED_AT_ONCE]
 
     def close_request(
         self, wanted: SessionFilter, *, everything: bool

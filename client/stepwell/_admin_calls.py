@@ -142,8 +142,8 @@ class AdminCalls(abc.ABC):
         wanted = SessionFilter(model, prefix, idle_longer_s)
         closed = 0
         if session_ids is not None and not everything and wanted == SessionFilter():
-            for some in self._admin.close_requests(session_ids):
-                closed += self._run(self._admin.close_some(some, self._core.deadline(timeout_s)))
+            for some in self._admin.close_parts(session_ids):
+                closed += self._run(self._core.close_sessions(some, self._core.deadline(timeout_s)))
                 _tell(progress, closed)
             return closed
         request = self._admin.close_request(wanted, everything=everything or session_ids is not None)

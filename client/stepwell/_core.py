@@ -18,7 +18,7 @@ from stepwell._channel import has_replicas
 from stepwell._connecting import Contact
 from stepwell._display import Listing
 from stepwell._flow import Flow, Retrier
-from stepwell._frames import Change, Frame, Indexes, Part
+from stepwell._frames import Change, Counts, Frame, Indexes, Part
 from stepwell._group_tracker import GroupTracker
 from stepwell._lanes import Exchanging
 from stepwell._leases import GROUP, SESSION, Lease
@@ -46,6 +46,10 @@ _Opening: TypeAlias = (
     | sessions_pb2.ForkSessionRequest
     | sessions_pb2.ForkSessionsRequest
 )
+
+
+MAX_IDS = 4096
+"""Sessions that one request may close or read."""
 
 
 def _drop(flow: Flow[None]) -> None:
@@ -383,14 +387,38 @@ class Core:
             is_group = rpc.endswith("Sessions")
             made = reply.session_ids if is_group else [reply.session.session_id]
             uids = reply.uids if is_group else [reply.session.uid]
-            closing = sessions_pb2.CloseSessionsRequest(
-                session_ids=made, request_id=new_request_id(), uids=uids
-            )
-            yield from self.retrier.call("CloseSessions", closing, deadline, changes=True)
+            yield from self.close_sessions(made, deadline, np.array(uids, np.uint64))
         except StepwellError as error:
             LOG.warning("%s ended without an answer, and what it may have made is not closed: %s", rpc, error)
             raise
         LOG.info("closed %d sessions that %s had made", len(made), rpc)
+
+    def close_sessions(self, ids: Sequence[str], deadline: Deadline, uids: Counts | None = None) -> Flow[int]:
+        """Closes sessions in requests of at most `MAX_IDS` ids, each with a request id of its own.
+
+        Args:
+            ids: Those that are not there are passed over.
+            deadline: Of all requests together.
+            uids: `(n,)`, or one for all of them; None or empty for whichever sessions have the ids.
+
+        Returns:
+            How many there were.
+        """
+        closed = 0
+        for own in self.by_replica(ids):
+            for start in range(0, len(own), MAX_IDS):
+                part = own[start : start + MAX_IDS]
+                request = sessions_pb2.CloseSessionsRequest(
+                    session_ids=[ids[i] for i in part.tolist()], request_id=new_request_id()
+                )
+                if uids is not None and len(uids):
+                    some = uids if len(uids) == 1 else uids[part]
+                    request.uids.extend((some[:1] if (some == some[0]).all() else some).tolist())
+                reply: sessions_pb2.CloseSessionsResponse = yield from self.retrier.call(
+                    "CloseSessions", request, deadline, changes=True
+                )
+                closed += reply.closed
+        return closed
 
     def session_info(self, session_id: str, deadline: Deadline) -> Flow[SessionInfo]:
         """One session as of its last completed change."""

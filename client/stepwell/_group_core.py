@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell import _inputs
-from stepwell._core import Core
+from stepwell._core import MAX_IDS, Core
 from stepwell._flow import Flow, Pause
 from stepwell._frames import RETRYABLE, Change, Counts, Gathered, Indexes
 from stepwell._group_tracker import GroupTracker, MemberTracker, Move, as_index
@@ -23,7 +23,6 @@ from stepwell._status import from_message
 from stepwell._step_arguments import check_outputs, check_states, selected, step_change
 from stepwell._tensors import Array, Packed, as_array, dtype_of, unpack_all
 from stepwell._trace import Trace, traced
-from stepwell._tracker import new_request_id
 from stepwell._turns import Some
 from stepwell._types import (
     Inputs,
@@ -44,8 +43,6 @@ from stepwell.errors import (
 )
 from stepwell.v1 import sessions_pb2
 
-_AT_ONCE = 65_536
-"""Sessions in one request."""
 _SHOWN = 5
 """Members that a message names."""
 #: Bytes of a member in a reply beside its state, and of a reply beside its members.
@@ -267,7 +264,7 @@ class GroupCore:
         read = _States(some, self.tracker.batch_size, info)
         room = self._core.max_message_bytes - _REPLY_BYTES
         at_once = room // (self.tracker.batch_size * info.state_row_bytes + _MEMBER_BYTES)
-        yield from self._read(some, read, max(1, min(at_once, _AT_ONCE)), deadline)
+        yield from self._read(some, read, max(1, min(at_once, MAX_IDS)), deadline)
         if read.failures:
             raise self._failed(some, read.failures, read.tensors)
         return State(
@@ -282,7 +279,7 @@ class GroupCore:
         """Takes over the server's revisions and positions."""
         some = self.members
         read = _States(some, self.tracker.batch_size, None)
-        yield from self._read(some, read, _AT_ONCE, deadline)
+        yield from self._read(some, read, MAX_IDS, deadline)
         there = read.was_read
         yield from self._moved(
             self.tracker.refresh(
@@ -344,24 +341,9 @@ class GroupCore:
     def close(self, deadline: Deadline) -> Flow[None]:
         """Deletes all members; those that are gone already are passed over, and others that have their ids now stay."""
         ids, uids = self.members.ids, self.tracker.uids[self.members.indexes]
-        for own in self._core.by_replica(ids):
-            for start in range(0, len(own), _AT_ONCE):
-                part = own[start : start + _AT_ONCE]
-                request = sessions_pb2.CloseSessionsRequest(
-                    session_ids=[ids[i] for i in part.tolist()],
-                    request_id=new_request_id(),
-                    uids=_once(uids[part]),
-                )
-                yield from self._core.retrier.call("CloseSessions", request, deadline, changes=True)
+        yield from self._core.close_sessions(ids, deadline, uids)
         if len(ids) == len(self.tracker.ids):
             self._core.unlease(self.tracker.ids[0], GROUP)
-
-
-def _once(uids: Counts) -> list[int]:
-    """Uids as a request has them: one for all where they are alike."""
-    alike = bool((uids == uids[0]).all())
-    found: list[int] = (uids[:1] if alike else uids).tolist()
-    return found
 
 
 class _States:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from stepwell import errors
+from stepwell._core import MAX_IDS
 from stepwell._retry import RetryPolicy
 from support.scripted_server import MODEL, Fault, ScriptedServer
 from support.shells import connect
@@ -244,6 +245,22 @@ async def test_a_fork_without_an_answer_leaves_nothing_that_nobody_named(
             await group.fork(ids)
         assert await asyncio.to_thread(server.wait_until, functools.partial(are_left, server, left))
     assert len(server.requests("CloseSessions")) == 1
+
+
+async def test_a_large_group_is_read_and_closed_in_requests_that_the_server_takes(
+    client: Any, server: ScriptedServer
+) -> None:
+    group = await client.open_sessions(MODEL, MAX_IDS + 3)
+    assert (await group.get_states())["sum"].shape == (MAX_IDS + 3, 2)
+    asked = [list(request.session_ids) for request in server.requests("GetStates")]
+    assert asked == [list(group.ids[:MAX_IDS]), list(group.ids[MAX_IDS:])]
+    server.fail("CloseSessions", LOST)
+    await group.close()
+    assert not server.sessions
+    first, again, rest = server.requests("CloseSessions")
+    assert first == again, "a retry keeps its request id"
+    assert [list(first.session_ids), list(rest.session_ids)] == asked
+    assert first.request_id != rest.request_id
 
 
 async def test_a_group_takes_its_views_with_it(client: Any, server: ScriptedServer) -> None:

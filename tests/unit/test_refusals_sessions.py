@@ -260,11 +260,11 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
     ),
     "states of nobody": (
         pb.GetStatesRequest(),
-        (*BAD_ARGUMENT, "session_ids must be 1 to 65536; got 0"),
+        (*BAD_ARGUMENT, "session_ids must be 1 to 4096; got 0"),
     ),
     "states of too many": (
-        pb.GetStatesRequest(session_ids=[str(i) for i in range(65_537)]),
-        (*BAD_ARGUMENT, "session_ids must be 1 to 65536; got 65537"),
+        pb.GetStatesRequest(session_ids=[str(i) for i in range(4097)]),
+        (*BAD_ARGUMENT, "session_ids must be 1 to 4096; got 4097"),
     ),
     "the state of one twice": (
         pb.GetStatesRequest(session_ids=["in use", "other", "in use"]),
@@ -329,8 +329,8 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
         ]
     },
     "too many to close": (
-        pb.CloseSessionsRequest(session_ids=["in use"] * 65_537),
-        (*BAD_ARGUMENT, "session_ids must be at most 65536; got 65537"),
+        pb.CloseSessionsRequest(session_ids=["in use"] * 4097),
+        (*BAD_ARGUMENT, "session_ids must be at most 4096; got 4097"),
     ),
     "a position of some rows": (
         pb.ResetStatesRequest(session_id="in use", rows=[0], position=5),

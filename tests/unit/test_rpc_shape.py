@@ -63,8 +63,20 @@ def _refused(request: Message, more: bytes = b"") -> str | None:
             "parameters.value.string_param must have at most 1024 bytes; got 1025",
         ),
         (
-            pb.CloseSessionsRequest(session_ids=["a"] * (MAX_ENTRIES + 1)),
+            pb.ForkSessionsRequest(session_ids=["a"] * (MAX_ENTRIES + 1)),
             "session_ids must have at most 65536 entries; got more",
+        ),
+        (
+            pb.CloseSessionsRequest(session_ids=["a"] * 4097),
+            "session_ids must have at most 4096 entries; got more",
+        ),
+        (
+            pb.CloseSessionsRequest(session_ids=["a"], uids=range(4097)),
+            "uids must have at most 4096 entries; got more",
+        ),
+        (
+            pb.GetStatesRequest(session_ids=["a"] * 4097),
+            "session_ids must have at most 4096 entries; got more",
         ),
         (
             pb.ImportSessionsRequest(sessions=[pb.ExportedSession()] * (MAX_ENTRIES + 1)),
@@ -129,7 +141,11 @@ def test_bytes_that_are_no_message_are_refused_as_such(raw: bytes) -> None:
 
 
 def _largest_close() -> Message:
-    return pb.CloseSessionsRequest(session_ids=["é" * 256] * MAX_ENTRIES)
+    return pb.CloseSessionsRequest(session_ids=["é" * 256] * 4096, uids=range(4096))
+
+
+def _largest_fork() -> Message:
+    return pb.ForkSessionsRequest(session_ids=["é" * 256] * MAX_ENTRIES)
 
 
 def _largest_import() -> Message:
@@ -151,7 +167,7 @@ def _triton() -> Message:
     return triton_pb.ModelInferRequest(model_name="m", inputs=inputs, raw_input_contents=[bytes(8 << 20)])
 
 
-@pytest.mark.parametrize("make", [_largest_close, _largest_import, _large_tensor, _triton])
+@pytest.mark.parametrize("make", [_largest_close, _largest_fork, _largest_import, _large_tensor, _triton])
 def test_what_is_large_by_right_passes(make: Callable[[], Message]) -> None:
     assert _refused(make()) is None
 

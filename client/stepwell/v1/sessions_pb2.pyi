@@ -567,7 +567,7 @@ class CloseSessionsRequest(_message.Message):
     """As in CloseSessionRequest, for each of them."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The sessions, at most 65536."""
+        """The sessions, at most 4096."""
 
     @_builtins.property
     def uids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -1606,7 +1606,7 @@ class GetStatesRequest(_message.Message):
     """How the states say their elements. Not said: as data."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The sessions, 1 to 65536, each at most once, of the model of the first of them that is there."""
+        """The sessions, 1 to 4096, each at most once, of the model of the first of them that is there."""
 
     def __init__(
         self,

@@ -38,7 +38,10 @@ def inner_all(tenant: str, session_ids: Sequence[str]) -> list[str]:
     """As `inner`, of many."""
     if not tenant and SEPARATOR not in "".join(session_ids):
         return list(session_ids)
-    return [inner(tenant, session_id) for session_id in session_ids]
+    if not tenant:
+        return [inner(tenant, session_id) for session_id in session_ids]
+    prefix = prefix_of(tenant)
+    return [prefix + session_id if session_id else "" for session_id in session_ids]
 
 
 def tenant_of(session_id: str) -> str:

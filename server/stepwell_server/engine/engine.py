@@ -38,6 +38,7 @@ from stepwell_server.engine.sessions.creation import Creation
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Removal
 from stepwell_server.engine.sessions.forking import Forking
+from stepwell_server.engine.sessions.ids import MAX_IDS_PER_CALL
 from stepwell_server.engine.sessions.leasing import Leasing
 from stepwell_server.engine.sessions.lifetimes import Lifetimes
 from stepwell_server.engine.sessions.listing import Listing
@@ -56,7 +57,7 @@ from stepwell_server.engine.submission import Submission
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.engine.versions.changing import Changing
 from stepwell_server.engine.versions.serving import Serving
-from stepwell_server.errors import MessageTooLarge, ServerError
+from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store
 
@@ -449,8 +450,10 @@ class Engine:
     ) -> int:
         """Delete those of many sessions that are there; return how many this request deleted, now or before.
 
-        Arguments and errors are those of `Closing.close_many`.
+        Arguments and errors are those of `Closing.close_many`, of at most `MAX_IDS_PER_CALL` ids.
         """
+        if len(session_ids) > MAX_IDS_PER_CALL:
+            raise InvalidInput(f"session_ids must be at most {MAX_IDS_PER_CALL}; got {len(session_ids)}")
         self._group.require_room()
         self._drain_inboxes()
         return await self._closing.close_many(session_ids, request_id=request_id, uids=uids)
@@ -497,7 +500,7 @@ class Engine:
             MessageTooLarge: the states, and `reply_bytes` for the rest, have more than `reply_limit` bytes.
             DeadlineExceeded: it has passed.
         """
-        require_sessions(session_ids)
+        require_sessions(session_ids, limit=MAX_IDS_PER_CALL)
         seen = await self._directory.look(session_ids, anew=True)
         self._drain_inboxes()
 

@@ -174,14 +174,16 @@ def require_lists(change: Change) -> None:
         _require_sizes(change.batch_sizes)
 
 
-def require_sessions(session_ids: Sequence[str], *, may_repeat: bool = False) -> None:
-    """Refuse a list that names no sessions or too many, or one of them twice.
+def require_sessions(
+    session_ids: Sequence[str], *, may_repeat: bool = False, limit: int = MAX_MEMBERS
+) -> None:
+    """Refuse a list that names no sessions, more than `limit`, or one of them twice.
 
     Raises:
         InvalidInput: it does.
     """
-    if not 1 <= len(session_ids) <= MAX_MEMBERS:
-        raise InvalidInput(f"session_ids must be 1 to {MAX_MEMBERS}; got {len(session_ids)}")
+    if not 1 <= len(session_ids) <= limit:
+        raise InvalidInput(f"session_ids must be 1 to {limit}; got {len(session_ids)}")
     if len(session_ids) > 1 and not may_repeat and len(set(session_ids)) != len(session_ids):
         raise InvalidInput(f"session_ids must name each session once; {_repeated(session_ids)!r} came twice")
 

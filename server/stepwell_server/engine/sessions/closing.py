@@ -21,7 +21,6 @@ from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Ended, Expiry, Removal, batch_of, ended_of
-from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL
 from stepwell_server.engine.sessions.loading import Seen, refresh
 from stepwell_server.engine.sessions.pieces import TURN
 from stepwell_server.engine.state.fields import Fields, closes_of
@@ -206,12 +205,10 @@ class Closing:
             used_before: On the monotonic clock. Sessions that were used since then, or have something under way, stay.
 
         Raises:
-            InvalidInput: there are too many, or not one uid for each.
+            InvalidInput: an id is empty, or there is not one uid for each.
             Overloaded: too much waits for the store, and none was deleted; or for one of them.
             Unavailable: the store did not delete all.
         """
-        if len(session_ids) > MAX_SESSIONS_PER_CALL:
-            raise InvalidInput(f"session_ids must be at most {MAX_SESSIONS_PER_CALL}; got {len(session_ids)}")
         if "" in session_ids:
             raise InvalidInput("session_ids must be ids of sessions; one of them is missing (it is empty)")
         if uids is not None and len(uids) not in {1, len(session_ids)}:

@@ -20,6 +20,8 @@ from stepwell_server.store.base import Store
 
 MAX_ID_LENGTH = 256
 MAX_SESSIONS_PER_CALL = 65_536
+MAX_IDS_PER_CALL = 4096
+"""Ids of one call that closes or reads sessions, each for itself. Parsing and naming them takes about 1 ms."""
 #: The second form is of one of many sessions; the third was before, and they are still there.
 _MADE_BY_A_SERVER = re.compile(r"s-([0-9a-f]{8})-[A-Za-z0-9_-]{22}([A-Za-z0-9_-]{4}|-[0-9a-f]{4})?")
 _TOKEN_BYTES, _TOKEN_LENGTH, _DIGITS = 16, 22, 24
