@@ -135,7 +135,7 @@ bench-plots: $(INSTALLED) ## Draw the plots and fill in the tables of docs/perfo
 	$(BIN)/python scripts/wrap_documents.py
 
 .PHONY: check
-check: check-format check-lint check-types check-arrows check-proto check-front check-repo ## Run every check that is not a test: all those below
+check: check-format check-lint check-types check-arrows check-proto check-front check-repo check-surface ## Run every check that is not a test: all those below
 
 .PHONY: check-format
 check-format: $(INSTALLED) ## Is everything formatted?
@@ -168,6 +168,10 @@ check-repo: $(INSTALLED) ## Do documents and code agree, and does every file kee
 	$(BIN)/python scripts/cli_reference.py --check
 	$(BIN)/python scripts/check_repo.py
 
+.PHONY: check-surface
+check-surface: $(INSTALLED) ## Is docs/surface/ what the code says: signatures, protocols, reasons of errors, metrics?
+	$(BIN)/python scripts/surface.py --check
+
 # What a change of the protocol is compared with: the last release, or main before the first one.
 AGAINST ?= $(shell git describe --tags --abbrev=0 --match 'v*' 2>/dev/null || echo main)
 .PHONY: breaking
@@ -182,6 +186,10 @@ proto: $(INSTALLED) ## Generate the protocols' code from proto/
 .PHONY: docs
 docs: $(INSTALLED) ## Write docs/cli.md from the commands' help
 	$(BIN)/python scripts/cli_reference.py
+
+.PHONY: surface
+surface: $(INSTALLED) ## Write docs/surface/ from the code: signatures, protocols, reasons of errors, metrics
+	$(BIN)/python scripts/surface.py
 
 .PHONY: format
 format: $(INSTALLED) ## Format everything, wrap the documents, and mend what ruff can mend safely
