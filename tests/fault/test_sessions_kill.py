@@ -65,6 +65,18 @@ def test_a_server_that_answers_before_it_keeps_is_caught(tmp_path: Path, defect:
         report.require_clean()
 
 
+def test_load_goes_on_when_every_session_is_lost(tmp_path: Path) -> None:
+    """A server that loses sessions never runs out of load: players whose session is gone open another one."""
+    history = tmp_path / "history"
+    with local(None) as server, DriverProcess(server.address, history, seed=25) as driver:
+        kill_at_random(server, driver, random.Random(25), kills=2)
+        driver.wait_acknowledged(100)
+        driver.stop()
+    report = verdict(history)
+    assert report.count("gone") > 0, report
+    assert report.count("wrong") == 0, report
+
+
 @pytest.mark.parametrize("durability", ["sync", "async"])
 def test_the_first_answer_is_given_again_after_a_kill(tmp_path: Path, durability: str) -> None:
     """Sent again to the server that came back, every last change is answered with the same bits, as replayed."""

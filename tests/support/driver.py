@@ -64,7 +64,16 @@ def told(error: BaseException) -> Told:
 
 
 class Broken(Exception):
-    """A session is gone or a call failed in a way that nothing can cause: its player stops, the checker will tell."""
+    """A call failed in a way that nothing can cause: its player stops, and the checker reports it."""
+
+
+class Gone(Broken):
+    """A session is gone: its player goes on with a new one, and the checker reports the old one."""
+
+
+def broken(end: End) -> Broken:
+    """The exception that ends the play of a session whose call ended in this way."""
+    return Gone() if end.outcome == "gone" else Broken()
 
 
 @dataclasses.dataclass
@@ -114,6 +123,22 @@ class Table:
             os.write(1, b".")
 
 
+async def play_on(table: Table, name: str, play: Callable[[str], Awaitable[None]]) -> None:
+    """Play one session after the other until it is time to stop.
+
+    A server that loses sessions must not run out of players: whoever waits for more changes would wait for ever.
+    """
+    played = 0
+    while not table.stop.is_set():
+        try:
+            await play(f"{name}.after{played}" if played else name)
+        except Gone:
+            played += 1
+            await table.rest()
+        except Broken:
+            return
+
+
 class Solo:
     """Plays one session, and a few forks of it, one call at a time."""
 
@@ -125,13 +150,15 @@ class Solo:
 
     async def play(self, name: str, batch_size: int, states: dict[str, Floats] | None) -> None:
         """Open, or resume, and go on until it is time to stop."""
+        await play_on(self._table, name, lambda one: self._play(one, batch_size, states))
+
+    async def _play(self, name: str, batch_size: int, states: dict[str, Floats] | None) -> None:
         table = self._table
-        with contextlib.suppress(Broken):
-            call = Call(kind="open", session=name, batch_size=batch_size, states=states)
-            self._handles = [await self._opened(call, name, batch_size, states)]
-            while not table.stop.is_set() and self._handles:
-                await self._turn(table.chance.choice(self._handles))
-                await table.rest()
+        call = Call(kind="open", session=name, batch_size=batch_size, states=states)
+        self._handles = [await self._opened(call, name, batch_size, states)]
+        while not table.stop.is_set() and self._handles:
+            await self._turn(table.chance.choice(self._handles))
+            await table.rest()
 
     async def audit(self, name: str, batch_size: int) -> None:
         """Read what is there."""
@@ -150,8 +177,9 @@ class Solo:
         try:
             handle = await begin(*arguments, timeout_s=PATIENCE_S)
         except stepwell.StepwellError as error:
-            self._table.log.end(number, told(error).end)
-            raise Broken from error
+            end = told(error).end
+            self._table.log.end(number, end)
+            raise broken(end) from error
         self._table.log.end(number, _at(handle))
         return handle
 
@@ -203,7 +231,7 @@ class Solo:
             settled = not unknown or conflict or verdict.end.outcome in ("gone", "error")
             table.ended(number, verdict.end if settled else End(outcome="unknown", error=verdict.end.error))
             if verdict.end.outcome in ("gone", "error"):
-                raise Broken
+                raise broken(verdict.end)
             await self._look(handle)
             return
 
@@ -234,8 +262,9 @@ class Solo:
         try:
             answer = await ask(timeout_s=PATIENCE_S)
         except stepwell.StepwellError as error:
-            self._table.log.end(number, told(error).end)
-            raise Broken from error
+            failed = told(error).end
+            self._table.log.end(number, failed)
+            raise broken(failed) from error
         self._table.ended(number, end(answer), counts=False)
 
     async def _fork(self, handle: Any) -> None:
@@ -259,21 +288,24 @@ class Band:
 
     async def play(self, name: str, size: int) -> None:
         """As `Solo.play`."""
+        await play_on(self._table, name, lambda one: self._play(one, size))
+
+    async def _play(self, name: str, size: int) -> None:
         table = self._table
         names = [f"{name}.{i}" for i in range(size)]
         numbers = [table.log.call(Call(kind="open", session=one, batch_size=1)) for one in names]
         try:
             group = await self._client.open_sessions(MODEL, size, session_ids=names, timeout_s=PATIENCE_S)
         except stepwell.StepwellError as error:
+            end = told(error).end
             for number in numbers:
-                table.log.end(number, told(error).end)
-            return
+                table.log.end(number, end)
+            raise broken(end) from error
         for number in numbers:
             table.log.end(number, End(outcome="acknowledged", revision=0, position=0))
-        with contextlib.suppress(Broken):
-            while not table.stop.is_set():
-                await self._turn(group)
-                await table.rest()
+        while not table.stop.is_set():
+            await self._turn(group)
+            await table.rest()
 
     async def _turn(self, group: Any) -> None:
         table, size = self._table, len(group)
@@ -331,8 +363,10 @@ class Band:
             may = member in unknown and verdict.may_try_again
             end = End(outcome="unknown", error=verdict.end.error) if may else verdict.end
             self._table.ended(numbers[member], end)
-        if any(one.end.outcome in ("gone", "error") for one in verdicts.values()):
-            raise Broken
+        for outcome in ("error", "gone"):
+            for one in verdicts.values():
+                if one.end.outcome == outcome:
+                    raise broken(one.end)
         if verdicts:
             await self._look(group)
 
@@ -341,9 +375,10 @@ class Band:
         try:
             await group.refresh(timeout_s=PATIENCE_S)
         except stepwell.StepwellError as error:
+            end = told(error).end
             for number in numbers:
-                self._table.log.end(number, told(error).end)
-            raise Broken from error
+                self._table.log.end(number, end)
+            raise broken(end) from error
         for member, number in enumerate(numbers):
             self._table.log.end(number, _of(group, member))
 

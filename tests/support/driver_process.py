@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from support import history as histories
 from support.driver import PATIENCE_S, Mix
 from support.rover import Cast
 
@@ -23,7 +24,8 @@ _STOP_S = PATIENCE_S + 80.0
 class Loading:
     """A process that makes load and writes a history; ends with its block, by `stop`, by `kill`, or with this process."""
 
-    def __init__(self, module: str, *arguments: str) -> None:
+    def __init__(self, module: str, history: Path, *arguments: str) -> None:
+        self._history = history
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             env={
@@ -51,7 +53,8 @@ class Loading:
         with self._more:
             there = self._more.wait_for(lambda: self._acknowledged >= wanted or self._ended, timeout_s)
         assert there, (
-            f"{self._acknowledged} changes were acknowledged in {timeout_s:g} s, {wanted} were expected"
+            f"{self._acknowledged} changes were acknowledged in {timeout_s:g} s, {wanted} were expected;"
+            f" the last errors: {histories.failures(histories.load([self._history]))[-5:]}"
         )
         assert not self._ended, "the driver has ended by itself"
 
@@ -109,7 +112,7 @@ class DriverProcess(Loading):
         hurry: bool = True,
     ) -> None:
         arguments = [*_common(address, history, seed, pause_s), *(["--hurry"] if hurry else [])]
-        super().__init__("support.driver", *arguments, *_options(mix or Mix()))
+        super().__init__("support.driver", history, *arguments, *_options(mix or Mix()))
 
 
 class RoverProcess(Loading):
@@ -125,7 +128,7 @@ class RoverProcess(Loading):
         pause_s: float = 0.02,
     ) -> None:
         arguments = _common(",".join(addresses), history, seed, pause_s)
-        super().__init__("support.rover", *arguments, *_options(cast or Cast()))
+        super().__init__("support.rover", history, *arguments, *_options(cast or Cast()))
 
 
 def _common(address: str, history: Path, seed: int, pause_s: float) -> list[str]:

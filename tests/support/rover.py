@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import dataclasses
 import os
 import random
@@ -30,7 +29,7 @@ import stepwell
 from stepwell import _status
 from stepwell.v1 import sessions_pb2, sessions_pb2_grpc
 from support import history, secured
-from support.driver import MODEL, PATIENCE_S, Broken, Table, Told, told
+from support.driver import MODEL, PATIENCE_S, Broken, Table, Told, broken, play_on, told
 from support.history import Call, End, Floats, Log
 from support.wire import arrays, step_frame, tensor, tensors
 
@@ -242,7 +241,7 @@ class Roads:
 
     def _known(self, name: str, rows: int, end: End) -> Known:
         if end.outcome != "acknowledged" or end.revision is None:
-            raise Broken
+            raise broken(end)
         found = Known(name, rows, end.revision)
         self.living.append(dataclasses.replace(found))
         del self.living[:-_MOST_KNOWN]
@@ -263,12 +262,14 @@ class Player:
 
     async def play(self, name: str, rows: int, states: dict[str, Floats] | None, *, alone: bool) -> None:
         """Open, or find what a rival has opened, and go on until it is time to stop."""
+        await play_on(self._table, name, lambda one: self._play(one, rows, states, alone=alone))
+
+    async def _play(self, name: str, rows: int, states: dict[str, Floats] | None, *, alone: bool) -> None:
         table = self._table
-        with contextlib.suppress(Broken):
-            self._sessions = [await self._roads.open(name, rows, states)]
-            while not table.stop.is_set():
-                await self._turn(table.chance.choice(self._sessions), alone=alone)
-                await table.rest()
+        self._sessions = [await self._roads.open(name, rows, states)]
+        while not table.stop.is_set():
+            await self._turn(table.chance.choice(self._sessions), alone=alone)
+            await table.rest()
 
     async def _turn(self, session: Known, *, alone: bool) -> None:
         dice = self._table.chance.random()
@@ -329,7 +330,7 @@ class Player:
 
     def _note(self, session: Known, end: End) -> None:
         if end.revision is None:
-            raise Broken
+            raise broken(end)
         session.revision = end.revision
 
 
@@ -342,11 +343,13 @@ class Band:
 
     async def play(self, name: str, size: int) -> None:
         """As `Player.play`."""
-        with contextlib.suppress(Broken):
-            members = [await self._roads.open(f"{name}.{i}", 1) for i in range(size)]
-            while not self._table.stop.is_set():
-                await self._frame(members)
-                await self._table.rest()
+        await play_on(self._table, name, lambda one: self._play(one, size))
+
+    async def _play(self, name: str, size: int) -> None:
+        members = [await self._roads.open(f"{name}.{i}", 1) for i in range(size)]
+        while not self._table.stop.is_set():
+            await self._frame(members)
+            await self._table.rest()
 
     async def _frame(self, members: list[Known]) -> None:
         """One step of all, wherever each gets its answer."""
@@ -390,7 +393,7 @@ class Band:
                     table.log.end(numbers[i], End(outcome="unknown", error="an attempt before"))
                 table.ended(numbers[i], end)
                 if end.revision is None:
-                    raise Broken
+                    raise broken(end)
                 members[i].revision = end.revision
             waiting = left
 
