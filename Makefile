@@ -135,7 +135,7 @@ bench-plots: $(INSTALLED) ## Draw the plots and fill in the tables of docs/perfo
 	$(BIN)/python scripts/wrap_documents.py
 
 .PHONY: check
-check: check-format check-lint check-types check-arrows check-proto check-front check-repo check-surface ## Run every check that is not a test: all those below
+check: check-format check-lint check-types check-arrows check-proto check-front check-repo check-surface check-size ## Run every check that is not a test: all those below
 
 .PHONY: check-format
 check-format: $(INSTALLED) ## Is everything formatted?
@@ -171,6 +171,10 @@ check-repo: $(INSTALLED) ## Do documents and code agree, and does every file kee
 .PHONY: check-surface
 check-surface: $(INSTALLED) ## Is docs/surface/ what the code says: signatures, protocols, reasons of errors, metrics?
 	$(BIN)/python scripts/surface.py --check
+
+.PHONY: check-size
+check-size: $(INSTALLED) ## Is no room larger than its bound in scripts/size.toml?
+	$(BIN)/python scripts/size.py --check
 
 # What a change of the protocol is compared with: the last release, or main before the first one.
 AGAINST ?= $(shell git describe --tags --abbrev=0 --match 'v*' 2>/dev/null || echo main)
