@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -14,6 +16,7 @@ from stepwell_server.engine import submission
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.sessions import closing, creation, directory, forking, ids, pieces, reading
 from stepwell_server.engine.sessions.attempts import OpenedMany
+from stepwell_server.engine.sessions.loading import Arrivals
 from stepwell_server.engine.shares import LoopTurns
 from stepwell_server.errors import RevisionConflict, ServerError, SessionExists, Unavailable
 from stepwell_server.store.base import Batch
@@ -34,6 +37,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (pieces, creation, forking, closing, directory):
         monkeypatch.setattr(module, "TURN", PIECE)
     monkeypatch.setattr(submission, "REFUSED_AT_ONCE", PIECE)
+    monkeypatch.setattr(directory, "LOOK_PART", PIECE)
 
 
 async def turns_of(call: Coroutine[Any, Any, T]) -> tuple[T, int]:
@@ -260,6 +264,54 @@ async def test_steps_of_others_are_answered_between_the_pieces(call: str, are_th
         else:
             assert len(result.members) == (COUNT if are_there else 0)
             assert sum(len(members) for members, _ in result.errors) == (0 if are_there else COUNT)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("call", ["open", "open again", "close", "read", "fork"])
+@pytest.mark.stores("disk")
+async def test_a_store_on_disk_is_asked_for_a_long_list_in_parts(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[int] = []
+    wait = Arrivals.wait
+
+    def counted(self: Arrivals, session_ids: Sequence[str], *, anew: bool = False) -> Any:
+        waited.append(len(session_ids))
+        return wait(self, session_ids, anew=anew)
+
+    monkeypatch.setattr(Arrivals, "wait", counted)
+    async with running(resident_rows=2 * COUNT) as at:
+        names = [f"s{number:03}" for number in range(COUNT)]
+        await at.open("quiet")
+        opening = functools.partial(at.engine.open_sessions, "plain", session_ids=names, request_id=7)
+        if call == "open again":
+            await opening()
+        calls: dict[str, Callable[[], Any]] = {"open": opening, "open again": opening, **_calls(at, names)}
+        result: Any = (await asyncio.gather(calls[call](), return_exceptions=True))[0]
+        assert isinstance(result, ServerError) is (call == "fork")
+        if call.startswith("open"):
+            assert list(result.session_ids) == names
+            assert result.replayed is (call == "open again")
+        assert waited, "the store was asked"
+        assert max(waited) <= PIECE
+
+
+async def test_ids_for_many_sessions_are_drawn_by_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    digits_of = ids._digits
+
+    def noted(tokens: bytes) -> Any:
+        threads.append(threading.get_ident())
+        return digits_of(tokens)
+
+    monkeypatch.setattr(ids, "_digits", noted)
+    async with running() as at:
+        few = await at.engine.open_sessions("plain", count=COUNT, request_id=7)
+        monkeypatch.setattr(ids, "PIECE", PIECE)
+        again = await at.engine.open_sessions("plain", count=COUNT, request_id=7)
+    assert (again.session_ids, again.replayed) == (few.session_ids, True)
+    here = threading.get_ident()
+    assert [thread == here for thread in threads] == [True, False]
 
 
 @pytest.mark.usefixtures("small_pieces")

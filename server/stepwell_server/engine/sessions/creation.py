@@ -165,7 +165,8 @@ class Creation:
 
     def is_making(self, session_ids: Sequence[str]) -> bool:
         """Whether a session of one of these ids is being made."""
-        return not self._removal.opening.keys().isdisjoint(session_ids)
+        opening = self._removal.opening
+        return bool(opening) and not opening.keys().isdisjoint(session_ids)
 
     async def look(self, session_ids: Sequence[str]) -> Seen:
         """What the store has of ids, at a moment when nobody makes sessions of them, and it is known what their tenants have.

@@ -48,6 +48,8 @@ _log = Log("engine.directory")
 
 #: What is older is asked for again, in seconds; and so often it is asked for metrics.
 _COUNTED_S, _LOOK_S = 1.0, 5.0
+#: Sessions of a long list that a local store is asked for together: about 1 ms of the event loop.
+LOOK_PART = 1024
 
 
 class Past(NamedTuple):
@@ -134,10 +136,28 @@ class Directory:
             Overloaded: too many wait for the store.
             Unavailable: it cannot be read, and one of the sessions has something under way here.
         """
+        if self._is_local and len(session_ids) > PIECE:
+            return await self._look_in_parts(session_ids)
         if not (self.must_look(session_ids) or (anew and not self._is_local)):
             return self.here
         self._arrivals.require_room()
         return await self._arrivals.wait(session_ids, anew=anew)
+
+    async def _look_in_parts(self, session_ids: Sequence[str]) -> Seen:
+        """Bring sessions from a local store into the table, a part in each turn of the event loop.
+
+        The store answers in place for the others: its pages are in memory then.
+        """
+        if self._others is None:
+            return self.here
+        tenant = tenant_of(session_ids[0])
+        for start in range(0, len(session_ids), LOOK_PART):
+            await self.pieces.turn(tenant)
+            part = session_ids[start : start + LOOK_PART]
+            if self._arrivals.must_wait(part):
+                self._arrivals.require_room()
+                await self._arrivals.wait(part)
+        return self.here
 
     def find(self, session_id: str, seen: Seen) -> int:
         """The handle of a live session.

@@ -98,8 +98,8 @@ class Removal:
     async def all_made(self, session_ids: Sequence[str]) -> None:
         """Return when no session of these ids is being made."""
         opening = self.opening
-        while pending := {opening[i] for i in session_ids if i in opening}:
-            await asyncio.wait(pending)
+        while opening and not opening.keys().isdisjoint(session_ids):
+            await asyncio.wait({opening[i] for i in session_ids if i in opening})
 
     def described(self, handles: Handles) -> list[Ended]:
         """What the store is to know of sessions of the table when they end."""

@@ -27,7 +27,7 @@ _MADE_BY_A_SERVER = re.compile(r"s-([0-9a-f]{8})-[A-Za-z0-9_-]{22}([A-Za-z0-9_-]
 _TOKEN_BYTES, _TOKEN_LENGTH, _DIGITS = 16, 22, 24
 #: Of what the ids of one call have in common.
 _GROUP_BYTES = 3
-#: More sessions than these are looked for in a store before a call on them begins, and ids for more are sorted by a thread.
+#: More sessions than these are looked for in a store before a call on them begins, and ids for more are drawn by a thread.
 PIECE = 4096
 
 
@@ -55,17 +55,25 @@ class IdMaker:
 
         `sources` are the sessions that they are made from, if there are any.
         """
-        seed = self._token(request_id, "\n".join(["many", *sources]), namespace)
-        # as far as it is read, and nothing of it tells what else it has: FIPS 202
-        drawn = hashlib.shake_256(self._secret + seed).digest(_GROUP_BYTES + count * _TOKEN_BYTES)
-        group = base64.urlsafe_b64encode(drawn[:_GROUP_BYTES]).decode()
-        digits = _digits(drawn[_GROUP_BYTES:])
-        # numpy sorts without Python's lock
-        digits = np.sort(digits) if count <= PIECE else await asyncio.to_thread(np.sort, digits)
+        wanted = request_id, count, sources, namespace
+        # most of it needs no lock of Python's
+        group, digits = (
+            self._drawn(*wanted) if count <= PIECE else await asyncio.to_thread(self._drawn, *wanted)
+        )
         made: list[str] = []
         async for part in pieces.parts(count, tenant_of(namespace)):
             made += self._named(digits[part], namespace, group)
         return made
+
+    def _drawn(
+        self, request_id: int, count: int, sources: Sequence[str], namespace: str
+    ) -> tuple[str, npt.NDArray[np.bytes_]]:
+        """What the ids of one call have in common, and the digits of each, ascending. For any thread."""
+        seed = self._token(request_id, "\n".join(["many", *sources]), namespace)
+        # as far as it is read, and nothing of it tells what else it has: FIPS 202
+        drawn = hashlib.shake_256(self._secret + seed).digest(_GROUP_BYTES + count * _TOKEN_BYTES)
+        group = base64.urlsafe_b64encode(drawn[:_GROUP_BYTES]).decode()
+        return group, np.sort(_digits(drawn[_GROUP_BYTES:]))
 
     def _named(self, digits: npt.NDArray[np.bytes_], namespace: str, group: str = "") -> list[str]:
         begin = f"{namespace}s-{self._incarnation}-{group}"
