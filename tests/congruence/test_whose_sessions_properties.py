@@ -27,6 +27,7 @@ REASONS = {
     "SESSION_NOT_FOUND": "SessionNotFound",
     "SESSION_EXISTS": "SessionExists",
     "REVISION_CONFLICT": "RevisionConflict",
+    "INVALID_INPUT": "InvalidInput",
 }
 
 

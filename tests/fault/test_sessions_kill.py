@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
@@ -89,6 +90,7 @@ def test_the_first_answer_is_given_again_after_a_kill(tmp_path: Path, durability
         {"states": 3, "rows": [1, 0]},
         {"states": 3, "rows": [1]},
     ]
+    revisions: list[dict[str, Any]] = [{}, {"expected_revision": 1}, {"expected_revision": 2}]
     x = np.random.default_rng(8).standard_normal((len(asked), 2, 4, 3)).astype(np.float32)
     with local(tmp_path / "data", "--durability", durability) as server:
         with Wire(server.address) as wire:
@@ -113,4 +115,8 @@ def test_the_first_answer_is_given_again_after_a_kill(tmp_path: Path, durability
                     assert again.replayed
                     again.replayed = False
                     assert again == answer
+                    other = {**request, "outputs": 3 - request.get("outputs", 0)}
+                    for revision in revisions:
+                        with pytest.raises(grpc.RpcError, match="it stands for a step with other content"):
+                            wire.step(name, request_id=6, **other, **revision)
                     assert wire.session(name).revision == 2

@@ -171,6 +171,43 @@ def test_a_retry_is_answered_alike(both: Mapping[str, Wire]) -> None:
     assert same(both, "Step", request)[0] == "ABORTED"
 
 
+def test_a_request_id_with_another_change_is_refused_alike(both: Mapping[str, Wire]) -> None:
+    """Where it would be applied: alone, in a frame, and in one of 1,024 sessions that both know as a set."""
+    opened(both, "reused")
+    once: dict[str, Any] = {"session_id": "reused", "request_id": 77}
+    same(both, "Step", pb.StepRequest(inputs=[tensor(X[:1, 0])], expected_revision=0, **once))
+    revisions: list[dict[str, Any]] = [{}, {"expected_revision": 0}, {"expected_revision": 1}]
+    for revision in revisions:
+        other = pb.StepRequest(inputs=[tensor(X[1:2, 0])], **once, **revision)
+        assert same(both, "Step", other)[0] == "INVALID_ARGUMENT"
+        assert same(both, "ResetStates", pb.ResetStatesRequest(**once, **revision))[0] == "INVALID_ARGUMENT"
+    ids = [f"reused {index}" for index in range(1024)]
+    for one in both.values():
+        one.sessions.OpenSessions(pb.OpenSessionsRequest(model="seq", session_ids=ids), timeout=100)
+    x = np.random.default_rng(5).standard_normal((len(ids), 3)).astype(np.float32)
+    some = x.copy()
+    some[::3] += 1
+    base: dict[str, Any] = {"request_id_base": 500}
+    frames = [
+        wire.step_frame(1, ids, [tensor(x)], expected_revision=0, declare_set=1, **base),
+        wire.step_frame(2, [], [tensor(some)], expected_revision=1, session_set=1, **base),
+        wire.step_frame(3, [], [tensor(some)], session_set=1, **base),
+        wire.reset_frame(4, [], session_set=1, **base),
+    ]
+    messages = [frame.SerializeToString() for frame in frames]
+    native, python = (streamed(both[front], messages, waits=True) for front in FRONTS)
+    assert native == python
+    assert native[1] == "OK"
+    for number in (2, 3):
+        refused = {member for member, answer in native[0][number].items() if "INVALID_INPUT" in answer}
+        assert refused == set(range(0, 1024, 3))
+    (message,) = {answer[2] for answer in native[0][4].values()}
+    assert "it stands for a step, and a reset came" in message
+    for one in both.values():
+        assert {one.session(name).revision for name in ids[:60:3]} == {1}
+        assert {one.session(name).revision for name in ids[1:60:3]} == {2}
+
+
 def test_several_rows_and_several_inputs_are_answered_alike(both: Mapping[str, Wire]) -> None:
     opened(both, "rows", batch_size=3)
     some = pb.StepRequest(session_id="rows", inputs=[tensor(X[:2])], rows=[2, 0], state_rows=[0])

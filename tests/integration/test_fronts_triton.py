@@ -187,6 +187,11 @@ def test_a_retry_is_answered_alike(both: _Both) -> None:
     assert (
         same(both, asked(X[:1], sequence_id=20, stepwell_revision=1, stepwell_request_id=78))[0] == "ABORTED"
     )
+    for revision in (1, 2):
+        other = asked(X[1:2], sequence_id=20, stepwell_revision=revision, stepwell_request_id=77)
+        assert same(both, other)[0] == "INVALID_ARGUMENT"
+    begun = asked(X[:1], sequence_id=20, start=True, stepwell_request_id=77)
+    assert same(both, begun)[0] == "INVALID_ARGUMENT"
     last = asked(sequence_id=20, end=True, stepwell_revision=2, stepwell_request_id=79)
     assert same(both, last)[0] == "OK"
     same(both, asked(sequence_id=20, start=True))

@@ -62,15 +62,18 @@ def test_a_request_id_with_another_change_is_refused(either: Served) -> None:
             {"inputs": [tensor(X)], "outputs": pb.OUTPUT_SELECTION_LAST},
             {"inputs": [tensor(X)], "reset_mask": [True]},
         ]
-        for other in others:
-            with pytest.raises(grpc.RpcError, match="it stands for a step with other content"):
-                either.wire.step(session_id, **request, **other)
-        with pytest.raises(grpc.RpcError, match="it stands for a step, and a reset came") as caught:
-            either.wire.sessions.ResetStates(
-                pb.ResetStatesRequest(session_id=session_id, **request), timeout=200
-            )
-        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        state = wire.data(either.wire.state(session_id).state)
+        # also where it would be applied: with the current revision, or without one
+        revisions: list[dict[str, Any]] = [{"expected_revision": 1}, {"expected_revision": 2}, {}]
+        for revision in revisions:
+            for other in others:
+                with pytest.raises(grpc.RpcError, match="it stands for a step with other content"):
+                    either.wire.step(session_id, request_id=5, **revision, **other)
+            with pytest.raises(grpc.RpcError, match="it stands for a step, and a reset came") as caught:
+                either.wire.reset(session_id, request_id=5, **revision)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert either.wire.session(session_id).revision == 2
+        assert wire.data(either.wire.state(session_id).state) == state
         as_values = tensor(X, data=b"", values=X.reshape(-1).tolist())
         for same in (tensor(X), tensor(X.astype(np.float64)), as_values):
             again = either.wire.step(
@@ -81,8 +84,36 @@ def test_a_request_id_with_another_change_is_refused(either: Served) -> None:
         fields: dict[str, Any] = {"expected_revisions": [1], "request_ids": [5]}
         (answer,) = either.wire.exchange(wire.step_frame(1, [session_id], [tensor(X)], **fields))
         assert list(answer.replayed_members) == [0]
-        (answer,) = either.wire.exchange(wire.step_frame(1, [session_id], [tensor(X * 2)], **fields))
-        assert answer.errors[0].error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+        for expected in (1, 2):
+            fields["expected_revisions"] = [expected]
+            for frame in (
+                wire.step_frame(1, [session_id], [tensor(X * 2)], **fields),
+                wire.reset_frame(1, [session_id], **fields),
+            ):
+                (answer,) = either.wire.exchange(frame)
+                assert answer.errors[0].error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+        assert wire.data(either.wire.state(session_id).state) == state
+        again = either.wire.step(session_id, [tensor(X)], expected_revision=2, request_id=5)
+        assert (again.replayed, again.revision) == (False, 3)
+
+
+def test_a_request_id_with_a_long_step_of_other_content_is_refused(either: Served) -> None:
+    """One that would run in slices, and one that waits behind it."""
+    with either.session("seq") as session_id:
+        long = [wire.tensors(either.draw("seq", 1, 2_000, seed=seed)) for seed in (1, 2)]
+        steps = either.wire.sessions.Step
+
+        def asked(inputs: Any, **fields: Any) -> Any:
+            return pb.StepRequest(session_id=session_id, inputs=inputs, **fields)
+
+        calls = [
+            steps.future(asked(inputs, expected_revision=1 + place, request_id=5), timeout=200)
+            for place, inputs in enumerate(long)
+        ]
+        assert calls[0].result().revision == 2
+        with pytest.raises(grpc.RpcError, match="it stands for a step with other content"):
+            calls[1].result()
+        assert either.wire.session(session_id).revision == 2
 
 
 def test_members_of_a_frame_that_is_sent_again(either: Served) -> None:

@@ -237,10 +237,10 @@ class ModelOfSessions:
         else:
             apply = expected == session.revision
             replay = not apply and again and expected == session.revision - 1
+        if again and (apply or replay) and said != session.said:
+            return Refused("InvalidInput")
         if apply:
             return session
-        if replay and said != session.said:
-            return Refused("InvalidInput")
         if replay:
             return Reply(
                 session.revision, session.position, session.outputs, replayed=True, states=session.states

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -122,7 +123,10 @@ class _Watched:
         assert wire.data(after.state) == wire.data(self._before.state), "the state has changed"
         session = self._before.session
         answer = self._served.wire.step(
-            self._id, wire.tensors(self._next), expected_revision=session.revision, request_id=99
+            self._id,
+            wire.tensors(self._next),
+            expected_revision=session.revision,
+            request_id=random.getrandbits(64) or 1,
         )
         assert wire.data(answer.outputs) == self._known, "the next output has changed"
         assert (answer.revision, answer.position) == (session.revision + 1, session.position + 1)

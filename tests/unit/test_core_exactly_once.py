@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from stepwell_server.core.exactly_once import (
     ANY_REVISION,
     Kind,
     Verdict,
+    applies,
     digest_of_one,
     digests,
     judge,
@@ -32,7 +34,7 @@ def u64(*values: int) -> np.ndarray:
 # revision, last request, expected, request -> verdict
 RULE = [
     (5, 77, 5, 88, "apply"),
-    (5, 77, 5, 77, "apply"),  # expected is the revision: it is a new change, whatever its id
+    (5, 77, 5, 77, "apply"),
     (5, 77, 5, 0, "apply"),
     (5, 77, 4, 77, "replay"),
     (5, 77, 4, 88, "conflict"),
@@ -56,7 +58,7 @@ RULE = [
 def _judged(*columns: Any) -> Verdict:
     """What `judge` says, at length."""
     verdict, nobody = judge(*columns), np.zeros(len(columns[0]), np.bool_)
-    return Verdict(~nobody, nobody, nobody) if verdict is None else verdict
+    return Verdict(~nobody, nobody, nobody, nobody) if verdict is None else verdict
 
 
 @pytest.mark.parametrize(("revision", "last", "expected", "request_id", "verdict"), RULE)
@@ -86,6 +88,76 @@ def test_without_request_ids_nothing_is_a_replay() -> None:
     assert judged.apply.tolist() == [True, False]
     assert judged.conflict.tolist() == [False, True]
     assert _judged(u64(3), u64(77), None, None).apply.tolist() == [True]
+
+
+SAYS = {"the same": 10, "other content": 11, "another kind": (2 << 60) + 10}
+
+
+def _by_the_rule(revision: int, last: int, expected: int | None, request: int, says: str) -> str:
+    """What becomes of one change, in plain words; `says` is what it says beside the last change."""
+    is_last_id = request != 0 and request == last
+    is_before = is_last_id and expected == revision - 1
+    if expected is not None and expected != revision and not is_before:
+        return "conflict"
+    if is_last_id and says != "the same":
+        return "refuse"
+    return "replay" if is_last_id and expected != revision else "apply"
+
+
+def _decided(verdict: Verdict, stored: np.ndarray, own: np.ndarray) -> list[str]:
+    kinds, contents = unlike(stored, own)
+    refused = verdict.same_id & (kinds | contents)
+    masks = {"apply": verdict.apply, "replay": verdict.replay, "conflict": verdict.conflict}
+    assert (np.sum(list(masks.values()), axis=0) == 1).all()
+    return [
+        "refuse" if refused[place] else next(name for name, mask in masks.items() if mask[place])
+        for place in range(len(refused))
+    ]
+
+
+@pytest.mark.parametrize("with_expected", [True, False])
+@pytest.mark.parametrize("with_request", [True, False])
+def test_each_combination_is_judged_by_the_plain_rule(with_expected: bool, with_request: bool) -> None:
+    """Alone, together, and in parts of random size and order."""
+    cases = [
+        (revision, last, expected, request, says)
+        for revision, last, expected, request, says in itertools.product(
+            [0, 1, 5, MAX - 1],
+            [0, 77, MAX],
+            [None, 0, 1, 4, 5, 6, MAX - 2, MAX - 1] if with_expected else [None],
+            [0, 77, 88, MAX] if with_request else [0],
+            SAYS,
+        )
+        if revision or not last
+    ]
+    wanted = [_by_the_rule(*case) for case in cases]
+
+    def found(places: np.ndarray) -> list[str]:
+        chosen = [cases[place] for place in places]
+        revision, last, request = (u64(*[case[column] for case in chosen]) for column in (0, 1, 3))
+        expected = u64(*[ANY_REVISION if case[2] is None else case[2] for case in chosen])
+        verdict = _judged(
+            revision, last, expected if with_expected else None, request if with_request else None
+        )
+        return _decided(verdict, u64(*[10] * len(chosen)), u64(*[SAYS[case[4]] for case in chosen]))
+
+    for place in range(len(cases)):
+        assert found(np.array([place])) == [wanted[place]], cases[place]
+    rng = np.random.default_rng(11)
+    order = rng.permutation(len(cases))
+    for places in [order, *np.array_split(order, len(cases) // 7)]:
+        assert found(places) == [wanted[place] for place in places]
+    kept = {"apply", "replay", "refuse"} if with_request else {"apply"}
+    assert set(wanted) == (kept | {"conflict"} if with_expected else kept)
+
+
+@pytest.mark.parametrize("expected", [None, 4, 5, 6])
+@pytest.mark.parametrize(("last", "request_id"), [(0, 0), (0, 9), (77, 0), (77, 77), (77, 88)])
+def test_a_single_change_is_applied_at_once_only_if_its_content_makes_no_difference(
+    last: int, request_id: int, expected: int | None
+) -> None:
+    told = {_by_the_rule(5, last, expected, request_id, says) for says in SAYS}
+    assert applies(5, last, expected, request_id) == (told == {"apply"})
 
 
 PREFIX, SEED = prefix_of(Kind.STEP, [("x", "float32")]), seed_of("all", 1)

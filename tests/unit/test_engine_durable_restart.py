@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.api import Select
-from stepwell_server.errors import RevisionConflict
+from stepwell_server.errors import InvalidInput, RevisionConflict
 from support.durable import Disk, damage, everything, facts, same_reply
 from support.engine import Answer, kinds, x
 from support.fake_executor import PLAIN, RICH
@@ -81,10 +81,15 @@ async def test_the_last_step_sent_again_gets_its_first_answer(
         same_reply(await at.step("a", value, request_ids=22, **fields), first)
         for wrong in ({"expected": 1, "request_ids": 23}, {"expected": 0, "request_ids": 22}):
             with pytest.raises(RevisionConflict) as error:
-                await at.step("a", value, **wrong)
+                await at.step("a", value, **fields, **wrong)
             assert error.value.actual == 2
+        for expected in ({}, {"expected": 1}, {"expected": 2}):
+            with pytest.raises(InvalidInput, match="it stands for a step with other content"):
+                await at.step("a", value + 1, request_ids=22, **fields, **expected)
+            with pytest.raises(InvalidInput, match="it stands for a step, and a reset came"):
+                await at.submit("a", reset=True, sizes=[batch_size], request_ids=22, **expected).only()
         assert (await at.state("a"))["sum"].tobytes() == state["sum"].tobytes()
-        assert (await at.step("a", value, expected=2, request_ids=22)).revision == 3
+        assert (await at.step("a", value, expected=2, request_ids=22, **fields)).revision == 3
         disk.kill()
     async with disk.engine() as at:
         with pytest.raises(RevisionConflict):

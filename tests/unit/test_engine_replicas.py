@@ -10,6 +10,7 @@ import pytest
 
 from stepwell_server.engine.api import Select
 from stepwell_server.errors import (
+    InvalidInput,
     OutcomeUnknown,
     RevisionConflict,
     SessionExists,
@@ -58,6 +59,35 @@ async def test_another_change_meets_the_revision_that_the_store_has(shape: str) 
             await change(second, shape, expected=1, request_ids=10).only()
         assert (refused.value.expected, refused.value.actual) == (1, 2)
         assert (await change(second, shape, expected=2, request_ids=11).only()).revision == 3
+
+
+@SHAPES
+@pytest.mark.parametrize("expected", [None, 1, 2])
+async def test_a_request_id_of_another_change_elsewhere_is_refused(shape: str, expected: int | None) -> None:
+    """By the server that made the change, and by one whose copy is older; nothing changes."""
+    async with two(threads=shape == "frame") as (first, second):
+        await both_know(first, second, "a")
+        await first.step("a", x(1, seed=8), expected=1, request_ids=9)
+        state = (await first.state("a"))["sum"].tobytes()
+        for at in (second, first):
+            with pytest.raises(InvalidInput, match="it stands for a step"):
+                await change(at, shape, expected=expected, request_ids=9).only()
+            assert (await at.engine.session_info("a")).revision == 2
+            assert (await at.state("a"))["sum"].tobytes() == state
+        assert (await second.step("a", x(1, seed=8), expected=2, request_ids=9)).revision == 3
+
+
+@SHAPES
+async def test_an_older_copy_refuses_no_request_id_by_itself(shape: str) -> None:
+    """What the store has decides: there the id is no longer that of the last change."""
+    async with two(threads=shape == "frame") as (first, second):
+        await both_know(first, second, "a")
+        await first.step("a", x(1, seed=8), expected=1, request_ids=9)
+        await second.state("a")
+        await first.step("a", x(1, seed=8), expected=2, request_ids=10)
+        with pytest.raises(RevisionConflict) as refused:
+            await change(second, shape, expected=2, request_ids=9).only()
+        assert refused.value.actual == 3
 
 
 async def test_what_expects_no_revision_is_applied_to_what_the_store_has() -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from stepwell_server.engine.api import Opened, Select
 from stepwell_server.engine.change import Awaited, Change
-from stepwell_server.errors import InvalidInput, ServerError
-from support.engine import Harness, running, x
+from stepwell_server.errors import InvalidInput, RevisionConflict, ServerError
+from support.engine import BOTH_WAYS, Harness, running, x
 
 KIND, CONTENT = "it stands for a step, and a reset came", "it stands for a step with other content"
 X = x(4, seed=1)
@@ -95,6 +95,66 @@ async def test_another_change_with_a_request_id_is_refused(other: str, expected:
         assert not later.replayed
 
 
+@pytest.mark.parametrize("expected", [None, 0, 1])
+@pytest.mark.parametrize("other", OTHERS)
+async def test_another_change_is_refused_also_where_its_revision_fits(
+    other: str, expected: int | None
+) -> None:
+    first, second, message = OTHERS[other]
+    async with running() as at:
+        await at.open("a", batch_size=4)
+        await sent(at, first, expected=0)
+        state = (await at.state("a"))["sum"]
+        with pytest.raises(InvalidInput, match=message):
+            await sent(at, second, expected=expected)
+        assert np.array_equal((await at.state("a"))["sum"], state)
+        with pytest.raises(RevisionConflict):
+            await sent(at, second, expected=2)
+        later = await sent(at, first, expected=1)
+        assert (later.revision, later.replayed) == (2, False)
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("way", ["alone", "with others", "in slices", "in line", "in a pass"])
+async def test_a_step_that_fits_is_refused_whichever_way_it_would_run(way: str, threads: bool) -> None:
+    """On the short way of a lone step, in a pass with others, cut into slices, and while others are at work."""
+    async with running(threads=threads, steps=1) as at:
+        await at.open("a", "b")
+        times = [5] if way == "in slices" else []
+        value = x(1, *times, seed=1)
+        await at.step("a", value, expected=0, request_ids=7)
+        state = (await at.state("a"))["sum"].tobytes()
+        again: dict[str, Any] = {"expected": 1, "request_ids": 7}
+        if way == "with others":
+            refused, applied = await at.submit(
+                ["a", "b"], np.concatenate([value + 1, value]), expected=[1, 0], request_ids=[7, 8]
+            ).all()
+            assert not isinstance(applied, ServerError)
+            assert isinstance(refused, InvalidInput)
+        elif way == "in line":
+            # judged when the change before it has ended: that one has the id then
+            before = at.submit("a", value, expected=1, request_ids=9)
+            behind = at.submit("a", value + 1, expected=2, request_ids=9)
+            assert (await before.only()).revision == 2
+            with pytest.raises(InvalidInput):
+                await behind.only()
+            return
+        elif way == "in a pass":
+            other = await at.begin_pass("b", value, expected=0, request_ids=8) if threads else None
+            refused_answers = at.submit("a", value + 1, **again)
+            at.hooks.open_gate()
+            with pytest.raises(InvalidInput):
+                await refused_answers.only()
+            if other is not None:
+                await other.only()
+        else:
+            with pytest.raises(InvalidInput):
+                await at.step("a", value + 1, **again)
+        assert (await at.state("a"))["sum"].tobytes() == state
+        applied_again = await at.step("a", value, **again)
+        assert (applied_again.revision, applied_again.replayed) == (2, False)
+
+
 async def test_the_same_change_is_replayed_whichever_way_it_comes() -> None:
     """Alone, in a frame with others, with other columns beside it, as float64, cut from a larger array."""
     rng = np.random.default_rng(5)
@@ -136,20 +196,26 @@ async def test_the_same_change_is_replayed_whichever_way_it_comes() -> None:
         assert isinstance(refused, InvalidInput)
 
 
-async def test_only_the_members_with_other_content_are_refused() -> None:
-    async with running() as at:
-        names = [f"s{number}" for number in range(80)]
-        await at.open(*names)
-        values, requests = x(80, seed=3), np.arange(1, 81, dtype=np.uint64)
+@pytest.mark.parametrize("count", [80, 1024])
+@pytest.mark.parametrize("expected", [None, 0, 1])
+async def test_only_the_members_with_other_content_are_refused(count: int, expected: int | None) -> None:
+    async with running(resident_rows=count) as at:
+        names = [f"s{number}" for number in range(count)]
+        await at.engine.open_sessions("plain", session_ids=names)
+        values, requests = x(count, seed=3), np.arange(1, count + 1, dtype=np.uint64)
         await at.submit(names, values, request_ids=requests).all()
         other = values.copy()
         other[::2] += 1
-        for member, found in enumerate(await at.submit(names, other, request_ids=requests).all()):
+        revisions = None if expected is None else [expected] * count
+        answers = await at.submit(names, other, request_ids=requests, expected=revisions).all()
+        for member, found in enumerate(answers):
             if member % 2:
                 assert not isinstance(found, ServerError)
-                assert found.replayed
+                assert (found.replayed, found.revision) == (expected != 1, 1 + (expected == 1))
             else:
                 assert isinstance(found, InvalidInput)
+                info = await at.engine.session_info(names[member])
+                assert (info.revision, info.position) == (1, 1)
 
 
 Call = Callable[[Harness], Any]

@@ -35,7 +35,8 @@ class SessionServiceStub(object):
     anything else is ABORTED and changes nothing.
 
     A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
-    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. The same holds for calls that
+    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
+    would be applied too: with expected r, or without an expected revision. The same holds for calls that
     open sessions: another model, batch size, state, lease or source is other content. How tensors say their elements
     makes no difference, nor does the message: a step may come alone first and in a frame later.
 
@@ -154,7 +155,8 @@ class SessionServiceServicer(object):
     anything else is ABORTED and changes nothing.
 
     A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
-    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. The same holds for calls that
+    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
+    would be applied too: with expected r, or without an expected revision. The same holds for calls that
     open sessions: another model, batch size, state, lease or source is other content. How tensors say their elements
     makes no difference, nor does the message: a step may come alone first and in a frame later.
 
@@ -409,7 +411,8 @@ class SessionService(object):
     anything else is ABORTED and changes nothing.
 
     A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
-    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. The same holds for calls that
+    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
+    would be applied too: with expected r, or without an expected revision. The same holds for calls that
     open sessions: another model, batch size, state, lease or source is other content. How tensors say their elements
     makes no difference, nor does the message: a step may come alone first and in a frame later.
 

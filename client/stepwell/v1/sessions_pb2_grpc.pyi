@@ -36,7 +36,8 @@ class SessionServiceStub:
     anything else is ABORTED and changes nothing.
 
     A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
-    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. The same holds for calls that
+    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
+    would be applied too: with expected r, or without an expected revision. The same holds for calls that
     open sessions: another model, batch size, state, lease or source is other content. How tensors say their elements
     makes no difference, nor does the message: a step may come alone first and in a frame later.
 
@@ -117,7 +118,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
     anything else is ABORTED and changes nothing.
 
     A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
-    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. The same holds for calls that
+    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
+    would be applied too: with expected r, or without an expected revision. The same holds for calls that
     open sessions: another model, batch size, state, lease or source is other content. How tensors say their elements
     makes no difference, nor does the message: a step may come alone first and in a frame later.
 
@@ -194,7 +196,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     anything else is ABORTED and changes nothing.
 
     A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
-    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. The same holds for calls that
+    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
+    would be applied too: with expected r, or without an expected revision. The same holds for calls that
     open sessions: another model, batch size, state, lease or source is other content. How tensors say their elements
     makes no difference, nor does the message: a step may come alone first and in a frame later.
 

@@ -4,8 +4,8 @@ With a session at revision r: expected r applies the change; expected r - 1 with
 last change replays its answer; anything else is a conflict. Without an expected revision the change is
 applied, unless its request id is that of the last change: then it is that change, sent again.
 
-A request id stands for one change: beside it a digest is kept of what the change says, so that the same id with other
-content is refused, and not answered with the remembered reply.
+A request id stands for one change: beside it a digest is kept of what the change says. So a change with the request id
+of the last one and another kind or other content is refused, where it would be applied or answered again.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ U64 = npt.NDArray[np.uint64]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
-    """What to do with each change; exactly one of the three is true for each."""
+    """What to do with each change: exactly one of `apply`, `replay` and `conflict` is true for each."""
 
     apply: Mask
     replay: Mask
     conflict: Mask
+    same_id: Mask
+    """Which of those that are no conflict have the request id of the last change; what is `unlike` it is refused."""
 
 
 def applies(revision: int, last_request: int, expected: int | None, request: int) -> bool:
-    """Whether one change is applied; the rule of `judge` for a single one."""
-    if expected is None:
-        return not request or request != last_request
-    return expected == revision
+    """Whether one change is applied, whatever it says; the rule of `judge` for a single one."""
+    return (expected is None or expected == revision) and (not request or request != last_request)
 
 
 def judge(revision: U64, last_request: U64, expected: U64 | None, request: U64 | None) -> Verdict | None:
-    """Judge one change for each of n sessions; None: all of them are applied.
+    """Judge one change for each of n sessions; None: all of them are applied, whatever they say.
 
     Args:
         revision: `(n,)`, the sessions' revisions.
@@ -53,20 +53,22 @@ def judge(revision: U64, last_request: U64, expected: U64 | None, request: U64 |
         expected: `(n,)`, `ANY_REVISION` for none, or None if no change expects any.
         request: `(n,)`, 0 for none, or None if no change has one.
     """
-    if expected is not None and not np.count_nonzero(expected != revision):
+    is_same = request is not None and np.count_nonzero(request == last_request)
+    if not is_same and (expected is None or not np.count_nonzero(expected != revision)):
         return None
-    same = np.zeros(len(revision), np.bool_)
+    same_id = np.zeros(len(revision), np.bool_)
     if request is not None:
-        same = (request != 0) & (request == last_request)
+        same_id = (request != 0) & (request == last_request)
     if expected is None:
-        return Verdict(~same, same, np.zeros_like(same)) if np.count_nonzero(same) else None
+        expected = np.full(len(revision), ANY_REVISION, np.uint64)
     anything = expected == np.uint64(ANY_REVISION)
-    apply = (expected == revision) | (anything & ~same)
-    if np.count_nonzero(apply) == len(apply):
+    apply = (expected == revision) | (anything & ~same_id)
+    if np.count_nonzero(apply & ~same_id) == len(apply):
         return None
-    # revision >= 1 wherever a request id is remembered, so the subtraction cannot wrap for `same`
-    replay = ~apply & same & (anything | (expected == revision - np.uint64(1)))
-    return Verdict(apply, replay, ~(apply | replay))
+    # revision >= 1 wherever a request id is remembered, so the subtraction cannot wrap for `same_id`
+    replay = ~apply & same_id & (anything | (expected == revision - np.uint64(1)))
+    conflict = ~(apply | replay)
+    return Verdict(apply, replay, conflict, same_id & ~conflict)
 
 
 class Kind(enum.IntEnum):

@@ -248,10 +248,11 @@ class Admission(Starter):
         )
         if verdict is None:
             return self._begin(change, members, handles)
-        if self._pager.is_shared and not is_fresh:
-            return self._read_anew(change, members, handles, ~verdict.apply)
-        self._answer_unapplied(change, members, handles, verdict)
-        apply = verdict.apply
+        reused = self._reused(change, members, handles, verdict.same_id)
+        apply = verdict.apply & ~(reused[0] | reused[1])
+        if self._pager.is_shared and not is_fresh and np.count_nonzero(apply) < len(apply):
+            return self._read_anew(change, members, handles, ~apply)
+        self._answer_unapplied(change, members, handles, verdict, reused)
         done = handles[~apply]
         if len(done) == len(handles):
             return done
@@ -275,8 +276,12 @@ class Admission(Starter):
             return handles
         return handles[:0]
 
-    def _answer_unapplied(self, change: Change, members: Members, handles: Handles, verdict: Verdict) -> None:
-        replayed = self._refuse_reused(change, members, handles, np.flatnonzero(verdict.replay))
+    def _answer_unapplied(
+        self, change: Change, members: Members, handles: Handles, verdict: Verdict, reused: tuple[Mask, Mask]
+    ) -> None:
+        for which in reused:
+            self._refuse_reused(change, members[which])
+        replayed = np.flatnonzero(verdict.replay & ~(reused[0] | reused[1]))
         for places, outputs, kept in change.model.replies.recall_many(handles[replayed]):
             some = replayed[places]
             own = handles[some]  # a copy: the caller must not see the sessions move on
@@ -313,24 +318,21 @@ class Admission(Starter):
             len(array) == state_count for array in states.values()
         )
 
-    def _refuse_reused(
-        self, change: Change, members: Members, handles: Handles, replayed: Members
-    ) -> Members:
-        """Refuse those of some places whose request id stands for another change, and return the others."""
-        if not len(replayed):
-            return replayed
-        stored = self._table.digest[handles[replayed]]
-        other_kind, other_content = unlike(stored, change.digests_of(members[replayed]))
-        reused = other_kind | other_content
-        if not np.count_nonzero(reused):
-            return replayed
-        for which in (other_kind, other_content):
-            for group in _in_groups(change, members[replayed[which]]):
-                session_id = change.session_ids[int(group[0])]
-                kind = kind_of(int(self._table.digest[change.handles[group[0]]]))
-                own = Kind.RESET if change.reset else Kind.STEP
-                change.fail(group, for_all(reused_request(session_id, kind, own), len(group)))
-        return replayed[~reused]
+    def _reused(self, change: Change, members: Members, handles: Handles, same_id: Mask) -> tuple[Mask, Mask]:
+        """Which members have the request id of another change: of another kind, and of this one with other content."""
+        other_kind, other_content = np.zeros_like(same_id), np.zeros_like(same_id)
+        if np.count_nonzero(same_id):
+            stored = self._table.digest[handles[same_id]]
+            other_kind[same_id], other_content[same_id] = unlike(stored, change.digests_of(members[same_id]))
+        return other_kind, other_content
+
+    def _refuse_reused(self, change: Change, members: Members) -> None:
+        """Answer members whose request id stands for another change: all of another kind, or none."""
+        own = Kind.RESET if change.reset else Kind.STEP
+        for group in _in_groups(change, members):
+            kind = kind_of(int(self._table.digest[change.handles[group[0]]]))
+            error = reused_request(change.session_ids[int(group[0])], kind, own)
+            change.fail(group, for_all(error, len(group)))
 
     def _states_now(self, change: Change, members: Members, handles: Handles) -> Tensors:
         """The states after a step that is the last change of its sessions: those that they have, if asked for."""
