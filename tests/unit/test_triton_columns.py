@@ -231,7 +231,7 @@ async def test_what_waits_behind_others_is_handed_back() -> None:
         assert (batch.handed_back, late.handed_back) == ([1], [1])
         await at.client.harness.settled()
         ended = at.client.inference.sequences._ended
-        ended.put("triton/plain/1", 7, Applied(1, 1, {"y": np.zeros(1, np.float32)}, replayed=False))
+        ended.put("triton/plain/1", 7, Applied(1, 1, {"y": np.zeros(1, np.float32)}, replayed=False), 0)
         expected, request_ids = np.full(2, 3, np.uint64), np.array([7, 8], np.uint64)
         known = at.take(1, 3, expected=expected, request_ids=request_ids)
         await at.client.harness.settled()

@@ -209,6 +209,39 @@ async def test_an_end_whose_answer_is_lost_says_that_it_counted() -> None:
         )
 
 
+async def test_a_request_id_with_another_request_is_refused() -> None:
+    """In the middle of a sequence, with START on it, and after its END. Nothing changes."""
+    x = draw(1, 1, 2)
+    async with inference() as client:
+        begun = request(x, sequence_id=3, start=True, stepwell_request_id=5)
+        first = await client.send(begun)
+        others = [
+            request(x, sequence_id=3, stepwell_revision=1, stepwell_request_id=5),
+            request(x, sequence_id=3, stepwell_revision=0, stepwell_request_id=5),
+            request(2 * x, sequence_id=3, start=True, stepwell_request_id=5),
+            request(draw(1, 2, 2), sequence_id=3, start=True, stepwell_request_id=5),
+        ]
+        for other in others:
+            message = await refused(InvalidInput, client.send(other))
+            assert "it stands for a step with other content" in message
+        again = await client.send(begun)
+        assert again.parameters["stepwell_replayed"].bool_param
+        assert again.raw_output_contents == first.raw_output_contents
+        last = request(x, sequence_id=3, end=True, stepwell_revision=1, stepwell_request_id=6)
+        ended = await client.send(last)
+        for other in (
+            request(2 * x, sequence_id=3, end=True, stepwell_revision=1, stepwell_request_id=6),
+            request(x[:, None], sequence_id=3, end=True, stepwell_revision=1, stepwell_request_id=6),
+            request(x, sequence_id=3, start=True, stepwell_request_id=6),
+            request(x, sequence_id=3, start=True, end=True, stepwell_request_id=6),
+        ):
+            message = await refused(InvalidInput, client.send(other))
+            assert "it stands for a step with other content" in message
+        again = await client.send(last)
+        assert again.parameters["stepwell_replayed"].bool_param
+        assert again.raw_output_contents == ended.raw_output_contents
+
+
 @pytest.mark.parametrize("start", [False, True])
 async def test_an_end_that_is_sent_again_leaves_the_sequence_that_was_begun_since(start: bool) -> None:
     x = draw(1, 1, 2)
@@ -266,14 +299,15 @@ def test_answers_to_ends_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepwell_server.rpc.triton.sequences._MAX_BYTES", 100)
     ended = EndedReplies()
     for i in range(5):
-        ended.put("s", i + 1, Applied(i, i, {"y": np.zeros(10, np.float32)}, replayed=False))
+        ended.put("s", i + 1, Applied(i, i, {"y": np.zeros(10, np.float32)}, replayed=False), 7)
     kept = [i for i in range(6) if ended.get("s", i) is not None]
     assert kept == [4, 5]
-    ended.put("s", 5, Applied(0, 0, {"y": np.zeros(1, np.float32)}, replayed=False))
+    ended.put("s", 5, Applied(0, 0, {"y": np.zeros(1, np.float32)}, replayed=False), 7)
     assert [i for i in range(6) if ended.get("s", i) is not None] == [4, 5]
     reply = ended.get("s", 5)
     assert reply is not None
-    assert reply.replayed
+    assert reply.reply.replayed
+    assert reply.content == 7
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,8 @@ class SessionInfo:
     """It stays on that version, whatever becomes the default."""
     uid: int = 0
     """Tells sessions apart that had the same id one after the other."""
+    request_id: int = 0
+    """Of its last change; 0: that had none."""
 
 
 class SessionPage(list[SessionInfo]):

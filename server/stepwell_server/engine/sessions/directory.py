@@ -417,6 +417,7 @@ class Directory:
             version=model.version,
             is_pinned=bool(table.pinned[handle]),
             uid=int(table.opened_with[handle]),
+            request_id=int(table.request_id[handle]),
         )
 
     def info_now(self, handle: int, seen: Seen, *, is_same: bool = False) -> SessionInfo:
@@ -523,4 +524,5 @@ def stored_info(session_id: str, header: Header) -> SessionInfo:
         version=0 if (mark := mark_of(header.fields)) is None else mark.version,
         is_pinned=mark is not None and mark.is_pinned,
         uid=header.opened_with,
+        request_id=header.request_id,
     )

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stepwell_server.core.callers import Caller
+from stepwell_server.core.exactly_once import Kind, digests, row_numbers, seed_of
 from stepwell_server.engine.api import Applied, SessionInfo
 from stepwell_server.engine.change import Awaited, Change
+from stepwell_server.engine.content import reused_request
 from stepwell_server.engine.intake.validation import check_inputs, require_finite
 from stepwell_server.engine.types import U64, Mask
 from stepwell_server.errors import (
@@ -140,15 +142,18 @@ class Sequences:
         if self._clock.monotonic() >= request.deadline:
             raise DeadlineExceeded("the request's time was over before its sequence's turn; nothing changed")
         given = request.parameters
-        if given.request_id and (known := self._ended.get(request.session_id, given.request_id)):
-            return known, request.reading.read_answered(known.version)
+        if given.request_id and (ended := self._ended.get(request.session_id, given.request_id)):
+            read = request.reading.read_answered(ended.reply.version)
+            if ended.content != _content_of(request, read):
+                raise reused_request(request.session_id, Kind.STEP, Kind.STEP)
+            return ended.reply, read
         self._engine.require_accepting()
         try:
             reply, read = await (self._start(request) if given.start else self._go_on(request))
         except Stopping as error:  # the sequence's session may have been closed or opened before that
             raise Unavailable(error.message) from error
         if given.end:
-            await self._end(request, reply)
+            await self._end(request, read, reply)
         return reply, read
 
     async def _start(self, request: SequenceRequest) -> tuple[Applied, Read]:
@@ -166,6 +171,8 @@ class Sequences:
                 return await self._advance(request, read, None, anew=True), read
             if known := await self._applied_before(request, read, info):
                 return known, read
+            if request.parameters.request_id and request.parameters.request_id == info.request_id:
+                raise reused_request(request.session_id, Kind.STEP, Kind.STEP)
             await self._engine.close_session(request.session_id, deadline=request.deadline)
         revision, uid = await self._open(request, inputs.rows)
         try:
@@ -232,9 +239,10 @@ class Sequences:
         except (RevisionConflict, InvalidInput):
             return None
 
-    async def _end(self, request: SequenceRequest, reply: Applied) -> None:
+    async def _end(self, request: SequenceRequest, read: Read, reply: Applied) -> None:
         if request.parameters.request_id:
-            self._ended.put(request.session_id, request.parameters.request_id, reply)
+            content = _content_of(request, read)
+            self._ended.put(request.session_id, request.parameters.request_id, reply, content)
         await self._close_if_possible(request.session_id, request.parameters.request_id)
 
     async def _close_if_possible(self, session_id: str, request_id: int = 0, *, uid: int = 0) -> None:
@@ -299,15 +307,34 @@ class Sequences:
             )
 
 
+def _content_of(request: SequenceRequest, read: Read) -> int:
+    """A digest of what a request says: it must say the same when it comes again after its END."""
+    inputs, names = read.inputs, sorted(read.inputs.arrays)
+    shapes = [inputs.arrays[name].shape for name in names]
+    rows = row_numbers([inputs.arrays[name] for name in names], inputs.rows)
+    seed = seed_of(request.parameters.start, names, shapes)
+    return int(digests(np.uint64(0), seed, rows, np.array([inputs.rows], np.intp))[0])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EndedReply:
+    """The answer to a request with END."""
+
+    reply: Applied
+    """Marked as replayed."""
+    content: int
+    """A digest of what the request said."""
+
+
 class EndedReplies:
     """The latest answers to requests with END and a request id. Held in memory, so not after a restart."""
 
     def __init__(self) -> None:
-        self._replies: OrderedDict[tuple[str, int], Applied] = OrderedDict()
+        self._replies: OrderedDict[tuple[str, int], EndedReply] = OrderedDict()
         self._bytes = 0
 
-    def get(self, session_id: str, request_id: int) -> Applied | None:
-        """What that request was answered, marked as replayed; None if it is not known."""
+    def get(self, session_id: str, request_id: int) -> EndedReply | None:
+        """What that request was answered; None if it is not known."""
         return self._replies.get((session_id, request_id))
 
     def are_known(self, session_ids: Sequence[str], request_ids: Sequence[int]) -> Mask:
@@ -315,16 +342,16 @@ class EndedReplies:
         pairs = zip(session_ids, request_ids, strict=True)
         return np.fromiter((pair in self._replies for pair in pairs), np.bool_, len(session_ids))
 
-    def put(self, session_id: str, request_id: int, reply: Applied) -> None:
+    def put(self, session_id: str, request_id: int, reply: Applied, content: int) -> None:
         """Keep an answer, and forget the oldest ones if there are too many or they are too large."""
         kept = dataclasses.replace(
             reply, outputs={name: array.copy() for name, array in reply.outputs.items()}, replayed=True
         )
         old = self._replies.pop((session_id, request_id), None)
-        self._bytes += _size(kept) - (0 if old is None else _size(old))
-        self._replies[session_id, request_id] = kept
+        self._bytes += _size(kept) - (0 if old is None else _size(old.reply))
+        self._replies[session_id, request_id] = EndedReply(kept, content)
         while len(self._replies) > _MAX_ANSWERS or self._bytes > _MAX_BYTES:
-            self._bytes -= _size(self._replies.popitem(last=False)[1])
+            self._bytes -= _size(self._replies.popitem(last=False)[1].reply)
 
 
 def _size(reply: Applied) -> int:
