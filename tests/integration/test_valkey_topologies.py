@@ -68,7 +68,7 @@ async def test_a_cluster_has_it_all(cluster: Cluster) -> None:
         assert await end(a, stones, [each.stamp for each in found[:99]]) is ALL_KEPT
         assert [each.tombstone for each in await b.fetch(IDS[:99])] == stones
         await a.touch(IDS, [each.stamp for each in found])
-        assert await a.commit(Batch(documents=[("d", b"x")])) is ALL_KEPT
+        assert await a.apply(Batch(documents=[("d", b"x")])) is ALL_KEPT
         assert await b.documents() == {"d": b"x"}
         await a.renew_clients([5], [30.0])
         assert (await b.clients_unseen([5, 6]))[0] < 60

@@ -52,7 +52,7 @@ async def filled(url: StoreUrl, keyring: Keyring | None = None) -> None:
     )
     await put(store, [(i, record(i, 2, batch_size=2)) for i in IDS], [stamp] * len(IDS))
     await end(store, [Tombstone("gone", End.CLOSED, 5.0)], [stamp])
-    await store.commit(Batch(documents=[("models/m", b"{}")]))
+    await store.apply(Batch(documents=[("models/m", b"{}")]))
     await store.close()
 
 

@@ -14,9 +14,9 @@ from stepwell_server.core.quotas import NOTHING
 from stepwell_server.engine.durability.stamps import new_stamp
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store import counts
-from stepwell_server.store.awaited import fetched
 from stepwell_server.store.base import (
     ALL_KEPT,
+    Answer,
     Batch,
     Committed,
     Fetched,
@@ -24,8 +24,11 @@ from stepwell_server.store.base import (
     Store,
     StoreHealth,
     Unused,
+    Write,
 )
+from stepwell_server.store.commits.together import Together
 from stepwell_server.store.heads import Heads, heads_of
+from stepwell_server.store.in_process import fetched
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Header, Stored, decode_header
 from support.clock import ManualClock
@@ -99,6 +102,7 @@ class RemoteStore(Store):
         """Commits under way at the same time, at most."""
         self._under_way = 0
         self._gates: list[tuple[str, asyncio.Future[None]]] = []
+        self._commits: Together | None = None
         self._came = asyncio.Event()
 
     @classmethod
@@ -245,7 +249,16 @@ class RemoteStore(Store):
             return 0
         return self.stamps.setdefault(session_id, new_stamp())
 
-    async def commit(self, batch: Batch) -> Committed:
+    def commit(self, write: Write) -> Answer | None:
+        if self._commits is None:
+            self._commits = Together(lambda batch: self.apply(batch))  # noqa: PLW0108 - tests replace it
+        return self._commits.commit(write)
+
+    async def end_commits(self, timeout_s: float) -> bool:
+        return self._commits is None or await self._commits.end(timeout_s)
+
+    async def apply(self, batch: Batch) -> Committed:
+        """As `ValkeyStore.apply`."""
         # as it is now: whoever made it may fill its buffers with the next one
         puts = [(session_id, bytes(record)) for session_id, record in batch.puts]
         self._under_way += 1

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from stepwell_server.core.cost import Cost
 from stepwell_server.core.quotas import QuotaTable
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.change import Change, Reply
-from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.engine import Engine
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.passes.batch import Pass
@@ -29,9 +29,9 @@ from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
-from stepwell_server.store.awaited import AwaitedStore
 from stepwell_server.store.base import LocalStore, Store
 from stepwell_server.store.disk.store import DiskStore
+from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.awaited import RemoteStore
@@ -390,7 +390,7 @@ async def running(
         store.serve(clock)
     engine = Engine(
         programs or {"plain": PLAIN},
-        store=store if is_shared else AwaitedStore(store),
+        store=store if is_shared else InProcessStore(store),
         clock=clock,
         observer=observer or events,
         max_batch_rows=max_batch_rows,
@@ -404,7 +404,7 @@ async def running(
         migrations=migrations,
     )
     if counted is not None:
-        await counted.count(store if is_shared else AwaitedStore(store))
+        await counted.count(store if is_shared else InProcessStore(store))
     harness = Harness(engine, clock, hooks, store, events)
     harness.quotas = counted
     for model in harness.inside.models:

@@ -64,14 +64,14 @@ def answer_early() -> None:
     from stepwell_server.store.base import ALL_KEPT
     from stepwell_server.store.valkey.store import ValkeyStore
 
-    commit, count = ValkeyStore.commit, 0
+    apply, count = ValkeyStore.apply, 0
 
     async def losing(store: ValkeyStore, batch: Any) -> Any:
         nonlocal count
         count += bool(len(batch.puts))
-        return ALL_KEPT if len(batch.puts) and count % 3 == 0 else await commit(store, batch)
+        return ALL_KEPT if len(batch.puts) and count % 3 == 0 else await apply(store, batch)
 
-    replace(ValkeyStore, "commit", losing)
+    replace(ValkeyStore, "apply", losing)
 
 
 DEFECTS: dict[str, Callable[[], None]] = {

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
 from stepwell_server.core.leases import Leases
 from stepwell_server.core.sessions import Handles, SessionTable
@@ -22,6 +23,7 @@ from stepwell_server.engine.sessions.forgetting import Forgetting
 from stepwell_server.engine.sessions.leaving import Leaving
 from stepwell_server.engine.sessions.using import Usage
 from stepwell_server.engine.state.model import Model
+from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 
 
@@ -43,6 +45,12 @@ class Inside:
     @property
     def commits(self) -> GroupCommit:
         return self._engine._group
+
+    def commit_on_a_thread(self, patch: pytest.MonkeyPatch) -> None:
+        """Have no commit made in place, whatever it costs."""
+        store = self._engine._store
+        assert isinstance(store, InProcessStore)
+        patch.setattr(store._lanes, "_is_short", lambda _size: False)
 
     @property
     def expiry(self) -> Expiry:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.engine.durability.stamps import new_stamp
 from stepwell_server.engine.types import U64
-from stepwell_server.store.base import Batch, Committed, Store, Tombstone
+from stepwell_server.store.base import Batch, Committed, Tombstone
 from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import Stored
 from stepwell_server.store.valkey import url as urls
@@ -21,6 +21,13 @@ from stepwell_server.store.valkey.store import ValkeyStore
 from support.clock import ManualClock
 
 _NUMBERS = itertools.count(1)
+
+
+class Shared(Protocol):
+    """A store that others use too."""
+
+    def apply(self, batch: Batch) -> Awaitable[Committed]:
+        """See `ValkeyStore.apply`."""
 
 
 def fresh_prefix() -> str:
@@ -60,7 +67,7 @@ def stamps(*values: int) -> U64:
 
 
 async def put(
-    store: Store,
+    store: Shared,
     records: Sequence[tuple[str, Stored]],
     follows: Sequence[int],
     stamp: int = 0,
@@ -77,11 +84,11 @@ async def put(
         follows=stamps(*follows),
         stamps=stamps(*[stamp] * len(records)),
     )
-    return await store.commit(batch), stamp
+    return await store.apply(batch), stamp
 
 
 async def end(
-    store: Store, stones: Sequence[Tombstone], follows: Sequence[int], *, idle_s: float = 0.0
+    store: Shared, stones: Sequence[Tombstone], follows: Sequence[int], *, idle_s: float = 0.0
 ) -> Committed:
     """End sessions whose records have these stamps (0: whatever is there)."""
     batch = Batch(
@@ -90,4 +97,4 @@ async def end(
         delete_follows=stamps(*follows),
         idle_s=idle_s,
     )
-    return await store.commit(batch)
+    return await store.apply(batch)

@@ -6,6 +6,7 @@ here; the private attributes of a `DiskStore` are named in this module alone.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import shutil
@@ -16,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.errors import StateCorrupt
-from stepwell_server.store.base import Batch, End, LocalStore, Tombstone
+from stepwell_server.errors import ServerError, StateCorrupt
+from stepwell_server.store.base import Answer, Batch, Committed, End, LocalStore, Store, Tombstone, Write
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.disk.wal import WriteAheadLog
@@ -30,6 +31,15 @@ SEGMENT_BYTES = 4096
 
 
 DURABILITIES = pytest.mark.parametrize("durability", ["sync", "async"])
+
+
+async def committed(store: Store, batch: Batch) -> Committed:
+    """Have a store keep a batch, and return what became of it, or raise why nothing of it was kept."""
+    later: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+    answer = store.commit(Write(lambda: batch, len(batch.puts), later.set_result)) or await later
+    if isinstance(answer, ServerError):
+        raise answer
+    return answer
 
 
 def record(

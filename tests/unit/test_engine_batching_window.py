@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from stepwell_server.engine.cost import Cost
+from stepwell_server.core.cost import Cost
 from stepwell_server.engine.passes.batching_window import BatchingWindow
 from stepwell_server.engine.shares import Threads
 from support.clock import ManualClock

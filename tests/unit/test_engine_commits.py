@@ -11,11 +11,13 @@ from typing import ClassVar
 
 import pytest
 
-from stepwell_server.engine.durability import group_commit as module
-from stepwell_server.engine.durability.group_commit import FEW, MADE_HERE, MANY, GroupCommit
+from stepwell_server.engine.durability import group_commit
+from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.errors import Internal, ServerError, Unavailable
-from stepwell_server.store.awaited import AwaitedStore
-from stepwell_server.store.base import Batch, Committed, LocalStore
+from stepwell_server.store.base import SMALL, Batch, Committed, LocalStore
+from stepwell_server.store.commits import lanes
+from stepwell_server.store.commits.lanes import MADE_HERE, MANY
+from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Stored
 from support.durable import until
@@ -60,6 +62,21 @@ class Slow(MemoryStore):
         super().commit(batch)
 
 
+class Commits(GroupCommit):
+    """Commits to a local store, and what only tests of its lanes ask."""
+
+    def __init__(self, store: LocalStore) -> None:
+        face = InProcessStore(store)
+        super().__init__(face)
+        self.lanes = face._lanes
+
+    def may_commit_here(self, size: int) -> bool:
+        return not self.lanes._handed_over and self.lanes._is_short(size)
+
+    def close(self, timeout_s: float) -> bool:
+        return self.lanes.close(timeout_s)
+
+
 def error_of(told: Committed | ServerError) -> ServerError | None:
     return told if isinstance(told, ServerError) else None
 
@@ -87,9 +104,9 @@ class Told:
 
 
 @pytest.fixture(params=[False, True], ids=["async", "sync"])
-async def slow(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Slow, GroupCommit, Told]]:
+async def slow(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Slow, Commits, Told]]:
     store = Slow(waits_for_disk=request.param)
-    commits = GroupCommit(AwaitedStore(store))
+    commits = Commits(store)
     yield store, commits, Told(commits, store)
     store.gate.set()
     await asyncio.wait_for(commits.idle(), WAIT_S)
@@ -101,7 +118,7 @@ async def inside(store: Slow) -> None:
 
 
 async def test_small_ones_are_made_in_place_unless_they_wait_for_the_disk(
-    slow: tuple[Slow, GroupCommit, Told],
+    slow: tuple[Slow, Commits, Told],
 ) -> None:
     store, commits, told = slow
     told.submit("a")
@@ -122,7 +139,7 @@ async def test_records_for_the_thread_are_made_on_the_loop_unless_they_are_many(
     size: int, where: str
 ) -> None:
     store, made = Slow(waits_for_disk=True), []
-    commits = GroupCommit(AwaitedStore(store))
+    commits = Commits(store)
 
     def build() -> Batch:
         made.append(threading.current_thread().name)
@@ -135,7 +152,7 @@ async def test_records_for_the_thread_are_made_on_the_loop_unless_they_are_many(
 
 
 async def test_what_can_wait_is_done_when_callers_have_been_told(
-    slow: tuple[Slow, GroupCommit, Told],
+    slow: tuple[Slow, Commits, Told],
 ) -> None:
     store, commits, told = slow
     store.needs_checkpoint = True
@@ -155,7 +172,7 @@ async def test_what_can_wait_is_done_when_callers_have_been_told(
 
 
 async def test_nothing_is_done_in_place_while_the_thread_has_the_store(
-    slow: tuple[Slow, GroupCommit, Told],
+    slow: tuple[Slow, Commits, Told],
 ) -> None:
     store, commits, told = slow
     store.needs_checkpoint = True
@@ -170,7 +187,7 @@ async def test_nothing_is_done_in_place_while_the_thread_has_the_store(
     await commits.idle()
 
 
-async def test_none_overtakes_those_that_wait(slow: tuple[Slow, GroupCommit, Told]) -> None:
+async def test_none_overtakes_those_that_wait(slow: tuple[Slow, Commits, Told]) -> None:
     store, commits, told = slow
     store.gate.clear()
     told.submit("a", size=HUGE)
@@ -209,10 +226,10 @@ class Logged(Slow):
 
 
 @pytest.fixture(params=[False, True], ids=["async", "sync"])
-async def logged(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Logged, GroupCommit, Told]]:
+async def logged(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Logged, Commits, Told]]:
     """Something large is being committed, and does not come back."""
     store = Logged(waits_for_disk=request.param)
-    commits = GroupCommit(AwaitedStore(store))
+    commits = Commits(store)
     told = Told(commits, store)
     store.gate.clear()
     told.submit("L", size=HUGE)
@@ -223,7 +240,7 @@ async def logged(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Logged, 
     assert commits.close(WAIT_S)
 
 
-async def test_small_changes_pass_what_is_large(logged: tuple[Logged, GroupCommit, Told]) -> None:
+async def test_small_changes_pass_what_is_large(logged: tuple[Logged, Commits, Told]) -> None:
     store, commits, told = logged
     for name in "abc":
         told.submit(name, is_change=True)
@@ -240,7 +257,7 @@ async def test_small_changes_pass_what_is_large(logged: tuple[Logged, GroupCommi
 
 
 async def test_what_finds_no_room_in_the_log_has_its_turn(
-    logged: tuple[Logged, GroupCommit, Told],
+    logged: tuple[Logged, Commits, Told],
 ) -> None:
     store, commits, told = logged
     store.has_room = False
@@ -254,13 +271,13 @@ async def test_what_finds_no_room_in_the_log_has_its_turn(
 
 
 async def test_what_the_log_refuses_is_told_and_it_goes_on(
-    logged: tuple[Logged, GroupCommit, Told], monkeypatch: pytest.MonkeyPatch
+    logged: tuple[Logged, Commits, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, commits, told = logged
     times = (
         itertools.count()
     )  # each look at the clock is a second later: what failed says nothing of what others cost
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: float(next(times))))
+    monkeypatch.setattr(lanes, "time", SimpleNamespace(perf_counter=lambda: float(next(times))))
     costs = commits.may_commit_here(1)
     store.append_error = ValueError("a secret detail")
     told.submit("a", is_change=True)
@@ -275,7 +292,7 @@ async def test_what_the_log_refuses_is_told_and_it_goes_on(
 
 
 async def test_none_that_cannot_be_made_keeps_small_changes_from_passing(
-    logged: tuple[Logged, GroupCommit, Told],
+    logged: tuple[Logged, Commits, Told],
 ) -> None:
     store, commits, told = logged
 
@@ -291,7 +308,7 @@ async def test_none_that_cannot_be_made_keeps_small_changes_from_passing(
 
 
 async def test_whoever_commits_checkpoints_what_others_append(
-    logged: tuple[Logged, GroupCommit, Told],
+    logged: tuple[Logged, Commits, Told],
 ) -> None:
     store, commits, told = logged
     store.needs_checkpoint = True
@@ -304,7 +321,7 @@ async def test_whoever_commits_checkpoints_what_others_append(
 
 
 async def test_changes_of_others_are_passed_only_by_small_ones_in_a_hurry_and_where_they_are_many(
-    logged: tuple[Logged, GroupCommit, Told],
+    logged: tuple[Logged, Commits, Told],
 ) -> None:
     store, commits, told = logged
     store.gate.set()
@@ -319,7 +336,7 @@ async def test_changes_of_others_are_passed_only_by_small_ones_in_a_hurry_and_wh
     assert store.appended == []
     told.submit("n", is_change=True)
     told.submit("c", is_change=True, is_hurried=True)
-    told.submit("d", size=FEW + 1, is_change=True, is_hurried=True)
+    told.submit("d", size=SMALL + 1, is_change=True, is_hurried=True)
     await until(lambda: told.names == "Lc")
     store.gate.set()
     await commits.idle()
@@ -327,7 +344,7 @@ async def test_changes_of_others_are_passed_only_by_small_ones_in_a_hurry_and_wh
 
 
 async def test_small_changes_do_not_wait_for_a_checkpoint(
-    logged: tuple[Logged, GroupCommit, Told],
+    logged: tuple[Logged, Commits, Told],
 ) -> None:
     store, commits, told = logged
     store.gate.set()
@@ -349,7 +366,7 @@ async def test_small_changes_do_not_wait_for_a_checkpoint(
     assert await asyncio.to_thread(inside_it.wait, WAIT_S)
     await until(lambda: told.names.endswith("m"))
     told.submit("a", is_change=True)
-    told.submit("b", size=FEW + 1, is_change=True)
+    told.submit("b", size=SMALL + 1, is_change=True)
     told.submit("c")
     await until(lambda: told.names.endswith("a"))
     assert store.appended == [("a", "stepwell-store-log")]
@@ -359,7 +376,7 @@ async def test_small_changes_do_not_wait_for_a_checkpoint(
 
 
 async def test_what_is_small_comes_before_a_checkpoint_and_before_what_is_large_behind_it(
-    logged: tuple[Logged, GroupCommit, Told],
+    logged: tuple[Logged, Commits, Told],
 ) -> None:
     store, commits, told = logged
     store.waits_for_disk = True
@@ -371,7 +388,7 @@ async def test_what_is_small_comes_before_a_checkpoint_and_before_what_is_large_
         checkpoint(briefly=briefly)
 
     store.checkpoint = noted  # type: ignore[method-assign]
-    told.submit("a", size=FEW)
+    told.submit("a", size=SMALL)
     told.submit("b", size=MANY + 1)
     told.submit("c")
     store.needs_checkpoint = True
@@ -387,14 +404,14 @@ async def test_what_is_small_comes_before_a_checkpoint_and_before_what_is_large_
 async def test_changes_are_no_part_of_a_transaction_where_they_can_be_logged(has_log: bool) -> None:
     store = Logged(waits_for_disk=True)
     store.has_log = has_log
-    commits = GroupCommit(AwaitedStore(store))
+    commits = Commits(store)
     told = Told(commits, store)
     store.gate.clear()
     told.submit("m", is_change=True)
     await inside(store)
     for name in "abcd":
         told.submit(name, is_change=name in "ab")
-    told.submit("e", size=FEW + 1, is_change=True)
+    told.submit("e", size=SMALL + 1, is_change=True)
     store.gate.set()
     await commits.idle()
     assert commits.close(WAIT_S)
@@ -403,10 +420,10 @@ async def test_changes_are_no_part_of_a_transaction_where_they_can_be_logged(has
 
 
 async def test_beside_small_changes_that_wait_for_the_disk_sessions_begin_few_at_a_time(
-    logged: tuple[Logged, GroupCommit, Told], monkeypatch: pytest.MonkeyPatch
+    logged: tuple[Logged, Commits, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MOST_BESIDE", 3)
-    monkeypatch.setattr(module, "TURNS_BESIDE", 3)
+    monkeypatch.setattr(lanes, "MAX_BESIDE", 3)
+    monkeypatch.setattr(lanes, "TURNS_BESIDE", 3)
     store, commits, told = logged
     told.submit("x", is_change=True)
     for name, size in (("a", 1), ("b", 2), ("c", 1), ("d", 4), ("e", 3), ("f", 1), ("g", 1)):
@@ -419,7 +436,7 @@ async def test_beside_small_changes_that_wait_for_the_disk_sessions_begin_few_at
 
 async def test_what_was_put_after_a_wake_up_is_done_before_the_end() -> None:
     store = Logged(waits_for_disk=True)
-    commits = GroupCommit(AwaitedStore(store))
+    commits = Commits(store)
     told = Told(commits, store)
     store.gate.clear()
     told.submit("L", size=HUGE)
@@ -444,7 +461,7 @@ async def test_in_place_little_is_checkpointed_at_once_until_it_has_kept_up() ->
             self.behind -= 1
 
     store = Behind()
-    commits = GroupCommit(AwaitedStore(store))
+    commits = Commits(store)
     told = Told(commits, store)
     store.needs_checkpoint, store.behind = True, 3
     told.submit("a")
@@ -452,17 +469,17 @@ async def test_in_place_little_is_checkpointed_at_once_until_it_has_kept_up() ->
     await until(lambda: store.behind == 0)
     await asyncio.sleep(0)
     assert store.pieces == [True] * 3
-    store.behind = module.MOST_BEHIND + 1
-    assert commits.may_commit_here(FEW)
-    assert not commits.may_commit_here(FEW + 1), "a thread does that, and checkpoints"
+    store.behind = lanes.MAX_BEHIND + 1
+    assert commits.may_commit_here(SMALL)
+    assert not commits.may_commit_here(SMALL + 1), "a thread does that, and checkpoints"
     store.behind = 0
     assert commits.close(WAIT_S)
 
 
 async def test_a_transaction_takes_only_so_much(
-    slow: tuple[Slow, GroupCommit, Told], monkeypatch: pytest.MonkeyPatch
+    slow: tuple[Slow, Commits, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MOST_TOGETHER", 10)
+    monkeypatch.setattr(lanes, "MAX_RECORDS", 10)
     store, commits, told = slow
     store.gate.clear()
     told.submit("a", size=HUGE)
@@ -475,7 +492,7 @@ async def test_a_transaction_takes_only_so_much(
     assert told.names == "abcdefgh"
 
 
-async def test_what_cannot_be_made_fails_alone(slow: tuple[Slow, GroupCommit, Told]) -> None:
+async def test_what_cannot_be_made_fails_alone(slow: tuple[Slow, Commits, Told]) -> None:
     store, commits, told = slow
     store.gate.clear()
     told.submit("a", size=HUGE)
@@ -495,7 +512,7 @@ async def test_what_cannot_be_made_fails_alone(slow: tuple[Slow, GroupCommit, To
 
 @pytest.mark.parametrize("error", [Unavailable("no room"), ValueError("a secret detail")])
 async def test_a_transaction_that_fails_is_told_to_all_that_are_in_it(
-    slow: tuple[Slow, GroupCommit, Told], error: Exception
+    slow: tuple[Slow, Commits, Told], error: Exception
 ) -> None:
     store, commits, told = slow
     store.gate.clear()
@@ -519,7 +536,7 @@ async def test_a_transaction_that_fails_is_told_to_all_that_are_in_it(
 
 
 async def test_what_could_not_be_kept_together_is_tried_one_by_one(
-    slow: tuple[Slow, GroupCommit, Told], monkeypatch: pytest.MonkeyPatch
+    slow: tuple[Slow, Commits, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, commits, told = slow
     store.gate.clear()
@@ -549,14 +566,14 @@ async def test_what_could_not_be_kept_together_is_tried_one_by_one(
 
 
 async def test_it_says_when_it_is_full_and_when_it_is_not_any_more(
-    slow: tuple[Slow, GroupCommit, Told], monkeypatch: pytest.MonkeyPatch
+    slow: tuple[Slow, Commits, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MOST_WAITING", 5)
+    monkeypatch.setattr(group_commit, "MAX_WAITING", 5)
     store, commits, told = slow
     rooms: list[bool] = []
     monkeypatch.setattr(commits, "_on_room", lambda: rooms.append(commits.is_full))
     store.gate.clear()
-    monkeypatch.setattr(commits.cost, "_each_s", 1.0)
+    monkeypatch.setattr(commits.lanes._cost, "_each_s", 1.0)
     told.submit("a", size=4)
     await inside(store)
     full = [commits.is_full]
@@ -569,7 +586,7 @@ async def test_it_says_when_it_is_full_and_when_it_is_not_any_more(
     assert commits.is_idle
 
 
-async def test_to_end_it_makes_what_is_left(slow: tuple[Slow, GroupCommit, Told]) -> None:
+async def test_to_end_it_makes_what_is_left(slow: tuple[Slow, Commits, Told]) -> None:
     store, commits, told = slow
     store.gate.clear()
     told.submit("a", size=HUGE)
@@ -585,12 +602,12 @@ async def test_to_end_it_makes_what_is_left(slow: tuple[Slow, GroupCommit, Told]
 
 async def test_it_learns_what_a_record_costs_in_place() -> None:
     store = Slow()
-    commits = GroupCommit(AwaitedStore(store))
+    commits = Commits(store)
     assert commits.may_commit_here(100)
     for _ in range(100):
-        commits.cost.learn(100, 1.0)
+        commits.lanes._cost.learn(100, 1.0)
     assert not commits.may_commit_here(100)
     for _ in range(300):
-        commits.cost.learn(100, 1e-6)
+        commits.lanes._cost.learn(100, 1e-6)
     assert commits.may_commit_here(100)
     assert commits.close(0)

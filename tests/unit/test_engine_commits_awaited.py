@@ -39,7 +39,7 @@ async def test_a_document_is_never_in_two_commits_at_a_time() -> None:
     assert sorted(told[:2]) == ["first", "session"]
     assert told[2:] == ["same"]
     assert await store.documents() == {"a": b"2"}
-    assert commits.close(0)
+    assert await store.end_commits(WAIT_S)
 
 
 async def test_one_commit_begins_at_once_and_the_next_ones_together() -> None:
@@ -57,19 +57,19 @@ async def test_one_commit_begins_at_once_and_the_next_ones_together() -> None:
 
 async def test_a_batch_that_the_store_does_not_take_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     store, told = RemoteStore(MemoryStore()), list[Committed | ServerError]()
-    commits, commit = GroupCommit(store), store.commit
+    commits, commit = GroupCommit(store), store.apply
 
     def taken(batch: Batch) -> Awaitable[Committed]:
         if batch.session_ids == ["bad"]:
             raise Unavailable("not this one")
         return commit(batch)
 
-    monkeypatch.setattr(store, "commit", taken)
+    monkeypatch.setattr(store, "apply", taken)
     for name in ("bad", "good"):
         commits.submit(functools.partial(_ending, name), 1, told.append)
     await asyncio.wait_for(commits.idle(), WAIT_S)
     assert [str(told[0]), told[1]] == ["not this one", ALL_KEPT]
-    assert commits.close(0)
+    assert await store.end_commits(WAIT_S)
 
 
 def _ending(session_id: str) -> Batch:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepwell_server.engine.durability import group_commit as module
-from stepwell_server.store.base import Batch, End, LocalStore, Tombstone
+from stepwell_server.store.base import Batch, End, LocalStore, Tombstone, Write
+from stepwell_server.store.commits.batches import groups_of, merged
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.memory import MemoryStore
 from support.clock import ManualClock
@@ -49,23 +49,23 @@ def content(store: LocalStore) -> list[object]:
 
 
 def together(batches: Sequence[Batch]) -> list[Batch]:
-    items = [module._Item(Batch, 1, lambda _error: None) for _ in batches]
-    for item, batch in zip(items, batches, strict=True):
-        item.batch = batch
-    groups = module._groups(items)
-    assert [item for group in groups for item in group] == items
-    return [module._merged([item.batch for item in group]) for group in groups]
+    writes = [Write(Batch, 1, lambda _error: None) for _ in batches]
+    for write, batch in zip(writes, batches, strict=True):
+        write.batch = batch
+    groups = groups_of(writes)
+    assert [write for group in groups for write in group] == writes
+    return [merged([write.batch for write in group]) for group in groups]
 
 
 @settings(max_examples=examples(500))
 @given(st.lists(batches, min_size=2, max_size=8))
 def test_together_is_as_one_by_one(batches: list[Batch]) -> None:
-    one_by_one, merged = MemoryStore(), MemoryStore()
+    one_by_one, at_once = MemoryStore(), MemoryStore()
     for batch in batches:
         one_by_one.commit(batch)
     for batch in together(batches):
-        merged.commit(batch)
-    assert content(merged) == content(one_by_one)
+        at_once.commit(batch)
+    assert content(at_once) == content(one_by_one)
 
 
 @settings(max_examples=30)
@@ -119,10 +119,12 @@ def test_nothing_that_a_batch_says_is_lost_where_several_are_committed_together(
         idle_most_s=np.array([5.0]),
         documents_follow={"d": None},
     )
-    nothing, merged = Batch(), module._merged([one, Batch(idle_s=4.0)])
+    nothing, both = Batch(), merged([one, Batch(idle_s=4.0)])
     for field in dataclasses.fields(Batch):
-        said, kept = getattr(one, field.name), getattr(merged, field.name)
-        assert not np.array_equal(said, getattr(nothing, field.name)), f"{field.name} is not tried"
+        asked, kept = getattr(one, field.name), getattr(both, field.name)
+        assert not np.array_equal(asked, getattr(nothing, field.name)), f"{field.name} is not tried"
         assert (
-            np.array_equal(list(kept), list(said)) if isinstance(said, (list, np.ndarray)) else kept == said
+            np.array_equal(list(kept), list(asked))
+            if isinstance(asked, (list, np.ndarray))
+            else kept == asked
         ), field.name

@@ -11,9 +11,10 @@ import pytest
 
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.durability import group_commit as commits
-from stepwell_server.engine.durability.group_commit import FEW
 from stepwell_server.engine.sessions import ending
 from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
+from stepwell_server.store.base import SMALL
+from stepwell_server.store.commits import lanes
 from support.durable import Disk, begun, everything, facts, stalled, until
 from support.engine import Harness, Later, kinds, x
 
@@ -124,7 +125,7 @@ async def test_what_comes_during_a_stall_is_kept_together(disk: Disk) -> None:
 async def test_passes_wait_while_too_much_waits_for_the_store(
     disk: Disk, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commits, "MOST_WAITING", 3)
+    monkeypatch.setattr(commits, "MAX_WAITING", 3)
     async with disk.engine(**options) as at:
         await at.open(*"abcdef")
         disk.store.stall()
@@ -305,8 +306,8 @@ async def test_to_stop_waits_for_the_store_and_says_if_it_does_not_come_back(dis
 
 async def too_much_waits(disk: Disk, at: Harness, monkeypatch: pytest.MonkeyPatch) -> asyncio.Task[Any]:
     """The store stalls, and has as much before it as it may; the reset of `a` that it waits for."""
-    monkeypatch.setattr(commits, "MOST_WAITING", 1)
-    monkeypatch.setattr(at.inside.commits, "may_commit_here", lambda _size: False)
+    monkeypatch.setattr(commits, "MAX_WAITING", 1)
+    at.inside.commit_on_a_thread(monkeypatch)
     disk.store.stall()
     first = await begun(at.submit("a", reset=True).only())
     await stalled(disk.store)
@@ -388,7 +389,7 @@ async def test_who_waits_for_rows_of_sessions_that_are_being_made_is_let_in_when
 async def test_the_timer_does_not_queue_behind_a_store_that_has_too_much(
     disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commits, "MOST_WAITING", 4)
+    monkeypatch.setattr(commits, "MAX_WAITING", 4)
     monkeypatch.setattr(ending, "_AT_ONCE", 2)
     async with disk.engine(max_session_idle_s=5.0) as at:
         names = [f"s{number}" for number in range(40)]
@@ -439,7 +440,7 @@ async def test_a_caller_who_cannot_be_told_of_a_lone_step_costs_nobody_else(
 
 
 async def test_small_jobs_are_committed_apart_from_large_ones_of_their_pass(disk: Disk) -> None:
-    ids = [f"s{number:03}" for number in range(FEW + 1)]
+    ids = [f"s{number:03}" for number in range(SMALL + 1)]
     async with disk.engine(resident_rows=200, max_batch_rows=200) as at:
         await begin(at)
         await at.engine.open_sessions("plain", session_ids=ids)
@@ -456,8 +457,8 @@ async def test_small_jobs_are_committed_apart_from_large_ones_of_their_pass(disk
 async def test_a_lone_step_does_not_wait_for_large_changes_of_others(
     disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commits, "MANY", FEW)
-    ids = [f"s{number:03}" for number in range(FEW + 1)]
+    monkeypatch.setattr(lanes, "MANY", SMALL)
+    ids = [f"s{number:03}" for number in range(SMALL + 1)]
     async with disk.engine(resident_rows=200, max_batch_rows=200) as at:
         await begin(at)
         await at.engine.open_sessions("plain", session_ids=ids)

@@ -62,16 +62,16 @@ async def test_a_commit_that_is_sent_again_is_kept_once() -> None:
         await first.open("a")
         store: RemoteStore = first.store
         batches: list[Batch] = []
-        commit = store.commit
+        apply = store.apply
 
         async def twice(batch: Batch) -> Any:
             kept = bytes(batch.puts[0][1])
             batches.append(batch)
-            await commit(batch)
+            await apply(batch)
             assert bytes(batch.puts[0][1]) == kept
-            return await commit(batch)
+            return await apply(batch)
 
-        store.commit = twice  # type: ignore[method-assign]
+        store.apply = twice  # type: ignore[method-assign]
         assert (await first.step("a", x(1), expected=0, request_ids=1)).revision == 1
         assert len(batches) == 1
         assert batches[0].stamps[0] != 0

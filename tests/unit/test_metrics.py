@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from stepwell_server.core.front_limits import FrontLimits
-from stepwell_server.engine.durability.group_commit import MOST_WAITING
+from stepwell_server.engine.durability.group_commit import MAX_WAITING
 from stepwell_server.engine.engine import ModelStats
 from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES
 from stepwell_server.errors import reasons
@@ -16,8 +16,8 @@ from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.rpc.fronts.base import FrontCounts
 from stepwell_server.rpc.status import ANY_CODE
-from stepwell_server.store.awaited import AwaitedStore
 from stepwell_server.store.base import Store, StoreTimes
+from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store_watch import tell_store
 from support.awaited import RemoteStore
@@ -188,7 +188,7 @@ def test_gauges_are_those_of_the_moment() -> None:
     assert samples.value("stepwell_queued_bytes") == 70
     assert samples.value("stepwell_max_queued_bytes") == MAX_WAITING_BYTES
     assert samples.value("stepwell_uncommitted_sessions") == 5
-    assert samples.value("stepwell_max_uncommitted_sessions") == MOST_WAITING
+    assert samples.value("stepwell_max_uncommitted_sessions") == MAX_WAITING
 
 
 def test_how_the_store_is_stands_there() -> None:
@@ -250,7 +250,7 @@ def test_the_front_is_shown() -> None:
 
 async def test_servers_of_one_store_say_the_same_name_of_it_and_others_another() -> None:
     shared = RemoteStore.of_memory()
-    own = AwaitedStore(MemoryStore())
+    own = InProcessStore(MemoryStore())
 
     def told(store: Store) -> dict[str, str]:
         observer = PrometheusObserver()

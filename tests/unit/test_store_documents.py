@@ -15,7 +15,6 @@ from stepwell.cli import main
 from stepwell_server.clock import SystemClock
 from stepwell_server.errors import Unavailable
 from stepwell_server.store import backup, checking, mending
-from stepwell_server.store.awaited import AwaitedStore
 from stepwell_server.store.base import (
     MOST_DOCUMENT_BYTES,
     MOST_NAME_BYTES,
@@ -27,6 +26,7 @@ from stepwell_server.store.base import (
 from stepwell_server.store.disk import documents as in_lmdb
 from stepwell_server.store.disk.backup_file import BackupError
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
+from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.opening import encrypted
@@ -35,6 +35,7 @@ from support.samples import some
 from support.stored import (
     DURABILITIES,
     begin,
+    committed,
     end,
     killed,
     left_behind,
@@ -99,8 +100,10 @@ def test_they_are_put_replaced_removed_and_found_by_prefix(tmp_path: Path, kind:
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_they_are_found_where_a_store_is_awaited(tmp_path: Path, kind: str) -> None:
-    store = AwaitedStore(KINDS[kind](tmp_path / "data"))
-    await store.commit(Batch(puts=[("a", record("a"))], counts=[("m", 1)], documents=list(DOCUMENTS.items())))
+    store = InProcessStore(KINDS[kind](tmp_path / "data"))
+    await committed(
+        store, Batch(puts=[("a", record("a"))], counts=[("m", 1)], documents=list(DOCUMENTS.items()))
+    )
     assert await store.documents("model/") == store.local.documents("model/") != {}
     assert await store.documents() == DOCUMENTS
     assert await store.count() == 1

@@ -31,6 +31,7 @@ from stepwell_server.store.record import Joined, decode_header
 from stepwell_server.store.valkey.commits import Part, outcome_of
 from stepwell_server.store.valkey.requests import Request
 from stepwell_server.store.valkey.scripts import UNDONE_MS
+from stepwell_server.store.valkey.store import ValkeyStore
 from support.awaited import RemoteStore
 from support.clock import ManualClock
 from support.shared import end, fresh_prefix, opened, put, shared, stamps
@@ -72,7 +73,7 @@ async def test_a_commit_needs_no_task_to_be_on_its_way(valkey: Valkey) -> None:
     async with shared(valkey.url(), 1) as (a,):
         _, first = await put(a, [("lone", record("lone"))], [0])
         follows, made = stamps(first), stamps(new_stamp())
-        committing = a.commit(Batch(puts=[("lone", record("lone", 1))], follows=follows, stamps=made))
+        committing = a.apply(Batch(puts=[("lone", record("lone", 1))], follows=follows, stamps=made))
         # the event loop has had no turn yet
         until(lambda: _reads(valkey, "lone", int(made[0])), "it does not come", valkey.log)
         assert await committing is ALL_KEPT
@@ -133,9 +134,9 @@ async def test_an_id_is_opened_anew(valkey: Valkey) -> None:
         assert found.tombstone is None
         assert await store.count() == 1
         # one that was only remembered is forgotten, one that is there is not
-        await store.commit(Batch(tombstones=[Tombstone("old", End.EXPIRED, 2.0)]))
+        await store.apply(Batch(tombstones=[Tombstone("old", End.EXPIRED, 2.0)]))
         assert (await store.fetch(["old"]))[0].tombstone == Tombstone("old", End.EXPIRED, 2.0)
-        await store.commit(Batch(forgets=["old", "s"]))
+        await store.apply(Batch(forgets=["old", "s"]))
         assert [(each.record is None, each.tombstone) for each in await store.fetch(["old", "s"])] == [
             (True, None),
             (False, None),
@@ -145,8 +146,8 @@ async def test_an_id_is_opened_anew(valkey: Valkey) -> None:
 async def test_deleting_without_a_tombstone_leaves_nothing(valkey: Valkey) -> None:
     async with shared(valkey.url()) as (store,):
         _, stamp = await put(store, [("a", record("a")), ("b", record("b"))], [0, 0])
-        assert await store.commit(Batch(deletes=["a", "no"], delete_follows=stamps(stamp, 0))) is ALL_KEPT
-        assert await store.commit(Batch(deletes=["b"], delete_follows=stamps(stamp + 1))) == conflict("b")
+        assert await store.apply(Batch(deletes=["a", "no"], delete_follows=stamps(stamp, 0))) is ALL_KEPT
+        assert await store.apply(Batch(deletes=["b"], delete_follows=stamps(stamp + 1))) == conflict("b")
         assert [each.record is None for each in await store.fetch(["a", "b"])] == [True, False]
         assert (await store.count(), [name for name, _ in await store.scan(limit=9)]) == (1, ["b"])
 
@@ -159,14 +160,14 @@ async def test_what_comes_late_of_an_opening_that_was_undone_begins_nothing(valk
     await _undone_before_it_comes(fake, fake.replica())
 
 
-async def _undone_before_it_comes(a: Store, b: Store) -> None:
+async def _undone_before_it_comes(a: ValkeyStore | RemoteStore, b: ValkeyStore | RemoteStore) -> None:
     await put(a, [("old", record("old"))], [0])
     await end(a, [Tombstone("old", End.CLOSED, 1.0)], [0])
     (gone,) = await a.fetch(["old"])
     _, stamp = await put(a, [("there", record("there"))], [0])
     ids, follows = ["there", "late", "old"], [0, 0, gone.stamp]
     undoing = Batch(deletes=ids, undoes=ids, delete_follows=stamps(stamp, stamp, stamp))
-    assert await a.commit(undoing) == conflict("late", "old")
+    assert await a.apply(undoing) == conflict("late", "old")
     late = [(session_id, record(session_id)) for session_id in ids]
     assert (await put(a, late, follows, stamp, anew=True))[0] == conflict(*ids)
     assert [each.record for each in await b.fetch(ids)] == [None] * 3
@@ -178,7 +179,7 @@ async def _undone_before_it_comes(a: Store, b: Store) -> None:
 async def test_what_is_known_of_an_opening_that_was_undone_goes_by_itself(valkey: Valkey) -> None:
     async with shared(valkey.url(), 1) as (a,):
         stamp = new_stamp()
-        await a.commit(Batch(deletes=["s"], undoes=["s"], delete_follows=stamps(stamp)))
+        await a.apply(Batch(deletes=["s"], undoes=["s"], delete_follows=stamps(stamp)))
         (key,) = [key for key in valkey.ask("KEYS", "*u:*") if key.endswith(stamp.to_bytes(8, "little"))]
         assert 0 < valkey.ask("PTTL", key) <= UNDONE_MS
 
@@ -259,7 +260,7 @@ async def test_what_a_template_is_filled_with_later_does_not_matter(valkey: Valk
 async def test_a_batch_must_say_its_stamps(valkey: Valkey) -> None:
     async with shared(valkey.url()) as (store,):
         with pytest.raises(ValueError, match="follows must have one stamp for each of 1 puts; it has 0"):
-            await store.commit(Batch(puts=[("a", record("a"))]))
+            await store.apply(Batch(puts=[("a", record("a"))]))
         assert (await store.fetch(["a"]))[0].record is None
 
 
@@ -410,31 +411,31 @@ async def test_what_is_unused_for_longer_than_was_judged_does_not_end(valkey: Va
             delete_follows=stamps(stamp, stamp),
             idle_most_s=np.array([0.001, 1000.0]),
         )
-        assert await a.commit(batch) == conflict("a")
+        assert await a.apply(batch) == conflict("a")
         found = await a.fetch(["a", "b"])
         assert (found[0].record is None, found[1].record is None) == (False, True)
 
 
 async def test_documents(valkey: Valkey) -> None:
     async with shared(valkey.url(), 2) as (a, b):
-        assert await a.commit(Batch(documents=[("m/1", b"x"), ("m/2", b"y"), ("n", b"")])) is ALL_KEPT
+        assert await a.apply(Batch(documents=[("m/1", b"x"), ("m/2", b"y"), ("n", b"")])) is ALL_KEPT
         assert await b.documents("m/") == {"m/1": b"x", "m/2": b"y"}
         batch = Batch(
             documents=[("m/1", b"new"), ("m/2", None), ("m/3", b"z")],
             documents_follow={"m/1": b"other", "m/2": b"y", "m/3": None},
         )
-        assert await b.commit(batch) == Committed(stale=frozenset({"m/1"}))
+        assert await b.apply(batch) == Committed(stale=frozenset({"m/1"}))
         assert await a.documents() == {"m/1": b"x", "m/3": b"z", "n": b""}
         # sent again: what is as it is to be was written before
-        assert await b.commit(batch) == Committed(stale=frozenset({"m/1"}))
+        assert await b.apply(batch) == Committed(stale=frozenset({"m/1"}))
         again = Batch(documents=[("m/3", b"q")], documents_follow={"m/3": None})
-        assert await a.commit(again) == Committed(stale=frozenset({"m/3"}))
+        assert await a.apply(again) == Committed(stale=frozenset({"m/3"}))
 
 
 async def test_a_damaged_document_is_named(valkey: Valkey) -> None:
     prefix = fresh_prefix()
     store = await opened(valkey.url(f"?prefix={prefix}"))
-    await store.commit(Batch(documents=[("a", b"x"), ("b", b"y")]))
+    await store.apply(Batch(documents=[("a", b"x"), ("b", b"y")]))
     valkey.ask("HSET", f"{prefix}{{meta}}documents", "a", b"nonsense")
     with pytest.raises(DocumentsDamaged, match="document 'a' must be as it was written") as caught:
         await store.documents()
@@ -518,7 +519,7 @@ async def test_it_does_what_the_store_of_the_tests_does(valkey: Valkey, seed: in
     chance = random.Random(seed)
     async with shared(valkey.url(), 2) as real:
         first = RemoteStore(MemoryStore())
-        fake: list[Store] = [first, first.replica()]
+        fake: list[ValkeyStore | RemoteStore] = [first, first.replica()]
         pairs = list(zip(real, fake, strict=True))
         ids = [f"{chance.choice(['', TENANT])}s{i}" for i in range(9)]
         known: dict[str, list[int]] = {i: [0] for i in ids}
@@ -530,7 +531,7 @@ async def test_it_does_what_the_store_of_the_tests_does(valkey: Valkey, seed: in
                 sent.append(batch)
             opens_anew = chance.random() < 0.7
             told = [
-                await store.commit(await _after_the_end(store, batch) if opens_anew else batch)
+                await store.apply(await _after_the_end(store, batch) if opens_anew else batch)
                 for store in (ours, theirs)
             ]
             assert told[0] == told[1]

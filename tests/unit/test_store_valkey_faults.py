@@ -66,7 +66,7 @@ async def test_a_commit_whose_answer_was_lost_is_sent_again(valkey: Valkey, dura
         assert await end(store, [Tombstone("s0", End.CLOSED, 1.0)], [second]) is ALL_KEPT
         cut.losses = 1
         documents = Batch(documents=[("d", b"x")], documents_follow={"d": None})
-        assert await store.commit(documents) is ALL_KEPT
+        assert await store.apply(documents) is ALL_KEPT
         cut.losses = 1
         assert (await store.fetch(["s0"]))[0].tombstone == Tombstone("s0", End.CLOSED, 1.0)
         assert (cut.lost, await store.count()) == (6, 19)
@@ -78,7 +78,7 @@ async def test_a_commit_of_nothing_asks_nobody(valkey: Valkey) -> None:
     store = await opened(valkey.url(f"?prefix={fresh_prefix()}"))
     assert await store.count() == 0
     before = valkey.info("stats")["total_connections_received"]
-    assert await store.commit(Batch()) is ALL_KEPT
+    assert await store.apply(Batch()) is ALL_KEPT
     assert await store.count() == 0
     assert valkey.info("stats")["total_connections_received"] == before
     await store.close()
@@ -182,7 +182,7 @@ async def test_a_store_that_is_full_refuses_and_lets_sessions_end(valkey: Valkey
             with pytest.raises(Overloaded):
                 await put(store, [("new", record("new"))], [0])
             with pytest.raises(Overloaded):
-                await store.commit(Batch(documents=[("d", b"x")]))
+                await store.apply(Batch(documents=[("d", b"x")]))
             assert {each.stamp for each in await store.fetch(ids)} == {first}
             assert await end(store, [Tombstone("s0", End.CLOSED, 1.0)], [first]) is ALL_KEPT
             assert (await store.fetch(["s0"]))[0].tombstone is not None
@@ -248,7 +248,7 @@ async def test_sync_is_what_waits_for_disk_and_replicas(valkey: Valkey) -> None:
     with pytest.raises(StoreAway):
         await strict.documents()
     with pytest.raises(StoreAway):
-        await strict.commit(Batch(documents=[("d", b"x")]))
+        await strict.apply(Batch(documents=[("d", b"x")]))
     assert "replicas=1 of the URL must be connected; 0 are" in (await strict.check()).problem
     assert (await plain.check()).problem == (await plain.check()).warning == ""
     with Valkey(append="always") as replica:
@@ -386,7 +386,7 @@ async def test_user_and_password() -> None:
         valkey.ask("ACL", "SETUSER", "own", *rules)
         store = await opened(f"valkey://own:own@{valkey.address}/0")
         assert (await put(store, [("s", record("s"))], [0]))[0] is ALL_KEPT
-        assert await store.commit(Batch(documents=[("d", b"x")])) is ALL_KEPT
+        assert await store.apply(Batch(documents=[("d", b"x")])) is ALL_KEPT
         assert (await store.check()).problem == ""
         valkey.ask("ACL", "SETUSER", "own", "-evalsha")
         with pytest.raises(Unavailable, match=r"it refuses: NOPERM$"):

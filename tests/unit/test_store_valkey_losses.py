@@ -88,7 +88,7 @@ async def test_an_id_that_was_lost_is_closed_or_put_back(valkey: Valkey) -> None
         kept, stamp = await put(store, [("t", record("t", 5))], [LOST_STAMP], anew=True)
         assert kept is ALL_KEPT
         assert (await store.fetch(["t"]))[0].stamp == stamp
-        assert await store.commit(Batch(tombstones=[Tombstone("s", End.CLOSED, 2.0)])) is ALL_KEPT
+        assert await store.apply(Batch(tombstones=[Tombstone("s", End.CLOSED, 2.0)])) is ALL_KEPT
         (found,) = await store.fetch(["s"])
         assert found.tombstone == Tombstone("s", End.CLOSED, 2.0)
         assert (await store.count(), await store.count_of("m")) == (1, 1)

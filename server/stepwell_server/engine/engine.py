@@ -108,6 +108,7 @@ class Engine:
         self.call_in_turn: Callable[[Callable[[], None]], None] = self._loop_turns.soon
         """Do a part of large work in a turn of the event loop that has no other: see `LoopTurns`."""
         self._table = table = SessionTable()
+        self._store, self._clock = store, clock
         self._is_local = store.local is not None
         self._models = Models(table, is_shared=not self._is_local)
         self._group = GroupCommit(store, self._ring_all)
@@ -562,11 +563,10 @@ class Engine:
         self._lifetimes.close()
         self._catalogue.close()
         self._threads.close()
-        if not self._is_local:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.drain(), timeout_s)
-            return self._group.close(timeout_s)  # it has no thread to wait for
-        return await asyncio.to_thread(self._group.close, timeout_s)
+        until = self._clock.monotonic() + timeout_s
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.drain(), timeout_s)
+        return await self._store.end_commits(max(0.0, until - self._clock.monotonic()))
 
     @property
     def _is_busy(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepwell_server.engine.durability.group_commit import MOST_WAITING
+from stepwell_server.engine.durability.group_commit import MAX_WAITING
 from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ def of_engine(stats: Sequence[ModelStats]) -> Iterator[Metric]:
         ("queued_bytes", "Bytes of the inputs that wait for a pass, over all models.", waiting),
         ("max_queued_bytes", "Beyond so many, steps are refused.", MAX_WAITING_BYTES),
         ("uncommitted_sessions", "Sessions whose changes wait for the store.", commits),
-        ("max_uncommitted_sessions", "From so many on, no pass begins.", MOST_WAITING),
+        ("max_uncommitted_sessions", "From so many on, no pass begins.", MAX_WAITING),
     ):
         yield GaugeMetricFamily(f"stepwell_{name}", text, value=number)
 

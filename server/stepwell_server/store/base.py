@@ -11,15 +11,19 @@ import dataclasses
 import enum
 import math
 import struct
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
+from stepwell_server.errors import ServerError
+from stepwell_server.logs import Log
 from stepwell_server.series import Series
 from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import F64, U64, Header, Stored
+
+_log = Log("store")
 
 NO_STAMPS: U64 = np.zeros(0, np.uint64)
 """Of no records, or of those of a store that nobody else uses."""
@@ -307,6 +311,66 @@ class Committed:
 ALL_KEPT = Committed()
 
 
+Answer: TypeAlias = "Committed | ServerError"
+"""What became of each session of a batch, or why nothing of it was kept."""
+Done: TypeAlias = "Callable[[Answer], None]"
+
+
+def as_server_error(error: Exception) -> ServerError:
+    """Why a store did not do something, as callers may hear it; the log has what they may not."""
+    if isinstance(error, ServerError):
+        return error
+    return _log.internal("the store raised", error)
+
+
+#: A write of at most so many sessions is small.
+SMALL = 64
+
+_NOTHING = Batch()
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Write:
+    """A batch that a store is to keep."""
+
+    build: Callable[[], Batch]
+    """Makes the batch; maybe on another thread."""
+    size: int
+    """Records in it, about."""
+    done: Done
+    """Gets the answer on the event loop, if `Store.commit` did not return it. It must not raise."""
+    is_change: bool = False
+    """It may be kept before what waits: it changes sessions that have been kept, and that are claimed, so nothing that
+    waits names them."""
+    is_hurried: bool = False
+    """Such a change, if it is small, does not wait for larger ones either: they are of others."""
+    passes: bool = False
+    """It went to the thread for small changes."""
+    is_made: bool = False
+    batch: Batch = _NOTHING
+    error: ServerError | None = None
+
+    @property
+    def is_small(self) -> bool:
+        """See `SMALL`."""
+        return self.size <= SMALL
+
+    @property
+    def answer(self) -> Answer:
+        """The answer of a store that keeps all of a batch, or nothing."""
+        return self.error or ALL_KEPT
+
+    def make(self) -> None:
+        """Build the batch, unless that was done, or note why it could not be built."""
+        if self.is_made:
+            return
+        self.is_made = True
+        try:
+            self.batch = self.build()
+        except Exception as error:
+            self.error = as_server_error(error)
+
+
 class Store(Protocol):
     """Keeps encoded records and tombstones by session id, wherever that is. Lives on one event loop.
 
@@ -338,15 +402,16 @@ class Store(Protocol):
         """The same of a session that is not found; empty: it is none of those that are missing."""
         return self.damage
 
-    def commit(self, batch: Batch) -> Awaitable[Committed]:
-        """Keep a batch: of a local store all of it or nothing; of others each session's change or nothing of it.
+    def commit(self, write: Write) -> Answer | None:
+        """Keep a batch: of a store of one server all of it or nothing; of others each session's change or nothing of it.
 
-        What is returned must be awaited; the store may be at work before that, and has done with the batch's buffers
-        when this returns if it is another's.
-
-        Raises:
-            Unavailable: nothing of it was kept.
+        Returns:
+            The answer, if it is known at once. None: `write.done` gets it later. The store has done with the buffers of
+            the batch when this returns, or owns them.
         """
+
+    async def end_commits(self, timeout_s: float) -> bool:
+        """Return when all commits are answered, of which none may come any more; False if that takes longer."""
 
     async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
         """What it has of many sessions: their records, and how those ended that have none.

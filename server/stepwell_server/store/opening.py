@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 from stepwell import _install
 from stepwell_server.clock import Clock
-from stepwell_server.store.awaited import AwaitedStore
 from stepwell_server.store.base import LocalStore, Store, StoreError, StoreTimes, require_no_keys
 from stepwell_server.store.disk.store import DiskStore
+from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ def open_store(
         StoreError: it cannot be opened.
     """
     if kind == "memory" or data_dir is None:
-        return AwaitedStore(MemoryStore())
+        return InProcessStore(MemoryStore())
     keyring = None if key_file is None else read_keyring(key_file)
     disk = DiskStore(data_dir, durability=durability, clock=clock, times=times)
     try:
-        return AwaitedStore(encrypted(disk, keyring))
+        return InProcessStore(encrypted(disk, keyring))
     except BaseException:
         disk.close()
         raise

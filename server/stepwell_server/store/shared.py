@@ -135,7 +135,7 @@ async def _restore(source: Source, url: StoreUrl, clock: Clock, said: Meta) -> R
             elif isinstance(entry, Tombstone):
                 stones.append(entry)
                 if len(stones) == _MOST_TOGETHER:
-                    await whole.store.commit(Batch(tombstones=stones))
+                    await whole.store.apply(Batch(tombstones=stones))
                     stones, ended = [], ended + len(stones)
             else:
                 part.append(source.change(*entry))
@@ -146,9 +146,9 @@ async def _restore(source: Source, url: StoreUrl, clock: Clock, said: Meta) -> R
         if part:
             await whole.put(part)
         if stones:
-            await whole.store.commit(Batch(tombstones=stones))
+            await whole.store.apply(Batch(tombstones=stones))
         if documents.sound:
-            await whole.store.commit(Batch(documents=list(documents.sound.items())))
+            await whole.store.apply(Batch(documents=list(documents.sound.items())))
     return Restored(
         source.about.created,
         sessions + len(part),

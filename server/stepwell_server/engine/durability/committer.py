@@ -14,7 +14,7 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
-from stepwell_server.engine.durability.group_commit import Done, GroupCommit
+from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.records import Outcome, Records
 from stepwell_server.engine.durability.stamps import new_stamp, stamped
 from stepwell_server.engine.sizes import Sizes
@@ -22,7 +22,7 @@ from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import OutcomeUnknown, ServerError
 from stepwell_server.store import base
-from stepwell_server.store.base import ALL_KEPT, Batch, Committed
+from stepwell_server.store.base import ALL_KEPT, Batch, Committed, Done
 from stepwell_server.store.record import Joined, Stored
 
 Answer = Callable[[ServerError | None, Members | None], None]

@@ -6,9 +6,8 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 
-from stepwell_server.engine.durability.group_commit import reason
-from stepwell_server.engine.state.model import Alarm
-from stepwell_server.store.base import Fetched, Store
+from stepwell_server.alarm import Alarm
+from stepwell_server.store.base import Fetched, Store, as_server_error
 
 #: Sessions in one read.
 MOST_AT_ONCE = 1024
@@ -73,7 +72,7 @@ class Fetcher:
                 [stamp for _, known, _ in asked for stamp in known],
             )
         except Exception as error:
-            why = reason(error)
+            why = as_server_error(error)
             for _, _, answer in asked:
                 if not answer.done():
                     answer.set_exception(why)

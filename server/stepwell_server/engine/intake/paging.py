@@ -22,14 +22,13 @@ from stepwell_server.engine.api import Observer
 from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.durability.fetching import Fetcher
 from stepwell_server.engine.durability.forwarding import Forwarded, Forwarding
-from stepwell_server.engine.durability.group_commit import reason
 from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Mask
 from stepwell_server.errors import NoRows, ServerError, SessionLost, SessionNotFound, Unavailable
-from stepwell_server.store.base import Fetched, Store
+from stepwell_server.store.base import Fetched, Store, as_server_error
 from stepwell_server.store.fields import counted_bytes
 from stepwell_server.store.record import Decoded, decode_many
 
@@ -155,7 +154,7 @@ class Pager:
         try:
             found = [Fetched(record) for record in self._local.get_many(self._ids(absent))]
         except Exception as error:  # whatever it is: their claims must end
-            return PageIn(refused | dict.fromkeys(absent.tolist(), reason(error)), _NOBODY)
+            return PageIn(refused | dict.fromkeys(absent.tolist(), as_server_error(error)), _NOBODY)
         gone = self._bring_back(model, absent, found, self._decode(model, self._ids(absent), found))
         self._paged(model, "in", len(absent) - len(gone), began)
         return PageIn(refused | gone, _NOBODY)
@@ -171,7 +170,7 @@ class Pager:
             found = await self._read(ids)
             forwarded = await self._forward(model, ids, found)
         except Exception as error:  # whatever it is: their claims must end
-            return (), dict.fromkeys(handles.tolist(), reason(error))
+            return (), dict.fromkeys(handles.tolist(), as_server_error(error))
         decoded, sound, refused = self._settle(model, handles, found, forwarded)
         packed = _packed(decoded, sound).reshape(-1, model.arena.row_bytes)
         states = zip(model.arena.states, model.arena.unpacked(packed), strict=False)
@@ -227,7 +226,7 @@ class Pager:
             self._paged(model, "in", len(handles) - len(refused), began)
         except Exception as error:  # whatever it is: their claims must end
             model.slots.free_resident(rows)
-            refused = dict.fromkeys(handles.tolist(), reason(error))
+            refused = dict.fromkeys(handles.tolist(), as_server_error(error))
         later(handles, refused)
 
     async def _read(self, ids: Sequence[str]) -> Sequence[Fetched]:

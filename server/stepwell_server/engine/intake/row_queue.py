@@ -13,11 +13,12 @@ from typing import Protocol
 
 import numpy as np
 
+from stepwell_server.alarm import Alarm
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.models import Models
-from stepwell_server.engine.state.model import Alarm, Model
+from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 
 from stepwell_server.clock import Clock
-from stepwell_server.engine.cost import Cost
+from stepwell_server.core.cost import Cost
 from stepwell_server.engine.passes.runner import IN_PLACE_S
 
 #: A wait takes at most this part of F, or of as much of it as there is to save yet.

@@ -12,7 +12,6 @@ from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Select
 from stepwell_server.engine.change import NO_STATES, Change, Reply
 from stepwell_server.engine.durability.committer import Committer
-from stepwell_server.engine.durability.group_commit import FEW
 from stepwell_server.engine.durability.records import Outcome
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes.batch import Pass, join, outputs_of
@@ -21,6 +20,7 @@ from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import Kept, KeptArrays, named_states
 from stepwell_server.engine.types import U64, Mask, Members, Tensors
 from stepwell_server.errors import ServerError
+from stepwell_server.store.base import SMALL
 
 #: A job is small beside others if it has at most this part of the sessions.
 _SMALL = 8
@@ -192,7 +192,7 @@ class Completion:
 
 def _apart(jobs: Sequence[tuple[int, Job]]) -> tuple[Sequence[tuple[int, Job]], Sequence[tuple[int, Job]]]:
     """Those that are small beside the others, which they need not wait for; and the others."""
-    most = min(FEW, sum(len(job.members) for _, job in jobs) // _SMALL)
+    most = min(SMALL, sum(len(job.members) for _, job in jobs) // _SMALL)
     few = [(index, job) for index, job in jobs if len(job.members) <= most]
     return few, [(index, job) for index, job in jobs if len(job.members) > most] if few else jobs
 

@@ -17,7 +17,7 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.durability.committer import not_known
-from stepwell_server.engine.durability.group_commit import Done, GroupCommit, reason
+from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.durability.stamps import new_stamp, stamped
 from stepwell_server.engine.intake.row_queue import RowQueue
@@ -33,7 +33,7 @@ from stepwell_server.engine.types import U64, Array
 from stepwell_server.errors import QuotaExceeded, ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store import counts
-from stepwell_server.store.base import ALL_KEPT, Batch, Committed
+from stepwell_server.store.base import ALL_KEPT, Batch, Committed, Done, as_server_error
 from stepwell_server.store.record import Joined, RecordTemplate, Stored
 
 _log = Log("engine.creation")
@@ -386,7 +386,7 @@ class Creation:
                 return
             made = [self._records(fresh.part(part)) async for part in self._pieces.of(fresh.ids)]
         except Exception as error:
-            settle(reason(error))
+            settle(as_server_error(error))
             return
         batch = self._batch(fresh, Joined([puts for puts in made if puts]))
         self._commits.submit(lambda: batch, len(fresh.ids), done)

@@ -13,15 +13,14 @@ import math
 
 import numpy as np
 
+from stepwell_server.alarm import Alarm
 from stepwell_server.clock import Clock
 from stepwell_server.core.leases import SHORTEST_S, Lease, Leases
 from stepwell_server.core.remembered import Remembered
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.durability.group_commit import reason
-from stepwell_server.engine.state.model import Alarm
 from stepwell_server.errors import InvalidInput, Overloaded, ServerError
 from stepwell_server.logs import Log
-from stepwell_server.store.base import Store
+from stepwell_server.store.base import Store, as_server_error
 
 _log = Log("engine.use")
 
@@ -120,7 +119,7 @@ class Usage:
             await self._store.touch(list(some), list(some.values()))
             self._is_away = False
         except Exception as error:
-            why = reason(error)
+            why = as_server_error(error)
             if not self._is_away:
                 _log.warning("the store could not be told of the use of sessions", error=why)
             self._is_away = True
@@ -222,7 +221,7 @@ class Clients:
                 told.cancel()
                 raise
             except Exception as caught:
-                error = reason(caught)
+                error = as_server_error(caught)
                 break
             for client_id in some:
                 self._told.put(client_id, now)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from stepwell_server.core.cost import Cost
 from stepwell_server.core.exactly_once import Kind, prefix_of
 from stepwell_server.core.history import Mark
 from stepwell_server.core.scheduler import Scheduler
 from stepwell_server.core.slots import Slots
-from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.shares import Share
 from stepwell_server.engine.state.arena import Arena
 from stepwell_server.engine.state.replies import ReplyMemory
@@ -25,25 +23,6 @@ from stepwell_server.store.record import Texts
 SHORT_PASS_S, _MOST_FIXED = 0.1e-3, 0.4
 #: The same of a turn of the loop: the pass, if it runs in place, and the commit and the answers, as far as they are.
 SHORT_TURN_S, _MOST_FIXED_OF_TURN = 0.3e-3, 0.6
-
-
-class Alarm:
-    """A call that is due in the next turn of the event loop, however often it is asked for before. Lives there."""
-
-    def __init__(self, listener: Callable[[], None]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._listener = listener
-        self._is_due = False
-
-    def ring(self) -> None:
-        """Have the listener called once."""
-        if not self._is_due:
-            self._is_due = True
-            self._loop.call_soon(self._call)
-
-    def _call(self) -> None:
-        self._is_due = False
-        self._listener()
 
 
 @dataclasses.dataclass(slots=True, eq=False)

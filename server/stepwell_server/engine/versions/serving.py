@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Callable
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.cost import Cost
 from stepwell_server.core.scheduler import Scheduler
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Slots
 from stepwell_server.engine.api import Observer
-from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.executors.base import Executor

@@ -16,6 +16,7 @@ from stepwell_server.errors import Overloaded, ServerError, StateCorrupt, StoreA
 from stepwell_server.logs import Log
 from stepwell_server.store.base import (
     CLIENT_KNOWN_S,
+    Answer,
     Batch,
     Committed,
     End,
@@ -24,7 +25,9 @@ from stepwell_server.store.base import (
     StoreHealth,
     Tombstone,
     Unused,
+    Write,
 )
+from stepwell_server.store.commits.together import Together
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, header_or_none, is_sound, key_id_of
 from stepwell_server.store.sealing import Sealer
@@ -104,6 +107,7 @@ class ValkeyStore(Store):
         self._limit_s = LIMIT * url.timeout_s
         self._losses = losses
         self._looking: set[asyncio.Task[None]] = set()
+        self._together = Together(self.apply)
 
     @property
     @override
@@ -115,7 +119,21 @@ class ValkeyStore(Store):
         return self._losses.damage_of(session_id)
 
     @override
-    def commit(self, batch: Batch) -> Awaitable[Committed]:
+    def commit(self, write: Write) -> Answer | None:
+        return self._together.commit(write)
+
+    @override
+    async def end_commits(self, timeout_s: float) -> bool:
+        return await self._together.end(timeout_s)
+
+    def apply(self, batch: Batch) -> Awaitable[Committed]:
+        """Keep each session's change of a batch or nothing of it, beside other commits of this store.
+
+        It is at work before what it returns is awaited, and has done with the batch's buffers when it returns.
+
+        Raises:
+            Unavailable: nothing of it was kept.
+        """
         puts = batch.puts
         if self._sealer is not None and puts:
             batch = dataclasses.replace(batch, puts=self._sealer.seal(puts))

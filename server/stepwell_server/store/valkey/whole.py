@@ -109,7 +109,7 @@ class Whole:
             ServerError: the store does not keep them.
         """
         stamps = np.random.default_rng().integers(1, 2**64, len(sessions), np.uint64)
-        kept = await self.store.commit(
+        kept = await self.store.apply(
             Batch(puts=list(sessions), follows=np.zeros(len(sessions), np.uint64), stamps=stamps)
         )
         if kept.conflicts or kept.unknown:

@@ -1,4 +1,4 @@
-"""A local store behind the face of those that must be waited for."""
+"""The store of one server, in memory or on a disk, as the engine asks it."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from collections.abc import Callable, Sequence
 from typing_extensions import override
 
 from stepwell_server.store.base import (
-    ALL_KEPT,
     NO_LIMITS,
     NO_STAMPS,
-    Batch,
-    Committed,
+    Answer,
     Fetched,
     LocalStore,
     Store,
     StoreHealth,
     Unused,
+    Write,
 )
+from stepwell_server.store.commits.lanes import Lanes
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header
 
 
-class AwaitedStore(Store):
-    """What may wait for a disk is done by a thread, one at a time; all else in place."""
+class InProcessStore(Store):
+    """Commits go through `Lanes`; a look after the store is a thread's; all else is done in place."""
 
     def __init__(self, local: LocalStore) -> None:
         self.local = local
         self.secret = local.secret
         self.incarnation = local.incarnation
         self.first_revision = local.first_revision
-        self._writing = asyncio.Lock()
+        self._lanes = Lanes(local)
 
     @property
     @override
@@ -40,15 +40,12 @@ class AwaitedStore(Store):
         return self.local.damage
 
     @override
-    async def commit(self, batch: Batch) -> Committed:
-        async with self._writing:
-            if self.local.waits_for_disk:
-                await asyncio.to_thread(self.local.commit, batch)
-            else:
-                self.local.commit(batch)
-            if self.local.needs_checkpoint:
-                await asyncio.to_thread(self.local.checkpoint)
-        return ALL_KEPT
+    def commit(self, write: Write) -> Answer | None:
+        return self._lanes.commit(write)
+
+    @override
+    async def end_commits(self, timeout_s: float) -> bool:
+        return await asyncio.to_thread(self._lanes.close, timeout_s)
 
     @override
     async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
@@ -111,8 +108,7 @@ class AwaitedStore(Store):
 
     @override
     async def close(self) -> None:
-        async with self._writing:
-            await asyncio.to_thread(self.local.close)
+        await asyncio.to_thread(self.local.close)
 
 
 def fetched(local: LocalStore, session_ids: Sequence[str]) -> list[Fetched]:

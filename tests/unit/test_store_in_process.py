@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from stepwell_server.errors import Unavailable
-from stepwell_server.store.awaited import AwaitedStore
 from stepwell_server.store.base import ALL_KEPT, Batch, Committed, End, Outcome, Store, StoreBusy, Tombstone
 from stepwell_server.store.disk.store import DiskStore
+from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.opening import Kind, open_store
 from support.clock import ManualClock
-from support.stored import record
+from support.stored import committed, record
 
 NAMES = ["a", "b", "c"]
 KINDS = pytest.mark.parametrize("kind", ["memory", "sync", "async"])
@@ -33,9 +33,9 @@ async def test_it_answers_as_in_place(tmp_path: Path, kind: str) -> None:
     store = opened(kind, tmp_path / "data")
     assert store.local is not None
     puts = [(name, record(name)) for name in NAMES]
-    assert await store.commit(Batch(puts=puts, counts=[("m", 3)])) is ALL_KEPT
+    assert await committed(store, Batch(puts=puts, counts=[("m", 3)])) is ALL_KEPT
     stone = Tombstone("a", End.CLOSED, 1.0)
-    assert await store.commit(Batch(deletes=["a"], tombstones=[stone], counts=[("m", -1)])) is ALL_KEPT
+    assert await committed(store, Batch(deletes=["a"], tombstones=[stone], counts=[("m", -1)])) is ALL_KEPT
     local = store.local
     assert [each.record for each in await store.fetch(["b"])] == [local.get("b")] == [record("b")]
     found = await store.fetch(NAMES, [0, 1, 2])
@@ -71,7 +71,7 @@ async def test_commits_that_wait_for_the_disk_wait_on_a_thread_one_at_a_time(
 
     monkeypatch.setattr(DiskStore, "commit", slow)
     batches = [Batch(puts=[(name, record(name))], counts=[("m", 1)]) for name in NAMES]
-    await asyncio.gather(*map(store.commit, batches))
+    await asyncio.gather(*(committed(store, batch) for batch in batches))
     assert threading.get_ident() not in threads
     assert await store.count() == 3
     await store.close()
@@ -81,7 +81,7 @@ async def test_what_is_refused_in_place_is_refused_when_awaited(tmp_path: Path) 
     store = opened("sync", tmp_path / "data")
     await store.close()
     with pytest.raises(Unavailable, match="it is closed"):
-        await store.commit(Batch(deletes=["a"]))
+        await committed(store, Batch(deletes=["a"]))
     with pytest.raises(Unavailable, match="it is closed"):
         await store.count()
 
@@ -94,7 +94,7 @@ def test_the_outcome_of_each_member_is_told() -> None:
 
 def test_the_kinds_of_stores(tmp_path: Path) -> None:
     memory, disk = opened("memory", tmp_path / "none"), opened("async", tmp_path / "data")
-    assert isinstance(memory, AwaitedStore)
+    assert isinstance(memory, InProcessStore)
     assert isinstance(memory.local, MemoryStore)
     assert not (tmp_path / "none").exists()
     disk.local.announce("here:1")  # type: ignore[union-attr]

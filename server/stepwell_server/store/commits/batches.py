@@ -1,0 +1,92 @@
+"""What is done with several batches that get into a store together."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from stepwell_server.store.base import NO_LIMITS, Batch, Write, as_server_error
+from stepwell_server.store.record import F64, Joined, Stored
+
+#: Records in one transaction at most, unless a single batch has more.
+MAX_RECORDS = 8192
+
+
+def fail(writes: Sequence[Write], error: Exception) -> None:
+    """Give writes an error that they share."""
+    why = as_server_error(error)
+    for write in writes:
+        write.error = why
+
+
+def keep(writes: Sequence[Write], commit: Callable[[Batch], None]) -> None:
+    """Build and commit, in as few transactions as the order allows; each write gets its error."""
+    for write in writes:
+        write.make()
+    groups = deque(groups_of([write for write in writes if write.error is None]))
+    while groups:
+        group = groups.popleft()
+        try:
+            commit(merged([write.batch for write in group]))
+        except Exception as error:
+            if len(group) == 1:
+                group[0].error = as_server_error(error)
+            else:  # one by one: on a full disk the end of a session may be kept, its beginning not
+                groups.extendleft([write] for write in reversed(group))
+
+
+def groups_of(writes: Iterable[Write]) -> list[list[Write]]:
+    """Neighbours that may share a transaction: one that names what another deletes comes after it."""
+    groups: list[list[Write]] = []
+    gone: set[str] = set()
+    for write in writes:
+        batch = write.batch
+        named = [*batch.forgets, *(put[0] for put in batch.puts)] if gone else ()
+        if not groups or not gone.isdisjoint(named):
+            groups.append([])
+            gone = set()
+        groups[-1].append(write)
+        gone.update(batch.deletes)
+        gone.update(stone.session_id for stone in batch.tombstones)
+    return groups
+
+
+def merged(batches: Sequence[Batch]) -> Batch:
+    """One batch that does what these do one after the other; `groups_of` says which may be merged."""
+    if len(batches) == 1:
+        return batches[0]
+    return Batch(
+        puts=Joined([part for batch in batches for part in _parts(batch.puts)]),
+        deletes=[name for batch in batches for name in batch.deletes],
+        forgets=[name for batch in batches for name in batch.forgets],
+        tombstones=[stone for batch in batches for stone in batch.tombstones],
+        counts=[count for batch in batches for count in batch.counts],
+        tenant_counts=[count for batch in batches for count in batch.tenant_counts],
+        documents=[document for batch in batches for document in batch.documents],
+        goes_back=any(batch.goes_back for batch in batches),
+        follows=np.concatenate([batch.follows for batch in batches]),
+        stamps=np.concatenate([batch.stamps for batch in batches]),
+        resized=[name for batch in batches for name in batch.resized],
+        delete_follows=np.concatenate([batch.delete_follows for batch in batches]),
+        undoes=[name for batch in batches for name in batch.undoes],
+        idle_s=batches[0].idle_s,
+        idle_most_s=_limits(batches),
+        documents_follow={name: was for batch in batches for name, was in batch.documents_follow.items()},
+    )
+
+
+def _limits(batches: Sequence[Batch]) -> F64:
+    """`Batch.idle_most_s` of all together."""
+    if not any(len(batch.idle_most_s) for batch in batches):
+        return NO_LIMITS
+    each = [
+        batch.idle_most_s if len(batch.idle_most_s) else np.full(len(batch.deletes), np.inf)
+        for batch in batches
+    ]
+    return np.concatenate(each)
+
+
+def _parts(puts: Sequence[tuple[str, Stored]]) -> Sequence[Sequence[tuple[str, Stored]]]:
+    return puts.parts if isinstance(puts, Joined) else [puts] if puts else ()

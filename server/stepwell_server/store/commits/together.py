@@ -1,0 +1,115 @@
+"""Writes to a store over a network: a few at the same time, never two that name the same session or document."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from stepwell_server.alarm import Alarm
+from stepwell_server.store.base import Answer, Batch, Committed, Write
+from stepwell_server.store.commits.batches import MAX_RECORDS, fail, merged
+
+#: Commits at the same time.
+MAX_UNDER_WAY = 8
+
+_Named = set[str | tuple[str]]
+"""Sessions and, each as a tuple, documents."""
+
+
+class Together:
+    """Commits at once if none is under way, else with what comes in the same turn of the event loop. Lives there."""
+
+    def __init__(self, apply: Callable[[Batch], Awaitable[Committed]]) -> None:
+        """`apply` has a batch kept; what it returns must be awaited, and it may be at work before that."""
+        self._apply = apply
+        self._queue: list[Write] = []
+        self._busy: _Named = set()
+        """What a commit which is under way names."""
+        self._under_way: set[asyncio.Future[Committed]] = set()
+        self._work = Alarm(self._start)
+
+    def commit(self, write: Write) -> Answer | None:
+        """See `Store.commit`."""
+        write.make()
+        if write.error is not None:
+            return write.error
+        self._queue.append(write)
+        if self._under_way:
+            self._work.ring()
+        else:
+            self._start()
+        return None
+
+    async def end(self, timeout_s: float) -> bool:
+        """See `Store.end_commits`."""
+        if self._under_way:
+            await asyncio.wait(self._under_way, timeout=timeout_s)
+        return not self._under_way
+
+    def _start(self) -> None:
+        while self._queue and len(self._under_way) < MAX_UNDER_WAY:
+            writes, names = self._take()
+            if not writes:
+                return
+            self._commit(writes, names)
+
+    def _take(self) -> tuple[list[Write], _Named]:
+        """What may be committed together now, in the order of all that it names; and all it names."""
+        taken: list[Write] = []
+        named: _Named = set()
+        left: list[Write] = []
+        blocked = set(self._busy)
+        size = 0
+        for write in self._queue:
+            names = _named(write.batch)
+            is_alike = not taken or write.batch.idle_s == taken[0].batch.idle_s
+            if size >= MAX_RECORDS or not is_alike or not blocked.isdisjoint(names):
+                left.append(write)
+            else:
+                taken.append(write)
+                named |= names
+                size += write.size
+            blocked |= names
+        self._queue = left
+        return taken, named
+
+    def _commit(self, writes: Sequence[Write], names: _Named) -> None:
+        try:
+            committing = self._apply(merged([write.batch for write in writes]))
+        except Exception as error:
+            fail(writes, error)
+            _tell_soon(writes)
+            return
+        under_way = (
+            committing if isinstance(committing, asyncio.Future) else asyncio.ensure_future(committing)
+        )
+        self._busy |= names
+        self._under_way.add(under_way)
+
+        def ended(under_way: asyncio.Future[Committed]) -> None:
+            self._under_way.discard(under_way)
+            self._busy -= names
+            if under_way.cancelled():  # the event loop ends
+                return
+            answer: Committed | None = None
+            try:
+                answer = under_way.result()
+            except Exception as error:
+                fail(writes, error)
+            for write in writes:
+                write.done(answer or write.answer)
+            if self._queue:
+                self._start()
+
+        under_way.add_done_callback(ended)
+
+
+def _tell_soon(writes: Sequence[Write]) -> None:
+    """Not at once: what failed may be the write that is being handed over."""
+    loop = asyncio.get_running_loop()
+    for write in writes:
+        loop.call_soon(write.done, write.answer)
+
+
+def _named(batch: Batch) -> _Named:
+    return {*batch.session_ids, *((name,) for name, _ in batch.documents)}
