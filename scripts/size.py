@@ -53,6 +53,8 @@ CODE = {
     ".go",
 }
 GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$|/console/dist/")
+#: The mode of a file that is no link, as Git has it.
+REGULAR = "100"
 COMMENTS = ("//", "--", "#!")
 PRODUCT = ("client", "server")
 BESIDE_PRODUCT = ("tests", "bench", "examples")
@@ -124,17 +126,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def files_now() -> Files:
-    """The files of the working tree."""
-    return {name: repository.text_of(name) for name in repository.tracked_files() if counts_at_all(name)}
+    """The files of the working tree; a link is none, its target counts."""
+    names = [name for name in repository.tracked_files() if not (repository.ROOT / name).is_symlink()]
+    return {name: repository.text_of(name) for name in names if counts_at_all(name)}
 
 
 def files_at(commit: str) -> Files:
     """The files of a commit."""
     git = ["git", "-C", str(repository.ROOT)]
     listed = subprocess.run(
-        [*git, "ls-tree", "-r", "-z", "--name-only", commit], capture_output=True, check=True
-    )
-    names = [name for name in listed.stdout.decode().split("\0") if name and counts_at_all(name)]
+        [*git, "ls-tree", "-r", "-z", commit], capture_output=True, check=True
+    ).stdout.decode()
+    entries = [entry.split("\t", 1) for entry in listed.split("\0") if entry]
+    names = [name for facts, name in entries if facts.startswith(REGULAR) and counts_at_all(name)]
     asked = "".join(f"{commit}:{name}\n" for name in names).encode()
     answer = subprocess.run(
         [*git, "cat-file", "--batch"], input=asked, capture_output=True, check=True

@@ -251,7 +251,10 @@ def test_other_counts_may_only_fall(check: Callable[[], str]) -> None:
 
 def test_two_commits_are_compared(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     write("client/stepwell/a.py", 1000)
+    write("server/front/rules.txt", 3)
+    (repository.ROOT / "server" / "front" / "LICENSE").symlink_to("rules.txt")
     git = ["git", "-c", "user.name=Ann", "-c", "user.email=ann@example.org"]
+    subprocess.run(["git", "add", "."], cwd=repository.ROOT, check=True, timeout=200)
     subprocess.run([*git, "commit", "--quiet", "-m", "One"], cwd=repository.ROOT, check=True, timeout=200)
     write("client/stepwell/a.py", 1050)
     write("tests/unit/a.py", 7)
@@ -260,3 +263,4 @@ def test_two_commits_are_compared(write: Write, capsys: pytest.CaptureFixture[st
     assert ["1,000", "1,050", "+50", "client/stepwell"] in shown
     assert ["0", "7", "+7", "tests"] in shown
     assert ["1,000", "1,050", "+50", "product"] in shown
+    assert ["3", "3", "lines_of_other_text"] in shown
