@@ -461,10 +461,10 @@ _ODD_HEADERS: Sequence[tuple[str, str]] = (
 )
 
 
-def odd_call(known: Sequence[Valid], rng: Random, tokens: Sequence[str] = ()) -> Call:
+def odd_call(known: Sequence[Valid], rng: Random, tokens: Sequence[str] = (), max_messages: int = 12) -> Call:
     """A call whose messages are malformed, or its headers. `tokens`: of callers that the server knows."""
     first = rng.choice(known)
-    count = rng.randint(1, 12) if first.streams else 1
+    count = rng.randint(1, max_messages) if first.streams else 1
     alike = [one for one in known if one.path == first.path] if first.streams else [first]
     body = b""
     for _ in range(count):
