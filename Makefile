@@ -121,6 +121,12 @@ fuzz-models: $(INSTALLED) ## Compile random models and compare what is served wi
 fuzz: $(INSTALLED) $(FRONT) ## Send a million malformed messages and 100,000 malformed connections to both fronts (half an hour; ARGS="--messages 20000 --connections 2000 --seed 7 --front native")
 	$(BIN)/python tests/fault/fuzz.py $(ARGS)
 
+# The build that the tree is compared with. What differs from it on purpose stands in tests/against/wanted.toml.
+BASE ?= 9ff66142209876891bf120efee1fa689c51b22ce
+.PHONY: against
+against: $(INSTALLED) $(FRONT) ## Send the same programs and malformed messages to a build of the commit BASE and to this tree, and compare each answer (ten minutes, and up to six to build BASE once; ARGS="--programs 200 --malformed 20000 --seed 7 --front native --store disk")
+	TEST_KEEP_PROGRAMS=1 $(BIN)/python tests/against/run.py --base $(BASE) $(ARGS)
+
 .PHONY: bench
 bench: $(INSTALLED) $(FRONT) ## Measure rates, latencies, memory and start (at most twelve minutes on two idle cores; ARGS="sessions tls" runs some cases)
 	$(BIN)/python tests/bench/measure.py $(ARGS)

@@ -1,0 +1,353 @@
+"""What `make against` compares, and what it leaves out: recorded answers that differ in one field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from against import answers, builds, differences, programs
+from against.answers import Answer
+from against.differences import Difference, Exchange, Place, Report, WantedError
+from against.malformed_calls import depends_on_time, patient
+from stepwell.v1 import errors_pb2, models_pb2, tensors_pb2
+from stepwell.v1 import sessions_pb2 as pb
+from support import malformed
+from support.actions import Change
+from support.http2 import framed
+
+PLACE = Place("native front, memory store", "program 3 of seq", 7)
+WANTED = """
+[[difference]]
+call = "Step reused"
+what = "end"
+base = "ABORTED REVISION_CONFLICT"
+tree = "INVALID_ARGUMENT .*"
+reason = "as the protocol says"
+"""
+
+
+def tensor(*numbers: int, name: str = "y", rows: int = 1) -> tensors_pb2.Tensor:
+    shape = [rows, len(numbers) // rows]
+    return tensors_pb2.Tensor(name=name, dtype=tensors_pb2.DATA_TYPE_UINT8, shape=shape, data=bytes(numbers))
+
+
+def stepped() -> pb.StepResponse:
+    return pb.StepResponse(
+        outputs=[tensor(1, 2)], revision=4, position=9, states=[tensor(3, name="h")], model_version=1
+    )
+
+
+def paths(base: Answer, tree: Answer) -> list[str]:
+    return [one.what for one in differences.between("Step", base, tree)]
+
+
+def failed(code: int = 10, text: str = "m", reason: str = "R", facts: str = "1", delay_s: int = 0) -> Answer:
+    status = status_pb2.Status(code=code, message=text)
+    status.details.add().Pack(
+        error_details_pb2.ErrorInfo(reason=reason, domain="stepwell", metadata={"revision": facts})
+    )
+    if delay_s:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromSeconds(delay_s)
+        status.details.add().Pack(retry)
+    return answers.failed(code, text, status.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "path"),
+    [
+        ("revision", 5, "revision"),
+        ("position", 8, "position"),
+        ("replayed", True, "replayed"),
+        ("model_version", 2, "model_version"),
+    ],
+)
+def test_a_field_of_a_reply_that_differs_is_noticed(field: str, value: int, path: str) -> None:
+    other = stepped()
+    setattr(other, field, value)
+    assert paths(answers.succeeded(stepped()), answers.succeeded(other)) == [path]
+    assert paths(answers.succeeded(stepped()), answers.succeeded(stepped())) == []
+
+
+@pytest.mark.parametrize(
+    ("outputs", "path"),
+    [
+        (tensor(1, 3), "outputs[y]"),
+        (tensor(1, 2, rows=2), "outputs[y]"),
+        (
+            tensors_pb2.Tensor(name="y", dtype=tensors_pb2.DATA_TYPE_INT8, shape=[1, 2], data=b"\1\2"),
+            "outputs[y]",
+        ),
+    ],
+)
+def test_a_byte_a_shape_and_a_type_of_a_tensor_are_noticed(outputs: tensors_pb2.Tensor, path: str) -> None:
+    other = stepped()
+    other.outputs[0].CopyFrom(outputs)
+    assert paths(answers.succeeded(stepped()), answers.succeeded(other)) == [path]
+
+
+def test_one_bit_far_inside_a_state_is_noticed() -> None:
+    zeros, other = bytes(5000), bytearray(5000)
+    other[4000] ^= 1
+    one, two = (
+        pb.GetStateResponse(state=[tensors_pb2.Tensor(name="h", shape=[5000], data=bytes(data))])
+        for data in (zeros, other)
+    )
+    assert paths(answers.succeeded(one), answers.succeeded(two)) == ["state[h]"]
+
+
+def test_an_output_that_is_missing_and_another_order_are_noticed() -> None:
+    both, swapped, one = (
+        pb.StepResponse(outputs=[tensor(1, name=name) for name in names]) for names in ("ab", "ba", "a")
+    )
+    assert paths(answers.succeeded(both), answers.succeeded(swapped)) == ["outputs in order"]
+    assert paths(answers.succeeded(both), answers.succeeded(one)) == ["outputs[b]", "outputs in order"]
+
+
+@pytest.mark.parametrize(
+    ("other", "path"),
+    [
+        (failed(code=9), "end"),
+        (failed(reason="S"), "end"),
+        (failed(text="n"), "error text"),
+        (failed(facts="2"), "metadata.revision"),
+        (failed(delay_s=1), "retry_after_ms"),
+    ],
+)
+def test_each_part_of_an_error_is_noticed(other: Answer, path: str) -> None:
+    assert paths(failed(), other) == [path]
+
+
+def test_of_an_error_with_another_status_nothing_else_is_listed() -> None:
+    assert paths(failed(), failed(code=3, text="n", reason="S", facts="2")) == ["end"]
+
+
+def test_a_delay_of_another_length_is_none() -> None:
+    assert paths(failed(delay_s=1), failed(delay_s=2)) == []
+
+
+def session(**fields: object) -> Message:
+    made = pb.Session(session_id="a", revision=3, uid=1)
+    made.created_time.FromSeconds(5)
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return pb.GetSessionResponse(session=made)
+
+
+def test_what_is_random_or_from_the_clock_is_left_out() -> None:
+    other = session(uid=2)
+    assert isinstance(other, pb.GetSessionResponse)
+    other.session.created_time.FromSeconds(77)
+    assert paths(answers.succeeded(session()), answers.succeeded(other)) == []
+    other.session.ClearField("created_time")
+    assert paths(answers.succeeded(session()), answers.succeeded(other)) == ["session.created_time"]
+
+
+def test_ids_that_servers_make_are_left_out_and_others_are_not() -> None:
+    one, two = ("s-0123abcd-" + letter * 22 for letter in "xy")
+    assert paths(answers.succeeded(session(session_id=one)), answers.succeeded(session(session_id=two))) == []
+    assert paths(failed(text=f"no session {one!r}"), failed(text=f"no session {two!r}")) == []
+    assert paths(answers.succeeded(session()), answers.succeeded(session(session_id="b"))) == [
+        "session.session_id"
+    ]
+
+
+def test_every_field_that_is_left_out_has_a_reason_and_exists() -> None:
+    from stepwell_server.rpc.triton.inference import service_pb2
+
+    files = (pb, models_pb2, errors_pb2, tensors_pb2, service_pb2, error_details_pb2)
+    known = {
+        f"{message.name}.{field}"
+        for file in files
+        for message in file.DESCRIPTOR.message_types_by_name.values()
+        for field in message.fields_by_name
+    }
+    assert set(answers.NORMALISED) <= known
+    assert all(answers.NORMALISED.values())
+    assert all(reason for _, _, reason in answers.TEXTS)
+
+
+# --- frames ---
+
+
+def part(*members: int, last: bool = True, rows: int = 1, first: int = 0) -> pb.StepStreamResponse:
+    """A part for these members, whose outputs are their numbers."""
+    numbers = [member + first for member in members for _ in range(rows)]
+    return pb.StepStreamResponse(
+        frame_id=1,
+        members=members,
+        revisions=[5] * len(members),
+        positions=[6] * len(members),
+        outputs=[tensor(*numbers, rows=len(numbers))],
+        last=last,
+    )
+
+
+def test_a_frame_in_other_parts_is_the_same_answer() -> None:
+    whole = answers.of_frame([part(0, 1, 2, rows=2)], [2, 2, 2], [])
+    parted = answers.of_frame([part(2, rows=2, last=False), part(0, 1, rows=2)], [2, 2, 2], [])
+    assert whole == parted
+    assert [answer.end for answer in whole] == ["OK"] * 4
+
+
+def test_members_that_change_places_are_noticed() -> None:
+    one = answers.of_frame([part(0, 1)], [1, 1], [])
+    two = answers.of_frame([part(0, 1, first=1)], [1, 1], [])
+    assert [paths(*pair) for pair in zip(one, two, strict=True)] == [["outputs[y]"], ["outputs[y]"], []]
+
+
+def test_a_member_without_an_answer_or_with_two_is_noticed() -> None:
+    good = answers.of_frame([part(0, 1)], [1, 1], [])
+    lost = answers.of_frame([part(0)], [1, 1], [])
+    twice = answers.of_frame([part(0, last=False), part(0, 1)], [1, 1], [])
+    assert [paths(*pair) for pair in zip(good, lost, strict=True)] == [[], ["end"], []]
+    assert [paths(*pair) for pair in zip(good, twice, strict=True)] == [[], [], ["order"]]
+
+
+def test_a_member_that_fails_has_its_own_error() -> None:
+    error = errors_pb2.Error(code=10, reason="REVISION_CONFLICT", message="m", metadata={"actual": "3"})
+    answer = part(0)
+    answer.errors.add(members=[1], error=error)
+    one, two, frame = answers.of_frame([answer], [1, 1], [])
+    assert (one.end, two.end, frame.fields["order"]) == ("OK", "ABORTED REVISION_CONFLICT", "as it must be")
+    assert two.fields["metadata.actual"] == "3"
+
+
+# --- the list of wanted differences, and the report ---
+
+
+def report(tmp_path: Path, text: str = WANTED) -> Report:
+    path = tmp_path / "wanted.toml"
+    path.write_text(text)
+    return Report(differences.wanted(path))
+
+
+def compare(into: Report, call: str, base: Answer, tree: Answer) -> bool:
+    return into.compare(PLACE, Exchange(call, "session_id=a", base), Exchange(call, "session_id=a", tree))
+
+
+CONFLICT = failed(reason="REVISION_CONFLICT")
+INVALID = failed(code=3, reason="INVALID_INPUT")
+
+
+def test_a_listed_difference_is_counted_with_its_reason(tmp_path: Path) -> None:
+    found = report(tmp_path)
+    assert compare(found, "Step reused", CONFLICT, INVALID)
+    assert found.is_good
+    assert "  1: as the protocol says" in list(found.lines())
+
+
+@pytest.mark.parametrize(
+    ("call", "base", "tree"),
+    [
+        ("Step", CONFLICT, INVALID),
+        ("Step reused twice", CONFLICT, INVALID),
+        ("Step reused", INVALID, CONFLICT),
+        ("Step reused", CONFLICT, failed(code=5)),
+        ("Step reused", CONFLICT, failed(reason="REVISION_CONFLICT", text="other words")),
+    ],
+)
+def test_any_other_difference_fails_and_both_answers_are_printed(
+    call: str, base: Answer, tree: Answer, tmp_path: Path
+) -> None:
+    found = report(tmp_path)
+    assert not compare(found, call, base, tree)
+    assert not found.is_good
+    printed = "\n".join(found.lines())
+    assert "unwanted differences: 1 calls" in printed
+    assert f"DIFFERENCE native front, memory store, program 3 of seq, step 7: {call}" in printed
+    assert "request: session_id=a" in printed
+    for answer in (base, tree):
+        assert all(f"    {line}" in printed for line in answer.lines())
+
+
+def test_another_request_is_a_difference(tmp_path: Path) -> None:
+    found = report(tmp_path)
+    assert not found.compare(PLACE, Exchange("Step", "a", CONFLICT), Exchange("Step", "b", CONFLICT))
+
+
+def test_a_report_shows_some_in_full_and_counts_all(tmp_path: Path) -> None:
+    found = report(tmp_path)
+    for _ in range(differences.MAX_SHOWN + 3):
+        compare(found, "Step", CONFLICT, INVALID)
+    assert [*found.lines()][-1] == "... and 3 calls more"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[[difference]]\nwhat = "end"\n',
+        '[[difference]]\nwhat = "end"\nreason = " "\n',
+        '[[difference]]\nwhy = "end"\nreason = "r"\n',
+        '[[difference]]\nwhat = "("\nreason = "r"\n',
+    ],
+)
+def test_an_entry_without_a_reason_or_with_what_is_no_pattern_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(WantedError, match="difference 1"):
+        report(tmp_path, text)
+
+
+def test_the_committed_list_is_in_order() -> None:
+    assert all(entry.reason for entry in differences.wanted())
+    any_difference = Difference("Step", "revision", "1", "2")
+    assert not any(entry.covers(any_difference) for entry in differences.wanted())
+
+
+def test_a_base_that_is_no_commit_is_refused() -> None:
+    with pytest.raises(
+        builds.BuildError, match="BASE must be a commit of this repository; 'no-such-commit' is not"
+    ):
+        builds.of_commit("no-such-commit", print)
+
+
+# --- what is sent ---
+
+
+def test_a_seed_draws_the_same_programs_again_and_another_one_others() -> None:
+    drawn, again, others = (programs.draw(10, seed, ["seq", "tokens"]) for seed in (7, 7, 8))
+    assert drawn == again
+    assert drawn != others
+    assert len(drawn) == 10
+    assert {program.model for program in drawn} == {"seq", "tokens"}
+    steps = [step for program in drawn for step in program.steps]
+    assert {step.kind for step in steps if isinstance(step, Change)} == {"step", "reset", "again", "reused"}
+
+
+def test_some_programs_have_a_restart_some_of_them_a_kill() -> None:
+    drawn = programs.with_restarts(programs.draw(8, 7, ["seq"]), 2)
+    assert [program.number for program in drawn if program.restart_at is not None] == [1, 3, 5, 7]
+    assert [program.is_killed for program in drawn if program.restart_at is not None] == [True, False] * 2
+
+
+def call(path: str, request: Message, *headers: tuple[str, str]) -> malformed.Call:
+    return malformed.Call(path, framed(request.SerializeToString()), headers, 1)
+
+
+def test_what_depends_on_time_is_not_sent() -> None:
+    listing, stepping = f"/{malformed.SESSIONS}/ListSessions", f"/{malformed.SESSIONS}/StepStream"
+    soon, late = pb.ListSessionsRequest(), pb.ListSessionsRequest()
+    soon.idle_longer.FromSeconds(1)
+    late.idle_longer.FromSeconds(100_000)
+    hurried = pb.StepStreamRequest(step=pb.StepFrame(timeout_ms=50))
+    by_use = pb.ListSessionsRequest(order=pb.SESSION_ORDER_LAST_USED)
+    assert depends_on_time(call(listing, soon))
+    assert depends_on_time(call(listing, by_use))
+    assert depends_on_time(call(stepping, hurried))
+    assert depends_on_time(call(listing, late, ("grpc-timeout", "1n")))
+    assert not depends_on_time(call(listing, late, ("grpc-timeout", "3S")))
+    assert not depends_on_time(call(stepping, pb.StepStreamRequest(step=pb.StepFrame())))
+    assert not depends_on_time(malformed.Call("/no/Method", b"\0\0", (), 1))
+
+
+@pytest.mark.parametrize(
+    ("body", "limit"), [(framed(b"12"), "100S"), (framed(b"12") + b"\0\0", "3S"), (b"", "3S"), (b"\0", "3S")]
+)
+def test_only_a_call_that_may_wait_for_the_rest_of_a_message_has_a_short_time(
+    body: bytes, limit: str
+) -> None:
+    assert patient(malformed.Call("/a/B", body, [("grpc-timeout", "3S")], 1)).headers == [
+        ("grpc-timeout", limit)
+    ]
