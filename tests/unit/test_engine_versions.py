@@ -336,6 +336,19 @@ async def test_members_of_several_versions_are_read_together(store_kind: str) ->
         assert read.version == 0
 
 
+async def test_sessions_of_several_versions_are_not_forked_together(store_kind: str) -> None:
+    async with serving() as at:
+        await at.engine.load_version("plain", 2, weights(2))
+        await at.engine.open_session("plain@2", session_id="b")
+        await at.open("a", "c")
+        message = "session_ids must be sessions of one version of their model; got sessions of several"
+        with pytest.raises(InvalidInput, match=message):
+            await at.engine.fork_sessions(["a", "b", "c"], new_session_ids=["x", "y", "z"])
+        forked = await at.engine.fork_sessions(["a", "c"], new_session_ids=["x", "z"])
+        assert forked.version == 1
+        assert (await at.engine.fork_sessions(["b"], new_session_ids=["y"])).version == 2
+
+
 async def test_a_model_ends_and_begins_again(store_kind: str) -> None:
     async with serving({"plain": PLAIN, "other": weights(2)}) as at:
         await at.open("a")

@@ -185,6 +185,11 @@ class Forking:
         read = await self._reading.read_many(sources, seen, deadline, admit=admit)
         for _, error in read.errors:
             raise error
+        if not read.version:
+            raise InvalidInput(
+                "session_ids must be sessions of one version of their model; got sessions of several:"
+                " fork those of each version by themselves"
+            )
         batch_size = int(read.sizes[0])
         if (read.sizes != batch_size).any():
             raise InvalidInput(
