@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 from typing_extensions import override
 
+from stepwell_server.core import exactly_once
 from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.quotas import Usage
 from stepwell_server.engine import shared_counts
+from stepwell_server.engine.intake import admission
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.paging import Pager
+from stepwell_server.engine.passes import inline
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.attempts import Attempts
 from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
@@ -361,6 +364,22 @@ def test_a_replica_that_judges_by_its_own_copy_is_found(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Admission, "_judge", judge_at_once)
     assert is_found(range(200))
+
+
+def test_a_replica_that_applies_what_fits_whatever_its_request_id_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def judge(revision: Any, last_request: Any, expected: Any, request: Any) -> Any:
+        if expected is not None and (expected == revision).all():
+            return None
+        return exactly_once.judge(revision, last_request, expected, request)
+
+    def applies(revision: int, last_request: int, expected: int | None, request: int) -> bool:
+        return expected == revision or exactly_once.applies(revision, last_request, expected, request)
+
+    monkeypatch.setattr(admission, "judge", judge)
+    monkeypatch.setattr(inline, "applies", applies)
+    assert is_found(range(20), mix=Mix(reuse=3.0), must_sync=True)
 
 
 def test_a_replica_that_reads_its_own_copy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

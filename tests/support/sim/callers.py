@@ -15,6 +15,7 @@ from stepwell_server.engine.change import Change
 from stepwell_server.engine.engine import Engine, OpenedMany
 from stepwell_server.errors import (
     DeadlineExceeded,
+    InvalidInput,
     OutcomeUnknown,
     Overloaded,
     RevisionConflict,
@@ -81,6 +82,8 @@ class Callers:
         self.history = History(world)
         self.way = Way()
         self.request_ids = 0
+        self.reused: list[Op] = []
+        """Changes that were applied though their caller had used their request id for its session's last change."""
 
     def request_id(self) -> int:
         """A number that nobody else says."""
@@ -179,6 +182,20 @@ class Callers:
             calls, lambda engine: engine.open_sessions("plain", session_ids=names, request_id=request_id)
         )
 
+    async def resume_many(self, names: Sequence[str], request_id: int) -> list[End]:
+        """Resume those sessions that are there, and open the others, by one call."""
+        calls = [
+            Call(kind="open", session=name, request_id=request_id, batch_size=1, is_together=True)
+            for name in names
+        ]
+        return await self._until_all_told(
+            calls,
+            lambda engine: engine.open_sessions(
+                "plain", session_ids=names, request_id=request_id, resume=True
+            ),
+            is_found=True,
+        )
+
     async def fork_many(
         self, parents: Sequence[str], sizes: Sequence[int], names: Sequence[str], request_id: int
     ) -> list[End]:
@@ -199,14 +216,19 @@ class Callers:
             lambda engine: engine.fork_sessions(parents, new_session_ids=names, request_id=request_id),
         )
 
-    async def _until_all_told(self, calls: Sequence[Call], work: Work) -> list[End]:
-        """As `until_told`, of a call that makes many sessions."""
+    async def _until_all_told(
+        self, calls: Sequence[Call], work: Work, *, is_found: bool = False
+    ) -> list[End]:
+        """As `until_told`, of a call that makes many sessions.
+
+        `is_found`: others may have changed what this very call has made before it was answered.
+        """
         ops = [self.history.call(call) for call in calls]
         replica, attempt = self.some_replica(), 0
         while True:
             attempt += 1
             try:
-                ends = opened_many(await self.ask(replica, work))
+                ends = opened_many(await self.ask(replica, work), is_found=is_found)
             except Exception as error:
                 ends = [end_of_one(op.call.session, error) for op in ops]
             for op, end in zip(ops, ends, strict=True):
@@ -253,6 +275,8 @@ async def submitted(engine: Engine, members: Sequence[Member]) -> list[Answer | 
     return [answers.by_member[place] for place in range(len(members))]
 
 
+_RULES = "request_id must be another one", "session_ids must be sessions of one version"
+"""Callers break them: some with intent, some because versions move."""
 _AGAIN = ("Overloaded", "DeadlineExceeded", "Unavailable", "StoreAway", "VersionElsewhere")
 
 
@@ -271,6 +295,8 @@ def end_of(error: Exception) -> End:
             return End(outcome="not_applied", revision=error.actual, error=text)
         case SessionGone():
             return End(outcome="gone", error=text)
+        case InvalidInput() if error.message.startswith(_RULES):
+            return End(outcome="not_applied", error=text)
         case SessionExists() | Overloaded() | DeadlineExceeded() | Unavailable():
             return End(outcome="not_applied", error=text)
         case ServerError():
@@ -310,10 +336,11 @@ def opened(result: Opened) -> End:
     )
 
 
-def opened_many(result: OpenedMany) -> list[End]:
-    """What the opening, or the forks, of many sessions were answered."""
+def opened_many(result: OpenedMany, *, is_found: bool = False) -> list[End]:
+    """What the opening, or the forks, of many sessions were answered; `is_found`: they may have been there before."""
+    found = is_found or result.replayed
     return [
-        End(outcome="acknowledged", revision=revision, position=position, found=result.replayed)
+        End(outcome="acknowledged", revision=revision, position=position, found=found)
         for revision, position in zip(result.revisions.tolist(), result.positions.tolist(), strict=True)
     ]
 

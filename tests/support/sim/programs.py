@@ -47,6 +47,8 @@ class Mix:
     resume: float = 0.7
     rest: float = 0.0
     fork_many: float = 0.0
+    resume_many: float = 0.0
+    reuse: float = 0.0
     think_s: float = 0.2
 
 
@@ -59,6 +61,8 @@ class Own:
     is_there: bool = False
     revision: int | None = None
     """None: it must ask."""
+    last: tuple[int, Member] | None = None
+    """Its last change that was answered, and the revision that it made."""
 
 
 class Owner:
@@ -90,7 +94,7 @@ class Owner:
         while self.world.now < end_s:
             own = random.choice(self.sessions)
             if not own.is_there:
-                if not await (self.open_many() if self._together else self.open(own)):
+                if not await self._begin(own):
                     await self.callers.sleep(self.mix.think_s)
                 continue
             if own.revision is None:
@@ -102,6 +106,24 @@ class Owner:
             await self.callers.sleep(self.mix.think_s)
 
     # --------------------------------------------------------------------------------------------- begin and end
+
+    async def _begin(self, own: Own) -> bool:
+        if not self._together:
+            return await self.open(own)
+        if self.mix.resume_many and self.world.chance(0.5):
+            await self.resume_many(own)
+            return own.is_there
+        return await self.open_many()
+
+    async def resume_many(self, _own: Own) -> None:
+        """Resume all sessions that are there, and open those that are not, by one call."""
+        callers = self.callers
+        owns = [own for own in self.sessions if own.rows == 1]
+        ends = await callers.resume_many([own.name for own in owns], callers.request_id())
+        for own, end in zip(owns, ends, strict=True):
+            self.learn(own, end)
+            if end.outcome == "acknowledged":
+                own.is_there = True
 
     async def open(self, own: Own) -> bool:
         """Open a session, or find it; whether it is there."""
@@ -230,6 +252,15 @@ class Owner:
         member = self._member(own, [], expected=None)
         await self._send([member], {own.name: own}, again=False)
 
+    async def reuse(self, own: Own) -> None:
+        """Another step with the request id of the last change, at the revision that the session is at: it is refused."""
+        if own.last is None or own.last[0] != own.revision:
+            return
+        member = dataclasses.replace(self._member(own, [], own.revision), request_id=own.last[1].request_id)
+        await self._send([member], {own.name: own})
+        if member.op.acknowledged is not None:
+            self.callers.reused.append(member.op)
+
     async def line(self, own: Own) -> None:
         """Several steps of a session in a row, none of which waits for the one before."""
         callers, revision = self.callers, own.revision
@@ -289,6 +320,8 @@ class Owner:
             members = []
             for member, end in zip(sent, ends, strict=True):
                 self.learn(own[member.session], callers.history.end(member.op, end))
+                if end.outcome == "acknowledged" and end.revision is not None:
+                    own[member.session].last = end.revision, member
                 if is_open(end):
                     members.append(member)
             if not again or (attempt >= way.attempts and not way.is_calm):

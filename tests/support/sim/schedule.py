@@ -117,7 +117,7 @@ class Plan:
 
     def _with_more(self, draw: random.Random) -> Plan:
         """The same, with what few schedules have."""
-        match draw.choice(["leases", "quotas", "together", "contested", "", "", "", ""]):
+        match draw.choice(["leases", "quotas", "together", "contested", "reuse", "", "", ""]):
             case "leases":
                 return dataclasses.replace(
                     self, lease_s=draw.choice([6.0, 10.0]), idle_s=30.0, seconds=25.0, owners=[["a"]]
@@ -129,8 +129,12 @@ class Plan:
                     self, most=2, owners=[[name] for name in names], rivals=False, idle_s=0.0, mix=mix
                 )
             case "together":
-                mix = dataclasses.replace(self.mix, fork_many=draw.choice([0.0, 0.3]))
+                mix = dataclasses.replace(
+                    self.mix, fork_many=draw.choice([0.0, 0.3]), resume_many=draw.choice([0.0, 1.0])
+                )
                 return dataclasses.replace(self, together=True, mix=mix)
+            case "reuse":
+                return dataclasses.replace(self, mix=dataclasses.replace(self.mix, reuse=3.0))
             case "contested":
                 return dataclasses.replace(self, contested=True)
         return self
@@ -216,6 +220,10 @@ class Schedule:
             self.callers.loop.bury()
         # in `sync` nobody was told of what a fail-over takes back
         lost = [] if self.plan.must_sync else [each for shard in self.shards for each in shard.rollbacks]
+        # what a fail-over took back is not the session's last change any more
+        assert lost or not (reused := self.callers.reused), (
+            f"applied under the id of another change: {reused}"
+        )
         self._leases.forget([each for shard in self.shards for each in shard.unheard])
         terms = Terms(
             self.plan.idle_s or float("inf"),
