@@ -315,6 +315,18 @@ async def test_ids_for_many_sessions_are_drawn_by_a_thread(monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("small_pieces")
+@pytest.mark.stores("memory")
+async def test_a_close_of_many_that_is_sent_again_is_done_in_pieces() -> None:
+    async with running(resident_rows=2 * COUNT) as at:
+        names = [f"s{number:03}" for number in range(COUNT)]
+        await at.open(*names)
+        first, looked_for = await turns_of(at.engine.close_sessions(names, request_id=40))
+        again, turns = await turns_of(at.engine.close_sessions(names, request_id=40))
+        assert (first, again) == (COUNT, COUNT)
+        assert turns >= looked_for + COUNT // PIECE, "each is looked for, and then found closed"
+
+
+@pytest.mark.usefixtures("small_pieces")
 async def test_a_session_that_takes_the_place_of_another_is_not_read_for_it() -> None:
     async with running(resident_rows=2 * COUNT) as at:
         names = [f"s{number:03}" for number in range(COUNT)]
