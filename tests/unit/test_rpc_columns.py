@@ -39,6 +39,8 @@ class Batch:
         self.errors: dict[int, errors_pb2.Error] = {}
         self.model_versions: dict[int, int] = {}
         self.gone_members: list[int] = []
+        self.refusals = 0
+        """Calls of `failed`."""
 
     def applied(
         self,
@@ -68,6 +70,7 @@ class Batch:
 
     def failed(self, members: Members | None, status: Status, error: bytes) -> Ended:
         some = range(len(self._sizes)) if members is None else members.tolist()
+        self.refusals += 1
         for member in some:
             assert member not in self.errors, "answered twice"
             self.errors[member] = errors_pb2.Error.FromString(error)
@@ -401,6 +404,23 @@ async def test_a_deadline_is_its_own_messages(columns: Columns) -> None:
     await columns.at.settled()
     assert batch.errors[0].reason == "DEADLINE_EXCEEDED"
     assert sorted(batch.applied_by_member) == [1]
+
+
+async def test_very_many_late_steps_are_refused_together(columns: Columns) -> None:
+    """One by one, each behind the one before it of the same session, they would hold up the steps of others."""
+    await columns.at.open("a", "b")
+    count, now = 200, columns.at.clock.monotonic()
+    late = columns.take(["a"] * count, np.ones((count, 2)), deadlines=[now] * count)
+    assert not columns.changes, "none reaches the engine"
+    some = columns.take([*["a"] * count, "b"], np.ones((count + 1, 2)), deadlines=[*[now] * count, np.inf])
+    assert [change.session_ids for change in columns.changes] == [["b"]]
+    await columns.at.settled()
+    assert (late.refusals, some.refusals) == (1, 1)
+    for batch in (late, some):
+        assert sorted(batch.errors) == list(range(count))
+        assert {error.reason for error in batch.errors.values()} == {"DEADLINE_EXCEEDED"}
+    assert list(some.applied_by_member) == [count]
+    assert (await columns.at.engine.session_info("a")).revision == 0
 
 
 async def test_whose_caller_has_gone_is_not_stepped(columns: Columns) -> None:

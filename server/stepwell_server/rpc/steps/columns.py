@@ -15,7 +15,7 @@ import numpy as np
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import Caller
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.change import Change, MustPart, Reply
+from stepwell_server.engine.change import Change, MustPart, Reply, too_late
 from stepwell_server.engine.types import Array, Members, Tensors
 from stepwell_server.errors import ServerError
 from stepwell_server.rpc import tensors
@@ -203,6 +203,7 @@ class ColumnSteps(Refusals):
         """Submit all, with a pause after each piece of what must be submitted one by one."""
         form.prepare()
         form.left = form.members
+        self._end_late(form)
         columns, alone = form.columns, form.members
         if len(columns.counts) > 1 and len(alone) and not _names_one_twice(columns):
             alone = self._submit_together(form)
@@ -226,6 +227,16 @@ class ColumnSteps(Refusals):
             except ServerError as error:
                 change.replies.failed(np.arange(count), error)
             form.left = _NOBODY if is_one else form.left[form.left >= first + count]
+
+    def _end_late(self, form: Form) -> None:
+        """End the members whose time is over, all at once: one by one a flood of them would hold up others."""
+        deadlines, now = form.columns.deadlines, self._clock.monotonic()
+        if np.minimum.reduce(deadlines) > now:
+            return
+        late = form.members[deadlines[form.members] <= now]
+        if len(late):
+            form.members = form.left = np.setdiff1d(form.members, late)
+            form.failed(late, too_late())
 
     def _submit_together(self, form: Form) -> Members:
         """Submit as one change what can be one; the members that must be submitted alone."""
