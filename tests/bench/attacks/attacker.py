@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class Attack:
     """The message is gzip; `grpc-encoding` says so."""
     ends: bool = True
     """False: the message never ends."""
+    more_headers: Sequence[tuple[str, str]] = ()
+    """Of each call, after the others."""
 
     @staticmethod
     def packed(message: bytes) -> str:
@@ -72,7 +75,7 @@ class Attack:
             fields.append(("grpc-encoding", "gzip"))
         if token:
             fields.append(("authorization", f"Bearer {token}"))
-        return peer.header_block(fields)
+        return peer.header_block([*fields, *self.more_headers])
 
 
 class Connection:

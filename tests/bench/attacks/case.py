@@ -26,6 +26,7 @@ from typing import Any, Self
 
 import grpc
 import numpy as np
+from google.protobuf import duration_pb2
 
 import stepwell
 from bench import harness, loads
@@ -55,9 +56,11 @@ class Kind:
     attack: Callable[[], Attack]
     is_known: bool
     """The attacker is a caller of another tenant; else a stranger."""
+    sessions: int = 0
+    """The attacker's tenant has opened so many before."""
 
 
-def _attack(path: str, message: bytes, connections: int, calls: int, **more: bool) -> Attack:
+def _attack(path: str, message: bytes, connections: int, calls: int, **more: Any) -> Attack:
     return Attack(path, connections, calls, Attack.packed(message), **more)
 
 
@@ -65,9 +68,17 @@ def _names(size: int) -> bytes:
     return sessions_pb2.OpenSessionRequest(model="x" * size).SerializeToString()
 
 
+def _unknown(count: int) -> list[str]:
+    return [f"unknown-{number}" for number in range(count)]
+
+
 def _closes(count: int) -> bytes:
-    ids = [f"unknown-{number}" for number in range(count)]
-    return sessions_pb2.CloseSessionsRequest(session_ids=ids).SerializeToString()
+    return sessions_pb2.CloseSessionsRequest(session_ids=_unknown(count)).SerializeToString()
+
+
+def _late_step() -> bytes:
+    inputs = [loads.tensor(1, MODELS[_MODEL][1])]
+    return sessions_pb2.StepRequest(session_id="member-0", inputs=inputs).SerializeToString()
 
 
 _STEP = f"{_SESSIONS}Step"
@@ -101,8 +112,78 @@ KINDS = {
     "lists of three million ids": Kind(
         lambda: _attack(f"{_SESSIONS}CloseSessions", b"\x0a\x01x" * 3_000_000, 2, 1), is_known=True
     ),
-    "closes of 60,000 unknown ids": Kind(
+    "closes of 60,000 ids": Kind(
         lambda: _attack(f"{_SESSIONS}CloseSessions", _closes(60_000), 3, 1), is_known=True
+    ),
+    "closes of 4,096 unknown ids": Kind(
+        lambda: _attack(f"{_SESSIONS}CloseSessions", _closes(4096), 3, 1), is_known=True
+    ),
+    "forks of 60,000 unknown ids": Kind(
+        lambda: _attack(
+            f"{_SESSIONS}ForkSessions",
+            sessions_pb2.ForkSessionsRequest(session_ids=_unknown(60_000)).SerializeToString(),
+            3,
+            1,
+        ),
+        is_known=True,
+    ),
+    "lookups of unknown sessions": Kind(
+        lambda: _attack(
+            f"{_SESSIONS}GetSession",
+            sessions_pb2.GetSessionRequest(session_id="nobody").SerializeToString(),
+            4,
+            256,
+        ),
+        is_known=True,
+    ),
+    "lists of 20,000 sessions": Kind(
+        lambda: _attack(
+            f"{_SESSIONS}ListSessions",
+            sessions_pb2.ListSessionsRequest(page_size=10_000).SerializeToString(),
+            4,
+            4,
+        ),
+        is_known=True,
+        sessions=20_000,
+    ),
+    "lists of 20,000 sessions of which none fits": Kind(
+        lambda: _attack(
+            f"{_SESSIONS}ListSessions",
+            sessions_pb2.ListSessionsRequest(
+                page_size=10_000, idle_longer=duration_pb2.Duration(seconds=3600)
+            ).SerializeToString(),
+            4,
+            4,
+        ),
+        is_known=True,
+        sessions=20_000,
+    ),
+    "steps that are late": Kind(
+        lambda: _attack(_STEP, _late_step(), 4, 256, more_headers=[("grpc-timeout", "1u")]),
+        is_known=True,
+        sessions=1,
+    ),
+    "wrong tokens with 350 headers": Kind(
+        lambda: _attack(
+            _STEP,
+            b"",
+            4,
+            256,
+            more_headers=[("authorization", "Bearer wrong"), *((f"x-{n}", "0123456789") for n in range(350))],
+        ),
+        is_known=False,
+    ),
+    "uploads without an end": Kind(
+        lambda: Attack("/stepwell.v1.ModelAdminService/UploadModel", 7, 10_000, ends=False), is_known=True
+    ),
+    "sessions that are opened": Kind(
+        lambda: _attack(
+            f"{_SESSIONS}OpenSession",
+            sessions_pb2.OpenSessionRequest(model=_MODEL).SerializeToString(),
+            4,
+            64,
+        ),
+        is_known=True,
     ),
     "steps of unknown sessions": Kind(
         lambda: _attack(_STEP, sessions_pb2.StepRequest(session_id="nobody").SerializeToString(), 4, 256),
@@ -209,6 +290,10 @@ def beside(kind: Kind, run_s: float, options: tuple[str, ...], tokens: tuple[str
         _Quiet(server, own) as quiet,
     ):
         assert server.pid is not None
+        if kind.sessions:
+            with stepwell.connect(server.address, token=other) as client:
+                ids = [f"member-{number}" for number in range(kind.sessions)]
+                client.open_sessions(_MODEL, len(ids), session_ids=ids)
         file = Path(folder) / "attack.json"
         file.write_text(json.dumps(dataclasses.asdict(kind.attack())))
         quiet.measure(_BEFORE_S)
