@@ -11,17 +11,29 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
+from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.engine import submission
 from stepwell_server.engine.change import Change
-from stepwell_server.engine.sessions import closing, creation, directory, forking, ids, pieces, reading
+from stepwell_server.engine.sessions import (
+    closing,
+    creation,
+    directory,
+    forking,
+    ids,
+    listing,
+    pieces,
+    reading,
+)
 from stepwell_server.engine.sessions.attempts import OpenedMany
 from stepwell_server.engine.sessions.loading import Arrivals
 from stepwell_server.engine.shares import LoopTurns
 from stepwell_server.errors import RevisionConflict, ServerError, SessionExists, Unavailable
+from stepwell_server.rpc import admin
 from stepwell_server.store.base import Batch
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
+from support.calls import calls
 from support.durable import begun
 from support.engine import Answer, Answers, Harness, kinds, running, x
 
@@ -128,10 +140,10 @@ async def test_of_many_large_calls_one_piece_is_done_in_a_turn(part: str) -> Non
             "stored": at.store.count,
             "made": lambda: len(at.inside.table),
         }[part]
-        calls = asyncio.gather(*(at.engine.open_sessions("plain", count=1024) for _ in range(4)))
+        opening = asyncio.gather(*(at.engine.open_sessions("plain", count=1024) for _ in range(4)))
 
         async def all_of_them() -> Sequence[OpenedMany]:
-            return await calls
+            return await opening
 
         opened, most = await most_per_turn(look, all_of_them())
         assert most == pieces.TURN
@@ -266,6 +278,43 @@ async def test_steps_of_others_are_answered_between_the_pieces(call: str, are_th
             assert sum(len(members) for members, _ in result.errors) == (0 if are_there else COUNT)
 
 
+@pytest.mark.parametrize("part", ["described", "converted"])
+@pytest.mark.parametrize("order", ["SESSION_ORDER_ID", "SESSION_ORDER_LAST_USED"])
+@pytest.mark.stores("memory", "async")
+async def test_of_many_lists_one_piece_is_done_in_a_turn(
+    part: str, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = 0
+
+    def count(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def counted(*args: Any) -> Any:
+            nonlocal done
+            done += 1
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    if part == "described":
+        count(listing.Listing, "_info")
+    else:
+        count(admin, "_listed")
+    async with calls(resident_rows=4) as at:
+        await at.call(pb.OpenSessionsRequest(model="plain", count=512))
+        done = 0
+        request = pb.ListSessionsRequest(page_size=512, order=pb.SessionOrder.Value(order))
+        lists = asyncio.gather(*(at.call(request) for _ in range(4)))
+
+        async def all_of_them() -> Any:
+            return await lists
+
+        pages, most = await most_per_turn(lambda: done, all_of_them())
+    assert [len(page.sessions) for page in pages] == [512] * 4
+    assert done == 4 * 512
+    assert most <= pieces.TURN
+
+
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("call", ["open", "open again", "close", "read", "fork"])
 @pytest.mark.stores("disk")
@@ -286,8 +335,8 @@ async def test_a_store_on_disk_is_asked_for_a_long_list_in_parts(
         opening = functools.partial(at.engine.open_sessions, "plain", session_ids=names, request_id=7)
         if call == "open again":
             await opening()
-        calls: dict[str, Callable[[], Any]] = {"open": opening, "open again": opening, **_calls(at, names)}
-        result: Any = (await asyncio.gather(calls[call](), return_exceptions=True))[0]
+        ways: dict[str, Callable[[], Any]] = {"open": opening, "open again": opening, **_calls(at, names)}
+        result: Any = (await asyncio.gather(ways[call](), return_exceptions=True))[0]
         assert isinstance(result, ServerError) is (call == "fork")
         if call.startswith("open"):
             assert list(result.session_ids) == names

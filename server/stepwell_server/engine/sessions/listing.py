@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -14,12 +13,13 @@ from stepwell_server.engine.api import Order, Position, SessionFilter, SessionIn
 from stepwell_server.engine.sessions.catalogue import Candidate, Catalogue, Query
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Expiry
+from stepwell_server.engine.sessions.pieces import TURN
 from stepwell_server.errors import SessionGone
 from stepwell_server.store import counts
 from stepwell_server.store.base import Fetched, Store
 from stepwell_server.store.record import Header, header_or_none
 
-#: Records looked at before others get a turn.
+#: Records that a store which others use is asked for together; of others there are `TURN`.
 _AT_ONCE = 250
 #: Records that one page looks at, at most, to find those of a model.
 _MOST_LOOKED_AT = 20_000
@@ -47,6 +47,11 @@ class Listing:
         self._is_shared = others is not None and others.local is None
         self._catalogue = catalogue
         self._clock = clock
+
+    @property
+    def _piece(self) -> int:
+        """Sessions looked at before others get a turn."""
+        return _AT_ONCE if self._is_shared else min(_AT_ONCE, TURN)
 
     async def ask(
         self,
@@ -109,10 +114,11 @@ class Listing:
             del candidates[query.limit :]
             key, name = candidates[-1]
             page.next = key, str(name, "utf-8", "replace")
-        for start in range(0, len(candidates), _AT_ONCE):
-            if start:
-                await asyncio.sleep(0)
-            some = candidates[start : start + _AT_ONCE]
+        count = self._piece
+        for start in range(0, len(candidates), count):
+            if len(candidates) > count:
+                await self._directory.pieces.turn(query.filter.tenant or "")
+            some = candidates[start : start + count]
             page += [info for info in await self._described(some) if self._fits(info, query.filter)]
         return page, total
 
@@ -151,7 +157,9 @@ class Listing:
         after = "" if query.after is None else query.after[1]
         wanted, model, prefix = query.filter, query.filter.model, query.filter.ids_begin_with
         while True:
-            at_once = _AT_ONCE if model else min(_AT_ONCE, query.limit + 1 - len(page))
+            if looked_at or query.limit > self._piece:
+                await self._directory.pieces.turn(wanted.tenant or "")
+            at_once = self._piece if model else min(self._piece, query.limit + 1 - len(page))
             some = await store.scan(after=after, prefix=prefix, limit=at_once)
             if not some:
                 return page
@@ -167,7 +175,6 @@ class Listing:
             if looked_at >= _MOST_LOOKED_AT:
                 page.next = 0.0, after
                 return page
-            await asyncio.sleep(0)
 
     def _info(self, session_id: str, header: Header | None) -> SessionInfo | None:
         """What the table says, else what the record says; a damaged record says nothing but its id.
