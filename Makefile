@@ -38,7 +38,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -c "import keras, tensorflow" 2>/dev/null
 	@touch $@
 
-$(FRONT): $(INSTALLED) scripts/front.py $(wildcard server/front/*.toml server/front/*.pyi server/front/src/*.rs)
+$(FRONT): $(INSTALLED) scripts/front.py $(wildcard server/front/*.toml server/front/*.pyi server/front/src/*.rs server/front/src/*/*.rs)
 	@$(BIN)/python scripts/front.py || [ $$? -eq 3 ]
 	@touch $@
 
