@@ -326,7 +326,7 @@ fn begin<S>(
     shared.open.add(&peer);
     let (shared, mut stage, done) = (shared.clone(), stage.clone(), done.clone());
     tokio::spawn(async move {
-        let most_unfinished = shared.limits.budget_bytes / UNFINISHED_PART;
+        let max_kept = shared.limits.budget_bytes / KEPT_PART;
         let mut serving = std::pin::pin!(async {
             let tls = shared.tls.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let Some(config) = tls else {
@@ -348,8 +348,7 @@ fn begin<S>(
             let began = Instant::now();
             let served = serving.as_mut().poll(cx);
             turn.end(began.elapsed());
-            let is_crowded = turn.unfinished() > 0 && shared.received.unfinished() > most_unfinished;
-            if is_crowded && shared.open.end_unfinished() {
+            while shared.received.kept() > max_kept && shared.open.end_largest() {
                 shared.counts.refuse(Refusal::Evicted);
             }
             served
@@ -368,8 +367,9 @@ const LARGEST_HEADER_BYTES: u32 = 64 << 10;
 const FIRST_WINDOW_BYTES: u32 = 64 << 10;
 const WINDOW_BYTES: u32 = 4 << 20;
 const WINDOWS_PART: usize = 4;
-/// Frames and headers without an end have this part of them: the largest or least known of them ends where they have more.
-const UNFINISHED_PART: usize = 4;
+/// What h2 keeps beside that (frames and headers without an end, entries of tables) has this part of them: a connection ends
+/// where it is more.
+const KEPT_PART: usize = 4;
 /// The same, of one call.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 /// What h2 takes of a call's replies, as the client makes room, before they are written to the socket.

@@ -33,6 +33,14 @@ impl Stay {
     }
 }
 
+impl Peer {
+    /// Have the connection leave for another. It is read no further.
+    fn leave(&self) {
+        self.turn.give_up();
+        self.stay.leave.notify_one();
+    }
+}
+
 /// All of them.
 #[derive(Debug, Default)]
 pub struct Connections(Mutex<Table>);
@@ -67,7 +75,7 @@ impl Connections {
             let Some(weak) = table.all.pop_front() else { break };
             let Some(peer) = weak.upgrade() else { continue };
             if asks && !peer.stay.is_known() {
-                peer.stay.leave.notify_one();
+                peer.leave();
                 return true;
             }
             if idle.is_none() && peer.load.share.places.all() == 0 {
@@ -76,26 +84,28 @@ impl Connections {
                 table.all.push_back(weak);
             }
         }
-        idle.inspect(|peer| peer.stay.leave.notify_one()).is_some()
+        idle.inspect(|peer| peer.leave()).is_some()
     }
 
-    /// End a connection whose frame or headers have no end yet, one that no known caller has used first; of others the one
-    /// that has sent most. Returns whether there was one.
-    pub fn end_unfinished(&self) -> bool {
+    /// End a connection of which bytes are kept that no window counts, one that no known caller has used first; of others
+    /// the one of which most are kept. Not all are looked at once there is one. Returns whether there was one.
+    pub fn end_largest(&self) -> bool {
         let mut table = self.table();
         let mut largest: Option<Arc<Peer>> = None;
-        for _ in 0..LOOKS.min(table.all.len()) {
+        for looks in 0..table.all.len() {
+            if looks >= LOOKS && largest.is_some() {
+                break;
+            }
             let Some(weak) = table.all.pop_front() else { break };
             let Some(peer) = weak.upgrade() else { continue };
             table.all.push_back(weak);
-            let rank = |peer: &Peer| (!peer.stay.is_known(), peer.turn.unfinished());
-            if peer.turn.unfinished() > 0 && largest.as_ref().is_none_or(|other| rank(&peer) > rank(other)) {
+            let rank = |peer: &Peer| (!peer.stay.is_known(), peer.turn.kept());
+            if peer.turn.kept() > 0 && largest.as_ref().is_none_or(|other| rank(&peer) > rank(other)) {
                 largest = Some(peer);
             }
         }
         let Some(peer) = largest else { return false };
-        peer.turn.give_up();
-        peer.stay.leave.notify_one();
+        peer.leave();
         true
     }
 
@@ -182,13 +192,19 @@ mod tests {
         let peers: Vec<_> = (0..4).map(|_| Arc::new(Peer::for_test())).collect();
         peers.iter().for_each(|peer| connections.add(peer));
         for (peer, bytes) in peers.iter().zip([3000, 2000, 1000, 0]) {
-            peer.turn.set_unfinished(bytes);
+            peer.turn.set_kept(bytes);
         }
         peers[0].stay.know();
         for left in [[false, true, false, false], [false, false, true, false], [true, false, false, false]] {
-            assert!(connections.end_unfinished());
+            assert!(connections.end_largest());
             assert_eq!(peers.iter().map(|peer| has_left(peer)).collect::<Vec<_>>(), left);
         }
+        assert!(!connections.end_largest());
+        let idle: Vec<_> = (0..2 * LOOKS).map(|_| Arc::new(Peer::for_test())).collect();
+        idle.iter().for_each(|peer| connections.add(peer));
+        let last = idle.last().unwrap();
+        last.turn.set_kept(1);
+        assert!(connections.end_largest() && has_left(last), "it is found wherever it stands");
     }
 
     #[test]

@@ -22,6 +22,11 @@ const MIN_TURN_BYTES: usize = 1 << 10;
 const TURN_TIME: Duration = Duration::from_micros(100);
 /// Fields of one call's headers. As many are over what h2 takes, since HTTP/2 counts 32 bytes for each.
 const MAX_FIELDS: usize = 2048;
+/// What headers without an end take in memory: so many times their bytes, and this for each field.
+const HEADER_COPIES: usize = 4;
+const FIELD_BYTES: usize = 128;
+/// What the table of a connection may keep before it counts: a client that calls a dozen methods keeps no more.
+const FREE_TABLE_BYTES: usize = 128 << 10;
 /// A frame of data smaller than this takes more memory while it waits than its bytes, which flow control bounds.
 pub const SMALL_BYTES: usize = 256;
 /// Those of one connection that wait to be read; and where those of all are many, fewer.
@@ -49,8 +54,8 @@ pub struct Turn {
     is_flooded: AtomicBool,
     /// Small frames of data that wait to be read.
     small: AtomicI64,
-    /// Bytes of a frame, or of a call's headers, of which the end has not come.
-    unfinished: AtomicUsize,
+    /// See `Control::kept`.
+    kept: AtomicUsize,
     all: Arc<Received>,
 }
 
@@ -58,13 +63,13 @@ pub struct Turn {
 #[derive(Debug, Default)]
 pub struct Received {
     small: AtomicI64,
-    unfinished: AtomicUsize,
+    kept: AtomicUsize,
 }
 
 impl Received {
-    /// Bytes of frames and headers of which the end has not come.
-    pub fn unfinished(&self) -> usize {
-        self.unfinished.load(Ordering::Relaxed)
+    /// Bytes that h2 keeps of all connections, though no window counts them.
+    pub fn kept(&self) -> usize {
+        self.kept.load(Ordering::Relaxed)
     }
 }
 
@@ -75,7 +80,7 @@ impl Default for Turn {
             left: AtomicUsize::new(0),
             is_flooded: AtomicBool::new(false),
             small: AtomicI64::new(0),
-            unfinished: AtomicUsize::new(0),
+            kept: AtomicUsize::new(0),
             all: Arc::default(),
         }
     }
@@ -84,7 +89,7 @@ impl Default for Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         self.all.small.fetch_sub(*self.small.get_mut(), Ordering::Relaxed);
-        self.set_unfinished(0);
+        self.set_kept(0);
     }
 }
 
@@ -96,23 +101,23 @@ impl Turn {
         turn
     }
 
-    /// Bytes of a frame, or of a call's headers, of which the end has not come.
-    pub fn unfinished(&self) -> usize {
-        self.unfinished.load(Ordering::Relaxed)
+    /// Bytes that h2 keeps of the connection, though no window counts them.
+    pub fn kept(&self) -> usize {
+        self.kept.load(Ordering::Relaxed)
     }
 
     /// The connection is about to leave: what it has sent counts no longer.
     pub fn give_up(&self) {
         self.is_flooded.store(true, Ordering::Relaxed);
-        self.set_unfinished(0);
+        self.set_kept(0);
     }
 
-    pub(crate) fn set_unfinished(&self, bytes: usize) {
-        let before = self.unfinished.swap(bytes, Ordering::Relaxed);
+    pub(crate) fn set_kept(&self, bytes: usize) {
+        let before = self.kept.swap(bytes, Ordering::Relaxed);
         if bytes >= before {
-            self.all.unfinished.fetch_add(bytes - before, Ordering::Relaxed);
+            self.all.kept.fetch_add(bytes - before, Ordering::Relaxed);
         } else {
-            self.all.unfinished.fetch_sub(before - bytes, Ordering::Relaxed);
+            self.all.kept.fetch_sub(before - bytes, Ordering::Relaxed);
         }
     }
 
@@ -199,7 +204,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for InTurns<S> {
         let read = buf.filled().len() - before;
         let mut may_send = self.control.may_send(&buf.filled()[before..], Instant::now);
         self.turn.left.store(left - read, Ordering::Relaxed);
-        self.turn.set_unfinished(self.control.unfinished());
+        self.turn.set_kept(self.control.kept());
         let small = std::mem::take(&mut self.control.small);
         if small > 0 && !self.turn.add_small(small) {
             let forgotten = self.control.forget(Instant::now());
@@ -316,18 +321,19 @@ impl Control {
         self.fields.count() <= MAX_FIELDS
     }
 
-    /// Bytes of a frame, or of headers, of which the end has not come.
-    fn unfinished(&self) -> usize {
-        if self.is_in_headers {
-            return self.header_bytes;
-        }
+    /// Bytes that h2 keeps of what has come, at most: a frame or headers without an end, and entries of its table.
+    fn kept(&self) -> usize {
         let [high, mid, low, ..] = self.head;
         let size = u32::from_be_bytes([0, high, mid, low]) as usize;
-        if self.skip > 0 {
+        let unfinished = if self.is_in_headers {
+            // h2 decodes each frame of headers as it comes, and keeps what it has read as well
+            HEADER_COPIES * self.header_bytes + FIELD_BYTES * self.fields.count()
+        } else if self.skip > 0 {
             size.saturating_sub(self.skip)
         } else {
             0
-        }
+        };
+        unfinished + self.fields.table_bytes().saturating_sub(FREE_TABLE_BYTES)
     }
 
     fn may_send_frame(&mut self, now: &impl Fn() -> Instant) -> bool {
@@ -345,6 +351,9 @@ impl Control {
             self.header_bytes = 0;
         }
         self.is_in_headers = kind == HEADERS || kind == CONTINUATION;
+        if self.is_in_headers {
+            self.fields.add_frame(self.skip);
+        }
         self.ends_headers = flags & END_HEADERS != 0;
         match kind {
             DATA if self.skip == 0 && flags & END_STREAM == 0 => {}
@@ -551,23 +560,30 @@ mod tests {
     fn bytes_without_an_end_are_counted() {
         let start = Instant::now();
         let mut control = Control::new(start);
-        assert!(control.may_send(&hello(), || start) && control.unfinished() == 0);
+        assert!(control.may_send(&hello(), || start) && control.kept() == 0);
         let long = frame(0, 0, 1000);
         assert!(control.may_send(&long[..HEAD_BYTES + 600], || start));
-        assert_eq!(control.unfinished(), 600);
-        assert!(control.may_send(&long[HEAD_BYTES + 600..], || start) && control.unfinished() == 0);
-        for (kind, flags, bytes) in [(1, 0, 40), (9, 0, 80), (9, 4, 0), (0, 0, 0)] {
+        assert_eq!(control.kept(), 600);
+        assert!(control.may_send(&long[HEAD_BYTES + 600..], || start) && control.kept() == 0);
+        for (kind, flags, frames) in [(1, 0, 1), (9, 0, 2), (9, 4, 0), (0, 0, 0)] {
             assert!(control.may_send(&frame(kind, flags, 40), || start));
-            assert_eq!(control.unfinished(), bytes);
+            assert_eq!(control.kept(), frames * (40 * HEADER_COPIES + 5 * FIELD_BYTES));
         }
+        let mut path = frame(1, 4, 4000);
+        path[HEAD_BYTES..HEAD_BYTES + 3].copy_from_slice(b"\x44\x01/");
+        for _ in 0..8 {
+            assert_eq!(control.kept(), 0);
+            assert!(control.may_send(&path, || start));
+        }
+        assert!(control.may_send(&path, || start) && control.kept() > 0, "more entries than are free");
         let all = Arc::<Received>::default();
         let turns = [Turn::new(all.clone()), Turn::new(all.clone())];
-        turns.iter().for_each(|turn| turn.set_unfinished(600));
-        turns[0].set_unfinished(500);
+        turns.iter().for_each(|turn| turn.set_kept(600));
+        turns[0].set_kept(500);
         turns[1].give_up();
-        assert_eq!((all.unfinished(), turns[1].poll_flooded().is_ready()), (500, true));
+        assert_eq!((all.kept(), turns[1].poll_flooded().is_ready()), (500, true));
         drop(turns);
-        assert_eq!(all.unfinished(), 0);
+        assert_eq!(all.kept(), 0);
     }
 
     #[test]

@@ -1,4 +1,7 @@
-//! How many fields a block of headers has, counted before h2 decodes it: one byte may stand for a field of 4 KiB.
+//! How many fields a block of headers has, counted before h2 decodes it: one byte may stand for a field of 4 KiB. And how
+//! much memory h2's table of fields holds on to.
+
+use std::collections::VecDeque;
 
 /// Walks blocks of headers (RFC 7541, 6) in whatever pieces they come. It decodes no text.
 ///
@@ -10,38 +13,107 @@ pub struct Fields {
     skip: usize,
     /// Strings of the field that are still to come.
     strings: u8,
+    /// The field goes into the table.
+    is_inserted: bool,
     /// Of the block so far.
     count: usize,
+    /// Bytes of the block's frames.
+    size: usize,
+    table: Table,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
 enum Part {
     #[default]
     Field,
-    /// More bytes of a number that nothing depends on.
-    Index,
+    /// More bytes of the index of a field or of a name.
+    Index {
+        index: usize,
+        shift: u32,
+    },
     /// The size of a string, and more bytes of one.
     Size,
     MoreSize {
         size: usize,
         shift: u32,
+        is_huffman: bool,
+    },
+    /// The first byte of a name that goes into the table.
+    Name {
+        size: usize,
+        is_huffman: bool,
     },
 }
 
 const PADDED: u8 = 0x8;
 const PRIORITY: u8 = 0x20;
+/// The last pseudo-header that a request has in the static table, and the last index of that table.
+const LAST_PSEUDO: usize = 7;
+const LAST_STATIC: usize = 61;
+/// Entries that a table of 4 KiB may have: each takes 33 bytes or more.
+const TABLE_ENTRIES: u64 = 128;
+/// What h2 allocates to read the next frame.
+const READ_BUFFER_BYTES: usize = 8 << 10;
+
+/// h2 copies what goes into its table, except the values of pseudo-headers: such an entry keeps the whole buffer in which
+/// it was read.
+#[derive(Debug, Default)]
+struct Table {
+    /// Entries so far.
+    inserted: u64,
+    /// The pseudo-headers that may still be there: their numbers and the bytes that they keep.
+    pseudo: VecDeque<(u64, usize)>,
+    bytes: usize,
+}
+
+impl Table {
+    fn insert(&mut self, is_pseudo: bool, bytes: usize) {
+        self.inserted += 1;
+        while let Some(&(number, old)) = self.pseudo.front() {
+            if number + TABLE_ENTRIES > self.inserted {
+                break;
+            }
+            self.pseudo.pop_front();
+            self.bytes -= old;
+        }
+        if is_pseudo {
+            self.pseudo.push_back((self.inserted, bytes));
+            self.bytes += bytes;
+        }
+    }
+
+    /// Whether the name with this index is that of a pseudo-header.
+    fn is_pseudo(&self, index: usize) -> bool {
+        if index <= LAST_STATIC {
+            return index <= LAST_PSEUDO;
+        }
+        let number = self.inserted.checked_sub((index - LAST_STATIC - 1) as u64);
+        number.is_some_and(|number| self.pseudo.binary_search_by_key(&number, |entry| entry.0).is_ok())
+    }
+}
 
 impl Fields {
     /// A frame begins a block; `flags` are its own.
     pub fn begin(&mut self, flags: u8) {
         let padding = usize::from(flags & PADDED != 0);
         let priority = if flags & PRIORITY == 0 { 0 } else { 5 };
-        *self = Fields { skip: padding + priority, ..Fields::default() };
+        let table = std::mem::take(&mut self.table);
+        *self = Fields { skip: padding + priority, table, ..Fields::default() };
+    }
+
+    /// The block has a frame of this size.
+    pub fn add_frame(&mut self, size: usize) {
+        self.size += size;
     }
 
     /// Fields of the block so far.
     pub fn count(&self) -> usize {
         self.count
+    }
+
+    /// Bytes that entries of h2's table keep, at most.
+    pub fn table_bytes(&self) -> usize {
+        self.table.bytes
     }
 
     /// More of the block. Padding behind it counts as fields, a third of its bytes at most.
@@ -52,19 +124,34 @@ impl Fields {
             bytes = &bytes[skipped..];
             let Some((&byte, rest)) = bytes.split_first() else { return };
             bytes = rest;
+            let (low, is_last) = (usize::from(byte & 0x7f), byte < 0x80);
             match self.part {
                 Part::Field => self.field(byte),
-                Part::Index if byte < 0x80 => self.part = self.next(),
-                Part::Index => {}
-                Part::Size if byte & 0x7f == 0x7f => self.part = Part::MoreSize { size: 0x7f, shift: 0 },
-                Part::Size => self.string(usize::from(byte & 0x7f)),
-                Part::MoreSize { size, shift } => {
-                    let size = size + (usize::from(byte & 0x7f) << shift.min(28));
-                    if byte < 0x80 {
-                        self.string(size);
+                Part::Index { index, shift } => {
+                    let index = index + (low << shift.min(28));
+                    if is_last {
+                        self.indexed(index);
                     } else {
-                        self.part = Part::MoreSize { size, shift: shift + 7 };
+                        self.part = Part::Index { index, shift: shift + 7 };
                     }
+                }
+                Part::Size if low == 0x7f => {
+                    self.part = Part::MoreSize { size: low, shift: 0, is_huffman: !is_last };
+                }
+                Part::Size => self.string(low, !is_last),
+                Part::MoreSize { size, shift, is_huffman } => {
+                    let size = size + (low << shift.min(28));
+                    if is_last {
+                        self.string(size, is_huffman);
+                    } else {
+                        self.part = Part::MoreSize { size, shift: shift + 7, is_huffman };
+                    }
+                }
+                Part::Name { size, is_huffman } => {
+                    // a colon, of which Huffman's code has seven bits
+                    self.insert(if is_huffman { byte >> 1 == 0x5c } else { byte == b':' });
+                    self.skip = size - 1;
+                    self.part = Part::Size;
                 }
             }
         }
@@ -78,15 +165,38 @@ impl Fields {
             0x20.. => (0x1f, false), // a new size of the table
             _ => (0x0f, true),
         };
+        self.is_inserted = mask == 0x3f;
         let index = byte & mask;
         self.strings = if has_strings { 1 + u8::from(index == 0) } else { 0 };
-        self.part = if index == mask { Part::Index } else { self.next() };
+        if index == mask {
+            self.part = Part::Index { index: usize::from(index), shift: 0 };
+        } else {
+            self.indexed(usize::from(index));
+        }
     }
 
-    fn string(&mut self, size: usize) {
-        self.skip = size;
-        self.strings = self.strings.saturating_sub(1);
+    /// The index of the field, or of its name, is known; 0: its name comes as a string.
+    fn indexed(&mut self, index: usize) {
+        if self.is_inserted && index > 0 {
+            self.insert(self.table.is_pseudo(index));
+        }
         self.part = self.next();
+    }
+
+    fn insert(&mut self, is_pseudo: bool) {
+        // the buffer of headers in several frames grows by doubling
+        self.table.insert(is_pseudo, READ_BUFFER_BYTES + 2 * self.size);
+    }
+
+    fn string(&mut self, size: usize, is_huffman: bool) {
+        let is_name = self.strings == 2;
+        self.strings = self.strings.saturating_sub(1);
+        if is_name && self.is_inserted && size > 0 {
+            self.part = Part::Name { size, is_huffman };
+        } else {
+            self.skip = size;
+            self.part = self.next();
+        }
     }
 
     fn next(&self) -> Part {
@@ -140,10 +250,54 @@ mod tests {
         }
 
         #[test]
+        fn pseudo_headers_in_the_table_are_counted_in_whatever_pieces(
+            kinds in prop::collection::vec(0usize..8, 0..100),
+            piece in 1usize..20,
+        ) {
+            // whether they go into the table as pseudo-headers: by static names, by names of their own, plain and Huffman's
+            let ways: [(&[u8], bool); 8] = [
+                (b"\x44\x01/", true),
+                (b"\x41\x01a", true),
+                (b"\x40\x05:path\x01/", true),
+                (b"\x40\x84\xb9\x58\x4d\xff\x01/", true),
+                (b"\x50\x01a", false),
+                (b"\x40\x01a\x01:", false),
+                (b"\x40\x81\x1f\x01:", false),
+                (b"\x04\x01/", false), // of the call alone
+            ];
+            let block: Vec<u8> = kinds.iter().flat_map(|kind| ways[*kind].0).copied().collect();
+            let mut fields = Fields::default();
+            fields.begin(0);
+            block.chunks(piece).for_each(|part| fields.push(part));
+            let count = kinds.iter().filter(|kind| ways[**kind].1).count();
+            prop_assert_eq!((fields.count(), fields.table_bytes()), (kinds.len(), count * READ_BUFFER_BYTES));
+        }
+
+        #[test]
         fn any_bytes_end(bytes: Vec<u8>) {
             let mut fields = Fields::default();
             fields.push(&bytes);
             prop_assert!(fields.count() <= bytes.len());
         }
+    }
+
+    #[test]
+    fn an_entry_keeps_the_frames_of_its_block_until_others_have_taken_its_place() {
+        let mut fields = Fields::default();
+        let mut push = |block: &[u8], size| {
+            fields.begin(0);
+            fields.add_frame(size);
+            fields.push(block);
+            fields.table_bytes()
+        };
+        let one = READ_BUFFER_BYTES + 2 * 1000;
+        assert_eq!(push(b"\x44\x01/", 1000), one);
+        assert_eq!(push(b"\x40\x01a\x01b", 1000), one);
+        assert_eq!(push(b"\x7e\x01b", 1000), one, "the name of the newest entry");
+        assert_eq!(push(b"\x7f\x01\x01/", 1000), 2 * one, "and of the oldest one");
+        let others: Vec<u8> = b"\x40\x01a\x01b".repeat(TABLE_ENTRIES as usize - 4);
+        assert_eq!(push(&others, 1000), 2 * one);
+        assert_eq!(push(b"\x40\x01a\x01b", 1000), one);
+        assert_eq!(push(&others, 1000), 0);
     }
 }
