@@ -12,7 +12,7 @@ use crate::serve;
 use crate::shape::{Breach, Shape};
 use crate::tenancy::Connections;
 use crate::tls;
-use crate::turn::{InTurns, Received, Turn};
+use crate::turn::{Gate, InTurns, Received, Turn};
 use crate::wakeup::Wakeup;
 use bytes::Bytes;
 use std::collections::HashMap;
@@ -22,7 +22,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::Context;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
@@ -84,6 +84,8 @@ pub struct Shared {
     pub judging: Arc<Semaphore>,
     /// What connections have sent that is not done with.
     received: Arc<Received>,
+    /// Of connections that no known caller has used.
+    gate: Gate,
     arrivals: Mutex<Arrivals>,
     pub wakeup: Wakeup,
     /// Python's event loop is about to take what comes.
@@ -121,6 +123,7 @@ impl Shared {
             pace: Pace::default(),
             judging: Arc::new(Semaphore::new(MAX_JUDGED)),
             received: Arc::default(),
+            gate: Gate::default(),
             arrivals: Mutex::new(Arrivals::default()),
             wakeup,
             is_taking: AtomicBool::new(false),
@@ -324,6 +327,7 @@ fn begin<S>(
     let turn = Arc::new(Turn::new(shared.received.clone()));
     let peer = Arc::new(Peer::new(name(number), number, load, turn.clone()));
     shared.open.add(&peer);
+    let own = peer.clone();
     let (shared, mut stage, done) = (shared.clone(), stage.clone(), done.clone());
     tokio::spawn(async move {
         let max_kept = shared.limits.budget_bytes / KEPT_PART;
@@ -343,19 +347,41 @@ fn begin<S>(
             let socket = InTurns::new(socket, turn.clone());
             connection(socket, &turn, peer, &shared, stage).await;
         });
-        std::future::poll_fn(|cx| {
+        loop {
+            let pass = match own.stay.is_known() {
+                true => None,
+                false => shared.gate.pass(|| turn.is_given_up()).await,
+            };
             turn.begin();
             let began = Instant::now();
-            let served = serving.as_mut().poll(cx);
+            let served = std::future::poll_fn(|cx| Poll::Ready(serving.as_mut().poll(cx))).await;
             turn.end(began.elapsed());
             while shared.received.kept() > max_kept && shared.open.end_largest() {
                 shared.counts.refuse(Refusal::Evicted);
             }
-            served
-        })
-        .await;
+            if served.is_ready() {
+                break;
+            }
+            if let Some(pass) = pass {
+                pass.end();
+            }
+            woken().await;
+        }
         drop((entry, watched, done));
     });
+}
+
+/// Return when this task, of which a future has just been polled, is woken.
+async fn woken() {
+    let mut is_polled = false;
+    std::future::poll_fn(|_| {
+        if std::mem::replace(&mut is_polled, true) {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    })
+    .await;
 }
 
 /// Calls of all connections of which Python is asked at the same time who makes them.
@@ -517,5 +543,71 @@ impl Shared {
             None,
             Wakeup::new().unwrap_or_else(|_| unreachable!()),
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{ErrorKind, Read, Write};
+    use std::os::unix::net::UnixStream as Client;
+    use tokio::net::UnixStream;
+
+    const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    const PING: &[u8] = b"\0\0\x08\x06\0\0\0\0\0pingpong";
+
+    /// What the server has sent, if anything.
+    fn received(client: &mut Client) -> Vec<u8> {
+        let mut bytes = vec![0; 1 << 16];
+        match client.read(&mut bytes) {
+            Ok(size) => bytes.truncate(size),
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                bytes.clear();
+            }
+        }
+        bytes
+    }
+
+    fn has_pong(client: &mut Client) -> bool {
+        received(client).windows(8).any(|bytes| bytes == b"pingpong")
+    }
+
+    #[tokio::test]
+    async fn a_known_connection_does_not_wait_for_all_strangers() {
+        let shared = Arc::new(Shared::for_test());
+        let (_stage, watched) = watch::channel(Stage::Serving);
+        let (done, _) = tokio::sync::mpsc::channel(1);
+        let mut clients = Vec::new();
+        for _ in 0..9 {
+            let (mut client, socket) = Client::pair().unwrap();
+            client.set_nonblocking(true).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            client.write_all(HELLO).unwrap();
+            let entered = Doors::new(shared.clone()).admit(UnixStream::from_std(socket), |_| None).await;
+            let (socket, entry) = entered.unwrap();
+            begin(socket, entry, |number| number.to_string(), &shared, &watched, &done);
+            clients.push(client);
+        }
+        for client in &mut clients {
+            client.write_all(PING).unwrap();
+            while !has_pong(client) {
+                tokio::task::yield_now().await;
+            }
+        }
+        let (known, strangers) = clients.split_last_mut().unwrap();
+        shared.open.know_last();
+        strangers.iter_mut().for_each(|client| client.write_all(PING).unwrap());
+        known.write_all(PING).unwrap();
+        while !has_pong(known) {
+            tokio::task::yield_now().await;
+        }
+        let answered = strangers.iter_mut().filter_map(|client| has_pong(client).then_some(())).count();
+        assert!(answered <= 2, "{answered} strangers came first");
+        for client in strangers.iter_mut().skip(answered) {
+            while !has_pong(client) {
+                tokio::task::yield_now().await;
+            }
+        }
     }
 }

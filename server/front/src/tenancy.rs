@@ -121,6 +121,11 @@ impl Connections {
         Some(FromAddress { connections: self.clone(), address })
     }
 
+    #[cfg(test)]
+    pub fn know_last(&self) {
+        self.table().all.iter().filter_map(Weak::upgrade).max_by_key(|peer| peer.number).unwrap().stay.know();
+    }
+
     fn table(&self) -> MutexGuard<'_, Table> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

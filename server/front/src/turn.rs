@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 mod fields;
+mod gate;
+
+pub use gate::Gate;
 
 /// Bytes read of a connection in one turn, at most and at least. Between them each connection has as many as it can be
 /// served with in the time of a turn: headers cost a hundred times as much as data.
@@ -106,6 +109,11 @@ impl Turn {
         self.kept.load(Ordering::Relaxed)
     }
 
+    /// Whether the connection is about to leave.
+    pub fn is_given_up(&self) -> bool {
+        self.is_flooded.load(Ordering::Relaxed)
+    }
+
     /// The connection is about to leave: what it has sent counts no longer.
     pub fn give_up(&self) {
         self.is_flooded.store(true, Ordering::Relaxed);
@@ -158,7 +166,7 @@ impl Turn {
 
     /// Ready when the peer has sent more frames without a call than it may.
     pub fn poll_flooded(&self) -> Poll<()> {
-        if self.is_flooded.load(Ordering::Relaxed) {
+        if self.is_given_up() {
             Poll::Ready(())
         } else {
             Poll::Pending

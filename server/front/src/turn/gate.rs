@@ -1,0 +1,97 @@
+//! Connections that pass a gate have their turns one at a time. So very many of them cost the others no more than one does.
+
+use std::future::{poll_fn, Future};
+use std::sync::Arc;
+use std::task::Poll;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Lets one turn pass for each time that the thread has looked at everything else, in the order in which they came.
+#[derive(Clone, Debug)]
+pub struct Gate(Arc<Semaphore>);
+
+impl Default for Gate {
+    fn default() -> Self {
+        Gate(Arc::new(Semaphore::new(1)))
+    }
+}
+
+/// The turn of one connection.
+#[derive(Debug)]
+pub struct Pass {
+    _turn: OwnedSemaphorePermit,
+}
+
+impl Gate {
+    /// Return when it is this connection's turn. None: it is to leave, and need not wait for that.
+    pub async fn pass(&self, is_leaving: impl Fn() -> bool) -> Option<Pass> {
+        let mut turn = std::pin::pin!(self.0.clone().acquire_owned());
+        poll_fn(|cx| {
+            if is_leaving() {
+                return Poll::Ready(None);
+            }
+            turn.as_mut().poll(cx).map(|turn| turn.ok().map(|turn| Pass { _turn: turn }))
+        })
+        .await
+    }
+}
+
+impl Pass {
+    /// The turn has ended: the next one follows behind all tasks that can continue, and behind a look at the sockets.
+    pub fn end(self) {
+        tokio::spawn(async move {
+            tokio::task::yield_now().await;
+            drop(self);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+    use tokio::task::yield_now;
+
+    #[tokio::test]
+    async fn between_two_turns_all_others_are_looked_at() {
+        const BUSY: usize = 50;
+        const ROUNDS: usize = 4;
+        let (gate, order) = (Gate::default(), Arc::new(Mutex::new(Vec::new())));
+        let mut tasks = Vec::new();
+        for number in 0..BUSY {
+            let (gate, order) = (gate.clone(), order.clone());
+            tasks.push(tokio::spawn(async move {
+                for _ in 0..ROUNDS {
+                    let pass = gate.pass(|| false).await.unwrap();
+                    order.lock().unwrap().push(Some(number));
+                    pass.end();
+                    yield_now().await;
+                }
+            }));
+        }
+        let noted = order.clone();
+        let quiet = tokio::spawn(async move {
+            loop {
+                noted.lock().unwrap().push(None);
+                yield_now().await;
+            }
+        });
+        for task in tasks {
+            task.await.unwrap();
+        }
+        quiet.abort();
+        let order = order.lock().unwrap();
+        assert!(order.windows(2).all(|two| two[0].is_none() || two[1].is_none()), "{order:?}");
+        let busy: Vec<_> = order.iter().flatten().copied().collect();
+        let in_turn: Vec<_> = (0..ROUNDS).flat_map(|_| 0..BUSY).collect();
+        assert_eq!(busy, in_turn);
+    }
+
+    #[tokio::test]
+    async fn one_that_leaves_does_not_wait() {
+        let gate = Gate::default();
+        let first = gate.pass(|| false).await;
+        assert!(first.is_some() && gate.pass(|| true).await.is_none());
+        drop(first);
+        assert!(gate.pass(|| false).await.is_some());
+    }
+}
