@@ -22,9 +22,8 @@ class Wire:
         self.done: list[Made] = []
         self.looking: list[str] = []
         self.whose: dict[str, Whose] = {}
-        self.arrivals = Arrivals(
-            self._do, ManualClock().monotonic, lambda peer: self.whose.get(peer, ("", ""))
-        )
+        self.clock = ManualClock()
+        self.arrivals = Arrivals(self._do, self.clock.monotonic, lambda peer: self.whose.get(peer, ("", "")))
         self.count = 0
         self.was_large = False
 
@@ -62,6 +61,23 @@ def test_who_is_alone_does_not_wait() -> None:
     assert wire.turn() == [6, 7, 8], "the tasks have looked"
     assert not wire.arrivals
     assert not wire.arrivals.has_company
+
+
+def test_after_a_long_turn_connections_that_wait_still_take_turns() -> None:
+    """Else all that waits would begin in one turn, which takes long, too: so it would go on for ever."""
+    wire = Wire()
+    for _ in range(100):
+        wire.add(Kind.TASK, "a")
+        wire.add(Kind.TASK, "b")
+    wire.clock.advance(1.0)
+    assert [len(wire.turn()) for _ in range(3)] == [1, 1, 1]
+
+
+def test_the_tasks_of_one_connection_do_not_begin_all_in_one_turn() -> None:
+    wire = Wire()
+    for _ in range(100):
+        wire.add(Kind.TASK, "a")
+    assert [len(wire.turn()) for _ in range(4)] == [32, 32, 32, 4]
 
 
 def test_what_comes_alone_is_done_at_once_unless_something_is_before_it() -> None:

@@ -23,6 +23,8 @@ COMPANY_S = 0.05
 LARGE = 64
 #: What may be begun in one turn while others are about: tasks, and large batches.
 _TASKS, _LARGE_BATCHES = 1, 1
+#: Tasks that begin in one turn for a connection that is alone: who comes meanwhile waits for them.
+_MAX_TASKS = 32
 
 
 class Kind(enum.Enum):
@@ -102,8 +104,9 @@ class Arrivals:
 
         `is_extra`: it is no turn for large batches, unless nobody else is about.
         """
-        alone = not self.has_company or self._now() >= self._company_until
-        tasks = large = 1 << 30
+        # after a long turn the last arrival is long ago, and several connections may wait all the same
+        alone = len(self._lines) <= 1 and (not self.has_company or self._now() >= self._company_until)
+        tasks, large = _MAX_TASKS, 1 << 30
         if not alone:
             tasks, large = _TASKS, 0 if is_extra else _LARGE_BATCHES
         went_on, was_large = True, False
