@@ -112,7 +112,7 @@ KINDS = {
     "lists of three million ids": Kind(
         lambda: _attack(f"{_SESSIONS}CloseSessions", b"\x0a\x01x" * 3_000_000, 2, 1), is_known=True
     ),
-    "closes of 60,000 ids": Kind(
+    "closes of 60,000 unknown ids": Kind(
         lambda: _attack(f"{_SESSIONS}CloseSessions", _closes(60_000), 3, 1), is_known=True
     ),
     "closes of 4,096 unknown ids": Kind(
