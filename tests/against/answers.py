@@ -187,8 +187,15 @@ def of_message(message: Message, prefix: str = "") -> dict[str, str]:
             found[path] = _of_value(value, field)
     unknown: Any = unknown_fields.UnknownFieldSet(message)  # its types do not say that it can be iterated
     for one in unknown:
-        found[f"{prefix}unknown field {one.field_number}"] = _of_bytes(repr(one.data).encode())
+        found[f"{prefix}unknown field {one.field_number}"] = _of_bytes(repr(_of_unknown(one.data)).encode())
     return found
+
+
+def _of_unknown(data: Any) -> object:
+    """The value of a field that the tree does not know: that of a group is again a set of fields."""
+    if isinstance(data, int | bytes):
+        return data
+    return [(one.field_number, one.wire_type, _of_unknown(one.data)) for one in data]
 
 
 def _name_of(field: FieldDescriptor) -> str:

@@ -14,7 +14,8 @@ from against.answers import Answer
 WANTED = Path(__file__).with_name("wanted.toml")
 MAX_SHOWN = 20
 """Differences that a report shows in full; the others are counted."""
-_KEYS = {"call", "what", "base", "tree", "reason"}
+MAX_SHOWN_OF_A_KIND = 3
+_KEYS = {"call", "what", "base", "tree", "reason", "ends_program"}
 ABSENT = "<absent>"
 
 
@@ -51,6 +52,8 @@ class Wanted:
     base: re.Pattern[str]
     tree: re.Pattern[str]
     reason: str
+    ends_program: bool = False
+    """The sessions of the two servers are not the same afterwards: the rest of a program is not compared."""
 
     def covers(self, difference: Difference) -> bool:
         pairs = (
@@ -82,7 +85,7 @@ def wanted(path: Path = WANTED) -> list[Wanted]:
             )
         except re.error as error:
             raise WantedError(f"{path.name}, difference {number}: {error}") from error
-        found.append(Wanted(call, what, base, tree, entry["reason"]))
+        found.append(Wanted(call, what, base, tree, entry["reason"], entry.get("ends_program", False)))
     return found
 
 
@@ -124,7 +127,11 @@ class Report:
     """Of the base, by call and end."""
     found: Counter[int] = dataclasses.field(default_factory=Counter)
     """Wanted differences, by their place in the list."""
+    ended: int = 0
+    """Programs that were not compared to their ends because of a wanted difference."""
     unwanted: int = 0
+    kinds: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Unwanted differences, by the call and by what differs."""
     shown: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     """What went wrong beside answers: a server that ended, or logged a defect."""
@@ -134,26 +141,37 @@ class Report:
         return not self.unwanted and not self.notes
 
     def compare(self, place: Place, base: Exchange, tree: Exchange) -> bool:
-        """Take note of the differences between two exchanges. Returns whether all of them are wanted."""
+        """Take note of the differences between two exchanges.
+
+        Returns whether the program may go on: all of them are wanted, and the sessions are the same afterwards.
+        """
         self.calls[place.server] += 1
         self.ends[f"{base.call} {base.answer.end}"] += 1
         if base.call != tree.call or base.request != tree.request:
             differences = [Difference(base.call, "request", base.request, tree.request)]
         else:
             differences = between(base.call, base.answer, tree.answer)
-        left = [one for one in differences if not self._is_wanted(one)]
+        entries = [self._entry(one) for one in differences]
+        left = [one for one, entry in zip(differences, entries, strict=True) if entry is None]
         if left:
             self.unwanted += 1
-            if len(self.shown) < MAX_SHOWN:
+            kind = _kind(left[0])
+            self.kinds[kind] += 1
+            if len(self.shown) < MAX_SHOWN and self.kinds[kind] <= MAX_SHOWN_OF_A_KIND:
                 self.shown.append("\n".join(_shown(place, base, tree, left)))
-        return not left
+            return False
+        if any(entry is not None and entry.ends_program for entry in entries):
+            self.ended += 1
+            return False
+        return True
 
-    def _is_wanted(self, difference: Difference) -> bool:
+    def _entry(self, difference: Difference) -> Wanted | None:
+        """The entry of the list that covers a difference."""
         for number, entry in enumerate(self.listed):
             if entry.covers(difference):
                 self.found[number] += 1
-                return True
-        return False
+                return entry
+        return None
 
     def lines(self) -> Iterator[str]:
         """The report."""
@@ -164,11 +182,21 @@ class Report:
         yield f"wanted differences: {sum(self.found.values()):,}"
         for number, entry in enumerate(self.listed):
             yield f"  {self.found[number]:,}: {entry.reason}"
+        if self.ended:
+            yield f"programs that such a difference has ended: {self.ended:,}"
         yield from (f"WRONG: {note}" for note in self.notes)
         yield f"unwanted differences: {self.unwanted:,} calls"
+        yield from (f"  {count:,}: {kind}" for kind, count in self.kinds.most_common())
         yield from self.shown
         if self.unwanted > len(self.shown):
             yield f"... and {self.unwanted - len(self.shown):,} calls more"
+
+
+def _kind(difference: Difference) -> str:
+    how = (
+        f": {difference.base} in the base, {difference.tree} in the tree" if difference.what == "end" else ""
+    )
+    return f"{difference.call}, {difference.what}{how}"
 
 
 def _shown(place: Place, base: Exchange, tree: Exchange, differences: Sequence[Difference]) -> Iterator[str]:

@@ -304,7 +304,18 @@ class Extras:
         number = 1000 * (player.program.number + 1) + extra.number
         sequence: int | str = number if extra.number % 2 else player.own(f"triton-{extra.number}")
         for step in range(4):
-            self._infer(sequence_id=sequence, start=step == 0, end=step == 3, request_id=str(step))
+            fields: dict[str, Any] = {
+                "sequence_id": sequence,
+                "start": step == 0,
+                "end": step == 3,
+                "request_id": f"{player.next_request()}",
+            }
+            request = self._infer_request(**fields)
+            self._send(request)
+            if extra.number > step:
+                self._send(request, "again")
+            if extra.number % 4 == step:
+                self._send(self._infer_request(**fields), "reused")
         self._infer(sequence_id=sequence)  # it has ended
         self._infer(sequence_id=sequence, start=True, priority=3)
         self._infer(sequence_id=sequence, end=True)
@@ -348,9 +359,11 @@ class Extras:
         player.take("ModelStreamInfer", "a sequence of four requests, and one after its end", answer)
 
     def _infer(self, **fields: Any) -> None:
-        request = self._infer_request(**fields)
+        self._send(self._infer_request(**fields))
+
+    def _send(self, request: triton_pb.ModelInferRequest, label: str = "") -> None:
         method = self._triton("ModelInfer", triton_pb.ModelInferResponse)
-        self._player.call(method, "ModelInfer", request)
+        self._player.call(method, "ModelInfer", request, label)
 
     def _infer_request(self, **fields: Any) -> triton_pb.ModelInferRequest:
         inputs = self._player.draw(1, 1)

@@ -295,11 +295,13 @@ class _Sender:
                 self._lines[side] = None
             both.append(Exchange(f"malformed {call.path}", _shown(call), answer))
             made.append(_made(call, replies))
-        self._pair.compare("malformed messages", number, *both)
+        alike = self._pair.compare("malformed messages", number, *both)
         for side, ids in enumerate(made):
             if ids:
                 with Wire(self._pair.servers[side].address) as wire:
                     wire.close(*ids)
+        if not alike:  # what comes next is to find the same sessions
+            self._tidy()
 
     def _lost(self, number: int, call: Call, error: Exception) -> None:
         self._pair.note(

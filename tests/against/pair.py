@@ -85,7 +85,7 @@ class Pair:
         self._stack.close()
 
     def play(self, program: Program) -> bool:
-        """Play a program at both. Ends at the first difference that is not wanted; returns whether there was none."""
+        """Play a program at both. Ends where `Report.compare` says so; returns whether it was played to its end."""
         players = [Player(wire, self._specs, program, self._seed, self._files) for wire in self._wires]
         name = f"program {program.number} of {program.model}"
         steps: list[tuple[int, _Make]] = [(-1, Player.begin)]

@@ -137,6 +137,15 @@ def session(**fields: object) -> Message:
     return pb.GetSessionResponse(session=made)
 
 
+def test_a_field_that_the_tree_does_not_know_is_compared() -> None:
+    group, another = b"\xa3\x06\x08\x05\xa4\x06", b"\xa3\x06\x08\x06\xa4\x06"
+    one, again, two = (
+        answers.succeeded(pb.RenewLeaseResponse.FromString(raw)) for raw in (group, group, another)
+    )
+    assert paths(one, again) == []
+    assert paths(one, two) == ["unknown field 100"]
+
+
 def test_what_is_random_or_from_the_clock_is_left_out() -> None:
     other = session(uid=2)
     assert isinstance(other, pb.GetSessionResponse)
@@ -271,9 +280,24 @@ def test_another_request_is_a_difference(tmp_path: Path) -> None:
 
 def test_a_report_shows_some_in_full_and_counts_all(tmp_path: Path) -> None:
     found = report(tmp_path)
-    for _ in range(differences.MAX_SHOWN + 3):
+    for _ in range(differences.MAX_SHOWN_OF_A_KIND + 3):
         compare(found, "Step", CONFLICT, INVALID)
+    assert (
+        "  6: Step, end: ABORTED REVISION_CONFLICT in the base, INVALID_ARGUMENT INVALID_INPUT in the tree"
+        in [*found.lines()]
+    )
     assert [*found.lines()][-1] == "... and 3 calls more"
+    for number in range(differences.MAX_SHOWN):
+        compare(found, f"Step {number}", CONFLICT, INVALID)
+    assert len(found.shown) == differences.MAX_SHOWN
+
+
+def test_a_program_goes_on_after_a_wanted_difference_unless_its_entry_says_otherwise(tmp_path: Path) -> None:
+    assert compare(report(tmp_path), "Step reused", CONFLICT, INVALID)
+    found = report(tmp_path, WANTED + "ends_program = true\n")
+    assert not compare(found, "Step reused", CONFLICT, INVALID)
+    assert found.is_good
+    assert "programs that such a difference has ended: 1" in [*found.lines()]
 
 
 @pytest.mark.parametrize(
