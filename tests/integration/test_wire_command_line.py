@@ -90,6 +90,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two processes compile meanwhile
 def test_ten_lines(started: Started, served: Served) -> None:
     """Compiled by its own process from the file as Keras saved it; the numbers are the other server's."""
     address = started.address()
