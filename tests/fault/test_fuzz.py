@@ -95,3 +95,12 @@ def test_what_is_sent_is_bounded_and_found_again_by_its_seed(rng: malformed.Rand
     rng.setstate(state)
     assert malformed.odd_call(KNOWN, rng) == call
     assert len(call.body) <= malformed.MOST_BYTES
+
+
+def test_the_valid_messages_are_the_same_bytes_in_each_process() -> None:
+    """The entries of a map come in any order, another one in each process, unless they are sorted."""
+    requests = [one.raw for one in KNOWN if one.path.endswith(("/ModelInfer", "/ModelStreamInfer"))]
+    assert len(requests) == 6
+    for raw in requests:
+        parsed = service_pb2.ModelInferRequest.FromString(raw)
+        assert parsed.SerializeToString(deterministic=True) == raw

@@ -122,11 +122,14 @@ def valid(model: str, session_ids: Sequence[str], features: int, input_name: str
         pb.StepStreamRequest(frame_id=6, forget_sets=[4, 5]),
     ]
     found = [
-        Valid(f"/{SESSIONS}/{name}", raw.SerializeToString(), False, True)
+        Valid(f"/{SESSIONS}/{name}", raw.SerializeToString(deterministic=True), False, True)
         for name, messages in of_sessions.items()
         for raw in messages
     ]
-    found += [Valid(f"/{SESSIONS}/StepStream", frame.SerializeToString(), True, True) for frame in frames]
+    found += [
+        Valid(f"/{SESSIONS}/StepStream", frame.SerializeToString(deterministic=True), True, True)
+        for frame in frames
+    ]
     unary: list[tuple[str, str, Message]] = [
         (MODELS, "ListModels", models_pb2.ListModelsRequest()),
         (MODEL_ADMIN, "UnloadModel", models_pb2.UnloadModelRequest(name="fuzz", version=1, force=True)),
@@ -156,10 +159,11 @@ def valid(model: str, session_ids: Sequence[str], features: int, input_name: str
         (SESSIONS, "NoSuchMethod", pb.GetStateRequest(session_id=one)),
     ]
     found += [
-        Valid(f"/{service}/{name}", raw.SerializeToString(), False, True) for service, name, raw in unary
+        Valid(f"/{service}/{name}", raw.SerializeToString(deterministic=True), False, True)
+        for service, name, raw in unary
     ]
     found += [
-        Valid(f"/{TRITON}/ModelStreamInfer", raw.SerializeToString(), True, True)
+        Valid(f"/{TRITON}/ModelStreamInfer", raw.SerializeToString(deterministic=True), True, True)
         for raw in (begun, named, alone)
     ]
     sent: list[tuple[str, Message]] = [
@@ -169,10 +173,13 @@ def valid(model: str, session_ids: Sequence[str], features: int, input_name: str
         ),
         ("UploadModel", models_pb2.UploadModelRequest(filename="fuzz.keras", content=b"no model")),
     ]
-    found += [Valid(f"/{MODEL_ADMIN}/{name}", raw.SerializeToString(), True, True) for name, raw in sent]
+    found += [
+        Valid(f"/{MODEL_ADMIN}/{name}", raw.SerializeToString(deterministic=True), True, True)
+        for name, raw in sent
+    ]
     asked = reflection_pb2.ServerReflectionRequest
     found += [
-        Valid(f"/{REFLECTION}/ServerReflectionInfo", raw.SerializeToString(), True, True)
+        Valid(f"/{REFLECTION}/ServerReflectionInfo", raw.SerializeToString(deterministic=True), True, True)
         for raw in (
             asked(list_services=""),
             asked(file_containing_symbol=SESSIONS),
