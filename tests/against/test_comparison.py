@@ -362,7 +362,9 @@ def test_what_depends_on_time_is_not_sent() -> None:
     assert depends_on_time(call(stepping, hurried))
     assert depends_on_time(call(listing, late, ("grpc-timeout", "1n")))
     assert not depends_on_time(call(listing, late, ("grpc-timeout", "3S")))
-    assert not depends_on_time(call(stepping, pb.StepStreamRequest(step=pb.StepFrame())))
+    plain = call(stepping, pb.StepStreamRequest(step=pb.StepFrame()))
+    assert not depends_on_time(plain)
+    assert depends_on_time(plain._replace(body=2 * plain.body))
     assert not depends_on_time(malformed.Call("/no/Method", b"\0\0", (), 1))
 
 
