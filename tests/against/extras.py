@@ -303,15 +303,17 @@ class Extras:
         player = self._player
         number = 1000 * (player.program.number + 1) + extra.number
         sequence: int | str = number if extra.number % 2 else player.own(f"triton-{extra.number}")
+        revision = 0
         for step in range(4):
-            fields: dict[str, Any] = {
-                "sequence_id": sequence,
-                "start": step == 0,
-                "end": step == 3,
-                "request_id": f"{player.next_request()}",
-            }
-            request = self._infer_request(**fields)
-            self._send(request)
+            fields: dict[str, Any] = {"sequence_id": sequence, "start": step == 0, "end": step == 3}
+            if extra.number < 8:  # exactly once
+                fields["stepwell_request_id"] = player.next_request()
+                if step:
+                    fields["stepwell_revision"] = revision
+            request = self._infer_request(**fields, request_id=str(step))
+            reply = self._send(request)
+            if reply is not None:
+                revision = reply.parameters["stepwell_revision"].int64_param
             if extra.number > step:
                 self._send(request, "again")
             if extra.number % 4 == step:
@@ -361,9 +363,9 @@ class Extras:
     def _infer(self, **fields: Any) -> None:
         self._send(self._infer_request(**fields))
 
-    def _send(self, request: triton_pb.ModelInferRequest, label: str = "") -> None:
+    def _send(self, request: triton_pb.ModelInferRequest, label: str = "") -> Any:
         method = self._triton("ModelInfer", triton_pb.ModelInferResponse)
-        self._player.call(method, "ModelInfer", request, label)
+        return self._player.call(method, "ModelInfer", request, label)
 
     def _infer_request(self, **fields: Any) -> triton_pb.ModelInferRequest:
         inputs = self._player.draw(1, 1)
