@@ -107,7 +107,7 @@ def test_a_limit_on_files(tmp_path: Path) -> None:
             resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (limit_bytes, hard))
 
         def full() -> None:
-            limited(max(path.stat().st_size for path in data.rglob("data.mdb")) + MIB)
+            limited(max(512 * path.stat().st_blocks for path in data.rglob("data.mdb")) + MIB)
 
         check(server, tmp_path / "history", full, lambda: limited(resource.RLIM_INFINITY))
         server.kill()

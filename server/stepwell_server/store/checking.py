@@ -131,7 +131,7 @@ def examine(path: Path, keyring: Keyring | None) -> Examined:
         result = records.conclude()
         result.tombstones, result.logged = len(stones), len(found.log)
         expected = found.expected
-        if expected is not None and sums != expected:
+        if sums != expected:
             missing = expected.count - sums.count
             result.problems.append(
                 f"{missing} of {expected.count} sessions are missing: keys or pages were damaged"

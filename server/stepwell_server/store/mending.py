@@ -128,8 +128,7 @@ def repair(path: Path, clock: Clock) -> Mended:
                 seen.add(session_id)
                 found.sessions += 1
                 yield session_id, record
-        expected = old.expected
-        found.lost = 0 if expected is None else max(0, expected.count - found.sessions)
+        found.lost = max(0, old.expected.count - found.sessions)
 
     def about(old: dict[bytes, bytes]) -> dict[bytes, bytes]:
         first = meta.later_first_revision(int(old.get(meta.FIRST_REVISION, b"0")), clock.now())

@@ -115,8 +115,7 @@ class Found:
 
 def write(transaction: Any, documents: Any, meta: Any, items: Iterable[Item]) -> None:
     """Put and remove documents, one after the other."""
-    stored = transaction.get(SUMS, db=meta)
-    sums = Sums() if stored is None else key_sums.unpack(stored)
+    sums = key_sums.unpack(transaction.get(SUMS, db=meta))
     for new in items:
         before = transaction.get(new.key, db=documents)
         if before is not None:
@@ -132,10 +131,8 @@ def write(transaction: Any, documents: Any, meta: Any, items: Iterable[Item]) ->
 def read(transaction: Any, documents: Any, meta: Any) -> Found:
     """All documents, in the order of their keys; none where there is no database of them."""
     found, sums = Found(), Sums()
-    stored = transaction.get(
-        SUMS, db=meta
-    )  # first: a transaction that met a damaged page is of no use any more
-    expected = Sums() if stored is None else key_sums.unpack(stored)
+    # first: a transaction that met a damaged page is of no use any more
+    expected = key_sums.unpack(transaction.get(SUMS, db=meta))
     try:
         for key, value in () if documents is None else transaction.cursor(documents).iternext():
             one = Item(bytes(key), bytes(value))

@@ -55,9 +55,9 @@ class Sums:
         return _VALUE.pack(self.count % _WRAP, self.total)
 
 
-def unpack(stored: bytes) -> Sums:
-    """What `pack` returned."""
-    return Sums(*_VALUE.unpack(stored))
+def unpack(stored: bytes | None) -> Sums:
+    """What `pack` returned; None: nothing was stored yet."""
+    return Sums() if stored is None else Sums(*_VALUE.unpack(stored))
 
 
 @dataclasses.dataclass(slots=True)
@@ -153,15 +153,9 @@ class KeyCheck:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def begin(self, transaction: Any, sessions: Any, meta: Any) -> None:
-        """Read the sums of a store that was opened, or make them for one that has none; look through it anew."""
-        stored = transaction.get(NAME, db=meta)
-        if stored is None:
-            self._sums = Sums()
-            self._sums.add(transaction.cursor(sessions).iternext(keys=True, values=False))
-            transaction.put(NAME, self._sums.pack(), db=meta)
-        else:
-            self._sums = unpack(stored)
+    def begin(self, transaction: Any, meta: Any) -> None:
+        """Read the sums of a store that was opened; look through it anew."""
+        self._sums = unpack(transaction.get(NAME, db=meta))
         self._scan = Scan()
 
     def write(self, transaction: Any, meta: Any, change: Change) -> None:

@@ -1,7 +1,7 @@
 """Sessions in one LMDB environment under the data directory.
 
     server.lock          who uses the directory
-    sessions/data.mdb    databases `sessions`, `tombstones`, `tombstone_ages`, `meta`, `documents`
+    sessions/data.mdb    databases `sessions`, `tombstones`, `tombstone_ages`, `meta`, `documents`; see `whole_file`
     sessions/lock.mdb    LMDB's own; means nothing between two runs
     sessions/reserve     room for ending sessions on a full disk; see `reserve`
 
@@ -19,6 +19,7 @@ What a commit survives, and why:
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import itertools
 import logging
@@ -38,14 +39,13 @@ from stepwell_server.files import private_files
 from stepwell_server.store.base import TOMBSTONES, Batch, LocalStore, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk import documents as in_lmdb
 from stepwell_server.store.disk import meta
-from stepwell_server.store.disk.compaction import copy_compactly
 from stepwell_server.store.disk.files import OpenFiles, explain, flush_folders, start_errors
 from stepwell_server.store.disk.key_sums import PIECE, Change, KeyCheck, NewKeys
 from stepwell_server.store.disk.keys import entries, items, key_of, own, values
-from stepwell_server.store.disk.lock import DirectoryLock, replacing
+from stepwell_server.store.disk.lock import DirectoryLock
 from stepwell_server.store.disk.reserve import Extent, NoRoom, Reserve
 from stepwell_server.store.disk.tombstones import bury, next_age, tombstone
-from stepwell_server.store.disk.whole_file import require_whole_file
+from stepwell_server.store.disk.whole_file import lengthen, require_whole_file, within_limit
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Stored, header_or_none
 
@@ -55,10 +55,8 @@ T = TypeVar("T")
 _Environment = Any
 _Transaction = Any
 
-FIRST_MAP_BYTES = 64 * 2**20
-"""The map is address space, not disk: it is doubled whenever it is full."""
-SPARSE = 1 / 2
-"""A file of which less than this share is in use is compacted when it is opened."""
+FIRST_MAP_BYTES = 2**20
+"""The map, and so the data file, is doubled whenever it is full."""
 GIVE_UP_S = 30.0
 """Once a disk has failed the store must be opened anew; for so long that is tried in vain at most."""
 RETRY_S = 0.5
@@ -70,7 +68,7 @@ _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError)
 _READABLE = "the store must be readable"
 _KEEPS = "the store must be able to keep the change"
 _FOLDER, _DATA = "sessions", "data.mdb"
-COPY = "sessions.compacting"
+COPY = "sessions.new"
 """A folder for what is to take the place of the sessions; one that is left over is removed by a start."""
 
 
@@ -329,13 +327,10 @@ class LmdbStore(LocalStore):
     # ------------------------------------------------------------------------------------------------------ opening
 
     def _start(self, path: Path) -> None:
-        copy = path / COPY
-        shutil.rmtree(copy, ignore_errors=True)
+        shutil.rmtree(path / COPY, ignore_errors=True)
         is_new = not (self._folder / _DATA).exists()
         self._folder.mkdir(mode=0o700, exist_ok=True)
         self._open()
-        if self._compact(copy):
-            self._open()
         self._read_meta()
         self._data_file = os.open(self._folder / _DATA, os.O_RDONLY | os.O_CLOEXEC)
         for place, descriptor in (*self.lock.descriptors(), (self._folder / _DATA, self._data_file)):
@@ -356,7 +351,7 @@ class LmdbStore(LocalStore):
         """Open the environment and its databases."""
         self._environment: _Environment = lmdb.open(
             os.fspath(self._folder),
-            map_size=self._first_map_bytes,  # more if the file is larger
+            map_size=within_limit(self._first_map_bytes),  # more if more is in use
             mode=private_files.FILE_MODE,
             sync=self._durability == "sync",
             metasync=True,
@@ -375,13 +370,14 @@ class LmdbStore(LocalStore):
         self._map_bytes = environment.info()["map_size"]
         require_whole_file(environment, self._folder / _DATA)
         self._require_schema()
+        lengthen(self._folder / _DATA, self._map_bytes, durably=self.waits_for_disk)
         with environment.begin(write=True) as transaction:
             names = (b"sessions", b"tombstones", b"tombstone_ages", b"meta", b"documents")
             found = [environment.open_db(name, txn=transaction) for name in names]
             self._sessions, self._tombstones, self._ages, self._meta, self._documents = found
             meta.begin(transaction, self._meta, self._folder)
             self._next_age = next_age(transaction, self._ages)
-            self._check.begin(transaction, self._sessions, self._meta)
+            self._check.begin(transaction, self._meta)
 
     def _require_schema(self) -> None:
         """Refuse a store of another version before anything is written."""
@@ -395,15 +391,6 @@ class LmdbStore(LocalStore):
             self.secret = transaction.get(meta.SECRET)
             self._mark = transaction.get(meta.MARK, b"")
             self.first_revision = int(transaction.get(meta.FIRST_REVISION, b"0"))
-
-    def _compact(self, copy: Path) -> bool:
-        """Give the file's free pages back to the disk if that is worth it; if so the environment is closed."""
-        data = self._folder / _DATA
-        size, live = data.stat().st_size, self._live_bytes()
-        if size <= FIRST_MAP_BYTES or live > size * SPARSE or shutil.disk_usage(copy.parent).free < live:
-            return False
-        with replacing(copy.parent) as may_replace:
-            return may_replace and copy_compactly(self._environment, data, copy)
 
     def _live_bytes(self) -> int:
         with self._environment.begin() as transaction:
@@ -485,7 +472,10 @@ class LmdbStore(LocalStore):
 
     def _grow(self) -> None:
         with self._remap:
-            wanted = 2 * self._map_bytes
+            wanted = within_limit(2 * self._map_bytes)
+            if wanted <= self._map_bytes:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+            lengthen(self._folder / _DATA, wanted, durably=self.waits_for_disk)
             try:
                 self._environment.set_mapsize(wanted)
                 self._map_bytes = wanted
