@@ -42,7 +42,7 @@ def test_kills(
         kill_at_random(server, driver, random.Random(seed), kills=5)
         driver.wait_acknowledged(100)
         driver.stop()
-    assert segment_bytes in {None, (tmp_path / "data" / "journal" / "0").stat().st_size}
+    assert segment_bytes in {None, (tmp_path / "data" / "wal" / "0").stat().st_size}
     report = verdict(history).require_clean()
     assert report.acknowledged > 300
     assert report.reads > 20

@@ -109,7 +109,7 @@ def copy_files(store: DiskStore, to: Path) -> None:
     to.mkdir(mode=0o700)  # what the store makes is its user's alone, and it warns of what is not
     (to / "sessions").mkdir(mode=0o700)
     # The segment first: what is checkpointed meanwhile is then in both, and not in neither.
-    shutil.copytree(store.path / "journal", to / "journal")
+    shutil.copytree(store.path / "wal", to / "wal")
     # what a transaction that is under way has written so far is not part of it
     store._base._environment.copy(os.fspath(to / "sessions"))
     (to / "sessions" / "data.mdb").chmod(0o600)

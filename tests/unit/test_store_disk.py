@@ -357,7 +357,7 @@ def test_closing_checkpoints_everything(path: Path) -> None:
     put(store, changed[0], revision=2)
     assert in_lmdb(store)[changed[0]] == 1, "segments are written again"
     store.close()
-    shutil.rmtree(path / "journal")
+    shutil.rmtree(path / "wal")
     store = opened(path)
     assert revisions(store) == wanted | {changed[0]: 2}
     store.close()

@@ -190,7 +190,7 @@ def test_a_small_change_survives_without_a_large_one_that_came_before(
             assert append(store, "a", revision=revision)
             copies.append(copy := left_behind(store))
             data = b"".join(buffers)
-            with (copy / "journal" / name).open("r+b") as segment:
+            with (copy / "wal" / name).open("r+b") as segment:
                 for start in range(0, len(data), 512):
                     if chance.random() < kept:
                         segment.seek(at + start)

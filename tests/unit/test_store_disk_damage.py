@@ -57,18 +57,18 @@ def damaged(path: Path, durability: Durability) -> tuple[Path, str]:
         put(store, "a", revision=revision)
     copy = left_behind(store)
     store.close()
-    flip(copy / "journal" / name, at - 3)
+    flip(copy / "wal" / name, at - 3)
     return copy, name
 
 
 def test_a_damaged_segment_stops_a_start_that_must_lose_nothing(path: Path) -> None:
     copy, name = damaged(path, "sync")
-    rule = rf"^{copy / 'journal' / name} cannot be read from byte \d+ on\. .* are missing: restore the folder; or start once with --durability async"
-    before = {file: (copy / "journal" / file).read_bytes() for file in "01"}
+    rule = rf"^{copy / 'wal' / name} cannot be read from byte \d+ on\. .* are missing: restore the folder; or start once with --durability async"
+    before = {file: (copy / "wal" / file).read_bytes() for file in "01"}
     for _ in range(2):
         with pytest.raises(StoreError, match=rule):
             opened(copy, "sync")
-        assert {file: (copy / "journal" / file).read_bytes() for file in "01"} == before
+        assert {file: (copy / "wal" / file).read_bytes() for file in "01"} == before
     opened(copy, "async").close()
     store = opened(copy, "sync")
     assert revisions(store) == {"a": 2, "b": 0}
@@ -81,7 +81,7 @@ def test_a_damaged_segment_is_a_warning_where_the_power_may_take_changes(
     copy, name = damaged(path, "async")
     store = opened(copy, "async")
     (warning,) = warnings(caplog)
-    assert warning.startswith(f"{copy / 'journal' / name} cannot be read from byte ")
+    assert warning.startswith(f"{copy / 'wal' / name} cannot be read from byte ")
     assert revisions(store) == {"a": 2, "b": 0}
     store.close()
     store = opened(copy, "async")
@@ -108,13 +108,13 @@ def test_a_file_that_is_no_segment(
     begin(store, "a")
     path = left_behind(store)
     store.close()
-    (path / "journal" / "1").write_bytes(b"no segment" * 500)
+    (path / "wal" / "1").write_bytes(b"no segment" * 500)
     if durability == "sync":
-        with pytest.raises(StoreError, match=f"^{path / 'journal' / '1'} cannot be read: "):
+        with pytest.raises(StoreError, match=f"^{path / 'wal' / '1'} cannot be read: "):
             opened(path, durability)
         return
     store = opened(path, durability)
-    assert warnings(caplog)[0].startswith(f"{path / 'journal' / '1'} cannot be read: ")
+    assert warnings(caplog)[0].startswith(f"{path / 'wal' / '1'} cannot be read: ")
     for revision in range(1, 200):
         put(store, "a", revision=revision)
     store = killed(store)
@@ -131,7 +131,7 @@ def test_damage_at_the_end_of_a_segment_is_no_write_that_was_cut_off_if_the_othe
     copy = left_behind(store)
     assert place_of(store, changed[-1])[0] != name
     store.close()
-    flip(copy / "journal" / name, at - 3)
+    flip(copy / "wal" / name, at - 3)
     with pytest.raises(StoreError, match="cannot be read"):
         opened(copy, "sync").close()
 
@@ -148,7 +148,7 @@ def test_a_damaged_record_in_a_segment_harms_its_session_alone(
     name, at = place_of(store, "b")
     copy = left_behind(store)
     store.close()
-    flip(copy / "journal" / name, at + RECORD_PARTS[what])
+    flip(copy / "wal" / name, at + RECORD_PARTS[what])
     for _ in range(3):
         store = opened(copy, durability)
         assert store.get_many(["a", "c"]) == [record("a", 4), record("c", 4)]
@@ -171,7 +171,7 @@ def test_a_part_of_a_segment_that_is_gone_is_damage(path: Path, what: str) -> No
     begin(store, "a")
     for revision in range(1, 20):
         put(store, "a", revision=revision)
-    segment = left_behind(store) / "journal" / place_of(store, "a")[0]
+    segment = left_behind(store) / "wal" / place_of(store, "a")[0]
     store.close()
     data = segment.read_bytes()
     segment.write_bytes(data[:1024] if what == "cut off" else bytes(512) + data[512:])
@@ -240,7 +240,7 @@ def test_a_loss_of_power_takes_nothing_but_the_change_that_was_not_acknowledged(
         name, after = last.path.name, revisions(store)
         for picture in pictures:
             copy = left_behind(store)
-            (copy / "journal" / name).write_bytes(picture)
+            (copy / "wal" / name).write_bytes(picture)
             found = gone_on(copy, chance.choice(names), revision=200, size=size)
             assert all(found[name] in {before[name], after[name]} for name in names)
             torn += 1

@@ -77,8 +77,8 @@ def test_a_segment_takes_no_more_than_its_share_of_the_room(
     usage = shutil.disk_usage(path.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=64 * 100_000))
     store = opened(path, "sync", segment_bytes=2**20)
-    assert [(path / "journal" / name).stat().st_size for name in "01"] == [100_000] * 2
-    assert [(path / "journal" / name).stat().st_size for name in "23"] == [25_000] * 2
+    assert [(path / "wal" / name).stat().st_size for name in "01"] == [100_000] * 2
+    assert [(path / "wal" / name).stat().st_size for name in "23"] == [25_000] * 2
     store.close()
 
 
@@ -93,7 +93,7 @@ def test_where_one_of_the_journals_cannot_be_preallocated_it_starts_without(
     pwrite = os.pwrite
 
     def some(file: int, data: Any, at: int) -> int:
-        is_it = os.readlink(f"/proc/self/fd/{file}").endswith(f"journal/{which}")
+        is_it = os.readlink(f"/proc/self/fd/{file}").endswith(f"wal/{which}")
         return int(full() if is_it else pwrite(file, data, at))
 
     monkeypatch.setattr(os, "pwrite", some)
@@ -116,7 +116,7 @@ def test_without_a_segment_that_was_deleted_sessions_are_as_lmdb_and_the_other_h
     copy = left_behind(store)
     store.close()
     for name in gone:
-        (copy / "journal" / name).unlink()
+        (copy / "wal" / name).unlink()
     if durability == "sync":
         for _ in range(2):
             with pytest.raises(StoreError, match=f"/{gone[0]} cannot be read: it must have a beginning"):
@@ -136,7 +136,7 @@ def test_a_folder_of_the_log_that_is_none_is_done_without(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path.mkdir(mode=0o700)
-    (path / "journal").touch(mode=0o600)
+    (path / "wal").touch(mode=0o600)
     store = opened(path)
     assert warnings(caplog)[0].startswith("there is no write-ahead log, every change is a transaction: ")
     begin(store, "a")
@@ -153,7 +153,7 @@ def test_a_segment_that_cannot_be_read_stops_the_start(
     copy = left_behind(store)
     store.close()
     monkeypatch.setattr(os, "pread", fail)
-    with pytest.raises(StoreError, match=f"the write-ahead log in {copy / 'journal'} must be readable: "):
+    with pytest.raises(StoreError, match=f"the write-ahead log in {copy / 'wal'} must be readable: "):
         opened(copy, durability)
     monkeypatch.undo()
     store = opened(copy, durability)
@@ -167,7 +167,7 @@ def test_after_a_clean_stop_the_log_is_not_needed(path: Path, durability: Durabi
     begin(store, "a")
     put(store, "a", revision=1)
     store.close()
-    shutil.rmtree(path / "journal")
+    shutil.rmtree(path / "wal")
     store = opened(path, durability)
     assert revisions(store) == {"a": 1}
     store.close()
@@ -182,8 +182,8 @@ def test_the_log_of_another_store_are_told(path: Path) -> None:
         copies.append(left_behind(store))
         store.close()
     one, other = copies
-    shutil.rmtree(one / "journal")
-    shutil.copytree(other / "journal", one / "journal")
+    shutil.rmtree(one / "wal")
+    shutil.copytree(other / "wal", one / "wal")
     with pytest.raises(StoreError, match="does not belong to this store"):
         opened(one, "sync")
 

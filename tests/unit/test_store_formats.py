@@ -1,6 +1,6 @@
 """A store or a file of another format is refused by name, with what it is and what is read here, and stays as it is.
 
-`tests/data` has the store of an older release, with changes that are in its log alone.
+`tests/data` has stores, a backup and an export that earlier code wrote; the stores have changes that are in their logs alone.
 """
 
 from __future__ import annotations
@@ -16,23 +16,26 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from stepwell import InvalidInputError, State
+from stepwell import InvalidInputError, State, _record_file, _session_file
+from stepwell._record_file import Kind
 from stepwell._session_file import Writer as SessionWriter
 from stepwell._session_file import read as read_sessions
 from stepwell.v1 import sessions_pb2
 from stepwell_server import program_file
 from stepwell_server.compile import cache
 from stepwell_server.store import backup, checking, mending
-from stepwell_server.store.base import StoreError
+from stepwell_server.store.base import Batch, StoreError
+from stepwell_server.store.disk import wal_format
 from stepwell_server.store.disk.backup_file import BackupError, Reader
 from stepwell_server.store.disk.backup_file import Writer as BackupWriter
 from stepwell_server.store.disk.meta import SCHEMA_VERSION
+from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import MAX_COUNTER, header_or_none
 from support.clock import ManualClock
 from support.fake_executor import PLAIN
-from support.stored import opened, put, record
+from support.stored import begin, end, opened, put, record
 
-DATA = Path(__file__).parents[1] / "data" / "store-schema-2.tar.xz"
+DATA = Path(__file__).parents[1] / "data"
 CLOCK = ManualClock()
 #: Of locks: who opens a store writes who it is, and LMDB who reads.
 _LOCKS = {"server.lock", "readers.lock", "lock.mdb"}
@@ -47,9 +50,13 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def older(folder: Path) -> None:
-    with tarfile.open(DATA) as archive:
-        archive.extractall(folder, filter="data")
+def earlier(schema: int) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        folder.mkdir(mode=0o700)
+        with tarfile.open(DATA / f"store-schema-{schema}.tar.xz") as archive:
+            archive.extractall(folder, filter="data")
+
+    return make
 
 
 def with_schema(version: bytes) -> Callable[[Path], None]:
@@ -69,7 +76,8 @@ def with_schema(version: bytes) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("make", "version"),
     [
-        (older, "2"),
+        (earlier(2), "2"),
+        (earlier(8), "8"),
         (with_schema(b"1"), "1"),
         (with_schema(b"4"), "4"),
         (with_schema(b"%d" % (SCHEMA_VERSION + 1)), str(SCHEMA_VERSION + 1)),
@@ -83,13 +91,14 @@ def test_a_store_of_another_version_is_refused_and_stays(
     folder = tmp_path / "data"
     make(folder)
     before = content(folder)
-    message = rf"the store in .* must be of schema version {SCHEMA_VERSION}; it is of {version}, written by another release"
+    message = rf"the store in .* must be of schema version {SCHEMA_VERSION}; it is of {version}, which the release that wrote it reads"
     uses: list[Callable[[], object]] = [
         lambda: opened(folder, "async"),
         lambda: opened(folder, "sync"),
         lambda: checking.examine(folder, None),
         lambda: backup.back_up(folder, tmp_path / "backup", CLOCK),
         lambda: mending.repair(folder, CLOCK),
+        lambda: mending.rekey(folder, CLOCK, Keyring({"k": bytes(32)})),
     ]
     for use in uses:
         with pytest.raises(StoreError, match=message):
@@ -101,9 +110,20 @@ def test_a_store_of_another_version_is_refused_and_stays(
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        (b"stepwell backup 0\n", "must be a backup of format {}; it is of 0, which another release wrote"),
-        (b"stepwell backup 77\n", "must be a backup of format {}; it is of 77, which another release wrote"),
+        (
+            (DATA / "backup-format-3").read_bytes(),
+            "must be a backup that .* wrote, of format {}; it is of 3, which the release that wrote it reads",
+        ),
+        (
+            b"stepwell backup 0\n",
+            "must be a backup that .* wrote, of format {}; it is of 0, which the release that wrote it",
+        ),
+        (
+            b"stepwell backup 77\n",
+            "must be a backup that .* wrote, of format {}; it is of 77, which the release that wrote it",
+        ),
         (b"stepwell backup x\n", "must be a backup that 'stepwell store backup' wrote"),
+        (b"stepwell sessions 2\n", "must be a backup that 'stepwell store backup' wrote"),
         (b"", "must be a backup that 'stepwell store backup' wrote"),
     ],
 )
@@ -117,7 +137,7 @@ def test_a_backup_of_another_format_is_refused_and_stays(start: bytes, message: 
         lambda: backup.restore(file, tmp_path / "new", CLOCK, None, moved=False),
     ]
     for use in uses:
-        with pytest.raises(BackupError, match=message.format(backup_file.FORMAT)):
+        with pytest.raises(BackupError, match=message.format(backup_file.FORMAT.number)):
             use()
     assert file.read_bytes() == start + bytes(100)
     assert not (tmp_path / "new").exists()
@@ -171,23 +191,70 @@ def test_a_backup_whose_head_cannot_be_is_damaged(head: dict[str, object], tmp_p
     writer.begin(about)
     writer.finish()
     writer.close()
-    with pytest.raises(BackupError, match="is damaged: its head cannot be read"):
+    with pytest.raises(BackupError, match=r"as it was written; at byte \d+: its start cannot be read"):
         backup.restore(tmp_path / "forged", tmp_path / "new", CLOCK, None, moved=False)
 
 
 def test_a_file_of_sessions_of_another_format_is_refused_and_stays(tmp_path: Path) -> None:
-    file = tmp_path / "a.sessions"
-    with SessionWriter(file) as writer:
+    with SessionWriter(tmp_path / "a") as writer:
         writer.add([sessions_pb2.ExportedSession(session_id="a")])
-    whole = file.read_bytes()
-    file.write_bytes(whole.replace(b"STPWLS1", b"STPWLS0", 1))
-    before = file.read_bytes()
-    with pytest.raises(
-        InvalidInputError,
-        match=r"a\.sessions must be .* of format 1; it is of 0, which another release wrote",
-    ):
-        list(read_sessions(file))
-    assert file.read_bytes() == before
+    whole = (tmp_path / "a").read_bytes()
+    file = tmp_path / "a.sessions"
+    contents = {
+        "1": (DATA / "sessions-format-1").read_bytes(),
+        "0": whole.replace(b"sessions 2", b"sessions 0", 1),
+        "30": whole.replace(b"sessions 2", b"sessions 30", 1),
+    }
+    for version, content in contents.items():
+        file.write_bytes(content)
+        with pytest.raises(
+            InvalidInputError,
+            match=rf"a\.sessions must be a file of exported sessions, of format 2; it is of {version}, which the release that wrote it reads",
+        ):
+            list(read_sessions(file))
+        assert file.read_bytes() == content
+
+
+def test_an_import_refuses_everything_but_session_records(tmp_path: Path) -> None:
+    store = opened(tmp_path / "data")
+    begin(store, "a", "b")
+    end(store, "b")
+    store.commit(Batch(documents=[("models/m", b"{}")]))
+    store.close()
+    backup.back_up(tmp_path / "data", tmp_path / "backup", CLOCK)
+    with pytest.raises(InvalidInputError, match="must be a file of exported sessions; it begins otherwise"):
+        list(read_sessions(tmp_path / "backup"))
+    for kind in (Kind.DOCUMENT, Kind.TOMBSTONE, Kind.START):
+        with (tmp_path / "forged").open("wb") as file:
+            writer = _record_file.Writer(file, _session_file.FORMAT, {})
+            writer.put(Kind.SESSION, b"a", record("a"))
+            writer.put(kind, b"models/m", b"{}")
+            writer.end()
+        before = (tmp_path / "forged").read_bytes()
+        read: list[object] = []
+        with pytest.raises(InvalidInputError, match=r"at byte \d+: it must have (sessions alone|one start)"):
+            read.extend(read_sessions(tmp_path / "forged"))
+        assert not read, "the file is looked through before the first session comes"
+        assert (tmp_path / "forged").read_bytes() == before
+
+
+def test_entries_of_files_are_those_of_the_log(tmp_path: Path) -> None:
+    with SessionWriter(tmp_path / "a") as writer:
+        writer.add(
+            [
+                sessions_pb2.ExportedSession(session_id=name, record=record(name, n))
+                for n, name in enumerate(["a", "é" * 100])
+            ]
+        )
+    data = (tmp_path / "a").read_bytes().partition(b"\n")[2]
+    at = data.index(_record_file.MAGIC.to_bytes(4, "little"), 8) - 4  # behind the start, which no log has
+    for number, name in enumerate(["a", "é" * 100]):
+        entry, record_at = wal_format.lay_out_one(name, record(name, number), 0, number + 1)
+        assert data[at : at + len(entry)] == entry
+        found = wal_format.read(data, at, 0)
+        assert found is not None
+        assert (found.sequence, found.offsets) == (number + 1, [(name, at + record_at)])
+        at = found.end
 
 
 def test_a_state_file_of_another_format_is_refused_and_stays(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepwell._record_file import HEAD
 from stepwell_server.store.disk import wal_format
 from stepwell_server.store.disk.wal_file import Segment, SegmentDamaged
 from stepwell_server.store.record import Stored
@@ -89,7 +90,7 @@ def older(path: Path) -> None:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "journal"
+    return tmp_path / "wal"
 
 
 @pytest.fixture(params=["zeros", "an older generation"])
@@ -116,7 +117,7 @@ WRITE = st.lists(st.one_of(LIST, TEMPLATE), min_size=1, max_size=3)
 def test_what_was_appended_is_there_when_it_is_loaded(
     tmp_path_factory: pytest.TempPathFactory, writes: list[Write], more: list[Write]
 ) -> None:
-    path = tmp_path_factory.mktemp("journal") / "0"
+    path = tmp_path_factory.mktemp("wal") / "0"
     first = opened(path, LARGE)
     first.truncate(7)
     assert all(append(first, write) for write in writes)
@@ -284,7 +285,7 @@ def parts_in(picture: bytes, after: bytes, start: int, last: Write) -> int:
     count = 0
     for part in last:
         ids, bytes_of = [i.encode() for i, _ in part], sum(len(stored) for _, stored in part)
-        end = start + wal_format.HEAD.size + sum(2 + len(i) for i in ids) + bytes_of
+        end = start + HEAD.size + sum(2 + len(i) for i in ids) + bytes_of
         if picture[start:end] != after[start:end]:
             break
         start, count = end + -end % 8, count + 1

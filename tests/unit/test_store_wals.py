@@ -13,8 +13,7 @@ from stepwell_server.store.base import StoreError
 from stepwell_server.store.disk import snapshot, wal_reading
 from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.disk.store import DiskStore
-from stepwell_server.store.disk.wal_mark import BESIDE, Mark, is_later
-from stepwell_server.store.disk.wals import WriteAheadLogs
+from stepwell_server.store.disk.wals import BESIDE, Mark, WriteAheadLogs, is_later
 from support.processes import opened_below
 from support.records import decode
 from support.stored import (
@@ -125,7 +124,7 @@ def test_a_snapshot_has_what_moves_to_the_log_that_was_read_before(
         return real(folder, names, owner)
 
     monkeypatch.setattr(wal_reading, "read_log", moving)
-    log = wal_reading.read_logs(store.path / "journal", logs_of(store).mark)
+    log = wal_reading.read_logs(store.path / "wal", logs_of(store).mark)
     kept = max(decode("a", log["a"]).revision if "a" in log else 0, in_lmdb(store)["a"])
     assert kept >= 2, "it had been acknowledged"
     store.close()
@@ -168,9 +167,9 @@ def test_a_damaged_record_of_one_log_is_told_although_the_other_has_one(path: Pa
     name, at = place_of(store, "a")
     copy = left_behind(store)
     store.close()
-    data = bytearray((copy / "journal" / name).read_bytes())
+    data = bytearray((copy / "wal" / name).read_bytes())
     data[at + len(record("a", 2)) - 1] ^= 1
-    (copy / "journal" / name).write_bytes(data)
+    (copy / "wal" / name).write_bytes(data)
     store = opened(copy, "sync")
     assert decode("b", store.get("b") or b"").revision == 2
     with pytest.raises(Exception, match="checksum"):
@@ -211,7 +210,7 @@ def test_a_segment_of_the_other_log_that_was_deleted_is_damage(path: Path, gone:
     copy = left_behind(store)
     store.close()
     for name in gone:
-        (copy / "journal" / name).unlink()
+        (copy / "wal" / name).unlink()
     with pytest.raises(StoreError, match=rf"/{gone[0]} cannot be read"):
         opened(copy, "sync")
     store = opened(copy, "async")
@@ -220,7 +219,7 @@ def test_a_segment_of_the_other_log_that_was_deleted_is_damage(path: Path, gone:
 
 
 def test_logs_that_cannot_all_be_opened_leave_no_file_open(path: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "journal"
+    folder = tmp_path / "wal"
     folder.mkdir()
     (folder / "3").mkdir()
     with pytest.raises(IsADirectoryError):

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER_MODE, FILE_MODE = 0o700, 0o600
-OF_DATA = ("sessions", "sessions.compacting", "journal", "server.lock", "readers.lock", "models", "uploads")
+OF_DATA = ("sessions", "sessions.new", "wal", "server.lock", "readers.lock", "models", "uploads")
 """Names of what is in a data folder."""
 _OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
 _READ, _WRITE = 4, 2

@@ -13,14 +13,14 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from stepwell._record_file import Kind
 from stepwell_server.clock import Clock
 from stepwell_server.store.base import KeyFileError, Tombstone
 from stepwell_server.store.disk import meta, snapshot
 from stepwell_server.store.disk.backup_file import About, Reader, Writer
 from stepwell_server.store.disk.documents import Found, Item
-from stepwell_server.store.disk.filling import Pair, fill, new_folder
+from stepwell_server.store.disk.filling import Pair, make, new_folder
 from stepwell_server.store.disk.key_sums import Sums
-from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import MAX_COUNTER, header_or_none, is_sound, key_id_of, with_revision
 from stepwell_server.store.sealing import Sealer
@@ -83,12 +83,12 @@ def back_up(path: Path, file: Path, clock: Clock, *, bytes_per_s: float = math.i
         writer.close()
     return BackedUp(
         file,
-        writer.bytes,
-        writer.sessions,
-        writer.tombstones,
+        writer.byte_count,
+        writer.counts[Kind.SESSION],
+        writer.counts[Kind.TOMBSTONE],
         damaged,
         sorted(checks),
-        writer.documents,
+        writer.counts[Kind.DOCUMENT],
         len(documents.damaged),
     )
 
@@ -169,19 +169,14 @@ def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, mo
             else:
                 yield change(*entry)
 
-    values = {meta.FIRST_REVISION: str(source.first_revision).encode()}
+    values = {
+        meta.FIRST_REVISION: str(source.first_revision).encode(),
+        meta.KEYS: meta.pack_keys(about.key_checks if keyring is None else keyring.first_check),
+    }
     if moved:
         values |= {meta.INCARNATION: about.incarnation.encode(), meta.SECRET: about.secret}
     with new_folder(path) as folder:
-        store = LmdbStore(folder, durability="async", clock=clock)
-        try:
-            count = fill(store, sessions(), stones)
-            store.put_documents(documents.items)
-            store.set_key_checks(about.key_checks if keyring is None else keyring.first_check)
-            store.set_meta(values)
-            store.sync()
-        finally:
-            store.close()
+        count = make(folder, clock, sessions(), stones, lambda: documents.items, lambda: values)
     return Restored(
         about.created,
         count,

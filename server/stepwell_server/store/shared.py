@@ -16,6 +16,7 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import TypeVar
 
+from stepwell._record_file import Kind
 from stepwell_server.clock import Clock
 from stepwell_server.errors import ServerError
 from stepwell_server.store import counts
@@ -78,12 +79,12 @@ async def _back_up(url: StoreUrl, file: Path, clock: Clock, bytes_per_s: float) 
         writer.close()
     return BackedUp(
         file,
-        writer.bytes,
-        writer.sessions,
+        writer.byte_count,
+        writer.counts[Kind.SESSION],
         0,
         damaged,
         sorted(checks),
-        writer.documents,
+        writer.counts[Kind.DOCUMENT],
         len(damaged_documents),
     )
 

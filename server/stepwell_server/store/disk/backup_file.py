@@ -1,28 +1,25 @@
-"""A backup: the sessions and documents of a store in one file, whatever the store was made of.
+"""A backup: the sessions, documents and tombstones of a store in one file, whatever the store was made of.
 
-    magic, block, block, ...        block: length, CRC-32, kind, content
-
-Kinds: `head` (what is said of the store as a whole, as JSON), then `documents`, `sessions` and `tombstones` (many each; of a
-shared store `documents` come last, so that they know all that sessions tell of), `end` (how many there were, and SHA-256 of all before it, as JSON). Little-endian. A file without its end is no backup.
-Records and documents are as in the store: encrypted ones stay so, and each has its own checksum. A backup without documents
-is one that releases of before there were any can read; they refuse others.
+The file is one of `stepwell._record_file`: START has what is said of the store as a whole. Then come documents, sessions and
+tombstones; of a shared store documents come last, so that they know all that sessions tell of. Records and documents are as
+in the store: encrypted ones stay so, and each has its own checksum.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
-import hashlib
-import json
 import os
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from isal.isal_zlib import crc32
-
+from stepwell import _record_file
+from stepwell._record_file import Entry, Format, Kind, RecordFileError
 from stepwell_server.files import private_files
 from stepwell_server.store.base import (
     CLOSES_BYTES,
@@ -33,18 +30,13 @@ from stepwell_server.store.base import (
     unpack_closes,
 )
 from stepwell_server.store.disk.documents import Item
+from stepwell_server.store.disk.files import flush_folders, flush_open
 from stepwell_server.store.record import MAX_COUNTER, MAX_TIME
 
-_NAME, FORMAT = b"stepwell backup ", 3
-MAGIC = _NAME + b"%d\n" % FORMAT
-"""With the version of everything in the file, records too. Raise it whenever something of it changes."""
-_BLOCK = struct.Struct("<IIc")  # bytes of content, checksum of kind and content, kind
-_ENTRY = struct.Struct("<HI")  # bytes of id, of record; or of a document's key and value
-_STONE = struct.Struct(f"<HBdQ{CLOSES_BYTES}s")  # bytes of id, end, at, revision, request ids of closes
-_HEAD, _DOCUMENTS, _SESSIONS, _TOMBSTONES, _END = b"h", b"d", b"s", b"t", b"e"
-_BLOCK_BYTES = 2**20
-_MOST_BLOCK_BYTES = 2**31
-_MAX_MAGIC_BYTES = 32
+FORMAT = Format("backup", 4, "a backup that 'stepwell store backup' wrote")
+"""Raise its number whenever something in the file changes, be it the records."""
+_STONE = struct.Struct(f"<BdQ{CLOSES_BYTES}s")  # end, at, revision, request ids of closes
+_BUFFER_BYTES = 2**20
 
 
 class BackupError(StoreError):
@@ -81,45 +73,43 @@ class Writer:
         self._aside = path.with_name(f".{path.name}.unfinished")
         self._rate, self._sleep = bytes_per_s, sleep
         self._began = time.monotonic()
-        self._digest = hashlib.sha256()
-        self._kind = _HEAD
-        self._block: list[bytes] = []
-        self._block_bytes = self.bytes = 0
-        self.documents = self.sessions = self.tombstones = 0
         if os.path.lexists(path):
             raise BackupError(f"{path} must not be there yet: a backup overwrites nothing")
-        try:
+        with self._writing():
             self._file = self._make()
-        except OSError as error:
-            raise BackupError(f"{path} must be writable: {error.strerror}") from error
 
     def begin(self, about: About) -> None:
         """Write what is said of the store as a whole."""
-        self._out(MAGIC)
-        self._put(_HEAD, json.dumps({
+        start = {
             **dataclasses.asdict(about),
             "secret": about.secret.hex(),
             "key_checks": {key_id: check.hex() for key_id, check in about.key_checks.items()},
-        }).encode())  # fmt: skip
+        }
+        with self._writing():
+            self._entries = _record_file.Writer(self._file, FORMAT, start)
+
+    @property
+    def byte_count(self) -> int:
+        """How many were written."""
+        return self._entries.bytes
+
+    @property
+    def counts(self) -> Counter[Kind]:
+        """How many entries of each kind were written."""
+        return self._entries.counts
 
     def document(self, item: Item) -> None:
-        """Write a document. All of them come before the sessions, or after them."""
-        value = item.value or b""
-        self._gather(_DOCUMENTS, _ENTRY.pack(len(item.key), len(value)) + item.key + value)
-        self.documents += 1
+        """Write a document."""
+        self._put(Kind.DOCUMENT, item.key, item.value or b"")
 
     def session(self, session_id: str, record: bytes) -> None:
-        """Write a session. All of them come before the tombstones."""
-        key = session_id.encode()
-        self._gather(_SESSIONS, _ENTRY.pack(len(key), len(record)) + key + record)
-        self.sessions += 1
+        """Write a session."""
+        self._put(Kind.SESSION, session_id.encode(), record)
 
     def tombstone(self, stone: Tombstone) -> None:
         """Write a tombstone. The oldest comes first."""
-        key = stone.session_id.encode()
-        closes = pack_closes(stone.closes)
-        self._gather(_TOMBSTONES, _STONE.pack(len(key), stone.end, stone.at, stone.revision, closes) + key)
-        self.tombstones += 1
+        content = _STONE.pack(stone.end, stone.at, stone.revision, pack_closes(stone.closes))
+        self._put(Kind.TOMBSTONE, stone.session_id.encode(), content)
 
     def finish(self) -> None:
         """Write the end, and put the backup in its place.
@@ -127,20 +117,13 @@ class Writer:
         Raises:
             BackupError: it could not be written.
         """
-        self._flush()
-        self._put(_END, json.dumps(_end_of(self, self._digest.hexdigest())).encode())
-        try:
+        with self._writing():
+            self._entries.end()
             self._file.flush()
-            os.fsync(self._file.fileno())
+            flush_open(self._file.fileno())
             os.link(self._aside, self._path)  # which overwrites nothing
             self._aside.unlink()
-            folder = os.open(self._path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except OSError as error:
-            raise BackupError(f"{self._path} must be writable: {error.strerror}") from error
+            flush_folders(self._path.parent)
 
     def close(self) -> None:
         """End; what is not finished is removed."""
@@ -152,7 +135,7 @@ class Writer:
             descriptor = private_files.create(self._aside)
         except FileExistsError:
             descriptor = os.open(self._aside, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        file = os.fdopen(descriptor, "wb")
+        file = os.fdopen(descriptor, "wb", _BUFFER_BYTES)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.fchmod(file.fileno(), private_files.FILE_MODE)
@@ -165,33 +148,24 @@ class Writer:
             raise
         return file
 
-    def _gather(self, kind: bytes, entry: bytes) -> None:
-        if kind != self._kind:
-            self._flush()
-            self._kind = kind
-        self._block.append(entry)
-        self._block_bytes += len(entry)
-        if self._block_bytes >= _BLOCK_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._block:
-            self._put(self._kind, b"".join(self._block))
-        self._block, self._block_bytes = [], 0
-
-    def _put(self, kind: bytes, content: bytes) -> None:
-        self._out(_BLOCK.pack(len(content), crc32(content, crc32(kind)), kind) + content)
-
-    def _out(self, data: bytes) -> None:
+    def _put(self, kind: Kind, name: bytes, record: bytes) -> None:
         try:
-            self._file.write(data)
+            self._entries.put(kind, name, record)
         except OSError as error:
-            raise BackupError(f"{self._path} must be writable: {error.strerror}") from error
-        self._digest.update(data)
-        self.bytes += len(data)
-        ahead_s = self.bytes / self._rate - (time.monotonic() - self._began)
+            raise self._unwritable(error) from error
+        ahead_s = self._entries.bytes / self._rate - (time.monotonic() - self._began)
         if ahead_s > 0:
             self._sleep(ahead_s)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> BackupError:
+        return BackupError(f"{self._path} must be writable: {error.strerror}")
 
 
 class Reader:
@@ -199,7 +173,7 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.documents = self.sessions = self.tombstones = 0
+        self.tombstones = 0
         """How many were read so far."""
 
     def about(self) -> About:
@@ -208,11 +182,9 @@ class Reader:
         Raises:
             BackupError: it is no backup, or its head is damaged.
         """
-        for kind, content, _ in self._blocks():
-            if kind != _HEAD:
-                break
-            return self._about(content)
-        raise self._damaged("it must begin with a head")
+        for entry in self._read():
+            return self._about(entry)
+        raise AssertionError("reading raises where there is no first entry")
 
     def entries(self) -> Iterator[Item | tuple[str, bytes] | Tombstone]:
         """All documents, sessions and tombstones, as they come. Whether it is whole is known when this has come to its end.
@@ -220,56 +192,25 @@ class Reader:
         Raises:
             BackupError: it is no backup, damaged, or not whole.
         """
-        self.documents = self.sessions = self.tombstones = 0
-        is_whole = False
-        for kind, content, digest in self._blocks():
-            if is_whole:
-                raise self._damaged("something follows its end")
+        self.tombstones = 0
+        for entry in self._read():
             try:
-                if kind == _DOCUMENTS:
-                    yield from self._documents(content)
-                elif kind == _SESSIONS:
-                    yield from self._sessions(content)
-                elif kind == _TOMBSTONES:
-                    yield from self._tombstones(content)
-                elif kind == _END:
-                    self._require_end(content, digest)
-                    is_whole = True
-                elif kind != _HEAD:
-                    raise self._damaged(f"it has a block of the unknown kind {kind!r}")
-            except (struct.error, UnicodeDecodeError, ValueError) as error:
-                raise self._damaged(f"a block cannot be read ({error})") from error
-        if not is_whole:
-            raise self._damaged("it has no end: it was cut off")
+                if entry.kind is Kind.DOCUMENT:
+                    yield Item(entry.name, entry.record)
+                elif entry.kind is Kind.SESSION:
+                    yield str(entry.name, "utf-8"), entry.record
+                elif entry.kind is Kind.TOMBSTONE:
+                    end, ended, revision, closes = _STONE.unpack(entry.record)
+                    self.tombstones += 1
+                    yield Tombstone(
+                        str(entry.name, "utf-8"), End(end), ended, unpack_closes(closes), revision
+                    )
+            except (struct.error, ValueError) as error:
+                raise self._damaged(f"an entry cannot be read ({error})", entry) from error
 
-    def _documents(self, content: bytes) -> Iterator[Item]:
-        for key, value in _pairs(content):
-            self.documents += 1
-            yield Item(key, value)
-
-    def _sessions(self, content: bytes) -> Iterator[tuple[str, bytes]]:
-        for key, record in _pairs(content):
-            self.sessions += 1
-            yield str(key, "utf-8"), record
-
-    def _tombstones(self, content: bytes) -> Iterator[Tombstone]:
-        at = 0
-        while at < len(content):
-            id_bytes, end, ended, revision, closes = _STONE.unpack_from(content, at)
-            start = at + _STONE.size
-            at = start + id_bytes
-            self.tombstones += 1
-            yield Tombstone(str(content[start:at], "utf-8"), End(end), ended, unpack_closes(closes), revision)
-
-    def _require_end(self, content: bytes, digest: str) -> None:
-        said = json.loads(content)
-        found = _end_of(self, digest)
-        if said != found:
-            raise self._damaged(f"it must have what its end says, {said}; it has {found}")
-
-    def _about(self, content: bytes) -> About:
+    def _about(self, entry: Entry) -> About:
         try:
-            said = json.loads(content)
+            said = _record_file.content_of(entry, FORMAT)
             checks = {key_id: bytes.fromhex(check) for key_id, check in said["key_checks"].items()}
             created, first_revision = float(said["created"]), int(said["first_revision"])
             if not (0.0 <= created < MAX_TIME and 0 <= first_revision <= MAX_COUNTER):
@@ -277,54 +218,17 @@ class Reader:
             return About(
                 created, str(said["incarnation"]), bytes.fromhex(said["secret"]), first_revision, checks
             )
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise self._damaged(f"its head cannot be read ({error})") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise self._damaged(f"its start cannot be read ({error})", entry) from error
 
-    def _blocks(self) -> Iterator[tuple[bytes, bytes, str]]:
-        """Kind and content of each block, and the digest of what stands before it."""
+    def _read(self) -> Iterator[Entry]:
         try:
-            with self._path.open("rb") as file:
-                self._require_format(file.read(_MAX_MAGIC_BYTES))
-                file.seek(len(MAGIC))
-                digest = hashlib.sha256(MAGIC)
-                while head := file.read(_BLOCK.size):
-                    if len(head) < _BLOCK.size:
-                        raise self._damaged("it was cut off")
-                    size, checksum, kind = _BLOCK.unpack(head)
-                    content = file.read(size) if size <= _MOST_BLOCK_BYTES else b""
-                    if len(content) < size or crc32(content, crc32(kind)) != checksum:
-                        raise self._damaged("a block is not as it was written, or was cut off")
-                    yield kind, content, digest.hexdigest() if kind == _END else ""
-                    digest.update(head)
-                    digest.update(content)
+            with self._path.open("rb", _BUFFER_BYTES) as file:
+                yield from _record_file.read(file, FORMAT)
+        except RecordFileError as error:
+            raise BackupError(f"{self._path} {error}") from error
         except OSError as error:
             raise BackupError(f"{self._path} must be readable: {error.strerror}") from error
 
-    def _require_format(self, start: bytes) -> None:
-        if start.startswith(MAGIC):
-            return
-        version, newline, _ = start.removeprefix(_NAME).partition(b"\n")
-        if start.startswith(_NAME) and newline and version.isdigit():
-            raise BackupError(
-                f"{self._path} must be a backup of format {FORMAT}; it is of {int(version)}, which another release wrote"
-            )
-        raise BackupError(f"{self._path} must be a backup that 'stepwell store backup' wrote")
-
-    def _damaged(self, problem: str) -> BackupError:
-        return BackupError(f"the backup {self._path} is damaged: {problem}")
-
-
-def _pairs(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Key and value of each entry of a block."""
-    at = 0
-    while at < len(content):
-        key_bytes, value_bytes = _ENTRY.unpack_from(content, at)
-        start = at + _ENTRY.size + key_bytes
-        at = start + value_bytes
-        yield content[start - key_bytes : start], content[start:at]
-
-
-def _end_of(backup: Writer | Reader, digest: str) -> dict[str, int | str]:
-    """What its end says of a backup."""
-    documents = {"documents": backup.documents} if backup.documents else {}
-    return {**documents, "sessions": backup.sessions, "tombstones": backup.tombstones, "sha256": digest}
+    def _damaged(self, problem: str, entry: Entry) -> BackupError:
+        return BackupError(f"{self._path} {FORMAT.damaged(problem, entry.at)}")

@@ -27,8 +27,30 @@ _MOST_TOGETHER, _MOST_BYTES = 4096, 16 * 2**20
 Pair = tuple[str, Stored]
 
 
-def fill(store: LmdbStore, sessions: Iterable[Pair], stones: Iterable[Tombstone]) -> int:
-    """Put sessions and tombstones into a new store, durably; how many sessions."""
+def make(
+    folder: Path,
+    clock: Clock,
+    sessions: Iterable[Pair],
+    stones: Iterable[Tombstone],
+    documents: Callable[[], Iterable[Item]],
+    about: Callable[[], dict[bytes, bytes]],
+) -> int:
+    """Make a store in a new folder, durably; how many sessions it has.
+
+    `documents`, and what is `about` the store as a whole, are asked for when the sessions are there.
+    """
+    store = LmdbStore(folder, durability="async", clock=clock)
+    try:
+        count = _fill(store, sessions, stones)
+        store.put_documents(documents())
+        store.set_meta(about())
+        store.sync()
+    finally:
+        store.close()
+    return count
+
+
+def _fill(store: LmdbStore, sessions: Iterable[Pair], stones: Iterable[Tombstone]) -> int:
     total = 0
     for part in _parts(sessions):
         models = [(i, h.model) for i, record in part if (h := header_or_none(i, record)) is not None]
@@ -43,7 +65,6 @@ def fill(store: LmdbStore, sessions: Iterable[Pair], stones: Iterable[Tombstone]
             some = []
     if some:
         store.commit(Batch(tombstones=some))
-    store.sync()
     return total
 
 
@@ -119,21 +140,21 @@ def rebuild(
     try:
         with snapshot.opened(path) as found:
             shutil.rmtree(aside, ignore_errors=True)
-            store = LmdbStore(aside, durability="async", clock=clock)
-            try:
-                count = fill(store, sessions(found), stones(found))
-                store.put_documents(documents(found))
-                store.set_meta(about(found.meta))
-                store.sync()
-            finally:
-                store.close()
+            count = make(
+                aside,
+                clock,
+                sessions(found),
+                stones(found),
+                lambda: documents(found),
+                lambda: about(found.meta),
+            )
         with replacing(path) as may_replace:
             if not may_replace:
                 raise StoreError(f"nobody may read the store in {path} now; another process does")
             flush(aside / DATA)
             os.replace(aside / DATA, path / DATA)
             flush(path / DATA.parent)
-        shutil.rmtree(path / "journal", ignore_errors=True)
+        shutil.rmtree(path / "wal", ignore_errors=True)
         flush(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -11,14 +11,14 @@ from typing import Any
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.store.base import StoreError
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 """Of everything in the folder: database, write-ahead logs, records. Raise it whenever one of them changes.
 
 A folder of another version is refused, and stays as it is.
 """
 
 SCHEMA, INCARNATION, SECRET = b"schema", b"incarnation", b"secret"
-MARK = b"journal"
+MARK = b"log"
 """Which write-ahead log belongs to the store."""
 KEYS = b"keys"
 """Keys of encryption: their checks in hex by id, as JSON."""
@@ -52,7 +52,7 @@ def require_schema(schema: bytes, folder: Path) -> None:
     if schema and schema != str(SCHEMA_VERSION).encode():
         raise StoreError(
             f"the store in {folder} must be of schema version {SCHEMA_VERSION};"
-            f" it is of {str(schema, 'utf-8', 'replace'):.20}, written by another release, and stays as it is"
+            f" it is of {str(schema, 'utf-8', 'replace'):.20}, which the release that wrote it reads, and stays as it is"
         )
 
 

@@ -26,13 +26,13 @@ from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.disk.keys import all_entries, is_digest, named
 from stepwell_server.store.disk.lock import reading
 from stepwell_server.store.disk.tombstones import age_of, tombstone
-from stepwell_server.store.disk.wal_mark import Mark
 from stepwell_server.store.disk.wal_reading import LogReplaced, read_logs
+from stepwell_server.store.disk.wals import Mark
 from stepwell_server.store.disk.whole_file import require_whole_file
 from stepwell_server.store.record import is_sound, supersedes
 
 DATA = Path("sessions") / "data.mdb"
-_LOG = "journal"
+_LOG = "wal"
 _MOST_TRIES = 5
 
 
@@ -75,10 +75,9 @@ class Snapshot:
         return meta.unpack_keys(self.meta.get(meta.KEYS, b"{}"))
 
     @property
-    def expected(self) -> Sums | None:
-        """The sums that the keys must have; None in a store of before there were any."""
-        stored = self.meta.get(key_sums.NAME)
-        return None if stored is None else key_sums.unpack(stored)
+    def expected(self) -> Sums:
+        """The sums that the keys must have."""
+        return key_sums.unpack(self.meta.get(key_sums.NAME))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -104,7 +103,7 @@ class Snapshot:
         Raises:
             StoreError: some are.
         """
-        if self.expected not in (None, found):
+        if self.expected != found:
             raise StoreError(
                 f"the store in {self.path} must have all its sessions; keys or pages were damaged, and some are missing:"
                 " stepwell store verify says more, stepwell store repair mends it"

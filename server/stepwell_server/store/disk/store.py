@@ -1,8 +1,8 @@
 """The store on disk: sessions in LMDB, and in front of it a write-ahead log of their last changes.
 
     sessions/           see `lmdb`
-    journal/0, 1        the segments of the log, see `wal`
-    journal/2, 3        with `sync`: those of another log, for small changes that are kept beside a commit, see `wals`
+    wal/0, 1            the segments of the log, see `wal`
+    wal/2, 3            with `sync`: those of another log, for small changes that are kept beside a commit, see `wals`
 
 What begins or ends sessions, or has documents, is a transaction of LMDB. A change of existing sessions, and nearly all are such, is one
 write to the log. A checkpoint takes it over into LMDB later, unless the session has changed again by then. A record
@@ -32,13 +32,11 @@ from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, Durability, LmdbSto
 from stepwell_server.store.disk.room import Room
 from stepwell_server.store.disk.wal import SEGMENT_BYTES, Parts, Records, WriteAheadLog, room_for
 from stepwell_server.store.disk.wal_file import SegmentDamaged
-from stepwell_server.store.disk.wal_mark import COMMITS, Mark, mark_of
-from stepwell_server.store.disk.wals import WriteAheadLogs
+from stepwell_server.store.disk.wals import COMMITS, Mark, WriteAheadLogs, mark_of
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Joined, Stored, header_or_none, is_sound, supersedes
 
-#: The name on disk, of before it was called a write-ahead log.
-_FOLDER = "journal"
+_FOLDER = "wal"
 
 #: An `append` that need not wait for the disk does not wait longer for a large write to the log.
 _PATIENCE_S = 2e-3

@@ -56,8 +56,7 @@ class WriteAheadLog:
 
     def __init__(
         self,
-        folder: Path,
-        names: tuple[str, str],
+        paths: Sequence[Path],
         size: int,
         owner: int,
         *,
@@ -67,7 +66,7 @@ class WriteAheadLog:
         appended: Callable[[Parts], None],
         find: Callable[[str], bytes | None],
     ) -> None:
-        """Open the segments of these names, to be loaded, or make them. See `Segment`.
+        """Open the two segments, to be loaded, or make them. See `Segment`.
 
         `before_rotate` raises if what is appended would be lost. `appended` is called with what was, before anybody can
         checkpoint it. `find` gives a session's record in any log.
@@ -85,9 +84,9 @@ class WriteAheadLog:
         self._appending = threading.Lock()
         # Held by who reads both segments: none is truncated meanwhile.
         self._looking = threading.Lock()
-        self._active = Segment(folder / names[0], size, owner, flush=flush, make=make)
+        self._active = Segment(paths[0], size, owner, flush=flush, make=make)
         try:
-            self._sealed = Segment(folder / names[1], size, owner, flush=flush, make=make)
+            self._sealed = Segment(paths[1], size, owner, flush=flush, make=make)
         except BaseException:
             self._active.close()
             raise

@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from stepwell._record_file import HEAD
 from stepwell_server.store.disk import wal_format
 from stepwell_server.store.disk.files import flush_content, flush_open, write_zeros
 from stepwell_server.store.record import Stored, size_of
@@ -28,7 +29,7 @@ _MOST_BUFFERS = 512
 #: A larger write that is flushed is made in pieces of so many bytes, each flushed: a small write to another file waits at
 #: the disk for one of them at most.
 _PIECE_BYTES = 256 * 1024
-_NO_HEAD = bytes(wal_format.HEAD.size)
+_NO_HEAD = bytes(HEAD.size)
 
 
 class SegmentDamaged(Exception):
@@ -162,42 +163,28 @@ class Segment:
         """
         self.end = self.size  # nothing can be appended before it is loaded or truncated
         data = os.pread(self._file, self.size, 0)
-        start = wal_format.read(data, 0, None)
-        if start is None:
-            raise SegmentDamaged(f"{self.path} cannot be read: it must have a beginning")
-        if start.owner != self._owner:
+        found = wal_format.content_of(data)
+        if found.owner is None:
+            raise SegmentDamaged(f"{self.path} {found.problem}")
+        if found.owner != self._owner:
             raise SegmentDamaged(f"{self.path} cannot be read: it does not belong to this store")
-        self._generation, self.base_sequence = wal_format.generation_of(data), start.sequence
-        for write in wal_format.writes(data, start):
-            self._index(write)
+        self._generation, self.base_sequence = found.generation, found.base_sequence
+        self.offsets, self.end, self.sequence = found.offsets, found.end, found.sequence
         there = os.fstat(self._file).st_size
         if there != self.size:
             raise SegmentDamaged(
                 f"{self.path} cannot be read to its end: it must have {self.size} bytes; it has {there}"
             )
-        self._erase_tail(data)
-
-    def _erase_tail(self, data: bytes) -> None:
-        """Erase what follows the last whole write: it is of a write that was cut off, or the file is damaged.
-
-        Left in place, it could seem to follow a later write.
-        """
-        behind = list(wal_format.search(data, self.end, self._generation))
-        is_damaged = any(found.sequence > self.sequence + 1 for found in behind)
-        if behind and not (is_damaged and self._flush):
+        if found.has_rest and not (found.problem and self._flush):
+            # It is of a write that was cut off, or the file is damaged. Left in place, it could seem to follow a later write.
             write_zeros(self._file, self.end, self.size)
             flush_open(self._file)
-        if is_damaged:
-            raise SegmentDamaged(f"{self.path} cannot be read from byte {self.end} on")
+        if found.problem:
+            raise SegmentDamaged(f"{self.path} {found.problem}")
 
     def close(self) -> None:
         """End; not to be used any more."""
         os.close(self._file)
-
-    def _index(self, found: Iterable[wal_format.Found]) -> None:
-        for entry in found:
-            self.offsets.update(entry.offsets)
-            self.end, self.sequence = entry.end, entry.sequence
 
     def _preallocate(self) -> None:
         """Write the whole file once, so that the disk has all its blocks."""

@@ -2,7 +2,8 @@
 
     checksum, magic, generation, sequence, remaining, counts | ids | records | padding
 
-One write may be several entries: they have one sequence number, and each says how many follow (`remaining`).
+Backups and exported sessions consist of such entries, too: `stepwell._record_file` has what is common. The tag of the first
+entry of a segment is the store that it belongs to; others have 0. One write may be several entries: they have one sequence number, and each says how many follow (`remaining`).
 
 The checksum is over everything before the records, and over their own checksums, which they begin with. So an entry of
 which a part is missing is told from a whole one, and both from one with a record that was damaged later.
@@ -10,6 +11,7 @@ which a part is missing is told from a whole one, and both from one with a recor
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import struct
 from collections.abc import Iterator, Sequence
@@ -17,15 +19,10 @@ from typing import NamedTuple
 
 from isal.isal_zlib import crc32
 
+from stepwell._record_file import ALIGNMENT, CHECKSUM_BYTES, HEAD, LENGTH, MAGIC
 from stepwell_server.store.record import HEADER, Puts, Stored, encode_ids, is_sound, size_of
 
-# checksum, magic, generation, sequence, remaining, records, bytes of ids, owner (in a first entry, else 0), bytes of records
-HEAD = struct.Struct("<IIQQIIIIQ")
-_MAGIC = int.from_bytes(b"SWJ1", "little")
-_MARK = struct.Struct("<IQ")
-_LENGTH = struct.Struct("<H")
-_CHECKSUM_BYTES = 4
-_ALIGNMENT = 8
+_MARK = struct.Struct("<IQ")  # magic, generation
 
 
 class Layout(NamedTuple):
@@ -66,6 +63,27 @@ class Found(NamedTuple):
         return self.sequence == other.sequence + 1
 
 
+@dataclasses.dataclass(slots=True)
+class Content:
+    """What a segment has."""
+
+    generation: int = 0
+    owner: int | None = None
+    """None: it has no beginning."""
+    base_sequence: int = 0
+    """Of the first entry."""
+    sequence: int = 0
+    """Of the last write that is there whole."""
+    end: int = 0
+    """Where that ends."""
+    offsets: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Where each session's last record is."""
+    has_rest: bool = False
+    """There are parts of later writes behind the end."""
+    problem: str = ""
+    """Why it cannot be read to its end; empty if it can."""
+
+
 def lay_out(
     puts: Sequence[tuple[str, Stored]], generation: int, sequence: int, *, remaining: int = 0, owner: int = 0
 ) -> Entry:
@@ -74,14 +92,14 @@ def lay_out(
     if isinstance(puts, Puts):
         checksums = puts.checksums
     else:
-        checksums = b"".join([record[:_CHECKSUM_BYTES] for record in records])
+        checksums = b"".join([record[:CHECKSUM_BYTES] for record in records])
     byte_count = sum(layout.sizes)
     head = HEAD.pack(
-        0, _MAGIC, generation, sequence, remaining, len(puts), len(layout.text), owner, byte_count
-    )[_CHECKSUM_BYTES:]
-    checksum = _checksum(head, layout.text, checksums).to_bytes(_CHECKSUM_BYTES, "little")
+        0, MAGIC, generation, sequence, remaining, len(puts), len(layout.text), owner, byte_count
+    )[CHECKSUM_BYTES:]
+    checksum = _checksum(head, layout.text, checksums).to_bytes(CHECKSUM_BYTES, "little")
     size = HEAD.size + len(layout.text) + byte_count
-    padding = -size % _ALIGNMENT
+    padding = -size % ALIGNMENT
     return Entry(layout, [checksum + head, layout.text, *records, bytes(padding)], size + padding)
 
 
@@ -89,13 +107,13 @@ def lay_out_one(session_id: str, record: Stored, generation: int, sequence: int)
     """What `lay_out` would have written for one record, and the offset of the record in it. A fast path for a lone step."""
     key = session_id.encode()
     start = b"".join((
-        HEAD.pack(0, _MAGIC, generation, sequence, 0, 1, _LENGTH.size + len(key), 0, len(record))[_CHECKSUM_BYTES:],
-        _LENGTH.pack(len(key)),
+        HEAD.pack(0, MAGIC, generation, sequence, 0, 1, LENGTH.size + len(key), 0, len(record))[CHECKSUM_BYTES:],
+        LENGTH.pack(len(key)),
         key,
     ))  # fmt: skip
-    checksum = crc32(record[:_CHECKSUM_BYTES], crc32(start)).to_bytes(_CHECKSUM_BYTES, "little")
-    record_at = _CHECKSUM_BYTES + len(start)
-    padding = bytes(-(record_at + len(record)) % _ALIGNMENT)
+    checksum = crc32(record[:CHECKSUM_BYTES], crc32(start)).to_bytes(CHECKSUM_BYTES, "little")
+    record_at = CHECKSUM_BYTES + len(start)
+    padding = bytes(-(record_at + len(record)) % ALIGNMENT)
     return b"".join((checksum, start, record, padding)), record_at
 
 
@@ -107,17 +125,17 @@ def read(data: bytes, at: int, generation: int | None) -> Found | None:
         HEAD.unpack_from(data, at)
     )
     records_at = at + HEAD.size + text_bytes
-    if magic != _MAGIC or generation not in (None, its_generation) or records_at + byte_count > len(data):
+    if magic != MAGIC or generation not in (None, its_generation) or records_at + byte_count > len(data):
         return None
     text = data[at + HEAD.size : records_at]
     offsets = _offsets(data, text, records_at, count)
     if offsets is None:
         return None
-    checksums = b"".join([data[offset : offset + _CHECKSUM_BYTES] for _, offset in offsets])
-    if _checksum(data[at + _CHECKSUM_BYTES : at + HEAD.size], text, checksums) != checksum:
+    checksums = b"".join([data[offset : offset + CHECKSUM_BYTES] for _, offset in offsets])
+    if _checksum(data[at + CHECKSUM_BYTES : at + HEAD.size], text, checksums) != checksum:
         return None
     end = records_at + byte_count
-    return Found(sequence, remaining, owner, end + -(end - at) % _ALIGNMENT, offsets)
+    return Found(sequence, remaining, owner, end + -(end - at) % ALIGNMENT, offsets)
 
 
 def writes(data: bytes, start: Found) -> Iterator[list[Found]]:
@@ -134,6 +152,23 @@ def writes(data: bytes, start: Found) -> Iterator[list[Found]]:
         yield write
 
 
+def content_of(data: bytes) -> Content:
+    """Read a segment up to the last write that is there whole."""
+    start = read(data, 0, None)
+    if start is None:
+        return Content(problem="cannot be read: it must have a beginning")
+    found = Content(generation_of(data), start.owner, start.sequence, start.sequence, start.end)
+    for write in writes(data, start):
+        for entry in write:
+            found.offsets.update(entry.offsets)
+            found.end, found.sequence = entry.end, entry.sequence
+    behind = [entry.sequence for entry in search(data, found.end, found.generation)]
+    found.has_rest = bool(behind)
+    if any(sequence > found.sequence + 1 for sequence in behind):
+        found.problem = f"cannot be read from byte {found.end} on"
+    return found
+
+
 def generation_of(data: bytes) -> int:
     """The generation of the first entry."""
     return int(HEAD.unpack_from(data)[2])
@@ -141,10 +176,10 @@ def generation_of(data: bytes) -> int:
 
 def search(data: bytes, at: int, generation: int) -> Iterator[Found]:
     """All entries of a generation from an offset on, whatever is between them."""
-    mark = _MARK.pack(_MAGIC, generation)
+    mark = _MARK.pack(MAGIC, generation)
     place = data.find(mark, at)
     while place >= 0:
-        found = read(data, place - _CHECKSUM_BYTES, generation)
+        found = read(data, place - CHECKSUM_BYTES, generation)
         if found is not None:
             yield found
         place = data.find(mark, place + 1)
@@ -177,8 +212,8 @@ def _offsets(data: bytes, text: bytes, at: int, count: int) -> list[tuple[str, i
     place, offsets = 0, []
     try:
         for _ in range(count):
-            (length,) = _LENGTH.unpack_from(text, place)
-            place += _LENGTH.size + length
+            (length,) = LENGTH.unpack_from(text, place)
+            place += LENGTH.size + length
             offsets.append((str(text[place - length : place], "utf-8"), at))
             at += size_of(data[at : at + HEADER.itemsize])
     except (struct.error, UnicodeDecodeError):
