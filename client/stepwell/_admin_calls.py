@@ -215,7 +215,7 @@ class AdminCalls(abc.ABC):
         """Makes sessions of a file that `export_sessions` wrote, here or on another server; returns what became of them.
 
         Each is made by itself, with its id, and goes on where it was. Its model must be served under its name with the
-        same fingerprint. A session that nobody named has no lease any more. To repeat an import does no harm.
+        same fingerprint. To repeat an import does no harm.
 
         Args:
             path: The file. It is looked through to its end before the first session is sent.

@@ -5,14 +5,13 @@ Each is a channel, its stream, and the coalescer of its steps. As `_connections`
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 
 from stepwell import _channel
 from stepwell._aio_link import AsyncLink
 from stepwell._channel import AsyncTransport
 from stepwell._coalesce import Coalescer
-from stepwell._flow import Call, Retrier
+from stepwell._flow import Retrier
 from stepwell._probing import AsyncProber
 from stepwell._replica import Replica
 from stepwell._steps import Step, Stepped, read
@@ -84,19 +83,6 @@ class AsyncConnections:
 
     async def _check(self, replica: Replica, timeout_s: float) -> StepwellError | None:
         return await self.to(replica).transport.check(timeout_s)
-
-    async def invoke_all(self, call: Call) -> None:
-        """Makes a call to each replica that has been asked before and is not down.
-
-        Raises:
-            StepwellError: None has answered; the first one's error.
-        """
-        made = [connection for replica, connection in self._made.items() if not replica.is_down]
-        calls = [connection.transport.invoke(call) for connection in made]
-        answers = await asyncio.gather(*calls, return_exceptions=True)
-        failed = [each for each in answers if isinstance(each, BaseException)]
-        if failed and len(failed) == len(answers):
-            raise failed[0]
 
     async def _drop(self, replica: Replica) -> None:
         connection = self._made.pop(replica, None)

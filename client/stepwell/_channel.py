@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import secrets
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -289,43 +288,6 @@ class SyncTransport(_Transport):
             if self.is_closed:
                 raise self._ended() from None
             raise
-
-    def start(self, call: Call, done: Callable[[StepwellError | None], None]) -> None:
-        """Begin one attempt of a call of SessionService, and wait for a connection if there is none.
-
-        `done` is called when it has ended, from any thread.
-        """
-        self._check_open()
-        if self._tokens.is_at_hand:
-            self._start(call, done)
-            return
-
-        def start() -> None:
-            try:
-                self._start(call, done)
-            except StepwellError as error:
-                done(error)
-
-        # the function that has the token may take its time, and who is here waits for nobody
-        threading.Thread(target=start, name="stepwell-token", daemon=True).start()
-
-    def _start(self, call: Call, done: Callable[[StepwellError | None], None]) -> None:
-        metadata = self._tokens.metadata()
-        method: Any = getattr(self._stubs["SessionService"], call.rpc)
-        try:
-            attempt = method.future(
-                call.request, timeout=call.timeout_s, metadata=_with(metadata, call), wait_for_ready=True
-            )
-        except ValueError:
-            if self.is_closed:
-                raise self._ended() from None
-            raise
-
-        def ended(attempt: Any) -> None:
-            error: grpc.RpcError | None = None if attempt.cancelled() else attempt.exception()
-            done(None if error is None else _refused(translate(error), self._tokens, metadata))
-
-        attempt.add_done_callback(ended)
 
     def check(self, timeout_s: float) -> StepwellError | None:
         """Asks whether the server takes calls; why not, or None if it does."""

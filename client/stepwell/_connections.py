@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from stepwell import _channel
 from stepwell._channel import SyncTransport
-from stepwell._flow import Call, Retrier
+from stepwell._flow import Retrier
 from stepwell._link import Link
 from stepwell._probing import Prober
 from stepwell._replica import Replica
@@ -90,19 +90,6 @@ class Connections:
     def _check(self, replica: Replica, timeout_s: float) -> StepwellError | None:
         return self.to(replica).transport.check(timeout_s)
 
-    def start(self, call: Call, done: Callable[[StepwellError | None], None]) -> None:
-        """Begins a call to each replica that has been asked before and is not down.
-
-        `done` is called when the first has been answered, or all have failed, from any thread.
-        """
-        with self._lock:
-            if self._is_closed:
-                raise _channel.closed()
-            made = [connection for replica, connection in self._made.items() if not replica.is_down]
-        first = _First(len(made), done)
-        for connection in made:
-            connection.transport.start(call, first.done)
-
     def _drop(self, replica: Replica) -> None:
         with self._lock:
             connection = self._made.pop(replica, None)
@@ -117,24 +104,3 @@ class Connections:
         self._prober.close()
         for connection in made:
             connection.close()
-
-
-class _First:
-    """Tells once: of the first of several calls that was answered, or the last that failed."""
-
-    def __init__(self, count: int, done: Callable[[StepwellError | None], None]) -> None:
-        self._left = count
-        self._done = done
-        self._lock = threading.Lock()
-        if not count:
-            done(None)
-
-    def done(self, error: StepwellError | None) -> None:
-        """One has ended."""
-        with self._lock:
-            if self._left <= 0:
-                return
-            self._left = 0 if error is None else self._left - 1
-            is_it = self._left == 0
-        if is_it:
-            self._done(error)

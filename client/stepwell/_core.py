@@ -21,7 +21,6 @@ from stepwell._flow import Flow, Retrier
 from stepwell._frames import Change, Counts, Frame, Indexes, Part
 from stepwell._group_tracker import GroupTracker
 from stepwell._lanes import Exchanging
-from stepwell._leases import GROUP, SESSION, Lease
 from stepwell._log import LOG
 from stepwell._observer import Observer
 from stepwell._ranking import keys_of
@@ -69,7 +68,6 @@ class Core:
         clock: Clock = time.monotonic,
         *,
         finish: Callable[[Flow[None]], None] = _drop,
-        renew: Callable[[], None] = lambda: None,
     ) -> None:
         """The operations for one server.
 
@@ -78,10 +76,7 @@ class Core:
             policy: When to try again.
             clock: Monotonic, in seconds.
             finish: Runs a flow in the background; returns at once.
-            renew: Has the lease renewed from now on, in the background, as long as it is needed.
         """
-        self.lease = Lease(config.lease_s, renew) if config.lease_s else None
-        """Of sessions that nobody names; None: they have none."""
         self._finish = finish
         contact = Contact(config.address, config.connect_timeout_s)
         hooks = config.event_hooks
@@ -249,6 +244,7 @@ class Core:
         session_id: str | None,
         state: States | None,
         must_be_new: bool,
+        max_idle_s: float | None,
         deadline: Deadline,
     ) -> Flow[SessionTracker]:
         """Opens or resumes a session."""
@@ -259,6 +255,7 @@ class Core:
             batch_size=rows,
             must_be_new=must_be_new,
             request_id=new_request_id(),
+            max_idle=_inputs.check_max_idle(max_idle_s),
         )
         request.state.extend(to_messages((yield from self.states(model, "", state, rows, deadline))))
         if isinstance(state, State):  # what it was checked against; the default may move meanwhile
@@ -275,6 +272,7 @@ class Core:
         deadline: Deadline,
         *,
         resume: bool = False,
+        max_idle_s: float | None = None,
     ) -> Flow[GroupTracker]:
         """Opens many sessions, or resumes those that are live."""
         count, rows = _inputs.check_count("n", n), _inputs.check_count("batch_size", batch_size)
@@ -289,6 +287,7 @@ class Core:
             batch_size=rows,
             request_id=new_request_id(),
             resume=resume,
+            max_idle=_inputs.check_max_idle(max_idle_s),
         )
         reply: sessions_pb2.OpenSessionsResponse = yield from self._open("OpenSessions", request, deadline)
         tracker = GroupTracker(
@@ -313,6 +312,7 @@ class Core:
         deadline: Deadline,
         *,
         is_pinned: bool,
+        max_idle_s: float | None = None,
     ) -> Flow[GroupTracker]:
         """Opens sessions with the states of others: all of them or none."""
         if not sources:
@@ -320,7 +320,10 @@ class Core:
         count = len(sources)
         ids = _inputs.check_session_ids(session_ids, count, f"one id for each of {count} sessions")
         request = sessions_pb2.ForkSessionsRequest(
-            session_ids=sources, new_session_ids=ids, request_id=new_request_id()
+            session_ids=sources,
+            new_session_ids=ids,
+            request_id=new_request_id(),
+            max_idle=_inputs.check_max_idle(max_idle_s),
         )
         reply: sessions_pb2.ForkSessionsResponse = yield from self._open("ForkSessions", request, deadline)
         return GroupTracker(
@@ -342,14 +345,8 @@ class Core:
         If it ends without an answer, or its caller gives up, it may have made sessions whose ids nobody
         knows. Those are closed in the background. Sessions that the caller named are left to the caller.
         """
-        # a session that is resumed by its id loses its lease: it stays until it is closed
-        resumes = isinstance(request, sessions_pb2.OpenSessionsRequest) and request.resume
-        if self.lease is not None and not resumes:
-            request.lease.CopyFrom(self.lease.message())
         try:
-            reply = yield from self.retrier.call(rpc, request, deadline, changes=True)
-            self._lease_of(request, reply)
-            return reply
+            return (yield from self.retrier.call(rpc, request, deadline, changes=True))
         except StepwellError as error:
             if is_unknown(error) and not _names_sessions(request):
                 self._finish(self._close_made(rpc, request, Deadline(TRY_FOR_S, self._clock)))
@@ -358,26 +355,6 @@ class Core:
             if not _names_sessions(request):
                 self._finish(self._close_made(rpc, request, Deadline(TRY_FOR_S, self._clock)))
             raise
-
-    def _lease_of(self, request: _Opening, reply: Any) -> None:
-        """Have the lease renewed if what was opened has it; a server of an older release gives none to a session."""
-        if self.lease is None:
-            return
-        if isinstance(request, sessions_pb2.OpenSessionsRequest | sessions_pb2.ForkSessionsRequest):
-            if not _names_sessions(request):
-                self.lease.add(GROUP, reply.session_ids[0])
-        elif reply.session.HasField("lease"):
-            self.lease.add(SESSION, reply.session.session_id)
-
-    def unlease(self, session_id: str, kind: str = SESSION) -> None:
-        """A session was closed, or the whole group that begins with it."""
-        if self.lease is not None:
-            self.lease.discard(kind, session_id)
-
-    def end_lease(self) -> None:
-        """The client is closed: its sessions that nobody named end when the lease is over."""
-        if self.lease is not None:
-            self.lease.end()
 
     def _close_made(self, rpc: str, request: _Opening, deadline: Deadline) -> Flow[None]:
         """Closes what a call has made: the same request again is answered with the sessions' ids."""
@@ -439,7 +416,6 @@ class Core:
             uid=uid,
         )
         yield from self.retrier.call("CloseSession", request, deadline, changes=True)
-        self.unlease(session_id)
 
     # One session.
 
@@ -543,13 +519,18 @@ class Core:
         )
 
     def fork(
-        self, tracker: SessionTracker, session_id: str | None, deadline: Deadline
+        self,
+        tracker: SessionTracker,
+        session_id: str | None,
+        max_idle_s: float | None,
+        deadline: Deadline,
     ) -> Flow[SessionTracker]:
         """Opens a session with the state of another."""
         request = sessions_pb2.ForkSessionRequest(
             session_id=tracker.session_id,
             new_session_id=_inputs.optional_session_id("session_id", session_id),
             request_id=new_request_id(),
+            max_idle=_inputs.check_max_idle(max_idle_s),
         )
         reply: sessions_pb2.ForkSessionResponse = yield from self._open("ForkSession", request, deadline)
         return SessionTracker(reply.session)

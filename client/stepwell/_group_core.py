@@ -16,7 +16,6 @@ from stepwell._flow import Flow, Pause
 from stepwell._frames import RETRYABLE, Change, Counts, Gathered, Indexes
 from stepwell._group_tracker import GroupTracker, MemberTracker, Move, as_index
 from stepwell._inputs import pack_inputs
-from stepwell._leases import GROUP
 from stepwell._retry import Deadline
 from stepwell._state import State, States
 from stepwell._status import from_message
@@ -331,19 +330,24 @@ class GroupCore:
             start += len(part)
         return at_once
 
-    def fork(self, session_ids: Sequence[str] | None, deadline: Deadline) -> Flow[GroupTracker]:
+    def fork(
+        self, session_ids: Sequence[str] | None, max_idle_s: float | None, deadline: Deadline
+    ) -> Flow[GroupTracker]:
         """Opens sessions with the states of these."""
-        is_pinned = self.tracker.is_pinned
         return (
-            yield from self._core.fork_sessions(self.members.ids, session_ids, deadline, is_pinned=is_pinned)
+            yield from self._core.fork_sessions(
+                self.members.ids,
+                session_ids,
+                deadline,
+                is_pinned=self.tracker.is_pinned,
+                max_idle_s=max_idle_s,
+            )
         )
 
     def close(self, deadline: Deadline) -> Flow[None]:
         """Deletes all members; those that are gone already are passed over, and others that have their ids now stay."""
         ids, uids = self.members.ids, self.tracker.uids[self.members.indexes]
         yield from self._core.close_sessions(ids, deadline, uids)
-        if len(ids) == len(self.tracker.ids):
-            self._core.unlease(self.tracker.ids[0], GROUP)
 
 
 class _States:

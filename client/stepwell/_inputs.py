@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from google.protobuf import duration_pb2
 
 from stepwell._display import short
 from stepwell._state import State, States
@@ -23,6 +24,8 @@ from stepwell.errors import InvalidInputError, ModelMismatchError
 _MAX_ID = 256
 _MAX_UINT32 = 2**32 - 1
 _MOST_POSITION = 2**61
+#: Ten years.
+_MAX_IDLE_S = 3650 * 86400
 
 
 def pack_inputs(inputs: Inputs, rows: int | None = None, count: str = "batch_size") -> tuple[Packed, ...]:
@@ -213,6 +216,21 @@ def check_count(name: str, count: object) -> int:
     if checked > _MAX_UINT32:
         raise InvalidInputError(f"{name} must be 1 to {_MAX_UINT32}; got {checked}")
     return checked
+
+
+def check_max_idle(max_idle_s: object) -> duration_pb2.Duration | None:
+    """For how long a session may be unused, as it travels; None: the server decides."""
+    if max_idle_s is None:
+        return None
+    if isinstance(max_idle_s, bool | np.bool_) or not isinstance(max_idle_s, int | float | np.number):
+        raise InvalidInputError(f"max_idle_s must be a number of seconds, or None; got {max_idle_s!r}")
+    if not (max_idle_s == 0 or 1 <= max_idle_s <= _MAX_IDLE_S):
+        raise InvalidInputError(
+            f"max_idle_s must be from 1 to {_MAX_IDLE_S}, or 0 for no limit; got {max_idle_s}"
+        )
+    duration = duration_pb2.Duration()
+    duration.FromMilliseconds(round(max_idle_s * 1000))
+    return duration
 
 
 def check_position(position: object) -> int:

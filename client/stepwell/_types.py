@@ -421,8 +421,9 @@ class SessionInfo:
     """When it was last changed, read or resumed, in UTC."""
     resident: bool
     """Its state is in memory (True) or only in the store (False)."""
-    lease_s: float | None = None
-    """It is closed when its client has been gone for so many seconds. None: it has no lease."""
+    max_idle_s: float | None = None
+    """It expires when it was not used for this many seconds: its own limit, or the server's where that is shorter. None:
+    never."""
     tenant: str = ""
     """Whose it is, where everybody's sessions are listed (`tenant="*"`). Empty elsewhere, and for sessions of no tenant."""
     model_version: int = 0
@@ -442,7 +443,9 @@ class SessionInfo:
             created_time=_time_of(session.created_time),
             last_used_time=_time_of(session.last_used_time),
             resident=session.resident,
-            lease_s=session.lease.seconds + session.lease.nanos / 1e9 if session.HasField("lease") else None,
+            max_idle_s=session.max_idle.seconds + session.max_idle.nanos / 1e9
+            if session.HasField("max_idle")
+            else None,
             tenant=session.tenant,
             model_version=session.model_version,
             model_version_pinned=session.model_version_pinned,

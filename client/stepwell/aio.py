@@ -27,7 +27,6 @@ from stepwell._flow import Ask, Call, Exchange, Flow, Lookup, Notify, Pause, dri
 from stepwell._group_core import GroupCore
 from stepwell._group_tracker import GroupTracker
 from stepwell._lanes import Exchanges
-from stepwell._leases import renew_while_needed
 from stepwell._lookup import look_up_async
 from stepwell._metadata import Metadata
 from stepwell._observer import notify_async
@@ -43,7 +42,6 @@ from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_models import AsyncModelCalls
 from stepwell.aio_session import AsyncSession, Opening
 from stepwell.config import (
-    DEFAULT_LEASE_S,
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT_S,
     ClientConfig,
@@ -73,7 +71,6 @@ def connect(
     metadata: Metadata = (),
     event_hooks: EventHooks | None = None,
     tracing: bool = False,
-    lease_s: float | None = DEFAULT_LEASE_S,
     token: AsyncToken | None = None,
     allow_insecure_token: bool = False,
     tenant: str | None = None,
@@ -100,9 +97,6 @@ def connect(
             "retry": `stepwell.events` says what they get, and that they may be coroutine functions.
         tracing: Make a span of OpenTelemetry of each operation, and tell the server of it, which goes on with the trace.
             What becomes of spans is up to the provider that this process has set. Needs opentelemetry-api.
-        lease_s: Sessions that are opened without an id are closed by the server when this client has been gone for
-            so many seconds, because its process was killed, say: from 1 second to ten years. 0 or None: they stay
-            until they are closed. Sessions with an id always do.
         token: The bearer token to send with every call, for servers that ask who calls; or a function without
             arguments that returns it, or a coroutine function. It is called for the first call, again shortly before its token expires, if
             that is a JWT, and when a server refuses its token: the call is then made once more. None: the environment
@@ -132,7 +126,6 @@ def connect(
         metadata,
         event_hooks,
         tracing=tracing,
-        lease_s=lease_s,
         token=token_or_variable(token),
         allow_insecure_token=allow_insecure_token,
         tenant=tenant,
@@ -170,8 +163,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
         self._config = config
         self._coalesce = coalesce
         self._finisher = AsyncFinisher(self._answer)
-        self._core = Core(config, finish=self._finisher.add, renew=self._renew)
-        self._renewing: asyncio.Task[None] | None = None
+        self._core = Core(config, finish=self._finisher.add)
         self._closing = asyncio.Event()
 
     # Made by the first call, because a channel belongs to a running event loop.
@@ -186,13 +178,6 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
     def _routed(self) -> AsyncConnections:
         """To its replicas, where there are several."""
         return AsyncConnections(self._config, self._core.retrier, coalesce=self._coalesce)
-
-    def _renew(self) -> None:
-        """Renew the lease from now on; the task does not keep the client."""
-        lease = self._core.lease
-        invoke = self._only.transport.invoke if self._core.router is None else self._routed.invoke_all
-        if lease is not None and (self._renewing is None or self._renewing.done()):
-            self._renewing = asyncio.create_task(renew_while_needed(lease, invoke), name="stepwell-leases")
 
     @property
     def address(self) -> str:
@@ -262,6 +247,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
         session_id: str | None = None,
         state: States | None = None,
         must_be_new: bool = False,
+        max_idle_s: float | None = None,
         timeout_s: float | None = None,
     ) -> Opening[AsyncSession]:
         """Opens a session, or resumes the live session of that id.
@@ -275,7 +261,9 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
             >>> await session.close()
         """
         deadline = self._core.deadline(timeout_s)
-        flow = self._core.open_session(model, batch_size, session_id, state, must_be_new, deadline)
+        flow = self._core.open_session(
+            model, batch_size, session_id, state, must_be_new, max_idle_s, deadline
+        )
         return Opening(self._session(flow, owned=session_id is None), "AsyncClient.open_session")
 
     @ends_here
@@ -290,6 +278,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
         batch_size: int = 1,
         session_ids: Sequence[str] | None = None,
         resume: bool = False,
+        max_idle_s: float | None = None,
         timeout_s: float | None = None,
     ) -> Opening[AsyncSessionGroup]:
         """Opens many sessions of one model, to be stepped together: all of them or none.
@@ -304,7 +293,9 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
             (8, 1)
         """
         deadline = self._core.deadline(timeout_s)
-        flow = self._core.open_sessions(model, n, batch_size, session_ids, deadline, resume=resume)
+        flow = self._core.open_sessions(
+            model, n, batch_size, session_ids, deadline, resume=resume, max_idle_s=max_idle_s
+        )
         return Opening(self._group(flow, owned=session_ids is None), "AsyncClient.open_sessions")
 
     @ends_here
@@ -358,10 +349,6 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
         Example:
             >>> await stepwell.aio.connect(address).close()
         """
-        self._core.end_lease()
-        if self._renewing is not None:
-            self._renewing.cancel()
-            await asyncio.wait([self._renewing])
         await self._finisher.close()
         self._closing.set()
         await (self._only if self._core.router is None else self._routed).close()

@@ -262,7 +262,11 @@ class AsyncSessionGroup(AsyncHandle):
         return await self.get_states(timeout_s=timeout_s)
 
     def fork(
-        self, session_ids: Sequence[str] | None = None, *, timeout_s: float | None = None
+        self,
+        session_ids: Sequence[str] | None = None,
+        *,
+        max_idle_s: float | None = None,
+        timeout_s: float | None = None,
     ) -> Opening[AsyncSessionGroup]:
         """A new group of sessions with the members' states, revisions and positions: all of them or none.
 
@@ -274,11 +278,13 @@ class AsyncSessionGroup(AsyncHandle):
             ...     twins.revisions.tolist(), group.revisions.tolist()
             ([1, 1, 1, 1], [0, 0, 0, 0])
         """
-        return Opening(self._fork(session_ids, timeout_s), "AsyncSessionGroup.fork")
+        return Opening(self._fork(session_ids, max_idle_s, timeout_s), "AsyncSessionGroup.fork")
 
-    async def _fork(self, session_ids: Sequence[str] | None, timeout_s: float | None) -> AsyncSessionGroup:
+    async def _fork(
+        self, session_ids: Sequence[str] | None, max_idle_s: float | None, timeout_s: float | None
+    ) -> AsyncSessionGroup:
         self._check_open()
-        flow = self._group.fork(session_ids, self._client._core.deadline(timeout_s))
+        flow = self._group.fork(session_ids, max_idle_s, self._client._core.deadline(timeout_s))
         core = GroupCore(self._client._core, await self._client._run(flow))
         return AsyncSessionGroup(self._client, core, owned=session_ids is None)
 

@@ -355,7 +355,13 @@ class AsyncSession(AsyncHandle):
         self._check_open()
         return await self._client._run(self._core.get_state(self.id, self._core.deadline(timeout_s)))
 
-    def fork(self, session_id: str | None = None, *, timeout_s: float | None = None) -> Opening[AsyncSession]:
+    def fork(
+        self,
+        session_id: str | None = None,
+        *,
+        max_idle_s: float | None = None,
+        timeout_s: float | None = None,
+    ) -> Opening[AsyncSession]:
         """A new session with the state, revision and position of this one; from then on they are apart.
 
         Arguments, result and errors are those of `Session.fork`.
@@ -365,13 +371,15 @@ class AsyncSession(AsyncHandle):
             ...     twin.id != session.id, twin.position == session.position
             (True, True)
         """
-        return Opening(self._fork(session_id, timeout_s), "AsyncSession.fork")
+        return Opening(self._fork(session_id, max_idle_s, timeout_s), "AsyncSession.fork")
 
     @ends_here
-    async def _fork(self, session_id: str | None, timeout_s: float | None) -> AsyncSession:
+    async def _fork(
+        self, session_id: str | None, max_idle_s: float | None, timeout_s: float | None
+    ) -> AsyncSession:
         self._check_open()
         deadline = self._core.deadline(timeout_s)
-        tracker = await self._client._run(self._core.fork(self._tracker, session_id, deadline))
+        tracker = await self._client._run(self._core.fork(self._tracker, session_id, max_idle_s, deadline))
         return AsyncSession(self._client, tracker, owned=session_id is None)
 
     async def refresh(self, *, timeout_s: float | None = None) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -17,7 +16,6 @@ from stepwell._flow import Ask, Call, Exchange, Flow, Lookup, Notify, Pause, dri
 from stepwell._group_core import GroupCore
 from stepwell._hooks import require_sync
 from stepwell._lanes import Exchanges
-from stepwell._leases import RENEWER, Renewal
 from stepwell._link import exchange_some
 from stepwell._lookup import look_up
 from stepwell._metadata import Metadata
@@ -30,7 +28,6 @@ from stepwell._tokens import Token
 from stepwell._tracebacks import end_here, ends_here
 from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo, SlowSession
 from stepwell.config import (
-    DEFAULT_LEASE_S,
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT_S,
     ClientConfig,
@@ -41,7 +38,6 @@ from stepwell.config import (
     tls_config,
     token_or_variable,
 )
-from stepwell.errors import StepwellError
 from stepwell.events import EventHooks
 from stepwell.group import SessionGroup
 from stepwell.session import Session
@@ -61,7 +57,6 @@ def connect(
     metadata: Metadata = (),
     event_hooks: EventHooks | None = None,
     tracing: bool = False,
-    lease_s: float | None = DEFAULT_LEASE_S,
     token: Token | None = None,
     allow_insecure_token: bool = False,
     tenant: str | None = None,
@@ -89,9 +84,6 @@ def connect(
             "retry": `stepwell.events` says what they get.
         tracing: Make a span of OpenTelemetry of each operation, and tell the server of it, which goes on with the trace.
             What becomes of spans is up to the provider that this process has set. Needs opentelemetry-api.
-        lease_s: Sessions that are opened without an id are closed by the server when this client has been gone for
-            so many seconds, because its process was killed, say: from 1 second to ten years. 0 or None: they stay
-            until they are closed. Sessions with an id always do.
         token: The bearer token to send with every call, for servers that ask who calls; or a function without
             arguments that returns it. It is called for the first call, again shortly before its token expires, if
             that is a JWT, and when a server refuses its token: the call is then made once more. None: the environment
@@ -118,7 +110,6 @@ def connect(
         metadata,
         event_hooks,
         tracing=tracing,
-        lease_s=lease_s,
         token=token_or_variable(token),
         allow_insecure_token=allow_insecure_token,
         tenant=tenant,
@@ -150,10 +141,7 @@ class Client(AdminCalls, ModelCalls):
         _tokens.require_sync(config.token)
         self._config = config
         self._finisher = Finisher(config)
-        self._renewal = Renewal(self._start)
-        renew = functools.partial(RENEWER.add, self._renewal)
-        self._core = Core(config, finish=self._finisher.add, renew=renew)
-        self._renewal.lease = self._core.lease
+        self._core = Core(config, finish=self._finisher.add)
         self._routed: Connections | None = None
         """To its replicas, where there are several."""
         retrier = self._core.retrier
@@ -233,6 +221,7 @@ class Client(AdminCalls, ModelCalls):
         session_id: str | None = None,
         state: States | None = None,
         must_be_new: bool = False,
+        max_idle_s: float | None = None,
         timeout_s: float | None = None,
     ) -> Session:
         """Opens a session, or resumes the live session of that id: `Session.resumed` says which.
@@ -250,6 +239,10 @@ class Client(AdminCalls, ModelCalls):
             state: Initial state, each tensor (batch_size, ...); a mapping of name to array, a list in the
                 model's order, or a `State`. None: the model's own. Not used when a session is resumed.
             must_be_new: Refuse instead of resuming.
+            max_idle_s: The session expires when it was not used for this many seconds: 1 to ten years, or 0 for no limit of
+                its own. The server's `max_session_idle_s` is an upper bound all the same. None: a session without an id
+                has the server's `unnamed_session_idle_s`, an hour by default; one with an id has no limit of its own.
+                Not used when a session is resumed.
             timeout_s: Time limit of this call over all its attempts; None: the client's.
 
         Raises:
@@ -265,7 +258,7 @@ class Client(AdminCalls, ModelCalls):
         """
         deadline = self._core.deadline(timeout_s)
         tracker = self._run(
-            self._core.open_session(model, batch_size, session_id, state, must_be_new, deadline)
+            self._core.open_session(model, batch_size, session_id, state, must_be_new, max_idle_s, deadline)
         )
         return Session(self, tracker, owned=session_id is None)
 
@@ -277,6 +270,7 @@ class Client(AdminCalls, ModelCalls):
         batch_size: int = 1,
         session_ids: Sequence[str] | None = None,
         resume: bool = False,
+        max_idle_s: float | None = None,
         timeout_s: float | None = None,
     ) -> SessionGroup:
         """Opens many sessions of one model, to be stepped together: all of them or none.
@@ -290,6 +284,7 @@ class Client(AdminCalls, ModelCalls):
             resume: Take up the sessions of `session_ids` that are live, with their states, revisions and positions, and
                 open the others: `SessionGroup.resumed` says which. For trainers that restart. The same call again
                 succeeds and changes nothing.
+            max_idle_s: Of each session that is opened, as in `open_session`.
             timeout_s: Time limit of this call over all its attempts; None: the client's.
 
         Raises:
@@ -312,7 +307,9 @@ class Client(AdminCalls, ModelCalls):
         """
         deadline = self._core.deadline(timeout_s)
         tracker = self._run(
-            self._core.open_sessions(model, n, batch_size, session_ids, deadline, resume=resume)
+            self._core.open_sessions(
+                model, n, batch_size, session_ids, deadline, resume=resume, max_idle_s=max_idle_s
+            )
         )
         return SessionGroup(self, GroupCore(self._core, tracker), owned=session_ids is None)
 
@@ -378,8 +375,6 @@ class Client(AdminCalls, ModelCalls):
         Example:
             >>> stepwell.connect(address).close()
         """
-        self._core.end_lease()
-        RENEWER.remove(self._renewal)
         self._finisher.close()
         self._closing.set()
         (self._routed or self._only).close()
@@ -422,12 +417,6 @@ class Client(AdminCalls, ModelCalls):
         if self._closing.wait(ask.seconds if ask.is_waited else 0.0):
             raise _channel.closed()
         return None
-
-    def _start(self, call: Call, done: Callable[[StepwellError | None], None]) -> None:
-        if self._routed is None:
-            self._only.transport.start(call, done)
-        else:
-            self._routed.start(call, done)
 
 
 def _answer_routed(connections: Connections, ask: Ask, connect_timeout_s: float) -> Any:

@@ -26,7 +26,6 @@ __all__ = [
     "CONNECT_TIMEOUT_VARIABLE",
     "DEFAULT_ADDRESS",
     "DEFAULT_CONNECT_TIMEOUT_S",
-    "DEFAULT_LEASE_S",
     "DEFAULT_LOAD_TIMEOUT_S",
     "DEFAULT_MAX_MESSAGE_BYTES",
     "DEFAULT_TIMEOUT_S",
@@ -51,8 +50,6 @@ DEFAULT_TIMEOUT_S = 30.0
 """Time limit of a call over all its attempts, in seconds."""
 DEFAULT_LOAD_TIMEOUT_S = 600.0
 """Time limit of a call that loads a model, in seconds: it may have to be compiled."""
-DEFAULT_LEASE_S = 600.0
-"""How long a client may be gone before the server closes its sessions that nobody named, in seconds."""
 DEFAULT_CONNECT_TIMEOUT_S = 1.0
 """How long a call tries to reach a server that this client has never reached, in seconds."""
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -61,7 +58,6 @@ DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 _LONGEST_S = 1e9
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}|\*")
-_LONGEST_LEASE_S = 3650 * 86400.0
 
 Pem: TypeAlias = str | os.PathLike[str] | bytes
 
@@ -149,23 +145,6 @@ def tls_config(tls: TlsConfig | bool | None) -> TlsConfig | None:
     raise InvalidInputError(f"tls must be a TlsConfig, True or None; got {tls!r}")
 
 
-def _lease(lease_s: float | None) -> float:
-    """A lease in seconds, 0 for none.
-
-    Raises:
-        InvalidInputError: It is out of range.
-    """
-    if lease_s is None or lease_s == 0:
-        return 0.0
-    if isinstance(lease_s, bool) or not isinstance(lease_s, int | float):
-        raise InvalidInputError(f"lease_s must be a number of seconds, or None; got {lease_s!r}")
-    if not 1 <= lease_s <= _LONGEST_LEASE_S:
-        raise InvalidInputError(
-            f"lease_s must be from 1 to {_LONGEST_LEASE_S:.0f}, or 0 or None for no lease; got {lease_s}"
-        )
-    return float(lease_s)
-
-
 def check_switch(name: str, given: object) -> None:
     """What is on or off: any other value would be on or off by its truth, "no" on.
 
@@ -246,10 +225,6 @@ class ClientConfig:
     """Functions to call before and after attempts and before retries, see `stepwell.events`."""
     tracing: bool = False
     """Make spans of OpenTelemetry, and tell the server of them."""
-    lease_s: float | None = DEFAULT_LEASE_S
-    """How long this client may be gone before the server closes its sessions that nobody named, in seconds; afterwards 0
-    for None: they stay until they are closed."""
-
     token: _tokens.AsyncToken | None = dataclasses.field(default=None, repr=False)
     """The bearer token to send with every call, or a function that has it: see `connect`."""
     allow_insecure_token: bool = False
@@ -279,7 +254,6 @@ class ClientConfig:
             self._check_token(target)
         self._check_tenant(self.tenant)
         object.__setattr__(self, "event_hooks", _hooks.checked(self.event_hooks))
-        object.__setattr__(self, "lease_s", _lease(self.lease_s))
         check_timeout("timeout_s", self.timeout_s)
         check_timeout("connect_timeout_s", self.connect_timeout_s)
         if isinstance(self.max_message_bytes, bool) or not isinstance(self.max_message_bytes, int):

@@ -120,7 +120,7 @@ class SessionNotFoundError(SessionGoneError):
 
 
 class SessionExpiredError(SessionGoneError):
-    """The session was idle for longer than the server's max_session_idle_s, and is deleted."""
+    """The session was idle for longer than its limit, and is deleted."""
 
 
 class SessionLostError(SessionGoneError):

@@ -304,7 +304,11 @@ class SessionGroup(Handle):
         return self.get_states(timeout_s=timeout_s)
 
     def fork(
-        self, session_ids: Sequence[str] | None = None, *, timeout_s: float | None = None
+        self,
+        session_ids: Sequence[str] | None = None,
+        *,
+        max_idle_s: float | None = None,
+        timeout_s: float | None = None,
     ) -> SessionGroup:
         """A new group of sessions with the members' states, revisions and positions: all of them or none.
 
@@ -313,6 +317,7 @@ class SessionGroup(Handle):
         Args:
             session_ids: Ids of the new sessions, one each, none of them in use. None: the server makes them, and
                 the sessions are closed when the new group's `with` block ends.
+            max_idle_s: Of each new session, as in `Client.open_session`; the limits of the members are not taken over.
             timeout_s: Time limit of this call over all its attempts; None: the client's.
 
         Raises:
@@ -326,7 +331,7 @@ class SessionGroup(Handle):
             ([1, 1, 1, 1], [0, 0, 0, 0])
         """
         self._check_open()
-        flow = self._group.fork(session_ids, self._client._core.deadline(timeout_s))
+        flow = self._group.fork(session_ids, max_idle_s, self._client._core.deadline(timeout_s))
         core = GroupCore(self._client._core, self._client._run(flow))
         return SessionGroup(self._client, core, owned=session_ids is None)
 

@@ -350,11 +350,18 @@ class Session(Handle):
         self._check_open()
         return self._client._run(self._core.get_state(self.id, self._core.deadline(timeout_s)))
 
-    def fork(self, session_id: str | None = None, *, timeout_s: float | None = None) -> Session:
+    def fork(
+        self,
+        session_id: str | None = None,
+        *,
+        max_idle_s: float | None = None,
+        timeout_s: float | None = None,
+    ) -> Session:
         """A new session with the state, revision and position of this one; from then on they are apart.
 
         Args:
             session_id: Id of the new session, not in use. None: the server makes one.
+            max_idle_s: As in `Client.open_session`; the limit of this one is not taken over.
             timeout_s: Time limit of this call over all its attempts; None: the client's.
 
         Raises:
@@ -367,7 +374,7 @@ class Session(Handle):
         """
         self._check_open()
         tracker = self._client._run(
-            self._core.fork(self._tracker, session_id, self._core.deadline(timeout_s))
+            self._core.fork(self._tracker, session_id, max_idle_s, self._core.deadline(timeout_s))
         )
         return Session(self._client, tracker, owned=session_id is None)
 

@@ -19,6 +19,7 @@ from stepwell_server.auth.opening import open_callers
 from stepwell_server.auth.quota_file import QuotaFile
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.core.front_limits import FrontLimits
+from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.namespaces import own, tenant_of
 from stepwell_server.engine.durability.forwarding import Migration
 from stepwell_server.engine.engine import Engine, ModelStats
@@ -357,7 +358,7 @@ def _engine(
             observer=observer,
             max_batch_rows=settings.max_batch_rows,
             resident_rows=_resident_rows(settings, models.programs.keys() | models.failed.keys()),
-            max_session_idle_s=settings.max_session_idle_s,
+            idle_limits=IdleLimits(settings.max_session_idle_s, settings.unnamed_session_idle_s),
             compute_threads=settings.compute_threads,
             quotas=quotas,
             migrations=migrations,

@@ -5,7 +5,7 @@
     ├── MessageTooLarge       so does its size
     ├── SessionGone           there is no such session (any more)
     │   ├── SessionNotFound   closed, or never opened here
-    │   ├── SessionExpired    idle for longer than max_session_idle_s
+    │   ├── SessionExpired    idle for longer than its limit
     │   └── SessionLost       it was there, its state cannot be recovered
     ├── SessionExists         the id is taken
     ├── RevisionConflict      the session is at another revision than expected
@@ -97,7 +97,7 @@ class SessionNotFound(SessionGone):
 
 
 class SessionExpired(SessionGone):
-    """Idle for longer than max_session_idle_s, and therefore deleted."""
+    """Idle for longer than its limit, and therefore deleted."""
 
     reason = "SESSION_EXPIRED"
 

@@ -118,6 +118,8 @@ class Settings:
     resident_rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """By the name of the model; the empty name: of those that are not named."""
     max_session_idle_s: float = 0.0
+    unnamed_session_idle_s: float = 3600.0
+    """Of sessions that are opened without an id and ask for no limit."""
     quotas: Path | None = None
     """File of the quotas of tenants and callers."""
     metrics_tenants: int = 100

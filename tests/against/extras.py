@@ -91,15 +91,13 @@ class Extras:
                 inputs = tensors(player.draw(1 + extra.number % 2, 2))
                 player.ask("Step", pb.StepRequest(session_id=reply.session_ids[0], inputs=inputs))
 
-    def _open_with_a_lease(self, extra: Extra) -> None:
-        """A long one: it does not end meanwhile."""
+    def _open_with_an_idle_limit(self, extra: Extra) -> None:
+        """A long one, which does not end meanwhile, and none."""
         player = self._player
-        lease = pb.Lease(client_id=77, duration=Duration(seconds=86_400))
-        request = pb.OpenSessionRequest(model=player.program.model, lease=lease)
         with self._made_by_the_server() as made:
-            made.extend(_ids_of(player.ask("OpenSession", request)))
-            player.ask("RenewLease", pb.RenewLeaseRequest(client_id=77))
-            player.ask("RenewLease", pb.RenewLeaseRequest())
+            for limit in (Duration(seconds=86_400 + extra.number), Duration()):
+                request = pb.OpenSessionRequest(model=player.program.model, max_idle=limit)
+                made.extend(_ids_of(player.ask("OpenSession", request)))
 
     @contextlib.contextmanager
     def _made_by_the_server(self) -> Iterator[list[str]]:

@@ -15,7 +15,7 @@ from support.actions import Action
 KINDS = (
     "open again",
     "open many",
-    "open with a lease",
+    "open with an idle limit",
     "export and import",
     "import what is damaged",
     "close many",

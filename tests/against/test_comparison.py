@@ -140,7 +140,7 @@ def session(**fields: object) -> Message:
 def test_a_field_that_the_tree_does_not_know_is_compared() -> None:
     group, another = b"\xa3\x06\x08\x05\xa4\x06", b"\xa3\x06\x08\x06\xa4\x06"
     one, again, two = (
-        answers.succeeded(pb.RenewLeaseResponse.FromString(raw)) for raw in (group, group, another)
+        answers.succeeded(pb.CloseSessionsResponse.FromString(raw)) for raw in (group, group, another)
     )
     assert paths(one, again) == []
     assert paths(one, two) == ["unknown field 100"]

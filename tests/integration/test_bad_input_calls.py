@@ -83,7 +83,6 @@ CALLS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
         lambda _: pb.CloseMatchingSessionsRequest(),
         (*INPUT, "all must be true without model, session_id_prefix and idle_longer"),
     ),
-    "RenewLease": (lambda _: pb.RenewLeaseRequest(), (*INPUT, "client_id must be random and not 0; got 0")),
     "ExportSessions": (
         lambda session_id: pb.ExportSessionsRequest(session_ids=[session_id], model="seq"),
         (*INPUT, "session_ids must be empty with model"),

@@ -241,6 +241,14 @@ def test_open_goes_on_with_a_session_whatever_its_batch_size(run: Run, client: s
     refused(run("step", "new", "--open", "gone", "--input", x), "gone")
 
 
+def test_a_session_that_a_step_opens_may_have_an_idle_limit(run: Run, client: stepwell.Client) -> None:
+    options = ["--open", "forecast", "--input", "[[1, 2, 3]]"]
+    run("step", "short", *options, "--max-idle-s", "1h30m")
+    run("step", "short", *options, "--max-idle-s", "5")
+    assert client.session_info("short").max_idle_s == 5400.0, "it was there the second time"
+    refused(run("step", "other", *options, "--max-idle-s", "0.5"), "max_idle_s must be from 1 to 315360000")
+
+
 @pytest.mark.parametrize(
     "x", ["[[1, 2]]", "[1, 2, 3]", "[[[[1, 2, 3]]]]", "[[1, 2, NaN]]", "[]", "5", "z=[[1, 2, 3]]"]
 )
@@ -325,8 +333,10 @@ def test_sessions_are_listed(run: Run, client: stepwell.Client) -> None:
     ]
     of_model = documents(run("sessions", "list", "--model", "several", "--json"))
 
-    assert lines[0].split() == ["SESSION", "MODEL", "VERSION", "BATCH", "REVISION", "POSITION", "AGE", "IDLE"]
+    headings = ["SESSION", "MODEL", "VERSION", "BATCH", "REVISION", "POSITION", "AGE", "IDLE", "MAX-IDLE"]
+    assert lines[0].split() == headings
     cells = [line.split() for line in lines[1:]]
+    assert {row[-1] for row in cells} == {"none"}
     assert [[*row[:2], *row[3:6]] for row in cells] == [
         ["guest", "forecast", "1", "0", "0"],
         ["user-1", "forecast", "1", "0", "0"],
@@ -387,10 +397,10 @@ def test_a_session_is_shown(run: Run, client: stepwell.Client) -> None:
     assert 0 <= shown["idle_s"] <= shown["age_s"] < 60
     assert shown["created_time"].endswith("Z")
     assert (facts["session"], facts["position"]) == ("user-48", "5")
-    assert (shown["lease_s"], facts["lease"]) == (None, "none")
+    assert (shown["max_idle_s"], facts["idle"]) == (None, "limit   none")
     unnamed = client.open_session("forecast").id
-    assert document(run("sessions", "show", unnamed, "--json"))["lease_s"] == 600.0
-    assert "its client has been gone for 10 min" in run("sessions", "show", unnamed).stdout
+    assert document(run("sessions", "show", unnamed, "--json"))["max_idle_s"] == 3600.0
+    assert re.search(r"^idle limit +1 h$", run("sessions", "show", unnamed).stdout, re.M)
 
 
 def test_sessions_are_listed_in_other_orders_and_by_how_long_they_were_not_used(

@@ -17,7 +17,7 @@ import stepwell
 from stepwell._session_file import Writer, read
 from stepwell.v1 import sessions_pb2
 from stepwell_server.core.namespaces import prefix_of
-from stepwell_server.store.fields import LEASE, OWNER, VERSION, pack_fields
+from stepwell_server.store.fields import OWNER, VERSION, pack_fields
 from stepwell_server.store.record import HEADER, with_checksum
 from support.records import decode
 from support.served import local_server
@@ -54,6 +54,7 @@ FORGED: dict[str, Forge] = {
     "fingerprint-beyond": column("fingerprint_bytes", 255),
     "model-beyond": column("model_bytes", 65_535),
     "fields-beyond": column("fields_bytes", 65_535),
+    "limit-beyond": column("max_idle_ms", 2**63),
     "rows-beyond": column("rows_bytes", 2**32 - 1),
     "no-utf-8": lambda record: record[: HEADER.itemsize] + b"\xff" + record[HEADER.itemsize + 1 :],
     "state-nan": lambda record: parts(rows=b"\xff" * len(decode(ID, record).rows))(record),
@@ -62,7 +63,7 @@ FORGED: dict[str, Forge] = {
     "fields-60-KB": parts(fields=pack_fields({99: bytes(60_000)})),
     "fields-no-sense": parts(fields=b"\1"),
 }
-KNOWN = pack_fields({LEASE: bytes(16), VERSION: b"\xff" * 13, OWNER: b"acme/somebody"})
+KNOWN = pack_fields({VERSION: b"\xff" * 13, OWNER: b"acme/somebody"})
 
 
 def token(folder: Path, file: Path, name: str, role: str, tenant: str) -> str:
@@ -106,7 +107,7 @@ def test_forged_records_fail_alone_and_break_no_list(tmp_path: Path) -> None:
                     failures[name] = str(error)
                 else:
                     assert name in {"known-fields", "good"}
-                    assert evil.session_info("a").lease_s is None
+                    assert evil.session_info("a").max_idle_s is None
                     evil.close_session("a")
             assert failures.keys() == FORGED.keys()
             assert not [text for text in failures.values() if "internal error" in text]

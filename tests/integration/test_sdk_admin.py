@@ -1,27 +1,18 @@
-"""Looking after many sessions with both clients, against the real server: lists, closing, moving, leases."""
+"""Looking after many sessions with both clients, against the real server: lists, closing, moving, limits for being idle."""
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import os
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 
 import stepwell
-from stepwell import _leases
 from stepwell._session_file import read
-from stepwell.testing import LocalServer
-from support.scripted_server import MODEL, Fault, ScriptedServer
+from support.scripted_server import MODEL, ScriptedServer
 from support.served import Served, local_server
 from support.shells import SHELLS, connect
 
@@ -190,178 +181,79 @@ async def test_files_that_are_no_sessions_are_refused_before_anything_is_sent(
         await client.session_info("file-1")
 
 
-# --- leases ---
-
-HOLDER = """
-import asyncio, sys, stepwell
-kind, address, lease_s = sys.argv[1:]
-async def main():
-    async with stepwell.aio.connect(address, lease_s=float(lease_s)) as client:
-        session, group = await client.open_session("seq"), await client.open_sessions("seq", 3)
-        fork = await session.fork()
-        print(session.id, fork.id, *group.ids, flush=True)
-        await asyncio.Event().wait()
-if kind == "aio":
-    asyncio.run(main())
-else:
-    client = stepwell.connect(address, lease_s=float(lease_s))
-    session, group = client.open_session("seq"), client.open_sessions("seq", 3)
-    print(session.id, session.fork().id, *group.ids, flush=True)
-    sys.stdin.read()
-"""
+# --- limits for being idle ---
 
 
-@pytest.fixture(scope="module")
-def leasing() -> Any:
-    with local_server("seq") as server:
-        yield server
-
-
-def _ask_on(client: stepwell.Client, session_id: str) -> None:
+def until_expired(client: stepwell.Client, session_id: str) -> None:
+    """Return when a session has expired; to describe it is no use."""
     while True:
-        client.session_info(session_id)
+        try:
+            client.session_info(session_id)
+        except stepwell.SessionExpiredError:
+            return
 
 
-def ended(client: stepwell.Client, ids: list[str]) -> None:
-    """Wait until sessions have ended because their client is gone."""
-    for session_id in ids:
-        with pytest.raises(
-            stepwell.SessionExpiredError, match="client had been gone for longer than the lease"
-        ):
-            _ask_on(client, session_id)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sync", "aio"])
-def test_sessions_of_a_client_that_is_killed_end_and_those_of_others_do_not(
-    leasing: LocalServer, kind: str
-) -> None:
-    # who lives must not miss it because the machine is busy
-    argv = [sys.executable, "-c", HOLDER, kind, leasing.address, "5"]
-    with (
-        subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as killed,
-        subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as lives,
-        stepwell.connect(leasing.address, lease_s=None) as client,
-    ):
-        assert killed.stdout is not None
-        assert lives.stdout is not None
-        gone, stays = killed.stdout.readline().split(), lives.stdout.readline().split()
-        unleased, named = client.open_session("seq"), client.open_session("seq", session_id=f"named-{kind}")
-        assert len(gone) == len(stays) == 5
-        assert {client.session_info(each).lease_s for each in (*gone, *stays)} == {5.0}
-        killed.send_signal(signal.SIGKILL)
-        ended(client, gone)
-        # the other client has not stepped its sessions for as long: it lives, and says so in the background
-        assert [client.session_info(each).lease_s for each in (*stays, unleased.id, named.id)] == [
-            *[5.0] * 5,
-            None,
-            None,
-        ]
-        lives.kill()
-        ended(client, stays)
-        client.close_sessions([unleased.id, named.id])
+@pytest.mark.parametrize("shell", ["sync", "async"])
+async def test_each_opening_sets_the_limit_of_its_sessions(served: Served, shell: str) -> None:
+    async with connect(shell, served.address, timeout_s=WAIT_S) as client:
+        unnamed = await client.open_session("seq")
+        named = await client.open_session("seq", session_id=f"limit-{shell}")
+        short = await client.open_session("seq", max_idle_s=90.5)
+        never = await client.open_session("seq", max_idle_s=0)
+        group = await client.open_sessions("seq", 2, max_idle_s=120)
+        twins = await group.fork(max_idle_s=7)
+        forks = [await short.fork(), await short.fork(max_idle_s=5), await short.fork(f"fork-{shell}")]
+        found = {}
+        for each in (unnamed, named, short, never, *forks):
+            found[each.id] = (await client.session_info(each.id)).max_idle_s
+        for each in (*group.ids, *twins.ids):
+            found[each] = (await client.session_info(each)).max_idle_s
+        assert list(found.values()) == [
+            3600.0, None, 90.5, None, 3600.0, 5.0, None, *[120.0] * 2, *[7.0] * 2,
+        ]  # fmt: skip
+        resumed = await client.open_session("seq", session_id=short.id, max_idle_s=5)
+        assert resumed.resumed
+        assert (await client.session_info(short.id)).max_idle_s == 90.5
+        await client.close_sessions(list(found))
 
 
 @pytest.mark.slow
-async def test_a_lease_is_renewed_only_while_a_session_needs_it(leasing: LocalServer) -> None:
-    with stepwell.connect(leasing.address, lease_s=1) as client:
-        with client.open_session("seq", session_id="named"):
-            lease = client._core.lease
-            assert lease is not None
-            assert not lease.is_needed, "a named session has none"
-        session = client.open_session("seq")
-        thread = cast("threading.Thread", _leases.RENEWER._thread)
-        assert thread is not None
-        with stepwell.connect(leasing.address, lease_s=2) as other, other.open_sessions("seq", 2):
-            assert _leases.RENEWER._thread is thread, "one for all clients"
-        session.close()
-        await asyncio.to_thread(thread.join, WAIT_S)
-        assert not thread.is_alive()
-        client.close_session("named")
-    async with stepwell.aio.connect(leasing.address, lease_s=1) as awaited:
-        second = await awaited.open_session("seq")
-        task = awaited._renewing
-        assert task is not None
-        await second.close()
-        await asyncio.wait_for(task, WAIT_S)
-
-
-def test_a_client_that_is_not_closed_and_lost_does_not_hold_its_sessions(leasing: LocalServer) -> None:
-    client = stepwell.connect(leasing.address, lease_s=1)
-    lost = client.open_session("seq").id
-    del client
-    gc.collect()
-    with stepwell.connect(leasing.address) as other:
-        ended(other, [lost])
+def test_a_session_ends_by_its_own_limit_and_use_puts_that_off(served: Served) -> None:
+    with stepwell.connect(served.address) as client, stepwell.connect(served.address) as other:
+        session, stays = client.open_session("seq", max_idle_s=1), client.open_session("seq", max_idle_s=600)
+        client.close()  # its sessions go on without it
+        until_expired(other, session.id)
+        assert other.session_info(stays.id).revision == 0
+        assert session.id not in [each.session_id for each in other.sessions()]
+        other.close_session(stays.id)
 
 
 @pytest.mark.slow
-async def test_leases_are_renewed_whatever_the_last_answer_was() -> None:
-    with ScriptedServer() as server, stepwell.connect(server.address, lease_s=1) as client:
-        lease = client._core.lease
-        assert lease is not None
-        client.open_session(MODEL)  # its answer says nothing of a lease
-        assert not lease.is_needed
-        assert server.requests("OpenSession")[0].lease.duration.seconds == 1
-        client.open_sessions(MODEL, 2)  # that of a group cannot say so
-        assert server.wait_until(lambda: len(server.requests("RenewLease")) >= 2)
-        assert {request.client_id for request in server.requests("RenewLease")} == {lease.client_id}
-        # UNIMPLEMENTED is also what a proxy's 404 becomes
-        for code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED):
-            assert goes_on(server, code)
-        client.close()
-        async with stepwell.aio.connect(server.address, lease_s=1) as awaited:
-            await awaited.open_sessions(MODEL, 2)
-            assert await asyncio.to_thread(goes_on, server, grpc.StatusCode.UNIMPLEMENTED)
+def test_limits_are_kept_through_a_kill(tmp_path: Path) -> None:
+    with local_server("seq", data_dir=tmp_path / "data") as server:
+        with stepwell.connect(server.address) as client:
+            short, long = client.open_session("seq", max_idle_s=1), client.open_session("seq", max_idle_s=900)
+            ids = [short.id, long.id]
+        server.kill()
+        server.restart()
+        with stepwell.connect(server.address) as client:
+            assert client.session_info(ids[1]).max_idle_s == 900.0
+            until_expired(client, ids[0])
+            assert [each.session_id for each in client.sessions()] == [ids[1]]
 
 
-def test_a_call_that_cannot_begin_ends_no_other_clients_lease(monkeypatch: pytest.MonkeyPatch) -> None:
-    with (
-        ScriptedServer() as server,
-        stepwell.connect(server.address, lease_s=1) as failing,
-        stepwell.connect(server.address, lease_s=1) as other,
-    ):
-        begin, refused = failing._renewal._start, threading.Event()
-
-        def fail_once(*arguments: Any) -> None:
-            if refused.is_set():
-                return begin(*arguments)
-            refused.set()
-            raise RuntimeError("can't start new thread")
-
-        monkeypatch.setattr(failing._renewal, "_start", fail_once)
-        ids = set()
-        for client in (failing, other):
-            client.open_sessions(MODEL, 2)
-            assert client._core.lease is not None
-            ids.add(client._core.lease.client_id)
-        assert refused.wait(WAIT_S)
-        asked = len(server.requests("RenewLease"))
-        assert server.wait_until(
-            lambda: {each.client_id for each in server.requests("RenewLease")[asked:]} == ids
-        )
-
-
-def goes_on(server: ScriptedServer, code: grpc.StatusCode) -> bool:
-    """Refuse to renew a lease once; whether it is renewed again."""
-    server.fail("RenewLease", Fault(code))
-    asked = len(server.requests("RenewLease"))
-    return server.wait_until(lambda: len(server.requests("RenewLease")) > asked + 1)
-
-
-@pytest.mark.parametrize("lease_s", [0.5, -1, float("inf"), "1h", True])
-def test_bad_leases(lease_s: Any) -> None:
-    with pytest.raises(stepwell.InvalidInputError, match="lease_s must be"):
-        stepwell.connect("127.0.0.1:1", lease_s=lease_s)
-
-
-def test_a_group_has_its_lease_whichever_members_are_closed_before() -> None:
-    with ScriptedServer() as server, stepwell.connect(server.address, lease_s=100) as client:
-        lease = client._core.lease
-        assert lease is not None
-        group = client.open_sessions(MODEL, 3)
-        group[0].close()
-        group[:2].close()
-        assert lease.is_needed, "the last member must not end though its client is there"
-        group.close()
-        assert not lease.is_needed
+@pytest.mark.parametrize("max_idle_s", [0.5, -1, float("nan"), float("inf"), 315_360_001, "1h", True])
+@pytest.mark.parametrize("opening", ["one", "many", "fork", "forks"])
+def test_a_limit_out_of_its_range_is_refused(max_idle_s: Any, opening: str) -> None:
+    with ScriptedServer() as server, stepwell.connect(server.address) as client:
+        session, group = client.open_session(MODEL), client.open_sessions(MODEL, 2)
+        calls: dict[str, Callable[[], object]] = {
+            "one": lambda: client.open_session(MODEL, max_idle_s=max_idle_s),
+            "many": lambda: client.open_sessions(MODEL, 2, max_idle_s=max_idle_s),
+            "fork": lambda: session.fork(max_idle_s=max_idle_s),
+            "forks": lambda: group.fork(max_idle_s=max_idle_s),
+        }
+        before = len(server.calls)
+        with pytest.raises(stepwell.InvalidInputError, match="max_idle_s must be"):
+            calls[opening]()
+        assert len(server.calls) == before

@@ -346,19 +346,6 @@ async def test_forks_and_predictions(client: Any, replicas: ScriptedReplicas) ->
 
 
 @pytest.mark.parametrize("shell", ["sync", "async"])
-async def test_a_lease_is_renewed_where_its_sessions_are(shell: str, replicas: ScriptedReplicas) -> None:
-    async with connect(shell, replicas.address, lease_s=1.0, timeout_s=WAIT_S) as client:
-        nobodys = await client.open_sessions(MODEL, 1)
-        group = await client.open_sessions(MODEL, 24, session_ids=replicas.spread(24))
-        await nobodys.step(np.ones((1, 2)))
-        await group.step(np.ones((24, 2)))
-        await until(lambda: all(replicas.requests(at, "RenewLease") for at in range(3)))
-        replicas.stop(0)
-        before = [len(replicas.requests(at, "RenewLease")) for at in range(3)]
-        await until(lambda: all(len(replicas.requests(at, "RenewLease")) > before[at] + 1 for at in (1, 2)))
-
-
-@pytest.mark.parametrize("shell", ["sync", "async"])
 async def test_the_addresses_of_a_name(shell: str, replicas: ScriptedReplicas) -> None:
     """`localhost` may have an address where nobody listens, ::1, which is then a replica that is down."""
     scheme, _, address = replicas.addresses[0].rpartition("//")

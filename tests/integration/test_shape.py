@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from stepwell.v1 import models_pb2, tensors_pb2
 from stepwell.v1 import sessions_pb2 as pb
@@ -157,9 +158,8 @@ def test_a_message_of_a_stream_is_refused_alike(
 def test_damaged_requests_end_alike(both: Mapping[str, Wire]) -> None:
     """What the two checks think of bytes that are nearly a request."""
     rng = np.random.default_rng(7)
-    lease = pb.Lease(client_id=1)
     request = pb.OpenSessionsRequest(
-        model="none", session_ids=["a" * 100] * 30, lease=lease
+        model="none", session_ids=["a" * 100] * 30, max_idle=Duration(seconds=60)
     ).SerializeToString()
     for _ in range(200):
         raw = damaged(request, rng)

@@ -49,8 +49,6 @@ class _Together:
     """Of the records, by session."""
     used: dict[str, float] = dataclasses.field(default_factory=dict)
     """When they were last used."""
-    clients: dict[int, float] = dataclasses.field(default_factory=dict)
-    """When they were last heard of."""
     claims: dict[str, tuple[str, float, float]] = dataclasses.field(default_factory=dict)
     """Who has them, since when and until when."""
     undone: set[int] = dataclasses.field(default_factory=set)
@@ -80,7 +78,7 @@ class RemoteStore(Store):
         self.own_clock: Clock = ManualClock()
         """Of the server: heads and headers have its time."""
         self.told_error: Exception | None = None
-        """Why `touch`, `renew_clients` and `claim` fail."""
+        """Why `touch` and `claim` fail."""
         self.is_told = True
         """Of documents that others have written."""
         self.secret = shared.secret
@@ -220,17 +218,6 @@ class RemoteStore(Store):
             found[-1][0] if len(found) == limit else "",
         )
 
-    async def renew_clients(self, client_ids: Sequence[int], leases_s: Sequence[float]) -> None:
-        await self._tell("renew", [str(client_id) for client_id in client_ids])
-        self.together.clients.update(dict.fromkeys(client_ids, self.now))
-
-    async def clients_unseen(self, client_ids: Sequence[int]) -> list[float]:
-        await self._pass("unseen", [str(client_id) for client_id in client_ids], held=self.reads_held)
-        if self.read_error is not None:
-            raise self.read_error.with_traceback(None)
-        heard = [self.together.clients.get(client_id, -math.inf) for client_id in client_ids]
-        return [max(0.0, self.now - at) for at in heard]
-
     async def claim(self, name: str, whose: str, for_s: float) -> float | None:
         if name == "service" and self.together.is_served:
             return math.inf
@@ -337,13 +324,14 @@ class RemoteStore(Store):
             for session_id, stamp in zip(batch.deletes, batch.delete_follows.tolist(), strict=True)
             if session_id in batch.undoes
         )
-        most_s = batch.idle_most_s if len(batch.idle_most_s) else [math.inf] * len(batch.deletes)
-        for session_id, follows, idle_most_s in zip(
-            batch.deletes, batch.delete_follows.tolist(), most_s, strict=True
+        least_s = batch.min_idle_s if len(batch.min_idle_s) else [0.0] * len(batch.deletes)
+        most_s = batch.max_idle_s if len(batch.max_idle_s) else [math.inf] * len(batch.deletes)
+        for session_id, follows, min_idle_s, max_idle_s in zip(
+            batch.deletes, batch.delete_follows.tolist(), least_s, most_s, strict=True
         ):
             header, stone = self._header(session_id), stones.get(session_id)
             is_other = follows and follows != self.stamp_of(session_id)
-            is_used = header is not None and not batch.idle_s <= self.idle_s(session_id) <= idle_most_s
+            is_used = header is not None and not min_idle_s <= self.idle_s(session_id) <= max_idle_s
             if (stone is not None and header is None) or is_other or is_used:
                 conflicts.add(session_id)
                 continue

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from stepwell_server.core.cost import Cost
+from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.quotas import QuotaTable
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.change import Change, Reply
@@ -366,6 +367,7 @@ async def running(
     max_batch_rows: int = 64,
     resident_rows: int | ResidentRows = 64,
     max_session_idle_s: float = 0,
+    unnamed_session_idle_s: float = 0,
     compute_threads: int = 2,
     threads: bool = False,
     steps: int = 4,
@@ -397,7 +399,7 @@ async def running(
         resident_rows=resident_rows
         if isinstance(resident_rows, ResidentRows)
         else ResidentRows(resident_rows),
-        max_session_idle_s=max_session_idle_s,
+        idle_limits=IdleLimits(max_session_idle_s, unnamed_session_idle_s),
         compute_threads=compute_threads,
         executor=executor or (lambda program: FakeExecutor(program, hooks)),
         quotas=(counted := None if quotas is None else Quotas(quotas, clock)),

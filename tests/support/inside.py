@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.core.leases import Leases
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.engine import Engine
@@ -20,7 +19,6 @@ from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.passes.runner import Runner
 from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.sessions.forgetting import Forgetting
-from stepwell_server.engine.sessions.leaving import Leaving
 from stepwell_server.engine.sessions.using import Usage
 from stepwell_server.engine.state.model import Model
 from stepwell_server.store.in_process import InProcessStore
@@ -55,15 +53,6 @@ class Inside:
     @property
     def expiry(self) -> Expiry:
         return self._engine._lifetimes.expiry
-
-    @property
-    def leases(self) -> Leases:
-        return self._engine._leases
-
-    @property
-    def leaving(self) -> Leaving:
-        """What ends sessions whose client is gone."""
-        return self._engine._lifetimes.leaving
 
     @property
     def usage(self) -> Usage:
@@ -144,11 +133,6 @@ class Inside:
         """End the sessions that nobody has used for too long, as a timer does; how many."""
         lifetimes = self._engine._lifetimes
         return await (lifetimes.sweep.round() if self._is_shared else lifetimes.expiry.expire_idle())
-
-    async def end_leases(self) -> int:
-        """End the sessions whose client has been gone for too long, as a timer does; how many."""
-        lifetimes = self._engine._lifetimes
-        return await (lifetimes.sweep.round() if self._is_shared else lifetimes.leaving.end_due())
 
     @property
     def _is_shared(self) -> bool:

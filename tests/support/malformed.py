@@ -74,7 +74,6 @@ def valid(model: str, session_ids: Sequence[str], features: int, input_name: str
         "OpenSessions": [pb.OpenSessionsRequest(model=model, session_ids=session_ids, request_id=6)],
         "CloseSession": [pb.CloseSessionRequest(session_id="fuzz-closed", request_id=7)],
         "CloseSessions": [pb.CloseSessionsRequest(session_ids=["fuzz-closed", "fuzz-gone"])],
-        "RenewLease": [pb.RenewLeaseRequest(client_id=77)],
         "GetSession": [pb.GetSessionRequest(session_id=one)],
         "ListSessions": [
             pb.ListSessionsRequest(

@@ -325,10 +325,6 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
     ExportSessions = ImportSessions = CloseMatchingSessions
 
     @answered
-    def RenewLease(self, request: Any) -> Any:  # noqa: N802
-        return sessions_pb2.RenewLeaseResponse()
-
-    @answered
     def GetSession(self, request: Any) -> Any:  # noqa: N802
         return sessions_pb2.GetSessionResponse(session=self._info(self._session(request.session_id)))
 

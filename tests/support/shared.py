@@ -95,6 +95,6 @@ async def end(
         deletes=[stone.session_id for stone in stones],
         tombstones=stones,
         delete_follows=stamps(*follows),
-        idle_s=idle_s,
+        min_idle_s=np.full(len(stones), idle_s),
     )
     return await store.apply(batch)

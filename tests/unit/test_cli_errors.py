@@ -102,6 +102,8 @@ def test_a_defect_is_not_hidden() -> None:
         (["step", "s", "--input", "no.npy"], "cannot read no.npy: No such file or directory"),
         (["step", "s", "--input", "[[1]]", "--batch-size", "0"], "0 is not in the range x>=1"),
         (["step", "s", "--input", "[[1]]", "--batch-size", "2"], "--batch-size goes with --open"),
+        (["step", "s", "--input", "[[1]]", "--max-idle-s", "1h"], "--max-idle-s goes with --open"),
+        (["step", "s", "--input", "[[1]]", "--open", "a", "--max-idle-s", "-1"], "a number of seconds"),
         (["step", "s", "--input", "[[1]]", "--open", "a", "--model", "b"], "got b and a"),
         (["step", "s", "--input", "[[1]]", "--outputs", "some"], "'some' is not one of"),
         (["state", "reset", "s"], "no command 'reset': stepwell state set s --zero sets the initial state"),

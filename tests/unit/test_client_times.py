@@ -42,8 +42,10 @@ def shown(message: sessions_pb2.Session) -> SessionInfo:
 )
 def test_any_timestamp_becomes_a_time(seconds: int, nanos: int, found: dt.datetime) -> None:
     time = timestamp_pb2.Timestamp(seconds=seconds, nanos=nanos)
-    lease = duration_pb2.Duration(seconds=2**63 - 1, nanos=2**31 - 1)
-    info = shown(sessions_pb2.Session(session_id="s", created_time=time, last_used_time=time, lease=lease))
+    max_idle = duration_pb2.Duration(seconds=2**63 - 1, nanos=2**31 - 1)
+    info = shown(
+        sessions_pb2.Session(session_id="s", created_time=time, last_used_time=time, max_idle=max_idle)
+    )
     assert info.created_time == info.last_used_time == found
 
 
@@ -61,9 +63,9 @@ def test_any_timestamp_becomes_a_time(seconds: int, nanos: int, found: dt.dateti
 )
 def test_any_number_of_a_session_becomes_a_timestamp(seconds: float, found: dt.datetime) -> None:
     info = Info(
-        "s", "m", "f", 1, 2**63 - 1, 2**63 - 1, seconds, seconds, resident=False, lease_s=abs(seconds)
+        "s", "m", "f", 1, 2**63 - 1, 2**63 - 1, seconds, seconds, resident=False, max_idle_s=abs(seconds)
     )
     message = sessions_pb2.Session.FromString(from_session(info).SerializeToString())
     assert message.created_time.ToDatetime(dt.UTC) == found, "other clients need times in range, too"
-    assert message.lease.ToTimedelta() >= dt.timedelta(0)
+    assert message.max_idle.ToTimedelta() >= dt.timedelta(0)
     assert shown(message).created_time == found

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
 import numpy as np
 import pytest
 
-from stepwell_server.core.idle import SLOTS, IdleWatch
+from stepwell_server.cli import serve
+from stepwell_server.core.idle import MAX_IDLE_MS, SLOTS, IdleLimits, IdleWatch
 from stepwell_server.core.sessions import Handles, SessionTable
 
 LIMIT_S = 160.0
@@ -28,7 +30,7 @@ def names(table: SessionTable, handles: Handles) -> list[str]:
 
 def test_a_session_is_due_as_soon_as_it_was_idle_for_longer_than_the_limit() -> None:
     table = SessionTable()
-    watch = IdleWatch(table, LIMIT_S, started=0.0)
+    watch = IdleWatch(table, IdleLimits(LIMIT_S), started=0.0)
     watch.watch(add(table, "a", used=3.0))
     watch.watch(add(table, "b", used=50.0))
     assert not len(take_due(watch, 3.0 + LIMIT_S))
@@ -39,7 +41,7 @@ def test_a_session_is_due_as_soon_as_it_was_idle_for_longer_than_the_limit() -> 
 
 def test_use_and_claims_put_it_off() -> None:
     table = SessionTable()
-    watch = IdleWatch(table, LIMIT_S, started=0.0)
+    watch = IdleWatch(table, IdleLimits(LIMIT_S), started=0.0)
     a, b = add(table, "a", "b")
     watch.watch(np.array([a, b]))
     table.used[a] = 100.0
@@ -53,7 +55,7 @@ def test_use_and_claims_put_it_off() -> None:
 
 def test_a_handle_that_was_given_to_another_session_is_that_ones() -> None:
     table = SessionTable()
-    watch = IdleWatch(table, LIMIT_S, started=0.0)
+    watch = IdleWatch(table, IdleLimits(LIMIT_S), started=0.0)
     (a,) = add(table, "a")
     watch.watch(np.array([a]))
     table.remove(int(a))
@@ -67,7 +69,7 @@ def test_a_handle_that_was_given_to_another_session_is_that_ones() -> None:
 
 def test_a_handle_that_was_given_away_at_once_is_due_once() -> None:
     table = SessionTable()
-    watch = IdleWatch(table, LIMIT_S, started=0.0)
+    watch = IdleWatch(table, IdleLimits(LIMIT_S), started=0.0)
     for session_id in "ab":
         handles = add(table, session_id, used=3.0)
         watch.watch(handles)
@@ -81,7 +83,7 @@ def test_a_handle_that_was_given_away_at_once_is_due_once() -> None:
 
 def test_the_start_counts_as_use() -> None:
     table = SessionTable()
-    watch = IdleWatch(table, LIMIT_S, started=1000.0)
+    watch = IdleWatch(table, IdleLimits(LIMIT_S), started=1000.0)
     handles = add(table, "a", used=-5e9)
     watch.watch(handles)
     for now in (1000.0, 1000.0 + LIMIT_S):
@@ -93,7 +95,7 @@ def test_the_start_counts_as_use() -> None:
 
 def test_those_that_are_due_come_in_parts_and_what_happens_between_two_parts_counts() -> None:
     table = SessionTable()
-    watch = IdleWatch(table, LIMIT_S, started=0.0)
+    watch = IdleWatch(table, IdleLimits(LIMIT_S), started=0.0)
     handles = add(table, *[f"s{i}" for i in range(10)])
     watch.watch(handles)
     now = LIMIT_S + 1
@@ -115,7 +117,7 @@ def test_those_that_are_due_come_in_parts_and_what_happens_between_two_parts_cou
 
 def test_what_a_look_that_ended_early_has_not_come_to_is_due_the_next_time() -> None:
     table = SessionTable()
-    watch = IdleWatch(table, LIMIT_S, started=0.0)
+    watch = IdleWatch(table, IdleLimits(LIMIT_S), started=0.0)
     watch.watch(add(table, "a", "b", "c"))
     parts = watch.take_due_in_parts(lambda: LIMIT_S + 1, 1)
     assert names(table, next(parts)) == ["a"]
@@ -125,7 +127,7 @@ def test_what_a_look_that_ended_early_has_not_come_to_is_due_the_next_time() -> 
 
 def test_without_a_limit_nothing_is_watched() -> None:
     table = SessionTable()
-    watch = IdleWatch(table, 0.0, started=0.0)
+    watch = IdleWatch(table, IdleLimits(0.0), started=0.0)
     handles = add(table, "a")
     watch.watch(handles)
     assert not watch.too_long(handles, 1e12).any()
@@ -137,7 +139,7 @@ def test_a_session_is_looked_at_a_few_times_per_limit_however_often_one_asks(
     busy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = SessionTable()
-    watch = IdleWatch(table, LIMIT_S, started=0.0)
+    watch = IdleWatch(table, IdleLimits(LIMIT_S), started=0.0)
     handles = add(table, *[f"s{i}" for i in range(100)])
     watch.watch(handles)
     looks = 0
@@ -157,3 +159,64 @@ def test_a_session_is_looked_at_a_few_times_per_limit_however_often_one_asks(
             table.used[handles] = now
         assert not len(take_due(watch, now)) or not busy
     assert looks <= 100 * 3 * 4 < 100 * asked
+
+
+#: From less than a tick to the longest of a setting.
+LIMITS_S = [1e-9, 0.2, 1.0, 1.5, 60.0, 3600.0, 3650 * 86_400.0, 1e300]
+
+
+@pytest.mark.parametrize("limit_s", LIMITS_S)
+@pytest.mark.parametrize("together", [False, True])
+def test_every_limit_ends_in_its_time_and_never_before(limit_s: float, together: bool) -> None:
+    table, chance = SessionTable(), np.random.default_rng(7)
+    watch = IdleWatch(table, IdleLimits(limit_s), started=1e6)
+    handles = add(table, "a", "b", "c", used=1e6)
+    for some in [handles] if together else np.split(handles, 3):
+        watch.watch(some)
+    end, now, ended = 1e6 + limit_s, 1e6, 0
+    while now <= end and limit_s < 1e9:
+        assert not len(take_due(watch, now))
+        now += max(limit_s * float(chance.random()) / 3, 1e-3)
+    assert watch.next_in(now) == 0.0 or limit_s > 1e9
+    ended = len(take_due(watch, max(now, end * 1.001)))
+    assert ended == 3
+    assert table.next_end == math.inf
+
+
+def test_sessions_of_all_limits_end_in_their_order_and_each_is_looked_at_a_few_times() -> None:
+    table, chance = SessionTable(), np.random.default_rng(3)
+    limits_ms = np.exp(chance.uniform(np.log(1000), np.log(86_400_000), 500)).astype(np.int64)
+    watch = IdleWatch(table, IdleLimits(0.0), started=0.0)
+    handles = table.add(
+        [f"s{i}" for i in range(500)], rows=None, model=0, batch_size=1, used=0.0, created=0.0,
+        max_idle_ms=limits_ms,
+    )  # fmt: skip
+    watch.watch(handles)
+    assert len(watch._slots) < 1000, "a few dozen of each width"
+    now, looks = 0.0, np.zeros(500, np.int64)
+    too_long = watch.too_long
+
+    def counted(some: Handles, moment: float) -> Any:
+        looks[some] += 1
+        return too_long(some, moment)
+
+    watch.too_long = counted  # type: ignore[method-assign, assignment]
+    while watch.next_in(now) < math.inf:
+        now += max(0.05, watch.next_in(now))
+        for handle in take_due(watch, now).tolist():
+            late_s = now - limits_ms[handle] / 1000
+            assert 0 < late_s < 0.2
+            table.remove(handle)
+    assert len(table) == 0
+    assert looks.max() < 40
+    assert looks.mean() < 10
+
+
+def test_a_limit_of_its_own_and_that_of_the_server() -> None:
+    limits = IdleLimits(60.0, unnamed_idle_s=3600.0)
+    assert [limits.seconds(own) for own in (0, 5000, 60_000, 90_000)] == [60.0, 5.0, 60.0, 60.0]
+    assert limits.seconds_of(np.array([0, 5000, 90_000])).tolist() == [60.0, 5.0, 60.0]
+    assert IdleLimits(0.0).seconds_of(np.array([0, 5000])).tolist() == [math.inf, 5.0]
+    asked = [limits.of_new(ms, is_named=named) for ms in (None, 0, 5000) for named in (False, True)]
+    assert asked == [3_600_000, 0, 0, 0, 5000, 5000]
+    assert IdleLimits(0.0, 1e300).of_new(None, is_named=False) == MAX_IDLE_MS == serve.MAX_IDLE_S * 1000

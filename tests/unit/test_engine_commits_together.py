@@ -115,11 +115,11 @@ def test_nothing_that_a_batch_says_is_lost_where_several_are_committed_together(
         resized=["a"],
         delete_follows=np.array([3], np.uint64),
         undoes=["b"],
-        idle_s=4.0,
-        idle_most_s=np.array([5.0]),
+        min_idle_s=np.array([4.0]),
+        max_idle_s=np.array([5.0]),
         documents_follow={"d": None},
     )
-    nothing, both = Batch(), merged([one, Batch(idle_s=4.0)])
+    nothing, both = Batch(), merged([one, Batch()])
     for field in dataclasses.fields(Batch):
         asked, kept = getattr(one, field.name), getattr(both, field.name)
         assert not np.array_equal(asked, getattr(nothing, field.name)), f"{field.name} is not tried"

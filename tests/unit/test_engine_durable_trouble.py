@@ -79,6 +79,7 @@ async def test_what_was_dropped_and_never_named_again_expires(disk: Disk) -> Non
         disk.store.read_error = AWAY
         assert await expired(at) == []
         disk.store.read_error = None
+        at.clock.advance(2)
         assert await expired(at) == ["a", "b"]
         assert disk.store.count() == at.engine.stats()[0].sessions == 0
         assert await expired(at) == []

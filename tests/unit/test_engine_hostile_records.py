@@ -23,7 +23,7 @@ from stepwell_server.errors import Internal, ServerError, StateCorrupt
 from stepwell_server.rpc.convert import from_session
 from stepwell_server.rpc.pages import from_token, to_token
 from stepwell_server.store.base import Batch
-from stepwell_server.store.fields import CRITICAL, LEASE, OWNER, VERSION, pack_fields
+from stepwell_server.store.fields import CRITICAL, OWNER, VERSION, pack_fields
 from stepwell_server.store.record import HEADER, header_or_none, with_checksum
 from support.awaited import RemoteStore
 from support.durable import same_reply
@@ -97,7 +97,7 @@ _TOLD: st.SearchStrategy[Any] = st.sampled_from(
     ]
 )
 _FIELDS = st.dictionaries(
-    st.sampled_from([LEASE, VERSION, OWNER, 9, 9 | CRITICAL]), st.binary(max_size=40), max_size=3
+    st.sampled_from([VERSION, OWNER, 3, 9, 9 | CRITICAL]), st.binary(max_size=40), max_size=3
 ).map(pack_fields)
 mutations = st.lists(
     st.one_of(

@@ -157,13 +157,25 @@ async def test_a_session_that_ended_later_does_not_come_back_older() -> None:
         assert await brought(new, sessions) == [Brought.IMPORTED], "as it was when it ended"
 
 
-async def test_a_lease_does_not_move() -> None:
+async def test_a_limit_for_being_idle_moves_and_counts_from_the_import() -> None:
     async with two() as (old, new):
-        opened = await old.engine.open_session("plain", lease=(5, 60_000))
+        opened = await old.engine.open_session("plain", max_idle_ms=60_000)
         name = opened.session.session_id
+        old.clock.advance(50.0)
         assert await brought(new, await exported(old, name)) == [Brought.IMPORTED]
-        assert (await new.engine.session_info(name)).lease_s == 0.0
+        new.clock.advance(50.0)
+        await new.inside.expire_idle()
+        assert (await new.engine.session_info(name)).max_idle_s == 60.0
+        replaced = await old.engine.open_session("plain", session_id="other", max_idle_ms=90_000)
+        await new.open("other")
+        sessions = await exported(old, replaced.session.session_id)
+        assert await brought(new, sessions, Existing.REPLACE) == [Brought.REPLACED]
+        assert (await new.engine.session_info("other")).max_idle_s == 90.0
         await new.step(name, x(1))
+        new.clock.advance(60.5)
+        assert await new.inside.expire_idle() == 1
+        new.clock.advance(30.0)
+        assert await new.inside.expire_idle() == 1
 
 
 async def test_bad_records_change_nothing() -> None:

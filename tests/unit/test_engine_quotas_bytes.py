@@ -214,7 +214,7 @@ async def test_a_store_that_servers_share_counts_it() -> None:
         names = [f"{acme}{n}" for n in range(6)]
         await at.open(*names)
         await check()
-        await at.engine.open_session("plain", session_id=f"{acme}leased", lease=(7, 60_000))
+        await at.engine.open_session("plain", session_id=f"{acme}limited", max_idle_ms=60_000)
         await check()
         for steps in (3, 3, 1, 5):
             await at.submit(names, np.repeat(x(1, steps), 6, axis=0)).none_fails()

@@ -62,7 +62,7 @@ async def test_an_unused_session_ends_once_by_the_clock_of_the_store() -> None:
         times.advance(2.0)
         assert await ended(first, second) == 1
         for at in (first, second):
-            with pytest.raises(SessionExpired, match="idle for longer than max_session_idle_s 100"):
+            with pytest.raises(SessionExpired, match="idle for longer than its limit"):
                 await at.state("a")
             assert (await at.step("b", x(1))).revision
         events = [event for at in (first, second) for event in at.events.sessions if event[0] == "expired"]
@@ -288,22 +288,3 @@ async def test_time_in_which_nobody_could_use_it_ends_no_session(named: bool) ->
         assert await ended(first, second) == 1
         with pytest.raises(SessionExpired):
             await first.state("a")
-
-
-async def test_time_in_which_no_client_could_be_heard_of_ends_no_session() -> None:
-    async with two_in_time() as (first, second, times):
-        name = (await first.engine.open_session("plain", lease=(11, 60_000))).session.session_id
-        first.store.together.is_served = False
-        assert await ended(first, second) == 0
-        times.advance(5000.0)
-        assert await ended(first, second) == 0
-        times.advance(15.0)
-        await second.engine.renew_lease(11)
-        assert await ended(first, second) == 0
-        for _ in range(4):
-            times.advance(14.0)
-            assert await ended(first, second) == 0
-        times.advance(14.0)
-        assert await ended(first, second) == 1
-        with pytest.raises(SessionExpired):
-            await first.state(name)

@@ -69,7 +69,6 @@ CALLS: dict[str, Callable[[Harness], Awaitable[Any]]] = {
     "close many": lambda at: at.engine.close_sessions(["leaves", "here"]),
     "close by a filter": close_matching,
     "export": export,
-    "renew a lease": lambda at: at.engine.renew_lease(12345),
     "end what is idle": lambda at: at.inside.expire_idle(),
 }
 ERRORS = {

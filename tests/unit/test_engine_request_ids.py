@@ -237,7 +237,7 @@ OPENINGS: dict[str, tuple[Call, Call, str]] = {
         opening(state={"": x(1) + 1}),
         "an opening with other content",
     ),
-    "a lease": (opening(), opening(lease=(1, 5000)), "an opening with other content"),
+    "a limit": (opening(), opening(max_idle_ms=5000), "an opening with other content"),
     "another model": (opening(), opening(model="plain@1"), "an opening with other content"),
     "a fork": (
         opening(),

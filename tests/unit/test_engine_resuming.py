@@ -14,9 +14,7 @@ from stepwell_server.errors import InvalidInput, SessionExists
 from support.durable import begun
 from support.engine import Harness, running, x
 from support.fake_executor import PLAIN, RICH
-from support.replicas import two, two_in_time
-
-LEASE_60 = (11, 60_000)
+from support.replicas import two
 
 
 async def resume(at: Harness, ids: Sequence[str], **fields: Any) -> OpenedMany:
@@ -90,26 +88,6 @@ async def test_a_session_that_ended_begins_anew_with_a_revision_of_its_own() -> 
         assert opened.resumed.tolist() == [False, True]
         assert opened.positions.tolist() == [0, 0]
         assert opened.revisions[0] > 1, "no handle of the closed one can step it"
-
-
-async def test_a_resumed_session_has_the_lease_of_the_call_or_none() -> None:
-    async with running() as at:
-        ids = list((await at.engine.open_sessions("plain", count=2, lease=LEASE_60)).session_ids)
-        await resume(at, ids[:1])
-        at.clock.advance(61.0)
-        assert await at.inside.end_leases() == 1
-        await at.settled()
-        assert {info.session_id for info in (await at.engine.list_sessions())[0]} == {ids[0]}
-
-
-@pytest.mark.stores("awaited")
-async def test_a_lease_is_taken_away_for_all_servers() -> None:
-    async with two_in_time() as (first, second, times):
-        ids = list((await first.engine.open_sessions("plain", count=2, lease=LEASE_60)).session_ids)
-        await resume(second, ids[:1])
-        times.advance(61.0)
-        assert await first.inside.end_leases() + await second.inside.end_leases() == 1
-        assert [info.session_id for info in (await first.engine.list_sessions())[0]] == ids[:1]
 
 
 @pytest.mark.stores("awaited")

@@ -70,6 +70,27 @@ async def test_a_carry_is_one_commit_and_records_follow(disk: Disk) -> None:
         await expect(at, "idle", 2, INITIAL, 4)
 
 
+async def test_a_limit_for_being_idle_goes_along(disk: Disk) -> None:
+    async with on(disk) as at:
+        for name in ("stepped", "idle"):
+            await at.engine.open_session("plain", session_id=name, max_idle_ms=60_000)
+        await at.step("stepped", x(1))
+        await at.engine.load_version("plain", 2, weights(2), source="two.keras")
+        await at.engine.set_default("plain", 2, CARRY)
+        assert (await at.step("stepped", x(1))).version == 2
+        (exported,) = await at.engine.export_sessions(["idle"], deadline=float("inf"))
+        assert decode_header("idle", exported).max_idle_ms == 60_000  # type: ignore[arg-type]
+        disk.kill()
+    async with on(disk, BOTH) as at:
+        for name in ("stepped", "idle"):
+            assert (await at.engine.session_info(name)).max_idle_s == 60.0
+        at.clock.advance(50.0)
+        assert (await at.step("idle", x(1))).version == 2
+        at.clock.advance(10.5)
+        await at.expire()
+        assert [info.session_id for info in (await at.engine.list_sessions())[0]] == ["idle"]
+
+
 @pytest.mark.parametrize("kept", [False, True])
 async def test_a_carry_that_is_cut_off_has_happened_for_all_or_for_none(disk: Disk, *, kept: bool) -> None:
     names = ["a", "b", "c"]

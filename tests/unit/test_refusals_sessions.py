@@ -194,6 +194,7 @@ async def test_models_that_are_not_there(model: str) -> None:
 
 # Openings, forks, lists and closings; a session "in use" of model plain is at revision 1.
 IN_USE = ("ALREADY_EXISTS", "SESSION_EXISTS")
+MAX_IDLE_RULE = "0, for no limit, or 1 s to 315360000 s"
 ALL_RULE = "all must be true without model, session_id_prefix and idle_longer, and false with one of them"
 WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
     "another fingerprint": (
@@ -363,30 +364,28 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
         pb.CloseMatchingSessionsRequest(all=True, page_size=10_001),
         (*BAD_ARGUMENT, "page_size must be at most 10000; got 10001"),
     ),
-    "a client without an id": (
-        pb.RenewLeaseRequest(),
-        (*BAD_ARGUMENT, "client_id must be random and not 0; got 0"),
-    ),
     **{
-        f"a lease of {shown} s": (
-            pb.OpenSessionRequest(
-                model="plain", lease=pb.Lease(client_id=1, duration=Duration(seconds=seconds, nanos=nanos))
-            ),
-            (*BAD_ARGUMENT, f"lease.duration must be 1 s to 315360000 s; got {shown} s"),
+        f"a limit of {shown} s": (
+            pb.OpenSessionRequest(model="plain", max_idle=Duration(seconds=seconds, nanos=nanos)),
+            (*BAD_ARGUMENT, f"max_idle must be {rule}; got {shown}"),
         )
-        for seconds, nanos, shown in (
-            (0, 0, "0"),
-            (0, 999_999_999, "0.999999999"),
-            (315_360_001, 0, "315360001"),
+        for seconds, nanos, rule, shown in (
+            (0, 999_999_999, MAX_IDLE_RULE, "0.999999999 s"),
+            (315_360_001, 0, MAX_IDLE_RULE, "315360001 s"),
+            (2**62, 0, "0 to 315576000000 s", f"{2**62} s"),
         )
     },
-    "a lease of nobody": (
-        pb.OpenSessionsRequest(model="plain", count=1, lease=pb.Lease(duration=Duration(seconds=60))),
-        (*BAD_ARGUMENT, "lease.client_id must be random and not 0; got 0"),
+    "a negative limit": (
+        pb.OpenSessionsRequest(model="plain", count=1, max_idle=Duration(seconds=-1)),
+        (*BAD_ARGUMENT, "max_idle must be 0 to 315576000000 s; got -1 s"),
     ),
-    "a fork with a lease of nobody": (
-        pb.ForkSessionRequest(session_id="in use", lease=pb.Lease(duration=Duration(seconds=60))),
-        (*BAD_ARGUMENT, "lease.client_id must be random and not 0; got 0"),
+    "a limit with negative nanos": (
+        pb.ForkSessionRequest(session_id="in use", max_idle=Duration(seconds=5, nanos=-1)),
+        (*BAD_ARGUMENT, "max_idle must have nanos of 0 to 999999999; got -1"),
+    ),
+    "a limit of forks that is too short": (
+        pb.ForkSessionsRequest(session_ids=["in use"], max_idle=Duration(nanos=1)),
+        (*BAD_ARGUMENT, f"max_idle must be {MAX_IDLE_RULE}; got 0.000000001 s"),
     ),
     "sessions and filters to export": (
         pb.ExportSessionsRequest(session_ids=["in use"], model="plain"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 
 import pytest
@@ -55,21 +54,10 @@ def test_lists_of_a_tenant_come_back_as_it_knows_them() -> None:
     assert naming.own_all(naming.inner_all(ANN, ["a", "b"])) == ["a", "b"]
 
 
-def test_clients_of_tenants_are_others_though_they_say_the_same() -> None:
-    chance = random.Random(1)
-    for client in (1, 2**64 - 1, *(chance.getrandbits(64) for _ in range(100))):
-        inner = {naming.inner_client(who, client) for who in (ANYBODY, ANN, BOB)}
-        assert len(inner) == 3
-        assert client in inner, "of who has no tenant: as before"
-        assert all(0 < one < 2**64 for one in inner)
-    assert naming.inner_client(ANN, 0) == 0, "none is none"
-
-
 def test_who_is_about_all_tenants_names_no_session() -> None:
     for call in (
         lambda: naming.inner(OF_ALL, "a"),
         lambda: naming.inner_all(OF_ALL, ["a"]),
-        lambda: naming.inner_client(OF_ALL, 1),
         lambda: naming.namespace_of(OF_ALL),
     ):
         with pytest.raises(

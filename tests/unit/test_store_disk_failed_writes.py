@@ -141,7 +141,7 @@ def test_a_segment_that_was_truncated_though_that_failed_is_no_damage(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", late)
         while not failures:
-            put(store, changed[0], revision=revision, size=584)
+            put(store, changed[0], revision=revision, size=576)
             wanted[changed[0]] = revision
             revision += 1
         put(store, changed[1], revision=revision)

@@ -14,7 +14,7 @@ from stepwell_server.store import mending, xaes
 from stepwell_server.store import record as records
 from stepwell_server.store.base import Batch, KeyFileError, LocalStore
 from stepwell_server.store.encrypted import EncryptedStore
-from stepwell_server.store.fields import LEASE, pack_fields
+from stepwell_server.store.fields import VERSION, pack_fields
 from stepwell_server.store.keyring import Keyring, add_key, read_keys
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.opening import encrypted, open_store
@@ -63,8 +63,8 @@ def in_files(folder: Path) -> bytes:
 def test_what_is_kept_is_the_same_and_no_file_has_a_state(tmp_path: Path) -> None:
     disk = opened(tmp_path / "data")
     store = encrypted(disk, Keyring(KEYS))
-    lease = {LEASE: bytes(16), 7: b"later"}
-    first = {i: a_record(i, fields=lease if i == "b" else None) for i in ("a", "b", LONG)}
+    fields = {VERSION: bytes(16), 7: b"later"}
+    first = {i: a_record(i, fields=fields if i == "b" else None) for i in ("a", "b", LONG)}
     store.commit(Batch(puts=list(first.items()), counts=[("m", 3)]))
     group = [f"g{n}" for n in range(20)]
     store.commit(Batch(puts=template(group), counts=[("m", 20)]))
@@ -72,8 +72,8 @@ def test_what_is_kept_is_the_same_and_no_file_has_a_state(tmp_path: Path) -> Non
     # changes of a group and of others, written to the log together; then one alone
     later = {"a": a_record("a", 1), LONG: a_record(LONG, 1)}
     store.commit(Batch(puts=Joined([template(group, 3), list(later.items())])))
-    store.commit(Batch(puts=[("b", a_record("b", 9, fields=lease))]))
-    expected = {**first, **later, "b": a_record("b", 9, fields=lease)}
+    store.commit(Batch(puts=[("b", a_record("b", 9, fields=fields))]))
+    expected = {**first, **later, "b": a_record("b", 9, fields=fields)}
     expected |= {i: bytes(r) for i, r in template(group, 3)}
     assert kept(store) == expected
     assert not wal_of(disk).is_empty
@@ -81,7 +81,7 @@ def test_what_is_kept_is_the_same_and_no_file_has_a_state(tmp_path: Path) -> Non
     assert heads.heads["revision"].tolist() == [
         header.revision for _, header in store.scan(limit=100) if header
     ]
-    assert {heads.keys[place]: fields for place, fields in heads.fields.items()} == {b"b": pack_fields(lease)}
+    assert {heads.keys[place]: own for place, own in heads.fields.items()} == {b"b": pack_fields(fields)}
     assert set(heads.models) == {"m"}
     with pytest.raises(StateCorrupt, match="is encrypted with key 'new', and this server has no key"):
         decode("a", disk.get("a") or b"")
@@ -119,7 +119,7 @@ def resealed(session_id: str, record: Stored, at: int) -> bytes:
 
 
 def test_no_byte_can_be_changed_and_no_record_be_anothers(sealer: Sealer) -> None:
-    plain = a_record("a", 3, fields={LEASE: bytes(16)})
+    plain = a_record("a", 3, fields={VERSION: bytes(16)})
     ((_, sealed),) = sealer.seal([("a", plain)])
     assert sealer.open("a", sealed) == plain
     for at in range(4, len(sealed)):
@@ -156,7 +156,7 @@ def test_a_server_that_knows_no_encryption_refuses_the_record(
 ) -> None:
     ((_, sealed),) = sealer.seal([("a", a_record("a"))])
     assert records.header_or_none("a", sealed) is not None
-    monkeypatch.setattr(records, "KNOWN_TAGS", frozenset({LEASE}))
+    monkeypatch.setattr(records, "KNOWN_TAGS", frozenset({VERSION}))
     with pytest.raises(StateCorrupt):
         decode("a", sealed)
     assert records.header_or_none("a", sealed) is None

@@ -42,11 +42,11 @@ def test_what_a_damaged_key_hides_is_missed(tmp_path: Path) -> None:
     assert store.damage == ""
     store.close()
     opened(tmp_path).close()
-    change_key(tmp_path, IDS[150])
+    change_key(tmp_path, IDS[151])
     store = opened(tmp_path)
-    assert store.get(IDS[150]) is None, "as if it had never been"
+    assert store.get(IDS[151]) is None, "as if it had never been"
     assert store.damage == "keys or pages were damaged, and 1 of 299 sessions are missing"
-    put(store, IDS[150])  # a checkpoint of it makes it no better
+    put(store, IDS[151])  # a checkpoint of it makes it no better
     store.close()
     store = opened(tmp_path)
     assert "damaged" in store.damage

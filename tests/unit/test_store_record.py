@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepwell_server.core.idle import MAX_IDLE_MS
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store.fields import CRITICAL, pack_fields, unpack_fields
 from stepwell_server.store.heads import heads_of
@@ -54,6 +55,7 @@ records = st.builds(
     reply=st.integers(0, 255),
     digest=U64,
     opened_digest=U64,
+    max_idle_ms=st.integers(0, MAX_IDLE_MS),
     rows=st.binary(max_size=200),
     extra=st.binary(max_size=50),
     fields=OPTIONAL.map(pack_fields),
@@ -74,6 +76,7 @@ def a_record(**changed: Any) -> Record:
         reply=1,
         digest=8,
         opened_digest=9,
+        max_idle_ms=60_000,
         rows=bytes(range(40)),
         extra=b"more",
     )
@@ -167,13 +170,13 @@ def test_a_record_of_another_session_is_damaged() -> None:
 
 
 def test_a_record_of_a_later_schema_version_says_so() -> None:
-    later = resealed("s", a_record().encode("s"), 4)
-    with pytest.raises(StateCorrupt, match="schema version is 4, this server reads 3: a later server") as e:
+    later = resealed("s", a_record().encode("s"), 5)
+    with pytest.raises(StateCorrupt, match="schema version is 5, this server reads 4: a later server") as e:
         decode("s", later)
     assert is_sound("s", later), "it is as that server wrote it"
     assert e.value.metadata == {"session_id": "s"}
     with pytest.raises(
-        StateCorrupt, match=r"schema version is 0, this server reads 3: an earlier server wrote it"
+        StateCorrupt, match=r"schema version is 0, this server reads 4: an earlier server wrote it"
     ):
         decode("s", resealed("s", later, 0))
 
@@ -192,10 +195,22 @@ WRITTEN_BY_SCHEMA_1 = bytes.fromhex(
 )
 
 
-def test_a_record_of_an_earlier_schema_is_refused() -> None:
+#: What servers wrote that knew no idle limits.
+WRITTEN_BY_SCHEMA_3 = bytes.fromhex(
+    "fc3f229d030001280700000000000000090000000000000005000000000000000600000000000000000000000000f83f"
+    "000000000000044008000000000000000900000000000000010000002800000004000000080000006666666666666666"
+    "6666666666666666666666666666666666666666666666666666666666666666666f7265636173740001020304050607"
+    "08090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f20212223242526276d6f7265"
+)
+
+
+@pytest.mark.parametrize(("schema", "record"), [(1, WRITTEN_BY_SCHEMA_1), (3, WRITTEN_BY_SCHEMA_3)])
+def test_a_record_of_an_earlier_schema_is_refused(schema: int, record: bytes) -> None:
     for read in (decode, decode_header):
-        with pytest.raises(StateCorrupt, match="schema version is 1, this server reads 3: an earlier server"):
-            read("s", WRITTEN_BY_SCHEMA_1)
+        with pytest.raises(
+            StateCorrupt, match=f"schema version is {schema}, this server reads 4: an earlier server"
+        ):
+            read("s", record)
 
 
 def test_fields_that_are_not_known_go_along() -> None:
@@ -242,7 +257,7 @@ def test_fields_that_do_not_fit_are_refused(fields: dict[int, bytes]) -> None:
 
 
 def test_the_header_has_no_gaps() -> None:
-    assert HEADER.itemsize == 88
+    assert HEADER.itemsize == 96
 
 
 def _encode_many(ids: list[str], found: list[Record]) -> list[Stored]:
@@ -256,6 +271,7 @@ def _encode_many(ids: list[str], found: list[Record]) -> list[Stored]:
         model=first.model,
         opened_with=column("opened_with", np.uint64),
         opened_digest=column("opened_digest", np.uint64),
+        max_idle_ms=column("max_idle_ms", np.int64),
         created=column("created", np.float64),
         row_bytes=len(first.rows),
     )
@@ -301,6 +317,7 @@ def test_a_template_is_filled_again_and_again_and_says_what_it_was_given_last() 
         ({"last_used": math.inf}, "created and last_used are 1.5 and inf"),
         ({"created": -0.5}, "created and last_used are -0.5"),
         ({"created": MAX_TIME}, "created and last_used are 253402300800.0"),
+        ({"max_idle_ms": MAX_IDLE_MS + 1}, "its max_idle_ms is 315360000001, more than 315360000000"),
         ({"position": 2**63}, "its revision and position are 3 and 9223372036854775808, more than"),
         ({"revision": 2**64 - 1}, "its revision and position are 18446744073709551615"),
         ({"batch_size": 0}, "its batch_size is 0, not 1 to 2147483647"),

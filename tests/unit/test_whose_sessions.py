@@ -147,10 +147,6 @@ async def imported(at: Calls, session_id: str) -> None:
     await at.call(pb.CloseSessionRequest(session_id=session_id))
 
 
-async def renewed(at: Calls, _session_id: str) -> None:
-    await at.call(pb.RenewLeaseRequest(client_id=5))  # whose lease goes on: see below
-
-
 async def models(at: Calls, _session_id: str) -> None:
     told = await at.call(models_pb2.ListModelsRequest())
     assert [model.sessions for model in told.models] == [0, 0]
@@ -203,7 +199,6 @@ OTHERS: Mapping[str, Check] = {
     "ImportSessions": imported,
     "OpenSession": opened,
     "OpenSessions": opened,
-    "RenewLease": renewed,
     "ListModels": models,
     "GetModel": models,
     "ListSlowSessions": slow,
@@ -391,7 +386,7 @@ async def test_an_admin_lists_exports_and_closes_what_is_everybodys(at: Calls) -
     assert sorted((one.tenant, one.session_id) for one in exported) == sorted(own)
     for request in (*named(MINE).values(), pb.CloseSessionsRequest(session_ids=[MINE]),
                     pb.OpenSessionRequest(model="plain"), pb.OpenSessionsRequest(model="plain", count=2),
-                    pb.RenewLeaseRequest(client_id=3), pb.GetStatesRequest(session_ids=[MINE]),
+                    pb.GetStatesRequest(session_ids=[MINE]),
                     pb.ExportSessionsRequest(session_ids=[MINE]), infer(X, sequence_id=7)):  # fmt: skip
         (await everybody.refused(request)).expect(
             "INVALID_ARGUMENT", "INVALID_INPUT", "must be one tenant", "'*'"
@@ -437,21 +432,6 @@ async def test_the_same_request_id_makes_another_session_for_each_tenant(at: Cal
     by_tenant = [await made(at.of(who)) for who in (ANYBODY, ANN, BOB)]
     assert [await made(at.of(who)) for who in (ANYBODY, ANN, BOB)] == by_tenant, "a retry"
     assert len({one for ids in by_tenant for one in ids}) == 12
-
-
-async def test_nobody_renews_the_lease_of_another_tenants_client(at: Calls) -> None:
-    lease = pb.Lease(client_id=5, duration=duration_pb2.Duration(seconds=10))
-    opening = pb.OpenSessionRequest(model="plain", lease=lease)
-    own = [(await at.of(who).call(opening)).session.session_id for who in (ANN, BOB)]
-    for _ in range(4):
-        at.at.clock.advance(4)
-        await at.of(BOB).call(pb.RenewLeaseRequest(client_id=5))
-        await at.of(NOBODYS).call(pb.RenewLeaseRequest(client_id=5))
-        await at.at.inside.end_leases()
-    refusal = await at.of(ANN).refused(pb.GetSessionRequest(session_id=own[0]))
-    assert refusal.reason == "SESSION_EXPIRED"
-    assert repr(own[0]) in refusal.message
-    await at.of(BOB).call(pb.GetSessionRequest(session_id=own[1]))
 
 
 def test_who_only_reads_may_make_no_call_that_changes_anything() -> None:

@@ -35,8 +35,12 @@ def fits(model: str, known: SessionInfo) -> bool:
     return name == known.model and (not mark or version == str(known.model_version))
 
 
-def attach_or_open(client: Client, session_id: str, model: str, batch_size: int | None) -> Session:
+def attach_or_open(
+    client: Client, session_id: str, model: str, batch_size: int | None, max_idle_s: float | None
+) -> Session:
     """Attach to a session, or open it if it never existed or was closed. Without `batch_size` it has what it has, or 1.
+
+    `max_idle_s` is as in `Client.open_session`.
 
     Raises:
         StepwellError: It expired or was lost, or has another model or batch size.
@@ -48,4 +52,4 @@ def attach_or_open(client: Client, session_id: str, model: str, batch_size: int 
             batch_size = client.session_info(session_id).batch_size
         except SessionNotFoundError:
             batch_size = 1
-    return client.open_session(model, batch_size=batch_size, session_id=session_id)
+    return client.open_session(model, batch_size=batch_size, session_id=session_id, max_idle_s=max_idle_s)

@@ -51,7 +51,7 @@ SESSION_KEYS = (
     ("resident", "false: its state is only in the store"),
     ("model_version", "version of the model that its next change runs on; 0: a server of an older release"),
     ("model_version_pinned", "it was opened with a version or a label, and stays on that version"),
-    ("lease_s", "it is closed when its client has been gone for so long; null: it has no lease"),
+    ("max_idle_s", "it expires when it was not used for this many seconds; null: never"),
 )
 
 
@@ -149,8 +149,18 @@ def list_sessions(
         coming = iter(found)
         first = list(itertools.islice(coming, PAGE))
         everybodys = any(session.tenant for session in first)
-        headings = ("SESSION", "MODEL", "VERSION", "BATCH", "REVISION", "POSITION", "AGE", "IDLE")
-        numbers = ("VERSION", "BATCH", "REVISION", "POSITION", "AGE", "IDLE")
+        headings = (
+            "SESSION",
+            "MODEL",
+            "VERSION",
+            "BATCH",
+            "REVISION",
+            "POSITION",
+            "AGE",
+            "IDLE",
+            "MAX-IDLE",
+        )
+        numbers = ("VERSION", "BATCH", "REVISION", "POSITION", "AGE", "IDLE", "MAX-IDLE")
         rows = (session_cells(session, everybodys=everybodys) for session in itertools.chain(first, coming))
         if not _render.print_rows(("TENANT",) * everybodys + headings, rows, right=numbers):
             click.echo("no sessions", err=True)
@@ -442,6 +452,7 @@ def session_cells(session: SessionInfo, *, everybodys: bool) -> tuple[str, ...]:
         str(session.position),
         _render.duration_text(age_s(session.created_time)),
         _render.duration_text(age_s(session.last_used_time)),
+        idle_limit_text(session),
     )
 
 
@@ -459,7 +470,7 @@ def session_facts(session: SessionInfo) -> list[tuple[str, str]]:
         ("opened", f"{time_text(created)} ({_render.duration_text(age_s(created))} ago)"),
         ("last used", f"{time_text(used)} ({_render.duration_text(age_s(used))} ago)"),
         ("state is", "in memory" if session.resident else "paged out to the store"),
-        ("lease", lease_text(session)),
+        ("idle limit", idle_limit_text(session)),
     ]
 
 
@@ -480,15 +491,13 @@ def session_json(session: SessionInfo) -> dict[str, object]:
         "resident": session.resident,
         "model_version": session.model_version,
         "model_version_pinned": session.model_version_pinned,
-        "lease_s": session.lease_s,
+        "max_idle_s": session.max_idle_s,
     }
 
 
-def lease_text(session: SessionInfo) -> str:
-    """When a session ends by itself, for people."""
-    if session.lease_s is None:
-        return "none"
-    return f"ends when its client has been gone for {_render.duration_text(session.lease_s)}"
+def idle_limit_text(session: SessionInfo) -> str:
+    """For how long a session may be unused, for people."""
+    return "none" if session.max_idle_s is None else _render.duration_text(session.max_idle_s)
 
 
 def time_text(time: datetime) -> str:

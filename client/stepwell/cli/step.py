@@ -11,6 +11,7 @@ from stepwell.cli import _complete, _render, _values
 from stepwell.cli._help import Command
 from stepwell.cli._session import attach, attach_or_open
 from stepwell.cli._target import Target, json_option, server_options
+from stepwell.cli._types import Duration
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,6 +59,13 @@ if TYPE_CHECKING:
     help="Rows of the session; with --open. Default: 1.",
 )
 @click.option(
+    "--max-idle-s",
+    metavar="TIME",
+    type=Duration(),
+    help="Time after which the session expires if it was not used, if this opens it; with --open. 0 means no limit. "
+    "Default: no limit.",
+)
+@click.option(
     "--input",
     "inputs",
     metavar="[NAME=]VALUE",
@@ -82,6 +90,7 @@ def step(
     model: str | None,
     open_model: str | None,
     batch_size: int | None,
+    max_idle_s: float | None,
     inputs: tuple[_values.Values, ...],
     outputs: Literal["all", "last", "none"],
     as_json: bool,
@@ -93,12 +102,12 @@ def step(
     """
     from stepwell.errors import InvalidInputError
 
-    check_options(model, open_model, batch_size)
+    check_options(model, open_model, batch_size, max_idle_s)
     with target.connect("Stepping the session") as client:
         if open_model is None:
             session = attach(client, session_id, model)
         else:
-            session = attach_or_open(client, session_id, open_model, batch_size)
+            session = attach_or_open(client, session_id, open_model, batch_size, max_idle_s)
         info = client.model(session.model)
         try:
             result = session.step(_values.fit(inputs, info.inputs), outputs=outputs)
@@ -113,8 +122,12 @@ def step(
         print_outputs(session, arrays)
 
 
-def check_options(model: str | None, open_model: str | None, batch_size: int | None) -> None:
+def check_options(
+    model: str | None, open_model: str | None, batch_size: int | None, max_idle_s: float | None
+) -> None:
     """Refuse options that contradict each other."""
+    if max_idle_s is not None and open_model is None:
+        raise click.UsageError("--max-idle-s goes with --open; a session that is there has its own")
     if batch_size is not None and open_model is None:
         raise click.UsageError("--batch-size goes with --open; a session that is there has its own")
     if None not in (model, open_model) and model != open_model:

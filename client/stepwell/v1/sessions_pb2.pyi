@@ -182,11 +182,11 @@ class Session(_message.Message):
     CREATED_TIME_FIELD_NUMBER: _builtins.int
     LAST_USED_TIME_FIELD_NUMBER: _builtins.int
     RESIDENT_FIELD_NUMBER: _builtins.int
-    LEASE_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_PINNED_FIELD_NUMBER: _builtins.int
     UID_FIELD_NUMBER: _builtins.int
+    MAX_IDLE_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """1 to 256 printable characters."""
     model: _builtins.str
@@ -222,8 +222,8 @@ class Session(_message.Message):
         """When it was last changed, read (GetState) or resumed."""
 
     @_builtins.property
-    def lease(self) -> _duration_pb2.Duration:
-        """It is closed when its client has been gone for so long. Absent: it has no lease."""
+    def max_idle(self) -> _duration_pb2.Duration:
+        """It expires when it was not used for this long: its own limit, or the server's where that is shorter. Absent: never."""
 
     def __init__(
         self,
@@ -237,49 +237,19 @@ class Session(_message.Message):
         created_time: _timestamp_pb2.Timestamp | None = ...,
         last_used_time: _timestamp_pb2.Timestamp | None = ...,
         resident: _builtins.bool = ...,
-        lease: _duration_pb2.Duration | None = ...,
         tenant: _builtins.str = ...,
         model_version: _builtins.int = ...,
         model_version_pinned: _builtins.bool = ...,
         uid: _builtins.int = ...,
+        max_idle: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time", "last_used_time", b"last_used_time", "lease", b"lease"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time", "last_used_time", b"last_used_time", "max_idle", b"max_idle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "created_time", b"created_time", "last_used_time", b"last_used_time", "lease", b"lease", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "model_version_pinned", b"model_version_pinned", "position", b"position", "resident", b"resident", "revision", b"revision", "session_id", b"session_id", "tenant", b"tenant", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "created_time", b"created_time", "last_used_time", b"last_used_time", "max_idle", b"max_idle", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "model_version_pinned", b"model_version_pinned", "position", b"position", "resident", b"resident", "revision", b"revision", "session_id", b"session_id", "tenant", b"tenant", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Session: _TypeAlias = Session  # noqa: Y015
-
-@_typing.final
-class Lease(_message.Message):
-    """A session whose id nobody chose ends when its client has been gone for too long. A client is there while it calls
-    RenewLease or uses the session. At a server's start all clients are taken to be there.
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CLIENT_ID_FIELD_NUMBER: _builtins.int
-    DURATION_FIELD_NUMBER: _builtins.int
-    client_id: _builtins.int
-    """Random and non-zero: the client, for as long as its process uses it."""
-    @_builtins.property
-    def duration(self) -> _duration_pb2.Duration:
-        """How long the client may be gone, 1 s to 3650 days."""
-
-    def __init__(
-        self,
-        *,
-        client_id: _builtins.int = ...,
-        duration: _duration_pb2.Duration | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "duration", b"duration"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Lease: _TypeAlias = Lease  # noqa: Y015
 
 @_typing.final
 class OpenSessionRequest(_message.Message):
@@ -294,7 +264,7 @@ class OpenSessionRequest(_message.Message):
     MUST_BE_NEW_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
-    LEASE_FIELD_NUMBER: _builtins.int
+    MAX_IDLE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model: NAME for its default version, NAME@VERSION for that one, NAME:LABEL for the one that has the label."""
     session_id: _builtins.str
@@ -318,9 +288,10 @@ class OpenSessionRequest(_message.Message):
         """
 
     @_builtins.property
-    def lease(self) -> Global___Lease:
-        """For a session whose id the server makes; one that is named has none. When a session that has a lease is resumed it
-        gets this one instead, or none if this is absent. Absent: none, the session stays until it is closed.
+    def max_idle(self) -> _duration_pb2.Duration:
+        """The session expires when it was not used for this long: 1 s to 3650 days, or 0 for no limit of its own. The server's
+        max_session_idle_s is an upper bound all the same. Not used when a session is resumed, which keeps its limit.
+        Absent: the server's unnamed_session_idle_s if the server makes the id, else no limit of its own.
         """
 
     def __init__(
@@ -333,11 +304,11 @@ class OpenSessionRequest(_message.Message):
         must_be_new: _builtins.bool = ...,
         request_id: _builtins.int = ...,
         model_fingerprint: _builtins.str = ...,
-        lease: Global___Lease | None = ...,
+        max_idle: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["max_idle", b"max_idle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "lease", b"lease", "model", b"model", "model_fingerprint", b"model_fingerprint", "must_be_new", b"must_be_new", "request_id", b"request_id", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "max_idle", b"max_idle", "model", b"model", "model_fingerprint", b"model_fingerprint", "must_be_new", b"must_be_new", "request_id", b"request_id", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -386,8 +357,8 @@ class OpenSessionsRequest(_message.Message):
     SESSION_IDS_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    LEASE_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
+    MAX_IDLE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model, as in OpenSessionRequest."""
     count: _builtins.int
@@ -407,8 +378,8 @@ class OpenSessionsRequest(_message.Message):
         """Ids; must all be new, unless resume says otherwise. Empty: count says how many."""
 
     @_builtins.property
-    def lease(self) -> Global___Lease:
-        """As in OpenSessionRequest."""
+    def max_idle(self) -> _duration_pb2.Duration:
+        """As in OpenSessionRequest, of each session that is opened."""
 
     def __init__(
         self,
@@ -418,12 +389,12 @@ class OpenSessionsRequest(_message.Message):
         session_ids: _abc.Iterable[_builtins.str] | None = ...,
         batch_size: _builtins.int = ...,
         request_id: _builtins.int = ...,
-        lease: Global___Lease | None = ...,
         resume: _builtins.bool = ...,
+        max_idle: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["max_idle", b"max_idle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "count", b"count", "lease", b"lease", "model", b"model", "request_id", b"request_id", "resume", b"resume", "session_ids", b"session_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "count", b"count", "max_idle", b"max_idle", "model", b"model", "request_id", b"request_id", "resume", b"resume", "session_ids", b"session_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -687,45 +658,6 @@ class CloseMatchingSessionsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CloseMatchingSessionsResponse: _TypeAlias = CloseMatchingSessionsResponse  # noqa: Y015
-
-@_typing.final
-class RenewLeaseRequest(_message.Message):
-    """A client is there."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CLIENT_ID_FIELD_NUMBER: _builtins.int
-    client_id: _builtins.int
-    """As in Lease."""
-    def __init__(
-        self,
-        *,
-        client_id: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___RenewLeaseRequest: _TypeAlias = RenewLeaseRequest  # noqa: Y015
-
-@_typing.final
-class RenewLeaseResponse(_message.Message):
-    """Its leases begin anew."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___RenewLeaseResponse: _TypeAlias = RenewLeaseResponse  # noqa: Y015
 
 @_typing.final
 class GetSessionRequest(_message.Message):
@@ -1527,7 +1459,7 @@ class ForkSessionRequest(_message.Message):
     NEW_SESSION_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    LEASE_FIELD_NUMBER: _builtins.int
+    MAX_IDLE_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session to copy."""
     new_session_id: _builtins.str
@@ -1539,8 +1471,8 @@ class ForkSessionRequest(_message.Message):
     answered with the first answer. 0: none.
     """
     @_builtins.property
-    def lease(self) -> Global___Lease:
-        """As in OpenSessionRequest."""
+    def max_idle(self) -> _duration_pb2.Duration:
+        """As in OpenSessionRequest; the limit of the session that is copied is not."""
 
     def __init__(
         self,
@@ -1549,11 +1481,11 @@ class ForkSessionRequest(_message.Message):
         new_session_id: _builtins.str = ...,
         expected_revision: _builtins.int | None = ...,
         request_id: _builtins.int = ...,
-        lease: Global___Lease | None = ...,
+        max_idle: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "lease", b"lease"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "max_idle", b"max_idle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "lease", b"lease", "new_session_id", b"new_session_id", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "max_idle", b"max_idle", "new_session_id", b"new_session_id", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -1711,7 +1643,7 @@ class ForkSessionsRequest(_message.Message):
     NEW_SESSION_IDS_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISIONS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    LEASE_FIELD_NUMBER: _builtins.int
+    MAX_IDLE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """Random and non-zero. A retry with the same request id is answered with the first answer as long as the server
     remembers it. 0: none.
@@ -1731,8 +1663,8 @@ class ForkSessionsRequest(_message.Message):
         """Revision each session to copy must have. Empty: any."""
 
     @_builtins.property
-    def lease(self) -> Global___Lease:
-        """As in OpenSessionRequest."""
+    def max_idle(self) -> _duration_pb2.Duration:
+        """As in OpenSessionRequest; the limit of the session that is copied is not."""
 
     def __init__(
         self,
@@ -1741,11 +1673,11 @@ class ForkSessionsRequest(_message.Message):
         new_session_ids: _abc.Iterable[_builtins.str] | None = ...,
         expected_revisions: _abc.Iterable[_builtins.int] | None = ...,
         request_id: _builtins.int = ...,
-        lease: Global___Lease | None = ...,
+        max_idle: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["max_idle", b"max_idle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_revisions", b"expected_revisions", "lease", b"lease", "new_session_ids", b"new_session_ids", "request_id", b"request_id", "session_ids", b"session_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_revisions", b"expected_revisions", "max_idle", b"max_idle", "new_session_ids", b"new_session_ids", "request_id", b"request_id", "session_ids", b"session_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -37,7 +37,7 @@ class SessionServiceStub(object):
     A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
     masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
     would be applied too: with expected r, or without an expected revision. The same holds for calls that
-    open sessions: another model, batch size, state, lease or source is other content. How tensors say their elements
+    open sessions: another model, batch size, state, max_idle or source is other content. How tensors say their elements
     makes no difference, nor does the message: a step may come alone first and in a frame later.
 
     Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
@@ -46,7 +46,7 @@ class SessionServiceStub(object):
     INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
 
     Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
-    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
+    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids
     of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
     about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
     CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
@@ -82,11 +82,6 @@ class SessionServiceStub(object):
                 '/stepwell.v1.SessionService/CloseMatchingSessions',
                 request_serializer=stepwell_dot_v1_dot_sessions__pb2.CloseMatchingSessionsRequest.SerializeToString,
                 response_deserializer=stepwell_dot_v1_dot_sessions__pb2.CloseMatchingSessionsResponse.FromString,
-                _registered_method=True)
-        self.RenewLease = channel.unary_unary(
-                '/stepwell.v1.SessionService/RenewLease',
-                request_serializer=stepwell_dot_v1_dot_sessions__pb2.RenewLeaseRequest.SerializeToString,
-                response_deserializer=stepwell_dot_v1_dot_sessions__pb2.RenewLeaseResponse.FromString,
                 _registered_method=True)
         self.GetSession = channel.unary_unary(
                 '/stepwell.v1.SessionService/GetSession',
@@ -157,7 +152,7 @@ class SessionServiceServicer(object):
     A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
     masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
     would be applied too: with expected r, or without an expected revision. The same holds for calls that
-    open sessions: another model, batch size, state, lease or source is other content. How tensors say their elements
+    open sessions: another model, batch size, state, max_idle or source is other content. How tensors say their elements
     makes no difference, nor does the message: a step may come alone first and in a frame later.
 
     Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
@@ -166,7 +161,7 @@ class SessionServiceServicer(object):
     INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
 
     Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
-    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
+    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids
     of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
     about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
     CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
@@ -202,13 +197,6 @@ class SessionServiceServicer(object):
 
     def CloseMatchingSessions(self, request, context):
         """Deletes the sessions that fit a filter, some of them at a time.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def RenewLease(self, request, context):
-        """Says that a client is still there, so that the leases of its sessions begin anew.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -333,11 +321,6 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     request_deserializer=stepwell_dot_v1_dot_sessions__pb2.CloseMatchingSessionsRequest.FromString,
                     response_serializer=stepwell_dot_v1_dot_sessions__pb2.CloseMatchingSessionsResponse.SerializeToString,
             ),
-            'RenewLease': grpc.unary_unary_rpc_method_handler(
-                    servicer.RenewLease,
-                    request_deserializer=stepwell_dot_v1_dot_sessions__pb2.RenewLeaseRequest.FromString,
-                    response_serializer=stepwell_dot_v1_dot_sessions__pb2.RenewLeaseResponse.SerializeToString,
-            ),
             'GetSession': grpc.unary_unary_rpc_method_handler(
                     servicer.GetSession,
                     request_deserializer=stepwell_dot_v1_dot_sessions__pb2.GetSessionRequest.FromString,
@@ -413,7 +396,7 @@ class SessionService(object):
     A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
     masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
     would be applied too: with expected r, or without an expected revision. The same holds for calls that
-    open sessions: another model, batch size, state, lease or source is other content. How tensors say their elements
+    open sessions: another model, batch size, state, max_idle or source is other content. How tensors say their elements
     makes no difference, nor does the message: a step may come alone first and in a frame later.
 
     Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
@@ -422,7 +405,7 @@ class SessionService(object):
     INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
 
     Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
-    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
+    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids
     of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
     about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
     CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
@@ -553,33 +536,6 @@ class SessionService(object):
             '/stepwell.v1.SessionService/CloseMatchingSessions',
             stepwell_dot_v1_dot_sessions__pb2.CloseMatchingSessionsRequest.SerializeToString,
             stepwell_dot_v1_dot_sessions__pb2.CloseMatchingSessionsResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def RenewLease(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/stepwell.v1.SessionService/RenewLease',
-            stepwell_dot_v1_dot_sessions__pb2.RenewLeaseRequest.SerializeToString,
-            stepwell_dot_v1_dot_sessions__pb2.RenewLeaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,7 +38,7 @@ class SessionServiceStub:
     A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
     masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
     would be applied too: with expected r, or without an expected revision. The same holds for calls that
-    open sessions: another model, batch size, state, lease or source is other content. How tensors say their elements
+    open sessions: another model, batch size, state, max_idle or source is other content. How tensors say their elements
     makes no difference, nor does the message: a step may come alone first and in a frame later.
 
     Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
@@ -47,7 +47,7 @@ class SessionServiceStub:
     INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
 
     Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
-    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
+    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids
     of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
     about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
     CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
@@ -67,8 +67,6 @@ class SessionServiceStub:
     """Deletes many sessions. Those that are not there any more are passed over."""
     CloseMatchingSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.CloseMatchingSessionsRequest, _sessions_pb2.CloseMatchingSessionsResponse]
     """Deletes the sessions that fit a filter, some of them at a time."""
-    RenewLease: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.RenewLeaseRequest, _sessions_pb2.RenewLeaseResponse]
-    """Says that a client is still there, so that the leases of its sessions begin anew."""
     GetSession: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.GetSessionRequest, _sessions_pb2.GetSessionResponse]
     """Describes a session as of its last completed change. Does not count as use."""
     ListSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ListSessionsRequest, _sessions_pb2.ListSessionsResponse]
@@ -120,7 +118,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
     A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
     masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
     would be applied too: with expected r, or without an expected revision. The same holds for calls that
-    open sessions: another model, batch size, state, lease or source is other content. How tensors say their elements
+    open sessions: another model, batch size, state, max_idle or source is other content. How tensors say their elements
     makes no difference, nor does the message: a step may come alone first and in a frame later.
 
     Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
@@ -129,7 +127,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
     INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
 
     Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
-    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
+    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids
     of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
     about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
     CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
@@ -146,8 +144,6 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """Deletes many sessions. Those that are not there any more are passed over."""
     CloseMatchingSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.CloseMatchingSessionsRequest, _sessions_pb2.CloseMatchingSessionsResponse]  # type: ignore[assignment]
     """Deletes the sessions that fit a filter, some of them at a time."""
-    RenewLease: _aio.UnaryUnaryMultiCallable[_sessions_pb2.RenewLeaseRequest, _sessions_pb2.RenewLeaseResponse]  # type: ignore[assignment]
-    """Says that a client is still there, so that the leases of its sessions begin anew."""
     GetSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.GetSessionRequest, _sessions_pb2.GetSessionResponse]  # type: ignore[assignment]
     """Describes a session as of its last completed change. Does not count as use."""
     ListSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ListSessionsRequest, _sessions_pb2.ListSessionsResponse]  # type: ignore[assignment]
@@ -198,7 +194,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
     masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
     would be applied too: with expected r, or without an expected revision. The same holds for calls that
-    open sessions: another model, batch size, state, lease or source is other content. How tensors say their elements
+    open sessions: another model, batch size, state, max_idle or source is other content. How tensors say their elements
     makes no difference, nor does the message: a step may come alone first and in a frame later.
 
     Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
@@ -207,7 +203,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
 
     Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
-    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
+    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids
     of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
     about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
     CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
@@ -252,14 +248,6 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.CloseMatchingSessionsResponse, _abc.Awaitable[_sessions_pb2.CloseMatchingSessionsResponse]]:
         """Deletes the sessions that fit a filter, some of them at a time."""
-
-    @_abc_1.abstractmethod
-    def RenewLease(
-        self,
-        request: _sessions_pb2.RenewLeaseRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_sessions_pb2.RenewLeaseResponse, _abc.Awaitable[_sessions_pb2.RenewLeaseResponse]]:
-        """Says that a client is still there, so that the leases of its sessions begin anew."""
 
     @_abc_1.abstractmethod
     def GetSession(

@@ -33,6 +33,9 @@ from stepwell_server.settings import Settings, SettingsError
 from stepwell_server.store.valkey.url import StoreUrl, UrlError
 from stepwell_server.store.valkey.url import parse as parse_store_url
 
+MAX_IDLE_S = 3650 * 86_400
+"""The longest limit that a record takes (`core.idle.MAX_IDLE_MS`): a command must not load numpy to show its help."""
+
 FILE, FOLDER = PathOf("file"), PathOf("dir")
 ROWS = COUNT = click.IntRange(1, 10**18)
 THREADS = click.IntRange(1, 4096)
@@ -221,7 +224,14 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     "--max-session-idle-s",
     metavar="TIME",
     type=Duration(),
-    help="Time after which an unused session expires; 0 means never.",
+    help="Time after which an unused session expires, whatever limit it has of its own; 0 means never.",
+)
+@setting(
+    "--unnamed-session-idle-s",
+    metavar="TIME",
+    type=Duration(largest=MAX_IDLE_S),
+    help="Time after which an unused session expires that was opened without an id and without a limit of its own; 0 means "
+    "never.",
 )
 @setting(
     "--quotas",

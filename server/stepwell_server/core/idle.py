@@ -1,8 +1,9 @@
 """Which sessions have been idle for too long, found without looking at those that cannot be.
 
-Time is cut into slots, some to the time limit. A session stands in the slot in which it will be idle for too long
-if nobody uses it, and is looked at when that slot has come: a session that was used meanwhile moves on. So
-each is looked at a few times per time limit, however often anybody asks.
+Each session may have its own limit. A session stands in the slot of time in which its limit ends if nobody uses it, and
+is looked at when that slot begins: it ends, or moves to a later slot because it was used, or to a narrower one. A slot
+is at most a 16th as wide as the time that is left. So each session is looked at a few times per limit, however often
+anybody asks, and there are at most a few dozen slots of each width.
 """
 
 from __future__ import annotations
@@ -16,74 +17,161 @@ import numpy.typing as npt
 
 from stepwell_server.core.sessions import Handles, SessionTable
 
+MIN_IDLE_S = 1.0
+"""The shortest limit that an opening may ask for."""
+MAX_IDLE_MS = 3650 * 86_400_000
+"""The longest limit of a session's own: ten years."""
 SLOTS = 16
-"""Per time limit."""
+"""In the time that is left of a limit, at least."""
+#: A slot is no narrower than that of a session that has this many seconds left.
+_NARROWEST_S = 0.5
+#: Limits count as if they were in this range, in seconds, where a slot is chosen: a slot may come too early.
+_SHORTEST_S, _LONGEST_S = 2.0**-20, 2.0**40
+#: `SessionTable.due` is the number of a slot times this, plus the exponent of its width, plus the bias.
+_WIDTHS, _BIAS = 128, 64
+
+I64 = npt.NDArray[np.int64]
+F64 = npt.NDArray[np.float64]
+
+
+class IdleLimits:
+    """For how long sessions may be unused: each session's own limit, and the server's, which is an upper bound."""
+
+    def __init__(self, max_idle_s: float, unnamed_idle_s: float = 0.0) -> None:
+        """Make the limits of a server.
+
+        Args:
+            max_idle_s: Of every session; 0: no limit.
+            unnamed_idle_s: Of sessions that are opened without an id and ask for no limit; 0: no limit.
+        """
+        self.max_s = max_idle_s or math.inf
+        """Of every session, in seconds; infinity: no limit."""
+        self._unnamed_ms = min(MAX_IDLE_MS, round(unnamed_idle_s * 1000))
+
+    def of_new(self, asked_ms: int | None, *, is_named: bool) -> int:
+        """The own limit of a session that begins, in milliseconds; 0: it has none.
+
+        Args:
+            asked_ms: What its opening asks for; 0: no limit; None: nothing.
+            is_named: The caller chose its id.
+        """
+        if asked_ms is not None:
+            return asked_ms
+        return 0 if is_named else self._unnamed_ms
+
+    def seconds(self, own_ms: int) -> float:
+        """After how many seconds without use a session with this limit of its own ends; infinity: never."""
+        return min(own_ms / 1000, self.max_s) if own_ms else self.max_s
+
+    def seconds_of(self, own_ms: I64) -> F64:
+        """As `seconds`, of many."""
+        limits: F64 = np.minimum(np.where(own_ms > 0, own_ms / 1000, np.inf), self.max_s)
+        return limits
 
 
 class IdleWatch:
     """Watches the sessions of a table. Times are seconds on the monotonic clock."""
 
-    def __init__(self, table: SessionTable, max_idle_s: float, started: float) -> None:
+    def __init__(self, table: SessionTable, limits: IdleLimits, started: float) -> None:
         self._table = table
-        self._max_idle_s = max_idle_s
+        self._limits = limits
         self._started = started
-        self._slot_s = max_idle_s / SLOTS
         self._slots: dict[int, array[int]] = {}
+        """Handles by what `SessionTable.due` says of them."""
 
     def watch(self, handles: Handles) -> None:
-        """Watch sessions from now on; their use is in the table."""
-        if self._max_idle_s:
-            self._put(handles, self._slot_of(self._table.used[handles]))
+        """Watch sessions from now on; their use and their limits are in the table."""
+        if len(handles) == 1:  # each opening of a session comes here
+            self._put_one(int(handles[0]))
+        else:
+            self._put(handles, None)
 
     def too_long(self, handles: Handles, now: float) -> npt.NDArray[np.bool_]:
         """Which sessions have been idle for too long and have nothing under way, as a mask.
 
         A server's start counts as use: time that it was away, and what its clock did meanwhile, end no session.
         """
-        since = now - self._max_idle_s
-        if not self._max_idle_s or self._started >= since:
-            return np.zeros(len(handles), np.bool_)
-        idle: npt.NDArray[np.bool_] = (self._table.used[handles] < since) & ~self._table.claimed[handles]
-        return idle
+        table = self._table
+        since = now - self._limits.seconds_of(table.max_idle_ms[handles])
+        idle: npt.NDArray[np.bool_] = np.maximum(table.used[handles], self._started) < since
+        return idle & ~table.claimed[handles]
+
+    def is_too_long(self, handle: int, now: float) -> bool:
+        """`too_long` of one session: it is asked for every step."""
+        table = self._table
+        since = now - self._limits.seconds(int(table.max_idle_ms[handle]))
+        return since > self._started and bool(table.used[handle] < since) and not table.claimed[handle]
+
+    def next_in(self, now: float) -> float:
+        """Seconds until `take_due_in_parts` has something to look at; infinity if nothing is watched."""
+        return max(0.0, self._table.next_end - now)
 
     def take_due_in_parts(self, now: Callable[[], float], most: int) -> Iterator[Handles]:
         """The sessions that have been idle for too long, at most so many at a time; they are not watched any more.
 
         Between two parts sessions may be used, or go. Where this ends early, the others are due the next time.
         """
-        if not self._max_idle_s:
-            return
-        current = math.floor(now() / self._slot_s)
-        for slot in [slot for slot in self._slots if slot <= current]:
-            watched = self._slots.pop(slot, array("q"))
+        began = now()
+        for due in [due for due in self._slots if _start(due) <= began]:
+            watched = self._slots.pop(due, array("q"))
             at = 0
             try:
                 while at < len(watched):
                     some = watched[at : at + most]
                     at += most
-                    yield self._take(some, slot, current, now())
+                    yield self._take(some, due, began, now())
             finally:
                 if at < len(watched):
-                    self._slots.setdefault(slot, array("q")).extend(watched[at:])
+                    self._slots.setdefault(due, array("q")).extend(watched[at:])
+                self._table.next_end = min(map(_start, self._slots), default=math.inf)
 
-    def _take(self, watched: array[int], slot: int, current: int, now: float) -> Handles:
+    def _take(self, watched: array[int], due: int, began: float, now: float) -> Handles:
         handles = np.frombuffer(watched, np.intp)
         # a handle may have been given to another session, which is in a slot of its own, or in this one once more
-        handles = np.unique(handles[self._table.due[handles] == slot])
+        handles = np.unique(handles[self._table.due[handles] == due])
         idle = self.too_long(handles, now)
-        stay = handles[~idle]
-        self._put(stay, np.maximum(self._slot_of(self._table.used[stay]), current))
+        self._put(handles[~idle], began)
         self._table.due[handles[idle]] = -1
-        due: Handles = handles[idle]
-        return due
+        ended: Handles = handles[idle]
+        return ended
 
-    def _slot_of(self, used: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-        until = np.maximum(used, self._started) + self._max_idle_s
-        return np.floor(until / self._slot_s).astype(np.int64)
+    def _put_one(self, handle: int) -> None:
+        """As `_put` of one session, as if it was used now."""
+        table = self._table
+        limit = self._limits.seconds(int(table.max_idle_ms[handle]))
+        if limit == math.inf:
+            return
+        limit = min(max(limit, _SHORTEST_S), _LONGEST_S)
+        exponent = math.frexp(limit / SLOTS)[1] - 1
+        end = max(float(table.used[handle]), self._started) + limit
+        due = math.floor(math.ldexp(end, -exponent)) * _WIDTHS + exponent + _BIAS
+        table.due[handle] = due
+        self._slots.setdefault(due, array("q")).append(handle)
+        table.next_end = min(table.next_end, _start(due))
 
-    def _put(self, handles: Handles, slots: npt.NDArray[np.int64]) -> None:
-        self._table.due[handles] = slots
-        for slot in np.unique(slots).tolist():
-            self._slots.setdefault(slot, array("q")).frombytes(
-                handles[slots == slot].astype(np.int64).tobytes()
-            )
+    def _put(self, handles: Handles, now: float | None) -> None:
+        """Put sessions that have a limit into slots that begin at `now` or later; None: as if they were used now."""
+        table = self._table
+        limits = self._limits.seconds_of(table.max_idle_ms[handles])
+        is_limited = np.isfinite(limits)
+        if not is_limited.all():
+            handles, limits = handles[is_limited], limits[is_limited]
+        if not len(handles):
+            return
+        limits = np.clip(limits, _SHORTEST_S, _LONGEST_S)
+        ends, left = np.maximum(table.used[handles], self._started) + limits, limits
+        if now is not None:
+            ends = np.maximum(ends, now)
+            left = np.maximum(ends - now, _NARROWEST_S)
+        exponents = np.frexp(left / SLOTS)[1].astype(np.int64) - 1
+        dues = np.floor(np.ldexp(ends, -exponents)).astype(np.int64) * _WIDTHS + exponents + _BIAS
+        table.due[handles] = dues
+        for due in np.unique(dues).tolist():
+            self._slots.setdefault(due, array("q")).frombytes(handles[dues == due].astype(np.int64).tobytes())
+            table.next_end = min(table.next_end, _start(due))
+
+
+def _start(due: int) -> float:
+    """When a slot begins."""
+    number, exponent = divmod(due, _WIDTHS)
+    return math.ldexp(number, exponent - _BIAS)

@@ -10,6 +10,7 @@ have, and used from the first touch on, so they are rarely copied; the garbage c
 from __future__ import annotations
 
 import itertools
+import math
 import mmap
 from collections.abc import ItemsView, Sequence
 from typing import Any
@@ -42,7 +43,7 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "birth": np.uint64,
     "claimed": np.bool_,
     "reply": np.uint8,
-    "lease": np.int32,
+    "max_idle_ms": np.int64,
     "pinned": np.bool_,
     "stamp": np.uint64,
     "bytes": np.int64,
@@ -112,8 +113,8 @@ class SessionTable:
     """Something is under way for the session; what comes next waits."""
     reply: npt.NDArray[np.uint8]
     """How the reply to the last change is kept; the engine knows the codes. 0: it has no outputs."""
-    lease: npt.NDArray[np.int32]
-    """Which of `leases.Leases` it has; 0: none."""
+    max_idle_ms: npt.NDArray[np.int64]
+    """For how long it may be unused, in milliseconds; 0: it has no limit of its own. See `idle.IdleLimits`."""
     pinned: npt.NDArray[np.bool_]
     """It stays on the version of its model that it was opened with."""
     stamp: npt.NDArray[np.uint64]
@@ -129,6 +130,8 @@ class SessionTable:
         """What the store's records of sessions have beside what is known here, by handle; few have any."""
         self._free: list[int] = []
         self._births = 0
+        self.next_end = math.inf
+        """Before this moment, on the monotonic clock, no session has been idle for too long; `idle` sets it."""
         self.departures: list[str] | None = None
         """Ids of sessions that were removed and had been added after `departures_after`, if somebody wants to know."""
         self.departures_after = 0
@@ -201,7 +204,6 @@ class SessionTable:
         self.model[handle] = -1
         self.due[handle] = -1
         self.birth[handle] = 0
-        self.lease[handle] = 0
         self._free.append(handle)
 
     def rows(self, handle: int) -> Rows:

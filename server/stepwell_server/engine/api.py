@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -74,8 +75,8 @@ class SessionInfo:
     last_used: float
     """Seconds since the epoch."""
     resident: bool
-    lease_s: float = 0.0
-    """How long its client may be gone; 0: it has no lease."""
+    max_idle_s: float = math.inf
+    """It expires when nobody has used it for so many seconds; infinity: never."""
     version: int = 0
     """Of the model, on which its next change runs; 0: it is not known."""
     is_pinned: bool = False

@@ -23,7 +23,6 @@ from stepwell_server.core.exactly_once import (
     seed_of,
     unlike,
 )
-from stepwell_server.core.leases import Lease
 from stepwell_server.engine.api import Select
 from stepwell_server.engine.types import U64, Array
 from stepwell_server.errors import InvalidInput
@@ -89,29 +88,29 @@ def _step_seed(change: Change, states: Select) -> np.uint64:
 
 
 def content_of_open(
-    model: str, batch_size: int, lease: Lease | None, values: Sequence[Array] = (), count: int = 1
+    model: str, batch_size: int, max_idle_ms: int | None, values: Sequence[Array] = (), count: int = 1
 ) -> U64:
     """What a call says of each of the sessions that it opens, `(count,)`: a digest without its prefix.
 
     Args:
         model: As the call names it.
         batch_size: Of each.
-        lease: Of each.
+        max_idle_ms: Of each, as the call asks for it.
         values: Initial states of one session, `(batch_size, ...)` each.
         count: How many there are.
     """
-    seed = seed_of(model, batch_size, lease)
+    seed = seed_of(model, batch_size, max_idle_ms)
     if not values:
         return digests(_NO_PREFIX, seed, np.zeros(count, np.uint64))
     return digests(_NO_PREFIX, seed, row_numbers(values, batch_size), np.array([batch_size], np.intp))
 
 
-def content_of_fork(session_ids: Sequence[str], lease: Lease | None) -> U64:
+def content_of_fork(session_ids: Sequence[str], max_idle_ms: int | None) -> U64:
     """What a call says of each of the sessions that it makes of others: as `content_of_open`."""
     rows = np.fromiter(
         (crc32(session_id.encode()) for session_id in session_ids), np.uint64, len(session_ids)
     )
-    return digests(_NO_PREFIX, seed_of(lease), rows)
+    return digests(_NO_PREFIX, seed_of(max_idle_ms), rows)
 
 
 def require_same_opening(

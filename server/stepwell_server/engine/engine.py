@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.leases import Leases
+from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.model_names import ModelRef, parse_reference
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import ModelInfo, ModelStats, Observer, StateRead, StatesRead
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.durability.committer import Committer, Recorder
-from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.durability.fetching import Fetcher
 from stepwell_server.engine.durability.forwarding import Forwarding, Migration
 from stepwell_server.engine.durability.group_commit import GroupCommit
@@ -36,10 +36,9 @@ from stepwell_server.engine.sessions.catalogue import Catalogue
 from stepwell_server.engine.sessions.closing import Closing
 from stepwell_server.engine.sessions.creation import Creation
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ending import Removal
+from stepwell_server.engine.sessions.ending import Removal, Strays
 from stepwell_server.engine.sessions.forking import Forking
 from stepwell_server.engine.sessions.ids import MAX_IDS_PER_CALL
-from stepwell_server.engine.sessions.leasing import Leasing
 from stepwell_server.engine.sessions.lifetimes import Lifetimes
 from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Arrivals, Loader
@@ -76,7 +75,7 @@ class Engine:
         observer: Observer,
         max_batch_rows: int,
         resident_rows: ResidentRows,
-        max_session_idle_s: float,
+        idle_limits: IdleLimits,
         compute_threads: int,
         executor: Callable[[Program], Executor] = load_executor,
         quotas: Quotas | None = None,
@@ -91,7 +90,7 @@ class Engine:
             observer: Who is told of what happens.
             max_batch_rows: Rows of a pass at most, unless a single change has more.
             resident_rows: Rows that the sessions of each model keep in memory.
-            max_session_idle_s: Unused sessions end after so many seconds; 0: never.
+            idle_limits: For how long sessions may be unused.
             compute_threads: Threads that run passes.
             executor: Makes what runs a program.
             quotas: What tenants may take.
@@ -113,9 +112,7 @@ class Engine:
         self._models = Models(table, is_shared=not self._is_local)
         self._group = GroupCommit(store, self._ring_all)
         self._fetcher = fetcher = Fetcher(store)
-        endings = Endings(max_session_idle_s)
-        self._leases = leases = Leases(table, clock.monotonic())
-        fields = Fields(table, leases)
+        fields = Fields(table)
         records = Records(table, fields)
         keeping = keeping_of(store, table, records, clock)
         forwarding = Forwarding(self._models, migrations or {})
@@ -125,7 +122,6 @@ class Engine:
             store,
             fetcher,
             keeping,
-            endings,
             fields,
             forwarding,
             clock=clock,
@@ -135,19 +131,20 @@ class Engine:
         self._turns = Turns(table, self._models, pager, row_queue, clock, self._forget)
         self._row_queue = row_queue
         self._held = Held()
-        self._removal = removal = Removal(table, self._models, self._turns, observer)
+        is_alone = keeping.others is not None and self._is_local
+        strays = Strays(idle_limits, clock.monotonic(), are_kept=is_alone)
+        self._removal = removal = Removal(table, self._models, self._turns, strays, observer)
         self._lifetimes = lifetimes = Lifetimes(
             table,
             removal,
-            leases,
             store,
             keeping.others,
             self._group,
-            endings,
+            idle_limits,
+            strays,
             quotas=quotas,
             clock=clock,
             observer=observer,
-            max_idle_s=max_session_idle_s,
         )
         self._expiry = lifetimes.expiry
         loader = Loader(table, self._models, self._expiry, fields)
@@ -172,8 +169,6 @@ class Engine:
             arrivals=self._arrivals,
             loader=loader,
             expiry=self._expiry,
-            endings=endings,
-            leases=leases,
             clock=clock,
         )
         self.session_info = self._directory.describe
@@ -210,15 +205,10 @@ class Engine:
             quotas=quotas,
             removal=removal,
             expiry=self._expiry,
-            leases=leases,
             clock=clock,
             follow=lambda *which: self._changing.follow(*which),  # noqa: PLW0108 - made below
         )
-        leasing = Leasing(table, self._models, self._turns, pager, self._committer, leases)
-        usage = lifetimes.usage
-        attempts = Attempts(
-            table, self._directory, fetcher, self._group, pieces, observer, leasing=leasing, usage=usage
-        )
+        attempts = Attempts(table, self._directory, fetcher, self._group, pieces, observer, lifetimes.usage)
         opening = Opening(
             table,
             self._directory,
@@ -229,10 +219,8 @@ class Engine:
             pieces,
             drain=self._drain_inboxes,
             require_open=self._require_open,
-            leases=leases,
-            leasing=leasing,
             usage=lifetimes.usage,
-            clients=lifetimes.clients,
+            limits=idle_limits,
             clock=clock,
             observer=observer,
         )
@@ -296,8 +284,6 @@ class Engine:
         """The records of sessions that fit a filter, page by page: see `Moving.export_page`."""
         self.import_sessions = moving.bring
         """Make sessions of records, each by itself: see `Moving.bring`."""
-        self.renew_lease = lifetimes.clients.renew
-        """Hear that a client is there: see `Clients.renew`."""
         self._serving = Serving(
             table,
             self._models,
@@ -595,4 +581,5 @@ class Engine:
     @property
     def max_session_idle_s(self) -> float:
         """Seconds after which an unused session expires; 0: never."""
-        return self._expiry.max_idle_s
+        max_s = self._expiry.limits.max_s
+        return max_s if max_s < math.inf else 0.0

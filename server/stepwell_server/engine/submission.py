@@ -55,6 +55,7 @@ class Submission:
     ) -> None:
         self._table = table
         self._directory = directory
+        self._expire_among = directory.expire_among
         self._arrivals = arrivals
         self._validation = validation
         self._held = held
@@ -110,8 +111,10 @@ class Submission:
 
     def _take(self, change: Change, seen: Seen, *, is_anew: bool = False) -> None:
         handles, missing = self._table.find_all(change.session_ids), _NOBODY
-        if self._directory.may_expire or are_missing(handles):
+        if are_missing(handles):
             handles = self._directory.find_all(change.session_ids, seen)
+            missing = np.flatnonzero(handles < 0)
+        elif self._clock.monotonic() > self._table.next_end and self._expire_among(handles):
             missing = np.flatnonzero(handles < 0)
         if len(missing):
             if change.may_part:

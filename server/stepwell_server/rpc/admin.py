@@ -1,4 +1,4 @@
-"""The calls of SessionService for those who look after many sessions: lists, closing, leases, export and import."""
+"""The calls of SessionService for those who look after many sessions: lists, closing, export and import."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.core import leases
 from stepwell_server.core.callers import Caller
-from stepwell_server.core.leases import Lease
+from stepwell_server.core.idle import MAX_IDLE_MS, MIN_IDLE_S
 from stepwell_server.engine.api import Order, SessionInfo
 from stepwell_server.engine.api import SessionFilter as Filter
 from stepwell_server.engine.sessions.matching import Place
@@ -55,7 +54,7 @@ _Filtered: TypeAlias = pb.ListSessionsRequest | pb.CloseMatchingSessionsRequest 
 
 
 class Administration:
-    """Lists, closing by filters, leases, export and import. Part of the servicer; lives on the event loop."""
+    """Lists, closing by filters, export and import. Part of the servicer; lives on the event loop."""
 
     def __init__(self, engine: Engine, max_reply_bytes: int) -> None:
         self._engine = engine
@@ -186,11 +185,6 @@ class Administration:
                 told.outcome = _OUTCOMES[result]
         return response
 
-    async def renew_lease(self, request: pb.RenewLeaseRequest, call: Call) -> pb.RenewLeaseResponse:
-        """Hear that a client is there."""
-        await self._engine.renew_lease(naming.inner_client(call.who, request.client_id))
-        return pb.RenewLeaseResponse()
-
 
 def _listed(info: SessionInfo, who: Caller) -> pb.Session:
     return convert.from_session(info, naming.tenant_told(who, info.session_id))
@@ -208,23 +202,21 @@ def _add_exported(
             response.sessions.add(session_id=own, tenant=naming.tenant_of(session_id), record=bytes(each))
 
 
-def lease_of(request: _Opening, who: Caller) -> Lease | None:
-    """The lease that an opening asks for.
+def max_idle_of(request: _Opening) -> int | None:
+    """The limit that an opening asks for, in milliseconds; 0: none; None: it says nothing.
 
     Raises:
-        InvalidInput: it is none.
+        InvalidInput: it is out of its range.
     """
-    if not request.HasField("lease"):
+    if not request.HasField("max_idle"):
         return None
-    if not request.lease.client_id:
-        raise InvalidInput("lease.client_id must be random and not 0; got 0")
-    seconds = convert.to_seconds(request.lease.duration, "lease.duration")
-    if not leases.SHORTEST_S <= seconds <= leases.LONGEST_S:
+    seconds = convert.to_seconds(request.max_idle, "max_idle")
+    if seconds and not MIN_IDLE_S <= seconds <= MAX_IDLE_MS / 1000:
         raise InvalidInput(
-            f"lease.duration must be {leases.SHORTEST_S:.0f} s to {leases.LONGEST_S:.0f} s; "
-            f"got {convert.seconds_text(request.lease.duration)} s"
+            f"max_idle must be 0, for no limit, or {MIN_IDLE_S:.0f} s to {MAX_IDLE_MS // 1000} s;"
+            f" got {convert.seconds_text(request.max_idle)} s"
         )
-    return naming.inner_client(who, request.lease.client_id), round(seconds * 1000)
+    return round(seconds * 1000)
 
 
 def _filter_of(request: _Filtered, who: Caller) -> Filter:

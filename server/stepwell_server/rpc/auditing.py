@@ -71,7 +71,6 @@ UNAUDITED = {
     "ModelStreamInfer": "the hot path; as ModelInfer",
     "GetSession": "tells no state, and is asked often by whoever watches",
     "ListSlowSessions": "tells no state, and `stepwell top` asks for it every second",
-    "RenewLease": "says that a client is there, every few seconds",
     **dict.fromkeys(("ListModels", "GetModel", "ModelReady"), "tells of models alone"),
     **dict.fromkeys(("ModelMetadata", "ModelConfig", "ModelStatistics"), "tells of models alone"),
     **dict.fromkeys(("ServerLive", "ServerReady", "ServerMetadata"), "tells of the server alone"),

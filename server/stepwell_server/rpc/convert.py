@@ -60,11 +60,11 @@ def from_session(info: SessionInfo, tenant: str = "") -> sessions_pb2.Session:
         created_time=_timestamp(info.created),
         last_used_time=_timestamp(info.last_used),
         resident=info.resident,
-        lease=from_seconds(info.lease_s) if info.lease_s else None,
         tenant=tenant,
         model_version=info.version,
         model_version_pinned=info.is_pinned,
         uid=info.uid,
+        max_idle=from_seconds(info.max_idle_s) if info.max_idle_s < math.inf else None,
     )
 
 

@@ -1,12 +1,11 @@
 """Between the ids that callers say and those that the engine knows: the one place where a request's tenant counts.
 
-Whatever in a message names sessions, or a client, goes through here on its way in, and ids on their way out. So a
+Whatever in a message names sessions goes through here on its way in, and ids on their way out. So a
 caller cannot name a session of another tenant: what it says is in its own namespace.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 
 from stepwell_server.core import namespaces
@@ -82,19 +81,6 @@ def inner_all(who: Caller, session_ids: Sequence[str]) -> list[str]:
     """As `inner`, of many."""
     _require_one(who)
     return namespaces.inner_all(who.tenant, session_ids)
-
-
-def inner_client(who: Caller, client_id: int) -> int:
-    """The engine's number of a client that a caller says: another one for each tenant. 0 stays 0.
-
-    Raises:
-        InvalidInput: the call is about everybody's sessions.
-    """
-    namespace = namespace_of(who)
-    if not namespace or not client_id:
-        return client_id
-    said = f"{namespace}{client_id}".encode()
-    return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "big") or 1
 
 
 def listed(who: Caller, prefix: str) -> str | None:

@@ -61,7 +61,7 @@ class SessionServicer(admin.Administration):
             must_be_new=request.must_be_new,
             request_id=request.request_id,
             fingerprint=request.model_fingerprint,
-            lease=admin.lease_of(request, call.who),
+            max_idle_ms=admin.max_idle_of(request),
             namespace=naming.namespace_of(call.who),
             who=call.who,
         )
@@ -77,7 +77,7 @@ class SessionServicer(admin.Administration):
             session_ids=naming.inner_all(call.who, request.session_ids),
             batch_size=request.batch_size or 1,
             request_id=request.request_id,
-            lease=admin.lease_of(request, call.who),
+            max_idle_ms=admin.max_idle_of(request),
             namespace=naming.namespace_of(call.who),
             who=call.who,
             resume=request.resume,
@@ -153,7 +153,7 @@ class SessionServicer(admin.Administration):
             new_session_id=naming.inner(call.who, request.new_session_id),
             expected=request.expected_revision if request.HasField("expected_revision") else None,
             request_id=request.request_id,
-            lease=admin.lease_of(request, call.who),
+            max_idle_ms=admin.max_idle_of(request),
             deadline=call.deadline,
             who=call.who,
         )
@@ -195,7 +195,7 @@ class SessionServicer(admin.Administration):
             new_session_ids=naming.inner_all(call.who, request.new_session_ids),
             expected=convert.to_numbers(request.expected_revisions, np.uint64, "expected_revisions", count),
             request_id=request.request_id,
-            lease=admin.lease_of(request, call.who),
+            max_idle_ms=admin.max_idle_of(request),
             deadline=call.deadline,
             who=call.who,
         )

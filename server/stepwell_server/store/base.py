@@ -29,8 +29,6 @@ NO_STAMPS: U64 = np.zeros(0, np.uint64)
 """Of no records, or of those of a store that nobody else uses."""
 NO_LIMITS: F64 = np.zeros(0, np.float64)
 """Of nothing."""
-CLIENT_KNOWN_S = 3600.0
-"""When a client was heard of is known for so much longer than was asked for."""
 TOMBSTONES = 100_000
 """Of the latest sessions that are gone, a local store remembers so many."""
 MOST_NAME_BYTES, MOST_DOCUMENT_BYTES = 400, 2**20
@@ -141,8 +139,6 @@ class End(enum.IntEnum):
     """It was idle for too long."""
     CLOSED = 2
     """A caller closed it."""
-    LEFT = 3
-    """Its client had been gone for longer than the lease allows."""
     LOST = 4
     """Nobody ended it: the store, which others use too, has lost it."""
 
@@ -238,11 +234,12 @@ class Batch:
     """`(len(deletes),)`: the stamp of the record that is deleted; 0: whatever is there."""
     undoes: Sequence[str] = ()
     """Those of `deletes` that a commit with the stamp may have begun, or may yet: what of that comes later begins nothing."""
-    idle_s: float = 0.0
-    """Sessions are only deleted that were not used for so many seconds, by the store's clock; the others conflict."""
-    idle_most_s: F64 = dataclasses.field(default_factory=lambda: NO_LIMITS)
-    """`(len(deletes),)`, or empty for no limit: each is only deleted if it was unused for at most so many seconds, by the
-    store's clock, and else conflicts. So a deletion that is late, as whoever sent it was held up, is judged again."""
+    min_idle_s: F64 = dataclasses.field(default_factory=lambda: NO_LIMITS)
+    """`(len(deletes),)`, or empty for no limit: each is only deleted if it was unused for at least this many seconds, by the
+    store's clock, and else conflicts."""
+    max_idle_s: F64 = dataclasses.field(default_factory=lambda: NO_LIMITS)
+    """`(len(deletes),)`, or empty for no limit: each is only deleted if it was unused for at most this many seconds, by the
+    store's clock, and else conflicts. So a late deletion, whose sender was held up, is judged again."""
     documents_follow: Mapping[str, bytes | None] = dataclasses.field(default_factory=dict)
     """What documents must be now to be written; None: absent. Of a name that is not in it the last write counts.
 
@@ -445,25 +442,6 @@ class Store(Protocol):
 
         Raises:
             Unavailable: the store cannot be read now.
-        """
-
-    async def renew_clients(self, client_ids: Sequence[int], leases_s: Sequence[float]) -> None:
-        """Clients were heard of now. Only others' stores need it.
-
-        Args:
-            client_ids: Of the clients.
-            leases_s: For how long that must be known of each; it is for `CLIENT_KNOWN_S` longer, and for as long as was
-                said before.
-
-        Raises:
-            Unavailable: the store cannot be told now.
-        """
-
-    async def clients_unseen(self, client_ids: Sequence[int]) -> list[float]:
-        """For how many seconds no server has heard of clients, by the store's clock; infinity: for as long as is known.
-
-        Raises:
-            Unavailable: the store cannot be asked now.
         """
 
     async def claim(self, name: str, whose: str, for_s: float) -> float | None:

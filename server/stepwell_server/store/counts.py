@@ -9,7 +9,7 @@ bytes `<US><US><US>TENANT`, with an empty name those of none.
 
 The bytes of a session are those of its rows (state and last output), of a last reply that is kept as arrays, and of
 extension fields that are not the server's own (`fields.counted_bytes`), and `SESSION_BYTES` for everything else. That
-follows from the record alone, and stays the same when the record is encrypted, carried or leased.
+follows from the record alone, and stays the same when the record is encrypted or carried.
 """
 
 from __future__ import annotations

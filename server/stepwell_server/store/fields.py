@@ -4,9 +4,9 @@ Each has a tag of two bytes, a length of two bytes and its value; one stands aft
 here goes along when the session is written again. One whose tag has the bit `CRITICAL` must be known: a record that has
 others is refused.
 
-Tags are never used twice. 3 is the lease, 4 the version of the model and the epoch in which that was so, 6 who has made the
-session, 7 the closes that ended earlier sessions of its id; 0x8005 says that rows and extra are encrypted, and how
-(`sealing`); 1 and 2 were set aside and never written: the stamp of a commit stands beside the record, and whose a session is says its id.
+Tags are never used twice. 4 is the version of the model and the epoch in which that was so, 6 who has made the session,
+7 the closes that ended earlier sessions of its id; 0x8005 says that rows and extra are encrypted, and how (`sealing`). 1 to
+3 are not used any more.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import numpy as np
 
 CRITICAL = 0x8000
 """A bit of a field's tag: who does not know the field must not use the record."""
-LEASE = 3
-"""Tag of the client whose absence ends the session: its id and milliseconds, 8 bytes each."""
 VERSION = 4
 """Tag of the version of its model that the session was on: `core.history.Mark`."""
 SEAL = 0x8005
@@ -30,9 +28,9 @@ OWNER = 6
 """Tag of who has made the session, where that caller has a quota of sessions or rows: `TENANT/NAME` in UTF-8."""
 CLOSES = 7
 """Tag of the request ids of the calls that closed earlier sessions of the id: `store.base.pack_closes`."""
-KNOWN_TAGS: frozenset[int] = frozenset({LEASE, VERSION, OWNER, CLOSES, SEAL})
+KNOWN_TAGS: frozenset[int] = frozenset({VERSION, OWNER, CLOSES, SEAL})
 """Tags of the fields that this server knows."""
-NOT_COUNTED = frozenset({LEASE, VERSION, CLOSES, SEAL})
+NOT_COUNTED = frozenset({VERSION, CLOSES, SEAL})
 """Tags of the fields that do not count for quotas: see `counted_bytes`."""
 FIELD = np.dtype([("tag", "<u2"), ("length", "<u2")])
 FIELD_HEAD = struct.Struct("<HH")
@@ -40,7 +38,7 @@ FIELD_HEAD = struct.Struct("<HH")
 
 
 def counted_bytes(fields: bytes) -> int:
-    """How many bytes of extension fields count for quotas: all but those of lease, version, closes and encryption.
+    """How many bytes of extension fields count for quotas: all but those of version, closes and encryption.
 
     Those change with moves, keys and earlier sessions of the id, and nobody can make them large. Fields that make no sense count whole.
     """

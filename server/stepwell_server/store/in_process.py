@@ -61,14 +61,6 @@ class InProcessStore(Store):
         return Unused(heads_of([], []), NO_STAMPS, NO_LIMITS, "")
 
     @override
-    async def renew_clients(self, client_ids: Sequence[int], leases_s: Sequence[float]) -> None:
-        """Who serves them knows it."""
-
-    @override
-    async def clients_unseen(self, client_ids: Sequence[int]) -> list[float]:
-        return [math.inf] * len(client_ids)
-
-    @override
     async def claim(self, name: str, whose: str, for_s: float) -> float | None:
         """Nobody else is there."""
         return math.inf

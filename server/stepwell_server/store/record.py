@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from isal.isal_zlib import crc32
 
+from stepwell_server.core.idle import MAX_IDLE_MS
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store.fields import (
     CRITICAL,
@@ -34,7 +35,7 @@ from stepwell_server.store.fields import (
     unpack_fields,
 )
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Of all records; others are refused."""
 MAX_COUNTER = 2**63 - 1
 """Of revisions and positions: many clients read them as numbers with a sign."""
@@ -59,6 +60,7 @@ HEADER = np.dtype(
         ("last_used", "<f8"),
         ("digest", "<u8"),
         ("opened_digest", "<u8"),
+        ("max_idle_ms", "<u8"),
         ("batch_size", "<u4"),
         ("rows_bytes", "<u4"),
         ("extra_bytes", "<u4"),
@@ -66,7 +68,7 @@ HEADER = np.dtype(
         ("fields_bytes", "<u2"),
     ]
 )
-_STRUCT = struct.Struct("<IHBBQQQQddQQIIIHH")  # the same, for one
+_STRUCT = struct.Struct("<IHBBQQQQddQQQIIIHH")  # the same, for one
 _NAMES = HEADER.names or ()
 _FINGERPRINT, _MODEL, _ROWS, _EXTRA, _FIELDS = (
     _NAMES.index(f"{part}_bytes") for part in ("fingerprint", "model", "rows", "extra", "fields")
@@ -76,6 +78,7 @@ _LENGTH = struct.Struct("<H")
 #: Ids whose encoding is kept: those of sessions that change again and again.
 _IDS_KNOWN = 16_384
 _REVISION, _REVISION_AT = struct.Struct("<Q"), 8
+_MAX_IDLE, _MAX_IDLE_AT = struct.Struct("<Q"), HEADER.fields["max_idle_ms"][1]  # type: ignore[index]
 _CHECKSUM_BYTES = 4
 
 U64 = npt.NDArray[np.uint64]
@@ -108,6 +111,8 @@ class Header:
     """Of what the last change said (`core.exactly_once`), 0 for none."""
     opened_digest: int = 0
     """The same of the call that made the session."""
+    max_idle_ms: int = 0
+    """For how long it may be unused, 0 for no limit of its own: see `core.idle`."""
     fields: bytes = b""
     """Extension fields as `pack_fields` makes them; they are written again as they are."""
     state_bytes: int = dataclasses.field(default=0, compare=False)
@@ -139,6 +144,7 @@ def encode(
     rows: bytes,
     digest: int = 0,
     opened_digest: int = 0,
+    max_idle_ms: int = 0,
     extra: bytes = b"",
     fields: bytes = b"",
 ) -> bytes:
@@ -154,7 +160,7 @@ def encode(
         head = _STRUCT.pack(
             0, SCHEMA_VERSION, reply, texts.fingerprint_bytes,
             revision, position, request_id, opened_with, created, last_used, digest, opened_digest,
-            batch_size, len(rows), len(extra), texts.model_bytes, len(fields),
+            max_idle_ms, batch_size, len(rows), len(extra), texts.model_bytes, len(fields),
         )  # fmt: skip
     except struct.error as error:
         raise ValueError(f"a part of session {session_id!r} is too large to be stored: {error}") from error
@@ -238,12 +244,13 @@ class RecordTemplate:
         model: str,
         opened_with: U64 | int,
         opened_digest: U64 | int = 0,
+        max_idle_ms: npt.NDArray[np.int64] | int = 0,
         created: F64 | float,
         row_bytes: int,
         batch_size: int = 1,
         fields: Sequence[bytes] = (),
     ) -> None:
-        """Lay out n records; what is said of how they were opened is `(n,)` or one for all, a row is as `Arena.pack` makes it.
+        """Lay out n records; what their openings determine is `(n,)` or one for all, a row is as `Arena.pack` makes it.
 
         `fields` are each one's extension fields; empty for none.
         """
@@ -264,6 +271,7 @@ class RecordTemplate:
         heads["rows_bytes"] = batch_size * row_bytes
         heads["fingerprint_bytes"], heads["model_bytes"] = texts.fingerprint_bytes, texts.model_bytes
         heads["opened_with"], heads["opened_digest"], heads["created"] = opened_with, opened_digest, created
+        heads["max_idle_ms"] = max_idle_ms
         self.byte_count = buffer.nbytes
         flat = memoryview(buffer.reshape(-1).data)
         records: list[Stored] = [flat[at : at + size] for at in range(0, buffer.size, size)]
@@ -307,7 +315,7 @@ def decode_header(session_id: str, stored: Stored) -> Header:
 
 def _header(view: memoryview) -> Header:
     (_, _, reply, fingerprint_bytes, revision, position, request_id, opened_with, created, last_used,
-     digest, opened_digest, batch_size, rows_bytes, extra_bytes, model_bytes, fields_bytes) = _STRUCT.unpack_from(view)  # fmt: skip
+     digest, opened_digest, max_idle_ms, batch_size, rows_bytes, extra_bytes, model_bytes, fields_bytes) = _STRUCT.unpack_from(view)  # fmt: skip
     model_at = HEADER.itemsize + fingerprint_bytes
     return Header(
         fingerprint=str(view[HEADER.itemsize : model_at], "utf-8"),
@@ -322,6 +330,7 @@ def _header(view: memoryview) -> Header:
         reply=reply,
         digest=digest,
         opened_digest=opened_digest,
+        max_idle_ms=max_idle_ms,
         fields=bytes(view[seal_end(view) :]) if fields_bytes else b"",
         state_bytes=rows_bytes + extra_bytes,
     )
@@ -340,6 +349,11 @@ def size_of(head: Stored) -> int:
     facts = _STRUCT.unpack_from(head)
     sizes: int = facts[_FINGERPRINT] + facts[_MODEL] + facts[_ROWS] + facts[_EXTRA] + facts[_FIELDS]
     return HEADER.itemsize + sizes
+
+
+def max_idle_ms_of(record: Stored) -> int:
+    """The limit of its own that a record says, 0 for none; nothing is checked."""
+    return 0 if len(record) < HEADER.itemsize else int(_MAX_IDLE.unpack_from(record, _MAX_IDLE_AT)[0])
 
 
 def is_sound(session_id: str, stored: Stored) -> bool:
@@ -449,7 +463,7 @@ def _intact(session_id: str, stored: Stored) -> memoryview:
 def _require_possible(session_id: str, view: memoryview) -> None:
     """Refuse a record whose parts do not add up, or whose header has values that no session can have."""
     (_, _, _, fingerprint_bytes, revision, position, _, _, created, last_used, _, _,
-     batch_size, rows_bytes, extra_bytes, model_bytes, fields_bytes) = _STRUCT.unpack_from(view)  # fmt: skip
+     max_idle_ms, batch_size, rows_bytes, extra_bytes, model_bytes, fields_bytes) = _STRUCT.unpack_from(view)  # fmt: skip
     texts_end = _STRUCT.size + fingerprint_bytes + model_bytes
     size = texts_end + rows_bytes + extra_bytes + fields_bytes
     problem = ""
@@ -461,6 +475,8 @@ def _require_possible(session_id: str, view: memoryview) -> None:
         problem = (
             f"created and last_used are {created} and {last_used}, not seconds of the years 1970 to 9999"
         )
+    elif max_idle_ms > MAX_IDLE_MS:
+        problem = f"its max_idle_ms is {max_idle_ms}, more than {MAX_IDLE_MS}"
     elif not 1 <= batch_size <= MAX_BATCH_SIZE:
         problem = f"its batch_size is {batch_size}, not 1 to {MAX_BATCH_SIZE}"
     elif not (texts := bytes(view[_STRUCT.size : texts_end])).isascii():

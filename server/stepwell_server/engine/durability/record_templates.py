@@ -18,8 +18,8 @@ _MOST_BYTES = 32 << 20
 #: So many sets of sessions are known by sight: a template is kept when its sessions come the second time.
 _MOST_SEEN = 4096
 
-_Facts = tuple[int, int, bytes, bytes, bytes, Sequence[bytes]]
-"""What may have changed since a template was laid out: the version and its epoch, births, leases, when sessions were
+_Facts = tuple[int, int, bytes, bytes, Sequence[bytes]]
+"""What may have changed since a template was laid out: the version and its epoch, births, when sessions were
 created, as another server may have opened others of the same ids, and their other fields."""
 
 
@@ -43,9 +43,8 @@ class Templates:
         key = handles.tobytes()  # of all versions: a template of one that they left is of no use
         found = self._kept.get(key)
         table = self._table
-        columns = table.birth[handles], table.lease[handles], table.created[handles]
-        births, leases, created = (column.tobytes() for column in columns)
-        facts = model.index, model.epoch, births, leases, created, self._fields.others(handles)
+        births, created = table.birth[handles].tobytes(), table.created[handles].tobytes()
+        facts = model.index, model.epoch, births, created, self._fields.others(handles)
         if found is not None and found[0] == facts:
             self._kept.move_to_end(key)
             return found[1]
@@ -79,6 +78,7 @@ class Templates:
             model=model.name,
             opened_with=table.opened_with[handles],
             opened_digest=table.opened_digest[handles],
+            max_idle_ms=table.max_idle_ms[handles],
             created=table.created[handles],
             row_bytes=model.arena.row_bytes,
             batch_size=int(table.batch_size[handles[0]]),

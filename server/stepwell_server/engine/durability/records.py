@@ -120,6 +120,7 @@ class Records:
             opened_with=int(table.opened_with[handle]),
             digest=int(outcome.digests[place]),
             opened_digest=int(table.opened_digest[handle]),
+            max_idle_ms=int(table.max_idle_ms[handle]),
             created=float(table.created[handle]),
             last_used=last_used,
             batch_size=int(table.batch_size[handle]),

@@ -72,7 +72,7 @@ def check_state(session_id: str, header: Header, model: Model, rows: bytes, extr
 def imported_fields(session_id: str, fields: bytes) -> bytes:
     """The extension fields that an imported session keeps: those that are not known here.
 
-    What the known ones say of a session, its owner or its lease, only this server knows.
+    What the known ones say of a session, its owner for example, only this server knows.
 
     Raises:
         InvalidInput: they are more than later servers need.

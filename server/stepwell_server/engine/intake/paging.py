@@ -19,7 +19,7 @@ from stepwell_server.core.quotas import SESSION_BYTES
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer
-from stepwell_server.engine.durability.endings import Endings
+from stepwell_server.engine.durability.endings import ended_by
 from stepwell_server.engine.durability.fetching import Fetcher
 from stepwell_server.engine.durability.forwarding import Forwarded, Forwarding
 from stepwell_server.engine.durability.keeping import Keeping
@@ -34,7 +34,7 @@ from stepwell_server.store.record import Decoded, decode_many
 
 #: Columns of the table that are in the header of a record.
 _FROM_RECORDS = (
-    "revision", "position", "request_id", "digest", "opened_with", "opened_digest", "created", "reply",
+    "revision", "position", "request_id", "digest", "opened_with", "opened_digest", "created", "reply", "max_idle_ms",
 )  # fmt: skip
 #: When rows are needed, this share of the arena is paged out at once: finding the least recently used
 #: means a look at all sessions, and should not be paid for each row.
@@ -71,7 +71,6 @@ class Pager:
         store: Store,
         fetcher: Fetcher,
         keeping: Keeping,
-        endings: Endings,
         fields: Fields,
         forwarding: Forwarding,
         *,
@@ -83,7 +82,6 @@ class Pager:
         self._local = store.local
         self._fetcher = fetcher
         self._keeping = keeping
-        self._endings = endings
         self._fields = fields
         self._forwarding = forwarding
         self._clock = clock
@@ -353,7 +351,7 @@ class Pager:
     def _gone(self, handle: int, found: Fetched) -> ServerError:
         """Why a session that is in the table has no record."""
         if found.tombstone is not None:
-            return self._endings.of(found.tombstone)
+            return ended_by(found.tombstone)
         session_id = self._table.session_id(handle)
         return SessionLost(
             session_id,

@@ -16,7 +16,6 @@ import numpy as np
 
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.exactly_once import Kind
-from stepwell_server.core.leases import Lease
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.content import require_same_opening
@@ -27,7 +26,6 @@ from stepwell_server.engine.durability.stamps import new_stamp, stamped
 from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ids import require_session_id
-from stepwell_server.engine.sessions.leasing import Leasing
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.sessions.using import Usage
@@ -86,8 +84,8 @@ class Wanted:
     """`(n,)`."""
     states: Sequence[Array] | None = None
     """Their rows one after the other; None: the model's initial state."""
-    lease: Lease | None = None
-    """Of those whose ids were made here."""
+    max_idle_ms: int | None = None
+    """Of each, as the call asks for it: see `IdleLimits.of_new`."""
     is_pinned: bool = False
     """They stay on this version of the model."""
     who: Caller = ANYBODY
@@ -124,8 +122,6 @@ class Attempts:
         commits: GroupCommit,
         pieces: Pieces,
         observer: Observer,
-        *,
-        leasing: Leasing,
         usage: Usage,
     ) -> None:
         self._table = table
@@ -135,7 +131,6 @@ class Attempts:
         self._commits = commits
         self._pieces = pieces
         self._observer = observer
-        self._leasing = leasing
         self._usage = usage
 
     async def ids_to_make(
@@ -210,18 +205,12 @@ class Attempts:
     async def resume(self, wanted: Wanted, seen: Seen, opened: Container[str]) -> OpenedMany | None:
         """Resume live sessions, but for those that this attempt has `opened`.
 
-        A session that has a lease has that of the call from now on, or none.
-
         Returns:
             None: One has ended meanwhile, and all are to be looked at again.
         """
         table, ids = self._table, wanted.ids
         if not await self._take_over(self._made(ids, wanted.request_id), wanted.request_id):
             return None
-        for session_id in self._leased(ids):
-            handle = table.find(session_id)
-            if handle is None or not await self._leasing.give(handle, wanted.lease):
-                return None
         handles = table.find_all(ids)
         if (handles < 0).any():
             return None
@@ -264,14 +253,6 @@ class Attempts:
         handles = self._table.find_all(ids)
         is_made = (handles >= 0) & (self._table.opened_with[handles] == request_id)
         return [ids[place] for place in np.flatnonzero(is_made).tolist()] if request_id else []
-
-    def _leased(self, ids: Sequence[str]) -> list[str]:
-        """Those that have a lease."""
-        handles = self._table.find_all(ids)
-        return [
-            ids[place]
-            for place in np.flatnonzero((handles >= 0) & (self._table.lease[handles] != 0)).tolist()
-        ]
 
     def _require_same(
         self, ids: Sequence[str], handles: Handles, kind: Kind, content: U64, request_id: int

@@ -436,7 +436,8 @@ class Closing:
         """
         kept: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
         batch = batch_of(sessions, End.CLOSED, self._clock.now(), request_id)
-        batch = dataclasses.replace(batch, idle_s=idle_s)
+        if idle_s:
+            batch = dataclasses.replace(batch, min_idle_s=np.full(len(sessions), idle_s))
         self._commits.submit(lambda: batch, len(sessions), lambda told: kept.set_result(done(told)))
         try:
             error = await asyncio.shield(kept)

@@ -11,7 +11,6 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import Caller
-from stepwell_server.core.leases import Lease, Leases
 from stepwell_server.core.quotas import SESSION_BYTES, Usage
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
@@ -62,7 +61,8 @@ class Fresh:
     """`(n,)`."""
     states: Sequence[Array] | None = None
     """Of all of them, their rows one after the other; None: those that begin paged out have the initial state."""
-    lease: Lease | None = None
+    max_idle_ms: int = 0
+    """For how long each may be unused; 0: no limit of its own."""
     is_pinned: bool = False
     """They stay on this version of the model."""
     epoch: int = -1
@@ -141,7 +141,6 @@ class Creation:
         quotas: Quotas | None,
         removal: Removal,
         expiry: Expiry,
-        leases: Leases,
         clock: Clock,
         follow: Callable[[Handles, Model, int], None],
     ) -> None:
@@ -153,7 +152,6 @@ class Creation:
         self._removal = removal
         self._quotas = quotas
         self._expiry = expiry
-        self._leases = leases
         self._commits = commits
         self._keeping = keeping
         self._is_shared = keeping.others is not None and keeping.others.local is None
@@ -441,7 +439,7 @@ class Creation:
                 opened_digest=0 if fresh.opened_digests is None else fresh.opened_digests[part],
                 used=self._clock.monotonic(),
                 created=fresh.created,
-                lease=0 if fresh.lease is None else self._leases.number(fresh.lease),
+                max_idle_ms=fresh.max_idle_ms,
                 stamp=fresh.stamp if self._is_shared else 0,
                 pinned=fresh.is_pinned,
                 bytes=fresh.usage.bytes,
@@ -465,11 +463,10 @@ def _records(fresh: Fresh) -> Sequence[tuple[str, Stored]]:
     mark = model.mark(fresh.epoch, is_pinned=fresh.is_pinned)
     if fresh.closes:  # the records of one template have the same length
         fields = [
-            joined(fresh.lease, mark, at_birth(fresh.owner, fresh.closes.get(session_id, ())))
-            for session_id in fresh.ids
+            joined(mark, at_birth(fresh.owner, fresh.closes.get(session_id, ()))) for session_id in fresh.ids
         ]
     else:
-        alike = joined(fresh.lease, mark, at_birth(fresh.owner, None))
+        alike = joined(mark, at_birth(fresh.owner, None))
         fields = [alike] * len(fresh.ids) if alike else []
     template = RecordTemplate(
         fresh.ids,
@@ -477,6 +474,7 @@ def _records(fresh: Fresh) -> Sequence[tuple[str, Stored]]:
         model=model.name,
         opened_with=fresh.opened_with,
         opened_digest=0 if fresh.opened_digests is None else fresh.opened_digests,
+        max_idle_ms=fresh.max_idle_ms,
         created=fresh.created,
         row_bytes=model.arena.row_bytes,
         batch_size=fresh.batch_size,

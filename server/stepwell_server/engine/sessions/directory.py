@@ -12,19 +12,19 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.history import How
-from stepwell_server.core.leases import Leases
+from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.quotas import NOTHING, Usage
 from stepwell_server.core.sessions import Handles, SessionTable, are_missing
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.change import MOST_ERRORS, for_all
-from stepwell_server.engine.durability.endings import Endings
+from stepwell_server.engine.durability.endings import ended_by, expired
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.engine.sessions.ids import PIECE, IdMaker, shown
 from stepwell_server.engine.sessions.loading import Arrivals, InPlace, Loader, Looked, Seen
 from stepwell_server.engine.sessions.pieces import TURN
-from stepwell_server.engine.state.fields import lease_of, mark_of
+from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import (
@@ -41,7 +41,7 @@ from stepwell_server.errors import (
 )
 from stepwell_server.logs import Log
 from stepwell_server.store import counts
-from stepwell_server.store.base import Store, Tombstone
+from stepwell_server.store.base import Store
 from stepwell_server.store.record import Header, decode_header, header_or_none
 
 _log = Log("engine.directory")
@@ -91,8 +91,6 @@ class Directory:
         arrivals: Arrivals,
         loader: Loader,
         expiry: Expiry,
-        endings: Endings,
-        leases: Leases,
         clock: Clock,
     ) -> None:
         self._table = table
@@ -103,15 +101,13 @@ class Directory:
         self.pieces = arrivals.pieces
         """Calls on many sessions are done in these."""
         self._expiry = expiry
-        self._endings = endings
-        self._leases = leases
+        self.expire_among = expiry.expire_among
+        """End those of some sessions that have been idle for too long: see `Expiry.expire_among`."""
         self._clock = clock
         self._loader = loader
         self.store = store
         self.ids = IdMaker(store)
         self._is_local = store.local is not None
-        self.may_expire = bool(expiry.max_idle_s)
-        """Sessions that are in the table may have been idle for too long."""
         self.here: Seen = Looked({}) if store.local is None else InPlace(store.local)
         """What is known of sessions without a `look`."""
         self._counts: dict[str, int] = {}
@@ -179,7 +175,7 @@ class Directory:
             handle = self._loader.load(session_id, seen)
         if handle is not None and self._expiry.is_due(handle):
             self._expiry.expire(np.array([handle]))
-            raise self._endings.expired(session_id)
+            raise expired(session_id)
         return handle
 
     def live(self, session_id: str, seen: Seen) -> int | None:
@@ -348,18 +344,14 @@ class Directory:
     def ending(self, session_id: str) -> SessionGone | None:
         """How a session is ending that has expired, of which the store need not have heard yet."""
         burying = self._expiry.burying.get(session_id)
-        return None if burying is None else self._endings.of(burying)
+        return None if burying is None else ended_by(burying)
 
     def ended(self, session_id: str, seen: Seen) -> SessionGone | None:
         """How a session ended, as far as that is remembered."""
         if (ending := self.ending(session_id)) is not None:
             return ending
         (stone,) = seen.tombstones([session_id])
-        return None if stone is None else self._endings.of(stone)
-
-    def ended_by(self, stone: Tombstone) -> SessionGone:
-        """What is said of a session of which a tombstone is kept."""
-        return self._endings.of(stone)
+        return None if stone is None else ended_by(stone)
 
     def past(self, session_ids: Sequence[str], seen: Seen) -> Past:
         """What ids that have no live session keep of earlier ones, as long as the end of those is remembered."""
@@ -413,7 +405,7 @@ class Directory:
             created=float(table.created[handle]),
             last_used=self._clock.now() - (self._clock.monotonic() - float(table.used[handle])),
             resident=bool(table.row[handle] >= 0),
-            lease_s=self._leases.duration_s(int(table.lease[handle])),
+            max_idle_s=self._expiry.limits.seconds(int(table.max_idle_ms[handle])),
             version=model.version,
             is_pinned=bool(table.pinned[handle]),
             uid=int(table.opened_with[handle]),
@@ -432,7 +424,7 @@ class Directory:
         if newer is None:
             return info
         if newer.tombstone is not None:
-            raise self._endings.of(newer.tombstone)
+            raise ended_by(newer.tombstone)
         if newer.record is None:
             raise SessionNotFound(session_id, f"session {session_id!r} was closed on another server")
         header = decode_header(session_id, newer.record)
@@ -462,7 +454,7 @@ class Directory:
 
     def stored_info(self, session_id: str, header: Header) -> SessionInfo:
         """What a record says of a session, and where it is now."""
-        info = stored_info(session_id, header)
+        info = stored_info(session_id, header, self._expiry.limits)
         try:
             model, way = self.models.place(session_id, header)
         except (ModelNotFound, ModelMismatch):
@@ -508,7 +500,7 @@ class Directory:
             await asyncio.sleep(_LOOK_S)
 
 
-def stored_info(session_id: str, header: Header) -> SessionInfo:
+def stored_info(session_id: str, header: Header, limits: IdleLimits) -> SessionInfo:
     """What a record says of a session."""
     return SessionInfo(
         session_id=session_id,
@@ -520,7 +512,7 @@ def stored_info(session_id: str, header: Header) -> SessionInfo:
         created=header.created,
         last_used=header.last_used,
         resident=False,
-        lease_s=0.0 if (lease := lease_of(header.fields)) is None else lease[1] / 1000,
+        max_idle_s=limits.seconds(header.max_idle_ms),
         version=0 if (mark := mark_of(header.fields)) is None else mark.version,
         is_pinned=mark is not None and mark.is_pinned,
         uid=header.opened_with,

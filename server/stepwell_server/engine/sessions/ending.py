@@ -1,24 +1,26 @@
 """How sessions leave: out of the table, and to their end when nobody has used them for too long.
 
-Those that are idle are looked at when they are named, so nobody sees one that should be gone, and by a timer.
+Those that are idle are looked at when they are named, so nobody sees one that should be gone, and by a timer. After a
+start some may be in the store alone: its records are looked through, page by page, when the first of their limits ends.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.idle import IdleWatch
+from stepwell_server.core.idle import IdleLimits, IdleWatch
 from stepwell_server.core.quotas import Usage
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
-from stepwell_server.engine.durability.endings import Endings
+from stepwell_server.engine.durability.endings import expired
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.models import Models
@@ -34,9 +36,12 @@ _log = Log("engine.expiry")
 
 SWEPT_AT_ONCE = 500
 """Records."""
-_TICKS = 10
-"""Looks at what is idle, per time limit."""
-_SHORTEST_S = 0.05
+#: The timer looks at least this often, in seconds, and at most this often.
+_LONGEST_S, _SHORTEST_S = 1.0, 0.05
+#: The store is looked through this long after the start at the latest, and then it rests this many times as long as that took.
+_FIRST_S, _REST = 5.0, 10.0
+#: A store that could not be read is asked again after this long.
+_RETRY_INTERVAL_S = 1.0
 _AT_ONCE = 500
 _PAUSE_S = 0.01
 TOLD_ONE_BY_ONE = 16
@@ -81,11 +86,65 @@ def batch_of(sessions: Sequence[Ended], end: End, at: float, request_id: int = 0
     )
 
 
+class Strays:
+    """When sessions were used that left the table while the store may have them: their records know it less well.
+
+    Times are on the monotonic clock. Lives on the event loop.
+    """
+
+    def __init__(self, limits: IdleLimits, started: float, *, are_kept: bool) -> None:
+        """Without `are_kept` none is remembered: only a store that nobody else uses may have sessions that are not in the table."""
+        self._limits = limits
+        self._started = started
+        self._are_kept = are_kept
+        self._known: dict[str, tuple[float, float]] = {}
+        """When their limits end, and their last uses."""
+        self._ends: list[tuple[float, str]] = []
+        """A heap of when limits end; entries of sessions that came back into the table are still in it."""
+
+    def __contains__(self, session_id: str) -> bool:
+        return session_id in self._known
+
+    def add(self, session_id: str, used: float, max_idle_ms: int) -> None:
+        """Remember a session that leaves the table, by its last use and its own limit."""
+        limit_s = self._limits.seconds(max_idle_ms)
+        if limit_s < math.inf:
+            self.put(session_id, used, max(used, self._started) + limit_s)
+
+    def put(self, session_id: str, used: float, end: float) -> None:
+        """As `add`, by the moment in which its limit ends."""
+        if self._are_kept:
+            self._known[session_id] = end, used
+            heapq.heappush(self._ends, (end, session_id))
+
+    def take(self, session_id: str) -> float | None:
+        """When a session was last used that comes back into the table; None: it is none of these."""
+        found = self._known.pop(session_id, None)
+        return None if found is None else found[1]
+
+    @property
+    def next_end(self) -> float:
+        """Before this moment the limit of none of them ends."""
+        return self._ends[0][0] if self._ends else math.inf
+
+    def take_due(self, now: float, most: int) -> dict[str, float]:
+        """Some of those whose limits have ended, with their last uses; empty: there are no more."""
+        due: dict[str, float] = {}
+        while self.next_end < now and len(due) < most:
+            end, session_id = heapq.heappop(self._ends)
+            if (found := self._known.get(session_id)) is not None and found[0] == end:
+                due[session_id] = self._known.pop(session_id)[1]
+        return due
+
+
 class Removal:
     """Knows the sessions that are here, and lets them go. Lives on the event loop."""
 
-    def __init__(self, table: SessionTable, models: Models, turns: Turns, observer: Observer) -> None:
+    def __init__(
+        self, table: SessionTable, models: Models, turns: Turns, strays: Strays, observer: Observer
+    ) -> None:
         self._table = table
+        self._strays = strays
         self._models = models
         self._turns = turns
         self._observer = observer
@@ -122,7 +181,7 @@ class Removal:
         `ended`: count it there by its model instead of telling it; `tell` tells all of them at once.
         """
         session_id, model = self._table.session_id(handle), self._models.by_handle(handle)
-        self.forget(handle, error)
+        self._take_out(handle, error)
         if ended is None:
             self._observer.session_event(event, model.name, session_id)
         else:
@@ -135,6 +194,11 @@ class Removal:
 
     def forget(self, handle: int, error: ServerError) -> None:
         """As `remove`, of a session that has not ended."""
+        table = self._table
+        self._strays.add(table.session_id(handle), float(table.used[handle]), int(table.max_idle_ms[handle]))
+        self._take_out(handle, error)
+
+    def _take_out(self, handle: int, error: ServerError) -> None:
         model = self._models.by_handle(handle)
         if self._table.row[handle] >= 0:
             model.slots.free_resident(self._table.rows(handle))
@@ -158,36 +222,41 @@ class Expiry:
         removal: Removal,
         others: Store | None,
         commits: GroupCommit,
-        endings: Endings,
+        limits: IdleLimits,
+        strays: Strays,
         *,
         quotas: Quotas | None,
         clock: Clock,
         observer: Observer,
-        max_idle_s: float,
     ) -> None:
         self._table = table
         self._removal = removal
         self._others = others
         """The store, if it may have sessions that are not in the table."""
-        self._endings = endings
+        self.is_shared = others is not None and others.local is None
+        """Other servers may use the store, and write into records when they used a session."""
         self._commits = commits
         self._clock = clock
         self._quotas = quotas
         self._observer = observer
-        self.max_idle_s = max_idle_s
-        """0: sessions never expire."""
-        self._started = clock.monotonic()
-        self._sweep_at = self._started + max_idle_s
-        self._idle = IdleWatch(table, max_idle_s, self._started)
+        self.limits = limits
+        # a shared store knows of use before the start
+        self._started = -math.inf if self.is_shared else clock.monotonic()
+        self._idle = IdleWatch(table, limits, self._started)
         self.burying: dict[str, Tombstone] = {}
         """Sessions that expired and may still be in the store."""
-        self._strays: dict[str, float] = {}
-        """When sessions were last used, on the monotonic clock, that left the table while they may still be in the
-        store: their records know it less well. Empty where sessions do not expire."""
+        self._strays = strays
         self.forgotten = 0
         """Counts what changed among the sessions that only the store has, without having been in the table."""
-        self._swept: str | None = None if others is None or others.local is None else ""
-        """How far the store has been looked through for sessions that nobody named since the start."""
+        self._sweep_at = math.inf
+        """When the store is looked through for sessions that nobody named since the start."""
+        if others is not None and not self.is_shared:
+            self._sweep_at = self._started + min(limits.max_s, _FIRST_S)
+        self._sweep_began = 0.0
+        self._swept: str | None = None
+        """How far the store has been looked through; None: it is not being looked through."""
+        self._next_end = math.inf
+        """When the first of the limits ends that were seen and have not ended."""
 
     def watch(self, handles: Handles) -> None:
         """Watch sessions that have come into the table."""
@@ -196,37 +265,23 @@ class Expiry:
 
     def is_due(self, handle: int) -> bool:
         """Whether a session of the table has been idle for too long and has nothing under way."""
-        return len(self.due_among(np.array([handle]))) > 0
+        return not self.is_shared and self.is_suspect(handle)
 
     def due_among(self, handles: Handles) -> Handles:
         """Those of some sessions that are due; -1 stands for none."""
-        if not self.max_idle_s or self.is_shared:
-            return handles[:0]
-        there = handles[handles >= 0]
-        due: Handles = there[self._idle.too_long(there, self._clock.monotonic())]
-        return np.unique(due) if len(due) > 1 else due
+        return handles[:0] if self.is_shared else self.suspects(handles)
 
     def suspects(self, handles: Handles) -> Handles:
         """Those of some sessions that may be due; -1 stands for none. Others may have used them where the store is shared."""
-        if not self.is_shared:
-            return self.due_among(handles)
+        if len(handles) == 1:  # the common case
+            handle = int(handles[0])
+            return handles.copy() if handle >= 0 and self.is_suspect(handle) else handles[:0]
         there = handles[handles >= 0]
-        if not (self.max_idle_s and len(there)):
-            return there[:0]
-        since = self._clock.monotonic() - self.max_idle_s
-        return np.unique(there[(self._table.used[there] < since) & ~self._table.claimed[there]])
+        return np.unique(there[self._idle.too_long(there, self._clock.monotonic())])
 
     def is_suspect(self, handle: int) -> bool:
         """`suspects` of one session."""
-        if not self.is_shared:
-            return self.is_due(handle)
-        since = self._clock.monotonic() - (self.max_idle_s or math.inf)
-        return bool(self._table.used[handle] < since) and not self._table.claimed[handle]
-
-    def remember_use(self, session_ids: Sequence[str], used: float) -> None:
-        """Remember when sessions were last used that leave the table and may still be in the store."""
-        if self.max_idle_s and not self.is_shared:
-            self._strays.update(dict.fromkeys(session_ids, used))
+        return self._idle.is_too_long(handle, self._clock.monotonic())
 
     def take_use(self, session_id: str, header: Header, idle_s: float | None) -> float:
         """When a session of the store that comes into the table was last used, on the monotonic clock.
@@ -235,14 +290,10 @@ class Expiry:
         """
         if idle_s is not None:
             return self._clock.monotonic() - idle_s
+        if (used := self._strays.take(session_id)) is not None:
+            return used
         # for people: a clock that was set back meanwhile must not make it the future
-        recorded = self._clock.monotonic() - max(0.0, self._clock.now() - header.last_used)
-        return self._strays.pop(session_id, recorded)
-
-    @property
-    def is_shared(self) -> bool:
-        """Other servers may use the store, and write into records when they used a session."""
-        return self._others is not None and self._others.local is None
+        return self._clock.monotonic() - max(0.0, self._clock.now() - header.last_used)
 
     def only_stored(self, session_ids: Sequence[str]) -> list[str]:
         """Those of some sessions that are in the store and nowhere else, to stay, if they are anywhere."""
@@ -266,17 +317,14 @@ class Expiry:
     def _forget(self, handles: Handles, error: ServerError | None = None) -> None:
         self.forgotten += len(handles)
         for handle in handles.tolist():
-            session_id = self._table.session_id(handle)
-            self.remember_use([session_id], float(self._table.used[handle]))
-            self._removal.forget(handle, error or self._endings.expired(session_id))
+            self._removal.forget(handle, error or expired(self._table.session_id(handle)))
 
-    def expire(self, handles: Handles, end: End = End.EXPIRED) -> None:
+    def expire(self, handles: Handles) -> None:
         """End sessions of the table. What ends together is told together."""
-        self.bury(self._removal.described(handles), end)
+        self._bury(self._removal.described(handles))
         ended: Counter[str] | None = Counter() if len(handles) > TOLD_ONE_BY_ONE else None
         for handle in handles.tolist():
-            error = self._endings.of(Tombstone(self._table.session_id(handle), end, self._clock.now()))
-            self._removal.remove(handle, "expired", error, ended)
+            self._removal.remove(handle, "expired", expired(self._table.session_id(handle)), ended)
         self._removal.tell("expired", ended or Counter())
 
     def drop(self, handles: Handles, error: ServerError) -> None:
@@ -284,29 +332,38 @@ class Expiry:
         _log.warning("sessions left the arena", sessions=len(handles), error=error)
         self._forget(handles, error)
 
-    def expire_among(self, handles: Handles) -> None:
-        """End those of some sessions that are due, and put -1 in their places, as it stands for others already."""
+    def expire_among(self, handles: Handles) -> bool:
+        """End those of some sessions that are due, and put -1 in their places, as it stands for others already.
+
+        Returns:
+            Whether any was due.
+        """
         due = self.due_among(handles)
-        if len(due):
-            handles[np.isin(handles, due)] = -1
-            self.expire(due)
+        if not len(due):
+            return False
+        handles[np.isin(handles, due)] = -1
+        self.expire(due)
+        return True
 
     async def expire_idle(self) -> int:
         """End the sessions that are, or were, in the table and are idle for too long; return how many."""
-        count = await self.expire_strays()
+        count = await self._expire_strays()
         for some in self.expire_idle_in_parts(_AT_ONCE):
             count += some
             await self.let_others()
         return count
 
     async def run(self) -> None:
-        """End idle sessions from time to time, until cancelled; without a time limit there is nothing to do."""
-        while self.max_idle_s:
-            await asyncio.sleep(max(_SHORTEST_S, self.max_idle_s / _TICKS))
+        """End idle sessions from time to time, until cancelled."""
+        while True:
+            now = self._clock.monotonic()
+            pause_s = min(self._idle.next_in(now), self._strays.next_end - now, self._sweep_at - now)
+            await asyncio.sleep(min(_LONGEST_S, max(_SHORTEST_S, pause_s)))
             try:
                 await self.expire_idle()
                 while await self.sweep():
                     await self.let_others()
+                    await self.expire_idle()
             except Exception as error:
                 _log.defect("idle sessions could not be expired; the timer goes on", error)
 
@@ -326,83 +383,95 @@ class Expiry:
                 yield len(due)
 
     async def sweep(self) -> bool:
-        """End some of the store's sessions that nobody has named since the start; True if there are more.
+        """End some of the store's sessions that nobody has named since the start; True if there are more to look at.
 
-        Each start does this once, when the time limit has passed: from then on all others are in the table.
+        The store is looked through again when the next of the limits ends that were seen: all other sessions are in the
+        table by then.
         """
-        swept, store = self._swept, self._others
-        if store is None or not self.max_idle_s or swept is None or self._clock.monotonic() <= self._sweep_at:
+        store, now = self._others, self._clock.monotonic()
+        if store is None or now <= self._sweep_at:
             return False
+        if self._swept is None:
+            self._swept, self._sweep_began, self._next_end = "", now, math.inf
         try:
-            found = await store.scan(after=swept, limit=SWEPT_AT_ONCE)
+            page = await store.heads(after=self._swept, limit=SWEPT_AT_ONCE)
+            keys = [str(key, "utf-8", "replace") for key in page.keys]
+            ends = self._started + self.limits.seconds_of(page.heads["max_idle_ms"].astype(np.int64))
+            is_over = ends < now
+            await self._expire_stored(store, [keys[place] for place in np.flatnonzero(is_over).tolist()])
         except ServerError as error:
             _log.warning("the store could not be looked through for idle sessions", error=error)
+            self._sweep_at = now + _RETRY_INTERVAL_S
             return False
-        self._expire_untouched(found)
-        self._swept = found[-1][0] if found else None
-        return bool(found)
+        self._next_end = min(self._next_end, float(ends[~is_over].min(initial=math.inf)))
+        if keys:
+            self._swept = keys[-1]
+            return True
+        self._swept = None
+        now = self._clock.monotonic()
+        self._sweep_at = max(self._next_end, now + _REST * (now - self._sweep_began))
+        return False
 
-    async def expire_strays(self) -> int:
+    async def _expire_strays(self) -> int:
         """End those sessions that left the table while the store may have them, and that are due; how many."""
-        since, store = self._clock.monotonic() - self.max_idle_s, self._others
-        due = [session_id for session_id, used in self._strays.items() if used < since]
-        if not due or store is None:
-            return 0
-        try:
-            found = await store.fetch(due)
-        except ServerError as error:
-            _log.warning("the store could not be asked for idle sessions", error=error)
-            return 0
-        for session_id in due:
-            self._strays.pop(session_id, None)  # gone if it was loaded meanwhile
-        return self._expire_untouched(
-            (i, header_or_none(i, each.record))
-            for i, each in zip(due, found, strict=True)
-            if each.record is not None
-        )
+        now, store, count = self._clock.monotonic(), self._others, 0
+        while store is not None and (due := self._strays.take_due(now, _AT_ONCE)):
+            try:
+                count += await self._expire_stored(store, list(due))
+            except ServerError as error:
+                _log.warning("the store could not be asked for idle sessions", error=error)
+                for session_id in self.only_stored(list(due)):
+                    self._strays.put(session_id, due[session_id], now + _RETRY_INTERVAL_S)
+                break
+            if len(due) == _AT_ONCE:
+                await self.let_others()
+        return count
 
-    def _expire_untouched(self, found: Iterable[tuple[str, Header | None]]) -> int:
-        """End those of the store's sessions that nobody has named for the time limit; return how many."""
-        untouched = [
-            (session_id, header)
-            for session_id, header in found
-            if header is not None and self.only_stored([session_id]) and session_id not in self._strays
-        ]
-        ended = [ended_of(session_id, header) for session_id, header in untouched]
-        self.end_stored(ended, End.EXPIRED)
-        return len(untouched)
+    async def _expire_stored(self, store: Store, due: Sequence[str]) -> int:
+        """End those of some sessions that the store has, and nobody has named for their limits; return how many.
 
-    def end_stored(self, sessions: Sequence[Ended], end: End) -> None:
-        """End sessions that only the store has."""
-        self.forgotten += len(sessions)
-        if len(sessions) > TOLD_ONE_BY_ONE:
-            self._removal.tell("expired", Counter(model for _, model, *_ in sessions))
+        Raises:
+            Unavailable: it cannot be asked.
+        """
+        due = [session_id for session_id in self.only_stored(due) if session_id not in self._strays]
+        if not due:
+            return 0
+        over: list[Ended] = []
+        for session_id, each in zip(due, await store.fetch(due), strict=True):
+            header = None if each.record is None else header_or_none(session_id, each.record)
+            # it may have come into the table meanwhile
+            if header is not None and self.only_stored([session_id]) and session_id not in self._strays:
+                over.append(ended_of(session_id, header))
+        if not over:
+            return 0
+        self.forgotten += len(over)
+        if len(over) > TOLD_ONE_BY_ONE:
+            self._removal.tell("expired", Counter(each.model for each in over))
         else:
-            for session_id, model, *_ in sessions:
-                self._observer.session_event("expired", model, session_id)
-        self.bury(sessions, end)
+            for ended in over:
+                self._observer.session_event("expired", ended.model, ended.session_id)
+        self._bury(over)
+        return len(over)
 
-    def bury(self, sessions: Sequence[Ended], end: End) -> None:
+    def _bury(self, sessions: Sequence[Ended]) -> None:
         """Have the store know that sessions expired.
 
         Nobody waits for it. Should it fail, they are found in the store again, idle for too long as before, and
         the timer tries again.
         """
-        if not sessions:
-            return
-        ids = [session_id for session_id, *_ in sessions]
 
         def done(committed: Committed | ServerError) -> None:
-            for session_id in ids:
-                self.burying.pop(session_id, None)
+            for each in sessions:
+                self.burying.pop(each.session_id, None)
             if isinstance(committed, ServerError):
                 _log.warning(
-                    "sessions that expired are still in the store", sessions=len(ids), error=committed
+                    "sessions that expired are still in the store", sessions=len(sessions), error=committed
                 )
-                self.remember_use(ids, -math.inf)
+                for each in sessions:
+                    self._strays.put(each.session_id, -math.inf, -math.inf)
             elif self._quotas is not None:
                 self._quotas.end((each.session_id, each.usage) for each in sessions)
 
-        batch = batch_of(sessions, end, self._clock.now())
+        batch = batch_of(sessions, End.EXPIRED, self._clock.now())
         self.burying.update({stone.session_id: stone for stone in batch.tombstones})
         self._commits.submit(lambda: batch, len(sessions), done)

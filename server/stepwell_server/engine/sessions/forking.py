@@ -10,7 +10,6 @@ import numpy as np
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.exactly_once import Kind
-from stepwell_server.core.leases import Lease
 from stepwell_server.engine.api import StatesRead
 from stepwell_server.engine.content import content_of_fork
 from stepwell_server.engine.intake.validation import require_sessions
@@ -61,7 +60,7 @@ class Forking:
         new_session_ids: Sequence[str] = (),
         expected: U64 | None = None,
         request_id: int = 0,
-        lease: Lease | None = None,
+        max_idle_ms: int | None = None,
         deadline: float = float("inf"),
         who: Caller = ANYBODY,
     ) -> OpenedMany:
@@ -74,7 +73,7 @@ class Forking:
             new_session_ids: One each, or none: they are made here.
             expected: `(n,)`; None: any revisions.
             request_id: 0 for none.
-            lease: Of sessions whose ids are made here.
+            max_idle_ms: Of each, as in `Opening.open`.
             deadline: Of the reading.
             who: Who asks.
 
@@ -100,7 +99,7 @@ class Forking:
         self._drain()
         content = np.zeros(count, np.uint64)
         async for part in self._pieces.of(ids):
-            content[part] = content_of_fork(session_ids[part], lease)
+            content[part] = content_of_fork(session_ids[part], max_idle_ms)
         known = await self._opening.attempts.made_before(Kind.FORK, ids, content, seen, request_id)
         if known is not None:  # also if those it was made of are gone by now
             return known
@@ -134,7 +133,7 @@ class Forking:
                     read.revisions[chosen],
                     read.positions[chosen],
                     states,
-                    lease,
+                    max_idle_ms,
                     read.are_pinned,
                     who,
                 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -182,7 +181,7 @@ class Listing:
         Where others use the store, what the record says: the table may be behind.
         """
         if self._is_shared and header is not None:
-            if self._clock.now() - header.last_used > (self._expiry.max_idle_s or math.inf):
+            if self._clock.now() - header.last_used > self._expiry.limits.seconds(header.max_idle_ms):
                 return None  # it has ended, though nobody has told the store yet
             info = self._directory.stored_info(session_id, header)
             handle = self._table.find(session_id)

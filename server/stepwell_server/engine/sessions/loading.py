@@ -326,7 +326,7 @@ class Arrivals:
         changed = {
             i: each
             for i, each in zip(ids, found, strict=True)
-            if not each.is_known or self._overdue.is_idle(each)
+            if not each.is_known or self._overdue.is_idle(i, each)
         }
         # what is under way may have been kept after the store was asked, or before: its own stamp is no other's
         handles = table.find_all(list(changed))
@@ -335,7 +335,11 @@ class Arrivals:
         for handle, (session_id, each) in zip(handles.tolist(), changed.items(), strict=True):
             if handle < 0 or int(table.birth[handle]) != births[session_id]:
                 continue  # it has left the table, and is looked for anew
-            if each.stamp and each.stamp == int(table.stamp[handle]) and not self._overdue.is_idle(each):
+            if (
+                each.stamp
+                and each.stamp == int(table.stamp[handle])
+                and not self._overdue.is_idle(session_id, each)
+            ):
                 continue
             if table.claimed[handle]:
                 if not each.is_known:
@@ -387,6 +391,7 @@ def refresh(table: SessionTable, fields: Fields, handle: int, header: Header, st
     table.request_id[handle], table.opened_with[handle] = header.request_id, header.opened_with
     table.digest[handle], table.opened_digest[handle] = header.digest, header.opened_digest
     table.created[handle], table.reply[handle] = header.created, header.reply
+    table.max_idle_ms[handle] = header.max_idle_ms
     table.bytes[handle] = counts.usage_of(header).bytes
     fields.take(handle, header.fields)
 
@@ -475,6 +480,7 @@ class Loader:
             opened_with=np.array([header.opened_with for header in headers], np.uint64),
             digest=np.array([header.digest for header in headers], np.uint64),
             opened_digest=np.array([header.opened_digest for header in headers], np.uint64),
+            max_idle_ms=[header.max_idle_ms for header in headers],
             created=[header.created for header in headers],
             used=[
                 self._expiry.take_use(session_id, header, idle)

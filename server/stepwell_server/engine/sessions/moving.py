@@ -13,13 +13,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from stepwell_server.clock import Clock
-from stepwell_server.core import leases
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.history import How, Mark
 from stepwell_server.core.quotas import Usage
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Observer, Position, SessionFilter
 from stepwell_server.engine.durability.committer import not_known
+from stepwell_server.engine.durability.endings import ended_by
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.records import Records, as_it_is
 from stepwell_server.engine.durability.stamps import new_stamp, stamped
@@ -186,7 +186,7 @@ class Moving:
         if self._others is None:
             return [await self._of_arena(session_id, deadline) for session_id in session_ids]
         fetched = await self._others.fetch(session_ids)
-        over = {i for i, each in zip(session_ids, fetched, strict=True) if self._overdue.is_idle(each)}
+        over = {i for i, each in zip(session_ids, fetched, strict=True) if self._overdue.is_idle(i, each)}
         missing = [
             i for i, each in zip(session_ids, fetched, strict=True) if each.record is None or i in over
         ]
@@ -213,12 +213,11 @@ class Moving:
         if any(move.how is not How.CARRY for move in way):
             return None
         decoded = decode_many([session_id], [record])
-        lease, _, rest = split(header.fields)
-        known = None if lease is None else leases.unpack(lease)
+        _, rest = split(header.fields)
         header = dataclasses.replace(
             header,
             fingerprint=model.program.fingerprint,
-            fields=joined(known, model.mark(model.epoch, is_pinned=False), rest),
+            fields=joined(model.mark(model.epoch, is_pinned=False), rest),
         )
         return _encoded(session_id, header, decoded.rows, decoded.extras.get(0, b""))
 
@@ -227,7 +226,7 @@ class Moving:
         if (
             fetched.tombstone is not None and not must_be_here
         ):  # maybe by another server, and the table has it still
-            return self._directory.ended_by(fetched.tombstone)
+            return ended_by(fetched.tombstone)
         if must_be_here or session_id in self._table:
             try:
                 self._directory.find(session_id, seen)
@@ -313,7 +312,7 @@ class Moving:
     ) -> list[Result]:
         """Make sessions of records, each by itself; what became of each, or why not.
 
-        A session begins without a lease, and as used now. Its revision, position and creation, and the answer that is
+        A session begins as used now. Its revision, position, creation and limit for being idle, and the answer that is
         remembered for a retry of its last change, are those of the record.
 
         Raises:
@@ -359,7 +358,7 @@ class Moving:
         decoded = decode_many([arriving.recorded_as], [record])
         extra = decoded.extras.get(0, b"")
         check_state(session_id, header, model, decoded.rows, extra)
-        _, mark, _ = split(header.fields)
+        mark, _ = split(header.fields)
         rest = imported_fields(session_id, header.fields)
         rest = at_birth(self._creation.owner(who, session_id), None, rest)
         is_pinned = mark is not None and Mark.unpack(mark).is_pinned
@@ -368,7 +367,7 @@ class Moving:
             fingerprint=model.program.fingerprint,
             last_used=self._clock.now(),
             state_bytes=len(decoded.rows) + len(extra),
-            fields=joined(None, model.mark(model.epoch, is_pinned=is_pinned), rest),
+            fields=joined(model.mark(model.epoch, is_pinned=is_pinned), rest),
         )
         return _New(session_id, header, model, decoded.rows, extra)
 

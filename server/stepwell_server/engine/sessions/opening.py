@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,7 +11,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.exactly_once import Kind
-from stepwell_server.core.leases import Lease, Leases
+from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Opened
@@ -25,10 +24,9 @@ from stepwell_server.engine.sessions.attempts import Attempts, OpenedMany, Wante
 from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
 from stepwell_server.engine.sessions.directory import Directory, Past
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, require_session_id
-from stepwell_server.engine.sessions.leasing import Leasing
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.pieces import Pieces
-from stepwell_server.engine.sessions.using import Clients, Usage
+from stepwell_server.engine.sessions.using import Usage
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Tensors
 from stepwell_server.errors import (
@@ -62,10 +60,8 @@ class Opening:
         *,
         drain: Callable[[], None],
         require_open: Callable[[], None],
-        leases: Leases,
-        leasing: Leasing,
         usage: Usage,
-        clients: Clients,
+        limits: IdleLimits,
         clock: Clock,
         observer: Observer,
     ) -> None:
@@ -78,10 +74,8 @@ class Opening:
         self._pieces = pieces
         self._drain = drain
         self._require_open = require_open
-        self._leases = leases
-        self._leasing = leasing
         self._usage = usage
-        self._clients = clients
+        self._limits = limits
         self._clock = clock
         self._observer = observer
 
@@ -95,14 +89,14 @@ class Opening:
         must_be_new: bool = False,
         request_id: int = 0,
         fingerprint: str = "",
-        lease: Lease | None = None,
+        max_idle_ms: int | None = None,
         namespace: str = "",
         who: Caller = ANYBODY,
     ) -> Opened:
         """Open a session, or resume the live one of that id.
 
-        A session that is named has no `lease`; of one that has a lease already, and is resumed, it takes its place.
-        One that is not named gets an id in the `namespace`.
+        `max_idle_ms` is the own limit of a session that begins: 0 for none, None for what the server gives
+        (`IdleLimits.of_new`). One that is resumed keeps its limit. One that is not named gets an id in the `namespace`.
 
         Raises:
             ModelNotFound, ModelMismatch, InvalidInput, SessionExists, Overloaded, Unavailable
@@ -124,14 +118,11 @@ class Opening:
                     self._directory.require_version(handle, served)
                 try:
                     if request_id and int(self._table.opened_with[handle]) == request_id:
-                        return self._opened_before(handle, seen, model, batch_size, lease, state)
-                    found = self._resume(handle, seen, served, batch_size, must_be_new, lease)
+                        return self._opened_before(handle, seen, model, batch_size, max_idle_ms, state)
+                    return self._resume(handle, seen, served, batch_size, must_be_new)
                 except SessionGone:  # on another server, while something is under way for it here
                     await self._turns.free(handle)
                     continue
-                if await self._leasing.give(handle, lease):
-                    return found
-                continue
             if not session_id:
                 self._directory.require_not_gone(name, seen)
             self._directory.require_own(session_id, seen)
@@ -144,7 +135,6 @@ class Opening:
                 served.arena.write(rows, values)
             past = self._directory.past([name], seen)
             ending = self._directory.ending(name) is not None
-            own = None if session_id else self._leased(lease)
             created, positions = self._clock.now(), np.zeros(1, np.uint64)
             fresh = Fresh(
                 served,
@@ -156,12 +146,12 @@ class Opening:
                 request_id,
                 created,
                 positions,
-                lease=own,
+                max_idle_ms=self._limits.of_new(max_idle_ms, is_named=bool(session_id)),
                 is_pinned=is_pinned,
                 epoch=epoch,
                 owner=self._creation.owner(who),
                 closes=past.closes,
-                opened_digests=content_of_open(model, batch_size, lease, values or ())
+                opened_digests=content_of_open(model, batch_size, max_idle_ms, values or ())
                 | served.digest_prefixes[Kind.OPEN],
             )
             try:
@@ -181,7 +171,7 @@ class Opening:
         session_ids: Sequence[str] = (),
         batch_size: int = 1,
         request_id: int = 0,
-        lease: Lease | None = None,
+        max_idle_ms: int | None = None,
         namespace: str = "",
         who: Caller = ANYBODY,
         resume: bool = False,
@@ -211,8 +201,8 @@ class Opening:
             bool(session_ids),
             "session_ids",
             Kind.OPEN,
-            content_of_open(model, batch_size, lease, count=len(ids)),
-            lease=lease,
+            content_of_open(model, batch_size, max_idle_ms, count=len(ids)),
+            max_idle_ms=max_idle_ms,
             is_pinned=self._directory.models.is_pinned(model),
             who=who,
             is_version="@" in model,
@@ -235,7 +225,6 @@ class Opening:
                 if len(absent) == len(wanted.ids):
                     return made
                 opened.update(made.session_ids)
-            self._leased(wanted.lease)
             resumed = await self.attempts.resume(wanted, await self.seen(wanted.ids), opened)
             if resumed is not None:
                 return resumed
@@ -280,7 +269,6 @@ class Opening:
             ending = any(self._directory.ending(session_id) is not None for session_id in ids)
             created = self._clock.now()
             positions = np.zeros(len(ids), np.uint64) if wanted.positions is None else wanted.positions
-            own = None if wanted.are_chosen else self._leased(wanted.lease)
             fresh = Fresh(
                 served,
                 ids,
@@ -292,7 +280,7 @@ class Opening:
                 created,
                 positions,
                 wanted.states,
-                own,
+                self._limits.of_new(wanted.max_idle_ms, is_named=wanted.are_chosen),
                 wanted.is_pinned,
                 epoch,
                 self._creation.owner(wanted.who),
@@ -385,7 +373,7 @@ class Opening:
         new_session_id: str = "",
         expected: int | None = None,
         request_id: int = 0,
-        lease: Lease | None = None,
+        max_idle_ms: int | None = None,
         deadline: float = float("inf"),
         who: Caller = ANYBODY,
     ) -> Opened:
@@ -399,7 +387,7 @@ class Opening:
             require_session_id("new_session_id", new_session_id)
         namespace = namespaces.prefix_of(namespaces.tenant_of(session_id))
         name = new_session_id or self._directory.ids.make(request_id, session_id, namespace=namespace)
-        content = content_of_fork([session_id], lease)
+        content = content_of_fork([session_id], max_idle_ms)
         for _ in range(MOST_TRIES):
             seen = await self.seen([name, session_id])
             self._drain()
@@ -428,20 +416,14 @@ class Opening:
                 self._directory.require_own(new_session_id, seen)
                 ending = self._directory.ending(name) is not None
                 try:
-                    own = None if new_session_id else self._leased(lease)
-                    return await self._fork(source, name, seen, expected, request_id, content, own, who)
+                    own_ms = self._limits.of_new(max_idle_ms, is_named=bool(new_session_id))
+                    return await self._fork(source, name, seen, expected, request_id, content, own_ms, who)
                 except Taken:
                     await self._require_not_over([name], ending)
                     continue
             raise changed_elsewhere(name)
         finally:
             self._turns.release(np.array([source]))
-
-    def _leased(self, lease: Lease | None) -> Lease | None:
-        """The lease that a session gets; whoever asks for it is there."""
-        if lease is not None:
-            self._clients.begin(lease)
-        return lease
 
     async def _require_not_over(self, ids: Sequence[str], ending: bool) -> None:
         """Refuse to go on when another server was faster, and what was opened there has ended already.
@@ -477,7 +459,7 @@ class Opening:
         seen: Seen,
         model: str,
         batch_size: int,
-        lease: Lease | None,
+        max_idle_ms: int | None,
         state: Tensors | None,
     ) -> Opened:
         """The answer to a call with the request id that opened a session.
@@ -494,7 +476,7 @@ class Opening:
             values = check_finite_state(own.program, state, batch_size) or ()
         content = np.zeros(1, np.uint64)
         if values is not None:
-            content = content_of_open(model, batch_size, lease, values)
+            content = content_of_open(model, batch_size, max_idle_ms, values)
         stored = self._table.opened_digest[handle : handle + 1]
         require_same_opening(own, [info.session_id], stored, Kind.OPEN, content)
         self._observer.replayed(own.name, "open", 1)
@@ -507,7 +489,6 @@ class Opening:
         model: Model,
         batch_size: int,
         must_be_new: bool,
-        lease: Lease | None,
     ) -> Opened:
         session_id = self._table.session_id(handle)
         info = self._directory.info_now(handle, seen, is_same=True)
@@ -520,13 +501,8 @@ class Opening:
                 session_id=session_id,
             )
         self._usage.used(np.array([handle]))
-        has_lease, own = bool(self._table.lease[handle]), None
-        if has_lease:
-            own = self._leased(lease)
         self._observer.session_event("resumed", model.name, session_id)
-        info = self._directory.info_now(handle, seen, is_same=True)
-        lease_s = 0.0 if own is None else own[1] / 1000
-        return Opened(dataclasses.replace(info, lease_s=lease_s if has_lease else info.lease_s), resumed=True)
+        return Opened(self._directory.info_now(handle, seen, is_same=True), resumed=True)
 
     async def _fork(
         self,
@@ -536,7 +512,7 @@ class Opening:
         expected: int | None,
         request_id: int,
         content: U64,
-        lease: Lease | None,
+        max_idle_ms: int,
         who: Caller,
     ) -> Opened:
         table, model = self._table, self._directory.models.by_handle(source)
@@ -560,7 +536,7 @@ class Opening:
             request_id,
             created,
             positions,
-            lease=lease,
+            max_idle_ms=max_idle_ms,
             is_pinned=bool(table.pinned[source]),
             owner=self._creation.owner(who),
             closes=past.closes,

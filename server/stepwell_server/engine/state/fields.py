@@ -1,4 +1,4 @@
-"""What records say of sessions beside the columns of their heads: leases, versions, and what later servers wrote."""
+"""What records say of sessions beside the columns of their heads: versions, owners, closes, and what later servers wrote."""
 
 from __future__ import annotations
 
@@ -8,67 +8,41 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.core import leases
 from stepwell_server.core.history import MARK, Mark
-from stepwell_server.core.leases import Lease, Leases
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.state.model import Model
 from stepwell_server.store.base import CLOSES_BYTES, pack_closes, unpack_closes
-from stepwell_server.store.fields import CLOSES, LEASE, OWNER, VERSION, pack_fields, unpack_fields
+from stepwell_server.store.fields import CLOSES, OWNER, VERSION, pack_fields, unpack_fields
 
-_LEASE_HEAD = struct.pack("<HH", LEASE, leases.STORED.size)
 _MARK_HEAD = struct.pack("<HH", VERSION, MARK.size)
-_LEASE_BYTES, _MARK_BYTES = len(_LEASE_HEAD) + leases.STORED.size, len(_MARK_HEAD) + MARK.size
+_MARK_BYTES = len(_MARK_HEAD) + MARK.size
 
 
-def split(fields: bytes) -> tuple[bytes | None, bytes | None, bytes]:
-    """The values of the lease and of the version in the fields of a record, and the other fields.
+def split(fields: bytes) -> tuple[bytes | None, bytes]:
+    """The value of the version in the fields of a record, and the other fields.
 
     Raises:
         ValueError: they are none.
     """
     if not fields:
-        return None, None, b""
-    lease = mark = None
-    rest = fields  # nearly always there is nothing else, and both are in the order of their tags
-    if rest.startswith(_LEASE_HEAD):
-        lease, rest = rest[len(_LEASE_HEAD) : _LEASE_BYTES], rest[_LEASE_BYTES:]
-    if rest.startswith(_MARK_HEAD):
-        mark, rest = rest[len(_MARK_HEAD) : _MARK_BYTES], rest[_MARK_BYTES:]
-    if not rest:
-        return lease, mark, rest
+        return None, b""
+    if len(fields) == _MARK_BYTES and fields.startswith(_MARK_HEAD):  # the common case
+        return fields[len(_MARK_HEAD) :], b""
     found = unpack_fields(fields)
-    # of another size they are those of a later server, and go along as they are
-    lease = found.pop(LEASE) if len(found.get(LEASE, b"")) == leases.STORED.size else None
+    # of another size it is that of a later server, and goes along as it is
     mark = found.pop(VERSION) if len(found.get(VERSION, b"")) == MARK.size else None
-    return lease, mark, pack_fields(found)
-
-
-def lease_of(fields: bytes) -> Lease | None:
-    """The lease that the fields of a record say, if they say one."""
-    lease, _, _ = split(fields)
-    return None if lease is None else leases.unpack(lease)
-
-
-def lease_of_or_none(fields: bytes) -> Lease | None:
-    """As `lease_of`, of a record that was not checked."""
-    try:
-        return lease_of(fields)
-    except ValueError:
-        return None
+    return mark, pack_fields(found)
 
 
 def mark_of(fields: bytes) -> Mark | None:
     """The version that the fields of a record say, if they say one."""
-    _, mark, _ = split(fields)
+    mark, _ = split(fields)
     return None if mark is None else Mark.unpack(mark)
 
 
-def joined(lease: Lease | None, mark: Mark | None, rest: bytes = b"") -> bytes:
-    """Fields that say these, and others as they are."""
-    own = b"" if lease is None else _LEASE_HEAD + leases.pack(lease)
-    if mark is not None:
-        own += _MARK_HEAD + mark.pack()
+def joined(mark: Mark | None, rest: bytes = b"") -> bytes:
+    """Fields that say this version, and others as they are."""
+    own = b"" if mark is None else _MARK_HEAD + mark.pack()
     return pack_fields({**unpack_fields(rest), **unpack_fields(own)}) if rest else own
 
 
@@ -77,7 +51,7 @@ def owner_of(fields: bytes) -> str:
     if not fields:
         return ""
     try:
-        return str(unpack_fields(split(fields)[2]).get(OWNER, b""), "utf-8", "replace")
+        return str(unpack_fields(split(fields)[1]).get(OWNER, b""), "utf-8", "replace")
     except ValueError:
         return ""
 
@@ -97,7 +71,7 @@ def closes_of(fields: bytes) -> tuple[int, ...]:
 
 
 def at_birth(owner: str, closes: tuple[int, ...] | None, others: bytes = b"") -> bytes:
-    """The fields of a session that begins, beside its lease and version: its owner, and the closes of its id.
+    """The fields of a session that begins, beside its version: its owner, and the closes of its id.
 
     Args:
         owner: Empty for none.
@@ -124,16 +98,13 @@ def with_closes(fields: bytes, closes: tuple[int, ...]) -> bytes:
 class Fields:
     """Extension fields of the sessions of a table. For whoever holds their claims."""
 
-    def __init__(self, table: SessionTable, known: Leases) -> None:
+    def __init__(self, table: SessionTable) -> None:
         self._table = table
-        self._leases = known
 
     def take(self, handle: int, fields: bytes) -> None:
         """Let the table say what a record's fields say; on which version the session is now it knows."""
         table = self._table
-        lease, mark, rest = split(fields)
-        known = None if lease is None else leases.unpack(lease)
-        table.lease[handle] = 0 if known is None else self._leases.number(known)
+        mark, rest = split(fields)
         table.pinned[handle] = mark is not None and Mark.unpack(mark).is_pinned
         if rest:
             table.fields[handle] = rest
@@ -142,16 +113,14 @@ class Fields:
 
     def of(self, handle: int, model: Model) -> bytes:
         """The fields of the record of a session as of a version."""
-        number = int(self._table.lease[handle])
-        lease = self._leases.of(number) if number else None
         epoch = model.epoch  # looked at before the table is: see `_epochs`
         if self._table.model[handle] != model.index:
             epoch = model.left_epoch
         mark = model.mark(epoch, is_pinned=bool(self._table.pinned[handle]))
-        return joined(lease, mark, self._table.fields.get(handle, b""))
+        return joined(mark, self._table.fields.get(handle, b""))
 
     def others(self, handles: Handles) -> Sequence[bytes]:
-        """The fields of sessions beside their leases and versions; empty if none of them has any."""
+        """The fields of sessions beside their versions; empty if none of them has any."""
         if not self._table.have_fields(handles):
             return ()
         fields = self._table.fields
@@ -159,26 +128,24 @@ class Fields:
 
     def lengths(self, handles: Handles, model: Model) -> npt.NDArray[np.intp]:
         """Bytes of the fields of the records of sessions as of a version, `(n,)`."""
-        if self._table.have_fields(handles):  # a later server's may have the tag of a lease or a version
+        if self._table.have_fields(handles):  # a later server's may have the tag of a version
             fields = self.of_many(handles, model) or [b""] * len(handles)
             return np.fromiter(map(len, fields), np.intp, len(handles))
-        leased = self._table.lease[handles] > 0
         marked = self._table.pinned[handles] | model.is_marked
-        return leased * np.intp(_LEASE_BYTES) + marked * np.intp(_MARK_BYTES)
+        return marked * np.intp(_MARK_BYTES)
 
     def of_many(self, handles: Handles, model: Model) -> list[bytes]:
         """The fields of sessions, all of one length; empty if they have none."""
         epochs = self._epochs(handles, model)
-        numbers, pinned = self._table.lease[handles].tolist(), self._table.pinned[handles].tolist()
+        pinned = self._table.pinned[handles].tolist()
         others = self.others(handles) or [b""] * len(handles)
-        known: dict[tuple[int, bool, int, bytes], bytes] = {}
-        for each in set(zip(numbers, pinned, epochs, others, strict=True)):
-            number, is_pinned, epoch, rest = each
-            lease = self._leases.of(number) if number else None
-            known[each] = joined(lease, model.mark(epoch, is_pinned=is_pinned), rest)
+        known: dict[tuple[bool, int, bytes], bytes] = {}
+        for each in set(zip(pinned, epochs, others, strict=True)):
+            is_pinned, epoch, rest = each
+            known[each] = joined(model.mark(epoch, is_pinned=is_pinned), rest)
         if not any(known.values()):
             return []
-        return [known[each] for each in zip(numbers, pinned, epochs, others, strict=True)]
+        return [known[each] for each in zip(pinned, epochs, others, strict=True)]
 
     def _epochs(self, handles: Handles, model: Model) -> list[int]:
         """Of the records of sessions: those that left the version while something was under way move when they are read."""

@@ -71,21 +71,22 @@ def merged(batches: Sequence[Batch]) -> Batch:
         resized=[name for batch in batches for name in batch.resized],
         delete_follows=np.concatenate([batch.delete_follows for batch in batches]),
         undoes=[name for batch in batches for name in batch.undoes],
-        idle_s=batches[0].idle_s,
-        idle_most_s=_limits(batches),
+        min_idle_s=_limits([batch.min_idle_s for batch in batches], batches, 0.0),
+        max_idle_s=_limits([batch.max_idle_s for batch in batches], batches, np.inf),
         documents_follow={name: was for batch in batches for name, was in batch.documents_follow.items()},
     )
 
 
-def _limits(batches: Sequence[Batch]) -> F64:
-    """`Batch.idle_most_s` of all together."""
-    if not any(len(batch.idle_most_s) for batch in batches):
+def _limits(limits: Sequence[F64], batches: Sequence[Batch], none: float) -> F64:
+    """Limits of the deletions of all batches; those of a batch without limits are `none`."""
+    if not any(map(len, limits)):
         return NO_LIMITS
-    each = [
-        batch.idle_most_s if len(batch.idle_most_s) else np.full(len(batch.deletes), np.inf)
-        for batch in batches
-    ]
-    return np.concatenate(each)
+    return np.concatenate(
+        [
+            each if len(each) else np.full(len(batch.deletes), none)
+            for each, batch in zip(limits, batches, strict=True)
+        ]
+    )
 
 
 def _parts(puts: Sequence[tuple[str, Stored]]) -> Sequence[Sequence[tuple[str, Stored]]]:

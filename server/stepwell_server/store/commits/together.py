@@ -62,8 +62,7 @@ class Together:
         size = 0
         for write in self._queue:
             names = _named(write.batch)
-            is_alike = not taken or write.batch.idle_s == taken[0].batch.idle_s
-            if size >= MAX_RECORDS or not is_alike or not blocked.isdisjoint(names):
+            if size >= MAX_RECORDS or not blocked.isdisjoint(names):
                 left.append(write)
             else:
                 taken.append(write)

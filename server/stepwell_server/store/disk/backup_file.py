@@ -33,7 +33,7 @@ from stepwell_server.store.disk.documents import Item
 from stepwell_server.store.disk.files import flush_folders, flush_open
 from stepwell_server.store.record import MAX_COUNTER, MAX_TIME
 
-FORMAT = Format("backup", 4, "a backup that 'stepwell store backup' wrote")
+FORMAT = Format("backup", 5, "a backup that 'stepwell store backup' wrote")
 """Raise its number whenever something in the file changes, be it the records."""
 _STONE = struct.Struct(f"<BdQ{CLOSES_BYTES}s")  # end, at, revision, request ids of closes
 _BUFFER_BYTES = 2**20

@@ -14,7 +14,7 @@ import numpy as np
 
 from stepwell_server.errors import ServerError
 from stepwell_server.store.base import ALL_KEPT, Batch, Committed, Tombstone
-from stepwell_server.store.record import U64, Puts, Stored
+from stepwell_server.store.record import F64, U64, Puts, Stored
 from stepwell_server.store.valkey import scripts
 from stepwell_server.store.valkey.keys import META, STAMP_BYTES, Keys, pack_tombstone
 from stepwell_server.store.valkey.requests import Request
@@ -55,8 +55,9 @@ class _Change:
     follows: bytes = _NO_STAMP
     stamp: bytes = _NO_STAMP
     content: Stored = b""
-    idle_most_ms: int = _ANY_IDLE_MS
-    """With more it does not end."""
+    min_idle_ms: int = 0
+    max_idle_ms: int = _ANY_IDLE_MS
+    """It only ends if it was unused for a time between these two."""
 
 
 class Commits:
@@ -111,16 +112,16 @@ class Commits:
         # none at all: whatever is there
         delete_follows = _bytes(batch.delete_follows) or [_NO_STAMP] * len(batch.deletes)
         undoes = set(batch.undoes)
-        most_ms = np.minimum(batch.idle_most_s * 1000, _ANY_IDLE_MS).astype(np.int64).tolist()
-        most_ms = most_ms or [_ANY_IDLE_MS] * len(batch.deletes)
-        for session_id, follow, idle_ms in zip(batch.deletes, delete_follows, most_ms, strict=True):
+        least, most = _milliseconds(batch.min_idle_s), _milliseconds(batch.max_idle_s)
+        for place, (session_id, follow) in enumerate(zip(batch.deletes, delete_follows, strict=True)):
             letter, content = "U" if session_id in undoes else "D", stones.pop(session_id, b"")
-            changes[session_id] = _Change(letter, session_id, follow, nonce, content, idle_ms)
+            min_ms, max_ms = least[place] if least else 0, most[place] if most else _ANY_IDLE_MS
+            changes[session_id] = _Change(letter, session_id, follow, nonce, content, min_ms, max_ms)
         for session_id, content in stones.items():
             changes.setdefault(session_id, _Change("T", session_id, stamp=nonce, content=content))
         for session_id in batch.forgets:
             changes.setdefault(session_id, _Change("F", session_id))
-        parts = self._scripts(changes.values(), idle_ms=int(batch.idle_s * 1000))
+        parts = self._scripts(changes.values())
         if others:
             parts += self._follow([puts[i] for i in others], batch.follows[others], batch.stamps[others])
         return parts
@@ -131,7 +132,7 @@ class Commits:
         changes = [
             _Change("L", each.session_id, stamp=nonce, content=pack_tombstone(each)) for each in stones
         ]
-        return self._scripts(changes, idle_ms=0)
+        return self._scripts(changes)
 
     def _together(self, puts: Puts, follows: U64, stamps: U64) -> Part:
         """Records of the same size, which lie one after the other."""
@@ -186,7 +187,7 @@ class Commits:
             groups.setdefault(self._keys.partition(session_id), []).append(place)
         return groups.items()
 
-    def _scripts(self, changes: Iterable[_Change], *, idle_ms: int) -> list[Part]:
+    def _scripts(self, changes: Iterable[_Change]) -> list[Part]:
         groups: dict[int, list[_Change]] = {}
         for change in changes:
             groups.setdefault(self._keys.partition(change.session_id), []).append(change)
@@ -210,9 +211,9 @@ class Commits:
                     b"".join([change.content for change in some]),
                     _packed([len(change.content) for change in some]),
                     self._keys.id_at(partition),
-                    idle_ms,
                     self._live_ms,
-                    _limits(some),
+                    _limits([change.min_idle_ms for change in some], 0),
+                    _limits([change.max_idle_ms for change in some], _ANY_IDLE_MS),
                 )
                 parts.append(Part(request, [change.session_id for change in some]))
         return parts
@@ -248,11 +249,14 @@ def outcome_of(parts: Sequence[Part], stale: frozenset[str], *, documents_kept: 
     return Committed(frozenset(conflicts), frozenset(unknown), stale)
 
 
-def _limits(changes: Sequence[_Change]) -> bytes:
-    """For how long each may be unused at most; empty if there is no limit."""
-    if all(change.idle_most_ms == _ANY_IDLE_MS for change in changes):
-        return b""
-    return np.array([change.idle_most_ms for change in changes], ">u8").tobytes()
+def _milliseconds(seconds: F64) -> list[int]:
+    limits: list[int] = np.minimum(seconds * 1000, _ANY_IDLE_MS).astype(np.int64).tolist()
+    return limits
+
+
+def _limits(limits_ms: Sequence[int], none: int) -> bytes:
+    """Limits of sessions, in milliseconds; empty if all are `none`."""
+    return b"" if all(each == none for each in limits_ms) else np.array(limits_ms, ">u8").tobytes()
 
 
 def _fits(puts: Puts) -> bool:

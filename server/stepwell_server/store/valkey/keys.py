@@ -8,7 +8,6 @@
     PREFIX{p}mark      incarnation of the store, a token, and when the partition was found to be emptied (ms); 0: never
     PREFIX{p}fence     for a write in any case
     PREFIX{p}u:STAMP   is there if an opening was undone whose records have the stamp; with a time to live
-    PREFIX{p}c:CLIENT  when a client was last heard of (ms), and for how long that is kept (ms); with that time to live
     PREFIX{meta}store  what the store says of itself, a hash
     PREFIX{meta}claim:NAME  who has a task to itself, with a time to live
     PREFIX{meta}documents  documents by name, a hash: checksum, content
@@ -86,11 +85,6 @@ class Keys:
     def claim(self, name: str) -> bytes:
         """The key of a task; of the whole store."""
         return self._claims + name.encode()
-
-    def client(self, client_id: int) -> tuple[int, bytes]:
-        """The partition and the key of a client."""
-        partition = client_id % self.partitions
-        return partition, b"%sc:%d" % (self._tags[partition], client_id)
 
     def tag(self, partition: int) -> bytes:
         """What stands in braces in the keys of a partition, or of `META`."""

@@ -14,7 +14,7 @@ from stepwell_server.store.valkey.keys import META, store_key
 from stepwell_server.store.valkey.requests import Request, Requests
 from stepwell_server.store.valkey.url import DEFAULT_PARTITIONS, MOST_PARTITIONS
 
-LAYOUT = 4
+LAYOUT = 5
 """Of everything under the prefix: keys, values, counts, records. Raise it whenever one of them changes."""
 _LAYOUT, _PARTITIONS, _SECRET, _INCARNATION = b"layout", b"partitions", b"secret", b"incarnation"
 _FIRST_REVISION, _KEY, _MARKED = b"first_revision", b"key:", b"marked"

@@ -119,8 +119,8 @@ COMMIT = _script(
     """
 -- Sessions of one partition begin, change and end. KEYS: ids, counts, its mark, the sessions. ARGV: a letter for each session, stamps
 -- that they must have, new stamps (8 bytes each), records and tombstones, their sizes (4 bytes each), where ids begin in
--- keys, for how long unused those must be that end (ms), for how long tombstones live (ms), for how long each that ends may
--- be unused at most (ms, 8 bytes each; empty: no limit). Returns the numbers of those that are otherwise; before them a 0 if
+-- keys, for how long tombstones live (ms), for how long each that ends must be unused at least and at most (ms, 8 bytes
+-- each; empty: no limit). Returns the numbers of those that are otherwise; before them a 0 if
 -- the mark is missing: the partition may have been emptied, and none begins.
 --   P  put: follows the record with the stamp, or begins where there is the tombstone with the stamp; with none where there
 --      is neither and the id is not listed; with the highest stamp where it is listed: the session was lost
@@ -131,7 +131,7 @@ COMMIT = _script(
 --   L  leave a tombstone where there is neither and the id is listed
 local index, counts = KEYS[1], KEYS[2]
 local letters, follows, stamps, blob, sizes = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local id_at, idle_ms, live_ms, most = tonumber(ARGV[6]) + 1, tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
+local id_at, live_ms, least, most = tonumber(ARGV[6]) + 1, tonumber(ARGV[7]), ARGV[8], ARGV[9]
 local now = now_ms()
 local used, none, lost, conflicts, begin = packed(now), string.rep('\\0', 8), string.rep('\\255', 8), {}, 0
 local was_lost = false
@@ -260,9 +260,10 @@ for i = 1, #KEYS - 3 do
       call('SET', mark_of(follow), '', 'PX', UNDONE_MS)
     end
     if kind == 1 then
-      local age = #head == 17 and now - struct.unpack('>I8', head, 10) or idle_ms
+      local least_ms = least == '' and 0 or struct.unpack('>I8', least, 8 * i - 7)
+      local age = #head == 17 and now - struct.unpack('>I8', head, 10) or least_ms
       local is_late = most ~= '' and age > struct.unpack('>I8', most, 8 * i - 7)
-      if (follow == none or has == follow) and age >= idle_ms and not is_late then
+      if (follow == none or has == follow) and age >= least_ms and not is_late then
         local was = value_at(key)
         local bytes = bytes_at(key, was)
         call('DEL', key)
@@ -396,34 +397,6 @@ return 0
 """,
 )
 
-RENEW = _script(
-    _COMMON,
-    """
--- Clients were heard of. KEYS: the clients. ARGV: for how long that is worth knowing of each (ms), at least.
-local now = string.format('%.0f', now_ms())
-for i, key in ipairs(KEYS) do
-  local known = pcall('GET', key)
-  local live_ms = math.max(tonumber(ARGV[i]), type(known) == 'string' and tonumber(string.match(known, ' (%d+)$') or 0) or 0)
-  live_ms = string.format('%.0f', live_ms)
-  call('SET', key, now .. ' ' .. live_ms, 'PX', live_ms)
-end
-return 0
-""",
-)
-
-UNSEEN = _script(
-    _COMMON,
-    """
--- KEYS: clients. Returns for how long each was not heard of (ms), -1 where nothing is known.
-local now, found = now_ms(), {}
-for i, key in ipairs(KEYS) do
-  local known = pcall('GET', key)
-  found[i] = type(known) == 'string' and math.max(0, now - tonumber(string.match(known, '^%d+'))) or -1
-end
-return found
-""",
-)
-
 CLAIM = _script(
     _COMMON,
     """
@@ -497,4 +470,4 @@ return mark
 """,
 )
 
-ALL = (CHANGE, COMMIT, FETCH, HEADS, TOUCH, RENEW, UNSEEN, CLAIM, DOCUMENTS, MAKE, MARK)
+ALL = (CHANGE, COMMIT, FETCH, HEADS, TOUCH, CLAIM, DOCUMENTS, MAKE, MARK)

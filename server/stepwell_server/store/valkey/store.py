@@ -15,7 +15,6 @@ from stepwell_server.clock import Clock
 from stepwell_server.errors import Overloaded, ServerError, StateCorrupt, StoreAway, StoreGone, StoreRefuses
 from stepwell_server.logs import Log
 from stepwell_server.store.base import (
-    CLIENT_KNOWN_S,
     Answer,
     Batch,
     Committed,
@@ -357,41 +356,10 @@ class ValkeyStore(Store):
                 self._losses.note(set(part.session_ids).difference(part.refused))
 
     @override
-    async def renew_clients(self, client_ids: Sequence[int], leases_s: Sequence[float]) -> None:
-        placed = [self._keys.client(client_id) for client_id in client_ids]
-        await self._requests.ask(
-            *(
-                Request.of(
-                    partition,
-                    scripts.RENEW,
-                    [placed[place][1] for place in places],
-                    *(int((leases_s[place] + CLIENT_KNOWN_S) * 1000) for place in places),
-                )
-                for partition, places in self._grouped([partition for partition, _ in placed])
-            )
-        )
-
-    @override
     async def claim(self, name: str, whose: str, for_s: float) -> float | None:
         request = Request.of(META, scripts.CLAIM, [self._keys.claim(name)], whose, math.ceil(for_s * 1000))
         (held_ms,) = await self._requests.ask(request)
         return held_ms / 1000 if held_ms >= 0 else None
-
-    @override
-    async def clients_unseen(self, client_ids: Sequence[int]) -> list[float]:
-        placed = [self._keys.client(client_id) for client_id in client_ids]
-        groups = self._grouped([partition for partition, _ in placed])
-        replies = await self._requests.ask(
-            *(
-                Request.of(partition, scripts.UNSEEN, [placed[place][1] for place in places])
-                for partition, places in groups
-            )
-        )
-        unseen = [float("inf")] * len(client_ids)
-        for (_, places), ages_ms in zip(groups, replies, strict=True):
-            for place, age_ms in zip(places, ages_ms, strict=True):
-                unseen[place] = age_ms / 1000 if age_ms >= 0 else float("inf")
-        return unseen
 
     @override
     async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
@@ -561,12 +529,9 @@ class ValkeyStore(Store):
         """Places of sessions that may be asked for by one script, counted from `first`."""
         if not self._is_cluster:
             return [(META, list(range(first, first + len(session_ids))))] if session_ids else []
-        return self._grouped([self._keys.partition(session_id) for session_id in session_ids], first)
-
-    def _grouped(self, partitions: Sequence[int], first: int = 0) -> list[tuple[int, list[int]]]:
         groups: dict[int, list[int]] = {}
-        for place, partition in enumerate(partitions, first):
-            groups.setdefault(partition, []).append(place)
+        for place, session_id in enumerate(session_ids, first):
+            groups.setdefault(self._keys.partition(session_id), []).append(place)
         return list(groups.items())
 
 
