@@ -15,6 +15,7 @@ import pytest
 from typing_extensions import override
 
 from stepwell_server.core import exactly_once
+from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.quotas import Usage
 from stepwell_server.engine import shared_counts
@@ -223,7 +224,7 @@ def test_a_store_that_lets_sessions_begin_where_others_ended_is_found() -> None:
         "together": False,
         "contested": False,
         "most": 0,
-        "lease_s": 0.0,
+        "limit_s": 0.0,
     }
     assert is_found(range(100), Bugs({"COMMIT": rule}), **changes)
 
@@ -261,7 +262,7 @@ FAIL_OVERS: dict[str, Any] = {
     "fault_every_s": 0.3,
     "guests": 2,
     "seconds": 4.0,
-    "lease_s": 0.0,
+    "limit_s": 0.0,
     "most": 0,
 }
 
@@ -302,8 +303,8 @@ def test_a_client_that_takes_for_done_what_is_sent_elsewhere_is_found(
     assert is_found(range(100), shards=3, faults=("move",), fault_every_s=0.1)
 
 
-LEASES: dict[str, Any] = {
-    "lease_s": 6.0,
+LIMITS: dict[str, Any] = {
+    "limit_s": 6.0,
     "idle_s": 30.0,
     "seconds": 25.0,
     "owners": [["a"]],
@@ -314,8 +315,19 @@ LEASES: dict[str, Any] = {
 }
 
 
-def test_a_client_of_whom_the_store_is_not_told_is_found() -> None:
-    assert is_found(range(100), Bugs({"RENEW": ("call('SET', key,", "call('GET', key) -- ")}), **LEASES)
+def test_a_store_for_which_a_change_is_no_use_is_found() -> None:
+    used = ("stamp .. used .. sub(blob", "stamp .. call('GETRANGE', key, 9, 16) .. sub(blob")
+    assert is_found(range(100), Bugs({"CHANGE": used}), **LIMITS)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1e6])
+def test_a_replica_that_takes_a_limit_for_another_is_found(
+    monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    seconds, seconds_of = IdleLimits.seconds, IdleLimits.seconds_of
+    monkeypatch.setattr(IdleLimits, "seconds", lambda self, own_ms: factor * seconds(self, own_ms))
+    monkeypatch.setattr(IdleLimits, "seconds_of", lambda self, own_ms: factor * seconds_of(self, own_ms))
+    assert is_found(range(100), **LIMITS)
 
 
 QUOTAS: dict[str, Any] = {
@@ -325,7 +337,7 @@ QUOTAS: dict[str, Any] = {
     "idle_s": 0.0,
     "rivals": False,
     "together": False,
-    "lease_s": 0.0,
+    "limit_s": 0.0,
 }
 
 
@@ -394,7 +406,7 @@ def test_a_replica_that_reads_its_own_copy_is_found(monkeypatch: pytest.MonkeyPa
         "guests": 2,
         "mix": mix,
         "faults": ("cut", "kill"),
-        "lease_s": 0.0,
+        "limit_s": 0.0,
         "most": 0,
     }
     assert is_found(range(60, 160), resident_rows=64, idle_s=0.0, **changes)
@@ -432,7 +444,7 @@ def test_an_attempt_that_takes_back_what_another_was_answered_is_found(
         "weather": Weather(lost=0.1, late=0.4, late_s=5.0),
         "moves": False,
         "seconds": 15.0,
-        "lease_s": 0.0,
+        "limit_s": 0.0,
         "most": 0,
     }
     assert is_found(range(50, 150), **changes)

@@ -14,6 +14,8 @@ class Open:
     name: str
     batch_size: int
     with_state: bool
+    max_idle_s: int = 0
+    """Of the session, where sessions expire; 0: no limit of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class ForkMany:
 Action = Open | Change | Simple | Fork | ReadMany | ForkMany
 
 names = st.sampled_from(NAMES)
-opens = st.builds(Open, names, st.integers(1, 3), st.booleans())
+opens = st.builds(Open, names, st.integers(1, 3), st.booleans(), st.sampled_from([0, 0, 12, 30, 80]))
 changes = st.builds(
     Change,
     st.lists(names, min_size=1, max_size=5, unique=True).map(tuple),

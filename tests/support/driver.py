@@ -167,8 +167,14 @@ class Solo:
             await self._read(await self._opened(call, name, batch_size))
 
     async def _opened(self, call: Call, name: str, batch_size: int, states: Any = None) -> Any:
+        # a limit that no run comes to: it is in the records all the same
         begin = functools.partial(
-            self._client.open_session, MODEL, batch_size=batch_size, session_id=name, state=states
+            self._client.open_session,
+            MODEL,
+            batch_size=batch_size,
+            session_id=name,
+            state=states,
+            max_idle_s=self._table.chance.choice([None, 0, 86_400.0]),
         )
         return await self._begun(call, begin)
 

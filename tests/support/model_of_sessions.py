@@ -48,6 +48,7 @@ class ModelSession:
     outputs: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     states: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     """Of the reply to its last change."""
+    max_idle_s: float = np.inf
 
 
 def initial(batch_size: int) -> Array:
@@ -98,23 +99,26 @@ class ModelOfSessions:
         """Request ids of the last four calls that closed a session of an id."""
         self._max_idle_s = max_idle_s
 
-    def open(self, name: str, batch_size: int, state: Array | None, now: float) -> str:
-        """`opened` or `resumed`."""
+    def open(self, name: str, batch_size: int, state: Array | None, now: float, max_idle_s: float = 0) -> str:
+        """`opened` or `resumed`; `max_idle_s` 0: it has no limit of its own."""
         found = self.sessions.get(name)
         if found is not None:
             found.used = now
             return "resumed"
         start = initial(batch_size) if state is None else state.copy()
-        self.sessions[name] = ModelSession(batch_size, start, now, self.first.pop(name, 0))
+        self.sessions[name] = ModelSession(
+            batch_size, start, now, self.first.pop(name, 0), max_idle_s=self._limit(max_idle_s)
+        )
         self.expired.discard(name)
         return "opened"
 
     def expire(self, now: float) -> None:
-        if not self._max_idle_s:
-            return
-        for name in [n for n, s in self.sessions.items() if s.used < now - self._max_idle_s]:
+        for name in [n for n, s in self.sessions.items() if s.used < now - s.max_idle_s]:
             self.first[name] = self.sessions.pop(name).revision + 1
             self.expired.add(name)
+
+    def _limit(self, own_s: float) -> float:
+        return min(own_s or np.inf, self._max_idle_s or np.inf)
 
     def gone(self, name: str) -> Refused:
         return Refused("SessionExpired" if name in self.expired else "SessionNotFound")
@@ -140,7 +144,13 @@ class ModelOfSessions:
             return self.gone(name)
         source.used = now
         twin = dataclasses.replace(
-            source, state=source.state.copy(), request=0, outputs={}, states={}, used=now
+            source,
+            state=source.state.copy(),
+            request=0,
+            outputs={},
+            states={},
+            used=now,
+            max_idle_s=self._limit(0),
         )
         twin.revision = max(source.revision, self.first.pop(new, 0))
         self.sessions[new] = twin

@@ -94,17 +94,19 @@ class Play:
         known = self.model.sessions.get(action.name)
         size = action.batch_size if known is None else known.batch_size
         state = self.values(size) if action.with_state else None
+        limit_s = action.max_idle_s if self.shape.idle else 0
         try:
             opened = await self.at.engine.open_session(
                 "plain",
                 session_id=action.name,
                 batch_size=size,
+                max_idle_ms=1000 * limit_s,
                 state=None if state is None else {"": state},
             )
         except Overloaded:
             self.may_be_overloaded()
             return
-        wanted = self.model.open(action.name, size, state, self.now)
+        wanted = self.model.open(action.name, size, state, self.now, limit_s)
         assert opened.resumed == (wanted == "resumed")
         if not opened.resumed:
             self.guess[action.name] = 0
@@ -522,4 +524,4 @@ def same_session(read: StateRead, session: ModelSession) -> None:
     assert read.state["sum"].tobytes() == session.state.tobytes()
     info = read.session
     assert (info.revision, info.position) == (session.revision, session.position)
-    assert info.batch_size == session.batch_size
+    assert (info.batch_size, info.max_idle_s) == (session.batch_size, session.max_idle_s)

@@ -14,7 +14,6 @@ import collections
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store.base import End
@@ -28,7 +27,6 @@ from support.sim.world import World
 
 _TAG = re.compile(rb"\{(.*?)\}")
 _SESSION = re.compile(rb".*?\}s:(.*)", re.DOTALL)
-_CLIENT = re.compile(rb".*?\}c:(.*)", re.DOTALL)
 _EPOCH_MS = 1_700_000_000_000
 #: Commands that have no keys.
 _KEYLESS = frozenset({b"PUBLISH", b"TIME"})
@@ -98,8 +96,6 @@ class ModelNode:
         self.importing: set[bytes] = set()
         self.rollbacks: list[Rollback] = []
         self.births: list[Birth] = []
-        self.unheard: list[tuple[int, float, float]] = []
-        """Clients of which a fail-over took back that they had been heard of, between two times (s)."""
         self._scripts = scripts
         self._waits = waits
         self._keys = Keyspace(self._now_ms, self._wrote)
@@ -315,10 +311,6 @@ class ModelNode:
             found = _SESSION.fullmatch(key)
             if found is not None and _content(now) != _content(before):
                 writes.setdefault(found[1].decode(), set()).add(each.by)
-            client = _CLIENT.fullmatch(key)
-            if client is not None:
-                since = 0.0 if before is None else _heard_s(before)
-                self.unheard.append((int(client[1]), since, self.world.now))
         lost = {session: self.session(session) for session in writes}
         del self._log[cut:]
         for session, value in lost.items():
@@ -358,10 +350,6 @@ def _is_record(kept: Kept) -> bool:
 def _content(kept: Kept) -> bytes:
     """What tells two changes of a session apart: another stamp alone is none."""
     return b"" if kept is None or not isinstance(kept[0], bytes) else kept[0][:1] + kept[0][HEAD.size :]
-
-
-def _heard_s(kept: tuple[Any, float]) -> float:
-    return (int(kept[0].split()[0]) - _EPOCH_MS) / 1000
 
 
 def _life(session: str, kept: Kept) -> Life:

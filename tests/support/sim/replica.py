@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from stepwell_server.core.idle import IdleLimits
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.engine import Engine
 from stepwell_server.engine.state.resident import ResidentRows
@@ -116,7 +117,7 @@ class Replica:
                 observer=Events(),
                 max_batch_rows=3,
                 resident_rows=ResidentRows(self._resident_rows),
-                max_session_idle_s=self._idle_s,
+                idle_limits=IdleLimits(self._idle_s),
                 compute_threads=2,
                 executor=lambda program: FakeExecutor(program, Hooks()),
                 quotas=quotas,

@@ -19,7 +19,7 @@ from support.inside import Inside
 from support.register import Loss, Terms
 from support.sim.callers import Callers
 from support.sim.client import Bugs, make_nodes
-from support.sim.leases import ENDED_S, Holder, Leases
+from support.sim.limits import ENDED_S, Holder, Limits
 from support.sim.model import PlainModel
 from support.sim.nemesis import FAULTS, Nemesis
 from support.sim.network import Network, Weather
@@ -55,8 +55,8 @@ class Plan:
     """Replicas load a second version one after the other, and the default moves between the two."""
     guests: int
     seconds: float
-    lease_s: float
-    """Of clients that have some, and of what they opened; 0: there are no such clients."""
+    limit_s: float
+    """The longest idle limit of sessions that have their own; 0: there are none."""
     most: int
     """Sessions of all owners together, who are one tenant; 0: any number."""
     together: bool = False
@@ -111,16 +111,16 @@ class Plan:
             moves=draw.random() < 0.25,
             guests=draw.choice([0, 0, 1, 2]),
             seconds=draw.choice([4.0, 8.0, 15.0]),
-            lease_s=0.0,
+            limit_s=0.0,
             most=0,
         )._with_more(draw)
 
     def _with_more(self, draw: random.Random) -> Plan:
         """The same, with what few schedules have."""
-        match draw.choice(["leases", "quotas", "together", "contested", "reuse", "", "", ""]):
-            case "leases":
+        match draw.choice(["limits", "quotas", "together", "contested", "reuse", "", "", ""]):
+            case "limits":
                 return dataclasses.replace(
-                    self, lease_s=draw.choice([6.0, 10.0]), idle_s=30.0, seconds=25.0, owners=[["a"]]
+                    self, limit_s=draw.choice([6.0, 10.0]), idle_s=30.0, seconds=25.0, owners=[["a"]]
                 )
             case "quotas":
                 names = [f"{PREFIX}{name}" for name in "abcdef"]
@@ -193,7 +193,7 @@ class Schedule:
             for number in range(self.plan.replicas)
         ]
         self.callers = Callers(self.world, self.network, self.replicas)
-        self._leases = Leases(self.plan.lease_s)
+        self._limits = Limits(self.plan.limit_s)
         self._nemesis = Nemesis(
             self.world,
             self.network,
@@ -224,13 +224,12 @@ class Schedule:
         assert lost or not (reused := self.callers.reused), (
             f"applied under the id of another change: {reused}"
         )
-        self._leases.forget([each for shard in self.shards for each in shard.unheard])
         terms = Terms(
             self.plan.idle_s or float("inf"),
             self.world.time_of,
             lost,
             most_nodes=_MOST_NODES,
-            ends_after=self._leases.ends_after if self.plan.lease_s else None,
+            ends_after=self._limits.ends_after if self.plan.limit_s else None,
         )
         report = linear.check(self.callers.history.ops, PlainModel(), terms)
         if lost:
@@ -274,8 +273,8 @@ class Schedule:
         if plan.rivals:
             work += [Owner(callers, plan.mix, ["r"], must_be_new=True).open_once("r") for _ in range(3)]
         work += [
-            Holder(callers, self._leases, plan.mix).run(began + plan.seconds)
-            for _ in range(2 if plan.lease_s else 0)
+            Holder(callers, self._limits, plan.mix).run(began + plan.seconds)
+            for _ in range(2 if plan.limit_s else 0)
         ]
         if plan.contested:
             sets = [["m0", "m1"], ["m1", "m2"]]
@@ -286,8 +285,8 @@ class Schedule:
         self._heal()
         self._load_everywhere()
         self._finish(tasks, "callers must be answered")
-        if plan.lease_s:
-            self._pass(plan.lease_s + ENDED_S)
+        if plan.limit_s:
+            self._pass(plan.limit_s + ENDED_S)
         everything = sorted({op.call.session for op in callers.history.ops})
         self._finish(self._begin([read_everywhere(callers, everything)]), "sessions must be read")
         self._require_all_ended()
@@ -295,10 +294,10 @@ class Schedule:
         self._settle()
 
     def _require_all_ended(self) -> None:
-        """Nobody has heard of clients for long: what they opened is gone."""
+        """Nobody has used sessions with limits of their own for long: they are gone."""
         there = {session for shard in self.shards for session in shard.live()}
-        left = sorted(there & self._leases.client_of.keys())
-        assert not left, f"their clients are gone, and they are there: {left}"
+        left = sorted(there & self._limits.of.keys())
+        assert not left, f"their limits are over, and they are there: {left}"
 
     def _require_known(self) -> None:
         """Every replica counts what the tenant has in truth."""
