@@ -16,7 +16,7 @@ from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.errors import Internal, ServerError, Unavailable
 from stepwell_server.store.base import SMALL, Batch, Committed, LocalStore
 from stepwell_server.store.commits import lanes
-from stepwell_server.store.commits.lanes import MADE_HERE, MANY
+from stepwell_server.store.commits.lanes import MANY
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Stored
@@ -134,7 +134,7 @@ async def test_small_ones_are_made_in_place_unless_they_wait_for_the_disk(
     assert store.threads[-1] == "stepwell-store"
 
 
-@pytest.mark.parametrize(("size", "where"), [(MADE_HERE, "MainThread"), (MADE_HERE + 1, "stepwell-store")])
+@pytest.mark.parametrize(("size", "where"), [(MANY, "MainThread"), (MANY + 1, "stepwell-store")])
 async def test_records_for_the_thread_are_made_on_the_loop_unless_they_are_many(
     size: int, where: str
 ) -> None:

@@ -17,11 +17,9 @@ from stepwell_server.store.commits.thread import StoreThread
 
 #: A write expected to take less is made on the event loop: a thread costs more, in waiting for Python's lock.
 COMMIT_IN_PLACE_S = 1e-3
-#: Up to so many records are made on the event loop, although the store's thread writes them: while that thread makes
-#: them it takes Python's lock from the loop, again and again. More of them would hold up the loop for too long.
-MADE_HERE = 512
-#: Small writes pass the changes of others, where those are of more sessions than this together. Then only small ones are
-#: made here.
+#: Small writes pass the changes of others, where those are of more sessions than this together. Up to so many records are
+#: made on the event loop, although the store's thread writes them: while that thread makes them it takes Python's lock from
+#: the loop, again and again. More of them would hold up the loop for too long; while small writes pass, more than small ones.
 MANY = 256
 #: So many records may be due to be checkpointed; then it is a thread that commits more, and checkpoints them.
 MAX_BEHIND = 4096
@@ -103,7 +101,7 @@ class Lanes:
     def _put(self, write: Write) -> None:
         self._loop = self._loop or asyncio.get_running_loop()
         self._handed_over += 1
-        if write.size <= (SMALL if write.is_hurried and self._changes > MANY else MADE_HERE):
+        if write.size <= (SMALL if write.is_hurried and self._changes > MANY else MANY):
             write.make()
         if write.is_change and write.is_small and self._store.waits_for_disk:
             self._beside_until = self._turns + TURNS_BESIDE
