@@ -201,15 +201,15 @@ async def test_each_opening_sets_the_limit_of_its_sessions(served: Served, shell
         short = await client.open_session("seq", max_idle_s=90.5)
         never = await client.open_session("seq", max_idle_s=0)
         group = await client.open_sessions("seq", 2, max_idle_s=120)
-        twins = await group.fork(max_idle_s=7)
-        forks = [await short.fork(), await short.fork(max_idle_s=5), await short.fork(f"fork-{shell}")]
+        twins = await group.fork(max_idle_s=700)
+        forks = [await short.fork(), await short.fork(max_idle_s=500), await short.fork(f"fork-{shell}")]
         found = {}
         for each in (unnamed, named, short, never, *forks):
             found[each.id] = (await client.session_info(each.id)).max_idle_s
         for each in (*group.ids, *twins.ids):
             found[each] = (await client.session_info(each)).max_idle_s
         assert list(found.values()) == [
-            3600.0, None, 90.5, None, 3600.0, 5.0, None, *[120.0] * 2, *[7.0] * 2,
+            3600.0, None, 90.5, None, 3600.0, 500.0, None, *[120.0] * 2, *[700.0] * 2,
         ]  # fmt: skip
         resumed = await client.open_session("seq", session_id=short.id, max_idle_s=5)
         assert resumed.resumed
