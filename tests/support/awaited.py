@@ -11,9 +11,10 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.quotas import NOTHING
-from stepwell_server.engine.durability.stamps import new_stamp
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store import counts
+from stepwell_server.store.access.reads import Reads
+from stepwell_server.store.access.together import Together
 from stepwell_server.store.base import (
     ALL_KEPT,
     Answer,
@@ -25,8 +26,8 @@ from stepwell_server.store.base import (
     StoreHealth,
     Unused,
     Write,
+    new_stamp,
 )
-from stepwell_server.store.commits.together import Together
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.in_process import fetched
 from stepwell_server.store.memory import MemoryStore
@@ -101,6 +102,7 @@ class RemoteStore(Store):
         self._under_way = 0
         self._gates: list[tuple[str, asyncio.Future[None]]] = []
         self._commits: Together | None = None
+        self._reads: Reads | None = None
         self._came = asyncio.Event()
 
     @classmethod
@@ -175,6 +177,12 @@ class RemoteStore(Store):
             await asyncio.sleep(0)
 
     async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+        if self._reads is None:
+            self._reads = Reads(lambda ids, known: self.read(ids, known))  # noqa: PLW0108 - tests replace it
+        return await self._reads.fetch(session_ids, known)
+
+    async def read(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+        """As `ValkeyStore.read`."""
         await self._pass("read", session_ids, held=self.reads_held)
         if self.read_error is not None:
             raise self.read_error.with_traceback(None)
@@ -229,6 +237,9 @@ class RemoteStore(Store):
             return None
         self.together.claims[name] = whose, since, self.now + for_s
         return self.now - since
+
+    def new_stamp(self) -> int:
+        return new_stamp()
 
     def stamp_of(self, session_id: str) -> int:
         """Of a session's record or tombstone; 0 if there is neither. One that a test put there by itself gets one."""

@@ -10,9 +10,8 @@ from typing import Literal, Protocol
 import numpy as np
 
 from stepwell_server.clock import Clock
-from stepwell_server.engine.durability.stamps import new_stamp
 from stepwell_server.engine.types import U64
-from stepwell_server.store.base import Batch, Committed, Tombstone
+from stepwell_server.store.base import Batch, Committed, Tombstone, new_stamp
 from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import Stored
 from stepwell_server.store.valkey import url as urls

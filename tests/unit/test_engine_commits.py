@@ -14,9 +14,9 @@ import pytest
 from stepwell_server.engine.durability import group_commit
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.errors import Internal, ServerError, Unavailable
+from stepwell_server.store.access import lanes
+from stepwell_server.store.access.lanes import MANY
 from stepwell_server.store.base import SMALL, Batch, Committed, LocalStore
-from stepwell_server.store.commits import lanes
-from stepwell_server.store.commits.lanes import MANY
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Stored

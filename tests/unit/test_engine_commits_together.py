@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepwell_server.store.access.batches import groups_of, merged
 from stepwell_server.store.base import Batch, End, LocalStore, Tombstone, Write
-from stepwell_server.store.commits.batches import groups_of, merged
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.memory import MemoryStore
 from support.clock import ManualClock

@@ -13,8 +13,8 @@ from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.durability import group_commit as commits
 from stepwell_server.engine.sessions import ending
 from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
+from stepwell_server.store.access import lanes
 from stepwell_server.store.base import SMALL
-from stepwell_server.store.commits import lanes
 from support.durable import Disk, begun, everything, facts, stalled, until
 from support.engine import Harness, Later, kinds, x
 
@@ -81,8 +81,9 @@ async def test_nobody_hears_or_sees_what_is_not_kept(disk: Disk, options: dict[s
             "a session is read as it will be, not as it was"
         )
         assert await shown(at) == before
-        with pytest.raises(SessionNotFound):
-            await at.engine.session_info("new")
+        new = await begun(at.engine.session_info("new"))
+        await turns()
+        assert new.done() == (name not in {"open", "open many", "fork"}), "it is seen when it has been made"
         disk.store.go_on()
         await call
         for answers in others:
@@ -92,6 +93,10 @@ async def test_nobody_hears_or_sees_what_is_not_kept(disk: Disk, options: dict[s
                 await reading
         else:
             assert (await reading) is not None
+        if new in (await asyncio.wait([new]))[0] and new.exception() is None:
+            assert name in {"open", "open many", "fork"}
+        else:
+            assert isinstance(new.exception(), SessionNotFound)
         after = await shown(at)
         assert after != before
 
@@ -238,9 +243,11 @@ async def test_who_waits_for_a_session_that_is_being_made_gets_it(disk: Disk) ->
         among = await begun(at.engine.open_sessions("plain", session_ids=["newer", "new"]))
         await turns()
         assert not any(task.done() for task in (first, again, other, taken, among))
-        with pytest.raises(SessionNotFound):  # the store has it, but nobody was told
-            await at.engine.session_info("new")
+        info = await begun(at.engine.session_info("new"))
+        await turns()
+        assert not info.done(), "the store has it, but nobody was told"
         disk.store.go_on()
+        assert (await info).session_id == "new"
         assert not (await first).replayed
         assert (await again).replayed
         assert (await other).resumed

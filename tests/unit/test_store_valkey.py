@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from stepwell_server.core.namespaces import SEPARATOR
-from stepwell_server.engine.durability.stamps import new_stamp
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store import counts
 from stepwell_server.store.base import (
@@ -24,6 +23,7 @@ from stepwell_server.store.base import (
     Store,
     StoreError,
     Tombstone,
+    new_stamp,
 )
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Joined, decode_header

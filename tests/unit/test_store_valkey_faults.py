@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from stepwell_server.engine.durability.stamps import new_stamp
 from stepwell_server.errors import Overloaded, ServerError, StoreAway, StoreGone, Unavailable
 from stepwell_server.store.base import (
     ALL_KEPT,
@@ -24,6 +23,7 @@ from stepwell_server.store.base import (
     KeyFileError,
     StoreError,
     Tombstone,
+    new_stamp,
 )
 from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import decode_header

@@ -15,7 +15,6 @@ from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import ModelInfo, ModelStats, Observer, StateRead, StatesRead
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.durability.committer import Committer, Recorder
-from stepwell_server.engine.durability.fetching import Fetcher
 from stepwell_server.engine.durability.forwarding import Forwarding, Migration
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.keeping import keeping_of
@@ -108,10 +107,8 @@ class Engine:
         """Do a part of large work in a turn of the event loop that has no other: see `LoopTurns`."""
         self._table = table = SessionTable()
         self._store, self._clock = store, clock
-        self._is_local = store.local is not None
-        self._models = Models(table, is_shared=not self._is_local)
+        self._models = Models(table, is_shared=store.local is None)
         self._group = GroupCommit(store, self._ring_all)
-        self._fetcher = fetcher = Fetcher(store)
         fields = Fields(table)
         records = Records(table, fields)
         keeping = keeping_of(store, table, records, clock)
@@ -120,7 +117,6 @@ class Engine:
             table,
             self._models,
             store,
-            fetcher,
             keeping,
             fields,
             forwarding,
@@ -131,7 +127,7 @@ class Engine:
         self._turns = Turns(table, self._models, pager, row_queue, clock, self._forget)
         self._row_queue = row_queue
         self._held = Held()
-        is_alone = keeping.others is not None and self._is_local
+        is_alone = keeping.others is not None and store.local is not None
         strays = Strays(idle_limits, clock.monotonic(), are_kept=is_alone)
         self._removal = removal = Removal(table, self._models, self._turns, strays, observer)
         self._lifetimes = lifetimes = Lifetimes(
@@ -151,7 +147,7 @@ class Engine:
         pieces = Pieces(self._loop_turns)
         self._arrivals = Arrivals(
             table,
-            fetcher,
+            store,
             self._expiry,
             lifetimes.overdue,
             removal,
@@ -179,7 +175,7 @@ class Engine:
         recorder = None
         if keeping.others is not None:
             recorder = Recorder(
-                self._group, table, records, is_shared=not self._is_local, clock=clock, observer=observer
+                self._group, table, records, new_stamp=store.new_stamp, clock=clock, observer=observer
             )
         self._committer = Committer(
             sizes, recorder, clock, release=self._turns.release, drop=self._expiry.drop, discard=pager.discard
@@ -190,7 +186,7 @@ class Engine:
             row_queue,
             pager,
             self._committer,
-            refuse_stale=self._refuse_stale,
+            find_again=self._find_again,
             clock=clock,
             observer=observer,
         )
@@ -208,7 +204,7 @@ class Engine:
             clock=clock,
             follow=lambda *which: self._changing.follow(*which),  # noqa: PLW0108 - made below
         )
-        attempts = Attempts(table, self._directory, fetcher, self._group, pieces, observer, lifetimes.usage)
+        attempts = Attempts(table, self._directory, self._group, pieces, observer, lifetimes.usage)
         opening = Opening(
             table,
             self._directory,
@@ -245,7 +241,6 @@ class Engine:
             self._directory,
             self._turns,
             pager,
-            fetcher,
             self._group,
             quotas=quotas,
             removal=removal,
@@ -344,7 +339,6 @@ class Engine:
             self._inboxes,
             self._group,
             sizes=sizes,
-            is_local=self._is_local,
             clock=clock,
         )
         self.submit: Callable[[Change], None] = self._submission.submit
@@ -447,8 +441,8 @@ class Engine:
 
     # the parts that these ask are made later than those that ask
 
-    def _refuse_stale(self, change: Change, members: Members) -> Members:
-        return self._submission.refuse_stale(change, members)
+    def _find_again(self, change: Change, members: Members) -> None:
+        self._submission.find_again(change, members)
 
     def _forget(self, handle: int, error: ServerError) -> None:
         self._removal.forget(handle, error)

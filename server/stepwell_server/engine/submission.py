@@ -1,6 +1,6 @@
 """How a change comes in: its sessions are found, it is checked, too much is refused, and it waits in an inbox.
 
-A change whose sessions must be looked for in a store that is awaited waits for that before.
+A change whose sessions are not all in the table waits until the store has said what it has of them.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.sessions import SessionTable, are_missing
+from stepwell_server.core.sessions import Handles, SessionTable, are_missing
 from stepwell_server.engine.change import Change, MustPart
 from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES, Held, Inbox
 from stepwell_server.engine.intake.parting import parted
-from stepwell_server.engine.intake.validation import Validation, require_lists
+from stepwell_server.engine.intake.validation import Refusals, Validation, require_lists
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ids import PIECE
 from stepwell_server.engine.sessions.loading import Arrivals, Seen
 from stepwell_server.engine.sizes import Sizes
 from stepwell_server.engine.types import Members
@@ -50,12 +50,10 @@ class Submission:
         commits: GroupCommit,
         *,
         sizes: Sizes,
-        is_local: bool,
         clock: Clock,
     ) -> None:
         self._table = table
         self._directory = directory
-        self._expire_among = directory.expire_among
         self._arrivals = arrivals
         self._validation = validation
         self._held = held
@@ -63,7 +61,6 @@ class Submission:
         self._inboxes = inboxes
         """By the number of the model."""
         self._commits = commits
-        self._is_local = is_local
         self._sizes, self._quotas = sizes, sizes.quotas
         self._clock = clock
         self.is_accepting = True
@@ -94,35 +91,29 @@ class Submission:
         if change.reset:
             self._commits.require_room()  # a step waits for its pass, and passes wait for the store
         require_lists(change)
-        if change.goes_on and not self._is_local:
-            # that a session has begun is only known when the store has been asked
-            raise MustPart(np.arange(change.size))
-        is_plain = self._is_local and not self._arrivals.waiting and len(change.session_ids) <= PIECE
-        if not is_plain and self._directory.must_look(change.session_ids):
-            if change.may_part:
-                raise MustPart(np.arange(change.size))
-            self._load(change)
-            return
+        handles = self._table.find_all(change.session_ids)
+        may_be_over = self._clock.monotonic() > self._table.next_end
+        if may_be_over or self._arrivals.waiting or are_missing(handles):
+            away = self._arrivals.away(change.session_ids, handles)
+            if len(away):
+                if change.may_part:
+                    raise MustPart(away)
+                self._load(change)
+                return
         try:
-            self._take(change, self._directory.here)
+            self._take(change, handles, self._directory.here)
         except ServerError as error:
             error.model = change.model_name
             raise
 
-    def _take(self, change: Change, seen: Seen, *, is_anew: bool = False) -> None:
-        handles, missing = self._table.find_all(change.session_ids), _NOBODY
-        if are_missing(handles):
-            handles = self._directory.find_all(change.session_ids, seen)
-            missing = np.flatnonzero(handles < 0)
-        elif self._clock.monotonic() > self._table.next_end and self._expire_among(handles):
-            missing = np.flatnonzero(handles < 0)
-        if len(missing):
-            if change.may_part:
-                raise MustPart(missing)
-            if len(missing) == change.size:
-                self._refuse_missing(change, missing, seen)
-                return
+    def _take(self, change: Change, handles: Handles, seen: Seen, *, is_anew: bool = False) -> None:
+        """Check a change and put it into its inbox; `is_anew`: its sessions are as the store has them now."""
+        missing = np.flatnonzero(handles < 0) if are_missing(handles) else _NOBODY
+        if len(missing) == change.size:
+            self._refuse_missing(change, missing, seen)
+            return
         reply_bytes = change.reply_bytes
+        refused: Refusals | None = None
         try:
             refused = self._validation.check(change, handles)
         except MustPart as part:
@@ -130,15 +121,15 @@ class Submission:
                 raise
             self._take_parts(change, part.members, seen, is_anew=is_anew)
             return
-        except ServerError as all_of_it:
-            if self._is_local or is_anew:
+        except ServerError:
+            if is_anew:
                 raise
-            refused = [(0, all_of_it)]
-        if refused and not (self._is_local or is_anew):
+        if refused is None or (refused and not is_anew):
             # other servers may have made other sessions of these ids, which it fits
             change.reply_bytes = reply_bytes
             if change.may_part:
-                raise MustPart(np.arange(change.size))
+                which = range(change.size) if refused is None else [member for member, _ in refused]
+                raise MustPart(np.array(which, np.intp))
             self._load(change, anew=True)
             return
         inbox = self._inboxes[change.model.index]
@@ -159,7 +150,7 @@ class Submission:
         parts = parted(change, others)
         for part in parts:
             try:
-                self._take(part, seen, is_anew=is_anew)
+                self._take(part, self._directory.find_all(part.session_ids, seen), seen, is_anew=is_anew)
             except ServerError as error:
                 part.fail(np.arange(part.size), error)
         change.reply_bytes = sum(part.reply_bytes for part in parts)
@@ -213,7 +204,7 @@ class Submission:
 
         def go_on(seen: Seen) -> None:
             try:
-                self._take(change, seen, is_anew=anew)
+                self._take(change, self._directory.find_all(change.session_ids, seen), seen, is_anew=anew)
             except ServerError as error:
                 change.fail(np.arange(change.size), error)
 
@@ -234,11 +225,10 @@ class Submission:
     ) -> None:
         """Call `ended`, and `go_on` unless nobody waits for the members any more, when their turn has come."""
         ids = [change.session_ids[member] for member in members.tolist()]
-        looking = self._arrivals.wait(ids, anew=anew)
 
         async def wait() -> None:
             try:
-                seen = await looking
+                seen = await self._arrivals.wait(ids, anew=anew)
             except ServerError as error:
                 ended()
                 change.fail(members, error)
@@ -251,9 +241,11 @@ class Submission:
             for some, why in dropped:
                 change.fail(some, why)
 
-        task = asyncio.create_task(wait())
-        self._loading.add(task)
-        task.add_done_callback(self._loading.discard)
+        rest = start(wait())
+        if isinstance(rest, Rest):
+            task = asyncio.create_task(finish(rest))
+            self._loading.add(task)
+            task.add_done_callback(self._loading.discard)
 
     def _refuse_missing(self, change: Change, members: Members, seen: Seen) -> None:
         for group in change.alike(members):
@@ -269,16 +261,13 @@ class Submission:
         for some, error in await self._directory.why_not_many(change.session_ids, members, seen):
             change.fail(some, error)
 
-    def refuse_stale(self, change: Change, members: Members) -> Members:
-        """Members whose sessions left the table since they were checked: see `Admission`."""
-        if self._is_local:
-            return self._found_again(change, members, self._directory.here)
+    def find_again(self, change: Change, members: Members) -> None:
+        """Admit members whose sessions have left the table since they were checked, where these are to be had again."""
 
         def go_on(seen: Seen) -> None:
             self._admission.admit_some(change, self._found_again(change, members, seen))
 
         self._when_loaded(change, members, lambda: None, go_on)
-        return members[:0]
 
     def _found_again(self, change: Change, members: Members, seen: Seen) -> Members:
         found = self._directory.find_all([change.session_ids[member] for member in members.tolist()], seen)

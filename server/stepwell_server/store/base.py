@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import os
 import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
@@ -167,8 +168,7 @@ class Fetched:
     tombstone: Tombstone | None = None
     """Only looked for where there is no record."""
     stamp: int = 0
-    """Of the record, or the tombstone: the number that was drawn for the commit that wrote it, 1 to 2**64-1. 0 in a local
-    store."""
+    """Of the record, or the tombstone: that of the commit that wrote it, 1 to 2**64-1. 0: there is neither."""
     is_known: bool = False
     """The record has the stamp that the caller knew: it was not sent, and `record` is None."""
     idle_s: float = math.nan
@@ -368,13 +368,33 @@ class Write:
             self.error = as_server_error(error)
 
 
+#: The stamp of all that a store of one server has: nobody else can write it.
+SOLE = 1
+
+
+def new_stamp() -> int:
+    """A number from 2 to 2**64-1 that nobody has drawn before, as far as anybody will notice.
+
+    64 random bits: that one commit is taken for another, which followed the same record, happens once in 2**64 conflicts.
+    """
+    return max(SOLE + 1, int.from_bytes(os.urandom(8), "little"))
+
+
+def stamped(stamp: int, count: int) -> U64:
+    """`Batch.stamps` of records that are written together."""
+    return np.array([stamp], np.uint64) if count == 1 else np.full(count, stamp, np.uint64)
+
+
+KNOWN = Fetched(is_known=True)
+"""Of a session whose stamp was known, in a store that says no more of it."""
+
+
 class Store(Protocol):
     """Keeps encoded records and tombstones by session id, wherever that is. Lives on one event loop.
 
     Methods of the same name do the same and raise the same as those of `LocalStore`.
 
-    Where others use the same store, each record has a stamp, a number that is drawn at random for the commit that writes
-    it. A change is kept only if the session has the stamp that it had when it was read (`Batch.follows`): revisions can
+    Each record has a stamp, a number that is drawn for the commit that writes it: see `new_stamp`. A change is kept only if the session has the stamp that it had when it was read (`Batch.follows`): revisions can
     come twice, after a session was closed and opened again, or after the store lost its last writes. A session of the
     batch that has its new stamp already was kept: so a batch may be sent again when its answer was lost.
     """
@@ -410,8 +430,13 @@ class Store(Protocol):
     async def end_commits(self, timeout_s: float) -> bool:
         """Return when all commits are answered, of which none may come any more; False if that takes longer."""
 
+    def new_stamp(self) -> int:
+        """The stamp of records that are written together: `SOLE` in a store of one server, else one that is drawn."""
+
     async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
         """What it has of many sessions: their records, and how those ended that have none.
+
+        A store that has them at hand does not wait for anything. So it is with a record that nobody else can have changed.
 
         A record that cannot be read is empty: decoding it says `StateCorrupt`.
 

@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 
 from typing_extensions import override
 
+from stepwell_server.store.access.lanes import Lanes
 from stepwell_server.store.base import (
+    KNOWN,
     NO_LIMITS,
     NO_STAMPS,
+    SOLE,
     Answer,
     Fetched,
     LocalStore,
@@ -19,9 +22,10 @@ from stepwell_server.store.base import (
     Unused,
     Write,
 )
-from stepwell_server.store.commits.lanes import Lanes
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header
+
+_NOTHING = Fetched()
 
 
 class InProcessStore(Store):
@@ -49,7 +53,16 @@ class InProcessStore(Store):
 
     @override
     async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
-        return fetched(self.local, session_ids)
+        if len(known) and all(known):
+            return [KNOWN] * len(known)
+        known = known if len(known) else [0] * len(session_ids)
+        unknown = [i for i, stamp in zip(session_ids, known, strict=True) if not stamp]
+        found = iter(fetched(self.local, unknown))
+        return [KNOWN if stamp else next(found) for stamp in known]
+
+    @override
+    def new_stamp(self) -> int:
+        return SOLE
 
     @override
     async def touch(self, session_ids: Sequence[str], stamps: Sequence[int]) -> None:
@@ -112,4 +125,8 @@ def fetched(local: LocalStore, session_ids: Sequence[str]) -> list[Fetched]:
     records = local.get_many(session_ids)
     missing = [i for i, record in zip(session_ids, records, strict=True) if record is None]
     stones = iter(local.tombstones(missing)) if missing else iter(())
-    return [Fetched(record, next(stones) if record is None else None) for record in records]
+    found: list[Fetched] = []
+    for record in records:
+        stone = next(stones) if record is None else None
+        found.append(_NOTHING if record is None and stone is None else Fetched(record, stone, SOLE))
+    return found

@@ -16,13 +16,12 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.records import Outcome, Records
-from stepwell_server.engine.durability.stamps import new_stamp, stamped
 from stepwell_server.engine.sizes import Sizes
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import OutcomeUnknown, ServerError
 from stepwell_server.store import base
-from stepwell_server.store.base import ALL_KEPT, Batch, Committed, Done
+from stepwell_server.store.base import ALL_KEPT, Batch, Committed, Done, stamped
 from stepwell_server.store.record import Joined, Stored
 
 Answer = Callable[[ServerError | None, Members | None], None]
@@ -40,14 +39,15 @@ class Recorder:
         table: SessionTable,
         records: Records,
         *,
-        is_shared: bool,
+        new_stamp: Callable[[], int],
         clock: Clock,
         observer: Observer,
     ) -> None:
+        """See the class; for `new_stamp` see `Store.new_stamp`."""
         self._commits = commits
         self._table = table
         self._records = records
-        self._is_shared = is_shared
+        self._new_stamp = new_stamp
         self._clock = clock
         self._observer = observer
 
@@ -55,7 +55,7 @@ class Recorder:
         """Keep an outcome of claimed sessions; `done` is called then, maybe before this returns."""
         clock, count = self._clock, len(outcome.handles)
         last_used, began = clock.now(), clock.monotonic()
-        outcome.stamp = new_stamp() if self._is_shared else 0
+        outcome.stamp = self._new_stamp()
 
         def kept(committed: Committed | ServerError) -> None:
             self._observer.stage(outcome.model.name, "commit", clock.monotonic() - began, count)
@@ -63,13 +63,10 @@ class Recorder:
 
         def build() -> Batch:
             puts = self._records.of(outcome, last_used)
-            if not outcome.stamp:
-                return Batch(puts=puts)
-            follows = self._follows(outcome, puts)
             return Batch(
                 puts=puts,
                 resized=sizes.resized(outcome),
-                follows=follows,
+                follows=self._follows(outcome, puts),
                 stamps=stamped(outcome.stamp, count),
             )
 
@@ -77,9 +74,11 @@ class Recorder:
 
     def _follows(self, outcome: Outcome, puts: Sequence[tuple[str, Stored]]) -> U64:
         """The stamps of the records that others follow, in their order."""
-        if isinstance(puts, Joined):  # records of one length each, and not in the order of the outcome
+        stamps = self._table.stamp[outcome.handles]
+        # puts of records of several lengths are not in the order of the outcome
+        if isinstance(puts, Joined) and np.count_nonzero(stamps != stamps[0]):
             return self._table.stamp[self._table.find_all([session_id for session_id, _ in puts])]
-        return self._table.stamp[outcome.handles]
+        return stamps
 
 
 class Committer:
@@ -154,7 +153,7 @@ class Committer:
         table.digest[handles] = outcome.digests
         table.used[handles] = self._clock.monotonic()
         table.reply[handles] = outcome.replies
-        if outcome.stamp:
+        if outcome.stamp:  # else there is no record
             table.stamp[handles] = outcome.stamp
         if outcome.arrays or outcome.model.replies.series:
             outcome.model.replies.remember(handles, outcome.arrays)

@@ -1,6 +1,6 @@
 """What has happened is kept by the store before anybody hears of it, and no more waits for that than may.
 
-How batches get into the store, in which order and which of them together, is the store's: see `store.commits`.
+How batches get into the store, in which order and which of them together, is the store's: see `store.access`.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Admission(Starter):
         pager: Pager,
         committer: Committer,
         *,
-        refuse_stale: Callable[[Change, Members], Members],
+        find_again: Callable[[Change, Members], None],
         clock: Clock,
         observer: Observer,
     ) -> None:
@@ -68,9 +68,8 @@ class Admission(Starter):
         self._row_queue = row_queue
         self._pager = pager
         self._committer = committer
-        self._refuse_stale = refuse_stale
-        """Finds members anew whose sessions left the table since the change was checked; answers those that are gone,
-        and returns the others."""
+        self._find_again = find_again
+        """Admits members whose sessions left the table since the change was checked, or answers those that are gone."""
         self._clock = clock
         self._observer = observer
 
@@ -93,12 +92,13 @@ class Admission(Starter):
                 self._release(self.start_due(change, first))
 
     def _live(self, change: Change, members: Members) -> Members:
-        """Members whose sessions are there; those that are not have their answer."""
+        """Members whose sessions are there; the others are looked for again."""
         stale = self._table.birth[change.handles[members]] != change.births[members]
         if not np.count_nonzero(stale):
             return members
-        found = self._refuse_stale(change, members[stale])
-        return np.sort(np.concatenate([members[~stale], found]))
+        self._find_again(change, members[stale])
+        there: Members = members[~stale]
+        return there
 
     @staticmethod
     def _first(change: Change, members: Members) -> tuple[Members, Members]:
@@ -162,8 +162,12 @@ class Admission(Starter):
         more = self._bring_in(change, members, change.handles[members], self._wait_for_rows)
         self._release(np.concatenate([done, more]))
 
-    def _bring_in(self, change: Change, members: Members, handles: Handles, wait: Wait) -> Handles:
+    def _bring_in(
+        self, change: Change, members: Members, handles: Handles, wait: Wait, *, anew: bool = False
+    ) -> Handles:
         """Have the rows of claimed sessions and judge their members, or let them wait.
+
+        `anew`: of sessions as the store has them now, also of those that have rows.
 
         Returns:
             Sessions that are done with already.
@@ -175,11 +179,11 @@ class Admission(Starter):
             where = np.isin(handles, came)
             self._came(change, members[where], handles[where], refused)
 
-        paged = self._pager.page_in(change.model, handles, later)
+        paged = self._pager.page_in(change.model, handles, later, anew=anew)
         if paged is ALL_HERE:
-            return self._judge(change, members, handles)
+            return self._judge(change, members, handles, is_fresh=anew)
         here = np.isin(handles, paged.coming, invert=True)
-        return self._judge_but(change, members[here], handles[here], paged.refused, wait)
+        return self._judge_but(change, members[here], handles[here], paged.refused, wait, is_fresh=anew)
 
     def _came(self, change: Change, members: Members, handles: Handles, refused: Refused) -> None:
         """Go on with members whose sessions have come back from a store that was awaited, or have not."""
@@ -236,9 +240,17 @@ class Admission(Starter):
     ) -> Handles:
         """Apply the exactly-once rule. As `_bring_in`.
 
-        Where other servers may have changed a session, only its record says that a change is none of its next ones,
-        read since it was claimed (`is_fresh`).
+        Other servers may have changed a session: only what the store has says that a change is none of its next ones, asked
+        since the session was claimed (`is_fresh`).
         """
+        if is_fresh and change.goes_on:
+            is_begun = self._table.position[handles] > 0
+            if not is_begun.all():  # another server has reset it meanwhile
+                for place in np.flatnonzero(~is_begun).tolist():
+                    error = changed_elsewhere(change.session_ids[int(members[place])])
+                    change.fail(members[place : place + 1], error)
+                rest = self._judge(change, members[is_begun], handles[is_begun], is_fresh=True)
+                return np.concatenate([handles[~is_begun], rest])
         requests = change.request_ids
         verdict = judge(
             self._table.revision[handles],
@@ -250,7 +262,7 @@ class Admission(Starter):
             return self._begin(change, members, handles)
         reused = self._reused(change, members, handles, verdict.same_id)
         apply = verdict.apply & ~(reused[0] | reused[1])
-        if self._pager.is_shared and not is_fresh and np.count_nonzero(apply) < len(apply):
+        if not is_fresh and np.count_nonzero(apply) < len(apply):
             return self._read_anew(change, members, handles, ~apply)
         self._answer_unapplied(change, members, handles, verdict, reused)
         done = handles[~apply]
@@ -259,9 +271,8 @@ class Admission(Starter):
         return np.concatenate([done, self._begin(change, members[apply], handles[apply])])
 
     def _read_anew(self, change: Change, members: Members, handles: Handles, which: Mask) -> Handles:
-        """Judge some members when their sessions have been read anew, the others now. As `_bring_in`."""
-        self._pager.discard(change.model, handles[which])
-        done = self._bring_in(change, members[which], handles[which], self._wait_for_rows)
+        """Judge some members when the store has said what it has of their sessions, the others now. As `_bring_in`."""
+        done = self._bring_in(change, members[which], handles[which], self._wait_for_rows, anew=True)
         if which.all():
             return done
         return np.concatenate([done, self._judge(change, members[~which], handles[~which])])

@@ -1,8 +1,8 @@
 """More sessions than rows: the least recently used leave the arena and come back when they are needed.
 
-A store that answers in place is read in place. For one that is awaited the rows are taken at once and filled when the
-records have come; whoever waits for them is told then, and passes go on meanwhile. As other servers may have changed
-a session since, its record is the truth then: the table is told what it says.
+The rows are taken at once and filled when the records have come. Where a store does not answer at once, whoever waits for
+them is told then, and passes go on meanwhile. As other servers may have changed a session since, its record is the truth
+then: the table is told what it says.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.durability.endings import ended_by
-from stepwell_server.engine.durability.fetching import Fetcher
 from stepwell_server.engine.durability.forwarding import Forwarded, Forwarding
 from stepwell_server.engine.durability.keeping import Keeping
+from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import Array, Mask
+from stepwell_server.engine.types import U64, Array, Mask
 from stepwell_server.errors import NoRows, ServerError, SessionLost, SessionNotFound, Unavailable
 from stepwell_server.store.base import Fetched, Store, as_server_error
 from stepwell_server.store.fields import counted_bytes
@@ -41,6 +41,7 @@ _FROM_RECORDS = (
 SHARE_AT_ONCE = 1 / 16
 
 _NOBODY: Handles = np.zeros(0, np.intp)
+_NO_ROWS: Rows = np.zeros(0, np.intp)
 
 Refused = dict[int, ServerError]
 """Why sessions stay away, by handle: `NoRows`, `SessionGone`, `StateCorrupt`, `Overloaded`, `Unavailable`, `Internal`."""
@@ -69,7 +70,6 @@ class Pager:
         table: SessionTable,
         models: Models,
         store: Store,
-        fetcher: Fetcher,
         keeping: Keeping,
         fields: Fields,
         forwarding: Forwarding,
@@ -79,19 +79,13 @@ class Pager:
     ) -> None:
         self._table = table
         self._models = models
-        self._local = store.local
-        self._fetcher = fetcher
+        self._store = store
         self._keeping = keeping
         self._fields = fields
         self._forwarding = forwarding
         self._clock = clock
         self._observer = observer
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    @property
-    def is_shared(self) -> bool:
-        """Other servers may have changed a session that is in the arena."""
-        return self._local is None
+        self._tasks: set[asyncio.Task[Refused]] = set()
 
     @property
     def is_idle(self) -> bool:
@@ -125,13 +119,15 @@ class Pager:
             retry_after_s=max(0.05, model.expected_wait_s),
         )
 
-    def page_in(self, model: Model, handles: Handles, later: Later) -> PageIn:
+    def page_in(self, model: Model, handles: Handles, later: Later, *, anew: bool = False) -> PageIn:
         """Bring claimed sessions back to the arena, those that are not there and for which there is room.
+
+        `anew`: those that are there come back, too, where another server has changed them.
 
         `later` is called when those that are coming have come; their claims must last until then.
         """
         absent = handles[self._table.row[handles] < 0]
-        if not len(absent):
+        if not (len(absent) or anew):
             return ALL_HERE
         refused: Refused = {}
         sizes = self._table.batch_size[absent]
@@ -140,22 +136,23 @@ class Pager:
             short = self._no_rows(model, int(sizes.sum()))
             refused = dict.fromkeys(absent[~fits].tolist(), short)
             absent = absent[fits]
-        if not len(absent):
-            return PageIn(refused, absent)
-        if self._local is None or self._forwarding.migrates(model):
-            rows = self.take(model, int(self._table.batch_size[absent].sum()))
-            task = asyncio.create_task(self._fetch(model, absent, rows, later))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            return PageIn(refused, absent)
-        began = self._clock.monotonic()
-        try:
-            found = [Fetched(record) for record in self._local.get_many(self._ids(absent))]
-        except Exception as error:  # whatever it is: their claims must end
-            return PageIn(refused | dict.fromkeys(absent.tolist(), as_server_error(error)), _NOBODY)
-        gone = self._bring_back(model, absent, found, self._decode(model, self._ids(absent), found))
-        self._paged(model, "in", len(absent) - len(gone), began)
-        return PageIn(refused | gone, _NOBODY)
+        coming = handles[np.isin(handles, list(refused), invert=True)] if anew else absent
+        if not len(coming):
+            return PageIn(refused, coming)
+        rows = self.take(model, int(self._table.batch_size[absent].sum())) if len(absent) else _NO_ROWS
+        came = start(self._fetch(model, coming, rows))
+        if not isinstance(came, Rest):
+            return PageIn(refused | came, _NOBODY) if refused or came else ALL_HERE
+        task = asyncio.create_task(finish(came))
+        self._tasks.add(task)
+
+        def ended(task: asyncio.Task[Refused]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled():  # the event loop ends
+                later(coming, task.result())
+
+        task.add_done_callback(ended)
+        return PageIn(refused, coming)
 
     async def states_of(self, model: Model, handles: Handles) -> tuple[Sequence[Array], Refused]:
         """States of claimed sessions that are paged out, and stay so.
@@ -165,7 +162,7 @@ class Pager:
         """
         ids = self._ids(handles)
         try:
-            found = await self._read(ids)
+            found = await self._store.fetch(ids)
             forwarded = await self._forward(model, ids, found)
         except Exception as error:  # whatever it is: their claims must end
             return (), dict.fromkeys(handles.tolist(), as_server_error(error))
@@ -183,9 +180,9 @@ class Pager:
             Unavailable: the store cannot be read now.
         """
         here = handles[self._table.row[handles] >= 0]
-        if not self.is_shared or not len(here):
+        if not len(here):
             return
-        found = await self._fetcher.fetch(self._ids(here), self._table.stamp[here].tolist())
+        found = await self._store.fetch(self._ids(here), self._table.stamp[here].tolist())
         changed = np.array([not each.is_known for each in found], np.bool_)
         self.discard(model, here[changed])
 
@@ -215,23 +212,38 @@ class Pager:
             self._leave(model, own)
             self._paged(model, "out", len(own), began)
 
-    async def _fetch(self, model: Model, handles: Handles, rows: Rows, later: Later) -> None:
+    async def _fetch(self, model: Model, handles: Handles, rows: Rows) -> Refused:
+        """Bring sessions back, to the rows that were taken for those that have none. Why the others stay away."""
         began = self._clock.monotonic()
         try:
+            is_here = self._table.row[handles] >= 0
+            known = np.where(is_here, self._table.stamp[handles], 0).tolist() if is_here.any() else ()
             ids = self._ids(handles)
-            found = await self._read(ids)
-            refused = self._bring_back(model, handles, found, await self._forward(model, ids, found), rows)
+            found = await self._store.fetch(ids, known)
+            if len(known):
+                is_changed = np.array([not each.is_known for each in found], np.bool_)
+                handles, found = handles[is_changed], [each for each in found if not each.is_known]
+                ids, changed = self._ids(handles), handles[is_here[is_changed]]
+                self.discard(model, changed)
+                if len(changed):
+                    more = self.take(model, int(self._table.batch_size[changed].sum()))
+                    rows = self._in_order(handles, changed, rows, more)
+                if not len(handles):
+                    return {}
+            forwarded = await self._forward(model, ids, found)
+            refused = self._bring_back(model, handles, found, forwarded, rows)
             self._paged(model, "in", len(handles) - len(refused), began)
         except Exception as error:  # whatever it is: their claims must end
             model.slots.free_resident(rows)
             refused = dict.fromkeys(handles.tolist(), as_server_error(error))
-        later(handles, refused)
+        return refused
 
-    async def _read(self, ids: Sequence[str]) -> Sequence[Fetched]:
-        """The records of sessions, from the store."""
-        if self._local is None:
-            return await self._fetcher.fetch(ids)
-        return [Fetched(record) for record in self._local.get_many(ids)]
+    def _in_order(self, handles: Handles, changed: Handles, rows: Rows, more: Rows) -> Rows:
+        """The rows that were taken before, and those of sessions that have `changed`, in the order of all."""
+        is_more = np.repeat(np.isin(handles, changed), self._table.batch_size[handles])
+        found = np.empty(len(is_more), rows.dtype)
+        found[is_more], found[~is_more] = more, rows
+        return found
 
     async def _forward(self, model: Model, ids: Sequence[str], found: Sequence[Fetched]) -> Forwarded:
         """As `_decode`, on a thread where somebody's function may take its time."""
@@ -250,15 +262,12 @@ class Pager:
         handles: Handles,
         found: Sequence[Fetched],
         forwarded: Forwarded,
-        rows: Rows | None = None,
+        rows: Rows,
     ) -> Refused:
         """Fill the rows of those whose records are sound, and give `rows` back that are not needed."""
         decoded, sound, refused = self._settle(model, handles, found, forwarded)
-        sizes = self._table.batch_size[handles]
-        if rows is None:
-            rows = self.take(model, int(sizes[sound].sum()))
-        else:
-            own = np.repeat(sound, sizes)
+        if not sound.all():
+            own = np.repeat(sound, self._table.batch_size[handles])
             model.slots.free_resident(rows[~own])
             rows = rows[own]
         if sound.any():
@@ -284,8 +293,10 @@ class Pager:
         for place, error in forwarded.refused.items():
             sound[place] = False
             refused[int(handles[place])] = error
-        if self._local is None:
-            self._refresh(model, handles, found, decoded, sound, refused)
+        stamps = np.array([found[place].stamp for place in decoded.sound.tolist()], np.uint64)
+        is_changed = stamps != self._table.stamp[handles[decoded.sound]]
+        if np.count_nonzero(is_changed):
+            self._refresh(model, handles, stamps, is_changed, decoded, sound, refused)
         for place, kind in forwarded.replies.items():
             self._table.reply[handles[place]] = kind
         self._table.position[handles[forwarded.begun]] = 0
@@ -305,34 +316,36 @@ class Pager:
         self,
         model: Model,
         handles: Handles,
-        found: Sequence[Fetched],
+        stamps: U64,
+        is_changed: Mask,
         decoded: Decoded,
         sound: Mask,
         refused: Refused,
     ) -> None:
-        """Let the table say what records of a store say that others use too; refuse what is another session now."""
+        """Let the table say what records say that another server wrote; refuse what is another session now.
+
+        `stamps` and `is_changed` are of the records that are sound, `(len(decoded.sound),)`.
+        """
         table, heads = self._table, decoded.heads
         same = heads["batch_size"] == table.batch_size[handles[decoded.sound]]
         same &= self._are_of(model, decoded)
-        for place in decoded.sound[~same].tolist():
+        for place in decoded.sound[is_changed & ~same].tolist():
             session_id = table.session_id(int(handles[place]))
             sound[place] = False
             refused[int(handles[place])] = SessionNotFound(
                 session_id, f"session {session_id!r} was closed, and another one has its id now"
             )
-        own, heads = handles[decoded.sound[same]], heads[same]
+        which = is_changed & same
+        places, heads = decoded.sound[which], heads[which]
+        own = handles[places]
         for column in _FROM_RECORDS:
             getattr(table, column)[own] = heads[column]
-        for handle, place, extra in zip(
-            own.tolist(),
-            decoded.sound[same].tolist(),
-            (heads["rows_bytes"].astype(np.int64) + heads["extra_bytes"]).tolist(),
-            strict=True,
-        ):
-            table.bytes[handle] = SESSION_BYTES + extra + counted_bytes(decoded.fields.get(place, b""))
-        table.stamp[own] = np.array([found[place].stamp for place in decoded.sound[same].tolist()], np.uint64)
-        for handle, place in zip(own.tolist(), decoded.sound[same].tolist(), strict=True):
-            self._fields.take(handle, decoded.fields.get(place, b""))
+        table.stamp[own] = stamps[which]
+        extras = heads["rows_bytes"].astype(np.int64) + heads["extra_bytes"]
+        for handle, place, extra in zip(own.tolist(), places.tolist(), extras.tolist(), strict=True):
+            fields = decoded.fields.get(place, b"")
+            table.bytes[handle] = SESSION_BYTES + extra + counted_bytes(fields)
+            self._fields.take(handle, fields)
 
     def _are_of(self, model: Model, decoded: Decoded) -> Mask:
         """Which records are of sessions of a model."""

@@ -96,8 +96,7 @@ class Turns:
             self._claims.claim(np.array([handle]))
         if not rows:
             return
-        if self._pager.is_shared:
-            await self._compare(handle)
+        await self._compare(handle)
         if self._table.row[handle] < 0:
             await self._have_rows(handle)
 
@@ -224,9 +223,9 @@ class Turns:
     def close_line(self, handle: int, error: ServerError) -> None:
         """Refuse what waited for a session that has gone away.
 
-        In a store that others use too it may have been opened anew since it ended: changes look for it once more.
+        It may have been opened anew since it ended: changes look for it once more.
         """
-        looks_again = self._pager.is_shared and isinstance(error, SessionGone)
+        looks_again = isinstance(error, SessionGone)
         changes: dict[Change, tuple[Starter, list[int]]] = {}
         for waiter in self._claims.drop_line(handle):
             self._taken(waiter)

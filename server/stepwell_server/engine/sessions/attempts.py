@@ -20,9 +20,7 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.content import require_same_opening
 from stepwell_server.engine.durability.committer import not_known
-from stepwell_server.engine.durability.fetching import Fetcher
 from stepwell_server.engine.durability.group_commit import GroupCommit
-from stepwell_server.engine.durability.stamps import new_stamp, stamped
 from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ids import require_session_id
@@ -32,7 +30,7 @@ from stepwell_server.engine.sessions.using import Usage
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Mask, Members
 from stepwell_server.errors import InvalidInput, ServerError, SessionExists, SessionGone
-from stepwell_server.store.base import Batch, Committed
+from stepwell_server.store.base import SOLE, Batch, Committed, stamped
 from stepwell_server.store.record import Stored, decode_header
 
 _SHOWN = 5
@@ -118,7 +116,6 @@ class Attempts:
         self,
         table: SessionTable,
         directory: Directory,
-        fetcher: Fetcher,
         commits: GroupCommit,
         pieces: Pieces,
         observer: Observer,
@@ -126,8 +123,7 @@ class Attempts:
     ) -> None:
         self._table = table
         self._directory = directory
-        self._is_shared = directory.store.local is None
-        self._fetcher = fetcher
+        self._store = directory.store
         self._commits = commits
         self._pieces = pieces
         self._observer = observer
@@ -215,7 +211,7 @@ class Attempts:
         if (handles < 0).any():
             return None
         revisions, positions = table.revision[handles], table.position[handles]
-        for place, session_id in enumerate(ids if self._is_shared else ()):
+        for place, session_id in enumerate(ids):
             if seen.newer(session_id) is not None:
                 try:
                     info = self._directory.info_now(int(handles[place]), seen, is_same=True)
@@ -278,10 +274,12 @@ class Attempts:
             InvalidInput: another call with the request id has made some of it.
             Unavailable, OutcomeUnknown: it is there, and it is not sure that it stays.
         """
-        if not request_id or self._directory.live(ids[0], seen) is None:
+        if not request_id:
             return None
         table, handles = self._table, self._directory.find_all(ids, seen)
-        self._require_same(ids, handles, kind, content, request_id)
+        self._require_same(ids, handles, kind, content, request_id)  # before any of the others is made
+        if self._directory.live(ids[0], seen) is None:
+            return None
         if not ((handles >= 0).all() and (table.opened_with[handles] == request_id).all()):
             return None
         model = self._directory.models.by_handle(int(handles[0]))
@@ -314,7 +312,7 @@ class Attempts:
             Unavailable, OutcomeUnknown: as `made_before`.
         """
         every: Members = np.arange(len(ids))
-        if not (request_id and self._is_shared):
+        if not request_id:
             return every
         table, handles = self._table, self._directory.find_all(ids, seen)
         there = handles >= 0
@@ -337,9 +335,10 @@ class Attempts:
     async def _take_over(self, ids: Sequence[str], request_id: int) -> bool:
         """Give sessions another stamp that an attempt of a call has made; False if one of them is not there any more.
 
-        Those that were changed since have another one already.
+        Those that were changed since have another one already. What nobody else can write, nobody else takes back.
         """
-        if not self._is_shared:
+        handles = self._table.find_all(ids)
+        if (handles >= 0).all() and (self._table.stamp[handles] == SOLE).all():
             return True
         async for part in self._pieces.of(ids):
             if not await self._take_over_part(ids[part], request_id):
@@ -350,7 +349,7 @@ class Attempts:
         for _ in range(MOST_TRIES):
             puts: list[tuple[str, Stored]] = []
             follows: list[int] = []
-            for session_id, each in zip(ids, await self._fetcher.fetch(ids), strict=True):
+            for session_id, each in zip(ids, await self._store.fetch(ids), strict=True):
                 if each.record is None:
                     return False
                 header = decode_header(session_id, each.record)
@@ -365,7 +364,7 @@ class Attempts:
 
     async def _stamp(self, puts: Sequence[tuple[str, Stored]], follows: U64) -> bool:
         """Write records as they are, with another stamp; False if one was changed meanwhile."""
-        stamp = new_stamp()
+        stamp = self._store.new_stamp()
         told: asyncio.Future[Committed | ServerError] = asyncio.get_running_loop().create_future()
 
         def done(committed: Committed | ServerError) -> None:

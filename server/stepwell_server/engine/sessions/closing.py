@@ -13,7 +13,6 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.committer import not_known
-from stepwell_server.engine.durability.fetching import Fetcher
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.intake.paging import Pager
@@ -53,7 +52,6 @@ class Closing:
         directory: Directory,
         turns: Turns,
         pager: Pager,
-        fetcher: Fetcher,
         commits: GroupCommit,
         *,
         quotas: Quotas | None,
@@ -66,7 +64,7 @@ class Closing:
         self._directory = directory
         self._turns = turns
         self._pager = pager
-        self._fetcher = fetcher
+        self._store = directory.store
         self._commits = commits
         self._pieces = directory.pieces
         self._removal = removal
@@ -111,8 +109,8 @@ class Closing:
                 self._turns.release(handles)
                 return True
             if uid and int(self._table.opened_with[handle]) != uid:
-                # where others use the store, its record says which session it is now
-                handles = (await self._read_anew(handles, 0))[0] if self._pager.is_shared else handles
+                # the store says which session it is now
+                handles, _ = await self._read_anew(handles, 0)
                 if len(handles) and int(self._table.opened_with[handle]) != uid:
                     self._turns.release(handles)
                     raise _another(session_id)
@@ -142,7 +140,7 @@ class Closing:
         if await self._close_lost(session_id, request_id, seen):
             return False
         is_there = self._table.find(session_id) is not None or seen.get(session_id) is not None
-        if is_there and self._pager.is_shared:
+        if is_there:
             if uid:
                 return None
             raise changed_elsewhere(session_id)
@@ -175,7 +173,7 @@ class Closing:
         Raises:
             Unavailable: the store did not say that it remembers it.
         """
-        if not (self._pager.is_shared and isinstance(self._directory.ended(session_id, seen), SessionLost)):
+        if not isinstance(self._directory.ended(session_id, seen), SessionLost):
             return False
         kept: asyncio.Future[Committed | ServerError] = asyncio.get_running_loop().create_future()
         stone = Tombstone(session_id, End.CLOSED, self._clock.now(), with_close(request_id, ()))
@@ -285,11 +283,19 @@ class Closing:
         free = handles[there & ~is_claimed & ~apart]
         rest = [ids[place] for place in np.flatnonzero(there & (is_claimed | apart)).tolist()]
         rest += self._directory.unusable(missing, seen)
-        if request_id:
-            stones = zip(missing, seen.tombstones(missing), strict=True)
-            rest += [session_id for session_id, stone in stones if stone and request_id in stone.closes]
-        if self._pager.is_shared:
-            rest += [i for i in missing if isinstance(self._directory.ended(i, seen), SessionLost)]
+        try:
+            stones = seen.tombstones(missing)
+        except (
+            ServerError
+        ):  # some have left the table meanwhile, or the store cannot be read: it is asked for each
+            rest += missing
+        else:
+            rest += [
+                session_id
+                for session_id, stone in zip(missing, stones, strict=True)
+                if stone is not None
+                and (stone.end is End.LOST or (request_id and request_id in stone.closes))
+            ]
         self._turns.claim(free)
         return free, rest
 
@@ -363,7 +369,7 @@ class Closing:
         there: list[int] = []
         closed = 0
         try:
-            found = await self._fetcher.fetch(ids)
+            found = await self._store.fetch(ids, self._table.stamp[handles].tolist())
             for session_id, handle, each in zip(ids, handles.tolist(), found, strict=True):
                 if self._is_there(handle, each):
                     there.append(handle)
@@ -377,6 +383,8 @@ class Closing:
 
     def _is_there(self, handle: int, found: Fetched) -> bool:
         session_id = self._table.session_id(handle)
+        if found.is_known:
+            return True
         if found.record is None:
             gone = SessionNotFound(session_id, f"session {session_id!r} was closed on another server")
             self._removal.forget(handle, gone)

@@ -18,7 +18,6 @@ from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.keeping import Keeping
-from stepwell_server.engine.durability.stamps import new_stamp, stamped
 from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.quotas import Quotas
@@ -32,7 +31,16 @@ from stepwell_server.engine.types import U64, Array
 from stepwell_server.errors import QuotaExceeded, ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store import counts
-from stepwell_server.store.base import ALL_KEPT, Batch, Committed, Done, as_server_error
+from stepwell_server.store.base import (
+    ALL_KEPT,
+    SOLE,
+    Batch,
+    Committed,
+    Done,
+    as_server_error,
+    new_stamp,
+    stamped,
+)
 from stepwell_server.store.record import Joined, RecordTemplate, Stored
 
 _log = Log("engine.creation")
@@ -69,8 +77,8 @@ class Fresh:
     """Of all of their records; -1: that of the model as it is when this is made."""
     owner: str = ""
     """As whose they are counted, beside their tenant's: see `Quotas.owner`."""
-    stamp: int = dataclasses.field(default_factory=new_stamp)
-    """Of all of their records, if others use the store."""
+    stamp: int = SOLE
+    """Of all of their records: see `Store.new_stamp`."""
     closes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     """See `Directory.past`."""
     opened_digests: U64 | None = None
@@ -154,7 +162,6 @@ class Creation:
         self._expiry = expiry
         self._commits = commits
         self._keeping = keeping
-        self._is_shared = keeping.others is not None and keeping.others.local is None
         self._pieces = pieces
         self._clock = clock
         self._follow = follow
@@ -440,7 +447,7 @@ class Creation:
                 used=self._clock.monotonic(),
                 created=fresh.created,
                 max_idle_ms=fresh.max_idle_ms,
-                stamp=fresh.stamp if self._is_shared else 0,
+                stamp=fresh.stamp,
                 pinned=fresh.is_pinned,
                 bytes=fresh.usage.bytes,
             )

@@ -21,8 +21,8 @@ from stepwell_server.engine.change import MOST_ERRORS, for_all
 from stepwell_server.engine.durability.endings import ended_by, expired
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry
-from stepwell_server.engine.sessions.ids import PIECE, IdMaker, shown
-from stepwell_server.engine.sessions.loading import Arrivals, InPlace, Loader, Looked, Seen
+from stepwell_server.engine.sessions.ids import IdMaker, shown
+from stepwell_server.engine.sessions.loading import Arrivals, Loader, Seen
 from stepwell_server.engine.sessions.pieces import TURN
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.model import Model
@@ -48,8 +48,6 @@ _log = Log("engine.directory")
 
 #: What is older is asked for again, in seconds; and so often it is asked for metrics.
 _COUNTED_S, _LOOK_S = 1.0, 5.0
-#: Sessions of a long list that a local store is asked for together: about 1 ms of the event loop.
-LOOK_PART = 1024
 
 
 class Past(NamedTuple):
@@ -77,8 +75,7 @@ class Directory:
     """Finds models and sessions, and says how sessions ended. Lives on the event loop.
 
     A session is in the table from when it is first named; before that, it may be in the store alone. Who names some
-    awaits `look` first, and hands on what was seen: of a store that answers in place that is the store itself, and
-    need not be said.
+    awaits `look` first, and hands on what was seen.
     """
 
     def __init__(
@@ -101,29 +98,15 @@ class Directory:
         self.pieces = arrivals.pieces
         """Calls on many sessions are done in these."""
         self._expiry = expiry
-        self.expire_among = expiry.expire_among
-        """End those of some sessions that have been idle for too long: see `Expiry.expire_among`."""
         self._clock = clock
         self._loader = loader
         self.store = store
         self.ids = IdMaker(store)
-        self._is_local = store.local is not None
-        self.here: Seen = Looked({}) if store.local is None else InPlace(store.local)
-        """What is known of sessions without a `look`."""
+        self.here = Seen({})
+        """What is known of sessions without a `look`: of those in the table, enough."""
         self._counts: dict[str, int] = {}
         """Sessions of each model in an awaited store, when it was last asked."""
         self._counted_at = -math.inf
-
-    def must_look(self, session_ids: Sequence[str]) -> bool:
-        """Whether what names these sessions must await `look` first: so do very many of a store that is at hand."""
-        arrivals = self._arrivals
-        if not self._is_local:
-            return arrivals.must_wait(session_ids)
-        if arrivals.is_behind(session_ids):
-            return True
-        if len(session_ids) <= PIECE or self._others is None:
-            return False
-        return int(np.count_nonzero(self._table.find_all(session_ids) < 0)) > PIECE
 
     async def look(self, session_ids: Sequence[str], *, anew: bool = False) -> Seen:
         """See what the store has of sessions, in the order of all that names them: see `Arrivals.wait`.
@@ -132,28 +115,10 @@ class Directory:
             Overloaded: too many wait for the store.
             Unavailable: it cannot be read, and one of the sessions has something under way here.
         """
-        if self._is_local and len(session_ids) > PIECE:
-            return await self._look_in_parts(session_ids)
-        if not (self.must_look(session_ids) or (anew and not self._is_local)):
+        if not (anew or self._arrivals.must_wait(session_ids)):
             return self.here
         self._arrivals.require_room()
         return await self._arrivals.wait(session_ids, anew=anew)
-
-    async def _look_in_parts(self, session_ids: Sequence[str]) -> Seen:
-        """Bring sessions from a local store into the table, a part in each turn of the event loop.
-
-        The store answers in place for the others: its pages are in memory then.
-        """
-        if self._others is None:
-            return self.here
-        tenant = tenant_of(session_ids[0])
-        for start in range(0, len(session_ids), LOOK_PART):
-            await self.pieces.turn(tenant)
-            part = session_ids[start : start + LOOK_PART]
-            if self._arrivals.must_wait(part):
-                self._arrivals.require_room()
-                await self._arrivals.wait(part)
-        return self.here
 
     def find(self, session_id: str, seen: Seen) -> int:
         """The handle of a live session.
@@ -356,7 +321,6 @@ class Directory:
     def past(self, session_ids: Sequence[str], seen: Seen) -> Past:
         """What ids that have no live session keep of earlier ones, as long as the end of those is remembered."""
         burying = self._expiry.burying
-        seen = self.here if self._is_local else seen
         revisions = np.full(len(session_ids), self.store.first_revision, np.uint64)
         closes: dict[str, tuple[int, ...]] = {}
         for place, stone in enumerate(seen.tombstones(session_ids)):
@@ -370,8 +334,6 @@ class Directory:
 
     def follows(self, session_ids: Sequence[str], seen: Seen) -> U64:
         """What the store must have of sessions that begin: nothing, or the end of another one that was seen."""
-        if self._is_local:
-            return np.zeros(len(session_ids), np.uint64)
         return np.array([seen.stamp(session_id) for session_id in session_ids], np.uint64)
 
     def stored_header(self, session_id: str, seen: Seen) -> Header | None:

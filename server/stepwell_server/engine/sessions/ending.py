@@ -243,6 +243,8 @@ class Expiry:
         # a shared store knows of use before the start
         self._started = -math.inf if self.is_shared else clock.monotonic()
         self._idle = IdleWatch(table, limits, self._started)
+        if self.is_shared:
+            table.next_end = -math.inf  # nothing is watched
         self.burying: dict[str, Tombstone] = {}
         """Sessions that expired and may still be in the store."""
         self._strays = strays
@@ -283,12 +285,12 @@ class Expiry:
         """`suspects` of one session."""
         return self._idle.is_too_long(handle, self._clock.monotonic())
 
-    def take_use(self, session_id: str, header: Header, idle_s: float | None) -> float:
+    def take_use(self, session_id: str, header: Header, idle_s: float) -> float:
         """When a session of the store that comes into the table was last used, on the monotonic clock.
 
-        `idle_s`: what a store that others use says of it.
+        `idle_s`: what the store says of it; NaN: nothing.
         """
-        if idle_s is not None:
+        if not math.isnan(idle_s):
             return self._clock.monotonic() - idle_s
         if (used := self._strays.take(session_id)) is not None:
             return used
@@ -305,7 +307,16 @@ class Expiry:
 
     def forget_due(self, session_ids: Sequence[str]) -> None:
         """Let the store say whether sessions that were not used here for too long were used elsewhere."""
-        self._forget(self.suspects(self._table.find_all(session_ids)))
+        if self.is_shared:
+            self._forget(self.suspects(self._table.find_all(session_ids)))
+
+    def expire_due(self, session_ids: Sequence[str]) -> list[str]:
+        """End those of some sessions that are due, and return them."""
+        due = self.due_among(self._table.find_all(session_ids))
+        ids = [self._table.session_id(handle) for handle in due.tolist()]
+        if ids:
+            self.expire(due)
+        return ids
 
     def forget(self, session_ids: Sequence[str]) -> int:
         """Let the store say what other servers made of sessions that have nothing under way here; return how many."""
@@ -332,18 +343,12 @@ class Expiry:
         _log.warning("sessions left the arena", sessions=len(handles), error=error)
         self._forget(handles, error)
 
-    def expire_among(self, handles: Handles) -> bool:
-        """End those of some sessions that are due, and put -1 in their places, as it stands for others already.
-
-        Returns:
-            Whether any was due.
-        """
+    def expire_among(self, handles: Handles) -> None:
+        """End those of some sessions that are due, and put -1 in their places, as it stands for others already."""
         due = self.due_among(handles)
-        if not len(due):
-            return False
-        handles[np.isin(handles, due)] = -1
-        self.expire(due)
-        return True
+        if len(due):
+            handles[np.isin(handles, due)] = -1
+            self.expire(due)
 
     async def expire_idle(self) -> int:
         """End the sessions that are, or were, in the table and are idle for too long; return how many."""

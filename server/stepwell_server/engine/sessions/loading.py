@@ -1,29 +1,29 @@
 """Sessions come back from the store into the table, without their states: those come when they are needed.
 
-A store that answers in place is asked in place. One that is awaited is asked before: what names sessions that are not
-in the table waits in `Arrivals`, and finds them in the table, or why they are not there in what was `Seen`.
+What names sessions that are not in the table has `Arrivals` ask the store, and finds them in the table then, or why they
+are not there in what was `Seen`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from typing_extensions import override
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.history import How
-from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.durability.fetching import Fetcher
+from stepwell_server.core.namespaces import tenant_of
+from stepwell_server.core.sessions import Handles, SessionTable, are_missing
+from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.sessions.overdue import Overdue
 from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.types import Members
 from stepwell_server.errors import (
     ModelMismatch,
     ModelNotFound,
@@ -33,77 +33,19 @@ from stepwell_server.errors import (
     Unavailable,
 )
 from stepwell_server.store import counts
-from stepwell_server.store.base import Fetched, LocalStore, Tombstone
+from stepwell_server.store.base import KNOWN, Fetched, Store, Tombstone
 from stepwell_server.store.record import Header, Stored, decode_header, header_or_none
 
 _NOTHING = Fetched()
+#: Sessions that the store is asked for in one turn of the event loop: about 1 ms of it.
+READ_AT_ONCE = 1024
 #: So many calls may wait until an awaited store has said what it has of their sessions.
 MOST_WAITING = 16_384
 _AGAIN_S = 0.5
 
 
-class Seen(Protocol):
-    """What is known of sessions that are not in the table: what was `Looked` up, or a store that is asked `InPlace`."""
-
-    def get(self, session_id: str) -> Stored | None:
-        """See `LocalStore`."""
-
-    def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        """See `LocalStore`."""
-
-    def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
-        """See `LocalStore`."""
-
-    def stamp(self, session_id: str) -> int:
-        """Of the record, or else of the tombstone; 0 if there is neither, or nobody else uses the store."""
-
-    def idle_s(self, session_id: str) -> float | None:
-        """For how long nobody had used the session, by the clock of a store that others use; None of other stores."""
-
-    def newer(self, session_id: str) -> Fetched | None:
-        """What another server made of a session that is in the table and has something under way here; None: nothing."""
-
-    def ended_elsewhere(self) -> Sequence[str]:
-        """Sessions that are in the table, have something under way here, and have ended on another server."""
-
-
-class InPlace(Seen):
-    """`Seen`, of a store that answers in place, and that nobody else uses."""
-
-    def __init__(self, local: LocalStore) -> None:
-        self._local = local
-
-    @override
-    def get(self, session_id: str) -> Stored | None:
-        return self._local.get(session_id)
-
-    @override
-    def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        return self._local.get_many(session_ids)
-
-    @override
-    def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
-        return self._local.tombstones(session_ids)
-
-    @override
-    def stamp(self, session_id: str) -> int:
-        return 0
-
-    @override
-    def idle_s(self, session_id: str) -> float | None:
-        return None
-
-    @override
-    def newer(self, session_id: str) -> Fetched | None:
-        return None
-
-    @override
-    def ended_elsewhere(self) -> Sequence[str]:
-        return ()
-
-
-class Looked(Seen):
-    """`Seen`, of the sessions that a store was asked for; of others nothing is known."""
+class Seen:
+    """What a store had of the sessions that it was asked for; of others nothing is known."""
 
     def __init__(
         self,
@@ -115,32 +57,36 @@ class Looked(Seen):
         self._error = error
         self._newer = newer or {}
 
-    @override
     def get(self, session_id: str) -> Stored | None:
+        """The record of a session, or None.
+
+        Raises:
+            Unavailable: the store could not be read, or was not asked for the session. So do the others.
+        """
         return self._of(session_id).record
 
-    @override
     def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
+        """The records of many sessions, None where there is none."""
         return [self._of(session_id).record for session_id in session_ids]
 
-    @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
+        """How sessions ended that have no record, where that is remembered."""
         return [self._of(session_id).tombstone for session_id in session_ids]
 
-    @override
     def stamp(self, session_id: str) -> int:
+        """Of the record, or else of the tombstone; 0 if there is neither."""
         return self._of(session_id).stamp
 
-    @override
-    def idle_s(self, session_id: str) -> float | None:
+    def idle_s(self, session_id: str) -> float:
+        """For how long nobody had used the session, by the store's clock; NaN if it has none."""
         return self._of(session_id).idle_s
 
-    @override
     def newer(self, session_id: str) -> Fetched | None:
+        """What another server made of a session that is in the table and has something under way here; None: nothing."""
         return self._newer.get(session_id)
 
-    @override
     def ended_elsewhere(self) -> Sequence[str]:
+        """Sessions that are in the table, have something under way here, and have ended on another server."""
         return [session_id for session_id, each in self._newer.items() if each.record is None]
 
     def _of(self, session_id: str) -> Fetched:
@@ -153,7 +99,7 @@ class Looked(Seen):
 
 
 class Arrivals:
-    """What names sessions which an awaited store may have waits here, in the order of each session it names.
+    """Has the store asked for sessions. What has to wait for the answer does so in the order of each session it names.
 
     Nothing that comes later for one of the sessions overtakes. Lives on the event loop.
     """
@@ -161,7 +107,7 @@ class Arrivals:
     def __init__(
         self,
         table: SessionTable,
-        fetcher: Fetcher,
+        store: Store,
         expiry: Expiry,
         overdue: Overdue,
         removal: Removal,
@@ -177,7 +123,7 @@ class Arrivals:
         """
         self._clock = clock
         self._table = table
-        self._fetcher = fetcher
+        self._store = store
         self._expiry = expiry
         self._overdue = overdue
         self._removal = removal
@@ -210,23 +156,22 @@ class Arrivals:
                 retry_after_s=_AGAIN_S,
             )
 
-    def is_behind(self, session_ids: Sequence[str]) -> bool:
-        """Whether one of the sessions has something waiting here."""
-        tails = self._tails
-        return bool(tails) and any(session_id in tails for session_id in session_ids)
+    def away(self, session_ids: Sequence[str], handles: Handles) -> Members:
+        """Places of sessions that must be asked for: not in the table, due to expire, or with something waiting here."""
+        is_away = handles < 0
+        suspects = self._expiry.suspects(handles)
+        if len(suspects):
+            is_away |= np.isin(handles, suspects)
+        if self._tails:
+            is_away |= np.fromiter((i in self._tails for i in session_ids), np.bool_, len(session_ids))
+        return np.flatnonzero(is_away)
 
     def must_wait(self, session_ids: Sequence[str]) -> bool:
-        """Whether one of the sessions is not in the table, is due to expire, or has something waiting here."""
-        if self.is_behind(session_ids):
-            return True
-        if len(session_ids) == 1:  # as mostly
-            handle = self._table.find(session_ids[0])
-            return handle is None or self._expiry.is_suspect(handle)
-        handles = self._table.find_all(session_ids)
-        return bool((handles < 0).any()) or len(self._expiry.suspects(handles)) > 0
+        """Whether some of the sessions are `away`."""
+        return bool(len(self.away(session_ids, self._table.find_all(session_ids))))
 
-    def wait(self, session_ids: Sequence[str], *, anew: bool = False) -> Coroutine[None, None, Seen]:
-        """Take a place for sessions; what is returned must be awaited.
+    async def wait(self, session_ids: Sequence[str], *, anew: bool = False) -> Seen:
+        """Ask the store for those of some sessions that are not in the table.
 
         `anew`: the store is asked for those in the table too, as other servers may have changed them, unless they
         have something under way here.
@@ -236,52 +181,51 @@ class Arrivals:
         come after.
         """
         tails = self._tails
-        before = {tail for session_id in session_ids if (tail := tails.get(session_id)) is not None}
+        before = {tail for i in session_ids if (tail := tails.get(i)) is not None} if tails else set()
+        rest: Rest[Seen] | None = None
+        if not before:
+            seen = start(self._ask(session_ids, anew=anew))
+            if not isinstance(seen, Rest):
+                return seen
+            rest = seen
         own: asyncio.Future[None] = self._loop.create_future()
         tails.update(dict.fromkeys(session_ids, own))
         self.waiting += 1
-        return self._wait(before, own, session_ids, anew=anew)
-
-    async def _wait(
-        self,
-        before: set[asyncio.Future[None]],
-        own: asyncio.Future[None],
-        session_ids: Sequence[str],
-        *,
-        anew: bool,
-    ) -> Seen:
         try:
-            if before:
-                await asyncio.wait(before)
-            newer: Mapping[str, Fetched] = {}
-            if anew:
-                self._drain()  # what came before is under way then
-                if self._expiry.is_shared:
-                    # what is in the table when it has been made may have been changed elsewhere since it was kept
-                    await self._removal.all_made(session_ids)
-                newer = await self._compare(session_ids)
-            return await self._look(session_ids, newer)
+            if rest is not None:
+                return await rest
+            await asyncio.wait(before)
+            return await self._ask(session_ids, anew=anew)
         finally:
             self._end_after(before, own, session_ids)
 
-    async def _look(self, session_ids: Sequence[str], newer: Mapping[str, Fetched]) -> Seen:
-        if self._expiry.is_shared:
-            self._expiry.forget_due(session_ids)
-            # what is being made here may be there already: another server may have made it
+    async def _ask(self, session_ids: Sequence[str], *, anew: bool) -> Seen:
+        newer: Mapping[str, Fetched] = {}
+        if anew:
+            self._drain()  # what came before is under way then
+            # what is in the table when it has been made may have been changed elsewhere since it was kept
             await self._removal.all_made(session_ids)
+            newer = await self._compare(session_ids)
+        return await self._look(session_ids, newer)
+
+    async def _look(self, session_ids: Sequence[str], newer: Mapping[str, Fetched]) -> Seen:
+        self._expiry.forget_due(session_ids)
+        self._expiry.expire_due(session_ids)
+        # what is being made here may be there already: another server may have made it
+        await self._removal.all_made(session_ids)
         found: dict[str, Fetched] = {}
         # others may have ended here meanwhile
         while wanted := [i for i in self._expiry.only_stored(session_ids) if i not in found]:
             try:
-                read = dict(zip(wanted, await self._fetcher.fetch(wanted), strict=True))
+                read = await self._read(wanted)
                 over = await self._overdue.expire(read.items())
                 found.update((i, each) for i, each in read.items() if i not in over)
             except ServerError as error:
                 known = dict.fromkeys(session_ids, _NOTHING)
                 for session_id in wanted:
                     del known[session_id]
-                return Looked(known | found, error, newer)
-        seen = Looked(found)
+                return Seen(known | found, error, newer)
+        seen = Seen(found)
         ids, unusable = list(found), list[str]()
         async for part in self.pieces.of(ids):
             unusable += self._loader.load_all(ids[part], seen)[1]
@@ -293,12 +237,32 @@ class Arrivals:
             except ServerError as error:
                 for session_id in behind:
                     del found[session_id], known[session_id]
-                return Looked(known | found, error, newer)
+                return Seen(known | found, error, newer)
             self._loader.load_all(ids, seen)
+        for session_id in self._expiry.expire_due(ids):
+            del found[session_id]  # what is remembered of its end is read
         if any(i not in found for i in self._expiry.only_stored(session_ids)):
             return await self._look(session_ids, newer)  # others have left the table meanwhile
         # the rest is about to begin or to end here, and has no record yet, or soon none
-        return Looked(known | found, newer=newer)
+        return Seen(known | found, newer=newer)
+
+    async def _read(self, session_ids: Sequence[str]) -> dict[str, Fetched]:
+        """What the store has of sessions. It is asked in pieces, and they are awaited together."""
+        found: dict[str, Fetched] = {}
+        later: list[tuple[Sequence[str], asyncio.Future[list[Fetched]]]] = []
+        for at in range(0, len(session_ids), READ_AT_ONCE):
+            if at:
+                await self.pieces.turn(tenant_of(session_ids[0]))
+            ids = session_ids[at : at + READ_AT_ONCE]
+            answer = start(self._store.fetch(ids))
+            if isinstance(answer, Rest):
+                later.append((ids, asyncio.ensure_future(finish(answer))))
+            else:
+                found.update(zip(ids, answer, strict=True))
+        answers = await asyncio.gather(*(answer for _, answer in later)) if later else []
+        for (ids, _), answer in zip(later, answers, strict=True):
+            found.update(zip(ids, answer, strict=True))
+        return found
 
     async def _compare(self, session_ids: Sequence[str]) -> dict[str, Fetched]:
         """Forget sessions that other servers have changed, of those that have nothing under way here.
@@ -310,18 +274,22 @@ class Arrivals:
             Unavailable: the store cannot be read, and such a session may have been changed.
         """
         table = self._table
-        births = {i: int(table.birth[handle]) for i in session_ids if (handle := table.find(i)) is not None}
-        if not births:
+        ids, handles = session_ids, table.find_all(session_ids)
+        if are_missing(handles):
+            there = handles >= 0
+            ids, handles = [ids[place] for place in np.flatnonzero(there).tolist()], handles[there]
+        if not ids:
             return {}
-        ids = list(births)
-        handles = table.find_all(ids)
-        was_claimed = table.claimed[handles]
+        was_claimed, were = table.claimed[handles], table.birth[handles]
         try:
-            found = await self._fetcher.fetch(ids, table.stamp[handles].tolist())
+            found = await self._store.fetch(ids, table.stamp[handles].tolist())
         except ServerError:
             if was_claimed.any():
                 raise
             found = [_NOTHING] * len(ids)  # they are loaded when the store can be read again
+        if found.count(KNOWN) == len(found):
+            return {}
+        births = dict(zip(ids, were.tolist(), strict=True))
         self._set_used(births, zip(ids, found, strict=True))
         changed = {
             i: each
@@ -462,7 +430,7 @@ class Loader:
         self,
         sessions: Sequence[tuple[str, Header, Model]],
         stamps: Sequence[int],
-        idle_s: Sequence[float | None],
+        idle_s: Sequence[float],
     ) -> Handles:
         """Take sessions of the store into the table, none of which is there.
 

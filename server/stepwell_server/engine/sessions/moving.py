@@ -22,7 +22,6 @@ from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.endings import ended_by
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.records import Records, as_it_is
-from stepwell_server.engine.durability.stamps import new_stamp, stamped
 from stepwell_server.engine.intake.admission import changed_elsewhere
 from stepwell_server.engine.intake.imported import check_header, check_state, imported_fields
 from stepwell_server.engine.intake.turns import Turns
@@ -53,11 +52,12 @@ from stepwell_server.errors import (
     ServerError,
     SessionExists,
     SessionGone,
+    SessionLost,
     SessionNotFound,
     StateCorrupt,
 )
 from stepwell_server.store import counts
-from stepwell_server.store.base import Batch, Committed, Fetched, LocalStore, Outcome, Store
+from stepwell_server.store.base import Batch, Committed, Fetched, Outcome, Store, stamped
 from stepwell_server.store.record import (
     Header,
     Stored,
@@ -172,7 +172,7 @@ class Moving:
         self._loader = loader
         self._records = records
         self._commits = commits
-        self._local: LocalStore | None = store.local
+        self._store = store
         self._others = others
         self._removal = removal
         self._overdue = overdue
@@ -255,10 +255,11 @@ class Moving:
             return error
         try:
             if self._table.row[handle] < 0:
-                assert self._local is not None
-                record = self._local.get(session_id)
+                (found,) = await self._store.fetch([session_id])
+                record = found.record
                 if record is None:
-                    return self._directory.gone(session_id, self._directory.here)
+                    stone = found.tombstone
+                    return _lost(session_id) if stone is None else ended_by(stone)
                 as_now = self._as_now(session_id, record)
             else:
                 model = self._directory.models.by_handle(handle)
@@ -465,7 +466,7 @@ class Moving:
         if not fresh:
             return results
         ids = [each.session_id for each in fresh]
-        stamp = new_stamp() if self._local is None else 0
+        stamp = self._store.new_stamp()
 
         def done(committed: Committed | ServerError) -> dict[str, Result]:
             for each in fresh:
@@ -478,7 +479,7 @@ class Moving:
                 self._loader.adopt(
                     [each.served for each in kept],
                     [stamp] * len(kept),
-                    [None if self._local else 0.0] * len(kept),
+                    [0.0] * len(kept),
                 )
             self._creation.give_up(ids)
             self._tell(kept)
@@ -513,7 +514,7 @@ class Moving:
             handle = -1
             with contextlib.suppress(ModelMismatch, ModelNotFound, StateCorrupt):
                 handle = self._directory.find(session_id, seen)
-            if handle < 0 or self._local is None:
+            if handle < 0 or self._store.local is None:
                 # nobody can step it, or the store takes a record only if it follows the one that is there
                 _, old = self._directory.stored_usage(session_id, seen)
                 old = self._table.usage(handle) if handle >= 0 else old
@@ -549,7 +550,7 @@ class Moving:
                 session_id, f"session {session_id!r} was replaced by one that was imported"
             )
             self._removal.forget(handle, gone)
-            self._loader.adopt([each.served], [0], [None])
+            self._loader.adopt([each.served], [self._store.new_stamp()], [0.0])
             self._tell([each])
             return Brought.REPLACED
 
@@ -581,6 +582,10 @@ class Moving:
     def _tell(self, sessions: Sequence[_New]) -> None:
         for model, count in Counter(each.model.name for each in sessions).items():
             self._observer.session_events("imported", model, count)
+
+
+def _lost(session_id: str) -> SessionLost:
+    return SessionLost(session_id, f"session {session_id!r} was paged out and is not in the store")
 
 
 def _problem(session_id: str, committed: Committed | ServerError) -> ServerError | None:

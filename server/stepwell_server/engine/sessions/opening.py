@@ -37,6 +37,7 @@ from stepwell_server.errors import (
     ServerError,
     SessionExists,
     SessionGone,
+    SessionLost,
     Unavailable,
 )
 
@@ -151,6 +152,7 @@ class Opening:
                 epoch=epoch,
                 owner=self._creation.owner(who),
                 closes=past.closes,
+                stamp=self._directory.store.new_stamp(),
                 opened_digests=content_of_open(model, batch_size, max_idle_ms, values or ())
                 | served.digest_prefixes[Kind.OPEN],
             )
@@ -285,6 +287,7 @@ class Opening:
                 epoch,
                 self._creation.owner(wanted.who),
                 closes=past.closes,
+                stamp=self._directory.store.new_stamp(),
                 opened_digests=wanted.content | served.digest_prefixes[wanted.kind],
             )
             try:
@@ -398,10 +401,10 @@ class Opening:
             try:
                 await self._turns.hold(source, deadline)
                 break
+            except SessionLost:
+                raise
             except SessionGone:
-                if not self._pager.is_shared:
-                    raise
-                # while it was waited for; by now another server may have opened it anew
+                continue  # while it was waited for; by now somebody may have opened it anew
         else:
             raise changed_elsewhere(session_id)
         try:
@@ -540,6 +543,7 @@ class Opening:
             is_pinned=bool(table.pinned[source]),
             owner=self._creation.owner(who),
             closes=past.closes,
+            stamp=self._directory.store.new_stamp(),
             opened_digests=content | model.digest_prefixes[Kind.FORK],
         )
         info = await self._creation.create(fresh)

@@ -23,7 +23,7 @@ from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.using import Usage
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Members
-from stepwell_server.errors import InvalidInput, Overloaded, ServerError, SessionGone
+from stepwell_server.errors import InvalidInput, Overloaded, ServerError, SessionGone, SessionLost
 
 #: Rows that are copied before others get a turn of the event loop.
 ROWS_AT_ONCE = 4096
@@ -72,10 +72,10 @@ class Reading:
             handle = self._directory.find(session_id, seen)
             try:
                 await self._turns.hold(handle, deadline)
+            except SessionLost:
+                raise
             except SessionGone:
-                if not self._pager.is_shared:
-                    raise
-                # while it was waited for; by now another server may have opened it anew
+                # while it was waited for; by now somebody may have opened it anew
                 seen = await self._directory.look([session_id], anew=True)
                 continue
             return handle
@@ -137,8 +137,7 @@ class Reading:
                 return self._directory.why_not(session_ids[own[place]], seen)
 
             await reader.run(deadline, why_not)
-            if self._pager.is_shared:
-                await self._look_again(reader)
+            await self._look_again(reader)
             failed = [(own[places], error) for places, error in reader.errors()]
             parts.append(reader.answer(own, failed))
         return _together(parts, errors)
@@ -297,18 +296,17 @@ class _Reader:
     async def _read(self, places: Members) -> None:
         handles = self._handles[places]
         refused: dict[int, ServerError] = {}
-        if self._pager.is_shared:
-            try:
-                await self._pager.compare(self._model, handles)
-            except ServerError as error:
-                refused = dict.fromkeys(handles.tolist(), error)
-        if not refused and (self._with_state or self._pager.is_shared):
+        try:
+            await self._pager.compare(self._model, handles)
+        except ServerError as error:
+            refused = dict.fromkeys(handles.tolist(), error)
+        if not refused:
             is_here = self._table.row[handles] >= 0
             if self._with_state:
                 await self._copy(places[is_here], self._table.rows_of(handles[is_here]))
             away = places[~is_here]
             if len(away):
-                # of a store that others use revisions are known when it was asked
+                # their revisions, too, are those that the store has
                 states, refused = await self._pager.states_of(self._model, handles[~is_here])
                 if refused:
                     away = away[[handle not in refused for handle in self._handles[away].tolist()]]

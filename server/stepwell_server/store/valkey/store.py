@@ -14,6 +14,8 @@ from typing_extensions import override
 from stepwell_server.clock import Clock
 from stepwell_server.errors import Overloaded, ServerError, StateCorrupt, StoreAway, StoreGone, StoreRefuses
 from stepwell_server.logs import Log
+from stepwell_server.store.access.reads import Reads
+from stepwell_server.store.access.together import Together
 from stepwell_server.store.base import (
     Answer,
     Batch,
@@ -25,8 +27,8 @@ from stepwell_server.store.base import (
     Tombstone,
     Unused,
     Write,
+    new_stamp,
 )
-from stepwell_server.store.commits.together import Together
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, header_or_none, is_sound, key_id_of
 from stepwell_server.store.sealing import Sealer
@@ -107,6 +109,7 @@ class ValkeyStore(Store):
         self._losses = losses
         self._looking: set[asyncio.Task[None]] = set()
         self._together = Together(self.apply)
+        self._reads = Reads(self.read)
 
     @property
     @override
@@ -188,6 +191,10 @@ class ValkeyStore(Store):
 
     @override
     async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+        return await self._reads.fetch(session_ids, known)
+
+    async def read(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+        """As `fetch`, beside other reads."""
         found = await self.stored(session_ids, known)
         for session_id, each in zip(session_ids, found, strict=True):
             if not each.record or (key_id := key_id_of(each.record)) is None or self._knows(key_id):
@@ -212,6 +219,10 @@ class ValkeyStore(Store):
             f"the store is encrypted by other servers, with {'key' if len(key_ids) == 1 else 'keys'}"
             f" {', '.join(sorted(key_ids))}, which this server lacks: it must be started again with their file"
         )
+
+    @override
+    def new_stamp(self) -> int:
+        return new_stamp()
 
     async def stored(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
         """As `fetch`, with records as they are stored."""

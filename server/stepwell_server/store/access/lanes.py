@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 
 from stepwell_server.core.cost import Cost
+from stepwell_server.store.access.batches import MAX_RECORDS, fail, keep, merged
+from stepwell_server.store.access.thread import StoreThread
 from stepwell_server.store.base import SMALL, Answer, LocalStore, Write
-from stepwell_server.store.commits.batches import MAX_RECORDS, fail, keep, merged
-from stepwell_server.store.commits.thread import StoreThread
 
 #: A write expected to take less is made on the event loop: a thread costs more, in waiting for Python's lock.
 COMMIT_IN_PLACE_S = 1e-3

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from stepwell_server.alarm import Alarm
+from stepwell_server.store.access.batches import MAX_RECORDS, fail, merged
 from stepwell_server.store.base import Answer, Batch, Committed, Write
-from stepwell_server.store.commits.batches import MAX_RECORDS, fail, merged
 
 #: Commits at the same time.
 MAX_UNDER_WAY = 8

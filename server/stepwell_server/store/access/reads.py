@@ -1,30 +1,31 @@
-"""Reads of a store that must be awaited: many sessions at once, few reads at the same time."""
+"""Reads of a store over a network: many sessions at once, few reads at the same time."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from stepwell_server.alarm import Alarm
-from stepwell_server.store.base import Fetched, Store, as_server_error
+from stepwell_server.store.base import Fetched, as_server_error
 
 #: Sessions in one read.
-MOST_AT_ONCE = 1024
+MAX_AT_ONCE = 1024
 #: Reads at the same time.
-MOST_READS = 4
+MAX_READS = 4
 
 _Asked = tuple[Sequence[str], Sequence[int], "asyncio.Future[list[Fetched]]"]
 
 
-class Fetcher:
+class Reads:
     """Reads records, and the tombstones of sessions that have none. Lives on the event loop.
 
     What is asked for in one turn of the event loop, or while as many reads are under way as may be, is read together.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, read: Callable[[Sequence[str], Sequence[int]], Awaitable[list[Fetched]]]) -> None:
+        """`read` asks the store; arguments and result are those of `Store.fetch`."""
+        self._ask_store = read
         self._loop = asyncio.get_running_loop()
         self._wanted: deque[_Asked] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -37,7 +38,7 @@ class Fetcher:
             Unavailable: the store cannot be read now.
         """
         stamps = known or [0] * len(session_ids)
-        cuts = [slice(at, at + MOST_AT_ONCE) for at in range(0, len(session_ids), MOST_AT_ONCE)]
+        cuts = [slice(at, at + MAX_AT_ONCE) for at in range(0, len(session_ids), MAX_AT_ONCE)]
         parts = [self._ask(session_ids[cut], stamps[cut]) for cut in cuts]
         return [found for part in await asyncio.gather(*parts) for found in part]
 
@@ -48,7 +49,7 @@ class Fetcher:
         return answer
 
     def _start(self) -> None:
-        while self._wanted and len(self._tasks) < MOST_READS:
+        while self._wanted and len(self._tasks) < MAX_READS:
             task = self._loop.create_task(self._read(self._take()))
             self._tasks.add(task)
             task.add_done_callback(self._ended)
@@ -60,14 +61,14 @@ class Fetcher:
     def _take(self) -> list[_Asked]:
         taken = [self._wanted.popleft()]
         count = len(taken[0][0])
-        while self._wanted and count + len(self._wanted[0][0]) <= MOST_AT_ONCE:
+        while self._wanted and count + len(self._wanted[0][0]) <= MAX_AT_ONCE:
             taken.append(self._wanted.popleft())
             count += len(taken[-1][0])
         return taken
 
     async def _read(self, asked: Sequence[_Asked]) -> None:
         try:
-            found = await self._store.fetch(
+            found = await self._ask_store(
                 [session_id for ids, _, _ in asked for session_id in ids],
                 [stamp for _, known, _ in asked for stamp in known],
             )
