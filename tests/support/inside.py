@@ -136,7 +136,7 @@ class Inside:
 
     @property
     def _is_shared(self) -> bool:
-        return self._engine._pager.is_shared
+        return self._engine._store.local is None
 
     def check_books(self, store: Any) -> None:
         """Nothing is under way: then everything must add up."""
