@@ -37,6 +37,8 @@ from stepwell_server.store.base import KNOWN, Fetched, Store, Tombstone
 from stepwell_server.store.record import Header, Stored, decode_header, header_or_none
 
 _NOTHING = Fetched()
+_NO_MEMBERS: Members = np.zeros(0, np.intp)
+_FIRST: Members = np.zeros(1, np.intp)
 #: Sessions that the store is asked for in one turn of the event loop: about 1 ms of it.
 READ_AT_ONCE = 1024
 #: So many calls may wait until an awaited store has said what it has of their sessions.
@@ -158,6 +160,10 @@ class Arrivals:
 
     def away(self, session_ids: Sequence[str], handles: Handles) -> Members:
         """Places of sessions that must be asked for: not in the table, due to expire, or with something waiting here."""
+        if len(handles) == 1:  # the common case
+            handle = int(handles[0])
+            is_here = handle >= 0 and session_ids[0] not in self._tails
+            return _NO_MEMBERS if is_here and not self._expiry.is_suspect(handle) else _FIRST
         is_away = handles < 0
         suspects = self._expiry.suspects(handles)
         if len(suspects):
