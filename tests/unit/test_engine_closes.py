@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import pytest
 
@@ -158,3 +160,32 @@ async def test_all_ways_in_which_a_session_begins_remember_the_closes_of_its_id(
             assert await at.engine.close_session(name, request_id=30) is True, name
             await at.engine.session_info(name)
         assert await at.engine.close_session("new", request_id=30) is False
+
+
+@pytest.mark.stores("async", "sync")
+async def test_a_close_whose_session_ends_while_it_waits_leaves_the_one_that_was_opened_since() -> None:
+    """To be told to come again would have it close that one."""
+    answers: list[bool | BaseException] = []
+    opened = 0
+
+    async def close(at: Harness, number: int) -> None:
+        for round_ in range(20):
+            request_id = 1 + 100 * number + round_
+            answers.extend(
+                await asyncio.gather(
+                    at.engine.close_session("a", request_id=request_id), return_exceptions=True
+                )
+            )
+
+    async def reopen(at: Harness) -> None:
+        nonlocal opened
+        for _ in range(20):
+            answer = await at.engine.open_session("plain", session_id="a")
+            opened += not answer.resumed
+
+    async with running() as at:
+        await asyncio.gather(*(close(at, number) for number in range(6)), *(reopen(at) for _ in range(6)))
+        await asyncio.gather(at.engine.close_session("a", request_id=9_999), return_exceptions=True)
+        others = [each for each in answers if each is not False and not isinstance(each, SessionNotFound)]
+        assert not others
+        assert answers.count(False) in {opened, opened - 1}, "each session ended once"

@@ -481,9 +481,9 @@ def _alike(change: Change, members: Members, actual: U64) -> Iterator[tuple[Memb
 
 
 def changed_elsewhere(session_id: str) -> Unavailable:
-    """The answer where other servers change a session so often that this one does not get to it."""
+    """The answer where other calls, or other servers, change a session so often that this call does not get to it."""
     return Unavailable(
-        f"session {session_id!r} was changed by other servers again and again; it was not applied"
+        f"session {session_id!r} was changed by other calls again and again; this one was not applied"
     )
 
 

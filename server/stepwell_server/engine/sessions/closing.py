@@ -132,7 +132,7 @@ class Closing:
         None: there is another session of the id, and its uid says whether it is the one that is meant.
 
         Raises:
-            SessionGone: there is none; `error`, if it is known.
+            SessionGone: there is none, or only one that was opened since; `error`, if it is known.
             Unavailable: another one was opened on another server, and it may not be the one that is meant.
         """
         if self._was_closed_by(session_id, request_id, seen):
@@ -143,6 +143,8 @@ class Closing:
         if is_there:
             if uid:
                 return None
+            if error is not None and not self._expiry.is_shared:
+                raise error  # it ended here while this call waited, and the other one was opened since
             raise changed_elsewhere(session_id)
         raise error or self._directory.gone(session_id, seen)
 
