@@ -96,8 +96,8 @@ async def test_the_id_of_a_store_s_defect_is_in_the_printed_line(
 
     async with running(resident_rows=1) as at:
         await at.open("a")
-        monkeypatch.setattr(at.store, "get_many", breaks)
         await at.open("b")
+        monkeypatch.setattr(at.store, "get_many", breaks)
         (error,) = await at.submit("a", x(1)).all()
         monkeypatch.undo()
     assert isinstance(error, Internal)

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 from stepwell_server.errors import Unavailable
-from stepwell_server.store.base import ALL_KEPT, Batch, Committed, End, Outcome, Store, StoreBusy, Tombstone
+from stepwell_server.store.base import (
+    ALL_KEPT,
+    SOLE,
+    Batch,
+    Committed,
+    End,
+    Fetched,
+    Outcome,
+    Store,
+    StoreBusy,
+    Tombstone,
+)
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
@@ -38,9 +49,16 @@ async def test_it_answers_as_in_place(tmp_path: Path, kind: str) -> None:
     assert await committed(store, Batch(deletes=["a"], tombstones=[stone], counts=[("m", -1)])) is ALL_KEPT
     local = store.local
     assert [each.record for each in await store.fetch(["b"])] == [local.get("b")] == [record("b")]
-    found = await store.fetch(NAMES, [0, 1, 2])
+    found = await store.fetch(NAMES)
     assert [each.record for each in found] == local.get_many(NAMES) == [None, record("b"), record("c")]
-    assert not any(each.is_known or each.stamp for each in found)
+    assert {each.stamp for each in found} == {SOLE} == {store.new_stamp()}
+    assert [each.is_known for each in await store.fetch([*NAMES, "d"], [0, SOLE, 0, SOLE])] == [
+        False,
+        True,
+        False,
+        True,
+    ], "nobody else changes it"
+    assert await store.fetch(["d"]) == [Fetched()]
     assert await store.scan(limit=9) == local.scan(limit=9)
     assert await store.scan(after="b", limit=9) == local.scan(after="b", limit=9) != []
     assert (await store.count(), await store.count_of("m")) == (2, 2)

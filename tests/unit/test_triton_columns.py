@@ -260,14 +260,6 @@ async def test_what_fits_no_model_is_handed_back(said: Any) -> None:
         assert (batch.handed_back, batch.done, at.changes) == ([0], {}, [])
 
 
-@pytest.mark.stores("awaited")
-async def test_of_a_store_that_must_be_asked_all_is_handed_back(store_kind: str) -> None:
-    """Whether a sequence has begun is what the store says."""
-    async with front() as at:
-        await at.begin(1, 2)
-        assert at.take(1, 2).handed_back == [0, 1]
-
-
 async def test_outputs_are_those_that_were_asked_for() -> None:
     """One number is a dimension of one."""
     async with front(programs={"rich": RICH}) as at:

@@ -23,6 +23,10 @@ class Rest(Awaitable[T], Generic[T]):
         self._work = work
         self._waits_for = waits_for
 
+    def close(self) -> None:
+        """Give it up: it ends where it waits."""
+        self._work.close()
+
     @override
     def __await__(self) -> Generator[Any, Any, T]:
         waits_for = self._waits_for

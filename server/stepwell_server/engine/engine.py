@@ -338,6 +338,7 @@ class Engine:
             self._admission,
             self._inboxes,
             self._group,
+            store,
             sizes=sizes,
             clock=clock,
         )

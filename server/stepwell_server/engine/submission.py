@@ -25,6 +25,7 @@ from stepwell_server.engine.sessions.loading import Arrivals, Seen
 from stepwell_server.engine.sizes import Sizes
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import Overloaded, ServerError, Stopping
+from stepwell_server.store.base import Store
 
 #: Rows of changes that may wait for their sessions to be loaded, over all models.
 MAX_LOADING_ROWS = 65_536
@@ -48,6 +49,7 @@ class Submission:
         admission: Admission,
         inboxes: Mapping[int, Inbox],
         commits: GroupCommit,
+        store: Store,
         *,
         sizes: Sizes,
         clock: Clock,
@@ -61,6 +63,7 @@ class Submission:
         self._inboxes = inboxes
         """By the number of the model."""
         self._commits = commits
+        self._store = store
         self._sizes, self._quotas = sizes, sizes.quotas
         self._clock = clock
         self.is_accepting = True
@@ -114,6 +117,7 @@ class Submission:
             return
         reply_bytes = change.reply_bytes
         refused: Refusals | None = None
+        problem: ServerError | None = None
         try:
             refused = self._validation.check(change, handles)
         except MustPart as part:
@@ -121,29 +125,42 @@ class Submission:
                 raise
             self._take_parts(change, part.members, seen, is_anew=is_anew)
             return
-        except ServerError:
-            if is_anew:
-                raise
-        if refused is None or (refused and not is_anew):
+        except ServerError as error:
+            problem = error
+        is_refused = problem is not None or bool(refused)
+        if is_refused and not is_anew and not self._are_as_stored(change, handles):
             # other servers may have made other sessions of these ids, which it fits
             change.reply_bytes = reply_bytes
             if change.may_part:
-                which = range(change.size) if refused is None else [member for member, _ in refused]
-                raise MustPart(np.array(which, np.intp))
+                raise MustPart(np.arange(change.size))
             self._load(change, anew=True)
             return
+        if problem is not None:
+            raise problem
+        assert refused is not None, "it was checked"
         inbox = self._inboxes[change.model.index]
         if len(change.members):
             inbox.hold(change)
             if self._quotas is not None:
-                for some, error in self._charge(self._quotas, change):
-                    change.fail(some, error)
-        for member, error in refused:
-            change.fail(np.array([member]), error)
+                for some, why in self._charge(self._quotas, change):
+                    change.fail(some, why)
+        for member, why in refused:
+            change.fail(np.array([member]), why)
         if len(missing):
             self._refuse_missing(change, missing, seen)
         if len(change.members):
             inbox.put(change)
+
+    def _are_as_stored(self, change: Change, handles: Handles) -> bool:
+        """Whether the store says at once that the table has what it has of sessions that are in the table."""
+        there = np.flatnonzero(handles >= 0)
+        ids = [change.session_ids[place] for place in there.tolist()]
+        work = self._store.fetch(ids, self._table.stamp[handles[there]].tolist())
+        found = start(work)
+        if isinstance(found, Rest):
+            found.close()  # it is asked again, in the order of all that names the sessions
+            return False
+        return all(each.is_known for each in found)
 
     def _take_parts(self, change: Change, others: Members, seen: Seen, *, is_anew: bool) -> None:
         """Take a change of sessions of several versions: each part fails or goes on by itself."""

@@ -34,7 +34,7 @@ from stepwell_server.errors import (
     SessionNotFound,
     StateCorrupt,
 )
-from stepwell_server.store.base import Batch, Committed, End, Fetched, Outcome, Tombstone, with_close
+from stepwell_server.store.base import SOLE, Batch, Committed, End, Fetched, Outcome, Tombstone, with_close
 from stepwell_server.store.record import Header, decode_header, header_or_none
 
 #: Sessions deleted in one transaction by one call: each needs room on the disk before it gives any back.
@@ -139,11 +139,12 @@ class Closing:
             return True
         if await self._close_lost(session_id, request_id, seen):
             return False
-        is_there = self._table.find(session_id) is not None or seen.get(session_id) is not None
+        handle = self._table.find(session_id)
+        is_there = handle is not None or seen.get(session_id) is not None
         if is_there:
             if uid:
                 return None
-            if error is not None and not self._expiry.is_shared:
+            if error is not None and handle is not None and self._table.stamp[handle] == SOLE:
                 raise error  # it ended here while this call waited, and the other one was opened since
             raise changed_elsewhere(session_id)
         raise error or self._directory.gone(session_id, seen)
