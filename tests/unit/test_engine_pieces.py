@@ -49,7 +49,8 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (pieces, creation, forking, closing, directory):
         monkeypatch.setattr(module, "TURN", PIECE)
     monkeypatch.setattr(submission, "REFUSED_AT_ONCE", PIECE)
-    monkeypatch.setattr(loading, "READ_AT_ONCE", PIECE)
+    for module in (loading, directory):
+        monkeypatch.setattr(module, "READ_AT_ONCE", PIECE)
 
 
 async def turns_of(call: Coroutine[Any, Any, T]) -> tuple[T, int]:

@@ -22,7 +22,7 @@ from stepwell_server.engine.durability.endings import ended_by, expired
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.engine.sessions.ids import IdMaker, shown
-from stepwell_server.engine.sessions.loading import Arrivals, Loader, Seen
+from stepwell_server.engine.sessions.loading import READ_AT_ONCE, Arrivals, Loader, Seen
 from stepwell_server.engine.sessions.pieces import TURN
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.model import Model
@@ -115,10 +115,29 @@ class Directory:
             Overloaded: too many wait for the store.
             Unavailable: it cannot be read, and one of the sessions has something under way here.
         """
+        if len(session_ids) > READ_AT_ONCE:
+            return await self._look_in_parts(session_ids, anew=anew)
         if not (anew or self._arrivals.must_wait(session_ids)):
             return self.here
         self._arrivals.require_room()
         return await self._arrivals.wait(session_ids, anew=anew)
+
+    async def _look_in_parts(self, session_ids: Sequence[str], *, anew: bool) -> Seen:
+        """As `look`, of a long list: a part in each turn of the event loop.
+
+        Nothing is known then of sessions that were in the table and leave it while others are looked for: who needs it gets
+        `Unavailable`, and is to come again.
+        """
+        tenant, seen = tenant_of(session_ids[0]), Seen({})
+        for start in range(0, len(session_ids), READ_AT_ONCE):
+            await self.pieces.turn(tenant)
+            part = session_ids[start : start + READ_AT_ONCE]
+            if anew or self._arrivals.must_wait(part):
+                self._arrivals.require_room()
+                found = await self._arrivals.wait(part, anew=anew)
+                here = np.flatnonzero(self._table.find_all(part) >= 0).tolist()
+                seen.add(found, [part[place] for place in here])
+        return seen
 
     def find(self, session_id: str, seen: Seen) -> int:
         """The handle of a live session.

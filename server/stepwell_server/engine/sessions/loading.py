@@ -55,9 +55,17 @@ class Seen:
         error: ServerError | None = None,
         newer: Mapping[str, Fetched] | None = None,
     ) -> None:
-        self._found = found
+        self._found = found if isinstance(found, dict) else dict(found)
         self._error = error
-        self._newer = newer or {}
+        self._newer = dict(newer or {})
+
+    def add(self, other: Seen, here: Sequence[str]) -> None:
+        """Know what another one knows, but for sessions that are in the table now."""
+        self._found.update(other._found)
+        for session_id in here:
+            self._found.pop(session_id, None)
+        self._error = self._error or other._error
+        self._newer.update(other._newer)
 
     def get(self, session_id: str) -> Stored | None:
         """The record of a session, or None.
