@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -57,19 +56,22 @@ def test_a_store_that_loses_commits_is_found(tmp_path: Path) -> None:
     assert report.unwanted, "the restarts show it"
 
 
-def _words(shown: str) -> set[str]:
-    return set(re.findall(r"\w+", shown))
-
-
 def test_another_reason_in_answers_to_malformed_messages_is_found(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(ANOTHER_REASON)
+    report, others = _compared(tmp_path)
+    for _ in range(2):  # a busy machine once showed another difference, in statistics
+        if others:
+            report, others = _compared(tmp_path)
+    assert report.unwanted
+    assert not others, others
+    assert sum(report.calls.values()) - report.unwanted > 200, "the others are alike"
+
+
+def _compared(path: Path) -> tuple[Report, list[str]]:
+    """What differs between a server and one with the planted reason, and what of it is something else."""
     base = served.local_server("seq")
-    tree = served.local_server("seq", env={"PYTHONPATH": str(tmp_path)})
+    tree = served.local_server("seq", env={"PYTHONPATH": str(path)})
     report = Report([])
     with Pair("two servers", base, tree, report, SEED) as pair:
         send_malformed(pair, 300, SEED, lambda _: None)
-    assert report.unwanted
-    # statistics of a busy server may count a call a moment after its answer
-    others = [shown for shown in report.shown if not {"SESSION_LOST", "ModelStatistics"} & _words(shown)]
-    assert not others, others
-    assert sum(report.calls.values()) - report.unwanted > 200, "the others are alike"
+    return report, [shown for shown in report.shown if "SESSION_LOST" not in shown]
