@@ -61,7 +61,7 @@ class Entry(NamedTuple):
 
 
 class RecordFileError(Exception):
-    """A file is of another kind or format, or is not as it was written. The message goes on behind the file's name."""
+    """A file is of another kind or format, or is not as it was written. The message follows the file's name."""
 
 
 class Format(NamedTuple):

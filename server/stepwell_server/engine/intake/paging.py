@@ -1,8 +1,8 @@
 """More sessions than rows: the least recently used leave the arena and come back when they are needed.
 
 The rows are taken at once and filled when the records have come. Where a store does not answer at once, whoever waits for
-them is told then, and passes go on meanwhile. As other servers may have changed a session since, its record is the truth
-then: the table is told what it says.
+them is called then, and passes run meanwhile. Other servers may have changed a session since, so its record is right: the
+table takes over what it says.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _AT_ONCE = 1024
 #: So many may wait to be told of.
 MOST_WAITING = 65_536
 #: Sessions that never end by themselves are told of as if they ended after so many seconds.
-_MOST_S = 600.0
+_MAX_S = 600.0
 #: Sessions that have something under way are looked at this often, in seconds: at least, and at most.
 _LONGEST_S, _SHORTEST_S = 0.5, 0.1
 
@@ -89,7 +89,7 @@ class Usage:
 
     def _limits_s(self, handles: Handles) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         """After which time each ends, or would be of interest to people who look for what is idle."""
-        return np.minimum(_MOST_S, self._limits.seconds_of(self._table.max_idle_ms[handles]))
+        return np.minimum(_MAX_S, self._limits.seconds_of(self._table.max_idle_ms[handles]))
 
     def _start(self) -> None:
         if self._task is None and self._waiting:
