@@ -21,6 +21,8 @@ from support.wire import SERVICE, Wire, tensor
 
 pytestmark = needs_native
 
+Metadata = Sequence[tuple[str, str]]
+
 
 @pytest.fixture(scope="module")
 def both() -> Iterator[Mapping[str, Wire]]:
@@ -29,7 +31,9 @@ def both() -> Iterator[Mapping[str, Wire]]:
         yield wires
 
 
-def streamed(one: Wire, frames: list[bytes], *, waits: bool = False) -> tuple[dict[int, Any], object]:
+def streamed(
+    one: Wire, frames: list[bytes], *, waits: bool = False, metadata: Metadata = ()
+) -> tuple[dict[int, Any], object]:
     """What a stream of these frames is answered: by frame the merged parts, and how it ends.
 
     `waits`: a frame is sent when the one before it has been answered.
@@ -44,7 +48,7 @@ def streamed(one: Wire, frames: list[bytes], *, waits: bool = False) -> tuple[di
 
     by_frame: dict[int, dict[int | str, Any]] = {}
     try:
-        for raw in call(sent(), timeout=100):
+        for raw in call(sent(), timeout=100, metadata=metadata):
             part = pb.StepStreamResponse.FromString(raw)
             _merge(by_frame.setdefault(part.frame_id, {}), part)
             if part.last:
@@ -424,6 +428,22 @@ def test_metadata_and_encodings_make_no_difference(both: Mapping[str, Wire]) -> 
         native, python = (called(both[front], "Step", raw, compression=compression) for front in FRONTS)
         assert native[0] == "OK"
         assert python[0] == "UNIMPLEMENTED", "grpc.aio would inflate it whatever comes of it"
+
+
+def test_a_tenant_is_refused_alike_where_nobody_is_asked_who_calls(both: Mapping[str, Wire]) -> None:
+    opened(both, "of nobody")
+    request = pb.StepRequest(session_id="of nobody", inputs=[tensor(X[:1, 0])])
+    frame = wire.step_frame(1, ["of nobody"], [tensor(X[:1])]).SerializeToString()
+    metadata = (("stepwell-tenant", "acme"),)
+    refused = same(both, "Step", request, metadata=metadata)
+    assert refused[:2] == ("INVALID_ARGUMENT", "INVALID_INPUT")
+    for _ in range(5):  # a stream's first frame may come before the call is refused
+        native, python = (streamed(both[front], [frame], metadata=metadata) for front in FRONTS)
+        assert native == python
+        assert not native[0]
+    for one in both.values():
+        reply = called(one, "GetSession", pb.GetSessionRequest(session_id="of nobody").SerializeToString())[1]
+        assert pb.GetSessionResponse.FromString(reply).session.revision == 0
 
 
 @pytest.mark.parametrize("path", ["/stepwell.v1.SessionService/None", "/nothing/at/all", "/nothing/"])

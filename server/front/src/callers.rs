@@ -214,7 +214,8 @@ impl Whose {
         certificate: Option<Credential>,
         callers: Option<&Arc<Callers>>,
     ) -> Self {
-        if DECIDING.iter().any(|name| is_repeated(headers, name)) {
+        let has_no_tenants = callers.is_none() && headers.contains_key(TENANT);
+        if has_no_tenants || DECIDING.iter().any(|name| is_repeated(headers, name)) {
             return Whose::Unclear; // for Python to refuse
         }
         let Some(callers) = callers else { return Whose::Anybody };
@@ -316,8 +317,9 @@ mod tests {
 
     #[test]
     fn nobody_is_asked_unless_somebody_is() {
-        let lines = headers(&[ANNA[0], (TENANT, b"x")]);
-        assert!(Whose::of_call(&lines, None, None).taken(None).unwrap().is_none());
+        assert!(Whose::of_call(&headers(ANNA), None, None).taken(None).unwrap().is_none());
+        let tenant = headers(&[(TENANT, b"x")]);
+        assert!(Whose::of_call(&tenant, None, None).taken(None).is_err(), "Python refuses it");
         for twice in [[ANNA[0], ANNA[0]], [(TENANT, b"x"), (TENANT, b"x")]] {
             assert!(Whose::of_call(&headers(&twice), None, None).taken(None).is_err(), "Python refuses it");
         }
