@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from stepwell_server.clock import Clock
 from stepwell_server.core.cost import Cost
 from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.quotas import QuotaTable
@@ -38,6 +39,8 @@ from stepwell_server.store.valkey.store import ValkeyStore
 from support.awaited import RemoteStore
 from support.clock import ManualClock
 from support.fake_executor import PLAIN, WAIT_S, FakeExecutor, Hooks
+from support.gated_valkey import gated_valkey
+from support.gates import Gated
 from support.inside import Inside
 from support.shared import fresh_prefix, opened
 from support.valkey import Valkey
@@ -228,13 +231,24 @@ class Stores:
         """Started when it is first needed; all tests of a process share it, each with a prefix of its own."""
         self._numbers = itertools.count()
 
+    def server(self) -> Valkey:
+        """The Valkey of this process."""
+        if self.valkey is None:
+            self.valkey = Valkey(append="")
+            self.valkey.start()
+            atexit.register(self.valkey.end)
+        return self.valkey
+
+    async def make_shared(self, clock: Clock | None = None) -> Gated:
+        """A store of the kind that several servers can use; `clock` is its own, None: that of the first server."""
+        if self.kind == "valkey":
+            return await gated_valkey(self.server(), clock)
+        assert self.kind == "awaited", f"one server alone uses a store of the kind {self.kind}"
+        return RemoteStore(MemoryStore(), clock)
+
     async def make(self, clock: ManualClock) -> LocalStore | Store:
         if self.kind == "valkey":
-            if self.valkey is None:
-                self.valkey = Valkey(append="")
-                self.valkey.start()
-                atexit.register(self.valkey.end)
-            return await opened(self.valkey.url(f"?prefix={fresh_prefix()}&timeout_ms=60000"), clock=clock)
+            return await opened(self.server().url(f"?prefix={fresh_prefix()}&timeout_ms=60000"), clock=clock)
         if self.kind == "memory":
             return MemoryStore()
         if self.kind == "awaited":
@@ -387,8 +401,8 @@ async def running(
     own = store is None
     if own:
         store = await STORES.make(clock)
-    is_shared = isinstance(store, RemoteStore | ValkeyStore)
-    if isinstance(store, RemoteStore):
+    is_shared = isinstance(store, Gated | ValkeyStore)
+    if isinstance(store, Gated):
         store.serve(clock)
     engine = Engine(
         programs or {"plain": PLAIN},
@@ -419,7 +433,7 @@ async def running(
             harness.check_books()
     finally:
         hooks.open_gate()
-        if isinstance(store, RemoteStore):
+        if isinstance(store, Gated):
             store.let_go()
         await harness.settled()
         await engine.close()

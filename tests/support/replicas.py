@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
+from stepwell_server.clock import Clock
 from stepwell_server.program import Program
-from stepwell_server.store.memory import MemoryStore
-from support.awaited import RemoteStore
+from stepwell_server.store.base import Tombstone
 from support.clock import ManualClock
-from support.engine import Harness, running, x
+from support.engine import STORES, Harness, running, x
+from support.gates import Gated
 from support.versions import serving
 
 
@@ -30,13 +31,25 @@ class Times:
 
 
 @asynccontextmanager
+async def shared_by_two(clock: Clock | None = None) -> AsyncIterator[tuple[Gated, Gated]]:
+    """A store of the kind that the test is about, as two servers see it; `clock` is its own."""
+    store = await STORES.make_shared(clock)
+    other = await store.another()
+    try:
+        yield store, other
+    finally:
+        await store.close()
+        await other.close()
+
+
+@asynccontextmanager
 async def two_in_time(**options: Any) -> AsyncIterator[tuple[Harness, Harness, Times]]:
     """Two servers with clocks of their own."""
     times = Times()
-    store = RemoteStore(MemoryStore(), times.store)
     async with (
+        shared_by_two(times.store) as (store, other),
         running(store=store, clock=times.first, **options) as first,
-        running(store=store.replica(), clock=times.second, **options) as second,
+        running(store=other, clock=times.second, **options) as second,
     ):
         yield first, second, times
 
@@ -44,10 +57,10 @@ async def two_in_time(**options: Any) -> AsyncIterator[tuple[Harness, Harness, T
 @asynccontextmanager
 async def two(**options: Any) -> AsyncIterator[tuple[Harness, Harness]]:
     """Two servers."""
-    store = RemoteStore(MemoryStore())
     async with (
+        shared_by_two() as (store, other),
         running(store=store, **options) as first,
-        running(store=store.replica(), clock=first.clock, **options) as second,
+        running(store=other, clock=first.clock, **options) as second,
     ):
         yield first, second
 
@@ -60,13 +73,25 @@ async def both_know(first: Harness, second: Harness, *session_ids: str) -> None:
         await second.state(session_id)
 
 
-async def sweeping(store: RemoteStore, sweep: Coroutine[Any, Any, int]) -> asyncio.Task[int]:
+async def tombstone(at: Harness, session_id: str) -> Tombstone:
+    """What the store remembers of a session that is gone."""
+    (found,) = await at.store.found(session_id)
+    assert found.tombstone is not None
+    stone: Tombstone = found.tombstone
+    return stone
+
+
+async def sweeping(store: Gated, sweep: Coroutine[Any, Any, int]) -> asyncio.Task[int]:
     """A look for sessions to end that has judged them, and whose commit is on its way."""
     store.commits_held = True
     task = asyncio.create_task(sweep)
-    await store.until("claim sweep")
-    store.let_go_once("claim sweep")
-    await store.until("commit", len(store.asked("commit")) + 1)
+    commit = asyncio.create_task(store.until("commit", len(store.asked("commit")) + 1))
+    claims = 0
+    while not commit.done():  # it claims the task for each page
+        claim = asyncio.create_task(store.until("claim sweep", claims := claims + 1))
+        await asyncio.wait({commit, claim}, return_when=asyncio.FIRST_COMPLETED)
+        claim.cancel()
+        store.let_go_once("claim sweep")
     return task
 
 
@@ -80,11 +105,10 @@ async def serving_two(
 
     Neither is told of what the other does to versions: `inside.look` asks.
     """
-    store = RemoteStore(MemoryStore())
-    other = store.replica()
-    store.is_told = other.is_told = False
-    async with (
-        serving(programs, store=store, **options) as first,
-        serving(others or programs, store=other, clock=first.clock, **options) as second,
-    ):
-        yield first, second
+    async with shared_by_two() as (store, other):
+        store.is_told = other.is_told = False
+        async with (
+            serving(programs, store=store, **options) as first,
+            serving(others or programs, store=other, clock=first.clock, **options) as second,
+        ):
+            yield first, second

@@ -11,9 +11,9 @@ from stepwell_server.core.history import Mark
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.versions import document
 from stepwell_server.store.record import decode_header
-from support.awaited import RemoteStore
 from support.engine import Harness
 from support.fake_executor import PLAIN
+from support.gates import Gated
 from support.replicas import serving_two
 from support.versions import weights
 
@@ -28,22 +28,22 @@ async def load_2(*servers: Harness) -> None:
         await at.engine.load_version("plain", 2, weights(2), source="2.keras")
 
 
-def hold_commits(store: RemoteStore) -> Any:
+def hold_commits(store: Gated) -> Any:
     """Hold commits back; what is returned waits for the next one."""
     store.commits_held = True
     return store.until("commit", len(store.asked("commit")) + 1)
 
 
-def told(at: Harness) -> dict[str, Any]:
+async def told(at: Harness) -> dict[str, Any]:
     """What the store has of the model."""
-    content = at.store.shared.documents()[document.name_of("plain")]
+    content = (await at.store.inner.documents())[document.name_of("plain")]
     found: dict[str, Any] = json.loads(content)
     return found
 
 
-def record_of(at: Harness, session_id: str) -> Mark | None:
+async def record_of(at: Harness, session_id: str) -> Mark | None:
     """What the store has of a session's version."""
-    stored = at.store.shared.get(session_id)
+    stored = (await at.store.found(session_id))[0].record
     assert stored is not None
     return mark_of(decode_header(session_id, stored).fields)
 

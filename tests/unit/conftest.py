@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,12 +49,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def store_kind(request: pytest.FixtureRequest) -> Iterator[str]:
     """Kind of the stores that `support.engine.running` makes."""
     from support.engine import STORES
+    from support.gated_valkey import clocked
 
     STORES.kind = getattr(request, "param", "memory")
     if STORES.kind == "memory":
         yield STORES.kind
         return
-    with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None) as folder:
+    with contextlib.ExitStack() as stack:
+        if STORES.kind == "valkey":
+            stack.enter_context(clocked(STORES.server()))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None))
         STORES.folder = Path(folder)
         yield STORES.kind
     STORES.kind = "memory"

@@ -35,7 +35,7 @@ async def test_a_document_is_never_in_two_commits_at_a_time() -> None:
     )
     store.let_go()
     await asyncio.wait_for(commits.idle(), WAIT_S)
-    assert store.most_at_once == 2
+    assert store.max_commits == 2
     assert sorted(told[:2]) == ["first", "session"]
     assert told[2:] == ["same"]
     assert await store.documents() == {"a": b"2"}

@@ -59,8 +59,8 @@ async def test_a_server_that_was_stopped_for_many_moves_still_says_what_is_under
             await first.engine.unload_version("plain", version - 1)
         await first.engine.unload_version("plain", 1)
         await first.inside.pruned("plain")
-        assert [each["version"] for each in told(first)["versions"]] == [28, 29]
-        assert len(told(first)["moves"]) == 1
+        assert [each["version"] for each in (await told(first))["versions"]] == [28, 29]
+        assert len((await told(first))["moves"]) == 1
         store.let_go()
         assert (await slow.only()).version == 2
         assert (await opening).session.version == 2
@@ -83,7 +83,7 @@ async def test_a_number_that_was_forgotten_is_another_version() -> None:
         for version in (1, 2):
             await first.engine.unload_version("plain", version)
         await first.inside.pruned("plain")
-        assert told(first)["forgotten"] == 1
+        assert (await told(first))["forgotten"] == 1
         await first.engine.load_version("plain", 1, weights(7))
         assert (await first.step("a", FIRST)).version == 3
         await first.open("new", model="plain@1")
@@ -99,7 +99,7 @@ async def test_versions_that_sessions_are_on_or_somebody_wants_are_not_forgotten
         await first.engine.set_default("plain", 3, CARRY)
         await first.engine.unload_version("plain", 2, force=True)
         await first.inside.pruned("plain")
-        assert [each["version"] for each in told(first)["versions"]] == [1, 2, 3]
+        assert [each["version"] for each in (await told(first))["versions"]] == [1, 2, 3]
         await second.inside.look()
         await load_2(second)
         assert (await second.step("pinned", FIRST)).version == 2
@@ -110,7 +110,7 @@ async def test_a_session_of_a_forgotten_version_is_asked_for_where_that_is_still
         await load_2(first, second)
         await second.engine.unload_version("plain", 2)
         await second.inside.pruned("plain")
-        assert told(second)["forgotten"] == 2
+        assert (await told(second))["forgotten"] == 2
         await first.open("a", model="plain@2")
         await fails(second.step("a", FIRST), VersionElsewhere, "version 2")
         assert (await first.step("a", FIRST)).version == 2
@@ -129,12 +129,12 @@ async def test_a_change_that_the_store_has_lost_is_written_again(is_gone: bool) 
     async with two_versions() as (first, second):
         await load_2(first, second)
         await second.inside.look()
-        before, change = told(first), second.engine.catalogue()["plain"].change
+        before, change = await told(first), second.engine.catalogue()["plain"].change
         await first.engine.set_default("plain", 2, CARRY)
         await lose(first, None if is_gone else before)
         assert change < first.engine.catalogue()["plain"].change
         await first.inside.look()
-        assert told(first)["default"] == 2
+        assert (await told(first))["default"] == 2
         await second.inside.look()
         assert second.engine.version("plain") == 2
 
@@ -143,7 +143,7 @@ async def test_sessions_of_a_move_that_nobody_knows_any_more_stay_and_follow_the
     async with two_versions() as (first, second):
         await load_2(first, second)
         await second.inside.look()
-        before = told(first)
+        before = await told(first)
         await first.open("a", "b")
         await first.engine.set_default("plain", 2, CARRY)
         await first.step("a", FIRST)
@@ -151,7 +151,7 @@ async def test_sessions_of_a_move_that_nobody_knows_any_more_stay_and_follow_the
         answer = await second.step("a", SECOND)
         assert (answer.version, answer.revision) == (2, 2)
         assert (await second.step("b", FIRST)).version == 1
-        assert told(second)["epoch"] == 1
+        assert (await told(second))["epoch"] == 1
         await second.engine.set_default("plain", 2, CARRY)
         assert (await second.step("b", SECOND)).version == 2
         await second.engine.set_default("plain", 1, CARRY)
@@ -168,7 +168,7 @@ async def test_a_record_of_no_version_that_ever_was_is_refused_for_good() -> Non
 
 async def test_a_document_of_a_later_server_is_not_followed() -> None:
     async with two_versions() as (first, second):
-        await lose(first, told(first) | {"form": 3})
+        await lose(first, (await told(first)) | {"form": 3})
         await fails(second.engine.set_label("plain", "canary", 1), Unavailable, "a later server wrote it")
         await fails(second.engine.set_label("plain", "", 1), InvalidInput)
         assert (await second.engine.open_session("plain")).session.version == 1

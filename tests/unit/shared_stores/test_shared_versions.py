@@ -19,10 +19,11 @@ from stepwell_server.errors import (
     VersionExists,
     VersionNotFound,
 )
-from support.awaited import RemoteStore
-from support.durable import begun
+from support.durable import begun, until
 from support.engine import Answer, x
 from support.fake_executor import PLAIN, WAIT_S
+from support.gates import Gated
+from support.kinds import SHARED
 from support.replicas import both_know, serving_two
 from support.version_changes import fails, hold_commits, load_2, record_of, told, two_versions
 from support.versions import WIDE, after, serving, weights, widen
@@ -33,7 +34,7 @@ INITIAL = np.array([[0.5, -0.25]], np.float32)
 BOTH = {"plain@1": PLAIN, "plain@2": weights(2)}
 FIRST, SECOND = x(1, seed=1), x(1, seed=2)
 
-pytestmark = pytest.mark.stores("awaited")
+pytestmark = SHARED
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +63,7 @@ async def test_a_change_of_the_default_is_one_for_all(policy: SessionPolicy) -> 
         assert (await first.step("a", FIRST)).version == 2
 
 
+@pytest.mark.stores("awaited")  # the one on Valkey does not tell of changes yet
 async def test_the_store_tells_of_changes_at_once() -> None:
     async with two_versions() as (first, second):
         await load_2(first, second)
@@ -139,7 +141,7 @@ async def test_who_has_not_heard_of_a_change_goes_on_before_it() -> None:
         await first.engine.set_default("plain", 2, CARRY)
         answer = await second.step("a", FIRST)
         assert answer.version == 1
-        assert record_of(second, "a") == Mark(1, 0, is_pinned=False)
+        assert await record_of(second, "a") == Mark(1, 0, is_pinned=False)
         later = await first.step("a", SECOND)
         assert later.version == 2
         np.testing.assert_array_equal(
@@ -153,7 +155,7 @@ async def test_a_session_of_a_later_epoch_waits_for_its_document() -> None:
         await first.open("a")
         await first.engine.set_default("plain", 2, CARRY)
         await first.step("a", FIRST)
-        assert record_of(first, "a") == Mark(2, 1, is_pinned=False)
+        assert await record_of(first, "a") == Mark(2, 1, is_pinned=False)
         answer = await second.step("a", SECOND)
         assert (answer.version, answer.revision) == (2, 2)
         assert second.engine.version("plain") == 2
@@ -184,7 +186,7 @@ async def test_there_and_back_is_not_where_it_was() -> None:
         await fails(second.step("a", SECOND), VersionElsewhere, "has not heard yet")
         answer = await second.step("a", SECOND)
         assert (answer.version, answer.revision, answer.position) == (1, 3, 2)
-        assert record_of(second, "a") == Mark(1, 2, is_pinned=False)
+        assert await record_of(second, "a") == Mark(1, 2, is_pinned=False)
 
 
 async def test_a_session_of_the_same_id_that_was_opened_elsewhere_on_another_version_is_another() -> None:
@@ -215,7 +217,7 @@ async def test_a_session_that_follows_has_the_id_of_one_that_was_pinned() -> Non
         with contextlib.suppress(VersionElsewhere):  # it knows the other one still
             await first.step("a", FIRST)
         assert (await first.step("a", FIRST)).version == 1
-        assert record_of(first, "a") == Mark(1, 2, is_pinned=False)
+        assert await record_of(first, "a") == Mark(1, 2, is_pinned=False)
 
 
 @pytest.mark.parametrize("is_faster", [False, True])
@@ -227,7 +229,7 @@ async def test_what_is_under_way_while_the_default_moves_elsewhere(
     async with two_versions() as (first, second):
         await load_2(first, second)
         await both_know(first, second, "a")
-        store: RemoteStore = second.store
+        store: Gated = second.store
         held = hold_commits(store)
         slow = second.submit("a", FIRST, expected=1, request_ids=7)
         await held
@@ -235,19 +237,20 @@ async def test_what_is_under_way_while_the_default_moves_elsewhere(
         if is_faster:
             await first.step("a", SECOND, expected=1, request_ids=8)
         looking = await begun(second.inside.look())
+        await until(lambda: second.engine.version("plain") == 2)
         store.let_go()
         (answer,) = await slow.all()
         await asyncio.wait_for(looking, WAIT_S)
         if is_faster:
             assert isinstance(answer, Unavailable), answer
             assert "a session belongs to version 2 of model 'plain', and is on version 1" in str(answer)
-            assert record_of(first, "a") == Mark(2, 1, is_pinned=False)
+            assert await record_of(first, "a") == Mark(2, 1, is_pinned=False)
             answer = await second.step("a", SECOND, expected=1, request_ids=8)
             assert (answer.revision, answer.replayed) == (2, True)
             return
         assert isinstance(answer, Answer)
         assert (answer.version, answer.revision) == (1, 2)
-        assert record_of(first, "a") == Mark(1, 0, is_pinned=False)
+        assert await record_of(first, "a") == Mark(1, 0, is_pinned=False)
         again = await first.step("a", FIRST, expected=1, request_ids=7)
         assert again.replayed
         np.testing.assert_array_equal(again.outputs["y"], answer.outputs["y"])
@@ -316,7 +319,7 @@ async def test_what_is_under_way_when_the_sessions_leave_for_what_is_not_here() 
     async with two_versions() as (first, second):
         await load_2(first)
         await both_know(first, second, "a")
-        store: RemoteStore = second.store
+        store: Gated = second.store
         held = hold_commits(store)
         slow = second.submit("a", FIRST)
         await held
@@ -337,20 +340,20 @@ async def test_what_is_under_way_when_the_sessions_leave_for_what_is_not_here() 
 async def test_the_same_file_is_loaded_by_each() -> None:
     async with two_versions() as (first, second):
         await load_2(first, second)
-        assert [each["version"] for each in told(first)["versions"]] == [1, 2]
+        assert [each["version"] for each in (await told(first))["versions"]] == [1, 2]
         await fails(first.engine.load_version("plain", 2, weights(2)), VersionExists, "2 is loaded")
 
 
 async def test_a_number_is_one_file() -> None:
     async with two_versions() as (first, second):
         await load_2(first)
-        before = told(first)
+        before = await told(first)
         await fails(
             second.engine.load_version("plain", 2, weights(3)),
             VersionExists,
             "2 is another file on the servers that share the store: load it as 3",
         )
-        assert told(first) == before
+        assert (await told(first)) == before
         assert [model.version for model in second.inside.models] == [1]
         assert second.engine.next_version("plain") == 3
         await second.engine.load_version("plain", 3, weights(3))
@@ -377,7 +380,7 @@ async def test_two_make_the_same_version_the_default() -> None:
         assert await first.engine.set_default("plain", 2, CARRY) == Moved(1, 1)
         second.store.let_go()
         assert (await slow).sessions <= 1
-        assert told(first)["epoch"] == 1, "it is one move"
+        assert (await told(first))["epoch"] == 1, "it is one move"
         assert await second.engine.set_default("plain", 2, CARRY) == Moved(2, 0)
 
 
@@ -409,7 +412,7 @@ async def test_who_asks_for_a_default_that_it_only_thinks_is_there_makes_it() ->
 async def test_changes_that_are_always_too_late_are_given_up() -> None:
     async with two_versions() as (first, second):
         await load_2(first, second)
-        store: RemoteStore = second.store
+        store: Gated = second.store
         tries, before = 0, len(store.asked("commit"))
         store.commits_held = True
         labelling = await begun(second.engine.set_label("plain", "canary", 2))
@@ -422,18 +425,18 @@ async def test_changes_that_are_always_too_late_are_given_up() -> None:
             store.let_go_once()
         await fails(labelling, Unavailable, "being changed by other servers again and again")
         assert 1 < tries < 50
-        assert "canary" not in told(first)["labels"]
+        assert "canary" not in (await told(first))["labels"]
 
 
 async def test_a_write_whose_answer_is_lost_is_looked_for() -> None:
     async with two_versions() as (first, second):
         await load_2(first, second)
-        first.store.answer_lost = Unavailable("the connection broke")
+        first.store.fail(Unavailable("the connection broke"), kept=True)
         assert await first.engine.set_default("plain", 2, CARRY) == Moved(1, 0)
-        assert first.engine.version("plain") == told(first)["default"] == 2
+        assert first.engine.version("plain") == (await told(first))["default"] == 2
         first.store.commit_error = Unavailable("the store is away")
         await fails(first.engine.set_default("plain", 1, CARRY), Unavailable, "away")
-        assert first.engine.version("plain") == told(first)["default"] == 2
+        assert first.engine.version("plain") == (await told(first))["default"] == 2
 
 
 # ---------------------------------------------------------------------------------------------------- begin and end
@@ -442,19 +445,20 @@ async def test_a_write_whose_answer_is_lost_is_looked_for() -> None:
 async def test_the_first_to_come_says_the_default() -> None:
     async with serving_two({"plain": PLAIN}, BOTH) as (first, second):
         assert second.engine.version("plain") == 1
-        assert (told(first)["default"], told(first)["highest"]) == (1, 2)
+        assert ((await told(first))["default"], (await told(first))["highest"]) == (1, 2)
         await second.open("a", model="plain@2")
         await fails(first.step("a", x(1)), VersionElsewhere)
 
 
 async def test_a_server_whose_file_is_another_does_not_start() -> None:
     async with two_versions() as (first, _):
-        store = first.store.replica()
+        store = await first.store.another()
         with pytest.raises(
             document.DocumentError, match=r"version 1 of model 'plain' must be the file .*plain@2=PATH"
         ):
             async with serving({"plain": weights(2)}, store=store):
                 raise AssertionError("it started")
+        await store.close()
 
 
 async def test_a_server_that_ends_a_version_ends_it_for_itself() -> None:

@@ -11,13 +11,14 @@ import pytest
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.core.quotas import Limits, QuotaTable
 from stepwell_server.errors import OutcomeUnknown, QuotaExceeded, Unavailable
-from support.awaited import RemoteStore
 from support.durable import begun
 from support.engine import Harness, running
 from support.fake_executor import WAIT_S
-from support.replicas import two_in_time
+from support.gates import Gated
+from support.kinds import SHARED
+from support.replicas import shared_by_two, two_in_time
 
-pytestmark = pytest.mark.stores("awaited")
+pytestmark = SHARED
 ACME = f"acme{SEPARATOR}"
 FIVE = QuotaTable(tenants={"acme": Limits(sessions=5, rows=12)})
 
@@ -83,17 +84,17 @@ async def test_sessions_that_expire_are_given_back_whoever_ends_them() -> None:
 
 
 async def test_what_was_made_before_the_start_counts_and_nothing_is_looked_through() -> None:
-    async with running(store=RemoteStore.of_memory()) as at:
-        await make(at, 4)
-        store: RemoteStore = at.store.replica()
-        async with running(store=store, clock=at.clock, quotas=FIVE) as later:
+    async with shared_by_two() as (store, other):
+        async with running(store=store) as at:
+            await make(at, 4)
+        async with running(store=other, clock=at.clock, quotas=FIVE) as later:
             with pytest.raises(QuotaExceeded, match="there are 4, and 2 came"):
                 await make(later, 2)
 
 
 async def test_the_store_is_asked_once_a_second_and_for_tenants_with_limits() -> None:
     async with two_in_time(quotas=FIVE) as (first, _, times):
-        store: RemoteStore = first.store
+        store: Gated = first.store
         before = len(store.asked("count"))
         for _ in range(3):
             await asyncio.gather(
@@ -108,7 +109,7 @@ async def test_the_store_is_asked_once_a_second_and_for_tenants_with_limits() ->
 async def test_nobody_gets_more_while_the_store_cannot_be_asked() -> None:
     async with two_in_time(quotas=FIVE) as (first, _, times):
         times.advance(2.0)
-        store: RemoteStore = first.store
+        store: Gated = first.store
         store.read_error = Unavailable("away")
         with pytest.raises(Unavailable, match="away"):
             await make(first, 1)
@@ -123,7 +124,7 @@ async def test_nobody_gets_more_while_the_store_cannot_be_asked() -> None:
 async def test_what_is_being_made_counts_whatever_the_store_says_meanwhile() -> None:
     """It may say what it had before, as the sessions are on their way to it."""
     async with two_in_time(quotas=FIVE) as (first, _, times):
-        store: RemoteStore = first.store
+        store: Gated = first.store
         await make(first, 3)
         store.commits_held = True
         making = await begun(make(first, 2))
@@ -140,7 +141,7 @@ async def test_what_is_being_made_counts_whatever_the_store_says_meanwhile() -> 
 
 async def test_what_ends_while_the_store_is_asked_makes_room_once() -> None:
     async with two_in_time(quotas=FIVE) as (first, _, times):
-        store: RemoteStore = first.store
+        store: Gated = first.store
         names = await make(first, 5)
         store.answers_held = True
         closing = await begun(first.engine.close_sessions(names[:2]))
@@ -157,7 +158,7 @@ async def test_what_ends_while_the_store_is_asked_makes_room_once() -> None:
 
 async def test_sessions_that_were_not_made_do_not_count() -> None:
     async with two_in_time(quotas=FIVE) as (first, _, _):
-        store: RemoteStore = first.store
+        store: Gated = first.store
         store.commit_error = Unavailable("away")
         with pytest.raises(Unavailable, match="away"):
             await make(first, 4)
@@ -167,7 +168,7 @@ async def test_sessions_that_were_not_made_do_not_count() -> None:
 
 async def test_a_session_that_may_be_in_the_store_counts_until_it_is_asked_again() -> None:
     async with two_in_time(quotas=FIVE) as (first, second, _):
-        store: RemoteStore = first.store
+        store: Gated = first.store
         await make(first, 4)
         store.commits_held = True
         unknown = await begun(first.open(ACME + "unknown"))
@@ -195,7 +196,7 @@ async def test_who_gives_up_while_the_store_is_asked_leaves_no_error_behind() ->
     asyncio.get_running_loop().set_exception_handler(lambda _, context: left.append(context))
     async with two_in_time(quotas=FIVE) as (first, _, times):
         times.advance(2.0)
-        store: RemoteStore = first.store
+        store: Gated = first.store
         store.reads_held = True
         making = await begun(make(first, 1))
         await store.until("count", 2)

@@ -18,14 +18,14 @@ from stepwell_server.errors import (
     SessionNotFound,
     Unavailable,
 )
-from stepwell_server.store.memory import MemoryStore
-from support.awaited import RemoteStore
 from support.durable import begun, same_reply
 from support.engine import Answer, Harness, kinds, running, x
+from support.gates import Gated
+from support.kinds import SHARED
 from support.model_of_sessions import traced
-from support.replicas import both_know, two
+from support.replicas import both_know, tombstone, two
 
-pytestmark = pytest.mark.stores("awaited")
+pytestmark = SHARED
 
 
 SHAPES = pytest.mark.parametrize("shape", ["lone", "frame", "long", "traced", "reset"])
@@ -106,7 +106,7 @@ async def test_what_expects_no_revision_is_applied_to_what_the_store_has() -> No
 
 async def alone(*steps: Any) -> list[Any]:
     inputs = [each for step in steps for each in (step if isinstance(step, list) else [step])]
-    async with running(store=RemoteStore(MemoryStore())) as at:
+    async with running() as at:
         await at.open("a")
         return [(await at.step("a", each)).outputs["y"] for each in inputs]
 
@@ -151,7 +151,7 @@ async def test_what_waits_behind_a_conflict_keeps_its_order() -> None:
     async with two() as (first, second):
         await both_know(first, second, "a")
         await first.step("a", x(1), expected=1, request_ids=9)
-        store: RemoteStore = second.store
+        store: Gated = second.store
         store.commits_held = True
         loses = second.submit("a", x(1), expected=1, request_ids=10)
         await store.until("commit")
@@ -175,7 +175,7 @@ async def test_a_commit_that_is_not_answered_is_not_known(shape: str, kept: bool
             await change(second, shape, expected=1, request_ids=9).only()
         answer = await change(second, shape, expected=1, request_ids=9).only()
         assert (answer.revision, answer.replayed) == (2, kept), "what the store holds is the truth"
-        async with running(store=RemoteStore(MemoryStore())) as other:
+        async with running() as other:
             await other.open("a")
             await other.step("a", x(1))
             same_reply(answer, await change(other, shape, expected=1, request_ids=9).only(), replayed=kept)
@@ -185,7 +185,7 @@ async def test_a_commit_that_is_not_answered_is_not_known(shape: str, kept: bool
 async def test_a_session_that_changes_elsewhere_again_and_again_is_given_up_on() -> None:
     async with two() as (first, second):
         await both_know(first, second, "a")
-        store: RemoteStore = second.store
+        store: Gated = second.store
         store.commits_held = True
         step = second.submit("a", x(1))
         tries = 0
@@ -262,7 +262,7 @@ async def test_the_same_call_on_both_means_one_session() -> None:
         opened = await slow
         assert opened.replayed
         assert opened.session.session_id == made.session.session_id
-        assert first.store.shared.count() == 1
+        assert len(await first.store.ids()) == 1
 
 
 async def test_many_are_opened_or_none_where_another_server_was_faster_with_one() -> None:
@@ -275,7 +275,7 @@ async def test_many_are_opened_or_none_where_another_server_was_faster_with_one(
         with pytest.raises(SessionExists, match="session 'a' is open"):
             await slow
         assert [info.session_id for info in (await first.engine.list_sessions())[0]] == ["a"]
-        assert first.store.shared.count_of("plain") == 1
+        assert await first.store.count_of("plain") == 1
         opened = await second.engine.open_sessions("plain", session_ids=["x", "y"])
         assert opened.revisions.tolist() == [0, 0], "they never were"
 
@@ -434,9 +434,7 @@ async def test_a_session_is_closed_although_another_server_has_changed_it(many: 
             assert await second.engine.close_sessions(["a", "b"]) == 2
         else:
             assert await second.engine.close_session("a", request_id=5) is False
-        stone = first.store.shared.tombstones(["a"])[0]
-        assert stone is not None
-        assert stone.revision == 2, "of what it was at last"
+        assert (await tombstone(first, "a")).revision == 2, "of what it was at last"
         with pytest.raises(SessionNotFound, match="was closed"):
             await first.step("a", x(1))
 
@@ -458,7 +456,7 @@ async def test_those_that_another_server_has_closed_are_not_counted() -> None:
         await both_know(first, second, "a", "b", "c")
         await first.engine.close_session("b")
         assert await second.engine.close_sessions(["a", "b", "c"]) == 2
-        assert first.store.shared.count() == first.store.shared.count_of("plain") == 0
+        assert len(await first.store.ids()) == await first.store.count_of("plain") == 0
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -11,27 +11,22 @@ import pytest
 from stepwell_server.errors import RevisionConflict, ServerError, SessionNotFound, Unavailable
 from stepwell_server.store.base import Batch
 from stepwell_server.store.record import decode_header
-from support.awaited import RemoteStore
 from support.durable import begun, same_reply
 from support.engine import Harness, x
+from support.gates import Gated
+from support.kinds import SHARED
 from support.replicas import both_know, two
 
-pytestmark = pytest.mark.stores("awaited")
-
-
-def loses_last_write(store: RemoteStore, session_id: str, before: bytes, stamp: int) -> None:
-    """What a fail-over of a store can do that did not wait for its copies: an older record is there again."""
-    store.shared.commit(Batch(puts=[(session_id, before)]))
-    store.stamps[session_id] = stamp
+pytestmark = SHARED
 
 
 async def test_a_revision_that_comes_twice_is_not_taken_for_the_first() -> None:
     async with two() as (first, second):
         await both_know(first, second, "a")
-        store: RemoteStore = first.store
-        before, stamp = bytes(store.shared.get("a") or b""), store.stamps["a"]
+        store: Gated = first.store
+        (before,) = await store.found("a")
         await first.step("a", x(1, seed=1))
-        loses_last_write(store, "a", before, stamp)
+        await store.put_back("a", before)
         other = await second.step("a", x(1, seed=2), request_ids=7)
         assert other.revision == 2
         # the first server has a state of revision 2 as well: it is of the write that was lost
@@ -46,10 +41,10 @@ async def test_a_revision_that_comes_twice_is_not_taken_for_the_first() -> None:
 async def test_a_change_of_a_write_that_was_lost_is_not_kept() -> None:
     async with two() as (first, second):
         await both_know(first, second, "a")
-        store: RemoteStore = first.store
-        before, stamp = bytes(store.shared.get("a") or b""), store.stamps["a"]
+        store: Gated = first.store
+        (before,) = await store.found("a")
         await first.step("a", x(1, seed=1))
-        loses_last_write(store, "a", before, stamp)
+        await store.put_back("a", before)
         await second.step("a", x(1, seed=2))
         answer = await first.step("a", x(1, seed=3), expected=2)  # of what the store has
         assert answer.revision == 3
@@ -60,7 +55,7 @@ async def test_a_change_of_a_write_that_was_lost_is_not_kept() -> None:
 async def test_a_commit_that_is_sent_again_is_kept_once() -> None:
     async with two() as (first, _):
         await first.open("a")
-        store: RemoteStore = first.store
+        store: Gated = first.store
         batches: list[Batch] = []
         apply = store.apply
 
@@ -81,7 +76,7 @@ async def test_a_retry_is_answered_by_what_the_store_has_now() -> None:
     async with two() as (first, second):
         await both_know(first, second, "a")
         applied = await first.step("a", x(1), expected=1, request_ids=9)
-        store: RemoteStore = first.store
+        store: Gated = first.store
         reads = len(store.asked("read"))
         same_reply(await first.step("a", x(1), expected=1, request_ids=9), applied)
         assert len(store.asked("read")) > reads
@@ -93,7 +88,7 @@ async def test_a_retry_is_answered_by_what_the_store_has_now() -> None:
 
 async def step_while_read(first: Harness, second: Harness, **options: Any) -> tuple[Any, asyncio.Task[Any]]:
     """A read on the second server that has its turn, and waits for the store; another that waits behind it."""
-    store: RemoteStore = second.store
+    store: Gated = second.store
     store.reads_held = True
     held = await begun(second.engine.get_states(["a"], **options))
     await store.until("read", len(store.asked("read")))
@@ -127,7 +122,7 @@ async def test_a_fork_is_of_what_was_answered_before_it_began() -> None:
 async def test_a_session_with_something_under_way_is_described_as_the_store_has_it(call: str) -> None:
     async with two() as (first, second):
         await both_know(first, second, "a")
-        store: RemoteStore = second.store
+        store: Gated = second.store
         store.commits_held = True
         loses = second.submit("a", x(1), expected=1, request_ids=10)
         await store.until("commit")
@@ -148,7 +143,7 @@ async def test_a_session_with_something_under_way_is_described_as_the_store_has_
 async def test_a_session_that_was_closed_elsewhere_while_something_is_under_way(again: bool) -> None:
     async with two() as (first, second):
         await both_know(first, second, "a")
-        store: RemoteStore = second.store
+        store: Gated = second.store
         store.commits_held = True
         loses = second.submit("a", x(1))
         await store.until("commit")
@@ -183,7 +178,7 @@ async def test_a_step_that_fits_the_session_which_has_the_id_now_is_applied(said
 
 async def test_what_is_undone_is_only_what_this_call_made() -> None:
     async with two() as (first, second):
-        store: RemoteStore = second.store
+        store: Gated = second.store
         store.commits_held = True
         opening = await begun(second.engine.open_sessions("plain", session_ids=["a", "b", "c"]))
         await store.until("commit")
@@ -203,7 +198,7 @@ async def test_what_is_undone_is_only_what_this_call_made() -> None:
 async def test_nothing_is_read_that_the_store_cannot_confirm() -> None:
     async with two() as (first, second):
         await both_know(first, second, "a")
-        store: RemoteStore = second.store
+        store: Gated = second.store
         store.read_error = Unavailable("the store is away")
         with pytest.raises(Unavailable):
             await second.state("a")
@@ -226,6 +221,6 @@ async def test_records_of_sessions_that_others_opened_anew_say_so() -> None:
         for name, revision in zip(names, opened.revisions.tolist(), strict=True):
             info = await first.engine.session_info(name)
             assert (info.revision, info.position) == (revision + 1, 1)
-            stored = first.store.shared.get(name)
+            stored = (await first.store.found(name))[0].record
             assert stored is not None
             assert decode_header(name, stored).created == first.clock.now()

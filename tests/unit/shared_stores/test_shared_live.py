@@ -25,12 +25,13 @@ from stepwell_server.models.folder import ModelFolder
 from stepwell_server.process.readiness import Readiness
 from support.engine import Harness, x
 from support.fake_executor import PLAIN
+from support.kinds import SHARED
 from support.live_at import Watcher
 from support.replicas import serving_two
 from support.version_changes import told
 from support.versions import weights
 
-pytestmark = pytest.mark.stores("awaited")
+pytestmark = SHARED
 
 
 @pytest.fixture(autouse=True)
@@ -226,9 +227,9 @@ async def test_two_that_load_the_same_at_once(tmp_path: Path) -> None:
         assert (first.default, second.default) == (2, 2)
 
 
-def is_wanted(replica: Replica, version: int) -> bool:
+async def is_wanted(replica: Replica, version: int) -> bool:
     """Whether the store says that a version is to be loaded again after a restart."""
-    (found,) = [each for each in told(replica.at)["versions"] if each["version"] == version]
+    (found,) = [each for each in (await told(replica.at))["versions"] if each["version"] == version]
     return bool(found["wanted"])
 
 
@@ -247,7 +248,7 @@ async def test_a_load_whose_switch_fails_leaves_what_other_servers_want(tmp_path
         )
         with pytest.raises(MigrationFailed):
             await second.live.load(request)
-        assert is_wanted(first, 2)
+        assert await is_wanted(first, 2)
         # what only this server wanted is wanted by nobody afterwards
         third = tmp_path / "3.keras"
         third.write_text("3")
@@ -256,7 +257,7 @@ async def test_a_load_whose_switch_fails_leaves_what_other_servers_want(tmp_path
         )
         with pytest.raises(MigrationFailed):
             await second.live.load(request)
-        assert not is_wanted(first, 3)
+        assert not await is_wanted(first, 3)
         # it can be loaded there still, and is the default on both then
         await second.live.load(LoadRequest(name="plain", version=2, path=path, policy=SessionPolicy.CARRY))
         await first.at.inside.look()

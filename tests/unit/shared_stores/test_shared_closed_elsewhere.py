@@ -9,19 +9,20 @@ import pytest
 
 from stepwell_server.engine.sessions.moving import Arriving, Brought, Existing
 from stepwell_server.errors import ServerError, SessionNotFound
-from support.awaited import RemoteStore
 from support.durable import begun
 from support.engine import Answers, Harness, x
+from support.gates import Gated
+from support.kinds import SHARED
 from support.replicas import both_know, two
 
-pytestmark = pytest.mark.stores("awaited")
+pytestmark = SHARED
 
 
 async def closed_behind(first: Harness, second: Harness) -> Answers:
     """The first closes a session for which a step of the second waits for the store: its answers."""
     if "a" not in second.inside.loaded():
         await both_know(first, second, "a")
-    store: RemoteStore = second.store
+    store: Gated = second.store
     before = len(store.asked("commit"))
     store.commits_held = True
     step = second.submit("a", x(1))

@@ -9,17 +9,13 @@ import pytest
 
 from stepwell_server.errors import OutcomeUnknown, RevisionConflict, SessionExists
 from stepwell_server.store.base import Batch
-from support.awaited import RemoteStore
 from support.durable import begun
 from support.engine import Harness, x
+from support.kinds import SHARED
 from support.replicas import both_know, two
+from support.shared import stamps
 
-pytestmark = pytest.mark.stores("awaited")
-
-
-def there(at: Harness) -> set[str]:
-    store: RemoteStore = at.store
-    return {session_id for session_id, _ in store.shared.scan(limit=1000)}
+pytestmark = SHARED
 
 
 def make_many(at: Harness, how: str, ids: list[str], request_id: int) -> Any:
@@ -42,14 +38,14 @@ async def test_what_may_have_been_kept_stays_and_the_rest_is_made_when_the_call_
         second.store.unknown = {"x": kept, "z": kept}
         with pytest.raises(OutcomeUnknown, match="may have kept it"):
             await make_many(second, how, ["x", "y", "z"], 4)
-        assert there(first) == {"source", "new", "y"} | ({"x", "z"} if kept else set())
+        assert await first.store.ids() == {"source", "new", "y"} | ({"x", "z"} if kept else set())
         opened = await make_many(first, how, ["x", "y", "z"], 4)
         assert (opened.replayed, list(opened.session_ids)) == (True, ["x", "y", "z"])
         again = await make_many(second, how, ["x", "y", "z"], 4)
         assert again.replayed
         assert again.revisions.tolist() == opened.revisions.tolist() == [0 if how == "open" else 1] * 3
-        assert there(first) == {"source", "new", "x", "y", "z"}
-        assert first.store.shared.count_of("plain") == 5
+        assert await first.store.ids() == {"source", "new", "x", "y", "z"}
+        assert await first.store.count_of("plain") == 5
         wanted = (await first.state("source" if how == "fork" else "new"))["sum"].tobytes()
         for session_id in ("x", "y", "z"):
             assert (await second.state(session_id))["sum"].tobytes() == wanted
@@ -61,7 +57,7 @@ async def test_a_call_that_cannot_come_again_is_undone() -> None:
         second.store.unknown["x"] = True
         with pytest.raises(OutcomeUnknown, match="may have kept it"):
             await make_many(second, "open", ["x", "y"], 0)
-        assert there(first) == set()
+        assert await first.store.ids() == set()
         assert len((await make_many(second, "open", ["x", "y"], 0)).session_ids) == 2
 
 
@@ -83,12 +79,12 @@ async def beaten(first: Harness, second: Harness, how: str) -> asyncio.Task[Any]
 async def test_a_call_that_is_refused_leaves_nothing(how: str) -> None:
     async with two() as (first, second):
         slow = await beaten(first, second, how)
-        assert there(first) == {"source", "taken", "x", "y"}
+        assert await first.store.ids() == {"source", "taken", "x", "y"}
         second.store.let_go()
         with pytest.raises(SessionExists, match="session 'taken' is open"):
             await slow
-        assert there(first) == {"source", "taken"}
-        assert first.store.shared.count_of("plain") == 2
+        assert await first.store.ids() == {"source", "taken"}
+        assert await first.store.count_of("plain") == 2
 
 
 @HOW
@@ -100,13 +96,12 @@ async def test_what_another_server_has_taken_over_is_not_taken_back(how: str) ->
         second.store.let_go_once("answer")
         await second.store.until("commit", before + 1)  # which takes back what was made
         # of a call that was refused itself: nothing is remembered of it
-        first.store.shared.commit(Batch(deletes=["taken"], counts=[("plain", -1)]))
-        del first.store.stamps["taken"]
+        await first.store.inner.apply(Batch(deletes=["taken"], delete_follows=stamps(0)))
         opened = await make_many(first, how, ["x", "taken", "y"], 7)
         second.store.let_go()
         with pytest.raises(SessionExists, match="session 'taken' is open"):
             await slow
-        assert there(first) == {"source", "taken", "x", "y"}, "they were acknowledged"
+        assert await first.store.ids() == {"source", "taken", "x", "y"}, "they were acknowledged"
         for session_id in ("x", "taken", "y"):
             assert (await first.step(session_id, x(1))).revision == opened.revisions[0] + 1
 
@@ -125,7 +120,7 @@ async def test_two_servers_that_do_the_same_call_make_its_sessions_once(how: str
         second.store.let_go()
         assert (await slow).replayed, "one of them was there"
         assert (await make_many(first, how, ["x", "y"], 7)).replayed
-        assert first.store.shared.count_of("plain") == 3
+        assert await first.store.count_of("plain") == 3
 
 
 async def test_an_answer_to_a_call_that_came_again_cannot_be_taken_back() -> None:
@@ -134,10 +129,10 @@ async def test_an_answer_to_a_call_that_came_again_cannot_be_taken_back() -> Non
         second.store.answers_held = True
         slow = await begun(make_many(second, "open", ["x", "y"], 7))
         await second.store.until("answer")
-        made = dict(first.store.stamps)
+        made = await first.store.found("x", "y")
         assert (await make_many(first, "open", ["x", "y"], 7)).replayed
-        assert first.store.stamps.keys() == made.keys()
-        assert all(first.store.stamps[session_id] != made[session_id] for session_id in made)
+        again = await first.store.found("x", "y")
+        assert all(now.stamp not in (0, before.stamp) for now, before in zip(again, made, strict=True))
         second.store.let_go()
         assert not (await slow).replayed
         assert (await second.step("x", x(1))).revision == 1, "it looks again when its stamp is an old one"
@@ -150,7 +145,7 @@ async def test_a_session_that_was_closed_is_not_made_again_with_the_others() -> 
         await second.engine.close_session("y")
         with pytest.raises(SessionExists, match="session 'x' is open"):
             await make_many(first, "open", ["x", "y"], 4)
-        assert there(first) == {"x"}
+        assert await first.store.ids() == {"x"}
 
 
 async def test_sessions_that_were_used_are_not_taken_for_a_part_of_what_is_to_be_made() -> None:
@@ -161,7 +156,7 @@ async def test_sessions_that_were_used_are_not_taken_for_a_part_of_what_is_to_be
         await first.step("x", x(1), expected=0, request_ids=9)
         with pytest.raises(SessionExists, match="session 'x' is open"):
             await make_many(first, "open", ["x", "y"], 4)
-        assert there(first) == {"x"}
+        assert await first.store.ids() == {"x"}
 
 
 async def test_a_part_of_another_call_is_not_taken_over() -> None:
@@ -171,7 +166,7 @@ async def test_a_part_of_another_call_is_not_taken_over() -> None:
             await make_many(second, "open", ["x", "y"], 4)
         with pytest.raises(SessionExists, match="session 'x' is open"):
             await make_many(first, "open", ["x", "y"], 5)
-        assert there(first) == {"x"}
+        assert await first.store.ids() == {"x"}
 
 
 async def test_a_step_that_is_under_way_is_judged_again_when_its_session_is_taken_over() -> None:

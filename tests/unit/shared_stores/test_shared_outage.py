@@ -11,13 +11,14 @@ import pytest
 from stepwell_server.core.quotas import Limits, QuotaTable
 from stepwell_server.engine.api import Order, SessionFilter
 from stepwell_server.errors import DeadlineExceeded, Overloaded, ServerError, Unavailable
-from support.awaited import RemoteStore
 from support.durable import begun
 from support.engine import Answer, Harness, x
 from support.fake_executor import WAIT_S
+from support.gates import Gated
+from support.kinds import SHARED
 from support.replicas import two_in_time
 
-pytestmark = pytest.mark.stores("awaited")
+pytestmark = SHARED
 IDLE_S = 1000.0
 FOREVER = float("inf")
 NAMES = ["here", "away", "ends", "leaves", "moves"]
@@ -77,13 +78,13 @@ ERRORS = {
 }
 
 
-async def prepared(first: Harness, second: Harness) -> RemoteStore:
+async def prepared(first: Harness, second: Harness) -> Gated:
     """Sessions that the second server knows, two of them paged out."""
     await second.open(*NAMES)
     await second.submit(NAMES, x(len(NAMES))).all()
     second.inside.page_out("away", "moves")
     await first.step("moves", x(1))
-    store: RemoteStore = second.store
+    store: Gated = second.store
     return store
 
 
@@ -93,7 +94,7 @@ async def test_a_call_says_that_the_store_is_not_there_and_works_when_it_is_back
     limits = QuotaTable(default=Limits(sessions=1000))
     async with two_in_time(max_session_idle_s=IDLE_S, quotas=limits) as (first, second, times):
         store = await prepared(first, second)
-        before = sorted(i for i, _ in store.shared.scan(limit=99))
+        before = await store.ids()
         times.advance(1.5)
         store.read_error = store.commit_error = store.told_error = ERRORS[why]
         if call != "describe":  # nothing is under way, so that what the server knows is an answer
@@ -102,7 +103,7 @@ async def test_a_call_says_that_the_store_is_not_there_and_works_when_it_is_back
             assert getattr(refused.value, "retry_after_s", None) == (1.5 if why == "full" else None)
         await second.settled()
         second.check_books()
-        assert sorted(i for i, _ in store.shared.scan(limit=99)) == before
+        assert await store.ids() == before
         store.read_error = store.commit_error = store.told_error = None
         await asyncio.wait_for(CALLS[call](second), WAIT_S)
 
@@ -147,7 +148,7 @@ async def test_few_changes_wait_for_a_store_that_does_not_answer(monkeypatch: py
     async with two_in_time() as (first, second, _):
         names = [f"s{number}" for number in range(8)]
         await first.open(*names)
-        store: RemoteStore = second.store
+        store: Gated = second.store
         store.reads_held = True
         waiting = [second.submit(name, x(1)) for name in names[:4]]
         with pytest.raises(Overloaded, match="rows waiting for their sessions to be loaded"):
@@ -176,7 +177,7 @@ async def test_what_is_late_when_the_store_answers_is_not_applied() -> None:
 async def test_steps_go_on_after_a_store_that_was_away_for_long() -> None:
     async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
         await second.open(*NAMES)
-        store: RemoteStore = second.store
+        store: Gated = second.store
         revision = 0
         for _ in range(3):
             store.commit_error = store.read_error = ERRORS["away"]

@@ -10,13 +10,14 @@ import pytest
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.errors import SessionExpired
 from stepwell_server.store.base import End
-from support.awaited import RemoteStore
 from support.durable import begun
 from support.engine import Harness, x
 from support.fake_executor import WAIT_S
-from support.replicas import sweeping, two_in_time
+from support.gates import Gated
+from support.kinds import SHARED
+from support.replicas import sweeping, tombstone, two_in_time
 
-pytestmark = pytest.mark.stores("awaited")
+pytestmark = SHARED
 
 
 async def turns(count: int = 20) -> None:
@@ -53,7 +54,7 @@ async def test_sessions_of_several_limits_end_whoever_opened_them() -> None:
         assert [(await second.engine.session_info(name)).max_idle_s for name in (*stays, "named")] == [
             90.0, 30_000.0, math.inf, math.inf,
         ]  # fmt: skip
-        assert first.store.shared.tombstones(gone[-1:])[0].end is End.EXPIRED
+        assert (await tombstone(first, gone[-1])).end is End.EXPIRED
         times.advance(30.0)
         assert await ended(first, second) == 1
 
@@ -83,7 +84,7 @@ async def test_a_server_that_was_held_up_ends_nothing_by_what_it_knew(pause_s: f
         await opened(first)
         used = await opened(second)
         times.advance(61.0)
-        store: RemoteStore = first.store
+        store: Gated = first.store
         sweep = await sweeping(store, first.inside.expire_idle())
         times.advance(pause_s)
         # the second server takes the session for one that is used: its clock says so as well
@@ -105,7 +106,7 @@ async def test_whoever_names_it_finds_it_expired_before_the_look(who: str) -> No
         at = first if who == "opened" else second
         answers = await at.submit(name, x(1)).all()
         assert type(answers[0]) is SessionExpired
-        assert first.store.shared.tombstones([name])[0].end is End.EXPIRED
+        assert (await tombstone(first, name)).end is End.EXPIRED
         assert (await first.engine.list_sessions())[0] == []
 
 
@@ -136,7 +137,7 @@ async def test_what_has_something_under_way_for_longer_than_its_limit_counts_as_
 async def test_the_store_hears_of_use_at_most_every_tenth_of_the_limit() -> None:
     async with two_in_time() as (first, _, times):
         name = await opened(first, 60_000)
-        store: RemoteStore = first.store
+        store: Gated = first.store
         for _ in range(60):
             times.advance(1.0)
             await first.state(name)
@@ -147,7 +148,7 @@ async def test_the_store_hears_of_use_at_most_every_tenth_of_the_limit() -> None
 async def test_time_in_which_nobody_could_use_it_ends_no_session() -> None:
     async with two_in_time() as (first, second, times):
         name = await opened(first)
-        first.store.together.is_served = False
+        first.store.service.is_constant = False
         assert await ended(first, second) == 0
         times.advance(5000.0)  # the store is away, or no server runs
         for _ in range(5):
@@ -167,8 +168,8 @@ async def test_a_tenants_sessions_end_as_others_do() -> None:
         ).session_ids
         times.advance(61.0)
         assert await ended(second) == 2
-        assert first.store.shared.tombstones(names)[0].session_id.startswith("acme")
-        assert first.store.shared.count_of(f"acme{SEPARATOR}") == 0
+        assert (await tombstone(first, names[0])).session_id.startswith("acme")
+        assert await first.store.count_of(f"acme{SEPARATOR}") == 0
 
 
 @pytest.mark.parametrize("by", ["step", "read", "describe"])

@@ -11,9 +11,10 @@ import pytest
 from stepwell_server.engine.api import Order, SessionFilter
 from stepwell_server.errors import SessionNotFound
 from support.engine import Harness, kinds, x
+from support.kinds import SHARED
 from support.replicas import both_know, two_in_time
 
-pytestmark = pytest.mark.stores("awaited")
+pytestmark = SHARED
 
 
 async def listed(at: Harness, **query: Any) -> list[tuple[str, int]]:
