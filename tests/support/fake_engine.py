@@ -11,6 +11,7 @@ import numpy as np
 from stepwell_server.engine.api import ModelInfo, Moved, SessionInfo, SessionPolicy, VersionInfo
 from stepwell_server.engine.change import Change, Reply
 from stepwell_server.engine.models import Known
+from stepwell_server.engine.types import Members
 from stepwell_server.errors import (
     InvalidInput,
     MessageTooLarge,
@@ -63,7 +64,7 @@ class FakeEngine:
     async def session_info(self, session_id: str, *, usable: bool = False) -> SessionInfo:
         return self._find(session_id).info
 
-    def submit(self, change: Change) -> None:
+    def submit(self, change: Change) -> Members:
         self._raise()
         if not change.session_ids:
             raise InvalidInput("session_ids must name a session; got none")
@@ -75,6 +76,7 @@ class FakeEngine:
         self.changes.append(change)
         if not self.held:
             self.release()
+        return np.zeros(0, np.intp)
 
     def release(self) -> None:
         changes, self.changes = self.changes, []

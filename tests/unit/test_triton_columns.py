@@ -107,9 +107,9 @@ class Front:
         self.changes: list[Change] = []
         submit = at.engine.submit
 
-        def counted(change: Change) -> None:
+        def counted(change: Change) -> Members:
             self.changes.append(change)
-            submit(change)
+            return submit(change)
 
         at.engine.submit = counted
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from stepwell_server.engine.state.model import Model
 
 _log = Log("engine.replies")
+#: A session that others change meanwhile is looked up again for a change, or a call, this often at most.
+MAX_TRIES = 8
 #: Members of a change that have an error each where they fail in one way; more of them share one.
 MOST_ERRORS = 32
 _NOBODY: Members = np.zeros(0, np.intp)
@@ -42,19 +44,6 @@ _ANY: U64 = np.array([ANY_REVISION], np.uint64)
 _NONE: U64 = np.zeros(1, np.uint64)
 #: In a reply to whoever asked for none.
 NO_STATES: Tensors = MappingProxyType({})
-
-
-class MustPart(Exception):
-    """A change of several callers must be submitted without some members, and those each alone.
-
-    Their sessions are not in the table, or have other rows than the change says, or do not go on (`Change.goes_on`).
-    """
-
-    def __init__(self, members: Members, *, are_alike: bool = False) -> None:
-        super().__init__(f"{len(members)} members must be submitted apart")
-        self.members = members
-        self.are_alike = are_alike
-        """They are of other models than the first member, and may be submitted together."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -127,11 +116,11 @@ class Change:
     """Members whose states come back, ascending; None: all."""
     deadline: float = float("inf")
     """On the clock's monotonic time. Members that still wait then are dropped unapplied."""
-    goes_on: str = ""
-    """A step of sessions of this model that have made some since they began or were last reset, and have as many rows
-    as `batch_sizes` says; where one has not it raises `MustPart`. "": any sessions."""
-    goes_on_versions: Collection[int] | None = None
-    """The versions of the model of `goes_on` that they must be on; None: any."""
+    continued_model: str = ""
+    """For a step: its sessions must be of this model, have made a step since they began or were last reset, and have as
+    many rows as `batch_sizes` says; `Engine.submit` returns the members of others. "": any sessions."""
+    continued_versions: Collection[int] | None = None
+    """The versions of `continued_model` that they must be on; None: any."""
     traces: Mapping[int, Trace] | None = None
     """Of members whose calls are traced; that of a call of many is with its first. None: of none."""
     caller: Hashable = None
@@ -178,10 +167,13 @@ class Change:
     digests: U64 | None = None
     """Of what it says of each member, where any has a request id: see `content`. None: not computed yet."""
     tries: npt.NDArray[np.uint8] | None = None
-    """How often each member was judged again because another server had changed its session; None: never."""
+    """How often the session of each member was looked up again; None: never."""
 
     # set where it is made of several
 
+    messages: Members | None = None
+    """The number of each member's message, where several were put together. One that cannot be taken with the others is
+    left out as a whole: `Engine.submit` returns its members. None: there is one message."""
     callers: Sequence[Hashable] | None = None
     """One per member, in place of `caller`: the same session may then be among the members more than once, to be
     applied in their order."""
@@ -213,9 +205,28 @@ class Change:
         return total
 
     @property
-    def may_part(self) -> bool:
-        """Who submits it does without members for which `MustPart` is raised."""
-        return self.callers is not None or bool(self.goes_on)
+    def may_leave_out(self) -> bool:
+        """`Engine.submit` may return members that must be submitted in another way."""
+        return self.messages is not None or bool(self.continued_model)
+
+    def whole_messages(self, members: Members) -> Members:
+        """Some members and those of the same messages, ascending."""
+        if self.messages is None:
+            return np.arange(self.size)
+        return np.flatnonzero(np.isin(self.messages, self.messages[members]))
+
+    def with_followers(self, members: Members) -> Members:
+        """As `whole_messages`; all members where a session is named twice: none may overtake another."""
+        is_distinct = len(set(self.session_ids)) == self.size
+        return self.whole_messages(members) if is_distinct else np.arange(self.size)
+
+    def count_try(self, members: Members) -> Mask:
+        """The sessions of members are looked up again: count it. True for those that have had `MAX_TRIES`."""
+        if self.tries is None:
+            self.tries = np.zeros(self.size, np.uint8)
+        is_over = self.tries[members] >= MAX_TRIES
+        self.tries[members[~is_over]] += 1
+        return is_over
 
     @property
     def starts(self) -> Rows:
@@ -477,6 +488,13 @@ def for_all(error: ServerError, count: int) -> ServerError:
     if count > 1:
         error.message = f"{error.message} (and so for {count - 1} others of the session_ids)"
     return error
+
+
+def changed_elsewhere(session_id: str) -> Unavailable:
+    """The answer where other calls, or other servers, change a session so often that this call does not get to it."""
+    return Unavailable(
+        f"session {session_id!r} was changed by other calls again and again; this one was not applied"
+    )
 
 
 def cancelled() -> ServerError:

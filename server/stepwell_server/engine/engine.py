@@ -342,8 +342,12 @@ class Engine:
             sizes=sizes,
             clock=clock,
         )
-        self.submit: Callable[[Change], None] = self._submission.submit
+        self.submit: Callable[[Change], Members] = self._submission.submit
         """Take a change. Its replies get every member's answer, some maybe before this returns.
+
+        Returns:
+            Members that were not taken, and get no answer: of several messages, those of messages that cannot be taken with
+            the others, to be submitted alone, in their order; of a step that must continue, those that do not. Else none.
 
         Raises:
             ServerError: the change is refused as a whole; its replies get nothing.

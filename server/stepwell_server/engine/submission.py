@@ -12,12 +12,12 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable, are_missing
-from stepwell_server.engine.change import Change, MustPart
+from stepwell_server.engine.change import Change
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES, Held, Inbox
-from stepwell_server.engine.intake.parting import parted
+from stepwell_server.engine.intake.split import part_of
 from stepwell_server.engine.intake.validation import Refusals, Validation, require_lists
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
@@ -25,11 +25,13 @@ from stepwell_server.engine.sessions.loading import Arrivals, Seen
 from stepwell_server.engine.sizes import Sizes
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import Overloaded, ServerError, Stopping
+from stepwell_server.logs import Log
 from stepwell_server.store.base import Store
 
+_log = Log("engine.submission")
 #: Rows of changes that may wait for their sessions to be loaded, over all models.
 MAX_LOADING_ROWS = 65_536
-_LOAD_AGAIN_S = 0.1
+_RETRY_AFTER_S = 0.1
 _NOBODY: Members = np.zeros(0, np.intp)
 
 #: Members without a session that are refused in one go: of more others have turns meanwhile.
@@ -87,57 +89,59 @@ class Submission:
         if not self.is_accepting:
             raise Stopping("the server is stopping; it was not applied")
 
-    def submit(self, change: Change) -> None:
+    def submit(self, change: Change) -> Members:
         """See `Engine.submit`."""
         if not self.is_accepting:
             self.require_accepting()
         if change.reset:
             self._commits.require_room()  # a step waits for its pass, and passes wait for the store
         require_lists(change)
-        handles = self._table.find_all(change.session_ids)
-        may_be_over = self._clock.monotonic() > self._table.next_end
-        if may_be_over or self._arrivals.waiting or are_missing(handles):
+        handles, table = self._table.find_all(change.session_ids), self._table
+        if self._arrivals.waiting or are_missing(handles) or self._clock.monotonic() > table.next_end:
             away = self._arrivals.away(change.session_ids, handles)
+            if len(away) and change.may_leave_out:
+                return self._take_without(change, away, self._directory.here)
             if len(away):
-                if change.may_part:
-                    raise MustPart(away)
-                self._load(change)
-                return
+                self._look_up(change)
+                return _NOBODY
         try:
-            self._take(change, handles, self._directory.here)
+            return self._take(change, handles, self._directory.here)
         except ServerError as error:
             error.model = change.model_name
             raise
 
-    def _take(self, change: Change, handles: Handles, seen: Seen, *, is_anew: bool = False) -> None:
-        """Check a change and put it into its inbox; `is_anew`: its sessions are as the store has them now."""
+    def _take(self, change: Change, handles: Handles, seen: Seen) -> Members:
+        """Check a change whose sessions were looked for, answer what is refused, and put the rest into its inbox.
+
+        Returns, and raises: as `submit`.
+        """
         missing = np.flatnonzero(handles < 0) if are_missing(handles) else _NOBODY
         if len(missing) == change.size:
             self._refuse_missing(change, missing, seen)
-            return
+            return _NOBODY
+        if change.may_leave_out and len(unfit := self._validation.unfit(change, handles)):
+            return self._take_without(change, unfit, seen)
         reply_bytes = change.reply_bytes
-        refused: Refusals | None = None
+        refused: Refusals = []
         problem: ServerError | None = None
         try:
-            refused = self._validation.check(change, handles)
-        except MustPart as part:
-            if change.may_part or not part.are_alike:
-                raise
-            self._take_parts(change, part.members, seen, is_anew=is_anew)
-            return
+            others = self._validation.look(change, handles)
+            if len(others):
+                return self._take_apart(change, others, seen)
+            refused = self._validation.check(change)
         except ServerError as error:
             problem = error
-        is_refused = problem is not None or bool(refused)
-        if is_refused and not is_anew and not self._are_as_stored(change, handles):
+        if (refused or problem is not None) and not (
+            seen.is_compared or self._are_as_stored(change, handles)
+        ):
             # other servers may have made other sessions of these ids, which it fits
+            if change.may_leave_out:
+                return np.arange(change.size)
             change.reply_bytes = reply_bytes
-            if change.may_part:
-                raise MustPart(np.arange(change.size))
-            self._load(change, anew=True)
-            return
+            self._look_up(change, compare=True)
+            return _NOBODY
         if problem is not None:
             raise problem
-        assert refused is not None, "it was checked"
         inbox = self._inboxes[change.model.index]
         if len(change.members):
             inbox.hold(change)
@@ -150,6 +154,41 @@ class Submission:
             self._refuse_missing(change, missing, seen)
         if len(change.members):
             inbox.put(change)
+        return _NOBODY
+
+    def _take_without(self, change: Change, members: Members, seen: Seen) -> Members:
+        """Take a change but for some members, their messages and what must not overtake these; return all of those."""
+        out = change.with_followers(members)
+        rest = np.setdiff1d(np.arange(change.size), out)
+        return np.union1d(out, self._take_parts(change, [rest], seen)) if len(rest) else out
+
+    def _take_apart(self, change: Change, others: Members, seen: Seen) -> Members:
+        """Take a change of sessions of several versions, or models, as two: what fails in one does not in the other."""
+        if change.messages is not None:
+            others = change.whole_messages(others)
+        rest = np.setdiff1d(np.arange(change.size), others)
+        # else one message names sessions of several
+        return self._take_parts(change, [rest, others], seen) if len(rest) else others
+
+    def _take_parts(self, change: Change, parts: Sequence[Members], seen: Seen) -> Members:
+        """Take parts of a change, each by itself; return the members that were not taken. See `part_of` for what is raised."""
+        left, reply_bytes = _NOBODY, 0
+        for members in parts:
+            part, own = part_of(change, members), _NOBODY
+            everybody = np.arange(part.size)
+            try:
+                own = self._take(part, self._directory.find_all(part.session_ids, seen), seen)
+            except ServerError as error:
+                if part.messages is None:
+                    part.fail(everybody, error)
+                else:
+                    own = everybody
+            except Exception as error:
+                part.fail(everybody, _log.internal("a part of a change could not be taken", error))
+            left = np.union1d(left, members[own])
+            reply_bytes += part.reply_bytes
+        change.reply_bytes = reply_bytes
+        return left
 
     def _are_as_stored(self, change: Change, handles: Handles) -> bool:
         """Whether the store says at once that the table has what it has of sessions that are in the table."""
@@ -161,16 +200,6 @@ class Submission:
             found.close()  # it is asked again, in the order of all that names the sessions
             return False
         return all(each.is_known for each in found)
-
-    def _take_parts(self, change: Change, others: Members, seen: Seen, *, is_anew: bool) -> None:
-        """Take a change of sessions of several versions: each part fails or goes on by itself."""
-        parts = parted(change, others)
-        for part in parts:
-            try:
-                self._take(part, self._directory.find_all(part.session_ids, seen), seen, is_anew=is_anew)
-            except ServerError as error:
-                part.fail(np.arange(part.size), error)
-        change.reply_bytes = sum(part.reply_bytes for part in parts)
 
     def _charge(self, quotas: Quotas, change: Change) -> Sequence[tuple[Members, ServerError]]:
         """Charge who asks for a change that is held; the members that are refused leave it."""
@@ -189,10 +218,10 @@ class Submission:
         change.on_end = ended
         return refused
 
-    def _load(self, change: Change, *, anew: bool = False) -> None:
+    def _look_up(self, change: Change, *, compare: bool = False) -> None:
         """Let a change wait until its sessions are in the table, behind what came before for each of them.
 
-        `anew`: as other servers left them.
+        `compare`: as other servers left them.
 
         Raises:
             Overloaded: too much waits already.
@@ -208,20 +237,20 @@ class Submission:
             raise Overloaded(
                 f"rows waiting for their sessions to be loaded must stay within {MAX_LOADING_ROWS};"
                 f" {self.loading_rows} wait and {rows} came",
-                retry_after_s=_LOAD_AGAIN_S,
+                retry_after_s=_RETRY_AFTER_S,
             )
         if held.bytes and held.bytes + count > MAX_WAITING_BYTES:
             raise Overloaded(
                 f"input bytes waiting must stay within {MAX_WAITING_BYTES}; {held.bytes} wait and {count} came",
-                retry_after_s=_LOAD_AGAIN_S,
+                retry_after_s=_RETRY_AFTER_S,
             )
         self.loading_rows += rows
         held.bytes += count
         change.members = np.arange(change.size)
 
-        def go_on(seen: Seen) -> None:
+        def found(seen: Seen) -> None:
             try:
-                self._take(change, self._directory.find_all(change.session_ids, seen), seen, is_anew=anew)
+                self._take(change, self._directory.find_all(change.session_ids, seen), seen)
             except ServerError as error:
                 change.fail(np.arange(change.size), error)
 
@@ -229,23 +258,23 @@ class Submission:
             self.loading_rows -= rows
             held.bytes -= count
 
-        self._when_loaded(change, change.members, ended, go_on, anew=anew)
+        self._when_found(change, change.members, ended, found, compare=compare)
 
-    def _when_loaded(
+    def _when_found(
         self,
         change: Change,
         members: Members,
         ended: Callable[[], None],
-        go_on: Callable[[Seen], None],
+        then: Callable[[Seen], None],
         *,
-        anew: bool = False,
+        compare: bool = False,
     ) -> None:
-        """Call `ended`, and `go_on` unless nobody waits for the members any more, when their turn has come."""
+        """Look for the sessions of members when it is their turn; then call `ended`, and `then` unless all callers are gone."""
         ids = [change.session_ids[member] for member in members.tolist()]
 
         async def wait() -> None:
             try:
-                seen = await self._arrivals.wait(ids, anew=anew)
+                seen = await self._arrivals.wait(ids, anew=compare)
             except ServerError as error:
                 ended()
                 change.fail(members, error)
@@ -253,7 +282,7 @@ class Submission:
             ended()
             dropped = change.drop(members, self._clock.monotonic())
             if sum(len(some) for some, _ in dropped) < len(members):
-                go_on(seen)
+                then(seen)
                 return
             for some, why in dropped:
                 change.fail(some, why)
@@ -279,12 +308,12 @@ class Submission:
             change.fail(some, error)
 
     def find_again(self, change: Change, members: Members) -> None:
-        """Admit members whose sessions have left the table since they were checked, where these are to be had again."""
+        """Look up members whose sessions have left the table since they were checked; admit them, or answer those that ended."""
 
-        def go_on(seen: Seen) -> None:
+        def found(seen: Seen) -> None:
             self._admission.admit_some(change, self._found_again(change, members, seen))
 
-        self._when_loaded(change, members, lambda: None, go_on)
+        self._when_found(change, members, lambda: None, found)
 
     def _found_again(self, change: Change, members: Members, seen: Seen) -> Members:
         found = self._directory.find_all([change.session_ids[member] for member in members.tolist()], seen)

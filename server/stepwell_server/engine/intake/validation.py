@@ -18,7 +18,7 @@ from stepwell_server.core.exactly_once import ANY_REVISION
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Select
-from stepwell_server.engine.change import Change, MustPart
+from stepwell_server.engine.change import Change
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors, is_float
@@ -31,7 +31,7 @@ MAX_BATCH_SIZE = 1 << 31
 _ANY = np.uint64(ANY_REVISION)
 _ONLY: Members = np.zeros(1, np.intp)
 _ONLY.flags.writeable = False
-_THERE: Mask = np.ones(1, np.bool_)
+_NOBODY: Members = np.zeros(0, np.intp)
 
 Refusals = list[tuple[int, ServerError]]
 
@@ -195,100 +195,98 @@ class Validation:
         self._table = table
         self._models = models
 
-    def check(self, change: Change, handles: Handles) -> Refusals:
-        """Check a change some of whose sessions are there, -1 for the others, and set its columns. It answers nothing.
+    def unfit(self, change: Change, handles: Handles) -> Members:
+        """Members that cannot be taken with the others of several messages, or as steps that continue.
+
+        Their sessions have other rows than the message says, or do not continue as `continued_model` asks for. All of them
+        are in the table.
+        """
+        table, said = self._table, change.batch_sizes
+        own = table.batch_size[handles]
+        if not change.continued_model:
+            return _NOBODY if said is None else np.flatnonzero(own != said)
+        model = self._models.find(change.continued_model)
+        indexes = [] if model is None else [each.index for each in model.among(change.continued_versions)]
+        if len(handles) == 1:  # one comparison of arrays costs as much
+            handle = handles[0]
+            fits_all = table.position[handle] > 0 and table.model[handle] in indexes
+            return _NOBODY if fits_all and said is not None and said[0] == own[0] else _ONLY
+        fits: Mask = table.position[handles] > 0
+        models = table.model[handles]
+        fits &= models == indexes[0] if len(indexes) == 1 else np.isin(models, indexes)
+        fits &= own == said
+        return _NOBODY if fits.all() else np.flatnonzero(~fits)
+
+    def look(self, change: Change, handles: Handles) -> Members:
+        """Set the columns that follow from a change's sessions, some of which are there: -1 for the others.
 
         Returns:
-            Members that are refused, beside those that are not there, and why.
+            Members on other versions than the first that is there, or of other models where several messages were put
+            together: they must be taken apart.
 
         Raises:
-            ServerError: the change as a whole is refused.
-            MustPart: some members must be submitted alone.
+            InvalidInput: the sessions are of several models, or it is not certain whose rows are whose.
         """
         table = self._table
         change.handles, change.births = handles, table.birth[handles]
         own = table.batch_size[handles].astype(np.intp)
-        if change.goes_on:
-            self._require_going_on(change, own)
         if len(handles) == 1:  # half of numpy's calls below would find out that it is there
-            there = _THERE
             change.model = self._models.by_index[int(table.model[handles[0]])]
             change.sizes = own if change.batch_sizes is None else change.batch_sizes
             change.row_count, change.members = int(change.sizes[0]), _ONLY
             if change.rows is not None:
                 _take_rows(change, change.rows)
-        else:
-            there = self._look(change, own)
-            if change.rows is not None:
-                raise InvalidInput(f"rows may be given for one session only; got {change.size} sessions")
+            return _NOBODY
+        there: Mask = handles >= 0
+        all_there = np.count_nonzero(there) == len(there)
+        models = table.model[handles if all_there else handles[there]]
+        is_other = models != models[0]
+        are_others = np.count_nonzero(is_other)
+        if are_others and change.messages is None:
+            names = {self._models.by_index[index].name for index in np.unique(models).tolist()}
+            if len(names) > 1:
+                raise InvalidInput("session_ids must be sessions of one model; got sessions of several")
+        change.sizes = self._sizes(change, own, there, all_there=all_there)
+        if are_others:
+            others: Members = np.flatnonzero(there)[is_other]
+            return others
+        change.model = self._models.by_index[int(models[0])]
+        change.row_count = int(np.add.reduce(change.sizes))
+        change.members = np.arange(len(there)) if all_there else np.flatnonzero(there)
+        if change.rows is not None:
+            raise InvalidInput(f"rows may be given for one session only; got {change.size} sessions")
+        return _NOBODY
+
+    def check(self, change: Change) -> Refusals:
+        """Check a change after a `look`, and set its other columns. It answers nothing.
+
+        Returns:
+            Members that are refused, beside those that are not there, and why: each for the first reason.
+
+        Raises:
+            ServerError: the change as a whole is refused.
+        """
         if change.reset:
             _check_reset(change)
         else:
             _check_step(change)
-        refused = self._refused(change, there, own)
-        if refused:
-            there = there.copy()
-            there[[member for member, _ in refused]] = False
-            change.members = np.flatnonzero(there)
-        return refused
-
-    def _require_going_on(self, change: Change, own: Rows) -> None:
-        table, handles = self._table, change.handles
-        model = self._models.find(change.goes_on)
-        indexes = [] if model is None else [each.index for each in model.among(change.goes_on_versions)]
-        if len(handles) == 1:  # one comparison of arrays costs as much
-            handle, said = handles[0], change.batch_sizes
-            fits = table.position[handle] > 0 and table.model[handle] in indexes
-            if not fits or said is None or said[0] != own[0]:
-                raise MustPart(_ONLY)
-            return
-        goes_on = table.position[handles] > 0
-        goes_on &= (
-            table.model[handles] == indexes[0]
-            if len(indexes) == 1
-            else np.isin(table.model[handles], indexes)
-        )
-        goes_on &= own == change.batch_sizes
-        if not goes_on.all():
-            raise MustPart(np.flatnonzero(~goes_on))
-
-    def _look(self, change: Change, own: Rows) -> Mask:
-        """Set the model, the sizes and the members of a change of several sessions; which of them are there."""
-        there: Mask = change.handles >= 0
-        all_there = np.count_nonzero(there) == len(there)
-        models = self._table.model[change.handles if all_there else change.handles[there]]
-        if np.count_nonzero(models != models[0]):
-            names = {self._models.by_index[index].name for index in np.unique(models).tolist()}
-            if change.callers is None and len(names) > 1:
-                raise InvalidInput("session_ids must be sessions of one model; got sessions of several")
-            others = np.zeros(len(there), np.bool_)
-            others[there] = models != models[0]
-            if change.callers is None:
-                change.sizes = self._sizes(change, own, there, all_there=all_there)
-            raise MustPart(np.flatnonzero(others), are_alike=True)
-        change.model = self._models.by_index[int(models[0])]
-        change.sizes = self._sizes(change, own, there, all_there=all_there)
-        change.row_count = int(np.add.reduce(change.sizes))
-        change.members = np.arange(len(there)) if all_there else np.flatnonzero(there)
-        return there
-
-    def _refused(self, change: Change, there: Mask, own: Rows) -> Refusals:
-        """Members that are there and are refused; each for the first reason."""
         refused: dict[int, ServerError] = {}
-        finite = _finite(change)
+        finite, members = _finite(change), change.members
         if finite is not None:
-            for member in np.flatnonzero(there & ~finite).tolist():
+            for member in members[~finite[members]].tolist():
                 refused[member] = _not_finite_member(change, member)
-        if change.batch_sizes is not None and own.tobytes() != change.sizes.tobytes():
-            if change.callers is not None:
-                raise MustPart(np.flatnonzero(own != change.sizes))
-            for member in np.flatnonzero(there & (own != change.sizes)).tolist():
-                refused.setdefault(member, _wrong_size(change, member, int(own[member])))
+        if change.batch_sizes is not None:
+            own = self._table.batch_size[change.handles].astype(np.intp)
+            if own.tobytes() != change.sizes.tobytes():
+                for member in members[own[members] != change.sizes[members]].tolist():
+                    refused.setdefault(member, _wrong_size(change, member, int(own[member])))
         if change.expected is not None and _largest(change.expected) == ANY_REVISION:
-            for member in np.flatnonzero(there & (change.expected == _ANY)).tolist():
+            for member in members[change.expected[members] == _ANY].tolist():
                 revision = int(self._table.revision[change.handles[member]])
                 conflict = RevisionConflict(change.session_ids[member], ANY_REVISION, revision)
                 refused.setdefault(member, conflict)
+        if refused:
+            change.members = members[~np.isin(members, list(refused))]
         return list(refused.items())
 
     @staticmethod

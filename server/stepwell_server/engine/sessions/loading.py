@@ -57,6 +57,8 @@ class Seen:
     ) -> None:
         self._found = found if isinstance(found, dict) else dict(found)
         self._error = error
+        self.is_compared = newer is not None
+        """The sessions that were in the table had been compared with what the store has of them."""
         self._newer = dict(newer or {})
 
     def add(self, other: Seen, here: Sequence[str]) -> None:
@@ -214,7 +216,7 @@ class Arrivals:
             self._end_after(before, own, session_ids)
 
     async def _ask(self, session_ids: Sequence[str], *, anew: bool) -> Seen:
-        newer: Mapping[str, Fetched] = {}
+        newer: Mapping[str, Fetched] | None = None
         if anew:
             self._drain()  # what came before is under way then
             # what is in the table when it has been made may have been changed elsewhere since it was kept
@@ -222,7 +224,7 @@ class Arrivals:
             newer = await self._compare(session_ids)
         return await self._look(session_ids, newer)
 
-    async def _look(self, session_ids: Sequence[str], newer: Mapping[str, Fetched]) -> Seen:
+    async def _look(self, session_ids: Sequence[str], newer: Mapping[str, Fetched] | None) -> Seen:
         self._expiry.forget_due(session_ids)
         self._expiry.expire_due(session_ids)
         # what is being made here may be there already: another server may have made it

@@ -15,7 +15,7 @@ import numpy as np
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import Caller
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.change import Change, MustPart, Reply, too_late
+from stepwell_server.engine.change import Change, Reply, too_late
 from stepwell_server.engine.types import Array, Members, Tensors
 from stepwell_server.errors import ServerError
 from stepwell_server.rpc import tensors
@@ -81,15 +81,9 @@ class Form:
             output_names=columns.output_names,
         )
 
-    def with_followers(self, members: Members) -> Members:
-        """With all that cannot be done without them, or would overtake them."""
-        if len(set(self.columns.session_ids)) < len(self.columns.session_ids):
-            return self.members
-        return _whole_messages(self.columns, members)
-
-    def part(self, members: Members) -> Members:
-        """Members cannot be done with the others; those that are to be submitted alone."""
-        return members
+    def decline(self, _members: Members) -> Members:
+        """The engine does not take a message alone. Returns members that are done in another way, maybe others' too."""
+        raise AssertionError("the engine refuses what it does not take, but steps that must continue")
 
     def applied(self, members: Members | None, reply: Reply) -> None:
         """Members were applied; None: all of the batch."""
@@ -219,11 +213,8 @@ class ColumnSteps(Refusals):
             change.caller, change.who = columns.callers[first], _who(columns, first)
             change.deadline = float(columns.deadlines[first])
             try:
-                self._engine.submit(change)
-            except MustPart:
-                followers = form.with_followers(members)
-                form.part(followers[followers >= first])
-                out.update(followers.tolist())
+                if len(self._engine.submit(change)):
+                    out.update(form.decline(members).tolist())
             except ServerError as error:
                 change.replies.failed(np.arange(count), error)
             form.left = _NOBODY if is_one else form.left[form.left >= first + count]
@@ -239,39 +230,25 @@ class ColumnSteps(Refusals):
             form.failed(late, too_late())
 
     def _submit_together(self, form: Form) -> Members:
-        """Submit as one change what can be one; the members that must be submitted alone."""
-        columns, alone, parted = form.columns, _NOBODY, _NOBODY
-        groups = [form.members]
-        while groups:
-            members = groups.pop()
-            change = self._change(form, members)
-            is_whole = len(members) == len(columns.session_ids)
-            change.callers = columns.callers if is_whole else _some(columns.callers, members)
-            if len(columns.whos) == 1:
-                (change.who,) = columns.whos
-            else:
-                change.whos = columns.whos if is_whole else _some(columns.whos, members)
-            change.deadlines = columns.deadlines if is_whole else columns.deadlines[members]
-            change.deadline = float(np.minimum.reduce(change.deadlines))
-            if change.batch_sizes is None:
-                change.batch_sizes = sizes_of(columns, members)  # whose rows are whose
-            try:
-                self._engine.submit(change)
-                form.left = _NOBODY if is_whole else np.setdiff1d(form.left, members)
-            except MustPart as part:
-                out = members[part.members]
-                # a session is of one model, so that none of those that stay is overtaken by its like
-                out = _whole_messages(columns, out) if part.are_alike else form.with_followers(out)
-                out = np.intersect1d(out, members)
-                stay = np.setdiff1d(members, out)
-                if part.are_alike and len(stay):
-                    groups += [out, stay]
-                else:
-                    parted = np.union1d(parted, out)
-                    groups += [stay] if len(stay) else []
-            except ServerError:
-                alone = np.union1d(alone, members)
-        return np.union1d(alone, form.part(parted)) if len(parted) else alone
+        """Submit all messages as one change; return the members of those that must be submitted alone."""
+        columns, members = form.columns, form.members
+        is_whole = len(members) == len(columns.session_ids)
+        change = self._change(form, members)
+        change.messages = np.repeat(np.arange(len(columns.counts)), columns.counts)[members]
+        change.callers = columns.callers if is_whole else _some(columns.callers, members)
+        if len(columns.whos) == 1:
+            (change.who,) = columns.whos
+        else:
+            change.whos = columns.whos if is_whole else _some(columns.whos, members)
+        change.deadlines = columns.deadlines if is_whole else columns.deadlines[members]
+        change.deadline = float(np.minimum.reduce(change.deadlines))
+        if change.batch_sizes is None:
+            change.batch_sizes = sizes_of(columns, members)  # whose rows are whose
+        try:
+            form.left = members[self._engine.submit(change)]
+        except ServerError:
+            form.left = members
+        return form.left
 
     def _change(self, form: Form, members: Members) -> Change:
         some = None if len(members) == len(form.columns.session_ids) else members
@@ -318,12 +295,6 @@ def _messages_of(columns: StepColumns, members: Members) -> list[_Message]:
     counts = columns.counts[places]
     firsts = ends[places] - counts
     return list(zip(firsts.tolist(), counts.tolist(), strict=True))
-
-
-def _whole_messages(columns: StepColumns, members: Members) -> Members:
-    """Some members, and those that are in the same messages."""
-    messages = _messages_of(columns, members)
-    return np.concatenate([np.arange(first, first + count) for first, count in messages])
 
 
 def _names_one_twice(columns: StepColumns) -> bool:

@@ -57,11 +57,11 @@ class RequestForm(Form):
     def prepare(self) -> None:
         """Read the tensors, and hand back what cannot be done so."""
         if not self._read():
-            self.part(self.members)
+            self._hand_back(self.members)
             return
         out = self._out()
         if len(out):
-            self.part(self.with_followers(out))
+            self._hand_back(self._with_followers(out))
         self._timing.read = time.perf_counter_ns()
 
     def _read(self) -> bool:
@@ -97,24 +97,29 @@ class RequestForm(Form):
     @override
     def change(self, members: Members | None) -> Change:
         change = super().change(members)
-        change.goes_on, change.goes_on_versions = self._named[0], self._versions
+        change.continued_model, change.continued_versions = self._named[0], self._versions
         change.output_names = ()
         change.batch_sizes = sizes_of(self.columns, members)
         return change
 
     @override
-    def with_followers(self, members: Members) -> Members:
+    def decline(self, members: Members) -> Members:
+        followers = self._with_followers(members)
+        self._hand_back(followers[followers >= members[0]])
+        return followers
+
+    def _with_followers(self, members: Members) -> Members:
+        """With all that name the same sequences."""
         ids = self.columns.session_ids
         if len(set(ids)) == len(ids):
             return members
         out = {ids[member] for member in members.tolist()}
         return np.array([member for member in self.members.tolist() if ids[member] in out], np.intp)
 
-    def part(self, members: Members) -> Members:
+    def _hand_back(self, members: Members) -> None:
         """Hand requests back to the front: none of them is left to do."""
         self.members = np.setdiff1d(self.members, members)
         self.columns.replies.hand_back(members)
-        return members[:0]
 
     @override
     def applied(self, members: Members | None, reply: Reply) -> None:

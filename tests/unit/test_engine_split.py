@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from stepwell_server.core.callers import Caller, Role
 from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change, Reply
-from stepwell_server.engine.intake.parting import parted
+from stepwell_server.engine.intake.split import split
 from stepwell_server.errors import InvalidInput, ServerError
 from support.engine import x
 
@@ -61,7 +62,7 @@ def test_each_part_has_its_rows_and_what_is_said_of_its_members() -> None:
         reply_bytes=90,
     )
     assert change.inputs is not None
-    stay, other = parted(change, np.array([1]))
+    stay, other = split(change, np.array([1]))
     for part, ids, rows, members in ((stay, ["a", "c"], [0, 1, 3, 4, 5], [0, 2]), (other, ["b"], [2], [1])):
         assert part.session_ids == ids
         assert part.inputs is not None
@@ -85,28 +86,28 @@ def test_each_part_has_its_rows_and_what_is_said_of_its_members() -> None:
 
 
 def test_a_part_without_members_whose_states_are_asked_for_asks_for_none() -> None:
-    stay, other = parted(frame(states=Select.ALL, state_members=[0]), np.array([1, 2]))
+    stay, other = split(frame(states=Select.ALL, state_members=[0]), np.array([1, 2]))
     assert (stay.states, stay.state_members) == (Select.ALL, [0])
     assert (other.states, other.state_members) == (Select.NONE, None)
 
 
 def test_a_mask_for_all_time_steps_and_a_state_are_parted_by_rows() -> None:
     state = np.arange(12.0).reshape(6, 2)
-    (stay, other) = parted(frame(inputs=None, reset=True, state={"h": state}), np.array([0]))
+    (stay, other) = split(frame(inputs=None, reset=True, state={"h": state}), np.array([0]))
     assert stay.state is not None
     assert other.state is not None
     np.testing.assert_array_equal(stay.state["h"], state[2:])
     np.testing.assert_array_equal(other.state["h"], state[:2])
     assert (stay.reset, other.reset, stay.inputs) == (True, True, None)
     mask = np.array([True, False, False, True, False, True])
-    (stay, other) = parted(frame(reset_rows=mask), np.array([0]))
+    (stay, other) = split(frame(reset_rows=mask), np.array([0]))
     assert stay.reset_rows is not None
     assert stay.reset_rows.tolist() == [False, True, False, True]
 
 
 def test_answers_are_those_of_the_members_of_the_whole() -> None:
     replies = Told()
-    stay, other = parted(frame(replies), np.array([1]))
+    stay, other = split(frame(replies), np.array([1]))
     nothing = np.zeros(1, np.uint64)
     stay.replies.applied(np.array([1]), Reply(nothing, nothing, {}, {}, version=2))
     other.replies.applied(np.array([0]), Reply(nothing, nothing, {}, {}, replayed=True, version=1))
@@ -119,10 +120,10 @@ def test_answers_are_those_of_the_members_of_the_whole() -> None:
 
 def test_parts_are_parted_again() -> None:
     replies = Told()
-    _, others = parted(frame(replies), np.array([1, 2]))
+    _, others = split(frame(replies), np.array([1, 2]))
     assert others.batch_sizes is not None
     others.sizes = others.batch_sizes
-    _, last = parted(others, np.array([1]))
+    _, last = split(others, np.array([1]))
     assert last.session_ids == ["c"]
     nothing = np.zeros(1, np.uint64)
     last.replies.applied(np.array([0]), Reply(nothing, nothing, {}, {}, version=3))
@@ -147,5 +148,24 @@ def test_parts_are_parted_again() -> None:
 )
 def test_what_cannot_be_parted_is_refused_as_a_whole(values: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidInput) as raised:
-        parted(frame(**values), np.array([1]))
+        split(frame(**values), np.array([1]))
     assert words in raised.value.message
+
+
+def test_a_part_of_several_messages_keeps_who_asked_for_which_and_until_when() -> None:
+    bob, numbers = dataclasses.replace(ANN, name="bob"), np.array([3, 5, 5])
+    change = frame(messages=numbers, callers=["c", "d", "d"], whos=[ANN, bob, bob], batch_sizes=SIZES)
+    change.deadlines = numbers.astype(np.float64)
+    _, last = split(change, np.array([1, 2]))
+    assert (last.callers, last.whos, last.deadline) == (["d", "d"], [bob, bob], 5.0)
+    assert last.messages is not None
+    assert last.messages.tolist() == [5, 5]
+
+
+def test_what_cannot_be_taken_holds_back_its_message_and_all_where_a_session_is_named_twice() -> None:
+    messages, one = np.array([0, 0, 1, 2, 2]), np.array([3])
+    change = Change(["a", "b", "c", "d", "e"], Told(), messages=messages)
+    assert change.with_followers(one).tolist() == change.whole_messages(one).tolist() == [3, 4]
+    change = Change(["a", "b", "c", "d", "a"], Told(), messages=messages)
+    assert change.whole_messages(one).tolist() == [3, 4]
+    assert change.with_followers(one).tolist() == [0, 1, 2, 3, 4]

@@ -1,11 +1,12 @@
-"""A frame whose sessions are on several versions of a model is several changes, one for each version.
+"""A change is split where its members cannot be done together, as those on several versions of a model cannot.
 
-Each is checked, charged, run and answered by itself; whoever sent the frame gets the answers of all of them as parts.
+Each part is checked, charged, run and answered by itself; whoever sent the change gets the answers of all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -16,46 +17,44 @@ from stepwell_server.engine.intake.validation import require_state_members
 from stepwell_server.engine.types import Mask, Members, Tensors
 from stepwell_server.errors import InvalidInput, ServerError
 
+#: Columns of a change that have one entry for each member.
+_OF_MEMBERS = ("session_ids", "expected", "request_ids", "messages", "callers", "whos", "deadlines")
 
-def parted(change: Change, others: Members) -> list[Change]:
-    """A change without some of its members, and one of these alone.
+
+def split(change: Change, others: Members) -> tuple[Change, Change]:
+    """A change without some of its members, and one of these alone: see `part_of`."""
+    return part_of(change, np.setdiff1d(np.arange(change.size), others)), part_of(change, others)
+
+
+def part_of(change: Change, members: Members) -> Change:
+    """A change of some of the members alone.
 
     Args:
-        change: its `sizes` are known, and it is neither of one session nor of several callers.
-        others: ascending indexes, `(m,)`, some and not all.
+        change: its `sizes` or `batch_sizes` are known, and it has no `rows`.
+        members: ascending indexes, `(m,)`; of several messages, all of each that has one of them.
 
     Raises:
         InvalidInput: its tensors have other rows than its sessions, or it names members that it has not.
     """
-    rows = int(change.sizes.sum())
-    for tensors, argument in ((change.inputs, "inputs"), (change.state, "state")):
-        for name, array in (tensors or {}).items():
-            if not array.ndim or len(array) != rows:
-                came = list(array.shape)
-                raise InvalidInput(
-                    f"{argument} {name!r} must have {rows} rows, those of the {change.size} sessions; got shape {came}"
-                )
+    if change.batch_sizes is not None:
+        change.sizes = change.batch_sizes
+    change.row_count = int(change.sizes.sum())
+    _require_rows(change)
     if change.state_members is not None:
         require_state_members(change, change.state_members)
-    stay = np.setdiff1d(np.arange(change.size), others)
-    change.row_count = rows
-    return [_part(change, members) for members in (stay, others)]
-
-
-def _part(change: Change, members: Members) -> Change:
     rows = change.rows_of(members)
     part = dataclasses.replace(
         change,
-        session_ids=[change.session_ids[member] for member in members.tolist()],
         replies=_Part(change.replies, members),
         inputs=_some(change.inputs, rows),
         state=_some(change.state, rows),
         reset_rows=_mask(change.reset_rows, rows, change.row_count),
-        expected=change.expected_of(members),
-        request_ids=None if change.request_ids is None else change.request_ids[members],
         batch_sizes=change.sizes[members],
         reply_bytes=change.reply_bytes * len(members) // change.size,
+        **{name: _picked(getattr(change, name), members) for name in _OF_MEMBERS},
     )
+    if part.deadlines is not None:
+        part.deadline = float(part.deadlines.min())
     if change.state_members is not None:
         wanted = np.flatnonzero(np.isin(members, change.state_members))
         part.state_members = wanted.tolist()
@@ -65,6 +64,23 @@ def _part(change: Change, members: Members) -> Change:
     traces = {places[at]: trace for at, trace in (change.traces or {}).items() if at in places}
     part.traces = traces or None
     return part
+
+
+def _require_rows(change: Change) -> None:
+    rows = change.row_count
+    for tensors, argument in ((change.inputs, "inputs"), (change.state, "state")):
+        for name, array in (tensors or {}).items():
+            if not array.ndim or len(array) != rows:
+                came = list(array.shape)
+                raise InvalidInput(
+                    f"{argument} {name!r} must have {rows} rows, those of the {change.size} sessions; got shape {came}"
+                )
+
+
+def _picked(values: Any, members: Members) -> Any:
+    if values is None or isinstance(values, np.ndarray):
+        return None if values is None else values[members]
+    return [values[member] for member in members.tolist()]
 
 
 def _some(tensors: Tensors | None, rows: Rows) -> Tensors | None:
