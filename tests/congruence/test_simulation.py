@@ -369,12 +369,7 @@ def test_a_replica_that_forgets_what_the_store_may_have_made_is_found(
 
 
 def test_a_replica_that_judges_by_its_own_copy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = Admission._judge
-
-    def judge_at_once(self: Admission, *args: Any, is_fresh: bool = False) -> Any:
-        return judge(self, *args, is_fresh=True)
-
-    monkeypatch.setattr(Admission, "_judge", judge_at_once)
+    monkeypatch.setattr(Admission, "_judge", Admission._judge_as_stored)
     assert is_found(range(200))
 
 

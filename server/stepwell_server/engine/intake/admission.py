@@ -5,6 +5,7 @@ What cannot start yet waits: for the session's turn in `turns`, for rows in `row
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ from stepwell_server.core.scheduler import Source
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Select
-from stepwell_server.engine.change import MOST_ERRORS, NO_STATES, Change, Reply, for_all
+from stepwell_server.engine.change import MOST_ERRORS, NO_STATES, Change, Reply, changed_elsewhere, for_all
 from stepwell_server.engine.content import reused_request
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.records import Outcome
@@ -32,7 +33,6 @@ from stepwell_server.errors import (
     ServerError,
     SessionGone,
     StateCorrupt,
-    Unavailable,
     VersionElsewhere,
 )
 from stepwell_server.logs import Log
@@ -41,10 +41,8 @@ _log = Log("engine.admission")
 #: The source of a job of many callers' steps, as long as there is room for all of them in one pass.
 _EVERYBODY: Source = ("everybody",)
 
-#: So often is a member judged again because another server was faster.
-MOST_TRIES = 8
-
 Wait = Callable[[Change, Members], None]
+Judge = Callable[[Change, Members, Handles], Handles]
 _NOBODY: Members = np.zeros(0, np.intp)
 
 
@@ -69,7 +67,7 @@ class Admission(Starter):
         self._pager = pager
         self._committer = committer
         self._find_again = find_again
-        """Admits members whose sessions left the table since the change was checked, or answers those that are gone."""
+        """Admits members whose sessions left the table since the change was checked, or answers those that ended."""
         self._clock = clock
         self._observer = observer
 
@@ -92,11 +90,11 @@ class Admission(Starter):
                 self._release(self.start_due(change, first))
 
     def _live(self, change: Change, members: Members) -> Members:
-        """Members whose sessions are there; the others are looked for again."""
+        """Members whose sessions are there; the others are looked up again."""
         stale = self._table.birth[change.handles[members]] != change.births[members]
         if not np.count_nonzero(stale):
             return members
-        self._find_again(change, members[stale])
+        self.look_again(change, members[stale])
         there: Members = members[~stale]
         return there
 
@@ -127,7 +125,34 @@ class Admission(Starter):
 
     @override
     def look_again(self, change: Change, members: Members) -> None:
-        self.admit_some(change, members)
+        self._release(self._look_again(change, members))
+
+    def conflicted(self, change: Change, members: Members) -> None:
+        """Another server has changed the sessions of members before these were kept. They are claimed, and paged out."""
+        self._observer.judged_again(change.model.name, len(members))
+        self.look_again(change, members)
+
+    def _look_again(self, change: Change, members: Members) -> Handles:
+        """Go back to the lookup with members whose sessions are not what they were taken for, `MAX_TRIES` times at most.
+
+        Sessions that are there are claimed by them: their records are read again. Those that left the table are looked
+        for in the store.
+
+        Returns:
+            Claimed sessions that are done with.
+        """
+        handles = change.handles[members]
+        is_there = self._table.birth[handles] == change.births[members]
+        is_over = change.count_try(members)
+        done: Handles = handles[is_there & is_over]
+        if np.count_nonzero(is_over):
+            for group in change.alike(members[is_over]):
+                change.fail(group, changed_elsewhere(change.session_ids[int(group[0])]))
+        gone, claimed = members[~(is_there | is_over)], is_there & ~is_over
+        if len(gone):
+            self._find_again(change, gone)
+        more = self._bring_in(change, members[claimed], handles[claimed], self._wait_for_rows, compare=True)
+        return np.concatenate([done, more])
 
     @override
     def start_waiting(self, change: Change, members: Members) -> None:
@@ -147,27 +172,12 @@ class Admission(Starter):
     def _wait_again(self, change: Change, members: Members) -> None:
         self._row_queue.put_back(self, change, members)
 
-    def again(self, change: Change, members: Members) -> None:
-        """Judge members again whose sessions another server has changed. They are claimed, and paged out."""
-        if change.tries is None:
-            change.tries = np.zeros(change.size, np.uint8)
-        change.tries[members] += 1
-        self._observer.judged_again(change.model.name, len(members))
-        over = change.tries[members] > MOST_TRIES
-        done = change.handles[members[over]]
-        if len(done):
-            for group in change.alike(members[over]):
-                change.fail(group, changed_elsewhere(change.session_ids[int(group[0])]))
-            members = members[~over]
-        more = self._bring_in(change, members, change.handles[members], self._wait_for_rows)
-        self._release(np.concatenate([done, more]))
-
     def _bring_in(
-        self, change: Change, members: Members, handles: Handles, wait: Wait, *, anew: bool = False
+        self, change: Change, members: Members, handles: Handles, wait: Wait, *, compare: bool = False
     ) -> Handles:
         """Have the rows of claimed sessions and judge their members, or let them wait.
 
-        `anew`: of sessions as the store has them now, also of those that have rows.
+        `compare`: of sessions as the store has them now, also of those that have rows.
 
         Returns:
             Sessions that are done with already.
@@ -179,11 +189,12 @@ class Admission(Starter):
             where = np.isin(handles, came)
             self._came(change, members[where], handles[where], refused)
 
-        paged = self._pager.page_in(change.model, handles, later, anew=anew)
+        judge = self._judge_as_stored if compare else self._judge
+        paged = self._pager.page_in(change.model, handles, later, anew=compare)
         if paged is ALL_HERE:
-            return self._judge(change, members, handles, is_fresh=anew)
+            return judge(change, members, handles)
         here = np.isin(handles, paged.coming, invert=True)
-        return self._judge_but(change, members[here], handles[here], paged.refused, wait, is_fresh=anew)
+        return self._judge_but(change, members[here], handles[here], paged.refused, wait, judge)
 
     def _came(self, change: Change, members: Members, handles: Handles, refused: Refused) -> None:
         """Go on with members whose sessions have come back from a store that was awaited, or have not."""
@@ -203,23 +214,17 @@ class Admission(Starter):
             change.fail(members[place : place + 1], refused[handle])
             self._turns.end(handle, refused[handle])
         members, handles = np.delete(members, ended), np.delete(handles, ended)
-        self._release(self._judge_but(change, members, handles, refused, self._wait_for_rows, is_fresh=True))
+        wait, judge = self._wait_for_rows, self._judge_as_stored
+        self._release(self._judge_but(change, members, handles, refused, wait, judge))
 
     def _judge_but(
-        self,
-        change: Change,
-        members: Members,
-        handles: Handles,
-        refused: Refused,
-        wait: Wait,
-        *,
-        is_fresh: bool = False,
+        self, change: Change, members: Members, handles: Handles, refused: Refused, wait: Wait, judge: Judge
     ) -> Handles:
         """Judge members but those whose sessions stay away: these fail, or wait for rows. As `_bring_in`."""
         if not len(members):
             return handles
         if not refused:
-            return self._judge(change, members, handles, is_fresh=is_fresh)
+            return judge(change, members, handles)
         out = np.isin(handles, list(refused))
         failed: list[int] = []
         waiting: list[int] = []
@@ -232,25 +237,41 @@ class Admission(Starter):
         wait(change, np.array(waiting, np.intp))
         done = handles[:0]
         if not out.all():
-            done = self._judge(change, members[~out], handles[~out], is_fresh=is_fresh)
+            done = judge(change, members[~out], handles[~out])
         return np.concatenate([np.array(failed, np.intp), done])
 
-    def _judge(
-        self, change: Change, members: Members, handles: Handles, *, is_fresh: bool = False
-    ) -> Handles:
-        """Apply the exactly-once rule. As `_bring_in`.
+    def _judge(self, change: Change, members: Members, handles: Handles) -> Handles:
+        """Start members that are the next change of their sessions as the table has them. As `_bring_in`.
 
-        Other servers may have changed a session: only what the store has says that a change is none of its next ones, asked
-        since the session was claimed (`is_fresh`).
+        Other servers may have changed the sessions: that a member is not the next change only their records say.
         """
-        if is_fresh and change.goes_on:
+        verdict = self._verdict(change, members, handles)
+        if verdict is None:
+            return self._begin(change, members, handles)
+        apply = verdict[0].apply
+        done = self._look_again(change, members[~apply])
+        return np.concatenate([done, self._begin(change, members[apply], handles[apply])])
+
+    def _judge_as_stored(self, change: Change, members: Members, handles: Handles) -> Handles:
+        """Start or answer members; the table has what their sessions' records said after the claim. As `_bring_in`."""
+        done = handles[:0]
+        if change.continued_model:
             is_begun = self._table.position[handles] > 0
-            if not is_begun.all():  # another server has reset it meanwhile
-                for place in np.flatnonzero(~is_begun).tolist():
-                    error = changed_elsewhere(change.session_ids[int(members[place])])
-                    change.fail(members[place : place + 1], error)
-                rest = self._judge(change, members[is_begun], handles[is_begun], is_fresh=True)
-                return np.concatenate([handles[~is_begun], rest])
+            for place in np.flatnonzero(~is_begun).tolist():  # another server has reset it meanwhile
+                error = changed_elsewhere(change.session_ids[int(members[place])])
+                change.fail(members[place : place + 1], error)
+            done, members, handles = handles[~is_begun], members[is_begun], handles[is_begun]
+        verdict = self._verdict(change, members, handles)
+        if verdict is not None:
+            self._answer_unapplied(change, members, handles, *verdict)
+            apply = verdict[0].apply
+            done, members, handles = np.concatenate([done, handles[~apply]]), members[apply], handles[apply]
+        return np.concatenate([done, self._begin(change, members, handles)])
+
+    def _verdict(
+        self, change: Change, members: Members, handles: Handles
+    ) -> tuple[Verdict, tuple[Mask, Mask]] | None:
+        """Apply the exactly-once rule: None where all are the next change; else which are, and which reuse a request id."""
         requests = change.request_ids
         verdict = judge(
             self._table.revision[handles],
@@ -259,28 +280,17 @@ class Admission(Starter):
             None if requests is None else requests[members],
         )
         if verdict is None:
-            return self._begin(change, members, handles)
+            return None
         reused = self._reused(change, members, handles, verdict.same_id)
-        apply = verdict.apply & ~(reused[0] | reused[1])
-        if not is_fresh and np.count_nonzero(apply) < len(apply):
-            return self._read_anew(change, members, handles, ~apply)
-        self._answer_unapplied(change, members, handles, verdict, reused)
-        done = handles[~apply]
-        if len(done) == len(handles):
-            return done
-        return np.concatenate([done, self._begin(change, members[apply], handles[apply])])
-
-    def _read_anew(self, change: Change, members: Members, handles: Handles, which: Mask) -> Handles:
-        """Judge some members when the store has said what it has of their sessions, the others now. As `_bring_in`."""
-        done = self._bring_in(change, members[which], handles[which], self._wait_for_rows, anew=True)
-        if which.all():
-            return done
-        return np.concatenate([done, self._judge(change, members[~which], handles[~which])])
+        is_own = ~(reused[0] | reused[1])
+        own = dataclasses.replace(verdict, apply=verdict.apply & is_own, replay=verdict.replay & is_own)
+        return own, reused
 
     def _begin(self, change: Change, members: Members, handles: Handles) -> Handles:
         """Start members that are to be applied. As `_bring_in`."""
         try:
-            self._apply(change, members, handles)
+            if len(members):
+                self._apply(change, members, handles)
         except Exception as error:
             # nothing of it has been handed on: its callers are to know, its sessions are free
             change.fail(members, _log.internal("a change could not be started", error))
@@ -292,7 +302,7 @@ class Admission(Starter):
     ) -> None:
         for which in reused:
             self._refuse_reused(change, members[which])
-        replayed = np.flatnonzero(verdict.replay & ~(reused[0] | reused[1]))
+        replayed = np.flatnonzero(verdict.replay)
         for places, outputs, kept in change.model.replies.recall_many(handles[replayed]):
             some = replayed[places]
             own = handles[some]  # a copy: the caller must not see the sessions move on
@@ -448,7 +458,7 @@ class Admission(Starter):
             self._observer.applied(model.name, "reset", len(own), row_count)
             change.succeed(own, Reply(told.revisions, told.positions, {}, NO_STATES))
 
-        self._committer.commit(outcome, answer, lambda places: self.again(change, members[places]))
+        self._committer.commit(outcome, answer, lambda places: self.conflicted(change, members[places]))
 
 
 def _in_groups(change: Change, members: Members) -> Iterator[Members]:
@@ -478,13 +488,6 @@ def _alike(change: Change, members: Members, actual: U64) -> Iterator[tuple[Memb
     order = np.argsort(which, kind="stable")
     for places in np.split(order, np.flatnonzero(np.diff(which[order])) + 1):
         yield places, int(wanted[places[0]]), int(actual[places[0]])
-
-
-def changed_elsewhere(session_id: str) -> Unavailable:
-    """The answer where other calls, or other servers, change a session so often that this call does not get to it."""
-    return Unavailable(
-        f"session {session_id!r} was changed by other calls again and again; this one was not applied"
-    )
 
 
 def _split(members: Members, sizes: Rows, limit: int) -> list[Members]:

@@ -18,10 +18,10 @@ from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.exactly_once import Kind
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
+from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
 from stepwell_server.engine.content import require_same_opening
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.group_commit import GroupCommit
-from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ids import require_session_id
 from stepwell_server.engine.sessions.loading import Seen
@@ -346,7 +346,7 @@ class Attempts:
         return True
 
     async def _take_over_part(self, ids: Sequence[str], request_id: int) -> bool:
-        for _ in range(MOST_TRIES):
+        for _ in range(MAX_TRIES):
             puts: list[tuple[str, Stored]] = []
             follows: list[int] = []
             for session_id, each in zip(ids, await self._store.fetch(ids), strict=True):

@@ -12,9 +12,9 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.group_commit import GroupCommit
-from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.quotas import Quotas
@@ -79,7 +79,7 @@ class Closing:
         self, session_id: str, seen: Seen, *, request_id: int, deadline: float, uid: int = 0
     ) -> bool:
         """Delete a session when its turn comes. See `Engine.close_session`."""
-        for _ in range(MOST_TRIES):
+        for _ in range(MAX_TRIES):
             try:
                 handle = self._directory.find(session_id, seen)
                 await self._turns.hold(handle, deadline, rows=False)
@@ -316,7 +316,7 @@ class Closing:
             Unavailable: the store did not. They leave the table: what it has of them is the truth.
         """
         deleted = before = 0
-        for _ in range(MOST_TRIES):
+        for _ in range(MAX_TRIES):
             conflicts = await self._try_to_delete(handles, request_id, ended, idle_s)
             deleted += len(handles) - len(conflicts)
             if not len(conflicts):

@@ -18,11 +18,11 @@ from stepwell_server.core.history import How, Mark
 from stepwell_server.core.quotas import Usage
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Observer, Position, SessionFilter
+from stepwell_server.engine.change import changed_elsewhere
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.endings import ended_by
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.records import Records, as_it_is
-from stepwell_server.engine.intake.admission import changed_elsewhere
 from stepwell_server.engine.intake.imported import check_header, check_state, imported_fields
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.sessions.catalogue import Query

@@ -15,8 +15,8 @@ from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Opened
+from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
 from stepwell_server.engine.content import content_of_fork, content_of_open, require_same_opening
-from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.intake.validation import check_finite_state
@@ -111,7 +111,7 @@ class Opening:
         if session_id:
             require_session_id("session_id", session_id)
         name = session_id or self._directory.ids.make(request_id, namespace=namespace)
-        for _ in range(MOST_TRIES):
+        for _ in range(MAX_TRIES):
             seen = await self.seen([name])
             handle = self._live(name, seen, must_be_new)
             if handle is not None:
@@ -217,7 +217,7 @@ class Opening:
 
     async def _resume_many(self, wanted: Wanted) -> OpenedMany:
         opened: set[str] = set()
-        for _ in range(MOST_TRIES):
+        for _ in range(MAX_TRIES):
             absent = await self.attempts.absent(wanted, await self.seen(wanted.ids))
             if len(absent):
                 try:
@@ -251,7 +251,7 @@ class Opening:
         """As `make_many`; `taken` gets what was made, if not all was."""
         served, every, batch_size = wanted.model, wanted, wanted.batch_size
         epoch = served.epoch
-        for _ in range(MOST_TRIES):
+        for _ in range(MAX_TRIES):
             seen = await self.seen(every.ids)
             known = await self.attempts.made_before(
                 every.kind, every.ids, every.content, seen, every.request_id
@@ -391,7 +391,7 @@ class Opening:
         namespace = namespaces.prefix_of(namespaces.tenant_of(session_id))
         name = new_session_id or self._directory.ids.make(request_id, session_id, namespace=namespace)
         content = content_of_fork([session_id], max_idle_ms)
-        for _ in range(MOST_TRIES):
+        for _ in range(MAX_TRIES):
             seen = await self.seen([name, session_id])
             self._drain()
             known = self._forked_before(name, seen, request_id, content)
@@ -408,7 +408,7 @@ class Opening:
         else:
             raise changed_elsewhere(session_id)
         try:
-            for _ in range(MOST_TRIES):
+            for _ in range(MAX_TRIES):
                 # once more: the same call may have been in line before this one
                 seen = await self.seen([name])
                 known = self._forked_before(name, seen, request_id, content)

@@ -14,8 +14,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import StateRead, StatesRead
-from stepwell_server.engine.change import MOST_ERRORS, for_all, too_late
-from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
+from stepwell_server.engine.change import MAX_TRIES, MOST_ERRORS, changed_elsewhere, for_all, too_late
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.sessions.directory import Directory
@@ -68,7 +67,7 @@ class Reading:
 
     async def _held(self, session_id: str, seen: Seen, deadline: float) -> int:
         """A session, claimed and in the arena."""
-        for _ in range(MOST_TRIES):
+        for _ in range(MAX_TRIES):
             handle = self._directory.find(session_id, seen)
             try:
                 await self._turns.hold(handle, deadline)

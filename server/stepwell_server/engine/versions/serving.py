@@ -119,7 +119,7 @@ class Serving:
             self._table,
             lanes[0].executor,
             self._committer,
-            self._admission.again,
+            self._admission.conflicted,
             clock=self._clock,
             observer=self.observer,
         )
@@ -127,7 +127,7 @@ class Serving:
             model,
             self._table,
             self._committer,
-            self._admission.again,
+            self._admission.conflicted,
             self._pager.forget_replies,
             clock=self._clock,
             observer=self.observer,
