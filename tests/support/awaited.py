@@ -11,6 +11,7 @@ from typing import Self
 import numpy as np
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.quotas import NOTHING
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store import counts
@@ -100,9 +101,9 @@ class FakeShared:
             if self.kept.stamps.get(session_id) == stamp:
                 self.kept.used[session_id] = self.now
 
-    async def unused(self, cursor: str = "", *, idle_s: float, limit: int) -> Unused:
+    async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> Unused:
         found = self.shared.scan(after=cursor, limit=limit)
-        ids = [i for i, _ in found if self.idle_s(i) >= idle_s]
+        ids = [i for i, _ in found if self.idle_s(i) >= min(limits.max_s, 5.0)]
         records = [record or b"" for record in self.shared.get_many(ids)]
         return Unused(
             heads_of([i.encode() for i in ids], records),

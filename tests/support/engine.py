@@ -348,12 +348,6 @@ class Harness:
     async def expire(self) -> None:
         """End all sessions that are due, as the timer does; return when the store knows."""
         await self.inside.expire_idle()
-        await self.sweep()
-
-    async def sweep(self) -> None:
-        """End those of them that nobody has named since the start."""
-        while await self.inside.expiry.sweep():
-            pass
         await self.settled()
 
     def run_in_place(self) -> None:
@@ -406,7 +400,7 @@ async def running(
         store.serve(clock)
     engine = Engine(
         programs or {"plain": PLAIN},
-        store=store if is_shared else InProcessStore(store),
+        store=store if is_shared else InProcessStore(store, clock),
         clock=clock,
         observer=observer or events,
         max_batch_rows=max_batch_rows,
@@ -420,7 +414,7 @@ async def running(
         migrations=migrations,
     )
     if counted is not None:
-        await counted.count(store if is_shared else InProcessStore(store))
+        await counted.count(store if is_shared else InProcessStore(store, clock))
     harness = Harness(engine, clock, hooks, store, events)
     harness.quotas = counted
     for model in harness.inside.models:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.idle import IdleLimits
 from stepwell_server.store.access.reads import Reads
 from stepwell_server.store.access.together import Together
 from stepwell_server.store.base import (
@@ -192,9 +193,9 @@ class Gated(Store):
         await self._tell("touch", session_ids)
         await self.inner.touch(session_ids, stamps)
 
-    async def unused(self, cursor: str = "", *, idle_s: float, limit: int) -> Unused:
+    async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> Unused:
         await self._read("unused")
-        return cast("Unused", await self.inner.unused(cursor, idle_s=idle_s, limit=limit))
+        return cast("Unused", await self.inner.unused(cursor, limits=limits, limit=limit))
 
     async def claim(self, name: str, whose: str, for_s: float) -> float | None:
         if name == "service" and self.service.is_constant:

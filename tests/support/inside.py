@@ -17,9 +17,7 @@ from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.engine import Engine
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.passes.runner import Runner
-from stepwell_server.engine.sessions.ending import Expiry, Removal
-from stepwell_server.engine.sessions.forgetting import Forgetting
-from stepwell_server.engine.sessions.using import Usage
+from stepwell_server.engine.sessions.end import Removal, Sweep, Uses
 from stepwell_server.engine.state.model import Model
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
@@ -51,18 +49,14 @@ class Inside:
         patch.setattr(store._lanes, "_is_short", lambda _size: False)
 
     @property
-    def expiry(self) -> Expiry:
-        return self._engine._lifetimes.expiry
+    def uses(self) -> Uses:
+        """What notifies the store of use."""
+        return self._engine._uses
 
     @property
-    def usage(self) -> Usage:
-        """What tells a shared store of use."""
-        return self._engine._lifetimes.usage
-
-    @property
-    def forgetting(self) -> Forgetting:
-        """What keeps the table of a shared store's server small."""
-        return self._engine._lifetimes.forgetting
+    def sweep(self) -> Sweep:
+        """The timer that ends sessions nobody uses, and keeps the table small."""
+        return self._engine._sweep
 
     @property
     def removal(self) -> Removal:
@@ -130,13 +124,8 @@ class Inside:
         self._engine._drain_inboxes()
 
     async def expire_idle(self) -> int:
-        """End the sessions that nobody has used for too long, as a timer does; how many."""
-        lifetimes = self._engine._lifetimes
-        return await (lifetimes.sweep.round() if self._is_shared else lifetimes.expiry.expire_idle())
-
-    @property
-    def _is_shared(self) -> bool:
-        return self._engine._store.local is None
+        """End the sessions that nobody has used for too long, as the timer does; how many."""
+        return await self._engine._sweep.round()
 
     def check_books(self, store: Any) -> None:
         """Nothing is under way: then everything must add up."""

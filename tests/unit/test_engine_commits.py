@@ -20,6 +20,7 @@ from stepwell_server.store.base import SMALL, Batch, Committed, LocalStore
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Stored
+from support.clock import ManualClock
 from support.durable import until
 from support.fake_executor import WAIT_S
 
@@ -66,7 +67,7 @@ class Commits(GroupCommit):
     """Commits to a local store, and what only tests of its lanes ask."""
 
     def __init__(self, store: LocalStore) -> None:
-        face = InProcessStore(store)
+        face = InProcessStore(store, ManualClock())
         super().__init__(face)
         self.lanes = face._lanes
 

@@ -11,7 +11,7 @@ import pytest
 
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.durability import group_commit as commits
-from stepwell_server.engine.sessions import ending
+from stepwell_server.engine.sessions import end
 from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
 from stepwell_server.store.access import lanes
 from stepwell_server.store.base import SMALL
@@ -166,15 +166,19 @@ async def test_an_expired_id_that_is_opened_at_once_is_a_new_session(disk: Disk)
         disk.store.stall()
         waiting = await begun(at.engine.open_session("plain", session_id="c"))
         await stalled(disk.store)
-        assert (await at.inside.expire_idle()) == 2
-        with pytest.raises(SessionExpired):
-            await at.engine.session_info("a")
+        expiring = await begun(at.inside.expire_idle())
+        asked = await begun(at.engine.session_info("a"))
+        await turns()
+        assert not asked.done(), "the store has not said that it has expired"
         assert (await at.engine.list_sessions())[0] == []
         again = await begun(at.engine.open_session("plain", session_id="a", must_be_new=True))
         many = await begun(at.engine.open_sessions("plain", session_ids=["d", "b"]))
         await turns()
         disk.store.go_on()
         await waiting
+        assert await expiring == 2
+        with pytest.raises(SessionExpired):
+            await asked
         assert (await again).session.revision == 2
         await many
         assert at.engine.stats()[0].sessions == 4
@@ -397,19 +401,19 @@ async def test_the_timer_does_not_queue_behind_a_store_that_has_too_much(
     disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commits, "MAX_WAITING", 4)
-    monkeypatch.setattr(ending, "_AT_ONCE", 2)
+    monkeypatch.setattr(end, "BATCH_SIZE", 2)
     async with disk.engine(max_session_idle_s=5.0) as at:
         names = [f"s{number}" for number in range(40)]
         await at.open(*names)
         disk.clock.advance(6.0)
         disk.store.stall()
-        monkeypatch.setattr(ending, "_PAUSE_S", 0)
+        monkeypatch.setattr(end, "_MIN_REST_S", 0)
         expiring = await begun(at.inside.expire_idle())
         for _ in range(5):
             await turns()
-        assert at.engine.stats()[0].uncommitted == 4
+        assert at.engine.stats()[0].uncommitted == 2
         disk.store.go_on()
-        await expiring
+        assert await expiring == 40
         await at.settled()
         assert at.store.count() == 0
 

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import pytest
 
+from stepwell_server.engine.sessions import end
 from stepwell_server.errors import (
     RevisionConflict,
     SessionExpired,
     SessionLost,
     SessionNotFound,
 )
+from support.durable import begun, until
 from support.engine import running, x
 from support.lives import blocked, gone
 from support.model_of_sessions import initial
 
 
 @pytest.mark.stores("memory", "async", "sync")
-async def test_many_idle_sessions_expire_a_few_at_a_time() -> None:
+async def test_many_idle_sessions_expire_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(max_session_idle_s=60) as at:
         await at.open(*[f"s{i}" for i in range(10)])
         at.clock.advance(61)
-        parts = at.inside.expiry.expire_idle_in_parts(4)
-        assert next(parts) == 4
+        monkeypatch.setattr(end, "BATCH_SIZE", 4)
+        expiring = await begun(at.inside.expire_idle())
+        await until(lambda: len(at.inside.loaded()) < 10)
+        assert len(at.inside.loaded()) == 6
         assert await gone(at, "s0") == "SessionExpired"
         assert await gone(at, "s9") == "SessionExpired", "whoever names it need not wait for its turn"
-        assert list(parts) == [4, 1]
+        assert await expiring == 9
         assert sorted(name for what, name in at.events.sessions if what == "expired") == [
             f"s{i}" for i in range(10)
         ]

@@ -348,17 +348,17 @@ async def test_a_reader_that_is_cancelled_as_the_session_goes_takes_nothing_from
         closing = await task_of(at.engine.close_session("a"))
         reading = await task_of(at.state("a"))
         removal, table = at.inside.removal, at.inside.table
-        handle, remove = table.find("a"), removal.remove
+        handle, take_out = table.find("a"), removal.take_out
 
-        def remove_and_reuse(*args: Any) -> None:
-            remove(*args)
+        def take_out_and_reuse(*args: Any) -> None:
+            take_out(*args)
             reading.cancel()
             with pytest.raises(StopIteration):  # in memory it is done at once
                 at.engine.open_sessions("plain", session_ids=["b"]).send(None)
             at.hooks.close_gate()
             at.submit("b", x(1))
 
-        monkeypatch.setattr(removal, "remove", remove_and_reuse)
+        monkeypatch.setattr(removal, "take_out", take_out_and_reuse)
         at.hooks.open_gate()
         await closing
         await asyncio.wait([reading])

@@ -16,7 +16,7 @@ from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.engine import submission
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.sessions import (
-    closing,
+    close,
     creation,
     directory,
     forking,
@@ -46,7 +46,7 @@ COUNT = 10 * PIECE
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ids, "PIECE", PIECE)
-    for module in (pieces, creation, forking, closing, directory):
+    for module in (pieces, creation, forking, close, directory):
         monkeypatch.setattr(module, "TURN", PIECE)
     monkeypatch.setattr(submission, "REFUSED_AT_ONCE", PIECE)
     for module in (loading, directory):
@@ -137,7 +137,7 @@ async def most_per_turn(look: Callable[[], int], calls: Coroutine[Any, Any, T]) 
 async def test_of_many_large_calls_one_piece_is_done_in_a_turn(part: str) -> None:
     async with running(resident_rows=4, store=MemoryStore()) as at:
         look = {
-            "reserved": lambda: len(at.inside.removal.opening),
+            "reserved": lambda: len(at.inside.removal.pending),
             "stored": at.store.count,
             "made": lambda: len(at.inside.table),
         }[part]
@@ -189,7 +189,7 @@ async def test_if_one_piece_is_not_kept_none_is() -> None:
             await at.engine.open_sessions("plain", count=4 * pieces.TURN)
         assert (store.count(), store.count_of("plain"), len(at.inside.table)) == (0, 0, 0)
         assert at.inside.models[0].slots.resident == 0
-        assert not at.inside.removal.opening
+        assert not at.inside.removal.pending
         await at.engine.open_sessions("plain", count=2 * pieces.TURN)
 
 

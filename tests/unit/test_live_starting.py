@@ -16,6 +16,7 @@ from stepwell_server.process.readiness import Readiness
 from stepwell_server.store.base import Batch
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
+from support.clock import ManualClock
 from support.engine import running
 from support.fake_executor import PLAIN, RICH
 
@@ -24,7 +25,7 @@ async def test_what_the_store_knows_of_versions(tmp_path: Path) -> None:
     """Those of other folders come back by themselves, those of `--models` as their policy says."""
     store = MemoryStore()
     async with running({"plain": PLAIN}, store=store) as at:
-        assert await kept_models(InProcessStore(store), None) == {}
+        assert await kept_models(InProcessStore(store, ManualClock()), None) == {}
         await at.engine.load_version("plain", 2, PLAIN, source=str(tmp_path / "models/plain/2.keras"))
         await at.engine.load_version("plain", 3, PLAIN, source=str(tmp_path / "3.keras"))
         await at.engine.load_version("plain", 5, RICH)
@@ -32,11 +33,11 @@ async def test_what_the_store_knows_of_versions(tmp_path: Path) -> None:
         await at.engine.unload_version("plain", 5)
         root = tmp_path / "models"
         for folder, from_elsewhere in ((root, [3]), (None, [2, 3])):
-            kept = await kept_models(InProcessStore(store), folder)
+            kept = await kept_models(InProcessStore(store, ManualClock()), folder)
             assert kept == {"plain": KeptModel([1, 2, 3], 2, from_elsewhere)}
     store.commit(Batch(documents=[(name_of("plain"), b"{}")]))
     with pytest.raises(DocumentError, match="versions of model 'plain' cannot be read"):
-        await kept_models(InProcessStore(store), None)
+        await kept_models(InProcessStore(store, ManualClock()), None)
 
 
 @pytest.mark.parametrize("tells_why", [True, False])

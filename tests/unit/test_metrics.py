@@ -21,6 +21,7 @@ from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store_watch import tell_store
 from support.awaited import RemoteStore
+from support.clock import ManualClock
 from support.fake_executor import PLAIN
 from support.scrape import Scrape
 
@@ -250,7 +251,7 @@ def test_the_front_is_shown() -> None:
 
 async def test_servers_of_one_store_say_the_same_name_of_it_and_others_another() -> None:
     shared = RemoteStore.of_memory()
-    own = InProcessStore(MemoryStore())
+    own = InProcessStore(MemoryStore(), ManualClock())
 
     def told(store: Store) -> dict[str, str]:
         observer = PrometheusObserver()

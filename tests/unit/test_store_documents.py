@@ -100,7 +100,7 @@ def test_they_are_put_replaced_removed_and_found_by_prefix(tmp_path: Path, kind:
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_they_are_found_where_a_store_is_awaited(tmp_path: Path, kind: str) -> None:
-    store = InProcessStore(KINDS[kind](tmp_path / "data"))
+    store = InProcessStore(KINDS[kind](tmp_path / "data"), ManualClock())
     await committed(
         store, Batch(puts=[("a", record("a"))], counts=[("m", 1)], documents=list(DOCUMENTS.items()))
     )

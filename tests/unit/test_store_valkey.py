@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store import counts
@@ -367,7 +368,7 @@ async def test_pages_have_the_sessions_that_are_unused(valkey: Valkey) -> None:
             found: list[str] = []
             cursor, pages = "", 0
             while cursor or not pages:
-                page = await b.unused(cursor, idle_s=0.0, limit=limit)
+                page = await b.unused(cursor, limits=IdleLimits(1e-6), limit=limit)
                 cursor, pages = page.cursor, pages + 1
                 found += [key.decode() for key in page.heads.keys]
                 assert page.stamps.tolist() == [stamp] * len(page.heads)
@@ -377,7 +378,7 @@ async def test_pages_have_the_sessions_that_are_unused(valkey: Valkey) -> None:
             assert sorted(found) == sorted(ids)
         cursor, pages = "", 0
         while cursor or not pages:
-            page = await b.unused(cursor, idle_s=1000.0, limit=500)
+            page = await b.unused(cursor, limits=IdleLimits(1000.0), limit=500)
             cursor, pages = page.cursor, pages + 1
             assert not len(page.heads)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from stepwell_server.clock import SystemClock
+from stepwell_server.core.idle import IdleLimits
 from stepwell_server.engine.sessions.moving import Arriving, Brought, Existing
 from stepwell_server.errors import (
     ServerError,
@@ -106,7 +107,7 @@ async def test_who_looks_through_the_store_finds_what_was_lost(valkey: Valkey) -
             valkey.ask("DEL", key(a, name))
         cursor, seen = "", list[str]()
         while True:
-            page = await b.unused(cursor, idle_s=0.0, limit=500)
+            page = await b.unused(cursor, limits=IdleLimits(1e-6), limit=500)
             seen += [each.decode() for each in page.heads.keys]
             if not (cursor := page.cursor):
                 break
@@ -131,7 +132,7 @@ async def test_tenants_are_counted_anew_where_sessions_were_lost(valkey: Valkey)
             valkey.ask("DEL", key(a, name))
         valkey.ask("RPUSH", key(a, gone[0]), "another type")
         for partition in range(3):
-            await b.unused(f"{partition}:", idle_s=0.0, limit=500)
+            await b.unused(f"{partition}:", limits=IdleLimits(1e-6), limit=500)
         left = {tenant: sum(i.startswith(tenant) for i in set(ids) - set(gone)) for tenant in ("a", "b")}
         for tenant, count in left.items():
             assert await a.count_of(f"{tenant}\x1f") == await a.count_of(f"{tenant}\x1fm") == count
@@ -245,7 +246,7 @@ async def test_a_list_or_count_of_another_type_concerns_one_part(valkey: Valkey,
         assert await store.count() == (left if name == "ids" else 20)
         assert await store.count_of("m") == (20 if name == "ids" else left)
         assert len(await store.scan(limit=50)) == (left if name == "ids" else 20)
-        await store.unused("", idle_s=0.0, limit=100)
+        await store.unused("", limits=IdleLimits(1e-6), limit=100)
         kept, second = await put(store, [(i, record(i, 1)) for i in ids], [stamp] * 20)
         assert kept is ALL_KEPT
         assert await end(store, [Tombstone("s0", End.CLOSED, 1.0)], [second]) is ALL_KEPT

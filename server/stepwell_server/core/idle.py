@@ -73,9 +73,11 @@ class IdleWatch:
     """Watches the sessions of a table. Times are seconds on the monotonic clock."""
 
     def __init__(self, table: SessionTable, limits: IdleLimits, started: float) -> None:
-        self._table = table
-        self._limits = limits
-        self._started = started
+        """Time before `started` does not count as time without use."""
+        self.table = self._table = table
+        self.limits = self._limits = limits
+        self.since = started
+        """Time before this moment does not count as time without use. It may be set at any time."""
         self._slots: dict[int, array[int]] = {}
         """Handles by what `SessionTable.due` says of them."""
 
@@ -89,18 +91,18 @@ class IdleWatch:
     def too_long(self, handles: Handles, now: float) -> npt.NDArray[np.bool_]:
         """Which sessions have been idle for too long and have nothing under way, as a mask.
 
-        A server's start counts as use: time that it was away, and what its clock did meanwhile, end no session.
+        `since` counts as use: time in which nobody could use a session, and what a clock did meanwhile, end none.
         """
         table = self._table
         since = now - self._limits.seconds_of(table.max_idle_ms[handles])
-        idle: npt.NDArray[np.bool_] = np.maximum(table.used[handles], self._started) < since
+        idle: npt.NDArray[np.bool_] = np.maximum(table.used[handles], self.since) < since
         return idle & ~table.claimed[handles]
 
     def is_too_long(self, handle: int, now: float) -> bool:
         """`too_long` of one session: it is asked for every step."""
         table = self._table
         since = now - self._limits.seconds(int(table.max_idle_ms[handle]))
-        return since > self._started and bool(table.used[handle] < since) and not table.claimed[handle]
+        return since > self.since and bool(table.used[handle] < since) and not table.claimed[handle]
 
     def next_in(self, now: float) -> float:
         """Seconds until `take_due_in_parts` has something to look at; infinity if nothing is watched."""
@@ -143,7 +145,7 @@ class IdleWatch:
             return
         limit = min(max(limit, _SHORTEST_S), _LONGEST_S)
         exponent = math.frexp(limit / SLOTS)[1] - 1
-        end = max(float(table.used[handle]), self._started) + limit
+        end = max(float(table.used[handle]), self.since) + limit
         due = math.floor(math.ldexp(end, -exponent)) * _WIDTHS + exponent + _BIAS
         table.due[handle] = due
         self._slots.setdefault(due, array("q")).append(handle)
@@ -159,7 +161,7 @@ class IdleWatch:
         if not len(handles):
             return
         limits = np.clip(limits, _SHORTEST_S, _LONGEST_S)
-        ends, left = np.maximum(table.used[handles], self._started) + limits, limits
+        ends, left = np.maximum(table.used[handles], self.since) + limits, limits
         if now is not None:
             ends = np.maximum(ends, now)
             left = np.maximum(ends - now, _NARROWEST_S)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.idle import IdleLimits
+from stepwell_server.core.idle import IdleLimits, IdleWatch
 from stepwell_server.core.model_names import ModelRef, parse_reference
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import ModelInfo, ModelStats, Observer, StateRead, StatesRead
@@ -32,16 +32,14 @@ from stepwell_server.engine.prediction import Prediction
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.attempts import Attempts, OpenedMany
 from stepwell_server.engine.sessions.catalogue import Catalogue
-from stepwell_server.engine.sessions.closing import Closing
+from stepwell_server.engine.sessions.close import Closer
 from stepwell_server.engine.sessions.creation import Creation
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ending import Removal, Strays
+from stepwell_server.engine.sessions.end import MAX_PAGED_OUT, Expiry, Removal, Sweep, Uses
 from stepwell_server.engine.sessions.forking import Forking
 from stepwell_server.engine.sessions.ids import MAX_IDS_PER_CALL
-from stepwell_server.engine.sessions.lifetimes import Lifetimes
 from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Arrivals, Loader
-from stepwell_server.engine.sessions.matching import Matching
 from stepwell_server.engine.sessions.moving import Moving
 from stepwell_server.engine.sessions.opening import Opening
 from stepwell_server.engine.sessions.pieces import Pieces
@@ -127,29 +125,37 @@ class Engine:
         self._turns = Turns(table, self._models, pager, row_queue, clock, self._forget)
         self._row_queue = row_queue
         self._held = Held()
-        is_alone = keeping.others is not None and store.local is not None
-        strays = Strays(idle_limits, clock.monotonic(), are_kept=is_alone)
-        self._removal = removal = Removal(table, self._models, self._turns, strays, observer)
-        self._lifetimes = lifetimes = Lifetimes(
-            table,
-            removal,
+        watch = IdleWatch(table, idle_limits, -math.inf)
+        self._removal = removal = Removal(
+            watch,
+            self._models,
+            self._turns,
             store,
-            keeping.others,
             self._group,
-            idle_limits,
-            strays,
             quotas=quotas,
             clock=clock,
             observer=observer,
         )
-        self._expiry = lifetimes.expiry
+        self._expiry = Expiry(watch, removal, self._turns, store, clock=clock)
+        self._uses = uses = Uses(watch, store, clock)
+        self._sweep = Sweep(
+            watch,
+            self._expiry,
+            removal,
+            uses,
+            store,
+            self._group,
+            clock,
+            max_paged_out=math.inf if keeping.others is None else MAX_PAGED_OUT,
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+        self._quotas = quotas
         loader = Loader(table, self._models, self._expiry, fields)
         pieces = Pieces(self._loop_turns)
         self._arrivals = Arrivals(
             table,
             store,
             self._expiry,
-            lifetimes.overdue,
             removal,
             loader,
             pieces,
@@ -178,7 +184,7 @@ class Engine:
                 self._group, table, records, new_stamp=store.new_stamp, clock=clock, observer=observer
             )
         self._committer = Committer(
-            sizes, recorder, clock, release=self._turns.release, drop=self._expiry.drop, discard=pager.discard
+            sizes, recorder, clock, release=self._turns.release, drop=removal.drop, discard=pager.discard
         )
         self._admission = Admission(
             table,
@@ -204,7 +210,7 @@ class Engine:
             clock=clock,
             follow=lambda *which: self._changing.follow(*which),  # noqa: PLW0108 - made below
         )
-        attempts = Attempts(table, self._directory, self._group, pieces, observer, lifetimes.usage)
+        attempts = Attempts(table, self._directory, self._group, pieces, observer, uses)
         opening = Opening(
             table,
             self._directory,
@@ -215,7 +221,7 @@ class Engine:
             pieces,
             drain=self._drain_inboxes,
             require_open=self._require_open,
-            usage=lifetimes.usage,
+            usage=uses,
             limits=idle_limits,
             clock=clock,
             observer=observer,
@@ -226,7 +232,7 @@ class Engine:
         """Open many sessions, all of them or none: see `Opening.open_many`."""
         self.fork = opening.fork
         """Open a session with the state, revision and position of another: see `Opening.fork`."""
-        self._reading = Reading(table, self._directory, self._turns, pager, lifetimes.usage, clock=clock)
+        self._reading = Reading(table, self._directory, self._turns, pager, uses, clock=clock)
         self.fork_sessions = Forking(
             self._directory,
             opening,
@@ -236,26 +242,24 @@ class Engine:
             require_open=self._require_open,
         ).fork
         """Open sessions with the states of others, all of them or none: see `Forking.fork`."""
-        self._closing = Closing(
-            table,
+        self._catalogue = Catalogue(table, self._models, keeping.others, removal, clock)
+        listing = Listing(table, self._directory, self._expiry, keeping.others, self._catalogue, clock)
+        self._closing = Closer(
             self._directory,
             self._turns,
             pager,
             self._group,
-            quotas=quotas,
             removal=removal,
-            expiry=self._expiry,
+            listing=listing,
             fields=fields,
             clock=clock,
         )
-        self._catalogue = Catalogue(table, self._models, keeping.others, self._expiry, clock)
-        listing = Listing(table, self._directory, self._expiry, keeping.others, self._catalogue, clock)
         self.list_sessions = listing.ask
         """Up to `limit` sessions, and how many fit in all: see `Listing.ask`."""
-        self.close_matching = Matching(listing, self._closing, clock).close
-        """Close sessions that fit a filter, some at a time: see `Matching.close`."""
+        self.close_matching = self._closing.close_matching
+        """Close sessions that fit a filter, some at a time: see `Closer.close_matching`."""
         self.was_closed_by = self._closing.was_closed_by
-        """Whether a request has closed a session of an id: see `Closing.was_closed_by`."""
+        """Whether a request has closed a session of an id: see `Closer.was_closed_by`."""
         moving = Moving(
             table,
             self._directory,
@@ -268,7 +272,7 @@ class Engine:
             self._group,
             store,
             keeping.others,
-            overdue=lifetimes.overdue,
+            expiry=self._expiry,
             removal=removal,
             clock=clock,
             observer=observer,
@@ -375,7 +379,10 @@ class Engine:
         await self._changing.restore()
         for model in self._models:
             await self._serving.warm_up(model)
-        self._lifetimes.start(self._changing.following.run, self._directory.run)
+        timers = [self._sweep.run, self._changing.following.run, self._directory.run]
+        if self._quotas is not None:
+            timers.append(self._quotas.run)
+        self._tasks = [asyncio.create_task(run()) for run in timers]
 
     def explain_absence(self, absent: Callable[[ModelRef], ServerError | None]) -> None:
         """Ask from now on why a model, or a version of one, is not loaded; what is returned is raised. None: nobody knows it."""
@@ -436,7 +443,7 @@ class Engine:
     ) -> int:
         """Delete those of many sessions that are there; return how many this request deleted, now or before.
 
-        Arguments and errors are those of `Closing.close_many`, of at most `MAX_IDS_PER_CALL` ids.
+        Arguments and errors are those of `Closer.close_many`, of at most `MAX_IDS_PER_CALL` ids.
         """
         if len(session_ids) > MAX_IDS_PER_CALL:
             raise InvalidInput(f"session_ids must be at most {MAX_IDS_PER_CALL}; got {len(session_ids)}")
@@ -545,7 +552,9 @@ class Engine:
             False if the store did not come back from a commit in time: it must not be used any more then.
         """
         self._changing.following.close()
-        self._lifetimes.close()
+        for task in self._tasks:
+            task.cancel()
+        self._uses.close()
         self._catalogue.close()
         self._threads.close()
         until = self._clock.monotonic() + timeout_s
@@ -557,7 +566,7 @@ class Engine:
     def _is_busy(self) -> bool:
         return (
             bool(self._row_queue)
-            or bool(self._removal.opening)
+            or bool(self._removal.pending)
             or self._submission.is_loading
             or self._arrivals.waiting > 0
             or not (self._pager.is_idle and self._group.is_idle)

@@ -11,7 +11,7 @@ from stepwell_server.core.callers import Caller
 from stepwell_server.core.idle import MAX_IDLE_MS, MIN_IDLE_S
 from stepwell_server.engine.api import Order, SessionInfo
 from stepwell_server.engine.api import SessionFilter as Filter
-from stepwell_server.engine.sessions.matching import Place
+from stepwell_server.engine.sessions.close import Place
 from stepwell_server.engine.sessions.moving import MOST_AT_ONCE, Arriving, Brought, Existing, Exported
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.rpc import convert, naming

@@ -18,6 +18,7 @@ from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
+from stepwell_server.core.idle import IdleLimits
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.series import Series
@@ -172,12 +173,12 @@ class Fetched:
     is_known: bool = False
     """The record has the stamp that the caller knew: it was not sent, and `record` is None."""
     idle_s: float = math.nan
-    """Seconds since the session was last used, by the clock of a store that is shared."""
+    """Seconds since the session was last used, by the store's clock. NaN: what the server knows counts, or the record says."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Unused:
-    """Some sessions of a shared store that nobody has used lately, in an order of the store's own."""
+    """Some sessions that nobody has used lately, as far as the store knows, in an order of the store's own."""
 
     heads: Heads
     """What their records say; not checked."""
@@ -449,20 +450,28 @@ class Store(Protocol):
         """
 
     async def touch(self, session_ids: Sequence[str], stamps: Sequence[int]) -> None:
-        """Sessions are being used, if they have these stamps: they are not idle. Only others' stores need it.
+        """Sessions are being used, if they have these stamps: they are not idle.
 
         Raises:
-            Unavailable: the store cannot be told now.
+            Unavailable: the store cannot be notified now.
         """
 
-    async def unused(self, cursor: str = "", *, idle_s: float, limit: int) -> Unused:
-        """Sessions that were not used for `idle_s` seconds, by the store's clock. Only others' stores need it.
+    def note_use(self, session_id: str, *, idle_s: float, limit_s: float) -> None:  # noqa: ARG002 - of stores that need it
+        """Note the last use of a session that leaves the server's table, `idle_s` seconds ago; it ends after `limit_s`.
 
-        Who goes on until there are no more has seen each that was there, and unused, all the time.
+        A store that learns of each use by `touch` does nothing.
+        """
+        return
+
+    async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> Unused:
+        """Sessions that may have been unused for longer than their limits, by the store's clock.
+
+        The caller judges each of them: a store may return sessions that are not due. A session that is due is in some page
+        of a complete pass, or soon of a later one.
 
         Args:
             cursor: Of the page before; empty: from the beginning.
-            idle_s: For how long they must be unused, at least.
+            limits: After which time sessions end.
             limit: How many sessions are looked at, about: the page has those of them that are unused.
 
         Raises:
@@ -470,7 +479,7 @@ class Store(Protocol):
         """
 
     async def claim(self, name: str, whose: str, for_s: float) -> float | None:
-        """Have a task to oneself for so many seconds, by the store's clock, or for so many more. Only others' stores need it.
+        """Have a task to oneself for so many seconds, by the store's clock, or for so many more.
 
         It keeps several servers from doing the same work; one that was held up may do it beside another.
 

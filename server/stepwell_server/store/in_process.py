@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import heapq
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from typing_extensions import override
 
+from stepwell_server.clock import Clock
+from stepwell_server.core.idle import IdleLimits
+from stepwell_server.errors import ServerError
 from stepwell_server.store.access.lanes import Lanes
 from stepwell_server.store.base import (
     KNOWN,
-    NO_LIMITS,
-    NO_STAMPS,
     SOLE,
     Answer,
     Fetched,
@@ -23,16 +27,36 @@ from stepwell_server.store.base import (
     Write,
 )
 from stepwell_server.store.heads import Heads, heads_of
-from stepwell_server.store.record import Header
+from stepwell_server.store.record import F64, Header, header_or_none
 
 _NOTHING = Fetched()
+#: The records are first searched for unused sessions this long after the start at the latest. Then the search rests: at
+#: least this many times as long as it took.
+_FIRST_SEARCH_S, _REST = 5.0, 10.0
+#: Cursors: there may be more that were noted; and records are searched, after the one whose id follows.
+_NOTED, _RECORDS = "noted", ">"
 
 
 class InProcessStore(Store):
-    """Commits go through `Lanes`; a look after the store is a thread's; all else is done in place."""
+    """Commits go through `Lanes`; a look after the store is a thread's; all else is done in place.
 
-    def __init__(self, local: LocalStore) -> None:
+    Its server alone uses sessions, so the store knows what the server notes when a session leaves its table. Of other
+    records it knows that they were not used since the start. Time before the start does not count: nobody could use them.
+    """
+
+    def __init__(self, local: LocalStore, clock: Clock) -> None:
         self.local = local
+        self._clock = clock
+        self._opened = clock.monotonic()
+        self._used: dict[str, float] = {}
+        """When sessions were last used that left the server's table, on the monotonic clock."""
+        self._ends: list[tuple[float, str, float]] = []
+        """A heap of when their limits end, with the last uses; entries of sessions that were noted anew are still in it."""
+        self._next_search = self._opened + _FIRST_SEARCH_S if local.count() else math.inf
+        """When the records are searched next for sessions that nobody has named since the start."""
+        self._search_began = self._opened
+        self._next_end = math.inf
+        """When the first of the limits ends that a search saw and that had not ended."""
         self.secret = local.secret
         self.incarnation = local.incarnation
         self.first_revision = local.first_revision
@@ -57,8 +81,12 @@ class InProcessStore(Store):
             return [KNOWN] * len(known)
         known = known if len(known) else [0] * len(session_ids)
         unknown = [i for i, stamp in zip(session_ids, known, strict=True) if not stamp]
-        found = iter(fetched(self.local, unknown))
-        return [KNOWN if stamp else next(found) for stamp in known]
+        found, now = fetched(self.local, unknown), self._clock.monotonic()
+        for place, session_id in enumerate(unknown if self._used else ()):
+            if found[place].record is not None and (used := self._used.get(session_id)) is not None:
+                found[place] = dataclasses.replace(found[place], idle_s=now - used)
+        answers = iter(found)
+        return [KNOWN if stamp else next(answers) for stamp in known]
 
     @override
     def new_stamp(self) -> int:
@@ -66,17 +94,65 @@ class InProcessStore(Store):
 
     @override
     async def touch(self, session_ids: Sequence[str], stamps: Sequence[int]) -> None:
-        """Who serves them knows it."""
+        """The server's table knows it, until it notes it."""
 
     @override
-    async def unused(self, cursor: str = "", *, idle_s: float, limit: int) -> Unused:
-        """Who serves them knows it."""
-        return Unused(heads_of([], []), NO_STAMPS, NO_LIMITS, "")
+    def note_use(self, session_id: str, *, idle_s: float, limit_s: float) -> None:
+        if limit_s < math.inf:
+            self._used[session_id] = used = self._clock.monotonic() - idle_s
+            heapq.heappush(self._ends, (max(used, self._opened) + limit_s, session_id, used))
+
+    @override
+    async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> Unused:
+        """First those that were noted, then the records; these only when a limit can have ended."""
+        now, due = self._clock.monotonic(), dict[str, float]()
+        if cursor.startswith(_RECORDS):
+            return self._search(cursor.removeprefix(_RECORDS), limits, limit)
+        while self._ends and self._ends[0][0] < now and len(due) < limit:
+            _, session_id, used = heapq.heappop(self._ends)
+            if self._used.get(session_id) == used:
+                due[session_id] = self._used.pop(session_id)
+        try:
+            page = self._page([*due], now - np.array([*due.values()], np.float64))
+        except ServerError:
+            for session_id, used in due.items():
+                self.note_use(session_id, idle_s=now - used, limit_s=-math.inf)
+            raise
+        if len(due) == limit:
+            return dataclasses.replace(page, cursor=_NOTED)
+        if now <= self._next_search:
+            return page
+        self._search_began, self._next_end = now, math.inf
+        return dataclasses.replace(page, cursor=_RECORDS)
+
+    def _search(self, after: str, limits: IdleLimits, limit: int) -> Unused:
+        heads, now = self.local.heads(after=after, limit=limit), self._clock.monotonic()
+        ids = [str(key, "utf-8", "replace") for key in heads.keys]
+        ends = self._opened + limits.seconds_of(heads.heads["max_idle_ms"].astype(np.int64))
+        over = [ids[place] for place in np.flatnonzero(ends < now).tolist() if ids[place] not in self._used]
+        page = self._page(over, np.full(len(over), now - self._opened))
+        self._next_end = min(self._next_end, float(ends[ends >= now].min(initial=math.inf)))
+        if ids:
+            return dataclasses.replace(page, cursor=_RECORDS + ids[-1])
+        # all sessions that began since the start are in the table, or were noted
+        self._next_search = max(self._next_end, now + _REST * (now - self._search_began))
+        return page
+
+    def _page(self, session_ids: Sequence[str], idle_s: F64) -> Unused:
+        """Those that are there and whose records are sound: others cannot say what their limits are."""
+        records = self.local.get_many(session_ids) if session_ids else []
+        sound = [
+            place
+            for place, (session_id, record) in enumerate(zip(session_ids, records, strict=True))
+            if record is not None and header_or_none(session_id, record) is not None
+        ]
+        heads = heads_of([session_ids[i].encode() for i in sound], [records[i] or b"" for i in sound])
+        return Unused(heads, np.full(len(sound), SOLE, np.uint64), idle_s[sound], "")
 
     @override
     async def claim(self, name: str, whose: str, for_s: float) -> float | None:
-        """Nobody else is there."""
-        return math.inf
+        """Nobody else is there: all of it is this server's since the start."""
+        return self._clock.monotonic() - self._opened
 
     @override
     async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:

@@ -40,11 +40,11 @@ def open_store(
         StoreError: it cannot be opened.
     """
     if kind == "memory" or data_dir is None:
-        return InProcessStore(MemoryStore())
+        return InProcessStore(MemoryStore(), clock)
     keyring = None if key_file is None else read_keyring(key_file)
     disk = DiskStore(data_dir, durability=durability, clock=clock, times=times)
     try:
-        return InProcessStore(encrypted(disk, keyring))
+        return InProcessStore(encrypted(disk, keyring), clock)
     except BaseException:
         disk.close()
         raise

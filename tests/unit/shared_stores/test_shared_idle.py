@@ -202,7 +202,7 @@ async def test_what_has_something_under_way_for_long_counts_as_used() -> None:
         answers = await second.begin_pass("a", x(1), sizes=[1])
         for _ in range(4):
             times.advance(40.0)
-            second.inside.usage.look()
+            second.inside.uses.look()
             await turns()
             assert await ended(first) == 0
         second.hooks.open_gate()

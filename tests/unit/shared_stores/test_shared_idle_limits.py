@@ -127,7 +127,7 @@ async def test_what_has_something_under_way_for_longer_than_its_limit_counts_as_
         answers = await second.begin_pass(name, x(1), sizes=[1])
         for _ in range(4):
             times.advance(4.0)
-            second.inside.usage.look()
+            second.inside.uses.look()
             await turns()
             assert await ended(first) == 0
         second.hooks.open_gate()

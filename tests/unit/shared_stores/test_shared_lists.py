@@ -28,12 +28,12 @@ async def test_a_table_that_is_too_large_forgets_what_is_paged_out_and_long_unus
             times.advance(1.0)
             await first.open(*names[at : at + 4])
             await first.submit(names[at : at + 4], x(4)).all()
-        first.inside.forgetting.most = 40
-        assert await first.inside.forgetting.trim() > 52
+        first.inside.sweep.max_paged_out = 40
+        assert await first.inside.sweep.trim() > 52
         left = first.inside.loaded()
         assert left == names[-len(left) :], "the last used ones stay"
         assert len(left) <= 40 + 8
-        assert await first.inside.forgetting.trim() == 0
+        assert await first.inside.sweep.trim() == 0
         assert [
             info.session_id for info in (await first.engine.list_sessions(order=Order.CREATED))[0]
         ] == names
@@ -47,8 +47,8 @@ async def test_what_has_something_under_way_stays_in_the_table() -> None:
         await first.open("a", "b", "c", "d")
         answers = await first.begin_pass("a", x(1), sizes=[1])
         waiting = first.submit("a", x(1), sizes=[1])
-        first.inside.forgetting.most = 0
-        await first.inside.forgetting.trim()
+        first.inside.sweep.max_paged_out = 0
+        await first.inside.sweep.trim()
         assert "a" in first.inside.loaded()
         first.hooks.open_gate()
         assert (await answers.only()).revision == 1

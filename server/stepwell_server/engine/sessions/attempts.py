@@ -23,10 +23,10 @@ from stepwell_server.engine.content import require_same_opening
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.sessions.directory import Directory
+from stepwell_server.engine.sessions.end import Uses
 from stepwell_server.engine.sessions.ids import require_session_id
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.pieces import Pieces
-from stepwell_server.engine.sessions.using import Usage
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Mask, Members
 from stepwell_server.errors import InvalidInput, ServerError, SessionExists, SessionGone
@@ -119,7 +119,7 @@ class Attempts:
         commits: GroupCommit,
         pieces: Pieces,
         observer: Observer,
-        usage: Usage,
+        usage: Uses,
     ) -> None:
         self._table = table
         self._directory = directory

@@ -22,7 +22,7 @@ from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Order, Position, SessionFilter
 from stepwell_server.engine.models import Models
-from stepwell_server.engine.sessions.ending import Expiry
+from stepwell_server.engine.sessions.end import Removal
 from stepwell_server.engine.types import Mask
 from stepwell_server.store.base import Store
 from stepwell_server.store.record import F64
@@ -103,19 +103,20 @@ class Catalogue:
     """Chooses sessions by filters and order. Lives on the event loop."""
 
     def __init__(
-        self, table: SessionTable, models: Models, others: Store | None, expiry: Expiry, clock: Clock
+        self, table: SessionTable, models: Models, others: Store | None, removal: Removal, clock: Clock
     ) -> None:
         self._table = table
         self._served = models
         self._others = others
         """The store, if it may have sessions that are not in the table."""
-        self._expiry = expiry
+        self._removal = removal
+        self._is_shared = others is not None and others.local is None
         self._clock = clock
         self._ahead = clock.now() - clock.monotonic()
         """Makes a time of the table one since the epoch, always by as much: an order must not change between pages."""
         self._sorted: _Sorted | None = None
         self._forgotten = -1
-        """What `Expiry.forgotten` was when it was made."""
+        """What `Removal.forgotten` was when it was made."""
         self._stale_at = math.inf
         """When it is made anew, as other servers make and end sessions."""
         self._births = 0
@@ -153,9 +154,7 @@ class Catalogue:
         self._keep()
         code = self._models.get(query.filter.model, _NO_MODEL) if query.filter.model else _ANY_MODEL
         now = self._clock.monotonic() + self._ahead
-        choice = _Choice(
-            self._table, self._codes(), query, code, now, self._ahead, is_shared=self._expiry.is_shared
-        )
+        choice = _Choice(self._table, self._codes(), query, code, now, self._ahead, is_shared=self._is_shared)
         return await asyncio.to_thread(choice.of, made, beside)
 
     async def _update(self, *, is_first: bool) -> tuple[_Sorted, list[tuple[int, int, bytes]]]:
@@ -164,7 +163,7 @@ class Catalogue:
 
     async def _up_to_date(self, *, is_first: bool) -> _Sorted:
         made = self._sorted
-        is_stale = self._forgotten != self._expiry.forgotten or self._clock.monotonic() > self._stale_at
+        is_stale = self._forgotten != self._removal.forgotten or self._clock.monotonic() > self._stale_at
         if made is not None and not (is_first and is_stale):
             await self._take_in(made)
             if len(self._beside) <= max(_MOST_BESIDE, len(made.ends) // 8):
@@ -190,14 +189,14 @@ class Catalogue:
 
     async def _make(self) -> _Sorted:
         self._sorted, self._beside = None, []
-        self._forgotten = self._expiry.forgotten
+        self._forgotten = self._removal.forgotten
         self._know(self._table.births)
         # what was in the table only in between would be missed else
         self._table.departures = [] if self._others is not None else None
         self._codes()
         began = self._clock.monotonic()
         made = await (self._of_table() if self._others is None else self._of_store(self._others))
-        if self._expiry.is_shared:
+        if self._is_shared:
             now = self._clock.monotonic()
             self._stale_at = now + max(_FRESH_S, _REST * (now - began))
         self._sorted = made

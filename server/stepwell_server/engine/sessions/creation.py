@@ -22,7 +22,7 @@ from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ending import Expiry, Removal
+from stepwell_server.engine.sessions.end import Expiry, Removal
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.pieces import TURN, Pieces
 from stepwell_server.engine.state.fields import at_birth, joined
@@ -170,8 +170,7 @@ class Creation:
 
     def is_making(self, session_ids: Sequence[str]) -> bool:
         """Whether a session of one of these ids is being made."""
-        opening = self._removal.opening
-        return bool(opening) and not opening.keys().isdisjoint(session_ids)
+        return self._removal.are_pending(session_ids)
 
     async def look(self, session_ids: Sequence[str]) -> Seen:
         """What the store has of ids, at a moment when nobody makes sessions of them, and it is known what their tenants have.
@@ -184,7 +183,7 @@ class Creation:
         while True:
             if self._quotas is not None:
                 await self._quotas.refresh(session_ids)
-            await self._removal.all_made(session_ids)
+            await self._removal.settled(session_ids)
             seen = await self._directory.look(session_ids, anew=True)
             ended = seen.ended_elsewhere()
             for session_id in ended:
@@ -203,14 +202,14 @@ class Creation:
         """Keep ids for sessions that are about to be created; False if one of them is there or being made."""
         if self.is_making(ids) or (self._table.find_all(ids) >= 0).any():
             return False
-        self._removal.opening.update(dict.fromkeys(ids, pending))
+        self._removal.pending.update(dict.fromkeys(ids, pending))
         return True
 
     def give_up(self, ids: Sequence[str], pending: asyncio.Future[None] | None = None) -> None:
         """End a reservation, `pending` or that of the first id."""
-        pending = pending or self._removal.opening[ids[0]]
+        pending = pending or self._removal.pending[ids[0]]
         for session_id in ids:
-            self._removal.opening.pop(session_id, None)
+            self._removal.pending.pop(session_id, None)
         if not pending.done():
             pending.set_result(None)
 
@@ -227,7 +226,7 @@ class Creation:
         """
         model, ids = fresh.model, fresh.ids
         made: asyncio.Future[SessionInfo | Exception] = asyncio.get_running_loop().create_future()
-        if ids[0] not in self._removal.opening:
+        if ids[0] not in self._removal.pending:
             self.reserve(ids, self.reservation())
         self._charge(fresh)
 

@@ -18,9 +18,9 @@ from stepwell_server.core.quotas import NOTHING, Usage
 from stepwell_server.core.sessions import Handles, SessionTable, are_missing
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.change import MOST_ERRORS, for_all
-from stepwell_server.engine.durability.endings import ended_by, expired
+from stepwell_server.engine.durability.endings import ended_by
 from stepwell_server.engine.models import Models
-from stepwell_server.engine.sessions.ending import Expiry
+from stepwell_server.engine.sessions.end import Expiry
 from stepwell_server.engine.sessions.ids import IdMaker, shown
 from stepwell_server.engine.sessions.loading import READ_AT_ONCE, Arrivals, Loader, Seen
 from stepwell_server.engine.sessions.pieces import TURN
@@ -155,12 +155,7 @@ class Directory:
 
     def _find(self, session_id: str, seen: Seen) -> int | None:
         handle = self._table.find(session_id)
-        if handle is None:
-            handle = self._loader.load(session_id, seen)
-        if handle is not None and self._expiry.is_due(handle):
-            self._expiry.expire(np.array([handle]))
-            raise expired(session_id)
-        return handle
+        return self._loader.load(session_id, seen) if handle is None else handle
 
     def live(self, session_id: str, seen: Seen) -> int | None:
         """The handle of a live session, or None.
@@ -184,7 +179,6 @@ class Directory:
                 loaded = 0
             if loaded:
                 handles = self._table.find_all(session_ids)
-        self._expiry.expire_among(handles)
         return handles
 
     def require_new(self, name: str, session_ids: Sequence[str], seen: Seen) -> None:
@@ -284,7 +278,6 @@ class Directory:
             stone = stones.get(session_id)
             kind: tuple[object, ...] = (
                 not session_id,
-                None if (buried := self._expiry.burying.get(session_id)) is None else buried.end,
                 None if stone is None else stone.end,
                 stone is None and self.ids.is_from_elsewhere(session_id),
             )
@@ -325,30 +318,21 @@ class Directory:
             session_id, f"session_id must be that of an open session; got {shown(session_id)}"
         )
 
-    def ending(self, session_id: str) -> SessionGone | None:
-        """How a session is ending that has expired, of which the store need not have heard yet."""
-        burying = self._expiry.burying.get(session_id)
-        return None if burying is None else ended_by(burying)
-
     def ended(self, session_id: str, seen: Seen) -> SessionGone | None:
         """How a session ended, as far as that is remembered."""
-        if (ending := self.ending(session_id)) is not None:
-            return ending
         (stone,) = seen.tombstones([session_id])
         return None if stone is None else ended_by(stone)
 
     def past(self, session_ids: Sequence[str], seen: Seen) -> Past:
         """What ids that have no live session keep of earlier ones, as long as the end of those is remembered."""
-        burying = self._expiry.burying
         revisions = np.full(len(session_ids), self.store.first_revision, np.uint64)
         closes: dict[str, tuple[int, ...]] = {}
         for place, stone in enumerate(seen.tombstones(session_ids)):
-            ended = burying.get(session_ids[place], stone)
-            if ended is None:
+            if stone is None:
                 continue
-            revisions[place] = max(self.store.first_revision, ended.revision + 1)
-            if ended.closes:
-                closes[session_ids[place]] = ended.closes
+            revisions[place] = max(self.store.first_revision, stone.revision + 1)
+            if stone.closes:
+                closes[session_ids[place]] = stone.closes
         return Past(revisions, closes)
 
     def follows(self, session_ids: Sequence[str], seen: Seen) -> U64:

@@ -11,7 +11,7 @@ from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Order, Position, SessionFilter, SessionInfo, SessionPage
 from stepwell_server.engine.sessions.catalogue import Candidate, Catalogue, Query
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ending import Expiry
+from stepwell_server.engine.sessions.end import Expiry
 from stepwell_server.engine.sessions.pieces import TURN
 from stepwell_server.errors import SessionGone
 from stepwell_server.store import counts
@@ -180,6 +180,8 @@ class Listing:
 
         Where others use the store, what the record says: the table may be behind.
         """
+        if self._expiry.is_ending(session_id):
+            return None
         if self._is_shared and header is not None:
             if self._clock.now() - header.last_used > self._expiry.limits.seconds(header.max_idle_ms):
                 return None  # it has ended, though nobody has told the store yet
@@ -195,8 +197,6 @@ class Listing:
                 return self._directory.info(self._directory.find(session_id, self._directory.here))
             except SessionGone:
                 return None
-        if session_id in self._expiry.burying:
-            return None
         if header is None:
             return SessionInfo(session_id, "", "", 0, 0, 0, 0.0, 0.0, resident=False)
         return self._directory.stored_info(session_id, header)

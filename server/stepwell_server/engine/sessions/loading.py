@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.history import How
 from stepwell_server.core.namespaces import tenant_of
-from stepwell_server.core.sessions import Handles, SessionTable, are_missing
+from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.engine.models import Models
-from stepwell_server.engine.sessions.ending import Expiry, Removal
-from stepwell_server.engine.sessions.overdue import Overdue
+from stepwell_server.engine.sessions.end import Expiry, Removal
 from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
@@ -33,7 +32,7 @@ from stepwell_server.errors import (
     Unavailable,
 )
 from stepwell_server.store import counts
-from stepwell_server.store.base import KNOWN, Fetched, Store, Tombstone
+from stepwell_server.store.base import Fetched, Store, Tombstone
 from stepwell_server.store.record import Header, Stored, decode_header, header_or_none
 
 _NOTHING = Fetched()
@@ -121,7 +120,6 @@ class Arrivals:
         table: SessionTable,
         store: Store,
         expiry: Expiry,
-        overdue: Overdue,
         removal: Removal,
         loader: Loader,
         pieces: Pieces,
@@ -137,7 +135,6 @@ class Arrivals:
         self._table = table
         self._store = store
         self._expiry = expiry
-        self._overdue = overdue
         self._removal = removal
         self._loader = loader
         self.pieces = pieces
@@ -220,27 +217,26 @@ class Arrivals:
         if anew:
             self._drain()  # what came before is under way then
             # what is in the table when it has been made may have been changed elsewhere since it was kept
-            await self._removal.all_made(session_ids)
-            newer = await self._compare(session_ids)
+            await self._removal.settled(session_ids)
+            newer = await self._expiry.compare(session_ids)
         return await self._look(session_ids, newer)
 
     async def _look(self, session_ids: Sequence[str], newer: Mapping[str, Fetched] | None) -> Seen:
-        self._expiry.forget_due(session_ids)
-        self._expiry.expire_due(session_ids)
-        # what is being made here may be there already: another server may have made it
-        await self._removal.all_made(session_ids)
         found: dict[str, Fetched] = {}
-        # others may have ended here meanwhile
-        while wanted := [i for i in self._expiry.only_stored(session_ids) if i not in found]:
-            try:
+        try:
+            await self._expiry.expire_named(session_ids, is_compared=newer is not None)
+            # what is being made here may be there already: another server may have made it
+            await self._removal.settled(session_ids)
+            # others may have ended here meanwhile
+            while wanted := [i for i in self._expiry.only_stored(session_ids) if i not in found]:
                 read = await self._read(wanted)
-                over = await self._overdue.expire(read.items())
+                over = await self._expiry.expire_found(read)
                 found.update((i, each) for i, each in read.items() if i not in over)
-            except ServerError as error:
-                known = dict.fromkeys(session_ids, _NOTHING)
-                for session_id in wanted:
-                    del known[session_id]
-                return Seen(known | found, error, newer)
+        except ServerError as error:
+            known = dict.fromkeys(session_ids, _NOTHING)
+            for session_id in self._expiry.only_stored(session_ids):
+                del known[session_id]
+            return Seen(known | found, error, newer)
         seen = Seen(found)
         ids, unusable = list(found), list[str]()
         async for part in self.pieces.of(ids):
@@ -255,11 +251,10 @@ class Arrivals:
                     del found[session_id], known[session_id]
                 return Seen(known | found, error, newer)
             self._loader.load_all(ids, seen)
-        for session_id in self._expiry.expire_due(ids):
-            del found[session_id]  # what is remembered of its end is read
-        if any(i not in found for i in self._expiry.only_stored(session_ids)):
-            return await self._look(session_ids, newer)  # others have left the table meanwhile
-        # the rest is about to begin or to end here, and has no record yet, or soon none
+        if self._removal.are_pending(session_ids) or any(
+            i not in found for i in self._expiry.only_stored(session_ids)
+        ):  # others have left the table meanwhile, or begin or end here
+            return await self._look(session_ids, newer)
         return Seen(known | found, newer=newer)
 
     async def _read(self, session_ids: Sequence[str]) -> dict[str, Fetched]:
@@ -279,67 +274,6 @@ class Arrivals:
         for (ids, _), answer in zip(later, answers, strict=True):
             found.update(zip(ids, answer, strict=True))
         return found
-
-    async def _compare(self, session_ids: Sequence[str]) -> dict[str, Fetched]:
-        """Forget sessions that other servers have changed, of those that have nothing under way here.
-
-        Returns:
-            What others made of those that do have something under way.
-
-        Raises:
-            Unavailable: the store cannot be read, and such a session may have been changed.
-        """
-        table = self._table
-        ids, handles = session_ids, table.find_all(session_ids)
-        if are_missing(handles):
-            there = handles >= 0
-            ids, handles = [ids[place] for place in np.flatnonzero(there).tolist()], handles[there]
-        if not ids:
-            return {}
-        was_claimed, were = table.claimed[handles], table.birth[handles]
-        try:
-            found = await self._store.fetch(ids, table.stamp[handles].tolist())
-        except ServerError:
-            if was_claimed.any():
-                raise
-            found = [_NOTHING] * len(ids)  # they are loaded when the store can be read again
-        if found.count(KNOWN) == len(found):
-            return {}
-        births = dict(zip(ids, were.tolist(), strict=True))
-        self._set_used(births, zip(ids, found, strict=True))
-        changed = {
-            i: each
-            for i, each in zip(ids, found, strict=True)
-            if not each.is_known or self._overdue.is_idle(i, each)
-        }
-        # what is under way may have been kept after the store was asked, or before: its own stamp is no other's
-        handles = table.find_all(list(changed))
-        newer: dict[str, Fetched] = {}
-        idle: list[str] = []
-        for handle, (session_id, each) in zip(handles.tolist(), changed.items(), strict=True):
-            if handle < 0 or int(table.birth[handle]) != births[session_id]:
-                continue  # it has left the table, and is looked for anew
-            if (
-                each.stamp
-                and each.stamp == int(table.stamp[handle])
-                and not self._overdue.is_idle(session_id, each)
-            ):
-                continue
-            if table.claimed[handle]:
-                if not each.is_known:
-                    newer[session_id] = each
-            else:
-                idle.append(session_id)
-        self._expiry.forget(idle)
-        return newer
-
-    def _set_used(self, births: Mapping[str, int], found: Iterable[tuple[str, Fetched]]) -> None:
-        """Let the table say when the store last heard of the use of sessions."""
-        table, now = self._table, self._clock.monotonic()
-        for session_id, each in found:
-            handle = table.find(session_id)
-            if handle is not None and table.birth[handle] == births[session_id] and each.idle_s >= 0:
-                table.used[handle] = now - each.idle_s
 
     def _end_after(
         self, before: set[asyncio.Future[None]], own: asyncio.Future[None], session_ids: Sequence[str]
@@ -467,8 +401,8 @@ class Loader:
             max_idle_ms=[header.max_idle_ms for header in headers],
             created=[header.created for header in headers],
             used=[
-                self._expiry.take_use(session_id, header, idle)
-                for (session_id, header, _), idle in zip(sessions, idle_s, strict=True)
+                self._expiry.take_use(header, idle)
+                for (_, header, _), idle in zip(sessions, idle_s, strict=True)
             ],
             reply=[header.reply for header in headers],
             stamp=np.array(stamps, np.uint64),

@@ -26,14 +26,13 @@ from stepwell_server.engine.durability.records import Records, as_it_is
 from stepwell_server.engine.intake.imported import check_header, check_state, imported_fields
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.sessions.catalogue import Query
-from stepwell_server.engine.sessions.closing import Closing
+from stepwell_server.engine.sessions.close import Closer
 from stepwell_server.engine.sessions.creation import Creation
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ending import Removal
+from stepwell_server.engine.sessions.end import Expiry, Removal
 from stepwell_server.engine.sessions.ids import require_session_id
 from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Loader, Seen
-from stepwell_server.engine.sessions.overdue import Overdue
 from stepwell_server.engine.state.fields import (
     at_birth,
     closes_of,
@@ -149,7 +148,7 @@ class Moving:
         directory: Directory,
         turns: Turns,
         creation: Creation,
-        closing: Closing,
+        closing: Closer,
         listing: Listing,
         loader: Loader,
         records: Records,
@@ -157,7 +156,7 @@ class Moving:
         store: Store,
         others: Store | None,
         *,
-        overdue: Overdue,
+        expiry: Expiry,
         removal: Removal,
         clock: Clock,
         observer: Observer,
@@ -175,7 +174,7 @@ class Moving:
         self._store = store
         self._others = others
         self._removal = removal
-        self._overdue = overdue
+        self._expiry = expiry
         self._clock = clock
         self._observer = observer
 
@@ -186,7 +185,7 @@ class Moving:
         if self._others is None:
             return [await self._of_arena(session_id, deadline) for session_id in session_ids]
         fetched = await self._others.fetch(session_ids)
-        over = {i for i, each in zip(session_ids, fetched, strict=True) if self._overdue.is_idle(i, each)}
+        over = {i for i, each in zip(session_ids, fetched, strict=True) if self._expiry.is_over(i, each)}
         missing = [
             i for i, each in zip(session_ids, fetched, strict=True) if each.record is None or i in over
         ]
@@ -232,9 +231,6 @@ class Moving:
                 self._directory.find(session_id, seen)
             except ServerError as error:
                 return error
-        ended = self._directory.ending(session_id)
-        if ended is not None:
-            return ended
         if record is None:
             return self._directory.gone(session_id, seen)
         if not is_sound(session_id, record) or key_id_of(record) is not None:

@@ -23,10 +23,10 @@ from stepwell_server.engine.intake.validation import check_finite_state
 from stepwell_server.engine.sessions.attempts import Attempts, OpenedMany, Wanted
 from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
 from stepwell_server.engine.sessions.directory import Directory, Past
+from stepwell_server.engine.sessions.end import Uses
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, require_session_id
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.pieces import Pieces
-from stepwell_server.engine.sessions.using import Usage
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Tensors
 from stepwell_server.errors import (
@@ -61,7 +61,7 @@ class Opening:
         *,
         drain: Callable[[], None],
         require_open: Callable[[], None],
-        usage: Usage,
+        usage: Uses,
         limits: IdleLimits,
         clock: Clock,
         observer: Observer,
@@ -135,7 +135,6 @@ class Opening:
             else:
                 served.arena.write(rows, values)
             past = self._directory.past([name], seen)
-            ending = self._directory.ending(name) is not None
             created, positions = self._clock.now(), np.zeros(1, np.uint64)
             fresh = Fresh(
                 served,
@@ -159,7 +158,7 @@ class Opening:
             try:
                 info = await self._creation.create(fresh)
             except Taken:
-                await self._require_not_over([name], ending)
+                await self._require_not_over([name])
                 continue
             self._observer.session_event("opened", served.name, name)
             return Opened(info)
@@ -268,7 +267,6 @@ class Opening:
             if not await self._reserve(wanted, seen):
                 continue  # somebody made one of them meanwhile
             past, rows = await self._begun(wanted, seen)
-            ending = any(self._directory.ending(session_id) is not None for session_id in ids)
             created = self._clock.now()
             positions = np.zeros(len(ids), np.uint64) if wanted.positions is None else wanted.positions
             fresh = Fresh(
@@ -294,7 +292,7 @@ class Opening:
                 await self._creation.create(fresh)
             except Taken as error:
                 taken.append(error)
-                await self._require_not_over(ids, ending)
+                await self._require_not_over(ids)
                 continue
             self._observer.sessions_opened(
                 served.name, len(ids), "opened" if wanted.states is None else "forked"
@@ -417,28 +415,26 @@ class Opening:
                 if not new_session_id:
                     self._directory.require_not_gone(name, seen)
                 self._directory.require_own(new_session_id, seen)
-                ending = self._directory.ending(name) is not None
                 try:
                     own_ms = self._limits.of_new(max_idle_ms, is_named=bool(new_session_id))
                     return await self._fork(source, name, seen, expected, request_id, content, own_ms, who)
                 except Taken:
-                    await self._require_not_over([name], ending)
+                    await self._require_not_over([name])
                     continue
             raise changed_elsewhere(name)
         finally:
             self._turns.release(np.array([source]))
 
-    async def _require_not_over(self, ids: Sequence[str], ending: bool) -> None:
+    async def _require_not_over(self, ids: Sequence[str]) -> None:
         """Refuse to go on when another server was faster, and what was opened there has ended already.
 
-        It may have been this very call, sent there after it got no answer here: it is done once. `ending`: another session
-        of one of the ids was ending here, which says nothing.
+        It may have been this very call, sent there after it got no answer here: it is done once.
 
         Raises:
             Unavailable: so it is.
         """
         seen = await self.seen(ids)
-        for session_id in () if ending else ids:
+        for session_id in ids:
             if self._directory.ended(session_id, seen) is not None:
                 raise Unavailable(
                     f"session {session_id!r} was opened and has ended on another server meanwhile; it was not opened anew"

@@ -18,8 +18,8 @@ from stepwell_server.engine.change import MAX_TRIES, MOST_ERRORS, changed_elsewh
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.sessions.directory import Directory
+from stepwell_server.engine.sessions.end import Uses
 from stepwell_server.engine.sessions.loading import Seen
-from stepwell_server.engine.sessions.using import Usage
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Members
 from stepwell_server.errors import InvalidInput, Overloaded, ServerError, SessionGone, SessionLost
@@ -41,7 +41,7 @@ class Reading:
         directory: Directory,
         turns: Turns,
         pager: Pager,
-        usage: Usage,
+        usage: Uses,
         *,
         clock: Clock,
     ) -> None:
@@ -188,7 +188,7 @@ class _Reader:
         model: Model,
         handles: Handles,
         with_state: bool,
-        usage: Usage,
+        usage: Uses,
     ) -> None:
         self._usage = usage
         self._table = table

@@ -25,8 +25,8 @@ from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.models import Known, Models, Versions
-from stepwell_server.engine.sessions.closing import Closing
-from stepwell_server.engine.sessions.ending import Removal
+from stepwell_server.engine.sessions.close import Closer
+from stepwell_server.engine.sessions.end import Removal
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.versions import document
@@ -71,7 +71,7 @@ class Changing:
         forwarding: Forwarding,
         pager: Pager,
         turns: Turns,
-        closing: Closing,
+        closing: Closer,
         removal: Removal,
         commits: GroupCommit,
         store: Store,

@@ -16,7 +16,7 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.models import Models, Versions
-from stepwell_server.engine.sessions.ending import Removal
+from stepwell_server.engine.sessions.end import Removal
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ServerError, Unavailable
 

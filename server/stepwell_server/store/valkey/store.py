@@ -12,6 +12,7 @@ import numpy as np
 from typing_extensions import override
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.idle import IdleLimits
 from stepwell_server.errors import Overloaded, ServerError, StateCorrupt, StoreAway, StoreGone, StoreRefuses
 from stepwell_server.logs import Log
 from stepwell_server.store.access.reads import Reads
@@ -61,6 +62,8 @@ _MOST_READ_BYTES = 8 * 2**20
 """Of records in the answers to one read, beside the last one of each answer."""
 _MOST_AT_ONCE = 2 * MOST_KEYS
 _RETRY_AFTER_S = 1.0
+#: Pages of unused sessions leave out what was used within this time: sessions with a shorter limit end a little later.
+_MIN_IDLE_S = 5.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -331,7 +334,7 @@ class ValkeyStore(Store):
             await self._requests.ask(*requests)
 
     @override
-    async def unused(self, cursor: str = "", *, idle_s: float, limit: int) -> Unused:
+    async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> Unused:
         """Of one partition after the other."""
         number, _, after = cursor.partition(":")
         partition, size = int(number or 0), min(limit, MOST_KEYS)
@@ -339,8 +342,8 @@ class ValkeyStore(Store):
         command = (b"ZRANGEBYLEX", self._keys.ids(partition), low, b"+", b"LIMIT", 0, size)
         (keys,) = await self._requests.ask(Request(partition, command, otherwise=()))
         session_ids = [str(key, "utf-8", "replace") for key in keys]
-        # a server's clock has milliseconds: never less than was asked for
-        found = await self._read_heads(session_ids, idle_ms=math.ceil(idle_s * 1000))
+        idle_s = min(limits.max_s, _MIN_IDLE_S)
+        found = await self._read_heads(session_ids, idle_ms=int(idle_s * 1000))
         await self._bury([i for i, head in zip(session_ids, found, strict=True) if head is _LOST_HEAD])
         there = [place for place, head in enumerate(found) if head.record]
         if len(keys) == size:

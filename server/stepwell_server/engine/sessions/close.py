@@ -1,4 +1,4 @@
-"""Sessions are closed, each when its turn comes."""
+"""Sessions are closed: one, many, or those that fit a filter. Each is deleted when it is its turn."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import asyncio
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.core.sessions import Handles
+from stepwell_server.engine.api import SessionFilter
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
-from stepwell_server.engine.quotas import Quotas
+from stepwell_server.engine.sessions.catalogue import Query
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ending import Ended, Expiry, Removal, batch_of, ended_of
+from stepwell_server.engine.sessions.end import Ended, Idle, Removal, ended_of
+from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Seen, refresh
 from stepwell_server.engine.sessions.pieces import TURN
 from stepwell_server.engine.state.fields import Fields, closes_of
@@ -43,24 +45,32 @@ _CLOSE_AT_ONCE = 500
 _UNUSABLE = (ModelMismatch, ModelNotFound, StateCorrupt)
 
 
-class Closing:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """How far closing by a filter has come."""
+
+    as_of: float
+    """When it began, in seconds since the epoch: what is newer, or was used since, stays."""
+    after: str = ""
+    """The id of the last session that was looked at."""
+
+
+class Closer:
     """Closes sessions. Lives on the event loop."""
 
     def __init__(
         self,
-        table: SessionTable,
         directory: Directory,
         turns: Turns,
         pager: Pager,
         commits: GroupCommit,
         *,
-        quotas: Quotas | None,
         removal: Removal,
-        expiry: Expiry,
+        listing: Listing,
         fields: Fields,
         clock: Clock,
     ) -> None:
-        self._table = table
+        self._table = removal.table
         self._directory = directory
         self._turns = turns
         self._pager = pager
@@ -68,12 +78,9 @@ class Closing:
         self._commits = commits
         self._pieces = directory.pieces
         self._removal = removal
-        self._quotas = quotas
-        self._expiry = expiry
+        self._listing = listing
         self._fields = fields
         self._clock = clock
-        self._deleting: dict[str, asyncio.Future[None]] = {}
-        """Sessions that cannot be stepped here and are being deleted: they have no claim."""
 
     async def close(
         self, session_id: str, seen: Seen, *, request_id: int, deadline: float, uid: int = 0
@@ -90,18 +97,14 @@ class Closing:
                     return answer
                 continue
             except _UNUSABLE as error:
-                pending = self._deleting.get(session_id)
-                if pending is not None:
-                    await asyncio.shield(pending)
-                else:
-                    header = self._directory.stored_header(session_id, seen)
-                    if self._was_closed_by(session_id, request_id, seen):
-                        return True
-                    if header is not None and uid not in {0, header.opened_with}:
-                        raise _another(session_id) from error
-                    model = error.metadata.get("model", "")
-                    if await self._delete_unusable(session_id, model, request_id, header, seen):
-                        return False
+                header = self._directory.stored_header(session_id, seen)
+                if self._was_closed_by(session_id, request_id, seen):
+                    return True
+                if header is not None and uid not in {0, header.opened_with}:
+                    raise _another(session_id) from error
+                model = error.metadata.get("model", "")
+                if await self._delete_unusable(session_id, model, request_id, header, seen):
+                    return False
                 seen = await self._directory.look([session_id])
                 continue
             handles = np.array([handle])
@@ -333,34 +336,12 @@ class Closing:
         self, handles: Handles, request_id: int, ended: Counter[str] | None, idle_s: float
     ) -> Handles:
         """As `_delete`; returns those that another server has changed, which are claimed still."""
-        removal, sessions = self._removal, self._removal.described(handles)
-        conflicts: list[int] = []
-
-        def done(committed: Committed | ServerError) -> ServerError | None:
-            if isinstance(committed, ServerError):
-                self._expiry.drop(handles, committed)
-                return committed
-            error: ServerError | None = None
-            for handle, each in zip(handles.tolist(), sessions, strict=True):
-                session_id = each.session_id
-                match committed.of(session_id):
-                    case Outcome.KEPT:
-                        gone = SessionNotFound(session_id, f"session {session_id!r} was closed")
-                        removal.remove(handle, "closed", gone, ended)
-                        if self._quotas is not None:
-                            self._quotas.end([(session_id, each.usage)])
-                    case Outcome.UNKNOWN:
-                        error = not_known()
-                        self._expiry.drop(np.array([handle]), error)
-                    case Outcome.CONFLICT:
-                        conflicts.append(handle)
-            return error
-
-        def release() -> None:
-            self._turns.release(np.array(conflicts, np.intp))
-
-        await self._commit(sessions, request_id, done, release, idle_s)
-        return np.array(conflicts, np.intp)
+        sessions, count = self._removal.described(handles), len(handles)
+        idle = Idle(np.full(count, idle_s), np.full(count, np.inf)) if idle_s else None
+        conflicts = await self._removal.delete(
+            sessions, handles, End.CLOSED, request_id=request_id, idle=idle, ended=ended
+        )
+        return handles[conflicts]
 
     async def _read_anew(self, handles: Handles, request_id: int) -> tuple[Handles, int]:
         """Let the table say what the store has of claimed sessions.
@@ -409,55 +390,46 @@ class Closing:
         Raises:
             Unavailable: the store did not.
         """
-        deleted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._deleting[session_id] = deleted
-        outcome = Outcome.KEPT
-
-        def done(committed: Committed | ServerError) -> ServerError | None:
-            nonlocal outcome
-            del self._deleting[session_id]
-            deleted.set_result(None)
-            if isinstance(committed, ServerError):
-                return committed
-            outcome = committed.of(session_id)
-            if self._quotas is not None and outcome is Outcome.KEPT:
-                self._quotas.end([(session_id, usage)])
-            self._expiry.forgotten += 1
-            return not_known() if outcome is Outcome.UNKNOWN else None
-
         _, usage = self._directory.stored_usage(session_id, seen)
         ended = Ended(session_id, model, 0, usage, seen.stamp(session_id))
         if header is not None:
             ended = ended_of(session_id, header, ended.stamp)._replace(model=model)
-        await self._commit([ended], request_id, done, lambda: None)
-        return outcome is Outcome.KEPT
+        # its model may not be served: nobody is told of it
+        conflicts = await self._removal.delete(
+            [ended], np.array([-1]), End.CLOSED, request_id=request_id, ended=Counter()
+        )
+        return not len(conflicts)
 
-    async def _commit(
-        self,
-        sessions: Sequence[Ended],
-        request_id: int,
-        done: Callable[[Committed | ServerError], ServerError | None],
-        release: Callable[[], None],
-        idle_s: float = 0.0,
-    ) -> None:
-        """Commit the end of sessions, then call `done`, also if the caller is cancelled meanwhile: then `release` as well.
+    async def close_matching(
+        self, wanted: SessionFilter, *, limit: int, place: Place | None = None, request_id: int = 0
+    ) -> tuple[int, Place | None]:
+        """Close up to `limit` sessions that fit a filter; return how many, and where to go on, None at the end.
+
+        Sessions that begin or are used after the first call stay, and so do those that begin after the request of this id
+        closed an earlier one of their id.
 
         Raises:
-            Unavailable: it was not kept, as `done` says.
+            ModelNotFound: there is no model of that name.
+            Overloaded, Unavailable: as `Engine.close_sessions`.
         """
-        kept: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
-        batch = batch_of(sessions, End.CLOSED, self._clock.now(), request_id)
-        if idle_s:
-            batch = dataclasses.replace(batch, min_idle_s=np.full(len(sessions), idle_s))
-        self._commits.submit(lambda: batch, len(sessions), lambda told: kept.set_result(done(told)))
-        try:
-            error = await asyncio.shield(kept)
-        except asyncio.CancelledError:
-            kept.add_done_callback(lambda _: release())
-            raise
-        if error is not None:
-            release()
-            raise error
+        now = self._clock.now()
+        at = place or Place(now)
+        # time has passed since: what has been idle for long enough by now need not have been so then
+        passed = max(0.0, now - at.as_of)
+        idle = None if wanted.idle_longer_s is None else wanted.idle_longer_s + passed
+        query = Query(
+            filter=dataclasses.replace(wanted, idle_longer_s=idle),
+            after=(0.0, at.after) if at.after else None,
+            limit=limit,
+            count=False,
+        )
+        page, _ = await self._listing.page(query)
+        ids = [info.session_id for info in page if info.created <= at.as_of]
+        used_before = math.inf if idle is None else self._clock.monotonic() - idle
+        closed = 0
+        if ids:
+            closed = await self.close_many(ids, request_id=request_id, used_before=used_before)
+        return closed, None if page.next is None else dataclasses.replace(at, after=page.next[1])
 
 
 def _another(session_id: str) -> SessionNotFound:
