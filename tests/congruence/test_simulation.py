@@ -24,11 +24,11 @@ from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.passes import inline
 from stepwell_server.engine.quotas import Quotas
-from stepwell_server.engine.sessions.attempts import Attempts
-from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
+from stepwell_server.engine.sessions.attempt import Attempts, NewSessions
+from stepwell_server.engine.sessions.begin import Begin
 from stepwell_server.engine.shared_counts import SharedCounts
 from stepwell_server.errors import SessionExists
-from stepwell_server.store.base import Committed
+from stepwell_server.store.base import Batch, Committed
 from stepwell_server.store.valkey import store as valkey_store
 from stepwell_server.store.valkey.client import Refused
 from stepwell_server.store.valkey.commits import Part, outcome_of
@@ -408,10 +408,10 @@ def test_a_replica_that_reads_its_own_copy_is_found(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_refused_call_for_many_that_leaves_some_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def nothing(_self: Creation, _taken: Sequence[Taken]) -> None:
+    async def nothing(_self: Begin, _deletions: Sequence[Batch]) -> None:
         """Leave them."""
 
-    monkeypatch.setattr(Creation, "take_back", nothing)
+    monkeypatch.setattr(Begin, "_undo", nothing)
     assert is_found(range(100), contested=True, faults=(), shards=3, owners=[], guests=0, seconds=6.0)
 
 
@@ -424,11 +424,11 @@ def test_an_attempt_that_takes_back_what_another_was_answered_is_found(
     async def believe(_self: Attempts, *_args: Any) -> bool:
         return True
 
-    def never(fresh: Fresh) -> bool:
-        return len(fresh.ids) == 1
+    def never(new: NewSessions) -> bool:
+        return len(new.ids) == 1
 
     monkeypatch.setattr(Attempts, "_take_over", believe)
-    monkeypatch.setattr(Creation, "_may_come_again", staticmethod(never))
+    monkeypatch.setattr(NewSessions, "is_repeatable", property(never))
     changes: dict[str, Any] = {
         "together": True,
         "contested": False,

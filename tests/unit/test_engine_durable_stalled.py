@@ -77,7 +77,7 @@ async def test_nobody_hears_or_sees_what_is_not_kept(disk: Disk, options: dict[s
             await turns()
         assert not call.done()
         assert not any(answers.ended for answers in others)
-        assert reading.done() == (name in {"open", "open many"}), (
+        assert reading.done() == (name in {"open", "open many", "fork"}), (
             "a session is read as it will be, not as it was"
         )
         assert await shown(at) == before

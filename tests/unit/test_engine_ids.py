@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from stepwell_server.engine.sessions.ids import MAX_ID_LENGTH, IdMaker, require_session_id, shown
-from stepwell_server.engine.sessions.pieces import Pieces
-from stepwell_server.engine.shares import LoopTurns
+from stepwell_server.engine.shares import LoopTurns, Pieces
 from stepwell_server.errors import InvalidInput
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore

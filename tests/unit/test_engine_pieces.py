@@ -13,20 +13,18 @@ import pytest
 
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core.namespaces import SEPARATOR
-from stepwell_server.engine import submission
+from stepwell_server.engine import shares, submission
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.sessions import (
     close,
-    creation,
     directory,
-    forking,
+    fork,
     ids,
     listing,
     loading,
-    pieces,
     reading,
 )
-from stepwell_server.engine.sessions.attempts import OpenedMany
+from stepwell_server.engine.sessions.attempt import OpenedMany
 from stepwell_server.engine.shares import LoopTurns
 from stepwell_server.errors import RevisionConflict, ServerError, SessionExists, Unavailable
 from stepwell_server.rpc import admin
@@ -46,7 +44,7 @@ COUNT = 10 * PIECE
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ids, "PIECE", PIECE)
-    for module in (pieces, creation, forking, close, directory):
+    for module in (shares, fork, close, directory):
         monkeypatch.setattr(module, "TURN", PIECE)
     monkeypatch.setattr(submission, "REFUSED_AT_ONCE", PIECE)
     for module in (loading, directory):
@@ -112,7 +110,7 @@ async def test_some_thousand_sessions_are_opened_a_few_at_a_time() -> None:
     async with running(resident_rows=4) as at:
         _, turns = await turns_of(at.engine.open_sessions("plain", count=2048))
         # they get ids, are looked at, get records and are made
-        assert turns >= 4 * (2048 // pieces.TURN - 1)
+        assert turns >= 4 * (2048 // shares.TURN - 1)
 
 
 async def most_per_turn(look: Callable[[], int], calls: Coroutine[Any, Any, T]) -> tuple[T, int]:
@@ -147,17 +145,17 @@ async def test_of_many_large_calls_one_piece_is_done_in_a_turn(part: str) -> Non
             return await opening
 
         opened, most = await most_per_turn(look, all_of_them())
-        assert most == pieces.TURN
+        assert most == shares.TURN
         assert look() == (0 if part == "reserved" else 4096 - 4 * (part == "stored"))
         assert len({one for each in opened for one in each.session_ids}) == 4096
 
 
 async def test_tenants_take_turns_with_their_pieces() -> None:
     taken: list[str] = []
-    whose = pieces.Pieces(LoopTurns())
+    whose = shares.Pieces(LoopTurns())
 
     async def call(tenant: str) -> None:
-        ids = [f"{tenant}{SEPARATOR}{place}" for place in range(4 * pieces.TURN)]
+        ids = [f"{tenant}{SEPARATOR}{place}" for place in range(4 * shares.TURN)]
         async for _ in whose.of(ids):
             taken.append(tenant)  # noqa: PERF401 - each in its turn
 
@@ -167,7 +165,7 @@ async def test_tenants_take_turns_with_their_pieces() -> None:
 
 
 async def test_pieces_go_on_when_a_call_is_cancelled_that_waits_for_its_turn() -> None:
-    whose = pieces.Pieces(LoopTurns())
+    whose = shares.Pieces(LoopTurns())
     waiting = [asyncio.create_task(whose.turn(tenant)) for tenant in ("a", "a", "b")]
     await asyncio.sleep(0)
     waiting[0].cancel()
@@ -177,7 +175,7 @@ async def test_pieces_go_on_when_a_call_is_cancelled_that_waits_for_its_turn() -
 
 async def test_if_one_piece_is_not_kept_none_is() -> None:
     class Full(MemoryStore):
-        room = 3 * pieces.TURN
+        room = 3 * shares.TURN
 
         def commit(self, batch: Batch) -> None:
             if self.count() + len(batch.puts) > self.room:
@@ -186,11 +184,11 @@ async def test_if_one_piece_is_not_kept_none_is() -> None:
 
     async with running(resident_rows=4, store=(store := Full())) as at:
         with pytest.raises(Unavailable, match="no room"):
-            await at.engine.open_sessions("plain", count=4 * pieces.TURN)
+            await at.engine.open_sessions("plain", count=4 * shares.TURN)
         assert (store.count(), store.count_of("plain"), len(at.inside.table)) == (0, 0, 0)
         assert at.inside.models[0].slots.resident == 0
         assert not at.inside.removal.pending
-        await at.engine.open_sessions("plain", count=2 * pieces.TURN)
+        await at.engine.open_sessions("plain", count=2 * shares.TURN)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -313,7 +311,7 @@ async def test_of_many_lists_one_piece_is_done_in_a_turn(
         pages, most = await most_per_turn(lambda: done, all_of_them())
     assert [len(page.sessions) for page in pages] == [512] * 4
     assert done == 4 * 512
-    assert most <= pieces.TURN
+    assert most <= shares.TURN
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -448,7 +446,7 @@ async def test_what_is_too_late_when_it_was_looked_for_is_not_applied() -> None:
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.stores("async", "sync", "awaited")
 async def test_a_frame_of_unknown_ids_is_looked_for_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "TURN", PIECE)
+    monkeypatch.setattr(shares, "TURN", PIECE)
     async with running() as at:
         names = [f"never{number}" for number in range(COUNT)]
         (answers, parts), turns = await turns_of(frame(at, names))

@@ -30,21 +30,20 @@ from stepwell_server.engine.intake.validation import Validation, require_session
 from stepwell_server.engine.models import Models, Versions
 from stepwell_server.engine.prediction import Prediction
 from stepwell_server.engine.quotas import Quotas
-from stepwell_server.engine.sessions.attempts import Attempts, OpenedMany
+from stepwell_server.engine.sessions.attempt import OpenedMany
+from stepwell_server.engine.sessions.begin import Begin
 from stepwell_server.engine.sessions.catalogue import Catalogue
 from stepwell_server.engine.sessions.close import Closer
-from stepwell_server.engine.sessions.creation import Creation
+from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import MAX_PAGED_OUT, Expiry, Removal, Sweep, Uses
-from stepwell_server.engine.sessions.forking import Forking
+from stepwell_server.engine.sessions.fork import Fork
 from stepwell_server.engine.sessions.ids import MAX_IDS_PER_CALL
 from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Arrivals, Loader
 from stepwell_server.engine.sessions.moving import Moving
-from stepwell_server.engine.sessions.opening import Opening
-from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.sessions.reading import Reading
-from stepwell_server.engine.shares import LoopTurns, Shares, Threads
+from stepwell_server.engine.shares import LoopTurns, Pieces, Shares, Threads
 from stepwell_server.engine.sizes import Sizes
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
@@ -196,52 +195,38 @@ class Engine:
             clock=clock,
             observer=observer,
         )
-        creation = Creation(
-            table,
-            self._directory,
-            self._turns,
-            row_queue,
-            self._group,
-            keeping,
-            pieces,
-            quotas=quotas,
+        self._reading = Reading(table, self._directory, self._turns, pager, uses, clock=clock)
+        context = Context(
+            table=table,
+            directory=self._directory,
+            turns=self._turns,
+            pager=pager,
+            row_queue=row_queue,
+            commits=self._group,
             removal=removal,
             expiry=self._expiry,
-            clock=clock,
-            follow=lambda *which: self._changing.follow(*which),  # noqa: PLW0108 - made below
-        )
-        attempts = Attempts(table, self._directory, self._group, pieces, observer, uses)
-        opening = Opening(
-            table,
-            self._directory,
-            self._turns,
-            pager,
-            creation,
-            attempts,
-            pieces,
-            drain=self._drain_inboxes,
-            require_open=self._require_open,
-            usage=uses,
+            uses=uses,
             limits=idle_limits,
+            quotas=quotas,
             clock=clock,
             observer=observer,
-        )
-        self.open_session = opening.open
-        """Open a session, or resume the live one of that id: see `Opening.open`."""
-        self.open_sessions = opening.open_many
-        """Open many sessions, all of them or none: see `Opening.open_many`."""
-        self.fork = opening.fork
-        """Open a session with the state, revision and position of another: see `Opening.fork`."""
-        self._reading = Reading(table, self._directory, self._turns, pager, uses, clock=clock)
-        self.fork_sessions = Forking(
-            self._directory,
-            opening,
-            self._reading,
-            pieces,
             drain=self._drain_inboxes,
             require_open=self._require_open,
-        ).fork
-        """Open sessions with the states of others, all of them or none: see `Forking.fork`."""
+        )
+        begin = Begin(
+            context,
+            keeping,
+            lambda *which: self._changing.follow(*which),  # noqa: PLW0108 - made below
+        )
+        self.open_session = begin.open
+        """Open a session, or resume the live one of that id: see `Begin.open`."""
+        self.open_sessions = begin.open_many
+        """Open many sessions, all of them or none: see `Begin.open_many`."""
+        fork = Fork(context, begin, self._reading)
+        self.fork = fork.one
+        """Open a session with the state, revision and position of another: see `Fork.one`."""
+        self.fork_sessions = fork.many
+        """Open sessions with the states of others, all of them or none: see `Fork.many`."""
         self._catalogue = Catalogue(table, self._models, keeping.others, removal, clock)
         listing = Listing(table, self._directory, self._expiry, keeping.others, self._catalogue, clock)
         self._closing = Closer(
@@ -264,7 +249,8 @@ class Engine:
             table,
             self._directory,
             self._turns,
-            creation,
+            begin,
+            quotas,
             self._closing,
             listing,
             loader,

@@ -15,11 +15,14 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
+from typing_extensions import override
+
 from stepwell_server.clock import Clock
+from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.logs import Log
 
 _log = Log("engine.shares")
@@ -280,3 +283,77 @@ class Threads:
     def close(self) -> None:
         """End the threads, when what waits has run."""
         self._pool.shutdown(wait=True)
+
+
+#: Sessions of one piece: some 0.1 ms of work.
+TURN = 64
+
+
+class Pieces:
+    """Calls on many sessions are done in pieces, one piece in each turn of the event loop. Lives on one event loop.
+
+    However many such calls run, each turn has one piece of one of them, so that single steps wait for one piece and not
+    for one of each call. Tenants take turns, then the calls of a tenant.
+    """
+
+    def __init__(self, turns: LoopTurns) -> None:
+        self._turns = turns
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        """By tenant, in the order of their turns."""
+        self._is_due = False
+        """`_next` will be called."""
+
+    async def turn(self, tenant: str) -> None:
+        """Return in a turn of the event loop in which no other piece is done."""
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(tenant, deque()).append(mine)
+        self._come_again()
+        await mine
+
+    def of(self, session_ids: Sequence[str]) -> AsyncIterator[slice]:
+        """Parts of many ids of one tenant, each in its turn; what is one piece needs none."""
+        return self.parts(len(session_ids), tenant_of(session_ids[0]) if len(session_ids) > TURN else "")
+
+    def parts(self, count: int, tenant: str) -> AsyncIterator[slice]:
+        """As `of`, of as many things of a tenant."""
+        return _Whole(count) if count <= TURN else self._in_turns(count, tenant)
+
+    async def _in_turns(self, count: int, tenant: str) -> AsyncIterator[slice]:
+        for start in range(0, count, TURN):
+            await self.turn(tenant)
+            yield slice(start, min(start + TURN, count))
+
+    def _come_again(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            self._turns.soon(self._next)
+
+    def _next(self) -> None:
+        self._is_due = False
+        while self._waiting:
+            tenant = next(iter(self._waiting))
+            line = self._waiting.pop(tenant)
+            first = line.popleft()
+            if line:
+                self._waiting[tenant] = line  # at the end
+            if not first.done():  # else whoever waited was cancelled
+                first.set_result(None)
+                break
+        if self._waiting:
+            self._come_again()
+
+
+class _Whole(AsyncIterator[slice]):
+    """All of a few things at once: this takes a tenth of the time of an asynchronous generator."""
+
+    __slots__ = ("_left",)
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+
+    @override
+    async def __anext__(self) -> slice:
+        if not self._left:
+            raise StopAsyncIteration
+        count, self._left = self._left, 0
+        return slice(0, count)

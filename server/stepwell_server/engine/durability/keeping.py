@@ -5,8 +5,8 @@ Chosen once, in `keeping_of`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias
 
 from typing_extensions import override
 
@@ -15,6 +15,9 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.records import Records, as_it_is
 from stepwell_server.engine.state.model import Model
 from stepwell_server.store.base import Batch, LocalStore, Store
+from stepwell_server.store.record import Stored
+
+Puts: TypeAlias = Sequence[tuple[str, Stored]]
 
 
 class Keeping(Protocol):
@@ -22,12 +25,17 @@ class Keeping(Protocol):
 
     others: Store | None
     """The store, if it may have sessions that are not in the table; None: the table has all of them."""
-    may_part: bool
-    """Records of sessions that begin together may be kept a few at a time, in place: those that are not in the table
-    yet are seen by nobody."""
 
-    def made(self, ids: Sequence[str], ready: int, /) -> slice:
-        """Which of new sessions begin with a record, if so many of them, the first ones, have rows."""
+    def begin(self, ids: Sequence[str], ready: int, records: Callable[[slice], Puts], /) -> Puts:
+        """Some sessions of a call are about to begin: the records that the call must commit, of all of them or of none.
+
+        Until the call is done nobody else sees them. If it fails, `came_back` takes back what was done here.
+
+        Args:
+            ids: Of the sessions.
+            ready: As many of them, the first ones, have rows in the arena.
+            records: Makes the records of some of them.
+        """
 
     def leave(self, model: Model, handles: Handles, /) -> None:
         """Sessions are about to leave the arena."""
@@ -39,14 +47,12 @@ class Keeping(Protocol):
 class EveryChange(Keeping):
     """Each change has its record: what leaves the arena is in the store already, and is there after a restart."""
 
-    may_part = False
-
     def __init__(self, store: Store) -> None:
         self.others = store
 
     @override
-    def made(self, ids: Sequence[str], _ready: int) -> slice:
-        return slice(0, len(ids))
+    def begin(self, ids: Sequence[str], _ready: int, records: Callable[[slice], Puts]) -> Puts:
+        return records(slice(0, len(ids)))
 
     @override
     def leave(self, model: Model, handles: Handles) -> None:
@@ -61,7 +67,6 @@ class PagedOutOnly(Keeping):
     """The arena is the truth, and the store has what is not in it: for a store that ends with the process."""
 
     others = None
-    may_part = True
 
     def __init__(self, store: LocalStore, table: SessionTable, records: Records, clock: Clock) -> None:
         self._store = store
@@ -70,8 +75,10 @@ class PagedOutOnly(Keeping):
         self._clock = clock
 
     @override
-    def made(self, ids: Sequence[str], ready: int) -> slice:
-        return slice(ready, len(ids))
+    def begin(self, ids: Sequence[str], ready: int, records: Callable[[slice], Puts]) -> Puts:
+        puts = records(slice(ready, len(ids))) if ready < len(ids) else ()
+        self._store.commit(Batch(puts=puts, forgets=ids))
+        return ()
 
     @override
     def leave(self, model: Model, handles: Handles) -> None:

@@ -23,7 +23,7 @@ from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import Ended, Idle, Removal, ended_of
 from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Seen, refresh
-from stepwell_server.engine.sessions.pieces import TURN
+from stepwell_server.engine.shares import TURN
 from stepwell_server.engine.state.fields import Fields, closes_of
 from stepwell_server.engine.types import U64, Mask
 from stepwell_server.errors import (

@@ -23,7 +23,7 @@ from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.end import Expiry
 from stepwell_server.engine.sessions.ids import IdMaker, shown
 from stepwell_server.engine.sessions.loading import READ_AT_ONCE, Arrivals, Loader, Seen
-from stepwell_server.engine.sessions.pieces import TURN
+from stepwell_server.engine.shares import TURN
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Members

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.core.namespaces import own, tenant_of
-from stepwell_server.engine.sessions.pieces import Pieces
+from stepwell_server.engine.shares import Pieces
 from stepwell_server.errors import InvalidInput
 from stepwell_server.store.base import Store
 

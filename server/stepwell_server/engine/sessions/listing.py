@@ -12,7 +12,7 @@ from stepwell_server.engine.api import Order, Position, SessionFilter, SessionIn
 from stepwell_server.engine.sessions.catalogue import Candidate, Catalogue, Query
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import Expiry
-from stepwell_server.engine.sessions.pieces import TURN
+from stepwell_server.engine.shares import TURN
 from stepwell_server.errors import SessionGone
 from stepwell_server.store import counts
 from stepwell_server.store.base import Fetched, Store

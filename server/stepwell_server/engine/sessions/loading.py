@@ -19,7 +19,7 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.end import Expiry, Removal
-from stepwell_server.engine.sessions.pieces import Pieces
+from stepwell_server.engine.shares import Pieces
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members

@@ -25,9 +25,10 @@ from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.records import Records, as_it_is
 from stepwell_server.engine.intake.imported import check_header, check_state, imported_fields
 from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.quotas import Quotas
+from stepwell_server.engine.sessions.begin import Begin
 from stepwell_server.engine.sessions.catalogue import Query
 from stepwell_server.engine.sessions.close import Closer
-from stepwell_server.engine.sessions.creation import Creation
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import Expiry, Removal
 from stepwell_server.engine.sessions.ids import require_session_id
@@ -147,7 +148,8 @@ class Moving:
         table: SessionTable,
         directory: Directory,
         turns: Turns,
-        creation: Creation,
+        begin: Begin,
+        quotas: Quotas | None,
         closing: Closer,
         listing: Listing,
         loader: Loader,
@@ -165,7 +167,8 @@ class Moving:
         self._table = table
         self._directory = directory
         self._turns = turns
-        self._creation = creation
+        self._begin = begin
+        self._quotas = quotas
         self._closing = closing
         self._listing = listing
         self._loader = loader
@@ -357,7 +360,7 @@ class Moving:
         check_state(session_id, header, model, decoded.rows, extra)
         mark, _ = split(header.fields)
         rest = imported_fields(session_id, header.fields)
-        rest = at_birth(self._creation.owner(who, session_id), None, rest)
+        rest = at_birth(self._begin.owner(who, session_id), None, rest)
         is_pinned = mark is not None and Mark.unpack(mark).is_pinned
         header = dataclasses.replace(
             header,
@@ -404,7 +407,7 @@ class Moving:
     ) -> list[_New]:
         """Those that are not there; `results` gets what is there and stays. The others are to be replaced."""
         ids = list(new)
-        seen = await self._creation.look(ids)
+        seen = await self._begin.look(ids)
         handles = self._directory.find_all(ids, seen)
         missing = [ids[place] for place in np.flatnonzero(handles < 0).tolist()]
         unusable = set(self._directory.unusable(missing, seen))
@@ -434,8 +437,7 @@ class Moving:
                     f"session_id must be new; session {session_id!r} is open", session_id=session_id
                 )
         if fresh:  # nobody else makes them from here on
-            creation = self._creation
-            creation.reserve([each.session_id for each in fresh], creation.reservation())
+            self._begin.reserve([each.session_id for each in fresh])
         return fresh
 
     def _is_same(self, handle: int, each: _New) -> bool:
@@ -467,8 +469,9 @@ class Moving:
         def done(committed: Committed | ServerError) -> dict[str, Result]:
             for each in fresh:
                 error = _problem(each.session_id, committed)
-                settle = self._creation.counted if error is None else self._creation.uncount
-                settle([each.session_id], each.usage)
+                if self._quotas is not None:
+                    settle = self._quotas.made if error is None else self._quotas.not_made
+                    settle([each.session_id], each.usage)
                 results[each.session_id] = error or Brought.IMPORTED
             kept = [each for each in fresh if results[each.session_id] is Brought.IMPORTED]
             if kept:
@@ -477,7 +480,7 @@ class Moving:
                     [stamp] * len(kept),
                     [0.0] * len(kept),
                 )
-            self._creation.give_up(ids)
+            self._begin.release(ids, self._removal.pending[ids[0]])
             self._tell(kept)
             return results
 
@@ -497,9 +500,10 @@ class Moving:
         results: dict[str, Result] = {}
         for each in fresh:
             try:
-                self._creation.count([each.session_id], each.usage, owner_of(each.header.fields))
+                if self._quotas is not None:
+                    self._quotas.begin([each.session_id], each.usage, owner_of(each.header.fields))
             except QuotaExceeded as error:
-                self._creation.give_up([each.session_id])
+                self._begin.release([each.session_id], self._removal.pending[each.session_id])
                 results[each.session_id] = error
         return [each for each in fresh if each.session_id not in results], results
 
@@ -516,8 +520,8 @@ class Moving:
                 old = self._table.usage(handle) if handle >= 0 else old
                 # a quota refuses it now, or when what was there is gone
                 more = (new - old).positive()
-                self._creation.recount(session_id, more)
-                self._creation.recount(session_id, more * -1)
+                self._recount(session_id, more)
+                self._recount(session_id, more * -1)
                 await self._closing.close(session_id, seen, request_id=0, deadline=float("inf"))
                 result = await self._make_anew(each)
                 return Brought.REPLACED if result is Brought.IMPORTED else result
@@ -529,7 +533,7 @@ class Moving:
         name, old = self._directory.models.by_handle(handle).name, self._table.usage(handle)
         more = (new - old).positive()
         try:
-            self._creation.recount(session_id, more)
+            self._recount(session_id, more)
         except QuotaExceeded as error:
             self._turns.release(np.array([handle]))
             return error
@@ -538,7 +542,7 @@ class Moving:
 
         def done(committed: Committed | ServerError) -> Result:
             error = _problem(session_id, committed)
-            self._creation.recount(session_id, (new - old - more) if error is None else more * -1)
+            self._recount(session_id, (new - old - more) if error is None else more * -1)
             if error is not None:
                 self._turns.release(np.array([handle]))
                 return error
@@ -561,6 +565,10 @@ class Moving:
             goes_back=True,
         )
         return await self._commit(batch, done)
+
+    def _recount(self, session_id: str, more: Usage) -> None:
+        if self._quotas is not None:
+            self._quotas.change(session_id, more)
 
     async def _make_anew(self, each: _New) -> Result:
         results: dict[str, Result] = {}
