@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell_server.engine.api import Moved, SessionPolicy
-from stepwell_server.engine.versions import following, pruning
+from stepwell_server.engine.versions import pruning
 from stepwell_server.errors import (
     RevisionConflict,
     ServerError,
@@ -399,5 +399,4 @@ def at_versions(at: Harness) -> list[int]:
 def test_versions_over_servers(program: list[Do]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pruning, "MANY_MOVES", _MANY_MOVES)
-        patch.setattr(following, "LOOK_S", 1e6)
         asyncio.run(Play().all(program))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
@@ -51,8 +51,8 @@ class _Kept:
     """Who has them, since when and until when."""
     undone: set[int] = dataclasses.field(default_factory=set)
     """Stamps of openings that were undone."""
-    listeners: list[tuple[FakeShared, Callable[[], None]]] = dataclasses.field(default_factory=list)
-    """Called when a document was written."""
+    followers: set[FakeShared] = dataclasses.field(default_factory=set)
+    """Stores of servers that wait for changes of documents."""
 
 
 class FakeShared:
@@ -67,6 +67,8 @@ class FakeShared:
     def __init__(self, shared: LocalStore, kept: _Kept) -> None:
         self.shared = shared
         self.kept = kept
+        self.documents_written = asyncio.Event()
+        """By another server."""
         self.own_clock: Clock = ManualClock()
         self.secret = shared.secret
         self.incarnation = shared.incarnation
@@ -132,9 +134,8 @@ class FakeShared:
         documents = [(name, content) for name, content in batch.documents if name not in stale]
         if documents:
             self.shared.commit(Batch(documents=documents))
-            for store, changed in self.kept.listeners:
-                if store is not self:
-                    asyncio.get_running_loop().call_soon(changed)
+            for store in self.kept.followers - {self}:
+                store.documents_written.set()
         return self._commit(batch, stale)
 
     def _stale(self, batch: Batch) -> frozenset[str]:
@@ -238,8 +239,10 @@ class FakeShared:
     async def documents(self, prefix: str = "") -> dict[str, bytes]:
         return self.shared.documents(prefix)
 
-    def tell_of_documents(self, changed: Callable[[], None]) -> None:
-        self.kept.listeners.append((self, changed))
+    async def documents_changed(self) -> None:
+        self.kept.followers.add(self)
+        await self.documents_written.wait()
+        self.documents_written.clear()
 
     async def announce(self, listen: str) -> None:
         self.shared.announce(listen)

@@ -45,7 +45,7 @@ class Gated(Store):
     """
 
     local = None
-    is_volatile = False
+    elsewhere = "another server on the same store may have it"
 
     def __init__(self, inner: Any, service: Service | None = None) -> None:
         self.inner = inner
@@ -268,8 +268,10 @@ class Gated(Store):
         _raise(self.documents_error)
         return dict(await self.inner.documents(prefix))
 
-    def tell_of_documents(self, changed: Callable[[], None]) -> None:
-        self.inner.tell_of_documents(lambda: changed() if self.is_told else None)
+    async def documents_changed(self) -> None:
+        await self.inner.documents_changed()
+        while not self.is_told:
+            await self.inner.documents_changed()
 
     async def announce(self, listen: str) -> None:
         await self.inner.announce(listen)

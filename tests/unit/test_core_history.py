@@ -77,17 +77,6 @@ def test_what_was_reset_before_a_carry_is_reset() -> None:
     assert history.way(2, 1) == (3, [Move(2, 2, 3, How.CARRY, "", 2)])
 
 
-def test_moves_that_no_session_makes_are_left_out() -> None:
-    history = History()
-    for version in range(1, 51):
-        history = history.with_move(version, version + 1, How.CARRY)
-    left = history.needed_for({(7, 6), (51, 50)})
-    assert left.epoch == 50
-    assert left.moves == (Move(7, 7, 51, How.CARRY, "", 50),)
-    assert left.way(7, 6) == history.way(7, 6)
-    assert left.versions() == {7, 51}
-
-
 @pytest.mark.parametrize("seed", range(300))
 def test_followers_of_forgotten_versions_go_the_same_ways(seed: int) -> None:
     """However often moves are put together, and whatever comes after."""

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from stepwell_server.engine.state.fields import split
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store.base import Batch
 from stepwell_server.store.fields import CRITICAL, pack_fields
@@ -28,9 +29,10 @@ def give_fields(store: Troubled, session_id: str, fields: bytes) -> None:
 
 
 def fields_of(store: Troubled, session_id: str) -> bytes:
+    """The fields of a record beside that of its version."""
     stored = store.store.get(session_id)
     assert stored is not None
-    return decode(session_id, stored).fields
+    return split(decode(session_id, stored).fields)[1]
 
 
 @pytest.mark.parametrize("steps", [0, 5])

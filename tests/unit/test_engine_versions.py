@@ -464,3 +464,18 @@ async def test_who_reads_on_several_versions_never_reads_another_session_of_a_ha
         ((members, error),) = read.errors
         assert members.tolist() == [1]
         assert isinstance(error, SessionGone)
+
+
+async def test_a_session_that_is_paged_out_makes_moves_that_others_need_no_more() -> None:
+    async with serving() as at:
+        await at.open("asleep")
+        await at.step("asleep", x(1))
+        at.inside.page_out("asleep")
+        for version in range(2, 8):
+            await at.engine.load_version("plain", version, weights(version))
+            await at.engine.set_default("plain", version, RESET)
+            await at.engine.unload_version("plain", version - 1)
+        await at.inside.pruned("plain")
+        answer = await at.step("asleep", x(1))
+        assert answer.version == 7
+        np.testing.assert_array_equal(answer.outputs["y"], after(7, weights(7).initial[0][None], [x(1)])[0])

@@ -12,8 +12,9 @@ from stepwell_server.core.history import Mark
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.sessions.moving import Arriving, Existing
 from stepwell_server.engine.state.fields import mark_of
-from stepwell_server.engine.versions import pruning
+from stepwell_server.engine.versions import document, pruning
 from stepwell_server.errors import ModelMismatch, ServerError, Unavailable, VersionExists, VersionNotFound
+from stepwell_server.store.base import Batch
 from stepwell_server.store.record import decode_header
 from support.durable import Disk, begun, stalled
 from support.engine import Answer, Harness, x
@@ -57,13 +58,13 @@ async def test_a_carry_is_one_commit_and_records_follow(disk: Disk) -> None:
         await at.engine.set_default("plain", 2, CARRY)
         assert len(disk.store.tried) == commits + 1
         assert not disk.store.tried[-1].puts
-        assert marks(disk, "stepped", "idle") == [None, None]
+        assert marks(disk, "stepped", "idle") == [Mark(1, 0, is_pinned=False)] * 2
         disk.kill()
     async with on(disk, BOTH) as at:
         assert at.engine.model("plain").version == 2
         assert at.engine.model("plain").versions[1].source == "two.keras"
         state = await expect(at, "stepped", 2, state, 2)
-        assert marks(disk, "stepped", "idle") == [Mark(2, 1, is_pinned=False), None]
+        assert marks(disk, "stepped", "idle") == [Mark(2, 1, is_pinned=False), Mark(1, 0, is_pinned=False)]
         disk.kill()
     async with on(disk, BOTH) as at:
         await expect(at, "stepped", 2, state, 3)
@@ -353,3 +354,21 @@ async def test_what_ends_behind_a_move_is_carried_after_a_kill(disk: Disk, count
     async with on(disk, BOTH) as at:
         assert await at.inside.sessions_by_version("plain") == {2: count}
         assert (await at.step(names[-1], x(1))).version == 2
+
+
+async def test_sessions_follow_the_default_after_the_document_of_their_last_move_was_lost(disk: Disk) -> None:
+    async with on(disk) as at:
+        await at.open("a")
+        await at.engine.load_version("plain", 2, weights(2))
+        await at.engine.set_default("plain", 2, CARRY)
+        state = await expect(at, "a", 2, INITIAL, 1)
+        disk.kill()
+    disk.store.store.commit(Batch(documents=[(document.name_of("plain"), None)]))
+    async with on(disk, BOTH) as at:
+        state = await expect(at, "a", 2, state, 2)
+        await at.engine.load_version("plain", 3, weights(3))
+        await at.engine.set_default("plain", 3, CARRY)
+        state = await expect(at, "a", 3, state, 3)
+        disk.kill()
+    async with on(disk, {**BOTH, "plain@3": weights(3)}) as at:
+        await expect(at, "a", 3, state, 4)

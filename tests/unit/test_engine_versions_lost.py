@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.api import SessionPolicy
-from stepwell_server.engine.versions import document, following
+from stepwell_server.engine.versions import document
 from stepwell_server.errors import (
     InvalidInput,
     ModelMismatch,
@@ -30,12 +30,6 @@ INITIAL = np.array([[0.5, -0.25]], np.float32)
 FIRST, SECOND, THIRD = x(1, seed=1), x(1, seed=2), x(1, seed=3)
 
 pytestmark = pytest.mark.stores("awaited")
-
-
-@pytest.fixture(autouse=True)
-def only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No timer looks what others have changed."""
-    monkeypatch.setattr(following, "LOOK_S", 1e6)
 
 
 # ------------------------------------------------------------------------------------------------------- old moves

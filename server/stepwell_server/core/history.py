@@ -89,11 +89,6 @@ class History:
         moves.append(Move(epoch, source, target, how, function, epoch))
         return History(epoch, tuple(moves))
 
-    def needed_for(self, versions: Collection[tuple[int, int]]) -> History:
-        """The history without the moves that no session makes which is on one of these versions, in its epoch."""
-        used = {move for version, epoch in versions for move in self.way(version, epoch)[1]}
-        return History(self.epoch, tuple(move for move in self.moves if move in used))
-
     def follower_in(self, epoch: int) -> int | None:
         """A version whose moves a session makes that followed the default in an epoch; None: there were none since."""
         return next((move.source for move in self.moves if move.epoch > epoch), None)

@@ -104,7 +104,7 @@ class Engine:
         """Do a part of large work in a turn of the event loop that has no other: see `LoopTurns`."""
         self._table = table = SessionTable()
         self._store, self._clock = store, clock
-        self._models = Models(table, is_shared=store.local is None)
+        self._models = Models(table, store.elsewhere)
         self._group = GroupCommit(store, self._ring_all)
         fields = Fields(table)
         records = Records(table, fields)
@@ -159,7 +159,7 @@ class Engine:
             loader,
             pieces,
             self._drain_inboxes,
-            lambda h: self._changing.following.catch_up(h),  # noqa: PLW0108 - made below
+            lambda h: self._changing.watch.catch_up(h),  # noqa: PLW0108 - made below
             clock,
         )
         self._directory = Directory(
@@ -291,6 +291,7 @@ class Engine:
         self._changing = Changing(
             table,
             self._models,
+            self._directory,
             self._serving,
             forwarding,
             pager,
@@ -365,7 +366,7 @@ class Engine:
         await self._changing.restore()
         for model in self._models:
             await self._serving.warm_up(model)
-        timers = [self._sweep.run, self._changing.following.run, self._directory.run]
+        timers = [self._sweep.run, self._changing.watch.run, self._directory.run]
         if self._quotas is not None:
             timers.append(self._quotas.run)
         self._tasks = [asyncio.create_task(run()) for run in timers]
@@ -537,7 +538,7 @@ class Engine:
         Returns:
             False if the store did not come back from a commit in time: it must not be used any more then.
         """
-        self._changing.following.close()
+        self._changing.watch.close()
         for task in self._tasks:
             task.cancel()
         self._uses.close()

@@ -83,6 +83,8 @@ class Versions:
     """A name and its versions."""
 
     name: str
+    elsewhere: str = ""
+    """Where versions may be that are not loaded here: see `Store.elsewhere`. Empty: nowhere."""
     loaded: dict[int, Model] = dataclasses.field(default_factory=dict)
     default: int = 0
     """What the name alone stands for; it is loaded whenever any version is, unless `wanted` is another."""
@@ -101,6 +103,11 @@ class Versions:
     def changed(self, **fields: Any) -> Versions:
         """The same with some fields changed, as it is to be kept: one change more."""
         return dataclasses.replace(self, change=self.change + 1, **fields)
+
+    @property
+    def meant(self) -> int:
+        """The version of the name alone. Another one stands in for a default only if no server can have that loaded."""
+        return self.wanted if self.wanted and self.elsewhere else self.default
 
     def model(self, ref: ModelRef) -> Model:
         """The version that somebody means.
@@ -136,6 +143,12 @@ class Versions:
                 version=str(version),
             )
         return found
+
+    def missing(self) -> list[Known]:
+        """The default and versions with labels that are wanted and not loaded here, where another server may have them."""
+        chosen = dict.fromkeys((self.wanted, *sorted(self.labels.values()))) if self.elsewhere else {}
+        found = [self.known[version] for version in chosen if version in self.known]
+        return [known for known in found if known.is_wanted and known.version not in self.loaded]
 
     def among(self, versions: Collection[int] | None) -> list[Model]:
         """The loaded ones of some versions; None: of all."""
@@ -187,8 +200,8 @@ class Versions:
             None,
         )
 
-    def go_on_from(self, kept: Versions) -> None:
-        """Let what is loaded be as it was before the server was started again.
+    def replace_files(self, kept: Versions) -> None:
+        """Let what is loaded be as it was before the server was started again, where no other server has any of it.
 
         A version whose file was replaced meanwhile has its number for the new weights alone. The moves of sessions that
         left the old ones are kept under another number, so that those sessions still find where they went.
@@ -247,10 +260,10 @@ class Models:
     Who needs a model asks here each time: models come and go.
     """
 
-    def __init__(self, table: SessionTable, *, is_shared: bool = False) -> None:
+    def __init__(self, table: SessionTable, elsewhere: str) -> None:
+        """`elsewhere` is the store's: see `Store.elsewhere`."""
         self._table = table
-        self.is_shared = is_shared
-        """Other servers use the same store: what is not loaded here may be there."""
+        self._elsewhere = elsewhere
         self.absent: Callable[[ModelRef], ServerError | None] = lambda _ref: None
         """Says why a model, or a version of one, is not there, if that is known: it is being loaded, or could not be."""
         self._by_name: dict[str, Versions] = {}
@@ -273,7 +286,7 @@ class Models:
 
     def versions(self, name: str) -> Versions:
         """What is known of a name, of which nothing need be loaded."""
-        return self._by_name.setdefault(name, Versions(name))
+        return self._by_name.setdefault(name, Versions(name, self._elsewhere))
 
     def add(self, model: Model, known: Known) -> None:
         """Serve a version from now on, which is not loaded."""
@@ -310,8 +323,8 @@ class Models:
             ModelNotFound: there is no model of that name, or no such version of it.
         """
         own = self._by_name.get(ref)
-        if own is not None and own.default and not (own.wanted and self.is_shared):  # as nearly always
-            return own.loaded[own.default]
+        if own is not None and (model := own.loaded.get(own.meant)):  # the common case
+            return model
         try:
             meant = parse_reference(ref)
         except ValueError as error:
@@ -320,8 +333,8 @@ class Models:
             return self.named(ref).model(ModelRef(ref))
         own = self.named(meant.name)
         version = meant.version
-        if self.is_shared and version is None:
-            version = own.labels.get(meant.label) if meant.label else own.wanted or own.default
+        if version is None:
+            version = own.labels.get(meant.label) if meant.label else own.meant
         if version is not None and version not in own.loaded and (why := self._away(meant.name, version)):
             raise why
         return own.model(meant)
@@ -333,11 +346,11 @@ class Models:
         """
         own = self._by_name.get(name)
         why = self.absent(ModelRef(name, version))
-        if not self.is_shared or own is None or isinstance(why, ModelLoading):
+        if own is None or isinstance(why, ModelLoading):
             return why
         version = own.wanted if version is None else version
         is_there = version in own.known or (version and session_id)
-        return self.elsewhere(name, version, session_id) if is_there else why
+        return (self.elsewhere(name, version, session_id) if is_there else None) or why
 
     @staticmethod
     def is_pinned(ref: str) -> bool:
@@ -370,13 +383,15 @@ class Models:
         """The names of which some version is loaded, in order."""
         return sorted(name for name, own in self._by_name.items() if own.loaded)
 
-    def elsewhere(self, name: str, version: int, session_id: str = "") -> VersionElsewhere:
-        """Why what needs a version is not done here: another server on the same store may have it."""
+    def elsewhere(self, name: str, version: int, session_id: str = "") -> VersionElsewhere | None:
+        """Why a version must be asked for on another server; None: no other server can have it."""
+        if not self._elsewhere:
+            return None
         whose = f"session {session_id!r} is on" if session_id else "the call needs"
         own = self._by_name.get(name)
         return VersionElsewhere(
             f"{whose} version {version} of model {name!r}, which is not loaded on this server, where"
-            f" {sorted(own.loaded) if own else []} are; another server on the same store may have it: ask that one, or again"
+            f" {sorted(own.loaded) if own else []} are; {self._elsewhere}: ask that one, or again"
             f" when an admin has loaded it here (stepwell models load {name}@{version} PATH --no-default)",
             _AGAIN_S,
             model=name,
@@ -433,17 +448,18 @@ class Models:
                 f" model must be one of {self.names()}. Serve it again, or close the session",
                 model=header.model,
             )
-        if self.is_shared and self.later_epoch(header):
+        if self.later_epoch(header):
             raise self.later(header.model, session_id)
         mark = mark_of(header.fields)
         version = own.version_of(mark, header.fingerprint)
         way: Way = ()
         if version is not None and (mark is None or not mark.is_pinned):
             version, way = own.history.way(version, 0 if mark is None else mark.epoch)
-        if version is None and mark is not None and self.is_shared and own.has_forgotten(mark.version):
-            raise self.elsewhere(
-                header.model, mark.version, session_id
-            )  # a server may have it loaded all the same
+        if version is None and mark is not None and own.has_forgotten(mark.version):
+            # a server may have it loaded all the same
+            elsewhere = self.elsewhere(header.model, mark.version, session_id)
+            if elsewhere is not None:
+                raise elsewhere
         if version is None or version < 0:
             raise ModelMismatch(
                 f"session {session_id!r} belongs to model {header.model!r} with fingerprint"

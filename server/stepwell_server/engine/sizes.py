@@ -32,7 +32,7 @@ class Sizes:
         """
         model = change.model
         of_arrays = _of_arrays(change)
-        if of_arrays is None and not model.is_marked:
+        if of_arrays is None and not model.epoch:
             return None
         members = change.members
         handles = change.handles[members]
@@ -102,4 +102,4 @@ def _of_arrays(change: Change) -> tuple[int, int] | None:
 
 def _may_resize(outcome: Outcome) -> bool:
     """Whether some sessions may take other bytes than before: few do, and those that do not should cost nothing."""
-    return bool(outcome.arrays or outcome.model.replies.series or outcome.model.is_marked)
+    return bool(outcome.arrays or outcome.model.replies.series or outcome.model.epoch)

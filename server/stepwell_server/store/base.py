@@ -412,6 +412,9 @@ class Store(Protocol):
     first_revision: int
     """See `LocalStore`."""
 
+    elsewhere: str = ""
+    """Where a version of a model may be that this server has not loaded: a few words for its callers. Empty: nowhere."""
+
     @property
     def damage(self) -> str:
         """See `LocalStore`."""
@@ -510,11 +513,10 @@ class Store(Protocol):
     async def documents(self, prefix: str = "") -> dict[str, bytes]:
         """See `LocalStore`. Nothing is missing that was kept before this was called."""
 
-    def tell_of_documents(self, changed: Callable[[], None]) -> None:
-        """Have `changed` called on the event loop soon after others may have written a document.
+    async def documents_changed(self) -> None:
+        """Return when another server may have written a document since the last call, at most a few seconds after it did.
 
-        It is a hint: it may come without a change, late, or never; whoever has to know asks every few seconds as well.
-        Called once, at the start. A store that nobody else uses, or that cannot tell, does nothing.
+        It may return without a change. In a store of one server it never returns.
         """
 
     async def announce(self, listen: str) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from typing_extensions import override
@@ -175,8 +175,9 @@ class InProcessStore(Store):
         return self.local.documents(prefix)
 
     @override
-    def tell_of_documents(self, changed: Callable[[], None]) -> None:
+    async def documents_changed(self) -> None:
         """Nobody else writes one."""
+        await asyncio.get_running_loop().create_future()
 
     @override
     async def announce(self, listen: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from stepwell_server.core.history import Mark
 from stepwell_server.engine.api import Moved, SessionPolicy
-from stepwell_server.engine.versions import document, following
+from stepwell_server.engine.versions import document
 from stepwell_server.errors import (
     ModelInUse,
     SpecsDiffer,
@@ -35,12 +35,6 @@ BOTH = {"plain@1": PLAIN, "plain@2": weights(2)}
 FIRST, SECOND = x(1, seed=1), x(1, seed=2)
 
 pytestmark = SHARED
-
-
-@pytest.fixture(autouse=True)
-def only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No timer looks what others have changed."""
-    monkeypatch.setattr(following, "LOOK_S", 1e6)
 
 
 # ------------------------------------------------------------------------------------------------------- what follows

@@ -51,8 +51,10 @@ class Forwarding:
         self._models = models
         self.migrations = migrations
 
-    def way(self, model: Model, fingerprint: str, fields: bytes) -> Way | None:
+    def way(self, model: Model, fingerprint: str, fields: bytes, *, is_as_known: bool) -> Way | None:
         """The way of a record to the version of a model that its session is on; None: it is another model's session.
+
+        With `is_as_known` the record is the one that the session in the table was made of, or has written.
 
         Raises:
             Unavailable: the session is on its way to another version.
@@ -63,18 +65,16 @@ class Forwarding:
         mark = mark_of(fields)
         version = own.version_of(mark, fingerprint)
         if version is None:
-            if self._models.is_shared:
-                raise self._models.later(model.name)
-            return None
+            raise self._models.later(model.name)
         if mark is not None and mark.is_pinned:
             return () if version == model.version else None
         epoch = 0 if mark is None else mark.epoch
-        if self._models.is_shared and epoch > own.history.epoch:
+        if epoch > own.history.epoch:
             raise self._models.later(model.name)
         target, way = own.history.way(version, epoch)
         if target == model.version:
             return way
-        if self._models.is_shared:
+        if not is_as_known:
             # It may be of a later move than that for which the session leaves, or another session by now, of the same id:
             # what is known here of the session is not enough to go on where it began.
             raise self._models.leaving(model.name, model.version, target)
@@ -96,22 +96,27 @@ class Forwarding:
         """Whether records of a model's sessions may have to be migrated, which takes as long as it takes."""
         return any(move.how is How.MIGRATE for move in self._models.versions(model.name).history.moves)
 
-    def bring(self, model: Model, decoded: Decoded) -> Forwarded:
-        """Bring the records of sessions of a version there. Those of another model's sessions stay as they are."""
+    def bring(self, model: Model, decoded: Decoded, as_known: Sequence[bool]) -> Forwarded:
+        """Bring the records of sessions of a version there. Those of another model's sessions stay as they are.
+
+        `as_known` says of each place whether its record is as the table knows it: see `way`.
+        """
         forwarded = Forwarded(decoded, {}, [], {})
         own, target = self._models.versions(model.name), Layout.of(model.program)
         forwarded.refused.update(_misfits(decoded, np.arange(len(decoded.sound)), target))
-        if not (own.history.moves or self._models.is_shared) or not len(decoded.sound):
-            return forwarded
         groups: dict[tuple[int, tuple[Move, ...]], list[int]] = {}
+        ways: dict[tuple[str, bytes, bool], Way | Unavailable | None] = {}  # few differ
         for index, place in enumerate(decoded.sound.tolist()):
-            fields, fingerprint = decoded.fields.get(place, b""), decoded.fingerprints[index]
-            try:
-                way = self.way(model, fingerprint, fields)
-            except Unavailable as error:
-                forwarded.refused[place] = error
-                continue
-            if way:
+            key = decoded.fingerprints[index], decoded.fields.get(place, b""), as_known[place]
+            if key not in ways:
+                try:
+                    ways[key] = self.way(model, key[0], key[1], is_as_known=key[2])
+                except Unavailable as error:
+                    ways[key] = error
+            way = ways[key]
+            if isinstance(way, Unavailable):
+                forwarded.refused[place] = way
+            elif way:
                 layout = own.known[way[0].source].layout
                 if layout != target:
                     forwarded.refused.pop(place, None)

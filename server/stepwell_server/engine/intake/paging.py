@@ -163,7 +163,7 @@ class Pager:
         ids = self._ids(handles)
         try:
             found = await self._store.fetch(ids)
-            forwarded = await self._forward(model, ids, found)
+            forwarded = await self._forward(model, handles, ids, found)
         except Exception as error:  # whatever it is: their claims must end
             return (), dict.fromkeys(handles.tolist(), as_server_error(error))
         decoded, sound, refused = self._settle(model, handles, found, forwarded)
@@ -230,7 +230,7 @@ class Pager:
                     rows = self._in_order(handles, changed, rows, more)
                 if not len(handles):
                     return {}
-            forwarded = await self._forward(model, ids, found)
+            forwarded = await self._forward(model, handles, ids, found)
             refused = self._bring_back(model, handles, found, forwarded, rows)
             self._paged(model, "in", len(handles) - len(refused), began)
         except Exception as error:  # whatever it is: their claims must end
@@ -245,16 +245,19 @@ class Pager:
         found[is_more], found[~is_more] = more, rows
         return found
 
-    async def _forward(self, model: Model, ids: Sequence[str], found: Sequence[Fetched]) -> Forwarded:
-        """As `_decode`, on a thread where somebody's function may take its time."""
-        if self._forwarding.migrates(model):
-            return await asyncio.to_thread(self._decode, model, ids, found)
-        return self._decode(model, ids, found)
-
-    def _decode(self, model: Model, ids: Sequence[str], found: Sequence[Fetched]) -> Forwarded:
+    async def _forward(
+        self, model: Model, handles: Handles, ids: Sequence[str], found: Sequence[Fetched]
+    ) -> Forwarded:
         """Read records, as of the version of the model that their sessions are on now."""
+        stamps = self._table.stamp[handles].tolist()
+        as_known = [each.stamp == stamp for each, stamp in zip(found, stamps, strict=True)]
         stored = [each.record if each.record is not None else b"" for each in found]
-        return self._forwarding.bring(model, decode_many(ids, stored))
+
+        def bring() -> Forwarded:
+            return self._forwarding.bring(model, decode_many(ids, stored), as_known)
+
+        # a migration may take long
+        return await asyncio.to_thread(bring) if self._forwarding.migrates(model) else bring()
 
     def _bring_back(
         self,
@@ -356,7 +359,7 @@ class Pager:
         ]
         for each in set(found):
             try:
-                known[each] = self._forwarding.way(model, *each) is not None
+                known[each] = self._forwarding.way(model, *each, is_as_known=False) is not None
             except Unavailable:
                 known[each] = True  # it is refused already
         return np.array([known[each] for each in found], np.bool_)

@@ -359,8 +359,6 @@ class Loader:
 
     def behind(self, session_ids: Sequence[str], seen: Seen) -> dict[str, Header]:
         """Those sessions of the store, with their heads, that tell of versions or moves which are not known here."""
-        if not self._models.is_shared:
-            return {}
         found: dict[str, Header] = {}
         for session_id, stored in zip(session_ids, seen.get_many(session_ids), strict=True):
             header = None if stored is None else header_or_none(session_id, stored)

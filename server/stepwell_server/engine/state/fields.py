@@ -40,9 +40,9 @@ def mark_of(fields: bytes) -> Mark | None:
     return None if mark is None else Mark.unpack(mark)
 
 
-def joined(mark: Mark | None, rest: bytes = b"") -> bytes:
+def joined(mark: Mark, rest: bytes = b"") -> bytes:
     """Fields that say this version, and others as they are."""
-    own = b"" if mark is None else _MARK_HEAD + mark.pack()
+    own = _MARK_HEAD + mark.pack()
     return pack_fields({**unpack_fields(rest), **unpack_fields(own)}) if rest else own
 
 
@@ -129,13 +129,11 @@ class Fields:
     def lengths(self, handles: Handles, model: Model) -> npt.NDArray[np.intp]:
         """Bytes of the fields of the records of sessions as of a version, `(n,)`."""
         if self._table.have_fields(handles):  # a later server's may have the tag of a version
-            fields = self.of_many(handles, model) or [b""] * len(handles)
-            return np.fromiter(map(len, fields), np.intp, len(handles))
-        marked = self._table.pinned[handles] | model.is_marked
-        return marked * np.intp(_MARK_BYTES)
+            return np.fromiter(map(len, self.of_many(handles, model)), np.intp, len(handles))
+        return np.full(len(handles), _MARK_BYTES, np.intp)
 
     def of_many(self, handles: Handles, model: Model) -> list[bytes]:
-        """The fields of sessions, all of one length; empty if they have none."""
+        """The fields of sessions, `(n,)`."""
         epochs = self._epochs(handles, model)
         pinned = self._table.pinned[handles].tolist()
         others = self.others(handles) or [b""] * len(handles)
@@ -143,8 +141,6 @@ class Fields:
         for each in set(zip(pinned, epochs, others, strict=True)):
             is_pinned, epoch, rest = each
             known[each] = joined(model.mark(epoch, is_pinned=is_pinned), rest)
-        if not any(known.values()):
-            return []
         return [known[each] for each in zip(pinned, epochs, others, strict=True)]
 
     def _epochs(self, handles: Handles, model: Model) -> list[int]:

@@ -58,8 +58,6 @@ class Model:
     """Of the records of its sessions: see `core.history`."""
     left_epoch: int = 0
     """Of the records of sessions that went to another version while something was under way that began on this one."""
-    is_plain: bool = True
-    """A record that says no version, in epoch 0, is of this one: its fingerprint says so."""
     digest_prefixes: dict[Kind, np.uint64] = dataclasses.field(init=False)
     """What digests of changes of its sessions begin with: see `core.exactly_once`."""
     waiting: int = 0
@@ -98,14 +96,9 @@ class Model:
                 f"batch_size must be 1 to resident_rows, {self.slots.resident_limit}; got {batch_size}"
             )
 
-    @property
-    def is_marked(self) -> bool:
-        """The records of all of its sessions say the version: it does not follow from the fingerprint."""
-        return self.epoch > 0 or not self.is_plain
-
-    def mark(self, epoch: int, *, is_pinned: bool) -> Mark | None:
-        """What the record of one of its sessions of an epoch says of the version, if it says anything."""
-        return Mark(self.version, epoch, is_pinned) if is_pinned or self.is_marked else None
+    def mark(self, epoch: int, *, is_pinned: bool) -> Mark:
+        """What the record of one of its sessions of an epoch says of the version."""
+        return Mark(self.version, epoch, is_pinned)
 
     @property
     def rows_of_a_short_pass(self) -> int:

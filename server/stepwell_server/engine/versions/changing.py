@@ -1,9 +1,8 @@
 """Versions come and go while the server runs, and the default moves, with the sessions that follow it.
 
 A change is one document in the store, kept before anybody hears of it. What is in memory then follows between two turns
-of the event loop, so that every session is wholly before the change or wholly after it, whenever the process ends.
-
-Where other servers use the store a change is judged again, by what it says now, if one of them was faster.
+of the event loop, so that every session is wholly before the change or wholly after it, whenever the process ends. A
+change is judged again, by what the document says now, if another server was faster.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.models import Known, Models, Versions
 from stepwell_server.engine.sessions.close import Closer
+from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import Removal
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.versions import document
 from stepwell_server.engine.versions.compatibility import as_served, refusal
-from stepwell_server.engine.versions.documents import Documents
-from stepwell_server.engine.versions.following import Following
-from stepwell_server.engine.versions.proposals import Made, Proposals
-from stepwell_server.engine.versions.pruning import Pruning
+from stepwell_server.engine.versions.documents import Documents, Proposal
+from stepwell_server.engine.versions.pruning import Pruning, stored
 from stepwell_server.engine.versions.serving import Serving
 from stepwell_server.engine.versions.switching import Switching
+from stepwell_server.engine.versions.watch import Watch
 from stepwell_server.errors import (
     InvalidInput,
     MigrationFailed,
@@ -56,8 +55,8 @@ from stepwell_server.store.base import Store
 _log = Log("engine.versions")
 #: Sessions on whose states a migration is tried before anything changes.
 _TRIED = 1024
-#: Sessions that are put away before others get a turn.
-_AT_ONCE = 250
+#: Sessions that are put away before other work gets its turn.
+_BATCH_SIZE = 250
 
 
 class Changing:
@@ -67,6 +66,7 @@ class Changing:
         self,
         table: SessionTable,
         models: Models,
+        directory: Directory,
         serving: Serving,
         forwarding: Forwarding,
         pager: Pager,
@@ -88,18 +88,16 @@ class Changing:
         self._turns = turns
         self._closing = closing
         self._removal = removal
+        self._store = store
         self._others = others
+        self._directory = directory
         self._clock = clock
         self._switching = Switching(table, models, pager, turns, removal, drain=drain)
         self.follow = self._switching.follow
         """Let sessions make the moves that were made while they were: see `Switching.follow`."""
-        self._documents = Documents(store, commits)
-        self._is_shared = self._documents.is_shared
-        self.following = Following(models, self._documents, self._switching)
-        self._proposals = Proposals(self._documents, self.following)
-        self._pruning = Pruning(table, models, self._proposals, others)
-        self.prune = self._pruning.prune
-        """Forget old moves now: see `Pruning.prune`."""
+        self._documents = Documents(store, commits, models, self._switching)
+        self.watch = Watch(store, models, self._documents, self._switching)
+        self.pruning = Pruning(store, self._documents)
 
     def begin_with(self, ref: ModelRef, program: Program) -> None:
         """Serve a version from the start, before there are sessions; the highest of a name is its default."""
@@ -110,7 +108,6 @@ class Changing:
         model = self._serving.make(ref.name, version, program, self._sibling(own, program))
         self._models.add(model, known)
         own.default = max(own.loaded)
-        self._switching.mark(own)
         self._serving.observer.model_served(ref.name, program)
 
     async def restore(self) -> None:
@@ -120,18 +117,18 @@ class Changing:
             DocumentError: it cannot be read, or other servers know a version by another file.
             Unavailable: the store cannot be asked.
         """
-        for name, content in (await self._documents.read_all()).items():
-            own, told = self._models.versions(name), document.decode(name, content)
-            self._documents.saw(name, content)
+        for name, told in (await self._documents.read()).items():
+            own = self._models.versions(name)
             await self._name_as_before(own, told)
-            if self._is_shared:
+            if own.elsewhere:
                 _require_same(own, told)
                 own.take(told)
             else:
-                own.go_on_from(told)
+                own.replace_files(told)
             self._switching.mark(own, own.loaded.values())
-        for own in self._models.served() if self._is_shared else ():
-            await self._tell_what_is_served(own)
+        for own in self._models.served():
+            if own.elsewhere:
+                await self._publish(own)
 
     async def _name_as_before(self, own: Versions, told: Versions) -> None:
         """Serve versions anew whose tensors have other names than before: their sessions' records have those."""
@@ -146,11 +143,11 @@ class Changing:
             self._models.add(again, Known.of(version, program, "", self._clock.now()))
         own.default = max(own.loaded, default=0)
 
-    async def _tell_what_is_served(self, own: Versions) -> None:
+    async def _publish(self, own: Versions) -> None:
         """Let other servers know the versions that this one begins with; the first to come says the default."""
 
-        async def attempt() -> Made:
-            told = self._documents.told(own.name)
+        async def attempt() -> Proposal:
+            told = self._documents.last_read(own.name)
             if told is not None:
                 _require_same(own, told)
             known = {} if told is None else told.known
@@ -159,13 +156,13 @@ class Changing:
             wanted = {v: dataclasses.replace(own.known[v], is_wanted=True) for v in own.loaded}
             after = own.changed(known={**own.known, **wanted})
 
-            def told_them() -> None:
+            def published() -> None:
                 own.known = after.known
 
-            return after, told_them
+            return after, published
 
-        async with self._proposals.lock(own.name):
-            await self._proposals.have_kept(own, attempt, anyway=True)
+        async with self._documents.lock(own.name):
+            await self._documents.propose(own, attempt, anyway=True)
 
     async def load(
         self, name: str, version: int, program: Program, *, source: str = "", tenant: str = "", rows: int = 0
@@ -184,7 +181,7 @@ class Changing:
         _require_name(name)
         if not is_version(version):
             raise InvalidInput(f"version must be 1 to {MAX_VERSION}; got {version}")
-        async with self._proposals.lock(name):
+        async with self._documents.lock(name):
             own = self._models.versions(name)
             program = as_served(own, version, program)
             here = Known.of(version, program, source, self._clock.now(), tenant)
@@ -193,7 +190,7 @@ class Changing:
             await self._serving.warm_up(model)
             before: Known | None = None
 
-            async def attempt() -> Made:
+            async def attempt() -> Proposal:
                 nonlocal before
                 self._require_new(own, here)
                 known, before = here, own.known.get(version)
@@ -201,10 +198,11 @@ class Changing:
                     known = dataclasses.replace(here, since=own.history.epoch)
                 if before is not None:  # before a restart, or it was unloaded, or another server has it
                     known = dataclasses.replace(here, is_leaving=before.is_leaving, since=before.since)
-                told = known
-                if self._is_shared and before is not None:
-                    told = dataclasses.replace(before, is_wanted=True, source=before.source or source)
-                after = own.changed(known={**own.known, version: told}, highest=max(own.highest, version))
+                if before is not None and before.fingerprint == here.fingerprint:
+                    known = dataclasses.replace(
+                        known, source=source or before.source, tenant=tenant or before.tenant
+                    )
+                after = own.changed(known={**own.known, version: known}, highest=max(own.highest, version))
                 if not own.default:
                     after.default = version
                     after.wanted = own.wanted if own.wanted != version else 0
@@ -217,7 +215,7 @@ class Changing:
                 return after, served
 
             try:
-                await self._proposals.have_kept(own, attempt)
+                await self._documents.propose(own, attempt)
             except ServerError:
                 await self._serving.end(model)
                 model.sharing.discard(model.index)
@@ -250,11 +248,11 @@ class Changing:
             ModelInUse: it has sessions, or it is the default and others are loaded, and `force` is not said.
             Unavailable: the store could not be told; it is served as before.
         """
-        async with self._proposals.lock(name):
+        async with self._documents.lock(name):
             own = self._models.named(name)
             model = own.require(version)
 
-            async def attempt() -> Made:
+            async def attempt() -> Proposal:
                 if not force:
                     await self._require_unused(own, version)
                 if back_to is not None and back_to.is_wanted:
@@ -268,27 +266,28 @@ class Changing:
                 if frees_number and own.highest == version and not (await self.sessions(name)).get(version):
                     del known[version]
                     after.highest = version - 1
-                is_stand_in = bool(own.wanted)  # then the default stays the one that it stood in for
-                if not self._is_shared:  # others may have it
+                moves = (
+                    is_default and not own.wanted
+                )  # else it stands in for the default, which stays what it is
+                if not own.elsewhere:  # no server has it any more
                     after.labels = {label: at for label, at in own.labels.items() if at != version}
-                if is_default:
-                    if not self._is_shared and not is_stand_in:
+                    if moves:
                         after.wanted = max(own.loaded.keys() - {version}, default=0)
-                    await (
-                        self._switching.all_left()
-                    )  # what is late for another version must not be early for the name
+                if is_default:
+                    # what is late for another version must not be early for the name
+                    await self._switching.all_left()
 
-                def unknown() -> None:
+                def unloaded() -> None:
                     own.known, own.labels, own.highest = known, after.labels, after.highest
                     self._models.retire(model)
-                    if is_default and not is_stand_in:
-                        own.wanted = 0 if own.loaded and not self._is_shared else version
+                    if moves:
+                        own.wanted = 0 if after.wanted else version
                     if is_default and own.loaded:
                         self._switching.mark(own, [own.loaded[own.default]])
 
-                return after, unknown
+                return after, unloaded
 
-            await self._proposals.have_kept(own, attempt)
+            await self._documents.propose(own, attempt)
             await self._empty(model)
             self._models.forget(model)
             await self._serving.end(model)
@@ -327,12 +326,12 @@ class Changing:
             MigrationFailed: there is no such function, or it failed on states that there are.
             Unavailable: the store could not be told; nothing changed.
         """
-        async with self._proposals.lock(name):
+        async with self._documents.lock(name):
             own = self._models.named(name)
             target = own.require(version)
             moved = Moved(version, 0)
 
-            async def attempt() -> Made:
+            async def attempt() -> Proposal:
                 nonlocal moved
                 previous = own.wanted or own.default
                 moved = Moved(previous, 0)
@@ -346,9 +345,8 @@ class Changing:
                 after.known = own.known_after(
                     previous, version, leaves=how is None if leaves is None else leaves
                 )
-                await (
-                    self._switching.all_left()
-                )  # what is late for the last change must not be early for this one
+                # what is late for the last change must not be early for this one
+                await self._switching.all_left()
                 self._switching.mark(own, own.loaded.values())
                 if how is not None:
                     after.history = own.history.with_move(previous, version, how, function)
@@ -359,7 +357,7 @@ class Changing:
 
                 return after, switch
 
-            await self._proposals.have_kept(own, attempt)
+            await self._documents.propose(own, attempt)
             if moved.previous != version:
                 _log.info(
                     "the default of a model is another version",
@@ -367,7 +365,7 @@ class Changing:
                     version=version,
                     previous=moved.previous,
                 )
-                self._pruning.begin_if_due(own)
+                self.pruning.begin_if_due(own)
             return moved
 
     async def set_label(self, name: str, label: str, version: int) -> None:
@@ -380,10 +378,10 @@ class Changing:
         """
         if not is_label(label):
             raise InvalidInput(f"label must be {LABEL_RULE}; got {label!r}")
-        async with self._proposals.lock(name):
+        async with self._documents.lock(name):
             own = self._models.named(name)
 
-            async def attempt() -> Made:
+            async def attempt() -> Proposal:
                 labels = dict(own.labels)
                 if version:
                     own.require(version)
@@ -399,7 +397,7 @@ class Changing:
 
                 return own.changed(labels=labels), change
 
-            await self._proposals.have_kept(own, attempt)
+            await self._documents.propose(own, attempt)
 
     def next_version(self, name: str) -> int:
         """One more than the highest number that a version of a name ever had."""
@@ -408,9 +406,7 @@ class Changing:
 
     def defaults_elsewhere(self) -> dict[str, int]:
         """Names whose default is not loaded here, but may be on others of the servers that share the store; and which it is."""
-        if not self._is_shared:
-            return {}
-        return {own.name: own.wanted for own in self._models.all() if own.wanted}
+        return {own.name: own.meant for own in self._models.all() if own.meant not in {0, *own.loaded}}
 
     def catalogue(self) -> Mapping[str, Versions]:
         """What is known of all names, loaded or not."""
@@ -422,7 +418,7 @@ class Changing:
         for version, model in sorted(own.loaded.items()):
             known, sessions = own.known[version], self._table.count(model.index)
             labels = sorted(label for label, at in own.labels.items() if at == version)
-            is_default = version == own.default and not (self._is_shared and own.wanted)
+            is_default = version == own.meant
             found.append(
                 VersionInfo(
                     version,
@@ -440,17 +436,19 @@ class Changing:
     async def sessions(self, name: str) -> dict[int, int]:
         """How many sessions are on each version of a name now, in memory or in the store alone."""
         own, found = self._models.versions(name), Counter[int]()
-        if not self._is_shared:  # else others may have changed those in memory
-            for version, model in own.loaded.items():
-                found[version] += self._table.count(model.index)
-        async for version, epoch, is_pinned in self._pruning.stored(own, all_of_them=self._is_shared):
-            found[version if is_pinned else own.history.way(version, epoch)[0]] += 1
+        for model in list(own.loaded.values()):
+            await self._directory.look(self._ids(model), anew=True)  # others may have changed them
+        for version, model in own.loaded.items():
+            found[version] += self._table.count(model.index)
+        async for session_id, _, now in stored(self._store, own):
+            if session_id not in self._table:
+                found[now] += 1
         return {version: count for version, count in found.items() if count}
 
     async def close(self) -> None:
         """Follow nobody any more, and stop looking for moves that nobody makes."""
-        self.following.close()
-        await self._pruning.close()
+        self.watch.close()
+        await self.pruning.close()
 
     # ------------------------------------------------------------------------------------------------ what is possible
 
@@ -461,25 +459,25 @@ class Changing:
                 f"version of model {own.name!r} must be new; {version} is loaded: load it as {own.highest + 1}",
                 model=own.name,
             )
-        if self._is_shared and before is not None and before.fingerprint == known.fingerprint:
-            if before.names != known.names:
-                raise Unavailable(
-                    f"version {version} of model {own.name!r} was loaded on another server at this moment, with other names"
-                    " of its tensors: load it again"
-                )
-        elif before is not None and before.fingerprint != known.fingerprint:
-            if self._is_shared:
-                raise VersionExists(
-                    f"version of model {own.name!r} must be new, or that of the same file; {version} is another file on the"
-                    f" servers that share the store: load it as {own.highest + 1}",
-                    model=own.name,
-                )
-            if version in own.history.versions():
-                raise VersionExists(
-                    f"version of model {own.name!r} must be new; {version} had other weights, which sessions may still have:"
-                    f" load it as {own.highest + 1}",
-                    model=own.name,
-                )
+        if before is None:
+            return
+        if before.fingerprint != known.fingerprint and own.elsewhere:
+            raise VersionExists(
+                f"version of model {own.name!r} must be new, or that of the same file; {version} is another file on the"
+                f" servers that share the store: load it as {own.highest + 1}",
+                model=own.name,
+            )
+        if before.fingerprint != known.fingerprint and version in own.history.versions():
+            raise VersionExists(
+                f"version of model {own.name!r} must be new; {version} had other weights, which sessions may still have:"
+                f" load it as {own.highest + 1}",
+                model=own.name,
+            )
+        if before.fingerprint == known.fingerprint and before.names != known.names:
+            raise Unavailable(
+                f"version {version} of model {own.name!r} was loaded on another server at this moment, with other names"
+                " of its tensors: load it again"
+            )
 
     async def require_possible(
         self, name: str, version: int, program: Program, policy: SessionPolicy, migration: str = ""
@@ -541,9 +539,7 @@ class Changing:
     async def _empty(self, model: Model) -> None:
         """Have no session in the table on a version that is served no longer."""
         await self._serving.idle(model)
-        table = self._table
-        while len(handles := np.flatnonzero(table.model[: table.end] == model.index)):
-            ids = [table.session_id(handle) for handle in handles[:_AT_ONCE].tolist()]
+        while ids := self._ids(model)[:_BATCH_SIZE]:
             if self._others is None:
                 await self._closing.close_many(ids)  # nothing but the table has them
             else:
@@ -560,13 +556,15 @@ class Changing:
             await self._turns.hold(handle, float("inf"), rows=False)
         except (SessionGone, VersionElsewhere):
             return
-        gone: ServerError = VersionNotFound(
-            f"session {session_id!r} is on version {model.version} of model {model.name!r}, which was unloaded",
-            model=model.name,
-        )
-        if self._is_shared:
-            gone = self._models.elsewhere(model.name, model.version, session_id)
-        self._removal.forget(handle, gone)
+        self._removal.forget(handle, self._switching.away(handle, model.name, model.version))
+
+    def _ids(self, model: Model) -> list[str]:
+        """The sessions of the table on a version."""
+        table = self._table
+        return [
+            table.session_id(handle)
+            for handle in np.flatnonzero(table.model[: table.end] == model.index).tolist()
+        ]
 
 
 def _require_same(own: Versions, told: Versions) -> None:

@@ -1,105 +1,194 @@
-"""The documents of models' versions in the store, which other servers may change too.
+"""The documents of models' versions in the store: read, followed where another server changed one, and changed.
 
-Where they may, a change is kept only if the document is what this server last read or wrote: a compare-and-set.
+A change is a proposal. The store keeps it only if the document is what this server last read or wrote: a
+compare-and-set. After a conflict the document is read, and the change is judged again by what it says now. A store of
+one server never conflicts.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from stepwell_server.engine.durability.group_commit import GroupCommit
-from stepwell_server.engine.models import Versions
+from stepwell_server.engine.models import Models, Versions
 from stepwell_server.engine.versions import document
-from stepwell_server.errors import ServerError
-from stepwell_server.store.base import Batch, Committed, Store
+from stepwell_server.engine.versions.switching import Switching
+from stepwell_server.errors import ServerError, Unavailable
+from stepwell_server.logs import Log
+from stepwell_server.store.base import Answer, Batch, DocumentsDamaged, Store
+
+_log = Log("engine.versions")
+MAX_TRIES = 16
+"""How often a change is judged, if other servers are faster each time."""
+
+Proposal = tuple[Versions, Callable[[], None]] | None
+"""What a document is to say, and what makes that true in memory; None: nothing is to change."""
 
 
 class Documents:
-    """Reads and writes them by the names of the models. Lives on the event loop; one write of a name at a time."""
+    """Reads and writes them by the names of the models. Lives on the event loop; one change of a name at a time."""
 
-    def __init__(self, store: Store, commits: GroupCommit) -> None:
+    def __init__(self, store: Store, commits: GroupCommit, models: Models, switching: Switching) -> None:
         self._store = store
         self._commits = commits
-        self.is_shared = store.local is None
-        """Other servers change them too."""
+        self._models = models
+        self._switching = switching
+        self._locks: dict[str, asyncio.Lock] = {}
         self._seen: dict[str, bytes] = {}
-        """What was last read or written."""
+        """What was last read or written, by model."""
+        self.followed: Callable[[Versions], None] = lambda _own: None
+        """Called when another server's change has become true here."""
 
-    def listen(self, changed: Callable[[], None]) -> None:
-        """Have `changed` called when others may have changed one: see `Store.tell_of_documents`."""
-        self._store.tell_of_documents(changed)
+    def lock(self, name: str) -> asyncio.Lock:
+        """Held while the versions of a name change."""
+        return self._locks.setdefault(name, asyncio.Lock())
 
-    async def read_all(self) -> dict[str, bytes]:
-        """What the store has, by model.
+    async def read(self) -> dict[str, Versions]:
+        """Read all documents, by model, before anything is served.
+
+        Raises:
+            DocumentError, DocumentsDamaged: one of them cannot be read.
+            Unavailable: the store cannot be asked.
+        """
+        found = _by_model(await self._store.documents(document.PREFIX))
+        self._seen.update(found)
+        return {name: document.decode(name, content) for name, content in found.items()}
+
+    def last_read(self, name: str) -> Versions | None:
+        """What the document of a model said when it was last read or written; None: there was none."""
+        content = self._seen.get(name)
+        return None if content is None else document.decode(name, content)
+
+    async def changed(self) -> list[str]:
+        """Models whose documents are not as they were last read or written, in order.
 
         Raises:
             Unavailable: the store cannot be asked.
         """
-        found = await self._store.documents(document.PREFIX)
-        return {name.removeprefix(document.PREFIX): content for name, content in found.items()}
+        found = _by_model(await self._found(document.PREFIX))
+        names = found.keys() | {own.name for own in self._models.all()}
+        return sorted(name for name in names if found.get(name) != self._seen.get(name))
 
-    async def read(self, model: str) -> bytes | None:
-        """What the store has of one model. Errors as of `read_all`."""
-        name = document.name_of(model)
-        return (await self._store.documents(name)).get(name)
+    async def learn(self, own: Versions) -> None:
+        """Read the document of a model, whose lock is held, and let it be so.
 
-    def is_seen(self, model: str, content: bytes | None) -> bool:
-        """Whether this is what was last read or written; None: there was none."""
-        return self._seen.get(model) == content
+        Raises:
+            Unavailable: the store cannot be asked, or a later server wrote what this one cannot read.
+        """
+        content = await self._read(own.name)
+        if content == self._seen.get(own.name):
+            return
+        try:
+            told = Versions(own.name) if content is None else document.decode(own.name, content)
+        except document.DocumentError as error:
+            _log.error("versions of a model cannot be followed", model=own.name, reason=str(error))
+            raise Unavailable(str(error)) from error
+        if told.change < own.change:
+            _log.warning(
+                "the store has lost a change of a model's versions; it is written again", model=own.name
+            )
+            self._saw(own.name, content)
+            await self.write(own, own, lambda: None)
+            return
+        await self._switching.all_left()  # what is late for the last change must not be early for this one
+        self._saw(own.name, content)
+        before = own.wanted or own.default
+        self._switching.take_over(own, told)
+        if before != (own.wanted or own.default):
+            _log.info(
+                "another server made another version the default of a model",
+                model=own.name,
+                version=own.wanted or own.default,
+                previous=before,
+                is_loaded=not own.wanted,
+            )
+        self.followed(own)
 
-    def told(self, model: str) -> Versions | None:
-        """What was last read or written says this, or there was none."""
-        content = self._seen.get(model)
-        return None if content is None else document.decode(model, content)
+    async def propose(
+        self, own: Versions, attempt: Callable[[], Awaitable[Proposal]], *, anyway: bool = False
+    ) -> None:
+        """Have the store keep what `attempt` makes of what is known now, and make it true, even if the caller is cancelled.
 
-    def saw(self, model: str, content: bytes | None) -> None:
-        """This was read, and is what the next write follows."""
-        if content is None:
-            self._seen.pop(model, None)
-        else:
-            self._seen[model] = content
+        The lock of the model is held. `attempt` is called again after each conflict. With `anyway` the document is
+        written although it says nothing new of this server.
 
-    async def write(self, model: str, content: bytes, then: Callable[[], None]) -> bool:
-        """Have the store keep a document; `then` is called when it does, also if the caller is cancelled meanwhile.
+        Raises:
+            Unavailable: the store does not keep it, or others change it all the time; nothing changed here.
+        """
+        await self.learn(own)
+        for _ in range(MAX_TRIES):
+            made = await attempt()
+            if made is None:
+                return
+            after, then = made
+            if document.encode(after) == document.encode(own.changed()) and not anyway:
+                then()
+                return
+            if await self.write(own, after, then):
+                return
+            await self.learn(own)
+        raise Unavailable(
+            f"versions of model {own.name!r} are being changed by other servers again and again; nothing changed: send it"
+            " again"
+        )
+
+    async def write(self, own: Versions, after: Versions, then: Callable[[], None]) -> bool:
+        """Have the store keep a document; `then` is called when it does, even if the caller is cancelled meanwhile.
 
         Returns:
             False if another server has changed it, and it is as that one made it.
 
         Raises:
-            Unavailable: the store did not say that it keeps it. Where others use the store it may come to be there all the
-                same, and is read like a change of another server.
+            Unavailable: the store did not say that it keeps it. It may come to be there all the same, and is read then
+                like a change of another server.
         """
-        name = document.name_of(model)
-        kept: asyncio.Future[bool | ServerError] = asyncio.get_running_loop().create_future()
-        batch = Batch(
-            documents=[(name, content)],
-            documents_follow={name: self._seen.get(model)} if self.is_shared else {},
-        )
+        name, content = document.name_of(own.name), document.encode(after)
+        kept: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        batch = Batch(documents=[(name, content)], documents_follow={name: self._seen.get(own.name)})
 
-        def done(committed: Committed | ServerError) -> None:
-            if isinstance(committed, ServerError):
-                kept.set_result(committed)
-            elif name in committed.stale:
-                kept.set_result(False)
-            else:
-                self._seen[model] = content
-                then()
-                kept.set_result(True)
+        def make_true() -> None:
+            self._seen[own.name] = content
+            own.change = after.change
+            then()
+
+        def done(answer: Answer) -> None:
+            if not isinstance(answer, ServerError) and name not in answer.stale:
+                make_true()
+            kept.set_result(answer)
 
         self._commits.submit(lambda: batch, 1, done)
-        result = await asyncio.shield(kept)
-        if not isinstance(result, ServerError):
-            return result
-        if not (self.is_shared and await self._is_there(model, content)):
-            raise result
-        self._seen[model] = content
-        then()
+        answer = await asyncio.shield(kept)
+        if not isinstance(answer, ServerError):
+            return name not in answer.stale
+        if not await self._is_there(own.name, content):
+            raise answer
+        make_true()
         return True
 
     async def _is_there(self, model: str, content: bytes) -> bool:
         """Whether the store keeps this, after its answer was lost."""
         try:
-            return await self.read(model) == content
+            return await self._read(model) == content
         except ServerError:
             return False
+
+    async def _read(self, model: str) -> bytes | None:
+        name = document.name_of(model)
+        return (await self._found(name)).get(name)
+
+    async def _found(self, prefix: str) -> dict[str, bytes]:
+        try:
+            return await self._store.documents(prefix)
+        except DocumentsDamaged as error:
+            raise Unavailable(str(error)) from error
+
+    def _saw(self, model: str, content: bytes | None) -> None:
+        if content is None:
+            self._seen.pop(model, None)
+        else:
+            self._seen[model] = content
+
+
+def _by_model(found: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name.removeprefix(document.PREFIX): content for name, content in found.items()}

@@ -18,7 +18,7 @@ from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.models import Models, Versions
 from stepwell_server.engine.sessions.end import Removal
 from stepwell_server.engine.state.model import Model
-from stepwell_server.errors import ServerError, Unavailable
+from stepwell_server.errors import ServerError, Unavailable, VersionNotFound
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,16 +56,11 @@ class Switching:
         """Sessions that leave for another version when their claims end: births, where they go and how."""
         self._none_late = asyncio.Event()
 
-    def mark(self, own: Versions, models: Collection[Model] = ()) -> None:
-        """Let records say that their sessions have made all moves: those of some versions.
-
-        Where others use the store all records say their versions: other servers may have forgotten the fingerprint.
-        """
+    @staticmethod
+    def mark(own: Versions, models: Collection[Model]) -> None:
+        """Let records say that their sessions have made all moves: those of some versions."""
         for model in models:
             model.epoch = own.history.epoch
-        for version, model in own.loaded.items():
-            is_of_it = own.version_with(model.program.fingerprint) == version
-            model.is_plain = is_of_it and not self._models.is_shared
 
     async def all_left(self) -> None:
         """Return when no session is late for a move."""
@@ -155,7 +150,7 @@ class Switching:
         """Let sessions go to a version: when their states are needed they come as its own."""
         if goal.model is None:
             for handle in handles.tolist():
-                self._removal.forget(handle, self._elsewhere(handle, goal))
+                self._removal.forget(handle, self.away(handle, goal.name, goal.version))
             return
         here = handles[self._table.row[handles] >= 0]
         if len(here):
@@ -185,8 +180,13 @@ class Switching:
             self._turns.leave_when_free = None
             self._none_late.set()
 
-    def _elsewhere(self, handle: int, goal: _Goal) -> ServerError:
-        return self._models.elsewhere(goal.name, goal.version, self._table.session_id(handle))
+    def away(self, handle: int, name: str, version: int) -> ServerError:
+        """Why a session of the table has to leave it, whose version is not loaded."""
+        session_id = self._table.session_id(handle)
+        return self._models.elsewhere(name, version, session_id) or VersionNotFound(
+            f"session {session_id!r} is on version {version} of model {name!r}, which was unloaded",
+            model=name,
+        )
 
 
 def _how(way: Way) -> How:

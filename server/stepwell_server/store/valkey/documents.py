@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from isal.isal_zlib import crc32
 
@@ -23,7 +23,7 @@ def writing(keys: Keys, batch: Batch) -> Request:
     for name, content in last.items():
         must = _stored(name, batch.documents_follow[name]) if name in batch.documents_follow else _ANYTHING
         arguments += (name.encode(), must, _stored(name, content))
-    return Request.of(META, scripts.DOCUMENTS, [keys.documents, keys.fence], keys.channel, *arguments)
+    return Request.of(META, scripts.DOCUMENTS, [keys.documents, keys.fence], *arguments)
 
 
 def stale_of(reply: Reply) -> frozenset[str]:
@@ -46,7 +46,7 @@ def found_in(reply: Reply, prefix: str) -> dict[str, bytes]:
     Raises:
         DocumentsDamaged: one of them is not as it was written.
     """
-    stored = dict(_pairs(reply))
+    stored = pairs_of(reply)
     sound: dict[str, bytes] = {}
     damaged: list[str] = []
     for key in sorted(stored):
@@ -67,11 +67,7 @@ def found_in(reply: Reply, prefix: str) -> dict[str, bytes]:
 
 def pairs_of(reply: Reply) -> Mapping[bytes, bytes]:
     """The fields of a hash."""
-    return dict(_pairs(reply))
-
-
-def _pairs(reply: Reply) -> Iterable[tuple[bytes, bytes]]:
-    return zip(reply[::2], reply[1::2], strict=True)
+    return dict(zip(reply[::2], reply[1::2], strict=True))
 
 
 def _stored(name: str, content: bytes | None) -> bytes:

@@ -53,8 +53,6 @@ class Keys:
         meta = b"%s{meta}" % self._prefix
         self.store, self.documents, self.fence = meta + b"store", meta + b"documents", meta + b"fence"
         self._claims = meta + b"claim:"
-        self.channel = meta + b"changed"
-        """On which it is said that documents have changed."""
         # the same sessions are named again and again
         self.session = functools.lru_cache(_KNOWN_IDS)(self._session)
         """The key of a session."""

@@ -416,12 +416,12 @@ return math.max(0, now - since)
 
 DOCUMENTS = _script(
     """
--- Documents are written. KEYS: documents, and one for a write in any case. ARGV: a channel, then of each its name, what it must be now ('': anything, '0':
+-- Documents are written. KEYS: documents, and one for a write in any case. ARGV: of each its name, what it must be now ('': anything, '0':
 -- absent, '1' and its value) and what it is to be ('0': absent, '1' and its value). Returns the names of those that are
 -- otherwise. One that is already as it is to be was written by the same commit before, and is written again.
 local call, sub = redis.call, string.sub
-local stale, changed = {}, false
-for i = 2, #ARGV, 3 do
+local stale = {}
+for i = 1, #ARGV, 3 do
   local name, must, new = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   local has = call('HGET', KEYS[1], name)
   has = has and '1' .. has or '0'
@@ -429,11 +429,9 @@ for i = 2, #ARGV, 3 do
     stale[#stale + 1] = name
   else
     if new == '0' then call('HDEL', KEYS[1], name) else call('HSET', KEYS[1], name, sub(new, 2)) end
-    changed = changed or has ~= new
   end
 end
 call('SET', KEYS[2], '')
-if changed then redis.pcall('PUBLISH', ARGV[1], '') end
 return stale
 """,
 )

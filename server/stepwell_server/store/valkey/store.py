@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -64,6 +64,7 @@ _MOST_AT_ONCE = 2 * MOST_KEYS
 _RETRY_AFTER_S = 1.0
 #: Pages of unused sessions leave out what was used within this time: sessions with a shorter limit end a little later.
 _MIN_IDLE_S = 5.0
+_DOCUMENTS_POLL_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class ValkeyStore(Store):
     """Others use it too. Lives on one event loop, which never waits for the network."""
 
     local = None
+    elsewhere = "another server on the same store may have it"
 
     def __init__(
         self,
@@ -456,8 +458,8 @@ class ValkeyStore(Store):
         return documents.found_in(read.reply, prefix)
 
     @override
-    def tell_of_documents(self, changed: Callable[[], None]) -> None:
-        """It does not listen to the channel yet: whoever has to know asks every few seconds."""
+    async def documents_changed(self) -> None:
+        await asyncio.sleep(_DOCUMENTS_POLL_S)
 
     @override
     async def announce(self, listen: str) -> None:
