@@ -10,7 +10,7 @@ import numpy as np
 
 from stepwell_server.engine.api import ModelInfo, Moved, SessionInfo, SessionPolicy, VersionInfo
 from stepwell_server.engine.change import Change, Reply
-from stepwell_server.engine.models import Known
+from stepwell_server.engine.models import Known, Versions
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import (
     InvalidInput,
@@ -150,6 +150,9 @@ class FakeVersions:
             for name, found in sorted(self.names.items())
             if found
         ]
+
+    def catalogue(self) -> dict[str, Versions]:
+        return {}
 
     def defaults_elsewhere(self) -> dict[str, int]:
         return {}

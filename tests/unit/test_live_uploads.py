@@ -17,7 +17,7 @@ from stepwell_server.errors import (
     UploadOff,
     VersionExists,
 )
-from stepwell_server.live.kept import KeptPrograms
+from stepwell_server.live.kept import NOT_KEPT, KeptPrograms
 from stepwell_server.live.uploads import Uploads
 from support.clock import ManualClock
 from support.live_at import At
@@ -73,20 +73,15 @@ async def test_an_upload_is_loaded_deleted_and_its_program_kept_until_it_is_unlo
     assert not kept.exists()
 
 
-@pytest.mark.parametrize(("is_shared", "others"), [(True, " and is on none of the others"), (False, "")])
-async def test_who_sends_a_file_that_nothing_keeps_is_told(
-    tmp_path: Path, is_shared: bool, others: str
-) -> None:
+async def test_who_sends_a_file_that_nothing_keeps_is_told(tmp_path: Path) -> None:
     """As where servers share a store, which has no place for it."""
-    at = At(tmp_path, uploads=Uploads(tmp_path / "uploads", 100, ManualClock()), is_shared=is_shared)
+    at = At(tmp_path, uploads=Uploads(tmp_path / "uploads", 100, ManualClock()))
     upload = await at.live.begin_upload("m.keras", "")
     await upload.write(b"x")
     await at.load(path="", upload=(await upload.finish()).token)
     await at.load(version=2, keep_default=True)
     sent, found = at.live.status("m")
-    assert sent.reason.startswith(
-        f"nothing is kept of its file, which was sent or is temporary: the version ends with this server{others}"
-    )
+    assert sent.reason == NOT_KEPT
     assert found.reason == "", "of a file on the disk"
     await at.live.unload("m", 0, force=False)
     await at.load(version=1)

@@ -8,16 +8,17 @@ same place here, now or later: then nobody has to come.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from stepwell_server.engine.models import Known, Versions
+from stepwell_server.clock import Clock
+from stepwell_server.engine.models import Known
 from stepwell_server.errors import InvalidInput, Overloaded, ServerError, Unavailable, VersionExists
 from stepwell_server.files.stamp import Stamp, stamp
 from stepwell_server.live import paths
 from stepwell_server.live.control import LoadedVersion, LoadRequest
-from stepwell_server.live.faces import Clock
+from stepwell_server.live.faces import Engine
 from stepwell_server.logs import Log
 
 _log = Log("models")
@@ -26,13 +27,6 @@ LOOK_S = 2.0
 _AGAIN_S = 30.0
 """After so many seconds a load is tried again that failed for want of room, or of the store."""
 _Key = tuple[str, int]
-
-
-class Engine(Protocol):
-    """What is asked of the engine."""
-
-    def catalogue(self) -> Mapping[str, Versions]:
-        """What is known of all names, loaded or not."""
 
 
 class Loads(Protocol):
@@ -46,7 +40,7 @@ class Loads(Protocol):
 
 
 class CatchingUp:
-    """Lives on the event loop; `run` runs beside it, where other servers use the store."""
+    """Lives on the event loop; `run` runs in a task of its own."""
 
     def __init__(
         self,
@@ -96,9 +90,8 @@ class CatchingUp:
     def _missing(self) -> Iterator[tuple[str, Known]]:
         """What was chosen, comes from a file, and is not loaded here; defaults first."""
         for name, own in sorted(self._engine.catalogue().items()):
-            for version in dict.fromkeys((own.wanted, *sorted(own.labels.values()))):
-                known = own.known.get(version)
-                if known is not None and known.is_wanted and known.source and version not in own.loaded:
+            for known in own.missing():
+                if known.source:
                     yield name, known
 
     async def _load(self, name: str, known: Known) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from stepwell_server.engine.api import ModelInfo, Moved, SessionPolicy
-from stepwell_server.engine.models import Known
+from stepwell_server.engine.models import Known, Versions
 from stepwell_server.live.control import Progress
 from stepwell_server.models import loading
 from stepwell_server.program import Program
@@ -35,6 +35,9 @@ class Engine(Protocol):
 
     def models(self) -> list[ModelInfo]:
         """Those that are served."""
+
+    def catalogue(self) -> Mapping[str, Versions]:
+        """What is known of all names, loaded or not."""
 
     def defaults_elsewhere(self) -> Mapping[str, int]:
         """The defaults of names that are not loaded here, where other servers share the store and may have them."""
@@ -93,10 +96,3 @@ class Observer(loading.Observer, Protocol):
 
     def sessions_moved(self, model: str, policy: str, count: int) -> None:
         """The default moved, and so many sessions in memory with it."""
-
-
-class Clock(Protocol):
-    """See `stepwell_server.clock.Clock`."""
-
-    def monotonic(self) -> float:
-        """Seconds that never jump."""

@@ -44,8 +44,6 @@ class FolderOptions:
     """For `MIGRATE`: the function for a name."""
     but: Collection[str] = ()
     """Names that are served from elsewhere."""
-    is_shared: bool = False
-    """Other servers use the same store: the default is that of all of them, and may be one that is not here yet."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -267,8 +265,8 @@ class FolderFollower:
     async def _choose_default(self, name: str, own: _Name, chosen: Collection[int]) -> None:
         """Make the highest version the default, unless somebody made another one that."""
         served, default = self._served(name), self._default(name)
-        if self._options.is_shared and default in chosen and default not in served:
-            return  # it is to come here
+        if default in chosen and default not in served:
+            return  # another server has it, and it is to come here
         target = max((version for version in served if version in chosen), default=default)
         if default == target and not own.former_default:
             own.default = target

@@ -18,14 +18,8 @@ FOLDER = "models"
 """What the folder is called."""
 
 
-def not_kept(*, is_shared: bool) -> str:
-    """What is to be known of a version of a file that is gone, of which no program is kept either."""
-    others = (
-        " and is on none of the others that share its store, unless it was loaded there too"
-        if is_shared
-        else ""
-    )
-    return f"nothing is kept of its file, which was sent or is temporary: the version ends with this server{others}"
+NOT_KEPT = "nothing is kept of its file, which was sent or is temporary: the version ends with this server"
+"""What is to be known of a version of a file that is gone, of which no program is kept either."""
 
 
 class KeptPrograms:

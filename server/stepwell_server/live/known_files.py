@@ -6,24 +6,16 @@ import asyncio
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
-from stepwell_server.engine.models import Versions
+from stepwell_server.live.faces import Engine
 from stepwell_server.models.folder import ModelFolder
-
-
-class Catalogue(Protocol):
-    """What is asked of the engine."""
-
-    def catalogue(self) -> Mapping[str, Versions]:
-        """What is known of all names, loaded or not."""
 
 
 class KnownFiles:
     """The files of the command line, of the folder of models, and those that were loaded before. On the event loop."""
 
     def __init__(
-        self, engine: Catalogue, of_command_line: Mapping[str, Mapping[int, Path]], root: Path | None
+        self, engine: Engine, of_command_line: Mapping[str, Mapping[int, Path]], root: Path | None
     ) -> None:
         self._engine = engine
         self._of_command_line = of_command_line

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from typing_extensions import override
 
+from stepwell_server.clock import Clock
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.engine.api import SessionPolicy, VersionInfo
 from stepwell_server.engine.models import Known
@@ -38,8 +39,8 @@ from stepwell_server.live.control import (
     VersionState,
     VersionStatus,
 )
-from stepwell_server.live.faces import Clock, Compile, Compiled, Engine, Observer, Quotas
-from stepwell_server.live.kept import KeptPrograms, not_kept
+from stepwell_server.live.faces import Compile, Compiled, Engine, Observer, Quotas
+from stepwell_server.live.kept import NOT_KEPT, KeptPrograms
 from stepwell_server.live.load import Load
 from stepwell_server.live.refusals import no_version, require_label, require_valid, upload_off
 from stepwell_server.live.uploads import Uploads
@@ -65,7 +66,6 @@ class LiveModels(ModelControl):
         *,
         clock: Clock,
         observer: Observer,
-        is_shared: bool = False,
         root: Path | None = None,
         kept: KeptPrograms | None = None,
         uploads: Uploads | None = None,
@@ -80,7 +80,6 @@ class LiveModels(ModelControl):
             compile_model: makes programs of files.
             clock: says when to look again.
             observer: is told of loads.
-            is_shared: other servers use the same store.
             root: `--models`: paths that calls name must lie in it.
             kept: keeps programs of uploads for a restart; None: nothing outlives the server.
             uploads: takes files; None: none are taken.
@@ -93,7 +92,6 @@ class LiveModels(ModelControl):
         """Makes programs of files."""
         self._clock = clock
         self._observer = observer
-        self._is_shared = is_shared
         self._root = root
         self.kept = kept
         """Programs of uploads; None: nothing outlives the server."""
@@ -105,7 +103,7 @@ class LiveModels(ModelControl):
         """Under way, those that wait among them."""
         self._failed: dict[_Key, VersionStatus] = {}
         self._leaving: set[_Key] = set()
-        """Versions to be unloaded when they have no sessions and no labels: those that were the default, and were left."""
+        """Versions that `drain` was called for: to be unloaded when they have no sessions and no labels."""
         self._not_before: dict[_Key, float] = {}
         """When to try again to unload a version."""
         self._owners: dict[_Key, str] = {}
@@ -410,8 +408,6 @@ class LiveModels(ModelControl):
     ) -> LoadedVersion:
         moved = await self._engine.set_default(name, version, policy, migration, leaves=leaves)
         self._leaving.discard((name, version))
-        if leaves and moved.previous in self._served(name) and moved.previous != version:
-            self._leaving.add((name, moved.previous))
         self._observer.sessions_moved(name, policy.value, moved.sessions)
         _log.info(
             "the default of a model is another version",
@@ -475,8 +471,8 @@ class LiveModels(ModelControl):
             loading = self._loads.get((name, version))
             state, reason = VersionState.READY, ""
             if (name, version) in self._unkept:
-                reason = not_kept(is_shared=self._is_shared)
-            if (name, version) in self._leaving and not info.labels:
+                reason = NOT_KEPT
+            if (info.is_draining or (name, version) in self._leaving) and not info.labels:
                 state = VersionState.DRAINING
             if loading is not None:
                 state, reason = VersionState.LOADING, loading.stage
@@ -523,18 +519,14 @@ class LiveModels(ModelControl):
                 _log.defect("models could not be looked after; the timer goes on", error)
 
     async def look(self) -> int:
-        """Unload those that drain and have no sessions; return how many. The timer does it by itself.
-
-        Those drain too that another server on the same store has left.
-        """
+        """Unload those that drain and have no sessions; return how many. The timer does it by itself."""
         self._tell_elsewhere(self._engine.defaults_elsewhere())
         now, count = self._clock.monotonic(), 0
         for info in self._engine.models():
             for each in info.versions:
                 key = info.name, each.version
-                if self._is_shared and each.is_draining:
-                    self._leaving.add(key)
-                is_leaving = key in self._leaving and not each.is_default and not each.labels
+                leaves = each.is_draining or key in self._leaving
+                is_leaving = leaves and not each.is_default and not each.labels
                 if not is_leaving or each.sessions or now < self._not_before.get(key, 0.0):
                     continue
                 try:

@@ -59,7 +59,6 @@ def open_live_models(
         quotas=quotas,
         tell=tell,
         tell_elsewhere=tell_elsewhere,
-        is_shared=settings.store_kind == "valkey",
     )
 
 

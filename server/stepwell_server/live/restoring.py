@@ -5,41 +5,25 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.engine.api import ModelInfo
-from stepwell_server.engine.models import Known, Versions
+from stepwell_server.engine.models import Known
 from stepwell_server.errors import ServerError
-from stepwell_server.live.faces import Compile
+from stepwell_server.live.faces import Compile, Engine
 from stepwell_server.live.models import LiveModels
 from stepwell_server.logs import Log
 from stepwell_server.models.folder import SUFFIXES
 from stepwell_server.models.loading import unless_stopped
-from stepwell_server.program import FINGERPRINT_DIGITS, Program
+from stepwell_server.program import FINGERPRINT_DIGITS
 
 if TYPE_CHECKING:
     from stepwell_server.process.readiness import Readiness
     from stepwell_server.settings import Settings
 
 _log = Log("models")
-
-
-class Engine(Protocol):
-    """What is asked of the engine."""
-
-    def models(self) -> list[ModelInfo]:
-        """Those that are served."""
-
-    def catalogue(self) -> Mapping[str, Versions]:
-        """What is known of all names, loaded or not."""
-
-    async def load_version(
-        self, name: str, version: int, program: Program, *, source: str = "", tenant: str = ""
-    ) -> Known | None:
-        """Serve a version."""
 
 
 class NotRestoredError(Exception):
@@ -110,10 +94,6 @@ async def restore(
                 tell(name, version, f"failed: {why}")
                 if version == default:
                     bad[name] = why
-    for info in engine.models():
-        for each in info.versions:
-            if each.is_draining:
-                live.drain(info.name, each.version)
     if live.kept is not None and not abandoned.is_set():
         await live.kept.drop_others(sources)
     return bad

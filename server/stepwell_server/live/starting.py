@@ -113,7 +113,6 @@ class ModelWork:
                 SessionPolicy(settings.sessions),
                 self._migration_of,
                 frozenset(settings.versions),
-                is_shared=settings.store_kind == "valkey",
             ),
             clock=clock,
             warn=lambda problem: readiness.warning("models", problem),
@@ -147,8 +146,7 @@ class ModelWork:
         async with asyncio.TaskGroup() as group:
             if self._settings.watch_models:
                 group.create_task(self._follower.run())
-            if self._settings.store_kind == "valkey":
-                group.create_task(self._catching_up.run())
+            group.create_task(self._catching_up.run())
 
     async def _load_all(self) -> None:
         for model in self._wanted:
@@ -186,6 +184,7 @@ class ModelWork:
 
     async def _begin(self, loaded: Mapping[str, set[int]], failed: Mapping[str, set[int]]) -> None:
         wanted = {model.name: model for model in self._wanted}
+        catalogue = self._engine.catalogue()
         for name in sorted(wanted.keys() | self._kept.keys()):
             model = wanted.get(name)
             served = {
@@ -201,7 +200,7 @@ class ModelWork:
             # loaded by a call, and made the default
             is_chosen = default == former and default not in loaded.get(name, ())
             former_default = 0 if former in served else former
-            if self._settings.store_kind == "valkey":
+            if (own := catalogue.get(name)) is not None and own.elsewhere:
                 # it is that of all servers: who starts with a new version has it, and moves nobody
                 is_chosen |= not self._settings.watch_models
                 former_default = 0

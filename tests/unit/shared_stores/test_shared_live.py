@@ -13,7 +13,6 @@ import pytest
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.engine.api import SessionPolicy
-from stepwell_server.engine.versions import following
 from stepwell_server.errors import MigrationFailed, Unavailable, VersionElsewhere
 from stepwell_server.live.catching_up import CatchingUp
 from stepwell_server.live.control import LoadRequest, Progress, VersionState
@@ -32,12 +31,6 @@ from support.version_changes import told
 from support.versions import weights
 
 pytestmark = SHARED
-
-
-@pytest.fixture(autouse=True)
-def only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No timer looks what others have changed."""
-    monkeypatch.setattr(following, "LOOK_S", 1e6)
 
 
 async def compiled(_name: str, path: Path, progress: Progress, _abandoned: threading.Event) -> Compiled:
@@ -59,14 +52,13 @@ class Replica:
             compiled,
             clock=at.clock,
             observer=Watcher(),
-            is_shared=True,
             tell=self.readiness.version,
             tell_elsewhere=self.readiness.defaults_elsewhere,
         )
         self.follower = FolderFollower(
             ModelFolder(folder),
             self.live,
-            FolderOptions(lambda _name: VersionPolicy.parse("latest 1"), SessionPolicy.CARRY, is_shared=True),
+            FolderOptions(lambda _name: VersionPolicy.parse("latest 1"), SessionPolicy.CARRY),
             clock=at.clock,
         )
         self.catching_up = CatchingUp(at.engine, self.live, root=None, clock=at.clock)

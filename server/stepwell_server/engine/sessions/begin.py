@@ -470,8 +470,10 @@ class Begin:
             return self._directory.info(self._directory.find(new.ids[0], self._directory.here))
         except ServerError as gone:  # the default has moved to a version that another server has
             own = self._models.versions(new.model.name)
-            name, version = new.model.name, own.wanted or own.default
-            raise self._models.elsewhere(name, version, new.ids[0]) or gone from gone
+            elsewhere = self._models.elsewhere(own.name, own.wanted or own.default, new.ids[0])
+            if elsewhere is None:
+                raise
+            raise elsewhere from gone
 
     async def _keep(self, new: NewSessions) -> ServerError | None:
         """Have the store keep records of sessions, of all or of none; why it did not."""
