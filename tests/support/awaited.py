@@ -45,6 +45,8 @@ class _Kept:
     clock: Clock | None = None
     stamps: dict[str, int] = dataclasses.field(default_factory=dict)
     """Of the records, by session."""
+    models: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Of sessions; a record may be damaged."""
     used: dict[str, float] = dataclasses.field(default_factory=dict)
     """When they were last used."""
     claims: dict[str, tuple[str, float, float]] = dataclasses.field(default_factory=dict)
@@ -161,7 +163,8 @@ class FakeShared:
             if there != follows or (begins and stamp in self.kept.undone):
                 conflicts.add(session_id)
                 continue
-            began = [(decode_header(session_id, record).model, 1)] if begins else []
+            model = self.kept.models[session_id] = decode_header(session_id, record).model
+            began = [(model, 1)] if begins else []
             self.kept.stamps[session_id] = stamp
             self.kept.used[session_id] = self.now
             tenants = counts.of_tenants([(session_id, name) for name, _ in began], 1)
@@ -189,7 +192,7 @@ class FakeShared:
             if (stone is not None and header is None) or is_other or is_used:
                 conflicts.add(session_id)
                 continue
-            gone = header.model if header is not None else ""
+            gone = self.kept.models.pop(session_id, "" if header is None else header.model)
             ended = [(gone, -1)] if gone else []
             own = [] if stone is None else [stone]
             tenants = counts.of_tenants([(session_id, name) for name, _ in ended], -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import threading
 from collections import deque
@@ -16,12 +17,13 @@ import numpy.typing as npt
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.errors import Unavailable
 from stepwell_server.program import Program
-from stepwell_server.store.base import Batch
+from stepwell_server.store.base import Batch, Tombstone
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.record import Stored
 from support.clock import ManualClock
 from support.engine import SEGMENT_BYTES, STORES, Answer, Harness, running
 from support.fake_executor import WAIT_S
+from support.gates import Gated
 from support.stored import base_of, copy_files, logs_of
 
 Array = npt.NDArray[Any]
@@ -72,6 +74,10 @@ class Troubled:
 
     def go_on(self) -> None:
         self._open.set()
+
+    async def stalled(self) -> None:
+        """Return when a commit does not come back."""
+        assert await asyncio.to_thread(self.inside.wait, WAIT_S), "no commit has begun"
 
     def append(self, puts: Sequence[tuple[str, Stored]]) -> bool:
         self._keep(Batch(puts=puts), may_append=True)
@@ -154,13 +160,125 @@ class Disk:
         self.clock = ManualClock(monotonic=5.0 + next(_NUMBERS), now=self.clock.now() + away_s)
         self.store = Troubled(self._opened(folder))
 
+    async def record(self, session_id: str) -> Stored | None:
+        """What is stored of a session now."""
+        return self.store.store.get(session_id)
+
+    async def tombstone(self, session_id: str) -> Tombstone | None:
+        return self.store.store.tombstones([session_id])[0]
+
+    async def count(self) -> int:
+        return int(self.store.count())
+
+    async def put(self, session_id: str, record: Stored) -> None:
+        """Have a record be another one, behind the back of the server."""
+        base_of(self.store.store).commit(Batch(puts=[(session_id, record)]))
+        logs_of(self.store.store).discard([session_id])
+
+    async def write(self, batch: Batch) -> None:
+        """Write into the store behind the back of the server."""
+        self.store.store.commit(batch)
+
+    async def knows_use_of(self, session_id: str) -> None:
+        """The server alone knows it."""
+
     def close(self) -> None:
         self.store.store.close()
 
+    async def aclose(self) -> None:
+        self.close()
 
-async def stalled(store: Troubled) -> None:
+
+class Database:
+    """A store that several servers can use, and the servers that use it one after the other."""
+
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self._views: list[Gated] = []
+        self._began = self.clock.now() - self.clock.monotonic()
+
+    def monotonic(self) -> float:
+        return self.clock.monotonic()
+
+    def now(self) -> float:
+        """The store's time, which nobody sets."""
+        return self._began + self.clock.monotonic()
+
+    @property
+    def store(self) -> Gated:
+        """As the present server sees it."""
+        return self._views[-1]
+
+    async def open(self) -> None:
+        """Make the store, or join it as another server."""
+        self._views.append(await (self.store.another() if self._views else STORES.make_shared(self)))
+
+    @asynccontextmanager
+    async def engine(
+        self, programs: Mapping[str, Program] | None = None, run: Running = running, **options: Any
+    ) -> AsyncIterator[Harness]:
+        """A server process. What it does after `kill` is not in the store that the next one finds."""
+        if self.store.is_killed:
+            await self.open()
+        async with run(programs, store=self.store, clock=self.clock, **options) as at:
+            try:
+                yield at
+            finally:
+                at.store.go_on()
+
+    def kill(self, *, away_s: float = 3.0) -> None:
+        """End the process as `kill -9` does: the next one has another clock."""
+        now = self.now()
+        self.store.kill()
+        self.clock = ManualClock(monotonic=5.0 + next(_NUMBERS), now=self.clock.now() + away_s)
+        self._began = now + max(0.0, away_s) - self.clock.monotonic()
+
+    async def record(self, session_id: str) -> Stored | None:
+        """What is stored of a session now."""
+        return (await self.store.found(session_id))[0].record
+
+    async def tombstone(self, session_id: str) -> Tombstone | None:
+        return (await self.store.found(session_id))[0].tombstone
+
+    async def count(self) -> int:
+        return len(await self.store.ids())
+
+    async def put(self, session_id: str, record: Stored) -> None:
+        """Have a record be another one, behind the back of the server."""
+        (found,) = await self.store.found(session_id)
+        await self.store.put_back(session_id, dataclasses.replace(found, record=record))
+
+    async def write(self, batch: Batch) -> None:
+        """Write into the store behind the back of the server."""
+        await self.store.inner.apply(batch)
+
+    async def knows_use_of(self, session_id: str) -> None:
+        """Return when the store has been notified that a session was just used."""
+        async with asyncio.timeout(WAIT_S):
+            while (await self.store.found(session_id))[0].idle_s > 0:  # noqa: ASYNC110 - the store sets no event
+                await asyncio.sleep(0)
+
+    async def aclose(self) -> None:
+        for view in self._views:
+            await view.close()
+
+
+Lasting = Disk | Database
+"""A store that outlives its servers."""
+
+
+async def new_lasting() -> Lasting:
+    """An empty one, of the kind that the test is about."""
+    if STORES.kind in {"sync", "async"}:
+        return Disk()
+    database = Database()
+    await database.open()
+    return database
+
+
+async def stalled(store: Troubled | Gated) -> None:
     """Return when a commit does not come back."""
-    assert await asyncio.to_thread(store.inside.wait, WAIT_S), "no commit has begun"
+    await store.stalled()
 
 
 async def until(is_so: Callable[[], object]) -> None:
@@ -181,14 +299,13 @@ async def begun(call: Awaitable[Any]) -> asyncio.Task[Any]:
     return task
 
 
-def damage(store: Troubled, session_id: str) -> None:
+async def damage(lasting: Lasting, session_id: str) -> None:
     """Flip a bit of a record."""
-    record = store.store.get(session_id)
+    record = await lasting.record(session_id)
     assert record is not None
     changed = bytearray(record)
     changed[-1] ^= 4
-    base_of(store.store).commit(Batch(puts=[(session_id, bytes(changed))]))
-    logs_of(store.store).discard([session_id])
+    await lasting.put(session_id, bytes(changed))
 
 
 def same_reply(found: Answer, wanted: Answer, *, replayed: bool = True) -> None:

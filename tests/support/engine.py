@@ -341,6 +341,13 @@ class Harness:
     async def state(self, session_id: str) -> dict[str, Array]:
         return dict((await self.engine.get_state(session_id)).state)
 
+    async def sessions(self) -> list[int]:
+        """How many sessions each model has; a shared store is asked, as a timer does every second."""
+        await self.inside.recount()
+        found = [stats.sessions for stats in self.engine.stats()]
+        assert found == [model.sessions for model in self.engine.models()]
+        return found
+
     async def in_flight(self) -> None:
         """Return when a run waits at the closed gate."""
         assert await asyncio.to_thread(self.hooks.inside.wait, WAIT_S), "no run has begun"

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.idle import IdleLimits
+from stepwell_server.errors import Unavailable
 from stepwell_server.store.access.reads import Reads
 from stepwell_server.store.access.together import Together
 from stepwell_server.store.base import (
@@ -69,13 +70,15 @@ class Gated(Store):
         self.told_error: Exception | None = None
         """Raised by `touch` and `claim`."""
         self.refuses: Callable[[Batch], bool] = lambda _batch: False
-        """Commits that fail with `refusal`."""
+        """Commits that fail, whichever others share them."""
         self.unknown: dict[str, bool] = {}
         """Sessions whose next commit is not answered; whether it is kept nevertheless."""
         self.is_told = True
         """Of documents that others have written."""
         self.max_commits = 0
         """Concurrent commits, at most."""
+        self.is_killed = False
+        """The server that used it is gone."""
         self._commits_now = 0
         self._errors: deque[tuple[Exception, bool]] = deque()
         self._gates: list[tuple[str, asyncio.Future[None]]] = []
@@ -109,6 +112,11 @@ class Gated(Store):
 
     def go_on(self) -> None:
         self.let_go()
+
+    def kill(self) -> None:
+        """Keep nothing more of what the server does."""
+        self.is_killed = True
+        self.commit_error = self.told_error = Unavailable("the server was killed")
 
     async def stalled(self) -> None:
         """Return when a commit is held back."""
@@ -220,6 +228,8 @@ class Gated(Store):
         batch = dataclasses.replace(batch, puts=[(name, bytes(record)) for name, record in batch.puts])
         self.tried.append(batch)
         error, kept = self._errors.popleft() if self._errors else (None, True)
+        if self.refuses(batch):
+            error, kept = Unavailable("the test says no"), False
         self._commits_now += 1
         self.max_commits = max(self.max_commits, self._commits_now)
         names = [*(name for name, _ in batch.puts), *batch.deletes]

@@ -6,6 +6,7 @@ the tests is an engine's private attribute named, so that a part may be renamed 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,10 +44,9 @@ class Inside:
         return self._engine._group
 
     def commit_on_a_thread(self, patch: pytest.MonkeyPatch) -> None:
-        """Have no commit made in place, whatever it costs."""
-        store = self._engine._store
-        assert isinstance(store, InProcessStore)
-        patch.setattr(store._lanes, "_is_short", lambda _size: False)
+        """Have no commit made in place, whatever it costs; a shared store makes none."""
+        if isinstance(store := self._engine._store, InProcessStore):
+            patch.setattr(store._lanes, "_is_short", lambda _size: False)
 
     @property
     def uses(self) -> Uses:
@@ -153,6 +153,11 @@ class Inside:
             assert set(store._records) == away, "the store holds the sessions that are paged out"
         assert engine._submission.loading_rows == 0
         assert not engine._arrivals._tails, "something waits for a session to be loaded"
+
+    async def recount(self) -> None:
+        """Have the numbers of sessions be those that the store has now."""
+        self._engine._directory._counted_at = -math.inf
+        await self._engine.refresh_counts()
 
     async def pruned(self, model: str) -> None:
         """Forget the moves of a model that no session makes any more."""

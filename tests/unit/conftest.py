@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     # What is tested is imported inside: a worker of pytest-xdist reads this before it measures coverage.
-    from support.durable import Disk
+    from support.durable import Disk, Lasting
 
 # What a flush to disk costs is no concern of these tests.
 _MEMORY = Path("/dev/shm")
@@ -72,3 +72,13 @@ def disk(store_kind: str) -> Iterator[Disk]:
     found = Disk()
     yield found
     found.close()
+
+
+@pytest.fixture
+async def lasting(store_kind: str) -> AsyncIterator[Lasting]:
+    """A store of that kind that outlives its servers, and the engines that use it one after the other."""
+    from support.durable import new_lasting
+
+    found = await new_lasting()
+    yield found
+    await found.aclose()

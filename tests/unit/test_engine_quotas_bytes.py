@@ -191,7 +191,7 @@ async def test_a_damaged_session_counts_until_it_is_closed(disk: Disk) -> None:
     async with disk.engine(quotas=QuotaTable()) as at:
         await at.open("a", "b")
         disk.kill()
-    damage(disk.store, "a")
+    await damage(disk, "a")
     async with disk.engine(quotas=QuotaTable()) as at:
         assert known(at) == 2 * SESSION
         await at.engine.close_session("a")

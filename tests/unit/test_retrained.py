@@ -13,6 +13,7 @@ from stepwell_server.program import Architecture, Names, Program
 from support.durable import Disk
 from support.engine import Harness, x
 from support.fake_executor import PLAIN
+from support.kinds import SHARED
 from support.version_changes import two_versions
 from support.versions import after, serving, weights
 
@@ -108,6 +109,7 @@ async def test_names_stay_over_restarts(disk: Disk) -> None:
         await expect(at, 3, state, 4)
 
 
+@SHARED
 async def test_replicas_serve_the_same_names() -> None:
     async with two_versions() as (first, second):
         await first.engine.load_version("plain", 3, retrained(3, "one"))

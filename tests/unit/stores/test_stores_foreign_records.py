@@ -15,11 +15,12 @@ from stepwell_server.errors import (
     SessionNotFound,
     StateCorrupt,
 )
-from support.durable import Disk, damage
+from support.durable import Lasting, damage
 from support.engine import Harness, kinds, x
 from support.fake_executor import PLAIN
+from support.kinds import LASTING
 
-pytestmark = pytest.mark.stores("async", "sync")
+pytestmark = LASTING
 
 NEWER = dataclasses.replace(PLAIN, fingerprint="f-newer")
 
@@ -61,12 +62,12 @@ async def refused(at: Harness, session_id: str, kind: type[ServerError], message
 
 
 @pytest.mark.parametrize("close", ["one", "many"])
-async def test_a_session_of_another_model_can_be_listed_and_closed(disk: Disk, close: str) -> None:
-    async with disk.engine() as at:
+async def test_a_session_of_another_model_can_be_listed_and_closed(lasting: Lasting, close: str) -> None:
+    async with lasting.engine() as at:
         await at.open("a")
         await at.step("a", x(1, 3))
-        disk.kill()
-    async with disk.engine({"plain": NEWER}) as at:
+        lasting.kill()
+    async with lasting.engine({"plain": NEWER}) as at:
         await at.open("fine")
         await refused(
             at, "a", ModelMismatch, "session 'a' belongs to model 'plain' with fingerprint f-plain;"
@@ -74,12 +75,12 @@ async def test_a_session_of_another_model_can_be_listed_and_closed(disk: Disk, c
         info = (await at.engine.list_sessions(prefix="a"))[0][0]
         assert (info.model, info.fingerprint, info.batch_size) == ("plain", "f-plain", 1)
         assert (info.revision, info.position, info.resident) == (1, 3, False)
-        assert at.engine.stats()[0].sessions == 2
-        disk.kill()
-    async with disk.engine() as at:  # the old model again
+        assert (await at.sessions())[0] == 2
+        lasting.kill()
+    async with lasting.engine() as at:  # the old model again
         assert (await at.step("a", x(1), expected=1)).revision == 2
-        disk.kill()
-    async with disk.engine({"plain": NEWER}) as at:
+        lasting.kill()
+    async with lasting.engine({"plain": NEWER}) as at:
         if close == "one":
             assert await at.engine.close_session("a", request_id=7) is False
             assert await at.engine.close_session("a", request_id=7) is True
@@ -87,35 +88,35 @@ async def test_a_session_of_another_model_can_be_listed_and_closed(disk: Disk, c
             assert await at.engine.close_sessions(["never", "a"]) == 1
         with pytest.raises(SessionNotFound, match="session 'a' was closed"):
             await at.engine.session_info("a")
-        assert at.engine.stats()[0].sessions == 1
+        assert (await at.sessions())[0] == 1
         assert (await at.engine.list_sessions())[1] == 1
         opened = (await at.engine.open_session("plain", session_id="a")).session
         assert (opened.revision, opened.position) == (3, 0), "one more than the session before had"
 
 
-async def test_a_session_of_a_model_that_is_not_served_can_be_listed_and_closed(disk: Disk) -> None:
-    async with disk.engine({"plain": PLAIN, "old": PLAIN}) as at:
+async def test_a_session_of_a_model_that_is_not_served_can_be_listed_and_closed(lasting: Lasting) -> None:
+    async with lasting.engine({"plain": PLAIN, "old": PLAIN}) as at:
         await at.open("a", model="old")
-        disk.kill()
-    async with disk.engine() as at:
+        lasting.kill()
+    async with lasting.engine() as at:
         await at.open("fine")
         message = r"session 'a' belongs to model 'old', which is not served; model must be one of \['plain'\]"
         await refused(at, "a", ModelNotFound, message)
         assert [info.session_id for info in (await at.engine.list_sessions(model="plain"))[0]] == ["fine"]
         assert [info.model for info in (await at.engine.list_sessions(prefix="a"))[0]] == ["old"]
         assert await at.engine.close_session("a") is False
-        assert (await at.engine.list_sessions())[1] == disk.store.count() == 1
-        disk.kill()
-    async with disk.engine({"plain": PLAIN, "old": PLAIN}) as at:
-        assert [model.sessions for model in at.engine.stats()] == [0, 1]
+        assert (await at.engine.list_sessions())[1] == await lasting.count() == 1
+        lasting.kill()
+    async with lasting.engine({"plain": PLAIN, "old": PLAIN}) as at:
+        assert await at.sessions() == [0, 1]
 
 
-async def test_a_damaged_record_harms_its_session_alone(disk: Disk) -> None:
-    async with disk.engine() as at:
+async def test_a_damaged_record_harms_its_session_alone(lasting: Lasting) -> None:
+    async with lasting.engine() as at:
         await at.open("a", "fine")
-        damage(disk.store, "a")
-        disk.kill()
-    async with disk.engine() as at:
+        await damage(lasting, "a")
+        lasting.kill()
+    async with lasting.engine() as at:
         await refused(at, "a", StateCorrupt, "the stored record of session 'a' must be as it was written")
         assert await at.engine.close_session("a", request_id=7) is False
         assert await at.engine.close_session("a", request_id=7) is True
@@ -126,38 +127,40 @@ async def test_a_damaged_record_harms_its_session_alone(disk: Disk) -> None:
         assert not opened.resumed
 
 
-async def test_a_record_that_is_damaged_while_its_session_is_away(disk: Disk) -> None:
-    async with disk.engine(resident_rows=2, threads=True) as at:
+async def test_a_record_that_is_damaged_while_its_session_is_away(lasting: Lasting) -> None:
+    async with lasting.engine(resident_rows=2, threads=True) as at:
         await at.open("a", "b")
         await at.open("c", batch_size=2)
         assert not (await at.engine.session_info("a")).resident
-        damage(disk.store, "a")
+        await damage(lasting, "a")
         for call in (at.step("a", x(1)), at.state("a"), at.engine.fork("a"), at.step("a", x(1, 2))):
             with pytest.raises(StateCorrupt, match="session 'a'"):
                 await call
         assert kinds(await at.submit(["a", "b"], x(2)).all()) == ["StateCorrupt", "Answer"]
-        assert at.engine.stats()[0].sessions == 3
+        assert (await at.sessions())[0] == 3
         assert await at.engine.close_session("a") is False
-        assert at.engine.stats()[0].sessions == 2
+        assert (await at.sessions())[0] == 2
         assert (await at.step("b", x(1), expected=1)).revision == 2
 
 
-async def test_a_damaged_session_is_closed_among_others(disk: Disk) -> None:
-    async with disk.engine() as at:
+async def test_a_damaged_session_is_closed_among_others(lasting: Lasting) -> None:
+    async with lasting.engine() as at:
         await at.open("a", "b", "c")
-        damage(disk.store, "b")
-        disk.kill()
-    async with disk.engine() as at:
+        await damage(lasting, "b")
+        lasting.kill()
+    async with lasting.engine() as at:
         assert await at.engine.close_sessions(["c", "b", "a", "never"]) == 3
         assert await at.engine.list_sessions() == ([], 0)
 
 
-async def test_one_of_two_closes_at_once_deletes_what_cannot_be_stepped(disk: Disk) -> None:
-    async with disk.engine() as at:
+async def test_one_of_two_closes_at_once_deletes_what_cannot_be_stepped(
+    lasting: Lasting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with lasting.engine() as at:
         await at.open("a", "b")
-        disk.kill()
-    disk.store.waits_for_disk = True
-    async with disk.engine({"plain": NEWER}) as at:
+        lasting.kill()
+    async with lasting.engine({"plain": NEWER}) as at:
+        at.inside.commit_on_a_thread(monkeypatch)
         closes = [at.engine.close_session("a", request_id=7), at.engine.close_session("a", request_id=7)]
         assert sorted(await asyncio.gather(*closes)) == [False, True]
-        assert at.engine.stats()[0].sessions == 1
+        assert (await at.sessions())[0] == 1

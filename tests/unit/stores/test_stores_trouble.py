@@ -9,10 +9,11 @@ import pytest
 
 from stepwell_server.engine.change import Change
 from stepwell_server.errors import Internal, ServerError, SessionExpired, SessionGone, Unavailable
-from support.durable import Disk, begun, everything, stalled
+from support.durable import Lasting, begun, everything, stalled
 from support.engine import Answer, Harness, Later, kinds, x
+from support.kinds import LASTING, ON_DISK
 
-pytestmark = pytest.mark.stores("async", "sync")
+pytestmark = LASTING
 
 AWAY = Unavailable("the store must be able to keep the change; the test says no")
 IDLE_S = 50.0
@@ -34,9 +35,10 @@ async def dropped(at: Harness, *session_ids: str) -> None:
     assert not any(session_id in at.inside.loaded() for session_id in session_ids)
 
 
+@ON_DISK
 @pytest.mark.parametrize("jump_s", [-1e7, 0.0, 1e7])
-async def test_trouble_counts_neither_as_use_nor_as_idleness(disk: Disk, jump_s: float) -> None:
-    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+async def test_trouble_counts_neither_as_use_nor_as_idleness(lasting: Lasting, jump_s: float) -> None:
+    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
         await at.open("a", "b", "c")
         at.clock.advance(IDLE_S)
         await at.step("a", x(1))
@@ -54,11 +56,12 @@ async def test_trouble_counts_neither_as_use_nor_as_idleness(disk: Disk, jump_s:
                 await at.state(name)
 
 
-async def test_the_sweep_leaves_alone_what_was_used_and_then_dropped(disk: Disk) -> None:
-    async with disk.engine() as at:
+@ON_DISK
+async def test_the_sweep_leaves_alone_what_was_used_and_then_dropped(lasting: Lasting) -> None:
+    async with lasting.engine() as at:
         await at.open("a", "b")
-        disk.kill()
-    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        lasting.kill()
+    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
         at.clock.advance(IDLE_S)
         await at.state("a")
         await dropped(at, "a")
@@ -67,8 +70,9 @@ async def test_the_sweep_leaves_alone_what_was_used_and_then_dropped(disk: Disk)
         assert (await at.step("a", x(1))).revision == 1
 
 
-async def test_what_was_dropped_and_never_named_again_expires(disk: Disk) -> None:
-    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+@ON_DISK
+async def test_what_was_dropped_and_never_named_again_expires(lasting: Lasting) -> None:
+    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
         at.clock.advance(IDLE_S + 1)
         assert await expired(at) == [], "the sweep of the start is over"
         await at.open("a", "b")
@@ -76,28 +80,28 @@ async def test_what_was_dropped_and_never_named_again_expires(disk: Disk) -> Non
         at.clock.advance(IDLE_S)
         assert await expired(at) == []
         at.clock.advance(1)
-        disk.store.read_error = AWAY
+        lasting.store.read_error = AWAY
         with pytest.raises(Unavailable):
             await at.expire()
-        disk.store.read_error = None
+        lasting.store.read_error = None
         at.clock.advance(2)
         assert await expired(at) == ["a", "b"]
-        assert disk.store.count() == at.engine.stats()[0].sessions == 0
+        assert await lasting.count() == (await at.sessions())[0] == 0
         assert await expired(at) == []
 
 
 @pytest.mark.parametrize("by", ["timer", "name"])
-async def test_what_expired_and_could_not_be_deleted_is_deleted_later(disk: Disk, by: str) -> None:
-    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+async def test_what_expired_and_could_not_be_deleted_is_deleted_later(lasting: Lasting, by: str) -> None:
+    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
         at.clock.advance(IDLE_S + 1)
         assert await expired(at) == []
         await at.open("a")
         at.clock.advance(IDLE_S + 1)
-        disk.store.fail(AWAY)
+        lasting.store.fail(AWAY)
         with pytest.raises(Unavailable):
             await at.expire()
         await at.settled()
-        assert disk.store.count() == at.engine.stats()[0].sessions == 1
+        assert await lasting.count() == (await at.sessions())[0] == 1
         at.clock.jump(-1000)  # it must not come back to life
         if by == "timer":
             assert await expired(at) == ["a"]
@@ -105,19 +109,19 @@ async def test_what_expired_and_could_not_be_deleted_is_deleted_later(disk: Disk
             with pytest.raises(SessionExpired):
                 await at.state("a")
             await at.settled()
-        assert disk.store.count() == at.engine.stats()[0].sessions == 0
-        disk.kill()
-    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        assert await lasting.count() == (await at.sessions())[0] == 0
+        lasting.kill()
+    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
         with pytest.raises(SessionExpired):
             await at.state("a")
 
 
-async def test_an_id_whose_old_session_could_not_be_deleted_is_opened_anew(disk: Disk) -> None:
-    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+async def test_an_id_whose_old_session_could_not_be_deleted_is_opened_anew(lasting: Lasting) -> None:
+    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
         await at.open("a")
         await at.step("a", x(1))
         at.clock.advance(IDLE_S + 1)
-        disk.store.fail(AWAY)
+        lasting.store.fail(AWAY)
         with pytest.raises(Unavailable):
             await at.expire()
         await at.settled()
@@ -125,17 +129,17 @@ async def test_an_id_whose_old_session_could_not_be_deleted_is_opened_anew(disk:
         await at.settled()
         assert await expired(at) == []
         assert (await at.engine.session_info("a")).revision == 2
-        assert disk.store.count() == at.engine.stats()[0].sessions == 1
+        assert await lasting.count() == (await at.sessions())[0] == 1
 
 
-async def test_who_sends_again_from_within_an_answer_is_answered_too(disk: Disk) -> None:
+async def test_who_sends_again_from_within_an_answer_is_answered_too(lasting: Lasting) -> None:
     told: list[Answer | ServerError] = []
-    async with disk.engine() as at:
+    async with lasting.engine() as at:
         await at.open("a")
-        disk.store.fail(AWAY)
-        disk.store.stall()
+        lasting.store.fail(AWAY)
+        lasting.store.stall()
         first = at.submit("a", x(1))
-        await stalled(disk.store)
+        await stalled(lasting.store)
 
         def again(answer: Answer | ServerError) -> None:
             told.append(answer)
@@ -144,20 +148,20 @@ async def test_who_sends_again_from_within_an_answer_is_answered_too(disk: Disk)
 
         at.engine.submit(Change(["a"], Later(again), inputs={"": x(1)}))
         at.inside.drain_inboxes()
-        disk.store.go_on()
+        lasting.store.go_on()
         assert kinds(await first.all()) == ["Unavailable"]
         await at.settled()
         assert kinds(told) == ["Unavailable", "Answer"]
         assert (await at.engine.session_info("a")).revision == 1
 
 
-async def test_who_sends_again_when_a_session_is_closed_is_answered_too(disk: Disk) -> None:
+async def test_who_sends_again_when_a_session_is_closed_is_answered_too(lasting: Lasting) -> None:
     refused: list[str] = []
-    async with disk.engine() as at:
+    async with lasting.engine() as at:
         await at.open("a")
-        disk.store.stall()
+        lasting.store.stall()
         close = await begun(at.engine.close_session("a"))
-        await stalled(disk.store)
+        await stalled(lasting.store)
 
         def again(answer: Answer | ServerError) -> None:
             assert len(refused) < 5
@@ -167,40 +171,42 @@ async def test_who_sends_again_when_a_session_is_closed_is_answered_too(disk: Di
 
         at.engine.submit(Change(["a"], Later(again), inputs={"": x(1)}))
         at.inside.drain_inboxes()
-        disk.store.go_on()
+        lasting.store.go_on()
         assert await close is False
         await at.settled()
         assert refused == ["SessionNotFound"] * 2
 
 
 @pytest.mark.parametrize("unexpected", [False, True])
-async def test_a_store_that_cannot_be_read_harms_nobody_who_is_here(disk: Disk, unexpected: bool) -> None:
+async def test_a_store_that_cannot_be_read_harms_nobody_who_is_here(
+    lasting: Lasting, unexpected: bool
+) -> None:
     kind = Internal if unexpected else Unavailable
-    async with disk.engine(resident_rows=2, threads=True) as at:
+    async with lasting.engine(resident_rows=2, threads=True) as at:
         await at.open("a", "b", "c")
         before = await everything(at)
         await at.state("b")
         await at.state("c")
         assert not (await at.engine.session_info("a")).resident
-        disk.store.read_error = RuntimeError("a secret detail") if unexpected else AWAY
+        lasting.store.read_error = RuntimeError("a secret detail") if unexpected else AWAY
         calls: list[Any] = [at.step("a", x(1)), at.state("a"), at.step("a", x(1, 2))]
         for call in calls:
             with pytest.raises(kind, match=r"the test says no|internal error [0-9a-f]{12}"):
                 await call
         assert kinds(await at.submit(["a", "b"], x(2)).all()) == [kind.__name__, "Answer"]
         at.check_books()
-        disk.store.read_error = None
+        lasting.store.read_error = None
         assert (await everything(at))["a"] == before["a"]
         assert (await at.step("a", x(1), expected=0)).revision == 1
 
 
-async def test_who_is_not_in_the_table_is_not_said_to_be_gone(disk: Disk) -> None:
-    async with disk.engine() as at:
+async def test_who_is_not_in_the_table_is_not_said_to_be_gone(lasting: Lasting) -> None:
+    async with lasting.engine() as at:
         await at.open("a", "b")
-        disk.kill()
-    async with disk.engine() as at:
+        lasting.kill()
+    async with lasting.engine() as at:
         await at.state("b")
-        disk.store.read_error = AWAY
+        lasting.store.read_error = AWAY
         for call in (
             at.step("a", x(1)),
             at.state("a"),
@@ -213,17 +219,17 @@ async def test_who_is_not_in_the_table_is_not_said_to_be_gone(disk: Disk) -> Non
             with pytest.raises(Unavailable, match="the test says no"):
                 await call
         assert kinds(await at.submit(["a", "b"], x(2)).all()) == ["Unavailable", "Answer"]
-        disk.store.read_error = None
+        lasting.store.read_error = None
         assert kinds(await at.submit(["a", "b"], x(2)).all()) == ["Answer", "Answer"]
         with pytest.raises(SessionGone):
             await at.state("c")
 
 
 async def test_members_of_a_group_are_stored_as_themselves_whoever_had_their_places_before(
-    disk: Disk,
+    lasting: Lasting,
 ) -> None:
     ids = [[f"{turn}-{i}" for i in range(20)] for turn in range(3)]
-    async with disk.engine() as at:
+    async with lasting.engine() as at:
         for turn, group in enumerate(ids):
             at.clock.advance(1)
             await at.engine.open_sessions("plain", session_ids=group, request_id=turn)
@@ -235,10 +241,10 @@ async def test_members_of_a_group_are_stored_as_themselves_whoever_had_their_pla
             if turn < 2:
                 assert await at.engine.close_sessions(group) == 20
         before = await everything(at)
-        disk.kill(away_s=0)
-    async with disk.engine() as at:
+        lasting.kill(away_s=0)
+    async with lasting.engine() as at:
         assert (await everything(at)) == before
         answers = at.submit(ids[2], x(20, seed=2), expected=[2] * 20, request_ids=np.arange(1, 21) + 200)
         found = await answers.all()
         assert all(getattr(answer, "replayed", False) for answer in found)
-        disk.kill()
+        lasting.kill()

@@ -16,9 +16,10 @@ from stepwell_server.engine.versions import document, pruning
 from stepwell_server.errors import ModelMismatch, ServerError, Unavailable, VersionExists, VersionNotFound
 from stepwell_server.store.base import Batch
 from stepwell_server.store.record import decode_header
-from support.durable import Disk, begun, stalled
+from support.durable import Lasting, begun, stalled
 from support.engine import Answer, Harness, x
 from support.fake_executor import PLAIN
+from support.kinds import LASTING, ON_DISK
 from support.versions import WIDE, after, serving, weights, widen
 
 CARRY, KEEP = SessionPolicy.CARRY, SessionPolicy.KEEP
@@ -26,17 +27,17 @@ MIGRATE, RESET = SessionPolicy.MIGRATE, SessionPolicy.RESET
 INITIAL = np.array([[0.5, -0.25]], np.float32)
 BOTH = {"plain@1": PLAIN, "plain@2": weights(2)}
 
-pytestmark = pytest.mark.stores("async", "sync")
+pytestmark = LASTING
 
 
-def on(disk: Disk, programs: Any = None, **options: Any) -> AbstractAsyncContextManager[Harness]:
+def on(lasting: Lasting, programs: Any = None, **options: Any) -> AbstractAsyncContextManager[Harness]:
     """A server process that serves versions of `plain`."""
-    return disk.engine(programs, run=serving, **options)
+    return lasting.engine(programs, run=serving, **options)
 
 
-def marks(disk: Disk, *session_ids: str) -> list[Mark | None]:
+async def marks(lasting: Lasting, *session_ids: str) -> list[Mark | None]:
     """What the records of sessions say of their versions."""
-    found = disk.store.store.get_many(session_ids)
+    found = [await lasting.record(session_id) for session_id in session_ids]
     return [mark_of(decode_header(i, r).fields) for i, r in zip(session_ids, found, strict=True) if r]
 
 
@@ -49,30 +50,33 @@ async def expect(at: Harness, name: str, version: int, state: Any, seed: int, *,
     return state
 
 
-async def test_a_carry_is_one_commit_and_records_follow(disk: Disk) -> None:
-    async with on(disk) as at:
+async def test_a_carry_is_one_commit_and_records_follow(lasting: Lasting) -> None:
+    async with on(lasting) as at:
         await at.open("stepped", "idle")
         state = await expect(at, "stepped", 1, INITIAL, 1)
         await at.engine.load_version("plain", 2, weights(2), source="two.keras")
-        commits = len(disk.store.tried)
+        commits = len(lasting.store.tried)
         await at.engine.set_default("plain", 2, CARRY)
-        assert len(disk.store.tried) == commits + 1
-        assert not disk.store.tried[-1].puts
-        assert marks(disk, "stepped", "idle") == [Mark(1, 0, is_pinned=False)] * 2
-        disk.kill()
-    async with on(disk, BOTH) as at:
+        assert len(lasting.store.tried) == commits + 1
+        assert not lasting.store.tried[-1].puts
+        assert await marks(lasting, "stepped", "idle") == [Mark(1, 0, is_pinned=False)] * 2
+        lasting.kill()
+    async with on(lasting, BOTH) as at:
         assert at.engine.model("plain").version == 2
         assert at.engine.model("plain").versions[1].source == "two.keras"
         state = await expect(at, "stepped", 2, state, 2)
-        assert marks(disk, "stepped", "idle") == [Mark(2, 1, is_pinned=False), Mark(1, 0, is_pinned=False)]
-        disk.kill()
-    async with on(disk, BOTH) as at:
+        assert await marks(lasting, "stepped", "idle") == [
+            Mark(2, 1, is_pinned=False),
+            Mark(1, 0, is_pinned=False),
+        ]
+        lasting.kill()
+    async with on(lasting, BOTH) as at:
         await expect(at, "stepped", 2, state, 3)
         await expect(at, "idle", 2, INITIAL, 4)
 
 
-async def test_a_limit_for_being_idle_goes_along(disk: Disk) -> None:
-    async with on(disk) as at:
+async def test_a_limit_for_being_idle_goes_along(lasting: Lasting) -> None:
+    async with on(lasting) as at:
         for name in ("stepped", "idle"):
             await at.engine.open_session("plain", session_id=name, max_idle_ms=60_000)
         await at.step("stepped", x(1))
@@ -81,8 +85,8 @@ async def test_a_limit_for_being_idle_goes_along(disk: Disk) -> None:
         assert (await at.step("stepped", x(1))).version == 2
         (exported,) = await at.engine.export_sessions(["idle"], deadline=float("inf"))
         assert decode_header("idle", exported).max_idle_ms == 60_000  # type: ignore[arg-type]
-        disk.kill()
-    async with on(disk, BOTH) as at:
+        lasting.kill()
+    async with on(lasting, BOTH) as at:
         for name in ("stepped", "idle"):
             assert (await at.engine.session_info(name)).max_idle_s == 60.0
         at.clock.advance(50.0)
@@ -93,36 +97,38 @@ async def test_a_limit_for_being_idle_goes_along(disk: Disk) -> None:
 
 
 @pytest.mark.parametrize("kept", [False, True])
-async def test_a_carry_that_is_cut_off_has_happened_for_all_or_for_none(disk: Disk, *, kept: bool) -> None:
+async def test_a_carry_that_is_cut_off_has_happened_for_all_or_for_none(
+    lasting: Lasting, *, kept: bool
+) -> None:
     names = ["a", "b", "c"]
-    async with on(disk) as at:
+    async with on(lasting) as at:
         await at.open(*names)
         states = {name: await expect(at, name, 1, INITIAL, i) for i, name in enumerate(names)}
         await at.engine.load_version("plain", 2, weights(2))
-        disk.store.stall(kept=kept)
+        lasting.store.stall(kept=kept)
         moving = await begun(at.engine.set_default("plain", 2, CARRY))
-        await stalled(disk.store)
-        disk.kill()
+        await stalled(lasting.store)
+        lasting.kill()
         moving.cancel()
     version = 2 if kept else 1
-    async with on(disk, BOTH) as at:
+    async with on(lasting, BOTH) as at:
         assert at.engine.model("plain").version == version
         for i, name in enumerate(names):
             await expect(at, name, version, states[name], 10 + i)
 
 
-async def test_a_carry_that_the_store_cannot_keep_changes_nothing(disk: Disk) -> None:
-    async with on(disk) as at:
+async def test_a_carry_that_the_store_cannot_keep_changes_nothing(lasting: Lasting) -> None:
+    async with on(lasting) as at:
         await at.open("a")
         await at.engine.load_version("plain", 2, weights(2))
-        disk.store.fail(Unavailable("the disk is full"))
+        lasting.store.fail(Unavailable("the disk is full"))
         with pytest.raises(Unavailable):
             await at.engine.set_default("plain", 2, CARRY)
         assert at.engine.model("plain").version == 1
         state = await expect(at, "a", 1, INITIAL, 1)
         await at.engine.set_default("plain", 2, CARRY)
         await expect(at, "a", 2, state, 2)
-        disk.store.fail(Unavailable("the disk is full"))
+        lasting.store.fail(Unavailable("the disk is full"))
         with pytest.raises(Unavailable):
             await at.engine.load_version("plain", 3, weights(3))
         with pytest.raises(VersionNotFound):
@@ -131,18 +137,18 @@ async def test_a_carry_that_the_store_cannot_keep_changes_nothing(disk: Disk) ->
 
 
 @pytest.mark.parametrize("policy", [RESET, MIGRATE])
-async def test_what_is_to_move_moves_when_it_is_read(policy: SessionPolicy, disk: Disk) -> None:
+async def test_what_is_to_move_moves_when_it_is_read(policy: SessionPolicy, lasting: Lasting) -> None:
     options: dict[str, Any] = {"migrations": {"widen": widen}}
-    async with on(disk, **options) as at:
+    async with on(lasting, **options) as at:
         await at.open("a", "b")
         state = await expect(at, "a", 1, INITIAL, 1)
         told = await at.step("a", x(1, seed=2), request_ids=7)
         state = after(1, state, [x(1, seed=2)])[1]
         await at.engine.load_version("plain", 2, WIDE)
         await at.engine.set_default("plain", 2, policy)
-        disk.kill()
+        lasting.kill()
     wide = WIDE.initial[0][None] if policy is RESET else np.concatenate([state, -state], axis=1)
-    async with on(disk, {"plain@2": WIDE}, **options) as at:
+    async with on(lasting, {"plain@2": WIDE}, **options) as at:
         info = await at.engine.session_info("a")
         assert (info.version, info.revision, info.position) == (2, 2, 0 if policy is RESET else 2)
         again = await at.step("a", x(1, seed=2), request_ids=7, expected=1)
@@ -158,8 +164,8 @@ async def test_what_is_to_move_moves_when_it_is_read(policy: SessionPolicy, disk
         np.testing.assert_array_equal((await at.state("copy"))["wide"], b)
 
 
-async def test_kept_and_pinned_sessions_are_where_they_were(disk: Disk) -> None:
-    async with on(disk) as at:
+async def test_kept_and_pinned_sessions_are_where_they_were(lasting: Lasting) -> None:
+    async with on(lasting) as at:
         await at.engine.load_version("plain", 2, weights(2))
         await at.engine.open_session("plain@1", session_id="pinned")
         await at.open("kept")
@@ -168,8 +174,8 @@ async def test_kept_and_pinned_sessions_are_where_they_were(disk: Disk) -> None:
         await at.engine.load_version("plain", 3, weights(3))
         await at.engine.set_default("plain", 3, CARRY)
         await at.engine.set_label("plain", "canary", 2)
-        disk.kill()
-    async with on(disk, {**BOTH, "plain@3": weights(3)}) as at:
+        lasting.kill()
+    async with on(lasting, {**BOTH, "plain@3": weights(3)}) as at:
         assert at.engine.model("plain:canary").version == 2
         await expect(at, "pinned", 1, INITIAL, 1)
         await expect(at, "kept", 1, INITIAL, 2)
@@ -178,11 +184,11 @@ async def test_kept_and_pinned_sessions_are_where_they_were(disk: Disk) -> None:
 
 
 @pytest.mark.parametrize("at_start", [True, False])
-async def test_what_drains_drains_after_a_restart_too(disk: Disk, *, at_start: bool) -> None:
+async def test_what_drains_drains_after_a_restart_too(lasting: Lasting, *, at_start: bool) -> None:
     def draining(at: Harness) -> list[bool]:
         return [version.is_draining for version in at.engine.model("plain").versions]
 
-    async with on(disk) as at:
+    async with on(lasting) as at:
         await at.open("a")
         for version, policy, leaves in ((2, KEEP, None), (3, CARRY, None), (4, CARRY, True)):
             await at.engine.load_version("plain", version, weights(version), source=f"{version}.keras")
@@ -191,9 +197,9 @@ async def test_what_drains_drains_after_a_restart_too(disk: Disk, *, at_start: b
         await at.engine.set_label("plain", "old", 3)
         assert draining(at) == [True, False, False, False]
         await at.engine.set_label("plain", "old", 0)
-        disk.kill()
+        lasting.kill()
     programs = {f"plain@{version}": PLAIN if version == 1 else weights(version) for version in range(1, 5)}
-    async with on(disk, programs if at_start else {"plain@1": PLAIN}) as at:
+    async with on(lasting, programs if at_start else {"plain@1": PLAIN}) as at:
         if not at_start:
             for version in (2, 3, 4):
                 await at.engine.load_version("plain", version, weights(version), source=f"{version}.keras")
@@ -205,13 +211,14 @@ async def test_what_drains_drains_after_a_restart_too(disk: Disk, *, at_start: b
         assert draining(at) == [False] * 4
 
 
-async def test_a_default_that_is_not_loaded_yet_is_waited_for(disk: Disk) -> None:
-    async with on(disk) as at:
+@ON_DISK
+async def test_a_default_that_is_not_loaded_yet_is_waited_for(lasting: Lasting) -> None:
+    async with on(lasting) as at:
         await at.open("a")
         await at.engine.load_version("plain", 2, weights(2))
         await at.engine.set_default("plain", 2, CARRY)
-        disk.kill()
-    async with on(disk) as at:  # version 1 alone
+        lasting.kill()
+    async with on(lasting) as at:  # version 1 alone
         assert at.engine.model("plain").version == 1
         with pytest.raises(VersionNotFound, match="is on version 2 of model 'plain', which is not loaded"):
             await at.step("a", x(1))
@@ -220,41 +227,43 @@ async def test_a_default_that_is_not_loaded_yet_is_waited_for(disk: Disk) -> Non
         await at.engine.load_version("plain", 2, weights(2))
         assert at.engine.model("plain").version == 2
         await expect(at, "a", 2, INITIAL, 1)
-        disk.kill()
-    async with on(disk) as at:  # or the sessions come back
+        lasting.kill()
+    async with on(lasting) as at:  # or the sessions come back
         await at.engine.set_default("plain", 1, CARRY)
         state = after(2, INITIAL, [x(1, seed=1)])[1]
         await expect(at, "a", 1, state, 2)
 
 
-async def test_what_is_opened_on_a_version_that_others_have_left_stays(disk: Disk) -> None:
-    async with on(disk) as at:
+async def test_what_is_opened_on_a_version_that_others_have_left_stays(lasting: Lasting) -> None:
+    async with on(lasting) as at:
         await at.open("moved")
         await at.engine.load_version("plain", 2, weights(2))
         await at.engine.set_default("plain", 2, CARRY)
         await at.engine.set_default("plain", 1, KEEP)
         await at.open("a")
         state = await expect(at, "a", 1, INITIAL, 1)
-        disk.kill()
-    async with on(disk, BOTH) as at:
+        lasting.kill()
+    async with on(lasting, BOTH) as at:
         await expect(at, "a", 1, state, 2)
         assert (await at.engine.session_info("moved")).version == 2
 
 
-async def test_what_is_opened_after_the_default_was_unloaded_stays(disk: Disk) -> None:
-    async with on(disk) as at:
+@ON_DISK
+async def test_what_is_opened_after_the_default_was_unloaded_stays(lasting: Lasting) -> None:
+    async with on(lasting) as at:
         await at.engine.load_version("plain", 2, weights(2))
         await at.engine.set_default("plain", 2, RESET)
         await at.engine.unload_version("plain", 2, force=True)
         await at.open("a")
         state = await expect(at, "a", 1, INITIAL, 1)
-        disk.kill()
-    async with on(disk) as at:
+        lasting.kill()
+    async with on(lasting) as at:
         await expect(at, "a", 1, state, 2)
 
 
-async def test_a_number_has_one_set_of_weights_while_sessions_may_have_them(disk: Disk) -> None:
-    async with on(disk) as at:
+@ON_DISK
+async def test_a_number_has_one_set_of_weights_while_sessions_may_have_them(lasting: Lasting) -> None:
+    async with on(lasting) as at:
         await at.open("a")
         await at.engine.load_version("plain", 2, weights(2))
         await at.engine.set_default("plain", 2, CARRY)
@@ -264,16 +273,18 @@ async def test_a_number_has_one_set_of_weights_while_sessions_may_have_them(disk
         await at.engine.load_version("plain", 1, PLAIN)
 
 
-async def test_the_file_of_a_version_was_replaced(disk: Disk) -> None:
-    async with on(disk) as at:
+@ON_DISK
+async def test_the_file_of_a_version_was_replaced(lasting: Lasting) -> None:
+    async with on(lasting) as at:
         await at.open("a")
-    async with on(disk, {"plain": weights(5)}) as at:
+    async with on(lasting, {"plain": weights(5)}) as at:
         with pytest.raises(ModelMismatch, match="belongs to model 'plain' with fingerprint f-plain"):
             await at.step("a", x(1))
 
 
-async def test_the_file_of_a_version_that_sessions_have_left_was_replaced(disk: Disk) -> None:
-    async with on(disk) as at:
+@ON_DISK
+async def test_the_file_of_a_version_that_sessions_have_left_was_replaced(lasting: Lasting) -> None:
+    async with on(lasting) as at:
         await at.open("plain", "marked")
         await at.engine.open_session("plain@1", session_id="pinned")
         await at.engine.load_version("plain", 2, weights(2))
@@ -282,30 +293,31 @@ async def test_the_file_of_a_version_that_sessions_have_left_was_replaced(disk: 
         states = {name: await expect(at, name, 1, INITIAL, 1) for name in ("plain", "marked")}
         await at.engine.set_default("plain", 2, CARRY)
         states["marked"] = await expect(at, "marked", 2, states["marked"], 2)
-        disk.kill()
+        lasting.kill()
     replaced = {"plain@1": weights(5), "plain@2": weights(2)}
-    async with on(disk, replaced) as at:
+    async with on(lasting, replaced) as at:
         with pytest.raises(ModelMismatch, match="belongs to model 'plain' with fingerprint f-plain"):
             await at.step("pinned", x(1))
         await at.open("new")
         await at.engine.set_default("plain", 1, CARRY)
         await expect(at, "marked", 1, states["marked"], 3, weight=5)
         await expect(at, "plain", 1, states["plain"], 3, weight=5)
-        disk.kill()
+        lasting.kill()
 
 
-async def test_a_file_that_was_replaced_comes_back(disk: Disk) -> None:
-    async with on(disk) as at:
+@ON_DISK
+async def test_a_file_that_was_replaced_comes_back(lasting: Lasting) -> None:
+    async with on(lasting) as at:
         await at.open("a", "b")
         states = {name: await expect(at, name, 1, INITIAL, 1) for name in ("a", "b")}
         await at.engine.load_version("plain", 2, weights(2))
         await at.engine.set_default("plain", 2, CARRY)
-        disk.kill()
-    async with on(disk, {"plain@1": weights(5), "plain@2": weights(2)}) as at:
+        lasting.kill()
+    async with on(lasting, {"plain@1": weights(5), "plain@2": weights(2)}) as at:
         states["b"] = await expect(at, "b", 2, states["b"], 2)
         await at.engine.set_label("plain", "kept", 2)  # the store says what is known now
-        disk.kill()
-    async with on(disk, BOTH) as at:
+        lasting.kill()
+    async with on(lasting, BOTH) as at:
         known = at.engine.catalogue()["plain"].known
         assert {version: each.fingerprint for version, each in known.items()} == {
             1: "f-plain",
@@ -315,9 +327,11 @@ async def test_a_file_that_was_replaced_comes_back(disk: Disk) -> None:
             await expect(at, name, 2, states[name], 3)
 
 
-async def test_moves_that_nobody_makes_are_forgotten(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_moves_that_nobody_makes_are_forgotten(
+    lasting: Lasting, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pruning, "MANY_MOVES", 8)
-    async with on(disk) as at:
+    async with on(lasting) as at:
         await at.open("asleep", "active")
         asleep = await expect(at, "asleep", 1, INITIAL, 0)
         active = INITIAL
@@ -332,16 +346,16 @@ async def test_moves_that_nobody_makes_are_forgotten(disk: Disk, monkeypatch: py
         assert len(own.known) <= 8
         assert len(at.inside.models) == 1
         asleep = await expect(at, "asleep", 41, asleep, 1)
-        disk.kill()
-    async with on(disk, {"plain@41": weights(41)}) as at:
+        lasting.kill()
+    async with on(lasting, {"plain@41": weights(41)}) as at:
         await expect(at, "asleep", 41, asleep, 2)
         await expect(at, "active", 41, active, 3)
 
 
 @pytest.mark.parametrize("count", [1, 20])  # records of many sessions are laid out together
-async def test_what_ends_behind_a_move_is_carried_after_a_kill(disk: Disk, count: int) -> None:
+async def test_what_ends_behind_a_move_is_carried_after_a_kill(lasting: Lasting, count: int) -> None:
     names = [f"s{i}" for i in range(count)]
-    async with on(disk, threads=True) as at:
+    async with on(lasting, threads=True) as at:
         await at.open(*names)
         await at.engine.load_version("plain", 2, weights(2))
         under_way = await at.begin_pass(names, x(count))
@@ -349,26 +363,28 @@ async def test_what_ends_behind_a_move_is_carried_after_a_kill(disk: Disk, count
         at.hooks.open_gate()
         answers = await under_way.all()
         assert [answer.version for answer in answers if isinstance(answer, Answer)] == [1] * count
-        assert set(marks(disk, *names)) == {Mark(1, 0, is_pinned=False)}
-        disk.kill()
-    async with on(disk, BOTH) as at:
+        assert set(await marks(lasting, *names)) == {Mark(1, 0, is_pinned=False)}
+        lasting.kill()
+    async with on(lasting, BOTH) as at:
         assert await at.inside.sessions_by_version("plain") == {2: count}
         assert (await at.step(names[-1], x(1))).version == 2
 
 
-async def test_sessions_follow_the_default_after_the_document_of_their_last_move_was_lost(disk: Disk) -> None:
-    async with on(disk) as at:
+async def test_sessions_follow_the_default_after_the_document_of_their_last_move_was_lost(
+    lasting: Lasting,
+) -> None:
+    async with on(lasting) as at:
         await at.open("a")
         await at.engine.load_version("plain", 2, weights(2))
         await at.engine.set_default("plain", 2, CARRY)
         state = await expect(at, "a", 2, INITIAL, 1)
-        disk.kill()
-    disk.store.store.commit(Batch(documents=[(document.name_of("plain"), None)]))
-    async with on(disk, BOTH) as at:
+        lasting.kill()
+    await lasting.write(Batch(documents=[(document.name_of("plain"), None)]))
+    async with on(lasting, BOTH) as at:
         state = await expect(at, "a", 2, state, 2)
         await at.engine.load_version("plain", 3, weights(3))
         await at.engine.set_default("plain", 3, CARRY)
         state = await expect(at, "a", 3, state, 3)
-        disk.kill()
-    async with on(disk, {**BOTH, "plain@3": weights(3)}) as at:
+        lasting.kill()
+    async with on(lasting, {**BOTH, "plain@3": weights(3)}) as at:
         await expect(at, "a", 3, state, 4)

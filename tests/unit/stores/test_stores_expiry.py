@@ -6,10 +6,11 @@ import pytest
 
 from stepwell_server.errors import SessionExpired, SessionGone
 from stepwell_server.store.base import End
-from support.durable import Disk
+from support.durable import Lasting, new_lasting
 from support.engine import Harness, x
+from support.kinds import LASTING, ON_DISK
 
-pytestmark = pytest.mark.stores("async", "sync")
+pytestmark = LASTING
 
 IDLE_S = 50.0
 
@@ -19,7 +20,7 @@ async def ids(at: Harness) -> list[str]:
     infos, _ = await at.engine.list_sessions()
     await at.settled()
     infos, total = await at.engine.list_sessions()
-    assert total == len(infos) == at.engine.stats()[0].sessions
+    assert total == len(infos) == (await at.sessions())[0]
     return [info.session_id for info in infos]
 
 
@@ -34,17 +35,17 @@ async def ends(at: Harness, *session_ids: str) -> list[str]:
 
 
 @pytest.fixture
-async def elsewhere(disk: Disk) -> str:
+async def elsewhere(lasting: Lasting) -> str:
     """The id of a session of another data directory."""
-    other = Disk()
+    other = await new_lasting()
     async with other.engine() as at:
         found = (await at.engine.open_session("plain")).session.session_id
-    other.close()
+    await other.aclose()
     return found
 
 
-async def test_how_a_session_ended_is_remembered(disk: Disk, elsewhere: str) -> None:
-    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+async def test_how_a_session_ended_is_remembered(lasting: Lasting, elsewhere: str) -> None:
+    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
         await at.open("idle", "closed")
         mine = (await at.engine.open_session("plain")).session.session_id
         await at.engine.close_session("closed")
@@ -54,10 +55,11 @@ async def test_how_a_session_ended_is_remembered(disk: Disk, elsewhere: str) -> 
         wanted = ["SessionExpired", "SessionNotFound", "SessionNotFound", "SessionNotFound", "SessionLost"]
         assert await ends(at, "idle", "closed", mine, "never", elsewhere) == wanted
         await at.settled()
-        disk.kill()
-    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        lasting.kill()
+    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
         assert await ends(at, "idle", "closed", mine, "never", elsewhere) == wanted
-        stone = disk.store.tombstones(["idle"])[0]
+        stone = await lasting.tombstone("idle")
+        assert stone is not None
         assert (stone.end, stone.revision) == (End.EXPIRED, 0)
         assert await at.engine.close_sessions(["idle", "closed", "never"]) == 0
         opened = await at.engine.open_session("plain", session_id="idle")
@@ -65,12 +67,13 @@ async def test_how_a_session_ended_is_remembered(disk: Disk, elsewhere: str) -> 
         assert (await at.step("idle", x(1))).revision == 2, "no revision of the session before comes again"
 
 
+@ON_DISK
 @pytest.mark.parametrize("jump_s", [-1e7, 0.0, 1e7])
-async def test_time_that_the_server_was_away_ends_no_session(disk: Disk, jump_s: float) -> None:
-    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+async def test_time_that_the_server_was_away_ends_no_session(lasting: Lasting, jump_s: float) -> None:
+    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
         await at.open("named", "used", "untouched", "read")
-        disk.kill(away_s=jump_s)
-    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        lasting.kill(away_s=jump_s)
+    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
         assert (await at.engine.session_info("named")).last_used <= at.clock.now()
         at.clock.advance(IDLE_S)
         await at.step("used", x(1))
@@ -93,16 +96,17 @@ async def test_time_that_the_server_was_away_ends_no_session(disk: Disk, jump_s:
         assert at.slots().resident == 0
 
 
-async def test_what_nobody_names_expires_by_the_sweep_alone(disk: Disk) -> None:
-    async with disk.engine() as at:
+@ON_DISK
+async def test_what_nobody_names_expires_by_the_sweep_alone(lasting: Lasting) -> None:
+    async with lasting.engine() as at:
         await at.engine.open_sessions("plain", session_ids=[f"s{i:04}" for i in range(1200)])
         await at.open("z")
-        disk.kill()
-    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        lasting.kill()
+    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
         await at.state("s0700")
         at.clock.advance(IDLE_S)
         await at.expire()
-        assert at.engine.stats()[0].sessions == 1201
+        assert (await at.sessions())[0] == 1201
         await at.state("z")
         at.clock.advance(0.5)
         # first comes what was noted; and not all at once
@@ -112,19 +116,20 @@ async def test_what_nobody_names_expires_by_the_sweep_alone(disk: Disk) -> None:
         assert at.inside.loaded() == ["s0001", "s1199x", "z"], "to expire sessions loads none"
         assert await ids(at) == ["s0001", "s1199x", "z"]
         assert await ends(at, "s0002", "s0700", "s1199") == ["SessionExpired"] * 3
-        disk.kill()
-    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        lasting.kill()
+    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
         assert await ids(at) == ["s0001", "s1199x", "z"]
         assert await ends(at, "s0002", "s0700", "s1199") == ["SessionExpired"] * 3
 
 
 @pytest.mark.parametrize("jump_s", [-1e7, 1e7])
-async def test_a_clock_that_is_set_ends_no_session(disk: Disk, jump_s: float) -> None:
-    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+async def test_a_clock_that_is_set_ends_no_session(lasting: Lasting, jump_s: float) -> None:
+    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
         await at.open("a", "b", "c")
         at.clock.advance(IDLE_S)
         await at.step("a", x(1))
         await at.state("b")
+        await lasting.knows_use_of("b")
         at.clock.jump(jump_s)
         at.clock.advance(IDLE_S / 2)
         await at.expire()
@@ -132,17 +137,17 @@ async def test_a_clock_that_is_set_ends_no_session(disk: Disk, jump_s: float) ->
         assert (await at.engine.session_info("a")).last_used == at.clock.now() - IDLE_S / 2
 
 
-async def test_sessions_are_counted_through_everything(disk: Disk) -> None:
-    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+async def test_sessions_are_counted_through_everything(lasting: Lasting) -> None:
+    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
         await at.open("a", "b", "c", "d")
         await at.engine.open_sessions("plain", session_ids=["e", "f"])
         await at.engine.fork("a", new_session_id="g")
         await at.engine.close_session("b")
         await at.engine.close_sessions(["c", "d", "never"])
         assert await ids(at) == ["a", "e", "f", "g"]
-        disk.kill()
-    async with disk.engine(max_session_idle_s=IDLE_S) as at:
-        assert at.engine.stats()[0].sessions == 4
+        lasting.kill()
+    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
+        assert (await at.sessions())[0] == 4
         await at.engine.close_session("e")
         at.clock.advance(IDLE_S + 1)
         await at.open("h")
@@ -152,8 +157,8 @@ async def test_sessions_are_counted_through_everything(disk: Disk) -> None:
             await at.engine.fork("f")
         await at.expire()
         assert await ids(at) == ["h"]
-        disk.kill()
-    async with disk.engine(max_session_idle_s=IDLE_S) as at:
-        assert at.engine.models()[0].sessions == 1
+        lasting.kill()
+    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
+        assert (await at.sessions())[0] == 1
         await at.open("a")
         assert await ids(at) == ["a", "h"]

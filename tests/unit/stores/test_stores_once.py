@@ -7,16 +7,17 @@ from typing import Any
 import pytest
 
 from stepwell_server.errors import InvalidInput, RevisionConflict, SessionExists, SessionGone, SessionNotFound
-from support.durable import Disk, everything
+from support.durable import Lasting, everything
 from support.engine import Harness, x
+from support.kinds import LASTING
 
-pytestmark = pytest.mark.stores("async", "sync")
+pytestmark = LASTING
 
 
 async def count(at: Harness) -> int:
     """How many sessions there are, whoever is asked."""
     infos, total = await at.engine.list_sessions()
-    assert total == len(infos) == at.engine.stats()[0].sessions == at.engine.models()[0].sessions
+    assert total == len(infos) == (await at.sessions())[0]
     return total
 
 
@@ -30,13 +31,13 @@ async def count(at: Harness) -> int:
         {"session_id": "a", "batch_size": 2, "state": {"": x(2, seed=3)}},
     ],
 )
-async def test_an_open_sent_again_means_the_session_it_made(disk: Disk, fields: dict[str, Any]) -> None:
-    async with disk.engine() as at:
+async def test_an_open_sent_again_means_the_session_it_made(lasting: Lasting, fields: dict[str, Any]) -> None:
+    async with lasting.engine() as at:
         first = await at.engine.open_session("plain", request_id=7, **fields)
         assert not first.replayed
-        disk.kill(away_s=0)
+        lasting.kill(away_s=0)
     for step in range(2):
-        async with disk.engine() as at:
+        async with lasting.engine() as at:
             again = await at.engine.open_session("plain", request_id=7, **fields)
             assert again.replayed
             assert not again.resumed
@@ -45,14 +46,14 @@ async def test_an_open_sent_again_means_the_session_it_made(disk: Disk, fields: 
             assert (session.revision, session.created) == (step, first.session.created)
             assert await count(at) == 1
             await at.step(session.session_id, x(session.batch_size), expected=step)
-            disk.kill(away_s=0)
+            lasting.kill(away_s=0)
 
 
-async def test_another_open_of_the_id_is_not_the_same(disk: Disk) -> None:
-    async with disk.engine() as at:
+async def test_another_open_of_the_id_is_not_the_same(lasting: Lasting) -> None:
+    async with lasting.engine() as at:
         await at.engine.open_session("plain", session_id="a", request_id=7, must_be_new=True)
-        disk.kill()
-    async with disk.engine() as at:
+        lasting.kill()
+    async with lasting.engine() as at:
         for request_id in (0, 8):
             with pytest.raises(SessionExists, match="session 'a' is open"):
                 await at.engine.open_session("plain", session_id="a", request_id=request_id, must_be_new=True)
@@ -67,13 +68,13 @@ async def test_another_open_of_the_id_is_not_the_same(disk: Disk) -> None:
 
 
 @pytest.mark.parametrize("named", [False, True])
-async def test_many_opened_again_are_the_same(disk: Disk, named: bool) -> None:
+async def test_many_opened_again_are_the_same(lasting: Lasting, named: bool) -> None:
     fields: dict[str, Any] = {"session_ids": ["c", "a", "b"]} if named else {"count": 3}
-    async with disk.engine() as at:
+    async with lasting.engine() as at:
         first = await at.engine.open_sessions("plain", request_id=7, batch_size=2, **fields)
         before = await everything(at)
-        disk.kill(away_s=0)
-    async with disk.engine() as at:
+        lasting.kill(away_s=0)
+    async with lasting.engine() as at:
         again = await at.engine.open_sessions("plain", request_id=7, batch_size=2, **fields)
         assert again.replayed
         assert list(again.session_ids) == list(first.session_ids)
@@ -92,16 +93,16 @@ async def test_many_opened_again_are_the_same(disk: Disk, named: bool) -> None:
 
 
 @pytest.mark.parametrize("named", [False, True])
-async def test_a_fork_sent_again_means_the_session_it_made(disk: Disk, named: bool) -> None:
+async def test_a_fork_sent_again_means_the_session_it_made(lasting: Lasting, named: bool) -> None:
     fields: dict[str, Any] = {"new_session_id": "b" if named else "", "request_id": 7, "expected": 1}
-    async with disk.engine() as at:
+    async with lasting.engine() as at:
         await at.open("a")
         await at.step("a", x(1, 3))
         first = await at.engine.fork("a", **fields)
         await at.step("a", x(1))
         before = await everything(at)
-        disk.kill(away_s=0)
-    async with disk.engine() as at:
+        lasting.kill(away_s=0)
+    async with lasting.engine() as at:
         again = await at.engine.fork("a", **fields)
         assert again.replayed
         assert again.session.session_id == first.session.session_id
@@ -116,13 +117,13 @@ async def test_a_fork_sent_again_means_the_session_it_made(disk: Disk, named: bo
         assert await count(at) == 1
 
 
-async def test_a_close_sent_again_succeeds(disk: Disk) -> None:
-    async with disk.engine() as at:
+async def test_a_close_sent_again_succeeds(lasting: Lasting) -> None:
+    async with lasting.engine() as at:
         await at.open("a", "b", "c")
         assert await at.engine.close_session("a", request_id=7) is False
         assert await at.engine.close_session("b") is False
-        disk.kill()
-    async with disk.engine() as at:
+        lasting.kill()
+    async with lasting.engine() as at:
         assert await at.engine.close_session("a", request_id=7) is True
         for name, request_id in (("a", 8), ("a", 0), ("b", 7), ("b", 0), ("never", 7)):
             with pytest.raises(SessionNotFound):
@@ -132,32 +133,32 @@ async def test_a_close_sent_again_succeeds(disk: Disk) -> None:
         assert await count(at) == 0
 
 
-async def test_a_close_sent_again_after_restarts_closes_only_what_it_closed(disk: Disk) -> None:
-    async with disk.engine() as at:
+async def test_a_close_sent_again_after_restarts_closes_only_what_it_closed(lasting: Lasting) -> None:
+    async with lasting.engine() as at:
         await at.open("a", "b", "group 1", "group 2")
         uid = (await at.engine.session_info("b")).uid
         await at.engine.close_session("a", request_id=7)
         await at.engine.close_session("b")
         await at.engine.close_sessions(["group 1", "group 2"], request_id=8)
-        disk.kill()
-    async with disk.engine() as at:
+        lasting.kill()
+    async with lasting.engine() as at:
         await at.open("a", "b", "group 2")
         await at.step("a", x(1))
-        disk.kill()
+        lasting.kill()
     for _ in range(2):
-        async with disk.engine() as at:
+        async with lasting.engine() as at:
             assert await at.engine.close_session("a", request_id=7) is True
             with pytest.raises(SessionNotFound, match="another one has its id now"):
                 await at.engine.close_session("b", request_id=9, uid=uid)
             assert await at.engine.close_sessions(["group 1", "group 2"], request_id=8) == 2
             assert await count(at) == 3
             await at.step("a", x(1))
-            disk.kill()
+            lasting.kill()
 
 
 @pytest.mark.parametrize("killed", [False, True])
-async def test_a_late_duplicate_does_not_bring_a_session_back(disk: Disk, killed: bool) -> None:
-    async with disk.engine() as at:
+async def test_a_late_duplicate_does_not_bring_a_session_back(lasting: Lasting, killed: bool) -> None:
+    async with lasting.engine() as at:
         await at.open("source")
         one = (await at.engine.open_session("plain", request_id=7)).session.session_id
         many = (await at.engine.open_sessions("plain", request_id=8, count=3)).session_ids
@@ -165,11 +166,11 @@ async def test_a_late_duplicate_does_not_bring_a_session_back(disk: Disk, killed
         for session_id in (one, *many, twin):
             await at.engine.close_session(session_id)
         if killed:
-            disk.kill()
+            lasting.kill()
         else:
             await refuse_duplicates(at)
     if killed:
-        async with disk.engine() as at:
+        async with lasting.engine() as at:
             await refuse_duplicates(at)
 
 
@@ -184,18 +185,18 @@ async def refuse_duplicates(at: Harness) -> None:
     assert await count(at) == 1
 
 
-async def test_an_id_that_was_closed_may_be_opened_anew(disk: Disk) -> None:
-    async with disk.engine() as at:
+async def test_an_id_that_was_closed_may_be_opened_anew(lasting: Lasting) -> None:
+    async with lasting.engine() as at:
         await at.engine.open_session("plain", session_id="a", request_id=7)
         await at.step("a", x(1))
         await at.engine.close_session("a", request_id=8)
-        disk.kill()
-    async with disk.engine() as at:
+        lasting.kill()
+    async with lasting.engine() as at:
         opened = await at.engine.open_session("plain", session_id="a", request_id=9)
         assert not opened.resumed
         assert (opened.session.revision, opened.session.position) == (2, 0)
-        disk.kill()
-    async with disk.engine() as at:
+        lasting.kill()
+    async with lasting.engine() as at:
         assert (await at.engine.session_info("a")).revision == 2
         assert await count(at) == 1
-        assert disk.store.tombstones(["a"])[0] is None
+        assert (await lasting.tombstone("a")) is None

@@ -11,11 +11,12 @@ from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.state.replies import KeptArrays
 from stepwell_server.errors import ServerError, Unavailable
-from support.durable import Disk, same_reply
+from support.durable import Lasting, same_reply
 from support.engine import Answer, Answers, Later, x
+from support.kinds import LASTING
 from support.model_of_sessions import initial, traced
 
-pytestmark = pytest.mark.stores("async", "sync")
+pytestmark = LASTING
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -33,21 +34,21 @@ pytestmark = pytest.mark.stores("async", "sync")
     ids=str,
 )
 async def test_a_retry_gets_the_first_states(
-    disk: Disk, said: dict[str, Any], steps: int, select: Select, killed: bool
+    lasting: Lasting, said: dict[str, Any], steps: int, select: Select, killed: bool
 ) -> None:
     value = x(len(said.get("rows", "all")), *([steps] if steps else []))
     again: dict[str, Any] = {"expected": 0, "request_id": 7, "select": select, **said}
-    async with disk.engine(resident_rows=4, steps=2) as at:
+    async with lasting.engine(resident_rows=4, steps=2) as at:
         await at.open("a", batch_size=3)
         first = await at.single("a", value, **again).only()
         at.clock.advance(1)
         await at.open("b", batch_size=4)
         assert not at.inside.model("plain").replies.series
         if killed:
-            disk.kill()
+            lasting.kill()
         else:
             await at.single("a", value, **again).only()
-    async with disk.engine(resident_rows=4) as at:
+    async with lasting.engine(resident_rows=4) as at:
         second = await at.single("a", value, **again).only()
     same_reply(second, first)
     assert bool(first.states) == ("states" in said)
@@ -55,12 +56,14 @@ async def test_a_retry_gets_the_first_states(
         assert first.states["sum"].tobytes() == traced(initial(3), value)[1].tobytes()
 
 
-async def test_a_step_of_some_rows_whose_session_was_loaded_anew_is_one_of_some_rows(disk: Disk) -> None:
+async def test_a_step_of_some_rows_whose_session_was_loaded_anew_is_one_of_some_rows(
+    lasting: Lasting,
+) -> None:
     """Sent from within the answer to a change that the store could not keep: then the session leaves the table."""
     sent: list[Answers] = []
-    async with disk.engine() as at:
+    async with lasting.engine() as at:
         await at.open("a", batch_size=3)
-        disk.store.fail(Unavailable("the test says no"))
+        lasting.store.fail(Unavailable("the test says no"))
 
         def send(answer: Answer | ServerError) -> None:
             assert isinstance(answer, Unavailable)
@@ -76,13 +79,13 @@ async def test_a_step_of_some_rows_whose_session_was_loaded_anew_is_one_of_some_
 
 
 async def test_replies_beyond_their_share_of_the_memory_are_only_in_the_store(
-    disk: Disk, monkeypatch: pytest.MonkeyPatch
+    lasting: Lasting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     value = x(1, 5)
     own = KeptArrays({"y": value}, {"sum": value}).byte_count
     monkeypatch.setattr("stepwell_server.engine.state.replies.MOST_BYTES", 3 * own)
     said: dict[str, Any] = {"states": Select.ALL, "request_ids": 7, "expected": 0}
-    async with disk.engine() as at:
+    async with lasting.engine() as at:
         names = [f"s{i}" for i in range(8)]
         await at.open(*names)
         firsts = {name: await at.step(name, value, **said) for name in names}
@@ -101,9 +104,9 @@ async def test_replies_beyond_their_share_of_the_memory_are_only_in_the_store(
         assert not replies.are_too_many
 
 
-async def test_who_knows_no_states_in_a_record_reads_its_outputs(disk: Disk) -> None:
+async def test_who_knows_no_states_in_a_record_reads_its_outputs(lasting: Lasting) -> None:
     """Servers before there were any, on the same data."""
-    async with disk.engine() as at:
+    async with lasting.engine() as at:
         replies = at.inside.model("plain").replies
         outputs, states = {"y": x(2, 3)}, {"sum": x(2, 3, seed=1)}
         before = replies.pack(KeptArrays(outputs, {}))

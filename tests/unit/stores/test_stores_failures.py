@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from stepwell_server.errors import Internal, ServerError, Unavailable
-from support.durable import Disk, begun, everything, same_reply, stalled
+from support.durable import Lasting, begun, everything, new_lasting, same_reply, stalled
 from support.engine import Answer, Harness, kinds, x
+from support.kinds import LASTING, ON_DISK
 
-pytestmark = pytest.mark.stores("async", "sync")
+pytestmark = LASTING
 
 AWAY = Unavailable("the store must be able to keep the change; the test says no")
 Change = Callable[[Harness], Awaitable[Any]]
@@ -59,13 +60,13 @@ async def fails(call: Awaitable[Any], kind: type[ServerError] = Unavailable) -> 
 @pytest.mark.parametrize("name", [*CHANGES, *ENDS_AND_BEGINNINGS])
 @pytest.mark.parametrize("unexpected", [False, True])
 async def test_what_is_not_kept_has_not_happened(
-    disk: Disk, options: dict[str, Any], name: str, unexpected: bool
+    lasting: Lasting, options: dict[str, Any], name: str, unexpected: bool
 ) -> None:
     call = (CHANGES | ENDS_AND_BEGINNINGS)[name]
-    async with disk.engine(**options) as at:
+    async with lasting.engine(**options) as at:
         before = await begin(at)
         resident = at.slots().resident
-        disk.store.fail(RuntimeError("a secret detail") if unexpected else AWAY)
+        lasting.store.fail(RuntimeError("a secret detail") if unexpected else AWAY)
         await fails(call(at), Internal if unexpected else Unavailable)
         await at.settled()
         at.check_books()
@@ -77,76 +78,78 @@ async def test_what_is_not_kept_has_not_happened(
         assert again is True or again.replayed
         await at.settled()
         after = await everything(at)
-        disk.kill(away_s=0)
-    async with disk.engine(**options) as at:
+        lasting.kill(away_s=0)
+    async with lasting.engine(**options) as at:
         assert (await everything(at)) == after
 
 
 @pytest.mark.parametrize("name", CHANGES)
 async def test_a_change_that_was_kept_though_the_store_failed_is_answered_when_it_is_sent_again(
-    disk: Disk, options: dict[str, Any], name: str
+    lasting: Lasting, options: dict[str, Any], name: str
 ) -> None:
     wanted = await undisturbed(CHANGES[name])
-    async with disk.engine(**options) as at:
+    async with lasting.engine(**options) as at:
         await begin(at)
-        disk.store.fail(AWAY, kept=True)
+        lasting.store.fail(AWAY, kept=True)
         await fails(CHANGES[name](at))
         found = await CHANGES[name](at)
         same_reply(found, wanted)
-        assert len(disk.store.tried) == 3 + 3 + 1, "it was kept once"
+        assert len(lasting.store.tried) == 3 + 3 + 1, "it was kept once"
 
 
 @pytest.mark.parametrize("kept", [False, True])
 async def test_the_server_does_not_try_again_by_itself_what_may_have_been_kept(
-    disk: Disk, options: dict[str, Any], kept: bool
+    lasting: Lasting, options: dict[str, Any], kept: bool
 ) -> None:
-    async with disk.engine(**options) as at:
+    async with lasting.engine(**options) as at:
         await begin(at)
-        disk.store.fail(AWAY, kept=kept)
+        lasting.store.fail(AWAY, kept=kept)
         await fails(at.single("a", x(1, seed=1)).only())
         assert (await at.engine.session_info("b")).revision == 1
         assert (await at.engine.get_state("a")).session.revision == (2 if kept else 1)
 
 
 async def undisturbed(call: Change) -> Answer:
-    other = Disk()
+    other = await new_lasting()
     async with other.engine() as at:
         await begin(at)
         found = await call(at)
-    other.close()
+    await other.aclose()
     assert isinstance(found, Answer)
     return found
 
 
 @pytest.mark.parametrize("name", ENDS_AND_BEGINNINGS)
 async def test_what_was_made_or_ended_though_the_store_failed_is_so_when_it_is_sent_again(
-    disk: Disk, name: str
+    lasting: Lasting, name: str
 ) -> None:
     call = ENDS_AND_BEGINNINGS[name]
-    async with disk.engine() as at:
+    async with lasting.engine() as at:
         before = await begin(at)
-        disk.store.fail(AWAY, kept=True)
+        lasting.store.fail(AWAY, kept=True)
         await fails(call(at))
         answer = await call(at)
         assert answer is True or answer.replayed
         after = await everything(at)
         assert after != before
-        assert at.engine.stats()[0].sessions == len(after)
-        disk.kill(away_s=0)
-    async with disk.engine() as at:
+        assert (await at.sessions())[0] == len(after)
+        lasting.kill(away_s=0)
+    async with lasting.engine() as at:
         assert (await everything(at)) == after
         answer = await call(at)
         assert answer is True or answer.replayed
-        assert at.engine.stats()[0].sessions == len(after)
+        assert (await at.sessions())[0] == len(after)
 
 
-async def test_a_frame_that_is_not_kept_fails_whole_and_alone(disk: Disk, options: dict[str, Any]) -> None:
+async def test_a_frame_that_is_not_kept_fails_whole_and_alone(
+    lasting: Lasting, options: dict[str, Any]
+) -> None:
     ids = [f"s{i}" for i in range(20)]
-    async with disk.engine(**options) as at:
+    async with lasting.engine(**options) as at:
         await at.open("apart")
         await at.engine.open_sessions("plain", session_ids=ids)
         frame: dict[str, Any] = {"x": x(20, 3), "expected": [0] * 20, "request_ids": range(1, 21)}
-        disk.store.fail(AWAY)
+        lasting.store.fail(AWAY)
         assert kinds(await at.submit(ids, **frame).all()) == ["Unavailable"] * 20
         await at.settled()
         assert at.inside.loaded() == ["apart"], "they are loaded when they are next named"
@@ -161,15 +164,16 @@ async def test_a_frame_that_is_not_kept_fails_whole_and_alone(disk: Disk, option
             same_reply(found, wanted)
 
 
+@ON_DISK
 async def test_what_waits_in_line_is_answered_when_its_session_is_dropped(
-    disk: Disk, options: dict[str, Any]
+    lasting: Lasting, options: dict[str, Any]
 ) -> None:
-    async with disk.engine(**options) as at:
+    async with lasting.engine(**options) as at:
         await at.open("a", "b")
-        disk.store.fail(AWAY)
-        disk.store.stall()
+        lasting.store.fail(AWAY)
+        lasting.store.stall()
         first = at.submit("a", x(1), expected=0, request_ids=1)
-        await stalled(disk.store)
+        await stalled(lasting.store)
         waiting = [
             at.submit("a", x(1), expected=1, request_ids=2),
             at.submit(["b", "a"], x(2), expected=[0, 1], request_ids=[3, 4]),
@@ -177,7 +181,7 @@ async def test_what_waits_in_line_is_answered_when_its_session_is_dropped(
         ]
         calls = [at.state("a"), at.engine.fork("a"), at.engine.close_session("a")]
         tasks = [await begun(call) for call in calls]
-        disk.store.go_on()
+        lasting.store.go_on()
         for answers in (first, *waiting):
             assert "Unavailable" in kinds(await answers.all())
         assert kinds(await waiting[1].all()) == ["Answer", "Unavailable"]

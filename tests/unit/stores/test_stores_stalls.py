@@ -15,10 +15,12 @@ from stepwell_server.engine.sessions import end
 from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
 from stepwell_server.store.access import lanes
 from stepwell_server.store.base import SMALL
-from support.durable import Disk, begun, everything, facts, stalled, until
-from support.engine import Harness, Later, kinds, x
+from support.durable import Lasting, begun, everything, facts, stalled, until
+from support.engine import STORES, Harness, Later, kinds, x
+from support.fake_executor import WAIT_S
+from support.kinds import LASTING, ON_DISK
 
-pytestmark = pytest.mark.stores("async", "sync")
+pytestmark = LASTING
 
 AWAY = Unavailable("the store must be able to keep the change; the test says no")
 EXACTLY: dict[str, Any] = {"expected": 1, "request_ids": 22}
@@ -45,6 +47,14 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
+async def has_ended(task: asyncio.Task[Any], *, is_due: bool) -> bool:
+    """Whether a task has ended though a commit is held back; of one that is due, when it has."""
+    await turns()
+    if is_due:
+        await asyncio.wait([task], timeout=WAIT_S)
+    return task.done()
+
+
 async def begin(at: Harness) -> None:
     await at.open("a", "b", "c")
     for name in "abc":
@@ -58,13 +68,15 @@ async def shown(at: Harness) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-async def test_nobody_hears_or_sees_what_is_not_kept(disk: Disk, options: dict[str, Any], name: str) -> None:
-    async with disk.engine(**options) as at:
+async def test_nobody_hears_or_sees_what_is_not_kept(
+    lasting: Lasting, options: dict[str, Any], name: str
+) -> None:
+    async with lasting.engine(**options) as at:
         await begin(at)
         before = await shown(at)
-        disk.store.stall()
+        lasting.store.stall()
         call = await begun(CHANGES[name](at))
-        await stalled(disk.store)
+        await stalled(lasting.store)
         ran = len(at.hooks.rows)
         at.hooks.inside.clear()
         others: list[Any] = [at.submit(["b", "c"], x(2)), at.single("c", x(1))]
@@ -77,14 +89,12 @@ async def test_nobody_hears_or_sees_what_is_not_kept(disk: Disk, options: dict[s
             await turns()
         assert not call.done()
         assert not any(answers.ended for answers in others)
-        assert reading.done() == (name in {"open", "open many", "fork"}), (
-            "a session is read as it will be, not as it was"
-        )
+        begins = name in {"open", "open many", "fork"}
+        assert await has_ended(reading, is_due=begins) is begins, "it is read as it will be, not as it was"
         assert await shown(at) == before
         new = await begun(at.engine.session_info("new"))
-        await turns()
-        assert new.done() == (name not in {"open", "open many", "fork"}), "it is seen when it has been made"
-        disk.store.go_on()
+        assert await has_ended(new, is_due=not begins) is not begins, "it is seen when it has been made"
+        lasting.store.go_on()
         await call
         for answers in others:
             assert set(kinds(await answers.all())) == {"Answer"}
@@ -94,22 +104,23 @@ async def test_nobody_hears_or_sees_what_is_not_kept(disk: Disk, options: dict[s
         else:
             assert (await reading) is not None
         if new in (await asyncio.wait([new]))[0] and new.exception() is None:
-            assert name in {"open", "open many", "fork"}
+            assert begins
         else:
             assert isinstance(new.exception(), SessionNotFound)
         after = await shown(at)
         assert after != before
 
 
-async def test_what_comes_during_a_stall_is_kept_together(disk: Disk) -> None:
+@ON_DISK
+async def test_what_comes_during_a_stall_is_kept_together(lasting: Lasting) -> None:
     ids = [f"s{i:02}" for i in range(40)]
-    async with disk.engine(resident_rows=200) as at:
+    async with lasting.engine(resident_rows=200) as at:
         await begin(at)
         await at.engine.open_sessions("plain", session_ids=ids)
-        disk.store.stall()
+        lasting.store.stall()
         first = at.submit("a", x(1))
-        await stalled(disk.store)
-        so_far = len(disk.store.tried)
+        await stalled(lasting.store)
+        so_far = len(lasting.store.tried)
         asked: list[Any] = []
         for session_id in ids:
             asked.append(at.single(session_id, x(1)) if len(asked) % 2 else at.submit(session_id, reset=True))
@@ -117,25 +128,25 @@ async def test_what_comes_during_a_stall_is_kept_together(disk: Disk) -> None:
         calls = [await begun(at.engine.open_session("plain", session_id=f"n{i}")) for i in range(10)]
         calls += [await begun(at.engine.fork("b")), await begun(at.engine.close_session("c"))]
         await turns()
-        disk.store.go_on()
+        lasting.store.go_on()
         for answers in (first, *asked):
             assert kinds(await answers.all()) == ["Answer"]
         await asyncio.gather(*calls)
-        changes, *others = disk.store.tried[so_far:]
+        changes, *others = lasting.store.tried[so_far:]
         assert (len(changes.puts), len(changes.counts)) == (40, 0), "which are written to the log"
         assert sum(len(batch.puts) for batch in others) == 11
         assert len(others) <= 2
 
 
 async def test_passes_wait_while_too_much_waits_for_the_store(
-    disk: Disk, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    lasting: Lasting, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commits, "MAX_WAITING", 3)
-    async with disk.engine(**options) as at:
+    async with lasting.engine(**options) as at:
         await at.open(*"abcdef")
-        disk.store.stall()
+        lasting.store.stall()
         first = at.submit(["a", "b", "c"], x(3))
-        await stalled(disk.store)
+        await stalled(lasting.store)
         assert at.engine.stats()[0].uncommitted == 3
         ran = len(at.hooks.rows)
         later: list[Any] = [
@@ -150,7 +161,7 @@ async def test_passes_wait_while_too_much_waits_for_the_store(
         drain = await begun(at.engine.drain())
         await turns()
         assert not drain.done()
-        disk.store.go_on()
+        lasting.store.go_on()
         for answers in (first, *later):
             assert set(kinds(await answers.all())) == {"Answer"}
         await predict
@@ -158,14 +169,15 @@ async def test_passes_wait_while_too_much_waits_for_the_store(
         assert (await at.engine.session_info("f")).revision == 2
 
 
-async def test_an_expired_id_that_is_opened_at_once_is_a_new_session(disk: Disk) -> None:
-    async with disk.engine(max_session_idle_s=50) as at:
+@ON_DISK
+async def test_an_expired_id_that_is_opened_at_once_is_a_new_session(lasting: Lasting) -> None:
+    async with lasting.engine(max_session_idle_s=50) as at:
         await at.open("a", "b")
         await at.step("a", x(1))
         at.clock.advance(51)
-        disk.store.stall()
+        lasting.store.stall()
         waiting = await begun(at.engine.open_session("plain", session_id="c"))
-        await stalled(disk.store)
+        await stalled(lasting.store)
         expiring = await begun(at.inside.expire_idle())
         asked = await begun(at.engine.session_info("a"))
         await turns()
@@ -174,45 +186,47 @@ async def test_an_expired_id_that_is_opened_at_once_is_a_new_session(disk: Disk)
         again = await begun(at.engine.open_session("plain", session_id="a", must_be_new=True))
         many = await begun(at.engine.open_sessions("plain", session_ids=["d", "b"]))
         await turns()
-        disk.store.go_on()
+        lasting.store.go_on()
         await waiting
         assert await expiring == 2
         with pytest.raises(SessionExpired):
             await asked
         assert (await again).session.revision == 2
         await many
-        assert at.engine.stats()[0].sessions == 4
+        assert (await at.sessions())[0] == 4
         assert (await at.step("a", x(1), expected=2)).revision == 3
         before = await everything(at)
         assert list(before) == ["a", "b", "c", "d"]
-        disk.kill(away_s=0)
-    async with disk.engine(max_session_idle_s=50) as at:
+        lasting.kill(away_s=0)
+    async with lasting.engine(max_session_idle_s=50) as at:
         assert (await everything(at)) == before
-        assert at.engine.stats()[0].sessions == 4
+        assert (await at.sessions())[0] == 4
 
 
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("name", CHANGES)
-async def test_a_caller_that_goes_away_leaves_nothing_half_done(disk: Disk, name: str, kept: bool) -> None:
+async def test_a_caller_that_goes_away_leaves_nothing_half_done(
+    lasting: Lasting, name: str, kept: bool
+) -> None:
     cancellable: dict[str, Callable[[Harness], Awaitable[Any]]] = {
         **CHANGES,
         "close many": lambda at: at.engine.close_sessions(["b", "a"]),
         "single": single,
     }
-    async with disk.engine() as at:
+    async with lasting.engine() as at:
         await begin(at)
         before = await everything(at)
         if not kept:
-            disk.store.fail(AWAY)
-        disk.store.stall()
+            lasting.store.fail(AWAY)
+        lasting.store.stall()
         call = await begun(cancellable[name](at))
-        await stalled(disk.store)
+        await stalled(lasting.store)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
         await turns()
         later = await begun(at.state("b"))
-        disk.store.go_on()
+        lasting.store.go_on()
         await at.settled()
         await later
         at.check_books()
@@ -220,9 +234,9 @@ async def test_a_caller_that_goes_away_leaves_nothing_half_done(disk: Disk, name
         again = await CHANGES[name](at)
         assert again is kept if name == "close" else again.replayed is kept
         after = await everything(at)
-        assert at.engine.stats()[0].sessions == len(after)
-        disk.kill(away_s=0)
-    async with disk.engine() as at:
+        assert (await at.sessions())[0] == len(after)
+        lasting.kill(away_s=0)
+    async with lasting.engine() as at:
         assert (await everything(at)) == after
 
 
@@ -234,13 +248,13 @@ def single(at: Harness) -> Awaitable[Any]:
     return answer.get()
 
 
-async def test_who_waits_for_a_session_that_is_being_made_gets_it(disk: Disk) -> None:
-    async with disk.engine() as at:
+async def test_who_waits_for_a_session_that_is_being_made_gets_it(lasting: Lasting) -> None:
+    async with lasting.engine() as at:
         await begin(at)
-        disk.store.stall(kept=True)
+        lasting.store.stall(kept=True)
         ask = at.engine.open_session
         first = await begun(ask("plain", session_id="new", request_id=1, must_be_new=True))
-        await stalled(disk.store)
+        await stalled(lasting.store)
         again = await begun(ask("plain", session_id="new", request_id=1, must_be_new=True))
         other = await begun(ask("plain", session_id="new", request_id=2))
         taken = await begun(at.engine.fork("a", new_session_id="new", request_id=3))
@@ -250,7 +264,7 @@ async def test_who_waits_for_a_session_that_is_being_made_gets_it(disk: Disk) ->
         info = await begun(at.engine.session_info("new"))
         await turns()
         assert not info.done(), "the store has it, but nobody was told"
-        disk.store.go_on()
+        lasting.store.go_on()
         assert (await info).session_id == "new"
         assert not (await first).replayed
         assert (await again).replayed
@@ -261,15 +275,15 @@ async def test_who_waits_for_a_session_that_is_being_made_gets_it(disk: Disk) ->
         assert len(await shown(at)) == 4
 
 
-async def test_when_it_could_not_be_made_the_next_one_tries(disk: Disk) -> None:
-    async with disk.engine() as at:
+async def test_when_it_could_not_be_made_the_next_one_tries(lasting: Lasting) -> None:
+    async with lasting.engine() as at:
         await begin(at)
-        disk.store.fail(AWAY)
-        disk.store.stall()
+        lasting.store.fail(AWAY)
+        lasting.store.stall()
         first = await begun(at.engine.open_session("plain", session_id="new", request_id=1))
-        await stalled(disk.store)
+        await stalled(lasting.store)
         other = await begun(at.engine.open_session("plain", session_id="new", request_id=2))
-        disk.store.go_on()
+        lasting.store.go_on()
         with pytest.raises(Unavailable, match="the test says no"):
             await first
         opened = await other
@@ -277,19 +291,19 @@ async def test_when_it_could_not_be_made_the_next_one_tries(disk: Disk) -> None:
         assert not opened.replayed
 
 
-async def test_sessions_keep_their_order_through_a_stall(disk: Disk) -> None:
-    async with disk.engine() as at:
+async def test_sessions_keep_their_order_through_a_stall(lasting: Lasting) -> None:
+    async with lasting.engine() as at:
         await at.open("a")
-        disk.store.stall()
+        lasting.store.stall()
         first = at.submit("a", x(1), expected=0, request_ids=1)
-        await stalled(disk.store)
+        await stalled(lasting.store)
         again = at.submit("a", x(1), expected=0, request_ids=1)
         second = at.submit("a", x(1), expected=1, request_ids=2)
         twin = await begun(at.engine.fork("a", new_session_id="twin"))
         third = at.submit("a", x(1), expected=2, request_ids=3)
         close = await begun(at.engine.close_session("a"))
         fourth = at.submit("a", x(1), expected=3, request_ids=4)
-        disk.store.go_on()
+        lasting.store.go_on()
         assert [(await answers.only()).revision for answers in (first, again, second, third)] == [1, 1, 2, 3]
         assert (await again.only()).replayed
         assert (await twin).session.revision == 2
@@ -297,41 +311,41 @@ async def test_sessions_keep_their_order_through_a_stall(disk: Disk) -> None:
         assert kinds(await fourth.all()) == ["SessionNotFound"]
 
 
-async def test_to_stop_waits_for_the_store_and_says_if_it_does_not_come_back(disk: Disk) -> None:
-    async with disk.engine() as at:
+async def test_to_stop_waits_for_the_store_and_says_if_it_does_not_come_back(lasting: Lasting) -> None:
+    async with lasting.engine() as at:
         await at.open("a", "b")
-        disk.store.stall()
+        lasting.store.stall()
         answers = at.submit("a", x(1), expected=0, request_ids=np.array([1]))
-        await stalled(disk.store)
+        await stalled(lasting.store)
         drain = await begun(at.engine.drain())
         await turns()
         assert not drain.done()
         assert not answers.ended
         assert await at.engine.close(timeout_s=0.01) is False
-        disk.store.go_on()
+        lasting.store.go_on()
         await drain
         assert at.engine.stats()[0].uncommitted == 0
         assert kinds(await answers.all()) == ["Answer"]
         assert await at.engine.close() is True
 
 
-async def too_much_waits(disk: Disk, at: Harness, monkeypatch: pytest.MonkeyPatch) -> asyncio.Task[Any]:
+async def too_much_waits(lasting: Lasting, at: Harness, monkeypatch: pytest.MonkeyPatch) -> asyncio.Task[Any]:
     """The store stalls, and has as much before it as it may; the reset of `a` that it waits for."""
     monkeypatch.setattr(commits, "MAX_WAITING", 1)
     at.inside.commit_on_a_thread(monkeypatch)
-    disk.store.stall()
+    lasting.store.stall()
     first = await begun(at.submit("a", reset=True).only())
-    await stalled(disk.store)
+    await stalled(lasting.store)
     return first
 
 
 async def test_what_would_wait_for_a_store_that_has_too_much_is_refused(
-    disk: Disk, monkeypatch: pytest.MonkeyPatch
+    lasting: Lasting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with disk.engine() as at:
+    async with lasting.engine() as at:
         await begin(at)
         before = await shown(at)
-        first = await too_much_waits(disk, at, monkeypatch)
+        first = await too_much_waits(lasting, at, monkeypatch)
         for call in (
             at.engine.open_session("plain", session_id="new"),
             at.engine.open_sessions("plain", count=3),
@@ -343,18 +357,18 @@ async def test_what_would_wait_for_a_store_that_has_too_much_is_refused(
             at.submit("b", reset=True)
         assert refused.value.retry_after_s > 0
         assert await shown(at) == before
-        disk.store.go_on()
+        lasting.store.go_on()
         await first
         assert (await at.submit("b", reset=True).only()).revision == 2
 
 
 async def test_no_session_is_closed_behind_a_store_that_has_too_much(
-    disk: Disk, monkeypatch: pytest.MonkeyPatch
+    lasting: Lasting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with disk.engine() as at:
+    async with lasting.engine() as at:
         await begin(at)
         before = await shown(at)
-        first = await too_much_waits(disk, at, monkeypatch)
+        first = await too_much_waits(lasting, at, monkeypatch)
         for call in (
             at.engine.close_session("b", request_id=5),
             at.engine.close_session("a", request_id=5),
@@ -367,7 +381,7 @@ async def test_no_session_is_closed_behind_a_store_that_has_too_much(
             assert refused.value.retry_after_s > 0
         assert await shown(at) == before
         assert not at.inside.are_claimed("b", "c")
-        disk.store.go_on()
+        lasting.store.go_on()
         await first
         assert await at.engine.close_session("b", request_id=5) is False
         assert await at.engine.close_sessions(["b", "c", "a", "never"]) == 2
@@ -376,52 +390,53 @@ async def test_no_session_is_closed_behind_a_store_that_has_too_much(
 
 @pytest.mark.parametrize("kept", [True, False])
 async def test_who_waits_for_rows_of_sessions_that_are_being_made_is_let_in_when_that_has_ended(
-    disk: Disk, kept: bool
+    lasting: Lasting, kept: bool
 ) -> None:
-    async with disk.engine(resident_rows=2) as at:
+    async with lasting.engine(resident_rows=2) as at:
         await at.open("a")
         if not kept:
             # what makes sessions, and not the step: they may share a commit, or not
-            disk.store.refuses = lambda batch: bool(batch.counts)
-        disk.store.stall()
+            lasting.store.refuses = lambda batch: bool(batch.counts)
+        lasting.store.stall()
         making = [await begun(at.engine.open_session("plain", session_id="b"))]
-        await stalled(disk.store)
+        await stalled(lasting.store)
         making.append(await begun(at.engine.open_session("plain", session_id="c")))
         await until(lambda: not at.inside.has_row("a"))
         step = at.submit("a", x(1))
         await until(at.inside.someone_waits_for_rows)
         assert not step.ended
-        disk.store.go_on()
+        lasting.store.go_on()
         made = await asyncio.gather(*making, return_exceptions=True)
         assert [isinstance(one, Unavailable) for one in made] == [not kept] * 2
         assert (await step.only()).revision == 1
 
 
+@ON_DISK
 async def test_the_timer_does_not_queue_behind_a_store_that_has_too_much(
-    disk: Disk, monkeypatch: pytest.MonkeyPatch
+    lasting: Lasting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commits, "MAX_WAITING", 4)
     monkeypatch.setattr(end, "BATCH_SIZE", 2)
-    async with disk.engine(max_session_idle_s=5.0) as at:
+    async with lasting.engine(max_session_idle_s=5.0) as at:
         names = [f"s{number}" for number in range(40)]
         await at.open(*names)
-        disk.clock.advance(6.0)
-        disk.store.stall()
+        lasting.clock.advance(6.0)
+        lasting.store.stall()
         monkeypatch.setattr(end, "_MIN_REST_S", 0)
         expiring = await begun(at.inside.expire_idle())
         for _ in range(5):
             await turns()
         assert at.engine.stats()[0].uncommitted == 2
-        disk.store.go_on()
+        lasting.store.go_on()
         assert await expiring == 40
         await at.settled()
         assert at.store.count() == 0
 
 
-async def test_a_lone_step_is_under_way_until_the_store_has_it(disk: Disk) -> None:
-    async with disk.engine() as at:
+async def test_a_lone_step_is_under_way_until_the_store_has_it(lasting: Lasting) -> None:
+    async with lasting.engine() as at:
         await begin(at)
-        disk.store.stall()
+        lasting.store.stall()
         ran = len(at.hooks.rows)
         lone = at.single("a", x(1))
         await turns()
@@ -430,57 +445,57 @@ async def test_a_lone_step_is_under_way_until_the_store_has_it(disk: Disk) -> No
         await turns()
         assert len(at.hooks.rows) == ran + 2, "the session's next one waits, another's does not"
         assert not any(answer.ended for answer in (lone, second, other))
-        disk.store.go_on()
+        lasting.store.go_on()
         assert [(await answer.only()).revision for answer in (lone, second, other)] == [2, 3, 2]
 
 
 async def test_a_caller_who_cannot_be_told_of_a_lone_step_costs_nobody_else(
-    disk: Disk, caplog: pytest.LogCaptureFixture
+    lasting: Lasting, caplog: pytest.LogCaptureFixture
 ) -> None:
     def raises(_answer: object) -> None:
         raise RuntimeError("nobody is there")
 
-    async with disk.engine() as at:
+    async with lasting.engine() as at:
         await begin(at)
-        disk.store.stall()
+        lasting.store.stall()
         at.engine.submit(Change(["a"], Later(raises), inputs={"": x(1)}))
         after = at.single("a", x(1))
-        disk.store.go_on()
+        lasting.store.go_on()
         assert (await after.only()).revision == 3
         assert "could not be delivered" in caplog.text
 
 
-async def test_small_jobs_are_committed_apart_from_large_ones_of_their_pass(disk: Disk) -> None:
+async def test_small_jobs_are_committed_apart_from_large_ones_of_their_pass(lasting: Lasting) -> None:
     ids = [f"s{number:03}" for number in range(SMALL + 1)]
-    async with disk.engine(resident_rows=200, max_batch_rows=200) as at:
+    async with lasting.engine(resident_rows=200, max_batch_rows=200) as at:
         await begin(at)
         await at.engine.open_sessions("plain", session_ids=ids)
-        so_far, ran = len(disk.store.tried), len(at.hooks.rows)
+        so_far, ran = len(lasting.store.tried), len(at.hooks.rows)
         many, one = at.submit(ids, x(len(ids))), at.submit("a", x(1))
         for answers in (many, one):
             assert set(kinds(await answers.all())) == {"Answer"}
         assert at.hooks.rows[ran:] == [len(ids) + 1], "it is one pass"
-        sizes = [len(batch.puts) for batch in disk.store.tried[so_far:]]
+        sizes = [len(batch.puts) for batch in lasting.store.tried[so_far:]]
         # the store's thread may find both
-        assert sizes == [1, len(ids)] or (disk.store.waits_for_disk and sizes == [1 + len(ids)])
+        assert sizes == [1, len(ids)] or (STORES.kind == "sync" and sizes == [1 + len(ids)])
 
 
 async def test_a_lone_step_does_not_wait_for_large_changes_of_others(
-    disk: Disk, monkeypatch: pytest.MonkeyPatch
+    lasting: Lasting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lanes, "MANY", SMALL)
     ids = [f"s{number:03}" for number in range(SMALL + 1)]
-    async with disk.engine(resident_rows=200, max_batch_rows=200) as at:
+    async with lasting.engine(resident_rows=200, max_batch_rows=200) as at:
         await begin(at)
         await at.engine.open_sessions("plain", session_ids=ids)
-        disk.store.stall()
+        lasting.store.stall()
         many = at.submit(ids, x(len(ids)))
-        await stalled(disk.store)
-        so_far = len(disk.store.tried)
+        await stalled(lasting.store)
+        so_far = len(lasting.store.tried)
         lone = at.single("a", x(1))
-        await until(lambda: len(disk.store.tried) > so_far)
-        assert [len(batch.puts) for batch in disk.store.tried[so_far:]] == [1]
+        await until(lambda: len(lasting.store.tried) > so_far)
+        assert [len(batch.puts) for batch in lasting.store.tried[so_far:]] == [1]
         assert not many.ended
-        disk.store.go_on()
+        lasting.store.go_on()
         assert (await lone.only()).revision == 2
         assert set(kinds(await many.all())) == {"Answer"}
