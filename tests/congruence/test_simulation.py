@@ -18,7 +18,7 @@ from stepwell_server.core import exactly_once
 from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.quotas import Usage
-from stepwell_server.engine import shared_counts
+from stepwell_server.engine import usage_counts
 from stepwell_server.engine.intake import admission
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.paging import Pager
@@ -26,7 +26,7 @@ from stepwell_server.engine.passes import inline
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.attempt import Attempts, NewSessions
 from stepwell_server.engine.sessions.begin import Begin
-from stepwell_server.engine.shared_counts import SharedCounts
+from stepwell_server.engine.usage_counts import UsageCounts
 from stepwell_server.errors import SessionExists
 from stepwell_server.store.base import Batch, Committed
 from stepwell_server.store.valkey import store as valkey_store
@@ -342,15 +342,15 @@ QUOTAS: dict[str, Any] = {
 
 
 def test_a_replica_that_asks_once_what_tenants_have_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_counts, "FRESH_S", float("inf"))
+    monkeypatch.setattr(usage_counts, "FRESH_S", float("inf"))
     assert is_found(range(100), **QUOTAS)
 
 
 def test_a_replica_that_forgets_what_it_is_making_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(_self: SharedCounts, *_args: Any) -> None:
+    def nothing(_self: UsageCounts, *_args: Any) -> None:
         """Count what the store has."""
 
-    monkeypatch.setattr(SharedCounts, "making", nothing)
+    monkeypatch.setattr(UsageCounts, "making", nothing)
     assert is_found(range(100), **QUOTAS)
 
 
@@ -359,8 +359,7 @@ def test_a_replica_that_forgets_what_the_store_may_have_made_is_found(
 ) -> None:
     def forget(self: Quotas, session_ids: Sequence[str], each: Usage) -> None:
         """Take sessions for not made when the store's answer was lost."""
-        assert self._shared is not None
-        self._shared.making(tenant_of(session_ids[0]), each * -len(session_ids))
+        self._counts.making(tenant_of(session_ids[0]), each * -len(session_ids))
         self.end((session_id, each) for session_id in session_ids)
 
     monkeypatch.setattr(Quotas, "not_made", forget)

@@ -11,7 +11,9 @@ from typing import Any, cast
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.idle import IdleLimits
+from stepwell_server.core.quotas import Usage
 from stepwell_server.errors import Unavailable
+from stepwell_server.store import counts
 from stepwell_server.store.access.reads import Reads
 from stepwell_server.store.access.together import Together
 from stepwell_server.store.base import (
@@ -25,7 +27,7 @@ from stepwell_server.store.base import (
     Write,
     new_stamp,
 )
-from stepwell_server.store.heads import Heads
+from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Stored
 from support.clock import ManualClock
 from support.fake_executor import WAIT_S
@@ -268,6 +270,12 @@ class Gated(Store):
     async def count(self) -> int:
         await self._read("count", "")
         return int(await self.inner.count())
+
+    async def usage(self, tenant: str) -> Usage:
+        return await counts.usage_of_tenant(self, tenant)
+
+    async def uncounted(self, *, after: str = "", limit: int) -> Heads:
+        return heads_of([], [])
 
     async def count_of(self, model: str) -> int:
         await self._read("count", model)

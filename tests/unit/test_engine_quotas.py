@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Mapping
@@ -21,6 +22,7 @@ from stepwell_server.rpc.status import to_proto
 from stepwell_server.store.counts import usage_of_record
 from stepwell_server.store.disk.store import DiskStore
 from support.clock import ManualClock
+from support.durable import Disk, begun, stalled
 from support.engine import Harness, running, x
 
 ANN, BOB = Caller("ann", "acme", Role.USER), Caller("bob", "beta", Role.USER)
@@ -169,6 +171,25 @@ async def test_sessions_and_rows_are_those_that_are_there_whatever_happened() ->
                     await at.engine.session_info(info.session_id)
                 assert dict(at.quotas.tenants()) == await recount(at)
         assert refused
+
+
+@pytest.mark.stores("sync")
+async def test_the_last_place_is_given_once_also_while_others_begin_and_end(disk: Disk) -> None:
+    async with disk.engine(quotas=QuotaTable(Limits(sessions=3))) as at:
+        await at.open("a", "b")
+        disk.store.stall()
+        beginning = await begun(at.open("c"))
+        await stalled(disk.store)
+        with pytest.raises(QuotaExceeded, match="there are 3, and 1 came"):
+            await at.open("d")
+        closing = await begun(at.engine.close_session("a"))
+        with pytest.raises(QuotaExceeded, match="there are 3, and 1 came"):
+            await at.open("d")
+        disk.store.go_on()
+        await asyncio.gather(beginning, closing)
+        await at.open("d")
+        with pytest.raises(QuotaExceeded, match="there are 3, and 1 came"):
+            await at.engine.fork("b")
 
 
 async def test_an_import_makes_no_session_larger_than_its_tenant_may_have_rows() -> None:

@@ -4,8 +4,8 @@ Sessions, their rows and bytes are the tenant's that the session's id says. They
 it has such a quota when it makes it: the session's record says so then. Steps and bytes are those of the tenant, and of the caller,
 that asks. A step that is sent again is charged again: it was refused or it was served.
 
-Where others use the store, sessions, rows and bytes are those of all servers together; steps and bytes in flight are
-counted by each for itself.
+Where others use the store, sessions, rows and bytes are those of all servers together (`UsageCounts`); steps and bytes in
+flight are counted by each for itself.
 
 Bytes are what the store keeps of sessions (`store.counts`). They grow with sessions that begin, and where the reply of a
 step is kept as arrays: such a step is charged for what it may leave when it comes in, and the session for what it has left
@@ -28,9 +28,9 @@ from stepwell_server.core.callers import Caller
 from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.quotas import NO_LIMITS, NOTHING, Buckets, Limits, QuotaTable, TokenBucket, Usage
 from stepwell_server.engine.change import Change
-from stepwell_server.engine.shared_counts import SharedCounts
 from stepwell_server.engine.state.fields import owner_of
 from stepwell_server.engine.types import Members
+from stepwell_server.engine.usage_counts import UsageCounts
 from stepwell_server.errors import InvalidInput, QuotaExceeded, ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import Store
@@ -73,16 +73,14 @@ class Quotas:
         self._labels: dict[str, str] = {}
         self._buckets = Buckets()
         self._bytes: Counter[str] = Counter()
-        self._has: dict[str, Usage] = {}
-        """What tenants have, where nobody else uses the store."""
+        self._counts = UsageCounts(clock)
+        """What tenants have."""
         self._growing: Counter[str] = Counter()
         """Bytes that steps which are under way may add to sessions, by tenant."""
         self._owners: dict[str, str] = {}
         """Who has made sessions, of those that are counted for their callers."""
         self._of_callers: dict[str, Usage] = {}
         """What those callers have made."""
-        self._shared: SharedCounts | None = None
-        """Who knows sessions and rows, where others use the store."""
         self._steps: Counter[str] = Counter()
         self._refused: Counter[tuple[str, str]] = Counter()
         self.use(table)
@@ -94,13 +92,9 @@ class Quotas:
             self._label(tenant)
 
     async def count(self, store: Store) -> None:
-        """Count the sessions that a store has, at the start; one that others use counts them by itself."""
-        if store.local is None:
-            self._shared = SharedCounts(store, self._clock)
-            await self._shared.refresh_all(self._table.tenants)
-            return
-        after = ""
-        while len(heads := await store.heads(after=after, limit=_AT_ONCE)):
+        """Count the sessions that a store has and does not count by itself, at the start."""
+        self._counts.store, after = store, ""
+        while len(heads := await store.uncounted(after=after, limit=_AT_ONCE)):
             ids = [str(key, "utf-8", "replace") for key in heads.keys]
             after = ids[-1]
             for place, fields in heads.fields.items():
@@ -109,6 +103,7 @@ class Quotas:
             for place, session_id in enumerate(ids):
                 self._change(tenant_of(session_id), heads.usage(place))
             await asyncio.sleep(0)
+        await self._counts.refresh_all(self._table.tenants)
 
     # ------------------------------------------------------------------------------------------------------- sessions
 
@@ -134,17 +129,13 @@ class Quotas:
         self._require_usage(tenant, owner, more)
         if owner:
             self._own(owner, session_ids, each)
-        if self._shared is not None:
-            self._shared.making(tenant, more)
-        else:
-            self._change(tenant, more)
+        self._counts.making(tenant, more)
 
     def made(self, session_ids: Sequence[str], each: Usage) -> None:
         """The store has sessions that were counted, of one tenant."""
-        if self._shared is not None:
-            tenant, more = tenant_of(session_ids[0]), each * len(session_ids)
-            self._shared.making(tenant, more * -1)
-            self._shared.begin(tenant, more)
+        tenant, more = tenant_of(session_ids[0]), each * len(session_ids)
+        self._counts.begin(tenant, more)
+        self._counts.making(tenant, more * -1)
 
     def not_made(self, session_ids: Sequence[str], each: Usage) -> None:
         """Sessions that were counted, of one tenant, are not there, as far as that is known.
@@ -195,7 +186,7 @@ class Quotas:
 
     def _require_usage(self, tenant: str, owner: str, more: Usage) -> None:
         """Refuse what would be more than a tenant may have, and than a caller of it may have made."""
-        there = self._of(tenant) + Usage(bytes=self._growing[tenant])
+        there = self._counts.at_most(tenant) + Usage(bytes=self._growing[tenant])
         scopes = [(_named(tenant), self._table.of_tenant(tenant), there)]
         if owner:
             own = self._table.callers.get(owner, NO_LIMITS), self._of_callers.get(owner, NOTHING)
@@ -213,39 +204,28 @@ class Quotas:
                     )
 
     async def refresh(self, session_ids: Iterable[str]) -> None:
-        """Know what tenants have who are about to begin sessions, where others use the store.
+        """Know what tenants have who are about to begin sessions.
 
         Raises:
             Unavailable: it cannot be asked now.
         """
-        if self._shared is None:
-            return
         for tenant in {tenant_of(session_id) for session_id in session_ids}:
             limits = self._table.of_tenant(tenant)
             if limits.counts_sessions:
-                await self._shared.refresh(tenant)
+                await self._counts.refresh(tenant)
 
     async def run(self) -> None:
         """Know what tenants have for people who look at it, until cancelled."""
-        while (shared := self._shared) is not None:
+        while True:
             await asyncio.sleep(_LOOK_S)
             try:
-                await shared.refresh_all([*{*self._labels.values(), *self._table.tenants}])
+                await self._counts.refresh_all([*{*self._labels.values(), *self._table.tenants}])
             except ServerError as error:
                 _log.warning("the store could not be asked what tenants have", error=error)
 
-    def _of(self, tenant: str) -> Usage:
-        """What a tenant has, at most."""
-        return self._has.get(tenant, NOTHING) if self._shared is None else self._shared.at_most(tenant)
-
     def _change(self, tenant: str, more: Usage) -> None:
-        if self._shared is not None:
-            self._shared.begin(tenant, more.positive())
-            self._shared.end(tenant, (more * -1).positive())
-            return
-        self._has[tenant] = has = self._has.get(tenant, NOTHING) + more
-        if not has.sessions:
-            del self._has[tenant]
+        self._counts.begin(tenant, more.positive())
+        self._counts.end(tenant, (more * -1).positive())
 
     def require_model(self, tenant: str, has: int) -> None:
         """Refuse one more version of a model to a tenant whose admins have loaded so many.
@@ -377,8 +357,8 @@ class Quotas:
             if self._owners and (owner := self._owners.get(session_id, "")):
                 owners[tenant_of(session_id), owner] += more
         for tenant, more in tenants.items():
-            if self._shared is not None and self._table.of_tenant(tenant).bytes is not None:
-                self._shared.look(tenant)
+            if self._table.of_tenant(tenant).bytes is not None:
+                self._counts.look(tenant)
             self._require_usage(tenant, "", Usage(bytes=more))
         for (tenant, owner), more in owners.items():
             self._require_usage(tenant, owner, Usage(bytes=more))
@@ -420,11 +400,9 @@ class Quotas:
         )
 
     def tenants(self) -> Mapping[str, Usage]:
-        """What each tenant has that has sessions; where others use the store, of those that are known here."""
-        if self._shared is not None:
-            known = {tenant: self._shared.about(tenant) for tenant in self._shared.tenants()}
-            return {tenant: has for tenant, has in known.items() if has.sessions}
-        return dict(self._has)
+        """What each tenant has that has sessions, of those that are known here."""
+        known = {tenant: self._counts.about(tenant) for tenant in self._counts.tenants()}
+        return {tenant: has for tenant, has in known.items() if has.sessions}
 
     def _label(self, tenant: str) -> str:
         label = self._labels.get(tenant)

@@ -19,6 +19,7 @@ from typing import Literal, Protocol, TypeAlias
 import numpy as np
 
 from stepwell_server.core.idle import IdleLimits
+from stepwell_server.core.quotas import Usage
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.series import Series
@@ -509,6 +510,16 @@ class Store(Protocol):
 
     async def count_of(self, model: str) -> int:
         """See `LocalStore`."""
+
+    async def usage(self, tenant: str) -> Usage | None:
+        """What all sessions of a tenant take, as the store counts it. None: what its server has counted is exact.
+
+        Raises:
+            Unavailable: the store cannot be asked now.
+        """
+
+    async def uncounted(self, *, after: str = "", limit: int) -> Heads:
+        """As `heads`, of records that the server has to count at its start; a store that counts `usage` has none."""
 
     async def documents(self, prefix: str = "") -> dict[str, bytes]:
         """See `LocalStore`. Nothing is missing that was kept before this was called."""

@@ -14,6 +14,7 @@ follows from the record alone, and stays the same when the record is encrypted o
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterable
 
@@ -77,3 +78,11 @@ async def count(store: Store, tenant: str | None, model: str) -> int:
     if tenant is None:
         return everybodys
     return everybodys - await store.count_of(f"{SEPARATOR}{model}")
+
+
+async def usage_of_tenant(store: Store, tenant: str) -> Usage:
+    """What all sessions of a tenant take in a store that counts rows and bytes."""
+    sessions, rows, byte_count = await asyncio.gather(
+        count(store, tenant, ""), store.count_of(rows_of(tenant)), store.count_of(bytes_of(tenant))
+    )
+    return Usage(sessions, rows, byte_count)

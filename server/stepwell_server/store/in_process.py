@@ -171,6 +171,14 @@ class InProcessStore(Store):
         return self.local.count_of(model)
 
     @override
+    async def usage(self, tenant: str) -> None:
+        """Its server alone begins and ends sessions."""
+
+    @override
+    async def uncounted(self, *, after: str = "", limit: int) -> Heads:
+        return self.local.heads(after=after, limit=limit)
+
+    @override
     async def documents(self, prefix: str = "") -> dict[str, bytes]:
         return self.local.documents(prefix)
 

@@ -42,8 +42,8 @@ class WatchedQuotas(Quotas):
 
     def begin(self, session_ids: Sequence[str], each: Usage, owner: str = "") -> None:
         super().begin(session_ids, each, owner)
-        shared: Any = self._shared
-        asked = shared._asked.get(TENANT)
+        counts: Any = self._counts
+        asked = counts._asked.get(TENANT)
         asked_s = 0.0 if asked is None else asked.at - self._skew_s
         self._book += [Admission(self._whose, each, self._world.now, asked_s) for each in session_ids]
 

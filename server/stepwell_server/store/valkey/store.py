@@ -13,8 +13,10 @@ from typing_extensions import override
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.idle import IdleLimits
+from stepwell_server.core.quotas import Usage
 from stepwell_server.errors import Overloaded, ServerError, StateCorrupt, StoreAway, StoreGone, StoreRefuses
 from stepwell_server.logs import Log
+from stepwell_server.store import counts
 from stepwell_server.store.access.reads import Reads
 from stepwell_server.store.access.together import Together
 from stepwell_server.store.base import (
@@ -447,6 +449,14 @@ class ValkeyStore(Store):
             *(Request(p, (b"HGET", self._keys.counts(p), model), otherwise=0) for p in every)
         )
         return sum(int(count or 0) for count in counts)
+
+    @override
+    async def usage(self, tenant: str) -> Usage:
+        return await counts.usage_of_tenant(self, tenant)
+
+    @override
+    async def uncounted(self, *, after: str = "", limit: int) -> Heads:
+        return heads_of([], [])
 
     @override
     async def documents(self, prefix: str = "") -> dict[str, bytes]:

@@ -1,13 +1,16 @@
-"""How many sessions, rows and bytes tenants have in a store that others use too.
+"""How many sessions, rows and bytes tenants have.
 
-The store counts what all servers keep. It is asked again before a tenant with a limit begins sessions, unless it was
-just asked. What begins here meanwhile is added, and what is being made here: the store may not have it yet. So a tenant
-can have more than its limit by what begins on other servers after the store was asked, and by what servers have sent
-that the store gets later still. While it has so many it gets no more.
+A store that others use too counts what all servers keep. It is asked again before a tenant with a limit begins sessions,
+unless it was just asked. What begins here meanwhile is added, and what is being made here: the store may not have it yet.
+So a tenant can have more than its limit by what begins on other servers after the store was asked, and by what servers
+have sent that the store gets later still. While it has so many it gets no more.
 
 What the store had already when it was asked, and had not said yet, is counted twice until it is asked again. What has
 ended is not subtracted, as nobody knows whether the store had counted it when it was asked: it is asked again. Nor is
 what was not made, as far as that is known: the store may have it, and only its answer was lost.
+
+A store of one server answers that what its server has counted is exact. So it is: whatever has ended is subtracted, and
+no session more or less than the limit is there.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from collections.abc import Iterable
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.quotas import NOTHING, Usage
-from stepwell_server.store import counts
+from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.store.base import Store
 
 #: What is older is asked for again, in seconds, before sessions begin.
@@ -36,16 +39,19 @@ class _Asked:
     began: Usage = NOTHING
     ended: Usage = NOTHING
     at: float = -math.inf
+    is_exact: bool = False
+    """What is counted here since is all that there is: sessions that end make room at once."""
 
 
 _NEVER = _Asked()
 
 
-class SharedCounts:
+class UsageCounts:
     """Counts of tenants. Lives on the event loop."""
 
-    def __init__(self, store: Store, clock: Clock) -> None:
-        self._store = store
+    def __init__(self, clock: Clock) -> None:
+        self.store: Store | None = None
+        """Where the sessions are; None: only what is counted here is known."""
         self._clock = clock
         self._asked: dict[str, _Asked] = {}
         self._making: dict[str, Usage] = {}
@@ -70,16 +76,25 @@ class SharedCounts:
         """So many have ended here, or sessions have become smaller by so much."""
         if usage != NOTHING:
             self._ended[tenant] = self._ended.get(tenant, NOTHING) + usage
+            asked = self._asked.get(tenant)
+            is_all = tenant not in self._asking if asked is None else asked.is_exact
+            if is_all and self._ended[tenant] == self._began.get(tenant):
+                del self._began[tenant], self._ended[tenant]  # it has nothing
 
     def at_most(self, tenant: str) -> Usage:
         """What a tenant has at most, as far as that is known here."""
         asked = self._asked.get(tenant, _NEVER)
-        return asked.has + self._began.get(tenant, NOTHING) - asked.began + self._making.get(tenant, NOTHING)
+        there = asked.has + self._began.get(tenant, NOTHING) - asked.began + self._making.get(tenant, NOTHING)
+        return there - self._ended_since(tenant) if asked.is_exact else there
 
     def about(self, tenant: str) -> Usage:
         """What a tenant has, for people who look at it."""
-        ended = self._ended.get(tenant, NOTHING) - self._asked.get(tenant, _NEVER).ended
-        return (self.at_most(tenant) - ended).positive()
+        there = self.at_most(tenant)
+        is_exact = self._asked.get(tenant, _NEVER).is_exact
+        return there if is_exact else (there - self._ended_since(tenant)).positive()
+
+    def _ended_since(self, tenant: str) -> Usage:
+        return self._ended.get(tenant, NOTHING) - self._asked.get(tenant, _NEVER).ended
 
     def tenants(self) -> list[str]:
         """Those of which something is known."""
@@ -96,29 +111,28 @@ class SharedCounts:
             await asyncio.shield(task)  # it was asked before, and may not know what has ended since
         if self._is_fresh(tenant):
             return
-        await asyncio.shield(self._asking.get(tenant) or self._ask_soon(tenant))
+        self.look(tenant)
+        if (task := self._asking.get(tenant)) is not None:
+            await asyncio.shield(task)
 
     def look(self, tenant: str) -> None:
-        """As `refresh`, for those who cannot wait: what the store says counts for the next."""
-        if not self._is_fresh(tenant) and tenant not in self._asking:
-            _ = self._ask_soon(tenant)
+        """As `refresh`, for callers that cannot wait: what a store says that does not answer at once counts for the next."""
+        if self._is_fresh(tenant) or tenant in self._asking:
+            return
+        rest = start(self._ask(tenant))
+        if isinstance(rest, Rest):
+            task = self._asking[tenant] = asyncio.create_task(finish(rest))
+            task.add_done_callback(lambda task: self._asked_for(tenant, task))
 
-    def _ask_soon(self, tenant: str) -> asyncio.Task[None]:
-        task = self._asking[tenant] = asyncio.create_task(self._ask(tenant))
-
-        def ended(task: asyncio.Task[None]) -> None:
-            del self._asking[tenant]
-            if not task.cancelled():
-                task.exception()  # who waits gets it; maybe nobody does any more
-
-        task.add_done_callback(ended)
-        return task
+    def _asked_for(self, tenant: str, task: asyncio.Task[None]) -> None:
+        del self._asking[tenant]
+        if not task.cancelled():
+            task.exception()  # who waits gets it; maybe nobody does any more
 
     def _is_fresh(self, tenant: str) -> bool:
         asked = self._asked.get(tenant, _NEVER)
-        return (
-            asked.ended == self._ended.get(tenant, NOTHING) and self._clock.monotonic() - asked.at < FRESH_S
-        )
+        is_late = self._clock.monotonic() - asked.at >= FRESH_S
+        return asked.is_exact or (asked.ended == self._ended.get(tenant, NOTHING) and not is_late)
 
     async def refresh_all(self, tenants: Iterable[str]) -> None:
         """As `refresh`, of many, some at a time."""
@@ -129,9 +143,8 @@ class SharedCounts:
     async def _ask(self, tenant: str) -> None:
         began, ended = self._began.get(tenant, NOTHING), self._ended.get(tenant, NOTHING)
         at = self._clock.monotonic()
-        sessions, rows, byte_count = await asyncio.gather(
-            counts.count(self._store, tenant, ""),
-            self._store.count_of(counts.rows_of(tenant)),
-            self._store.count_of(counts.bytes_of(tenant)),
-        )
-        self._asked[tenant] = _Asked(Usage(sessions, rows, byte_count), began, ended, at)
+        has = None if self.store is None else await self.store.usage(tenant)
+        if has is None:
+            self._asked[tenant] = dataclasses.replace(_NEVER, is_exact=True)
+        else:
+            self._asked[tenant] = _Asked(has, began, ended, at)
