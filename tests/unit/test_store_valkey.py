@@ -12,6 +12,7 @@ import pytest
 
 from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.namespaces import SEPARATOR
+from stepwell_server.engine.eager import Rest, start
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store import counts
 from stepwell_server.store.base import (
@@ -413,6 +414,17 @@ async def test_documents(valkey: Valkey) -> None:
         assert await b.apply(batch) == Committed(stale=frozenset({"m/1"}))
         again = Batch(documents=[("m/3", b"q")], documents_follow={"m/3": None})
         assert await a.apply(again) == Committed(stale=frozenset({"m/3"}))
+
+
+async def test_a_request_without_a_task_finds_its_server(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 1) as (store,):
+        await store.apply(Batch(documents=[("d", b"x")]))
+        store._topology.doubt()
+        began: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        began.get_loop().call_soon(lambda: began.set_result(start(store.documents())))
+        rest = await began
+        assert isinstance(rest, Rest)
+        assert await rest == {"d": b"x"}
 
 
 async def test_a_damaged_document_is_named(valkey: Valkey) -> None:

@@ -229,6 +229,7 @@ class Requests:
                 limit_s = min(self._answer_s(wait), left_s)
                 return await self._send_to(node, requests, wait, limit_s, asking=False)
         limit_s = min(self._timeout_s, left_s)
+        await asyncio.sleep(0)  # a timeout needs a task, and `eager.start` begins without one
         try:
             async with asyncio.timeout(limit_s):
                 nodes = await self._topology.nodes_of({request.partition for request in requests})
