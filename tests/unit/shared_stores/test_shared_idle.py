@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from support.engine import Harness, kinds, x
 from support.fake_executor import WAIT_S
 from support.gates import Gated
 from support.kinds import SHARED
-from support.replicas import both_know, sweeping, tombstone, two_in_time
+from support.replicas import Times, sweeping, tombstone, two_in_time
 
 pytestmark = SHARED
 IDLE_S = 100.0
@@ -24,6 +25,33 @@ IDLE_S = 100.0
 async def turns(count: int = 20) -> None:
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+Limited = Callable[..., AbstractAsyncContextManager[tuple[Harness, Harness, Times]]]
+
+
+@pytest.fixture(params=[False, True], ids=["of all sessions", "its own"])
+def limited(request: pytest.FixtureRequest) -> Limited:
+    """Two servers, and sessions that both know, at revision 1: each may be idle for `IDLE_S`."""
+
+    @asynccontextmanager
+    async def run(*names: str, **options: Any) -> AsyncIterator[tuple[Harness, Harness, Times]]:
+        is_own = request.param
+        own_ms = round(1000 * IDLE_S) if is_own else None
+        async with two_in_time(max_session_idle_s=0 if is_own else IDLE_S, **options) as (
+            first,
+            second,
+            times,
+        ):
+            for name in names:
+                await first.engine.open_session("plain", session_id=name, max_idle_ms=own_ms)
+            if names:
+                await first.submit(list(names), x(len(names))).all()
+            for name in names:
+                await second.state(name)
+            yield first, second, times
+
+    return run
 
 
 async def ended(*servers: Harness) -> int:
@@ -54,9 +82,8 @@ async def step(at: Harness) -> Any:
 USES = [read, read_many, resume, fork, step]
 
 
-async def test_an_unused_session_ends_once_by_the_clock_of_the_store() -> None:
-    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
-        await both_know(first, second, "a", "b")
+async def test_an_unused_session_ends_once_by_the_clock_of_the_store(limited: Limited) -> None:
+    async with limited("a", "b") as (first, second, times):
         times.advance(99.0)
         await second.step("b", x(1))
         assert await ended(first, second) == 0
@@ -74,22 +101,26 @@ async def test_an_unused_session_ends_once_by_the_clock_of_the_store() -> None:
 
 @pytest.mark.parametrize("use", USES)
 async def test_a_session_that_is_used_on_one_server_ends_on_none(
+    limited: Limited,
     use: Callable[[Harness], Awaitable[Any]],
 ) -> None:
-    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
-        await both_know(first, second, "a")
+    async with limited("a", "other") as (first, second, times):
         for _ in range(5):
             times.advance(60.0)
             await use(second)
             await turns()
             await ended(first, second)
+        assert "other" not in await first.store.ids()
         assert (await first.store.found("a"))[0].tombstone is None
         assert (await first.step("a", x(1))).revision > 1
+        times.advance(101.0)
+        assert "a" in await first.store.ids()
+        await ended(first)
+        assert "a" not in await first.store.ids()
 
 
-async def test_the_store_is_told_of_reads_at_most_every_tenth_of_the_limit() -> None:
-    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
-        await both_know(first, second, "a", "b")
+async def test_the_store_is_told_of_reads_at_most_every_tenth_of_the_limit(limited: Limited) -> None:
+    async with limited("a", "b") as (_, second, times):
         store: Gated = second.store
         for _ in range(50):
             times.advance(1.0)
@@ -104,10 +135,10 @@ async def test_the_store_is_told_of_reads_at_most_every_tenth_of_the_limit() -> 
 
 @pytest.mark.parametrize("use", USES)
 async def test_a_session_that_is_over_is_refused_before_anybody_has_looked_for_it(
+    limited: Limited,
     use: Callable[[Harness], Awaitable[Any]],
 ) -> None:
-    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
-        await both_know(first, second, "a")
+    async with limited("a") as (first, second, times):
         times.advance(101.0)
         if use is resume:  # of one that has ended another one is made
             info = (await use(second)).session
@@ -126,9 +157,8 @@ async def test_a_session_that_is_over_is_refused_before_anybody_has_looked_for_i
 
 
 @pytest.mark.parametrize("many", [False, True])
-async def test_ids_of_sessions_that_are_over_may_be_used_again(many: bool) -> None:
-    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
-        await both_know(first, second, "a", "b")
+async def test_ids_of_sessions_that_are_over_may_be_used_again(limited: Limited, many: bool) -> None:
+    async with limited("a", "b") as (first, second, times):
         times.advance(101.0)
         if many:
             opened = await second.engine.open_sessions("plain", session_ids=["a", "b"])
@@ -139,9 +169,8 @@ async def test_ids_of_sessions_that_are_over_may_be_used_again(many: bool) -> No
         assert (answer.revision, answer.position) == (3, 1)
 
 
-async def test_a_session_that_was_used_while_it_was_judged_does_not_end() -> None:
-    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
-        await both_know(first, second, "a", "b")
+async def test_a_session_that_was_used_while_it_was_judged_does_not_end(limited: Limited) -> None:
+    async with limited("a", "b") as (first, second, times):
         times.advance(99.0)
         await second.step("b", x(1))
         times.advance(2.0)
@@ -157,16 +186,21 @@ async def test_a_session_that_was_used_while_it_was_judged_does_not_end() -> Non
 
 
 @pytest.mark.parametrize("pause_s", [4.0, 6.0, 9000.0])
-async def test_a_server_that_was_held_up_ends_nothing_by_what_it_knew(pause_s: float) -> None:
-    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
-        await both_know(first, second, "a")
+async def test_a_server_that_was_held_up_ends_nothing_by_what_it_knew(
+    limited: Limited, pause_s: float
+) -> None:
+    async with limited("a", "used") as (first, second, times):
         times.advance(101.0)
         store: Gated = first.store
         sweep = await sweeping(store, first.inside.expire_idle())
         times.advance(pause_s)
+        # the second server takes the session for one that is used: its clock says so as well
+        second.inside.table.used[second.inside.handle("used")] = times.second.monotonic()
+        assert (await second.step("used", x(1))).revision == 2
         store.let_go()
         assert await asyncio.wait_for(sweep, WAIT_S) == int(pause_s < 5.0)
         assert await ended(first) == int(pause_s > 5.0), "it is judged again"
+        assert (await first.step("used", x(1))).revision == 3
 
 
 async def test_one_server_at_a_time_looks_through_the_store() -> None:
@@ -196,9 +230,8 @@ async def test_the_store_is_looked_through_by_pages_while_others_go_on() -> None
         assert len(await first.store.ids()) == 1
 
 
-async def test_what_has_something_under_way_for_long_counts_as_used() -> None:
-    async with two_in_time(max_session_idle_s=IDLE_S, threads=True) as (first, second, times):
-        await both_know(first, second, "a")
+async def test_what_has_something_under_way_for_long_counts_as_used(limited: Limited) -> None:
+    async with limited("a", threads=True) as (first, second, times):
         answers = await second.begin_pass("a", x(1), sizes=[1])
         for _ in range(4):
             times.advance(40.0)
@@ -209,9 +242,8 @@ async def test_what_has_something_under_way_for_long_counts_as_used() -> None:
         assert (await answers.only()).revision == 2
 
 
-async def test_no_more_is_lost_than_a_use_when_the_store_cannot_be_told() -> None:
-    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
-        await both_know(first, second, "a")
+async def test_no_more_is_lost_than_a_use_when_the_store_cannot_be_told(limited: Limited) -> None:
+    async with limited("a") as (first, second, times):
         store: Gated = second.store
         store.told_error = Unavailable("away")
         times.advance(50.0)
@@ -228,9 +260,8 @@ async def test_no_more_is_lost_than_a_use_when_the_store_cannot_be_told() -> Non
 
 
 @pytest.mark.parametrize("where", ["claim", "page", "deletion"])
-async def test_a_store_that_is_away_ends_nothing_and_the_next_look_does(where: str) -> None:
-    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
-        await both_know(first, second, "a")
+async def test_a_store_that_is_away_ends_nothing_and_the_next_look_does(limited: Limited, where: str) -> None:
+    async with limited("a") as (first, second, times):
         times.advance(101.0)
         store: Gated = first.store
         error = Unavailable("away")
@@ -249,9 +280,8 @@ async def test_a_store_that_is_away_ends_nothing_and_the_next_look_does(where: s
         assert await ended(first, second) == 1
 
 
-async def test_an_end_that_the_store_does_not_confirm_is_not_told() -> None:
-    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
-        await both_know(first, second, "a")
+async def test_an_end_that_the_store_does_not_confirm_is_not_told(limited: Limited) -> None:
+    async with limited("a") as (first, _, times):
         times.advance(101.0)
         store: Gated = first.store
         store.unknown["a"] = True
@@ -261,9 +291,8 @@ async def test_an_end_that_the_store_does_not_confirm_is_not_told() -> None:
             await first.state("a")
 
 
-async def test_a_session_that_is_over_and_is_asked_for_by_many_ends_once() -> None:
-    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
-        await both_know(first, second, "a")
+async def test_a_session_that_is_over_and_is_asked_for_by_many_ends_once(limited: Limited) -> None:
+    async with limited("a") as (first, second, times):
         times.advance(101.0)
         asked = [await begun(at.state("a")) for at in (first, second, first, second)]
         found = await asyncio.gather(*asked, return_exceptions=True)
@@ -271,9 +300,8 @@ async def test_a_session_that_is_over_and_is_asked_for_by_many_ends_once() -> No
 
 
 @pytest.mark.parametrize("named", [False, True])
-async def test_time_in_which_nobody_could_use_it_ends_no_session(named: bool) -> None:
-    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
-        await both_know(first, second, "a")
+async def test_time_in_which_nobody_could_use_it_ends_no_session(limited: Limited, named: bool) -> None:
+    async with limited("a") as (first, second, times):
         first.store.service.is_constant = False
         assert await ended(first, second) == 0
         for _ in range(6):  # they run, and say so

@@ -10,12 +10,9 @@ import pytest
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.errors import SessionExpired
 from stepwell_server.store.base import End
-from support.durable import begun
 from support.engine import Harness, x
-from support.fake_executor import WAIT_S
-from support.gates import Gated
 from support.kinds import SHARED
-from support.replicas import sweeping, tombstone, two_in_time
+from support.replicas import tombstone, two_in_time
 
 pytestmark = SHARED
 
@@ -59,43 +56,6 @@ async def test_sessions_of_several_limits_end_whoever_opened_them() -> None:
         assert await ended(first, second) == 1
 
 
-@pytest.mark.parametrize("use", ["step", "read", "resume"])
-async def test_a_session_that_another_server_uses_stays(use: str) -> None:
-    async with two_in_time() as (first, second, times):
-        name = await opened(first)
-        await opened(first)  # nobody uses this one
-        for turn in range(4):
-            times.advance(40.0)
-            if use == "step":
-                await second.step(name, x(1))
-            elif use == "read":
-                await second.state(name)
-            else:
-                await second.engine.open_session("plain", session_id=name)
-            await turns()
-            assert await ended(first, second) == int(turn == 1)
-        times.advance(61.0)
-        assert await ended(first) == 1
-
-
-@pytest.mark.parametrize("pause_s", [4.0, 6.0, 9000.0])
-async def test_a_server_that_was_held_up_ends_nothing_by_what_it_knew(pause_s: float) -> None:
-    async with two_in_time() as (first, second, times):
-        await opened(first)
-        used = await opened(second)
-        times.advance(61.0)
-        store: Gated = first.store
-        sweep = await sweeping(store, first.inside.expire_idle())
-        times.advance(pause_s)
-        # the second server takes the session for one that is used: its clock says so as well
-        second.inside.table.used[second.inside.handle(used)] = times.second.monotonic()
-        assert (await second.step(used, x(1))).revision == 1
-        store.let_go()
-        assert await asyncio.wait_for(sweep, WAIT_S) == int(pause_s < 5.0)
-        assert await ended(first) == int(pause_s > 5.0), "it is judged again"
-        assert (await first.step(used, x(1))).revision == 2
-
-
 @pytest.mark.parametrize("who", ["opened", "has seen it", "has not"])
 async def test_whoever_names_it_finds_it_expired_before_the_look(who: str) -> None:
     async with two_in_time() as (first, second, times):
@@ -118,45 +78,6 @@ async def test_a_session_of_the_table_that_ended_by_its_limit_is_not_listed_or_e
         assert (await second.engine.list_sessions())[0] == []
         (found,) = await second.engine.export_sessions([name], deadline=math.inf)
         assert type(found) is SessionExpired
-
-
-async def test_what_has_something_under_way_for_longer_than_its_limit_counts_as_used() -> None:
-    async with two_in_time(threads=True) as (first, second, times):
-        name = await opened(first, 10_000)
-        await second.state(name)
-        answers = await second.begin_pass(name, x(1), sizes=[1])
-        for _ in range(4):
-            times.advance(4.0)
-            second.inside.uses.look()
-            await turns()
-            assert await ended(first) == 0
-        second.hooks.open_gate()
-        assert (await answers.only()).revision == 1
-
-
-async def test_the_store_hears_of_use_at_most_every_tenth_of_the_limit() -> None:
-    async with two_in_time() as (first, _, times):
-        name = await opened(first, 60_000)
-        store: Gated = first.store
-        for _ in range(60):
-            times.advance(1.0)
-            await first.state(name)
-            await turns()
-        assert 9 <= len(store.asked("touch")) <= 10
-
-
-async def test_time_in_which_nobody_could_use_it_ends_no_session() -> None:
-    async with two_in_time() as (first, second, times):
-        name = await opened(first)
-        first.store.service.is_constant = False
-        assert await ended(first, second) == 0
-        times.advance(5000.0)  # the store is away, or no server runs
-        for _ in range(5):
-            assert await ended(first, second) == 0
-            times.advance(14.0)
-        assert await ended(first, second) == 1
-        with pytest.raises(SessionExpired):
-            await first.state(name)
 
 
 async def test_a_tenants_sessions_end_as_others_do() -> None:
@@ -191,13 +112,3 @@ async def test_a_session_that_begins_anew_elsewhere_has_the_limit_of_its_new_ope
         assert await ended(first, second) == 0
         times.advance(301.0)
         assert await ended(first, second) == 1
-
-
-async def test_a_session_that_is_over_and_is_asked_for_by_many_ends_once() -> None:
-    async with two_in_time() as (first, second, times):
-        name = await opened(first)
-        await second.state(name)
-        times.advance(61.0)
-        asked = [await begun(at.state(name)) for at in (first, second, first, second)]
-        found = await asyncio.gather(*asked, return_exceptions=True)
-        assert [type(each) for each in found] == [SessionExpired] * 4

@@ -35,14 +35,14 @@ async def dropped(at: Harness, *session_ids: str) -> None:
     assert not any(session_id in at.inside.loaded() for session_id in session_ids)
 
 
-@ON_DISK
 @pytest.mark.parametrize("jump_s", [-1e7, 0.0, 1e7])
 async def test_trouble_counts_neither_as_use_nor_as_idleness(lasting: Lasting, jump_s: float) -> None:
     async with lasting.engine(max_session_idle_s=IDLE_S) as at:
         await at.open("a", "b", "c")
         at.clock.advance(IDLE_S)
         await at.step("a", x(1))
-        await at.state("b")  # a use that the store is not told of
+        await at.state("b")  # a use that a store on disk is not told of
+        await lasting.knows_use_of("b")
         at.clock.jump(jump_s)
         at.clock.advance(0.5)
         await dropped(at, "a", "b")
@@ -56,14 +56,14 @@ async def test_trouble_counts_neither_as_use_nor_as_idleness(lasting: Lasting, j
                 await at.state(name)
 
 
-@ON_DISK
 async def test_the_sweep_leaves_alone_what_was_used_and_then_dropped(lasting: Lasting) -> None:
     async with lasting.engine() as at:
         await at.open("a", "b")
-        lasting.kill()
+        lasting.kill(away_s=0)
     async with lasting.engine(max_session_idle_s=IDLE_S) as at:
         at.clock.advance(IDLE_S)
         await at.state("a")
+        await lasting.knows_use_of("a")
         await dropped(at, "a")
         at.clock.advance(1)
         assert await expired(at) == ["b"]
