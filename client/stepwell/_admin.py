@@ -22,16 +22,9 @@ from stepwell.v1 import sessions_pb2
 if TYPE_CHECKING:
     from stepwell._core import Core
 
-SessionOrder: TypeAlias = Literal["id", "last_used", "created"]
-"""In which order sessions are listed: `last_used` begins with those that were not used for longest."""
 ExistingSession: TypeAlias = Literal["refuse", "skip", "replace"]
 """What becomes of a session that is there when one of its id is imported."""
 
-_ORDERS: Mapping[str, sessions_pb2.SessionOrder.ValueType] = {
-    "id": sessions_pb2.SESSION_ORDER_ID,
-    "last_used": sessions_pb2.SESSION_ORDER_LAST_USED,
-    "created": sessions_pb2.SESSION_ORDER_CREATED,
-}
 _EXISTING: Mapping[str, sessions_pb2.ExistingSession.ValueType] = {
     "refuse": sessions_pb2.EXISTING_SESSION_REFUSE,
     "skip": sessions_pb2.EXISTING_SESSION_SKIP,
@@ -137,20 +130,14 @@ class Admin:
         self._core = core
         self._retrier = core.retrier
 
-    def list_request(
-        self, wanted: SessionFilter, order: str, descending: bool, limit: int | None
-    ) -> sessions_pb2.ListSessionsRequest:
+    def list_request(self, wanted: SessionFilter, limit: int | None) -> sessions_pb2.ListSessionsRequest:
         """The request of a list, whose pages `page` reads.
 
         Raises:
             InvalidInputError: An argument breaks its rule.
         """
-        if order not in _ORDERS:
-            raise InvalidInputError(f"order must be one of {list(_ORDERS)}; got {order!r}")
         size = _FIRST_PAGE if limit is None else min(_FIRST_PAGE, _inputs.check_count("limit", limit))
-        request = sessions_pb2.ListSessionsRequest(
-            page_size=size, order=_ORDERS[order], descending=descending, skip_total=True
-        )
+        request = sessions_pb2.ListSessionsRequest(page_size=size, skip_total=True)
         wanted.put(request)
         return request
 

@@ -14,7 +14,6 @@ from stepwell._admin import (
     ExportReport,
     ImportReport,
     SessionFilter,
-    SessionOrder,
     failures,
 )
 from stepwell._core import Core
@@ -49,12 +48,10 @@ class AdminCalls(abc.ABC):
         prefix: str | None = None,
         *,
         idle_longer_s: float | None = None,
-        order: SessionOrder = "id",
-        descending: bool = False,
         limit: int | None = None,
         timeout_s: float | None = None,
     ) -> SessionList:
-        """The live sessions, in the order of their ids or in another one: a list that is read as it is used.
+        """The live sessions, in the order of their ids: a list that is read as it is used.
 
         However many there are, to iterate over it takes little memory and no long call, for it asks for a page when it
         comes to it. `len`, an index or `list` read all of it once: see `SessionList`.
@@ -63,8 +60,6 @@ class AdminCalls(abc.ABC):
             model: Only those of this model.
             prefix: Only those whose ids begin with this.
             idle_longer_s: Only those that nobody has changed, read or resumed for longer than this.
-            order: "id", "last_used" (those that were not used for longest come first) or "created".
-            descending: The other way round.
             limit: At most so many.
             timeout_s: Time limit of each page over all attempts; None: the client's.
 
@@ -75,11 +70,11 @@ class AdminCalls(abc.ABC):
         Example:
             >>> session.id in [info.session_id for info in client.sessions(model="forecast")]
             True
-            >>> client.sessions(order="created", descending=True, limit=1)[0].session_id == session.id
+            >>> client.sessions(prefix=session.id, limit=1)[0].session_id == session.id
             True
         """
         wanted = SessionFilter(model, prefix, idle_longer_s)
-        request = self._admin.list_request(wanted, order, descending, limit)
+        request = self._admin.list_request(wanted, limit)
 
         def read(token: str) -> Page:
             return self._run(self._admin.page(request, token, self._core.deadline(timeout_s)))

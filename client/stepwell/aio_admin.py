@@ -15,7 +15,6 @@ from stepwell._admin import (
     ExportReport,
     ImportReport,
     SessionFilter,
-    SessionOrder,
     failures,
 )
 from stepwell._admin_calls import Progress, _tell
@@ -87,8 +86,6 @@ class AsyncAdminCalls(abc.ABC):
         prefix: str | None = None,
         *,
         idle_longer_s: float | None = None,
-        order: SessionOrder = "id",
-        descending: bool = False,
         limit: int | None = None,
         timeout_s: float | None = None,
     ) -> AsyncSessionList:
@@ -101,7 +98,7 @@ class AsyncAdminCalls(abc.ABC):
             True
         """
         wanted = SessionFilter(model, prefix, idle_longer_s)
-        request = self._admin.list_request(wanted, order, descending, limit)
+        request = self._admin.list_request(wanted, limit)
 
         async def read(token: str) -> Page:
             return await self._run(self._admin.page(request, token, self._core.deadline(timeout_s)))

@@ -193,7 +193,6 @@ class Extras:
         request = pb.ListSessionsRequest(
             session_id_prefix=self._player.prefix,
             page_size=1 + extra.number % 3,
-            descending=bool(extra.number % 2),
             skip_total=bool(extra.number // 5),
             model=self._player.program.model if extra.number % 4 else "",
         )

@@ -224,8 +224,6 @@ def _has_time(message: Message) -> bool:
             return True
         if field.name == "timeout_ms" and value < _HOUR_S * 1000:
             return True
-        if field.name == "order" and value in {pb.SESSION_ORDER_LAST_USED, pb.SESSION_ORDER_CREATED}:
-            return True
         if isinstance(value, Message) and _has_time(value):
             return True
     return False

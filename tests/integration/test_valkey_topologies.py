@@ -11,6 +11,7 @@ import pytest
 from stepwell_server.errors import StoreAway
 from stepwell_server.store.base import ALL_KEPT, Batch, End, StoreError, Tombstone
 from stepwell_server.store.valkey.store import ValkeyStore
+from support.records import scan
 from support.shared import end, fresh_prefix, opened, put, shared
 from support.stored import record, template
 from support.valkey import Cluster, Sentinels, Valkey
@@ -62,7 +63,7 @@ async def test_a_cluster_has_it_all(cluster: Cluster) -> None:
         assert (await put(a, template(IDS, 1), [first] * 300))[0].conflicts == frozenset(IDS)
         found = await a.fetch(IDS)
         assert [bytes(each.record or b"") for each in found] == [bytes(r) for _, r in template(IDS, 1)]
-        assert [name for name, _ in await b.scan(limit=999)] == sorted(IDS)
+        assert [name for name, _ in await scan(b, limit=999)] == sorted(IDS)
         assert (await b.count(), await b.count_of("m"), len(await b.heads(limit=999))) == (300, 300, 300)
         stones = [Tombstone(i, End.CLOSED, 1.0) for i in IDS[:99]]
         assert await end(a, stones, [each.stamp for each in found[:99]]) is ALL_KEPT

@@ -21,6 +21,7 @@ from stepwell_server.store.valkey import url as urls
 from stepwell_server.store.valkey.url import StoreUrl
 from stepwell_server.store.valkey.whole import Whole
 from support.clock import ManualClock
+from support.records import scan
 from support.replica_processes import Replicas
 from support.secured import Server
 from support.server_process import FEATURES, forecast
@@ -60,7 +61,7 @@ async def content(url: StoreUrl, keyring: Keyring | None = None) -> dict[str, in
     """The revisions of a store's sessions."""
     store = await opened(str(url), keyring=keyring)
     try:
-        found = await store.scan(limit=1000)
+        found = await scan(store, limit=1000)
         (document,) = (await store.documents()).values()
         assert document == b"{}"
         assert await store.count_of("m") == len(IDS)

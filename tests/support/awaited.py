@@ -221,15 +221,8 @@ class FakeShared:
         except StateCorrupt:
             return _MISSING
 
-    async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        found = self.shared.scan(after=after, prefix=prefix, limit=limit)
-        return [
-            (i, header and dataclasses.replace(header, last_used=self.own_clock.now() - self.idle_s(i)))
-            for i, header in found
-        ]
-
-    async def heads(self, *, after: str = "", limit: int) -> Heads:
-        heads = self.shared.heads(after=after, limit=limit)
+    async def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:
+        heads = self.shared.heads(after=after, prefix=prefix, limit=limit)
         heads.heads["last_used"] = [self.own_clock.now() - self.idle_s(key.decode()) for key in heads.keys]
         return heads
 

@@ -28,7 +28,7 @@ from stepwell_server.store.base import (
     new_stamp,
 )
 from stepwell_server.store.heads import Heads, heads_of
-from stepwell_server.store.record import Header, Stored
+from stepwell_server.store.record import Stored
 from support.clock import ManualClock
 from support.fake_executor import WAIT_S
 
@@ -160,7 +160,7 @@ class Gated(Store):
 
     async def ids(self) -> set[str]:
         """The sessions that the store has now."""
-        return {session_id for session_id, _ in await self.inner.scan(limit=10_000)}
+        return {key.decode() for key in (await self.inner.heads(limit=10_000)).keys}
 
     async def put_back(self, session_id: str, before: Fetched) -> None:
         """Have the store lose all writes to a session since `before`, as a failover can."""
@@ -259,13 +259,9 @@ class Gated(Store):
             else committed
         )
 
-    async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        await self._read("scan")
-        return list(await self.inner.scan(after=after, prefix=prefix, limit=limit))
-
-    async def heads(self, *, after: str = "", limit: int) -> Heads:
+    async def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:
         await self._read("heads")
-        return cast("Heads", await self.inner.heads(after=after, limit=limit))
+        return cast("Heads", await self.inner.heads(after=after, prefix=prefix, limit=limit))
 
     async def count(self) -> int:
         await self._read("count", "")

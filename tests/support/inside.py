@@ -156,7 +156,7 @@ class Inside:
 
     async def recount(self) -> None:
         """Have the numbers of sessions be those that the store has now."""
-        self._engine._directory._counted_at = -math.inf
+        self._engine._counts._asked = -math.inf
         await self._engine.refresh_counts()
 
     async def pruned(self, model: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from stepwell_server.store.base import Store
 from stepwell_server.store.record import (
     Header,
     Stored,
@@ -11,6 +12,7 @@ from stepwell_server.store.record import (
     decode_header,
     decode_many,
     encode,
+    header_or_none,
 )
 
 #: What follows from the others is left out.
@@ -35,3 +37,17 @@ def decode(session_id: str, stored: Stored) -> Record:
     header, whole = decode_header(session_id, stored), decode_many([session_id], [stored])
     said = {name: getattr(header, name) for name in _SAID}
     return Record(**said, rows=whole.rows, extra=whole.extras.get(0, b""))
+
+
+async def scan(
+    store: Store, *, after: str = "", prefix: str = "", limit: int
+) -> list[tuple[str, Header | None]]:
+    """Sessions of a store in the order of their ids, as it dates them; None stands for a record that is damaged."""
+    heads = await store.heads(after=after, prefix=prefix, limit=limit)
+    used = heads.heads["last_used"].tolist()
+    ids = [key.decode() for key in heads.keys]
+    found: list[tuple[str, Header | None]] = []
+    for session_id, last_used, each in zip(ids, used, await store.fetch(ids), strict=True):
+        header = None if each.record is None else header_or_none(session_id, each.record)
+        found.append((session_id, header and dataclasses.replace(header, last_used=last_used)))
+    return found

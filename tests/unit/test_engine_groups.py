@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.sessions import fork, reading
+from stepwell_server.engine.sessions import fork
+from stepwell_server.engine.sessions import read as reading
 from stepwell_server.errors import (
     DeadlineExceeded,
     InvalidInput,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import math
 import struct
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,7 +18,6 @@ from hypothesis import strategies as st
 from stepwell import SessionInfo
 from stepwell.cli.sessions import session_cells, session_facts, session_json
 from stepwell.v1 import sessions_pb2
-from stepwell_server.engine.api import Order
 from stepwell_server.engine.sessions.moving import Arriving, Brought, Existing
 from stepwell_server.errors import Internal, ServerError, StateCorrupt
 from stepwell_server.rpc.convert import from_session
@@ -150,31 +150,27 @@ async def begun(at: Harness) -> Answer:
 
 
 async def listed(at: Harness, limit: int) -> None:
-    """Every list has everybody, in each order, page by page, and whoever shows it can."""
-    for order in Order:
-        for descending in (False, True):
-            after, names = None, list[str]()
-            while True:
-                page, total = await at.engine.list_sessions(
-                    order=order, descending=descending, after=after, limit=limit
-                )
-                assert total >= 1
-                for info in page:
-                    message = sessions_pb2.Session.FromString(from_session(info).SerializeToString())
-                    shown = SessionInfo._from_message(message)
-                    assert repr(shown)
-                    assert shown._repr_html_()
-                    session_cells(shown, everybodys=True)
-                    session_facts(shown)
-                    json.dumps(session_json(shown), allow_nan=False)
-                    names.append(info.session_id)
-                if page.next is None:
-                    break
-                name, number = from_token(to_token(page.next[1], page.next[0]))
-                after = number, name
-                assert len(names) < 10, "pages without an end"
-            assert names.count("fine") == 1, f"{order} {names}"
-            assert len(set(names)) == len(names)
+    """Every list has everybody, page by page, and whoever shows it can."""
+    for idle_longer_s in (None, -math.inf):
+        after, names = "", list[str]()
+        while True:
+            page, total = await at.engine.list_sessions(after=after, limit=limit, idle_longer_s=idle_longer_s)
+            assert total >= 1
+            for info in page:
+                message = sessions_pb2.Session.FromString(from_session(info).SerializeToString())
+                shown = SessionInfo._from_message(message)
+                assert repr(shown)
+                assert shown._repr_html_()
+                session_cells(shown, everybodys=True)
+                session_facts(shown)
+                json.dumps(session_json(shown), allow_nan=False)
+                names.append(info.session_id)
+            if page.next is None:
+                break
+            after, _ = from_token(to_token(page.next))
+            assert len(names) < 10, "pages without an end"
+        assert names.count("fine") == 1, f"{idle_longer_s} {names}"
+        assert len(set(names)) == len(names)
 
 
 async def harmless(at: Harness, answer: Answer) -> None:

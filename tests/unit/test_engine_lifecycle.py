@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.sessions import catalogue
+from stepwell_server.engine.sessions import read
 from stepwell_server.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -379,12 +379,12 @@ async def test_sessions_are_listed_in_the_order_of_their_ids(monkeypatch: pytest
             return [info.session_id for info in infos], total
 
         for at_once in (10_000, 2):  # others get a turn after so many
-            monkeypatch.setattr(catalogue, "_AT_ONCE", at_once)
+            monkeypatch.setattr(read, "_HEADS_AT_ONCE", at_once)
             assert await listed() == (["a1", "b1", "b2", "b3", "c"], 5)
             assert await listed(prefix="b") == (["b1", "b2", "b3"], 3)
             assert await listed(prefix="b", model="plain") == (["b1", "b2"], 2)
             assert await listed(limit=2) == (["a1", "b1"], 5)
-            assert await listed(limit=2, after=(0.0, "b1")) == (["b2", "b3"], 5)
+            assert await listed(limit=2, after="b1") == (["b2", "b3"], 5)
         with pytest.raises(ModelNotFound):
             await listed(model="x")
 

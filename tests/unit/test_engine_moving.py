@@ -278,21 +278,22 @@ async def test_pages_of_what_fits_are_bounded() -> None:
         at.clock.advance(60.0)
         await at.step("s07", x(1, 40))  # a reply that is much larger than the others
         found: dict[str, Any] = {}
-        after, pages = None, 0
+        after, pages = "", 0
         while True:
-            page, after = await at.engine.export_page(
+            page, following = await at.engine.export_page(
                 SessionFilter(prefix="s"), after=after, page_bytes=400, most_bytes=300, deadline=float("inf")
             )
             found |= dict(page)
             pages += 1
-            if after is None:
+            if following is None:
                 break
+            after = following
         assert sorted(found) == [f"s{number:02}" for number in range(40)]
         assert pages > 5
         assert [name for name, each in found.items() if isinstance(each, MessageTooLarge)] == ["s07"]
         page, _ = await at.engine.export_page(
             SessionFilter(idle_longer_s=30.0, model="plain"),
-            after=None, page_bytes=1 << 20, most_bytes=1 << 20, deadline=float("inf"),
+            after="", page_bytes=1 << 20, most_bytes=1 << 20, deadline=float("inf"),
         )  # fmt: skip
         assert len(page) == 39
 

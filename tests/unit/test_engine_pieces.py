@@ -20,9 +20,8 @@ from stepwell_server.engine.sessions import (
     directory,
     fork,
     ids,
-    listing,
     loading,
-    reading,
+    read,
 )
 from stepwell_server.engine.sessions.attempt import OpenedMany
 from stepwell_server.engine.shares import LoopTurns
@@ -278,10 +277,10 @@ async def test_steps_of_others_are_answered_between_the_pieces(call: str, are_th
 
 
 @pytest.mark.parametrize("part", ["described", "converted"])
-@pytest.mark.parametrize("order", ["SESSION_ORDER_ID", "SESSION_ORDER_LAST_USED"])
+@pytest.mark.parametrize("wanted", [{}, {"model": "plain"}])
 @pytest.mark.stores("memory", "async")
 async def test_of_many_lists_one_piece_is_done_in_a_turn(
-    part: str, order: str, monkeypatch: pytest.MonkeyPatch
+    part: str, wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = 0
 
@@ -296,13 +295,13 @@ async def test_of_many_lists_one_piece_is_done_in_a_turn(
         monkeypatch.setattr(owner, name, counted)
 
     if part == "described":
-        count(listing.Listing, "_info")
+        count(read.SessionList, "_info")
     else:
         count(admin, "_listed")
     async with calls(resident_rows=4) as at:
         await at.call(pb.OpenSessionsRequest(model="plain", count=512))
         done = 0
-        request = pb.ListSessionsRequest(page_size=512, order=pb.SessionOrder.Value(order))
+        request = pb.ListSessionsRequest(page_size=512, **wanted)
         lists = asyncio.gather(*(at.call(request) for _ in range(4)))
 
         async def all_of_them() -> Any:
@@ -414,19 +413,19 @@ async def test_a_large_state_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) 
         await at.open("a", batch_size=23)
         await at.step("a", x(23))
         whole, few = await turns_of(at.engine.get_state("a"))
-        monkeypatch.setattr(reading, "ROWS_AT_ONCE", 4)
-        read, turns = await turns_of(at.engine.get_state("a"))
+        monkeypatch.setattr(read, "ROWS_AT_ONCE", 4)
+        again, turns = await turns_of(at.engine.get_state("a"))
         assert turns >= few + 5
-        assert read.state["sum"].tobytes() == whole.state["sum"].tobytes()
+        assert again.state["sum"].tobytes() == whole.state["sum"].tobytes()
 
 
 async def test_a_step_waits_while_a_large_state_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(read, "ROWS_AT_ONCE", 1)
     async with running() as at:
         await at.open("a", batch_size=8)
-        read = await begun(at.engine.get_state("a"))
+        reading = await begun(at.engine.get_state("a"))
         step = at.submit("a", x(8), sizes=[8])
-        state = (await read).state["sum"]
+        state = (await reading).state["sum"]
         assert (state == state[0]).all(), "as before the step, every row of it"
         assert (await step.only()).revision == 1
 

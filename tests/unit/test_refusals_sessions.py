@@ -340,10 +340,6 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
             "position must be 0 without a state, and with rows: it is that of a whole state; got 5",
         ),
     ),
-    "an order that is none": (
-        pb.ListSessionsRequest(order=9),  # type: ignore[arg-type]
-        (*BAD_ARGUMENT, "order must be a SessionOrder; got 9"),
-    ),
     "a time that is negative": (
         pb.ListSessionsRequest(idle_longer=Duration(seconds=-1)),
         (*BAD_ARGUMENT, "idle_longer must be 0 to 315576000000 s; got -1 s"),

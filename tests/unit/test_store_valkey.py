@@ -35,6 +35,7 @@ from stepwell_server.store.valkey.scripts import UNDONE_MS
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.awaited import RemoteStore
 from support.clock import ManualClock
+from support.records import scan
 from support.shared import end, fresh_prefix, opened, put, shared, stamps
 from support.stored import record, template
 from support.valkey import Valkey, until
@@ -150,7 +151,7 @@ async def test_deleting_without_a_tombstone_leaves_nothing(valkey: Valkey) -> No
         assert await store.apply(Batch(deletes=["a", "no"], delete_follows=stamps(stamp, 0))) is ALL_KEPT
         assert await store.apply(Batch(deletes=["b"], delete_follows=stamps(stamp + 1))) == conflict("b")
         assert [each.record is None for each in await store.fetch(["a", "b"])] == [True, False]
-        assert (await store.count(), [name for name, _ in await store.scan(limit=9)]) == (1, ["b"])
+        assert (await store.count(), [name for name, _ in await scan(store, limit=9)]) == (1, ["b"])
 
 
 async def test_what_comes_late_of_an_opening_that_was_undone_begins_nothing(valkey: Valkey) -> None:
@@ -291,12 +292,12 @@ async def test_sessions_in_the_order_of_their_ids(valkey: Valkey) -> None:
             ("c", "b", 3),
         ]:
             wanted = [i for i in ids if i > after and i.startswith(prefix)][:limit]
-            found = await store.scan(after=after, prefix=prefix, limit=limit)
+            found = await scan(store, after=after, prefix=prefix, limit=limit)
             assert [name for name, _ in found] == wanted
             if not prefix:
                 assert (await store.heads(after=after, limit=limit)).keys == [i.encode() for i in wanted]
         assert await store.count() == 700
-        found = await store.scan(limit=1)
+        found = await scan(store, limit=1)
         assert found[0][1] is not None
         assert clock.now() - 60 < found[0][1].last_used <= clock.now()
     finally:
@@ -455,7 +456,7 @@ async def test_damaged_records_are_found_and_can_be_ended(valkey: Valkey) -> Non
         with pytest.raises(StateCorrupt):
             decode_header(name, each.record)
     assert (found[4].record, found[4].tombstone) == (None, None)
-    listed = dict(await store.scan(limit=9))
+    listed = dict(await scan(store, limit=9))
     assert [name for name, header in listed.items() if header is None] == ids[:3]
     assert listed["sound"] is not None
     assert len(await store.heads(limit=9)) >= 2
@@ -502,7 +503,7 @@ async def test_the_number_of_partitions_stays(valkey: Valkey) -> None:
     await (await opened(f"{url}&partitions=8")).close()
     store = await opened(url)
     _, _ = await put(store, [(f"s{i}", record(f"s{i}")) for i in range(50)], [0] * 50)
-    assert len(await store.scan(limit=99)) == 50
+    assert len(await scan(store, limit=99)) == 50
     await store.close()
     with pytest.raises(StoreError, match=r"partitions must be 8, as the store .* was made with; got 9"):
         await opened(f"{url}&partitions=9")
@@ -533,7 +534,7 @@ async def test_it_does_what_the_store_of_the_tests_does(valkey: Valkey, seed: in
             asked = [chance.choice(known[i]) for i in ids]
             assert _plain(await ours.fetch(ids, asked)) == _plain(await theirs.fetch(ids, asked))
             for store in (ours, theirs):
-                assert [name for name, _ in await store.scan(limit=99)] == sorted(
+                assert [name for name, _ in await scan(store, limit=99)] == sorted(
                     i for i, each in zip(ids, await theirs.fetch(ids), strict=True) if each.record
                 )
             rows = [counts.rows_of(""), counts.rows_of("acme")]

@@ -35,6 +35,7 @@ from stepwell_server.store.valkey.nodes import MOST_LINKS
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.certificates import Authority
 from support.cut import Cut
+from support.records import scan
 from support.shared import end, fresh_prefix, opened, put, shared
 from support.stored import record, template
 from support.valkey import HOST, Valkey, paused
@@ -532,7 +533,7 @@ async def test_states_are_encrypted(valkey: Valkey) -> None:
     assert [bytes(each.record or b"") for each in await store.fetch(ids)] == [
         bytes(r) for _, r in template(ids, 4, size=64)
     ]
-    assert [header.revision for _, header in await store.scan(limit=9) if header] == [4, 4, 4]
+    assert [header.revision for _, header in await scan(store, limit=9) if header] == [4, 4, 4]
     assert [header["revision"] for header in (await store.heads(limit=9)).heads] == [4, 4, 4]
     await store.close()
     with pytest.raises(KeyFileError, match="is encrypted, with key new: their file must be given"):
@@ -580,7 +581,7 @@ async def test_encryption_begins_and_keys_change_while_all_servers_read_all(valk
     later = await started("b", "a")
     await all_read(both, later)
     # who has not heard of a key answers nothing wrong, says what it lacks, and is not ready
-    (name, _), *_ = await later.scan(limit=1)
+    (name, _), *_ = await scan(later, limit=1)
     await put(later, [("sealed", record("sealed"))], [0])
     for behind in (plain, encrypting):
         assert "encrypted by other servers, with key" in (await behind.check()).problem

@@ -92,11 +92,10 @@ async def close_matching(at: Calls, session_id: str) -> None:
 
 async def listed(at: Calls, session_id: str) -> None:
     idle = duration_pb2.Duration()
-    for order in pb.SessionOrder.values():
-        for wanted in ({}, {"session_id_prefix": session_id}, {"model": "plain"}, {"idle_longer": idle}):
-            for size in (0, 1):
-                reply = await at.call(pb.ListSessionsRequest(order=order, page_size=size, **wanted))
-                assert reply == pb.ListSessionsResponse(), wanted
+    for wanted in ({}, {"session_id_prefix": session_id}, {"model": "plain"}, {"idle_longer": idle}):
+        for size in (0, 1):
+            reply = await at.call(pb.ListSessionsRequest(page_size=size, **wanted))
+            assert reply == pb.ListSessionsResponse(), wanted
 
 
 async def exported(at: Calls, session_id: str) -> None:
@@ -340,22 +339,18 @@ async def test_triton_names_a_session_as_its_caller_knows_it(at: Calls) -> None:
 async def test_pages_go_on_within_the_tenant(at: Calls) -> None:
     bob, ann = at.of(BOB), at.of(ANN)
     await bob.call(pb.OpenSessionsRequest(model="plain", session_ids=[f"b{i}" for i in range(5)]))
-    for order in pb.SessionOrder.values():
-        for descending in (False, True):
-            found, token = [], ""
-            while True:
-                reply = await bob.call(
-                    pb.ListSessionsRequest(page_size=2, page_token=token, order=order, descending=descending)
-                )
-                found += [session.session_id for session in reply.sessions]
-                assert reply.total == 5
-                token = reply.next_page_token
-                if not token:
-                    break
-                # of use to nobody else
-                other = await ann.call(pb.ListSessionsRequest(page_token=token, order=order))
-                assert not [one.session_id for one in other.sessions if one.session_id.startswith("b")]
-            assert sorted(found) == [f"b{i}" for i in range(5)]
+    found, token = [], ""
+    while True:
+        reply = await bob.call(pb.ListSessionsRequest(page_size=2, page_token=token))
+        found += [session.session_id for session in reply.sessions]
+        assert reply.total == 5
+        token = reply.next_page_token
+        if not token:
+            break
+        # of use to nobody else
+        other = await ann.call(pb.ListSessionsRequest(page_token=token))
+        assert not [one.session_id for one in other.sessions if one.session_id.startswith("b")]
+    assert found == [f"b{i}" for i in range(5)]
     page = await bob.call(pb.ExportSessionsRequest(page_bytes=1))
     rest = await bob.call(pb.ExportSessionsRequest(page_token=page.next_page_token))
     assert [each.session_id for each in (*page.sessions, *rest.sessions)] == [f"b{i}" for i in range(5)]
@@ -377,10 +372,9 @@ async def test_an_admin_lists_exports_and_closes_what_is_everybodys(at: Calls) -
     await at.call(pb.OpenSessionRequest(model="plain", session_id=MINE))
     await at.of(BOB).call(pb.OpenSessionRequest(model="plain", session_id=MINE))
     own = [("", MINE), ("zeta", MINE), *(("acme", one) for one in (MINE, ALSO_MINE, "triton/plain/7"))]
-    for order in pb.SessionOrder.values():
-        reply = await everybody.call(pb.ListSessionsRequest(order=order))
-        assert sorted((session.tenant, session.session_id) for session in reply.sessions) == sorted(own)
-        assert reply.total == 5
+    reply = await everybody.call(pb.ListSessionsRequest())
+    assert sorted((session.tenant, session.session_id) for session in reply.sessions) == sorted(own)
+    assert reply.total == 5
     assert [one.session_id for one in (await at.call(pb.ListSessionsRequest())).sessions] == [MINE]
     exported = (await everybody.call(pb.ExportSessionsRequest())).sessions
     assert sorted((one.tenant, one.session_id) for one in exported) == sorted(own)

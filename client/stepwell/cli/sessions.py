@@ -25,12 +25,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Filter = dict[str, Any]
 """Filters as arguments of the SDK."""
 
-ORDERS: Mapping[str, Literal["id", "last_used", "created"]] = {
-    "id": "id",
-    "idle": "last_used",
-    "age": "created",
-}
-"""What --sort may be, and what the SDK calls it."""
 PAGE = 1000
 """Sessions that are looked at before the first is printed: as many as the first answer of a server has."""
 SHOWN = 100
@@ -98,21 +92,12 @@ def filter_options(function: Function) -> Function:
     short_help="List sessions.",
     examples=(
         "stepwell sessions list",
-        "stepwell sessions list --sort idle --limit 20",
+        "stepwell sessions list --model forecast --limit 20",
         "stepwell sessions list --prefix user- --idle-longer 1h --json",
     ),
     json_keys=(("(one line for each)", "a document for each session, as they come:"), *SESSION_KEYS),
 )
 @filter_options
-@click.option(
-    "--sort",
-    "order",
-    type=click.Choice(list(ORDERS)),
-    default="id",
-    show_default=True,
-    help="By id, or beginning with those that were not used for longest (idle), or with the oldest (age).",
-)
-@click.option("--reverse", is_flag=True, help="The other way round.")
 @click.option(
     "--limit",
     metavar="N",
@@ -122,10 +107,8 @@ def filter_options(function: Function) -> Function:
 @click.option("--all", "every", is_flag=True, help="All sessions, also on a terminal.")
 @json_option
 @server_options
-def list_sessions(
-    target: Target, wanted: Filter, order: str, reverse: bool, limit: int | None, every: bool, as_json: bool
-) -> None:
-    """List the live sessions of a server, page by page as they come: also a million of them.
+def list_sessions(target: Target, wanted: Filter, limit: int | None, every: bool, as_json: bool) -> None:
+    """List the live sessions of a server in the order of their ids, page by page: also a million of them.
 
     A terminal shows the first 100 and how many more there are, unless --all or --limit says otherwise. A pipe and
     --json get all.
@@ -141,7 +124,7 @@ def list_sessions(
     if is_cut:
         limit = SHOWN
     with target.connect("Listing the sessions", prints=True) as client:
-        found = client.sessions(**wanted, order=ORDERS[order], descending=reverse, limit=limit)
+        found = client.sessions(**wanted, limit=limit)
         if as_json:
             for session in found:
                 _render.print_json(session_json(session))

@@ -79,34 +79,6 @@ STATE_SELECTION_ALL: StateSelection.ValueType  # 3
 """The state after every time step."""
 Global___StateSelection: _TypeAlias = StateSelection  # noqa: Y015
 
-class _SessionOrder:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _SessionOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SessionOrder.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    SESSION_ORDER_UNSPECIFIED: _SessionOrder.ValueType  # 0
-    """As ID."""
-    SESSION_ORDER_ID: _SessionOrder.ValueType  # 1
-    """By their ids."""
-    SESSION_ORDER_LAST_USED: _SessionOrder.ValueType  # 2
-    """Those that were not used for longest come first."""
-    SESSION_ORDER_CREATED: _SessionOrder.ValueType  # 3
-    """The oldest come first."""
-
-class SessionOrder(_SessionOrder, metaclass=_SessionOrderEnumTypeWrapper):
-    """In which order sessions are listed."""
-
-SESSION_ORDER_UNSPECIFIED: SessionOrder.ValueType  # 0
-"""As ID."""
-SESSION_ORDER_ID: SessionOrder.ValueType  # 1
-"""By their ids."""
-SESSION_ORDER_LAST_USED: SessionOrder.ValueType  # 2
-"""Those that were not used for longest come first."""
-SESSION_ORDER_CREATED: SessionOrder.ValueType  # 3
-"""The oldest come first."""
-Global___SessionOrder: _TypeAlias = SessionOrder  # noqa: Y015
-
 class _ExistingSession:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -707,7 +679,7 @@ Global___GetSessionResponse: _TypeAlias = GetSessionResponse  # noqa: Y015
 
 @_typing.final
 class ListSessionsRequest(_message.Message):
-    """Asks for a page of sessions."""
+    """Asks for a page of sessions, which come in the order of their ids."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -715,8 +687,6 @@ class ListSessionsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     SESSION_ID_PREFIX_FIELD_NUMBER: _builtins.int
-    ORDER_FIELD_NUMBER: _builtins.int
-    DESCENDING_FIELD_NUMBER: _builtins.int
     IDLE_LONGER_FIELD_NUMBER: _builtins.int
     SKIP_TOTAL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
@@ -727,10 +697,6 @@ class ListSessionsRequest(_message.Message):
     """next_page_token of the page before. Empty: the first page."""
     session_id_prefix: _builtins.str
     """Only ids that begin with this. Empty: all."""
-    order: Global___SessionOrder.ValueType
-    """In which order they come; sessions that are alike in it come in the order of their ids."""
-    descending: _builtins.bool
-    """The other way round."""
     skip_total: _builtins.bool
     """Do not count all that fit: a page costs less then."""
     @_builtins.property
@@ -744,14 +710,12 @@ class ListSessionsRequest(_message.Message):
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         session_id_prefix: _builtins.str = ...,
-        order: Global___SessionOrder.ValueType = ...,
-        descending: _builtins.bool = ...,
         idle_longer: _duration_pb2.Duration | None = ...,
         skip_total: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["idle_longer", b"idle_longer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["descending", b"descending", "idle_longer", b"idle_longer", "model", b"model", "order", b"order", "page_size", b"page_size", "page_token", b"page_token", "session_id_prefix", b"session_id_prefix", "skip_total", b"skip_total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle_longer", b"idle_longer", "model", b"model", "page_size", b"page_size", "page_token", b"page_token", "session_id_prefix", b"session_id_prefix", "skip_total", b"skip_total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -772,7 +736,7 @@ class ListSessionsResponse(_message.Message):
     """Live sessions that fit the request, over all pages. 0 with skip_total."""
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Session]:
-        """In the order that was asked for. A page may have fewer than were asked for, or none, and not be the last."""
+        """In the order of their ids. A page may have fewer than were asked for, or none, and not be the last."""
 
     def __init__(
         self,

@@ -64,10 +64,15 @@ class _Ids:
 
     def __init__(self) -> None:
         self._chunks: list[npt.NDArray[np.object_]] = []
+        self._changes: list[int] = []
+        """How often each chunk has changed."""
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
+
+    def chunks(self) -> list[tuple[int, npt.NDArray[np.object_]]]:
+        return list(zip(self._changes, self._chunks, strict=True))
 
     def __getitem__(self, handle: int) -> str:
         found: str = self._chunks[handle // _IDS_OF_A_CHUNK][handle % _IDS_OF_A_CHUNK]
@@ -75,10 +80,12 @@ class _Ids:
 
     def __setitem__(self, handle: int, session_id: str) -> None:
         self._chunks[handle // _IDS_OF_A_CHUNK][handle % _IDS_OF_A_CHUNK] = session_id
+        self._changes[handle // _IDS_OF_A_CHUNK] += 1
 
     def append(self, session_id: str) -> None:
         if self._count == len(self._chunks) * _IDS_OF_A_CHUNK:
             self._chunks.append(np.empty(_IDS_OF_A_CHUNK, np.object_))
+            self._changes.append(0)
         self._count += 1
         self[self._count - 1] = session_id
 
@@ -132,9 +139,6 @@ class SessionTable:
         self._births = 0
         self.next_end = math.inf
         """Before this moment, on the monotonic clock, no session has been idle for too long; `idle` sets it."""
-        self.departures: list[str] | None = None
-        """Ids of sessions that were removed and had been added after `departures_after`, if somebody wants to know."""
-        self.departures_after = 0
         for name, dtype in _COLUMNS.items():
             setattr(self, name, _zeros(capacity, np.dtype(dtype)))
         # Rows of the arena that are of no session yet are said to be of handle 0 (`Slots.owner`), which may be nobody's.
@@ -146,9 +150,12 @@ class SessionTable:
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._handles
 
-    def ids(self) -> list[str]:
-        """Ids of all live sessions."""
-        return list(self._handles)
+    def id_chunks(self) -> list[tuple[int, npt.NDArray[np.object_]]]:
+        """The ids of all live sessions in chunks of 1,024 handles, each with a number that is another one after a change.
+
+        What is empty or None in a chunk is no id. Chunks stay as they are when the table grows.
+        """
+        return self._ids.chunks()
 
     def items(self) -> ItemsView[str, int]:
         """Ids and handles of all live sessions."""
@@ -195,8 +202,6 @@ class SessionTable:
 
     def remove(self, handle: int) -> None:
         """Forget a session. The caller frees its rows."""
-        if self.departures is not None and self.birth[handle] > self.departures_after:
-            self.departures.append(self._ids[handle])
         del self._handles[self._ids[handle]]
         self._ids[handle] = ""
         self._more_rows.pop(handle, None)
@@ -239,11 +244,6 @@ class SessionTable:
         self.row[handles] = rows[ends - sizes]
         for index in np.flatnonzero(sizes > 1):
             self._more_rows[int(handles[index])] = rows[ends[index] - sizes[index] : ends[index]].copy()
-
-    @property
-    def births(self) -> int:
-        """The birth that was given last."""
-        return self._births
 
     @property
     def end(self) -> int:

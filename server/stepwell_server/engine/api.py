@@ -23,18 +23,6 @@ class Select(enum.Enum):
     NONE = "none"
 
 
-class Order(enum.Enum):
-    """In which order sessions are listed; those that are alike in it come in the order of their ids."""
-
-    ID = "id"
-    LAST_USED = "last used"
-    CREATED = "created"
-
-
-Position = tuple[float, str]
-"""Where a page of a list ended: the value by which it is in order (0 for ids), and the id."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SessionFilter:
     """Which sessions are meant: those for which all of it holds."""
@@ -54,6 +42,11 @@ class SessionFilter:
         if not self.tenant:
             return self.prefix if self.tenant is None else inner("", self.prefix)
         return prefix_of(self.tenant) + self.prefix
+
+    @property
+    def is_by_prefix_alone(self) -> bool:
+        """Whether every session fits whose id begins with `ids_begin_with`."""
+        return self.tenant != "" and not self.model and self.idle_longer_s is None
 
     def is_meant(self, session_id: str) -> bool:
         """Whether a session whose id begins so is whose it has to be."""
@@ -88,10 +81,10 @@ class SessionInfo:
 
 
 class SessionPage(list[SessionInfo]):
-    """Some sessions of a list."""
+    """Some sessions of a list, in the order of their ids."""
 
-    next: Position | None = None
-    """Where the next page begins; None: this is the last."""
+    next: str | None = None
+    """The id behind which the next page begins; None: this is the last."""
 
 
 class SessionPolicy(enum.Enum):

@@ -32,17 +32,15 @@ from stepwell_server.engine.prediction import Prediction
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.attempt import OpenedMany
 from stepwell_server.engine.sessions.begin import Begin
-from stepwell_server.engine.sessions.catalogue import Catalogue
 from stepwell_server.engine.sessions.close import Closer
 from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import MAX_PAGED_OUT, Expiry, Removal, Sweep, Uses
 from stepwell_server.engine.sessions.fork import Fork
 from stepwell_server.engine.sessions.ids import MAX_IDS_PER_CALL
-from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Arrivals, Loader
 from stepwell_server.engine.sessions.moving import Moving
-from stepwell_server.engine.sessions.reading import Reading
+from stepwell_server.engine.sessions.read import SessionCounts, SessionList, StateReader
 from stepwell_server.engine.shares import LoopTurns, Pieces, Shares, Threads
 from stepwell_server.engine.sizes import Sizes
 from stepwell_server.engine.state.fields import Fields
@@ -166,7 +164,6 @@ class Engine:
             table,
             self._models,
             store,
-            keeping.others,
             arrivals=self._arrivals,
             loader=loader,
             expiry=self._expiry,
@@ -174,8 +171,9 @@ class Engine:
         )
         self.session_info = self._directory.describe
         """Describe a session as of its last completed change: see `Directory.describe`."""
-        self.refresh_counts = self._directory.refresh_counts
-        """Have `models` say how many sessions there are now: see `Directory.refresh_counts`."""
+        self._counts = SessionCounts(table, self._models, store, clock)
+        self.refresh_counts = self._counts.refresh
+        """Make the counts of `models` current: see `SessionCounts.refresh`."""
         sizes = Sizes(table, quotas)
         recorder = None
         if keeping.others is not None:
@@ -195,7 +193,7 @@ class Engine:
             clock=clock,
             observer=observer,
         )
-        self._reading = Reading(table, self._directory, self._turns, pager, uses, clock=clock)
+        self._reader = StateReader(table, self._directory, self._turns, pager, uses, clock=clock)
         context = Context(
             table=table,
             directory=self._directory,
@@ -222,13 +220,12 @@ class Engine:
         """Open a session, or resume the live one of that id: see `Begin.open`."""
         self.open_sessions = begin.open_many
         """Open many sessions, all of them or none: see `Begin.open_many`."""
-        fork = Fork(context, begin, self._reading)
+        fork = Fork(context, begin, self._reader)
         self.fork = fork.one
         """Open a session with the state, revision and position of another: see `Fork.one`."""
         self.fork_sessions = fork.many
         """Open sessions with the states of others, all of them or none: see `Fork.many`."""
-        self._catalogue = Catalogue(table, self._models, keeping.others, removal, clock)
-        listing = Listing(table, self._directory, self._expiry, keeping.others, self._catalogue, clock)
+        listing = SessionList(table, self._directory, self._expiry, removal, keeping, store, clock)
         self._closing = Closer(
             self._directory,
             self._turns,
@@ -240,7 +237,7 @@ class Engine:
             clock=clock,
         )
         self.list_sessions = listing.ask
-        """Up to `limit` sessions, and how many fit in all: see `Listing.ask`."""
+        """Up to `limit` sessions, and how many fit in all: see `SessionList.ask`."""
         self.close_matching = self._closing.close_matching
         """Close sessions that fit a filter, some at a time: see `Closer.close_matching`."""
         self.was_closed_by = self._closing.was_closed_by
@@ -366,7 +363,7 @@ class Engine:
         await self._changing.restore()
         for model in self._models:
             await self._serving.warm_up(model)
-        timers = [self._sweep.run, self._changing.watch.run, self._directory.run]
+        timers = [self._sweep.run, self._changing.watch.run, self._counts.run]
         if self._quotas is not None:
             timers.append(self._quotas.run)
         self._tasks = [asyncio.create_task(run()) for run in timers]
@@ -459,7 +456,7 @@ class Engine:
         """
         seen = await self._directory.look([session_id], anew=True)
         self._drain_inboxes()
-        return await self._reading.read(session_id, seen, deadline)
+        return await self._reader.read(session_id, seen, deadline)
 
     async def get_states(
         self,
@@ -492,7 +489,7 @@ class Engine:
                     f" got {len(session_ids)}, for which it would have {size}: name fewer at once"
                 )
 
-        return await self._reading.read_many(session_ids, seen, deadline, admit=admit, with_state=with_state)
+        return await self._reader.read_many(session_ids, seen, deadline, admit=admit, with_state=with_state)
 
     def stats(self) -> list[ModelStats]:
         """What each model has and does now."""
@@ -504,7 +501,7 @@ class Engine:
         inboxes = [self._inboxes[model.index] for model in versions]
         return ModelStats(
             name=own.name,
-            sessions=self._directory.count(own.name),
+            sessions=self._counts.of(own.name),
             resident_rows=sum(each.resident for each in slots),
             max_resident_rows=sum(each.resident_limit for each in slots),
             queued_rows=sum(inbox.waiting for inbox in inboxes),
@@ -542,7 +539,6 @@ class Engine:
         for task in self._tasks:
             task.cancel()
         self._uses.close()
-        self._catalogue.close()
         self._threads.close()
         until = self._clock.monotonic() + timeout_s
         with contextlib.suppress(TimeoutError):
@@ -565,7 +561,7 @@ class Engine:
             model.work.ring()
 
     def _info(self, own: Versions, model: Model) -> ModelInfo:
-        sessions, versions = self._directory.count(own.name), self._changing.describe(own)
+        sessions, versions = self._counts.of(own.name), self._changing.describe(own)
         return ModelInfo(own.name, model.program, sessions, model.version, versions)
 
     def _drain_inboxes(self) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core.callers import Caller
 from stepwell_server.core.idle import MAX_IDLE_MS, MIN_IDLE_S
-from stepwell_server.engine.api import Order, SessionInfo
 from stepwell_server.engine.api import SessionFilter as Filter
+from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.sessions.close import Place
 from stepwell_server.engine.sessions.moving import MOST_AT_ONCE, Arriving, Brought, Existing, Exported
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
@@ -26,12 +26,6 @@ _DEFAULT_PAGE = 1000
 _LARGEST_PAGE = 10_000
 #: Sessions that are made messages of before others get a turn.
 _AT_ONCE = 64
-_ORDERS: dict[int, Order] = {
-    pb.SESSION_ORDER_UNSPECIFIED: Order.ID,
-    pb.SESSION_ORDER_ID: Order.ID,
-    pb.SESSION_ORDER_LAST_USED: Order.LAST_USED,
-    pb.SESSION_ORDER_CREATED: Order.CREATED,
-}
 #: Of sessions in one page, unless another size is asked for.
 _EXPORTED_BYTES = 1 << 20
 _EXISTING: dict[int, Existing] = {
@@ -63,19 +57,14 @@ class Administration:
 
     async def list_sessions(self, request: pb.ListSessionsRequest, call: Call) -> pb.ListSessionsResponse:
         """List sessions, page by page."""
-        order = _ORDERS.get(request.order)
-        if order is None:
-            raise InvalidInput(f"order must be a SessionOrder; got {request.order}")
-        after, number = from_token(request.page_token)
+        after, _ = from_token(request.page_token)
         wanted = _filter_of(request, call.who)
         page, total = await self._engine.list_sessions(
             model=wanted.model,
             tenant=wanted.tenant,
             prefix=wanted.prefix,
             idle_longer_s=wanted.idle_longer_s,
-            order=order,
-            descending=request.descending,
-            after=(number, naming.inner_place(call.who, after)) if request.page_token else None,
+            after=naming.inner_place(call.who, after) if after else "",
             limit=_page_size(request.page_size),
             count=not request.skip_total,
         )
@@ -87,8 +76,7 @@ class Administration:
                 if len(page) > _AT_ONCE:
                     await asyncio.sleep(0)
         if page.next is not None:
-            number, last = page.next
-            response.next_page_token = to_token(naming.own_place(call.who, last), number)
+            response.next_page_token = to_token(naming.own_place(call.who, page.next))
         return response
 
     async def close_matching_sessions(
@@ -125,13 +113,13 @@ class Administration:
         if not request.session_ids:
             found, end = await self._engine.export_page(
                 wanted,
-                after=(0.0, naming.inner_place(who, place)) if request.page_token else None,
+                after=naming.inner_place(who, place) if place else "",
                 page_bytes=page_bytes,
                 most_bytes=most,
                 deadline=call.deadline,
             )
             _add_exported(response, found, who)
-            response.next_page_token = "" if end is None else to_token(naming.own_place(who, end[1]))
+            response.next_page_token = "" if end is None else to_token(naming.own_place(who, end))
             return response
         if wanted != Filter(tenant=wanted.tenant):
             raise InvalidInput(

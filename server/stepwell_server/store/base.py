@@ -499,10 +499,7 @@ class Store(Protocol):
             Unavailable: the store cannot be asked now.
         """
 
-    async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        """See `LocalStore`."""
-
-    async def heads(self, *, after: str = "", limit: int) -> Heads:
+    async def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:
         """See `LocalStore`."""
 
     async def count(self) -> int:
@@ -520,6 +517,14 @@ class Store(Protocol):
 
     async def uncounted(self, *, after: str = "", limit: int) -> Heads:
         """As `heads`, of records that the server has to count at its start; a store that counts `usage` has none."""
+
+    def count_now(self, model: str) -> int | None:  # noqa: ARG002 - of stores that answer at once
+        """As `count_of`, if the store can answer at once; None: it cannot.
+
+        Raises:
+            Unavailable: the store cannot be read now.
+        """
+        return None
 
     async def documents(self, prefix: str = "") -> dict[str, bytes]:
         """See `LocalStore`. Nothing is missing that was kept before this was called."""
@@ -636,8 +641,11 @@ class LocalStore(Protocol):
             limit: how many at most.
         """
 
-    def heads(self, *, after: str = "", limit: int) -> Heads:
-        """As `scan`, as columns: several times as fast, as no record is checked."""
+    def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:
+        """As `scan`, as columns: several times as fast, as no record is checked.
+
+        Of a prefix of more than 478 bytes only so many need be compared.
+        """
 
     def count(self) -> int:
         """How many sessions there are."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 from stepwell_server.core.namespaces import SEPARATOR, tenant_of
 from stepwell_server.core.quotas import SESSION_BYTES, Usage
@@ -70,11 +70,16 @@ def bytes_of(tenant: str) -> str:
     return f"{SEPARATOR}{rows_of(tenant)}"
 
 
-async def count(store: Store, tenant: str | None, model: str) -> int:
-    """How many sessions a tenant has (empty: those of none; None: everybody's), of a model (empty: of all)."""
+async def count(
+    store: Store, tenant: str | None, model: str, everybody: Callable[[], Awaitable[int]] | None = None
+) -> int:
+    """How many sessions a tenant has (empty: those of none; None: everybody's), of a model (empty: of all).
+
+    `everybody` counts all sessions; by default those that have a record.
+    """
     if tenant:
         return await store.count_of(f"{tenant}{SEPARATOR}{model}")
-    everybodys = await (store.count_of(model) if model else store.count())
+    everybodys = await (store.count_of(model) if model else (everybody or store.count)())
     if tenant is None:
         return everybodys
     return everybodys - await store.count_of(f"{SEPARATOR}{model}")

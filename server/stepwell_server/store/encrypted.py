@@ -78,8 +78,8 @@ class EncryptedStore(LocalStore):
         return self._local.scan(after=after, prefix=prefix, limit=limit)
 
     @override
-    def heads(self, *, after: str = "", limit: int) -> Heads:
-        return self._local.heads(after=after, limit=limit)
+    def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:
+        return self._local.heads(after=after, prefix=prefix, limit=limit)
 
     @override
     def count(self) -> int:

@@ -27,7 +27,7 @@ from stepwell_server.store.base import (
     Write,
 )
 from stepwell_server.store.heads import Heads, heads_of
-from stepwell_server.store.record import F64, Header, header_or_none
+from stepwell_server.store.record import F64, header_or_none
 
 _NOTHING = Fetched()
 #: The records are first searched for unused sessions this long after the start at the latest. Then the search rests: at
@@ -155,12 +155,8 @@ class InProcessStore(Store):
         return self._clock.monotonic() - self._opened
 
     @override
-    async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        return self.local.scan(after=after, prefix=prefix, limit=limit)
-
-    @override
-    async def heads(self, *, after: str = "", limit: int) -> Heads:
-        return self.local.heads(after=after, limit=limit)
+    async def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:
+        return self.local.heads(after=after, prefix=prefix, limit=limit)
 
     @override
     async def count(self) -> int:
@@ -177,6 +173,10 @@ class InProcessStore(Store):
     @override
     async def uncounted(self, *, after: str = "", limit: int) -> Heads:
         return self.local.heads(after=after, limit=limit)
+
+    @override
+    def count_now(self, model: str) -> int:
+        return self.local.count_of(model)
 
     @override
     async def documents(self, prefix: str = "") -> dict[str, bytes]:

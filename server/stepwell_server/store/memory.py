@@ -70,8 +70,8 @@ class MemoryStore(LocalStore):
         return [(i, header_or_none(i, self._records[i])) for i in heapq.nsmallest(limit, fitting)]
 
     @override
-    def heads(self, *, after: str = "", limit: int) -> Heads:
-        ids = heapq.nsmallest(limit, (i for i in self._records if i > after))
+    def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:
+        ids = heapq.nsmallest(limit, (i for i in self._records if i.startswith(prefix) and i > after))
         return heads_of([i.encode() for i in ids], [self._records[i] for i in ids])
 
     @override

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stepwell_server.core.quotas import Limits, QuotaTable
-from stepwell_server.engine.api import Order, SessionFilter
+from stepwell_server.engine.api import SessionFilter
 from stepwell_server.errors import DeadlineExceeded, Overloaded, ServerError, Unavailable
 from support.durable import begun
 from support.engine import Answer, Harness, x
@@ -65,7 +65,7 @@ CALLS: dict[str, Callable[[Harness], Awaitable[Any]]] = {
     "read many": read_many,
     "describe": lambda at: at.engine.session_info("away"),
     "list": lambda at: at.engine.list_sessions(),
-    "list in another order": lambda at: at.engine.list_sessions(order=Order.CREATED),
+    "list by idleness": lambda at: at.engine.list_sessions(idle_longer_s=0.0),
     "close": lambda at: at.engine.close_session("ends"),
     "close many": lambda at: at.engine.close_sessions(["leaves", "here"]),
     "close by a filter": close_matching,

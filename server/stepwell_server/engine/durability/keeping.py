@@ -5,19 +5,66 @@ Chosen once, in `keeping_of`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+import bisect
+import heapq
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 from typing_extensions import override
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.records import Records, as_it_is
 from stepwell_server.engine.state.model import Model
+from stepwell_server.store import counts
 from stepwell_server.store.base import Batch, LocalStore, Store
+from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Stored
 
 Puts: TypeAlias = Sequence[tuple[str, Stored]]
+
+
+class IdOrder:
+    """Finds the ids of a table in their order. Lives on the event loop.
+
+    Each chunk of the table is sorted when that is first needed after a change; a page is merged from all of them. So a
+    page costs little while few sessions come and go, and the engine does nothing for it when they do.
+    """
+
+    def __init__(self, table: SessionTable) -> None:
+        self._table = table
+        self._places: list[tuple[int, npt.NDArray[np.uint16]]] = []
+        """Of each chunk: how often it had changed, and the places of its ids in their order."""
+
+    async def after(self, after: str, *, prefix: str, limit: int) -> list[str]:
+        """Ids behind `after` that begin with `prefix`, at most `limit`; a chunk is sorted in each turn of the event loop."""
+        await self._sort()
+        parts: list[Iterator[str]] = []
+        for (_, chunk), (_, places) in zip(self._table.id_chunks(), self._places, strict=True):
+            if after >= prefix:
+                start = bisect.bisect_right(places, after, key=chunk.__getitem__)
+            else:
+                start = bisect.bisect_left(places, prefix, key=chunk.__getitem__)
+            if start < len(places):
+                parts.append(map(chunk.__getitem__, places[start : start + limit]))
+        merged = itertools.islice(heapq.merge(*parts), limit)
+        return list(itertools.takewhile(lambda session_id: session_id.startswith(prefix), merged))
+
+    async def _sort(self) -> None:
+        """Sort the chunks that have changed; what changes meanwhile is sorted at once in the end."""
+        for is_last in (False, True):
+            for at, (changes, chunk) in enumerate(self._table.id_chunks()):
+                if at < len(self._places) and self._places[at][0] == changes:
+                    continue
+                ids = chunk.tolist()
+                order = sorted((place for place, i in enumerate(ids) if i), key=ids.__getitem__)
+                self._places[at : at + 1] = [(changes, np.array(order, np.uint16))]
+                if not is_last:
+                    await asyncio.sleep(0)
 
 
 class Keeping(Protocol):
@@ -25,6 +72,22 @@ class Keeping(Protocol):
 
     others: Store | None
     """The store, if it may have sessions that are not in the table; None: the table has all of them."""
+
+    async def heads(self, *, after: str, prefix: str, limit: int) -> Heads:
+        """The sessions that there are, in the order of their ids: see `LocalStore.heads`.
+
+        Of those in the table only the ids need be right. Sessions that begin or end meanwhile may be in it or not.
+
+        Raises:
+            Unavailable: the store cannot be read now.
+        """
+
+    async def count(self, tenant: str | None, model: str) -> int:
+        """How many sessions there are: see `counts.count`.
+
+        Raises:
+            Unavailable: the store cannot be read now.
+        """
 
     def begin(self, ids: Sequence[str], ready: int, records: Callable[[slice], Puts], /) -> Puts:
         """Some sessions of a call are about to begin: the records that the call must commit, of all of them or of none.
@@ -48,7 +111,15 @@ class EveryChange(Keeping):
     """Each change has its record: what leaves the arena is in the store already, and is there after a restart."""
 
     def __init__(self, store: Store) -> None:
-        self.others = store
+        self.others = self._store = store
+
+    @override
+    async def heads(self, *, after: str, prefix: str, limit: int) -> Heads:
+        return await self._store.heads(after=after, prefix=prefix, limit=limit)
+
+    @override
+    async def count(self, tenant: str | None, model: str) -> int:
+        return await counts.count(self._store, tenant, model)
 
     @override
     def begin(self, ids: Sequence[str], _ready: int, records: Callable[[slice], Puts]) -> Puts:
@@ -68,30 +139,47 @@ class PagedOutOnly(Keeping):
 
     others = None
 
-    def __init__(self, store: LocalStore, table: SessionTable, records: Records, clock: Clock) -> None:
+    def __init__(
+        self, store: Store, local: LocalStore, table: SessionTable, records: Records, clock: Clock
+    ) -> None:
+        """`local` is the same store, which answers in place."""
         self._store = store
+        self._local = local
         self._table = table
+        self._order = IdOrder(table)
         self._records = records
         self._clock = clock
 
     @override
+    async def heads(self, *, after: str, prefix: str, limit: int) -> Heads:
+        ids = await self._order.after(after, prefix=prefix, limit=limit)
+        return heads_of([session_id.encode() for session_id in ids], [b""] * len(ids))
+
+    @override
+    async def count(self, tenant: str | None, model: str) -> int:
+        async def everybodys() -> int:
+            return len(self._table)
+
+        return await counts.count(self._store, tenant, model, everybodys)
+
+    @override
     def begin(self, ids: Sequence[str], ready: int, records: Callable[[slice], Puts]) -> Puts:
         puts = records(slice(ready, len(ids))) if ready < len(ids) else ()
-        self._store.commit(Batch(puts=puts, forgets=ids))
+        self._local.commit(Batch(puts=puts, forgets=ids))
         return ()
 
     @override
     def leave(self, model: Model, handles: Handles) -> None:
         outcome = as_it_is(self._table, model, handles)
-        self._store.commit(Batch(puts=self._records.of(outcome, self._clock.now())))
+        self._local.commit(Batch(puts=self._records.of(outcome, self._clock.now())))
 
     @override
     def came_back(self, session_ids: Sequence[str]) -> None:
-        self._store.commit(Batch(deletes=session_ids))
+        self._local.commit(Batch(deletes=session_ids))
 
 
 def keeping_of(store: Store, table: SessionTable, records: Records, clock: Clock) -> Keeping:
     """How a store is used: one whose records end with the process need not have more than the arena has no room for."""
     if store.local is not None and store.local.is_volatile:
-        return PagedOutOnly(store.local, table, records, clock)
+        return PagedOutOnly(store, store.local, table, records, clock)
     return EveryChange(store)

@@ -18,11 +18,10 @@ from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
-from stepwell_server.engine.sessions.catalogue import Query
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import Ended, Idle, Removal, ended_of
-from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Seen, refresh
+from stepwell_server.engine.sessions.read import Query, SessionList
 from stepwell_server.engine.shares import TURN
 from stepwell_server.engine.state.fields import Fields, closes_of
 from stepwell_server.engine.types import U64, Mask
@@ -66,7 +65,7 @@ class Closer:
         commits: GroupCommit,
         *,
         removal: Removal,
-        listing: Listing,
+        listing: SessionList,
         fields: Fields,
         clock: Clock,
     ) -> None:
@@ -419,7 +418,7 @@ class Closer:
         idle = None if wanted.idle_longer_s is None else wanted.idle_longer_s + passed
         query = Query(
             filter=dataclasses.replace(wanted, idle_longer_s=idle),
-            after=(0.0, at.after) if at.after else None,
+            after=at.after,
             limit=limit,
             count=False,
         )
@@ -429,7 +428,7 @@ class Closer:
         closed = 0
         if ids:
             closed = await self.close_many(ids, request_id=request_id, used_before=used_before)
-        return closed, None if page.next is None else dataclasses.replace(at, after=page.next[1])
+        return closed, None if page.next is None else dataclasses.replace(at, after=page.next)
 
 
 def _another(session_id: str) -> SessionNotFound:

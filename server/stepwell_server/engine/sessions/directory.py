@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -39,15 +37,9 @@ from stepwell_server.errors import (
     StateCorrupt,
     Unavailable,
 )
-from stepwell_server.logs import Log
 from stepwell_server.store import counts
 from stepwell_server.store.base import Store
 from stepwell_server.store.record import Header, decode_header, header_or_none
-
-_log = Log("engine.directory")
-
-#: What is older is asked for again, in seconds; and so often it is asked for metrics.
-_COUNTED_S, _LOOK_S = 1.0, 5.0
 
 
 class Past(NamedTuple):
@@ -83,7 +75,6 @@ class Directory:
         table: SessionTable,
         models: Models,
         store: Store,
-        others: Store | None,
         *,
         arrivals: Arrivals,
         loader: Loader,
@@ -92,8 +83,6 @@ class Directory:
     ) -> None:
         self._table = table
         self.models = models
-        self._others = others
-        """The store, if it may have sessions that are not in the table."""
         self._arrivals = arrivals
         self.pieces = arrivals.pieces
         """Calls on many sessions are done in these."""
@@ -104,9 +93,6 @@ class Directory:
         self.ids = IdMaker(store)
         self.here = Seen({})
         """What is known of sessions without a `look`: of those in the table, enough."""
-        self._counts: dict[str, int] = {}
-        """Sessions of each model in an awaited store, when it was last asked."""
-        self._counted_at = -math.inf
 
     async def look(self, session_ids: Sequence[str], *, anew: bool = False) -> Seen:
         """See what the store has of sessions, in the order of all that names them: see `Arrivals.wait`.
@@ -428,41 +414,6 @@ class Directory:
         return dataclasses.replace(
             info, version=model.version, fingerprint=model.program.fingerprint, position=position
         )
-
-    def count(self, name: str) -> int:
-        """How many sessions a model has on all versions; of an awaited store, when `refresh_counts` last asked."""
-        if self._others is not None:
-            if self._others.local is None:
-                return self._counts.get(name, self._count_here(name))
-            try:
-                return self._others.local.count_of(name)
-            except Unavailable as error:
-                _log.warning("the store could not be asked how many sessions it has", error=error)
-        return self._count_here(name)
-
-    def _count_here(self, name: str) -> int:
-        return sum(self._table.count(model.index) for model in self.models.named(name).loaded.values())
-
-    async def refresh_counts(self) -> None:
-        """Ask how many sessions the models have, where the store must be awaited for it and was not just asked."""
-        now = self._clock.monotonic()
-        if self._others is None or self._others.local is not None or now - self._counted_at < _COUNTED_S:
-            return
-        self._counted_at = now  # others who ask meanwhile take what is known
-        try:
-            for name in self.models.names():
-                self._counts[name] = await self._others.count_of(name)
-        except ServerError as error:
-            _log.warning("the store could not be asked how many sessions it has", error=error)
-
-    async def run(self) -> None:
-        """Know how many sessions the models have, for metrics, until cancelled."""
-        while self._others is not None and self._others.local is None:
-            try:
-                await self.refresh_counts()
-            except Exception as error:
-                _log.defect("the sessions could not be counted; the timer goes on", error)
-            await asyncio.sleep(_LOOK_S)
 
 
 def stored_info(session_id: str, header: Header, limits: IdleLimits) -> SessionInfo:

@@ -156,8 +156,6 @@ class Removal:
         self._observer = observer
         self.pending: dict[str, asyncio.Future[None]] = {}
         """Sessions that are being made, or deleted without a caller: nobody sees them before the store has answered."""
-        self.forgotten = 0
-        """Counts what changed among the sessions that only the store has."""
 
     def __contains__(self, session_id: str) -> bool:
         return session_id in self.table or session_id in self.pending
@@ -265,8 +263,6 @@ class Removal:
         """Take a session that ended out of the table, and tell of it."""
         if handle >= 0:
             self.take_out(handle, ended_by(stone))
-        else:
-            self.forgotten += 1
         if ended is None:
             self._observer.session_event(stone.end.name.lower(), session.model, session.session_id)
         else:
@@ -278,7 +274,6 @@ class Removal:
         """Let the store say later what became of sessions of which it did not say whether they were deleted."""
         for place in places:
             if handles[place] < 0:
-                self.forgotten += 1
                 self._store.note_use(sessions[place].session_id, idle_s=math.inf, limit_s=0.0)
         here = handles[list(places)]
         if len(here := here[here >= 0]):
@@ -300,7 +295,6 @@ class Removal:
     def drop(self, handles: Handles, error: ServerError) -> None:
         """Forget claimed sessions whose rows are not what the store holds; they are loaded when next named."""
         _log.warning("sessions left the arena", sessions=len(handles), error=error)
-        self.forgotten += len(handles)
         for handle in handles.tolist():
             self.forget(handle, error)
 
@@ -308,7 +302,6 @@ class Removal:
         """Let the store say what became of sessions that have nothing under way here; return how many these are."""
         handles = np.unique(self.table.find_all(session_ids))
         handles = handles[(handles >= 0) & ~self.table.claimed[handles]]
-        self.forgotten += len(handles)
         for handle in handles.tolist():
             self.forget(handle, expired(self.table.session_id(handle)))
         return len(handles)
@@ -366,11 +359,6 @@ class Expiry:
             idle_s = max(0.0, self._clock.now() - header.last_used)
         return self._clock.monotonic() - idle_s
 
-    def is_ending(self, session_id: str) -> bool:
-        """Whether nobody is to see a session: it is due, is being deleted, or not made yet."""
-        handle = self._table.find(session_id)
-        return session_id in self._removal.pending or (handle is not None and self.is_suspect(handle))
-
     def only_stored(self, session_ids: Sequence[str]) -> list[str]:
         """Those of some sessions that are in the store and nowhere else, if they are anywhere."""
         return [i for i in dict.fromkeys(session_ids) if i and i not in self._removal]
@@ -390,7 +378,8 @@ class Expiry:
         """Whether a session, as the store has it, has been unused for too long."""
         return found.record is not None and self._limit_if_over(session_id, found) is not None
 
-    def _is_over(self, limit_s: float, idle_s: float) -> bool:
+    def is_too_long(self, limit_s: float, idle_s: float) -> bool:
+        """Whether a session with this limit has ended, if it was unused for `idle_s` and has nothing under way."""
         return min(idle_s, self._clock.monotonic() - self._watch.since) > limit_s
 
     def _limit_if_over(self, session_id: str, found: Fetched) -> tuple[Header, float, float] | None:
@@ -398,13 +387,13 @@ class Expiry:
         assert found.record is not None, "the caller has looked"
         limit_s = self.limits.seconds(max_idle_ms_of(found.record))
         # to read a header takes longer than to see that it need not be read
-        if not self._is_over(limit_s, math.inf if math.isnan(found.idle_s) else found.idle_s):
+        if not self.is_too_long(limit_s, math.inf if math.isnan(found.idle_s) else found.idle_s):
             return None
         header = header_or_none(session_id, found.record)
         if header is None:
             return None
         idle_s = self._clock.monotonic() - self.take_use(header, found.idle_s)
-        return (header, limit_s, idle_s) if self._is_over(limit_s, idle_s) else None
+        return (header, limit_s, idle_s) if self.is_too_long(limit_s, idle_s) else None
 
     async def compare(self, session_ids: Sequence[str]) -> dict[str, Fetched]:
         """Forget sessions that other servers have changed, of those of the table that have nothing under way here.

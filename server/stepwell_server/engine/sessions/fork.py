@@ -21,7 +21,7 @@ from stepwell_server.engine.sessions.begin import Begin
 from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.sessions.ids import require_session_id
 from stepwell_server.engine.sessions.loading import Seen
-from stepwell_server.engine.sessions.reading import Reading
+from stepwell_server.engine.sessions.read import StateReader
 from stepwell_server.engine.shares import TURN
 from stepwell_server.engine.types import U64, Array, Members
 from stepwell_server.errors import InvalidInput, MessageTooLarge, Overloaded, RevisionConflict
@@ -34,7 +34,7 @@ _RETRY_S = 0.1
 class Fork:
     """Forks sessions. Lives on the event loop."""
 
-    def __init__(self, context: Context, begin: Begin, reading: Reading) -> None:
+    def __init__(self, context: Context, begin: Begin, reading: StateReader) -> None:
         self._context = context
         self._directory = context.directory
         self._models = context.directory.models

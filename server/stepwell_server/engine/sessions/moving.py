@@ -17,7 +17,7 @@ from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.history import How, Mark
 from stepwell_server.core.quotas import Usage
 from stepwell_server.core.sessions import SessionTable
-from stepwell_server.engine.api import Observer, Position, SessionFilter
+from stepwell_server.engine.api import Observer, SessionFilter
 from stepwell_server.engine.change import changed_elsewhere
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.endings import ended_by
@@ -27,13 +27,12 @@ from stepwell_server.engine.intake.imported import check_header, check_state, im
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.begin import Begin
-from stepwell_server.engine.sessions.catalogue import Query
 from stepwell_server.engine.sessions.close import Closer
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import Expiry, Removal
 from stepwell_server.engine.sessions.ids import require_session_id
-from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Loader, Seen
+from stepwell_server.engine.sessions.read import Query, SessionList
 from stepwell_server.engine.state.fields import (
     at_birth,
     closes_of,
@@ -151,7 +150,7 @@ class Moving:
         begin: Begin,
         quotas: Quotas | None,
         closing: Closer,
-        listing: Listing,
+        listing: SessionList,
         loader: Loader,
         records: Records,
         commits: GroupCommit,
@@ -273,11 +272,11 @@ class Moving:
         self,
         wanted: SessionFilter,
         *,
-        after: Position | None,
+        after: str,
         page_bytes: int,
         most_bytes: int,
         deadline: float,
-    ) -> tuple[list[tuple[str, Exported]], Position | None]:
+    ) -> tuple[list[tuple[str, Exported]], str | None]:
         """Sessions that fit a filter, about so many bytes of them but at least one, and where the next page begins.
 
         A record of more than `most_bytes` is told as an error.
@@ -299,7 +298,7 @@ class Moving:
                     )
                 own = 0 if isinstance(record, ServerError) else len(record) + len(session_id)
                 if found and size + own > page_bytes:
-                    return found, (0.0, found[-1][0])
+                    return found, found[-1][0]
                 size += own
                 found.append((session_id, record))
             await asyncio.sleep(0)

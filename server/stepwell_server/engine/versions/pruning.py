@@ -11,6 +11,7 @@ from stepwell_server.engine.versions.documents import Documents, Proposal
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import Store
+from stepwell_server.store.record import header_or_none
 
 _log = Log("engine.versions")
 MANY_MOVES = 64
@@ -26,9 +27,13 @@ async def stored(store: Store, own: Versions) -> AsyncIterator[tuple[str, int, i
         Unavailable: the store cannot be read.
     """
     after = ""
-    while some := await store.scan(after=after, limit=_BATCH_SIZE):
-        after = some[-1][0]
-        for session_id, header in some:
+    while len(heads := await store.heads(after=after, limit=_BATCH_SIZE)):
+        ids = [str(key, "utf-8", "replace") for key in heads.keys]
+        after = ids[-1]
+        models = [heads.models[model] for model in heads.model.tolist()]
+        ids = [session_id for session_id, model in zip(ids, models, strict=True) if model == own.name]
+        for session_id, each in zip(ids, await store.fetch(ids), strict=True):
+            header = None if each.record is None else header_or_none(session_id, each.record)
             if header is None or header.model != own.name:
                 continue
             mark = mark_of(header.fields)

@@ -77,13 +77,14 @@ def entries(cursor: Any, after: str, prefix: str) -> Iterator[tuple[str, memoryv
         yield session_id, _split(value)[1] if is_digest(cursor.key()) else value
 
 
-def values(cursor: Any, after: str, limit: int) -> tuple[list[bytes], list[Stored]]:
+def values(cursor: Any, after: str, prefix: str, limit: int) -> tuple[list[bytes], list[Stored]]:
     """Ids, as UTF-8, and records behind `after`, of a cursor that gives bytes, which is faster than views."""
-    start = key_of(after)
-    if limit <= 0 or not cursor.set_range(start or b"\0"):
+    start, shared = key_of(after), prefix.encode()[:_KEPT_BYTES]
+    if limit <= 0 or not cursor.set_range(max(start, shared) or b"\0"):
         return [], []
     some = list(itertools.islice(cursor.iternext(), limit + 1))
     some = some[1:] if some[0][0] == start else some[:limit]
+    some = [each for each in some if each[0].startswith(shared)]
     keys: list[bytes] = [key for key, _ in some]
     records: list[Stored] = [value for _, value in some]
     if max(map(len, keys), default=0) >= _MAX_KEY_BYTES:

@@ -220,12 +220,14 @@ class LmdbStore(LocalStore):
         return self._read("", read, buffers=True)
 
     @override
-    def heads(self, *, after: str = "", limit: int) -> Heads:
-        return heads_of(*self.values(after=after, limit=limit))
+    def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:
+        return heads_of(*self.values(after=after, prefix=prefix, limit=limit))
 
-    def values(self, *, after: str, limit: int) -> tuple[list[bytes], list[Stored]]:
+    def values(self, *, after: str, prefix: str = "", limit: int) -> tuple[list[bytes], list[Stored]]:
         """Ids, as UTF-8, and records, in the order of the ids."""
-        return self._read("", lambda transaction: values(transaction.cursor(self._sessions), after, limit))
+        return self._read(
+            "", lambda transaction: values(transaction.cursor(self._sessions), after, prefix, limit)
+        )
 
     @override
     def count(self) -> int:

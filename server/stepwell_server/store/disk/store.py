@@ -205,8 +205,8 @@ class DiskStore(LocalStore):
         return [(i, header if record is None else header_or_none(i, record)) for i, record, header in later]
 
     @override
-    def heads(self, *, after: str = "", limit: int) -> Heads:
-        keys, records = self._base.values(after=after, limit=limit)
+    def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:
+        keys, records = self._base.values(after=after, prefix=prefix, limit=limit)
         if self._wals is not None and not self._wals.is_empty:
             ids = [str(key, "utf-8", "replace") for key in keys]
             for place in self._wals.places_of(ids):

@@ -33,7 +33,7 @@ from stepwell_server.store.base import (
     new_stamp,
 )
 from stepwell_server.store.heads import Heads, heads_of
-from stepwell_server.store.record import Header, header_or_none, is_sound, key_id_of
+from stepwell_server.store.record import is_sound, key_id_of
 from stepwell_server.store.sealing import Sealer
 from stepwell_server.store.valkey import documents, meta, scripts
 from stepwell_server.store.valkey.client import Lost, Reply
@@ -79,7 +79,7 @@ class _Head:
     idle_s: float
 
 
-_NO_HEAD, _LOST_HEAD = _Head(b"", 0, 0.0), _Head(b"", 0, 0.0)
+_NO_HEAD, _LOST_HEAD = _Head(b"", 0, math.inf), _Head(b"", 0, 0.0)
 _LOST, _OTHER_TYPE, _UNMARKED = bytes([LOST]), bytes([OTHER_TYPE]), bytes([UNMARKED])
 
 
@@ -380,28 +380,20 @@ class ValkeyStore(Store):
         return held_ms / 1000 if held_ms >= 0 else None
 
     @override
-    async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        keys = await ids_after(self._requests, self._keys, after, prefix, limit)
-        session_ids = [str(key, "utf-8", "replace") for key in keys]
-        now = self._clock.now()
-        found = zip(session_ids, await self.stored(session_ids), strict=True)
-        return [
-            (session_id, _dated(header_or_none(session_id, each.record), now - each.idle_s))
-            for session_id, each in found
-            if each.record is not None
-        ]
-
-    @override
-    async def heads(self, *, after: str = "", limit: int) -> Heads:
-        keys = await ids_after(self._requests, self._keys, after, "", limit)
-        session_ids = [str(key, "utf-8", "replace") for key in keys]
-        found = await self._read_heads(session_ids)
-        there = [place for place, head in enumerate(found) if head.record]
-        heads = heads_of(
-            [keys[place] for place in there], [found[place].record for place in there], is_whole=False
-        )
-        heads.heads["last_used"] = self._clock.now() - np.array([found[place].idle_s for place in there])
-        return heads
+    async def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:
+        while keys := await ids_after(self._requests, self._keys, after, prefix, limit):
+            session_ids = [str(key, "utf-8", "replace") for key in keys]
+            found = await self._read_heads(session_ids)
+            there = [place for place, head in enumerate(found) if head is not _LOST_HEAD]
+            if there:
+                heads = heads_of(
+                    [keys[place] for place in there], [found[place].record for place in there], is_whole=False
+                )
+                used = self._clock.now() - np.array([found[place].idle_s for place in there])
+                heads.heads["last_used"] = np.maximum(0.0, used)
+                return heads
+            after = session_ids[-1]  # all of these are lost
+        return heads_of([], [])
 
     async def _read_heads(self, session_ids: Sequence[str], *, idle_ms: int = 0) -> list[_Head]:
         """What records say beside the state, of those that were unused for so long."""
@@ -572,10 +564,6 @@ def _tombstone(session_id: str, stored: bytes) -> Tombstone | None:
 
 def _unmarked(parts: Sequence[Part]) -> list[int]:
     return [part.request.partition for part in parts if part.is_unmarked]
-
-
-def _dated(header: Header | None, last_used: float) -> Header | None:
-    return None if header is None else dataclasses.replace(header, last_used=last_used)
 
 
 def _not_durable(replicas: int) -> StoreAway:

@@ -1,38 +1,57 @@
-"""Sessions' states are read, each when its turn comes."""
+"""Sessions are read: their states, each when its turn comes, lists of them, and how many there are."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import functools
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.namespaces import prefix_of, tenant_of
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import StateRead, StatesRead
+from stepwell_server.engine.api import SessionFilter, SessionInfo, SessionPage, StateRead, StatesRead
 from stepwell_server.engine.change import MAX_TRIES, MOST_ERRORS, changed_elsewhere, for_all, too_late
+from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.end import Uses
+from stepwell_server.engine.sessions.end import Expiry, Removal, Uses
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import Array, Members
+from stepwell_server.engine.types import Array, Mask, Members
 from stepwell_server.errors import InvalidInput, Overloaded, ServerError, SessionGone, SessionLost
+from stepwell_server.logs import Log
+from stepwell_server.store.base import Fetched, Store
+from stepwell_server.store.heads import Heads
+from stepwell_server.store.record import header_or_none
+
+_log = Log("engine.read")
 
 #: Rows that are copied before others get a turn of the event loop.
 ROWS_AT_ONCE = 4096
+#: Heads of sessions that are read together: less than a millisecond of the event loop.
+_HEADS_AT_ONCE = 500
+#: Heads that one page reads, at most, to find sessions that fit.
+_MAX_HEADS = 20_000
+#: Not printable, so no id has it: behind all ids of a namespace.
+_LAST = "\U0010ffff"
+#: Counts are asked for again after this time, in seconds; and this often for metrics.
+_FRESH_S, _COUNT_INTERVAL_S = 1.0, 5.0
 
 
 def _anything(_byte_count: int) -> None:
     """No limit."""
 
 
-class Reading:
+class StateReader:
     """Reads states. Lives on the event loop."""
 
     def __init__(
@@ -114,7 +133,7 @@ class Reading:
         readers = [
             (
                 there[places],
-                _Reader(
+                _GroupRead(
                     self._table,
                     self._turns,
                     self._pager,
@@ -152,7 +171,7 @@ class Reading:
         handles[births != self._table.birth[handles]] = -1
         return handles
 
-    async def _look_again(self, reader: _Reader) -> None:
+    async def _look_again(self, reader: _GroupRead) -> None:
         """Of sessions that ended while they were waited for: another server may have opened them anew by now."""
         ended = reader.ended()
         seen = await self._directory.look(list(ended.values()), anew=True) if ended else self._directory.here
@@ -174,7 +193,7 @@ class Reading:
         return [(version, np.flatnonzero(models == version.index)) for version in versions]
 
 
-class _Reader:
+class _GroupRead:
     """One call's reading of sessions, by their place among its `handles`.
 
     It never holds a session while it waits for the turn of another, so that two calls cannot wait for each other.
@@ -424,3 +443,216 @@ def _nothing_of(errors: Sequence[tuple[Members, ServerError]]) -> StatesRead:
     none = np.zeros(0, np.intp)
     counts = np.zeros(0, np.uint64)
     return StatesRead("", "", {}, none, none, counts, counts, errors)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """A page of a list of sessions."""
+
+    filter: SessionFilter
+    after: str = ""
+    """The id behind which it begins, whether a session has it or not."""
+    limit: int
+    """Sessions in it, at most."""
+    count: bool = True
+    """Count the sessions of all pages."""
+
+
+class SessionList:
+    """Lists sessions in the order of their ids. Lives on the event loop.
+
+    A page is what the store has, joined with what the table knows better. A session that is there all the time is in one
+    page of a list, whatever comes and goes meanwhile.
+    """
+
+    def __init__(
+        self,
+        table: SessionTable,
+        directory: Directory,
+        expiry: Expiry,
+        removal: Removal,
+        keeping: Keeping,
+        store: Store,
+        clock: Clock,
+    ) -> None:
+        self._table = table
+        self._directory = directory
+        self._expiry = expiry
+        self._removal = removal
+        self._keeping = keeping
+        self._store = store
+        self._clock = clock
+
+    async def ask(
+        self, *, after: str = "", limit: int = 1000, count: bool = True, **wanted: Any
+    ) -> tuple[SessionPage, int]:
+        """Up to `limit` sessions, and how many fit in all (0 without `count`); `wanted` is as of `SessionFilter`.
+
+        Raises:
+            ModelNotFound: there is no model of that name.
+            Unavailable: the store cannot be read now.
+        """
+        return await self.page(Query(filter=SessionFilter(**wanted), after=after, limit=limit, count=count))
+
+    async def page(self, query: Query) -> tuple[SessionPage, int]:
+        """As `ask`."""
+        if query.filter.model:
+            self._directory.models.named(query.filter.model)  # raises
+        page = await self._page(query)
+        return page, await self._total(query.filter) if query.count else 0
+
+    async def _page(self, query: Query) -> SessionPage:
+        page, wanted, read = SessionPage(), query.filter, 0
+        most = min(_HEADS_AT_ONCE, query.limit + 1) if wanted.is_by_prefix_alone else _HEADS_AT_ONCE
+        async for own, fitting in self._pieces(wanted, query.after, most):
+            left = fitting
+            while left:
+                room = query.limit + 1 - len(page)  # one more: is there another page?
+                page += [info for info in await self._described(left[:room]) if self._fits(info, wanted)]
+                if len(page) > query.limit:
+                    page.pop()
+                    page.next = page[-1].session_id
+                    return page
+                left = left[room:]
+            read += most
+            if read >= _MAX_HEADS and own:
+                page.next = own[-1]
+                return page
+        return page
+
+    async def _pieces(
+        self, wanted: SessionFilter, after: str, most: int
+    ) -> AsyncIterator[tuple[list[str], list[str]]]:
+        """Ids in their order: those that may be named to the caller, and those of them whose sessions fit as far as is known."""
+        prefix = wanted.ids_begin_with
+        while True:
+            heads = await self._keeping.heads(after=after, prefix=prefix, limit=most)
+            if not heads.keys:
+                return
+            ids = [str(key, "utf-8", "replace") for key in heads.keys]
+            fits = self._fitting(heads, ids, wanted)
+            places = [place for place, i in enumerate(ids) if wanted.is_meant(i) and i.startswith(prefix)]
+            yield [ids[place] for place in places], [ids[place] for place in places if fits[place]]
+            after = ids[-1]
+            if not wanted.is_meant(after):
+                after = prefix_of(tenant_of(after)) + _LAST  # behind all of that tenant's
+            await self._directory.pieces.turn(wanted.tenant or "")
+
+    def _fitting(self, heads: Heads, ids: Sequence[str], wanted: SessionFilter) -> Mask:
+        """Which sessions fit by model and use. The table may be behind a store that others use: see `_fits`."""
+        table, handles = self._table, self._table.find_all(ids)
+        is_here = handles >= 0
+        fits = np.ones(len(ids), np.bool_)
+        if wanted.model:
+            versions = self._directory.models.named(wanted.model).loaded.values()
+            is_stored = np.array([name == wanted.model for name in heads.models], np.bool_)[heads.model]
+            own = [version.index for version in versions]
+            fits = is_stored | (is_here & np.isin(table.model[handles], own))
+        if wanted.idle_longer_s is not None:
+            ahead = self._clock.now() - self._clock.monotonic()
+            used = np.where(is_here, table.used[handles] + ahead, -np.inf)
+            fits &= np.maximum(used, heads.heads["last_used"]) < self._clock.now() - wanted.idle_longer_s
+        return fits
+
+    async def _total(self, wanted: SessionFilter) -> int:
+        if not wanted.prefix and wanted.idle_longer_s is None:
+            return await self._keeping.count(wanted.tenant, wanted.model)
+        total = 0
+        async for _, fitting in self._pieces(wanted, "", _HEADS_AT_ONCE):
+            total += len(fitting)
+        return total
+
+    async def _described(self, session_ids: Sequence[str]) -> list[SessionInfo]:
+        """The sessions of some ids, of those that are there."""
+        infos: dict[str, SessionInfo] = {}
+        left = session_ids
+        while left:
+            handles = self._table.find_all(left)
+            stamps = np.where(handles >= 0, self._table.stamp[handles], 0).tolist()
+            found = await self._store.fetch(left, stamps)
+            departed: list[str] = []
+            async for part in self._directory.pieces.of(left):
+                for session_id, each in zip(left[part], found[part], strict=True):
+                    if each.is_known and session_id not in self._table:
+                        departed.append(session_id)  # meanwhile: its record is needed
+                    elif (info := self._info(session_id, each)) is not None:
+                        infos[session_id] = info
+            left = departed
+        return [infos[session_id] for session_id in session_ids if session_id in infos]
+
+    def _info(self, session_id: str, found: Fetched) -> SessionInfo | None:
+        """A session by its record, or by the table if that has the same; None: it has ended, or nobody sees it yet."""
+        handle = self._table.find(session_id)
+        here = None if handle is None else self._directory.info(handle)
+        if session_id in self._removal.pending:
+            return None
+        if here is not None and (found.is_known or found.stamp == int(self._table.stamp[handle])):
+            info = here
+        elif found.record is None:
+            return None
+        elif (
+            header := header_or_none(session_id, found.record)
+        ) is None:  # damaged: nothing is known but its id
+            return SessionInfo(session_id, "", "", 0, 0, 0, 0.0, 0.0, resident=False)
+        else:
+            info = self._directory.stored_info(session_id, header)
+        now = self._clock.now()
+        if not math.isnan(found.idle_s):
+            # this server may know of a use that the store has not learned of yet
+            used = now - found.idle_s if here is None else max(now - found.idle_s, here.last_used)
+            info = dataclasses.replace(info, last_used=used, resident=here is not None and here.resident)
+        is_busy = handle is not None and bool(self._table.claimed[handle])
+        is_over = self._expiry.is_too_long(info.max_idle_s, now - info.last_used)
+        return None if is_over and not is_busy else info
+
+    def _fits(self, info: SessionInfo, wanted: SessionFilter) -> bool:
+        if wanted.model not in {"", info.model}:
+            return False
+        idle = wanted.idle_longer_s
+        return idle is None or self._clock.now() - info.last_used >= idle
+
+
+class SessionCounts:
+    """Knows how many sessions each model has, on all versions. Lives on the event loop."""
+
+    def __init__(self, table: SessionTable, models: Models, store: Store, clock: Clock) -> None:
+        self._table = table
+        self._models = models
+        self._store = store
+        self._clock = clock
+        self._counts: dict[str, int] = {}
+        """As the store said when it was last asked."""
+        self._asked = -math.inf
+
+    def of(self, name: str) -> int:
+        """Sessions of a model: now, or where the store has to be awaited, when `refresh` last asked."""
+        try:
+            count = self._store.count_now(name)
+        except ServerError as error:
+            _log.warning("the store could not be asked how many sessions it has", error=error)
+            count = None
+        if count is None and (count := self._counts.get(name)) is None:
+            versions = self._models.named(name).loaded.values()
+            return sum(self._table.count(version.index) for version in versions)
+        return count
+
+    async def refresh(self) -> None:
+        """Ask the store, unless it was just asked."""
+        now = self._clock.monotonic()
+        if now - self._asked < _FRESH_S:
+            return
+        self._asked = now  # others who ask meanwhile take what is known
+        try:
+            for name in self._models.names():
+                self._counts[name] = await self._store.count_of(name)
+        except ServerError as error:
+            _log.warning("the store could not be asked how many sessions it has", error=error)
+
+    async def run(self) -> None:
+        """Ask the store from time to time, for metrics, until cancelled."""
+        while True:
+            try:
+                await self.refresh()
+            except Exception as error:
+                _log.defect("the sessions could not be counted; the timer goes on", error)
+            await asyncio.sleep(_COUNT_INTERVAL_S)
