@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -19,12 +20,19 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from stepwell_server.core.callers import ANYBODY, Caller
-from stepwell_server.core.exactly_once import ANY_REVISION
+from stepwell_server.core.exactly_once import (
+    ANY_REVISION,
+    Kind,
+    digest_of_one,
+    digests,
+    mask_numbers,
+    row_numbers,
+    seed_of,
+)
 from stepwell_server.core.scheduler import Source, source_of
 from stepwell_server.core.sessions import Handles
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Applied, Select, Trace
-from stepwell_server.engine.content import digests_of
 from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors
 from stepwell_server.errors import DeadlineExceeded, ServerError, Unavailable
 from stepwell_server.logs import Log
@@ -37,6 +45,7 @@ _log = Log("engine.replies")
 MAX_TRIES = 8
 #: Members of a change that have an error each where they fail in one way; more of them share one.
 MOST_ERRORS = 32
+_seed_of = functools.lru_cache(4096)(seed_of)
 _NOBODY: Members = np.zeros(0, np.intp)
 _FIRST: Members = np.zeros(1, np.intp)
 _FIRST.flags.writeable = False
@@ -249,11 +258,15 @@ class Change:
         return np.zeros(len(members), np.uint64) if self.request_ids is None else self.request_ids[members]
 
     def digests_of(self, members: Members) -> U64:
-        """Digests of what it says of members, 0 where it has no request ids: see `core.exactly_once`."""
+        """Digests of what it says of members, 0 where it has no request ids: see `core.exactly_once`.
+
+        They are of what a check has made of it. So they are the same when it is sent again, whichever way it comes: members
+        put together or split, tensors of bytes or of values.
+        """
         if self.request_ids is None:
             return np.zeros(len(members), np.uint64)
         if self.digests is None:
-            self.digests = digests_of(self)
+            self.digests = _digests_of_reset(self) if self.reset else _digests_of_step(self)
         return self.digests[members]
 
     def expected_of(self, members: Members) -> U64 | None:
@@ -481,6 +494,47 @@ def joined(parts: Sequence[Change]) -> Change:
     whole.deadline = float(whole.deadlines.min())
     whole.members = np.arange(len(parts), dtype=np.intp)
     return whole
+
+
+def _digests_of_reset(change: Change) -> U64:
+    prefix = change.model.digest_prefixes[Kind.RESET]
+    rows, arrays = change.rows, change.arrays
+    seed = _seed_of(None if rows is None else tuple(rows), change.position, bool(arrays))
+    if not arrays:
+        return digests(prefix, seed, np.zeros(change.size, np.uint64))
+    count = change.row_count if rows is None else len(rows)
+    sizes = change.sizes if rows is None else np.array([count], np.intp)
+    return digests(prefix, seed, row_numbers(arrays, count), sizes)
+
+
+def _digests_of_step(change: Change) -> U64:
+    prefix, seed = change.model.digest_prefixes[Kind.STEP], _step_seed(change, change.states)
+    if change.row_count == 1 and change.reset_rows is None and change.state_members is None:
+        return np.array([digest_of_one(prefix, seed, change.arrays)], np.uint64)
+    rows = row_numbers(change.arrays, change.row_count)
+    if change.reset_rows is not None:
+        rows += mask_numbers(change.reset_rows)
+    if change.state_members is None:
+        return digests(prefix, seed, rows, change.sizes)
+    seeds = np.full(change.size, _step_seed(change, Select.NONE))
+    seeds[np.array(change.state_members, np.intp)] = seed
+    return digests(prefix, seeds, rows, change.sizes)
+
+
+def _step_seed(change: Change, states: Select) -> np.uint64:
+    names, advancing, state_rows = change.output_names, change.advancing, change.state_rows
+    rows = None
+    if advancing is not None and advancing.tolist() != list(range(change.batch_size)):
+        rows = tuple(advancing.tolist())
+    return _seed_of(
+        change.select,
+        change.with_time,
+        change.steps,
+        tuple(sorted(set(names))) if names else (),
+        rows,
+        states,
+        None if state_rows is None or states is Select.NONE else tuple(state_rows),
+    )
 
 
 def for_all(error: ServerError, count: int) -> ServerError:

@@ -1,12 +1,7 @@
-"""What a change says of each of its sessions, as a digest: see `core.exactly_once`.
-
-It is of what the change has become when it was checked, whichever way it came: one request or a part of a frame,
-members that were put together or apart, tensors of bytes or of values. So it is the same when the change is sent again.
-"""
+"""What a call says of each of the sessions that it opens, as a digest: see `core.exactly_once`."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,20 +10,16 @@ from isal.isal_zlib import crc32
 
 from stepwell_server.core.exactly_once import (
     Kind,
-    digest_of_one,
     digests,
     kind_of,
-    mask_numbers,
     row_numbers,
     seed_of,
     unlike,
 )
-from stepwell_server.engine.api import Select
 from stepwell_server.engine.types import U64, Array
 from stepwell_server.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from stepwell_server.engine.change import Change
     from stepwell_server.engine.state.model import Model
 
 _NOUNS = {
@@ -38,53 +29,6 @@ _NOUNS = {
     Kind.FORK: "a fork",
 }
 _NO_PREFIX = np.uint64(0)
-_seed_of = functools.lru_cache(4096)(seed_of)
-
-
-def digests_of(change: Change) -> U64:
-    """Digests of what a checked change says of each of its members, `(n,)`."""
-    return _of_reset(change) if change.reset else _of_step(change)
-
-
-def _of_reset(change: Change) -> U64:
-    prefix = change.model.digest_prefixes[Kind.RESET]
-    rows, arrays = change.rows, change.arrays
-    seed = _seed_of(None if rows is None else tuple(rows), change.position, bool(arrays))
-    if not arrays:
-        return digests(prefix, seed, np.zeros(change.size, np.uint64))
-    count = change.row_count if rows is None else len(rows)
-    sizes = change.sizes if rows is None else np.array([count], np.intp)
-    return digests(prefix, seed, row_numbers(arrays, count), sizes)
-
-
-def _of_step(change: Change) -> U64:
-    prefix, seed = change.model.digest_prefixes[Kind.STEP], _step_seed(change, change.states)
-    if change.row_count == 1 and change.reset_rows is None and change.state_members is None:
-        return np.array([digest_of_one(prefix, seed, change.arrays)], np.uint64)
-    rows = row_numbers(change.arrays, change.row_count)
-    if change.reset_rows is not None:
-        rows += mask_numbers(change.reset_rows)
-    if change.state_members is None:
-        return digests(prefix, seed, rows, change.sizes)
-    seeds = np.full(change.size, _step_seed(change, Select.NONE))
-    seeds[np.array(change.state_members, np.intp)] = seed
-    return digests(prefix, seeds, rows, change.sizes)
-
-
-def _step_seed(change: Change, states: Select) -> np.uint64:
-    names, advancing, state_rows = change.output_names, change.advancing, change.state_rows
-    rows = None
-    if advancing is not None and advancing.tolist() != list(range(change.batch_size)):
-        rows = tuple(advancing.tolist())
-    return _seed_of(
-        change.select,
-        change.with_time,
-        change.steps,
-        tuple(sorted(set(names))) if names else (),
-        rows,
-        states,
-        None if state_rows is None or states is Select.NONE else tuple(state_rows),
-    )
 
 
 def content_of_open(

@@ -44,9 +44,10 @@ class Sizes:
         return found
 
     def settle(self, outcome: Outcome) -> None:
-        """The store has kept an outcome: count its sessions by what it has now. To be called before the table says it."""
-        if not _may_resize(outcome):
-            return
+        """The store has kept an outcome: count its sessions by what it has now. To be called before the table says it.
+
+        Only where `Model.may_resize` says so: few do, and those that do not should cost nothing.
+        """
         after = self._of(outcome)
         more = after - self.table.bytes[outcome.handles]
         places = np.flatnonzero(more)
@@ -60,7 +61,7 @@ class Sizes:
 
     def resized(self, outcome: Outcome) -> frozenset[str]:
         """The sessions that take more or less bytes once an outcome is kept."""
-        if not _may_resize(outcome):
+        if not outcome.model.may_resize(outcome.arrays):
             return frozenset()
         other = outcome.handles[self._of(outcome) != self.table.bytes[outcome.handles]]
         return frozenset(self.table.session_id(handle) for handle in other.tolist())
@@ -98,8 +99,3 @@ def _of_arrays(change: Change) -> tuple[int, int] | None:
         of_session += 1 + 4 * (len(state.shape) + 2)
         of_row += change.steps * state.row_bytes
     return of_session, of_row
-
-
-def _may_resize(outcome: Outcome) -> bool:
-    """Whether some sessions may take other bytes than before: few do, and those that do not should cost nothing."""
-    return bool(outcome.arrays or outcome.model.replies.series or outcome.model.epoch)

@@ -105,20 +105,25 @@ class Submission:
                 self._look_up(change)
                 return _NOBODY
         try:
-            return self._take(change, handles, self._directory.here)
+            return self._take(change, handles, _NOBODY, self._directory.here)
         except ServerError as error:
             error.model = change.model_name
             raise
 
-    def _take(self, change: Change, handles: Handles, seen: Seen) -> Members:
-        """Check a change whose sessions were looked for, answer what is refused, and put the rest into its inbox.
-
-        Returns, and raises: as `submit`.
-        """
-        missing = np.flatnonzero(handles < 0) if are_missing(handles) else _NOBODY
+    def _take_found(self, change: Change, seen: Seen) -> Members:
+        """As `_take`, of a change whose sessions were looked up: those that are there are in the table now."""
+        handles = self._directory.find_all(change.session_ids, seen)
+        missing = np.flatnonzero(handles < 0)
         if len(missing) == change.size:
             self._refuse_missing(change, missing, seen)
             return _NOBODY
+        return self._take(change, handles, missing, seen)
+
+    def _take(self, change: Change, handles: Handles, missing: Members, seen: Seen) -> Members:
+        """Check a change some of whose sessions are there, answer what is refused, and put the rest into its inbox.
+
+        Returns, and raises: as `submit`.
+        """
         if change.may_leave_out and len(unfit := self._validation.unfit(change, handles)):
             return self._take_without(change, unfit, seen)
         reply_bytes = change.reply_bytes
@@ -177,7 +182,7 @@ class Submission:
             part, own = part_of(change, members), _NOBODY
             everybody = np.arange(part.size)
             try:
-                own = self._take(part, self._directory.find_all(part.session_ids, seen), seen)
+                own = self._take_found(part, seen)
             except ServerError as error:
                 if part.messages is None:
                     part.fail(everybody, error)
@@ -250,7 +255,7 @@ class Submission:
 
         def found(seen: Seen) -> None:
             try:
-                self._take(change, self._directory.find_all(change.session_ids, seen), seen)
+                self._take_found(change, seen)
             except ServerError as error:
                 change.fail(np.arange(change.size), error)
 

@@ -146,7 +146,8 @@ class Committer:
     def _set(self, outcome: Outcome, answer: Answer, places: Members | None) -> None:
         """What was kept is true from here on; `places`: of a larger outcome, None: all."""
         table, handles = self._table, outcome.handles
-        self._sizes.settle(outcome)
+        if outcome.model.may_resize(outcome.arrays):
+            self._sizes.settle(outcome)
         table.revision[handles] = outcome.revisions
         table.position[handles] = outcome.positions
         table.request_id[handles] = outcome.request_ids
