@@ -22,7 +22,7 @@ from stepwell_server.engine import usage_counts
 from stepwell_server.engine.intake import admission
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.passes import inline
+from stepwell_server.engine.passes import loop
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.attempt import Attempts, NewSessions
 from stepwell_server.engine.sessions.begin import Begin
@@ -384,7 +384,7 @@ def test_a_replica_that_applies_what_fits_whatever_its_request_id_is_found(
         return expected == revision or exactly_once.applies(revision, last_request, expected, request)
 
     monkeypatch.setattr(admission, "judge", judge)
-    monkeypatch.setattr(inline, "applies", applies)
+    monkeypatch.setattr(loop, "applies", applies)
     assert is_found(range(20), mix=Mix(reuse=3.0), must_sync=True)
 
 

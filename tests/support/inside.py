@@ -16,7 +16,7 @@ import pytest
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.engine import Engine
-from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.intake.queues import Turns
 from stepwell_server.engine.passes.runner import Runner
 from stepwell_server.engine.sessions.end import Removal, Sweep, Uses
 from stepwell_server.engine.state.model import Model

@@ -309,7 +309,7 @@ async def test_too_many_rows_waiting_are_refused_and_nothing_changes() -> None:
 
 
 async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepwell_server.engine.intake.inbox.MAX_WAITING_BYTES", 100)
+    monkeypatch.setattr("stepwell_server.engine.intake.queues.MAX_WAITING_BYTES", 100)
     async with running(threads=True) as at:
         ids = await open_all(at, 3)
         at.hooks.close_gate()

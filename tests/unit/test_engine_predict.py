@@ -138,7 +138,7 @@ async def test_too_much_waiting_is_refused() -> None:
 
 
 async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepwell_server.engine.intake.inbox.MAX_WAITING_BYTES", 100)
+    monkeypatch.setattr("stepwell_server.engine.intake.queues.MAX_WAITING_BYTES", 100)
     async with running(threads=True) as at:
         at.hooks.close_gate()
         first = asyncio.create_task(at.engine.predict("plain", {"": x(1, 10)}))

@@ -306,7 +306,7 @@ async def test_states_to_be_sent_count_as_bytes_that_wait(monkeypatch: pytest.Mo
         plain = await held(at)
         assert await held(at, states=Select.ALL) == plain + 2 * 50 * PLAIN.state_row_bytes
         assert await held(at, states=Select.ALL, state_rows=[1]) == plain + 50 * PLAIN.state_row_bytes
-        monkeypatch.setattr("stepwell_server.engine.intake.inbox.MAX_WAITING_BYTES", 2 * plain)
+        monkeypatch.setattr("stepwell_server.engine.intake.queues.MAX_WAITING_BYTES", 2 * plain)
         await at.open("a", "b")
         first = await at.begin_pass("a", x(1, 50))
         with pytest.raises(Overloaded, match="bytes waiting must stay within"):

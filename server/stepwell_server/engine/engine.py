@@ -22,10 +22,8 @@ from stepwell_server.engine.durability.records import Records
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.intake.admission import Admission
-from stepwell_server.engine.intake.inbox import Held, joined_where_alike
 from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.intake.row_queue import RowQueue
-from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.intake.queues import Held, RowQueue, Turns, joined_where_alike
 from stepwell_server.engine.intake.validation import Validation, require_sessions
 from stepwell_server.engine.models import Models, Versions
 from stepwell_server.engine.prediction import Prediction

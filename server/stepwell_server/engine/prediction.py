@@ -9,7 +9,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.scheduler import source_of
 from stepwell_server.engine.api import Observer, Predicted
-from stepwell_server.engine.intake.inbox import Held, Inbox
+from stepwell_server.engine.intake.queues import Held, Inbox
 from stepwell_server.engine.intake.validation import (
     check_finite_state,
     check_inputs,

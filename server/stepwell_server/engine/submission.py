@@ -16,7 +16,7 @@ from stepwell_server.engine.change import Change
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.engine.intake.admission import Admission
-from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES, Held, Inbox
+from stepwell_server.engine.intake.queues import MAX_WAITING_BYTES, Held, Inbox
 from stepwell_server.engine.intake.split import part_of
 from stepwell_server.engine.intake.validation import Refusals, Validation, require_lists
 from stepwell_server.engine.quotas import Quotas

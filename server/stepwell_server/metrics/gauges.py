@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepwell_server.engine.durability.group_commit import MAX_WAITING
-from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES
+from stepwell_server.engine.intake.queues import MAX_WAITING_BYTES
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric

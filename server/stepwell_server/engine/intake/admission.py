@@ -1,6 +1,6 @@
 """How changes become jobs: sessions are claimed, the exactly-once rule is applied, rows are had.
 
-What cannot start yet waits: for the session's turn in `turns`, for rows in `row_queue`.
+What cannot start yet waits for its session, or for rows, in `queues`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from stepwell_server.engine.content import reused_request
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.records import Outcome
 from stepwell_server.engine.intake.paging import ALL_HERE, Pager, Refused
-from stepwell_server.engine.intake.row_queue import RowQueue, Starter
-from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.intake.queues import RowQueue, Starter, Turns
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.state.replies import Kept, named_states
 from stepwell_server.engine.types import U64, Mask, Members, Tensors

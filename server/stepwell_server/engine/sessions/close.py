@@ -17,7 +17,7 @@ from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.intake.queues import Turns
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import Ended, Idle, Removal, ended_of
 from stepwell_server.engine.sessions.loading import Seen, refresh

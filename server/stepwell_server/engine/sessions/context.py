@@ -11,8 +11,7 @@ from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.intake.row_queue import RowQueue
-from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.intake.queues import RowQueue, Turns
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import Expiry, Removal, Uses

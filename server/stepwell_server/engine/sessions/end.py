@@ -29,7 +29,7 @@ from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.endings import ended_by, expired
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.eager import Rest, finish, start
-from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.intake.queues import Turns
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.fields import closes_of

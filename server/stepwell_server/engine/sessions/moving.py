@@ -24,7 +24,7 @@ from stepwell_server.engine.durability.endings import ended_by
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.records import Records, as_it_is
 from stepwell_server.engine.intake.imported import check_header, check_state, imported_fields
-from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.intake.queues import Turns
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.begin import Begin
 from stepwell_server.engine.sessions.close import Closer

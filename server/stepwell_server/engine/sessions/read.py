@@ -20,7 +20,7 @@ from stepwell_server.engine.api import SessionFilter, SessionInfo, SessionPage, 
 from stepwell_server.engine.change import MAX_TRIES, MOST_ERRORS, changed_elsewhere, for_all, too_late
 from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.intake.queues import Turns
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import Expiry, Removal, Uses

@@ -62,7 +62,7 @@ class Model:
     digest_prefixes: dict[Kind, np.uint64] = dataclasses.field(init=False)
     """What digests of changes of its sessions begin with: see `core.exactly_once`."""
     waiting: int = 0
-    """Changes and holds that wait for their session or for rows: see `turns` and `row_queue`."""
+    """Changes and holds that wait for their session or for rows: see `queues`."""
 
     def __post_init__(self) -> None:
         dtypes = [(spec.name, str(spec.dtype)) for spec in self.program.inputs]

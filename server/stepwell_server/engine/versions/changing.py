@@ -22,7 +22,7 @@ from stepwell_server.engine.api import Moved, SessionPolicy, VersionInfo
 from stepwell_server.engine.durability.forwarding import Forwarding
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.intake.queues import Turns
 from stepwell_server.engine.models import Known, Models, Versions
 from stepwell_server.engine.sessions.close import Closer
 from stepwell_server.engine.sessions.directory import Directory

@@ -15,14 +15,12 @@ from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.intake.admission import Admission
-from stepwell_server.engine.intake.inbox import Held, Inbox
 from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.intake.queues import Held, Inbox, Turns
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.passes.batch import Lane
 from stepwell_server.engine.passes.completion import Completion
-from stepwell_server.engine.passes.inline import Inline
-from stepwell_server.engine.passes.loop import PassLoop
+from stepwell_server.engine.passes.loop import Inline, PassLoop
 from stepwell_server.engine.passes.runner import Runner, warm_up
 from stepwell_server.engine.shares import Share, Shares, Threads
 from stepwell_server.engine.state.arena import Arena

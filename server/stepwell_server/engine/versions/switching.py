@@ -14,7 +14,7 @@ import numpy as np
 from stepwell_server.core.history import How, Way
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.intake.queues import Turns
 from stepwell_server.engine.models import Models, Versions
 from stepwell_server.engine.sessions.end import Removal
 from stepwell_server.engine.state.model import Model

@@ -1,7 +1,7 @@
-"""One thing at a time for each session: whose turn it is, and what waits for it.
+"""Where changes wait: for the next turn of their model's loop, for rows of the arena, and for their sessions.
 
-A change whose session is claimed waits in the session's line, and so does a read, a fork, a closing (a `Hold`).
-When the claim ends, the next in line is started.
+One thing at a time is done for each session: whoever has its claim. A change whose session is claimed waits in the
+session's line, and so does a read, a fork, a closing (a `Hold`). When the claim ends, the next in line is started.
 """
 
 from __future__ import annotations
@@ -11,24 +11,253 @@ import contextlib
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Hashable
+from itertools import islice
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
+from stepwell_server.alarm import Alarm
 from stepwell_server.clock import Clock
 from stepwell_server.core.claims import Claims
+from stepwell_server.core.scheduler import Source
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.change import Change, too_late
+from stepwell_server.engine.change import Change, joined, kind_of, may_join, too_late
 from stepwell_server.engine.intake.paging import Pager, Refused
-from stepwell_server.engine.intake.row_queue import RowQueue, Starter
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import Overloaded, ServerError, SessionGone, SessionLost, VersionElsewhere
 
+#: Rows that may wait for passes, in passes of full size.
+MAX_WAITING_PASSES = 64
+#: Bytes of inputs that may wait, over all models.
+MAX_WAITING_BYTES = 512 << 20
 #: Changes that may wait in one session's line.
 MAX_LINE = 256
+
+
+@dataclasses.dataclass(slots=True)
+class Held:
+    """What waits over all models: the one count of it."""
+
+    bytes: int = 0
+    """Of inputs that wait or run."""
+    inboxes: dict[Inbox, None] = dataclasses.field(default_factory=dict)
+    """Those in which something waits, in the order in which it came."""
+
+
+class Inbox:
+    """The changes that have come for one model, in their order. Lives on the event loop.
+
+    A change is put here when it has been checked; its sessions may be gone by the time it is drained. Rows are limited
+    for each model, bytes of inputs over all of them: what is too much is refused with a delay.
+    """
+
+    def __init__(self, model: Model, held: Held) -> None:
+        """Nothing waits of the model; `held` is of all models."""
+        self._model = model
+        self._held = held
+        self._waiting: list[Change] = []
+        self._rows = 0
+        self.most_waiting = MAX_WAITING_PASSES * model.max_batch_rows
+        """So many rows and changes may wait, unless one change alone has more."""
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the changes that wait here."""
+        return self._rows
+
+    @property
+    def deadline(self) -> float:
+        """The earliest of those that wait here."""
+        return min((change.deadline for change in self._waiting), default=float("inf"))
+
+    def is_of(self, source: Source) -> bool:
+        """Whether all that waits here was sent by one source."""
+        return all(change.only_source == source for change in self._waiting)
+
+    @property
+    def waiting(self) -> int:
+        """Rows and changes that wait: here, for their session, for rows, for a pass."""
+        return self._rows + self._model.ready.rows_waiting + self._model.waiting
+
+    def require_room(self, rows: int, byte_count: int) -> None:
+        """Refuse so many rows and bytes of inputs if too much waits already.
+
+        Raises:
+            Overloaded: with the time after which there should be room.
+        """
+        model, held, waiting = self._model, self._held.bytes, self.waiting
+        limit = self.most_waiting
+        if waiting and waiting + rows > limit:
+            raise Overloaded(
+                f"rows waiting for model {model.name!r} must stay within {limit}; {waiting} wait and {rows} came",
+                retry_after_s=max(0.01, model.expected_wait_s / 2),
+            )
+        if held and held + byte_count > MAX_WAITING_BYTES:
+            raise Overloaded(
+                f"input bytes waiting must stay within {MAX_WAITING_BYTES}; {held} wait and {byte_count} came",
+                retry_after_s=max(0.01, model.expected_wait_s / 2),
+            )
+
+    def hold(self, change: Change) -> None:
+        """Count the bytes of a change until every member has its answer.
+
+        Raises:
+            Overloaded: too much waits already, and nothing is counted.
+        """
+        count, held = change.byte_count, self._held
+        self.require_room(change.row_count, count)
+        held.bytes += count
+
+        def give() -> None:
+            held.bytes -= count
+
+        change.on_end = give
+
+    def put(self, change: Change) -> None:
+        """Let a change that is held wait for the next turn."""
+        if not self._waiting:
+            self._held.inboxes[self] = None
+        self._waiting.append(change)
+        self._rows += change.row_count
+        self._model.work.ring()
+
+    def drain(self) -> list[Change]:
+        """Take everything that waits."""
+        waiting = self._waiting
+        if waiting:
+            self._waiting, self._rows = [], 0
+            del self._held.inboxes[self]
+        return waiting
+
+
+def joined_where_alike(waiting: list[Change]) -> list[Change]:
+    """The same, with steps of one row that are alike as one change. What a session was sent stays in its order."""
+    if len(waiting) < 2:
+        return waiting
+    found: list[Change] = []
+    groups: dict[Hashable, list[Change]] = {}
+    kinds: dict[str, Hashable] = {}
+    """The group that each session is in."""
+
+    def end_groups() -> None:
+        found.extend(joined(group) for group in groups.values())
+        groups.clear()
+        kinds.clear()
+
+    for change in waiting:
+        if not may_join(change):
+            end_groups()
+            found.append(change)
+            continue
+        kind, session_id = kind_of(change), change.session_ids[0]
+        if kinds.get(session_id, kind) != kind:
+            end_groups()  # what the session was sent before must go first, and is in another group
+        kinds[session_id] = kind
+        groups.setdefault(kind, []).append(change)
+    end_groups()
+    return found
+
+
+class Starter(Protocol):
+    """Who starts members of a change when they need not wait any more."""
+
+    def start_due(self, change: Change, members: Members, /) -> Handles:
+        """Their turn has come: claim their sessions and start them; return sessions that are done with already."""
+
+    def look_again(self, change: Change, members: Members, /) -> None:
+        """Their session has left the table: start them if the store has it, and answer them else."""
+
+    def start_waiting(self, change: Change, members: Members, /) -> None:
+        """There is room: start them; those that still do not fit are put back."""
+
+
+class RowQueue:
+    """What waits for rows, by model: every row is some session's that has something under way.
+
+    First come, first served, when sessions that are done may be paged out. One that is let in when the room is gone again
+    keeps its place. The sessions of those that wait are claimed, and have no rows. Lives on the event loop.
+    """
+
+    def __init__(self, table: SessionTable, models: Models, pager: Pager) -> None:
+        self._table = table
+        self._models = models
+        self._pager = pager
+        self._waiting: dict[int, deque[tuple[Starter, Change, int]]] = {}
+        self.waiting = 0
+        """Changes of all models."""
+        self._look = Alarm(self._let_in)
+        self._is_full = False
+        """Somebody that was let in was put back."""
+
+    def __bool__(self) -> bool:
+        return self.waiting > 0
+
+    def count(self, model: int) -> int:
+        """How many changes of a model wait."""
+        return len(self._waiting.get(model, ()))
+
+    def add(self, starter: Starter, change: Change, members: Members) -> None:
+        """Let members of a change wait, whose sessions are claimed; `starter` starts them."""
+        waiting = self._waiting.setdefault(change.model.index, deque())
+        waiting.extend((starter, change, member) for member in members.tolist())
+        self._add(change.model, len(members))
+
+    def _add(self, model: Model, count: int) -> None:
+        self.waiting += count
+        model.waiting += count
+
+    def put_back(self, starter: Starter, change: Change, members: Members) -> None:
+        """Let members of a change that were let in wait again, before all others."""
+        if len(members):
+            self._is_full = True
+            self._waiting[change.model.index].extendleft(
+                (starter, change, member) for member in reversed(members.tolist())
+            )
+            self._add(change.model, len(members))
+
+    def room_may_have_come(self) -> None:
+        """A session is done, made or gone: look in the next turn of the event loop whether somebody fits now."""
+        if self:
+            self._look.ring()
+
+    def _let_in(self) -> None:
+        for model, waiting in list(self._waiting.items()):  # answers may bring what waits for another model
+            if waiting:
+                self._let_in_some(self._models.by_index[model], waiting)
+
+    def _let_in_some(self, model: Model, waiting: deque[tuple[Starter, Change, int]]) -> None:
+        fitting = self._fitting(model, waiting)
+        self._is_full = False
+        while fitting and not self._is_full:  # answers may bring what takes the room
+            starter, change, members = _take(waiting, fitting)
+            fitting -= len(members)
+            self._add(model, -len(members))
+            # one whose session was busy may have come behind members that follow it in the change
+            starter.start_waiting(change, np.sort(np.array(members, np.intp)))
+
+    def _fitting(self, model: Model, waiting: deque[tuple[Starter, Change, int]]) -> int:
+        """How many of those that wait fit, beginning with the first."""
+        # each has a row at least
+        first = islice(waiting, model.slots.resident_limit)
+        rows = np.array(
+            [self._table.batch_size[change.handles[member]] for _, change, member in first], np.int64
+        )
+        return int(np.searchsorted(np.cumsum(rows), self._pager.room(model, int(rows.sum())), side="right"))
+
+
+def _take(waiting: deque[tuple[Starter, Change, int]], most: int) -> tuple[Starter, Change, list[int]]:
+    """The change that comes first, and its members that wait in a row."""
+    starter, change, _ = waiting[0]
+    members: list[int] = []
+    while len(members) < most and waiting and waiting[0][1] is change:
+        members.append(waiting.popleft()[2])
+    return starter, change, members
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
