@@ -44,7 +44,7 @@ _log = Log("engine.replies")
 #: A session that others change meanwhile is looked up again for a change, or a call, this often at most.
 MAX_TRIES = 8
 #: Members of a change that have an error each where they fail in one way; more of them share one.
-MOST_ERRORS = 32
+MAX_ERRORS = 32
 _seed_of = functools.lru_cache(4096)(seed_of)
 _NOBODY: Members = np.zeros(0, np.intp)
 _FIRST: Members = np.zeros(1, np.intp)

@@ -17,7 +17,7 @@ from stepwell_server.core.scheduler import Source
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Select
-from stepwell_server.engine.change import MOST_ERRORS, NO_STATES, Change, Reply, changed_elsewhere, for_all
+from stepwell_server.engine.change import MAX_ERRORS, NO_STATES, Change, Reply, changed_elsewhere, for_all
 from stepwell_server.engine.content import reused_request
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.records import Outcome
@@ -464,7 +464,7 @@ def _in_groups(change: Change, members: Members) -> Iterator[Members]:
     """Members, those together that share an error: a few have one each."""
     if not len(members):
         return
-    if len(members) <= MOST_ERRORS:
+    if len(members) <= MAX_ERRORS:
         for place in range(len(members)):
             yield members[place : place + 1]
         return
@@ -479,7 +479,7 @@ def _alike(change: Change, members: Members, actual: U64) -> Iterator[tuple[Memb
     """
     expected = change.expected_of(members)
     wanted = np.zeros(len(members), np.uint64) if expected is None else expected
-    if len(members) <= MOST_ERRORS or len(change.alike(members)) > 1:
+    if len(members) <= MAX_ERRORS or len(change.alike(members)) > 1:
         for place in range(len(members)):
             yield np.array([place]), int(wanted[place]), int(actual[place])
         return

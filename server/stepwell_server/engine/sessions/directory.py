@@ -15,7 +15,7 @@ from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.quotas import NOTHING, Usage
 from stepwell_server.core.sessions import Handles, SessionTable, are_missing
 from stepwell_server.engine.api import SessionInfo
-from stepwell_server.engine.change import MOST_ERRORS, for_all
+from stepwell_server.engine.change import MAX_ERRORS, for_all
 from stepwell_server.engine.durability.endings import ended_by
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.end import Expiry
@@ -232,7 +232,7 @@ class Directory:
         Many that are gone alike share an error, which names the first of them: an error of its own for each of
         65,536 would keep the event loop for seconds.
         """
-        if len(members) <= MOST_ERRORS:
+        if len(members) <= MAX_ERRORS:
             for member in members.tolist():
                 yield np.array([member]), self.why_not(session_ids[member], seen)
             return

@@ -17,7 +17,7 @@ from stepwell_server.core.namespaces import prefix_of, tenant_of
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import SessionFilter, SessionInfo, SessionPage, StateRead, StatesRead
-from stepwell_server.engine.change import MAX_TRIES, MOST_ERRORS, changed_elsewhere, for_all, too_late
+from stepwell_server.engine.change import MAX_TRIES, MAX_ERRORS, changed_elsewhere, for_all, too_late
 from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.queues import Turns
@@ -386,7 +386,7 @@ class _GroupRead:
         for place, error in sorted(self._failed.items()):
             kinds.setdefault(type(error), []).append(place)
         for places in kinds.values():
-            if len(places) <= MOST_ERRORS:
+            if len(places) <= MAX_ERRORS:
                 for place in places:
                     yield np.array([place]), self._failed[place]
             else:
