@@ -10,7 +10,7 @@ import pytest
 
 from stepwell_server.core.callers import Caller, Role
 from stepwell_server.engine.api import Select
-from stepwell_server.engine.change import Change, Reply
+from stepwell_server.engine.change import MAX_TRIES, Change, Reply
 from stepwell_server.engine.intake.split import split
 from stepwell_server.errors import InvalidInput, ServerError
 from support.engine import x
@@ -167,3 +167,9 @@ def test_what_cannot_be_taken_holds_back_its_message_and_all_where_a_session_is_
     assert change.with_followers(one).tolist() == change.whole_messages(one).tolist() == [3, 4]
     change = Change(["a", "b", "c", "d", "a"], Told(), messages=messages)
     assert (len(change.whole_messages(one)), len(change.with_followers(one))) == (2, 5)
+
+
+def test_a_session_is_looked_up_again_a_bounded_number_of_times_for_each_member() -> None:
+    change, both = frame(), np.array([0, 2])
+    assert not any(change.count_try(both).any() for _ in range(MAX_TRIES))
+    assert change.count_try(np.arange(3)).tolist() == [True, False, True]

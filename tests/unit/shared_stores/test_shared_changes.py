@@ -526,3 +526,15 @@ async def test_who_asks_keeps_its_place_behind_what_came_before() -> None:
         second.hooks.open_gate()
         assert (await step.only()).revision == (await read).session.revision == 3
         await busy.only()
+
+
+@pytest.mark.parametrize("ids", [["a"], ["a", "b"]], ids=["lone", "frame"])
+async def test_a_step_that_must_continue_is_not_applied_after_a_reset_elsewhere(ids: list[str]) -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a", "b")
+        await first.submit("a", reset=True).only()
+        sizes = np.ones(len(ids), np.intp)
+        step = second.submit(ids, x(len(ids)), continued_model="plain", batch_sizes=sizes)
+        assert kinds(await step.all()) == ["Unavailable", "Answer"][: len(ids)]
+        info = await second.engine.session_info("a")
+        assert (info.revision, info.position) == (2, 0)

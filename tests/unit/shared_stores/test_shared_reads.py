@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stepwell_server.engine.sessions import directory, lookup
 from stepwell_server.errors import RevisionConflict, ServerError, SessionNotFound, Unavailable
 from stepwell_server.store.base import Batch
 from stepwell_server.store.record import decode_header
 from support.durable import begun, same_reply
-from support.engine import Harness, x
+from support.engine import Harness, kinds, x
 from support.gates import Gated
 from support.kinds import SHARED
 from support.replicas import both_know, two
@@ -224,3 +225,24 @@ async def test_records_of_sessions_that_others_opened_anew_say_so() -> None:
             stored = (await first.store.found(name))[0].record
             assert stored is not None
             assert decode_header(name, stored).created == first.clock.now()
+
+
+async def test_a_session_that_leaves_the_table_between_the_parts_of_a_long_lookup_is_not_taken_for_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (directory, lookup):
+        monkeypatch.setattr(module, "READ_BATCH_SIZE", 1)
+    async with two() as (first, second):
+        await both_know(first, second, "a", "b")
+        store: Gated = second.store
+        store.reads_held, so_far = True, len(store.asked("read"))
+        read = await begun(second.engine.get_states(["a", "b"]))
+        await store.until("read", so_far + 1)
+        store.let_go_once()
+        await store.until("read", so_far + 2)
+        store.commit_error = Unavailable("the store is away")
+        assert kinds(await second.submit("a", x(1)).all()) == ["Unavailable"]
+        assert second.inside.loaded() == ["b"]
+        store.let_go()
+        ((members, error),) = (await read).errors
+        assert (members.tolist(), type(error)) == ([0], Unavailable), "nobody has closed it"
