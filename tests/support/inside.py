@@ -152,7 +152,7 @@ class Inside:
         if isinstance(store, MemoryStore):
             assert set(store._records) == away, "the store holds the sessions that are paged out"
         assert engine._submission.loading_rows == 0
-        assert not engine._arrivals._tails, "something waits for a session to be loaded"
+        assert not engine._lookup._tails, "something waits for a session to be loaded"
 
     async def recount(self) -> None:
         """Have the numbers of sessions be those that the store has now."""

@@ -20,7 +20,7 @@ from stepwell_server.engine.sessions import (
     directory,
     fork,
     ids,
-    loading,
+    lookup,
     read,
 )
 from stepwell_server.engine.sessions.attempt import OpenedMany
@@ -46,8 +46,8 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (shares, fork, close, directory):
         monkeypatch.setattr(module, "TURN", PIECE)
     monkeypatch.setattr(submission, "REFUSED_AT_ONCE", PIECE)
-    for module in (loading, directory):
-        monkeypatch.setattr(module, "READ_AT_ONCE", PIECE)
+    for module in (lookup, directory):
+        monkeypatch.setattr(module, "READ_BATCH_SIZE", PIECE)
 
 
 async def turns_of(call: Coroutine[Any, Any, T]) -> tuple[T, int]:

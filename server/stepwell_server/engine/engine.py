@@ -36,7 +36,7 @@ from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import MAX_PAGED_OUT, Expiry, Removal, Sweep, Uses
 from stepwell_server.engine.sessions.fork import Fork
 from stepwell_server.engine.sessions.ids import MAX_IDS_PER_CALL
-from stepwell_server.engine.sessions.loading import Arrivals, Loader
+from stepwell_server.engine.sessions.lookup import Loader, Lookup
 from stepwell_server.engine.sessions.moving import Moving
 from stepwell_server.engine.sessions.read import SessionCounts, SessionList, StateReader
 from stepwell_server.engine.shares import LoopTurns, Pieces, Shares, Threads
@@ -147,7 +147,7 @@ class Engine:
         self._quotas = quotas
         loader = Loader(table, self._models, self._expiry, fields)
         pieces = Pieces(self._loop_turns)
-        self._arrivals = Arrivals(
+        self._lookup = Lookup(
             table,
             store,
             self._expiry,
@@ -156,13 +156,12 @@ class Engine:
             pieces,
             self._drain_inboxes,
             lambda h: self._changing.watch.catch_up(h),  # noqa: PLW0108 - made below
-            clock,
         )
         self._directory = Directory(
             table,
             self._models,
             store,
-            arrivals=self._arrivals,
+            lookup=self._lookup,
             loader=loader,
             expiry=self._expiry,
             clock=clock,
@@ -318,7 +317,7 @@ class Engine:
         self._submission = Submission(
             table,
             self._directory,
-            self._arrivals,
+            self._lookup,
             Validation(table, self._models),
             self._held,
             self._admission,
@@ -523,7 +522,7 @@ class Engine:
             for loop in list(self._loops.values()):
                 await loop.idle()
             await self._group.idle()
-            await self._arrivals.idle()
+            await self._lookup.idle()
             await self._pager.idle()
             await asyncio.sleep(0)  # what waits for rows is let in by the event loop
 
@@ -549,7 +548,7 @@ class Engine:
             bool(self._row_queue)
             or bool(self._removal.pending)
             or self._submission.is_loading
-            or self._arrivals.waiting > 0
+            or self._lookup.waiting > 0
             or not (self._pager.is_idle and self._group.is_idle)
             or any(loop.busy for loop in self._loops.values())
         )

@@ -21,7 +21,7 @@ from stepwell_server.engine.intake.split import part_of
 from stepwell_server.engine.intake.validation import Refusals, Validation, require_lists
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.loading import Arrivals, Seen
+from stepwell_server.engine.sessions.lookup import Lookup, Seen
 from stepwell_server.engine.sizes import Sizes
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import Overloaded, ServerError, Stopping
@@ -45,7 +45,7 @@ class Submission:
         self,
         table: SessionTable,
         directory: Directory,
-        arrivals: Arrivals,
+        lookup: Lookup,
         validation: Validation,
         held: Held,
         admission: Admission,
@@ -58,7 +58,7 @@ class Submission:
     ) -> None:
         self._table = table
         self._directory = directory
-        self._arrivals = arrivals
+        self._lookup = lookup
         self._validation = validation
         self._held = held
         self._admission = admission
@@ -97,8 +97,8 @@ class Submission:
             self._commits.require_room()  # a step waits for its pass, and passes wait for the store
         require_lists(change)
         handles, table = self._table.find_all(change.session_ids), self._table
-        if self._arrivals.waiting or are_missing(handles) or self._clock.monotonic() > table.next_end:
-            away = self._arrivals.away(change.session_ids, handles)
+        if self._lookup.waiting or are_missing(handles) or self._clock.monotonic() > table.next_end:
+            away = self._lookup.away(change.session_ids, handles)
             if len(away) and change.may_leave_out:
                 return self._take_without(change, away, self._directory.here)
             if len(away):
@@ -279,7 +279,7 @@ class Submission:
 
         async def wait() -> None:
             try:
-                seen = await self._arrivals.wait(ids, anew=compare)
+                seen = await self._lookup.wait(ids, anew=compare)
             except ServerError as error:
                 ended()
                 change.fail(members, error)

@@ -127,7 +127,7 @@ async def test_a_call_waits_for_a_slow_store_and_harms_nobody_when_it_is_given_u
 
 
 async def test_few_calls_wait_for_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepwell_server.engine.sessions.loading.MOST_WAITING", 5)
+    monkeypatch.setattr("stepwell_server.engine.sessions.lookup.MAX_WAITING", 5)
     async with two_in_time() as (first, second, _):
         store = await prepared(first, second)
         store.reads_held = True

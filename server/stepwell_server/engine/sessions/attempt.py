@@ -23,7 +23,7 @@ from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
 from stepwell_server.engine.content import require_same_opening
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.sessions.context import Context
-from stepwell_server.engine.sessions.loading import Seen
+from stepwell_server.engine.sessions.lookup import Seen
 from stepwell_server.engine.state.fields import at_birth
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Mask, Members

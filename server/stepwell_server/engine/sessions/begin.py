@@ -30,7 +30,7 @@ from stepwell_server.engine.intake.validation import check_finite_state
 from stepwell_server.engine.sessions.attempt import Attempts, NewSessions, OpenedMany
 from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, require_session_id
-from stepwell_server.engine.sessions.loading import Seen
+from stepwell_server.engine.sessions.lookup import Seen
 from stepwell_server.engine.state.fields import at_birth, joined
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members, Tensors

@@ -20,7 +20,7 @@ from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.queues import Turns
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import Ended, Idle, Removal, ended_of
-from stepwell_server.engine.sessions.loading import Seen, refresh
+from stepwell_server.engine.sessions.lookup import Seen, refresh
 from stepwell_server.engine.sessions.read import Query, SessionList
 from stepwell_server.engine.shares import TURN
 from stepwell_server.engine.state.fields import Fields, closes_of

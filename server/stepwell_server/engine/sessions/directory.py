@@ -1,4 +1,4 @@
-"""Who is there: models by name, sessions by id, and what became of those that are gone."""
+"""Finds models by name and sessions by id, in the table and then in the store, and says why a session is not there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stepwell_server.engine.durability.endings import ended_by
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.end import Expiry
 from stepwell_server.engine.sessions.ids import IdMaker, shown
-from stepwell_server.engine.sessions.loading import READ_AT_ONCE, Arrivals, Loader, Seen
+from stepwell_server.engine.sessions.lookup import READ_BATCH_SIZE, Loader, Lookup, Seen
 from stepwell_server.engine.shares import TURN
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.model import Model
@@ -76,15 +76,15 @@ class Directory:
         models: Models,
         store: Store,
         *,
-        arrivals: Arrivals,
+        lookup: Lookup,
         loader: Loader,
         expiry: Expiry,
         clock: Clock,
     ) -> None:
         self._table = table
         self.models = models
-        self._arrivals = arrivals
-        self.pieces = arrivals.pieces
+        self._lookup = lookup
+        self.pieces = lookup.pieces
         """Calls on many sessions are done in these."""
         self._expiry = expiry
         self._clock = clock
@@ -95,18 +95,18 @@ class Directory:
         """What is known of sessions without a `look`: of those in the table, enough."""
 
     async def look(self, session_ids: Sequence[str], *, anew: bool = False) -> Seen:
-        """See what the store has of sessions, in the order of all that names them: see `Arrivals.wait`.
+        """See what the store has of sessions, in the order of all that names them: see `Lookup.wait`.
 
         Raises:
             Overloaded: too many wait for the store.
             Unavailable: it cannot be read, and one of the sessions has something under way here.
         """
-        if len(session_ids) > READ_AT_ONCE:
+        if len(session_ids) > READ_BATCH_SIZE:
             return await self._look_in_parts(session_ids, anew=anew)
-        if not (anew or self._arrivals.must_wait(session_ids)):
+        if not (anew or self._lookup.must_wait(session_ids)):
             return self.here
-        self._arrivals.require_room()
-        return await self._arrivals.wait(session_ids, anew=anew)
+        self._lookup.require_room()
+        return await self._lookup.wait(session_ids, anew=anew)
 
     async def _look_in_parts(self, session_ids: Sequence[str], *, anew: bool) -> Seen:
         """As `look`, of a long list: a part in each turn of the event loop.
@@ -115,12 +115,12 @@ class Directory:
         `Unavailable`, and is to come again.
         """
         tenant, seen = tenant_of(session_ids[0]), Seen({})
-        for start in range(0, len(session_ids), READ_AT_ONCE):
+        for start in range(0, len(session_ids), READ_BATCH_SIZE):
             await self.pieces.turn(tenant)
-            part = session_ids[start : start + READ_AT_ONCE]
-            if anew or self._arrivals.must_wait(part):
-                self._arrivals.require_room()
-                found = await self._arrivals.wait(part, anew=anew)
+            part = session_ids[start : start + READ_BATCH_SIZE]
+            if anew or self._lookup.must_wait(part):
+                self._lookup.require_room()
+                found = await self._lookup.wait(part, anew=anew)
                 here = np.flatnonzero(self._table.find_all(part) >= 0).tolist()
                 seen.add(found, [part[place] for place in here])
         return seen
@@ -168,7 +168,7 @@ class Directory:
         return handles
 
     def require_new(self, name: str, session_ids: Sequence[str], seen: Seen) -> None:
-        """Refuse ids of sessions that are there, be it that they cannot be stepped here.
+        """Refuse ids of sessions that are there, even if they cannot be stepped here.
 
         Raises:
             SessionExists: one is live.
@@ -192,7 +192,7 @@ class Directory:
     def require_own(self, chosen: str, seen: Seen) -> None:
         """Refuse a chosen id of a session which is gone if it must not begin anew unnoticed.
 
-        Be it that a server made the id, or that the store lost sessions, and nobody can tell that this is none of them.
+        A server may have made the id, or the store lost sessions, and nobody can tell that this is none of them.
         """
         if not chosen:
             return

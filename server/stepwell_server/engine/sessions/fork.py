@@ -20,7 +20,7 @@ from stepwell_server.engine.sessions.attempt import Call, NewSessions, OpenedMan
 from stepwell_server.engine.sessions.begin import Begin
 from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.sessions.ids import require_session_id
-from stepwell_server.engine.sessions.loading import Seen
+from stepwell_server.engine.sessions.lookup import Seen
 from stepwell_server.engine.sessions.read import StateReader
 from stepwell_server.engine.shares import TURN
 from stepwell_server.engine.types import U64, Array, Members

@@ -31,7 +31,7 @@ from stepwell_server.engine.sessions.close import Closer
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import Expiry, Removal
 from stepwell_server.engine.sessions.ids import require_session_id
-from stepwell_server.engine.sessions.loading import Loader, Seen
+from stepwell_server.engine.sessions.lookup import Loader, Seen
 from stepwell_server.engine.sessions.read import Query, SessionList
 from stepwell_server.engine.state.fields import (
     at_birth,

@@ -17,14 +17,14 @@ from stepwell_server.core.namespaces import prefix_of, tenant_of
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import SessionFilter, SessionInfo, SessionPage, StateRead, StatesRead
-from stepwell_server.engine.change import MAX_TRIES, MAX_ERRORS, changed_elsewhere, for_all, too_late
+from stepwell_server.engine.change import MAX_ERRORS, MAX_TRIES, changed_elsewhere, for_all, too_late
 from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.queues import Turns
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import Expiry, Removal, Uses
-from stepwell_server.engine.sessions.loading import Seen
+from stepwell_server.engine.sessions.lookup import Seen
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Mask, Members
 from stepwell_server.errors import InvalidInput, Overloaded, ServerError, SessionGone, SessionLost

@@ -1,7 +1,7 @@
-"""Sessions come back from the store into the table, without their states: those come when they are needed.
+"""Looks sessions up in the store and takes them into the table, without their states: those come when they are needed.
 
-What names sessions that are not in the table has `Arrivals` ask the store, and finds them in the table then, or why they
-are not there in what was `Seen`.
+Whatever names sessions that are not in the table waits for `Lookup`, and then finds them in the table, or in what was
+`Seen` why they are not there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import numpy as np
 
-from stepwell_server.clock import Clock
 from stepwell_server.core.history import How
 from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.sessions import Handles, SessionTable
@@ -39,10 +38,10 @@ _NOTHING = Fetched()
 _NO_MEMBERS: Members = np.zeros(0, np.intp)
 _FIRST: Members = np.zeros(1, np.intp)
 #: Sessions that the store is asked for in one turn of the event loop: about 1 ms of it.
-READ_AT_ONCE = 1024
-#: So many calls may wait until an awaited store has said what it has of their sessions.
-MOST_WAITING = 16_384
-_AGAIN_S = 0.5
+READ_BATCH_SIZE = 1024
+#: Calls that wait for the store's answer at most.
+MAX_WAITING = 16_384
+_RETRY_AFTER_S = 0.5
 
 
 class Seen:
@@ -109,8 +108,8 @@ class Seen:
         return found
 
 
-class Arrivals:
-    """Has the store asked for sessions. What has to wait for the answer does so in the order of each session it names.
+class Lookup:
+    """Asks the store for sessions. What has to wait for the answer does so in the order of each session that it names.
 
     Nothing that comes later for one of the sessions overtakes. Lives on the event loop.
     """
@@ -125,13 +124,11 @@ class Arrivals:
         pieces: Pieces,
         drain: Callable[[], None],
         catch_up: Callable[[Sequence[Header]], Awaitable[None]],
-        clock: Clock,
     ) -> None:
         """See the class; `drain` has what is in the inboxes claim its sessions.
 
         `catch_up` is called with records of versions, or of moves, that are not known here, and returns when they are.
         """
-        self._clock = clock
         self._table = table
         self._store = store
         self._expiry = expiry
@@ -159,10 +156,10 @@ class Arrivals:
         Raises:
             Overloaded: with the time after which to come again.
         """
-        if self.waiting >= MOST_WAITING:
+        if self.waiting >= MAX_WAITING:
             raise Overloaded(
-                f"calls that wait for the store must stay within {MOST_WAITING}; {self.waiting} wait",
-                retry_after_s=_AGAIN_S,
+                f"calls that wait for the store must stay within {MAX_WAITING}; {self.waiting} wait",
+                retry_after_s=_RETRY_AFTER_S,
             )
 
     def away(self, session_ids: Sequence[str], handles: Handles) -> Members:
@@ -261,10 +258,10 @@ class Arrivals:
         """What the store has of sessions. It is asked in pieces, and they are awaited together."""
         found: dict[str, Fetched] = {}
         later: list[tuple[Sequence[str], asyncio.Future[list[Fetched]]]] = []
-        for at in range(0, len(session_ids), READ_AT_ONCE):
+        for at in range(0, len(session_ids), READ_BATCH_SIZE):
             if at:
                 await self.pieces.turn(tenant_of(session_ids[0]))
-            ids = session_ids[at : at + READ_AT_ONCE]
+            ids = session_ids[at : at + READ_BATCH_SIZE]
             answer = start(self._store.fetch(ids))
             if isinstance(answer, Rest):
                 later.append((ids, asyncio.ensure_future(finish(answer))))
