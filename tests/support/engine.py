@@ -35,14 +35,12 @@ from stepwell_server.store.base import LocalStore, Store
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store.valkey.store import ValkeyStore
 from support.awaited import RemoteStore
 from support.clock import ManualClock
 from support.fake_executor import PLAIN, WAIT_S, FakeExecutor, Hooks
 from support.gated_valkey import gated_valkey
 from support.gates import Gated
 from support.inside import Inside
-from support.shared import fresh_prefix, opened
 from support.valkey import Valkey
 
 Array = npt.NDArray[Any]
@@ -247,12 +245,10 @@ class Stores:
         return RemoteStore(MemoryStore(), clock)
 
     async def make(self, clock: ManualClock) -> LocalStore | Store:
-        if self.kind == "valkey":
-            return await opened(self.server().url(f"?prefix={fresh_prefix()}&timeout_ms=60000"), clock=clock)
+        if self.kind in {"awaited", "valkey"}:
+            return await self.make_shared()
         if self.kind == "memory":
             return MemoryStore()
-        if self.kind == "awaited":
-            return RemoteStore(MemoryStore())
         folder = self.folder / f"store-{next(self._numbers)}"
         durability: Literal["sync", "async"] = "sync" if self.kind == "sync" else "async"
         return DiskStore(folder, durability=durability, clock=clock, segment_bytes=SEGMENT_BYTES)
@@ -402,8 +398,8 @@ async def running(
     own = store is None
     if own:
         store = await STORES.make(clock)
-    is_shared = isinstance(store, Gated | ValkeyStore)
-    if isinstance(store, Gated):
+    is_shared = isinstance(store, Gated)
+    if is_shared:
         store.serve(clock)
     engine = Engine(
         programs or {"plain": PLAIN},
@@ -434,11 +430,11 @@ async def running(
             harness.check_books()
     finally:
         hooks.open_gate()
-        if isinstance(store, Gated):
+        if is_shared:
             store.let_go()
         await harness.settled()
         await engine.close()
-        if isinstance(store, ValkeyStore):
+        if own and is_shared:
             await store.close()
-        elif own and not is_shared:
+        elif own:
             store.close()

@@ -13,4 +13,5 @@ SHARED = pytest.mark.stores("awaited", "valkey")
 """Two servers can use it."""
 LASTING = pytest.mark.stores("async", "sync", "awaited", "valkey")
 """Sessions are there when the server is killed and another one starts."""
-EVERY = pytest.mark.stores("memory", "async", "sync", "awaited", "valkey")
+IN_PROCESS = pytest.mark.stores("memory", "async", "sync", "awaited")
+"""No network takes time of its own."""

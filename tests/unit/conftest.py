@@ -16,17 +16,7 @@ if TYPE_CHECKING:
 
 # What a flush to disk costs is no concern of these tests.
 _MEMORY = Path("/dev/shm")
-KINDS = ("memory", "async", "sync", "awaited")
-ON_VALKEY = frozenset(
-    {
-        "test_engine_checks",
-        "test_engine_closes",
-        "test_engine_frames",
-        "test_engine_lifecycle",
-        "test_engine_steps",
-    }
-)
-"""Modules of tests that use a real Valkey, too, whose clock is its own."""
+KINDS = ("memory", "async", "sync", "awaited", "valkey")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,8 +30,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     name = metafunc.module.__name__.rpartition(".")[2]
     if marker is not None or name.startswith("test_engine_"):
         kinds = KINDS if marker is None else marker.args
-        if marker is None and name in ON_VALKEY:
-            kinds = (*kinds, "valkey")
         metafunc.parametrize("store_kind", kinds, indirect=True)
 
 

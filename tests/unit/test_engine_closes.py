@@ -46,7 +46,6 @@ async def test_an_id_remembers_the_last_four_closes() -> None:
         assert await at.engine.close_session("a", request_id=2) is False, "that one is forgotten"
 
 
-@pytest.mark.stores("memory", "async", "sync", "awaited")  # the clock of a real Valkey is its own
 @pytest.mark.parametrize("between", ["close", "expire"])
 async def test_a_close_is_remembered_over_sessions_that_end_in_other_ways(between: str) -> None:
     async with running(max_session_idle_s=10.0) as at:

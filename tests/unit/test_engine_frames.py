@@ -226,7 +226,6 @@ async def test_two_models_do_not_share_passes_or_rows() -> None:
         assert sorted(at.events.passes) == [(2, 1), (2, 1)]
 
 
-@pytest.mark.stores("memory", "async", "sync", "awaited")  # it turns the clock
 async def test_many_that_are_gone_alike_share_an_error_and_each_is_told_which() -> None:
     async with running(max_session_idle_s=60, resident_rows=256) as at:
         expired = [f"e{i}" for i in range(40)]

@@ -402,7 +402,6 @@ async def test_a_reset_to_a_state_may_take_its_position_over() -> None:
         assert (await at.submit("b", reset=True).only()).position == 0
 
 
-@pytest.mark.stores("memory", "async", "sync", "awaited")  # it turns the clock
 async def test_what_is_known_of_a_session() -> None:
     async with running() as at:
         await at.open("a")

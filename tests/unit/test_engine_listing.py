@@ -17,6 +17,7 @@ from stepwell_server.store.in_process import InProcessStore
 from support.durable import Disk, begun
 from support.engine import Harness, running, x
 from support.fake_executor import PLAIN, RICH
+from support.kinds import IN_PROCESS
 
 PROGRAMS = {"plain": PLAIN, "rich": RICH}
 FILTERS: list[dict[str, Any]] = [
@@ -194,6 +195,7 @@ async def test_a_session_that_is_there_all_the_time_is_listed_once() -> None:
         assert {*names[:150:2]} <= {*found}
 
 
+@IN_PROCESS  # Valkey itself takes seconds to make so many
 async def test_the_event_loop_goes_on_while_many_are_listed() -> None:
     async with running(resident_rows=8) as at:
         ids = (await at.engine.open_sessions("plain", count=8000)).session_ids
@@ -254,6 +256,7 @@ async def test_a_session_in_use_is_not_idle_and_is_closed_by_its_prefix_after_it
         assert await closing == 1
 
 
+@IN_PROCESS  # Valkey is looked through in parts
 async def test_many_that_end_together_are_told_together() -> None:
     told: list[tuple[str, str, int]] = []
     async with running(PROGRAMS, max_session_idle_s=60.0) as at:

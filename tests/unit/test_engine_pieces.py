@@ -34,7 +34,9 @@ from support.awaited import RemoteStore
 from support.calls import calls
 from support.durable import begun
 from support.engine import Answer, Answers, Harness, kinds, running, x
+from support.kinds import IN_PROCESS
 
+pytestmark = IN_PROCESS  # turns of the event loop are counted
 T = TypeVar("T")
 PIECE = 16
 COUNT = 10 * PIECE
