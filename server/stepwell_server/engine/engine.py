@@ -47,7 +47,7 @@ from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.submission import Submission
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.engine.versions.changing import Changing
-from stepwell_server.engine.versions.serving import Serving
+from stepwell_server.engine.versions.serving import Capacity, Serving
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store
@@ -264,40 +264,15 @@ class Engine:
         self.import_sessions = moving.bring
         """Make sessions of records, each by itself: see `Moving.bring`."""
         self._serving = Serving(
-            table,
+            context,
             self._models,
             self._held,
             self._admission,
             self._committer,
-            pager,
-            self._turns,
-            self._group,
-            shares=self._shares,
-            threads=self._threads,
-            compute_threads=compute_threads,
-            executor=executor,
-            max_batch_rows=max_batch_rows,
-            resident_rows=resident_rows,
-            clock=clock,
-            observer=observer,
+            Capacity(self._shares, self._threads, compute_threads, executor, max_batch_rows, resident_rows),
         )
         self._loops, self._inboxes = self._serving.loops, self._serving.inboxes
-        self._changing = Changing(
-            table,
-            self._models,
-            self._directory,
-            self._serving,
-            forwarding,
-            pager,
-            self._turns,
-            self._closing,
-            removal,
-            self._group,
-            store,
-            keeping.others,
-            drain=self._drain_inboxes,
-            clock=clock,
-        )
+        self._changing = Changing(context, self._models, self._serving, forwarding, store)
         self.load_version = self._changing.load
         """Serve a version of a model from now on: see `Changing.load`."""
         self.require_possible = self._changing.require_possible

@@ -10,23 +10,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
-from stepwell_server.clock import Clock
 from stepwell_server.core.history import How
 from stepwell_server.core.model_names import LABEL_RULE, MAX_VERSION, ModelRef, is_label, is_name, is_version
-from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Moved, SessionPolicy, VersionInfo
 from stepwell_server.engine.durability.forwarding import Forwarding
-from stepwell_server.engine.durability.group_commit import GroupCommit
-from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.intake.queues import Turns
 from stepwell_server.engine.models import Known, Models, Versions
-from stepwell_server.engine.sessions.close import Closer
-from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.end import Removal
+from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.versions import document
@@ -64,38 +57,22 @@ class Changing:
 
     def __init__(
         self,
-        table: SessionTable,
+        context: Context,
         models: Models,
-        directory: Directory,
         serving: Serving,
         forwarding: Forwarding,
-        pager: Pager,
-        turns: Turns,
-        closing: Closer,
-        removal: Removal,
-        commits: GroupCommit,
         store: Store,
-        others: Store | None,
-        *,
-        drain: Callable[[], None],
-        clock: Clock,
     ) -> None:
-        """`others` is the store if it may have sessions that are not in the table; `drain` empties the inboxes."""
-        self._table = table
+        self._context = context
+        self._table = context.table
         self._models = models
         self._serving = serving
         self._forwarding = forwarding
-        self._turns = turns
-        self._closing = closing
-        self._removal = removal
         self._store = store
-        self._others = others
-        self._directory = directory
-        self._clock = clock
-        self._switching = Switching(table, models, pager, turns, removal, drain=drain)
+        self._switching = Switching(context, models)
         self.follow = self._switching.follow
         """Let sessions make the moves that were made while they were: see `Switching.follow`."""
-        self._documents = Documents(store, commits, models, self._switching)
+        self._documents = Documents(store, context.commits, models, self._switching)
         self.watch = Watch(store, models, self._documents, self._switching)
         self.pruning = Pruning(store, self._documents)
 
@@ -104,7 +81,7 @@ class Changing:
         version = ref.version or 1
         own = self._models.versions(ref.name)
         program = as_served(own, version, program)
-        known = Known.of(version, program, "", self._clock.now())
+        known = Known.of(version, program, "", self._context.clock.now())
         model = self._serving.make(ref.name, version, program, self._sibling(own, program))
         self._models.add(model, known)
         own.default = max(own.loaded)
@@ -140,7 +117,7 @@ class Changing:
             self._models.forget(model)
             await self._serving.end(model)
             again = self._serving.make(own.name, version, program, self._sibling(own, program))
-            self._models.add(again, Known.of(version, program, "", self._clock.now()))
+            self._models.add(again, Known.of(version, program, "", self._context.clock.now()))
         own.default = max(own.loaded, default=0)
 
     async def _publish(self, own: Versions) -> None:
@@ -184,7 +161,7 @@ class Changing:
         async with self._documents.lock(name):
             own = self._models.versions(name)
             program = as_served(own, version, program)
-            here = Known.of(version, program, source, self._clock.now(), tenant)
+            here = Known.of(version, program, source, self._context.clock.now(), tenant)
             self._require_new(own, here)
             model = self._serving.make(name, version, program, self._sibling(own, program), rows)
             await self._serving.warm_up(model)
@@ -437,7 +414,7 @@ class Changing:
         """How many sessions are on each version of a name now, in memory or in the store alone."""
         own, found = self._models.versions(name), Counter[int]()
         for model in list(own.loaded.values()):
-            await self._directory.look(self._ids(model), anew=True)  # others may have changed them
+            await self._context.directory.look(self._ids(model), anew=True)  # others may have changed them
         for version, model in own.loaded.items():
             found[version] += self._table.count(model.index)
         async for session_id, _, now in stored(self._store, own):
@@ -540,11 +517,8 @@ class Changing:
         """Have no session in the table on a version that is served no longer."""
         await self._serving.idle(model)
         while ids := self._ids(model)[:_BATCH_SIZE]:
-            if self._others is None:
-                await self._closing.close_many(ids)  # nothing but the table has them
-            else:
-                for session_id in ids:
-                    await self._put_away(session_id, model)
+            for session_id in ids:
+                await self._put_away(session_id, model)
             await asyncio.sleep(0)
 
     async def _put_away(self, session_id: str, model: Model) -> None:
@@ -553,10 +527,12 @@ class Changing:
         if handle is None or self._table.model[handle] != model.index:
             return
         try:
-            await self._turns.hold(handle, float("inf"), rows=False)
+            await self._context.turns.hold(handle, float("inf"), rows=False)
         except (SessionGone, VersionElsewhere):
             return
-        self._removal.forget(handle, self._switching.away(handle, model.name, model.version))
+        if self._table.row[handle] >= 0:
+            self._context.pager.page_out(np.array([handle]))
+        self._context.removal.forget(handle, self._switching.away(handle, model.name, model.version))
 
     def _ids(self, model: Model) -> list[str]:
         """The sessions of the table on a version."""

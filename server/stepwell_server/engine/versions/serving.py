@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 
-from stepwell_server.clock import Clock
 from stepwell_server.core.cost import Cost
 from stepwell_server.core.scheduler import Scheduler
-from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Slots
-from stepwell_server.engine.api import Observer
 from stepwell_server.engine.durability.committer import Committer
-from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.intake.admission import Admission
-from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.intake.queues import Held, Inbox, Turns
+from stepwell_server.engine.intake.queues import Held, Inbox
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.passes.batch import Lane
 from stepwell_server.engine.passes.completion import Completion
 from stepwell_server.engine.passes.loop import Inline, PassLoop
 from stepwell_server.engine.passes.runner import Runner, warm_up
+from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.shares import Share, Shares, Threads
 from stepwell_server.engine.state.arena import Arena
 from stepwell_server.engine.state.model import Model
@@ -34,45 +31,41 @@ from stepwell_server.store.record import Texts
 _LOOK_S = 0.005
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Capacity:
+    """What all versions run on, and how much of it each gets."""
+
+    shares: Shares
+    threads: Threads
+    compute_threads: int
+    """Passes of a version at the same time."""
+    executor: Callable[[Program], Executor]
+    """Makes what runs a program."""
+    max_batch_rows: int
+    """Rows of a pass at most, unless a single change has more."""
+    resident_rows: ResidentRows
+
+
 class Serving:
     """The loops and inboxes of the versions that are loaded. Lives on the event loop."""
 
     def __init__(
         self,
-        table: SessionTable,
+        context: Context,
         models: Models,
         held: Held,
         admission: Admission,
         committer: Committer,
-        pager: Pager,
-        turns: Turns,
-        commits: GroupCommit,
-        *,
-        shares: Shares,
-        threads: Threads,
-        compute_threads: int,
-        executor: Callable[[Program], Executor],
-        max_batch_rows: int,
-        resident_rows: ResidentRows,
-        clock: Clock,
-        observer: Observer,
+        capacity: Capacity,
     ) -> None:
-        self._table = table
+        self._context = context
         self._models = models
         self._held = held
         self._admission = admission
         self._committer = committer
-        self._pager = pager
-        self._turns = turns
-        self._commits = commits
-        self._shares = shares
-        self._threads = threads
-        self._compute_threads = compute_threads
-        self._executor = executor
-        self._max_batch_rows = max_batch_rows
-        self._resident_rows = resident_rows
-        self._clock = clock
-        self.observer = observer
+        self._capacity = capacity
+        self._clock = context.clock
+        self.observer = context.observer
         self.loops: dict[int, PassLoop] = {}
         """By the number of the version, as the inboxes."""
         self.inboxes: dict[int, Inbox] = {}
@@ -91,7 +84,7 @@ class Serving:
         index = self._models.new_index()
         if sibling is None:
             arena, slots = self._arena(name, program, rows)
-            replies, sharing = ReplyMemory(program, self._table, arena), {index}
+            replies, sharing = ReplyMemory(program, self._context.table, arena), {index}
         else:
             arena, slots, replies, sharing = sibling.arena, sibling.slots, sibling.replies, sibling.sharing
             sharing.add(index)
@@ -105,16 +98,16 @@ class Serving:
             replies=replies,
             texts=Texts(program.fingerprint, name),
             sharing=sharing,
-            max_batch_rows=self._max_batch_rows,
-            ready=Scheduler(self._max_batch_rows),
+            max_batch_rows=self._capacity.max_batch_rows,
+            ready=Scheduler(self._capacity.max_batch_rows),
             cost=Cost(),
-            work=Share(self._shares, f"{name}@{version}"),
+            work=Share(self._capacity.shares, f"{name}@{version}"),
         )
-        lanes = [Lane(self._executor(program), arena) for _ in range(self._compute_threads)]
-        inbox, runner = Inbox(model, self._held), Runner(model, lanes, self._threads, self._clock)
+        lanes = [Lane(self._capacity.executor(program), arena) for _ in range(self._capacity.compute_threads)]
+        inbox, runner = Inbox(model, self._held), Runner(model, lanes, self._capacity.threads, self._clock)
         inline = Inline(
             model,
-            self._table,
+            self._context.table,
             lanes[0].executor,
             self._committer,
             self._admission.conflicted,
@@ -123,10 +116,10 @@ class Serving:
         )
         completion = Completion(
             model,
-            self._table,
+            self._context.table,
             self._committer,
             self._admission.conflicted,
-            self._pager.forget_replies,
+            self._context.pager.forget_replies,
             clock=self._clock,
             observer=self.observer,
         )
@@ -137,8 +130,8 @@ class Serving:
             runner,
             completion,
             inline,
-            self._turns.release,
-            self._commits,
+            self._context.turns.release,
+            self._context.commits,
             clock=self._clock,
             observer=self.observer,
         )
@@ -146,7 +139,7 @@ class Serving:
         return model
 
     def _arena(self, name: str, program: Program, rows: int) -> tuple[Arena, Slots]:
-        rows = rows or self._resident_rows.of(name, program)
+        rows = rows or self._capacity.resident_rows.of(name, program)
         try:
             slots = Slots(rows)
             return Arena(program, slots.capacity), slots
@@ -170,5 +163,5 @@ class Serving:
         """Let go of what served a version that nobody finds any more."""
         await self.idle(model)
         model.work.leave()
-        self._threads.forget(model.work)
+        self._capacity.threads.forget(model.work)
         del self.loops[model.index], self.inboxes[model.index]

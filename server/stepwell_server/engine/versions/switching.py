@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import numpy as np
 
 from stepwell_server.core.history import How, Way
-from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.intake.queues import Turns
+from stepwell_server.core.sessions import Handles
 from stepwell_server.engine.models import Models, Versions
-from stepwell_server.engine.sessions.end import Removal
+from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ServerError, Unavailable, VersionNotFound
 
@@ -35,23 +33,11 @@ class _Goal:
 class Switching:
     """Moves sessions of the table from version to version. Lives on the event loop."""
 
-    def __init__(
-        self,
-        table: SessionTable,
-        models: Models,
-        pager: Pager,
-        turns: Turns,
-        removal: Removal,
-        *,
-        drain: Callable[[], None],
-    ) -> None:
-        """See the class; `drain` empties the inboxes."""
-        self._table = table
+    def __init__(self, context: Context, models: Models) -> None:
+        self._context = context
+        self._table = context.table
+        self._turns = context.turns
         self._models = models
-        self._pager = pager
-        self._turns = turns
-        self._removal = removal
-        self._drain = drain
         self._late: dict[int, tuple[int, _Goal]] = {}
         """Sessions that leave for another version when their claims end: births, where they go and how."""
         self._none_late = asyncio.Event()
@@ -73,7 +59,7 @@ class Switching:
 
         `after` is what is to be. Returns how many go.
         """
-        self._drain()  # what came before this is under way on the version where it was sent
+        self._context.drain()  # what came before this is under way on the version where it was sent
         previous = own.wanted or own.default
         own.default, own.wanted, own.history = after.default, 0, after.history
         own.known = after.known
@@ -88,7 +74,7 @@ class Switching:
 
         What is under way goes on where it began, and is kept only if nobody else has changed its session.
         """
-        self._drain()
+        self._context.drain()
         since = own.history.epoch
         own.take(told)
         going = []
@@ -150,11 +136,11 @@ class Switching:
         """Let sessions go to a version: when their states are needed they come as its own."""
         if goal.model is None:
             for handle in handles.tolist():
-                self._removal.forget(handle, self.away(handle, goal.name, goal.version))
+                self._context.removal.forget(handle, self.away(handle, goal.name, goal.version))
             return
         here = handles[self._table.row[handles] >= 0]
         if len(here):
-            self._pager.page_out(here)
+            self._context.pager.page_out(here)
         self._table.model[handles] = goal.model.index
         if goal.how is How.RESET:
             self._table.position[handles] = 0
