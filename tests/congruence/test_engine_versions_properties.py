@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell_server.engine.api import Select, SessionPolicy
-from stepwell_server.engine.sessions.moving import Arriving, Brought, Existing
+from stepwell_server.engine.sessions.imports import Existing, Imported, SessionRecord
 from stepwell_server.engine.versions import pruning
 from stepwell_server.errors import Overloaded, ServerError, Unavailable
 from stepwell_server.store.memory import MemoryStore
@@ -300,9 +300,9 @@ class Play:
             return
         (record,) = await self.at.engine.export_sessions([name], deadline=float("inf"))
         assert not isinstance(record, ServerError), record
-        arriving = Arriving(new, name, bytes(record))
+        arriving = SessionRecord(new, name, bytes(record))
         (result,) = await self.at.engine.import_sessions([arriving], Existing.REPLACE)
-        assert isinstance(result, Brought), result
+        assert isinstance(result, Imported), result
         twin = session.copy()
         # it goes to the version with its weights, of which there may be two
         equal = [v for v in model.loaded if PROGRAMS[v] is PROGRAMS[session.version]]

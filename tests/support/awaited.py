@@ -163,11 +163,12 @@ class FakeShared:
             if there != follows or (begins and stamp in self.kept.undone):
                 conflicts.add(session_id)
                 continue
-            model = self.kept.models[session_id] = decode_header(session_id, record).model
-            began = [(model, 1)] if begins else []
+            before, after = self.kept.models.get(session_id, ""), decode_header(session_id, record).model
+            self.kept.models[session_id] = after
+            began = [(after, 1)] if begins else [(before, -1), (after, 1)] if before != after else []
             self.kept.stamps[session_id] = stamp
             self.kept.used[session_id] = self.now
-            tenants = counts.of_tenants([(session_id, name) for name, _ in began], 1)
+            tenants = [n for name, by in began for n in counts.of_tenants([(session_id, name)], by)]
             self.shared.commit(
                 Batch(
                     puts=[(session_id, record)],

@@ -36,6 +36,7 @@ from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import MAX_PAGED_OUT, Expiry, Removal, Sweep, Uses
 from stepwell_server.engine.sessions.fork import Fork
 from stepwell_server.engine.sessions.ids import MAX_IDS_PER_CALL
+from stepwell_server.engine.sessions.imports import Import
 from stepwell_server.engine.sessions.lookup import Loader, Lookup
 from stepwell_server.engine.sessions.moving import Moving
 from stepwell_server.engine.sessions.read import SessionCounts, SessionList, StateReader
@@ -239,30 +240,13 @@ class Engine:
         """Close sessions that fit a filter, some at a time: see `Closer.close_matching`."""
         self.was_closed_by = self._closing.was_closed_by
         """Whether a request has closed a session of an id: see `Closer.was_closed_by`."""
-        moving = Moving(
-            table,
-            self._directory,
-            self._turns,
-            begin,
-            quotas,
-            self._closing,
-            listing,
-            loader,
-            records,
-            self._group,
-            store,
-            keeping.others,
-            expiry=self._expiry,
-            removal=removal,
-            clock=clock,
-            observer=observer,
-        )
+        moving = Moving(context, listing, records, store, keeping.others)
         self.export_sessions = moving.export
         """The records of sessions: see `Moving.export`."""
         self.export_page = moving.export_page
         """The records of sessions that fit a filter, page by page: see `Moving.export_page`."""
-        self.import_sessions = moving.bring
-        """Make sessions of records, each by itself: see `Moving.bring`."""
+        self.import_sessions = Import(context, begin, loader, self._closing).run
+        """Begin sessions with records, each for itself: see `Import.run`."""
         self._serving = Serving(
             context,
             self._models,

@@ -12,7 +12,8 @@ from stepwell_server.core.idle import MAX_IDLE_MS, MIN_IDLE_S
 from stepwell_server.engine.api import SessionFilter as Filter
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.sessions.close import Place
-from stepwell_server.engine.sessions.moving import MOST_AT_ONCE, Arriving, Brought, Existing, Exported
+from stepwell_server.engine.sessions.imports import MAX_IMPORTED, Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.moving import Exported
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.rpc import convert, naming
 from stepwell_server.rpc.pages import from_token, to_token
@@ -35,9 +36,9 @@ _EXISTING: dict[int, Existing] = {
     pb.EXISTING_SESSION_REPLACE: Existing.REPLACE,
 }
 _OUTCOMES = {
-    Brought.IMPORTED: pb.IMPORT_OUTCOME_IMPORTED,
-    Brought.REPLACED: pb.IMPORT_OUTCOME_REPLACED,
-    Brought.SKIPPED: pb.IMPORT_OUTCOME_SKIPPED,
+    Imported.IMPORTED: pb.IMPORT_OUTCOME_IMPORTED,
+    Imported.REPLACED: pb.IMPORT_OUTCOME_REPLACED,
+    Imported.SKIPPED: pb.IMPORT_OUTCOME_SKIPPED,
 }
 
 
@@ -126,8 +127,8 @@ class Administration:
                 "session_ids must be empty with model, session_id_prefix or idle_longer; got both"
             )
         ids = list(request.session_ids)
-        if len(ids) > MOST_AT_ONCE:
-            raise InvalidInput(f"session_ids must be at most {MOST_AT_ONCE}; got {len(ids)}")
+        if len(ids) > MAX_IMPORTED:
+            raise InvalidInput(f"session_ids must be at most {MAX_IMPORTED}; got {len(ids)}")
         if place and place not in ids:
             raise InvalidInput("page_token must be that of a page of the same session_ids; got another one")
         size = 0
@@ -154,7 +155,7 @@ class Administration:
         if existing is None:
             raise InvalidInput(f"existing must be an ExistingSession; got {request.existing}")
         sessions = [
-            Arriving(
+            SessionRecord(
                 naming.imported(call.who, each.tenant, each.session_id),
                 naming.recorded(each.tenant, each.session_id),
                 each.record,

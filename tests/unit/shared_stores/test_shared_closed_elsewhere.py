@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stepwell_server.engine.sessions.moving import Arriving, Brought, Existing
+from stepwell_server.engine.sessions.imports import Existing, Imported, SessionRecord
 from stepwell_server.errors import ServerError, SessionNotFound
 from support.durable import begun
 from support.engine import Answers, Harness, x
@@ -98,9 +98,9 @@ async def test_it_is_imported(existing: Existing) -> None:
         (record,) = await first.engine.export_sessions(["a"], deadline=float("inf"))
         assert not isinstance(record, ServerError)
         step = await closed_behind(first, second)
-        arriving = [Arriving("a", "a", bytes(record))]
+        arriving = [SessionRecord("a", "a", bytes(record))]
         assert await told(second, second.engine.import_sessions(arriving, existing), step) == [
-            Brought.IMPORTED
+            Imported.IMPORTED
         ]
         assert (await first.engine.session_info("a")).revision == 1
 

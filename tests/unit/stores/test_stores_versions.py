@@ -10,7 +10,7 @@ import pytest
 
 from stepwell_server.core.history import Mark
 from stepwell_server.engine.api import SessionPolicy
-from stepwell_server.engine.sessions.moving import Arriving, Existing
+from stepwell_server.engine.sessions.imports import Existing, SessionRecord
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.versions import document, pruning
 from stepwell_server.errors import ModelMismatch, ServerError, Unavailable, VersionExists, VersionNotFound
@@ -159,7 +159,7 @@ async def test_what_is_to_move_moves_when_it_is_read(policy: SessionPolicy, last
         assert [(each.session_id, each.version) for each in listed] == [("a", 2), ("b", 2)]
         (record,) = await at.engine.export_sessions(["b"], deadline=float("inf"))
         assert not isinstance(record, ServerError)
-        await at.engine.import_sessions([Arriving("copy", "b", bytes(record))], Existing.REFUSE)
+        await at.engine.import_sessions([SessionRecord("copy", "b", bytes(record))], Existing.REFUSE)
         b = WIDE.initial[0][None] if policy is RESET else np.concatenate([INITIAL, -INITIAL], axis=1)
         np.testing.assert_array_equal((await at.state("copy"))["wide"], b)
 

@@ -14,7 +14,7 @@ from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import KeptArrays
 from stepwell_server.engine.types import U64, Members
-from stepwell_server.store.record import Joined, Stored, encode
+from stepwell_server.store.record import Header, Joined, Stored, Texts, encode
 
 
 @dataclasses.dataclass(slots=True)
@@ -128,3 +128,11 @@ class Records:
             extra=b"" if arrays is None else model.replies.pack(arrays),
             fields=self._fields.of(handle, model),
         )
+
+
+def encoded(session_id: str, header: Header, rows: bytes, extra: bytes) -> bytes:
+    """The record of a session by its header, its rows and its last reply, if that is kept as arrays."""
+    facts = dataclasses.asdict(header)
+    del facts["state_bytes"]
+    texts = Texts(facts.pop("fingerprint"), facts.pop("model"))
+    return encode(session_id, texts, rows=rows, extra=extra, **facts)

@@ -184,14 +184,10 @@ class Attempts:
     """Finds what earlier attempts of a call have made, and sessions that it resumes. Lives on the event loop."""
 
     def __init__(self, context: Context) -> None:
+        self._context = context
         self._table = context.table
         self._directory = context.directory
-        self._turns = context.turns
-        self._store = context.directory.store
         self._pieces = context.directory.pieces
-        self._commits = context.commits
-        self._observer = context.observer
-        self._uses = context.uses
 
     # ------------------------------------------------------------------------------------------------------- resuming
 
@@ -263,11 +259,11 @@ class Attempts:
             answer = self._answer(ids, handles, seen)
         except SessionGone:
             return None
-        self._uses.used(handles)
+        self._context.uses.used(handles)
         count = len(ids) - int(is_new.sum())
         if not count:
             return answer
-        self._observer.sessions_opened(new.model.name, count, "resumed")
+        self._context.observer.sessions_opened(new.model.name, count, "resumed")
         return dataclasses.replace(answer, resumed=~is_new)
 
     def _answer(self, ids: Sequence[str], handles: Handles, seen: Seen) -> OpenedMany:
@@ -363,7 +359,7 @@ class Attempts:
         # nobody deletes a session that is alone in its call
         if len(handles) > 1 and not await self._take_over(call.ids, call.request_id):
             return None
-        self._observer.replayed(answer.model, call.kind.name.lower(), len(handles))
+        self._context.observer.replayed(answer.model, call.kind.name.lower(), len(handles))
         return dataclasses.replace(answer, replayed=True)
 
     async def free(self, session_ids: Sequence[str]) -> None:
@@ -371,7 +367,7 @@ class Attempts:
         for session_id in session_ids:
             handle = self._table.find(session_id)
             if handle is not None:
-                await self._turns.free(handle)
+                await self._context.turns.free(handle)
 
     async def _take_over(self, ids: Sequence[str], request_id: int) -> bool:
         """Give sessions that an attempt of a call has made another stamp; False if one of them is gone.
@@ -390,7 +386,7 @@ class Attempts:
         for _ in range(MAX_TRIES):
             puts: list[tuple[str, Stored]] = []
             follows: list[int] = []
-            for session_id, each in zip(ids, await self._store.fetch(ids), strict=True):
+            for session_id, each in zip(ids, await self._directory.store.fetch(ids), strict=True):
                 if each.record is None:
                     return False
                 header = decode_header(session_id, each.record)
@@ -405,7 +401,7 @@ class Attempts:
 
     async def _stamp(self, puts: Sequence[tuple[str, Stored]], follows: U64) -> bool:
         """Write records as they are, with another stamp; False if one was changed meanwhile."""
-        stamp = self._store.new_stamp()
+        stamp = self._directory.store.new_stamp()
         answered: asyncio.Future[Committed | ServerError] = asyncio.get_running_loop().create_future()
 
         def done(committed: Committed | ServerError) -> None:
@@ -414,7 +410,7 @@ class Attempts:
             answered.set_result(committed)
 
         batch = Batch(puts=puts, follows=follows, stamps=stamped(stamp, len(puts)))
-        self._commits.submit(lambda: batch, len(puts), done)
+        self._context.commits.submit(lambda: batch, len(puts), done)
         committed = await asyncio.shield(answered)
         if isinstance(committed, ServerError):
             raise committed

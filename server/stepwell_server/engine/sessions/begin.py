@@ -325,7 +325,7 @@ class Begin:
         except Unavailable:  # the call comes again, and continues with what it has made
             raise
         except ServerError:
-            await self._to_the_end(self._undo(every.undos))
+            await self.run_to_the_end(self._undo(every.undos))
             raise
 
     async def _attempt(self, new: NewSessions, seen: Seen) -> SessionInfo | None:
@@ -343,22 +343,27 @@ class Begin:
         except BaseException:
             self._give_up(new)
             raise
-        first = await self._to_the_end(self._create(new))
+        first = await self.run_to_the_end(self._create(new))
         if first is None:
             await self._require_not_over(new.ids)
             return None
         self._report(new)
         return first
 
-    async def _to_the_end(self, work: Coroutine[Any, Any, _T]) -> _T:
+    async def run_to_the_end(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Run what must not end in the middle if the caller is cancelled."""
         result = start(work)
         if not isinstance(result, Rest):
             return result
         task = asyncio.ensure_future(finish(result))
         self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        task.add_done_callback(self._ended)
         return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody else asks for it if the caller was cancelled
 
     async def _reserve(self, new: NewSessions, seen: Seen) -> bool:
         """Reserve the ids; False if another call is making a session of one of them.
@@ -384,9 +389,11 @@ class Begin:
                 self.release(new.ids[:reserved], pending)
         return reserved == len(new.ids)
 
-    def reserve(self, ids: Sequence[str]) -> None:
-        """Reserve ids of which no call makes sessions."""
-        self._removal.pending.update(dict.fromkeys(ids, asyncio.get_running_loop().create_future()))
+    def reserve(self, ids: Sequence[str]) -> asyncio.Future[None]:
+        """Reserve ids of which no call makes sessions; what is returned is for `release`."""
+        pending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._removal.pending.update(dict.fromkeys(ids, pending))
+        return pending
 
     def release(self, ids: Sequence[str], pending: asyncio.Future[None]) -> None:
         """End a reservation, and let those look who wait for it."""
@@ -494,7 +501,7 @@ class Begin:
             follows=new.follows if joined else NO_STAMPS,
             stamps=stamped(new.stamp, len(joined)),
         )
-        committed = await self._commit(batch, len(ids))
+        committed = await self.commit(batch, len(ids))
         if isinstance(committed, ServerError):
             return committed
         conflicts = committed.conflicts.intersection(ids)
@@ -511,7 +518,8 @@ class Begin:
             await self._undo([self._deletion(new, ids)])
         return not_known()
 
-    async def _commit(self, batch: Batch, size: int) -> Committed | ServerError:
+    async def commit(self, batch: Batch, size: int) -> Committed | ServerError:
+        """Have the store keep a batch of `size` sessions."""
         answered: asyncio.Future[Committed | ServerError] = asyncio.get_running_loop().create_future()
         self._context.commits.submit(lambda: batch, size, answered.set_result)
         return await asyncio.shield(answered)
@@ -532,7 +540,7 @@ class Begin:
         for batch in deletions:
             if not batch.deletes:
                 continue
-            undone = await self._commit(batch, len(batch.deletes))
+            undone = await self.commit(batch, len(batch.deletes))
             if isinstance(undone, ServerError) or undone.unknown:
                 _log.warning(
                     "sessions of a call that was refused may still be in the store",

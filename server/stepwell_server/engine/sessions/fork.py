@@ -37,7 +37,6 @@ class Fork:
     def __init__(self, context: Context, begin: Begin, reading: StateReader) -> None:
         self._context = context
         self._directory = context.directory
-        self._models = context.directory.models
         self._pieces = context.directory.pieces
         self._begin = begin
         self._reading = reading
@@ -168,7 +167,7 @@ class Fork:
                 request_id=call.request_id,
                 kind=call.kind,
                 content=call.content,
-                model=self._models.by_name(f"{read.model}@{read.version}"),
+                model=self._directory.models.by_name(f"{read.model}@{read.version}"),
                 batch_size=batch_size,
                 max_idle_ms=max_idle_ms,
                 owner=self._begin.owner(who),

@@ -46,11 +46,6 @@ class Arena:
         for kept, values in zip(self.outputs, outputs, strict=True):
             kept[rows] = values
 
-    def copy(self, source: Rows, target: Rows) -> None:
-        """Copy states and outputs from rows to other rows."""
-        for array in self._arrays:
-            array[target] = array[source]
-
     def pack(self, rows: Rows) -> npt.NDArray[np.uint8]:
         """States and outputs of `rows` as bytes, `(len(rows), bytes per row)`."""
         return np.concatenate([_as_bytes(array[rows]) for array in self._arrays], axis=1)

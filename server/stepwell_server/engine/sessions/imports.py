@@ -1,0 +1,486 @@
+"""Sessions begin with records that were exported, here or by another server: each for itself."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import enum
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from stepwell_server.core.callers import ANYBODY, Caller
+from stepwell_server.core.history import How, Mark
+from stepwell_server.core.quotas import Usage
+from stepwell_server.core.sessions import MOST_COUNTED
+from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
+from stepwell_server.engine.durability.committer import not_known
+from stepwell_server.engine.durability.records import encoded
+from stepwell_server.engine.intake.validation import require_finite
+from stepwell_server.engine.sessions.begin import Begin
+from stepwell_server.engine.sessions.close import Closer
+from stepwell_server.engine.sessions.context import Context
+from stepwell_server.engine.sessions.ids import require_session_id
+from stepwell_server.engine.sessions.lookup import Loader, Seen
+from stepwell_server.engine.state.fields import at_birth, closes_of, joined, owner_of, split, with_closes
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.state.replies import check_reply
+from stepwell_server.errors import (
+    InvalidInput,
+    ModelMismatch,
+    ModelNotFound,
+    QuotaExceeded,
+    ServerError,
+    SessionExists,
+    SessionGone,
+    SessionNotFound,
+)
+from stepwell_server.store import counts
+from stepwell_server.store.base import Batch, Committed, Outcome, stamped
+from stepwell_server.store.fields import KNOWN_TAGS, pack_fields, unpack_fields
+from stepwell_server.store.record import Header, decode_header, decode_many
+
+MAX_IMPORTED = 1000
+"""Sessions in one call."""
+MAX_UNKNOWN_FIELD_BYTES = 1024
+"""Extension fields of an imported session that are not known here: they are for later servers, not for callers."""
+#: Seconds by which the clock of the server that exported a session may be ahead.
+_MAX_AHEAD_S = 86_400.0
+#: Records that are checked before other calls get a turn.
+_PIECE = 64
+
+
+class Existing(enum.Enum):
+    """What becomes of a session that exists when one of its id is imported."""
+
+    REFUSE = "refuse"
+    SKIP = "skip"
+    REPLACE = "replace"
+
+
+class Imported(enum.Enum):
+    """What an import did with a session."""
+
+    IMPORTED = "imported"
+    REPLACED = "replaced"
+    SKIPPED = "skipped"
+
+
+Result = Imported | ServerError
+Results = dict[str, Result]
+"""By session id; one that is not in it is looked at again."""
+
+
+class SessionRecord(NamedTuple):
+    """A session that is to be imported."""
+
+    session_id: str
+    """Its id here."""
+    recorded_as: str
+    """Its id where its record was made, which only counts for that."""
+    record: bytes
+
+
+@dataclasses.dataclass(slots=True)
+class _New:
+    """A session that is to begin with a record."""
+
+    session_id: str
+    header: Header
+    """As it will be."""
+    model: Model
+    rows: bytes
+    extra: bytes
+    goes_back: bool = False
+    """The store may have a later revision of a session of its id."""
+    follows: int = 0
+    """See `Directory.follows`."""
+    has_replaced: bool = False
+    """A session of its id was closed for it."""
+
+    def after(self, closes: tuple[int, ...]) -> _New:
+        """The same, of an id whose earlier sessions these calls closed."""
+        fields = with_closes(self.header.fields, closes)
+        return dataclasses.replace(self, header=dataclasses.replace(self.header, fields=fields))
+
+    @property
+    def usage(self) -> Usage:
+        """What it takes of its tenant's quotas."""
+        return counts.usage_of(self.header)
+
+
+class Import:
+    """Imports sessions. Lives on the event loop."""
+
+    def __init__(self, context: Context, begin: Begin, loader: Loader, closer: Closer) -> None:
+        self._context = context
+        self._table = context.table
+        self._directory = context.directory
+        self._quotas = context.quotas
+        self._begin = begin
+        self._loader = loader
+        self._closer = closer
+
+    async def run(
+        self, sessions: Sequence[SessionRecord], existing: Existing, who: Caller = ANYBODY
+    ) -> list[Result]:
+        """Begin sessions with records, each for itself: what became of each, or why it did not begin.
+
+        A session begins as used now. Its revision, position, creation and limit for being idle, and the answer that is
+        remembered for a retry of its last change, are those of the record.
+
+        Raises:
+            InvalidInput: there are too many, or one id comes twice.
+            Unavailable: the store cannot be asked.
+        """
+        ids = [each.session_id for each in sessions]
+        if len(ids) > MAX_IMPORTED:
+            raise InvalidInput(f"sessions must be at most {MAX_IMPORTED}; got {len(ids)}")
+        if len(set(ids)) != len(ids):
+            raise InvalidInput("sessions must be different from each other; got one of them twice")
+        results: Results = {}
+        left: dict[str, _New] = {}
+        for place, session in enumerate(sessions):
+            if place % _PIECE == _PIECE - 1:
+                await asyncio.sleep(0)
+            try:
+                left[session.session_id] = self._checked(session, who)
+            except ServerError as error:
+                results[session.session_id] = error
+        for _ in range(MAX_TRIES):
+            if not left:
+                break
+            seen = await self._begin.look(list(left))
+            absent, others = self._sorted(left, seen, existing, results)
+            await self._begin.run_to_the_end(self._begin_all(absent, results))
+            for each in others:
+                result = await self._begin.run_to_the_end(self._replace(each, seen))
+                if result is not None:
+                    results[each.session_id] = result
+            left = {i: each for i, each in left.items() if i not in results}
+        results.update((session_id, changed_elsewhere(session_id)) for session_id in left)
+        return [results[session_id] for session_id in ids]
+
+    # -------------------------------------------------------------------------------------------------------- checking
+
+    def _checked(self, session: SessionRecord, who: Caller) -> _New:
+        """What would be imported, if it may be.
+
+        Raises:
+            InvalidInput, StateCorrupt, ModelNotFound, ModelMismatch
+        """
+        session_id, record = session.session_id, session.record
+        require_session_id("session_id", session_id)
+        header = decode_header(session.recorded_as, record)
+        _check_header(session_id, header, self._context.clock.now())
+        model = self._version_of(session_id, header)
+        if not 1 <= header.batch_size <= model.slots.resident_limit:
+            raise InvalidInput(
+                f"batch_size of session {session_id!r} must be 1 to resident_rows,"
+                f" {model.slots.resident_limit}; got {header.batch_size}"
+            )
+        decoded = decode_many([session.recorded_as], [record])
+        extra = decoded.extras.get(0, b"")
+        _check_state(session_id, header, model, decoded.rows, extra)
+        mark, _ = split(header.fields)
+        rest = _kept_fields(session_id, header.fields)
+        rest = at_birth(self._begin.owner(who, session_id), None, rest)
+        is_pinned = mark is not None and Mark.unpack(mark).is_pinned
+        header = dataclasses.replace(
+            header,
+            fingerprint=model.program.fingerprint,
+            last_used=self._context.clock.now(),
+            state_bytes=len(decoded.rows) + len(extra),
+            fields=joined(model.mark(model.epoch, is_pinned=is_pinned), rest),
+        )
+        return _New(session_id, header, model, decoded.rows, extra)
+
+    def _version_of(self, session_id: str, header: Header) -> Model:
+        """The version that an imported session is on: that with its weights, or the one that took its sessions over.
+
+        What its record says of moves are those of another server, or of another time.
+
+        Raises:
+            ModelNotFound, ModelMismatch: there is none.
+        """
+        models = self._directory.models
+        own = models.find(header.model)
+        if own is None:
+            raise ModelNotFound(
+                f"the model of session {session_id!r} must be one of {models.names()}; it is {header.model!r}",
+                model=header.model,
+            )
+        with_weights = [
+            v for v, model in own.loaded.items() if model.program.fingerprint == header.fingerprint
+        ]
+        if with_weights:
+            return own.loaded[own.default if own.default in with_weights else min(with_weights)]
+        known = own.version_with(header.fingerprint)
+        if known is not None:
+            version, way = own.history.way(known, 0)
+            if way and version in own.loaded and all(move.how is How.CARRY for move in way):
+                return own.loaded[version]
+        raise ModelMismatch(
+            f"the model of session {session_id!r} must be a version of {header.model!r} that is served, of fingerprint"
+            f" {' or '.join(model.program.fingerprint for model in own.loaded.values())}; it has {header.fingerprint}",
+            model=header.model,
+        )
+
+    # -------------------------------------------------------------------------------------------------------- the path
+
+    def _sorted(
+        self, new: Mapping[str, _New], seen: Seen, existing: Existing, results: Results
+    ) -> tuple[list[_New], list[_New]]:
+        """Sessions whose ids are free, and those that replace another one; `results` gets the others."""
+        ids = list(new)
+        handles = self._directory.find_all(ids, seen)
+        missing = [ids[place] for place in np.flatnonzero(handles < 0).tolist()]
+        unusable = set(self._directory.unusable(missing, seen))
+        past = self._directory.past(ids, seen)
+        follows = self._directory.follows(ids, seen)
+        absent, others = list[_New](), list[_New]()
+        for place, each in enumerate(new.values()):
+            session_id, handle, first = each.session_id, int(handles[place]), int(past.revisions[place])
+            is_free = handle < 0 and session_id not in unusable
+            if is_free and each.header.revision + 1 < first and existing is not Existing.REPLACE:
+                results[session_id] = SessionExists(
+                    f"session {session_id!r} must not go back to revision {each.header.revision}: it ended here"
+                    f" at revision {first - 1}",
+                    session_id=session_id,
+                )
+            elif is_free:
+                own = each.after(past.closes.get(session_id, ()))
+                goes_back = first > 0 or existing is Existing.REPLACE
+                absent.append(dataclasses.replace(own, goes_back=goes_back, follows=int(follows[place])))
+            elif handle >= 0 and self._is_same(handle, each):
+                results[session_id] = Imported.IMPORTED
+            elif existing is Existing.SKIP:
+                results[session_id] = Imported.SKIPPED
+            elif existing is Existing.REFUSE:
+                results[session_id] = SessionExists(
+                    f"session_id must be new; session {session_id!r} is open", session_id=session_id
+                )
+            else:
+                others.append(each)
+        return absent, others
+
+    def _is_same(self, handle: int, each: _New) -> bool:
+        table, header = self._table, each.header
+        return self._directory.models.by_handle(handle) is each.model and (
+            header.batch_size,
+            header.revision,
+            header.position,
+            header.request_id,
+            header.opened_with,
+            header.created,
+        ) == (
+            int(table.batch_size[handle]),
+            int(table.revision[handle]),
+            int(table.position[handle]),
+            int(table.request_id[handle]),
+            int(table.opened_with[handle]),
+            float(table.created[handle]),
+        )
+
+    async def _begin_all(self, absent: Sequence[_New], results: Results) -> None:
+        """Begin sessions whose ids are free, in the moment in which they were found to be."""
+        new = [each for each in absent if self._charge(each, results)]
+        if not new:
+            return
+        ids = [each.session_id for each in new]
+        pending = self._begin.reserve(ids)
+        stamp = self._directory.store.new_stamp()
+        batch = Batch(
+            puts=[_record(each) for each in new],
+            forgets=ids,
+            counts=list(Counter(each.model.name for each in new).items()),
+            tenant_counts=counts.of_tenants([(each.session_id, each.model.name) for each in new], 1),
+            goes_back=any(each.goes_back for each in new),
+            follows=np.array([each.follows for each in new], np.uint64),
+            stamps=stamped(stamp, len(new)),
+        )
+        committed = await self._begin.commit(batch, len(new))
+        kept: list[_New] = []
+        for each in new:
+            outcome = _outcome(each.session_id, committed)
+            if self._quotas is not None:
+                settle = self._quotas.made if outcome is None else self._quotas.not_made
+                settle([each.session_id], each.usage)
+            if outcome is None:
+                kept.append(each)
+                results[each.session_id] = Imported.REPLACED if each.has_replaced else Imported.IMPORTED
+            elif outcome is not _CONFLICT:
+                results[each.session_id] = outcome
+        self._enter(kept, stamp)
+        self._begin.release(ids, pending)
+
+    def _charge(self, each: _New, results: Results) -> bool:
+        """Whether the tenant may have the session; else `results` says why not."""
+        try:
+            if self._quotas is not None:
+                self._quotas.begin([each.session_id], each.usage, owner_of(each.header.fields))
+        except QuotaExceeded as error:
+            results[each.session_id] = error
+            return False
+        return True
+
+    async def _replace(self, each: _New, seen: Seen) -> Result | None:
+        """Begin a session in the place of another, after what was received before for that one; None: look again."""
+        session_id, table = each.session_id, self._table
+        try:
+            handle = table.find(session_id)
+            if handle is None:
+                await self._close(each, seen)
+                return None
+            await self._context.turns.hold(handle, float("inf"), rows=False)
+        except SessionGone:
+            return None  # meanwhile
+        except ServerError as error:
+            return error
+        old, new = table.usage(handle), each.usage
+        more = (new - old).positive()
+        try:
+            self._recount(session_id, more)
+        except QuotaExceeded as error:
+            self._context.turns.release(np.array([handle]))
+            return error
+        each = each.after(closes_of(table.fields.get(handle, b"")))
+        name, stamp = self._directory.models.by_handle(handle).name, self._directory.store.new_stamp()
+        moved = [] if name == each.model.name else [(name, -1), (each.model.name, 1)]
+        batch = Batch(
+            puts=[_record(each)],
+            forgets=[session_id],
+            counts=moved,
+            tenant_counts=[
+                change for model, by in moved for change in counts.of_tenants([(session_id, model)], by)
+            ],
+            goes_back=True,
+            follows=table.stamp[handle : handle + 1].copy(),
+            stamps=stamped(stamp, 1),
+        )
+        outcome = _outcome(session_id, await self._begin.commit(batch, 1))
+        self._recount(session_id, new - old - more if outcome is None else more * -1)
+        if outcome is None:
+            gone = SessionNotFound(
+                session_id, f"session {session_id!r} was replaced by one that was imported"
+            )
+            self._context.removal.take_out(handle, gone)
+            self._enter([each], stamp)
+            return Imported.REPLACED
+        if outcome is _CONFLICT:
+            self._context.turns.release(np.array([handle]))
+            return None
+        self._context.removal.drop(np.array([handle]), outcome)  # what the store has is the truth
+        return outcome
+
+    async def _close(self, each: _New, seen: Seen) -> None:
+        """Close a session that cannot be stepped here, if its tenant may have the new one, which begins then."""
+        _, old = self._directory.stored_usage(each.session_id, seen)
+        more = (each.usage - old).positive()
+        self._recount(each.session_id, more)
+        self._recount(each.session_id, more * -1)
+        await self._closer.close(each.session_id, seen, request_id=0, deadline=float("inf"))
+        each.has_replaced = True
+
+    def _recount(self, session_id: str, more: Usage) -> None:
+        """A session is to take more than before, or takes less.
+
+        Raises:
+            QuotaExceeded: its tenant must not have as much.
+        """
+        if self._quotas is not None:
+            self._quotas.change(session_id, more)
+
+    def _enter(self, new: Sequence[_New], stamp: int) -> None:
+        """Let the table have sessions that the store has kept."""
+        if not new:
+            return
+        served = [(each.session_id, each.header, each.model) for each in new]
+        self._loader.adopt(served, [stamp] * len(new), [0.0] * len(new))
+        for model, count in Counter(each.model.name for each in new).items():
+            self._context.observer.session_events("imported", model, count)
+
+
+#: Another server has changed the session or begun one: it is looked at again.
+_CONFLICT = ServerError("conflict")
+
+
+def _outcome(session_id: str, committed: Committed | ServerError) -> ServerError | None:
+    """Why a session was not kept; None: it was."""
+    if isinstance(committed, ServerError):
+        return committed
+    outcome = committed.of(session_id)
+    if outcome is Outcome.KEPT:
+        return None
+    return not_known() if outcome is Outcome.UNKNOWN else _CONFLICT
+
+
+def _record(each: _New) -> tuple[str, bytes]:
+    return each.session_id, encoded(each.session_id, each.header, each.rows, each.extra)
+
+
+def _check_header(session_id: str, header: Header, now: float) -> None:
+    """Refuse what no session has, though the record is intact: whoever made it can have made its checksum, too.
+
+    `now` is in seconds since the epoch.
+
+    Raises:
+        InvalidInput: with the field, the rule and what came.
+    """
+    if max(header.revision, header.position) > MOST_COUNTED:
+        raise InvalidInput(
+            f"revision and position of session {session_id!r} must be at most 2**62, {MOST_COUNTED};"
+            f" got {header.revision} and {header.position}"
+        )
+    latest = now + _MAX_AHEAD_S
+    if max(header.created, header.last_used) > latest:
+        raise InvalidInput(
+            f"created and last_used of session {session_id!r} must be at most a day after now by this server's clock,"
+            f" {latest:.0f} seconds since the epoch; got {header.created:.0f} and {header.last_used:.0f}"
+        )
+
+
+def _check_state(session_id: str, header: Header, model: Model, rows: bytes, extra: bytes) -> None:
+    """Refuse rows and a reply that no session of a model has, and states that `ResetStates` would refuse.
+
+    Raises:
+        InvalidInput: it says which.
+    """
+    program, row_bytes = model.program, model.arena.row_bytes
+    if len(rows) != header.batch_size * row_bytes:
+        raise InvalidInput(
+            f"the rows of session {session_id!r} must have {header.batch_size * row_bytes} bytes, {row_bytes} for each"
+            f" of batch_size {header.batch_size}; got {len(rows)}"
+        )
+    try:
+        check_reply(header.reply, header.batch_size, extra, program.outputs, program.state)
+    except ValueError as error:
+        raise InvalidInput(
+            f"the last reply of session {session_id!r} must be one of its model: {error}"
+        ) from error
+    if not row_bytes:
+        return
+    packed = np.frombuffer(rows, np.uint8).reshape(header.batch_size, row_bytes)
+    states = list(itertools.islice(model.arena.unpacked(packed), len(program.state)))
+    require_finite(f"session {session_id!r}: state", states, [spec.name for spec in program.state])
+
+
+def _kept_fields(session_id: str, fields: bytes) -> bytes:
+    """The extension fields that an imported session keeps: those that are not known here.
+
+    What the known ones say of a session, its owner for example, only this server knows.
+
+    Raises:
+        InvalidInput: they are more than later servers need.
+    """
+    kept = {tag: value for tag, value in unpack_fields(fields).items() if tag not in KNOWN_TAGS}
+    packed = pack_fields(kept)
+    if len(packed) > MAX_UNKNOWN_FIELD_BYTES:
+        raise InvalidInput(
+            f"extension fields of session {session_id!r} that this server does not know must have at most"
+            f" {MAX_UNKNOWN_FIELD_BYTES} bytes together; got {len(packed)}"
+        )
+    return packed

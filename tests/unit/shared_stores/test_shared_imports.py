@@ -1,0 +1,81 @@
+"""Sessions that are imported on one of two servers that share a store: one replaces another in one commit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine.sessions.imports import Existing, Imported, SessionRecord
+from stepwell_server.errors import OutcomeUnknown, ServerError, SessionExists
+from support.durable import begun
+from support.engine import Harness, x
+from support.fake_executor import PLAIN
+from support.kinds import SHARED
+from support.replicas import both_know, two
+
+pytestmark = SHARED
+
+
+async def exported(at: Harness, session_id: str, *, to: str = "") -> SessionRecord:
+    (record,) = await at.engine.export_sessions([session_id], deadline=float("inf"))
+    assert not isinstance(record, ServerError)
+    return SessionRecord(to or session_id, session_id, bytes(record))
+
+
+async def test_a_session_is_replaced_in_one_commit_also_after_another_server_changed_it() -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        record, state = await exported(first, "a"), (await first.state("a"))["sum"]
+        await first.step("a", x(1, seed=2))
+        await second.state("a")
+        second.store.commits_held = True
+        before = len(second.store.asked("commit"))
+        replacing = await begun(second.engine.import_sessions([record], Existing.REPLACE))
+        await second.store.until("commit", before + 1)
+        await first.step("a", x(1, seed=3))
+        second.store.let_go()
+        assert await replacing == [Imported.REPLACED]
+        assert len(second.store.asked("commit")) == before + 2, "the first one met the other server's change"
+        assert not any(batch.deletes for batch in second.store.tried), "the session never was away"
+        for at in (first, second):
+            assert (await at.engine.session_info("a")).revision == 1
+            assert np.array_equal((await at.state("a"))["sum"], state)
+        await first.step("a", x(1), expected=1)
+
+
+async def test_a_session_of_another_model_is_replaced_and_counted_where_it_belongs() -> None:
+    async with two(programs={"plain": PLAIN, "other": PLAIN}) as (first, second):
+        await first.open("other", model="other")
+        record = await exported(first, "other", to="a")
+        await both_know(first, second, "a")
+        assert await second.engine.import_sessions([record], Existing.REPLACE) == [Imported.REPLACED]
+        assert (await first.engine.session_info("a")).model == "other"
+        assert [await first.store.count_of(model) for model in ("plain", "other")] == [0, 2]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_if_the_store_does_not_say_whether_it_replaced_one_its_word_counts(kept: bool) -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        record = await exported(first, "a")
+        await second.step("a", x(1))
+        second.store.unknown["a"] = kept
+        (result,) = await second.engine.import_sessions([record], Existing.REPLACE)
+        assert isinstance(result, OutcomeUnknown)
+        for at in (first, second):
+            assert (await at.engine.session_info("a")).revision == (1 if kept else 2)
+
+
+async def test_an_import_that_another_server_overtakes_is_judged_again() -> None:
+    async with two() as (first, second):
+        await first.open("a")
+        records = [await exported(first, "a", to=name) for name in ("b", "c")]
+        second.store.commits_held = True
+        importing = await begun(second.engine.import_sessions(records, Existing.REFUSE))
+        await second.store.until("commit")
+        await first.open("b", batch_size=2)
+        second.store.let_go()
+        refused, imported = await importing
+        assert isinstance(refused, SessionExists)
+        assert imported is Imported.IMPORTED
+        assert (await second.engine.session_info("b")).batch_size == 2
