@@ -22,7 +22,7 @@ from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.namespaces import own, tenant_of
 from stepwell_server.engine.durability.forwarding import Migration
-from stepwell_server.engine.engine import Engine, ModelStats
+from stepwell_server.engine.engine import Engine, EveryChange, ModelStats, PagedOutOnly
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.versions.document import DocumentError
@@ -362,6 +362,7 @@ def _engine(
             compute_threads=settings.compute_threads,
             quotas=quotas,
             migrations=migrations,
+            policy=PagedOutOnly if settings.store_kind == "memory" else EveryChange,
         )
     except MemoryError as error:
         raise StartError(f"--resident-rows: {error}") from error

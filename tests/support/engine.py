@@ -22,6 +22,7 @@ from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.quotas import QuotaTable
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.change import Change, Reply
+from stepwell_server.engine.durability.keeping import EveryChange, PagedOutOnly
 from stepwell_server.engine.engine import Engine
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.passes.batch import Pass
@@ -415,6 +416,7 @@ async def running(
         executor=executor or (lambda program: FakeExecutor(program, hooks)),
         quotas=(counted := None if quotas is None else Quotas(quotas, clock)),
         migrations=migrations,
+        policy=PagedOutOnly if isinstance(store, MemoryStore) and store.for_one_thread else EveryChange,
     )
     if counted is not None:
         await counted.count(store if is_shared else InProcessStore(store, clock))

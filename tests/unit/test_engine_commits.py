@@ -32,7 +32,6 @@ HUGE = 10**9
 class Slow(MemoryStore):
     """A durable store, as far as commits know; a commit waits while the gate is closed."""
 
-    is_volatile = False
     for_one_thread = False
 
     def __init__(self, *, waits_for_disk: bool = False) -> None:

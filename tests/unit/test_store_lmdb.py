@@ -63,7 +63,6 @@ def test_what_is_committed_is_there_after_opening_again(tmp_path: Path, durabili
     assert second.incarnation == first.incarnation
     second.close()
     second.close()
-    assert not second.is_volatile
 
 
 def test_records_are_replaced_deleted_and_missed(store: LmdbStore) -> None:

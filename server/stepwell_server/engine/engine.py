@@ -17,7 +17,7 @@ from stepwell_server.engine.change import Change
 from stepwell_server.engine.durability.committer import Committer, Recorder
 from stepwell_server.engine.durability.forwarding import Forwarding, Migration
 from stepwell_server.engine.durability.group_commit import GroupCommit
-from stepwell_server.engine.durability.keeping import keeping_of
+from stepwell_server.engine.durability.keeping import EveryChange, PagedOutOnly, Policy
 from stepwell_server.engine.durability.records import Records
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
@@ -53,7 +53,7 @@ from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store
 
-__all__ = ["Engine", "ModelStats", "OpenedMany"]
+__all__ = ["Engine", "EveryChange", "ModelStats", "OpenedMany", "PagedOutOnly"]
 
 
 class Engine:
@@ -73,6 +73,7 @@ class Engine:
         executor: Callable[[Program], Executor] = load_executor,
         quotas: Quotas | None = None,
         migrations: Mapping[str, Migration] | None = None,
+        policy: Policy = EveryChange,
     ) -> None:
         """Make an engine that serves `programs`.
 
@@ -88,6 +89,7 @@ class Engine:
             executor: Makes what runs a program.
             quotas: What tenants may take.
             migrations: Functions that make states of one version those of another, by name.
+            policy: What the store has of sessions.
         """
         self._loop_turns = LoopTurns()
         self._shares, self._threads = Shares(clock, self._loop_turns), Threads(compute_threads)
@@ -105,7 +107,7 @@ class Engine:
         self._group = GroupCommit(store, self._ring_all)
         fields = Fields(table)
         records = Records(table, fields)
-        keeping = keeping_of(store, table, records, clock)
+        keeping = policy(store, table, records, clock)
         forwarding = Forwarding(self._models, migrations or {})
         self._pager = pager = Pager(
             table,

@@ -552,9 +552,6 @@ class LocalStore(Protocol):
     the same time; the other methods from any thread, at any time before `close`.
     """
 
-    is_volatile: bool
-    """What it keeps is gone when the process ends."""
-
     for_one_thread: bool
     """It is fast, and every method is called from the event loop."""
 

@@ -22,7 +22,6 @@ class EncryptedStore(LocalStore):
     def __init__(self, local: LocalStore, sealer: Sealer) -> None:
         self._local = local
         self._sealer = sealer
-        self.is_volatile = local.is_volatile
         self.for_one_thread = local.for_one_thread
         self.waits_for_disk = local.waits_for_disk
         self.secret = local.secret

@@ -18,7 +18,6 @@ from stepwell_server.store.record import Header, Stored, header_or_none
 class MemoryStore(LocalStore):
     """Keeps encoded records in host memory. For one thread."""
 
-    is_volatile = True
     for_one_thread = True
     waits_for_disk = False
     needs_checkpoint = False

@@ -1,6 +1,7 @@
 """What a store has of sessions: a record of each change, or of nothing but what has left the arena.
 
-Chosen once, in `keeping_of`.
+Whoever makes the engine's store chooses: a store whose records end with the process needs only those that the arena has
+no room for.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.records import Records, as_it_is
 from stepwell_server.engine.state.model import Model
+from stepwell_server.errors import ServerError
 from stepwell_server.store import counts
-from stepwell_server.store.base import Batch, LocalStore, Store
+from stepwell_server.store.base import Answer, Batch, Store, Write
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Stored
 
@@ -110,7 +112,7 @@ class Keeping(Protocol):
 class EveryChange(Keeping):
     """Each change has its record: what leaves the arena is in the store already, and is there after a restart."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, _table: SessionTable, _records: Records, _clock: Clock) -> None:
         self.others = self._store = store
 
     @override
@@ -135,16 +137,15 @@ class EveryChange(Keeping):
 
 
 class PagedOutOnly(Keeping):
-    """The arena is the truth, and the store has what is not in it: for a store that ends with the process."""
+    """The arena is the truth, and the store has what is not in it: for a store that ends with the process.
+
+    The store answers at once.
+    """
 
     others = None
 
-    def __init__(
-        self, store: Store, local: LocalStore, table: SessionTable, records: Records, clock: Clock
-    ) -> None:
-        """`local` is the same store, which answers in place."""
+    def __init__(self, store: Store, table: SessionTable, records: Records, clock: Clock) -> None:
         self._store = store
-        self._local = local
         self._table = table
         self._order = IdOrder(table)
         self._records = records
@@ -165,21 +166,27 @@ class PagedOutOnly(Keeping):
     @override
     def begin(self, ids: Sequence[str], ready: int, records: Callable[[slice], Puts]) -> Puts:
         puts = records(slice(ready, len(ids))) if ready < len(ids) else ()
-        self._local.commit(Batch(puts=puts, forgets=ids))
+        self._commit(Batch(puts=puts, forgets=ids))
         return ()
 
     @override
     def leave(self, model: Model, handles: Handles) -> None:
         outcome = as_it_is(self._table, model, handles)
-        self._local.commit(Batch(puts=self._records.of(outcome, self._clock.now())))
+        self._commit(Batch(puts=self._records.of(outcome, self._clock.now())))
 
     @override
     def came_back(self, session_ids: Sequence[str]) -> None:
-        self._local.commit(Batch(deletes=session_ids))
+        self._commit(Batch(deletes=session_ids))
+
+    def _commit(self, batch: Batch) -> None:
+        answer = self._store.commit(Write(lambda: batch, len(batch.puts), _nothing))
+        if isinstance(answer, ServerError):
+            raise answer
 
 
-def keeping_of(store: Store, table: SessionTable, records: Records, clock: Clock) -> Keeping:
-    """How a store is used: one whose records end with the process need not have more than the arena has no room for."""
-    if store.local is not None and store.local.is_volatile:
-        return PagedOutOnly(store, store.local, table, records, clock)
-    return EveryChange(store)
+def _nothing(_answer: Answer) -> None:
+    """The answer is there at once."""
+
+
+Policy: TypeAlias = Callable[[Store, SessionTable, Records, Clock], Keeping]
+"""Makes what keeps the sessions of an engine: one of these classes."""

@@ -69,9 +69,7 @@ class Begin:
         self._context = context
         self._table = context.table
         self._directory = context.directory
-        self._models = context.directory.models
         self._pieces = context.directory.pieces
-        self._removal = context.removal
         self._quotas = context.quotas
         self._observer = context.observer
         self.attempts = Attempts(context)
@@ -105,7 +103,7 @@ class Begin:
             ModelNotFound, ModelMismatch, InvalidInput, SessionExists, Overloaded, Unavailable
         """
         self._context.require_open()
-        served = self._models.by_name(model)
+        served = self._directory.models.by_name(model)
         served.require_fingerprint(fingerprint)
         served.require_batch_size(batch_size)
         if session_id:
@@ -124,7 +122,7 @@ class Begin:
             owner=self.owner(who),
             revisions=np.zeros(1, np.uint64),
             positions=np.zeros(1, np.uint64),
-            is_pinned=self._models.is_pinned(model),
+            is_pinned=self._directory.models.is_pinned(model),
             is_version="@" in model,
             is_single=True,
             are_absent=True,  # else it resumes the session
@@ -143,7 +141,9 @@ class Begin:
             # a state that its version does not take is another one than that of the first attempt
             new.content = np.zeros(1, np.uint64)
             with contextlib.suppress(InvalidInput):
-                values = check_finite_state(self._models.by_handle(handle).program, state, batch_size)
+                values = check_finite_state(
+                    self._directory.models.by_handle(handle).program, state, batch_size
+                )
                 new.content = content_of_open(model, batch_size, max_idle_ms, values or ())
             return await self.attempts.find(new, seen)
 
@@ -197,7 +197,7 @@ class Begin:
         opened.
         """
         self._context.require_open()
-        served = self._models.by_name(model)
+        served = self._directory.models.by_name(model)
         served.require_batch_size(batch_size)
         if session_ids and count and count != len(session_ids):
             raise InvalidInput(
@@ -220,7 +220,7 @@ class Begin:
             owner=self.owner(who),
             revisions=np.zeros(wanted, np.uint64),
             positions=np.zeros(wanted, np.uint64),
-            is_pinned=self._models.is_pinned(model),
+            is_pinned=self._directory.models.is_pinned(model),
             is_version="@" in model,
         )
         if not resume:
@@ -288,12 +288,12 @@ class Begin:
         while True:
             if self._quotas is not None:
                 await self._quotas.refresh(session_ids)
-            await self._removal.settled(session_ids)
+            await self._context.removal.settled(session_ids)
             seen = await self._directory.look(session_ids, anew=True)
             ended = seen.ended_elsewhere()
             if ended:
                 await self.attempts.free(ended)
-            elif not self._removal.are_pending(session_ids):
+            elif not self._context.removal.are_pending(session_ids):
                 return seen
 
     async def begin(self, every: NewSessions, find: Find[_T]) -> _T | OpenedMany:
@@ -380,9 +380,9 @@ class Begin:
                     self._directory.require_new(new.field, ids, seen)
                 for session_id in ids if new.are_named else ():
                     self._directory.require_own(session_id, seen)
-                if self._removal.are_pending(ids):
+                if self._context.removal.are_pending(ids):
                     break
-                self._removal.pending.update(dict.fromkeys(ids, pending))
+                self._context.removal.pending.update(dict.fromkeys(ids, pending))
                 reserved = part.stop
         finally:
             if reserved < len(new.ids):
@@ -392,19 +392,19 @@ class Begin:
     def reserve(self, ids: Sequence[str]) -> asyncio.Future[None]:
         """Reserve ids of which no call makes sessions; what is returned is for `release`."""
         pending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._removal.pending.update(dict.fromkeys(ids, pending))
+        self._context.removal.pending.update(dict.fromkeys(ids, pending))
         return pending
 
     def release(self, ids: Sequence[str], pending: asyncio.Future[None]) -> None:
         """End a reservation, and let those look who wait for it."""
         for session_id in ids:
-            self._removal.pending.pop(session_id, None)
+            self._context.removal.pending.pop(session_id, None)
         if not pending.done():
             pending.set_result(None)
 
     def _give_up(self, new: NewSessions) -> None:
         """Give ids and rows of sessions back that do not begin."""
-        self.release(new.ids, self._removal.pending[new.ids[0]])
+        self.release(new.ids, self._context.removal.pending[new.ids[0]])
         new.model.slots.free_resident(new.rows)
         new.rows = new.rows[:0]
         self._context.row_queue.room_may_have_come()
@@ -471,13 +471,13 @@ class Begin:
             raise error
         async for part in self._pieces.of(new.ids):
             self._enter(new.part(part), usage.bytes)
-        self.release(new.ids, self._removal.pending[new.ids[0]])
+        self.release(new.ids, self._context.removal.pending[new.ids[0]])
         self._context.row_queue.room_may_have_come()  # the rows are of sessions that have nothing under way
         try:
             return self._directory.info(self._directory.find(new.ids[0], self._directory.here))
         except ServerError as gone:  # the default has moved to a version that another server has
-            own = self._models.versions(new.model.name)
-            elsewhere = self._models.elsewhere(own.name, own.wanted or own.default, new.ids[0])
+            own = self._directory.models.versions(new.model.name)
+            elsewhere = self._directory.models.elsewhere(own.name, own.wanted or own.default, new.ids[0])
             if elsewhere is None:
                 raise
             raise elsewhere from gone

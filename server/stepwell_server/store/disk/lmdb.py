@@ -75,7 +75,6 @@ COPY = "sessions.new"
 class LmdbStore(LocalStore):
     """It holds the data directory's lock from its making to `close`. Not to be carried through a fork."""
 
-    is_volatile = False
     for_one_thread = False
     needs_checkpoint = False
 

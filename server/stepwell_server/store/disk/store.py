@@ -49,7 +49,6 @@ _log = logging.getLogger(__name__)
 class DiskStore(LocalStore):
     """It holds the data directory's lock from its making to `close`. Not to be carried through a fork."""
 
-    is_volatile = False
     for_one_thread = False
 
     def __init__(
