@@ -136,12 +136,12 @@ def of_host(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def are_local(text: str) -> bool:
+def are_on_this_machine(text: str) -> bool:
     """Whether what is sent to each of these addresses stays on this machine."""
-    return all(is_local(each) for each in split(text))
+    return all(is_on_this_machine(each) for each in split(text))
 
 
-def is_local(target: str) -> bool:
+def is_on_this_machine(target: str) -> bool:
     """Whether what is sent there stays on this machine: a Unix socket, `localhost` or a loopback address."""
     if target.startswith("unix:"):
         return True

@@ -97,7 +97,7 @@ def _for(config: ClientConfig, replica: Replica | None) -> tuple[ClientConfig, l
 
 def _options(config: ClientConfig) -> list[tuple[str, Any]]:
     attempt_ms = int(1000 * min(max(config.connect_timeout_s, 0.01), _LONGEST_CONNECT_S))
-    is_local = _address.is_local(config.address)
+    is_on_this_machine = _address.is_on_this_machine(config.address)
     options: list[tuple[str, Any]] = [
         ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -105,14 +105,14 @@ def _options(config: ClientConfig) -> list[tuple[str, Any]]:
         ("grpc.enable_retries", 0),
         # A server that comes back is found again within a second; on this machine sooner, where trying is cheap.
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 200 if is_local else 1000),
+        ("grpc.max_reconnect_backoff_ms", 200 if is_on_this_machine else 1000),
         # Despite its name: how long one attempt to connect may take, and a name server to answer.
         ("grpc.min_reconnect_backoff_ms", attempt_ms),
         ("grpc.dns_ares_query_timeout", attempt_ms),
         # One client's failed connections are not another's.
         ("grpc.use_local_subchannel_pool", 1),
     ]
-    if is_local:
+    if is_on_this_machine:
         # Else a proxy of the environment (http_proxy) gets what is meant for this machine, tokens included.
         options.append(("grpc.enable_http_proxy", 0))
     if config.tls is not None and config.tls.server_name is not None:

@@ -115,8 +115,8 @@ class ModelCalls(abc.ABC):
             unload_previous=unload_previous,
         )
         deadline = self._core.deadline(timeout_s)
-        is_local = _address.are_local(self.address)
-        with _model_files.placed(name, model, upload=upload, is_local=is_local) as file:
+        is_on_this_machine = _address.are_on_this_machine(self.address)
+        with _model_files.placed(name, model, upload=upload, is_on_this_machine=is_on_this_machine) as file:
             return self._run(admin.load(request, file, deadline, progress))
 
     def update_model(

@@ -140,7 +140,9 @@ class Placed(NamedTuple):
 
 
 @contextlib.contextmanager
-def placed(name: str, source: ModelSource, *, upload: bool | None, is_local: bool) -> Iterator[Placed]:
+def placed(
+    name: str, source: ModelSource, *, upload: bool | None, is_on_this_machine: bool
+) -> Iterator[Placed]:
     """The file of a model for the body of a `with`; an object is saved to one that is deleted afterwards.
 
     Args:
@@ -148,7 +150,7 @@ def placed(name: str, source: ModelSource, *, upload: bool | None, is_local: boo
         source: Its file, or the object.
         upload: Send it to the server. False: the server reads the path as it is given. None: send it if the server is
             on another machine.
-        is_local: It is on this one.
+        is_on_this_machine: It is on this one.
 
     Raises:
         InvalidInputError: An argument breaks its rule.
@@ -165,7 +167,7 @@ def placed(name: str, source: ModelSource, *, upload: bool | None, is_local: boo
         return
     with tempfile.TemporaryDirectory(prefix="stepwell-") as folder:
         file = file_of(name, source, folder)
-        is_sent = not is_local if upload is None else upload
+        is_sent = not is_on_this_machine if upload is None else upload
         yield Placed(os.path.abspath(file.path), is_sent, is_temporary=not file.is_given)
 
 

@@ -74,8 +74,8 @@ class AsyncModelCalls(abc.ABC):
             unload_previous=unload_previous,
         )
         deadline = self._core.deadline(timeout_s)
-        is_local = _address.are_local(self.address)
-        placing = _model_files.placed(name, model, upload=upload, is_local=is_local)
+        is_on_this_machine = _address.are_on_this_machine(self.address)
+        placing = _model_files.placed(name, model, upload=upload, is_on_this_machine=is_on_this_machine)
         # To save a model of Keras takes its time.
         file = await asyncio.to_thread(placing.__enter__)
         try:

@@ -275,7 +275,7 @@ class ClientConfig:
             return
         if any(key == "authorization" for key, _ in _metadata.checked(self.metadata)):
             raise InvalidInputError("token must be None where metadata has the key 'authorization'; got both")
-        if self.tls is None and not self.allow_insecure_token and not _address.is_local(target):
+        if self.tls is None and not self.allow_insecure_token and not _address.is_on_this_machine(target):
             raise InvalidInputError(
                 f"token must not be sent over a plain connection, where anybody on the way can read it: connect with tls, "
                 f"or allow it with allow_insecure_token=True; the address is {target!r}"

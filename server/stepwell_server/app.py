@@ -16,7 +16,7 @@ from stepwell_server.addresses import Address, UnixAddress, bind_problem
 from stepwell_server.audit_log import AuditError, AuditLog
 from stepwell_server.auth.callers import Callers
 from stepwell_server.auth.opening import open_callers
-from stepwell_server.auth.quota_file import QuotaFile
+from stepwell_server.auth.quota_file import COUNTED_BY_TENANT, QuotaFile
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.idle import IdleLimits
@@ -54,7 +54,7 @@ from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import DEFAULT_METRICS, Settings
 from stepwell_server.store.base import Store, StoreError
 from stepwell_server.store_opening import NotOpenedError, once_it_answers, open_own, open_shared
-from stepwell_server.store_watch import look_after, tell_store
+from stepwell_server.store_watch import look_after
 from stepwell_server.tracing.starting import TracingError
 from stepwell_server.tracing.starting import start as start_tracing
 
@@ -241,7 +241,7 @@ async def _run(
     stop = signals.stop_on_signals(clock, reload)
     open_files = raise_limit()
     store = own_store or await open_shared(settings, clock, stop)
-    tell_store(store, observer)
+    observer.stores_in(store.labels)
     if settings.store_kind != "memory":
         where = {"data_dir": settings.data_dir} if settings.store == "disk" else {"store": settings.store}
         count = await once_it_answers(store.count, settings, clock, stop)
@@ -417,7 +417,9 @@ def _quota_file(settings: Settings) -> QuotaFile | None:
         return (
             None
             if settings.quotas is None
-            else QuotaFile(settings.quotas, is_shared=settings.store_kind == "valkey")
+            else QuotaFile(
+                settings.quotas, only_tenants=COUNTED_BY_TENANT if settings.store_kind == "valkey" else ()
+            )
         )
     except WatchedFileError as error:
         raise StartError(str(error)) from error

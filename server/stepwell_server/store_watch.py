@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from typing import TYPE_CHECKING
 
 from stepwell_server.errors import StoreGone
@@ -22,17 +21,6 @@ _WARNINGS = {
     "store": ("the store is not as it should be", "the store is as it should be again"),
 }
 """What is said when a warning begins, and when it is over."""
-
-
-def tell_store(store: Store, observer: PrometheusObserver) -> None:
-    """Let metrics say which store it is.
-
-    A shared one is named as it named itself when it was made. One's own has a part that is drawn at each start, as
-    several servers may have been set up from one backup.
-    """
-    is_shared = store.local is None
-    own = "" if is_shared else f"-{secrets.token_hex(4)}"
-    observer.stores_in(f"{store.incarnation}{own}", is_shared=is_shared)
 
 
 async def look_after(store: Store, readiness: Readiness, observer: PrometheusObserver) -> None:

@@ -188,7 +188,6 @@ async def list_pages(many: ManySessions, report: Report, kind: str) -> None:
             token = page.next_page_token
     report.add(f"{kind}: a page of idle sessions, p50", "ms", quantile_ms(taken, 0.5))
     report.add(f"{kind}: a step meanwhile, p99", "ms", quantile_ms(watch.latencies, 0.99))
-    report.add(f"{kind}: a step meanwhile, the longest", "ms", quantile_ms(watch.latencies, 1.0))
 
 
 async def list_by_command(server: LocalServer, report: Report, kind: str) -> None:

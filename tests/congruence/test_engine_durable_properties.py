@@ -33,6 +33,7 @@ from support.durable import Disk
 from support.engine import STORES, Answer, Answers
 from support.fake_executor import WAIT_S
 from support.play import IDLE_S, Asked, Play, Sent
+from support.records import scan_local
 from support.samples import examples
 
 SETTINGS = settings(max_examples=examples(80))
@@ -142,7 +143,9 @@ class Killing(Play):
         self.at.store.go_on()
         results = [await _answers(entry) for entry in log]
         await self.stack.aclose()
-        there = {name: header for name, header in self.disk.store.scan(limit=100) if header is not None}
+        there = {
+            name: header for name, header in scan_local(self.disk.store, limit=100) if header is not None
+        }
         for entry, known, result in zip(log, told, results, strict=True):
             self.settle_with(entry, known, result, there)
         assert there.keys() == self.model.sessions.keys()

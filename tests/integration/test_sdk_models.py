@@ -49,7 +49,7 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server is on another machine, as far as its address says."""
-    monkeypatch.setattr(_address, "is_local", lambda _: False)
+    monkeypatch.setattr(_address, "is_on_this_machine", lambda _: False)
 
 
 class Model:

@@ -106,8 +106,8 @@ class FakeShared:
                 self.kept.used[session_id] = self.now
 
     async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> Unused:
-        found = self.shared.scan(after=cursor, limit=limit)
-        ids = [i for i, _ in found if self.idle_s(i) >= min(limits.max_s, 5.0)]
+        found = [key.decode() for key in self.shared.heads(after=cursor, limit=limit).keys]
+        ids = [i for i in found if self.idle_s(i) >= min(limits.max_s, 5.0)]
         records = [record or b"" for record in self.shared.get_many(ids)]
         return Unused(
             heads_of([i.encode() for i in ids], records),

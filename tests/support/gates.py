@@ -58,6 +58,7 @@ class Gated(Store):
         """The server's. Heads and headers have its time."""
         self.secret = inner.secret
         self.incarnation = inner.incarnation
+        self.labels = {"store_id": inner.incarnation, "shared": "true"}
         self.first_revision = inner.first_revision
         self.calls: list[tuple[str, tuple[str, ...]]] = []
         """Each call with the names in it, as it came: read, commit."""

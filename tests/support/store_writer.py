@@ -91,8 +91,7 @@ def record(number: int, kind: Kind) -> Record:
 
 def held(store: LmdbStore | DiskStore, kind: Kind) -> int:
     """The number of the commit that the store holds, every part of it and of no other; -1 for none."""
-    names = [name for name, header in store.scan(limit=1000) if header]
-    assert len(names) == store.count(), "no record is damaged"
+    names = [key.decode() for key in store.heads(limit=1000).keys]
     if not names:
         return -1
     first = store.get("s0")
@@ -114,8 +113,7 @@ def held(store: LmdbStore | DiskStore, kind: Kind) -> int:
 
 def held_beside(store: DiskStore | LmdbStore) -> tuple[int, int]:
     """The numbers of the last commit and of the last append, each there as a whole; -1 for none."""
-    names = [name for name, header in store.scan(limit=1000) if header]
-    assert len(names) == store.count()
+    names = [key.decode() for key in store.heads(limit=1000).keys]
     numbers = {name: decode(name, store.get(name) or b"").revision for name in names}
     appended = {numbers[name] for name in numbers if name.startswith("w")}
     if not names:

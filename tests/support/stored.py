@@ -25,7 +25,7 @@ from stepwell_server.store.disk.wal import WriteAheadLog
 from stepwell_server.store.disk.wals import WriteAheadLogs
 from stepwell_server.store.record import Puts, RecordTemplate, Stored
 from support.clock import ManualClock
-from support.records import Record, decode
+from support.records import Record, decode, scan_local
 
 SEGMENT_BYTES = 4096
 
@@ -138,8 +138,8 @@ def end(store: LocalStore, *session_ids: str) -> None:
 
 
 def revisions(store: LocalStore) -> dict[str, int]:
-    """Of all sessions, from `scan`; those of `get` and `get_many` are the same."""
-    some = store.scan(limit=10_000)
+    """Of all sessions, from `heads`; those of `get` and `get_many` are the same."""
+    some = scan_local(store, limit=10_000)
     for (session_id, header), found in zip(some, store.get_many([i for i, _ in some]), strict=True):
         assert header is not None
         assert found is not None

@@ -14,7 +14,7 @@ import pytest
 
 import stepwell
 from stepwell import _channel, aio, errors
-from stepwell._address import is_local
+from stepwell._address import is_on_this_machine
 from stepwell._flow import Call, Pause, Retrier
 from stepwell._retry import Deadline, RetryPolicy
 from stepwell._tokens import Tokens
@@ -50,7 +50,7 @@ def web_token(expires: float, mark: str = "") -> str:
     ],
 )
 def test_a_token_stays_on_this_machine_unless_told_otherwise(address: str, stays_here: bool) -> None:
-    assert is_local(address) is stays_here
+    assert is_on_this_machine(address) is stays_here
     if stays_here:
         ClientConfig(address, token="stw_x")
     else:

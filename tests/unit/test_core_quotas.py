@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepwell_server.auth.quota_file import QuotaFile, parse
+from stepwell_server.auth.quota_file import COUNTED_BY_TENANT, QuotaFile, parse
 from stepwell_server.core.quotas import Buckets, Limits, QuotaTable, TokenBucket
 from stepwell_server.files.watched import WatchedFileError
 
@@ -152,5 +152,10 @@ def test_callers_have_no_sessions_of_their_own_in_a_store_that_servers_share() -
     with pytest.raises(
         ValueError, match=r'\[callers."acme/ann"\] rows must be left out where servers share a store'
     ):
-        parse(text, is_shared=True)
-    assert parse(text.replace("rows = 5", ""), is_shared=True).callers["acme/ann"].steps_per_second == 9
+        parse(text, only_tenants=COUNTED_BY_TENANT)
+    assert (
+        parse(text.replace("rows = 5", ""), only_tenants=COUNTED_BY_TENANT)
+        .callers["acme/ann"]
+        .steps_per_second
+        == 9
+    )

@@ -19,7 +19,6 @@ from stepwell_server.rpc.status import ANY_CODE
 from stepwell_server.store.base import Store, StoreTimes
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store_watch import tell_store
 from support.awaited import RemoteStore
 from support.clock import ManualClock
 from support.fake_executor import PLAIN
@@ -251,11 +250,11 @@ def test_the_front_is_shown() -> None:
 
 async def test_servers_of_one_store_say_the_same_name_of_it_and_others_another() -> None:
     shared = RemoteStore.of_memory()
-    own = InProcessStore(MemoryStore(), ManualClock())
+    own, backup = (InProcessStore(local, ManualClock()) for local in [MemoryStore()] * 2)
 
     def told(store: Store) -> dict[str, str]:
         observer = PrometheusObserver()
-        tell_store(store, observer)
+        observer.stores_in(store.labels)
         (labels,) = _scrape(observer).series("stepwell_store_info")
         return dict(labels)
 
@@ -263,7 +262,7 @@ async def test_servers_of_one_store_say_the_same_name_of_it_and_others_another()
     assert first == second == {"store_id": shared.incarnation, "shared": "true"}
     # two servers may have been set up from one backup
     assert told(own)["shared"] == "false"
-    assert told(own)["store_id"] != told(own)["store_id"] != shared.incarnation
+    assert told(own)["store_id"] != told(backup)["store_id"] != shared.incarnation
 
 
 def test_what_the_server_warns_of_is_shown() -> None:

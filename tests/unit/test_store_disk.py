@@ -18,7 +18,7 @@ from stepwell_server.store.base import Batch, End, Tombstone
 from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Joined
-from support.records import decode
+from support.records import decode, scan_local
 from support.samples import examples
 from support.stored import (
     DURABILITIES,
@@ -146,7 +146,7 @@ class Two:
             assert [ours.models[i] for i in ours.model] == [theirs.models[i] for i in theirs.model]
             assert ours.fields == theirs.fields
         for options in ({}, {"prefix": "a"}, {"prefix": "a", "after": "a"}):
-            assert disk.scan(limit=9, **options) == memory.scan(limit=9, **options)
+            assert scan_local(disk, limit=9, **options) == scan_local(memory, limit=9, **options)
 
 
 @DURABILITIES
@@ -207,7 +207,7 @@ def test_what_is_read_while_segments_rotate_never_goes_back(path: Path) -> None:
         try:
             while not done.is_set():
                 found = decode("a", store.get("a") or b"").revision
-                ((_, header),) = store.scan(prefix="a", limit=1)
+                ((_, header),) = scan_local(store, prefix="a", limit=1)
                 assert header is not None
                 assert last <= found <= header.revision
                 last = header.revision

@@ -13,6 +13,7 @@ import pytest
 from stepwell_server.store.base import Batch, StoreError
 from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.record import Joined
+from support.records import scan_local
 from support.samples import examples
 from support.stored import (
     DURABILITIES,
@@ -154,7 +155,7 @@ def test_a_damaged_record_in_a_segment_harms_its_session_alone(
         assert store.get_many(["a", "c"]) == [record("a", 4), record("c", 4)]
         assert is_damaged("b", store.get("b") or b"")
         assert is_damaged("b", store.get_many(["b"])[0] or b"")
-        assert [(i, header is None) for i, header in store.scan(limit=9)] == [
+        assert [(i, header is None) for i, header in scan_local(store, limit=9)] == [
             ("a", False), ("b", True), ("c", False),
         ]  # fmt: skip
         store.close()

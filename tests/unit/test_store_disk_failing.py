@@ -290,7 +290,11 @@ def test_a_segment_that_cannot_be_read_is_unavailable(path: Path, monkeypatch: p
     put(store, "a", revision=1)
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", fail)
-        for read in (lambda: store.get("a"), lambda: store.get_many(["a"]), lambda: store.scan(limit=1)):
+        for read in (
+            lambda: store.get("a"),
+            lambda: store.get_many(["a"]),
+            lambda: store.heads(limit=1),
+        ):
             with pytest.raises(Unavailable, match="the write-ahead log must be readable; got "):
                 read()
     assert revisions(store) == {"a": 1}

@@ -22,7 +22,7 @@ from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import decode_header
 from support.clock import ManualClock
-from support.records import decode
+from support.records import decode, scan_local
 from support.stored import put, record
 
 ODD_IDS = ["a", "b", "ä", "z" * 256, "é" * 255 + "1", "é" * 256, "\U0001f600" * 256, "\U0001f600" * 255 + "a"]
@@ -33,7 +33,7 @@ def opened(path: Path, durability: Durability = "async", **options: Any) -> Lmdb
 
 
 def ids(store: LocalStore, **options: Any) -> list[str]:
-    return [session_id for session_id, _ in store.scan(**{"limit": 1000, **options})]
+    return [session_id for session_id, _ in scan_local(store, **{"limit": 1000, **options})]
 
 
 def revision(store: LocalStore, session_id: str) -> int:
@@ -202,7 +202,7 @@ def test_the_map_grows_while_others_read(tmp_path: Path) -> None:
         try:
             while not done.is_set():
                 assert revision(store, "first") == 7
-                assert store.scan(limit=3)
+                assert scan_local(store, limit=3)
         except BaseException as error:
             problems.append(error)
 
@@ -291,7 +291,7 @@ def test_a_damaged_record_harms_its_session_alone(store: LmdbStore) -> None:
     store.commit(Batch(puts=[("b", damaged)]))
     with pytest.raises(StateCorrupt, match="session 'b'"):
         decode("b", store.get("b") or b"")
-    assert [(i, header is None) for i, header in store.scan(limit=9)] == [
+    assert [(i, header is None) for i, header in scan_local(store, limit=9)] == [
         ("a", False),
         ("b", True),
         ("c", False),

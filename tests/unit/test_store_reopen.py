@@ -47,7 +47,6 @@ def fail_once(store: DiskStore, path: Path) -> None:
 READS: dict[str, Callable[[DiskStore], object]] = {
     "get": lambda store: store.get("b"),
     "get_many": lambda store: store.get_many(["a", "b", "c"]),
-    "scan": lambda store: store.scan(limit=9),
     "count": lambda store: store.count(),
     "count_of": lambda store: store.count_of("m"),
     "heads": lambda store: store.heads(limit=9).keys,

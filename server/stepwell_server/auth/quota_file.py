@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import functools
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ _MOST_SHOWN = 40
 _OF_TENANTS = tuple(field.name for field in dataclasses.fields(Limits))
 _OF_CALLERS = ("sessions", "rows", "bytes", "steps_per_second", "burst", "bytes_in_flight")
 #: A store that servers share counts for all of them, and counts by tenants.
-_NOT_SHARED = ("sessions", "rows", "bytes")
+COUNTED_BY_TENANT = ("sessions", "rows", "bytes")
 _TABLES = ("default", "tenants", "callers")
 
 
-def parse(text: str, *, is_shared: bool = False) -> QuotaTable:
-    """What a file says; `is_shared`: to servers that share a store.
+def parse(text: str, *, only_tenants: Collection[str] = ()) -> QuotaTable:
+    """What a file says; quotas that are `only_tenants` are refused for callers.
 
     Raises:
         ValueError: it is no TOML, or breaks a rule; the message names both.
@@ -51,7 +51,7 @@ def parse(text: str, *, is_shared: bool = False) -> QuotaTable:
             raise ValueError(
                 f'[callers] must be named as "TENANT/NAME", or "NAME" where it has no tenant; got {caller!r}'
             )
-        for quota in _NOT_SHARED if is_shared and isinstance(tables["callers"][caller], dict) else ():
+        for quota in only_tenants if isinstance(tables["callers"][caller], dict) else ():
             if quota in tables["callers"][caller]:
                 raise ValueError(
                     f'[callers."{caller}"] {quota} must be left out where servers share a store, which counts by tenants: limit'
@@ -98,14 +98,14 @@ def _limits(where: str, value: object, allowed: tuple[str, ...]) -> Limits:
 class QuotaFile:
     """A file of quotas. Lives on the event loop."""
 
-    def __init__(self, path: Path, *, is_shared: bool = False) -> None:
-        """Read it; `is_shared`: other servers use the store, too.
+    def __init__(self, path: Path, *, only_tenants: Collection[str] = ()) -> None:
+        """Read it; see `parse`.
 
         Raises:
             WatchedFileError: it cannot be, or breaks a rule.
         """
         self._path = path
-        self._file = WatchedFile("--quotas", path, functools.partial(parse, is_shared=is_shared))
+        self._file = WatchedFile("--quotas", path, functools.partial(parse, only_tenants=only_tenants))
 
     @property
     def table(self) -> QuotaTable:

@@ -223,9 +223,9 @@ class Scheduler(Generic[J]):
             about[source] = (now, count)
         return chosen
 
-    def _chosen(self, room: int, is_shared: bool) -> tuple[list[J], dict[Source, int]]:
+    def _chosen(self, room: int, is_limited: bool) -> tuple[list[J], dict[Source, int]]:
         root = self._root
-        first, self._first = self._first if is_shared else set(), set()
+        first, self._first = self._first if is_limited else set(), set()
         self._was_first = bool(first)
         chosen: dict[J, int] = {}
         """Rows of each."""
@@ -238,7 +238,7 @@ class Scheduler(Generic[J]):
             job = line.jobs[0]
             before = chosen.get(job, 0)
             left = job.row_count - before
-            count = min(left, room, _QUANTUM) if is_shared and job.may_part else left
+            count = min(left, room, _QUANTUM) if is_limited and job.may_part else left
             if (count > room and chosen) or (first and source not in first):
                 aside.append((source, line.jobs, line.debt))
                 line.jobs = deque()
@@ -249,7 +249,7 @@ class Scheduler(Generic[J]):
             room -= count
             if count == left:
                 line.jobs.popleft()
-            root.turn(source, count - _QUANTUM if is_shared and count > _QUANTUM else 0)
+            root.turn(source, count - _QUANTUM if is_limited and count > _QUANTUM else 0)
         for source, jobs, debt in reversed(aside):
             root.put_first(source, jobs, debt)
         return [self._take(job, count) for job, count in chosen.items()], rows

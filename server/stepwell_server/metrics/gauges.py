@@ -190,13 +190,12 @@ def of_certificates(files: CertificateFiles) -> Iterator[Metric]:
     yield from (family, CounterMetricFamily("stepwell_certificate_failures", text, value=files.failures))
 
 
-def of_store_info(store_id: str, *, is_shared: bool) -> Metric:
+def of_store_info(labels: Mapping[str, str]) -> Metric:
     """Which store it is. Servers that share one say the same of it, so that what all of them report is counted once."""
     from prometheus_client.core import InfoMetricFamily
 
     text = "Which store the server has: store_id is the same for those that share it; shared: true or false."
-    value = {"store_id": store_id, "shared": "true" if is_shared else "false"}
-    return InfoMetricFamily("stepwell_store", text, value=value)
+    return InfoMetricFamily("stepwell_store", text, value=dict(labels))
 
 
 def of_store(

@@ -68,7 +68,7 @@ class PrometheusObserver(Observer):
         self._audited: Callable[[], tuple[int, int]] | None = None
         self._is_ready = False
         self._warnings: Collection[str] = ()
-        self._store_id: tuple[str, bool] | None = None
+        self._store_labels: Mapping[str, str] | None = None
         self._store_is_ready = True
         self._store_reopened = 0
         self._store_is_damaged = False
@@ -337,9 +337,9 @@ class PrometheusObserver(Observer):
         self._is_ready = report.is_ready
         self._warnings = report.warnings
 
-    def stores_in(self, store_id: str, *, is_shared: bool) -> None:
-        """Which store it is: a name that no other store has; whether other servers use it too."""
-        self._store_id = store_id, is_shared
+    def stores_in(self, labels: Mapping[str, str]) -> None:
+        """Which store it is: see `Store.labels`."""
+        self._store_labels = labels
 
     def store_checked(
         self, *, is_ready: bool, reopened: int, is_damaged: bool, lost_sessions: int = 0
@@ -373,9 +373,8 @@ class PrometheusObserver(Observer):
         families = [each.family() for each in counted]
         families += gauges.of_build(self._build, self._models_now(), self._load_seconds)
         families += gauges.of_readiness(is_ready=self._is_ready, warnings=self._warnings)
-        if self._store_id is not None:
-            store_id, is_shared = self._store_id
-            families.append(gauges.of_store_info(store_id, is_shared=is_shared))
+        if self._store_labels is not None:
+            families.append(gauges.of_store_info(self._store_labels))
         families += gauges.of_streams(self._streams)
         if self._front_counts is not None:
             families += gauges.of_front(self._front_counts(), self._limits)

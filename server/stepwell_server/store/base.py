@@ -24,7 +24,7 @@ from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.series import Series
 from stepwell_server.store.heads import Heads
-from stepwell_server.store.record import F64, U64, Header, Stored
+from stepwell_server.store.record import F64, U64, Stored
 
 _log = Log("store")
 
@@ -410,6 +410,9 @@ class Store(Protocol):
     incarnation: str
     """See `LocalStore`."""
 
+    labels: Mapping[str, str]
+    """Of metrics. `store_id`: the same for all servers of the store, and for no others; `shared`: "true" or "false"."""
+
     first_revision: int
     """See `LocalStore`."""
 
@@ -627,21 +630,15 @@ class LocalStore(Protocol):
             Unavailable: the store cannot be read now.
         """
 
-    def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        """Sessions in the order of their ids; None stands for a record that is damaged.
+    def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:
+        """What records say of sessions, in the order of their ids, as columns. No record is checked.
 
         Ids of more than 511 bytes that begin with the same 478 bytes come in an order of their own.
 
         Args:
             after: begin behind this id, whether it is there or not.
-            prefix: of the ids that are wanted.
+            prefix: of the ids that are wanted; of one of more than 478 bytes only so many need be compared.
             limit: how many at most.
-        """
-
-    def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:
-        """As `scan`, as columns: several times as fast, as no record is checked.
-
-        Of a prefix of more than 478 bytes only so many need be compared.
         """
 
     def count(self) -> int:

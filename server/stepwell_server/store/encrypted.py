@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from stepwell_server.store.base import Batch, LocalStore, StoreHealth, Tombstone
 from stepwell_server.store.heads import Heads
-from stepwell_server.store.record import Header, Stored
+from stepwell_server.store.record import Stored
 from stepwell_server.store.sealing import Sealer
 
 
@@ -71,10 +71,6 @@ class EncryptedStore(LocalStore):
         opened = self._sealer.opened_or_as_is
         found = zip(session_ids, self._local.get_many(session_ids), strict=True)
         return [None if record is None else opened(session_id, record) for session_id, record in found]
-
-    @override
-    def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        return self._local.scan(after=after, prefix=prefix, limit=limit)
 
     @override
     def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import heapq
 import math
+import secrets
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,6 +60,8 @@ class InProcessStore(Store):
         """When the first of the limits ends that a search saw and that had not ended."""
         self.secret = local.secret
         self.incarnation = local.incarnation
+        # several servers may have been set up from one backup
+        self.labels = {"store_id": f"{local.incarnation}-{secrets.token_hex(4)}", "shared": "false"}
         self.first_revision = local.first_revision
         self._lanes = Lanes(local)
 

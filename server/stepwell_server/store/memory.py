@@ -12,7 +12,7 @@ from typing_extensions import override
 from stepwell_server.core.remembered import Remembered
 from stepwell_server.store.base import TOMBSTONES, Batch, LocalStore, StoreHealth, Tombstone
 from stepwell_server.store.heads import Heads, heads_of
-from stepwell_server.store.record import Header, Stored, header_or_none
+from stepwell_server.store.record import Stored
 
 
 class MemoryStore(LocalStore):
@@ -62,11 +62,6 @@ class MemoryStore(LocalStore):
     @override
     def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
         return [self._records.get(session_id) for session_id in session_ids]
-
-    @override
-    def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        fitting = (i for i in self._records if i.startswith(prefix) and i > after)
-        return [(i, header_or_none(i, self._records[i])) for i in heapq.nsmallest(limit, fitting)]
 
     @override
     def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:

@@ -99,7 +99,7 @@ class ServerMetrics:
     def _hint(self, info: ServerInfo) -> str:
         if info.metrics_address is None:
             return "; only admins see the address of a server's metrics: give it with --metrics"
-        if _is_loopback(info.metrics_address) and not _address.is_local(self._server):
+        if _is_loopback(info.metrics_address) and not _address.is_on_this_machine(self._server):
             return (
                 f"; that server has its metrics at {info.metrics_address} of its own machine: run 'stepwell top' there, or"
                 " let --metrics name an address that leads to them"
@@ -117,9 +117,9 @@ def url_of(server: str, info: ServerInfo) -> str:
     Raises:
         Failure: It serves none, or what it says is no address.
     """
-    is_local = _address.is_local(server)
+    is_on_this_machine = _address.is_on_this_machine(server)
     if info.metrics_address is None:
-        return f"http://{'127.0.0.1' if is_local else _host_of(server)}:{PORT}/metrics"
+        return f"http://{'127.0.0.1' if is_on_this_machine else _host_of(server)}:{PORT}/metrics"
     if not info.metrics_address:
         raise Failure(
             f"the server at {server} (--server) serves no metrics: --metrics-listen of 'stepwell serve' gives them an"
@@ -135,7 +135,7 @@ def url_of(server: str, info: ServerInfo) -> str:
         )
     host, port = _address.host_and_port(info.metrics_address)
     if host in _WILDCARDS:
-        return f"http://{_WILDCARDS[host] if is_local else _host_of(server)}:{port}/metrics"
+        return f"http://{_WILDCARDS[host] if is_on_this_machine else _host_of(server)}:{port}/metrics"
     return f"http://{_address.of_host(host, port)}/metrics"
 
 
@@ -150,7 +150,7 @@ def _host_of(server: str) -> str:
 
 
 def _is_loopback(address: str) -> bool:
-    return not _address.host_and_port_problem(address) and _address.is_local(address)
+    return not _address.host_and_port_problem(address) and _address.is_on_this_machine(address)
 
 
 def _short(url: str) -> str:

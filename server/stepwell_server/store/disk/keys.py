@@ -70,13 +70,6 @@ def _split(value: Stored) -> tuple[memoryview, memoryview]:
     return view[_ID_LENGTH.size : end], view[end:]
 
 
-def entries(cursor: Any, after: str, prefix: str) -> Iterator[tuple[str, memoryview]]:
-    """Ids and records behind `after` that begin with `prefix`, of a cursor over sessions."""
-    for session_id in names(cursor, after, prefix):
-        value = cursor.value()
-        yield session_id, _split(value)[1] if is_digest(cursor.key()) else value
-
-
 def values(cursor: Any, after: str, prefix: str, limit: int) -> tuple[list[bytes], list[Stored]]:
     """Ids, as UTF-8, and records behind `after`, of a cursor that gives bytes, which is faster than views."""
     start, shared = key_of(after), prefix.encode()[:_KEPT_BYTES]
@@ -92,20 +85,6 @@ def values(cursor: Any, after: str, prefix: str, limit: int) -> tuple[list[bytes
             name, record = _split(records[place])
             keys[place], records[place] = bytes(name), bytes(record)
     return keys, records
-
-
-def names(cursor: Any, after: str, prefix: str) -> Iterator[str]:
-    """As `entries`, but records are read only where an id is in one."""
-    start, shared = key_of(after), prefix.encode()[:_KEPT_BYTES]
-    if not cursor.set_range(max(start, shared) or b"\0"):
-        return
-    for key in cursor.iternext(keys=True, values=False):
-        name = bytes(key)
-        if not name.startswith(shared):
-            return
-        session_id = str(_split(cursor.value())[0] if is_digest(name) else name, "utf-8", "replace")
-        if name != start and session_id.startswith(prefix):
-            yield session_id
 
 
 def all_entries(cursor: Any) -> Iterator[tuple[bytes, bytes]]:

@@ -41,13 +41,13 @@ from stepwell_server.store.disk import documents as in_lmdb
 from stepwell_server.store.disk import meta
 from stepwell_server.store.disk.files import OpenFiles, explain, flush_folders, start_errors
 from stepwell_server.store.disk.key_sums import PIECE, Change, KeyCheck, NewKeys
-from stepwell_server.store.disk.keys import entries, items, key_of, own, values
+from stepwell_server.store.disk.keys import items, key_of, own, values
 from stepwell_server.store.disk.lock import DirectoryLock
 from stepwell_server.store.disk.reserve import Extent, NoRoom, Reserve
 from stepwell_server.store.disk.tombstones import bury, next_age, tombstone
 from stepwell_server.store.disk.whole_file import lengthen, require_whole_file, within_limit
 from stepwell_server.store.heads import Heads, heads_of
-from stepwell_server.store.record import Header, Stored, header_or_none
+from stepwell_server.store.record import Stored
 
 Durability = Literal["sync", "async"]
 T = TypeVar("T")
@@ -203,20 +203,6 @@ class LmdbStore(LocalStore):
             return self._read("", read)
         except StateCorrupt:
             return [self._get_or_empty(session_id) for session_id in session_ids]
-
-    @override
-    def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-
-        def read(transaction: _Transaction) -> list[tuple[str, Header | None]]:
-            found: list[tuple[str, Header | None]] = []
-            if limit > 0:
-                for session_id, record in entries(transaction.cursor(self._sessions), after, prefix):
-                    found.append((session_id, header_or_none(session_id, record)))
-                    if len(found) == limit:
-                        break
-            return found
-
-        return self._read("", read, buffers=True)
 
     @override
     def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:

@@ -34,7 +34,7 @@ from stepwell_server.store.disk.wal import SEGMENT_BYTES, Parts, Records, WriteA
 from stepwell_server.store.disk.wal_file import SegmentDamaged
 from stepwell_server.store.disk.wals import COMMITS, Mark, WriteAheadLogs, mark_of
 from stepwell_server.store.heads import Heads, heads_of
-from stepwell_server.store.record import Header, Joined, Stored, header_or_none, is_sound, supersedes
+from stepwell_server.store.record import Joined, Stored, is_sound, supersedes
 
 _FOLDER = "wal"
 
@@ -194,14 +194,6 @@ class DiskStore(LocalStore):
         ):
             found[place] = record
         return found
-
-    @override
-    def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        some = self._base.scan(after=after, prefix=prefix, limit=limit)
-        if self._wals is None or self._wals.is_empty:
-            return some
-        later = ((session_id, self._find(session_id), header) for session_id, header in some)
-        return [(i, header if record is None else header_or_none(i, record)) for i, record, header in later]
 
     @override
     def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:

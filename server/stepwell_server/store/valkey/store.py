@@ -101,6 +101,7 @@ class ValkeyStore(Store):
     ) -> None:
         self.secret = found.secret
         self.incarnation = found.incarnation
+        self.labels = {"store_id": found.incarnation, "shared": "true"}
         self.first_revision = found.first_revision
         self._url = url
         self._keys = Keys(url.prefix, found.partitions)
