@@ -36,7 +36,7 @@ from stepwell_server.logs import Log
 from stepwell_server.store.base import Store
 
 #: Nobody knows when a session ends.
-_SESSIONS_AGAIN_S, _BYTES_AGAIN_S = 1.0, 0.05
+_SESSIONS_RETRY_S, _BYTES_RETRY_S = 1.0, 0.05
 #: So often it is asked what tenants have in a store that others use, for people who look at it, in seconds.
 _LOOK_S = 15.0
 #: Records that are counted before others get a turn.
@@ -78,7 +78,7 @@ class Quotas:
         self._growing: Counter[str] = Counter()
         """Bytes that steps which are under way may add to sessions, by tenant."""
         self._owners: dict[str, str] = {}
-        """Who has made sessions, of those that are counted for their callers."""
+        """Callers by the sessions that they made and that count for them."""
         self._of_callers: dict[str, Usage] = {}
         """What those callers have made."""
         self._steps: Counter[str] = Counter()
@@ -200,7 +200,7 @@ class Quotas:
                         quota,
                         most,
                         f"{quota} of {whose} must stay within {most}; there are {found}, and {wanted} came",
-                        _SESSIONS_AGAIN_S,
+                        _SESSIONS_RETRY_S,
                     )
 
     async def refresh(self, session_ids: Iterable[str]) -> None:
@@ -236,7 +236,7 @@ class Quotas:
         most = self._table.of_tenant(tenant).models
         if most is not None and has >= most:
             what = f"models of {_named(tenant)} must stay within {most}; there are {has}, and 1 came"
-            raise self._exceeded(tenant, "models", most, what, _SESSIONS_AGAIN_S)
+            raise self._exceeded(tenant, "models", most, what, _SESSIONS_RETRY_S)
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
@@ -266,7 +266,7 @@ class Quotas:
                     "bytes_in_flight",
                     most,
                     f"bytes_in_flight of {what} must stay within {most}; {self._bytes[name]} are, and {byte_count} came",
-                    _BYTES_AGAIN_S,
+                    _BYTES_RETRY_S,
                 )
         taken: list[TokenBucket] = []
         for what, name, limits in scopes:
@@ -400,7 +400,7 @@ class Quotas:
         )
 
     def tenants(self) -> Mapping[str, Usage]:
-        """What each tenant has that has sessions, of those that are known here."""
+        """What each tenant has, of the tenants that this server knows to have sessions."""
         known = {tenant: self._counts.about(tenant) for tenant in self._counts.tenants()}
         return {tenant: has for tenant, has in known.items() if has.sessions}
 

@@ -3,7 +3,7 @@
 A store that others use too counts what all servers keep. It is asked again before a tenant with a limit begins sessions,
 unless it was just asked. What begins here meanwhile is added, and what is being made here: the store may not have it yet.
 So a tenant can have more than its limit by what begins on other servers after the store was asked, and by what servers
-have sent that the store gets later still. While it has so many it gets no more.
+have sent that the store gets later still. While it has more it gets no other.
 
 What the store had already when it was asked, and had not said yet, is counted twice until it is asked again. What has
 ended is not subtracted, as nobody knows whether the store had counted it when it was asked: it is asked again. Nor is

@@ -393,7 +393,7 @@ class Closer:
         ended = Ended(session_id, model, 0, usage, seen.stamp(session_id))
         if header is not None:
             ended = ended_of(session_id, header, ended.stamp)._replace(model=model)
-        # its model may not be served: nobody is told of it
+        # its model may not be served: no event says it
         conflicts = await self._removal.delete(
             [ended], np.array([-1]), End.CLOSED, request_id=request_id, ended=Counter()
         )

@@ -28,7 +28,6 @@ from stepwell_server.engine.api import Observer
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.endings import ended_by, expired
 from stepwell_server.engine.durability.group_commit import GroupCommit
-from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.engine.intake.queues import Turns
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.quotas import Quotas
@@ -401,7 +400,7 @@ class Expiry:
         The table knows then when the store last heard of the use of the others.
 
         Returns:
-            What others made of those that do have something under way.
+            What other servers made of sessions that have something under way here.
 
         Raises:
             Unavailable: the store cannot be read, and such a session may have been changed.
@@ -490,11 +489,12 @@ class Expiry:
             return set()
         await self.refresh()
         over = self._over(found)
-        over = {i: each for i, each in over.items() if i not in self._removal}
-        if over:
-            sessions = [ended_of(i, header, found[i].stamp) for i, (header, _, _) in over.items()]
-            limits_s = np.array([limit_s for _, limit_s, _ in over.values()], np.float64)
-            idle_s = np.array([idle_s for _, _, idle_s in over.values()], np.float64)
+        # others may be ending by the sweep meanwhile
+        mine = {i: each for i, each in over.items() if i not in self._removal}
+        if mine:
+            sessions = [ended_of(i, header, found[i].stamp) for i, (header, _, _) in mine.items()]
+            limits_s = np.array([limit_s for _, limit_s, _ in mine.values()], np.float64)
+            idle_s = np.array([idle_s for _, _, idle_s in mine.values()], np.float64)
             await self._end(sessions, Idle(limits_s, idle_s + _LATE_S))
         return {*over}
 
@@ -558,7 +558,7 @@ class Expiry:
         return count
 
     async def _end(self, sessions: Sequence[Ended], idle: Idle) -> int:
-        """End sessions that were just judged; return how many. What ends together is told together.
+        """End sessions that were just judged; return how many. What ends together is reported together.
 
         Raises:
             Unavailable: the store did not say what became of them.
@@ -634,16 +634,8 @@ class Uses:
         return handles[now - table.used[handles] >= USE_SHARE * limits_s]
 
     def _start(self) -> None:
-        while self._task is None and self._waiting:
-            rest = start(self._notify())
-            if isinstance(rest, Rest):
-                self._task = asyncio.create_task(finish(rest))
-                self._task.add_done_callback(self._ended)
-
-    def _ended(self, _task: asyncio.Task[None]) -> None:
-        self._task = None
-        if self._waiting:
-            self._work.ring()
+        if self._task is None and self._waiting:
+            self._task = asyncio.create_task(self._notify())
 
     async def _notify(self) -> None:
         some = dict(itertools.islice(self._waiting.items(), _USES_PER_CALL))
@@ -657,6 +649,9 @@ class Uses:
             if not self._is_away:
                 _log.warning("the store could not be notified of the use of sessions", error=why)
             self._is_away = True
+        self._task = None
+        if self._waiting:
+            self._work.ring()
 
 
 class Sweep:
@@ -711,7 +706,7 @@ class Sweep:
         if now >= self._look_at:
             self._uses.look()
             self._look_at = now + self._look_every_s
-        await self._try("the store could not be told that it is served", self._expiry.refresh())
+        await self._try("the store could not be asked since when it is served", self._expiry.refresh())
         if now >= self._page_at:
             await self._try("the store could not be searched for sessions to end", self.page())
         await self._try("sessions that are due could not be ended", self._expiry.expire_due())
