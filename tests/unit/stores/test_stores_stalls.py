@@ -177,8 +177,10 @@ async def test_an_expired_id_that_is_opened_at_once_is_a_new_session(lasting: La
         lasting.store.stall()
         waiting = await begun(at.engine.open_session("plain", session_id="c"))
         await stalled(lasting.store)
-        expiring = await begun(at.inside.expire_idle())
-        asked = await begun(at.engine.session_info("a"))
+        expiring, asked = (
+            await begun(at.inside.expire_idle()),
+            await begun(at.engine.session_info("a")),
+        )
         await turns()
         assert not asked.done(), "the store has not said that it has expired"
         assert (await at.engine.list_sessions())[0] == []

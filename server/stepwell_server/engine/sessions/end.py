@@ -378,7 +378,7 @@ class Expiry:
         return found.record is not None and self._limit_if_over(session_id, found) is not None
 
     def is_too_long(self, limit_s: float, idle_s: float) -> bool:
-        """Whether a session with this limit has ended, if it was unused for `idle_s` and has nothing under way."""
+        """Whether a session with this limit has ended, if it was unused for `idle_s` and has nothing under way: see `refresh`."""
         return min(idle_s, self._clock.monotonic() - self._watch.since) > limit_s
 
     def _limit_if_over(self, session_id: str, found: Fetched) -> tuple[Header, float, float] | None:
@@ -755,8 +755,7 @@ class Sweep:
         await self._commits.room()
         self._cursor = page.cursor
         if page.cursor:
-            now = self._clock.monotonic()
-            self._page_at = now + max(_MIN_REST_S, _REST * (now - began))
+            self._page_at = began + max(_MIN_REST_S, (1 + _REST) * (self._clock.monotonic() - began))
         return ended
 
     async def trim(self) -> int:

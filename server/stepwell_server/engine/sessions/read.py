@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import math
@@ -498,6 +499,8 @@ class SessionList:
         """As `ask`."""
         if query.filter.model:
             self._directory.models.named(query.filter.model)  # raises
+        with contextlib.suppress(ServerError):  # to read the page says so too
+            await self._expiry.refresh()
         page = await self._page(query)
         return page, await self._total(query.filter) if query.count else 0
 
