@@ -67,7 +67,7 @@ async def test_how_a_session_ended_is_remembered(lasting: Lasting, elsewhere: st
         assert (await at.step("idle", x(1))).revision == 2, "no revision of the session before comes again"
 
 
-@ON_DISK
+@ON_DISK  # other servers may have served a shared store meanwhile
 @pytest.mark.parametrize("jump_s", [-1e7, 0.0, 1e7])
 async def test_time_that_the_server_was_away_ends_no_session(lasting: Lasting, jump_s: float) -> None:
     async with lasting.engine(max_session_idle_s=IDLE_S) as at:
@@ -96,7 +96,7 @@ async def test_time_that_the_server_was_away_ends_no_session(lasting: Lasting, j
         assert at.slots().resident == 0
 
 
-@ON_DISK
+@ON_DISK  # the server alone looks through the records
 async def test_what_nobody_names_expires_by_the_sweep_alone(lasting: Lasting) -> None:
     async with lasting.engine() as at:
         await at.engine.open_sessions("plain", session_ids=[f"s{i:04}" for i in range(1200)])

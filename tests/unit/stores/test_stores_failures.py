@@ -164,7 +164,7 @@ async def test_a_frame_that_is_not_kept_fails_whole_and_alone(
             same_reply(found, wanted)
 
 
-@ON_DISK
+@ON_DISK  # what is behind a failed commit of a shared store looks its session up again
 async def test_what_waits_in_line_is_answered_when_its_session_is_dropped(
     lasting: Lasting, options: dict[str, Any]
 ) -> None:

@@ -111,7 +111,7 @@ async def test_nobody_hears_or_sees_what_is_not_kept(
         assert after != before
 
 
-@ON_DISK
+@ON_DISK  # changes are appended to a log beside the commit
 async def test_what_comes_during_a_stall_is_kept_together(lasting: Lasting) -> None:
     ids = [f"s{i:02}" for i in range(40)]
     async with lasting.engine(resident_rows=200) as at:
@@ -414,7 +414,7 @@ async def test_who_waits_for_rows_of_sessions_that_are_being_made_is_let_in_when
         assert (await step.only()).revision == 1
 
 
-@ON_DISK
+@ON_DISK  # batches of a shared store do not wait in the server
 async def test_the_timer_does_not_queue_behind_a_store_that_has_too_much(
     lasting: Lasting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from stepwell_server.engine.change import Change
 from stepwell_server.errors import Internal, ServerError, SessionExpired, SessionGone, Unavailable
 from support.durable import Lasting, begun, everything, stalled
 from support.engine import Answer, Harness, Later, kinds, x
-from support.kinds import LASTING, ON_DISK
+from support.kinds import LASTING
 
 pytestmark = LASTING
 
@@ -70,7 +70,6 @@ async def test_the_sweep_leaves_alone_what_was_used_and_then_dropped(lasting: La
         assert (await at.step("a", x(1))).revision == 1
 
 
-@ON_DISK
 async def test_what_was_dropped_and_never_named_again_expires(lasting: Lasting) -> None:
     async with lasting.engine(max_session_idle_s=IDLE_S) as at:
         at.clock.advance(IDLE_S + 1)

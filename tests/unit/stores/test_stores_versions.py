@@ -211,7 +211,7 @@ async def test_what_drains_drains_after_a_restart_too(lasting: Lasting, *, at_st
         assert draining(at) == [False] * 4
 
 
-@ON_DISK
+@ON_DISK  # another server may have it
 async def test_a_default_that_is_not_loaded_yet_is_waited_for(lasting: Lasting) -> None:
     async with on(lasting) as at:
         await at.open("a")
@@ -248,7 +248,7 @@ async def test_what_is_opened_on_a_version_that_others_have_left_stays(lasting: 
         assert (await at.engine.session_info("moved")).version == 2
 
 
-@ON_DISK
+@ON_DISK  # another server may have it
 async def test_what_is_opened_after_the_default_was_unloaded_stays(lasting: Lasting) -> None:
     async with on(lasting) as at:
         await at.engine.load_version("plain", 2, weights(2))
@@ -261,7 +261,7 @@ async def test_what_is_opened_after_the_default_was_unloaded_stays(lasting: Last
         await expect(at, "a", 1, state, 2)
 
 
-@ON_DISK
+@ON_DISK  # a number stays one file while other servers may serve it
 async def test_a_number_has_one_set_of_weights_while_sessions_may_have_them(lasting: Lasting) -> None:
     async with on(lasting) as at:
         await at.open("a")
@@ -273,7 +273,7 @@ async def test_a_number_has_one_set_of_weights_while_sessions_may_have_them(last
         await at.engine.load_version("plain", 1, PLAIN)
 
 
-@ON_DISK
+@ON_DISK  # no server starts with another file
 async def test_the_file_of_a_version_was_replaced(lasting: Lasting) -> None:
     async with on(lasting) as at:
         await at.open("a")
@@ -282,7 +282,7 @@ async def test_the_file_of_a_version_was_replaced(lasting: Lasting) -> None:
             await at.step("a", x(1))
 
 
-@ON_DISK
+@ON_DISK  # no server starts with another file
 async def test_the_file_of_a_version_that_sessions_have_left_was_replaced(lasting: Lasting) -> None:
     async with on(lasting) as at:
         await at.open("plain", "marked")
@@ -305,7 +305,7 @@ async def test_the_file_of_a_version_that_sessions_have_left_was_replaced(lastin
         lasting.kill()
 
 
-@ON_DISK
+@ON_DISK  # no server starts with another file
 async def test_a_file_that_was_replaced_comes_back(lasting: Lasting) -> None:
     async with on(lasting) as at:
         await at.open("a", "b")
