@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepwell_server.engine.durability import record_templates as sheets
+from stepwell_server.engine.durability import records as sheets
 from support.engine import Harness, running, x
 from support.records import decode
 
@@ -44,7 +44,7 @@ async def test_a_group_that_steps_again_shares_a_sheet_and_each_record_is_its_ow
 
 
 async def test_sessions_that_come_together_once_leave_no_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sheets, "_MOST_SEEN", 3)
+    monkeypatch.setattr(sheets, "_MAX_SEEN", 3)
     async with running() as at:
         ids = [f"s{i}" for i in range(COUNT)]
         await at.engine.open_sessions("plain", session_ids=ids)
@@ -96,7 +96,7 @@ async def test_new_sessions_do_not_hold_the_outputs_of_whoever_had_their_rows() 
 
 
 async def test_sheets_are_kept_within_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sheets, "_MOST_BYTES", 20_000)
+    monkeypatch.setattr(sheets, "_MAX_BYTES", 20_000)
     async with running() as at:
         ids = [f"s{i}" for i in range(COUNT)]
         await at.engine.open_sessions("plain", session_ids=ids)

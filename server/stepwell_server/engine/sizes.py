@@ -46,7 +46,7 @@ class Sizes:
     def settle(self, outcome: Outcome) -> None:
         """The store has kept an outcome: count its sessions by what it has now. To be called before the table says it.
 
-        Only where `Model.may_resize` says so: few do, and those that do not should cost nothing.
+        Ask `Model.may_resize` first, as for `resized`: few do, and those that do not should cost nothing.
         """
         after = self._of(outcome)
         more = after - self.table.bytes[outcome.handles]
@@ -61,8 +61,6 @@ class Sizes:
 
     def resized(self, outcome: Outcome) -> frozenset[str]:
         """The sessions that take more or less bytes once an outcome is kept."""
-        if not outcome.model.may_resize(outcome.arrays):
-            return frozenset()
         other = outcome.handles[self._of(outcome) != self.table.bytes[outcome.handles]]
         return frozenset(self.table.session_id(handle) for handle in other.tolist())
 

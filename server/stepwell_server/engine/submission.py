@@ -124,8 +124,10 @@ class Submission:
 
         Returns, and raises: as `submit`.
         """
-        if change.may_leave_out and len(unfit := self._validation.unfit(change, handles)):
-            return self._take_without(change, unfit, seen)
+        if change.messages is not None or change.continued_model:
+            unfit = self._validation.unfit(change, handles)
+            if len(unfit):
+                return self._take_without(change, unfit, seen)
         reply_bytes = change.reply_bytes
         refused: Refusals = []
         problem: ServerError | None = None

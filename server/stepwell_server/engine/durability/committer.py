@@ -7,7 +7,7 @@ the store holds now: whoever sent it there before gets the first answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,11 +18,11 @@ from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.records import Outcome, Records
 from stepwell_server.engine.sizes import Sizes
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import U64, Members
+from stepwell_server.engine.types import Members
 from stepwell_server.errors import OutcomeUnknown, ServerError
 from stepwell_server.store import base
 from stepwell_server.store.base import ALL_KEPT, Batch, Committed, Done, stamped
-from stepwell_server.store.record import Joined, Stored
+from stepwell_server.store.record import Joined
 
 Answer = Callable[[ServerError | None, Members | None], None]
 """Called with None, or why it never will be true; and for which places of the outcome: None for all of them."""
@@ -62,23 +62,18 @@ class Recorder:
             done(committed)
 
         def build() -> Batch:
-            puts = self._records.of(outcome, last_used)
+            puts, follows = self._records.of(outcome, last_used), self._table.stamp[outcome.handles]
+            if isinstance(puts, Joined) and np.count_nonzero(follows != follows[0]):
+                # records of several lengths are not in the order of the outcome
+                follows = self._table.stamp[self._table.find_all([session_id for session_id, _ in puts])]
             return Batch(
                 puts=puts,
-                resized=sizes.resized(outcome),
-                follows=self._follows(outcome, puts),
+                resized=sizes.resized(outcome) if outcome.model.may_resize(outcome.arrays) else (),
+                follows=follows,
                 stamps=stamped(outcome.stamp, count),
             )
 
         self._commits.submit(build, count, kept, is_change=True, is_hurried=outcome.is_hurried)
-
-    def _follows(self, outcome: Outcome, puts: Sequence[tuple[str, Stored]]) -> U64:
-        """The stamps of the records that others follow, in their order."""
-        stamps = self._table.stamp[outcome.handles]
-        # puts of records of several lengths are not in the order of the outcome
-        if isinstance(puts, Joined) and np.count_nonzero(stamps != stamps[0]):
-            return self._table.stamp[self._table.find_all([session_id for session_id, _ in puts])]
-        return stamps
 
 
 class Committer:

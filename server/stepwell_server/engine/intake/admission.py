@@ -271,11 +271,11 @@ class Admission(Starter):
         self, change: Change, members: Members, handles: Handles
     ) -> tuple[Verdict, tuple[Mask, Mask]] | None:
         """Apply the exactly-once rule: None where all are the next change; else which are, and which reuse a request id."""
-        requests = change.request_ids
+        expected, requests = change.expected, change.request_ids
         verdict = judge(
             self._table.revision[handles],
             self._table.request_id[handles],
-            change.expected_of(members),
+            None if expected is None else expected[members],
             None if requests is None else requests[members],
         )
         if verdict is None:
@@ -403,7 +403,7 @@ class Admission(Starter):
         return list(change.by_source(members))
 
     def _job(self, change: Change, members: Members, source: Source) -> Job:
-        is_whole = len(members) == change.size
+        is_whole = len(members) == len(change.session_ids)
         handles = change.handles if is_whole else change.handles[members]
         rows = None if is_whole else change.rows_of(members)
         resets = change.reset_rows

@@ -163,7 +163,8 @@ def require_lists(change: Change) -> None:
         InvalidInput: it names too many sessions, one of them twice, or numbers for others.
     """
     ids = change.session_ids
-    require_sessions(ids, may_repeat=change.callers is not None)
+    if len(ids) != 1:
+        require_sessions(ids, may_repeat=change.callers is not None)
     if change.expected is not None and len(change.expected) != len(ids):
         raise _wrong_length("expected_revisions", change.expected, ids)
     if change.request_ids is not None and len(change.request_ids) != len(ids):
