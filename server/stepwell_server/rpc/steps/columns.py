@@ -7,6 +7,7 @@ every protocol; what differs between them is a `Form`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -198,17 +199,17 @@ class ColumnSteps(Refusals):
         form.prepare()
         form.left = form.members
         self._end_late(form)
-        columns, alone = form.columns, form.members
-        if len(columns.counts) > 1 and len(alone) and not _names_one_twice(columns):
-            alone = self._submit_together(form)
+        columns = form.columns
+        if len(columns.counts) > 1 and len(form.left) and not _names_one_twice(columns):
+            self._submit_together(form)
         out: set[int] = set()
         is_one = len(columns.counts) == 1
-        for number, (first, count) in enumerate(_messages_of(columns, alone), 1):
+        for number, (first, count) in enumerate(_messages_of(columns, form.left), 1):
             if number % _PIECE == 0:
                 yield True
             if first in out:
                 continue
-            members = alone if is_one else np.arange(first, first + count)
+            members = form.left if is_one else np.arange(first, first + count)
             change = self._change(form, members)
             change.caller, change.who = columns.callers[first], _who(columns, first)
             change.deadline = float(columns.deadlines[first])
@@ -229,8 +230,8 @@ class ColumnSteps(Refusals):
             form.members = form.left = np.setdiff1d(form.members, late)
             form.failed(late, too_late())
 
-    def _submit_together(self, form: Form) -> Members:
-        """Submit all messages as one change; return the members of those that must be submitted alone."""
+    def _submit_together(self, form: Form) -> None:
+        """Submit all messages as one change; those that must be submitted alone are left."""
         columns, members = form.columns, form.members
         is_whole = len(members) == len(columns.session_ids)
         change = self._change(form, members)
@@ -244,11 +245,8 @@ class ColumnSteps(Refusals):
         change.deadline = float(np.minimum.reduce(change.deadlines))
         if change.batch_sizes is None:
             change.batch_sizes = sizes_of(columns, members)  # whose rows are whose
-        try:
+        with contextlib.suppress(ServerError):  # each gets its own answer
             form.left = members[self._engine.submit(change)]
-        except ServerError:
-            form.left = members
-        return form.left
 
     def _change(self, form: Form, members: Members) -> Change:
         some = None if len(members) == len(form.columns.session_ids) else members
