@@ -66,6 +66,20 @@ async def test_if_the_store_does_not_say_whether_it_replaced_one_its_word_counts
             assert (await at.engine.session_info("a")).revision == (1 if kept else 2)
 
 
+async def test_a_session_that_leaves_the_table_before_its_turn_is_replaced_without_being_away() -> None:
+    async with two(threads=True) as (first, second):
+        await both_know(first, second, "a", "b")
+        records = [await exported(first, name) for name in "ab"]
+        await first.submit(["a", "b"], x(2)).all()
+        blocked = await second.begin_pass("a", x(1))
+        replacing = await begun(second.engine.import_sessions(records, Existing.REPLACE))
+        assert second.inside.removal.forget_idle(["b"]) == 1
+        second.hooks.open_gate()
+        assert await replacing == [Imported.REPLACED] * 2
+        assert not any(batch.deletes for batch in second.store.tried)
+        await blocked.all()
+
+
 async def test_an_import_that_another_server_overtakes_is_judged_again() -> None:
     async with two() as (first, second):
         await first.open("a")

@@ -70,8 +70,6 @@ class Begin:
         self._table = context.table
         self._directory = context.directory
         self._pieces = context.directory.pieces
-        self._quotas = context.quotas
-        self._observer = context.observer
         self.attempts = Attempts(context)
         self._keeping = keeping
         self._follow = follow
@@ -174,7 +172,7 @@ class Begin:
                 session_id=name,
             )
         self._context.uses.used(np.array([handle]))
-        self._observer.session_event("resumed", model.name, name)
+        self._context.observer.session_event("resumed", model.name, name)
         return Opened(self._directory.info_now(handle, seen, is_same=True), resumed=True)
 
     async def open_many(
@@ -273,7 +271,7 @@ class Begin:
 
     def owner(self, who: Caller, session_id: str = "") -> str:
         """See `Quotas.owner`."""
-        return "" if self._quotas is None else self._quotas.owner(who, session_id)
+        return "" if self._context.quotas is None else self._context.quotas.owner(who, session_id)
 
     # -------------------------------------------------------------------------------------------------------- the path
 
@@ -286,8 +284,8 @@ class Begin:
             Unavailable: the store cannot be asked now.
         """
         while True:
-            if self._quotas is not None:
-                await self._quotas.refresh(session_ids)
+            if self._context.quotas is not None:
+                await self._context.quotas.refresh(session_ids)
             await self._context.removal.settled(session_ids)
             seen = await self._directory.look(session_ids, anew=True)
             ended = seen.ended_elsewhere()
@@ -454,7 +452,7 @@ class Begin:
             QuotaExceeded: their tenant must not have as many; none is made.
             Unavailable: the store could not keep them; the same. Or it did not answer, and may have kept them.
         """
-        quotas, usage = self._quotas, new.usage
+        quotas, usage = self._context.quotas, new.usage
         try:
             if quotas is not None:
                 quotas.begin(new.ids, usage, new.owner)
@@ -583,9 +581,9 @@ class Begin:
     def _report(self, new: NewSessions) -> None:
         event = "opened" if new.kind is Kind.OPEN else "forked"
         if new.is_single:
-            self._observer.session_event(event, new.model.name, new.ids[0])
+            self._context.observer.session_event(event, new.model.name, new.ids[0])
         else:
-            self._observer.sessions_opened(new.model.name, len(new.ids), event)
+            self._context.observer.sessions_opened(new.model.name, len(new.ids), event)
 
     async def _require_not_over(self, ids: Sequence[str]) -> None:
         """Refuse to continue when another server was faster, and what began there has ended already.

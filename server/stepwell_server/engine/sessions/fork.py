@@ -37,7 +37,6 @@ class Fork:
     def __init__(self, context: Context, begin: Begin, reading: StateReader) -> None:
         self._context = context
         self._directory = context.directory
-        self._pieces = context.directory.pieces
         self._begin = begin
         self._reading = reading
         self._copied_bytes = 0
@@ -118,7 +117,7 @@ class Fork:
             field, new_session_ids, count, request_id, session_ids, namespace=namespace
         )
         content = np.zeros(count, np.uint64)
-        async for part in self._pieces.of(ids):
+        async for part in self._directory.pieces.of(ids):
             content[part] = content_of_fork(session_ids[part], max_idle_ms)
         call = Call(
             ids=ids,
@@ -148,7 +147,7 @@ class Fork:
         if isinstance(found, OpenedMany):  # also if those it was made of have ended by now
             return found
         missing = [ids[place] for place in found.tolist()] if call.are_named and found is not None else ()
-        async for part in self._pieces.of(missing):
+        async for part in self._directory.pieces.of(missing):
             self._directory.require_new(call.field, missing[part], seen)
         if len(missing) > TURN or found is None or len(found) < len(ids):  # others had turns meanwhile
             seen = await self._directory.look(sources, anew=True)

@@ -98,8 +98,10 @@ class _New:
     """The store may have a later revision of a session of its id."""
     follows: int = 0
     """See `Directory.follows`."""
+    must_close: bool = False
+    """There is a session of its id that cannot be stepped here: it is closed first."""
     has_replaced: bool = False
-    """A session of its id was closed for it."""
+    """That was done."""
 
     def after(self, closes: tuple[int, ...]) -> _New:
         """The same, of an id whose earlier sessions these calls closed."""
@@ -119,7 +121,6 @@ class Import:
         self._context = context
         self._table = context.table
         self._directory = context.directory
-        self._quotas = context.quotas
         self._begin = begin
         self._loader = loader
         self._closer = closer
@@ -255,7 +256,7 @@ class Import:
                 own = each.after(past.closes.get(session_id, ()))
                 goes_back = first > 0 or existing is Existing.REPLACE
                 absent.append(dataclasses.replace(own, goes_back=goes_back, follows=int(follows[place])))
-            elif handle >= 0 and self._is_same(handle, each):
+            elif handle >= 0 and seen.newer(session_id) is None and self._is_same(handle, each):
                 results[session_id] = Imported.IMPORTED
             elif existing is Existing.SKIP:
                 results[session_id] = Imported.SKIPPED
@@ -264,6 +265,7 @@ class Import:
                     f"session_id must be new; session {session_id!r} is open", session_id=session_id
                 )
             else:
+                each.must_close = handle < 0
                 others.append(each)
         return absent, others
 
@@ -306,8 +308,8 @@ class Import:
         kept: list[_New] = []
         for each in new:
             outcome = _outcome(each.session_id, committed)
-            if self._quotas is not None:
-                settle = self._quotas.made if outcome is None else self._quotas.not_made
+            if self._context.quotas is not None:
+                settle = self._context.quotas.made if outcome is None else self._context.quotas.not_made
                 settle([each.session_id], each.usage)
             if outcome is None:
                 kept.append(each)
@@ -320,8 +322,8 @@ class Import:
     def _charge(self, each: _New, results: Results) -> bool:
         """Whether the tenant may have the session; else `results` says why not."""
         try:
-            if self._quotas is not None:
-                self._quotas.begin([each.session_id], each.usage, owner_of(each.header.fields))
+            if self._context.quotas is not None:
+                self._context.quotas.begin([each.session_id], each.usage, owner_of(each.header.fields))
         except QuotaExceeded as error:
             results[each.session_id] = error
             return False
@@ -332,8 +334,9 @@ class Import:
         session_id, table = each.session_id, self._table
         try:
             handle = table.find(session_id)
-            if handle is None:
+            if each.must_close:
                 await self._close(each, seen)
+            if each.must_close or handle is None:
                 return None
             await self._context.turns.hold(handle, float("inf"), rows=False)
         except SessionGone:
@@ -391,8 +394,8 @@ class Import:
         Raises:
             QuotaExceeded: its tenant must not have as much.
         """
-        if self._quotas is not None:
-            self._quotas.change(session_id, more)
+        if self._context.quotas is not None:
+            self._context.quotas.change(session_id, more)
 
     def _enter(self, new: Sequence[_New], stamp: int) -> None:
         """Let the table have sessions that the store has kept."""
