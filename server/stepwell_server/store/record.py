@@ -417,8 +417,9 @@ def decode_many(session_ids: Sequence[str], stored: Sequence[Stored]) -> Decoded
             for i in np.flatnonzero(heads["extra_bytes"]).tolist()
         },
         {
-            sound[i]: bytes(views[i][seal_end(views[i]) :])
-            for i in np.flatnonzero(heads["fields_bytes"]).tolist()
+            sound[i]: _parsed(bytes(views[i][-size:]), KNOWN_TAGS)[0]
+            for i, size in enumerate(heads["fields_bytes"].tolist())
+            if size
         },
         errors,
     )
@@ -526,7 +527,7 @@ def state_at(record: Stored) -> int:
 
 def fields_at(record: Stored) -> int:
     """Where the extension fields of a record begin; nothing is checked."""
-    return max(0, len(record) - int(_STRUCT.unpack_from(record)[_FIELDS]))
+    return max(0, len(record) - int(_LENGTH.unpack_from(record, HEADER.itemsize - _LENGTH.size)[0]))
 
 
 def seal_end(record: Stored) -> int:
@@ -556,30 +557,33 @@ def _checked(session_id: str, stored: Stored, *, sealed: bool = False) -> memory
             session_id,
             f"its schema version is {schema}, this server reads {SCHEMA_VERSION}: {age} server wrote it",
         )
-    fields = _fields_of(view)
+    fields = bytes(view[fields_at(view) :])
     if not fields:
         return view
     try:
-        tags = unpack_fields(fields)
+        _, is_sealed, unknown = _parsed(fields, KNOWN_TAGS)
     except ValueError as error:
         raise _corrupt(session_id, str(error)) from error
-    if SEAL in tags and not sealed:
+    if is_sealed and not sealed:
         raise _corrupt(
             session_id,
             f"it is encrypted with key {key_id_of(view)!r}, and this server has no key of that id which opens it",
         )
-    unknown = [tag for tag in tags if tag & CRITICAL and tag not in KNOWN_TAGS]
     if unknown:
         raise _corrupt(
             session_id,
-            f"it has the critical field {unknown[0]:#06x}, which this server does not know: a later server wrote it",
+            f"it has the critical field {unknown:#06x}, which this server does not know: a later server wrote it",
         )
     return view
 
 
-def _fields_of(view: memoryview) -> memoryview:
-    size = _STRUCT.unpack_from(view)[_FIELDS]
-    return view[len(view) - size :] if size else view[:0]
+@functools.lru_cache(256)  # most records of a model have the same fields
+def _parsed(fields: bytes, known: frozenset[int]) -> tuple[bytes, bool, int]:
+    """Fields but that of encryption, whether there is that one, and the first critical tag that is not known, or 0."""
+    tags = unpack_fields(fields)
+    unknown = min((tag for tag in tags.keys() - known if tag & CRITICAL), default=0)
+    rest = fields[FIELD_HEAD.size + len(tags[SEAL]) :] if SEAL in tags else fields  # it is the first one
+    return rest, SEAL in tags, unknown
 
 
 def _corrupt(session_id: str, problem: str) -> StateCorrupt:

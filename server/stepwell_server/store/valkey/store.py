@@ -453,9 +453,8 @@ class ValkeyStore(Store):
 
     @override
     async def documents(self, prefix: str = "") -> dict[str, bytes]:
-        is_fenced = self._requests.waits
-        *_, read = requests = documents.reading(self._keys, fence=is_fenced)
-        await self._ask(requests, waits=is_fenced)
+        *_, read = requests = documents.reading(self._keys, fence=self._requests.waits)
+        await self._ask(requests, waits=self._requests.waits)
         if not read.is_durable:
             raise _not_durable(self._url.replicas)
         return documents.found_in(read.reply, prefix)
