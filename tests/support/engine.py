@@ -36,6 +36,7 @@ from stepwell_server.store.base import LocalStore, Store
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
+from stepwell_server.store.valkey.store import ValkeyStore
 from support.awaited import RemoteStore
 from support.clock import ManualClock
 from support.fake_executor import PLAIN, WAIT_S, FakeExecutor, Hooks
@@ -399,8 +400,8 @@ async def running(
     own = store is None
     if own:
         store = await STORES.make(clock)
-    is_shared = isinstance(store, Gated)
-    if is_shared:
+    is_shared = isinstance(store, Gated | ValkeyStore)
+    if isinstance(store, Gated):
         store.serve(clock)
     engine = Engine(
         programs or {"plain": PLAIN},
@@ -432,11 +433,11 @@ async def running(
             harness.check_books()
     finally:
         hooks.open_gate()
-        if is_shared:
+        if isinstance(store, Gated):
             store.let_go()
         await harness.settled()
         await engine.close()
-        if own and is_shared:
+        if own and isinstance(store, Gated):
             await store.close()
         elif own:
             store.close()

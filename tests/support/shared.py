@@ -48,11 +48,11 @@ async def opened(
 
 @asynccontextmanager
 async def shared(
-    url: str, count: int = 1, *, durability: Literal["sync", "async"] = "async"
+    url: str, count: int = 1, *, durability: Literal["sync", "async"] = "async", clock: Clock | None = None
 ) -> AsyncIterator[list[ValkeyStore]]:
     """A new store as several servers see it: `url` is one of `support.valkey`, which says no prefix."""
     whole = f"{url}{'&' if '?' in url else '?'}prefix={fresh_prefix()}"
-    stores = [await opened(whole, durability=durability) for _ in range(count)]
+    stores = [await opened(whole, durability=durability, clock=clock) for _ in range(count)]
     try:
         yield stores
     finally:

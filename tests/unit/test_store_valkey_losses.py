@@ -25,7 +25,7 @@ from stepwell_server.store.valkey.keys import LOST_STAMP
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.engine import Harness, running, x
 from support.records import scan
-from support.shared import end, fresh_prefix, opened, put, shared
+from support.shared import end, opened, put, shared
 from support.stored import record
 from support.valkey import Valkey
 
@@ -267,13 +267,12 @@ async def test_a_list_or_count_of_another_type_concerns_one_part(valkey: Valkey,
 async def engines(valkey: Valkey) -> AsyncIterator[tuple[Harness, Harness]]:
     """Two servers on a new store."""
     clock: Any = SystemClock()
-    url = valkey.url(f"?prefix={fresh_prefix()}")
-    async with contextlib.AsyncExitStack() as stack:
-        found = [
-            await stack.enter_async_context(running(store=await opened(url, clock=clock), clock=clock))
-            for _ in range(2)
-        ]
-        yield found[0], found[1]
+    async with (
+        shared(valkey.url(), 2, clock=clock) as (a, b),
+        running(store=a, clock=clock) as first,
+        running(store=b, clock=clock) as second,
+    ):
+        yield first, second
 
 
 CALLS: dict[str, Any] = {

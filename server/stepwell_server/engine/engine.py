@@ -34,11 +34,11 @@ from stepwell_server.engine.sessions.close import Closer
 from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import MAX_PAGED_OUT, Expiry, Removal, Sweep, Uses
+from stepwell_server.engine.sessions.export import Export
 from stepwell_server.engine.sessions.fork import Fork
 from stepwell_server.engine.sessions.ids import MAX_IDS_PER_CALL
 from stepwell_server.engine.sessions.imports import Import
 from stepwell_server.engine.sessions.lookup import Loader, Lookup
-from stepwell_server.engine.sessions.moving import Moving
 from stepwell_server.engine.sessions.read import SessionCounts, SessionList, StateReader
 from stepwell_server.engine.shares import LoopTurns, Pieces, Shares, Threads
 from stepwell_server.engine.sizes import Sizes
@@ -242,11 +242,11 @@ class Engine:
         """Close sessions that fit a filter, some at a time: see `Closer.close_matching`."""
         self.was_closed_by = self._closing.was_closed_by
         """Whether a request has closed a session of an id: see `Closer.was_closed_by`."""
-        moving = Moving(context, listing, records, store, keeping.others)
-        self.export_sessions = moving.export
-        """The records of sessions: see `Moving.export`."""
-        self.export_page = moving.export_page
-        """The records of sessions that fit a filter, page by page: see `Moving.export_page`."""
+        export = Export(context, listing, records, store)
+        self.export_sessions = export.sessions
+        """The records of sessions: see `Export.sessions`."""
+        self.export_page = export.page
+        """The records of sessions that fit a filter, page by page: see `Export.page`."""
         self.import_sessions = Import(context, begin, loader, self._closing).run
         """Begin sessions with records, each for itself: see `Import.run`."""
         self._serving = Serving(

@@ -12,8 +12,8 @@ from stepwell_server.core.idle import MAX_IDLE_MS, MIN_IDLE_S
 from stepwell_server.engine.api import SessionFilter as Filter
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.sessions.close import Place
+from stepwell_server.engine.sessions.export import Exported
 from stepwell_server.engine.sessions.imports import MAX_IMPORTED, Existing, Imported, SessionRecord
-from stepwell_server.engine.sessions.moving import Exported
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.rpc import convert, naming
 from stepwell_server.rpc.pages import from_token, to_token
@@ -76,8 +76,9 @@ class Administration:
                 response.sessions.extend([_listed(info, call.who) for info in page[start : start + _AT_ONCE]])
                 if len(page) > _AT_ONCE:
                     await asyncio.sleep(0)
-        if page.next is not None:
-            response.next_page_token = to_token(naming.own_place(call.who, page.next))
+        response.next_page_token = (
+            "" if page.next is None else to_token(naming.own_place(call.who, page.next))
+        )
         return response
 
     async def close_matching_sessions(
