@@ -1,6 +1,8 @@
-"""How a change comes in: its sessions are found, it is checked, too much is refused, and it waits in an inbox.
+"""How a change comes in: `submit` finds its sessions, `_take` checks it, `_queue` puts it into the inbox of its model.
 
-A change whose sessions are not all in the table waits until the store has said what it has of them.
+A change whose sessions are not all in the table waits for the `Lookup`. One that is refused by what the table has of its
+sessions is looked up once more, compared with the store, unless that says at once that the table is right. A change is
+split where its members are on several versions.
 """
 
 from __future__ import annotations
@@ -120,10 +122,7 @@ class Submission:
         return self._take(change, handles, missing, seen)
 
     def _take(self, change: Change, handles: Handles, missing: Members, seen: Seen) -> Members:
-        """Check a change some of whose sessions are there, answer what is refused, and put the rest into its inbox.
-
-        Returns, and raises: as `submit`.
-        """
+        """Check a change some of whose sessions are there, and queue it. Returns, and raises: as `submit`."""
         if change.messages is not None or change.continued_model:
             unfit = self._validation.unfit(change, handles)
             if len(unfit):
@@ -149,6 +148,15 @@ class Submission:
             return _NOBODY
         if problem is not None:
             raise problem
+        self._queue(change, refused, missing, seen)
+        return _NOBODY
+
+    def _queue(self, change: Change, refused: Refusals, missing: Members, seen: Seen) -> None:
+        """Count and charge what was checked, and let it wait for the next turn of its model; answer the other members.
+
+        Raises:
+            ServerError: too much waits, or its caller may not do as much; nobody is answered.
+        """
         inbox = self._inboxes[change.model.index]
         if len(change.members):
             inbox.hold(change)
@@ -161,7 +169,6 @@ class Submission:
             self._refuse_missing(change, missing, seen)
         if len(change.members):
             inbox.put(change)
-        return _NOBODY
 
     def _take_without(self, change: Change, members: Members, seen: Seen) -> Members:
         """Take a change but for some members, their messages and what must not overtake these; return all of those."""
