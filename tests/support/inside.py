@@ -20,7 +20,7 @@ from stepwell_server.engine.intake.queues import Turns
 from stepwell_server.engine.passes.runner import Runner
 from stepwell_server.engine.sessions.end import Removal, Sweep, Uses
 from stepwell_server.engine.state.model import Model
-from stepwell_server.errors import ModelNotFound
+from stepwell_server.errors import ModelMismatch, ModelNotFound
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Header, decode_header
@@ -161,10 +161,10 @@ class Inside:
         assert not engine._lookup._tails, "something waits for a session to be loaded"
 
     def _is_loaded(self, header: Header) -> bool:
-        """Whether the version that a record is of now is loaded."""
+        """Whether the version that a record is of now is loaded, from the same file."""
         try:
             self._engine._models.place("", header)
-        except ModelNotFound:
+        except (ModelMismatch, ModelNotFound):
             return False
         return True
 
