@@ -25,7 +25,7 @@ from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.lookup import Lookup, Seen
 from stepwell_server.engine.sizes import Sizes
-from stepwell_server.engine.types import Members
+from stepwell_server.engine.types import Mask, Members
 from stepwell_server.errors import Overloaded, ServerError, Stopping
 from stepwell_server.logs import Log
 from stepwell_server.store.base import Store
@@ -208,8 +208,7 @@ class Submission:
         """Whether the store says at once that the table has what it has of sessions that are in the table."""
         there = np.flatnonzero(handles >= 0)
         ids = [change.session_ids[place] for place in there.tolist()]
-        work = self._store.fetch(ids, self._table.stamp[handles[there]].tolist())
-        found = start(work)
+        found = start(self._store.fetch(ids, self._table.stamp[handles[there]].tolist()))
         if isinstance(found, Rest):
             found.close()  # it is asked again, in the order of all that names the sessions
             return False
@@ -331,8 +330,7 @@ class Submission:
 
     def _found_again(self, change: Change, members: Members, seen: Seen) -> Members:
         found = self._directory.find_all([change.session_ids[member] for member in members.tolist()], seen)
-        fits = found >= 0
-        fits &= self._table.batch_size[found] == change.own_sizes(members)
+        fits: Mask = (found >= 0) & (self._table.batch_size[found] == change.own_sizes(members))
         fits &= self._table.model[found] == change.model.index
         change.handles[members[fits]] = found[fits]
         change.births[members[fits]] = self._table.birth[found[fits]]
