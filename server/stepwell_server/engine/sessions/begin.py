@@ -50,7 +50,6 @@ from stepwell_server.store.record import Joined, RecordTemplate, Stored
 
 _log = Log("engine.begin")
 
-_ONE: Members = np.zeros(1, np.intp)
 _T = TypeVar("_T")
 Find = Callable[[NewSessions, Seen], Awaitable[_T | Members | None]]
 """Finds the answer to a call in what exists already, or the places of the sessions that are to begin; None: look again."""
@@ -131,7 +130,7 @@ class Begin:
             if handle is None:
                 new.states = check_finite_state(served.program, state, batch_size)
                 new.content = content_of_open(model, batch_size, max_idle_ms, new.states or ())
-                return _ONE
+                return np.zeros(1, np.intp)
             if new.is_version:
                 self._directory.require_version(handle, served)
             if not request_id or int(self._table.opened_with[handle]) != request_id:

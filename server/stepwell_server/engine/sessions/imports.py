@@ -70,8 +70,6 @@ class Imported(enum.Enum):
 
 
 Result = Imported | ServerError
-Results = dict[str, Result]
-"""By session id; one that is not in it is looked at again."""
 
 
 class SessionRecord(NamedTuple):
@@ -142,7 +140,7 @@ class Import:
             raise InvalidInput(f"sessions must be at most {MAX_IMPORTED}; got {len(ids)}")
         if len(set(ids)) != len(ids):
             raise InvalidInput("sessions must be different from each other; got one of them twice")
-        results: Results = {}
+        results: dict[str, Result] = {}  # a session that is not in it is looked at again
         left: dict[str, _New] = {}
         for place, session in enumerate(sessions):
             if place % _PIECE == _PIECE - 1:
@@ -233,7 +231,7 @@ class Import:
     # -------------------------------------------------------------------------------------------------------- the path
 
     def _sorted(
-        self, new: Mapping[str, _New], seen: Seen, existing: Existing, results: Results
+        self, new: Mapping[str, _New], seen: Seen, existing: Existing, results: dict[str, Result]
     ) -> tuple[list[_New], list[_New]]:
         """Sessions whose ids are free, and those that replace another one; `results` gets the others."""
         ids = list(new)
@@ -287,7 +285,7 @@ class Import:
             float(table.created[handle]),
         )
 
-    async def _begin_all(self, absent: Sequence[_New], results: Results) -> None:
+    async def _begin_all(self, absent: Sequence[_New], results: dict[str, Result]) -> None:
         """Begin sessions whose ids are free, in the moment in which they were found to be."""
         new = [each for each in absent if self._charge(each, results)]
         if not new:
@@ -319,7 +317,7 @@ class Import:
         self._enter(kept, stamp)
         self._begin.release(ids, pending)
 
-    def _charge(self, each: _New, results: Results) -> bool:
+    def _charge(self, each: _New, results: dict[str, Result]) -> bool:
         """Whether the tenant may have the session; else `results` says why not."""
         try:
             if self._context.quotas is not None:
