@@ -411,8 +411,14 @@ class Directory:
         except (ModelNotFound, ModelMismatch):
             return info
         position = 0 if any(move.how is How.RESET for move in way) else info.position
-        return dataclasses.replace(
-            info, version=model.version, fingerprint=model.program.fingerprint, position=position
+        # lists have many sessions of which the record says it all
+        return (
+            info
+            if (info.version, info.fingerprint, info.position)
+            == (model.version, model.program.fingerprint, position)
+            else dataclasses.replace(
+                info, version=model.version, fingerprint=model.program.fingerprint, position=position
+            )
         )
 
 

@@ -593,9 +593,8 @@ class SessionList:
             info = here
         elif found.record is None:
             return None
-        elif (
-            header := header_or_none(session_id, found.record)
-        ) is None:  # damaged: nothing is known but its id
+        elif (header := header_or_none(session_id, found.record)) is None:
+            # damaged: nothing is known but its id
             return SessionInfo(session_id, "", "", 0, 0, 0, 0.0, 0.0, resident=False)
         else:
             info = self._directory.stored_info(session_id, header)
