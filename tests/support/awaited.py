@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Self
 
 import numpy as np
 
@@ -27,7 +26,6 @@ from stepwell_server.store.base import (
 )
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.in_process import fetched
-from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Header, Stored, decode_header
 from support.clock import ManualClock
 from support.gates import Gated
@@ -258,11 +256,6 @@ class RemoteStore(Gated):
         kept = _Kept(clock) if beside is None else beside.inner.kept
         super().__init__(FakeShared(shared, kept), None if beside is None else beside.service)
         self.shared = shared
-
-    @classmethod
-    def of_memory(cls) -> Self:
-        """A new one."""
-        return cls(MemoryStore())
 
     def replica(self) -> RemoteStore:
         """The same store as another server sees it."""

@@ -28,7 +28,6 @@ from stepwell_server.store.base import (
     new_stamp,
 )
 from stepwell_server.store.heads import Heads, heads_of
-from stepwell_server.store.record import Stored
 from support.clock import ManualClock
 from support.fake_executor import WAIT_S
 
@@ -113,9 +112,6 @@ class Gated(Store):
         self.commits_held, self.answers_held = not kept, kept
         self._stalled_at = len(self.asked("answer" if kept else "commit"))
 
-    def go_on(self) -> None:
-        self.let_go()
-
     def kill(self) -> None:
         """Keep nothing more of what the server does."""
         self.is_killed = True
@@ -138,6 +134,8 @@ class Gated(Store):
                 self._gates.append((kind, gate))
             elif not gate.done():
                 gate.set_result(None)
+
+    go_on = let_go
 
     def asked(self, kind: str) -> list[tuple[str, ...]]:
         """The names in each call of a kind so far."""
@@ -196,9 +194,6 @@ class Gated(Store):
         """As `ValkeyStore.read`."""
         await self._read("read", *session_ids)
         return list(await self.inner.read(session_ids, known))
-
-    async def get(self, session_id: str) -> Stored | None:
-        return (await self.fetch([session_id]))[0].record
 
     async def touch(self, session_ids: Sequence[str], stamps: Sequence[int]) -> None:
         await self._tell("touch", session_ids)

@@ -73,6 +73,11 @@ async def both_know(first: Harness, second: Harness, *session_ids: str) -> None:
         await second.state(session_id)
 
 
+async def ended(*servers: Harness) -> int:
+    """How many sessions ended by what the timers of servers do."""
+    return sum([await at.inside.expire_idle() for at in servers])
+
+
 async def tombstone(at: Harness, session_id: str) -> Tombstone:
     """What the store remembers of a session that is gone."""
     (found,) = await at.store.found(session_id)

@@ -249,7 +249,7 @@ def test_the_front_is_shown() -> None:
 
 
 async def test_servers_of_one_store_say_the_same_name_of_it_and_others_another() -> None:
-    shared = RemoteStore.of_memory()
+    shared = RemoteStore(MemoryStore())
     own, backup = (InProcessStore(local, ManualClock()) for local in [MemoryStore()] * 2)
 
     def told(store: Store) -> dict[str, str]:

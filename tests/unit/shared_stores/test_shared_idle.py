@@ -16,7 +16,7 @@ from support.engine import Harness, kinds, x
 from support.fake_executor import WAIT_S
 from support.gates import Gated
 from support.kinds import SHARED
-from support.replicas import Times, sweeping, tombstone, two_in_time
+from support.replicas import Times, ended, sweeping, tombstone, two_in_time
 
 pytestmark = SHARED
 IDLE_S = 100.0
@@ -52,11 +52,6 @@ def limited(request: pytest.FixtureRequest) -> Limited:
             yield first, second, times
 
     return run
-
-
-async def ended(*servers: Harness) -> int:
-    """How many sessions ended by what the timers of servers do."""
-    return sum([await at.inside.expire_idle() for at in servers])
 
 
 async def read(at: Harness) -> Any:

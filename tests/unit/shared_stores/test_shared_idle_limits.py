@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 
 import pytest
@@ -12,24 +11,14 @@ from stepwell_server.errors import SessionExpired
 from stepwell_server.store.base import End
 from support.engine import Harness, x
 from support.kinds import SHARED
-from support.replicas import tombstone, two_in_time
+from support.replicas import ended, tombstone, two_in_time
 
 pytestmark = SHARED
-
-
-async def turns(count: int = 20) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 async def opened(at: Harness, max_idle_ms: int | None = 60_000, name: str = "") -> str:
     made = await at.engine.open_session("plain", session_id=name, max_idle_ms=max_idle_ms)
     return made.session.session_id
-
-
-async def ended(*servers: Harness) -> int:
-    """How many sessions ended by what the timers of servers do."""
-    return sum([await at.inside.expire_idle() for at in servers])
 
 
 async def test_sessions_of_several_limits_end_whoever_opened_them() -> None:
