@@ -38,8 +38,8 @@ _log = Log("engine.read")
 
 #: Rows that are copied before others get a turn of the event loop.
 ROWS_AT_ONCE = 4096
-#: Heads of sessions that are read together: less than a millisecond of the event loop.
-_HEADS_AT_ONCE = 500
+#: Heads of sessions that are read together: about a millisecond of the event loop, with the fields of each.
+_HEADS_AT_ONCE = 128
 #: Heads that one page reads, at most, to find sessions that fit.
 _MAX_HEADS = 20_000
 #: Not printable, so no id has it: behind all ids of a namespace.
