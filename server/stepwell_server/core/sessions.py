@@ -137,6 +137,8 @@ class SessionTable:
         """What the store's records of sessions have beside what is known here, by handle; few have any."""
         self._free: list[int] = []
         self._births = 0
+        self.removals = 0
+        """Sessions that have been removed so far."""
         self.next_end = math.inf
         """Before this moment, on the monotonic clock, no session has been idle for too long; `idle` sets it."""
         for name, dtype in _COLUMNS.items():
@@ -202,6 +204,7 @@ class SessionTable:
 
     def remove(self, handle: int) -> None:
         """Forget a session. The caller frees its rows."""
+        self.removals += 1
         del self._handles[self._ids[handle]]
         self._ids[handle] = ""
         self._more_rows.pop(handle, None)

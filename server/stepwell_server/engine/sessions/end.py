@@ -360,7 +360,9 @@ class Expiry:
 
     def only_stored(self, session_ids: Sequence[str]) -> list[str]:
         """Those of some sessions that are in the store and nowhere else, if they are anywhere."""
-        return [i for i in dict.fromkeys(session_ids) if i and i not in self._removal]
+        ids, pending = list(dict.fromkeys(session_ids)), self._removal.pending
+        handles = self._table.find_all(ids).tolist()
+        return [i for i, handle in zip(ids, handles, strict=True) if handle < 0 and i and i not in pending]
 
     async def refresh(self) -> None:
         """Say that this server serves the store, unless it has just done so, and know since when it is served without a break.
@@ -449,6 +451,8 @@ class Expiry:
         Raises:
             Unavailable: the store cannot be asked, or did not say what became of them. They leave the table.
         """
+        if self._clock.monotonic() <= self._table.next_end:
+            return
         suspects = self.suspects(self._table.find_all(session_ids))
         if not len(suspects):
             return

@@ -55,12 +55,16 @@ class Seen:
     ) -> None:
         self._found = found if isinstance(found, dict) else dict(found)
         self._error = error
+        records = (each.record for each in self._found.values())
+        self.is_empty = bool(self._found) and error is None and not any(records)
+        """It is known of some sessions, and the store has no record of them."""
         self.is_compared = newer is not None
         """The sessions that were in the table had been compared with what the store has of them."""
         self._newer = dict(newer or {})
 
     def add(self, other: Seen, here: Sequence[str]) -> None:
         """Know what another one knows, but for sessions that are in the table now."""
+        self.is_empty = other.is_empty and (self.is_empty or not self._found)
         self._found.update(other._found)
         for session_id in here:
             self._found.pop(session_id, None)
@@ -220,39 +224,45 @@ class Lookup:
 
     async def _look(self, session_ids: Sequence[str], newer: Mapping[str, Fetched] | None) -> Seen:
         found: dict[str, Fetched] = {}
+        table = self._table
         try:
             await self._expiry.expire_named(session_ids, is_compared=newer is not None)
             # what is being made here may be there already: another server may have made it
             await self._removal.settled(session_ids)
-            # others may have ended here meanwhile
-            while wanted := [i for i in self._expiry.only_stored(session_ids) if i not in found]:
+            removals, wanted = table.removals, self._expiry.only_stored(session_ids)
+            while wanted:
                 read = await self._read(wanted)
                 over = await self._expiry.expire_found(read)
                 found.update((i, each) for i, each in read.items() if i not in over)
+                if not over and table.removals == removals:
+                    break
+                removals = table.removals
+                wanted = [i for i in self._expiry.only_stored(session_ids) if i not in found]
         except ServerError as error:
             known = dict.fromkeys(session_ids, _NOTHING)
             for session_id in self._expiry.only_stored(session_ids):
                 del known[session_id]
             return Seen(known | found, error, newer)
-        seen = Seen(found)
+        seen = Seen(found, newer=newer)
         ids, unusable = list(found), list[str]()
-        async for part in self.pieces.of(ids):
+        async for part in self.pieces.of([] if seen.is_empty else ids):
             unusable += self._loader.load_all(ids[part], seen)[1]
-        known = dict.fromkeys(session_ids, _NOTHING)
         behind = self._loader.behind(unusable, seen)
         if behind:
             try:
                 await self._catch_up(list(behind.values()))
             except ServerError as error:
+                known = dict.fromkeys(session_ids, _NOTHING)
                 for session_id in behind:
                     del found[session_id], known[session_id]
                 return Seen(known | found, error, newer)
             self._loader.load_all(ids, seen)
-        if self._removal.are_pending(session_ids) or any(
-            i not in found for i in self._expiry.only_stored(session_ids)
-        ):  # others have left the table meanwhile, or begin or end here
+        has_left = table.removals != removals and not found.keys() >= {*self._expiry.only_stored(session_ids)}
+        if has_left or self._removal.are_pending(session_ids):  # or begin or end here
             return await self._look(session_ids, newer)
-        return Seen(known | found, newer=newer)
+        if len(found) == len(session_ids):
+            return seen
+        return Seen(dict.fromkeys(session_ids, _NOTHING) | found, newer=newer)
 
     async def _read(self, session_ids: Sequence[str]) -> dict[str, Fetched]:
         """What the store has of sessions. It is asked in pieces, and they are awaited together."""
@@ -339,6 +349,8 @@ class Loader:
         Raises:
             Unavailable: the store cannot be read.
         """
+        if seen.is_empty:
+            return 0, []
         wanted = self._expiry.only_stored(session_ids)
         found: list[tuple[str, Header, Model]] = []
         unusable: list[str] = []
