@@ -12,8 +12,8 @@ import pytest
 
 from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.namespaces import SEPARATOR
-from stepwell_server.engine.eager import Rest, start
-from stepwell_server.errors import StateCorrupt
+from stepwell_server.engine.eager import Rest, finish, start
+from stepwell_server.errors import StateCorrupt, Unavailable
 from stepwell_server.store import counts
 from stepwell_server.store.base import (
     ALL_KEPT,
@@ -38,7 +38,7 @@ from support.clock import ManualClock
 from support.records import scan
 from support.shared import end, fresh_prefix, opened, put, shared, stamps
 from support.stored import record, template
-from support.valkey import Valkey, until
+from support.valkey import Valkey, paused, until
 
 TENANT = f"acme{SEPARATOR}"
 
@@ -426,6 +426,18 @@ async def test_a_request_without_a_task_finds_its_server(valkey: Valkey) -> None
         rest = await began
         assert isinstance(rest, Rest)
         assert await rest == {"d": b"x"}
+
+
+async def test_a_request_without_a_task_cancels_no_caller_when_it_is_late(valkey: Valkey) -> None:
+    async with shared(valkey.url("?timeout_ms=100"), 1) as (store,):
+        await store.documents()
+        store._topology.call_itself("anew")  # its server is known, and there is no connection to it
+        with paused(valkey):
+            rest = start(store.documents())
+            assert isinstance(rest, Rest)
+            request = asyncio.create_task(finish(rest))
+            await asyncio.wait([request])
+        assert isinstance(request.exception(), Unavailable)
 
 
 async def test_a_damaged_document_is_named(valkey: Valkey) -> None:

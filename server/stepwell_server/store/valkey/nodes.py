@@ -146,6 +146,7 @@ class Node:
         if not self._turns.locked():
             await self._turns.acquire()  # at once
             return
+        await asyncio.sleep(0)  # a timeout needs a task, and `eager.start` begins without one
         try:
             async with asyncio.timeout(limit_s):
                 await self._turns.acquire()
@@ -165,6 +166,7 @@ class Node:
         now = asyncio.get_running_loop().time
         if now() < self._down_until:
             raise Lost(self._why_down, sent=False)
+        await asyncio.sleep(0)  # as in `_turn`
         try:
             async with asyncio.timeout(limit_s):
                 return await self._opens(self.address)
