@@ -6,6 +6,7 @@ and nothing else has run meanwhile; so do the eager tasks of Python 3.12 (asynci
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Coroutine, Generator
 from typing import Any, Generic, TypeVar
 
@@ -24,8 +25,11 @@ class Rest(Awaitable[T], Generic[T]):
         self._waits_for = waits_for
 
     def close(self) -> None:
-        """Give it up: it ends where it waits."""
+        """Give it up: it ends where it waits. What it waits for is cancelled; an error of that is nobody's."""
         self._work.close()
+        if isinstance(self._waits_for, asyncio.Future):
+            self._waits_for.add_done_callback(_ignore)
+            self._waits_for.cancel()
 
     @override
     def __await__(self) -> Generator[Any, Any, T]:
@@ -41,6 +45,11 @@ class Rest(Awaitable[T], Generic[T]):
         except StopIteration as end:
             result: T = end.value
             return result
+
+
+def _ignore(given_up: asyncio.Future[Any]) -> None:
+    if not given_up.cancelled():
+        given_up.exception()
 
 
 def start(work: Coroutine[Any, Any, T]) -> T | Rest[T]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import numpy as np
@@ -207,6 +208,22 @@ async def test_nothing_is_read_that_the_store_cannot_confirm() -> None:
             await second.engine.session_info("a")
         store.read_error = None
         assert (await second.state("a"))["sum"].shape == np.zeros((1, 2)).shape
+
+
+async def test_a_change_that_does_not_fit_reads_its_session_once_and_leaves_no_error_behind() -> None:
+    left: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: left.append(context))
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        store: Gated = first.store
+        before = len(store.asked("read"))
+        store.read_error = Unavailable("away")
+        (refused,) = await first.submit("a", np.zeros((1, 5))).all()
+        assert isinstance(refused, Unavailable)
+        assert store.asked("read")[before] == ("a",)
+        store.read_error = None
+    gc.collect()
+    assert left == []
 
 
 async def test_records_of_sessions_that_others_opened_anew_say_so() -> None:

@@ -67,6 +67,9 @@ class Reads:
         return taken
 
     async def _read(self, asked: Sequence[_Asked]) -> None:
+        asked = [each for each in asked if not each[2].done()]  # who asked for the others was cancelled
+        if not asked:
+            return
         try:
             found = await self._ask_store(
                 [session_id for ids, _, _ in asked for session_id in ids],
