@@ -18,6 +18,7 @@ from support.durable import Disk, begun
 from support.engine import Harness, running, x
 from support.fake_executor import PLAIN, RICH
 from support.kinds import IN_PROCESS
+from support.versions import serving, weights
 
 PROGRAMS = {"plain": PLAIN, "rich": RICH}
 FILTERS: list[dict[str, Any]] = [
@@ -254,6 +255,24 @@ async def test_a_session_in_use_is_not_idle_and_is_closed_by_its_prefix_after_it
         at.hooks.open_gate()
         assert (await answer.only()).revision == 1
         assert await closing == 1
+
+
+async def test_sessions_of_an_unloaded_version_are_listed_and_closed_by_a_filter() -> None:
+    programs = {"plain@1": weights(1), "plain@2": weights(2)}
+    async with serving(programs, resident_rows=2) as at:
+        await at.open("a", "c", "e", model="plain@1")
+        await at.open("b", "d", "f", model="plain@2")
+        await at.engine.unload_version("plain", 1, force=True)
+        at.clock.advance(2.0)
+        for wanted in ({}, {"model": "plain"}, {"idle_longer_s": 1.0}):
+            found, totals = await whole(at, 2, **wanted)
+            assert [(info.session_id, info.version) for info in found] == [
+                *zip("abcdef", [1, 2] * 3, strict=True)
+            ]
+            assert totals == {6}
+        assert [info.session_id for info in (await whole(at, 1, prefix="c"))[0]] == ["c"]
+        assert await close_all(at, 2, model="plain") == 6
+        assert await whole(at, 2) == ([], {0})
 
 
 @IN_PROCESS  # Valkey is looked through in parts

@@ -73,7 +73,7 @@ class Keeping(Protocol):
     """Which sessions have a record while nothing changes. Lives on the event loop."""
 
     others: Store | None
-    """The store, if it may have sessions that are not in the table; None: the table has all of them."""
+    """The store, if it may have any session that is not in the table; None: only those of versions that were unloaded."""
 
     async def heads(self, *, after: str, prefix: str, limit: int) -> Heads:
         """The sessions that there are, in the order of their ids: see `LocalStore.heads`.
@@ -154,12 +154,26 @@ class PagedOutOnly(Keeping):
     @override
     async def heads(self, *, after: str, prefix: str, limit: int) -> Heads:
         ids = await self._order.after(after, prefix=prefix, limit=limit)
-        return heads_of([session_id.encode() for session_id in ids], [b""] * len(ids))
+        keys, records = [session_id.encode() for session_id in ids], [b""] * len(ids)
+        if await self._unserved():
+            stored = (await self._store.heads(after=after, prefix=prefix, limit=limit)).keys
+            keys = sorted({*keys, *stored})[:limit]
+            found = await self._store.fetch([str(key, "utf-8") for key in keys])
+            records = [bytes(each.record or b"") for each in found]
+        return heads_of(keys, records)
+
+    async def _unserved(self) -> int:
+        """How many sessions the store alone has: of versions that were unloaded."""
+        table, stored = self._table, await self._store.count()
+        if not stored:
+            return 0
+        paged_out = (table.model[: table.end] >= 0) & (table.row[: table.end] < 0)
+        return max(0, stored - int(np.count_nonzero(paged_out)))
 
     @override
     async def count(self, tenant: str | None, model: str) -> int:
         async def everybodys() -> int:
-            return len(self._table)
+            return len(self._table) + await self._unserved()
 
         return await counts.count(self._store, tenant, model, everybodys)
 
