@@ -12,7 +12,7 @@ from stepwell_server.core.quotas import Limits, QuotaTable
 from stepwell_server.engine.api import SessionFilter
 from stepwell_server.errors import DeadlineExceeded, Overloaded, ServerError, Unavailable
 from support.durable import begun
-from support.engine import Answer, Harness, x
+from support.engine import Answer, Harness, kinds, running, x
 from support.fake_executor import WAIT_S
 from support.gates import Gated
 from support.kinds import SHARED
@@ -191,3 +191,24 @@ async def test_steps_go_on_after_a_store_that_was_away_for_long() -> None:
             assert [each.revision for each in answers if isinstance(each, Answer)] == [revision] * 5
         found = await first.submit(NAMES, x(5), expected=[revision] * 5).all()
         assert [each.revision for each in found if isinstance(each, Answer)] == [revision + 1] * 5
+
+
+async def test_steps_keep_their_order_when_their_session_leaves_the_table_between_them() -> None:
+    async with running(threads=True) as at:
+        await at.open("a", "other")
+        store: Gated = at.store
+        store.fail(Unavailable("away"))
+        store.stall()
+        lost = at.submit("a", x(1))
+        await store.stalled()
+        other = await at.begin_pass("other", x(1))
+        first = at.submit("a", x(1))  # waits in the inbox until the pass has ended
+        store.go_on()
+        assert kinds(await lost.all()) == ["Unavailable"]
+        store.reads_held = True
+        second = at.submit("a", x(1))
+        await store.until("read")
+        at.hooks.open_gate()
+        await other.none_fails()
+        store.let_go()
+        assert [(await answers.only()).revision for answers in (first, second)] == [1, 2]

@@ -146,6 +146,8 @@ class Lookup:
         """The last that waits for each session: done when the next may look."""
         self.waiting = 0
         """Calls and changes that wait."""
+        self._removals = 0
+        """Sessions that had left the table when the inboxes were last drained."""
         self._idle = asyncio.Event()
 
     async def idle(self) -> None:
@@ -194,6 +196,10 @@ class Lookup:
         awaits it goes on in the same moment: nothing comes between. To be cancelled changes nothing for those that
         come after.
         """
+        if self._removals != self._table.removals:
+            # what is in the inboxes came before, and looks for its session first if that has left the table
+            self._removals = self._table.removals
+            self._drain()
         tails = self._tails
         before = {tail for i in session_ids if (tail := tails.get(i)) is not None} if tails else set()
         rest: Rest[Seen] | None = None
