@@ -18,6 +18,7 @@ from stepwell_server.errors import (
     SessionNotFound,
     Unavailable,
 )
+from stepwell_server.store.base import Batch
 from support.durable import begun, same_reply
 from support.engine import Answer, Harness, kinds, running, x
 from support.gates import Gated
@@ -306,6 +307,21 @@ async def test_an_opening_that_was_slow_does_not_bring_a_session_back() -> None:
             await slow
         with pytest.raises(SessionNotFound, match="session 'a' was closed"):
             await second.state("a")
+
+
+@pytest.mark.stores("awaited")
+async def test_an_opening_that_is_tried_again_begins_as_the_store_says_then() -> None:
+    async with two() as (first, second):
+        await first.open("a")
+        await first.step("a", x(1))
+        await first.engine.close_session("a")
+        second.store.commits_held = True
+        slow = await begun(second.engine.open_session("plain", session_id="a"))
+        await second.store.until("commit")
+        first.store.shared.commit(Batch(forgets=["a"]))
+        first.store.stamps.pop("a", None)
+        second.store.let_go()
+        assert (await slow).session.revision == 0, "the store has lost the end of the session before"
 
 
 async def test_a_session_that_is_being_made_here_may_be_there_already() -> None:

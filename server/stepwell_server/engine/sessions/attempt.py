@@ -87,8 +87,8 @@ class NewSessions(Call):
     """Limit of each for being unused; 0: it has no limit of its own."""
     owner: str
     """The caller for whom the sessions count, beside their tenant: see `Quotas.owner`."""
-    revisions: U64
-    """`(n,)`. At least these; an id that had a session before continues its revisions: see `Directory.past`."""
+    least_revisions: U64
+    """`(n,)`. They begin with these at least."""
     positions: U64
     """`(n,)`."""
     states: Sequence[Array] | None = None
@@ -110,6 +110,8 @@ class NewSessions(Call):
 
     rows: Rows = dataclasses.field(default_factory=lambda: _NO_ROWS)
     """The arena's rows, with their states, of the first sessions, one after the other. The others begin paged out."""
+    revisions: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
+    """`(n,)`: with which they begin. An id that had a session before continues its revisions: see `Directory.past`."""
     follows: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
     """`(n,)`: see `Directory.follows`."""
     closes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
@@ -154,7 +156,7 @@ class NewSessions(Call):
             self,
             ids=[self.ids[place] for place in places.tolist()],
             content=self.content[places],
-            revisions=self.revisions[places],
+            least_revisions=self.least_revisions[places],
             positions=self.positions[places],
             states=None if self.states is None else [self._rows(array, places) for array in self.states],
         )
@@ -168,10 +170,11 @@ class NewSessions(Call):
             self,
             ids=self.ids[part],
             content=self.content[part],
-            revisions=self.revisions[part],
+            least_revisions=self.least_revisions[part],
             positions=self.positions[part],
             states=None if self.states is None else [array[own] for array in self.states],
             rows=self.rows[own],
+            revisions=self.revisions[part],
             follows=self.follows[part],
         )
 

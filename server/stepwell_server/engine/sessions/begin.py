@@ -117,7 +117,7 @@ class Begin:
             batch_size=batch_size,
             max_idle_ms=self.limit(max_idle_ms, is_named=bool(session_id)),
             owner=self.owner(who),
-            revisions=np.zeros(1, np.uint64),
+            least_revisions=np.zeros(1, np.uint64),
             positions=np.zeros(1, np.uint64),
             is_pinned=self._directory.models.is_pinned(model),
             is_version="@" in model,
@@ -215,7 +215,7 @@ class Begin:
             batch_size=batch_size,
             max_idle_ms=self.limit(max_idle_ms, is_named=bool(session_ids)),
             owner=self.owner(who),
-            revisions=np.zeros(wanted, np.uint64),
+            least_revisions=np.zeros(wanted, np.uint64),
             positions=np.zeros(wanted, np.uint64),
             is_pinned=self._directory.models.is_pinned(model),
             is_version="@" in model,
@@ -416,9 +416,8 @@ class Begin:
         """
         model, ids, slots = new.model, new.ids, new.model.slots
         new.closes = {}
-        if not new.are_named:  # no other session had these ids
-            new.revisions = np.maximum(new.revisions, np.uint64(self._directory.store.first_revision))
-        else:
+        new.revisions = np.maximum(new.least_revisions, np.uint64(self._directory.store.first_revision))
+        if new.are_named:  # others may have had these ids
             async for part in self._pieces.of(ids):
                 past = self._directory.past(ids[part], seen)
                 new.revisions[part] = np.maximum(new.revisions[part], past.revisions)

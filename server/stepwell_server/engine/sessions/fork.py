@@ -170,7 +170,7 @@ class Fork:
                 batch_size=batch_size,
                 max_idle_ms=max_idle_ms,
                 owner=self._begin.owner(who),
-                revisions=read.revisions[chosen],
+                least_revisions=read.revisions[chosen],
                 positions=read.positions[chosen],
                 states=states,
                 is_pinned=read.are_pinned,
