@@ -96,7 +96,7 @@ class Play:
         self.disk = Disk() if kind in {"async", "sync"} else None
         self.shared = MemoryStore() if kind == "awaited" else None
         self.is_shared = kind == "awaited"
-        self.model = ModelOfVersions(kind != "memory", {1}, 1, is_shared=self.is_shared)
+        self.model = ModelOfVersions({1}, 1, is_shared=self.is_shared)
         self.rng = np.random.default_rng(3)
         self.requests = 0
         self.stack = AsyncExitStack()

@@ -364,7 +364,7 @@ def test_a_replica_that_forgets_what_the_store_may_have_made_is_found(
 
     monkeypatch.setattr(Quotas, "not_made", forget)
     faults = ("pause", "fail_over", "storm")
-    assert is_found(range(100), must_sync=True, flush_s=0.3, faults=faults, **QUOTAS)
+    assert is_found(range(200), must_sync=True, flush_s=0.3, faults=faults, **QUOTAS)
 
 
 def test_a_replica_that_judges_by_its_own_copy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ async def engines(
         found = []
         for _ in range(2):
             store = await opened(url, clock=clock)
+            stack.push_async_callback(store.close)
             found.append(await stack.enter_async_context(running(store=store, clock=clock, **options)))  # type: ignore[arg-type]
         yield found[0], found[1]
 

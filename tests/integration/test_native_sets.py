@@ -148,7 +148,11 @@ async def test_what_is_forgotten_or_was_never_declared_is_not_read_natively() ->
             reply = await talk.ask(of_set(4, number))
             assert reply.errors[0].error.reason == "SESSION_SET_UNKNOWN"
         assert talk.steps.seen == []
-        await talk.ask(of_set(5, 2))
+        # while Python ends its call of the last frame, it reads the next one too
+        for number in range(5, 1000):
+            await talk.ask(of_set(number, 2))
+            if talk.steps.seen:
+                break
         assert ids_of(talk.steps.seen) == [["c", "a", "b"]]
 
 

@@ -159,8 +159,6 @@ def _shown(outputs: Mapping[str, Array], said: Said) -> Mapping[str, Array]:
 class ModelOfVersions:
     """The versions of one name and its sessions."""
 
-    keeps: bool
-    """A store keeps sessions whose version is not loaded."""
     loaded: set[int]
     default: int
     wanted: int = 0
@@ -212,9 +210,6 @@ class ModelOfVersions:
             self.default = max(self.loaded, default=0)
             if not self.wanted:
                 self.wanted = version if is_wanted or not self.loaded else 0
-        if not self.keeps:
-            for name in [n for n, s in self.sessions.items() if s.version == version]:
-                self.close(name)
 
     def why_not_unload(self, version: int) -> str:
         """The error of an unload without force; empty: none."""
