@@ -232,7 +232,7 @@ async def test_after_a_defect_nobody_waits_and_nobody_is_answered_twice(
         await at.open("c", model="other")
         check, sizes = Validation.check, list[int]()
 
-        def broken(self: Validation, change: Change) -> Refusals:
+        def broken(self: Validation, change: Change) -> tuple[Refusals, bool]:
             sizes.append(change.size)
             if len(sizes) == which:  # one of the parts of a change of two models
                 raise RuntimeError("a defect")

@@ -130,16 +130,15 @@ class Submission:
         reply_bytes = change.reply_bytes
         refused: Refusals = []
         problem: ServerError | None = None
+        is_doubted = True  # what refuses it may be what the table has of its sessions
         try:
             others = self._validation.look(change, handles)
             if len(others):
                 return self._take_apart(change, others, seen)
-            refused = self._validation.check(change)
+            refused, is_doubted = self._validation.check(change)
         except ServerError as error:
             problem = error
-        if (refused or problem is not None) and not (
-            seen.is_compared or self._are_as_stored(change, handles)
-        ):
+        if is_doubted and not (seen.is_compared or self._are_as_stored(change, handles)):
             # other servers may have made other sessions of these ids, which it fits
             if change.may_leave_out:
                 return np.arange(change.size)

@@ -544,6 +544,17 @@ async def test_who_asks_keeps_its_place_behind_what_came_before() -> None:
         await busy.only()
 
 
+async def test_a_step_beside_one_that_is_not_finite_keeps_its_place() -> None:
+    async with two() as (first, second):
+        await first.open("a", "b")
+        inputs = x(2)
+        inputs[1] = np.nan
+        frame = second.submit(["a", "b"], inputs)
+        later = second.submit("a", x(1))
+        assert kinds(await frame.all()) == ["Answer", "InvalidInput"]
+        assert (await later.only()).revision == 2
+
+
 @pytest.mark.parametrize("ids", [["a"], ["a", "b"]], ids=["lone", "frame"])
 async def test_a_step_that_must_continue_is_not_applied_after_a_reset_elsewhere(ids: list[str]) -> None:
     async with two() as (first, second):

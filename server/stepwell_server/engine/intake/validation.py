@@ -258,11 +258,12 @@ class Validation:
             raise InvalidInput(f"rows may be given for one session only; got {change.size} sessions")
         return _NOBODY
 
-    def check(self, change: Change) -> Refusals:
+    def check(self, change: Change) -> tuple[Refusals, bool]:
         """Check a change after a `look`, and set its other columns. It answers nothing.
 
         Returns:
-            Members that are refused, beside those that are not there, and why: each for the first reason.
+            Members that are refused, beside those that are not there, and why: each for the first reason. And whether one
+            is refused by what the table has of its session.
 
         Raises:
             ServerError: the change as a whole is refused.
@@ -276,6 +277,7 @@ class Validation:
         if finite is not None:
             for member in members[~finite[members]].tolist():
                 refused[member] = _not_finite_member(change, member)
+        not_finite_count = len(refused)
         if change.batch_sizes is not None:
             own = self._table.batch_size[change.handles].astype(np.intp)
             if own.tobytes() != change.sizes.tobytes():
@@ -288,7 +290,7 @@ class Validation:
                 refused.setdefault(member, conflict)
         if refused:
             change.members = members[~np.isin(members, list(refused))]
-        return list(refused.items())
+        return list(refused.items()), len(refused) > not_finite_count
 
     @staticmethod
     def _sizes(change: Change, own: Rows, there: Mask, *, all_there: bool) -> Rows:
