@@ -25,7 +25,7 @@ Handles = npt.NDArray[np.intp]
 #: The largest position that a reset may say, and the largest position and revision with which a session may come from
 #: elsewhere. Nobody gets from the one to the other by stepping, nor from there to where a number of 64 bits, or one with
 #: a sign as Triton's protocol has it, ends.
-MOST_SAID, MOST_COUNTED = 2**61, 2**62
+MAX_RESET_POSITION, MAX_IMPORT_POSITION = 2**61, 2**62
 
 _COLUMNS: dict[str, type[np.generic]] = {
     "model": np.int32,

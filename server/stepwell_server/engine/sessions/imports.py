@@ -15,7 +15,7 @@ import numpy as np
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.history import How, Mark
 from stepwell_server.core.quotas import Usage
-from stepwell_server.core.sessions import MOST_COUNTED
+from stepwell_server.core.sessions import MAX_IMPORT_POSITION
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.records import encoded
@@ -431,9 +431,9 @@ def _check_header(session_id: str, header: Header, now: float) -> None:
     Raises:
         InvalidInput: with the field, the rule and what came.
     """
-    if max(header.revision, header.position) > MOST_COUNTED:
+    if max(header.revision, header.position) > MAX_IMPORT_POSITION:
         raise InvalidInput(
-            f"revision and position of session {session_id!r} must be at most 2**62, {MOST_COUNTED};"
+            f"revision and position of session {session_id!r} must be at most 2**62, {MAX_IMPORT_POSITION};"
             f" got {header.revision} and {header.position}"
         )
     latest = now + _MAX_AHEAD_S

@@ -656,5 +656,5 @@ class SessionCounts:
             try:
                 await self.refresh()
             except Exception as error:
-                _log.defect("the sessions could not be counted; the timer goes on", error)
+                _log.defect("the sessions could not be counted; the timer continues", error)
             await asyncio.sleep(_COUNT_INTERVAL_S)

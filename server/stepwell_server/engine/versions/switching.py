@@ -59,7 +59,7 @@ class Switching:
 
         `after` is what is to be. Returns how many go.
         """
-        self._context.drain()  # what came before this is under way on the version where it was sent
+        self._context.drain()  # earlier changes run on the version on which they were checked
         previous = own.wanted or own.default
         own.default, own.wanted, own.history = after.default, 0, after.history
         own.known = after.known

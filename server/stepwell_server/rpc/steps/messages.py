@@ -8,7 +8,7 @@ import numpy as np
 
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core.callers import Caller
-from stepwell_server.core.sessions import MOST_SAID
+from stepwell_server.core.sessions import MAX_RESET_POSITION
 from stepwell_server.engine.api import Applied, Select
 from stepwell_server.engine.change import Change, Replies, Reply
 from stepwell_server.engine.types import U64, Members
@@ -66,8 +66,8 @@ def of_reset(request: pb.ResetStatesRequest, replies: Replies, who: Caller) -> C
         raise InvalidInput(
             f"position must be 0 without a state, and with rows: it is that of a whole state; got {request.position}"
         )
-    if request.position > MOST_SAID:
-        raise InvalidInput(f"position must be at most 2**61, {MOST_SAID}; got {request.position}")
+    if request.position > MAX_RESET_POSITION:
+        raise InvalidInput(f"position must be at most 2**61, {MAX_RESET_POSITION}; got {request.position}")
     change.position = request.position
     _say_once(change, request)
     return change
