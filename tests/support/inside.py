@@ -121,6 +121,10 @@ class Inside:
         """Let sessions leave the arena."""
         self._engine._pager.page_out(self.table.find_all(session_ids))
 
+    def is_in_an_inbox(self) -> bool:
+        """Whether a change waits to be admitted."""
+        return any(inbox.waiting for inbox in self._engine._inboxes.values())
+
     def drain_inboxes(self) -> None:
         """Admit what waits in the inboxes now, as any call but a change does."""
         self._engine._drain_inboxes()

@@ -76,6 +76,32 @@ async def test_nothing_overtakes_what_waits_for_one_of_its_sessions() -> None:
         assert (await third.only()).revision == 3
 
 
+async def test_what_is_compared_once_it_is_looked_up_keeps_its_place() -> None:
+    async with after("a", "b") as (at, store):
+        store.reads_held = True
+        first = at.submit(
+            ["a", "b"], x(3), sizes=[1, 2], batch_sizes=[1, 2]
+        )  # another "b" might have two rows
+        second = at.submit("a", x(1, seed=1))
+        await store.until("read")
+        store.let_go()
+        answers = await first.all()
+        assert kinds(answers) == ["Answer", "InvalidInput"]
+        assert [answers[0].revision, (await second.only()).revision] == [2, 3]  # type: ignore[union-attr]
+
+
+async def test_a_session_that_leaves_the_table_lets_nobody_overtake() -> None:
+    async with after("away") as (at, _store):
+        first, second = at.submit("away", x(1)), at.submit("away", x(1, seed=1))
+        is_forgotten = False
+        while not first.ended:
+            if at.inside.is_in_an_inbox() and not is_forgotten:
+                is_forgotten = True
+                at.inside.removal.forget_idle(["away"])  # as who makes the table smaller does at any moment
+            await turns(1)
+        assert [(await first.only()).revision, (await second.only()).revision] == [2, 3]
+
+
 async def test_others_go_on_while_some_are_loaded() -> None:
     async with after("away") as (at, store):
         await at.open("here")

@@ -107,10 +107,14 @@ class Submission:
                 self._look_up(change)
                 return _NOBODY
         try:
-            return self._take(change, handles, _NOBODY, self._directory.here)
+            left = self._take(change, handles, _NOBODY, self._directory.here)
+            if len(left) and not change.may_leave_out:
+                self._look_up(_only(change, left), compare=True)
+                return _NOBODY
         except ServerError as error:
             error.model = change.model_name
             raise
+        return left
 
     def _take_found(self, change: Change, seen: Seen) -> Members:
         """As `_take`, of a change whose sessions were looked up: those that are there are in the table now."""
@@ -122,7 +126,15 @@ class Submission:
         return self._take(change, handles, missing, seen)
 
     def _take(self, change: Change, handles: Handles, missing: Members, seen: Seen) -> Members:
-        """Check a change some of whose sessions are there, and queue it. Returns, and raises: as `submit`."""
+        """Check a change some of whose sessions are there, and queue it.
+
+        Returns:
+            The members that are not taken. Of a change that must not leave out any, their sessions are in doubt: the
+            store may have others.
+
+        Raises:
+            ServerError: it is refused as a whole; nobody is answered.
+        """
         if change.messages is not None or change.continued_model:
             unfit = self._validation.unfit(change, handles)
             if len(unfit):
@@ -140,11 +152,8 @@ class Submission:
             problem = error
         if is_doubted and not (seen.is_compared or self._are_as_stored(change, handles)):
             # other servers may have made other sessions of these ids, which it fits
-            if change.may_leave_out:
-                return np.arange(change.size)
             change.reply_bytes = reply_bytes
-            self._look_up(change, compare=True)
-            return _NOBODY
+            return np.arange(change.size)
         if problem is not None:
             raise problem
         self._queue(change, refused, missing, seen)
@@ -256,48 +265,65 @@ class Submission:
                 f"input bytes waiting must stay within {MAX_WAITING_BYTES}; {held.bytes} wait and {count} came",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        self.loading_rows += rows
-        held.bytes += count
+        self._count_loading(rows, count)
         change.members = np.arange(change.size)
+        waiting = change
 
-        def found(seen: Seen) -> None:
+        def found(seen: Seen) -> Sequence[str]:
+            nonlocal waiting
+            own = waiting
+            self._count_loading(-rows, -count)
+            if self._are_dropped(own, own.members):
+                return ()
             try:
-                self._take_found(change, seen)
+                left = self._take_found(own, seen)
             except ServerError as error:
-                change.fail(np.arange(change.size), error)
+                failed(error)
+                return ()
+            if not len(left):
+                return ()
+            self._count_loading(rows, count)
+            waiting = _only(own, left)
+            waiting.members = np.arange(waiting.size)
+            return waiting.session_ids
 
-        def ended() -> None:
-            self.loading_rows -= rows
-            held.bytes -= count
+        def failed(error: ServerError) -> None:
+            waiting.fail(np.arange(waiting.size), error)
 
-        self._when_found(change, change.members, ended, found, compare=compare)
+        def unseen(error: ServerError) -> None:
+            self._count_loading(-rows, -count)
+            failed(error)
+
+        self._when_found(change.session_ids, found, unseen, compare=compare)
+
+    def _count_loading(self, rows: int, byte_count: int) -> None:
+        self.loading_rows += rows
+        self._held.bytes += byte_count
+
+    def _are_dropped(self, change: Change, members: Members) -> bool:
+        """Whether nobody waits for any of the members: they have their answers then."""
+        dropped = change.drop(members, self._clock.monotonic())
+        if sum(len(some) for some, _ in dropped) < len(members):
+            return False
+        for some, why in dropped:
+            change.fail(some, why)
+        return True
 
     def _when_found(
         self,
-        change: Change,
-        members: Members,
-        ended: Callable[[], None],
-        then: Callable[[Seen], None],
+        session_ids: Sequence[str],
+        found: Callable[[Seen], Sequence[str]],
+        failed: Callable[[ServerError], None],
         *,
         compare: bool = False,
     ) -> None:
-        """Look for the sessions of members when it is their turn; then call `ended`, and `then` unless all callers are gone."""
-        ids = [change.session_ids[member] for member in members.tolist()]
+        """Look for sessions when it is their turn; then call `found` as `Lookup.wait` does, or `failed`."""
 
         async def wait() -> None:
             try:
-                seen = await self._lookup.wait(ids, anew=compare)
+                await self._lookup.wait(session_ids, anew=compare, use=found)
             except ServerError as error:
-                ended()
-                change.fail(members, error)
-                return
-            ended()
-            dropped = change.drop(members, self._clock.monotonic())
-            if sum(len(some) for some, _ in dropped) < len(members):
-                then(seen)
-                return
-            for some, why in dropped:
-                change.fail(some, why)
+                failed(error)
 
         rest = start(wait())
         if isinstance(rest, Rest):
@@ -322,10 +348,13 @@ class Submission:
     def find_again(self, change: Change, members: Members) -> None:
         """Look up members whose sessions have left the table since they were checked; admit them, or answer those that ended."""
 
-        def found(seen: Seen) -> None:
-            self._admission.admit_some(change, self._found_again(change, members, seen))
+        def found(seen: Seen) -> Sequence[str]:
+            if not self._are_dropped(change, members):
+                self._admission.admit_some(change, self._found_again(change, members, seen))
+            return ()
 
-        self._when_found(change, members, lambda: None, found)
+        ids = [change.session_ids[member] for member in members.tolist()]
+        self._when_found(ids, found, lambda error: change.fail(members, error))
 
     def _found_again(self, change: Change, members: Members, seen: Seen) -> Members:
         found = self._directory.find_all([change.session_ids[member] for member in members.tolist()], seen)
@@ -337,3 +366,8 @@ class Submission:
         if len(gone):
             self._refuse_missing(change, gone, seen)
         return members[fits]
+
+
+def _only(change: Change, members: Members) -> Change:
+    """A change of some of the members alone; itself, if they are all of its members."""
+    return change if len(members) == change.size else part_of(change, members)

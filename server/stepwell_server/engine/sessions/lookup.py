@@ -186,11 +186,20 @@ class Lookup:
         """Whether some of the sessions are `away`."""
         return bool(len(self.away(session_ids, self._table.find_all(session_ids))))
 
-    async def wait(self, session_ids: Sequence[str], *, anew: bool = False) -> Seen:
+    async def wait(
+        self,
+        session_ids: Sequence[str],
+        *,
+        anew: bool = False,
+        use: Callable[[Seen], Sequence[str]] | None = None,
+    ) -> Seen:
         """Ask the store for those of some sessions that are not in the table.
 
         `anew`: the store is asked for those in the table too, as other servers may have changed them, unless they
         have something under way here.
+
+        `use` is called with the answer before anything goes on that came later for one of the sessions. It returns
+        those that are to be asked for `anew`, and is called once more for these.
 
         It returns when what came before for these sessions has been let in, and the store was asked for them. Who
         awaits it goes on in the same moment: nothing comes between. To be cancelled changes nothing for those that
@@ -204,7 +213,7 @@ class Lookup:
         before = {tail for i in session_ids if (tail := tails.get(i)) is not None} if tails else set()
         rest: Rest[Seen] | None = None
         if not before:
-            seen = start(self._ask(session_ids, anew=anew))
+            seen = start(self._ask(session_ids, use, anew=anew))
             if not isinstance(seen, Rest):
                 return seen
             rest = seen
@@ -215,18 +224,22 @@ class Lookup:
             if rest is not None:
                 return await rest
             await asyncio.wait(before)
-            return await self._ask(session_ids, anew=anew)
+            return await self._ask(session_ids, use, anew=anew)
         finally:
             self._end_after(before, own, session_ids)
 
-    async def _ask(self, session_ids: Sequence[str], *, anew: bool) -> Seen:
+    async def _ask(
+        self, session_ids: Sequence[str], use: Callable[[Seen], Sequence[str]] | None, *, anew: bool
+    ) -> Seen:
         newer: Mapping[str, Fetched] | None = None
         if anew:
             self._drain()  # what came before is under way then
             # what is in the table when it has been made may have been changed elsewhere since it was kept
             await self._removal.settled(session_ids)
             newer = await self._expiry.compare(session_ids)
-        return await self._look(session_ids, newer)
+        seen = await self._look(session_ids, newer)
+        doubted = () if use is None else use(seen)
+        return await self._ask(doubted, use, anew=True) if doubted else seen
 
     async def _look(self, session_ids: Sequence[str], newer: Mapping[str, Fetched] | None) -> Seen:
         found: dict[str, Fetched] = {}
@@ -306,10 +319,16 @@ class Lookup:
             tail.add_done_callback(one_less)
 
     def _end(self, own: asyncio.Future[None], session_ids: Sequence[str]) -> None:
-        own.set_result(None)
+        is_followed = False
         for session_id in session_ids:
             if self._tails.get(session_id) is own:
                 del self._tails[session_id]
+            else:
+                is_followed = True
+        if is_followed:
+            # what was let in claims its sessions: these could leave the table before those that follow go on
+            self._drain()
+        own.set_result(None)
         self.waiting -= 1
         if not self.waiting:
             self._idle.set()
