@@ -96,6 +96,10 @@ class SessionNotFound(SessionGone):
     """Closed, or never opened here."""
 
 
+class SessionReplaced(SessionNotFound):
+    """Closed on another server, where another session was opened under its id, which may have been long ago."""
+
+
 class SessionExpired(SessionGone):
     """Idle for longer than its limit, and therefore deleted."""
 

@@ -284,7 +284,6 @@ class Engine:
             self._admission,
             self._inboxes,
             self._group,
-            store,
             sizes=sizes,
             clock=clock,
         )

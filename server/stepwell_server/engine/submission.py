@@ -28,7 +28,6 @@ from stepwell_server.engine.sizes import Sizes
 from stepwell_server.engine.types import Mask, Members
 from stepwell_server.errors import Overloaded, ServerError, Stopping
 from stepwell_server.logs import Log
-from stepwell_server.store.base import Store
 
 _log = Log("engine.submission")
 #: Rows of changes that may wait for their sessions to be loaded, over all models.
@@ -53,7 +52,6 @@ class Submission:
         admission: Admission,
         inboxes: Mapping[int, Inbox],
         commits: GroupCommit,
-        store: Store,
         *,
         sizes: Sizes,
         clock: Clock,
@@ -67,7 +65,6 @@ class Submission:
         self._inboxes = inboxes
         """By the number of the model."""
         self._commits = commits
-        self._store = store
         self._sizes, self._quotas = sizes, sizes.quotas
         self._clock = clock
         self.is_accepting = True
@@ -150,7 +147,7 @@ class Submission:
             refused, is_doubted = self._validation.check(change)
         except ServerError as error:
             problem = error
-        if is_doubted and not (seen.is_compared or self._are_as_stored(change, handles)):
+        if is_doubted and not (seen.is_compared or self._directory.are_as_stored(handles[handles >= 0])):
             # other servers may have made other sessions of these ids, which it fits
             change.reply_bytes = reply_bytes
             return np.arange(change.size)
@@ -211,16 +208,6 @@ class Submission:
             reply_bytes += part.reply_bytes
         change.reply_bytes = reply_bytes
         return left
-
-    def _are_as_stored(self, change: Change, handles: Handles) -> bool:
-        """Whether the store says at once that the table has what it has of sessions that are in the table."""
-        there = np.flatnonzero(handles >= 0)
-        ids = [change.session_ids[place] for place in there.tolist()]
-        found = start(self._store.fetch(ids, self._table.stamp[handles[there]].tolist()))
-        if isinstance(found, Rest):
-            found.close()  # it is asked again, in the order of all that names the sessions
-            return False
-        return all(each.is_known for each in found)
 
     def _charge(self, quotas: Quotas, change: Change) -> Sequence[tuple[Members, ServerError]]:
         """Charge who asks for a change that is held; the members that are refused leave it."""

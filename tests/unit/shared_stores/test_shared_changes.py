@@ -399,6 +399,24 @@ async def test_a_closing_does_not_end_a_session_that_was_opened_after_it(request
         assert (await second.step("a", x(1))).revision == 4
 
 
+async def test_a_closing_that_waited_for_a_session_which_was_replaced_is_to_come_again() -> None:
+    """The one that has the id now may have been there before the closing came, and may be meant by it."""
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        await first.engine.close_session("a")
+        await first.open("a", batch_size=2)
+        second.store.commits_held = True
+        before = len(second.store.asked("commit"))
+        step = second.submit("a", x(1))
+        await second.store.until("commit", before + 1)
+        closing = await begun(second.engine.close_session("a"))
+        second.store.let_go()
+        assert kinds(await step.all()) == ["SessionReplaced"]
+        with pytest.raises(Unavailable, match="changed by other calls"):
+            await closing
+        assert (await first.engine.session_info("a")).batch_size == 2
+
+
 @pytest.mark.parametrize("opens", [True, False])
 async def test_a_closing_of_one_session_finds_it_though_another_server_ended_the_one_before(
     opens: bool,

@@ -27,7 +27,7 @@ from stepwell_server.engine.models import Models
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Mask
-from stepwell_server.errors import NoRows, ServerError, SessionLost, SessionNotFound, Unavailable
+from stepwell_server.errors import NoRows, ServerError, SessionLost, SessionReplaced, Unavailable
 from stepwell_server.store.base import Fetched, Store, as_server_error
 from stepwell_server.store.fields import counted_bytes
 from stepwell_server.store.record import Decoded, decode_many
@@ -335,7 +335,7 @@ class Pager:
         for place in decoded.sound[is_changed & ~same].tolist():
             session_id = table.session_id(int(handles[place]))
             sound[place] = False
-            refused[int(handles[place])] = SessionNotFound(
+            refused[int(handles[place])] = SessionReplaced(
                 session_id, f"session {session_id!r} was closed, and another one has its id now"
             )
         which = is_changed & same

@@ -28,7 +28,7 @@ from stepwell_server.engine.state.fields import at_birth
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Mask, Members
 from stepwell_server.errors import ServerError, SessionExists, SessionGone
-from stepwell_server.store.base import NO_STAMPS, SOLE, Batch, Committed, stamped
+from stepwell_server.store.base import NO_STAMPS, Batch, Committed, stamped
 from stepwell_server.store.record import Stored, decode_header
 
 _NO_ROWS: Rows = np.zeros(0, np.intp)
@@ -116,7 +116,7 @@ class NewSessions(Call):
     """`(n,)`: see `Directory.follows`."""
     closes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     """See `Past.closes`."""
-    stamp: int = SOLE
+    stamp: int = 0
     """Of all of their records: see `Store.new_stamp`."""
     created: float = 0.0
     """Seconds since the epoch."""
@@ -375,10 +375,11 @@ class Attempts:
     async def _take_over(self, ids: Sequence[str], request_id: int) -> bool:
         """Give sessions that an attempt of a call has made another stamp; False if one of them is gone.
 
-        Those that were changed since have another one already. Sessions that no other server can write need none.
+        Those that were changed since have another one already. If the store says at once that all of them are as they
+        were, nobody else can delete them, and they need none.
         """
         handles = self._table.find_all(ids)
-        if (handles >= 0).all() and (self._table.stamp[handles] == SOLE).all():
+        if (handles >= 0).all() and self._directory.are_as_stored(handles):
             return True
         async for part in self._pieces.of(ids):
             if not await self._take_over_part(ids[part], request_id):

@@ -33,9 +33,10 @@ from stepwell_server.errors import (
     SessionGone,
     SessionLost,
     SessionNotFound,
+    SessionReplaced,
     StateCorrupt,
 )
-from stepwell_server.store.base import SOLE, Batch, Committed, End, Fetched, Outcome, Tombstone, with_close
+from stepwell_server.store.base import Batch, Committed, End, Fetched, Outcome, Tombstone, with_close
 from stepwell_server.store.record import Header, decode_header, header_or_none
 
 #: Sessions deleted in one transaction by one call: each needs room on the disk before it gives any back.
@@ -135,20 +136,18 @@ class Closer:
 
         Raises:
             SessionGone: there is none, or only one that was opened since; `error`, if it is known.
-            Unavailable: another one was opened on another server, and it may not be the one that is meant.
+            Unavailable: another one was opened on another server, and it may be the one that is meant.
         """
         if self._was_closed_by(session_id, request_id, seen):
             return True
         if await self._close_lost(session_id, request_id, seen):
             return False
-        handle = self._table.find(session_id)
-        is_there = handle is not None or seen.get(session_id) is not None
-        if is_there:
+        if self._table.find(session_id) is not None or seen.get(session_id) is not None:
             if uid:
                 return None
-            if error is not None and handle is not None and self._table.stamp[handle] == SOLE:
-                raise error  # it ended here while this call waited, and the other one was opened since
-            raise changed_elsewhere(session_id)
+            if error is None or isinstance(error, SessionReplaced):
+                raise changed_elsewhere(session_id)
+            raise error  # there was none while this call waited, and the other one was opened since
         raise error or self._directory.gone(session_id, seen)
 
     def _has_closed_before(self, handle: int, request_id: int) -> bool:

@@ -17,6 +17,7 @@ from stepwell_server.core.sessions import Handles, SessionTable, are_missing
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.change import MAX_ERRORS, for_all
 from stepwell_server.engine.durability.endings import ended_by
+from stepwell_server.engine.eager import Rest, start
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.end import Expiry
 from stepwell_server.engine.sessions.ids import IdMaker, shown
@@ -108,6 +109,15 @@ class Directory:
         self._lookup.require_room()
         return await self._lookup.wait(session_ids, anew=anew)
 
+    def are_as_stored(self, handles: Handles) -> bool:
+        """Whether the store says at once that it has sessions of the table as the table has them."""
+        ids = [self._table.session_id(handle) for handle in handles.tolist()]
+        found = start(self.store.fetch(ids, self._table.stamp[handles].tolist()))
+        if isinstance(found, Rest):
+            found.close()  # whoever wants to know asks again, in the order of all that names the sessions
+            return False
+        return all(each.is_known for each in found)
+
     async def _look_in_parts(self, session_ids: Sequence[str], *, anew: bool) -> Seen:
         """As `look`, of a long list: a part in each turn of the event loop.
 
@@ -115,9 +125,9 @@ class Directory:
         `Unavailable`, and is to come again.
         """
         tenant, seen = tenant_of(session_ids[0]), Seen({})
-        for start in range(0, len(session_ids), READ_BATCH_SIZE):
+        for at in range(0, len(session_ids), READ_BATCH_SIZE):
             await self.pieces.turn(tenant)
-            part = session_ids[start : start + READ_BATCH_SIZE]
+            part = session_ids[at : at + READ_BATCH_SIZE]
             if anew or self._lookup.must_wait(part):
                 self._lookup.require_room()
                 found = await self._lookup.wait(part, anew=anew)
