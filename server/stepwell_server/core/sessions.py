@@ -167,6 +167,10 @@ class SessionTable:
         """The session's handle, or None."""
         return self._handles.get(session_id)
 
+    def has_any(self, session_ids: Sequence[str]) -> bool:
+        """Whether any of these sessions is there."""
+        return not self._handles.keys().isdisjoint(session_ids)
+
     def find_all(self, session_ids: Sequence[str]) -> Handles:
         """Handles of many sessions, -1 for those that are not there."""
         if len(session_ids) == 1:

@@ -465,8 +465,10 @@ class Begin:
             if error is _OVERTAKEN:
                 return None
             raise error
+        entered: list[Handles] = []
         async for part in self._pieces.of(new.ids):
-            self._enter(new.part(part), usage.bytes)
+            entered += self._enter(new.part(part), usage.bytes)
+        self._context.expiry.watch(np.concatenate(entered))
         self.release(new.ids, self._context.removal.pending[new.ids[0]])
         self._context.row_queue.room_may_have_come()  # the rows are of sessions that have nothing under way
         try:
@@ -543,9 +545,9 @@ class Begin:
                     sessions=len(batch.deletes),
                 )
 
-    def _enter(self, new: NewSessions, byte_count: int) -> None:
+    def _enter(self, new: NewSessions, byte_count: int) -> list[Handles]:
         """Let the table have sessions that the store has kept."""
-        ready, model = new.ready, new.model
+        ready, model, entered = new.ready, new.model, list[Handles]()
         for part, rows in ((slice(0, ready), new.rows), (slice(ready, len(new.ids)), None)):
             if not new.ids[part]:
                 continue
@@ -572,9 +574,10 @@ class Begin:
                     fields = at_birth(new.owner, new.closes.get(session_id))
                     if fields:
                         self._table.fields[handle] = fields
-            self._context.expiry.watch(handles)
+            entered.append(handles)
             if not new.is_pinned:
                 self._follow(handles, model, new.epoch)
+        return entered
 
     def _report(self, new: NewSessions) -> None:
         event = "opened" if new.kind is Kind.OPEN else "forked"

@@ -131,8 +131,8 @@ class Directory:
             if anew or self._lookup.must_wait(part):
                 self._lookup.require_room()
                 found = await self._lookup.wait(part, anew=anew)
-                here = np.flatnonzero(self._table.find_all(part) >= 0).tolist()
-                seen.add(found, [part[place] for place in here])
+                is_here = self._table.has_any(part)
+                seen.add(found, [i for i in part if i in self._table] if is_here else ())
         return seen
 
     def find(self, session_id: str, seen: Seen) -> int:
@@ -186,9 +186,8 @@ class Directory:
             Unavailable: the store cannot be read.
         """
         _, unusable = self._loader.load_all(session_ids, seen)
-        there = np.flatnonzero(self.find_all(session_ids, seen) >= 0).tolist()
-        if there:
-            session_id = session_ids[there[0]]
+        if self._table.has_any(session_ids):
+            session_id = next(i for i in session_ids if i in self._table)
             raise SessionExists(f"{name} must be new; session {session_id!r} is open", session_id=session_id)
         if unusable:
             raise self.why_not(unusable[0], seen)
@@ -333,7 +332,7 @@ class Directory:
 
     def follows(self, session_ids: Sequence[str], seen: Seen) -> U64:
         """What the store must have of sessions that begin: nothing, or the end of another one that was seen."""
-        return np.array([seen.stamp(session_id) for session_id in session_ids], np.uint64)
+        return seen.stamps(session_ids)
 
     def stored_header(self, session_id: str, seen: Seen) -> Header | None:
         """What the store's record says of a session; None if there is none, or it cannot be read."""

@@ -360,9 +360,8 @@ class Expiry:
 
     def only_stored(self, session_ids: Sequence[str]) -> list[str]:
         """Those of some sessions that are in the store and nowhere else, if they are anywhere."""
-        ids, pending = list(dict.fromkeys(session_ids)), self._removal.pending
-        handles = self._table.find_all(ids).tolist()
-        return [i for i, handle in zip(ids, handles, strict=True) if handle < 0 and i and i not in pending]
+        table, pending = self._table, self._removal.pending
+        return [i for i in dict.fromkeys(session_ids) if i and i not in table and i not in pending]
 
     async def refresh(self) -> None:
         """Say that this server serves the store, unless it has just done so, and know since when it is served without a break.
@@ -408,12 +407,12 @@ class Expiry:
             Unavailable: the store cannot be read, and such a session may have been changed.
         """
         table = self._table
+        if not table.has_any(session_ids):
+            return {}
         ids, handles = session_ids, table.find_all(session_ids)
         if are_missing(handles):
             there = handles >= 0
             ids, handles = [ids[place] for place in np.flatnonzero(there).tolist()], handles[there]
-        if not ids:
-            return {}
         was_claimed, were = table.claimed[handles], table.birth[handles]
         try:
             found = await self._store.fetch(ids, table.stamp[handles].tolist())

@@ -21,7 +21,7 @@ from stepwell_server.engine.sessions.end import Expiry, Removal
 from stepwell_server.engine.shares import Pieces
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import Members
+from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import (
     ModelMismatch,
     ModelNotFound,
@@ -90,6 +90,11 @@ class Seen:
     def stamp(self, session_id: str) -> int:
         """Of the record, or else of the tombstone; 0 if there is neither."""
         return self._of(session_id).stamp
+
+    def stamps(self, session_ids: Sequence[str]) -> U64:
+        """As `stamp`, of many."""
+        found = self._found
+        return np.array([(found.get(i) or self._of(i)).stamp for i in session_ids], np.uint64)
 
     def idle_s(self, session_id: str) -> float:
         """For how long nobody had used the session, by the store's clock; NaN if it has none."""
@@ -363,7 +368,7 @@ class Loader:
         if stored is None:
             return None
         served, idle_s = self._served(session_id, stored), [seen.idle_s(session_id)]
-        return int(self.adopt([served], [seen.stamp(session_id)], idle_s)[0])
+        return int(self.adopt([served], seen.stamps([session_id]), idle_s)[0])
 
     def load_all(self, session_ids: Sequence[str], seen: Seen) -> tuple[int, list[str]]:
         """Take those sessions into the table that are in the store and can be stepped.
@@ -388,7 +393,7 @@ class Loader:
                 unusable.append(session_id)  # `find` says why
         if found:
             ids = [session_id for session_id, _, _ in found]
-            self.adopt(found, [*map(seen.stamp, ids)], [*map(seen.idle_s, ids)])
+            self.adopt(found, seen.stamps(ids), [*map(seen.idle_s, ids)])
         return len(found), unusable
 
     def behind(self, session_ids: Sequence[str], seen: Seen) -> dict[str, Header]:
@@ -411,7 +416,7 @@ class Loader:
     def adopt(
         self,
         sessions: Sequence[tuple[str, Header, Model]],
-        stamps: Sequence[int],
+        stamps: U64,
         idle_s: Sequence[float],
     ) -> Handles:
         """Take sessions of the store into the table, none of which is there.
@@ -437,7 +442,7 @@ class Loader:
                 for (_, header, _), idle in zip(sessions, idle_s, strict=True)
             ],
             reply=[header.reply for header in headers],
-            stamp=np.array(stamps, np.uint64),
+            stamp=stamps,
             bytes=[counts.usage_of(header).bytes for header in headers],
         )
         for handle, header in zip(handles.tolist(), headers, strict=True):
