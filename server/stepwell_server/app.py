@@ -13,7 +13,6 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from stepwell_server.addresses import Address, UnixAddress, bind_problem
-from stepwell_server.audit_log import AuditError, AuditLog
 from stepwell_server.auth.callers import Callers
 from stepwell_server.auth.opening import open_callers
 from stepwell_server.auth.quota_file import COUNTED_BY_TENANT, QuotaFile
@@ -26,6 +25,7 @@ from stepwell_server.engine.engine import Engine, EveryChange, ModelStats, Paged
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.versions.document import DocumentError
+from stepwell_server.files.audit_log import AuditError, AuditLog
 from stepwell_server.files.watched import WatchedFileError
 from stepwell_server.live.known_files import KnownFiles
 from stepwell_server.live.models import LiveModels

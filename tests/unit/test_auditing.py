@@ -17,9 +17,9 @@ import pytest
 
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.audit_log import MAX_LINE_BYTES, MAX_WAITING_BYTES, AuditError, AuditLog
 from stepwell_server.core.callers import Caller, Credential, Known, Role
 from stepwell_server.errors import Overloaded, PermissionDenied, StoreAway, Unauthenticated
+from stepwell_server.files.audit_log import MAX_LINE_BYTES, MAX_WAITING_BYTES, AuditError, AuditLog
 from stepwell_server.rpc import health
 from stepwell_server.rpc.access import Access, require
 from stepwell_server.rpc.auditing import AUDITED, MOST_NAMED, UNAUDITED, Auditor

@@ -36,7 +36,7 @@ from stepwell_server.errors import (
 )
 
 if TYPE_CHECKING:
-    from stepwell_server.audit_log import AuditLog
+    from stepwell_server.files.audit_log import AuditLog
     from stepwell_server.rpc.fronts.base import Call
 
 #: Methods each of whose calls has a line, and what the line calls it.
