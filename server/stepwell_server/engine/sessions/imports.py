@@ -400,7 +400,7 @@ class Import:
         if not new:
             return
         served = [(each.session_id, each.header, each.model) for each in new]
-        self._loader.adopt(served, [stamp] * len(new), [0.0] * len(new))
+        self._loader.adopt(served, np.full(len(new), stamp, np.uint64), [0.0] * len(new))
         for model, count in Counter(each.model.name for each in new).items():
             self._context.observer.session_events("imported", model, count)
 
