@@ -59,7 +59,7 @@ from stepwell_server.tracing.starting import TracingError
 from stepwell_server.tracing.starting import start as start_tracing
 
 if TYPE_CHECKING:
-    from stepwell_server.compile.warm import WarmCompiler
+    from stepwell_server.compile.host.compiler import WarmCompiler
     from stepwell_server.tracing.spans import Tracing
 
 _log = Log("app")

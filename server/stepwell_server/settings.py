@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from stepwell_server.addresses import Address, UnixAddress
-from stepwell_server.compile.limits import Limits, default_memory_bytes
-from stepwell_server.compile.origin import folder_problem
+from stepwell_server.compile.host.limits import Limits, default_memory_bytes
+from stepwell_server.compile.keras_file.origin import folder_problem
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.model_names import ModelRef, parse_reference, version_of
 from stepwell_server.core.version_policy import LATEST, VersionPolicy

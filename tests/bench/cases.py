@@ -25,7 +25,7 @@ from bench.shared_store import valkey
 from bench.updates import updates
 from stepwell.cli import main
 from stepwell.testing import LocalServer
-from stepwell_server.compile.warm import WarmCompiler
+from stepwell_server.compile.host.compiler import WarmCompiler
 from support.certificates import Authority
 
 SESSIONS = (1, 32, 256, 1024)

@@ -34,7 +34,7 @@ START_LIMIT_S = 60.0
 
 _SAVE = """
 import json, sys
-from stepwell_server.compile.tensorflow_setup import keras
+from stepwell_server.compile.graph.tensorflow_setup import keras
 for path, units, features, outputs in json.loads(sys.argv[1]):
     keras.utils.set_random_seed(units)
     layers = [keras.Input((None, features)), keras.layers.LSTM(units, return_sequences=True)]

@@ -20,7 +20,7 @@ class Seed:
     """The call, and how a session's model is made."""
 
     def __init__(self, path: str) -> None:
-        from stepwell_server.compile.tensorflow_setup import keras
+        from stepwell_server.compile.graph.tensorflow_setup import keras
 
         self._keras = keras
         self._saved = keras.saving.load_model(path)

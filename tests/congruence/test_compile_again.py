@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from stepwell_server.compile import warm
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.compile.warm import WarmCompiler
+from stepwell_server.compile.host import compiler
+from stepwell_server.compile.host.compiler import WarmCompiler
 from stepwell_server.program import Architecture, Program
 from support import models, samples
 from support.processes import descriptors, home_of, is_there, until
@@ -79,8 +79,8 @@ def silent(_stage: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", samples.some(AGAIN))
 def test_it_is_what_compiling_it_anew_gives(name: str, tmp_path: Path) -> None:
-    from stepwell_server.compile.again import compile_again, may_be_reused
-    from stepwell_server.compile.pipeline import compile_traced
+    from stepwell_server.compile.program.again import compile_again, may_be_reused
+    from stepwell_server.compile.program.pipeline import compile_traced
 
     model = models.build(name)
     model.save(tmp_path / "first.keras")
@@ -95,7 +95,7 @@ def test_it_is_what_compiling_it_anew_gives(name: str, tmp_path: Path) -> None:
 
 def unnamed() -> Any:
     """A model whose layers Keras names, in another way each time."""
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     layers = keras.layers
     inner = keras.Sequential([keras.Input((None, 4)), layers.GRU(3, return_sequences=True)])
@@ -105,8 +105,8 @@ def unnamed() -> Any:
 
 
 def test_names_that_keras_made_up_are_those_of_the_file(tmp_path: Path) -> None:
-    from stepwell_server.compile.again import compile_again, may_be_reused
-    from stepwell_server.compile.pipeline import compile_traced
+    from stepwell_server.compile.program.again import compile_again, may_be_reused
+    from stepwell_server.compile.program.pipeline import compile_traced
 
     for name in ("first", "other"):
         unnamed().save(tmp_path / f"{name}.keras")
@@ -127,8 +127,8 @@ def architecture_of(program: Program) -> Architecture:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", samples.some(list(ANEW)))
 def test_what_must_be_traced_anew_is(name: str, tmp_path: Path) -> None:
-    from stepwell_server.compile.again import may_be_reused
-    from stepwell_server.compile.pipeline import compile_traced
+    from stepwell_server.compile.program.again import may_be_reused
+    from stepwell_server.compile.program.pipeline import compile_traced
 
     models.build(name).save(tmp_path / "model.keras")
     program, traced = compile_traced(tmp_path / "model.keras")
@@ -137,7 +137,7 @@ def test_what_must_be_traced_anew_is(name: str, tmp_path: Path) -> None:
 
 def by_position(scale: float) -> Any:
     """A model whose outputs depend on the number of the time step, but for a weight that is 0."""
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     x = keras.Input((None, 3), name="x")
     place = keras.ops.cumsum(keras.ops.ones_like(x[:, :, :1]), axis=1)
@@ -148,8 +148,8 @@ def by_position(scale: float) -> Any:
 
 
 def test_a_proof_that_only_holds_for_these_weights_is_not_reused(tmp_path: Path) -> None:
-    from stepwell_server.compile.again import may_be_reused
-    from stepwell_server.compile.pipeline import compile_traced
+    from stepwell_server.compile.program.again import may_be_reused
+    from stepwell_server.compile.program.pipeline import compile_traced
 
     by_position(0.0).save(tmp_path / "none.keras")
     by_position(1.0).save(tmp_path / "some.keras")
@@ -269,7 +269,7 @@ def test_what_takes_ever_more_memory_is_not_kept(
     lstm: Path, kept: WarmCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept.compile(lstm / "1.keras")
-    monkeypatch.setattr(warm, "_MORE_MEMORY_BYTES", -(1 << 40))
+    monkeypatch.setattr(compiler, "_MORE_MEMORY_BYTES", -(1 << 40))
     (lstm / "more.keras").write_bytes((lstm / "2.keras").read_bytes() + b"more")
     server, worker = kept.pids
     kept.compile(lstm / "more.keras")

@@ -16,19 +16,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 @pytest.fixture(scope="module")
 def traced() -> Any:
-    from stepwell_server.compile.probe import trace_and_probe
+    from stepwell_server.compile.probe.probe import trace_and_probe
 
     return trace_and_probe(models.build("lstm_dense"))
 
 
 def _step(traced: Any) -> Any:
-    from stepwell_server.compile.sequences import step_of_function
+    from stepwell_server.compile.probe.sequences import step_of_function
 
     return step_of_function(traced.plan, traced.function)
 
 
 def test_a_wrong_output_is_found(traced: Any) -> None:
-    from stepwell_server.compile.check import CheckError, check_against_keras
+    from stepwell_server.compile.probe.check import CheckError, check_against_keras
 
     step = _step(traced)
     check_against_keras(traced, step)
@@ -42,7 +42,7 @@ def test_a_wrong_output_is_found(traced: Any) -> None:
 
 
 def test_a_state_that_is_not_carried_is_found(traced: Any) -> None:
-    from stepwell_server.compile.check import CheckError, check_against_keras
+    from stepwell_server.compile.probe.check import CheckError, check_against_keras
 
     step = _step(traced)
     with pytest.raises(CheckError):

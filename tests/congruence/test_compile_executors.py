@@ -25,7 +25,7 @@ def tokens() -> Compiled:
 
 @pytest.fixture(scope="module")
 def tokens_on_tensorflow(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    from stepwell_server.compile import convert
+    from stepwell_server.compile.program import convert
 
     def refuse(*_: Any) -> None:
         raise convert.ConversionError("no built-in operator for Anything")
@@ -90,8 +90,8 @@ def test_the_reason_for_tensorflow_is_a_sentence(tokens: Compiled, tokens_on_ten
     ],
 )
 def test_what_the_converter_says_becomes_a_clause(text: str, says: str) -> None:
-    from stepwell_server.compile.convert import _complaint
-    from stepwell_server.compile.tensorflow_setup import tf
+    from stepwell_server.compile.graph.tensorflow_setup import tf
+    from stepwell_server.compile.program.convert import _complaint
 
     function = tf.function(lambda: tf.constant(1)).get_concrete_function()
     assert (

@@ -26,7 +26,7 @@ def _compiled(model: Any, folder: Path, **options: Any) -> Any:
 
 
 def test_softplus_does_not_overflow(tmp_path: Path) -> None:
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     x = keras.Input((None, 1), dtype="int32")
     hidden = keras.ops.softplus(keras.ops.cast(x, "float32"))
@@ -46,7 +46,7 @@ def test_softplus_does_not_overflow(tmp_path: Path) -> None:
 
 
 def test_what_has_a_gradient_of_its_own_runs_on_litert(tmp_path: Path) -> None:
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     x = keras.Input((None, 3))
     model = keras.Model(x, keras.layers.LSTM(3)(keras.activations.silu(0.01 * x)))
@@ -55,9 +55,9 @@ def test_what_has_a_gradient_of_its_own_runs_on_litert(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_step_that_overflows_for_large_inputs_is_found() -> None:
-    from stepwell_server.compile.extremes import worst_at_extremes
-    from stepwell_server.compile.probe import trace_and_probe
-    from stepwell_server.compile.sequences import step_of_function
+    from stepwell_server.compile.probe.extremes import worst_at_extremes
+    from stepwell_server.compile.probe.probe import trace_and_probe
+    from stepwell_server.compile.probe.sequences import step_of_function
 
     traced = trace_and_probe(models.build("lstm_dense"))
     step = step_of_function(traced.plan, traced.function)
@@ -77,7 +77,7 @@ def test_a_step_that_overflows_for_large_inputs_is_found() -> None:
 @pytest.mark.slow
 def test_tokens_given_as_floats_are_compared_and_not_only_trusted(tmp_path: Path) -> None:
     """Noise on an index would make another one of it, and then nothing could be said of any sequence."""
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     tokens = keras.Input((None,))
     embedded = keras.layers.Embedding(10, 4)(tokens)

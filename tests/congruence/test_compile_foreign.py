@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 
 def refusal_of(path: Path) -> str:
-    from stepwell_server.compile.archive import load_model
+    from stepwell_server.compile.keras_file.archive import load_model
 
     with pytest.raises(ModelError) as caught:
         load_model(path)
@@ -66,7 +66,7 @@ def test_a_file_of_keras_2_is_refused_before_it_is_loaded(version: str, tmp_path
 
 
 def test_the_way_on_from_keras_2_works(tmp_path: Path) -> None:
-    from stepwell_server.compile.archive import load_model
+    from stepwell_server.compile.keras_file.archive import load_model
 
     old = keras2_file(tmp_path, "lstm_dense")
     rebuilt = models.build("lstm_dense", seed=1)
@@ -86,8 +86,8 @@ def test_a_file_that_does_not_say_its_version_is_refused(tmp_path: Path) -> None
 
 
 def test_a_legacy_hdf5_file_is_refused_with_the_way_on(tmp_path: Path) -> None:
-    from stepwell_server.compile.archive import load_model
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
+    from stepwell_server.compile.keras_file.archive import load_model
 
     file = tmp_path / "model.h5"
     models.build("lstm_dense").save(file)
@@ -210,7 +210,7 @@ def test_what_keras_does_not_load_is_said_in_words(
 
 @pytest.mark.filterwarnings("ignore:The object being serialized includes a `lambda`:UserWarning")
 def test_a_lambda_among_the_arguments_of_a_layer_is_code(tmp_path: Path) -> None:
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     x = keras.Input((None, 3))
     keras.Model(x, keras.layers.Dense(2, activation=lambda y: y)(x)).save(tmp_path / "model.keras")
@@ -220,7 +220,7 @@ def test_a_lambda_among_the_arguments_of_a_layer_is_code(tmp_path: Path) -> None
 
 
 def test_weights_that_begin_where_hdf5_looks_make_no_hdf5_file(tmp_path: Path) -> None:
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     x = keras.Input((None, 3))
     keras.Model(x, keras.layers.LSTM(2, return_sequences=True)(x)).save(tmp_path / "saved.keras")
@@ -235,6 +235,6 @@ def test_weights_that_begin_where_hdf5_looks_make_no_hdf5_file(tmp_path: Path) -
                 moved.writestr("room", bytes(8192 - moved.fp.tell() - headers))
             moved.writestr(info.filename, saved.read(info))
     assert h5py.is_hdf5(tmp_path / "model.keras")
-    from stepwell_server.compile.archive import check_archive
+    from stepwell_server.compile.keras_file.archive import check_archive
 
     check_archive(tmp_path / "model.keras")

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 def _looked_up(**options: Any) -> Any:
     """A model of words 10, 20 and 30."""
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     k = keras.layers
     x = keras.Input((None,), dtype="int64", name="words")
@@ -26,7 +26,7 @@ def _looked_up(**options: Any) -> Any:
 
 
 def _binned() -> Any:
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     k = keras.layers
     x = keras.Input((None,), name="x")
@@ -34,8 +34,8 @@ def _binned() -> Any:
 
 
 def _sampler(model: Any) -> Any:
-    from stepwell_server.compile.interface import describe
-    from stepwell_server.compile.samples import make_sampler
+    from stepwell_server.compile.graph.interface import describe
+    from stepwell_server.compile.graph.samples import make_sampler
 
     return make_sampler(describe(model), [True])
 
@@ -68,7 +68,7 @@ def test_samples_of_binned_numbers_are_numbers() -> None:
 
 @pytest.mark.slow
 def test_a_lookup_without_room_for_other_words_is_served_and_equal(tmp_path: Path) -> None:
-    from stepwell_server.compile.own_data import compare
+    from stepwell_server.compile.probe.own_data import compare
 
     _looked_up(num_oov_indices=0).save(tmp_path / "model.keras")
     program = compile_model(tmp_path / "model.keras")
@@ -82,7 +82,7 @@ def test_a_lookup_without_room_for_other_words_is_served_and_equal(tmp_path: Pat
 
 
 def test_ones_own_numbers_may_be_binned(tmp_path: Path) -> None:
-    from stepwell_server.compile.own_data import compare
+    from stepwell_server.compile.probe.own_data import compare
 
     _binned().save(tmp_path / "model.keras")
     program = compile_model(tmp_path / "model.keras")
@@ -91,8 +91,8 @@ def test_ones_own_numbers_may_be_binned(tmp_path: Path) -> None:
 
 
 def test_samples_fit_a_small_table_of_a_layer_of_ones_own() -> None:
-    from stepwell_server.compile.probe import trace_and_probe
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
+    from stepwell_server.compile.probe.probe import trace_and_probe
 
     class Rows(keras.Layer):
         """A table of three rows that Keras does not know as one."""

@@ -18,8 +18,8 @@ import stepwell_server
 from stepwell_server import program_file
 from stepwell_server.compile import cache
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.compile.limits import Limits
-from stepwell_server.compile.warm import WarmCompiler
+from stepwell_server.compile.host.compiler import WarmCompiler
+from stepwell_server.compile.host.limits import Limits
 from stepwell_server.program import FLATBUFFER, Program
 from support import models, programs
 from support.compiling import compile_program
@@ -129,16 +129,16 @@ def ending(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCompiler]:
 
 
 BREAK_THE_COMPILER = """
-import stepwell_server.compile.archive
-stepwell_server.compile.archive.fingerprint = None
+import stepwell_server.compile.keras_file.archive
+stepwell_server.compile.keras_file.archive.fingerprint = None
 """
 FAIL_IN_A_MODULE = """
-import stepwell_server.compile.archive
+import stepwell_server.compile.keras_file.archive
 
 def broken(path):
     raise LookupError("first line\\nsecond line")
 
-stepwell_server.compile.archive.fingerprint = broken
+stepwell_server.compile.keras_file.archive.fingerprint = broken
 """
 
 
@@ -229,7 +229,7 @@ def test_the_caller_never_loads_tensorflow() -> None:
 import sys
 sys.path.insert(0, {str(Path(stepwell_server.__file__).parents[1])!r})
 from pathlib import Path
-from stepwell_server.compile.warm import WarmCompiler
+from stepwell_server.compile.host.compiler import WarmCompiler
 from stepwell_server.engine.executors import load_executor
 program = WarmCompiler(Path({str(saved.cache_dir)!r})).compile(Path({str(saved.path)!r}))
 assert program.fingerprint == {program.fingerprint!r}

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.compile.limits import Limits, default_memory_bytes, memory_of
-from stepwell_server.compile.sizes import check_sizes
+from stepwell_server.compile.host.limits import Limits, default_memory_bytes, memory_of
+from stepwell_server.compile.keras_file.sizes import check_sizes
 from support import models
 from support.clock import ManualClock
 from support.compiling import compile_program
@@ -124,7 +124,7 @@ def test_damaged_weights_are_a_damaged_file(lstm: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_damaged_file_is_refused_and_nothing_worse(method: int, lstm: Path, tmp_path: Path) -> None:
-    from stepwell_server.compile.archive import check_archive
+    from stepwell_server.compile.keras_file.archive import check_archive
 
     file = tmp_path / "damaged.keras"
     with zipfile.ZipFile(lstm) as source, zipfile.ZipFile(file, "w", method) as target:

@@ -33,7 +33,7 @@ def _refused(model: Any, folder: Path) -> str:
 @pytest.mark.parametrize("name", ["sin", "cos"])
 def test_a_period_is_as_keras_has_it_for_a_clock(name: str, tmp_path: Path) -> None:
     """LiteRT's leave [-1, 1] for numbers as large as seconds since 1970."""
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     x = keras.Input((None, 1))
     model = keras.Model(
@@ -56,7 +56,7 @@ def test_a_period_is_as_keras_has_it_for_a_clock(name: str, tmp_path: Path) -> N
 
 
 def test_a_layer_that_keeps_its_state_from_step_to_step_is_refused(tmp_path: Path) -> None:
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     x = keras.Input(batch_shape=(2, 6, 5, 3))
     inner = keras.layers.LSTM(4, stateful=True, name="inner")
@@ -69,7 +69,7 @@ def test_a_layer_that_keeps_its_state_from_step_to_step_is_refused(tmp_path: Pat
 
 
 def test_a_layer_that_goes_on_from_its_own_first_call_is_refused(tmp_path: Path) -> None:
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     x = keras.Input(batch_shape=(2, None, 3))
     layer = keras.layers.GRU(3, stateful=True, return_sequences=True, name="twice")
@@ -79,7 +79,7 @@ def test_a_layer_that_goes_on_from_its_own_first_call_is_refused(tmp_path: Path)
 
 
 def _always(kind: str) -> Any:
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     layers = keras.layers
     x = keras.Input((None, 4))
@@ -98,7 +98,7 @@ def test_training_that_is_written_into_a_model_is_refused(kind: str, tmp_path: P
 
 
 def test_training_that_changes_nothing_is_served(tmp_path: Path) -> None:
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     x = keras.Input((None, 4))
     _compiled(keras.Model(x, keras.layers.LSTM(3, return_sequences=True)(x, training=True)), tmp_path)
@@ -108,7 +108,7 @@ def test_training_that_changes_nothing_is_served(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [-1.0, -999.0, 1e6])
 def test_rounding_is_not_tried_on_what_a_mask_looks_for(value: float, tmp_path: Path) -> None:
     """A masked time step with another last digit is one that counts: nothing could be compared behind it."""
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     x = keras.Input((None, 2))
     masked = keras.layers.Masking(value)(x)
@@ -117,8 +117,8 @@ def test_rounding_is_not_tried_on_what_a_mask_looks_for(value: float, tmp_path: 
 
 
 def test_the_call_is_compared_with_predict_wherever_a_mode_could_be_on() -> None:
-    from stepwell_server.compile.tensorflow_setup import keras
-    from stepwell_server.compile.whole_call import has_no_modes
+    from stepwell_server.compile.graph.tensorflow_setup import keras
+    from stepwell_server.compile.probe.whole_call import has_no_modes
     from support.odd_cells import OwnLoop
 
     x = keras.Input((None, 8, 3))

@@ -36,8 +36,8 @@ def _with(value: float) -> Any:
 
 def _sampler(size: int) -> Any:
     """Knows that the first input is an index into a table of ``size``."""
-    from stepwell_server.compile.interface import Interface
-    from stepwell_server.compile.samples import Sampler
+    from stepwell_server.compile.graph.interface import Interface
+    from stepwell_server.compile.graph.samples import Sampler
 
     return Sampler(Interface(None, (), lambda _tensors: ((), {}), None), {0: size}, ())
 
@@ -49,7 +49,7 @@ def _saved(folder: Path, **arrays: Any) -> Path:
 
 @pytest.mark.slow
 def test_a_program_equals_the_model_it_was_made_from(forecast: tuple[Path, Program], tmp_path: Path) -> None:
-    from stepwell_server.compile.own_data import compare
+    from stepwell_server.compile.probe.own_data import compare
 
     file, program = forecast
     np.save(tmp_path / "x.npy", np.random.default_rng(1).standard_normal((4, 30, 3)))
@@ -63,7 +63,7 @@ def test_a_program_equals_the_model_it_was_made_from(forecast: tuple[Path, Progr
 
 
 def test_a_program_of_other_weights_is_found_out(forecast: tuple[Path, Program], tmp_path: Path) -> None:
-    from stepwell_server.compile.own_data import compare
+    from stepwell_server.compile.probe.own_data import compare
 
     models.build("lstm_dense", seed=1).save(tmp_path / "other.keras")
     found = compare(tmp_path / "other.keras", forecast[1], None)
@@ -94,7 +94,7 @@ def test_a_program_of_other_weights_is_found_out(forecast: tuple[Path, Program],
     ],
 )
 def test_data_that_do_not_fit_are_refused(arrays: dict[str, Any], says: str, tmp_path: Path) -> None:
-    from stepwell_server.compile.own_data import read
+    from stepwell_server.compile.probe.own_data import read
 
     with pytest.raises(ModelError, match=says):
         read(_saved(tmp_path, **arrays), [TensorSpec("x", (3,), "float32", temporal=True)])
@@ -137,7 +137,7 @@ def test_files_that_hold_no_arrays_are_refused_before_a_process_starts(
 
 
 def test_inputs_of_unlike_lengths_and_objects_are_refused(tmp_path: Path) -> None:
-    from stepwell_server.compile.own_data import read
+    from stepwell_server.compile.probe.own_data import read
 
     specs = [TensorSpec(name, (3,), "float32", temporal=True) for name in ("x", "z")]
     file = _saved(tmp_path, x=np.zeros((2, 5, 3)), z=np.zeros((2, 6, 3)))
@@ -152,7 +152,7 @@ def test_inputs_of_unlike_lengths_and_objects_are_refused(tmp_path: Path) -> Non
 
 
 def test_indices_that_no_table_has_are_refused(tmp_path: Path) -> None:
-    from stepwell_server.compile.own_data import read
+    from stepwell_server.compile.probe.own_data import read
 
     specs = [TensorSpec("tokens", (), "int32", temporal=True)]
     np.save(tmp_path / "x.npy", np.array([[0, 9], [3, 10]]))
@@ -166,7 +166,7 @@ def test_indices_that_no_table_has_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04junk", b"", b"\x93NUMPY\x01"])
 def test_a_damaged_file_is_its_users_affair(content: bytes, tmp_path: Path) -> None:
-    from stepwell_server.compile.own_data import read
+    from stepwell_server.compile.probe.own_data import read
 
     (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(ModelError, match=r"x\.npz: cannot be read as NumPy's"):
@@ -182,7 +182,7 @@ def test_a_comparison_of_nothing_is_not_conclusive() -> None:
 
 
 def test_one_sequence_may_leave_out_the_batch(tmp_path: Path) -> None:
-    from stepwell_server.compile.own_data import read
+    from stepwell_server.compile.probe.own_data import read
 
     np.save(tmp_path / "x.npy", np.ones((5, 3)))
     arrays, steps = read(tmp_path / "x.npy", [TensorSpec("x", (3,), "float32", temporal=True)])

@@ -32,7 +32,7 @@ def test_a_model_that_cannot_be_stepped_is_refused(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["seed_model", "bidirectional", "nested_sequential_fixed_time"])
 def test_the_model_is_as_it_was_after_tracing(name: str) -> None:
-    from stepwell_server.compile.probe import trace_and_probe
+    from stepwell_server.compile.probe.probe import trace_and_probe
 
     model = models.build(name)
     before = [dict(vars(layer)) for layer in model._flatten_layers()]
@@ -53,7 +53,7 @@ def _saved(tmp_path: Path) -> Path:
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    from stepwell_server.compile.archive import load_model
+    from stepwell_server.compile.keras_file.archive import load_model
 
     with pytest.raises(ModelError, match="there is no such file"):
         load_model(tmp_path / "none.keras")
@@ -61,7 +61,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [np.random.default_rng(1).bytes(5000), b"hello\n" * 100])
 def test_a_file_of_anything_is_refused(content: bytes, tmp_path: Path) -> None:
-    from stepwell_server.compile.archive import load_model
+    from stepwell_server.compile.keras_file.archive import load_model
 
     file = tmp_path / "noise.keras"
     file.write_bytes(content)
@@ -71,7 +71,7 @@ def test_a_file_of_anything_is_refused(content: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_a_truncated_file_is_refused(share: float, tmp_path: Path) -> None:
-    from stepwell_server.compile.archive import load_model
+    from stepwell_server.compile.keras_file.archive import load_model
 
     content = _saved(tmp_path).read_bytes()
     file = tmp_path / "cut.keras"
@@ -81,7 +81,7 @@ def test_a_truncated_file_is_refused(share: float, tmp_path: Path) -> None:
 
 
 def test_a_file_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
-    from stepwell_server.compile.archive import load_model
+    from stepwell_server.compile.keras_file.archive import load_model
 
     file = _saved(tmp_path)
     content = bytearray(file.read_bytes())
@@ -92,7 +92,7 @@ def test_a_file_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_archive_of_something_else_is_refused(tmp_path: Path) -> None:
-    from stepwell_server.compile.archive import load_model
+    from stepwell_server.compile.keras_file.archive import load_model
 
     file = tmp_path / "other.keras"
     with zipfile.ZipFile(file, "w") as archive:
@@ -102,7 +102,7 @@ def test_an_archive_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_is_of_architecture_and_weights_not_of_the_file(tmp_path: Path) -> None:
-    from stepwell_server.compile.archive import fingerprint
+    from stepwell_server.compile.keras_file.archive import fingerprint
 
     model = models.build("deep_with_normalization")
     model.save(tmp_path / "one.keras")

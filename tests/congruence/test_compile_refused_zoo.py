@@ -22,7 +22,7 @@ _RAW = r"0x[0-9a-f]{6}|<tf\.|KerasTensor|Traceback|StagingError|\{\{|Exception e
 
 @pytest.mark.parametrize("variant", one_in(8, VARIANTS))
 def test_a_model_that_cannot_be_stepped_is_refused_with_its_reason(variant: str) -> None:
-    from stepwell_server.compile.probe import trace_and_probe
+    from stepwell_server.compile.probe.probe import trace_and_probe
 
     case, steps = VARIANTS[variant]
     with pytest.raises(ModelError) as caught:

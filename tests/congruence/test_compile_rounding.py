@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.compile import evidence
-from stepwell_server.compile.sequences import run, step_of_function, tolerance
+from stepwell_server.compile.probe import evidence
+from stepwell_server.compile.probe.sequences import run, step_of_function, tolerance
 from support import models
 from support.programs import compile_model
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 def _frames(seed: int, last: str) -> Any:
     """Frames through a stack whose values grow until they overflow, some of them within twenty time steps."""
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     model = models.frames(keras)
     model.layers[-1].layer.activation = keras.activations.get(last)
@@ -43,7 +43,7 @@ def test_frames_that_grow_without_bound_are_served_and_equal(seed: int, last: st
 
 def _worst(model: Any, change: Callable[[Any], Any] = lambda step: step, weights: float = 1.0) -> Any:
     """Return how far stepping is from Keras, where the step or, for the step alone, a weight is changed."""
-    from stepwell_server.compile.probe import trace_and_probe
+    from stepwell_server.compile.probe.probe import trace_and_probe
 
     traced = trace_and_probe(model)
     kernel = model.trainable_weights[0]

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from stepwell_server.compile import evidence
 from stepwell_server.compile.errors import ModelError, NotCausalError
-from stepwell_server.compile.samples import Sampler
+from stepwell_server.compile.graph.samples import Sampler
+from stepwell_server.compile.probe import evidence
 from stepwell_server.program import ProofOptions
 from support import models_rows, models_time
 from support.cases import Case, before_rnn
@@ -27,7 +27,7 @@ LOOK_AHEAD = before_rnn("ahead_200", odd("lead_by_padding", 200))
 
 
 def _prove(case: Case, options: ProofOptions = TRUSTED) -> Any:
-    from stepwell_server.compile.probe import trace_and_probe
+    from stepwell_server.compile.probe.probe import trace_and_probe
 
     return trace_and_probe(case.build(), options=options)
 
@@ -133,7 +133,7 @@ def test_what_is_different_for_one_step_is_found_in_its_graph(
 ) -> None:
     """What runs is the graph of one step: it must be the one that was proven on hundreds."""
     from stepwell_server.compile.causality.cut import SCALES
-    from stepwell_server.compile.probe import trace_and_probe
+    from stepwell_server.compile.probe.probe import trace_and_probe
 
     assert SCALES.first.steps > 300
     monkeypatch.setattr(evidence, "gather", _not_reached)

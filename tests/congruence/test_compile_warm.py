@@ -17,10 +17,10 @@ import pytest
 
 import stepwell_server
 from stepwell_server import program_file
-from stepwell_server.compile import sandbox
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.compile.limits import Limits
-from stepwell_server.compile.warm import WarmCompiler
+from stepwell_server.compile.host import sandbox
+from stepwell_server.compile.host.compiler import WarmCompiler
+from stepwell_server.compile.host.limits import Limits
 from stepwell_server.models.programs import load_program
 from support import programs
 from support.clock import ManualClock
@@ -116,8 +116,8 @@ def test_a_model_that_is_refused_leaves_nothing_for_the_next_one(
 LOOK = """
 import json, os, socket, sys
 from pathlib import Path
-from stepwell_server.compile import worker
-from stepwell_server.compile.wire import Channel
+from stepwell_server.compile.host import worker
+from stepwell_server.compile.host.wire import Channel
 
 folder = Path(sys.argv[1])
 given, home, secret = folder / "given", folder / "home", folder / "secret"
@@ -178,7 +178,7 @@ def test_what_a_worker_leaves_in_its_folder_is_no_trap(lstm: Path, waiting: Path
     """A link in place of the program is not followed."""
     trap = 'import os\nos.symlink({secret!r}, os.environ["HOME"] + "/program.stepwell")\n'
     break_out = (
-        "import stepwell_server.program_file as file, stepwell_server.compile.worker as worker\n"
+        "import stepwell_server.program_file as file, stepwell_server.compile.host.worker as worker\n"
         "worker.program_file.save = lambda *_arguments, **_options: None\n"
     )
     known = programs.zoo("gru_reset_after")
@@ -298,7 +298,7 @@ def test_processes_that_nobody_needs_end(compiled: Path) -> None:
 ORPHANED = """
 import sys
 from pathlib import Path
-from stepwell_server.compile.warm import WarmCompiler
+from stepwell_server.compile.host.compiler import WarmCompiler
 WarmCompiler(Path(sys.argv[1]), ["waiting"]).compile(Path(sys.argv[2]))
 """
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 @pytest.fixture(scope="module")
 def keras() -> Any:
     """Keras, set up as the compiler has it."""
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     return keras
 
@@ -35,7 +35,7 @@ def _compiled(model: Any, folder: Path) -> Program:
 
 def _stepped(program: Program, inputs: list[Any], states: list[Any] | None = None) -> Any:
     """Step through sequences; returns the first output of each time step."""
-    from stepwell_server.compile.sequences import at
+    from stepwell_server.compile.probe.sequences import at
     from stepwell_server.engine.executors.stepping import initial_rows, step_of_executor
 
     step = step_of_executor(load_executor(program))
@@ -135,7 +135,7 @@ def test_a_model_without_recurrent_layers_takes_its_fixed_axes_as_features(
 
 def test_a_chaotic_cell_is_not_refused_for_rounding(keras: Any, tmp_path: Path) -> None:
     """The logistic map doubles a rounding with every step: after some forty there is nothing to compare."""
-    from stepwell_server.compile.probe import trace_and_probe
+    from stepwell_server.compile.probe.probe import trace_and_probe
 
     class Logistic(keras.Layer):
         """A cell of one number."""
@@ -189,7 +189,7 @@ def test_a_cast_is_not_blamed_for_what_another_layer_does(keras: Any, tmp_path: 
 
 
 def test_a_cell_whose_constants_nobody_passes(keras: Any) -> None:
-    from stepwell_server.compile.probe import trace_and_probe
+    from stepwell_server.compile.probe.probe import trace_and_probe
 
     class Conditioned(keras.Layer):
         """A cell for Keras 2, which passed constants."""
@@ -210,7 +210,7 @@ def test_a_cell_whose_constants_nobody_passes(keras: Any) -> None:
 
 
 def test_weights_of_a_bidirectional_cannot_be_kept(keras: Any) -> None:
-    from stepwell_server.compile.probe import trace_and_probe
+    from stepwell_server.compile.probe.probe import trace_and_probe
 
     x = keras.Input((None, 4))
     both = keras.layers.Bidirectional(keras.layers.LSTM(3, return_sequences=True))
@@ -222,7 +222,7 @@ def test_weights_of_a_bidirectional_cannot_be_kept(keras: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["Conv1D", "Bidirectional", "Flatten", "output"])
 def test_a_refusal_shortens_long_names(keras: Any, kind: str) -> None:
-    from stepwell_server.compile.probe import trace_and_probe
+    from stepwell_server.compile.probe.probe import trace_and_probe
 
     name = "n" * 200_000
     x = keras.Input((None, 4))

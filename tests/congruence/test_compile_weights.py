@@ -58,7 +58,7 @@ def model_used_twice(keras: Any) -> Any:
     "build", [tied_embeddings, spectral_normalization, layer_used_twice, model_used_twice]
 )
 def test_shared_weights_are_restored(build: Any, tmp_path: Path) -> None:
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     model = build(keras)
     models.randomize(model)
@@ -70,7 +70,7 @@ def test_shared_weights_are_restored(build: Any, tmp_path: Path) -> None:
 
 
 def refusal_of(model: Any, folder: Path) -> str:
-    from stepwell_server.compile.archive import load_model
+    from stepwell_server.compile.keras_file.archive import load_model
 
     model.save(folder / "model.keras")
     with pytest.raises(ModelError) as caught:
@@ -88,7 +88,7 @@ def test_layers_that_keras_does_not_restore_are_named(tmp_path: Path) -> None:
 
 
 def test_one_layer_of_several_that_is_not_restored_is_named(tmp_path: Path) -> None:
-    from stepwell_server.compile.tensorflow_setup import keras  # noqa: F401  before any other imports Keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras  # noqa: F401  before any other imports Keras
     from support.sharing_layers import ForgetsItsHead
 
     model = ForgetsItsHead()
@@ -98,7 +98,7 @@ def test_one_layer_of_several_that_is_not_restored_is_named(tmp_path: Path) -> N
 
 
 def test_a_class_that_has_changed_since_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
     from support.sharing_layers import Scale
 
     model = keras.Sequential([keras.Input((None, 3)), Scale(name="scaling"), keras.layers.GRU(3)])

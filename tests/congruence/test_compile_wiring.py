@@ -26,8 +26,8 @@ def _swapping(keras: Any) -> Any:
 
 
 def test_what_swaps_its_operands_for_long_sequences_is_refused(tmp_path: Path) -> None:
-    from stepwell_server.compile.probe import trace_and_probe
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
+    from stepwell_server.compile.probe.probe import trace_and_probe
 
     x = keras.Input((None, 3))
     hidden = keras.layers.LSTM(4, return_sequences=True)(_swapping(keras)(name="swap")(x))

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from stepwell_server import program_file
-from stepwell_server.compile import configuration
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.compile.sizes import check_sizes
-from stepwell_server.compile.warm import WarmCompiler
+from stepwell_server.compile.host.compiler import WarmCompiler
+from stepwell_server.compile.keras_file import configuration
+from stepwell_server.compile.keras_file.sizes import check_sizes
 from stepwell_server.program_file import ProgramFileError
 from support import models
 
@@ -38,7 +38,7 @@ def lstm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loaded(file: Path) -> Any:
     """The model, by the way of the compiling process."""
-    from stepwell_server.compile.archive import load_model
+    from stepwell_server.compile.keras_file.archive import load_model
 
     check_sizes(file, 64 * MIB)
     return load_model(file)
@@ -374,7 +374,7 @@ def test_weights_that_are_elsewhere_or_no_numbers_are_refused(
 )
 def test_a_file_that_is_an_archive_and_hdf5_is_not_loaded_as_the_other(lstm: Path, tmp_path: Path) -> None:
     """CVE-2025-9905: legacy HDF5 knows no safe mode. Keras goes by the name, zip archives may begin with anything."""
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     marker = tmp_path / "marker"
     x = keras.Input((2,))

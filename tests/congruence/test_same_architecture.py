@@ -14,15 +14,15 @@ from support import custom_layers
 
 
 def keras_() -> Any:
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     return keras
 
 
 def architecture(model: Any, folder: Path) -> Architecture:
     """The architecture of a model, without compiling it."""
-    from stepwell_server.compile import archive
-    from stepwell_server.compile.watch import recurrent_layers
+    from stepwell_server.compile.graph.watch import recurrent_layers
+    from stepwell_server.compile.keras_file import archive
 
     path = folder / "model.keras"
     model.save(path)
@@ -113,7 +113,7 @@ def test_what_matters_in_training_alone_is_no_difference(tmp_path: Path) -> None
 
 
 def test_a_model_built_again_with_the_same_weights_has_the_same_fingerprint(tmp_path: Path) -> None:
-    from stepwell_server.compile import archive
+    from stepwell_server.compile.keras_file import archive
 
     first, again, third = stack(), stack(), stack(lstm="mine")
     fingerprints = []

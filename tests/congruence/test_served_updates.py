@@ -95,7 +95,7 @@ def test_no_step_fails_and_all_are_those_of_keras(front: str) -> None:
 
 
 def _layers(path: Any) -> tuple[Any, Any]:
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     model = keras.models.load_model(path)
     return model.get_layer("lstm").cell, model.get_layer("y")

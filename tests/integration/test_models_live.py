@@ -99,7 +99,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
 
 def expected(saved: Saved, inputs: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     """What Keras computes of inputs one after the other."""
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     model = keras.models.load_model(saved.path)
     return np.asarray(model(np.concatenate(inputs, axis=1)))

@@ -23,7 +23,7 @@ RELOADS = 5
 
 @pytest.mark.slow
 def test_one_worker_compiles_all_of_them_and_ends_with_the_server(tmp_path: Path) -> None:
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     model = keras.models.load_model(forecast().path)
     workers: list[list[int]] = []

@@ -14,7 +14,7 @@ import pytest
 
 import stepwell
 from stepwell.testing import LocalServer
-from stepwell_server.compile.tensorflow_setup import keras
+from stepwell_server.compile.graph.tensorflow_setup import keras
 from support import programs, seed
 from support.seed import NODES, Floats
 

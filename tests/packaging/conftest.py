@@ -58,7 +58,7 @@ def model_path() -> Path:
 
 
 def _forecast() -> Any:
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     layers = [keras.Input((None, 3)), keras.layers.LSTM(8, return_sequences=True), keras.layers.Dense(1)]
     return keras.Sequential(layers)

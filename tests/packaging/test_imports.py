@@ -61,7 +61,9 @@ def test_help_of_the_servers_commands_needs_none_of_its_packages(command: str, t
     assert loaded & (FRAMEWORKS | SERVER_ONLY - {"stepwell_server"}) == set()
 
 
-@pytest.mark.parametrize("module", ["app", "settings", "compile.warm", "engine.engine", "rpc.server"])
+@pytest.mark.parametrize(
+    "module", ["app", "settings", "compile.host.compiler", "engine.engine", "rpc.server"]
+)
 def test_the_server_is_imported_without_tensorflow(module: str, tmp_path: Path) -> None:
     loaded = modules_after(f"import stepwell_server.{module}", tmp_path)
     assert loaded & (FRAMEWORKS | NOT_AT_ONCE | {"h5py"}) == set()

@@ -27,7 +27,7 @@ class Case:
 
     def build(self, steps: int | None = None, seed: int = 0) -> Any:
         """Build the model with random weights."""
-        from stepwell_server.compile.tensorflow_setup import keras
+        from stepwell_server.compile.graph.tensorflow_setup import keras
 
         model = self.make(keras, steps)
         models.randomize(model, seed)

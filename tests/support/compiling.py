@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stepwell_server.clock import Clock
-from stepwell_server.compile.limits import Limits
-from stepwell_server.compile.processes import Processes
-from stepwell_server.compile.warm import WarmCompiler
+from stepwell_server.compile.host.compiler import WarmCompiler
+from stepwell_server.compile.host.limits import Limits
+from stepwell_server.compile.host.processes import Processes
 from stepwell_server.program import Program, ProofOptions
 
 #: It imports TensorFlow once. What a worker may see of tests before is nothing: the fork server never sees a model.

@@ -30,7 +30,7 @@ def refused(pattern: str) -> Callable[[Builder], Builder]:
 def build(name: str, seed: int = 0) -> Any:
     """Build the model ``name`` with random weights and biases drawn from ``seed``."""
     # Before anything loads Keras: it makes TensorFlow compute on one thread.
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     builder = SERVED.get(name) or REFUSED[name][0]
     model = builder(keras)

@@ -47,7 +47,7 @@ def groups() -> dict[str, list[str]]:
 
 def build(names: list[str], steps: int | None = None, seed: int = 0) -> Any:
     """Build one model of some blocks, with random weights."""
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     x = keras.Input((steps, 4), name="x")
     tokens = keras.Input((steps,), dtype="int32", name="tokens")

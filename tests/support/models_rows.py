@@ -118,7 +118,7 @@ OUTPUTS = [
 
 
 def _ops(name: str) -> Any:
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     return getattr(keras.ops, name)
 

@@ -9,7 +9,7 @@ from support.models import randomize
 
 def singular_values() -> Any:
     """Build an LSTM over singular values: an operation that the proof does not know."""
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
     from support.custom_layers import SingularValues
 
     x = keras.Input((None, 4), name="x")

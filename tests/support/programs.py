@@ -200,7 +200,7 @@ def _keep(path: Path, options: ProofOptions | None, kept: Path) -> None:
 
 def compile_model(model: Path, **said: Any) -> Program:
     """The program of a model, compiled in this process, without a cache."""
-    from stepwell_server.compile.pipeline import compile_traced
+    from stepwell_server.compile.program.pipeline import compile_traced
 
     return compile_traced(model, **said)[0]
 

@@ -129,7 +129,7 @@ class RandomModel:
 
 def draw(rng: Rng) -> RandomModel:
     """Stack one to five blocks; half of the models have a bad one among them."""
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
     names = [str(rng.choice(list(GOOD))) for _ in range(int(rng.integers(1, 5)))]
     if not set(names) & {"recurrent", "stacked", "masked"}:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 # Not from Keras: it makes TensorFlow compute on one thread before anything does.
-from stepwell_server.compile.tensorflow_setup import keras, tf
+from stepwell_server.compile.graph.tensorflow_setup import keras, tf
 
 Floats = npt.NDArray[np.float32]
 

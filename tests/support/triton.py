@@ -109,7 +109,7 @@ def keras_model(name: str) -> Any:
 
 def accumulator(dtype: str, features: int) -> Any:
     """A model that adds up its input; no weights, no Dense layer."""
-    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.graph.tensorflow_setup import keras
     from support.custom_layers import Accumulator
 
     # Keras takes int8 as a layer's dtype for a way to quantize it.

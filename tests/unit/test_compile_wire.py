@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from stepwell_server.compile import wire
-from stepwell_server.compile.wire import Channel, GarbledError
+from stepwell_server.compile.host import wire
+from stepwell_server.compile.host.wire import Channel, GarbledError
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from stepwell.cli import _of_server, main
 from stepwell_server import doctor
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.cli.doctor import doctor as command
-from stepwell_server.compile import sandbox
-from stepwell_server.compile.sandbox import Protection
+from stepwell_server.compile.host import sandbox
+from stepwell_server.compile.host.sandbox import Protection
 from stepwell_server.doctor import Examination
 from stepwell_server.rpc.fronts.choice import Choice, choose
 from stepwell_server.settings import Settings

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from stepwell_server.compile.sandbox import Protection
+from stepwell_server.compile.host.sandbox import Protection
 
 TRY = """
 import ctypes, json, os, socket, sys, threading
 from pathlib import Path
-from stepwell_server.compile import sandbox
+from stepwell_server.compile.host import sandbox
 own, secret, port = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 sandbox.limit(1 << 20)
 had = sandbox.enter(None if sys.argv[4] == "all" else [], [own])

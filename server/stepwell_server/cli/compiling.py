@@ -15,8 +15,8 @@ import click
 from stepwell.cli._types import Duration, Size
 from stepwell_server.cli.setting import setting
 from stepwell_server.cli.values import ModuleName, PathOf
-from stepwell_server.compile.limits import Limits
-from stepwell_server.compile.warm import WarmCompiler
+from stepwell_server.compile.host.compiler import WarmCompiler
+from stepwell_server.compile.host.limits import Limits
 from stepwell_server.program import Program, ProofOptions
 from stepwell_server.settings import default_cache_dir
 

@@ -20,7 +20,7 @@ from stepwell_server.reach import beyond_loopback
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
-    from stepwell_server.compile.warm import WarmCompiler
+    from stepwell_server.compile.host.compiler import WarmCompiler
     from stepwell_server.settings import Settings
 
 

@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from stepwell_server.compile.origin import folder_problem
+from stepwell_server.compile.keras_file.origin import folder_problem
 from stepwell_server.errors import InvalidInput
 from stepwell_server.models.folder import SUFFIXES
 

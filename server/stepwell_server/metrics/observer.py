@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from stepwell_server.compile.limits import memory_bytes
+from stepwell_server.compile.host.limits import memory_bytes
 from stepwell_server.engine.api import Observer, SessionPolicy
 from stepwell_server.errors import reasons
 from stepwell_server.live.control import VersionStatus, counts_of

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from stepwell_server.compile import data_file
 from stepwell_server.compile.errors import DataError, ModelError
-from stepwell_server.compile.limits import Limits
-from stepwell_server.compile.warm import WarmCompiler
+from stepwell_server.compile.host.compiler import WarmCompiler
+from stepwell_server.compile.host.limits import Limits
 from stepwell_server.logs import Log
 from stepwell_server.models.programs import load_program
 from stepwell_server.models.sources import Candidates, LoadError, Source

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from stepwell import _install
 from stepwell_server import program_file
-from stepwell_server.compile import handover
 from stepwell_server.compile.errors import DataError, ModelError
-from stepwell_server.compile.job import Progress
-from stepwell_server.compile.limits import Limits
-from stepwell_server.compile.warm import WarmCompiler
+from stepwell_server.compile.host.compiler import WarmCompiler
+from stepwell_server.compile.host.job import Progress
+from stepwell_server.compile.host.limits import Limits
+from stepwell_server.compile.host.source import opened
 from stepwell_server.engine.executors import trial
 from stepwell_server.program import Program, ProofOptions
 
@@ -38,7 +38,7 @@ def load_program(
 
     What its arguments mean, and what it raises, `WarmCompiler.compile` says; a ``.stepwell`` file has the stages load and check.
     """
-    with handover.opened(path):  # Or it is no file, which nothing below expects.
+    with opened(path):  # Or it is no file, which nothing below expects.
         is_program = program_file.is_program(path)
     if not is_program:
         require_frameworks(path)

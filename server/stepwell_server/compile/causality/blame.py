@@ -10,11 +10,11 @@ from stepwell_server.compile.causality.direction import Direction, direction
 from stepwell_server.compile.causality.proof import Unadmitted
 from stepwell_server.compile.causality.refusals import Reason
 from stepwell_server.compile.errors import ModelError, NotCausalError, quoted
-from stepwell_server.compile.interface import Interface
-from stepwell_server.compile.samples import Sampler
-from stepwell_server.compile.scopes import named
-from stepwell_server.compile.tensorflow_setup import keras
-from stepwell_server.compile.untraceable import habit_of
+from stepwell_server.compile.graph.interface import Interface
+from stepwell_server.compile.graph.samples import Sampler
+from stepwell_server.compile.graph.scopes import named
+from stepwell_server.compile.graph.tensorflow_setup import keras
+from stepwell_server.compile.graph.untraceable import habit_of
 
 _STEP_BY_STEP = "model cannot be run step by step: "
 _SEVERAL_STEPS = "looks back over several time steps and keeps no state"

@@ -17,11 +17,11 @@ from typing import Any
 
 from stepwell_server.compile.causality.axes import Scale, Scales
 from stepwell_server.compile.errors import ModelError, gist, quoted
-from stepwell_server.compile.graph import concrete
-from stepwell_server.compile.interface import Interface
-from stepwell_server.compile.patch import attribute, relaxed
-from stepwell_server.compile.tensorflow_setup import keras, tf
-from stepwell_server.compile.watch import recurrent_layers
+from stepwell_server.compile.graph.concrete import concrete
+from stepwell_server.compile.graph.interface import Interface
+from stepwell_server.compile.graph.patch import attribute, relaxed
+from stepwell_server.compile.graph.tensorflow_setup import keras, tf
+from stepwell_server.compile.graph.watch import recurrent_layers
 
 #: Primes, larger than any reach that a layer is likely to have. What is different from some length on is
 #: different in the two traces, or, below the first, in samples of one and of `evidence.STEPS` time steps,

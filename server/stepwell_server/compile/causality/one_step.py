@@ -22,7 +22,7 @@ from stepwell_server.compile.causality.proof import (
 )
 from stepwell_server.compile.causality.refusals import Reason
 from stepwell_server.compile.causality.values import OF_SHAPES, Const, Evaluator, attributes
-from stepwell_server.compile.tensorflow_setup import tf
+from stepwell_server.compile.graph.tensorflow_setup import tf
 
 #: Whole numbers from here on may be sizes and places in a sequence, which are others in a short one.
 _OF_LENGTH = 256

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from tensorflow.python.eager import context, execute
 
 from stepwell_server.compile.causality.axes import TIME, Axes, Pair, labels
-from stepwell_server.compile.tensorflow_setup import tf
+from stepwell_server.compile.graph.tensorflow_setup import tf
 
 Array = npt.NDArray[np.generic]
 #: Operations that read the shape of a tensor, which a trace fixes, and not its values.

@@ -1,0 +1,128 @@
+"""One call of the whole model on a sequence, watched: its outputs and what its recurrent layers did."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.compile.graph.interface import Interface
+from stepwell_server.compile.graph.patch import attribute, relaxed
+from stepwell_server.compile.graph.tensorflow_setup import keras, tf
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentCall:
+    """One call of a recurrent layer."""
+
+    layer: Any
+    path: str
+    number: int
+    """Which call of this layer it is, from 0."""
+    steps: int
+    """Length of the sequence that it was given."""
+    initial: tuple[Array, ...]
+    """Its initial state, flat, ``(batch, ...)`` each."""
+    state_dtypes: tuple[str, ...]
+    masked: bool
+    output_shape: tuple[int, ...]
+    """Of one row at one time step."""
+    output_dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What one call of the model showed."""
+
+    steps: int
+    inputs: tuple[Array, ...]
+    outputs: dict[str, Array]
+    dtypes: dict[str, str]
+    """Keras's name of each output's type; ``outputs`` holds bfloat16 as float32."""
+    calls: tuple[RecurrentCall, ...]
+    """In the order in which they ended."""
+
+
+def watch(interface: Interface, inputs: Sequence[Array], steps: int) -> Observation:
+    """Call the model on ``inputs``, whose temporal ones are ``steps`` long."""
+    calls: list[RecurrentCall] = []
+    with relaxed(interface.model), _recording(interface.model, calls):
+        tensors = [tf.cast(value, info.dtype) for value, info in zip(inputs, interface.inputs, strict=True)]
+        results = interface.call(tensors)
+    outputs = {name: plain(value) for name, value in results.items()}
+    dtypes = {name: keras.backend.standardize_dtype(value.dtype) for name, value in results.items()}
+    return Observation(steps, tuple(inputs), outputs, dtypes, tuple(calls))
+
+
+def plain(tensor: Any) -> Array:
+    """Return a tensor as an array of a type that NumPy itself knows: bfloat16 becomes float32, exactly."""
+    array = np.asarray(tensor)
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+
+
+def recurrent_layers(model: Any) -> dict[str, Any]:
+    """Return every recurrent layer by its path: names of the layers around it, then its own."""
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+
+    def walk(layer: Any, prefix: str) -> None:
+        for child in layer._layers:
+            if id(child) in seen:
+                continue
+            seen.add(id(child))
+            path = f"{prefix}{child.name}"
+            if isinstance(child, keras.layers.RNN):
+                found[_free(path, found)] = child
+            else:
+                walk(child, f"{path}/")
+
+    walk(model, "")
+    return found
+
+
+def _free(path: str, taken: dict[str, Any]) -> str:
+    number, candidate = 1, path
+    while candidate in taken:
+        number += 1
+        candidate = f"{path}#{number}"
+    return candidate
+
+
+@contextlib.contextmanager
+def _recording(model: Any, calls: list[RecurrentCall]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for path, layer in recurrent_layers(model).items():
+            stack.enter_context(attribute(layer, "inner_loop", _recorder(path, layer, calls)))
+        yield
+
+
+def _recorder(path: str, layer: Any, calls: list[RecurrentCall]) -> Any:
+    original = layer.inner_loop
+
+    def inner_loop(sequences: Any, initial_state: Any, mask: Any = None, training: Any = False) -> Any:
+        last, outputs, states = original(
+            sequences=sequences, initial_state=initial_state, mask=mask, training=training
+        )
+        flat = keras.tree.flatten(initial_state)
+        calls.append(
+            RecurrentCall(
+                layer=layer,
+                path=path,
+                number=sum(call.layer is layer for call in calls),
+                steps=int(keras.tree.flatten(sequences)[0].shape[1]),
+                initial=tuple(plain(state) for state in flat),
+                state_dtypes=tuple(keras.backend.standardize_dtype(state.dtype) for state in flat),
+                masked=keras.tree.flatten(mask)[0] is not None,
+                output_shape=tuple(last.shape[1:]),
+                output_dtype=keras.backend.standardize_dtype(last.dtype),
+            )
+        )
+        return last, outputs, states
+
+    return inner_loop

@@ -1,0 +1,1 @@
+"""The processes that compile: a fork server, its workers, their sandbox and limits."""

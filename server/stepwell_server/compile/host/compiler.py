@@ -1,0 +1,325 @@
+"""Compiles models beside a server, in processes that are kept warm. Imports no TensorFlow: the server has one of these.
+
+Importing TensorFlow takes seconds, compiling a model less than one. So a process that has imported it is kept (the fork
+server, `processes`, `fork_server`), and is copied for each model: a worker, which gives up what may do harm (`sandbox`),
+is given a copy of the file (`source`), and is ended when it has answered. No worker meets what another one did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+from stepwell_server import program_file
+from stepwell_server.architecture.canonical import comparable
+from stepwell_server.clock import Clock, SystemClock
+from stepwell_server.compile import cache, data_file
+from stepwell_server.compile.comparison import Comparison
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.host.job import ABANDONED, Call, Job, Progress
+from stepwell_server.compile.host.limits import Limits, Watch, memory_of
+from stepwell_server.compile.host.processes import Processes, Worker
+from stepwell_server.compile.host.source import Source, opened
+from stepwell_server.compile.host.turns import Turns
+from stepwell_server.compile.keras_file import origin
+from stepwell_server.logs import Log
+from stepwell_server.program import Program, ProofOptions
+
+IDLE_S = 300.0
+_PROGRAM = f"program{program_file.SUFFIX}"
+#: What a worker that is kept may take more than at first, before it is ended: TensorFlow does not give everything back.
+_MORE_MEMORY_BYTES = 256 << 20
+_log = Log("compile")
+
+
+class WarmCompiler:
+    """Compiles models, one after the other. Thread-safe; its methods block, so an event loop calls them on threads.
+
+    Its processes are started when they are first needed, and end with `close`, when this process ends, however it does, and by
+    `end_idle` when they have not been needed for a while. If one is killed, the next call starts another.
+    """
+
+    def __init__(
+        self,
+        cache_dir: Path,
+        imports: Sequence[str] = (),
+        limits: Limits | None = None,
+        clock: Clock | None = None,
+        idle_s: float = IDLE_S,
+    ) -> None:
+        """Prepare; no process is started.
+
+        Args:
+            cache_dir: folder of compiled programs; made when it is needed. Several processes may share it.
+            imports: modules that register the models' custom layers and functions; the current folder is searched first.
+                Their source is part of the cache's key, that of modules they import is not.
+            limits: what compiling a model may take, where a call says nothing else; by default those of `Limits`.
+            clock: against which the time is limited; by default the machine's.
+            idle_s: for how long processes that nobody needs are kept, in seconds; see `end_idle`.
+        """
+        self._cache_dir = cache_dir
+        self._imports = tuple(imports)
+        self._limits = limits or Limits()
+        self._clock = clock or SystemClock()
+        self._idle_s = idle_s
+        self._turns = Turns()
+        self._closing = threading.Event()
+        self._processes = Processes()
+        self._kept: _Kept | None = None
+        self._last_used = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc_info: object) -> None:
+        self.close()
+
+    def compile(
+        self,
+        model: Path,
+        progress: Progress | None = None,
+        options: ProofOptions | None = None,
+        limits: Limits | None = None,
+        data: Path | None = None,
+        *,
+        keep: bool = True,
+    ) -> Program:
+        """Return the program of a ``.keras`` file, from the cache if it is there.
+
+        Args:
+            model: the ``.keras`` file.
+            progress: called with each stage as it begins: waiting, if another model is being compiled, then load, trace,
+                probe, convert, check. Not called when the program comes from the cache. Called on the caller's thread.
+            options: what the user says about the proof.
+            limits: what compiling it may take.
+            data: sequences on which the program will be compared: looked at before the model is compiled.
+            keep: keep its worker for the next model, if that may have the same configuration and other weights. Such a
+                one is compiled in less than half of the time, with the same result.
+
+        Raises:
+            DataError: the data do not fit the model, as far as that can be seen before.
+            ModelError: the model cannot be served; the message is one line for people.
+            OSError: the cache cannot be written, or others can write it.
+        """
+        if data is not None:
+            data_file.load(data)
+        options = options or ProofOptions()
+        with opened(model) as source:
+            if not source.size:
+                raise ModelError(f"{model}: {origin.other_problem(model)}")
+            cache.make(self._cache_dir)
+            target = cache.entry(self._cache_dir, cache.key_of(source.sha256(), self._imports, options))
+            found = cache.load(target)
+            if found is None:
+                call = Call(model, progress or _silent, limits or self._limits, options, data, keep)
+                with self._turn(call):
+                    # Whoever was first may have compiled just this.
+                    found = cache.load(target) or self._compiled(call, source, target)
+        return _named(found, model.name)
+
+    def compare(
+        self, model: Path, program: Program, data: Path | None = None, limits: Limits | None = None
+    ) -> Comparison:
+        """Return how stepping a program differs from Keras's own call of the model it was made from.
+
+        Args:
+            model: the ``.keras`` file.
+            program: what was compiled from it.
+            data: an ``.npy`` or ``.npz`` file of sequences, (batch, T, features); None: those of the proof.
+            limits: what it may take.
+
+        Raises:
+            DataError: the data do not fit the model.
+            ModelError: Keras's call of it fails.
+        """
+        call = Call(model, _silent, limits or self._limits)
+        with opened(model) as source, self._turn(call), self._job(call) as job:
+            worker = job.fork(frameworks=True, imports=self._imports)
+            file = worker.given / _PROGRAM
+            program_file.save(program, file)
+            job.give(worker, source)
+            job.give_data(worker, data)
+            told = job.ask(worker, job="compare", imports=self._imports, program=str(file))
+            return Comparison.from_json(told)
+
+    def settle(
+        self, model: Path, progress: Progress | None = None, limits: Limits | None = None
+    ) -> tuple[Program, tuple[int, ...], tuple[int, ...]]:
+        """Read a ``.stepwell`` file, and try it on this processor. Needs no frameworks.
+
+        Args:
+            model: the file.
+            progress: called with waiting, if another model is being compiled, then load and check.
+            limits: what it may take.
+
+        Returns:
+            The program as it is in the file, the batch sizes that were compared, and those that give a row the same bits
+            (see `trial.with_sizes`).
+
+        Raises:
+            ModelError: it cannot be read, cannot run here, or computes something else here.
+        """
+        call = Call(model, progress or _silent, limits or self._limits)
+        with opened(model) as source, self._turn(call), self._job(call) as job:
+            worker = job.fork(frameworks=False)
+            try:
+                program = program_file.load(job.give(worker, source), call.limits.model_bytes)
+            except program_file.ProgramFileError as error:
+                raise ModelError(f"{model}: {error}") from error
+            except OSError as error:
+                raise ModelError(f"{model}: cannot be read: {error.strerror}") from error
+            call.report("check")
+            told = job.ask(worker, job="settle")
+            return program, tuple(map(int, told["sizes"])), tuple(map(int, told["agreeing"]))
+
+    @property
+    def limits(self) -> Limits:
+        """What compiling a model may take, where a call says nothing else."""
+        return self._limits
+
+    @property
+    def pids(self) -> list[int]:
+        """Numbers of the processes that are kept: of the fork server, and of a worker, if one is kept. Any thread may ask."""
+        kept = self._kept
+        return self._processes.pids + ([] if kept is None else [kept.worker.pid])
+
+    def end_idle(self) -> bool:
+        """End the processes if nobody has needed them for ``idle_s``; whether there are none then. To be called now and then."""
+        with self._turns.at_once() as is_ours:
+            if is_ours and self._clock.monotonic() - self._last_used >= self._idle_s:
+                self._end()
+            return not self._processes.pids
+
+    def close(self) -> None:
+        """End what is under way, and the processes. Idempotent; what is called afterwards raises ModelError."""
+        self._closing.set()
+        with self._turns.next():
+            self._end()
+
+    def _end(self) -> None:
+        kept, self._kept = self._kept, None
+        self._processes.end()
+        if kept is not None:
+            kept.worker.forget()
+
+    def _compiled(self, call: Call, source: Source, target: Path) -> Program:
+        """Have it compiled, and put it into the cache."""
+        architecture = self._architecture(call, source)
+        kept, self._kept = self._kept, None
+        if kept is not None and kept.architecture == architecture and call.data is None:
+            program = self._again(call, kept, source, target)
+            if program is not None:
+                return program
+        elif kept is not None:
+            self._processes.forget(kept.worker)
+        with self._job(call) as job:
+            worker = job.fork(frameworks=True, imports=self._imports)
+            job.give(worker, source)
+            job.give_data(worker, call.data)
+            keep = call.keep and architecture is not None
+            may_be_kept = job.ask(
+                worker,
+                job="compile",
+                imports=self._imports,
+                program=str(worker.home / _PROGRAM),
+                steps=call.options.steps,
+                trust=call.options.trust,
+                keep=keep,
+            )
+            program = _published(worker, target)
+            if keep and may_be_kept and architecture is not None:
+                job.let_go()
+                self._kept = _Kept(worker, architecture, memory_of(worker.pid))
+            return program
+
+    def _again(self, call: Call, kept: _Kept, source: Source, target: Path) -> Program | None:
+        """Have it compiled by the worker that has compiled the same with other weights; None: it must be compiled anew."""
+        worker = kept.worker
+        with self._job(call) as job:
+            try:
+                job.adopt(worker)
+                job.give(worker, source)
+                job.ask(worker, job="again", program=str(worker.home / _PROGRAM))
+                program = _published(worker, target)
+            except (ModelError, OSError) as error:
+                if job.exceeded in {"abandoned", "time"}:
+                    raise
+                _log.info("compiled anew, not only with other weights", model=str(call.model), reason=error)
+                return None
+            if memory_of(worker.pid) <= kept.memory_bytes + _MORE_MEMORY_BYTES:
+                job.let_go()
+                self._kept = kept
+            return program
+
+    def _architecture(self, call: Call, source: Source) -> bytes | None:
+        """What two models have in common that differ in their weights alone; None if nobody can tell."""
+        configuration = source.configuration()
+        if configuration is None:
+            return None
+        digest = hashlib.sha256(f"{call.options}\n".encode())
+        digest.update(cache.sources_of(self._imports))
+        try:
+            digest.update(comparable(json.loads(configuration)))
+        except (ValueError, RecursionError):
+            return None
+        return digest.digest()
+
+    @contextlib.contextmanager
+    def _turn(self, call: Call) -> Iterator[None]:
+        """Wait for the turn, and have it for the block."""
+
+        def require_wanted() -> None:
+            abandoned = call.limits.abandoned
+            if self._closing.is_set() or (abandoned is not None and abandoned.is_set()):
+                raise ModelError(f"{call.model}: {ABANDONED}")
+
+        with self._turns.next(lambda: call.report("waiting"), require_wanted):
+            require_wanted()
+            try:
+                yield
+            finally:
+                self._last_used = self._clock.monotonic()
+
+    @contextlib.contextmanager
+    def _job(self, call: Call) -> Iterator[Job]:
+        """Have what is done in the block limited."""
+        with Watch(call.limits, self._clock, self._closing) as watch:
+            job = Job(self._processes, call, watch)
+            try:
+                yield job
+            finally:
+                job.end()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """A worker that is kept for models of one architecture."""
+
+    worker: Worker
+    architecture: bytes
+    memory_bytes: int
+    """What it had taken when it was kept."""
+
+
+def _silent(_stage: str) -> None:
+    return None
+
+
+def _published(worker: Worker, target: Path) -> Program:
+    """Put what a worker has made into the cache."""
+    with cache.unfinished(target) as file:
+        worker.take(_PROGRAM, file)
+        return cache.publish(file, target)
+
+
+def _named(program: Program, source: str) -> Program:
+    """Return the program as that of this file: the same content may have been compiled under another name."""
+    if program.provenance is None:
+        return program
+    return dataclasses.replace(program, provenance=dataclasses.replace(program.provenance, source=source))

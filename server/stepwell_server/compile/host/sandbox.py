@@ -1,0 +1,387 @@
+"""What the compiling process gives up before it looks at a model, for good: it cannot be taken back by whatever runs in it.
+
+Somebody's upload is parsed there by libraries written in C++, and run. Should one of them be turned against us, it has no
+network, starts no other program, and sees no files of the user's but those it needs. The kernel does this, as far as it
+can; `Protection` says how far. Imports no framework: it comes before they do.
+
+Linux only. Elsewhere there are the limits of `limits`, an environment and folders of its own, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import json
+import os
+import platform
+import resource
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP = 1, 38, 22
+_SECCOMP_MODE_FILTER = 2
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
+_CAPABILITY_VERSION, _CAP_DAC_READ_SEARCH = 0x20080522, 2
+_MAX_OPEN_FILES = 1024
+_TRY_S = 30.0
+
+# Berkeley packet filter, as seccomp takes it: code, constant, and how many instructions to skip if so and if not.
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_ALLOW, _REFUSE = 0x7FFF0000, 0x00050000
+_NUMBER, _MACHINE, _FIRST_ARGUMENT = 0, 4, 16
+_CLONE_THREAD = 0x10000
+_OTHER_NUMBERS = 0x40000000
+"""From here on x86_64 has the same calls again (x32)."""
+
+
+class _Calls(NamedTuple):
+    machine: int
+    clone: int
+    """Which is allowed for threads only: no process has others, so that its limits hold for all that it does."""
+    of_itself: Sequence[int]
+    """Which are allowed on the process itself only, and not on others of the same user."""
+    refused: Sequence[int]
+
+
+_CLONE3 = 435
+#: of_itself: kill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, prlimit64, sched_setaffinity.
+#: refused: socket, fork, vfork, execve, ptrace, mount, kexec_load, add_key, request_key, keyctl, unshare, perf_event_open,
+#: setns, process_vm_readv and _writev, bpf, execveat, userfaultfd; io_uring_setup, which opens sockets without `socket`;
+#: open_tree, move_mount, fsopen, pidfd_getfd;
+#: tkill, pidfd_send_signal, setpriority, sched_setparam, sched_setscheduler, sched_setattr, ioprio_set: others' processes;
+#: chroot, open_by_handle_at: files by another way;
+#: chmod, fchmodat, fchmodat2, chown, lchown, fchownat, setxattr, lsetxattr, removexattr, lremovexattr, setxattrat,
+#: removexattrat: what Landlock does not see;
+#: memfd_create, memfd_secret, shmget, semget, msgget, mq_open: memory that is in no count, or stays after the process.
+_CALLS = {
+    "x86_64": _Calls(
+        0xC000003E,
+        56,
+        (62, 234, 129, 297, 302, 203),
+        (
+            41,
+            57,
+            58,
+            59,
+            101,
+            165,
+            246,
+            248,
+            249,
+            250,
+            272,
+            298,
+            308,
+            310,
+            311,
+            321,
+            322,
+            323,
+            425,
+            428,
+            429,
+            430,
+            438,
+            *(200, 424, 141, 142, 144, 314, 251),
+            *(161, 304),
+            *(90, 268, 452, 92, 94, 260, 188, 189, 197, 198, 463, 466),
+            *(319, 447, 29, 64, 68, 240),
+        ),
+    ),
+    "aarch64": _Calls(
+        0xC00000B7,
+        220,
+        (129, 131, 138, 240, 261, 122),
+        (
+            198,
+            221,
+            117,
+            40,
+            104,
+            217,
+            218,
+            219,
+            97,
+            241,
+            268,
+            270,
+            271,
+            280,
+            281,
+            282,
+            425,
+            428,
+            429,
+            430,
+            438,
+            *(130, 424, 140, 118, 119, 274, 30),
+            *(51, 265),
+            *(53, 452, 54, 5, 6, 14, 15, 463, 466),
+            *(279, 447, 194, 190, 186, 180),
+        ),
+    ),
+}
+
+# Landlock: rights on files that are given up everywhere and given back for some folders.
+_LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
+_LANDLOCK_VERSION, _LANDLOCK_PATH_BENEATH = 1, 1
+_EXECUTE, _READ_FILE, _READ_FOLDER, _WRITE_FILE, _TRUNCATE, _DEVICE = (
+    1 << 0,
+    1 << 2,
+    1 << 3,
+    1 << 1,
+    1 << 14,
+    1 << 15,
+)
+_FILE_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
+"""All rights on files, by the first version of Landlock that has so many."""
+_OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _DEVICE
+#: What libraries read of the system. Not /etc as a whole, nor homes, nor data.
+_SYSTEM = [
+    "/usr",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/bin",
+    "/sbin",
+    "/opt",
+    "/nix",
+    "/gnu",
+    "/sys/devices/system",
+    "/sys/fs/cgroup",
+    "/sys/kernel/mm",
+    "/dev/null",
+    "/dev/zero",
+    "/dev/urandom",
+    "/dev/random",
+    "/etc/ld.so.cache",
+    "/etc/ld.so.conf",
+    "/etc/ld.so.conf.d",
+    "/etc/localtime",
+    "/etc/passwd",
+    "/etc/nsswitch.conf",
+    "/etc/ssl/openssl.cnf",
+    "/etc/mime.types",
+]
+#: Not those of other processes: what is in their environment and memory is theirs.
+_PROCESSES = [
+    "/proc/self",
+    "/proc/cpuinfo",
+    "/proc/meminfo",
+    "/proc/stat",
+    "/proc/filesystems",
+    "/proc/sys",
+    "/proc/version",
+    "/proc/uptime",
+    "/proc/loadavg",
+    "/proc/driver",
+    "/proc/devices",
+]
+_WRITABLE = ("/dev/null",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Protection:
+    """What the kernel has taken away."""
+
+    network: str = ""
+    """By what there is no network: namespace, seccomp, both with a plus between them; empty: there is one."""
+    programs: str = ""
+    """By what no other program is started."""
+    files: str = ""
+    """By what only some files can be read, and only its own folders written; or only the latter."""
+
+    def __str__(self) -> str:
+        said = {
+            "no network": self.network,
+            "no other programs": self.programs,
+            "only its own files": self.files,
+        }
+        had = ", ".join(f"{what} ({by})" for what, by in said.items() if by)
+        return had or "none of the kernel's"
+
+    @property
+    def missing(self) -> str:
+        """What there is no protection of, for people; empty: nothing."""
+        said = {
+            "the network": self.network,
+            "other programs": self.programs,
+            "files of this user": self.files,
+        }
+        return " and ".join(what for what, by in said.items() if not by)
+
+
+def limit(file_bytes: int) -> None:
+    """Limit what the process may take, beside what its parent sees to: no core files, sizes of files, how many are open."""
+    _lower(resource.RLIMIT_CORE, 0)
+    _lower(resource.RLIMIT_FSIZE, file_bytes)
+    _lower(resource.RLIMIT_NOFILE, _MAX_OPEN_FILES)
+    os.umask(0o077)
+
+
+def _lower(which: int, most: int) -> None:
+    _, hard = resource.getrlimit(which)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(which, (most, most))
+
+
+def enter(readable: Iterable[Path] | None, writable: Iterable[Path]) -> Protection:
+    """Give up network, other programs and files, as far as this kernel can take them away.
+
+    To be called while there is one thread.
+
+    Args:
+        readable: files and folders that are needed beside Python's own and the system's; None: any may be read.
+        writable: folders that may be written.
+    """
+    if sys.platform != "linux":
+        return Protection()
+    libc = ctypes.CDLL(None, use_errno=True)
+    # Whoever has started it may be killed; it must not go on without limits then.
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    namespace = _leave_network(libc)
+    _drop_capabilities(libc)
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        return Protection("namespace" if namespace else "")
+    files = _confine(libc, readable, writable)
+    calls = _filter_calls(libc)
+    network = "+".join(name for name, had in (("namespace", namespace), ("seccomp", calls)) if had)
+    confined = "" if not files else "Landlock, for writing" if readable is None else "Landlock"
+    return Protection(network, "seccomp" if calls else "", confined)
+
+
+def _leave_network(libc: ctypes.CDLL) -> bool:
+    user, group = os.geteuid(), os.getegid()
+    if libc.unshare(_CLONE_NEWNET) == 0:
+        return True
+    if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) != 0:
+        return False
+    with contextlib.suppress(OSError):  # without it the user has no name in there, which does no harm
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
+        Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+    return True
+
+
+def _drop_capabilities(libc: ctypes.CDLL) -> None:
+    """Give up what root may do, and who has made a user namespace, but for reading the files that others own.
+
+    It is a process without rights otherwise, of which nothing is taken.
+    """
+    header = struct.pack("<Ii", _CAPABILITY_VERSION, 0)
+    kept = 1 << _CAP_DAC_READ_SEARCH
+    sets = ctypes.create_string_buffer(struct.calcsize("<6I"))
+    if libc.capget(header, sets) == 0:
+        effective, permitted = struct.unpack_from("<2I", sets)
+        libc.capset(header, struct.pack("<6I", effective & kept, permitted & kept, 0, 0, 0, 0))
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
+
+
+def _filter_calls(libc: ctypes.CDLL) -> bool:
+    """Have the kernel refuse some calls with EPERM, for all threads that are still to come."""
+    calls = _CALLS.get(platform.machine())
+    if calls is None:
+        return False
+    content = _assembled(calls)
+    code = ctypes.create_string_buffer(content)
+    program = _Program(len(content) // 8, ctypes.addressof(code))
+    return bool(libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0) == 0)
+
+
+def _assembled(calls: _Calls) -> bytes:
+    """The filter: instructions that go to the places "allow", "refuse", "unknown" or on to the next one ("")."""
+    steps: list[tuple[int, int, str, str]] = [
+        (_LOAD, _MACHINE, "", ""),
+        (_EQUAL, calls.machine, "", "refuse"),
+        (_LOAD, _NUMBER, "", ""),
+        (_AT_LEAST, _OTHER_NUMBERS, "refuse", ""),
+        *((_EQUAL, number, "refuse", "") for number in calls.refused),
+        (_EQUAL, _CLONE3, "unknown", ""),  # its flags cannot be seen: the C library takes clone then
+        *((_EQUAL, number, "of itself", "") for number in calls.of_itself),
+        (_EQUAL, calls.clone, "", "allow"),
+        (_LOAD, _FIRST_ARGUMENT, "", ""),
+        (_ANY_BIT, _CLONE_THREAD, "allow", "refuse"),
+        (_LOAD, _FIRST_ARGUMENT, "", ""),
+        (_EQUAL, 0, "allow", ""),
+        (_EQUAL, os.getpid(), "allow", "refuse"),
+    ]
+    ends = {"allow": _ALLOW, "refuse": _REFUSE | errno.EPERM, "unknown": _REFUSE | errno.ENOSYS}
+    places = {name: len(steps) + at for at, name in enumerate(ends)} | {"of itself": len(steps) - 3}
+
+    def skip(at: int, place: str) -> int:
+        return places[place] - at - 1 if place else 0
+
+    packed = [
+        struct.pack("<HBBI", code, skip(at, so), skip(at, not_so), constant)
+        for at, (code, constant, so, not_so) in enumerate(steps)
+    ]
+    return b"".join([*packed, *(struct.pack("<HBBI", _RETURN, 0, 0, what) for what in ends.values())])
+
+
+def _confine(libc: ctypes.CDLL, readable: Iterable[Path] | None, writable: Iterable[Path]) -> bool:
+    """Take away all rights on files but those to read what is needed, and to write what is its own."""
+    version = libc.syscall(_LANDLOCK_CREATE, None, 0, _LANDLOCK_VERSION)
+    if version < 1:
+        return False
+    every = max(rights for first, rights in _FILE_RIGHTS.items() if first <= version)
+    if readable is None:
+        readable = [path for path in Path("/").iterdir() if path.name != "proc"]
+    # With later versions also what goes over the network, and to processes outside: signals, and sockets without a name.
+    attributes = struct.pack("<3Q", every, 3, 3)[: 8 if version < 4 else 16 if version < 6 else 24]
+    rules = libc.syscall(_LANDLOCK_CREATE, attributes, len(attributes), 0)
+    if rules < 0:
+        return False
+    try:
+        own = [Path(path) for path in {sys.prefix, sys.base_prefix, sys.exec_prefix}]
+        for path in (*map(Path, (*_SYSTEM, *_PROCESSES)), *own, *readable):
+            _allow(libc, rules, path, every & (_READ_FILE | _READ_FOLDER))
+        for path in (*writable, *map(Path, _WRITABLE)):
+            _allow(libc, rules, path, every)
+        return bool(libc.syscall(_LANDLOCK_RESTRICT, rules, 0) == 0)
+    finally:
+        os.close(rules)
+
+
+def _allow(libc: ctypes.CDLL, rules: int, path: Path, rights: int) -> None:
+    try:
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return  # What is not there need not be allowed.
+    try:
+        if not path.is_dir():
+            rights &= _OF_FILES
+        libc.syscall(_LANDLOCK_ADD, rules, _LANDLOCK_PATH_BENEATH, struct.pack("<Qi", rights, place), 0)
+    finally:
+        os.close(place)
+
+
+def tried() -> Protection:
+    """Which protection a process started here has; found out by one that is started and gives up all of it."""
+    command = [sys.executable, "-P", "-m", "stepwell_server.compile.host.sandbox"]
+    package = str(Path(__file__).parents[3])
+    try:
+        run = subprocess.run(
+            command, capture_output=True, check=True, env=os.environ | {"PYTHONPATH": package}, timeout=_TRY_S
+        )
+        return Protection(**json.loads(run.stdout))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return Protection()
+
+
+def main() -> None:
+    """Say which protection this process can have: `python -m stepwell_server.compile.host.sandbox`."""
+    sys.stdout.write(json.dumps(dataclasses.asdict(enter((), ()))))
+
+
+if __name__ == "__main__":
+    main()

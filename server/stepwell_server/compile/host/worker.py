@@ -1,0 +1,171 @@
+"""A worker: a process that compiles, or tries programs, for the server, and can do little else (`sandbox`).
+
+It is a copy of the fork server (`fork_server`), and does jobs that come over its channel (`wire`) until that is closed: one; or
+one and then, while it is kept, others of the same configuration.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepwell_server import program_file
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.host import limits, sandbox
+from stepwell_server.compile.host.failure import failure
+from stepwell_server.compile.host.wire import Channel
+from stepwell_server.program import Architecture, ProofOptions
+
+if TYPE_CHECKING:
+    from stepwell_server.compile.probe.probe import Traced
+
+
+def run(channel: Channel, noise: int, terms: dict[str, Any], parent: int) -> int:
+    """Do jobs until the channel is closed; returns the exit code.
+
+    Args:
+        channel: to the server.
+        noise: an open file for all that is printed.
+        terms: see `ForkServer.fork`: the folders, and what may be taken.
+        parent: the fork server's process, without which this one must not be.
+    """
+    os.setsid()
+    os.dup2(noise, 1)
+    os.dup2(noise, 2)
+    os.close(noise)
+    home = str(terms["home"])
+    os.environ |= {"HOME": home, "TMPDIR": home}
+    tempfile.tempdir = None  # What was found out about the fork server's is not true here.
+    if terms["imports"]:
+        os.chdir(terms["cwd"])
+        if terms["cwd"] not in sys.path:
+            sys.path.insert(0, terms["cwd"])
+    protection = _protected(terms)
+    if os.getppid() != parent:
+        return 1
+    channel.send({"protection": str(protection), "missing": protection.missing})
+    jobs = _Jobs(channel)
+    while (job := channel.receive()) is not None:
+        _allow_time(float(job["timeout_s"]))
+        channel.send(_answer(jobs, job))
+    return 0
+
+
+def _protected(terms: dict[str, Any]) -> sandbox.Protection:
+    """Give up all that is not needed. What modules of the operator's read, nobody knows: they may read all."""
+    sandbox.limit(int(terms["disk_bytes"]))
+    readable = [Path(terms["given"]), *(Path(entry) for entry in sys.path if entry)]
+    return sandbox.enter(None if terms["imports"] else readable, [Path(terms["home"])])
+
+
+def _allow_time(timeout_s: float) -> None:
+    """Allow so much time of all processors from now on: a limit that the server's own (`limits.Watch`) does not reach."""
+    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    most = math.ceil(used + limits.processor_s(timeout_s)) + 1 if timeout_s > 0 else resource.RLIM_INFINITY
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard)
+    )
+
+
+def _answer(jobs: _Jobs, job: dict[str, Any]) -> dict[str, Any]:
+    """Do one job; returns what is said of it."""
+    try:
+        return {"done": jobs.do(job)}
+    except ModelError as error:
+        return _told(error)
+    # SystemExit: a user's module may call sys.exit().
+    except (Exception, SystemExit) as error:
+        return _told(failure(Path(job["model"]), error))
+
+
+def _told(error: ModelError) -> dict[str, Any]:
+    return {
+        "error": str(error),
+        "kind": type(error).__name__,
+        "details": error.details[-limits.DETAIL_BYTES :],
+    }
+
+
+class _Jobs:
+    """What a worker can do."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._traced: Traced | None = None
+        """Of the model that was compiled last, if it may be compiled again with other weights."""
+        self._architecture: Architecture | None = None
+        """Of the same model."""
+
+    def do(self, job: dict[str, Any]) -> Any:
+        """Do one job; returns what is said of it when it is done."""
+        kind, model, most = job["job"], Path(job["model"]), int(job["max_model_bytes"])
+        if kind == "settle":
+            return _settle(model, most)
+        from stepwell_server.compile.keras_file.sizes import check_sizes  # brings HDF5
+
+        check_sizes(model, most)
+        if kind == "compare":
+            return _compare(job, model)
+        return self._again(job, model) if kind == "again" else self._compile(job, model)
+
+    def _compile(self, job: dict[str, Any], model: Path) -> bool:
+        """Compile a model; returns whether it may be compiled `again`."""
+        from stepwell_server.compile.program.again import may_be_reused
+        from stepwell_server.compile.program.pipeline import compile_traced
+
+        program, traced = compile_traced(
+            model,
+            job["imports"],
+            self._report,
+            ProofOptions(job["steps"], bool(job["trust"])),
+            Path(job["data"]) if job["data"] else None,
+        )
+        program_file.save(program, Path(job["program"]), is_kept=False)
+        if job["keep"] and may_be_reused(traced, program):
+            self._traced, self._architecture = traced, program.architecture
+        return self._traced is not None
+
+    def _again(self, job: dict[str, Any], model: Path) -> bool:
+        """Compile a model of the same configuration as the last one.
+
+        Raises:
+            Exception: anything; it must be compiled anew then, which says what is wrong.
+        """
+        from stepwell_server.compile.program.again import compile_again
+
+        assert self._traced is not None
+        assert self._architecture is not None
+        program = compile_again(self._traced, self._architecture, model, self._report)
+        program_file.save(program, Path(job["program"]), is_kept=False)
+        return True
+
+    def _report(self, stage: str) -> None:
+        if stage != "load":
+            self._channel.send({"stage": stage})
+
+
+def _compare(job: dict[str, Any], model: Path) -> Any:
+    """Hold a program against Keras."""
+    from stepwell_server.compile.probe.own_data import compare
+    from stepwell_server.compile.program.pipeline import import_modules
+
+    import_modules(job["imports"])
+    program = program_file.load(Path(job["program"]), sys.maxsize, is_own=True)
+    return compare(model, program, Path(job["data"]) if job["data"] else None).to_json()
+
+
+def _settle(model: Path, most: int) -> dict[str, Any]:
+    """Try a compiled program on this processor; returns which batch sizes were compared, and which agree."""
+    from stepwell_server.engine.executors import trial
+
+    try:
+        sizes, agreeing = trial.sizes_here(program_file.load(model, most))
+    except (program_file.ProgramFileError, trial.TrialError) as error:
+        raise ModelError(f"{model}: {error}") from error
+    return {"sizes": sizes, "agreeing": agreeing}

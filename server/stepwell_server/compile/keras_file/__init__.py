@@ -1,0 +1,1 @@
+"""The ``.keras`` file: whether it is one, what it holds, and where it comes from."""

@@ -1,0 +1,54 @@
+"""Where a program comes from: the file, what compiled it and when, and the model's layers for people."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stepwell_server.compile.cache import file_digest, version_of
+from stepwell_server.compile.graph.tensorflow_setup import keras
+from stepwell_server.program import Layer, Provenance
+
+_PACKAGES = ("stepwell", "tensorflow", "keras", "ai-edge-litert")
+
+
+def of(path: Path, model: Any) -> Provenance:
+    """Return the provenance of what is compiled now from ``model``, which was loaded from ``path``.
+
+    The time is that of SOURCE_DATE_EPOCH where this is set, as it is for builds that are to give the same bytes.
+    """
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return Provenance(
+        source=path.name,
+        source_sha256=file_digest(path).hex(),
+        compiled_time=int(epoch if epoch.isdecimal() else time.time()),
+        versions={name: version_of(name) for name in _PACKAGES},
+        processor=platform.machine(),
+        parameters=_parameters(model),
+        layers=tuple(_layers(model)),
+    )
+
+
+def _layers(model: Any) -> Iterator[Layer]:
+    for layer in model.layers:
+        yield Layer(layer.name, type(layer).__name__, _output_of(layer), _parameters(layer))
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from _layers(layer)
+
+
+def _output_of(layer: Any) -> str:
+    try:
+        output = layer.output
+    except (AttributeError, ValueError):  # It has none of its own: called more than once, or inside a call.
+        return ""
+    return ", ".join(str(tuple(tensor.shape)) for tensor in keras.tree.flatten(output))
+
+
+def _parameters(layer: Any) -> int:
+    return sum(math.prod(weight.shape) for weight in layer.weights)

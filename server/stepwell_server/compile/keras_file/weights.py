@@ -1,0 +1,104 @@
+"""The weights in a ``.keras`` file: read by their place in it, and whether Keras restored them all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from stepwell_server.compile.errors import ModelError, quoted
+from stepwell_server.compile.graph import patch
+from stepwell_server.compile.graph.tensorflow_setup import keras
+
+MEMBER = "model.weights.h5"
+_NAMED_LAYERS = 3
+
+
+def saved_weights(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the weights in the file as ``(place, array)``, in a fixed order; places are like ``layers/lstm/cell/vars/0``.
+
+    Left out is what does not change what the model computes: the optimizer, and seeds.
+    """
+    with _weights_file(path) as file:
+        for place in _places(file):
+            yield place, file[place][()]
+
+
+@contextlib.contextmanager
+def reads_recorded() -> Iterator[set[str]]:
+    """Collect the places of the weights that Keras reads from files meanwhile.
+
+    Keras restores a layer by asking the file for what is at the layer's place, and a layer that has not
+    been built asks for nothing: Keras warns at most. What was read cannot be told from the model
+    afterwards: a variable that two layers share is in the file twice, and in the model once.
+    """
+    saving = keras.src.saving.saving_lib
+    store: Any = saving.H5IOStore
+    read: set[str] = set()
+
+    class Recorder(store):
+        """Keras's view of the weights in a file, which remembers what it was asked for."""
+
+        def get(self, path: str) -> Any:
+            self._place = f"{path}/vars" if path else "vars"
+            return super().get(path)
+
+        def __getitem__(self, key: str) -> Any:
+            value = super().__getitem__(key)
+            read.add(f"{self._place}/{key}")
+            return value
+
+    with patch.attribute(saving, "H5IOStore", Recorder):
+        yield read
+
+
+def check_restored(path: Path, read: set[str]) -> None:
+    """Check that each weight in the file is among those that Keras has read.
+
+    Raises:
+        ModelError: some are not. The model would run on weights of its own making.
+    """
+    with _weights_file(path) as file:
+        places = _places(file)
+        lost = [place for place in places if place not in read]
+        if not lost:
+            return
+        layers = list(dict.fromkeys(_layer(file, place) for place in lost))
+    more = f" and {len(layers) - _NAMED_LAYERS} more" if len(layers) > _NAMED_LAYERS else ""
+    raise ModelError(
+        f"{path}: {len(lost)} of {len(places)} weights of the model were not restored, those of "
+        f"{', '.join(layers[:_NAMED_LAYERS])}{more}: Keras could not build what holds them while loading; give the "
+        "class that makes these layers a build() that builds each of them for its input shapes, or "
+        "build_from_config(), and save the model again"
+    )
+
+
+@contextlib.contextmanager
+def _weights_file(path: Path) -> Iterator[h5py.File]:
+    with zipfile.ZipFile(path) as archive:
+        content = io.BytesIO(archive.read(MEMBER))
+    with h5py.File(content, "r") as file:
+        yield file
+
+
+def _places(file: h5py.File) -> list[str]:
+    found: list[str] = []
+    file.visititems(lambda place, item: found.append(place) if isinstance(item, h5py.Dataset) else None)
+    return [place for place in sorted(found) if _counts(place.split("/"))]
+
+
+def _counts(parts: list[str]) -> bool:
+    return parts[0] != "optimizer" and "seed_generator" not in parts
+
+
+def _layer(file: h5py.File, place: str) -> str:
+    """The layer that a weight belongs to: by the name that it had when it was saved, and its place."""
+    group = place.rpartition("/")[0]
+    where = group.removesuffix("vars").rstrip("/") or "the model itself"
+    name = file[group].attrs.get("name")
+    return f"layer {quoted(name)} ({where})" if isinstance(name, str) else where

@@ -1,0 +1,1 @@
+"""Comparisons of a program with Keras's own call on samples. Samples only refuse."""

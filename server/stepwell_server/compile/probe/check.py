@@ -1,0 +1,36 @@
+"""The proof that an artefact computes what Keras does."""
+
+from __future__ import annotations
+
+from stepwell_server.compile.errors import quoted
+from stepwell_server.compile.probe.evidence import compare
+from stepwell_server.compile.probe.probe import Traced
+from stepwell_server.compile.probe.sequences import run, tolerance, worst
+from stepwell_server.engine.executors.stepping import Step
+
+
+class CheckError(Exception):
+    """The artefact does not compute what Keras does. The message is one clause for people."""
+
+
+class DiffersError(CheckError):
+    """What was traced gives other values over a long sequence than Keras's call does."""
+
+
+def check_against_keras(traced: Traced, step: Step) -> None:
+    """Compare the artefact with the short and the long calls of the whole model.
+
+    Raises:
+        CheckError: they differ by more than rounding.
+    """
+    allowed = tolerance(traced.plan.interface.model)
+    for observation in traced.observations:
+        stepped = run(traced.plan, step, observation.inputs, observation.steps)
+        name, share = worst(observation.outputs, stepped)
+        if share > allowed:
+            raise CheckError(f"output {quoted(name)} differs from Keras by {share:.2g} of its largest value")
+    for sample in traced.evidence:
+        stepped = run(traced.plan, step, sample.inputs, sample.steps)
+        found = compare(traced.plan, sample, stepped, allowed).worst
+        if found is not None and not found.is_allowed:
+            raise DiffersError(str(found))

@@ -1,0 +1,243 @@
+"""Long, hard sequences, and what Keras's own call over them gives: the samples that a program is held against.
+
+They add refusals, and admit nothing. Rows differ in what they try (see `samples.Sampler.hard`). Every
+second row is drawn anew with one time step disturbed, so that what looks ahead, or mixes rows, shows in
+Keras's call alone; what looks back where no state is carried shows beside the program.
+
+The allowed difference follows Keras itself: its own call runs again with some roundings added to the inputs
+and to what each layer and cell gives, at each time step. What that moves until a time step, a program may move
+there too. So a chaotic or unbounded cell is not refused for its rounding, and where rounding has grown to the
+size of the values nothing is compared. Non-finite values end a row's comparison.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.compile.causality.cut import all_operations
+from stepwell_server.compile.comparison import Comparison, Difference
+from stepwell_server.compile.errors import ModelError, NotCausalError, quoted
+from stepwell_server.compile.graph.interface import Interface
+from stepwell_server.compile.graph.plan import Plan
+from stepwell_server.compile.graph.samples import Sampler
+from stepwell_server.compile.graph.untraceable import failed
+from stepwell_server.compile.probe.sequences import Stepped
+from stepwell_server.compile.probe.whole_call import WholeCall
+
+Array = npt.NDArray[np.generic]
+Floats = npt.NDArray[np.float64]
+#: How long the sequences are where nothing says that a layer reaches further.
+STEPS = 512
+#: Runs of Keras with roundings added, each with other signs: one alone may miss what a sign decides.
+_PERTURBED_RUNS = 2
+#: Above this share of the values the effect of rounding is as large as they are: nothing to compare.
+_LOST = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """One call of the whole model on long sequences."""
+
+    steps: int
+    inputs: tuple[Array, ...]
+    outputs: Mapping[str, Array]
+    noise: Mapping[str, Floats]
+    """How far added roundings move each output until a time step, ``(rows, time)`` or ``(rows, 1)``."""
+
+
+def gather(plan: Plan, sampler: Sampler, steps: int, whole: WholeCall) -> list[Evidence]:
+    """Call the model on hard sequences of ``steps`` time steps, and look at what disturbances do.
+
+    Raises:
+        NotCausalError: an output moves before the time step that was disturbed.
+        ModelError: two calls differ, a row moves when another one is disturbed, or Keras's call fails.
+    """
+    rng = np.random.default_rng(17)
+    temporal = plan.temporal
+    inputs = sampler.hard(rng, temporal, steps)
+    disturbed, times = sampler.disturbed(rng, temporal, inputs)
+    with _explained(plan.interface.model, steps):
+        usual, again, moved = whole(inputs), whole(inputs), whole(disturbed)
+    for spec in plan.outputs:
+        name, timed = spec.name, spec.temporal
+        if not _same(usual[name], again[name]):
+            raise ModelError(
+                f"two calls of the model differ: output {quoted(name)} is another for the same inputs"
+            )
+        _refuse_moves(name, timed, usual[name], moved[name], times)
+    held, kept = sampler.whole, sampler.exact
+    return [
+        Evidence(steps, tuple(values), outputs, _noise(plan, whole, values, outputs, held, kept))
+        for values, outputs in ((inputs, usual), (disturbed, moved))
+    ]
+
+
+def compare(plan: Stepped, evidence: Evidence, stepped: Mapping[str, Array], tolerance: float) -> Comparison:
+    """Return how what a program gives, stepped through the same inputs and shaped alike, differs from Keras."""
+    rows = len(evidence.inputs[0])
+    found = [
+        _difference(spec.name, spec.temporal, evidence, stepped[spec.name], tolerance)
+        for spec in plan.outputs
+    ]
+    return Comparison(rows, evidence.steps, tuple(found))
+
+
+def _difference(name: str, timed: bool, evidence: Evidence, stepped: Array, tolerance: float) -> Difference:
+    one, two = _rows(evidence.outputs[name], timed), _rows(stepped, timed)
+    if one.shape != two.shape:
+        return Difference(name, math.inf, math.inf, 0.0, 0, 0, (math.inf,))
+    if not one.size:
+        return Difference(name, 0.0, 0.0, tolerance, 0, 0, (0.0,))
+    allowed, ended = _allowed(one, evidence.noise[name], tolerance)
+    same = (one == two) | (np.isnan(one) & np.isnan(two))
+    with np.errstate(invalid="ignore"):
+        apart = np.max(np.where(same, 0.0, np.nan_to_num(np.abs(one - two), nan=np.inf)), axis=2)
+        share = np.where(ended, 0.0, apart / allowed)
+    row, time = (int(i) for i in np.unravel_index(int(np.argmax(share)), share.shape))
+    return Difference(
+        output=name,
+        share=float(share[row, time]),
+        absolute=float(apart[row, time]) if not ended[row, time] else 0.0,
+        allowed=float(allowed[row, time]),
+        row=row,
+        time=time if timed else evidence.steps - 1,
+        by_step=tuple(float(x) for x in np.max(np.where(ended, 0.0, apart), axis=0)),
+        skipped=float(np.mean(ended)),
+    )
+
+
+def compared_share(plan: Stepped, samples: Sequence[Evidence], tolerance: float) -> float:
+    """Return which share of the rows and time steps says something, of the output where it is least."""
+    shares = [1.0]
+    for spec in plan.outputs:
+        ended = [
+            _allowed(_rows(sample.outputs[spec.name], spec.temporal), sample.noise[spec.name], tolerance)[1]
+            for sample in samples
+        ]
+        shares.append(float(1 - np.mean(np.concatenate([value.reshape(-1) for value in ended]))))
+    return min(shares)
+
+
+def observe(
+    plan: Stepped,
+    interface: Interface,
+    inputs: Sequence[Array],
+    steps: int,
+    held: frozenset[int],
+    kept: Sequence[float],
+) -> Evidence:
+    """Call the model on given sequences, and again with roundings added: see `WholeCall.perturbed`.
+
+    Raises:
+        ModelError: Keras's call fails.
+    """
+    whole = WholeCall(interface)
+    with _explained(interface.model, steps):
+        usual = whole(inputs)
+    return Evidence(steps, tuple(inputs), usual, _noise(plan, whole, inputs, usual, held, kept))
+
+
+@contextlib.contextmanager
+def _explained(model: Any, steps: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Keras and user code raise whatever they like.
+        raise failed(model, f"the model does not run on a sequence of {steps} time steps", error) from error
+
+
+def reach(model: object, own_steps: Sequence[int | None]) -> int:
+    """Return how many time steps to try: more than any layer reaches as far as that can be read from it."""
+    total = max((steps or 0 for steps in own_steps), default=0)
+    for layer in all_operations(model):
+        sizes = [
+            getattr(layer, name, None)
+            for name in ("kernel_size", "pool_size", "padding", "cropping", "size", "n")
+        ]
+        spread = max(
+            (_largest(getattr(layer, name, None)) for name in ("dilation_rate", "strides")), default=1
+        )
+        total += max(map(_largest, sizes)) * max(spread, 1)
+    return max(STEPS, min(2 * total, 16 * STEPS))
+
+
+def _largest(value: object) -> int:
+    if isinstance(value, (tuple, list)):
+        return max(map(_largest, value), default=0)
+    return value if isinstance(value, int) else 0
+
+
+def _rows(value: Array, timed: bool) -> Floats:
+    """Return an output as ``(rows, time, all the rest)``; without a time axis, of one time step."""
+    shape = value.shape[: 2 if timed else 1]
+    return value.reshape(*shape, *(() if timed else (1,)), -1).astype(np.float64)
+
+
+def _noise(
+    plan: Stepped,
+    whole: WholeCall,
+    inputs: Sequence[Array],
+    usual: Mapping[str, Array],
+    held: frozenset[int],
+    kept: Sequence[float],
+) -> dict[str, Floats]:
+    """Return how far added roundings move each output until each time step; infinity where Keras's call then fails."""
+    found: dict[str, Floats] = {}
+    try:
+        runs = [whole.perturbed(inputs, held, kept, run) for run in range(_PERTURBED_RUNS)]
+    except (
+        Exception
+    ):  # A computed index out of its table, say: nothing is known of rounding, so nothing is compared.
+        runs = []
+    for spec in plan.outputs:
+        one = _rows(usual[spec.name], spec.temporal)
+        moved = np.full(one.shape[:2], 0.0 if runs else np.inf)
+        for run in runs:
+            two = _rows(run[spec.name], spec.temporal)
+            with np.errstate(invalid="ignore", over="ignore"):
+                apart = np.where(one == two, 0.0, np.nan_to_num(np.abs(one - two), nan=np.inf))
+            moved = np.maximum(moved, np.max(apart, axis=2, initial=0))
+        found[spec.name] = np.maximum.accumulate(moved, axis=1)
+    return found
+
+
+def _allowed(usual: Floats, noise: Floats, tolerance: float) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Return the allowed difference by row and time, and from where on a row says nothing."""
+    size = np.max(np.abs(np.nan_to_num(usual, nan=0, posinf=0, neginf=0)), axis=2, initial=0)
+    size = np.maximum(np.maximum.accumulate(size, axis=1), 0.1)
+    ended = ~np.all(np.isfinite(usual), axis=2) | ~np.isfinite(noise) | (noise > _LOST * size)
+    return tolerance * size + noise, np.logical_or.accumulate(ended, axis=1)
+
+
+def _same(one: Array, two: Array) -> bool:
+    return bool(np.array_equal(one, two, equal_nan=np.issubdtype(one.dtype, np.inexact)))
+
+
+def _refuse_moves(name: str, timed: bool, usual: Array, moved: Array, times: Mapping[int, int]) -> None:
+    """Refuse what moves before the disturbance, and rows that were not disturbed."""
+    one, two = _rows(usual, timed), _rows(moved, timed)
+    tolerance = 1e-5 * np.maximum(np.max(np.abs(np.nan_to_num(one)), axis=(1, 2), initial=0), 1e-3)
+    for row in range(len(one)):
+        until = times.get(row)
+        if until is not None and not timed:
+            continue
+        before = slice(0, until)
+        with np.errstate(invalid="ignore"):  # An infinity less itself.
+            apart = np.max(np.abs(np.nan_to_num(one[row, before] - two[row, before])), initial=0)
+        if apart <= tolerance[row]:
+            continue
+        if until is None:
+            raise ModelError(
+                f"the rows of a batch are not independent of each other: output {quoted(name)} of one row moves by {apart:.2g} "
+                "when another row is disturbed"
+            )
+        raise NotCausalError(
+            f"model is not causal: output {quoted(name)} moves by {apart:.2g} before the time step that was disturbed "
+            f"({until})"
+        )

@@ -1,0 +1,106 @@
+"""Which layer of a model is the first whose outputs differ when it is stepped, and the cast that is to blame for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.graph.interface import describe
+from stepwell_server.compile.graph.plan import Plan, make_plan
+from stepwell_server.compile.graph.samples import Sampler
+from stepwell_server.compile.graph.scopes import layer_of, named
+from stepwell_server.compile.graph.tensorflow_setup import keras, tf
+from stepwell_server.compile.graph.trace import trace
+from stepwell_server.compile.graph.watch import watch
+from stepwell_server.compile.probe import evidence
+from stepwell_server.compile.probe.sequences import Array, run, step_of_function, tolerance
+
+_LENGTHS = (5, 7)
+#: Integers that floats of an ordinary size do not fit.
+_SMALL = (tf.int8, tf.uint8, tf.int16, tf.uint16)
+
+
+@dataclasses.dataclass(frozen=True)
+class First:
+    """The first layer to differ, as far as it can be found."""
+
+    layer: Any = None
+    clause: str = ""
+    """How it differs, with a semicolon; empty where it is not found."""
+
+
+def first_to_differ(plan: Plan, sampler: Sampler, inputs: Sequence[Array], steps: int) -> First:
+    """Return the first layer to differ on a sequence.
+
+    It can be found in a functional model, whose layers' outputs can be made outputs of another one.
+    """
+    if not plan.interface.is_functional:
+        return First()
+    model, rng = plan.interface.model, np.random.default_rng(31)
+    parts = _parts(getattr(model, "_functional", None) or model)
+    try:
+        inner = describe(keras.Model(model.inputs, {str(i): output for i, (_, output) in enumerate(parts)}))
+        seen = [watch(inner, sampler.draw(rng, plan.temporal, length), length) for length in _LENGTHS]
+        inner_plan = make_plan(inner, plan.temporal, seen[0], seen[1])
+        stepped = run(inner_plan, step_of_function(inner_plan, trace(inner_plan)), inputs, steps)
+        whole = evidence.observe(inner_plan, inner, inputs, steps, sampler.whole, sampler.exact)
+    except ModelError:
+        return First()  # What is between the layers need not be something that can be stepped by itself.
+    found = evidence.compare(inner_plan, whole, stepped, tolerance(model))
+    by_name = {difference.output: difference for difference in found.outputs}
+    for i, (layer, _) in enumerate(parts):
+        difference = by_name[str(i)]
+        if not difference.is_allowed:
+            where = f"time step {difference.time} of row {difference.row}"
+            clause = f"{named(model, layer)} differs first, by {difference.absolute:.2g} at {where}; "
+            return First(layer, clause)
+    return First()
+
+
+def undefined_cast(model: Any, function: Any, first: First, difference: str) -> ModelError | None:
+    """Return the error for a model whose steps differ because a cast of floats to small integers is undefined.
+
+    What such a cast gives beyond the range of the integers depends on where in a tensor the number is, so Keras's own
+    call answers otherwise for another number of time steps. None where the first layer to differ, or where that is not
+    known the whole model, has no such cast.
+
+    Args:
+        model: the Keras model.
+        function: one time step of it, traced.
+        first: the first layer to differ.
+        difference: what differs, as a clause.
+    """
+    for op in function.graph.get_operations():
+        if op.type != "Cast" or not op.get_attr("SrcT").is_floating or op.get_attr("DstT") not in _SMALL:
+            continue
+        layer = layer_of(model, op.name)
+        if not _may_be(layer, first.layer):
+            continue
+        limits = np.iinfo(op.get_attr("DstT").as_numpy_dtype)
+        return ModelError(
+            f"{named(model, first.layer or layer)} casts floats to {limits.dtype}, which is undefined for numbers below "
+            f"{limits.min} or above {limits.max}: Keras itself answers otherwise for another number of time steps; clip them "
+            f"before the cast, with keras.ops.clip(x, {limits.min}, {limits.max}) ({difference})"
+        )
+    return None
+
+
+def _may_be(layer: Any, first: Any) -> bool:
+    """Whether what ``layer`` does may be what ``first`` does; an operation outside of layers is known to be in none."""
+    if first is None:
+        return True
+    return layer in first._flatten_layers() if isinstance(first, keras.Layer) else layer is None
+
+
+def _parts(graph: Any) -> list[tuple[Any, Any]]:
+    """Return the layers in the order in which they are called, each with its first output."""
+    return [
+        (node.operation, node.outputs[0])
+        for depth in sorted(graph._nodes_by_depth, reverse=True)
+        for node in graph._nodes_by_depth[depth]
+        if not node.is_input and len(node.outputs) == 1
+    ]

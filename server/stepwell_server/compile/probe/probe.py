@@ -1,0 +1,221 @@
+"""The load-time proof that a model can be stepped: from its graph, and on samples, which only add refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from stepwell_server.compile.causality.blame import (
+    length_problem,
+    loop_problem,
+    one_step_problem,
+    refusal_of,
+)
+from stepwell_server.compile.causality.cut import Cut, CutError, Cuts, LoopError, cut, cut_one_step
+from stepwell_server.compile.causality.one_step import require_same
+from stepwell_server.compile.causality.proof import Unadmitted, prove
+from stepwell_server.compile.causality.refusals import Reason
+from stepwell_server.compile.causality.values import weights_recorded
+from stepwell_server.compile.errors import ModelError, NotCausalError, quoted
+from stepwell_server.compile.graph.interface import Interface, describe
+from stepwell_server.compile.graph.plan import Plan, assignments, make_plan
+from stepwell_server.compile.graph.samples import Sampler, fitted, make_sampler
+from stepwell_server.compile.graph.scopes import named
+from stepwell_server.compile.graph.trace import trace
+from stepwell_server.compile.graph.untraceable import failed
+from stepwell_server.compile.graph.watch import Observation, watch
+from stepwell_server.compile.probe import evidence
+from stepwell_server.compile.probe.evidence import Evidence
+from stepwell_server.compile.probe.first_difference import first_to_differ, undefined_cast
+from stepwell_server.compile.probe.sequences import run, step_of_function, tolerance, worst
+from stepwell_server.compile.probe.whole_call import WholeCall, refuse_kept_states, refuse_training
+from stepwell_server.program import Proof, ProofOptions
+
+#: Two lengths that tell a time axis from a feature axis, and two that try the ends.
+LENGTHS = (5, 7)
+MORE_LENGTHS = (1, 2)
+SEED = 7
+#: What is refused also where the user answers for the rest: served sessions would share what is changed or drawn.
+_NEVER_TRUSTED = {Reason.RANDOM, Reason.WRITES, Reason.PYTHON, Reason.STATE, Reason.LAYOUT}
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A model that can be stepped, with the evidence."""
+
+    plan: Plan
+    sampler: Sampler
+    function: Any
+    """The concrete function of one time step, with variables."""
+    observations: tuple[Observation, ...]
+    """Short calls of the whole model, by Keras itself."""
+    evidence: tuple[Evidence, ...]
+    """Long ones on hard sequences."""
+    proof: Proof
+    whole: WholeCall
+    options: ProofOptions
+    is_of_weights: bool
+    """The proof has looked at weights: with others it may be another one."""
+
+
+def trace_and_probe(
+    model: Any, progress: Progress | None = None, options: ProofOptions | None = None
+) -> Traced:
+    """Trace one time step of ``model`` and prove that it is one.
+
+    Raises:
+        NotCausalError: an output at one time step depends on later ones, or on earlier ones other than
+            through the state of a recurrent layer.
+        ModelError: the model cannot be traced, or it is not proven, for another reason.
+    """
+    interface = describe(model)
+    problems: list[ModelError] = []
+    for temporal in assignments(interface):
+        try:
+            return _try(interface, temporal, progress, options or ProofOptions())
+        except ModelError as error:
+            problems.append(error)
+    raise problems[0]
+
+
+def _try(
+    interface: Interface, temporal: Sequence[bool], progress: Progress | None, options: ProofOptions
+) -> Traced:
+    rng = np.random.default_rng(SEED)
+    try:
+        cuts = cut(interface, temporal)
+    except LoopError as error:
+        raise loop_problem(interface, error) from error
+    except CutError as error:
+        raise length_problem(interface, temporal, error) from error
+    with _explained(
+        interface.model,
+        f"the model does not run on sequences of {' and '.join(map(str, LENGTHS))} time steps",
+    ):
+        sampler = fitted(make_sampler(interface, temporal), cuts.compared(), cuts.table_sizes())
+    _refuse_complex(cuts)
+    refuse_kept_states(interface, cuts)
+    with weights_recorded() as weights:
+        unproven = _admit(interface, cuts, sampler, options)
+    with _explained(
+        interface.model,
+        f"the model does not run on sequences of {' and '.join(map(str, LENGTHS))} time steps",
+    ):
+        seen = [observe(sampler, temporal, steps, rng) for steps in LENGTHS]
+        refuse_training(sampler, temporal)
+    plan = make_plan(sampler.interface, temporal, seen[0], seen[1])
+    with _explained(interface.model, "the model does not run on a sequence of one time step"):
+        function = trace(plan)
+        if progress is not None:
+            progress("probe")
+        seen += [observe(sampler, temporal, steps, rng) for steps in MORE_LENGTHS]
+    whole = WholeCall(sampler.interface)
+    found = evidence.gather(plan, sampler, steps_of(sampler, temporal, options), whole)
+    share = evidence.compared_share(plan, found, tolerance(interface.model))
+    if unproven and share < 0.5:
+        raise ModelError(
+            f"--trust-causality names the model, but samples can say something of {share:.0%} of their rows and time steps "
+            f"only: elsewhere one rounding of the inputs moves Keras's own values by a tenth or more; {unproven}"
+        )
+    proof = Proof(steps=found[0].steps, unproven=unproven, compared=share)
+    traced = Traced(
+        plan, sampler, function, tuple(seen), tuple(found), proof, whole, options, is_of_weights=bool(weights)
+    )
+    _compare(traced)
+    return traced
+
+
+def steps_of(sampler: Sampler, temporal: Sequence[bool], options: ProofOptions) -> int:
+    """Return over how many time steps a model is compared with Keras."""
+    interface = sampler.interface
+    steps = max(options.steps or 0, evidence.reach(interface.model, _own_steps(interface, temporal)))
+    return steps if any(temporal) else 1
+
+
+def _refuse_complex(cuts: Cuts) -> None:
+    """Refuse what no tensor of the protocol carries."""
+    for name, output in cuts.first.outputs.items():
+        if output.dtype.is_complex:
+            raise ModelError(
+                f"output {quoted(name)} must be of real numbers or booleans, which are what messages carry; it is of "
+                f"{output.dtype.name}: give its parts as real numbers, and put them together where they are used"
+            )
+
+
+def _admit(interface: Interface, cuts: Cuts, sampler: Sampler, options: ProofOptions) -> str:
+    """Return what the graph leaves open and the user answers for, or "" where it leaves nothing open.
+
+    Raises:
+        ModelError: it leaves something open that the user does not answer for.
+    """
+    try:
+        prove(cuts)
+        require_same(cuts, _one_step(interface, cuts))
+    except Unadmitted as found:
+        if not options.trust or found.reason in _NEVER_TRUSTED:
+            raise refusal_of(sampler, cuts.temporal, found) from found
+        return f"{named(sampler.interface.model, found.layer)} {found}"
+    return ""
+
+
+def _one_step(interface: Interface, cuts: Cuts) -> Cut:
+    try:
+        return cut_one_step(interface, cuts)
+    except CutError as error:
+        raise one_step_problem(interface, error) from error
+
+
+def _own_steps(interface: Interface, temporal: Sequence[bool]) -> list[int | None]:
+    return [info.shape[1] for info, timed in zip(interface.inputs, temporal, strict=True) if timed]
+
+
+@contextlib.contextmanager
+def _explained(model: Any, problem: str) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # Keras and user code raise whatever they like.
+        raise failed(model, problem, error) from error
+
+
+def observe(sampler: Sampler, temporal: Sequence[bool], steps: int, rng: np.random.Generator) -> Observation:
+    """Call the model by Keras itself on a random sequence."""
+    return watch(sampler.interface, sampler.draw(rng, temporal, steps), steps)
+
+
+def _compare(traced: Traced) -> None:
+    """Step through the samples and compare: the short ones always, the long ones where the graph proves too little.
+
+    Where it proves enough they are left to the check of the artefact, which is what will run.
+    """
+    model = traced.plan.interface.model
+    step, allowed = step_of_function(traced.plan, traced.function), tolerance(model)
+    for observation in traced.observations:
+        stepped = run(traced.plan, step, observation.inputs, observation.steps)
+        name, share = worst(observation.outputs, stepped)
+        if share > allowed:
+            first = first_to_differ(traced.plan, traced.sampler, observation.inputs, observation.steps)
+            difference = (
+                f"output {quoted(name)} of one call over {observation.steps} steps differs by {share:.2g} of its largest value "
+                f"from {observation.steps} calls of one step"
+            )
+            raise undefined_cast(model, traced.function, first, difference) or NotCausalError(
+                f"model cannot be run step by step: {first.clause}{difference}"
+            )
+    if not traced.proof.unproven:
+        return
+    for sample in traced.evidence:
+        stepped = run(traced.plan, step, sample.inputs, sample.steps)
+        found = evidence.compare(traced.plan, sample, stepped, allowed).worst
+        if found is not None and not found.is_allowed:
+            first = first_to_differ(traced.plan, traced.sampler, sample.inputs, sample.steps)
+            raise undefined_cast(model, traced.function, first, str(found)) or NotCausalError(
+                f"model cannot be run step by step, although --trust-causality names it: {found}; {first.clause}"
+                f"{traced.proof.unproven}"
+            )

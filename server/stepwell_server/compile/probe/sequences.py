@@ -1,0 +1,120 @@
+"""Run a sequence through a function of one time step, and compare it with one call of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.compile.graph.plan import Plan
+from stepwell_server.compile.graph.tensorflow_setup import tf
+from stepwell_server.engine.executors.stepping import Step, initial_rows
+from stepwell_server.program import TensorSpec
+
+Array = npt.NDArray[np.generic]
+#: One rounding of each type, as a share of a value.
+ROUNDINGS = {"bfloat16": 2.0**-8, "float16": 2.0**-10, "float32": 2.0**-23, "float64": 2.0**-52}
+
+
+def step_of_function(plan: Plan, function: Any) -> Step:
+    """Return the traced function as a plain one."""
+
+    def step(inputs: Sequence[Array], states: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+        named = {f"in_{i}": tf.constant(value) for i, value in enumerate(inputs)}
+        named |= {f"state_{i}": tf.constant(value) for i, value in enumerate(states)}
+        results = function(**named)
+        return (
+            [results[f"out_{i}"].numpy() for i in range(len(plan.outputs))],
+            [results[f"next_{i}"].numpy() for i in range(len(plan.state))],
+        )
+
+    return step
+
+
+class Stepped(Protocol):
+    """What has to be known for stepping: a `Plan` or a `Program`."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Its inputs."""
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Its outputs."""
+
+    @property
+    def initial(self) -> tuple[Array, ...]:
+        """The initial value of one row of each state."""
+
+
+def at(plan: Stepped, inputs: Sequence[Array], time: int) -> list[Array]:
+    """Return the inputs of one time step of a sequence."""
+    return [
+        np.ascontiguousarray(value[:, time]) if spec.temporal else value
+        for spec, value in zip(plan.inputs, inputs, strict=True)
+    ]
+
+
+def run(plan: Stepped, step: Step, inputs: Sequence[Array], steps: int) -> dict[str, Array]:
+    """Step through a sequence; returns what one call over it would, by output name."""
+    states: Sequence[Array] = initial_rows(plan.initial, len(inputs[0]))
+    seen: list[Sequence[Array]] = []
+    for time in range(steps):
+        outputs, states = step(at(plan, inputs, time), states)
+        seen.append(outputs)
+    return {
+        spec.name: np.stack([outputs[i] for outputs in seen], 1) if spec.temporal else seen[-1][i]
+        for i, spec in enumerate(plan.outputs)
+    }
+
+
+def rounding(model: Any) -> float:
+    """Return one rounding of the coarsest type that a layer of the model computes in, as a share of a value."""
+    types = {layer.compute_dtype for layer in model._flatten_layers()}
+    return max(
+        (ROUNDINGS[name] for name in types & ROUNDINGS.keys() - {"float64"}), default=ROUNDINGS["float32"]
+    )
+
+
+def added_roundings(model: Any) -> int:
+    """Return how many roundings are added to each value of Keras's call, to see what rounding does to it.
+
+    Stepping rounds at other places than one call over the sequence does, some tens of times in each time
+    step. Half-precision types round alike in both, and some tens of their roundings are as large as the values.
+    """
+    return 64 if rounding(model) < 2.0**-16 else 4
+
+
+def tolerance(model: Any) -> float:
+    """Return the difference that rounding may make, as a share of an output's largest value.
+
+    One rounding of the coarsest type that a layer computes in, times what a sum of thousands of terms over
+    some steps can gather: its square root, 256. Half-precision types round their intermediate results
+    alike in both ways of computing, so 16 will do for them (256 would allow everything).
+    """
+    one = rounding(model)
+    return (256 if one < 2.0**-16 else 16) * one
+
+
+def difference(one: Array, two: Array) -> float:
+    """Return the largest difference, as a share of the largest value (at least 0.1: see `tolerance`).
+
+    It is infinite where one is not finite and the other is, or another infinity.
+    """
+    if one.shape != two.shape:
+        return float("inf")
+    if not one.size:
+        return 0.0
+    first, second = one.astype(np.float64), two.astype(np.float64)
+    finite = np.isfinite(first) & np.isfinite(second)
+    if not np.array_equal(first[~finite], second[~finite], equal_nan=True):
+        return float("inf")
+    first, second = np.where(finite, first, 0), np.where(finite, second, 0)
+    return float(np.max(np.abs(first - second)) / max(np.max(np.abs(first)), 0.1))
+
+
+def worst(whole: Mapping[str, Array], stepped: Mapping[str, Array]) -> tuple[str, float]:
+    """Return the output that differs most, and by how much (as a share, see `difference`)."""
+    return max(((name, difference(whole[name], stepped[name])) for name in whole), key=lambda item: item[1])

@@ -1,0 +1,1 @@
+"""The artefact: conversion to LiteRT or a SavedModel, and its checks."""

@@ -1,0 +1,133 @@
+"""The traced step as an artefact: a LiteRT flatbuffer, or a SavedModel."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+from stepwell_server.compile.errors import gist
+from stepwell_server.compile.graph.scopes import layer_of, named
+from stepwell_server.compile.graph.tensorflow_setup import tf
+from stepwell_server.compile.program.rewrite import rewritten
+from stepwell_server.program import SAVED_MODEL
+
+#: LiteRT reduces the argument of these to a period in a way that loses digits from 1e7 on, and leaves [-1, 1] from 1e9
+#: on: a clock in seconds or milliseconds is such a number.
+_INEXACT = frozenset({"Sin", "Cos"})
+
+
+#: NumPy's names of the types that the converter names in its own way.
+_TYPES = {"i1": "bool", "i8": "int8", "i16": "int16", "i32": "int32", "i64": "int64", "ui8": "uint8"}
+
+
+class ConversionError(Exception):
+    """The step cannot be converted. The message is one clause for people."""
+
+
+def freeze(function: Any) -> Any:
+    """Return the function with its weights as constants: LiteRT packs them once, as those of FULLY_CONNECTED.
+
+    Raises:
+        ConversionError: the function reads something else than variables, such as a lookup table.
+    """
+    try:
+        frozen = rewritten(convert_variables_to_constants_v2(function))
+    except (KeyError, ValueError, tf.errors.OpError) as error:
+        raise ConversionError(f"its variables cannot be made constants ({gist(error)})") from error
+    signature = function.structured_input_signature[1]
+    order = [tensor.name.split(":")[0] for tensor in frozen.inputs]
+    if not set(order) <= set(signature):
+        raise ConversionError("it reads a lookup table, as IntegerLookup does, and LiteRT has none")
+    keys = sorted(function.structured_outputs)  # Freezing forgets the names; flattening sorted them.
+
+    def step(**tensors: Any) -> dict[str, Any]:
+        results = frozen(*(tensors[key] for key in order))
+        return dict(zip(keys, (tf.identity(result) for result in results), strict=True))
+
+    return tf.function(step, autograph=False).get_concrete_function(**signature)
+
+
+def to_litert(function: Any, model: Any) -> bytes:
+    """Return the frozen ``function`` as a flatbuffer, of built-in operators only.
+
+    ``model`` is what it was traced of: its layers are named where they cannot be converted.
+
+    Raises:
+        ConversionError: LiteRT has no built-in operators for it, or some that are wrong for large numbers.
+    """
+    inexact = sorted(_INEXACT & _kinds(function.graph))
+    if inexact:
+        names = " and ".join(inexact).lower()
+        raise ConversionError(f"its {names} {'is' if len(inexact) == 1 else 'are'} wrong for large numbers")
+    holder = tf.Module()
+    holder.step = function
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    try:
+        return bytes(converter.convert())
+    except Exception as error:  # The converter raises types of its own, and plain ones.
+        raise ConversionError(_complaint(str(error), function, model)) from error
+
+
+def to_tensorflow(function: Any, model: Any) -> dict[str, bytes]:
+    """Return the files of a SavedModel with the signature ``step``; ``model`` owns what the function reads.
+
+    Raises:
+        ConversionError: TensorFlow cannot save it.
+    """
+    holder = tf.Module()
+    holder.step = function
+    holder.model = model
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)  # Nobody trains it.
+    with tempfile.TemporaryDirectory(prefix="stepwell-") as name:
+        folder = Path(name)
+        try:
+            tf.saved_model.save(holder, name, signatures={"step": function}, options=options)
+        except Exception as error:  # TensorFlow raises whatever it likes here.
+            raise ConversionError(gist(error)) from error
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        return {f"{SAVED_MODEL}{file.relative_to(folder).as_posix()}": file.read_bytes() for file in files}
+
+
+def _kinds(graph: Any) -> set[str]:
+    """Return what kinds of operations there are, in functions that are called too."""
+    return {kind for kind, _ in _operations(graph)}
+
+
+def _operations(graph: Any) -> Iterator[tuple[str, str]]:
+    """Yield kind and name of each operation, in functions that are called too."""
+    yield from ((op.type, op.name) for op in graph.get_operations())
+    for function in graph._functions.values():
+        if hasattr(function, "graph"):
+            yield from _operations(function.graph)
+        else:  # One of an imported graph has its definition only.
+            yield from ((node.op, node.name) for node in function.definition.node_def)
+
+
+def _complaint(text: str, function: Any, model: Any) -> str:
+    """Return what the converter says, as a clause for people."""
+    missing = re.search(r"(?:TF Select ops|Custom ops): ([\w, ]+)", text)
+    if missing:
+        kinds = missing[1].strip()
+        return f"it has no operation for {kinds}{_where(set(kinds.split(', ')), function, model)}"
+    types = re.search(r"'tfl\.(\w+)' op operand #\d+ must be .* but got 'tensor<[\dx?*]*(\w+)>'", text)
+    if types:
+        kind, dtype = types.groups()
+        return f"its {kind} takes no {_TYPES.get(dtype, dtype)} values"
+    place = re.search(r'(?:^|\n|error: )loc\(callsite\(fused\["(\w+):"', text)
+    if place:
+        return f"its converter fails on {place[1]}{_where({place[1]}, function, model)}"
+    error = re.search(r"error: (.+)", text)
+    return f"its converter fails ({(error[1] if error else gist(text))[:120]})"
+
+
+def _where(kinds: set[str], function: Any, model: Any) -> str:
+    """Return which layers make operations of these kinds, for the end of a clause."""
+    found = [layer_of(model, name) for kind, name in _operations(function.graph) if kind in kinds]
+    layers = dict.fromkeys(named(model, layer) for layer in found if layer is not None)
+    return f" ({', '.join(layers)})" if layers else ""

@@ -1,0 +1,173 @@
+"""The compiling process's work, start to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stepwell_server.compile.errors import DataError, ModelError, NotCausalError, gist
+from stepwell_server.compile.graph.interface import describe
+from stepwell_server.compile.keras_file import archive, provenance
+from stepwell_server.compile.probe import check, own_data
+from stepwell_server.compile.probe.extremes import worst_at_extremes
+from stepwell_server.compile.probe.first_difference import first_to_differ, undefined_cast
+from stepwell_server.compile.probe.probe import Traced, trace_and_probe
+from stepwell_server.compile.probe.sequences import Array, tolerance
+from stepwell_server.compile.program import convert
+from stepwell_server.engine.executors import load_executor, trial
+from stepwell_server.engine.executors.base import ExecutionError
+from stepwell_server.engine.executors.stepping import step_of_executor
+from stepwell_server.program import FLATBUFFER, Program, ProofOptions, Provenance, dtype_of
+
+#: Times what rounding may make where a program is compiled, it may make on another processor in a few time steps.
+_ELSEWHERE = 16
+
+
+def compile_traced(
+    model: Path,
+    imports: Sequence[str] = (),
+    progress: Callable[[str], None] | None = None,
+    options: ProofOptions | None = None,
+    data: Path | None = None,
+) -> tuple[Program, Traced]:
+    """Compile ``model``; return also what was traced of it, for `again.compile_again`.
+
+    Raises:
+        DataError: ``data``, on which it will be compared, do not fit it; told before the work is done.
+        ModelError: the model cannot be served.
+    """
+    report = progress or _silent
+    report("load")
+    import_modules(imports)
+    loaded = archive.load_model(model)
+    fingerprint = archive.fingerprint(model)
+    origin = provenance.of(model, loaded)
+    report("trace")
+    try:
+        if data is not None:
+            own_data.look(data, describe(loaded))
+        traced = trace_and_probe(loaded, report, options)
+        program = artefact(traced, fingerprint, origin, report)
+        return dataclasses.replace(program, architecture=archive.architecture(model, program)), traced
+    except DataError:
+        raise
+    except ModelError as error:
+        raise type(error)(f"{model}: {error}", error.details) from error
+
+
+def _silent(_stage: str) -> None:
+    return None
+
+
+def import_modules(modules: Sequence[str]) -> None:
+    """Import the modules that register a model's own layers.
+
+    Raises:
+        ModelError: one of them cannot be imported.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # A user's module raises whatever it likes.
+            raise ModelError(
+                f"--import {module}: {type(error).__name__}: {gist(error)}", traceback.format_exc()
+            ) from error
+
+
+def artefact(traced: Traced, fingerprint: str, origin: Provenance, report: Callable[[str], None]) -> Program:
+    """Make the program of what was traced, and check it.
+
+    Raises:
+        ModelError: neither LiteRT nor TensorFlow can run it.
+    """
+    program = Program(
+        fingerprint=fingerprint,
+        inputs=traced.plan.inputs,
+        outputs=traced.plan.outputs,
+        state=traced.plan.state,
+        initial=traced.plan.initial,
+        executor="litert",
+        executor_reason=trial.ANY_SIZE,
+        batch_sizes=(),
+        files={},
+        proof=traced.proof,
+        provenance=origin,
+    )
+    report("convert")
+    try:
+        return _litert(traced, program, report)
+    except (convert.ConversionError, check.CheckError, trial.TrialError) as error:
+        return _tensorflow(traced, program, f"LiteRT cannot run this model: {error}", report)
+
+
+def _litert(traced: Traced, program: Program, report: Callable[[str], None]) -> Program:
+    model = traced.plan.interface.model
+    content = convert.to_litert(convert.freeze(traced.function), model)
+    program = dataclasses.replace(program, files={FLATBUFFER: content})
+    report("check")
+    try:
+        step = step_of_executor(load_executor(program))
+        check.check_against_keras(traced, step)
+        differs = worst_at_extremes(traced, step)
+        if differs:
+            raise check.CheckError(differs)
+        known = _known_inputs(traced)
+        sizes = trial.affordable(program, known, step, trial.LITERT_SIZES, trial.COMPILE_BUDGET_S)
+        agreeing = trial.agreeing_sizes(program, known, step, sizes)
+        allowed = min(0.1, _ELSEWHERE * tolerance(model))
+        tried = trial.tried(program, known, step, allowed, sizes)
+    except (ExecutionError, RuntimeError, ValueError) as error:  # The interpreter's "I cannot run this".
+        raise check.CheckError(gist(error)) from error
+    return dataclasses.replace(trial.with_sizes(program, sizes, agreeing), trial=tried)
+
+
+def _tensorflow(traced: Traced, program: Program, reason: str, report: Callable[[str], None]) -> Program:
+    told = f"{reason}; TensorFlow runs it, which takes longer for each step"
+    program = dataclasses.replace(program, executor="tensorflow", executor_reason=told)
+    try:
+        program = dataclasses.replace(program, files=convert.to_tensorflow(*_most_frozen(traced)))
+        report("check")
+        step = step_of_executor(load_executor(program))
+        check.check_against_keras(traced, step)
+    except check.DiffersError as error:
+        first = first_to_differ(
+            traced.plan, traced.sampler, traced.evidence[0].inputs, traced.evidence[0].steps
+        )
+        refusal = undefined_cast(traced.plan.interface.model, traced.function, first, str(error))
+        raise (
+            refusal
+            or NotCausalError(
+                f"model cannot be run step by step: {error}, though its graph says nothing of it; {first.clause}does it do "
+                "something else from some number of time steps on?"
+            )
+        ) from error
+    except (convert.ConversionError, check.CheckError) as error:
+        raise ModelError(f"{reason}; nor can TensorFlow run what was traced of it: {error}") from error
+    known = _known_inputs(traced)
+    sizes = trial.affordable(program, known, step, trial.TENSORFLOW_SIZES, trial.COMPILE_BUDGET_S)
+    return dataclasses.replace(program, batch_sizes=trial.agreeing_sizes(program, known, step, sizes) or (1,))
+
+
+def _known_inputs(traced: Traced) -> tuple[Array, ...]:
+    """Draw rows of one time step, in the types of the program."""
+    temporal, inputs = traced.plan.temporal, traced.plan.inputs
+    rows = trial.rows_for(sum(spec.row_bytes for spec in inputs))
+    drawn = traced.sampler.draw(np.random.default_rng(13), temporal, 1, rows)
+    return tuple(
+        np.asarray(value[:, 0] if timed else value, dtype_of(spec.dtype))
+        for value, timed, spec in zip(drawn, temporal, inputs, strict=True)
+    )
+
+
+def _most_frozen(traced: Traced) -> tuple[Any, Any]:
+    """Return the function to save and what it needs beside it: nothing, if its weights became constants."""
+    try:
+        return convert.freeze(traced.function), None
+    except convert.ConversionError:
+        return traced.function, traced.plan.interface.model
