@@ -1,4 +1,4 @@
-# The native front, as Python sees it: src/python.rs.
+# The native front, as Python sees it: src/python/front.rs.
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias

@@ -15,7 +15,7 @@ from stepwell_server.clock import SystemClock
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.rpc.boundary import Boundary
 from stepwell_server.rpc.fronts.base import Method, StepColumns
-from stepwell_server.rpc.sessions import SessionServicer
+from stepwell_server.rpc.services.sessions import SessionServicer
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from stepwell_server.rpc.steps.stream import StreamLimits
 from support import secured

@@ -12,7 +12,7 @@ import numpy as np
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1 import tensors_pb2
 from stepwell_server.rpc.boundary import Boundary
-from stepwell_server.rpc.sessions import SessionServicer
+from stepwell_server.rpc.services.sessions import SessionServicer
 from stepwell_server.rpc.steps.sets import SetRoom
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 from support.engine import Harness, running

@@ -20,13 +20,13 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core.callers import Caller, Credential, Known, Role
 from stepwell_server.errors import Overloaded, PermissionDenied, StoreAway, Unauthenticated
 from stepwell_server.files.audit_log import MAX_LINE_BYTES, MAX_WAITING_BYTES, AuditError, AuditLog
-from stepwell_server.rpc import health
 from stepwell_server.rpc.access import Access, require
 from stepwell_server.rpc.auditing import AUDITED, MOST_NAMED, UNAUDITED, Auditor
 from stepwell_server.rpc.boundary import Boundary
 from stepwell_server.rpc.fronts.base import CallEnded
 from stepwell_server.rpc.guard import Guard
-from stepwell_server.rpc.reflection import ReflectionServicer
+from stepwell_server.rpc.services import health
+from stepwell_server.rpc.services.reflection import ReflectionServicer
 from stepwell_server.rpc.triton.servicer import SERVICE, unsupported_methods
 from support.calls import calls
 from support.clock import ManualClock

@@ -26,7 +26,7 @@ from stepwell_server.engine.sessions import (
 from stepwell_server.engine.sessions.attempt import OpenedMany
 from stepwell_server.engine.shares import LoopTurns
 from stepwell_server.errors import RevisionConflict, ServerError, SessionExists, Unavailable
-from stepwell_server.rpc import admin
+from stepwell_server.rpc.services import admin
 from stepwell_server.store.base import Batch
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore

@@ -15,7 +15,6 @@ from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.errors import Starting, Unauthenticated
 from stepwell_server.process.readiness import Report
-from stepwell_server.rpc import health, reflection
 from stepwell_server.rpc.access import Access, access_of
 from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.boundary import Boundary, RequestObserver, Serve, served_at
@@ -23,9 +22,10 @@ from stepwell_server.rpc.fronts.base import Call, CallEnded, Front, Method
 from stepwell_server.rpc.fronts.certificates import CertificateFiles, Unusable, follow
 from stepwell_server.rpc.fronts.shape import Shape
 from stepwell_server.rpc.guard import Authenticator, Guard
-from stepwell_server.rpc.model_admin import ModelAdminServicer
-from stepwell_server.rpc.models import ModelServicer
-from stepwell_server.rpc.sessions import SessionServicer
+from stepwell_server.rpc.services import health, reflection
+from stepwell_server.rpc.services.model_admin import ModelAdminServicer
+from stepwell_server.rpc.services.models import ModelServicer
+from stepwell_server.rpc.services.sessions import SessionServicer
 from stepwell_server.rpc.status import ADMIN_CODES, ANY_CODE, NAMING_CODES, UPLOAD_CODES, to_status
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from stepwell_server.rpc.steps.refusals import EarlySteps

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from stepwell_front import CallHandle
 
 VERSION = stepwell_front.__version__
-#: What this module and the front say to each other: raised with every change of it, here and in `python.rs`.
+#: What this module and the front say to each other: raised with every change of it, here and in `python/front.rs`.
 _INTERFACE = 5
 _installed = getattr(stepwell_front, "INTERFACE", 0)
 if _installed != _INTERFACE:
@@ -70,7 +70,7 @@ _PLAIN = {
     "/inference.GRPCInferenceService/ModelStreamInfer": "infer_stream",
 }
 _OK: Said = (0, "", b"", False)
-# The numbers that tell what has come: see `tuple` in python.rs.
+# The numbers that tell what has come: see `tuple` in python/front.rs.
 _BATCH, _CALL, _MESSAGE, _TOO_LARGE, _DUPLICATE, _HALF_CLOSED, _WRITTEN, _ENDED, _REFUSED, _JUDGE, _BREACH = (
     range(11)
 )

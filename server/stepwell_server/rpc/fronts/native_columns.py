@@ -81,7 +81,7 @@ def columns_of(
     asked: tuple[int, list[str], bool, tuple[str, str] | None],
     tensors: list[tuple[str, int, list[int], bytes]],
 ) -> StepColumns:
-    """A batch as `base.Steps` takes it. The arguments are those of the tuple of `python.rs`."""
+    """A batch as `base.Steps` takes it. The arguments are those of the tuple of `python/front.rs`."""
     counts, sizes, expected, request_ids, deadlines = numbers
     select, output_names, says_sizes, model = asked
     return StepColumns(

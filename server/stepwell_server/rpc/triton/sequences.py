@@ -92,7 +92,7 @@ def session_id_of(model: str, sequence_id: SequenceId) -> str:
 
     A text that cannot be a part of an id, because of its characters or its length, is replaced by its
     SHA-256: `triton/<model>/sha256:<hex>`. It is what the caller's tenant calls it: `naming.inner` is to be asked for
-    the engine's id. The native front makes ids of the first two kinds, in the tenants' namespaces (triton.rs).
+    the engine's id. The native front makes ids of the first two kinds, in the tenants' namespaces (triton/request.rs).
     """
     prefix = f"triton/{model}/"
     if isinstance(sequence_id, int):

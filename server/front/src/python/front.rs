@@ -3,21 +3,21 @@
 // pyo3's macros convert errors into themselves.
 #![allow(clippy::useless_conversion)]
 
-use crate::bounds;
-use crate::call::Call;
 use crate::clock;
-use crate::columns::{Arrival, Batch, Entry};
-use crate::commands::{carry_out, Command};
-use crate::driver::Driver;
-use crate::grpc::Status;
-use crate::known::KnownCallers;
-use crate::limits::Limits;
-use crate::lists::{self, bytes_of, key, numbers_of, Peers};
-use crate::reply::{Answer, Output};
-use crate::server::{self, Listener, Method, Plain, Shared, Stage};
-use crate::shape::{Given, Shape};
-use crate::tls::{self, Unusable};
+use crate::limits::bounds;
+use crate::limits::settings::Limits;
+use crate::messages::grpc::Status;
+use crate::messages::shape::{Given, Shape};
+use crate::python::commands::{carry_out, Command};
+use crate::python::driver::Driver;
+use crate::python::known::KnownCallers;
+use crate::python::lists::{self, bytes_of, key, numbers_of, Peers};
+use crate::steps::call::Call;
+use crate::steps::columns::{Arrival, Batch, Entry};
+use crate::steps::reply::{Answer, Output};
 use crate::wakeup::Wakeup;
+use crate::wire::server::{self, Listener, Method, Plain, Shared, Stage};
+use crate::wire::tls::{self, Unusable};
 use bytes::Bytes;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;

@@ -1,6 +1,6 @@
 //! Which connections are there, so that new ones find room: those that do nothing leave for them.
 
-use crate::call::Peer;
+use crate::steps::call::Peer;
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -153,8 +153,8 @@ impl Drop for FromAddress {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::places::{CallPlace, Pool};
-    use crate::server::Shared;
+    use crate::limits::places::{CallPlace, Pool};
+    use crate::wire::server::Shared;
     use std::net::Ipv4Addr;
 
     fn has_left(peer: &Peer) -> bool {

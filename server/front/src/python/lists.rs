@@ -1,9 +1,9 @@
 //! Lists and columns between Python and the wire.
 
-use crate::call::Call;
-use crate::callers::Known;
-use crate::columns::{Arrival, Batch, Entry};
-use crate::sets::{Ids, SessionSet};
+use crate::limits::callers::Known;
+use crate::steps::call::Call;
+use crate::steps::columns::{Arrival, Batch, Entry};
+use crate::steps::sets::{Ids, SessionSet};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyString};
 use std::collections::{HashMap, HashSet};

@@ -1,16 +1,16 @@
 //! One call on the wire: its messages are read, its replies written, its end told to whoever must know.
 
-use crate::answering::Answering;
-use crate::begin::{self, refuse};
-use crate::bounds::{counted, Held, Place, Refusal, GENERAL};
-use crate::call::{Call, Peer};
+use crate::calls::answering::Answering;
+use crate::calls::begin::{self, refuse};
 use crate::clock;
-use crate::columns::{Arrival, Arrivals};
-use crate::grpc::{self, Messages, Status, Unreadable, Whole};
-use crate::places::CallPlace;
-use crate::plain::Step;
-use crate::server::{Method, Plain, Shared};
-use crate::triton;
+use crate::limits::bounds::{counted, Held, Place, Refusal, GENERAL};
+use crate::limits::places::CallPlace;
+use crate::messages::grpc::{self, Messages, Status, Unreadable, Whole};
+use crate::steps::call::{Call, Peer};
+use crate::steps::columns::{Arrival, Arrivals};
+use crate::steps::plain::Step;
+use crate::triton::request as triton;
+use crate::wire::server::{Method, Plain, Shared};
 use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::{RecvStream, SendStream};

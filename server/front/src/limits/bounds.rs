@@ -1,9 +1,9 @@
 //! What peers may make the server hold: counted for each connection and for all, and waited for or refused beyond.
 
-use crate::call::Peer;
-use crate::columns::Entry;
-use crate::places::{Places, Pool, Share};
-use crate::server::Shared;
+use crate::limits::places::{Places, Pool, Share};
+use crate::steps::call::Peer;
+use crate::steps::columns::Entry;
+use crate::wire::server::Shared;
 use bytes::Bytes;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};

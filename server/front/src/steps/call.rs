@@ -1,14 +1,14 @@
 //! One call as both sides know it: the task that serves it on the wire, and whoever answers it.
 
-use crate::bounds::{Load, GENERAL};
-use crate::callers::{Credential, Whose};
-use crate::grpc::{self, Status};
-use crate::ordered::{Ordered, Reply};
-use crate::protobuf::{Fields, Value};
-use crate::server::Method;
-use crate::sets::SessionSet;
-use crate::tenancy::Stay;
-use crate::turn::Turn;
+use crate::limits::bounds::{Load, GENERAL};
+use crate::limits::callers::{Credential, Whose};
+use crate::limits::tenancy::Stay;
+use crate::limits::turn::Turn;
+use crate::messages::grpc::{self, Status};
+use crate::messages::protobuf::{Fields, Value};
+use crate::steps::ordered::{Ordered, Reply};
+use crate::steps::sets::SessionSet;
+use crate::wire::server::Method;
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -333,7 +333,8 @@ impl Call {
     #[cfg(test)]
     pub fn of_connection(number: u64) -> Self {
         let peer = Arc::new(Peer { number, ..Peer::for_test() });
-        let method = Method { index: 0, streams: false, plain: crate::server::Plain::No, is_open: false };
+        let method =
+            Method { index: 0, streams: false, plain: crate::wire::server::Plain::No, is_open: false };
         Call::new(peer, method, 0.0, f64::INFINITY, Vec::new(), Whose::Anybody, Arc::default())
     }
 }

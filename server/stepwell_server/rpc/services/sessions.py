@@ -9,7 +9,8 @@ import numpy as np
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.engine.api import Applied, Opened
 from stepwell_server.engine.change import Awaited, Change
-from stepwell_server.rpc import admin, convert, naming, tensors
+from stepwell_server.rpc import convert, naming, tensors
+from stepwell_server.rpc.services import admin
 from stepwell_server.rpc.status import to_proto
 from stepwell_server.rpc.steps import messages
 from stepwell_server.rpc.steps.sets import SetRoom

@@ -1,9 +1,11 @@
 //! The answers to a batch, made into messages: `StepResponse` or parts of `StepStreamResponse`.
 
-use crate::columns::{Batch, Entry};
-use crate::grpc::{put_prefix, Status};
-use crate::protobuf::{put_bytes, put_header, put_number, put_optional, put_packed, put_varint, varint_size};
-use crate::triton_reply;
+use crate::messages::grpc::{put_prefix, Status};
+use crate::messages::protobuf::{
+    put_bytes, put_header, put_number, put_optional, put_packed, put_varint, varint_size,
+};
+use crate::steps::columns::{Batch, Entry};
+use crate::triton::reply as triton_reply;
 use bytes::{BufMut, Bytes, BytesMut};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -277,11 +279,11 @@ pub fn with_prefix(mut out: BytesMut) -> Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::call::Call;
-    use crate::columns::{Arrival, Arrivals};
-    use crate::plain::{Step, Tensor};
-    use crate::protobuf::{Fields, Value};
-    use crate::sets::SessionSet;
+    use crate::messages::protobuf::{Fields, Value};
+    use crate::steps::call::Call;
+    use crate::steps::columns::{Arrival, Arrivals};
+    use crate::steps::plain::{Step, Tensor};
+    use crate::steps::sets::SessionSet;
     use std::sync::Arc;
 
     /// A batch of two frames of 3 and 2 sessions and a call, whose session has two rows.

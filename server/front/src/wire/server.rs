@@ -1,19 +1,19 @@
 //! Connections: accepted, kept alive, ended; a task for each, and one for each of its calls.
 
-use crate::bounds::{Counts, Load, Place, Refusal, Slot, Waiters};
-use crate::call::Peer;
-use crate::callers::Callers;
-use crate::columns::{Arrival, Arrivals, MOST_IN_BATCH};
-use crate::doors::{Doors, Entry};
-use crate::inflate::Pace;
-use crate::lifetime::{Age, Lifetime};
-use crate::limits::Limits;
-use crate::serve;
-use crate::shape::{Breach, Shape};
-use crate::tenancy::Connections;
-use crate::tls;
-use crate::turn::{Gate, InTurns, Received, Turn};
+use crate::calls::serve;
+use crate::limits::bounds::{Counts, Load, Place, Refusal, Slot, Waiters};
+use crate::limits::callers::Callers;
+use crate::limits::settings::Limits;
+use crate::limits::tenancy::Connections;
+use crate::limits::turn::{Gate, InTurns, Received, Turn};
+use crate::messages::inflate::Pace;
+use crate::messages::shape::{Breach, Shape};
+use crate::steps::call::Peer;
+use crate::steps::columns::{Arrival, Arrivals, MOST_IN_BATCH};
 use crate::wakeup::Wakeup;
+use crate::wire::doors::{Doors, Entry};
+use crate::wire::lifetime::{Age, Lifetime};
+use crate::wire::tls;
 use bytes::Bytes;
 use std::collections::HashMap;
 use std::future::Future;

@@ -3,7 +3,7 @@
 // pyo3's macros convert errors into themselves.
 #![allow(clippy::useless_conversion)]
 
-use crate::callers::{Callers, Credential, Known};
+use crate::limits::callers::{Callers, Credential, Known};
 use pyo3::prelude::*;
 use std::sync::Arc;
 

@@ -1,9 +1,9 @@
 //! How a listener goes about connections that it cannot take.
 
-use crate::bounds::{Refusal, Slot};
-use crate::columns::Arrival;
-use crate::server::Shared;
-use crate::tenancy::FromAddress;
+use crate::limits::bounds::{Refusal, Slot};
+use crate::limits::tenancy::FromAddress;
+use crate::steps::columns::Arrival;
+use crate::wire::server::Shared;
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -228,7 +228,7 @@ fn varint(left: &mut &[u8]) -> Result<u64, Breach> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protobuf::{put_bytes, put_number, put_packed, put_varint};
+    use crate::messages::protobuf::{put_bytes, put_number, put_packed, put_varint};
     use bytes::BytesMut;
     use proptest::prelude::*;
 

@@ -1,12 +1,12 @@
 //! Whether a call that begins is served: its headers say enough, and not too much, and there is room for it.
 
-use crate::bounds::{Held, Refusal};
-use crate::call::Peer;
-use crate::callers::Whose;
 use crate::clock;
-use crate::grpc::{self, Encoding, NoTimeout, Status};
-use crate::places::{CallPlace, Pool};
-use crate::server::{Method, Shared};
+use crate::limits::bounds::{Held, Refusal};
+use crate::limits::callers::Whose;
+use crate::limits::places::{CallPlace, Pool};
+use crate::messages::grpc::{self, Encoding, NoTimeout, Status};
+use crate::steps::call::Peer;
+use crate::wire::server::{Method, Shared};
 use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::RecvStream;

@@ -2,7 +2,7 @@
 //!
 //! A message is one gzip member or one zlib stream, and nothing behind it. Its size is bounded by what tensors need.
 
-use crate::grpc::Encoding;
+use crate::messages::grpc::Encoding;
 use bytes::Bytes;
 use flate2::{Crc, Decompress, FlushDecompress, Status as Flate};
 use std::fmt;

@@ -5,9 +5,9 @@
 //! thread lends the runtime to the event loop then, which is woken by the sockets themselves, reads, steps, and writes.
 //! As soon as others come, or something that may take long, or nothing any more, the wire's thread has it again.
 
-use crate::columns::{Arrival, LARGE};
-use crate::commands::{carry_out, Command};
-use crate::server::Shared;
+use crate::python::commands::{carry_out, Command};
+use crate::steps::columns::{Arrival, LARGE};
+use crate::wire::server::Shared;
 use std::future::Future;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -227,9 +227,9 @@ impl Pace {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::call::Call;
-    use crate::columns::Arrivals;
-    use crate::plain::{Step, Tensor};
+    use crate::steps::call::Call;
+    use crate::steps::columns::Arrivals;
+    use crate::steps::plain::{Step, Tensor};
     use bytes::Bytes;
     use std::io::Write;
     use std::os::unix::net::UnixStream as StdUnixStream;

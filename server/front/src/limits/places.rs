@@ -3,10 +3,10 @@
 //! Nobody may hold more than what is left for the others. So whoever holds most is refused first, however many there are,
 //! and one that holds nothing gets a place as long as there is any.
 
-use crate::bounds::Refusal;
-use crate::call::Peer;
-use crate::limits::Limits;
-use crate::server::{Method, Shared};
+use crate::limits::bounds::Refusal;
+use crate::limits::settings::Limits;
+use crate::steps::call::Peer;
+use crate::wire::server::{Method, Shared};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
@@ -147,7 +147,7 @@ impl Drop for CallPlace {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::server::Plain;
+    use crate::wire::server::Plain;
 
     fn take(shared: &Arc<Shared>, peer: &Arc<Peer>, caller: Option<&Arc<Share>>) -> Option<CallPlace> {
         CallPlace::take(shared, peer, caller.cloned(), Pool::Known)

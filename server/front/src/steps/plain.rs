@@ -3,10 +3,10 @@
 //! Anything else, an unknown field, a state or reset that is asked for, numbers that do not fit each other, is not
 //! plain and goes to Python with its bytes, which knows every rule and every message text.
 
-use crate::callers::{Known, SEPARATOR};
-use crate::protobuf::{Fields, NotPlain, Value};
-use crate::sets::SessionSet;
-use crate::shape::FREE_BYTES;
+use crate::limits::callers::{Known, SEPARATOR};
+use crate::messages::protobuf::{Fields, NotPlain, Value};
+use crate::messages::shape::FREE_BYTES;
+use crate::steps::sets::SessionSet;
 use std::sync::Arc;
 
 /// Most sessions of one message that are read here.
@@ -362,7 +362,7 @@ fn unpack_fixed(packed: &[u8], into: &mut Vec<u64>) -> Result<(), NotPlain> {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::protobuf::{put_bytes, put_number, put_packed};
+    use crate::messages::protobuf::{put_bytes, put_number, put_packed};
     use bytes::{BufMut, BytesMut};
     use proptest::prelude::*;
 

@@ -18,7 +18,7 @@ from stepwell_server.rpc.boundary import parse
 if TYPE_CHECKING:
     from stepwell_server.rpc.auditing import Auditor
     from stepwell_server.rpc.fronts.base import Call
-    from stepwell_server.rpc.models import ModelServicer
+    from stepwell_server.rpc.services.models import ModelServicer
 
 _POLICIES: dict[int, SessionPolicy] = {
     pb.SESSION_POLICY_UNSPECIFIED: SessionPolicy.KEEP,

@@ -1,11 +1,11 @@
 //! How the messages of a call come: when its caller is known, within a time limit, and inflated in slices.
 
 use super::{too_late, unreadable, Early, Message, Served};
-use crate::bounds::{Place, Refusal, GENERAL};
-use crate::columns::Arrival;
-use crate::grpc::{self, Status, Unreadable, Whole};
-use crate::inflate::{Inflation, Problem};
-use crate::limits::Limits;
+use crate::limits::bounds::{Place, Refusal, GENERAL};
+use crate::limits::settings::Limits;
+use crate::messages::grpc::{self, Status, Unreadable, Whole};
+use crate::messages::inflate::{Inflation, Problem};
+use crate::steps::columns::Arrival;
 use bytes::Bytes;
 use h2::server::SendResponse;
 use std::future::{poll_fn, Future};

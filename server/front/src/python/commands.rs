@@ -1,10 +1,10 @@
 //! What Python asks of the wire, on its way there.
 
-use crate::call::Call;
-use crate::columns::Batch;
-use crate::grpc::{self, Status};
-use crate::reply::{self, Answer};
-use crate::sets::SessionSet;
+use crate::messages::grpc::{self, Status};
+use crate::steps::call::Call;
+use crate::steps::columns::Batch;
+use crate::steps::reply::{self, Answer};
+use crate::steps::sets::SessionSet;
 use bytes::Bytes;
 use std::sync::Arc;
 

@@ -1,7 +1,7 @@
 //! The half of a call that answers it: headers leave with the first reply, so that what ends without one ends in them.
 
-use crate::begin::refuse;
-use crate::grpc::{self, Status};
+use crate::calls::begin::refuse;
+use crate::messages::grpc::{self, Status};
 use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::{Reason, SendStream};

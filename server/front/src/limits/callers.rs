@@ -4,8 +4,8 @@
 //! there with its bytes.
 
 use crate::clock;
-use crate::places::Share;
-use crate::protobuf::NotPlain;
+use crate::limits::places::Share;
+use crate::messages::protobuf::NotPlain;
 use http::header::AUTHORIZATION;
 use http::HeaderMap;
 use ring::digest::{digest, Context, SHA256, SHA256_OUTPUT_LEN};

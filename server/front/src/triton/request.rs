@@ -4,13 +4,13 @@
 //! contents of numbers. Anything else goes to Python with its bytes; so does a plain request that Python hands back,
 //! because its sequence has not begun, say.
 
-use crate::call::Call;
-use crate::callers::SEPARATOR;
 use crate::clock;
-use crate::columns::Request;
-use crate::plain::{push as add, text, Step, Tensor};
-use crate::protobuf::{Fields, NotPlain, Value};
-use crate::server::Shared;
+use crate::limits::callers::SEPARATOR;
+use crate::messages::protobuf::{Fields, NotPlain, Value};
+use crate::steps::call::Call;
+use crate::steps::columns::Request;
+use crate::steps::plain::{push as add, text, Step, Tensor};
+use crate::wire::server::Shared;
 use bytes::Bytes;
 use std::fmt::Write;
 use std::sync::atomic::Ordering;
@@ -280,7 +280,7 @@ fn push(shared: &Shared, call: &Arc<Call>, number: Option<u64>, message: &Bytes,
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::protobuf::{put_bytes, put_header, put_number, put_packed, put_varint};
+    use crate::messages::protobuf::{put_bytes, put_header, put_number, put_packed, put_varint};
     use bytes::{BufMut, BytesMut};
     use proptest::prelude::*;
 

@@ -1,10 +1,10 @@
 //! The answers to a batch of Triton's requests: `ModelInferResponse`, in `ModelStreamInferResponse` on a stream.
 
-use crate::columns::{Batch, Entry, Request};
-use crate::grpc::put_prefix;
-use crate::protobuf::{put_bytes, put_header, put_packed, put_varint, varint_size};
-use crate::reply::{for_each_entry, with_prefix, Answer, Part};
-use crate::triton::datatype;
+use crate::messages::grpc::put_prefix;
+use crate::messages::protobuf::{put_bytes, put_header, put_packed, put_varint, varint_size};
+use crate::steps::columns::{Batch, Entry, Request};
+use crate::steps::reply::{for_each_entry, with_prefix, Answer, Part};
+use crate::triton::request::datatype;
 use bytes::{Bytes, BytesMut};
 
 /// As `reply::deliver`.
@@ -102,12 +102,12 @@ fn put_text(out: &mut BytesMut, field: u32, text: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::call::Call;
-    use crate::columns::{Arrival, Arrivals};
-    use crate::grpc::Status;
-    use crate::protobuf::{Fields, Value};
-    use crate::reply::{self, Output};
-    use crate::triton::{tests::request as message_of, Infer};
+    use crate::messages::grpc::Status;
+    use crate::messages::protobuf::{Fields, Value};
+    use crate::steps::call::Call;
+    use crate::steps::columns::{Arrival, Arrivals};
+    use crate::steps::reply::{self, Output};
+    use crate::triton::request::{tests::request as message_of, Infer};
     use std::sync::Arc;
 
     /// Requests of two rows each: two of a stream, and a call.

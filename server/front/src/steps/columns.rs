@@ -1,12 +1,12 @@
 //! What has come for Python, in its order: batches of plain steps as columns, and everything else as events.
 
-use crate::bounds::{Refusal, GENERAL};
-use crate::call::Call;
-use crate::callers::Known;
 use crate::clock;
-use crate::plain::Step;
-use crate::sets::{Ids, SessionSet};
-use crate::shape::Breach;
+use crate::limits::bounds::{Refusal, GENERAL};
+use crate::limits::callers::Known;
+use crate::messages::shape::Breach;
+use crate::steps::call::Call;
+use crate::steps::plain::Step;
+use crate::steps::sets::{Ids, SessionSet};
 use bytes::Bytes;
 use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, RandomState};
@@ -375,7 +375,7 @@ impl Arrivals {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plain::Tensor;
+    use crate::steps::plain::Tensor;
     use proptest::prelude::*;
 
     fn push(arrivals: &mut Arrivals, id: &str, select: u8, number: u64) {
