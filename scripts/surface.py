@@ -231,10 +231,10 @@ def metrics() -> list[str]:
 def families() -> Iterator[Metric]:
     """All that a server with every option may show, with empty texts for what depends on it."""
     from stepwell_server import app
+    from stepwell_server.catalog.control import VersionState, VersionStatus
     from stepwell_server.core.front_limits import FrontLimits
     from stepwell_server.engine.api import ModelStats
     from stepwell_server.engine.quotas import TenantCounts
-    from stepwell_server.live.control import VersionState, VersionStatus
     from stepwell_server.metrics import gauges
     from stepwell_server.metrics.observer import PrometheusObserver
     from stepwell_server.rpc.fronts.base import FrontCounts

@@ -16,30 +16,30 @@ from stepwell_server.addresses import Address, UnixAddress, bind_problem
 from stepwell_server.auth.callers import Callers
 from stepwell_server.auth.opening import open_callers
 from stepwell_server.auth.quota_file import COUNTED_BY_TENANT, QuotaFile
+from stepwell_server.catalog.catalog import LiveModels
+from stepwell_server.catalog.files.folder import ModelFolder
+from stepwell_server.catalog.files.loading import Abandoned, Loaded, compiler_of, end_idle, load_models
+from stepwell_server.catalog.files.migrations import MigrationError, load_migrations
+from stepwell_server.catalog.files.sources import KeptModel, LoadError, begin_with
+from stepwell_server.catalog.known_files import KnownFiles
+from stepwell_server.catalog.opening import admin_refusal, open_live_models
+from stepwell_server.catalog.restore import NotRestoredError
+from stepwell_server.catalog.start import ModelWork, absence, kept_models
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.namespaces import own, tenant_of
-from stepwell_server.engine.durability.forwarding import Migration
 from stepwell_server.engine.engine import Engine, EveryChange, ModelStats, PagedOutOnly
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.versions.document import DocumentError
+from stepwell_server.engine.versions.forwarding import Migration
 from stepwell_server.files.audit_log import AuditError, AuditLog
 from stepwell_server.files.watched import WatchedFileError
-from stepwell_server.live.known_files import KnownFiles
-from stepwell_server.live.models import LiveModels
-from stepwell_server.live.opening import admin_refusal, open_live_models
-from stepwell_server.live.restoring import NotRestoredError
-from stepwell_server.live.starting import ModelWork, absence, kept_models
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.metrics.server import MetricsServer
 from stepwell_server.metrics.token import MetricsToken, TokenError
-from stepwell_server.models.folder import ModelFolder
-from stepwell_server.models.loading import Abandoned, Loaded, compiler_of, end_idle, load_models
-from stepwell_server.models.migrations import MigrationError, load_migrations
-from stepwell_server.models.sources import KeptModel, LoadError, begin_with
 from stepwell_server.process import signals
 from stepwell_server.process.open_files import RESERVE, raise_limit
 from stepwell_server.process.readiness import Readiness

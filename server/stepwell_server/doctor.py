@@ -25,11 +25,11 @@ import psutil
 
 from stepwell_server import program_file
 from stepwell_server.addresses import Address, UnixAddress, bind_problem
+from stepwell_server.catalog.files.folder import LAYOUT, ModelFolder
 from stepwell_server.clock import Clock
 from stepwell_server.compile import cache
 from stepwell_server.compile.host import sandbox
 from stepwell_server.files import private_files
-from stepwell_server.models.folder import LAYOUT, ModelFolder
 from stepwell_server.process.open_files import RESERVE
 from stepwell_server.reach import ReachError, require_closed
 from stepwell_server.rpc.fronts import unix_socket

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from stepwell_server.catalog.files.loading import Abandoned
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
-from stepwell_server.models.loading import Abandoned
 from stepwell_server.store.base import KeyFileError, Store, StoreBusy, StoreError, StoreTimes
 from stepwell_server.store.opening import open_shared_store, open_store
 

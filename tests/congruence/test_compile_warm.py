@@ -17,11 +17,11 @@ import pytest
 
 import stepwell_server
 from stepwell_server import program_file
+from stepwell_server.catalog.files.programs import load_program
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.host import sandbox
 from stepwell_server.compile.host.compiler import WarmCompiler
 from stepwell_server.compile.host.limits import Limits
-from stepwell_server.models.programs import load_program
 from support import programs
 from support.clock import ManualClock
 from support.processes import HANG_S, children, home_of, is_there, until

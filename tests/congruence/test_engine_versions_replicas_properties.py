@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell_server.engine.api import Moved, SessionPolicy
-from stepwell_server.engine.versions import pruning
+from stepwell_server.engine.catalog import pruning
 from stepwell_server.errors import (
     RevisionConflict,
     ServerError,

@@ -17,10 +17,10 @@ from google.rpc import error_details_pb2, status_pb2
 
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.addresses import Address, UnixAddress
+from stepwell_server.catalog.catalog import LiveModels
+from stepwell_server.catalog.known_files import KnownFiles
 from stepwell_server.core.callers import ANYBODY, Caller, Credential
 from stepwell_server.core.front_limits import FrontLimits
-from stepwell_server.live.known_files import KnownFiles
-from stepwell_server.live.models import LiveModels
 from stepwell_server.program import Program
 from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.fronts.base import CallEnded, FrontCounts, Method, Steps

@@ -10,8 +10,8 @@ import numpy as np
 
 from stepwell_server.engine.api import ModelInfo, Moved, SessionInfo, SessionPolicy, VersionInfo
 from stepwell_server.engine.change import Change, Reply
-from stepwell_server.engine.models import Known, Versions
 from stepwell_server.engine.types import Members
+from stepwell_server.engine.versions.registry import Known, Versions
 from stepwell_server.errors import (
     InvalidInput,
     MessageTooLarge,

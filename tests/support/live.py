@@ -8,11 +8,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from stepwell_server.catalog.catalog import LiveModels
+from stepwell_server.catalog.control import Progress
+from stepwell_server.catalog.interfaces import Compiled
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.engine.engine import Engine
-from stepwell_server.live.control import Progress
-from stepwell_server.live.faces import Compiled
-from stepwell_server.live.models import LiveModels
 from stepwell_server.program import Program
 from support.clock import ManualClock
 
@@ -30,7 +30,7 @@ class Loads:
     async def compile(
         self, name: str, path: Path, progress: Progress, abandoned: threading.Event
     ) -> Compiled:
-        """See `live.models.Compile`."""
+        """See `catalog.interfaces.Compile`."""
         progress("load")
         while not (self.free.is_set() or abandoned.is_set()):  # noqa: ASYNC110 (a turn of the loop, no time)
             await asyncio.sleep(0)
@@ -46,15 +46,15 @@ class Loads:
         return str(path)
 
     def model_loaded(self, model: str, source: str, seconds: float) -> None:
-        """See `live.models.Observer`."""
+        """See `catalog.interfaces.Observer`."""
         self.told.append(("loaded", model, source))
 
     def model_failed(self, model: str) -> None:
-        """See `live.models.Observer`."""
+        """See `catalog.interfaces.Observer`."""
         self.told.append(("failed", model))
 
     def sessions_moved(self, model: str, policy: str, count: int) -> None:
-        """See `live.models.Observer`."""
+        """See `catalog.interfaces.Observer`."""
         self.told.append(("moved", model, policy, count))
 
 

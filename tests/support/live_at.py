@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stepwell_server.catalog.catalog import LiveModels
+from stepwell_server.catalog.control import LoadedVersion, LoadRequest, Progress, VersionState
+from stepwell_server.catalog.interfaces import Compiled
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.errors import QuotaExceeded
-from stepwell_server.live.control import LoadedVersion, LoadRequest, Progress, VersionState
-from stepwell_server.live.faces import Compiled
-from stepwell_server.live.models import LiveModels
 from support.clock import ManualClock
 from support.fake_engine import FakeVersions
 from support.fake_executor import PLAIN

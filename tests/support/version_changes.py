@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from stepwell_server.core.history import Mark
-from stepwell_server.engine.state.fields import mark_of
+from stepwell_server.engine.state.fields import Mark, mark_of
 from stepwell_server.engine.versions import document
 from stepwell_server.store.record import decode_header
 from support.engine import Harness

@@ -17,9 +17,9 @@ import stepwell_server
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1.sessions_pb2_grpc import SessionServiceStub
 from stepwell_server.addresses import Address
+from stepwell_server.catalog.known_files import KnownFiles
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.core.front_limits import FrontLimits
-from stepwell_server.live.known_files import KnownFiles
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.rpc.fronts.base import Front
 from stepwell_server.rpc.fronts.python import PythonFront

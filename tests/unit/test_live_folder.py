@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from stepwell_server.catalog.catalog import LiveModels
+from stepwell_server.catalog.control import LoadedVersion, LoadRequest
+from stepwell_server.catalog.files.folder import ModelFolder
+from stepwell_server.catalog.follower import FolderFollower, FolderOptions
 from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import Overloaded
-from stepwell_server.live.control import LoadedVersion, LoadRequest
-from stepwell_server.live.folder import FolderFollower, FolderOptions
-from stepwell_server.live.models import LiveModels
-from stepwell_server.models.folder import ModelFolder
 from support.engine import Harness, running
 from support.fake_executor import PLAIN, RICH
 from support.live import Loads, live_models

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from stepwell_server.catalog.control import LoadedVersion, LoadRequest, VersionState
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.engine.api import Moved, SessionPolicy
 from stepwell_server.errors import (
@@ -23,7 +24,6 @@ from stepwell_server.errors import (
     VersionExists,
     VersionNotFound,
 )
-from stepwell_server.live.control import LoadedVersion, LoadRequest, VersionState
 from support.live_at import At, Most
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from stepwell_server.catalog.files.sources import KeptModel
+from stepwell_server.catalog.start import absence, kept_models
 from stepwell_server.core.model_names import ModelRef
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.versions.document import DocumentError, name_of
 from stepwell_server.errors import ModelLoading, ModelNotFound
-from stepwell_server.live.starting import absence, kept_models
-from stepwell_server.models.sources import KeptModel
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.store.base import Batch
 from stepwell_server.store.in_process import InProcessStore

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from stepwell_server.catalog.files.kept_programs import NOT_KEPT, KeptPrograms
+from stepwell_server.catalog.files.uploads import Uploads
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.errors import (
     InvalidInput,
@@ -17,8 +19,6 @@ from stepwell_server.errors import (
     UploadOff,
     VersionExists,
 )
-from stepwell_server.live.kept import NOT_KEPT, KeptPrograms
-from stepwell_server.live.uploads import Uploads
 from support.clock import ManualClock
 from support.live_at import At
 

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from stepwell_server import program_file
+from stepwell_server.catalog.files.programs import load_program
 from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.compile.host.compiler import WarmCompiler
 from stepwell_server.compile.host.job import Progress
 from stepwell_server.compile.host.limits import Limits
 from stepwell_server.compile.host.source import opened
-from stepwell_server.models.programs import load_program
 from stepwell_server.program import Program, ProofOptions
 from support.fake_executor import PLAIN
 

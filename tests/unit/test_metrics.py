@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from stepwell_server.catalog.control import VersionState, VersionStatus
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.engine.durability.group_commit import MAX_WAITING
 from stepwell_server.engine.engine import ModelStats
 from stepwell_server.engine.intake.queues import MAX_WAITING_BYTES
 from stepwell_server.errors import reasons
-from stepwell_server.live.control import VersionState, VersionStatus
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.rpc.fronts.base import FrontCounts

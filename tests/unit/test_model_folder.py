@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from stepwell_server.catalog.files.folder import FolderError, Look, ModelFolder, require_inside
 from stepwell_server.core.version_policy import LATEST, VersionPolicy
-from stepwell_server.models.folder import FolderError, Look, ModelFolder, require_inside
 
 
 @pytest.fixture

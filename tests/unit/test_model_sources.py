@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from stepwell_server.catalog.files.folder import ModelFolder
+from stepwell_server.catalog.files.sources import Candidates, KeptModel, LoadError, begin_with
 from stepwell_server.core.version_policy import VersionPolicy
-from stepwell_server.models.folder import ModelFolder
-from stepwell_server.models.sources import Candidates, KeptModel, LoadError, begin_with
 from stepwell_server.settings import Settings
 
 

@@ -14,10 +14,10 @@ import pytest
 
 from stepwell.v1 import models_pb2 as pb
 from stepwell.v1 import sessions_pb2
+from stepwell_server.catalog.files.uploads import Uploads
 from stepwell_server.core.callers import Caller, Role
 from stepwell_server.errors import PermissionDenied
 from stepwell_server.files.audit_log import AuditLog
-from stepwell_server.live.uploads import Uploads
 from stepwell_server.rpc.access import Access, access_of, require
 from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.fronts.base import CallEnded

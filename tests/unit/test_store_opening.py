@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from stepwell_server import store_opening
+from stepwell_server.catalog.files.loading import Abandoned
 from stepwell_server.errors import StoreAway, Unavailable
-from stepwell_server.models.loading import Abandoned
 from stepwell_server.settings import Settings
 from stepwell_server.store.valkey.url import parse
 from stepwell_server.store_opening import NotOpenedError, once_it_answers

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from stepwell.v1 import sessions_pb2
+from stepwell_server.catalog.files.uploads import Uploads
 from stepwell_server.core.callers import Caller, Role
 from stepwell_server.errors import PermissionDenied, QuotaExceeded
 from stepwell_server.files.audit_log import AuditLog
-from stepwell_server.live.uploads import Uploads
 from stepwell_server.rpc.access import Access, access_of, require
 from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.fronts.base import CallEnded

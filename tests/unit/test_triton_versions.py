@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stepwell_server.catalog.known_files import KnownFiles
 from stepwell_server.core.callers import Caller, Role
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import InvalidInput, ModelNotFound, ServerError
-from stepwell_server.live.known_files import KnownFiles
 from stepwell_server.rpc.steps.stream import StreamLimits
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.liveness import Liveness

@@ -11,6 +11,7 @@ from stepwell.cli._errors import Failure
 from stepwell.cli._help import Command
 from stepwell.cli._target import json_option
 from stepwell_server import program_file
+from stepwell_server.catalog.files.programs import load_program
 from stepwell_server.cli.compiling import (
     Compiling,
     compile_options,
@@ -21,7 +22,6 @@ from stepwell_server.cli.compiling import (
 )
 from stepwell_server.cli.values import PathOf
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.models.programs import load_program
 from stepwell_server.program import Program
 from stepwell_server.settings import SettingsError
 

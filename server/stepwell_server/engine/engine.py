@@ -13,9 +13,10 @@ from stepwell_server.core.idle import IdleLimits, IdleWatch
 from stepwell_server.core.model_names import ModelRef, parse_reference
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import ModelInfo, ModelStats, Observer, StateRead, StatesRead
+from stepwell_server.engine.catalog.changes import Changing
+from stepwell_server.engine.catalog.serving import Capacity, Serving
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.durability.committer import Committer, Recorder
-from stepwell_server.engine.durability.forwarding import Forwarding, Migration
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.keeping import EveryChange, PagedOutOnly, Policy
 from stepwell_server.engine.durability.records import Records
@@ -25,7 +26,6 @@ from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.queues import Held, RowQueue, Turns, joined_where_alike
 from stepwell_server.engine.intake.validation import Validation, require_sessions
-from stepwell_server.engine.models import Models, Versions
 from stepwell_server.engine.prediction import Prediction
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.attempt import OpenedMany
@@ -47,8 +47,8 @@ from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.submission import Submission
 from stepwell_server.engine.types import U64, Members
-from stepwell_server.engine.versions.changing import Changing
-from stepwell_server.engine.versions.serving import Capacity, Serving
+from stepwell_server.engine.versions.forwarding import Forwarding, Migration
+from stepwell_server.engine.versions.registry import Models, Versions
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store

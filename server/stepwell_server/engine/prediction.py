@@ -17,10 +17,10 @@ from stepwell_server.engine.intake.validation import (
     require_finite,
     require_reply,
 )
-from stepwell_server.engine.models import Models
 from stepwell_server.engine.passes.predict import PredictCall
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.types import Mask, Tensors
+from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import InvalidInput
 
 

@@ -13,9 +13,9 @@ from stepwell_server.engine.intake.queues import MAX_WAITING_BYTES
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
+    from stepwell_server.catalog.control import VersionCounts
     from stepwell_server.engine.engine import ModelStats
     from stepwell_server.engine.quotas import TenantCounts
-    from stepwell_server.live.control import VersionCounts
     from stepwell_server.rpc.fronts.base import FrontCounts
     from stepwell_server.rpc.fronts.certificates import CertificateFiles
     from stepwell_server.store.base import StoreTimes

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
+from stepwell_server.catalog.control import VersionStatus, counts_of
 from stepwell_server.compile.host.limits import memory_bytes
 from stepwell_server.engine.api import Observer, SessionPolicy
 from stepwell_server.errors import reasons
-from stepwell_server.live.control import VersionStatus, counts_of
 from stepwell_server.metrics import gauges
 from stepwell_server.rpc.slowest import Slowest
 from stepwell_server.series import ROWS, SECONDS, Counter, Histogram, Series

@@ -11,10 +11,10 @@ import numpy.typing as npt
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from stepwell.v1 import models_pb2, sessions_pb2, tensors_pb2
+from stepwell_server.catalog.control import VersionState, VersionStatus
 from stepwell_server.engine.api import ModelInfo, SessionInfo
 from stepwell_server.engine.types import U64
 from stepwell_server.errors import InvalidInput
-from stepwell_server.live.control import VersionState, VersionStatus
 from stepwell_server.program import Provenance, StateSpec, TensorSpec
 from stepwell_server.rpc import naming
 from stepwell_server.rpc.tensors import number_of

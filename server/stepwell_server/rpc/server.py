@@ -37,9 +37,9 @@ from stepwell_server.rpc.triton.servicer import TritonServicer, unsupported_meth
 from stepwell_server.rpc.triton.statistics import PassObserver
 
 if TYPE_CHECKING:
+    from stepwell_server.catalog.control import ModelControl
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
-    from stepwell_server.live.control import ModelControl
     from stepwell_server.rpc.slowest import Slowest
     from stepwell_server.rpc.tracing import Tracer
 

@@ -19,7 +19,7 @@ import numpy as np
 CRITICAL = 0x8000
 """A bit of a field's tag: who does not know the field must not use the record."""
 VERSION = 4
-"""Tag of the version of its model that the session was on: `core.history.Mark`."""
+"""Tag of the version of its model that the session was on: `engine.state.fields.Mark`."""
 SEAL = 0x8005
 """Tag of what says how rows and extra are encrypted. It is the first field; the value ends with the key's id."""
 KEY_ID_AT = 40

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from stepwell_server.catalog.catalog import LiveModels
+from stepwell_server.catalog.control import LoadRequest, Progress, VersionState
+from stepwell_server.catalog.files.folder import ModelFolder
+from stepwell_server.catalog.follower import FolderFollower, FolderOptions
+from stepwell_server.catalog.interfaces import Compiled
+from stepwell_server.catalog.replicas import CatchingUp
+from stepwell_server.catalog.start import absence
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import MigrationFailed, Unavailable, VersionElsewhere
-from stepwell_server.live.catching_up import CatchingUp
-from stepwell_server.live.control import LoadRequest, Progress, VersionState
-from stepwell_server.live.faces import Compiled
-from stepwell_server.live.folder import FolderFollower, FolderOptions
-from stepwell_server.live.models import LiveModels
-from stepwell_server.live.starting import absence
-from stepwell_server.models.folder import ModelFolder
 from stepwell_server.process.readiness import Readiness
 from support.engine import Harness, x
 from support.fake_executor import PLAIN

@@ -8,8 +8,8 @@ import contextlib
 import numpy as np
 import pytest
 
-from stepwell_server.core.history import Mark
 from stepwell_server.engine.api import Moved, SessionPolicy
+from stepwell_server.engine.state.fields import Mark
 from stepwell_server.engine.versions import document
 from stepwell_server.errors import (
     ModelInUse,

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.core.history import Mark
 from stepwell_server.engine.api import SessionPolicy
+from stepwell_server.engine.catalog import pruning
 from stepwell_server.engine.sessions.imports import Existing, SessionRecord
-from stepwell_server.engine.state.fields import mark_of
-from stepwell_server.engine.versions import document, pruning
+from stepwell_server.engine.state.fields import Mark, mark_of
+from stepwell_server.engine.versions import document
 from stepwell_server.errors import ModelMismatch, ServerError, Unavailable, VersionExists, VersionNotFound
 from stepwell_server.store.base import Batch
 from stepwell_server.store.record import decode_header

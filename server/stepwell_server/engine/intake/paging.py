@@ -20,13 +20,13 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.durability.endings import ended_by
-from stepwell_server.engine.durability.forwarding import Forwarded, Forwarding
 from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.eager import Rest, finish, start
-from stepwell_server.engine.models import Models
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Mask
+from stepwell_server.engine.versions.forwarding import Forwarded, Forwarding
+from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import NoRows, ServerError, SessionLost, SessionReplaced, Unavailable
 from stepwell_server.store.base import Fetched, Store, as_server_error
 from stepwell_server.store.fields import counted_bytes

@@ -24,9 +24,9 @@ from stepwell_server.core.scheduler import Source
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.change import Change, joined, kind_of, may_join, too_late
 from stepwell_server.engine.intake.paging import Pager, Refused
-from stepwell_server.engine.models import Models
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members
+from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import Overloaded, ServerError, SessionGone, SessionLost, VersionElsewhere
 
 #: Rows that may wait for passes, in passes of full size.

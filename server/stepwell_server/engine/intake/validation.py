@@ -19,9 +19,9 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change
-from stepwell_server.engine.models import Models
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors, is_float
+from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import InvalidInput, MessageTooLarge, RevisionConflict, ServerError
 from stepwell_server.program import Program, StateSpec, TensorSpec
 

@@ -31,7 +31,7 @@ from stepwell_server.engine.sessions.attempt import Attempts, NewSessions, Opene
 from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, require_session_id
 from stepwell_server.engine.sessions.lookup import Seen
-from stepwell_server.engine.state.fields import at_birth, joined
+from stepwell_server.engine.state.fields import Mark, at_birth, joined
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members, Tensors
 from stepwell_server.errors import (
@@ -618,7 +618,7 @@ def _of_tenants(ids: Sequence[str], model: Model, by: int) -> list[tuple[str, in
 def _records(whole: NewSessions, part: slice) -> Sequence[tuple[str, Stored]]:
     new = whole.part(part)
     model, ready, count = new.model, new.ready, len(new.ids)
-    mark = model.mark(new.epoch, is_pinned=new.is_pinned)
+    mark = Mark(model.version, new.epoch, is_pinned=new.is_pinned)
     if new.closes:  # the records of one template have the same length
         fields = [joined(mark, at_birth(new.owner, new.closes.get(session_id, ()))) for session_id in new.ids]
     else:

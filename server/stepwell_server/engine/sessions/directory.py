@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.history import How
 from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.quotas import NOTHING, Usage
@@ -18,7 +17,6 @@ from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.change import MAX_ERRORS, for_all
 from stepwell_server.engine.durability.endings import ended_by
 from stepwell_server.engine.eager import Rest, start
-from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.end import Expiry
 from stepwell_server.engine.sessions.ids import IdMaker, shown
 from stepwell_server.engine.sessions.lookup import READ_BATCH_SIZE, Loader, Lookup, Seen
@@ -26,6 +24,8 @@ from stepwell_server.engine.shares import TURN
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Members
+from stepwell_server.engine.versions.history import How
+from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import (
     InvalidInput,
     ModelMismatch,

@@ -29,9 +29,9 @@ from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.endings import ended_by, expired
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.queues import Turns
-from stepwell_server.engine.models import Models
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.fields import closes_of
+from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store import counts

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stepwell_server.core.history import How
 from stepwell_server.engine.api import SessionFilter
 from stepwell_server.engine.durability.endings import ended_by
 from stepwell_server.engine.durability.records import Records, as_it_is, encoded
 from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.sessions.read import Query, SessionList
-from stepwell_server.engine.state.fields import joined, split
+from stepwell_server.engine.state.fields import Mark, joined, split
+from stepwell_server.engine.versions.history import How
 from stepwell_server.errors import MessageTooLarge, ServerError, SessionGone, SessionLost, StateCorrupt
 from stepwell_server.store.base import Fetched, Store
 from stepwell_server.store.record import Stored, decode_header, decode_many, is_sound, key_id_of
@@ -145,7 +145,7 @@ class Export:
         header = dataclasses.replace(
             header,
             fingerprint=model.program.fingerprint,
-            fields=joined(model.mark(model.epoch, is_pinned=False), rest),
+            fields=joined(Mark(model.version, model.epoch, is_pinned=False), rest),
         )
         return encoded(session_id, header, decoded.rows, decoded.extras.get(0, b""))
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 
 from stepwell_server.core.callers import ANYBODY, Caller
-from stepwell_server.core.history import How, Mark
 from stepwell_server.core.quotas import Usage
 from stepwell_server.core.sessions import MAX_IMPORT_POSITION
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
@@ -25,9 +24,18 @@ from stepwell_server.engine.sessions.close import Closer
 from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.sessions.ids import require_session_id
 from stepwell_server.engine.sessions.lookup import Loader, Seen
-from stepwell_server.engine.state.fields import at_birth, closes_of, joined, owner_of, split, with_closes
+from stepwell_server.engine.state.fields import (
+    Mark,
+    at_birth,
+    closes_of,
+    joined,
+    owner_of,
+    split,
+    with_closes,
+)
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import check_reply
+from stepwell_server.engine.versions.history import How
 from stepwell_server.errors import (
     InvalidInput,
     ModelMismatch,
@@ -193,7 +201,7 @@ class Import:
             fingerprint=model.program.fingerprint,
             last_used=self._context.clock.now(),
             state_bytes=len(decoded.rows) + len(extra),
-            fields=joined(model.mark(model.epoch, is_pinned=is_pinned), rest),
+            fields=joined(Mark(model.version, model.epoch, is_pinned=is_pinned), rest),
         )
         return _New(session_id, header, model, decoded.rows, extra)
 

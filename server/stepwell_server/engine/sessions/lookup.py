@@ -12,16 +12,16 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import numpy as np
 
-from stepwell_server.core.history import How
 from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.eager import Rest, finish, start
-from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.end import Expiry, Removal
 from stepwell_server.engine.shares import Pieces
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Members
+from stepwell_server.engine.versions.history import How
+from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import (
     ModelMismatch,
     ModelNotFound,

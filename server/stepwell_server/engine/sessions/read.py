@@ -22,12 +22,12 @@ from stepwell_server.engine.change import MAX_ERRORS, MAX_TRIES, changed_elsewhe
 from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.queues import Turns
-from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import Expiry, Removal, Uses
 from stepwell_server.engine.sessions.lookup import Seen
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Mask, Members
+from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import InvalidInput, Overloaded, ServerError, SessionGone, SessionLost
 from stepwell_server.logs import Log
 from stepwell_server.store.base import Fetched, Store

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.core.history import MARK, Mark
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.state.model import Model
 from stepwell_server.store.base import CLOSES_BYTES, pack_closes, unpack_closes
 from stepwell_server.store.fields import CLOSES, OWNER, VERSION, pack_fields, unpack_fields
 
+MARK = struct.Struct("<QIB")
+"""A `Mark` as it is stored; the last bit of the last byte: it is pinned."""
 _MARK_HEAD = struct.pack("<HH", VERSION, MARK.size)
 _MARK_BYTES = len(_MARK_HEAD) + MARK.size
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mark:
+    """What a record says of its session's version."""
+
+    version: int
+    epoch: int
+    """Moves of later epochs are still to be made."""
+    is_pinned: bool
+    """It was opened with a version or a label, and makes no moves."""
+
+    def pack(self) -> bytes:
+        """As it is stored."""
+        return MARK.pack(self.version, self.epoch, self.is_pinned)
+
+    @classmethod
+    def unpack(cls, stored: bytes) -> Mark:
+        """What `pack` returned."""
+        version, epoch, flags = MARK.unpack(stored)
+        return cls(version, epoch, bool(flags & 1))
 
 
 def split(fields: bytes) -> tuple[bytes | None, bytes]:
@@ -116,7 +139,7 @@ class Fields:
         epoch = model.epoch  # looked at before the table is: see `_epochs`
         if self._table.model[handle] != model.index:
             epoch = model.left_epoch
-        mark = model.mark(epoch, is_pinned=bool(self._table.pinned[handle]))
+        mark = Mark(model.version, epoch, is_pinned=bool(self._table.pinned[handle]))
         return joined(mark, self._table.fields.get(handle, b""))
 
     def others(self, handles: Handles) -> Sequence[bytes]:
@@ -140,7 +163,7 @@ class Fields:
         known: dict[tuple[bool, int, bytes], bytes] = {}
         for each in set(zip(pinned, epochs, others, strict=True)):
             is_pinned, epoch, rest = each
-            known[each] = joined(model.mark(epoch, is_pinned=is_pinned), rest)
+            known[each] = joined(Mark(model.version, epoch, is_pinned), rest)
         return [known[each] for each in zip(pinned, epochs, others, strict=True)]
 
     def _epochs(self, handles: Handles, model: Model) -> list[int]:

@@ -10,7 +10,6 @@ import numpy as np
 
 from stepwell_server.core.cost import Cost
 from stepwell_server.core.exactly_once import Kind, prefix_of
-from stepwell_server.core.history import Mark
 from stepwell_server.core.scheduler import Scheduler
 from stepwell_server.core.slots import Slots
 from stepwell_server.engine.shares import Share
@@ -56,7 +55,7 @@ class Model:
     turn_cost: Cost = dataclasses.field(default_factory=Cost)
     """Of a turn of the model's loop by the rows of its pass, where that runs in place."""
     epoch: int = 0
-    """Of the records of its sessions: see `core.history`."""
+    """Of the records of its sessions: see `engine.versions.history`."""
     left_epoch: int = 0
     """Of the records of sessions that went to another version while something was under way that began on this one."""
     digest_prefixes: dict[Kind, np.uint64] = dataclasses.field(init=False)
@@ -100,10 +99,6 @@ class Model:
     def may_resize(self, arrays: Mapping[int, KeptArrays]) -> bool:
         """Whether the records of sessions whose replies are kept as these arrays may have other bytes than before."""
         return bool(arrays or self.replies.series or self.epoch)
-
-    def mark(self, epoch: int, *, is_pinned: bool) -> Mark:
-        """What the record of one of its sessions of an epoch says of the version."""
-        return Mark(self.version, epoch, is_pinned)
 
     @property
     def rows_of_a_short_pass(self) -> int:

@@ -1,4 +1,4 @@
-"""Versions of a model: what is kept of them, how one becomes the default, and how sessions get to it.
+"""What versions of a model are, which there are, and on which of them the session of a record is now.
 
-It may touch everything else in the engine; which files versions come from is not its affair.
+It knows rows, records and programs; what changes versions is in `engine/catalog`, and uses this.
 """

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 from stepwell_server.architecture.connections import moved
 from stepwell_server.architecture.differences import Differences, compare
-from stepwell_server.engine.models import Known, Versions
 from stepwell_server.engine.state.layout import Layout
+from stepwell_server.engine.versions.registry import Known, Versions
 from stepwell_server.program import Program
 
 _MAX_SHOWN = 8

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from stepwell_server.core.history import History, How, Move
-from stepwell_server.engine.models import Known, Versions
 from stepwell_server.engine.state.layout import Layout
+from stepwell_server.engine.versions.history import History, How, Move
+from stepwell_server.engine.versions.registry import Known, Versions
 from stepwell_server.program import StateSpec, TensorSpec
 
 PREFIX = "models/"

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from google.protobuf.message import Message
 
 from stepwell.v1 import models_pb2 as pb
+from stepwell_server.catalog.control import LoadRequest, ModelControl
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import InvalidInput, PermissionDenied, ServerError
-from stepwell_server.live.control import LoadRequest, ModelControl
 from stepwell_server.rpc import naming
 from stepwell_server.rpc.boundary import parse
 

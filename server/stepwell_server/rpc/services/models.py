@@ -12,9 +12,9 @@ from stepwell_server.rpc.slowest import MOST
 from stepwell_server.rpc.steps.messages import REPLY_BYTES
 
 if TYPE_CHECKING:
+    from stepwell_server.catalog.control import ModelControl
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
-    from stepwell_server.live.control import ModelControl
     from stepwell_server.rpc.fronts.base import Call
     from stepwell_server.rpc.slowest import Slowest
 

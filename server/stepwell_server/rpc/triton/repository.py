@@ -6,6 +6,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from stepwell_server.catalog.control import LoadRequest, ModelControl, VersionState, VersionStatus
 from stepwell_server.core.callers import Role
 from stepwell_server.core.model_names import is_version, version_of
 from stepwell_server.core.version_policy import LATEST, VersionPolicy
@@ -16,7 +17,6 @@ from stepwell_server.errors import (
     Unsupported,
     VersionNotFound,
 )
-from stepwell_server.live.control import LoadRequest, ModelControl, VersionState, VersionStatus
 from stepwell_server.rpc import naming
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 

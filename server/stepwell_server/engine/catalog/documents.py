@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
+from stepwell_server.engine.catalog.switching import Switching
 from stepwell_server.engine.durability.group_commit import GroupCommit
-from stepwell_server.engine.models import Models, Versions
 from stepwell_server.engine.versions import document
-from stepwell_server.engine.versions.switching import Switching
+from stepwell_server.engine.versions.registry import Models, Versions
 from stepwell_server.errors import ServerError, Unavailable
 from stepwell_server.logs import Log
 from stepwell_server.store.base import Answer, Batch, DocumentsDamaged, Store

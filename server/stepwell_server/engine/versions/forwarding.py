@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.core.history import How, Move, Way
-from stepwell_server.engine.models import Models, Versions
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import Kept, KeptArrays, check_reply, pack_foreign, unpack_reply
 from stepwell_server.engine.types import Array
+from stepwell_server.engine.versions.history import How, Move, Way
+from stepwell_server.engine.versions.registry import Models, Versions
 from stepwell_server.errors import MigrationFailed, ServerError, StateCorrupt, Unavailable
 from stepwell_server.program import StateSpec, dtype_of
 from stepwell_server.store.record import Decoded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from stepwell_server.catalog.control import LoadRequest
 from stepwell_server.core.model_names import (
     LABEL_RULE,
     MAX_VERSION,
@@ -14,7 +15,6 @@ from stepwell_server.core.model_names import (
 )
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import InvalidInput, UploadOff, VersionNotFound
-from stepwell_server.live.control import LoadRequest
 
 _MAX_LABELS = 16
 

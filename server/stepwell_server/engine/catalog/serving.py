@@ -13,7 +13,6 @@ from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.queues import Held, Inbox
-from stepwell_server.engine.models import Models
 from stepwell_server.engine.passes.batch import Lane
 from stepwell_server.engine.passes.completion import Completion
 from stepwell_server.engine.passes.loop import Inline, PassLoop
@@ -24,6 +23,7 @@ from stepwell_server.engine.state.arena import Arena
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import ReplyMemory
 from stepwell_server.engine.state.resident import ResidentRows
+from stepwell_server.engine.versions.registry import Models
 from stepwell_server.program import Program
 from stepwell_server.store.record import Texts
 

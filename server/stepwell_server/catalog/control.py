@@ -7,6 +7,7 @@ import enum
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from stepwell_server.catalog.files.uploads import Uploaded
 from stepwell_server.engine.api import SessionPolicy
 
 Progress = Callable[[str], None]
@@ -185,15 +186,6 @@ class Upload(Protocol):
 
     async def abort(self) -> None:
         """Forget what has come."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Uploaded:
-    """A file that is there."""
-
-    token: str
-    """What a load names it by."""
-    sha256: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,13 +10,13 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from stepwell_server.catalog.files.programs import load_program
+from stepwell_server.catalog.files.sources import Candidates, LoadError, Source
 from stepwell_server.compile import data_file
 from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.compile.host.compiler import WarmCompiler
 from stepwell_server.compile.host.limits import Limits
 from stepwell_server.logs import Log
-from stepwell_server.models.programs import load_program
-from stepwell_server.models.sources import Candidates, LoadError, Source
 from stepwell_server.process.readiness import LOADED
 from stepwell_server.program import Program, ProofOptions
 from stepwell_server.program_file import is_program

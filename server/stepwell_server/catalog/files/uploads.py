@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import os
 import re
@@ -17,12 +18,11 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from stepwell_server.catalog.files.folder import SUFFIXES
 from stepwell_server.clock import Clock
 from stepwell_server.errors import InvalidInput, MessageTooLarge, Overloaded, Unavailable
 from stepwell_server.files import private_files
-from stepwell_server.live.control import Uploaded
 from stepwell_server.logs import Log
-from stepwell_server.models.folder import SUFFIXES
 
 KEPT_S = 3600.0
 """An upload that nobody loads is deleted after so long."""
@@ -34,6 +34,15 @@ _AGAIN_S = 5.0
 _LONGEST_NAME = 100
 _TOKEN = re.compile(r"u-[0-9a-f]{32}")
 _log = Log("uploads")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Uploaded:
+    """A file that is there."""
+
+    token: str
+    """What a load names it by."""
+    sha256: str
 
 
 class Uploads:

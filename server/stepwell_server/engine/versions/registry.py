@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from stepwell_server.core.history import History, Mark, Way
 from stepwell_server.core.model_names import ModelRef, parse_reference
 from stepwell_server.core.sessions import SessionTable
-from stepwell_server.engine.state.fields import mark_of
+from stepwell_server.engine.state.fields import Mark, mark_of
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.versions.history import History, Way
 from stepwell_server.errors import (
     InvalidInput,
     ModelLoading,

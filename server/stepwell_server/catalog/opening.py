@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepwell_server.live import kept, uploads
-from stepwell_server.live.control import Progress
-from stepwell_server.live.faces import Compile, Compiled, Engine, Observer, Quotas
-from stepwell_server.live.models import LiveModels
-from stepwell_server.models.loading import load_file
+from stepwell_server.catalog.catalog import LiveModels
+from stepwell_server.catalog.control import Progress
+from stepwell_server.catalog.files import kept_programs, uploads
+from stepwell_server.catalog.files.loading import load_file
+from stepwell_server.catalog.interfaces import Compile, Compiled, Engine, Observer, Quotas
 from stepwell_server.program_file import is_program
 from stepwell_server.reach import beyond_loopback
 
@@ -41,7 +41,7 @@ def open_live_models(
         OSError: there can be no folder for uploads.
     """
     folder = settings.data_dir if settings.store == "disk" else None
-    programs = None if folder is None else kept.KeptPrograms(folder / kept.FOLDER)
+    programs = None if folder is None else kept_programs.KeptPrograms(folder / kept_programs.FOLDER)
     taken = None
     if settings.allow_model_upload:
         place = (
@@ -62,7 +62,9 @@ def open_live_models(
     )
 
 
-def _compiling(settings: Settings, compiler: WarmCompiler, programs: kept.KeptPrograms | None) -> Compile:
+def _compiling(
+    settings: Settings, compiler: WarmCompiler, programs: kept_programs.KeptPrograms | None
+) -> Compile:
     """Makes programs of files: of `.keras` files by processes of the compiler's, if they are not in the cache."""
 
     async def compile_model(

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from stepwell_server.engine.durability.forwarding import Migration
+from stepwell_server.engine.versions.forwarding import Migration
 
 _MOST_SHOWN = 100
 

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import threading
 
+from stepwell_server.catalog.control import SWITCH, WAITING, LoadRequest, Progress
 from stepwell_server.errors import ModelLoadFailed
-from stepwell_server.live.control import SWITCH, WAITING, LoadRequest, Progress
 from stepwell_server.logs import Log
 
 _log = Log("models")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from stepwell_server.engine.models import Versions
+from stepwell_server.engine.catalog.documents import Documents, Proposal
 from stepwell_server.engine.state.fields import mark_of
-from stepwell_server.engine.versions.documents import Documents, Proposal
+from stepwell_server.engine.versions.registry import Versions
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import Store

@@ -7,8 +7,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from stepwell_server.live.faces import Engine
-from stepwell_server.models.folder import ModelFolder
+from stepwell_server.catalog.files.folder import ModelFolder
+from stepwell_server.catalog.interfaces import Engine
 
 
 class KnownFiles:

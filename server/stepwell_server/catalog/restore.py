@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stepwell_server.catalog.catalog import LiveModels
+from stepwell_server.catalog.files.folder import SUFFIXES
+from stepwell_server.catalog.files.loading import unless_stopped
+from stepwell_server.catalog.interfaces import Compile, Engine
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.engine.models import Known
+from stepwell_server.engine.versions.registry import Known
 from stepwell_server.errors import ServerError
-from stepwell_server.live.faces import Compile, Engine
-from stepwell_server.live.models import LiveModels
 from stepwell_server.logs import Log
-from stepwell_server.models.folder import SUFFIXES
-from stepwell_server.models.loading import unless_stopped
 from stepwell_server.program import FINGERPRINT_DIGITS
 
 if TYPE_CHECKING:

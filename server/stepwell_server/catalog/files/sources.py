@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stepwell_server.catalog.files.folder import LAYOUT, Look, ModelFolder, VersionFile
 from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.files.stamp import stamp
 from stepwell_server.logs import Log
-from stepwell_server.models.folder import LAYOUT, Look, ModelFolder, VersionFile
 
 if TYPE_CHECKING:
     from stepwell_server.settings import Settings

@@ -7,25 +7,25 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from stepwell_server.catalog.control import LoadRequest, VersionState
+from stepwell_server.catalog.files.sources import Candidates, KeptModel
+from stepwell_server.catalog.follower import FolderFollower, FolderOptions
+from stepwell_server.catalog.replicas import CatchingUp
+from stepwell_server.catalog.restore import is_of_folder, restore, restore_unless_stopped
 from stepwell_server.core.model_names import ModelRef
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.versions import document
 from stepwell_server.errors import ModelLoading, ModelNotFound, ServerError
-from stepwell_server.live.catching_up import CatchingUp
-from stepwell_server.live.control import LoadRequest, VersionState
-from stepwell_server.live.folder import FolderFollower, FolderOptions
-from stepwell_server.live.restoring import is_of_folder, restore, restore_unless_stopped
-from stepwell_server.models.sources import Candidates, KeptModel
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from stepwell_server.catalog.catalog import LiveModels
+    from stepwell_server.catalog.files.folder import ModelFolder
+    from stepwell_server.catalog.files.loading import Loaded
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
-    from stepwell_server.engine.models import Known
-    from stepwell_server.live.models import LiveModels
-    from stepwell_server.models.folder import ModelFolder
-    from stepwell_server.models.loading import Loaded
+    from stepwell_server.engine.versions.registry import Known
     from stepwell_server.process.readiness import Readiness
     from stepwell_server.settings import Settings
     from stepwell_server.store.base import Store

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from stepwell_server.catalog.control import LoadedVersion, LoadRequest
+from stepwell_server.catalog.files import paths
+from stepwell_server.catalog.interfaces import Engine
 from stepwell_server.clock import Clock
-from stepwell_server.engine.models import Known
+from stepwell_server.engine.versions.registry import Known
 from stepwell_server.errors import InvalidInput, Overloaded, ServerError, Unavailable, VersionExists
 from stepwell_server.files.stamp import Stamp, stamp
-from stepwell_server.live import paths
-from stepwell_server.live.control import LoadedVersion, LoadRequest
-from stepwell_server.live.faces import Engine
 from stepwell_server.logs import Log
 
 _log = Log("models")

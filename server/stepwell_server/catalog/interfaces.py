@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from stepwell_server.catalog.control import Progress
+from stepwell_server.catalog.files import loading
 from stepwell_server.engine.api import ModelInfo, Moved, SessionPolicy
-from stepwell_server.engine.models import Known, Versions
-from stepwell_server.live.control import Progress
-from stepwell_server.models import loading
+from stepwell_server.engine.versions.registry import Known, Versions
 from stepwell_server.program import Program
 
 

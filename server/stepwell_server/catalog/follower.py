@@ -12,15 +12,15 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping
 
+from stepwell_server.catalog.control import LoadRequest, ModelControl, VersionState
+from stepwell_server.catalog.files.folder import Look, ModelFolder, VersionFile
+from stepwell_server.catalog.files.sources import tell_problems
 from stepwell_server.clock import Clock
 from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import Overloaded, ServerError, Unavailable, VersionExists
 from stepwell_server.files.stamp import Stamp
-from stepwell_server.live.control import LoadRequest, ModelControl, VersionState
 from stepwell_server.logs import Log
-from stepwell_server.models.folder import Look, ModelFolder, VersionFile
-from stepwell_server.models.sources import tell_problems
 
 _log = Log("models")
 LOOK_S = 1.0

@@ -11,11 +11,11 @@ from collections.abc import Collection
 
 import numpy as np
 
-from stepwell_server.core.history import How, Way
 from stepwell_server.core.sessions import Handles
-from stepwell_server.engine.models import Models, Versions
 from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.versions.history import How, Way
+from stepwell_server.engine.versions.registry import Models, Versions
 from stepwell_server.errors import ServerError, Unavailable, VersionNotFound
 
 

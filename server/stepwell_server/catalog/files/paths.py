@@ -6,9 +6,9 @@ import os
 import stat
 from pathlib import Path
 
+from stepwell_server.catalog.files.folder import SUFFIXES
 from stepwell_server.compile.keras_file.origin import folder_problem
 from stepwell_server.errors import InvalidInput
-from stepwell_server.models.folder import SUFFIXES
 
 _MOST_SHOWN = 300
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from stepwell_server.core.history import History
+from stepwell_server.engine.catalog.documents import Documents
+from stepwell_server.engine.catalog.switching import Switching
 from stepwell_server.engine.eager import Rest, finish, start
-from stepwell_server.engine.models import Models, Versions
-from stepwell_server.engine.versions.documents import Documents
-from stepwell_server.engine.versions.switching import Switching
+from stepwell_server.engine.versions.history import History
+from stepwell_server.engine.versions.registry import Models, Versions
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import Store

@@ -14,21 +14,21 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from stepwell_server.core.history import How
 from stepwell_server.core.model_names import LABEL_RULE, MAX_VERSION, ModelRef, is_label, is_name, is_version
 from stepwell_server.engine.api import Moved, SessionPolicy, VersionInfo
-from stepwell_server.engine.durability.forwarding import Forwarding
-from stepwell_server.engine.models import Known, Models, Versions
+from stepwell_server.engine.catalog.documents import Documents, Proposal
+from stepwell_server.engine.catalog.pruning import Pruning, stored
+from stepwell_server.engine.catalog.serving import Serving
+from stepwell_server.engine.catalog.switching import Switching
+from stepwell_server.engine.catalog.watch import Watch
 from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.versions import document
 from stepwell_server.engine.versions.compatibility import as_served, refusal
-from stepwell_server.engine.versions.documents import Documents, Proposal
-from stepwell_server.engine.versions.pruning import Pruning, stored
-from stepwell_server.engine.versions.serving import Serving
-from stepwell_server.engine.versions.switching import Switching
-from stepwell_server.engine.versions.watch import Watch
+from stepwell_server.engine.versions.forwarding import Forwarding
+from stepwell_server.engine.versions.history import How
+from stepwell_server.engine.versions.registry import Known, Models, Versions
 from stepwell_server.errors import (
     InvalidInput,
     MigrationFailed,

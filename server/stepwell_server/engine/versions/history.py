@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import struct
 from collections.abc import Callable, Collection, Sequence
-
-MARK = struct.Struct("<QIB")
-"""A `Mark` as it is stored; the last bit of the last byte: it is pinned."""
 
 
 class How(enum.Enum):
@@ -144,24 +140,3 @@ class History:
     def _leaves(self, version: int, epoch: int) -> bool:
         """Whether a later move begins with a version."""
         return any(move.source == version and move.epoch > epoch for move in self.moves)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Mark:
-    """What a record says of its session's version."""
-
-    version: int
-    epoch: int
-    """Moves of later epochs are still to be made."""
-    is_pinned: bool
-    """It was opened with a version or a label, and makes no moves."""
-
-    def pack(self) -> bytes:
-        """As it is stored."""
-        return MARK.pack(self.version, self.epoch, self.is_pinned)
-
-    @classmethod
-    def unpack(cls, stored: bytes) -> Mark:
-        """What `pack` returned."""
-        version, epoch, flags = MARK.unpack(stored)
-        return cls(version, epoch, bool(flags & 1))

@@ -14,21 +14,7 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from stepwell_server.clock import Clock
-from stepwell_server.compile.errors import ModelError
-from stepwell_server.engine.api import SessionPolicy, VersionInfo
-from stepwell_server.engine.models import Known
-from stepwell_server.errors import (
-    InvalidInput,
-    ModelInUse,
-    ModelLoadFailed,
-    ModelNotFound,
-    ServerError,
-    VersionExists,
-    VersionNotFound,
-)
-from stepwell_server.live import paths
-from stepwell_server.live.control import (
+from stepwell_server.catalog.control import (
     SWITCH,
     WARM_UP,
     LoadedVersion,
@@ -39,11 +25,25 @@ from stepwell_server.live.control import (
     VersionState,
     VersionStatus,
 )
-from stepwell_server.live.faces import Compile, Compiled, Engine, Observer, Quotas
-from stepwell_server.live.kept import NOT_KEPT, KeptPrograms
-from stepwell_server.live.load import Load
-from stepwell_server.live.refusals import no_version, require_label, require_valid, upload_off
-from stepwell_server.live.uploads import Uploads
+from stepwell_server.catalog.files import paths
+from stepwell_server.catalog.files.kept_programs import NOT_KEPT, KeptPrograms
+from stepwell_server.catalog.files.uploads import Uploads
+from stepwell_server.catalog.interfaces import Compile, Compiled, Engine, Observer, Quotas
+from stepwell_server.catalog.load import Load
+from stepwell_server.catalog.refusals import no_version, require_label, require_valid, upload_off
+from stepwell_server.clock import Clock
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.engine.api import SessionPolicy, VersionInfo
+from stepwell_server.engine.versions.registry import Known
+from stepwell_server.errors import (
+    InvalidInput,
+    ModelInUse,
+    ModelLoadFailed,
+    ModelNotFound,
+    ServerError,
+    VersionExists,
+    VersionNotFound,
+)
 from stepwell_server.logs import Log
 
 _log = Log("models")

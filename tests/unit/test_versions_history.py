@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from stepwell_server.core.history import History, How, Move
+from stepwell_server.engine.versions.history import History, How, Move
 
 
 def _followed(log: list[tuple[int, int, How]], version: int, epoch: int) -> tuple[int, list[How]]:
