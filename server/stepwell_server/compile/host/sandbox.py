@@ -21,9 +21,8 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP = 1, 38, 22
 _SECCOMP_MODE_FILTER = 2
@@ -41,93 +40,201 @@ _OTHER_NUMBERS = 0x40000000
 """From here on x86_64 has the same calls again (x32)."""
 
 
-class _Calls(NamedTuple):
-    machine: int
-    clone: int
-    """Which is allowed for threads only: no process has others, so that its limits hold for all that it does."""
-    of_itself: Sequence[int]
-    """Which are allowed on the process itself only, and not on others of the same user."""
-    refused: Sequence[int]
-
-
-_CLONE3 = 435
-#: of_itself: kill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, prlimit64, sched_setaffinity.
-#: refused: socket, fork, vfork, execve, ptrace, mount, kexec_load, add_key, request_key, keyctl, unshare, perf_event_open,
-#: setns, process_vm_readv and _writev, bpf, execveat, userfaultfd; io_uring_setup, which opens sockets without `socket`;
-#: open_tree, move_mount, fsopen, pidfd_getfd;
-#: tkill, pidfd_send_signal, setpriority, sched_setparam, sched_setscheduler, sched_setattr, ioprio_set: others' processes;
-#: chroot, open_by_handle_at: files by another way;
-#: chmod, fchmodat, fchmodat2, chown, lchown, fchownat, setxattr, lsetxattr, removexattr, lremovexattr, setxattrat,
-#: removexattrat: what Landlock does not see;
-#: memfd_create, memfd_secret, shmget, semget, msgget, mq_open: memory that is in no count, or stays after the process.
-_CALLS = {
-    "x86_64": _Calls(
-        0xC000003E,
-        56,
-        (62, 234, 129, 297, 302, 203),
-        (
-            41,
-            57,
-            58,
-            59,
-            101,
-            165,
-            246,
-            248,
-            249,
-            250,
-            272,
-            298,
-            308,
-            310,
-            311,
-            321,
-            322,
-            323,
-            425,
-            428,
-            429,
-            430,
-            438,
-            *(200, 424, 141, 142, 144, 314, 251),
-            *(161, 304),
-            *(90, 268, 452, 92, 94, 260, 188, 189, 197, 198, 463, 466),
-            *(319, 447, 29, 64, 68, 240),
-        ),
-    ),
-    "aarch64": _Calls(
-        0xC00000B7,
-        220,
-        (129, 131, 138, 240, 261, 122),
-        (
-            198,
-            221,
-            117,
-            40,
-            104,
-            217,
-            218,
-            219,
-            97,
-            241,
-            268,
-            270,
-            271,
-            280,
-            281,
-            282,
-            425,
-            428,
-            429,
-            430,
-            438,
-            *(130, 424, 140, 118, 119, 274, 30),
-            *(51, 265),
-            *(53, 452, 54, 5, 6, 14, 15, 463, 466),
-            *(279, 447, 194, 190, 186, 180),
-        ),
-    ),
+#: Calls that are refused to a worker, by what they are for.
+REFUSED_CALLS = (
+    # the network, and io_uring, which opens sockets without `socket`
+    "socket",
+    "io_uring_setup",
+    # other processes and programs
+    "fork",
+    "vfork",
+    "execve",
+    "execveat",
+    # memory, limits, priorities and signals of other processes
+    "ptrace",
+    "process_vm_readv",
+    "process_vm_writev",
+    "pidfd_getfd",
+    "pidfd_send_signal",
+    "tkill",
+    "setpriority",
+    "sched_setparam",
+    "sched_setscheduler",
+    "sched_setattr",
+    "ioprio_set",
+    "perf_event_open",
+    # the kernel, and file systems that Landlock would not know
+    "kexec_load",
+    "bpf",
+    "userfaultfd",
+    "add_key",
+    "request_key",
+    "keyctl",
+    "unshare",
+    "setns",
+    "mount",
+    "open_tree",
+    "move_mount",
+    "fsopen",
+    "chroot",
+    "open_by_handle_at",
+    # modes, owners and attributes of files, which Landlock does not see
+    "chmod",
+    "fchmod",
+    "fchmodat",
+    "fchmodat2",
+    "chown",
+    "fchown",
+    "lchown",
+    "fchownat",
+    "setxattr",
+    "fsetxattr",
+    "lsetxattr",
+    "setxattrat",
+    "removexattr",
+    "fremovexattr",
+    "lremovexattr",
+    "removexattrat",
+    # memory that no count has, or that stays after the process
+    "memfd_create",
+    "memfd_secret",
+    "shmget",
+    "semget",
+    "msgget",
+    "mq_open",
+)
+#: Calls that are allowed on the process itself only, not on others of the same user.
+OWN_CALLS = ("kill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "prlimit64", "sched_setaffinity")
+#: Numbers of these calls, of clone (allowed for threads only: no process has others, so that its limits hold for all that it
+#: does) and of clone3, as the kernel has them: arch/x86/entry/syscalls/syscall_64.tbl; include/uapi/asm-generic/unistd.h,
+#: which is that of aarch64 and has no calls that newer ones replace.
+CALL_NUMBERS = {
+    "x86_64": {
+        "shmget": 29,
+        "socket": 41,
+        "clone": 56,
+        "fork": 57,
+        "vfork": 58,
+        "execve": 59,
+        "kill": 62,
+        "semget": 64,
+        "msgget": 68,
+        "chmod": 90,
+        "fchmod": 91,
+        "chown": 92,
+        "fchown": 93,
+        "lchown": 94,
+        "ptrace": 101,
+        "rt_sigqueueinfo": 129,
+        "setpriority": 141,
+        "sched_setparam": 142,
+        "sched_setscheduler": 144,
+        "chroot": 161,
+        "mount": 165,
+        "setxattr": 188,
+        "lsetxattr": 189,
+        "fsetxattr": 190,
+        "removexattr": 197,
+        "lremovexattr": 198,
+        "fremovexattr": 199,
+        "tkill": 200,
+        "sched_setaffinity": 203,
+        "tgkill": 234,
+        "mq_open": 240,
+        "kexec_load": 246,
+        "add_key": 248,
+        "request_key": 249,
+        "keyctl": 250,
+        "ioprio_set": 251,
+        "fchownat": 260,
+        "fchmodat": 268,
+        "unshare": 272,
+        "rt_tgsigqueueinfo": 297,
+        "perf_event_open": 298,
+        "prlimit64": 302,
+        "open_by_handle_at": 304,
+        "setns": 308,
+        "process_vm_readv": 310,
+        "process_vm_writev": 311,
+        "sched_setattr": 314,
+        "memfd_create": 319,
+        "bpf": 321,
+        "execveat": 322,
+        "userfaultfd": 323,
+        "pidfd_send_signal": 424,
+        "io_uring_setup": 425,
+        "open_tree": 428,
+        "move_mount": 429,
+        "fsopen": 430,
+        "clone3": 435,
+        "pidfd_getfd": 438,
+        "memfd_secret": 447,
+        "fchmodat2": 452,
+        "setxattrat": 463,
+        "removexattrat": 466,
+    },
+    "aarch64": {
+        "setxattr": 5,
+        "lsetxattr": 6,
+        "fsetxattr": 7,
+        "removexattr": 14,
+        "lremovexattr": 15,
+        "fremovexattr": 16,
+        "ioprio_set": 30,
+        "mount": 40,
+        "chroot": 51,
+        "fchmod": 52,
+        "fchmodat": 53,
+        "fchownat": 54,
+        "fchown": 55,
+        "unshare": 97,
+        "kexec_load": 104,
+        "ptrace": 117,
+        "sched_setparam": 118,
+        "sched_setscheduler": 119,
+        "sched_setaffinity": 122,
+        "kill": 129,
+        "tkill": 130,
+        "tgkill": 131,
+        "rt_sigqueueinfo": 138,
+        "setpriority": 140,
+        "mq_open": 180,
+        "msgget": 186,
+        "semget": 190,
+        "shmget": 194,
+        "socket": 198,
+        "add_key": 217,
+        "request_key": 218,
+        "keyctl": 219,
+        "clone": 220,
+        "execve": 221,
+        "rt_tgsigqueueinfo": 240,
+        "perf_event_open": 241,
+        "prlimit64": 261,
+        "open_by_handle_at": 265,
+        "setns": 268,
+        "process_vm_readv": 270,
+        "process_vm_writev": 271,
+        "sched_setattr": 274,
+        "memfd_create": 279,
+        "bpf": 280,
+        "execveat": 281,
+        "userfaultfd": 282,
+        "pidfd_send_signal": 424,
+        "io_uring_setup": 425,
+        "open_tree": 428,
+        "move_mount": 429,
+        "fsopen": 430,
+        "clone3": 435,
+        "pidfd_getfd": 438,
+        "memfd_secret": 447,
+        "fchmodat2": 452,
+        "setxattrat": 463,
+        "removexattrat": 466,
+    },
 }
+#: How the kernel names the architecture to a filter: AUDIT_ARCH_X86_64, AUDIT_ARCH_AARCH64.
+_MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 # Landlock: rights on files that are given up everywhere and given back for some folders.
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
@@ -289,26 +396,39 @@ class _Program(ctypes.Structure):
 
 def _filter_calls(libc: ctypes.CDLL) -> bool:
     """Have the kernel refuse some calls with EPERM, for all threads that are still to come."""
-    calls = _CALLS.get(platform.machine())
-    if calls is None:
+    content = _filter_of(platform.machine())
+    if not content:
         return False
-    content = _assembled(calls)
     code = ctypes.create_string_buffer(content)
     program = _Program(len(content) // 8, ctypes.addressof(code))
     return bool(libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0) == 0)
 
 
-def _assembled(calls: _Calls) -> bytes:
-    """The filter: instructions that go to the places "allow", "refuse", "unknown" or on to the next one ("")."""
+def _filter_of(machine: str) -> bytes:
+    """The filter for an architecture; empty where its calls are not known here.
+
+    Its instructions go to the places "allow", "refuse", "unknown" or on to the next one ("").
+    """
+    numbers = CALL_NUMBERS.get(machine)
+    if numbers is None:
+        return b""
+    refused, own = (
+        [numbers[name] for name in names if name in numbers] for names in (REFUSED_CALLS, OWN_CALLS)
+    )
     steps: list[tuple[int, int, str, str]] = [
         (_LOAD, _MACHINE, "", ""),
-        (_EQUAL, calls.machine, "", "refuse"),
+        (_EQUAL, _MACHINES[machine], "", "refuse"),
         (_LOAD, _NUMBER, "", ""),
         (_AT_LEAST, _OTHER_NUMBERS, "refuse", ""),
-        *((_EQUAL, number, "refuse", "") for number in calls.refused),
-        (_EQUAL, _CLONE3, "unknown", ""),  # its flags cannot be seen: the C library takes clone then
-        *((_EQUAL, number, "of itself", "") for number in calls.of_itself),
-        (_EQUAL, calls.clone, "", "allow"),
+        *((_EQUAL, number, "refuse", "") for number in refused),
+        (
+            _EQUAL,
+            numbers["clone3"],
+            "unknown",
+            "",
+        ),  # its flags cannot be seen: the C library takes clone then
+        *((_EQUAL, number, "of itself", "") for number in own),
+        (_EQUAL, numbers["clone"], "", "allow"),
         (_LOAD, _FIRST_ARGUMENT, "", ""),
         (_ANY_BIT, _CLONE_THREAD, "allow", "refuse"),
         (_LOAD, _FIRST_ARGUMENT, "", ""),
