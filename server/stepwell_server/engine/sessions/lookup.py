@@ -203,7 +203,7 @@ class Lookup:
         `anew`: the store is asked for those in the table too, as other servers may have changed them, unless they
         have something under way here.
 
-        `use` is called with the answer before anything goes on that came later for one of the sessions. It returns
+        `use` is called with the answer before anything continues that came later for one of the sessions. It returns
         those that are to be asked for `anew`, and is called once more for these.
 
         It returns when what came before for these sessions has been let in, and the store was asked for them. Who
