@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ FOLDER = ROOT / "docs" / "surface"
 HEADING = "# Made by scripts/surface.py (make surface); do not edit.\n"
 METRICS = ROOT / "server" / "stepwell_server" / "metrics"
 #: What makes a metric, its name being the first argument.
-MAKES_METRIC = re.compile(r"(Counter|Histogram|MetricFamily)$")
+MAKES_METRIC = re.compile(r"^(Counter|Histogram|counter|gauge|histogram|info)$")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -237,28 +238,36 @@ def families() -> Iterator[Metric]:
     from stepwell_server.engine.quotas import TenantCounts
     from stepwell_server.metrics import gauges
     from stepwell_server.metrics.observer import PrometheusObserver
+    from stepwell_server.metrics.series import StoreWrites
+    from stepwell_server.process.readiness import Report
     from stepwell_server.rpc.fronts.base import FrontCounts
     from stepwell_server.settings import Settings
-    from stepwell_server.store.base import StoreTimes
+    from stepwell_server.store.base import StoreHealth
 
-    front = FrontCounts(dict.fromkeys(gauges._FRONT, 0), {"": 0}, {"": 0})
-    limits = FrontLimits(1).values
-    observer = PrometheusObserver(dict.fromkeys(app._build(Settings()), ""))
-    observer.serves_by("", limits, lambda: front, "")
+    observer = PrometheusObserver()
     observer.model_served("m", cast(Any, SimpleNamespace(fingerprint="", executor="")))
     observer.model_loaded("m", "file", 0)
-    observer.knows_versions(lambda: {"m": [VersionStatus(1, VersionState.READY, is_default=True)]})
     observer.method_served("", [""], streams=False)
     observer.method_served("", [""], streams=True)
-    yield from observer.families([ModelStats("m", 0, 0, 0, 0, 0, 0, 0)])
-    yield from gauges.of_audit(0, 0)
+    statuses = {"m": [VersionStatus(1, VersionState.READY, is_default=True)]}
+    front = FrontCounts(dict.fromkeys(gauges._FRONT, 0), {"": 0}, {"": 0})
     certificates = SimpleNamespace(used=SimpleNamespace(ends=lambda: {"": 0.0}), failures=0)
-    yield from gauges.of_certificates(cast(Any, certificates))
-    yield gauges.of_store_info({"store_id": "", "shared": "false"})
-    yield gauges.of_store_info({"store_id": "", "shared": "true"})
-    yield from gauges.of_store(StoreTimes(), is_ready=True, reopened=0, is_damaged=False, lost_sessions=0)
-    yield from gauges.of_tenants(TenantCounts({"": 0}, {"": 0}, {"": 0}, {"": 0}, {("", ""): 0}))
-    yield from gauges.of_disk(ROOT)
+    labels: list[dict[str, str]] = [{"store_id": "", "shared": shared} for shared in ("false", "true")]
+    yield from itertools.chain(
+        observer.families(),
+        gauges.of_build(dict.fromkeys(app._build(Settings(), front="", server_id=""), "")),
+        gauges.of_versions(statuses, observer.models),
+        gauges.of_readiness(Report({}, {}, {})),
+        gauges.of_front(front, FrontLimits(1).values),
+        gauges.of_audit(0, 0),
+        gauges.of_spans({}),
+        gauges.of_certificates(cast(Any, certificates)),
+        *(gauges.of_store(each, StoreHealth(), StoreWrites(), is_damaged=False) for each in labels),
+        gauges.of_tenants(TenantCounts({"": 0}, {"": 0}, {"": 0}, {"": 0}, {("", ""): 0})),
+        gauges.of_engine([ModelStats("m", 0, 0, 0, 0, 0, 0, 0)]),
+        gauges.of_memory(0),
+        gauges.of_disk(ROOT),
+    )
 
 
 def metrics_made() -> Iterator[tuple[str, str]]:

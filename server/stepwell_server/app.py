@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import gc
 import math
 import platform
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,11 @@ from stepwell_server.catalog.opening import admin_refusal, open_live_models
 from stepwell_server.catalog.restore import NotRestoredError
 from stepwell_server.catalog.start import ModelWork, absence, kept_models
 from stepwell_server.clock import Clock, SystemClock
+from stepwell_server.compile.host.limits import memory_bytes
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.namespaces import own, tenant_of
-from stepwell_server.engine.engine import Engine, EveryChange, ModelStats, PagedOutOnly
+from stepwell_server.engine.engine import Engine, EveryChange, PagedOutOnly
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.versions.document import DocumentError
@@ -37,8 +39,10 @@ from stepwell_server.engine.versions.forwarding import Migration
 from stepwell_server.files.audit_log import AuditError, AuditLog
 from stepwell_server.files.watched import WatchedFileError
 from stepwell_server.logs import Log, configure
+from stepwell_server.metrics import gauges
 from stepwell_server.metrics.observer import PrometheusObserver
-from stepwell_server.metrics.server import MetricsServer
+from stepwell_server.metrics.series import StoreWrites
+from stepwell_server.metrics.server import MetricsServer, Source
 from stepwell_server.metrics.token import MetricsToken, TokenError
 from stepwell_server.process import signals
 from stepwell_server.process.open_files import RESERVE, raise_limit
@@ -54,11 +58,13 @@ from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import DEFAULT_METRICS, Settings
 from stepwell_server.store.base import Store, StoreError
 from stepwell_server.store_opening import NotOpenedError, once_it_answers, open_own, open_shared
-from stepwell_server.store_watch import look_after
+from stepwell_server.store_watch import StoreWatch
 from stepwell_server.tracing.starting import TracingError
 from stepwell_server.tracing.starting import start as start_tracing
 
 if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
     from stepwell_server.compile.host.compiler import WarmCompiler
     from stepwell_server.tracing.spans import Tracing
 
@@ -75,11 +81,13 @@ class StartError(Exception):
 class _Observer(PrometheusObserver):
     """Counts, and writes a line for each event of a session."""
 
-    auditor: Auditor | None = None
+    def __init__(self, auditor: Auditor | None) -> None:
+        super().__init__()
+        self._auditor = auditor
 
     def _audit(self, event: str, model: str, count: int, *session_ids: str) -> None:
-        if self.auditor is not None:
-            self.auditor.session_event(event, model, session_ids, count)
+        if self._auditor is not None:
+            self._auditor.session_event(event, model, session_ids, count)
 
     def session_event(self, event: str, model: str, session_id: str) -> None:
         super().session_event(event, model, session_id)
@@ -98,6 +106,18 @@ class _Observer(PrometheusObserver):
         self._audit(event, model, count)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Files:
+    """The contents of the files that the settings name. They are read before anything is started."""
+
+    certificates: CertificateFiles | None
+    quotas: QuotaFile | None
+    migrations: Mapping[str, Migration]
+    callers: Callers | None
+    audit: AuditLog | None
+    metrics_token: MetricsToken | None
+
+
 def serve(settings: Settings) -> int:
     """Serve until a signal says stop. Returns the exit code.
 
@@ -109,76 +129,60 @@ def serve(settings: Settings) -> int:
     _require_free("--listen", settings.listen)
     if isinstance(settings.metrics_listen, Address):
         _require_free("--metrics-listen", settings.metrics_listen)
-    metrics_token = _require_closed(settings)
-    certificates = _certificates(settings)
-    quota_file = _quota_file(settings)
-    migrations = _migrations(settings)
-    clock = SystemClock()
-    callers = _callers(settings, clock)
-    audit = _audit_log(settings)
-    with signals.interrupting():
-        observer = _Observer(_build(settings))
-        if audit is not None:
-            observer.auditor = Auditor(audit, settings.audit_when_full)
-            observer.audits_to(lambda: (audit.written, audit.dropped))
-        own_store = _own_store(settings, clock, observer)
+    _require_closed(settings)
+    clock, writes = SystemClock(), StoreWrites()
+    files = _files(settings, clock)
     try:
+        with signals.interrupting():
+            own_store = open_own(settings, clock, writes)
         with asyncio.Runner(loop_factory=_new_event_loop) as runner:
-            return runner.run(
-                _run(
-                    settings,
-                    own_store,
-                    clock,
-                    observer,
-                    certificates,
-                    callers,
-                    metrics_token,
-                    audit,
-                    quota_file,
-                    migrations,
-                )
-            )
+            return runner.run(_run(settings, files, own_store, writes, clock))
     except (LoadError, NotRestoredError, NotOpenedError) as error:
         raise StartError(str(error)) from error
     except Abandoned:
         raise KeyboardInterrupt from None
 
 
-def _migrations(settings: Settings) -> dict[str, Migration]:
-    try:
-        return load_migrations(settings.migrations)
-    except MigrationError as error:
-        raise StartError(str(error)) from error
+def _files(settings: Settings, clock: Clock) -> _Files:
+    """Read the files.
 
-
-def _audit_log(settings: Settings) -> AuditLog | None:
+    Raises:
+        StartError: one of them cannot be used.
+    """
+    counted = COUNTED_BY_TENANT if settings.store_kind == "valkey" else ()
+    token = settings.metrics_token_file
     try:
-        return None if settings.audit_log is None else AuditLog(settings.audit_log)
+        return _Files(
+            _certificates(settings),
+            None if settings.quotas is None else QuotaFile(settings.quotas, only_tenants=counted),
+            load_migrations(settings.migrations),
+            open_callers(settings, clock),
+            None if settings.audit_log is None else AuditLog(settings.audit_log),
+            None if token is None else MetricsToken.of(token),
+        )
     except AuditError as error:
         raise StartError(f"--audit-log: {error}") from error
-
-
-def _build(settings: Settings) -> dict[str, str]:
-    """What this server is, for metrics; which front it has is added later."""
-    durability = "" if settings.store == "memory" else settings.durability
-    kept = {"store": settings.store_kind, "durability": durability}
-    return {"version": metadata.version("stepwell"), "python": platform.python_version(), **kept}
+    except (CertificateError, WatchedFileError, MigrationError, TokenError) as error:
+        raise StartError(str(error)) from error
 
 
 def _certificates(settings: Settings) -> CertificateFiles | None:
     if settings.tls_cert is None or settings.tls_key is None:
         return None
-    try:
-        return CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-    except CertificateError as error:
-        raise StartError(str(error)) from error
+    return CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
 
 
-def _callers(settings: Settings, clock: Clock) -> Callers | None:
-    try:
-        return open_callers(settings, clock)
-    except WatchedFileError as error:
-        raise StartError(str(error)) from error
+def _build(settings: Settings, *, front: str, server_id: str) -> dict[str, str]:
+    """Describe this server for metrics."""
+    durability = "" if settings.store == "memory" else settings.durability
+    return {
+        "version": metadata.version("stepwell"),
+        "python": platform.python_version(),
+        "store": settings.store_kind,
+        "durability": durability,
+        "front": front,
+        "server_id": server_id,
+    }
 
 
 def _require_free(option: str, address: Address | UnixAddress) -> None:
@@ -193,15 +197,14 @@ def _require_free(option: str, address: Address | UnixAddress) -> None:
         raise StartError(f"{option}: cannot listen on {address}: {problem}")
 
 
-def _require_closed(settings: Settings) -> MetricsToken | None:
-    """Refuse to be open to others without a word; return what guards the metrics."""
+def _require_closed(settings: Settings) -> None:
+    """Refuse to be open to others without a word."""
     try:
         front = _front_choice(settings)
         require_closed(settings, front_problem=front.advice)
         if front.problem:
             _log.warning(f"the front in Python serves, which is slower: {front.advice}")
-        return None if settings.metrics_token_file is None else MetricsToken.of(settings.metrics_token_file)
-    except (ReachError, TokenError) as error:
+    except ReachError as error:
         raise StartError(str(error)) from error
 
 
@@ -212,67 +215,68 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _own_store(settings: Settings, clock: Clock, observer: PrometheusObserver) -> Store | None:
-    try:
-        return open_own(settings, clock, observer)
-    except NotOpenedError as error:
-        raise StartError(str(error)) from error
-
-
 async def _run(
-    settings: Settings,
-    own_store: Store | None,
-    clock: Clock,
-    observer: _Observer,
-    certificates: CertificateFiles | None,
-    callers: Callers | None,
-    metrics_token: MetricsToken | None,
-    audit: AuditLog | None,
-    quota_file: QuotaFile | None,
-    migrations: Mapping[str, Migration],
+    settings: Settings, files: _Files, own_store: Store | None, writes: StoreWrites, clock: Clock
 ) -> int:
-    tracing = _start_tracing(settings, clock, observer)
+    certificates, audit = files.certificates, files.audit
+    auditor = None if audit is None else Auditor(audit, settings.audit_when_full)
+    observer = _Observer(auditor)
+    tracing = _start_tracing(settings, clock)
     notifier = Notifier()
 
     def reload() -> None:
         notifier.reloading()
-        _reload(audit, certificates, callers)
+        _reload(audit, certificates, files.callers)
 
     stop = signals.stop_on_signals(clock, reload)
     open_files = raise_limit()
     store = own_store or await open_shared(settings, clock, stop)
-    observer.stores_in(store.labels)
     if settings.store_kind != "memory":
         where = {"data_dir": settings.data_dir} if settings.store == "disk" else {"store": settings.store}
         count = await once_it_answers(store.count, settings, clock, stop)
         _log.info("store opened", **where, sessions=count)
-    readiness, served = Readiness(), _Served()
+    readiness = Readiness()
+    watch = StoreWatch(store, readiness)
+    quotas = await _quotas(files.quotas, settings, store, clock)
     rpc = RpcServer(
         _front(settings, clock, open_files),
         clock=clock,
         observer=observer,
         max_message_bytes=settings.max_message_bytes,
-        authenticator=callers,
-        auditor=observer.auditor,
+        authenticator=files.callers,
+        auditor=auditor,
         tracer=tracing,
     )
+    build = _build(settings, front=rpc.front.name, server_id=rpc.info.id)
+    disk_writes = writes if settings.store == "disk" else None
+    sources: list[Source] = [
+        observer.families,
+        lambda: gauges.of_build(build),
+        lambda: gauges.of_readiness(readiness.report),
+        lambda: gauges.of_front(rpc.front.counts(), rpc.front.limits.values),
+        lambda: gauges.of_store(store.labels, watch.health, disk_writes, is_damaged=bool(store.damage)),
+        lambda: gauges.of_spans({} if tracing is None else tracing.counts()),
+        lambda: gauges.of_memory(memory_bytes()),
+    ]
+    if audit is not None:
+        sources.append(lambda: gauges.of_audit(audit.written, audit.dropped))
     if certificates is not None:
-        observer.secured_by(certificates)
-    observer.serves_by(rpc.front.name, rpc.front.limits.values, rpc.front.counts, rpc.info.id)
+        sources.append(lambda: gauges.of_certificates(certificates))
+    if quotas is not None:
+        sources.append(lambda: gauges.of_tenants(quotas.counts()))
     gone, metrics = False, None
+    engine: Engine | None = None
     live: LiveModels | None = None
     looking: list[asyncio.Task[None]] = []
-    quotas = await _quotas(quota_file, settings, store, clock, observer)
     compiler = compiler_of(settings, clock)
     ending_idle = asyncio.create_task(end_idle(compiler))
     try:
         notifier.start()
         readiness.listen(notifier.changed)
-        readiness.listen(observer.ready_is)
         # Probes are answered from here on, however long the models take.
-        metrics = _serve_metrics(settings, observer, readiness, served.stats, metrics_token)
-        rpc.info.metrics_address = "" if metrics is None else str(metrics.address)
-        address = await _listen(settings, rpc, certificates)
+        metrics = _serve_metrics(settings, sources, readiness, files.metrics_token)
+        metrics_address = "" if metrics is None else str(metrics.address)
+        address = await _listen(settings, rpc, certificates, metrics_address)
         readiness.listen(rpc.announce)
         folder = None if settings.models_dir is None else ModelFolder(settings.models_dir)
         kept = await once_it_answers(lambda: _kept(store, settings), settings, clock, stop)
@@ -280,7 +284,8 @@ async def _run(
         models = Loaded()
         if settings.wait_for_models:
             models = await load_models(settings, compiler, wanted, observer, readiness, stop)
-        engine = served.engine = _engine(settings, models, store, clock, observer, quotas, migrations)
+        engine = _engine(settings, models, store, clock, observer, quotas, files.migrations)
+        sources.append(functools.partial(_engine_metrics, engine))
         engine.explain_absence(absence(readiness, tells_why=not settings.asks_callers))
         try:
             await once_it_answers(engine.start, settings, clock, stop)
@@ -291,7 +296,7 @@ async def _run(
         work = ModelWork(settings, wanted, kept, folder, engine, live, readiness, clock=clock)
         if settings.wait_for_models:
             await work.begin(models, stop)
-        observer.knows_versions(live.statuses)
+        sources.append(functools.partial(_version_metrics, live, observer))
         looking = [asyncio.create_task(each.run()) for each in (live, work)]
         rpc.serve(
             engine,
@@ -301,7 +306,7 @@ async def _run(
         )
         readiness.problem("models", "")
         await _say_ready(settings, rpc, store, address, certificates, open_files)
-        gone = await _until_stopped(stop, store, readiness, observer)
+        gone = await _until_stopped(stop, watch)
         readiness.problem("stopping", "the server stops")
         await _drain(min(_GONE_DRAIN_S if gone else math.inf, settings.drain_timeout_s), engine, rpc)
     finally:
@@ -316,7 +321,7 @@ async def _run(
             await asyncio.to_thread(metrics.close)
         if tracing is not None:
             await asyncio.to_thread(tracing.close, settings.drain_timeout_s)
-        if served.engine is None or await served.engine.close(settings.drain_timeout_s):
+        if engine is None or await engine.close(settings.drain_timeout_s):
             await store.close()
         else:
             _log.warning("the store did not come back from a commit; what was not acknowledged may be lost")
@@ -327,14 +332,12 @@ async def _run(
     return 1 if gone else 0
 
 
-@dataclasses.dataclass
-class _Served:
-    """The engine, as soon as there is one."""
+def _engine_metrics(engine: Engine) -> Iterable[Metric]:
+    return gauges.of_engine(engine.stats())
 
-    engine: Engine | None = None
 
-    def stats(self) -> list[ModelStats]:
-        return [] if self.engine is None else self.engine.stats()
+def _version_metrics(live: LiveModels, observer: PrometheusObserver) -> Iterable[Metric]:
+    return gauges.of_versions(live.statuses(), observer.models)
 
 
 def _engine(
@@ -405,35 +408,19 @@ def _live_models(
         raise StartError(f"--allow-model-upload: there can be no folder for uploads: {error}") from error
 
 
-def _start_tracing(settings: Settings, clock: Clock, observer: PrometheusObserver) -> Tracing | None:
+def _start_tracing(settings: Settings, clock: Clock) -> Tracing | None:
     try:
-        return start_tracing(settings.trace_endpoint, settings.trace_sample, clock, observer)
+        return start_tracing(settings.trace_endpoint, settings.trace_sample, clock)
     except TracingError as error:
         raise StartError(str(error)) from error
 
 
-def _quota_file(settings: Settings) -> QuotaFile | None:
-    try:
-        return (
-            None
-            if settings.quotas is None
-            else QuotaFile(
-                settings.quotas, only_tenants=COUNTED_BY_TENANT if settings.store_kind == "valkey" else ()
-            )
-        )
-    except WatchedFileError as error:
-        raise StartError(str(error)) from error
-
-
-async def _quotas(
-    file: QuotaFile | None, settings: Settings, store: Store, clock: Clock, observer: PrometheusObserver
-) -> Quotas | None:
+async def _quotas(file: QuotaFile | None, settings: Settings, store: Store, clock: Clock) -> Quotas | None:
     """The quotas, with the sessions counted that are there."""
     if file is None:
         return None
     quotas = Quotas(file.table, clock, settings.metrics_tenants)
     await quotas.count(store)
-    observer.knows_tenants(quotas.counts)
     file.watch(quotas.use)
     return quotas
 
@@ -476,17 +463,14 @@ def _limits(settings: Settings, open_files: int) -> FrontLimits:
     )
 
 
-async def _until_stopped(
-    stop: asyncio.Event, store: Store, readiness: Readiness, observer: PrometheusObserver
-) -> bool:
+async def _until_stopped(stop: asyncio.Event, watch: StoreWatch) -> bool:
     """Return when the server is to end; True if that is because the store is gone."""
-    stopped = asyncio.create_task(stop.wait())
-    watch = asyncio.create_task(look_after(store, readiness, observer))
-    await asyncio.wait((stopped, watch), return_when=asyncio.FIRST_COMPLETED)
-    for task in (stopped, watch):
+    stopped, watching = asyncio.create_task(stop.wait()), asyncio.create_task(watch.run())
+    await asyncio.wait((stopped, watching), return_when=asyncio.FIRST_COMPLETED)
+    for task in (stopped, watching):
         task.cancel()
-    await asyncio.gather(stopped, watch, return_exceptions=True)
-    return not watch.cancelled()
+    await asyncio.gather(stopped, watching, return_exceptions=True)
+    return not watching.cancelled()
 
 
 def _reload(audit: AuditLog | None, *files: CertificateFiles | Callers | None) -> None:
@@ -502,9 +486,8 @@ def _reload(audit: AuditLog | None, *files: CertificateFiles | Callers | None) -
 
 def _serve_metrics(
     settings: Settings,
-    observer: PrometheusObserver,
+    sources: Sequence[Source],
     readiness: Readiness,
-    stats: Callable[[], list[ModelStats]],
     token: MetricsToken | None = None,
 ) -> MetricsServer | None:
     if settings.metrics_listen == "off":
@@ -512,7 +495,7 @@ def _serve_metrics(
     address = settings.metrics_listen or DEFAULT_METRICS
     data_dir = settings.data_dir if settings.store == "disk" else None
     try:
-        metrics = MetricsServer(observer, stats, address, readiness, data_dir, token)
+        metrics = MetricsServer(sources, address, readiness, data_dir, token)
     except OSError as error:
         if settings.metrics_listen is None:
             # nobody asked for this address: another server of this machine has it, say
@@ -528,10 +511,10 @@ def _serve_metrics(
 
 
 async def _listen(
-    settings: Settings, rpc: RpcServer, certificates: CertificateFiles | None
+    settings: Settings, rpc: RpcServer, certificates: CertificateFiles | None, metrics_address: str
 ) -> Address | UnixAddress:
     try:
-        address = await rpc.start(settings.listen, certificates)
+        address = await rpc.start(settings.listen, certificates, metrics_address)
     except BindError as error:
         raise StartError(f"--listen: {error}") from error
     except CertificateError as error:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from stepwell_server.catalog.files.loading import Abandoned
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
-from stepwell_server.store.base import KeyFileError, Store, StoreBusy, StoreError, StoreTimes
+from stepwell_server.store.base import KeyFileError, Store, StoreBusy, StoreError, WriteObserver
 from stepwell_server.store.opening import open_shared_store, open_store
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
-    from stepwell_server.metrics.observer import PrometheusObserver
     from stepwell_server.settings import Settings
 
 _log = Log("app")
@@ -28,8 +27,8 @@ class NotOpenedError(Exception):
     """The store cannot be opened. The message is one line for people, and names the option."""
 
 
-def open_own(settings: Settings, clock: Clock, observer: PrometheusObserver) -> Store | None:
-    """The store that is this server's alone; None if others use it too.
+def open_own(settings: Settings, clock: Clock, observer: WriteObserver) -> Store | None:
+    """The store that is this server's alone, whose writes to the disk `observer` gets; None if others use it too.
 
     Raises:
         NotOpenedError: it cannot be opened.
@@ -38,14 +37,13 @@ def open_own(settings: Settings, clock: Clock, observer: PrometheusObserver) -> 
         kind = settings.store
     else:
         return None
-    times = StoreTimes()
     try:
         store = open_store(
             kind,
             data_dir=settings.data_dir,
             durability=settings.durability,
             clock=clock,
-            times=times,
+            observer=observer,
             key_file=settings.encryption_key_file,
         )
     except StoreBusy as error:
@@ -56,8 +54,6 @@ def open_own(settings: Settings, clock: Clock, observer: PrometheusObserver) -> 
         raise NotOpenedError(f"--encryption-key-file: {error}") from error
     except StoreError as error:
         raise NotOpenedError(f"--data-dir: {error}") from error
-    if kind == "disk":
-        observer.keeps_in(times)
     return store
 
 

@@ -1,4 +1,4 @@
-"""Looks after the store while the server runs, and tells probes, log and metrics how it is."""
+"""Looks after the store while the server runs, and reports its health to probes, log and metrics."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from stepwell_server.errors import StoreGone
 from stepwell_server.logs import Log
+from stepwell_server.store.base import StoreHealth
 
 if TYPE_CHECKING:
-    from stepwell_server.metrics.observer import PrometheusObserver
     from stepwell_server.process.readiness import Readiness
-    from stepwell_server.store.base import Store, StoreHealth
+    from stepwell_server.store.base import Store
 
 _log = Log("app")
 CHECK_S = 2.0
@@ -23,44 +23,45 @@ _WARNINGS = {
 """What is said when a warning begins, and when it is over."""
 
 
-async def look_after(store: Store, readiness: Readiness, observer: PrometheusObserver) -> None:
-    """Check the store from time to time; return when it is gone."""
-    while True:
-        await asyncio.sleep(CHECK_S)
-        try:
-            health = await store.check()
-        except StoreGone as error:
-            _log.error("the store is gone, the server ends", reason=error.message)
-            return
-        except Exception as error:
-            _log.defect("the store could not be checked", error)
-            continue
-        tell(health, readiness, observer, is_damaged=bool(store.damage))
+class StoreWatch:
+    """Looks after the store. Lives on the event loop."""
 
+    def __init__(self, store: Store, readiness: Readiness) -> None:
+        self._store = store
+        self._readiness = readiness
+        self.health = StoreHealth()
+        """The last check's result."""
 
-def tell(
-    health: StoreHealth, readiness: Readiness, observer: PrometheusObserver, *, is_damaged: bool
-) -> None:
-    """Make known how the store is; a line is written when that changes."""
-    before = readiness.report
-    is_ready = not health.problem
-    observer.store_checked(
-        is_ready=is_ready,
-        reopened=health.reopened,
-        is_damaged=is_damaged,
-        lost_sessions=health.lost_sessions,
-    )
-    if is_ready is ("store" in before.problems):
-        if is_ready:
-            _log.info("the store can be used again")
-        else:
-            _log.warning("the store cannot be used", reason=health.problem)
-    readiness.problem("store", health.problem)
-    about = health.warns_of
-    if bool(health.warning) is not (about in before.warnings):
-        begun, over = _WARNINGS[about]
-        if health.warning:
-            _log.warning(begun, reason=health.warning)
-        else:
-            _log.info(over)
-    readiness.warning(about, health.warning)
+    async def run(self) -> None:
+        """Check the store from time to time; return when it is gone."""
+        while True:
+            await asyncio.sleep(CHECK_S)
+            try:
+                health = await self._store.check()
+            except StoreGone as error:
+                _log.error("the store is gone, the server ends", reason=error.message)
+                return
+            except Exception as error:
+                _log.defect("the store could not be checked", error)
+                continue
+            self.report(health)
+
+    def report(self, health: StoreHealth) -> None:
+        """Report the store's health to probes; a line is logged when it changes."""
+        self.health = health
+        before = self._readiness.report
+        is_ready = not health.problem
+        if is_ready is ("store" in before.problems):
+            if is_ready:
+                _log.info("the store can be used again")
+            else:
+                _log.warning("the store cannot be used", reason=health.problem)
+        self._readiness.problem("store", health.problem)
+        about = health.warns_of
+        if bool(health.warning) is not (about in before.warnings):
+            begun, over = _WARNINGS[about]
+            if health.warning:
+                _log.warning(begun, reason=health.warning)
+            else:
+                _log.info(over)
+        self._readiness.warning(about, health.warning)

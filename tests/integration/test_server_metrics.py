@@ -22,7 +22,7 @@ import yaml
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server import app
 from stepwell_server.addresses import Address
-from stepwell_server.metrics.observer import PrometheusObserver
+from stepwell_server.metrics.gauges import of_engine
 from stepwell_server.metrics.token import MetricsToken
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.settings import DEFAULT_METRICS, Settings
@@ -296,9 +296,9 @@ def test_a_server_starts_without_metrics_where_their_default_port_is_in_use() ->
 
 async def test_metrics_are_served_by_default_unless_they_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepwell_server.app.DEFAULT_METRICS", Address("127.0.0.1", 0))
-    observer = PrometheusObserver()
     async with running() as at:
-        metrics = app._serve_metrics(Settings(), observer, Readiness(), at.engine.stats)
+        sources = [lambda: of_engine(at.engine.stats())]
+        metrics = app._serve_metrics(Settings(), sources, Readiness())
         assert metrics is not None
         off = Settings(metrics_listen="off")
         try:
@@ -306,7 +306,7 @@ async def test_metrics_are_served_by_default_unless_they_are_off(monkeypatch: py
         finally:
             await asyncio.to_thread(metrics.close)
         assert scrape.series("stepwell_max_pass_rows")
-        assert app._serve_metrics(off, observer, Readiness(), at.engine.stats) is None
+        assert app._serve_metrics(off, sources, Readiness()) is None
 
 
 async def test_with_a_token_only_who_shows_it_gets_metrics(tmp_path: Path) -> None:
@@ -323,9 +323,8 @@ async def test_with_a_token_only_who_shows_it_gets_metrics(tmp_path: Path) -> No
 
     settings = Settings(metrics_listen=Address("127.0.0.1", 0))
     async with running() as at:
-        metrics = app._serve_metrics(
-            settings, PrometheusObserver(), Readiness(), at.engine.stats, MetricsToken.of(file)
-        )
+        sources = [lambda: of_engine(at.engine.stats())]
+        metrics = app._serve_metrics(settings, sources, Readiness(), MetricsToken.of(file))
         assert metrics is not None
         try:
             for shown in ("", "Bearer wrong", "Basic b1946ac92492d2347c6235b4d2611184"):

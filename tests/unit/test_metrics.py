@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from stepwell_server.catalog.control import VersionState, VersionStatus
 from stepwell_server.core.front_limits import FrontLimits
@@ -12,11 +17,14 @@ from stepwell_server.engine.durability.group_commit import MAX_WAITING
 from stepwell_server.engine.engine import ModelStats
 from stepwell_server.engine.intake.queues import MAX_WAITING_BYTES
 from stepwell_server.errors import reasons
+from stepwell_server.metrics import gauges
 from stepwell_server.metrics.observer import PrometheusObserver
+from stepwell_server.metrics.series import StoreWrites
+from stepwell_server.metrics.server import Source
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.rpc.fronts.base import FrontCounts
 from stepwell_server.rpc.status import ANY_CODE
-from stepwell_server.store.base import Store, StoreTimes
+from stepwell_server.store.base import Store, StoreHealth
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
@@ -27,19 +35,19 @@ from support.scrape import Scrape
 _STATS = [ModelStats("m", 3, 2, 8, 1, 64, 4, 70, 5), ModelStats("n", 0, 0, 8, 0, 64, 4, 70, 5)]
 
 
-def _scrape(observer: PrometheusObserver) -> Scrape:
-    class Collector:
-        def collect(self) -> object:
-            return observer.families(_STATS)
+def _scrape(*sources: Source) -> Scrape:
+    class Sources(Collector):
+        def collect(self) -> Iterator[Metric]:
+            return (family for source in sources for family in source())
 
     registry = CollectorRegistry()
-    registry.register(Collector())  # type: ignore[arg-type]
+    registry.register(Sources())
     return Scrape(generate_latest(registry).decode())
 
 
 def _serving(*models: str) -> PrometheusObserver:
     """An observer of a server of some models."""
-    observer = PrometheusObserver({"version": "1"})
+    observer = PrometheusObserver()
     for model in models:
         observer.model_served(model, PLAIN)
     return observer
@@ -58,7 +66,7 @@ def test_everything_told_is_counted() -> None:
     observer.refused("INVALID_INPUT", 1)
     observer.pass_done("m", 5, 10, 0.002)
     observer.model_loaded("m", "compiled", 12.5)
-    scrape = _scrape(observer)
+    scrape = _scrape(observer.families, lambda: gauges.of_build({"version": "1"}))
     for name, value, *labels in (
         ("stepwell_session_events_total", 5, "m", "opened"),
         ("stepwell_changes_total", 5, "m", "step"),
@@ -78,27 +86,23 @@ def test_everything_told_is_counted() -> None:
     ):
         assert scrape.value(name, *labels) == value, name
     assert {"version": "1"} in scrape.series("stepwell_build_info")
-    about = {"model": "m", "fingerprint": PLAIN.fingerprint, "executor": PLAIN.executor}
-    assert scrape.series("stepwell_model_info") == [about]
 
 
 def test_versions_are_counted_by_how_they_are() -> None:
     observer = _serving("m", "gone")
-    observer.knows_versions(
-        lambda: {
-            "m": [
-                VersionStatus(1, VersionState.DRAINING, fingerprint="f1", sessions=2),
-                VersionStatus(3, VersionState.READY, fingerprint="f3", is_default=True),
-                VersionStatus(4, VersionState.FAILED, "no"),
-                VersionStatus(5, VersionState.FAILED, "no"),
-            ],
-            "new": [VersionStatus(1, VersionState.LOADING, "probe")],
-        }
-    )
+    statuses = {
+        "m": [
+            VersionStatus(1, VersionState.DRAINING, fingerprint="f1", sessions=2),
+            VersionStatus(3, VersionState.READY, fingerprint="f3", is_default=True),
+            VersionStatus(4, VersionState.FAILED, "no"),
+            VersionStatus(5, VersionState.FAILED, "no"),
+        ],
+        "new": [VersionStatus(1, VersionState.LOADING, "probe")],
+    }
     observer.sessions_moved("m", "carry", 7)
     observer.model_failed("m")
     observer.model_failed("")
-    scrape = _scrape(observer)
+    scrape = _scrape(observer.families, lambda: gauges.of_versions(statuses, observer.models))
     for name, value, *labels in (
         ("stepwell_model_versions", 1, "m", "draining"),
         ("stepwell_model_versions", 1, "m", "ready"),
@@ -121,7 +125,7 @@ def test_what_may_come_stands_at_0_before_it_does() -> None:
     observer = _serving("m", "n")
     observer.method_served("Step", ANY_CODE, streams=False)
     observer.method_served("StepStream", ANY_CODE, streams=True)
-    scrape = _scrape(observer)
+    scrape = _scrape(observer.families)
     errors = {(labels["model"], labels["reason"]) for labels in scrape.series("stepwell_errors_total")}
     assert errors == {(model, reason) for model in ("", "m", "n") for reason in reasons()}
     assert {"OVERLOADED", "SESSION_NOT_FOUND", "REVISION_CONFLICT", "INTERNAL"} < set(reasons())
@@ -135,11 +139,11 @@ def test_what_may_come_stands_at_0_before_it_does() -> None:
 
 def test_what_callers_say_makes_no_series() -> None:
     observer = _serving("m")
-    before = _scrape(observer).size
+    before = _scrape(observer.families).size
     for number in range(100):
         observer.refused("MODEL_NOT_FOUND", 1, f"model {number}")
         observer.session_event("expired", f"model {number}", f"session {number}")
-    scrape = _scrape(observer)
+    scrape = _scrape(observer.families)
     assert scrape.value("stepwell_errors_total", "", "MODEL_NOT_FOUND") == 100
     assert scrape.size == before + 1  # sessions of models that are not served any more, all together
 
@@ -151,7 +155,7 @@ def test_a_stream_is_timed_by_its_messages_and_counted_while_it_is_open() -> Non
     observer.stream_began("StepStream")
     observer.messages_done("StepStream", np.array([0.002, 0.003]))
     observer.stream_done("StepStream", "CANCELLED")
-    scrape = _scrape(observer)
+    scrape = _scrape(observer.families)
     assert scrape.value("stepwell_open_streams", "StepStream") == 1
     assert scrape.value("stepwell_request_seconds_count", "StepStream") == 2
     assert scrape.value("stepwell_request_seconds_sum", "StepStream") == pytest.approx(0.005)
@@ -163,7 +167,7 @@ def test_histograms_count_each_change_of_a_batch() -> None:
     observer.stage("m", "wait", 0.0005, 10)
     observer.stage("m", "wait", 0.0006, 5)
     observer.stage("m", "wait", 100.0, 1)
-    samples = _scrape(observer)
+    samples = _scrape(observer.families)
     name = "stepwell_stage_seconds"
     assert samples.value(f"{name}_bucket", "m", "wait", "0.00025") == 0
     assert samples.value(f"{name}_bucket", "m", "wait", "0.0005") == 10
@@ -177,7 +181,7 @@ def test_histograms_count_each_change_of_a_batch() -> None:
 
 
 def test_gauges_are_those_of_the_moment() -> None:
-    samples = _scrape(PrometheusObserver())
+    samples = _scrape(lambda: gauges.of_engine(_STATS))
     assert samples.value("stepwell_sessions", "m") == 3
     assert samples.value("stepwell_resident_rows", "m") == 2
     assert samples.value("stepwell_max_resident_rows", "m") == 8
@@ -192,18 +196,20 @@ def test_gauges_are_those_of_the_moment() -> None:
 
 
 def test_how_the_store_is_stands_there() -> None:
-    observer = PrometheusObserver()
-    assert not _scrape(observer).series("stepwell_store_write_seconds_count")
-    times = StoreTimes()
-    times.log.observe(0.002)
-    times.log_records = 3
-    observer.keeps_in(times)
-    assert _scrape(observer).value("stepwell_store_write_seconds_count", "log") == 1
-    assert _scrape(observer).value("stepwell_store_write_seconds_count", "data") == 0
-    assert _scrape(observer).value("stepwell_store_log_records_total") == 3
-    assert _scrape(observer).value("stepwell_store_ready") == 1
-    observer.store_checked(is_ready=False, reopened=3, is_damaged=True, lost_sessions=2)
-    samples = _scrape(observer)
+    writes = StoreWrites()
+
+    def scrape(health: StoreHealth, *, is_damaged: bool, of: StoreWrites | None = writes) -> Scrape:
+        return _scrape(lambda: gauges.of_store({}, health, of, is_damaged=is_damaged))
+
+    in_memory = scrape(StoreHealth(), is_damaged=False, of=None)
+    assert not in_memory.series("stepwell_store_write_seconds_count")
+    writes.log_written(0.002, 3)
+    samples = scrape(StoreHealth(), is_damaged=False)
+    assert samples.value("stepwell_store_write_seconds_count", "log") == 1
+    assert samples.value("stepwell_store_write_seconds_count", "data") == 0
+    assert samples.value("stepwell_store_log_records_total") == 3
+    assert samples.value("stepwell_store_ready") == 1
+    samples = scrape(StoreHealth("full", reopened=3, lost_sessions=2), is_damaged=True)
     assert samples.value("stepwell_store_ready") == 0
     assert samples.value("stepwell_store_reopened_total") == 3
     assert samples.value("stepwell_store_damaged") == 1
@@ -211,13 +217,16 @@ def test_how_the_store_is_stands_there() -> None:
 
 
 def test_whether_it_is_ready_stands_there_from_the_first_scrape_on() -> None:
-    observer, readiness = PrometheusObserver(), Readiness()
-    readiness.listen(observer.ready_is)
-    assert _scrape(observer).value("stepwell_ready") == 0
+    readiness = Readiness()
+
+    def is_ready() -> float:
+        return _scrape(lambda: gauges.of_readiness(readiness.report)).value("stepwell_ready")
+
+    assert is_ready() == 0
     readiness.problem("models", "")
-    assert _scrape(observer).value("stepwell_ready") == 1
+    assert is_ready() == 1
     readiness.problem("stopping", "the server stops")
-    assert _scrape(observer).value("stepwell_ready") == 0
+    assert is_ready() == 0
 
 
 def test_calls_that_end_together_are_counted_as_if_each_had_ended_alone() -> None:
@@ -227,18 +236,15 @@ def test_calls_that_end_together_are_counted_as_if_each_had_ended_alone() -> Non
     together.requests_done("Step", "OK", seconds[:1])
     for each in [*seconds.tolist(), float(seconds[0])]:
         alone.request_done("Step", "OK", each)
-    assert _scrape(together) == _scrape(alone)
+    assert _scrape(together.families) == _scrape(alone.families)
 
 
 def test_the_front_is_shown() -> None:
-    observer = PrometheusObserver()
     limits = FrontLimits(1 << 20, connections=10).values
     counts = FrontCounts(
         {"calls": 3, "held_bytes": 1000}, {"memory": 2, "silent": 0}, {"event_loop": 7, "thread": 5}
     )
-    observer.serves_by("native", limits, lambda: counts, "5e1f")
-    samples = _scrape(observer)
-    assert {"front": "native", "server_id": "5e1f"} in samples.series("stepwell_build_info")
+    samples = _scrape(lambda: gauges.of_front(counts, limits))
     assert samples.value("stepwell_front_calls") == 3
     assert samples.value("stepwell_front_held_bytes") == 1000
     assert samples.value("stepwell_front_refused_total", "memory") == 2
@@ -253,9 +259,8 @@ async def test_servers_of_one_store_say_the_same_name_of_it_and_others_another()
     own, backup = (InProcessStore(local, ManualClock()) for local in [MemoryStore()] * 2)
 
     def told(store: Store) -> dict[str, str]:
-        observer = PrometheusObserver()
-        observer.stores_in(store.labels)
-        (labels,) = _scrape(observer).series("stepwell_store_info")
+        source = functools.partial(gauges.of_store, store.labels, StoreHealth(), None, is_damaged=False)
+        (labels,) = _scrape(source).series("stepwell_store_info")
         return dict(labels)
 
     first, second = told(shared), told(shared.replica())
@@ -266,9 +271,12 @@ async def test_servers_of_one_store_say_the_same_name_of_it_and_others_another()
 
 
 def test_what_the_server_warns_of_is_shown() -> None:
-    observer, readiness = PrometheusObserver(), Readiness()
-    readiness.listen(observer.ready_is)
-    assert {each["about"] for each in _scrape(observer).series("stepwell_warning")} == {
+    readiness = Readiness()
+
+    def scrape() -> Scrape:
+        return _scrape(lambda: gauges.of_readiness(readiness.report))
+
+    assert {each["about"] for each in scrape().series("stepwell_warning")} == {
         "default_versions",
         "disk",
         "models",
@@ -276,7 +284,5 @@ def test_what_the_server_warns_of_is_shown() -> None:
     }
     readiness.warning("store", "it keeps nothing")
     readiness.defaults_elsewhere({"m": 3})
-    values = [
-        _scrape(observer).value("stepwell_warning", about) for about in ("store", "default_versions", "disk")
-    ]
+    values = [scrape().value("stepwell_warning", about) for about in ("store", "default_versions", "disk")]
     assert values == [1, 1, 0]

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from stepwell_server.errors import Unavailable
-from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.store.base import Batch, StoreHealth
 from stepwell_server.store.disk.room import Room
-from stepwell_server.store_watch import tell
+from stepwell_server.store.in_process import InProcessStore
+from stepwell_server.store.memory import MemoryStore
+from stepwell_server.store_watch import StoreWatch
+from support.clock import ManualClock
 
 GIB = 1 << 30
 
@@ -68,7 +70,8 @@ def test_a_disk_that_is_nearly_full_is_warned_of_until_there_is_clearly_more(
 
 
 def test_probes_and_log_hear_of_it_once_each_time_it_changes(caplog: pytest.LogCaptureFixture) -> None:
-    readiness, observer = Readiness(), PrometheusObserver()
+    readiness = Readiness()
+    watch = StoreWatch(InProcessStore(MemoryStore(), ManualClock()), readiness)
     readiness.problem("models", "")
     heard: list[bool] = []
     readiness.listen(lambda report: heard.append(report.is_ready))
@@ -78,7 +81,7 @@ def test_probes_and_log_hear_of_it_once_each_time_it_changes(caplog: pytest.LogC
         *(StoreHealth(problem="full", warning="0 bytes"), StoreHealth(problem="full", warning="0 bytes")),
         StoreHealth(),
     ):
-        tell(health, readiness, observer, is_damaged=False)
+        watch.report(health)
     assert [record.getMessage() for record in caplog.records] == [
         "the disk of the store is nearly full",
         "the store cannot be used",

@@ -278,7 +278,7 @@ def test_what_was_written_is_up_to_date(copy: Copy) -> None:
 
 
 def test_a_metric_that_the_script_does_not_see_is_refused(copy: Copy) -> None:
-    made = '    return GaugeMetricFamily("stepwell_rooms", "Rooms.", value=1)\n\n\n'
+    made = '    return gauge("stepwell_rooms", "Rooms.", 1)\n\n\n'
     copy.replace(
         "server/stepwell_server/metrics/gauges.py",
         "def of_memory(",

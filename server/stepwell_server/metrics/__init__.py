@@ -1,4 +1,4 @@
-"""Prometheus metrics: `observer` counts, `gauges` says how things are at the moment of a scrape, `server` answers it.
+"""Prometheus metrics: `observer` counts, `gauges` describes the moment of a scrape, `server` answers it.
 
-There is no global registry, and prometheus_client is imported only if metrics are served.
+There is no global registry, and prometheus_client is imported only if metrics are scraped.
 """

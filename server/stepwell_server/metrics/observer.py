@@ -4,31 +4,23 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from stepwell_server.catalog.control import VersionStatus, counts_of
-from stepwell_server.compile.host.limits import memory_bytes
 from stepwell_server.engine.api import Observer, SessionPolicy
 from stepwell_server.errors import reasons
-from stepwell_server.metrics import gauges
+from stepwell_server.metrics.families import gauge
+from stepwell_server.metrics.series import ROWS, SECONDS, Counter, Histogram, Series
 from stepwell_server.rpc.slowest import Slowest
-from stepwell_server.series import ROWS, SECONDS, Counter, Histogram, Series
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
-    from stepwell_server.engine.engine import ModelStats
-    from stepwell_server.engine.quotas import TenantCounts
-    from stepwell_server.process.readiness import Report
     from stepwell_server.program import Program
-    from stepwell_server.rpc.fronts.base import FrontCounts
-    from stepwell_server.rpc.fronts.certificates import CertificateFiles
-    from stepwell_server.store.base import StoreTimes
 
 _EVENTS = ("opened", "resumed", "forked", "imported", "closed", "expired")
 _CHANGES = ("step", "reset", "predict")
@@ -45,34 +37,17 @@ class PrometheusObserver(Observer):
     Labels have values from the server's own lists alone: what callers send makes no series.
     """
 
-    def __init__(self, build: Mapping[str, str] | None = None) -> None:
-        """`build` is what this server is: versions, and so on."""
+    def __init__(self) -> None:
         model = ("model",)
-        self._build = dict(build or {})
         self._reasons = reasons()
-        self._models: dict[str, Mapping[str, str]] = {}
-        """Those that are served, and what is said of each."""
+        self.models: dict[str, Mapping[str, str]] = {}
+        """Those that are served, with facts of each."""
         self._alone: dict[str, Series] = {}
         self._batches: defaultdict[str, dict[int, tuple[int, float]]] = defaultdict(dict)
         self._time_step_s: dict[str, float] = {}
         self._load_seconds: dict[str, float] = {}
         self._streams: dict[str, int] = {}
-        self._limits: Mapping[str, float] = {}
-        self._front_counts: Callable[[], FrontCounts] | None = None
         self.slowest = Slowest()
-        self._certificates: CertificateFiles | None = None
-        self._span_counts: Callable[[], Mapping[str, int]] = dict
-        self._tenants: Callable[[], TenantCounts] | None = None
-        self._versions: Callable[[], Mapping[str, Sequence[VersionStatus]]] | None = None
-        self._store_times: StoreTimes | None = None
-        self._audited: Callable[[], tuple[int, int]] | None = None
-        self._is_ready = False
-        self._warnings: Collection[str] = ()
-        self._store_labels: Mapping[str, str] | None = None
-        self._store_is_ready = True
-        self._store_reopened = 0
-        self._store_is_damaged = False
-        self._store_lost_sessions = 0
         self._events = Counter(
             "stepwell_session_events",
             "Sessions opened, resumed, forked, closed, expired.",
@@ -137,7 +112,7 @@ class PrometheusObserver(Observer):
     def model_served(self, model: str, program: Program) -> None:
         self._moved.declare((model, each.value) for each in SessionPolicy)
         self._loads.declare((model, each) for each in _SOURCES)
-        self._models[model] = {"fingerprint": program.fingerprint, "executor": program.executor}
+        self.models[model] = {"fingerprint": program.fingerprint, "executor": program.executor}
         for counter, values in (
             (self._events, _EVENTS),
             (self._changes, _CHANGES),
@@ -263,7 +238,7 @@ class PrometheusObserver(Observer):
         self._errors.values[self._known(model), reason] += count
 
     def _known(self, model: str) -> str:
-        return model if model in self._models else _NO_MODEL
+        return model if model in self.models else _NO_MODEL
 
     def method_served(self, method: str, codes: Collection[str], *, streams: bool) -> None:
         """Calls of `method` may come, and end with these status codes."""
@@ -301,68 +276,8 @@ class PrometheusObserver(Observer):
         """Messages of streams were answered to their last parts, which took so long since they had come."""
         self._request_seconds.of((method,)).observe_all(seconds)
 
-    def serves_by(
-        self, front: str, limits: Mapping[str, float], counts: Callable[[], FrontCounts], server_id: str
-    ) -> None:
-        """What speaks to the network, as `--front` has it; its limits; its counts when it is asked; the process's random id."""
-        self._build |= {"front": front, "server_id": server_id}
-        self._limits, self._front_counts = limits, counts
-
-    def secured_by(self, certificates: CertificateFiles) -> None:
-        """What TLS is spoken with."""
-        self._certificates = certificates
-
-    def traces_by(self, counts: Callable[[], Mapping[str, int]]) -> None:
-        """How many spans had which end until it is asked: exported, failed, dropped."""
-        self._span_counts = counts
-
-    def keeps_in(self, times: StoreTimes) -> None:
-        """What the store on disk writes down of its work."""
-        self._store_times = times
-
-    def audits_to(self, counts: Callable[[], tuple[int, int]]) -> None:
-        """Lines of the audit log: how many were written, and how many could not be."""
-        self._audited = counts
-
-    def knows_tenants(self, counts: Callable[[], TenantCounts]) -> None:
-        """Sessions, steps and refusals of tenants, where there are quotas."""
-        self._tenants = counts
-
-    def knows_versions(self, statuses: Callable[[], Mapping[str, Sequence[VersionStatus]]]) -> None:
-        """The versions of each model, when they are asked for."""
-        self._versions = statuses
-
-    def ready_is(self, report: Report) -> None:
-        """Whether calls can be answered now. For `Readiness.listen`."""
-        self._is_ready = report.is_ready
-        self._warnings = report.warnings
-
-    def stores_in(self, labels: Mapping[str, str]) -> None:
-        """Which store it is: see `Store.labels`."""
-        self._store_labels = labels
-
-    def store_checked(
-        self, *, is_ready: bool, reopened: int, is_damaged: bool, lost_sessions: int = 0
-    ) -> None:
-        """The store was looked after: whether it can be used, how often it was opened anew, whether it lost sessions."""
-        self._store_lost_sessions = lost_sessions
-        self._store_is_ready, self._store_reopened = is_ready, reopened
-        self._store_is_damaged = is_damaged
-
-    def _models_now(self) -> Mapping[str, Mapping[str, str]]:
-        """What is said of the models, by their default versions: those that are served now, where that is known."""
-        if self._versions is None:
-            return self._models
-        found: dict[str, Mapping[str, str]] = {}
-        for name, versions in self._versions().items():
-            default = next((one for one in versions if one.is_default), None)
-            if default is not None:
-                told = {"version": str(default.version), "fingerprint": default.fingerprint}
-                found[name] = {**self._models.get(name, {}), **told}
-        return found
-
-    def families(self, stats: Iterable[ModelStats]) -> list[Metric]:
-        """Everything counted so far, and the gauges of ``stats``."""
+    def families(self) -> Iterator[Metric]:
+        """Everything counted so far."""
         self._count_alone()
         counted: list[Counter | Histogram] = [
             *(self._events, self._changes, self._row_steps, self._replays, self._conflicts, self._errors),
@@ -370,28 +285,7 @@ class PrometheusObserver(Observer):
             *(self._paged, self._paging_seconds, self._loads, self._moved),
             *(self._requests, self._request_seconds),
         ]
-        families = [each.family() for each in counted]
-        families += gauges.of_build(self._build, self._models_now(), self._load_seconds)
-        families += gauges.of_readiness(is_ready=self._is_ready, warnings=self._warnings)
-        if self._store_labels is not None:
-            families.append(gauges.of_store_info(self._store_labels))
-        families += gauges.of_streams(self._streams)
-        if self._front_counts is not None:
-            families += gauges.of_front(self._front_counts(), self._limits)
-        if self._audited is not None:
-            families += gauges.of_audit(*self._audited())
-        families.append(gauges.of_spans(self._span_counts()))
-        if self._certificates is not None:
-            families += gauges.of_certificates(self._certificates)
-        families += gauges.of_store(
-            self._store_times,
-            is_ready=self._store_is_ready,
-            reopened=self._store_reopened,
-            is_damaged=self._store_is_damaged,
-            lost_sessions=self._store_lost_sessions,
-        )
-        if self._versions is not None:
-            families += gauges.of_versions(counts_of(self._versions()))
-        if self._tenants is not None:
-            families += gauges.of_tenants(self._tenants())
-        return [*families, *gauges.of_memory(memory_bytes()), *gauges.of_engine(list(stats))]
+        yield from (each.family() for each in counted)
+        text = "What making the model's last version ready took: compiling it, if it was not in the cache."
+        yield gauge("stepwell_model_load_seconds", text, self._load_seconds, ("model",))
+        yield gauge("stepwell_open_streams", "Streams open.", self._streams, ("method",))

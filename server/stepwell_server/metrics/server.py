@@ -10,13 +10,12 @@ import functools
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from stepwell_server.addresses import Address
 from stepwell_server.metrics.gauges import of_disk
-from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.metrics.probes import PATHS, Probes
 from stepwell_server.metrics.token import MetricsToken
 
@@ -25,9 +24,10 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics_core import Metric
 
-    from stepwell_server.engine.engine import ModelStats
     from stepwell_server.process.readiness import Readiness
 
+Source: TypeAlias = "Callable[[], Iterable[Metric]]"
+"""Gives the metrics of one part of the server as they are now. On the event loop."""
 _SCRAPE_TIMEOUT_S = 5.0
 #: Scrapes at the same time, connections, bytes of a request, and how long a connection may be silent.
 _THREADS, _MAX_CONNECTIONS, _MAX_REQUEST_BYTES, _SILENCE_S = 2, 64, 16 << 10, 3
@@ -40,14 +40,20 @@ class MetricsServer:
 
     def __init__(
         self,
-        observer: PrometheusObserver,
-        stats: Callable[[], Iterable[ModelStats]],
+        sources: Sequence[Source],
         address: Address,
         readiness: Readiness,
         data_dir: Path | None = None,
         token: MetricsToken | None = None,
     ) -> None:
-        """Listen at once. With a `data_dir` there are metrics of its disk; with a `token` only who shows it gets any.
+        """Listen at once.
+
+        Args:
+            sources: Give the metrics. Each scrape asks all that are there then, on the event loop.
+            address: Where to listen.
+            readiness: What probes ask.
+            data_dir: The folder whose disk has metrics too.
+            token: Scrapes must show it.
 
         Raises:
             OSError: the address is taken, or not one of this machine's.
@@ -57,7 +63,7 @@ class MetricsServer:
         for name in ("waitress", "waitress.queue"):  # what they have to say is what clients do wrong
             logging.getLogger(name).setLevel(logging.CRITICAL)
         loop = asyncio.get_running_loop()
-        collector = _Collector(lambda: observer.families(stats()), loop, data_dir)
+        collector = _Collector(sources, loop, data_dir)
         family, _, _, _, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(place[:2], family=family, backlog=_BACKLOG)
         self.address = address._replace(port=listener.getsockname()[1])
@@ -127,15 +133,15 @@ class _Collector:
     """What the registry asks, on the thread of a scrape."""
 
     def __init__(
-        self, gather: Callable[[], list[Metric]], loop: asyncio.AbstractEventLoop, data_dir: Path | None
+        self, sources: Sequence[Source], loop: asyncio.AbstractEventLoop, data_dir: Path | None
     ) -> None:
-        self._gather = gather
+        self._sources = sources
         self._loop = loop
         self._data_dir = data_dir
 
     def collect(self) -> Iterable[Metric]:
         async def on_loop() -> list[Metric]:
-            return self._gather()
+            return [family for source in self._sources for family in source()]
 
         yield from asyncio.run_coroutine_threadsafe(on_loop(), self._loop).result(_SCRAPE_TIMEOUT_S)
         if self._data_dir is not None:

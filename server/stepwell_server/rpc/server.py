@@ -83,7 +83,7 @@ class RpcServer:
     ) -> None:
         self._front = front
         self.info = models_pb2.Server(front=front.name, id=secrets.token_hex(8))
-        """How the server describes itself to admins; where its metrics are is added by whoever serves them."""
+        """How the server describes itself to admins."""
         self._authenticator = authenticator
         self._following: list[asyncio.Task[None]] = []
         self.guard = None if authenticator is None else Guard(authenticator, front, clock)
@@ -130,7 +130,7 @@ class RpcServer:
             self._methods.append(Method(_TRITON.full_name, name, serve, shape, judge=judge))
 
     async def start(
-        self, address: Address | UnixAddress, files: CertificateFiles | None = None
+        self, address: Address | UnixAddress, files: CertificateFiles | None = None, metrics_address: str = ""
     ) -> Address | UnixAddress:
         """Listen, and until `serve` answer whoever asks whether the server is there; other calls are refused.
 
@@ -139,11 +139,13 @@ class RpcServer:
         Args:
             address: Where to listen.
             files: With TLS, and with what is put into these files as long as the server runs; None: without.
+            metrics_address: Where the server's metrics are, for admins; empty: nowhere.
 
         Raises:
             BindError: the address is taken, or not one of this machine's.
             CertificateError: the files hold what this front cannot use.
         """
+        self.info.metrics_address = metrics_address
         certificates = None if files is None else files.at_start
         if self.guard is not None:
             self._front.ask_callers()

@@ -22,7 +22,6 @@ from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.quotas import Usage
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
-from stepwell_server.series import Series
 from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import F64, U64, Stored
 
@@ -672,16 +671,11 @@ class LocalStore(Protocol):
         """See to it that all that was committed survives a loss of power, and end. May be called again."""
 
 
-class StoreTimes:
-    """What a store on disk measures of its own work, in seconds, of what succeeded.
+class WriteObserver(Protocol):
+    """Receives the durations of successful writes of a store on disk, in seconds. One call of each method at a time."""
 
-    Written by the thread that commits; others may read.
-    """
+    def log_written(self, seconds: float, records: int) -> None:
+        """Records were written to the log, in one write: until the disk has it, if it is waited for."""
 
-    def __init__(self) -> None:
-        self.log = Series()
-        """Of a write to the log: until the disk has it, if it is waited for."""
-        self.data = Series()
+    def data_written(self, seconds: float) -> None:
         """The same of a transaction of LMDB."""
-        self.log_records = 0
-        """How many records were written to the log: what comes together is one write."""

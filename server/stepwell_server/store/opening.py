@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from stepwell import _install
 from stepwell_server.clock import Clock
-from stepwell_server.store.base import LocalStore, Store, StoreError, StoreTimes, require_no_keys
+from stepwell_server.store.base import LocalStore, Store, StoreError, WriteObserver, require_no_keys
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
@@ -27,10 +27,10 @@ def open_store(
     data_dir: Path | None,
     durability: Literal["sync", "async"],
     clock: Clock,
-    times: StoreTimes | None = None,
+    observer: WriteObserver | None = None,
     key_file: Path | None = None,
 ) -> Store:
-    """Open a store, or make it if it is not there. One on disk writes into `times` how long it takes.
+    """Open a store, or make it if it is not there. `observer` gets how long writes to the disk take.
 
     A change that was acknowledged survives, on disk, the loss of power (`sync`) or the end of the process (`async`).
     With a `key_file` states are encrypted on disk.
@@ -42,7 +42,7 @@ def open_store(
     if kind == "memory" or data_dir is None:
         return InProcessStore(MemoryStore(), clock)
     keyring = None if key_file is None else read_keyring(key_file)
-    disk = DiskStore(data_dir, durability=durability, clock=clock, times=times)
+    disk = DiskStore(data_dir, durability=durability, clock=clock, observer=observer)
     try:
         return InProcessStore(encrypted(disk, keyring), clock)
     except BaseException:

@@ -11,7 +11,6 @@ from stepwell_server.rpc.server import SERVICES
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
-    from stepwell_server.metrics.observer import PrometheusObserver
     from stepwell_server.tracing.spans import Tracing
 
 _log = Log("tracing")
@@ -23,7 +22,7 @@ class TracingError(Exception):
     """Traces cannot be made. The message is one line."""
 
 
-def start(endpoint: str | None, share: float, clock: Clock, observer: PrometheusObserver) -> Tracing | None:
+def start(endpoint: str | None, share: float, clock: Clock) -> Tracing | None:
     """What makes traces; None: nobody has said where to.
 
     Raises:
@@ -41,6 +40,5 @@ def start(endpoint: str | None, share: float, clock: Clock, observer: Prometheus
         _log.warning(f"nothing is traced: OpenTelemetry is not installed; {_HOW}", endpoint=found)
         return None
     tracing = Tracing(exporter_to(endpoint), share, SERVICES, clock)
-    observer.traces_by(tracing.counts)
     _log.info("tracing", endpoint=found, sample=share)
     return tracing

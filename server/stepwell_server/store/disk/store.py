@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StoreGone, Unavailable
-from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealth, StoreTimes, Tombstone
+from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealth, Tombstone, WriteObserver
 from stepwell_server.store.disk.files import flush_folders
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, Durability, LmdbStore
 from stepwell_server.store.disk.room import Room
@@ -59,9 +59,9 @@ class DiskStore(LocalStore):
         clock: Clock,
         first_map_bytes: int = FIRST_MAP_BYTES,
         segment_bytes: int = SEGMENT_BYTES,
-        times: StoreTimes | None = None,
+        observer: WriteObserver | None = None,
     ) -> None:
-        """Open the store in a data directory, which is made if it is not there. It writes into `times` how long it takes.
+        """Open the store in a data directory, which is made if it is not there. `observer` gets how long writes take.
 
         Raises:
             StoreBusy: another server uses the directory.
@@ -69,7 +69,7 @@ class DiskStore(LocalStore):
         """
         self.path = path
         self._room = Room(path)
-        self._times = times or StoreTimes()
+        self._observer = observer
         self._counting = threading.Lock()
         self._base = LmdbStore(
             path,
@@ -349,19 +349,20 @@ class DiskStore(LocalStore):
             return False
 
     def _log(self, wal: WriteAheadLog, parts: Parts, patience_s: float = -1.0) -> bool:
-        started, times = time.perf_counter(), self._times
+        started = time.perf_counter()
         if not wal.append(parts, patience_s):
             return False
         seconds = time.perf_counter() - started
-        with self._counting:
-            times.log.observe(seconds)
-            times.log_records += sum(map(len, parts))
+        if self._observer is not None:
+            with self._counting:
+                self._observer.log_written(seconds, sum(map(len, parts)))
         return True
 
     def _write(self, batch: Batch) -> None:
         started = time.perf_counter()
         self._base.commit(batch)
-        self._times.data.observe(time.perf_counter() - started)
+        if self._observer is not None:
+            self._observer.data_written(time.perf_counter() - started)
 
     def _checkpoint(self, wal: WriteAheadLog, *, briefly: bool = False) -> bool:
         """Checkpoint some changes; False if there are none."""

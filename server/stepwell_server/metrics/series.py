@@ -1,4 +1,9 @@
-"""Counters and histograms by labels: plain arithmetic, made into Prometheus's families when they are asked for."""
+"""Counters and histograms by labels: plain arithmetic, made into Prometheus's families when they are asked for.
+
+prometheus_client's own types take a lock for each number, count one value at a time and are imported by a start. Measured
+on two cores: a counter takes 0.8 to 3 us there and 0.1 to 1 here, a histogram 3 to 8 us and 0.6, and one that gets the
+1,024 values of a frame 12 ms and 9 us, on the event loop.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
+
+from stepwell_server.metrics import families
+from stepwell_server.metrics.families import Labels
+from stepwell_server.store.base import WriteObserver
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -19,9 +29,6 @@ SECONDS = (
     0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
 )  # fmt: skip
 ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)
-
-Labels = tuple[str, ...]
-"""Values of labels, in the order of their names."""
 
 
 class Series:
@@ -80,12 +87,7 @@ class Counter:
 
     def family(self) -> Metric:
         """As Prometheus has it."""
-        from prometheus_client.core import CounterMetricFamily
-
-        family = CounterMetricFamily(self.name, self.text, labels=self.labels)
-        for labels, value in self.values.items():
-            family.add_metric(labels, value)
-        return family
+        return families.counter(self.name, self.text, self.values, self.labels)
 
 
 class Histogram:
@@ -110,9 +112,22 @@ class Histogram:
 
     def family(self) -> Metric:
         """As Prometheus has it."""
-        from prometheus_client.core import HistogramMetricFamily
+        return families.histogram(self.name, self.text, self.series, self.labels)
 
-        family = HistogramMetricFamily(self.name, self.text, labels=self.labels)
-        for labels, series in self.series.items():
-            family.add_metric(labels, list(series.cumulative()), sum_value=series.total)
-        return family
+
+class StoreWrites(WriteObserver):
+    """Durations of successful writes of a store on disk, in seconds. The threads that commit count; others may read."""
+
+    def __init__(self) -> None:
+        self.log, self.data = Series(), Series()
+        self.log_records = 0
+        """Records that were written to the log: those that come together are one write."""
+
+    @override
+    def log_written(self, seconds: float, records: int) -> None:
+        self.log.observe(seconds)
+        self.log_records += records
+
+    @override
+    def data_written(self, seconds: float) -> None:
+        self.data.observe(seconds)
