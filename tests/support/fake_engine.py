@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from stepwell_server.engine.api import ModelInfo, Moved, SessionInfo, SessionPolicy, VersionInfo
+from stepwell_server.engine.api import (
+    DefaultChange,
+    ModelInfo,
+    Moved,
+    SessionInfo,
+    SessionPolicy,
+    VersionInfo,
+)
 from stepwell_server.engine.change import Change, Reply
 from stepwell_server.engine.types import Members
-from stepwell_server.engine.versions.registry import Known, Versions
+from stepwell_server.engine.versions.registry import Versions
 from stepwell_server.errors import (
     InvalidInput,
     MessageTooLarge,
@@ -140,8 +148,6 @@ class FakeVersions:
         """What the next change of a default, or of a label, fails with."""
         self.move_refusal: ServerError | None = None
         """With what moves of a default are judged impossible before a load."""
-        self.unload_refusal: ServerError | None = None
-        """What the next unload fails with."""
         self.told: list[tuple[Any, ...]] = []
 
     def models(self) -> list[ModelInfo]:
@@ -165,14 +171,32 @@ class FakeVersions:
         self.names[name][version] = dataclasses.replace(self.names[name][version], **values)
 
     async def load_version(
-        self, name: str, version: int, program: Program, *, source: str = "", tenant: str = ""
-    ) -> None:
+        self,
+        name: str,
+        version: int,
+        program: Program,
+        *,
+        source: str = "",
+        tenant: str = "",
+        labels: Sequence[str] = (),
+        becomes: DefaultChange | None = None,
+        begin: Callable[[], None] = lambda: None,
+    ) -> Moved:
+        begin()
+        self._refuse()
         self.told.append(("load", name, version, source, tenant))
-        found = self.names.setdefault(name, {})
+        found, moved = self.names.setdefault(name, {}), Moved(0, 0)
         found[version] = VersionInfo(
             version, program.fingerprint, not found, (), 0, source, 5.0, is_draining=False
         )
         self.highest[name] = max(version, self.highest.get(name, 0))
+        if becomes is not None:
+            moved = await self.set_default(
+                name, version, becomes.policy, becomes.migration, leaves=becomes.leaves
+            )
+        for label in labels:
+            await self.set_label(name, label, version)
+        return moved
 
     async def require_possible(
         self, name: str, version: int, program: Program, policy: SessionPolicy, migration: str = ""
@@ -180,20 +204,8 @@ class FakeVersions:
         if self.move_refusal is not None:
             raise self.move_refusal
 
-    async def unload_version(
-        self,
-        name: str,
-        version: int,
-        *,
-        force: bool = False,
-        back_to: Known | None = None,
-        frees_number: bool = False,
-    ) -> None:
-        assert back_to is None, "nothing was known before"
-        self._refuse_unload()
+    async def unload_version(self, name: str, version: int, *, force: bool = False) -> None:
         self.told.append(("unload", name, version, force))
-        if frees_number and self.highest[name] == version:
-            self.highest[name] -= 1
         info = self.names[name][version]
         if not force and (info.is_default or info.sessions):
             raise ModelInUse("it is the default, or has sessions")
@@ -221,11 +233,6 @@ class FakeVersions:
         for number, info in self.names[name].items():
             labels = {*info.labels} - {label} | ({label} if number == version else set())
             self.give(name, number, labels=tuple(sorted(labels)))
-
-    def _refuse_unload(self) -> None:
-        if self.unload_refusal is not None:
-            error, self.unload_refusal = self.unload_refusal, None
-            raise error
 
     def _refuse(self) -> None:
         if self.refusal is not None:

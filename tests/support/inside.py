@@ -179,12 +179,12 @@ class Inside:
 
     async def pruned(self, model: str) -> None:
         """Forget the moves of a model that no session makes any more."""
-        await self._engine._changing.pruning.prune(self._engine._models.versions(model))
+        await self._engine._changes.pruning.prune(self._engine._models.versions(model))
 
     async def sessions_by_version(self, model: str) -> dict[int, int]:
         """How many sessions are on each version of a model now, in memory or in the store alone."""
-        return await self._engine._changing.sessions(model)
+        return await self._engine._changes.sessions(model)
 
     async def look(self) -> None:
         """Know what other servers made of versions."""
-        await self._engine._changing.watch.look()
+        await self._engine._changes.watch.look()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,41 +177,13 @@ async def test_a_refused_switch_leaves_no_half(at: At) -> None:
     at.engine.refusal = SpecsDiffer("state 'h' is new")
     with pytest.raises(SpecsDiffer):
         await at.load(version=2, policy=SessionPolicy.CARRY)
-    assert at.engine.told[-1] == ("unload", "m", 2, True)
+    assert [told[:3] for told in at.engine.told] == [("load", "m", 1)]
     assert at.states() == {1: VersionState.READY, 2: VersionState.FAILED}
     assert at.live.status("m")[1].reason == "state 'h' is new"
     at.engine.refusal = Unavailable("the disk is full")
     with pytest.raises(Unavailable):
         await at.load(version=3, keep_default=True, labels=["a"])
     assert at.states() == {1: VersionState.READY, 2: VersionState.FAILED, 3: VersionState.FAILED}
-
-
-async def test_a_load_that_cannot_be_taken_back_says_so(at: At) -> None:
-    await at.load()
-    at.engine.refusal = Unavailable("the store is away")
-    at.engine.unload_refusal = Unavailable("the store is still away")
-    with pytest.raises(Unavailable) as caught:
-        await at.load(policy=SessionPolicy.CARRY)
-    assert caught.value.message.startswith("the store is away (version 2 of model 'm' stays loaded here")
-    assert "make it the default, or unload it" in caught.value.message
-    assert at.states() == {1: VersionState.READY, 2: VersionState.READY}
-    assert (await at.live.set_default("m", 2, SessionPolicy.CARRY)).version == 2
-
-
-async def test_a_label_that_cannot_be_kept_does_not_take_the_switch_back(at: At) -> None:
-    await at.load()
-
-    async def full(name: str, label: str, version: int) -> None:
-        raise Unavailable("the disk is full")
-
-    at.engine.set_label = full  # type: ignore[method-assign]
-    with pytest.raises(Unavailable) as raised:
-        await at.load(policy=SessionPolicy.CARRY, labels=["a"])
-    assert raised.value.message == (
-        "the disk is full (version 2 of model 'm' is loaded and the default, without all its labels)"
-    )
-    assert at.states() == {1: VersionState.READY, 2: VersionState.READY}
-    assert at.live.status("m")[1].is_default
 
 
 async def test_a_defect_is_told_by_an_id_alone(at: At) -> None:
@@ -269,14 +242,15 @@ async def test_a_load_whose_caller_goes_stops_and_leaves_nothing(at: At, is_runn
 async def test_a_switch_that_has_begun_is_finished_although_its_caller_goes(at: At) -> None:
     await at.load()
     begun, go_on = asyncio.Event(), asyncio.Event()
-    switch = at.engine.set_default
+    switch = at.engine.load_version
 
-    async def slow(*arguments: Any, leaves: bool) -> Moved:
+    async def slow(*arguments: Any, begin: Callable[[], None], **options: Any) -> Moved:
+        begin()
         begun.set()
         await go_on.wait()
-        return await switch(*arguments, leaves=leaves)
+        return await switch(*arguments, **options)
 
-    at.engine.set_default = slow  # type: ignore[method-assign,assignment]
+    at.engine.load_version = slow  # type: ignore[method-assign,assignment]
     load = asyncio.create_task(at.load(policy=SessionPolicy.RESET))
     await asyncio.wait_for(begun.wait(), 100)
     load.cancel()

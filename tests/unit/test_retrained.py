@@ -76,17 +76,6 @@ async def test_another_structure_keeps_its_own_names(structure: str) -> None:
             await at.engine.set_default("plain", 2, CARRY)
 
 
-async def test_a_number_that_was_taken_back_is_free() -> None:
-    async with serving({"plain": FIRST}) as at:
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.unload_version("plain", 2, force=True, frees_number=True)
-        assert at.engine.next_version("plain") == 2
-        await at.engine.load_version("plain", 2, weights(3))
-        await at.open("a", model="plain@2")
-        await at.engine.unload_version("plain", 2, force=True, frees_number=True)
-        assert at.engine.next_version("plain") == 3, "a session was opened on it"
-
-
 @pytest.mark.stores("async", "sync")
 async def test_names_stay_over_restarts(disk: Disk) -> None:
     async with disk.engine({"plain": FIRST}, run=serving) as at:

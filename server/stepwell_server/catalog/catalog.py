@@ -15,7 +15,6 @@ from pathlib import Path
 from typing_extensions import override
 
 from stepwell_server.catalog.control import (
-    SWITCH,
     WARM_UP,
     LoadedVersion,
     LoadRequest,
@@ -33,8 +32,7 @@ from stepwell_server.catalog.load import Load
 from stepwell_server.catalog.refusals import no_version, require_label, require_valid, upload_off
 from stepwell_server.clock import Clock
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.engine.api import SessionPolicy, VersionInfo
-from stepwell_server.engine.versions.registry import Known
+from stepwell_server.engine.api import DefaultChange, Moved, SessionPolicy, VersionInfo
 from stepwell_server.errors import (
     InvalidInput,
     ModelInUse,
@@ -246,73 +244,35 @@ class LiveModels(ModelControl):
             source = "" if kept is None else str(kept)
             if kept is None:
                 self._unkept.add((name, version))
+        becomes = None
+        if not (is_first or request.keep_default):
+            leaves = _leaves(request.policy, request.keep_previous) or request.unload_previous
+            becomes = DefaultChange(version, request.policy, request.migration, leaves)
         try:
-            before = await self._engine.load_version(
-                name, version, compiled.program, source=source, tenant=request.tenant
+            moved = await self._engine.load_version(
+                name,
+                version,
+                compiled.program,
+                source=source,
+                tenant=request.tenant,
+                labels=request.labels,
+                becomes=becomes,
+                begin=load.begin,
             )
         except BaseException:
             await self._forget(name, version, source)
             raise
         if request.is_charged:
             self._owners[name, version] = request.tenant
-        try:
-            load.require_wanted()
-            load.tell(SWITCH)
-            if is_first or request.keep_default:
-                await self._label(name, version, request.labels)
-                loaded = LoadedVersion(version, 0, 0)
-            else:
-                loaded = await self._switch(
-                    name,
-                    version,
-                    request.policy,
-                    request.migration,
-                    leaves=_leaves(request.policy, request.keep_previous) or request.unload_previous,
-                )
-        except BaseException as error:
-            await self._take_back(load, source, before, error)
-            raise
-        if loaded.previous:
-            try:
-                await self._label(name, version, request.labels)
-            except ServerError as error:  # the switch is true, and is not taken back
-                error.message += f" (version {version} of model {name!r} is loaded and the default, without all its labels)"
-                raise
+        if moved.previous:
+            self._moved(name, version, request.policy, moved)
         self._failed.pop((name, version), None)
         seconds = time.perf_counter() - started
         self._observer.model_loaded(name, compiled.origin, seconds)
         self._tell(name, version, "loaded")
         _log.info("model loaded", model=name, version=version, path=load.path, seconds=seconds)
         await self.look()
-        return loaded
-
-    async def _take_back(self, load: Load, source: str, before: Known | None, error: BaseException) -> None:
-        """Serve no longer what was just loaded, as its load has failed."""
-        name, version = load.request.name, load.version
-        frees_number = not load.request.version and before is None
-        try:
-            # nobody was told of it: what was opened on it meanwhile by its number stays in the store
-            await self._engine.unload_version(
-                name, version, force=True, back_to=before, frees_number=frees_number
-            )
-        except ServerError as failure:
-            _log.warning(
-                "a version whose load has failed stays loaded",
-                model=name,
-                version=version,
-                reason=failure.message,
-            )
-            if isinstance(error, ServerError):
-                error.message += (
-                    f" (version {version} of model {name!r} stays loaded here, as the store could not be told that it is not:"
-                    " make it the default, or unload it, when the store can be used)"
-                )
-            return
-        await self._forget(name, version, source)
-
-    async def _label(self, name: str, version: int, labels: Sequence[str]) -> None:
-        for label in labels:
-            await self._engine.set_label(name, label, version)
+        return LoadedVersion(version, moved.previous, moved.sessions)
 
     async def _compiled(self, load: Load, path: Path) -> Compiled:
         try:
@@ -401,12 +361,14 @@ class LiveModels(ModelControl):
         if version not in known:
             raise no_version(name, version, known)
         async with self._turn:
-            return await self._switch(name, version, policy, migration, leaves=_leaves(policy, keep_previous))
+            moved = await self._engine.set_default(
+                name, version, policy, migration, leaves=_leaves(policy, keep_previous)
+            )
+        self._moved(name, version, policy, moved)
+        return LoadedVersion(version, moved.previous, moved.sessions)
 
-    async def _switch(
-        self, name: str, version: int, policy: SessionPolicy, migration: str, *, leaves: bool
-    ) -> LoadedVersion:
-        moved = await self._engine.set_default(name, version, policy, migration, leaves=leaves)
+    def _moved(self, name: str, version: int, policy: SessionPolicy, moved: Moved) -> None:
+        """Report a default that is another version."""
         self._leaving.discard((name, version))
         self._observer.sessions_moved(name, policy.value, moved.sessions)
         _log.info(
@@ -417,7 +379,6 @@ class LiveModels(ModelControl):
             sessions=policy.value,
             moved=moved.sessions,
         )
-        return LoadedVersion(version, moved.previous, moved.sessions)
 
     @override
     async def set_label(self, name: str, label: str, version: int) -> None:

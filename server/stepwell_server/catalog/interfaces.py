@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from stepwell_server.catalog.control import Progress
 from stepwell_server.catalog.files import loading
-from stepwell_server.engine.api import ModelInfo, Moved, SessionPolicy
-from stepwell_server.engine.versions.registry import Known, Versions
+from stepwell_server.engine.api import DefaultChange, ModelInfo, Moved, SessionPolicy
+from stepwell_server.engine.versions.registry import Versions
 from stepwell_server.program import Program
 
 
@@ -51,23 +51,21 @@ class Engine(Protocol):
         """Judge whether a version could become the default in this way, before it is loaded."""
 
     async def load_version(
-        self, name: str, version: int, program: Program, *, source: str = "", tenant: str = ""
-    ) -> Known | None:
-        """Serve a version; the first one of a name is its default. What was known of it before is returned."""
-
-    async def unload_version(
         self,
         name: str,
         version: int,
+        program: Program,
         *,
-        force: bool = False,
-        back_to: Known | None = None,
-        frees_number: bool = False,
-    ) -> None:
-        """Serve it no longer; with `back_to`, what `load_version` has returned, as if it had never been loaded.
+        source: str = "",
+        tenant: str = "",
+        labels: Sequence[str] = (),
+        becomes: DefaultChange | None = None,
+        begin: Callable[[], None] = lambda: None,
+    ) -> Moved:
+        """Serve a version, with labels and as the default: all of it, or nothing. The first of a name is its default."""
 
-        With `frees_number` the next load may have its number, if nobody has used it.
-        """
+    async def unload_version(self, name: str, version: int, *, force: bool = False) -> None:
+        """Serve it no longer."""
 
     async def set_default(
         self,

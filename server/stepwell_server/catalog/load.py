@@ -47,6 +47,15 @@ class Load:
                 f"version {self.version} of model {self.request.name!r} was not loaded: {self.why}"
             )
 
+    def begin(self) -> None:
+        """Begin the switch, from which it is not stopped any more.
+
+        Raises:
+            ModelLoadFailed: It was stopped before.
+        """
+        self.require_wanted()
+        self.tell(SWITCH)
+
     async def turn(self, lock: asyncio.Lock) -> None:
         """Return with the lock, when its turn has come.
 

@@ -72,7 +72,7 @@ async def restore(
     bad: dict[str, str] = {}
     sources: set[str] = set()
     for name, own in sorted(engine.catalogue().items()):
-        default = own.wanted or own.default
+        default = own.chosen
         for version, known in sorted(own.known.items(), key=lambda item: (item[0] != default, item[0])):
             sources.add(known.source)
             if version in own.loaded:

@@ -119,6 +119,19 @@ class VersionInfo:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class DefaultChange:
+    """A version becomes the default of its model."""
+
+    version: int
+    policy: SessionPolicy
+    """What becomes of the sessions that follow the default."""
+    migration: str = ""
+    """The function for `MIGRATE`; empty: the only one there is."""
+    leaves: bool | None = None
+    """The default before drains; None: if its sessions stay on it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Moved:
     """What a change of the default did."""
 

@@ -13,7 +13,7 @@ from stepwell_server.core.idle import IdleLimits, IdleWatch
 from stepwell_server.core.model_names import ModelRef, parse_reference
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import ModelInfo, ModelStats, Observer, StateRead, StatesRead
-from stepwell_server.engine.catalog.changes import Changing
+from stepwell_server.engine.catalog.changes import Changes
 from stepwell_server.engine.catalog.serving import Capacity, Serving
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.durability.committer import Committer, Recorder
@@ -158,7 +158,7 @@ class Engine:
             loader,
             pieces,
             self._drain_inboxes,
-            lambda h: self._changing.watch.catch_up(h),  # noqa: PLW0108 - made below
+            lambda h: self._changes.watch.catch_up(h),  # noqa: PLW0108 - made below
         )
         self._directory = Directory(
             table,
@@ -214,7 +214,7 @@ class Engine:
         begin = Begin(
             context,
             keeping,
-            lambda *which: self._changing.follow(*which),  # noqa: PLW0108 - made below
+            lambda *which: self._changes.follow(*which),  # noqa: PLW0108 - made below
         )
         self.open_session = begin.open
         """Open a session, or resume the live one of that id: see `Begin.open`."""
@@ -258,23 +258,23 @@ class Engine:
             Capacity(self._shares, self._threads, compute_threads, executor, max_batch_rows, resident_rows),
         )
         self._loops, self._inboxes = self._serving.loops, self._serving.inboxes
-        self._changing = Changing(context, self._models, self._serving, forwarding, store)
-        self.load_version = self._changing.load
-        """Serve a version of a model from now on: see `Changing.load`."""
-        self.require_possible = self._changing.require_possible
-        """Judge a move of the default before the version is loaded: see `Changing.require_possible`."""
-        self.unload_version = self._changing.unload
-        """Serve a version no longer: see `Changing.unload`."""
-        self.set_default = self._changing.set_default
-        """Let a name stand for another version: see `Changing.set_default`."""
-        self.set_label = self._changing.set_label
-        """Let a label stand for a version, or for none: see `Changing.set_label`."""
-        self.next_version = self._changing.next_version
-        """The number of a version that is to come: see `Changing.next_version`."""
-        self.catalogue = self._changing.catalogue
-        """All that is known of versions, loaded or not: see `Changing.catalogue`."""
-        self.defaults_elsewhere = self._changing.defaults_elsewhere
-        """Defaults that are not loaded here: see `Changing.defaults_elsewhere`."""
+        self._changes = Changes(context, self._models, self._serving, forwarding, store)
+        self.load_version = self._changes.load
+        """Serve a version of a model from now on: see `Changes.load`."""
+        self.require_possible = self._changes.require_possible
+        """Judge a move of the default before the version is loaded: see `Changes.require_possible`."""
+        self.unload_version = self._changes.unload
+        """Serve a version no longer: see `Changes.unload`."""
+        self.set_default = self._changes.set_default
+        """Let a name stand for another version: see `Changes.set_default`."""
+        self.set_label = self._changes.set_label
+        """Let a label stand for a version, or for none: see `Changes.set_label`."""
+        self.next_version = self._changes.next_version
+        """The number of a version that is to come: see `Changes.next_version`."""
+        self.catalogue = self._changes.catalogue
+        """All that is known of versions, loaded or not: see `Changes.catalogue`."""
+        self.defaults_elsewhere = self._changes.defaults_elsewhere
+        """Defaults that are not loaded here: see `Changes.defaults_elsewhere`."""
         self._submission = Submission(
             table,
             self._directory,
@@ -309,7 +309,7 @@ class Engine:
         ).predict
         """Run a model without a session: see `Prediction.predict`."""
         for name in sorted(programs):
-            self._changing.begin_with(parse_reference(name), programs[name])
+            self._changes.begin_with(parse_reference(name), programs[name])
 
     async def start(self) -> None:
         """Know what the store has of versions, and run each program once, so that the first callers do not pay for it.
@@ -317,10 +317,10 @@ class Engine:
         Raises:
             DocumentError, Unavailable: what the store has cannot be read.
         """
-        await self._changing.restore()
+        await self._changes.restore()
         for model in self._models:
             await self._serving.warm_up(model)
-        timers = [self._sweep.run, self._changing.watch.run, self._counts.run]
+        timers = [self._sweep.run, self._changes.watch.run, self._counts.run]
         if self._quotas is not None:
             timers.append(self._quotas.run)
         self._tasks = [asyncio.create_task(run()) for run in timers]
@@ -492,7 +492,7 @@ class Engine:
         Returns:
             False if the store did not come back from a commit in time: it must not be used any more then.
         """
-        self._changing.watch.close()
+        self._changes.watch.close()
         for task in self._tasks:
             task.cancel()
         self._uses.close()
@@ -518,7 +518,7 @@ class Engine:
             model.work.ring()
 
     def _info(self, own: Versions, model: Model) -> ModelInfo:
-        sessions, versions = self._counts.of(own.name), self._changing.describe(own)
+        sessions, versions = self._counts.of(own.name), self._changes.describe(own)
         return ModelInfo(own.name, model.program, sessions, model.version, versions)
 
     def _drain_inboxes(self) -> None:

@@ -8,12 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.api import SessionPolicy
+from stepwell_server.engine.api import DefaultChange, SessionPolicy
 from stepwell_server.engine.catalog import pruning
 from stepwell_server.engine.sessions.imports import Existing, SessionRecord
 from stepwell_server.engine.state.fields import Mark, mark_of
 from stepwell_server.engine.versions import document
-from stepwell_server.errors import ModelMismatch, ServerError, Unavailable, VersionExists, VersionNotFound
+from stepwell_server.engine.versions.registry import Versions
+from stepwell_server.errors import (
+    ModelLoadFailed,
+    ModelMismatch,
+    ServerError,
+    Unavailable,
+    VersionExists,
+    VersionNotFound,
+)
 from stepwell_server.store.base import Batch
 from stepwell_server.store.record import decode_header
 from support.durable import Lasting, begun, stalled
@@ -73,6 +81,54 @@ async def test_a_carry_is_one_commit_and_records_follow(lasting: Lasting) -> Non
     async with on(lasting, BOTH) as at:
         await expect(at, "stepped", 2, state, 3)
         await expect(at, "idle", 2, INITIAL, 4)
+
+
+async def test_a_load_that_moves_the_default_is_one_commit(lasting: Lasting) -> None:
+    async with on(lasting) as at:
+        await at.open("a")
+        state = await expect(at, "a", 1, INITIAL, 1)
+        commits = len(lasting.store.tried)
+        becomes = DefaultChange(2, CARRY, leaves=True)
+        moved = await at.engine.load_version("plain", 2, weights(2), labels=["new"], becomes=becomes)
+        assert (moved.previous, moved.sessions) == (1, 1)
+        assert len(lasting.store.tried) == commits + 1
+        state = await expect(at, "a", 2, state, 2)
+        lasting.kill()
+    async with on(lasting, BOTH) as at:
+        versions = at.engine.model("plain").versions
+        assert [(v.is_default, v.is_draining, list(v.labels)) for v in versions] == [
+            (False, True, []),
+            (True, False, ["new"]),
+        ]
+        await expect(at, "a", 2, state, 3)
+
+
+@pytest.mark.parametrize("why", ["store", "stopped", "specs"])
+async def test_a_load_that_cannot_become_the_default_leaves_nothing(lasting: Lasting, why: str) -> None:
+    def stop() -> None:
+        raise ModelLoadFailed("nobody wants it any more")
+
+    async with on(lasting) as at:
+        await at.open("a")
+        known = dict(at.engine.catalogue().get("plain", Versions("plain")).known)
+        if why == "store":
+            lasting.store.fail(Unavailable("the disk is full"))
+        with pytest.raises(ServerError):
+            await at.engine.load_version(
+                "plain",
+                2,
+                WIDE if why == "specs" else weights(2),
+                labels=["new"],
+                becomes=DefaultChange(2, CARRY),
+                begin=stop if why == "stopped" else lambda: None,
+            )
+        own = at.engine.catalogue()["plain"]
+        assert (own.known, own.labels, own.default, own.history.epoch) == (known, {}, 1, 0)
+        assert [model.version for model in at.inside.models] == [1]
+        state = await expect(at, "a", 1, INITIAL, 1)
+        assert at.engine.next_version("plain") == 2, "the number is free"
+        await at.engine.load_version("plain", 2, weights(2), becomes=DefaultChange(2, CARRY))
+        await expect(at, "a", 2, state, 2)
 
 
 async def test_a_limit_for_being_idle_goes_along(lasting: Lasting) -> None:

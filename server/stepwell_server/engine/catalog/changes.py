@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from stepwell_server.core.model_names import LABEL_RULE, MAX_VERSION, ModelRef, is_label, is_name, is_version
-from stepwell_server.engine.api import Moved, SessionPolicy, VersionInfo
+from stepwell_server.engine.api import DefaultChange, Moved, SessionPolicy, VersionInfo
 from stepwell_server.engine.catalog.documents import Documents, Proposal
 from stepwell_server.engine.catalog.pruning import Pruning, stored
 from stepwell_server.engine.catalog.serving import Serving
@@ -41,18 +41,16 @@ from stepwell_server.errors import (
     VersionExists,
     VersionNotFound,
 )
-from stepwell_server.logs import Log
 from stepwell_server.program import FINGERPRINT_DIGITS, Program
 from stepwell_server.store.base import Store
 
-_log = Log("engine.versions")
 #: Sessions on whose states a migration is tried before anything changes.
 _TRIED = 1024
 #: Sessions that are put away before other work gets its turn.
 _BATCH_SIZE = 250
 
 
-class Changing:
+class Changes:
     """Loads, unloads and chooses versions. Lives on the event loop; one change of a name at a time."""
 
     def __init__(
@@ -142,18 +140,42 @@ class Changing:
             await self._documents.propose(own, attempt, anyway=True)
 
     async def load(
-        self, name: str, version: int, program: Program, *, source: str = "", tenant: str = "", rows: int = 0
-    ) -> Known | None:
-        """Serve a version from now on; the first of a name is its default.
+        self,
+        name: str,
+        version: int,
+        program: Program,
+        *,
+        source: str = "",
+        tenant: str = "",
+        rows: int = 0,
+        labels: Sequence[str] = (),
+        becomes: DefaultChange | None = None,
+        begin: Callable[[], None] = lambda: None,
+    ) -> Moved:
+        """Serve a version from now on, with its labels, and as the default if that is asked for: all of it, or nothing.
+
+        The first version of a name is its default.
+
+        Args:
+            name: Of the model.
+            version: Its number.
+            program: What it runs.
+            source: The file that it came from.
+            tenant: Whose admin loads it.
+            rows: Rows that its sessions keep in memory; 0 for as many as the engine was given.
+            labels: That it has from now on.
+            becomes: How it becomes the default. None: it stays beside it.
+            begin: Called when the version is ready, before anything changes. What it raises ends the load.
 
         Returns:
-            What was known of the version before, for `unload` to go back to; None: nothing.
+            The default before, if it moved, and how many sessions in memory moved with it; else zeros.
 
         Raises:
-            InvalidInput: name or number are none.
+            InvalidInput: name or number break a rule.
             VersionExists: there is one of that number.
+            SpecsDiffer, MigrationFailed: sessions cannot be moved to it.
             Overloaded: there is no memory for it.
-            Unavailable: the store could not be told; it is not served.
+            Unavailable: the store did not keep it.
         """
         _require_name(name)
         if not is_version(version):
@@ -164,40 +186,45 @@ class Changing:
             here = Known.of(version, program, source, self._context.clock.now(), tenant)
             self._require_new(own, here)
             model = self._serving.make(name, version, program, self._sibling(own, program), rows)
-            await self._serving.warm_up(model)
-            before: Known | None = None
+            moved = Moved(0, 0)
 
             async def attempt() -> Proposal:
-                nonlocal before
                 self._require_new(own, here)
-                known, before = here, own.known.get(version)
-                if version <= own.forgotten:
-                    known = dataclasses.replace(here, since=own.history.epoch)
-                if before is not None:  # before a restart, or it was unloaded, or another server has it
-                    known = dataclasses.replace(here, is_leaving=before.is_leaving, since=before.since)
-                if before is not None and before.fingerprint == here.fingerprint:
-                    known = dataclasses.replace(
-                        known, source=source or before.source, tenant=tenant or before.tenant
-                    )
-                after = own.changed(known={**own.known, version: known}, highest=max(own.highest, version))
+                known = _loaded_again(own, here)
+                after = own.changed(
+                    known={**own.known, version: known},
+                    highest=max(own.highest, version),
+                    labels={**own.labels, **dict.fromkeys(labels, version)},
+                )
+                previous, how = 0, None
                 if not own.default:
                     after.default = version
                     after.wanted = own.wanted if own.wanted != version else 0
+                elif becomes is not None:
+                    previous, how = await self._choose(own, after, program, becomes)
 
-                def served() -> None:
+                def serve() -> None:
+                    nonlocal moved
                     self._models.add(model, known)
                     self._switching.mark(own, [model])
+                    own.labels = after.labels
                     self._serving.observer.model_served(name, program)
+                    if previous:
+                        moved = Moved(previous, self._switching.move_default(own, after, how))
 
-                return after, served
+                return after, serve
 
             try:
+                await self._serving.warm_up(model)
+                begin()
                 await self._documents.propose(own, attempt)
             except ServerError:
                 await self._serving.end(model)
                 model.sharing.discard(model.index)
                 raise
-            return before
+            if moved.previous:
+                self.pruning.begin_if_due(own)
+            return moved
 
     async def unload(
         self,
@@ -205,8 +232,6 @@ class Changing:
         version: int,
         *,
         force: bool = False,
-        back_to: Known | None = None,
-        frees_number: bool = False,
     ) -> None:
         """Serve a version no longer, once what is under way on it has ended.
 
@@ -216,9 +241,6 @@ class Changing:
             name: Of the model.
             version: To be unloaded.
             force: Although it has sessions, or is the default beside others.
-            back_to: What `load` has returned, to take that load back: if the version was wanted before, by another server
-                or at the last restart, it stays so.
-            frees_number: The next load may have its number, if it is the highest one and no session was opened on it.
 
         Raises:
             ModelNotFound, VersionNotFound: it is not loaded.
@@ -232,17 +254,9 @@ class Changing:
             async def attempt() -> Proposal:
                 if not force:
                     await self._require_unused(own, version)
-                if back_to is not None and back_to.is_wanted:
-                    left = dataclasses.replace(
-                        own.known[version], source=back_to.source, tenant=back_to.tenant
-                    )
-                else:
-                    left = dataclasses.replace(own.known[version], is_wanted=False, is_leaving=False)
+                left = dataclasses.replace(own.known[version], is_wanted=False, is_leaving=False)
                 known = {**own.known, version: left}
                 after, is_default = own.changed(known=known), own.default == version
-                if frees_number and own.highest == version and not (await self.sessions(name)).get(version):
-                    del known[version]
-                    after.highest = version - 1
                 moves = (
                     is_default and not own.wanted
                 )  # else it stands in for the default, which stays what it is
@@ -255,7 +269,7 @@ class Changing:
                     await self._switching.all_left()
 
                 def unloaded() -> None:
-                    own.known, own.labels, own.highest = known, after.labels, after.highest
+                    own.known, own.labels = known, after.labels
                     self._models.retire(model)
                     if moves:
                         own.wanted = 0 if after.wanted else version
@@ -306,44 +320,46 @@ class Changing:
         async with self._documents.lock(name):
             own = self._models.named(name)
             target = own.require(version)
-            moved = Moved(version, 0)
+            change, moved = DefaultChange(version, policy, migration, leaves), Moved(version, 0)
 
             async def attempt() -> Proposal:
                 nonlocal moved
-                previous = own.wanted or own.default
-                moved = Moved(previous, 0)
-                if previous == version:
-                    return None
-                how = None if policy is SessionPolicy.KEEP else How(policy.value)
-                function = await self._require_possible(
-                    own, previous, version, target.program, how, migration
-                )
-                after = own.changed(default=version, wanted=0)
-                after.known = own.known_after(
-                    previous, version, leaves=how is None if leaves is None else leaves
-                )
-                # what is late for the last change must not be early for this one
-                await self._switching.all_left()
-                self._switching.mark(own, own.loaded.values())
-                if how is not None:
-                    after.history = own.history.with_move(previous, version, how, function)
+                after = own.changed()
+                previous, how = await self._choose(own, after, target.program, change)
+                moved = Moved(previous or version, 0)
 
                 def switch() -> None:
                     nonlocal moved
                     moved = Moved(previous, self._switching.move_default(own, after, how))
 
-                return after, switch
+                return (after, switch) if previous else None
 
             await self._documents.propose(own, attempt)
-            if moved.previous != version:
-                _log.info(
-                    "the default of a model is another version",
-                    model=name,
-                    version=version,
-                    previous=moved.previous,
-                )
-                self.pruning.begin_if_due(own)
+            self.pruning.begin_if_due(own)
             return moved
+
+    async def _choose(
+        self, own: Versions, after: Versions, program: Program, change: DefaultChange
+    ) -> tuple[int, How | None]:
+        """Let `after` have another default, which has this program.
+
+        Returns:
+            The default before, 0 if that is the same, and what becomes of the sessions that follow it; None: they stay.
+        """
+        previous, version = own.chosen, change.version
+        if previous == version:
+            return 0, None
+        how = None if change.policy is SessionPolicy.KEEP else How(change.policy.value)
+        function = await self._require_possible(own, previous, version, program, how, change.migration)
+        leaves = how is None if change.leaves is None else change.leaves
+        after.default, after.wanted = version, 0
+        after.known = after.known_after(previous, version, leaves=leaves)
+        # what is late for the last change must not be early for this one
+        await self._switching.all_left()
+        self._switching.mark(own, own.loaded.values())
+        if how is not None:
+            after.history = own.history.with_move(previous, version, how, function)
+        return previous, how
 
     async def set_label(self, name: str, label: str, version: int) -> None:
         """Let a label stand for a loaded version, or, with version 0, for none.
@@ -467,7 +483,7 @@ class Changing:
         own = self._models.versions(name)
         if own.loaded and policy is not SessionPolicy.KEEP:
             program = as_served(own, version, program)
-            previous = own.wanted or own.default
+            previous = own.chosen
             await self._require_possible(own, previous, version, program, How(policy.value), migration)
 
     async def _require_possible(
@@ -541,6 +557,19 @@ class Changing:
             table.session_id(handle)
             for handle in np.flatnonzero(table.model[: table.end] == model.index).tolist()
         ]
+
+
+def _loaded_again(own: Versions, here: Known) -> Known:
+    """A version that is loaded here, with what was known of its number: before a restart or an unload, or on another server."""
+    before = own.known.get(here.version)
+    if here.version <= own.forgotten:
+        here = dataclasses.replace(here, since=own.history.epoch)
+    if before is None:
+        return here
+    here = dataclasses.replace(here, is_leaving=before.is_leaving, since=before.since)
+    if before.fingerprint != here.fingerprint:
+        return here
+    return dataclasses.replace(here, source=here.source or before.source, tenant=here.tenant or before.tenant)
 
 
 def _require_same(own: Versions, told: Versions) -> None:

@@ -93,13 +93,13 @@ class Documents:
             return
         await self._switching.all_left()  # what is late for the last change must not be early for this one
         self._saw(own.name, content)
-        before = own.wanted or own.default
+        before = own.chosen
         self._switching.take_over(own, told)
-        if before != (own.wanted or own.default):
+        if before != own.chosen:
             _log.info(
                 "another server made another version the default of a model",
                 model=own.name,
-                version=own.wanted or own.default,
+                version=own.chosen,
                 previous=before,
                 is_loaded=not own.wanted,
             )

@@ -60,7 +60,7 @@ class Switching:
         `after` is what is to be. Returns how many go.
         """
         self._context.drain()  # earlier changes run on the version on which they were checked
-        previous = own.wanted or own.default
+        previous = own.chosen
         own.default, own.wanted, own.history = after.default, 0, after.history
         own.known = after.known
         moved, source = 0, own.loaded.get(previous)

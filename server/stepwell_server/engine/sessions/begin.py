@@ -475,7 +475,7 @@ class Begin:
             return self._directory.info(self._directory.find(new.ids[0], self._directory.here))
         except ServerError as gone:  # the default has moved to a version that another server has
             own = self._directory.models.versions(new.model.name)
-            elsewhere = self._directory.models.elsewhere(own.name, own.wanted or own.default, new.ids[0])
+            elsewhere = self._directory.models.elsewhere(own.name, own.chosen, new.ids[0])
             if elsewhere is None:
                 raise
             raise elsewhere from gone

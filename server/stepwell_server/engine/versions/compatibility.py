@@ -46,7 +46,7 @@ def as_served(own: Versions, version: int, program: Program) -> Program:
 
 
 def _candidates(own: Versions, version: int) -> Iterator[Known]:
-    default = own.wanted or own.default
+    default = own.chosen
     for number in dict.fromkeys((version, default, *sorted(own.known, reverse=True))):
         if number in own.known:
             yield own.known[number]

@@ -34,7 +34,7 @@ def encode(own: Versions) -> bytes:
     told = {
         "form": _FORM,
         "change": own.change,
-        "default": own.wanted or own.default,
+        "default": own.chosen,
         "highest": own.highest,
         "forgotten": own.forgotten,
         "labels": own.labels,

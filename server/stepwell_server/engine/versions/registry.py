@@ -105,6 +105,11 @@ class Versions:
         return dataclasses.replace(self, change=self.change + 1, **fields)
 
     @property
+    def chosen(self) -> int:
+        """The default, loaded here or not; 0: there is none."""
+        return self.wanted or self.default
+
+    @property
     def meant(self) -> int:
         """The version of the name alone. Another one stands in for a default only if no server can have that loaded."""
         return self.wanted if self.wanted and self.elsewhere else self.default
