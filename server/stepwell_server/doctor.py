@@ -39,7 +39,7 @@ from stepwell_server.settings import Settings, SettingsError, cores
 
 if TYPE_CHECKING:
     from stepwell_server.store.base import Holder
-    from stepwell_server.store.valkey.url import StoreUrl
+    from stepwell_server.store.valkey.connection.url import StoreUrl
 
 Facts = dict[str, object]
 PACKAGES = {
@@ -339,7 +339,7 @@ class Examination:
         from stepwell_server.files.watched import WatchedFileError
         from stepwell_server.metrics.token import MetricsToken, TokenError
         from stepwell_server.store.base import KeyFileError
-        from stepwell_server.store.keyring import read_keys
+        from stepwell_server.store.encryption.keyring import read_keys
 
         settings = self._settings
         reads: list[tuple[str, Path | None, Callable[[Path], object]]] = [

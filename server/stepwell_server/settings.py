@@ -15,7 +15,7 @@ from stepwell_server.compile.keras_file.origin import folder_problem
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.model_names import ModelRef, parse_reference, version_of
 from stepwell_server.core.version_policy import LATEST, VersionPolicy
-from stepwell_server.store.valkey.url import StoreUrl
+from stepwell_server.store.valkey.connection.url import StoreUrl
 
 DEFAULT_LISTEN = Address("127.0.0.1", 50051)
 DEFAULT_METRICS = Address("127.0.0.1", 9464)

@@ -13,8 +13,8 @@ import uvloop
 from bench import disk, harness, loads
 from bench.harness import Key, Measure, Point, Result, measured
 from bench.loads import Plan, Times
+from stepwell_server.store.valkey.connection.requests import Request
 from stepwell_server.store.valkey.keys import META
-from stepwell_server.store.valkey.requests import Request
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.shared import fresh_prefix, opened, put
 from support.stored import template

@@ -30,10 +30,10 @@ from stepwell_server.engine.usage_counts import UsageCounts
 from stepwell_server.errors import SessionExists
 from stepwell_server.store.base import Batch, Committed
 from stepwell_server.store.valkey import store as valkey_store
-from stepwell_server.store.valkey.client import Refused
 from stepwell_server.store.valkey.commits import Part, outcome_of
-from stepwell_server.store.valkey.nodes import Node
-from stepwell_server.store.valkey.requests import Request, Requests
+from stepwell_server.store.valkey.connection.client import Refused
+from stepwell_server.store.valkey.connection.nodes import Node
+from stepwell_server.store.valkey.connection.requests import Request, Requests
 from stepwell_server.store.valkey.scripts import CHANGE, COMMIT
 from support.samples import ALL, one_in
 from support.sim.client import KEYS, Bugs, make_nodes, tags

@@ -17,10 +17,10 @@ from stepwell.testing import ServerStartError
 from stepwell_server.clock import SystemClock
 from stepwell_server.core.namespaces import own
 from stepwell_server.store import backup, checking
-from stepwell_server.store.disk.backup_file import Reader
-from stepwell_server.store.keyring import add_key, read_keys
+from stepwell_server.store.disk.backup.file import Reader
+from stepwell_server.store.encryption.keyring import add_key, read_keys
+from stepwell_server.store.encryption.sealer import Sealer
 from stepwell_server.store.record import decode_header
-from stepwell_server.store.sealing import Sealer
 from support import history
 from support.checker import check
 from support.driver import MODEL

@@ -16,9 +16,9 @@ import pytest
 import stepwell
 from stepwell_server.store import shared as upkeep
 from stepwell_server.store.base import Batch, End, KeyFileError, StoreError, Tombstone
-from stepwell_server.store.keyring import Keyring, add_key
-from stepwell_server.store.valkey import url as urls
-from stepwell_server.store.valkey.url import StoreUrl
+from stepwell_server.store.encryption.keyring import Keyring, add_key
+from stepwell_server.store.valkey.connection import url as urls
+from stepwell_server.store.valkey.connection.url import StoreUrl
 from stepwell_server.store.valkey.whole import Whole
 from support.clock import ManualClock
 from support.records import scan

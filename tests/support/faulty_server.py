@@ -35,7 +35,7 @@ from stepwell_server import clock
 from stepwell_server.core import exactly_once
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.disk.store import DiskStore
-from stepwell_server.store.disk.wal_file import Segment
+from stepwell_server.store.disk.wal.segment import Segment
 
 Commit = Callable[[DiskStore, Any], None]
 _LATE_S = 0.2

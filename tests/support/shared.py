@@ -12,9 +12,9 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.engine.types import U64
 from stepwell_server.store.base import Batch, Committed, Tombstone, new_stamp
-from stepwell_server.store.keyring import Keyring
+from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.record import Stored
-from stepwell_server.store.valkey import url as urls
+from stepwell_server.store.valkey.connection import url as urls
 from stepwell_server.store.valkey.opening import open_valkey
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.clock import ManualClock

@@ -21,8 +21,8 @@ from stepwell_server.errors import ServerError, StateCorrupt
 from stepwell_server.store.base import Answer, Batch, Committed, End, LocalStore, Store, Tombstone, Write
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
-from stepwell_server.store.disk.wal import WriteAheadLog
-from stepwell_server.store.disk.wals import WriteAheadLogs
+from stepwell_server.store.disk.wal.log import WriteAheadLog
+from stepwell_server.store.disk.wal.pair import WriteAheadLogs
 from stepwell_server.store.record import Puts, RecordTemplate, Stored
 from support.clock import ManualClock
 from support.records import Record, decode, scan_local

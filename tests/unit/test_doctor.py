@@ -27,7 +27,7 @@ from stepwell_server.doctor import Examination
 from stepwell_server.rpc.fronts.choice import Choice, choose
 from stepwell_server.settings import Settings
 from stepwell_server.store.disk.lock import DirectoryLock
-from stepwell_server.store.valkey.url import parse
+from stepwell_server.store.valkey.connection.url import parse
 from support.clock import ManualClock
 from support.shared import opened, put
 from support.stored import record

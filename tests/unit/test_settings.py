@@ -18,7 +18,7 @@ from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.cli.serve import serve, settings_of
 from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.settings import Settings, SettingsError
-from stepwell_server.store.valkey.url import Login, StoreUrl, Tls
+from stepwell_server.store.valkey.connection.url import Login, StoreUrl, Tls
 
 
 def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stepwell_server.store.disk import files, wal_file
+from stepwell_server.store.disk import files
 from stepwell_server.store.disk.lmdb import Durability
 from support.stored import DURABILITIES, begin, fill_one, killed, opened, put, revisions
 
@@ -23,7 +23,7 @@ class Flushes:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.full, self.plain, self.refuses = 0, 0, False
         self._control, self._fsync = fcntl.fcntl, os.fsync
-        monkeypatch.setattr(wal_file, "WRITE_THROUGH", 0)
+        monkeypatch.setattr("stepwell_server.store.disk.wal.segment.WRITE_THROUGH", 0)
         monkeypatch.setattr(files, "_FULL_FLUSH", FULL_FLUSH)
         monkeypatch.delattr(os, "fdatasync")
         monkeypatch.delattr(os, "posix_fallocate")

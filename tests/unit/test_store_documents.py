@@ -24,10 +24,10 @@ from stepwell_server.store.base import (
     StoreError,
 )
 from stepwell_server.store.disk import documents as in_lmdb
-from stepwell_server.store.disk.backup_file import BackupError
+from stepwell_server.store.disk.backup.file import BackupError
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
+from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.in_process import InProcessStore
-from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.opening import encrypted
 from support.clock import ManualClock

@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 
 from stepwell_server.errors import StateCorrupt
-from stepwell_server.store import mending, xaes
+from stepwell_server.store import mending
 from stepwell_server.store import record as records
 from stepwell_server.store.base import Batch, KeyFileError, LocalStore
-from stepwell_server.store.encrypted import EncryptedStore
+from stepwell_server.store.encryption import xaes
+from stepwell_server.store.encryption.keyring import Keyring, add_key, read_keys
+from stepwell_server.store.encryption.sealer import Sealer
+from stepwell_server.store.encryption.store import EncryptedStore
 from stepwell_server.store.fields import VERSION, pack_fields
-from stepwell_server.store.keyring import Keyring, add_key, read_keys
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.opening import encrypted, open_store
 from stepwell_server.store.record import Joined, Stored, decode_many
-from stepwell_server.store.sealing import Sealer
 from support.clock import ManualClock
 from support.records import Record, decode
 from support.stored import left_behind, opened, template, wal_of

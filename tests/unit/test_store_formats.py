@@ -25,11 +25,11 @@ from stepwell_server import program_file
 from stepwell_server.compile import cache
 from stepwell_server.store import backup, checking, mending
 from stepwell_server.store.base import Batch, StoreError
-from stepwell_server.store.disk import wal_format
-from stepwell_server.store.disk.backup_file import BackupError, Reader
-from stepwell_server.store.disk.backup_file import Writer as BackupWriter
+from stepwell_server.store.disk.backup.file import FORMAT, BackupError, Reader
+from stepwell_server.store.disk.backup.file import Writer as BackupWriter
 from stepwell_server.store.disk.meta import SCHEMA_VERSION
-from stepwell_server.store.keyring import Keyring
+from stepwell_server.store.disk.wal import layout
+from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.record import MAX_COUNTER, header_or_none
 from support.clock import ManualClock
 from support.fake_executor import PLAIN
@@ -128,8 +128,6 @@ def test_a_store_of_another_version_is_refused_and_stays(
     ],
 )
 def test_a_backup_of_another_format_is_refused_and_stays(start: bytes, message: str, tmp_path: Path) -> None:
-    from stepwell_server.store.disk import backup_file
-
     file = tmp_path / "backup"
     file.write_bytes(start + bytes(100))
     uses: list[Callable[[], object]] = [
@@ -137,7 +135,7 @@ def test_a_backup_of_another_format_is_refused_and_stays(start: bytes, message: 
         lambda: backup.restore(file, tmp_path / "new", CLOCK, None, moved=False),
     ]
     for use in uses:
-        with pytest.raises(BackupError, match=message.format(backup_file.FORMAT.number)):
+        with pytest.raises(BackupError, match=message.format(FORMAT.number)):
             use()
     assert file.read_bytes() == start + bytes(100)
     assert not (tmp_path / "new").exists()
@@ -249,9 +247,9 @@ def test_entries_of_files_are_those_of_the_log(tmp_path: Path) -> None:
     data = (tmp_path / "a").read_bytes().partition(b"\n")[2]
     at = data.index(_record_file.MAGIC.to_bytes(4, "little"), 8) - 4  # behind the start, which no log has
     for number, name in enumerate(["a", "é" * 100]):
-        entry, record_at = wal_format.lay_out_one(name, record(name, number), 0, number + 1)
+        entry, record_at = layout.lay_out_one(name, record(name, number), 0, number + 1)
         assert data[at : at + len(entry)] == entry
-        found = wal_format.read(data, at, 0)
+        found = layout.read(data, at, 0)
         assert found is not None
         assert (found.sequence, found.offsets) == (number + 1, [(name, at + record_at)])
         at = found.end

@@ -11,7 +11,7 @@ from stepwell_server import store_opening
 from stepwell_server.catalog.files.loading import Abandoned
 from stepwell_server.errors import StoreAway, Unavailable
 from stepwell_server.settings import Settings
-from stepwell_server.store.valkey.url import parse
+from stepwell_server.store.valkey.connection.url import parse
 from stepwell_server.store_opening import NotOpenedError, once_it_answers
 from support.clock import ManualClock
 

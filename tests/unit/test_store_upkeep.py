@@ -18,11 +18,11 @@ from stepwell_server.clock import SystemClock
 from stepwell_server.store import backup, checking, mending
 from stepwell_server.store.base import Batch, End, KeyFileError, StoreBusy, StoreError, Tombstone
 from stepwell_server.store.counts import of_tenants
-from stepwell_server.store.disk import wal_reading
-from stepwell_server.store.disk.backup_file import About, BackupError, Writer
+from stepwell_server.store.disk.backup.file import About, BackupError, Writer
 from stepwell_server.store.disk.lock import reading
-from stepwell_server.store.disk.wal_file import Segment
-from stepwell_server.store.keyring import Keyring, add_key
+from stepwell_server.store.disk.wal import reader
+from stepwell_server.store.disk.wal.segment import Segment
+from stepwell_server.store.encryption.keyring import Keyring, add_key
 from stepwell_server.store.opening import encrypted
 from support.clock import ManualClock
 from support.samples import some
@@ -199,7 +199,7 @@ def test_a_backup_that_was_damaged_or_cut_off_is_refused(path: Path, tmp_path: P
 
 def test_a_rate_is_kept(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("stepwell_server.store.disk.backup_file.time.monotonic", lambda: 100 + sum(slept))
+    monkeypatch.setattr("stepwell_server.store.disk.backup.file.time.monotonic", lambda: 100 + sum(slept))
     writer = Writer(tmp_path / "backup", bytes_per_s=1000.0, sleep=slept.append)
     writer.begin(About(0.0, "", b"", 0, {}))
     for number in range(3):
@@ -274,7 +274,7 @@ def test_a_log_is_read_beside_its_writer(tmp_path: Path) -> None:
     reads = 0
     while not done.is_set() or not reads:  # the writer may end before the first read
         before = written
-        found = wal_reading.read_log(tmp_path, ("0", "1"), 7)
+        found = reader.read_log(tmp_path, ("0", "1"), 7)
         kept = max(int.from_bytes(found["s"][8:16], "little") if found else 0, checkpointed)
         if kept < before:
             problems.append(f"{kept} of {before}")
@@ -282,8 +282,8 @@ def test_a_log_is_read_beside_its_writer(tmp_path: Path) -> None:
     thread.join()
     assert not problems
     assert reads
-    with pytest.raises(wal_reading.LogReplaced):
-        wal_reading.read_log(tmp_path, ("0", "1"), 8)
+    with pytest.raises(reader.LogReplaced):
+        reader.read_log(tmp_path, ("0", "1"), 8)
     for file in (segment, other):
         file.close()
     for name in "01":
@@ -292,7 +292,7 @@ def test_a_log_is_read_beside_its_writer(tmp_path: Path) -> None:
         data[at + 6] ^= 1
         (tmp_path / name).write_bytes(data)
     with pytest.raises(StoreError, match="acknowledged are missing"):
-        wal_reading.read_log(tmp_path, ("0", "1"), 7)
+        reader.read_log(tmp_path, ("0", "1"), 7)
 
 
 def test_the_data_file_stays_while_it_is_read(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_a_reader_that_was_killed_is_forgotten(tmp_path: Path) -> None:
     store = opened(tmp_path)
     begin(store, "a")
     code = (
-        "import pathlib, sys, time\nfrom stepwell_server.store.disk import snapshot\n"
+        "import pathlib, sys, time\nfrom stepwell_server.store.disk.backup import snapshot\n"
         "with snapshot.opened(pathlib.Path(sys.argv[1])) as found:\n    print(found.meta, flush=True)\n    sys.stdin.read()"
     )
     reader = subprocess.Popen(

@@ -30,7 +30,7 @@ from stepwell_server.store.base import (
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Joined, decode_header
 from stepwell_server.store.valkey.commits import Part, outcome_of
-from stepwell_server.store.valkey.requests import Request
+from stepwell_server.store.valkey.connection.requests import Request
 from stepwell_server.store.valkey.scripts import UNDONE_MS
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.awaited import RemoteStore

@@ -25,13 +25,13 @@ from stepwell_server.store.base import (
     Tombstone,
     new_stamp,
 )
-from stepwell_server.store.keyring import Keyring
+from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.record import decode_header
-from stepwell_server.store.valkey import requests
-from stepwell_server.store.valkey import url as urls
-from stepwell_server.store.valkey.client import Access, Link, Lost
+from stepwell_server.store.valkey.connection import requests
+from stepwell_server.store.valkey.connection import url as urls
+from stepwell_server.store.valkey.connection.client import Access, Link, Lost
+from stepwell_server.store.valkey.connection.nodes import MOST_LINKS
 from stepwell_server.store.valkey.inspecting import inspect
-from stepwell_server.store.valkey.nodes import MOST_LINKS
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.certificates import Authority
 from support.cut import Cut

@@ -19,7 +19,7 @@ from stepwell_server.errors import (
     Unavailable,
 )
 from stepwell_server.store.base import ALL_KEPT, Batch, Committed, End, Fetched, Tombstone
-from stepwell_server.store.valkey import url as urls
+from stepwell_server.store.valkey.connection import url as urls
 from stepwell_server.store.valkey.inspecting import inspect
 from stepwell_server.store.valkey.keys import LOST_STAMP
 from stepwell_server.store.valkey.store import ValkeyStore

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell._record_file import HEAD
-from stepwell_server.store.disk import wal_format
-from stepwell_server.store.disk.wal_file import Segment, SegmentDamaged
+from stepwell_server.store.disk.wal import layout
+from stepwell_server.store.disk.wal.segment import Segment, SegmentDamaged
 from stepwell_server.store.record import Stored
 from support.samples import examples, some
 from support.stored import is_damaged, put_all, record, template
@@ -142,8 +142,8 @@ def test_what_was_appended_is_there_when_it_is_loaded(
 @given(ID, SIZES)
 def test_a_lone_record_is_written_as_one_among_others(session_id: str, size: int) -> None:
     stored = record(session_id, 3, size)
-    entry = wal_format.lay_out([(session_id, stored)], 2**63, 5)
-    data, record_at = wal_format.lay_out_one(session_id, stored, 2**63, 5)
+    entry = layout.lay_out([(session_id, stored)], 2**63, 5)
+    data, record_at = layout.lay_out_one(session_id, stored, 2**63, 5)
     assert data == b"".join(entry.buffers)
     assert [(session_id, record_at)] == list(entry.offsets(0))
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from stepwell_server.store.base import StoreError
-from stepwell_server.store.disk import snapshot, wal_reading
+from stepwell_server.store.disk.backup import snapshot
 from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.disk.store import DiskStore
-from stepwell_server.store.disk.wals import BESIDE, Mark, WriteAheadLogs, is_later
+from stepwell_server.store.disk.wal import pair, reader
 from support.processes import opened_below
 from support.records import decode
 from support.stored import (
@@ -113,18 +113,18 @@ def test_a_snapshot_has_what_moves_to_the_log_that_was_read_before(
     begin(store, "a", "b")
     put(store, "a", revision=1)
     assert append(store, "a", revision=2)
-    real = wal_reading.read_log
+    real = reader.read_log
 
     def moving(folder: Path, names: tuple[str, str], owner: int) -> dict[str, bytes]:
-        if names == BESIDE:
+        if names == pair.BESIDE:
             put(store, "a", revision=3)
             if back:
                 assert append(store, "a", revision=4)
             fill(store, "b", 0)
         return real(folder, names, owner)
 
-    monkeypatch.setattr(wal_reading, "read_log", moving)
-    log = wal_reading.read_logs(store.path / "wal", logs_of(store).mark)
+    monkeypatch.setattr(reader, "read_log", moving)
+    log = reader.read_logs(store.path / "wal", logs_of(store).mark)
     kept = max(decode("a", log["a"]).revision if "a" in log else 0, in_lmdb(store)["a"])
     assert kept >= 2, "it had been acknowledged"
     store.close()
@@ -151,11 +151,11 @@ def test_who_misses_a_session_while_it_moves_looks_again(path: Path, monkeypatch
 def test_which_of_two_records_counts() -> None:
     old, new = record("a", 1), record("a", 2)
     damaged = bytes([*new[:-1], new[-1] ^ 1])
-    assert is_later("a", new, old)
-    assert not is_later("a", old, new)
-    assert is_later("a", damaged, old)
-    assert not is_later("a", old, damaged)
-    assert not is_later("a", new, bytes([*old[:-1], old[-1] ^ 1])), "nobody knows what it said"
+    assert pair.is_later("a", new, old)
+    assert not pair.is_later("a", old, new)
+    assert pair.is_later("a", damaged, old)
+    assert not pair.is_later("a", old, damaged)
+    assert not pair.is_later("a", new, bytes([*old[:-1], old[-1] ^ 1])), "nobody knows what it said"
 
 
 def test_a_damaged_record_of_one_log_is_told_although_the_other_has_one(path: Path) -> None:
@@ -178,10 +178,10 @@ def test_a_damaged_record_of_one_log_is_told_although_the_other_has_one(path: Pa
 
 
 def test_a_mark_says_which_logs_there_are() -> None:
-    assert Mark.unpacked(Mark(1, 2, 3).packed()) == Mark(1, 2, 3)
-    assert Mark.unpacked(Mark(1, 2, 0).packed()) == Mark(1, 2, 0)
+    assert pair.Mark.unpacked(pair.Mark(1, 2, 3).packed()) == pair.Mark(1, 2, 3)
+    assert pair.Mark.unpacked(pair.Mark(1, 2, 0).packed()) == pair.Mark(1, 2, 0)
     with pytest.raises(StoreError, match="must have 20 bytes; it is damaged and has 12"):
-        Mark.unpacked(Mark(1, 2, 0).packed()[:12])
+        pair.Mark.unpacked(pair.Mark(1, 2, 0).packed()[:12])
 
 
 @pytest.mark.parametrize("first", ["sync", "async"])
@@ -223,6 +223,8 @@ def test_logs_that_cannot_all_be_opened_leave_no_file_open(path: Path, tmp_path:
     folder.mkdir()
     (folder / "3").mkdir()
     with pytest.raises(IsADirectoryError):
-        WriteAheadLogs(folder, Mark(1, 4096, 4096), flush=False, make=True, before_rotate=lambda: None)
+        pair.WriteAheadLogs(
+            folder, pair.Mark(1, 4096, 4096), flush=False, make=True, before_rotate=lambda: None
+        )
     assert opened_below(folder) == []
     shutil.rmtree(folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stepwell_server.store.valkey.url import Login, StoreUrl, Tls, UrlError, parse
+from stepwell_server.store.valkey.connection.url import Login, StoreUrl, Tls, UrlError, parse
 
 
 def test_all_that_a_url_may_say() -> None:

@@ -30,8 +30,8 @@ from stepwell_server.cli.values import (
 )
 from stepwell_server.process.importing import without_collecting
 from stepwell_server.settings import Settings, SettingsError
-from stepwell_server.store.valkey.url import StoreUrl, UrlError
-from stepwell_server.store.valkey.url import parse as parse_store_url
+from stepwell_server.store.valkey.connection.url import StoreUrl, UrlError
+from stepwell_server.store.valkey.connection.url import parse as parse_store_url
 
 MAX_IDLE_S = 3650 * 86_400
 """The longest limit that a record takes (`core.idle.MAX_IDLE_MS`): a command must not load numpy to show its help."""

@@ -23,8 +23,8 @@ from stepwell_server.clock import SystemClock
 
 if TYPE_CHECKING:
     from stepwell_server.store.checking import Examined
-    from stepwell_server.store.keyring import Keyring
-    from stepwell_server.store.valkey.url import StoreUrl
+    from stepwell_server.store.encryption.keyring import Keyring
+    from stepwell_server.store.valkey.connection.url import StoreUrl
 
 #: Sessions that are named where there may be many.
 _NAMED = 5
@@ -261,7 +261,7 @@ def new_key(file: Path, key_id: str | None, is_last: bool) -> None:
     The others stay, as what they encrypted needs them. Keep a copy elsewhere: without its keys a store is lost.
     """
     with _failures():
-        from stepwell_server.store import keyring
+        from stepwell_server.store.encryption import keyring
 
         key_id = key_id or keyring.unused_id(file, datetime.now(UTC).date().isoformat())
         keyring.add_key(file, key_id, is_last=is_last)

@@ -19,8 +19,8 @@ from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.core.model_names import NAME_RULE, VERSION_RULE, is_name, parse_reference
 from stepwell_server.core.version_policy import POLICY_RULE, VersionPolicy
 from stepwell_server.settings import expanded
-from stepwell_server.store.valkey.url import UrlError, is_store_url
-from stepwell_server.store.valkey.url import parse as parse_store_url
+from stepwell_server.store.valkey.connection.url import UrlError, is_store_url
+from stepwell_server.store.valkey.connection.url import parse as parse_store_url
 
 _MOST = 10**18
 _LONGEST_SOCKET_PATH = 107

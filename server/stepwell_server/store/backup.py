@@ -16,14 +16,15 @@ from pathlib import Path
 from stepwell._record_file import Kind
 from stepwell_server.clock import Clock
 from stepwell_server.store.base import KeyFileError, Tombstone
-from stepwell_server.store.disk import meta, snapshot
-from stepwell_server.store.disk.backup_file import About, Reader, Writer
+from stepwell_server.store.disk import meta
+from stepwell_server.store.disk.backup import snapshot
+from stepwell_server.store.disk.backup.file import About, Reader, Writer
+from stepwell_server.store.disk.backup.new_store import Pair, make, new_folder
 from stepwell_server.store.disk.documents import Found, Item
-from stepwell_server.store.disk.filling import Pair, make, new_folder
 from stepwell_server.store.disk.key_sums import Sums
-from stepwell_server.store.keyring import Keyring
+from stepwell_server.store.encryption.keyring import Keyring
+from stepwell_server.store.encryption.sealer import Sealer
 from stepwell_server.store.record import MAX_COUNTER, header_or_none, is_sound, key_id_of, with_revision
-from stepwell_server.store.sealing import Sealer
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,13 +10,13 @@ from pathlib import Path
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.store.base import KeyFileError, Tombstone
 from stepwell_server.store.counts import of_tenants
-from stepwell_server.store.disk import snapshot
-from stepwell_server.store.disk.backup_file import Reader
+from stepwell_server.store.disk.backup import snapshot
+from stepwell_server.store.disk.backup.file import Reader
 from stepwell_server.store.disk.documents import Found, Item
 from stepwell_server.store.disk.key_sums import Sums
-from stepwell_server.store.keyring import Keyring
+from stepwell_server.store.encryption.keyring import Keyring
+from stepwell_server.store.encryption.sealer import Sealer
 from stepwell_server.store.record import header_or_none, is_sound, key_id_of
-from stepwell_server.store.sealing import Sealer
 
 MOST_NAMED = 1000
 """So many sessions are named at most of each kind of trouble."""

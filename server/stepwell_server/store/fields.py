@@ -5,7 +5,7 @@ here goes along when the session is written again. One whose tag has the bit `CR
 others is refused.
 
 Tags are never used twice. 4 is the version of the model and the epoch in which that was so, 6 who has made the session,
-7 the closes that ended earlier sessions of its id; 0x8005 says that rows and extra are encrypted, and how (`sealing`). 1 to
+7 the closes that ended earlier sessions of its id; 0x8005 says that rows and extra are encrypted, and how (`encryption.sealer`). 1 to
 3 are not used any more.
 """
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from stepwell_server.clock import Clock
 from stepwell_server.store.base import KeyFileError, StoreError, Tombstone
 from stepwell_server.store.disk import meta
+from stepwell_server.store.disk.backup.new_store import Pair, rebuild
+from stepwell_server.store.disk.backup.snapshot import Entry, Snapshot
 from stepwell_server.store.disk.documents import Item
 from stepwell_server.store.disk.documents import item as document
-from stepwell_server.store.disk.filling import Pair, rebuild
 from stepwell_server.store.disk.key_sums import Sums
-from stepwell_server.store.disk.snapshot import Entry, Snapshot
-from stepwell_server.store.keyring import Keyring
+from stepwell_server.store.encryption.keyring import Keyring
+from stepwell_server.store.encryption.sealer import Sealer
 from stepwell_server.store.record import is_sound, key_id_of
-from stepwell_server.store.sealing import Sealer
 
 _log = logging.getLogger(__name__)
 _KEPT = (meta.INCARNATION, meta.SECRET, meta.FIRST_REVISION, meta.KEYS)

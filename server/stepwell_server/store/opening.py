@@ -14,9 +14,9 @@ from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 
 if TYPE_CHECKING:
-    from stepwell_server.store.keyring import Keyring
+    from stepwell_server.store.encryption.keyring import Keyring
+    from stepwell_server.store.valkey.connection.url import StoreUrl
     from stepwell_server.store.valkey.inspecting import Inspection
-    from stepwell_server.store.valkey.url import StoreUrl
 
 Kind = Literal["disk", "memory"]
 
@@ -116,8 +116,8 @@ def encrypted(disk: DiskStore, keyring: Keyring | None) -> LocalStore:
     if keyring is None:
         require_no_keys(f"in {disk.path}", known)
         return disk
-    from stepwell_server.store.encrypted import EncryptedStore
-    from stepwell_server.store.sealing import Sealer
+    from stepwell_server.store.encryption.sealer import Sealer
+    from stepwell_server.store.encryption.store import EncryptedStore
 
     keyring.require(known)
     if keyring.first and keyring.first not in known:
@@ -131,6 +131,6 @@ def read_keyring(path: Path) -> Keyring:
     Raises:
         KeyFileError: it cannot be used.
     """
-    from stepwell_server.store.keyring import read_keys
+    from stepwell_server.store.encryption.keyring import read_keys
 
     return read_keys(path)

@@ -23,13 +23,13 @@ from stepwell_server.store import counts
 from stepwell_server.store.backup import BackedUp, Restored, Source, checked
 from stepwell_server.store.base import Batch, DocumentsDamaged, StoreError, Tombstone
 from stepwell_server.store.checking import MOST_NAMED, Examined, Records, require_keys
-from stepwell_server.store.disk.backup_file import About, Writer
+from stepwell_server.store.disk.backup.file import About, Writer
+from stepwell_server.store.disk.backup.new_store import Pair
 from stepwell_server.store.disk.documents import Found, Item, item
-from stepwell_server.store.disk.filling import Pair
-from stepwell_server.store.keyring import Keyring
+from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.record import header_or_none, is_sound
+from stepwell_server.store.valkey.connection.url import DEFAULT_PARTITIONS, StoreUrl
 from stepwell_server.store.valkey.meta import Meta
-from stepwell_server.store.valkey.url import DEFAULT_PARTITIONS, StoreUrl
 from stepwell_server.store.valkey.whole import Whole, made, opened
 
 _MOST_TOGETHER, _MOST_BYTES = 500, 4 * 2**20

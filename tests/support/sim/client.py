@@ -10,15 +10,15 @@ from typing import Any
 from typing_extensions import override
 
 from stepwell_server.clock import Clock
-from stepwell_server.store.valkey import url
-from stepwell_server.store.valkey.client import Access, Command, Lost, Reply
+from stepwell_server.store.valkey.connection import url
+from stepwell_server.store.valkey.connection.client import Access, Command, Lost, Reply
+from stepwell_server.store.valkey.connection.nodes import Cluster, Node, Primary
+from stepwell_server.store.valkey.connection.requests import Requests
+from stepwell_server.store.valkey.connection.url import Address
 from stepwell_server.store.valkey.keys import META, Keys
 from stepwell_server.store.valkey.losses import Losses
 from stepwell_server.store.valkey.meta import Meta
-from stepwell_server.store.valkey.nodes import Cluster, Node, Primary
-from stepwell_server.store.valkey.requests import Requests
 from stepwell_server.store.valkey.store import ValkeyStore
-from stepwell_server.store.valkey.url import Address
 from support.sim.lua import Defects, Scripts
 from support.sim.network import Network
 from support.sim.node import ModelNode, said

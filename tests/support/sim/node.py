@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store.base import End
 from stepwell_server.store.record import decode_header
-from stepwell_server.store.valkey.client import Command, Refused, Reply, slot_of
+from stepwell_server.store.valkey.connection.client import Command, Refused, Reply, slot_of
 from stepwell_server.store.valkey.keys import HEAD, RECORD, TOMBSTONE, unpack_tombstone
 from support.register import Life, Rollback
 from support.sim.keyspace import Kept, Keyspace

@@ -1,8 +1,8 @@
 """The store on disk: sessions in LMDB, and in front of it a write-ahead log of their last changes.
 
     sessions/           see `lmdb`
-    wal/0, 1            the segments of the log, see `wal`
-    wal/2, 3            with `sync`: those of another log, for small changes that are kept beside a commit, see `wals`
+    wal/0, 1            the segments of the log, see `wal.log`
+    wal/2, 3            with `sync`: those of another log, for small changes that are kept beside a commit, see `wal.pair`
 
 What begins or ends sessions, or has documents, is a transaction of LMDB. A change of existing sessions, and nearly all are such, is one
 write to the log. A checkpoint takes it over into LMDB later, unless the session has changed again by then. A record
@@ -30,9 +30,9 @@ from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealt
 from stepwell_server.store.disk.files import flush_folders
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, Durability, LmdbStore
 from stepwell_server.store.disk.room import Room
-from stepwell_server.store.disk.wal import SEGMENT_BYTES, Parts, Records, WriteAheadLog, room_for
-from stepwell_server.store.disk.wal_file import SegmentDamaged
-from stepwell_server.store.disk.wals import COMMITS, Mark, WriteAheadLogs, mark_of
+from stepwell_server.store.disk.wal.log import SEGMENT_BYTES, Parts, Records, WriteAheadLog, room_for
+from stepwell_server.store.disk.wal.pair import COMMITS, Mark, WriteAheadLogs, mark_of
+from stepwell_server.store.disk.wal.segment import SegmentDamaged
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Joined, Stored, is_sound, supersedes
 

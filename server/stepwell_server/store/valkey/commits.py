@@ -16,8 +16,8 @@ from stepwell_server.errors import ServerError
 from stepwell_server.store.base import ALL_KEPT, Batch, Committed, Tombstone
 from stepwell_server.store.record import F64, U64, Puts, Stored
 from stepwell_server.store.valkey import scripts
+from stepwell_server.store.valkey.connection.requests import Request
 from stepwell_server.store.valkey.keys import META, STAMP_BYTES, Keys, pack_tombstone
-from stepwell_server.store.valkey.requests import Request
 
 MOST_KEYS = 512
 """Sessions in one script: nobody else is served while it runs, and Lua's stack has room for 8000 values."""

@@ -8,9 +8,9 @@ from isal.isal_zlib import crc32
 
 from stepwell_server.store.base import Batch, DocumentsDamaged
 from stepwell_server.store.valkey import scripts
-from stepwell_server.store.valkey.client import Reply
+from stepwell_server.store.valkey.connection.client import Reply
+from stepwell_server.store.valkey.connection.requests import Request
 from stepwell_server.store.valkey.keys import META, Keys
-from stepwell_server.store.valkey.requests import Request
 
 _CHECKSUM_BYTES = 4
 _ANYTHING, _ABSENT, _IS = b"", b"0", b"1"

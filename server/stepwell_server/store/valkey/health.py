@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from stepwell_server.store.valkey.client import Command, Denied, Lost, Refused, Reply
-from stepwell_server.store.valkey.nodes import Node, Topology
-from stepwell_server.store.valkey.requests import WAIT_SHARE
-from stepwell_server.store.valkey.url import StoreUrl, shown
+from stepwell_server.store.valkey.connection.client import Command, Denied, Lost, Refused, Reply
+from stepwell_server.store.valkey.connection.nodes import Node, Topology
+from stepwell_server.store.valkey.connection.requests import WAIT_SHARE
+from stepwell_server.store.valkey.connection.url import StoreUrl, shown
 
 _ASK: Sequence[Command] = [
     ("INFO", "everything"),

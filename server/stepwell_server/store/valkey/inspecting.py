@@ -8,13 +8,13 @@ from typing import Literal
 
 from stepwell_server.store.base import StoreError
 from stepwell_server.store.valkey import meta
-from stepwell_server.store.valkey.client import Lost, Reply
+from stepwell_server.store.valkey.connection.client import Lost, Reply
+from stepwell_server.store.valkey.connection.nodes import topology_of
+from stepwell_server.store.valkey.connection.requests import Request, Requests
+from stepwell_server.store.valkey.connection.url import StoreUrl, shown
 from stepwell_server.store.valkey.health import Findings, examine
 from stepwell_server.store.valkey.keys import META, Keys, store_key
 from stepwell_server.store.valkey.losses import Mark, emptied_parts
-from stepwell_server.store.valkey.nodes import topology_of
-from stepwell_server.store.valkey.requests import Request, Requests
-from stepwell_server.store.valkey.url import StoreUrl, shown
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

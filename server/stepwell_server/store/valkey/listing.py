@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from stepwell_server.store.valkey.connection.requests import Request, Requests
 from stepwell_server.store.valkey.keys import Keys
-from stepwell_server.store.valkey.requests import Request, Requests
 
 _LEAST = 8
 """Ids of one partition that are read at once, at least."""

@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 
 from stepwell_server.logs import Log
 from stepwell_server.store.valkey import scripts
+from stepwell_server.store.valkey.connection.requests import Request, Requests
 from stepwell_server.store.valkey.keys import Keys
-from stepwell_server.store.valkey.requests import Request, Requests
 
 _log = Log("store.valkey")
 _MOST_LOOKED_AT = 256

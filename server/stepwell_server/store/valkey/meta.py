@@ -8,11 +8,11 @@ from collections.abc import Mapping
 
 from stepwell_server.store.base import StoreError
 from stepwell_server.store.valkey import scripts
-from stepwell_server.store.valkey.client import Reply
+from stepwell_server.store.valkey.connection.client import Reply
+from stepwell_server.store.valkey.connection.requests import Request, Requests
+from stepwell_server.store.valkey.connection.url import DEFAULT_PARTITIONS, MOST_PARTITIONS
 from stepwell_server.store.valkey.documents import pairs_of
 from stepwell_server.store.valkey.keys import META, store_key
-from stepwell_server.store.valkey.requests import Request, Requests
-from stepwell_server.store.valkey.url import DEFAULT_PARTITIONS, MOST_PARTITIONS
 
 LAYOUT = 5
 """Of everything under the prefix: keys, values, counts, records. Raise it whenever one of them changes."""

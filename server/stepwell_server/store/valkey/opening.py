@@ -10,17 +10,17 @@ from stepwell_server.clock import Clock
 from stepwell_server.errors import StoreAway, StoreRefuses
 from stepwell_server.logs import Log
 from stepwell_server.store.base import StoreError, require_no_keys
-from stepwell_server.store.keyring import Keyring
-from stepwell_server.store.sealing import Sealer
+from stepwell_server.store.encryption.keyring import Keyring
+from stepwell_server.store.encryption.sealer import Sealer
 from stepwell_server.store.valkey import meta
-from stepwell_server.store.valkey.client import Denied, Lost
+from stepwell_server.store.valkey.connection.client import Denied, Lost
+from stepwell_server.store.valkey.connection.nodes import Topology, topology_of
+from stepwell_server.store.valkey.connection.requests import LIMIT, Requests
+from stepwell_server.store.valkey.connection.url import StoreUrl
 from stepwell_server.store.valkey.health import examine
 from stepwell_server.store.valkey.keys import Keys
 from stepwell_server.store.valkey.losses import Losses
-from stepwell_server.store.valkey.nodes import Topology, topology_of
-from stepwell_server.store.valkey.requests import LIMIT, Requests
 from stepwell_server.store.valkey.store import ValkeyStore
-from stepwell_server.store.valkey.url import StoreUrl
 
 _log = Log("store.valkey")
 _RETRY_AFTER_S = 1.0

@@ -32,12 +32,15 @@ from stepwell_server.store.base import (
     Write,
     new_stamp,
 )
+from stepwell_server.store.encryption.sealer import Sealer
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import is_sound, key_id_of
-from stepwell_server.store.sealing import Sealer
 from stepwell_server.store.valkey import documents, meta, scripts
-from stepwell_server.store.valkey.client import Lost, Reply
 from stepwell_server.store.valkey.commits import MOST_KEYS, Commits, Part, outcome_of
+from stepwell_server.store.valkey.connection.client import Lost, Reply
+from stepwell_server.store.valkey.connection.nodes import Topology
+from stepwell_server.store.valkey.connection.requests import LIMIT, Request, Requests
+from stepwell_server.store.valkey.connection.url import StoreUrl
 from stepwell_server.store.valkey.health import examine
 from stepwell_server.store.valkey.keys import (
     HEAD,
@@ -54,9 +57,6 @@ from stepwell_server.store.valkey.keys import (
 )
 from stepwell_server.store.valkey.listing import ids_after
 from stepwell_server.store.valkey.losses import Losses
-from stepwell_server.store.valkey.nodes import Topology
-from stepwell_server.store.valkey.requests import LIMIT, Request, Requests
-from stepwell_server.store.valkey.url import StoreUrl
 
 _log = Log("store.valkey")
 _NOTHING = Fetched()

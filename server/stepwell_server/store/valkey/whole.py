@@ -15,14 +15,14 @@ from stepwell_server.errors import ServerError
 from stepwell_server.store.base import Batch, Fetched, StoreError
 from stepwell_server.store.record import Stored
 from stepwell_server.store.valkey import meta
-from stepwell_server.store.valkey.client import Reply
+from stepwell_server.store.valkey.connection.client import Reply
+from stepwell_server.store.valkey.connection.nodes import topology_of
+from stepwell_server.store.valkey.connection.requests import Request, Requests
+from stepwell_server.store.valkey.connection.url import StoreUrl
 from stepwell_server.store.valkey.keys import META, Keys, store_key
 from stepwell_server.store.valkey.losses import Losses
 from stepwell_server.store.valkey.meta import Meta
-from stepwell_server.store.valkey.nodes import topology_of
-from stepwell_server.store.valkey.requests import Request, Requests
 from stepwell_server.store.valkey.store import ValkeyStore
-from stepwell_server.store.valkey.url import StoreUrl
 
 _AT_ONCE = 1000
 """Sessions that are asked for together."""

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from stepwell_server.files import private_files
 from stepwell_server.store.base import KeyFileError
-from stepwell_server.store.xaes import KEY_BYTES, Key
+from stepwell_server.store.encryption.xaes import KEY_BYTES, Key
 
 MOST_ID_BYTES = 32
 _ID = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MOST_ID_BYTES - 1}}}")

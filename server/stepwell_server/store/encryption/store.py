@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing_extensions import override
 
 from stepwell_server.store.base import Batch, LocalStore, StoreHealth, Tombstone
+from stepwell_server.store.encryption.sealer import Sealer
 from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import Stored
-from stepwell_server.store.sealing import Sealer
 
 
 class EncryptedStore(LocalStore):
-    """What is behind it never sees a state. Lists need no key: they say what is not encrypted (`sealing`).
+    """What is behind it never sees a state. Lists need no key: they say what is not encrypted (`sealer`).
 
     Documents have no states, and are as they were given.
     """

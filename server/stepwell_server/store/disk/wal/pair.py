@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from stepwell_server.store.base import StoreError
-from stepwell_server.store.disk.wal import Parts, Records, WriteAheadLog
-from stepwell_server.store.disk.wal_file import SegmentDamaged
+from stepwell_server.store.disk.wal.log import Parts, Records, WriteAheadLog
+from stepwell_server.store.disk.wal.segment import SegmentDamaged
 from stepwell_server.store.record import Puts, is_sound, supersedes
 
 COMMITS, BESIDE = ("0", "1"), ("2", "3")

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from stepwell_server.store.disk.wal_file import Segment, SegmentDamaged
+from stepwell_server.store.disk.wal.segment import Segment, SegmentDamaged
 from stepwell_server.store.record import Stored
 
 SEGMENT_BYTES = 8 * 2**20

@@ -13,12 +13,11 @@ from pathlib import Path
 from stepwell_server.clock import Clock
 from stepwell_server.store.base import Batch, StoreError, Tombstone
 from stepwell_server.store.counts import of_tenants
-from stepwell_server.store.disk import snapshot
+from stepwell_server.store.disk.backup.snapshot import DATA, Snapshot, opened
 from stepwell_server.store.disk.documents import Item
 from stepwell_server.store.disk.files import flush, flush_folders
 from stepwell_server.store.disk.lmdb import COPY, LmdbStore
 from stepwell_server.store.disk.lock import DirectoryLock, replacing
-from stepwell_server.store.disk.snapshot import DATA, Snapshot
 from stepwell_server.store.record import Stored, header_or_none
 
 #: Sessions in one transaction, and bytes of them.
@@ -138,7 +137,7 @@ def rebuild(
     aside = path / COPY
     lock = DirectoryLock(path, clock=clock)
     try:
-        with snapshot.opened(path) as found:
+        with opened(path) as found:
             shutil.rmtree(aside, ignore_errors=True)
             count = make(
                 aside,

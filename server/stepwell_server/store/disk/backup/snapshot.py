@@ -26,8 +26,8 @@ from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.disk.keys import all_entries, is_digest, named
 from stepwell_server.store.disk.lock import reading
 from stepwell_server.store.disk.tombstones import age_of, tombstone
-from stepwell_server.store.disk.wal_reading import LogReplaced, read_logs
-from stepwell_server.store.disk.wals import Mark
+from stepwell_server.store.disk.wal.pair import Mark
+from stepwell_server.store.disk.wal.reader import LogReplaced, read_logs
 from stepwell_server.store.disk.whole_file import require_whole_file
 from stepwell_server.store.record import is_sound, supersedes
 

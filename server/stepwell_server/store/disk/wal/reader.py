@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stepwell_server.store.base import StoreError
-from stepwell_server.store.disk.wal_format import Content, content_of
-from stepwell_server.store.disk.wals import BESIDE, COMMITS, Mark, is_later
+from stepwell_server.store.disk.wal.layout import Content, content_of
+from stepwell_server.store.disk.wal.pair import BESIDE, COMMITS, Mark, is_later
 from stepwell_server.store.record import HEADER, is_sound, size_of
 
 #: A busy log looks another way each time; it is looked at this often.

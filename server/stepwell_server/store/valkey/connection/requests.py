@@ -9,10 +9,10 @@ from collections.abc import Callable, Coroutine, Sequence
 
 from stepwell_server.errors import Overloaded, ServerError, StoreAway, StoreRefuses
 from stepwell_server.logs import Log
-from stepwell_server.store.valkey.client import Command, Denied, Lost, Refused, Reply
-from stepwell_server.store.valkey.nodes import Node, Topology
+from stepwell_server.store.valkey.connection.client import Command, Denied, Lost, Refused, Reply
+from stepwell_server.store.valkey.connection.nodes import Node, Topology
+from stepwell_server.store.valkey.connection.url import Address
 from stepwell_server.store.valkey.scripts import ALL, Script
-from stepwell_server.store.valkey.url import Address
 
 LIMIT = 2.5
 """Of the time for an answer: for so long a request is sent again before it is given up."""

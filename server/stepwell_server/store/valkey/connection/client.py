@@ -23,7 +23,7 @@ from valkey.asyncio import connection as base
 
 from stepwell_server.logs import Log
 from stepwell_server.store.base import StoreError
-from stepwell_server.store.valkey.url import Address, Login, Tls, UrlError, password_in, shown
+from stepwell_server.store.valkey.connection.url import Address, Login, Tls, UrlError, password_in, shown
 
 _log = Log("store.valkey")
 Command = Sequence[bytes | str | int]

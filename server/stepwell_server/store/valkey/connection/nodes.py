@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing_extensions import override
 
 from stepwell_server.store.valkey import scripts
-from stepwell_server.store.valkey.client import (
+from stepwell_server.store.valkey.connection.client import (
     Access,
     Command,
     Denied,
@@ -22,8 +22,8 @@ from stepwell_server.store.valkey.client import (
     context_of,
     slot_of,
 )
+from stepwell_server.store.valkey.connection.url import Address, StoreUrl, shown
 from stepwell_server.store.valkey.keys import META
-from stepwell_server.store.valkey.url import Address, StoreUrl, shown
 
 MOST_LINKS = 24
 """Exchanges with one node that may wait for a connection: 8 commits, 4 reads, and what else is asked at the same time."""

@@ -21,8 +21,15 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from stepwell_server.errors import StateCorrupt
+from stepwell_server.store.encryption.keyring import Keyring
+from stepwell_server.store.encryption.xaes import (
+    NONCE_BYTES,
+    NONCE_REST_BYTES,
+    TAG_BYTES,
+    random_nonces,
+    rest_of,
+)
 from stepwell_server.store.fields import KEY_ID_AT, SEAL
-from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import (
     HEADER,
     SCHEMA_VERSION,
@@ -39,7 +46,6 @@ from stepwell_server.store.record import (
     state_at,
     with_checksum,
 )
-from stepwell_server.store.xaes import NONCE_BYTES, NONCE_REST_BYTES, TAG_BYTES, random_nonces, rest_of
 
 _HEAD = struct.Struct("<HH")
 _CHECKSUM_BYTES = 4

@@ -1,4 +1,4 @@
-"""A segment of the write-ahead log: one file of entries, as `wal_format` lays them out.
+"""A segment of the write-ahead log: one file of entries, as `layout` lays them out.
 
 The file is preallocated, and overwritten from the beginning after it was truncated. So an append is one write into
 blocks that the disk has already, and waits for the disk once. A file that grows, or an LMDB transaction, waits twice:
@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from stepwell._record_file import HEAD
-from stepwell_server.store.disk import wal_format
 from stepwell_server.store.disk.files import flush_content, flush_open, write_zeros
+from stepwell_server.store.disk.wal import layout
 from stepwell_server.store.record import Stored, size_of
 
 #: Has a write return when the disk has it; 0 where the system has no such writes, and a flush follows instead (macOS).
@@ -91,7 +91,7 @@ class Segment:
         self.offsets, self.moved = {}, set()
         self._generation, self.end = 0, self.size  # there is no room until this is done
         generation = secrets.randbits(63) + 1
-        start = wal_format.lay_out((), generation, sequence, owner=self._owner)
+        start = layout.lay_out((), generation, sequence, owner=self._owner)
         self._write(start.buffers, 0, start.size)
         self._generation, self.end, self.sequence, self.base_sequence = (
             generation,
@@ -108,7 +108,7 @@ class Segment:
         """
         sequence = self.sequence + 1
         added = [
-            wal_format.lay_out(part, self._generation, sequence, remaining=len(parts) - 1 - place)
+            layout.lay_out(part, self._generation, sequence, remaining=len(parts) - 1 - place)
             for place, part in enumerate(parts)
         ]
         size = sum(entry.size for entry in added)
@@ -128,7 +128,7 @@ class Segment:
     def append_one(self, session_id: str, record: Stored) -> bool:
         """As `append`, of one record."""
         sequence, start = self.sequence + 1, self.end
-        data, record_at = wal_format.lay_out_one(session_id, record, self._generation, sequence)
+        data, record_at = layout.lay_out_one(session_id, record, self._generation, sequence)
         size = len(data)
         if start + size > self.size:
             return False
@@ -163,7 +163,7 @@ class Segment:
         """
         self.end = self.size  # nothing can be appended before it is loaded or truncated
         data = os.pread(self._file, self.size, 0)
-        found = wal_format.content_of(data)
+        found = layout.content_of(data)
         if found.owner is None:
             raise SegmentDamaged(f"{self.path} {found.problem}")
         if found.owner != self._owner:
