@@ -14,6 +14,7 @@
 #![cfg_attr(not(feature = "python"), allow(dead_code))] // what only Python calls
 
 mod clock;
+mod method;
 mod wakeup;
 
 /// gRPC's and protobuf's messages as bytes.
@@ -28,7 +29,10 @@ mod messages {
 mod limits {
     pub mod bounds;
     pub mod callers;
+    pub mod load;
+    pub mod peer;
     pub mod places;
+    pub mod refusals;
     pub mod settings;
     pub mod tenancy;
     pub mod turn;
@@ -54,7 +58,9 @@ mod triton {
 mod calls {
     mod answering;
     mod begin;
+    pub mod queue;
     pub mod serve;
+    pub mod service;
 }
 
 /// Connections.

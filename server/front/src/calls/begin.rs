@@ -1,12 +1,14 @@
 //! Whether a call that begins is served: its headers say enough, and not too much, and there is room for it.
 
+use crate::calls::service::Service;
 use crate::clock;
-use crate::limits::bounds::{Held, Refusal};
+use crate::limits::bounds::{CallPlace, Held};
 use crate::limits::callers::Whose;
-use crate::limits::places::{CallPlace, Pool};
+use crate::limits::peer::Peer;
+use crate::limits::places::Pool;
+use crate::limits::refusals::Refusal;
 use crate::messages::grpc::{self, Encoding, NoTimeout, Status};
-use crate::steps::call::Peer;
-use crate::wire::server::{Method, Shared};
+use crate::method::Method;
 use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::RecvStream;
@@ -38,9 +40,10 @@ pub fn admitted(
     request: &http::Request<RecvStream>,
     respond: &mut SendResponse<Bytes>,
     peer: &Arc<Peer>,
-    shared: &Arc<Shared>,
+    service: &Service,
 ) -> Option<Begun> {
-    let (headers, limits) = (request.headers(), &shared.limits);
+    let (headers, bounds) = (request.headers(), &service.bounds);
+    let limits = &bounds.limits;
     let is_grpc = headers
         .get(http::header::CONTENT_TYPE)
         .is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
@@ -53,27 +56,27 @@ pub fn admitted(
     let path = request.uri().path_and_query().map_or("", |path| path.as_str());
     let header_bytes = grpc::size(path, headers);
     if header_bytes > limits.header_bytes {
-        shared.counts.refuse(Refusal::Headers);
+        bounds.counts.refuse(Refusal::Headers);
         refuse(respond, &limits.headers_too_large);
         return None;
     }
-    let Some(method) = shared.methods.get(path).copied() else {
+    let Some(method) = service.methods.get(path).copied() else {
         refuse(respond, &Status::new(grpc::UNIMPLEMENTED, "Method not found!"));
         return None;
     };
-    let whose = Whose::of_call(headers, peer.certificate(), shared.callers.as_ref());
-    let is_known = whose.is_known(shared.callers.as_ref());
+    let whose = Whose::of_call(headers, peer.certificate(), service.callers.as_ref());
+    let is_known = whose.is_known(service.callers.as_ref());
     let pool = Pool::of(method, is_known);
     let caller = whose.share().filter(|_| is_known && pool == Pool::Known);
-    let Some(place) = CallPlace::take(shared, peer, caller.clone(), pool) else {
-        shared.counts.refuse(pool.refusal());
+    let Some(place) = CallPlace::take(bounds, &peer.load.share, caller.clone(), pool) else {
+        bounds.counts.refuse(pool.refusal());
         refuse(respond, &limits.overloaded);
         return None;
     };
     let own_bytes = if method.streams { STREAM_BYTES } else { CALL_BYTES };
-    let held = Held::new(shared, peer, caller, header_bytes + own_bytes);
+    let held = Held::new(bounds, &peer.load.share, caller, header_bytes + own_bytes);
     if !method.is_open && held.may_not_begin() {
-        shared.counts.refuse(Refusal::Memory);
+        bounds.counts.refuse(Refusal::Memory);
         refuse(respond, &limits.overloaded);
         return None;
     }

@@ -2,15 +2,19 @@
 
 use crate::calls::answering::Answering;
 use crate::calls::begin::{self, refuse};
+use crate::calls::service::Service;
 use crate::clock;
-use crate::limits::bounds::{counted, Held, Place, Refusal, GENERAL};
-use crate::limits::places::CallPlace;
+use crate::limits::bounds::{counted, CallPlace, Held};
+use crate::limits::load::{Place, GENERAL};
+use crate::limits::peer::Peer;
+use crate::limits::refusals::Refusal;
 use crate::messages::grpc::{self, Messages, Status, Unreadable, Whole};
-use crate::steps::call::{Call, Peer};
+use crate::messages::protobuf::NotPlain;
+use crate::method::{Method, Plain};
+use crate::steps::call::Call;
 use crate::steps::columns::{Arrival, Arrivals};
 use crate::steps::plain::Step;
-use crate::triton::request as triton;
-use crate::wire::server::{Method, Plain, Shared};
+use crate::triton::request;
 use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::{RecvStream, SendStream};
@@ -30,11 +34,11 @@ pub fn begin(
     request: http::Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
     peer: &Arc<Peer>,
-    shared: &Arc<Shared>,
+    service: &Arc<Service>,
 ) {
-    let Some(begun) = begin::admitted(&request, &mut respond, peer, shared) else { return };
+    let Some(begun) = begin::admitted(&request, &mut respond, peer, service) else { return };
     if begun.is_admitted && !begun.method.is_open {
-        peer.stay.know();
+        peer.know();
     }
     let (method, deadline, header_bytes) = (begun.method, begun.deadline, begun.held.bytes());
     let metadata = grpc::metadata(request.headers());
@@ -45,14 +49,14 @@ pub fn begin(
         deadline,
         metadata,
         begun.whose,
-        shared.unwritten.clone(),
+        service.unwritten.clone(),
     ));
     let served = Served {
         call,
         method,
-        shared: shared.clone(),
+        service: service.clone(),
         body: request.into_body(),
-        messages: Messages::new(begun.encoding, shared.limits.message_bytes_of(method)),
+        messages: Messages::new(begun.encoding, service.bounds.limits.message_bytes_of(method)),
         timer: clock::until(deadline).map(|left| Box::pin(sleep(left))),
         coming: receive::Coming::default(),
         held: begun.held,
@@ -80,7 +84,7 @@ pub fn begin(
 struct Served {
     call: Arc<Call>,
     method: Method,
-    shared: Arc<Shared>,
+    service: Arc<Service>,
     body: RecvStream,
     messages: Messages,
     /// Ends it when its time is over.
@@ -169,7 +173,7 @@ impl Served {
 
     fn submit(&mut self, message: Message) -> Result<(), Early> {
         match message {
-            Message::Whole(message) if self.take_plain_step(&message) => Ok(()),
+            Message::Whole(message) if self.take_plain_call(&message) => Ok(()),
             Message::Whole(message) => {
                 self.begin_general();
                 self.announce(Some(message))
@@ -186,39 +190,48 @@ impl Served {
     /// Let Python know of the call.
     fn announce(&mut self, request: Option<Bytes>) -> Result<(), Early> {
         let call = self.call.clone();
-        let arrival = match request.as_ref().and_then(|message| self.shared.breach(self.method, message)) {
+        let arrival = match request.as_ref().and_then(|message| self.service.breach(self.method, message)) {
             Some(breach) => Arrival::Breach(call, breach),
             None => Arrival::Call(call, request),
         };
-        self.is_known = self.shared.arrive_unless(Arrivals::has_many_calls, arrival);
+        self.is_known = self.service.queue.push_unless(Arrivals::has_many_calls, arrival);
         if self.is_known {
             return Ok(());
         }
-        self.shared.counts.refuse(Refusal::Calls);
-        Err(Early::Status(self.shared.limits.overloaded.clone()))
+        self.service.bounds.counts.refuse(Refusal::Calls);
+        Err(Early::Status(self.service.bounds.limits.overloaded.clone()))
     }
 
-    fn take_plain_step(&self, message: &Bytes) -> bool {
-        if self.shared.all_general.load(Ordering::Relaxed) {
+    fn take_plain_call(&self, message: &Bytes) -> bool {
+        if self.service.traces.load(Ordering::Relaxed) && self.call.is_traced() == Some(true) {
             return false;
         }
-        if self.shared.traces.load(Ordering::Relaxed) && self.call.is_traced() == Some(true) {
-            return false;
-        }
-        if self.method.plain == Plain::Infer {
-            return triton::take_call(&self.shared, &self.call, message);
-        }
-        if self.method.plain != Plain::Step {
-            return false;
-        }
-        let Ok(whose) = self.call.whose.taken(self.shared.callers.as_ref()) else { return false };
-        let Ok(step) = Step::of_request(message) else { return false };
-        let step = Step { whose, ..step };
-        let call = self.call.clone();
-        let deadline = call.deadline;
-        self.shared.queued.fetch_add(message.len(), Ordering::Relaxed);
-        self.shared.arrive(|arrivals| arrivals.push_step(call, None, &step, deadline, message.len()));
+        let mut session_id = String::new();
+        let step = match self.method.plain {
+            Plain::Step => self.plain(|| Step::of_request(message)),
+            Plain::Infer => self.plain(|| request::read(message, &mut session_id)),
+            _ => Err(NotPlain),
+        };
+        let Ok(step) = step else { return false };
+        self.put_into_columns(None, &step, message.len());
         true
+    }
+
+    /// A message that may be plain, as a step in the name of the caller. Err: Python serves it.
+    fn plain<'a>(&self, read: impl FnOnce() -> Result<Step<'a>, NotPlain>) -> Result<Step<'a>, NotPlain> {
+        if self.service.all_general.load(Ordering::Relaxed) {
+            return Err(NotPlain);
+        }
+        let whose = self.call.whose.taken(self.service.callers.as_ref())?;
+        Ok(Step { whose, ..read()? })
+    }
+
+    fn put_into_columns(&self, frame_id: Option<u64>, step: &Step<'_>, size: usize) {
+        let mut deadline = self.call.deadline;
+        if step.timeout_us > 0 {
+            deadline = deadline.min(clock::now() + step.timeout_us as f64 / 1e6);
+        }
+        self.service.queue.push_step(self.call.clone(), frame_id, step, deadline, size);
     }
 
     fn poll_answer(
@@ -312,8 +325,8 @@ impl Served {
     fn require_room(&mut self, bytes: usize) -> Result<(), Early> {
         self.held.set(self.header_bytes + bytes);
         if self.held.is_too_much() {
-            self.shared.counts.refuse(Refusal::Memory);
-            return Err(Early::Status(self.shared.limits.overloaded.clone()));
+            self.service.bounds.counts.refuse(Refusal::Memory);
+            return Err(Early::Status(self.service.bounds.limits.overloaded.clone()));
         }
         Ok(())
     }
@@ -341,7 +354,7 @@ impl Served {
                 }
             }
             keep_waker(&mut state.waker, cx);
-            let limits = &self.shared.limits;
+            let limits = &self.service.bounds.limits;
             is_open
                 && !self.is_deaf
                 && self.is_admitted
@@ -352,7 +365,7 @@ impl Served {
         };
         if may_read
             && self.call.peer.load.may_begin(cx, &mut self.place)
-            && self.shared.may_read(cx, &mut self.reading)
+            && self.service.queue.may_read(cx, &mut self.reading)
         {
             if self.messages.has_next() {
                 return Poll::Ready(Ok(Next::Message));
@@ -399,18 +412,12 @@ impl Served {
     }
 
     fn take_message(&mut self, message: Bytes) {
-        if self.method.plain == Plain::InferStream {
-            let number = triton::take_message(&self.shared, &self.call, &message);
-            if number.is_some() && !self.refuse_breach(&message) {
-                self.arrive(Arrival::Message(self.call.clone(), message, number));
-            }
+        let is_ordered = self.method.plain == Plain::InferStream;
+        let number = is_ordered.then(|| self.call.state().ordered.number());
+        if self.take_plain_message(&message, number) || self.refuse_breach(&message) {
             return;
         }
-        let is_frame = self.method.plain == Plain::StepStream;
-        if is_frame && self.take_plain_frame(&message) || self.refuse_breach(&message) {
-            return;
-        }
-        if is_frame {
+        if self.method.plain == Plain::StepStream {
             if let Some(frame_id) = Step::frame_id(&message) {
                 let mut state = self.call.state();
                 if state.frames.contains(&frame_id) || !state.general_frames.insert(frame_id) {
@@ -421,25 +428,32 @@ impl Served {
             }
         }
         self.call.hand_over(&mut self.call.state(), message.len());
-        self.arrive(Arrival::Message(self.call.clone(), message, None));
+        self.arrive(Arrival::Message(self.call.clone(), message, number));
     }
 
     /// End a stream whose message breaks a rule; whether it does.
     fn refuse_breach(&mut self, message: &[u8]) -> bool {
-        let Some(breach) = self.shared.breach(self.method, message) else { return false };
+        let Some(breach) = self.service.breach(self.method, message) else { return false };
         self.arrive(Arrival::Breach(self.call.clone(), breach));
         self.is_deaf = true;
         true
     }
 
-    fn take_plain_frame(&self, message: &Bytes) -> bool {
-        if self.shared.all_general.load(Ordering::Relaxed) {
-            return false;
-        }
+    /// Put a message of a stream into columns if it is plain; whether it was. `number`: of one of Triton's.
+    fn take_plain_message(&self, message: &Bytes, number: Option<u64>) -> bool {
         let sets = |number| self.call.state().sets.get(&number).cloned();
-        let Ok(whose) = self.call.whose.taken(self.shared.callers.as_ref()) else { return false };
-        let Ok((frame_id, step)) = Step::of_frame(message, sets) else { return false };
-        let step = Step { whose, ..step };
+        let (mut session_id, mut frame_id) = (String::new(), 0);
+        let step = match self.method.plain {
+            Plain::StepStream => self.plain(|| {
+                let (id, step) = Step::of_frame(message, sets)?;
+                frame_id = id;
+                Ok(step)
+            }),
+            Plain::InferStream => self.plain(|| request::read(message, &mut session_id)),
+            _ => Err(NotPlain),
+        };
+        let Ok(step) = step else { return false };
+        let frame_id = number.unwrap_or(frame_id);
         {
             let mut state = self.call.state();
             if !state.unread.is_empty() || state.end.is_some() {
@@ -452,14 +466,7 @@ impl Served {
             }
             state.held += message.len();
         }
-        let mut deadline = self.call.deadline;
-        if step.timeout_ms > 0 {
-            deadline = deadline.min(clock::now() + f64::from(step.timeout_ms) / 1000.0);
-        }
-        let call = self.call.clone();
-        self.shared.queued.fetch_add(message.len(), Ordering::Relaxed);
-        self.shared
-            .arrive(|arrivals| arrivals.push_step(call, Some(frame_id), &step, deadline, message.len()));
+        self.put_into_columns(Some(frame_id), &step, message.len());
         true
     }
 
@@ -467,7 +474,7 @@ impl Served {
     async fn write(&mut self, out: &mut Answering, reply: Bytes, _writing: Writing) -> Result<(), Early> {
         let Some(out) = out.begin() else { return Err(Early::Gone) };
         self.is_writing = true;
-        let reply = counted(reply, &self.shared, &self.call.peer);
+        let reply = counted(reply, &self.service.bounds, &self.call.peer.load.share);
         self.write_all(out, reply).await?;
         self.is_writing = false;
         Ok(())
@@ -485,10 +492,10 @@ impl Served {
                 return Ok(());
             }
             out.reserve_capacity(reply.len());
-            let unread = self.shared.limits.unread;
+            let unread = self.service.bounds.limits.unread;
             let Ok(room) = timeout(unread, poll_fn(|cx| self.poll_room(cx, out))).await else {
-                self.shared.counts.refuse(Refusal::UnreadReplies);
-                return Err(Early::Status(self.shared.limits.overloaded.clone()));
+                self.service.bounds.counts.refuse(Refusal::UnreadReplies);
+                return Err(Early::Status(self.service.bounds.limits.overloaded.clone()));
             };
             room?;
         }
@@ -527,20 +534,20 @@ impl Served {
     /// Nobody waits any more for what the call has under way.
     fn drop_frames(&self) {
         self.call.set_over(false);
-        self.shared.abandoned.fetch_add(1, Ordering::Relaxed);
+        self.service.queue.abandon();
     }
 
     /// Nobody waits for the call any more.
     fn abandon(&self, late: bool) {
         self.call.set_over(late);
-        self.shared.abandoned.fetch_add(1, Ordering::Relaxed);
+        self.service.queue.abandon();
         if self.is_known || self.call.is_handed_back() {
             self.arrive(Arrival::Ended(self.call.clone()));
         }
     }
 
     fn arrive(&self, arrival: Arrival) {
-        self.shared.arrive(|arrivals| arrivals.push(arrival));
+        self.service.queue.push(arrival);
     }
 
     fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<()> {

@@ -1,81 +1,11 @@
 //! What peers may make the server hold: counted for each connection and for all, and waited for or refused beyond.
 
 use crate::limits::places::{Places, Pool, Share};
-use crate::steps::call::Peer;
-use crate::steps::columns::Entry;
-use crate::wire::server::Shared;
+use crate::limits::refusals::{Refusal, REFUSALS};
+use crate::limits::settings::Limits;
 use bytes::Bytes;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Waker};
-
-/// What a message counts that Python reads, in plain steps: about as many cost the same.
-pub const GENERAL: usize = 8;
-
-/// Why a peer was refused something. The names are those of the metric's label.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// A connection: there are as many as may be.
-    Connections,
-    /// The same, from its address.
-    AddressConnections,
-    /// A connection that did nothing, or whose callers were not known, for a new one.
-    Evicted,
-    /// A connection could not be accepted, because file descriptors had run out.
-    OpenFiles,
-    /// A connection did not begin to speak HTTP/2 in time.
-    Handshake,
-    /// A connection did not answer a ping in time.
-    Silent,
-    /// A connection sent very many frames that carry no call.
-    ControlFrames,
-    /// A connection broke HTTP/2's rules, or h2's own limits.
-    Protocol,
-    /// A call: there are as many as may be, of all or of this caller, or Python has not looked at many.
-    Calls,
-    /// A call whose caller is not known: there are as many of these as may be.
-    UnknownCalls,
-    /// A call that asks how the server is, likewise.
-    HealthCalls,
-    /// The same, for as long as the client likes.
-    Watches,
-    /// A message that took too long to come.
-    SlowMessage,
-    /// A compressed message that is not one stream, or becomes too large.
-    Compressed,
-    /// A call whose headers are too large.
-    Headers,
-    /// A call, because too many bytes are in memory.
-    Memory,
-    /// A call whose replies nobody took for too long.
-    UnreadReplies,
-}
-
-const REFUSALS: [(Refusal, &str); 17] = [
-    (Refusal::Connections, "connections"),
-    (Refusal::AddressConnections, "address_connections"),
-    (Refusal::Evicted, "evicted"),
-    (Refusal::OpenFiles, "open_files"),
-    (Refusal::Handshake, "handshake"),
-    (Refusal::Silent, "silent"),
-    (Refusal::ControlFrames, "control_frames"),
-    (Refusal::Protocol, "protocol"),
-    (Refusal::Calls, "calls"),
-    (Refusal::UnknownCalls, "unknown_calls"),
-    (Refusal::HealthCalls, "health_calls"),
-    (Refusal::Watches, "watches"),
-    (Refusal::SlowMessage, "slow_message"),
-    (Refusal::Compressed, "compressed"),
-    (Refusal::Headers, "headers"),
-    (Refusal::Memory, "memory"),
-    (Refusal::UnreadReplies, "unread_replies"),
-];
-
-impl Refusal {
-    pub fn name(self) -> &'static str {
-        REFUSALS.iter().find(|(why, _)| *why == self).map_or("", |(_, name)| name)
-    }
-}
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::Arc;
 
 /// How much there is now, and how often something was refused.
 #[derive(Debug, Default)]
@@ -100,26 +30,30 @@ impl Counts {
     }
 }
 
-/// How much there is, for metrics.
-pub fn now(shared: &Shared) -> [(&'static str, usize); 9] {
-    let load = |count: &AtomicUsize| count.load(Ordering::Relaxed);
-    [
-        ("connections", load(&shared.counts.connections)),
-        ("calls", shared.counts.calls.all()),
-        ("unknown_calls", shared.counts.calls.of(Pool::Unknown)),
-        ("health_calls", shared.counts.calls.of(Pool::Health)),
-        ("watches", shared.counts.calls.of(Pool::Watch)),
-        ("held_bytes", load(&shared.held)),
-        ("queued_bytes", load(&shared.queued)),
-        ("window_bytes", load(&shared.counts.windows)),
-        ("unwritten_replies", shared.unwritten()),
-    ]
+/// What all connections together may hold and do, and what they do.
+#[derive(Debug)]
+pub struct Bounds {
+    pub limits: Limits,
+    pub counts: Counts,
+    /// Bytes of messages and replies in memory.
+    pub held: Arc<AtomicUsize>,
+}
+
+impl Bounds {
+    pub fn new(limits: Limits) -> Self {
+        Bounds { limits, counts: Counts::default(), held: Arc::default() }
+    }
+
+    #[cfg(test)]
+    pub fn for_test() -> Self {
+        Bounds::new(Limits::for_test())
+    }
 }
 
 /// So much of a count is taken until this is dropped.
 #[derive(Debug)]
 pub struct Slot {
-    shared: Arc<Shared>,
+    bounds: Arc<Bounds>,
     of: fn(&Counts) -> &AtomicUsize,
     size: usize,
 }
@@ -127,129 +61,32 @@ pub struct Slot {
 impl Slot {
     /// Take so much of a count, if it stays within the limit.
     pub fn take(
-        shared: &Arc<Shared>,
+        bounds: &Arc<Bounds>,
         of: fn(&Counts) -> &AtomicUsize,
         size: usize,
         limit: usize,
     ) -> Option<Self> {
-        let count = of(&shared.counts);
+        let count = of(&bounds.counts);
         if count.fetch_add(size, Ordering::Relaxed) + size > limit {
             count.fetch_sub(size, Ordering::Relaxed);
             return None;
         }
-        Some(Slot { shared: shared.clone(), of, size })
+        Some(Slot { bounds: bounds.clone(), of, size })
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        (self.of)(&self.shared.counts).fetch_sub(self.size, Ordering::Relaxed);
-    }
-}
-
-/// Tasks that wait for room, each of them once.
-#[derive(Debug, Default)]
-pub struct Waiters(Mutex<Waiting>);
-
-#[derive(Debug, Default)]
-struct Waiting {
-    round: u64,
-    wakers: Vec<Waker>,
-}
-
-/// Where a task stands in a list of waiters.
-#[derive(Debug, Default)]
-pub struct Place(Option<u64>);
-
-impl Waiters {
-    /// Be woken with the others; `place` is the task's own, and not to be shared with another list.
-    pub fn add(&self, cx: &Context<'_>, place: &mut Place) {
-        let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if place.0 != Some(waiting.round) {
-            place.0 = Some(waiting.round);
-            waiting.wakers.push(cx.waker().clone());
-        }
-    }
-
-    pub fn wake(&self) {
-        let woken = {
-            let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            if waiting.wakers.is_empty() {
-                return;
-            }
-            waiting.round += 1;
-            std::mem::take(&mut waiting.wakers)
-        };
-        woken.into_iter().for_each(Waker::wake);
-    }
-}
-
-/// What a connection has under way.
-#[derive(Debug)]
-pub struct Load {
-    /// Its calls, and bytes of messages and replies in memory.
-    pub share: Share,
-    /// Steps that Python was handed and has not answered; what is no plain step counts `GENERAL`.
-    steps: AtomicUsize,
-    most_steps: usize,
-    /// They were as many as may be, and not half of them have ended: what is let in comes in numbers, not one by one.
-    is_full: AtomicBool,
-    waiters: Waiters,
-}
-
-impl Load {
-    pub fn new(most_steps: usize) -> Self {
-        Load {
-            share: Share::default(),
-            steps: AtomicUsize::new(0),
-            most_steps,
-            is_full: AtomicBool::new(false),
-            waiters: Waiters::default(),
-        }
-    }
-
-    /// Whether the connection may begin more: else the task is woken when it may.
-    pub fn may_begin(&self, cx: &Context<'_>, place: &mut Place) -> bool {
-        if !self.is_full.load(Ordering::SeqCst) {
-            return true;
-        }
-        self.waiters.add(cx, place);
-        // some may have ended meanwhile, and have seen nobody waiting
-        !self.is_full.load(Ordering::SeqCst)
-    }
-
-    /// Whether so much is under way that the connection's calls had better take turns.
-    pub fn is_busy(&self) -> bool {
-        self.steps.load(Ordering::Relaxed) > self.most_steps / 4
-    }
-
-    pub fn begin(&self, steps: usize) {
-        if self.steps.fetch_add(steps, Ordering::SeqCst) + steps >= self.most_steps {
-            self.is_full.store(true, Ordering::SeqCst);
-            self.end(0); // others may have ended theirs before that was seen
-        }
-    }
-
-    pub fn end(&self, steps: usize) {
-        let left = self.steps.fetch_sub(steps, Ordering::SeqCst) - steps;
-        if left <= self.most_steps / 2 && self.is_full.swap(false, Ordering::SeqCst) {
-            self.waiters.wake();
-        }
-    }
-}
-
-/// Steps that nobody will answer any more: the server ends, or they were dropped with their call.
-impl Drop for Entry {
-    fn drop(&mut self) {
-        self.call.peer.load.end(*self.left.get_mut() as usize);
+        (self.of)(&self.bounds.counts).fetch_sub(self.size, Ordering::Relaxed);
     }
 }
 
 /// Bytes in memory for a connection and a caller, counted while this lives.
 #[derive(Debug)]
 pub struct Held {
-    shared: Arc<Shared>,
-    peer: Arc<Peer>,
+    bounds: Arc<Bounds>,
+    /// That of its connection.
+    own: Arc<Share>,
     /// None: nobody is asked, or it is not known.
     caller: Option<Arc<Share>>,
     bytes: usize,
@@ -261,8 +98,8 @@ const SMALL_BYTES: usize = 64 << 10;
 const SMALL_PART: usize = 8;
 
 impl Held {
-    pub fn new(shared: &Arc<Shared>, peer: &Arc<Peer>, caller: Option<Arc<Share>>, bytes: usize) -> Self {
-        let mut held = Held { shared: shared.clone(), peer: peer.clone(), caller, bytes: 0 };
+    pub fn new(bounds: &Arc<Bounds>, own: &Arc<Share>, caller: Option<Arc<Share>>, bytes: usize) -> Self {
+        let mut held = Held { bounds: bounds.clone(), own: own.clone(), caller, bytes: 0 };
         held.set(bytes);
         held
     }
@@ -274,7 +111,7 @@ impl Held {
     /// It is so many bytes now.
     pub fn set(&mut self, bytes: usize) {
         let caller = self.caller.as_ref().map(|caller| &caller.bytes);
-        for count in [&*self.shared.held, &self.peer.load.share.bytes].into_iter().chain(caller) {
+        for count in [&*self.bounds.held, &self.own.bytes].into_iter().chain(caller) {
             if bytes >= self.bytes {
                 count.fetch_add(bytes - self.bytes, Ordering::Relaxed);
             } else {
@@ -295,8 +132,8 @@ impl Held {
     /// Whether it must be given up: its connection or its caller holds more than is left for the others, and this is one
     /// of those that hold much; or all together hold so much that nobody may hold more.
     pub fn is_too_much(&self) -> bool {
-        let limits = &self.shared.limits;
-        let (held, own) = (self.shared.held.load(Ordering::Relaxed), self.own());
+        let limits = &self.bounds.limits;
+        let (held, own) = (self.bounds.held.load(Ordering::Relaxed), self.own());
         let is_beyond = |bytes: usize, limit: usize| bytes > limit + limit / SMALL_PART;
         (own > limits.connection_bytes || own > limits.budget_bytes.saturating_sub(held))
             && self.bytes > SMALL_BYTES
@@ -306,8 +143,8 @@ impl Held {
 
     /// The same for a call that begins: beside others of its connection, which hold more than is left, there is no room.
     pub fn may_not_begin(&self) -> bool {
-        let limits = &self.shared.limits;
-        let (held, own) = (self.shared.held.load(Ordering::Relaxed), self.own());
+        let limits = &self.bounds.limits;
+        let (held, own) = (self.bounds.held.load(Ordering::Relaxed), self.own());
         let is_over = held > limits.budget_bytes + limits.budget_bytes / SMALL_PART;
         is_over
             || own > SMALL_BYTES
@@ -317,7 +154,7 @@ impl Held {
     /// Bytes of its connection, or of its caller, whichever are more.
     fn own(&self) -> usize {
         let caller = self.caller.as_ref().map_or(0, |caller| caller.bytes.load(Ordering::Relaxed));
-        self.peer.load.share.bytes.load(Ordering::Relaxed).max(caller)
+        self.own.bytes.load(Ordering::Relaxed).max(caller)
     }
 }
 
@@ -328,7 +165,7 @@ impl Drop for Held {
 }
 
 /// A reply that is counted until it is written to the socket or given up, wherever it waits.
-pub fn counted(reply: Bytes, shared: &Arc<Shared>, peer: &Arc<Peer>) -> Bytes {
+pub fn counted(reply: Bytes, bounds: &Arc<Bounds>, own: &Arc<Share>) -> Bytes {
     struct Counted {
         reply: Bytes,
         _held: Held,
@@ -338,63 +175,92 @@ pub fn counted(reply: Bytes, shared: &Arc<Shared>, peer: &Arc<Peer>) -> Bytes {
             &self.reply
         }
     }
-    let held = Held::new(shared, peer, None, reply.len());
+    let held = Held::new(bounds, own, None, reply.len());
     Bytes::from_owner(Counted { reply, _held: held })
+}
+
+/// The place of a call, until this is dropped.
+#[derive(Debug)]
+pub struct CallPlace {
+    bounds: Arc<Bounds>,
+    /// That of its connection.
+    own: Arc<Share>,
+    /// That of its caller, if it is known.
+    caller: Option<Arc<Share>>,
+    pool: Pool,
+}
+
+impl CallPlace {
+    /// None: there is none for this connection, or this caller.
+    pub fn take(
+        bounds: &Arc<Bounds>,
+        own: &Arc<Share>,
+        caller: Option<Arc<Share>>,
+        pool: Pool,
+    ) -> Option<Self> {
+        let (limit, most) = pool.limits(&bounds.limits);
+        let left = limit.saturating_sub(bounds.counts.calls.of(pool));
+        let may_have_one = |share: &Share| {
+            let own = share.places.of(pool);
+            own < most && (own < left || own == 0 && left > 0)
+        };
+        if !may_have_one(own) || !caller.as_deref().is_none_or(may_have_one) {
+            return None;
+        }
+        let place = CallPlace { bounds: bounds.clone(), own: own.clone(), caller, pool };
+        place.each(|places| places.add(pool));
+        Some(place)
+    }
+
+    /// Its caller is known now: it takes a place among those instead; whether there is one.
+    pub fn know(&mut self, caller: Option<Arc<Share>>) -> bool {
+        if self.pool != Pool::Unknown {
+            return true;
+        }
+        let found = CallPlace::take(&self.bounds, &self.own, caller, Pool::Known);
+        found.map(|found| *self = found).is_some()
+    }
+
+    fn each(&self, change: impl Fn(&Places)) {
+        change(&self.bounds.counts.calls);
+        change(&self.own.places);
+        if let Some(caller) = &self.caller {
+            change(&caller.places);
+        }
+    }
+}
+
+impl Drop for CallPlace {
+    fn drop(&mut self) {
+        self.each(|places| places.remove(self.pool));
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::task::Wake;
-
-    #[derive(Default)]
-    struct Woken(AtomicBool);
-
-    impl Wake for Woken {
-        fn wake(self: Arc<Self>) {
-            self.0.store(true, Ordering::Relaxed);
-        }
-    }
-
-    #[test]
-    fn who_waits_for_room_is_woken_when_there_is_some() {
-        let woken = Arc::new(Woken::default());
-        let waker = Waker::from(woken.clone());
-        let cx = Context::from_waker(&waker);
-        let (load, mut place) = (Load::new(10), Place::default());
-        load.begin(9);
-        assert!(load.may_begin(&cx, &mut place));
-        load.begin(5);
-        assert!(!load.may_begin(&cx, &mut place) && !load.may_begin(&cx, &mut place));
-        assert_eq!(load.waiters.0.lock().unwrap().wakers.len(), 1, "each waits once");
-        load.end(8);
-        assert!(!woken.0.load(Ordering::Relaxed), "more than half are under way");
-        load.end(1);
-        assert!(woken.0.load(Ordering::Relaxed) && load.may_begin(&cx, &mut place));
-    }
-
     #[test]
     fn a_reply_counts_until_the_last_part_of_it_is_dropped() {
-        let shared = Arc::new(Shared::for_test());
-        let peer = Arc::new(Peer::for_test());
-        let mut reply = counted(Bytes::from_static(b"0123456789"), &shared, &peer);
+        let bounds = Arc::new(Bounds::for_test());
+        let peer = Arc::<Share>::default();
+        let mut reply = counted(Bytes::from_static(b"0123456789"), &bounds, &peer);
         let part = reply.split_to(4);
         drop(reply);
-        assert_eq!(shared.held.load(Ordering::Relaxed), 10);
+        assert_eq!(bounds.held.load(Ordering::Relaxed), 10);
         assert_eq!(&part[..], b"0123");
         drop(part);
-        assert_eq!(shared.held.load(Ordering::Relaxed), 0);
-        assert_eq!(peer.load.share.bytes.load(Ordering::Relaxed), 0);
+        assert_eq!(bounds.held.load(Ordering::Relaxed), 0);
+        assert_eq!(peer.bytes.load(Ordering::Relaxed), 0);
     }
 
     #[test]
     fn what_holds_much_is_given_up_first() {
-        let shared = Arc::new(Shared::for_test());
-        let (one, other) = (Arc::new(Peer::for_test()), Arc::new(Peer::for_test()));
-        let limit = shared.limits.connection_bytes;
-        let mut large = Held::new(&shared, &one, None, limit);
-        let small = Held::new(&shared, &one, None, SMALL_BYTES);
-        let elsewhere = Held::new(&shared, &other, None, SMALL_BYTES + 1);
+        let bounds = Arc::new(Bounds::for_test());
+        let (one, other) = (Arc::<Share>::default(), Arc::<Share>::default());
+        let limit = bounds.limits.connection_bytes;
+        let mut large = Held::new(&bounds, &one, None, limit);
+        let small = Held::new(&bounds, &one, None, SMALL_BYTES);
+        let elsewhere = Held::new(&bounds, &other, None, SMALL_BYTES + 1);
         assert!(large.is_too_much() && !small.is_too_much() && !elsewhere.is_too_much());
         assert!(small.may_not_begin() && !elsewhere.may_not_begin());
         large.set(2 * limit);
@@ -405,17 +271,17 @@ mod tests {
 
     #[test]
     fn nobody_holds_more_than_is_left_for_the_others() {
-        let mut shared = Shared::for_test();
-        shared.limits.connection_bytes = usize::MAX / 2;
-        let shared = Arc::new(shared);
-        let budget = shared.limits.budget_bytes;
-        let peers: Vec<_> = (0..3).map(|_| Arc::new(Peer::for_test())).collect();
-        let mut first = Held::new(&shared, &peers[0], None, budget / 2);
+        let mut bounds = Bounds::for_test();
+        bounds.limits.connection_bytes = usize::MAX / 2;
+        let bounds = Arc::new(bounds);
+        let budget = bounds.limits.budget_bytes;
+        let peers: Vec<_> = (0..3).map(|_| Arc::<Share>::default()).collect();
+        let mut first = Held::new(&bounds, &peers[0], None, budget / 2);
         assert!(!first.is_too_much());
-        let second = Held::new(&shared, &peers[1], None, budget / 4);
+        let second = Held::new(&bounds, &peers[1], None, budget / 4);
         assert!(first.is_too_much() && !second.is_too_much(), "who holds most is refused first");
         first.set(budget / 4 * 3);
-        let small = Held::new(&shared, &peers[2], None, SMALL_BYTES);
+        let small = Held::new(&bounds, &peers[2], None, SMALL_BYTES);
         assert!(!small.is_too_much() && !small.may_not_begin());
         first.set(budget / 8 * 7);
         assert!(small.is_too_much() && small.may_not_begin(), "nobody may hold more");
@@ -423,24 +289,24 @@ mod tests {
 
     #[test]
     fn a_caller_holds_what_all_of_its_connections_hold() {
-        let shared = Arc::new(Shared::for_test());
+        let bounds = Arc::new(Bounds::for_test());
         let caller = Arc::<Share>::default();
-        let peers: Vec<_> = (0..3).map(|_| Arc::new(Peer::for_test())).collect();
-        let half = shared.limits.connection_bytes / 2 + 1;
-        let mut one = Held::new(&shared, &peers[0], None, half);
-        let two = Held::new(&shared, &peers[1], Some(caller.clone()), half);
+        let peers: Vec<_> = (0..3).map(|_| Arc::<Share>::default()).collect();
+        let half = bounds.limits.connection_bytes / 2 + 1;
+        let mut one = Held::new(&bounds, &peers[0], None, half);
+        let two = Held::new(&bounds, &peers[1], Some(caller.clone()), half);
         assert!(!one.is_too_much() && !two.is_too_much());
         one.belongs_to(Some(caller.clone()));
         assert!(one.is_too_much() && two.is_too_much());
-        assert!(!Held::new(&shared, &peers[2], Some(Arc::default()), half).is_too_much());
+        assert!(!Held::new(&bounds, &peers[2], Some(Arc::default()), half).is_too_much());
         drop((one, two));
         assert_eq!(caller.bytes.load(Ordering::Relaxed), 0);
     }
 
     #[test]
     fn slots_are_given_back() {
-        let shared = Arc::new(Shared::for_test());
-        let take = || Slot::take(&shared, |counts| &counts.connections, 1, 2);
+        let bounds = Arc::new(Bounds::for_test());
+        let take = || Slot::take(&bounds, |counts| &counts.connections, 1, 2);
         let (first, second) = (take(), take());
         assert!(first.is_some() && second.is_some() && take().is_none());
         drop(first);
@@ -455,5 +321,64 @@ mod tests {
             let found: Vec<_> = counts.refusals().into_iter().filter(|(_, count)| *count > 0).collect();
             assert_eq!(found.last(), Some(&(name, 1)));
         }
+    }
+
+    fn take(bounds: &Arc<Bounds>, own: &Arc<Share>, caller: Option<&Arc<Share>>) -> Option<CallPlace> {
+        CallPlace::take(bounds, own, caller.cloned(), Pool::Known)
+    }
+
+    /// As many as there are for a connection.
+    fn fill(bounds: &Arc<Bounds>, own: &Arc<Share>, caller: Option<&Arc<Share>>) -> Vec<CallPlace> {
+        std::iter::from_fn(|| take(bounds, own, caller)).collect()
+    }
+
+    #[test]
+    fn nobody_has_more_places_than_are_left_for_the_others() {
+        let bounds = Arc::new(Bounds::for_test()); // 10 places
+        let peers: Vec<_> = (0..4).map(|_| Arc::<Share>::default()).collect();
+        let first = fill(&bounds, &peers[0], None);
+        assert_eq!(first.len(), 5);
+        let second = fill(&bounds, &peers[1], None);
+        assert_eq!(second.len(), 3);
+        assert!(take(&bounds, &peers[0], None).is_none(), "it holds most");
+        let one = take(&bounds, &peers[2], None);
+        let last = take(&bounds, &peers[3], None);
+        assert!(one.is_some() && last.is_some(), "those that hold nothing");
+        assert!(take(&bounds, &peers[3], None).is_none(), "none is left");
+        drop((first, second, one, last));
+        assert_eq!((bounds.counts.calls.all(), peers[0].places.all()), (0, 0));
+    }
+
+    #[test]
+    fn a_caller_has_one_share_over_all_of_its_connections() {
+        let bounds = Arc::new(Bounds::for_test());
+        let caller = Arc::default();
+        let peers: Vec<_> = (0..5).map(|_| Arc::<Share>::default()).collect();
+        let held: Vec<_> = peers.iter().flat_map(|peer| fill(&bounds, peer, Some(&caller))).collect();
+        assert_eq!(held.len(), 5);
+        assert!(take(&bounds, &Arc::<Share>::default(), Some(&Arc::default())).is_some(), "another caller");
+    }
+
+    #[test]
+    fn a_call_moves_when_its_caller_is_known() {
+        let bounds = Arc::new(Bounds::for_test());
+        let peer = Arc::<Share>::default();
+        let unknown = || CallPlace::take(&bounds, &peer, None, Pool::Unknown);
+        let mut place = unknown().unwrap();
+        assert!(place.know(None));
+        assert_eq!((bounds.counts.calls.of(Pool::Unknown), bounds.counts.calls.of(Pool::Known)), (0, 1));
+        let _others = fill(&bounds, &peer, None);
+        let mut late = unknown().unwrap();
+        assert!(!late.know(None), "there is no place");
+        drop(late);
+        assert_eq!(bounds.counts.calls.of(Pool::Unknown), 0);
+    }
+
+    #[test]
+    fn health_has_room_when_calls_have_none() {
+        let bounds = Arc::new(Bounds::for_test());
+        let peer = Arc::<Share>::default();
+        let _all = fill(&bounds, &peer, None);
+        assert!(CallPlace::take(&bounds, &peer, None, Pool::Health).is_some());
     }
 }

@@ -1,7 +1,7 @@
 //! What clients may take. The numbers are Python's.
 
 use crate::messages::grpc::Status;
-use crate::wire::server::Method;
+use crate::method::Method;
 use std::collections::HashMap;
 use std::time::Duration;
 

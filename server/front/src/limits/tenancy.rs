@@ -1,45 +1,12 @@
 //! Which connections are there, so that new ones find room: those that do nothing leave for them.
 
-use crate::steps::call::Peer;
+use crate::limits::peer::Peer;
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use tokio::sync::Notify;
 
 /// Connections that are looked at for each new one that finds no room.
 const LOOKS: usize = 64;
-
-/// What a connection is to the others.
-#[derive(Debug, Default)]
-pub struct Stay {
-    /// A caller who is known, or need not be, has made a call over it.
-    is_known: AtomicBool,
-    leave: Notify,
-}
-
-impl Stay {
-    pub fn know(&self) {
-        self.is_known.store(true, Ordering::Relaxed);
-    }
-
-    pub fn is_known(&self) -> bool {
-        self.is_known.load(Ordering::Relaxed)
-    }
-
-    /// Return when the connection is to leave for another.
-    pub async fn left(&self) {
-        self.leave.notified().await;
-    }
-}
-
-impl Peer {
-    /// Have the connection leave for another. It is read no further.
-    fn leave(&self) {
-        self.turn.give_up();
-        self.stay.leave.notify_one();
-    }
-}
 
 /// All of them.
 #[derive(Debug, Default)]
@@ -74,7 +41,7 @@ impl Connections {
         for _ in 0..LOOKS.min(table.all.len()) {
             let Some(weak) = table.all.pop_front() else { break };
             let Some(peer) = weak.upgrade() else { continue };
-            if asks && !peer.stay.is_known() {
+            if asks && !peer.is_known() {
                 peer.leave();
                 return true;
             }
@@ -99,7 +66,7 @@ impl Connections {
             let Some(weak) = table.all.pop_front() else { break };
             let Some(peer) = weak.upgrade() else { continue };
             table.all.push_back(weak);
-            let rank = |peer: &Peer| (!peer.stay.is_known(), peer.turn.kept());
+            let rank = |peer: &Peer| (!peer.is_known(), peer.turn.kept());
             if peer.turn.kept() > 0 && largest.as_ref().is_none_or(|other| rank(&peer) > rank(other)) {
                 largest = Some(peer);
             }
@@ -123,7 +90,7 @@ impl Connections {
 
     #[cfg(test)]
     pub fn know_last(&self) {
-        self.table().all.iter().filter_map(Weak::upgrade).max_by_key(|peer| peer.number).unwrap().stay.know();
+        self.table().all.iter().filter_map(Weak::upgrade).max_by_key(|peer| peer.number).unwrap().know();
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -153,25 +120,25 @@ impl Drop for FromAddress {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::places::{CallPlace, Pool};
-    use crate::wire::server::Shared;
+    use crate::limits::bounds::{Bounds, CallPlace};
+    use crate::limits::places::Pool;
     use std::net::Ipv4Addr;
 
     fn has_left(peer: &Peer) -> bool {
         let waker = std::task::Waker::noop();
-        std::pin::pin!(peer.stay.left()).poll(&mut std::task::Context::from_waker(waker)).is_ready()
+        std::pin::pin!(peer.left()).poll(&mut std::task::Context::from_waker(waker)).is_ready()
     }
 
     use std::future::Future;
 
     #[test]
     fn what_does_nothing_leaves_first() {
-        let shared = Arc::new(Shared::for_test());
+        let bounds = Arc::new(Bounds::for_test());
         let connections = Connections::default();
         let peers: Vec<_> = (0..3).map(|_| Arc::new(Peer::for_test())).collect();
         peers.iter().for_each(|peer| connections.add(peer));
-        peers.iter().for_each(|peer| peer.stay.know());
-        let place = CallPlace::take(&shared, &peers[0], None, Pool::Known);
+        peers.iter().for_each(|peer| peer.know());
+        let place = CallPlace::take(&bounds, &peers[0].load.share, None, Pool::Known);
         assert!(place.is_some() && connections.make_room(true) && connections.make_room(true));
         assert!(!connections.make_room(true), "the other one has a call");
         assert_eq!(peers.iter().map(|peer| has_left(peer)).collect::<Vec<_>>(), [false, true, true]);
@@ -181,13 +148,13 @@ mod tests {
 
     #[test]
     fn callers_that_are_not_known_leave_whatever_they_do_where_callers_are_asked() {
-        let shared = Arc::new(Shared::for_test());
+        let bounds = Arc::new(Bounds::for_test());
         let connections = Connections::default();
         let (idle, stranger) = (Arc::new(Peer::for_test()), Arc::new(Peer::for_test()));
-        idle.stay.know();
+        idle.know();
         connections.add(&idle);
         connections.add(&stranger);
-        let _place = CallPlace::take(&shared, &stranger, None, Pool::Unknown);
+        let _place = CallPlace::take(&bounds, &stranger.load.share, None, Pool::Unknown);
         assert!(connections.make_room(true) && has_left(&stranger) && !has_left(&idle));
     }
 
@@ -199,7 +166,7 @@ mod tests {
         for (peer, bytes) in peers.iter().zip([3000, 2000, 1000, 0]) {
             peer.turn.set_kept(bytes);
         }
-        peers[0].stay.know();
+        peers[0].know();
         for left in [[false, true, false, false], [false, false, true, false], [true, false, false, false]] {
             assert!(connections.end_largest());
             assert_eq!(peers.iter().map(|peer| has_left(peer)).collect::<Vec<_>>(), left);

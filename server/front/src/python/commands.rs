@@ -3,8 +3,9 @@
 use crate::messages::grpc::{self, Status};
 use crate::steps::call::Call;
 use crate::steps::columns::Batch;
-use crate::steps::reply::{self, Answer};
+use crate::steps::reply::{deliver, Answer, StepReplies};
 use crate::steps::sets::SessionSet;
+use crate::triton::reply::InferReplies;
 use bytes::Bytes;
 use std::sync::Arc;
 
@@ -22,7 +23,10 @@ pub enum Command {
 /// On the wire, in whichever thread drives it.
 pub fn carry_out(command: Command) {
     match command {
-        Command::Deliver(batch, answer) => reply::deliver(&batch, &answer),
+        Command::Deliver(batch, answer) => match &batch.signature.model {
+            None => deliver(&StepReplies, &batch, &answer),
+            Some((model, _)) => deliver(&InferReplies { model }, &batch, &answer),
+        },
         Command::Finish(call, message) => call.finish(grpc::framed(&message)),
         Command::Write(call, message, number) => call.write(&message, number),
         Command::End(call, status) => call.end(status),

@@ -5,11 +5,11 @@
 //! thread lends the runtime to the event loop then, which is woken by the sockets themselves, reads, steps, and writes.
 //! As soon as others come, or something that may take long, or nothing any more, the wire's thread has it again.
 
+use crate::calls::queue::Queue;
 use crate::python::commands::{carry_out, Command};
 use crate::steps::columns::{Arrival, LARGE};
-use crate::wire::server::Shared;
 use std::future::Future;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
@@ -29,7 +29,9 @@ const WRITING: usize = 1;
 
 /// For the event loop's thread, but for `drive`.
 pub struct Driver {
-    pub shared: Arc<Shared>,
+    pub queue: Arc<Queue>,
+    /// What Python has asked for and is not done.
+    commands: AtomicUsize,
     sender: mpsc::UnboundedSender<Command>,
     state: Mutex<State>,
     /// The wire's thread is to lend the runtime.
@@ -51,7 +53,7 @@ struct State {
 
 impl Driver {
     /// One that is to `drive`, and what it is asked to do, which its wire carries out while it drives itself.
-    pub fn new(shared: Arc<Shared>) -> (Self, mpsc::UnboundedReceiver<Command>) {
+    pub fn new(queue: Arc<Queue>) -> (Self, mpsc::UnboundedReceiver<Command>) {
         let (sender, waiting) = mpsc::unbounded_channel();
         let state = State {
             runtime: None,
@@ -62,7 +64,8 @@ impl Driver {
             pace: Pace::default(),
         };
         let driver = Driver {
-            shared,
+            queue,
+            commands: AtomicUsize::new(0),
             sender,
             state: Mutex::new(state),
             asked: Notify::new(),
@@ -101,7 +104,7 @@ impl Driver {
     /// Let the event loop drive, and return when it does not any more.
     fn lend(&self, runtime: &Runtime) {
         let mut state = self.state();
-        if !state.may_lend || !state.pace.is_lone() || !self.shared.wakeup.add_sockets() {
+        if !state.may_lend || !state.pace.is_lone() || !self.queue.wakeup.add_sockets() {
             return;
         }
         state.is_lent = true;
@@ -120,7 +123,7 @@ impl Driver {
         if state.is_lent {
             state.is_lent = false;
             state.pace = Pace::default();
-            self.shared.wakeup.remove_sockets();
+            self.queue.wakeup.remove_sockets();
             self.given_back.notify_one();
         }
     }
@@ -137,22 +140,33 @@ impl Driver {
         let mut state = self.state();
         if state.is_lent {
             state.turns += 1;
-            self.shared.is_taking.store(true, Ordering::Relaxed);
+            self.queue.is_taking.store(true, Ordering::Relaxed);
             state.turn(|| (), READING);
-            self.shared.is_taking.store(false, Ordering::Relaxed);
+            self.queue.is_taking.store(false, Ordering::Relaxed);
         } else {
             state.other_turns += 1;
         }
-        let taken = self.shared.take();
+        let taken = self.queue.take();
         state.pace.took(&taken, Instant::now());
         if state.is_lent {
             if !state.pace.is_lone() {
                 self.take_back(&mut state);
             }
-        } else if state.pace.is_lone() && state.may_lend && self.shared.wakeup.sees_all() {
+        } else if state.pace.is_lone() && state.may_lend && self.queue.wakeup.sees_all() {
             self.asked.notify_one();
         }
         taken
+    }
+
+    /// Carry out what was sent, on the wire's thread.
+    pub fn carry_out(&self, command: Command) {
+        carry_out(command);
+        self.commands.fetch_sub(1, Ordering::Release);
+    }
+
+    /// What was sent and is not carried out.
+    pub fn waiting(&self) -> usize {
+        self.commands.load(Ordering::Acquire)
     }
 
     /// How often `take` was called, by who drove the wire.
@@ -167,7 +181,7 @@ impl Driver {
         if state.is_lent {
             return state.turn(|| carry_out(command), WRITING);
         }
-        self.shared.commands.fetch_add(1, Ordering::Release);
+        self.commands.fetch_add(1, Ordering::Release);
         // it fails where the wire's thread has ended, and then there is nobody to hear of it
         let _ = self.sender.send(command);
     }
@@ -264,14 +278,14 @@ mod tests {
 
     fn wire() -> Wire {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let (driver, _) = Driver::new(Arc::new(Shared::for_test()));
+        let (driver, _) = Driver::new(Arc::new(Queue::for_test()));
         let (client, served) = StdUnixStream::pair().unwrap();
         served.set_nonblocking(true).unwrap();
         Wire { driver: Arc::new(driver), client, runtime, served }
     }
 
-    async fn serve(shared: Arc<Shared>, served: StdUnixStream) {
-        let _watched = shared.wakeup.watch(&served);
+    async fn serve(queue: Arc<Queue>, served: StdUnixStream) {
+        let _watched = queue.wakeup.watch(&served);
         let mut served = UnixStream::from_std(served).unwrap();
         let mut names = [0; 16];
         loop {
@@ -279,7 +293,7 @@ mod tests {
             if size == 0 {
                 return;
             }
-            shared.arrive(|arrivals| names[..size].iter().for_each(|name| push(arrivals, *name)));
+            queue.add(|arrivals| names[..size].iter().for_each(|name| push(arrivals, *name)));
         }
     }
 
@@ -287,7 +301,7 @@ mod tests {
     #[allow(unsafe_code)]
     fn next(driver: &Driver) -> Vec<Arrival> {
         loop {
-            let mut polled = libc::pollfd { fd: driver.shared.wakeup.fd(), events: libc::POLLIN, revents: 0 };
+            let mut polled = libc::pollfd { fd: driver.queue.wakeup.fd(), events: libc::POLLIN, revents: 0 };
             // SAFETY: one entry, which lives until the call returns.
             assert_eq!(unsafe { libc::poll(std::ptr::from_mut(&mut polled), 1, 60_000) }, 1, "nothing comes");
             let found = driver.take();
@@ -328,7 +342,7 @@ mod tests {
     #[test]
     fn the_event_loop_drives_until_others_come() {
         let Wire { driver, mut client, runtime, served } = wire();
-        drop(runtime.spawn(serve(driver.shared.clone(), served)));
+        drop(runtime.spawn(serve(driver.queue.clone(), served)));
         turn(&runtime, || (), READING);
         {
             let mut state = driver.state();
@@ -338,7 +352,7 @@ mod tests {
             state.pace.latest = Some(Instant::now() + Duration::from_secs(3600));
             // whatever it takes is quick
         }
-        assert!(driver.shared.wakeup.add_sockets());
+        assert!(driver.queue.wakeup.add_sockets());
         client.write_all(b"a").unwrap();
         let found = next(&driver);
         assert!(matches!(&found[..], [Arrival::Batch(batch)] if batch.entries.len() == 1));
@@ -355,17 +369,13 @@ mod tests {
         driver.take();
         assert_eq!(driver.turns(), [("event_loop", own), ("thread", 1)]);
         driver.send(Command::Finish(call.clone(), Bytes::from_static(b"answered")));
-        assert_eq!(
-            (call.state().replies.len(), driver.shared.unwritten()),
-            (1, 1),
-            "another thread is to do it"
-        );
+        assert_eq!((call.state().replies.len(), driver.waiting()), (1, 1), "another thread is to do it");
     }
 
     #[test]
     fn the_wire_has_it_back_when_nothing_comes_any_more() {
         let Wire { driver, mut client, runtime, served } = wire();
-        let serving = serve(driver.shared.clone(), served);
+        let serving = serve(driver.queue.clone(), served);
         let own = driver.clone();
         let thread = std::thread::spawn(move || own.drive(runtime, serving));
         while !driver.state().is_lent {

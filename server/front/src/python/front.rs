@@ -3,12 +3,15 @@
 // pyo3's macros convert errors into themselves.
 #![allow(clippy::useless_conversion)]
 
+use crate::calls::queue::Queue;
+use crate::calls::service::Service;
 use crate::clock;
-use crate::limits::bounds;
+use crate::limits::bounds::Bounds;
 use crate::limits::settings::Limits;
 use crate::messages::grpc::Status;
 use crate::messages::shape::{Given, Shape};
-use crate::python::commands::{carry_out, Command};
+use crate::method::{Method, Plain};
+use crate::python::commands::Command;
 use crate::python::driver::Driver;
 use crate::python::known::KnownCallers;
 use crate::python::lists::{self, bytes_of, key, numbers_of, Peers};
@@ -16,7 +19,7 @@ use crate::steps::call::Call;
 use crate::steps::columns::{Arrival, Batch, Entry};
 use crate::steps::reply::{Answer, Output};
 use crate::wakeup::Wakeup;
-use crate::wire::server::{self, Listener, Method, Plain, Shared, Stage};
+use crate::wire::server::{self, Listener, Server, Stage};
 use crate::wire::tls::{self, Unusable};
 use bytes::Bytes;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -46,7 +49,7 @@ fn status((code, message, details, may_go_elsewhere): Said) -> Status {
 /// The front. Started and stopped once.
 #[pyclass(frozen)]
 struct Front {
-    shared: Arc<Shared>,
+    server: Arc<Server>,
     stage: watch::Sender<Stage>,
     driver: Arc<Driver>,
     waiting: Mutex<Option<mpsc::UnboundedReceiver<Command>>>,
@@ -95,11 +98,13 @@ impl Front {
         let shapes: Option<Vec<Shape>> = shapes.into_iter().map(Shape::new).collect();
         let shapes = shapes.ok_or_else(|| PyValueError::new_err("the rules of a request make no sense"))?;
         let callers = callers.map(|known| known.callers.clone());
-        let shared = Arc::new(Shared::new(limits, methods, shapes, callers, Wakeup::new()?));
-        let (driver, waiting) = Driver::new(shared.clone());
+        let queue = Arc::new(Queue::new(Wakeup::new()?, limits.queued_bytes));
+        let bounds = Arc::new(Bounds::new(limits));
+        let (driver, waiting) = Driver::new(queue.clone());
+        let service = Service::new(bounds, queue, methods, shapes, callers);
         let (ending, ended) = std::sync::mpsc::channel();
         Ok(Front {
-            shared,
+            server: Arc::new(Server::new(Arc::new(service))),
             stage: watch::Sender::new(Stage::Serving),
             driver: Arc::new(driver),
             waiting: Mutex::new(Some(waiting)),
@@ -123,7 +128,7 @@ impl Front {
                 Unusable::ClientCa(why) => ("client_ca", why),
             })
         })?;
-        *self.shared.tls.lock().unwrap_or_else(PoisonError::into_inner) = Some(config);
+        *self.server.tls.lock().unwrap_or_else(PoisonError::into_inner) = Some(config);
         Ok(())
     }
 
@@ -135,26 +140,25 @@ impl Front {
             return Err(PyRuntimeError::new_err("a front is started once"));
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let (shared, stage) = (self.shared.clone(), self.stage.subscribe());
+        let (served, stage) = (self.server.clone(), self.stage.subscribe());
         let until = self.stage.subscribe();
-        let (carried, watched, driver) = (self.shared.clone(), self.shared.clone(), self.driver.clone());
+        let (carrier, driver) = (self.driver.clone(), self.driver.clone());
         let ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner).take();
         let serving = async move {
             let mut carrying = tokio::spawn(async move {
                 while let Some(command) = waiting.recv().await {
-                    carry_out(command);
-                    carried.commands.fetch_sub(1, Ordering::Release);
+                    carrier.carry_out(command);
                 }
             });
             tokio::select! {
-                () = server::run(listeners, shared, stage) => carrying.abort(),
+                () = server::run(listeners, served, stage) => carrying.abort(),
                 _ = &mut carrying => {} // it has panicked: nobody would be answered any more
             }
         };
         let thread = std::thread::Builder::new().name("stepwell-front".to_owned()).spawn(move || {
             driver.drive(runtime, serving);
             if *until.borrow() == Stage::Serving {
-                watched.end();
+                driver.queue.end();
             }
             drop(ending);
         })?;
@@ -164,38 +168,41 @@ impl Front {
 
     /// Readable when something has come.
     fn fd(&self) -> i32 {
-        self.shared.wakeup.fd()
+        self.driver.queue.wakeup.fd()
     }
 
     /// Replies that are not on their way.
     fn unwritten(&self) -> usize {
-        self.shared.unwritten()
+        self.server.service.unwritten.load(Ordering::Acquire) + self.driver.waiting()
     }
 
     /// How much there is now, how often something was refused, by reason, and how often Python took what had come, by who
     /// drove the wire.
     fn counts(&self) -> (HashMap<&'static str, usize>, Vec<Count>, [Count; 2]) {
-        (HashMap::from(bounds::now(&self.shared)), self.shared.counts.refusals(), self.driver.turns())
+        let service = &self.server.service;
+        let mut now = HashMap::from(service.now());
+        now.insert("unwritten_replies", self.unwritten());
+        (now, service.bounds.counts.refusals(), self.driver.turns())
     }
 
     /// Hand on every message with its bytes, or only those that are not plain.
     fn set_general(&self, everything: bool) {
-        self.shared.all_general.store(everything, Ordering::Relaxed);
+        self.server.service.all_general.store(everything, Ordering::Relaxed);
     }
 
     /// Hand on calls whose clients trace them with their bytes: their metadata says of which trace they are.
     fn set_traces(&self, traces: bool) {
-        self.shared.traces.store(traces, Ordering::Relaxed);
+        self.server.service.traces.store(traces, Ordering::Relaxed);
     }
 
     /// What has come since the last time, in its order: tuples that begin with one of the numbers below.
     ///
     /// Raises RuntimeError when the wire's thread has ended by itself.
     fn take<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        if self.shared.is_dead.load(Ordering::Acquire) {
+        if self.driver.queue.is_dead.load(Ordering::Acquire) {
             return Err(PyRuntimeError::new_err("the wire's thread has ended"));
         }
-        let seen = self.seen.swap(self.shared.abandoned.load(Ordering::Relaxed), Ordering::Relaxed);
+        let seen = self.seen.swap(self.driver.queue.abandoned.load(Ordering::Relaxed), Ordering::Relaxed);
         let found = PyList::empty_bound(py);
         let mut peers = HashMap::new();
         let mut skipped = HashSet::new();
@@ -267,7 +274,7 @@ impl Front {
     }
 
     fn handle(&self, call: Arc<Call>) -> CallHandle {
-        CallHandle { call, driver: self.driver.clone() }
+        CallHandle { call, driver: self.driver.clone(), service: self.server.service.clone() }
     }
 
     fn batch<'py>(
@@ -304,7 +311,7 @@ impl Front {
         let handle = BatchHandle {
             batch: Arc::new(batch),
             driver: self.driver.clone(),
-            shared: self.shared.clone(),
+            service: self.server.service.clone(),
             seen,
         };
         let tuple: PyObject = (0, handle, ids, callers, whos, columns, asked, tensors).into_py(py);
@@ -317,6 +324,7 @@ impl Front {
 struct CallHandle {
     call: Arc<Call>,
     driver: Arc<Driver>,
+    service: Arc<Service>,
 }
 
 #[pymethods]
@@ -371,7 +379,7 @@ impl CallHandle {
 
     /// Python has found out who makes the call, whose name in `KnownCallers` is this.
     fn identified(&self, identity: &str) {
-        self.call.whose.identified(identity, self.driver.shared.callers.as_ref());
+        self.call.whose.identified(identity, self.service.callers.as_ref());
         // a call of one message is admitted by whoever judges it: its caller is known also where it is refused
         if self.call.streams && !self.call.state().is_admitted {
             self.admit();
@@ -413,7 +421,7 @@ impl CallHandle {
     /// What the client means by a number in messages that are read from now on. `sizes`: rows of each as uint32, or
     /// empty; `held_bytes`: what it takes.
     fn know_set(&self, number: u32, ids: Bound<'_, PyList>, sizes: &[u8], held_bytes: usize) -> PyResult<()> {
-        let set = lists::set_of(ids, sizes, &self.driver.shared.held, held_bytes)?;
+        let set = lists::set_of(ids, sizes, &self.service.bounds.held, held_bytes)?;
         self.send(Command::KnowSet(self.call.clone(), number, Some(Arc::new(set))));
         Ok(())
     }
@@ -435,7 +443,7 @@ impl CallHandle {
 struct BatchHandle {
     batch: Arc<Batch>,
     driver: Arc<Driver>,
-    shared: Arc<Shared>,
+    service: Arc<Service>,
     seen: u64,
 }
 
@@ -530,7 +538,11 @@ impl BatchHandle {
             let (key, message) = (key(&entry.call), PyBytes::new_bound(py, &request.message));
             let tuple: PyObject = match entry.frame_id {
                 None => {
-                    let handle = CallHandle { call: entry.call.clone(), driver: self.driver.clone() };
+                    let handle = CallHandle {
+                        call: entry.call.clone(),
+                        driver: self.driver.clone(),
+                        service: self.service.clone(),
+                    };
                     (1, key, handle, message).into_py(py)
                 }
                 Some(number) => (2, key, message, number).into_py(py),
@@ -542,7 +554,7 @@ impl BatchHandle {
 
     /// Members whose callers do not wait any more.
     fn gone(&self) -> Vec<u32> {
-        if self.shared.abandoned.load(Ordering::Relaxed) == self.seen {
+        if self.driver.queue.abandoned.load(Ordering::Relaxed) == self.seen {
             return Vec::new();
         }
         self.batch

@@ -1,71 +1,18 @@
 //! One call as both sides know it: the task that serves it on the wire, and whoever answers it.
 
-use crate::limits::bounds::{Load, GENERAL};
-use crate::limits::callers::{Credential, Whose};
-use crate::limits::tenancy::Stay;
-use crate::limits::turn::Turn;
+use crate::limits::callers::Whose;
+use crate::limits::load::GENERAL;
+use crate::limits::peer::Peer;
 use crate::messages::grpc::{self, Status};
 use crate::messages::protobuf::{Fields, Value};
+use crate::method::Method;
 use crate::steps::ordered::{Ordered, Reply};
 use crate::steps::sets::SessionSet;
-use crate::wire::server::Method;
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
-use tokio::sync::Semaphore;
-
-/// Calls of one connection of which Python is asked at the same time who makes them. Asking takes as long as ten steps.
-const MAX_JUDGED: usize = 8;
-
-/// What all calls of a connection share.
-#[derive(Debug)]
-pub struct Peer {
-    /// As gRPC writes it: `ipv4:127.0.0.1:4711`.
-    pub name: String,
-    /// Tells connections apart.
-    pub number: u64,
-    /// Of the certificate with which its client has shown who it is; and the same, as what calls are known by.
-    shown: OnceLock<(Vec<String>, Option<Credential>)>,
-    pub load: Load,
-    pub stay: Stay,
-    pub turn: Arc<Turn>,
-    /// One of its messages is inflated at a time.
-    pub inflating: tokio::sync::Mutex<()>,
-    /// Places of calls of which Python is asked who makes them.
-    pub judging: Arc<Semaphore>,
-}
-
-impl Peer {
-    /// One that has shown no certificate.
-    pub fn new(name: String, number: u64, load: Load, turn: Arc<Turn>) -> Self {
-        let inflating = tokio::sync::Mutex::default();
-        let judging = Arc::new(Semaphore::new(MAX_JUDGED));
-        Peer { name, number, shown: OnceLock::new(), load, stay: Stay::default(), turn, inflating, judging }
-    }
-
-    /// It has shown a certificate with these names.
-    pub fn show(&self, certificate_names: Vec<String>) {
-        let certificate = Credential::of_certificate(&certificate_names);
-        let _ = self.shown.set((certificate_names, certificate));
-    }
-
-    pub fn certificate_names(&self) -> &[String] {
-        self.shown.get().map_or(&[], |(names, _)| names)
-    }
-
-    pub fn certificate(&self) -> Option<Credential> {
-        self.shown.get().and_then(|(_, certificate)| *certificate)
-    }
-}
-
-#[cfg(test)]
-impl Peer {
-    pub fn for_test() -> Self {
-        Peer::new("test".to_owned(), 0, Load::new(1000), Arc::default())
-    }
-}
 
 /// A call on its way.
 #[derive(Debug)]
@@ -332,9 +279,8 @@ impl Call {
 
     #[cfg(test)]
     pub fn of_connection(number: u64) -> Self {
-        let peer = Arc::new(Peer { number, ..Peer::for_test() });
-        let method =
-            Method { index: 0, streams: false, plain: crate::wire::server::Plain::No, is_open: false };
+        let peer = Arc::new(Peer::numbered(number));
+        let method = Method { index: 0, streams: false, plain: crate::method::Plain::No, is_open: false };
         Call::new(peer, method, 0.0, f64::INFINITY, Vec::new(), Whose::Anybody, Arc::default())
     }
 }

@@ -1,11 +1,12 @@
 //! What has come for Python, in its order: batches of plain steps as columns, and everything else as events.
 
 use crate::clock;
-use crate::limits::bounds::{Refusal, GENERAL};
 use crate::limits::callers::Known;
+use crate::limits::load::GENERAL;
+use crate::limits::refusals::Refusal;
 use crate::messages::shape::Breach;
 use crate::steps::call::Call;
-use crate::steps::plain::Step;
+use crate::steps::plain::{Request, Step};
 use crate::steps::sets::{Ids, SessionSet};
 use bytes::Bytes;
 use std::collections::{HashSet, VecDeque};
@@ -78,15 +79,6 @@ impl Signature {
     }
 }
 
-/// One of Triton's requests.
-#[derive(Debug)]
-pub struct Request {
-    /// Its id, which comes back.
-    pub id: Bytes,
-    /// All of it: Python may want to do it as it does those that are not plain.
-    pub message: Bytes,
-}
-
 /// One message of a batch.
 #[derive(Debug)]
 pub struct Entry {
@@ -110,6 +102,13 @@ pub struct Entry {
     pub is_short: bool,
     /// Bytes of the message.
     pub held: usize,
+}
+
+/// Steps that nobody will answer any more: the server ends, or they were dropped with their call.
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.call.peer.load.end(*self.left.get_mut() as usize);
+    }
 }
 
 /// Plain steps of one signature, as columns.
@@ -157,15 +156,7 @@ impl Batch {
         self.sizes.len() + count <= MOST_IN_BATCH && (alone || !(self.is_large || count >= LARGE))
     }
 
-    fn push(
-        &mut self,
-        call: Arc<Call>,
-        frame_id: Option<u64>,
-        step: &Step<'_>,
-        deadline: f64,
-        held: usize,
-        request: Option<Request>,
-    ) {
+    fn push(&mut self, call: Arc<Call>, frame_id: Option<u64>, step: &Step<'_>, deadline: f64, held: usize) {
         let count = step.count();
         self.is_large |= count >= LARGE;
         if self.connection != Some(call.peer.number) {
@@ -178,7 +169,7 @@ impl Batch {
             call,
             whose: step.whose.clone(),
             frame_id,
-            request,
+            request: step.request.clone(),
             first: self.sizes.len() as u32,
             count: count as u32,
             arrived,
@@ -300,31 +291,6 @@ impl Arrivals {
         deadline: f64,
         held: usize,
     ) {
-        self.add(call, frame_id, step, deadline, held, None);
-    }
-
-    /// As `push_step`, for one of Triton's requests.
-    pub fn push_request(
-        &mut self,
-        call: Arc<Call>,
-        number: Option<u64>,
-        step: &Step<'_>,
-        deadline: f64,
-        request: Request,
-    ) {
-        let held = request.message.len();
-        self.add(call, number, step, deadline, held, Some(request));
-    }
-
-    fn add(
-        &mut self,
-        call: Arc<Call>,
-        frame_id: Option<u64>,
-        step: &Step<'_>,
-        deadline: f64,
-        held: usize,
-        request: Option<Request>,
-    ) {
         let at = self.batch_for(step, call.peer.number);
         if self.open.len() > 1 {
             let hashes = self.hashes(step);
@@ -332,7 +298,7 @@ impl Arrivals {
         }
         let index = self.open[at].0;
         if let Arrival::Batch(batch) = &mut self.all[index] {
-            batch.push(call, frame_id, step, deadline, held, request);
+            batch.push(call, frame_id, step, deadline, held);
         }
     }
 

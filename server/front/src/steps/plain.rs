@@ -7,6 +7,7 @@ use crate::limits::callers::{Known, SEPARATOR};
 use crate::messages::protobuf::{Fields, NotPlain, Value};
 use crate::messages::shape::FREE_BYTES;
 use crate::steps::sets::SessionSet;
+use bytes::Bytes;
 use std::sync::Arc;
 
 /// Most sessions of one message that are read here.
@@ -24,6 +25,15 @@ pub struct Tensor<'a> {
     pub dtype: u8,
     pub shape: Vec<usize>,
     pub data: &'a [u8],
+}
+
+/// One of Triton's requests.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Its id, which comes back.
+    pub id: Bytes,
+    /// All of it: Python may want to do it as it does those that are not plain.
+    pub message: Bytes,
 }
 
 /// A step of one or many sessions.
@@ -44,7 +54,10 @@ pub struct Step<'a> {
     /// OutputSelection.
     pub select: u8,
     pub output_names: Vec<&'a str>,
-    pub timeout_ms: u32,
+    /// Microseconds that it may wait; 0: as long as its call.
+    pub timeout_us: u64,
+    /// It is one of Triton's.
+    pub request: Option<Request>,
     /// Name and version of the model, where the message says them: see `triton`.
     pub model: Option<(&'a str, &'a str)>,
     /// Who asks for it, in whose namespace `session_ids` are; None: anybody.
@@ -128,7 +141,9 @@ impl<'a> Step<'a> {
                 (3, Value::Bytes(packed)) => unpack(packed, &mut step.expected)?,
                 (4, Value::Bytes(packed)) => unpack_fixed(packed, &mut step.request_ids)?,
                 (5, Value::Varint(select)) => step.select = selection(select)?,
-                (6, Value::Varint(ms)) => step.timeout_ms = u32::try_from(ms).map_err(|_| NotPlain)?,
+                (6, Value::Varint(ms)) => {
+                    step.timeout_us = 1000 * u64::from(u32::try_from(ms).map_err(|_| NotPlain)?)
+                }
                 (7, Value::Bytes(packed)) => {
                     let mut inner = Fields::new(packed);
                     while let Some(size) = inner.packed()? {
@@ -475,7 +490,7 @@ pub mod tests {
         assert_eq!(step.session_ids, ["a", "b", "c"]);
         assert_eq!(step.expected, [1, 2, 300]);
         assert_eq!(step.sizes, [1, 2, 1]);
-        assert_eq!(step.timeout_ms, 250);
+        assert_eq!(step.timeout_us, 250_000);
     }
 
     #[test]

@@ -5,7 +5,6 @@ use crate::messages::protobuf::{
     put_bytes, put_header, put_number, put_optional, put_packed, put_varint, varint_size,
 };
 use crate::steps::columns::{Batch, Entry};
-use crate::triton::reply as triton_reply;
 use bytes::{BufMut, Bytes, BytesMut};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -45,8 +44,9 @@ pub enum Answer {
 impl Answer {
     /// Call `then` with each entry that has some of the members that were applied: what they were answered, and their
     /// indexes in it.
-    pub fn for_each_part(&self, batch: &Batch, mut then: impl FnMut(&Entry, Part<'_>, &[u32])) {
-        let Answer::Applied { members, revisions, positions, outputs, replayed, model_version, .. } = self
+    fn for_each_part(&self, batch: &Batch, mut then: impl FnMut(&Entry, Part<'_>, &[u32])) {
+        let Answer::Applied { members, revisions, positions, outputs, replayed, version, model_version } =
+            self
         else {
             return;
         };
@@ -60,6 +60,7 @@ impl Answer {
                 outputs,
                 rows: row..row + rows,
                 replayed: *replayed,
+                version,
                 model_version: *model_version,
             };
             row += rows;
@@ -68,26 +69,63 @@ impl Answer {
     }
 }
 
-/// Hand an answer to the calls whose members it is for.
-pub fn deliver(batch: &Batch, answer: &Answer) {
-    if let Some((model, _)) = &batch.signature.model {
-        return triton_reply::deliver(batch, model, answer);
-    }
+/// Writes the answers to the messages of one protocol, each with gRPC's prefix.
+pub trait Writer {
+    /// The replies of a stream leave in the order of its messages, of which each has one session.
+    const IS_ORDERED: bool;
+
+    /// The reply of a call.
+    fn response(&self, entry: &Entry, part: &Part<'_>) -> Bytes;
+
+    /// The answer to some sessions of a stream's message; `last`: all of them have theirs then.
+    fn part(&self, entry: &Entry, part: &Part<'_>, places: &[u32], last: bool) -> Bytes;
+
+    /// The same to sessions that failed; `error` is Python's.
+    fn failure(&self, entry: &Entry, error: &[u8], places: &[u32], last: bool) -> Bytes;
+}
+
+/// Send an answer to the calls whose members it is for.
+pub fn deliver<W: Writer>(writer: &W, batch: &Batch, answer: &Answer) {
     match answer {
         Answer::Applied { .. } => answer.for_each_part(batch, |entry, part, places| match entry.frame_id {
-            None => entry.call.finish(part.as_response()),
-            Some(frame_id) => {
-                reply_part(entry, frame_id, |last| part.as_frame_part(frame_id, entry, places, last))
-            }
+            None => entry.call.finish(writer.response(entry, &part)),
+            Some(id) => send::<W>(entry, id, |last| writer.part(entry, &part, places, last)),
         }),
         Answer::Failed { members, status, error } => {
             for_each_entry(batch, members.as_deref(), |entry, _, places| match entry.frame_id {
                 None => entry.call.end(status.clone()),
-                Some(frame_id) => {
-                    reply_part(entry, frame_id, |last| failed_part(frame_id, entry, places, error, last))
-                }
+                Some(id) => send::<W>(entry, id, |last| writer.failure(entry, error, places, last)),
             });
         }
+    }
+}
+
+fn send<W: Writer>(entry: &Entry, frame_id: u64, message: impl FnOnce(bool) -> Bytes) {
+    let last = entry.left.load(Ordering::Relaxed) == 0;
+    let framed = message(last);
+    if W::IS_ORDERED {
+        return entry.call.reply_in_order(frame_id, framed, Some(entry.held));
+    }
+    let (id, held) = if last { (Some(frame_id), entry.held) } else { (None, 0) };
+    entry.call.reply(framed, id, Some(held));
+}
+
+/// `StepResponse` for calls, parts of `StepStreamResponse` for streams.
+pub struct StepReplies;
+
+impl Writer for StepReplies {
+    const IS_ORDERED: bool = false;
+
+    fn response(&self, _entry: &Entry, part: &Part<'_>) -> Bytes {
+        part.as_response()
+    }
+
+    fn part(&self, entry: &Entry, part: &Part<'_>, places: &[u32], last: bool) -> Bytes {
+        part.as_frame_part(entry, places, last)
+    }
+
+    fn failure(&self, entry: &Entry, error: &[u8], places: &[u32], last: bool) -> Bytes {
+        failed_part(entry, places, error, last)
     }
 }
 
@@ -96,7 +134,7 @@ fn member_at(members: &Option<Vec<u32>>, place: usize) -> usize {
 }
 
 /// Call `then` with each entry that has some of the members: their places in the answer, and their indexes in it.
-pub fn for_each_entry(
+fn for_each_entry(
     batch: &Batch,
     members: Option<&[u32]>,
     mut then: impl FnMut(&Entry, Range<usize>, &[u32]),
@@ -131,12 +169,6 @@ fn answered(entry: &Entry, count: usize) {
     entry.call.peer.load.end(count);
 }
 
-fn reply_part(entry: &Entry, frame_id: u64, message: impl FnOnce(bool) -> Bytes) {
-    let last = entry.left.load(Ordering::Relaxed) == 0;
-    let (id, held) = if last { (Some(frame_id), entry.held) } else { (None, 0) };
-    entry.call.reply(message(last), id, Some(held));
-}
-
 /// What members of one entry were answered.
 pub struct Part<'a> {
     pub revisions: &'a [u64],
@@ -144,6 +176,8 @@ pub struct Part<'a> {
     pub outputs: &'a [Output],
     pub rows: Range<usize>,
     pub replayed: bool,
+    /// The model's, where requests name it.
+    pub version: &'a str,
     pub model_version: u64,
 }
 
@@ -158,9 +192,9 @@ impl Part<'_> {
         with_prefix(out)
     }
 
-    fn as_frame_part(&self, frame_id: u64, entry: &Entry, places: &[u32], last: bool) -> Bytes {
+    fn as_frame_part(&self, entry: &Entry, places: &[u32], last: bool) -> Bytes {
         let mut out = self.buffer(64 + places.len() * 24);
-        put_number(&mut out, 1, frame_id);
+        put_number(&mut out, 1, entry.frame_id.unwrap_or(0));
         let is_whole = places.len() == entry.count as usize;
         let run = if is_whole || !entry.is_short { None } else { run_of(places) };
         if is_whole {
@@ -246,7 +280,7 @@ fn alike(entry: &Entry, numbers: &[u64]) -> Option<u64> {
     (entry.is_short && numbers.iter().all(|number| *number == first)).then_some(first)
 }
 
-fn failed_part(frame_id: u64, entry: &Entry, places: &[u32], error: &[u8], last: bool) -> Bytes {
+fn failed_part(entry: &Entry, places: &[u32], error: &[u8], last: bool) -> Bytes {
     let mut member_error = BytesMut::new();
     if places.len() != entry.count as usize {
         put_indexes(&mut member_error, 1, places);
@@ -254,7 +288,7 @@ fn failed_part(frame_id: u64, entry: &Entry, places: &[u32], error: &[u8], last:
     put_bytes(&mut member_error, 2, error);
     let mut out = BytesMut::with_capacity(member_error.len() + 32);
     put_prefix(&mut out, 0);
-    put_number(&mut out, 1, frame_id);
+    put_number(&mut out, 1, entry.frame_id.unwrap_or(0));
     put_bytes(&mut out, 8, &member_error);
     put_number(&mut out, 9, u64::from(last));
     with_prefix(out)
@@ -361,7 +395,7 @@ mod tests {
     #[test]
     fn all_are_answered_with_their_own_rows() {
         let (batch, calls) = batch();
-        deliver(&batch, &applied(None, (1..=6).collect(), (10..17).collect()));
+        deliver(&StepReplies, &batch, &applied(None, (1..=6).collect(), (10..17).collect()));
         let whole = |id, revisions: &[u8], rows: &[u8]| {
             vec![vec![
                 (1, vec![id]),
@@ -381,7 +415,7 @@ mod tests {
     #[test]
     fn parts_of_a_frame_come_as_they_are_answered() {
         let (batch, calls) = batch();
-        deliver(&batch, &applied(Some(vec![1, 4, 5]), vec![1, 2, 3], vec![20, 21, 22, 23]));
+        deliver(&StepReplies, &batch, &applied(Some(vec![1, 4, 5]), vec![1, 2, 3], vec![20, 21, 22, 23]));
         let part = |id, index, revision, row: u8, last: bool| {
             let mut fields = vec![
                 (1, vec![id]),
@@ -401,7 +435,7 @@ mod tests {
             status: Status::new(5, "gone"),
             error: Bytes::from_static(b"e"),
         };
-        deliver(&batch, &failed);
+        deliver(&StepReplies, &batch, &failed);
         assert_eq!(
             replies(&calls[0]),
             [vec![(1, vec![7]), (8, vec![0x0a, 2, 0, 2, 0x12, 1, b'e']), (9, vec![1])]]
@@ -421,7 +455,7 @@ mod tests {
             let mut answer = applied(Some(members), revisions, rows);
             let Answer::Applied { model_version, .. } = &mut answer else { unreachable!() };
             *model_version = number;
-            deliver(&batch, &answer);
+            deliver(&StepReplies, &batch, &answer);
         }
         let said = |call, field| -> Vec<_> {
             let of_reply = |fields: Vec<(u32, Vec<u8>)>| {
@@ -454,6 +488,7 @@ mod tests {
         let answered = |members: Option<Vec<u32>>, revisions: Vec<u64>, positions: Vec<u64>| {
             let outputs = Vec::new();
             deliver(
+                &StepReplies,
                 &batch(),
                 &Answer::Applied {
                     members,
@@ -491,6 +526,7 @@ mod tests {
         let (batch, calls) = batch();
         let status = Status::new(5, "gone");
         deliver(
+            &StepReplies,
             &batch,
             &Answer::Failed { members: Some(vec![5]), status: status.clone(), error: Bytes::new() },
         );

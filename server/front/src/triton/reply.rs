@@ -2,40 +2,40 @@
 
 use crate::messages::grpc::put_prefix;
 use crate::messages::protobuf::{put_bytes, put_header, put_packed, put_varint, varint_size};
-use crate::steps::columns::{Batch, Entry, Request};
-use crate::steps::reply::{for_each_entry, with_prefix, Answer, Part};
+use crate::steps::columns::Entry;
+use crate::steps::reply::{with_prefix, Part, Writer};
 use crate::triton::request::datatype;
 use bytes::{Bytes, BytesMut};
 
-/// As `reply::deliver`.
-pub fn deliver(batch: &Batch, model: &str, answer: &Answer) {
-    match answer {
-        Answer::Applied { version, .. } => answer.for_each_part(batch, |entry, part, _| {
-            if let Some(request) = &entry.request {
-                let message = response(&part, model, version, request, entry.frame_id.is_some());
-                match entry.frame_id {
-                    None => entry.call.finish(message),
-                    Some(number) => entry.call.reply_in_order(number, message, Some(entry.held)),
-                }
-            }
-        }),
-        Answer::Failed { members, status, error } => {
-            for_each_entry(batch, members.as_deref(), |entry, _, _| match entry.frame_id {
-                None => entry.call.end(status.clone()),
-                Some(number) => {
-                    entry.call.reply_in_order(number, failed(entry, error), Some(entry.held));
-                }
-            });
-        }
+/// Of requests for a model of this name.
+pub struct InferReplies<'a> {
+    pub model: &'a str,
+}
+
+impl Writer for InferReplies<'_> {
+    const IS_ORDERED: bool = true;
+
+    fn response(&self, entry: &Entry, part: &Part<'_>) -> Bytes {
+        response(self.model, entry, part)
+    }
+
+    fn part(&self, entry: &Entry, part: &Part<'_>, _places: &[u32], _last: bool) -> Bytes {
+        response(self.model, entry, part)
+    }
+
+    fn failure(&self, entry: &Entry, error: &[u8], _places: &[u32], _last: bool) -> Bytes {
+        failed(entry, error)
     }
 }
 
-fn response(part: &Part<'_>, model: &str, version: &str, request: &Request, is_streamed: bool) -> Bytes {
+fn response(model: &str, entry: &Entry, part: &Part<'_>) -> Bytes {
     let rows = part.rows.len();
     let mut head = BytesMut::with_capacity(256);
     put_text(&mut head, 1, model.as_bytes());
-    put_text(&mut head, 2, version.as_bytes());
-    put_text(&mut head, 3, &request.id);
+    put_text(&mut head, 2, part.version.as_bytes());
+    if let Some(request) = &entry.request {
+        put_text(&mut head, 3, &request.id);
+    }
     put_parameter(&mut head, b"stepwell_revision", 2, part.revisions[0]);
     put_parameter(&mut head, b"stepwell_position", 2, part.positions[0]);
     if part.replayed {
@@ -58,7 +58,7 @@ fn response(part: &Part<'_>, model: &str, version: &str, request: &Request, is_s
             .sum::<usize>();
     let mut out = BytesMut::with_capacity(size + 16);
     put_prefix(&mut out, 0);
-    if is_streamed {
+    if entry.frame_id.is_some() {
         put_header(&mut out, 2, size);
     }
     out.extend_from_slice(&head);
@@ -102,12 +102,16 @@ fn put_text(out: &mut BytesMut, field: u32, text: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const REPLIES: InferReplies<'_> = InferReplies { model: "lstm" };
+
     use crate::messages::grpc::Status;
     use crate::messages::protobuf::{Fields, Value};
     use crate::steps::call::Call;
+    use crate::steps::columns::Batch;
     use crate::steps::columns::{Arrival, Arrivals};
-    use crate::steps::reply::{self, Output};
-    use crate::triton::request::{tests::request as message_of, Infer};
+    use crate::steps::reply::{deliver, Answer, Output};
+    use crate::triton::request::{read, tests::request as message_of};
     use std::sync::Arc;
 
     /// Requests of two rows each: two of a stream, and a call.
@@ -117,11 +121,9 @@ mod tests {
         for (call, sequence) in [(&stream, 1), (&stream, 2), (&unary, 3)] {
             let message = message_of(sequence).freeze();
             let mut name = String::new();
-            let infer = Infer::read(&message, &mut name).unwrap();
+            let step = read(&message, &mut name).unwrap();
             let number = Arc::ptr_eq(call, &stream).then(|| call.state().ordered.number());
-            let id = message.slice_ref(infer.id.as_bytes());
-            let request = Request { id, message: message.clone() };
-            arrivals.push_request(call.clone(), number, &infer.step, f64::INFINITY, request);
+            arrivals.push_step(call.clone(), number, &step, f64::INFINITY, message.len());
         }
         let Some(Arrival::Batch(batch)) = arrivals.take(usize::MAX).0.pop() else { unreachable!() };
         (*batch, stream, unary)
@@ -179,7 +181,7 @@ mod tests {
     #[test]
     fn each_is_answered_with_its_own_rows() {
         let (batch, stream, unary) = batch();
-        reply::deliver(&batch, &applied(None, vec![4, 0, 6], (10..16).collect()));
+        deliver(&REPLIES, &batch, &applied(None, vec![4, 0, 6], (10..16).collect()));
         let streamed: Vec<_> = replies(&stream)
             .into_iter()
             .map(|found| {
@@ -196,11 +198,15 @@ mod tests {
     #[test]
     fn a_stream_is_answered_in_the_order_of_its_requests() {
         let (batch, stream, unary) = batch();
-        reply::deliver(&batch, &applied(Some(vec![1]), vec![5], vec![12, 13]));
+        deliver(&REPLIES, &batch, &applied(Some(vec![1]), vec![5], vec![12, 13]));
         assert!(replies(&stream).is_empty(), "the first one has no answer yet");
         let status = Status::new(3, "no good");
         let error = Bytes::from_static(b"no good");
-        reply::deliver(&batch, &Answer::Failed { members: Some(vec![0, 2]), status: status.clone(), error });
+        deliver(
+            &REPLIES,
+            &batch,
+            &Answer::Failed { members: Some(vec![0, 2]), status: status.clone(), error },
+        );
         let found = replies(&stream);
         assert_eq!(found[0], [(1, b"no good".to_vec()), (2, b"\x1a\x02r1".to_vec())]);
         assert_eq!(fields(&found[1][0].1), whole(5, [12, 13]));

@@ -4,17 +4,11 @@
 //! contents of numbers. Anything else goes to Python with its bytes; so does a plain request that Python hands back,
 //! because its sequence has not begun, say.
 
-use crate::clock;
 use crate::limits::callers::SEPARATOR;
 use crate::messages::protobuf::{Fields, NotPlain, Value};
-use crate::steps::call::Call;
-use crate::steps::columns::Request;
-use crate::steps::plain::{push as add, text, Step, Tensor};
-use crate::wire::server::Shared;
+use crate::steps::plain::{push as add, text, Request, Step, Tensor};
 use bytes::Bytes;
 use std::fmt::Write;
-use std::sync::atomic::Ordering;
-use std::sync::Arc;
 
 /// Characters of a session's id at most.
 const MOST_ID: usize = 256;
@@ -34,61 +28,44 @@ pub fn datatype(dtype: u8) -> &'static str {
     DATATYPES.get(usize::from(dtype).wrapping_sub(1)).copied().unwrap_or_default()
 }
 
-/// A plain `ModelInferRequest`.
-#[derive(Debug)]
-pub struct Infer<'a> {
-    pub step: Step<'a>,
-    /// Comes back in the reply.
-    pub id: &'a str,
-    /// Microseconds that it may wait; 0: as long as its call.
-    pub timeout_us: u64,
-}
-
-impl<'a> Infer<'a> {
-    /// Read a message. `session_id` has room for the id of its sequence's session.
-    pub fn read(message: &'a [u8], session_id: &'a mut String) -> Result<Self, NotPlain> {
-        let (mut model, mut version, mut id) = ("", "", "");
-        let mut parameters = Parameters::default();
-        let mut step = Step::default();
-        let mut contents = Vec::new();
-        let mut fields = Fields::new(message);
-        while let Some((number, value)) = fields.next()? {
-            match (number, value) {
-                (1, Value::Bytes(bytes)) => model = text(bytes)?,
-                (2, Value::Bytes(bytes)) => version = text(bytes)?,
-                (3, Value::Bytes(bytes)) => id = text(bytes)?,
-                (4, Value::Bytes(entry)) => parameters.add(entry)?,
-                (5, Value::Bytes(input)) => step.add_tensor(input_of(input)?)?,
-                (6, Value::Bytes(output)) => add(&mut step.output_names, output_of(output)?)?,
-                (7, Value::Bytes(raw)) => add(&mut contents, raw)?,
-                _ => return Err(NotPlain),
-            }
+/// A plain `ModelInferRequest`. `session_id` has room for the id of its sequence's session.
+pub fn read<'a>(message: &'a Bytes, session_id: &'a mut String) -> Result<Step<'a>, NotPlain> {
+    let (mut model, mut version, mut id) = ("", "", "");
+    let mut parameters = Parameters::default();
+    let mut step = Step::default();
+    let mut contents = Vec::new();
+    let mut fields = Fields::new(message);
+    while let Some((number, value)) = fields.next()? {
+        match (number, value) {
+            (1, Value::Bytes(bytes)) => model = text(bytes)?,
+            (2, Value::Bytes(bytes)) => version = text(bytes)?,
+            (3, Value::Bytes(bytes)) => id = text(bytes)?,
+            (4, Value::Bytes(entry)) => parameters.add(entry)?,
+            (5, Value::Bytes(input)) => step.add_tensor(input_of(input)?)?,
+            (6, Value::Bytes(output)) => add(&mut step.output_names, output_of(output)?)?,
+            (7, Value::Bytes(raw)) => add(&mut contents, raw)?,
+            _ => return Err(NotPlain),
         }
-        if contents.len() != step.tensors.len() || id.len() > MOST_REQUEST_ID {
-            return Err(NotPlain);
-        }
-        for (tensor, data) in step.tensors.iter_mut().zip(contents) {
-            tensor.data = data;
-            tensor.require_size()?;
-        }
-        write_session_id(session_id, model, parameters.sequence.ok_or(NotPlain)?)?;
-        step.session_ids.push(session_id);
-        step.model = Some((model, version));
-        step.expected.extend(parameters.revision);
-        step.request_ids.extend(parameters.request_id);
-        if parameters.request_id.is_some() && parameters.revision.is_none() {
-            return Err(NotPlain);
-        }
-        step.sizes.push(u32::try_from(step.rows()?).map_err(|_| NotPlain)?);
-        Ok(Infer { step: step.checked()?, id, timeout_us: parameters.timeout_us })
     }
-
-    fn deadline(&self, call: &Call) -> f64 {
-        if self.timeout_us == 0 {
-            return call.deadline;
-        }
-        call.deadline.min(clock::now() + self.timeout_us as f64 / 1e6)
+    if contents.len() != step.tensors.len() || id.len() > MOST_REQUEST_ID {
+        return Err(NotPlain);
     }
+    for (tensor, data) in step.tensors.iter_mut().zip(contents) {
+        tensor.data = data;
+        tensor.require_size()?;
+    }
+    write_session_id(session_id, model, parameters.sequence.ok_or(NotPlain)?)?;
+    step.session_ids.push(session_id);
+    step.model = Some((model, version));
+    step.expected.extend(parameters.revision);
+    step.request_ids.extend(parameters.request_id);
+    if parameters.request_id.is_some() && parameters.revision.is_none() {
+        return Err(NotPlain);
+    }
+    step.sizes.push(u32::try_from(step.rows()?).map_err(|_| NotPlain)?);
+    step.timeout_us = parameters.timeout_us;
+    step.request = Some(Request { id: message.slice_ref(id.as_bytes()), message: message.clone() });
+    step.checked()
 }
 
 /// Which sequence.
@@ -221,62 +198,6 @@ fn dtype_of(name: &[u8]) -> Result<u8, NotPlain> {
     Ok(place as u8 + 1)
 }
 
-/// Put the request of a unary call into columns if it is plain; whether it was.
-pub fn take_call(shared: &Shared, call: &Arc<Call>, message: &Bytes) -> bool {
-    let mut session_id = String::new();
-    let Ok(infer) = read_for(shared, call, message, &mut session_id) else { return false };
-    push(shared, call, None, message, &infer);
-    true
-}
-
-/// Put a message of a stream into columns if it is plain; else the number that its reply is to have.
-///
-/// Replies leave in the order of the messages, whoever answers them.
-pub fn take_message(shared: &Shared, call: &Arc<Call>, message: &Bytes) -> Option<u64> {
-    let mut session_id = String::new();
-    let infer = if shared.all_general.load(Ordering::Relaxed) {
-        Err(NotPlain)
-    } else {
-        read_for(shared, call, message, &mut session_id)
-    };
-    let mut state = call.state();
-    let number = state.ordered.number();
-    let infer = match infer {
-        // what came before it has been looked at
-        Ok(infer) if state.unread.is_empty() && state.end.is_none() => infer,
-        _ => {
-            call.hand_over(&mut state, message.len());
-            return Some(number);
-        }
-    };
-    state.frames.insert(number);
-    state.held += message.len();
-    drop(state);
-    push(shared, call, Some(number), message, &infer);
-    None
-}
-
-/// Read a message of a call, in the name of who makes it.
-fn read_for<'a>(
-    shared: &Shared,
-    call: &Call,
-    message: &'a [u8],
-    session_id: &'a mut String,
-) -> Result<Infer<'a>, NotPlain> {
-    let whose = call.whose.taken(shared.callers.as_ref())?;
-    let infer = Infer::read(message, session_id)?;
-    Ok(Infer { step: Step { whose, ..infer.step }, ..infer })
-}
-
-fn push(shared: &Shared, call: &Arc<Call>, number: Option<u64>, message: &Bytes, infer: &Infer<'_>) {
-    let request = Request { id: message.slice_ref(infer.id.as_bytes()), message: message.clone() };
-    let deadline = infer.deadline(call);
-    shared.queued.fetch_add(message.len(), Ordering::Relaxed);
-    shared.arrive(|arrivals| {
-        arrivals.push_request(call.clone(), number, &infer.step, deadline, request);
-    });
-}
-
 #[cfg(test)]
 pub mod tests {
     use super::*;
@@ -326,7 +247,7 @@ pub mod tests {
     }
 
     fn is_plain(message: &[u8]) -> bool {
-        Infer::read(message, &mut String::new()).is_ok()
+        read(&Bytes::copy_from_slice(message), &mut String::new()).is_ok()
     }
 
     #[test]
@@ -339,9 +260,10 @@ pub mod tests {
         put_parameter(&mut message, "stepwell_revision", INT64, 9);
         put_parameter(&mut message, "stepwell_request_id", UINT64, u64::MAX);
         let mut name = String::new();
-        let infer = Infer::read(&message, &mut name).unwrap();
-        assert_eq!((infer.id, infer.timeout_us), ("r1", 2_000_000));
-        let step = infer.step;
+        let message = message.freeze();
+        let step = read(&message, &mut name).unwrap();
+        assert_eq!(step.request.as_ref().unwrap().id, "r1");
+        assert_eq!(step.timeout_us, 2_000_000);
         assert_eq!(step.model, Some(("lstm", "1")));
         assert_eq!(step.session_ids, ["triton/lstm/5"]);
         assert_eq!((step.expected, step.request_ids, step.sizes), (vec![9], vec![u64::MAX], vec![2]));
@@ -360,7 +282,7 @@ pub mod tests {
             (named, "triton/lstm/\"5\"".to_owned()),
         ] {
             let mut name = String::new();
-            assert_eq!(Infer::read(&message, &mut name).unwrap().step.session_ids, [expected]);
+            assert_eq!(read(&message.freeze(), &mut name).unwrap().session_ids, [expected]);
         }
     }
 
@@ -468,10 +390,11 @@ pub mod tests {
             let message = request(5);
             let kept = message.len().saturating_sub(cut);
             let mut name = String::new();
-            if let Ok(infer) = Infer::read(&message[..kept], &mut name) {
+            let message = message.freeze().slice(..kept);
+            if let Ok(step) = read(&message, &mut name) {
                 // the parameters come last, and START and END are false if they are missing
-                prop_assert_eq!(&infer.step.session_ids, &["triton/lstm/5"]);
-                prop_assert_eq!(infer.step.tensors[0].data.len(), 24);
+                prop_assert_eq!(&step.session_ids, &["triton/lstm/5"]);
+                prop_assert_eq!(step.tensors[0].data.len(), 24);
             }
         }
     }

@@ -1,9 +1,10 @@
 //! How a listener goes about connections that it cannot take.
 
-use crate::limits::bounds::{Refusal, Slot};
-use crate::limits::tenancy::FromAddress;
+use crate::calls::queue::Queue;
+use crate::limits::bounds::{Bounds, Slot};
+use crate::limits::refusals::Refusal;
+use crate::limits::tenancy::{Connections, FromAddress};
 use crate::steps::columns::Arrival;
-use crate::wire::server::Shared;
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -27,14 +28,18 @@ pub struct Entry {
 /// One listener's.
 #[derive(Debug)]
 pub struct Doors {
-    shared: Arc<Shared>,
+    bounds: Arc<Bounds>,
+    queue: Arc<Queue>,
+    open: Arc<Connections>,
+    /// Callers are asked who they are.
+    asks: bool,
     pause: Duration,
     told: Vec<(Refusal, Instant)>,
 }
 
 impl Doors {
-    pub fn new(shared: Arc<Shared>) -> Self {
-        Doors { shared, pause: SHORTEST_PAUSE, told: Vec::new() }
+    pub fn new(bounds: Arc<Bounds>, queue: Arc<Queue>, open: Arc<Connections>, asks: bool) -> Self {
+        Doors { bounds, queue, open, asks, pause: SHORTEST_PAUSE, told: Vec::new() }
     }
 
     /// The socket of a connection that was accepted, and its place among all; None: it is closed, or there was none.
@@ -62,19 +67,19 @@ impl Doors {
     }
 
     fn enter(&mut self, address: Option<IpAddr>) -> Option<Entry> {
-        let most = self.shared.limits.address_connections;
+        let most = self.bounds.limits.address_connections;
         let mut own = None;
         if let Some(address) = address.filter(|_| most > 0) {
-            own = self.shared.open.come(address, most);
+            own = self.open.come(address, most);
             if own.is_none() {
                 self.refuse(Refusal::AddressConnections);
                 return None;
             }
         }
-        let most = self.shared.limits.connections;
-        let take = |most| Slot::take(&self.shared, |counts| &counts.connections, 1, most);
+        let most = self.bounds.limits.connections;
+        let take = |most| Slot::take(&self.bounds, |counts| &counts.connections, 1, most);
         let mut slot = take(most);
-        if slot.is_none() && self.shared.open.make_room(self.shared.callers.is_some()) {
+        if slot.is_none() && self.open.make_room(self.asks) {
             slot = take(most + LEAVING);
             self.refuse(Refusal::Evicted);
         }
@@ -86,11 +91,11 @@ impl Doors {
 
     /// Count it, and let the log say so from time to time.
     fn refuse(&mut self, why: Refusal) {
-        self.shared.counts.refuse(why);
+        self.bounds.counts.refuse(why);
         self.told.retain(|(_, at)| at.elapsed() < NOTICE_EVERY);
         if self.told.iter().all(|(told, _)| *told != why) {
             self.told.push((why, Instant::now()));
-            self.shared.arrive(|arrivals| arrivals.push(Arrival::Refused(why)));
+            self.queue.push(Arrival::Refused(why));
         }
     }
 }

@@ -1,7 +1,8 @@
 //! How the messages of a call come: when its caller is known, within a time limit, and inflated in slices.
 
 use super::{too_late, unreadable, Early, Message, Served};
-use crate::limits::bounds::{Place, Refusal, GENERAL};
+use crate::limits::load::{Place, GENERAL};
+use crate::limits::refusals::Refusal;
 use crate::limits::settings::Limits;
 use crate::messages::grpc::{self, Status, Unreadable, Whole};
 use crate::messages::inflate::{Inflation, Problem};
@@ -68,7 +69,7 @@ impl Served {
         poll_fn(|cx| self.poll_turn(cx, respond)).await?;
         self.place = Place::default();
         self.begin_general();
-        self.arrive(Arrival::Judge(self.call.clone()));
+        self.service.queue.push(Arrival::Judge(self.call.clone()));
         poll_fn(|cx| self.poll_admitted(cx, respond)).await?;
         self.end_general();
         self.admitted()
@@ -79,7 +80,7 @@ impl Served {
         &mut self,
         mut is_gone: impl FnMut(&mut Context<'_>) -> bool,
     ) -> Result<(), Early> {
-        let (own, all) = (self.call.peer.judging.clone(), self.shared.judging.clone());
+        let (own, all) = (self.call.peer.judging.clone(), self.service.judging.clone());
         let mut places = Box::pin(async move { (own.acquire_owned().await, all.acquire_owned().await) });
         poll_fn(|cx| {
             if let Poll::Ready((own, all)) = places.as_mut().poll(cx) {
@@ -144,7 +145,7 @@ impl Served {
     pub(super) fn admitted(&mut self) -> Result<(), Early> {
         self.is_admitted = true;
         self.judging = None;
-        self.call.peer.stay.know();
+        self.call.peer.know();
         let caller = self.call.whose.share();
         self.held.belongs_to(caller.clone());
         if self.call_place.know(caller) {
@@ -197,9 +198,9 @@ impl Served {
 
     /// Wait for more of a message.
     pub(super) fn poll_coming(&mut self, cx: &mut Context<'_>) -> Poll<Early> {
-        if self.coming.poll_late(cx, &self.shared.limits).is_ready() {
-            self.shared.counts.refuse(Refusal::SlowMessage);
-            return Poll::Ready(Early::Status(slow(&self.shared.limits)));
+        if self.coming.poll_late(cx, &self.service.bounds.limits).is_ready() {
+            self.service.bounds.counts.refuse(Refusal::SlowMessage);
+            return Poll::Ready(Early::Status(slow(&self.service.bounds.limits)));
         }
         self.poll_timer(cx).map(|()| Early::Late)
     }
@@ -211,16 +212,17 @@ impl Served {
         mut is_gone: impl FnMut(&mut Context<'_>) -> bool,
     ) -> Result<Message, Early> {
         let Some(encoding) = message.compressed else { return Ok(Message::Whole(message.bytes)) };
-        let begun = Inflation::new(message.bytes, encoding, self.shared.limits.message_bytes_of(self.method));
+        let begun =
+            Inflation::new(message.bytes, encoding, self.service.bounds.limits.message_bytes_of(self.method));
         let mut inflation = match begun {
             Ok(inflation) => inflation,
             Err(problem) => return self.refuse_inflation(problem),
         };
-        let (shared, peer) = (self.shared.clone(), self.call.peer.clone());
+        let (service, peer) = (self.service.clone(), self.call.peer.clone());
         // what is small is done at once, while there is time for it
         let mut found = Ok(None);
-        if shared.pace.has_time() {
-            found = shared.pace.spending(|| inflation.piece());
+        if service.pace.has_time() {
+            found = service.pace.spending(|| inflation.piece());
         }
         // one message of a connection at a time, one slice of all of them at a time
         let own = if matches!(found, Ok(None)) { Some(peer.inflating.lock().await) } else { None };
@@ -244,14 +246,14 @@ impl Served {
             if let Some(early) = early.await {
                 return Err(early);
             }
-            let lane = shared.pace.turn().await;
-            found = shared.pace.spending(|| inflation.slice());
+            let lane = service.pace.turn().await;
+            found = service.pace.spending(|| inflation.slice());
             drop(lane);
         }
     }
 
     fn refuse_inflation(&self, problem: Problem) -> Result<Message, Early> {
-        self.shared.counts.refuse(Refusal::Compressed);
+        self.service.bounds.counts.refuse(Refusal::Compressed);
         match problem {
             Problem::TooLarge(size) => Ok(Message::TooLarge(size)),
             problem => Err(Early::Status(Status::new(grpc::INVALID_ARGUMENT, &problem.to_string()))),
@@ -259,8 +261,8 @@ impl Served {
     }
 
     fn overloaded(&self, why: Refusal) -> Early {
-        self.shared.counts.refuse(why);
-        Early::Status(self.shared.limits.overloaded.clone())
+        self.service.bounds.counts.refuse(why);
+        Early::Status(self.service.bounds.limits.overloaded.clone())
     }
 }
 

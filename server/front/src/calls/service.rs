@@ -1,0 +1,90 @@
+//! What every call is served with: the methods and their rules, the known callers, the bounds, and the queue to Python.
+
+use crate::calls::queue::Queue;
+use crate::limits::bounds::Bounds;
+use crate::limits::callers::Callers;
+use crate::limits::places::Pool;
+use crate::messages::inflate::Pace;
+use crate::messages::shape::{Breach, Shape};
+use crate::method::Method;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::Arc;
+use tokio::sync::Semaphore;
+
+/// Calls of all connections of which Python is asked at the same time who makes them.
+const MAX_JUDGED: usize = 32;
+
+/// Shared by all calls, and by Python.
+#[derive(Debug)]
+pub struct Service {
+    pub bounds: Arc<Bounds>,
+    pub queue: Arc<Queue>,
+    pub methods: HashMap<String, Method>,
+    /// The rules of their requests, by `Method::index`.
+    pub shapes: Vec<Shape>,
+    /// The known callers; None: callers are not asked who they are.
+    pub callers: Option<Arc<Callers>>,
+    /// No message is plain: Python wants to see each.
+    pub all_general: AtomicBool,
+    /// Python makes traces: it serves calls whose clients trace them itself.
+    pub traces: AtomicBool,
+    /// Replies that are not on their way.
+    pub unwritten: Arc<AtomicUsize>,
+    /// Of inflating.
+    pub pace: Pace,
+    /// Places of calls of which Python is asked who makes them.
+    pub judging: Arc<Semaphore>,
+}
+
+impl Service {
+    pub fn new(
+        bounds: Arc<Bounds>,
+        queue: Arc<Queue>,
+        methods: HashMap<String, Method>,
+        shapes: Vec<Shape>,
+        callers: Option<Arc<Callers>>,
+    ) -> Self {
+        Service {
+            bounds,
+            queue,
+            methods,
+            shapes,
+            callers,
+            all_general: AtomicBool::new(false),
+            traces: AtomicBool::new(false),
+            unwritten: Arc::default(),
+            pace: Pace::default(),
+            judging: Arc::new(Semaphore::new(MAX_JUDGED)),
+        }
+    }
+
+    /// The rule that a message breaks which Python is to parse.
+    pub fn breach(&self, method: Method, message: &[u8]) -> Option<Breach> {
+        self.shapes.get(method.index).and_then(|shape| shape.check(message))
+    }
+
+    /// How much there is, for metrics.
+    pub fn now(&self) -> [(&'static str, usize); 8] {
+        let load = |count: &AtomicUsize| count.load(Ordering::Relaxed);
+        let counts = &self.bounds.counts;
+        [
+            ("connections", load(&counts.connections)),
+            ("calls", counts.calls.all()),
+            ("unknown_calls", counts.calls.of(Pool::Unknown)),
+            ("health_calls", counts.calls.of(Pool::Health)),
+            ("watches", counts.calls.of(Pool::Watch)),
+            ("held_bytes", load(&self.bounds.held)),
+            ("queued_bytes", load(&self.queue.bytes)),
+            ("window_bytes", load(&counts.windows)),
+        ]
+    }
+}
+
+#[cfg(test)]
+impl Service {
+    pub fn for_test() -> Self {
+        let bounds = Arc::new(Bounds::for_test());
+        Service::new(bounds, Arc::new(Queue::for_test()), HashMap::new(), Vec::new(), None)
+    }
+}
