@@ -1,94 +1,103 @@
-"""Spans on their way to a collector: a bounded queue, and a thread that sends what is in it."""
+"""Spans on their way to a collector, by OpenTelemetry's processor of batches: what is counted, what is dropped, and the end."""
 
 from __future__ import annotations
 
-import collections
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
-from opentelemetry.context import Context
-from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from typing_extensions import override
 
 from stepwell_server.logs import Log
 
 _log = Log("tracing")
-#: As OpenTelemetry's own processor of batches has them, by the same variables.
+#: The defaults of OpenTelemetry's processor, by the same variables.
 _MAX_QUEUE, _MAX_BATCH, _DELAY_MS = 2048, 512, 5000
-_LAST_S = 5.0
-"""Spans are worth so long a wait at the end, and no longer."""
+_MAX_CLOSE_S = 5.0
+"""Seconds that the end waits at most for spans to be sent."""
 _HTTP_PORT, _HTTP_PATH = 4318, "/v1/traces"
 
 
-class Queue(SpanProcessor):
-    """Keeps spans until they are sent. What comes while it is full is dropped, and counted."""
+class CountedExporter(SpanExporter):
+    """Sends batches by another exporter, counts their spans, and logs when sending begins to fail and when it works again."""
 
     def __init__(self, exporter: SpanExporter) -> None:
         self._exporter = exporter
-        self._most = _number("OTEL_BSP_MAX_QUEUE_SIZE", _MAX_QUEUE)
-        self._batch = min(self._most, _number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", _MAX_BATCH))
-        self._delay_s = _number("OTEL_BSP_SCHEDULE_DELAY", _DELAY_MS) / 1000
-        self._spans: collections.deque[ReadableSpan] = collections.deque()
-        self._wake = threading.Event()
-        self._closing = False
-        self._counts = {"exported": 0, "failed": 0, "dropped": 0}
-        self._is_failing = False
-        self._thread = threading.Thread(target=self._run, name="stepwell-traces", daemon=True)
-        self._thread.start()
+        self.counts = {"exported": 0, "failed": 0, "dropped": 0}
+        self.taken = 0
+        """Spans that are not in the queue any more."""
+        self.is_closing = False
+        """From now on the first failure is the last try: the rest is dropped."""
+        self._is_failing = self._gave_up = self._is_shut_down = False
 
-    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
-        """A span began."""
+    @override
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.taken += len(spans)
+        is_sent = not self._gave_up and self._send(spans)
+        outcome = "exported" if is_sent else "dropped" if self._gave_up else "failed"
+        self.counts[outcome] += len(spans)
+        self._gave_up = self.is_closing and not is_sent
+        if is_sent is self._is_failing:
+            self._is_failing = not is_sent
+            if is_sent:
+                _log.info("spans are sent again")
+            else:
+                _log.warning("spans cannot be sent, they are lost")
+        return SpanExportResult.SUCCESS if is_sent else SpanExportResult.FAILURE
 
+    def _send(self, spans: Sequence[ReadableSpan]) -> bool:
+        try:
+            return self._exporter.export(spans) is SpanExportResult.SUCCESS
+        except Exception as error:
+            _log.defect("spans could not be sent", error)
+            return False
+
+    @override
+    def shutdown(self) -> None:
+        if not self._is_shut_down:
+            self._is_shut_down = True
+            self._exporter.shutdown()
+
+
+class SpanQueue(BatchSpanProcessor):
+    """Keeps spans until a thread sends them. What comes while it is full is dropped, and counted."""
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._max_queue = _number("OTEL_BSP_MAX_QUEUE_SIZE", _MAX_QUEUE)
+        batch = min(self._max_queue, _number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", _MAX_BATCH))
+        self._exporter, self._accepted = CountedExporter(exporter), 0
+        super().__init__(
+            self._exporter, self._max_queue, _number("OTEL_BSP_SCHEDULE_DELAY", _DELAY_MS), batch
+        )
+
+    @override
     def on_end(self, span: ReadableSpan) -> None:
-        """A span ended. On the event loop."""
-        if len(self._spans) >= self._most:
-            self._counts["dropped"] += 1
+        """Queue a span that ended. On the event loop."""
+        # The processor itself would drop the oldest one, and count nothing.
+        if self._accepted - self._exporter.taken >= self._max_queue:
+            self._exporter.counts["dropped"] += 1
             return
-        self._spans.append(span)
-        if len(self._spans) >= self._batch:
-            self._wake.set()
+        self._accepted += 1
+        super().on_end(span)
 
     def counts(self) -> Mapping[str, int]:
-        """How many spans had which end."""
-        return self._counts
+        """The number of spans by outcome: exported, failed, dropped."""
+        return self._exporter.counts
 
     def close(self, timeout_s: float) -> None:
         """Send what is left, within the time given and five seconds. Blocks. Where sending fails the rest is dropped."""
-        timeout_s = min(timeout_s, _LAST_S)
-        self._closing = True
-        self._wake.set()
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            _log.warning("some spans were not sent in time", spans=len(self._spans), timeout_s=timeout_s)
-        self._exporter.shutdown()
-
-    def _run(self) -> None:
-        while not self._closing:
-            self._wake.wait(self._delay_s)
-            self._wake.clear()
-            self._send()
-        self._send()
-
-    def _send(self) -> None:
-        while self._spans:
-            batch = [self._spans.popleft() for _ in range(min(len(self._spans), self._batch))]
-            try:
-                sent = self._exporter.export(batch) is SpanExportResult.SUCCESS
-            except Exception as error:
-                sent = False
-                _log.defect("spans could not be sent", error)
-            self._counts["exported" if sent else "failed"] += len(batch)
-            if sent is self._is_failing:
-                self._is_failing = not sent
-                if sent:
-                    _log.info("spans are sent again")
-                else:
-                    _log.warning("spans cannot be sent, they are lost")
-            if self._closing and not sent:
-                self._counts["dropped"] += len(self._spans)
-                self._spans.clear()
+        timeout_s = min(timeout_s, _MAX_CLOSE_S)
+        self._exporter.is_closing = True
+        closing = threading.Thread(target=self.shutdown, name="stepwell-traces-end", daemon=True)
+        closing.start()
+        closing.join(timeout_s)
+        if closing.is_alive():
+            left = self._accepted - self._exporter.taken
+            _log.warning("some spans were not sent in time", spans=left, timeout_s=timeout_s)
+            self._exporter.shutdown()  # lets go what is being sent
 
 
 def exporter_to(endpoint: str | None) -> SpanExporter:

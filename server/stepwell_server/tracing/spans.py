@@ -26,7 +26,7 @@ from typing_extensions import override
 from stepwell_server.engine.api import Trace
 from stepwell_server.rpc.status import Code
 from stepwell_server.rpc.tracing import TRACES
-from stepwell_server.tracing.export import Queue
+from stepwell_server.tracing.export import SpanQueue
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -50,7 +50,7 @@ class Tracing:
         self, exporter: SpanExporter, share: float, services: Mapping[str, str], clock: Clock
     ) -> None:
         """Trace `share` of the calls whose callers say nothing of a trace; `services` are those of the methods."""
-        self._queue = Queue(exporter)
+        self._queue = SpanQueue(exporter)
         resource = Resource.create(
             {SERVICE_NAME: "stepwell", SERVICE_VERSION: metadata.version("stepwell")}
         ).merge(Resource.create())
