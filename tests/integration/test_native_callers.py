@@ -19,6 +19,7 @@ from stepwell_server.clock import SystemClock
 from stepwell_server.core.callers import ANYBODY, Caller, Credential, Role
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.namespaces import SEPARATOR, prefix_of
+from stepwell_server.core.scheduler import Source
 from stepwell_server.rpc.fronts.base import Call, CallEnded, Method, OutputColumn, SessionSet, StepColumns
 from stepwell_server.rpc.status import Code, Status
 from support import secured, streams, triton_requests
@@ -80,8 +81,8 @@ class Server:
     def go_soon(self) -> None:
         """The same."""
 
-    def in_turn(self, work: Callable[[], None]) -> None:
-        asyncio.get_running_loop().call_soon(work)
+    def add_part(self, _source: Source, part: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_soon(part)
 
     def too_large(self, size: int, limit: int | None = None) -> Status:
         raise AssertionError(size)

@@ -14,6 +14,7 @@ import pytest
 from stepwell_server.addresses import Address
 from stepwell_server.clock import SystemClock
 from stepwell_server.core.front_limits import FrontLimits
+from stepwell_server.core.scheduler import Source
 from stepwell_server.engine.types import Members
 from stepwell_server.rpc.fronts.base import Call, FrontCounts, Method, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Code, Status
@@ -56,8 +57,8 @@ class Server:
     def go_soon(self) -> None:
         """The same."""
 
-    def in_turn(self, work: Callable[[], None]) -> None:
-        asyncio.get_running_loop().call_soon(work)
+    def add_part(self, _source: Source, part: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_soon(part)
 
     def too_large(self, size: int, limit: int | None = None) -> Status:
         return Status(Code.RESOURCE_EXHAUSTED, f"{size} bytes", ())
@@ -474,7 +475,7 @@ async def test_what_is_large_is_taken_after_a_look_at_what_else_has_come() -> No
     front = native.NativeFront(SystemClock(), FrontLimits(1 << 20))
     front._steps = steps = mock.create_autospec(Server, instance=True)
     steps.take.return_value = None
-    steps.in_turn.side_effect = asyncio.get_running_loop().call_soon
+    steps.add_part.side_effect = lambda _, part: asyncio.get_running_loop().call_soon(part)
 
     def batch(peer: str, count: int) -> tuple[Any, ...]:
         ids = [f"{peer}-{place}" for place in range(count)]
@@ -488,7 +489,7 @@ async def test_what_is_large_is_taken_after_a_look_at_what_else_has_come() -> No
     steps.reset_mock()
     front._take(wire)
     assert [len(call.args[0].session_ids) for call in steps.mock_calls if call[0] == "take"] == [1]
-    assert [call[0] for call in steps.mock_calls] == ["hold", "take", "go", "in_turn"]
+    assert [call[0] for call in steps.mock_calls] == ["hold", "take", "go", "add_part"]
     steps.reset_mock()
     await asyncio.sleep(0)
     assert [call[0] for call in steps.mock_calls] == ["hold", "take", "go_soon"], "and its pass later still"
@@ -500,7 +501,7 @@ async def test_a_defect_in_one_arrival_does_not_keep_those_behind_it() -> None:
     front = native.NativeFront(SystemClock(), FrontLimits(1 << 20))
     front._steps = steps = mock.create_autospec(Server, instance=True)
     steps.duplicate.return_value = b"answer"
-    steps.in_turn.side_effect = asyncio.get_running_loop().call_soon
+    steps.add_part.side_effect = lambda _, part: asyncio.get_running_loop().call_soon(part)
     handle = mock.Mock()
     bad = mock.Mock()
     bad.write.side_effect = KeyError

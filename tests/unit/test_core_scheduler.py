@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepwell_server.core.callers import Caller, Role
-from stepwell_server.core.scheduler import COMPANY_S, Scheduler, Source, source_of
+from stepwell_server.core.scheduler import ACTIVE_S, FairQueue, Scheduler, Source, source_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -74,12 +74,11 @@ def test_every_source_is_served_in_turn_under_constant_load() -> None:
     assert set(served.values()) == {30}
 
 
-def test_a_job_that_does_not_fit_waits_and_smaller_ones_pass_it_but_once() -> None:
+def test_a_job_that_does_not_fit_is_first_in_the_next_pass() -> None:
     scheduler = scheduler_of(4, Job("a", "a", 2), Job("big", "b", 4), Job("c", "c", 1))
-    assert names(scheduler.next_pass()) == ["a", "c"]
-    scheduler.add(Job("late", "c", 1))
-    assert names(scheduler.next_pass()) == ["big"], "it kept its place at the head of the round"
-    assert names(scheduler.next_pass()) == ["late"]
+    assert names(scheduler.next_pass()) == ["a"]
+    assert names(scheduler.next_pass()) == ["big"]
+    assert names(scheduler.next_pass()) == ["c"]
 
 
 def test_a_job_of_more_rows_than_a_pass_runs_alone() -> None:
@@ -87,8 +86,9 @@ def test_a_job_of_more_rows_than_a_pass_runs_alone() -> None:
     assert names(scheduler.next_pass()) == ["huge"]
     assert names(scheduler.next_pass()) == ["b"]
     scheduler = scheduler_of(4, Job("b", "b"), Job("huge", "a", 9), Job("c", "c"))
-    assert names(scheduler.next_pass()) == ["b", "c"]
+    assert names(scheduler.next_pass()) == ["b"]
     assert names(scheduler.next_pass()) == ["huge"]
+    assert names(scheduler.next_pass()) == ["c"]
 
 
 def test_several_steps_together_only_if_nothing_else_waits() -> None:
@@ -118,45 +118,45 @@ def test_a_tenant_with_a_hundred_connections_has_one_share() -> None:
 
 def test_while_others_are_about_a_pass_is_short_and_shared_in_rows() -> None:
     scheduler = scheduler_of(1000, *many("quiet", 1, 8))
-    assert scheduler.most_rows(0.0, 100) is None, "it is alone"
+    assert scheduler.max_rows_of_pass(0.0, 100) is None, "it is alone"
     scheduler.next_pass(0.0)
     for job in many("flood", 2, 600, may_part=True):
         scheduler.add(job)
-    assert scheduler.most_rows(COMPANY_S / 2, 100) == 100, "the other will be back"
-    taken = scheduler.next_pass(COMPANY_S / 2, 100)
+    assert scheduler.max_rows_of_pass(ACTIVE_S / 2, 100) == 100, "the other will be back"
+    taken = scheduler.next_pass(ACTIVE_S / 2, 100)
     assert Counter(j.name for j in taken) == {"flood0": 1, "flood1": 1}
     assert sorted(job.row_count for job in taken) == [48, 52]
     scheduler.add(*many("quiet", 1, 8))
-    assert names(scheduler.next_pass(0.0, scheduler.most_rows(0.0, 100))) == ["quiet0"], (
+    assert names(scheduler.next_pass(0.0, scheduler.max_rows_of_pass(0.0, 100))) == ["quiet0"], (
         "alone: it has little"
     )
     scheduler.add(*many("quiet", 1, 8))
-    mixed = scheduler.next_pass(0.0, scheduler.most_rows(0.0, 100))
+    mixed = scheduler.next_pass(0.0, scheduler.max_rows_of_pass(0.0, 100))
     assert sum(job.row_count for job in mixed) == 100
     assert Counter(job.name for job in mixed)["quiet0"] == 1, "and then with the others"
     while scheduler:
-        scheduler.next_pass(0.0, scheduler.most_rows(0.0, 100))
+        scheduler.next_pass(0.0, scheduler.max_rows_of_pass(0.0, 100))
     assert scheduler.rows_waiting == 0
     for job in [*many("a", 1, 300), *many("b", 1, 300)]:
         scheduler.add(job)
-    assert scheduler.most_rows(10.0, 100) == 600, "nobody is better off with less"
+    assert scheduler.max_rows_of_pass(10.0, 100) == 600, "nobody is better off with less"
     scheduler.next_pass(10.0, 600)
     scheduler.add(*many("a", 1, 300))
-    assert scheduler.most_rows(10.0 + 2 * COMPANY_S, 100) is None, "the other has been gone for long"
+    assert scheduler.max_rows_of_pass(10.0 + 2 * ACTIVE_S, 100) is None, "the other has been gone for long"
 
 
 def test_others_are_about_while_they_wait_and_for_a_moment_after() -> None:
     scheduler = scheduler_of(1000, *many("a", 1, 300))
-    assert not scheduler.has_company(0.0)
+    assert not scheduler.is_contended(0.0)
     scheduler.next_pass(0.0)
     scheduler.add(*many("a", 1, 300))
-    assert not scheduler.has_company(0.0)
+    assert not scheduler.is_contended(0.0)
     scheduler.add(*many("b", 1, 1))
-    assert scheduler.has_company(0.0)
+    assert scheduler.is_contended(0.0)
     scheduler.next_pass(0.0)
     scheduler.add(*many("a", 1, 300))
-    assert scheduler.has_company(COMPANY_S / 2)
-    assert not scheduler.has_company(2 * COMPANY_S)
+    assert scheduler.is_contended(ACTIVE_S / 2)
+    assert not scheduler.is_contended(2 * ACTIVE_S)
 
 
 def test_a_source_is_the_only_one_as_long_as_no_other_is_about() -> None:
@@ -167,12 +167,12 @@ def test_a_source_is_the_only_one_as_long_as_no_other_is_about() -> None:
     assert only is not None
     assert only[0] == "a"
     scheduler.add(*many("b", 1, 1))
-    scheduler.next_pass(COMPANY_S / 2)
-    assert scheduler.only_source(COMPANY_S / 2) is None
+    scheduler.next_pass(ACTIVE_S / 2)
+    assert scheduler.only_source(ACTIVE_S / 2) is None
     scheduler.add(*many("a", 1, 300))
-    scheduler.next_pass(COMPANY_S)
-    assert scheduler.only_source(COMPANY_S) is None
-    assert scheduler.only_source(1.9 * COMPANY_S) == only
+    scheduler.next_pass(ACTIVE_S)
+    assert scheduler.only_source(ACTIVE_S) is None
+    assert scheduler.only_source(1.9 * ACTIVE_S) == only
 
 
 @given(
@@ -196,7 +196,7 @@ def test_no_tenant_waits_for_more_than_a_round_and_nothing_is_lost(
     waited: Counter[str] = Counter()
     while scheduler:
         waiting = {job.source[0] for job in jobs if run[job.name] < expected[job.name]}
-        limit = scheduler.most_rows(0.0, most)
+        limit = scheduler.max_rows_of_pass(0.0, most)
         taken = scheduler.next_pass(0.0, limit)
         assert taken, "something always runs"
         rows = sum(job.row_count for job in taken)
@@ -209,3 +209,42 @@ def test_no_tenant_waits_for_more_than_a_round_and_nothing_is_lost(
             assert waited[str(tenant)] <= 16
     assert run == expected
     assert scheduler.rows_waiting == 0
+
+
+def served(queue: FairQueue[str], count: int, cost: dict[str, float]) -> list[str]:
+    """The next items, each with what it costs its source by its first letter."""
+    taken = []
+    for _ in range(count):
+        source = queue.next()
+        item = queue.pop(source)
+        queue.charge(source, cost[item[0]])
+        taken.append(item)
+    return taken
+
+
+def test_each_level_of_sources_has_equal_shares_of_what_is_used() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for n in range(400):
+        queue.add(("t", "ann", 1), f"a{n}")
+        queue.add(("t", "bob", 1), f"b{n}")
+        queue.add(("t", "bob", 2), f"c{n}")
+        queue.add(("u", "eve", 1), f"e{n}")
+    counts = Counter(item[0] for item in served(queue, 400, {"a": 1, "b": 1, "c": 1, "e": 4}))
+    assert counts == {"a": 160, "b": 80, "c": 80, "e": 80}, "u has cost as much as t"
+
+
+def test_what_was_used_may_be_charged_later_and_a_source_without_items_is_forgotten() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.add(("a",), "a1")
+    queue.add(("b",), "b1")
+    source = queue.next()
+    assert (source, queue.first(source), queue.pop(source)) == (("a",), "a1", "a1")
+    queue.add(("a",), "a2")
+    queue.charge(source, 5.0)
+    queue.charge(("c",), 1.0)
+    assert served(queue, 2, {"a": 1.0, "b": 1.0}) == ["b1", "a2"]
+    assert not queue
+    queue.add(("d",), "d")
+    queue.add(("d",), "d")
+    assert queue.pop_all(queue.next()) == ["d", "d"]
+    assert not queue

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import pytest
 
+from stepwell_server.core.scheduler import LoopQueue
 from stepwell_server.engine.sessions.ids import MAX_ID_LENGTH, IdMaker, require_session_id, shown
-from stepwell_server.engine.shares import LoopTurns, Pieces
+from stepwell_server.engine.shares import Pieces
 from stepwell_server.errors import InvalidInput
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
@@ -26,7 +28,9 @@ def ids() -> IdMaker:
 async def test_ids_of_one_call_lie_together_and_tell_nothing_of_each_other(
     ids: IdMaker, namespace: str, request_id: int
 ) -> None:
-    made = await ids.make_many(request_id, 4096, Pieces(LoopTurns()), namespace=namespace)
+    made = await ids.make_many(
+        request_id, 4096, Pieces(LoopQueue(asyncio.get_running_loop().call_soon)), namespace=namespace
+    )
     assert made == sorted(set(made))
     (common,) = {one[:-22] for one in made}
     assert common.startswith(f"{namespace}s-")
@@ -42,7 +46,7 @@ async def test_ids_of_one_call_lie_together_and_tell_nothing_of_each_other(
 async def test_ids_follow_from_the_request_the_namespace_and_the_sources(
     ids: IdMaker, namespace: str
 ) -> None:
-    pieces = Pieces(LoopTurns())
+    pieces = Pieces(LoopQueue(asyncio.get_running_loop().call_soon))
 
     async def made(
         maker: IdMaker = ids,

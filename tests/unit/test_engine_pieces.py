@@ -13,6 +13,7 @@ import pytest
 
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core.namespaces import SEPARATOR
+from stepwell_server.core.scheduler import LoopQueue
 from stepwell_server.engine import shares, submission
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.sessions import (
@@ -24,7 +25,6 @@ from stepwell_server.engine.sessions import (
     read,
 )
 from stepwell_server.engine.sessions.attempt import OpenedMany
-from stepwell_server.engine.shares import LoopTurns
 from stepwell_server.errors import RevisionConflict, ServerError, SessionExists, Unavailable
 from stepwell_server.rpc.services import admin
 from stepwell_server.store.base import Batch
@@ -153,7 +153,7 @@ async def test_of_many_large_calls_one_piece_is_done_in_a_turn(part: str) -> Non
 
 async def test_tenants_take_turns_with_their_pieces() -> None:
     taken: list[str] = []
-    whose = shares.Pieces(LoopTurns())
+    whose = shares.Pieces(LoopQueue(asyncio.get_running_loop().call_soon))
 
     async def call(tenant: str) -> None:
         ids = [f"{tenant}{SEPARATOR}{place}" for place in range(4 * shares.TURN)]
@@ -166,7 +166,7 @@ async def test_tenants_take_turns_with_their_pieces() -> None:
 
 
 async def test_pieces_go_on_when_a_call_is_cancelled_that_waits_for_its_turn() -> None:
-    whose = shares.Pieces(LoopTurns())
+    whose = shares.Pieces(LoopQueue(asyncio.get_running_loop().call_soon))
     waiting = [asyncio.create_task(whose.turn(tenant)) for tenant in ("a", "a", "b")]
     await asyncio.sleep(0)
     waiting[0].cancel()

@@ -9,16 +9,8 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from stepwell_server.engine.shares import (
-    COMPANY_S,
-    LEAST_PASS_S,
-    TURNS_S,
-    LoopTurns,
-    Share,
-    Shares,
-    Then,
-    Threads,
-)
+from stepwell_server.core.scheduler import LOOK_AFTER_S, LoopQueue, Share, Shares
+from stepwell_server.engine.shares import ACTIVE_S, MIN_PASS_S, Then, Threads
 from support.clock import ManualClock
 from support.fake_executor import WAIT_S
 
@@ -32,12 +24,26 @@ def busy(seconds: float) -> None:
         pass
 
 
+def loop_queue() -> LoopQueue:
+    """Of the running event loop."""
+    return LoopQueue(asyncio.get_running_loop().call_soon)
+
+
+def shares_of(clock: ManualClock, queue: LoopQueue | None = None) -> Shares:
+    """Shares of models that do not raise."""
+
+    def raised(_model: str, error: Exception) -> None:
+        raise error
+
+    return Shares(clock.monotonic, queue or loop_queue(), raised)
+
+
 class Flood:
     """Models that always have more to do, on an event loop whose time is that of their turns."""
 
     def __init__(self) -> None:
         self.clock = ManualClock()
-        self.shares = Shares(self.clock, LoopTurns())
+        self.shares = shares_of(self.clock)
         self.turns: list[str] = []
         """Whose they were."""
         self._enough = 0
@@ -70,7 +76,7 @@ class Flood:
 
 async def test_however_often_it_is_rung_there_is_one_turn_between_two_looks_at_the_network() -> None:
     turns: list[int] = []
-    shares = Shares(ManualClock(), LoopTurns())
+    shares = shares_of(ManualClock())
     share = Share(shares, "m")
 
     def turn() -> None:
@@ -92,7 +98,7 @@ async def test_however_often_it_is_rung_there_is_one_turn_between_two_looks_at_t
 
 async def test_what_is_done_in_a_turn_needs_no_other() -> None:
     turns: list[int] = []
-    share = Share(Shares(ManualClock(), LoopTurns()), "m")
+    share = Share(shares_of(ManualClock()), "m")
 
     def turn() -> None:
         turns.append(1)
@@ -109,14 +115,14 @@ async def test_what_is_done_in_a_turn_needs_no_other() -> None:
 
 async def test_models_have_the_event_loop_for_equal_times_however_long_their_turns_are() -> None:
     flood = Flood()
-    turns = await flood.run(flood.add("long", TURNS_S), flood.add("short", TURNS_S / 8), turns=900)
+    turns = await flood.run(flood.add("long", LOOK_AFTER_S), flood.add("short", LOOK_AFTER_S / 8), turns=900)
     assert turns.count("long") == pytest.approx(100, abs=2)
 
 
 async def test_who_comes_anew_is_before_all_that_had_turns_and_has_no_credit_for_the_past() -> None:
     flood = Flood()
-    models = [flood.add(name, TURNS_S) for name in "abcdefgh"]
-    late = flood.add("late", TURNS_S)
+    models = [flood.add(name, LOOK_AFTER_S) for name in "abcdefgh"]
+    late = flood.add("late", LOOK_AFTER_S)
     await flood.run(*models, turns=80)
     turns = await flood.run(*models, late, turns=90)
     assert turns.index("late") <= 1, "it need not wait for a whole round"
@@ -126,12 +132,12 @@ async def test_who_comes_anew_is_before_all_that_had_turns_and_has_no_credit_for
 async def test_after_the_time_of_one_turn_the_event_loop_looks_at_what_has_come() -> None:
     flood = Flood()
     for name in "abcd":
-        flood.add(name, TURNS_S).ring()
+        flood.add(name, LOOK_AFTER_S).ring()
     for count in range(1, 5):
         await asyncio.sleep(0)
         assert len(flood.turns) == count
     for name in "efgh":
-        flood.add(name, TURNS_S / 8).ring()
+        flood.add(name, LOOK_AFTER_S / 8).ring()
     await asyncio.sleep(0)
     assert len(flood.turns) == 8
 
@@ -167,7 +173,7 @@ class Gate:
 
 
 async def test_the_thread_goes_to_the_model_that_has_used_it_least(threads: Threads) -> None:
-    shares, order, ended = Shares(ManualClock(), LoopTurns()), list[str](), threading.Event()
+    shares, order, ended = shares_of(ManualClock()), list[str](), threading.Event()
     first, much, little = (Share(shares, name) for name in ("first", "much", "little"))
 
     def piece(name: str, seconds: float, then: Then = None) -> Callable[[], Then]:
@@ -206,35 +212,35 @@ def no_piece() -> None:
 
 
 async def test_passes_are_short_while_other_models_have_theirs_on_threads(threads: Threads) -> None:
-    shares = Shares(ManualClock(), LoopTurns())
+    shares = shares_of(ManualClock())
     one, other = Share(shares, "one"), Share(shares, "other")
-    assert threads.most_s(one, 0.0) is None
+    assert threads.max_s(one, 0.0) is None
     threads.run(one, [no_piece], 0.1, 0.0)
-    assert threads.most_s(one, 0.0) is None, "it is alone"
-    threads.run(other, [no_piece], LEAST_PASS_S / 2, 0.0)
-    assert threads.most_s(one, 0.0) == LEAST_PASS_S
+    assert threads.max_s(one, 0.0) is None, "it is alone"
+    threads.run(other, [no_piece], MIN_PASS_S / 2, 0.0)
+    assert threads.max_s(one, 0.0) == MIN_PASS_S
     threads.run(other, [no_piece], 0.03, 0.0)
-    assert threads.most_s(one, 0.0) == 0.03, "as long as the other's, which waits no longer than for its own"
-    assert threads.most_s(other, 0.0) == 0.1
-    assert threads.most_s(one, 9.0) == 0.03, "it is under way"
+    assert threads.max_s(one, 0.0) == 0.03, "as long as the other's, which waits no longer than for its own"
+    assert threads.max_s(other, 0.0) == 0.1
+    assert threads.max_s(one, 9.0) == 0.03, "it is under way"
     threads.ended(other, 10.0)
     threads.ended(one, 10.0)
-    assert threads.most_s(one, 10.0 + COMPANY_S) == 0.03
-    assert threads.most_s(one, 10.0 + 2 * COMPANY_S) is None
+    assert threads.max_s(one, 10.0 + ACTIVE_S) == 0.03
+    assert threads.max_s(one, 10.0 + 2 * ACTIVE_S) is None
 
 
 async def test_a_model_that_is_gone_is_no_company(threads: Threads) -> None:
-    shares = Shares(ManualClock(), LoopTurns())
+    shares = shares_of(ManualClock())
     one, other = Share(shares, "one"), Share(shares, "other")
     threads.run(one, [no_piece], 0.1, 0.0)
     threads.run(other, [no_piece], 0.1, 0.0)
     threads.ended(other, 0.0)
     threads.forget(other)
-    assert threads.most_s(one, 0.0) is None
+    assert threads.max_s(one, 0.0) is None
 
 
 async def test_a_turn_of_the_event_loop_has_one_part_of_large_work() -> None:
-    turns, order = LoopTurns(), list[str]()
+    turns, order = loop_queue(), list[str]()
 
     def ask(name: str, left: int) -> None:
         def work() -> None:
@@ -242,7 +248,7 @@ async def test_a_turn_of_the_event_loop_has_one_part_of_large_work() -> None:
             if left > 1:
                 ask(name, left - 1)
 
-        turns.soon(work)
+        turns.add((name,), work)
 
     for name in "abc":
         ask(name, 3)
@@ -255,22 +261,22 @@ async def test_a_turn_of_the_event_loop_has_one_part_of_large_work() -> None:
 
 
 async def test_large_work_goes_on_after_a_defect() -> None:
-    turns, after, told = LoopTurns(), asyncio.Event(), list[str]()
+    turns, after, told = loop_queue(), asyncio.Event(), list[str]()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: told.append(str(context["exception"])))
 
     def broken() -> None:
         raise RuntimeError("a defect")
 
-    turns.soon(broken)
-    turns.soon(after.set)
+    turns.add(("a",), broken)
+    turns.add(("a",), after.set)
     await after.wait()
     assert told == ["a defect"]
 
 
 async def test_models_have_their_turns_among_other_large_work() -> None:
-    turns, order = LoopTurns(), list[str]()
-    shares = Shares(ManualClock(), turns)
+    turns, order = loop_queue(), list[str]()
+    shares = shares_of(ManualClock(), turns)
     share = Share(shares, "m")
 
     def run() -> None:
@@ -279,11 +285,11 @@ async def test_models_have_their_turns_among_other_large_work() -> None:
 
     def other() -> None:
         order.append("other")
-        turns.soon(other)
+        turns.add(("other",), other)
 
     share.listen(run)
     share.ring()
-    turns.soon(other)
+    turns.add(("other",), other)
     for count in range(1, 9):
         await asyncio.sleep(0)
         assert len(order) == count

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepwell_server.rpc.fronts.arrivals import LARGE, Arrivals, Kind, Whose
+from stepwell_server.rpc.fronts.arrivals import LARGE, Arrivals, Kind
 from support.clock import ManualClock
 
 Made = tuple[Kind, frozenset[str], int, int]
@@ -21,7 +21,7 @@ class Wire:
     def __init__(self) -> None:
         self.done: list[Made] = []
         self.looking: list[str] = []
-        self.whose: dict[str, Whose] = {}
+        self.whose: dict[str, tuple[str, str]] = {}
         self.clock = ManualClock()
         self.arrivals = Arrivals(self._do, self.clock.monotonic, lambda peer: self.whose.get(peer, ("", "")))
         self.count = 0

@@ -1,35 +1,311 @@
-"""Which jobs go into the next pass.
+"""What runs next: work of the source that has used least.
 
-A job is work on the rows of one or more sessions for one or more time steps. Tenants take turns, then the callers of a
-tenant, then the connections of a caller: so that whoever has a thousand jobs, or a thousand connections, has one share.
-Where others are about, shares are counted in rows (a surplus round robin: Adiseshu, Parulkar, Varghese, "A reliable and
-scalable striping protocol", SIGCOMM 1996; see also Shreedhar and Varghese, "Efficient fair queuing using deficit round
-robin", SIGCOMM 1995), and jobs of many sessions are parted. A job of several time steps goes back to the end of its
-line after each pass.
+Callers share passes, the event loop and the compute threads. Each is given out by a `FairQueue`, to the source that has
+used least of it (start-time fair queueing: Goyal, Vin, Cheng, "Start-time fair queuing", SIGCOMM 1996). A source is a
+path: tenant, caller, connection; or a model. Tenants have equal shares, then the callers of a tenant, then the
+connections of a caller: a thousand jobs or connections have one share. A source that is alone has everything.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, Protocol, Self, TypeVar
 
 from stepwell_server.core.callers import Caller
 
-#: So long after it had a job in a pass a source counts as one of those that are about, in seconds.
-COMPANY_S = 0.05
-#: Who has less to do than this part of a short pass has every other pass without the others.
-_LIGHT = 4
-#: Rows of one turn where shares are counted.
+#: A source counts as active for this many seconds after it had a job in a pass.
+ACTIVE_S = 0.05
+#: Rows that one source has in a row, of a pass that several share.
 _QUANTUM = 16
+#: A source with at most this part of a short pass has every other pass without those that have more.
+_LIGHT_PART = 4
+
+#: After models have run for this many seconds the event loop looks at the network.
+LOOK_AFTER_S = 400e-6
 
 Source = tuple[Hashable, ...]
-"""Whose job it is: tenant, caller, connection. Turns are taken at each place, from the first on."""
+"""Who sent something: tenant, caller, connection; or what it is for. Never empty."""
+T = TypeVar("T")
 
 
 def source_of(who: Caller, connection: Hashable) -> Source:
     """The source of what a caller asks for over a connection."""
     return (who.tenant, who.name, connection)
+
+
+class _Node(Generic[T]):
+    """A source, or several with the same beginning."""
+
+    __slots__ = ("children", "count", "heap", "items", "served", "start")
+
+    def __init__(self, start: float) -> None:
+        self.start = start
+        """What it has used, or as if it had: a new one begins where the others are."""
+        self.count = 0
+        """Items of it, and of the nodes below."""
+        self.items: deque[T] = deque()
+        self.children: dict[Hashable, _Node[T]] = {}
+        self.heap: list[tuple[float, int, Hashable]] = []
+        """The children by `start`, which may have grown since, then in the order in which they came there."""
+        self.served = 0.0
+        """The largest `start` of a child when it was served."""
+
+
+class FairQueue(Generic[T]):
+    """Items of several sources, those of one in their order. Not thread-safe."""
+
+    def __init__(self, credit: float = 0.0) -> None:
+        """A source that comes anew is taken to have used `credit` less than the source served last."""
+        self._credit = credit
+        self._root: _Node[T] = _Node(0.0)
+        self._order = itertools.count()
+
+    def __bool__(self) -> bool:
+        return self._root.count > 0
+
+    def add(self, source: Source, item: T) -> None:
+        """Put an item behind those of its source."""
+        node = self._root
+        for key in source:
+            node.count += 1
+            node = self._child(node, key)
+        node.count += 1
+        node.items.append(item)
+
+    def next(self) -> Source:
+        """The source that is served next; there must be an item."""
+        path: list[Hashable] = []
+        node = self._root
+        while node.heap:
+            start, _, key = node.heap[0]
+            child = node.children[key]
+            if start < child.start:
+                heapq.heapreplace(node.heap, (child.start, next(self._order), key))
+            elif not child.count:  # the others have used as much since
+                heapq.heappop(node.heap)
+                del node.children[key]
+            else:
+                node.served = max(node.served, child.start)
+                path.append(key)
+                node = child
+        return tuple(path)
+
+    def first(self, source: Source) -> T:
+        """The first item of a source that has one."""
+        return self._at(source).items[0]
+
+    def _at(self, source: Source) -> _Node[T]:
+        node = self._root
+        for key in source:
+            node = node.children[key]
+        return node
+
+    def pop(self, source: Source) -> T:
+        """Take the first item of a source that has one."""
+        node = self._root
+        node.count -= 1
+        for key in source:
+            node = node.children[key]
+            node.count -= 1
+        return node.items.popleft()
+
+    def pop_all(self, source: Source) -> list[T]:
+        """Take all items of a source that has some."""
+        return [self.pop(source) for _ in range(self._at(source).count)]
+
+    def charge(self, source: Source, cost: float) -> None:
+        """Count what a source has used: now, or at a time that has passed since."""
+        node = self._root
+        for key in source:
+            node = self._child(node, key)
+            node.start += cost
+
+    def _child(self, node: _Node[T], key: Hashable) -> _Node[T]:
+        child, least = node.children.get(key), node.served - self._credit
+        if child is None:
+            child = node.children[key] = _Node(least)
+            heapq.heappush(node.heap, (least, next(self._order), key))
+        elif not child.count:
+            child.start = max(child.start, least)
+        return child
+
+
+class LoopQueue:
+    """Large work for the event loop: one part of it between two looks at the network.
+
+    A small step runs as soon as it is seen, so it waits for one part of large work at most, whatever else is under way:
+    passes, the intake of large batches, pieces of calls on many sessions. Lives on the event loop.
+    """
+
+    def __init__(self, call_soon: Callable[[Callable[[], None]], object]) -> None:
+        """`call_soon` calls something in the next iteration of the event loop."""
+        self._call_soon = call_soon
+        self._parts: FairQueue[Callable[[], None]] = FairQueue()
+        self._is_scheduled = False
+
+    def add(self, source: Source, part: Callable[[], None]) -> None:
+        """Call `part` in an iteration of the event loop in which no other part runs; sources have equal numbers of them."""
+        self._parts.add(source, part)
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._call_soon(self._run_next)
+
+    def _run_next(self) -> None:
+        source = self._parts.next()
+        part = self._parts.pop(source)
+        self._parts.charge(source, 1)
+        try:
+            part()
+        finally:  # the loop logs what was raised
+            self._is_scheduled = False
+            if self._parts:
+                self._schedule()
+
+
+class Share:
+    """What one model has of the event loop and of the threads. Lives on the event loop."""
+
+    __slots__ = (
+        "_has_turn",
+        "_listener",
+        "_shares",
+        "is_due",
+        "label",
+        "last_on_threads",
+        "pieces",
+        "wanted_s",
+    )
+
+    def __init__(self, shares: Shares, label: str) -> None:
+        self._shares = shares
+        self._listener: Callable[[], None] | None = None
+        self._has_turn = False
+        self.label = label
+        """The model's name, for the log."""
+        self.is_due = False
+        """The listener will be called."""
+        self.last_on_threads = 0.0
+        """When it began or ended a pass on threads."""
+        self.pieces = 0
+        """Of its pass that wait or run."""
+        self.wanted_s = 0.0
+        """Seconds of its last pass there, if it had been as long as the model likes."""
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call `listener` when the model is next on the event loop."""
+        self._listener = listener
+
+    def ring(self) -> None:
+        """Call the listener soon: once, even if this is called again before."""
+        if not self.is_due and self._listener is not None:
+            self.is_due = True
+            if not self._has_turn:
+                self._shares.add(self)
+
+    def done(self) -> None:
+        """For the listener: what it has been rung for since it was called is done already."""
+        assert self._has_turn, "only the listener knows"
+        self.is_due = False
+
+    def used(self, seconds: float) -> None:
+        """Charge time on the event loop beside that of the listener."""
+        self._shares.charge(self, seconds)
+
+    def leave(self) -> None:
+        """The model is gone: its listener is not called any more."""
+        self._listener = None
+        self.is_due = False
+
+    def run(self) -> None:
+        """Call the listener; for `Shares`."""
+        if self._listener is None:
+            return
+        self.is_due, self._has_turn = False, True
+        try:
+            self._listener()
+        except Exception as error:  # the other models must run
+            self._shares.on_defect(self.label, error)
+        finally:
+            self._has_turn = False
+
+
+class Shares:
+    """Which model runs next on the event loop. Lives there."""
+
+    def __init__(
+        self, now: Callable[[], float], loop_queue: LoopQueue, on_defect: Callable[[str, Exception], None]
+    ) -> None:
+        """`on_defect` is told the model whose listener has raised something."""
+        self._now = now
+        self._loop_queue = loop_queue
+        self.on_defect = on_defect
+        self._due: FairQueue[Share] = FairQueue(LOOK_AFTER_S)
+        self._is_held = False
+        """Nothing is scheduled: whoever holds it will look."""
+        self._is_scheduled = False
+        """The loop queue has a part for it: one, or several would follow each other without a look at the network."""
+
+    def add(self, share: Share) -> None:
+        """Run a model soon; for `Share`."""
+        self._due.add((share,), share)
+        if not self._is_held:
+            self._schedule()
+
+    def charge(self, share: Share, seconds: float) -> None:
+        """Count what a model has used; for `Share`."""
+        self._due.charge((share,), seconds)
+
+    def hold(self) -> None:
+        """Run no model until `go`: more comes at once."""
+        self._is_held = True
+
+    def go(self) -> None:
+        """Run the models that are due now, which saves an iteration of the event loop."""
+        self._is_held = False
+        if self._due:
+            self._run()
+
+    def go_soon(self) -> None:
+        """Run the models that are due in another iteration of the event loop: this one has had its large work."""
+        self._is_held = False
+        if self._due:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop_queue.add(("passes",), self._scheduled)
+
+    def _scheduled(self) -> None:
+        self._is_scheduled = False
+        if self._due and not self._is_held:
+            self._run()
+
+    def _run(self) -> None:
+        """Run models that are due, each once, until the time is over or one that has run would be next."""
+        self._is_held = True
+        began = now = self._now()
+        ran: set[Share] = set()
+        while self._due and now - began < LOOK_AFTER_S:
+            source = self._due.next()
+            if self._due.first(source) in ran:
+                break
+            share = self._due.pop(source)
+            ran.add(share)
+            share.run()
+            before, now = now, self._now()
+            self._due.charge(source, now - before)
+            if share.is_due:
+                self._due.add(source, share)
+        self._is_held = False
+        if self._due:
+            self._schedule()
 
 
 class Schedulable(Protocol):
@@ -52,7 +328,7 @@ class Schedulable(Protocol):
         """`part` can be called."""
 
     def part(self, rows: int, /) -> Self:
-        """Take its first sessions away, of so many rows together but at least one session, as a job of their own.
+        """Split off its first sessions, of that many rows together but at least one session, as a job of their own.
 
         Itself if they are all.
         """
@@ -61,222 +337,127 @@ class Schedulable(Protocol):
 J = TypeVar("J", bound=Schedulable)
 
 
-class _Line(Generic[J]):
-    """The jobs of one source, or the lines of those that share a tenant, a caller; in the order of their turns."""
-
-    __slots__ = ("debt", "jobs", "lines")
-
-    def __init__(self) -> None:
-        self.lines: dict[Hashable, _Line[J]] = {}
-        self.jobs: deque[J] = deque()
-        self.debt = 0
-        """Rows that it had beyond its share: it lets so many turns go by."""
-
-    def add(self, job: J, path: Source) -> None:
-        line = self
-        for key in path:
-            found = line.lines.get(key)
-            if found is None:
-                found = line.lines[key] = _Line()
-            line = found
-        line.jobs.append(job)
-
-    def next(self) -> Source:
-        """Whose turn it is."""
-        path, line = [], self
-        while line.lines:
-            if len(line.lines) > 1:
-                line.settle()
-            key = next(iter(line.lines))
-            path.append(key)
-            line = line.lines[key]
-        return tuple(path)
-
-    def settle(self) -> None:
-        """Put those that are in debt at the end, for a share less of it."""
-        while True:
-            key = next(iter(self.lines))
-            line = self.lines[key]
-            if line.debt <= 0:
-                return
-            if all(other.debt > 0 for other in self.lines.values()):
-                least = min(other.debt for other in self.lines.values())
-                for other in self.lines.values():
-                    other.debt -= least
-                continue
-            line.debt -= _QUANTUM
-            self.lines[key] = self.lines.pop(key)
-
-    def at(self, path: Source) -> _Line[J]:
-        line = self
-        for key in path:
-            line = line.lines[key]
-        return line
-
-    def turn(self, path: Source, debt: int = 0) -> None:
-        """A source has had its turn: it goes to the end, everywhere, or is gone if nothing of it is left."""
-        lines = [self]
-        for key in path:
-            lines.append(lines[-1].lines[key])
-        for parent, key, line in zip(lines[-2::-1], reversed(path), reversed(lines), strict=False):
-            del parent.lines[key]
-            if line.jobs or line.lines:
-                line.debt += debt
-                parent.lines[key] = line
-
-    def put_first(self, path: Source, jobs: deque[J], debt: int) -> None:
-        """Give a source its place at the head again."""
-        line = self
-        for key in path:
-            found = line.lines.pop(key, None) or _Line()
-            line.lines = {key: found, **line.lines}
-            line = found
-        line.jobs, line.debt = jobs, debt
-
-
 class Scheduler(Generic[J]):
-    """The ready jobs of one model, by source. Each session is in at most one of them."""
+    """The ready jobs of one model. Each session is in at most one of them.
+
+    While several sources are active, passes are short, and jobs of many sessions are split. A job of several time steps
+    goes back to the end of its source's jobs after each pass.
+    """
 
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
-        self._root: _Line[J] = _Line()
-        self._only: J | None = None
-        """The job that waits, as long as there is no other: it is in no line yet."""
-        self._about: dict[Source, tuple[float, int]] = {}
+        self._queue: FairQueue[J] = FairQueue()
+        self._waiting: dict[Source, int] = {}
+        """Rows that wait, by source."""
+        self._active: dict[Source, tuple[float, int]] = {}
         """When each source had jobs in a pass last, and of how many rows; the latest last."""
-        self._first: set[Source] = set()
-        """Sources that have the next pass for themselves."""
-        self._was_first = False
-        """They had the latest pass for themselves."""
+        self._light: list[Source] = []
+        """Sources that have the next pass to themselves."""
+        self._was_light = False
+        """The latest pass was of light sources alone."""
         self.rows_waiting = 0
 
     def __bool__(self) -> bool:
-        return self._only is not None or bool(self._root.lines)
+        return bool(self._queue)
 
     def add(self, job: J) -> None:
-        """Put a job at the end of its source's line; a new source goes to the end of the round."""
-        self.rows_waiting += job.row_count
-        if self:
-            self._line_up()
-            self._root.add(job, job.source)
+        """Put a job behind those of its source."""
+        self._wait(job.source, job.row_count)
+        self._queue.add(job.source, job)
+
+    def _wait(self, source: Source, rows: int) -> None:
+        self.rows_waiting += rows
+        count = self._waiting.get(source, 0) + rows
+        if count:
+            self._waiting[source] = count
         else:
-            self._only = job
+            del self._waiting[source]
 
-    def _line_up(self) -> None:
-        if self._only is not None:
-            self._root.add(self._only, self._only.source)
-            self._only = None
-
-    def has_company(self, now: float) -> bool:
-        """Several sources may be about: what `most_rows` says counts."""
-        about, only = self._about, self._only
-        if only is not None and len(about) == 1 and only.source in about:
-            return False
-        self._forget_those_gone(now)
-        return only is None or len(about) > (only.source in about)
+    def is_contended(self, now: float) -> bool:
+        """Several sources are active."""
+        self._forget_inactive(now)
+        active, waiting = self._active, self._waiting
+        return len(active) > 1 or len(waiting) > 1 or (bool(active) and not waiting.keys() <= active.keys())
 
     def only_source(self, now: float) -> Source | None:
-        """The source that had jobs in passes of late, if there was just one."""
-        self._forget_those_gone(now)
-        return next(iter(self._about)) if len(self._about) == 1 else None
+        """The source that had jobs in passes lately, if there was just one."""
+        self._forget_inactive(now)
+        return next(iter(self._active)) if len(self._active) == 1 else None
 
-    def _forget_those_gone(self, now: float) -> None:
-        about = self._about
-        while about and next(iter(about.values()))[0] < now - COMPANY_S:
-            del about[next(iter(about))]
+    def _forget_inactive(self, now: float) -> None:
+        active = self._active
+        while active and next(iter(active.values()))[0] < now - ACTIVE_S:
+            del active[next(iter(active))]
 
-    def most_rows(self, now: float, bound: int) -> int | None:
-        """Rows of the next pass at most, for the sake of those that will come while it runs; None: as many as fit.
+    def max_rows_of_pass(self, now: float, short: int) -> int | None:
+        """The limit of the next pass's rows, for the sake of sources that send while it runs; None: `max_rows`.
 
-        Who is alone, or where all have the like of it to do, may have full passes; else they have `bound` rows.
+        A source that is alone has full passes, and so have several with about the same to do. Others have `short` rows.
+        Sources that have little then have every other pass to themselves.
         """
-        if self.rows_waiting <= bound or not self.has_company(now):
+        if self.rows_waiting <= short or not self.is_contended(now):
             return None
-        self._line_up()
-        waiting = self._rows_by_source()
-        rows = {source: rows for source, (_, rows) in self._about.items()} | waiting
-        if len(rows) < 2:
-            return None
-        most = max(bound, len(rows) * min(rows.values()))
-        light = {source for source, count in waiting.items() if count <= bound // _LIGHT}
-        self._first = light if not self._was_first and len(light) < len(waiting) else set()
-        return most
+        rows = {source: rows for source, (_, rows) in self._active.items()} | self._waiting
+        light = [source for source, count in self._waiting.items() if count <= short // _LIGHT_PART]
+        self._light = light if not self._was_light and len(light) < len(self._waiting) else []
+        return max(short, len(rows) * min(rows.values()))
 
-    def next_pass(self, now: float = 0.0, most: int | None = None) -> list[J]:
-        """Take the jobs of the next pass: one of each source in turn, up to `max_rows` rows.
+    def next_pass(self, now: float = 0.0, limit: int | None = None) -> list[J]:
+        """Take the jobs of the next pass, up to `max_rows` rows.
 
-        With `most` it has so many at most, shared in rows: jobs that may are parted. A job that has more by itself makes
-        a pass of its own. Sources whose first job does not fit keep their place at the head of the next round.
+        With a `limit` of rows jobs are split where they can be. A job that has more by itself makes a pass of its own.
         """
-        only = self._only
-        if only is not None and most is None:
-            self._only, self._was_first = None, False
-            self.rows_waiting -= only.row_count
-            chosen, rows = [only], {only.source: only.row_count}
-        else:
-            self._line_up()
-            room = self._max_rows if most is None else min(most, self._max_rows)
-            chosen, rows = self._chosen(room, most is not None)
-        about = self._about
+        light, self._light = self._light, []
+        self._was_light = bool(light)
+        room = self._max_rows if limit is None else min(limit, self._max_rows)
+        taken = self._of_light(light, room) if light else self._in_turn(room, can_split=limit is not None)
+        rows: dict[Source, int] = {}
+        for job in taken:
+            self._wait(job.source, -job.row_count)
+            rows[job.source] = rows.get(job.source, 0) + job.row_count
         for source, count in rows.items():
-            about.pop(source, None)
-            about[source] = (now, count)
-        return chosen
+            self._active.pop(source, None)
+            self._active[source] = (now, count)
+        return taken
 
-    def _chosen(self, room: int, is_limited: bool) -> tuple[list[J], dict[Source, int]]:
-        root = self._root
-        first, self._first = self._first if is_limited else set(), set()
-        self._was_first = bool(first)
+    def _of_light(self, light: Sequence[Source], room: int) -> list[J]:
+        """All that some sources have, as far as there is room."""
+        taken: list[J] = []
+        for source in light:
+            rows = self._waiting[source]
+            if rows <= room:
+                taken += self._queue.pop_all(source)
+                self._queue.charge(source, rows)
+                room -= rows
+        return taken
+
+    def _in_turn(self, room: int, *, can_split: bool) -> list[J]:
+        """What sources have, a little of each in turn; a job that does not fit ends it."""
+        queue = self._queue
         chosen: dict[J, int] = {}
         """Rows of each."""
-        rows: dict[Source, int] = {}
-        aside: list[tuple[Source, deque[J], int]] = []
-        """Sources whose first job does not fit."""
-        while root.lines and room > 0:
-            source = root.next()
-            line = root.at(source)
-            job = line.jobs[0]
-            before = chosen.get(job, 0)
-            left = job.row_count - before
-            count = min(left, room, _QUANTUM) if is_limited and job.may_part else left
-            if (count > room and chosen) or (first and source not in first):
-                aside.append((source, line.jobs, line.debt))
-                line.jobs = deque()
-                root.turn(source)
-                continue
-            chosen[job] = before + count
-            rows[source] = rows.get(source, 0) + count
+        while queue and room > 0:
+            source = queue.next()
+            job = queue.first(source)
+            left = job.row_count - chosen.get(job, 0)
+            count = min(left, room, _QUANTUM) if can_split and job.may_part else left
+            if count > room and chosen:
+                break
+            chosen[job] = chosen.get(job, 0) + count
             room -= count
             if count == left:
-                line.jobs.popleft()
-            root.turn(source, count - _QUANTUM if is_limited and count > _QUANTUM else 0)
-        for source, jobs, debt in reversed(aside):
-            root.put_first(source, jobs, debt)
-        return [self._take(job, count) for job, count in chosen.items()], rows
+                queue.pop(source)
+            queue.charge(source, count)
+        return [self._part(job, count) for job, count in chosen.items()]
 
-    def _take(self, job: J, count: int) -> J:
-        """A job, or its part of so many rows, of which the rest has stayed at the head of its line."""
-        if count == job.row_count:
-            self.rows_waiting -= count
-            return job
-        part = job.part(count)
-        self.rows_waiting -= part.row_count
-        if part is job:  # it is one session, and has more rows than were meant
-            line = self._root.at(job.source)
-            line.jobs.popleft()
-            if not line.jobs:
-                self._root.turn(job.source)
-        return part
-
-    def _rows_by_source(self) -> dict[Source, int]:
-        found: dict[Source, int] = {}
-        lines: list[tuple[Source, _Line[J]]] = [((), self._root)]
-        while lines:
-            path, line = lines.pop()
-            lines += [((*path, key), child) for key, child in line.lines.items()]
-            if line.jobs:
-                found[path] = sum(job.row_count for job in line.jobs)
-        return found
+    def _part(self, job: J, count: int) -> J:
+        """A job, or its part of that many rows, of which the rest has stayed first of its source."""
+        taken = job if count == job.row_count else job.part(count)
+        if (
+            taken is job and count < job.row_count
+        ):  # it is one session, and has more rows than there was room for
+            self._queue.pop(job.source)
+        return taken
 
     def steps_together(self, chosen: Sequence[J], budget: int) -> int:
         """For how many time steps the chosen jobs may run in one pass: 1 if anything else waits."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from stepwell_server.clock import Clock
 from stepwell_server.core.idle import IdleLimits, IdleWatch
 from stepwell_server.core.model_names import ModelRef, parse_reference
+from stepwell_server.core.scheduler import LoopQueue, Shares, Source
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import ModelInfo, ModelStats, Observer, StateRead, StatesRead
 from stepwell_server.engine.catalog.changes import Changes
@@ -40,7 +41,7 @@ from stepwell_server.engine.sessions.ids import MAX_IDS_PER_CALL
 from stepwell_server.engine.sessions.imports import Import
 from stepwell_server.engine.sessions.lookup import Loader, Lookup
 from stepwell_server.engine.sessions.read import SessionCounts, SessionList, StateReader
-from stepwell_server.engine.shares import LoopTurns, Pieces, Shares, Threads
+from stepwell_server.engine.shares import Pieces, Threads
 from stepwell_server.engine.sizes import Sizes
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
@@ -50,10 +51,13 @@ from stepwell_server.engine.types import U64, Members
 from stepwell_server.engine.versions.forwarding import Forwarding, Migration
 from stepwell_server.engine.versions.registry import Models, Versions
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
+from stepwell_server.logs import Log
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store
 
 __all__ = ["Engine", "EveryChange", "ModelStats", "OpenedMany", "PagedOutOnly"]
+
+_log = Log("engine")
 
 
 class Engine:
@@ -91,16 +95,21 @@ class Engine:
             migrations: Functions that make states of one version those of another, by name.
             policy: What the store has of sessions.
         """
-        self._loop_turns = LoopTurns()
-        self._shares, self._threads = Shares(clock, self._loop_turns), Threads(compute_threads)
+        self._loop_queue = LoopQueue(asyncio.get_running_loop().call_soon)
+        self._shares = Shares(
+            clock.monotonic,
+            self._loop_queue,
+            lambda model, error: _log.defect("a turn raised", error, model=model),
+        )
+        self._threads = Threads(compute_threads)
         self.hold_turns: Callable[[], None] = self._shares.hold
         """Begin no pass until `take_turns`: more changes come at once."""
         self.take_turns: Callable[[], None] = self._shares.go
         """Do now what has come, rather than in the next turn of the event loop."""
         self.take_turns_soon: Callable[[], None] = self._shares.go_soon
         """Do what has come in another turn of the event loop: this one has had its large work."""
-        self.call_in_turn: Callable[[Callable[[], None]], None] = self._loop_turns.soon
-        """Do a part of large work in a turn of the event loop that has no other: see `LoopTurns`."""
+        self.add_part: Callable[[Source, Callable[[], None]], None] = self._loop_queue.add
+        """Do a part of large work in an iteration of the event loop that has no other: see `LoopQueue.add`."""
         self._table = table = SessionTable()
         self._store, self._clock = store, clock
         self._models = Models(table, store.elsewhere)
@@ -149,7 +158,7 @@ class Engine:
         self._tasks: list[asyncio.Task[None]] = []
         self._quotas = quotas
         loader = Loader(table, self._models, self._expiry, fields)
-        pieces = Pieces(self._loop_turns)
+        pieces = Pieces(self._loop_queue)
         self._lookup = Lookup(
             table,
             store,

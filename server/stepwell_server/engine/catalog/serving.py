@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 
 from stepwell_server.core.cost import Cost
-from stepwell_server.core.scheduler import Scheduler
+from stepwell_server.core.scheduler import Scheduler, Share, Shares
 from stepwell_server.core.slots import Slots
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.executors.base import Executor
@@ -18,7 +18,7 @@ from stepwell_server.engine.passes.completion import Completion
 from stepwell_server.engine.passes.loop import Inline, PassLoop
 from stepwell_server.engine.passes.runner import Runner, warm_up
 from stepwell_server.engine.sessions.context import Context
-from stepwell_server.engine.shares import Share, Shares, Threads
+from stepwell_server.engine.shares import Threads
 from stepwell_server.engine.state.arena import Arena
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import ReplyMemory

@@ -38,7 +38,7 @@ from stepwell_server.logs import Log
 
 _log = Log("engine.admission")
 #: The source of a job of many callers' steps, as long as there is room for all of them in one pass.
-_EVERYBODY: Source = ("everybody",)
+_EVERYBODY: Source = (None,)
 
 Wait = Callable[[Change, Members], None]
 Judge = Callable[[Change, Members, Handles], Handles]

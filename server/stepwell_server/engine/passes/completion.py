@@ -67,7 +67,7 @@ class Completion:
     def complete(self, work: Pass, jobs: Sequence[tuple[int, Job]]) -> None:
         """Commit and answer jobs (with their index in the pass) that have run their last time step."""
         changes = [(index, job) for index, job in jobs if job.handles is not None]
-        is_hurried = self._model.ready.has_company(self._clock.monotonic())
+        is_hurried = self._model.ready.is_contended(self._clock.monotonic())
         for some in _apart(changes) if is_hurried else (changes,):
             if some:
                 self._commit(work, some, is_hurried=is_hurried)

@@ -272,7 +272,7 @@ class PassLoop:
         ready, now = self._model.ready, self._clock.monotonic()
         source = ready.only_source(now)
         is_alone = source is not None and self._inbox.is_of(source) and not ready
-        return is_alone and self.runner.most_s(now) is None
+        return is_alone and self.runner.max_s(now) is None
 
     def _wake(self) -> None:
         """From a thread."""
@@ -290,7 +290,7 @@ class PassLoop:
         try:
             now = self._clock.monotonic()
             slice_s = SHORT_SLICE_S if now < self._company_until else SLICE_S
-            slice_s = min(slice_s, self.runner.most_s(now) or slice_s)
+            slice_s = min(slice_s, self.runner.max_s(now) or slice_s)
             budget = self._model.cost.times_within(sum(job.row_count for job in jobs), slice_s)
             work = Pass(self._model.program, jobs, self._model.ready.steps_together(jobs, budget))
         except Exception as error:
@@ -315,8 +315,12 @@ class PassLoop:
         later: list[Job] = []
         ready = self._model.ready
         while ready and not chosen:
-            most = ready.most_rows(now, self._model.rows_of_a_short_pass) if ready.has_company(now) else None
-            most_s = self.runner.most_s(now)
+            most = (
+                ready.max_rows_of_pass(now, self._model.rows_of_a_short_pass)
+                if ready.is_contended(now)
+                else None
+            )
+            most_s = self.runner.max_s(now)
             if most_s is not None:
                 rows = self.runner.rows_within(most_s)
                 most = rows if most is None and rows < ready.rows_waiting else most and min(most, rows)
@@ -357,7 +361,7 @@ class PassLoop:
         self._finish(work, broken)
         answered = sum(job.row_count for job in work.jobs if not job.steps_left) if work.steps == 1 else 0
         self._window.answered(answered, self._inbox.rows, self._model.cost, began - self._pass_began)
-        self._model.work.loop_s += self._clock.monotonic() - began
+        self._model.work.used(self._clock.monotonic() - began)
 
     def _finish(self, work: Pass, broken: BaseException | None) -> None:
         self._running = False

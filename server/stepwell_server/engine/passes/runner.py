@@ -79,9 +79,9 @@ class Runner:
         """A pass has run on threads. On the event loop."""
         self._threads.ended(self._model.work, self._clock.monotonic())
 
-    def most_s(self, now: float) -> float | None:
-        """See `Threads.most_s`."""
-        return self._threads.most_s(self._model.work, now)
+    def max_s(self, now: float) -> float | None:
+        """See `Threads.max_s`."""
+        return self._threads.max_s(self._model.work, now)
 
     def rows_within(self, seconds: float) -> int:
         """Rows of a pass of so many seconds on all threads."""
@@ -184,6 +184,6 @@ def _zeros(program: Program, size: int) -> Job:
         steps=1,
         with_time=False,
         select=Select.LAST,
-        source=(),
+        source=(None,),
         queued_at=0.0,
     )

@@ -10,9 +10,8 @@ import numpy as np
 
 from stepwell_server.core.cost import Cost
 from stepwell_server.core.exactly_once import Kind, prefix_of
-from stepwell_server.core.scheduler import Scheduler
+from stepwell_server.core.scheduler import Scheduler, Share
 from stepwell_server.core.slots import Slots
-from stepwell_server.engine.shares import Share
 from stepwell_server.engine.state.arena import Arena
 from stepwell_server.engine.state.replies import KeptArrays, ReplyMemory
 from stepwell_server.errors import InvalidInput, ModelMismatch

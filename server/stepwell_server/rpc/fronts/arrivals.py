@@ -14,9 +14,6 @@ import enum
 from collections.abc import Callable, Collection
 from typing import Any
 
-Whose = tuple[str, str]
-"""Tenant and caller; both empty: nobody is known."""
-
 #: So long after two connections had something to do both are about, in seconds.
 COMPANY_S = 0.05
 #: Sessions of a batch that is done a batch at a time.
@@ -51,9 +48,9 @@ class Arrivals:
     """What has come and is not done. Lives on the event loop."""
 
     def __init__(
-        self, do: Callable[[Any], None], now: Callable[[], float], whose: Callable[[str], Whose]
+        self, do: Callable[[Any], None], now: Callable[[], float], whose: Callable[[str], tuple[str, str]]
     ) -> None:
-        """`do` does one of them; `whose` says who calls over a connection."""
+        """`do` does one of them; `whose` says the tenant and the caller of a connection, empty: unknown."""
         self._do = do
         self._now = now
         self._whose = whose
@@ -63,7 +60,7 @@ class Arrivals:
         """Of each connection, what tasks have not looked at yet."""
         self._held: set[str] = set()
         """Connections of which a batch is not done whole."""
-        self._turns: dict[Whose, int] = {}
+        self._turns: dict[tuple[str, str], int] = {}
         """When each tenant (`(TENANT, "")`) and each caller last had what is done a little at a time, in such turns."""
         self._turn = 0
         self._latest = ""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.core.callers import Caller, Credential
 from stepwell_server.core.front_limits import FrontLimits
+from stepwell_server.core.scheduler import Source
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import ServerError
@@ -269,8 +270,8 @@ class Steps(Protocol):
     def go_soon(self) -> None:
         """Run it in another turn of the event loop: this one has had its large work."""
 
-    def in_turn(self, work: Callable[[], None], /) -> object:
-        """Do a part of large work in a turn of the event loop that has no other."""
+    def add_part(self, source: Source, part: Callable[[], None], /) -> object:
+        """Do a part of large work of a source in an iteration of the event loop that has no other part."""
 
     def too_large(self, size: int, limit: int | None = None) -> Status:
         """What a call ends with whose request has so many bytes; `limit`: of its method, where that is not the server's."""

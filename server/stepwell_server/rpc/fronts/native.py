@@ -20,7 +20,7 @@ from stepwell_server.core.namespaces import SEPARATOR, prefix_of
 from stepwell_server.core.remembered import Remembered
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
-from stepwell_server.rpc.fronts.arrivals import Arrivals, Kind, Whose
+from stepwell_server.rpc.fronts.arrivals import Arrivals, Kind
 from stepwell_server.rpc.fronts.base import (
     BindError,
     CallEnded,
@@ -59,6 +59,8 @@ _OPTIONS: Mapping[str, Option] = {
 }
 #: So often the wire is asked for more in one turn of the event loop, while several connections are about.
 _TAKEN_AT_ONCE = 16
+#: The source of what has come, among other large work.
+_ARRIVALS = ("arrivals",)
 #: Connections of which it is remembered who calls; of others the next call says it.
 _CALLERS = 10_000
 _FLUSH_LOOK_S = 0.005
@@ -386,7 +388,7 @@ class NativeFront:
             if self._callers.get(peer) is None:
                 self._callers.put(peer, whos[callers.index(peer) if len(whos) > 1 else 0])
 
-    def _whose(self, peer: str) -> Whose:
+    def _whose(self, peer: str) -> tuple[str, str]:
         who = self._callers.get(peer)
         return ("", "") if who is None else (who.tenant, who.name)
 
@@ -410,7 +412,7 @@ class NativeFront:
     def _go_on_soon(self) -> None:
         if not self._is_going_on:
             self._is_going_on = True
-            self._steps.in_turn(self._go_on)
+            self._steps.add_part(_ARRIVALS, self._go_on)
 
     def _do(self, arrival: tuple[Any, ...]) -> None:
         tag = arrival[0]
@@ -439,13 +441,13 @@ class NativeFront:
             finally:
                 self._steps.go()
             if is_left:
-                self._steps.in_turn(go_on)
+                self._steps.add_part(_ARRIVALS, go_on)
                 return
             self._arrivals.release(peers)
             if self._arrivals:
                 self._go_on_soon()
 
-        self._steps.in_turn(go_on)
+        self._steps.add_part(_ARRIVALS, go_on)
 
     def _judge(self, handle: CallHandle) -> None:
         """Say whether the message of a call is taken in."""

@@ -168,7 +168,7 @@ class ColumnSteps(Refusals):
         self._form_of_requests = form_of_requests
         """The form of Triton's requests."""
         self.hold, self.go, self.go_soon = engine.hold_turns, engine.take_turns, engine.take_turns_soon
-        self.in_turn = engine.call_in_turn
+        self.add_part = engine.add_part
 
     def take(self, columns: StepColumns) -> Rest | None:
         """See `base.Steps`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 from stepwell_server.errors import Overloaded, RequestTooLarge
@@ -63,16 +63,16 @@ class EarlySteps(Refusals):
     hold: Callable[[], None]
     go: Callable[[], None]
     go_soon: Callable[[], None]
-    in_turn: Callable[[Callable[[], None]], object]
+    add_part: Callable[[tuple[Hashable, ...], Callable[[], None]], object]
     take: Callable[[StepColumns], Rest | None]
 
     def __init__(self, max_message_bytes: int, observer: RequestObserver, *, traces: bool) -> None:
         super().__init__(max_message_bytes, observer)
         self.traces = traces
         self.hold = self.go = self.go_soon = lambda: None
-        self.in_turn = asyncio.get_running_loop().call_soon
+        self.add_part = lambda _source, part: asyncio.get_running_loop().call_soon(part)
 
     def go_to(self, steps: Steps) -> None:
         """From now on these take the steps."""
         self.hold, self.go, self.take = steps.hold, steps.go, steps.take
-        self.go_soon, self.in_turn = steps.go_soon, steps.in_turn
+        self.go_soon, self.add_part = steps.go_soon, steps.add_part
