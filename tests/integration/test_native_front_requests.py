@@ -13,6 +13,7 @@ import pytest
 
 from stepwell_server.addresses import Address
 from stepwell_server.clock import SystemClock
+from stepwell_server.core.callers import Caller, Role
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.scheduler import Source
 from stepwell_server.engine.types import Members
@@ -485,11 +486,15 @@ async def test_what_is_large_is_taken_after_a_look_at_what_else_has_come() -> No
 
     wire = mock.Mock()
     wire.take.side_effect = [[batch("other", 1)], [batch("flood", 1024)], [batch("other", 1)], []]
+    front._callers.put("flood", Caller("ann", "acme", Role.USER))
     front._take(wire)
     steps.reset_mock()
     front._take(wire)
     assert [len(call.args[0].session_ids) for call in steps.mock_calls if call[0] == "take"] == [1]
-    assert [call[0] for call in steps.mock_calls] == ["hold", "take", "go", "add_part"]
+    assert [call[0] for call in steps.mock_calls] == ["hold", "add_part", "take", "go"]
+    assert steps.add_part.call_args.args[0] == ("arrivals", "acme", "ann", "flood"), (
+        "among those of its caller"
+    )
     steps.reset_mock()
     await asyncio.sleep(0)
     assert [call[0] for call in steps.mock_calls] == ["hold", "take", "go_soon"], "and its pass later still"
@@ -508,7 +513,7 @@ async def test_a_defect_in_one_arrival_does_not_keep_those_behind_it() -> None:
     for one in (bad, handle):
         front._add((native._DUPLICATE, 0, one, 7))
     with pytest.raises(KeyError):
-        front._go_on()
+        front._run(lambda: None)
     handle.write.assert_not_called()
     await asyncio.sleep(0)
     handle.write.assert_called_once_with(b"answer")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import deque
+from collections.abc import Callable, Collection
 
 import pytest
 from hypothesis import given
@@ -16,16 +17,17 @@ Made = tuple[Kind, frozenset[str], int, int]
 
 
 class Wire:
-    """Arrivals whose tasks look in the next turn."""
+    """Arrivals whose tasks look in the next iteration of an event loop, which has one part of large work, too."""
 
     def __init__(self) -> None:
         self.done: list[Made] = []
         self.looking: list[str] = []
-        self.whose: dict[str, tuple[str, str]] = {}
         self.clock = ManualClock()
-        self.arrivals = Arrivals(self._do, self.clock.monotonic, lambda peer: self.whose.get(peer, ("", "")))
+        self.parts: deque[tuple[Kind, Callable[[], None]]] = deque()
+        self.arrivals = Arrivals(
+            self._do, lambda kind, _, part: self.parts.append((kind, part)), self.clock.monotonic
+        )
         self.count = 0
-        self.was_large = False
 
     def _do(self, what: Made) -> None:
         self.done.append(what)
@@ -41,43 +43,41 @@ class Wire:
         what = (kind, frozenset(peers), size, self.count)
         self.arrivals.add(kind, peers, what, size, is_all=is_all)
 
-    def turn(self, *, is_extra: bool = False) -> list[int]:
-        """The numbers of what is done in a turn of the event loop."""
+    def seen(self) -> list[int]:
+        """The numbers of what is done before anything that is large."""
         looking, self.looking = self.looking, []
         for peer in looking:
             self.arrivals.looked(peer)
         before = len(self.done)
-        self.was_large = self.arrivals.go_on(is_extra=is_extra)
+        self.arrivals.go_on()
         return [what[3] for what in self.done[before:]]
 
+    def turn(self) -> list[int]:
+        """The numbers of what is done in an iteration of the event loop."""
+        seen, before = self.seen(), len(self.done)
+        if self.parts:
+            self.parts.popleft()[1]()
+            self.arrivals.go_on()
+        return seen + [what[3] for what in self.done[before:]]
 
-def test_who_is_alone_does_not_wait() -> None:
+
+def test_a_connection_that_is_alone_does_not_wait() -> None:
     wire = Wire()
     for _ in range(5):
         wire.add(Kind.TASK, "a")
-    assert wire.turn() == [1, 2, 3, 4, 5]
+    assert wire.seen() == [1, 2, 3, 4, 5]
     for _ in range(3):
         wire.add(Kind.BATCH, "a", 1000)
-    assert wire.turn() == [6, 7, 8], "the tasks have looked"
-    assert not wire.arrivals
-    assert not wire.arrivals.has_company
+    assert wire.seen() == [6, 7, 8], "the tasks have looked"
+    assert not wire.arrivals.is_contended
 
 
-def test_after_a_long_turn_connections_that_wait_still_take_turns() -> None:
-    """Else all that waits would begin in one turn, which takes long, too: so it would go on for ever."""
+def test_the_tasks_of_one_connection_do_not_begin_all_at_once() -> None:
     wire = Wire()
     for _ in range(100):
         wire.add(Kind.TASK, "a")
-        wire.add(Kind.TASK, "b")
-    wire.clock.advance(1.0)
-    assert [len(wire.turn()) for _ in range(3)] == [1, 1, 1]
-
-
-def test_the_tasks_of_one_connection_do_not_begin_all_in_one_turn() -> None:
-    wire = Wire()
-    for _ in range(100):
-        wire.add(Kind.TASK, "a")
-    assert [len(wire.turn()) for _ in range(4)] == [32, 32, 32, 4]
+    assert len(wire.seen()) == 32
+    assert len(wire.parts) == 1
 
 
 def test_what_comes_alone_is_done_at_once_unless_something_is_before_it() -> None:
@@ -89,63 +89,38 @@ def test_what_comes_alone_is_done_at_once_unless_something_is_before_it() -> Non
     assert len(wire.done) == 2, "a task has to look first"
     wire.turn()
     wire.add(Kind.BATCH, "b", is_all=True)
-    assert len(wire.done) == 3, "others are about"
+    assert len(wire.done) == 3, "others are active"
     assert wire.turn() == [4]
 
 
-def test_a_flood_of_calls_or_of_large_batches_is_done_a_little_at_a_time() -> None:
+def test_large_batches_and_calls_are_done_one_in_an_iteration_and_small_batches_at_once() -> None:
     wire = Wire()
     for _ in range(20):
         wire.add(Kind.TASK, ("flood",))
     wire.add(Kind.BATCH, "b")
     wire.add(Kind.TASK, "c")
-    assert wire.arrivals.has_company
-    assert wire.turn() == [1, 21], "a plain step does not wait for calls"
-    assert wire.turn() == [22], "and a call of another for one of them"
-    assert wire.turn() == [2]
-    wire = Wire()
+    assert wire.arrivals.is_contended
+    assert wire.seen() == [21], "a plain step does not wait for calls"
+    assert [wire.turn() for _ in range(3)] == [[1], [22], [2]], "and a call of another for one of them"
     for _ in range(4):
-        wire.add(Kind.BATCH, ("flood",), LARGE)
+        wire.add(Kind.BATCH, ("other",), LARGE)
     wire.add(Kind.BATCH, "b")
-    assert wire.turn() == [1, 5]
-    wire.add(Kind.BATCH, "b")
-    assert sorted(wire.turn()) == [2, 6]
+    assert wire.seen() == [27]
+    assert {kind for kind, _ in wire.parts} == {Kind.TASK, Kind.BATCH}
 
 
-def test_large_batches_have_turns_of_their_own_while_others_are_about() -> None:
+def test_what_comes_behind_a_defect_is_done() -> None:
     wire = Wire()
-    wire.add(Kind.BATCH, ("alone",), LARGE)
-    assert wire.turn(is_extra=True) == [1]
-    assert not wire.was_large, "nobody waits for it"
-    wire.add(Kind.BATCH, ("flood",), LARGE)
-    wire.add(Kind.BATCH, ("other",))
-    wire.add(Kind.TASK, ("third",))
-    assert wire.turn(is_extra=True) == [3, 4]
-    assert not wire.was_large
-    assert wire.turn() == [2]
-    assert wire.was_large
-
-
-@pytest.mark.parametrize("kind", [Kind.TASK, Kind.BATCH])
-def test_tenants_take_turns_and_then_their_callers_however_many_connections_they_have(kind: Kind) -> None:
-    wire = Wire()
-    for place in range(6):
-        for peer in ("greedy", "other"):
-            wire.whose[f"{peer}-{place}"] = ("many", peer)
-            wire.add(kind, (f"{peer}-{place}",), LARGE)
-    wire.whose["few"] = ("few", "one")
-    for _ in range(3):
-        wire.add(kind, ("few",), LARGE)
-    wire.add(kind, ("late",), LARGE)
-    while wire.arrivals:
-        assert len(wire.turn()) == 1
-    order = [next(iter(what[1])) for what in wire.done]
-    assert sorted(order[:3]) == ["few", "greedy-0", "late"], (
-        "each tenant has its turn, and those that nobody knows"
-    )
-    assert [wire.whose.get(peer, ("late",))[0] for peer in order[3:7]] == ["many", "few"] * 2
-    callers = [peer.partition("-")[0] for peer in order if "-" in peer]
-    assert callers == ["greedy", "other"] * 6
+    wire.arrivals.hold({"a"})
+    for kind in (Kind.BATCH, Kind.EVENT):
+        wire.add(kind, "a")
+    wire.arrivals.release({"a"})
+    wire.looking.append("a")  # a batch must not come now
+    with pytest.raises(AssertionError):
+        wire.arrivals.go_on()
+    assert wire.arrivals.has_due
+    wire.arrivals.go_on()
+    assert [what[3] for what in wire.done] == [1, 2]
 
 
 @given(
@@ -170,7 +145,7 @@ def test_what_came_over_a_connection_stays_in_its_order_and_all_is_done(
         if place % at_once == 0:
             wire.turn()
     turns = 0
-    while wire.arrivals:
+    while len(wire.done) < len(asked):
         wire.turn()
         turns += 1
         assert turns <= 3 * len(asked), "it goes on"

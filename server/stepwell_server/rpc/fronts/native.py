@@ -200,13 +200,11 @@ class NativeFront:
         self._loop = asyncio.get_running_loop()
         self._known: stepwell_front.KnownCallers | None = None
         """None: nobody is asked."""
-        self._arrivals = Arrivals(self._do, clock.monotonic, self._whose)
+        self._arrivals = Arrivals(self._do, self._do_later, clock.monotonic)
         self._callers: Remembered[str, Caller] = Remembered(_CALLERS)
         """Who called last over each connection."""
         self._peers: dict[int, str] = {}
         """Connections of the calls that have come."""
-        self._is_going_on = False
-        """What waits goes on in the next turn of the event loop."""
         self._handed_back: set[int] = set()
         """Streams some of whose plain messages were handed back, and may not have been read yet."""
 
@@ -334,28 +332,46 @@ class NativeFront:
 
     def _take(self, front: stepwell_front.Front) -> None:
         """Do what has come, in its order. What came behind messages that tasks have to look at waits for that."""
-        arrivals, most = self._arrivals, _TAKEN_AT_ONCE
+        self._run(lambda: self._take_all(front))
+
+    def _take_all(self, front: stepwell_front.Front) -> None:
+        most = _TAKEN_AT_ONCE
+        while most:
+            try:
+                taken = front.take()
+            except RuntimeError as error:
+                self._end(front, error)
+                break
+            if not taken:
+                break
+            for arrival in taken:
+                self._add(arrival, is_all=len(taken) == 1)
+            # a connection that sends much must not hide the others; one that is alone has passes run in between
+            most = most - 1 if self._arrivals.is_contended else 0
+
+    def _run(self, work: Callable[[], None], *, is_large: bool = False) -> None:
+        """Do something, then what may be done after it, then the passes: in another iteration if it was large."""
         self._steps.hold()
         try:
-            while most:
-                try:
-                    taken = front.take()
-                except RuntimeError as error:
-                    self._end(front, error)
-                    break
-                if not taken:
-                    break
-                for arrival in taken:
-                    self._add(arrival, is_all=len(taken) == 1)
-                # who sends much must not keep others from being seen; who is alone has passes run in between
-                most = most - 1 if arrivals.has_company else 0
-            if arrivals:
-                # what is large has turns of its own, so that nobody whose steps are seen now waits for it
-                arrivals.go_on(is_extra=True)
+            work()
+            self._arrivals.go_on()
         finally:
-            self._steps.go()
-            if arrivals:
+            if is_large:
+                self._steps.go_soon()
+            else:
+                self._steps.go()
+            if self._arrivals.has_due:  # something raised: what came behind it must not wait for ever
                 self._go_on_soon()
+
+    def _go_on_soon(self) -> None:
+        self._steps.add_part((*_ARRIVALS, "", "", ""), lambda: self._run(lambda: None))
+
+    def _do_later(self, kind: Kind, peers: Collection[str], work: Callable[[], None]) -> None:
+        """Do a part of the large work of some connections."""
+        peer = next(iter(peers)) if len(peers) == 1 else ""  # batches of several have a share of their own
+        who = self._callers.get(peer)
+        whose = ("", "") if who is None else (who.tenant, who.name)
+        self._steps.add_part((*_ARRIVALS, *whose, peer), lambda: self._run(work, is_large=kind is Kind.BATCH))
 
     def _end(self, front: stepwell_front.Front, error: RuntimeError) -> None:
         # better no server than one that looks ready and answers nobody
@@ -388,31 +404,9 @@ class NativeFront:
             if self._callers.get(peer) is None:
                 self._callers.put(peer, whos[callers.index(peer) if len(whos) > 1 else 0])
 
-    def _whose(self, peer: str) -> tuple[str, str]:
-        who = self._callers.get(peer)
-        return ("", "") if who is None else (who.tenant, who.name)
-
     def _peer_of(self, key: int) -> str:
         """The connection of a call, which may not have begun yet."""
         return self._peers.get(key, "")
-
-    def _go_on(self) -> None:
-        self._is_going_on = was_large = False
-        self._steps.hold()
-        try:
-            was_large = self._arrivals.go_on()
-        finally:
-            if was_large:
-                self._steps.go_soon()
-            else:
-                self._steps.go()
-            if self._arrivals:
-                self._go_on_soon()
-
-    def _go_on_soon(self) -> None:
-        if not self._is_going_on:
-            self._is_going_on = True
-            self._steps.add_part(_ARRIVALS, self._go_on)
 
     def _do(self, arrival: tuple[Any, ...]) -> None:
         tag = arrival[0]
@@ -428,26 +422,24 @@ class NativeFront:
         if tag in {_CALL, _MESSAGE, _BREACH}:
             peer = self._peer_of(arrival[1])
             self._arrivals.looking(peer)
-            self._loop.call_soon(self._arrivals.looked, peer)  # when the task that was told has had its turn
+            self._loop.call_soon(self._looked, peer)  # when the task that was notified has run
+
+    def _looked(self, peer: str) -> None:
+        self._arrivals.looked(peer)
+        if self._arrivals.has_due:
+            self._run(lambda: None)
 
     def _do_rest(self, rest: Rest, peers: Collection[str]) -> None:
-        """Do what is left of a batch in other turns. What came behind it over its connections waits."""
+        """Do what is left of a batch in other iterations. What came behind it over its connections waits."""
         self._arrivals.hold(peers)
 
         def go_on() -> None:
-            self._steps.hold()
-            try:
-                is_left = rest()
-            finally:
-                self._steps.go()
-            if is_left:
-                self._steps.add_part(_ARRIVALS, go_on)
-                return
-            self._arrivals.release(peers)
-            if self._arrivals:
-                self._go_on_soon()
+            if rest():
+                self._do_later(Kind.EVENT, peers, go_on)
+            else:
+                self._arrivals.release(peers)
 
-        self._steps.add_part(_ARRIVALS, go_on)
+        self._do_later(Kind.EVENT, peers, go_on)
 
     def _judge(self, handle: CallHandle) -> None:
         """Say whether the message of a call is taken in."""
