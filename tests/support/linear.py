@@ -112,6 +112,9 @@ class _Search:
             twins += _openings_of_unused(items)
         self._may_repeat = {id(item.op) for item in twins}
         self._items_of: list[Item] = sorted([*items, *twins], key=lambda item: item.low)
+        self._forks_told = [
+            item for op in ops if op.call.parent == session for item in self._looks_of_a_fork(op)
+        ]
         self._backs = [
             (item.low, item.high, 1 << place)
             for place, item in enumerate(self._items_of)
@@ -242,6 +245,7 @@ class _Search:
             for op in self._lost_forks if value.life == "live" else ():
                 self._may_be_forked(op, value)
             candidates, left, _ = self._candidates(done)
+            self._note_forks(done, left, value)
             if not left:
                 if not found:
                     self._report.taken_back += self._taken_back_in(value)
@@ -262,6 +266,16 @@ class _Search:
                 stack += [(done | 1 << place, after) for after in self._after(place, value)]
         if not found:
             raise self._explain(*best[1:])
+
+    def _note_forks(self, done: int, left: Sequence[int], value: Value) -> None:
+        """A fork may be of each state that the session has in its time and whose revision it was told.
+
+        It was settled by the first of them; a fail-over may bring another one with the same revision.
+        """
+        now, bound = self._now(done), min((self._items_of[place].high for place in left), default=math.inf)
+        for item in self._forks_told:
+            if item.low <= bound and now <= item.high:
+                self._sees(item, value)
 
     def _taken_back_in(self, value: Value) -> int:
         """Acknowledged changes that are not among its writes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -256,6 +257,27 @@ def test_a_fork_has_the_state_of_its_parent_at_its_moment() -> None:
     assert sorts(told.check()) == []
     told.op(10, 11, ask, End(outcome="acknowledged", revision=1, position=1, states=wrong))
     assert sorts(told.check()) == ["wrong"]
+
+
+def test_a_fork_has_any_of_the_states_that_a_fail_over_gave_its_parent_in_its_time() -> None:
+    told = two_steps()
+    told.step(2, 3, 1, 1)
+    end = End(outcome="acknowledged", revision=1, position=1)
+    told.op(4, 9, Call(kind="fork", session="b", parent="a"), end)
+    before = told.states[1].named()
+    y, other = MODEL.step(told.states[0], x(5))
+    again = End(outcome="acknowledged", revision=1, position=1, y=y)
+    told.op(7, 8, Call(kind="step", session="a", expected=ANY, x=x(5)), again)
+    rollback = [Rollback(6, "a", 1, "live", 0)]
+    ask = Call(kind="read", session="b")
+    for states in (before, other.named()):
+        own = copy.deepcopy(told)
+        own.op(10, 11, ask, End(outcome="acknowledged", revision=1, position=1, states=states))
+        assert sorts(own.check(rollback)) == []
+    told.op(12, 13, Call(kind="step", session="a", expected=ANY, x=x(6)), End(outcome="unknown"))
+    wrong = MODEL.step(told.states[0], x(6))[1].named()
+    told.op(14, 15, ask, End(outcome="acknowledged", revision=1, position=1, states=wrong))
+    assert sorts(told.check(rollback)) == ["wrong"]
 
 
 def test_an_answer_again_is_the_same() -> None:
