@@ -1,10 +1,12 @@
-"""Folders and files that are for the server's user alone: made so, found wider and mended, or refused.
+"""Folders and files that are for the server's user alone: they are made so, closed to others, or refused.
 
-Three rules. What another user could have *written* is never used: who can write the cache decides what runs, who can
-write the token file decides who calls. What another user can *read* is narrowed where it is the server's own (data,
-cache) and refused or complained of where it is the user's secret. Root may do all of that anyway, and is trusted.
+Three rules. What another user could have *written* is never used: whoever can write the cache decides what runs, and
+whoever can write the token file decides who calls. What another user can *read* is closed to others where it is the
+server's own (data, cache); a secret of the user's is refused, or logged as a warning. Root may do all of that anyway,
+and is trusted.
 
-The whole way to a file counts: who can rename a folder above it can put another in its place. Blocking, for any thread.
+Owner and mode decide, of the path and of all folders and links on the way to it: whoever can rename a folder above a
+file can put another in its place. Access lists (setfacl) are the operator's affair. Blocking, for any thread.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import os
 import pwd
 import secrets
 import stat
-import struct
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -30,10 +31,7 @@ OF_DATA = ("sessions", "sessions.new", "wal", "server.lock", "readers.lock", "mo
 _OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
 _READ, _WRITE = 4, 2
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
-_MOST_LINKS = 40
-#: Access lists as the kernel tells them (linux/posix_acl_xattr.h): a version, then entries.
-_ACL, _ACL_HEADER_BYTES, _ACL_ENTRY = "system.posix_acl_access", 4, struct.Struct("<HHI")
-_ACL_USER, _ACL_OWNING_GROUP, _ACL_GROUP = 2, 4, 8
+_MAX_LINKS = 40
 _log = logging.getLogger(__name__)
 
 
@@ -41,7 +39,7 @@ _as_user: ContextVar[int | None] = ContextVar("as_user", default=None)
 
 
 class NotPrivateError(PermissionError):
-    """A path cannot be used, as it is not private. The message is one line: the path, the rule, what it is, and the way on."""
+    """A path cannot be used, as it is not private. The message is one line: the path, the rule, what it is, and the fix."""
 
 
 class _Place(NamedTuple):
@@ -75,7 +73,7 @@ def server_user() -> int:
 
 
 def make_folder(path: Path, holds: Sequence[str]) -> None:
-    """Have a folder that nobody else can use. It is made, with those above it, or narrowed to 0700, with a warning.
+    """Make a folder that nobody else can use, with those above it. One that is there is closed to others, with a warning.
 
     Args:
         path: the folder.
@@ -89,8 +87,15 @@ def make_folder(path: Path, holds: Sequence[str]) -> None:
     if problem := folder_problem(path, holds):
         raise NotPrivateError(problem)
     _make(path.absolute())
-    if narrowed := _narrow(path.resolve(), holds):
-        _log.warning("other users could read %s; only the user of the server can now", narrowed)
+    folder = path.resolve()
+    place = _Place(folder, os.lstat(folder))
+    if not _is_wide(place):
+        return
+    try:
+        folder.chmod(place.mode & ~_OTHERS)
+        _log.warning("other users could read %s; only the user of the server can now", folder)
+    except OSError as error:
+        _log.warning("other users can read %s, and that cannot be changed: %s", folder, error.strerror)
 
 
 def folder_problem(path: Path, holds: Sequence[str]) -> str:
@@ -136,8 +141,8 @@ def create(path: Path) -> int:
     return file
 
 
-def have(path: Path) -> None:
-    """Have an empty file of mode 0600 that is its folder's owner's, if there is none: root may be who makes it.
+def ensure_file(path: Path) -> None:
+    """Make an empty file of mode 0600 if there is none. It belongs to the folder's owner, even if root makes it.
 
     Raises:
         OSError: it cannot be made.
@@ -197,7 +202,7 @@ def require_secret(path: Path, *, may_be_read: bool = False, group_may_read: boo
     by_others, by_group = file.mode & stat.S_IROTH, _group_may(file, _READ)
     if not by_others and (not by_group or group_may_read):
         return
-    problem = f"{path} must be readable by its owner only; {_wideness(file)}: chmod 600 {path}"
+    problem = f"{path} must be readable by its owner only; its mode is {file.mode:04o}: chmod 600 {path}"
     if not may_be_read:
         raise NotPrivateError(problem)
     if by_others:
@@ -214,11 +219,13 @@ def require_trusted(path: Path) -> None:
 
 
 def _trusted(path: Path) -> _Place | None:
-    """A file that no other user can change; None: there is none, or a folder, which whoever reads it is told.
+    """A file that no other user can change; None: there is none, it is a folder, which cannot be read, or a credential.
 
     Raises:
         NotPrivateError: another user can change it or put another in its place.
     """
+    if _is_credential(path):
+        return None
     try:
         places = list(_places(path))
         file = _Place(path, os.stat(path))
@@ -262,35 +269,19 @@ def _write_problem(place: _Place) -> str:
     if place.mode & stat.S_IWOTH:
         return f"its mode is {place.mode:04o}, every user can write it"
     if _group_may(place, _WRITE):
-        return f"{_wideness(place)}, other users can write it ({_group(place.found.st_gid)})"
+        return f"its mode is {place.mode:04o}, other users can write it ({_group(place.found.st_gid)})"
     return ""
 
 
-def _wideness(place: _Place) -> str:
-    listed = "" if _access_list(place.path) is None else ", with an access list"
-    return f"its mode is {place.mode:04o}{listed}"
-
-
 def _group_may(place: _Place, right: int) -> bool:
-    """Whether another user has a right by the bits of the group: as a member of it, or by an access list.
+    """Whether another user has a right as a member of the group."""
+    return bool(place.mode & right << 3) and not _is_own_group(place.found.st_gid)
 
-    With an access list these bits are the most that it grants. systemd gives a service its credentials so: they are
-    root's, of mode 0440, and the list has the service's user.
-    """
-    if not place.mode & right << 3:
-        return False
-    listed = _access_list(place.path)
-    if listed is None:
-        return not _is_own_group(place.found.st_gid)
-    for tag, rights, number in listed:
-        is_own = True
-        if tag == _ACL_USER:
-            is_own = number in (0, server_user())
-        elif tag in (_ACL_OWNING_GROUP, _ACL_GROUP):
-            is_own = _is_own_group(place.found.st_gid if tag == _ACL_OWNING_GROUP else number)
-        if rights & right and not is_own:
-            return True
-    return False
+
+def _is_credential(path: Path) -> bool:
+    """Whether systemd has made a file for this service (LoadCredential=): it is root's, 0440, and has an access list."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY", "")
+    return folder != "" and Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
 
 
 def _is_own_group(number: int) -> bool:
@@ -306,17 +297,6 @@ def _is_own_group(number: int) -> bool:
         members = set()
     members |= {user.pw_name for user in pwd.getpwall() if user.pw_gid == number}
     return members <= {"root", _name(server_user())}
-
-
-def _access_list(path: Path) -> list[tuple[int, int, int]] | None:
-    """The access list of a file: of each entry what it is for, the rights, and the number of a user or group. None: no list."""
-    if not hasattr(os, "getxattr"):
-        return None
-    try:
-        raw = os.getxattr(path, _ACL)
-    except OSError:  # none, or a file system without them
-        return None
-    return list(_ACL_ENTRY.iter_unpack(raw[_ACL_HEADER_BYTES:])) if raw else None
 
 
 def _is_unmapped(user: int) -> bool:
@@ -375,7 +355,7 @@ def _places(path: Path) -> Iterator[_Place]:
             at = at / part
             continue
         links += 1
-        if links > _MOST_LINKS:
+        if links > _MAX_LINKS:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         target = Path(os.readlink(at / part))
         if target.is_absolute():
@@ -422,22 +402,3 @@ def _entries(folder: Path, holds: Sequence[str]) -> Iterator[_Place]:
                 yield _Place(Path(root, name), os.lstat(Path(root, name)))
             except FileNotFoundError:  # another process of ours has removed it
                 continue
-
-
-def _narrow(folder: Path, holds: Sequence[str]) -> str:
-    """Close what is wider to others, as far as it is ours. Returns the first such path, or nothing."""
-    first = ""
-    for place in [_Place(folder, os.lstat(folder)), *_entries(folder, holds)]:
-        if stat.S_ISLNK(place.found.st_mode) or not _is_wide(place):
-            continue
-        try:
-            os.chmod(place.path, place.mode & ~_OTHERS)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            _log.warning(
-                "other users can read %s, and that cannot be changed: %s", place.path, error.strerror
-            )
-            continue
-        first = first or str(place.path)
-    return first

@@ -142,7 +142,7 @@ def replacing(directory: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _readers(directory: Path) -> Iterator[int]:
-    private_files.have(directory / READERS_FILE)
+    private_files.ensure_file(directory / READERS_FILE)
     file = os.open(directory / READERS_FILE, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         yield file

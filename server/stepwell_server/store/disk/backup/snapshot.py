@@ -187,7 +187,7 @@ def opened(path: Path) -> Iterator[Snapshot]:
 
 def _open(path: Path) -> Any:
     size = (path / DATA).stat().st_size
-    private_files.have(path / DATA.with_name("lock.mdb"))
+    private_files.ensure_file(path / DATA.with_name("lock.mdb"))
     environment: Any = lmdb.open(
         os.fspath(path / DATA.parent),
         readonly=True,
