@@ -9,12 +9,12 @@ from pathlib import Path
 from stepwell_server.clock import Clock
 from stepwell_server.compile.host.compiler import WarmCompiler
 from stepwell_server.compile.host.limits import Limits
-from stepwell_server.compile.host.processes import Processes
+from stepwell_server.compile.host.processes import ForkServer
 from stepwell_server.program import Program, ProofOptions
 
 #: It imports TensorFlow once. What a worker may see of tests before is nothing: the fork server never sees a model.
-_PROCESSES = Processes()
-atexit.register(_PROCESSES.end)
+_FORK_SERVER = ForkServer()
+atexit.register(_FORK_SERVER.end)
 
 
 def compile_program(
@@ -32,6 +32,6 @@ def compile_program(
     Who tests the fork server, or what it has of this process's environment, has a compiler of their own.
     """
     compiler = WarmCompiler(cache_dir, imports, limits, clock)
-    # Private, because servers have one compiler each: nobody but tests has several that may share processes.
-    compiler._processes = _PROCESSES
+    # Private, because servers have one compiler each: nobody but tests has several that may share one.
+    compiler._fork_server = _FORK_SERVER
     return compiler.compile(model, progress, options, data=data, keep=False)

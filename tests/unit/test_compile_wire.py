@@ -10,6 +10,7 @@ import pytest
 
 from stepwell_server.compile.host import wire
 from stepwell_server.compile.host.wire import Channel, GarbledError
+from support.processes import descriptors
 
 
 @pytest.fixture
@@ -40,21 +41,37 @@ def test_what_is_no_message_is_told_apart(line: bytes, pair: tuple[socket.socket
 
 
 def test_a_message_has_an_end(pair: tuple[socket.socket, Channel], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "MOST_BYTES", 1000)
+    monkeypatch.setattr(wire, "MAX_BYTES", 1000)
     ours, channel = pair
     ours.sendall(b"x" * 1001)
     with pytest.raises(GarbledError):
         channel.receive()
 
 
-def test_files_go_with_messages(pair: tuple[socket.socket, Channel]) -> None:
+def test_who_waits_checks_meanwhile_also_in_the_middle_of_a_message(
+    pair: tuple[socket.socket, Channel],
+) -> None:
+    class OverError(Exception):
+        pass
+
+    def check() -> None:
+        raise OverError
+
+    ours, channel = pair
+    for sent in (b"", b'{"stage": "tr'):
+        ours.sendall(sent)
+        with pytest.raises(OverError):
+            channel.receive(check)
+    ours.sendall(b'ace"}\n')
+    assert channel.receive() == {"stage": "trace"}
+
+
+def test_open_files_that_come_with_a_message_are_none(pair: tuple[socket.socket, Channel]) -> None:
     ours, channel = pair
     read, write = os.pipe()
-    Channel(ours).send({"fork": {}}, [write])
-    assert channel.receive() == {"fork": {}}
-    (came,) = channel.files()
-    assert channel.files() == []
-    os.write(came, b"x")
-    assert os.read(read, 1) == b"x"
-    for file in (read, write, came):
-        os.close(file)
+    before = descriptors()
+    socket.send_fds(ours, [b'{"done": 1}\n'], [write])
+    assert channel.receive() == {"done": 1}
+    assert descriptors() == before
+    os.close(read)
+    os.close(write)

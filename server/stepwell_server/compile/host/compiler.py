@@ -24,14 +24,14 @@ from stepwell_server.compile.comparison import Comparison
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.host.job import ABANDONED, Call, Job, Progress
 from stepwell_server.compile.host.limits import Limits, Watch, memory_of
-from stepwell_server.compile.host.processes import Processes, Worker
+from stepwell_server.compile.host.processes import ForkServer, Worker
 from stepwell_server.compile.host.source import Source, opened
-from stepwell_server.compile.host.turns import Turns
 from stepwell_server.compile.keras_file import origin
 from stepwell_server.logs import Log
 from stepwell_server.program import Program, ProofOptions
 
 IDLE_S = 300.0
+_ABANDONED_INTERVAL_S = 0.05
 _PROGRAM = f"program{program_file.SUFFIX}"
 #: What a worker that is kept may take more than at first, before it is ended: TensorFlow does not give everything back.
 _MORE_MEMORY_BYTES = 256 << 20
@@ -68,9 +68,9 @@ class WarmCompiler:
         self._limits = limits or Limits()
         self._clock = clock or SystemClock()
         self._idle_s = idle_s
-        self._turns = Turns()
+        self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._processes = Processes()
+        self._fork_server = ForkServer()
         self._kept: _Kept | None = None
         self._last_used = 0.0
 
@@ -187,24 +187,28 @@ class WarmCompiler:
     def pids(self) -> list[int]:
         """Numbers of the processes that are kept: of the fork server, and of a worker, if one is kept. Any thread may ask."""
         kept = self._kept
-        return self._processes.pids + ([] if kept is None else [kept.worker.pid])
+        pids = self._fork_server.pid, None if kept is None else kept.worker.pid
+        return [pid for pid in pids if pid is not None]
 
     def end_idle(self) -> bool:
         """End the processes if nobody has needed them for ``idle_s``; whether there are none then. To be called now and then."""
-        with self._turns.at_once() as is_ours:
-            if is_ours and self._clock.monotonic() - self._last_used >= self._idle_s:
-                self._end()
-            return not self._processes.pids
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._clock.monotonic() - self._last_used >= self._idle_s:
+                    self._end()
+            finally:
+                self._lock.release()
+        return self._fork_server.pid is None
 
     def close(self) -> None:
         """End what is under way, and the processes. Idempotent; what is called afterwards raises ModelError."""
         self._closing.set()
-        with self._turns.next():
+        with self._lock:
             self._end()
 
     def _end(self) -> None:
         kept, self._kept = self._kept, None
-        self._processes.end()
+        self._fork_server.end()
         if kept is not None:
             kept.worker.forget()
 
@@ -217,7 +221,7 @@ class WarmCompiler:
             if program is not None:
                 return program
         elif kept is not None:
-            self._processes.forget(kept.worker)
+            self._fork_server.forget(kept.worker)
         with self._job(call) as job:
             worker = job.fork(frameworks=True, imports=self._imports)
             job.give(worker, source)
@@ -234,7 +238,7 @@ class WarmCompiler:
             )
             program = _published(worker, target)
             if keep and may_be_kept and architecture is not None:
-                job.let_go()
+                job.release(worker)
                 self._kept = _Kept(worker, architecture, memory_of(worker.pid))
             return program
 
@@ -253,7 +257,7 @@ class WarmCompiler:
                 _log.info("compiled anew, not only with other weights", model=str(call.model), reason=error)
                 return None
             if memory_of(worker.pid) <= kept.memory_bytes + _MORE_MEMORY_BYTES:
-                job.let_go()
+                job.release(worker)
                 self._kept = kept
             return program
 
@@ -272,29 +276,25 @@ class WarmCompiler:
 
     @contextlib.contextmanager
     def _turn(self, call: Call) -> Iterator[None]:
-        """Wait for the turn, and have it for the block."""
+        """Wait until no other call is served, and keep the others waiting for the block."""
+        if not self._lock.acquire(blocking=False):
+            call.report("waiting")
+            while not self._lock.acquire(timeout=_ABANDONED_INTERVAL_S):
+                self._require_wanted(call)
+        try:
+            self._require_wanted(call)
+            yield
+        finally:
+            self._last_used = self._clock.monotonic()
+            self._lock.release()
 
-        def require_wanted() -> None:
-            abandoned = call.limits.abandoned
-            if self._closing.is_set() or (abandoned is not None and abandoned.is_set()):
-                raise ModelError(f"{call.model}: {ABANDONED}")
+    def _require_wanted(self, call: Call) -> None:
+        abandoned = call.limits.abandoned
+        if self._closing.is_set() or (abandoned is not None and abandoned.is_set()):
+            raise ModelError(f"{call.model}: {ABANDONED}")
 
-        with self._turns.next(lambda: call.report("waiting"), require_wanted):
-            require_wanted()
-            try:
-                yield
-            finally:
-                self._last_used = self._clock.monotonic()
-
-    @contextlib.contextmanager
-    def _job(self, call: Call) -> Iterator[Job]:
-        """Have what is done in the block limited."""
-        with Watch(call.limits, self._clock, self._closing) as watch:
-            job = Job(self._processes, call, watch)
-            try:
-                yield job
-            finally:
-                job.end()
+    def _job(self, call: Call) -> Job:
+        return Job(call, self._fork_server, Watch(call.limits, self._clock, self._closing))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""The fork server: ``python -m stepwell_server.compile CONTROL FOLDER``, a process that is kept, so that TensorFlow is imported once.
+"""The fork server: ``python -m stepwell_server.compile.host.fork_server CONTROL FOLDER``, which imports TensorFlow once.
 
-It never sees a model. Each worker (`worker`) is a copy of it, made when it is asked for one on the socket CONTROL (see
-`wire`), and gives up what may do harm before it looks at anything. So what one worker did another one does not meet,
-and none of them waits for an import.
+It never sees a model. Each worker (`worker`) is a copy of it, made on request over the connection CONTROL, and gives up
+what may do harm before it reads anything. So one worker meets nothing of another, and none waits for an import.
+Requests are ``{"fork": terms}``, followed by the worker's ends of its channel and of its log, answered by ``{"pid": ...}``
+or ``{"problem": ...}``; and ``{"reap": pid}``, which ends a worker, answered by ``{"status": ...}``.
 
-Only what starts no threads is imported here: a copy has none. TensorFlow starts its own when it first computes.
+Only modules that start no threads are imported here: a copy has none. TensorFlow starts its own when it first computes.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import json
 import os
 import shutil
 import signal
 import socket
 import sys
 import warnings
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
 from typing import Any
 
 from stepwell_server.compile.host import worker
@@ -34,10 +38,8 @@ _FRAMEWORKS = (
 
 
 def main() -> int:
-    """Make workers until the server closes its side, or is gone; returns the exit code."""
-    control = socket.socket(fileno=int(sys.argv[1]))
-    os.dup2(2, 1)  # What others print is no message.
-    server, this = _ForkServer(Channel(control)), os.getpid()
+    """Make workers until the server closes its end, or has ended; returns the exit code."""
+    server, this = _ForkServer(Connection(int(sys.argv[1]))), os.getpid()
     try:
         return server.run()
     finally:
@@ -49,21 +51,28 @@ def main() -> int:
 class _ForkServer:
     """The workers, by the numbers of their processes."""
 
-    def __init__(self, control: Channel) -> None:
+    def __init__(self, control: Connection) -> None:
         self._control = control
         self._workers = set[int]()
         self._imported = set[str]()
 
     def run(self) -> int:
-        """Do what is asked for; returns an exit code, which in a worker is that of the worker."""
-        while (request := self._control.receive()) is not None:
-            if "fork" in request:
-                code = self._fork(request["fork"])
-                if code is not None:
-                    return code
-            else:
-                self._control.send({"status": self._reap(int(request["reap"]))})
+        """Serve requests; returns an exit code, which in a worker is that of the worker."""
+        while (request := self._request()) is not None:
+            if "reap" in request:
+                self._answer({"status": self._reap(int(request["reap"]))})
+            elif (code := self._fork(request["fork"])) is not None:
+                return code
         return 0
+
+    def _request(self) -> dict[str, Any] | None:
+        try:
+            return dict(json.loads(self._control.recv_bytes()))
+        except (EOFError, ConnectionError):
+            return None
+
+    def _answer(self, answer: dict[str, Any]) -> None:
+        self._control.send_bytes(json.dumps(answer).encode())
 
     def end_all(self) -> None:
         """End all workers."""
@@ -72,7 +81,7 @@ class _ForkServer:
 
     def _fork(self, terms: dict[str, Any]) -> int | None:
         """Make a worker. Returns None; in the worker, its exit code when its work is over."""
-        channel, noise = self._control.files()
+        channel, log = recv_handle(self._control), recv_handle(self._control)
         self._import(_ALWAYS)
         if terms["frameworks"]:
             self._import(_FRAMEWORKS)
@@ -82,16 +91,16 @@ class _ForkServer:
                 warnings.simplefilter("ignore")  # Of threads: those of NumPy's sums, which are made for it.
                 pid = os.fork()
         except OSError as error:
-            self._control.send({"problem": str(error.strerror)})
+            self._answer({"problem": str(error.strerror)})
             return None
         if pid == 0:
             self._workers.clear()  # They are not its own.
             self._control.close()
-            return worker.run(Channel(socket.socket(fileno=channel)), noise, terms, this)
+            return worker.run(Channel(socket.socket(fileno=channel)), log, terms, this)
         os.close(channel)
-        os.close(noise)
+        os.close(log)
         self._workers.add(pid)
-        self._control.send({"pid": pid})
+        self._answer({"pid": pid})
         return None
 
     def _import(self, modules: tuple[str, ...]) -> None:

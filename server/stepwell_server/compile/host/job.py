@@ -1,4 +1,4 @@
-"""What a worker is asked to do with one model, and what is told of it, also where there is no answer."""
+"""One call of the compiler, done by a worker: what it is given and asked, and the errors where it does not answer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from stepwell_server.compile.errors import REPORT, DataError, ModelError, NotCausalError
 from stepwell_server.compile.host.limits import MORE_BYTES, Limit, Limits, Watch
-from stepwell_server.compile.host.processes import EndedError, Processes, Worker
+from stepwell_server.compile.host.processes import ForkServer, ForkServerError, Worker
 from stepwell_server.compile.host.source import Source, opened
 from stepwell_server.compile.host.wire import GarbledError
 from stepwell_server.logs import Log
@@ -26,7 +26,7 @@ _log = Log("compile")
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What somebody wants."""
+    """A model to compile, try or compare, and how."""
 
     model: Path
     report: Progress
@@ -36,14 +36,18 @@ class Call:
     keep: bool = False
 
 
-class Job:
-    """One turn: a model, and the worker that is at it."""
+class _ExceededError(Exception):
+    """A limit is exceeded."""
 
-    def __init__(self, processes: Processes, call: Call, watch: Watch) -> None:
-        self._processes = processes
+
+class Job:
+    """One call, and the worker that does it. A context manager, which ends the worker."""
+
+    def __init__(self, call: Call, server: ForkServer, watch: Watch) -> None:
         self._model = call.model
         self._report = call.report
         self._limits = call.limits
+        self._server = server
         self._watch = watch
         self._worker: Worker | None = None
         self._given: Path | None = None
@@ -51,6 +55,15 @@ class Job:
         self._data: tuple[Path, Path] | None = None
         """The user's own sequences, and the copy of them."""
         self._stage = "load"
+        self.exceeded: Limit | None = None
+        """The limit for which the worker was ended."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc_info: object) -> None:
+        if self._worker is not None:
+            self._server.forget(self._worker)
 
     def fork(self, *, frameworks: bool, imports: Sequence[str] = ()) -> Worker:
         """Have a worker for it, which ends with it; where there are ``imports``, one that may read what they read.
@@ -65,32 +78,28 @@ class Job:
             "cwd": os.getcwd() if imports else "",
         }
         try:
-            self._worker = self._processes.fork(self._watch, terms)
-        except EndedError as error:
-            if error.code is None:
-                said = f"the compiling process cannot be started: {error.problem}"
-                raise ModelError(f"{self._model}: {said}", error.details) from error
-            raise ModelError(f"{self._model}: {self._problem(error.code)}", error.details) from error
+            self._worker = self._server.fork(terms, self._check)
+        except ForkServerError as error:
+            problem = (
+                f"the compiling process cannot be started: {error}"
+                if error.code is None
+                else self._problem(error.code)
+            )
+            raise ModelError(f"{self._model}: {problem}", error.details) from error
+        except _ExceededError as error:
+            raise ModelError(f"{self._model}: {self._problem(0)}") from error
         self._report(self._stage)
         return self._worker
 
     def adopt(self, worker: Worker) -> None:
-        """Go on with a worker that was let go."""
+        """Continue with a worker that another job has released."""
         self._worker = worker
-        self._watch.look_at(worker.pid, worker.home)
         self._report(self._stage)
 
-    def let_go(self) -> None:
+    def release(self, worker: Worker) -> None:
         """Keep the worker beyond this job."""
-        self._watch.look_at(None)
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.clear()
-
-    @property
-    def exceeded(self) -> Limit | None:
-        """The limit for which the worker was ended."""
-        return self._watch.exceeded
+        worker.clear()
+        self._worker = None
 
     def give(self, worker: Worker, source: Source) -> Path:
         """Give a worker its copy of the model; returns where that is.
@@ -135,11 +144,12 @@ class Job:
             **job,
         }
         try:
-            with contextlib.suppress(OSError):  # It has ended, and is asked why.
+            with contextlib.suppress(OSError):  # It has ended, which `receive` finds.
                 worker.channel.send(request)
-            while (message := worker.channel.receive()) is not None:
+            while (message := worker.channel.receive(self._check)) is not None:
                 if "protection" in message:
-                    _log.info("compiling in a process of its own", **message)
+                    protection, missing = str(message["protection"]), str(message.get("missing", ""))
+                    _log.info("compiling in a process of its own", protection=protection, missing=missing)
                 elif "stage" in message:
                     self._stage = str(message["stage"])
                     self._report(self._stage)
@@ -153,15 +163,18 @@ class Job:
                 f"{self._model}: the compiling process said what it never says in stage {self._stage}, and was ended:"
                 " something of the model or of a module of --import speaks for it"
             ) from error
-        self._watch.look_at(None)
-        code = self._processes.reap(worker)
+        except _ExceededError:
+            pass
+        code = self._server.reap(worker)
         raise ModelError(f"{self._model}: {self._problem(code)}", worker.last_words())
 
-    def end(self) -> None:
-        """End the worker, and remove what is left of it."""
-        self._watch.look_at(None)
-        if self._worker is not None:
-            self._processes.forget(self._worker)
+    def _check(self) -> None:
+        """Check the limits of the process that this waits for."""
+        worker = self._worker
+        pid, folder = (self._server.pid, None) if worker is None else (worker.pid, worker.home)
+        self.exceeded = self._watch.exceeded(pid or 0, folder)
+        if self.exceeded is not None:
+            raise _ExceededError
 
     def _shown(self, text: object) -> str:
         """What a worker says, of the user's own files."""
@@ -169,8 +182,8 @@ class Job:
         return shown if self._data is None else shown.replace(str(self._data[1]), str(self._data[0]))
 
     def _problem(self, code: int) -> str:
-        """Why a process ended without an answer, and the way on."""
-        match self._watch.exceeded:
+        """Why a process ended without an answer, and the fix."""
+        match self.exceeded:
             case "abandoned":
                 return ABANDONED
             case "memory":
@@ -184,7 +197,7 @@ class Job:
                     f"compiling it must write at most {self._limits.disk_bytes} bytes, twice --max-model-bytes and"
                     f" {MORE_BYTES}; it wrote more in stage {self._stage} and was ended"
                 )
-        if self._watch.exceeded == "time" or code == -signal.SIGXCPU:
+        if self.exceeded == "time" or code == -signal.SIGXCPU:
             return (
                 f"compiling it must take at most {self._limits.timeout_s:g} s (--compile-timeout-s); it was ended in "
                 f"stage {self._stage}. Allow more time, or compile it on a faster machine of the same kind and take "

@@ -1,4 +1,4 @@
-"""What the compiling process may take of memory and time, and who sees to it."""
+"""What the compiling process may take of memory, time and disk."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import contextlib
 import dataclasses
 import os
 import re
-import signal
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from stepwell_server.clock import Clock
 
-_LOOK_S = 0.02
-_LOOKS_AT_DISK = 10
+_CHECKS_PER_DISK_CHECK = 10
 _FILES, MORE_BYTES = 2, 64 << 20
 """What is written: the program, and what it is made from, none of which is much larger than the model."""
 DETAIL_BYTES = 64 << 10
@@ -53,7 +51,7 @@ class Limits:
     timeout_s: float = 1800.0
     """Of the compiling process; 0: as long as it takes."""
     abandoned: threading.Event | None = dataclasses.field(default=None, compare=False)
-    """Set, by any thread: nobody waits for it any more, and the compiling process is ended."""
+    """Set, by any thread, when nobody waits for it any more: the compiling process is ended."""
 
     @property
     def disk_bytes(self) -> int:
@@ -65,86 +63,45 @@ Limit = Literal["memory", "disk", "time", "abandoned"]
 
 
 class Watch:
-    """Ends a process that goes over its limits while it does one thing; a context manager.
+    """Checks the limits of one job, as often as whoever waits for its processes asks.
 
-    It looks at the memory and the time of processors that the process uses, many times in a second, and does not have
-    the kernel refuse more memory (RLIMIT_AS, RLIMIT_DATA): TensorFlow maps many times what it uses, and where it is
-    refused memory it ends by SIGSEGV, SIGABRT or a MemoryError somewhere, which cannot be told from a defect. Other
-    systems than Linux do not say what a process uses; there only the time that passes is limited.
+    It looks at the memory that a process uses, and does not have the kernel refuse more (RLIMIT_AS, RLIMIT_DATA):
+    TensorFlow maps many times what it uses, and where it is refused memory it ends by SIGSEGV, SIGABRT or a MemoryError
+    somewhere, which looks like a defect. Other systems than Linux do not show what a process uses; there only the time
+    that passes is limited.
     """
 
     def __init__(self, limits: Limits, clock: Clock, closing: threading.Event) -> None:
-        """Nobody waits for it any more, too, when `closing` is set."""
+        """Begin now; the job is abandoned, too, when ``closing`` is set."""
         self._limits = limits
         self._clock = clock
-        self._abandoned = [closing, *([limits.abandoned] if limits.abandoned is not None else [])]
+        self._closing = closing
         self._began = clock.monotonic()
-        self._over = threading.Event()
-        self._guard = threading.Lock()
-        self._pid: int | None = None
-        self._folder: Path | None = None
-        self._used_s = 0.0
-        self._thread = threading.Thread(target=self._look, name="stepwell-compile-watch", daemon=True)
-        self.exceeded: Limit | None = None
-        """The limit for which the process was ended."""
+        self._checks = 0
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_exc_info: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def look_at(self, pid: int | None, folder: Path | None = None) -> None:
-        """From now on look at the process ``pid``, which may write ``folder``; None: at no process.
-
-        It must not be waited for before another one is looked at: somebody else might have its number then.
-        """
-        with self._guard:
-            self._pid, self._folder = pid, folder
-            self._used_s = 0.0 if pid is None else processor_s_of(pid)
-            self._end_if_exceeded()
-
-    def _look(self) -> None:
-        looks = 0
-        while self.exceeded is None and not self._over.wait(_LOOK_S):
-            looks += 1
-            with self._guard:
-                self.exceeded = self._found(with_disk=looks % _LOOKS_AT_DISK == 0)
-                self._end_if_exceeded()
-
-    def _found(self, *, with_disk: bool) -> Limit | None:
-        limits, pid = self._limits, self._pid
-        if any(event.is_set() for event in self._abandoned):
+    def exceeded(self, pid: int, folder: Path | None) -> Limit | None:
+        """Return the limit that a process, which may write ``folder``, goes over; None if it goes over none."""
+        limits = self._limits
+        self._checks += 1
+        if self._closing.is_set() or (limits.abandoned is not None and limits.abandoned.is_set()):
             return "abandoned"
         if 0 < limits.timeout_s < self._clock.monotonic() - self._began:
             return "time"
-        if pid is None:
-            return None
         if memory_of(pid) > limits.memory_bytes:
             return "memory"
-        if 0 < processor_s(limits.timeout_s) < processor_s_of(pid) - self._used_s:
-            return "time"
-        if with_disk and self._folder is not None:
-            most = limits.disk_bytes
-            return "disk" if disk_of(pid, [self._folder], most) > most else None
-        return None
-
-    def _end_if_exceeded(self) -> None:
-        if self.exceeded is not None and self._pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGKILL)
+        if folder is None or self._checks % _CHECKS_PER_DISK_CHECK:
+            return None
+        return "disk" if disk_of(pid, folder, limits.disk_bytes) > limits.disk_bytes else None
 
 
-def disk_of(pid: int, folders: Sequence[Path], most: int) -> int:
-    """Bytes on the disk that a process has in its folders, and in files that it has open and that have no name.
+def disk_of(pid: int, folder: Path, most: int) -> int:
+    """Bytes on the disk that a process has in its folder, and in files that it has open and that have no name.
 
     Each name counts as a block at least. Counting ends above ``most``.
     """
     seen = set[tuple[int, int]]()
     total = 0
-    for file in _written(pid, folders):
+    for file in _written(pid, folder):
         if total > most:
             break
         try:
@@ -159,11 +116,10 @@ def disk_of(pid: int, folders: Sequence[Path], most: int) -> int:
     return total
 
 
-def _written(pid: int, folders: Sequence[Path]) -> Iterator[Path | str]:
-    """Files in folders, as paths, and those that a process has open, as the names that the system gives to them."""
-    for folder in folders:
-        for root, inner, names in os.walk(folder):
-            yield from (Path(root, name) for name in (*inner, *names))
+def _written(pid: int, folder: Path) -> Iterator[Path | str]:
+    """Files in a folder, as paths, and those that a process has open, as the names that the system gives to them."""
+    for root, inner, names in os.walk(folder):
+        yield from (Path(root, name) for name in (*inner, *names))
     opened = f"/proc/{pid}/fd"
     with contextlib.suppress(OSError):  # it has ended, or the system does not say
         yield from (f"{opened}/{name}" for name in os.listdir(opened))
@@ -181,12 +137,3 @@ def memory_of(pid: int) -> int:
 def processor_s(timeout_s: float) -> float:
     """The time of processors that fits into ``timeout_s`` seconds on this machine."""
     return timeout_s * (os.cpu_count() or 1)
-
-
-def processor_s_of(pid: int) -> float:
-    """Seconds of processors that a process has used; 0 if it has ended or the system does not say."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,9 +1,14 @@
-"""The fork server and its workers as the server has them. Imports no framework."""
+"""The fork server and its workers, as the server sees them. Imports no framework.
+
+The fork server is not that of `multiprocessing`: that one inherits the server's environment with its secrets, gives every
+worker a pipe to a process outside of the sandbox (the resource tracker), and lives as long as any worker does.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -11,44 +16,47 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import send_handle
 from pathlib import Path
 from typing import IO, Any
 
 import stepwell_server
-from stepwell_server.compile.host import limits
-from stepwell_server.compile.host.wire import Channel, GarbledError
+from stepwell_server.compile.host.limits import DETAIL_BYTES
+from stepwell_server.compile.host.wire import CHECK_INTERVAL_S, Channel
 
-_DETAIL_LINES = 40
-#: Variables of the environment that say how Python, its libraries and the language work, and nothing of anybody's.
+_MODULE = "stepwell_server.compile.host.fork_server"
+_MAX_DETAIL_LINES = 40
+#: Variables of the environment that say how Python, its libraries and the language work, and nothing else.
 _PASSED = frozenset(["LANG", "LANGUAGE", "LD_LIBRARY_PATH", "PATH", "SOURCE_DATE_EPOCH", "TZ", "VIRTUAL_ENV"])
 _PASSED_PREFIXES = ("COVERAGE_", "KMP_", "LC_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON", "TF_", "XLA_")
 
 
-class EndedError(Exception):
+class ForkServerError(Exception):
     """The fork server has ended, or cannot make a worker."""
 
-    def __init__(self, code: int | None, details: str, problem: str = "") -> None:
+    def __init__(self, problem: str, code: int | None = None, details: str = "") -> None:
         super().__init__(problem)
         self.code = code
-        """Its exit code, as `subprocess` has it; None if it goes on."""
+        """Its exit code, as `subprocess` has it; None if it continues."""
         self.details = details
-        self.problem = problem
-        """Why there is no worker, where the system says so."""
 
 
 @dataclasses.dataclass
 class Worker:
     """One worker, and the folder that is its own. For one thread at a time."""
 
-    pid: int
-    channel: Channel
-    noise: IO[bytes]
     folder: Path
+    channel: Channel
+    log: IO[bytes]
+    """Has what it prints."""
+    pid: int = 0
 
     @property
     def home(self) -> Path:
-        """What it may write. Whatever is in there may be a trap: see `taken`."""
+        """What it may write. Anything in there may be a trap: see `take`."""
         return self.folder / "home"
 
     @property
@@ -60,7 +68,7 @@ class Worker:
         """Copy a plain file that it has written to ``target``, and remove it.
 
         Raises:
-            OSError: it is none, or cannot be copied.
+            OSError: it is no plain file, or cannot be copied.
         """
         source = self.home / name
         descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -69,223 +77,182 @@ class Worker:
         source.unlink()
 
     def clear(self) -> None:
-        """Remove what it was given, and what it has printed."""
-        os.ftruncate(self.noise.fileno(), 0)
-        for name in os.listdir(self.given):
-            shutil.rmtree(self.given / name)
+        """Remove what it was given and what it has printed."""
+        os.ftruncate(self.log.fileno(), 0)
+        for entry in self.given.iterdir():
+            shutil.rmtree(entry)
 
     def last_words(self) -> str:
         """The end of what it has printed."""
-        return last_lines(self.noise)
+        return last_lines(self.log)
 
     def forget(self) -> None:
-        """Close and remove all that there is of it here. Idempotent."""
+        """Close and remove all of it that is here. Idempotent."""
         self.channel.close()
-        self.noise.close()
+        self.log.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class ForkServer:
-    """The process that makes workers: `fork_server`. For one thread at a time.
+@dataclasses.dataclass(frozen=True)
+class _Running:
+    """The process of a fork server, and what it shares with this one."""
 
-    It ends when `end` is called, and by itself when this process has ended, however that was; its workers end with it.
+    process: subprocess.Popen[bytes]
+    control: Connection
+    log: IO[bytes]
+    folder: tempfile.TemporaryDirectory[str]
+
+
+class ForkServer:
+    """The process that makes workers (`fork_server`). For one thread at a time, but for `pid`.
+
+    It starts when it is first needed, and again if it was killed. It ends when `end` is called, and by itself when this
+    process ends, in whatever way; its workers end with it.
     """
 
     def __init__(self) -> None:
-        """Start it.
-
-        Raises:
-            OSError: it cannot be started.
-        """
-        self._folder = tempfile.TemporaryDirectory(prefix="stepwell-compile-", ignore_cleanup_errors=True)
-        self._noise = _noise()
+        """No process is started."""
+        self._running: _Running | None = None
         self._made = 0
-        ours, theirs = socket.socketpair()
-        self._control = Channel(ours)
-        # -P: what lies in the current folder is no module unless --import names it.
-        command = [sys.executable, "-P", "-m", "stepwell_server.compile.host.fork_server"]
-        command += [str(theirs.fileno()), self._folder.name]
-        try:
-            with theirs:
-                self._process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=self._noise,
-                    env=_environment(self._folder.name),
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                )
-        except BaseException:
-            self._close()
-            raise
 
     @property
-    def pid(self) -> int:
-        """Number of its process."""
-        return self._process.pid
+    def pid(self) -> int | None:
+        """Number of its process, if there is one."""
+        running = self._running
+        return None if running is None else running.process.pid
 
-    @property
-    def has_ended(self) -> bool:
-        """It was ended by others."""
-        # Without waiting for it: until `end`, nobody else can have its number.
-        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-    def fork(self, terms: Mapping[str, Any]) -> Worker:
-        """Make a worker, once what it needs is imported.
+    def fork(self, terms: Mapping[str, Any], check: Callable[[], None]) -> Worker:
+        """Make a worker, after its modules are imported.
 
         Args:
             terms: see `worker.run`; its folders are added here.
+            check: called many times in a second while this waits; what it raises ends the fork server.
 
         Raises:
-            EndedError: it cannot be made.
-            OSError: its folder cannot be made.
+            ForkServerError: the worker cannot be made.
         """
-        self._made += 1
-        folder = Path(self._folder.name, str(self._made))
-        ours, theirs = socket.socketpair()
-        worker = Worker(0, Channel(ours), _noise(), folder)
+        # Without waiting for it: until `end`, no other process can have its number.
+        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        if self.pid is not None and os.waitid(os.P_PID, self.pid, ended) is not None:
+            self.end()
+        try:
+            running = self._running = self._running or _started()
+            self._made += 1
+            ours, theirs = socket.socketpair()
+            worker = Worker(Path(running.folder.name, str(self._made)), Channel(ours), _log_file())
+        except OSError as error:
+            raise ForkServerError(str(error.strerror)) from error
         try:
             with theirs:
                 worker.home.mkdir(parents=True)
                 worker.given.mkdir()
-                wanted = {**terms, "home": str(worker.home), "given": str(worker.given)}
-                said = self._ask({"fork": wanted}, theirs.fileno(), worker.noise.fileno())
-            if "problem" in said:
-                raise EndedError(None, "", str(said["problem"]))
+                folders = {"home": str(worker.home), "given": str(worker.given)}
+                files = (theirs.fileno(), worker.log.fileno())
+                answer = self._ask({"fork": {**terms, **folders}}, files, check)
+            if "problem" in answer:
+                raise ForkServerError(str(answer["problem"]))
         except BaseException:
             worker.forget()
             raise
-        worker.pid = int(said["pid"])
+        worker.pid = int(answer["pid"])
         return worker
 
     def reap(self, worker: Worker) -> int:
-        """End a worker, if it has not; returns its exit code as `subprocess` has it.
+        """End a worker, if it has not ended; returns its exit code as `subprocess` has it.
 
-        Raises:
-            EndedError: the fork server has ended, and the worker with it.
-        """
-        return int(self._ask({"reap": worker.pid})["status"])
-
-    def end(self) -> int:
-        """End it and its workers; returns its exit code as `subprocess` has it."""
-        if self._process.returncode is None:
-            # What it has started, too. Until it is waited for, nobody else can have its number.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self._close()
-        return int(self._process.returncode)
-
-    def _ask(self, request: Mapping[str, Any], *files: int) -> dict[str, Any]:
-        try:
-            self._control.send(request, files)
-            said = self._control.receive()
-        except (OSError, GarbledError):
-            said = None
-        if said is None:
-            details = "" if self._noise.closed else last_lines(self._noise)
-            raise EndedError(self.end(), details)
-        return said
-
-    def _close(self) -> None:
-        self._control.close()
-        self._noise.close()
-        self._folder.cleanup()
-
-
-class Processes:
-    """The fork server, as long as it is needed. For one thread at a time, but for `pids`."""
-
-    def __init__(self) -> None:
-        """No process is started."""
-        self._server: ForkServer | None = None
-
-    @property
-    def pids(self) -> list[int]:
-        """Numbers of the processes that are kept."""
-        server = self._server
-        return [] if server is None else [server.pid]
-
-    def fork(self, watch: limits.Watch, terms: Mapping[str, Any]) -> Worker:
-        """Have a worker made, and watched; the fork server is started if there is none.
-
-        Args:
-            watch: ends whichever of them takes too much.
-            terms: see `worker.run`.
-
-        Raises:
-            EndedError: it cannot be made.
+        Where the fork server has ended, and the worker with it, it is that of the fork server.
         """
         try:
-            if self._server is not None and self._server.has_ended:  # Somebody has killed it: nobody's model.
-                self.end()
-            if self._server is None:
-                self._server = ForkServer()
-            watch.look_at(self._server.pid)
-            worker = self._server.fork(terms)
-        except OSError as error:
-            raise EndedError(None, "", str(error.strerror)) from error
-        except EndedError as error:
-            if error.code is not None:
-                watch.look_at(None)
-                self._server = None
-            raise
-        watch.look_at(worker.pid, worker.home)
-        return worker
+            return int(self._ask({"reap": worker.pid})["status"])
+        except ForkServerError as error:
+            return error.code or 0
 
     def forget(self, worker: Worker) -> None:
-        """End a worker, and remove what is left of it."""
+        """End a worker, if it has not ended, and remove all of it that is here."""
         self.reap(worker)
         worker.forget()
 
-    def reap(self, worker: Worker) -> int:
-        """End a worker that is not watched any more; returns its exit code as `subprocess` has it.
-
-        Or that of the fork server, if that has ended, and the worker with it.
-        """
-        if self._server is None:
+    def end(self) -> int:
+        """End it and its workers; returns its exit code as `subprocess` has it. Idempotent."""
+        running, self._running = self._running, None
+        if running is None:
             return 0
+        # The processes that it has started, too. Until it is waited for, no other process can have its number.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.process.pid, signal.SIGKILL)
+        running.process.wait()
+        running.control.close()
+        running.log.close()
+        running.folder.cleanup()
+        return running.process.returncode
+
+    def _ask(
+        self, request: Mapping[str, Any], files: Sequence[int] = (), check: Callable[[], None] | None = None
+    ) -> dict[str, Any]:
+        running = self._running
+        if running is None:
+            raise ForkServerError("it has ended", 0)
         try:
-            return self._server.reap(worker)
-        except EndedError as error:
-            self._server = None
-            return error.code or 0
+            running.control.send_bytes(json.dumps(request).encode())
+            for file in files:
+                send_handle(running.control, file, running.process.pid)
+            while check is not None and not running.control.poll(CHECK_INTERVAL_S):
+                check()
+            return dict(json.loads(running.control.recv_bytes()))
+        except (OSError, EOFError) as error:
+            details = last_lines(running.log)
+            raise ForkServerError("it has ended", self.end(), details) from error
+        except BaseException:  # Of `check`: nobody waits for the answer any more.
+            self.end()
+            raise
 
-    def end(self) -> None:
-        """End all that there is. Idempotent."""
-        if self._server is not None:
-            self._server.end()
-            self._server = None
+
+def _started() -> _Running:
+    folder, log = (
+        tempfile.TemporaryDirectory(prefix="stepwell-compile-", ignore_cleanup_errors=True),
+        _log_file(),
+    )
+    control, theirs = Pipe()
+    with theirs:
+        process = subprocess.Popen(
+            # -P: modules in the current folder are not found unless --import names them.
+            [sys.executable, "-P", "-m", _MODULE, str(theirs.fileno()), folder.name],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=_environment(folder.name),
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
+    return _Running(process, control, log, folder)
 
 
-def _noise() -> IO[bytes]:
-    """A file without a name for what a process prints; what is printed goes to its end, also if it is cut meanwhile."""
+def _log_file() -> IO[bytes]:
+    """A file without a name for what a process prints. It appends, even if the file is cut meanwhile."""
     return tempfile.TemporaryFile("a+b")
 
 
-def last_lines(noise: IO[bytes]) -> str:
+def last_lines(log: IO[bytes]) -> str:
     """The end of what was printed into a file, as text."""
-    size = os.fstat(noise.fileno()).st_size
-    read = os.pread(noise.fileno(), limits.DETAIL_BYTES, max(0, size - limits.DETAIL_BYTES))
-    return "\n".join(read.decode(errors="replace").strip().splitlines()[-_DETAIL_LINES:])
+    size = os.fstat(log.fileno()).st_size
+    read = os.pread(log.fileno(), DETAIL_BYTES, max(0, size - DETAIL_BYTES))
+    return "\n".join(read.decode(errors="replace").strip().splitlines()[-_MAX_DETAIL_LINES:])
 
 
 def _environment(folder: str) -> dict[str, str]:
-    """What the processes are told: no tokens, keys or passwords that the server's own environment may have.
+    """The environment of the processes, without tokens, keys and passwords that the server's own may have.
 
     They find this very package, installed or not, and the caller's modules. What they write goes into folders of their
     own.
     """
-    package = str(Path(stepwell_server.__file__).parents[1])
-    paths = [package, os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(stepwell_server.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     passed = {
         name: value
         for name, value in os.environ.items()
         if name in _PASSED or name.startswith(_PASSED_PREFIXES)
     }
     return passed | {
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "HOME": folder,
         "TMPDIR": folder,
         "HDF5_PLUGIN_PATH": folder,

@@ -1,82 +1,76 @@
-"""What the server and its compiling processes say to each other: JSON objects, a line each, over a socket.
+"""Messages between the server and a worker: JSON objects, a line each, over a socket pair.
 
-Two channels have this form. The fork server (`fork_server`) is asked for workers: ``{"fork": terms}``, with the worker's
-ends of its own channel and of its log as open files, gives ``{"pid": ...}``; ``{"reap": pid}`` ends one and gives
-``{"status": ...}``. A worker (`worker`) is given jobs, ``{"job": kind, ...}``, and says ``{"protection": ...}`` once, which
-the kernel gives (`sandbox`), ``{"stage": ...}`` as each stage begins, then ``{"done": ...}`` or ``{"error": ..., "kind": ...}``.
+Connections of `multiprocessing` are for the fork server, which is trusted. A worker may be under a model's control: its
+messages are bounded, nothing of them is unpickled, and whoever waits for the rest of one checks the limits meanwhile.
+
+The server sends jobs, ``{"job": kind, ...}``. A worker sends ``{"protection": ...}`` once (see `sandbox`), ``{"stage": ...}``
+as each stage begins, then ``{"done": ...}`` or ``{"error": ..., "kind": ...}``.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-#: Of one message, which may be under somebody else's control.
-MOST_BYTES = 1 << 20
-_FILES = 4
+MAX_BYTES = 1 << 20
+CHECK_INTERVAL_S = 0.02
 
 
 class GarbledError(Exception):
-    """What came is no message."""
+    """What arrived is no message."""
 
 
 class Channel:
-    """One side of a channel. For one thread at a time, but for `close`."""
+    """One end of a channel. For one thread at a time."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
         self._rest = bytearray()
-        self._files: list[int] = []
 
-    def send(self, message: Mapping[str, Any], files: Sequence[int] = ()) -> None:
-        """Send a message, and open files with it, which stay open here too.
-
-        Raises:
-            OSError: the other side has ended.
-        """
-        data = json.dumps(message).encode() + b"\n"
-        if files:
-            sent = socket.send_fds(self._socket, [data], list(files))
-            data = data[sent:]
-        self._socket.sendall(data)
-
-    def receive(self) -> dict[str, Any] | None:
-        """Wait for a message. Returns None if the other side has ended, be it in the middle of one.
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message.
 
         Raises:
-            GarbledError: it is none, or too long.
+            OSError: the other end is closed.
         """
+        self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self, check: Callable[[], None] | None = None) -> dict[str, Any] | None:
+        """Wait for a message. Returns None if the other end is closed, even in the middle of one.
+
+        Args:
+            check: called many times in a second while this waits; what it raises ends the wait.
+
+        Raises:
+            GarbledError: what arrived is no message, or too long.
+        """
+        self._socket.settimeout(None if check is None else CHECK_INTERVAL_S)
         while (end := self._rest.find(b"\n")) < 0:
-            if len(self._rest) >= MOST_BYTES:
+            if len(self._rest) >= MAX_BYTES:
                 raise GarbledError
             try:
-                piece, files, _, _ = socket.recv_fds(self._socket, 1 << 16, _FILES)
+                piece = self._socket.recv(1 << 16)
+            except TimeoutError:
+                piece = None
             except ConnectionError:
                 return None
-            self._files += files
-            if not piece:
+            if piece == b"":
                 return None
-            self._rest += piece
+            self._rest += piece or b""
+            if check is not None:
+                check()
         line = bytes(self._rest[:end])
         del self._rest[: end + 1]
         try:
             message = json.loads(line)
         except (ValueError, RecursionError):
             message = None
-        if len(line) > MOST_BYTES or not isinstance(message, dict):
+        if len(line) > MAX_BYTES or not isinstance(message, dict):
             raise GarbledError
         return message
 
-    def files(self) -> list[int]:
-        """Open files that came with messages since the last time. The caller closes them."""
-        came, self._files = self._files, []
-        return came
-
     def close(self) -> None:
-        """Close this side, and files that nobody has taken. Idempotent."""
+        """Close this end. Idempotent."""
         self._socket.close()
-        for file in self.files():
-            os.close(file)

@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     from stepwell_server.compile.probe.probe import Traced
 
 
-def run(channel: Channel, noise: int, terms: dict[str, Any], parent: int) -> int:
+def run(channel: Channel, log: int, terms: dict[str, Any], parent: int) -> int:
     """Do jobs until the channel is closed; returns the exit code.
 
     Args:
         channel: to the server.
-        noise: an open file for all that is printed.
+        log: an open file for all that is printed.
         terms: see `ForkServer.fork`: the folders, and what may be taken.
         parent: the fork server's process, without which this one must not be.
     """
     os.setsid()
-    os.dup2(noise, 1)
-    os.dup2(noise, 2)
-    os.close(noise)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
     home = str(terms["home"])
     os.environ |= {"HOME": home, "TMPDIR": home}
     tempfile.tempdir = None  # What was found out about the fork server's is not true here.
@@ -64,7 +64,7 @@ def _protected(terms: dict[str, Any]) -> sandbox.Protection:
 
 
 def _allow_time(timeout_s: float) -> None:
-    """Allow so much time of all processors from now on: a limit that the server's own (`limits.Watch`) does not reach."""
+    """Allow the time of all processors that fits into the limit: a bound that the kernel keeps if the server cannot."""
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     most = math.ceil(used + limits.processor_s(timeout_s)) + 1 if timeout_s > 0 else resource.RLIM_INFINITY
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
