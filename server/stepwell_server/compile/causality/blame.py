@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stepwell_server.compile.causality.cut import CutError, LoopError, all_operations
+from stepwell_server.compile.causality.cut import CutError, LoopError
 from stepwell_server.compile.causality.direction import Direction, direction
 from stepwell_server.compile.causality.proof import Unadmitted
 from stepwell_server.compile.causality.refusals import Reason
@@ -15,6 +15,7 @@ from stepwell_server.compile.graph.samples import Sampler
 from stepwell_server.compile.graph.scopes import named
 from stepwell_server.compile.graph.tensorflow_setup import keras
 from stepwell_server.compile.graph.untraceable import habit_of
+from stepwell_server.compile.graph.watch import all_operations
 
 _STEP_BY_STEP = "model cannot be run step by step: "
 _SEVERAL_STEPS = "looks back over several time steps and keeps no state"

@@ -21,7 +21,7 @@ from stepwell_server.compile.graph.concrete import concrete
 from stepwell_server.compile.graph.interface import Interface
 from stepwell_server.compile.graph.patch import attribute, relaxed
 from stepwell_server.compile.graph.tensorflow_setup import keras, tf
-from stepwell_server.compile.graph.watch import recurrent_layers
+from stepwell_server.compile.graph.watch import all_operations, recurrent_layers
 
 #: Primes, larger than any reach that a layer is likely to have. What is different from some length on is
 #: different in the two traces, or, below the first, in samples of one and of `evidence.STEPS` time steps,
@@ -405,22 +405,6 @@ def _traced(run: Callable[..., Any], signature: Sequence[Any]) -> Any:
         return concrete(run, *signature)
     finally:
         tf.config.run_functions_eagerly(eagerly)
-
-
-def all_operations(model: Any) -> list[Any]:
-    """Return everything with a ``call`` that a model is made of, each once; not the model itself."""
-    found: dict[int, Any] = {}
-
-    def walk(layer: Any) -> None:
-        graph = getattr(layer, "_functional", None) or layer
-        for child in (*(getattr(graph, "_operations", None) or ()), *layer._layers):
-            if id(child) not in found and child is not layer:
-                found[id(child)] = child
-                if isinstance(child, keras.Layer):
-                    walk(child)
-
-    walk(model)
-    return [item for item in found.values() if not isinstance(item, keras.layers.InputLayer)]
 
 
 def time_distributed(operation: Any) -> Callable[..., Any] | None:

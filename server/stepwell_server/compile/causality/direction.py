@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from stepwell_server.compile.causality.cut import all_operations
 from stepwell_server.compile.graph.patch import attribute, relaxed
 from stepwell_server.compile.graph.samples import Sampler
 from stepwell_server.compile.graph.tensorflow_setup import keras, tf
-from stepwell_server.compile.graph.watch import recurrent_layers
+from stepwell_server.compile.graph.watch import all_operations, recurrent_layers
 
 #: A length that hardly any feature axis has, and the time steps that are disturbed: reaches of some hundreds
 #: of steps are seen on both sides, also by what looks at the first step or turns the sequence round.

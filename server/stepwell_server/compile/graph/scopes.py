@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from stepwell_server.compile.causality.cut import all_operations
 from stepwell_server.compile.errors import quoted
 from stepwell_server.compile.graph.tensorflow_setup import keras
+from stepwell_server.compile.graph.watch import all_operations
 
 
 def layer_of(model: Any, operation: str) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from stepwell_server.compile.errors import ModelError, gist
@@ -63,3 +65,14 @@ def failed(model: Any, problem: str, error: Exception) -> ModelError:
         return ModelError(f"{problem}: {named(model, layer)} {habit.does}; {habit.way}")
     who = "" if layer is None else f"{named(model, layer)} fails: "
     return ModelError(f"{problem}: {who}{type(error).__name__}: {gist(error)}")
+
+
+@contextlib.contextmanager
+def explained(model: Any, problem: str) -> Iterator[None]:
+    """Raise what Keras and user code raise in the block as a `ModelError`; ``problem`` says where it happened."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # They raise whatever they like.
+        raise failed(model, problem, error) from error

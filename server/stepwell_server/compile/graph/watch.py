@@ -86,6 +86,22 @@ def recurrent_layers(model: Any) -> dict[str, Any]:
     return found
 
 
+def all_operations(model: Any) -> list[Any]:
+    """Return everything with a ``call`` that a model is made of, each once; not the model itself."""
+    found: dict[int, Any] = {}
+
+    def walk(layer: Any) -> None:
+        graph = getattr(layer, "_functional", None) or layer
+        for child in (*(getattr(graph, "_operations", None) or ()), *layer._layers):
+            if id(child) not in found and child is not layer:
+                found[id(child)] = child
+                if isinstance(child, keras.Layer):
+                    walk(child)
+
+    walk(model)
+    return [item for item in found.values() if not isinstance(item, keras.layers.InputLayer)]
+
+
 def _free(path: str, taken: dict[str, Any]) -> str:
     number, candidate = 1, path
     while candidate in taken:

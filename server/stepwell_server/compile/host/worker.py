@@ -52,7 +52,7 @@ def run(channel: Channel, log: int, terms: dict[str, Any], parent: int) -> int:
     jobs = _Jobs(channel)
     while (job := channel.receive()) is not None:
         _allow_time(float(job["timeout_s"]))
-        channel.send(_answer(jobs, job))
+        channel.send(jobs.answer(job))
     return 0
 
 
@@ -73,25 +73,6 @@ def _allow_time(timeout_s: float) -> None:
     )
 
 
-def _answer(jobs: _Jobs, job: dict[str, Any]) -> dict[str, Any]:
-    """Do one job; returns what is said of it."""
-    try:
-        return {"done": jobs.do(job)}
-    except ModelError as error:
-        return _told(error)
-    # SystemExit: a user's module may call sys.exit().
-    except (Exception, SystemExit) as error:
-        return _told(failure(Path(job["model"]), error))
-
-
-def _told(error: ModelError) -> dict[str, Any]:
-    return {
-        "error": str(error),
-        "kind": type(error).__name__,
-        "details": error.details[-limits.DETAIL_BYTES :],
-    }
-
-
 class _Jobs:
     """What a worker can do."""
 
@@ -102,8 +83,20 @@ class _Jobs:
         self._architecture: Architecture | None = None
         """Of the same model."""
 
+    def answer(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Do one job; returns the last message about it."""
+        try:
+            return {"done": self.do(job)}
+        except ModelError as error:
+            found = error
+        # SystemExit: a user's module may call sys.exit().
+        except (Exception, SystemExit) as error:
+            found = failure(Path(job["model"]), error)
+        details = found.details[-limits.DETAIL_BYTES :]
+        return {"error": str(found), "kind": type(found).__name__, "details": details}
+
     def do(self, job: dict[str, Any]) -> Any:
-        """Do one job; returns what is said of it when it is done."""
+        """Do one job; returns its result."""
         kind, model, most = job["job"], Path(job["model"]), int(job["max_model_bytes"])
         if kind == "settle":
             return _settle(model, most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import platform
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stepwell_server.compile.cache import file_digest, version_of
+from stepwell_server.compile.cache import version_of
 from stepwell_server.compile.graph.tensorflow_setup import keras
 from stepwell_server.program import Layer, Provenance
 
@@ -25,7 +26,7 @@ def of(path: Path, model: Any) -> Provenance:
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     return Provenance(
         source=path.name,
-        source_sha256=file_digest(path).hex(),
+        source_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         compiled_time=int(epoch if epoch.isdecimal() else time.time()),
         versions={name: version_of(name) for name in _PACKAGES},
         processor=platform.machine(),

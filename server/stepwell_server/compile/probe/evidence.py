@@ -12,22 +12,20 @@ size of the values nothing is compared. Non-finite values end a row's comparison
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.compile.causality.cut import all_operations
 from stepwell_server.compile.comparison import Comparison, Difference
 from stepwell_server.compile.errors import ModelError, NotCausalError, quoted
 from stepwell_server.compile.graph.interface import Interface
 from stepwell_server.compile.graph.plan import Plan
 from stepwell_server.compile.graph.samples import Sampler
-from stepwell_server.compile.graph.untraceable import failed
+from stepwell_server.compile.graph.untraceable import explained
+from stepwell_server.compile.graph.watch import all_operations
 from stepwell_server.compile.probe.sequences import Stepped
 from stepwell_server.compile.probe.whole_call import WholeCall
 
@@ -39,6 +37,7 @@ STEPS = 512
 _PERTURBED_RUNS = 2
 #: Above this share of the values the effect of rounding is as large as they are: nothing to compare.
 _LOST = 0.1
+_RUNS_NOT = "the model does not run on a sequence of {} time steps"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,7 @@ def gather(plan: Plan, sampler: Sampler, steps: int, whole: WholeCall) -> list[E
     temporal = plan.temporal
     inputs = sampler.hard(rng, temporal, steps)
     disturbed, times = sampler.disturbed(rng, temporal, inputs)
-    with _explained(plan.interface.model, steps):
+    with explained(plan.interface.model, _RUNS_NOT.format(steps)):
         usual, again, moved = whole(inputs), whole(inputs), whole(disturbed)
     for spec in plan.outputs:
         name, timed = spec.name, spec.temporal
@@ -139,17 +138,9 @@ def observe(
         ModelError: Keras's call fails.
     """
     whole = WholeCall(interface)
-    with _explained(interface.model, steps):
+    with explained(interface.model, _RUNS_NOT.format(steps)):
         usual = whole(inputs)
     return Evidence(steps, tuple(inputs), usual, _noise(plan, whole, inputs, usual, held, kept))
-
-
-@contextlib.contextmanager
-def _explained(model: Any, steps: int) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # Keras and user code raise whatever they like.
-        raise failed(model, f"the model does not run on a sequence of {steps} time steps", error) from error
 
 
 def reach(model: object, own_steps: Sequence[int | None]) -> int:

@@ -17,7 +17,6 @@ from stepwell_server.compile.graph.plan import assignments
 from stepwell_server.compile.graph.samples import Sampler, fitted, make_sampler, plain_dtype
 from stepwell_server.compile.keras_file import archive
 from stepwell_server.compile.probe import evidence
-from stepwell_server.compile.probe.evidence import Evidence
 from stepwell_server.compile.probe.sequences import Array, run, tolerance
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.stepping import step_of_executor
@@ -47,21 +46,10 @@ def compare(model: Path, program: Program, data: Path | None) -> Comparison:
         inputs: Sequence[Array] = sampler.hard(np.random.default_rng(23), temporal, steps)
     else:
         inputs, steps = read(data, program.inputs, sampler)
-    sample = _observe(program, interface, inputs, steps, sampler.whole, sampler.exact)
+    casts = [np.asarray(value, spec.dtype) for value, spec in zip(inputs, program.inputs, strict=True)]
+    sample = evidence.observe(program, interface, casts, steps, sampler.whole, sampler.exact)
     stepped = run(program, step_of_executor(load_executor(program)), inputs, steps)
     return evidence.compare(program, sample, stepped, tolerance(loaded))
-
-
-def _observe(
-    program: Program,
-    interface: Interface,
-    inputs: Sequence[Array],
-    steps: int,
-    held: frozenset[int],
-    kept: Sequence[float],
-) -> Evidence:
-    casts = [np.asarray(value, spec.dtype) for value, spec in zip(inputs, program.inputs, strict=True)]
-    return evidence.observe(program, interface, casts, steps, held, kept)
 
 
 def read(file: Path, specs: Sequence[TensorSpec], sampler: Sampler | None = None) -> tuple[list[Array], int]:

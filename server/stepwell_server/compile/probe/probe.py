@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from stepwell_server.compile.graph.plan import Plan, assignments, make_plan
 from stepwell_server.compile.graph.samples import Sampler, fitted, make_sampler
 from stepwell_server.compile.graph.scopes import named
 from stepwell_server.compile.graph.trace import trace
-from stepwell_server.compile.graph.untraceable import failed
+from stepwell_server.compile.graph.untraceable import explained
 from stepwell_server.compile.graph.watch import Observation, watch
 from stepwell_server.compile.probe import evidence
 from stepwell_server.compile.probe.evidence import Evidence
@@ -93,7 +92,7 @@ def _try(
         raise loop_problem(interface, error) from error
     except CutError as error:
         raise length_problem(interface, temporal, error) from error
-    with _explained(
+    with explained(
         interface.model,
         f"the model does not run on sequences of {' and '.join(map(str, LENGTHS))} time steps",
     ):
@@ -102,14 +101,14 @@ def _try(
     refuse_kept_states(interface, cuts)
     with weights_recorded() as weights:
         unproven = _admit(interface, cuts, sampler, options)
-    with _explained(
+    with explained(
         interface.model,
         f"the model does not run on sequences of {' and '.join(map(str, LENGTHS))} time steps",
     ):
         seen = [observe(sampler, temporal, steps, rng) for steps in LENGTHS]
         refuse_training(sampler, temporal)
     plan = make_plan(sampler.interface, temporal, seen[0], seen[1])
-    with _explained(interface.model, "the model does not run on a sequence of one time step"):
+    with explained(interface.model, "the model does not run on a sequence of one time step"):
         function = trace(plan)
         if progress is not None:
             progress("probe")
@@ -172,16 +171,6 @@ def _one_step(interface: Interface, cuts: Cuts) -> Cut:
 
 def _own_steps(interface: Interface, temporal: Sequence[bool]) -> list[int | None]:
     return [info.shape[1] for info, timed in zip(interface.inputs, temporal, strict=True) if timed]
-
-
-@contextlib.contextmanager
-def _explained(model: Any, problem: str) -> Iterator[None]:
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:  # Keras and user code raise whatever they like.
-        raise failed(model, problem, error) from error
 
 
 def observe(sampler: Sampler, temporal: Sequence[bool], steps: int, rng: np.random.Generator) -> Observation:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from stepwell_server.compile.causality.cut import Cuts, all_operations, time_distributed
+from stepwell_server.compile.causality.cut import Cuts, time_distributed
 from stepwell_server.compile.errors import ModelError, quoted
 from stepwell_server.compile.graph.concrete import concrete
 from stepwell_server.compile.graph.interface import Interface
@@ -23,7 +23,7 @@ from stepwell_server.compile.graph.patch import attribute, relaxed
 from stepwell_server.compile.graph.samples import Array, Sampler
 from stepwell_server.compile.graph.scopes import named
 from stepwell_server.compile.graph.tensorflow_setup import keras, tf
-from stepwell_server.compile.graph.watch import plain, recurrent_layers
+from stepwell_server.compile.graph.watch import all_operations, plain, recurrent_layers
 from stepwell_server.compile.probe.sequences import ROUNDINGS, added_roundings, rounding
 
 _STEPS = 5

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from stepwell_server.architecture.canonical import canonical
-from stepwell_server.compile.causality.cut import all_operations
 from stepwell_server.compile.graph.plan import make_plan
 from stepwell_server.compile.graph.tensorflow_setup import keras, tf
+from stepwell_server.compile.graph.watch import all_operations
 from stepwell_server.compile.keras_file import archive, provenance, weights
 from stepwell_server.compile.probe import evidence
 from stepwell_server.compile.probe.probe import LENGTHS, MORE_LENGTHS, SEED, Traced, observe, steps_of
