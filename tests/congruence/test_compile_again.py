@@ -269,7 +269,7 @@ def test_what_takes_ever_more_memory_is_not_kept(
     lstm: Path, kept: WarmCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept.compile(lstm / "1.keras")
-    monkeypatch.setattr(compiler, "_MORE_MEMORY_BYTES", -(1 << 40))
+    monkeypatch.setattr(compiler, "_MAX_GROWTH_BYTES", -(1 << 40))
     (lstm / "more.keras").write_bytes((lstm / "2.keras").read_bytes() + b"more")
     server, worker = kept.pids
     kept.compile(lstm / "more.keras")

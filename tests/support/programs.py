@@ -96,7 +96,7 @@ def cache_key(model: Path, imports: Sequence[str] = (), options: ProofOptions | 
     """Under which key the cache has the program of a file."""
     from stepwell_server.compile import cache
 
-    return cache.key_of(cache.file_digest(model), imports, options)
+    return cache.key_of(hashlib.sha256(model.read_bytes()).digest(), imports, options)
 
 
 def program_of(saved: Saved, imports: Sequence[str] = (), options: ProofOptions | None = None) -> Program:

@@ -1,8 +1,10 @@
-"""Compiles models beside a server, in processes that are kept warm. Imports no TensorFlow: the server has one of these.
+"""Compiles models next to a server, in warm processes. Imports no TensorFlow: the server has one of these.
 
-Importing TensorFlow takes seconds, compiling a model less than one. So a process that has imported it is kept (the fork
-server, `processes`, `fork_server`), and is copied for each model: a worker, which gives up what may do harm (`sandbox`),
-is given a copy of the file (`source`), and is ended when it has answered. No worker meets what another one did.
+Importing TensorFlow takes seconds, compiling a model less than one. So one process imports it and is kept: the fork server
+(`processes`, `fork_server`). It forks a worker for each model. The worker gives up what may do harm (`sandbox`), gets a
+copy of the file (`source`), and is ended when it has answered. So no model meets anything of another one.
+
+`concurrent.futures.ProcessPoolExecutor` would unpickle what workers send, and a model may control its worker.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ from stepwell_server.program import Program, ProofOptions
 IDLE_S = 300.0
 _ABANDONED_INTERVAL_S = 0.05
 _PROGRAM = f"program{program_file.SUFFIX}"
-#: What a worker that is kept may take more than at first, before it is ended: TensorFlow does not give everything back.
-_MORE_MEMORY_BYTES = 256 << 20
+#: A worker is not kept once its memory has grown by more: TensorFlow does not give everything back.
+_MAX_GROWTH_BYTES = 256 << 20
 _log = Log("compile")
 
 
@@ -59,9 +61,9 @@ class WarmCompiler:
             cache_dir: folder of compiled programs; made when it is needed. Several processes may share it.
             imports: modules that register the models' custom layers and functions; the current folder is searched first.
                 Their source is part of the cache's key, that of modules they import is not.
-            limits: what compiling a model may take, where a call says nothing else; by default those of `Limits`.
+            limits: what compiling a model may take, unless a call has limits of its own; by default those of `Limits`.
             clock: against which the time is limited; by default the machine's.
-            idle_s: for how long processes that nobody needs are kept, in seconds; see `end_idle`.
+            idle_s: for how long idle processes are kept, in seconds; see `end_idle`.
         """
         self._cache_dir = cache_dir
         self._imports = tuple(imports)
@@ -96,7 +98,7 @@ class WarmCompiler:
             model: the ``.keras`` file.
             progress: called with each stage as it begins: waiting, if another model is being compiled, then load, trace,
                 probe, convert, check. Not called when the program comes from the cache. Called on the caller's thread.
-            options: what the user says about the proof.
+            options: what the user chooses about the proof.
             limits: what compiling it may take.
             data: sequences on which the program will be compared: looked at before the model is compiled.
             keep: keep its worker for the next model, if that may have the same configuration and other weights. Such a
@@ -119,7 +121,7 @@ class WarmCompiler:
             if found is None:
                 call = Call(model, progress or _silent, limits or self._limits, options, data, keep)
                 with self._turn(call):
-                    # Whoever was first may have compiled just this.
+                    # Another caller may have compiled it meanwhile.
                     found = cache.load(target) or self._compiled(call, source, target)
         return _named(found, model.name)
 
@@ -145,8 +147,8 @@ class WarmCompiler:
             program_file.save(program, file)
             job.give(worker, source)
             job.give_data(worker, data)
-            told = job.ask(worker, job="compare", imports=self._imports, program=str(file))
-            return Comparison.from_json(told)
+            result = job.ask(worker, job="compare", imports=self._imports, program=str(file))
+            return Comparison.from_json(result)
 
     def settle(
         self, model: Path, progress: Progress | None = None, limits: Limits | None = None
@@ -175,12 +177,12 @@ class WarmCompiler:
             except OSError as error:
                 raise ModelError(f"{model}: cannot be read: {error.strerror}") from error
             call.report("check")
-            told = job.ask(worker, job="settle")
-            return program, tuple(map(int, told["sizes"])), tuple(map(int, told["agreeing"]))
+            result = job.ask(worker, job="settle")
+            return program, tuple(map(int, result["sizes"])), tuple(map(int, result["agreeing"]))
 
     @property
     def limits(self) -> Limits:
-        """What compiling a model may take, where a call says nothing else."""
+        """What compiling a model may take, unless a call has limits of its own."""
         return self._limits
 
     @property
@@ -191,7 +193,7 @@ class WarmCompiler:
         return [pid for pid in pids if pid is not None]
 
     def end_idle(self) -> bool:
-        """End the processes if nobody has needed them for ``idle_s``; whether there are none then. To be called now and then."""
+        """End the processes if they have been idle for ``idle_s``; returns whether none is left. Call it from time to time."""
         if self._lock.acquire(blocking=False):
             try:
                 if self._clock.monotonic() - self._last_used >= self._idle_s:
@@ -201,7 +203,7 @@ class WarmCompiler:
         return self._fork_server.pid is None
 
     def close(self) -> None:
-        """End what is under way, and the processes. Idempotent; what is called afterwards raises ModelError."""
+        """End the running call and the processes. Idempotent; later calls raise ModelError."""
         self._closing.set()
         with self._lock:
             self._end()
@@ -213,7 +215,7 @@ class WarmCompiler:
             kept.worker.forget()
 
     def _compiled(self, call: Call, source: Source, target: Path) -> Program:
-        """Have it compiled, and put it into the cache."""
+        """Compile it, and put it into the cache."""
         architecture = self._architecture(call, source)
         kept, self._kept = self._kept, None
         if kept is not None and kept.architecture == architecture and call.data is None:
@@ -243,7 +245,7 @@ class WarmCompiler:
             return program
 
     def _again(self, call: Call, kept: _Kept, source: Source, target: Path) -> Program | None:
-        """Have it compiled by the worker that has compiled the same with other weights; None: it must be compiled anew."""
+        """Compile it in the worker that compiled the same with other weights; None if it needs a worker of its own."""
         worker = kept.worker
         with self._job(call) as job:
             try:
@@ -256,13 +258,13 @@ class WarmCompiler:
                     raise
                 _log.info("compiled anew, not only with other weights", model=str(call.model), reason=error)
                 return None
-            if memory_of(worker.pid) <= kept.memory_bytes + _MORE_MEMORY_BYTES:
+            if memory_of(worker.pid) <= kept.memory_bytes + _MAX_GROWTH_BYTES:
                 job.release(worker)
                 self._kept = kept
             return program
 
     def _architecture(self, call: Call, source: Source) -> bytes | None:
-        """What two models have in common that differ in their weights alone; None if nobody can tell."""
+        """A digest that two models share if they differ in their weights alone; None if that is unknown."""
         configuration = source.configuration()
         if configuration is None:
             return None
@@ -276,7 +278,7 @@ class WarmCompiler:
 
     @contextlib.contextmanager
     def _turn(self, call: Call) -> Iterator[None]:
-        """Wait until no other call is served, and keep the others waiting for the block."""
+        """Wait until no other call is being served; others wait during the block."""
         if not self._lock.acquire(blocking=False):
             call.report("waiting")
             while not self._lock.acquire(timeout=_ABANDONED_INTERVAL_S):
@@ -304,7 +306,7 @@ class _Kept:
     worker: Worker
     architecture: bytes
     memory_bytes: int
-    """What it had taken when it was kept."""
+    """Its memory when it was first kept."""
 
 
 def _silent(_stage: str) -> None:

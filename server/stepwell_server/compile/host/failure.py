@@ -1,4 +1,4 @@
-"""What nobody foresaw, as a `ModelError`: one line that says whose fault it seems to be, and the way on."""
+"""Unexpected exceptions as a `ModelError`: one line with the probable cause and the fix."""
 
 from __future__ import annotations
 

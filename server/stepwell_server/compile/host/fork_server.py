@@ -88,7 +88,7 @@ class _ForkServer:
         this = os.getpid()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Of threads: those of NumPy's sums, which are made for it.
+                warnings.simplefilter("ignore")  # About threads: those of NumPy's sums are prepared for it.
                 pid = os.fork()
         except OSError as error:
             self._answer({"problem": str(error.strerror)})
@@ -104,10 +104,7 @@ class _ForkServer:
         return None
 
     def _import(self, modules: tuple[str, ...]) -> None:
-        """Import modules before a worker is made that needs them.
-
-        What cannot be imported fails in the worker again, which says so.
-        """
+        """Import modules before a worker needs them. An import that fails here fails again in the worker, which reports it."""
         new = [module for module in modules if module not in self._imported]
         for module in new:
             self._imported.add(module)
@@ -115,7 +112,7 @@ class _ForkServer:
                 importlib.import_module(module)
         if new:
             gc.collect()
-            gc.freeze()  # Or looking for garbage would make a worker copy all that it shares.
+            gc.freeze()  # Or collecting garbage would make a worker copy all that it shares.
 
     def _reap(self, pid: int) -> int:
         """End a worker and what it has started; returns its status, as `subprocess` has it."""

@@ -66,7 +66,7 @@ class Job:
             self._server.forget(self._worker)
 
     def fork(self, *, frameworks: bool, imports: Sequence[str] = ()) -> Worker:
-        """Have a worker for it, which ends with it; where there are ``imports``, one that may read what they read.
+        """Make a worker for it, which ends with it; with ``imports`` it may read all files, as they may.
 
         Raises:
             ModelError: it cannot be made.
@@ -130,11 +130,11 @@ class Job:
         self._data = data, copy
 
     def ask(self, worker: Worker, **job: Any) -> Any:
-        """Have a worker do something with what it was given; returns what comes of it.
+        """Send a job to a worker; returns its result.
 
         Raises:
             DataError: the data do not fit.
-            ModelError: the model cannot be served, or the worker did not come to an end.
+            ModelError: the model cannot be served, or the worker ended without an answer.
         """
         request = {
             "model": str(self._given),
@@ -177,12 +177,12 @@ class Job:
             raise _ExceededError
 
     def _shown(self, text: object) -> str:
-        """What a worker says, of the user's own files."""
+        """Text of a worker, with the names of the user's own files in place of those of the copies."""
         shown = str(text).replace(str(self._given), str(self._model))
         return shown if self._data is None else shown.replace(str(self._data[1]), str(self._data[0]))
 
     def _problem(self, code: int) -> str:
-        """Why a process ended without an answer, and the fix."""
+        """Why a process ended without an answer, and what to do."""
         match self.exceeded:
             case "abandoned":
                 return ABANDONED

@@ -16,10 +16,10 @@ from stepwell_server.clock import Clock
 
 _CHECKS_PER_DISK_CHECK = 10
 _FILES, MORE_BYTES = 2, 64 << 20
-"""What is written: the program, and what it is made from, none of which is much larger than the model."""
+"""Files that are written, the program and what it is made from; neither is much larger than the model."""
 DETAIL_BYTES = 64 << 10
-"""Of what the log is told of a model that is refused."""
-_BLOCK_BYTES, _LEAST_BYTES = 512, 4096
+"""Of the details that are logged about a refused model."""
+_BLOCK_BYTES, _MIN_FILE_BYTES = 512, 4096
 _SHARE_OF_MEMORY = 3 / 4
 #: What a process cannot give back by itself: not the files that it has mapped, such as TensorFlow's libraries.
 _OWN = re.compile(r"^(?:RssAnon|RssShmem|VmSwap):\s+(\d+) kB$", re.MULTILINE)
@@ -63,7 +63,7 @@ Limit = Literal["memory", "disk", "time", "abandoned"]
 
 
 class Watch:
-    """Checks the limits of one job, as often as whoever waits for its processes asks.
+    """Checks the limits of one job, whenever it is asked.
 
     It looks at the memory that a process uses, and does not have the kernel refuse more (RLIMIT_AS, RLIMIT_DATA):
     TensorFlow maps many times what it uses, and where it is refused memory it ends by SIGSEGV, SIGABRT or a MemoryError
@@ -112,7 +112,7 @@ def disk_of(pid: int, folder: Path, most: int) -> int:
         place = (found.st_dev, found.st_ino)
         if place not in seen and (has_name or (stat.S_ISREG(found.st_mode) and not found.st_nlink)):
             seen.add(place)
-            total += max(found.st_blocks * _BLOCK_BYTES, _LEAST_BYTES)
+            total += max(found.st_blocks * _BLOCK_BYTES, _MIN_FILE_BYTES)
     return total
 
 
@@ -121,12 +121,12 @@ def _written(pid: int, folder: Path) -> Iterator[Path | str]:
     for root, inner, names in os.walk(folder):
         yield from (Path(root, name) for name in (*inner, *names))
     opened = f"/proc/{pid}/fd"
-    with contextlib.suppress(OSError):  # it has ended, or the system does not say
+    with contextlib.suppress(OSError):  # it has ended, or the system does not show them
         yield from (f"{opened}/{name}" for name in os.listdir(opened))
 
 
 def memory_of(pid: int) -> int:
-    """Bytes of memory that a process uses for itself; 0 if it has ended or the system does not say."""
+    """Bytes of memory that a process uses for itself; 0 if it has ended or the system does not show it."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

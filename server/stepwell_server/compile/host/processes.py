@@ -202,7 +202,7 @@ class ForkServer:
         except (OSError, EOFError) as error:
             details = last_lines(running.log)
             raise ForkServerError("it has ended", self.end(), details) from error
-        except BaseException:  # Of `check`: nobody waits for the answer any more.
+        except BaseException:  # Of `check`: the answer is not awaited any more.
             self.end()
             raise
 

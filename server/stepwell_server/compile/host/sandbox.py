@@ -1,10 +1,10 @@
-"""What the compiling process gives up before it looks at a model, for good: it cannot be taken back by whatever runs in it.
+"""The sandbox that a worker enters before it reads a model. Nothing that runs in it can leave it.
 
-Somebody's upload is parsed there by libraries written in C++, and run. Should one of them be turned against us, it has no
-network, starts no other program, and sees no files of the user's but those it needs. The kernel does this, as far as it
-can; `Protection` says how far. Imports no framework: it comes before they do.
+A worker parses uploads with libraries written in C++, and runs them. If a model takes over one of them, it has no network,
+starts no other program, and sees no files of the user but those it needs. The kernel enforces this as far as it can;
+`Protection` has how far. Imports no framework.
 
-Linux only. Elsewhere there are the limits of `limits`, an environment and folders of its own, and nothing else.
+Linux only. Other systems have the limits of `limits`, and an environment and folders of the worker's own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000
 _NUMBER, _MACHINE, _FIRST_ARGUMENT = 0, 4, 16
 _CLONE_THREAD = 0x10000
 _OTHER_NUMBERS = 0x40000000
-"""From here on x86_64 has the same calls again (x32)."""
+"""x86_64 has the same calls again from here on (x32)."""
 
 
 #: Calls that are refused to a worker, by what they are for.
@@ -248,7 +248,7 @@ _EXECUTE, _READ_FILE, _READ_FOLDER, _WRITE_FILE, _TRUNCATE, _DEVICE = (
     1 << 15,
 )
 _FILE_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
-"""All rights on files, by the first version of Landlock that has so many."""
+"""All rights on files, by the first version of Landlock that has them."""
 _OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _DEVICE
 #: What libraries read of the system. Not /etc as a whole, nor homes, nor data.
 _SYSTEM = [
@@ -277,7 +277,7 @@ _SYSTEM = [
     "/etc/ssl/openssl.cnf",
     "/etc/mime.types",
 ]
-#: Not those of other processes: what is in their environment and memory is theirs.
+#: Not those of other processes, which have environment and memory in them.
 _PROCESSES = [
     "/proc/self",
     "/proc/cpuinfo",
@@ -296,37 +296,37 @@ _WRITABLE = ("/dev/null",)
 
 @dataclasses.dataclass(frozen=True)
 class Protection:
-    """What the kernel has taken away."""
+    """What the kernel protects from the process, and by which means."""
 
     network: str = ""
-    """By what there is no network: namespace, seccomp, both with a plus between them; empty: there is one."""
+    """Means that take the network away: namespace, seccomp, both with a plus between them; empty if there is a network."""
     programs: str = ""
-    """By what no other program is started."""
+    """Means that prevent other programs."""
     files: str = ""
-    """By what only some files can be read, and only its own folders written; or only the latter."""
+    """Means by which only some files can be read and only its own folders written, or only the latter."""
 
     def __str__(self) -> str:
-        said = {
+        means = {
             "no network": self.network,
             "no other programs": self.programs,
             "only its own files": self.files,
         }
-        had = ", ".join(f"{what} ({by})" for what, by in said.items() if by)
+        had = ", ".join(f"{what} ({by})" for what, by in means.items() if by)
         return had or "none of the kernel's"
 
     @property
     def missing(self) -> str:
-        """What there is no protection of, for people; empty: nothing."""
-        said = {
+        """What is not protected, for messages; empty if all is."""
+        means = {
             "the network": self.network,
             "other programs": self.programs,
             "files of this user": self.files,
         }
-        return " and ".join(what for what, by in said.items() if not by)
+        return " and ".join(what for what, by in means.items() if not by)
 
 
 def limit(file_bytes: int) -> None:
-    """Limit what the process may take, beside what its parent sees to: no core files, sizes of files, how many are open."""
+    """Limit core files (none), the size of a file, and the number of open files. The server limits the rest (`limits`)."""
     _lower(resource.RLIMIT_CORE, 0)
     _lower(resource.RLIMIT_FSIZE, file_bytes)
     _lower(resource.RLIMIT_NOFILE, _MAX_OPEN_FILES)
@@ -340,18 +340,16 @@ def _lower(which: int, most: int) -> None:
 
 
 def enter(readable: Iterable[Path] | None, writable: Iterable[Path]) -> Protection:
-    """Give up network, other programs and files, as far as this kernel can take them away.
-
-    To be called while there is one thread.
+    """Give up network, other programs and files, as far as this kernel can take them away. Call it with one thread only.
 
     Args:
-        readable: files and folders that are needed beside Python's own and the system's; None: any may be read.
-        writable: folders that may be written.
+        readable: files and folders to read, besides those of Python and the system; None: all files.
+        writable: folders to write.
     """
     if sys.platform != "linux":
         return Protection()
     libc = ctypes.CDLL(None, use_errno=True)
-    # Whoever has started it may be killed; it must not go on without limits then.
+    # The fork server may be killed; the worker must not continue without limits then.
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     namespace = _leave_network(libc)
     _drop_capabilities(libc)
@@ -378,9 +376,9 @@ def _leave_network(libc: ctypes.CDLL) -> bool:
 
 
 def _drop_capabilities(libc: ctypes.CDLL) -> None:
-    """Give up what root may do, and who has made a user namespace, but for reading the files that others own.
+    """Give up the capabilities that root and creators of user namespaces have, except to read files of other owners.
 
-    It is a process without rights otherwise, of which nothing is taken.
+    A process without capabilities loses none.
     """
     header = struct.pack("<Ii", _CAPABILITY_VERSION, 0)
     kept = 1 << _CAP_DAC_READ_SEARCH
@@ -395,7 +393,7 @@ class _Program(ctypes.Structure):
 
 
 def _filter_calls(libc: ctypes.CDLL) -> bool:
-    """Have the kernel refuse some calls with EPERM, for all threads that are still to come."""
+    """Make the kernel refuse some calls with EPERM, for this thread and all that it starts."""
     content = _filter_of(platform.machine())
     if not content:
         return False
@@ -449,7 +447,7 @@ def _filter_of(machine: str) -> bytes:
 
 
 def _confine(libc: ctypes.CDLL, readable: Iterable[Path] | None, writable: Iterable[Path]) -> bool:
-    """Take away all rights on files but those to read what is needed, and to write what is its own."""
+    """Give up all rights on files, except to read ``readable`` and to write ``writable``."""
     version = libc.syscall(_LANDLOCK_CREATE, None, 0, _LANDLOCK_VERSION)
     if version < 1:
         return False
@@ -476,7 +474,7 @@ def _allow(libc: ctypes.CDLL, rules: int, path: Path, rights: int) -> None:
     try:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
-        return  # What is not there need not be allowed.
+        return  # It does not exist.
     try:
         if not path.is_dir():
             rights &= _OF_FILES
@@ -486,7 +484,7 @@ def _allow(libc: ctypes.CDLL, rules: int, path: Path, rights: int) -> None:
 
 
 def tried() -> Protection:
-    """Which protection a process started here has; found out by one that is started and gives up all of it."""
+    """Which protection a process started here has, tried by one that enters the sandbox."""
     command = [sys.executable, "-P", "-m", "stepwell_server.compile.host.sandbox"]
     package = str(Path(__file__).parents[3])
     try:
@@ -499,7 +497,7 @@ def tried() -> Protection:
 
 
 def main() -> None:
-    """Say which protection this process can have: `python -m stepwell_server.compile.host.sandbox`."""
+    """Print which protection this process can have: ``python -m stepwell_server.compile.host.sandbox``."""
     sys.stdout.write(json.dumps(dataclasses.asdict(enter((), ()))))
 
 

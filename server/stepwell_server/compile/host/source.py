@@ -1,6 +1,6 @@
-"""A file of the user's on its way to the compiling process, which may read nothing but the copy that it is given.
+"""A file of the user, which is copied for the worker that compiles it; the worker reads nothing else.
 
-So what is compiled is what was looked up in the cache, whatever becomes of the file meanwhile.
+So the compiled content is the one that was looked up in the cache, even if the file changes meanwhile.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KINDS = {
 
 
 class Source:
-    """An open file of the user's. For one thread at a time."""
+    """An open file of the user. For one thread at a time."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
@@ -57,7 +57,7 @@ class Source:
     def configuration(self) -> bytes | None:
         """Return its ``config.json``, if it holds that, weights and metadata as Keras writes them, and nothing else.
 
-        What it is otherwise, whoever compiles it will say.
+        Otherwise None: the worker reports what is wrong with it.
         """
         try:
             with (
@@ -76,7 +76,7 @@ class Source:
             return None
 
     def copy(self, target: Path) -> None:
-        """Make a copy of just what `sha256` was said of.
+        """Copy the content whose digest `sha256` returned.
 
         Raises:
             ModelError: it was changed since, or cannot be read, or not be copied.
@@ -124,13 +124,13 @@ class Source:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Source]:
-    """Open a file that a user names, whatever it turns out to be, without waiting for anything.
+    """Open a file that a user names, without waiting, even if it is a pipe or a device.
 
     Raises:
         ModelError: there is none, or it is no file, or cannot be read.
     """
     try:
-        # A pipe would make who opens it wait for a writer.
+        # Opening a pipe would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise ModelError(f"{path}: {_open_problem(path, error)}") from error

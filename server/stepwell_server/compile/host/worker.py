@@ -1,7 +1,7 @@
-"""A worker: a process that compiles, or tries programs, for the server, and can do little else (`sandbox`).
+"""A worker: a process that compiles or tries programs for the server, and can do little else (`sandbox`).
 
-It is a copy of the fork server (`fork_server`), and does jobs that come over its channel (`wire`) until that is closed: one; or
-one and then, while it is kept, others of the same configuration.
+It is a fork of the fork server (`fork_server`). It does jobs from its channel (`wire`) until that is closed: one, and while
+it is kept others of the same configuration.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run(channel: Channel, log: int, terms: dict[str, Any], parent: int) -> int:
         channel: to the server.
         log: an open file for all that is printed.
         terms: see `ForkServer.fork`: the folders, and what may be taken.
-        parent: the fork server's process, without which this one must not be.
+        parent: the process of the fork server; without it this one ends.
     """
     os.setsid()
     os.dup2(log, 1)
@@ -40,7 +40,7 @@ def run(channel: Channel, log: int, terms: dict[str, Any], parent: int) -> int:
     os.close(log)
     home = str(terms["home"])
     os.environ |= {"HOME": home, "TMPDIR": home}
-    tempfile.tempdir = None  # What was found out about the fork server's is not true here.
+    tempfile.tempdir = None  # It was that of the fork server.
     if terms["imports"]:
         os.chdir(terms["cwd"])
         if terms["cwd"] not in sys.path:
@@ -57,7 +57,7 @@ def run(channel: Channel, log: int, terms: dict[str, Any], parent: int) -> int:
 
 
 def _protected(terms: dict[str, Any]) -> sandbox.Protection:
-    """Give up all that is not needed. What modules of the operator's read, nobody knows: they may read all."""
+    """Enter the sandbox. Modules of the operator may read all files: what they need is unknown."""
     sandbox.limit(int(terms["disk_bytes"]))
     readable = [Path(terms["given"]), *(Path(entry) for entry in sys.path if entry)]
     return sandbox.enter(None if terms["imports"] else readable, [Path(terms["home"])])
@@ -128,7 +128,7 @@ class _Jobs:
         """Compile a model of the same configuration as the last one.
 
         Raises:
-            Exception: anything; it must be compiled anew then, which says what is wrong.
+            Exception: anything; the server has it compiled by a new worker then, which reports what is wrong.
         """
         from stepwell_server.compile.program.again import compile_again
 
