@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell_server.engine.api import Select, SessionPolicy
-from stepwell_server.engine.catalog import pruning
+from stepwell_server.engine.catalog import changes
 from stepwell_server.engine.sessions.imports import Existing, Imported, SessionRecord
 from stepwell_server.errors import Overloaded, ServerError, Unavailable
 from stepwell_server.store.memory import MemoryStore
@@ -41,8 +41,8 @@ from support.versions import serving
 SETTINGS = settings(max_examples=examples(120))
 NAMES = "abcdef"
 _MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
-#: So few, that old moves are looked for all the time.
-_MANY_MOVES = 3
+#: So few that unused versions are forgotten all the time.
+_MAX_KNOWN = 3
 #: More than all sessions have.
 _MANY = 64
 
@@ -71,7 +71,7 @@ class Shape:
 _KINDS = [
     *["step"] * 6, "reset", *["again"] * 2, *["open"] * 3, "fork", "move away", "close", "read",
     *["load"] * 3, *["default"] * 4, *["default under way"] * 3, "label", "unload", "force", "restart",
-    *["kill"] * 2, *["cut"] * 2, "prune",
+    *["kill"] * 2, *["cut"] * 2, "forget",
 ]  # fmt: skip
 actions = st.builds(
     Do,
@@ -194,8 +194,8 @@ class Play:
                 await self.kill(do.number)
             case "cut" if self.disk is not None and model.loaded:
                 await self.cut(do)
-            case "prune":
-                await self.at.inside.pruned("plain")
+            case "forget":
+                await self.at.inside.forget_unused("plain")
 
     def said(self, kind: str, rows: int, steps: int, select: str = "ALL", *, bare: bool = False) -> Said:
         """A change; `bare`: without a request id."""
@@ -553,7 +553,7 @@ class Play:
 @pytest.fixture(params=["memory", "async", "sync", "awaited"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     kind: str = request.param
-    monkeypatch.setattr(pruning, "MANY_MOVES", _MANY_MOVES)
+    monkeypatch.setattr(changes, "MAX_KNOWN_VERSIONS", _MAX_KNOWN)
     yield kind
     STORES.kind = "memory"
 

@@ -177,13 +177,25 @@ class Inside:
         self._engine._counts._asked = -math.inf
         await self._engine.refresh_counts()
 
-    async def pruned(self, model: str) -> None:
-        """Forget the moves of a model that no session makes any more."""
-        await self._engine._changes.pruning.prune(self._engine._models.versions(model))
-
     async def sessions_by_version(self, model: str) -> dict[int, int]:
         """How many sessions are on each version of a model now, in memory or in the store alone."""
         return await self._engine._changes.sessions(model)
+
+    async def forget_unused(self, model: str) -> None:
+        """Forget the versions of a model that nobody needs, as an unload does where there are many."""
+        changes, own = self._engine._changes, self._engine._models.versions(model)
+
+        async def attempt() -> Any:
+            after = own.changed()
+            after.forget_unused((await changes._count(own)).keys())
+
+            def forget() -> None:
+                own.history, own.known = after.history, after.known
+
+            return after, forget
+
+        async with changes._documents.lock(model):
+            await changes._documents.propose(own, attempt)
 
     async def look(self) -> None:
         """Know what other servers made of versions."""

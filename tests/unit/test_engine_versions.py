@@ -482,7 +482,7 @@ async def test_a_session_that_is_paged_out_makes_moves_that_others_need_no_more(
             await at.engine.load_version("plain", version, weights(version))
             await at.engine.set_default("plain", version, RESET)
             await at.engine.unload_version("plain", version - 1)
-        await at.inside.pruned("plain")
+        await at.inside.forget_unused("plain")
         answer = await at.step("asleep", x(1))
         assert answer.version == 7
         np.testing.assert_array_equal(answer.outputs["y"], after(7, weights(7).initial[0][None], [x(1)])[0])

@@ -52,7 +52,7 @@ async def test_a_server_that_was_stopped_for_many_moves_still_says_what_is_under
             await first.engine.set_default("plain", version, CARRY)
             await first.engine.unload_version("plain", version - 1)
         await first.engine.unload_version("plain", 1)
-        await first.inside.pruned("plain")
+        await first.inside.forget_unused("plain")
         assert [each["version"] for each in (await told(first))["versions"]] == [28, 29]
         assert len((await told(first))["moves"]) == 1
         store.let_go()
@@ -76,8 +76,8 @@ async def test_a_number_that_was_forgotten_is_another_version() -> None:
             await first.step("b", FIRST)
         for version in (1, 2):
             await first.engine.unload_version("plain", version)
-        await first.inside.pruned("plain")
-        assert (await told(first))["forgotten"] == 1
+        await first.inside.forget_unused("plain")
+        assert [each["version"] for each in (await told(first))["versions"]] == [2, 3]
         await first.engine.load_version("plain", 1, weights(7))
         assert (await first.step("a", FIRST)).version == 3
         await first.open("new", model="plain@1")
@@ -92,7 +92,7 @@ async def test_versions_that_sessions_are_on_or_somebody_wants_are_not_forgotten
         await first.engine.load_version("plain", 3, weights(3))
         await first.engine.set_default("plain", 3, CARRY)
         await first.engine.unload_version("plain", 2, force=True)
-        await first.inside.pruned("plain")
+        await first.inside.forget_unused("plain")
         assert [each["version"] for each in (await told(first))["versions"]] == [1, 2, 3]
         await second.inside.look()
         await load_2(second)
@@ -103,8 +103,8 @@ async def test_a_session_of_a_forgotten_version_is_asked_for_where_that_is_still
     async with two_versions() as (first, second):
         await load_2(first, second)
         await second.engine.unload_version("plain", 2)
-        await second.inside.pruned("plain")
-        assert (await told(second))["forgotten"] == 2
+        await second.inside.forget_unused("plain")
+        assert [each["version"] for each in (await told(second))["versions"]] == [1]
         await first.open("a", model="plain@2")
         await fails(second.step("a", FIRST), VersionElsewhere, "version 2")
         assert (await first.step("a", FIRST)).version == 2
@@ -162,7 +162,7 @@ async def test_a_record_of_no_version_that_ever_was_is_refused_for_good() -> Non
 
 async def test_a_document_of_a_later_server_is_not_followed() -> None:
     async with two_versions() as (first, second):
-        await lose(first, (await told(first)) | {"form": 3})
+        await lose(first, (await told(first)) | {"form": 4})
         await fails(second.engine.set_label("plain", "canary", 1), Unavailable, "a later server wrote it")
         await fails(second.engine.set_label("plain", "", 1), InvalidInput)
         assert (await second.engine.open_session("plain")).session.version == 1

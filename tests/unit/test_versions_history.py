@@ -1,4 +1,4 @@
-"""The log of a model's moves says where a session is now, however many of them are put together."""
+"""The history of a model says where a session is now, however many changes lie between."""
 
 from __future__ import annotations
 
@@ -6,52 +6,97 @@ import random
 
 import pytest
 
-from stepwell_server.engine.versions.history import History, How, Move
+from stepwell_server.engine.versions.history import History, How, Migrated, Move
+
+_Change = tuple[int, int, How]
 
 
-def _followed(log: list[tuple[int, int, How]], version: int, epoch: int) -> tuple[int, list[How]]:
-    """What the moves say one after the other, without any of them put together."""
-    way: list[How] = []
-    for number, (source, target, how) in enumerate(log, 1):
-        if number > epoch and version == source:
-            version = target
-            way.append(how)
-    return version, way
-
-
-def _effect(way: list[tuple[How, str]]) -> list[str]:
-    """What becomes of a state: names of the functions after the last reset, and whether there was one."""
+def _followed(changes: list[_Change | None], version: int, epoch: int) -> tuple[int, list[str]]:
+    """Where the changes lead to, one after the other, and what becomes of the state."""
     effect: list[str] = []
-    for how, function in way:
-        if how is How.RESET:
-            effect = ["reset"]
-        elif how is How.MIGRATE:
-            effect.append(function)
-    return effect
+    number = 0
+    for change in changes:
+        if change is None:  # the default moved, and its sessions stayed
+            continue
+        number += 1
+        source, target, how = change
+        if number > epoch and source == version:
+            version = target
+            if how is How.RESET or effect == ["reset"]:
+                effect = ["reset"]
+            elif how is How.MIGRATE:
+                effect.append(f"{source}>{target}")
+    return version, effect
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_a_way_is_what_the_moves_say_one_after_the_other(seed: int) -> None:
+def _found(history: History, version: int, epoch: int) -> tuple[int, list[str]]:
+    move = history.of(version, epoch)
+    if move is None:
+        return version, []
+    effect = ["reset"] if move.how is How.RESET else [step.function for step in move.migrations]
+    return move.target, effect
+
+
+def _changed(chance: random.Random, history: History, source: int, target: int) -> tuple[History, _Change]:
+    how = chance.choices(list(How), [6, 1, 2])[0]
+    function = f"{source}>{target}" if how is How.MIGRATE else ""
+    return history.with_move(source, target, how, function), (source, target, how)
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_a_move_leads_to_where_the_changes_lead_one_after_the_other(seed: int) -> None:
+    """Also where the default moved, and sessions stayed on the version that it had been."""
     chance = random.Random(seed)
-    history, log, current = History(), [], 1
+    history, changes, current = History(), list[_Change | None](), 1
     for _ in range(chance.randrange(1, 30)):
         target = chance.choice([version for version in range(1, 6) if version != current])
-        how = chance.choices(list(How), [6, 1, 2])[0]
-        history = history.with_move(current, target, how, f"{current}>{target}" if how is How.MIGRATE else "")
-        log.append((current, target, how))
+        if chance.random() < 0.25:
+            changes.append(None)
+        else:
+            history, change = _changed(chance, history, current, target)
+            changes.append(change)
         current = target
     for version in range(1, 6):
-        for epoch in range(len(log) + 1):
-            expected, hows = _followed(log, version, epoch)
-            found, way = history.way(version, epoch)
-            assert found == expected
-            walked, at = [], version
-            for number, (source, target, how) in enumerate(log, 1):
-                if number > epoch and source == at:
-                    walked.append((how, f"{source}>{target}"))
-                    at = target
-            assert len(walked) == len(hows)
-            assert _effect([(move.how, move.function) for move in way]) == _effect(walked)
+        for epoch in range(history.epoch + 1):
+            assert _found(history, version, epoch) == _followed(changes, version, epoch)
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_sessions_of_forgotten_versions_go_where_they_went(seed: int) -> None:
+    """Versions are forgotten on which no session is now, while records still name them; and numbers are used again."""
+    chance = random.Random(seed)
+    full = left = History()
+    changes, current, forgotten = list[_Change | None](), 1, set[int]()
+    records = {(1, 0)}
+    for _ in range(chance.randrange(2, 50)):
+        fresh = max(version for version, _ in records) + 1
+        known = [version for version in range(1, fresh + 1) if version not in {current, *forgotten}]
+        target = chance.choice([*known, fresh, fresh, *forgotten])
+        if target == current:
+            continue
+        forgotten.discard(target)
+        if chance.random() < 0.2:
+            changes.append(None)
+        else:
+            state = chance.getstate()
+            full, change = _changed(chance, full, current, target)
+            chance.setstate(state)
+            left, _ = _changed(chance, left, current, target)
+            changes.append(change)
+        current = target
+        records.add((current, full.epoch))
+        if chance.random() < 0.3:
+            used = {_followed(changes, *record)[0] for record in records} | {current}
+            free = {v for v in range(1, fresh) if v not in used and chance.random() < 0.8}
+            there = set(range(1, fresh + 1)) - forgotten - free
+            left = left.without(free, there, lambda one, other: one % 2 == other % 2)
+            forgotten |= free - left.versions()
+    for version, epoch in records:
+        move = left.of(version, epoch)
+        assert _found(left, version, epoch) == _followed(changes, version, epoch)
+        if version in forgotten:
+            assert move is not None
+            assert move.source % 2 == version % 2, "its records are like those"
 
 
 def test_a_hundred_carries_are_one_move_for_each_version() -> None:
@@ -59,62 +104,53 @@ def test_a_hundred_carries_are_one_move_for_each_version() -> None:
     for version in range(1, 101):
         history = history.with_move(version, version + 1, How.CARRY)
     assert len(history.moves) == 100
-    assert history.way(1, 0) == (101, [Move(1, 1, 101, How.CARRY, "", 100)])
-    assert history.way(50, 49) == (101, [Move(50, 50, 101, How.CARRY, "", 100)])
-    assert history.way(50, 50) == (50, [])
+    assert history.of(1, 0) == Move(1, 1, 101)
+    assert history.of(50, 49) == Move(50, 50, 101)
+    assert history.of(50, 50) is None
 
 
 def test_there_and_back_is_nothing() -> None:
     history = History().with_move(1, 2, How.CARRY).with_move(2, 1, How.CARRY)
-    assert history.way(1, 0) == (1, [])
-    assert history.way(2, 1) == (1, [Move(2, 2, 1, How.CARRY, "", 2)])
-    assert history.way(1, 2) == (1, ())
+    assert history == History(2, (Move(2, 2, 1),))
+
+
+@pytest.mark.parametrize("how", [How.CARRY, How.RESET])
+def test_a_default_that_goes_there_and_back_keeps_few_moves(how: How) -> None:
+    history = History()
+    for number in range(200):
+        source = 1 + number % 2
+        history = history.with_move(source, 3 - source, how)
+    assert len(history.moves) <= 4
 
 
 def test_what_was_reset_before_a_carry_is_reset() -> None:
     history = History().with_move(1, 2, How.RESET).with_move(2, 3, How.CARRY)
-    assert history.way(1, 0) == (3, [Move(1, 1, 3, How.RESET, "", 2)])
-    assert history.way(2, 1) == (3, [Move(2, 2, 3, How.CARRY, "", 2)])
+    assert history.of(1, 0) == Move(1, 1, 3, How.RESET)
+    assert history.of(2, 1) == Move(2, 2, 3)
 
 
-@pytest.mark.parametrize("seed", range(300))
-def test_followers_of_forgotten_versions_go_the_same_ways(seed: int) -> None:
-    """However often moves are put together, and whatever comes after."""
-    chance = random.Random(seed)
-    full = left = History()
-    defaults, current, forgotten = [1], 1, set[int]()
-    for _ in range(chance.randrange(2, 40)):
-        fresh = max(defaults) + 1
-        known = [version for version in range(1, fresh + 1) if version not in {current, *forgotten}]
-        target = chance.choice([*known, fresh, fresh])
-        how = chance.choices(list(How), [8, 1, 1])[0]
-        function = f"{current}>{target}" if how is How.MIGRATE else ""
-        full, left = (each.with_move(current, target, how, function) for each in (full, left))
-        current = target
-        defaults.append(current)
-        if chance.random() < 0.2:
-            free = {v for v in range(1, fresh) if v != current and chance.random() < 0.7}
-            left = left.compacted(free, lambda _one, _other: True)
-            forgotten |= {v for v in free if v not in left.versions()}
-    for epoch, version in enumerate(defaults):
-        goal, way = full.way(version, epoch)
-        start = left.follower_in(epoch) if version in forgotten else version
-        if start is None:  # it is there
-            assert epoch == left.epoch
-            continue
-        found, short = left.way(start, epoch)
-        assert found == goal
-        effects = [_effect([(move.how, move.function) for move in each]) for each in (short, way)]
-        assert effects[0] == effects[1]
+def test_migrations_are_made_one_after_the_other_until_a_reset() -> None:
+    history = History().with_move(1, 2, How.MIGRATE, "f").with_move(2, 3, How.CARRY)
+    history = history.with_move(3, 4, How.MIGRATE, "g")
+    assert history.of(1, 0) == Move(1, 1, 4, How.MIGRATE, (Migrated("f", 2), Migrated("g", 4)))
+    assert history.versions() == {1, 2, 3, 4}
+    assert history.renumbered(2, -1).of(1, 0) == Move(
+        1, 1, 4, How.MIGRATE, (Migrated("f", -1), Migrated("g", 4))
+    )
+    assert history.with_move(4, 5, How.RESET).of(1, 0) == Move(1, 1, 5, How.RESET)
 
 
 def test_neighbours_that_say_the_same_are_one_move() -> None:
     history = History()
     for version in range(1, 101):
         history = history.with_move(version, version + 1, How.CARRY)
-    left = history.compacted(range(1, 101), lambda _one, _other: True)
-    assert left.moves == (Move(100, 100, 101, How.CARRY, "", 100),)
-    assert left.follower_in(7) == 100
-    assert left.follower_in(100) is None
-    assert len(history.compacted(range(1, 51), lambda _one, _other: True).moves) == 50
-    assert history.compacted(range(1, 101), lambda _one, _other: False) == history
+    left = history.without(range(1, 101), {101}, lambda _one, _other: True)
+    assert left.moves == (Move(100, 100, 101, others=((1, 99),)),)
+    assert left.of(7, 6) == left.of(99, 98) == left.moves[0]
+    assert left.of(7, 100) is None
+    assert len(history.without(range(1, 51), range(51, 102), lambda _one, _other: True).moves) == 50
+    assert history.without(range(1, 101), {101}, lambda _one, _other: False) == history
+    later = left.with_move(101, 102, How.CARRY)
+    assert later.without({100, 101}, {102}, lambda _one, _other: True).moves == (
+        Move(101, 101, 102, others=((1, 100),)),
+    )

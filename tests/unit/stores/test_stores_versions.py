@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.api import DefaultChange, SessionPolicy
-from stepwell_server.engine.catalog import pruning
+from stepwell_server.engine.catalog import changes
 from stepwell_server.engine.sessions.imports import Existing, SessionRecord
 from stepwell_server.engine.state.fields import Mark, mark_of
 from stepwell_server.engine.versions import document
@@ -386,7 +386,7 @@ async def test_a_file_that_was_replaced_comes_back(lasting: Lasting) -> None:
 async def test_moves_that_nobody_makes_are_forgotten(
     lasting: Lasting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pruning, "MANY_MOVES", 8)
+    monkeypatch.setattr(changes, "MAX_KNOWN_VERSIONS", 8)
     async with on(lasting) as at:
         await at.open("asleep", "active")
         asleep = await expect(at, "asleep", 1, INITIAL, 0)
@@ -396,7 +396,6 @@ async def test_moves_that_nobody_makes_are_forgotten(
             await at.engine.set_default("plain", version, CARRY)
             await at.engine.unload_version("plain", version - 1)
             active = await expect(at, "active", version, active, version)
-        await at.inside.pruned("plain")
         own = at.engine.catalogue()["plain"]
         assert len(own.history.moves) <= 8
         assert len(own.known) <= 8

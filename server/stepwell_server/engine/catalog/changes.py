@@ -10,18 +10,18 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
 from stepwell_server.core.model_names import LABEL_RULE, MAX_VERSION, ModelRef, is_label, is_name, is_version
 from stepwell_server.engine.api import DefaultChange, Moved, SessionPolicy, VersionInfo
 from stepwell_server.engine.catalog.documents import Documents, Proposal
-from stepwell_server.engine.catalog.pruning import Pruning, stored
 from stepwell_server.engine.catalog.serving import Serving
 from stepwell_server.engine.catalog.switching import Switching
 from stepwell_server.engine.catalog.watch import Watch
 from stepwell_server.engine.sessions.context import Context
+from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.versions import document
@@ -43,11 +43,14 @@ from stepwell_server.errors import (
 )
 from stepwell_server.program import FINGERPRINT_DIGITS, Program
 from stepwell_server.store.base import Store
+from stepwell_server.store.record import header_or_none
 
 #: Sessions on whose states a migration is tried before anything changes.
 _TRIED = 1024
-#: Sessions that are put away before other work gets its turn.
+#: Sessions that are put away, or counted, before other work runs.
 _BATCH_SIZE = 250
+#: With more versions than this, an unload forgets those that nobody needs any more.
+MAX_KNOWN_VERSIONS = 64
 
 
 class Changes:
@@ -72,7 +75,6 @@ class Changes:
         """Let sessions make the moves that were made while they were: see `Switching.follow`."""
         self._documents = Documents(store, context.commits, models, self._switching)
         self.watch = Watch(store, models, self._documents, self._switching)
-        self.pruning = Pruning(store, self._documents)
 
     def begin_with(self, ref: ModelRef, program: Program) -> None:
         """Serve a version from the start, before there are sessions; the highest of a name is its default."""
@@ -222,8 +224,6 @@ class Changes:
                 await self._serving.end(model)
                 model.sharing.discard(model.index)
                 raise
-            if moved.previous:
-                self.pruning.begin_if_due(own)
             return moved
 
     async def unload(
@@ -252,11 +252,9 @@ class Changes:
             model = own.require(version)
 
             async def attempt() -> Proposal:
-                if not force:
-                    await self._require_unused(own, version)
+                used = None if force else await self._require_unused(own, version)
                 left = dataclasses.replace(own.known[version], is_wanted=False, is_leaving=False)
-                known = {**own.known, version: left}
-                after, is_default = own.changed(known=known), own.default == version
+                after, is_default = own.changed(known={**own.known, version: left}), own.default == version
                 moves = (
                     is_default and not own.wanted
                 )  # else it stands in for the default, which stays what it is
@@ -268,8 +266,11 @@ class Changes:
                     # what is late for another version must not be early for the name
                     await self._switching.all_left()
 
+                if used is not None and len(after.known) > MAX_KNOWN_VERSIONS:
+                    after.forget_unused(used)
+
                 def unloaded() -> None:
-                    own.known, own.labels = known, after.labels
+                    own.known, own.history, own.labels = after.known, after.history, after.labels
                     self._models.retire(model)
                     if moves:
                         own.wanted = 0 if after.wanted else version
@@ -283,20 +284,22 @@ class Changes:
             self._models.forget(model)
             await self._serving.end(model)
 
-    async def _require_unused(self, own: Versions, version: int) -> None:
-        sessions = (await self.sessions(own.name)).get(version, 0)
+    async def _require_unused(self, own: Versions, version: int) -> Collection[int]:
+        """Refuse to unload a version that is in use; return the versions that have sessions, or records of sessions."""
+        found = await self._count(own)
         if own.default == version and len(own.loaded) > 1:
             raise ModelInUse(
                 f"version to unload must not be the default of model {own.name!r}; got {version}: make another one"
                 " the default, or force it (--force, force=True)",
                 model=own.name,
             )
-        if sessions:
+        if sessions := found[version]:
             raise ModelInUse(
                 f"version {version} of model {own.name!r} must have no sessions to be unloaded; it has {sessions}:"
                 " close them, move them, or force it (--force, force=True)",
                 model=own.name,
             )
+        return found.keys()
 
     async def set_default(
         self,
@@ -335,7 +338,6 @@ class Changes:
                 return (after, switch) if previous else None
 
             await self._documents.propose(own, attempt)
-            self.pruning.begin_if_due(own)
             return moved
 
     async def _choose(
@@ -428,20 +430,38 @@ class Changes:
 
     async def sessions(self, name: str) -> dict[int, int]:
         """How many sessions are on each version of a name now, in memory or in the store alone."""
-        own, found = self._models.versions(name), Counter[int]()
+        found = await self._count(self._models.versions(name))
+        return {version: count for version, count in found.items() if version > 0}
+
+    async def _count(self, own: Versions) -> Counter[int]:
+        """The sessions of each version; and the records of files that were replaced, by their numbers below 0."""
         for model in list(own.loaded.values()):
             await self._context.directory.look(self._ids(model), anew=True)  # others may have changed them
-        for version, model in own.loaded.items():
-            found[version] += self._table.count(model.index)
-        async for session_id, _, now in stored(self._store, own):
-            if session_id not in self._table:
-                found[now] += 1
-        return {version: count for version, count in found.items() if count}
-
-    async def close(self) -> None:
-        """Follow nobody any more, and stop looking for moves that nobody makes."""
-        self.watch.close()
-        await self.pruning.close()
+        found = Counter(
+            {v: count for v, model in own.loaded.items() if (count := self._table.count(model.index))}
+        )
+        after = ""
+        while len(heads := await self._store.heads(after=after, limit=_BATCH_SIZE)):
+            ids = [str(key, "utf-8", "replace") for key in heads.keys]
+            after = ids[-1]
+            ids = [
+                i
+                for i, model in zip(ids, heads.model.tolist(), strict=True)
+                if heads.models[model] == own.name
+            ]
+            for session_id, each in zip(ids, await self._store.fetch(ids), strict=True):
+                header = None if each.record is None else header_or_none(session_id, each.record)
+                if header is None or header.model != own.name:
+                    continue
+                trace = own.trace(mark_of(header.fields), header.fingerprint)
+                if trace is None:
+                    continue
+                if trace.version < 0:
+                    found[trace.version] += 1
+                if trace.now != trace.version or trace.now > 0:
+                    found[trace.now] += session_id not in self._table
+            await asyncio.sleep(0)
+        return +found
 
     # ------------------------------------------------------------------------------------------------ what is possible
 
@@ -562,11 +582,9 @@ class Changes:
 def _loaded_again(own: Versions, here: Known) -> Known:
     """A version that is loaded here, with what was known of its number: before a restart or an unload, or on another server."""
     before = own.known.get(here.version)
-    if here.version <= own.forgotten:
-        here = dataclasses.replace(here, since=own.history.epoch)
     if before is None:
         return here
-    here = dataclasses.replace(here, is_leaving=before.is_leaving, since=before.since)
+    here = dataclasses.replace(here, is_leaving=before.is_leaving)
     if before.fingerprint != here.fingerprint:
         return here
     return dataclasses.replace(here, source=here.source or before.source, tenant=here.tenant or before.tenant)

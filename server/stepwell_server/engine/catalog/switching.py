@@ -14,7 +14,7 @@ import numpy as np
 from stepwell_server.core.sessions import Handles
 from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.versions.history import How, Way
+from stepwell_server.engine.versions.history import How
 from stepwell_server.engine.versions.registry import Models, Versions
 from stepwell_server.errors import ServerError, Unavailable, VersionNotFound
 
@@ -79,9 +79,9 @@ class Switching:
         own.take(told)
         going = []
         for source in own.loaded.values():
-            version, way = own.history.way(source.version, since)
-            if way:
-                going.append((source, self._followers(source), self._goal(own, version, _how(way))))
+            move = own.history.of(source.version, since)
+            if move is not None:
+                going.append((source, self._followers(source), self._goal(own, move.target, move.how)))
         late: set[int] = set()
         for (
             source,
@@ -97,12 +97,12 @@ class Switching:
     def follow(self, handles: Handles, source: Model, epoch: int) -> None:
         """Let sessions make the moves since an epoch, which began on a version then and are in the table only now."""
         own = self._models.versions(source.name)
-        version, way = own.history.way(source.version, epoch)
-        if not way:
+        move = own.history.of(source.version, epoch)
+        if move is None:
             return
         now, source.epoch = source.epoch, epoch  # records that are written here are of that time
         left = source.left_epoch
-        self._go(source, handles, self._goal(own, version, _how(way)))
+        self._go(source, handles, self._goal(own, move.target, move.how))
         source.epoch, source.left_epoch = now, left
 
     def _followers(self, source: Model) -> Handles:
@@ -173,11 +173,3 @@ class Switching:
             f"session {session_id!r} is on version {version} of model {name!r}, which was unloaded",
             model=name,
         )
-
-
-def _how(way: Way) -> How:
-    """What several moves, one after the other, do to a state."""
-    hows = {move.how for move in way}
-    if How.RESET in hows:
-        return How.RESET
-    return How.MIGRATE if How.MIGRATE in hows else How.CARRY

@@ -359,7 +359,7 @@ class Pager:
         ]
         for each in set(found):
             try:
-                known[each] = self._forwarding.way(model, *each, is_as_known=False) is not None
+                known[each] = self._forwarding.trace(model, *each, is_as_known=False) is not None
             except Unavailable:
                 known[each] = True  # it is refused already
         return np.array([known[each] for each in found], np.bool_)

@@ -416,10 +416,10 @@ class Directory:
         """What a record says of a session, and where it is now."""
         info = stored_info(session_id, header, self._expiry.limits)
         try:
-            model, way = self.models.place(session_id, header)
+            model, move = self.models.place(session_id, header)
         except (ModelNotFound, ModelMismatch):
             return info
-        position = 0 if any(move.how is How.RESET for move in way) else info.position
+        position = 0 if move is not None and move.how is How.RESET else info.position
         # lists have many sessions of which the record says it all
         return (
             info

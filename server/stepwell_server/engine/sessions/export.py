@@ -133,12 +133,12 @@ class Export:
         """A record as of the version that its session is on by now; None: its state is another there."""
         try:
             header = decode_header(session_id, record)
-            model, way = self._directory.models.place(session_id, header)
+            model, move = self._directory.models.place(session_id, header)
         except ServerError:
             return record  # it leaves as it is
-        if not way:
+        if move is None:
             return record
-        if any(move.how is not How.CARRY for move in way):
+        if move.how is not How.CARRY:
             return None
         decoded = decode_many([session_id], [record])
         _, rest = split(header.fields)

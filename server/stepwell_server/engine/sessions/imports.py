@@ -227,9 +227,9 @@ class Import:
             return own.loaded[own.default if own.default in with_weights else min(with_weights)]
         known = own.version_with(header.fingerprint)
         if known is not None:
-            version, way = own.history.way(known, 0)
-            if way and version in own.loaded and all(move.how is How.CARRY for move in way):
-                return own.loaded[version]
+            move = own.history.of(known, 0)
+            if move is not None and move.how is How.CARRY and move.target in own.loaded:
+                return own.loaded[move.target]
         raise ModelMismatch(
             f"the model of session {session_id!r} must be a version of {header.model!r} that is served, of fingerprint"
             f" {' or '.join(model.program.fingerprint for model in own.loaded.values())}; it has {header.fingerprint}",

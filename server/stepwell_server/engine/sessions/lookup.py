@@ -408,8 +408,8 @@ class Loader:
     def _served(self, session_id: str, stored: Stored) -> tuple[str, Header, Model]:
         """A stored session, if it can be stepped here."""
         header = decode_header(session_id, stored)
-        model, way = self._models.place(session_id, header)
-        if any(move.how is How.RESET for move in way):  # its state follows when it is needed
+        model, move = self._models.place(session_id, header)
+        if move is not None and move.how is How.RESET:  # its state follows when it is needed
             header = dataclasses.replace(header, position=0)
         return session_id, header, model
 

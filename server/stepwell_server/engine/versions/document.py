@@ -10,13 +10,13 @@ import json
 from typing import Any
 
 from stepwell_server.engine.state.layout import Layout
-from stepwell_server.engine.versions.history import History, How, Move
+from stepwell_server.engine.versions.history import History, How, Migrated, Move
 from stepwell_server.engine.versions.registry import Known, Versions
 from stepwell_server.program import StateSpec, TensorSpec
 
 PREFIX = "models/"
 """Of the names of these documents; the model's follows."""
-_FORM = 2
+_FORM = 3
 """Of what is written here. A server reads its own alone."""
 
 
@@ -36,10 +36,9 @@ def encode(own: Versions) -> bytes:
         "change": own.change,
         "default": own.chosen,
         "highest": own.highest,
-        "forgotten": own.forgotten,
         "labels": own.labels,
         "epoch": own.history.epoch,
-        "moves": [[m.epoch, m.source, m.target, m.how.value, m.function, m.until] for m in own.history.moves],
+        "moves": [_move(move) for move in own.history.moves],
         "versions": [_version(known) for _, known in sorted(own.known.items())],
     }
     return json.dumps(told, separators=(",", ":")).encode()
@@ -64,17 +63,32 @@ def decode(model: str, content: bytes) -> Versions:
             labels={str(label): int(version) for label, version in told["labels"].items()},
             history=History(
                 int(told["epoch"]),
-                tuple(Move(e, s, t, How(how), f, until) for e, s, t, how, f, until in told["moves"]),
+                tuple(_read_move(*move) for move in told["moves"]),
             ),
             known={int(each["version"]): _known(each) for each in told["versions"]},
             highest=int(told["highest"]),
-            forgotten=int(told.get("forgotten", 0)),
             change=int(told.get("change", 0)),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DocumentError(
             f"what the store keeps of the versions of model {model!r} cannot be read: {error}"
         ) from error
+
+
+def _move(move: Move) -> list[Any]:
+    steps = [[step.function, step.target] for step in move.migrations]
+    return [move.epoch, move.source, move.target, move.how.value, steps, move.others]
+
+
+def _read_move(epoch: int, source: int, target: int, how: str, steps: list[Any], others: list[Any]) -> Move:
+    return Move(
+        int(epoch),
+        int(source),
+        int(target),
+        How(how),
+        tuple(Migrated(str(function), int(version)) for function, version in steps),
+        tuple((int(first), int(last)) for first, last in others),
+    )
 
 
 def _version(known: Known) -> dict[str, Any]:
@@ -89,7 +103,6 @@ def _version(known: Known) -> dict[str, Any]:
         "wanted": known.is_wanted,
         "leaving": known.is_leaving,
         "replaced": known.replaced,
-        "since": known.since,
         "inputs": known.inputs,
         "structure": known.structure,
     }
@@ -111,7 +124,6 @@ def _known(told: dict[str, Any]) -> Known:
         str(told["tenant"]),
         bool(told["wanted"]),
         bool(told.get("leaving", False)),
-        since=int(told.get("since", 0)),
         replaced=int(told.get("replaced", 0)),
         inputs=tuple(map(str, told["inputs"])),
         structure=str(told["structure"]),

@@ -17,8 +17,8 @@ from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import Kept, KeptArrays, check_reply, pack_foreign, unpack_reply
 from stepwell_server.engine.types import Array
-from stepwell_server.engine.versions.history import How, Move, Way
-from stepwell_server.engine.versions.registry import Models, Versions
+from stepwell_server.engine.versions.history import How, Move
+from stepwell_server.engine.versions.registry import Models, Trace, Versions
 from stepwell_server.errors import MigrationFailed, ServerError, StateCorrupt, Unavailable
 from stepwell_server.program import StateSpec, dtype_of
 from stepwell_server.store.record import Decoded
@@ -51,8 +51,8 @@ class Forwarding:
         self._models = models
         self.migrations = migrations
 
-    def way(self, model: Model, fingerprint: str, fields: bytes, *, is_as_known: bool) -> Way | None:
-        """The way of a record to the version of a model that its session is on; None: it is another model's session.
+    def trace(self, model: Model, fingerprint: str, fields: bytes, *, is_as_known: bool) -> Trace | None:
+        """Find the session of a record that is on a version of a model in the table; None: it is another session.
 
         With `is_as_known` the record is the one that the session in the table was made of, or has written.
 
@@ -63,33 +63,27 @@ class Forwarding:
         """
         own = self._models.versions(model.name)
         mark = mark_of(fields)
-        version = own.version_of(mark, fingerprint)
-        if version is None:
+        trace = own.trace(mark, fingerprint)
+        if trace is None:
             raise self._models.later(model.name)
         if mark is not None and mark.is_pinned:
-            return () if version == model.version else None
-        epoch = 0 if mark is None else mark.epoch
-        if epoch > own.history.epoch:
+            return trace if trace.now == model.version else None
+        if mark is not None and mark.epoch > own.history.epoch:
             raise self._models.later(model.name)
-        target, way = own.history.way(version, epoch)
-        if target == model.version:
-            return way
+        if trace.now == model.version:
+            return trace
         if not is_as_known:
             # It may be of a later move than that for which the session leaves, or another session by now, of the same id:
-            # what is known here of the session is not enough to go on where it began.
-            raise self._models.leaving(model.name, model.version, target)
-        # a move is being made: what is under way goes on where it began
-        if version == model.version:
-            return ()
-        for place, move in enumerate(way):
-            if move.target == model.version:
-                return way[: place + 1]
-        if all(move.how is How.CARRY for move in way) and own.known[target].layout == Layout.of(
-            model.program
-        ):
-            return way
+            # what is known here of the session is not enough to continue where it began.
+            raise self._models.leaving(model.name, model.version, trace.now)
+        # a move is being made: what is under way continues where it began
+        if trace.version == model.version:
+            return Trace(trace.version, None)
+        is_carried = trace.move is not None and trace.move.how is How.CARRY
+        if is_carried and own.known[trace.now].layout == Layout.of(model.program):
+            return trace
         raise Unavailable(
-            f"a session of model {model.name!r} is about to move to version {target}; send it again"
+            f"a session of model {model.name!r} is about to move to version {trace.now}; send it again"
         )
 
     def migrates(self, model: Model) -> bool:
@@ -99,34 +93,35 @@ class Forwarding:
     def bring(self, model: Model, decoded: Decoded, as_known: Sequence[bool]) -> Forwarded:
         """Bring the records of sessions of a version there. Those of another model's sessions stay as they are.
 
-        `as_known` says of each place whether its record is as the table knows it: see `way`.
+        `as_known` says of each place whether its record is as the table knows it: see `trace`.
         """
         forwarded = Forwarded(decoded, {}, [], {})
         own, target = self._models.versions(model.name), Layout.of(model.program)
         forwarded.refused.update(_misfits(decoded, np.arange(len(decoded.sound)), target))
-        groups: dict[tuple[int, tuple[Move, ...]], list[int]] = {}
-        ways: dict[tuple[str, bytes, bool], Way | Unavailable | None] = {}  # few differ
+        groups: dict[Trace, list[int]] = {}
+        traces: dict[tuple[str, bytes, bool], Trace | Unavailable | None] = {}  # few differ
         for index, place in enumerate(decoded.sound.tolist()):
             key = decoded.fingerprints[index], decoded.fields.get(place, b""), as_known[place]
-            if key not in ways:
+            if key not in traces:
                 try:
-                    ways[key] = self.way(model, key[0], key[1], is_as_known=key[2])
+                    traces[key] = self.trace(model, key[0], key[1], is_as_known=key[2])
                 except Unavailable as error:
-                    ways[key] = error
-            way = ways[key]
-            if isinstance(way, Unavailable):
-                forwarded.refused[place] = way
-            elif way:
-                layout = own.known[way[0].source].layout
+                    traces[key] = error
+            trace = traces[key]
+            if isinstance(trace, Unavailable):
+                forwarded.refused[place] = trace
+            elif trace is not None and trace.move is not None:
+                layout = own.known[trace.version].layout
                 if layout != target:
                     forwarded.refused.pop(place, None)
                     forwarded.refused.update(_misfits(decoded, np.array([index]), layout))
                 if place not in forwarded.refused:
-                    groups.setdefault((way[0].source, tuple(way)), []).append(index)
+                    groups.setdefault(trace, []).append(index)
         changed = {
-            key: indexes
-            for key, indexes in groups.items()
-            if any(move.how is not How.CARRY for move in key[1]) or own.known[key[0]].layout != target
+            (trace.version, trace.move): indexes
+            for trace, indexes in groups.items()
+            if trace.move is not None
+            and (trace.move.how is not How.CARRY or own.known[trace.version].layout != target)
         }
         if changed or forwarded.refused:
             self._rewrite(model, own, forwarded, changed, target)
@@ -137,7 +132,7 @@ class Forwarding:
         model: Model,
         own: Versions,
         forwarded: Forwarded,
-        groups: Mapping[tuple[int, tuple[Move, ...]], list[int]],
+        groups: Mapping[tuple[int, Move], list[int]],
         target: Layout,
     ) -> None:
         """Make the rows of some records rows of the version that they are brought to."""
@@ -146,7 +141,7 @@ class Forwarding:
         starts = ends - decoded.heads["rows_bytes"]
         rows = [decoded.rows[low:high] for low, high in zip(starts.tolist(), ends.tolist(), strict=True)]
         extras = dict(decoded.extras)
-        for (version, way), indexes in groups.items():
+        for (version, move), indexes in groups.items():
             layout = own.known[version].layout
             packed = np.frombuffer(b"".join([rows[index] for index in indexes]), np.uint8)
             places = decoded.sound[indexes].tolist()
@@ -154,7 +149,7 @@ class Forwarding:
             kept: Sequence[Array] | None = None
             try:
                 states, outputs = layout.unpacked(packed.reshape(-1, layout.row_bytes))
-                made = self._moved(model, own, way, layout, states)
+                made = self._moved(model, own, move, layout, states)
                 self._keep_replies(forwarded, extras, layout, target, outputs, indexes, sizes)
                 kept = outputs if layout.outputs == target.outputs else None
             except ServerError as error:
@@ -166,7 +161,7 @@ class Forwarding:
                 )
                 forwarded.refused.update(dict.fromkeys(places, broken))
                 made = [np.repeat(value[None], sum(sizes), axis=0) for value in model.program.initial]
-            if any(move.how is How.RESET for move in way):
+            if move.how is How.RESET:
                 forwarded.begun += places
             for index, part in zip(indexes, _packed(model, made, kept, sizes), strict=True):
                 rows[index] = part
@@ -175,19 +170,15 @@ class Forwarding:
         forwarded.decoded = dataclasses.replace(decoded, heads=heads, rows=b"".join(rows), extras=extras)
 
     def _moved(
-        self, model: Model, own: Versions, way: Way, layout: Layout, states: Sequence[Array]
+        self, model: Model, own: Versions, move: Move, layout: Layout, states: Sequence[Array]
     ) -> list[Array]:
-        """The states after some moves, in the order of the version that they end with."""
+        """The states after a move, in the order of the version that it ends with."""
         rows = len(states[0]) if states else 0
-        if any(
-            move.how is How.RESET for move in way
-        ):  # nobody has used it since: it is anew wherever it ends up
+        if move.how is How.RESET:
             return [np.repeat(value[None], rows, axis=0) for value in model.program.initial]
         named: Mapping[str, Array] = dict(zip([spec.name for spec in layout.states], states, strict=True))
-        for move in way:
-            if move.how is How.MIGRATE:
-                specs = own.known[move.target].layout.states
-                named = self.migrated(move.function, named, specs, rows)
+        for step in move.migrations:
+            named = self.migrated(step.function, named, own.known[step.target].layout.states, rows)
         return [named[spec.name] for spec in model.program.state]
 
     def migrated(

@@ -1,48 +1,87 @@
-"""How sessions get from one version of a model to another: the log of a model's moves, and the way of a session in it.
+"""Where sessions are that were on a version of a model: one entry for each time that sessions left a version.
 
-A record says the version that its session was on and the epoch in which that was so. The moves of later epochs bring it
-to where it is now, whenever it is looked at: so a move is one entry here, however many sessions make it.
+A record says the version that its session was on, and in which epoch of the model. Each change of the default that takes
+sessions along begins an epoch, and rewrites all entries: an entry leads to where its sessions are now, however many
+changes lie between. So a change is one write, whatever number of sessions follow it, and a session is found by one look.
+
+The epoch is needed as sessions may leave a version more than once. Those that were on version 1 before a reset must begin
+again, and those that were opened on it later must not.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection
 
 
 class How(enum.Enum):
     """What becomes of the state of a session that moves."""
 
     CARRY = "carry"
-    """It goes on as it is."""
+    """It stays as it is."""
     MIGRATE = "migrate"
-    """A function makes another of it."""
+    """Functions make another of it."""
     RESET = "reset"
-    """The session begins anew, from the initial state of the version that it ends up on."""
+    """The session begins again, from the initial state of the version that it ends up on."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Migrated:
+    """One step of a migration."""
+
+    function: str
+    target: int
+    """The version whose states it makes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Move:
-    """Sessions that were on one version in an earlier epoch than this one go to another."""
+    """Sessions that were on `source` in an epoch before this one are on `target` now."""
 
     epoch: int
     source: int
     target: int
-    how: How
-    function: str = ""
-    """The name of what migrates."""
-    until: int = 0
-    """The epoch in which they are there then: later than `epoch` where several moves were put together."""
+    how: How = How.CARRY
+    migrations: tuple[Migrated, ...] = ()
+    """What makes their states, one after the other; empty unless they migrate."""
+    others: tuple[tuple[int, int], ...] = ()
+    """Numbers of forgotten versions, the first and the last of each range: their records are like those of `source`, and
+    their sessions do the same."""
+
+    def is_of(self, version: int) -> bool:
+        """Whether it takes along the sessions of a version."""
+        return version == self.source or any(first <= version <= last for first, last in self.others)
+
+    def then(self, target: int, how: How, function: str) -> Move:
+        """The same sessions after one change more."""
+        if How.RESET in (self.how, how):
+            return dataclasses.replace(self, target=target, how=How.RESET, migrations=())
+        if how is How.CARRY:
+            return dataclasses.replace(self, target=target)
+        steps = (*self.migrations, Migrated(function, target))
+        return dataclasses.replace(self, target=target, how=How.MIGRATE, migrations=steps)
 
     def says_as(self, other: Move) -> bool:
-        """Whether it does the same to sessions of its source as another one to those of its own."""
-        own = self.target, self.how, self.function, self.until
-        return own == (other.target, other.how, other.function, other.until)
+        """Whether it does the same to its sessions as another one to those of its own."""
+        return (self.target, self.how, self.migrations) == (other.target, other.how, other.migrations)
 
+    def with_versions_of(self, move: Move) -> Move:
+        """The same, for the versions of another move too."""
+        ranges: list[tuple[int, int]] = []
+        for first, last in sorted((*self.others, *move.others, (move.source, move.source))):
+            if ranges and first <= ranges[-1][1] + 1:
+                ranges[-1] = ranges[-1][0], max(last, ranges[-1][1])
+            else:
+                ranges.append((first, last))
+        return dataclasses.replace(self, others=tuple(ranges))
 
-Way = Sequence[Move]
-"""The moves that a session makes, one after the other; none: it stays."""
+    def meets(self, other: Move) -> bool:
+        """Whether both take along sessions of one version."""
+        ends = [(each, number) for each in (self, other) for pair in each.others for number in pair]
+        ends += [(self, self.source), (other, other.source)]
+        return any((other if each is self else self).is_of(number) for each, number in ends)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,93 +89,78 @@ class History:
     """The moves of one model. A value: what changes it returns another."""
 
     epoch: int = 0
-    """How many moves there have been."""
+    """How many changes there have been that took sessions along."""
     moves: tuple[Move, ...] = ()
     """In the order of their epochs; no two of a source have the same."""
 
-    def way(self, version: int, epoch: int) -> tuple[int, Way]:
-        """Where a session goes that was on `version` in `epoch`: the version that it is on now, and by which moves."""
+    def of(self, version: int, epoch: int) -> Move | None:
+        """The move of sessions that were on `version` in `epoch`; None: they are still there."""
         if epoch >= self.epoch:
-            return version, ()
-        way: list[Move] = []
-        for move in self.moves:  # in their order: one that was passed is of an earlier epoch
-            if move.source == version and move.epoch > epoch:
-                way.append(move)
-                version, epoch = move.target, move.until
-        return version, way
+            return None
+        return next((move for move in self.moves if move.epoch > epoch and move.is_of(version)), None)
 
     def with_move(self, source: int, target: int, how: How, function: str = "") -> History:
-        """The history with one move more.
+        """The history after sessions have gone from `source` to `target`.
 
-        Moves that led to `source` are put together with it where one move says as much, so that whoever moved a
-        hundred times does not need a hundred moves.
+        A move that says as much as the next one of its version is left out, and a last one that says nothing.
         """
         epoch = self.epoch + 1
+        former = [move.then(target, how, function) if move.target == source else move for move in self.moves]
         moves: list[Move] = []
-        for move in self.moves:
-            is_next = move.target == source and not self._leaves(source, move.until)
-            joined = self._joined(move, target, how, epoch) if is_next else move
-            if not (
-                joined.source == joined.target
-                and joined.how is How.CARRY
-                and not self._leaves(joined.source, joined.epoch)
-            ):
-                moves.append(joined)
-        moves.append(Move(epoch, source, target, how, function, epoch))
-        return History(epoch, tuple(moves))
+        following: dict[int, Move] = {}
+        for move in reversed([*former, Move(epoch, source, source).then(target, how, function)]):
+            next_one = following.get(move.source) or Move(epoch, move.source, move.source)
+            if move.others or not move.says_as(next_one):
+                following[move.source] = move
+                moves.append(move)
+        return History(epoch, tuple(reversed(moves)))
 
-    def follower_in(self, epoch: int) -> int | None:
-        """A version whose moves a session makes that followed the default in an epoch; None: there were none since."""
-        return next((move.source for move in self.moves if move.epoch > epoch), None)
+    def without(
+        self, free: Collection[int], kept: Collection[int], alike: Callable[[int, int], bool]
+    ) -> History:
+        """The history that forgets versions no session is on: those whose one move says the same as a later one.
 
-    def compacted(self, forgettable: Collection[int], alike: Callable[[int, int], bool]) -> History:
-        """The history in which of neighbours that say the same of versions which are `alike` only the last one is left.
-
-        It says what sessions do that followed the default on the others, by `follower_in`. A version loses all of its
-        moves or none.
+        That later one is of a version which is `alike`, and takes their sessions along. A version that sessions have left
+        more than once stays, as one number cannot say which of its moves is meant. So does a move of forgotten versions
+        whose numbers were used again: by one that is `kept`, or that has a move of its own.
         """
-        free = set(forgettable)
-        while True:
-            left: list[Move] = []
-            for move in reversed(self.moves):
-                says_more = not left or not move.says_as(left[-1]) or not alike(move.source, left[-1].source)
-                if says_more or move.source not in free:
-                    left.append(move)
-            gone = {move.source for move in self.moves} - {move.source for move in left}
-            lost = {move.source for move in self.moves if move not in left}
-            needed = (lost - gone) | (gone & {move.target for move in left})
-            if not needed:
-                return History(self.epoch, tuple(reversed(left)))
-            free -= needed
+        count = Counter(move.source for move in self.moves)
+        left: list[Move] = []
+        for move in reversed(self.moves):
+            if move.source in free and count[move.source] == 1:
+                hosts = (i for i, to in enumerate(left) if to.says_as(move) and alike(to.source, move.source))
+                place = next(hosts, None)
+                if place is not None and not self._is_used_again(move, kept):
+                    left[place] = left[place].with_versions_of(move)
+                    continue
+            left.append(move)
+        return History(self.epoch, tuple(reversed(left)))
+
+    def _is_used_again(self, move: Move, kept: Collection[int]) -> bool:
+        """Whether a number of a move is that of another version too."""
+        others = [each for each in self.moves if each is not move and (each.others or move.others)]
+        return any(map(move.is_of, kept)) or any(each.meets(move) for each in others)
 
     def versions(self) -> set[int]:
-        """All versions that some move begins or ends with."""
-        return {version for move in self.moves for version in (move.source, move.target)}
-
-    @staticmethod
-    def _joined(move: Move, target: int, how: How, epoch: int) -> Move:
-        """A move, and the new one, which is its next."""
-        if how is How.RESET:  # whatever it was before
-            return Move(move.epoch, move.source, target, How.RESET, "", epoch)
-        if how is How.CARRY and move.how is not How.MIGRATE:
-            return Move(move.epoch, move.source, target, move.how, "", epoch)
-        return move
+        """All versions that some move begins with, ends with or goes through, but forgotten ones."""
+        return {
+            version
+            for move in self.moves
+            for version in (move.source, move.target, *(step.target for step in move.migrations))
+        }
 
     def renumbered(self, old: int, new: int) -> History:
         """The history in which a version has another number."""
         numbers = {old: new}
-        return History(
-            self.epoch,
-            tuple(
-                dataclasses.replace(
-                    move,
-                    source=numbers.get(move.source, move.source),
-                    target=numbers.get(move.target, move.target),
-                )
-                for move in self.moves
-            ),
-        )
-
-    def _leaves(self, version: int, epoch: int) -> bool:
-        """Whether a later move begins with a version."""
-        return any(move.source == version and move.epoch > epoch for move in self.moves)
+        moves = [
+            dataclasses.replace(
+                move,
+                source=numbers.get(move.source, move.source),
+                target=numbers.get(move.target, move.target),
+                migrations=tuple(
+                    Migrated(step.function, numbers.get(step.target, step.target)) for step in move.migrations
+                ),
+            )
+            for move in self.moves
+        ]
+        return History(self.epoch, tuple(moves))

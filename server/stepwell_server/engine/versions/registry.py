@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from stepwell_server.core.model_names import ModelRef, parse_reference
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.state.fields import Mark, mark_of
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.versions.history import History, Way
+from stepwell_server.engine.versions.history import History, Move
 from stepwell_server.errors import (
     InvalidInput,
     ModelLoading,
@@ -46,8 +46,6 @@ class Known:
     """It is to be loaded again after a restart."""
     is_leaving: bool = False
     """It was the default, and is to be unloaded when its last session has ended, unless it has a label."""
-    since: int = 0
-    """The epoch in which it came, if its number is that of one that was forgotten: records of earlier ones are of that."""
     replaced: int = 0
     """The number that it had until another file took its place while no server ran; its own is below 0 since then."""
     inputs: tuple[str, ...] = ()
@@ -78,6 +76,20 @@ class Known:
         return Names(self.inputs, tuple(outputs), tuple(states))
 
 
+class Trace(NamedTuple):
+    """Where the session of a record is."""
+
+    version: int
+    """Whose rows the record has. Below 0: of a file that another one has replaced."""
+    move: Move | None
+    """What has taken the session along since; None: it is still there."""
+
+    @property
+    def now(self) -> int:
+        """The version that the session is on."""
+        return self.version if self.move is None else self.move.target
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Versions:
     """A name and its versions."""
@@ -95,8 +107,6 @@ class Versions:
     known: dict[int, Known] = dataclasses.field(default_factory=dict)
     highest: int = 0
     """The highest number that a version ever had."""
-    forgotten: int = 0
-    """The highest number of a version of which others than those that follow the default know nothing any more."""
     change: int = 0
     """How many changes of its document there have been."""
 
@@ -175,25 +185,32 @@ class Versions:
         lowest = min(found, key=lambda each: each.replaced or each.version, default=None)
         return None if lowest is None else lowest.version
 
-    def version_of(self, mark: Mark | None, fingerprint: str) -> int | None:
-        """The version that a record tells of, by its mark and the fingerprint of its weights; None: nothing is known of it.
-
-        It is below 0 if the version has another file by now: its sessions are there only if they have left it. One that
-        was forgotten is any whose moves say what its sessions do.
-        """
+    def trace(self, mark: Mark | None, fingerprint: str) -> Trace | None:
+        """Find the session of a record by its mark and the fingerprint of its weights; None: its version is not known."""
         if mark is None:
-            return self.version_with(fingerprint)
+            lowest = self.version_with(fingerprint)
+            return None if lowest is None else Trace(lowest, self.history.of(lowest, 0))
         known = self.known.get(mark.version)
-        is_of_forgotten = known is None or mark.epoch < known.since
-        if is_of_forgotten and 0 < mark.version <= self.forgotten and not mark.is_pinned:
-            return self.history.follower_in(mark.epoch)
+        move = None if mark.is_pinned else self.history.of(mark.version, mark.epoch)
         if known is not None and known.fingerprint == fingerprint:
-            return known.version
-        return self._replaced(mark.version, fingerprint)
+            return Trace(mark.version, move)
+        if move is not None and move.source != mark.version:  # the version was forgotten
+            return Trace(move.source, move)
+        former = self._replaced(mark.version, fingerprint)
+        if former is None:
+            return None
+        return Trace(former, None if mark.is_pinned else self.history.of(former, mark.epoch))
 
-    def has_forgotten(self, version: int) -> bool:
-        """Whether a version may have been there, and was forgotten because no session was on it."""
-        return version not in self.known and 0 < version <= self.forgotten
+    def forget_unused(self, used: Collection[int]) -> None:
+        """Forget versions that nobody wants, and on which no session is: `used` are those on which some are."""
+        needed = {*used, *self.loaded, *self.labels.values(), self.default, self.wanted}
+        known = self.known
+        free = {version for version, each in known.items() if version not in needed and not each.is_wanted}
+        self.history = self.history.without(
+            free, known.keys() - free, lambda one, other: known[one].layout == known[other].layout
+        )
+        gone = free - self.history.versions()
+        self.known = {version: each for version, each in known.items() if version not in gone}
 
     def _replaced(self, version: int, fingerprint: str) -> int | None:
         return next(
@@ -245,14 +262,11 @@ class Versions:
         known = dict(told.known)
         for version in self.loaded:
             own, there = self.known[version], known.get(version)
-            if there is None:
-                own = dataclasses.replace(own, since=told.history.epoch)
             if there is not None and there.fingerprint == own.fingerprint:
                 own = dataclasses.replace(there, source=own.source or there.source, loaded=own.loaded)
             known[version] = own
         self.known, self.labels, self.history = known, told.labels, told.history
         self.highest, self.change = max(self.highest, told.highest), told.change
-        self.forgotten = told.forgotten
         if told.wanted in self.loaded:
             self.default, self.wanted = told.wanted, 0
         else:
@@ -436,10 +450,10 @@ class Models:
         own = self._by_name.get(header.model)
         if own is None or self.later_epoch(header):
             return True
-        return own.version_of(mark_of(header.fields), header.fingerprint) is None
+        return own.trace(mark_of(header.fields), header.fingerprint) is None
 
-    def place(self, session_id: str, header: Header) -> tuple[Model, Way]:
-        """On which version a stored session is now, and by which moves it gets there from its record.
+    def place(self, session_id: str, header: Header) -> tuple[Model, Move | None]:
+        """On which version a stored session is now, and the move that has taken it there since its record was written.
 
         Raises:
             VersionElsewhere: that version is not loaded here, or not known yet, and may be on another server.
@@ -456,16 +470,13 @@ class Models:
         if self.later_epoch(header):
             raise self.later(header.model, session_id)
         mark = mark_of(header.fields)
-        version = own.version_of(mark, header.fingerprint)
-        way: Way = ()
-        if version is not None and (mark is None or not mark.is_pinned):
-            version, way = own.history.way(version, 0 if mark is None else mark.epoch)
-        if version is None and mark is not None and own.has_forgotten(mark.version):
-            # a server may have it loaded all the same
+        trace = own.trace(mark, header.fingerprint)
+        if trace is None and mark is not None and mark.version not in own.known:
+            # it may have been forgotten here, and a server may have it loaded all the same
             elsewhere = self.elsewhere(header.model, mark.version, session_id)
-            if elsewhere is not None:
+            if elsewhere is not None and mark.version <= own.highest:
                 raise elsewhere
-        if version is None or version < 0:
+        if trace is None or trace.now < 0:
             raise ModelMismatch(
                 f"session {session_id!r} belongs to model {header.model!r} with fingerprint"
                 f" {header.fingerprint[:FINGERPRINT_DIGITS]}; the one that is served has"
@@ -473,13 +484,13 @@ class Models:
                 " Serve that model file again, or close the session",
                 model=header.model,
             )
-        model = own.loaded.get(version)
+        model = own.loaded.get(trace.now)
         if model is None:
-            raise self._away(header.model, version, session_id) or VersionNotFound(
-                f"session {session_id!r} is on version {version} of model {header.model!r}, which is not loaded;"
+            raise self._away(header.model, trace.now, session_id) or VersionNotFound(
+                f"session {session_id!r} is on version {trace.now} of model {header.model!r}, which is not loaded;"
                 f" loaded are {sorted(own.loaded)}. Load it again, make another version the default with"
                 " sessions=carry, or close the session",
                 model=header.model,
-                version=str(version),
+                version=str(trace.now),
             )
-        return model, way
+        return model, trace.move
