@@ -101,7 +101,7 @@ class Server:
         numbers = np.arange(len(columns.session_ids), dtype=np.uint64)
         (tensor,) = columns.inputs
         outputs = [OutputColumn("y", tensor.dtype, tensor.tail, tensor.data)]
-        columns.replies.applied(None, numbers, numbers, outputs, replayed=False, version="1", model_version=3)
+        columns.replies.applied(None, numbers, numbers, outputs, replayed=False, model_version=3)
 
     def identify(self, call: Call) -> None:
         """As the boundary and its authenticator do."""

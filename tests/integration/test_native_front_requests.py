@@ -1,4 +1,4 @@
-"""What the native front makes of Triton's requests: columns, and what Python hands back; replies in their order."""
+"""What the native front makes of Triton's requests: columns, or calls; replies in their order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from stepwell_server.clock import SystemClock
 from stepwell_server.core.callers import Caller, Role
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.scheduler import Source
-from stepwell_server.engine.types import Members
 from stepwell_server.rpc.fronts.base import Call, FrontCounts, Method, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Code, Status
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
@@ -42,7 +41,6 @@ class Server:
         self.general: asyncio.Queue[pb.ModelInferRequest] = asyncio.Queue()
         self.may_answer = asyncio.Event()
         self.may_answer.set()
-        self.cancelled = asyncio.Event()
         self.address = ""
         self.counts: Callable[[], FrontCounts]
 
@@ -76,11 +74,7 @@ class Server:
     async def unary(self, call: Call) -> bytes:
         asked = pb.ModelInferRequest.FromString(call.request)
         self.general.put_nowait(asked)
-        try:
-            await self.may_answer.wait()
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
+        await self.may_answer.wait()
         return pb.ModelInferResponse(id=f"general {asked.id}").SerializeToString()
 
     async def stream(self, call: Call) -> bytes:
@@ -135,13 +129,8 @@ def answer(columns: StepColumns, members: list[int] | None = None) -> None:
         np.arange(len(some), dtype=np.uint64),
         [OutputColumn("y", 1, (2,), x.tobytes())],
         replayed=False,
-        version="1",
-        model_version=0,
+        model_version=1,
     )
-
-
-def only(*members: int) -> Members:
-    return np.array(members, np.intp)
 
 
 class Client:
@@ -238,75 +227,40 @@ async def test_replies_leave_in_the_order_of_the_requests_whoever_answers(server
         assert await client.replies(1) == ["5"]
 
 
-async def test_what_is_handed_back_is_served_as_a_message_in_its_place(server: Server) -> None:
+async def test_a_request_in_columns_is_there_as_it_came(server: Server) -> None:
     async with Client(server) as client:
-        await client.send(asked(1, sequence_id=1))
-        first = await server.columns()
-        await client.send(asked(2, sequence_id=2))
-        second = await server.columns()
-        server.may_answer.clear()
-        second.replies.hand_back(only(0))
-        assert await server.handed_on() == "2"
-        # until it is answered the task reads no more, and what comes waits behind it; a message that arrives only after
-        # that is plain again, since `send` waits for the client's write alone: it is then handed back likewise
-        server.on_take = lambda columns: columns.replies.hand_back(only(0))
-        await client.send(asked(3, sequence_id=2))
-        first.replies.failed(None, Status(Code.INVALID_ARGUMENT, "no", ()), b"no good")
-        server.may_answer.set()
-        assert await client.replies(3) == ["no good", "general 2", "general 3"]
-
-
-async def test_what_came_before_it_was_handed_back_is_told_to_be_behind(server: Server) -> None:
-    async with Client(server) as client:
-        server.may_answer.clear()
-        await client.send(asked(1, sequence_id=1))
-        first = await server.columns()
-        await client.send(asked(2, sequence_id=2))
-        second = await server.columns()
-        await client.send(asked(3, sequence_id=2))
-        third = await server.columns()
-        assert not third.replies.behind()
-        first.replies.hand_back(only(0))
-        assert await server.handed_on() == "1"
-        second.replies.hand_back(only(0))  # its task is at work on the first one
-        assert third.replies.behind() == [0]
-        third.replies.hand_back(only(0))
-        server.may_answer.set()
-        assert await client.replies(3) == ["general 1", "general 2", "general 3"]
-        assert not third.replies.behind()
-
-
-async def test_a_call_that_is_handed_back_can_be_cancelled(server: Server) -> None:
-    server.on_take = lambda columns: columns.replies.hand_back(only(0))
-    server.may_answer.clear()
-    async with Client(server) as client:
-        call = client.infer(asked(1), timeout=_PATIENCE_S)
-        assert await server.handed_on() == "1"
-        call.cancel()
-        await asyncio.wait_for(server.cancelled.wait(), _PATIENCE_S)
+        first, second = asked(1, sequence_id=1), asked(2, sequence_id=2)
+        await client.send(first, second)
+        found: list[bytes] = []
+        while len(found) < 2:
+            columns = await server.columns()
+            found += [columns.replies.request(member) for member in range(len(columns.session_ids))]
+            answer(columns)
+        assert found == [first, second]
+        assert await client.replies(2) == ["1", "2"]
 
 
 async def test_plain_requests_wait_until_what_came_before_them_on_their_connection_was_looked_at(
     server: Server,
 ) -> None:
-    """Calls of one connection, in one piece: a START, steps that are handed back, and a step of another model."""
+    """Calls of one connection, in one piece: a START, steps, another START, and a step of another model."""
     looked_at: list[int] = []
     done = asyncio.Event()
 
     def taken(columns: StepColumns) -> None:
         looked_at.append(server.general.qsize())
-        if columns.model == ("plain", ""):
-            columns.replies.hand_back(np.arange(len(columns.session_ids)))
-        else:
-            answer(columns)
+        answer(columns)
+        if columns.model == ("other", ""):
             done.set()
 
     server.on_take = taken
     with secured.connected(server.address) as connection:
-        connection.sendall(in_one_piece(asked(1, start=True), asked(2), asked(3), asked(4, model="other")))
+        connection.sendall(
+            in_one_piece(asked(1, start=True), asked(2), asked(3, start=True), asked(4, model="other"))
+        )
         await asyncio.wait_for(done.wait(), _PATIENCE_S)
-    assert looked_at in ([1, 3], [1, 2, 3]), "the wire may hand over the second and the third one apart"
-    assert [await server.handed_on() for _ in range(3)] == ["1", "2", "3"]
+    assert looked_at == [1, 2]
+    assert [await server.handed_on() for _ in range(2)] == ["1", "3"]
 
 
 def in_one_piece(*messages: bytes) -> bytes:
@@ -334,7 +288,7 @@ def frame(kind: int, flags: int, stream: int, body: bytes) -> bytes:
     return len(body).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + body
 
 
-async def test_a_call_that_is_over_is_not_handed_back(server: Server) -> None:
+async def test_a_call_that_is_over_is_known_to_be_gone(server: Server) -> None:
     async with Client(server) as client:
         call = client.infer(asked(1), timeout=_PATIENCE_S)
         columns = await server.columns()
@@ -343,11 +297,6 @@ async def test_a_call_that_is_over_is_not_handed_back(server: Server) -> None:
         answer(await server.columns())
         await later
         assert columns.replies.gone().tolist() == [0]
-        columns.replies.hand_back(only(0))
-        assert pb.ModelInferResponse.FromString(
-            await client.infer(asked(3, start=True), timeout=_PATIENCE_S)
-        ).id
-        assert await server.handed_on() == "3"
 
 
 async def test_a_stream_ends_when_all_its_plain_requests_are_answered(server: Server) -> None:
@@ -384,9 +333,7 @@ async def test_replies_that_nobody_takes_end_their_stream(server: Server, reques
             count = len(columns.session_ids)
             numbers = np.zeros(count, np.uint64)
             rows = OutputColumn("y", 9, (600_000,), bytes(count * 600_000))
-            columns.replies.applied(
-                None, numbers, numbers, [rows], replayed=False, version="1", model_version=0
-            )
+            columns.replies.applied(None, numbers, numbers, [rows], replayed=False, model_version=1)
             answered += count
         end = await asyncio.to_thread(client.outcome, stream)
         assert end["rst"] == "11", "ENHANCE_YOUR_CALM"

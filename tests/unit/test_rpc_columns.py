@@ -51,10 +51,8 @@ class Batch:
         outputs: Sequence[OutputColumn],
         *,
         replayed: bool,
-        version: str,
         model_version: int,
     ) -> Ended:
-        assert version == ""
         some = range(len(self._sizes)) if members is None else members.tolist()
         (output,) = outputs
         rows = np.frombuffer(output.data, np.float32).reshape(-1, *output.tail)
@@ -78,10 +76,7 @@ class Batch:
             assert self.errors[member].message == status.message
         return Ended(np.zeros(len(some)), _NO_TIMES)
 
-    def hand_back(self, members: Members) -> None:
-        raise AssertionError("only Triton's are handed back")
-
-    def behind(self) -> Sequence[int]:
+    def request(self, member: int) -> bytes:
         raise AssertionError("only Triton's are looked at so")
 
     def untraced(self) -> Sequence[int]:

@@ -1,8 +1,9 @@
-"""Triton's requests that a front hands over as columns: what is done so, what is handed back, and what each is told."""
+"""Triton's requests that a front hands over as columns: what is done together, what is served alone, and each answer."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -10,15 +11,16 @@ import numpy as np
 import pytest
 
 from stepwell_server.core.callers import ANYBODY, Caller, Role
-from stepwell_server.engine.api import Applied, SessionPolicy
+from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.types import Members
-from stepwell_server.errors import Overloaded, SessionNotFound
+from stepwell_server.errors import Overloaded, ServerError, SessionNotFound
 from stepwell_server.rpc import naming
 from stepwell_server.rpc.fronts.base import Ended, InputColumn, OutputColumn, StepColumns
-from stepwell_server.rpc.status import Status
+from stepwell_server.rpc.status import Status, code_of, message_of
 from stepwell_server.rpc.steps.columns import ColumnSteps
-from stepwell_server.rpc.triton.columns import RequestForm
+from stepwell_server.rpc.tracing import CallTrace
+from stepwell_server.rpc.triton.columns import InferForm
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.sequences import session_id_of
 from support.fake_call import Requests
@@ -27,6 +29,7 @@ from support.triton_requests import Client, inference
 from support.versions import WIDE, serving, weights
 
 FLOAT32, INT32 = 1, 7
+DATATYPES = {FLOAT32: "FP32", INT32: "INT32"}
 #: No message of a stream has ended.
 _NO_TIMES = np.zeros(0)
 
@@ -36,14 +39,16 @@ class Batch:
 
     def __init__(self, count: int) -> None:
         self._count = count
+        self.replayed: list[int] = []
         self.done: dict[int, Any] = {}
         """The revision, or the status and what a stream is told."""
-        self.versions: dict[int, str] = {}
+        self.versions: dict[int, int] = {}
         """Of those that were done."""
         self.outputs: list[OutputColumn] = []
-        self.handed_back: list[int] = []
+        self.requests: list[bytes] = []
+        self.alone: list[int] = []
+        """Those that were asked for as they came."""
         self.gone_members: list[int] = []
-        self.behind_members: list[int] = []
 
     def applied(
         self,
@@ -53,15 +58,13 @@ class Batch:
         outputs: Sequence[OutputColumn],
         *,
         replayed: bool,
-        version: str,
         model_version: int,
     ) -> Ended:
-        assert version == str(model_version)
-        assert not replayed
+        self.replayed += self._members(members) if replayed else []
         self.outputs.extend(outputs)
         for member, revision in zip(self._members(members), revisions.tolist(), strict=True):
             self._put(member, revision)
-            self.versions[member] = version
+            self.versions[member] = model_version
         return Ended(np.zeros(len(positions)), _NO_TIMES)
 
     def failed(self, members: Members | None, status: Status, error: bytes) -> Ended:
@@ -69,11 +72,10 @@ class Batch:
             self._put(member, (status.code.name, error.decode()))
         return Ended(np.zeros(len(self._members(members))), _NO_TIMES)
 
-    def hand_back(self, members: Members) -> None:
-        self.handed_back += members.tolist()
-
-    def behind(self) -> Sequence[int]:
-        return self.behind_members
+    def request(self, member: int) -> bytes:
+        assert member not in self.done
+        self.alone.append(member)
+        return self.requests[member]
 
     def untraced(self) -> Sequence[int]:
         return ()
@@ -83,17 +85,41 @@ class Batch:
 
     def _put(self, member: int, what: object) -> None:
         assert member not in self.done
-        assert member not in self.handed_back
         self.done[member] = what
 
     def _members(self, members: Members | None) -> list[int]:
         return list(range(self._count)) if members is None else members.tolist()
 
 
+class Traces:
+    """Traces every message, and notes how each ended. `Tracer`, and `CallTrace`."""
+
+    def __init__(self) -> None:
+        self.ended: list[tuple[str, str, object]] = []
+
+    def of_call(self, method: str, metadata: Mapping[str, str | bytes]) -> None:
+        raise AssertionError("no call is made")
+
+    def of_frame(self, method: str, traceparent: str) -> None:
+        raise AssertionError("no frame is sent")
+
+    def of_messages(self, method: str, count: int) -> Mapping[int, CallTrace]:
+        return dict.fromkeys(range(count), self)
+
+    def stage(self, name: str, began: float, ended: float) -> None:
+        """It was in a stage."""
+
+    def ran(self, *_: object) -> None:
+        """It was in a pass."""
+
+    def end(self, code: str, reason: str, facts: Mapping[str, str | int]) -> None:
+        self.ended.append((code, reason, facts["session.id"]))
+
+
 class Front:
     """Hands over requests of sequences of a model."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, tracer: Traces | None = None) -> None:
         self.client = client
         self.observer = Requests()
         at = client.harness
@@ -102,7 +128,8 @@ class Front:
             at.clock,
             1 << 20,
             self.observer,
-            lambda columns: RequestForm(columns, client.inference, at.clock, self.observer),
+            lambda columns: InferForm(columns, client.inference, at.clock, self.observer),
+            tracer,
         )
         self.changes: list[Change] = []
         submit = at.engine.submit
@@ -132,25 +159,54 @@ class Front:
         """A step of each sequence."""
         batch = batch or Batch(len(ids))
         x = np.ones((sum(sizes) or len(ids), 2), np.float32)
+        inputs = inputs or [InputColumn("x", FLOAT32, (2,), x.tobytes())]
+        rows = np.array(sizes or [1] * len(ids), np.uint32)
+        for place, one in enumerate(ids):
+            asked = pb.ModelInferRequest(model_name=model[0], model_version=model[1], id=f"r{place}")
+            asked.parameters["sequence_id"].int64_param = one
+            for name, numbers in (("revision", "expected"), ("request_id", "request_ids")):
+                if numbers in columns:
+                    asked.parameters[f"stepwell_{name}"].uint64_param = int(columns[numbers][place])
+            asked.outputs.extend(
+                pb.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in outputs
+            )
+            for column in inputs:
+                size = len(column.data) // int(rows.sum())
+                start, end = size * int(rows[:place].sum()), size * int(rows[: place + 1].sum())
+                shape = [int(rows[place]), *column.tail]
+                asked.inputs.add(name=column.name, datatype=DATATYPES[column.dtype], shape=shape)
+                asked.raw_input_contents.append(column.data[start:end])
+            batch.requests.append(asked.SerializeToString())
         self.steps.take(
             StepColumns(
                 [naming.inner(self.client.who, session_id_of(model[0], one)) for one in ids],
                 [f"caller of {one}" for one in ids],
                 [self.client.who],
-                np.array(sizes or [1] * len(ids), np.uint32),
+                rows,
                 False,
                 columns.get("expected"),
                 columns.get("request_ids"),
                 np.array(columns.get("deadlines", [np.inf] * len(ids))),
                 0,
                 outputs,
-                inputs or [InputColumn("x", FLOAT32, (2,), x.tobytes())],
+                inputs,
                 np.ones(len(ids), np.uint32),
                 batch,
                 model,
             )
         )
         return batch
+
+    async def settled(self) -> None:
+        """Return when all that was taken has its answer."""
+        await self.client.inference.wait_idle()
+        await self.client.harness.settled()
+
+    async def refusal(self, request: bytes) -> tuple[str, str]:
+        """How a call of this request is refused, which no front has read: code and message."""
+        with pytest.raises(ServerError) as refused:
+            await self.client.send(pb.ModelInferRequest.FromString(request))
+        return code_of(refused.value).name, message_of(refused.value)
 
     def statistics(self) -> pb.InferStatistics:
         return self.client.inference.models.find("plain", "").statistics.message().inference_stats
@@ -170,7 +226,7 @@ async def test_steps_of_sequences_that_go_on_are_one_change() -> None:
         await at.client.harness.settled()
         assert [change.size for change in at.changes] == [12]
         assert batch.done == dict.fromkeys(range(12), 2)
-        assert not batch.handed_back
+        assert not batch.alone
         assert at.observer.done == [("ModelInfer", "OK")] * 12
         assert at.statistics().success.count - before.success.count == 12
         alone = at.take(3)
@@ -178,10 +234,8 @@ async def test_steps_of_sequences_that_go_on_are_one_change() -> None:
         assert alone.done == {0: 3}
 
 
-@pytest.mark.parametrize(
-    "why", ["no session", "not begun", "reset", "another model", "other rows", "at work"]
-)
-async def test_what_is_not_so_is_handed_back_with_what_comes_behind_it(why: str) -> None:
+@pytest.mark.parametrize("why", ["no session", "not begun", "reset", "another model", "other rows"])
+async def test_requests_of_a_sequence_that_they_do_not_fit_are_answered_as_calls_are(why: str) -> None:
     """The others are still one change."""
     async with front(programs={"plain": PLAIN, "other": PLAIN}) as at:
         engine, harness = at.client.harness.engine, at.client.harness
@@ -196,46 +250,93 @@ async def test_what_is_not_so_is_handed_back_with_what_comes_behind_it(why: str)
             await harness.step("triton/plain/3", np.ones((1, 2), np.float32))
         elif why == "other rows":
             await at.begin(3, rows=2)
-        elif why == "at work":
-            await at.begin(3)
-            at.client.inference.sequences.enter("triton/plain/3")
         at.changes.clear()
         for ids in ([1, 3, 2, 3, 1, 4], [3, 1], [3]):
             batch = at.take(*ids)
-            await harness.settled()
-            assert sorted(batch.handed_back) == [place for place, one in enumerate(ids) if one == 3]
-            assert sorted(batch.done) == [place for place, one in enumerate(ids) if one != 3]
-        assert at.changes[-1].size == 1
-        assert not at.observer.refusals
+            await at.settled()
+            threes = [place for place, one in enumerate(ids) if one == 3]
+            assert batch.alone == threes
+            assert sorted(batch.done) == list(range(len(ids)))
+            for place in threes:
+                assert batch.done[place] == await at.refusal(batch.requests[place])
+        assert [change.size for change in at.changes if change.size > 1] == [6, 2]
+        assert at.observer.refusals == {"INVALID_INPUT": 4}
+
+
+async def test_requests_wait_for_another_one_of_their_sequence_and_keep_their_order() -> None:
+    """As behind a START that is not answered: those of other sequences do not wait."""
+    async with front() as at:
+        await at.begin(1, 2, 3)
+        running = at.client.inference.sequences.enter("triton/plain/3")
+        first, second = at.take(1, 3, 2, 3), at.take(3, 1)
+        await at.client.harness.settled()
+        assert (first.done, second.done) == ({0: 2, 2: 2}, {1: 3})
+        idle = asyncio.create_task(at.client.inference.wait_idle())
+        await asyncio.sleep(0)
+        assert not idle.done()
+        running.leave()
+        await idle
+        assert (first.done, second.done) == ({0: 2, 1: 2, 2: 2, 3: 3}, {0: 4, 1: 3})
+        assert [output.name for output in second.outputs] == ["y", "y"]
+        assert at.observer.done == [("ModelInfer", "OK")] * 6
+        statistics = at.statistics()
+        assert (statistics.success.count, statistics.fail.count) == (3 + 6, 0)
+
+
+async def test_a_request_that_nobody_waits_for_is_not_served_when_its_turn_comes() -> None:
+    async with front() as at:
+        await at.begin(1)
+        running = at.client.inference.sequences.enter("triton/plain/1")
+        batch = at.take(1, 1)
+        batch.gone_members = [0]
+        running.leave()
+        await at.settled()
+        assert batch.done == {1: 2}
+
+
+async def test_the_trace_of_each_request_ends_with_its_answer() -> None:
+    async with inference() as client:
+        traces = Traces()
+        at = Front(client, traces)
+        await at.begin(1, 2)
+        at.take(1, 9, 2, inputs=[InputColumn("x", FLOAT32, (2,), np.ones(6, np.float32).tobytes())])
+        await at.settled()
+        assert sorted(traces.ended) == [
+            ("INVALID_ARGUMENT", "INVALID_INPUT", "triton/plain/9"),
+            ("OK", "", "triton/plain/1"),
+            ("OK", "", "triton/plain/2"),
+        ]
 
 
 async def test_one_whose_rows_are_wrong_keeps_its_sequences_later_requests_behind_it() -> None:
     async with front() as at:
         await at.begin(1, 2)
         batch = at.take(1, 2, 1, sizes=[2, 1, 1])
-        await at.client.harness.settled()
-        assert (sorted(batch.handed_back), batch.done) == ([0, 2], {1: 2})
+        await at.settled()
+        assert batch.alone == [0, 2]
+        assert (batch.done[1], batch.done[2]) == (2, 2)
+        assert "must specify batch-size 1" in batch.done[0][1]
         many = at.take(1, 2, sizes=[1025, 1])
-        assert many.handed_back == [0]
+        await at.settled()
+        assert many.done == {0: await at.refusal(many.requests[0]), 1: 3}
+        assert "batch-size must be <= 1024" in many.done[0][1]
 
 
-async def test_what_waits_behind_others_is_handed_back() -> None:
-    """Of a stream that has messages nobody has read, or past its deadline, or a request that was an END's."""
+async def test_a_request_past_its_deadline_and_one_that_was_an_end_are_answered_so() -> None:
     async with front() as at:
         await at.begin(1, 2, 3)
-        batch = Batch(3)
-        batch.behind_members = [1]
-        at.take(1, 2, 3, batch=batch)
         now = at.client.harness.clock.monotonic()
         late = at.take(1, 2, 3, deadlines=[np.inf, now, np.inf])
-        assert (batch.handed_back, late.handed_back) == ([1], [1])
-        await at.client.harness.settled()
-        ended = at.client.inference.sequences._ended
-        ended.put("triton/plain/1", 7, Applied(1, 1, {"y": np.zeros(1, np.float32)}, replayed=False), 0)
-        expected, request_ids = np.full(2, 3, np.uint64), np.array([7, 8], np.uint64)
+        await at.settled()
+        assert (late.done[0], late.done[2]) == (2, 2)
+        assert late.done[1][0] == "UNAVAILABLE"
+        assert late.done[1][1].startswith("Request timeout expired: ")
+        numbers = {"stepwell_revision": 2, "stepwell_request_id": 7}
+        await at.client.infer(np.ones((1, 2), np.float32), sequence_id=1, end=True, **numbers)
+        expected, request_ids = np.full(2, 2, np.uint64), np.array([7, 8], np.uint64)
         known = at.take(1, 3, expected=expected, request_ids=request_ids)
-        await at.client.harness.settled()
-        assert (known.handed_back, known.done) == ([0], {1: 4})
+        await at.settled()
+        assert (known.done, known.alone, known.replayed) == ({0: 3, 1: 3}, [0], [0])
 
 
 @pytest.mark.parametrize(
@@ -253,11 +354,13 @@ async def test_what_waits_behind_others_is_handed_back() -> None:
         {"inputs": [InputColumn(name, FLOAT32, (2,), bytes(8)) for name in ("x", "q")]},
     ],
 )
-async def test_what_fits_no_model_is_handed_back(said: Any) -> None:
+async def test_requests_that_fit_no_model_are_answered_as_calls_are(said: Any) -> None:
     async with front() as at:
         await at.begin(1)
         batch = at.take(1, **said)
-        assert (batch.handed_back, batch.done, at.changes) == ([0], {}, [])
+        await at.settled()
+        assert batch.done == {0: await at.refusal(batch.requests[0])}
+        assert not at.changes
 
 
 async def test_outputs_are_those_that_were_asked_for() -> None:
@@ -347,21 +450,23 @@ async def test_sequences_of_several_versions_are_answered_by_their_own() -> None
         await at.begin(3, 4)
         for version, ran in (("", {1: 1, 2: 1, 3: 2, 4: 2}), ("1", {1: 1, 2: 1}), ("2", {3: 2, 4: 2})):
             batch = at.take(1, 3, 2, 4, model=("plain", version))
-            await harness.settled()
+            await at.settled()
             found = {(1, 3, 2, 4)[member]: int(number) for member, number in batch.versions.items()}
             assert found == ran
-            assert len(batch.handed_back) == 4 - len(ran)
+            assert len(batch.alone) == 4 - len(ran)
         counts = [at.client.inference.models.find("plain", str(v)).statistics.message() for v in (1, 2)]
         assert [count.inference_stats.success.count for count in counts] == [2 + 2 + 2, 2 + 2 + 2]
         await engine.load_version("plain", 3, WIDE)
         await engine.set_default("plain", 3, SessionPolicy.KEEP)
         await at.begin(5)
         batch = at.take(1, 5, 3)
-        await harness.settled()
-        assert (sorted(batch.handed_back), batch.versions) == ([0, 2], {1: "3"})
-        assert [output.name for output in batch.outputs] == ["z"]
+        await at.settled()
+        assert (sorted(batch.alone), batch.versions) == ([0, 2], {0: 1, 1: 3, 2: 2})
+        assert sorted(output.name for output in batch.outputs) == ["y", "y", "z"]
         for text in ("4", "x"):
-            assert at.take(1, model=("plain", text)).handed_back == [0]
+            batch = at.take(1, model=("plain", text))
+            await at.settled()
+            assert batch.done == {0: await at.refusal(batch.requests[0])}
 
 
 async def test_a_carry_between_two_steps_says_the_new_version() -> None:
@@ -374,4 +479,4 @@ async def test_a_carry_between_two_steps_says_the_new_version() -> None:
         await engine.set_default("plain", 2, SessionPolicy.CARRY)
         batch = at.take(1, 2)
         await harness.settled()
-        assert batch.versions == {0: "2", 1: "2"}
+        assert batch.versions == {0: 2, 1: 2}

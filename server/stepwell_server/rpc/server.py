@@ -228,6 +228,8 @@ class RpcServer:
         for servicer in self._streaming:
             servicer.stop()
         await self._boundary.wait_idle()
+        if self._triton is not None:
+            await self._triton.wait_idle()
         await self._front.flush()
 
     @property

@@ -541,7 +541,7 @@ impl Served {
     fn abandon(&self, late: bool) {
         self.call.set_over(late);
         self.service.queue.abandon();
-        if self.is_known || self.call.is_handed_back() {
+        if self.is_known {
             self.arrive(Arrival::Ended(self.call.clone()));
         }
     }

@@ -34,7 +34,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 /// What Python and the front say to each other: raised with every change of it, here and in `rpc/fronts/native.py`.
-const INTERFACE: u32 = 5;
+const INTERFACE: u32 = 6;
 
 /// A status as Python says it: code, message, a serialized google.rpc.Status or nothing, and `may_go_elsewhere`.
 type Said = (u32, String, PyBackedBytes, bool);
@@ -308,12 +308,7 @@ impl Front {
         let asked =
             (signature.select, signature.output_names.clone(), signature.says_sizes, signature.model.clone());
         let tensors = kinds.into_py(py);
-        let handle = BatchHandle {
-            batch: Arc::new(batch),
-            driver: self.driver.clone(),
-            service: self.server.service.clone(),
-            seen,
-        };
+        let handle = BatchHandle { batch: Arc::new(batch), driver: self.driver.clone(), seen };
         let tuple: PyObject = (0, handle, ids, callers, whos, columns, asked, tensors).into_py(py);
         Ok(tuple.into_bound(py).downcast_into::<PyTuple>()?)
     }
@@ -443,7 +438,6 @@ impl CallHandle {
 struct BatchHandle {
     batch: Arc<Batch>,
     driver: Arc<Driver>,
-    service: Arc<Service>,
     seen: u64,
 }
 
@@ -453,7 +447,7 @@ type Ended<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>);
 
 #[pymethods]
 impl BatchHandle {
-    #[pyo3(signature = (members, revisions, positions, outputs, replayed, version, model_version))]
+    #[pyo3(signature = (members, revisions, positions, outputs, replayed, model_version))]
     /// Members were applied: ascending, None for all; their rows one after the other in `outputs`. The numbers are
     /// columns: of u32 the members, of u64 the others.
     #[allow(clippy::too_many_arguments)]
@@ -465,7 +459,6 @@ impl BatchHandle {
         positions: &[u8],
         outputs: Vec<OutputColumn>,
         replayed: bool,
-        version: String,
         model_version: u64,
     ) -> Ended<'py> {
         let members = members.map(|some| numbers_of(some, u32::from_ne_bytes));
@@ -490,15 +483,7 @@ impl BatchHandle {
                 data: Box::new(data),
             })
             .collect();
-        self.send(Answer::Applied {
-            members,
-            revisions,
-            positions,
-            outputs,
-            replayed,
-            version,
-            model_version,
-        });
+        self.send(Answer::Applied { members, revisions, positions, outputs, replayed, model_version });
         ended
     }
 
@@ -512,11 +497,6 @@ impl BatchHandle {
         ended
     }
 
-    /// Which call each message is of, as `take` has it.
-    fn keys(&self) -> Vec<usize> {
-        self.batch.entries.iter().map(|entry| key(&entry.call)).collect()
-    }
-
     /// Messages that are calls whose clients say that they are not traced.
     fn untraced(&self) -> Vec<usize> {
         let entries = self.batch.entries.iter().enumerate();
@@ -526,30 +506,10 @@ impl BatchHandle {
             .collect()
     }
 
-    /// Triton's requests that are to be done as those that are not plain, as `take` would have handed them over.
-    fn hand_back<'py>(&self, py: Python<'py>, members: Vec<u32>) -> PyResult<Bound<'py, PyList>> {
-        let found = PyList::empty_bound(py);
-        for member in members {
-            let entry = &self.batch.entries[member as usize];
-            let Some(request) = &entry.request else { continue };
-            if !entry.call.hand_back(entry.frame_id, entry.held) {
-                continue;
-            }
-            let (key, message) = (key(&entry.call), PyBytes::new_bound(py, &request.message));
-            let tuple: PyObject = match entry.frame_id {
-                None => {
-                    let handle = CallHandle {
-                        call: entry.call.clone(),
-                        driver: self.driver.clone(),
-                        service: self.service.clone(),
-                    };
-                    (1, key, handle, message).into_py(py)
-                }
-                Some(number) => (2, key, message, number).into_py(py),
-            };
-            found.append(tuple)?;
-        }
-        Ok(found)
+    /// The request of a member, one of Triton's, as it came.
+    fn request<'py>(&self, py: Python<'py>, member: usize) -> Bound<'py, PyBytes> {
+        let request = self.batch.entries[member].request.as_ref();
+        PyBytes::new_bound(py, request.map_or(&[], |request| &request.message))
     }
 
     /// Members whose callers do not wait any more.

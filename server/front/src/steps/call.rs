@@ -56,8 +56,6 @@ pub struct State {
     pub held: usize,
     /// Sizes of messages that were handed to Python, which has not looked at them.
     pub unread: VecDeque<usize>,
-    /// Python was handed back its plain request.
-    is_handed_back: bool,
     /// Python knows who makes it, and that this caller may.
     pub is_admitted: bool,
     pub waker: Option<Waker>,
@@ -165,23 +163,6 @@ impl Call {
     pub fn hand_over(&self, state: &mut State, size: usize) {
         state.unread.push_back(size);
         self.peer.load.begin(GENERAL);
-    }
-
-    /// Python does a plain message after all; whether anybody waits for it. `number` is that of a stream's message.
-    pub fn hand_back(&self, number: Option<u64>, size: usize) -> bool {
-        let mut state = self.state();
-        if let Some(number) = number {
-            state.frames.remove(&number);
-            state.held -= size;
-            self.hand_over(&mut state, size);
-        }
-        state.is_handed_back = true;
-        !self.is_over()
-    }
-
-    /// Python was handed back a plain message of it, and is to know of its end.
-    pub fn is_handed_back(&self) -> bool {
-        self.state().is_handed_back
     }
 
     /// Send a reply that Python has made; `number` is that of the message which it is for, where their order counts.

@@ -28,9 +28,7 @@ pub enum Answer {
         positions: Vec<u64>,
         outputs: Vec<Output>,
         replayed: bool,
-        /// The model's, where requests name it.
-        version: String,
-        /// Of the model that ran it, for answers that say so; 0: not said.
+        /// Of the model that ran it; 0: answers of Stepwell's own protocol do not say it.
         model_version: u64,
     },
     Failed {
@@ -45,9 +43,7 @@ impl Answer {
     /// Call `then` with each entry that has some of the members that were applied: what they were answered, and their
     /// indexes in it.
     fn for_each_part(&self, batch: &Batch, mut then: impl FnMut(&Entry, Part<'_>, &[u32])) {
-        let Answer::Applied { members, revisions, positions, outputs, replayed, version, model_version } =
-            self
-        else {
+        let Answer::Applied { members, revisions, positions, outputs, replayed, model_version } = self else {
             return;
         };
         let mut row = 0;
@@ -60,7 +56,6 @@ impl Answer {
                 outputs,
                 rows: row..row + rows,
                 replayed: *replayed,
-                version,
                 model_version: *model_version,
             };
             row += rows;
@@ -176,8 +171,6 @@ pub struct Part<'a> {
     pub outputs: &'a [Output],
     pub rows: Range<usize>,
     pub replayed: bool,
-    /// The model's, where requests name it.
-    pub version: &'a str,
     pub model_version: u64,
 }
 
@@ -351,14 +344,12 @@ mod tests {
     fn applied(members: Option<Vec<u32>>, revisions: Vec<u64>, rows: Vec<u8>) -> Answer {
         let outputs =
             vec![Output { name: "y".to_owned(), dtype: 9, tail: vec![], row_bytes: 1, data: Box::new(rows) }];
-        let version = String::new();
         Answer::Applied {
             members,
             positions: revisions.clone(),
             revisions,
             outputs,
             replayed: false,
-            version,
             model_version: 0,
         }
     }
@@ -496,7 +487,6 @@ mod tests {
                     positions,
                     outputs,
                     replayed: false,
-                    version: String::new(),
                     model_version: 0,
                 },
             );

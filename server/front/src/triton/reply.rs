@@ -32,7 +32,7 @@ fn response(model: &str, entry: &Entry, part: &Part<'_>) -> Bytes {
     let rows = part.rows.len();
     let mut head = BytesMut::with_capacity(256);
     put_text(&mut head, 1, model.as_bytes());
-    put_text(&mut head, 2, part.version.as_bytes());
+    put_text(&mut head, 2, part.model_version.to_string().as_bytes());
     if let Some(request) = &entry.request {
         put_text(&mut head, 3, &request.id);
     }
@@ -138,7 +138,6 @@ mod tests {
             revisions,
             outputs,
             replayed: true,
-            version: "1".to_owned(),
             model_version: 1,
         }
     }

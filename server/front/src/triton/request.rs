@@ -1,8 +1,7 @@
 //! Which of Triton's requests are plain, and what stands in them: steps of sequences that have begun.
 //!
 //! A `ModelInferRequest` is plain if it names a sequence, neither begins nor ends it, and has its inputs as raw
-//! contents of numbers. Anything else goes to Python with its bytes; so does a plain request that Python hands back,
-//! because its sequence has not begun, say.
+//! contents of numbers. Anything else goes to Python with its bytes.
 
 use crate::limits::callers::SEPARATOR;
 use crate::messages::protobuf::{Fields, NotPlain, Value};

@@ -178,7 +178,6 @@ class ColumnReplies(Protocol):
         outputs: Sequence[OutputColumn],
         *,
         replayed: bool,
-        version: str,
         model_version: int,
     ) -> Ended:
         """Sessions were stepped: ascending indexes, None for all. All of them ran on one version of their model.
@@ -189,8 +188,7 @@ class ColumnReplies(Protocol):
             positions: One per session.
             outputs: Their rows, one after the other.
             replayed: They were answered with a remembered reply.
-            version: The model's, for messages that name one.
-            model_version: The number of the version, which answers of Stepwell's own protocol say; 0: they do not.
+            model_version: The number of the version; 0: answers of Stepwell's own protocol do not say it.
         """
 
     def failed(self, members: Members | None, status: Status, error: bytes) -> Ended:
@@ -199,11 +197,8 @@ class ColumnReplies(Protocol):
         That is a serialized `stepwell.v1.Error`, or Triton's message.
         """
 
-    def hand_back(self, members: Members) -> None:
-        """Let the front serve these messages of Triton's as calls, and those that come after them behind them."""
-
-    def behind(self) -> Sequence[int]:
-        """Messages of Triton's before which others of their stream were handed back that nobody has read yet."""
+    def request(self, member: int) -> bytes:
+        """One of Triton's requests as it came. Only while it has no answer."""
 
     def untraced(self) -> Sequence[int]:
         """Messages that are calls of which the metadata says that they are not traced."""

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 VERSION = stepwell_front.__version__
 #: What this module and the front say to each other: raised with every change of it, here and in `python/front.rs`.
-_INTERFACE = 5
+_INTERFACE = 6
 _installed = getattr(stepwell_front, "INTERFACE", 0)
 if _installed != _INTERFACE:
     raise OtherFront(
@@ -156,11 +156,6 @@ class _Call:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
 
-    @property
-    def is_behind(self) -> bool:
-        """It has messages that nobody has read yet."""
-        return bool(self._messages)
-
     def know_set(self, number: int, known: SessionSet | None) -> None:
         if known is None:
             self._handle.forget_set(number)
@@ -205,8 +200,6 @@ class NativeFront:
         """Who called last over each connection."""
         self._peers: dict[int, str] = {}
         """Connections of the calls that have come."""
-        self._handed_back: set[int] = set()
-        """Streams some of whose plain messages were handed back, and may not have been read yet."""
 
     async def start(
         self,
@@ -411,7 +404,7 @@ class NativeFront:
     def _do(self, arrival: tuple[Any, ...]) -> None:
         tag = arrival[0]
         if tag == _BATCH:
-            rest = self._steps.take(columns_of(self, *arrival[1:]))
+            rest = self._steps.take(columns_of(*arrival[1:]))
             if rest is not None:
                 self._do_rest(rest, set(arrival[3]))
             return
@@ -451,22 +444,6 @@ class NativeFront:
             handle.end(said(ended.status))
         else:
             handle.admit()
-
-    def serve(self, handed_back: list[tuple[Any, ...]]) -> None:
-        """Serve plain messages as those that are not."""
-        for arrival in handed_back:
-            if arrival[0] == _MESSAGE:
-                self._handed_back.add(arrival[1])
-            else:
-                self._peers[arrival[1]] = arrival[2].peer
-            self._do(arrival)
-
-    def behind(self) -> set[int]:
-        """Streams of which handed back messages wait to be read."""
-        if self._handed_back:
-            calls = ((key, self._calls.get(key)) for key in self._handed_back)
-            self._handed_back = {key for key, call in calls if call is not None and call.is_behind}
-        return self._handed_back
 
     def _tell(self, tag: int, key: int, *rest: Any) -> None:
         """Let the task of a call know."""

@@ -15,8 +15,6 @@ from stepwell_server.rpc.status import Status
 if TYPE_CHECKING:
     from stepwell_front import BatchHandle
 
-    from stepwell_server.rpc.fronts.native import NativeFront
-
 #: A status as the wire knows it: code, message, details, and whether the call may go elsewhere.
 Said = tuple[int, str, bytes, bool]
 _NOBODY: Members = np.zeros(0, np.intp)
@@ -27,9 +25,8 @@ _ANYBODY = [ANYBODY]
 class Replies:
     """`base.ColumnReplies` of a batch that the wire has handed over."""
 
-    def __init__(self, batch: BatchHandle, front: NativeFront) -> None:
+    def __init__(self, batch: BatchHandle) -> None:
         self._batch = batch
-        self._front = front
 
     def applied(
         self,
@@ -39,27 +36,21 @@ class Replies:
         outputs: Sequence[OutputColumn],
         *,
         replayed: bool,
-        version: str,
         model_version: int,
     ) -> Ended:
         """See `base.ColumnReplies`."""
         some = None if members is None else members.astype(np.uint32).tobytes()
         columns = (revisions.tobytes(), positions.tobytes(), outputs)
-        return _ended(*self._batch.applied(some, *columns, replayed, version, model_version))
+        return _ended(*self._batch.applied(some, *columns, replayed, model_version))
 
     def failed(self, members: Members | None, status: Status, error: bytes) -> Ended:
         """See `base.ColumnReplies`."""
         some = None if members is None else members.astype(np.uint32).tobytes()
         return _ended(*self._batch.failed(some, said(status), error))
 
-    def hand_back(self, members: Members) -> None:
+    def request(self, member: int) -> bytes:
         """See `base.ColumnReplies`."""
-        self._front.serve(self._batch.hand_back(members.tolist()))
-
-    def behind(self) -> Sequence[int]:
-        """See `base.ColumnReplies`."""
-        calls = self._front.behind()
-        return [place for place, key in enumerate(self._batch.keys()) if key in calls] if calls else ()
+        return self._batch.request(member)
 
     def untraced(self) -> Sequence[int]:
         """See `base.ColumnReplies`."""
@@ -72,7 +63,6 @@ class Replies:
 
 
 def columns_of(
-    front: NativeFront,
     batch: BatchHandle,
     session_ids: list[str],
     callers: list[str],
@@ -97,7 +87,7 @@ def columns_of(
         output_names,
         [InputColumn(*tensor) for tensor in tensors],
         np.frombuffer(counts, np.uint32),
-        Replies(batch, front),
+        Replies(batch),
         model,
     )
 

@@ -88,14 +88,10 @@ class Form:
 
     def applied(self, members: Members | None, reply: Reply) -> None:
         """Members were applied; None: all of the batch."""
-        if self.traces:
-            self._end_traces(members, "OK", "")
-        self._answer(members, reply)
+        self._answer(members, reply, [_output(name, array) for name, array in reply.outputs.items()])
 
     def failed(self, members: Members | None, error: ServerError) -> None:
         """Members failed alike; None: all of the batch."""
-        if self.traces:
-            self._end_traces(members, code_of(error).name, error.reason)
         self._refuse(members, error, to_proto(error).SerializeToString())
 
     def traces_of(self, members: Members | None) -> Mapping[int, CallTrace]:
@@ -114,28 +110,24 @@ class Form:
             facts = {"session.id": session, "tenant": whose.tenant, "caller": whose.name}
             self.traces.pop(first).end(code, reason, facts)
 
-    def version_text(self, _version: int) -> str:
-        """The version of the model as messages say it that name the model; empty where they do not."""
-        return ""
-
-    def output_columns(self, outputs: Tensors) -> list[OutputColumn]:
-        """Outputs as they leave."""
-        return [_output(name, array) for name, array in outputs.items()]
-
-    def _answer(self, members: Members | None, reply: Reply) -> None:
+    def _answer(self, members: Members | None, reply: Reply, outputs: Sequence[OutputColumn]) -> None:
+        """Answer members that were applied, with these outputs."""
+        if self.traces:
+            self._end_traces(members, "OK", "")
         ended = self.columns.replies.applied(
             members,
             reply.revisions,
             reply.positions,
-            self.output_columns(reply.outputs),
+            outputs,
             replayed=reply.replayed,
-            version=self.version_text(reply.version),
             model_version=reply.version,
         )
         self._ended(ended, "OK")
 
     def _refuse(self, members: Members | None, error: ServerError, told: bytes) -> None:
-        """Refuse calls by the error's status, and tell streams."""
+        """Refuse calls by the error's status, and answer streams with `told`."""
+        if self.traces:
+            self._end_traces(members, code_of(error).name, error.reason)
         count = len(self.columns.session_ids) if members is None else len(members)
         self._observer.refused(error.reason, count, error.model)
         self._ended(self.columns.replies.failed(members, to_status(error), told), code_of(error).name)
@@ -211,7 +203,7 @@ class ColumnSteps(Refusals):
                 continue
             members = form.left if is_one else np.arange(first, first + count)
             change = self._change(form, members)
-            change.caller, change.who = columns.callers[first], _who(columns, first)
+            change.caller, change.who = columns.callers[first], who_of(columns, first)
             change.deadline = float(columns.deadlines[first])
             try:
                 if len(self._engine.submit(change)):
@@ -261,7 +253,8 @@ def _some(values: Sequence[_T], members: Members | None) -> Sequence[_T]:
     return values if members is None else [values[member] for member in members.tolist()]
 
 
-def _who(columns: StepColumns, member: int) -> Caller:
+def who_of(columns: StepColumns, member: int) -> Caller:
+    """Who asks for a member."""
     return columns.whos[member if len(columns.whos) > 1 else 0]
 
 

@@ -1,12 +1,14 @@
-"""Requests that a front has read by itself: steps of sequences that go on, as columns.
+"""Requests that a front has read by itself: steps of sequences that have begun.
 
-What is plain is the front's to say; whether a request can be done so is said here. A request whose sequence has another
-one at work, has not begun, or is not what the request takes it for, one that the model's tensors do not fit, and what
-comes behind such a one, is handed back: it becomes a call or a message of one, and `Inference` gives it its answer.
+They are the same columns as Stepwell's own steps. What the protocol adds is here: which versions of the model they are
+for, what their tensors are called there, the statistics, and the words of errors. A request for which that is not enough
+is served alone by `Inference`, behind what came before it for its sequence: another request of the sequence is running,
+the sequence has not begun or is not what the request takes it for, or the model's tensors do not fit it.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -14,14 +16,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from typing_extensions import override
 
-from stepwell_server.engine.change import Change, Reply
+from stepwell_server.engine.api import Applied
+from stepwell_server.engine.change import NO_STATES, Change, Reply
 from stepwell_server.engine.types import Members, Tensors
-from stepwell_server.errors import InvalidInput, ModelNotFound, ServerError
+from stepwell_server.errors import InvalidInput, ModelNotFound, ServerError, release_frames
 from stepwell_server.rpc import tensors
+from stepwell_server.rpc.boundary import internal
 from stepwell_server.rpc.fronts.base import OutputColumn, StepColumns
 from stepwell_server.rpc.status import message_of
-from stepwell_server.rpc.steps.columns import Form, sizes_of
+from stepwell_server.rpc.steps.columns import Form, sizes_of, who_of
+from stepwell_server.rpc.tracing import TRACES
 from stepwell_server.rpc.triton.errors import names_sequence, translated
+from stepwell_server.rpc.triton.infer import Answer, Origin
+from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.sequences import sequence_of
 from stepwell_server.rpc.triton.statistics import Timing
 from stepwell_server.rpc.triton.tensors import MAX_BATCH_SIZE, Tensor
@@ -30,12 +37,11 @@ if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.rpc.boundary import RequestObserver
     from stepwell_server.rpc.triton.infer import Inference
-    from stepwell_server.rpc.triton.versions import InferModel
+    from stepwell_server.rpc.triton.sequences import Turn
+    from stepwell_server.rpc.triton.versions import InferModel, Read
 
-_NOBODY: Members = np.zeros(0, np.intp)
 
-
-class RequestForm(Form):
+class InferForm(Form):
     """Steps of sequences of one model. Lives on the event loop."""
 
     method, stream_method = "ModelInfer", "ModelStreamInfer"
@@ -54,14 +60,11 @@ class RequestForm(Form):
         self._steps = 1
         self._named = columns.model or ("", "")
 
+    @override
     def prepare(self) -> None:
-        """Read the tensors, and hand back what cannot be done so."""
-        if not self._read():
-            self._hand_back(self.members)
-            return
-        out = self._out()
-        if len(out):
-            self._hand_back(self._with_followers(out))
+        alone = self._alone() if self._read() else self.members
+        if len(alone):
+            self._serve_alone(alone)
         self._timing.read = time.perf_counter_ns()
 
     def _read(self) -> bool:
@@ -78,21 +81,14 @@ class RequestForm(Form):
         self._outputs, self.inputs, self._steps = outputs, inputs.arrays, inputs.steps
         return True
 
-    def _out(self) -> Members:
-        """Requests that cannot be done so, beside those of which the engine says it."""
+    def _alone(self) -> Members:
+        """The requests to be served alone, beside those that the engine does not take."""
         columns = self.columns
-        masks = []
-        if columns.sizes.max() > MAX_BATCH_SIZE:
-            masks.append(columns.sizes > MAX_BATCH_SIZE)
-        now = self._clock.monotonic()
-        if columns.deadlines.min() <= now:
-            masks.append(columns.deadlines <= now)
+        alone = columns.sizes > MAX_BATCH_SIZE
         waits = self._inference.sequences.must_wait(columns.session_ids, columns.request_ids)
         if waits is not None:
-            masks.append(waits)
-        out = np.flatnonzero(np.logical_or.reduce(masks)) if masks else _NOBODY
-        behind = columns.replies.behind()
-        return np.union1d(out, behind).astype(np.intp) if behind else out
+            alone |= waits
+        return self._with_followers(np.flatnonzero(alone)) if alone.any() else np.flatnonzero(alone)
 
     @override
     def change(self, members: Members | None) -> Change:
@@ -105,7 +101,7 @@ class RequestForm(Form):
     @override
     def decline(self, members: Members) -> Members:
         followers = self._with_followers(members)
-        self._hand_back(followers[followers >= members[0]])
+        self._serve_alone(followers[followers >= members[0]])
         return followers
 
     def _with_followers(self, members: Members) -> Members:
@@ -113,19 +109,48 @@ class RequestForm(Form):
         ids = self.columns.session_ids
         if len(set(ids)) == len(ids):
             return members
-        out = {ids[member] for member in members.tolist()}
-        return np.array([member for member in self.members.tolist() if ids[member] in out], np.intp)
+        named = {ids[member] for member in members.tolist()}
+        return np.array([member for member in self.members.tolist() if ids[member] in named], np.intp)
 
-    def _hand_back(self, members: Members) -> None:
-        """Hand requests back to the front: none of them is left to do."""
+    def _serve_alone(self, members: Members) -> None:
+        """Serve requests one by one, each in its sequence's line: none of them is left to do."""
         self.members = np.setdiff1d(self.members, members)
-        self.columns.replies.hand_back(members)
+        for member in members.tolist():
+            turn = self._inference.sequences.enter(self.columns.session_ids[member])
+            self._inference.run(self._answer_alone(member, turn), turn)
+
+    async def _answer_alone(self, member: int, turn: Turn) -> None:
+        columns, members = self.columns, np.array([member])
+        caller = columns.callers[member if len(columns.callers) > 1 else 0]
+        origin = Origin(caller, who_of(columns, member), float(columns.deadlines[member]))
+        if not turn.is_refused:
+            await turn.come()
+            if member in columns.replies.gone():
+                return
+        if (trace := self.traces.get(member)) is not None:
+            TRACES.set({0: trace})
+        try:
+            request = pb.ModelInferRequest.FromString(columns.replies.request(member))
+            await self._inference.serve(
+                request, origin, turn, functools.partial(self._applied_alone, members)
+            )
+        except Exception as error:
+            release_frames(error)
+            known = error if isinstance(error, ServerError) else internal(error, method=self.method)
+            known.model = self._named[0]
+            self._refuse(members, known, message_of(known).encode())
+
+    def _applied_alone(self, members: Members, read: Read, reply: Answer) -> None:
+        assert isinstance(reply, Applied), "it is of a sequence"
+        revisions, positions = np.array([[reply.revision], [reply.position]], np.uint64)
+        several = Reply(revisions, positions, reply.outputs, NO_STATES, reply.replayed, reply.version)
+        self._answer(members, several, _columns(read.outputs, reply.outputs))
 
     @override
     def applied(self, members: Members | None, reply: Reply) -> None:
         timing, sizes = self._timing, self.columns.sizes
         timing.run = time.perf_counter_ns()
-        self._answer(members, reply)
+        self._answer(members, reply, _columns(self._outputs, reply.outputs))
         model = self._inference.models.known(self._named[0], reply.version)
         if model is None:
             return
@@ -157,16 +182,13 @@ class RequestForm(Form):
         for member in (self.members if members is None else members).tolist():
             yield np.array([member]), member
 
-    @override
-    def version_text(self, version: int) -> str:
-        return str(version)
 
-    def output_columns(self, outputs: Tensors) -> list[OutputColumn]:
-        """The outputs that were asked for, in that order."""
-        columns = []
-        for tensor in self._outputs:
-            array = outputs[tensor.spec.name]
-            number, data = tensors.to_bytes(array)
-            shape = array.shape if tensor.spec.shape else (*array.shape, 1)
-            columns.append(OutputColumn(tensor.spec.name, number, shape[1:], data))
-        return columns
+def _columns(wanted: Sequence[Tensor], outputs: Tensors) -> list[OutputColumn]:
+    """The outputs that were asked for, in that order."""
+    columns = []
+    for tensor in wanted:
+        array = outputs[tensor.spec.name]
+        number, data = tensors.to_bytes(array)
+        shape = array.shape if tensor.spec.shape else (*array.shape, 1)
+        columns.append(OutputColumn(tensor.spec.name, number, shape[1:], data))
+    return columns

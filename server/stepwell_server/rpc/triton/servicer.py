@@ -16,7 +16,7 @@ from stepwell_server.rpc.fronts.base import Call
 from stepwell_server.rpc.status import UNSUPPORTED_CODES
 from stepwell_server.rpc.steps.stream import Streams
 from stepwell_server.rpc.triton import metadata
-from stepwell_server.rpc.triton.columns import RequestForm
+from stepwell_server.rpc.triton.columns import InferForm
 from stepwell_server.rpc.triton.infer import Inference
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.liveness import Liveness
@@ -65,6 +65,8 @@ class TritonServicer:
         """End each stream that begins from now on with UNAVAILABLE, before anything of it is read."""
         self.stop = self._streams.stop
         """End each stream with UNAVAILABLE as soon as its requests are answered."""
+        self.wait_idle = self._inference.wait_idle
+        """Return when the requests are answered that no call serves."""
 
     async def model_ready(self, request: pb.ModelReadyRequest, _call: Call) -> pb.ModelReadyResponse:
         """Whether a model takes requests."""
@@ -110,7 +112,7 @@ class TritonServicer:
 
     def form_of(self, columns: StepColumns) -> Form:
         """What a front has read of requests by itself."""
-        return RequestForm(columns, self._inference, self._clock, self._observer)
+        return InferForm(columns, self._inference, self._clock, self._observer)
 
     async def model_infer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
         """Run a model once."""
