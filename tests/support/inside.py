@@ -78,7 +78,7 @@ class Inside:
         return self._engine._directory.here
 
     @staticmethod
-    def turn_of(model: Model) -> Callable[[], None]:
+    def turn_of(model: Model) -> Callable[[], bool]:
         """What is called when there is work for a model."""
         assert model.work._listener is not None
         return model.work._listener

@@ -53,13 +53,12 @@ class Flood:
         """One whose turns take so long."""
         share = Share(self.shares, label)
 
-        def turn() -> None:
+        def turn() -> bool:
             self.turns.append(label)
             self.clock.advance(seconds)
-            if len(self.turns) < self._enough:
-                share.ring()
-            else:
+            if len(self.turns) == self._enough:
                 self._ended.set()
+            return len(self.turns) < self._enough
 
         share.listen(turn)
         return share
@@ -79,9 +78,10 @@ async def test_however_often_it_is_rung_there_is_one_turn_between_two_looks_at_t
     shares = shares_of(ManualClock())
     share = Share(shares, "m")
 
-    def turn() -> None:
+    def turn() -> bool:
         turns.append(1)
-        share.ring()  # there is always more to do
+        share.ring()  # it says nothing
+        return True  # there is always more to do
 
     share.listen(turn)
     share.ring()
@@ -100,10 +100,10 @@ async def test_what_is_done_in_a_turn_needs_no_other() -> None:
     turns: list[int] = []
     share = Share(shares_of(ManualClock()), "m")
 
-    def turn() -> None:
+    def turn() -> bool:
         turns.append(1)
         share.ring()
-        share.done()
+        return False
 
     share.listen(turn)
     share.ring()
@@ -279,9 +279,9 @@ async def test_models_have_their_turns_among_other_large_work() -> None:
     shares = shares_of(ManualClock(), turns)
     share = Share(shares, "m")
 
-    def run() -> None:
+    def run() -> bool:
         order.append("pass")
-        share.ring()
+        return True
 
     def other() -> None:
         order.append("other")

@@ -276,7 +276,7 @@ async def test_a_turn_that_raises_leaves_the_other_models_theirs() -> None:
         await at.open("x", model="other")
         first, _ = at.inside.models
 
-        def broken() -> None:
+        def broken() -> bool:
             raise ZeroDivisionError
 
         turn = at.inside.turn_of(first)

@@ -171,25 +171,15 @@ class LoopQueue:
 class Share:
     """What one model has of the event loop and of the threads. Lives on the event loop."""
 
-    __slots__ = (
-        "_has_turn",
-        "_listener",
-        "_shares",
-        "is_due",
-        "label",
-        "last_on_threads",
-        "pieces",
-        "wanted_s",
-    )
+    __slots__ = ("_listener", "_shares", "is_due", "label", "last_on_threads", "pieces", "wanted_s")
 
     def __init__(self, shares: Shares, label: str) -> None:
         self._shares = shares
-        self._listener: Callable[[], None] | None = None
-        self._has_turn = False
+        self._listener: Callable[[], bool] | None = None
         self.label = label
         """The model's name, for the log."""
         self.is_due = False
-        """The listener will be called."""
+        """The listener will be called, or is called now."""
         self.last_on_threads = 0.0
         """When it began or ended a pass on threads."""
         self.pieces = 0
@@ -197,21 +187,15 @@ class Share:
         self.wanted_s = 0.0
         """Seconds of its last pass there, if it had been as long as the model likes."""
 
-    def listen(self, listener: Callable[[], None]) -> None:
-        """Call `listener` when the model is next on the event loop."""
+    def listen(self, listener: Callable[[], bool]) -> None:
+        """Call `listener` when the model is next on the event loop; it returns whether it is to be called again."""
         self._listener = listener
 
     def ring(self) -> None:
-        """Call the listener soon: once, even if this is called again before."""
+        """Call the listener soon: once, even if this is called again before it has returned."""
         if not self.is_due and self._listener is not None:
             self.is_due = True
-            if not self._has_turn:
-                self._shares.add(self)
-
-    def done(self) -> None:
-        """For the listener: what it has been rung for since it was called is done already."""
-        assert self._has_turn, "only the listener knows"
-        self.is_due = False
+            self._shares.add(self)
 
     def used(self, seconds: float) -> None:
         """Charge time on the event loop beside that of the listener."""
@@ -220,19 +204,15 @@ class Share:
     def leave(self) -> None:
         """The model is gone: its listener is not called any more."""
         self._listener = None
-        self.is_due = False
 
     def run(self) -> None:
         """Call the listener; for `Shares`."""
-        if self._listener is None:
-            return
-        self.is_due, self._has_turn = False, True
+        is_due = False
         try:
-            self._listener()
+            is_due = self._listener is not None and self._listener()
         except Exception as error:  # the other models must run
             self._shares.on_defect(self.label, error)
-        finally:
-            self._has_turn = False
+        self.is_due = is_due
 
 
 class Shares:

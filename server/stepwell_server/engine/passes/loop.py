@@ -231,13 +231,14 @@ class PassLoop:
             self._idle.clear()
             await self._idle.wait()
 
-    def _turn(self) -> None:
-        """What came is drained, admitted and chosen from; what was chosen runs, is committed and answered."""
-        if self._running or self._commits.is_full:
-            return
-        if self._window.is_open and self._waits():
-            self._model.work.done()
-            return
+    def _turn(self) -> bool:
+        """What came is drained, admitted and chosen from; what was chosen runs, is committed and answered.
+
+        Returns:
+            Whether there is something to do in another turn. Where a pass runs, its end rings.
+        """
+        if self._running or self._commits.is_full or (self._window.is_open and self._waits()):
+            return False
         came = self._inline.run_few(self._inbox.drain())
         if came:
             if self._model.ready.rows_waiting:
@@ -248,10 +249,13 @@ class PassLoop:
         jobs = self._choose() if wanted else ()
         if jobs:
             rows = sum(job.row_count for job in jobs)
-            self._run(jobs, wanted)  # then `_finish`: commit and reply
-            if not self._running:
-                self._model.turn_cost.learn(rows, self._clock.monotonic() - began)
-        self._settle()
+            if self._run(jobs, wanted):  # then `_finish`: commit and reply
+                return False
+            self._model.turn_cost.learn(rows, self._clock.monotonic() - began)
+        has_more = bool(self._inbox) or self._model.ready.rows_waiting > 0
+        if not has_more:
+            self._idle.set()
+        return has_more
 
     def _waits(self) -> bool:
         """Whether what has come waits for those who were just answered. They ring when they come, and else the alarm."""
@@ -278,15 +282,8 @@ class PassLoop:
         """From a thread."""
         self._loop.call_soon_threadsafe(self._model.work.ring)
 
-    def _settle(self) -> None:
-        """Have no other turn unless there is something to do in it."""
-        if self._running:
-            self._model.work.done()  # `_finish` rings
-        elif not self._inbox and not self._model.ready.rows_waiting:
-            self._model.work.done()
-            self._idle.set()
-
-    def _run(self, jobs: Sequence[Job], wanted: int) -> None:
+    def _run(self, jobs: Sequence[Job], wanted: int) -> bool:
+        """Run a pass; whether it has been put on threads."""
         try:
             now = self._clock.monotonic()
             slice_s = SHORT_SLICE_S if now < self._company_until else SLICE_S
@@ -295,8 +292,7 @@ class PassLoop:
             work = Pass(self._model.program, jobs, self._model.ready.steps_together(jobs, budget))
         except Exception as error:
             self._fail_all(jobs, error)
-            self._model.work.ring()
-            return
+            return False
         self._running, self._pass_began = True, now
         if self.runner.is_small(work):
             broken: BaseException | None = None
@@ -305,9 +301,10 @@ class PassLoop:
             except Exception as error:
                 broken = error
             self._finish(work, broken)
-        else:
-            work.rows_wanted = wanted
-            self.runner.run_on_threads(work, lambda broken: self._tell(work, broken))
+            return False
+        work.rows_wanted = wanted
+        self.runner.run_on_threads(work, lambda broken: self._tell(work, broken))
+        return True
 
     def _choose(self) -> list[Job]:
         now = self._clock.monotonic()
@@ -328,9 +325,6 @@ class PassLoop:
                 self._consider(job, now, chosen, later)
         for job in later:
             self._model.ready.add(job)
-        if later and not chosen:
-            # the rows that these wait for were those of jobs which have been dropped just now
-            self._model.work.ring()
         return chosen
 
     def _consider(self, job: Job, now: float, chosen: list[Job], later: list[Job]) -> None:
