@@ -238,12 +238,12 @@ class ModelInfo:
     sessions: int
     """Open sessions when it was described."""
     proof: ProofInfo = ProofInfo(0, "")
-    """How it is known that it may be stepped; a server of an older release says nothing of it."""
+    """How it is known that it may be stepped."""
     provenance: ProvenanceInfo | None = None
-    """Where its program comes from; None if the server is of an older release."""
+    """Where its program comes from; None if it is not known."""
     version: int = 0
-    """The version that all of this is about: the default, unless another one was asked for; 0 if the server is of an
-    older release."""
+    """The version that all of this is about: the default, unless another one was asked for; 0 if it was read from
+    a file."""
     versions: tuple[ModelVersionInfo, ...] = ()
     """All versions of the name, in their order."""
     structure: str = ""
@@ -354,7 +354,7 @@ class ServerInfo:
     """
 
     front: str
-    """What speaks to the network: "native" or "python"; empty if the server is of an older release."""
+    """What speaks to the network: "native" or "python"."""
     models: tuple[ModelInfo, ...]
     """Its models, in the order of their names."""
     id: str = ""
@@ -427,7 +427,7 @@ class SessionInfo:
     tenant: str = ""
     """Whose it is, where everybody's sessions are listed (`tenant="*"`). Empty elsewhere, and for sessions of no tenant."""
     model_version: int = 0
-    """Version of its model that its next change runs on; 0 if the server is of an older release."""
+    """Version of its model that its next change runs on."""
     model_version_pinned: bool = False
     """It was opened with a version or a label, and stays on that version."""
 

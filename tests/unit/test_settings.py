@@ -390,8 +390,7 @@ def test_the_command_line_wins_over_a_variable_that_contradicts_it(model: str) -
     assert read_settings([model, "--store", "memory"], {"STEPWELL_DATA_DIR": "/x"}).store == "memory"
     settings = read_settings([model, "--data-dir", "/y"], {"STEPWELL_STORE": "memory"})
     assert (settings.store, settings.data_dir) == ("disk", Path("/y"))
-    assert read_settings([model, "--store", "lmdb"], {}).store == "disk"  # its former name
-    both = {"STEPWELL_STORE": "lmdb", "STEPWELL_DATA_DIR": "/x"}
+    both = {"STEPWELL_STORE": "disk", "STEPWELL_DATA_DIR": "/x"}
     assert read_settings([model, "--store=memory"], both).store == "memory"
 
 

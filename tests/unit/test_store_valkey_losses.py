@@ -193,7 +193,7 @@ async def test_a_mark_that_alone_is_gone_is_made_again(valkey: Valkey) -> None:
         assert (await put(a, [("u", record("u"))], [0]))[0] is ALL_KEPT
 
 
-async def test_a_store_of_an_earlier_release_gets_its_marks(valkey: Valkey) -> None:
+async def test_a_store_whose_making_was_cut_off_gets_its_marks(valkey: Valkey) -> None:
     async with shared(valkey.url()) as (a,):
         await put(a, [("s", record("s"))], [0])
         valkey.ask("HDEL", f"{a._url.prefix}{{meta}}store", "marked")

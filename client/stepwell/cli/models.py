@@ -43,7 +43,7 @@ MODEL_KEYS = (
     ("batch_sizes", "batch sizes that it is padded to; empty: any"),
     ("state_row_bytes", "size of the state of one row"),
     ("sessions", "open sessions"),
-    ("version", "the version that all of this is about: the default; 0: a server of an older release"),
+    ("version", "the version that all of this is about: the default; 0: of a file"),
     ("versions", "list of all versions of the name:"),
     ("versions.version", "its number"),
     ("versions.state", '"loading", "ready", "draining" (served to the sessions that it has) or "failed"'),
@@ -82,7 +82,7 @@ PROVENANCE_KEYS = (
         "stepwell models show forecast.stepwell",
     ),
     json_keys=(
-        ("front", 'what speaks to the network: "native" or "python"; empty: a server of an older release'),
+        ("front", 'what speaks to the network: "native" or "python"'),
         ("models", "list, by name; of each:"),
         *MODEL_KEYS,
     ),
@@ -266,7 +266,7 @@ def show(target: Target, model: str, as_json: bool) -> None:
         _render.print_json(document | ({"sessions": None} if is_file else {}))
         return
     of_server = [
-        ("version", str(info.version or "unknown, a server of an older release")),
+        ("version", str(info.version)),
         ("versions", "\n".join(map(version_text, info.versions))),
         ("sessions", str(info.sessions)),
     ]

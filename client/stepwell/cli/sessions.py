@@ -43,7 +43,7 @@ SESSION_KEYS = (
     ("last_used_time", "when it was last changed, read or resumed"),
     ("age_s, idle_s", "seconds since then"),
     ("resident", "false: its state is only in the store"),
-    ("model_version", "version of the model that its next change runs on; 0: a server of an older release"),
+    ("model_version", "version of the model that its next change runs on"),
     ("model_version_pinned", "it was opened with a version or a label, and stays on that version"),
     ("max_idle_s", "it expires when it was not used for this many seconds; null: never"),
 )
@@ -429,7 +429,7 @@ def session_cells(session: SessionInfo, *, everybodys: bool) -> tuple[str, ...]:
         *((session.tenant or "-",) if everybodys else ()),
         _render.short_text(session.session_id),
         _render.short_text(session.model),
-        str(session.model_version or "-"),
+        str(session.model_version),
         str(session.batch_size),
         str(session.revision),
         str(session.position),
@@ -445,7 +445,7 @@ def session_facts(session: SessionInfo) -> list[tuple[str, str]]:
     return [
         ("session", session.session_id),
         ("model", session.model),
-        ("version", f"{session.model_version or 'unknown'}{' (pinned)' * session.model_version_pinned}"),
+        ("version", f"{session.model_version}{' (pinned)' * session.model_version_pinned}"),
         ("fingerprint", session.fingerprint),
         ("batch size", str(session.batch_size)),
         ("revision", str(session.revision)),

@@ -66,7 +66,7 @@ class _ModelState:
 class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     MODEL_STATE_UNSPECIFIED: _ModelState.ValueType  # 0
-    """The server is of an older release."""
+    """Never sent."""
     MODEL_STATE_LOADING: _ModelState.ValueType  # 1
     """It is being compiled or warmed up."""
     MODEL_STATE_READY: _ModelState.ValueType  # 2
@@ -80,7 +80,7 @@ class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
     """How a version is."""
 
 MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
-"""The server is of an older release."""
+"""Never sent."""
 MODEL_STATE_LOADING: ModelState.ValueType  # 1
 """It is being compiled or warmed up."""
 MODEL_STATE_READY: ModelState.ValueType  # 2
@@ -592,9 +592,7 @@ class Model(_message.Message):
     sessions: _builtins.int
     """Open sessions, everybody's. 0 for callers that are known and are no admins."""
     version: _builtins.int
-    """The version that all of this is about: the default, unless another one was asked for. 0: the server is of an older
-    release.
-    """
+    """The version that all of this is about: the default, unless another one was asked for."""
     structure: _builtins.str
     """Digest of its architecture without weights, and without names that Keras made up. A state of one version of a model
     fits every version of it with the same structure, tensor by tensor in their order. Empty: it is not known.
@@ -621,7 +619,7 @@ class Model(_message.Message):
 
     @_builtins.property
     def provenance(self) -> Global___Provenance:
-        """Where its program comes from. Absent: the server is of an older release."""
+        """Where its program comes from. Absent: it is not known."""
 
     @_builtins.property
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelVersion]:
@@ -825,7 +823,7 @@ class ListModelsResponse(_message.Message):
 
     @_builtins.property
     def server(self) -> Global___Server:
-        """The server itself. Absent: it is of an older release."""
+        """The server itself."""
 
     def __init__(
         self,

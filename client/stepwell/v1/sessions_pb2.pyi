@@ -178,7 +178,7 @@ class Session(_message.Message):
     tenant: _builtins.str
     """Whose it is, where everybody's sessions are listed. Empty elsewhere, and for sessions of no tenant."""
     model_version: _builtins.int
-    """Version of its model that its next change runs on. 0: the server is of an older release."""
+    """Version of its model that its next change runs on."""
     model_version_pinned: _builtins.bool
     """It was opened with a version or a label and stays on its version; else it goes where the default goes, as the
     operator decides.
@@ -861,7 +861,7 @@ class StepResponse(_message.Message):
     replayed: _builtins.bool
     """The remembered answer to a step that was sent again."""
     model_version: _builtins.int
-    """Version of the model that ran it, now or, of a remembered reply, that the session is on. 0: the server is of an older release."""
+    """Version of the model that ran it, now or, of a remembered reply, that the session is on."""
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
         """Outputs in the model's own shape: (R, T, ...) where it returns sequences and the inputs had T, else (R, ...), R as
@@ -1167,7 +1167,7 @@ class StepStreamResponse(_message.Message):
     member_count: _builtins.int
     """In place of members, where they follow one another: how many. 0: members or all_members says which they are."""
     model_version: _builtins.int
-    """Version of the model that ran these members, or that they are on: those of several versions are answered in several parts. 0: the server is of an older release."""
+    """Version of the model that ran these members, or that they are on: those of several versions are answered in several parts."""
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indexes into session_ids, or into those of the set, of the members applied in this part, ascending. Empty with
@@ -1336,7 +1336,7 @@ class ResetStatesResponse(_message.Message):
     replayed: _builtins.bool
     """The remembered answer to a reset that was sent again."""
     model_version: _builtins.int
-    """Version of the model that the session is on. 0: the server is of an older release."""
+    """Version of the model that the session is on."""
     def __init__(
         self,
         *,
@@ -1543,7 +1543,7 @@ class GetStatesResponse(_message.Message):
     all_members: _builtins.bool
     """All of them were read."""
     model_version: _builtins.int
-    """Version of the model that they are on. 0: the server is of an older release."""
+    """Version of the model that they are on."""
     model_structure: _builtins.str
     """Structure of their model: see Model. Empty: it is not known, or they have different ones."""
     @_builtins.property
@@ -1671,7 +1671,7 @@ class ForkSessionsResponse(_message.Message):
     replayed: _builtins.bool
     """The answer to a request that was sent again."""
     model_version: _builtins.int
-    """Version of the model that they are on. 0: the server is of an older release."""
+    """Version of the model that they are on."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """In the order of the request."""
@@ -1806,7 +1806,7 @@ class ExportedSession(_message.Message):
     """The record of a server, with a version and a checksum, little-endian: opaque for clients."""
     tenant: _builtins.str
     """Whose it was. An import makes it the session of the tenant that it is done for, or of this one where it is done for
-    everybody's sessions (metadata stepwell-tenant: *). Empty: of no tenant, or an older server's.
+    everybody's sessions (metadata stepwell-tenant: *). Empty: of no tenant.
     """
     def __init__(
         self,

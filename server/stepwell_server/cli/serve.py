@@ -52,7 +52,7 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
         super().__init__(["disk", "memory"])
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it; lmdb is what disk was called before there was a write-ahead log."""
+        """Read it."""
         if isinstance(value, StoreUrl):
             return value
         if "://" in value:
@@ -60,7 +60,6 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
                 return parse_store_url(value)
             except UrlError as error:
                 self.fail(str(error), param, ctx)
-        value = "disk" if value == "lmdb" else value
         if value not in self.choices:
             # meant to be a URL with a password, maybe
             got = "a text with '@'" if "@" in value else repr(value)

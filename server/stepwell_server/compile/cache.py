@@ -26,8 +26,8 @@ from stepwell_server.program import Program, ProofOptions
 
 #: Raise it when the compiler makes something else of the same model.
 COMPILE_VERSION = 5
-#: Its entries, what is unfinished, the key; and the entries of releases that kept them as folders.
-HOLDS = (f"*{program_file.SUFFIX}", ".*", "[0-9a-f]" * 64)
+#: Its entries, what is unfinished, the key.
+HOLDS = (f"*{program_file.SUFFIX}", ".*")
 _KEY, _KEY_BYTES = ".key", 32
 _log = Log("compile")
 _PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy")

@@ -80,8 +80,8 @@ class ServerMetrics:
         others = server_ids(found)
         if self._id not in others:
             raise Failure(
-                f"the metrics at {self._url} are of the server process {', '.join(others) or 'of another release'}, not of"
-                f" the one at {self._server} (--server), which is {self._id or 'of another release'}{self._hint(info)}",
+                f"the metrics at {self._url} are of the server process {', '.join(others)}, not of"
+                f" the one at {self._server} (--server), which is {self._id}{self._hint(info)}",
                 SERVER_ERROR,
             )
         return found

@@ -27,9 +27,7 @@ def require_whole_file(environment: Any, data: Path) -> None:
     wanted = (environment.info()["last_pgno"] + 1) * int(environment.stat()["psize"])
     found = data.stat().st_size
     if found < wanted:
-        raise StoreError(
-            f"{data} must have {wanted} bytes; it was cut off at {found}, unless an earlier release wrote it"
-        )
+        raise StoreError(f"{data} must have {wanted} bytes; it was cut off at {found}")
 
 
 def within_limit(size: int) -> int:
