@@ -17,7 +17,7 @@ from stepwell_server.addresses import Address, UnixAddress, bind_problem
 from stepwell_server.auth.callers import Callers
 from stepwell_server.auth.opening import open_callers
 from stepwell_server.auth.quota_file import COUNTED_BY_TENANT, QuotaFile
-from stepwell_server.catalog.catalog import LiveModels
+from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.files.folder import ModelFolder
 from stepwell_server.catalog.files.loading import Abandoned, Loaded, compiler_of, end_idle, load_models
 from stepwell_server.catalog.files.migrations import MigrationError, load_migrations
@@ -266,7 +266,7 @@ async def _run(
         sources.append(lambda: gauges.of_tenants(quotas.counts()))
     gone, metrics = False, None
     engine: Engine | None = None
-    live: LiveModels | None = None
+    live: Catalog | None = None
     looking: list[asyncio.Task[None]] = []
     compiler = compiler_of(settings, clock)
     ending_idle = asyncio.create_task(end_idle(compiler))
@@ -292,7 +292,9 @@ async def _run(
         except DocumentError as error:  # other servers know a version by another file
             raise StartError(f"--store: {error}") from error
         live = _live_models(settings, engine, compiler, clock, observer, quotas, readiness)
-        live.failed_at_start(models.failed)
+        for name, failures in models.failed.items():
+            for version, why in failures.items():
+                live.failed(name, version, why)
         work = ModelWork(settings, wanted, kept, folder, engine, live, readiness, clock=clock)
         if settings.wait_for_models:
             await work.begin(models, stop)
@@ -336,7 +338,7 @@ def _engine_metrics(engine: Engine) -> Iterable[Metric]:
     return gauges.of_engine(engine.stats())
 
 
-def _version_metrics(live: LiveModels, observer: PrometheusObserver) -> Iterable[Metric]:
+def _version_metrics(live: Catalog, observer: PrometheusObserver) -> Iterable[Metric]:
     return gauges.of_versions(live.statuses(), observer.models)
 
 
@@ -392,7 +394,7 @@ def _live_models(
     observer: PrometheusObserver,
     quotas: Quotas | None,
     readiness: Readiness,
-) -> LiveModels:
+) -> Catalog:
     try:
         return open_live_models(
             settings,

@@ -17,7 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.addresses import Address, UnixAddress
-from stepwell_server.catalog.catalog import LiveModels
+from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.known_files import KnownFiles
 from stepwell_server.core.callers import ANYBODY, Caller, Credential
 from stepwell_server.core.front_limits import FrontLimits
@@ -104,7 +104,7 @@ class Calls:
         at: Harness,
         methods: Mapping[str, Method],
         slowest: Slowest,
-        live: LiveModels,
+        live: Catalog,
         loads: Loads,
         who: Caller = ANYBODY,
     ) -> None:

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from stepwell_server.catalog.catalog import LiveModels
+from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import Progress
 from stepwell_server.catalog.interfaces import Compiled
 from stepwell_server.compile.errors import ModelError
@@ -58,6 +58,6 @@ class Loads:
         self.told.append(("moved", model, policy, count))
 
 
-def live_models(engine: Engine, clock: ManualClock, loads: Loads, **options: Any) -> LiveModels:
+def live_models(engine: Engine, clock: ManualClock, loads: Loads, **options: Any) -> Catalog:
     """Who loads models into an engine."""
-    return LiveModels(engine, loads.compile, clock=clock, observer=loads, **options)
+    return Catalog(engine, loads.compile, clock=clock, observer=loads, **options)

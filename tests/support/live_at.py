@@ -1,4 +1,4 @@
-"""A `LiveModels` of a test: its engine and its compiler are fakes, its clock is the test's."""
+"""A `Catalog` of a test: its engine and its compiler are fakes, its clock is the test's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stepwell_server.catalog.catalog import LiveModels
+from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import LoadedVersion, LoadRequest, Progress, VersionState
 from stepwell_server.catalog.interfaces import Compiled
 from stepwell_server.compile.errors import ModelError
@@ -80,7 +80,7 @@ class Most:
 
 
 class At:
-    """Everything around a `LiveModels`."""
+    """Everything around a `Catalog`."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
         self.folder = folder
@@ -88,7 +88,7 @@ class At:
         self.clock = ManualClock()
         self.how: list[tuple[str, int, str]] = []
         """What readiness is told."""
-        self.live = LiveModels(
+        self.live = Catalog(
             self.engine,
             self.compiler,
             clock=self.clock,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from stepwell_server.catalog.catalog import LiveModels
+from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import LoadedVersion, LoadRequest
 from stepwell_server.catalog.files.folder import ModelFolder
 from stepwell_server.catalog.follower import FolderFollower, FolderOptions
@@ -30,7 +30,7 @@ class Served:
     at: Harness
     root: Path
     loads: Loads
-    live: LiveModels
+    live: Catalog
     follower: FolderFollower
     warnings: list[str]
 
@@ -316,7 +316,7 @@ async def test_what_was_loaded_at_the_start_is_known(tmp_path: Path) -> None:
 class Busy:
     """Who loads models has no room for the next one."""
 
-    def __init__(self, live: LiveModels) -> None:
+    def __init__(self, live: Catalog) -> None:
         self.live = live
         self.refusals = 1
 

@@ -7,29 +7,26 @@ by one commit of the engine's. Until that commit it can be stopped, and what fai
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-from typing_extensions import override
 
 from stepwell_server.catalog.control import (
     WARM_UP,
     LoadedVersion,
     LoadRequest,
-    ModelControl,
     Progress,
-    Upload,
     VersionState,
     VersionStatus,
+    no_version,
+    require_label,
 )
 from stepwell_server.catalog.files import paths
 from stepwell_server.catalog.files.kept_programs import NOT_KEPT, KeptPrograms
-from stepwell_server.catalog.files.uploads import Uploads
+from stepwell_server.catalog.files.uploads import Upload, Uploads
 from stepwell_server.catalog.interfaces import Compile, Compiled, Engine, Observer, Quotas
 from stepwell_server.catalog.load import Load
-from stepwell_server.catalog.refusals import no_version, require_label, require_valid, upload_off
 from stepwell_server.clock import Clock
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.engine.api import DefaultChange, Moved, SessionPolicy, VersionInfo
@@ -39,23 +36,58 @@ from stepwell_server.errors import (
     ModelLoadFailed,
     ModelNotFound,
     ServerError,
+    UploadOff,
     VersionExists,
     VersionNotFound,
 )
 from stepwell_server.logs import Log
+from stepwell_server.program import FINGERPRINT_DIGITS
 
 _log = Log("models")
 _LOOK_S = 1.0
 """Between two looks whether a version that drains has sessions."""
-_AGAIN_S = 60.0
-"""A version that had none in memory and could not be unloaded, since the store has some, is tried again after so long."""
-MOST_FAILED = 64
+_RETRY_INTERVAL_S = 60.0
+"""After this time a version is tried again that has no session in memory, and could not be unloaded as the store has some."""
+MAX_FAILED = 64
 """Failed versions that are remembered, of all names together."""
 _Key = tuple[str, int]
 
 
-class LiveModels(ModelControl):
-    """`control.ModelControl`. Lives on the event loop; `run` must run beside it."""
+@dataclasses.dataclass(slots=True)
+class _Version:
+    """A version, beside what the engine knows of it."""
+
+    load: Load | None = None
+    """It is being loaded, or waits to be."""
+    failed: str = ""
+    """Why it could not be loaded when that was last tried."""
+    path: str = ""
+    """The file of one that failed."""
+    owner: str | None = None
+    """The tenant whose admin loaded it by a call."""
+    is_unkept: bool = False
+    """Nobody keeps its file."""
+    drains: bool = False
+    """It is unloaded when it has no sessions and no labels, as somebody called `drain`."""
+    not_before: float = 0.0
+    """When to try again to unload it."""
+
+    def state(self, info: VersionInfo | None) -> tuple[VersionState, str]:
+        """How it is, and what is to be known of that; `info` is the engine's, None if it is not loaded."""
+        if self.load is not None:
+            return VersionState.LOADING, self.load.stage
+        if info is None:
+            return VersionState.FAILED, self.failed
+        reason = NOT_KEPT if self.is_unkept else ""
+        is_draining = (info.is_draining or self.drains) and not info.labels
+        return VersionState.DRAINING if is_draining else VersionState.READY, reason
+
+
+class Catalog:
+    """The models of a server and their versions: loads them, unloads them, and says how they are.
+
+    Lives on the event loop; `run` must run beside it.
+    """
 
     def __init__(
         self,
@@ -97,43 +129,47 @@ class LiveModels(ModelControl):
         self._quotas = quotas
         self._tell = tell
         self._tell_elsewhere = tell_elsewhere
-        self._loads: dict[_Key, Load] = {}
-        """Under way, those that wait among them."""
-        self._failed: dict[_Key, VersionStatus] = {}
-        self._leaving: set[_Key] = set()
-        """Versions that `drain` was called for: to be unloaded when they have no sessions and no labels."""
-        self._not_before: dict[_Key, float] = {}
-        """When to try again to unload a version."""
-        self._owners: dict[_Key, str] = {}
-        """The tenants whose admins loaded versions."""
-        self._unkept: set[_Key] = set()
-        """Versions of files that nobody keeps."""
+        self._versions: dict[_Key, _Version] = {}
+        """Of those that are loaded, only those of which there is something to know."""
         self._turn = asyncio.Lock()
         """One load at a time compiles, and one change of a name at a time is made."""
         self._tasks: set[asyncio.Task[LoadedVersion]] = set()
 
     # ----------------------------------------------------------------------------------------------------------- loads
 
-    @override
     async def load(self, request: LoadRequest, progress: Progress | None = None) -> LoadedVersion:
-        require_valid(request)
-        root = self._root if request.is_charged and not request.is_found else None
-        path = await asyncio.to_thread(paths.checked, request.path, root) if request.path else None
+        """Load a version beside the traffic, and make it the default if that is asked for.
+
+        If the waiting task is cancelled, the load stops, unless its switch has begun: then it is finished.
+
+        Raises:
+            InvalidInput: a value breaks a rule.
+            VersionExists: there is such a version, or it is being loaded.
+            QuotaExceeded: the tenant has too many versions loaded.
+            ModelLoadFailed: the file cannot be served.
+            SpecsDiffer, MigrationFailed: the sessions cannot be moved to it.
+            Unavailable: the store did not keep it.
+        """
+        request.require_valid()
+        path = Path(request.path)
+        if request.path and not request.fingerprint:
+            root = self._root if request.is_charged and not request.is_found else None
+            path = await asyncio.to_thread(paths.checked, request.path, root)
         version = self._number(request)
-        path = path or self._upload(request)
+        if request.upload:
+            path = self._upload(request)
 
         def at(stage: str) -> None:
             self._tell(request.name, version, f"loading: {stage}")
             if progress is not None and not load.abandoned.is_set():
                 progress(stage)
 
-        load = Load(request, version, at)
-        load.path = str(path)
-        key = request.name, load.version
-        self._loads[key] = load
+        load = Load(request, version, path, at)
+        own = self._own(request.name, version)
+        own.load = load
         if request.version:
-            self._failed.pop(key, None)
-        task = asyncio.create_task(self._run(load, path))
+            own.failed = ""
+        task = asyncio.create_task(self._run(load))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
@@ -145,7 +181,7 @@ class LiveModels(ModelControl):
 
     def _upload(self, request: LoadRequest) -> Path:
         if self._uploads is None:
-            raise upload_off()
+            raise _upload_off()
         return self._uploads.take(request.upload, request.tenant)
 
     def _number(self, request: LoadRequest) -> int:
@@ -157,13 +193,11 @@ class LiveModels(ModelControl):
         """
         name, version = request.name, request.version
         if not version:
-            under_way = [number for other, number in self._loads if other == name]
+            under_way = [load.version for load in self._loads(name)]
             version = max(self._engine.next_version(name), *(number + 1 for number in under_way), 1)
-        key = name, version
-        if key in self._loads:
+        for load in self._loads(name, version):
             raise VersionExists(
-                f"version {version} of model {name!r} must not be loaded twice: it is being loaded"
-                f" ({self._loads[key].stage})",
+                f"version {version} of model {name!r} must not be loaded twice: it is being loaded ({load.stage})",
                 model=name,
                 version=str(version),
             )
@@ -175,62 +209,74 @@ class LiveModels(ModelControl):
                 version=str(version),
             )
         if self._quotas is not None and request.is_charged:
-            has = Counter(self._owners.values())[request.tenant]
-            has += sum(
-                load.request.tenant == request.tenant
-                for load in self._loads.values()
-                if load.request.is_charged
-            )
-            if request.unload_previous and self._owners.get((name, self._default(name))) == request.tenant:
+            has = sum(each.owner == request.tenant for each in self._versions.values())
+            loads = [load.request for load in self._loads() if load.request.is_charged]
+            has += sum(other.tenant == request.tenant for other in loads)
+            default = self._versions.get((name, self._default(name)))
+            if request.unload_previous and default is not None and default.owner == request.tenant:
                 has -= 1
             self._quotas.require_model(request.tenant, has)
         return version
 
-    async def _run(self, load: Load, path: Path) -> LoadedVersion:
-        request, key = load.request, (load.request.name, load.version)
-        started = time.perf_counter()
+    async def _run(self, load: Load) -> LoadedVersion:
+        request, started = load.request, time.perf_counter()
+        name, version = request.name, load.version
         try:
             await load.turn(self._turn)
             try:
-                return await self._load(load, path, started)
+                return await self._load(load, started)
             finally:
                 self._turn.release()
         except ServerError as error:
             if load.abandoned.is_set():
-                self._tell(*key, "")
+                self._tell(name, version, "")
             else:
-                self._fail(key, load, error.message)
+                self._fail(load, error.message)
             raise
         except Exception as error:
-            opaque = _log.internal("a load raised", error, model=request.name, version=load.version)
-            self._fail(key, load, opaque.message)
+            opaque = _log.internal("a load raised", error, model=name, version=version)
+            self._fail(load, opaque.message)
             raise opaque from error
         finally:
-            del self._loads[key]
+            self._own(name, version).load = None
+            self._tidy(name, version)
             if self._uploads is not None and request.upload:
                 await self._uploads.delete(request.upload)
 
-    def _fail(self, key: _Key, load: Load, why: str) -> None:
-        name, version = key
+    def _fail(self, load: Load, why: str) -> None:
+        name, version = load.request.name, load.version
         served = self._served(name)
         # what callers send makes no series
         self._observer.model_failed("" if load.request.is_charged and not served else name)
         _log.error("a model cannot be loaded", model=name, version=version, reason=why)
-        if not load.request.version and version not in served:
+        if version in served:
+            return
+        if load.request.version:
+            self.failed(name, version, why, str(load.path))
+        else:
             # The caller named no version: the next load gets the number. One that did may have failed with it before.
-            before = self._failed.get(key)
-            self._tell(name, version, "" if before is None else f"failed: {before.reason}")
-        elif version not in served:
-            self._tell(name, version, f"failed: {why}")
-            self._failed[key] = VersionStatus(version, VersionState.FAILED, why, path=load.path)
-            while len(self._failed) > MOST_FAILED:
-                oldest = next(iter(self._failed))
-                del self._failed[oldest]
-                self._tell(*oldest, "")
+            before = self._own(name, version).failed
+            self._tell(name, version, before and f"failed: {before}")
 
-    async def _load(self, load: Load, path: Path, started: float) -> LoadedVersion:
+    def failed(self, name: str, version: int, why: str, path: str = "") -> None:
+        """Remember that a version could not be loaded, until it can be or is unloaded."""
+        own = self._versions.pop((name, version), _Version())
+        own.failed, own.path = why, path
+        self._versions[name, version] = own  # the last one that failed
+        self._tell(name, version, f"failed: {why}")
+        keys = [key for key, each in self._versions.items() if each.failed]
+        for key in keys[: max(0, len(keys) - MAX_FAILED)]:
+            self._forgive(*key)
+
+    def _forgive(self, name: str, version: int) -> None:
+        """Forget that a version failed."""
+        self._own(name, version).failed = ""
+        self._tidy(name, version)
+        self._tell(name, version, "")
+
+    async def _load(self, load: Load, started: float) -> LoadedVersion:
         request, name, version = load.request, load.request.name, load.version
-        compiled = await self._compiled(load, path)
+        compiled = await self._compiled(load)
         load.require_wanted()
         is_first = not self._served(name)
         if not is_first:
@@ -238,12 +284,11 @@ class LiveModels(ModelControl):
                 name, version, compiled.program, request.policy, request.migration
             )
         load.tell(WARM_UP)
-        source = str(path)
+        source, own = request.path if request.fingerprint else str(load.path), self._own(name, version)
         if request.upload or request.is_temporary:
             kept = None if self.kept is None else await self.kept.keep(name, version, compiled.program)
             source = "" if kept is None else str(kept)
-            if kept is None:
-                self._unkept.add((name, version))
+            own.is_unkept = kept is None
         becomes = None
         if not (is_first or request.keep_default):
             leaves = _leaves(request.policy, request.keep_previous) or request.unload_previous
@@ -260,59 +305,69 @@ class LiveModels(ModelControl):
                 begin=load.begin,
             )
         except BaseException:
-            await self._forget(name, version, source)
+            await self._forget(name, version, "" if request.fingerprint else source)
             raise
-        if request.is_charged:
-            self._owners[name, version] = request.tenant
+        if request.is_charged or request.tenant:
+            own.owner = request.tenant
         if moved.previous:
             self._moved(name, version, request.policy, moved)
-        self._failed.pop((name, version), None)
+        own.failed = ""
         seconds = time.perf_counter() - started
         self._observer.model_loaded(name, compiled.origin, seconds)
         self._tell(name, version, "loaded")
-        _log.info("model loaded", model=name, version=version, path=load.path, seconds=seconds)
+        _log.info("model loaded", model=name, version=version, path=str(load.path), seconds=seconds)
         await self.look()
         return LoadedVersion(version, moved.previous, moved.sessions)
 
-    async def _compiled(self, load: Load, path: Path) -> Compiled:
+    async def _compiled(self, load: Load) -> Compiled:
+        request = load.request
         try:
-            return await self.compile(load.request.name, path, load.tell, load.abandoned)
+            compiled = await self.compile(request.name, load.path, load.tell, load.abandoned)
+            found, wanted = (
+                each[:FINGERPRINT_DIGITS] for each in (compiled.program.fingerprint, request.fingerprint)
+            )
+            if wanted and compiled.program.fingerprint != request.fingerprint:
+                raise ModelError(
+                    f"{load.path} must be the file that it was when it was loaded; its fingerprint is {found}, and was {wanted}"
+                )
+            return compiled
         except (ModelError, OSError) as error:
             load.require_wanted()
             why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             details = getattr(error, "details", "")
             if details:
-                _log.warning("model refused", model=load.request.name, version=load.version, details=details)
-            which = f"version {load.version}" if load.request.version else "a new version"
+                _log.warning("model refused", model=request.name, version=load.version, details=details)
+            which = f"version {load.version}" if request.version else "a new version"
+            again = " again" if request.fingerprint else ""
             raise ModelLoadFailed(
-                f"{which} of model {load.request.name!r} cannot be loaded: {why}",
-                model=load.request.name,
+                f"{which} of model {request.name!r} cannot be loaded{again}: {why}",
+                model=request.name,
                 version=str(load.version),
             ) from error
 
     async def _forget(self, name: str, version: int, source: str) -> None:
-        """Nothing stands for a version any more."""
-        key = name, version
-        self._owners.pop(key, None)
-        self._unkept.discard(key)
-        self._leaving.discard(key)
-        self._not_before.pop(key, None)
+        """Nothing stands for a version any more, but its load if one is under way, and why that failed."""
+        own = self._own(name, version)
+        self._versions[name, version] = _Version(own.load, own.failed, own.path)
+        self._tidy(name, version)
         if self.kept is not None and source:
             await self.kept.drop(Path(source))
 
     # ---------------------------------------------------------------------------------------------- what else is asked
 
-    @override
     async def unload(self, name: str, version: int, *, force: bool) -> None:
-        under_way = [load for (other, number), load in self._loads.items() if other == name]
-        if version:
-            under_way = [load for load in under_way if load.version == version]
-        failed = [key for key in self._failed if key[0] == name and version in (0, key[1])]
+        """Serve a version no longer (0: none of the name's), or stop loading it, or forget that it failed.
+
+        Raises:
+            ModelNotFound, VersionNotFound: there is none.
+            ModelInUse: it is the default, or has sessions, and `force` is not given.
+        """
+        under_way = self._loads(name, version)
         for load in under_way:
             load.stop("it was unloaded meanwhile")
+        failed = [key for key, each in self._of(name, version).items() if each.failed]
         for key in failed:
-            del self._failed[key]
-            self._tell(*key, "")
+            self._forgive(*key)
         is_done = bool(under_way or failed)
         known = self._served(name) if is_done else self._known(name)
         if not known or (version and version not in known):
@@ -343,7 +398,6 @@ class LiveModels(ModelControl):
         self._tell(name, version, "")
         _log.info("model unloaded", model=name, version=version)
 
-    @override
     async def set_default(
         self,
         name: str,
@@ -353,6 +407,19 @@ class LiveModels(ModelControl):
         *,
         keep_previous: bool = False,
     ) -> LoadedVersion:
+        """Make a loaded version the default. The one before is unloaded when its last session ends, if they stay on it.
+
+        Args:
+            name: of the model.
+            version: that is to be the default.
+            policy: what becomes of the sessions that follow the default.
+            migration: see `LoadRequest`.
+            keep_previous: the one before stays loaded in any case.
+
+        Raises:
+            ModelNotFound, VersionNotFound: there is none.
+            SpecsDiffer, MigrationFailed: the sessions cannot be moved to it.
+        """
         if migration and policy is not SessionPolicy.MIGRATE:
             raise InvalidInput(
                 f"migration must be left out unless sessions is migrate; got {migration[:160]!r}"
@@ -369,7 +436,7 @@ class LiveModels(ModelControl):
 
     def _moved(self, name: str, version: int, policy: SessionPolicy, moved: Moved) -> None:
         """Report a default that is another version."""
-        self._leaving.discard((name, version))
+        self.drain(name, version, drains=False)
         self._observer.sessions_moved(name, policy.value, moved.sessions)
         _log.info(
             "the default of a model is another version",
@@ -380,8 +447,13 @@ class LiveModels(ModelControl):
             moved=moved.sessions,
         )
 
-    @override
     async def set_label(self, name: str, label: str, version: int) -> None:
+        """Give a label to a loaded version; 0 takes it away.
+
+        Raises:
+            InvalidInput: it cannot be a label.
+            ModelNotFound, VersionNotFound: there is no such version, or no such label to take away.
+        """
         require_label(label)
         known = self._known(name)
         if version and version not in known:
@@ -392,77 +464,64 @@ class LiveModels(ModelControl):
             )
         async with self._turn:
             await self._engine.set_label(name, label, version)
-        self._leaving.discard((name, version))
+        self.drain(name, version, drains=False)
         _log.info("a label of a model is that of another version", model=name, label=label, version=version)
 
-    @override
     def drain(self, name: str, version: int, *, drains: bool = True) -> None:
-        if drains:
-            self._leaving.add((name, version))
-        else:
-            self._leaving.discard((name, version))
+        """Unload a version as soon as it has no sessions, no label, and is not the default; or do so no longer."""
+        self._own(name, version).drains = drains
+        self._tidy(name, version)
 
-    @override
     async def begin_upload(self, filename: str, tenant: str) -> Upload:
+        """Begin to take a file.
+
+        Raises:
+            UploadOff: the server takes none.
+            InvalidInput: it cannot be a model's name.
+            Overloaded: too many are there.
+        """
         if self._uploads is None:
-            raise upload_off()
+            raise _upload_off()
         return await self._uploads.begin(filename, tenant)
 
     # ------------------------------------------------------------------------------------------------------ how it is
 
-    @override
     def default_elsewhere(self, name: str) -> int:
+        """The default of a name if it is not loaded here, where other servers share the store; else 0."""
         return self._engine.defaults_elsewhere().get(name, 0)
 
-    @override
     def statuses(self) -> Mapping[str, Sequence[VersionStatus]]:
+        """The versions of each name in their order, those that are being loaded or failed among them."""
         names = {info.name for info in self._engine.models()}
-        names |= {name for name, _ in self._loads} | {name for name, _ in self._failed}
+        names |= {name for (name, _), each in self._versions.items() if each.load or each.failed}
         return {name: self.status(name) for name in sorted(names)}
 
-    @override
     def status(self, name: str) -> Sequence[VersionStatus]:
-        found = {key[1]: status for key, status in self._failed.items() if key[0] == name}
-        for (other, version), load in self._loads.items():
-            if other == name:
-                found[version] = VersionStatus(
-                    version, VersionState.LOADING, load.stage, path=load.path or load.request.upload
-                )
-        for version, info in self._served(name).items():
-            loading = self._loads.get((name, version))
-            state, reason = VersionState.READY, ""
-            if (name, version) in self._unkept:
-                reason = NOT_KEPT
-            if (info.is_draining or (name, version) in self._leaving) and not info.labels:
-                state = VersionState.DRAINING
-            if loading is not None:
-                state, reason = VersionState.LOADING, loading.stage
-            found[version] = VersionStatus(
-                version,
-                state,
-                reason,
-                info.fingerprint,
-                info.is_default,
-                info.labels,
-                info.sessions,
-                info.source,
-                info.loaded,
-            )
-        return [found[version] for version in sorted(found)]
+        """The versions of one name; empty if there are none."""
+        served, own = self._served(name), {key[1]: each for key, each in self._of(name).items()}
+        there = served.keys() | {version for version, each in own.items() if each.load or each.failed}
+        return [self._status(v, served.get(v), own.get(v) or _Version()) for v in sorted(there)]
 
-    def failed_before(self, name: str, version: int, why: str, path: str = "") -> None:
-        """The server could not load it when it started."""
-        self._failed[name, version] = VersionStatus(version, VersionState.FAILED, why, path=path)
-
-    def failed_at_start(self, failed: Mapping[str, Mapping[int, str]]) -> None:
-        """The server could not load these when it started: versions by name, and why."""
-        for name, versions in failed.items():
-            for version, why in versions.items():
-                self.failed_before(name, version, why)
+    def _status(self, version: int, info: VersionInfo | None, own: _Version) -> VersionStatus:
+        state, reason = own.state(info)
+        if info is None:
+            path = own.path if own.load is None else str(own.load.path)
+            return VersionStatus(version, state, reason, path=path)
+        return VersionStatus(
+            version,
+            state,
+            reason,
+            info.fingerprint,
+            info.is_default,
+            info.labels,
+            info.sessions,
+            info.source,
+            info.loaded,
+        )
 
     def owned_before(self, name: str, version: int, tenant: str) -> None:
         """A tenant's admin loaded it before the server was started again."""
-        self._owners[name, version] = tenant
+        self._own(name, version).owner = tenant
 
     # -------------------------------------------------------------------------------------------------------- draining
 
@@ -485,16 +544,15 @@ class LiveModels(ModelControl):
         now, count = self._clock.monotonic(), 0
         for info in self._engine.models():
             for each in info.versions:
-                key = info.name, each.version
-                leaves = each.is_draining or key in self._leaving
-                is_leaving = leaves and not each.is_default and not each.labels
-                if not is_leaving or each.sessions or now < self._not_before.get(key, 0.0):
+                own = self._versions.get((info.name, each.version)) or _Version()
+                drains = own.state(each)[0] is VersionState.DRAINING and not each.is_default
+                if not drains or each.sessions or now < own.not_before:
                     continue
                 try:
                     await self._unload(info.name, each.version, force=False)
                     count += 1
                 except ServerError as error:
-                    self._not_before[key] = now + _AGAIN_S
+                    self._own(info.name, each.version).not_before = now + _RETRY_INTERVAL_S
                     _log.info(
                         "a version stays for its sessions in the store",
                         model=info.name,
@@ -505,13 +563,33 @@ class LiveModels(ModelControl):
 
     async def close(self) -> None:
         """Stop the loads, wait for their ends, and delete uploads."""
-        for load in self._loads.values():
+        for load in self._loads():
             load.stop("the server stops")
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._uploads is not None:
             await self._uploads.close()
 
     # --------------------------------------------------------------------------------------------------------- helpers
+
+    def _own(self, name: str, version: int) -> _Version:
+        """What is known of a version, to be changed."""
+        return self._versions.setdefault((name, version), _Version())
+
+    def _tidy(self, name: str, version: int) -> None:
+        """Keep nothing of a version of which there is nothing to know."""
+        if self._own(name, version) == _Version():
+            del self._versions[name, version]
+
+    def _of(self, name: str, version: int = 0) -> dict[_Key, _Version]:
+        """What is known of a version; 0: of all of a name."""
+        return {
+            key: each for key, each in self._versions.items() if key[0] == name and version in (0, key[1])
+        }
+
+    def _loads(self, name: str = "", version: int = 0) -> list[Load]:
+        """The loads under way: of a version, of a name, or all."""
+        known = self._of(name, version) if name else self._versions
+        return [each.load for each in known.values() if each.load is not None]
 
     def _served(self, name: str) -> dict[int, VersionInfo]:
         for info in self._engine.models():
@@ -538,3 +616,9 @@ def _leaves(policy: SessionPolicy, keep_previous: bool) -> bool:
 def _look_at(task: asyncio.Task[LoadedVersion]) -> None:
     if not task.cancelled():
         task.exception()
+
+
+def _upload_off() -> UploadOff:
+    return UploadOff(
+        "the server takes no files: it must be started with --allow-model-upload; or give the path of a file on its disk"
+    )

@@ -1,17 +1,25 @@
-"""What those who serve admins ask of the one who loads models, and what they are told: plain values and one protocol."""
+"""What callers of the catalog ask for, what they get, and what is refused to them."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
-from stepwell_server.catalog.files.uploads import Uploaded
+from stepwell_server.core.model_names import (
+    LABEL_RULE,
+    MAX_VERSION,
+    NAME_RULE,
+    is_label,
+    is_name,
+    is_version,
+)
 from stepwell_server.engine.api import SessionPolicy
+from stepwell_server.errors import InvalidInput, VersionNotFound
 
 Progress = Callable[[str], None]
 """Called on the event loop with each stage as it begins: `waiting`, those of compiling, `warm up`, `switch`."""
+_MAX_LABELS = 16
 WAITING, WARM_UP, SWITCH = "waiting", "warm up", "switch"
 
 
@@ -74,6 +82,29 @@ class LoadRequest:
     """The server itself has found the path: it need not lie in `--models`."""
     is_charged: bool = True
     """Somebody asks by a call; else the server itself does: no quota counts, and the path is where the operator said."""
+    fingerprint: str = ""
+    """The server loads again what it had: from the path as it is, if that has the weights still."""
+
+    def require_valid(self) -> None:
+        """Raises `InvalidInput` if an argument breaks its rule."""
+        if not is_name(self.name):
+            raise InvalidInput(f"name must be {NAME_RULE}; got {self.name[:160]!r}")
+        if self.version and not is_version(self.version):
+            raise InvalidInput(f"version must be 0, for the next one, to {MAX_VERSION}; got {self.version}")
+        if bool(self.path) is bool(self.upload):
+            raise InvalidInput("path or upload must be given; got " + ("both" if self.path else "neither"))
+        if self.keep_default and self.unload_previous:
+            raise InvalidInput(
+                "unload_previous must be left out with keep_default: the default does not move"
+            )
+        if self.migration and self.policy is not SessionPolicy.MIGRATE:
+            raise InvalidInput(
+                f"migration must be left out unless sessions is migrate; got {self.migration[:160]!r}"
+            )
+        if len(self.labels) > _MAX_LABELS:
+            raise InvalidInput(f"labels must be at most {_MAX_LABELS}; got {len(self.labels)}")
+        for label in self.labels:
+            require_label(label)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,107 +116,6 @@ class LoadedVersion:
     """The default before, if it moved; else 0."""
     sessions: int
     """Sessions in memory that were moved to it, or will be when they are next used."""
-
-
-class ModelControl(Protocol):
-    """Loads models and unloads them. Lives on the event loop."""
-
-    async def load(self, request: LoadRequest, progress: Progress | None = None) -> LoadedVersion:
-        """Load a version beside the traffic, and make it the default if that is asked for.
-
-        If the waiting task is cancelled, the load stops, unless its switch has begun: then it is finished.
-
-        Raises:
-            InvalidInput: a value breaks a rule.
-            VersionExists: there is such a version, or it is being loaded.
-            QuotaExceeded: the tenant has too many versions loaded.
-            ModelLoadFailed: the file cannot be served.
-            SpecsDiffer, MigrationFailed: the sessions cannot be moved to it.
-            Unavailable: the store did not keep it.
-        """
-
-    async def unload(self, name: str, version: int, *, force: bool) -> None:
-        """Serve a version no longer (0: none of the name's), or stop loading it, or forget that it failed.
-
-        Raises:
-            ModelNotFound, VersionNotFound: there is none.
-            ModelInUse: it is the default, or has sessions, and `force` is not given.
-        """
-
-    async def set_default(
-        self,
-        name: str,
-        version: int,
-        policy: SessionPolicy,
-        migration: str = "",
-        *,
-        keep_previous: bool = False,
-    ) -> LoadedVersion:
-        """Make a loaded version the default. The one before is unloaded when its last session ends, if they stay on it.
-
-        Args:
-            name: of the model.
-            version: that is to be the default.
-            policy: what becomes of the sessions that follow the default.
-            migration: see `LoadRequest`.
-            keep_previous: the one before stays loaded in any case.
-
-        Raises:
-            ModelNotFound, VersionNotFound: there is none.
-            SpecsDiffer, MigrationFailed: the sessions cannot be moved to it.
-        """
-
-    async def set_label(self, name: str, label: str, version: int) -> None:
-        """Give a label to a loaded version; 0 takes it away.
-
-        Raises:
-            InvalidInput: it cannot be a label.
-            ModelNotFound, VersionNotFound: there is no such version, or no such label to take away.
-        """
-
-    def drain(self, name: str, version: int, *, drains: bool = True) -> None:
-        """Unload a version as soon as it has no sessions, no label, and is not the default; or do so no longer."""
-
-    def default_elsewhere(self, name: str) -> int:
-        """The default of a name if it is not loaded here, where other servers share the store; else 0."""
-
-    def statuses(self) -> Mapping[str, Sequence[VersionStatus]]:
-        """The versions of each name in their order, those that are being loaded or failed among them."""
-
-    def status(self, name: str) -> Sequence[VersionStatus]:
-        """The versions of one name; empty if there are none."""
-
-    async def begin_upload(self, filename: str, tenant: str) -> Upload:
-        """Begin to take a file.
-
-        Raises:
-            UploadOff: the server takes none.
-            InvalidInput: it cannot be a model's name.
-            Overloaded: too many are there.
-        """
-
-
-class Upload(Protocol):
-    """A file on its way. Ends by one of `finish` and `abort`. Lives on the event loop."""
-
-    async def write(self, content: bytes) -> None:
-        """Take the next bytes.
-
-        Raises:
-            MessageTooLarge: the file is larger than a model may be.
-            Unavailable: the disk does not take them.
-        """
-
-    async def finish(self) -> Uploaded:
-        """It is whole.
-
-        Raises:
-            InvalidInput: it is empty.
-            Unavailable: the disk does not take it.
-        """
-
-    async def abort(self) -> None:
-        """Forget what has come."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -206,3 +136,22 @@ def counts_of(statuses: Mapping[str, Sequence[VersionStatus]]) -> dict[str, Vers
         )
         for name, versions in statuses.items()
     }
+
+
+def require_label(label: str) -> None:
+    """Refuse what cannot be a label.
+
+    Raises:
+        InvalidInput: it cannot.
+    """
+    if not is_label(label):
+        raise InvalidInput(f"label must be {LABEL_RULE}; got {label[:160]!r}")
+
+
+def no_version(name: str, version: int, known: Mapping[int, object]) -> VersionNotFound:
+    """A version is not loaded; `known` are."""
+    return VersionNotFound(
+        f"version of model {name!r} must be one that is loaded, {sorted(known)}; got {version}",
+        model=name,
+        version=str(version),
+    )

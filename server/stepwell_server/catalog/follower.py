@@ -12,7 +12,8 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping
 
-from stepwell_server.catalog.control import LoadRequest, ModelControl, VersionState
+from stepwell_server.catalog.catalog import Catalog
+from stepwell_server.catalog.control import LoadRequest, VersionState
 from stepwell_server.catalog.files.folder import Look, ModelFolder, VersionFile
 from stepwell_server.catalog.files.sources import tell_problems
 from stepwell_server.clock import Clock
@@ -74,7 +75,7 @@ class FolderFollower:
     def __init__(
         self,
         folder: ModelFolder | None,
-        control: ModelControl,
+        control: Catalog,
         options: FolderOptions,
         *,
         clock: Clock,

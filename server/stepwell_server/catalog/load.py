@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from pathlib import Path
 
 from stepwell_server.catalog.control import SWITCH, WAITING, LoadRequest, Progress
 from stepwell_server.errors import ModelLoadFailed
@@ -16,14 +17,14 @@ _log = Log("models")
 class Load:
     """A load under way."""
 
-    def __init__(self, request: LoadRequest, version: int, progress: Progress) -> None:
+    def __init__(self, request: LoadRequest, version: int, path: Path, progress: Progress) -> None:
         self.request = request
         self.version = version
         self.stage = WAITING
         self.abandoned = threading.Event()
         """Nobody wants it any more."""
         self.why = "it was stopped by its caller"
-        self.path = request.path
+        self.path = path
         self._progress = progress
         self._stopped = asyncio.Event()
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepwell_server.catalog.catalog import LiveModels
+from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import Progress
 from stepwell_server.catalog.files import kept_programs, uploads
 from stepwell_server.catalog.files.loading import load_file
@@ -34,7 +34,7 @@ def open_live_models(
     quotas: Quotas | None,
     tell: Callable[[str, int, str], None],
     tell_elsewhere: Callable[[Mapping[str, int]], None],
-) -> LiveModels:
+) -> Catalog:
     """Wire it. Blocking for a moment.
 
     Raises:
@@ -48,7 +48,7 @@ def open_live_models(
             Path(tempfile.mkdtemp(prefix="stepwell-uploads-")) if folder is None else folder / uploads.FOLDER
         )
         taken = uploads.Uploads(place, settings.max_model_bytes, clock, is_temporary=folder is None)
-    return LiveModels(
+    return Catalog(
         engine,
         _compiling(settings, compiler, programs),
         clock=clock,

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
-from stepwell_server.catalog.control import LoadedVersion, LoadRequest
+from stepwell_server.catalog.catalog import Catalog
+from stepwell_server.catalog.control import LoadRequest
 from stepwell_server.catalog.files import paths
 from stepwell_server.catalog.interfaces import Engine
 from stepwell_server.clock import Clock
@@ -24,19 +24,9 @@ from stepwell_server.logs import Log
 _log = Log("models")
 LOOK_S = 2.0
 """Between two looks, in seconds."""
-_AGAIN_S = 30.0
+_RETRY_INTERVAL_S = 30.0
 """After so many seconds a load is tried again that failed for want of room, or of the store."""
 _Key = tuple[str, int]
-
-
-class Loads(Protocol):
-    """What is asked of the one who loads models."""
-
-    async def load(self, request: LoadRequest) -> LoadedVersion:
-        """Load a version beside the traffic: see `control.ModelControl`."""
-
-    def owned_before(self, name: str, version: int, tenant: str) -> None:
-        """A tenant's admin has loaded it, elsewhere."""
 
 
 class CatchingUp:
@@ -45,7 +35,7 @@ class CatchingUp:
     def __init__(
         self,
         engine: Engine,
-        loads: Loads,
+        catalog: Catalog,
         *,
         root: Path | None,
         clock: Clock,
@@ -55,13 +45,13 @@ class CatchingUp:
 
         Args:
             engine: knows what was chosen.
-            loads: loads it.
+            catalog: loads it.
             root: `--models`: files must lie in it; None: anywhere.
             clock: says when to try again.
             is_left_out: whether somebody else looks after the file of a version. Blocking.
         """
         self._engine = engine
-        self._loads = loads
+        self._catalog = catalog
         self._root = root
         self._clock = clock
         self._is_left_out = is_left_out
@@ -102,11 +92,16 @@ class CatchingUp:
         if now == self._failed.get(key) or await asyncio.to_thread(self._is_left_out, name, known):
             return False
         request = LoadRequest(
-            name=name, version=known.version, path=known.source, keep_default=True, is_charged=False
+            name=name,
+            version=known.version,
+            path=known.source,
+            keep_default=True,
+            tenant=known.tenant,
+            is_charged=False,
         )
         try:
             await asyncio.to_thread(paths.checked, known.source, self._root)
-            await self._loads.load(request)
+            await self._catalog.load(request)
         except InvalidInput as error:  # it is not here, or not where files may be
             self._failed[key] = now
             _log.warning(
@@ -116,11 +111,10 @@ class CatchingUp:
                 reason=error.message,
             )
         except (Unavailable, Overloaded, VersionExists):  # for now, or somebody loads it at this moment
-            self._not_before[key] = self._clock.monotonic() + _AGAIN_S
+            self._not_before[key] = self._clock.monotonic() + _RETRY_INTERVAL_S
         except ServerError:
             self._failed[key] = now  # who loads has said why
         else:
-            self._loads.owned_before(name, known.version, known.tenant)
             _log.info(
                 "a version that other servers have is loaded here, too", model=name, version=known.version
             )

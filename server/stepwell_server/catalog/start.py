@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ from stepwell_server.errors import ModelLoading, ModelNotFound, ServerError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from stepwell_server.catalog.catalog import LiveModels
+    from stepwell_server.catalog.catalog import Catalog
     from stepwell_server.catalog.files.folder import ModelFolder
     from stepwell_server.catalog.files.loading import Loaded
     from stepwell_server.clock import Clock
@@ -94,7 +93,7 @@ class ModelWork:
         kept: Mapping[str, KeptModel],
         folder: ModelFolder | None,
         engine: Engine,
-        live: LiveModels,
+        catalog: Catalog,
         readiness: Readiness,
         *,
         clock: Clock,
@@ -103,11 +102,11 @@ class ModelWork:
         self._wanted = wanted
         self._kept = kept
         self._engine = engine
-        self._live = live
+        self._catalog = catalog
         self._readiness = readiness
         self._follower = FolderFollower(
             folder,
-            live,
+            catalog,
             FolderOptions(
                 settings.policy_of,
                 SessionPolicy(settings.sessions),
@@ -118,7 +117,7 @@ class ModelWork:
             warn=lambda problem: readiness.warning("models", problem),
         )
         self._catching_up = CatchingUp(
-            engine, live, root=settings.models_dir, clock=clock, is_left_out=self._is_followed
+            engine, catalog, root=settings.models_dir, clock=clock, is_left_out=self._is_followed
         )
         self._is_begun = False
 
@@ -133,7 +132,7 @@ class ModelWork:
         Raises:
             NotRestoredError, Abandoned: see `restore_unless_stopped`.
         """
-        await restore_unless_stopped(self._settings, self._engine, self._live, self._readiness, stop)
+        await restore_unless_stopped(self._settings, self._engine, self._catalog, stop)
         await self._begin(
             {name: set(programs) for name, programs in loaded.programs.items()},
             {name: set(failed) for name, failed in loaded.failed.items()},
@@ -152,12 +151,7 @@ class ModelWork:
         for model in self._wanted:
             for version in model.choice(()):
                 self._readiness.version(model.name, version, "waiting")
-        abandoned = threading.Event()
-        try:
-            root, tell = self._settings.models_dir, self._readiness.version
-            await restore(self._engine, self._live, root=root, tell=tell, abandoned=abandoned)
-        finally:
-            abandoned.set()
+        await restore(self._engine, self._catalog, self._settings.models_dir)
         loaded: dict[str, set[int]] = {}
         failed: dict[str, set[int]] = {}
         for model in self._wanted:
@@ -175,7 +169,7 @@ class ModelWork:
                     is_charged=False,
                 )
                 try:
-                    await self._live.load(request)
+                    await self._catalog.load(request)
                 except ServerError:  # the control has said why
                     bad.add(source.version)
                 else:
@@ -189,7 +183,7 @@ class ModelWork:
             model = wanted.get(name)
             served = {
                 each.version: each.is_default
-                for each in self._live.status(name)
+                for each in self._catalog.status(name)
                 if each.state is not VersionState.FAILED
             }
             default = next((version for version, is_default in served.items() if is_default), 0)

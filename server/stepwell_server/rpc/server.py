@@ -37,7 +37,7 @@ from stepwell_server.rpc.triton.servicer import TritonServicer, unsupported_meth
 from stepwell_server.rpc.triton.statistics import PassObserver
 
 if TYPE_CHECKING:
-    from stepwell_server.catalog.control import ModelControl
+    from stepwell_server.catalog.catalog import Catalog
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.slowest import Slowest
@@ -161,7 +161,7 @@ class RpcServer:
         return bound
 
     def serve(
-        self, engine: Engine, control: ModelControl, admin_refusal: str = "", *, known_files: KnownFiles
+        self, engine: Engine, control: Catalog, admin_refusal: str = "", *, known_files: KnownFiles
     ) -> None:
         """Serve an engine from now on, and say so.
 

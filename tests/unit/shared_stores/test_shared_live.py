@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stepwell_server.catalog.catalog import LiveModels
+from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import LoadRequest, Progress, VersionState
 from stepwell_server.catalog.files.folder import ModelFolder
 from stepwell_server.catalog.follower import FolderFollower, FolderOptions
@@ -47,7 +47,7 @@ class Replica:
         self.readiness = Readiness()
         self.folder = folder
         (folder / "plain").mkdir(parents=True)
-        self.live = LiveModels(
+        self.live = Catalog(
             at.engine,
             compiled,
             clock=at.clock,

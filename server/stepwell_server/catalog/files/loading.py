@@ -6,9 +6,9 @@ import asyncio
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from stepwell_server.catalog.files.programs import load_program
 from stepwell_server.catalog.files.sources import Candidates, LoadError, Source
@@ -84,26 +84,24 @@ async def load_models(
         Abandoned: `stop` was set. No worker is left behind.
     """
     abandoned = threading.Event()
-    work = _load_all(settings, compiler, wanted, observer, readiness, abandoned)
-    return await unless_stopped(work, stop, abandoned)
+    work = asyncio.create_task(_load_all(settings, compiler, wanted, observer, readiness, abandoned))
+    return await unless_stopped(work, stop, abandoned.set)
 
 
-async def unless_stopped(
-    work: Coroutine[Any, Any, _T], stop: asyncio.Event, abandoned: threading.Event
-) -> _T:
-    """Do work that ends soon when `abandoned` is set, as it is when `stop` is.
+async def unless_stopped(work: asyncio.Task[_T], stop: asyncio.Event, end: Callable[[], object]) -> _T:
+    """Return what some work returns, which ends soon when `end` is called, as it is when `stop` is set.
 
     Raises:
         Abandoned: `stop` was set. The work has ended.
     """
-    working, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
-    await asyncio.wait((working, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     if stop.is_set():
-        abandoned.set()
-        await asyncio.gather(working, return_exceptions=True)
+        end()
+        await asyncio.gather(work, return_exceptions=True)
         raise Abandoned
-    return working.result()
+    return work.result()
 
 
 async def _load_all(

@@ -65,13 +65,13 @@ class Uploads:
         self._most_bytes = most_bytes
         self._clock = clock
         self._is_temporary = is_temporary
-        self._files: dict[str, _File] = {}
+        self._files: dict[str, Upload] = {}
         for entry in os.scandir(folder):
             if _TOKEN.fullmatch(entry.name):
                 shutil.rmtree(entry.path, ignore_errors=True)
 
-    async def begin(self, filename: str, tenant: str) -> _File:
-        """See `ModelControl.begin_upload`."""
+    async def begin(self, filename: str, tenant: str) -> Upload:
+        """Begin to take a file: see `Catalog.begin_upload`."""
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(filename))[-_LONGEST_NAME:]
         if not name.endswith(SUFFIXES) or name in SUFFIXES:
             raise InvalidInput(
@@ -84,7 +84,7 @@ class Uploads:
                 retry_after_s=_AGAIN_S,
             )
         token = f"u-{secrets.token_hex(16)}"
-        file = self._files[token] = _File(self, token, self._folder / token / name, tenant, self._most_bytes)
+        file = self._files[token] = Upload(self, token, self._folder / token / name, tenant, self._most_bytes)
         try:
             await asyncio.to_thread(file.open)
         except BaseException:
@@ -134,8 +134,8 @@ class Uploads:
         return self._clock.monotonic()
 
 
-class _File:
-    """See `control.Upload`."""
+class Upload:
+    """A file on its way. Ends by one of `finish` and `abort`. Lives on the event loop."""
 
     def __init__(self, uploads: Uploads, token: str, path: Path, tenant: str, most_bytes: int) -> None:
         self._uploads = uploads
@@ -171,6 +171,12 @@ class _File:
                 os.close(descriptor)
 
     async def write(self, content: bytes) -> None:
+        """Take the next bytes.
+
+        Raises:
+            MessageTooLarge: the file is larger than a model may be.
+            Unavailable: the disk does not take them.
+        """
         self._require_there()
         self._size += len(content)
         if self._size > self._most_bytes:
@@ -188,6 +194,12 @@ class _File:
                 view = view[os.write(self._descriptor, view) :]
 
     async def finish(self) -> Uploaded:
+        """It is whole.
+
+        Raises:
+            InvalidInput: it is empty.
+            Unavailable: the disk does not take it.
+        """
         self._require_there()
         if not self._size:
             raise InvalidInput("content must be the bytes of a file; got none")
@@ -196,6 +208,7 @@ class _File:
         return Uploaded(self._token, self._digest.hexdigest())
 
     async def abort(self) -> None:
+        """Forget what has come."""
         await self._uploads.delete(self._token)
 
     def _require_there(self) -> None:

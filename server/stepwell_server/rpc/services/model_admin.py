@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from google.protobuf.message import Message
 
 from stepwell.v1 import models_pb2 as pb
-from stepwell_server.catalog.control import LoadRequest, ModelControl
+from stepwell_server.catalog.catalog import Catalog
+from stepwell_server.catalog.control import LoadRequest
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import InvalidInput, PermissionDenied, ServerError
 from stepwell_server.rpc import naming
@@ -33,7 +34,7 @@ class ModelAdminServicer:
     """The calls of ModelAdminService, each by its name in snake case. Lives on the event loop."""
 
     def __init__(
-        self, control: ModelControl, models: ModelServicer, auditor: Auditor | None, refusal: str = ""
+        self, control: Catalog, models: ModelServicer, auditor: Auditor | None, refusal: str = ""
     ) -> None:
         """Wire it.
 

@@ -12,7 +12,7 @@ from stepwell_server.rpc.slowest import MOST
 from stepwell_server.rpc.steps.messages import REPLY_BYTES
 
 if TYPE_CHECKING:
-    from stepwell_server.catalog.control import ModelControl
+    from stepwell_server.catalog.catalog import Catalog
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.fronts.base import Call
@@ -33,7 +33,7 @@ class ModelServicer:
         max_reply_bytes: int,
         slowest: Slowest,
         clock: Clock,
-        control: ModelControl | None = None,
+        control: Catalog | None = None,
     ) -> None:
         """`server` describes it to admins; `control` loads models; None: those of the start are all."""
         self._control = control

@@ -6,7 +6,8 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from stepwell_server.catalog.control import LoadRequest, ModelControl, VersionState, VersionStatus
+from stepwell_server.catalog.catalog import Catalog
+from stepwell_server.catalog.control import LoadRequest, VersionState, VersionStatus
 from stepwell_server.core.callers import Role
 from stepwell_server.core.model_names import is_version, version_of
 from stepwell_server.core.version_policy import LATEST, VersionPolicy
@@ -41,7 +42,7 @@ _SHOWN = 160
 class Repository:
     """Lists, loads and unloads versions. Lives on the event loop."""
 
-    def __init__(self, control: ModelControl, known_files: KnownFiles, refusal: str = "") -> None:
+    def __init__(self, control: Catalog, known_files: KnownFiles, refusal: str = "") -> None:
         """`refusal` is why nobody may load and unload; if it is empty, callers with the role may."""
         self._control = control
         self._known_files = known_files
@@ -68,7 +69,7 @@ class Repository:
         Raises:
             InvalidInput: a parameter cannot be.
             ModelNotFound: no file is known for what is to be loaded.
-            ServerError: as of `ModelControl.load`.
+            ServerError: as of `Catalog.load`.
         """
         self._require_allowed("RepositoryModelLoad")
         _require_no_name(request.repository_name)
@@ -142,7 +143,7 @@ class Repository:
 
         Raises:
             InvalidInput: a parameter cannot be.
-            ModelNotFound, ModelInUse: as of `ModelControl.unload`.
+            ModelNotFound, ModelInUse: as of `Catalog.unload`.
         """
         self._require_allowed("RepositoryModelUnload")
         _require_no_name(request.repository_name)
