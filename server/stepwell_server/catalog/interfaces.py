@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 from stepwell_server.catalog.control import Progress
-from stepwell_server.catalog.files import loading
 from stepwell_server.engine.api import DefaultChange, ModelInfo, Moved, SessionPolicy
 from stepwell_server.engine.versions.registry import Versions
 from stepwell_server.program import Program
@@ -89,8 +88,14 @@ class Quotas(Protocol):
         """Raises `QuotaExceeded` if it has as many as it may have."""
 
 
-class Observer(loading.Observer, Protocol):
-    """Is told of loads, and of what they do to sessions."""
+class Observer(Protocol):
+    """Counts loads, and what they do to sessions."""
+
+    def model_loaded(self, model: str, source: str, seconds: float) -> None:
+        """A version was loaded; its program came from `source`."""
+
+    def model_failed(self, model: str) -> None:
+        """A version could not be loaded."""
 
     def sessions_moved(self, model: str, policy: str, count: int) -> None:
         """The default moved, and so many sessions in memory with it."""
