@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from stepwell_server.compile.host.compiler import WarmCompiler
 from stepwell_server.compile.host.limits import Limits
 from support import programs
 from support.clock import ManualClock
-from support.processes import HANG_S, children, home_of, is_there, until
+from support.processes import HANG_S, children, descriptors, home_of, is_there, until
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="it looks at processes as Linux shows them"
@@ -226,6 +227,24 @@ def test_a_fork_server_that_was_killed_while_idle_is_started_again(
     until(lambda: not is_there(server))
     kept.settle(compiled)
     assert kept.pids not in ([], [server])
+
+
+def test_where_a_worker_has_no_room_that_is_said_and_nothing_is_left_open(
+    compiled: Path, tmp_path: Path
+) -> None:
+    with WarmCompiler(tmp_path / "cache") as compiler:
+        compiler.settle(compiled)
+        (server,) = compiler.pids
+        folder, before = home_of(server), descriptors()
+        shutil.rmtree(folder)
+        folder.write_text("in the way")
+        with pytest.raises(ModelError, match="the compiling process cannot be started: Not a directory"):
+            compiler.settle(compiled)
+        assert descriptors() == before
+        folder.unlink()
+        folder.mkdir()
+        compiler.settle(compiled)
+        assert compiler.pids == [server]
 
 
 @pytest.mark.slow

@@ -17,15 +17,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
-from multiprocessing.reduction import send_handle
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import stepwell_server
 from stepwell_server.compile.host.limits import DETAIL_BYTES
 from stepwell_server.compile.host.wire import CHECK_INTERVAL_S, Channel
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 _MODULE = "stepwell_server.compile.host.fork_server"
 _MAX_DETAIL_LINES = 40
@@ -140,22 +140,20 @@ class ForkServer:
             self._made += 1
             ours, theirs = socket.socketpair()
             worker = Worker(Path(running.folder.name, str(self._made)), Channel(ours), _log_file())
-        except OSError as error:
-            raise ForkServerError(str(error.strerror)) from error
-        try:
-            with theirs:
+            with theirs, contextlib.ExitStack() as failed:
+                failed.callback(worker.forget)
                 worker.home.mkdir(parents=True)
                 worker.given.mkdir()
                 folders = {"home": str(worker.home), "given": str(worker.given)}
                 files = (theirs.fileno(), worker.log.fileno())
                 answer = self._ask({"fork": {**terms, **folders}}, files, check)
-            if "problem" in answer:
-                raise ForkServerError(str(answer["problem"]))
-        except BaseException:
-            worker.forget()
-            raise
-        worker.pid = int(answer["pid"])
-        return worker
+                if "problem" in answer:
+                    raise ForkServerError(str(answer["problem"]))
+                worker.pid = int(answer["pid"])
+                failed.pop_all()
+                return worker
+        except OSError as error:
+            raise ForkServerError(str(error.strerror)) from error
 
     def reap(self, worker: Worker) -> int:
         """End a worker, if it has not ended; returns its exit code as `subprocess` has it.
@@ -189,6 +187,8 @@ class ForkServer:
     def _ask(
         self, request: Mapping[str, Any], files: Sequence[int] = (), check: Callable[[], None] | None = None
     ) -> dict[str, Any]:
+        from multiprocessing.reduction import send_handle
+
         running = self._running
         if running is None:
             raise ForkServerError("it has ended", 0)
@@ -208,6 +208,8 @@ class ForkServer:
 
 
 def _started() -> _Running:
+    from multiprocessing import Pipe  # Takes milliseconds, which servers without this process do not spend.
+
     folder, log = (
         tempfile.TemporaryDirectory(prefix="stepwell-compile-", ignore_cleanup_errors=True),
         _log_file(),
