@@ -44,9 +44,7 @@ class Job:
     """One call, and the worker that does it. A context manager, which ends the worker."""
 
     def __init__(self, call: Call, server: ForkServer, watch: Watch) -> None:
-        self._model = call.model
-        self._report = call.report
-        self._limits = call.limits
+        self._call = call
         self._server = server
         self._watch = watch
         self._worker: Worker | None = None
@@ -73,7 +71,7 @@ class Job:
         """
         terms = {
             "frameworks": frameworks,
-            "disk_bytes": self._limits.disk_bytes,
+            "disk_bytes": self._call.limits.disk_bytes,
             "imports": imports,
             "cwd": os.getcwd() if imports else "",
         }
@@ -85,16 +83,16 @@ class Job:
                 if error.code is None
                 else self._problem(error.code)
             )
-            raise ModelError(f"{self._model}: {problem}", error.details) from error
+            raise ModelError(f"{self._call.model}: {problem}", error.details) from error
         except _ExceededError as error:
-            raise ModelError(f"{self._model}: {self._problem(0)}") from error
-        self._report(self._stage)
+            raise ModelError(f"{self._call.model}: {self._problem(0)}") from error
+        self._call.report(self._stage)
         return self._worker
 
     def adopt(self, worker: Worker) -> None:
         """Continue with a worker that another job has released."""
         self._worker = worker
-        self._report(self._stage)
+        self._call.report(self._stage)
 
     def release(self, worker: Worker) -> None:
         """Keep the worker beyond this job."""
@@ -107,7 +105,7 @@ class Job:
         Raises:
             ModelError: the file was changed meanwhile, or cannot be copied.
         """
-        self._given = worker.given / "model" / self._model.name
+        self._given = worker.given / "model" / self._call.model.name
         self._given.parent.mkdir()
         source.copy(self._given)
         return self._given
@@ -139,8 +137,8 @@ class Job:
         request = {
             "model": str(self._given),
             "data": str(self._data[1]) if self._data is not None else "",
-            "max_model_bytes": self._limits.model_bytes,
-            "timeout_s": self._limits.timeout_s,
+            "max_model_bytes": self._call.limits.model_bytes,
+            "timeout_s": self._call.limits.timeout_s,
             **job,
         }
         try:
@@ -152,7 +150,7 @@ class Job:
                     _log.info("compiling in a process of its own", protection=protection, missing=missing)
                 elif "stage" in message:
                     self._stage = str(message["stage"])
-                    self._report(self._stage)
+                    self._call.report(self._stage)
                 elif "error" in message:
                     kind = _KINDS.get(str(message.get("kind")), ModelError)
                     raise kind(self._shown(message["error"]), self._shown(message.get("details", "")))
@@ -160,13 +158,13 @@ class Job:
                     return message["done"]
         except GarbledError as error:
             raise ModelError(
-                f"{self._model}: the compiling process said what it never says in stage {self._stage}, and was ended:"
+                f"{self._call.model}: the compiling process said what it never says in stage {self._stage}, and was ended:"
                 " something of the model or of a module of --import speaks for it"
             ) from error
         except _ExceededError:
             pass
         code = self._server.reap(worker)
-        raise ModelError(f"{self._model}: {self._problem(code)}", worker.last_words())
+        raise ModelError(f"{self._call.model}: {self._problem(code)}", worker.last_words())
 
     def _check(self) -> None:
         """Check the limits of the process that this waits for."""
@@ -178,7 +176,7 @@ class Job:
 
     def _shown(self, text: object) -> str:
         """Text of a worker, with the names of the user's own files in place of those of the copies."""
-        shown = str(text).replace(str(self._given), str(self._model))
+        shown = str(text).replace(str(self._given), str(self._call.model))
         return shown if self._data is None else shown.replace(str(self._data[1]), str(self._data[0]))
 
     def _problem(self, code: int) -> str:
@@ -188,18 +186,18 @@ class Job:
                 return ABANDONED
             case "memory":
                 return (
-                    f"compiling it must take at most {self._limits.memory_bytes} bytes of memory "
+                    f"compiling it must take at most {self._call.limits.memory_bytes} bytes of memory "
                     f"(--max-compile-memory-bytes); it took more in stage {self._stage} and was ended. Allow more, or "
                     "make the model smaller"
                 )
             case "disk":
                 return (
-                    f"compiling it must write at most {self._limits.disk_bytes} bytes, twice --max-model-bytes and"
+                    f"compiling it must write at most {self._call.limits.disk_bytes} bytes, twice --max-model-bytes and"
                     f" {MORE_BYTES}; it wrote more in stage {self._stage} and was ended"
                 )
         if self.exceeded == "time" or code == -signal.SIGXCPU:
             return (
-                f"compiling it must take at most {self._limits.timeout_s:g} s (--compile-timeout-s); it was ended in "
+                f"compiling it must take at most {self._call.limits.timeout_s:g} s (--compile-timeout-s); it was ended in "
                 f"stage {self._stage}. Allow more time, or compile it on a faster machine of the same kind and take "
                 "that one's --cache-dir"
             )
