@@ -232,7 +232,7 @@ def test_what_speaks_for_the_compiler_is_ended(
 ) -> None:
     (tmp_path / "speaking.py").write_text(SAYS)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="said what it never says in stage load, and was ended"):
+    with pytest.raises(ModelError, match="sent an invalid message in stage load and was ended"):
         compile_program(lstm, tmp_path / "cache", ["speaking"], limits=ANY)
 
 

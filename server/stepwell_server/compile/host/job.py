@@ -19,7 +19,7 @@ from stepwell_server.logs import Log
 from stepwell_server.program import ProofOptions
 
 Progress = Callable[[str], None]
-ABANDONED = "nobody waits for it any more"
+ABANDONED = "it was cancelled: no caller waits for it any more"
 _KINDS: dict[str, type[ModelError]] = {kind.__name__: kind for kind in (DataError, NotCausalError)}
 _log = Log("compile")
 
@@ -158,8 +158,8 @@ class Job:
                     return message["done"]
         except GarbledError as error:
             raise ModelError(
-                f"{self._call.model}: the compiling process said what it never says in stage {self._stage}, and was ended:"
-                " something of the model or of a module of --import speaks for it"
+                f"{self._call.model}: the compiling process sent an invalid message in stage {self._stage} and was ended:"
+                " code of the model or of a module of --import writes to its channel"
             ) from error
         except _ExceededError:
             pass
