@@ -123,7 +123,7 @@ class Inside:
 
     def is_in_an_inbox(self) -> bool:
         """Whether a change waits to be admitted."""
-        return any(inbox.waiting for inbox in self._engine._inboxes.values())
+        return any(inbox.waiting for inbox in self._engine._inboxes.of.values())
 
     def drain_inboxes(self) -> None:
         """Admit what waits in the inboxes now, as any call but a change does."""
@@ -139,8 +139,8 @@ class Inside:
         live = np.array(sorted(handle for _, handle in table.items()), np.intp)
         assert not table.claimed[live].any(), "a session is claimed though nothing is under way"
         assert not self.turns, "something waits in line"
-        assert engine._held.bytes == 0
-        assert not engine._held.inboxes, "something waits in an inbox"
+        assert engine._inboxes.bytes == 0
+        assert not engine._inboxes.waiting, "something waits in an inbox"
         for model in self.models:
             own = live[np.isin(table.model[live], list(model.sharing))]
             resident = own[table.row[own] >= 0]
@@ -151,7 +151,7 @@ class Inside:
             assert slots._top + len(fresh) == slots.capacity - slots.resident
             rows = [*fresh, *slots._freed[: slots._top].tolist(), *table.rows_of(resident).tolist()]
             assert sorted(rows) == list(range(slots.capacity)), "a row is lost or has two owners"
-            assert engine._inboxes[model.index].waiting == 0
+            assert engine._inboxes.of[model.index].waiting == 0
             assert not engine._loops[model.index].busy
             assert set(model.replies.series) <= set(own.tolist()), "a reply outlives its session"
         away = {session_id for session_id, handle in table.items() if table.row[handle] < 0}

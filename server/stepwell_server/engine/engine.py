@@ -7,13 +7,29 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.idle import IdleLimits, IdleWatch
 from stepwell_server.core.model_names import ModelRef, parse_reference
 from stepwell_server.core.scheduler import LoopQueue, Shares, Source
 from stepwell_server.core.sessions import SessionTable
-from stepwell_server.engine.api import ModelInfo, ModelStats, Observer, StateRead, StatesRead
+from stepwell_server.engine.api import (
+    DefaultChange,
+    ModelInfo,
+    ModelStats,
+    Moved,
+    Observer,
+    Opened,
+    Predicted,
+    SessionFilter,
+    SessionInfo,
+    SessionPage,
+    SessionPolicy,
+    StateRead,
+    StatesRead,
+)
 from stepwell_server.engine.catalog.changes import Changes
 from stepwell_server.engine.catalog.serving import Capacity, Serving
 from stepwell_server.engine.change import Change
@@ -25,20 +41,20 @@ from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.intake.queues import Held, RowQueue, Turns, joined_where_alike
+from stepwell_server.engine.intake.queues import Inboxes, RowQueue, Turns, joined_where_alike
 from stepwell_server.engine.intake.validation import Validation, require_sessions
 from stepwell_server.engine.prediction import Prediction
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.attempt import OpenedMany
 from stepwell_server.engine.sessions.begin import Begin
-from stepwell_server.engine.sessions.close import Closer
+from stepwell_server.engine.sessions.close import Closer, Place
 from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.end import MAX_PAGED_OUT, Expiry, Removal, Sweep, Uses
-from stepwell_server.engine.sessions.export import Export
+from stepwell_server.engine.sessions.export import Export, Exported
 from stepwell_server.engine.sessions.fork import Fork
 from stepwell_server.engine.sessions.ids import MAX_IDS_PER_CALL
-from stepwell_server.engine.sessions.imports import Import
+from stepwell_server.engine.sessions.imports import Existing, Import, Result, SessionRecord
 from stepwell_server.engine.sessions.lookup import Loader, Lookup
 from stepwell_server.engine.sessions.read import SessionCounts, SessionList, StateReader
 from stepwell_server.engine.shares import Pieces, Threads
@@ -47,7 +63,7 @@ from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.submission import Submission
-from stepwell_server.engine.types import U64, Members
+from stepwell_server.engine.types import U64, Mask, Members, Tensors
 from stepwell_server.engine.versions.forwarding import Forwarding, Migration
 from stepwell_server.engine.versions.registry import Models, Versions
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
@@ -131,7 +147,7 @@ class Engine:
         row_queue = RowQueue(table, self._models, pager)
         self._turns = Turns(table, self._models, pager, row_queue, clock, self._forget)
         self._row_queue = row_queue
-        self._held = Held()
+        self._inboxes = Inboxes()
         watch = IdleWatch(table, idle_limits, -math.inf)
         self._removal = removal = Removal(
             watch,
@@ -178,12 +194,28 @@ class Engine:
             expiry=self._expiry,
             clock=clock,
         )
-        self.session_info = self._directory.describe
-        """Describe a session as of its last completed change: see `Directory.describe`."""
         self._counts = SessionCounts(table, self._models, store, clock)
-        self.refresh_counts = self._counts.refresh
-        """Make the counts of `models` current: see `SessionCounts.refresh`."""
         sizes = Sizes(table, quotas)
+        self._submission = Submission(
+            table,
+            self._directory,
+            self._lookup,
+            Validation(table, self._models),
+            self._inboxes,
+            self._group,
+            sizes=sizes,
+            clock=clock,
+        )
+        self.submit: Callable[[Change], Members] = self._submission.submit
+        """Take a change. Its replies get every member's answer, some maybe before this returns.
+
+        Returns:
+            Members that were not taken, and get no answer: of several messages, those of messages that cannot be taken with
+            the others, to be submitted alone, in their order; of a step that must continue, those that do not. Else none.
+
+        Raises:
+            ServerError: the change is refused as a whole; its replies get nothing.
+        """
         recorder = None
         if keeping.others is not None:
             recorder = Recorder(
@@ -198,7 +230,7 @@ class Engine:
             row_queue,
             pager,
             self._committer,
-            find_again=self._find_again,
+            find_again=self._submission.find_again,
             clock=clock,
             observer=observer,
         )
@@ -220,103 +252,44 @@ class Engine:
             drain=self._drain_inboxes,
             require_open=self._require_open,
         )
-        begin = Begin(
+        self._begin = begin = Begin(
             context,
             keeping,
             lambda *which: self._changes.follow(*which),  # noqa: PLW0108 - made below
         )
-        self.open_session = begin.open
-        """Open a session, or resume the live one of that id: see `Begin.open`."""
-        self.open_sessions = begin.open_many
-        """Open many sessions, all of them or none: see `Begin.open_many`."""
-        fork = Fork(context, begin, self._reader)
-        self.fork = fork.one
-        """Open a session with the state, revision and position of another: see `Fork.one`."""
-        self.fork_sessions = fork.many
-        """Open sessions with the states of others, all of them or none: see `Fork.many`."""
-        listing = SessionList(table, self._directory, self._expiry, removal, keeping, store, clock)
+        self._fork = Fork(context, begin, self._reader)
+        self._list = SessionList(table, self._directory, self._expiry, removal, keeping, store, clock)
         self._closing = Closer(
             self._directory,
             self._turns,
             pager,
             self._group,
             removal=removal,
-            listing=listing,
+            listing=self._list,
             fields=fields,
             clock=clock,
         )
-        self.list_sessions = listing.ask
-        """Up to `limit` sessions, and how many fit in all: see `SessionList.ask`."""
-        self.close_matching = self._closing.close_matching
-        """Close sessions that fit a filter, some at a time: see `Closer.close_matching`."""
-        self.was_closed_by = self._closing.was_closed_by
-        """Whether a request has closed a session of an id: see `Closer.was_closed_by`."""
-        export = Export(context, listing, records, store)
-        self.export_sessions = export.sessions
-        """The records of sessions: see `Export.sessions`."""
-        self.export_page = export.page
-        """The records of sessions that fit a filter, page by page: see `Export.page`."""
-        self.import_sessions = Import(context, begin, loader, self._closing).run
-        """Begin sessions with records, each for itself: see `Import.run`."""
+        self._export = Export(context, self._list, records, store)
+        self._import = Import(context, begin, loader, self._closing)
         self._serving = Serving(
             context,
             self._models,
-            self._held,
+            self._inboxes,
             self._admission,
             self._committer,
             Capacity(self._shares, self._threads, compute_threads, executor, max_batch_rows, resident_rows),
         )
-        self._loops, self._inboxes = self._serving.loops, self._serving.inboxes
+        self._loops = self._serving.loops
         self._changes = Changes(context, self._models, self._serving, forwarding, store)
-        self.load_version = self._changes.load
-        """Serve a version of a model from now on: see `Changes.load`."""
-        self.require_possible = self._changes.require_possible
-        """Judge a move of the default before the version is loaded: see `Changes.require_possible`."""
-        self.unload_version = self._changes.unload
-        """Serve a version no longer: see `Changes.unload`."""
-        self.set_default = self._changes.set_default
-        """Let a name stand for another version: see `Changes.set_default`."""
-        self.set_label = self._changes.set_label
-        """Let a label stand for a version, or for none: see `Changes.set_label`."""
-        self.next_version = self._changes.next_version
-        """The number of a version that is to come: see `Changes.next_version`."""
-        self.catalogue = self._changes.catalogue
-        """All that is known of versions, loaded or not: see `Changes.catalogue`."""
-        self.defaults_elsewhere = self._changes.defaults_elsewhere
-        """Defaults that are not loaded here: see `Changes.defaults_elsewhere`."""
-        self._submission = Submission(
-            table,
-            self._directory,
-            self._lookup,
-            Validation(table, self._models),
-            self._held,
-            self._admission,
-            self._inboxes,
-            self._group,
-            sizes=sizes,
-            clock=clock,
-        )
-        self.submit: Callable[[Change], Members] = self._submission.submit
-        """Take a change. Its replies get every member's answer, some maybe before this returns.
-
-        Returns:
-            Members that were not taken, and get no answer: of several messages, those of messages that cannot be taken with
-            the others, to be submitted alone, in their order; of a step that must continue, those that do not. Else none.
-
-        Raises:
-            ServerError: the change is refused as a whole; its replies get nothing.
-        """
-        self.predict = Prediction(
+        self._prediction = Prediction(
             self._models,
             self._inboxes,
-            self._held,
             quotas,
             drain=self._drain_inboxes,
             require_accepting=self._submission.require_accepting,
             clock=clock,
             observer=observer,
-        ).predict
-        """Run a model without a session: see `Prediction.predict`."""
+        )
         for name in sorted(programs):
             self._changes.begin_with(parse_reference(name), programs[name])
 
@@ -372,6 +345,230 @@ class Engine:
         """Names of the models, in order."""
         return self._models.names()
 
+    async def predict(
+        self,
+        model: str,
+        inputs: Tensors,
+        state: Tensors | None = None,
+        *,
+        reset: Mask | None = None,
+        deadline: float = math.inf,
+        source: object = None,
+        who: Caller = ANYBODY,
+        reply_limit: int = sys.maxsize,
+        reply_bytes: int = 0,
+    ) -> Predicted:
+        """Run a model without a session: see `Prediction.predict`."""
+        return await self._prediction.predict(
+            model,
+            inputs,
+            state,
+            reset=reset,
+            deadline=deadline,
+            source=source,
+            who=who,
+            reply_limit=reply_limit,
+            reply_bytes=reply_bytes,
+        )
+
+    # --------------------------------------------------------------------------------------- versions of models
+
+    async def load_version(
+        self,
+        name: str,
+        version: int,
+        program: Program,
+        *,
+        source: str = "",
+        tenant: str = "",
+        rows: int = 0,
+        labels: Sequence[str] = (),
+        becomes: DefaultChange | None = None,
+        begin: Callable[[], None] = lambda: None,
+    ) -> Moved:
+        """Serve a version of a model from now on: see `Changes.load`."""
+        return await self._changes.load(
+            name,
+            version,
+            program,
+            source=source,
+            tenant=tenant,
+            rows=rows,
+            labels=labels,
+            becomes=becomes,
+            begin=begin,
+        )
+
+    async def require_possible(
+        self, name: str, version: int, program: Program, policy: SessionPolicy, migration: str = ""
+    ) -> None:
+        """Judge a move of the default before the version is loaded: see `Changes.require_possible`."""
+        await self._changes.require_possible(name, version, program, policy, migration)
+
+    async def unload_version(self, name: str, version: int, *, force: bool = False) -> None:
+        """Unload a version: see `Changes.unload`."""
+        await self._changes.unload(name, version, force=force)
+
+    async def set_default(
+        self,
+        name: str,
+        version: int,
+        policy: SessionPolicy,
+        migration: str = "",
+        *,
+        leaves: bool | None = None,
+    ) -> Moved:
+        """Let a name stand for another version: see `Changes.set_default`."""
+        return await self._changes.set_default(name, version, policy, migration, leaves=leaves)
+
+    async def set_label(self, name: str, label: str, version: int) -> None:
+        """Let a label stand for a version, or with version 0 for none: see `Changes.set_label`."""
+        await self._changes.set_label(name, label, version)
+
+    def next_version(self, name: str) -> int:
+        """The number after the highest that a version of a name ever had."""
+        return self._changes.next_version(name)
+
+    def catalogue(self) -> Mapping[str, Versions]:
+        """All versions of all names, loaded or not."""
+        return self._changes.catalogue()
+
+    def defaults_elsewhere(self) -> dict[str, int]:
+        """Default versions that are not loaded here, but maybe on other servers of the store, by name."""
+        return self._changes.defaults_elsewhere()
+
+    # ------------------------------------------------------------------------------------------------ sessions
+
+    async def open_session(
+        self,
+        model: str,
+        *,
+        session_id: str = "",
+        batch_size: int = 1,
+        state: Tensors | None = None,
+        must_be_new: bool = False,
+        request_id: int = 0,
+        fingerprint: str = "",
+        max_idle_ms: int | None = None,
+        namespace: str = "",
+        who: Caller = ANYBODY,
+    ) -> Opened:
+        """Open a session, or resume the live one of that id: see `Begin.open`."""
+        return await self._begin.open(
+            model,
+            session_id=session_id,
+            batch_size=batch_size,
+            state=state,
+            must_be_new=must_be_new,
+            request_id=request_id,
+            fingerprint=fingerprint,
+            max_idle_ms=max_idle_ms,
+            namespace=namespace,
+            who=who,
+        )
+
+    async def open_sessions(
+        self,
+        model: str,
+        *,
+        count: int = 0,
+        session_ids: Sequence[str] = (),
+        batch_size: int = 1,
+        request_id: int = 0,
+        max_idle_ms: int | None = None,
+        namespace: str = "",
+        who: Caller = ANYBODY,
+        resume: bool = False,
+    ) -> OpenedMany:
+        """Open many sessions, all of them or none: see `Begin.open_many`."""
+        return await self._begin.open_many(
+            model,
+            count=count,
+            session_ids=session_ids,
+            batch_size=batch_size,
+            request_id=request_id,
+            max_idle_ms=max_idle_ms,
+            namespace=namespace,
+            who=who,
+            resume=resume,
+        )
+
+    async def fork(
+        self,
+        session_id: str,
+        *,
+        new_session_id: str = "",
+        expected: int | None = None,
+        request_id: int = 0,
+        max_idle_ms: int | None = None,
+        deadline: float = math.inf,
+        who: Caller = ANYBODY,
+    ) -> Opened:
+        """Open a session with the state, revision and position of another: see `Fork.one`."""
+        return await self._fork.one(
+            session_id,
+            new_session_id=new_session_id,
+            expected=expected,
+            request_id=request_id,
+            max_idle_ms=max_idle_ms,
+            deadline=deadline,
+            who=who,
+        )
+
+    async def fork_sessions(
+        self,
+        session_ids: Sequence[str],
+        *,
+        new_session_ids: Sequence[str] = (),
+        expected: U64 | None = None,
+        request_id: int = 0,
+        max_idle_ms: int | None = None,
+        deadline: float = math.inf,
+        who: Caller = ANYBODY,
+    ) -> OpenedMany:
+        """Open sessions with the states of others, all of them or none: see `Fork.many`."""
+        return await self._fork.many(
+            session_ids,
+            new_session_ids=new_session_ids,
+            expected=expected,
+            request_id=request_id,
+            max_idle_ms=max_idle_ms,
+            deadline=deadline,
+            who=who,
+        )
+
+    async def import_sessions(
+        self, sessions: Sequence[SessionRecord], existing: Existing, who: Caller = ANYBODY
+    ) -> list[Result]:
+        """Begin sessions with records, each for itself: see `Import.run`."""
+        return await self._import.run(sessions, existing, who)
+
+    async def session_info(self, session_id: str, *, usable: bool = False) -> SessionInfo:
+        """Describe a session as of its last completed change: see `Directory.describe`."""
+        return await self._directory.describe(session_id, usable=usable)
+
+    async def list_sessions(
+        self, *, after: str = "", limit: int = 1000, count: bool = True, **wanted: Any
+    ) -> tuple[SessionPage, int]:
+        """Up to `limit` sessions, and the number of all that fit: see `SessionList.ask`."""
+        return await self._list.ask(after=after, limit=limit, count=count, **wanted)
+
+    async def refresh_counts(self) -> None:
+        """Make the counts of `models` current, unless the store was just asked."""
+        await self._counts.refresh()
+
+    async def export_sessions(self, session_ids: Sequence[str], *, deadline: float) -> list[Exported]:
+        """The records of sessions, or why there is none: see `Export.sessions`."""
+        return await self._export.sessions(session_ids, deadline=deadline)
+
+    async def export_page(
+        self, wanted: SessionFilter, *, after: str, page_bytes: int, most_bytes: int, deadline: float
+    ) -> tuple[list[tuple[str, Exported]], str | None]:
+        """The records of sessions that fit a filter, page by page: see `Export.page`."""
+        return await self._export.page(
+            wanted, after=after, page_bytes=page_bytes, most_bytes=most_bytes, deadline=deadline
+        )
+
     async def close_session(
         self, session_id: str, *, request_id: int = 0, uid: int = 0, deadline: float = float("inf")
     ) -> bool:
@@ -401,10 +598,17 @@ class Engine:
         self._drain_inboxes()
         return await self._closing.close_many(session_ids, request_id=request_id, uids=uids)
 
-    # the parts that these ask are made later than those that ask
+    async def close_matching(
+        self, wanted: SessionFilter, *, limit: int, place: Place | None = None, request_id: int = 0
+    ) -> tuple[int, Place | None]:
+        """Close sessions that fit a filter, some at a time: see `Closer.close_matching`."""
+        return await self._closing.close_matching(wanted, limit=limit, place=place, request_id=request_id)
 
-    def _find_again(self, change: Change, members: Members) -> None:
-        self._submission.find_again(change, members)
+    async def was_closed_by(self, session_id: str, request_id: int) -> bool:
+        """Whether a request has closed a session of an id: see `Closer.was_closed_by`."""
+        return await self._closing.was_closed_by(session_id, request_id)
+
+    # given to parts that are made before those that do it
 
     def _forget(self, handle: int, error: ServerError) -> None:
         self._removal.forget(handle, error)
@@ -464,7 +668,7 @@ class Engine:
     def _stats_of(self, own: Versions) -> ModelStats:
         versions = list(own.loaded.values())
         slots = list({id(model.slots): model.slots for model in versions}.values())
-        inboxes = [self._inboxes[model.index] for model in versions]
+        inboxes = [self._inboxes.of[model.index] for model in versions]
         return ModelStats(
             name=own.name,
             sessions=self._counts.of(own.name),
@@ -473,7 +677,7 @@ class Engine:
             queued_rows=sum(inbox.waiting for inbox in inboxes),
             max_queued_rows=max(inbox.most_waiting for inbox in inboxes),
             max_pass_rows=versions[0].max_batch_rows,
-            queued_bytes=self._held.bytes,
+            queued_bytes=self._inboxes.bytes,
             uncommitted=self._group.waiting,
         )
 
@@ -532,7 +736,7 @@ class Engine:
 
     def _drain_inboxes(self) -> None:
         """What waits in the inboxes came before what comes now, which is no change: it must not overtake them."""
-        for inbox in list(self._held.inboxes):
+        for inbox in list(self._inboxes.waiting):
             self._admission.admit(joined_where_alike(inbox.drain()))
 
     @property

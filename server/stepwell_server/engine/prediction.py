@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.scheduler import source_of
 from stepwell_server.engine.api import Observer, Predicted
-from stepwell_server.engine.intake.queues import Held, Inbox
+from stepwell_server.engine.intake.queues import Inboxes
 from stepwell_server.engine.intake.validation import (
     check_finite_state,
     check_inputs,
@@ -30,8 +30,7 @@ class Prediction:
     def __init__(
         self,
         models: Models,
-        inboxes: Mapping[int, Inbox],
-        held: Held,
+        inboxes: Inboxes,
         quotas: Quotas | None,
         *,
         drain: Callable[[], None],
@@ -41,8 +40,6 @@ class Prediction:
     ) -> None:
         self._models = models
         self._inboxes = inboxes
-        """By the number of the model."""
-        self._held = held
         self._quotas = quotas
         self._drain = drain
         self._require_accepting = require_accepting
@@ -79,7 +76,7 @@ class Prediction:
         values = check_finite_state(served.program, state, rows)
         self._drain()
         byte_count = sum(array.nbytes for array in (*checked.arrays, *(values or ())))
-        self._inboxes[served.index].require_room(rows, byte_count)
+        self._inboxes.of[served.index].require_room(rows, byte_count)
         release = None if self._quotas is None else self._quotas.charge(who, rows * checked.steps, byte_count)
         now = self._clock.monotonic()
         call = PredictCall(
@@ -92,11 +89,11 @@ class Prediction:
             source=source_of(who, object() if source is None else source),
             now=now,
         )
-        self._held.bytes += byte_count
+        self._inboxes.bytes += byte_count
         try:
             predicted = await call.run()
         finally:
-            self._held.bytes -= byte_count
+            self._inboxes.bytes -= byte_count
             if release is not None:
                 release()
         self._observer.applied(served.name, "predict", 1, rows * checked.steps)

@@ -8,7 +8,7 @@ split where its members are on several versions.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -17,8 +17,7 @@ from stepwell_server.core.sessions import Handles, SessionTable, are_missing
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.eager import Rest, finish, start
-from stepwell_server.engine.intake.admission import Admission
-from stepwell_server.engine.intake.queues import MAX_WAITING_BYTES, Held, Inbox
+from stepwell_server.engine.intake.queues import MAX_WAITING_BYTES, Inboxes
 from stepwell_server.engine.intake.split import part_of
 from stepwell_server.engine.intake.validation import Refusals, Validation, require_lists
 from stepwell_server.engine.quotas import Quotas
@@ -48,9 +47,7 @@ class Submission:
         directory: Directory,
         lookup: Lookup,
         validation: Validation,
-        held: Held,
-        admission: Admission,
-        inboxes: Mapping[int, Inbox],
+        inboxes: Inboxes,
         commits: GroupCommit,
         *,
         sizes: Sizes,
@@ -60,10 +57,7 @@ class Submission:
         self._directory = directory
         self._lookup = lookup
         self._validation = validation
-        self._held = held
-        self._admission = admission
         self._inboxes = inboxes
-        """By the number of the model."""
         self._commits = commits
         self._sizes, self._quotas = sizes, sizes.quotas
         self._clock = clock
@@ -162,7 +156,7 @@ class Submission:
         Raises:
             ServerError: too much waits, or its caller may not do as much; nobody is answered.
         """
-        inbox = self._inboxes[change.model.index]
+        inbox = self._inboxes.of[change.model.index]
         if len(change.members):
             inbox.hold(change)
             if self._quotas is not None:
@@ -240,7 +234,7 @@ class Submission:
             if array.ndim
         ]
         rows = max([len(array) for array in tensors], default=len(change.session_ids))
-        count, held = sum(array.nbytes for array in tensors), self._held
+        count, held = sum(array.nbytes for array in tensors), self._inboxes
         if self.loading_rows and self.loading_rows + rows > MAX_LOADING_ROWS:
             raise Overloaded(
                 f"rows waiting for their sessions to be loaded must stay within {MAX_LOADING_ROWS};"
@@ -285,7 +279,7 @@ class Submission:
 
     def _count_loading(self, rows: int, byte_count: int) -> None:
         self.loading_rows += rows
-        self._held.bytes += byte_count
+        self._inboxes.bytes += byte_count
 
     def _are_dropped(self, change: Change, members: Members) -> bool:
         """Whether nobody waits for any of the members: they have their answers then."""
@@ -332,12 +326,12 @@ class Submission:
         for some, error in await self._directory.why_not_many(change.session_ids, members, seen):
             change.fail(some, error)
 
-    def find_again(self, change: Change, members: Members) -> None:
+    def find_again(self, change: Change, members: Members, admit: Callable[[Change, Members], None]) -> None:
         """Look up members whose sessions have left the table since they were checked; admit them, or answer those that ended."""
 
         def found(seen: Seen) -> Sequence[str]:
             if not self._are_dropped(change, members):
-                self._admission.admit_some(change, self._found_again(change, members, seen))
+                admit(change, self._found_again(change, members, seen))
             return ()
 
         ids = [change.session_ids[member] for member in members.tolist()]

@@ -12,7 +12,7 @@ from stepwell_server.core.slots import Slots
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.intake.admission import Admission
-from stepwell_server.engine.intake.queues import Held, Inbox
+from stepwell_server.engine.intake.queues import Inbox, Inboxes
 from stepwell_server.engine.passes.batch import Lane
 from stepwell_server.engine.passes.completion import Completion
 from stepwell_server.engine.passes.loop import Inline, PassLoop
@@ -53,14 +53,13 @@ class Serving:
         self,
         context: Context,
         models: Models,
-        held: Held,
+        inboxes: Inboxes,
         admission: Admission,
         committer: Committer,
         capacity: Capacity,
     ) -> None:
         self._context = context
         self._models = models
-        self._held = held
         self._admission = admission
         self._committer = committer
         self._capacity = capacity
@@ -68,7 +67,7 @@ class Serving:
         self.observer = context.observer
         self.loops: dict[int, PassLoop] = {}
         """By the number of the version, as the inboxes."""
-        self.inboxes: dict[int, Inbox] = {}
+        self._inboxes = inboxes
 
     def make(
         self, name: str, version: int, program: Program, sibling: Model | None = None, rows: int = 0
@@ -104,7 +103,7 @@ class Serving:
             work=Share(self._capacity.shares, f"{name}@{version}"),
         )
         lanes = [Lane(self._capacity.executor(program), arena) for _ in range(self._capacity.compute_threads)]
-        inbox, runner = Inbox(model, self._held), Runner(model, lanes, self._capacity.threads, self._clock)
+        inbox, runner = Inbox(model, self._inboxes), Runner(model, lanes, self._capacity.threads, self._clock)
         inline = Inline(
             model,
             self._context.table,
@@ -135,7 +134,6 @@ class Serving:
             clock=self._clock,
             observer=self.observer,
         )
-        self.inboxes[index] = inbox
         return model
 
     def _arena(self, name: str, program: Program, rows: int) -> tuple[Arena, Slots]:
@@ -164,4 +162,4 @@ class Serving:
         await self.idle(model)
         model.work.leave()
         self._capacity.threads.forget(model.work)
-        del self.loops[model.index], self.inboxes[model.index]
+        del self.loops[model.index], self._inboxes.of[model.index]

@@ -56,7 +56,7 @@ class Admission(Starter):
         pager: Pager,
         committer: Committer,
         *,
-        find_again: Callable[[Change, Members], None],
+        find_again: Callable[[Change, Members, Callable[[Change, Members], None]], None],
         clock: Clock,
         observer: Observer,
     ) -> None:
@@ -149,7 +149,7 @@ class Admission(Starter):
                 change.fail(group, changed_elsewhere(change.session_ids[int(group[0])]))
         gone, claimed = members[~(is_there | is_over)], is_there & ~is_over
         if len(gone):
-            self._find_again(change, gone)
+            self._find_again(change, gone, self.admit_some)
         more = self._bring_in(change, members[claimed], handles[claimed], self._wait_for_rows, compare=True)
         return np.concatenate([done, more])
 

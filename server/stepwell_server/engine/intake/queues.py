@@ -38,13 +38,15 @@ MAX_LINE = 256
 
 
 @dataclasses.dataclass(slots=True)
-class Held:
-    """What waits over all models: the one count of it."""
+class Inboxes:
+    """The inboxes of all models, and the one count of the bytes that wait."""
 
     bytes: int = 0
     """Of inputs that wait or run."""
-    inboxes: dict[Inbox, None] = dataclasses.field(default_factory=dict)
-    """Those in which something waits, in the order in which it came."""
+    waiting: dict[Inbox, None] = dataclasses.field(default_factory=dict)
+    """Inboxes in which something waits, in the order in which it came."""
+    of: dict[int, Inbox] = dataclasses.field(default_factory=dict)
+    """Each inbox, by the number of its version."""
 
 
 class Inbox:
@@ -54,10 +56,11 @@ class Inbox:
     for each model, bytes of inputs over all of them: what is too much is refused with a delay.
     """
 
-    def __init__(self, model: Model, held: Held) -> None:
-        """Nothing waits of the model; `held` is of all models."""
+    def __init__(self, model: Model, inboxes: Inboxes) -> None:
+        """Make an empty inbox of a model, which becomes one of all `inboxes`."""
         self._model = model
-        self._held = held
+        self._inboxes = inboxes
+        inboxes.of[model.index] = self
         self._waiting: list[Change] = []
         self._rows = 0
         self.most_waiting = MAX_WAITING_PASSES * model.max_batch_rows
@@ -91,7 +94,7 @@ class Inbox:
         Raises:
             Overloaded: with the time after which there should be room.
         """
-        model, held, waiting = self._model, self._held.bytes, self.waiting
+        model, held, waiting = self._model, self._inboxes.bytes, self.waiting
         limit = self.most_waiting
         if waiting and waiting + rows > limit:
             raise Overloaded(
@@ -110,7 +113,7 @@ class Inbox:
         Raises:
             Overloaded: too much waits already, and nothing is counted.
         """
-        count, held = change.byte_count, self._held
+        count, held = change.byte_count, self._inboxes
         self.require_room(change.row_count, count)
         held.bytes += count
 
@@ -122,7 +125,7 @@ class Inbox:
     def put(self, change: Change) -> None:
         """Let a change that is held wait for the next turn."""
         if not self._waiting:
-            self._held.inboxes[self] = None
+            self._inboxes.waiting[self] = None
         self._waiting.append(change)
         self._rows += change.row_count
         self._model.work.ring()
@@ -132,7 +135,7 @@ class Inbox:
         waiting = self._waiting
         if waiting:
             self._waiting, self._rows = [], 0
-            del self._held.inboxes[self]
+            del self._inboxes.waiting[self]
         return waiting
 
 
