@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stepwell_server.errors import OutcomeUnknown, RevisionConflict, SessionExists
+from stepwell_server.errors import OutcomeUnknown, RevisionConflict, SessionExists, SessionNotFound
 from stepwell_server.store.base import Batch
 from support.durable import begun
 from support.engine import Harness, x
@@ -146,6 +146,39 @@ async def test_a_session_that_was_closed_is_not_made_again_with_the_others() -> 
         with pytest.raises(SessionExists, match="session 'x' is open"):
             await make_many(first, "open", ["x", "y"], 4)
         assert await first.store.ids() == {"x"}
+
+
+@HOW
+async def test_what_was_taken_over_is_deleted_when_the_call_is_refused(how: str) -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "source")
+        second.store.unknown["y"] = False
+        with pytest.raises(OutcomeUnknown):
+            await make_many(second, how, ["x", "y"], 4)
+        first.store.commits_held = True
+        before = len(first.store.asked("commit"))
+        slow = await begun(make_many(first, how, ["x", "y"], 4))
+        await first.store.until("commit", before + 1)
+        first.store.let_go_once("commit")  # it has taken "x" over
+        await first.store.until("commit", before + 2)
+        await second.open("y")
+        first.store.let_go()
+        with pytest.raises(SessionExists, match="session 'y' is open"):
+            await slow
+        assert await first.store.ids() == {"source", "y"}
+        assert await first.store.count_of("plain") == 2
+
+
+async def test_what_was_taken_over_is_deleted_when_there_is_nothing_to_fork() -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "source")
+        second.store.unknown["y"] = False
+        with pytest.raises(OutcomeUnknown):
+            await make_many(second, "fork", ["x", "y"], 4)
+        await second.engine.close_session("source")
+        with pytest.raises(SessionNotFound):
+            await make_many(first, "fork", ["x", "y"], 4)
+        assert await first.store.ids() == set()
 
 
 async def test_sessions_that_were_used_are_not_taken_for_a_part_of_what_is_to_be_made() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Container, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -61,6 +62,15 @@ class OpenedMany:
     """`(n,)`: the version of each; None: all are on `version`."""
 
 
+class Made(NamedTuple):
+    """Sessions of one model that are in the store, or may be."""
+
+    ids: Sequence[str]
+    stamp: int
+    """Of the records of those that nobody has changed since, or taken over."""
+    model: str
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Call:
     """A call that begins n sessions, as far as it says which: the same call sent again says the same."""
@@ -75,6 +85,8 @@ class Call:
     kind: Kind
     content: U64
     """`(n,)`, what it says of each: see `content`."""
+    undos: list[Made] = dataclasses.field(default_factory=list)
+    """What attempts here have made, or taken over: it is deleted if the call is refused for good."""
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -103,8 +115,6 @@ class NewSessions(Call):
     """The call has seen that no session has these ids, in the moment in which they are reserved."""
     epoch: int = -1
     """Of the model when the call came; moves after it take the sessions along. -1: the model's epoch now."""
-    undos: list[Batch] = dataclasses.field(default_factory=list)
-    """Deletions of what attempts here have made that another server overtook: for a call that is refused for good."""
 
     # what each attempt finds or draws
 
@@ -250,7 +260,7 @@ class Attempts:
         handles = table.find_all(ids)
         is_made = (handles >= 0) & (table.opened_with[handles] == new.request_id)
         made = [ids[place] for place in np.flatnonzero(is_made).tolist()] if new.request_id else []
-        if not await self._take_over(made, new.request_id):
+        if not await self._take_over(made, new.request_id, self._directory.store.new_stamp()):
             return None
         handles = table.find_all(ids)
         if (handles < 0).any():
@@ -350,7 +360,11 @@ class Attempts:
         if any(self._directory.ended(session_id, seen) is not None for session_id in missing):
             return every
         made = [ids[place] for place in np.flatnonzero(there).tolist()]
-        return every[~there] if await self._take_over(made, request_id) else None
+        stamp = self._directory.store.new_stamp()
+        if not await self._take_over(made, request_id, stamp):
+            return None
+        call.undos.append(Made(made, stamp, self._directory.models.by_handle(int(handles[there][0])).name))
+        return every[~there]
 
     async def _answer_again(self, call: Call, handles: Handles, seen: Seen) -> OpenedMany | None:
         """The answer to a call that has made all of its sessions; None: one of them has ended, or is another one by now."""
@@ -360,7 +374,9 @@ class Attempts:
             await self.free(call.ids)
             return None
         # nobody deletes a session that is alone in its call
-        if len(handles) > 1 and not await self._take_over(call.ids, call.request_id):
+        if len(handles) > 1 and not await self._take_over(
+            call.ids, call.request_id, self._directory.store.new_stamp()
+        ):
             return None
         self._context.observer.replayed(answer.model, call.kind.name.lower(), len(handles))
         return dataclasses.replace(answer, replayed=True)
@@ -372,8 +388,8 @@ class Attempts:
             if handle is not None:
                 await self._context.turns.free(handle)
 
-    async def _take_over(self, ids: Sequence[str], request_id: int) -> bool:
-        """Give sessions that an attempt of a call has made another stamp; False if one of them is gone.
+    async def _take_over(self, ids: Sequence[str], request_id: int, stamp: int) -> bool:
+        """Give sessions that an attempt of a call has made a new stamp; False if one of them is gone.
 
         Those that were changed since have another one already. If the store says at once that all of them are as they
         were, nobody else can delete them, and they need none.
@@ -382,11 +398,11 @@ class Attempts:
         if (handles >= 0).all() and self._directory.are_as_stored(handles):
             return True
         async for part in self._pieces.of(ids):
-            if not await self._take_over_part(ids[part], request_id):
+            if not await self._take_over_part(ids[part], request_id, stamp):
                 return False
         return True
 
-    async def _take_over_part(self, ids: Sequence[str], request_id: int) -> bool:
+    async def _take_over_part(self, ids: Sequence[str], request_id: int, stamp: int) -> bool:
         for _ in range(MAX_TRIES):
             puts: list[tuple[str, Stored]] = []
             follows: list[int] = []
@@ -399,13 +415,12 @@ class Attempts:
                 if not header.request_id:
                     puts.append((session_id, each.record))
                     follows.append(each.stamp)
-            if not puts or await self._stamp(puts, np.array(follows, np.uint64)):
+            if not puts or await self._stamp(puts, np.array(follows, np.uint64), stamp):
                 return True
         raise changed_elsewhere(ids[0])
 
-    async def _stamp(self, puts: Sequence[tuple[str, Stored]], follows: U64) -> bool:
-        """Write records as they are, with another stamp; False if one was changed meanwhile."""
-        stamp = self._directory.store.new_stamp()
+    async def _stamp(self, puts: Sequence[tuple[str, Stored]], follows: U64, stamp: int) -> bool:
+        """Write records as they are, with a new stamp; False if one was changed meanwhile."""
         answered: asyncio.Future[Committed | ServerError] = asyncio.get_running_loop().create_future()
 
         def done(committed: Committed | ServerError) -> None:

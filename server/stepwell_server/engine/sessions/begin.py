@@ -27,7 +27,7 @@ from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.engine.intake.validation import check_finite_state
-from stepwell_server.engine.sessions.attempt import Attempts, NewSessions, OpenedMany
+from stepwell_server.engine.sessions.attempt import Attempts, Call, Made, NewSessions, OpenedMany
 from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, require_session_id
 from stepwell_server.engine.sessions.lookup import Seen
@@ -322,7 +322,7 @@ class Begin:
         except Unavailable:  # the call comes again, and continues with what it has made
             raise
         except ServerError:
-            await self.run_to_the_end(self._undo(every.undos))
+            await self.undo(every)
             raise
 
     async def _attempt(self, new: NewSessions, seen: Seen) -> SessionInfo | None:
@@ -495,7 +495,7 @@ class Begin:
             puts=joined,
             forgets=ids if joined else (),
             counts=[(new.model.name, len(ids))],
-            tenant_counts=_of_tenants(ids, new.model, 1),
+            tenant_counts=_of_tenants(ids, new.model.name, 1),
             follows=new.follows if joined else NO_STAMPS,
             stamps=stamped(new.stamp, len(joined)),
         )
@@ -504,16 +504,16 @@ class Begin:
             return committed
         conflicts = committed.conflicts.intersection(ids)
         if conflicts:
-            undo = self._deletion(new, [i for i in ids if i not in conflicts])
+            made = Made([i for i in ids if i not in conflicts], new.stamp, new.model.name)
             if new.is_repeatable:
-                new.undos.append(undo)
+                new.undos.append(made)
             else:
-                await self._undo([undo])
+                await self._delete(made)
             return _OVERTAKEN
         if committed.unknown.isdisjoint(ids):
             return None
         if not new.is_repeatable:  # else it may exist, and another attempt may have been answered so
-            await self._undo([self._deletion(new, ids)])
+            await self._delete(Made(ids, new.stamp, new.model.name))
         return not_known()
 
     async def commit(self, batch: Batch, size: int) -> Committed | ServerError:
@@ -522,28 +522,27 @@ class Begin:
         self._context.commits.submit(lambda: batch, size, answered.set_result)
         return await asyncio.shield(answered)
 
-    @staticmethod
-    def _deletion(new: NewSessions, ids: Sequence[str]) -> Batch:
-        """Deletes sessions that exist, or may, as they began here: others may have changed them, or taken them over."""
-        return Batch(
+    async def undo(self, call: Call) -> None:
+        """Delete what attempts here have made of a call that is refused for good. To be cancelled does not stop it."""
+        undos, call.undos = call.undos, []
+        for made in undos:
+            await self.run_to_the_end(self._delete(made))
+
+    async def _delete(self, made: Made) -> None:
+        """Delete sessions of a call that is refused, but those that others have changed, or taken over."""
+        ids, model = made.ids, made.model
+        if not ids:
+            return
+        batch = Batch(
             deletes=ids,
-            counts=[(new.model.name, -len(ids))],
-            tenant_counts=_of_tenants(ids, new.model, -1),
-            delete_follows=stamped(new.stamp, len(ids)),
+            counts=[(model, -len(ids))],
+            tenant_counts=_of_tenants(ids, model, -1),
+            delete_follows=stamped(made.stamp, len(ids)),
             undoes=ids,
         )
-
-    async def _undo(self, deletions: Sequence[Batch]) -> None:
-        """Delete sessions of a call that is refused."""
-        for batch in deletions:
-            if not batch.deletes:
-                continue
-            undone = await self.commit(batch, len(batch.deletes))
-            if isinstance(undone, ServerError) or undone.unknown:
-                _log.warning(
-                    "sessions of a call that was refused may still be in the store",
-                    sessions=len(batch.deletes),
-                )
+        undone = await self.commit(batch, len(ids))
+        if isinstance(undone, ServerError) or undone.unknown:
+            _log.warning("sessions of a call that was refused may still be in the store", sessions=len(ids))
 
     def _enter(self, new: NewSessions, byte_count: int) -> list[Handles]:
         """Let the table have sessions that the store has kept."""
@@ -610,9 +609,9 @@ def _exists(session_id: str) -> SessionExists:
     return SessionExists(f"session_id must be new; session {session_id!r} is open", session_id=session_id)
 
 
-def _of_tenants(ids: Sequence[str], model: Model, by: int) -> list[tuple[str, int]]:
+def _of_tenants(ids: Sequence[str], model: str, by: int) -> list[tuple[str, int]]:
     """`Batch.tenant_counts` of sessions of one tenant."""
-    return counts.of_tenants([(session_id, model.name) for session_id in ids[:1]], by * len(ids))
+    return counts.of_tenants([(session_id, model) for session_id in ids[:1]], by * len(ids))
 
 
 def _records(whole: NewSessions, part: slice) -> Sequence[tuple[str, Stored]]:

@@ -24,7 +24,14 @@ from stepwell_server.engine.sessions.lookup import Seen
 from stepwell_server.engine.sessions.read import StateReader
 from stepwell_server.engine.shares import TURN
 from stepwell_server.engine.types import U64, Array, Members
-from stepwell_server.errors import InvalidInput, MessageTooLarge, Overloaded, RevisionConflict
+from stepwell_server.errors import (
+    InvalidInput,
+    MessageTooLarge,
+    Overloaded,
+    RevisionConflict,
+    ServerError,
+    Unavailable,
+)
 
 #: Bytes of states that forks copy at the same time: they are held while sessions are made of them.
 MAX_FORK_BYTES = 256 << 20
@@ -139,6 +146,23 @@ class Fork:
         deadline: float,
         who: Caller,
     ) -> OpenedMany:
+        try:
+            return await self._attempt(call, session_ids, expected, max_idle_ms, deadline, who)
+        except Unavailable:  # the call comes again, and continues with what it has made
+            raise
+        except ServerError:
+            await self._begin.undo(call)
+            raise
+
+    async def _attempt(
+        self,
+        call: Call,
+        session_ids: Sequence[str],
+        expected: U64 | None,
+        max_idle_ms: int,
+        deadline: float,
+        who: Caller,
+    ) -> OpenedMany:
         ids, sources, is_single = call.ids, list(dict.fromkeys(session_ids)), call.field == "new_session_id"
         # Together: between two looks at a store that is awaited, changes that came later would overtake the reading.
         seen = await self._begin.look([*ids, *sources])
@@ -175,6 +199,7 @@ class Fork:
                 states=states,
                 is_pinned=read.are_pinned,
                 is_single=is_single,
+                undos=call.undos,
             )
             return await self._begin.begin(new, self._begin.attempts.find)
 
