@@ -83,10 +83,6 @@ impl Peer {
 
 #[cfg(test)]
 impl Peer {
-    pub fn for_test() -> Self {
-        Peer::numbered(0)
-    }
-
     pub fn numbered(number: u64) -> Self {
         Peer::new("test".to_owned(), number, Load::new(1000), Arc::default())
     }

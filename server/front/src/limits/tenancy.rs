@@ -135,7 +135,7 @@ mod tests {
     fn what_does_nothing_leaves_first() {
         let bounds = Arc::new(Bounds::for_test());
         let connections = Connections::default();
-        let peers: Vec<_> = (0..3).map(|_| Arc::new(Peer::for_test())).collect();
+        let peers: Vec<_> = (0..3).map(|_| Arc::new(Peer::numbered(0))).collect();
         peers.iter().for_each(|peer| connections.add(peer));
         peers.iter().for_each(|peer| peer.know());
         let place = CallPlace::take(&bounds, &peers[0].load.share, None, Pool::Known);
@@ -150,7 +150,7 @@ mod tests {
     fn callers_that_are_not_known_leave_whatever_they_do_where_callers_are_asked() {
         let bounds = Arc::new(Bounds::for_test());
         let connections = Connections::default();
-        let (idle, stranger) = (Arc::new(Peer::for_test()), Arc::new(Peer::for_test()));
+        let (idle, stranger) = (Arc::new(Peer::numbered(0)), Arc::new(Peer::numbered(0)));
         idle.know();
         connections.add(&idle);
         connections.add(&stranger);
@@ -161,7 +161,7 @@ mod tests {
     #[test]
     fn of_those_that_end_no_frame_strangers_leave_first() {
         let connections = Connections::default();
-        let peers: Vec<_> = (0..4).map(|_| Arc::new(Peer::for_test())).collect();
+        let peers: Vec<_> = (0..4).map(|_| Arc::new(Peer::numbered(0))).collect();
         peers.iter().for_each(|peer| connections.add(peer));
         for (peer, bytes) in peers.iter().zip([3000, 2000, 1000, 0]) {
             peer.turn.set_kept(bytes);
@@ -172,7 +172,7 @@ mod tests {
             assert_eq!(peers.iter().map(|peer| has_left(peer)).collect::<Vec<_>>(), left);
         }
         assert!(!connections.end_largest());
-        let idle: Vec<_> = (0..2 * LOOKS).map(|_| Arc::new(Peer::for_test())).collect();
+        let idle: Vec<_> = (0..2 * LOOKS).map(|_| Arc::new(Peer::numbered(0))).collect();
         idle.iter().for_each(|peer| connections.add(peer));
         let last = idle.last().unwrap();
         last.turn.set_kept(1);

@@ -11,7 +11,7 @@ use crate::steps::sets::{Ids, SessionSet};
 use bytes::Bytes;
 use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, RandomState};
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 
 /// Sessions of one batch, and of what Python takes at a time: about a pass, so that passes run in between.
@@ -102,6 +102,13 @@ pub struct Entry {
     pub is_short: bool,
     /// Bytes of the message.
     pub held: usize,
+}
+
+impl Entry {
+    /// All of its sessions have their answers.
+    pub fn is_answered(&self) -> bool {
+        self.left.load(Ordering::Relaxed) == 0
+    }
 }
 
 /// Steps that nobody will answer any more: the server ends, or they were dropped with their call.

@@ -64,45 +64,41 @@ impl Answer {
     }
 }
 
-/// Writes the answers to the messages of one protocol, each with gRPC's prefix.
+/// Writes the answers to the messages of one protocol, each with gRPC's prefix: those of calls, and those of streams, which
+/// have a `frame_id`.
 pub trait Writer {
     /// The replies of a stream leave in the order of its messages, of which each has one session.
     const IS_ORDERED: bool;
 
-    /// The reply of a call.
-    fn response(&self, entry: &Entry, part: &Part<'_>) -> Bytes;
+    /// The answer to some sessions of a message.
+    fn applied(&self, entry: &Entry, part: &Part<'_>, places: &[u32]) -> Bytes;
 
-    /// The answer to some sessions of a stream's message; `last`: all of them have theirs then.
-    fn part(&self, entry: &Entry, part: &Part<'_>, places: &[u32], last: bool) -> Bytes;
-
-    /// The same to sessions that failed; `error` is Python's.
-    fn failure(&self, entry: &Entry, error: &[u8], places: &[u32], last: bool) -> Bytes;
+    /// The same for sessions of a stream's message that failed; `error` is Python's.
+    fn failed(&self, entry: &Entry, error: &[u8], places: &[u32]) -> Bytes;
 }
 
 /// Send an answer to the calls whose members it is for.
 pub fn deliver<W: Writer>(writer: &W, batch: &Batch, answer: &Answer) {
     match answer {
-        Answer::Applied { .. } => answer.for_each_part(batch, |entry, part, places| match entry.frame_id {
-            None => entry.call.finish(writer.response(entry, &part)),
-            Some(id) => send::<W>(entry, id, |last| writer.part(entry, &part, places, last)),
+        Answer::Applied { .. } => answer.for_each_part(batch, |entry, part, places| {
+            send::<W>(entry, writer.applied(entry, &part, places));
         }),
         Answer::Failed { members, status, error } => {
             for_each_entry(batch, members.as_deref(), |entry, _, places| match entry.frame_id {
                 None => entry.call.end(status.clone()),
-                Some(id) => send::<W>(entry, id, |last| writer.failure(entry, error, places, last)),
+                Some(_) => send::<W>(entry, writer.failed(entry, error, places)),
             });
         }
     }
 }
 
-fn send<W: Writer>(entry: &Entry, frame_id: u64, message: impl FnOnce(bool) -> Bytes) {
-    let last = entry.left.load(Ordering::Relaxed) == 0;
-    let framed = message(last);
-    if W::IS_ORDERED {
-        return entry.call.reply_in_order(frame_id, framed, Some(entry.held));
+fn send<W: Writer>(entry: &Entry, message: Bytes) {
+    match entry.frame_id {
+        None => entry.call.finish(message),
+        Some(number) if W::IS_ORDERED => entry.call.reply_in_order(number, message, Some(entry.held)),
+        Some(id) if entry.is_answered() => entry.call.reply(message, Some(id), Some(entry.held)),
+        Some(_) => entry.call.reply(message, None, Some(0)),
     }
-    let (id, held) = if last { (Some(frame_id), entry.held) } else { (None, 0) };
-    entry.call.reply(framed, id, Some(held));
 }
 
 /// `StepResponse` for calls, parts of `StepStreamResponse` for streams.
@@ -111,16 +107,25 @@ pub struct StepReplies;
 impl Writer for StepReplies {
     const IS_ORDERED: bool = false;
 
-    fn response(&self, _entry: &Entry, part: &Part<'_>) -> Bytes {
-        part.as_response()
+    fn applied(&self, entry: &Entry, part: &Part<'_>, places: &[u32]) -> Bytes {
+        match entry.frame_id {
+            None => part.as_response(),
+            Some(frame_id) => part.as_frame_part(frame_id, entry, places),
+        }
     }
 
-    fn part(&self, entry: &Entry, part: &Part<'_>, places: &[u32], last: bool) -> Bytes {
-        part.as_frame_part(entry, places, last)
-    }
-
-    fn failure(&self, entry: &Entry, error: &[u8], places: &[u32], last: bool) -> Bytes {
-        failed_part(entry, places, error, last)
+    fn failed(&self, entry: &Entry, error: &[u8], places: &[u32]) -> Bytes {
+        let mut member_error = BytesMut::new();
+        if places.len() != entry.count as usize {
+            put_indexes(&mut member_error, 1, places);
+        }
+        put_bytes(&mut member_error, 2, error);
+        let mut out = BytesMut::with_capacity(member_error.len() + 32);
+        put_prefix(&mut out, 0);
+        put_number(&mut out, 1, entry.frame_id.unwrap_or(0));
+        put_bytes(&mut out, 8, &member_error);
+        put_number(&mut out, 9, u64::from(entry.is_answered()));
+        with_prefix(out)
     }
 }
 
@@ -185,9 +190,9 @@ impl Part<'_> {
         with_prefix(out)
     }
 
-    fn as_frame_part(&self, entry: &Entry, places: &[u32], last: bool) -> Bytes {
+    fn as_frame_part(&self, frame_id: u64, entry: &Entry, places: &[u32]) -> Bytes {
         let mut out = self.buffer(64 + places.len() * 24);
-        put_number(&mut out, 1, entry.frame_id.unwrap_or(0));
+        put_number(&mut out, 1, frame_id);
         let is_whole = places.len() == entry.count as usize;
         let run = if is_whole || !entry.is_short { None } else { run_of(places) };
         if is_whole {
@@ -206,7 +211,7 @@ impl Part<'_> {
         if self.replayed {
             put_indexes(&mut out, 7, places);
         }
-        put_number(&mut out, 9, u64::from(last));
+        put_number(&mut out, 9, u64::from(entry.is_answered()));
         put_optional(&mut out, 11, revisions);
         put_optional(&mut out, 12, positions);
         if let Some(run) = run {
@@ -271,20 +276,6 @@ fn run_of(members: &[u32]) -> Option<Range<u32>> {
 fn alike(entry: &Entry, numbers: &[u64]) -> Option<u64> {
     let first = *numbers.first()?;
     (entry.is_short && numbers.iter().all(|number| *number == first)).then_some(first)
-}
-
-fn failed_part(entry: &Entry, places: &[u32], error: &[u8], last: bool) -> Bytes {
-    let mut member_error = BytesMut::new();
-    if places.len() != entry.count as usize {
-        put_indexes(&mut member_error, 1, places);
-    }
-    put_bytes(&mut member_error, 2, error);
-    let mut out = BytesMut::with_capacity(member_error.len() + 32);
-    put_prefix(&mut out, 0);
-    put_number(&mut out, 1, entry.frame_id.unwrap_or(0));
-    put_bytes(&mut out, 8, &member_error);
-    put_number(&mut out, 9, u64::from(last));
-    with_prefix(out)
 }
 
 fn put_indexes(out: &mut BytesMut, field: u32, indexes: &[u32]) {

@@ -15,57 +15,57 @@ pub struct InferReplies<'a> {
 impl Writer for InferReplies<'_> {
     const IS_ORDERED: bool = true;
 
-    fn response(&self, entry: &Entry, part: &Part<'_>) -> Bytes {
-        response(self.model, entry, part)
+    fn applied(&self, entry: &Entry, part: &Part<'_>, _places: &[u32]) -> Bytes {
+        let rows = part.rows.len();
+        let mut head = BytesMut::with_capacity(256);
+        put_text(&mut head, 1, self.model.as_bytes());
+        put_text(&mut head, 2, part.model_version.to_string().as_bytes());
+        if let Some(request) = &entry.request {
+            put_text(&mut head, 3, &request.id);
+        }
+        put_parameter(&mut head, b"stepwell_revision", 2, part.revisions[0]);
+        put_parameter(&mut head, b"stepwell_position", 2, part.positions[0]);
+        if part.replayed {
+            put_parameter(&mut head, b"stepwell_replayed", 1, 1);
+        }
+        for output in part.outputs {
+            let mut tensor = BytesMut::new();
+            put_text(&mut tensor, 1, output.name.as_bytes());
+            put_bytes(&mut tensor, 2, datatype(output.dtype).as_bytes());
+            let shape: Vec<u64> = std::iter::once(rows as u64).chain(output.tail.iter().copied()).collect();
+            put_packed(&mut tensor, 3, &shape);
+            put_bytes(&mut head, 5, &tensor);
+        }
+        let size = head.len()
+            + part
+                .outputs
+                .iter()
+                .map(|output| rows * output.row_bytes)
+                .map(|size| 1 + varint_size(size as u64) + size)
+                .sum::<usize>();
+        let mut out = BytesMut::with_capacity(size + 16);
+        put_prefix(&mut out, 0);
+        if entry.frame_id.is_some() {
+            put_header(&mut out, 2, size);
+        }
+        out.extend_from_slice(&head);
+        for output in part.outputs {
+            put_bytes(&mut out, 6, part.data_of(output));
+        }
+        with_prefix(out)
     }
 
-    fn part(&self, entry: &Entry, part: &Part<'_>, _places: &[u32], _last: bool) -> Bytes {
-        response(self.model, entry, part)
+    fn failed(&self, entry: &Entry, error: &[u8], _places: &[u32]) -> Bytes {
+        let mut response = BytesMut::new();
+        if let Some(request) = &entry.request {
+            put_text(&mut response, 3, &request.id);
+        }
+        let mut out = BytesMut::with_capacity(error.len() + response.len() + 32);
+        put_prefix(&mut out, 0);
+        put_text(&mut out, 1, error);
+        put_bytes(&mut out, 2, &response);
+        with_prefix(out)
     }
-
-    fn failure(&self, entry: &Entry, error: &[u8], _places: &[u32], _last: bool) -> Bytes {
-        failed(entry, error)
-    }
-}
-
-fn response(model: &str, entry: &Entry, part: &Part<'_>) -> Bytes {
-    let rows = part.rows.len();
-    let mut head = BytesMut::with_capacity(256);
-    put_text(&mut head, 1, model.as_bytes());
-    put_text(&mut head, 2, part.model_version.to_string().as_bytes());
-    if let Some(request) = &entry.request {
-        put_text(&mut head, 3, &request.id);
-    }
-    put_parameter(&mut head, b"stepwell_revision", 2, part.revisions[0]);
-    put_parameter(&mut head, b"stepwell_position", 2, part.positions[0]);
-    if part.replayed {
-        put_parameter(&mut head, b"stepwell_replayed", 1, 1);
-    }
-    for output in part.outputs {
-        let mut tensor = BytesMut::new();
-        put_text(&mut tensor, 1, output.name.as_bytes());
-        put_bytes(&mut tensor, 2, datatype(output.dtype).as_bytes());
-        let shape: Vec<u64> = std::iter::once(rows as u64).chain(output.tail.iter().copied()).collect();
-        put_packed(&mut tensor, 3, &shape);
-        put_bytes(&mut head, 5, &tensor);
-    }
-    let size = head.len()
-        + part
-            .outputs
-            .iter()
-            .map(|output| rows * output.row_bytes)
-            .map(|size| 1 + varint_size(size as u64) + size)
-            .sum::<usize>();
-    let mut out = BytesMut::with_capacity(size + 16);
-    put_prefix(&mut out, 0);
-    if entry.frame_id.is_some() {
-        put_header(&mut out, 2, size);
-    }
-    out.extend_from_slice(&head);
-    for output in part.outputs {
-        put_bytes(&mut out, 6, part.data_of(output));
-    }
-    with_prefix(out)
 }
 
 /// An entry of the map of parameters; `field` is that of `InferParameter`.
@@ -77,19 +77,6 @@ fn put_parameter(out: &mut BytesMut, name: &[u8], field: u32, value: u64) {
     // a choice is there also where it is 0
     put_varint(out, u64::from(field << 3));
     put_varint(out, value);
-}
-
-/// `error` is what Python says of it.
-fn failed(entry: &Entry, error: &[u8]) -> Bytes {
-    let mut response = BytesMut::new();
-    if let Some(request) = &entry.request {
-        put_text(&mut response, 3, &request.id);
-    }
-    let mut out = BytesMut::with_capacity(error.len() + response.len() + 32);
-    put_prefix(&mut out, 0);
-    put_text(&mut out, 1, error);
-    put_bytes(&mut out, 2, &response);
-    with_prefix(out)
 }
 
 /// A text, which proto3 leaves out where it is empty.

@@ -69,16 +69,14 @@ class InferForm(Form):
 
     def _read(self) -> bool:
         """Whether the requests fit a model."""
+        models, columns = self._inference.models, self.columns
         try:
-            model = self._model = self._inference.models.find(*self._named)
+            model = self._model = models.find(*self._named)
+            self._outputs = model.tensors.requested([(name, {}) for name in columns.output_names])
+            self.inputs, self._steps = model.tensors.of_columns(columns.inputs)
         except (InvalidInput, ModelNotFound):
             return False
-        self._versions = [model.version] if self._named[1] else self._inference.models.alike(model)
-        outputs = model.tensors.named(self.columns.output_names)
-        inputs = model.tensors.of_columns(self.columns.inputs)
-        if outputs is None or inputs is None:
-            return False
-        self._outputs, self.inputs, self._steps = outputs, inputs.arrays, inputs.steps
+        self._versions = [model.version] if self._named[1] else models.alike(model)
         return True
 
     def _alone(self) -> Members:

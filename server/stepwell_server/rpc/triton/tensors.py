@@ -65,6 +65,9 @@ def of_numpy(name: str) -> Datatype:
     return _BY_NUMPY_NAME[name]
 
 
+_NAMES: Mapping[int, str] = {number_of(datatype.numpy_name): datatype.name for datatype in _ALL}
+"""By their `stepwell.v1.DataType`."""
+_Parameters = Mapping[str, pb.InferParameter]
 MAX_BATCH_SIZE = 1024
 """Rows of a request at most; what models are said to take in their configuration."""
 _SHARED_MEMORY = "shared_memory_region"
@@ -97,6 +100,10 @@ class Tensor:
         leading = rank - len(self.dims)
         return leading if leading in ({1, 2} if self.spec.temporal else {1}) else None
 
+    def steps(self, shape: tuple[int, ...]) -> int:
+        """Time steps of an input of this shape, as the engine has it; 0: it has no time axis."""
+        return shape[1] if len(shape) == len(self.spec.shape) + 2 else 0
+
 
 class ModelTensors:
     """Reads and writes the tensors of one model."""
@@ -113,107 +120,89 @@ class ModelTensors:
             InvalidInput: a name, datatype, shape or size does not fit.
             Unsupported: an input is in shared memory.
         """
-        self._check_names(request)
+        given_names = [(given.name, given.datatype, given.parameters) for given in request.inputs]
+        self._check_names(given_names, request.id)
         raw = _raw_by_index(request, self._model)
         rows, steps = 0, 1
         arrays: dict[str, Array] = {}
         for given, data in zip(request.inputs, raw, strict=True):
             tensor = self.inputs[given.name]
-            shape = self._shape(tensor, given, request.id)
+            shape = self._shape(tensor, given.name, tuple(given.shape), request.id)
             if rows and shape[0] != rows:
                 raise InvalidInput(
                     f"{about(request.id)}input '{given.name}' batch size does not match other inputs for"
                     f" '{self._model}'"
                 )
             rows = shape[0]
-            if tensor.spec.temporal and len(shape) == len(tensor.spec.shape) + 2:
-                steps = shape[1]
+            steps = tensor.steps(shape) or steps
             arrays[given.name] = self._array(tensor, given, data, shape, request.id)
         return Inputs(arrays, rows, steps)
 
-    def of_columns(self, columns: Sequence[InputColumn]) -> Inputs | None:
-        """The inputs of many requests that a front has read, each with its rows; None if `read` would refuse them.
+    def of_columns(self, columns: Sequence[InputColumn]) -> tuple[Mapping[str, Array], int]:
+        """The inputs of many requests that a front has read, each with its rows, and how many time steps they have.
 
-        Rows are those of all of them, and how many each may have is not looked at.
+        How many rows each request may have is not checked.
+
+        Raises:
+            InvalidInput: as of `read`.
         """
-        if len(columns) != len(self.inputs):
-            return None
+        self._check_names([(column.name, _NAMES[column.dtype], {}) for column in columns], "")
         arrays: dict[str, Array] = {}
-        rows, steps = 0, 1
+        steps = 1
         for column in columns:
-            tensor = self.inputs.get(column.name)
-            if tensor is None or column.dtype != number_of(tensor.spec.dtype):
-                return None
-            leading = tensor.leading(1 + len(column.tail))
-            if leading is None or tuple(column.tail[leading - 1 :]) != tensor.dims:
-                return None
-            if leading > 1:
-                steps = column.tail[0]
-            times = column.tail[: leading - 1]
-            array = np.frombuffer(column.data, tensor.dtype).reshape(-1, *times, *tensor.spec.shape)
-            arrays[column.name], rows = array, len(array)
-        return Inputs(arrays, rows, steps)
+            tensor = self.inputs[column.name]
+            shape = self._shape(tensor, column.name, (1, *column.tail), "")
+            steps = tensor.steps(shape) or steps
+            arrays[column.name] = np.frombuffer(column.data, tensor.dtype).reshape(-1, *shape[1:])
+        return arrays, steps
 
-    def named(self, names: Sequence[str]) -> Sequence[Tensor] | None:
-        """Outputs by their names, all if there are none; None if `requested` would refuse them."""
-        if not names:
-            return list(self.outputs.values())
-        if len(set(names)) < len(names) or not self.outputs.keys() >= set(names):
-            return None
-        return [self.outputs[name] for name in names]
-
-    def requested(self, request: pb.ModelInferRequest) -> Sequence[Tensor]:
-        """The outputs that shall come back, in the order of the reply.
+    def requested(self, outputs: Sequence[tuple[str, _Parameters]], request_id: str = "") -> Sequence[Tensor]:
+        """The outputs that are asked for, by name and parameters, in that order; all if none is.
 
         Raises:
             InvalidInput: there is no such output, or one is asked for twice.
             Unsupported: an output shall be classified, or put into shared memory.
         """
-        if not request.outputs:
-            return list(self.outputs.values())
         tensors: dict[str, Tensor] = {}
-        for wanted in request.outputs:
-            tensor = self.outputs.get(wanted.name)
-            if tensor is None:
-                raise InvalidInput(f"unexpected inference output '{wanted.name}' for model '{self._model}'")
-            if wanted.name in tensors:
-                raise InvalidInput(f"{about(request.id)}output '{wanted.name}' already exists in request")
-            _refuse_parameters(wanted.parameters, f"output '{wanted.name}'")
-            tensors[wanted.name] = tensor
-        return list(tensors.values())
+        for name, parameters in outputs:
+            if name not in self.outputs:
+                raise InvalidInput(f"unexpected inference output '{name}' for model '{self._model}'")
+            if name in tensors:
+                raise InvalidInput(f"{about(request_id)}output '{name}' already exists in request")
+            _refuse_parameters(parameters, f"output '{name}'")
+            tensors[name] = self.outputs[name]
+        return list((tensors or self.outputs).values())
 
-    def _check_names(self, request: pb.ModelInferRequest) -> None:
-        names = [given.name for given in request.inputs]
+    def _check_names(self, given: Sequence[tuple[str, str, _Parameters]], request_id: str) -> None:
+        """Check inputs by their names, datatypes and parameters."""
+        where, names = about(request_id), [name for name, _, _ in given]
         if len(names) != len(self.inputs):
             missing = [name for name in self.inputs if name not in names]
             raise InvalidInput(
-                f"{about(request.id)}expected {len(self.inputs)} inputs but got {len(names)} inputs for model"
+                f"{where}expected {len(self.inputs)} inputs but got {len(names)} inputs for model"
                 f" '{self._model}'. Got input(s) {_quoted(names)}, but missing required input(s)"
                 f" {_quoted(missing)}. Please provide all required input(s)."
             )
-        for i, given in enumerate(request.inputs):
-            if given.name not in self.inputs:
-                raise InvalidInput(f"unexpected inference input '{given.name}' for model '{self._model}'")
-            if given.name in names[:i]:
-                raise InvalidInput(f"{about(request.id)}input '{given.name}' already exists in request")
-            _refuse_parameters(given.parameters, f"input '{given.name}'")
-            expected = self.inputs[given.name].datatype.name
-            if given.datatype != expected:
+        for i, (name, datatype, parameters) in enumerate(given):
+            if name not in self.inputs:
+                raise InvalidInput(f"unexpected inference input '{name}' for model '{self._model}'")
+            if name in names[:i]:
+                raise InvalidInput(f"{where}input '{name}' already exists in request")
+            _refuse_parameters(parameters, f"input '{name}'")
+            expected = self.inputs[name].datatype.name
+            if datatype != expected:
                 raise InvalidInput(
-                    f"{about(request.id)}inference input '{given.name}' data-type is '{given.datatype}', but"
+                    f"{where}inference input '{name}' data-type is '{datatype}', but"
                     f" model '{self._model}' expects '{expected}'"
                 )
 
-    def _shape(
-        self, tensor: Tensor, given: pb.ModelInferRequest.InferInputTensor, request_id: str
-    ) -> tuple[int, ...]:
+    def _shape(self, tensor: Tensor, name: str, shape: tuple[int, ...], request_id: str) -> tuple[int, ...]:
         """The shape for the engine: without the dimension that stands for one number."""
-        shape, dims, where = tuple(given.shape), tensor.dims, about(request_id)
-        what = f"input '{given.name}' for model '{self._model}'"
+        dims, where = tensor.dims, about(request_id)
+        what = f"input '{name}' for model '{self._model}'"
         if not shape:
             raise InvalidInput(
-                f"{where}input '{given.name}' has no shape but model requires batch dimension for"
-                f" '{self._model}'"
+                f"{where}input '{name}' has no shape but model requires batch dimension for '{self._model}'"
             )
         if min(shape) < 0:
             raise InvalidInput(

@@ -193,7 +193,7 @@ class Reading:
         began = time.perf_counter_ns()
         self.model = self._models.numbered(self._request.model_name, version or self.asked)
         tensors = self.model.tensors
-        read = Read(self.model, tensors.requested(self._request), tensors.read(self._request))
+        read = Read(self.model, self._outputs_of(self.model), tensors.read(self._request))
         # what the request waited for before is the queue's
         self.timing.read = self.timing.arrived + time.perf_counter_ns() - began
         return read
@@ -217,7 +217,11 @@ class Reading:
             and (model := self._models.known(read.model.name, version))
         ):
             self.model = model
-            read = Read(model, model.tensors.requested(self._request), read.inputs)
+            read = Read(model, self._outputs_of(model), read.inputs)
         if any(tensor.spec.name not in names for tensor in read.outputs):
             raise unknown_model(read.model.name, str(version))
         return read
+
+    def _outputs_of(self, model: InferModel) -> Sequence[Tensor]:
+        wanted = [(output.name, output.parameters) for output in self._request.outputs]
+        return model.tensors.requested(wanted, self._request.id)
