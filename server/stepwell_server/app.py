@@ -23,7 +23,7 @@ from stepwell_server.catalog.files.loading import Abandoned, Loaded, compiler_of
 from stepwell_server.catalog.files.migrations import MigrationError, load_migrations
 from stepwell_server.catalog.files.sources import KeptModel, LoadError, begin_with
 from stepwell_server.catalog.known_files import KnownFiles
-from stepwell_server.catalog.opening import admin_refusal, open_live_models
+from stepwell_server.catalog.opening import admin_refusal, open_catalog
 from stepwell_server.catalog.restore import NotRestoredError
 from stepwell_server.catalog.start import ModelWork, absence, kept_models
 from stepwell_server.clock import Clock, SystemClock
@@ -266,7 +266,7 @@ async def _run(
         sources.append(lambda: gauges.of_tenants(quotas.counts()))
     gone, metrics = False, None
     engine: Engine | None = None
-    live: Catalog | None = None
+    catalog: Catalog | None = None
     looking: list[asyncio.Task[None]] = []
     compiler = compiler_of(settings, clock)
     ending_idle = asyncio.create_task(end_idle(compiler))
@@ -291,18 +291,18 @@ async def _run(
             await once_it_answers(engine.start, settings, clock, stop)
         except DocumentError as error:  # other servers know a version by another file
             raise StartError(f"--store: {error}") from error
-        live = _live_models(settings, engine, compiler, clock, observer, quotas, readiness)
+        catalog = _catalog(settings, engine, compiler, clock, observer, quotas, readiness)
         for name, failures in models.failed.items():
             for version, why in failures.items():
-                live.failed(name, version, why)
-        work = ModelWork(settings, wanted, kept, folder, engine, live, readiness, clock=clock)
+                catalog.failed(name, version, why)
+        work = ModelWork(settings, wanted, kept, folder, engine, catalog, readiness, clock=clock)
         if settings.wait_for_models:
             await work.begin(models, stop)
-        sources.append(functools.partial(_version_metrics, live, observer))
-        looking = [asyncio.create_task(each.run()) for each in (live, work)]
+        sources.append(functools.partial(_version_metrics, catalog, observer))
+        looking = [asyncio.create_task(each.run()) for each in (catalog, work)]
         rpc.serve(
             engine,
-            live,
+            catalog,
             admin_refusal(settings),
             known_files=KnownFiles(engine, settings.versions, settings.models_dir),
         )
@@ -316,8 +316,8 @@ async def _run(
         await rpc.close()
         for task in looking:
             task.cancel()
-        if live is not None:
-            await live.close()
+        if catalog is not None:
+            await catalog.close()
         await asyncio.to_thread(compiler.close)
         if metrics is not None:
             await asyncio.to_thread(metrics.close)
@@ -338,8 +338,8 @@ def _engine_metrics(engine: Engine) -> Iterable[Metric]:
     return gauges.of_engine(engine.stats())
 
 
-def _version_metrics(live: Catalog, observer: PrometheusObserver) -> Iterable[Metric]:
-    return gauges.of_versions(live.statuses(), observer.models)
+def _version_metrics(catalog: Catalog, observer: PrometheusObserver) -> Iterable[Metric]:
+    return gauges.of_versions(catalog.statuses(), observer.models)
 
 
 def _engine(
@@ -386,7 +386,7 @@ async def _kept(store: Store, settings: Settings) -> Mapping[str, KeptModel]:
         raise StartError(f"{option}: {error}") from error
 
 
-def _live_models(
+def _catalog(
     settings: Settings,
     engine: Engine,
     compiler: WarmCompiler,
@@ -396,15 +396,14 @@ def _live_models(
     readiness: Readiness,
 ) -> Catalog:
     try:
-        return open_live_models(
+        return open_catalog(
             settings,
             engine,
             compiler,
             clock=clock,
             observer=observer,
             quotas=quotas,
-            tell=readiness.version,
-            tell_elsewhere=readiness.defaults_elsewhere,
+            readiness=readiness,
         )
     except OSError as error:
         raise StartError(f"--allow-model-upload: there can be no folder for uploads: {error}") from error

@@ -10,9 +10,13 @@ from typing import Any
 
 from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import Progress
+from stepwell_server.catalog.files.kept_programs import KeptPrograms
+from stepwell_server.catalog.files.model_files import ModelFiles
+from stepwell_server.catalog.files.uploads import Uploads
 from stepwell_server.catalog.interfaces import Compiled
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.engine.engine import Engine
+from stepwell_server.process.readiness import Readiness
 from stepwell_server.program import Program
 from support.clock import ManualClock
 
@@ -58,6 +62,24 @@ class Loads:
         self.told.append(("moved", model, policy, count))
 
 
-def live_models(engine: Engine, clock: ManualClock, loads: Loads, **options: Any) -> Catalog:
-    """Who loads models into an engine."""
-    return Catalog(engine, loads.compile, clock=clock, observer=loads, **options)
+def live_models(
+    engine: Engine,
+    clock: ManualClock,
+    loads: Loads,
+    *,
+    root: Path | None = None,
+    uploads: Uploads | None = None,
+    kept: KeptPrograms | None = None,
+    quotas: Any = None,
+) -> Catalog:
+    """The catalog of an engine."""
+    files = ModelFiles(root, uploads, kept)
+    return Catalog(
+        engine,
+        loads.compile,
+        files,
+        clock=clock,
+        observer=loads,
+        readiness=Readiness(),
+        quotas=quotas,
+    )

@@ -11,9 +11,13 @@ from typing import Any
 
 from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import LoadedVersion, LoadRequest, Progress, VersionState
+from stepwell_server.catalog.files.kept_programs import KeptPrograms
+from stepwell_server.catalog.files.model_files import ModelFiles
+from stepwell_server.catalog.files.uploads import Uploads
 from stepwell_server.catalog.interfaces import Compiled
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.errors import QuotaExceeded
+from stepwell_server.process.readiness import Readiness
 from support.clock import ManualClock
 from support.fake_engine import FakeVersions
 from support.fake_executor import PLAIN
@@ -79,10 +83,29 @@ class Most:
             raise QuotaExceeded(f"{tenant} has {has}", 1.0, quota="models", limit=str(self.most))
 
 
+class _Readiness(Readiness):
+    """Keeps what is reported of versions."""
+
+    def __init__(self, how: list[tuple[str, int, str]]) -> None:
+        super().__init__()
+        self._how = how
+
+    def version(self, name: str, version: int, how: str) -> None:
+        self._how.append((name, version, how))
+
+
 class At:
     """Everything around a `Catalog`."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        root: Path | None = None,
+        uploads: Uploads | None = None,
+        kept: KeptPrograms | None = None,
+        quotas: Any = None,
+    ) -> None:
         self.folder = folder
         self.engine, self.compiler, self.watcher = FakeVersions(), Compiler(), Watcher()
         self.clock = ManualClock()
@@ -91,10 +114,11 @@ class At:
         self.live = Catalog(
             self.engine,
             self.compiler,
+            ModelFiles(root, uploads, kept),
             clock=self.clock,
             observer=self.watcher,
-            tell=lambda *told: self.how.append(told),
-            **options,
+            readiness=_Readiness(self.how),
+            quotas=quotas,
         )
 
     def file(self, name: str = "m.keras") -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from stepwell_server.catalog.control import (
@@ -22,9 +22,9 @@ from stepwell_server.catalog.control import (
     no_version,
     require_label,
 )
-from stepwell_server.catalog.files import paths
-from stepwell_server.catalog.files.kept_programs import NOT_KEPT, KeptPrograms
-from stepwell_server.catalog.files.uploads import Upload, Uploads
+from stepwell_server.catalog.files.kept_programs import NOT_KEPT
+from stepwell_server.catalog.files.model_files import ModelFiles
+from stepwell_server.catalog.files.uploads import Upload
 from stepwell_server.catalog.interfaces import Compile, Compiled, Engine, Observer, Quotas
 from stepwell_server.catalog.load import Load
 from stepwell_server.clock import Clock
@@ -36,11 +36,11 @@ from stepwell_server.errors import (
     ModelLoadFailed,
     ModelNotFound,
     ServerError,
-    UploadOff,
     VersionExists,
     VersionNotFound,
 )
 from stepwell_server.logs import Log
+from stepwell_server.process.readiness import Readiness
 from stepwell_server.program import FINGERPRINT_DIGITS
 
 _log = Log("models")
@@ -93,42 +93,32 @@ class Catalog:
         self,
         engine: Engine,
         compile_model: Compile,
+        files: ModelFiles,
         *,
         clock: Clock,
         observer: Observer,
-        root: Path | None = None,
-        kept: KeptPrograms | None = None,
-        uploads: Uploads | None = None,
+        readiness: Readiness,
         quotas: Quotas | None = None,
-        tell: Callable[[str, int, str], None] = lambda _name, _version, _how: None,
-        tell_elsewhere: Callable[[Mapping[str, int]], None] = lambda _defaults: None,
     ) -> None:
         """Wire it.
 
         Args:
             engine: serves them.
             compile_model: makes programs of files.
+            files: the files that calls name, send, or leave behind.
             clock: says when to look again.
-            observer: is told of loads.
-            root: `--models`: paths that calls name must lie in it.
-            kept: keeps programs of uploads for a restart; None: nothing outlives the server.
-            uploads: takes files; None: none are taken.
+            observer: counts loads.
+            readiness: reports how far each version is, and which defaults are on other servers alone.
             quotas: how many versions tenants may load.
-            tell: is told how far a version of a name is: `loading: STAGE`, `loaded`, `failed: WHY`; empty: it is gone.
-            tell_elsewhere: is told each second which defaults are not loaded here, but maybe on other servers.
         """
         self._engine = engine
         self.compile = compile_model
         """Makes programs of files."""
+        self._files = files
         self._clock = clock
         self._observer = observer
-        self._root = root
-        self.kept = kept
-        """Programs of uploads; None: nothing outlives the server."""
-        self._uploads = uploads
         self._quotas = quotas
-        self._tell = tell
-        self._tell_elsewhere = tell_elsewhere
+        self._readiness = readiness
         self._versions: dict[_Key, _Version] = {}
         """Of those that are loaded, only those of which there is something to know."""
         self._turn = asyncio.Lock()
@@ -153,14 +143,13 @@ class Catalog:
         request.require_valid()
         path = Path(request.path)
         if request.path and not request.fingerprint:
-            root = self._root if request.is_charged and not request.is_found else None
-            path = await asyncio.to_thread(paths.checked, request.path, root)
+            path = await self._files.named(request.path, is_found=request.is_found or not request.is_charged)
         version = self._number(request)
         if request.upload:
-            path = self._upload(request)
+            path = self._files.sent(request.upload, request.tenant)
 
         def at(stage: str) -> None:
-            self._tell(request.name, version, f"loading: {stage}")
+            self._readiness.version(request.name, version, f"loading: {stage}")
             if progress is not None and not load.abandoned.is_set():
                 progress(stage)
 
@@ -178,11 +167,6 @@ class Catalog:
             load.stop()
             task.add_done_callback(_look_at)  # nobody else does
             raise
-
-    def _upload(self, request: LoadRequest) -> Path:
-        if self._uploads is None:
-            raise _upload_off()
-        return self._uploads.take(request.upload, request.tenant)
 
     def _number(self, request: LoadRequest) -> int:
         """Its version, which nothing else has.
@@ -229,7 +213,7 @@ class Catalog:
                 self._turn.release()
         except ServerError as error:
             if load.abandoned.is_set():
-                self._tell(name, version, "")
+                self._readiness.version(name, version, "")
             else:
                 self._fail(load, error.message)
             raise
@@ -240,8 +224,8 @@ class Catalog:
         finally:
             self._own(name, version).load = None
             self._tidy(name, version)
-            if self._uploads is not None and request.upload:
-                await self._uploads.delete(request.upload)
+            if request.upload:
+                await self._files.delete_upload(request.upload)
 
     def _fail(self, load: Load, why: str) -> None:
         name, version = load.request.name, load.version
@@ -256,14 +240,14 @@ class Catalog:
         else:
             # The caller named no version: the next load gets the number. One that did may have failed with it before.
             before = self._own(name, version).failed
-            self._tell(name, version, before and f"failed: {before}")
+            self._readiness.version(name, version, before and f"failed: {before}")
 
     def failed(self, name: str, version: int, why: str, path: str = "") -> None:
         """Remember that a version could not be loaded, until it can be or is unloaded."""
         own = self._versions.pop((name, version), _Version())
         own.failed, own.path = why, path
         self._versions[name, version] = own  # the last one that failed
-        self._tell(name, version, f"failed: {why}")
+        self._readiness.version(name, version, f"failed: {why}")
         keys = [key for key, each in self._versions.items() if each.failed]
         for key in keys[: max(0, len(keys) - MAX_FAILED)]:
             self._forgive(*key)
@@ -272,7 +256,7 @@ class Catalog:
         """Forget that a version failed."""
         self._own(name, version).failed = ""
         self._tidy(name, version)
-        self._tell(name, version, "")
+        self._readiness.version(name, version, "")
 
     async def _load(self, load: Load, started: float) -> LoadedVersion:
         request, name, version = load.request, load.request.name, load.version
@@ -286,9 +270,8 @@ class Catalog:
         load.tell(WARM_UP)
         source, own = request.path if request.fingerprint else str(load.path), self._own(name, version)
         if request.upload or request.is_temporary:
-            kept = None if self.kept is None else await self.kept.keep(name, version, compiled.program)
-            source = "" if kept is None else str(kept)
-            own.is_unkept = kept is None
+            source = await self._files.keep(name, version, compiled.program)
+            own.is_unkept = not source
         becomes = None
         if not (is_first or request.keep_default):
             leaves = _leaves(request.policy, request.keep_previous) or request.unload_previous
@@ -314,7 +297,7 @@ class Catalog:
         own.failed = ""
         seconds = time.perf_counter() - started
         self._observer.model_loaded(name, compiled.origin, seconds)
-        self._tell(name, version, "loaded")
+        self._readiness.version(name, version, "loaded")
         _log.info("model loaded", model=name, version=version, path=str(load.path), seconds=seconds)
         await self.look()
         return LoadedVersion(version, moved.previous, moved.sessions)
@@ -350,8 +333,7 @@ class Catalog:
         own = self._own(name, version)
         self._versions[name, version] = _Version(own.load, own.failed, own.path)
         self._tidy(name, version)
-        if self.kept is not None and source:
-            await self.kept.drop(Path(source))
+        await self._files.drop(source)
 
     # ---------------------------------------------------------------------------------------------- what else is asked
 
@@ -395,7 +377,7 @@ class Catalog:
             return  # somebody else did
         await self._engine.unload_version(name, version, force=force)
         await self._forget(name, version, info.source)
-        self._tell(name, version, "")
+        self._readiness.version(name, version, "")
         _log.info("model unloaded", model=name, version=version)
 
     async def set_default(
@@ -480,9 +462,7 @@ class Catalog:
             InvalidInput: it cannot be a model's name.
             Overloaded: too many are there.
         """
-        if self._uploads is None:
-            raise _upload_off()
-        return await self._uploads.begin(filename, tenant)
+        return await self._files.begin_upload(filename, tenant)
 
     # ------------------------------------------------------------------------------------------------------ how it is
 
@@ -519,6 +499,10 @@ class Catalog:
             info.loaded,
         )
 
+    async def drop_unused_programs(self, sources: Collection[str]) -> None:
+        """Delete kept programs but those that versions come from; at a start."""
+        await self._files.drop_others(sources)
+
     def owned_before(self, name: str, version: int, tenant: str) -> None:
         """A tenant's admin loaded it before the server was started again."""
         self._own(name, version).owner = tenant
@@ -533,14 +517,13 @@ class Catalog:
                 if not self._turn.locked():
                     async with self._turn:
                         await self.look()
-                if self._uploads is not None:
-                    await self._uploads.expire()
+                await self._files.expire()
             except Exception as error:
                 _log.defect("models could not be looked after; the timer goes on", error)
 
     async def look(self) -> int:
         """Unload those that drain and have no sessions; return how many. The timer does it by itself."""
-        self._tell_elsewhere(self._engine.defaults_elsewhere())
+        self._readiness.defaults_elsewhere(self._engine.defaults_elsewhere())
         now, count = self._clock.monotonic(), 0
         for info in self._engine.models():
             for each in info.versions:
@@ -566,8 +549,7 @@ class Catalog:
         for load in self._loads():
             load.stop("the server stops")
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._uploads is not None:
-            await self._uploads.close()
+        await self._files.close()
 
     # --------------------------------------------------------------------------------------------------------- helpers
 
@@ -616,9 +598,3 @@ def _leaves(policy: SessionPolicy, keep_previous: bool) -> bool:
 def _look_at(task: asyncio.Task[LoadedVersion]) -> None:
     if not task.cancelled():
         task.exception()
-
-
-def _upload_off() -> UploadOff:
-    return UploadOff(
-        "the server takes no files: it must be started with --allow-model-upload; or give the path of a file on its disk"
-    )

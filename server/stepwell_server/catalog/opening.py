@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,9 @@ from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import Progress
 from stepwell_server.catalog.files import kept_programs, uploads
 from stepwell_server.catalog.files.loading import load_file
+from stepwell_server.catalog.files.model_files import ModelFiles
 from stepwell_server.catalog.interfaces import Compile, Compiled, Engine, Observer, Quotas
+from stepwell_server.process.readiness import Readiness
 from stepwell_server.program_file import is_program
 from stepwell_server.reach import beyond_loopback
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from stepwell_server.settings import Settings
 
 
-def open_live_models(
+def open_catalog(
     settings: Settings,
     engine: Engine,
     compiler: WarmCompiler,
@@ -32,8 +33,7 @@ def open_live_models(
     clock: Clock,
     observer: Observer,
     quotas: Quotas | None,
-    tell: Callable[[str, int, str], None],
-    tell_elsewhere: Callable[[Mapping[str, int]], None],
+    readiness: Readiness,
 ) -> Catalog:
     """Wire it. Blocking for a moment.
 
@@ -51,14 +51,11 @@ def open_live_models(
     return Catalog(
         engine,
         _compiling(settings, compiler, programs),
+        ModelFiles(settings.models_dir, taken, programs),
         clock=clock,
         observer=observer,
-        root=settings.models_dir,
-        kept=programs,
-        uploads=taken,
+        readiness=readiness,
         quotas=quotas,
-        tell=tell,
-        tell_elsewhere=tell_elsewhere,
     )
 
 

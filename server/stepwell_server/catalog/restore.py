@@ -80,8 +80,7 @@ async def restore(engine: Engine, catalog: Catalog, root: Path | None) -> dict[s
             except ServerError as error:
                 if version == default:
                     bad[name] = error.message
-    if catalog.kept is not None:
-        await catalog.kept.drop_others(sources)
+    await catalog.drop_unused_programs(sources)
     return bad
 
 

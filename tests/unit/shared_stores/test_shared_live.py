@@ -13,6 +13,7 @@ import pytest
 from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import LoadRequest, Progress, VersionState
 from stepwell_server.catalog.files.folder import ModelFolder
+from stepwell_server.catalog.files.model_files import ModelFiles
 from stepwell_server.catalog.follower import FolderFollower, FolderOptions
 from stepwell_server.catalog.interfaces import Compiled
 from stepwell_server.catalog.replicas import CatchingUp
@@ -50,10 +51,10 @@ class Replica:
         self.live = Catalog(
             at.engine,
             compiled,
+            ModelFiles(),
             clock=at.clock,
             observer=Watcher(),
-            tell=self.readiness.version,
-            tell_elsewhere=self.readiness.defaults_elsewhere,
+            readiness=self.readiness,
         )
         self.follower = FolderFollower(
             ModelFolder(folder),
