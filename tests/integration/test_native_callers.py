@@ -72,14 +72,8 @@ class Server:
         )
         self.front.set_plain(are_taken=True)
 
-    def hold(self) -> None:
-        """Nothing is put together here."""
-
     def go(self) -> None:
         """What was taken is done already."""
-
-    def go_soon(self) -> None:
-        """The same."""
 
     def add_part(self, _source: Source, part: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_soon(part)

@@ -44,17 +44,11 @@ class Server:
         self.address = ""
         self.counts: Callable[[], FrontCounts]
 
-    def hold(self) -> None:
-        """Nothing is put together here."""
-
     def take(self, columns: StepColumns) -> None:
         self.on_take(columns)
 
     def go(self) -> None:
         """What was taken is done already."""
-
-    def go_soon(self) -> None:
-        """The same."""
 
     def add_part(self, _source: Source, part: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_soon(part)
@@ -438,13 +432,13 @@ async def test_what_is_large_is_taken_after_a_look_at_what_else_has_come() -> No
     steps.reset_mock()
     front._take(wire)
     assert [len(call.args[0].session_ids) for call in steps.mock_calls if call[0] == "take"] == [1]
-    assert [call[0] for call in steps.mock_calls] == ["hold", "add_part", "take", "go"]
+    assert [call[0] for call in steps.mock_calls] == ["add_part", "take", "go"]
     assert steps.add_part.call_args.args[0] == ("arrivals", "acme", "ann", "flood"), (
         "among those of its caller"
     )
     steps.reset_mock()
     await asyncio.sleep(0)
-    assert [call[0] for call in steps.mock_calls] == ["hold", "take", "go_soon"], "and its pass later still"
+    assert [call[0] for call in steps.mock_calls] == ["take"], "and its pass later still"
 
 
 async def test_a_defect_in_one_arrival_does_not_keep_those_behind_it() -> None:
@@ -464,4 +458,4 @@ async def test_a_defect_in_one_arrival_does_not_keep_those_behind_it() -> None:
     handle.write.assert_not_called()
     await asyncio.sleep(0)
     handle.write.assert_called_once_with(b"answer")
-    assert steps.hold.call_count == steps.go.call_count == 2
+    assert steps.go.call_count == 2

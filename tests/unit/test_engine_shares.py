@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from stepwell_server.core.scheduler import LOOK_AFTER_S, LoopQueue, Share, Shares
+from stepwell_server.core.scheduler import CREDIT_S, LoopQueue, Share, Shares
 from stepwell_server.engine.shares import ACTIVE_S, MIN_PASS_S, Then, Threads
 from support.clock import ManualClock
 from support.fake_executor import WAIT_S
@@ -86,7 +86,6 @@ async def test_however_often_it_is_rung_there_is_one_turn_between_two_looks_at_t
     share.listen(turn)
     share.ring()
     for _ in range(5):  # as a front does with what has come
-        shares.hold()
         share.ring()
         shares.go()
     turns.clear()
@@ -115,31 +114,27 @@ async def test_what_is_done_in_a_turn_needs_no_other() -> None:
 
 async def test_models_have_the_event_loop_for_equal_times_however_long_their_turns_are() -> None:
     flood = Flood()
-    turns = await flood.run(flood.add("long", LOOK_AFTER_S), flood.add("short", LOOK_AFTER_S / 8), turns=900)
+    turns = await flood.run(flood.add("long", CREDIT_S), flood.add("short", CREDIT_S / 8), turns=900)
     assert turns.count("long") == pytest.approx(100, abs=2)
 
 
 async def test_who_comes_anew_is_before_all_that_had_turns_and_has_no_credit_for_the_past() -> None:
     flood = Flood()
-    models = [flood.add(name, LOOK_AFTER_S) for name in "abcdefgh"]
-    late = flood.add("late", LOOK_AFTER_S)
+    models = [flood.add(name, CREDIT_S) for name in "abcdefgh"]
+    late = flood.add("late", CREDIT_S)
     await flood.run(*models, turns=80)
     turns = await flood.run(*models, late, turns=90)
     assert turns.index("late") <= 1, "it need not wait for a whole round"
     assert turns.count("late") == pytest.approx(10, abs=1), "nor does it catch up"
 
 
-async def test_after_the_time_of_one_turn_the_event_loop_looks_at_what_has_come() -> None:
+async def test_one_model_runs_between_two_looks_at_the_network() -> None:
     flood = Flood()
     for name in "abcd":
-        flood.add(name, LOOK_AFTER_S).ring()
+        flood.add(name, CREDIT_S / 8).ring()
     for count in range(1, 5):
         await asyncio.sleep(0)
         assert len(flood.turns) == count
-    for name in "efgh":
-        flood.add(name, LOOK_AFTER_S / 8).ring()
-    await asyncio.sleep(0)
-    assert len(flood.turns) == 8
 
 
 async def test_who_has_left_has_no_turn() -> None:
@@ -294,10 +289,6 @@ async def test_models_have_their_turns_among_other_large_work() -> None:
         await asyncio.sleep(0)
         assert len(order) == count
     assert order == ["pass", "other"] * 4
-    shares.hold()
-    shares.go_soon()
-    assert len(order) == 8, "not at once"
-    shares.hold()
     shares.go()
     assert order[8:] == ["pass"]
     share.leave()

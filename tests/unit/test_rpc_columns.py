@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -204,7 +205,6 @@ async def test_what_ran_on_several_versions_is_answered_apart(columns: Columns) 
 @pytest.mark.stores("memory")
 async def test_what_was_taken_runs_together_as_soon_as_all_of_it_has_come(columns: Columns) -> None:
     await columns.at.open("a", "b", "c", "d", "e", "f")
-    columns.steps.hold()
     first = columns.take(["a", "b", "c"], np.ones((3, 2)))
     second = columns.take(["d", "e", "f"], np.ones((3, 2)), expected=np.zeros(3, np.uint64))
     assert not first.applied_by_member
@@ -281,10 +281,10 @@ async def test_a_turn_that_raises_leaves_the_other_models_theirs() -> None:
 
         turn = at.inside.turn_of(first)
         first.work.listen(broken)
-        columns.steps.hold()
         batch = columns.take(["a"] if first.name == "plain" else ["x"], np.ones((1, 2)))
         other = columns.take(["x"] if first.name == "plain" else ["a"], np.ones((1, 2)))
         columns.steps.go()
+        await asyncio.sleep(0)
         assert list(other.applied_by_member) == [0]
         first.work.listen(turn)
         first.work.ring()

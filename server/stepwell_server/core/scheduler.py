@@ -23,8 +23,8 @@ _QUANTUM = 16
 #: A source with at most this part of a short pass has every other pass without those that have more.
 _LIGHT_PART = 4
 
-#: After models have run for this many seconds the event loop looks at the network.
-LOOK_AFTER_S = 400e-6
+#: A model that comes anew on the event loop is taken to have used this many seconds less than the others: one turn.
+CREDIT_S = 400e-6
 
 Source = tuple[Hashable, ...]
 """Who sent something: tenant, caller, connection; or what it is for. Never empty."""
@@ -225,37 +225,23 @@ class Shares:
         self._now = now
         self._loop_queue = loop_queue
         self.on_defect = on_defect
-        self._due: FairQueue[Share] = FairQueue(LOOK_AFTER_S)
-        self._is_held = False
-        """Nothing is scheduled: whoever holds it will look."""
+        self._due: FairQueue[Share] = FairQueue(CREDIT_S)
         self._is_scheduled = False
         """The loop queue has a part for it: one, or several would follow each other without a look at the network."""
 
     def add(self, share: Share) -> None:
         """Run a model soon; for `Share`."""
         self._due.add((share,), share)
-        if not self._is_held:
-            self._schedule()
+        self._schedule()
 
     def charge(self, share: Share, seconds: float) -> None:
         """Count what a model has used; for `Share`."""
         self._due.charge((share,), seconds)
 
-    def hold(self) -> None:
-        """Run no model until `go`: more comes at once."""
-        self._is_held = True
-
     def go(self) -> None:
-        """Run the models that are due now, which saves an iteration of the event loop."""
-        self._is_held = False
+        """Run the model that is next now, if one is due, rather than in another iteration of the event loop."""
         if self._due:
             self._run()
-
-    def go_soon(self) -> None:
-        """Run the models that are due in another iteration of the event loop: this one has had its large work."""
-        self._is_held = False
-        if self._due:
-            self._schedule()
 
     def _schedule(self) -> None:
         if not self._is_scheduled:
@@ -264,26 +250,16 @@ class Shares:
 
     def _scheduled(self) -> None:
         self._is_scheduled = False
-        if self._due and not self._is_held:
-            self._run()
+        self.go()
 
     def _run(self) -> None:
-        """Run models that are due, each once, until the time is over or one that has run would be next."""
-        self._is_held = True
-        began = now = self._now()
-        ran: set[Share] = set()
-        while self._due and now - began < LOOK_AFTER_S:
-            source = self._due.next()
-            if self._due.first(source) in ran:
-                break
-            share = self._due.pop(source)
-            ran.add(share)
-            share.run()
-            before, now = now, self._now()
-            self._due.charge(source, now - before)
-            if share.is_due:
-                self._due.add(source, share)
-        self._is_held = False
+        source = self._due.next()
+        share = self._due.pop(source)
+        began = self._now()
+        share.run()
+        self._due.charge(source, self._now() - began)
+        if share.is_due:
+            self._due.add(source, share)
         if self._due:
             self._schedule()
 

@@ -118,12 +118,8 @@ class Engine:
             lambda model, error: _log.defect("a turn raised", error, model=model),
         )
         self._threads = Threads(compute_threads)
-        self.hold_turns: Callable[[], None] = self._shares.hold
-        """Begin no pass until `take_turns`: more changes come at once."""
         self.take_turns: Callable[[], None] = self._shares.go
         """Do now what has come, rather than in the next turn of the event loop."""
-        self.take_turns_soon: Callable[[], None] = self._shares.go_soon
-        """Do what has come in another turn of the event loop: this one has had its large work."""
         self.add_part: Callable[[Source, Callable[[], None]], None] = self._loop_queue.add
         """Do a part of large work in an iteration of the event loop that has no other: see `LoopQueue.add`."""
         self._table = table = SessionTable()

@@ -12,8 +12,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
-from typing_extensions import override
-
 from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.scheduler import FairQueue, LoopQueue, Share
 
@@ -125,25 +123,9 @@ class Pieces:
         """Slices of many ids of one tenant, each in its turn; what is one piece needs none."""
         return self.parts(len(session_ids), tenant_of(session_ids[0]) if len(session_ids) > TURN else "")
 
-    def parts(self, count: int, tenant: str) -> AsyncIterator[slice]:
+    async def parts(self, count: int, tenant: str) -> AsyncIterator[slice]:
         """As `of`, of as many things of a tenant."""
-        return _Whole(count) if count <= TURN else self._in_turns(count, tenant)
-
-    async def _in_turns(self, count: int, tenant: str) -> AsyncIterator[slice]:
         for start in range(0, count, TURN):
-            await self.turn(tenant)
+            if count > TURN:
+                await self.turn(tenant)
             yield slice(start, min(start + TURN, count))
-
-
-class _Whole(AsyncIterator[slice]):
-    """All of a few things at once: this takes a tenth of the time of an asynchronous generator."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-
-    @override
-    async def __anext__(self) -> slice:
-        if not self._left:
-            raise StopAsyncIteration
-        count, self._left = self._left, 0
-        return slice(0, count)

@@ -39,8 +39,6 @@ from stepwell_server.logs import Log
 _log = Log("engine.loop")
 #: So long after something came beside work of many time steps, that is still cut into short slices, in seconds.
 _COMPANY_S = 0.05
-#: Steps of one turn that run one by one at most: they cost less than one pass for all of them.
-MAX_INLINE = 4
 
 
 class Inline:
@@ -71,17 +69,10 @@ class Inline:
         self._observer = observer
         self._names = [spec.name for spec in model.program.outputs]
 
-    def run_few(self, changes: list[Change]) -> list[Change]:
-        """Run the first of some changes, as long as they are few and plain; return the others."""
-        if len(changes) > MAX_INLINE or self._model.ready.rows_waiting or self._model.cost.one_s > IN_PLACE_S:
-            return changes
-        for place, change in enumerate(changes):
-            if not self._run(change):
-                return changes[place:]
-        return []
-
-    def _run(self, change: Change) -> bool:
-        """Whether the step has run; it is answered as soon as it is committed."""
+    def run(self, change: Change) -> bool:
+        """Run a lone step, if nothing else waits; whether it has run. It is answered as soon as it is committed."""
+        if self._model.ready.rows_waiting or self._model.cost.one_s > IN_PLACE_S:
+            return False
         if not may_join(change) or change.reset_rows is not None or change.states is not Select.NONE:
             return False
         if not self._may_run(change):
@@ -239,8 +230,8 @@ class PassLoop:
         """
         if self._running or self._commits.is_full or (self._window.is_open and self._waits()):
             return False
-        came = self._inline.run_few(self._inbox.drain())
-        if came:
+        came = self._inbox.drain()
+        if came and not (len(came) == 1 and self._inline.run(came[0])):
             if self._model.ready.rows_waiting:
                 self._company_until = self._clock.monotonic() + _COMPANY_S
             self._admission.admit(joined_where_alike(came))

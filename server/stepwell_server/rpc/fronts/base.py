@@ -250,9 +250,6 @@ class Steps(Protocol):
     traces: bool
     """There are traces: a call of which the metadata says that it is traced is none of plain steps."""
 
-    def hold(self) -> None:
-        """Several batches are about to be taken: run none before `go`."""
-
     def take(self, columns: StepColumns) -> Rest | None:
         """Do them, in their order; what is left of them for later turns of the event loop, None if nothing is.
 
@@ -260,10 +257,7 @@ class Steps(Protocol):
         """
 
     def go(self) -> None:
-        """Run what was taken since `hold`, at once."""
-
-    def go_soon(self) -> None:
-        """Run it in another turn of the event loop: this one has had its large work."""
+        """Run what was taken now, rather than in another iteration of the event loop."""
 
     def add_part(self, source: Source, part: Callable[[], None], /) -> object:
         """Do a part of large work of a source in an iteration of the event loop that has no other part."""

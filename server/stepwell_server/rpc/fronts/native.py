@@ -343,15 +343,12 @@ class NativeFront:
             most = most - 1 if self._arrivals.is_contended else 0
 
     def _run(self, work: Callable[[], None], *, is_large: bool = False) -> None:
-        """Do something, then what may be done after it, then the passes: in another iteration if it was large."""
-        self._steps.hold()
+        """Do something, then what may be done after it, then a pass: in another iteration if it was large."""
         try:
             work()
             self._arrivals.go_on()
         finally:
-            if is_large:
-                self._steps.go_soon()
-            else:
+            if not is_large:
                 self._steps.go()
             if self._arrivals.has_due:  # something raised: what came behind it must not wait for ever
                 self._go_on_soon()

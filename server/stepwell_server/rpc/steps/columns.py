@@ -159,8 +159,7 @@ class ColumnSteps(Refusals):
         self.traces = tracer is not None
         self._form_of_requests = form_of_requests
         """The form of Triton's requests."""
-        self.hold, self.go, self.go_soon = engine.hold_turns, engine.take_turns, engine.take_turns_soon
-        self.add_part = engine.add_part
+        self.go, self.add_part = engine.take_turns, engine.add_part
 
     def take(self, columns: StepColumns) -> Rest | None:
         """See `base.Steps`."""

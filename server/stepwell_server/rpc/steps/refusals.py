@@ -60,19 +60,16 @@ class Refusals:
 class EarlySteps(Refusals):
     """`base.Steps` of a server that listens and has no engine yet: none come before `go_to` says where they go."""
 
-    hold: Callable[[], None]
     go: Callable[[], None]
-    go_soon: Callable[[], None]
     add_part: Callable[[tuple[Hashable, ...], Callable[[], None]], object]
     take: Callable[[StepColumns], Rest | None]
 
     def __init__(self, max_message_bytes: int, observer: RequestObserver, *, traces: bool) -> None:
         super().__init__(max_message_bytes, observer)
         self.traces = traces
-        self.hold = self.go = self.go_soon = lambda: None
+        self.go = lambda: None
         self.add_part = lambda _source, part: asyncio.get_running_loop().call_soon(part)
 
     def go_to(self, steps: Steps) -> None:
         """From now on these take the steps."""
-        self.hold, self.go, self.take = steps.hold, steps.go, steps.take
-        self.go_soon, self.add_part = steps.go_soon, steps.add_part
+        self.go, self.add_part, self.take = steps.go, steps.add_part, steps.take
