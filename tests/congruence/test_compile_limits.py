@@ -236,6 +236,31 @@ def test_what_speaks_for_the_compiler_is_ended(
         compile_program(lstm, tmp_path / "cache", ["speaking"], limits=ANY)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="it finds its channel as Linux shows it")
+def test_time_is_limited_in_the_middle_of_a_message_too(
+    lstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = """b'{"stage": "trace"}\\n{"stage": "pr'"""
+    (tmp_path / "stalling.py").write_text(SAYS.replace("b'x' * (1 << 21)", sent))
+    monkeypatch.chdir(tmp_path)
+    clock = ManualClock()
+
+    def report(stage: str) -> None:
+        clock.advance(61 if stage == "trace" else 0)
+
+    with pytest.raises(
+        ModelError, match=r"at most 60 s \(--compile-timeout-s\); it was ended in stage trace"
+    ):
+        compile_program(
+            lstm,
+            tmp_path / "cache",
+            ["stalling"],
+            report,
+            limits=dataclasses.replace(ANY, timeout_s=60.0),
+            clock=clock,
+        )
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what a process uses")
 def test_memory_that_is_used_counts() -> None:
     kept = np.ones(64 * MIB, np.uint8)
