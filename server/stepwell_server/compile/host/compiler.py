@@ -25,7 +25,7 @@ from stepwell_server.compile import cache, data_file
 from stepwell_server.compile.comparison import Comparison
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.host.job import ABANDONED, Call, Job, Progress
-from stepwell_server.compile.host.limits import Limits, Watch, memory_of
+from stepwell_server.compile.host.limits import Limits, memory_of
 from stepwell_server.compile.host.processes import ForkServer, Worker
 from stepwell_server.compile.host.source import Source, opened
 from stepwell_server.compile.keras_file import origin
@@ -119,7 +119,8 @@ class WarmCompiler:
             target = cache.entry(self._cache_dir, cache.key_of(source.sha256(), self._imports, options))
             found = cache.load(target)
             if found is None:
-                call = Call(model, progress or _silent, limits or self._limits, options, data, keep)
+                limits = limits or self._limits
+                call = Call(model, progress or _silent, limits, self._closing, options, data, keep)
                 with self._turn(call):
                     # Another caller may have compiled it meanwhile.
                     found = cache.load(target) or self._compiled(call, source, target)
@@ -140,7 +141,7 @@ class WarmCompiler:
             DataError: the data do not fit the model.
             ModelError: Keras's call of it fails.
         """
-        call = Call(model, _silent, limits or self._limits)
+        call = Call(model, _silent, limits or self._limits, self._closing)
         with opened(model) as source, self._turn(call), self._job(call) as job:
             worker = job.fork(frameworks=True, imports=self._imports)
             file = worker.given / _PROGRAM
@@ -167,7 +168,7 @@ class WarmCompiler:
         Raises:
             ModelError: it cannot be read, cannot run here, or computes something else here.
         """
-        call = Call(model, progress or _silent, limits or self._limits)
+        call = Call(model, progress or _silent, limits or self._limits, self._closing)
         with opened(model) as source, self._turn(call), self._job(call) as job:
             worker = job.fork(frameworks=False)
             try:
@@ -282,21 +283,21 @@ class WarmCompiler:
         if not self._lock.acquire(blocking=False):
             call.report("waiting")
             while not self._lock.acquire(timeout=_ABANDONED_INTERVAL_S):
-                self._require_wanted(call)
+                _require_wanted(call)
         try:
-            self._require_wanted(call)
+            _require_wanted(call)
             yield
         finally:
             self._last_used = self._clock.monotonic()
             self._lock.release()
 
-    def _require_wanted(self, call: Call) -> None:
-        abandoned = call.limits.abandoned
-        if self._closing.is_set() or (abandoned is not None and abandoned.is_set()):
-            raise ModelError(f"{call.model}: {ABANDONED}")
-
     def _job(self, call: Call) -> Job:
-        return Job(call, self._fork_server, Watch(call.limits, self._clock, self._closing))
+        return Job(call, self._fork_server, self._clock)
+
+
+def _require_wanted(call: Call) -> None:
+    if call.is_abandoned:
+        raise ModelError(f"{call.model}: {ABANDONED}")
 
 
 @dataclasses.dataclass(frozen=True)

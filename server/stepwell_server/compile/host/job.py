@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from stepwell_server.clock import Clock
 from stepwell_server.compile.errors import REPORT, DataError, ModelError, NotCausalError
-from stepwell_server.compile.host.limits import MORE_BYTES, Limit, Limits, Watch
+from stepwell_server.compile.host.limits import MORE_BYTES, Limit, Limits, disk_of, memory_of
 from stepwell_server.compile.host.processes import ForkServer, ForkServerError, Worker
 from stepwell_server.compile.host.source import Source, opened
 from stepwell_server.compile.host.wire import GarbledError
@@ -22,6 +24,7 @@ Progress = Callable[[str], None]
 ABANDONED = "it was cancelled: no caller waits for it any more"
 _KINDS: dict[str, type[ModelError]] = {kind.__name__: kind for kind in (DataError, NotCausalError)}
 _log = Log("compile")
+_CHECKS_PER_DISK_CHECK = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +34,17 @@ class Call:
     model: Path
     report: Progress
     limits: Limits
+    closing: threading.Event
+    """Set when the compiler closes."""
     options: ProofOptions = dataclasses.field(default_factory=ProofOptions)
     data: Path | None = None
     keep: bool = False
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether no caller waits for it any more."""
+        abandoned = self.limits.abandoned
+        return self.closing.is_set() or (abandoned is not None and abandoned.is_set())
 
 
 class _ExceededError(Exception):
@@ -41,12 +52,15 @@ class _ExceededError(Exception):
 
 
 class Job:
-    """One call, and the worker that does it. A context manager, which ends the worker."""
+    """One call, and the worker that does it within its limits. A context manager, which ends the worker."""
 
-    def __init__(self, call: Call, server: ForkServer, watch: Watch) -> None:
+    def __init__(self, call: Call, server: ForkServer, clock: Clock) -> None:
+        """Begin now."""
         self._call = call
         self._server = server
-        self._watch = watch
+        self._clock = clock
+        self._began = clock.monotonic()
+        self._checks = 0
         self._worker: Worker | None = None
         self._given: Path | None = None
         """The copy of the model."""
@@ -170,9 +184,22 @@ class Job:
         """Check the limits of the process that this waits for."""
         worker = self._worker
         pid, folder = (self._server.pid, None) if worker is None else (worker.pid, worker.home)
-        self.exceeded = self._watch.exceeded(pid or 0, folder)
+        self.exceeded = self._limit_exceeded_by(pid or 0, folder)
         if self.exceeded is not None:
             raise _ExceededError
+
+    def _limit_exceeded_by(self, pid: int, folder: Path | None) -> Limit | None:
+        limits = self._call.limits
+        self._checks += 1
+        if self._call.is_abandoned:
+            return "abandoned"
+        if 0 < limits.timeout_s < self._clock.monotonic() - self._began:
+            return "time"
+        if memory_of(pid) > limits.memory_bytes:
+            return "memory"
+        if folder is None or self._checks % _CHECKS_PER_DISK_CHECK:
+            return None
+        return "disk" if disk_of(pid, folder, limits.disk_bytes) > limits.disk_bytes else None
 
     def _shown(self, text: object) -> str:
         """Text of a worker, with the names of the user's own files in place of those of the copies."""

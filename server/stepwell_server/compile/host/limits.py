@@ -12,9 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from stepwell_server.clock import Clock
-
-_CHECKS_PER_DISK_CHECK = 10
 _FILES, MORE_BYTES = 2, 64 << 20
 """Files that are written, the program and what it is made from; neither is much larger than the model."""
 DETAIL_BYTES = 64 << 10
@@ -62,38 +59,6 @@ class Limits:
 Limit = Literal["memory", "disk", "time", "abandoned"]
 
 
-class Watch:
-    """Checks the limits of one job, whenever it is asked.
-
-    It looks at the memory that a process uses, and does not have the kernel refuse more (RLIMIT_AS, RLIMIT_DATA):
-    TensorFlow maps many times what it uses, and where it is refused memory it ends by SIGSEGV, SIGABRT or a MemoryError
-    somewhere, which looks like a defect. Other systems than Linux do not show what a process uses; there only the time
-    that passes is limited.
-    """
-
-    def __init__(self, limits: Limits, clock: Clock, closing: threading.Event) -> None:
-        """Begin now; the job is abandoned, too, when ``closing`` is set."""
-        self._limits = limits
-        self._clock = clock
-        self._closing = closing
-        self._began = clock.monotonic()
-        self._checks = 0
-
-    def exceeded(self, pid: int, folder: Path | None) -> Limit | None:
-        """Return the limit that a process, which may write ``folder``, goes over; None if it goes over none."""
-        limits = self._limits
-        self._checks += 1
-        if self._closing.is_set() or (limits.abandoned is not None and limits.abandoned.is_set()):
-            return "abandoned"
-        if 0 < limits.timeout_s < self._clock.monotonic() - self._began:
-            return "time"
-        if memory_of(pid) > limits.memory_bytes:
-            return "memory"
-        if folder is None or self._checks % _CHECKS_PER_DISK_CHECK:
-            return None
-        return "disk" if disk_of(pid, folder, limits.disk_bytes) > limits.disk_bytes else None
-
-
 def disk_of(pid: int, folder: Path, most: int) -> int:
     """Bytes on the disk that a process has in its folder, and in files that it has open and that have no name.
 
@@ -126,7 +91,11 @@ def _written(pid: int, folder: Path) -> Iterator[Path | str]:
 
 
 def memory_of(pid: int) -> int:
-    """Bytes of memory that a process uses for itself; 0 if it has ended or the system does not show it."""
+    """Bytes of memory that a process uses for itself; 0 if it has ended, or on other systems than Linux.
+
+    The kernel could refuse more memory instead (RLIMIT_AS, RLIMIT_DATA). But TensorFlow maps many times what it uses, and
+    where it is refused memory it ends by SIGSEGV, SIGABRT or a MemoryError somewhere, which looks like a defect.
+    """
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
