@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import gc
 import math
 import platform
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -63,8 +62,6 @@ from stepwell_server.tracing.starting import TracingError
 from stepwell_server.tracing.starting import start as start_tracing
 
 if TYPE_CHECKING:
-    from prometheus_client.metrics_core import Metric
-
     from stepwell_server.compile.host.compiler import WarmCompiler
     from stepwell_server.tracing.spans import Tracing
 
@@ -285,7 +282,8 @@ async def _run(
         if settings.wait_for_models:
             models = await load_models(settings, compiler, wanted, observer, readiness, stop)
         engine = _engine(settings, models, store, clock, observer, quotas, files.migrations)
-        sources.append(functools.partial(_engine_metrics, engine))
+        stats = engine.stats
+        sources.append(lambda: gauges.of_engine(stats()))
         engine.explain_absence(absence(readiness, tells_why=not settings.asks_callers))
         try:
             await once_it_answers(engine.start, settings, clock, stop)
@@ -298,7 +296,8 @@ async def _run(
         work = ModelWork(settings, wanted, kept, folder, engine, catalog, readiness, clock=clock)
         if settings.wait_for_models:
             await work.begin(models, stop)
-        sources.append(functools.partial(_version_metrics, catalog, observer))
+        statuses = catalog.statuses
+        sources.append(lambda: gauges.of_versions(statuses(), observer.models))
         looking = [asyncio.create_task(each.run()) for each in (catalog, work)]
         rpc.serve(
             engine,
@@ -332,14 +331,6 @@ async def _run(
         notifier.close()
     _log.info("stopped")
     return 1 if gone else 0
-
-
-def _engine_metrics(engine: Engine) -> Iterable[Metric]:
-    return gauges.of_engine(engine.stats())
-
-
-def _version_metrics(catalog: Catalog, observer: PrometheusObserver) -> Iterable[Metric]:
-    return gauges.of_versions(catalog.statuses(), observer.models)
 
 
 def _engine(

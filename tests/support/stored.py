@@ -23,7 +23,7 @@ from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.disk.wal.log import WriteAheadLog
 from stepwell_server.store.disk.wal.pair import WriteAheadLogs
-from stepwell_server.store.record import Puts, RecordTemplate, Stored
+from stepwell_server.store.record import Puts, RecordTemplate, Stored, Texts
 from support.clock import ManualClock
 from support.records import Record, decode, scan_local
 
@@ -70,9 +70,7 @@ def record(
 
 def template(session_ids: Sequence[str], revision: int = 0, size: int = 20) -> Puts:
     """The same records, laid out one after the other."""
-    made = RecordTemplate(
-        session_ids, fingerprint="f" * 8, model="m", opened_with=0, created=0.0, row_bytes=size
-    )
+    made = RecordTemplate(session_ids, Texts("f" * 8, "m"), (1, size), opened_with=0, created=0.0)
     made.rows[:] = np.uint8(revision % 256)
     return made.fill(revisions=revision, positions=revision, request_ids=0, last_used=0.0, replies=0)
 

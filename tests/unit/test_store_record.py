@@ -24,6 +24,7 @@ from stepwell_server.store.record import (
     Header,
     RecordTemplate,
     Stored,
+    Texts,
     decode_header,
     decode_many,
     header_or_none,
@@ -255,13 +256,12 @@ def _encode_many(ids: list[str], found: list[Record]) -> list[Stored]:
     first = found[0] if found else a_record()
     template = RecordTemplate(
         ids,
-        fingerprint=first.fingerprint,
-        model=first.model,
+        Texts(first.fingerprint, first.model),
+        (1, len(first.rows)),
         opened_with=column("opened_with", np.uint64),
         opened_digest=column("opened_digest", np.uint64),
         max_idle_ms=column("max_idle_ms", np.int64),
         created=column("created", np.float64),
-        row_bytes=len(first.rows),
     )
     template.rows[...] = np.array([list(r.rows) for r in found], np.uint8).reshape(
         len(found), len(first.rows)
@@ -280,9 +280,7 @@ def _encode_many(ids: list[str], found: list[Record]) -> list[Stored]:
 
 def test_a_template_is_filled_again_and_again_and_says_what_it_was_given_last() -> None:
     rng = np.random.default_rng(3)
-    template = RecordTemplate(
-        ["a", "b", "c"], fingerprint="f", model="m", opened_with=9, created=1.5, row_bytes=5, batch_size=2
-    )
+    template = RecordTemplate(["a", "b", "c"], Texts("f", "m"), (2, 5), opened_with=9, created=1.5)
     for revision in range(3):
         rows = rng.integers(0, 256, (3, 10), np.uint8)
         template.rows[...] = rows

@@ -320,10 +320,6 @@ class Engine:
         model = self._models.by_name(ref)
         return self._info(self._models.named(model.name), model)
 
-    def program(self, ref: str) -> Program:
-        """The program of a model. Reference and errors as of `model`."""
-        return self._models.by_name(ref).program
-
     def version(self, ref: str) -> int:
         """The number of the version that a reference means. Reference and errors as of `model`."""
         return self._models.by_name(ref).version

@@ -239,22 +239,28 @@ class RecordTemplate:
     def __init__(
         self,
         session_ids: Sequence[str],
+        texts: Texts,
+        shape: tuple[int, int],
         *,
-        fingerprint: str,
-        model: str,
         opened_with: U64 | int,
         opened_digest: U64 | int = 0,
         max_idle_ms: npt.NDArray[np.int64] | int = 0,
         created: F64 | float,
-        row_bytes: int,
-        batch_size: int = 1,
         fields: Sequence[bytes] = (),
     ) -> None:
-        """Lay out n records; what their openings determine is `(n,)` or one for all, a row is as `Arena.pack` makes it.
+        """Lay out n records.
 
-        `fields` are each one's extension fields; empty for none.
+        Args:
+            session_ids: n of them.
+            texts: Of their model.
+            shape: The batch size, and the bytes of a row as `Arena.pack` makes it.
+            opened_with: `(n,)`, or one for all, as all that their openings determine.
+            opened_digest: The same.
+            max_idle_ms: The same.
+            created: The same.
+            fields: Extension fields of each; empty for none.
         """
-        texts = Texts(fingerprint, model)
+        batch_size, row_bytes = shape
         text = np.frombuffer(texts.data, np.uint8)
         start = HEADER.itemsize + len(text)
         end = start + batch_size * row_bytes

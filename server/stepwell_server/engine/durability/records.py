@@ -204,13 +204,11 @@ class Templates:
         table = self._table
         return RecordTemplate(
             [table.session_id(handle) for handle in handles.tolist()],
-            fingerprint=model.program.fingerprint,
-            model=model.name,
+            model.texts,
+            (int(table.batch_size[handles[0]]), model.arena.row_bytes),
             opened_with=table.opened_with[handles],
             opened_digest=table.opened_digest[handles],
             max_idle_ms=table.max_idle_ms[handles],
             created=table.created[handles],
-            row_bytes=model.arena.row_bytes,
-            batch_size=int(table.batch_size[handles[0]]),
             fields=self._fields.of_many(handles, model),
         )

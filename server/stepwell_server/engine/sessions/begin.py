@@ -625,14 +625,12 @@ def _records(whole: NewSessions, part: slice) -> Sequence[tuple[str, Stored]]:
         fields = [alike] * count if alike else []
     template = RecordTemplate(
         new.ids,
-        fingerprint=model.program.fingerprint,
-        model=model.name,
+        model.texts,
+        (new.batch_size, model.arena.row_bytes),
         opened_with=new.opened_with,
         opened_digest=new.opened_digests,
         max_idle_ms=new.max_idle_ms,
         created=new.created,
-        row_bytes=model.arena.row_bytes,
-        batch_size=new.batch_size,
         fields=fields,
     )
     model.arena.pack_into(new.rows, template.rows[:ready])
