@@ -55,6 +55,7 @@ class Front:
 
     def __init__(self) -> None:
         self.methods: Mapping[str, Method] = {}
+        self.steps: Steps
         self.known: dict[Credential, tuple[Caller, float]] = {}
 
     async def start(
@@ -65,6 +66,7 @@ class Front:
         certificates: Certificates | None,
     ) -> Address | UnixAddress:
         self.methods = {method.name: method for method in methods}
+        self.steps = steps
         return address
 
     def set_plain(self, *, are_taken: bool) -> None:

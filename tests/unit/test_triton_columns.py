@@ -10,21 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stepwell_server.addresses import Address
+from stepwell_server.catalog.known_files import KnownFiles
 from stepwell_server.core.callers import ANYBODY, Caller, Role
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import Overloaded, ServerError, SessionNotFound
 from stepwell_server.rpc import naming
-from stepwell_server.rpc.fronts.base import Ended, InputColumn, OutputColumn, StepColumns
+from stepwell_server.rpc.fronts.base import Ended, InputColumn, OutputColumn, StepColumns, Steps
+from stepwell_server.rpc.server import RpcServer
 from stepwell_server.rpc.status import Status, code_of, message_of
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from stepwell_server.rpc.tracing import CallTrace
 from stepwell_server.rpc.triton.columns import InferForm
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.sequences import session_id_of
+from support import calls
 from support.fake_call import Requests
 from support.fake_executor import PLAIN, RICH
+from support.live import Loads, live_models
 from support.triton_requests import Client, inference
 from support.versions import WIDE, serving, weights
 
@@ -123,7 +128,7 @@ class Front:
         self.client = client
         self.observer = Requests()
         at = client.harness
-        self.steps = ColumnSteps(
+        self.steps: Steps = ColumnSteps(
             at.engine,
             at.clock,
             1 << 20,
@@ -292,6 +297,21 @@ async def test_a_request_that_nobody_waits_for_is_not_served_when_its_turn_comes
         running.leave()
         await at.settled()
         assert batch.done == {1: 2}
+
+
+async def test_a_server_that_stops_answers_requests_that_are_served_alone() -> None:
+    async with inference() as client:
+        engine, clock, silent = client.harness.engine, client.harness.clock, calls.Front()
+        server = RpcServer(silent, clock=clock, observer=calls.Observer(), max_message_bytes=1 << 20)
+        await server.start(Address("", 0))
+        live = live_models(engine, clock, Loads())
+        server.serve(engine, live, known_files=KnownFiles(engine, {}, None))
+        at = Front(client)
+        at.steps = silent.steps
+        batch = at.take(9)
+        await server.finish()
+        assert batch.done == {0: await at.refusal(batch.requests[0])}
+        await live.close()
 
 
 async def test_the_trace_of_each_request_ends_with_its_answer() -> None:
