@@ -248,3 +248,19 @@ def test_what_was_used_may_be_charged_later_and_a_source_without_items_is_forgot
     queue.add(("d",), "d")
     assert queue.pop_all(queue.next()) == ["d", "d"]
     assert not queue
+
+
+def test_a_source_that_was_served_does_not_wait_for_each_that_is_new_and_those_are_forgotten() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for _ in range(3):
+        queue.add(("t", "old"), "o")
+    cost, order = {"o": 10.0, "n": 1.0}, served(queue, 1, {"o": 10.0})
+    for n in range(1000):
+        queue.add(("t", n), "n")
+        order += served(queue, 1, cost)
+    assert order.count("o") == 3
+    while queue:
+        served(queue, 1, cost)
+    queue.add(("t", "last"), "n")
+    queue.next()
+    assert len(queue._root.children["t"].children) < 20

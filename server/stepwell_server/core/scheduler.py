@@ -39,19 +39,23 @@ def source_of(who: Caller, connection: Hashable) -> Source:
 class _Node(Generic[T]):
     """A source, or several with the same beginning."""
 
-    __slots__ = ("children", "count", "heap", "items", "served", "start")
+    __slots__ = ("active", "children", "count", "heap", "is_new", "items", "served", "start")
 
     def __init__(self, start: float) -> None:
         self.start = start
         """What it has used, or as if it had: a new one begins where the others are."""
+        self.is_new = True
+        """It has not been charged yet."""
         self.count = 0
         """Items of it, and of the nodes below."""
         self.items: deque[T] = deque()
         self.children: dict[Hashable, _Node[T]] = {}
         self.heap: list[tuple[float, int, Hashable]] = []
         """The children by `start`, which may have grown since, then in the order in which they came there."""
+        self.active = 0
+        """Children that have items."""
         self.served = 0.0
-        """The largest `start` of a child when it was served."""
+        """Where a new child begins: the largest `start` of a child when it was served, or later."""
 
 
 class FairQueue(Generic[T]):
@@ -69,10 +73,12 @@ class FairQueue(Generic[T]):
     def add(self, source: Source, item: T) -> None:
         """Put an item behind those of its source."""
         node = self._root
-        for key in source:
-            node.count += 1
-            node = self._child(node, key)
         node.count += 1
+        for key in source:
+            child = self._child(node, key)
+            node.active += not child.count
+            child.count += 1
+            node = child
         node.items.append(item)
 
     def next(self) -> Source:
@@ -108,8 +114,10 @@ class FairQueue(Generic[T]):
         node = self._root
         node.count -= 1
         for key in source:
-            node = node.children[key]
-            node.count -= 1
+            child = node.children[key]
+            child.count -= 1
+            node.active -= not child.count
+            node = child
         return node.items.popleft()
 
     def pop_all(self, source: Source) -> list[T]:
@@ -120,8 +128,12 @@ class FairQueue(Generic[T]):
         """Count what a source has used: now, or at a time that has passed since."""
         node = self._root
         for key in source:
-            node = self._child(node, key)
-            node.start += cost
+            child = self._child(node, key)
+            if child.is_new:  # or a source that has been served would wait for all that are new
+                child.is_new = False
+                node.served = max(node.served, child.start + cost / max(1, node.active))
+            child.start += cost
+            node = child
 
     def _child(self, node: _Node[T], key: Hashable) -> _Node[T]:
         child, least = node.children.get(key), node.served - self._credit
