@@ -175,11 +175,11 @@ class ModelTensors:
 
     def _check_names(self, given: Sequence[tuple[str, str, _Parameters]], request_id: str) -> None:
         """Check inputs by their names, datatypes and parameters."""
-        where, names = about(request_id), [name for name, _, _ in given]
+        names = [name for name, _, _ in given]
         if len(names) != len(self.inputs):
             missing = [name for name in self.inputs if name not in names]
             raise InvalidInput(
-                f"{where}expected {len(self.inputs)} inputs but got {len(names)} inputs for model"
+                f"{about(request_id)}expected {len(self.inputs)} inputs but got {len(names)} inputs for model"
                 f" '{self._model}'. Got input(s) {_quoted(names)}, but missing required input(s)"
                 f" {_quoted(missing)}. Please provide all required input(s)."
             )
@@ -187,42 +187,43 @@ class ModelTensors:
             if name not in self.inputs:
                 raise InvalidInput(f"unexpected inference input '{name}' for model '{self._model}'")
             if name in names[:i]:
-                raise InvalidInput(f"{where}input '{name}' already exists in request")
-            _refuse_parameters(parameters, f"input '{name}'")
+                raise InvalidInput(f"{about(request_id)}input '{name}' already exists in request")
+            if parameters:
+                _refuse_parameters(parameters, f"input '{name}'")
             expected = self.inputs[name].datatype.name
             if datatype != expected:
                 raise InvalidInput(
-                    f"{where}inference input '{name}' data-type is '{datatype}', but"
+                    f"{about(request_id)}inference input '{name}' data-type is '{datatype}', but"
                     f" model '{self._model}' expects '{expected}'"
                 )
 
     def _shape(self, tensor: Tensor, name: str, shape: tuple[int, ...], request_id: str) -> tuple[int, ...]:
         """The shape for the engine: without the dimension that stands for one number."""
-        dims, where = tensor.dims, about(request_id)
-        what = f"input '{name}' for model '{self._model}'"
-        if not shape:
-            raise InvalidInput(
-                f"{where}input '{name}' has no shape but model requires batch dimension for '{self._model}'"
-            )
-        if min(shape) < 0:
-            raise InvalidInput(
-                f"{where}All input dimensions should be specified for {what}, got {dims_text(shape)}"
-            )
         leading = tensor.leading(len(shape))
+        if (
+            leading
+            and shape[leading:] == tensor.dims
+            and min(shape[:leading]) > 0
+            and shape[0] <= MAX_BATCH_SIZE
+        ):
+            return (*shape[:leading], *tensor.spec.shape)
+        raise InvalidInput(about(request_id) + self._misfit(tensor, name, shape, leading))
+
+    def _misfit(self, tensor: Tensor, name: str, shape: tuple[int, ...], leading: int | None) -> str:
+        """Why an input does not have this shape."""
+        what, dims = f"input '{name}' for model '{self._model}'", tensor.dims
+        if not shape:
+            return f"input '{name}' has no shape but model requires batch dimension for '{self._model}'"
+        if min(shape) < 0:
+            return f"All input dimensions should be specified for {what}, got {dims_text(shape)}"
         if leading is None or shape[leading:] != dims:
-            raise InvalidInput(
-                f"{where}unexpected shape for {what}. Expected {dims_text((-1, *dims))}, got {dims_text(shape)}. "
+            return (
+                f"unexpected shape for {what}. Expected {dims_text((-1, *dims))}, got {dims_text(shape)}. "
                 + _shape_note(tensor)
             )
         if 0 in shape[:leading]:
-            raise InvalidInput(
-                f"{where}{what} must have at least one row and time step, got {dims_text(shape)}"
-            )
-        if shape[0] > MAX_BATCH_SIZE:
-            raise InvalidInput(
-                f"{where}inference request batch-size must be <= {MAX_BATCH_SIZE} for '{self._model}'"
-            )
-        return (*shape[:leading], *tensor.spec.shape)
+            return f"{what} must have at least one row and time step, got {dims_text(shape)}"
+        return f"inference request batch-size must be <= {MAX_BATCH_SIZE} for '{self._model}'"
 
     def _array(
         self,
