@@ -16,7 +16,6 @@ from stepwell._in_flight import Answer, Sink
 from stepwell._lanes import Exchanges, Lane
 from stepwell._log import LOG
 from stepwell._replica import Replica
-from stepwell._sets import StreamSets
 from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2
 
@@ -109,7 +108,6 @@ class _Stream:
     def __init__(self, open_stream: OpenStream) -> None:
         self._outbox: asyncio.Queue[sessions_pb2.StepStreamRequest | None] = asyncio.Queue()
         self._sinks: dict[int, Sink] = {}
-        self._sets = StreamSets()
         self._frame_ids = itertools.count(1)
         self.error: StepwellError | None = None
         self._open = open_stream
@@ -127,7 +125,7 @@ class _Stream:
     def send(self, ask: Exchange, sink: Sink) -> int:
         """Queues a frame; `sink` is called with the parts of its reply, or with the error. Returns its id."""
         frame_id = next(self._frame_ids)
-        request = ask.request(frame_id, self._sets)
+        request = ask.request(frame_id)
         self._sinks[frame_id] = sink
         self._outbox.put_nowait(request)
         return frame_id

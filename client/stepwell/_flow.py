@@ -20,7 +20,6 @@ from stepwell._frames import Frame, Part
 from stepwell._metadata import Pairs
 from stepwell._ranking import key_of, key_of_request
 from stepwell._retry import Attempts, Deadline, RepliesTooLargeError, RetryPolicy
-from stepwell._sets import StreamSets
 from stepwell._steps import Step, Stepped, read
 from stepwell.errors import InvalidInputError, StepwellError
 from stepwell.v1 import sessions_pb2
@@ -97,13 +96,13 @@ class Exchange:
         """The replica to ask: there is one server, or whoever sends it knows."""
         return None
 
-    def request(self, frame_id: int, sets: StreamSets) -> sessions_pb2.StepStreamRequest:
-        """The message to send, on the stream whose sets these are.
+    def request(self, frame_id: int) -> sessions_pb2.StepStreamRequest:
+        """The message to send.
 
         Raises:
             InvalidInputError: The message exceeds the limit.
         """
-        message = self.frame.request(frame_id, self.deadline, sets)
+        message = self.frame.request(frame_id, self.deadline)
         check_size("a frame", message, self.max_message_bytes)
         return message
 

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from stepwell import errors
 from stepwell._ranking import Keys, keys_of
 from stepwell._retry import Deadline
-from stepwell._sets import Naming, SessionSet, StreamSets
-from stepwell._status import SET_UNKNOWN, from_message
+from stepwell._sets import SessionSet
+from stepwell._status import from_message
 from stepwell._tensors import Array, Packed, to_messages, view_all
 from stepwell.v1 import sessions_pb2
 
@@ -119,7 +119,7 @@ class Frame:
             rows: Rows of each member.
             expected: Revision each must have.
             request_ids: Random and non-zero, one each, the same in every round.
-            named: The sessions, if a stream may know them by a number. Their request ids then count up by 1.
+            named: The sessions, if they are changed together again and again.
         """
         self._change = change
         self._ids = ids
@@ -127,8 +127,6 @@ class Frame:
         self._expected = expected
         self._request_ids = request_ids
         self._named = named
-        self._naming: Naming | None = None
-        """What this round's stream calls them; None: they are named by their ids."""
         self._open = np.ones(len(ids), np.bool_)
         self._all: Indexes = np.arange(len(ids))
         self._sent = self._all
@@ -166,8 +164,6 @@ class Frame:
         if len(members) == len(self):
             own = Frame(self._change, self._ids, self._rows, self._expected, self._request_ids, self._named)
         else:
-            request_ids = self._request_ids[members]
-            count_up = bool((np.diff(request_ids) == 1).all())
             ends = np.cumsum(self._rows)
             is_own = np.zeros(len(self), np.bool_)
             is_own[members] = True
@@ -176,31 +172,23 @@ class Frame:
                 [self._ids[i] for i in members.tolist()] if named is None else named.ids,
                 self._rows[members],
                 self._expected[members],
-                request_ids,
-                named if count_up else None,
+                self._request_ids[members],
+                named,
             )
         own.traceparent = self.traceparent
         return own
 
-    def request(
-        self, frame_id: int, deadline: Deadline, sets: StreamSets | None = None
-    ) -> sessions_pb2.StepStreamRequest:
+    def request(self, frame_id: int, deadline: Deadline) -> sessions_pb2.StepStreamRequest:
         """Begins a round: the message with all members that are still unsettled.
 
         Args:
             frame_id: Its number on the stream.
             deadline: Members that still wait then are dropped.
-            sets: What the stream calls its sets; None: it knows none.
         """
         self._sent = self._all if self._open.all() else np.flatnonzero(self._open)
         self._waiting = {}
         self.round_over = False
-        self._naming = None
         message = _pb.StepStreamRequest(frame_id=frame_id)
-        if sets is not None:
-            message.forget_sets.extend(sets.unneeded())
-            if self._named is not None and self._sent is self._all:
-                self._naming = sets.name(self._named)
         change = self._change_of_sent()
         if change.kind == "step":
             frame = message.step
@@ -216,23 +204,26 @@ class Frame:
         frame.timeout_ms = _timeout_ms(deadline.remaining_s())
         if self.traceparent:
             frame.traceparent = self.traceparent
-        naming = self._naming
-        if naming is not None and naming.is_known:
-            frame.session_set = naming.number
-            frame.request_id_base = int(self._request_ids[0])
-            if (self._expected == self._expected[0]).all():
-                frame.expected_revision = int(self._expected[0])
-            else:
-                frame.expected_revisions.extend(self._expected.tolist())
-            return
-        if naming is not None and naming.is_known is None:
-            frame.declare_set = naming.number
-        everyone = self._sent is self._all
-        frame.session_ids.extend(self._ids if everyone else [self._ids[i] for i in self._sent.tolist()])
-        frame.expected_revisions.extend(self._expected[self._sent].tolist())
-        frame.request_ids.extend(self._request_ids[self._sent].tolist())
+        if self._named is not None and self._sent is self._all:
+            frame.MergeFromString(self._named.encoded())
+        else:
+            frame.session_ids.extend([self._ids[i] for i in self._sent.tolist()])
+        rows, expected, request_ids = (
+            column[self._sent] for column in (self._rows, self._expected, self._request_ids)
+        )
         # As this side knows them, so that a member that is gone, or replaced, cannot shift the others' rows.
-        frame.batch_sizes.extend(self._rows[self._sent].tolist())
+        if _are_alike(rows):
+            frame.batch_size = int(rows[0])
+        else:
+            frame.batch_sizes.extend(rows.tolist())
+        if _are_alike(expected):
+            frame.expected_revision = int(expected[0])
+        else:
+            frame.expected_revisions.extend(expected.tolist())
+        if len(request_ids) > 1 and (np.diff(request_ids) == 1).all():
+            frame.request_id_base = int(request_ids[0])
+        else:
+            frame.request_ids.extend(request_ids.tolist())
 
     def _change_of_sent(self) -> Change:
         if self._sent is self._all:
@@ -245,8 +236,6 @@ class Frame:
         Raises:
             InternalError: The part contradicts the frame.
         """
-        if self._naming is not None:
-            self._naming.answered(response.declared_set)
         applied = self._applied(response)
         count = len(applied)
         said = response.HasField
@@ -295,8 +284,6 @@ class Frame:
         failures: dict[int, errors.StepwellError] = {}
         for entry in response.errors:
             error = from_message(entry.error)
-            if error.reason == SET_UNKNOWN and self._naming is not None:
-                self._naming.lost()
             # One exception object per member: raising an exception changes it.
             for i in (self._members(entry.members) if entry.members else self._sent).tolist():
                 into = self._waiting if isinstance(error, RETRYABLE) else failures
@@ -351,10 +338,14 @@ class Frame:
         return Part(left[:0], none, none, {}, {i: copy.copy(error) for i in left.tolist()})
 
 
+def _are_alike(numbers: npt.NDArray[Any]) -> bool:
+    return len(numbers) > 1 and bool((numbers == numbers[0]).all())
+
+
 def divide(
     router: Router, named: SessionSet | None, keys: Keys
 ) -> list[tuple[Replica, Indexes, SessionSet | None]]:
-    """All members by replica; those of a set that a stream may know are sets of their own, the same ones each time."""
+    """All members by replica; those of a set are sets of their own, the same ones each time."""
     if named is None:
         return [(to, own, None) for to, own in _parted(router, keys, ())]
     router.look()

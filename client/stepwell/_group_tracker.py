@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,9 +19,6 @@ from stepwell._sets import SessionSet
 from stepwell._tracker import SessionTracker, explained, is_unknown, new_request_ids
 from stepwell._turns import Some, Turns
 from stepwell._versions import reference
-
-#: Selections of members that are remembered: those that come again are declared to the server as a set.
-_SELECTIONS = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -87,8 +83,7 @@ class GroupTracker:
         self._pending_of = np.zeros(count, np.intp)
         """The number of what is pending for each member; 0: nothing."""
         self._number = 0
-        self._set = self._set_of(self.everyone)
-        self._selections: OrderedDict[bytes, SessionSet | None] = OrderedDict()
+        self._set = SessionSet(self.ids, np.full(count, batch_size, np.intp))
         # As in `SessionTracker`, for each member.
         self.unknown = np.zeros(count, np.bool_)
         self.ahead = np.zeros(count, np.bool_)
@@ -149,23 +144,9 @@ class GroupTracker:
             del self._pending[number]
 
     def _named(self, members: Indexes) -> SessionSet | None:
-        """The set of these members, if a stream may know them by a number: all, or some that have come before."""
-        if len(members) == len(self.ids) and (members == self.everyone).all():
-            return self._set
-        if len(members) == 1:
-            return None
-        key, selections = members.tobytes(), self._selections
-        if key in selections:
-            selections.move_to_end(key)
-            selections[key] = selections[key] or self._set_of(members)
-        else:
-            selections[key] = None
-            if len(selections) > _SELECTIONS:
-                selections.popitem(last=False)
-        return selections[key]
-
-    def _set_of(self, members: Indexes) -> SessionSet:
-        return SessionSet(tuple(self._ids[members].tolist()), np.full(len(members), self.batch_size, np.intp))
+        """The set of these members, if they are all of the group."""
+        is_everyone = len(members) == len(self.ids) and (members == self.everyone).all()
+        return self._set if is_everyone else None
 
     def reference_of(self, members: Indexes) -> str:
         """The version of the model that some members are on (the first of them, if they differ), as requests name it."""

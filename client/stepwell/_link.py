@@ -25,7 +25,6 @@ from stepwell._in_flight import Answer, Sink
 from stepwell._lanes import Exchanges, Lane
 from stepwell._log import LOG
 from stepwell._replica import Replica
-from stepwell._sets import StreamSets
 from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2
 
@@ -142,9 +141,6 @@ class _Stream:
         self._outbox: queue.SimpleQueue[sessions_pb2.StepStreamRequest | None] = queue.SimpleQueue()
         self._sinks: dict[int, Sink] = {}
         self._lock = threading.Lock()
-        self._sending = threading.Lock()
-        """Held while a frame is made and queued, so that frames go out as they were made: see `StreamSets`."""
-        self._sets = StreamSets()
         self._frame_ids = itertools.count(1)
         self.error: StepwellError | None = None
         self._consumer: threading.Thread | None = None
@@ -166,15 +162,14 @@ class _Stream:
     def send(self, ask: Exchange, sink: Sink) -> int:
         """Queues a frame; `sink` is called with the parts of its reply, or with the error. Returns its id."""
         frame_id = next(self._frame_ids)
-        with self._sending:
-            request = ask.request(frame_id, self._sets)
-            with self._lock:
-                error = self.error
-                if error is None:
-                    self._sinks[frame_id] = sink
+        request = ask.request(frame_id)
+        with self._lock:
+            error = self.error
             if error is None:
-                self._outbox.put(request)
-        if error is not None:
+                self._sinks[frame_id] = sink
+        if error is None:
+            self._outbox.put(request)
+        else:
             sink(error)
         return frame_id
 

@@ -28,7 +28,6 @@ from stepwell._log import LOG
 from stepwell._ranking import Keys, weight, weights
 from stepwell._replica import Replica
 from stepwell._retry import Clock, RepliesTooLargeError
-from stepwell._status import SET_UNKNOWN
 from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableError
 from stepwell.events import EventHooks, ReplicaEvent
 
@@ -199,7 +198,7 @@ class Router:
 
     def failed(self, replica: Replica, generation: int, error: StepwellError) -> bool:
         """An attempt has failed; whether because of the replica, so that another one is to be asked."""
-        if isinstance(error, RepliesTooLargeError) or error.reason == SET_UNKNOWN:
+        if isinstance(error, RepliesTooLargeError):
             return False
         if isinstance(error, ConnectError) or (_HUNG in error.message and not error.reason):
             if replica.generation == generation:

@@ -100,8 +100,6 @@ def _internal(status: Status) -> errors.StepwellError:
     )
 
 
-SET_UNKNOWN = "SESSION_SET_UNKNOWN"
-
 BY_REASON: Mapping[str, Maker] = {
     "INVALID_INPUT": _plain(errors.InvalidInputError),
     "MESSAGE_TOO_LARGE": _plain(errors.InvalidInputError),
@@ -119,8 +117,6 @@ BY_REASON: Mapping[str, Maker] = {
     "MIGRATION_FAILED": _plain(errors.MigrationFailedError),
     "MODEL_LOAD_FAILED": _plain(errors.ModelLoadError),
     "MODEL_UPLOAD_OFF": _plain(errors.RefusedError),
-    # Nothing was applied; the next attempt names the sessions by their ids.
-    SET_UNKNOWN: _open_ended(errors.UnavailableError),
     "OVERLOADED": _exhausted,
     "QUOTA_EXCEEDED": _exhausted,
     "UNAVAILABLE": _open_ended(errors.UnavailableError),

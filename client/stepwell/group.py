@@ -34,8 +34,7 @@ class SessionGroup(Handle):
     **Members.** `members` are indexes, each at most once, or booleans, one for each member. `group[i]` is an
     ordinary `Session`, `group[2:5]`, `group[mask]` and `group[[0, 3]]` are groups of these members in this order,
     and a group may be iterated over. They are views: they share revisions, positions and turns with the group they
-    were taken from, whichever of them makes a change, and end when it is closed. Members that are used together
-    again and again are named once on the connection, however they were chosen.
+    were taken from, whichever of them makes a change, and end when it is closed.
 
     **After an error.** A change of a group may fail for some members only. When all members are settled, the
     error of the first failed member is raised: its `.failures` maps the index of each failed member to its

@@ -19,7 +19,6 @@
     ├── SpecsDiffer           sessions cannot be carried to a version of other states or outputs
     ├── MigrationFailed       the function that makes new states of old ones is not there, or has failed
     ├── ModelLoadFailed       the file cannot be served
-    ├── SessionSetUnknown     the stream knows no set of that number
     ├── Overloaded            no room now; come back after retry_after_s
     │   └── NoRows            the rows belong to sessions with something under way
     ├── Unavailable           the server cannot do it now (stopping, store away)
@@ -180,12 +179,6 @@ class ModelLoadFailed(ServerError):
     """The file cannot be served, or was not; nothing changed."""
 
     reason = "MODEL_LOAD_FAILED"
-
-
-class SessionSetUnknown(ServerError):
-    """The stream knows no set of sessions of that number; nothing changed. Name the sessions by their ids."""
-
-    reason = "SESSION_SET_UNKNOWN"
 
 
 class Overloaded(ServerError):

@@ -259,8 +259,7 @@ def of_frame(
             put(member, fields)
     if [part.last for part in parts] != [False] * (len(parts) - 1) + [True]:
         wrong.append("the last part is not the last")
-    declared = sorted({str(part.declared_set) for part in parts})
-    frame = {STATUS: "OK", "declared_set": " ".join(declared), "order": "; ".join(wrong) or "as it must be"}
+    frame = {STATUS: "OK", "order": "; ".join(wrong) or "as it must be"}
     unanswered = {STATUS: "no answer"}
     return [*(Answer(members.get(member, unanswered)) for member in range(len(sizes))), Answer(frame)]
 

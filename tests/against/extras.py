@@ -281,7 +281,7 @@ class Extras:
             {"session_ids": [], "inputs": inputs},
             {"session_ids": ids, "inputs": inputs, "expected_revisions": [1] * (len(ids) + 1)},
             {"session_ids": ids, "inputs": inputs, "request_ids": [1] * (len(ids) + 1)},
-            {"session_set": 60 + extra.number, "inputs": inputs},
+            {"session_ids": ids, "inputs": inputs, "expected_revision": 1, "expected_revisions": [1]},
             {"session_ids": ids, "inputs": inputs, "batch_sizes": [9] * len(ids)},
             {"session_ids": ids, "inputs": inputs, "reset_mask": [True]},
             {"session_ids": ids, "inputs": inputs, "request_id_base": (1 << 64) - 1, "request_ids": [3]},
@@ -291,7 +291,7 @@ class Extras:
         names = [*extra.names, *("?" for _ in fields.get("session_ids", ids)[len(extra.names) :])]
         player.send(pb.StepStreamRequest(step=pb.StepFrame(**fields)), names)
         player.settle()
-        player.send(pb.StepStreamRequest(forget_sets=[1, 60]), ())
+        player.send(pb.StepStreamRequest(), ())
         player.settle()
 
     # --- Triton ---

@@ -96,7 +96,6 @@ class Player:
         self._stream: Conversation | None = None
         self._flights: dict[int, _Flight] = {}
         self._frame_id = 0
-        self._sets: dict[tuple[tuple[str, ...], tuple[int, ...]], int] = {}
         self._extras = Extras(self)
 
     # --- what a program does ---
@@ -448,15 +447,10 @@ class Player:
         self.send(pb.StepStreamRequest(step=step), names, parts)
 
     def _who(self, names: Sequence[str], parts: Sequence[Part]) -> dict[str, Any]:
-        """Which sessions a frame is about: their ids, or a set of them."""
-        key = tuple(names), tuple(part.size for part in parts)
-        if self._stream is not None and key in self._sets:
-            return {"session_set": self._sets[key]}
+        """Which sessions a frame is about."""
         fields: dict[str, Any] = {"session_ids": [self.own(name) for name in names]}
         if self.chance(0.7):
-            fields["batch_sizes"] = key[1]
-            if self.chance(0.3):
-                fields["declare_set"] = self._sets[key] = len(self._sets) + 1
+            fields["batch_sizes"] = [part.size for part in parts]
         return fields
 
     # --- the stream ---
@@ -502,7 +496,6 @@ class Player:
         if self._stream is not None:
             self._stream.__exit__(None, None, None)
             self._stream = None
-        self._sets.clear()
 
     def _answered(self) -> list[Exchange]:
         taken, self._taken = self._taken, []

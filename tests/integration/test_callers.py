@@ -353,9 +353,7 @@ def _a_revoked_token_ends_streams(asking: Asking) -> None:
             ended.wait(_PATIENCE_S)
 
         streams: list[Any] = [
-            sessions.StepStream(
-                nothing(sessions_pb2.StepStreamRequest(frame_id=1, forget_sets=[1])), metadata=bearer(old)
-            ),
+            sessions.StepStream(nothing(sessions_pb2.StepStreamRequest(frame_id=1)), metadata=bearer(old)),
             infer_stream(channel)(
                 nothing(service_pb2.ModelInferRequest(model_name="nothing")), metadata=bearer(old)
             ),

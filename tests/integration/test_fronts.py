@@ -64,7 +64,7 @@ def _merge(members: dict[int | str, Any], part: pb.StepStreamResponse) -> None:
     states = wire.arrays(part.states)
     which: Sequence[int] = part.members
     if part.all_members:
-        which = range(len(part.revisions) or len(part.positions) or len(next(iter(arrays.values()), SETS)))
+        which = range(len(part.revisions) or len(part.positions) or len(next(iter(arrays.values()), MEMBERS)))
     elif part.member_count:
         which = range(part.first_member, part.first_member + part.member_count)
     for place, member in enumerate(which):
@@ -77,8 +77,6 @@ def _merge(members: dict[int | str, Any], part: pb.StepStreamResponse) -> None:
     for error in part.errors:
         for member in error.members or [-1]:
             members[member] = (error.error.code, error.error.reason, error.error.message)
-    if part.declared_set:
-        assert members.setdefault("declared", part.declared_set) == part.declared_set
 
 
 def same(both: Mapping[str, Wire], rpc: str, message: Any, **options: Any) -> Outcome:
@@ -94,8 +92,8 @@ def opened(both: Mapping[str, Wire], *session_ids: str, batch_size: int = 1, mod
             one.open(model, session_id, batch_size)
 
 
-#: Sessions of each set.
-SETS = range(3)
+#: Sessions of each frame that has one number for all of them.
+MEMBERS = range(3)
 X = np.random.default_rng(5).standard_normal((4, 6, 3)).astype(np.float32)
 
 #: Steps of `one` (a row), one after the other; each is sent to both.
@@ -193,10 +191,10 @@ def test_a_request_id_with_another_change_is_refused_alike(both: Mapping[str, Wi
     some[::3] += 1
     base: dict[str, Any] = {"request_id_base": 500}
     frames = [
-        wire.step_frame(1, ids, [tensor(x)], expected_revision=0, declare_set=1, **base),
-        wire.step_frame(2, [], [tensor(some)], expected_revision=1, session_set=1, **base),
-        wire.step_frame(3, [], [tensor(some)], session_set=1, **base),
-        wire.reset_frame(4, [], session_set=1, **base),
+        wire.step_frame(1, ids, [tensor(x)], expected_revision=0, **base),
+        wire.step_frame(2, ids, [tensor(some)], expected_revision=1, **base),
+        wire.step_frame(3, ids, [tensor(some)], **base),
+        wire.reset_frame(4, ids, **base),
     ]
     messages = [frame.SerializeToString() for frame in frames]
     native, python = (streamed(both[front], messages, waits=True) for front in FRONTS)
@@ -307,47 +305,43 @@ def _frame(rng: np.random.Generator, number: int, ids: list[str]) -> bytes:
     return frame.SerializeToString()
 
 
-def _set_frame(rng: np.random.Generator, number: int, ids: list[str]) -> bytes:
-    """A frame of a set or one that declares or forgets some, right or wrong."""
-    kind, known = int(rng.integers(12)), int(rng.integers(1, 4 + number // 8))
-    x = [tensor(rng.standard_normal((len(SETS), int(rng.integers(1, 3)), 3)).astype(np.float32))]
+def _short_frame(rng: np.random.Generator, number: int, ids: list[str]) -> bytes:
+    """A frame that has one number for all of its sessions, right or wrong."""
+    kind = int(rng.integers(11))
+    some = rng.choice(ids, len(MEMBERS), replace=False).tolist()
+    x = [tensor(rng.standard_normal((len(MEMBERS), int(rng.integers(1, 3)), 3)).astype(np.float32))]
     if kind == 0:
         return _frame(rng, number, ids)
     if kind == 1:
-        some = rng.choice(ids, len(SETS), replace=False).tolist()
-        fields: dict[str, Any] = {"expected_revision": 0} if rng.random() < 0.3 else {}
-        return wire.step_frame(number, some, x, declare_set=known, **fields).SerializeToString()
+        return wire.reset_frame(number, some, request_id_base=number).SerializeToString()
     if kind == 2:
-        some = [*rng.choice(ids, len(SETS) - 1, replace=False).tolist(), "nobody"]
-        frame = wire.step_frame(number, some, x, declare_set=number // 8 + 3, batch_sizes=[1] * len(SETS))
-        frame.forget_sets.append(known)
-        return frame.SerializeToString()
-    if kind == 3:
-        return wire.reset_frame(number, [], session_set=known, request_id_base=number).SerializeToString()
-    if kind == 4:
-        return pb.StepStreamRequest(frame_id=number, forget_sets=[known, known]).SerializeToString()
+        some[-1] = "nobody"
     fields = {
-        5: {"expected_revision": int(rng.integers(number))},
-        6: {"request_id_base": int(rng.integers(2**63, dtype=np.uint64)) * 2 + 1},
-        7: {"request_id_base": 2**64 - int(rng.integers(1, 6))},
-        8: {"expected_revisions": rng.integers(0, number, len(SETS)).tolist()},
-        9: {"batch_sizes": [1] * len(SETS)},
-    }.get(kind, {"outputs": int(rng.integers(0, 4))})
-    return wire.step_frame(number, [], x, session_set=known, **fields).SerializeToString()
+        2: {"expected_revision": 0, "batch_size": 1},
+        3: {"expected_revision": int(rng.integers(number))},
+        4: {"request_id_base": int(rng.integers(2**63, dtype=np.uint64)) * 2 + 1},
+        5: {"request_id_base": 2**64 - int(rng.integers(1, 6))},
+        6: {"expected_revision": 0, "expected_revisions": rng.integers(0, number, len(MEMBERS)).tolist()},
+        7: {"request_id_base": number, "request_ids": [1] * len(MEMBERS)},
+        8: {"batch_size": 1, "batch_sizes": [1] * len(MEMBERS)},
+        9: {"expected_revision": 0, "batch_size": int(rng.integers(1, 3))},
+    }.get(kind, {"expected_revision": 0, "outputs": int(rng.integers(0, 4))})
+    return wire.step_frame(number, some, x, **fields).SerializeToString()
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("waits", [False, True])
-def test_frames_of_sets_are_answered_alike(both: Mapping[str, Wire], seed: int, waits: bool) -> None:
+def test_frames_of_one_number_for_all_are_answered_alike(
+    both: Mapping[str, Wire], seed: int, waits: bool
+) -> None:
     """Sent without waiting, and one after the other, when the native front reads those that it can."""
     rng = np.random.default_rng(200 + seed)
-    ids = [f"sets {seed} {waits} {index}" for index in range(5)]
+    ids = [f"short {seed} {waits} {index}" for index in range(5)]
     opened(both, *ids)
-    frames = [_set_frame(rng, number + 1, ids) for number in range(80)]
+    frames = [_short_frame(rng, number + 1, ids) for number in range(80)]
     native, python = (streamed(both[front], frames, waits=waits) for front in FRONTS)
     assert native == python
     assert len(native[0]) == len(frames)
-    assert any("declared" in members for members in native[0].values())
     for session_id in ids:
         states = [wire.data(one.state(session_id).state) for one in both.values()]
         assert states[0] == states[1]

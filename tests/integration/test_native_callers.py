@@ -20,7 +20,7 @@ from stepwell_server.core.callers import ANYBODY, Caller, Credential, Role
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.namespaces import SEPARATOR, prefix_of
 from stepwell_server.core.scheduler import Source
-from stepwell_server.rpc.fronts.base import Call, CallEnded, Method, OutputColumn, SessionSet, StepColumns
+from stepwell_server.rpc.fronts.base import Call, CallEnded, Method, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Code, Status
 from support import secured, streams, triton_requests
 from support.durable import until
@@ -32,7 +32,6 @@ SESSIONS, TRITON = "stepwell.v1.SessionService", "inference.GRPCInferenceService
 KINDS = {
     "step": (SESSIONS, "Step"),
     "frames": (SESSIONS, "StepStream"),
-    "sets": (SESSIONS, "StepStream"),
     "infer": (TRITON, "ModelInfer"),
     "infer_stream": (TRITON, "ModelStreamInfer"),
 }
@@ -114,13 +113,8 @@ class Server:
 
     async def stream(self, call: Call) -> bytes:
         self.identify(call)
-        while (raw := await call.read()) is not None:
+        while await call.read() is not None:
             self.general.append(call.who)
-            with contextlib.suppress(Exception):  # Triton's have none
-                step = sessions_pb2.StepStreamRequest.FromString(raw).step
-                if step.declare_set:
-                    ids = [prefix_of(call.who.tenant) + one for one in step.session_ids]
-                    call.know_set(step.declare_set, SessionSet(ids, None, 100))
             await call.write(b"")
         return b""
 
@@ -161,17 +155,11 @@ class Talk:
         self._frames += 1
         if self.kind == "step":
             raw = streams.request(session, x)
-        elif self.kind == "sets":
-            raw = streams.message(self._frames, x=x, session_set=1)
         elif self.kind == "frames":
             raw = streams.message(self._frames, session, x=x)
         else:
             raw = triton_requests.request(x, sequence_id=session).SerializeToString()
         return await self._send(raw)
-
-    async def declare(self, session: str = "s") -> None:
-        raw = streams.message(0, session, x=np.ones((1, 2), np.float32), declare_set=1)
-        await self._send(raw)
 
     async def _send(self, raw: bytes) -> bytes:
         if self.is_unary:
@@ -212,10 +200,7 @@ async def test_a_known_caller_steps_its_own_tenants_sessions(
 ) -> None:
     for token, who in TOKENS.items():
         one = talk(kind, token)
-        if kind == "sets":
-            await one.declare()
-        else:
-            await one.ask()
+        await one.ask()
         if one.is_unary:  # a stream may be known before its first message
             assert server.seen() == ([], [who]), "the front has not been told of it"
         server.seen()
@@ -226,11 +211,10 @@ async def test_a_known_caller_steps_its_own_tenants_sessions(
             assert reply
             assert SEPARATOR.encode() not in reply
             assert who.tenant.encode() not in reply
-        if kind != "sets":  # which are declared, and that is Python's
-            await one.ask(inner("", "acme"))
-            assert server.seen() == ([], [who]), "an id with a tenant's mark is Python's, which refuses it"
+        await one.ask(inner("", "acme"))
+        assert server.seen() == ([], [who]), "an id with a tenant's mark is Python's, which refuses it"
         elsewhere = talk(kind, token, ("stepwell-tenant", "acme"))
-        await (elsewhere.declare() if kind == "sets" else elsewhere.ask())
+        await elsewhere.ask()
         await elsewhere.ask()
         assert server.seen() == ([], [who] * 2), "and who may work for whom is so too"
 
@@ -241,9 +225,6 @@ async def test_who_is_forgotten_steps_no_more_until_it_is_known_again(
 ) -> None:
     server.front.know(credential("anna"), ANNA, float("inf"))
     open_before = talk(kind, "anna")
-    if kind == "sets":
-        await open_before.declare()
-        server.seen()
     plain = [([inner(kind, "acme")], [ANNA])]
     assert await server.reads(open_before) == plain
     server.tells = False

@@ -15,6 +15,7 @@ import pytest
 from stepwell import errors
 from stepwell._retry import RetryPolicy
 from support.proxy import Proxy
+from support.scripted_model import in_full
 from support.scripted_server import MODEL, Fault, ScriptedServer
 from support.shells import SHELLS, connect
 
@@ -62,7 +63,8 @@ def changes(server: ScriptedServer, method: str) -> list[tuple[list[int], list[i
     """Expected revisions and request ids of what came."""
     if method == "Step":
         return [([r.expected_revision], [r.request_id]) for r in server.requests(method)]
-    frames = [r.step if r.HasField("step") else r.reset for r in server.requests(method)]
+    full = [in_full(request) for request in server.requests(method)]
+    frames = [r.step if r.HasField("step") else r.reset for r in full]
     return [(list(f.expected_revisions), list(f.request_ids)) for f in frames]
 
 

@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from stepwell_server.core.callers import ANYBODY
 from stepwell_server.errors import ServerError
-from stepwell_server.rpc.fronts.base import SessionSet
 
 
 class Requests:
@@ -80,7 +79,6 @@ class FakeCall:
         self.client_reads = asyncio.Event()
         self.client_reads.set()
         self.reads = 0
-        self.sets: dict[int, SessionSet] = {}
 
     @property
     def metadata_keys(self) -> list[str]:
@@ -104,9 +102,3 @@ class FakeCall:
     async def write(self, reply: bytes) -> None:
         await self.client_reads.wait()
         self.replies.put_nowait(reply)
-
-    def know_set(self, number: int, known: SessionSet | None) -> None:
-        if known is None:
-            del self.sets[number]
-        else:
-            self.sets[number] = known

@@ -109,16 +109,16 @@ def valid(model: str, session_ids: Sequence[str], features: int, input_name: str
             frame_id=1, step=pb.StepFrame(session_ids=[one, two, three], inputs=[rows], request_ids=[1, 2, 3])
         ),
         pb.StepStreamRequest(
-            frame_id=2, step=pb.StepFrame(session_ids=[one, two, three], inputs=[wide], declare_set=4)
+            frame_id=2, step=pb.StepFrame(session_ids=[one, two, three], inputs=[wide], request_id_base=4)
         ),
         pb.StepStreamRequest(
-            frame_id=3, step=pb.StepFrame(inputs=[rows], session_set=4, expected_revision=2)
+            frame_id=3, step=pb.StepFrame(session_ids=[one, two, three], inputs=[rows], expected_revision=2)
         ),
         pb.StepStreamRequest(frame_id=4, step=pb.StepFrame(session_ids=[one], inputs=[x], timeout_ms=50)),
         pb.StepStreamRequest(
-            frame_id=5, reset=pb.ResetFrame(session_ids=[one, two], batch_sizes=[1, 1], declare_set=5)
+            frame_id=5, reset=pb.ResetFrame(session_ids=[one, two], batch_sizes=[1, 1], expected_revision=5)
         ),
-        pb.StepStreamRequest(frame_id=6, forget_sets=[4, 5]),
+        pb.StepStreamRequest(frame_id=6),
     ]
     found = [
         Valid(f"/{SESSIONS}/{name}", raw.SerializeToString(deterministic=True), False, True)

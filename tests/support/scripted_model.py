@@ -56,9 +56,25 @@ def tensor(name: str, array: Any) -> tensors_pb2.Tensor:
     return to_messages([pack(name, name, array)])[0]
 
 
-def shorten(response: Any, declared_set: int) -> None:
-    """A part as it answers frames of sets."""
-    response.declared_set = declared_set
+def in_full(request: Any) -> Any:
+    """A frame with a number for each session where one stood for all."""
+    request = type(request).FromString(request.SerializeToString())
+    frame = request.step if request.HasField("step") else request.reset
+    count = len(frame.session_ids)
+    if frame.request_id_base:
+        assert not frame.request_ids
+        frame.request_ids.extend(frame.request_id_base + i for i in range(count))
+    if frame.batch_size:
+        assert not frame.batch_sizes
+        frame.batch_sizes.extend([frame.batch_size] * count)
+    if frame.HasField("expected_revision"):
+        assert not frame.expected_revisions
+        frame.expected_revisions.extend([frame.expected_revision] * count)
+    return request
+
+
+def shorten(response: Any) -> None:
+    """A part as it answers a frame that has one number for all sessions."""
     for many, one in (("revisions", "revision"), ("positions", "position")):
         if len(set(getattr(response, many))) == 1:
             setattr(response, one, getattr(response, many)[0])

@@ -30,7 +30,7 @@ from stepwell.v1 import (
     sessions_pb2_grpc,
 )
 from support import secured
-from support.scripted_model import FEATURES, Session, reset, shorten, spec, step, tensor
+from support.scripted_model import FEATURES, Session, in_full, reset, shorten, spec, step, tensor
 
 MODEL = "sum"
 FINGERPRINT = "f00d"
@@ -94,10 +94,6 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         self.most_states = 1_000_000
         self.busy: set[str] = set()
         """Sessions that cannot be read the next time, as too much waits for them."""
-        self.knows_sets = True
-        """Else it is a server from before there were sets."""
-        self.sets: dict[int, Any] = {}
-        """Those of the stream that was opened last."""
         self.applied = 0
         self.widths = {1: FEATURES}
         """Versions of the model, and how many numbers a row of their outputs has."""
@@ -448,50 +444,21 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         )
 
     def StepStream(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
-        sets = self.sets = {}
         self.metadata["StepStream"] = dict(context.invocation_metadata())
         for request in requests:
             fault = self.enter("StepStream", request)
             if fault is not None and fault.member is None and not fault.after_work:
                 abort(context, fault)
             with self._lock:
-                responses = self._frame(self._named(request, sets), fault)
+                responses = self._frame(in_full(request), fault)
             if fault is not None and fault.member is None:
                 # One part may have got through before the stream broke.
                 yield from responses[:-1]
                 abort(context, fault)
             yield from responses
 
-    def _named(self, request: Any, sets: dict[int, Any]) -> Any:
-        """A frame that names its sessions, as the one that came means it."""
-        if not self.knows_sets:
-            return request
-        for number in request.forget_sets:
-            sets.pop(number, None)
-        request = type(request).FromString(request.SerializeToString())
-        frame = request.step if request.HasField("step") else request.reset
-        if frame.declare_set:
-            assert frame.declare_set > max(sets, default=0)
-            sets[frame.declare_set] = (list(frame.session_ids), list(frame.batch_sizes))
-        elif frame.session_set in sets:
-            ids, sizes = sets[frame.session_set]
-            assert not (frame.session_ids)
-            assert not (frame.batch_sizes)
-            assert not (frame.request_ids)
-            frame.session_ids.extend(ids)
-            frame.batch_sizes.extend(sizes)
-            frame.request_ids.extend(frame.request_id_base + i for i in range(len(ids)))
-            if frame.HasField("expected_revision"):
-                frame.expected_revisions.extend([frame.expected_revision] * len(ids))
-        return request
-
     def _frame(self, request: Any, fault: Fault | None) -> list[Any]:
         frame = request.step if request.HasField("step") else request.reset
-        if frame.session_set and not frame.session_ids:
-            refusal = Fault(grpc.StatusCode.FAILED_PRECONDITION, "no such set", "SESSION_SET_UNKNOWN")
-            response = sessions_pb2.StepStreamResponse(frame_id=request.frame_id, last=True)
-            response.errors.add().error.CopyFrom(message(refusal, fault))
-            return [response]
         parts = np.array_split(np.arange(len(frame.session_ids)), self.parts)
         of = [self.sessions[one].version if one in self.sessions else 0 for one in frame.session_ids]
         responses = [
@@ -500,9 +467,9 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
             for version in sorted({of[i] for i in part.tolist()})
         ]
         responses[-1].last = True
-        if self.knows_sets and (frame.declare_set or frame.session_set):
+        if frame.HasField("expected_revision") or frame.request_id_base:
             for response in responses:
-                shorten(response, frame.declare_set)
+                shorten(response)
         return responses
 
     def _part(self, request: Any, frame: Any, members: list[int], fault: Fault | None) -> Any:

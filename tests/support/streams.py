@@ -13,7 +13,6 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1 import tensors_pb2
 from stepwell_server.rpc.boundary import Boundary
 from stepwell_server.rpc.services.sessions import SessionServicer
-from stepwell_server.rpc.steps.sets import SetRoom
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 from support.engine import Harness, running
 from support.fake_call import FakeCall, Requests
@@ -47,13 +46,11 @@ def request(session_id: str, x: Any = None, **fields: Any) -> bytes:
 class Streams:
     """A stream of frames, and unary calls beside it."""
 
-    def __init__(self, at: Harness, room: SetRoom | None = None) -> None:
+    def __init__(self, at: Harness) -> None:
         self.at = at
         self.context = FakeCall()
         self.observer = Requests()
-        self.stream = FrameStream(
-            at.engine, at.clock, 1 << 20, _LIMITS, self.observer, room or SetRoom(), self.context
-        )
+        self.stream = FrameStream(at.engine, at.clock, 1 << 20, _LIMITS, self.observer, self.context)
         boundary = Boundary(self.observer, max_message_bytes=1 << 20)
         servicer = SessionServicer(at.engine, at.clock, 1 << 20, _LIMITS, self.observer)
         self._serve_call = boundary.unary("Step", servicer.step, pb.StepRequest)
@@ -92,9 +89,9 @@ class Streams:
 
 
 @asynccontextmanager
-async def streams(room: SetRoom | None = None, **options: Any) -> AsyncIterator[Streams]:
+async def streams(**options: Any) -> AsyncIterator[Streams]:
     async with running(**options) as at:
-        under_test = Streams(at, room)
+        under_test = Streams(at)
         yield under_test
         at.hooks.open_gate()
         await at.settled()

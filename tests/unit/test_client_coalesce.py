@@ -17,11 +17,11 @@ from stepwell._frames import Change
 from stepwell._in_flight import Sink
 from stepwell._inputs import pack_inputs
 from stepwell._retry import Deadline, RetryPolicy
-from stepwell._sets import StreamSets
 from stepwell._steps import Member, Step, Stepped, abandon, read
 from stepwell._tensors import pack, to_messages, unpack
 from stepwell.v1 import sessions_pb2
 from support.clock import ManualClock
+from support.scripted_model import in_full
 
 
 @dataclasses.dataclass
@@ -64,7 +64,7 @@ class Wire:
         return sessions_pb2.StepResponse(outputs=to_messages([pack("y", "y", y)]), revision=1, position=1)
 
     def post(self, ask: Exchange, sink: Sink) -> Callable[[], None]:
-        frame = ask.request(1, StreamSets()).step
+        frame = in_full(ask.request(1)).step
         self._note(list(frame.session_ids), list(frame.request_ids))
         if self.answers:
             asyncio.get_running_loop().call_soon(sink, self._reply(frame))

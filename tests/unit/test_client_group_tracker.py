@@ -11,10 +11,10 @@ from stepwell._frames import Change, Frame, Gathered, Part
 from stepwell._group_tracker import GroupTracker, MemberTracker
 from stepwell._inputs import pack_inputs
 from stepwell._retry import Deadline
-from stepwell._sets import StreamSets
 from stepwell._turns import AsyncMemberLock, MemberLock, Turn, Turns
 from stepwell.errors import RevisionConflictError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2
+from support.scripted_model import in_full
 
 ALL = np.arange(3)
 WAIT_S = 100.0
@@ -29,7 +29,8 @@ def group() -> GroupTracker:
 
 
 def sent(frame: Frame) -> sessions_pb2.StepFrame:
-    return frame.request(1, Deadline(1.0)).step
+    step: sessions_pb2.StepFrame = in_full(frame.request(1, Deadline(1.0))).step
+    return step
 
 
 def wide(value: float) -> Change:
@@ -173,24 +174,20 @@ def test_a_member_is_tracked_with_its_group() -> None:
     assert other.begin(some(1, 1)) != request_id
 
 
-def test_members_that_come_again_are_named_by_a_number() -> None:
-    tracker, sets = group(), StreamSets()
-
-    def named(members: list[int]) -> tuple[int, int, int]:
-        frame = tracker.begin(Change("reset", ()), np.array(members)).request(1, Deadline(1.0), sets)
-        reset = frame.reset
-        return len(reset.session_ids), reset.declare_set, reset.session_set
-
-    assert named([2, 1]) == (2, 0, 0), "they may never come again"
-    assert named([2, 1]) == (2, 1, 0)
-    assert named([1, 2]) == (2, 0, 0), "in another order they are others"
-    assert [named([0]) for _ in range(3)] == [(1, 0, 0)] * 3
-    assert named([0, 1, 2]) == (3, 2, 0)
-    wide_group = GroupTracker("m", "f", 1, [str(i) for i in range(30)])
-    for i in range(20):  # those that come once do not stay
-        wide_group.begin(Change("reset", ()), np.array([i, i + 1]))
-    frame = wide_group.begin(Change("reset", ()), np.array([0, 1]))
-    assert not frame.request(1, Deadline(1.0), sets).reset.declare_set
+def test_one_number_stands_for_those_of_all_members_where_they_are_alike() -> None:
+    tracker = group()
+    first = tracker.begin(wide(1), ALL).request(1, Deadline(1.0)).step
+    assert list(first.session_ids) == ["a", "b", "c"]
+    assert (first.batch_size, list(first.batch_sizes)) == (1, [])
+    assert (first.expected_revision, list(first.expected_revisions)) == (0, [])
+    assert first.request_id_base
+    assert not first.request_ids
+    MemberTracker(tracker, 1).applied(7, 9)
+    again = tracker.begin(wide(2), ALL).request(2, Deadline(1.0)).step
+    assert list(again.expected_revisions) == [0, 7, 0]
+    assert not again.HasField("expected_revision")
+    alone = tracker.begin(some(3, 1), np.array([1])).request(3, Deadline(1.0)).step
+    assert (list(alone.expected_revisions), len(alone.request_ids)) == ([7], 1)
 
 
 def test_turns_are_taken_in_their_order_and_only_those_of_the_same_members_wait() -> None:

@@ -15,7 +15,6 @@ from stepwell._ranking import key_of, keys_of
 from stepwell._replica import Replica
 from stepwell._retry import RepliesTooLargeError
 from stepwell._router import LONGEST_PROBE_S, LOOKUP_S, PROBE_S, RETURN_S, Router
-from stepwell._status import SET_UNKNOWN
 
 REFUSED = ConnectError("Connection refused")
 KEYS = keys_of([f"user-{i}" for i in range(2000)])
@@ -99,7 +98,6 @@ def test_what_is_not_clear_has_it_checked(at: At, error: errors.StepwellError, i
     "error",
     [
         errors.OverloadedError("too much"),
-        errors.UnavailableError("no such set", reason=SET_UNKNOWN),
         RepliesTooLargeError.of(3, errors.UnavailableError("large")),
         errors.SessionNotFoundError("gone"),
         errors.InvalidInputError("wrong"),

@@ -20,10 +20,10 @@ from stepwell._in_flight import Answer, Sink
 from stepwell._inputs import pack_inputs
 from stepwell._retry import Deadline, RepliesTooLargeError, RetryPolicy
 from stepwell._sender import Sender, WaitingStep
-from stepwell._sets import StreamSets
 from stepwell._steps import Step, Stepped, read
 from stepwell._tensors import pack, to_messages, unpack
 from stepwell.v1 import errors_pb2, sessions_pb2
+from support.scripted_model import in_full
 from support.waiting_line import WaitingLine
 
 WAIT_S = 100.0
@@ -71,7 +71,7 @@ class FakeLink:
     def post(self, ask: Exchange, sink: Sink) -> Callable[[], None]:
         if self.error is not None:
             raise self.error
-        posted = Posted(ask.request(1, StreamSets()), sink)
+        posted = Posted(in_full(ask.request(1)), sink)
         self.all.append(posted)
         self.posts.put(posted)
         return posted.forgotten.set

@@ -16,7 +16,6 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.errors import InvalidInput, SessionNotFound
 from stepwell_server.rpc.boundary import Boundary
 from stepwell_server.rpc.fronts.base import CallEnded
-from stepwell_server.rpc.steps.sets import SetRoom
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 from stepwell_server.rpc.triton.inference import service_pb2 as triton_pb
 from stepwell_server.rpc.triton.stream import InferStream
@@ -129,7 +128,7 @@ async def test_a_stream_that_fails_is_freed(how: str) -> None:
         freed = weakref.ref(call)
 
         async def behaviour(call: Any) -> None:
-            await FrameStream(at.engine, at.clock, 1 << 20, limits, Requests(), SetRoom(), call).run()
+            await FrameStream(at.engine, at.clock, 1 << 20, limits, Requests(), call).run()
 
         task = asyncio.create_task(Boundary(Requests(), 1024).stream("StepStream", behaviour)(call))
         await _end(task, call, how)

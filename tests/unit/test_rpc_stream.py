@@ -13,7 +13,6 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1 import tensors_pb2
 from stepwell_server.clock import SystemClock
 from stepwell_server.errors import InvalidInput, Overloaded, Unavailable
-from stepwell_server.rpc.steps.sets import SetRoom
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 from support.fake_call import FakeCall, Requests
 from support.fake_engine import FakeEngine
@@ -37,14 +36,12 @@ class Call:
         self.engine = engine
         self.context = FakeCall()
         self.observer = Requests()
-        self.room = SetRoom()
         self.stream = FrameStream(
             engine,  # type: ignore[arg-type]
             SystemClock(),
             4096,
             limits,
             self.observer,
-            self.room,
             self.context,
         )
         self.task = asyncio.create_task(self.stream.run())

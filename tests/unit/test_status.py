@@ -30,7 +30,6 @@ _CODES = [
     (errors.MigrationFailed("m"), "FAILED_PRECONDITION", "MIGRATION_FAILED"),
     (errors.ModelLoadFailed("m"), "FAILED_PRECONDITION", "MODEL_LOAD_FAILED"),
     (errors.UploadOff("m"), "UNIMPLEMENTED", "MODEL_UPLOAD_OFF"),
-    (errors.SessionSetUnknown("m"), "FAILED_PRECONDITION", "SESSION_SET_UNKNOWN"),
     (errors.Overloaded("m", 0.25), "RESOURCE_EXHAUSTED", "OVERLOADED"),
     (errors.NoRows("m", 0.25), "RESOURCE_EXHAUSTED", "OVERLOADED"),
     (errors.QuotaExceeded("m", 0.5, quota="rows", limit="3"), "RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED"),

@@ -53,17 +53,13 @@ def named(session_id: str) -> dict[str, Any]:
 
 async def frames(at: Calls, session_id: str) -> None:
     step = pb.StepFrame(session_ids=[session_id], inputs=tensors({"x": X}))
-    declared = pb.StepFrame(session_ids=[session_id], inputs=tensors({"x": X}), declare_set=1)
-    by_set = pb.StepFrame(session_set=1, inputs=tensors({"x": X}))
     reset = pb.ResetFrame(session_ids=[session_id])
     told = [
         pb.StepStreamRequest(frame_id=1, step=step),
-        pb.StepStreamRequest(frame_id=2, step=declared),
-        pb.StepStreamRequest(frame_id=3, step=by_set),
-        pb.StepStreamRequest(frame_id=4, reset=reset),
+        pb.StepStreamRequest(frame_id=2, reset=reset),
     ]
     answers = await at.exchange(*told)
-    assert len(answers) == 4
+    assert len(answers) == 2
     for answer in answers:
         expect_no_session(of_members([answer], 1)[0], session_id)
 

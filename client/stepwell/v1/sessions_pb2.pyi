@@ -899,7 +899,6 @@ class StepStreamRequest(_message.Message):
     FRAME_ID_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     RESET_FIELD_NUMBER: _builtins.int
-    FORGET_SETS_FIELD_NUMBER: _builtins.int
     frame_id: _builtins.int
     """Chosen by the client, unique among its unanswered frames on this stream; echoed in every part."""
     @_builtins.property
@@ -910,23 +909,16 @@ class StepStreamRequest(_message.Message):
     def reset(self) -> Global___ResetFrame:
         """Reset them."""
 
-    @_builtins.property
-    def forget_sets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Numbers of sets that the client needs no more, forgotten before the change is looked at. Those that the stream
-        does not know are passed over. Without a change, the answer is one part without members.
-        """
-
     def __init__(
         self,
         *,
         frame_id: _builtins.int = ...,
         step: Global___StepFrame | None = ...,
         reset: Global___ResetFrame | None = ...,
-        forget_sets: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "reset", b"reset", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "forget_sets", b"forget_sets", "frame_id", b"frame_id", "reset", b"reset", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "frame_id", b"frame_id", "reset", b"reset", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["step", "reset"]  # noqa: Y015
     _WhichOneofArgType_change: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
@@ -951,34 +943,28 @@ class StepFrame(_message.Message):
     OUTPUT_NAMES_FIELD_NUMBER: _builtins.int
     STATES_FIELD_NUMBER: _builtins.int
     STATE_MEMBERS_FIELD_NUMBER: _builtins.int
-    DECLARE_SET_FIELD_NUMBER: _builtins.int
-    SESSION_SET_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_BASE_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
     outputs: Global___OutputSelection.ValueType
     """Which time steps come back."""
     timeout_ms: _builtins.int
     """Milliseconds after which steps that still wait are dropped unapplied. 0: no limit."""
     states: Global___StateSelection.ValueType
     """As in StepRequest."""
-    declare_set: _builtins.int
-    """The number by which the stream knows session_ids and batch_sizes from now on: greater than that of every set
-    declared on the stream before, so that a frame never finds another set than it meant. 0: none.
-    """
-    session_set: _builtins.int
-    """A set of the stream, in place of session_ids and batch_sizes, which are empty then. 0: none."""
     expected_revision: _builtins.int
-    """In place of expected_revisions, where it is the same for all sessions; also for those of no set."""
+    """In place of expected_revisions, where it is the same for all sessions."""
     request_id_base: _builtins.int
     """In place of request_ids: that of the first session; each further one's is greater by 1. It and the last one are
-    within 1 to 2^64 - 1. A member that is sent again in another frame has its own there. Also for sessions of no
-    set. 0: none.
+    within 1 to 2^64 - 1. A member that is sent again in another frame has its own there. 0: none.
     """
     traceparent: _builtins.str
     """The client's span, if it is one of a sampled trace: W3C's traceparent. What the metadata of the stream say is the
     stream's. Empty: none.
     """
+    batch_size: _builtins.int
+    """In place of batch_sizes, where it is the same for all sessions. 0: none."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The sessions, each at most once."""
@@ -1032,15 +1018,14 @@ class StepFrame(_message.Message):
         output_names: _abc.Iterable[_builtins.str] | None = ...,
         states: Global___StateSelection.ValueType = ...,
         state_members: _abc.Iterable[_builtins.int] | None = ...,
-        declare_set: _builtins.int = ...,
-        session_set: _builtins.int = ...,
         expected_revision: _builtins.int | None = ...,
         request_id_base: _builtins.int = ...,
         traceparent: _builtins.str = ...,
+        batch_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "batch_sizes", b"batch_sizes", "declare_set", b"declare_set", "expected_revision", b"expected_revision", "expected_revisions", b"expected_revisions", "inputs", b"inputs", "output_names", b"output_names", "outputs", b"outputs", "request_id_base", b"request_id_base", "request_ids", b"request_ids", "reset_mask", b"reset_mask", "session_ids", b"session_ids", "session_set", b"session_set", "state_members", b"state_members", "states", b"states", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "batch_size", b"batch_size", "batch_sizes", b"batch_sizes", "expected_revision", b"expected_revision", "expected_revisions", b"expected_revisions", "inputs", b"inputs", "output_names", b"output_names", "outputs", b"outputs", "request_id_base", b"request_id_base", "request_ids", b"request_ids", "reset_mask", b"reset_mask", "session_ids", b"session_ids", "state_members", b"state_members", "states", b"states", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -1060,22 +1045,19 @@ class ResetFrame(_message.Message):
     REQUEST_IDS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     BATCH_SIZES_FIELD_NUMBER: _builtins.int
-    DECLARE_SET_FIELD_NUMBER: _builtins.int
-    SESSION_SET_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_BASE_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
     timeout_ms: _builtins.int
     """Milliseconds after which resets that still wait are dropped unapplied. 0: no limit."""
-    declare_set: _builtins.int
-    """As in StepFrame."""
-    session_set: _builtins.int
-    """As in StepFrame."""
     expected_revision: _builtins.int
     """As in StepFrame."""
     request_id_base: _builtins.int
     """As in StepFrame."""
     traceparent: _builtins.str
+    """As in StepFrame."""
+    batch_size: _builtins.int
     """As in StepFrame."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1108,15 +1090,14 @@ class ResetFrame(_message.Message):
         request_ids: _abc.Iterable[_builtins.int] | None = ...,
         timeout_ms: _builtins.int = ...,
         batch_sizes: _abc.Iterable[_builtins.int] | None = ...,
-        declare_set: _builtins.int = ...,
-        session_set: _builtins.int = ...,
         expected_revision: _builtins.int | None = ...,
         request_id_base: _builtins.int = ...,
         traceparent: _builtins.str = ...,
+        batch_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "batch_sizes", b"batch_sizes", "declare_set", b"declare_set", "expected_revision", b"expected_revision", "expected_revisions", b"expected_revisions", "request_id_base", b"request_id_base", "request_ids", b"request_ids", "session_ids", b"session_ids", "session_set", b"session_set", "state", b"state", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "batch_size", b"batch_size", "batch_sizes", b"batch_sizes", "expected_revision", b"expected_revision", "expected_revisions", b"expected_revisions", "request_id_base", b"request_id_base", "request_ids", b"request_ids", "session_ids", b"session_ids", "state", b"state", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -1142,7 +1123,6 @@ class StepStreamResponse(_message.Message):
     STATES_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
-    DECLARED_SET_FIELD_NUMBER: _builtins.int
     FIRST_MEMBER_FIELD_NUMBER: _builtins.int
     MEMBER_COUNT_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
@@ -1153,15 +1133,11 @@ class StepStreamResponse(_message.Message):
     last: _builtins.bool
     """No part of this frame follows."""
     revision: _builtins.int
-    """In place of revisions, where it is the same for all applied members. This and the fields after it are used
-    only if the frame said declare_set or session_set.
+    """In place of revisions, where it is the same for all applied members. This field, position, first_member and
+    member_count are used only if the frame has expected_revision or request_id_base.
     """
     position: _builtins.int
     """In place of positions, where it is the same for all applied members."""
-    declared_set: _builtins.int
-    """The set that the frame declared, in each of its parts, if the stream knows it from then on. 0: none, or it does
-    not.
-    """
     first_member: _builtins.int
     """In place of members, where they follow one another: the first of them."""
     member_count: _builtins.int
@@ -1170,7 +1146,7 @@ class StepStreamResponse(_message.Message):
     """Version of the model that ran these members, or that they are on: those of several versions are answered in several parts."""
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Indexes into session_ids, or into those of the set, of the members applied in this part, ascending. Empty with
+        """Indexes into session_ids of the members applied in this part, ascending. Empty with
         all_members and with member_count.
         """
 
@@ -1215,14 +1191,13 @@ class StepStreamResponse(_message.Message):
         states: _abc.Iterable[_tensors_pb2.Tensor] | None = ...,
         revision: _builtins.int | None = ...,
         position: _builtins.int | None = ...,
-        declared_set: _builtins.int = ...,
         first_member: _builtins.int = ...,
         member_count: _builtins.int = ...,
         model_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "_revision", b"_revision", "position", b"position", "revision", b"revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "_revision", b"_revision", "all_members", b"all_members", "declared_set", b"declared_set", "errors", b"errors", "first_member", b"first_member", "frame_id", b"frame_id", "last", b"last", "member_count", b"member_count", "members", b"members", "model_version", b"model_version", "outputs", b"outputs", "position", b"position", "positions", b"positions", "replayed_members", b"replayed_members", "revision", b"revision", "revisions", b"revisions", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "_revision", b"_revision", "all_members", b"all_members", "errors", b"errors", "first_member", b"first_member", "frame_id", b"frame_id", "last", b"last", "member_count", b"member_count", "members", b"members", "model_version", b"model_version", "outputs", b"outputs", "position", b"position", "positions", b"positions", "replayed_members", b"replayed_members", "revision", b"revision", "revisions", b"revisions", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__position: _TypeAlias = _typing.Literal["position"]  # noqa: Y015
     _WhichOneofArgType__position: _TypeAlias = _typing.Literal["_position", b"_position"]  # noqa: Y015

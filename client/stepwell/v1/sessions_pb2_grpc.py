@@ -226,19 +226,6 @@ class SessionServiceServicer(object):
     def StepStream(self, request_iterator, context):
         """Advances many sessions at once: each request is a frame, each frame is answered in one or more
         parts. Frames of different sessions overtake each other, those of one session do not.
-
-        Sets. Who sends frames of the same sessions again and again may have a stream know them by a number: a frame
-        that names its sessions by their ids says declare_set, later ones say session_set and no ids. That is optional,
-        and what a frame does is the same. A set belongs to the stream on which it was declared and ends with it: after a
-        reconnect it is declared again. It holds ids and the batch sizes that came with them, not what was open at that
-        time: sessions that are closed, opened again or not there yet are those of their ids whenever a frame comes.
-
-        The parts that answer the declaring frame say declared_set, whatever became of its members, if the stream knows
-        the set from then on. It may not: a server holds at most 64 sets of a stream, and ids up to a limit in bytes; one
-        of before there were sets knows none. Then the frame is done nevertheless, and frames go on naming ids. Frames
-        are looked at in their order, so a set may be used before the answer is there; if it then turns out that the
-        stream does not know the set, the frame fails as a whole with FAILED_PRECONDITION and the reason
-        SESSION_SET_UNKNOWN, and nothing changed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,10 +42,10 @@ mod limits {
 mod steps {
     pub mod call;
     pub mod columns;
+    pub mod ids;
     pub mod ordered;
     pub mod plain;
     pub mod reply;
-    pub mod sets;
 }
 
 /// The same for Triton's requests.

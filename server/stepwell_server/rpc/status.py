@@ -57,7 +57,6 @@ CODES: dict[type[errors.ServerError], Code] = {
     errors.SpecsDiffer: Code.FAILED_PRECONDITION,
     errors.MigrationFailed: Code.FAILED_PRECONDITION,
     errors.ModelLoadFailed: Code.FAILED_PRECONDITION,
-    errors.SessionSetUnknown: Code.FAILED_PRECONDITION,
     errors.Overloaded: Code.RESOURCE_EXHAUSTED,
     errors.Unavailable: Code.UNAVAILABLE,
     errors.DeadlineExceeded: Code.DEADLINE_EXCEEDED,

@@ -441,11 +441,10 @@ impl Served {
 
     /// Put a message of a stream into columns if it is plain; whether it was. `number`: of one of Triton's.
     fn take_plain_message(&self, message: &Bytes, number: Option<u64>) -> bool {
-        let sets = |number| self.call.state().sets.get(&number).cloned();
         let (mut session_id, mut frame_id) = (String::new(), 0);
         let step = match self.method.plain {
             Plain::StepStream => self.plain(|| {
-                let (id, step) = Step::of_frame(message, sets)?;
+                let (id, step) = Step::of_frame(message)?;
                 frame_id = id;
                 Ok(step)
             }),

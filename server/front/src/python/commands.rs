@@ -4,7 +4,6 @@ use crate::messages::grpc::{self, Status};
 use crate::steps::call::Call;
 use crate::steps::columns::Batch;
 use crate::steps::reply::{deliver, Answer, StepReplies};
-use crate::steps::sets::SessionSet;
 use crate::triton::reply::InferReplies;
 use bytes::Bytes;
 use std::sync::Arc;
@@ -17,7 +16,6 @@ pub enum Command {
     End(Arc<Call>, Status),
     Admit(Arc<Call>),
     Read(Arc<Call>, usize),
-    KnowSet(Arc<Call>, u32, Option<Arc<SessionSet>>),
 }
 
 /// On the wire, in whichever thread drives it.
@@ -32,6 +30,5 @@ pub fn carry_out(command: Command) {
         Command::End(call, status) => call.end(status),
         Command::Admit(call) => call.admit(),
         Command::Read(call, count) => call.read(count),
-        Command::KnowSet(call, number, set) => call.know_set(number, set),
     }
 }

@@ -34,7 +34,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 /// What Python and the front say to each other: raised with every change of it, here and in `rpc/fronts/native.py`.
-const INTERFACE: u32 = 6;
+const INTERFACE: u32 = 7;
 
 /// A status as Python says it: code, message, a serialized google.rpc.Status or nothing, and `may_go_elsewhere`.
 type Said = (u32, String, PyBackedBytes, bool);
@@ -411,19 +411,6 @@ impl CallHandle {
     /// So many messages have been looked at.
     fn read(&self, count: usize) {
         self.send(Command::Read(self.call.clone(), count));
-    }
-
-    /// What the client means by a number in messages that are read from now on. `sizes`: rows of each as uint32, or
-    /// empty; `held_bytes`: what it takes.
-    fn know_set(&self, number: u32, ids: Bound<'_, PyList>, sizes: &[u8], held_bytes: usize) -> PyResult<()> {
-        let set = lists::set_of(ids, sizes, &self.service.bounds.held, held_bytes)?;
-        self.send(Command::KnowSet(self.call.clone(), number, Some(Arc::new(set))));
-        Ok(())
-    }
-
-    /// Nothing any more.
-    fn forget_set(&self, number: u32) {
-        self.send(Command::KnowSet(self.call.clone(), number, None));
     }
 }
 

@@ -3,25 +3,17 @@
 use crate::limits::callers::Known;
 use crate::steps::call::Call;
 use crate::steps::columns::{Arrival, Batch, Entry};
-use crate::steps::sets::{Ids, SessionSet};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyString};
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::AtomicUsize;
 use std::sync::Arc;
 
 /// The names of connections, by their numbers.
 pub type Peers<'py> = HashMap<u64, Bound<'py, PyString>>;
 
-/// The sessions of a batch: the list of their set, if it is all of one, so that none is made for each frame.
+/// The sessions of a batch.
 pub fn ids_of<'py>(py: Python<'py>, batch: &Batch) -> Bound<'py, PyList> {
-    match batch.set.as_ref().and_then(|set| set.list.as_ref()?.downcast_ref::<Py<PyList>>()) {
-        Some(list) => list.bind(py).clone(),
-        None => PyList::new_bound(
-            py,
-            batch.session_ids().map(|id| PyString::new_bound(py, id)).collect::<Vec<_>>(),
-        ),
-    }
+    PyList::new_bound(py, batch.session_ids().map(|id| PyString::new_bound(py, id)).collect::<Vec<_>>())
 }
 
 /// Who calls, one per session, or one where there is one message.
@@ -61,21 +53,6 @@ pub fn whos_of<'py>(py: Python<'py>, batch: &Batch) -> PyResult<Option<Bound<'py
         }
     }
     Ok(Some(whos))
-}
-
-/// A set of these sessions. `sizes`: a column of u32, or empty.
-pub fn set_of(
-    ids: Bound<'_, PyList>,
-    sizes: &[u8],
-    held: &Arc<AtomicUsize>,
-    held_bytes: usize,
-) -> PyResult<SessionSet> {
-    let mut texts = Ids::default();
-    for id in &ids {
-        texts.push(&id.downcast::<PyString>()?.to_cow()?);
-    }
-    let sizes = numbers_of(sizes, u32::from_ne_bytes);
-    Ok(SessionSet::new(texts, sizes, Some(Box::new(ids.unbind())), held, held_bytes))
 }
 
 /// Numbers as one column of bytes.

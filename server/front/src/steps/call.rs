@@ -7,9 +7,8 @@ use crate::messages::grpc::{self, Status};
 use crate::messages::protobuf::{Fields, Value};
 use crate::method::Method;
 use crate::steps::ordered::{Ordered, Reply};
-use crate::steps::sets::SessionSet;
 use bytes::Bytes;
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
@@ -50,8 +49,6 @@ pub struct State {
     pub frames: HashSet<u64>,
     /// Ids of frames that Python was handed and has not answered.
     pub general_frames: HashSet<u64>,
-    /// Sets of sessions by their numbers, as far as Python has looked at what the client says of them.
-    pub sets: HashMap<u32, Arc<SessionSet>>,
     /// Bytes of plain frames that are not answered.
     pub held: usize,
     /// Sizes of messages that were handed to Python, which has not looked at them.
@@ -229,16 +226,6 @@ impl Call {
         self.peer.load.end(GENERAL * general);
         state.unread.clear();
         state.general_frames.clear();
-        state.sets.clear();
-    }
-
-    /// What the client means by a number from now on; None: nothing.
-    pub fn know_set(&self, number: u32, set: Option<Arc<SessionSet>>) {
-        let mut state = self.state();
-        match set {
-            Some(set) if !state.is_closed => drop(state.sets.insert(number, set)),
-            _ => drop(state.sets.remove(&number)),
-        }
     }
 
     /// Python has looked at so many messages.

@@ -6,8 +6,8 @@ use crate::limits::load::GENERAL;
 use crate::limits::refusals::Refusal;
 use crate::messages::shape::Breach;
 use crate::steps::call::Call;
+use crate::steps::ids::Ids;
 use crate::steps::plain::{Request, Step};
-use crate::steps::sets::{Ids, SessionSet};
 use bytes::Bytes;
 use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, RandomState};
@@ -122,9 +122,6 @@ impl Drop for Entry {
 #[derive(Debug)]
 pub struct Batch {
     pub signature: Signature,
-    /// The sessions, if they are those of one set.
-    pub set: Option<Arc<SessionSet>>,
-    /// Else their ids.
     ids: Ids,
     pub sizes: Vec<u32>,
     pub expected: Vec<u64>,
@@ -146,7 +143,6 @@ impl Batch {
             connection: Some(connection),
             is_large: false,
             signature: Signature::of(step),
-            set: None,
             ids: Ids::default(),
             sizes: Vec::new(),
             expected: Vec::new(),
@@ -170,7 +166,7 @@ impl Batch {
             self.connection = None;
         }
         call.peer.load.begin(count);
-        self.push_ids(step);
+        step.for_each_id(|id| self.ids.push(id));
         let arrived = if frame_id.is_none() { call.started } else { clock::now() };
         self.entries.push(Entry {
             call,
@@ -182,7 +178,7 @@ impl Batch {
             arrived,
             left: AtomicU32::new(count as u32),
             unanswered: AtomicU32::new(count as u32),
-            is_short: step.set.is_some(),
+            is_short: step.is_short,
             held,
         });
         self.sizes.extend_from_slice(&step.sizes);
@@ -194,20 +190,9 @@ impl Batch {
         }
     }
 
-    fn push_ids(&mut self, step: &Step<'_>) {
-        if self.entries.is_empty() && step.set.is_some() {
-            self.set.clone_from(&step.set);
-            return;
-        }
-        if let Some(set) = self.set.take() {
-            self.ids.append(&set.ids);
-        }
-        step.for_each_id(|id| self.ids.push(id));
-    }
-
     /// The ids, in their order.
     pub fn session_ids(&self) -> impl Iterator<Item = &str> {
-        self.set.as_ref().map_or(&self.ids, |set| &set.ids).iter()
+        self.ids.iter()
     }
 }
 
@@ -385,42 +370,6 @@ mod tests {
             push(&mut arrivals, &format!("s{number}"), (number % 2 * 4) as u8, number);
         }
         assert_eq!(arrivals.take(usize::MAX).0.len(), 2);
-    }
-
-    #[test]
-    fn a_set_alone_stands_for_its_ids_and_beside_others_goes_with_them() {
-        let mut arrivals = Arrivals::default();
-        let set = SessionSet::for_test(&["a", "b"], &[]);
-        let push_set = |arrivals: &mut Arrivals| {
-            let step = Step {
-                set: Some(set.clone()),
-                tensors: vec![Tensor { name: "", dtype: 8, shape: vec![2], data: &[0; 16] }],
-                sizes: vec![1, 1],
-                ..Step::default()
-            };
-            arrivals.push_step(Arc::new(Call::for_test()), Some(1), &step, f64::INFINITY, 0);
-        };
-        let take = |arrivals: &mut Arrivals| match arrivals.take(usize::MAX).0.pop() {
-            Some(Arrival::Batch(batch)) => batch,
-            _ => unreachable!("a batch was taken"),
-        };
-        push_set(&mut arrivals);
-        let alone = take(&mut arrivals);
-        assert!(alone.set.as_ref().is_some_and(|own| Arc::ptr_eq(own, &set)));
-        assert_eq!(alone.session_ids().collect::<Vec<_>>(), ["a", "b"]);
-        push_set(&mut arrivals);
-        push(&mut arrivals, "c", 0, 1);
-        push_set(&mut arrivals);
-        let among = take(&mut arrivals);
-        assert!(among.set.is_none());
-        assert_eq!(among.session_ids().collect::<Vec<_>>(), ["a", "b", "c", "a", "b"]);
-        let short: Vec<_> = among.entries.iter().map(|entry| (entry.first, entry.is_short)).collect();
-        assert_eq!(short, [(0, true), (2, false), (3, true)]);
-        push(&mut arrivals, "a", 0, 1);
-        push(&mut arrivals, "z", 2, 2);
-        push(&mut arrivals, "b", 2, 3);
-        push_set(&mut arrivals);
-        assert_eq!(arrivals.take(usize::MAX).0.len(), 3, "a set overtakes none of its sessions");
     }
 
     #[test]

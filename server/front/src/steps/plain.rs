@@ -6,7 +6,6 @@
 use crate::limits::callers::{Known, SEPARATOR};
 use crate::messages::protobuf::{Fields, NotPlain, Value};
 use crate::messages::shape::FREE_BYTES;
-use crate::steps::sets::SessionSet;
 use bytes::Bytes;
 use std::sync::Arc;
 
@@ -40,8 +39,6 @@ pub struct Request {
 #[derive(Debug, Default)]
 pub struct Step<'a> {
     pub session_ids: Vec<&'a str>,
-    /// The sessions, in place of `session_ids`.
-    pub set: Option<Arc<SessionSet>>,
     pub tensors: Vec<Tensor<'a>>,
     /// One per session, or none.
     pub expected: Vec<u64>,
@@ -56,6 +53,8 @@ pub struct Step<'a> {
     pub output_names: Vec<&'a str>,
     /// Microseconds that it may wait; 0: as long as its call.
     pub timeout_us: u64,
+    /// It has one number for all sessions, so its sender understands one for all in the answer.
+    pub is_short: bool,
     /// It is one of Triton's.
     pub request: Option<Request>,
     /// Name and version of the model, where the message says them: see `triton`.
@@ -94,11 +93,8 @@ impl<'a> Step<'a> {
         step.checked()
     }
 
-    /// A `StepStreamRequest` and its frame id. `sets`: what the stream means by a number.
-    pub fn of_frame(
-        message: &'a [u8],
-        sets: impl FnOnce(u32) -> Option<Arc<SessionSet>>,
-    ) -> Result<(u64, Self), NotPlain> {
+    /// A `StepStreamRequest` and its frame id.
+    pub fn of_frame(message: &'a [u8]) -> Result<(u64, Self), NotPlain> {
         let mut frame_id = 0;
         let mut frame = None;
         let mut fields = Fields::new(message);
@@ -109,7 +105,7 @@ impl<'a> Step<'a> {
                 _ => return Err(NotPlain),
             }
         }
-        let step = Step::of_frame_body(frame.ok_or(NotPlain)?, sets)?;
+        let step = Step::of_frame_body(frame.ok_or(NotPlain)?)?;
         Ok((frame_id, step))
     }
 
@@ -127,12 +123,9 @@ impl<'a> Step<'a> {
         }
     }
 
-    fn of_frame_body(
-        message: &'a [u8],
-        sets: impl FnOnce(u32) -> Option<Arc<SessionSet>>,
-    ) -> Result<Self, NotPlain> {
+    fn of_frame_body(message: &'a [u8]) -> Result<Self, NotPlain> {
         let mut step = Step::default();
-        let (mut set, mut expected, mut request_id_base) = (0, None, 0);
+        let (mut expected, mut request_id_base, mut batch_size) = (None, 0, 0);
         let mut fields = Fields::new(message);
         while let Some((number, value)) = fields.next()? {
             match (number, value) {
@@ -151,16 +144,19 @@ impl<'a> Step<'a> {
                     }
                 }
                 (9, Value::Bytes(name)) => push(&mut step.output_names, text(name)?)?,
-                (13, Value::Varint(number)) => set = u32::try_from(number).map_err(|_| NotPlain)?,
                 (14, Value::Varint(revision)) => expected = Some(revision),
                 (15, Value::Fixed64(base)) => request_id_base = base,
+                (17, Value::Varint(size)) => batch_size = u32::try_from(size).map_err(|_| NotPlain)?,
                 _ => return Err(NotPlain),
             }
         }
-        if set != 0 {
-            step.take_set(sets(set).ok_or(NotPlain)?)?;
-        }
         step.take_numbers(expected, request_id_base)?;
+        if batch_size != 0 {
+            if !step.sizes.is_empty() {
+                return Err(NotPlain);
+            }
+            step.sizes.resize(step.count(), batch_size);
+        }
         let rows = step.rows()?;
         step.says_sizes = !step.sizes.is_empty();
         if step.sizes.is_empty() && rows == step.count() {
@@ -171,18 +167,10 @@ impl<'a> Step<'a> {
         step.checked()
     }
 
-    fn take_set(&mut self, set: Arc<SessionSet>) -> Result<(), NotPlain> {
-        if !self.session_ids.is_empty() || !self.sizes.is_empty() {
-            return Err(NotPlain);
-        }
-        self.sizes.extend_from_slice(&set.sizes);
-        self.set = Some(set);
-        Ok(())
-    }
-
     /// One number that stands for one of each session.
     fn take_numbers(&mut self, expected: Option<u64>, request_id_base: u64) -> Result<(), NotPlain> {
         let count = self.count();
+        self.is_short = expected.is_some() || request_id_base != 0;
         if let Some(revision) = expected {
             if !self.expected.is_empty() {
                 return Err(NotPlain);
@@ -210,14 +198,11 @@ impl<'a> Step<'a> {
 
     /// Sessions that it names.
     pub fn count(&self) -> usize {
-        self.set.as_ref().map_or(self.session_ids.len(), |set| set.ids.len())
+        self.session_ids.len()
     }
 
-    /// The sessions, as the server names them; so does a set.
+    /// The sessions, as the server names them.
     pub fn for_each_id(&self, mut then: impl FnMut(&str)) {
-        if let Some(set) = &self.set {
-            return set.ids.iter().for_each(then);
-        }
         let prefix = self.whose.as_ref().map_or("", |known| known.prefix.as_str());
         if prefix.is_empty() {
             return self.session_ids.iter().copied().for_each(then);
@@ -227,13 +212,6 @@ impl<'a> Step<'a> {
             name.truncate(prefix.len());
             name.push_str(id);
             then(&name);
-        }
-    }
-
-    fn leaves_an_id_out(&self) -> bool {
-        match &self.set {
-            Some(set) => set.ids.iter().any(str::is_empty),
-            None => self.session_ids.iter().any(|id| id.is_empty()),
         }
     }
 
@@ -255,7 +233,7 @@ impl<'a> Step<'a> {
         let fits = |length: usize| length == 0 || length == count;
         if count == 0
             || count > MOST_MEMBERS
-            || self.leaves_an_id_out()
+            || self.session_ids.iter().any(|id| id.is_empty())
             || self.sizes.len() != count
             || self.sizes.contains(&0)
             || self.sizes.iter().map(|size| *size as usize).sum::<usize>() != rows
@@ -485,7 +463,7 @@ pub mod tests {
         put_number(&mut body, 6, 250);
         put_packed(&mut body, 7, &[1, 2, 1]);
         let message = frame(&body);
-        let (frame_id, step) = Step::of_frame(&message, |_| None).unwrap();
+        let (frame_id, step) = Step::of_frame(&message).unwrap();
         assert_eq!(frame_id, 5);
         assert_eq!(step.session_ids, ["a", "b", "c"]);
         assert_eq!(step.expected, [1, 2, 300]);
@@ -500,7 +478,7 @@ pub mod tests {
             put_bytes(&mut body, 1, b"b");
             put_bytes(&mut body, 1, id.as_bytes());
             put_bytes(&mut body, 2, &tensor(2, 2, &[0; 16]));
-            assert_eq!(Step::of_frame(&frame(&body), |_| None).is_ok(), is_plain, "{id:?}");
+            assert_eq!(Step::of_frame(&frame(&body)).is_ok(), is_plain, "{id:?}");
         }
     }
 
@@ -511,7 +489,7 @@ pub mod tests {
             put_bytes(&mut body, 1, id.as_bytes());
         }
         put_bytes(&mut body, 2, &tensor(3, 2, &[0; 24]));
-        assert!(Step::of_frame(&frame(&body), |_| None).is_err());
+        assert!(Step::of_frame(&frame(&body)).is_err());
     }
 
     #[test]
@@ -522,13 +500,15 @@ pub mod tests {
         }
         put_bytes(&mut body, 2, &tensor(2, 2, &[0; 16]));
         put_packed(&mut body, 3, &[1]);
-        assert!(Step::of_frame(&frame(&body), |_| None).is_err());
+        assert!(Step::of_frame(&frame(&body)).is_err());
     }
 
-    fn set_frame(rows: usize) -> BytesMut {
+    /// A frame of the sessions "a" and "b", a row each.
+    fn pair() -> BytesMut {
         let mut body = BytesMut::new();
-        put_bytes(&mut body, 2, &tensor(rows, 2, &vec![0; rows * 8]));
-        put_number(&mut body, 13, 7);
+        put_bytes(&mut body, 1, b"a");
+        put_bytes(&mut body, 1, b"b");
+        put_bytes(&mut body, 2, &tensor(2, 2, &[0; 16]));
         body
     }
 
@@ -538,36 +518,35 @@ pub mod tests {
     }
 
     #[test]
-    fn a_set_stands_for_its_ids() {
-        let mut body = set_frame(3);
+    fn one_number_stands_for_one_of_each_session() {
+        let message = frame(&pair());
+        assert!(!Step::of_frame(&message).unwrap().1.is_short);
+        let mut body = pair();
         put_number(&mut body, 14, 9);
         put_base(&mut body, u64::MAX - 1);
+        put_number(&mut body, 17, 1);
         let message = frame(&body);
-        let known = SessionSet::for_test(&["a", "b"], &[1, 2]);
-        let find = |number| (number == 7).then(|| known.clone());
-        let (_, step) = Step::of_frame(&message, find).unwrap();
-        let mut ids = Vec::new();
-        step.for_each_id(|id| ids.push(id.to_owned()));
-        assert_eq!(ids, ["a", "b"]);
-        assert_eq!((&step.sizes[..], step.says_sizes), (&[1, 2][..], true));
+        let (_, step) = Step::of_frame(&message).unwrap();
+        assert_eq!((&step.sizes[..], step.says_sizes), (&[1, 1][..], true));
         assert_eq!(step.expected, [9, 9]);
         assert_eq!(step.request_ids, [u64::MAX - 1, u64::MAX]);
-        assert!(Step::of_frame(&message, |_| None).is_err(), "a set that is not known");
+        assert!(step.is_short);
     }
 
     #[test]
     fn what_is_said_twice_is_not_plain() {
-        let known = SessionSet::for_test(&["a", "b"], &[]);
         let read = |change: &dyn Fn(&mut BytesMut)| {
-            let mut body = set_frame(2);
+            let mut body = pair();
             change(&mut body);
-            Step::of_frame(&frame(&body), |_| Some(known.clone())).map(|_| ())
+            Step::of_frame(&frame(&body)).map(|_| ())
         };
         assert_eq!(read(&|_| ()), Ok(()));
-        let twice: [&dyn Fn(&mut BytesMut); 6] = [
-            &|body| put_bytes(body, 1, b"a"),
-            &|body| put_packed(body, 7, &[1, 1]),
-            &|body| put_number(body, 12, 8),
+        let twice: [&dyn Fn(&mut BytesMut); 5] = [
+            &|body| put_number(body, 17, 2), // those are more rows than the tensor has
+            &|body| {
+                put_number(body, 17, 1);
+                put_packed(body, 7, &[1, 1]);
+            },
             &|body| {
                 put_number(body, 14, 1);
                 put_packed(body, 3, &[1, 1]);
@@ -587,7 +566,7 @@ pub mod tests {
         #[test]
         fn any_bytes_are_read_or_not(bytes: Vec<u8>) {
             let _ = Step::of_request(&bytes);
-            let _ = Step::of_frame(&bytes, |_| Some(SessionSet::for_test(&["a"], &[])));
+            let _ = Step::of_frame(&bytes);
         }
 
         #[test]

@@ -301,7 +301,6 @@ mod tests {
     use crate::steps::call::Call;
     use crate::steps::columns::{Arrival, Arrivals};
     use crate::steps::plain::{Step, Tensor};
-    use crate::steps::sets::SessionSet;
     use std::sync::Arc;
 
     /// A batch of two frames of 3 and 2 sessions and a call, whose session has two rows.
@@ -451,12 +450,13 @@ mod tests {
     }
 
     #[test]
-    fn one_number_and_a_run_of_members_answer_a_set() {
+    fn one_number_and_a_run_of_members_answer_a_frame_of_single_numbers() {
         let call = Arc::new(Call::for_test());
         let batch = || {
             let mut arrivals = Arrivals::default();
             let step = Step {
-                set: Some(SessionSet::for_test(&["a", "b", "c", "d"], &[])),
+                session_ids: vec!["a", "b", "c", "d"],
+                is_short: true,
                 tensors: vec![Tensor { name: "x", dtype: 9, shape: vec![4], data: &[0; 4] }],
                 sizes: vec![1; 4],
                 ..Step::default()

@@ -13,7 +13,6 @@ from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.core.callers import Caller, Credential
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.scheduler import Source
-from stepwell_server.core.slots import Rows
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import ServerError
 from stepwell_server.rpc.fronts.certificates import Certificates
@@ -37,18 +36,6 @@ class CallEnded(Exception):
     def __init__(self, status: Status) -> None:
         super().__init__(status.code.name, status.message)
         self.status = status
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SessionSet:
-    """Sessions that a stream names by a number."""
-
-    ids: list[str]
-    """In the tenant's namespace. Nobody changes it: the same list is named by every step."""
-    sizes: Rows | None
-    """Rows of each; None: the client does not say."""
-    held_bytes: int
-    """What it takes in memory, about."""
 
 
 class Call(Protocol):
@@ -98,12 +85,6 @@ class Call(Protocol):
 
     def write(self, reply: bytes) -> Coroutine[Any, Any, None]:
         """Send a reply of a stream. It is begun when the coroutine is, and ends when the reply is on its way."""
-
-    def know_set(self, number: int, known: SessionSet | None) -> None:
-        """What the client means by a number, until it is told anew; None: nothing any more.
-
-        A front may make use of it for messages that it reads after those which it has handed over.
-        """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -215,7 +196,6 @@ class StepColumns:
     """
 
     session_ids: list[str]
-    """Nobody changes it: it may be that of a `SessionSet`."""
     callers: list[str]
     """As `Call.caller`, one per session, or one where there is one message."""
     whos: Sequence[Caller]

@@ -9,7 +9,6 @@ import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import stepwell_front
 
 from stepwell_server.addresses import Address, UnixAddress
@@ -28,7 +27,6 @@ from stepwell_server.rpc.fronts.base import (
     Method,
     OtherFront,
     Rest,
-    SessionSet,
     Steps,
 )
 from stepwell_server.rpc.fronts.certificates import Certificates, Option, Unusable
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
 
 VERSION = stepwell_front.__version__
 #: What this module and the front say to each other: raised with every change of it, here and in `python/front.rs`.
-_INTERFACE = 6
+_INTERFACE = 7
 _installed = getattr(stepwell_front, "INTERFACE", 0)
 if _installed != _INTERFACE:
     raise OtherFront(
@@ -155,13 +153,6 @@ class _Call:
         while self._ahead > _AHEAD_BYTES:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
-
-    def know_set(self, number: int, known: SessionSet | None) -> None:
-        if known is None:
-            self._handle.forget_set(number)
-        else:
-            sizes = b"" if known.sizes is None else known.sizes.astype(np.uint32).tobytes()
-            self._handle.know_set(number, known.ids, sizes, known.held_bytes)
 
     def came(self, message: bytes | ServerError | None, number: int | None = None) -> None:
         """A message of the client, and the number of its reply where those leave in order; None: there are no more.

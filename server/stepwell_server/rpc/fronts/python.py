@@ -29,7 +29,6 @@ from stepwell_server.rpc.fronts.base import (
     CallEnded,
     FrontCounts,
     Method,
-    SessionSet,
     Steps,
 )
 from stepwell_server.rpc.fronts.certificates import Certificates
@@ -110,9 +109,6 @@ class _Call:
         except grpc.aio.InternalError:
             await asyncio.sleep(_GONE_S)  # the client has gone: a moment later gRPC cancels the call's task
             raise
-
-    def know_set(self, number: int, known: SessionSet | None) -> None:
-        """See `base.Call`. Every message is handed over as it is."""
 
 
 class PythonFront:

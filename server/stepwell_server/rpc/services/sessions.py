@@ -13,7 +13,6 @@ from stepwell_server.rpc import convert, naming, tensors
 from stepwell_server.rpc.services import admin
 from stepwell_server.rpc.status import to_proto
 from stepwell_server.rpc.steps import messages
-from stepwell_server.rpc.steps.sets import SetRoom
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits, Streams
 from stepwell_server.rpc.tracing import TRACES
 
@@ -45,7 +44,6 @@ class SessionServicer(admin.Administration):
         self._auditor = auditor
         self._clock = clock
         self._limits = limits
-        self._set_room = SetRoom()
         self._streams = Streams()
         self.refuse_streams = self._streams.refuse
         """End each stream that begins from now on with UNAVAILABLE, before anything of it is read."""
@@ -220,7 +218,6 @@ class SessionServicer(admin.Administration):
             self._max_reply_bytes,
             self._limits,
             self._observer,
-            self._set_room,
             call,
             self._tracer,
             self._auditor,

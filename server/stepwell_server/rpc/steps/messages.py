@@ -15,7 +15,6 @@ from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import InvalidInput, ServerError
 from stepwell_server.rpc import convert, naming, tensors
 from stepwell_server.rpc.status import to_proto
-from stepwell_server.rpc.steps.sets import StreamSets, request_ids_from
 
 FrameBody = pb.StepFrame | pb.ResetFrame
 #: Bytes that a member of a reply takes beside its outputs: index, revision, position, replayed index.
@@ -129,7 +128,7 @@ def _say_once(change: Change, request: pb.StepRequest | pb.ResetStatesRequest) -
 
 
 def body_of(request: pb.StepStreamRequest) -> FrameBody:
-    """What a frame asks for beside what it forgets.
+    """What a frame asks for.
 
     Raises:
         InvalidInput: nothing.
@@ -140,19 +139,17 @@ def body_of(request: pb.StepStreamRequest) -> FrameBody:
     return request.step if kind == "step" else request.reset
 
 
-def of_frame(body: FrameBody, replies: Replies, sets: StreamSets, who: Caller) -> Change:
+def of_frame(body: FrameBody, replies: Replies, who: Caller) -> Change:
     """The change that a frame asks for.
 
     Raises:
         InvalidInput: it is none.
-        SessionSetUnknown: it is one of a set that is not known.
     """
-    if body.session_set:
-        _require_left_out("session_set", body, "session_ids", "batch_sizes", "declare_set")
-        known = sets.get(body.session_set)
-        change = Change(known.ids, replies, batch_sizes=known.sizes, who=who)
+    change = Change(naming.inner_all(who, body.session_ids), replies, who=who)
+    if body.batch_size:
+        _require_left_out("batch_size", body, "batch_sizes")
+        change.batch_sizes = np.full(change.size, body.batch_size, np.intp)
     else:
-        change = Change(naming.inner_all(who, body.session_ids), replies, who=who)
         change.batch_sizes = convert.to_numbers(body.batch_sizes, np.intp, "batch_sizes", change.size)
     _say_once_each(change, body)
     if isinstance(body, pb.StepFrame):
@@ -174,22 +171,27 @@ def _say_once_each(change: Change, body: FrameBody) -> None:
         change.expected = convert.to_numbers(body.expected_revisions, np.uint64, "expected_revisions", count)
     if body.request_id_base:
         _require_left_out("request_id_base", body, "request_ids")
-        change.request_ids = request_ids_from(body.request_id_base, count)
+        change.request_ids = _request_ids_from(body.request_id_base, count)
     else:
         change.request_ids = convert.to_numbers(body.request_ids, np.uint64, "request_ids", count)
 
 
-def _require_left_out(said: str, body: FrameBody, *others: str) -> None:
-    for other in others:
-        value: int | Sequence[int | str] = getattr(body, other)
-        if value:
-            what = value if isinstance(value, int) else f"{len(value)} of them"
-            raise InvalidInput(f"{other} must be left out where {said} is given; got {what}")
+def _require_left_out(said: str, body: FrameBody, other: str) -> None:
+    if count := len(getattr(body, other)):
+        raise InvalidInput(f"{other} must be left out where {said} is given; got {count} of them")
+
+
+def _request_ids_from(base: int, count: int) -> U64:
+    if base + count - 1 >= 1 << 64:
+        raise InvalidInput(
+            f"request_id_base must be at most 2**64 - {count}, so that {count} sessions have one each; got {base}"
+        )
+    return np.arange(count, dtype=np.uint64) + np.uint64(base)
 
 
 def has_short_reply(body: FrameBody) -> bool:
     """Whether its sender understands one number for all sessions."""
-    return bool(body.session_set or body.declare_set)
+    return body.HasField("expected_revision") or bool(body.request_id_base)
 
 
 def same_frame_id(frame_id: int) -> InvalidInput:
@@ -227,14 +229,12 @@ def applied_part(
     *,
     last: bool,
     is_short: bool = False,
-    declared_set: int = 0,
 ) -> bytes:
     """The part of a frame's reply for members that were applied; None: all of the frame's."""
     response = pb.StepStreamResponse(
         frame_id=frame_id,
         all_members=members is None,
         last=last,
-        declared_set=declared_set,
         model_version=reply.version,
     )
     revisions, positions = reply.revisions, reply.positions
@@ -257,20 +257,11 @@ def applied_part(
     return response.SerializeToString()
 
 
-def failed_part(
-    frame_id: int, members: Members | None, error: ServerError, *, last: bool, declared_set: int = 0
-) -> bytes:
+def failed_part(frame_id: int, members: Members | None, error: ServerError, *, last: bool) -> bytes:
     """The part of a frame's reply for members that failed alike; None: all of the frame's."""
     indexes = () if members is None else members.tolist()
     errors = [pb.MemberError(members=indexes, error=to_proto(error))]
-    return pb.StepStreamResponse(
-        frame_id=frame_id, errors=errors, last=last, declared_set=declared_set
-    ).SerializeToString()
-
-
-def forgotten_part(frame_id: int) -> bytes:
-    """The reply to a frame that only forgets sets."""
-    return pb.StepStreamResponse(frame_id=frame_id, last=True).SerializeToString()
+    return pb.StepStreamResponse(frame_id=frame_id, errors=errors, last=last).SerializeToString()
 
 
 def _are_alike(numbers: U64) -> bool:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.engine.intake.validation import require_lists
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import ServerError, Stopping
 from stepwell_server.logs import Log
@@ -26,7 +25,6 @@ from stepwell_server.rpc.auditing import step_actions
 from stepwell_server.rpc.boundary import parse
 from stepwell_server.rpc.status import code_of
 from stepwell_server.rpc.steps import messages
-from stepwell_server.rpc.steps.sets import SetRoom, StreamSets
 from stepwell_server.rpc.steps.write_queue import WriteQueue
 
 if TYPE_CHECKING:
@@ -101,7 +99,6 @@ class FrameStream:
         max_reply_bytes: int,
         limits: StreamLimits,
         observer: RequestObserver,
-        room: SetRoom,
         call: Call,
         tracer: Tracer | None = None,
         auditor: Auditor | None = None,
@@ -115,7 +112,6 @@ class FrameStream:
         self._observer = observer
         self._call = call
         self._caller = call.caller
-        self._sets = StreamSets(room, call)
         self._pending: dict[int, _Frame] = {}
         """Frames without their last part."""
         self._held_frames = 0
@@ -147,7 +143,6 @@ class FrameStream:
             self.is_over = True
             self._reader.cancel()
             self._replies.close()
-            self._sets.close()
             # Its own error, if it has one, has either ended the stream or comes too late to matter.
             await asyncio.gather(self._reader, return_exceptions=True)
             self._reader = None  # its end holds frames, and they this stream
@@ -212,18 +207,10 @@ class FrameStream:
             self._refuse(frame, error)
 
     def _submit(self, request: pb.StepStreamRequest, frame: _Frame) -> None:
-        self._sets.forget(request.forget_sets)
-        if request.forget_sets and request.WhichOneof("change") is None:
-            self.answer(frame, messages.forgotten_part(frame.frame_id), last=True)
-            return
         body = messages.body_of(request)
-        change = messages.of_frame(body, frame, self._sets, self._call.who)
+        change = messages.of_frame(body, frame, self._call.who)
         frame.size = frame.left = change.size
         frame.is_short = messages.has_short_reply(body)
-        if body.declare_set:
-            require_lists(change)  # what is refused now would be refused for ever
-            ids = list(change.session_ids)
-            frame.declared_set = self._sets.declare(body.declare_set, ids, change.batch_sizes)
         change.caller, change.deadline = self._caller, self._deadline_of(body)
         messages.limit_reply(change, self._max_reply_bytes)
         if self._tracer is not None:
@@ -274,7 +261,7 @@ class FrameStream:
         frame.error, frame.failures, frame.change = error, frame.size, None  # the change holds the frame
         self.refused(error, frame.size or 1)
         self.ended(frame)
-        part = messages.failed_part(frame.frame_id, None, error, last=True, declared_set=frame.declared_set)
+        part = messages.failed_part(frame.frame_id, None, error, last=True)
         self._reply(frame, part, last=True)
 
     def _reply(self, frame: _Frame, reply: bytes, *, last: bool) -> None:
@@ -304,7 +291,7 @@ class _Frame:
     """A frame whose last part is not written yet: the replies to its change."""
 
     __slots__ = (
-        *("_stream", "actions", "audited", "came", "change", "declared_set", "error", "failures"),
+        *("_stream", "actions", "audited", "came", "change", "error", "failures"),
         *("frame_id", "held_bytes", "is_short", "left", "size", "trace"),
     )
 
@@ -331,8 +318,6 @@ class _Frame:
         """What the audit log says of it, a line each."""
         self.audited: Sequence[str] = ()
         """The sessions that those lines name."""
-        self.declared_set = 0
-        """The set that it has made known; 0: none."""
 
     def applied(self, members: Members, reply: Reply) -> None:
         last = self._is_last(len(members))
@@ -345,7 +330,6 @@ class _Frame:
                 reply,
                 last=last,
                 is_short=self.is_short,
-                declared_set=self.declared_set,
             )
             self._stream.answer(self, part, last=last)
 
@@ -357,9 +341,7 @@ class _Frame:
             self._stream.ended(self)
         if not self._stream.is_over:
             self._stream.refused(error, len(members))
-            part = messages.failed_part(
-                self.frame_id, self._named(members), error, last=last, declared_set=self.declared_set
-            )
+            part = messages.failed_part(self.frame_id, self._named(members), error, last=last)
             self._stream.answer(self, part, last=last)
 
     def cancelled(self, members: Members) -> Members:
