@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stepwell_server.catalog.control import (
@@ -114,7 +114,8 @@ class Catalog:
         self._engine = engine
         self.compile = compile_model
         """Makes programs of files."""
-        self._files = files
+        self.files = files
+        """Where they come from."""
         self._clock = clock
         self._observer = observer
         self._quotas = quotas
@@ -143,10 +144,10 @@ class Catalog:
         request.require_valid()
         path = Path(request.path)
         if request.path and not request.fingerprint:
-            path = await self._files.named(request.path, is_found=request.is_found or not request.is_charged)
+            path = await self.files.named(request.path, is_found=request.is_found or not request.is_charged)
         version = self._number(request)
         if request.upload:
-            path = self._files.sent(request.upload, request.tenant)
+            path = self.files.sent(request.upload, request.tenant)
 
         def at(stage: str) -> None:
             self._readiness.version(request.name, version, f"loading: {stage}")
@@ -225,7 +226,7 @@ class Catalog:
             self._own(name, version).load = None
             self._tidy(name, version)
             if request.upload:
-                await self._files.delete_upload(request.upload)
+                await self.files.delete_upload(request.upload)
 
     def _fail(self, load: Load, why: str) -> None:
         name, version = load.request.name, load.version
@@ -270,7 +271,7 @@ class Catalog:
         load.tell(WARM_UP)
         source, own = request.path if request.fingerprint else str(load.path), self._own(name, version)
         if request.upload or request.is_temporary:
-            source = await self._files.keep(name, version, compiled.program)
+            source = await self.files.keep(name, version, compiled.program)
             own.is_unkept = not source
         becomes = None
         if not (is_first or request.keep_default):
@@ -333,7 +334,7 @@ class Catalog:
         own = self._own(name, version)
         self._versions[name, version] = _Version(own.load, own.failed, own.path)
         self._tidy(name, version)
-        await self._files.drop(source)
+        await self.files.drop(source)
 
     # ---------------------------------------------------------------------------------------------- what else is asked
 
@@ -462,7 +463,7 @@ class Catalog:
             InvalidInput: it cannot be a model's name.
             Overloaded: too many are there.
         """
-        return await self._files.begin_upload(filename, tenant)
+        return await self.files.begin_upload(filename, tenant)
 
     # ------------------------------------------------------------------------------------------------------ how it is
 
@@ -499,10 +500,6 @@ class Catalog:
             info.loaded,
         )
 
-    async def drop_unused_programs(self, sources: Collection[str]) -> None:
-        """Delete kept programs but those that versions come from; at a start."""
-        await self._files.drop_others(sources)
-
     def owned_before(self, name: str, version: int, tenant: str) -> None:
         """A tenant's admin loaded it before the server was started again."""
         self._own(name, version).owner = tenant
@@ -517,7 +514,7 @@ class Catalog:
                 if not self._turn.locked():
                     async with self._turn:
                         await self.look()
-                await self._files.expire()
+                await self.files.expire()
             except Exception as error:
                 _log.defect("models could not be looked after; the timer goes on", error)
 
@@ -549,7 +546,7 @@ class Catalog:
         for load in self._loads():
             load.stop("the server stops")
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._files.close()
+        await self.files.close()
 
     # --------------------------------------------------------------------------------------------------------- helpers
 

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import Progress
 from stepwell_server.catalog.files import kept_programs, uploads
-from stepwell_server.catalog.files.loading import load_file
+from stepwell_server.catalog.files.loading import load_on_thread
 from stepwell_server.catalog.files.model_files import ModelFiles
 from stepwell_server.catalog.interfaces import Compile, Compiled, Engine, Observer, Quotas
 from stepwell_server.process.readiness import Readiness
-from stepwell_server.program_file import is_program
 from stepwell_server.reach import beyond_loopback
 
 if TYPE_CHECKING:
@@ -67,21 +66,12 @@ def _compiling(
     async def compile_model(
         name: str, path: Path, progress: Progress, abandoned: threading.Event
     ) -> Compiled:
-        loop, stages = asyncio.get_running_loop(), list[str]()
-
-        def report(stage: str) -> None:  # on the thread that loads
-            stages.append(stage)
-            loop.call_soon_threadsafe(progress, stage)
-
         if programs is not None and programs.holds(path):
             program = await asyncio.to_thread(programs.load, path)
             if program.executor == "tensorflow":  # which a file must not be that others may have written
                 return Compiled(program, "file")
         limits = dataclasses.replace(compiler.limits, abandoned=abandoned)
-        program = await asyncio.to_thread(
-            load_file, settings, compiler, name, path, limits, report, keep=True
-        )
-        return Compiled(program, "file" if is_program(path) else "compiled" if stages else "cache")
+        return Compiled(*await load_on_thread(settings, compiler, name, path, limits, progress, keep=True))
 
     return compile_model
 

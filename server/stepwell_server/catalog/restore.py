@@ -80,7 +80,7 @@ async def restore(engine: Engine, catalog: Catalog, root: Path | None) -> dict[s
             except ServerError as error:
                 if version == default:
                     bad[name] = error.message
-    await catalog.drop_unused_programs(sources)
+    await catalog.files.drop_others(sources)
     return bad
 
 

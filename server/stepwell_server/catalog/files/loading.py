@@ -167,26 +167,33 @@ async def _load(
     limits: Limits,
     at: _Place,
 ) -> Program:
-    started, stages, loop = time.perf_counter(), list[str](), asyncio.get_running_loop()
-    name, path = at.source.name, at.source.path
+    started, source = time.perf_counter(), at.source
 
-    def report(stage: str) -> None:  # on the thread that loads
-        stages.append(stage)
-        _log.info("loading model", model=at.source.told, stage=stage)
-        loop.call_soon_threadsafe(_tell, readiness, at, stage)
+    def report(stage: str) -> None:
+        _log.info("loading model", model=source.told, stage=stage)
+        _tell(readiness, at, stage)
 
-    program = await asyncio.to_thread(_load_one, settings, compiler, at.source, limits, report)
+    try:
+        program, origin = await load_on_thread(
+            settings, compiler, source.name, source.path, limits, report, keep=False
+        )
+    except ModelError as error:
+        if error.details and not (limits.abandoned and limits.abandoned.is_set()):
+            _log.warning("model refused", model=source.told, details=error.details)
+        raise LoadError(f"model {source.told}: {error}") from error
+    except OSError as error:
+        raise LoadError(f"--cache-dir: {error}") from error
     seconds = time.perf_counter() - started
-    observer.model_loaded(name, "file" if is_program(path) else "compiled" if stages else "cache", seconds)
+    observer.model_loaded(source.name, origin, seconds)
     _log.info(
         "model loaded",
-        model=at.source.told,
+        model=source.told,
         executor=program.executor,
         proof=str(program.proof),
         seconds=seconds,
     )
     if program.proof.unproven:
-        _log.warning("model is trusted, not proven", model=at.source.told, unproven=program.proof.unproven)
+        _log.warning("model is trusted, not proven", model=source.told, unproven=program.proof.unproven)
     return program
 
 
@@ -198,17 +205,28 @@ def _tell(readiness: Readiness, at: _Place, stage: str) -> None:
     readiness.problem("models", f"model {at.number} of {at.total} is being loaded ({doing})")
 
 
-def _load_one(
-    settings: Settings, compiler: WarmCompiler, source: Source, limits: Limits, report: Callable[[str], None]
-) -> Program:
-    try:
-        return load_file(settings, compiler, source.name, source.path, limits, report, keep=False)
-    except ModelError as error:
-        if error.details and not (limits.abandoned and limits.abandoned.is_set()):
-            _log.warning("model refused", model=source.told, details=error.details)
-        raise LoadError(f"model {source.told}: {error}") from error
-    except OSError as error:
-        raise LoadError(f"--cache-dir: {error}") from error
+async def load_on_thread(
+    settings: Settings,
+    compiler: WarmCompiler,
+    name: str,
+    path: Path,
+    limits: Limits,
+    report: Callable[[str], None],
+    *,
+    keep: bool,
+) -> tuple[Program, str]:
+    """Return the program of a file as `load_file` does, and where it came from: `cache`, `compiled` or `file`.
+
+    `report` is called on the event loop with each stage.
+    """
+    loop, stages = asyncio.get_running_loop(), list[str]()
+
+    def told(stage: str) -> None:
+        stages.append(stage)
+        loop.call_soon_threadsafe(report, stage)
+
+    program = await asyncio.to_thread(load_file, settings, compiler, name, path, limits, told, keep=keep)
+    return program, "file" if is_program(path) else "compiled" if stages else "cache"
 
 
 def load_file(
