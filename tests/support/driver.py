@@ -68,12 +68,15 @@ class Broken(Exception):
 
 
 class Gone(Broken):
-    """A session is gone: its player goes on with a new one, and the checker reports the old one."""
+    """A session is gone, or no server was reached in time for it: its player goes on with a new one.
+
+    The checker reports those that are gone.
+    """
 
 
 def broken(end: End) -> Broken:
     """The exception that ends the play of a session whose call ended in this way."""
-    return Gone() if end.outcome == "gone" else Broken()
+    return Broken() if end.outcome == "error" else Gone()
 
 
 @dataclasses.dataclass
@@ -126,7 +129,8 @@ class Table:
 async def play_on(table: Table, name: str, play: Callable[[str], Awaitable[None]]) -> None:
     """Play one session after the other until it is time to stop.
 
-    A server that loses sessions must not run out of players: whoever waits for more changes would wait for ever.
+    A server that loses sessions, or starts slowly, must not run out of players: whoever waits for more changes would wait
+    for ever.
     """
     played = 0
     while not table.stop.is_set():
