@@ -14,6 +14,7 @@ _CODES = [
     (errors.MessageTooLarge("m"), "INVALID_ARGUMENT", "MESSAGE_TOO_LARGE"),
     (errors.RequestTooLarge("m"), "RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE"),
     (errors.SessionNotFound("s", "m"), "NOT_FOUND", "SESSION_NOT_FOUND"),
+    (errors.SessionReplaced("s", "m"), "NOT_FOUND", "SESSION_NOT_FOUND"),
     (errors.SessionExpired("s", "m"), "NOT_FOUND", "SESSION_EXPIRED"),
     (errors.SessionLost("s", "m"), "NOT_FOUND", "SESSION_LOST"),
     (errors.SessionExists("m"), "ALREADY_EXISTS", "SESSION_EXISTS"),
