@@ -37,8 +37,8 @@ from stepwell_server.errors import InvalidInput, ServerError
 from stepwell_server.logs import Log
 
 _log = Log("engine.loop")
-#: So long after something came beside work of many time steps, that is still cut into short slices, in seconds.
-_COMPANY_S = 0.05
+#: Work of many time steps is cut into short slices for this many seconds after other work arrived.
+_CONTENTION_S = 0.05
 
 
 class Inline:
@@ -201,7 +201,7 @@ class PassLoop:
         self._observer = observer
         self._running = False
         self._pass_began = 0.0
-        self._company_until = 0.0
+        self._contended_until = 0.0
         """Until then long work is cut into short slices."""
         self._window = BatchingWindow(model.max_batch_rows, clock)
         self._alarm = threading.Event()
@@ -233,7 +233,7 @@ class PassLoop:
         came = self._inbox.drain()
         if came and not (len(came) == 1 and self._inline.run(came[0])):
             if self._model.ready.rows_waiting:
-                self._company_until = self._clock.monotonic() + _COMPANY_S
+                self._contended_until = self._clock.monotonic() + _CONTENTION_S
             self._admission.admit(joined_where_alike(came))
         wanted = min(self._model.ready.rows_waiting, self._model.max_batch_rows)
         began = self._clock.monotonic()
@@ -277,7 +277,7 @@ class PassLoop:
         """Run a pass; whether it has been put on threads."""
         try:
             now = self._clock.monotonic()
-            slice_s = SHORT_SLICE_S if now < self._company_until else SLICE_S
+            slice_s = SHORT_SLICE_S if now < self._contended_until else SLICE_S
             slice_s = min(slice_s, self.runner.max_s(now) or slice_s)
             budget = self._model.cost.times_within(sum(job.row_count for job in jobs), slice_s)
             work = Pass(self._model.program, jobs, self._model.ready.steps_together(jobs, budget))
@@ -308,9 +308,9 @@ class PassLoop:
                 if ready.is_contended(now)
                 else None
             )
-            most_s = self.runner.max_s(now)
-            if most_s is not None:
-                rows = self.runner.rows_within(most_s)
+            max_s = self.runner.max_s(now)
+            if max_s is not None:
+                rows = self.runner.rows_within(max_s)
                 most = rows if most is None and rows < ready.rows_waiting else most and min(most, rows)
             for job in ready.next_pass(now, most):
                 self._consider(job, now, chosen, later)
