@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -161,9 +161,6 @@ class LoopQueue:
     def add(self, source: Source, part: Callable[[], None]) -> None:
         """Call `part` in an iteration of the event loop in which no other part runs; sources have equal numbers of them."""
         self._parts.add(source, part)
-        self._schedule()
-
-    def _schedule(self) -> None:
         if not self._is_scheduled:
             self._is_scheduled = True
             self._call_soon(self._run_next)
@@ -175,9 +172,9 @@ class LoopQueue:
         try:
             part()
         finally:  # the loop logs what was raised
-            self._is_scheduled = False
-            if self._parts:
-                self._schedule()
+            self._is_scheduled = bool(self._parts)
+            if self._is_scheduled:
+                self._call_soon(self._run_next)
 
 
 class Share:
@@ -211,7 +208,7 @@ class Share:
 
     def used(self, seconds: float) -> None:
         """Charge time on the event loop beside that of the listener."""
-        self._shares.charge(self, seconds)
+        self._shares.due.charge((self,), seconds)
 
     def leave(self) -> None:
         """The model is gone: its listener is not called any more."""
@@ -237,22 +234,19 @@ class Shares:
         self._now = now
         self._loop_queue = loop_queue
         self.on_defect = on_defect
-        self._due: FairQueue[Share] = FairQueue(CREDIT_S)
+        self.due: FairQueue[Share] = FairQueue(CREDIT_S)
+        """Models whose listeners are to be called."""
         self._is_scheduled = False
         """The loop queue has a part for it: one, or several would follow each other without a look at the network."""
 
     def add(self, share: Share) -> None:
         """Run a model soon; for `Share`."""
-        self._due.add((share,), share)
+        self.due.add((share,), share)
         self._schedule()
-
-    def charge(self, share: Share, seconds: float) -> None:
-        """Count what a model has used; for `Share`."""
-        self._due.charge((share,), seconds)
 
     def go(self) -> None:
         """Run the model that is next now, if one is due, rather than in another iteration of the event loop."""
-        if self._due:
+        if self.due:
             self._run()
 
     def _schedule(self) -> None:
@@ -265,14 +259,14 @@ class Shares:
         self.go()
 
     def _run(self) -> None:
-        source = self._due.next()
-        share = self._due.pop(source)
+        source = self.due.next()
+        share = self.due.pop(source)
         began = self._now()
         share.run()
-        self._due.charge(source, self._now() - began)
+        self.due.charge(source, self._now() - began)
         if share.is_due:
-            self._due.add(source, share)
-        if self._due:
+            self.due.add(source, share)
+        if self.due:
             self._schedule()
 
 
@@ -315,7 +309,7 @@ class Scheduler(Generic[J]):
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
         self._queue: FairQueue[J] = FairQueue()
-        self._waiting: dict[Source, int] = {}
+        self._waiting: Counter[Source] = Counter()
         """Rows that wait, by source."""
         self._active: dict[Source, tuple[float, int]] = {}
         """When each source had jobs in a pass last, and of how many rows; the latest last."""
@@ -335,10 +329,8 @@ class Scheduler(Generic[J]):
 
     def _wait(self, source: Source, rows: int) -> None:
         self.rows_waiting += rows
-        count = self._waiting.get(source, 0) + rows
-        if count:
-            self._waiting[source] = count
-        else:
+        self._waiting[source] += rows
+        if not self._waiting[source]:
             del self._waiting[source]
 
     def is_contended(self, now: float) -> bool:
