@@ -13,7 +13,7 @@ MODEL = "bad"
 """The one that is being loaded. It cannot be loaded in the end: the server serves `forecast` alone then."""
 _WAITING = """
 import os, sys
-if "stepwell_server.compile" in sys.orig_argv:
+if "stepwell_server.compile.host.fork_server" in sys.orig_argv:
     with open({fifo!r}) as fifo:
         fifo.read()
     os._exit(3)
