@@ -24,11 +24,11 @@ from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.passes import loop
 from stepwell_server.engine.quotas import Quotas
-from stepwell_server.engine.sessions.attempt import Attempts, NewSessions
+from stepwell_server.engine.sessions.attempt import Attempts, Made, NewSessions
 from stepwell_server.engine.sessions.begin import Begin
 from stepwell_server.engine.usage_counts import UsageCounts
 from stepwell_server.errors import SessionExists
-from stepwell_server.store.base import Batch, Committed
+from stepwell_server.store.base import Committed
 from stepwell_server.store.valkey import store as valkey_store
 from stepwell_server.store.valkey.commits import Part, outcome_of
 from stepwell_server.store.valkey.connection.client import Refused
@@ -407,10 +407,10 @@ def test_a_replica_that_reads_its_own_copy_is_found(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_refused_call_for_many_that_leaves_some_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def nothing(_self: Begin, _deletions: Sequence[Batch]) -> None:
+    async def nothing(_self: Begin, _made: Made) -> None:
         """Leave them."""
 
-    monkeypatch.setattr(Begin, "_undo", nothing)
+    monkeypatch.setattr(Begin, "_delete", nothing)
     assert is_found(range(100), contested=True, faults=(), shards=3, owners=[], guests=0, seconds=6.0)
 
 
