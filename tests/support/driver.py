@@ -68,7 +68,7 @@ class Broken(Exception):
 
 
 class Gone(Broken):
-    """A session is gone, or no server was reached in time for it: its player goes on with a new one.
+    """A session is gone, or no server was reached in time for it: its player continues with a new one.
 
     The checker reports those that are gone.
     """

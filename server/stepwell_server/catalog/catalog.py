@@ -516,7 +516,7 @@ class Catalog:
                         await self.look()
                 await self.files.expire()
             except Exception as error:
-                _log.defect("models could not be looked after; the timer goes on", error)
+                _log.defect("models could not be looked after; the timer continues", error)
 
     async def look(self) -> int:
         """Unload those that drain and have no sessions; return how many. The timer does it by itself."""

@@ -35,7 +35,7 @@ class VersionState(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class VersionStatus:
-    """A version as it is now, be it served or not."""
+    """A version as it is now, served or not."""
 
     version: int
     state: VersionState

@@ -67,7 +67,7 @@ class CatchingUp:
                 await self.look()
             except Exception as error:
                 _log.defect(
-                    "versions that other servers have could not be looked for; the timer goes on", error
+                    "versions that other servers have could not be looked for; the timer continues", error
                 )
 
     async def look(self) -> int:

@@ -230,7 +230,7 @@ class Shares:
     def __init__(
         self, now: Callable[[], float], loop_queue: LoopQueue, on_defect: Callable[[str, Exception], None]
     ) -> None:
-        """`on_defect` is told the model whose listener has raised something."""
+        """`on_defect` is called with the model whose listener has raised something."""
         self._now = now
         self._loop_queue = loop_queue
         self.on_defect = on_defect

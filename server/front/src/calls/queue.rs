@@ -2,7 +2,7 @@
 
 use crate::limits::load::{Place, Waiters};
 use crate::steps::call::Call;
-use crate::steps::columns::{Arrival, Arrivals, MOST_IN_BATCH};
+use crate::steps::columns::{Arrival, Arrivals, MAX_IN_BATCH};
 use crate::steps::plain::Step;
 use crate::wakeup::Wakeup;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -94,7 +94,7 @@ impl Queue {
         self.wakeup.quiet();
         let (taken, bytes, is_all) = {
             let mut arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
-            let (taken, bytes) = arrivals.take(MOST_IN_BATCH);
+            let (taken, bytes) = arrivals.take(MAX_IN_BATCH);
             (taken, bytes, arrivals.is_empty())
         };
         if !is_all {

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 
 /// Sessions of one batch, and of what Python takes at a time: about a pass, so that passes run in between.
-pub const MOST_IN_BATCH: usize = 1024;
+pub const MAX_IN_BATCH: usize = 1024;
 /// Sessions of a step that shares no batch with other connections' steps: these would wait for it.
 pub const LARGE: usize = 64;
 /// Calls that have begun since Python looked last.
@@ -156,7 +156,7 @@ impl Batch {
     /// A step of so many sessions that has come over a connection may stand here.
     fn takes(&self, count: usize, connection: u64) -> bool {
         let alone = self.connection == Some(connection);
-        self.sizes.len() + count <= MOST_IN_BATCH && (alone || !(self.is_large || count >= LARGE))
+        self.sizes.len() + count <= MAX_IN_BATCH && (alone || !(self.is_large || count >= LARGE))
     }
 
     fn push(&mut self, call: Arc<Call>, frame_id: Option<u64>, step: &Step<'_>, deadline: f64, held: usize) {
@@ -456,18 +456,18 @@ mod tests {
     #[test]
     fn what_is_taken_at_a_time_is_about_a_pass() {
         let mut arrivals = Arrivals::default();
-        for number in 0..3 * MOST_IN_BATCH as u64 {
+        for number in 0..3 * MAX_IN_BATCH as u64 {
             push(&mut arrivals, &format!("s{number}"), 0, number);
         }
-        let (taken, bytes) = arrivals.take(MOST_IN_BATCH);
+        let (taken, bytes) = arrivals.take(MAX_IN_BATCH);
         assert_eq!((taken.len(), bytes), (1, 0));
         push(&mut arrivals, "s0", 0, 9);
         assert_eq!(arrivals.take(usize::MAX).0.len(), 3, "what comes now is behind what waits");
         assert!(arrivals.is_empty());
-        for _ in 0..MOST_IN_BATCH {
+        for _ in 0..MAX_IN_BATCH {
             arrivals.push(Arrival::Call(Arc::new(Call::for_test()), None));
         }
-        assert_eq!(arrivals.take(MOST_IN_BATCH).0.len(), MOST_IN_BATCH / GENERAL);
+        assert_eq!(arrivals.take(MAX_IN_BATCH).0.len(), MAX_IN_BATCH / GENERAL);
     }
 
     proptest! {

@@ -14,7 +14,7 @@ const MOST_ID: usize = 256;
 /// Bytes of a text that is a sequence's id at most.
 const MOST_SEQUENCE: usize = 128;
 /// Bytes of a request's id at most: it comes back, and Python says how large a reply may be.
-const MOST_REQUEST_ID: usize = 256;
+const MAX_REQUEST_ID_BYTES: usize = 256;
 
 /// The types of elements by their `DataType`, from 1 on.
 const DATATYPES: [&str; 13] = [
@@ -46,7 +46,7 @@ pub fn read<'a>(message: &'a Bytes, session_id: &'a mut String) -> Result<Step<'
             _ => return Err(NotPlain),
         }
     }
-    if contents.len() != step.tensors.len() || id.len() > MOST_REQUEST_ID {
+    if contents.len() != step.tensors.len() || id.len() > MAX_REQUEST_ID_BYTES {
         return Err(NotPlain);
     }
     for (tensor, data) in step.tensors.iter_mut().zip(contents) {

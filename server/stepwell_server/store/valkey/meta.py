@@ -10,7 +10,7 @@ from stepwell_server.store.base import StoreError
 from stepwell_server.store.valkey import scripts
 from stepwell_server.store.valkey.connection.client import Reply
 from stepwell_server.store.valkey.connection.requests import Request, Requests
-from stepwell_server.store.valkey.connection.url import DEFAULT_PARTITIONS, MOST_PARTITIONS
+from stepwell_server.store.valkey.connection.url import DEFAULT_PARTITIONS, MAX_PARTITIONS
 from stepwell_server.store.valkey.documents import pairs_of
 from stepwell_server.store.valkey.keys import META, store_key
 
@@ -144,7 +144,7 @@ def _meta_of(prefix: str, fields: Mapping[bytes, bytes], asked: int | None) -> M
             " stays as it is"
         )
     partitions = _number(prefix, fields, _PARTITIONS)
-    if not 1 <= partitions <= MOST_PARTITIONS:
+    if not 1 <= partitions <= MAX_PARTITIONS:
         raise _damaged(prefix, _PARTITIONS)
     if asked not in {None, partitions}:
         raise StoreError(

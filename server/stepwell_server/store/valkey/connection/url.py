@@ -22,7 +22,7 @@ SENTINEL_USER_VARIABLE = "STEPWELL_VALKEY_SENTINEL_USER"
 SENTINEL_PASSWORD_VARIABLE = "STEPWELL_VALKEY_SENTINEL_PASSWORD"  # noqa: S105 (a name)
 DEFAULT_PREFIX = "stepwell:"
 DEFAULT_PARTITIONS = 64
-MOST_PARTITIONS = 4096
+MAX_PARTITIONS = 4096
 MOST_PREFIX_BYTES = 64
 MOST_REPLICAS = 16
 _PORT, _SENTINEL_PORT = 6379, 26379
@@ -161,7 +161,7 @@ def parse(text: str, environ: Mapping[str, str] | None = None) -> StoreUrl:
         ),
         tls=tls,
         prefix=_prefix(options.text("prefix", DEFAULT_PREFIX)),
-        partitions=options.number("partitions", range(1, MOST_PARTITIONS + 1)),
+        partitions=options.number("partitions", range(1, MAX_PARTITIONS + 1)),
         replicas=options.number("replicas", range(MOST_REPLICAS + 1)) or 0,
         timeout_s=(options.number("timeout_ms", _TIMEOUTS_MS) or _TIMEOUT_MS) / 1000,
         tombstone_s=options.number("tombstone_s", _TOMBSTONES_S) or _WEEK_S,
