@@ -5,6 +5,7 @@ The short version of `make soak`.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import grpc
 import numpy as np
 import pytest
 
-from support.driver import MODEL, Mix
+from support.driver import MODEL, Mix, Table, audit
 from support.driver_process import DriverProcess
 from support.faults import SMALL_BYTES, FaultyServer, local, verdict
+from support.history import Call, End, Log, load
 from support.killer import kill_at_random
 from support.wire import Wire, tensor
 
@@ -76,6 +78,40 @@ def test_load_goes_on_when_every_session_is_lost(tmp_path: Path) -> None:
     report = verdict(history)
     assert report.count("gone") > 0, report
     assert report.count("wrong") == 0, report
+
+
+def test_a_session_made_anew_is_a_lost_one(tmp_path: Path) -> None:
+    """An opening makes a new session where the old one is lost: its first revision is that of the old one."""
+    path = tmp_path / "history"
+    log = Log(path, seed=26)
+    log.end(
+        log.call(Call(kind="open", session="lost", batch_size=1)),
+        End(outcome="acknowledged", revision=0, position=0),
+    )
+    log.close()
+    with local(None) as server, DriverProcess(server.address, path, seed=26) as driver:
+        driver.wait_acknowledged(1)
+        driver.stop()
+    ends = [end.outcome for op in load([path]) if op.call.session == "lost" for _, end in op.ends]
+    assert ends[:2] == ["acknowledged", "gone"], "the player that resumes it"
+    assert [found.session for found in verdict(path).violations] == ["lost"]
+
+
+def test_the_last_look_sees_that_a_session_was_made_anew(tmp_path: Path) -> None:
+    """A session that nobody asks for after it was lost, until all are read at the end."""
+    path = tmp_path / "history"
+    log = Log(path, seed=27)
+    table = Table(log, random.Random(27), np.random.default_rng(27), asyncio.Event(), 0.0, hurry=False)
+
+    async def look(address: str) -> None:
+        opened = log.call(Call(kind="open", session="lost", batch_size=1))
+        log.end(opened, End(outcome="acknowledged", revision=0, position=0))
+        await audit(table, address, {"lost": 1})
+
+    with local(None) as server:
+        asyncio.run(look(server.address))
+    log.close()
+    assert [(found.sort, found.session) for found in verdict(path).violations] == [("gone", "lost")]
 
 
 @pytest.mark.parametrize("durability", ["sync", "async"])

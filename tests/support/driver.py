@@ -152,14 +152,18 @@ class Solo:
         self._can_cancel = can_cancel
         self._handles: list[Any] = []
 
-    async def play(self, name: str, batch_size: int, states: dict[str, Floats] | None) -> None:
-        """Open, or resume, and go on until it is time to stop."""
-        await play_on(self._table, name, lambda one: self._play(one, batch_size, states))
+    async def play(
+        self, name: str, batch_size: int, states: dict[str, Floats] | None = None, *, resume: bool = False
+    ) -> None:
+        """Open, or resume the session that is there, and go on until it is time to stop."""
+        await play_on(
+            self._table, name, lambda one: self._play(one, batch_size, states, resume and one == name)
+        )
 
-    async def _play(self, name: str, batch_size: int, states: dict[str, Floats] | None) -> None:
+    async def _play(self, name: str, batch_size: int, states: dict[str, Floats] | None, resume: bool) -> None:
         table = self._table
         call = Call(kind="open", session=name, batch_size=batch_size, states=states)
-        self._handles = [await self._opened(call, name, batch_size, states)]
+        self._handles = [await self._opened(call, name, batch_size, states, resume=resume)]
         while not table.stop.is_set() and self._handles:
             await self._turn(table.chance.choice(self._handles))
             await table.rest()
@@ -168,9 +172,11 @@ class Solo:
         """Read what is there."""
         with contextlib.suppress(Broken):
             call = Call(kind="open", session=name, batch_size=batch_size)
-            await self._read(await self._opened(call, name, batch_size))
+            await self._read(await self._opened(call, name, batch_size, resume=True))
 
-    async def _opened(self, call: Call, name: str, batch_size: int, states: Any = None) -> Any:
+    async def _opened(
+        self, call: Call, name: str, batch_size: int, states: Any = None, *, resume: bool = False
+    ) -> Any:
         # a limit that no run comes to: it is in the records all the same
         begin = functools.partial(
             self._client.open_session,
@@ -180,9 +186,11 @@ class Solo:
             state=states,
             max_idle_s=self._table.chance.choice([None, 0, 86_400.0]),
         )
-        return await self._begun(call, begin)
+        return await self._begun(call, begin, resume=resume)
 
-    async def _begun(self, call: Call, begin: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
+    async def _begun(
+        self, call: Call, begin: Callable[..., Awaitable[Any]], *arguments: Any, resume: bool = False
+    ) -> Any:
         number = self._table.log.call(call)
         try:
             handle = await begin(*arguments, timeout_s=PATIENCE_S)
@@ -190,6 +198,11 @@ class Solo:
             end = told(error).end
             self._table.log.end(number, end)
             raise broken(end) from error
+        if resume and not handle.resumed:
+            # A new session under the old id is no answer about the old one, whatever state it has.
+            end = End(outcome="gone", error="the opening made a new session where an old one was expected")
+            self._table.log.end(number, end)
+            raise broken(end)
         self._table.log.end(number, _at(handle))
         return handle
 
@@ -436,7 +449,8 @@ async def play(table: Table, address: str, mix: Mix, resume: dict[str, int]) -> 
             players.create_task(band.play(f"{prefix}.band.{i}", mix.band_size))
         known = list(resume.items())  # the others lie idle, which a session must survive as well
         for name, batch_size in chance.sample(known, min(len(known), _MOST_RESUMED)):
-            players.create_task(Solo(table, clients["async"], can_cancel=False).play(name, batch_size, None))
+            solo = Solo(table, clients["async"], can_cancel=False)
+            players.create_task(solo.play(name, batch_size, resume=True))
 
 
 async def audit(table: Table, address: str, sessions: dict[str, int]) -> None:
