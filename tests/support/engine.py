@@ -22,7 +22,7 @@ from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.quotas import QuotaTable
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.change import Change, Reply
-from stepwell_server.engine.durability.keeping import EveryChange, PagedOutOnly
+from stepwell_server.engine.commit.policy import EveryChange, PagedOutOnly
 from stepwell_server.engine.engine import Engine
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.passes.batch import Pass

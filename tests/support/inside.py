@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.engine.engine import Engine
 from stepwell_server.engine.intake.queues import Turns
 from stepwell_server.engine.passes.runner import Runner

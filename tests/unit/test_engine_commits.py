@@ -11,8 +11,8 @@ from typing import ClassVar
 
 import pytest
 
-from stepwell_server.engine.durability import group_commit
-from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.commit import group_commit
+from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.errors import Internal, ServerError, Unavailable
 from stepwell_server.store.access import lanes
 from stepwell_server.store.access.lanes import MANY

@@ -8,7 +8,7 @@ from collections.abc import Awaitable
 
 import pytest
 
-from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.errors import ServerError, Unavailable
 from stepwell_server.store.base import ALL_KEPT, Batch, Committed
 from stepwell_server.store.memory import MemoryStore

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepwell_server.engine.durability import records as sheets
+from stepwell_server.engine.commit import records as sheets
 from support.engine import Harness, running, x
 from support.records import decode
 

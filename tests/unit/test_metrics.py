@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from stepwell_server.catalog.control import VersionState, VersionStatus
 from stepwell_server.core.front_limits import FrontLimits
-from stepwell_server.engine.durability.group_commit import MAX_WAITING
+from stepwell_server.engine.commit.group_commit import MAX_WAITING
 from stepwell_server.engine.engine import ModelStats
 from stepwell_server.engine.intake.queues import MAX_WAITING_BYTES
 from stepwell_server.errors import reasons

@@ -33,10 +33,10 @@ from stepwell_server.engine.api import (
 from stepwell_server.engine.catalog.changes import Changes
 from stepwell_server.engine.catalog.serving import Capacity, Serving
 from stepwell_server.engine.change import Change
-from stepwell_server.engine.durability.committer import Committer, Recorder
-from stepwell_server.engine.durability.group_commit import GroupCommit
-from stepwell_server.engine.durability.keeping import EveryChange, PagedOutOnly, Policy
-from stepwell_server.engine.durability.records import Records
+from stepwell_server.engine.commit.committer import Committer, Recorder
+from stepwell_server.engine.commit.group_commit import GroupCommit
+from stepwell_server.engine.commit.policy import EveryChange, PagedOutOnly, Policy
+from stepwell_server.engine.commit.records import Records
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.intake.admission import Admission

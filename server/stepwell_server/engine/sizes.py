@@ -9,7 +9,7 @@ from stepwell_server.core.quotas import SESSION_BYTES
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change
-from stepwell_server.engine.durability.records import Outcome
+from stepwell_server.engine.commit.records import Outcome
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.model import Model
 from stepwell_server.store.fields import counted_bytes

@@ -15,7 +15,7 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable, are_missing
 from stepwell_server.engine.change import Change
-from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.engine.intake.queues import MAX_WAITING_BYTES, Inboxes
 from stepwell_server.engine.intake.split import part_of

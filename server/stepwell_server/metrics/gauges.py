@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepwell_server.catalog.control import VersionStatus, counts_of
-from stepwell_server.engine.durability.group_commit import MAX_WAITING
+from stepwell_server.engine.commit.group_commit import MAX_WAITING
 from stepwell_server.engine.intake.queues import MAX_WAITING_BYTES
 from stepwell_server.metrics.families import counter, gauge, histogram, info
 from stepwell_server.metrics.series import StoreWrites

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.change import Awaited, Change
-from stepwell_server.engine.durability import group_commit as commits
+from stepwell_server.engine.commit import group_commit as commits
 from stepwell_server.engine.sessions import end
 from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
 from stepwell_server.store.access import lanes

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
 from stepwell_server.engine.catalog.switching import Switching
-from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.engine.versions import document
 from stepwell_server.engine.versions.registry import Models, Versions
 from stepwell_server.errors import ServerError, Unavailable

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from stepwell_server.core.cost import Cost
 from stepwell_server.core.scheduler import Scheduler, Share, Shares
 from stepwell_server.core.slots import Slots
-from stepwell_server.engine.durability.committer import Committer
+from stepwell_server.engine.commit.committer import Committer
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.queues import Inbox, Inboxes

@@ -18,9 +18,9 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Select
 from stepwell_server.engine.change import MAX_ERRORS, NO_STATES, Change, Reply, changed_elsewhere, for_all
+from stepwell_server.engine.commit.committer import Committer
+from stepwell_server.engine.commit.records import Outcome
 from stepwell_server.engine.content import reused_request
-from stepwell_server.engine.durability.committer import Committer
-from stepwell_server.engine.durability.records import Outcome
 from stepwell_server.engine.intake.paging import ALL_HERE, Pager, Refused
 from stepwell_server.engine.intake.queues import RowQueue, Starter, Turns
 from stepwell_server.engine.job import Job

@@ -19,8 +19,8 @@ from stepwell_server.core.quotas import SESSION_BYTES
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer
-from stepwell_server.engine.durability.endings import ended_by
-from stepwell_server.engine.durability.keeping import Keeping
+from stepwell_server.engine.commit.policy import StorePolicy
+from stepwell_server.engine.commit.tombstones import ended_by
 from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
@@ -70,7 +70,7 @@ class Pager:
         table: SessionTable,
         models: Models,
         store: Store,
-        keeping: Keeping,
+        policy: StorePolicy,
         fields: Fields,
         forwarding: Forwarding,
         *,
@@ -80,7 +80,7 @@ class Pager:
         self._table = table
         self._models = models
         self._store = store
-        self._keeping = keeping
+        self._policy = policy
         self._fields = fields
         self._forwarding = forwarding
         self._clock = clock
@@ -194,7 +194,7 @@ class Pager:
 
     def forget_replies(self, model: Model) -> None:
         """Have fewer replies in memory: the sessions whose were kept first leave the arena, if the store has them."""
-        if self._keeping.others is None:
+        if self._policy.others is None:
             return
         handles = np.fromiter(model.replies.oldest(), np.intp)
         self.page_out(handles[~self._table.claimed[handles]])
@@ -208,7 +208,7 @@ class Pager:
         for index in np.unique(self._table.model[handles]).tolist():
             model, began = self._models.by_index[index], self._clock.monotonic()
             own = handles[self._table.model[handles] == index]
-            self._keeping.leave(model, own)
+            self._policy.leave(model, own)
             self._leave(model, own)
             self._paged(model, "out", len(own), began)
 
@@ -313,7 +313,7 @@ class Pager:
         for place, extra in decoded.extras.items():
             if sound[place]:
                 model.replies.restore(int(handles[place]), extra)
-        self._keeping.came_back(self._ids(here))
+        self._policy.came_back(self._ids(here))
 
     def _refresh(
         self,

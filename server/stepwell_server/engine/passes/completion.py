@@ -11,8 +11,8 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Select
 from stepwell_server.engine.change import NO_STATES, Change, Reply
-from stepwell_server.engine.durability.committer import Committer
-from stepwell_server.engine.durability.records import Outcome
+from stepwell_server.engine.commit.committer import Committer
+from stepwell_server.engine.commit.records import Outcome
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes.batch import Pass, join, outputs_of
 from stepwell_server.engine.passes.predict import PredictCall

@@ -19,9 +19,9 @@ from stepwell_server.core.exactly_once import applies
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer, Select, Trace
 from stepwell_server.engine.change import NO_STATES, Change, Reply, may_join
-from stepwell_server.engine.durability.committer import Committer
-from stepwell_server.engine.durability.group_commit import GroupCommit
-from stepwell_server.engine.durability.records import Outcome
+from stepwell_server.engine.commit.committer import Committer
+from stepwell_server.engine.commit.group_commit import GroupCommit
+from stepwell_server.engine.commit.records import Outcome
 from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.queues import Inbox, joined_where_alike

@@ -21,8 +21,8 @@ from stepwell_server.core.sessions import Handles
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
+from stepwell_server.engine.commit.committer import not_known
 from stepwell_server.engine.content import require_same_opening
-from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.sessions.lookup import Seen
 from stepwell_server.engine.state.fields import at_birth

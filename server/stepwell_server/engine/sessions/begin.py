@@ -22,9 +22,9 @@ from stepwell_server.core.exactly_once import Kind
 from stepwell_server.core.sessions import Handles
 from stepwell_server.engine.api import Opened, SessionInfo
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
+from stepwell_server.engine.commit.committer import not_known
+from stepwell_server.engine.commit.policy import StorePolicy
 from stepwell_server.engine.content import content_of_open
-from stepwell_server.engine.durability.committer import not_known
-from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.engine.intake.validation import check_finite_state
 from stepwell_server.engine.sessions.attempt import Attempts, Call, Made, NewSessions, OpenedMany
@@ -61,7 +61,7 @@ class Begin:
     def __init__(
         self,
         context: Context,
-        keeping: Keeping,
+        policy: StorePolicy,
         follow: Callable[[Handles, Model, int], None],
     ) -> None:
         """`follow` takes sessions along with the moves of their model that were made while they began."""
@@ -70,7 +70,7 @@ class Begin:
         self._directory = context.directory
         self._pieces = context.directory.pieces
         self.attempts = Attempts(context)
-        self._keeping = keeping
+        self._policy = policy
         self._follow = follow
         self._running: set[asyncio.Task[Any]] = set()
         """Commits that wait for the store, whatever becomes of their calls."""
@@ -486,9 +486,9 @@ class Begin:
         try:
             async for part in self._pieces.of(ids):
                 some = new.part(part)
-                puts.append(self._keeping.begin(some.ids, some.ready, functools.partial(_records, some)))
+                puts.append(self._policy.begin(some.ids, some.ready, functools.partial(_records, some)))
         except Exception as error:
-            self._keeping.came_back(ids)
+            self._policy.came_back(ids)
             return as_server_error(error)
         joined = puts[0] if len(puts) == 1 else Joined([each for each in puts if each])
         batch = Batch(

@@ -14,8 +14,8 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles
 from stepwell_server.engine.api import SessionFilter
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
-from stepwell_server.engine.durability.committer import not_known
-from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.commit.committer import not_known
+from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.queues import Turns
 from stepwell_server.engine.sessions.directory import Directory

@@ -9,7 +9,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Observer
-from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.queues import RowQueue, Turns
 from stepwell_server.engine.quotas import Quotas

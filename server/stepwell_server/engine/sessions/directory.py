@@ -15,7 +15,7 @@ from stepwell_server.core.quotas import NOTHING, Usage
 from stepwell_server.core.sessions import Handles, SessionTable, are_missing
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.change import MAX_ERRORS, for_all
-from stepwell_server.engine.durability.endings import ended_by
+from stepwell_server.engine.commit.tombstones import ended_by
 from stepwell_server.engine.eager import Rest, start
 from stepwell_server.engine.sessions.end import Expiry
 from stepwell_server.engine.sessions.ids import IdMaker, shown

@@ -25,9 +25,9 @@ from stepwell_server.core.idle import IdleWatch
 from stepwell_server.core.quotas import Usage
 from stepwell_server.core.sessions import Handles, are_missing
 from stepwell_server.engine.api import Observer
-from stepwell_server.engine.durability.committer import not_known
-from stepwell_server.engine.durability.endings import ended_by, expired
-from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.commit.committer import not_known
+from stepwell_server.engine.commit.group_commit import GroupCommit
+from stepwell_server.engine.commit.tombstones import ended_by, expired
 from stepwell_server.engine.intake.queues import Turns
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.fields import closes_of

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from stepwell_server.engine.api import SessionFilter
-from stepwell_server.engine.durability.endings import ended_by
-from stepwell_server.engine.durability.records import Records, as_it_is, encoded
+from stepwell_server.engine.commit.records import Records, as_it_is, encoded
+from stepwell_server.engine.commit.tombstones import ended_by
 from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.sessions.read import Query, SessionList
 from stepwell_server.engine.state.fields import Mark, joined, split

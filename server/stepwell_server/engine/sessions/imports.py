@@ -16,8 +16,8 @@ from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.quotas import Usage
 from stepwell_server.core.sessions import MAX_IMPORT_POSITION
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
-from stepwell_server.engine.durability.committer import not_known
-from stepwell_server.engine.durability.records import encoded
+from stepwell_server.engine.commit.committer import not_known
+from stepwell_server.engine.commit.records import encoded
 from stepwell_server.engine.intake.validation import require_finite
 from stepwell_server.engine.sessions.begin import Begin
 from stepwell_server.engine.sessions.close import Closer

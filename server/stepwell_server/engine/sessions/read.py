@@ -19,7 +19,7 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import SessionFilter, SessionInfo, SessionPage, StateRead, StatesRead
 from stepwell_server.engine.change import MAX_ERRORS, MAX_TRIES, changed_elsewhere, for_all, too_late
-from stepwell_server.engine.durability.keeping import Keeping
+from stepwell_server.engine.commit.policy import StorePolicy
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.queues import Turns
 from stepwell_server.engine.sessions.directory import Directory
@@ -472,7 +472,7 @@ class SessionList:
         directory: Directory,
         expiry: Expiry,
         removal: Removal,
-        keeping: Keeping,
+        policy: StorePolicy,
         store: Store,
         clock: Clock,
     ) -> None:
@@ -480,7 +480,7 @@ class SessionList:
         self._directory = directory
         self._expiry = expiry
         self._removal = removal
-        self._keeping = keeping
+        self._policy = policy
         self._store = store
         self._clock = clock
 
@@ -529,7 +529,7 @@ class SessionList:
         """Ids in their order: those that may be named to the caller, and those of them whose sessions fit as far as is known."""
         prefix = wanted.ids_begin_with
         while True:
-            heads = await self._keeping.heads(after=after, prefix=prefix, limit=most)
+            heads = await self._policy.heads(after=after, prefix=prefix, limit=most)
             if not heads.keys:
                 return
             ids = [str(key, "utf-8", "replace") for key in heads.keys]
@@ -559,7 +559,7 @@ class SessionList:
 
     async def _total(self, wanted: SessionFilter) -> int:
         if not wanted.prefix and wanted.idle_longer_s is None:
-            return await self._keeping.count(wanted.tenant, wanted.model)
+            return await self._policy.count(wanted.tenant, wanted.model)
         total = 0
         async for _, fitting in self._pieces(wanted, "", _HEADS_AT_ONCE):
             total += len(fitting)

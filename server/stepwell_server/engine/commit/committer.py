@@ -14,8 +14,8 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
-from stepwell_server.engine.durability.group_commit import GroupCommit
-from stepwell_server.engine.durability.records import Outcome, Records
+from stepwell_server.engine.commit.group_commit import GroupCommit
+from stepwell_server.engine.commit.records import Outcome, Records
 from stepwell_server.engine.sizes import Sizes
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.durability.records import Records, as_it_is
+from stepwell_server.engine.commit.records import Records, as_it_is
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ServerError
 from stepwell_server.store import counts
@@ -69,7 +69,7 @@ class IdOrder:
                     await asyncio.sleep(0)
 
 
-class Keeping(Protocol):
+class StorePolicy(Protocol):
     """Which sessions have a record while nothing changes. Lives on the event loop."""
 
     others: Store | None
@@ -109,7 +109,7 @@ class Keeping(Protocol):
         """Sessions are in the arena again."""
 
 
-class EveryChange(Keeping):
+class EveryChange(StorePolicy):
     """Each change has its record: what leaves the arena is in the store already, and is there after a restart."""
 
     def __init__(self, store: Store, _table: SessionTable, _records: Records, _clock: Clock) -> None:
@@ -136,7 +136,7 @@ class EveryChange(Keeping):
         """Its records stay there."""
 
 
-class PagedOutOnly(Keeping):
+class PagedOutOnly(StorePolicy):
     """The arena is the truth, and the store has what is not in it: for a store that ends with the process.
 
     The store answers at once.
@@ -202,5 +202,5 @@ def _nothing(_answer: Answer) -> None:
     """The answer is there at once."""
 
 
-Policy: TypeAlias = Callable[[Store, SessionTable, Records, Clock], Keeping]
+Policy: TypeAlias = Callable[[Store, SessionTable, Records, Clock], StorePolicy]
 """Makes what keeps the sessions of an engine: one of these classes."""
