@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from stepwell_server.engine.api import Select, SessionPolicy
 from stepwell_server.engine.catalog import changes
-from stepwell_server.engine.sessions.imports import Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import Existing, Imported, SessionRecord
 from stepwell_server.errors import Overloaded, ServerError, Unavailable
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.api import SessionFilter
-from stepwell_server.engine.sessions.imports import Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import Existing, Imported, SessionRecord
 from stepwell_server.errors import InvalidInput, ServerError, SessionGone, SessionNotFound
 from support.engine import Harness, running, x
 

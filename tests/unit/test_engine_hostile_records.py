@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from stepwell import SessionInfo
 from stepwell.cli.sessions import session_cells, session_facts, session_json
 from stepwell.v1 import sessions_pb2
-from stepwell_server.engine.sessions.imports import Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import Existing, Imported, SessionRecord
 from stepwell_server.errors import Internal, ServerError, StateCorrupt
 from stepwell_server.rpc.convert import from_session
 from stepwell_server.rpc.pages import from_token, to_token

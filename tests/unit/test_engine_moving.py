@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.api import SessionFilter, SessionInfo
-from stepwell_server.engine.sessions.imports import Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import Existing, Imported, SessionRecord
 from stepwell_server.errors import (
     InvalidInput,
     MessageTooLarge,

@@ -20,7 +20,6 @@ from stepwell_server.engine.sessions import (
     close,
     directory,
     fork,
-    ids,
     lookup,
     read,
 )
@@ -44,7 +43,7 @@ COUNT = 10 * PIECE
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ids, "PIECE", PIECE)
+    monkeypatch.setattr(directory, "PIECE", PIECE)
     for module in (shares, fork, close, directory):
         monkeypatch.setattr(module, "TURN", PIECE)
     monkeypatch.setattr(submission, "REFUSED_AT_ONCE", PIECE)
@@ -347,16 +346,16 @@ async def test_a_store_on_disk_is_asked_for_a_long_list_in_parts(
 
 async def test_ids_for_many_sessions_are_drawn_by_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[int] = []
-    digits_of = ids._digits
+    digits_of = directory._digits
 
     def noted(tokens: bytes) -> Any:
         threads.append(threading.get_ident())
         return digits_of(tokens)
 
-    monkeypatch.setattr(ids, "_digits", noted)
+    monkeypatch.setattr(directory, "_digits", noted)
     async with running() as at:
         few = await at.engine.open_sessions("plain", count=COUNT, request_id=7)
-        monkeypatch.setattr(ids, "PIECE", PIECE)
+        monkeypatch.setattr(directory, "PIECE", PIECE)
         again = await at.engine.open_sessions("plain", count=COUNT, request_id=7)
     assert (again.session_ids, again.replayed) == (few.session_ids, True)
     here = threading.get_ident()

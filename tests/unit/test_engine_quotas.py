@@ -16,7 +16,7 @@ from stepwell_server.core.callers import Caller, Role
 from stepwell_server.core.namespaces import prefix_of, tenant_of
 from stepwell_server.core.quotas import NOTHING, Limits, QuotaTable, Usage
 from stepwell_server.engine.quotas import OTHER, Quotas
-from stepwell_server.engine.sessions.imports import Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import Existing, Imported, SessionRecord
 from stepwell_server.errors import InvalidInput, Overloaded, QuotaExceeded, ServerError
 from stepwell_server.rpc.status import to_proto
 from stepwell_server.store.counts import usage_of_record

@@ -13,7 +13,7 @@ from stepwell_server.core.callers import Caller, Role
 from stepwell_server.core.namespaces import prefix_of
 from stepwell_server.core.quotas import SESSION_BYTES, Limits, QuotaTable, Usage
 from stepwell_server.engine.api import Select, SessionPolicy
-from stepwell_server.engine.sessions.imports import Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import Existing, Imported, SessionRecord
 from stepwell_server.errors import QuotaExceeded, ServerError
 from stepwell_server.rpc.status import to_proto
 from stepwell_server.store import counts

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.api import SessionPolicy
-from stepwell_server.engine.sessions.imports import Existing, SessionRecord
+from stepwell_server.engine.sessions.transfer import Existing, SessionRecord
 from stepwell_server.errors import (
     InvalidInput,
     MigrationFailed,

@@ -10,7 +10,7 @@ import pytest
 
 from stepwell_server.clock import SystemClock
 from stepwell_server.core.idle import IdleLimits
-from stepwell_server.engine.sessions.imports import Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import Existing, Imported, SessionRecord
 from stepwell_server.errors import (
     ServerError,
     SessionLost,

@@ -49,14 +49,12 @@ from stepwell_server.engine.sessions.attempt import OpenedMany
 from stepwell_server.engine.sessions.begin import Begin
 from stepwell_server.engine.sessions.close import Closer, Place
 from stepwell_server.engine.sessions.context import Context
-from stepwell_server.engine.sessions.directory import Directory
+from stepwell_server.engine.sessions.directory import MAX_IDS_PER_CALL, Directory
 from stepwell_server.engine.sessions.end import MAX_PAGED_OUT, Expiry, Removal, Sweep, Uses
-from stepwell_server.engine.sessions.export import Export, Exported
 from stepwell_server.engine.sessions.fork import Fork
-from stepwell_server.engine.sessions.ids import MAX_IDS_PER_CALL
-from stepwell_server.engine.sessions.imports import Existing, Import, Result, SessionRecord
 from stepwell_server.engine.sessions.lookup import Loader, Lookup
 from stepwell_server.engine.sessions.read import SessionCounts, SessionList, StateReader
+from stepwell_server.engine.sessions.transfer import Existing, Export, Exported, Import, Result, SessionRecord
 from stepwell_server.engine.shares import Pieces, Threads
 from stepwell_server.engine.sizes import Sizes
 from stepwell_server.engine.state.fields import Fields

@@ -7,7 +7,7 @@ import binascii
 import struct
 import zlib
 
-from stepwell_server.engine.sessions.ids import shown
+from stepwell_server.engine.sessions.directory import shown
 from stepwell_server.errors import InvalidInput
 
 #: Before the id where a number belongs to it; its first byte stands in no UTF-8.

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from stepwell_server.engine.engine import Engine
-from stepwell_server.engine.sessions.ids import IdMaker
+from stepwell_server.engine.sessions.directory import IdMaker
 from support.history import Call
 from support.sim.callers import Callers, opened
 from support.sim.client import FOUND

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stepwell_server.engine.sessions.imports import Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import Existing, Imported, SessionRecord
 from stepwell_server.errors import ServerError, SessionNotFound
 from support.durable import begun
 from support.engine import Answers, Harness, x

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepwell_server.engine.sessions.imports import Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import Existing, Imported, SessionRecord
 from stepwell_server.errors import OutcomeUnknown, ServerError, SessionExists
 from support.durable import begun
 from support.engine import Harness, x

@@ -10,7 +10,7 @@ import pytest
 
 from stepwell_server.engine.api import DefaultChange, SessionPolicy
 from stepwell_server.engine.catalog import changes
-from stepwell_server.engine.sessions.imports import Existing, SessionRecord
+from stepwell_server.engine.sessions.transfer import Existing, SessionRecord
 from stepwell_server.engine.state.fields import Mark, mark_of
 from stepwell_server.engine.versions import document
 from stepwell_server.engine.versions.registry import Versions

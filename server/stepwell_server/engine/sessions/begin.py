@@ -29,7 +29,7 @@ from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.engine.intake.validation import check_finite_state
 from stepwell_server.engine.sessions.attempt import Attempts, Call, Made, NewSessions, OpenedMany
 from stepwell_server.engine.sessions.context import Context
-from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, require_session_id
+from stepwell_server.engine.sessions.directory import MAX_SESSIONS_PER_CALL, require_session_id
 from stepwell_server.engine.sessions.lookup import Seen
 from stepwell_server.engine.state.fields import Mark, at_birth, joined
 from stepwell_server.engine.state.model import Model

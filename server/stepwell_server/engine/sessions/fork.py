@@ -19,7 +19,7 @@ from stepwell_server.engine.intake.validation import require_sessions
 from stepwell_server.engine.sessions.attempt import Call, NewSessions, OpenedMany
 from stepwell_server.engine.sessions.begin import Begin
 from stepwell_server.engine.sessions.context import Context
-from stepwell_server.engine.sessions.ids import require_session_id
+from stepwell_server.engine.sessions.directory import require_session_id
 from stepwell_server.engine.sessions.lookup import Seen
 from stepwell_server.engine.sessions.read import StateReader
 from stepwell_server.engine.shares import TURN

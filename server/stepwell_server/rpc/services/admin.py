@@ -12,8 +12,7 @@ from stepwell_server.core.idle import MAX_IDLE_MS, MIN_IDLE_S
 from stepwell_server.engine.api import SessionFilter as Filter
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.sessions.close import Place
-from stepwell_server.engine.sessions.export import Exported
-from stepwell_server.engine.sessions.imports import MAX_IMPORTED, Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import MAX_IMPORTED, Existing, Exported, Imported, SessionRecord
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.rpc import convert, naming
 from stepwell_server.rpc.pages import from_token, to_token
