@@ -24,8 +24,7 @@ from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.passes import loop
 from stepwell_server.engine.quotas import Quotas
-from stepwell_server.engine.sessions.attempt import Attempts, Made, NewSessions
-from stepwell_server.engine.sessions.begin import Begin
+from stepwell_server.engine.sessions.begin import Attempts, Begin, Made, NewSessions
 from stepwell_server.engine.usage_counts import UsageCounts
 from stepwell_server.errors import SessionExists
 from stepwell_server.store.base import Committed
@@ -426,7 +425,7 @@ def test_an_attempt_that_takes_back_what_another_was_answered_is_found(
     def never(new: NewSessions) -> bool:
         return len(new.ids) == 1
 
-    monkeypatch.setattr(Attempts, "_take_over", believe)
+    monkeypatch.setattr(Attempts, "take_over", believe)
     monkeypatch.setattr(NewSessions, "is_repeatable", property(never))
     changes: dict[str, Any] = {
         "together": True,

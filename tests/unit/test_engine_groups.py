@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.sessions import fork
+from stepwell_server.engine.sessions import open as opening
 from stepwell_server.engine.sessions import read as reading
 from stepwell_server.errors import (
     DeadlineExceeded,
@@ -217,7 +217,7 @@ async def test_a_fork_under_given_ids_waits_for_its_sources_and_is_found_after_a
 
 async def test_no_more_is_copied_at_once_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """A state has 8 bytes; copies of the same session count each."""
-    monkeypatch.setattr(fork, "MAX_FORK_BYTES", 32)
+    monkeypatch.setattr(opening, "MAX_FORK_BYTES", 32)
     async with running(threads=True) as at:
         await at.open(*"abc")
         with pytest.raises(

@@ -15,15 +15,15 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.core.scheduler import LoopQueue
 from stepwell_server.engine import shares, submission
+from stepwell_server.engine.api import OpenedMany
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.sessions import (
     close,
     directory,
-    fork,
     lookup,
     read,
 )
-from stepwell_server.engine.sessions.attempt import OpenedMany
+from stepwell_server.engine.sessions import open as opening
 from stepwell_server.errors import RevisionConflict, ServerError, SessionExists, Unavailable
 from stepwell_server.rpc.services import admin
 from stepwell_server.store.base import Batch
@@ -44,7 +44,7 @@ COUNT = 10 * PIECE
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directory, "PIECE", PIECE)
-    for module in (shares, fork, close, directory):
+    for module in (shares, opening, close, directory):
         monkeypatch.setattr(module, "TURN", PIECE)
     monkeypatch.setattr(submission, "REFUSED_AT_ONCE", PIECE)
     for module in (lookup, directory):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.sessions.attempt import OpenedMany
+from stepwell_server.engine.api import OpenedMany
 from stepwell_server.errors import InvalidInput, SessionExists
 from support.durable import begun
 from support.engine import Harness, running, x

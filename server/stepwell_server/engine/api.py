@@ -10,7 +10,7 @@ from typing import Protocol
 
 from stepwell_server.core.namespaces import SEPARATOR, inner, prefix_of
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.types import U64, Array, Members, Tensors
+from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
 
@@ -181,6 +181,31 @@ class Opened:
     session: SessionInfo
     resumed: bool = False
     replayed: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OpenedMany:
+    """Answer to opening or forking many sessions."""
+
+    session_ids: Sequence[str]
+    model: str
+    fingerprint: str
+    batch_size: int
+    revisions: U64
+    """`(n,)`."""
+    positions: U64
+    """`(n,)`."""
+    uids: U64
+    """`(n,)`: see `SessionInfo.uid`."""
+    first: SessionInfo
+    """The first of them."""
+    replayed: bool = False
+    version: int = 0
+    """Of the model."""
+    resumed: Mask | None = None
+    """`(n,)`: which existed before; None: none of them did."""
+    versions: U64 | None = None
+    """`(n,)`: the version of each; None: all are on `version`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from stepwell_server.engine.api import (
     Moved,
     Observer,
     Opened,
+    OpenedMany,
     Predicted,
     SessionFilter,
     SessionInfo,
@@ -45,14 +46,13 @@ from stepwell_server.engine.intake.queues import Inboxes, RowQueue, Turns, joine
 from stepwell_server.engine.intake.validation import Validation, require_sessions
 from stepwell_server.engine.prediction import Prediction
 from stepwell_server.engine.quotas import Quotas
-from stepwell_server.engine.sessions.attempt import OpenedMany
 from stepwell_server.engine.sessions.begin import Begin
 from stepwell_server.engine.sessions.close import Closer, Place
 from stepwell_server.engine.sessions.context import Context
 from stepwell_server.engine.sessions.directory import MAX_IDS_PER_CALL, Directory
 from stepwell_server.engine.sessions.end import MAX_PAGED_OUT, Expiry, Removal, Sweep, Uses
-from stepwell_server.engine.sessions.fork import Fork
 from stepwell_server.engine.sessions.lookup import Loader, Lookup
+from stepwell_server.engine.sessions.open import Fork, Open
 from stepwell_server.engine.sessions.read import SessionCounts, SessionList, StateReader
 from stepwell_server.engine.sessions.transfer import Existing, Export, Exported, Import, Result, SessionRecord
 from stepwell_server.engine.shares import Pieces, Threads
@@ -69,7 +69,7 @@ from stepwell_server.logs import Log
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store
 
-__all__ = ["Engine", "EveryChange", "ModelStats", "OpenedMany", "PagedOutOnly"]
+__all__ = ["Engine", "EveryChange", "ModelStats", "PagedOutOnly"]
 
 _log = Log("engine")
 
@@ -246,11 +246,12 @@ class Engine:
             drain=self._drain_inboxes,
             require_open=self._require_open,
         )
-        self._begin = begin = Begin(
+        begin = Begin(
             context,
             keeping,
             lambda *which: self._changes.follow(*which),  # noqa: PLW0108 - made below
         )
+        self._open = Open(context, begin)
         self._fork = Fork(context, begin, self._reader)
         self._list = SessionList(table, self._directory, self._expiry, removal, keeping, store, clock)
         self._closing = Closer(
@@ -443,8 +444,8 @@ class Engine:
         namespace: str = "",
         who: Caller = ANYBODY,
     ) -> Opened:
-        """Open a session, or resume the live one of that id: see `Begin.open`."""
-        return await self._begin.open(
+        """Open a session, or resume the live one of that id: see `Open.one`."""
+        return await self._open.one(
             model,
             session_id=session_id,
             batch_size=batch_size,
@@ -470,8 +471,8 @@ class Engine:
         who: Caller = ANYBODY,
         resume: bool = False,
     ) -> OpenedMany:
-        """Open many sessions, all of them or none: see `Begin.open_many`."""
-        return await self._begin.open_many(
+        """Open many sessions, all of them or none: see `Open.many`."""
+        return await self._open.many(
             model,
             count=count,
             session_ids=session_ids,

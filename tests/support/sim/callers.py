@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from stepwell_server.core.exactly_once import ANY_REVISION
-from stepwell_server.engine.api import Opened, SessionInfo, StateRead, StatesRead
+from stepwell_server.engine.api import Opened, OpenedMany, SessionInfo, StateRead, StatesRead
 from stepwell_server.engine.change import Change
-from stepwell_server.engine.engine import Engine, OpenedMany
+from stepwell_server.engine.engine import Engine
 from stepwell_server.errors import (
     DeadlineExceeded,
     InvalidInput,

@@ -4,55 +4,367 @@ All ways are one way. A call is described by `NewSessions`. Then, until it has a
 often: look at the ids, find what an earlier attempt of the call has made, reserve the ids, take rows, charge quotas, have
 the store keep the records (all of them or none), enter the table. The ids of a repeated call follow from its request id, or
 are given, and sessions remember the request id: so the call is done once, also after a restart.
+
+On a shared store, attempts of one call may run on several servers at the same time. One that was held up may continue
+long after another was answered. An attempt that is refused for good deletes what it made, but only sessions that have
+the stamp it wrote. So an attempt that answers with sessions of an earlier attempt first gives them a stamp of its own:
+from then on nobody deletes them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import dataclasses
 import functools
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from stepwell_server.core import namespaces
-from stepwell_server.core.callers import ANYBODY, Caller
+from stepwell_server.core.callers import Caller
 from stepwell_server.core.exactly_once import Kind
+from stepwell_server.core.quotas import SESSION_BYTES, Usage
 from stepwell_server.core.sessions import Handles
-from stepwell_server.engine.api import Opened, SessionInfo
+from stepwell_server.core.slots import Rows
+from stepwell_server.engine.api import OpenedMany, SessionInfo
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
 from stepwell_server.engine.commit.committer import not_known
 from stepwell_server.engine.commit.policy import StorePolicy
-from stepwell_server.engine.content import content_of_open
+from stepwell_server.engine.content import require_same_opening
 from stepwell_server.engine.eager import Rest, finish, start
-from stepwell_server.engine.intake.validation import check_finite_state
-from stepwell_server.engine.sessions.attempt import Attempts, Call, Made, NewSessions, OpenedMany
 from stepwell_server.engine.sessions.context import Context
-from stepwell_server.engine.sessions.directory import MAX_SESSIONS_PER_CALL, require_session_id
 from stepwell_server.engine.sessions.lookup import Seen
 from stepwell_server.engine.state.fields import Mark, at_birth, joined
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import Members, Tensors
+from stepwell_server.engine.types import U64, Array, Members
 from stepwell_server.errors import (
-    InvalidInput,
-    ModelMismatch,
-    ModelNotFound,
     ServerError,
-    SessionExists,
     SessionGone,
     Unavailable,
 )
 from stepwell_server.logs import Log
 from stepwell_server.store import counts
 from stepwell_server.store.base import NO_STAMPS, Batch, Committed, as_server_error, new_stamp, stamped
-from stepwell_server.store.record import Joined, RecordTemplate, Stored
+from stepwell_server.store.record import Joined, RecordTemplate, Stored, decode_header
 
 _log = Log("engine.begin")
 
+_NO_ROWS: Rows = np.zeros(0, np.intp)
+
 _T = TypeVar("_T")
+
+
+class Made(NamedTuple):
+    """Sessions of one model that are in the store, or may be."""
+
+    ids: Sequence[str]
+    stamp: int
+    """Of the records of those that nobody has changed since, or taken over."""
+    model: str
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Call:
+    """A call that begins n sessions, as far as it says which: the same call sent again says the same."""
+
+    ids: Sequence[str]
+    are_named: bool
+    """The caller chose the ids."""
+    field: str
+    """The request's field for the ids."""
+    request_id: int
+    """0 for none."""
+    kind: Kind
+    content: U64
+    """`(n,)`, what it says of each: see `content`."""
+    undos: list[Made] = dataclasses.field(default_factory=list)
+    """What attempts here have made, or taken over: it is deleted if the call is refused for good."""
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class NewSessions(Call):
+    """Sessions of one model that are to begin: columns of n sessions, and what is the same for all of them."""
+
+    model: Model
+    batch_size: int
+    max_idle_ms: int
+    """Limit of each for being unused; 0: it has no limit of its own."""
+    owner: str
+    """The caller for whom the sessions count, beside their tenant: see `Quotas.owner`."""
+    least_revisions: U64
+    """`(n,)`. They begin with these at least."""
+    positions: U64
+    """`(n,)`."""
+    states: Sequence[Array] | None = None
+    """`(n * batch_size, ...)` each, in the model's order; None: the model's initial state."""
+    is_pinned: bool = False
+    """They stay on this version of the model."""
+    is_version: bool = False
+    """The call asks for this version by its number."""
+    is_single: bool = False
+    """The call is about one session: the arena makes room for it, and the log names it."""
+    are_absent: bool = False
+    """The call has seen that no session has these ids, in the moment in which they are reserved."""
+    epoch: int = -1
+    """Of the model when the call came; moves after it take the sessions along. -1: the model's epoch now."""
+
+    # what each attempt finds or draws
+
+    rows: Rows = dataclasses.field(default_factory=lambda: _NO_ROWS)
+    """The arena's rows, with their states, of the first sessions, one after the other. The others begin paged out."""
+    revisions: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
+    """`(n,)`: with which they begin. An id that had a session before continues its revisions: see `Directory.past`."""
+    follows: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
+    """`(n,)`: see `Directory.follows`."""
+    closes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """See `Past.closes`."""
+    stamp: int = 0
+    """Of all of their records: see `Store.new_stamp`."""
+    created: float = 0.0
+    """Seconds since the epoch."""
+    opened_with: int = 0
+    """The request id, or a drawn number: sessions of the same id never share it."""
+
+    def __post_init__(self) -> None:
+        if self.epoch < 0:
+            self.epoch = self.model.epoch
+
+    @property
+    def opened_digests(self) -> U64:
+        """`(n,)`: digests of what the call says of each; see `core.exactly_once`."""
+        return self.content | self.model.digest_prefixes[self.kind]
+
+    @property
+    def usage(self) -> Usage:
+        """What each takes of its tenant's quotas."""
+        own_bytes = self.batch_size * self.model.arena.row_bytes + len(at_birth(self.owner, None))
+        return Usage(1, self.batch_size, SESSION_BYTES + own_bytes)
+
+    @property
+    def ready(self) -> int:
+        """How many have rows."""
+        return len(self.rows) // self.batch_size
+
+    @property
+    def is_repeatable(self) -> bool:
+        """The same call can continue with what this attempt made: of many sessions it must be known whose they are."""
+        return len(self.ids) == 1 or self.request_id != 0
+
+    def only(self, places: Members) -> NewSessions:
+        """Some of them, before they have rows; itself if they are all."""
+        if len(places) == len(self.ids):
+            return self
+        return dataclasses.replace(
+            self,
+            ids=[self.ids[place] for place in places.tolist()],
+            content=self.content[places],
+            least_revisions=self.least_revisions[places],
+            positions=self.positions[places],
+            states=None if self.states is None else [self._rows(array, places) for array in self.states],
+        )
+
+    def part(self, part: slice) -> NewSessions:
+        """Some of them, with their rows; itself if they are all."""
+        if part.stop - part.start == len(self.ids):
+            return self
+        own = slice(part.start * self.batch_size, part.stop * self.batch_size)
+        return dataclasses.replace(
+            self,
+            ids=self.ids[part],
+            content=self.content[part],
+            least_revisions=self.least_revisions[part],
+            positions=self.positions[part],
+            states=None if self.states is None else [array[own] for array in self.states],
+            rows=self.rows[own],
+            revisions=self.revisions[part],
+            follows=self.follows[part],
+        )
+
+    def _rows(self, array: Array, places: Members) -> Array:
+        by_session = array.reshape(-1, self.batch_size, *array.shape[1:])
+        return by_session[places].reshape(-1, *array.shape[1:])
+
+
 Find = Callable[[NewSessions, Seen], Awaitable[_T | Members | None]]
 """Finds the answer to a call in what exists already, or the places of the sessions that are to begin; None: look again."""
+
+
+class Attempts:
+    """Finds what earlier attempts of a call have made. Lives on the event loop."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._table = context.table
+        self._directory = context.directory
+        self._pieces = context.directory.pieces
+
+    def answer(self, ids: Sequence[str], handles: Handles, seen: Seen) -> OpenedMany:
+        """What live sessions are, by what another server made of them while something is under way here.
+
+        Raises:
+            SessionGone: one of them has ended there.
+        """
+        table, models = self._table, self._directory.models
+        revisions, positions = table.revision[handles], table.position[handles]
+        for place, session_id in enumerate(ids):
+            if seen.newer(session_id) is not None:
+                info = self._directory.info_now(int(handles[place]), seen, is_same=True)
+                revisions[place], positions[place] = info.revision, info.position
+        indexes = np.unique(table.model[handles])
+        versions = np.zeros(len(ids), np.uint64)
+        for index in indexes.tolist():
+            versions[table.model[handles] == index] = models.by_index[index].version
+        own = models.by_handle(int(handles[0]))
+        return OpenedMany(
+            ids,
+            own.name,
+            own.program.fingerprint if len(indexes) == 1 else "",
+            int(table.batch_size[handles[0]]),
+            revisions,
+            positions,
+            table.opened_with[handles],
+            self._directory.info_now(int(handles[0]), seen),
+            version=int(versions[0]),
+            versions=versions if len(indexes) > 1 else None,
+        )
+
+    def require_same(self, call: Call, part: slice, handles: Handles) -> None:
+        """Refuse a call whose request id made some of these sessions by another call; -1 stands for none.
+
+        Raises:
+            InvalidInput: it did.
+        """
+        ids, content = call.ids[part], call.content[part]
+        own = np.flatnonzero((handles >= 0) & (self._table.opened_with[handles] == call.request_id))
+        if call.request_id and len(own):
+            model = self._directory.models.by_handle(int(handles[own[0]]))
+            names = ids if len(own) == len(ids) else [ids[place] for place in own.tolist()]
+            stored = self._table.opened_digest[handles[own]]
+            require_same_opening(model, names, stored, call.kind, content[own])
+
+    async def find(self, call: Call, seen: Seen) -> OpenedMany | Members | None:
+        """The answer of an earlier attempt of the call, or else the places of the sessions that are to begin.
+
+        Those are all of them, or those that an earlier attempt did not make. A call is only completed if nobody has
+        changed, closed or taken any of its sessions: else it is judged as a new one.
+
+        Returns:
+            None: something has changed meanwhile, and all must be looked at again.
+
+        Raises:
+            InvalidInput: another call with the request id has made some of them.
+            SessionExists: some are another call's, and some this one's.
+            Unavailable, OutcomeUnknown: they exist, and it is not sure that they stay.
+        """
+        ids, request_id, table = call.ids, call.request_id, self._table
+        every: Members = np.arange(len(ids))
+        handles = self._directory.find_all(ids, seen)
+        there = handles >= 0
+        if not request_id or not there.any():
+            return every
+        self.require_same(call, slice(0, len(ids)), handles)
+        is_own = table.opened_with[handles[there]] == request_id
+        if not is_own.any():
+            return every
+        if not is_own.all():
+            others = np.flatnonzero(there)[~is_own].tolist()
+            self._directory.require_new(call.field, [ids[place] for place in others], seen)
+        if there.all():
+            return await self._answer_again(call, handles, seen)
+        missing = [ids[place] for place in np.flatnonzero(~there).tolist()]
+        if table.request_id[handles[there]].any() or len(self._directory.unusable(missing, seen)):
+            return every
+        if any(self._directory.ended(session_id, seen) is not None for session_id in missing):
+            return every
+        made = [ids[place] for place in np.flatnonzero(there).tolist()]
+        stamp = self._directory.store.new_stamp()
+        if not await self.take_over(made, request_id, stamp):
+            return None
+        call.undos.append(Made(made, stamp, self._directory.models.by_handle(int(handles[there][0])).name))
+        return every[~there]
+
+    async def _answer_again(self, call: Call, handles: Handles, seen: Seen) -> OpenedMany | None:
+        """The answer to a call that has made all of its sessions; None: one of them has ended, or is another one by now."""
+        try:
+            answer = self.answer(call.ids, handles, seen)
+        except SessionGone:
+            await self.free(call.ids)
+            return None
+        # nobody deletes a session that is alone in its call
+        if len(handles) > 1 and not await self.take_over(
+            call.ids, call.request_id, self._directory.store.new_stamp()
+        ):
+            return None
+        self._context.observer.replayed(answer.model, call.kind.name.lower(), len(handles))
+        return dataclasses.replace(answer, replayed=True)
+
+    async def free(self, session_ids: Sequence[str]) -> None:
+        """Return when what is under way now for some sessions has ended."""
+        for session_id in session_ids:
+            handle = self._table.find(session_id)
+            if handle is not None:
+                await self._context.turns.free(handle)
+
+    async def take_over(self, ids: Sequence[str], request_id: int, stamp: int) -> bool:
+        """Give sessions that an attempt of a call has made a new stamp; False if one of them is gone.
+
+        Those that were changed since have another one already. If the store says at once that all of them are as they
+        were, nobody else can delete them, and they need none.
+        """
+        handles = self._table.find_all(ids)
+        if (handles >= 0).all() and self._directory.are_as_stored(handles):
+            return True
+        async for part in self._pieces.of(ids):
+            if not await self._take_over_part(ids[part], request_id, stamp):
+                return False
+        return True
+
+    async def _take_over_part(self, ids: Sequence[str], request_id: int, stamp: int) -> bool:
+        for _ in range(MAX_TRIES):
+            puts: list[tuple[str, Stored]] = []
+            follows: list[int] = []
+            for session_id, each in zip(ids, await self._directory.store.fetch(ids), strict=True):
+                if each.record is None:
+                    return False
+                header = decode_header(session_id, each.record)
+                if header.opened_with != request_id:
+                    return False
+                if not header.request_id:
+                    puts.append((session_id, each.record))
+                    follows.append(each.stamp)
+            if not puts or await self._stamp(puts, np.array(follows, np.uint64), stamp):
+                return True
+        raise changed_elsewhere(ids[0])
+
+    async def _stamp(self, puts: Sequence[tuple[str, Stored]], follows: U64, stamp: int) -> bool:
+        """Write records as they are, with a new stamp; False if one was changed meanwhile."""
+        answered: asyncio.Future[Committed | ServerError] = asyncio.get_running_loop().create_future()
+
+        def done(committed: Committed | ServerError) -> None:
+            if isinstance(committed, Committed):
+                self._set_stamps(puts, follows, stamp, committed)
+            answered.set_result(committed)
+
+        batch = Batch(puts=puts, follows=follows, stamps=stamped(stamp, len(puts)))
+        self._context.commits.submit(lambda: batch, len(puts), done)
+        committed = await asyncio.shield(answered)
+        if isinstance(committed, ServerError):
+            raise committed
+        if committed.unknown:
+            raise not_known()
+        return not committed.conflicts
+
+    def _set_stamps(
+        self, puts: Sequence[tuple[str, Stored]], follows: U64, stamp: int, committed: Committed
+    ) -> None:
+        """Note in the table what its sessions are stamped with now."""
+        table = self._table
+        for (session_id, _), before in zip(puts, follows.tolist(), strict=True):
+            handle = table.find(session_id)
+            is_kept = session_id not in committed.conflicts and session_id not in committed.unknown
+            if is_kept and handle is not None and int(table.stamp[handle]) == before:
+                table.stamp[handle] = stamp
 
 
 class Begin:
@@ -74,195 +386,6 @@ class Begin:
         self._follow = follow
         self._running: set[asyncio.Task[Any]] = set()
         """Commits that wait for the store, whatever becomes of their calls."""
-
-    # --------------------------------------------------------------------------------------------------------- opening
-
-    async def open(
-        self,
-        model: str,
-        *,
-        session_id: str = "",
-        batch_size: int = 1,
-        state: Tensors | None = None,
-        must_be_new: bool = False,
-        request_id: int = 0,
-        fingerprint: str = "",
-        max_idle_ms: int | None = None,
-        namespace: str = "",
-        who: Caller = ANYBODY,
-    ) -> Opened:
-        """Open a session, or resume the live one of that id.
-
-        `max_idle_ms` is the session's own limit if it begins: 0 for none, None for what the server gives
-        (`IdleLimits.of_new`). A resumed session keeps its limit. One without a name gets an id in the `namespace`.
-
-        Raises:
-            ModelNotFound, ModelMismatch, InvalidInput, SessionExists, Overloaded, Unavailable
-        """
-        self._context.require_open()
-        served = self._directory.models.by_name(model)
-        served.require_fingerprint(fingerprint)
-        served.require_batch_size(batch_size)
-        if session_id:
-            require_session_id("session_id", session_id)
-        name = session_id or self._directory.ids.make(request_id, namespace=namespace)
-        new = NewSessions(
-            ids=[name],
-            are_named=bool(session_id),
-            field="session_id",
-            request_id=request_id,
-            kind=Kind.OPEN,
-            content=np.zeros(1, np.uint64),
-            model=served,
-            batch_size=batch_size,
-            max_idle_ms=self.limit(max_idle_ms, is_named=bool(session_id)),
-            owner=self.owner(who),
-            least_revisions=np.zeros(1, np.uint64),
-            positions=np.zeros(1, np.uint64),
-            is_pinned=self._directory.models.is_pinned(model),
-            is_version="@" in model,
-            is_single=True,
-            are_absent=True,  # else it resumes the session
-        )
-
-        async def find(new: NewSessions, seen: Seen) -> Opened | OpenedMany | Members | None:
-            handle = self._live(name, seen, must_be_new)
-            if handle is None:
-                new.states = check_finite_state(served.program, state, batch_size)
-                new.content = content_of_open(model, batch_size, max_idle_ms, new.states or ())
-                return np.zeros(1, np.intp)
-            if new.is_version:
-                self._directory.require_version(handle, served)
-            if not request_id or int(self._table.opened_with[handle]) != request_id:
-                return await self._resume(new, handle, seen, must_be_new=must_be_new)
-            # a state that its version does not take is another one than that of the first attempt
-            new.content = np.zeros(1, np.uint64)
-            with contextlib.suppress(InvalidInput):
-                values = check_finite_state(
-                    self._directory.models.by_handle(handle).program, state, batch_size
-                )
-                new.content = content_of_open(model, batch_size, max_idle_ms, values or ())
-            return await self.attempts.find(new, seen)
-
-        made: Opened | OpenedMany = await self.begin(new, find)
-        return made if isinstance(made, Opened) else Opened(made.first, replayed=made.replayed)
-
-    def _live(self, name: str, seen: Seen, must_be_new: bool) -> int | None:
-        try:
-            return self._directory.live(name, seen)
-        except (ModelMismatch, ModelNotFound) as error:
-            if must_be_new:  # it exists, whatever it belongs to
-                raise _exists(name) from error
-            raise
-
-    async def _resume(self, new: NewSessions, handle: int, seen: Seen, *, must_be_new: bool) -> Opened | None:
-        name, model = new.ids[0], new.model
-        try:
-            info = self._directory.info_now(handle, seen, is_same=True)
-        except SessionGone:  # on another server, while something is under way for it here
-            await self.attempts.free(new.ids)
-            return None
-        if must_be_new:
-            raise _exists(name)
-        if info.model != model.name or info.batch_size != new.batch_size:
-            raise SessionExists(
-                f"session {name!r} is open with model {info.model!r} and batch_size {info.batch_size};"
-                f" got model {model.name!r} and batch_size {new.batch_size}",
-                session_id=name,
-            )
-        self._context.uses.used(np.array([handle]))
-        self._context.observer.session_event("resumed", model.name, name)
-        return Opened(self._directory.info_now(handle, seen, is_same=True), resumed=True)
-
-    async def open_many(
-        self,
-        model: str,
-        *,
-        count: int = 0,
-        session_ids: Sequence[str] = (),
-        batch_size: int = 1,
-        request_id: int = 0,
-        max_idle_ms: int | None = None,
-        namespace: str = "",
-        who: Caller = ANYBODY,
-        resume: bool = False,
-    ) -> OpenedMany:
-        """Open many sessions: all of them or none. The `namespace`, and errors, are as of `open`.
-
-        Where a shared store does not say what it kept, some of them may exist: the same call makes the others when it
-        comes again, here or on another server. With `resume`, live ones of `session_ids` are resumed, and the others are
-        opened.
-        """
-        self._context.require_open()
-        served = self._directory.models.by_name(model)
-        served.require_batch_size(batch_size)
-        if session_ids and count and count != len(session_ids):
-            raise InvalidInput(
-                f"count must be 0 or the number of session_ids, {len(session_ids)}; got {count}"
-            )
-        wanted = len(session_ids) or count
-        if not 1 <= wanted <= MAX_SESSIONS_PER_CALL:
-            raise InvalidInput(f"count must be 1 to {MAX_SESSIONS_PER_CALL}; got {wanted}")
-        ids = await self.ids("session_ids", session_ids, wanted, request_id, namespace=namespace)
-        new = NewSessions(
-            ids=ids,
-            are_named=bool(session_ids),
-            field="session_ids",
-            request_id=request_id,
-            kind=Kind.OPEN,
-            content=content_of_open(model, batch_size, max_idle_ms, count=wanted),
-            model=served,
-            batch_size=batch_size,
-            max_idle_ms=self.limit(max_idle_ms, is_named=bool(session_ids)),
-            owner=self.owner(who),
-            least_revisions=np.zeros(wanted, np.uint64),
-            positions=np.zeros(wanted, np.uint64),
-            is_pinned=self._directory.models.is_pinned(model),
-            is_version="@" in model,
-        )
-        if not resume:
-            return await self.begin(new, self.attempts.find)
-        if not session_ids:
-            raise InvalidInput("resume must come with session_ids; got none")
-        return await self._resume_many(new)
-
-    async def _resume_many(self, new: NewSessions) -> OpenedMany:
-        opened: set[str] = set()
-        for _ in range(MAX_TRIES):
-            absent = await self.attempts.absent(new, await self.look(new.ids))
-            if len(absent):
-                try:
-                    made = await self.begin(new.only(absent), self.attempts.find)
-                except SessionExists:  # another call has opened one of them meanwhile
-                    continue
-                if len(absent) == len(new.ids):
-                    return made
-                opened.update(made.session_ids)
-            resumed = await self.attempts.resume(new, await self.look(new.ids), opened)
-            if resumed is not None:
-                return resumed
-        raise changed_elsewhere(new.ids[0])
-
-    async def ids(
-        self,
-        field: str,
-        named: Sequence[str],
-        count: int,
-        request_id: int,
-        sources: Sequence[str] = (),
-        *,
-        namespace: str,
-    ) -> list[str]:
-        """The ids that the request's `field` names, or new ones."""
-        if not named:
-            make = self._directory.ids.make_many
-            return await make(request_id, count, self._pieces, sources, namespace=namespace)
-        async for part in self._pieces.of(named):
-            for session_id in named[part]:
-                require_session_id(field, session_id)
-        if len(set(named)) != len(named):
-            raise InvalidInput(f"{field} must be different from each other; got one of them twice")
-        return list(named)
 
     def limit(self, asked_ms: int | None, *, is_named: bool) -> int:
         """See `IdleLimits.of_new`."""
@@ -603,10 +726,6 @@ class Begin:
 
 #: Another server has made a session of one of the ids. It may have been the same call.
 _OVERTAKEN = ServerError("overtaken")
-
-
-def _exists(session_id: str) -> SessionExists:
-    return SessionExists(f"session_id must be new; session {session_id!r} is open", session_id=session_id)
 
 
 def _of_tenants(ids: Sequence[str], model: str, by: int) -> list[tuple[str, int]]:

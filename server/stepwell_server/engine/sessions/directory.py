@@ -195,6 +195,27 @@ class Directory:
                 handles = self._table.find_all(session_ids)
         return handles
 
+    async def named_or_new(
+        self,
+        field: str,
+        named: Sequence[str],
+        count: int,
+        request_id: int,
+        sources: Sequence[str] = (),
+        *,
+        namespace: str,
+    ) -> list[str]:
+        """The ids that the request's `field` names, or new ones."""
+        if not named:
+            make = self.ids.make_many
+            return await make(request_id, count, self.pieces, sources, namespace=namespace)
+        async for part in self.pieces.of(named):
+            for session_id in named[part]:
+                require_session_id(field, session_id)
+        if len(set(named)) != len(named):
+            raise InvalidInput(f"{field} must be different from each other; got one of them twice")
+        return list(named)
+
     def require_new(self, name: str, session_ids: Sequence[str], seen: Seen) -> None:
         """Refuse ids of sessions that are there, even if they cannot be stepped here.
 

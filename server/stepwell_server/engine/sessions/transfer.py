@@ -18,8 +18,8 @@ from stepwell_server.core.sessions import MAX_IMPORT_POSITION
 from stepwell_server.engine.api import SessionFilter
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
 from stepwell_server.engine.commit.committer import not_known
-from stepwell_server.engine.commit.endings import ended_by
 from stepwell_server.engine.commit.records import Records, as_it_is, encoded
+from stepwell_server.engine.commit.tombstones import ended_by
 from stepwell_server.engine.intake.validation import require_finite
 from stepwell_server.engine.sessions.begin import Begin
 from stepwell_server.engine.sessions.close import Closer
