@@ -21,12 +21,12 @@ from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.known_files import KnownFiles
 from stepwell_server.core.callers import ANYBODY, Caller, Credential
 from stepwell_server.core.front_limits import FrontLimits
+from stepwell_server.metrics.observer import SlowestSteps
 from stepwell_server.program import Program
 from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.fronts.base import CallEnded, FrontCounts, Method, Steps
 from stepwell_server.rpc.fronts.certificates import Certificates
 from stepwell_server.rpc.server import RpcServer
-from stepwell_server.rpc.slowest import Slowest
 from stepwell_server.rpc.triton.inference import service_pb2
 from support.engine import Harness, running
 from support.fake_call import FakeCall, Requests
@@ -44,7 +44,7 @@ class Observer(Requests, NoPasses):
 
     def __init__(self) -> None:
         super().__init__()
-        self.slowest = Slowest()
+        self.slow_steps = SlowestSteps()
 
 
 class Front:
@@ -105,14 +105,14 @@ class Calls:
         self,
         at: Harness,
         methods: Mapping[str, Method],
-        slowest: Slowest,
+        slow_steps: SlowestSteps,
         live: Catalog,
         loads: Loads,
         who: Caller = ANYBODY,
     ) -> None:
         self.at = at
         self.methods = methods
-        self.slowest = slowest
+        self.slow_steps = slow_steps
         self.live = live
         self.loads = loads
         """What becomes of files that are loaded."""
@@ -120,7 +120,7 @@ class Calls:
 
     def of(self, who: Caller) -> Calls:
         """The same, as somebody else."""
-        return Calls(self.at, self.methods, self.slowest, self.live, self.loads, who)
+        return Calls(self.at, self.methods, self.slow_steps, self.live, self.loads, who)
 
     def new_call(self, raw: bytes = b"") -> FakeCall:
         """A call of whom it is."""
@@ -204,7 +204,7 @@ async def calls(
         live = live_models(at.engine, at.clock, loads, **(live_options or {}))
         known = KnownFiles(at.engine, files or {}, (live_options or {}).get("root"))
         server.serve(at.engine, live, admin_refusal, known_files=known)
-        yield Calls(at, front.methods, observer.slowest, live, loads)
+        yield Calls(at, front.methods, observer.slow_steps, live, loads)
         await live.close()
 
 

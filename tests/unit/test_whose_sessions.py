@@ -151,7 +151,7 @@ async def models(at: Calls, _session_id: str) -> None:
 
 
 async def slow(at: Calls, _session_id: str) -> None:
-    at.slowest.note("plain", "acme\x1fmine", 1.0, at.at.clock.monotonic())
+    at.slow_steps.note("plain", "acme\x1fmine", 1.0, at.at.clock.monotonic())
     assert await at.call(models_pb2.ListSlowSessionsRequest()) == models_pb2.ListSlowSessionsResponse()
     for who, tenant in ((ANN, ""), (EVERYBODYS, "acme")):
         (told,) = (await at.of(who).call(models_pb2.ListSlowSessionsRequest())).sessions

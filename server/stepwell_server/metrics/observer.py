@@ -15,7 +15,7 @@ from stepwell_server.engine.api import Observer, SessionPolicy
 from stepwell_server.errors import reasons
 from stepwell_server.metrics.families import gauge
 from stepwell_server.metrics.series import ROWS, SECONDS, Counter, Histogram, Series
-from stepwell_server.rpc.slowest import Slowest
+from stepwell_server.rpc.services.models import MAX_SLOW_SESSIONS, SlowStep
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -29,6 +29,38 @@ _STAGES = ("wait", "commit", "total")
 _SOURCES = ("cache", "compiled", "file", "failed")
 #: In place of a model where an error, or what was sent again, is of none that is served.
 _NO_MODEL = ""
+#: How long a slow step is kept.
+SLOW_KEPT_S = 60.0
+
+
+class SlowestSteps:
+    """The slowest recent step of each of the slowest sessions: few, and cheap to keep. Lives on the event loop."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, SlowStep] = {}
+        self._threshold_s = 0.0
+        """Quicker steps are not among the slowest before the next trim."""
+        self._next_trim = 0.0
+
+    def note(self, model: str, session_id: str, seconds: float, now: float) -> None:
+        """A step of a session was answered."""
+        if seconds <= self._threshold_s and now < self._next_trim:
+            return
+        known = self._found.get(session_id)
+        if known is None or known.seconds < seconds or known.when <= now - SLOW_KEPT_S:
+            self._found[session_id] = SlowStep(seconds, session_id, model, now)
+        if len(self._found) >= 2 * MAX_SLOW_SESSIONS or now >= self._next_trim:
+            self._trim(now)
+
+    def _trim(self, now: float) -> None:
+        kept = self.list(now)[:MAX_SLOW_SESSIONS]
+        self._found = {step.session_id: step for step in kept}
+        self._threshold_s = kept[-1].seconds if len(kept) == MAX_SLOW_SESSIONS else 0.0
+        self._next_trim = min((step.when for step in kept), default=now) + SLOW_KEPT_S
+
+    def list(self, now: float) -> list[SlowStep]:
+        """The slowest first."""
+        return sorted((step for step in self._found.values() if step.when > now - SLOW_KEPT_S), reverse=True)
 
 
 class PrometheusObserver(Observer):
@@ -47,7 +79,7 @@ class PrometheusObserver(Observer):
         self._time_step_s: dict[str, float] = {}
         self._load_seconds: dict[str, float] = {}
         self._streams: dict[str, int] = {}
-        self.slowest = Slowest()
+        self.slow_steps = SlowestSteps()
         self._events = Counter(
             "stepwell_session_events",
             "Sessions opened, resumed, forked, closed, expired.",
@@ -170,7 +202,7 @@ class PrometheusObserver(Observer):
         alone.counts[bisect_left(SECONDS, seconds)] += 1
         alone.total += seconds
         self._time_step_s[model] = seconds
-        self.slowest.note(model, session_id, seconds, now)
+        self.slow_steps.note(model, session_id, seconds, now)
 
     def _count_alone(self) -> None:
         """Add the steps that ran alone to everything they belong to."""
@@ -211,7 +243,7 @@ class PrometheusObserver(Observer):
 
     @override
     def slow(self, model: str, session_id: str, seconds: float, now: float) -> None:
-        self.slowest.note(model, session_id, seconds, now)
+        self.slow_steps.note(model, session_id, seconds, now)
 
     @override
     def applied(self, model: str, change: str, count: int, row_steps: int) -> None:

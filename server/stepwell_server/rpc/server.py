@@ -24,7 +24,7 @@ from stepwell_server.rpc.fronts.shape import Shape
 from stepwell_server.rpc.guard import Authenticator, Guard
 from stepwell_server.rpc.services import health, reflection
 from stepwell_server.rpc.services.model_admin import ModelAdminServicer
-from stepwell_server.rpc.services.models import ModelServicer
+from stepwell_server.rpc.services.models import ModelServicer, SlowSteps
 from stepwell_server.rpc.services.sessions import SessionServicer
 from stepwell_server.rpc.status import ADMIN_CODES, ANY_CODE, NAMING_CODES, UPLOAD_CODES, to_status
 from stepwell_server.rpc.steps.columns import ColumnSteps
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from stepwell_server.catalog.catalog import Catalog
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
-    from stepwell_server.rpc.slowest import Slowest
     from stepwell_server.rpc.tracing import Tracer
 
 _SESSIONS = sessions_pb2.DESCRIPTOR.services_by_name["SessionService"]
@@ -63,8 +62,9 @@ SERVICES = {method.name: service.full_name for service in _OF_ENGINE for method 
 class ServerObserver(RequestObserver, PassObserver, Protocol):
     """Who wants to know of calls, and knows of passes."""
 
-    slowest: Slowest
-    """Sessions with slow steps."""
+    @property
+    def slow_steps(self) -> SlowSteps:
+        """Sessions with slow steps."""
 
 
 class RpcServer:
@@ -185,7 +185,7 @@ class RpcServer:
             Repository(control, known_files, admin_refusal),
         )
         self._serve_by(_SESSIONS, self._sessions)
-        models = ModelServicer(engine, self.info, limit, observer.slowest, clock, control)
+        models = ModelServicer(engine, self.info, limit, observer.slow_steps, clock, control)
         self._serve_by(_MODELS, models)
         self._serve_by(_MODEL_ADMIN, ModelAdminServicer(control, models, self._auditor, admin_refusal))
         self._serve_by(_TRITON, self._triton)

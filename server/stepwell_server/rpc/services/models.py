@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from stepwell.v1 import models_pb2 as pb
 from stepwell_server.core.callers import Role
 from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc import convert, naming, tensors
-from stepwell_server.rpc.slowest import MOST
 from stepwell_server.rpc.steps.messages import REPLY_BYTES
 
 if TYPE_CHECKING:
@@ -16,11 +16,29 @@ if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.fronts.base import Call
-    from stepwell_server.rpc.slowest import Slowest
 
 
-_SLOW = 10
-"""Sessions with slow steps, where the caller does not say how many."""
+MAX_SLOW_SESSIONS = 100
+"""The limit of ListSlowSessions; its source keeps at least this many."""
+_SLOW_SESSIONS = 10
+"""How many it lists where the caller names no limit."""
+
+
+class SlowStep(NamedTuple):
+    """The slowest recent step of a session."""
+
+    seconds: float
+    session_id: str
+    model: str
+    when: float
+    """When it was answered, on the clock's monotonic time."""
+
+
+class SlowSteps(Protocol):
+    """Knows the sessions with slow steps."""
+
+    def list(self, now: float) -> Sequence[SlowStep]:
+        """One step of each session, the slowest first."""
 
 
 class ModelServicer:
@@ -31,13 +49,13 @@ class ModelServicer:
         engine: Engine,
         server: pb.Server,
         max_reply_bytes: int,
-        slowest: Slowest,
+        slow_steps: SlowSteps,
         clock: Clock,
         control: Catalog | None = None,
     ) -> None:
         """`server` describes it to admins; `control` loads models; None: those of the start are all."""
         self._control = control
-        self._slowest = slowest
+        self._slow_steps = slow_steps
         self._clock = clock
         self._engine = engine
         self._server = server
@@ -81,12 +99,12 @@ class ModelServicer:
         self, request: pb.ListSlowSessionsRequest, call: Call
     ) -> pb.ListSlowSessionsResponse:
         """List sessions with slow steps: those of the caller's tenant."""
-        if request.limit > MOST:
-            raise InvalidInput(f"limit must be at most {MOST}; got {request.limit}")
+        if request.limit > MAX_SLOW_SESSIONS:
+            raise InvalidInput(f"limit must be at most {MAX_SLOW_SESSIONS}; got {request.limit}")
         now, tenant = self._clock.monotonic(), naming.listed(call.who, "")
         own = [
             step
-            for step in self._slowest.list(now)
+            for step in self._slow_steps.list(now)
             if tenant is None or naming.tenant_of(step.session_id) == tenant
         ]
         return pb.ListSlowSessionsResponse(
@@ -98,7 +116,7 @@ class ModelServicer:
                     seconds=step.seconds,
                     age_seconds=now - step.when,
                 )
-                for step in own[: request.limit or _SLOW]
+                for step in own[: request.limit or _SLOW_SESSIONS]
             ]
         )
 
