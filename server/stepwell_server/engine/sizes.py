@@ -44,10 +44,7 @@ class Sizes:
         return found
 
     def settle(self, outcome: Outcome) -> None:
-        """The store has kept an outcome: count its sessions by what it has now. To be called before the table says it.
-
-        Ask `Model.may_resize` first, as for `resized`: few do, and those that do not should cost nothing.
-        """
+        """The store has kept an outcome: count its sessions by what it has now. To be called before the table says it."""
         after = self._of(outcome)
         more = after - self.table.bytes[outcome.handles]
         places = np.flatnonzero(more)

@@ -68,7 +68,7 @@ class Recorder:
                 follows = self._table.stamp[self._table.find_all([session_id for session_id, _ in puts])]
             return Batch(
                 puts=puts,
-                resized=sizes.resized(outcome) if outcome.model.may_resize(outcome.arrays) else (),
+                resized=sizes.resized(outcome) if _may_resize(outcome) else (),
                 follows=follows,
                 stamps=stamped(outcome.stamp, count),
             )
@@ -141,7 +141,7 @@ class Committer:
     def _set(self, outcome: Outcome, answer: Answer, places: Members | None) -> None:
         """What was kept is true from here on; `places`: of a larger outcome, None: all."""
         table, handles = self._table, outcome.handles
-        if outcome.model.may_resize(outcome.arrays):
+        if _may_resize(outcome):
             self._sizes.settle(outcome)
         table.revision[handles] = outcome.revisions
         table.position[handles] = outcome.positions
@@ -155,6 +155,11 @@ class Committer:
             outcome.model.replies.remember(handles, outcome.arrays)
         answer(None, places)
         self._release(handles)
+
+
+def _may_resize(outcome: Outcome) -> bool:
+    """Whether the sessions' records may have other sizes than before: few do, and the others must cost nothing."""
+    return bool(outcome.arrays or outcome.model.replies.series or outcome.model.epoch)
 
 
 def not_known() -> OutcomeUnknown:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from stepwell_server.core.exactly_once import Kind, prefix_of
 from stepwell_server.core.scheduler import Scheduler, Share
 from stepwell_server.core.slots import Slots
 from stepwell_server.engine.state.arena import Arena
-from stepwell_server.engine.state.replies import KeptArrays, ReplyMemory
+from stepwell_server.engine.state.replies import ReplyMemory
 from stepwell_server.errors import InvalidInput, ModelMismatch
 from stepwell_server.program import FINGERPRINT_DIGITS, Program
 from stepwell_server.store.record import Texts
@@ -94,10 +93,6 @@ class Model:
             raise InvalidInput(
                 f"batch_size must be 1 to resident_rows, {self.slots.resident_limit}; got {batch_size}"
             )
-
-    def may_resize(self, arrays: Mapping[int, KeptArrays]) -> bool:
-        """Whether the records of sessions whose replies are kept as these arrays may have other bytes than before."""
-        return bool(arrays or self.replies.series or self.epoch)
 
     @property
     def rows_of_a_short_pass(self) -> int:
