@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import stepwell_front
 
 from stepwell_server.addresses import Address, UnixAddress
@@ -17,24 +18,30 @@ from stepwell_server.core.callers import ANYBODY, Caller, Credential
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.namespaces import SEPARATOR, prefix_of
 from stepwell_server.core.remembered import Remembered
+from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.rpc.fronts.arrivals import Arrivals, Kind
 from stepwell_server.rpc.fronts.base import (
+    F64,
     BindError,
     CallEnded,
+    Ended,
     FrontCounts,
+    InputColumn,
     Method,
     OtherFront,
+    OutputColumn,
     Rest,
+    StepColumns,
     Steps,
 )
 from stepwell_server.rpc.fronts.certificates import Certificates, Option, Unusable
-from stepwell_server.rpc.fronts.native_columns import Said, columns_of, said
 from stepwell_server.rpc.fronts.unix_socket import SocketFile, bind
+from stepwell_server.rpc.status import Status
 
 if TYPE_CHECKING:
-    from stepwell_front import CallHandle
+    from stepwell_front import BatchHandle, CallHandle
 
 VERSION = stepwell_front.__version__
 #: What this module and the front say to each other: raised with every change of it, here and in `python/front.rs`.
@@ -69,7 +76,9 @@ _PLAIN = {
     "/inference.GRPCInferenceService/ModelInfer": "infer",
     "/inference.GRPCInferenceService/ModelStreamInfer": "infer_stream",
 }
-_OK: Said = (0, "", b"", False)
+#: A status as the wire knows it: code, message, details, and whether the call may go elsewhere.
+_WireStatus = tuple[int, str, bytes, bool]
+_OK: _WireStatus = (0, "", b"", False)
 # The numbers that tell what has come: see `tuple` in python/front.rs.
 _BATCH, _CALL, _MESSAGE, _TOO_LARGE, _DUPLICATE, _HALF_CLOSED, _WRITTEN, _ENDED, _REFUSED, _JUDGE, _BREACH = (
     range(11)
@@ -82,6 +91,9 @@ _REFUSED_LOG = {
     "evicted": "connections that do nothing are closed for new ones: there are as many as may be (--max-connections)",
     "open_files": "connections wait: no more files can be opened (ulimit -n)",
 }
+_NOBODY: Members = np.zeros(0, np.intp)
+_NO_TIMES: F64 = np.zeros(0)
+_ANYBODY = [ANYBODY]
 
 
 class _Call:
@@ -170,6 +182,46 @@ class _Call:
         _wake(self._room)
 
 
+class _Replies:
+    """`base.ColumnReplies` of a batch that the wire has handed over."""
+
+    def __init__(self, batch: BatchHandle) -> None:
+        self._batch = batch
+
+    def applied(
+        self,
+        members: Members | None,
+        revisions: U64,
+        positions: U64,
+        outputs: Sequence[OutputColumn],
+        *,
+        replayed: bool,
+        model_version: int,
+    ) -> Ended:
+        """See `base.ColumnReplies`."""
+        some = None if members is None else members.astype(np.uint32).tobytes()
+        columns = (revisions.tobytes(), positions.tobytes(), outputs)
+        return _ended(*self._batch.applied(some, *columns, replayed, model_version))
+
+    def failed(self, members: Members | None, status: Status, error: bytes) -> Ended:
+        """See `base.ColumnReplies`."""
+        some = None if members is None else members.astype(np.uint32).tobytes()
+        return _ended(*self._batch.failed(some, _wire_status(status), error))
+
+    def request(self, member: int) -> bytes:
+        """See `base.ColumnReplies`."""
+        return self._batch.request(member)
+
+    def untraced(self) -> Sequence[int]:
+        """See `base.ColumnReplies`."""
+        return self._batch.untraced()
+
+    def gone(self) -> Members:
+        """See `base.ColumnReplies`."""
+        gone = self._batch.gone()
+        return np.array(gone, np.intp) if gone else _NOBODY
+
+
 class NativeFront:
     """Serves methods by the wire in Rust, and hands on plain steps as columns. `base.Front`."""
 
@@ -209,8 +261,8 @@ class NativeFront:
             [[] if method.shape is None else method.shape.table for method in methods],
             self.limits.values,
             now=self._clock.monotonic,
-            overloaded=said(steps.overloaded()),
-            headers_too_large=said(steps.headers_too_large(self.limits.header_bytes)),
+            overloaded=_wire_status(steps.overloaded()),
+            headers_too_large=_wire_status(steps.headers_too_large(self.limits.header_bytes)),
             callers=self._known,
         )
         if certificates is not None:
@@ -392,7 +444,7 @@ class NativeFront:
     def _do(self, arrival: tuple[Any, ...]) -> None:
         tag = arrival[0]
         if tag == _BATCH:
-            rest = self._steps.take(columns_of(*arrival[1:]))
+            rest = self._steps.take(_columns_of(*arrival[1:]))
             if rest is not None:
                 self._do_rest(rest, set(arrival[3]))
             return
@@ -429,7 +481,7 @@ class NativeFront:
             if judge is not None:
                 judge(_Call(handle, None, self._callers.put))
         except CallEnded as ended:
-            handle.end(said(ended.status))
+            handle.end(_wire_status(ended.status))
         else:
             handle.admit()
 
@@ -449,7 +501,7 @@ class NativeFront:
             handle, size = rest
             is_open = self._methods[handle.method].is_open
             limit = min(self.limits.message_bytes, self.limits.open_message_bytes) if is_open else None
-            handle.end(said(self._steps.too_large(size, limit)))
+            handle.end(_wire_status(self._steps.too_large(size, limit)))
         call = self._calls.get(key)
         if call is None:  # it has had its end meanwhile
             return
@@ -494,7 +546,51 @@ class NativeFront:
             else:
                 handle.finish(reply)
         except CallEnded as ended:
-            handle.end(said(ended.status))
+            handle.end(_wire_status(ended.status))
+
+
+def _columns_of(
+    batch: BatchHandle,
+    session_ids: list[str],
+    callers: list[str],
+    whos: list[Caller] | None,
+    numbers: tuple[bytes, bytes, bytes, bytes, bytes],
+    asked: tuple[int, list[str], bool, tuple[str, str] | None],
+    tensors: list[tuple[str, int, list[int], bytes]],
+) -> StepColumns:
+    """A batch as `base.Steps` takes it. The arguments are those of the tuple of `python/front.rs`."""
+    counts, sizes, expected, request_ids, deadlines = numbers
+    select, output_names, says_sizes, model = asked
+    return StepColumns(
+        session_ids,
+        callers,
+        _ANYBODY if whos is None else whos,
+        np.frombuffer(sizes, np.uint32),
+        says_sizes,
+        np.frombuffer(expected, np.uint64) if expected else None,
+        np.frombuffer(request_ids, np.uint64) if request_ids else None,
+        np.frombuffer(deadlines, np.float64),
+        select,
+        output_names,
+        [InputColumn(*tensor) for tensor in tensors],
+        np.frombuffer(counts, np.uint32),
+        _Replies(batch),
+        model,
+    )
+
+
+def _wire_status(status: Status) -> _WireStatus:
+    """A status as the wire takes it."""
+    details = next((value for _, value in status.trailers), b"")
+    return int(status.code), status.message, details, status.may_go_elsewhere
+
+
+def _ended(calls: bytes, messages: bytes) -> Ended:
+    return Ended(_times(calls), _times(messages))
+
+
+def _times(raw: bytes) -> F64:
+    return np.frombuffer(raw, np.float64) if raw else _NO_TIMES
 
 
 def _identity(caller: Caller) -> str:
