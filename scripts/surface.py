@@ -174,12 +174,12 @@ def errors() -> list[str]:
     """Each reason with its status codes, and what the SDK makes of it."""
     import grpc
 
-    from stepwell import _status
+    from stepwell._transport.status import Status, to_error
     from stepwell_server.errors import ServerError
     from stepwell_server.rpc import status
 
     def raised(code: str, reason: str = "") -> str:
-        return type(_status.to_error(_status.Status(grpc.StatusCode[code], "text", reason))).__name__
+        return type(to_error(Status(grpc.StatusCode[code], "text", reason))).__name__
 
     lines = {
         f"domain of ErrorInfo: {status.DOMAIN}",

@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stepwell import aio, config, errors, events
-    from stepwell._admin import ExportReport, ImportReport
+    from stepwell._admin.admin import ExportReport, ImportReport
+    from stepwell._admin.session_list import SessionList
     from stepwell._local import LocalClient, local
-    from stepwell._replica import ReplicaInfo
-    from stepwell._session_list import SessionList
-    from stepwell._state import State
-    from stepwell._trace import Trace
-    from stepwell._types import (
+    from stepwell._routing.replica import ReplicaInfo
+    from stepwell._state.infos import (
         LayerInfo,
         LoadedModel,
         ModelInfo,
@@ -35,6 +33,8 @@ if TYPE_CHECKING:
         SlowSession,
         TensorInfo,
     )
+    from stepwell._state.state import State
+    from stepwell._state.trace import Trace
     from stepwell.client import Client, connect
     from stepwell.config import TlsConfig
     from stepwell.errors import (
@@ -125,26 +125,26 @@ __all__ = [
 _MODULES = frozenset({"aio", "config", "errors", "events"})
 _HOMES = {
     "Client": "client",
-    "ExportReport": "_admin",
-    "ImportReport": "_admin",
-    "LayerInfo": "_types",
-    "LoadedModel": "_types",
+    "ExportReport": "_admin.admin",
+    "ImportReport": "_admin.admin",
+    "LayerInfo": "_state.infos",
+    "LoadedModel": "_state.infos",
     "LocalClient": "_local",
-    "ModelInfo": "_types",
-    "ModelVersionInfo": "_types",
-    "ProofInfo": "_types",
-    "ProvenanceInfo": "_types",
-    "ReplicaInfo": "_replica",
-    "ServerInfo": "_types",
-    "SlowSession": "_types",
+    "ModelInfo": "_state.infos",
+    "ModelVersionInfo": "_state.infos",
+    "ProofInfo": "_state.infos",
+    "ProvenanceInfo": "_state.infos",
+    "ReplicaInfo": "_routing.replica",
+    "ServerInfo": "_state.infos",
+    "SlowSession": "_state.infos",
     "Session": "session",
     "SessionGroup": "group",
-    "SessionInfo": "_types",
-    "SessionList": "_session_list",
-    "State": "_state",
-    "TensorInfo": "_types",
+    "SessionInfo": "_state.infos",
+    "SessionList": "_admin.session_list",
+    "State": "_state.state",
+    "TensorInfo": "_state.infos",
     "TlsConfig": "config",
-    "Trace": "_trace",
+    "Trace": "_state.trace",
     "connect": "client",
     "local": "_local",
 }

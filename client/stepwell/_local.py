@@ -16,8 +16,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from stepwell import _model_files
-from stepwell._model_files import ModelSource
+from stepwell._admin import model_files
+from stepwell._admin.model_files import ModelSource
 from stepwell.client import Client
 from stepwell.config import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_S, ClientConfig, check_switch
 from stepwell.errors import ServerStartError
@@ -86,12 +86,12 @@ def local(
         True
         >>> client.close()
     """
-    sources = _model_files.named(models, name)
+    sources = model_files.named(models, name)
     arguments = serve_arguments(extra_args)
     told = _Told(timeout_s, max_message_bytes, coalesce)
     told.config(_NO_ADDRESS)  # what is wrong is refused while nothing has been started or ended
     with tempfile.TemporaryDirectory(prefix="stepwell-") as folder:
-        files = {name: _model_files.file_of(name, source, folder) for name, source in sources.items()}
+        files = {name: model_files.file_of(name, source, folder) for name, source in sources.items()}
         wanted = _Wanted(
             {
                 name: (os.path.abspath(file.path) if file.is_given else "", file.digest())

@@ -18,28 +18,29 @@ from collections.abc import Awaitable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from stepwell import _channel, _display
-from stepwell._abandoned import AsyncFinisher
-from stepwell._aio_connection import AsyncConnection, AsyncConnections
-from stepwell._aio_link import exchange_some
-from stepwell._core import Core
-from stepwell._flow import Ask, Call, Exchange, Flow, Lookup, Notify, Pause, drive_async
-from stepwell._group_core import GroupCore
-from stepwell._group_tracker import GroupTracker
-from stepwell._lanes import Exchanges
-from stepwell._lookup import look_up_async
-from stepwell._metadata import Metadata
-from stepwell._observer import notify_async
-from stepwell._replica import ReplicaInfo
-from stepwell._state import State, States
-from stepwell._steps import Step
-from stepwell._tokens import AsyncToken
-from stepwell._tracebacks import end_here, ends_here
-from stepwell._tracker import SessionTracker
-from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo, SlowSession
-from stepwell.aio_admin import AsyncAdminCalls
+from stepwell._admin.aio_calls import AsyncAdminCalls
+from stepwell._admin.aio_model_calls import AsyncModelCalls
+from stepwell._base.flow import Ask, Call, Exchange, Flow, Lookup, Notify, Pause, drive_async
+from stepwell._base.metadata import Metadata
+from stepwell._base.tracebacks import end_here, ends_here
+from stepwell._batching.lanes import Exchanges
+from stepwell._batching.steps import Step
+from stepwell._core.aio_connections import AsyncConnection, AsyncConnections
+from stepwell._core.core import Core
+from stepwell._core.finisher import AsyncFinisher
+from stepwell._core.group_core import GroupCore
+from stepwell._core.group_tracker import GroupTracker
+from stepwell._core.observer import notify_async
+from stepwell._core.tracker import SessionTracker
+from stepwell._routing.lookup import look_up_async
+from stepwell._routing.replica import ReplicaInfo
+from stepwell._state import display
+from stepwell._state.infos import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo, SlowSession
+from stepwell._state.state import State, States
+from stepwell._transport import channel
+from stepwell._transport.aio_stream import exchange_some
+from stepwell._transport.tokens import AsyncToken
 from stepwell.aio_group import AsyncSessionGroup
-from stepwell.aio_models import AsyncModelCalls
 from stepwell.aio_session import AsyncSession, Opening
 from stepwell.config import (
     DEFAULT_MAX_MESSAGE_BYTES,
@@ -171,7 +172,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
     @functools.cached_property
     def _only(self) -> AsyncConnection:
         """To the server, where there is one."""
-        known = _channel.tokens(self._config)
+        known = channel.tokens(self._config)
         return AsyncConnection(self._config, self._core.retrier, known, None, coalesce=self._coalesce)
 
     @functools.cached_property
@@ -357,12 +358,12 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
         return f"{type(self).__name__}({self.address!r})"
 
     def _repr_html_(self) -> str:
-        return _display.facts_html(
-            _display.handle(type(self).__name__, is_closed=self._closing.is_set()), self._facts()
+        return display.facts_html(
+            display.handle(type(self).__name__, is_closed=self._closing.is_set()), self._facts()
         )
 
     def _facts(self) -> dict[str, object]:
-        return _display.client_facts(self._config)
+        return display.client_facts(self._config)
 
     async def __aenter__(self) -> Self:
         return self
@@ -392,14 +393,14 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
 
     async def _pause(self, seconds: float) -> None:
         if self._closing.is_set():
-            raise _channel.closed()
+            raise channel.closed()
         if seconds <= 0:
             return
         try:
             await asyncio.wait_for(self._closing.wait(), seconds)
         except TimeoutError:
             return
-        raise _channel.closed()
+        raise channel.closed()
 
 
 def _answer_routed(connections: AsyncConnections, ask: Ask, connect_timeout_s: float) -> Awaitable[Any]:

@@ -8,15 +8,15 @@ from collections.abc import Coroutine, Generator
 from types import CoroutineType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, cast, overload
 
-from stepwell import _display
-from stepwell._flow import Flow
-from stepwell._retry import Deadline
-from stepwell._state import State, States
-from stepwell._trace import Trace
-from stepwell._tracebacks import end_here, ends_here
-from stepwell._tracker import SessionTracker
-from stepwell._turns import AsyncMemberLock
-from stepwell._types import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
+from stepwell._base.flow import Flow
+from stepwell._base.tracebacks import end_here, ends_here
+from stepwell._core.tracker import SessionTracker
+from stepwell._core.turns import AsyncMemberLock
+from stepwell._state import display
+from stepwell._state.infos import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
+from stepwell._state.state import State, States
+from stepwell._state.trace import Trace
+from stepwell._transport.retry import Deadline
 from stepwell.errors import ClosedError, DeadlineExceededError, InvalidInputError, StepwellError
 
 if TYPE_CHECKING:
@@ -411,4 +411,4 @@ class AsyncSession(AsyncHandle):
         )
 
     def _repr_html_(self) -> str:
-        return _display.session_html("AsyncSession", self, is_closed=self._closed)
+        return display.session_html("AsyncSession", self, is_closed=self._closed)

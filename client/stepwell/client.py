@@ -7,26 +7,27 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from stepwell import _channel, _display, _tokens
-from stepwell._abandoned import Finisher
-from stepwell._admin_calls import AdminCalls
-from stepwell._connections import Connection, Connections
-from stepwell._core import Core
-from stepwell._flow import Ask, Call, Exchange, Flow, Lookup, Notify, Pause, drive
-from stepwell._group_core import GroupCore
-from stepwell._hooks import require_sync
-from stepwell._lanes import Exchanges
-from stepwell._link import exchange_some
-from stepwell._lookup import look_up
-from stepwell._metadata import Metadata
-from stepwell._model_calls import ModelCalls
-from stepwell._observer import notify
-from stepwell._replica import ReplicaInfo
-from stepwell._state import State, States
-from stepwell._steps import Step
-from stepwell._tokens import Token
-from stepwell._tracebacks import end_here, ends_here
-from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo, SlowSession
+from stepwell._admin.calls import AdminCalls
+from stepwell._admin.model_calls import ModelCalls
+from stepwell._base.flow import Ask, Call, Exchange, Flow, Lookup, Notify, Pause, drive
+from stepwell._base.hooks import require_sync
+from stepwell._base.metadata import Metadata
+from stepwell._base.tracebacks import end_here, ends_here
+from stepwell._batching.lanes import Exchanges
+from stepwell._batching.steps import Step
+from stepwell._core.connections import Connection, Connections
+from stepwell._core.core import Core
+from stepwell._core.finisher import Finisher
+from stepwell._core.group_core import GroupCore
+from stepwell._core.observer import notify
+from stepwell._routing.lookup import look_up
+from stepwell._routing.replica import ReplicaInfo
+from stepwell._state import display
+from stepwell._state.infos import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo, SlowSession
+from stepwell._state.state import State, States
+from stepwell._transport import channel, tokens
+from stepwell._transport.stream import exchange_some
+from stepwell._transport.tokens import Token
 from stepwell.config import (
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT_S,
@@ -138,7 +139,7 @@ class Client(AdminCalls, ModelCalls):
     def __init__(self, config: ClientConfig, *, coalesce: bool = True) -> None:
         check_switch("coalesce", coalesce)
         require_sync(config.event_hooks)
-        _tokens.require_sync(config.token)
+        tokens.require_sync(config.token)
         self._config = config
         self._finisher = Finisher(config)
         self._core = Core(config, finish=self._finisher.add)
@@ -148,7 +149,7 @@ class Client(AdminCalls, ModelCalls):
         if self._core.router is not None:
             self._routed = Connections(config, retrier, coalesce=coalesce)
         else:
-            self._only = Connection(config, retrier, _channel.tokens(config), None, coalesce=coalesce)
+            self._only = Connection(config, retrier, channel.tokens(config), None, coalesce=coalesce)
             """To the server, where there is one."""
         self._closing = threading.Event()
 
@@ -383,12 +384,12 @@ class Client(AdminCalls, ModelCalls):
         return f"{type(self).__name__}({self.address!r})"
 
     def _repr_html_(self) -> str:
-        return _display.facts_html(
-            _display.handle(type(self).__name__, is_closed=self._closing.is_set()), self._facts()
+        return display.facts_html(
+            display.handle(type(self).__name__, is_closed=self._closing.is_set()), self._facts()
         )
 
     def _facts(self) -> dict[str, object]:
-        return _display.client_facts(self._config)
+        return display.client_facts(self._config)
 
     def __enter__(self) -> Self:
         return self
@@ -415,7 +416,7 @@ class Client(AdminCalls, ModelCalls):
             return notify(ask)
         assert isinstance(ask, Pause)
         if self._closing.wait(ask.seconds if ask.is_waited else 0.0):
-            raise _channel.closed()
+            raise channel.closed()
         return None
 
 

@@ -18,7 +18,10 @@ import re
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from stepwell import _address, _hooks, _metadata, _tokens
+from stepwell._base import addresses, hooks, metadata
+from stepwell._base.metadata import Metadata
+from stepwell._transport import tokens
+from stepwell._transport.tokens import AsyncToken
 from stepwell.errors import InvalidInputError
 from stepwell.events import EventHooks
 
@@ -219,13 +222,13 @@ class ClientConfig:
     """Time limit of a call as long as this client has never reached the server, in seconds; `math.inf`: as `timeout_s`.
     What accepts connections and says nothing, as a server on a machine that is busy may, is given ten times as long.
     After the first contact every call is tried again up to its own limit."""
-    metadata: _metadata.Metadata = dataclasses.field(default=(), repr=False)
+    metadata: Metadata = dataclasses.field(default=(), repr=False)
     """Pairs of key and value to send with every call; afterwards a tuple of pairs with lower-case keys."""
     event_hooks: EventHooks | None = dataclasses.field(default=None, hash=False)
     """Functions to call before and after attempts and before retries, see `stepwell.events`."""
     tracing: bool = False
     """Make spans of OpenTelemetry, and tell the server of them."""
-    token: _tokens.AsyncToken | None = dataclasses.field(default=None, repr=False)
+    token: AsyncToken | None = dataclasses.field(default=None, repr=False)
     """The bearer token to send with every call, or a function that has it: see `connect`."""
     allow_insecure_token: bool = False
     """Send it also over a plain connection to another machine."""
@@ -235,7 +238,7 @@ class ClientConfig:
     """The addresses in `address`: more than one where they are those of replicas."""
 
     def __post_init__(self) -> None:
-        targets, says_tls = _address.parse_all("address", self.address)
+        targets, says_tls = addresses.parse_all("address", self.address)
         tls = self.tls
         if says_tls is False and tls is not None:
             raise InvalidInputError(f"tls must be None where the address says grpc://; got {self.address!r}")
@@ -247,13 +250,13 @@ class ClientConfig:
         object.__setattr__(self, "address", ",".join(targets))
         object.__setattr__(self, "targets", targets)
         object.__setattr__(self, "tls", tls)
-        object.__setattr__(self, "metadata", _metadata.checked(self.metadata))
+        object.__setattr__(self, "metadata", metadata.checked(self.metadata))
         check_switch("tracing", self.tracing)
         check_switch("allow_insecure_token", self.allow_insecure_token)
         for target in targets:
             self._check_token(target)
         self._check_tenant(self.tenant)
-        object.__setattr__(self, "event_hooks", _hooks.checked(self.event_hooks))
+        object.__setattr__(self, "event_hooks", hooks.checked(self.event_hooks))
         check_timeout("timeout_s", self.timeout_s)
         check_timeout("connect_timeout_s", self.connect_timeout_s)
         if isinstance(self.max_message_bytes, bool) or not isinstance(self.max_message_bytes, int):
@@ -271,18 +274,18 @@ class ClientConfig:
         )
 
     def _check_token(self, target: str) -> None:
-        if _tokens.checked(self.token) is None:
+        if tokens.checked(self.token) is None:
             return
-        if any(key == "authorization" for key, _ in _metadata.checked(self.metadata)):
+        if any(key == "authorization" for key, _ in metadata.checked(self.metadata)):
             raise InvalidInputError("token must be None where metadata has the key 'authorization'; got both")
-        if self.tls is None and not self.allow_insecure_token and not _address.is_on_this_machine(target):
+        if self.tls is None and not self.allow_insecure_token and not addresses.is_on_this_machine(target):
             raise InvalidInputError(
                 f"token must not be sent over a plain connection, where anybody on the way can read it: connect with tls, "
                 f"or allow it with allow_insecure_token=True; the address is {target!r}"
             )
 
 
-def token_or_variable(token: _tokens.AsyncToken | None = None) -> _tokens.AsyncToken | None:
+def token_or_variable(token: AsyncToken | None = None) -> AsyncToken | None:
     """The token to send: what is given, else `STEPWELL_TOKEN`, else None.
 
     Args:
@@ -301,7 +304,7 @@ def token_or_variable(token: _tokens.AsyncToken | None = None) -> _tokens.AsyncT
     if not from_environment:
         return None
     try:
-        _tokens.checked(from_environment)
+        tokens.checked(from_environment)
     except InvalidInputError as error:
         raise InvalidInputError(error.message.replace("token", TOKEN_VARIABLE, 1)) from None
     return from_environment
@@ -324,9 +327,9 @@ def server_address(address: str | Sequence[str] | None = None) -> str:
         'localhost:50051'
     """
     if address is not None:
-        return _address.join("address", address)
+        return addresses.join("address", address)
     from_environment = os.environ.get(SERVER_VARIABLE)
     if from_environment is not None:
-        _address.parse_all(SERVER_VARIABLE, from_environment)
+        addresses.parse_all(SERVER_VARIABLE, from_environment)
         return from_environment
     return DEFAULT_ADDRESS

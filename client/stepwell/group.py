@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from stepwell import _display
-from stepwell._frames import Counts
-from stepwell._group_core import GroupCore, Members
-from stepwell._state import State, States
-from stepwell._trace import Trace
-from stepwell._tracebacks import end_here
-from stepwell._turns import MemberLock
-from stepwell._types import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
+from stepwell._base.tracebacks import end_here
+from stepwell._batching.frames import Counts
+from stepwell._core.group_core import GroupCore, Members
+from stepwell._core.turns import MemberLock
+from stepwell._state import display
+from stepwell._state.infos import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
+from stepwell._state.state import State, States
+from stepwell._state.trace import Trace
 from stepwell.session import Handle, Session
 
 if TYPE_CHECKING:
@@ -369,4 +369,4 @@ class SessionGroup(Handle):
         return f"SessionGroup({len(self)} sessions, model={self.model!r}, batch_size={self.batch_size})"
 
     def _repr_html_(self) -> str:
-        return _display.group_html("SessionGroup", self, is_closed=self._closed)
+        return display.group_html("SessionGroup", self, is_closed=self._closed)

@@ -27,7 +27,7 @@ import pytest
 
 if TYPE_CHECKING:
     from stepwell import Client
-    from stepwell._model_files import ModelSource
+    from stepwell._admin.model_files import ModelSource
     from stepwell.testing import LocalServer
 
 _MODELS = "stepwell_models"
@@ -79,7 +79,7 @@ def stepwell_server(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[LocalServer]:
     """A server of all models that the run needs."""
-    from stepwell import _model_files
+    from stepwell._admin import model_files
     from stepwell.errors import InvalidInputError
     from stepwell.testing import LocalServer, ServerStartError
 
@@ -92,8 +92,8 @@ def stepwell_server(
         )
     folder = str(tmp_path_factory.mktemp("stepwell"))
     try:
-        sources = _model_files.named(models, None)
-        files = {name: _model_files.file_of(name, source, folder) for name, source in sources.items()}
+        sources = model_files.named(models, None)
+        files = {name: model_files.file_of(name, source, folder) for name, source in sources.items()}
         server = LocalServer({name: file.path for name, file in files.items()}, extra_args=stepwell_args)
         server.start()
     except (InvalidInputError, OSError, ServerStartError) as error:

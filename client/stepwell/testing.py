@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from stepwell import _install
-from stepwell._ports import reserved
+from stepwell._base.ports import reserved
 from stepwell.config import check_timeout
 from stepwell.errors import InvalidInputError, ServerStartError
 

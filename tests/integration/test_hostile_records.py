@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import stepwell
-from stepwell._session_file import Writer, read
+from stepwell._admin.session_file import Writer, read
 from stepwell.v1 import sessions_pb2
 from stepwell_server.core.namespaces import prefix_of
 from stepwell_server.store.fields import OWNER, VERSION, pack_fields

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import stepwell
-from stepwell import _model_files
+from stepwell._admin import model_files
 from support import models, programs
 from support.notebook import Notebook, Watched, notebook
 
@@ -157,7 +157,7 @@ class _Normal:
         self._model = model
 
     def save(self, path: Path) -> None:
-        Path(_model_files.file_of("made", self._model, str(path.parent)).path).rename(path)
+        Path(model_files.file_of("made", self._model, str(path.parent)).path).rename(path)
 
 
 def test_a_keras_model_is_served_as_it_is(capfd: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import stepwell
 from stepwell import errors
-from stepwell._retry import RetryPolicy
+from stepwell._transport.retry import RetryPolicy
 from support.proxy import Proxy
 from support.scripted_server import MODEL, Fault, ScriptedServer
 from support.served import Served
@@ -131,7 +131,7 @@ async def test_a_cancelled_one_is_closed(server: ScriptedServer, method: str) ->
 async def test_closing_the_client_at_once_still_lets_it_try(
     server: ScriptedServer, shell: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stepwell._abandoned.GRACE_S", 60.0)
+    monkeypatch.setattr("stepwell._core.finisher.GRACE_S", 60.0)
     async with connect(shell, server.address) as client:
         server.fail("OpenSession", LOST)
         with pytest.raises(errors.UnavailableError):
@@ -156,7 +156,7 @@ async def test_a_client_that_cannot_reach_its_server_is_closed_soon(shell: str) 
 async def test_nothing_is_left_on_a_real_server(
     served: Served, shell: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stepwell._abandoned.GRACE_S", 60.0)
+    monkeypatch.setattr("stepwell._core.finisher.GRACE_S", 60.0)
     made = 0
     for limit_s in (2.0, 10.0, 50.0):  # a busy machine gets more time
         with Proxy(served.address, 1) as proxy:

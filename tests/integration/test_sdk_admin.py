@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import stepwell
-from stepwell._session_file import read
+from stepwell._admin.session_file import read
 from support.scripted_server import MODEL, ScriptedServer
 from support.served import Served, local_server
 from support.shells import SHELLS, connect

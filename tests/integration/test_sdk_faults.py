@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from stepwell import errors
-from stepwell._retry import RetryPolicy
+from stepwell._transport.retry import RetryPolicy
 from support.proxy import Proxy
 from support.scripted_model import in_full
 from support.scripted_server import MODEL, Fault, ScriptedServer

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from stepwell import errors
-from stepwell._core import MAX_IDS
-from stepwell._retry import RetryPolicy
+from stepwell._core.core import MAX_IDS
+from stepwell._transport.retry import RetryPolicy
 from support.scripted_model import in_full
 from support.scripted_server import MODEL, Fault, ScriptedServer
 from support.shells import connect

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import stepwell
-from stepwell import _link
+from stepwell._transport import stream
 from stepwell.testing import LocalServer, ServerStartError
 from support.scripted_server import MODEL, ScriptedServer
 
@@ -55,7 +55,7 @@ def test_no_thread_outlives_a_client(server: ScriptedServer) -> None:
 def test_no_thread_of_grpc_outlives_a_client(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has a lock that the call's destructor needs: an interpreter that ends meanwhile would never end."""
     # Private: the requests are taken by that thread, which so has its last turn late.
-    requests = _link._Stream._requests
+    requests = stream._Stream._requests
     consumers: list[threading.Thread] = []
 
     def late(stream: Any) -> Iterator[Any]:
@@ -63,7 +63,7 @@ def test_no_thread_of_grpc_outlives_a_client(server: ScriptedServer, monkeypatch
         yield from requests(stream)
         threading.Event().wait(0.1)
 
-    monkeypatch.setattr(_link._Stream, "_requests", late)
+    monkeypatch.setattr(stream._Stream, "_requests", late)
     with stepwell.connect(server.address) as client:
         client.open_sessions(MODEL, 2).step(np.ones((2, 2)))
     assert [consumer.is_alive() for consumer in consumers] == [False]

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 import stepwell
-from stepwell import _address, errors
+from stepwell import errors
+from stepwell._base import addresses
 from stepwell.v1 import models_pb2
 from support.scripted_models import STAGES, ScriptedModels
 from support.scripted_server import FINGERPRINT, MODEL, Fault
@@ -49,7 +50,7 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server is on another machine, as far as its address says."""
-    monkeypatch.setattr(_address, "is_on_this_machine", lambda _: False)
+    monkeypatch.setattr(addresses, "is_on_this_machine", lambda _: False)
 
 
 class Model:

@@ -33,7 +33,7 @@ RUN = {
 ARGUMENT = r"(?:'[^'\n]*'|\./[\w/-]+|\.(?=[`\s\"])|[a-z][\w-]*|\{\w+\})"
 COMMAND = re.compile(rf"pip install (?:--?\S+ )*({ARGUMENT}(?:\s(?:'[^'\n]*'|\./[\w/-]+))*)")
 OPTIONAL = "pip install {package}"
-"""Of client/stepwell/_state_frames.py, whose packages are pandas and xarray."""
+"""Of client/stepwell/_state/tables.py, whose packages are pandas and xarray."""
 
 
 def test_messages_and_pages_name_only_commands_that_are_run(root: Path) -> None:
@@ -47,7 +47,7 @@ def test_messages_and_pages_name_only_commands_that_are_run(root: Path) -> None:
             assert len(found) == text.count("pip install "), f"{name}: a command that this test cannot read"
             named |= dict.fromkeys(found, name)
             if is_code and found:
-                assert name in {"client/stepwell/_install.py", "client/stepwell/_state_frames.py"}, name
+                assert name in {"client/stepwell/_install.py", "client/stepwell/_state/tables.py"}, name
     unknown = {command: name for command, name in named.items() if command not in {*RUN, *PAGE, OPTIONAL}}
     assert unknown == {}
     assert {*RUN, *PAGE} - named.keys() == {"pip install pandas", "pip install xarray"}

@@ -27,14 +27,14 @@ def test_the_page_for_notebooks(
     root: Path, compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As cells, in order, in one namespace; the model is compiled beforehand, in this process."""
-    from stepwell import _model_files
+    from stepwell._admin import model_files
     from support import programs
 
     class Served:
         """The file that `stepwell.local` makes of the page's model."""
 
         def save(self, path: Path) -> None:
-            made = _model_files.file_of("made", names["model"], str(path.parent))
+            made = model_files.file_of("made", names["model"], str(path.parent))
             Path(made.path).rename(path)
 
     monkeypatch.chdir(tmp_path)

@@ -26,7 +26,7 @@ import grpc.aio
 import numpy as np
 
 import stepwell
-from stepwell import _status
+from stepwell._transport import status
 from stepwell.v1 import sessions_pb2, sessions_pb2_grpc
 from support import history, secured
 from support.driver import MODEL, PATIENCE_S, Broken, Table, Told, broken, play_on, told
@@ -81,7 +81,7 @@ class Replica:
 def _error(error: grpc.aio.AioRpcError) -> stepwell.StepwellError:
     if error.details() == _WRITTEN_TOO_LATE:
         return stepwell.UnavailableError(_WRITTEN_TOO_LATE, outcome="unknown")
-    return _status.from_rpc(error.code(), error.details(), tuple(error.trailing_metadata() or ()))
+    return status.from_rpc(error.code(), error.details(), tuple(error.trailing_metadata() or ()))
 
 
 @dataclasses.dataclass
@@ -440,7 +440,7 @@ def _take(answer: sessions_pb2.StepStreamResponse, count: int, found: dict[int, 
         found[member] = Told(end, may_try_again=False)
     for entry in answer.errors:
         for member in entry.members or range(count):
-            found[member] = told(_status.from_message(entry.error))
+            found[member] = told(status.from_message(entry.error))
 
 
 class Hunter:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stepwell._tensors import pack, to_messages
+from stepwell._state.tensors import pack, to_messages
 from stepwell.v1 import tensors_pb2
 
 FEATURES = 2

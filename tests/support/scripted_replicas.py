@@ -8,9 +8,9 @@ from typing import Any, Self
 
 import pytest
 
-from stepwell import _channel
-from stepwell._ports import reserved
-from stepwell._ranking import key_of, weight
+from stepwell._base.ports import reserved
+from stepwell._routing.ranking import key_of, weight
+from stepwell._transport import channel
 from support.scripted_server import Fault, ScriptedServer
 
 
@@ -29,7 +29,7 @@ class ScriptedReplicas:
         # Client and servers share this process: where it cannot run for three seconds, no replica has hung. The limit is
         # no setting of a client, and what it is for is tested with replicas that are processes.
         patch = self._kept.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(_channel, "_KEEPALIVE_TIMEOUT_MS", 100_000)
+        patch.setattr(channel, "_KEEPALIVE_TIMEOUT_MS", 100_000)
         for server, opened in zip(self.servers, self._open, strict=True):
             opened.enter_context(server)
         return self

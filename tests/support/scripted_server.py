@@ -20,8 +20,8 @@ import grpc
 import numpy as np
 from google.rpc import error_details_pb2, status_pb2
 
-from stepwell._status import DETAILS_KEY
-from stepwell._tensors import unpack
+from stepwell._state.tensors import unpack
+from stepwell._transport.status import DETAILS_KEY
 from stepwell.v1 import (
     errors_pb2,
     models_pb2,

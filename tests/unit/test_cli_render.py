@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from stepwell._types import TensorInfo
+from stepwell._state.infos import TensorInfo
 from stepwell.cli import _render
 
 

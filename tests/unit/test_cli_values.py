@@ -9,7 +9,7 @@ import click
 import numpy as np
 import pytest
 
-from stepwell._types import TensorInfo
+from stepwell._state.infos import TensorInfo
 from stepwell.cli import _values
 
 

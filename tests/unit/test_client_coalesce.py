@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell import _coalesce, errors
-from stepwell._coalesce import Coalescer
-from stepwell._flow import Ask, Call, Exchange, Retrier, drive_async
-from stepwell._frames import Change
-from stepwell._in_flight import Sink
-from stepwell._inputs import pack_inputs
-from stepwell._retry import Deadline, RetryPolicy
-from stepwell._steps import Member, Step, Stepped, abandon, read
-from stepwell._tensors import pack, to_messages, unpack
+from stepwell import errors
+from stepwell._base.flow import Ask, Call, Exchange, Retrier, drive_async
+from stepwell._batching import coalesce
+from stepwell._batching.coalesce import Coalescer
+from stepwell._batching.frames import Change
+from stepwell._batching.in_flight import Sink
+from stepwell._batching.steps import Member, Step, Stepped, abandon, read
+from stepwell._core.arguments import pack_inputs
+from stepwell._state.tensors import pack, to_messages, unpack
+from stepwell._transport.retry import Deadline, RetryPolicy
 from stepwell.v1 import sessions_pb2
 from support.clock import ManualClock
 from support.scripted_model import in_full
@@ -214,7 +215,7 @@ async def test_a_time_limit_that_passes_between_two_looks_at_the_clock_ends_its_
             clock.advance(0.5)
 
         with monkeypatch.context() as patch:
-            patch.setattr(_coalesce, "abandon", slowly)
+            patch.setattr(coalesce, "abandon", slowly)
             clock.advance(20.0)
             wire.coalescer._on_time_limit(frame)
     for step in steps[:2]:

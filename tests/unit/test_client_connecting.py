@@ -10,11 +10,13 @@ import grpc
 import pytest
 
 import stepwell
-from stepwell import _address, _status, config, errors
-from stepwell._connecting import Contact
-from stepwell._flow import Call, Flow, Pause, Retrier
-from stepwell._observer import Observer, notify
-from stepwell._retry import Deadline, RetryPolicy
+from stepwell import config, errors
+from stepwell._base import addresses
+from stepwell._base.flow import Call, Flow, Pause, Retrier
+from stepwell._core.observer import Observer, notify
+from stepwell._transport import status
+from stepwell._transport.connecting import Contact
+from stepwell._transport.retry import Deadline, RetryPolicy
 from stepwell.config import ClientConfig
 from stepwell.events import RequestEvent, ResponseEvent, RetryEvent
 from stepwell.v1 import models_pb2
@@ -70,7 +72,7 @@ REFUSALS = {
 @pytest.mark.parametrize("given", ADDRESSES)
 def test_addresses(given: str) -> None:
     target, tls = ADDRESSES[given]
-    assert _address.parse("address", given) == (target, tls)
+    assert addresses.parse("address", given) == (target, tls)
     assert config.server_address(given) == given
     told = ClientConfig(given)
     assert (told.address, told.tls is not None) == (target, tls is True)
@@ -250,7 +252,7 @@ class Server:
                     ended = self.script[min(self.attempts, len(self.script) - 1)]
                     self.attempts += 1
                     if isinstance(ended, str):
-                        ended = _status.from_rpc(grpc.StatusCode.UNAVAILABLE, ended, ())
+                        ended = status.from_rpc(grpc.StatusCode.UNAVAILABLE, ended, ())
                     ask = flow.send("reply") if ended is None else flow.throw(ended)
                 else:
                     try:

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell._core import Core
-from stepwell._flow import Ask, Call, Exchange, Flow, Retrier, drive
-from stepwell._frames import Part
-from stepwell._group_core import GroupCore
-from stepwell._group_tracker import GroupTracker
-from stepwell._retry import RetryPolicy
-from stepwell._sender import Sender
-from stepwell._steps import Step, Stepped
-from stepwell._tracker import SessionTracker
+from stepwell._base.flow import Ask, Call, Exchange, Flow, Retrier, drive
+from stepwell._batching.frames import Part
+from stepwell._batching.sender import Sender
+from stepwell._batching.steps import Step, Stepped
+from stepwell._core.core import Core
+from stepwell._core.group_core import GroupCore
+from stepwell._core.group_tracker import GroupTracker
+from stepwell._core.tracker import SessionTracker
+from stepwell._transport.retry import RetryPolicy
 from stepwell.config import ClientConfig
 from stepwell.group import SessionGroup
 from stepwell.session import Session

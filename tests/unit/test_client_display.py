@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 import stepwell
-from stepwell import ModelInfo, ServerInfo, SessionInfo, TensorInfo, _display
-from stepwell._display import Listing
-from stepwell._state import State
+from stepwell import ModelInfo, ServerInfo, SessionInfo, TensorInfo
+from stepwell._state import display
+from stepwell._state.display import Listing
+from stepwell._state.state import State
 
 EVIL = "<script>alert('x')</script>&"
 NOON = dt.datetime(2026, 11, 26, 12, 0, 1, 5, tzinfo=dt.UTC)
@@ -131,16 +132,16 @@ def test_what_comes_from_outside_is_escaped(kind: str) -> None:
 
 
 def test_handles_show_what_they_know() -> None:
-    text = _display.session_html("Session", handle(id=EVIL), is_closed=True)
+    text = display.session_html("Session", handle(id=EVIL), is_closed=True)
     assert "<script" not in text
     assert {"Session (closed)", "forecast", "7", "30"} <= set(Checked(text).words)
     counts = np.array([1, 5, 1])
     group = handle(ids=[f"{EVIL}{i}" for i in range(3)], revisions=counts, positions=counts * 0)
-    text = _display.group_html("SessionGroup", group, is_closed=False)
+    text = display.group_html("SessionGroup", group, is_closed=False)
     assert "<script" not in text
     assert {"SessionGroup", "3", "1 to 5", "0"} <= set(Checked(text).words)
     Checked(
-        _display.group_html(
+        display.group_html(
             "SessionGroup", handle(ids=[], revisions=counts[:0], positions=counts[:0]), is_closed=False
         )
     )
@@ -202,15 +203,15 @@ def pixels(picture: str) -> list[list[tuple[int, int, int]]]:
 
 def test_the_picture_shows_sign_size_and_what_is_no_number() -> None:
     tensors = {"h": np.array([[-2.0, 0.0, 2.0], [1.0, np.nan, np.inf]], np.float32)}
-    shown = _display.tensors_html("", tensors)
+    shown = display.tensors_html("", tensors)
     assert pixels(shown) == [
         [(0, 0, 255), (255, 255, 255), (255, 0, 0)],
         [(255, 128, 128), (128, 128, 128), (255, 0, 0)],
     ]
     assert {"float32", "(2, 3)", "nan"} <= set(Checked(shown).words)
-    assert pixels(_display.tensors_html("", {"b": np.array([True, False])})) == [
+    assert pixels(display.tensors_html("", {"b": np.array([True, False])})) == [
         [(255, 0, 0)],
         [(255, 255, 255)],
     ]
-    assert len(pixels(_display.tensors_html("", {"h": np.ones((9, 1_000))}))) == 4
-    assert "<img" not in _display.tensors_html("", {"h": np.ones((0, 3))})
+    assert len(pixels(display.tensors_html("", {"h": np.ones((9, 1_000))}))) == 4
+    assert "<img" not in display.tensors_html("", {"h": np.ones((0, 3))})

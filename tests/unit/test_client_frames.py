@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from stepwell import errors
-from stepwell._frames import Change, Frame, Gathered, Part
-from stepwell._inputs import pack_inputs
-from stepwell._retry import Deadline
-from stepwell._step_arguments import step_change
-from stepwell._steps import Step, Stepped, answer, framed
-from stepwell._tensors import Array, pack, to_messages, unpack
+from stepwell._batching.frames import Change, Frame, Gathered, Part
+from stepwell._batching.steps import Step, Stepped, answer, framed
+from stepwell._core.arguments import pack_inputs
+from stepwell._core.step_arguments import step_change
+from stepwell._state.tensors import Array, pack, to_messages, unpack
+from stepwell._transport.retry import Deadline
 from stepwell.v1 import errors_pb2, sessions_pb2
 
 ROWS = [1, 2, 1]

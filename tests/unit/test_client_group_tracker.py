@@ -7,11 +7,11 @@ import threading
 
 import numpy as np
 
-from stepwell._frames import Change, Frame, Gathered, Part
-from stepwell._group_tracker import GroupTracker, MemberTracker
-from stepwell._inputs import pack_inputs
-from stepwell._retry import Deadline
-from stepwell._turns import AsyncMemberLock, MemberLock, Turn, Turns
+from stepwell._batching.frames import Change, Frame, Gathered, Part
+from stepwell._core.arguments import pack_inputs
+from stepwell._core.group_tracker import GroupTracker, MemberTracker
+from stepwell._core.turns import AsyncMemberLock, MemberLock, Turn, Turns
+from stepwell._transport.retry import Deadline
 from stepwell.errors import RevisionConflictError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2
 from support.scripted_model import in_full

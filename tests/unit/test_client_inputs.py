@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell import _inputs, config, errors
-from stepwell._core import Core
-from stepwell._state import State
-from stepwell._step_arguments import check_outputs, step_change
-from stepwell._types import ModelInfo, TensorInfo
+from stepwell import config, errors
+from stepwell._core import arguments
+from stepwell._core.core import Core
+from stepwell._core.step_arguments import check_outputs, step_change
+from stepwell._state.infos import ModelInfo, TensorInfo
+from stepwell._state.state import State
 
 INFO = ModelInfo(
     name="m",
@@ -32,7 +33,7 @@ H = np.ones((1, 2))
 @pytest.mark.parametrize("shape", [(2, 3), (3, 1, 3), (2,)])
 def test_rows_of_an_input_are_the_batch_size(shape: tuple[int, ...]) -> None:
     with pytest.raises(errors.InvalidInputError) as caught:
-        _inputs.pack_inputs(np.ones(shape), 1)
+        arguments.pack_inputs(np.ones(shape), 1)
     assert caught.value.message == (
         "the input must have 1 row on its first axis (batch_size), shape (1, ...) or (1, T, ...); "
         f"got {shape}: did you mean x[None]?"
@@ -40,34 +41,34 @@ def test_rows_of_an_input_are_the_batch_size(shape: tuple[int, ...]) -> None:
     with pytest.raises(
         errors.InvalidInputError, match=r"must have 4 rows .* \(4, T, \.\.\.\); got \([0-9, ]+\)$"
     ):
-        _inputs.pack_inputs(np.ones(shape), 4)
+        arguments.pack_inputs(np.ones(shape), 4)
 
 
 def test_several_inputs_by_name() -> None:
-    packed = _inputs.pack_inputs({"a": [[1.0]], "b": np.ones((1, 2), np.int32)}, 1)
+    packed = arguments.pack_inputs({"a": [[1.0]], "b": np.ones((1, 2), np.int32)}, 1)
     assert [tensor.name for tensor in packed] == ["a", "b"]
 
 
 @pytest.mark.parametrize("inputs", [{}, {"": H}, {3: H}])
 def test_names_of_inputs(inputs: Any) -> None:
     with pytest.raises(errors.InvalidInputError, match=r"inputs must|names of inputs"):
-        _inputs.pack_inputs(inputs, 1)
+        arguments.pack_inputs(inputs, 1)
 
 
 def test_states_by_name_are_put_in_the_models_order() -> None:
-    packed = _inputs.pack_states({"c": 2 * H, "h": H}, INFO, 1)
+    packed = arguments.pack_states({"c": 2 * H, "h": H}, INFO, 1)
     assert [tensor.name for tensor in packed] == ["h", "c"]
 
 
 def test_states_as_a_list_are_in_the_models_order() -> None:
-    packed = _inputs.pack_states([H, 2 * H], INFO, 1)
+    packed = arguments.pack_states([H, 2 * H], INFO, 1)
     assert [tensor.name for tensor in packed] == ["h", "c"]
-    assert packed == _inputs.pack_states({"c": 2 * H, "h": H}, INFO, 1)
+    assert packed == arguments.pack_states({"c": 2 * H, "h": H}, INFO, 1)
 
 
 def test_missing_and_extra_states_are_named() -> None:
     with pytest.raises(errors.InvalidInputError, match=r"missing: \['c'\], not of this model: \['z'\]"):
-        _inputs.pack_states({"h": H, "z": H}, INFO, 1)
+        arguments.pack_states({"h": H, "z": H}, INFO, 1)
 
 
 @pytest.mark.parametrize(
@@ -84,24 +85,24 @@ def test_missing_and_extra_states_are_named() -> None:
 )
 def test_states_that_break_a_rule(states: Any, pattern: str) -> None:
     with pytest.raises(errors.InvalidInputError, match=pattern):
-        _inputs.pack_states(states, INFO, 1)
+        arguments.pack_states(states, INFO, 1)
 
 
 def test_a_state_of_another_model() -> None:
     state = State({"h": H, "c": H}, model="old", fingerprint="beef", batch_size=1)
     with pytest.raises(errors.ModelMismatchError, match=r"f00d.*'old'.*beef"):
-        _inputs.pack_states(state, INFO, 1)
+        arguments.pack_states(state, INFO, 1)
 
 
 @pytest.mark.parametrize("rows", [[0, 3], (0, 3), np.array([0, 3]), {0: "", 3: ""}, iter([0, 3])])
 def test_rows_of_many_kinds(rows: Any) -> None:
-    assert _inputs.check_rows(rows, 4) == (0, 3)
+    assert arguments.check_rows(rows, 4) == (0, 3)
 
 
 def test_no_rows_are_not_all_rows() -> None:
-    assert _inputs.check_rows([], 4) == ()
-    assert _inputs.check_rows(np.flatnonzero(np.zeros(4)), 4) == ()
-    assert _inputs.check_rows(None, 4) is None
+    assert arguments.check_rows([], 4) == ()
+    assert arguments.check_rows(np.flatnonzero(np.zeros(4)), 4) == ()
+    assert arguments.check_rows(None, 4) is None
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_no_rows_are_not_all_rows() -> None:
 )
 def test_rows_that_break_a_rule(rows: Any) -> None:
     with pytest.raises(errors.InvalidInputError, match="rows must be"):
-        _inputs.check_rows(rows, 4)
+        arguments.check_rows(rows, 4)
 
 
 @pytest.mark.parametrize(
@@ -117,18 +118,18 @@ def test_rows_that_break_a_rule(rows: Any) -> None:
 )
 def test_session_ids_that_break_a_rule(session_id: Any) -> None:
     with pytest.raises(errors.InvalidInputError, match="session_id must be"):
-        _inputs.check_session_id("session_id", session_id)
+        arguments.check_session_id("session_id", session_id)
 
 
 @pytest.mark.parametrize("session_id", ["a", "x" * 256, "käse 7", "用户-42"])
 def test_session_ids(session_id: str) -> None:
-    assert _inputs.optional_session_id("session_id", session_id) == session_id
+    assert arguments.optional_session_id("session_id", session_id) == session_id
 
 
 @pytest.mark.parametrize("count", [0, -1, 2**32, 1.0, "1", True, None])
 def test_counts(count: Any) -> None:
     with pytest.raises(errors.InvalidInputError, match="batch_size must be"):
-        _inputs.check_count("batch_size", count)
+        arguments.check_count("batch_size", count)
 
 
 @pytest.mark.parametrize("outputs", ["ALL", "", None, b"all", 7, [], ["a", "a"], ["a", ""], ["a", None]])
@@ -151,17 +152,17 @@ def test_selections() -> None:
 
 def test_rows_as_booleans() -> None:
     assert (
-        _inputs.check_rows([True, False, True], 3)
-        == _inputs.check_rows(np.array([1, 0, 1], np.bool_), 3)
+        arguments.check_rows([True, False, True], 3)
+        == arguments.check_rows(np.array([1, 0, 1], np.bool_), 3)
         == (0, 2)
     )
-    assert _inputs.check_rows(np.zeros(3, np.bool_), 3) == ()
+    assert arguments.check_rows(np.zeros(3, np.bool_), 3) == ()
     with pytest.raises(
         errors.InvalidInputError, match=r"rows must be booleans of shape \(3,\).*got 2 booleans"
     ):
-        _inputs.check_rows([True, False], 3)
+        arguments.check_rows([True, False], 3)
     with pytest.raises(errors.InvalidInputError, match="all indexes or all booleans"):
-        _inputs.check_rows([True, 2, 0], 3)
+        arguments.check_rows([True, 2, 0], 3)
 
 
 @pytest.mark.parametrize(
@@ -240,11 +241,11 @@ def test_counts_beyond_32_bits_are_told_the_range() -> None:
         with pytest.raises(
             errors.InvalidInputError, match=f"batch_size must be 1 to 4294967295; got {count}"
         ):
-            _inputs.check_count("batch_size", count)
+            arguments.check_count("batch_size", count)
 
 
 @pytest.mark.parametrize("position", ["x", 1.5, True, None, math.nan, -1, 2**61 + 1, 2**64])
 def test_a_position_is_an_integer(position: Any) -> None:
     with pytest.raises(errors.InvalidInputError, match=rf"^position must be .*; got {position!r}$"):
-        _inputs.check_position(position)
-    assert _inputs.check_position(np.uint64(2**61)) == 2**61
+        arguments.check_position(position)
+    assert arguments.check_position(np.uint64(2**61)) == 2**61

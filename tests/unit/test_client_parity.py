@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import stepwell
-from stepwell.aio_admin import AsyncSessionList
+from stepwell._admin.aio_calls import AsyncSessionList
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
 

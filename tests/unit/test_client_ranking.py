@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepwell._connecting import ConnectError
-from stepwell._ranking import key_of, key_of_request, keys_of, weight, weights
-from stepwell._replica import Replica
-from stepwell._router import Router
+from stepwell._routing.ranking import key_of, key_of_request, keys_of, weight, weights
+from stepwell._routing.replica import Replica
+from stepwell._routing.router import Router
+from stepwell._transport.connecting import ConnectError
 from stepwell.v1 import sessions_pb2
 
 IDS = st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=50)

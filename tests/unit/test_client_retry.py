@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from stepwell import errors
-from stepwell._connecting import ConnectError
-from stepwell._flow import Call, Flow, Pause, Retrier
-from stepwell._retry import Deadline, RetryPolicy
+from stepwell._base.flow import Call, Flow, Pause, Retrier
+from stepwell._transport.connecting import ConnectError
+from stepwell._transport.retry import Deadline, RetryPolicy
 from stepwell.v1 import sessions_pb2
 
 Script = list[errors.StepwellError | None]

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from stepwell import errors
-from stepwell._connecting import ConnectError
-from stepwell._flow import Lookup, Notify
-from stepwell._ranking import key_of, keys_of
-from stepwell._replica import Replica
-from stepwell._retry import RepliesTooLargeError
-from stepwell._router import LONGEST_PROBE_S, LOOKUP_S, PROBE_S, RETURN_S, Router
+from stepwell._base.flow import Lookup, Notify
+from stepwell._routing.ranking import key_of, keys_of
+from stepwell._routing.replica import Replica
+from stepwell._routing.router import LONGEST_PROBE_S, LOOKUP_S, PROBE_S, RETURN_S, Router
+from stepwell._transport.connecting import ConnectError
+from stepwell._transport.retry import RepliesTooLargeError
 
 REFUSED = ConnectError("Connection refused")
 KEYS = keys_of([f"user-{i}" for i in range(2000)])

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from stepwell import errors
-from stepwell._flow import Exchange, Retrier
-from stepwell._frames import Change
-from stepwell._in_flight import Answer, Sink
-from stepwell._inputs import pack_inputs
-from stepwell._retry import Deadline, RepliesTooLargeError, RetryPolicy
-from stepwell._sender import Sender, WaitingStep
-from stepwell._steps import Step, Stepped, read
-from stepwell._tensors import pack, to_messages, unpack
+from stepwell._base.flow import Exchange, Retrier
+from stepwell._batching.frames import Change
+from stepwell._batching.in_flight import Answer, Sink
+from stepwell._batching.sender import Sender, WaitingStep
+from stepwell._batching.steps import Step, Stepped, read
+from stepwell._core.arguments import pack_inputs
+from stepwell._state.tensors import pack, to_messages, unpack
+from stepwell._transport.retry import Deadline, RepliesTooLargeError, RetryPolicy
 from stepwell.v1 import errors_pb2, sessions_pb2
 from support.scripted_model import in_full
 from support.waiting_line import WaitingLine

@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from stepwell import errors
-from stepwell._state import State
-from stepwell._state_file import _write_atomically
-from stepwell._tensors import Array
+from stepwell._state.file import _write_atomically
+from stepwell._state.state import State
+from stepwell._state.tensors import Array
 
 
 def state(value: float = 1.0, fingerprint: str = "f00d") -> State:

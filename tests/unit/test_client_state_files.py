@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell import errors
-from stepwell._state import State
+from stepwell._state.state import State
 from support.samples import examples
 
 METADATA = {

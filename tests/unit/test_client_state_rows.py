@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from stepwell import errors
-from stepwell._state import State
-from stepwell._state_rows import Rows
-from stepwell._tensors import Array
-from stepwell._trace import TracedStates
+from stepwell._state.rows import Rows
+from stepwell._state.state import State
+from stepwell._state.tensors import Array
+from stepwell._state.trace import TracedStates
 
 ROWS = 4
 

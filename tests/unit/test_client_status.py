@@ -12,8 +12,8 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from stepwell import errors
-from stepwell._channel import translate
-from stepwell._status import BY_CODE, BY_REASON, DETAILS_KEY, from_message, from_rpc
+from stepwell._transport.channel import translate
+from stepwell._transport.status import BY_CODE, BY_REASON, DETAILS_KEY, from_message, from_rpc
 from stepwell.v1 import errors_pb2
 from stepwell_server import errors as server_errors
 

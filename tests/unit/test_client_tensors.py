@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from stepwell import errors
-from stepwell._tensors import dtype_name, pack, to_messages, unpack
+from stepwell._state.tensors import dtype_name, pack, to_messages, unpack
 from stepwell.v1 import tensors_pb2
 
 DTYPES = [

@@ -9,9 +9,10 @@ import grpc
 import pytest
 
 import stepwell
-from stepwell import _status, config
-from stepwell._connecting import Contact
-from stepwell._retry import Attempts, Deadline, RetryPolicy
+from stepwell import config
+from stepwell._transport import status
+from stepwell._transport.connecting import Contact
+from stepwell._transport.retry import Attempts, Deadline, RetryPolicy
 from stepwell.cli import _target
 from support.certificates import Authority
 
@@ -79,7 +80,7 @@ FAILURES = {
 def test_what_a_failed_connection_means_is_said_and_what_lasts_is_not_tried_again(text: str) -> None:
     meaning, is_tried_again = FAILURES[text]
     said = f"failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: {text}"
-    error = _status.from_rpc(grpc.StatusCode.UNAVAILABLE, said, ())
+    error = status.from_rpc(grpc.StatusCode.UNAVAILABLE, said, ())
     contact = Contact("h:1", 0.0 if is_tried_again else 1000.0)
     with pytest.raises(stepwell.UnavailableError, match="attempts: 1") as final:
         Attempts("Step", RetryPolicy(), Deadline(1000.0), contact, changes=True).failed(error)

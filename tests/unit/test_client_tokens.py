@@ -13,11 +13,12 @@ import grpc
 import pytest
 
 import stepwell
-from stepwell import _channel, aio, errors
-from stepwell._address import is_on_this_machine
-from stepwell._flow import Call, Pause, Retrier
-from stepwell._retry import Deadline, RetryPolicy
-from stepwell._tokens import Tokens
+from stepwell import aio, errors
+from stepwell._base.addresses import is_on_this_machine
+from stepwell._base.flow import Call, Pause, Retrier
+from stepwell._transport import channel
+from stepwell._transport.retry import Deadline, RetryPolicy
+from stepwell._transport.tokens import Tokens
 from stepwell.config import ClientConfig
 from stepwell.errors import InvalidInputError, UnauthenticatedError, UnavailableError
 from stepwell.v1 import models_pb2, models_pb2_grpc, sessions_pb2
@@ -68,9 +69,9 @@ async def test_no_proxy_gets_what_is_meant_for_this_machine(monkeypatch: pytest.
         proxy.setblocking(False)
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
         config = ClientConfig(target, token="stw_x")
-        with _channel.open_channel(config) as channel, pytest.raises(grpc.RpcError, match="refused"):
-            models_pb2_grpc.ModelServiceStub(channel).ListModels(models_pb2.ListModelsRequest(), timeout=100)
-        async with _channel.open_async_channel(config) as other:
+        with channel.open_channel(config) as opened, pytest.raises(grpc.RpcError, match="refused"):
+            models_pb2_grpc.ModelServiceStub(opened).ListModels(models_pb2.ListModelsRequest(), timeout=100)
+        async with channel.open_async_channel(config) as other:
             with pytest.raises(grpc.RpcError, match="refused"):
                 await models_pb2_grpc.ModelServiceStub(other).ListModels(
                     models_pb2.ListModelsRequest(), timeout=100

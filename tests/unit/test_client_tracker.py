@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from stepwell._frames import Change
-from stepwell._inputs import pack_inputs
-from stepwell._tracker import SessionTracker, new_request_ids
+from stepwell._batching.frames import Change
+from stepwell._core.arguments import pack_inputs
+from stepwell._core.tracker import SessionTracker, new_request_ids
 from stepwell.errors import RevisionConflictError, UnavailableError
 from stepwell.v1 import sessions_pb2
 

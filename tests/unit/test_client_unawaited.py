@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import stepwell
-from stepwell._core import Core
-from stepwell._group_core import GroupCore
-from stepwell._group_tracker import GroupTracker
-from stepwell._tracker import SessionTracker
+from stepwell._core.core import Core
+from stepwell._core.group_core import GroupCore
+from stepwell._core.group_tracker import GroupTracker
+from stepwell._core.tracker import SessionTracker
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession
 from stepwell.config import ClientConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from grpc._cython import cygrpc  # type: ignore[attr-defined,unused-ignore]
 
-from stepwell import _channel
+from stepwell._transport import channel
 from stepwell.config import ClientConfig
 from stepwell_server.cli.serve import MOST_OF_GRPC
 from stepwell_server.core.front_limits import FrontLimits
@@ -16,8 +16,8 @@ from stepwell_server.rpc.fronts import python
 
 SERVER = python._options(FrontLimits(1, age_s=1.0))
 CLIENT = [
-    *_channel._options(ClientConfig("127.0.0.1:1")),
-    *_channel._options(ClientConfig("unix:/tmp/socket")),
+    *channel._options(ClientConfig("127.0.0.1:1")),
+    *channel._options(ClientConfig("unix:/tmp/socket")),
 ]
 
 

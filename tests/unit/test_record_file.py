@@ -6,8 +6,8 @@ import io
 
 import pytest
 
-from stepwell import _record_file
-from stepwell._record_file import Format, Kind, RecordFileError
+from stepwell._admin import record_file
+from stepwell._admin.record_file import Format, Kind, RecordFileError
 
 FORMAT = Format("things", 7, "a file of things")
 LINE = b"stepwell things 7\n"
@@ -21,7 +21,7 @@ RECORDS = [
 
 def written() -> bytes:
     file = io.BytesIO()
-    writer = _record_file.Writer(file, FORMAT, {"some": "thing"})
+    writer = record_file.Writer(file, FORMAT, {"some": "thing"})
     for kind, name, record in RECORDS:
         writer.put(kind, name, record)
     writer.end()
@@ -29,13 +29,13 @@ def written() -> bytes:
     return file.getvalue()
 
 
-def read(data: bytes) -> list[_record_file.Entry]:
-    return list(_record_file.read(io.BytesIO(data), FORMAT))
+def read(data: bytes) -> list[record_file.Entry]:
+    return list(record_file.read(io.BytesIO(data), FORMAT))
 
 
 def test_what_was_written_is_read() -> None:
     start, *entries = read(written())
-    assert _record_file.content_of(start, FORMAT) == {"some": "thing"}
+    assert record_file.content_of(start, FORMAT) == {"some": "thing"}
     assert [(entry.kind, entry.name, entry.record) for entry in entries] == RECORDS
     assert all(entry.at % 8 == len(LINE) % 8 for entry in entries)
 
@@ -58,7 +58,7 @@ def test_any_other_byte_and_any_end_is_damage() -> None:
 
 def test_entries_must_be_those_of_the_file_in_their_order() -> None:
     data = written()
-    magic = _record_file.MAGIC.to_bytes(4, "little")
+    magic = record_file.MAGIC.to_bytes(4, "little")
     starts = [at - 4 for at in range(len(data)) if data.startswith(magic, at)]
     entries = [data[at:end] for at, end in zip(starts, [*starts[1:], len(data)], strict=True)]
     for some in (
@@ -73,7 +73,7 @@ def test_entries_must_be_those_of_the_file_in_their_order() -> None:
 @pytest.mark.parametrize("start", [[1], "text", None])
 def test_a_start_is_an_object(start: object) -> None:
     file = io.BytesIO()
-    writer = _record_file.Writer(file, FORMAT, start)  # type: ignore[arg-type]
+    writer = record_file.Writer(file, FORMAT, start)  # type: ignore[arg-type]
     writer.end()
     with pytest.raises(RecordFileError, match="at byte 18: an entry must be an object of JSON"):
         read(file.getvalue())

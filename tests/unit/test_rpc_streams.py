@@ -14,7 +14,7 @@ from support.streams import ALL, LAST, Streams, message, parsed, play, reasons, 
 
 @BOTH_WAYS
 async def test_steps_with_all_that_the_sdk_sends(threads: bool) -> None:
-    """With everything that `stepwell._frames` fills in."""
+    """With everything that `stepwell._batching.frames` fills in."""
 
     async def scenario(at: Streams) -> None:
         await at.at.open("a")

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from stepwell import InvalidInputError, State, _record_file, _session_file
-from stepwell._record_file import Kind
-from stepwell._session_file import Writer as SessionWriter
-from stepwell._session_file import read as read_sessions
+from stepwell import InvalidInputError, State
+from stepwell._admin import record_file, session_file
+from stepwell._admin.record_file import Kind
+from stepwell._admin.session_file import Writer as SessionWriter
+from stepwell._admin.session_file import read as read_sessions
 from stepwell.v1 import sessions_pb2
 from stepwell_server import program_file
 from stepwell_server.compile import cache
@@ -218,7 +219,7 @@ def test_an_import_refuses_everything_but_session_records(tmp_path: Path) -> Non
         list(read_sessions(tmp_path / "backup"))
     for kind in (Kind.DOCUMENT, Kind.TOMBSTONE, Kind.START):
         with (tmp_path / "forged").open("wb") as file:
-            writer = _record_file.Writer(file, _session_file.FORMAT, {})
+            writer = record_file.Writer(file, session_file.FORMAT, {})
             writer.put(Kind.SESSION, b"a", record("a"))
             writer.put(kind, b"models/m", b"{}")
             writer.end()
@@ -239,7 +240,7 @@ def test_entries_of_files_are_those_of_the_log(tmp_path: Path) -> None:
             ]
         )
     data = (tmp_path / "a").read_bytes().partition(b"\n")[2]
-    at = data.index(_record_file.MAGIC.to_bytes(4, "little"), 8) - 4  # behind the start, which no log has
+    at = data.index(record_file.MAGIC.to_bytes(4, "little"), 8) - 4  # behind the start, which no log has
     for number, name in enumerate(["a", "é" * 100]):
         entry, record_at = layout.lay_out_one(name, record(name, number), 0, number + 1)
         assert data[at : at + len(entry)] == entry

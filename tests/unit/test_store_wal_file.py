@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepwell._record_file import HEAD
+from stepwell._admin.record_file import HEAD
 from stepwell_server.store.disk.wal import layout
 from stepwell_server.store.disk.wal.segment import Segment, SegmentDamaged
 from stepwell_server.store.record import Stored

@@ -19,7 +19,7 @@ from stepwell.cli._target import Target
 if TYPE_CHECKING:
     import grpc
 
-    from stepwell._metadata import Pairs
+    from stepwell._base.metadata import Pairs
 
 TIMEOUT_S = 1.0
 """Time that the server has, while someone waits for a line to be completed."""
@@ -82,7 +82,7 @@ def answered(
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     import grpc
 
-    from stepwell import _channel
+    from stepwell._transport.channel import open_channel, tokens
 
     if not ctx.params.get("server"):
         return []
@@ -90,8 +90,8 @@ def answered(
     try:
         config = target.config()
         config = dataclasses.replace(config, address=config.targets[0])  # of replicas any one knows
-        metadata = _channel.tokens(config).metadata()
-        with _channel.open_channel(config) as channel:
+        metadata = tokens(config).metadata()
+        with open_channel(config) as channel:
             return [CompletionItem(value) for value in ask(channel, metadata)]
     except (grpc.RpcError, click.UsageError):
         return []

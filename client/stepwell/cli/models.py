@@ -12,7 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from stepwell import _install
-from stepwell._display import short
+from stepwell._state.display import short
 from stepwell.cli import _complete, _render, model_changes
 from stepwell.cli._errors import Failure
 from stepwell.cli._help import Listing

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from stepwell._record_file import Kind
+from stepwell._admin.record_file import Kind
 from stepwell_server.clock import Clock
 from stepwell_server.store.base import KeyFileError, Tombstone
 from stepwell_server.store.disk import meta

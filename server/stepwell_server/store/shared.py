@@ -16,7 +16,7 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import TypeVar
 
-from stepwell._record_file import Kind
+from stepwell._admin.record_file import Kind
 from stepwell_server.clock import Clock
 from stepwell_server.errors import ServerError
 from stepwell_server.store import counts

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from stepwell import _address
+from stepwell._base import addresses
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def find_listener(address: str) -> Listener:
     Only those are looked for that this user may look into; a server of another user, on another machine or
     behind a proxy or in a container of its own is not found.
     """
-    pids, several = [], _address.split(address)
+    pids, several = [], addresses.split(address)
     for each in several:
         host, _, port = each.rpartition(":")
         which = f"the server at {each}" if len(several) > 1 else "the server"

@@ -15,9 +15,9 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
-from stepwell import _channel, _status
-from stepwell._inputs import pack_inputs
-from stepwell._tensors import to_messages
+from stepwell._core.arguments import pack_inputs
+from stepwell._state.tensors import to_messages
+from stepwell._transport import channel, status
 from stepwell.aio import AsyncSession, AsyncSessionGroup
 from stepwell.cli.bench.inputs import Inputs
 from stepwell.cli.bench.ways import Way, Ways
@@ -99,7 +99,7 @@ class UnaryLane(Lane):
         try:
             await way.step(request.SerializeToString(), timeout=self._timeout_s, metadata=self._ways.metadata)
         except grpc.RpcError as error:
-            raise _told(self._ways, way, _channel.translate(error)) from None
+            raise _told(self._ways, way, channel.translate(error)) from None
         session.applied()
         return 1
 
@@ -135,7 +135,7 @@ class StreamLane(Lane):
         except StepwellError as error:
             raise _told(self._ways, way, error) from None
         for failed in answer.errors:
-            raise _status.from_message(failed.error)
+            raise status.from_message(failed.error)
         session.applied()
         return 1
 
@@ -148,7 +148,7 @@ class StreamLane(Lane):
                 await stream.write(request)
                 answer = await stream.read()
         except grpc.RpcError as error:
-            raise _channel.translate(error) from None
+            raise channel.translate(error) from None
         except asyncio.InvalidStateError:
             raise UnavailableError("the server ended the stream") from None
         except TimeoutError:

@@ -6,11 +6,11 @@ from typing import Any
 
 import grpc.aio
 
-from stepwell import _channel
-from stepwell._metadata import Pairs
-from stepwell._ranking import key_of
-from stepwell._replica import Replica
-from stepwell._router import Router
+from stepwell._base.metadata import Pairs
+from stepwell._routing.ranking import key_of
+from stepwell._routing.replica import Replica
+from stepwell._routing.router import Router
+from stepwell._transport import channel
 from stepwell.config import ClientConfig
 from stepwell.errors import StepwellError
 from stepwell.v1 import sessions_pb2
@@ -24,7 +24,7 @@ class Way:
 
     def __init__(self, config: ClientConfig, replica: Replica | None = None) -> None:
         self.replica = replica
-        self._channel: grpc.aio.Channel = _channel.open_async_channel(config, replica)
+        self._channel: grpc.aio.Channel = channel.open_async_channel(config, replica)
         self.step: Any = self._channel.unary_unary(_STEP)
         self.stream: Any = self._channel.stream_stream(
             _STEP_STREAM, response_deserializer=sessions_pb2.StepStreamResponse.FromString

@@ -17,8 +17,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from stepwell import _channel, aio
-from stepwell._tracker import SessionTracker
+from stepwell import aio
+from stepwell._core.tracker import SessionTracker
+from stepwell._transport import channel
 from stepwell.cli.bench import inputs as random_inputs
 from stepwell.cli.bench import lanes
 from stepwell.cli.bench.histogram import Histogram
@@ -57,7 +58,7 @@ class Worker:
         self._plan = plan
         config = plan.target.config(max_message_bytes=MAX_MESSAGE_BYTES)
         self._client = aio.AsyncClient(config)
-        self._ways = Ways(config, self._client._core.router, _channel.tokens(config).metadata())
+        self._ways = Ways(config, self._client._core.router, channel.tokens(config).metadata())
         self._opened: list[str] = []
         self._lanes: list[lanes.Lane] = []
         self._stopping = False

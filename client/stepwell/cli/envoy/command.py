@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from stepwell import _address
+from stepwell._base import addresses
 from stepwell.cli._errors import Failure
 from stepwell.cli._help import Command
 from stepwell.cli._types import Duration, Size
@@ -51,7 +51,7 @@ class HostAndPort(ParamType):
         text = str(value)
         host, _, port = text.rpartition(":")
         checked = f"{host}:1" if self.any_port and port == "0" else text
-        problem = _address.host_and_port_problem(checked)
+        problem = addresses.host_and_port_problem(checked)
         if problem:
             self.fail(f"must be HOST:PORT or [IPv6]:PORT; got {text!r}: {problem}", param, ctx)
         return Address(host.strip("[]"), int(port))
@@ -262,7 +262,7 @@ def _version() -> str:
 
 def _hosts(given: Sequence[str], listen: Address) -> Sequence[str]:
     for name in given:
-        problem = _address.host_and_port_problem(f"{name}:1")
+        problem = addresses.host_and_port_problem(f"{name}:1")
         if problem:
             raise click.UsageError(
                 f"--host must be a name or an address, without a port; got {name!r}: {problem}"

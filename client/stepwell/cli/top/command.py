@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stepwell import _address
+from stepwell._base import addresses
 from stepwell.cli import _render
 from stepwell.cli._errors import Failure
 from stepwell.cli._help import Command
@@ -61,7 +61,7 @@ def _require_single(servers: Sequence[str]) -> None:
     Raises:
         click.UsageError: One is a name whose every address is a server.
     """
-    names = [server for server in servers if _address.is_name(server)]
+    names = [server for server in servers if addresses.is_name(server)]
     if names:
         raise click.UsageError(
             "--metrics must name the metrics of each server, with commas between, where --server has a name that stands"
@@ -155,7 +155,7 @@ def top(
     """
     from stepwell.cli.top.metrics import GivenMetrics, ServerMetrics
 
-    servers = _address.split(target.address)
+    servers = addresses.split(target.address)
     token = metrics_token_file.read_text().strip() if metrics_token_file is not None else None
     if not metrics:
         _require_single(servers)
@@ -242,7 +242,7 @@ def _note_others(servers: Sequence[str], clients: Sequence[Client], found: Seque
         known = list(pool.map(ask, clients))
     theirs = {server_id for scrape in found for server_id in server_ids(scrape)}
     others = theirs - set(known)
-    if others and all(known) and not any(map(_address.is_name, servers)):
+    if others and all(known) and not any(map(addresses.is_name, servers)):
         click.echo(
             f"stepwell: note: --metrics has metrics of the server process {', '.join(sorted(others))}; --server is"
             f" {', '.join(known)}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from stepwell import _address
+from stepwell._base import addresses
 from stepwell.cli._errors import SERVER_ERROR, Failure, as_failure
 from stepwell.cli.top.scrape import Scrape, scrape
 
@@ -99,7 +99,7 @@ class ServerMetrics:
     def _hint(self, info: ServerInfo) -> str:
         if info.metrics_address is None:
             return "; only admins see the address of a server's metrics: give it with --metrics"
-        if _is_loopback(info.metrics_address) and not _address.is_on_this_machine(self._server):
+        if _is_loopback(info.metrics_address) and not addresses.is_on_this_machine(self._server):
             return (
                 f"; that server has its metrics at {info.metrics_address} of its own machine: run 'stepwell top' there, or"
                 " let --metrics name an address that leads to them"
@@ -117,7 +117,7 @@ def url_of(server: str, info: ServerInfo) -> str:
     Raises:
         Failure: It serves none, or what it says is no address.
     """
-    is_on_this_machine = _address.is_on_this_machine(server)
+    is_on_this_machine = addresses.is_on_this_machine(server)
     if info.metrics_address is None:
         return f"http://{'127.0.0.1' if is_on_this_machine else _host_of(server)}:{PORT}/metrics"
     if not info.metrics_address:
@@ -126,17 +126,17 @@ def url_of(server: str, info: ServerInfo) -> str:
             " address",
             SERVER_ERROR,
         )
-    problem = _address.host_and_port_problem(info.metrics_address)
+    problem = addresses.host_and_port_problem(info.metrics_address)
     if problem:
         raise Failure(
             f"the server at {server} (--server) must have its metrics at HOST:PORT; it says {info.metrics_address!r}:"
             f" {problem}. --metrics says where they are",
             SERVER_ERROR,
         )
-    host, port = _address.host_and_port(info.metrics_address)
+    host, port = addresses.host_and_port(info.metrics_address)
     if host in _WILDCARDS:
         return f"http://{_WILDCARDS[host] if is_on_this_machine else _host_of(server)}:{port}/metrics"
-    return f"http://{_address.of_host(host, port)}/metrics"
+    return f"http://{addresses.of_host(host, port)}/metrics"
 
 
 def server_ids(found: Scrape) -> list[str]:
@@ -150,7 +150,7 @@ def _host_of(server: str) -> str:
 
 
 def _is_loopback(address: str) -> bool:
-    return not _address.host_and_port_problem(address) and _address.is_on_this_machine(address)
+    return not addresses.host_and_port_problem(address) and addresses.is_on_this_machine(address)
 
 
 def _short(url: str) -> str:

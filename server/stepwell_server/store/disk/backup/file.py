@@ -1,6 +1,6 @@
 """A backup: the sessions, documents and tombstones of a store in one file, whatever the store was made of.
 
-The file is one of `stepwell._record_file`: START has what is said of the store as a whole. Then come documents, sessions and
+The file is one of `stepwell._admin.record_file`: START has what is said of the store as a whole. Then come documents, sessions and
 tombstones; of a shared store documents come last, so that they know all that sessions tell of. Records and documents are as
 in the store: encrypted ones stay so, and each has its own checksum.
 """
@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from stepwell import _record_file
-from stepwell._record_file import Entry, Format, Kind, RecordFileError
+from stepwell._admin import record_file
+from stepwell._admin.record_file import Entry, Format, Kind, RecordFileError
 from stepwell_server.files import private_files
 from stepwell_server.store.base import (
     CLOSES_BYTES,
@@ -86,7 +86,7 @@ class Writer:
             "key_checks": {key_id: check.hex() for key_id, check in about.key_checks.items()},
         }
         with self._writing():
-            self._entries = _record_file.Writer(self._file, FORMAT, start)
+            self._entries = record_file.Writer(self._file, FORMAT, start)
 
     @property
     def byte_count(self) -> int:
@@ -210,7 +210,7 @@ class Reader:
 
     def _about(self, entry: Entry) -> About:
         try:
-            said = _record_file.content_of(entry, FORMAT)
+            said = record_file.content_of(entry, FORMAT)
             checks = {key_id: bytes.fromhex(check) for key_id, check in said["key_checks"].items()}
             created, first_revision = float(said["created"]), int(said["first_revision"])
             if not (0.0 <= created < MAX_TIME and 0 <= first_revision <= MAX_COUNTER):
@@ -224,7 +224,7 @@ class Reader:
     def _read(self) -> Iterator[Entry]:
         try:
             with self._path.open("rb", _BUFFER_BYTES) as file:
-                yield from _record_file.read(file, FORMAT)
+                yield from record_file.read(file, FORMAT)
         except RecordFileError as error:
             raise BackupError(f"{self._path} {error}") from error
         except OSError as error:

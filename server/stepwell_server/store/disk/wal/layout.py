@@ -2,7 +2,7 @@
 
     checksum, magic, generation, sequence, remaining, counts | ids | records | padding
 
-Backups and exported sessions consist of such entries, too: `stepwell._record_file` has what is common. The tag of the first
+Backups and exported sessions consist of such entries, too: `stepwell._admin.record_file` has what is common. The tag of the first
 entry of a segment is the store that it belongs to; others have 0. One write may be several entries: they have one sequence number, and each says how many follow (`remaining`).
 
 The checksum is over everything before the records, and over their own checksums, which they begin with. So an entry of
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from isal.isal_zlib import crc32
 
-from stepwell._record_file import ALIGNMENT, CHECKSUM_BYTES, HEAD, LENGTH, MAGIC
+from stepwell._admin.record_file import ALIGNMENT, CHECKSUM_BYTES, HEAD, LENGTH, MAGIC
 from stepwell_server.store.record import HEADER, Puts, Stored, encode_ids, is_sound, size_of
 
 _MARK = struct.Struct("<IQ")  # magic, generation

@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from stepwell._record_file import HEAD
+from stepwell._admin.record_file import HEAD
 from stepwell_server.store.disk.files import flush_content, flush_open, write_zeros
 from stepwell_server.store.disk.wal import layout
 from stepwell_server.store.record import Stored, size_of

@@ -1,0 +1,1 @@
+"""Operations on many sessions and on models."""

@@ -1,0 +1,189 @@
+"""What an async client does for those who change which models a server has. Part of `AsyncClient`."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+from collections.abc import Sequence
+from typing import TypeVar
+
+from stepwell._admin import model_files
+from stepwell._admin.model_files import ModelSource
+from stepwell._admin.models import LoadProgress, ModelAdmin, SessionPolicy
+from stepwell._base import addresses
+from stepwell._base.flow import Flow
+from stepwell._base.tracebacks import end_here
+from stepwell._core.core import Core
+from stepwell._state.infos import LoadedModel
+from stepwell.config import DEFAULT_LOAD_TIMEOUT_S
+
+T = TypeVar("T")
+
+
+@end_here
+class AsyncModelCalls(abc.ABC):
+    """Loads and unloads versions of models while they are served. For admins, where the server knows its callers."""
+
+    _core: Core
+
+    @property
+    @abc.abstractmethod
+    def address(self) -> str:
+        """Where the server is."""
+
+    @abc.abstractmethod
+    async def _run(self, flow: Flow[T]) -> T:
+        """Runs a flow of the core to its result."""
+
+    @property
+    def _model_admin(self) -> ModelAdmin:
+        return ModelAdmin(self._core)
+
+    async def load_model(
+        self,
+        name: str,
+        model: ModelSource,
+        *,
+        version: int | None = None,
+        sessions: SessionPolicy = "keep",
+        default: bool = True,
+        migration: str | None = None,
+        labels: Sequence[str] = (),
+        unload_previous: bool = False,
+        progress: LoadProgress | None = None,
+        upload: bool | None = None,
+        timeout_s: float = DEFAULT_LOAD_TIMEOUT_S,
+    ) -> LoadedModel:
+        """Loads a version of a model while the server runs, and makes it the default. Returns when it is live.
+
+        Arguments, result and errors are those of `Client.load_model`.
+
+        Example:
+            >>> loaded = await client.load_model("forecast", model_path, default=False, labels=["canary"])
+            >>> (await client.open_session("forecast:canary")).model_version == loaded.version
+            True
+            >>> await client.unload_model("forecast", loaded.version, force=True)
+        """
+        admin = self._model_admin
+        request = admin.load_request(
+            name,
+            version,
+            sessions,
+            default=default,
+            migration=migration,
+            labels=labels,
+            unload_previous=unload_previous,
+        )
+        deadline = self._core.deadline(timeout_s)
+        is_on_this_machine = addresses.are_on_this_machine(self.address)
+        placing = model_files.placed(name, model, upload=upload, is_on_this_machine=is_on_this_machine)
+        # To save a model of Keras takes its time.
+        file = await asyncio.to_thread(placing.__enter__)
+        try:
+            return await self._run(admin.load(request, file, deadline, progress))
+        finally:
+            placing.__exit__(None, None, None)
+
+    async def update_model(
+        self,
+        name: str,
+        model: ModelSource,
+        *,
+        sessions: SessionPolicy = "carry",
+        migration: str | None = None,
+        labels: Sequence[str] = (),
+        unload_previous: bool = True,
+        progress: LoadProgress | None = None,
+        upload: bool | None = None,
+        timeout_s: float = DEFAULT_LOAD_TIMEOUT_S,
+    ) -> LoadedModel:
+        """Gives a model new weights: loads the next version, makes it the default and unloads the one before.
+
+        Arguments, result and errors are those of `Client.update_model`.
+
+        Example:
+            >>> updated = await client.update_model("forecast", model_path)
+            >>> y = await session.step(np.ones((1, 3), np.float32))
+            >>> session.model_version == updated.version
+            True
+        """
+        return await self.load_model(
+            name,
+            model,
+            sessions=sessions,
+            migration=migration,
+            labels=labels,
+            unload_previous=unload_previous,
+            progress=progress,
+            upload=upload,
+            timeout_s=timeout_s,
+        )
+
+    async def unload_model(
+        self,
+        name: str,
+        version: int | None = None,
+        *,
+        force: bool = False,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Serves a version no longer, when what is under way on it has ended.
+
+        Arguments, result and errors are those of `Client.unload_model`.
+
+        Example:
+            >>> loaded = await client.load_model("forecast", model_path, default=False)
+            >>> await client.unload_model("forecast", loaded.version)
+        """
+        deadline = self._core.deadline(timeout_s)
+        await self._run(self._model_admin.unload(name, version, force, deadline))
+
+    async def set_default(
+        self,
+        name: str,
+        version: int,
+        *,
+        sessions: SessionPolicy = "keep",
+        migration: str | None = None,
+        timeout_s: float | None = None,
+    ) -> LoadedModel:
+        """Makes a loaded version the default: the way forward, and the way back.
+
+        Arguments, result and errors are those of `Client.set_default`.
+
+        Example:
+            >>> now = (await client.model("forecast")).version
+            >>> (await client.set_default("forecast", now)).previous_version == now
+            True
+        """
+        deadline = self._core.deadline(timeout_s)
+        return await self._run(self._model_admin.set_default(name, version, sessions, migration, deadline))
+
+    async def set_label(
+        self, name: str, label: str, version: int, *, timeout_s: float | None = None
+    ) -> LoadedModel:
+        """Gives a label to a loaded version; `NAME:LABEL` stands for it from now on.
+
+        Arguments, result and errors are those of `Client.set_label`.
+
+        Example:
+            >>> now = (await client.model("forecast")).version
+            >>> labelled = await client.set_label("forecast", "stable", now)
+            >>> (await client.model("forecast:stable")).version == now
+            True
+        """
+        deadline = self._core.deadline(timeout_s)
+        return await self._run(self._model_admin.set_label(name, label, version, deadline))
+
+    async def remove_label(self, name: str, label: str, *, timeout_s: float | None = None) -> None:
+        """Takes a label away. Sessions that were opened by it stay where they are.
+
+        Arguments, result and errors are those of `Client.remove_label`.
+
+        Example:
+            >>> now = (await client.model("forecast")).version
+            >>> labelled = await client.set_label("forecast", "nightly", now)
+            >>> await client.remove_label("forecast", "nightly")
+        """
+        deadline = self._core.deadline(timeout_s)
+        await self._run(self._model_admin.set_label(name, label, None, deadline))

@@ -1,0 +1,1 @@
+"""What every other part of the SDK uses: plain values and checks without I/O."""

@@ -1,0 +1,1 @@
+"""Steps of many sessions as few messages."""

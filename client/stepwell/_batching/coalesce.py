@@ -1,0 +1,119 @@
+"""Sends the steps that are awaited in the same iteration of the event loop as few frames."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+
+from stepwell._base.flow import Retrier
+from stepwell._batching.in_flight import InFlightFrame, Link
+from stepwell._batching.steps import Gathering, Step, Stepped, abandon
+from stepwell._transport import channel
+from stepwell.errors import DeadlineExceededError
+
+
+class WaitingStep:
+    """A queued or sent step, and the future that its task awaits."""
+
+    __slots__ = ("answer", "step")
+
+    def __init__(self, step: Step, answer: asyncio.Future[Stepped]) -> None:
+        self.step = step
+        self.answer = answer
+
+    def settle(self, stepped: Stepped) -> None:
+        # The future is done if its task was cancelled; the other members are not concerned.
+        if not self.answer.done():
+            self.answer.set_result(stepped)
+
+    def fail(self, error: BaseException) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+Frame = InFlightFrame[WaitingStep]
+
+
+class Coalescer:
+    """Makes attempts of steps, in frames or as unary calls. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        link: Link,
+        retrier: Retrier,
+        unary: Callable[[Step], Awaitable[Stepped]],
+        max_frame_bytes: int,
+    ) -> None:
+        self._link = link
+        self._retrier = retrier
+        self._unary = unary
+        self._max_frame_bytes = max_frame_bytes
+        self._waiting: Gathering[WaitingStep] = Gathering()
+        self._in_flight: dict[Frame, asyncio.TimerHandle | None] = {}
+        """Frames in flight, each with the timer of its members' next time limit."""
+        self._most: dict[Hashable, int] = {}
+        """Most steps per frame, by kind, for kinds whose replies were too large for one message."""
+
+    def step(self, step: Step) -> Awaitable[Stepped]:
+        """Makes one attempt of a step.
+
+        A large step is a unary call: sharing a frame would gain nothing, and a unary call is cancelled on the
+        server too when its task is cancelled here, which a member of a frame is not. See also `Step.may_share`.
+
+        Raises:
+            StepwellError: The attempt failed; the error has the outcome that a unary call's would have.
+        """
+        if not step.may_share():
+            return self._unary(step)
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            loop.call_soon(self._send_queued)
+        member = WaitingStep(step, loop.create_future())
+        self._waiting.add(member)
+        return member.answer
+
+    def _send_queued(self) -> None:
+        waiting, self._waiting = self._waiting, Gathering()
+        now_s = asyncio.get_running_loop().time()
+        for members in waiting.frames(self._max_frame_bytes, self._most):
+            frame = Frame(self, members, now_s)
+            self._in_flight[frame] = None
+            frame.send(self._link, self._retrier)
+            self._watch(frame)
+
+    def _watch(self, frame: Frame) -> None:
+        """Sets the timer for the next time limit of the frame's members, if it is in flight."""
+        if frame in self._in_flight:
+            waiting = [member.step.deadline for member in frame.members if not member.answer.done()]
+            if not waiting:
+                self.over(frame)  # no caller waits for it any more
+                return
+            # 0 if it has just passed: the timer ends those whose it is, and the others go on waiting
+            next_s = min(deadline.remaining_s() for deadline in waiting)
+            if next_s < float("inf"):
+                loop = asyncio.get_running_loop()
+                self._in_flight[frame] = loop.call_later(next_s, self._on_time_limit, frame)
+
+    def _on_time_limit(self, frame: Frame) -> None:
+        late = [member for member in frame.members if member.step.deadline.remaining_s() <= 0]
+        abandon(late, DeadlineExceededError("the time limit passed while a frame was unanswered"))
+        self._watch(frame)
+
+    def over(self, frame: Frame) -> None:
+        """A frame is over: every step has its answer, or nobody waits for it any more."""
+        frame.forget()
+        timer = self._in_flight.pop(frame, None)
+        if timer is not None:
+            timer.cancel()
+
+    def too_large(self, members: Sequence[WaitingStep]) -> None:
+        """The replies to these steps exceed the message limit together: smaller frames from now on."""
+        self._most[members[0].step.kind()] = max(1, len(members) // 2)
+
+    def close(self) -> None:
+        """Fails queued steps and those in flight with `ClosedError`."""
+        for members in self._waiting.frames(self._max_frame_bytes):
+            abandon(members, channel.closed())
+        self._waiting = Gathering()
+        for frame in list(self._in_flight):
+            frame.end(channel.closed())

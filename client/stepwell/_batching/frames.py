@@ -1,0 +1,442 @@
+"""Frames: changes of many sessions as messages, and what their replies say of each member. No I/O."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell import errors
+from stepwell._batching.sets import SessionSet
+from stepwell._routing.ranking import Keys, keys_of
+from stepwell._state.tensors import Array, Packed, to_messages, view_all
+from stepwell._transport.retry import Deadline
+from stepwell._transport.status import from_message
+from stepwell.v1 import sessions_pb2
+
+if TYPE_CHECKING:
+    from stepwell._routing.replica import Replica
+    from stepwell._routing.router import Router
+
+Indexes = npt.NDArray[np.intp]
+Counts = npt.NDArray[np.uint64]
+Kind: TypeAlias = tuple[tuple[str, str, np.dtype[Any], tuple[int, ...]], ...]
+"""Of each array "output" or "state", its name, its dtype, and its shape without the rows."""
+
+_pb = sessions_pb2
+SELECTIONS: Mapping[str, sessions_pb2.OutputSelection.ValueType] = {
+    "all": _pb.OUTPUT_SELECTION_ALL,
+    "last": _pb.OUTPUT_SELECTION_LAST,
+    "none": _pb.OUTPUT_SELECTION_NONE,
+}
+STATES: Mapping[str, sessions_pb2.StateSelection.ValueType] = {
+    "all": _pb.STATE_SELECTION_ALL,
+    "last": _pb.STATE_SELECTION_LAST,
+    "none": _pb.STATE_SELECTION_NONE,
+}
+RETRYABLE = (errors.OverloadedError, errors.UnavailableError)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Change:
+    """A step or a reset as a value: two are equal if they are the same on the wire."""
+
+    kind: Literal["step", "reset"]
+    tensors: tuple[Packed, ...]
+    outputs: str = "all"
+    """Which time steps of the outputs come back: a key of `SELECTIONS`."""
+    rows: tuple[int, ...] = ()
+    """Rows of a session that it concerns; empty for all. The tensors have their rows."""
+    reset: bytes = b""
+    """Of a step: rows that begin anew, one byte (0 or 1) for each row of the tensors, or for each row and time step,
+    row-major; empty for none."""
+    output_names: tuple[str, ...] = ()
+    """Outputs that come back; empty for all."""
+    states: str = "none"
+    """For which time steps states come back: a key of `STATES`."""
+
+    position: int = 0
+    """Of a reset: the session's afterwards."""
+
+    def say(self, message: sessions_pb2.StepRequest | sessions_pb2.StepFrame) -> None:
+        """Puts what a step asks for, beside its inputs, into its message."""
+        message.outputs = SELECTIONS[self.outputs]
+        if self.reset:
+            message.reset_mask.extend(np.frombuffer(self.reset, np.bool_).tolist())
+        if self.output_names:
+            message.output_names.extend(self.output_names)
+        if self.states != "none":
+            message.states = STATES[self.states]
+
+    def some(self, rows: Indexes, count: int) -> Change:
+        """The same for some of its `count` rows."""
+        reset = self.reset
+        if reset:
+            reset = np.frombuffer(reset, np.uint8).reshape(count, -1)[rows].tobytes()
+        return dataclasses.replace(
+            self, tensors=tuple([_take(tensor, rows) for tensor in self.tensors]), reset=reset
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """Members of a frame that were settled together."""
+
+    applied: Indexes
+    revisions: Counts
+    positions: Counts
+    outputs: dict[str, Array]
+    """Rows of the applied members one after the other; to be copied before they are given away."""
+    failures: Mapping[int, errors.StepwellError]
+    states: dict[str, Array] = dataclasses.field(default_factory=dict)
+    """As `outputs`, of the states that were asked for."""
+    model_version: int = 0
+    """Of the model that has made them; 0: the server does not say."""
+
+
+class Frame:
+    """A change of many sessions. It may take several rounds; each sends the members that are unsettled."""
+
+    def __init__(
+        self,
+        change: Change,
+        ids: Sequence[str],
+        rows: Indexes,
+        expected: Counts,
+        request_ids: Counts,
+        named: SessionSet | None = None,
+    ) -> None:
+        """A frame before its first round.
+
+        Args:
+            change: Its tensors hold the members' rows one after the other.
+            ids: The sessions.
+            rows: Rows of each member.
+            expected: Revision each must have.
+            request_ids: Random and non-zero, one each, the same in every round.
+            named: The sessions, if they are changed together again and again.
+        """
+        self._change = change
+        self._ids = ids
+        self._rows = rows
+        self._expected = expected
+        self._request_ids = request_ids
+        self._named = named
+        self._open = np.ones(len(ids), np.bool_)
+        self._all: Indexes = np.arange(len(ids))
+        self._sent = self._all
+        self._waiting: dict[int, errors.StepwellError] = {}
+        self.traceparent = ""
+        """The span that it belongs to, if it is one of a trace that is kept."""
+        self.round_over = False
+        """The last part of this round's reply was received."""
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def keys(self) -> Keys:
+        """The keys of its sessions: see `_routing.ranking`."""
+        return keys_of(self._ids) if self._named is None else self._named.keys()
+
+    def split(
+        self, router: Router, keys: Keys, members: Indexes, tried: tuple[Replica, ...]
+    ) -> list[tuple[Replica, Indexes, Frame]]:
+        """The frames of some members, by the replica that each has: with that and the members.
+
+        Args:
+            router: Says who has which.
+            keys: Of all members.
+            members: Ascending.
+            tried: Replicas to leave out.
+        """
+        if len(members) == len(self) and not tried:
+            divided = divide(router, self._named, keys)
+        else:
+            divided = [(to, members[own], None) for to, own in _parted(router, keys[members], tried)]
+        return [(to, own, self._part(own, named)) for to, own, named in divided]
+
+    def _part(self, members: Indexes, named: SessionSet | None) -> Frame:
+        if len(members) == len(self):
+            own = Frame(self._change, self._ids, self._rows, self._expected, self._request_ids, self._named)
+        else:
+            ends = np.cumsum(self._rows)
+            is_own = np.zeros(len(self), np.bool_)
+            is_own[members] = True
+            own = Frame(
+                self._change.some(np.flatnonzero(np.repeat(is_own, self._rows)), int(ends[-1])),
+                [self._ids[i] for i in members.tolist()] if named is None else named.ids,
+                self._rows[members],
+                self._expected[members],
+                self._request_ids[members],
+                named,
+            )
+        own.traceparent = self.traceparent
+        return own
+
+    def request(self, frame_id: int, deadline: Deadline) -> sessions_pb2.StepStreamRequest:
+        """Begins a round: the message with all members that are still unsettled.
+
+        Args:
+            frame_id: Its number on the stream.
+            deadline: Members that still wait then are dropped.
+        """
+        self._sent = self._all if self._open.all() else np.flatnonzero(self._open)
+        self._waiting = {}
+        self.round_over = False
+        message = _pb.StepStreamRequest(frame_id=frame_id)
+        change = self._change_of_sent()
+        if change.kind == "step":
+            frame = message.step
+            frame.inputs.extend(to_messages(change.tensors))
+            change.say(frame)
+            self._fill(frame, deadline)
+        else:
+            message.reset.state.extend(to_messages(change.tensors))
+            self._fill(message.reset, deadline)
+        return message
+
+    def _fill(self, frame: sessions_pb2.StepFrame | sessions_pb2.ResetFrame, deadline: Deadline) -> None:
+        frame.timeout_ms = _timeout_ms(deadline.remaining_s())
+        if self.traceparent:
+            frame.traceparent = self.traceparent
+        if self._named is not None and self._sent is self._all:
+            frame.MergeFromString(self._named.encoded())
+        else:
+            frame.session_ids.extend([self._ids[i] for i in self._sent.tolist()])
+        rows, expected, request_ids = (
+            column[self._sent] for column in (self._rows, self._expected, self._request_ids)
+        )
+        # As this side knows them, so that a member that is gone, or replaced, cannot shift the others' rows.
+        if _are_alike(rows):
+            frame.batch_size = int(rows[0])
+        else:
+            frame.batch_sizes.extend(rows.tolist())
+        if _are_alike(expected):
+            frame.expected_revision = int(expected[0])
+        else:
+            frame.expected_revisions.extend(expected.tolist())
+        if len(request_ids) > 1 and (np.diff(request_ids) == 1).all():
+            frame.request_id_base = int(request_ids[0])
+        else:
+            frame.request_ids.extend(request_ids.tolist())
+
+    def _change_of_sent(self) -> Change:
+        if self._sent is self._all:
+            return self._change
+        return self._change.some(np.flatnonzero(np.repeat(self._open, self._rows)), int(self._rows.sum()))
+
+    def accept(self, response: sessions_pb2.StepStreamResponse) -> Part:
+        """Handles one part of the reply.
+
+        Raises:
+            InternalError: The part contradicts the frame.
+        """
+        applied = self._applied(response)
+        count = len(applied)
+        said = response.HasField
+        revisions = _same(response.revision, count) if said("revision") else _counts(response.revisions)
+        positions = _same(response.position, count) if said("position") else _counts(response.positions)
+        if not len(applied) == len(revisions) == len(positions):
+            raise errors.InternalError(
+                f"the server sent a part with {len(applied)} members, {len(revisions)} revisions and "
+                f"{len(positions)} positions"
+            )
+        self._open[_slice(applied)] = False
+        failures = self._failures(response) if response.errors else {}
+        if response.last:
+            self.round_over = True
+            self._expect_all(failures)
+        return Part(
+            applied,
+            revisions,
+            positions,
+            view_all(response.outputs),
+            failures,
+            view_all(response.states),
+            response.model_version,
+        )
+
+    def _applied(self, response: sessions_pb2.StepStreamResponse) -> Indexes:
+        if response.all_members:
+            return self._sent
+        if not response.member_count:
+            return self._members(response.members)
+        first, past = response.first_member, response.first_member + response.member_count
+        if past > len(self._sent):
+            raise self._outside()
+        return self._sent[first:past]
+
+    def _outside(self) -> errors.InternalError:
+        return errors.InternalError(f"the server answered members outside of a frame of {len(self._sent)}")
+
+    def _members(self, members: Sequence[int]) -> Indexes:
+        indexes = np.fromiter(members, np.intp, len(members))
+        if len(indexes) and not 0 <= indexes.min() <= indexes.max() < len(self._sent):
+            raise self._outside()
+        return self._sent[indexes]
+
+    def _failures(self, response: sessions_pb2.StepStreamResponse) -> dict[int, errors.StepwellError]:
+        failures: dict[int, errors.StepwellError] = {}
+        for entry in response.errors:
+            error = from_message(entry.error)
+            # One exception object per member: raising an exception changes it.
+            for i in (self._members(entry.members) if entry.members else self._sent).tolist():
+                into = self._waiting if isinstance(error, RETRYABLE) else failures
+                into[i] = copy.copy(error)
+        self._open[list(failures)] = False
+        return failures
+
+    def _expect_all(self, failures: dict[int, errors.StepwellError]) -> None:
+        for i in np.flatnonzero(self._open).tolist():
+            if i not in self._waiting:
+                failures[i] = errors.InternalError(f"the server left session {self._ids[i]!r} unanswered")
+                self._open[i] = False
+
+    def unsettled(self) -> list[tuple[errors.StepwellError, Indexes]]:
+        """After a round: the members that may be tried again, those that another replica may do and those that must wait.
+
+        Each with the error that asks for the longest wait.
+        """
+        found = []
+        for is_elsewhere in (True, False):
+            own = {
+                i: error
+                for i, error in self._waiting.items()
+                if isinstance(error, errors.UnavailableError) is is_elsewhere
+            }
+            if own:
+                longest = max(own.values(), key=lambda error: getattr(error, "retry_after_s", 0.0))
+                found.append((longest, np.array(sorted(own), np.intp)))
+        return found
+
+    def open_members(self) -> Indexes:
+        """Those that are not settled."""
+        return np.flatnonzero(self._open)
+
+    def unsettled_error(self) -> errors.StepwellError | None:
+        """After a round: the error that asks for the longest wait, or None if all are settled."""
+        waiting = list(self._waiting.values())
+        return max(waiting, key=lambda error: getattr(error, "retry_after_s", 0.0), default=None)
+
+    def fail_retryable(self) -> Part:
+        """After a round: settles the members that could be retried as failed, each with its own error."""
+        open_ = np.flatnonzero(self._open)
+        self._open[:] = False
+        none = np.zeros(0, np.uint64)
+        return Part(open_[:0], none, none, {}, {i: self._waiting[i] for i in open_.tolist()})
+
+    def give_up(self, error: errors.StepwellError) -> Part:
+        """Settles the remaining members as failed."""
+        left = np.flatnonzero(self._open)
+        self._open[:] = False
+        none = np.zeros(0, np.uint64)
+        return Part(left[:0], none, none, {}, {i: copy.copy(error) for i in left.tolist()})
+
+
+def _are_alike(numbers: npt.NDArray[Any]) -> bool:
+    return len(numbers) > 1 and bool((numbers == numbers[0]).all())
+
+
+def divide(
+    router: Router, named: SessionSet | None, keys: Keys
+) -> list[tuple[Replica, Indexes, SessionSet | None]]:
+    """All members by replica; those of a set are sets of their own, the same ones each time."""
+    if named is None:
+        return [(to, own, None) for to, own in _parted(router, keys, ())]
+    router.look()
+    epoch = router.epoch
+    known, divided = named.split
+    if known != epoch:
+        divided = [
+            (to, own, SessionSet(tuple([named.ids[i] for i in own.tolist()]), named.rows[own]))
+            for to, own in _parted(router, keys, ())
+        ]
+        named.split = epoch, divided
+    return list(divided)
+
+
+def _parted(router: Router, keys: Keys, tried: tuple[Replica, ...]) -> list[tuple[Replica, Indexes]]:
+    replicas, of = router.choose_all(keys, tried)
+    return [(to, own) for i, to in enumerate(replicas) if len(own := np.flatnonzero(of == i))]
+
+
+class Gathered:
+    """The reply to a frame whose members have the same number of rows, assembled from its parts."""
+
+    def __init__(self, members: int, rows: int) -> None:
+        self.applied = np.zeros(members, np.bool_)
+        self.revisions = np.zeros(members, np.uint64)
+        self.positions = np.zeros(members, np.uint64)
+        self.outputs: dict[str, Array] = {}
+        self.states: dict[str, Array] = {}
+        self.model_versions = np.zeros(members, np.uint64)
+        self.failures: dict[int, errors.StepwellError] = {}
+        self.kinds: dict[Kind, list[Indexes]] = {}
+        """Members by what their outputs and states are like. Those of several kinds cannot be one array: the arrays are
+        then those of the first kind."""
+        self._rows = rows
+
+    def add(self, part: Part) -> None:
+        """Adds one part."""
+        members = _slice(part.applied)
+        self.applied[members] = True
+        self.revisions[members] = part.revisions
+        self.positions[members] = part.positions
+        self.model_versions[members] = part.model_version
+        self.failures.update(part.failures)
+        if len(part.applied) and self._is_alike(part):
+            self._put(self.outputs, part.outputs, members, len(part.applied))
+            self._put(self.states, part.states, members, len(part.applied))
+
+    def _is_alike(self, part: Part) -> bool:
+        """Whether its arrays are of the kind of those that came before."""
+        kind = tuple(
+            [
+                (what, name, array.dtype, array.shape[1:])
+                for what, arrays in (("output", part.outputs), ("state", part.states))
+                for name, array in arrays.items()
+            ]
+        )
+        self.kinds.setdefault(kind, []).append(part.applied)
+        return next(iter(self.kinds)) == kind
+
+    def _put(
+        self, into: dict[str, Array], arrays: Mapping[str, Array], members: Indexes | slice, count: int
+    ) -> None:
+        for name, array in arrays.items():
+            shape = (len(self.applied), self._rows, *array.shape[1:])
+            whole = into.get(name)
+            if whole is None:
+                whole = into[name] = np.zeros((shape[0] * shape[1], *shape[2:]), array.dtype)
+            whole.reshape(shape)[members] = array.reshape((count, *shape[1:]))
+
+
+def _take(tensor: Packed, rows: Indexes) -> Packed:
+    table = np.frombuffer(tensor.data, np.uint8).reshape(tensor.shape[0], -1)
+    return tensor._replace(shape=(len(rows), *tensor.shape[1:]), data=table[rows].tobytes())
+
+
+def _slice(members: Indexes) -> Indexes | slice:
+    """Ascending members as an index that is cheaper where they follow one another."""
+    if len(members) and members[-1] - members[0] == len(members) - 1:
+        return slice(int(members[0]), int(members[-1]) + 1)
+    return members
+
+
+def _same(number: int, count: int) -> Counts:
+    return np.full(count, number, np.uint64)
+
+
+def _counts(numbers: Sequence[int]) -> Counts:
+    return np.fromiter(numbers, np.uint64, len(numbers))
+
+
+def _timeout_ms(remaining_s: float) -> int:
+    if math.isinf(remaining_s):
+        return 0
+    return min(max(1, math.ceil(remaining_s * 1000)), 2**32 - 1)

@@ -1,0 +1,103 @@
+"""A frame that is in flight and carries the steps of many callers. Used by both clients.
+
+A frame is one attempt of each of its steps. Retrying is up to each step's own flow (`_base.flow.Retrier.step`), so
+that a broken stream is no special case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, TypeAlias
+
+from stepwell._base.flow import Exchange, Retrier
+from stepwell._batching.steps import M, abandon, answer, framed
+from stepwell._transport.retry import Deadline, RepliesTooLargeError
+from stepwell.errors import ReplyTooLargeError, StepwellError
+from stepwell.v1 import sessions_pb2
+
+Answer: TypeAlias = sessions_pb2.StepStreamResponse | StepwellError
+"""A part of the reply to a frame, or the error that ended it."""
+Sink: TypeAlias = Callable[[Answer], None]
+
+
+class Link(Protocol):
+    """The stream that a frame is sent on."""
+
+    def post(self, ask: Exchange, sink: Sink, /) -> Callable[[], None]:
+        """Sends a frame without waiting for its reply.
+
+        Args:
+            ask: The frame. Its `on_part` is not called: the sink handles the reply.
+            sink: Called with each part of the reply, or with the error that ended it. It is called by the
+                reader of the stream, so it must neither block nor raise.
+
+        Returns:
+            A function that unregisters the sink. Must be called when the round is over.
+
+        Raises:
+            StepwellError: Nothing was sent, and the sink will not be called.
+        """
+
+
+class Owner(Protocol[M]):
+    """The sender of frames; learns how they end."""
+
+    def over(self, frame: InFlightFrame[M], /) -> None:
+        """Every step of the frame has its answer, or nobody waits for it any more."""
+
+    def too_large(self, members: Sequence[M], /) -> None:
+        """The replies to these steps exceed the message limit together."""
+
+
+class InFlightFrame(Generic[M]):
+    """A frame that was sent and is not answered completely."""
+
+    __slots__ = ("_frame", "_owner", "deadline", "forget", "members", "sent_s")
+
+    def __init__(self, owner: Owner[M], members: Sequence[M], sent_s: float) -> None:
+        self.sent_s = sent_s
+        self.members = members
+        # The latest one: no member may be cut short.
+        self.deadline: Deadline = max([member.step.deadline for member in members], key=Deadline.at_s)
+        self._owner = owner
+        self._frame = framed(members)
+        self.forget: Callable[[], None] = _nothing
+
+    def send(self, link: Link, retrier: Retrier) -> None:
+        """Sends it. On any error every caller gets that error."""
+        try:
+            ask = retrier.ask(self._frame, self.deadline, _nothing)
+            self.forget = link.post(ask, self._receive)
+        except Exception as error:
+            self.end(error)
+        if self._frame.round_over:
+            self.forget()  # the reply was complete before `forget` was set
+
+    def _receive(self, answered: Answer) -> None:
+        """Handles a part of the reply, or the error that ended it. Never raises, as sinks must not."""
+        try:
+            if isinstance(answered, ReplyTooLargeError):
+                answered = self._too_large(answered)
+            if isinstance(answered, StepwellError):
+                self.end(answered)
+                return
+            answer(self.members, self._frame.accept(answered))
+            if self._frame.round_over:
+                answer(self.members, self._frame.fail_retryable())
+                self._owner.over(self)
+        except Exception as defect:
+            self.end(defect)
+
+    def _too_large(self, error: ReplyTooLargeError) -> RepliesTooLargeError:
+        if len(self.members) > 1:
+            self._owner.too_large(self.members)
+        return RepliesTooLargeError.of(len(self.members), error)
+
+    def end(self, error: Exception) -> None:
+        """Fails every step that has no answer yet."""
+        abandon(self.members, error)
+        self._owner.over(self)
+
+
+def _nothing(_: object = None) -> None:
+    pass

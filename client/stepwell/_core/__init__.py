@@ -1,0 +1,1 @@
+"""The client without its sync and async interface: operations, sessions, connections."""

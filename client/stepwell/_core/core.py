@@ -1,0 +1,560 @@
+"""The client without I/O: builds requests, keeps track of sessions, reads replies. Used by both clients.
+
+Each operation is a flow (`_base.flow`). Arguments are checked before the flow yields for the first time, so that a
+wrong one costs no call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+
+from stepwell._base.flow import Flow, Retrier
+from stepwell._base.log import LOG
+from stepwell._batching.frames import Change, Counts, Frame, Indexes, Part
+from stepwell._batching.lanes import Exchanging
+from stepwell._core import arguments
+from stepwell._core.finisher import TRY_FOR_S
+from stepwell._core.group_tracker import GroupTracker
+from stepwell._core.observer import Observer
+from stepwell._core.step_arguments import as_one, pack_reset, selected, step_change
+from stepwell._core.tracing import Tracing
+from stepwell._core.tracker import SessionTracker, is_unknown, new_request_id
+from stepwell._core.versions import VersionWatch, is_pinned, name_of, reference
+from stepwell._routing.ranking import keys_of
+from stepwell._routing.replica import ReplicaInfo
+from stepwell._routing.router import Router
+from stepwell._state.display import Listing
+from stepwell._state.infos import Inputs, Mask, ModelInfo, Outputs, Rows, ServerInfo, SessionInfo, SlowSession
+from stepwell._state.state import State, States
+from stepwell._state.tensors import Packed, to_messages, unpack_all
+from stepwell._state.trace import Trace, traced
+from stepwell._transport.channel import has_replicas
+from stepwell._transport.connecting import Contact
+from stepwell._transport.retry import Clock, Deadline, RetryPolicy
+from stepwell.config import ClientConfig, check_switch, check_timeout
+from stepwell.errors import InvalidInputError, ModelMismatchError, SessionGoneError, StepwellError
+from stepwell.v1 import models_pb2, sessions_pb2
+
+_Opening: TypeAlias = (
+    sessions_pb2.OpenSessionRequest
+    | sessions_pb2.OpenSessionsRequest
+    | sessions_pb2.ForkSessionRequest
+    | sessions_pb2.ForkSessionsRequest
+)
+
+
+MAX_IDS = 4096
+"""Sessions that one request may close or read."""
+
+
+def _drop(flow: Flow[None]) -> None:
+    """Does not run a flow."""
+
+
+T = TypeVar("T")
+
+
+class Core:
+    """The operations of a client and of its sessions."""
+
+    def __init__(
+        self,
+        config: ClientConfig,
+        policy: RetryPolicy | None = None,
+        clock: Clock = time.monotonic,
+        *,
+        finish: Callable[[Flow[None]], None] = _drop,
+    ) -> None:
+        """The operations for one server.
+
+        Args:
+            config: What the client was told.
+            policy: When to try again.
+            clock: Monotonic, in seconds.
+            finish: Runs a flow in the background; returns at once.
+        """
+        self._finish = finish
+        contact = Contact(config.address, config.connect_timeout_s)
+        hooks = config.event_hooks
+        self.router = Router(config.targets, clock, hooks=hooks) if has_replicas(config) else None
+        """Chooses replicas; None: there is one server."""
+        if self.router is not None:
+            contact.reasons = self.router.reasons
+        self.retrier = Retrier(
+            policy or RetryPolicy(),
+            config.max_message_bytes,
+            contact,
+            renews_tokens=callable(config.token),
+            router=self.router,
+        )
+        self._config = config
+        self._clock = clock
+        self.observer = None if hooks is None else Observer(hooks, config.address, clock)
+        """Makes the events of calls; None if there are no hooks."""
+        self.versions = VersionWatch(hooks, config.address)
+        """Told of sessions that go on with another version of their model."""
+        self._tracing = Tracing(config.address) if config.tracing else None
+        self._models: dict[str, ModelInfo] = {}
+
+    def watched(self, flow: Flow[T]) -> Flow[T]:
+        """The same flow with event hooks and spans around it."""
+        if self.observer is not None:
+            flow = self.observer.observed(flow)
+        return flow if self._tracing is None else self._tracing.traced(flow)
+
+    @property
+    def max_message_bytes(self) -> int:
+        """Largest message to send or receive."""
+        return self._config.max_message_bytes
+
+    def deadline(self, timeout_s: float | None) -> Deadline:
+        """A call's time limit, from now on."""
+        limit_s = self._config.timeout_s if timeout_s is None else timeout_s
+        return Deadline(check_timeout("timeout_s", limit_s), self._clock)
+
+    def exchange(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Flow[None]:
+        """Sends a frame, or one to each replica that has some of its members; see `Retrier.exchange`."""
+        if self.router is None:
+            return self.retrier.exchange(frame, deadline, on_part)
+        return Exchanging(self.retrier, self.router, frame, deadline, on_part).run()
+
+    @property
+    def replicas(self) -> tuple[ReplicaInfo, ...]:
+        """The replicas as they are seen now; of a client of one server that one."""
+        if self.router is None:
+            return (ReplicaInfo(self._config.address, True),)
+        return tuple(
+            [ReplicaInfo(each.address, not each.is_down, each.error) for each in self.router.replicas]
+        )
+
+    def by_replica(self, ids: Sequence[str]) -> list[Indexes]:
+        """Some sessions by the replica that has them: the places of each one's in `ids`."""
+        if self.router is None or not ids:
+            return [np.arange(len(ids))]
+        replicas, of = self.router.choose_all(keys_of(ids))
+        return [own for i in range(len(replicas)) if len(own := np.flatnonzero(of == i))]
+
+    # Models.
+
+    def server_info(self, deadline: Deadline) -> Flow[ServerInfo]:
+        """The server and all its models."""
+        reply: models_pb2.ListModelsResponse = yield from self.retrier.call(
+            "ListModels", models_pb2.ListModelsRequest(), deadline
+        )
+        return ServerInfo._from_message(reply)
+
+    def slow_sessions(self, limit: int, deadline: Deadline) -> Flow[list[SlowSession]]:
+        """Sessions with slow steps."""
+        request = models_pb2.ListSlowSessionsRequest(limit=arguments.check_count("limit", limit))
+        reply: models_pb2.ListSlowSessionsResponse = yield from self.retrier.call(
+            "ListSlowSessions", request, deadline
+        )
+        return [
+            SlowSession(each.session_id, each.model, each.seconds, each.age_seconds, each.tenant)
+            for each in reply.sessions
+        ]
+
+    def models(self, deadline: Deadline) -> Flow[list[ModelInfo]]:
+        """All models, in the order of their names."""
+        return Listing((yield from self.server_info(deadline)).models)
+
+    def model(self, name: str, deadline: Deadline) -> Flow[ModelInfo]:
+        """One model, as the server describes it now."""
+        request = models_pb2.GetModelRequest(name=arguments.check_model(name))
+        reply: models_pb2.GetModelResponse = yield from self.retrier.call("GetModel", request, deadline)
+        info = self._models[name] = ModelInfo._from_message(reply.model)
+        self.learn(info)
+        return info
+
+    def learn(self, info: ModelInfo) -> None:
+        """The server has described a model."""
+        self._models[reference(info.name, info.version)] = info
+        if any(each.is_default for each in info.versions if each.version == info.version):
+            self._models[info.name] = info
+
+    def known_model(self, name: str, deadline: Deadline, *, fingerprint: str = "") -> Flow[ModelInfo]:
+        """One model, as the server has described it before; asked anew if that was another fingerprint's."""
+        known = self._models.get(name)
+        if known is not None and fingerprint in ("", known.fingerprint):
+            return known
+        return (yield from self.model(name, deadline))
+
+    def states(
+        self, model: str, fingerprint: str, states: States | None, rows: int, deadline: Deadline
+    ) -> Flow[tuple[Packed, ...]]:
+        """A state as a request takes it; empty for the model's initial one.
+
+        Args:
+            model: Name of the model.
+            fingerprint: Of the model the session was opened with; empty for any.
+            states: As the caller gave them.
+            rows: How many rows each must have.
+            deadline: Of the call they are for.
+        """
+        if states is None:
+            return ()
+        known = self._models.get(model)
+        if known is not None and fingerprint in ("", known.fingerprint):
+            try:
+                return arguments.pack_states(states, known, rows)
+            except (InvalidInputError, ModelMismatchError):
+                pass  # the cached description may be old: check again with a new one
+        fresh = yield from self.model(model, deadline)
+        return arguments.pack_states(states, fresh, rows)
+
+    def predict(
+        self,
+        model: str,
+        inputs: Inputs,
+        states: States | None,
+        deadline: Deadline,
+        reset: Mask | None = None,
+    ) -> Flow[tuple[Outputs, State]]:
+        """Outputs and final state of a run without a session."""
+        packed = arguments.pack_inputs(inputs)
+        rows = packed[0].shape[0]
+        mask = np.frombuffer(pack_reset(reset, packed), np.bool_)
+        info = yield from self.known_model(arguments.check_model(model), deadline)
+        state = yield from self.states(model, "", states, rows, deadline)
+        request = models_pb2.PredictRequest(
+            model=model, inputs=to_messages(packed), state=to_messages(state), reset_mask=mask.tolist()
+        )
+        reply: models_pb2.PredictResponse = yield from self.retrier.call("Predict", request, deadline)
+        if reply.model_version not in (0, info.version):  # the default has moved since it was described
+            info = yield from self.known_model(reference(info.name, reply.model_version), deadline)
+        final = State(
+            unpack_all(reply.state),
+            model=info.name,
+            fingerprint=info.fingerprint,
+            batch_size=rows,
+            structure=info.structure,
+        )
+        return as_one(unpack_all(reply.outputs)), final
+
+    # Sessions as seen from the client.
+
+    def open_session(
+        self,
+        model: str,
+        batch_size: int,
+        session_id: str | None,
+        state: States | None,
+        must_be_new: bool,
+        max_idle_s: float | None,
+        deadline: Deadline,
+    ) -> Flow[SessionTracker]:
+        """Opens or resumes a session."""
+        rows = arguments.check_count("batch_size", batch_size)
+        request = sessions_pb2.OpenSessionRequest(
+            model=arguments.check_model(model),
+            session_id=arguments.optional_session_id("session_id", session_id),
+            batch_size=rows,
+            must_be_new=must_be_new,
+            request_id=new_request_id(),
+            max_idle=arguments.check_max_idle(max_idle_s),
+        )
+        request.state.extend(to_messages((yield from self.states(model, "", state, rows, deadline))))
+        if isinstance(state, State):  # what it was checked against; the default may move meanwhile
+            request.model_fingerprint = self._models[model].fingerprint
+        reply: sessions_pb2.OpenSessionResponse = yield from self._open("OpenSession", request, deadline)
+        return SessionTracker(reply.session, resumed=reply.resumed)
+
+    def open_sessions(
+        self,
+        model: str,
+        n: int,
+        batch_size: int,
+        session_ids: Sequence[str] | None,
+        deadline: Deadline,
+        *,
+        resume: bool = False,
+        max_idle_s: float | None = None,
+    ) -> Flow[GroupTracker]:
+        """Opens many sessions, or resumes those that are live."""
+        count, rows = arguments.check_count("n", n), arguments.check_count("batch_size", batch_size)
+        ids = arguments.check_session_ids(session_ids, count, f"n = {count} ids")
+        check_switch("resume", resume)
+        if resume and session_ids is None:
+            raise InvalidInputError("resume=True must come with session_ids; got None")
+        request = sessions_pb2.OpenSessionsRequest(
+            model=arguments.check_model(model),
+            count=count,
+            session_ids=ids,
+            batch_size=rows,
+            request_id=new_request_id(),
+            resume=resume,
+            max_idle=arguments.check_max_idle(max_idle_s),
+        )
+        reply: sessions_pb2.OpenSessionsResponse = yield from self._open("OpenSessions", request, deadline)
+        tracker = GroupTracker(
+            name_of(model),
+            reply.model_fingerprint,
+            rows,
+            reply.session_ids,
+            reply.revisions,
+            reply.positions,
+            version=reply.model_version,
+            uids=reply.uids,
+            is_pinned=is_pinned(model),
+            router=self.router,
+        )
+        tracker.resume(reply.resumed, reply.model_versions)
+        return tracker
+
+    def fork_sessions(
+        self,
+        sources: Sequence[str],
+        session_ids: Sequence[str] | None,
+        deadline: Deadline,
+        *,
+        is_pinned: bool,
+        max_idle_s: float | None = None,
+    ) -> Flow[GroupTracker]:
+        """Opens sessions with the states of others: all of them or none."""
+        if not sources:
+            raise InvalidInputError("a group must have at least one session to be forked; it has none")
+        count = len(sources)
+        ids = arguments.check_session_ids(session_ids, count, f"one id for each of {count} sessions")
+        request = sessions_pb2.ForkSessionsRequest(
+            session_ids=sources,
+            new_session_ids=ids,
+            request_id=new_request_id(),
+            max_idle=arguments.check_max_idle(max_idle_s),
+        )
+        reply: sessions_pb2.ForkSessionsResponse = yield from self._open("ForkSessions", request, deadline)
+        return GroupTracker(
+            reply.model,
+            reply.model_fingerprint,
+            reply.batch_size,
+            reply.session_ids,
+            reply.revisions,
+            reply.positions,
+            version=reply.model_version,
+            uids=reply.uids,
+            is_pinned=is_pinned,
+            router=self.router,
+        )
+
+    def _open(self, rpc: str, request: _Opening, deadline: Deadline) -> Flow[Any]:
+        """A call that makes sessions; the result is its response.
+
+        If it ends without an answer, or its caller gives up, it may have made sessions whose ids nobody
+        knows. Those are closed in the background. Sessions that the caller named are left to the caller.
+        """
+        try:
+            return (yield from self.retrier.call(rpc, request, deadline, changes=True))
+        except StepwellError as error:
+            if is_unknown(error) and not _names_sessions(request):
+                self._finish(self._close_made(rpc, request, Deadline(TRY_FOR_S, self._clock)))
+            raise
+        except GeneratorExit:  # Ctrl-C, or a cancelled task
+            if not _names_sessions(request):
+                self._finish(self._close_made(rpc, request, Deadline(TRY_FOR_S, self._clock)))
+            raise
+
+    def _close_made(self, rpc: str, request: _Opening, deadline: Deadline) -> Flow[None]:
+        """Closes what a call has made: the same request again is answered with the sessions' ids."""
+        LOG.info("%s ended without an answer; what it may have made is closed in the background", rpc)
+        try:
+            reply = yield from self.retrier.call(rpc, request, deadline, changes=True)
+            is_group = rpc.endswith("Sessions")
+            made = reply.session_ids if is_group else [reply.session.session_id]
+            uids = reply.uids if is_group else [reply.session.uid]
+            yield from self.close_sessions(made, deadline, np.array(uids, np.uint64))
+        except StepwellError as error:
+            LOG.warning("%s ended without an answer, and what it may have made is not closed: %s", rpc, error)
+            raise
+        LOG.info("closed %d sessions that %s had made", len(made), rpc)
+
+    def close_sessions(self, ids: Sequence[str], deadline: Deadline, uids: Counts | None = None) -> Flow[int]:
+        """Closes sessions in requests of at most `MAX_IDS` ids, each with a request id of its own.
+
+        Args:
+            ids: Those that are not there are passed over.
+            deadline: Of all requests together.
+            uids: `(n,)`, or one for all of them; None or empty for whichever sessions have the ids.
+
+        Returns:
+            How many there were.
+        """
+        closed = 0
+        for own in self.by_replica(ids):
+            for start in range(0, len(own), MAX_IDS):
+                part = own[start : start + MAX_IDS]
+                request = sessions_pb2.CloseSessionsRequest(
+                    session_ids=[ids[i] for i in part.tolist()], request_id=new_request_id()
+                )
+                if uids is not None and len(uids):
+                    some = uids if len(uids) == 1 else uids[part]
+                    request.uids.extend((some[:1] if (some == some[0]).all() else some).tolist())
+                reply: sessions_pb2.CloseSessionsResponse = yield from self.retrier.call(
+                    "CloseSessions", request, deadline, changes=True
+                )
+                closed += reply.closed
+        return closed
+
+    def session_info(self, session_id: str, deadline: Deadline) -> Flow[SessionInfo]:
+        """One session as of its last completed change."""
+        return SessionInfo._from_message((yield from self.session(session_id, deadline)))
+
+    def session(self, session_id: str, deadline: Deadline) -> Flow[sessions_pb2.Session]:
+        request = sessions_pb2.GetSessionRequest(
+            session_id=arguments.check_session_id("session_id", session_id)
+        )
+        reply: sessions_pb2.GetSessionResponse = yield from self.retrier.call("GetSession", request, deadline)
+        return reply.session
+
+    def close_session(self, session_id: str, deadline: Deadline, *, uid: int = 0) -> Flow[None]:
+        """Deletes a session; with a `uid` no other one that has the id now."""
+        request = sessions_pb2.CloseSessionRequest(
+            session_id=arguments.check_session_id("session_id", session_id),
+            request_id=new_request_id(),
+            uid=uid,
+        )
+        yield from self.retrier.call("CloseSession", request, deadline, changes=True)
+
+    # One session.
+
+    def step_change(
+        self,
+        tracker: SessionTracker,
+        inputs: Inputs,
+        outputs: object = "all",
+        time: object = "all",
+        reset: Mask | None = None,
+        rows: Rows | None = None,
+        states: object = "none",
+    ) -> Change:
+        """Checks the arguments of a step."""
+        chosen = arguments.check_rows(rows, tracker.batch_size)
+        if chosen == ():
+            raise InvalidInputError("rows must choose at least one row; got none")
+        everyone = chosen is None or chosen == tuple(range(tracker.batch_size))
+        return step_change(
+            inputs,
+            len(chosen or range(tracker.batch_size)),
+            outputs=outputs,
+            time=time,
+            reset=reset,
+            states=states,
+            rows=() if everyone or chosen is None else chosen,
+        )
+
+    def step(self, tracker: SessionTracker, change: Change, deadline: Deadline) -> Flow[Outputs | Trace]:
+        """Advances a session. The result is what its caller receives."""
+        info: ModelInfo | None = None
+        if change.states == "all":  # the model says whether the states that come back have a time axis
+            name = reference(tracker.model, tracker.model_version)
+            info = yield from self.known_model(name, deadline, fingerprint=tracker.fingerprint)
+        try:
+            stepped = yield from self.retrier.step(tracker.step(change, deadline))
+        except StepwellError as error:
+            raise tracker.failed(error) from None
+        previous = tracker.applied(stepped.revision, stepped.position, stepped.model_version)
+        if previous:
+            yield from self._moved(tracker, previous)
+        outputs = selected(stepped.outputs, change)
+        if change.states == "none":
+            return outputs
+        states = traced(stepped.states, info)
+        return Trace(outputs, states, stepped.revision, stepped.position, tracker.model_version)
+
+    def _moved(self, tracker: SessionTracker, previous: int) -> Flow[None]:
+        return self.versions.moved(tracker.model, [tracker.session_id], previous, tracker.model_version)
+
+    def reset_states(
+        self,
+        tracker: SessionTracker,
+        states: States | None,
+        rows: Rows | None,
+        deadline: Deadline,
+        position: int = 0,
+    ) -> Flow[None]:
+        """Sets the state of a session, or some rows of it; with `position`, which the whole of it then has."""
+        position = arguments.check_position(position)
+        if position and (states is None or rows is not None):
+            raise InvalidInputError(
+                f"position must be 0 without states, and with rows: it is that of a whole state; got {position}"
+            )
+        chosen = arguments.check_rows(rows, tracker.batch_size)
+        if chosen == ():
+            return
+        count = tracker.batch_size if chosen is None else len(chosen)
+        packed = yield from self.states(tracker.reference, tracker.fingerprint, states, count, deadline)
+        change = Change("reset", packed, rows=chosen or (), position=position)
+        request = sessions_pb2.ResetStatesRequest(
+            position=position,
+            session_id=tracker.session_id,
+            state=to_messages(packed),
+            rows=change.rows,
+            expected_revision=tracker.revision,
+            request_id=tracker.begin(change),
+        )
+        try:
+            reply: sessions_pb2.ResetStatesResponse = yield from self.retrier.call(
+                "ResetStates", request, deadline, changes=True
+            )
+        except StepwellError as error:
+            raise tracker.failed(error) from None
+        previous = tracker.applied(reply.revision, reply.position, reply.model_version)
+        if previous:
+            yield from self._moved(tracker, previous)
+
+    def get_state(self, session_id: str, deadline: Deadline) -> Flow[State]:
+        """Reads the state of a session."""
+        request = sessions_pb2.GetStateRequest(session_id=session_id)
+        reply: sessions_pb2.GetStateResponse = yield from self.retrier.call("GetState", request, deadline)
+        return State(
+            unpack_all(reply.state),
+            model=reply.session.model,
+            fingerprint=reply.session.model_fingerprint,
+            batch_size=reply.session.batch_size,
+            revision=reply.session.revision,
+            position=reply.session.position,
+            structure=reply.model_structure,
+        )
+
+    def fork(
+        self,
+        tracker: SessionTracker,
+        session_id: str | None,
+        max_idle_s: float | None,
+        deadline: Deadline,
+    ) -> Flow[SessionTracker]:
+        """Opens a session with the state of another."""
+        request = sessions_pb2.ForkSessionRequest(
+            session_id=tracker.session_id,
+            new_session_id=arguments.optional_session_id("session_id", session_id),
+            request_id=new_request_id(),
+            max_idle=arguments.check_max_idle(max_idle_s),
+        )
+        reply: sessions_pb2.ForkSessionResponse = yield from self._open("ForkSession", request, deadline)
+        return SessionTracker(reply.session)
+
+    def refresh(self, tracker: SessionTracker, deadline: Deadline) -> Flow[None]:
+        """Updates revision and position to the server's."""
+        previous = tracker.refresh((yield from self.session(tracker.session_id, deadline)))
+        if previous:
+            yield from self._moved(tracker, previous)
+
+    def close(self, tracker: SessionTracker, deadline: Deadline) -> Flow[None]:
+        """Deletes a session. Succeeds if it is gone already, also if another one has its id now: that one stays."""
+        try:
+            yield from self.close_session(tracker.session_id, deadline, uid=tracker.uid)
+        except SessionGoneError:
+            return
+
+
+def _names_sessions(request: _Opening) -> bool:
+    """Whether the caller chose the ids of the sessions that a request makes."""
+    if isinstance(request, sessions_pb2.OpenSessionRequest):
+        return bool(request.session_id)
+    if isinstance(request, sessions_pb2.OpenSessionsRequest):
+        return bool(request.session_ids)
+    if isinstance(request, sessions_pb2.ForkSessionsRequest):
+        return bool(request.new_session_ids)
+    return bool(request.new_session_id)

@@ -1,0 +1,110 @@
+"""What the arguments of a step mean, for sessions and groups alike: checked, and made into a `Change`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from stepwell._batching.frames import SELECTIONS, STATES, Change
+from stepwell._core.arguments import pack_inputs
+from stepwell._state.infos import Inputs, Mask, Outputs
+from stepwell._state.tensors import Array, Packed
+from stepwell.errors import InvalidInputError
+
+_TIMES = ("all", "last")
+
+
+def step_change(
+    inputs: Inputs,
+    row_count: int,
+    *,
+    outputs: object = "all",
+    time: object = "all",
+    reset: Mask | None = None,
+    states: object = "none",
+    rows: tuple[int, ...] = (),
+    count: str = "",
+) -> Change:
+    """A step as a value.
+
+    Args:
+        inputs: One array, or arrays by name.
+        row_count: How many rows each must have.
+        outputs: See `check_outputs`.
+        time: See `check_outputs`.
+        reset: Rows that begin anew: see `pack_reset`.
+        states: After which time steps states come back: "all", "last" or "none".
+        rows: Rows of a session that the inputs are of, as `check_rows` returns them; () for all.
+        count: What the caller calls `row_count`.
+    """
+    selection, names = check_outputs(outputs, time)
+    selected_states = check_states(states)
+    packed = pack_inputs(inputs, row_count, count or ("len(rows)" if rows else "batch_size"))
+    return Change("step", packed, selection, rows, pack_reset(reset, packed), names, selected_states)
+
+
+def check_states(states: object) -> str:
+    """After which time steps states come back: "all", "last" or "none"."""
+    if not isinstance(states, str) or states not in STATES:
+        raise InvalidInputError(f"states must be one of {list(STATES)}; got {states!r}")
+    return states
+
+
+def check_outputs(outputs: object, time: object = "all") -> tuple[str, tuple[str, ...]]:
+    """Which time steps come back ("all", "last" or "none"), and of which outputs (empty: of all).
+
+    Args:
+        outputs: One of these words, or a list of names.
+        time: "all" or "last" time steps.
+    """
+    if not isinstance(time, str) or time not in _TIMES:
+        raise InvalidInputError(f"time must be one of {list(_TIMES)}; got {time!r}")
+    if isinstance(outputs, str) and outputs in SELECTIONS:
+        return (time if outputs == "all" else outputs), ()
+    if not isinstance(outputs, Sequence) or isinstance(outputs, str | bytes):
+        raise InvalidInputError(
+            f"outputs must be one of {list(SELECTIONS)}, or a list of names; got {outputs!r}"
+        )
+    wrong = [name for name in outputs if not isinstance(name, str) or not name]
+    if wrong or not outputs or len(set(outputs)) != len(outputs):
+        raise InvalidInputError(
+            f"outputs must name at least one output of the model, each at most once; got {list(outputs)!r}"
+        )
+    return time, tuple(outputs)
+
+
+def pack_reset(reset: Mask | None, inputs: Sequence[Packed]) -> bytes:
+    """Rows that begin anew, as `Change.reset`: booleans of shape (rows,), or (rows, T) for every time step."""
+    if reset is None:
+        return b""
+    rows = inputs[0].shape[0]
+    # of (rows, n) alone it is not known here whether n is T or features: the server knows
+    rank = min(3, max(len(tensor.shape) for tensor in inputs))
+    times = sorted({tensor.shape[1] for tensor in inputs if len(tensor.shape) >= rank > 1})
+    try:
+        mask = np.asarray(reset)
+    except (TypeError, ValueError):
+        raise InvalidInputError(f"reset must be booleans of {_shapes(rows, times)}; got {reset!r}") from None
+    fits = mask.shape == (rows,) or (mask.ndim == 2 and mask.shape[0] == rows and mask.shape[1] in times)
+    if mask.dtype != np.bool_ or not fits:
+        raise InvalidInputError(
+            f"reset must be booleans of {_shapes(rows, times)}; got {mask.dtype} of shape {mask.shape}"
+        )
+    return mask.tobytes() if mask.any() else b""
+
+
+def _shapes(rows: int, times: Sequence[int]) -> str:
+    return " or ".join([f"shape ({rows},)", *[f"({rows}, {time})" for time in times]])
+
+
+def selected(outputs: dict[str, Array], change: Change) -> Outputs:
+    """The outputs of a step as the caller receives them."""
+    if change.output_names:
+        return {name: outputs[name] for name in change.output_names if name in outputs}
+    return None if change.outputs == "none" else as_one(outputs)
+
+
+def as_one(outputs: dict[str, Array]) -> Outputs:
+    """The array of a model with one output; else all of them by name."""
+    return next(iter(outputs.values())) if len(outputs) == 1 else outputs

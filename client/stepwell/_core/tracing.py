@@ -1,0 +1,134 @@
+"""Spans of a client's operations by OpenTelemetry, without I/O: a flow around another, as event hooks are.
+
+An operation has one span of kind client, whose parent is the caller's current span; its attempts are events of the span.
+What a call says of it travels in its metadata; what a frame of steps says, in the frame.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stepwell import _install
+from stepwell._base.flow import Ask, Call, Exchange, Flow, Lookup, Notify, Pause
+from stepwell._base.metadata import sampled
+from stepwell._batching.lanes import Exchanges
+from stepwell._batching.steps import Step
+from stepwell._transport.channel import service_of
+from stepwell.errors import InvalidInputError, StepwellError
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+    from stepwell._base.metadata import Pairs
+
+T = TypeVar("T")
+
+
+class Tracing:
+    """Makes the spans of a client.
+
+    Raises:
+        InvalidInputError: opentelemetry-api is not installed.
+    """
+
+    def __init__(self, address: str) -> None:
+        try:
+            from opentelemetry import trace
+        except ImportError as error:
+            raise InvalidInputError(
+                f"tracing must be False where opentelemetry-api is not installed: {_install.advice(_install.OTEL)}; got True"
+            ) from error
+        self._tracer = trace.get_tracer("stepwell", metadata.version("stepwell"))
+        self._address = address
+
+    def traced(self, flow: Flow[T]) -> Flow[T]:
+        """The same flow, whose asks say of which span they are."""
+        from opentelemetry.trace import SpanKind, Status, StatusCode
+
+        span: Span | None = None
+        said: Pairs = ()
+        attempts = 0
+        try:
+            ask = next(flow)
+            while True:
+                if not isinstance(ask, Pause | Notify | Lookup):
+                    attempts += 1
+                    if span is None:
+                        span = self._tracer.start_span(
+                            _name(ask), kind=SpanKind.CLIENT, attributes=self._facts(ask)
+                        )
+                        said = _said(span)
+                    elif span.is_recording():
+                        span.add_event("attempt", {"number": attempts})
+                    ask = _with(ask, said)
+                try:
+                    answer = yield ask
+                except StepwellError as error:
+                    if span is not None and span.is_recording():
+                        span.add_event("failed", {"error.type": type(error).__name__, "message": str(error)})
+                    ask = flow.throw(error)
+                else:
+                    ask = flow.send(answer)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        except Exception as error:
+            if span is not None:
+                span.set_attribute("error.type", type(error).__name__)
+                span.set_status(Status(StatusCode.ERROR, str(error)))
+            raise
+        finally:
+            if span is not None:
+                span.end()
+            flow.close()
+
+    def _facts(self, ask: Ask) -> dict[str, str | int]:
+        service, _, method = _name(ask).partition("/")
+        facts: dict[str, str | int] = {
+            "rpc.system": "grpc",
+            "rpc.service": service,
+            "rpc.method": method,
+            "server.address": self._address,
+        }
+        if isinstance(ask, Exchanges):
+            facts["stepwell.sessions"] = sum(len(lane.members) for lane in ask.lanes)
+            return facts
+        if isinstance(ask, Exchange):
+            facts["stepwell.sessions"] = len(ask.frame)
+            return facts
+        asked: Any = ask.request if isinstance(ask, Call) else ask
+        for name, fact in (("session_id", "stepwell.session.id"), ("model", "stepwell.model")):
+            if value := getattr(asked, name, ""):
+                facts[fact] = value
+        return facts
+
+
+def _name(ask: Ask) -> str:
+    """The method that an ask is for, or would be if steps never shared a message."""
+    if isinstance(ask, Call):
+        return f"stepwell.v1.{service_of(ask.rpc)}/{ask.rpc}"
+    return "stepwell.v1.SessionService/" + ("StepStream" if isinstance(ask, Exchange | Exchanges) else "Step")
+
+
+def _said(span: Span) -> Pairs:
+    """What a message says of a span: `traceparent` and what else the propagators of this process send."""
+    from opentelemetry import propagate, trace
+
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier, trace.set_span_in_context(span))
+    return tuple(carrier.items())
+
+
+def _with(ask: Ask, said: Pairs) -> Ask:
+    if isinstance(ask, Call):
+        return dataclasses.replace(ask, metadata=said)
+    if isinstance(ask, Step):
+        return ask._replace(trace=said)
+    if isinstance(ask, Exchange):
+        ask.frame.traceparent = sampled(said)
+    if isinstance(ask, Exchanges):
+        for lane in ask.lanes:
+            lane.ask.frame.traceparent = sampled(said)
+    return ask

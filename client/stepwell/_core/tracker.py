@@ -1,0 +1,134 @@
+"""Tracks sessions on this side: the revision, and the change that has no answer yet.
+
+The rule after a change that failed: the same call with the same arguments is the same change (same request id,
+same expected revision). The server applies it once, whether or not the first attempt was applied. A call with
+other arguments is a new change at the same expected revision. If the first change was applied after all, the
+server refuses the new one with a revision conflict.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+import numpy as np
+
+from stepwell._batching.frames import Change, Counts
+from stepwell._batching.steps import Step
+from stepwell._core.versions import reference
+from stepwell._transport.retry import Deadline
+from stepwell.errors import RevisionConflictError, StepwellError
+from stepwell.v1 import sessions_pb2
+
+
+def new_request_id() -> int:
+    """Random and non-zero, 64 bits."""
+    return secrets.randbits(64) or 1
+
+
+def new_request_ids(count: int) -> Counts:
+    """Random and non-zero, 64 bits each, and each greater by 1 than the one before: (count,) uint64."""
+    first = 1 + secrets.randbelow(2**64 - count)
+    return np.arange(count, dtype=np.uint64) + np.uint64(first)
+
+
+class SessionTracker:
+    """Tracks one session."""
+
+    __slots__ = (
+        "_ahead",
+        "_pending",
+        "_unknown",
+        "batch_size",
+        "fingerprint",
+        "model",
+        "model_version",
+        "model_version_pinned",
+        "position",
+        "resumed",
+        "revision",
+        "session_id",
+        "uid",
+    )
+
+    def __init__(self, session: sessions_pb2.Session, *, resumed: bool = False) -> None:
+        self.session_id = session.session_id
+        self.uid = session.uid
+        """Tells the session from others that get its id later; 0: the server does not say."""
+        self.model = session.model
+        self.fingerprint = session.model_fingerprint
+        self.batch_size = session.batch_size
+        self.revision = session.revision
+        self.position = session.position
+        self.model_version = session.model_version
+        self.model_version_pinned = session.model_version_pinned
+        self.resumed = resumed
+        self._pending: tuple[Change, int] | None = None
+        self._unknown = False
+        """The outcome of the last change is unknown."""
+        self._ahead = False
+        """So was that of an earlier one: the server may be one revision ahead because of it."""
+
+    def begin(self, change: Change) -> int:
+        """Begins a change; returns the request id to send it with."""
+        if self._pending is None or self._pending[0] != change:
+            self._pending = (change, new_request_id())
+        self._ahead |= self._unknown
+        self._unknown = True
+        return self._pending[1]
+
+    def step(self, change: Change, deadline: Deadline) -> Step:
+        """Begins a step; returns it as it is to be sent."""
+        rows = len(change.rows) or self.batch_size
+        return Step(self.model, self.session_id, change, rows, self.revision, self.begin(change), deadline)
+
+    def failed(self, error: StepwellError) -> StepwellError:
+        """The change has failed. Returns the error to raise. Not called for a cancelled change."""
+        self._unknown = is_unknown(error)
+        return explained(error, ahead=self._ahead)
+
+    @property
+    def reference(self) -> str:
+        """The version of the model that the session is on, as requests name it."""
+        return reference(self.model, self.model_version)
+
+    def applied(self, revision: int, position: int, version: int = 0) -> int:
+        """The change was applied, on this version of the model; 0: the server does not say on which.
+
+        Returns the version that the session was on before if that was another one, else 0.
+        """
+        self._pending = None
+        self._unknown = self._ahead = False
+        self.revision = revision
+        self.position = position
+        previous = self.model_version
+        if version in (0, previous):
+            return 0
+        self.model_version = version
+        self.fingerprint = ""
+        return previous
+
+    def refresh(self, session: sessions_pb2.Session) -> int:
+        """Updates to what the server says, and drops a change without an answer. Returns what `applied` does."""
+        previous = self.applied(session.revision, session.position, session.model_version)
+        self.uid = session.uid
+        self.fingerprint = session.model_fingerprint
+        self.model_version_pinned = session.model_version_pinned
+        return previous
+
+
+def is_unknown(error: StepwellError) -> bool:
+    """Whether a change that ended with this error may have been applied all the same."""
+    return getattr(error, "outcome", "not_applied") == "unknown"
+
+
+def explained(error: StepwellError, *, ahead: bool) -> StepwellError:
+    """The error to raise: a revision conflict is explained if an earlier change may be its cause."""
+    if not ahead or not isinstance(error, RevisionConflictError):
+        return error
+    return RevisionConflictError(
+        f"{error.message}; an earlier change of this handle ended without an answer and may have been "
+        f"applied: refresh() takes over the server's revision, and the handle goes on from there",
+        expected=error.expected,
+        actual=error.actual,
+        reason=error.reason,
+    )

@@ -1,0 +1,45 @@
+"""Versions of models on this side: how they are named, and who has gone on to another one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from stepwell._base.flow import Flow, Notify
+from stepwell._base.log import LOG
+from stepwell.events import EventHooks, ModelVersionEvent
+
+_MARK = re.compile("[@:]")
+
+
+def name_of(reference: str) -> str:
+    """The name in `NAME`, `NAME@VERSION` or `NAME:LABEL`."""
+    return _MARK.split(reference, maxsplit=1)[0]
+
+
+def is_pinned(reference: str) -> bool:
+    """Whether a session that is opened so stays on its version, wherever the default goes."""
+    return _MARK.search(reference) is not None
+
+
+def reference(name: str, version: int) -> str:
+    """One version of a model; the default one where the server is too old to say which it is."""
+    return f"{name}@{version}" if version else name
+
+
+class VersionWatch:
+    """Tells of sessions that go on with another version of their model."""
+
+    def __init__(self, hooks: EventHooks | None, address: str) -> None:
+        self._hooks = (hooks or {}).get("model_version", ())
+        self._address = address
+
+    def moved(self, model: str, session_ids: Sequence[str], previous: int, version: int) -> Flow[None]:
+        """Some sessions have gone on from one version to another."""
+        LOG.info(
+            "%d sessions of the model %r at %s are on its version %d now, and were on %d",
+            len(session_ids), model, self._address, version, previous,
+        )  # fmt: skip
+        if self._hooks:
+            event = ModelVersionEvent(self._address, model, tuple(session_ids), previous, version)
+            yield Notify(self._hooks, event)

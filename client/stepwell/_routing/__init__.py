@@ -1,0 +1,1 @@
+"""Which replica a session has, and which replicas can be reached."""

@@ -1,0 +1,409 @@
+"""Where the calls of a client of several replicas go, which replicas are there, and when to look again. No I/O.
+
+A replica is *down* when a connection to it failed or its health check said so; its sessions then go to the next replica
+in their order (`_routing.ranking`). Whoever finds that an attempt failed because of a replica asks the next one at once; what
+is not so clear (a broken stream, "unavailable") makes the replica *suspect*, which has its health checked. Checks of
+what is down are made again and again, with a growing delay and jitter. What is there again gets its sessions back in
+parts: see `RETURN_S`.
+
+The replicas share their store, so what is said here is about speed alone: whichever replica gets a change, it is
+applied once.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import random
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+import numpy as np
+
+from stepwell._base import addresses
+from stepwell._base.flow import Flow, Lookup, Notify
+from stepwell._base.log import LOG
+from stepwell._batching.frames import Indexes
+from stepwell._routing.ranking import Keys, weight, weights
+from stepwell._routing.replica import Replica
+from stepwell._transport.connecting import ConnectError
+from stepwell._transport.retry import Clock, RepliesTooLargeError
+from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableError
+from stepwell.events import EventHooks, ReplicaEvent
+
+#: First delay before a replica that is down is looked at again, and the longest, in seconds.
+PROBE_S, LONGEST_PROBE_S = 0.1, 2.0
+#: How long the answer to a health check may take.
+PROBE_TIMEOUT_S = 2.0
+#: A suspect is not looked at more often.
+_SUSPECT_S = 0.2
+#: In how many parts, and in what time, a replica that is there again gets its sessions back.
+RETURN_S, _PARTS = 2.0, 8
+#: How often a name is looked up, and how often at the most where a replica of it is down.
+LOOKUP_S, LOOKUP_AGAIN_S = 30.0, 1.0
+#: What gRPC says of a connection whose peer has answered no ping.
+_HUNG = "ping timeout"
+#: Replicas in the order in which a session prefers them: those that are there, those that are not given it back yet,
+#: those that are down.
+_UP, _RETURNING, _DOWN = 2, 1, 0
+
+
+class Name:
+    """A name of which every address is a replica."""
+
+    __slots__ = ("due_s", "found", "host", "is_asked", "looked_up_s", "port", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.host, self.port = addresses.host_and_port(text)
+        self.found: tuple[str, ...] = ()
+        self.looked_up_s = -math.inf
+        self.due_s = -math.inf
+        self.is_asked = False
+
+
+class Router:
+    """Chooses replicas. Thread-safe."""
+
+    def __init__(
+        self,
+        targets: Sequence[str],
+        clock: Clock,
+        *,
+        hooks: EventHooks | None = None,
+        draw: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        """Of a client.
+
+        Args:
+            targets: Addresses as gRPC takes them, and names with dns:///.
+            clock: Monotonic, in seconds.
+            hooks: Those of the client.
+            draw: Draws from an interval.
+        """
+        self._clock = clock
+        self._draw = draw
+        self._hooks = (hooks or {}).get("replica", ())
+        self._events: collections.deque[ReplicaEvent] = collections.deque()
+        self._lock = threading.RLock()
+        self._fixed = tuple([Replica(each) for each in targets if not addresses.is_name(each)])
+        self._names = tuple([Name(each) for each in targets if addresses.is_name(each)])
+        self._replicas = self._fixed
+        self._returning = False
+        self._lookup_s = -math.inf if self._names else math.inf
+        self._wake: Callable[[], None] = lambda: None
+        self._drop: Callable[[Replica], None] = lambda _: None
+        self._gone: list[Replica] = []
+        self.home = random.getrandbits(64)
+        """The key of calls that are about no session: another one for each client, so that they share the replicas."""
+        self.epoch = 0
+        """Changes whenever sessions may have another replica than before."""
+
+    def attach(self, wake: Callable[[], None], drop: Callable[[Replica], None]) -> None:
+        """Says who looks at replicas, to be woken when there is something to do, and who has connections to end."""
+        self._wake = wake
+        self._drop = drop
+
+    @property
+    def replicas(self) -> tuple[Replica, ...]:
+        """Those that are known now."""
+        return self._replicas
+
+    def now_s(self) -> float:
+        """By the clock."""
+        return self._clock()
+
+    # Choosing.
+
+    def route(self, key: int) -> Route:
+        """The way of one call."""
+        return Route(self, key)
+
+    def ready(self) -> Flow[None]:
+        """Looks names up if no replica is known yet.
+
+        Raises:
+            ConnectError: None is known, as no name could be looked up.
+        """
+        if self._replicas:
+            return
+        last: StepwellError | None = None
+        for name in self._names:
+            try:
+                addresses = yield Lookup(name.host, name.port)
+            except ConnectError as error:
+                last = error
+            else:
+                self.found(name, addresses)
+        if not self._replicas:
+            assert last is not None
+            raise last
+
+    def choose(self, key: int, tried: Collection[Replica] = ()) -> Replica:
+        """The replica for a call: the first in the order of its key, but for those that were tried."""
+        self.look()
+        best, most = None, -1
+        for replica in self._replicas:
+            if tried and replica in tried:
+                continue
+            own = weight(key, replica.seed)
+            own = (self._rank(replica, own & 7) << 62) | (own >> 2)
+            if own > most:
+                best, most = replica, own
+        return best or self.choose(key)
+
+    def choose_all(self, keys: Keys, tried: Collection[Replica] = ()) -> tuple[tuple[Replica, ...], Indexes]:
+        """The same for many: the replicas, and which of them is each one's, (n,)."""
+        self.look()
+        replicas = tuple([each for each in self._replicas if each not in tried]) or self._replicas
+        table = np.empty((len(replicas), len(keys)), np.uint64)
+        for i, replica in enumerate(replicas):
+            drawn = weights(keys, replica.seed)
+            ranks = np.array([self._rank(replica, part) << 62 for part in range(_PARTS)], np.uint64)
+            table[i] = ranks[(drawn & np.uint64(7)).astype(np.intp)] | (drawn >> np.uint64(2))
+        return replicas, np.argmax(table, axis=0)
+
+    def _rank(self, replica: Replica, part: int) -> int:
+        if replica.is_down:
+            return _DOWN
+        return _UP if part < replica.parts else _RETURNING
+
+    def look(self) -> None:
+        """Looks whether the time has brought something to do."""
+        if not self._returning and self._lookup_s == math.inf:
+            return
+        now_s = self._clock()
+        if self._returning:
+            self._give_back(now_s)
+        if now_s >= self._lookup_s:
+            self._wake()
+
+    def _give_back(self, now_s: float) -> None:
+        """Replicas that are there again get more of their sessions."""
+        with self._lock:
+            self._returning = False
+            for replica in self._replicas:
+                if replica.parts < _PARTS:
+                    parts = min(_PARTS, 1 + int(_PARTS * (now_s - replica.back_s) / RETURN_S))
+                    if parts != replica.parts:
+                        replica.parts = parts
+                        self.epoch += 1
+                    self._returning |= parts < _PARTS
+
+    def is_another_up(self, tried: Collection[Replica]) -> bool:
+        """Whether there is a replica that may be asked at once."""
+        return any(not each.is_down and each not in tried for each in self._replicas)
+
+    # What attempts and checks have found.
+
+    def failed(self, replica: Replica, generation: int, error: StepwellError) -> bool:
+        """An attempt has failed; whether because of the replica, so that another one is to be asked."""
+        if isinstance(error, RepliesTooLargeError):
+            return False
+        if isinstance(error, ConnectError) or (_HUNG in error.message and not error.reason):
+            if replica.generation == generation:
+                self._down(replica, error)
+            return True
+        if isinstance(error, UnavailableError | DeadlineExceededError):
+            self._suspect(replica)
+        return isinstance(error, UnavailableError)
+
+    def _suspect(self, replica: Replica) -> None:
+        with self._lock:
+            if replica.is_down or replica.is_checked:
+                return
+            replica.due_s = min(replica.due_s, max(self._clock(), replica.checked_s + _SUSPECT_S))
+        self._wake()
+
+    def _down(self, replica: Replica, error: StepwellError) -> None:
+        with self._lock:
+            replica.error = error
+            if replica.is_down:
+                return
+            replica.is_down = True
+            replica.generation += 1
+            replica.failures = 0
+            replica.due_s = self._clock() + self._delay_s(replica)
+            self.epoch += 1
+            for name in self._names:
+                if replica.address in name.found:
+                    name.due_s = min(name.due_s, name.looked_up_s + LOOKUP_AGAIN_S)
+            self._set_lookup()
+            self._tell(replica)
+        LOG.info("replica %s is not asked any more: %s", replica.address, error.message)
+        self._wake()
+
+    def up(self, replica: Replica) -> None:
+        """It is there."""
+        with self._lock:
+            if not replica.is_down:
+                return
+            replica.is_down = False
+            replica.generation += 1
+            replica.error = None
+            replica.due_s = math.inf
+            self._begin(replica)
+            self._tell(replica)
+        LOG.info("replica %s is there again, and gets its sessions back", replica.address)
+
+    def _begin(self, replica: Replica) -> None:
+        # each client begins at a moment of its own, as its check has found it
+        replica.back_s = self._clock()
+        replica.parts = 1
+        self._returning = True
+        self.epoch += 1
+
+    def _tell(self, replica: Replica) -> None:
+        if self._hooks:
+            self._events.append(ReplicaEvent(replica.address, not replica.is_down, replica.error))
+
+    def told(self) -> Flow[None]:
+        """Tells the hooks what has happened since."""
+        while self._events:
+            try:
+                event = self._events.popleft()
+            except IndexError:  # another thread was faster
+                return
+            yield Notify(self._hooks, event)
+
+    def reasons(self) -> str:
+        """Why replicas are down, each with its address; empty unless there are several."""
+        down = [(each.address, each.error.message) for each in self._replicas if each.error is not None]
+        if len(down) < 2:
+            return ""
+        return "; ".join([f"{address}: {message}" for address, message in down])
+
+    # What is to be looked at.
+
+    def due(self) -> tuple[list[Replica], list[Name]]:
+        """Replicas to check and names to look up now; `checked` and `found` or `not_found` say what came of it."""
+        now_s = self._clock()
+        with self._lock:
+            replicas = [each for each in self._replicas if each.due_s <= now_s and not each.is_checked]
+            names = [each for each in self._names if each.due_s <= now_s and not each.is_asked]
+            for replica in replicas:
+                replica.is_checked = True
+            for name in names:
+                name.is_asked = True
+            self._set_lookup()
+            return replicas, names
+
+    def wait_s(self) -> float:
+        """Seconds until something is due; infinity if nothing will be before something happens."""
+        now_s = self._clock()
+        with self._lock:
+            dues = [each.due_s for each in self._replicas if not each.is_checked]
+            # a name alone keeps nobody awake: whoever chooses a replica looks whether it is due
+            dues += [each.due_s for each in self._names if not each.is_asked and each.due_s <= now_s]
+        return max(0.0, min(dues, default=math.inf) - now_s)
+
+    def checked(self, replica: Replica, error: StepwellError | None) -> None:
+        """A replica was checked; the error says why it cannot be asked."""
+        with self._lock:
+            replica.is_checked = False
+            replica.checked_s = self._clock()
+            replica.due_s = math.inf
+            if error is not None and replica.is_down:
+                replica.failures += 1
+                replica.error = error
+                replica.due_s = self._clock() + self._delay_s(replica)
+                return
+        if error is None:
+            self.up(replica)
+        else:
+            self._down(replica, error)
+
+    def _delay_s(self, replica: Replica) -> float:
+        longest = min(LONGEST_PROBE_S, PROBE_S * 2 ** min(replica.failures, 10))
+        return self._draw(longest / 2, longest)
+
+    def found(self, name: Name, addresses: Iterable[str]) -> None:
+        """A name was looked up."""
+        with self._lock:
+            self._looked_up(name)
+            name.found = tuple(addresses)
+            # its connections were left until now, for what was under way
+            dropped, self._gone = self._gone, []
+            self._set()
+        for replica in dropped:
+            self._drop(replica)
+
+    def not_found(self, name: Name) -> None:
+        """It could not be: what was known of it stays."""
+        with self._lock:
+            self._looked_up(name)
+
+    def _looked_up(self, name: Name) -> None:
+        name.is_asked = False
+        name.looked_up_s = self._clock()
+        name.due_s = name.looked_up_s + self._draw(LOOKUP_S / 2, LOOKUP_S)
+        if any(each.is_down and each.address in name.found for each in self._replicas):
+            name.due_s = name.looked_up_s + self._draw(LOOKUP_AGAIN_S, 2 * LOOKUP_AGAIN_S)
+        self._set_lookup()
+
+    def _set_lookup(self) -> None:
+        self._lookup_s = min([each.due_s for each in self._names if not each.is_asked], default=math.inf)
+
+    def _set(self) -> None:
+        """The replicas are those that were given and those that were found."""
+        known = {each.address: each for each in self._replicas}
+        wanted = {each.address: each for each in self._fixed}
+        for name in self._names:
+            for address in name.found:
+                if address not in wanted:
+                    wanted[address] = known.get(address) or Replica(address, name.host, name.text)
+        if wanted.keys() == known.keys():
+            return
+        self.epoch += 1
+        for address, replica in wanted.items():
+            if known and address not in known:
+                self._begin(replica)
+        self._gone += [known[address] for address in known.keys() - wanted.keys()]
+        LOG.info("the replicas are now %s", ", ".join(sorted(wanted)))
+        self._replicas = tuple(wanted.values())
+
+
+class Route:
+    """Where the attempts of one call go."""
+
+    __slots__ = ("_generation", "_key", "_router", "_tried", "_was_down", "to")
+
+    def __init__(self, router: Router, key: int) -> None:
+        self._router = router
+        self._key = key
+        self._tried: tuple[Replica, ...] = ()
+        self._was_down = False
+        self._generation = 0
+        self.to: Replica | None = None
+        """Where the last attempt went."""
+
+    def next(self) -> Flow[Replica]:
+        """The replica for the next attempt.
+
+        Raises:
+            ConnectError: None is known.
+        """
+        router = self._router
+        if not router.replicas:
+            yield from router.ready()
+        self.to = to = router.choose(self._key, self._tried)
+        self._generation, self._was_down = to.generation, to.is_down
+        yield from router.told()
+        return to
+
+    def answered(self) -> None:
+        """The attempt was answered."""
+        if self._was_down and self.to is not None:
+            self._router.up(self.to)
+
+    def failed(self, error: StepwellError) -> Flow[bool]:
+        """It has failed; whether another replica is to be asked at once."""
+        if self.to is None or not self._router.failed(self.to, self._generation, error):
+            return False
+        yield from self._router.told()
+        self._tried = (*self._tried, self.to)
+        if self._router.is_another_up(self._tried):
+            return True
+        if all(each in self._tried for each in self._router.replicas):
+            self._tried = ()
+        return False

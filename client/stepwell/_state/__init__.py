@@ -1,0 +1,1 @@
+"""Tensors, states and descriptions of models as values."""

@@ -1,0 +1,194 @@
+"""The file of a saved state: a safetensors file whose metadata says what the tensors belong to.
+
+A file may come from anywhere, so every field of it is checked, and whatever is wrong raises `InvalidInputError`.
+`write` refuses what `read` would refuse.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from stepwell._state.tensors import Array, pack
+from stepwell.errors import InvalidInputError
+
+_FORMAT = "stepwell-state/2"
+#: Types of the file format that numpy has too, and that a session may be set to.
+_DTYPES = frozenset({"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"})
+
+
+class Header(NamedTuple):
+    """What the tensors of a file belong to."""
+
+    model: str
+    fingerprint: str
+    batch_size: int
+    revision: int | None
+    """None: it is not the state of one session; the file says nothing of it then."""
+    position: int | None
+    """As `revision`."""
+    structure: str = ""
+    """Of the model; empty: it is not known."""
+
+
+def write(path: str, tensors: Mapping[str, Array], header: Header) -> None:
+    """Writes a file, whole or not at all.
+
+    Args:
+        path: Where to; an old file of that name is replaced.
+        tensors: In the model's order, (batch_size, ...) each.
+        header: What they belong to.
+
+    Raises:
+        InvalidInputError: `read` would refuse the file.
+        OSError: The file cannot be written; names the path.
+    """
+    from safetensors import numpy as safetensors_numpy
+
+    _check(tensors, header)
+    metadata = {name: str(value) for name, value in header._asdict().items() if value is not None}
+    # The file format sorts its tensors; a list of states is read in the model's order.
+    metadata |= {"format": _FORMAT, "names": json.dumps(list(tensors))}
+    arrays = {name: array.copy(order="C") for name, array in tensors.items()}
+    _write_atomically(path, safetensors_numpy.save(arrays, metadata=metadata))
+
+
+def read(path: str) -> tuple[dict[str, Array], Header]:
+    """The tensors of a file in the model's order, and what they belong to.
+
+    Raises:
+        InvalidInputError: It is no saved state; names the path and the rule.
+        OSError: The file cannot be read, or is not there.
+    """
+    from safetensors import SafetensorError
+
+    with open(path, "rb"):  # safe_open's own errors do not tell a missing file from a broken one
+        pass
+    try:
+        return _read(path)
+    except (InvalidInputError, SafetensorError, ValueError, OverflowError) as error:
+        # The text may quote the file, so its length is limited.
+        raise InvalidInputError(
+            f"path must be a state saved by State.save; {path!r} is not: {error!s:.500}"
+        ) from None
+
+
+def _read(path: str) -> tuple[dict[str, Array], Header]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        metadata: Mapping[str, str] = file.metadata() or {}
+        if metadata.get("format") != _FORMAT:
+            raise InvalidInputError(f"its format must be {_FORMAT!r}; got {metadata.get('format')!r}")
+        header = Header(
+            _text(metadata, "model"),
+            _text(metadata, "fingerprint"),
+            _number(metadata, "batch_size"),
+            _number(metadata, "revision") if "revision" in metadata else None,
+            _number(metadata, "position") if "position" in metadata else None,
+            _text(metadata, "structure"),
+        )
+        names = _names(metadata, file.keys())
+        for name in names:
+            # Checked first, because safetensors raises errors of many kinds for types that numpy lacks.
+            if (dtype := file.get_slice(name).get_dtype()) not in _DTYPES:
+                raise InvalidInputError(
+                    f"tensor {name!r} must have one of the types {sorted(_DTYPES)}; got {dtype}"
+                )
+        tensors: dict[str, Array] = {name: file.get_tensor(name) for name in names}
+    _check(tensors, header)
+    return tensors, header
+
+
+def _text(metadata: Mapping[str, str], key: str) -> str:
+    if (text := metadata.get(key)) is None:
+        raise InvalidInputError(f"its metadata must have {key!r}; it has only {sorted(metadata)}")
+    return text
+
+
+def _number(metadata: Mapping[str, str], key: str) -> int:
+    text = _text(metadata, key)
+    # `int` would take signs, spaces and the digits of other scripts too.
+    if not (text.isascii() and text.isdecimal() and len(text) <= 20):
+        raise InvalidInputError(f"its {key} must be a whole number; got {text!r}")
+    return int(text)
+
+
+def _names(metadata: Mapping[str, str], keys: Sequence[str]) -> list[str]:
+    text = _text(metadata, "names")
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InvalidInputError(f"its names must be a list of strings in JSON; got {text!r:.100}")
+    if sorted(names) != sorted(keys):
+        raise InvalidInputError(
+            f"its names must name each of its tensors {sorted(keys)!r:.200} once; got {text!r:.200}"
+        )
+    return names
+
+
+def _check(tensors: Mapping[str, Array], header: Header) -> None:
+    """The rules for what is in a file.
+
+    Raises:
+        InvalidInputError: One of them is broken.
+    """
+    for key, text in (
+        ("model", header.model),
+        ("fingerprint", header.fingerprint),
+        *(("name", name) for name in tensors),
+    ):
+        if not text or not text.isprintable():
+            raise InvalidInputError(
+                f"the {key} in a saved state must be printable and not empty; got {text!r:.100}"
+            )
+    if not header.structure.isprintable():
+        raise InvalidInputError(
+            f"the structure in a saved state must be printable; got {header.structure!r:.100}"
+        )
+    if not 1 <= header.batch_size < 2**32:
+        raise InvalidInputError(
+            f"the batch_size of a saved state must be 1 to {2**32 - 1}; got {header.batch_size}"
+        )
+    for key, count in (("revision", header.revision), ("position", header.position)):
+        if count is not None and not 0 <= count < 2**64:
+            raise InvalidInputError(f"the {key} of a saved state must be 0 to {2**64 - 1}; got {count}")
+    for name, array in tensors.items():
+        _check_tensor(f"tensor {name!r:.100} of a saved state", array, header.batch_size)
+
+
+def _check_tensor(what: str, array: Array, batch_size: int) -> None:
+    if array.ndim == 0 or array.shape[0] != batch_size:
+        raise InvalidInputError(
+            f"{what} must have batch_size = {batch_size} rows on its first axis; got shape {array.shape}"
+        )
+    pack("", what, array[:1])  # the rules for what can be sent to a server
+    if array.dtype == np.bool_ and array.view(np.uint8).max(initial=0) > 1:
+        raise InvalidInputError(f"{what} must hold booleans; got a byte that is neither 0 nor 1")
+
+
+def _write_atomically(path: str, data: bytes) -> None:
+    """Writes beside the target and renames: a crash leaves the old file or the new one."""
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".stepwell-")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # Not the temporary file's name: the caller knows only this one.
+        raise OSError(error.errno, error.strerror, path) from None

@@ -1,0 +1,85 @@
+"""A state as a pandas or xarray object. Both libraries are imported when they are asked for."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stepwell._state.tensors import Array
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+
+_AXES = ("row", "time")
+
+
+def to_dataframe(
+    tensors: Mapping[str, Array], shape: tuple[int, ...], attrs: Mapping[str, Any], what: str
+) -> pd.DataFrame:
+    """See `State.to_dataframe`. `shape`: rows, or rows and time steps, which all tensors begin with."""
+    pandas = _imported("pandas", what)
+    if len(shape) == 1:
+        index = pandas.RangeIndex(shape[0], name="row")
+    else:
+        index = pandas.MultiIndex.from_product(map(range, shape), names=_AXES)
+    frames = {
+        name: pandas.DataFrame(
+            array.reshape(math.prod(shape), math.prod(array.shape[len(shape) :])).copy(), index=index
+        )
+        for name, array in tensors.items()
+    }
+    names = ["tensor", "unit"]
+    if frames:
+        frame = pandas.concat(frames, axis=1, names=names)
+    else:
+        columns = pandas.MultiIndex.from_arrays([[], []], names=names)
+        frame = pandas.DataFrame(index=index, columns=columns)
+    frame.attrs.update(attrs)
+    result: pd.DataFrame = frame
+    return result
+
+
+def to_xarray(
+    tensors: Mapping[str, Array], shape: tuple[int, ...], attrs: Mapping[str, Any], what: str
+) -> xr.Dataset:
+    """See `State.to_xarray`. `shape` is as of `to_dataframe`."""
+    xarray = _imported("xarray", what)
+    first = len(shape)
+    layers: dict[str, set[tuple[int, ...]]] = {}
+    for name, array in tensors.items():
+        layers.setdefault(_layer(name), set()).add(array.shape[first:])
+    variables = {}
+    for name, array in tensors.items():
+        # The tensors of a layer share its axes, so that h and c can be computed with, unless their shapes differ.
+        owner = _layer(name) if len(layers[_layer(name)]) == 1 else name
+        own = [f"{owner}.{axis - first + 1}" for axis in range(first, array.ndim)]
+        variables[name] = ([*_AXES[:first], *own], array.copy())
+    coordinates = {axis: np.arange(count) for axis, count in zip(_AXES, shape, strict=False)}
+    dataset: xr.Dataset = xarray.Dataset(variables, coords=coordinates, attrs=attrs)
+    return dataset
+
+
+def _layer(name: str) -> str:
+    return name.rpartition("/")[0] or name
+
+
+def _imported(package: str, what: str) -> Any:
+    """A package that is not among those that the SDK needs.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise ModuleNotFoundError(
+            f"{what} needs {package}, which is not installed: pip install {package}", name=package
+        ) from None

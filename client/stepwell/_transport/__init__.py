@@ -1,0 +1,1 @@
+"""Channels and streams of gRPC, and what decides when a call is tried again."""

@@ -1,0 +1,163 @@
+"""The stream of an async client: sends frames and receives the parts of their replies. As `_transport.stream`, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import grpc
+
+from stepwell._base.flow import Exchange
+from stepwell._base.log import LOG
+from stepwell._batching.in_flight import Answer, Sink
+from stepwell._batching.lanes import Exchanges, Lane
+from stepwell._routing.replica import Replica
+from stepwell._transport import channel
+from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError, UnavailableError
+from stepwell.v1 import sessions_pb2
+
+Inbox = asyncio.Queue[Answer]
+OpenStream = Callable[[AsyncIterator[sessions_pb2.StepStreamRequest]], Awaitable[channel.OpenedStream]]
+
+
+class AsyncLink:
+    """A stream that is opened when needed, and again after it broke. Belongs to one event loop."""
+
+    def __init__(self, open_stream: OpenStream, address: str) -> None:
+        self._open = open_stream
+        self._address = address
+        self._stream: _Stream | None = None
+        self._closed = False
+
+    async def exchange(self, ask: Exchange) -> None:
+        """Sends a frame and calls its `on_part` for each part of the reply.
+
+        Raises:
+            StepwellError: The stream broke or the time limit passed; unanswered members have an unknown outcome.
+        """
+        inbox = Inbox()
+        forget = self.post(ask, inbox.put_nowait)
+        try:
+            async with asyncio.timeout(ask.deadline.grpc_timeout_s()):
+                while not ask.frame.round_over:
+                    ask.on_part(ask.frame.accept(_received(await inbox.get())))
+        except TimeoutError:
+            raise DeadlineExceededError("the time limit passed while a frame was unanswered") from None
+        finally:
+            forget()
+
+    def post(self, ask: Exchange, sink: Sink) -> Callable[[], None]:
+        """Sends a frame without waiting for its reply; `_batching.in_flight.Link` has the rules."""
+        stream = self._open_stream()
+        return functools.partial(stream.forget, stream.send(ask, sink))
+
+    def _open_stream(self) -> _Stream:
+        if self._closed:
+            raise channel.closed()
+        if self._stream is None or self._stream.error is not None:
+            if self._stream is not None:
+                LOG.info("opening the stream to %s anew, which broke: %s", self._address, self._stream.error)
+            self._stream = _Stream(self._open)
+        return self._stream
+
+    async def close(self) -> None:
+        """Ends the stream; frames in flight get an error."""
+        self._closed = True
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            await stream.close()
+
+
+async def exchange_some(ask: Exchanges, link_to: Callable[[Replica], AsyncLink]) -> None:
+    """Sends the lanes of a frame that are not sent yet, and waits until one is over, or as long as it is told."""
+    inbox: asyncio.Queue[tuple[Lane, Answer]]
+    inbox = ask.inbox = ask.inbox or asyncio.Queue()
+    for lane in ask.lanes:
+        if lane.forget is None and not lane.is_over:
+            try:
+                lane.forget = link_to(lane.to).post(lane.ask, functools.partial(_put, inbox, lane))
+            except ClosedError:
+                raise
+            except StepwellError as error:
+                lane.fail(error)
+    try:
+        async with asyncio.timeout(None if math.isinf(ask.wait_s) else ask.wait_s):
+            while not ask.has_news:
+                lane, answer = await inbox.get()
+                lane.take(answer)
+    except TimeoutError:
+        return
+
+
+def _put(inbox: asyncio.Queue[tuple[Lane, Answer]], lane: Lane, answer: Answer) -> None:
+    inbox.put_nowait((lane, answer))
+
+
+def _received(answer: Answer) -> sessions_pb2.StepStreamResponse:
+    if isinstance(answer, StepwellError):
+        raise answer
+    return answer
+
+
+class _Stream:
+    """One call of StepStream, with the task that reads it."""
+
+    def __init__(self, open_stream: OpenStream) -> None:
+        self._outbox: asyncio.Queue[sessions_pb2.StepStreamRequest | None] = asyncio.Queue()
+        self._sinks: dict[int, Sink] = {}
+        self._frame_ids = itertools.count(1)
+        self.error: StepwellError | None = None
+        self._open = open_stream
+        self._opened: channel.OpenedStream | None = None
+        self._reader = asyncio.create_task(self._read(), name="stepwell-stream")
+
+    async def _requests(self) -> AsyncIterator[sessions_pb2.StepStreamRequest]:
+        while (request := await self._outbox.get()) is not None:
+            yield request
+
+    def forget(self, frame_id: int) -> None:
+        """Unregisters the sink of a frame."""
+        self._sinks.pop(frame_id, None)
+
+    def send(self, ask: Exchange, sink: Sink) -> int:
+        """Queues a frame; `sink` is called with the parts of its reply, or with the error. Returns its id."""
+        frame_id = next(self._frame_ids)
+        request = ask.request(frame_id)
+        self._sinks[frame_id] = sink
+        self._outbox.put_nowait(request)
+        return frame_id
+
+    async def _read(self) -> None:
+        error: StepwellError = UnavailableError("the server ended the stream")
+        try:
+            opened = self._opened = await self._open(self._requests())
+        except StepwellError as failed:
+            self._end(failed)
+            return
+        try:
+            async for response in opened.call:
+                sink = self._sinks.get(response.frame_id)
+                if sink is not None:
+                    sink(response)
+        except grpc.RpcError as failed:
+            error = opened.error(failed)
+        finally:
+            self._end(error)
+
+    def _end(self, error: StepwellError) -> None:
+        self.error = error
+        self._outbox.put_nowait(None)
+        for sink in list(self._sinks.values()):
+            sink(error)
+
+    async def close(self) -> None:
+        """Ends the call and waits for the reader."""
+        self._outbox.put_nowait(None)
+        if self._opened is None:
+            self._reader.cancel()  # it waits for a token
+        else:
+            self._opened.call.cancel()
+        await asyncio.wait([self._reader])

@@ -1,0 +1,377 @@
+"""Channels, and single attempts of calls: gRPC's exceptions are caught here and nowhere else but in the links."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from stepwell._base import addresses, metadata
+from stepwell._base.flow import Call
+from stepwell._base.metadata import Pairs
+from stepwell._transport import status, tls
+from stepwell._transport.tokens import Tokens
+from stepwell.config import ClientConfig, TlsConfig
+from stepwell.errors import (
+    ClosedError,
+    DeadlineExceededError,
+    StepwellError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from stepwell.v1 import models_pb2_grpc, sessions_pb2, sessions_pb2_grpc
+
+if TYPE_CHECKING:
+    from stepwell._routing.replica import Replica
+
+#: gRPC's own limit of an attempt to connect.
+_LONGEST_CONNECT_S = 20.0
+#: A replica that has sent nothing for so long while calls wait for it is asked whether it is there, and how long its
+#: answer may take. gRPC itself sends at most two such pings without a message between them, which every server takes.
+_KEEPALIVE_MS, _KEEPALIVE_TIMEOUT_MS = 2000, 3000
+_HEALTH = "/grpc.health.v1.Health/Check"
+#: grpc.health.v1.HealthCheckResponse with the status SERVING.
+_SERVING = b"\x08\x01"
+#: The calls that are not of SessionService.
+_SERVICES = {
+    **dict.fromkeys(("ListModels", "GetModel", "ListSlowSessions", "Predict"), "ModelService"),
+    **dict.fromkeys(
+        ("LoadModel", "UploadModel", "UnloadModel", "SetDefault", "SetLabel"), "ModelAdminService"
+    ),
+}
+# When a message could not be written, grpc.aio ends the call with a status that it makes itself, INTERNAL, instead of
+# the real one, which is mostly UNAVAILABLE (`_StreamRequestMixin._write` in grpc.aio). Such a status is known by this
+# beginning of its debug string; that of a received status begins with its code.
+_FAILED_WRITE = 'Failed "execute_batch"'
+
+
+def open_channel(config: ClientConfig, replica: Replica | None = None) -> grpc.Channel:
+    """A channel of the sync client. The connection is made by the first call.
+
+    Args:
+        config: What the client was told.
+        replica: The one of its replicas that it leads to; None: it has one server.
+    """
+    config, options = _for(config, replica)
+    if config.tls is None:
+        return grpc.insecure_channel(config.address, options=options)
+    return grpc.secure_channel(config.address, tls.credentials(config.tls), options=options)
+
+
+def open_async_channel(config: ClientConfig, replica: Replica | None = None) -> grpc.aio.Channel:
+    """The same for the running event loop. Channels are opened nowhere else, not for `stepwell bench` either."""
+    config, options = _for(config, replica)
+    if config.tls is None:
+        return grpc.aio.insecure_channel(config.address, options=options)
+    return grpc.aio.secure_channel(config.address, tls.credentials(config.tls), options=options)
+
+
+def has_replicas(config: ClientConfig) -> bool:
+    """Whether a client has a choice: there are several addresses, or a name that may have several."""
+    return len(config.targets) > 1 or addresses.is_name(config.targets[0])
+
+
+def _for(config: ClientConfig, replica: Replica | None) -> tuple[ClientConfig, list[tuple[str, Any]]]:
+    """What a channel is told: the client's config, or that of one of its replicas, and gRPC's options."""
+    if replica is None:
+        return config, _options(config)
+    tls = config.tls
+    if tls is not None and replica.host and tls.server_name is None:
+        tls = TlsConfig(tls.ca, tls.cert, tls.key, replica.host)
+    config = dataclasses.replace(config, address=replica.address, tls=tls)
+    options = _options(config)
+    if replica.authority and tls is None:
+        options.append(("grpc.default_authority", replica.authority))
+    # what hangs, or is cut off, is found out while calls wait for it, and they go to another replica
+    options.append(("grpc.keepalive_time_ms", _KEEPALIVE_MS))
+    options.append(("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS))
+    # of the pings by which gRPC measures bandwidth too: it sends no other while it waits for one, and does so for a minute
+    options.append(("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MS))
+    return config, options
+
+
+def _options(config: ClientConfig) -> list[tuple[str, Any]]:
+    attempt_ms = int(1000 * min(max(config.connect_timeout_s, 0.01), _LONGEST_CONNECT_S))
+    is_on_this_machine = addresses.is_on_this_machine(config.address)
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        # The SDK decides what is tried again, and when.
+        ("grpc.enable_retries", 0),
+        # A server that comes back is found again within a second; on this machine sooner, where trying is cheap.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 200 if is_on_this_machine else 1000),
+        # Despite its name: how long one attempt to connect may take, and a name server to answer.
+        ("grpc.min_reconnect_backoff_ms", attempt_ms),
+        ("grpc.dns_ares_query_timeout", attempt_ms),
+        # One client's failed connections are not another's.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    if is_on_this_machine:
+        # Else a proxy of the environment (http_proxy) gets what is meant for this machine, tokens included.
+        options.append(("grpc.enable_http_proxy", 0))
+    if config.tls is not None and config.tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", config.tls.server_name))
+    elif config.address.startswith("unix:"):
+        # gRPC would put the path there, which is no name of a host: many servers refuse it
+        options.append(("grpc.default_authority", "localhost"))
+    return options
+
+
+def tokens(config: ClientConfig) -> Tokens:
+    """What goes with the calls of a client beside their messages."""
+    tenant = () if config.tenant is None else (("stepwell-tenant", config.tenant),)
+    # An Envoy in front of replicas sends what has the same value to the same replica (`stepwell envoy-config`): stream and
+    # calls of a client find its sessions in memory there, also after the connection was made anew.
+    affinity = ("stepwell-session", secrets.token_hex(8))
+    return Tokens(config.token, (affinity, *tenant, *metadata.checked(config.metadata)))
+
+
+def service_of(rpc: str) -> str:
+    """The service, without its package, that has a method."""
+    return _SERVICES.get(rpc, "SessionService")
+
+
+def _stubs(channel: Any) -> dict[str, Any]:
+    """By service. Stubs of an async channel are the same classes."""
+    return {
+        "SessionService": sessions_pb2_grpc.SessionServiceStub(channel),
+        "ModelService": models_pb2_grpc.ModelServiceStub(channel),
+        "ModelAdminService": models_pb2_grpc.ModelAdminServiceStub(channel),
+    }
+
+
+def closed() -> ClosedError:
+    """The error for using a closed client."""
+    return ClosedError("the client must be open; it was closed")
+
+
+def _dropped() -> UnavailableError:
+    return UnavailableError("its name does not have this replica any more")
+
+
+def translate(error: grpc.RpcError) -> StepwellError:
+    """The error of a failed call. Both kinds of call carry code, details and trailing metadata."""
+    failed: Any = error
+    if failed.code() is grpc.StatusCode.INTERNAL and _is_failed_write(failed):
+        return UnavailableError("the connection broke while a message was being sent")
+    return status.from_rpc(failed.code(), failed.details(), failed.trailing_metadata())
+
+
+def _is_failed_write(failed: Any) -> bool:
+    debug: str | None = failed.debug_error_string()
+    return debug is not None and debug.startswith(_FAILED_WRITE)
+
+
+def _refused(error: StepwellError, known: Tokens, metadata: Pairs | None) -> StepwellError:
+    """The error of a call; if that was refused for its token, another one is asked for next time."""
+    if isinstance(error, UnauthenticatedError):
+        known.refused(metadata)
+    return error
+
+
+class OpenedStream:
+    """A call of StepStream, and what it was made with."""
+
+    def __init__(self, call: Any, known: Tokens, metadata: Pairs | None) -> None:
+        self.call = call
+        self._tokens = known
+        self._metadata = metadata
+
+    def error(self, failed: grpc.RpcError) -> StepwellError:
+        """How it has ended. A refusal may have come after some of its frames were applied."""
+        error = _refused(translate(failed), self._tokens, self._metadata)
+        if isinstance(error, UnauthenticatedError):
+            error.outcome = "unknown"
+        return error
+
+
+def _unwell(answer: bytes) -> StepwellError | None:
+    if answer == _SERVING:
+        return None
+    return UnavailableError("its health check says that it takes no calls", outcome="not_applied")
+
+
+def _unwell_by(error: grpc.RpcError) -> StepwellError | None:
+    """What a failed health check says. One that is refused was answered: the server, or what is before it, is there."""
+    failed = translate(error)
+    return failed if isinstance(failed, UnavailableError | DeadlineExceededError) else None
+
+
+def _with(pairs: metadata.Pairs | None, call: Call) -> metadata.Pairs | None:
+    """What is sent with every call, and what this one says."""
+    return (*(pairs or ()), *call.metadata) if call.metadata else pairs
+
+
+def _read(replies: Any, on_reply: Callable[[Any], object]) -> None:
+    """Reads the responses of a call that streams them, and ends it whatever happens."""
+    try:
+        for reply in replies:
+            on_reply(reply)
+    finally:
+        replies.cancel()
+
+
+async def _read_async(replies: Any, on_reply: Callable[[Any], object]) -> None:
+    """As `_read`."""
+    try:
+        async for reply in replies:
+            on_reply(reply)
+    finally:
+        replies.cancel()
+
+
+async def _awaited(requests: Iterator[Message]) -> AsyncIterator[Message]:
+    """Requests whose making takes time, such as reading a file, made in a thread."""
+    while (request := await asyncio.to_thread(next, requests, None)) is not None:
+        yield request
+
+
+class _Transport:
+    """What a channel has in both clients: to the server, or to one of its replicas."""
+
+    def __init__(
+        self, channel: grpc.Channel | grpc.aio.Channel, config: ClientConfig, known: Tokens | None
+    ) -> None:
+        """`known`: the tokens that it shares with others."""
+        self._stubs = _stubs(channel)
+        self._tokens = known or tokens(config)
+        self._metadata = config.metadata
+        self._ended: Callable[[], StepwellError] = closed
+        self.is_closed = False
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise self._ended()
+
+
+class SyncTransport(_Transport):
+    """A channel of the sync client."""
+
+    def __init__(
+        self, config: ClientConfig, known: Tokens | None = None, replica: Replica | None = None
+    ) -> None:
+        self._channel = open_channel(config, replica)
+        super().__init__(self._channel, config, known)
+
+    def stream(self, requests: Iterator[sessions_pb2.StepStreamRequest]) -> OpenedStream:
+        """Opens the stream of frames.
+
+        Raises:
+            UnauthenticatedError: There is no token.
+        """
+        metadata = self._tokens.metadata()
+        return OpenedStream(
+            self._stubs["SessionService"].StepStream(requests, metadata=metadata), self._tokens, metadata
+        )
+
+    def invoke(self, call: Call) -> Any:
+        """One attempt of a call."""
+        self._check_open()
+        method = getattr(self._stubs[service_of(call.rpc)], call.rpc)
+        metadata = self._tokens.metadata()
+        try:
+            request = call.request if isinstance(call.request, Message) else call.request()
+            answer = method(request, timeout=call.timeout_s, metadata=_with(metadata, call))
+            return answer if call.on_reply is None else _read(answer, call.on_reply)
+        except grpc.RpcError as error:
+            raise (
+                self._ended() if self.is_closed else _refused(translate(error), self._tokens, metadata)
+            ) from None
+        except ValueError:
+            # What gRPC raises for a closed channel; anything else is a defect to be seen.
+            if self.is_closed:
+                raise self._ended() from None
+            raise
+
+    def check(self, timeout_s: float) -> StepwellError | None:
+        """Asks whether the server takes calls; why not, or None if it does."""
+        check: Any = self._channel.unary_unary(_HEALTH)
+        try:
+            return _unwell(check(b"", timeout=timeout_s, metadata=self._metadata or None))
+        except grpc.RpcError as error:
+            return _unwell_by(error)
+        except ValueError:  # the channel was closed meanwhile
+            return closed()
+
+    def drop(self) -> None:
+        """Closes it while the client goes on: calls on it are tried again elsewhere."""
+        self._ended = _dropped
+        self.close()
+
+    def close(self) -> None:
+        """Ends the channel and the calls on it."""
+        self.is_closed = True
+        self._channel.close()
+
+
+class AsyncTransport(_Transport):
+    """A channel of the async client."""
+
+    def __init__(
+        self, config: ClientConfig, known: Tokens | None = None, replica: Replica | None = None
+    ) -> None:
+        self._channel = open_async_channel(config, replica)
+        super().__init__(self._channel, config, known)
+
+    async def stream(self, requests: AsyncIterator[sessions_pb2.StepStreamRequest]) -> OpenedStream:
+        """Opens the stream of frames.
+
+        Raises:
+            UnauthenticatedError: There is no token.
+        """
+        metadata = await self._tokens.metadata_async()
+        self._check_open()
+        return OpenedStream(
+            self._stubs["SessionService"].StepStream(requests, metadata=metadata), self._tokens, metadata
+        )
+
+    async def invoke(self, call: Call) -> Any:
+        """One attempt of a call."""
+        self._check_open()
+        method = getattr(self._stubs[service_of(call.rpc)], call.rpc)
+        metadata = await self._tokens.metadata_async()
+        try:
+            request = call.request if isinstance(call.request, Message) else _awaited(call.request())
+            answer = method(request, timeout=call.timeout_s, metadata=_with(metadata, call))
+            return await (answer if call.on_reply is None else _read_async(answer, call.on_reply))
+        except grpc.RpcError as error:
+            raise (
+                self._ended() if self.is_closed else _refused(translate(error), self._tokens, metadata)
+            ) from None
+        except grpc.aio.UsageError:
+            if self.is_closed:
+                raise self._ended() from None
+            raise
+        except asyncio.CancelledError:
+            # gRPC cancels the calls of a closing channel; the task itself was not asked to stop.
+            task = asyncio.current_task()
+            if self.is_closed and not (task and task.cancelling()):
+                raise self._ended() from None
+            raise
+
+    async def check(self, timeout_s: float) -> StepwellError | None:
+        """Asks whether the server takes calls; why not, or None if it does."""
+        check: Any = self._channel.unary_unary(_HEALTH)
+        try:
+            return _unwell(await check(b"", timeout=timeout_s, metadata=self._metadata or None))
+        except grpc.RpcError as error:
+            return _unwell_by(error)
+        except grpc.aio.UsageError:  # the channel was closed meanwhile
+            return closed()
+
+    async def drop(self) -> None:
+        """Closes it while the client goes on: calls on it are tried again elsewhere."""
+        self._ended = _dropped
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the channel and the calls on it."""
+        self.is_closed = True
+        await self._channel.close()

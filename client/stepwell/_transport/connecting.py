@@ -1,0 +1,167 @@
+"""Reaching a server for the first time, and what to make of a connection that cannot be made. No I/O."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+from stepwell import errors
+from stepwell._base.log import LOG
+
+_RUNS = "does `stepwell serve` run there?"
+# How gRPC says that no connection was made, so that nothing was sent, and why.
+_FAILED = re.compile(
+    r"failed to connect to all addresses(?:; last error: (?:[A-Z_]+: )?(?P<why>.*))?", re.DOTALL
+)
+# What stands before the reason proper: where the attempt went.
+_WHERE = re.compile(
+    r"(?:(?:ipv4|ipv6|unix):\S+: )?(?:Failed to connect to remote host: |connect failed: addr: \S+ error: )?"
+)
+_UNRESOLVED = re.compile(r"errors resolving|DNS resolution failed|address lookup failed")
+_NO_SUCH_NAME = (
+    "Domain name not found",
+    "answer with no data",
+    "Name or service not known",
+    "nodename nor servname",
+)
+# What a peer that speaks no HTTP/2 makes gRPC say.
+_NOT_HTTP2 = ("Failed parsing HTTP/2", "http1.x server")
+
+# What accepts connections and says nothing may be a server on a machine that is busy.
+_SILENT = "before receiving SETTINGS frame"
+_PATIENCE = 10
+
+# What gRPC's text of a failed handshake holds, and what that means. None of it passes by itself.
+_LASTING = {
+    "WRONG_VERSION_NUMBER": "the server does not speak TLS, and this client does",
+    "CERTIFICATE_VERIFY_FAILED": (
+        "the server's certificate is not one to trust: TlsConfig.ca must hold the CA that has signed it"
+    ),
+    "Hostname Verification Check failed": (
+        "the server's certificate is for another name than that of the address: TlsConfig.server_name says which "
+        "one it must have"
+    ),
+    "Failed to create security handshaker": (
+        "TlsConfig.ca, TlsConfig.cert or TlsConfig.key cannot be used: all must be PEM, and the key that of the "
+        "certificate"
+    ),
+}
+# A server that goes away does the same.
+_PERHAPS = (
+    "if the server serves TLS, it must be connected to with a TlsConfig; if it demands a certificate, with one in "
+    "TlsConfig.cert and TlsConfig.key that its own CA has signed"
+)
+_CLOSED_AT_ONCE = ("Socket closed", "Unwrap failed", "Connection reset", "ALERT_")
+
+
+class ConnectError(errors.UnavailableError):
+    """No connection was made, so nothing was sent. Never raised to users."""
+
+    patience: int
+    """How many times the time limit of connecting it may take before the first contact; 0: not tried again."""
+    hint: str
+    """What to look at."""
+
+    def __init__(self, message: str, *, patience: int = 1, hint: str = _RUNS) -> None:
+        super().__init__(message, outcome="not_applied")
+        self.patience = patience
+        self.hint = hint
+
+
+class HandshakeError(ConnectError):
+    """No attempt to connect would succeed before somebody changes something. Never raised to users."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, patience=0, hint="")
+
+
+def connect_error(message: str) -> ConnectError | None:
+    """The error of a connection that could not be made; None if gRPC's text says nothing of the kind."""
+    if _UNRESOLVED.search(message):
+        what = f"its name cannot be resolved: {message.rpartition(': ')[2].rstrip(']')}"
+        if any(sign in message for sign in _NO_SUCH_NAME):
+            return ConnectError(what, patience=0, hint="is the name right?")
+        return ConnectError(what)
+    failed = _FAILED.search(message)
+    if failed is None:
+        return None
+    for sign, meaning in _LASTING.items():
+        if sign in message:
+            return HandshakeError(f"{meaning}; {message}")
+    why = _WHERE.sub("", failed["why"] or message, count=1)
+    if any(sign in message for sign in _NOT_HTTP2):
+        what = f"what answers there does not speak HTTP/2, so it is not a Stepwell server: {why}"
+        return ConnectError(
+            what, patience=0, hint="is it the port of a web server, or of the server's metrics?"
+        )
+    if _SILENT in message:
+        return ConnectError(f"something listens there, but says nothing: {why}", patience=_PATIENCE)
+    if any(sign in message for sign in _CLOSED_AT_ONCE):
+        return ConnectError(why, hint=f"{_RUNS} ({_PERHAPS})")
+    return ConnectError(why)
+
+
+class Contact:
+    """Whether a client has ever reached its server. Until it has, calls give up after a time limit of their own.
+
+    One object for all calls of a client; it may be used by many threads.
+    """
+
+    __slots__ = ("address", "limit_s", "made", "reasons")
+
+    def __init__(self, address: str, limit_s: float, *, made: bool = False) -> None:
+        """Of a client.
+
+        Args:
+            address: Of the server.
+            limit_s: How long a call tries, in seconds, as long as there was no contact.
+            made: There was.
+        """
+        self.reasons: Callable[[], str] = lambda: ""
+        """Of a client of several replicas: why they cannot be reached; empty where that is known of one at most."""
+        self.address = address
+        self.limit_s = limit_s
+        self.made = made
+
+    def make(self) -> None:
+        """The server, or something on the way to it, has answered."""
+        if not self.made:
+            self.made = True
+            LOG.info("connected to %s", self.address)
+
+    def learn(self, error: errors.StepwellError) -> None:
+        """An attempt has failed: does its error come from the other side?"""
+        by_peer = isinstance(error, errors.UnavailableError) and not isinstance(error, ConnectError)
+        if error.reason or by_peer:
+            self.make()
+
+    def patience_s(self, error: errors.StepwellError) -> float:
+        """How long a call may try after this error, counted from its beginning, in seconds."""
+        if self.made or not isinstance(error, ConnectError):
+            return math.inf
+        return self.limit_s * error.patience if error.patience else 0.0
+
+    def explain(self, error: errors.StepwellError, limit_s: float) -> str:
+        """What to say of the error that ends a call of that time limit."""
+        if isinstance(error, ConnectError):
+            return self._unreached(error, limit_s)
+        if not self.made and isinstance(error, errors.DeadlineExceededError):
+            return f"nothing has answered at {self.address} within {limit_s:g} s (timeout_s): {error.message}; {_RUNS}"
+        return error.message
+
+    def _unreached(self, error: ConnectError, limit_s: float) -> str:
+        hint = f"; {error.hint}" if error.hint else ""
+        message = self.reasons() or error.message
+        if self.made or isinstance(error, HandshakeError):
+            return f"the server at {self.address} cannot be reached: {message}{hint}"
+        within = ""
+        if error.patience:
+            limits = [(limit_s, "timeout_s"), (self.patience_s(error), "connect_timeout_s")]
+            within = " within {:g} s ({})".format(*min(limits))
+            if error.patience > 1:
+                within = within.replace("connect_timeout_s", f"{error.patience} times connect_timeout_s")
+        return f"no server was reached at {self.address}{within}: {message}{hint}"
+
+
+ALREADY_MADE = Contact("", 0.0, made=True)

@@ -1,0 +1,217 @@
+"""When to retry, and how long to wait before that. No I/O: clock and random numbers are passed in."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import time
+from collections.abc import Callable
+from typing import Self
+
+from stepwell import errors
+from stepwell._base.log import LOG
+from stepwell._transport.connecting import ConnectError, Contact, HandshakeError
+
+# An attempt that the time limit cuts short has an unknown outcome, so none is made with less time than this.
+_LEAST_ATTEMPT_S = 0.02
+_LASTING_QUOTAS = frozenset({"sessions", "bytes", "models"})
+"""Quotas that stay used up until somebody closes or unloads something: waiting does not help."""
+
+Clock = Callable[[], float]
+
+
+class Deadline:
+    """A time limit, counted from its construction. It covers all attempts of a call."""
+
+    __slots__ = ("_at_s", "_began_s", "_clock", "limit_s")
+
+    def __init__(self, limit_s: float, clock: Clock = time.monotonic) -> None:
+        self.limit_s = limit_s
+        self._clock = clock
+        self._began_s = clock()
+        self._at_s = self._began_s + limit_s
+
+    def remaining_s(self) -> float:
+        """Seconds left, never below 0; `math.inf` without a limit."""
+        return max(0.0, self._at_s - self._clock())
+
+    def elapsed_s(self) -> float:
+        """Seconds since its construction."""
+        return self._clock() - self._began_s
+
+    def at_s(self) -> float:
+        """When it passes, by its clock."""
+        return self._at_s
+
+    def grpc_timeout_s(self) -> float | None:
+        """Seconds left as gRPC takes them."""
+        remaining_s = self.remaining_s()
+        return None if math.isinf(remaining_s) else remaining_s
+
+
+class RepliesTooLargeError(errors.UnavailableError):
+    """The replies to the steps of a frame exceeded the message limit together. Never raised to users.
+
+    A reply that is too large ends the stream, and so every frame on it, whichever of them caused it.
+    """
+
+    members = 0
+    """Steps in the frame."""
+
+    @classmethod
+    def of(cls, members: int, error: errors.StepwellError) -> Self:
+        """The error of a frame of so many members."""
+        made = cls(f"the replies to {members} steps at once: {error}")
+        made.members = members
+        return made
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """Exponential backoff with full jitter.
+
+    Source: Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015: of the variants
+    compared there, a uniform draw from the whole interval made the fewest calls and nearly the least delay.
+    """
+
+    base_s: float = 0.05
+    """Upper end of the first delay."""
+    cap_s: float = 2.0
+    """Upper end of every later delay."""
+    down_cap_s: float = 0.25
+    """Upper end of the first delays while a server is down or starts: such an attempt costs it next to nothing."""
+    down_attempts: int = 20
+    """How many delays of a call that holds for: about three seconds of them."""
+    draw: Callable[[float, float], float] = random.uniform
+    """Draws from an interval."""
+
+    def delay_s(self, attempt: int, error: errors.StepwellError) -> float | None:
+        """Seconds to wait after so many attempts; None if another one would not help."""
+        cap_s = self.down_cap_s if attempt <= self.down_attempts and _is_down(error) else self.cap_s
+        backoff_s = min(cap_s, self.base_s * 2 ** min(attempt - 1, 30))
+        if isinstance(error, RepliesTooLargeError):
+            return 0.0  # the next frames are smaller: waiting would not help
+        if isinstance(error, HandshakeError):
+            return None
+        if isinstance(error, errors.OverloadedError) and error.quota in _LASTING_QUOTAS:
+            return None
+        if isinstance(error, errors.OverloadedError) and error.retry_after_s > 0:
+            # Not before the server's delay, and spread out after it.
+            return error.retry_after_s + self.draw(0.0, min(backoff_s, error.retry_after_s))
+        if isinstance(error, errors.OverloadedError | errors.UnavailableError):
+            return self.draw(0.0, backoff_s)
+        return None
+
+
+def _is_down(error: errors.StepwellError) -> bool:
+    """Whether no server took the attempt, because none listens or one is starting."""
+    return isinstance(error, ConnectError) or (
+        isinstance(error, errors.UnavailableError) and error.reason == "STARTING"
+    )
+
+
+class Attempts:
+    """The attempts of one call: decides after each failure whether to retry."""
+
+    def __init__(
+        self,
+        rpc: str,
+        policy: RetryPolicy,
+        deadline: Deadline,
+        contact: Contact,
+        *,
+        changes: bool,
+        renews_tokens: bool = False,
+    ) -> None:
+        self.made = 0
+        """Attempts so far."""
+        self._rpc = rpc
+        self._policy = policy
+        self._deadline = deadline
+        self._contact = contact
+        self._changes = changes
+        self._renews_token = renews_tokens
+        """After a refusal it is worth an attempt to send another token."""
+        self._unknown = False
+        self._last: errors.StepwellError | None = None
+        self._is_elsewhere = False
+
+    def failed(self, error: errors.StepwellError, *, elsewhere: bool = False) -> float:
+        """Seconds to wait before the next attempt. `elsewhere`: it goes to another replica, and need not wait.
+
+        Raises:
+            StepwellError: `error`, if it is final, with the outcome of all attempts taken together.
+        """
+        self.made += 1
+        self._contact.learn(error)
+        self._unknown |= self._changes and getattr(error, "outcome", "not_applied") == "unknown"
+        delay_s = self._policy.delay_s(self.made, error)
+        if isinstance(error, errors.UnauthenticatedError) and self._renews_token:
+            self._renews_token, delay_s = False, 0.0
+        self._is_elsewhere = elsewhere
+        if elsewhere:
+            delay_s = 0.0
+        remaining_s = self._remaining_s(error)
+        if delay_s is None or remaining_s <= 0:
+            raise self._final(error)
+        if isinstance(error, errors.OverloadedError) and delay_s >= remaining_s:
+            raise self._final(error)
+        self._last = error
+        delay_s = min(delay_s, remaining_s)
+        LOG.info(
+            "%s at %s: attempt %d failed, the next is in %.3f s: %s",
+            self._rpc, self._contact.address, self.made, delay_s, error.message,
+        )  # fmt: skip
+        return delay_s
+
+    @property
+    def last(self) -> errors.StepwellError | None:
+        """How the last attempt failed."""
+        return self._last
+
+    def _limit_s(self, error: errors.StepwellError) -> float:
+        return min(self._deadline.limit_s, self._contact.patience_s(error))
+
+    def _remaining_s(self, error: errors.StepwellError) -> float:
+        if self._is_elsewhere:  # how long a server that nobody has reached is tried is that one's affair
+            return self._deadline.remaining_s()
+        return min(self._deadline.remaining_s(), self._limit_s(error) - self._deadline.elapsed_s())
+
+    def woke(self) -> None:
+        """To be called after the wait: checks that there is time for another attempt.
+
+        Raises:
+            StepwellError: The last error, if there is not.
+        """
+        last = self._last
+        if last is not None and self._remaining_s(last) < min(_LEAST_ATTEMPT_S, self._limit_s(last) / 10):
+            raise self._final(last)
+
+    def _final(self, error: errors.StepwellError) -> errors.StepwellError:
+        if isinstance(error, errors.DeadlineExceededError):
+            return self._ended(errors.DeadlineExceededError, error)
+        if isinstance(error, errors.UnavailableError):
+            return self._ended(errors.UnavailableError, error)
+        if isinstance(error, errors.UnauthenticatedError) and self._unknown:
+            error.outcome = "unknown"
+        if isinstance(error, errors.OverloadedError) and self._unknown:
+            # This attempt was refused, but an earlier one may have been applied.
+            return self._ended(errors.UnavailableError, error)
+        return error
+
+    def _ended(
+        self,
+        kind: type[errors.UnavailableError | errors.DeadlineExceededError],
+        error: errors.StepwellError,
+    ) -> errors.StepwellError:
+        outcome: errors.Outcome = "unknown" if self._unknown else "not_applied"
+        message = self._contact.explain(error, self._deadline.limit_s)
+        if self._last is not None and self._last is not error and self._last.message != error.message:
+            message += f"; before that: {self._last.message}"
+        message += f" (attempts: {self.made}"
+        if self._contact.made:
+            message += f", time limit: {self._deadline.limit_s:g} s"
+        message += f", outcome: {outcome})" if self._changes else ")"
+        LOG.info("%s: gave up: %s", self._rpc, message)
+        return kind(message, outcome=outcome, reason=error.reason)

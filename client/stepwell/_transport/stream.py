@@ -1,0 +1,217 @@
+"""The stream of a sync client: sends frames and receives the parts of their replies.
+
+One thread reads the open stream and gives each part to the sink of its frame. It ends with the stream. A link
+whose stream broke opens a new one when it is next used.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import itertools
+import math
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+
+import grpc
+
+from stepwell._base.flow import Exchange
+from stepwell._base.log import LOG
+from stepwell._batching.in_flight import Answer, Sink
+from stepwell._batching.lanes import Exchanges, Lane
+from stepwell._routing.replica import Replica
+from stepwell._transport import channel
+from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError, UnavailableError
+from stepwell.v1 import sessions_pb2
+
+Inbox = queue.SimpleQueue[Answer]
+OpenStream = Callable[[Iterator[sessions_pb2.StepStreamRequest]], channel.OpenedStream]
+
+# Reader threads must have ended before the interpreter shuts down.
+_links: weakref.WeakSet[Link] = weakref.WeakSet()
+# A forked child must not try to stop its parent's threads.
+os.register_at_fork(after_in_child=_links.clear)
+
+
+class Link:
+    """A stream that is opened when needed, and again after it broke. Thread-safe."""
+
+    def __init__(self, open_stream: OpenStream, address: str) -> None:
+        self._open = open_stream
+        self._address = address
+        self._lock = threading.Lock()
+        self._stream: _Stream | None = None
+        self._closed = False
+        self._loss: weakref.finalize[[], Link] | None = None
+        _links.add(self)
+
+    def exchange(self, ask: Exchange) -> None:
+        """Sends a frame and calls its `on_part` for each part of the reply.
+
+        Raises:
+            StepwellError: The stream broke or the time limit passed; unanswered members have an unknown outcome.
+        """
+        inbox = Inbox()
+        forget = self.post(ask, inbox.put)
+        try:
+            while not ask.frame.round_over:
+                ask.on_part(ask.frame.accept(_receive(inbox, ask)))
+        finally:
+            forget()
+
+    def post(self, ask: Exchange, sink: Sink) -> Callable[[], None]:
+        """Sends a frame without waiting for its reply; `_batching.in_flight.Link` has the rules."""
+        stream = self._open_stream()
+        return functools.partial(stream.forget, stream.send(ask, sink))
+
+    def _open_stream(self) -> _Stream:
+        with self._lock:
+            if self._closed:
+                raise channel.closed()
+            if self._stream is None or self._stream.error is not None:
+                if self._stream is not None:
+                    LOG.info(
+                        "opening the stream to %s anew, which broke: %s", self._address, self._stream.error
+                    )
+                self._stream = _Stream(self._open)
+                self._on_loss(self._stream.hang_up)
+            return self._stream
+
+    def _on_loss(self, hang_up: Callable[[], None]) -> None:
+        # If the link is collected without being closed, its stream and thread must end too.
+        if self._loss is not None:
+            self._loss.detach()
+        self._loss = weakref.finalize(self, hang_up)
+        self._loss.atexit = False
+
+    def close(self) -> None:
+        """Ends the stream; frames in flight get an error."""
+        with self._lock:
+            self._closed = True
+            stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+
+
+def exchange_some(ask: Exchanges, link_to: Callable[[Replica], Link]) -> None:
+    """Sends the lanes of a frame that are not sent yet, and waits until one is over, or as long as it is told."""
+    inbox: queue.SimpleQueue[tuple[Lane, Answer]]
+    inbox = ask.inbox = ask.inbox or queue.SimpleQueue()
+    for lane in ask.lanes:
+        if lane.forget is None and not lane.is_over:
+            try:
+                lane.forget = link_to(lane.to).post(lane.ask, functools.partial(_put, inbox, lane))
+            except ClosedError:
+                raise
+            except StepwellError as error:
+                lane.fail(error)
+    until_s = time.monotonic() + ask.wait_s
+    while not ask.has_news:
+        remaining_s = until_s - time.monotonic()
+        try:
+            lane, answer = inbox.get(timeout=None if math.isinf(remaining_s) else max(0.0, remaining_s))
+        except queue.Empty:
+            return
+        lane.take(answer)
+
+
+def _put(inbox: queue.SimpleQueue[tuple[Lane, Answer]], lane: Lane, answer: Answer) -> None:
+    inbox.put((lane, answer))
+
+
+def _receive(inbox: Inbox, ask: Exchange) -> sessions_pb2.StepStreamResponse:
+    remaining_s = ask.deadline.remaining_s()
+    try:
+        answer = inbox.get(timeout=None if math.isinf(remaining_s) else remaining_s)
+    except queue.Empty:
+        raise DeadlineExceededError("the time limit passed while a frame was unanswered") from None
+    if isinstance(answer, StepwellError):
+        raise answer
+    return answer
+
+
+class _Stream:
+    """One call of StepStream, with the thread that reads it."""
+
+    def __init__(self, open_stream: OpenStream) -> None:
+        self._outbox: queue.SimpleQueue[sessions_pb2.StepStreamRequest | None] = queue.SimpleQueue()
+        self._sinks: dict[int, Sink] = {}
+        self._lock = threading.Lock()
+        self._frame_ids = itertools.count(1)
+        self.error: StepwellError | None = None
+        self._consumer: threading.Thread | None = None
+        """gRPC's, which takes the requests."""
+        self._opened = open_stream(self._requests())
+        self._reader = threading.Thread(target=self._read, name="stepwell-stream", daemon=True)
+        self._reader.start()
+
+    def _requests(self) -> Iterator[sessions_pb2.StepStreamRequest]:
+        self._consumer = threading.current_thread()
+        while (request := self._outbox.get()) is not None:
+            yield request
+
+    def forget(self, frame_id: int) -> None:
+        """Unregisters the sink of a frame."""
+        with self._lock:
+            self._sinks.pop(frame_id, None)
+
+    def send(self, ask: Exchange, sink: Sink) -> int:
+        """Queues a frame; `sink` is called with the parts of its reply, or with the error. Returns its id."""
+        frame_id = next(self._frame_ids)
+        request = ask.request(frame_id)
+        with self._lock:
+            error = self.error
+            if error is None:
+                self._sinks[frame_id] = sink
+        if error is None:
+            self._outbox.put(request)
+        else:
+            sink(error)
+        return frame_id
+
+    def hang_up(self) -> None:
+        """Half-closes the stream; the server then ends the call, which ends the reader."""
+        self._outbox.put(None)
+
+    def _read(self) -> None:
+        error: StepwellError = UnavailableError("the server ended the stream")
+        try:
+            for response in self._opened.call:
+                with self._lock:
+                    sink = self._sinks.get(response.frame_id)
+                if sink is not None:
+                    sink(response)
+        except grpc.RpcError as failed:
+            error = self._opened.error(failed)
+        finally:
+            self._end(error)
+
+    def _end(self, error: StepwellError) -> None:
+        with self._lock:
+            self.error = error
+            sinks = list(self._sinks.values())
+        self.hang_up()
+        for sink in sinks:
+            sink(error)
+
+    def close(self) -> None:
+        """Ends the call and waits for the threads that have to do with it.
+
+        gRPC's own among them: it is a daemon, and takes a lock of the call to end it. Where the interpreter ended
+        meanwhile that lock stayed taken, and the call's destructor waited for it for good.
+        """
+        self.hang_up()
+        self._opened.call.cancel()
+        self._reader.join()
+        if self._consumer is not None:
+            self._consumer.join()
+
+
+@atexit.register
+def _close_links() -> None:
+    for link in list(_links):
+        link.close()

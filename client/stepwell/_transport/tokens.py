@@ -1,0 +1,173 @@
+"""The bearer token that a client sends with its calls: where it comes from, and when another one is asked for. No I/O."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import inspect
+import json
+import re
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+
+from stepwell._base.metadata import Pairs
+from stepwell.errors import InvalidInputError, UnauthenticatedError
+
+Token: TypeAlias = str | Callable[[], str]
+AsyncToken: TypeAlias = str | Callable[[], str | Awaitable[str]]
+
+RENEWED_S = 30.0
+"""How long before it expires another token is asked for, at the most."""
+_PLAIN = re.compile(r"[!-~]+")
+_RULE = "must be a string of printable ASCII characters without spaces"
+Clock = Callable[[], float]
+
+
+def checked(token: object) -> Any:
+    """A token, or a function that has it, as a caller gave it. No message shows it.
+
+    Raises:
+        InvalidInputError: It is neither.
+    """
+    if token is None or callable(token):
+        return token
+    if not isinstance(token, str):
+        raise InvalidInputError(f"token {_RULE}, or a function without arguments; got {type(token).__name__}")
+    if not _PLAIN.fullmatch(token):
+        raise InvalidInputError(f"token {_RULE}; got {len(token)} characters, {_which(token)}")
+    return token
+
+
+def _which(token: str) -> str:
+    return "some of them others" if token else "none"
+
+
+def require_sync(token: object) -> None:
+    """Refuses a coroutine function, which a sync client cannot await.
+
+    Raises:
+        InvalidInputError: It is one.
+    """
+    if inspect.iscoroutinefunction(token):
+        raise InvalidInputError(f"token of a sync client must not be a coroutine function; got {token!r}")
+
+
+class Tokens:
+    """The metadata of calls, with the token of now. Thread-safe; what is async is for one event loop.
+
+    A function is called for the first call; shortly before its token expires, if that is a JWT and so says when; and
+    when a server has refused its token. Calls that need it at the same time wait for one call of it.
+
+    Args:
+        token: The token, a function that has it, or None.
+        others: Metadata beside it.
+        now: Seconds since the epoch.
+    """
+
+    def __init__(self, token: Any, others: Pairs = (), now: Clock = time.time) -> None:
+        self._function: Callable[[], Any] | None = token if callable(token) else None
+        self._others = others
+        self._now = now
+        self._lock = threading.Lock()
+        self._async_lock: asyncio.Lock | None = None
+        self._token = ""
+        self._renewed_at = 0.0 if self._function else float("inf")
+        self._metadata: Pairs | None = self._with(token) if isinstance(token, str) else (others or None)
+
+    @property
+    def is_at_hand(self) -> bool:
+        """No function has to be called."""
+        return self._now() < self._renewed_at
+
+    def metadata(self) -> Pairs | None:
+        """The metadata of a call that is about to be made; may call the function, and so take its time.
+
+        Raises:
+            UnauthenticatedError: The function has failed.
+        """
+        if self._function is not None and not self.is_at_hand:
+            with self._lock:
+                if not self.is_at_hand:
+                    self._take(_called(self._function))
+        return self._metadata
+
+    async def metadata_async(self) -> Pairs | None:
+        """The same for an async client, whose function may be a coroutine function.
+
+        Raises:
+            UnauthenticatedError: The function has failed.
+        """
+        if self._function is not None and not self.is_at_hand:
+            if self._async_lock is None:
+                self._async_lock = asyncio.Lock()
+            async with self._async_lock:
+                if not self.is_at_hand:
+                    given = _called(self._function)
+                    if inspect.isawaitable(given):
+                        given = await _awaited(given)
+                    self._take(given)
+        return self._metadata
+
+    def refused(self, metadata: Pairs | None) -> None:
+        """A server has refused a call with this metadata: its token is asked for no more, unless it is not that of now."""
+        if self._function is not None and metadata is self._metadata:
+            self._renewed_at = 0.0
+
+    def _take(self, given: Any) -> None:
+        if inspect.iscoroutine(given):
+            given.close()
+        if not isinstance(given, str) or not _PLAIN.fullmatch(given):
+            got = (
+                type(given).__name__
+                if not isinstance(given, str)
+                else f"{len(given)} characters, {_which(given)}"
+            )
+            raise UnauthenticatedError(
+                f"the function that was given as token {_RULE.replace('be', 'return', 1)}; got {got}"
+            )
+        now, expires = self._now(), _expires(given)
+        # One that is asked for again and is still the same is used to its end.
+        early = 0.0 if given == self._token else min(RENEWED_S, max(0.0, expires - now) / 5)
+        self._token = given
+        self._metadata = self._with(given)
+        self._renewed_at = expires - early
+
+    def _with(self, token: str) -> Pairs:
+        return (("authorization", f"Bearer {token}"), *self._others)
+
+
+def _called(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except Exception as error:
+        raise _failed(error) from error
+
+
+async def _awaited(given: Awaitable[Any]) -> Any:
+    try:
+        return await given
+    except Exception as error:
+        raise _failed(error) from error
+
+
+def _failed(error: Exception) -> UnauthenticatedError:
+    # Its own text may hold what it should not; it is the cause, for those who look.
+    return UnauthenticatedError(
+        f"the function that was given as token has failed, with {type(error).__name__}"
+    )
+
+
+def _expires(token: str) -> float:
+    """When a token says that it expires, in seconds since the epoch; infinity if it does not say so."""
+    parts = token.split(".")
+    if len(parts) != 3:
+        return float("inf")
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+        expires = claims["exp"]
+    except (binascii.Error, ValueError, LookupError, TypeError, RecursionError):
+        return float("inf")
+    return float(expires) if isinstance(expires, int | float) else float("inf")
