@@ -331,12 +331,12 @@ async def test_changes_of_others_are_passed_only_by_small_ones_in_a_hurry_and_wh
     store.waits_for_disk = True
     told.submit("m", size=MANY, is_change=True)
     await inside(store)
-    told.submit("a", is_change=True, is_hurried=True)
+    told.submit("a", is_change=True, is_latency_sensitive=True)
     told.submit("b", is_change=True)
     assert store.appended == []
     told.submit("n", is_change=True)
-    told.submit("c", is_change=True, is_hurried=True)
-    told.submit("d", size=SMALL + 1, is_change=True, is_hurried=True)
+    told.submit("c", is_change=True, is_latency_sensitive=True)
+    told.submit("d", size=SMALL + 1, is_change=True, is_latency_sensitive=True)
     await until(lambda: told.names == "Lc")
     store.gate.set()
     await commits.idle()

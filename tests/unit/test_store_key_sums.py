@@ -77,14 +77,14 @@ def test_a_page_above_the_records_that_leads_elsewhere_is_noticed(tmp_path: Path
 def test_changes_while_it_looks_are_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(KeyCheck, "start", lambda _self, _look: None)
-    monkeypatch.setattr(module, "PIECE", 3)
+    monkeypatch.setattr(KeyCheck, "start", lambda _self, _check_keys: None)
+    monkeypatch.setattr(module, "BATCH_SIZE", 3)
     store, chance = opened(tmp_path), random.Random(seed)
     begin(store, *IDS[:60:2])
     store.close()
     store = opened(tmp_path)
     there = set(IDS[:60:2])
-    while not store._look():
+    while not store._check_keys():
         for session_id in chance.sample(IDS[:60], 4):
             match chance.randrange(4):
                 case 0 if session_id in there:
@@ -104,7 +104,7 @@ def test_changes_while_it_looks_are_no_damage(
     assert store.count() == len(there)
     store.close()
     store = opened(tmp_path)
-    while not store._look():
+    while not store._check_keys():
         pass
     assert store.damage == ""
     store.close()

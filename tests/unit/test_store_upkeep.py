@@ -19,7 +19,7 @@ from stepwell_server.store import backup, checking, mending
 from stepwell_server.store.base import Batch, End, KeyFileError, StoreBusy, StoreError, Tombstone
 from stepwell_server.store.counts import of_tenants
 from stepwell_server.store.disk.backup.file import About, BackupError, Writer
-from stepwell_server.store.disk.lock import reading
+from stepwell_server.store.disk.lock import read_lock
 from stepwell_server.store.disk.wal import reader
 from stepwell_server.store.disk.wal.segment import Segment
 from stepwell_server.store.encryption.keyring import Keyring, add_key
@@ -300,7 +300,7 @@ def test_the_data_file_stays_while_it_is_read(tmp_path: Path) -> None:
     begin(store, "a")
     store.close()
     before = (tmp_path / "sessions" / "data.mdb").stat()
-    with reading(tmp_path):
+    with read_lock(tmp_path):
         with pytest.raises(StoreError, match="nobody may read the store"):
             mending.repair(tmp_path, CLOCK)
         assert (tmp_path / "sessions" / "data.mdb").stat().st_ino == before.st_ino

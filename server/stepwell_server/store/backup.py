@@ -20,7 +20,7 @@ from stepwell_server.store.disk import meta
 from stepwell_server.store.disk.backup import snapshot
 from stepwell_server.store.disk.backup.file import About, Reader, Writer
 from stepwell_server.store.disk.backup.new_store import Pair, make, new_folder
-from stepwell_server.store.disk.documents import Found, Item
+from stepwell_server.store.disk.documents import DocumentSet, Item
 from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.encryption.sealer import Sealer
@@ -68,7 +68,7 @@ def back_up(path: Path, file: Path, clock: Clock, *, bytes_per_s: float = math.i
                     checks,
                 )
             )
-            documents = Found()
+            documents = DocumentSet()
             for item in found.all_documents():
                 documents.add(item)
                 writer.document(item)
@@ -159,7 +159,7 @@ def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, mo
     source = checked(file, clock, keyring, moved=moved)
     reader, about, change = source.reader, source.about, source.change
     stones: list[Tombstone] = []
-    documents = Found()
+    documents = DocumentSet()
 
     def sessions() -> Iterator[Pair]:
         for entry in reader.entries():

@@ -340,7 +340,7 @@ class Write:
     is_change: bool = False
     """It may be kept before what waits: it changes sessions that have been kept, and that are claimed, so nothing that
     waits names them."""
-    is_hurried: bool = False
+    is_latency_sensitive: bool = False
     """Such a change, if it is small, does not wait for larger ones either: they are of others."""
     passes: bool = False
     """It went to the thread for small changes."""

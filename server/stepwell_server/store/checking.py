@@ -12,7 +12,7 @@ from stepwell_server.store.base import KeyFileError, Tombstone
 from stepwell_server.store.counts import of_tenants
 from stepwell_server.store.disk.backup import snapshot
 from stepwell_server.store.disk.backup.file import Reader
-from stepwell_server.store.disk.documents import Found, Item
+from stepwell_server.store.disk.documents import DocumentSet, Item
 from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.encryption.sealer import Sealer
@@ -78,7 +78,7 @@ class Records:
             else:
                 self._name("sealed", found.sealed, session_id)
 
-    def documents(self, found: Found) -> None:
+    def documents(self, found: DocumentSet) -> None:
         """Say what was found of documents, when all else was said."""
         self.found.documents = len(found.items)
         self.found.damaged_documents = found.damaged[:MOST_NAMED]
@@ -154,7 +154,7 @@ def examine_backup(file: Path, keyring: Keyring | None) -> Examined:
     """
     reader = Reader(file)
     require_keys(keyring, reader.about().key_checks)
-    records, documents = Records(keyring), Found()
+    records, documents = Records(keyring), DocumentSet()
     for entry in reader.entries():
         if isinstance(entry, Item):
             documents.add(entry)

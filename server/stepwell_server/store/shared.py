@@ -25,7 +25,7 @@ from stepwell_server.store.base import Batch, DocumentsDamaged, StoreError, Tomb
 from stepwell_server.store.checking import MOST_NAMED, Examined, Records, require_keys
 from stepwell_server.store.disk.backup.file import About, Writer
 from stepwell_server.store.disk.backup.new_store import Pair
-from stepwell_server.store.disk.documents import Found, Item, item
+from stepwell_server.store.disk.documents import DocumentSet, Item, item
 from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.record import header_or_none, is_sound
 from stepwell_server.store.valkey.connection.url import DEFAULT_PARTITIONS, StoreUrl
@@ -127,7 +127,7 @@ def restore(file: Path, url: StoreUrl, clock: Clock, keyring: Keyring | None, *,
 
 
 async def _restore(source: Source, url: StoreUrl, clock: Clock, said: Meta) -> Restored:
-    documents, stones, part = Found(), list[Tombstone](), list[Pair]()
+    documents, stones, part = DocumentSet(), list[Tombstone](), list[Pair]()
     size = sessions = ended = 0
     async with made(url, clock, said) as whole:
         for entry in source.reader.entries():
@@ -193,7 +193,7 @@ async def _examine(url: StoreUrl, keyring: Keyring | None, clock: Clock) -> Exam
                     f"the numbers of sessions in partition {partition} must be {dict(expected)}; the store says"
                     f" {dict(await whole.counts(partition))}"
                 )
-        found = Found()
+        found = DocumentSet()
         items, damaged = await _documents(whole)
         for each in items:
             found.add(each)

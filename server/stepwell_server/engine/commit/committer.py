@@ -1,8 +1,8 @@
-"""The one way in which changes become true: kept by the store first, then said by the table, then answered.
+"""The one way in which changes become true: kept by the store first, then written to the table, then answered.
 
 If the store could not keep one, its sessions leave the arena and the table: what the store holds is the truth, and
 is loaded when they are next named. One that another server has changed meanwhile (a conflict) is judged again by what
-the store holds now: whoever sent it there before gets the first answer.
+the store holds now: a retry gets the first answer.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from stepwell_server.store.base import ALL_KEPT, Batch, Committed, Done, stamped
 from stepwell_server.store.record import Joined
 
 Answer = Callable[[ServerError | None, Members | None], None]
-"""Called with None, or why it never will be true; and for which places of the outcome: None for all of them."""
+"""Called with the error, or None, and with the places of the outcome that it is for; None: all of them."""
 Again = Callable[[Members], None]
 """Called with places of the outcome whose sessions another server has changed: they are claimed, and paged out."""
 
 
 class Recorder:
-    """Has the store keep a record of every change. Lives on the event loop; the store's thread makes records too."""
+    """Writes a record of every change to the store. Lives on the event loop; the store's thread makes records too."""
 
     def __init__(
         self,
@@ -73,7 +73,9 @@ class Recorder:
                 stamps=stamped(outcome.stamp, count),
             )
 
-        self._commits.submit(build, count, kept, is_change=True, is_hurried=outcome.is_hurried)
+        self._commits.submit(
+            build, count, kept, is_change=True, is_latency_sensitive=outcome.is_latency_sensitive
+        )
 
 
 class Committer:
@@ -163,7 +165,7 @@ def _may_resize(outcome: Outcome) -> bool:
 
 
 def not_known() -> OutcomeUnknown:
-    """The answer to a change of which the store did not say whether it was kept."""
+    """The answer to a change if it is not known whether the store kept it."""
     return OutcomeUnknown(
         "the store must say that it kept the change; it did not answer, and may have kept it"
     )

@@ -1,4 +1,4 @@
-"""What has happened is kept by the store before anybody hears of it, and no more waits for that than may.
+"""Commits to the store, and a limit on what waits for it: a change is answered only when the store has it.
 
 How batches get into the store, in which order and which of them together, is the store's: see `store.access`.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from stepwell_server.errors import Overloaded
 from stepwell_server.store.base import Answer, Batch, Done, Store, Write
 
-#: So many sessions may wait for the store before passes wait too.
+#: Sessions that may wait for the store before passes wait too.
 MAX_WAITING = 32_768
 
 _RETRY_AFTER_S = 0.5
@@ -27,7 +27,7 @@ class GroupCommit:
         self.waiting = 0
         """Sessions whose changes wait for the store."""
         self.is_full = False
-        """So much waits for the store that no more should be done until some of it is kept."""
+        """`MAX_WAITING` is reached: nothing more should run until the store has kept some of it."""
         self._changed = asyncio.Event()
         """Set when less waits for the store."""
 
@@ -37,10 +37,10 @@ class GroupCommit:
         return not self.waiting
 
     def require_room(self) -> None:
-        """Refuse what would wait for the store if too much does already.
+        """Refuse another change while too much waits for the store.
 
         Raises:
-            Overloaded: with the time after which to come again.
+            Overloaded: with the time after which to try again.
         """
         if self.is_full:
             raise Overloaded(
@@ -56,7 +56,7 @@ class GroupCommit:
         done: Done,
         *,
         is_change: bool = False,
-        is_hurried: bool = False,
+        is_latency_sensitive: bool = False,
     ) -> None:
         """Commit what `build` makes; `done` is called on the event loop, maybe before this returns.
 
@@ -65,25 +65,25 @@ class GroupCommit:
             size: Records in it, about.
             done: Gets what became of each session, or why nothing of it was kept. It must not raise.
             is_change: It may be kept before what waits: see `Write`.
-            is_hurried: Such a change, if it is small, does not wait for larger ones either: see `Write`.
+            is_latency_sensitive: Such a change, if it is small, does not wait for larger ones either: see `Write`.
         """
         weight = max(1, size)
 
-        def later(answer: Answer) -> None:
+        def answered(answer: Answer) -> None:
             was_full = self.is_full
-            self._waits(-weight)
+            self._add_waiting(-weight)
             done(answer)
             if was_full and not self.is_full:
                 self._on_room()
             self._changed.set()
 
-        answer = self._store.commit(Write(build, size, later, is_change, is_hurried))
+        answer = self._store.commit(Write(build, size, answered, is_change, is_latency_sensitive))
         if answer is None:
-            self._waits(weight)
+            self._add_waiting(weight)
         else:
             done(answer)
 
-    def _waits(self, count: int) -> None:
+    def _add_waiting(self, count: int) -> None:
         self.waiting += count
         self.is_full = self.waiting >= MAX_WAITING
 

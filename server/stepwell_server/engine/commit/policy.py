@@ -1,7 +1,7 @@
-"""What a store has of sessions: a record of each change, or of nothing but what has left the arena.
+"""Which sessions have records in the store: all of them, or only those that have left the arena.
 
-Whoever makes the engine's store chooses: a store whose records end with the process needs only those that the arena has
-no room for.
+The application chooses with the store: one whose records end with the process needs only the records that the arena
+has no room for.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class IdOrder:
         """Of each chunk: how often it had changed, and the places of its ids in their order."""
 
     async def after(self, after: str, *, prefix: str, limit: int) -> list[str]:
-        """Ids behind `after` that begin with `prefix`, at most `limit`; a chunk is sorted in each turn of the event loop."""
+        """Ids behind `after` that begin with `prefix`, at most `limit`; one chunk is sorted per iteration of the event loop."""
         await self._sort()
         parts: list[Iterator[str]] = []
         for (_, chunk), (_, places) in zip(self._table.id_chunks(), self._places, strict=True):
@@ -94,7 +94,7 @@ class StorePolicy(Protocol):
     def begin(self, ids: Sequence[str], ready: int, records: Callable[[slice], Puts], /) -> Puts:
         """Some sessions of a call are about to begin: the records that the call must commit, of all of them or of none.
 
-        Until the call is done nobody else sees them. If it fails, `came_back` takes back what was done here.
+        Until the call is done nothing else sees them. If it fails, `came_back` takes back what was done here.
 
         Args:
             ids: Of the sessions.
@@ -172,10 +172,10 @@ class PagedOutOnly(StorePolicy):
 
     @override
     async def count(self, tenant: str | None, model: str) -> int:
-        async def everybodys() -> int:
+        async def total() -> int:
             return len(self._table) + await self._unserved()
 
-        return await counts.count(self._store, tenant, model, everybodys)
+        return await counts.count(self._store, tenant, model, total)
 
     @override
     def begin(self, ids: Sequence[str], ready: int, records: Callable[[slice], Puts]) -> Puts:
@@ -203,4 +203,4 @@ def _nothing(_answer: Answer) -> None:
 
 
 Policy: TypeAlias = Callable[[Store, SessionTable, Records, Clock], StorePolicy]
-"""Makes what keeps the sessions of an engine: one of these classes."""
+"""Makes the store policy of an engine: one of these classes."""

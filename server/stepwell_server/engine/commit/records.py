@@ -17,7 +17,7 @@ from stepwell_server.engine.state.replies import KeptArrays
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.store.record import Header, Joined, RecordTemplate, Stored, Texts, encode
 
-#: Fewer sessions are laid out anew each time.
+#: Records of fewer sessions are laid out each time.
 _WORTH_KEEPING = 16
 #: Bytes of all templates that are kept.
 _MAX_BYTES = 32 << 20
@@ -31,9 +31,9 @@ created, as another server may have opened others of the same ids, and their oth
 
 @dataclasses.dataclass(slots=True)
 class Outcome:
-    """What became of some sessions of a model: what the table will say, `(n,)` each.
+    """What became of some sessions of a model: the new columns of the table, `(n,)` each.
 
-    It has been made in the rows of claimed sessions, where nobody looks.
+    Their new state is in the rows of claimed sessions already, where nothing else reads it.
     """
 
     model: Model
@@ -49,8 +49,8 @@ class Outcome:
     """The replies that are kept as arrays of their own, by their place."""
     stamp: int = 0
     """Of its records, if others use the store."""
-    is_hurried: bool = False
-    """Others have passes, too: if it is small it need not wait for what is large."""
+    is_latency_sensitive: bool = False
+    """Others have passes, too: a small outcome does not wait for large ones."""
 
     def part(self, places: Members) -> Outcome:
         """The same of some of its sessions."""
@@ -65,12 +65,12 @@ class Outcome:
             self.replies[places],
             {own[place]: arrays for place, arrays in self.arrays.items() if place in own},
             self.stamp,
-            self.is_hurried,
+            self.is_latency_sensitive,
         )
 
 
 def as_it_is(table: SessionTable, model: Model, handles: Handles) -> Outcome:
-    """What the table and the arena say of claimed sessions of a model now."""
+    """The outcome that equals the table and the arena now, for claimed sessions of a model."""
     return Outcome(
         model,
         handles,
@@ -153,7 +153,7 @@ def encoded(session_id: str, header: Header, rows: bytes, extra: bytes) -> bytes
 class Templates:
     """Templates of the records of sessions that change together again and again: the members of a group.
 
-    For whoever holds the claims of the sessions, on the thread that stores them.
+    For the holder of the sessions' claims, on the thread that stores them.
     """
 
     def __init__(self, table: SessionTable, fields: Fields) -> None:
@@ -166,7 +166,7 @@ class Templates:
     def of(self, model: Model, handles: Handles) -> RecordTemplate:
         """A template for sessions of one batch size whose fields have one length; to be filled.
 
-        Nobody else fills it before their change is stored: their claims see to that.
+        The sessions' claims keep all others from filling it before their change is stored.
         """
         if len(handles) < _WORTH_KEEPING:
             return self._lay_out(model, handles)

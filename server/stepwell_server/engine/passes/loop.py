@@ -95,7 +95,7 @@ class Inline:
             change.requests_of(change.members),
             change.digests_of(change.members),
             np.array([kept], np.uint8),
-            is_hurried=True,  # what is large and waits for the store is of others
+            is_latency_sensitive=True,  # what is large and waits for the store is of others
         )
         table.claimed[handle] = True
         if change.traces:

@@ -101,7 +101,7 @@ class Lanes:
     def _put(self, write: Write) -> None:
         self._loop = self._loop or asyncio.get_running_loop()
         self._handed_over += 1
-        if write.size <= (SMALL if write.is_hurried and self._changes > MANY else MANY):
+        if write.size <= (SMALL if write.is_latency_sensitive and self._changes > MANY else MANY):
             write.make()
         if write.is_change and write.is_small and self._store.waits_for_disk:
             self._beside_until = self._turns + TURNS_BESIDE
@@ -119,7 +119,11 @@ class Lanes:
         if not (is_small and store.has_log and store.waits_for_disk):
             return False
         # the first thread may be busy with a checkpoint as long as one is due
-        return self._others > 0 or (write.is_hurried and self._changes > MANY) or store.needs_checkpoint
+        return (
+            self._others > 0
+            or (write.is_latency_sensitive and self._changes > MANY)
+            or store.needs_checkpoint
+        )
 
     def _count(self, write: Write, by: int) -> None:
         if write.is_change:

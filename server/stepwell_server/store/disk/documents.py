@@ -74,7 +74,7 @@ def item(name: str, content: bytes | None) -> Item:
 
 
 @dataclasses.dataclass(slots=True)
-class Found:
+class DocumentSet:
     """The documents of a store, or of a backup."""
 
     items: list[Item] = dataclasses.field(default_factory=list)
@@ -128,9 +128,9 @@ def write(transaction: Any, documents: Any, meta: Any, items: Iterable[Item]) ->
     transaction.put(SUMS, sums.pack(), db=meta)
 
 
-def read(transaction: Any, documents: Any, meta: Any) -> Found:
+def read(transaction: Any, documents: Any, meta: Any) -> DocumentSet:
     """All documents, in the order of their keys; none where there is no database of them."""
-    found, sums = Found(), Sums()
+    found, sums = DocumentSet(), Sums()
     # first: a transaction that met a damaged page is of no use any more
     expected = key_sums.unpack(transaction.get(SUMS, db=meta))
     try:

@@ -27,7 +27,7 @@ _FULL_BYTES = 2**20
 class OpenFiles:
     """Files and folders that must stay where they are while the server uses them.
 
-    A file that was deleted goes on being written without an error, and nobody will ever find what is in it. So the
+    A deleted file can still be written without an error, and its content is lost. So the
     paths are compared with the open descriptors; the descriptors stay open, else a new file could have the same number.
     Safe for threads.
     """
@@ -53,7 +53,7 @@ class OpenFiles:
         return bool(self._reason)
 
     def require(self) -> None:
-        """Refuse to go on with what was found to be gone. This looks at no file.
+        """Refuse to continue without a file that `check` found to be gone. This looks at no file.
 
         Raises:
             StoreGone: the server must end.
@@ -74,12 +74,12 @@ class OpenFiles:
         self.require()
 
     def give_up(self, reason: str) -> None:
-        """Have `require` refuse from now on."""
+        """Make `require` refuse from now on."""
         self._reason = self._reason or reason
 
 
 def is_same(path: Path, descriptor: int) -> bool:
-    """Whether a path still leads to an open file; True if nobody can tell."""
+    """Whether a path still leads to an open file; True if that is not known."""
     return not _problem(path, descriptor)
 
 
@@ -96,7 +96,7 @@ def _problem(path: Path, descriptor: int) -> str:
 
 
 def free_bytes(folder: Path) -> int:
-    """How many bytes of a folder's disk are free for this process; 0 if nobody can tell."""
+    """How many bytes of a folder's disk are free for this process; 0 if that is not known."""
     try:
         disk = os.statvfs(folder)
     except OSError:
@@ -105,7 +105,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def explain(error: Exception, folder: Path) -> str:
-    """What an error of LMDB or of the system means; that the disk of `folder` is full is said in so many words."""
+    """What an error of LMDB or of the system means; a full disk of `folder` is named as such."""
     text, free = str(error), free_bytes(folder)
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if limit != resource.RLIM_INFINITY and any(
@@ -118,7 +118,7 @@ def explain(error: Exception, folder: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold what a file or a folder says."""
+    """Flush the content of a file or a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         flush_open(descriptor)
@@ -140,7 +140,7 @@ def flush_open(descriptor: int) -> None:
 
 
 def flush_content(descriptor: int) -> None:
-    """As `flush_open`; of what only says when and by whom the file was changed nothing need be there."""
+    """As `flush_open`, without metadata such as the time of the last change."""
     if hasattr(os, "fdatasync"):
         os.fdatasync(descriptor)
     else:
@@ -148,7 +148,7 @@ def flush_content(descriptor: int) -> None:
 
 
 def allocate(descriptor: int, start: int, end: int) -> None:
-    """Have the disk keep the blocks of a part of a file; what is in it afterwards does not matter.
+    """Allocate the blocks of a part of a file; its content afterwards does not matter.
 
     Raises:
         OSError: there is no room.
@@ -177,7 +177,7 @@ def flush_folders(*folders: Path) -> None:
 
 @contextlib.contextmanager
 def start_errors(path: Path, folder: Path, *kinds: type[Exception]) -> Iterator[None]:
-    """Have errors of some kinds, when the store in `folder` of a data directory is opened, be a `StoreError`."""
+    """Turn errors of some kinds, when the store in `folder` of a data directory is opened, into a `StoreError`."""
     try:
         yield
     except private_files.NotPrivateError as error:

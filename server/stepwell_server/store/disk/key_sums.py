@@ -1,9 +1,9 @@
 """Whether all sessions can still be found: their number and a sum over their keys, kept with every transaction.
 
-LMDB has no checksums of its pages. A record that was damaged says so; but of a damaged key, or of a damaged page above
-the records, the search merely leads elsewhere, and the session seems never to have been. So each transaction that
-begins or ends sessions writes how many there are and the sum of the checksums of all keys. Who looks through all keys must come
-to the same, and must find each by searching for it.
+LMDB has no checksums of its pages. A damaged record is found by its own; but with a damaged key, or a damaged page
+above the records, the search merely leads elsewhere, and the session seems never to have been. So each transaction that
+begins or ends sessions writes how many there are and the sum of the checksums of all keys. A scan of
+all keys must come to the same, and must find each by searching for it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ NAME = b"key sums"
 """In LMDB's `meta`."""
 _VALUE = struct.Struct("<QQ")  # count, sum
 _WRAP = 2**64
-PIECE = 256
+BATCH_SIZE = 256
 """Keys that are looked at while nobody can write: a third of a millisecond."""
-#: So many are looked at when the store is opened.
-_AT_ONCE = 65_536
+#: Keys that are looked at when the store is opened.
+_START_LIMIT = 65_536
 _PAUSE_S = 3e-3
 
 _log = logging.getLogger(__name__)
 
 
-class NewKeys(Exception):
-    """Not as many sessions begin with the records that were put as it was said."""
+class UnexpectedKeys(Exception):
+    """Another number of sessions begins with the records that were put than was given."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -72,19 +72,19 @@ class Change:
     def put(
         self, transaction: Any, sessions: Any, items: Sequence[tuple[bytes, Stored]], begin: int | None
     ) -> None:
-        """Put records, of which `begin` are of sessions that begin; None: nobody knows which, or how many.
+        """Put records, of which `begin` are of sessions that begin; None: it is not known.
 
-        Where that is none of them or all, they are put at once.
+        If none begins, or all, they are put at once.
 
         Raises:
-            NewKeys: it is not so. The transaction is to be done again, with None.
+            UnexpectedKeys: it is not so. The transaction is to be done again, with None.
         """
         cursor = transaction.cursor(sessions)
         if begin in (0, len(items)):
             before = transaction.stat(sessions)["entries"]
             cursor.putmulti(items, overwrite=not begin)
             if transaction.stat(sessions)["entries"] != before + begin:
-                raise NewKeys
+                raise UnexpectedKeys
             self.added.extend([key for key, _ in items] if begin else ())
             return
         for key, record in items:
@@ -102,7 +102,7 @@ class Change:
 
 
 class Scan:
-    """Goes through all keys, a few at a time, while the store changes. For whoever holds its writing lock."""
+    """Goes through all keys, a few at a time, while the store changes. Call it with the store's writing lock held."""
 
     def __init__(self) -> None:
         self.found = Sums()
@@ -111,18 +111,18 @@ class Scan:
         self.is_done = False
         self._after = b""
 
-    def go_on(self, transaction: Any, sessions: Any, most: int) -> bool:
+    def advance(self, transaction: Any, sessions: Any, limit: int) -> bool:
         """Look at the next keys; True when those were the last."""
         walker, get = transaction.cursor(sessions), transaction.get
         there = walker.set_range(self._after) if self._after else walker.first()
-        some = itertools.islice(walker.iternext(keys=True, values=False), most + 1) if there else ()
+        some = itertools.islice(walker.iternext(keys=True, values=False), limit + 1) if there else ()
         keys = list(map(bytes, some))
-        keys = keys[1:] if keys and keys[0] == self._after else keys[:most]
+        keys = keys[1:] if keys and keys[0] == self._after else keys[:limit]
         self.found.add(keys)
         # from the root on: a cursor would look on the page where it stands first
         self.unreachable += sum(get(key, db=sessions) is None for key in keys)
         # keys that do not ascend are damaged, and must not lead round in circles
-        self.is_done = len(keys) < most or keys[-1] <= self._after
+        self.is_done = len(keys) < limit or keys[-1] <= self._after
         self._after = keys[-1] if keys else self._after
         return self.is_done
 
@@ -143,7 +143,7 @@ class Scan:
 
 
 class KeyCheck:
-    """What a store knows of its keys. `begin`, `committed` and `look` are for whoever holds its writing lock."""
+    """The sums of a store's keys. Call `begin`, `committed` and `check_next` with its writing lock held."""
 
     def __init__(self) -> None:
         self.damage = ""
@@ -154,12 +154,12 @@ class KeyCheck:
         self._thread: threading.Thread | None = None
 
     def begin(self, transaction: Any, meta: Any) -> None:
-        """Read the sums of a store that was opened; look through it anew."""
+        """Read the sums of a store that was opened, and scan it from the start."""
         self._sums = unpack(transaction.get(NAME, db=meta))
         self._scan = Scan()
 
     def write(self, transaction: Any, meta: Any, change: Change) -> None:
-        """Have a transaction say what there is after it."""
+        """Write the sums after a transaction in it."""
         if change.added or change.removed:
             change.after = change.applied(self._sums)
             transaction.put(NAME, change.after.pack(), db=meta)
@@ -170,11 +170,11 @@ class KeyCheck:
             self._sums = change.after
             self._scan.changed(change)
 
-    def look(self, transaction: Any, sessions: Any, most: int) -> bool:
+    def check_next(self, transaction: Any, sessions: Any, limit: int) -> bool:
         """Look at the next keys; True when all were looked at."""
         if self._scan.is_done:
             return True
-        is_done = self._scan.go_on(transaction, sessions, most)
+        is_done = self._scan.advance(transaction, sessions, limit)
         if is_done and (damage := self._scan.damage(self._sums)):
             self.give_up(damage)
         return is_done
@@ -189,14 +189,14 @@ class KeyCheck:
             damage,
         )
 
-    def start(self, look: Callable[[], bool]) -> None:
-        """Call `look` until it returns True: a little at once, all else from a thread, with pauses for others."""
-        for _ in range(_AT_ONCE // PIECE):
-            if look():
+    def start(self, check_next: Callable[[], bool]) -> None:
+        """Call `check_next` until it returns True: a little at once, all else from a thread, with pauses for others."""
+        for _ in range(_START_LIMIT // BATCH_SIZE):
+            if check_next():
                 return
 
         def work() -> None:
-            while not self._stop.wait(_PAUSE_S) and not look():
+            while not self._stop.wait(_PAUSE_S) and not check_next():
                 pass
 
         self._thread = threading.Thread(target=work, name="stepwell-store-keys", daemon=True)

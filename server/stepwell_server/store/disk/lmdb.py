@@ -1,6 +1,6 @@
 """Sessions in one LMDB environment under the data directory.
 
-    server.lock          who uses the directory
+    server.lock          the server that uses the directory
     sessions/data.mdb    databases `sessions`, `tombstones`, `tombstone_ages`, `meta`, `documents`; see `whole_file`
     sessions/lock.mdb    LMDB's own; means nothing between two runs
     sessions/reserve     room for ending sessions on a full disk; see `reserve`
@@ -40,10 +40,10 @@ from stepwell_server.store.base import TOMBSTONES, Batch, LocalStore, StoreError
 from stepwell_server.store.disk import documents as in_lmdb
 from stepwell_server.store.disk import meta
 from stepwell_server.store.disk.files import OpenFiles, explain, flush_folders, start_errors
-from stepwell_server.store.disk.key_sums import PIECE, Change, KeyCheck, NewKeys
+from stepwell_server.store.disk.key_sums import BATCH_SIZE, Change, KeyCheck, UnexpectedKeys
 from stepwell_server.store.disk.keys import items, key_of, own, values
 from stepwell_server.store.disk.lock import DirectoryLock
-from stepwell_server.store.disk.reserve import Extent, NoRoom, Reserve
+from stepwell_server.store.disk.reserve import Extent, NoSpace, Reserve
 from stepwell_server.store.disk.tombstones import bury, next_age, tombstone
 from stepwell_server.store.disk.whole_file import lengthen, require_whole_file, within_limit
 from stepwell_server.store.heads import Heads, heads_of
@@ -58,9 +58,9 @@ _Transaction = Any
 FIRST_MAP_BYTES = 2**20
 """The map, and so the data file, is doubled whenever it is full."""
 GIVE_UP_S = 30.0
-"""Once a disk has failed the store must be opened anew; for so long that is tried in vain at most."""
+"""Once a disk has failed the store must be opened anew; it gives up after this many seconds."""
 RETRY_S = 0.5
-"""Readers try that no more often than this; whoever commits always does."""
+"""Readers try that no more often than this; a commit always does."""
 
 _log = logging.getLogger(__name__)
 
@@ -96,10 +96,10 @@ class LmdbStore(LocalStore):
         self._folder = path / _FOLDER
         self._durability = durability
         self.waits_for_disk = durability == "sync"
-        self._most_tombstones = tombstones
+        self._max_tombstones = tombstones
         self._first_map_bytes = first_map_bytes
-        # A transaction must not be open while the map is replaced, in any thread. Whoever writes holds the first,
-        # whoever reads the second, and whoever opens the environment anew both, in this order.
+        # A transaction must not be open while the map is replaced, in any thread. A writer holds the first,
+        # a reader the second, and both are held, in this order, to reopen the environment.
         self._writing, self._remap = threading.Lock(), threading.Lock()
         self._must_reopen = False
         self._reopened = 0
@@ -121,7 +121,7 @@ class LmdbStore(LocalStore):
         except BaseException:
             self._release()
             raise
-        self._check.start(self._look)
+        self._check.start(self._check_keys)
 
     @property
     @override
@@ -158,7 +158,7 @@ class LmdbStore(LocalStore):
         self.sync()
 
     def set_meta(self, values: Mapping[bytes, bytes]) -> None:
-        """Keep what is said of the store as a whole; some of it is read when the store is opened only.
+        """Keep facts about the store as a whole; some are read only when the store is opened.
 
         Raises:
             Unavailable: it could not be kept.
@@ -261,13 +261,13 @@ class LmdbStore(LocalStore):
         problem = ""
         try:
             self._forget_dead_readers()
-            self.count()  # which opens it anew if it must be
+            self.count()  # reopens it if necessary
         except StoreGone:
             raise
         except Unavailable as error:
             problem = error.message
         except StateCorrupt:
-            pass  # sessions say so one by one
+            pass  # each session reports it
         since = self._failing_since
         if since is not None and self._clock.monotonic() - since >= GIVE_UP_S:
             self.files.give_up(f"{self._folder} must be a store again within {GIVE_UP_S:g} s; {problem}")
@@ -286,7 +286,7 @@ class LmdbStore(LocalStore):
         """A process that was killed while it read (a backup, say) keeps pages from being used again until this."""
         with self._remap:
             if not self._closed and not self._must_reopen:
-                with contextlib.suppress(lmdb.Error):  # what is wrong with it, whoever uses it says
+                with contextlib.suppress(lmdb.Error):  # the next use reports what is wrong
                     self._environment.reader_check()
 
     def sync(self) -> None:
@@ -327,7 +327,7 @@ class LmdbStore(LocalStore):
             flush_folders(self._folder, path, path.parent)
 
     def _release(self) -> None:
-        """Let go of what is held beside the environment."""
+        """Release the lock and the files other than the environment."""
         self.files.forget()
         if self._data_file >= 0:
             os.close(self._data_file)
@@ -389,7 +389,7 @@ class LmdbStore(LocalStore):
     # ------------------------------------------------------------------------------------------------------ writing
 
     def _write_with(self, rule: str, action: Callable[[], object]) -> None:
-        """Do something with the environment, alone; once more with one that was opened anew if it had given up.
+        """Use the environment alone; if it had given up, reopen it and try once more.
 
         Raises:
             StoreGone: there is none any more.
@@ -426,13 +426,13 @@ class LmdbStore(LocalStore):
                         in_lmdb.write(transaction, self._documents, self._meta, documents)
                 self._check.committed(change)
                 return
-            except NewKeys:
+            except UnexpectedKeys:
                 begin = None
             except lmdb.MapFullError:
                 self._next_age = age
                 self._grow()
             except lmdb.PanicError:
-                # the disk broke in the middle of a commit's last write; only opening anew helps
+                # the disk broke in the middle of a commit's last write; only reopening helps
                 if reopened:
                     raise
                 reopened = True
@@ -452,7 +452,7 @@ class LmdbStore(LocalStore):
         if batch.tombstones:
             stones, age = batch.tombstones, self._next_age
             self._next_age = bury(
-                transaction, self._tombstones, self._ages, stones, age, most=self._most_tombstones
+                transaction, self._tombstones, self._ages, stones, age, limit=self._max_tombstones
             )
         meta.count(transaction, self._meta, (*batch.counts, *batch.tenant_counts))
         self._check.write(transaction, self._meta, change)
@@ -477,7 +477,7 @@ class LmdbStore(LocalStore):
             self._reopen_locked()
 
     def _reopen_locked(self) -> None:
-        """Open the environment anew: the same files, never others that are made in their place."""
+        """Reopen the environment: the same files, never others in their place."""
         now = self._clock.monotonic()
         self._must_reopen, self._retry_at = True, now + RETRY_S
         self.files.check()
@@ -499,7 +499,7 @@ class LmdbStore(LocalStore):
 
     # ------------------------------------------------------------------------------------------------------ reading
 
-    def _look(self) -> bool:
+    def _check_keys(self) -> bool:
         """Look at the next keys; True when there is nothing to look at any more."""
         with self._writing, self._remap:
             if self._closed:
@@ -508,7 +508,7 @@ class LmdbStore(LocalStore):
                 return False
             try:
                 with self._environment.begin(buffers=True) as transaction:
-                    return self._check.look(transaction, self._sessions, PIECE)
+                    return self._check.check_next(transaction, self._sessions, BATCH_SIZE)
             except (*_DAMAGE, lmdb.BadValsizeError) as error:  # the latter: there can be no such key
                 self._check.give_up(f"a page of {self._folder / _DATA} cannot be read ({error})")
             except lmdb.Error as error:
@@ -534,7 +534,7 @@ class LmdbStore(LocalStore):
                         session_id=session_id,
                     ) from error
                 except (lmdb.Error, OSError) as error:
-                    # of an environment that gave up nothing but opening anew helps
+                    # an environment that gave up must be reopened
                     gave_up = isinstance(error, lmdb.PanicError)
                     self._must_reopen = self._must_reopen or gave_up
                     if is_last or not gave_up:
@@ -542,7 +542,7 @@ class LmdbStore(LocalStore):
         raise AssertionError("one of the two attempts returns or raises")
 
     def _mend(self) -> None:
-        """Open the environment anew for a reader, who does not wait for whoever writes.
+        """Reopen the environment for a reader, who does not wait for a writer.
 
         Raises:
             StoreGone: it will not be opened any more.
@@ -563,7 +563,7 @@ class LmdbStore(LocalStore):
             self._writing.release()
 
     def _unavailable(self, rule: str, error: Exception) -> Unavailable:
-        text = str(error) if isinstance(error, NoRoom) else explain(error, self._folder)
+        text = str(error) if isinstance(error, NoSpace) else explain(error, self._folder)
         return Unavailable(f"{rule}; got {text}")
 
     def _get_or_empty(self, session_id: str) -> bytes | None:

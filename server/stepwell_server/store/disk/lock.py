@@ -34,11 +34,11 @@ _BYTES = 1024
 class DirectoryLock:
     """The exclusive use of a data directory, until `release` or until the process ends, however it ends.
 
-    The kernel holds the lock (flock), so there is no stale one: what the file says is only for people. The
+    The kernel holds the lock (flock), so there is no stale one: what the file contains is only for people. The
     file stays when the lock is released; deleting it would let two servers hold two files of that name. Where others
     replace the folder while it is locked that would be so all the same: on Linux a second lock is therefore on the
     name, as an abstract socket, which nobody can delete.
-    Not for use by several threads. A forked child shares the lock; a process that is started anew does not.
+    Not for use by several threads. A forked child shares the lock; a new process does not.
     """
 
     def __init__(self, directory: Path, *, clock: Clock) -> None:
@@ -86,7 +86,7 @@ class DirectoryLock:
             file = self._lock(path)
             if is_same(path, file):
                 return file
-            os.close(file)  # somebody replaced it before it was locked
+            os.close(file)  # it was replaced before it was locked
 
     def _lock(self, path: Path) -> int:
         try:
@@ -121,16 +121,16 @@ class DirectoryLock:
 
 
 @contextlib.contextmanager
-def reading(directory: Path) -> Iterator[None]:
-    """Read the files of a store beside its server, which does not put others in their place meanwhile."""
+def read_lock(directory: Path) -> Iterator[None]:
+    """Hold the files of a store in their places while they are read beside its server."""
     with _readers(directory) as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
 
 
 @contextlib.contextmanager
-def replacing(directory: Path) -> Iterator[bool]:
-    """Put other files in the place of the store's; False if they must stay, because somebody reads them."""
+def try_write_lock(directory: Path) -> Iterator[bool]:
+    """Permission to replace the store's files; False while a process reads them."""
     with _readers(directory) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,9 +151,9 @@ def _readers(directory: Path) -> Iterator[int]:
 
 
 def holder_of(directory: Path) -> Holder | None:
-    """Who uses a directory, found without touching the lock, so that no start is disturbed.
+    """The process that uses a directory, found without touching the lock, so that no start is disturbed.
 
-    None: nobody; or the system does not list locks, as Linux does.
+    None: there is none, or the system does not list locks, as Linux does.
     """
     try:
         inode = (directory / LOCK_FILE).stat().st_ino
@@ -162,14 +162,14 @@ def holder_of(directory: Path) -> Holder | None:
     except OSError:
         return None
     try:
-        said = _read(file)
+        holder = _read(file)
     finally:
         os.close(file)
     # The device is not compared: some file systems have another one there than files have.
     pids = [int(fields[4]) for fields in locks if fields[1] == "FLOCK" and fields[5].endswith(f":{inode}")]
     if not pids:
         return None
-    return said if said is not None and said.pid in pids else Holder(pids[0], socket.gethostname(), 0.0)
+    return holder if holder is not None and holder.pid in pids else Holder(pids[0], socket.gethostname(), 0.0)
 
 
 def _claim(directory: Path) -> socket.socket | None:
@@ -191,7 +191,7 @@ def _claim(directory: Path) -> socket.socket | None:
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         claim.bind(address)
-        claim.listen()  # so that others can ask whose it is
+        claim.listen()  # so that others can ask for its owner
     except OSError as error:
         claim.close()
         if error.errno != errno.EADDRINUSE:
@@ -227,7 +227,7 @@ def _is_mount_point(path: Path) -> bool:
 
 
 def _owner(address: str) -> tuple[int, int]:
-    """Process and user that hold a socket's address; -1 where nobody says."""
+    """Process and user that hold a socket's address; -1 where the system does not say."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_CONNECT_S)
         probe.connect(address)

@@ -1,4 +1,4 @@
-"""What is said in LMDB of a store as a whole: the database `meta`."""
+"""Facts about a store as a whole: the database `meta` of LMDB."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _AHEAD, _REVISIONS_PER_S = 10**12, 10**6
 
 
 def begin(transaction: Any, meta: Any, folder: Path) -> None:
-    """Write what is said of a new store.
+    """Write the facts about a new store.
 
     Raises:
         StoreError: it is there, and of another version.
@@ -44,7 +44,7 @@ def begin(transaction: Any, meta: Any, folder: Path) -> None:
 
 
 def require_schema(schema: bytes, folder: Path) -> None:
-    """Refuse a store of another version; one that says nothing is new.
+    """Refuse a store of another version; one without a version is new.
 
     Raises:
         StoreError: it is of another one.
@@ -57,7 +57,7 @@ def require_schema(schema: bytes, folder: Path) -> None:
 
 
 def later_first_revision(first_revision: int, now: float) -> int:
-    """With which revision sessions begin once the store has forgotten what clients were told, so that they hold none of these.
+    """The first revision of sessions in a store that went back to a backup: no client has seen one as high.
 
     It goes by the time, so that a store that goes back to the same backup twice is ahead of itself, too: no session changes
     a million times a second. However the clock was set, it is far ahead of what was the first one.

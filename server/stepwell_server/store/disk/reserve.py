@@ -1,7 +1,7 @@
 """Room on the disk that is kept for ending sessions.
 
-LMDB writes changed pages beside the old ones, so it takes free pages to delete, and on a full disk nobody could make
-room by closing sessions. A file of a few MiB lies beside the data for that: it is given up when such a commit finds no
+LMDB writes changed pages beside the old ones, so it takes free pages to delete, and on a full disk closing sessions
+could make no room. A file of a few MiB lies beside the data for that: it is given up when such a commit finds no
 room, and taken again when there is some. What it was used for becomes free pages of the data file, which never
 shrinks; so as long as the reserve is short, or the system limits the size of files, sessions are opened only
 where as much stays free, or in place of others that ended.
@@ -26,7 +26,7 @@ RESERVE_BYTES = 8 * 2**20
 
 _SHARE = 8
 """Of a small disk no more than this part is kept."""
-_LEAST_BYTES = 64 * 1024
+_MIN_BYTES = 64 * 1024
 _LOOK_S = 1.0
 _PER_PUT_BYTES = 128
 """What a record takes beside itself, about."""
@@ -36,7 +36,7 @@ _NAME = "reserve"
 _log = logging.getLogger(__name__)
 
 
-class NoRoom(OSError):
+class NoSpace(OSError):
     """New sessions would take the room that is kept for ending others."""
 
 
@@ -124,7 +124,7 @@ class Reserve:
         attempt(batch)
 
     def give_up(self) -> bool:
-        """Leave the room to whoever needs it; False if there is none to leave."""
+        """Free the reserved space; False if there is none."""
         if not self.held_bytes:
             return False
         try:
@@ -137,13 +137,13 @@ class Reserve:
         return True
 
     def take_back(self) -> None:
-        """After it was given up and used: take what is left of it before somebody else does."""
+        """After it was given up and used: take what is left of it before others do."""
         left = _whole(free_bytes(self._folder) * 3 // 4)
-        if self.held_bytes < left >= _LEAST_BYTES:
+        if self.held_bytes < left >= _MIN_BYTES:
             self._take(min(self._wanted, left))
 
     def top_up(self) -> None:
-        """Take what is missing if there is plenty of room; looks once a second at most."""
+        """Take what is missing if there is plenty of room; checks at most once a second."""
         now = self._clock.monotonic()
         if not self.is_short or now < self._look_at:
             return
@@ -174,7 +174,7 @@ class Reserve:
         `in_place`: as many have ended. Mostly there is room on their pages, and less has to be left.
 
         Raises:
-            NoRoom: there is no other.
+            NoSpace: there is no other.
         """
         contents = (*batch.puts, *batch.documents)
         size = int(sum(len(content or b"") + _PER_PUT_BYTES for _, content in contents) / _PAGE_FILL)
@@ -191,7 +191,7 @@ class Reserve:
             rooms.append(free + free_bytes(self._folder) + self.held_bytes)
         if rooms and min(rooms) < size + kept:
             what = "sessions" if batch.puts else "documents"
-            raise NoRoom(
+            raise NoSpace(
                 errno.ENOSPC,
                 f"{os.strerror(errno.ENOSPC)}: new {what} must leave {kept} bytes free for closing sessions;"
                 f" the disk of {self._folder} has {free_bytes(self._folder)} bytes free",

@@ -1,4 +1,4 @@
-"""Whether the store's disk has room: that changes cannot be kept, for as long as that is so, and that there is little left."""
+"""Whether the store's disk has room: a problem while changes cannot be kept, a warning while little is left."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from stepwell_server.errors import StoreGone, Unavailable
 from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.files import free_bytes
 
-_LEAST_BYTES, _MOST_BYTES = 1 << 20, 8 << 20
+_MIN_BYTES, _MAX_BYTES = 1 << 20, 8 << 20
 """What must be free before a disk that was full counts as one that is not: as much as a change needs, within these."""
 _LOW_BYTES, _LOW_SHARE = 1 << 30, 0.1
 """Less than both is little."""
-_AGAIN = 1.25
-"""Times that much must be free before it is enough again."""
+_RECOVERY_FACTOR = 1.25
+"""The warning ends when this many times as much is free."""
 
 
 class Room:
-    """What `check` finds out. `failed` is for the thread that commits, the others for the one that looks after the store."""
+    """What `check` finds out. `failed` is for the thread that commits, the others for the one that checks the store."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -48,21 +48,21 @@ class Room:
             return error.message
         reason, size = failed
         free = free_bytes(self._folder)
-        if free < min(max(size, _LEAST_BYTES), _MOST_BYTES):
+        if free < min(max(size, _MIN_BYTES), _MAX_BYTES):
             return f"{reason}; {free} bytes are free now"
         if self._failed is failed:
             self._failed = None
         return ""
 
     def warning(self) -> str:
-        """That there is little room left; empty if there is enough, or nobody can tell."""
+        """That there is little room left; empty if there is enough, or that is not known."""
         try:
             disk = os.statvfs(self._folder)
         except OSError:
             return ""
         size, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
         limit = min(_LOW_BYTES, size * _LOW_SHARE)
-        self._is_low = free < limit * (_AGAIN if self._is_low else 1)
+        self._is_low = free < limit * (_RECOVERY_FACTOR if self._is_low else 1)
         return f"{free} of {size} bytes are free on the disk of {self._folder}" if self._is_low else ""
 
 

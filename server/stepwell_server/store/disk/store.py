@@ -40,8 +40,8 @@ _FOLDER = "wal"
 
 #: An `append` that need not wait for the disk does not wait longer for a large write to the log.
 _PATIENCE_S = 2e-3
-#: So many records are checkpointed together where a transaction is flushed: small changes wait at the disk for that.
-_MOST_TOGETHER = 256
+#: Records in a checkpoint's transaction where that is flushed: small changes wait at the disk for it.
+_CHECKPOINT_BATCH_SIZE = 256
 
 _log = logging.getLogger(__name__)
 
@@ -80,8 +80,8 @@ class DiskStore(LocalStore):
         self.incarnation, self.secret = self._base.incarnation, self._base.secret
         self.first_revision = self._base.first_revision
         self.waits_for_disk = self._base.waits_for_disk
-        self._most_together = _MOST_TOGETHER if self.waits_for_disk else None
-        """Records of a checkpoint's transaction."""
+        self._checkpoint_limit = _CHECKPOINT_BATCH_SIZE if self.waits_for_disk else None
+        """Of records in a checkpoint's transaction; None: there is none."""
         self._closed = self._in_trouble = False
         self._in_doubt: set[str] = set()
         """Sessions whose transaction failed, and may have been kept all the same."""
@@ -169,11 +169,11 @@ class DiskStore(LocalStore):
                 continue
             try:
                 self._checkpoint(wal, briefly=briefly)
-                while self._most_together is not None and wal.due and wal.needs_checkpoint:
+                while self._checkpoint_limit is not None and wal.due and wal.needs_checkpoint:
                     self._checkpoint(wal)
             except StoreGone:
                 wal.due = 0
-                return  # whoever looks after the store says so, and ends the server
+                return  # `check` reports it, and the server ends
             except (Unavailable, OSError) as error:
                 wal.due = 0  # not again before the next write
                 self._complain("changes stay in the write-ahead log until they can be checkpointed", error)
@@ -244,7 +244,7 @@ class DiskStore(LocalStore):
     # ------------------------------------------------------------------------------------------------------ opening
 
     def _open_wals(self, folder: Path, size: int) -> None:
-        """Load the logs that LMDB says there are, else make new ones."""
+        """Load the logs that belong to LMDB's data, else make new ones."""
         mark = Mark.unpacked(self._base.wal_mark) if self._base.wal_mark else None
         if mark is not None:
             self._wals = self._loaded(folder, mark)
@@ -366,7 +366,7 @@ class DiskStore(LocalStore):
 
     def _checkpoint(self, wal: WriteAheadLog, *, briefly: bool = False) -> bool:
         """Checkpoint some changes; False if there are none."""
-        ids, records = wal.to_checkpoint(briefly=briefly, most=self._most_together)
+        ids, records = wal.to_checkpoint(briefly=briefly, limit=self._checkpoint_limit)
         if not self._in_doubt.isdisjoint(ids):
             records = [put for put, is_later in zip(records, self._later(records), strict=True) if is_later]
         if records:

@@ -1,4 +1,4 @@
-"""Tombstones in LMDB: what is remembered of sessions that are gone, and which are forgotten first.
+"""Tombstones in LMDB: what is remembered of sessions that ended; the oldest are forgotten first.
 
 tombstones        key of the id -> age, end, at, revision, request ids of closes
 tombstone_ages    age -> key of the id
@@ -24,16 +24,16 @@ def next_age(transaction: Any, ages: Any) -> int:
 
 
 def bury(
-    transaction: Any, tombstones: Any, ages: Any, stones: Sequence[Tombstone], age: int, *, most: int
+    transaction: Any, tombstones: Any, ages: Any, stones: Sequence[Tombstone], age: int, *, limit: int
 ) -> int:
-    """Put tombstones, the first of the given age, and forget the oldest beyond `most`; returns the next age."""
+    """Put tombstones, the first of the given age, and forget the oldest beyond `limit`; returns the next age."""
     for stone in stones:
         key = key_of(stone.session_id)
         closes = pack_closes(stone.closes)
         transaction.put(key, _VALUE.pack(age, stone.end, stone.at, stone.revision, closes), db=tombstones)
         transaction.put(_AGE.pack(age), key, db=ages)
         age += 1
-    surplus = transaction.stat(ages)["entries"] - most
+    surplus = transaction.stat(ages)["entries"] - limit
     cursor = transaction.cursor(ages)
     for _ in range(surplus):
         cursor.first()
@@ -47,7 +47,7 @@ def bury(
 
 
 def tombstone(session_id: str, stored: bytes) -> Tombstone:
-    """What a stored tombstone says."""
+    """The tombstone that was stored."""
     _, end, at, revision, closes = _VALUE.unpack(stored)
     return Tombstone(session_id, End(end), at, unpack_closes(closes), revision)
 

@@ -2,7 +2,7 @@
 
 LMDB never writes a page that was taken at the end and given back in the same transaction, so its own file may lack pages
 and be whole. Here the file is made as long as the map before a transaction can take a page there. What was not written is a
-hole, which takes no room on the disk. So a file that is shorter than its pages say was cut off.
+hole, which takes no room on the disk. So a file that is shorter than its pages need was cut off.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A backup: the sessions, documents and tombstones of a store in one file, whatever the store was made of.
 
-The file is one of `stepwell._admin.record_file`: START has what is said of the store as a whole. Then come documents, sessions and
-tombstones; of a shared store documents come last, so that they know all that sessions tell of. Records and documents are as
+The file is one of `stepwell._admin.record_file`: START has the facts about the store as a whole. Then come documents, sessions and
+tombstones; of a shared store documents come last, so that they cover all sessions. Records and documents are as
 in the store: encrypted ones stay so, and each has its own checksum.
 """
 
@@ -45,7 +45,7 @@ class BackupError(StoreError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class About:
-    """What a backup says of the store as a whole."""
+    """Facts about the store as a whole in a backup."""
 
     created: float
     """When it was begun, in seconds since the epoch."""
@@ -67,7 +67,7 @@ class Writer:
         """`bytes_per_s` is how fast it may write, on average; infinity: as fast as it can.
 
         Raises:
-            BackupError: there is something already, somebody else writes it, or it cannot be made.
+            BackupError: something is there already, another process writes it, or it cannot be made.
         """
         self._path = path
         self._aside = path.with_name(f".{path.name}.unfinished")
@@ -79,7 +79,7 @@ class Writer:
             self._file = self._make()
 
     def begin(self, about: About) -> None:
-        """Write what is said of the store as a whole."""
+        """Write the facts about the store as a whole."""
         start = {
             **dataclasses.asdict(about),
             "secret": about.secret.hex(),
@@ -177,7 +177,7 @@ class Reader:
         """How many were read so far."""
 
     def about(self) -> About:
-        """What is said of the store as a whole.
+        """The facts about the store as a whole.
 
         Raises:
             BackupError: it is no backup, or its head is damaged.
@@ -210,13 +210,13 @@ class Reader:
 
     def _about(self, entry: Entry) -> About:
         try:
-            said = record_file.content_of(entry, FORMAT)
-            checks = {key_id: bytes.fromhex(check) for key_id, check in said["key_checks"].items()}
-            created, first_revision = float(said["created"]), int(said["first_revision"])
+            start = record_file.content_of(entry, FORMAT)
+            checks = {key_id: bytes.fromhex(check) for key_id, check in start["key_checks"].items()}
+            created, first_revision = float(start["created"]), int(start["first_revision"])
             if not (0.0 <= created < MAX_TIME and 0 <= first_revision <= MAX_COUNTER):
                 raise ValueError(f"created is {created}, first_revision {first_revision}")
             return About(
-                created, str(said["incarnation"]), bytes.fromhex(said["secret"]), first_revision, checks
+                created, str(start["incarnation"]), bytes.fromhex(start["secret"]), first_revision, checks
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise self._damaged(f"its start cannot be read ({error})", entry) from error

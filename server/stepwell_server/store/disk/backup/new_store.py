@@ -1,4 +1,4 @@
-"""New stores made of the sessions of others: restored, encrypted anew, or mended."""
+"""New stores made of the sessions of others: restored, encrypted with another key, or repaired."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from stepwell_server.store.disk.backup.snapshot import DATA, Snapshot, opened
 from stepwell_server.store.disk.documents import Item
 from stepwell_server.store.disk.files import flush, flush_folders
 from stepwell_server.store.disk.lmdb import COPY, LmdbStore
-from stepwell_server.store.disk.lock import DirectoryLock, replacing
+from stepwell_server.store.disk.lock import DirectoryLock, try_write_lock
 from stepwell_server.store.record import Stored, header_or_none
 
 #: Sessions in one transaction, and bytes of them.
-_MOST_TOGETHER, _MOST_BYTES = 4096, 16 * 2**20
+_BATCH_SIZE, _BATCH_BYTES = 4096, 16 * 2**20
 
 Pair = tuple[str, Stored]
 
@@ -59,7 +59,7 @@ def _fill(store: LmdbStore, sessions: Iterable[Pair], stones: Iterable[Tombstone
     some: list[Tombstone] = []
     for stone in stones:
         some.append(stone)
-        if len(some) == _MOST_TOGETHER:
+        if len(some) == _BATCH_SIZE:
             store.commit(Batch(tombstones=some))
             some = []
     if some:
@@ -73,7 +73,7 @@ def _parts(sessions: Iterable[Pair]) -> Iterator[list[Pair]]:
     for pair in sessions:
         part.append(pair)
         size += len(pair[1])
-        if len(part) >= _MOST_TOGETHER or size >= _MOST_BYTES:
+        if len(part) >= _BATCH_SIZE or size >= _BATCH_BYTES:
             yield part
             part, size = [], 0
     if part:
@@ -117,7 +117,7 @@ def rebuild(
     stones: Callable[[Snapshot], Iterable[Tombstone]] = Snapshot.tombstones,
     documents: Callable[[Snapshot], Iterable[Item]] = Snapshot.all_documents,
 ) -> int:
-    """Make the store in a data directory anew, of what `sessions` makes of it; how many they are.
+    """Replace the store in a data directory by one of the given sessions; returns how many they are.
 
     No server may use it. The new data file takes the place of the old one in one step, when it is whole and on the disk:
     whenever this is interrupted, all is as it was. The write-ahead log is emptied and removed.
@@ -126,7 +126,7 @@ def rebuild(
         path: The data directory.
         clock: For the lock.
         sessions: Ids and records that the new store shall have.
-        about: What is to be said of the new store as a whole, of what was said of the old one.
+        about: The facts about the new store as a whole, from those about the old one.
         stones: Its tombstones, the oldest first.
         documents: Its documents.
 
@@ -147,7 +147,7 @@ def rebuild(
                 lambda: documents(found),
                 lambda: about(found.meta),
             )
-        with replacing(path) as may_replace:
+        with try_write_lock(path) as may_replace:
             if not may_replace:
                 raise StoreError(f"nobody may read the store in {path} now; another process does")
             flush(aside / DATA)

@@ -1,4 +1,4 @@
-"""All that a store has at one moment, for whoever reads it beside its server: checks, backups; or from a store at rest.
+"""All that a store has at one moment, read beside its server or at rest: for checks and backups.
 
 The log is read first, then LMDB in one transaction. A change that was acknowledged before is in one of the two: a
 checkpoint leaves the log only when LMDB has it. Of each session the later record counts, as when a server starts. So each
@@ -24,7 +24,7 @@ from stepwell_server.store.disk import documents as in_lmdb
 from stepwell_server.store.disk import key_sums, meta
 from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.disk.keys import all_entries, is_digest, named
-from stepwell_server.store.disk.lock import reading
+from stepwell_server.store.disk.lock import read_lock
 from stepwell_server.store.disk.tombstones import age_of, tombstone
 from stepwell_server.store.disk.wal.pair import Mark
 from stepwell_server.store.disk.wal.reader import LogReplaced, read_logs
@@ -33,7 +33,7 @@ from stepwell_server.store.record import is_sound, supersedes
 
 DATA = Path("sessions") / "data.mdb"
 _LOG = "wal"
-_MOST_TRIES = 5
+_MAX_TRIES = 5
 
 
 class Entry(NamedTuple):
@@ -63,7 +63,7 @@ class Snapshot:
         with contextlib.suppress(lmdb.NotFoundError):  # damage can have taken it
             self._documents = environment.open_db(b"documents", txn=transaction, create=False)
         self.meta: dict[bytes, bytes] = dict(transaction.cursor(self._meta).iternext())
-        """All that is said of the store as a whole, see `meta`."""
+        """The facts about the store as a whole, see `meta`."""
 
     def again(self) -> Snapshot:
         """The store as it is now, for a store that no server uses: one that met a damaged page is of no use any more."""
@@ -98,7 +98,7 @@ class Snapshot:
             raise StoreError(f"a page of {self.path / DATA} cannot be read: {error}") from error
 
     def require_all(self, found: Sums) -> None:
-        """Refuse to go on without sessions that are missing; `found` is of all keys that were there.
+        """Refuse to continue without sessions that are missing; `found` is of all keys that were there.
 
         Raises:
             StoreError: some are.
@@ -125,7 +125,7 @@ class Snapshot:
             raise StoreError(f"a page of {self.path / DATA} cannot be read: {error}") from error
         return [stone for _, stone in sorted(found, key=lambda each: each[0])]
 
-    def documents(self) -> in_lmdb.Found:
+    def documents(self) -> in_lmdb.DocumentSet:
         """All documents, and what is known of those that are damaged or missing.
 
         Raises:
@@ -176,7 +176,7 @@ def opened(path: Path) -> Iterator[Snapshot]:
         raise StoreError(f"the data directory {path} must hold a store; there is no {DATA} in it")
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(reading(path))
+            stack.enter_context(read_lock(path))
             environment = _open(path)
             stack.callback(environment.close)
             log = _log(path, environment)
@@ -205,7 +205,7 @@ def _open(path: Path) -> Any:
 
 
 def _log(path: Path, environment: Any) -> dict[str, bytes]:
-    for _ in range(_MOST_TRIES):
+    for _ in range(_MAX_TRIES):
         with environment.begin() as transaction:
             meta_db = environment.open_db(b"meta", txn=transaction, create=False)
             meta.require_schema(transaction.get(meta.SCHEMA, b"", db=meta_db), path / DATA.parent)

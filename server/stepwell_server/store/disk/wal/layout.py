@@ -5,8 +5,8 @@
 Backups and exported sessions consist of such entries, too: `stepwell._admin.record_file` has what is common. The tag of the first
 entry of a segment is the store that it belongs to; others have 0. One write may be several entries: they have one sequence number, and each says how many follow (`remaining`).
 
-The checksum is over everything before the records, and over their own checksums, which they begin with. So an entry of
-which a part is missing is told from a whole one, and both from one with a record that was damaged later.
+The checksum is over everything before the records, and over their own checksums, which they begin with. So an
+incomplete entry, a whole one, and one with a record that was damaged later can be told apart.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MARK = struct.Struct("<IQ")  # magic, generation
 
 
 class Layout(NamedTuple):
-    """What an entry says beside its records: the same as long as the same sessions change."""
+    """What an entry has beside its records: the same while the same sessions change."""
 
     ids: Sequence[str]
     sizes: Sequence[int]
@@ -47,7 +47,7 @@ class Entry(NamedTuple):
         return zip(self.layout.ids, itertools.accumulate(self.layout.sizes[:-1], initial=first), strict=True)
 
 
-class Found(NamedTuple):
+class StoredEntry(NamedTuple):
     """An entry that was read."""
 
     sequence: int
@@ -56,7 +56,7 @@ class Found(NamedTuple):
     end: int
     offsets: Sequence[tuple[str, int]]
 
-    def follows(self, other: Found) -> bool:
+    def follows(self, other: StoredEntry) -> bool:
         """Whether it was written next, or is the next part of the same write."""
         if other.remaining:
             return (self.sequence, self.remaining) == (other.sequence, other.remaining - 1)
@@ -117,7 +117,7 @@ def lay_out_one(session_id: str, record: Stored, generation: int, sequence: int)
     return b"".join((checksum, start, record, padding)), record_at
 
 
-def read(data: bytes, at: int, generation: int | None) -> Found | None:
+def read(data: bytes, at: int, generation: int | None) -> StoredEntry | None:
     """The entry at an offset; None if there is no whole one of the generation (None: of any)."""
     if len(data) - at < HEAD.size:
         return None
@@ -135,15 +135,15 @@ def read(data: bytes, at: int, generation: int | None) -> Found | None:
     if _checksum(data[at + CHECKSUM_BYTES : at + HEAD.size], text, checksums) != checksum:
         return None
     end = records_at + byte_count
-    return Found(sequence, remaining, owner, end + -(end - at) % ALIGNMENT, offsets)
+    return StoredEntry(sequence, remaining, owner, end + -(end - at) % ALIGNMENT, offsets)
 
 
-def writes(data: bytes, start: Found) -> Iterator[list[Found]]:
+def writes(data: bytes, start: StoredEntry) -> Iterator[list[StoredEntry]]:
     """The writes of a segment that are there whole; `start` is its first entry."""
     generation, write, last = generation_of(data), [start], start
     while (found := read(data, last.end, generation)) is not None and found.follows(last):
         if not last.remaining:
-            # later ones are there, so this one is: a record that was damaged since says so when it is read
+            # later ones are there, so this one is: a record that was damaged since is found when it is read
             yield write
             write = []
         write.append(found)
@@ -174,7 +174,7 @@ def generation_of(data: bytes) -> int:
     return int(HEAD.unpack_from(data)[2])
 
 
-def search(data: bytes, at: int, generation: int) -> Iterator[Found]:
+def search(data: bytes, at: int, generation: int) -> Iterator[StoredEntry]:
     """All entries of a generation from an offset on, whatever is between them."""
     mark = _MARK.pack(MAGIC, generation)
     place = data.find(mark, at)
@@ -185,7 +185,7 @@ def search(data: bytes, at: int, generation: int) -> Iterator[Found]:
         place = data.find(mark, place + 1)
 
 
-def is_whole(data: bytes, found: Found) -> bool:
+def is_whole(data: bytes, found: StoredEntry) -> bool:
     """Whether all records of an entry are as they were written."""
     return all(
         is_sound(name, data[at : at + size_of(data[at : at + HEADER.itemsize])]) for name, at in found.offsets
@@ -208,7 +208,7 @@ def _layout(puts: Sequence[tuple[str, Stored]]) -> Layout:
 
 
 def _offsets(data: bytes, text: bytes, at: int, count: int) -> list[tuple[str, int]] | None:
-    """Ids and where their records are; None if that cannot be told."""
+    """Ids and where their records are; None if the entry is damaged."""
     place, offsets = 0, []
     try:
         for _ in range(count):

@@ -17,15 +17,15 @@ SEGMENT_BYTES = 8 * 2**20
 
 #: A segment takes at most this part of the free disk.
 _SHARE = 64
-_LEAST_BYTES = 64 * 1024
+_MIN_BYTES = 64 * 1024
 #: Checkpointing begins when this part of the active segment is used.
 _CHECKPOINT_AT = 1 / 2
 #: To keep up with writes, twice as many records are checkpointed as were written, and at least this many at once. A brief
 #: checkpoint takes no more.
-_LEAST_RECORDS = 64
+_MIN_RECORDS = 64
 
 #: A write of more records leaves this part of a segment free: smaller ones have room while it waits for a checkpoint.
-_FEW, _LEFT = 512, 1 / 8
+_SMALL_WRITE, _KEPT_FREE = 512, 1 / 8
 
 Records = list[tuple[str, Stored]]
 Parts = Sequence[Sequence[tuple[str, Stored]]]
@@ -33,18 +33,18 @@ Parts = Sequence[Sequence[tuple[str, Stored]]]
 
 
 def room_for(folder: Path, names: Sequence[str], size: int) -> int:
-    """How large a segment may be, at most `size`, of those of these names.
+    """The size of each of these segments, at most `size`.
 
     Raises:
         OSError: there is too little room.
     """
     sizes = {(folder / name).stat().st_size if (folder / name).is_file() else 0 for name in names}
-    least = min(size, _LEAST_BYTES)
-    if len(sizes) == 1 and (there := sizes.pop()) >= least:
-        return there  # whatever they are: they take no more
+    minimum = min(size, _MIN_BYTES)
+    if len(sizes) == 1 and (there := sizes.pop()) >= minimum:
+        return there  # the files are there already, and take no more room
     room = shutil.disk_usage(folder).free // _SHARE
-    if room < least:
-        raise OSError(errno.ENOSPC, f"{_SHARE * least} bytes of the disk must be free")
+    if room < minimum:
+        raise OSError(errno.ENOSPC, f"{_SHARE * minimum} bytes of the disk must be free")
     return min(size, room)
 
 
@@ -80,9 +80,9 @@ class WriteAheadLog:
         self._find = find
         self.due = 0
         """Records that are to be checkpointed to keep up with what was appended."""
-        # Held by who appends or rotates.
+        # Held to append or to rotate.
         self._appending = threading.Lock()
-        # Held by who reads both segments: none is truncated meanwhile.
+        # Held to read both segments, so that neither is truncated meanwhile.
         self._looking = threading.Lock()
         self._active = Segment(paths[0], size, owner, flush=flush, make=make)
         try:
@@ -154,7 +154,7 @@ class WriteAheadLog:
 
         Args:
             parts: The changes, each with its sessions' records.
-            patience_s: False as well if another thread appends for so long; -1: wait for it.
+            patience_s: Give up (False) if another thread appends for this many seconds; -1: wait for it.
 
         Raises:
             OSError: they could not be written. None is there.
@@ -175,7 +175,7 @@ class WriteAheadLog:
         if count == len(parts) == 1:
             is_kept = self._active.append_one(*parts[0][0])
         else:
-            leave = 0 if count <= _FEW else int(self._active.size * _LEFT)
+            leave = 0 if count <= _SMALL_WRITE else int(self._active.size * _KEPT_FREE)
             is_kept = self._active.append(parts, leave)
         if is_kept:
             return True
@@ -213,13 +213,13 @@ class WriteAheadLog:
     def moved(self, session_ids: Iterable[str]) -> None:
         """Another log has later records of these sessions.
 
-        The store gets them before the earlier ones are overwritten here: so whoever reads one log after the other, and
-        then the store, misses none that was acknowledged before.
+        The store gets them before the earlier ones are overwritten here. So a reader of one log, then of the other, then of
+        the store misses no change that was acknowledged before.
         """
         self._drop(session_ids, are_moved=True)
 
     def _drop(self, session_ids: Iterable[str], *, are_moved: bool) -> None:
-        for segment in self._segments:  # of one that is truncated meanwhile the store has all
+        for segment in self._segments:  # the store has all of one that is truncated meanwhile
             offsets = segment.offsets
             there = offsets.keys() & session_ids if offsets else ()
             if are_moved:
@@ -227,19 +227,19 @@ class WriteAheadLog:
             for session_id in there:
                 offsets.pop(session_id, None)
 
-    def to_checkpoint(self, *, briefly: bool = False, most: int | None = None) -> tuple[list[str], Records]:
-        """Sessions to checkpoint next, at most so many, and those of their records that count; `checkpointed` afterwards."""
+    def to_checkpoint(self, *, briefly: bool = False, limit: int | None = None) -> tuple[list[str], Records]:
+        """Sessions to checkpoint next, at most `limit`, and their records; call `checkpointed` when the store has them."""
         with self._looking:
             active, sealed = self._active, self._sealed
         # nobody rotates while the sealed one has something
-        wanted_most = _LEAST_RECORDS if briefly else max(_LEAST_RECORDS, self.due)
-        most = wanted_most if most is None else min(most, wanted_most)
-        ids = list(itertools.islice(sealed.offsets, most))
-        moved = list(itertools.islice(sealed.moved, most - len(ids)))
+        wanted = _MIN_RECORDS if briefly else max(_MIN_RECORDS, self.due)
+        count = wanted if limit is None else min(limit, wanted)
+        ids = list(itertools.islice(sealed.offsets, count))
+        moved = list(itertools.islice(sealed.moved, count - len(ids)))
         self.due = max(0, self.due - len(ids) - len(moved)) if ids or moved else 0
         # the active segment has a later record of the others
-        wanted = [session_id for session_id in ids if session_id not in active.offsets]
-        records: Records = [(i, record) for i in wanted if (record := sealed.record(i)) is not None]
+        last_here = [session_id for session_id in ids if session_id not in active.offsets]
+        records: Records = [(i, record) for i in last_here if (record := sealed.record(i)) is not None]
         records += [(i, record) for i in moved if (record := self._find(i)) is not None]
         return [*ids, *moved], records
 

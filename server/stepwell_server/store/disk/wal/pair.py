@@ -21,7 +21,7 @@ COMMITS, BESIDE = ("0", "1"), ("2", "3")
 """Names of the segments of each log."""
 
 #: Segments for small changes have this part of the size of the others, but not less than so many bytes.
-_PART, _LEAST_BYTES = 4, 4096
+_PART, _MIN_BYTES = 4, 4096
 _MARK = struct.Struct("<IQQ")
 
 
@@ -55,7 +55,7 @@ class Mark(NamedTuple):
 
 def mark_of(owner: int, size: int, *, has_beside: bool) -> Mark:
     """The mark of new logs, of which the first has segments of `size` bytes."""
-    return Mark(owner, size, max(min(size, _LEAST_BYTES), size // _PART) if has_beside else 0)
+    return Mark(owner, size, max(min(size, _MIN_BYTES), size // _PART) if has_beside else 0)
 
 
 def is_later(session_id: str, one: bytes, other: bytes) -> bool:

@@ -1,7 +1,7 @@
-"""The write-ahead log as another process reads it while its server goes on writing.
+"""The write-ahead log as another process reads it while its server writes it.
 
 What was acknowledged before a segment is read is in it, or the store has it already: a segment is truncated only when all
-of it was checkpointed. So who reads the log first and the store afterwards misses nothing. A read may meet a write or a
+of it was checkpointed. So a reader of the log first and the store afterwards misses nothing. A read may meet a write or a
 truncation that is under way, and look damaged. What looks the same a second time is damaged.
 """
 
@@ -15,7 +15,7 @@ from stepwell_server.store.disk.wal.layout import Content, content_of
 from stepwell_server.store.disk.wal.pair import BESIDE, COMMITS, Mark, is_later
 from stepwell_server.store.record import HEADER, is_sound, size_of
 
-#: A busy log looks another way each time; it is looked at this often.
+#: A busy log differs at each read; it is read at most this often.
 _MAX_LOOKS = 100
 
 
@@ -43,7 +43,7 @@ def read_log(folder: Path, names: tuple[str, str], owner: int) -> dict[str, byte
         segments = [_read(folder / name) for name in names]
         first, last = sorted(segments, key=_order)
         if not first.content.problem and first.content.sequence < last.content.base_sequence:
-            # The later one was begun when the earlier had so many. Maybe that was not so yet when it was read.
+            # The earlier segment may have been read before its last writes, after which the later one was begun.
             again = _read(first.path)
             is_same = again.content.generation == first.content.generation
             if is_same and again.content.sequence < last.content.base_sequence:

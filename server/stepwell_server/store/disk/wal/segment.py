@@ -20,20 +20,20 @@ from stepwell_server.store.disk.files import flush_content, flush_open, write_ze
 from stepwell_server.store.disk.wal import layout
 from stepwell_server.store.record import Stored, size_of
 
-#: Has a write return when the disk has it; 0 where the system has no such writes, and a flush follows instead (macOS).
+#: A write returns when the disk has it; 0 where the system has no such writes, and a flush follows instead (macOS).
 WRITE_THROUGH: int = getattr(os, "RWF_DSYNC", 0)
 #: A record of up to this size is read at once, a longer one in two steps.
 _GUESS_BYTES = 2048
 #: Buffers in one write.
-_MOST_BUFFERS = 512
-#: A larger write that is flushed is made in pieces of so many bytes, each flushed: a small write to another file waits at
-#: the disk for one of them at most.
+_MAX_BUFFERS = 512
+#: A larger write that is flushed is made in pieces of this many bytes, each flushed: a small write to another file waits
+#: at the disk for one of them at most.
 _PIECE_BYTES = 256 * 1024
 _NO_HEAD = bytes(HEAD.size)
 
 
 class SegmentDamaged(Exception):
-    """Changes are missing that later ones followed; nobody can tell of which sessions."""
+    """Changes are missing that later ones followed; their sessions are not known."""
 
 
 class Segment:
@@ -101,7 +101,7 @@ class Segment:
         )
 
     def append(self, parts: Sequence[Sequence[tuple[str, Stored]]], leave: int = 0) -> bool:
-        """Write entries, all of them or none; False if there is no room, of which so many bytes are to be left.
+        """Write entries, all of them or none; False if there is no room for them and `leave` more bytes.
 
         Raises:
             OSError: they could not be written. None is there.
@@ -196,7 +196,7 @@ class Segment:
             raise
 
     def _write(self, buffers: Sequence[Stored], at: int, size: int) -> None:
-        if len(buffers) > _MOST_BUFFERS:
+        if len(buffers) > _MAX_BUFFERS:
             buffers = [b"".join(buffers)]
         if not self._flush or size <= _PIECE_BYTES:
             self._write_piece(buffers, at, size)
@@ -217,7 +217,7 @@ class Segment:
 
     def _erase(self, heads: Iterable[int]) -> None:
         for at in heads:
-            # should this fail as well, the change may be found later: whoever was told that it failed may not mind
+            # should this fail as well, a change that was reported as failed may be found later
             with contextlib.suppress(OSError):
                 os.pwrite(self._file, _NO_HEAD, at)
 
