@@ -247,9 +247,9 @@ class SessionTable:
     def set_rows_of(self, handles: Handles, rows: Rows) -> None:
         """Say which rows hold the states of sessions from now on: their rows one after the other."""
         sizes = self.batch_size[handles]
-        ends = np.cumsum(sizes)
+        ends = sizes.cumsum()
         self.row[handles] = rows[ends - sizes]
-        for index in np.flatnonzero(sizes > 1):
+        for index in (sizes > 1).nonzero()[0].tolist():
             self._more_rows[int(handles[index])] = rows[ends[index] - sizes[index] : ends[index]].copy()
 
     @property

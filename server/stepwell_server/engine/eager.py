@@ -7,15 +7,13 @@ and nothing else has run meanwhile; so do the eager tasks of Python 3.12 (asynci
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Coroutine, Generator
+from collections.abc import Coroutine, Generator
 from typing import Any, Generic, TypeVar
-
-from typing_extensions import override
 
 T = TypeVar("T")
 
 
-class Rest(Awaitable[T], Generic[T]):
+class Rest(Generic[T]):
     """What is left of a coroutine that waits for something. To be awaited once, on the same event loop."""
 
     __slots__ = ("_waits_for", "_work")
@@ -31,7 +29,6 @@ class Rest(Awaitable[T], Generic[T]):
             self._waits_for.add_done_callback(_ignore)
             self._waits_for.cancel()
 
-    @override
     def __await__(self) -> Generator[Any, Any, T]:
         waits_for = self._waits_for
         try:

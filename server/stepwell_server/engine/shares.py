@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
+from typing_extensions import override
+
 from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.scheduler import FairQueue, LoopQueue, Share
 
@@ -121,11 +123,29 @@ class Pieces:
 
     def of(self, session_ids: Sequence[str]) -> AsyncIterator[slice]:
         """Slices of many ids of one tenant, each in its turn; what is one piece needs none."""
-        return self.parts(len(session_ids), tenant_of(session_ids[0]) if len(session_ids) > TURN else "")
+        count = len(session_ids)
+        return _Parts(self, count, tenant_of(session_ids[0]) if count > TURN else "")
 
-    async def parts(self, count: int, tenant: str) -> AsyncIterator[slice]:
+    def parts(self, count: int, tenant: str) -> AsyncIterator[slice]:
         """As `of`, of as many things of a tenant."""
-        for start in range(0, count, TURN):
-            if count > TURN:
-                await self.turn(tenant)
-            yield slice(start, min(start + TURN, count))
+        return _Parts(self, count, tenant)
+
+
+class _Parts(AsyncIterator[slice]):
+    """Slices of many things. Not a generator: the event loop keeps a list of those, which costs more than one piece."""
+
+    __slots__ = ("_count", "_pieces", "_start", "_tenant")
+
+    def __init__(self, pieces: Pieces, count: int, tenant: str) -> None:
+        self._pieces, self._count, self._tenant = pieces, count, tenant
+        self._start = 0
+
+    @override
+    async def __anext__(self) -> slice:
+        start, count = self._start, self._count
+        if start >= count:
+            raise StopAsyncIteration
+        if count > TURN:
+            await self._pieces.turn(self._tenant)
+        self._start = start + TURN
+        return slice(start, min(self._start, count))

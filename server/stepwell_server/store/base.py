@@ -383,7 +383,7 @@ def new_stamp() -> int:
 
 def stamped(stamp: int, count: int) -> U64:
     """`Batch.stamps` of records that are written together."""
-    return np.array([stamp], np.uint64) if count == 1 else np.full(count, stamp, np.uint64)
+    return np.array([stamp], np.uint64).repeat(count)
 
 
 KNOWN = Fetched(is_known=True)

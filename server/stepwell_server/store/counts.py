@@ -28,12 +28,12 @@ from stepwell_server.store.record import Header, Stored, header_or_none
 
 def of_tenants(sessions: Iterable[tuple[str, str]], by: int) -> list[tuple[str, int]]:
     """`Batch.tenant_counts` of sessions, each with its id and its model, that begin (1) or end (-1)."""
-    counts: Counter[str] = Counter()
+    counts: dict[str, int] = {}
     for session_id, model in sessions:
-        if SEPARATOR in session_id:
-            tenant = tenant_of(session_id)
-            counts.update(f"{whose}{SEPARATOR}{name}" for whose in ("", tenant) for name in ("", model))
-    return [(name, by * count) for name, count in counts.items()]
+        for whose in ("", tenant_of(session_id)) if SEPARATOR in session_id else ():
+            for name in (f"{whose}{SEPARATOR}", f"{whose}{SEPARATOR}{model}"):
+                counts[name] = counts.get(name, 0) + by
+    return list(counts.items())
 
 
 def usage_of(header: Header) -> Usage:

@@ -25,6 +25,8 @@ class Arena:
         self.outputs = tuple(np.zeros((capacity, *spec.shape), spec.dtype) for spec in program.outputs)
         """The output of the last time step of each row: part of the reply that is remembered."""
         self._arrays = (*self.states, *self.outputs)
+        self.row_bytes = sum(array.nbytes // capacity for array in self._arrays)
+        """Bytes of a packed row."""
 
     def read(self, rows: Rows) -> tuple[Array, ...]:
         """Copies of the states of `rows`, `(len(rows), ...)` each."""
@@ -49,11 +51,6 @@ class Arena:
     def pack(self, rows: Rows) -> npt.NDArray[np.uint8]:
         """States and outputs of `rows` as bytes, `(len(rows), bytes per row)`."""
         return np.concatenate([_as_bytes(array[rows]) for array in self._arrays], axis=1)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a packed row."""
-        return sum(array.nbytes // len(array) for array in self._arrays)
 
     def pack_into(self, rows: Rows, packed: npt.NDArray[np.uint8]) -> None:
         """As `pack`, into `(n, bytes)` where each line takes the rows of one session, one after the other."""

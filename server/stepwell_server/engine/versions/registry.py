@@ -305,7 +305,10 @@ class Models:
 
     def versions(self, name: str) -> Versions:
         """What is known of a name, of which nothing need be loaded."""
-        return self._by_name.setdefault(name, Versions(name, self._elsewhere))
+        own = self._by_name.get(name)
+        if own is None:
+            own = self._by_name[name] = Versions(name, self._elsewhere)
+        return own
 
     def add(self, model: Model, known: Known) -> None:
         """Serve a version from now on, which is not loaded."""
