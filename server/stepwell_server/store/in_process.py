@@ -82,14 +82,17 @@ class InProcessStore(Store):
     async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
         if len(known) and all(known):
             return [KNOWN] * len(known)
-        known = known if len(known) else [0] * len(session_ids)
-        unknown = [i for i, stamp in zip(session_ids, known, strict=True) if not stamp]
-        found, now = fetched(self.local, unknown), self._clock.monotonic()
+        unknown = (
+            [i for i, stamp in zip(session_ids, known, strict=True) if not stamp]
+            if len(known)
+            else session_ids
+        )
+        found = fetched(self.local, unknown)
         for place, session_id in enumerate(unknown if self._used else ()):
             if found[place].record is not None and (used := self._used.get(session_id)) is not None:
-                found[place] = dataclasses.replace(found[place], idle_s=now - used)
+                found[place] = dataclasses.replace(found[place], idle_s=self._clock.monotonic() - used)
         answers = iter(found)
-        return [KNOWN if stamp else next(answers) for stamp in known]
+        return [KNOWN if stamp else next(answers) for stamp in known] if len(known) else found
 
     @override
     def new_stamp(self) -> int:

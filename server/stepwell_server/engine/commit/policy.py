@@ -179,8 +179,8 @@ class PagedOutOnly(StorePolicy):
 
     @override
     def begin(self, ids: Sequence[str], ready: int, records: Callable[[slice], Puts]) -> Puts:
-        puts = records(slice(ready, len(ids))) if ready < len(ids) else ()
-        self._commit(Batch(puts=puts, forgets=ids))
+        if ready < len(ids):
+            self._commit(Batch(puts=records(slice(ready, len(ids)))))
         return ()
 
     @override

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -116,8 +116,8 @@ class NewSessions(Call):
     revisions: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
     """`(n,)`: with which they begin. An id that had a session before continues its revisions: see `Directory.past`."""
     follows: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
-    """`(n,)`: see `Directory.follows`."""
-    closes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """`(n,)`: see `Past.follows`."""
+    closes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     """See `Past.closes`."""
     stamp: int = 0
     """Of all of their records: see `Store.new_stamp`."""
@@ -179,6 +179,20 @@ class NewSessions(Call):
             rows=self.rows[own],
             revisions=self.revisions[part],
             follows=self.follows[part],
+        )
+
+    def answer(self, first: SessionInfo) -> OpenedMany:
+        """The answer to the call that has made them; `first` is the first of them, as it began."""
+        return OpenedMany(
+            self.ids,
+            self.model.name,
+            self.model.program.fingerprint,
+            self.batch_size,
+            self.revisions,
+            self.positions,
+            np.full(len(self.ids), self.opened_with, np.uint64),
+            first,
+            version=self.model.version,
         )
 
     def _rows(self, array: Array, places: Members) -> Array:
@@ -408,7 +422,6 @@ class Begin:
         while True:
             if self._context.quotas is not None:
                 await self._context.quotas.refresh(session_ids)
-            await self._context.removal.settled(session_ids)
             seen = await self._directory.look(session_ids, anew=True)
             ended = seen.ended_elsewhere()
             if ended:
@@ -416,8 +429,17 @@ class Begin:
             elif not self._context.removal.are_pending(session_ids):
                 return seen
 
-    async def begin(self, every: NewSessions, find: Find[_T]) -> _T | OpenedMany:
-        """Begin sessions, all or none, unless `find` has another answer to the call. To be cancelled undoes nothing."""
+    async def begin_many(self, new: NewSessions) -> OpenedMany:
+        """Begin sessions, unless an earlier attempt of the call has: see `begin`."""
+        found = await self.begin(new, self.attempts.find)
+        return found if isinstance(found, OpenedMany) else new.answer(found)
+
+    async def begin(self, every: NewSessions, find: Find[_T]) -> _T | SessionInfo:
+        """Begin sessions, all or none, unless `find` has another answer to the call. To be cancelled undoes nothing.
+
+        Returns:
+            That answer, or else the first of the sessions, as it began.
+        """
         try:
             for _ in range(MAX_TRIES):
                 seen = await self.look(every.ids)
@@ -429,17 +451,7 @@ class Begin:
                 new = every.only(found)
                 first = await self._attempt(new, seen)
                 if first is not None and new is every:
-                    return OpenedMany(
-                        new.ids,
-                        new.model.name,
-                        new.model.program.fingerprint,
-                        new.batch_size,
-                        new.revisions,
-                        new.positions,
-                        np.full(len(new.ids), new.opened_with, np.uint64),
-                        first,
-                        version=new.model.version,
-                    )
+                    return first
                 # all of them exist now, or another call or server was faster with one: the next look says which
             raise changed_elsewhere(every.ids[0])
         except Unavailable:  # the call comes again, and continues with what it has made
@@ -459,7 +471,7 @@ class Begin:
         if not await self._reserve(new, seen):
             return None
         try:
-            await self._prepare(new, seen)
+            await self._prepare(new)
         except BaseException:
             self._give_up(new)
             raise
@@ -486,24 +498,29 @@ class Begin:
             task.exception()  # nobody else asks for it if the caller was cancelled
 
     async def _reserve(self, new: NewSessions, seen: Seen) -> bool:
-        """Reserve the ids; False if another call is making a session of one of them.
+        """Reserve the ids, and find what they had before; False if another call is making a session of one of them.
 
         Raises:
             ServerError: one must not begin, and none is reserved.
         """
         pending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        reserved = 0
+        reserved, new.closes = 0, {}
+        new.revisions, new.follows = new.least_revisions.copy(), np.zeros(len(new.ids), np.uint64)
         try:
             async for part in self._pieces.of(new.ids):
                 ids = new.ids[part]
                 if not new.are_absent:
                     self._directory.require_new(new.field, ids, seen)
-                for session_id in ids if new.are_named else ():
-                    self._directory.require_own(session_id, seen)
+                if new.are_named:  # others may have had these ids
+                    self._directory.require_own(ids, seen)
                 if self._context.removal.are_pending(ids):
                     break
                 self._context.removal.pending.update(dict.fromkeys(ids, pending))
                 reserved = part.stop
+                past = self._directory.past(ids, seen)
+                new.revisions[part] = np.maximum(new.revisions[part], past.revisions)
+                new.follows[part] = past.follows
+                new.closes.update(past.closes)
         finally:
             if reserved < len(new.ids):
                 self.release(new.ids[:reserved], pending)
@@ -529,31 +546,23 @@ class Begin:
         new.rows = new.rows[:0]
         self._context.row_queue.room_may_have_come()
 
-    async def _prepare(self, new: NewSessions, seen: Seen) -> None:
-        """Find what the ids had before, and take rows: for one session there must be some.
+    async def _prepare(self, new: NewSessions) -> None:
+        """Take rows: for one session there must be some.
 
         Of many, as many as there is room for have rows at once; the others come to the arena when they are stepped.
 
         Raises:
             NoRows: sessions with something under way have all of them.
         """
-        model, ids, slots = new.model, new.ids, new.model.slots
-        new.closes = {}
-        new.revisions = np.maximum(new.least_revisions, np.uint64(self._directory.store.first_revision))
-        if new.are_named:  # others may have had these ids
-            async for part in self._pieces.of(ids):
-                past = self._directory.past(ids[part], seen)
-                new.revisions[part] = np.maximum(new.revisions[part], past.revisions)
-                new.closes.update(past.closes)
-        new.follows = self._directory.follows(ids, seen)
+        model, slots = new.model, new.model.slots
         if new.is_single:
             new.rows = self._context.pager.take(model, new.batch_size)
         else:
-            fitting = min((slots.resident_limit - slots.resident) // new.batch_size, len(ids))
+            fitting = min((slots.resident_limit - slots.resident) // new.batch_size, len(new.ids))
             rows = slots.take_resident(fitting * new.batch_size)
             assert rows is not None, "there is room for them"
             new.rows = rows
-        async for part in self._pieces.parts(len(new.rows), namespaces.tenant_of(ids[0])):
+        async for part in self._pieces.parts(len(new.rows), namespaces.tenant_of(new.ids[0])):
             model.arena.clear_outputs(new.rows[part])
             if new.states is None:
                 model.arena.reset(new.rows[part], model.program.initial)
@@ -616,7 +625,7 @@ class Begin:
         joined = puts[0] if len(puts) == 1 else Joined([each for each in puts if each])
         batch = Batch(
             puts=joined,
-            forgets=ids if joined else (),
+            forgets=ids,
             counts=[(new.model.name, len(ids))],
             tenant_counts=_of_tenants(ids, new.model.name, 1),
             follows=new.follows if joined else NO_STAMPS,

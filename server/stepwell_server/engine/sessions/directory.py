@@ -45,7 +45,7 @@ from stepwell_server.errors import (
     Unavailable,
 )
 from stepwell_server.store import counts
-from stepwell_server.store.base import Store
+from stepwell_server.store.base import End, Store
 from stepwell_server.store.record import Header, decode_header, header_or_none
 
 MAX_ID_LENGTH = 256
@@ -70,6 +70,8 @@ class Past(NamedTuple):
     So whoever still has a revision of that one gets a conflict, and does not step a session that is not theirs."""
     closes: dict[str, tuple[int, ...]]
     """Request ids of the calls that closed them (`Tombstone.closes`), of those ids that have any."""
+    follows: U64
+    """`(n,)`: the stamps of their ends, 0 where there is none: what the store must have when sessions of the ids begin."""
 
 
 _Alike = dict[tuple[object, ...], tuple[ServerError, list[int]]]
@@ -237,17 +239,15 @@ class Directory:
         if error is not None:
             raise error
 
-    def require_own(self, chosen: str, seen: Seen) -> None:
-        """Refuse a chosen id of a session which is gone if it must not begin anew unnoticed.
+    def require_own(self, chosen: Sequence[str], seen: Seen) -> None:
+        """Refuse chosen ids of sessions which are gone if those must not begin again unnoticed.
 
         A server may have made the id, or the store lost sessions, and nobody can tell that this is none of them.
         """
-        if not chosen:
-            return
-        ended = self.ended(chosen, seen)
-        is_lost = self.store.damage_of(chosen) if ended is None else isinstance(ended, SessionLost)
-        if is_lost or self.ids.is_made_by_a_server(chosen):
-            raise self.gone(chosen, seen)
+        for session_id, stone in zip(chosen, seen.tombstones(chosen), strict=True):
+            is_lost = self.store.damage_of(session_id) if stone is None else stone.end is End.LOST
+            if is_lost or self.ids.is_made_by_a_server(session_id):
+                raise self.gone(session_id, seen)
 
     def require_version(self, handle: int, wanted: Model) -> None:
         """Refuse to resume a session that is on another version of the model than the one that is asked for.
@@ -359,19 +359,13 @@ class Directory:
 
     def past(self, session_ids: Sequence[str], seen: Seen) -> Past:
         """What ids that have no live session keep of earlier ones, as long as the end of those is remembered."""
-        revisions = np.full(len(session_ids), self.store.first_revision, np.uint64)
-        closes: dict[str, tuple[int, ...]] = {}
-        for place, stone in enumerate(seen.tombstones(session_ids)):
-            if stone is None:
-                continue
-            revisions[place] = max(self.store.first_revision, stone.revision + 1)
-            if stone.closes:
-                closes[session_ids[place]] = stone.closes
-        return Past(revisions, closes)
-
-    def follows(self, session_ids: Sequence[str], seen: Seen) -> U64:
-        """What the store must have of sessions that begin: nothing, or the end of another one that was seen."""
-        return seen.stamps(session_ids)
+        first, found = self.store.first_revision, seen.all_of(session_ids)
+        stones = {i: each.tombstone for i, each in zip(session_ids, found, strict=True) if each.tombstone}
+        revisions = np.array([first], np.uint64).repeat(len(session_ids))
+        if stones:
+            revisions[:] = [max(first, stones[i].revision + 1) if i in stones else first for i in session_ids]
+        closes = {i: stone.closes for i, stone in stones.items() if stone.closes}
+        return Past(revisions, closes, np.array([each.stamp for each in found], np.uint64))
 
     def stored_header(self, session_id: str, seen: Seen) -> Header | None:
         """What the store's record says of a session; None if there is none, or it cannot be read."""

@@ -502,8 +502,11 @@ class Expiry:
         return {*over}
 
     def _over(self, found: Mapping[str, Fetched]) -> dict[str, tuple[Header, float, float]]:
-        over = {i: self._limit_if_over(i, each) for i, each in found.items() if each.record is not None}
-        return {i: each for i, each in over.items() if each is not None}
+        return {
+            i: over
+            for i, each in found.items()
+            if each.record is not None and (over := self._limit_if_over(i, each)) is not None
+        }
 
     async def expire_page(self, page: Unused) -> int:
         """End those of a page that are over, unless this server's table knows better; return how many.

@@ -55,8 +55,7 @@ class Seen:
     ) -> None:
         self._found = found if isinstance(found, dict) else dict(found)
         self._error = error
-        records = (each.record for each in self._found.values())
-        self.is_empty = bool(self._found) and error is None and not any(records)
+        self.is_empty = error is None and bool(found) and not any(each.record for each in found.values())
         """It is known of some sessions, and the store has no record of them."""
         self.is_compared = newer is not None
         """The sessions that were in the table had been compared with what the store has of them."""
@@ -81,11 +80,11 @@ class Seen:
 
     def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
         """The records of many sessions, None where there is none."""
-        return [self._of(session_id).record for session_id in session_ids]
+        return [each.record for each in self.all_of(session_ids)]
 
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         """How sessions ended that have no record, where that is remembered."""
-        return [self._of(session_id).tombstone for session_id in session_ids]
+        return [each.tombstone for each in self.all_of(session_ids)]
 
     def stamp(self, session_id: str) -> int:
         """Of the record, or else of the tombstone; 0 if there is neither."""
@@ -93,8 +92,7 @@ class Seen:
 
     def stamps(self, session_ids: Sequence[str]) -> U64:
         """As `stamp`, of many."""
-        found = self._found
-        return np.array([(found.get(i) or self._of(i)).stamp for i in session_ids], np.uint64)
+        return np.array([each.stamp for each in self.all_of(session_ids)], np.uint64)
 
     def idle_s(self, session_id: str) -> float:
         """For how long nobody had used the session, by the store's clock; NaN if it has none."""
@@ -108,13 +106,17 @@ class Seen:
         """Sessions that are in the table, have something under way here, and have ended on another server."""
         return [session_id for session_id, each in self._newer.items() if each.record is None]
 
-    def _of(self, session_id: str) -> Fetched:
-        found = self._found.get(session_id)
-        if found is None:
+    def all_of(self, session_ids: Sequence[str]) -> list[Fetched]:
+        """All that is known of some sessions."""
+        try:
+            return [*map(self._found.__getitem__, session_ids)]
+        except KeyError as missing:
             raise self._error or Unavailable(
-                f"session {session_id!r} must have been read from the store; it left the table meanwhile"
-            )
-        return found
+                f"session {missing.args[0]!r} must have been read from the store; it left the table meanwhile"
+            ) from None
+
+    def _of(self, session_id: str) -> Fetched:
+        return self.all_of([session_id])[0]
 
 
 class Lookup:
@@ -257,7 +259,7 @@ class Lookup:
             while wanted:
                 read = await self._read(wanted)
                 over = await self._expiry.expire_found(read)
-                found.update((i, each) for i, each in read.items() if i not in over)
+                found |= {i: each for i, each in read.items() if i not in over} if over else read
                 if not over and table.removals == removals:
                     break
                 removals = table.removals
@@ -268,10 +270,10 @@ class Lookup:
                 del known[session_id]
             return Seen(known | found, error, newer)
         seen = Seen(found, newer=newer)
-        ids, unusable = list(found), list[str]()
-        async for part in self.pieces.of([] if seen.is_empty else ids):
+        ids, unusable = [] if seen.is_empty else list(found), list[str]()
+        async for part in self.pieces.of(ids):
             unusable += self._loader.load_all(ids[part], seen)[1]
-        behind = self._loader.behind(unusable, seen)
+        behind = self._loader.behind(unusable, seen) if unusable else None
         if behind:
             try:
                 await self._catch_up(list(behind.values()))
@@ -362,9 +364,7 @@ class Loader:
 
     def load(self, session_id: str, seen: Seen) -> int | None:
         """The handle of a session that was only in the store; None if it is not there."""
-        if not self._expiry.only_stored([session_id]):
-            return None
-        stored = seen.get(session_id)
+        stored = seen.get(session_id) if self._expiry.only_stored([session_id]) else None
         if stored is None:
             return None
         served, idle_s = self._served(session_id, stored), [seen.idle_s(session_id)]

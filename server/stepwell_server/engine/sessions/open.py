@@ -12,7 +12,7 @@ from stepwell_server.core import namespaces
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.exactly_once import Kind
 from stepwell_server.core.sessions import Handles
-from stepwell_server.engine.api import Opened, OpenedMany, StateRead, StatesRead
+from stepwell_server.engine.api import Opened, OpenedMany, SessionInfo, StateRead, StatesRead
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
 from stepwell_server.engine.content import content_of_fork, content_of_open
 from stepwell_server.engine.intake.validation import check_finite_state, require_sessions
@@ -102,7 +102,7 @@ class Open:
             are_absent=True,  # else it resumes the session
         )
 
-        async def find(new: NewSessions, seen: Seen) -> Opened | OpenedMany | Members | None:
+        async def find(new: NewSessions, seen: Seen) -> Opened | Members | None:
             handle = self._live(name, seen, must_be_new)
             if handle is None:
                 new.states = check_finite_state(served.program, state, batch_size)
@@ -119,10 +119,11 @@ class Open:
                     self._directory.models.by_handle(handle).program, state, batch_size
                 )
                 new.content = content_of_open(model, batch_size, max_idle_ms, values or ())
-            return await self._begin.attempts.find(new, seen)
+            found = await self._begin.attempts.find(new, seen)
+            return Opened(found.first, replayed=True) if isinstance(found, OpenedMany) else found
 
-        made: Opened | OpenedMany = await self._begin.begin(new, find)
-        return made if isinstance(made, Opened) else Opened(made.first, replayed=made.replayed)
+        made: Opened | SessionInfo = await self._begin.begin(new, find)
+        return made if isinstance(made, Opened) else Opened(made)
 
     def _live(self, name: str, seen: Seen, must_be_new: bool) -> int | None:
         try:
@@ -200,7 +201,7 @@ class Open:
             is_version="@" in model,
         )
         if not resume:
-            return await self._begin.begin(new, self._begin.attempts.find)
+            return await self._begin.begin_many(new)
         if not session_ids:
             raise InvalidInput("resume must come with session_ids; got none")
         return await self._resume_many(new)
@@ -211,7 +212,7 @@ class Open:
             absent = await self._absent(new, await self._begin.look(new.ids))
             if len(absent):
                 try:
-                    made = await self._begin.begin(new.only(absent), self._begin.attempts.find)
+                    made = await self._begin.begin_many(new.only(absent))
                 except SessionExists:  # another call has opened one of them meanwhile
                     continue
                 if len(absent) == len(new.ids):
@@ -464,7 +465,7 @@ class Fork:
                 is_single=is_single,
                 undos=call.undos,
             )
-            return await self._begin.begin(new, self._begin.attempts.find)
+            return await self._begin.begin_many(new)
 
     @contextlib.contextmanager
     def _copying(self, session_ids: Sequence[str]) -> Iterator[Callable[[int], None]]:

@@ -386,7 +386,6 @@ class Import:
         missing = [ids[place] for place in np.flatnonzero(handles < 0).tolist()]
         unusable = set(self._directory.unusable(missing, seen))
         past = self._directory.past(ids, seen)
-        follows = self._directory.follows(ids, seen)
         absent, others = list[_New](), list[_New]()
         for place, each in enumerate(new.values()):
             session_id, handle, first = each.session_id, int(handles[place]), int(past.revisions[place])
@@ -400,7 +399,7 @@ class Import:
             elif is_free:
                 own = each.after(past.closes.get(session_id, ()))
                 goes_back = first > 0 or existing is Existing.REPLACE
-                absent.append(dataclasses.replace(own, goes_back=goes_back, follows=int(follows[place])))
+                absent.append(dataclasses.replace(own, goes_back=goes_back, follows=int(past.follows[place])))
             elif handle >= 0 and seen.newer(session_id) is None and self._is_same(handle, each):
                 results[session_id] = Imported.IMPORTED
             elif existing is Existing.SKIP:
