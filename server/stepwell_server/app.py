@@ -281,10 +281,9 @@ async def _run(
         models = Loaded()
         if settings.wait_for_models:
             models = await load_models(settings, compiler, wanted, observer, readiness, stop)
-        engine = _engine(settings, models, store, clock, observer, quotas, files.migrations)
+        engine = _engine(settings, models, store, clock, observer, quotas, files.migrations, readiness)
         stats = engine.stats
         sources.append(lambda: gauges.of_engine(stats()))
-        engine.explain_absence(absence(readiness, tells_why=not settings.asks_callers))
         try:
             await once_it_answers(engine.start, settings, clock, stop)
         except DocumentError as error:  # other servers know a version by another file
@@ -341,6 +340,7 @@ def _engine(
     observer: PrometheusObserver,
     quotas: Quotas | None,
     migrations: Mapping[str, Migration],
+    readiness: Readiness,
 ) -> Engine:
     try:
         return Engine(
@@ -359,6 +359,7 @@ def _engine(
             quotas=quotas,
             migrations=migrations,
             policy=PagedOutOnly if settings.store_kind == "memory" else EveryChange,
+            absent=absence(readiness, tells_why=not settings.asks_callers),
         )
     except MemoryError as error:
         raise StartError(f"--resident-rows: {error}") from error

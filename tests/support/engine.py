@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from stepwell_server.catalog.start import absence
 from stepwell_server.clock import Clock
 from stepwell_server.core.cost import Cost
 from stepwell_server.core.idle import IdleLimits
@@ -31,6 +32,7 @@ from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import ServerError
+from stepwell_server.process.readiness import Readiness
 from stepwell_server.program import Program
 from stepwell_server.store.base import LocalStore, Store
 from stepwell_server.store.disk.store import DiskStore
@@ -262,12 +264,21 @@ STORES = Stores()
 class Harness:
     """An engine under test."""
 
-    def __init__(self, engine: Engine, clock: ManualClock, hooks: Hooks, store: Any, events: Events) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        clock: ManualClock,
+        hooks: Hooks,
+        store: Any,
+        events: Events,
+        readiness: Readiness,
+    ) -> None:
         self.engine = engine
         self.clock = clock
         self.hooks = hooks
         self.store = store
         self.events = events
+        self.readiness = readiness
         self.inside = Inside(engine)
         self.quotas: Quotas | None = None
         runners = self.inside.runners()
@@ -396,7 +407,7 @@ async def running(
 
     `observer`: who is told of everything, in place of the harness's `events`.
     """
-    clock, hooks, events = clock or ManualClock(), Hooks(), Events()
+    clock, hooks, events, readiness = clock or ManualClock(), Hooks(), Events(), Readiness()
     own = store is None
     if own:
         store = await STORES.make(clock)
@@ -418,10 +429,11 @@ async def running(
         quotas=(counted := None if quotas is None else Quotas(quotas, clock)),
         migrations=migrations,
         policy=PagedOutOnly if isinstance(store, MemoryStore) and store.for_one_thread else EveryChange,
+        absent=absence(readiness, tells_why=True),
     )
     if counted is not None:
         await counted.count(store if is_shared else InProcessStore(store, clock))
-    harness = Harness(engine, clock, hooks, store, events)
+    harness = Harness(engine, clock, hooks, store, events, readiness)
     harness.quotas = counted
     for model in harness.inside.models:
         model.cost = FixedCost(1.0 if threads else 0.0, steps)

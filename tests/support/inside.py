@@ -199,4 +199,4 @@ class Inside:
 
     async def look(self) -> None:
         """Know what other servers made of versions."""
-        await self._engine._changes.watch.look()
+        await self._engine._watch.look()

@@ -347,8 +347,8 @@ async def test_a_reader_that_is_cancelled_as_the_session_goes_takes_nothing_from
         await blocked(at, "a")
         closing = await task_of(at.engine.close_session("a"))
         reading = await task_of(at.state("a"))
-        removal, table = at.inside.removal, at.inside.table
-        handle, take_out = table.find("a"), removal.take_out
+        turns, table = at.inside.turns, at.inside.table
+        handle, take_out = table.find("a"), turns.take_out
 
         def take_out_and_reuse(*args: Any) -> None:
             take_out(*args)
@@ -358,7 +358,7 @@ async def test_a_reader_that_is_cancelled_as_the_session_goes_takes_nothing_from
             at.hooks.close_gate()
             at.submit("b", x(1))
 
-        monkeypatch.setattr(removal, "take_out", take_out_and_reuse)
+        monkeypatch.setattr(turns, "take_out", take_out_and_reuse)
         at.hooks.open_gate()
         await closing
         await asyncio.wait([reading])

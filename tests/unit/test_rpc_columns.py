@@ -345,7 +345,7 @@ async def test_many_sessions_that_end_while_their_steps_wait_have_an_error_each(
     inside = columns.at.inside
     batch = columns.take(ids, np.ones((40, 2)))
     for session_id in ids:  # before the loop's turn
-        inside.removal.forget(int(inside.handle(session_id)[0]), SessionNotFound(session_id, "gone"))
+        inside.turns.forget(int(inside.handle(session_id)[0]), SessionNotFound(session_id, "gone"))
     await columns.at.settled()
     assert not batch.applied_by_member
     for index, session_id in enumerate(ids):

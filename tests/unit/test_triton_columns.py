@@ -415,7 +415,7 @@ async def test_each_failure_is_told_in_tritons_words(who: Caller) -> None:
         x = np.array([[1, 1], [1, np.nan], [1, 1]], np.float32)
         batch = at.take(1, 2, 3, inputs=[InputColumn("x", FLOAT32, (2,), x.tobytes())])
         name = naming.inner(who, "triton/plain/3")
-        inside.removal.forget(int(inside.handle(name)[0]), SessionNotFound(name, "gone"))
+        inside.turns.forget(int(inside.handle(name)[0]), SessionNotFound(name, "gone"))
         await at.client.harness.settled()
         assert batch.done[0] == 2
         assert batch.done[1][0] == batch.done[2][0] == "INVALID_ARGUMENT"

@@ -59,7 +59,7 @@ async def kept_models(store: Store, root: Path | None) -> dict[str, KeptModel]:
 
 
 def absence(readiness: Readiness, *, tells_why: bool) -> Callable[[ModelRef], ServerError | None]:
-    """Says why a model is not there, for `Engine.explain_absence`.
+    """Says why a model is not there, for the engine.
 
     Args:
         readiness: knows how far each version is.

@@ -169,6 +169,8 @@ class Change:
     """Bytes of the states that come back."""
     members: Members = dataclasses.field(init=False)
     """Those that may start: the others have their answer."""
+    find_again: Callable[[Change, Members, Callable[[Change, Members], None]], None] | None = None
+    """Looks for members whose sessions have left the table since: calls with those that are there, and answers the others."""
     on_end: Callable[[], None] | None = None
     """Called when every member has its answer."""
     left: int = dataclasses.field(init=False)
@@ -476,7 +478,7 @@ def joined(parts: Sequence[Change]) -> Change:
         whole.whos = [part.who for part in parts]
     if any(part.traces for part in parts):
         whole.traces = {at: each for at, part in enumerate(parts) for each in (part.traces or {}).values()}
-    whole.model = first.model
+    whole.model, whole.find_again = first.model, first.find_again
     whole.handles = np.concatenate([part.handles for part in parts])
     whole.births = np.concatenate([part.births for part in parts])
     whole.sizes = np.ones(len(parts), np.intp)

@@ -12,7 +12,7 @@ from typing import Any
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.idle import IdleLimits, IdleWatch
-from stepwell_server.core.model_names import ModelRef, parse_reference
+from stepwell_server.core.model_names import parse_reference
 from stepwell_server.core.scheduler import LoopQueue, Shares, Source
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import (
@@ -32,7 +32,10 @@ from stepwell_server.engine.api import (
     StatesRead,
 )
 from stepwell_server.engine.catalog.changes import Changes
+from stepwell_server.engine.catalog.documents import Documents
 from stepwell_server.engine.catalog.serving import Capacity, Serving
+from stepwell_server.engine.catalog.switching import Switching
+from stepwell_server.engine.catalog.watch import Watch
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.commit.committer import Committer, Recorder
 from stepwell_server.engine.commit.group_commit import GroupCommit
@@ -42,14 +45,13 @@ from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.intake.queues import Inboxes, RowQueue, Turns, joined_where_alike
+from stepwell_server.engine.intake.queues import Inboxes, RowQueue, Turns
 from stepwell_server.engine.intake.validation import Validation, require_sessions
 from stepwell_server.engine.prediction import Prediction
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.begin import Begin
 from stepwell_server.engine.sessions.close import Closer, Place
-from stepwell_server.engine.sessions.context import Context
-from stepwell_server.engine.sessions.directory import MAX_IDS_PER_CALL, Directory
+from stepwell_server.engine.sessions.directory import MAX_IDS_PER_CALL, Context, Directory
 from stepwell_server.engine.sessions.end import MAX_PAGED_OUT, Expiry, Removal, Sweep, Uses
 from stepwell_server.engine.sessions.lookup import Loader, Lookup
 from stepwell_server.engine.sessions.open import Fork, Open
@@ -63,8 +65,8 @@ from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.submission import Submission
 from stepwell_server.engine.types import U64, Mask, Members, Tensors
 from stepwell_server.engine.versions.forwarding import Forwarding, Migration
-from stepwell_server.engine.versions.registry import Models, Versions
-from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
+from stepwell_server.engine.versions.registry import Absence, Models, Versions
+from stepwell_server.errors import InvalidInput, MessageTooLarge
 from stepwell_server.logs import Log
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store
@@ -92,6 +94,7 @@ class Engine:
         quotas: Quotas | None = None,
         migrations: Mapping[str, Migration] | None = None,
         policy: Policy = EveryChange,
+        absent: Absence = lambda _ref: None,
     ) -> None:
         """Make an engine that serves `programs`.
 
@@ -108,6 +111,7 @@ class Engine:
             quotas: What tenants may take.
             migrations: Functions that make states of one version those of another, by name.
             policy: What the store has of sessions.
+            absent: Why a model, or a version of one, is not loaded: what it returns is raised. None: nobody knows.
         """
         self._loop_queue = LoopQueue(asyncio.get_running_loop().call_soon)
         self._shares = Shares(
@@ -122,8 +126,8 @@ class Engine:
         """Do a part of large work in an iteration of the event loop that has no other: see `LoopQueue.add`."""
         self._table = table = SessionTable()
         self._store, self._clock = store, clock
-        self._models = Models(table, store.elsewhere)
-        self._group = GroupCommit(store, self._ring_all)
+        self._models = Models(table, store.elsewhere, absent)
+        self._group = GroupCommit(store, self._models.ring)
         fields = Fields(table)
         records = Records(table, fields)
         keeping = policy(store, table, records, clock)
@@ -139,12 +143,12 @@ class Engine:
             observer=observer,
         )
         row_queue = RowQueue(table, self._models, pager)
-        self._turns = Turns(table, self._models, pager, row_queue, clock, self._forget)
+        self._turns = Turns(table, self._models, pager, row_queue, store, idle_limits, clock)
         self._row_queue = row_queue
         self._inboxes = Inboxes()
         watch = IdleWatch(table, idle_limits, -math.inf)
         self._removal = removal = Removal(
-            watch,
+            table,
             self._models,
             self._turns,
             store,
@@ -167,17 +171,39 @@ class Engine:
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._quotas = quotas
+        sizes = Sizes(table, quotas)
+        recorder = None
+        if keeping.others is not None:
+            recorder = Recorder(
+                self._group, table, records, new_stamp=store.new_stamp, clock=clock, observer=observer
+            )
+        self._committer = Committer(
+            sizes, recorder, clock, release=self._turns.release, drop=removal.drop, discard=pager.discard
+        )
+        self._admission = Admission(
+            table,
+            self._turns,
+            row_queue,
+            pager,
+            self._committer,
+            self._inboxes,
+            clock=clock,
+            observer=observer,
+        )
+        self._drain_inboxes = self._admission.drain
+        switching = Switching(table, self._turns, pager, self._models, self._drain_inboxes)
+        documents = Documents(store, self._group, self._models, switching)
+        self._watch = Watch(store, self._models, documents, switching)
         loader = Loader(table, self._models, self._expiry, fields)
-        pieces = Pieces(self._loop_queue)
         self._lookup = Lookup(
             table,
             store,
             self._expiry,
             removal,
             loader,
-            pieces,
+            Pieces(self._loop_queue),
             self._drain_inboxes,
-            lambda h: self._changes.watch.catch_up(h),  # noqa: PLW0108 - made below
+            self._watch.catch_up,
         )
         self._directory = Directory(
             table,
@@ -189,7 +215,6 @@ class Engine:
             clock=clock,
         )
         self._counts = SessionCounts(table, self._models, store, clock)
-        sizes = Sizes(table, quotas)
         self._submission = Submission(
             table,
             self._directory,
@@ -210,49 +235,20 @@ class Engine:
         Raises:
             ServerError: the change is refused as a whole; its replies get nothing.
         """
-        recorder = None
-        if keeping.others is not None:
-            recorder = Recorder(
-                self._group, table, records, new_stamp=store.new_stamp, clock=clock, observer=observer
-            )
-        self._committer = Committer(
-            sizes, recorder, clock, release=self._turns.release, drop=removal.drop, discard=pager.discard
-        )
-        self._admission = Admission(
-            table,
-            self._turns,
-            row_queue,
-            pager,
-            self._committer,
-            find_again=self._submission.find_again,
-            clock=clock,
-            observer=observer,
-        )
         self._reader = StateReader(table, self._directory, self._turns, pager, uses, clock=clock)
-        context = Context(
-            table=table,
-            directory=self._directory,
-            turns=self._turns,
-            pager=pager,
-            row_queue=row_queue,
-            commits=self._group,
-            removal=removal,
-            expiry=self._expiry,
-            uses=uses,
-            limits=idle_limits,
-            quotas=quotas,
-            clock=clock,
-            observer=observer,
-            drain=self._drain_inboxes,
-            require_open=self._require_open,
-        )
+        context = Context(table, self._directory, self._turns, pager, removal, clock, observer)
         begin = Begin(
             context,
+            self._group,
             keeping,
-            lambda *which: self._changes.follow(*which),  # noqa: PLW0108 - made below
+            self._expiry,
+            quotas,
+            row_queue,
+            switching.follow,
         )
-        self._open = Open(context, begin)
-        self._fork = Fork(context, begin, self._reader)
+        require_open = self._submission.require_open
+        self._open = Open(table, self._directory, begin, uses, observer, require_open)
+        self._fork = Fork(self._directory, begin, self._reader, self._drain_inboxes, require_open)
         self._list = SessionList(table, self._directory, self._expiry, removal, keeping, store, clock)
         self._closing = Closer(
             self._directory,
@@ -264,10 +260,11 @@ class Engine:
             fields=fields,
             clock=clock,
         )
-        self._export = Export(context, self._list, records, store)
-        self._import = Import(context, begin, loader, self._closing)
+        self._export = Export(context, self._expiry, self._list, records, store)
+        self._import = Import(context, begin, loader, self._closing, quotas)
         self._serving = Serving(
             context,
+            self._group,
             self._models,
             self._inboxes,
             self._admission,
@@ -275,7 +272,7 @@ class Engine:
             Capacity(self._shares, self._threads, compute_threads, executor, max_batch_rows, resident_rows),
         )
         self._loops = self._serving.loops
-        self._changes = Changes(context, self._models, self._serving, forwarding, store)
+        self._changes = Changes(context, self._models, self._serving, switching, documents, forwarding, store)
         self._prediction = Prediction(
             self._models,
             self._inboxes,
@@ -297,14 +294,10 @@ class Engine:
         await self._changes.restore()
         for model in self._models:
             await self._serving.warm_up(model)
-        timers = [self._sweep.run, self._changes.watch.run, self._counts.run]
+        timers = [self._sweep.run, self._watch.run, self._counts.run]
         if self._quotas is not None:
             timers.append(self._quotas.run)
         self._tasks = [asyncio.create_task(run()) for run in timers]
-
-    def explain_absence(self, absent: Callable[[ModelRef], ServerError | None]) -> None:
-        """Ask from now on why a model, or a version of one, is not loaded; what is returned is raised. None: nobody knows it."""
-        self._models.absent = absent
 
     def models(self) -> list[ModelInfo]:
         """The models, by their default versions, in the order of their names."""
@@ -599,16 +592,6 @@ class Engine:
         """Whether a request has closed a session of an id: see `Closer.was_closed_by`."""
         return await self._closing.was_closed_by(session_id, request_id)
 
-    # given to parts that are made before those that do it
-
-    def _forget(self, handle: int, error: ServerError) -> None:
-        self._removal.forget(handle, error)
-
-    def _require_open(self) -> None:
-        """Refuse what begins a session while the server is stopping or too much waits for the store."""
-        self._submission.require_accepting()
-        self._group.require_room()
-
     async def get_state(self, session_id: str, *, deadline: float = float("inf")) -> StateRead:
         """Read a session's state after what was received before.
 
@@ -696,7 +679,7 @@ class Engine:
         Returns:
             False if the store did not come back from a commit in time: it must not be used any more then.
         """
-        self._changes.watch.close()
+        self._watch.close()
         for task in self._tasks:
             task.cancel()
         self._uses.close()
@@ -717,18 +700,9 @@ class Engine:
             or any(loop.busy for loop in self._loops.values())
         )
 
-    def _ring_all(self) -> None:
-        for model in self._models:
-            model.work.ring()
-
     def _info(self, own: Versions, model: Model) -> ModelInfo:
         sessions, versions = self._counts.of(own.name), self._changes.describe(own)
         return ModelInfo(own.name, model.program, sessions, model.version, versions)
-
-    def _drain_inboxes(self) -> None:
-        """What waits in the inboxes came before what comes now, which is no change: it must not overtake them."""
-        for inbox in list(self._inboxes.waiting):
-            self._admission.admit(joined_where_alike(inbox.drain()))
 
     @property
     def max_session_idle_s(self) -> float:

@@ -82,6 +82,15 @@ class Submission:
         if not self.is_accepting:
             raise Stopping("the server is stopping; it was not applied")
 
+    def require_open(self) -> None:
+        """Refuse what begins a session while the server is stopping or too much waits for the store.
+
+        Raises:
+            Stopping, Overloaded: so it is.
+        """
+        self.require_accepting()
+        self._commits.require_room()
+
     def submit(self, change: Change) -> Members:
         """See `Engine.submit`."""
         if not self.is_accepting:
@@ -167,6 +176,7 @@ class Submission:
         if len(missing):
             self._refuse_missing(change, missing, seen)
         if len(change.members):
+            change.find_again = self._find_again
             inbox.put(change)
 
     def _take_without(self, change: Change, members: Members, seen: Seen) -> Members:
@@ -326,7 +336,7 @@ class Submission:
         for some, error in await self._directory.why_not_many(change.session_ids, members, seen):
             change.fail(some, error)
 
-    def find_again(self, change: Change, members: Members, admit: Callable[[Change, Members], None]) -> None:
+    def _find_again(self, change: Change, members: Members, admit: Callable[[Change, Members], None]) -> None:
         """Look up members whose sessions have left the table since they were checked; admit them, or answer those that ended."""
 
         def found(seen: Seen) -> Sequence[str]:

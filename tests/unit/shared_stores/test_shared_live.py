@@ -17,12 +17,10 @@ from stepwell_server.catalog.files.model_files import ModelFiles
 from stepwell_server.catalog.follower import FolderFollower, FolderOptions
 from stepwell_server.catalog.interfaces import Compiled
 from stepwell_server.catalog.replicas import CatchingUp
-from stepwell_server.catalog.start import absence
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import MigrationFailed, Unavailable, VersionElsewhere
-from stepwell_server.process.readiness import Readiness
 from support.engine import Harness, x
 from support.fake_executor import PLAIN
 from support.kinds import SHARED
@@ -45,7 +43,7 @@ class Replica:
 
     def __init__(self, at: Harness, folder: Path) -> None:
         self.at = at
-        self.readiness = Readiness()
+        self.readiness = at.readiness
         self.folder = folder
         (folder / "plain").mkdir(parents=True)
         self.live = Catalog(
@@ -63,7 +61,6 @@ class Replica:
             clock=at.clock,
         )
         self.catching_up = CatchingUp(at.engine, self.live, root=None, clock=at.clock)
-        at.engine.explain_absence(absence(self.readiness, tells_why=True))
         self.readiness.version("plain", 1, "loaded")
 
     @property

@@ -19,8 +19,7 @@ from stepwell_server.engine.api import DefaultChange, Moved, SessionPolicy, Vers
 from stepwell_server.engine.catalog.documents import Documents, Proposal
 from stepwell_server.engine.catalog.serving import Serving
 from stepwell_server.engine.catalog.switching import Switching
-from stepwell_server.engine.catalog.watch import Watch
-from stepwell_server.engine.sessions.context import Context
+from stepwell_server.engine.sessions.directory import Context
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
@@ -61,6 +60,8 @@ class Changes:
         context: Context,
         models: Models,
         serving: Serving,
+        switching: Switching,
+        documents: Documents,
         forwarding: Forwarding,
         store: Store,
     ) -> None:
@@ -70,11 +71,8 @@ class Changes:
         self._serving = serving
         self._forwarding = forwarding
         self._store = store
-        self._switching = Switching(context, models)
-        self.follow = self._switching.follow
-        """Let sessions make the moves that were made while they were: see `Switching.follow`."""
-        self._documents = Documents(store, context.commits, models, self._switching)
-        self.watch = Watch(store, models, self._documents, self._switching)
+        self._switching = switching
+        self._documents = documents
 
     def begin_with(self, ref: ModelRef, program: Program) -> None:
         """Serve a version from the start, before there are sessions; the highest of a name is its default."""
@@ -568,7 +566,7 @@ class Changes:
             return
         if self._table.row[handle] >= 0:
             self._context.pager.page_out(np.array([handle]))
-        self._context.removal.forget(handle, self._switching.away(handle, model.name, model.version))
+        self._context.turns.forget(handle, self._switching.away(handle, model.name, model.version))
 
     def _ids(self, model: Model) -> list[str]:
         """The sessions of the table on a version."""

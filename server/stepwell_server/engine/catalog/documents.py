@@ -37,8 +37,6 @@ class Documents:
         self._locks: dict[str, asyncio.Lock] = {}
         self._seen: dict[str, bytes] = {}
         """What was last read or written, by model."""
-        self.followed: Callable[[Versions], None] = lambda _own: None
-        """Called when another server's change has become true here."""
 
     def lock(self, name: str) -> asyncio.Lock:
         """Held while the versions of a name change."""
@@ -103,7 +101,6 @@ class Documents:
                 previous=before,
                 is_loaded=not own.wanted,
             )
-        self.followed(own)
 
     async def propose(
         self, own: Versions, attempt: Callable[[], Awaitable[Proposal]], *, anyway: bool = False

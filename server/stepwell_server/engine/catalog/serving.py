@@ -10,6 +10,7 @@ from stepwell_server.core.cost import Cost
 from stepwell_server.core.scheduler import Scheduler, Share, Shares
 from stepwell_server.core.slots import Slots
 from stepwell_server.engine.commit.committer import Committer
+from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.queues import Inbox, Inboxes
@@ -17,7 +18,7 @@ from stepwell_server.engine.passes.batch import Lane
 from stepwell_server.engine.passes.completion import Completion
 from stepwell_server.engine.passes.loop import Inline, PassLoop
 from stepwell_server.engine.passes.runner import Runner, warm_up
-from stepwell_server.engine.sessions.context import Context
+from stepwell_server.engine.sessions.directory import Context
 from stepwell_server.engine.shares import Threads
 from stepwell_server.engine.state.arena import Arena
 from stepwell_server.engine.state.model import Model
@@ -52,6 +53,7 @@ class Serving:
     def __init__(
         self,
         context: Context,
+        commits: GroupCommit,
         models: Models,
         inboxes: Inboxes,
         admission: Admission,
@@ -59,6 +61,7 @@ class Serving:
         capacity: Capacity,
     ) -> None:
         self._context = context
+        self._commits = commits
         self._models = models
         self._admission = admission
         self._committer = committer
@@ -130,7 +133,7 @@ class Serving:
             completion,
             inline,
             self._context.turns.release,
-            self._context.commits,
+            self._commits,
             clock=self._clock,
             observer=self.observer,
         )

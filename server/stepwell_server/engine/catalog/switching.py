@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 
-from stepwell_server.core.sessions import Handles
-from stepwell_server.engine.sessions.context import Context
+from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.intake.paging import Pager
+from stepwell_server.engine.intake.queues import Turns
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.versions.history import How
 from stepwell_server.engine.versions.registry import Models, Versions
@@ -33,11 +34,15 @@ class _Goal:
 class Switching:
     """Moves sessions of the table from version to version. Lives on the event loop."""
 
-    def __init__(self, context: Context, models: Models) -> None:
-        self._context = context
-        self._table = context.table
-        self._turns = context.turns
+    def __init__(
+        self, table: SessionTable, turns: Turns, pager: Pager, models: Models, drain: Callable[[], None]
+    ) -> None:
+        """`drain` admits the changes that wait in the inboxes."""
+        self._table = table
+        self._turns = turns
+        self._pager = pager
         self._models = models
+        self._drain = drain
         self._late: dict[int, tuple[int, _Goal]] = {}
         """Sessions that leave for another version when their claims end: births, where they go and how."""
         self._none_late = asyncio.Event()
@@ -59,7 +64,7 @@ class Switching:
 
         `after` is what is to be. Returns how many go.
         """
-        self._context.drain()  # earlier changes run on the version on which they were checked
+        self._drain()  # earlier changes run on the version on which they were checked
         previous = own.chosen
         own.default, own.wanted, own.history = after.default, 0, after.history
         own.known = after.known
@@ -74,7 +79,7 @@ class Switching:
 
         What is under way goes on where it began, and is kept only if nobody else has changed its session.
         """
-        self._context.drain()
+        self._drain()
         since = own.history.epoch
         own.take(told)
         going = []
@@ -136,11 +141,11 @@ class Switching:
         """Let sessions go to a version: when their states are needed they come as its own."""
         if goal.model is None:
             for handle in handles.tolist():
-                self._context.removal.forget(handle, self.away(handle, goal.name, goal.version))
+                self._turns.forget(handle, self.away(handle, goal.name, goal.version))
             return
         here = handles[self._table.row[handles] >= 0]
         if len(here):
-            self._context.pager.page_out(here)
+            self._pager.page_out(here)
         self._table.model[handles] = goal.model.index
         if goal.how is How.RESET:
             self._table.position[handles] = 0

@@ -22,7 +22,7 @@ from stepwell_server.engine.commit.committer import Committer
 from stepwell_server.engine.commit.records import Outcome
 from stepwell_server.engine.content import reused_request
 from stepwell_server.engine.intake.paging import ALL_HERE, Pager, Refused
-from stepwell_server.engine.intake.queues import RowQueue, Starter, Turns
+from stepwell_server.engine.intake.queues import Inboxes, RowQueue, Starter, Turns, joined_where_alike
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.state.replies import Kept, named_states
 from stepwell_server.engine.types import U64, Mask, Members, Tensors
@@ -55,8 +55,8 @@ class Admission(Starter):
         row_queue: RowQueue,
         pager: Pager,
         committer: Committer,
+        inboxes: Inboxes,
         *,
-        find_again: Callable[[Change, Members, Callable[[Change, Members], None]], None],
         clock: Clock,
         observer: Observer,
     ) -> None:
@@ -65,10 +65,14 @@ class Admission(Starter):
         self._row_queue = row_queue
         self._pager = pager
         self._committer = committer
-        self._find_again = find_again
-        """Admits members whose sessions left the table since the change was checked, or answers those that ended."""
+        self._inboxes = inboxes
         self._clock = clock
         self._observer = observer
+
+    def drain(self) -> None:
+        """Admit what waits in the inboxes: it came before what comes now and is no change, and must not be overtaken."""
+        for inbox in list(self._inboxes.waiting):
+            self.admit(joined_where_alike(inbox.drain()))
 
     def admit(self, changes: Sequence[Change]) -> None:
         """Start changes, or put their members in their sessions' lines."""
@@ -149,7 +153,8 @@ class Admission(Starter):
                 change.fail(group, changed_elsewhere(change.session_ids[int(group[0])]))
         gone, claimed = members[~(is_there | is_over)], is_there & ~is_over
         if len(gone):
-            self._find_again(change, gone, self.admit_some)
+            assert change.find_again is not None, "it was taken in"
+            change.find_again(change, gone, self.admit_some)
         more = self._bring_in(change, members[claimed], handles[claimed], self._wait_for_rows, compare=True)
         return np.concatenate([done, more])
 

@@ -20,6 +20,7 @@ import numpy as np
 from stepwell_server.alarm import Alarm
 from stepwell_server.clock import Clock
 from stepwell_server.core.claims import Claims
+from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.scheduler import Source
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.change import Change, joined, kind_of, may_join, too_late
@@ -28,6 +29,7 @@ from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members
 from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import Overloaded, ServerError, SessionGone, SessionLost, VersionElsewhere
+from stepwell_server.store.base import Store
 
 #: Rows that may wait for passes, in passes of full size.
 MAX_WAITING_PASSES = 64
@@ -277,7 +279,7 @@ Waiter: TypeAlias = "tuple[Starter, Change, int] | Hold"
 
 
 class Turns:
-    """Claims of sessions and their lines. Lives on the event loop."""
+    """Claims of sessions and their lines, until the sessions leave the table. Lives on the event loop."""
 
     def __init__(
         self,
@@ -285,16 +287,17 @@ class Turns:
         models: Models,
         pager: Pager,
         row_queue: RowQueue,
+        store: Store,
+        limits: IdleLimits,
         clock: Clock,
-        forget: Callable[[int, ServerError], None],
     ) -> None:
         self._table = table
         self._models = models
         self._pager = pager
         self._row_queue = row_queue
+        self._store = store
+        self._limits = limits
         self._clock = clock
-        self._forget = forget
-        """Takes a claimed session that has ended on another server out of the table."""
         self._claims: Claims[Waiter] = Claims(table)
         self._count = 0
         """What waits in all lines."""
@@ -408,7 +411,7 @@ class Turns:
         One that has ended leaves the table, and so does one of which another server knows more.
         """
         if isinstance(error, (SessionGone, VersionElsewhere)) and not isinstance(error, SessionLost):
-            self._forget(handle, error)
+            self.forget(handle, error)
         else:
             self.release(np.array([handle]))
 
@@ -451,6 +454,25 @@ class Turns:
         # that of the session may be another version by now
         model = waiter.model if isinstance(waiter, Hold) else waiter[1].model
         model.waiting -= 1
+
+    def forget(self, handle: int, error: ServerError) -> None:
+        """Take a session that has not ended, or not here, and is claimed or idle out of the table; refuse what waits for it."""
+        table = self._table
+        limit_s = self._limits.seconds(int(table.max_idle_ms[handle]))
+        idle_s = self._clock.monotonic() - float(table.used[handle])
+        self._store.note_use(table.session_id(handle), idle_s=idle_s, limit_s=limit_s)
+        self.take_out(handle, error)
+
+    def take_out(self, handle: int, error: ServerError) -> None:
+        """Take a session that is claimed or idle out of the table, and refuse what waits for it."""
+        model = self._models.by_handle(handle)
+        if self._table.row[handle] >= 0:
+            model.slots.free_resident(self._table.rows(handle))
+        model.replies.forget(handle)
+        self._table.claimed[handle] = False
+        self._table.remove(handle)
+        # last: a caller who is refused may ask again at once, and must not get into the line of a session that is gone
+        self.close_line(handle, error)
 
     def close_line(self, handle: int, error: ServerError) -> None:
         """Refuse what waited for a session that has gone away.

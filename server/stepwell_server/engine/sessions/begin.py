@@ -30,10 +30,14 @@ from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import OpenedMany, SessionInfo
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
 from stepwell_server.engine.commit.committer import not_known
+from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.engine.commit.policy import StorePolicy
 from stepwell_server.engine.content import require_same_opening
 from stepwell_server.engine.eager import Rest, finish, start
-from stepwell_server.engine.sessions.context import Context
+from stepwell_server.engine.intake.queues import RowQueue
+from stepwell_server.engine.quotas import Quotas
+from stepwell_server.engine.sessions.directory import Context
+from stepwell_server.engine.sessions.end import Expiry
 from stepwell_server.engine.sessions.lookup import Seen
 from stepwell_server.engine.state.fields import Mark, at_birth, joined
 from stepwell_server.engine.state.model import Model
@@ -207,8 +211,9 @@ Find = Callable[[NewSessions, Seen], Awaitable[_T | Members | None]]
 class Attempts:
     """Finds what earlier attempts of a call have made. Lives on the event loop."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, commits: GroupCommit) -> None:
         self._context = context
+        self._commits = commits
         self._table = context.table
         self._directory = context.directory
         self._pieces = context.directory.pieces
@@ -361,7 +366,7 @@ class Attempts:
             answered.set_result(committed)
 
         batch = Batch(puts=puts, follows=follows, stamps=stamped(stamp, len(puts)))
-        self._context.commits.submit(lambda: batch, len(puts), done)
+        self._commits.submit(lambda: batch, len(puts), done)
         committed = await asyncio.shield(answered)
         if isinstance(committed, ServerError):
             raise committed
@@ -387,7 +392,11 @@ class Begin:
     def __init__(
         self,
         context: Context,
+        commits: GroupCommit,
         policy: StorePolicy,
+        expiry: Expiry,
+        quotas: Quotas | None,
+        row_queue: RowQueue,
         follow: Callable[[Handles, Model, int], None],
     ) -> None:
         """`follow` takes sessions along with the moves of their model that were made while they began."""
@@ -395,19 +404,23 @@ class Begin:
         self._table = context.table
         self._directory = context.directory
         self._pieces = context.directory.pieces
-        self.attempts = Attempts(context)
+        self.attempts = Attempts(context, commits)
+        self._commits = commits
         self._policy = policy
+        self._expiry = expiry
+        self._quotas = quotas
+        self._row_queue = row_queue
         self._follow = follow
         self._running: set[asyncio.Task[Any]] = set()
         """Commits that wait for the store, whatever becomes of their calls."""
 
     def limit(self, asked_ms: int | None, *, is_named: bool) -> int:
         """See `IdleLimits.of_new`."""
-        return self._context.limits.of_new(asked_ms, is_named=is_named)
+        return self._expiry.limits.of_new(asked_ms, is_named=is_named)
 
     def owner(self, who: Caller, session_id: str = "") -> str:
         """See `Quotas.owner`."""
-        return "" if self._context.quotas is None else self._context.quotas.owner(who, session_id)
+        return "" if self._quotas is None else self._quotas.owner(who, session_id)
 
     # -------------------------------------------------------------------------------------------------------- the path
 
@@ -420,8 +433,8 @@ class Begin:
             Unavailable: the store cannot be asked now.
         """
         while True:
-            if self._context.quotas is not None:
-                await self._context.quotas.refresh(session_ids)
+            if self._quotas is not None:
+                await self._quotas.refresh(session_ids)
             seen = await self._directory.look(session_ids, anew=True)
             ended = seen.ended_elsewhere()
             if ended:
@@ -544,7 +557,7 @@ class Begin:
         self.release(new.ids, self._context.removal.pending[new.ids[0]])
         new.model.slots.free_resident(new.rows)
         new.rows = new.rows[:0]
-        self._context.row_queue.room_may_have_come()
+        self._row_queue.room_may_have_come()
 
     async def _prepare(self, new: NewSessions) -> None:
         """Take rows: for one session there must be some.
@@ -582,7 +595,7 @@ class Begin:
             QuotaExceeded: their tenant must not have as many; none is made.
             Unavailable: the store could not keep them; the same. Or it did not answer, and may have kept them.
         """
-        quotas, usage = self._context.quotas, new.usage
+        quotas, usage = self._quotas, new.usage
         try:
             if quotas is not None:
                 quotas.begin(new.ids, usage, new.owner)
@@ -600,9 +613,9 @@ class Begin:
         entered: list[Handles] = []
         async for part in self._pieces.of(new.ids):
             entered += self._enter(new.part(part), usage.bytes)
-        self._context.expiry.watch(np.concatenate(entered))
+        self._expiry.watch(np.concatenate(entered))
         self.release(new.ids, self._context.removal.pending[new.ids[0]])
-        self._context.row_queue.room_may_have_come()  # the rows are of sessions that have nothing under way
+        self._row_queue.room_may_have_come()  # the rows are of sessions that have nothing under way
         try:
             return self._directory.info(self._directory.find(new.ids[0], self._directory.here))
         except ServerError as gone:  # the default has moved to a version that another server has
@@ -651,7 +664,7 @@ class Begin:
     async def commit(self, batch: Batch, size: int) -> Committed | ServerError:
         """Have the store keep a batch of `size` sessions."""
         answered: asyncio.Future[Committed | ServerError] = asyncio.get_running_loop().create_future()
-        self._context.commits.submit(lambda: batch, size, answered.set_result)
+        self._commits.submit(lambda: batch, size, answered.set_result)
         return await asyncio.shield(answered)
 
     async def undo(self, call: Call) -> None:

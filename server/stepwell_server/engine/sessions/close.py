@@ -369,12 +369,12 @@ class Closer:
             return True
         if found.record is None:
             gone = SessionNotFound(session_id, f"session {session_id!r} was closed on another server")
-            self._removal.forget(handle, gone)
+            self._turns.forget(handle, gone)
             return False
         header = decode_header(session_id, found.record)
         table = self._table
         if (header.created, header.opened_with) != (table.created[handle], table.opened_with[handle]):
-            self._removal.forget(handle, _another(session_id))
+            self._turns.forget(handle, _another(session_id))
             return False
         refresh(table, self._fields, handle, header, found.stamp)
         self._pager.discard(self._directory.models.by_handle(handle), np.array([handle]))

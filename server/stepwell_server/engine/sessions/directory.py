@@ -20,11 +20,13 @@ from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.namespaces import own, tenant_of
 from stepwell_server.core.quotas import NOTHING, Usage
 from stepwell_server.core.sessions import Handles, SessionTable, are_missing
-from stepwell_server.engine.api import SessionInfo
+from stepwell_server.engine.api import Observer, SessionInfo
 from stepwell_server.engine.change import MAX_ERRORS, for_all
 from stepwell_server.engine.commit.tombstones import ended_by
 from stepwell_server.engine.eager import Rest, start
-from stepwell_server.engine.sessions.end import Expiry
+from stepwell_server.engine.intake.paging import Pager
+from stepwell_server.engine.intake.queues import Turns
+from stepwell_server.engine.sessions.end import Expiry, Removal
 from stepwell_server.engine.sessions.lookup import READ_BATCH_SIZE, Loader, Lookup, Seen
 from stepwell_server.engine.shares import TURN, Pieces
 from stepwell_server.engine.state.fields import mark_of
@@ -59,6 +61,19 @@ _TOKEN_BYTES, _TOKEN_LENGTH, _DIGITS = 16, 22, 24
 _GROUP_BYTES = 3
 #: More sessions than these are looked for in a store before a call on them begins, and ids for more are drawn by a thread.
 PIECE = 4096
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Context:
+    """The sessions of one engine, and what a change of them goes through. Lives on the event loop."""
+
+    table: SessionTable
+    directory: Directory
+    turns: Turns
+    pager: Pager
+    removal: Removal
+    clock: Clock
+    observer: Observer
 
 
 class Past(NamedTuple):

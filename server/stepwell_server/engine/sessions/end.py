@@ -23,7 +23,7 @@ from stepwell_server.alarm import Alarm
 from stepwell_server.clock import Clock
 from stepwell_server.core.idle import IdleWatch
 from stepwell_server.core.quotas import Usage
-from stepwell_server.core.sessions import Handles, are_missing
+from stepwell_server.core.sessions import Handles, SessionTable, are_missing
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.commit.committer import not_known
 from stepwell_server.engine.commit.group_commit import GroupCommit
@@ -131,11 +131,11 @@ def batch_of(
 
 
 class Removal:
-    """Knows the sessions that are here, deletes them, and takes them out of the table. Lives on the event loop."""
+    """Knows the sessions that are here, and deletes them. Lives on the event loop."""
 
     def __init__(
         self,
-        watch: IdleWatch,
+        table: SessionTable,
         models: Models,
         turns: Turns,
         store: Store,
@@ -145,7 +145,7 @@ class Removal:
         clock: Clock,
         observer: Observer,
     ) -> None:
-        self.table, self._limits = watch.table, watch.limits
+        self.table = table
         self._models = models
         self._turns = turns
         self._store = store
@@ -261,7 +261,7 @@ class Removal:
     def _leave(self, session: Ended, handle: int, stone: Tombstone, ended: Counter[str] | None) -> None:
         """Take a session that ended out of the table, and tell of it."""
         if handle >= 0:
-            self.take_out(handle, ended_by(stone))
+            self._turns.take_out(handle, ended_by(stone))
         if ended is None:
             self._observer.session_event(stone.end.name.lower(), session.model, session.session_id)
         else:
@@ -283,38 +283,19 @@ class Removal:
         for model, count in ended.items():
             self._observer.session_events(event, model, count)
 
-    def forget(self, handle: int, error: ServerError) -> None:
-        """Take a session that has not ended, or not here, and is claimed or idle out of the table; refuse what waits for it."""
-        table = self.table
-        limit_s = self._limits.seconds(int(table.max_idle_ms[handle]))
-        idle_s = self._clock.monotonic() - float(table.used[handle])
-        self._store.note_use(table.session_id(handle), idle_s=idle_s, limit_s=limit_s)
-        self.take_out(handle, error)
-
     def drop(self, handles: Handles, error: ServerError) -> None:
         """Forget claimed sessions whose rows are not what the store holds; they are loaded when next named."""
         _log.warning("sessions left the arena", sessions=len(handles), error=error)
         for handle in handles.tolist():
-            self.forget(handle, error)
+            self._turns.forget(handle, error)
 
     def forget_idle(self, session_ids: Sequence[str]) -> int:
         """Let the store say what became of sessions that have nothing under way here; return how many these are."""
         handles = np.unique(self.table.find_all(session_ids))
         handles = handles[(handles >= 0) & ~self.table.claimed[handles]]
         for handle in handles.tolist():
-            self.forget(handle, expired(self.table.session_id(handle)))
+            self._turns.forget(handle, expired(self.table.session_id(handle)))
         return len(handles)
-
-    def take_out(self, handle: int, error: ServerError) -> None:
-        """Take a session that is claimed or idle out of the table, and refuse what waits for it."""
-        model = self._models.by_handle(handle)
-        if self.table.row[handle] >= 0:
-            model.slots.free_resident(self.table.rows(handle))
-        model.replies.forget(handle)
-        self.table.claimed[handle] = False
-        self.table.remove(handle)
-        # last: a caller who is refused may ask again at once, and must not get into the line of a session that is gone
-        self._turns.close_line(handle, error)
 
 
 class Expiry:

@@ -11,14 +11,14 @@ import numpy as np
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.exactly_once import Kind
-from stepwell_server.core.sessions import Handles
-from stepwell_server.engine.api import Opened, OpenedMany, SessionInfo, StateRead, StatesRead
+from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.api import Observer, Opened, OpenedMany, SessionInfo, StateRead, StatesRead
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
 from stepwell_server.engine.content import content_of_fork, content_of_open
 from stepwell_server.engine.intake.validation import check_finite_state, require_sessions
 from stepwell_server.engine.sessions.begin import Begin, Call, NewSessions
-from stepwell_server.engine.sessions.context import Context
-from stepwell_server.engine.sessions.directory import MAX_SESSIONS_PER_CALL, require_session_id
+from stepwell_server.engine.sessions.directory import MAX_SESSIONS_PER_CALL, Directory, require_session_id
+from stepwell_server.engine.sessions.end import Uses
 from stepwell_server.engine.sessions.lookup import Seen
 from stepwell_server.engine.sessions.read import StateReader
 from stepwell_server.engine.shares import TURN
@@ -47,12 +47,23 @@ _MAX_NAMED = 5
 class Open:
     """Opens sessions, or resumes live ones. Lives on the event loop."""
 
-    def __init__(self, context: Context, begin: Begin) -> None:
-        self._context = context
-        self._table = context.table
-        self._directory = context.directory
-        self._pieces = context.directory.pieces
+    def __init__(
+        self,
+        table: SessionTable,
+        directory: Directory,
+        begin: Begin,
+        uses: Uses,
+        observer: Observer,
+        require_open: Callable[[], None],
+    ) -> None:
+        """`require_open` refuses a call while the server stops, or while too much waits for the store."""
+        self._table = table
+        self._directory = directory
+        self._pieces = directory.pieces
         self._begin = begin
+        self._uses = uses
+        self._observer = observer
+        self._require_open = require_open
 
     async def one(
         self,
@@ -76,7 +87,7 @@ class Open:
         Raises:
             ModelNotFound, ModelMismatch, InvalidInput, SessionExists, Overloaded, Unavailable
         """
-        self._context.require_open()
+        self._require_open()
         served = self._directory.models.by_name(model)
         served.require_fingerprint(fingerprint)
         served.require_batch_size(batch_size)
@@ -148,8 +159,8 @@ class Open:
                 f" got model {model.name!r} and batch_size {new.batch_size}",
                 session_id=name,
             )
-        self._context.uses.used(np.array([handle]))
-        self._context.observer.session_event("resumed", model.name, name)
+        self._uses.used(np.array([handle]))
+        self._observer.session_event("resumed", model.name, name)
         return Opened(self._directory.info_now(handle, seen, is_same=True), resumed=True)
 
     async def many(
@@ -171,7 +182,7 @@ class Open:
         comes again, here or on another server. With `resume`, live ones of `session_ids` are resumed, and the others are
         opened.
         """
-        self._context.require_open()
+        self._require_open()
         served = self._directory.models.by_name(model)
         served.require_batch_size(batch_size)
         if session_ids and count and count != len(session_ids):
@@ -291,11 +302,11 @@ class Open:
             answer = self._begin.attempts.answer(ids, handles, seen)
         except SessionGone:
             return None
-        self._context.uses.used(handles)
+        self._uses.used(handles)
         count = len(ids) - int(is_new.sum())
         if not count:
             return answer
-        self._context.observer.sessions_opened(new.model.name, count, "resumed")
+        self._observer.sessions_opened(new.model.name, count, "resumed")
         return dataclasses.replace(answer, resumed=~is_new)
 
 
@@ -305,11 +316,20 @@ class Fork:
     No session is held up for another one, nor while the new ones are committed. Lives on the event loop.
     """
 
-    def __init__(self, context: Context, begin: Begin, reading: StateReader) -> None:
-        self._context = context
-        self._directory = context.directory
+    def __init__(
+        self,
+        directory: Directory,
+        begin: Begin,
+        reading: StateReader,
+        drain: Callable[[], None],
+        require_open: Callable[[], None],
+    ) -> None:
+        """`drain` admits the changes that wait in the inboxes; for `require_open` see `Open`."""
+        self._directory = directory
         self._begin = begin
         self._reading = reading
+        self._drain = drain
+        self._require_open = require_open
         self._copied_bytes = 0
         """Of states that are being copied."""
 
@@ -329,7 +349,7 @@ class Fork:
         Raises:
             SessionGone, SessionExists, RevisionConflict, InvalidInput, Overloaded, DeadlineExceeded
         """
-        self._context.require_open()
+        self._require_open()
         if new_session_id:
             require_session_id("new_session_id", new_session_id)
         namespace = namespaces.prefix_of(namespaces.tenant_of(session_id))
@@ -374,7 +394,7 @@ class Fork:
         Raises:
             SessionGone, SessionExists, RevisionConflict, InvalidInput, Overloaded, DeadlineExceeded, Unavailable
         """
-        self._context.require_open()
+        self._require_open()
         require_sessions(session_ids, may_repeat=True)
         count = len(session_ids)
         if new_session_ids and len(new_session_ids) != count:
@@ -430,7 +450,7 @@ class Fork:
         ids, sources, is_single = call.ids, list(dict.fromkeys(session_ids)), call.field == "new_session_id"
         # Together: between two looks at a store that is awaited, changes that came later would overtake the reading.
         seen = await self._begin.look([*ids, *sources])
-        self._context.drain()
+        self._drain()
         found = await self._begin.attempts.find(call, seen)
         if isinstance(found, OpenedMany):  # also if those it was made of have ended by now
             return found
@@ -439,7 +459,7 @@ class Fork:
             self._directory.require_new(call.field, missing[part], seen)
         if len(missing) > TURN or found is None or len(found) < len(ids):  # others had turns meanwhile
             seen = await self._directory.look(sources, anew=True)
-            self._context.drain()
+            self._drain()
         with self._copying(session_ids) as admit:
             read, chosen = await self._read(
                 session_ids, sources, seen, expected, deadline, admit, is_single=is_single

@@ -21,10 +21,11 @@ from stepwell_server.engine.commit.committer import not_known
 from stepwell_server.engine.commit.records import Records, as_it_is, encoded
 from stepwell_server.engine.commit.tombstones import ended_by
 from stepwell_server.engine.intake.validation import require_finite
+from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.begin import Begin
 from stepwell_server.engine.sessions.close import Closer
-from stepwell_server.engine.sessions.context import Context
-from stepwell_server.engine.sessions.directory import require_session_id
+from stepwell_server.engine.sessions.directory import Context, require_session_id
+from stepwell_server.engine.sessions.end import Expiry
 from stepwell_server.engine.sessions.lookup import Loader, Seen
 from stepwell_server.engine.sessions.read import Query, SessionList
 from stepwell_server.engine.state.fields import (
@@ -76,12 +77,14 @@ Exported = Stored | ServerError
 class Export:
     """Exports sessions. Lives on the event loop."""
 
-    def __init__(self, context: Context, listing: SessionList, records: Records, store: Store) -> None:
+    def __init__(
+        self, context: Context, expiry: Expiry, listing: SessionList, records: Records, store: Store
+    ) -> None:
         self._table = context.table
         self._directory = context.directory
         self._turns = context.turns
         self._removal = context.removal
-        self._expiry = context.expiry
+        self._expiry = expiry
         self._clock = context.clock
         self._listing = listing
         self._records = records
@@ -262,8 +265,11 @@ class _New:
 class Import:
     """Imports sessions. Lives on the event loop."""
 
-    def __init__(self, context: Context, begin: Begin, loader: Loader, closer: Closer) -> None:
+    def __init__(
+        self, context: Context, begin: Begin, loader: Loader, closer: Closer, quotas: Quotas | None
+    ) -> None:
         self._context = context
+        self._quotas = quotas
         self._table = context.table
         self._directory = context.directory
         self._begin = begin
@@ -452,8 +458,8 @@ class Import:
         kept: list[_New] = []
         for each in new:
             outcome = _outcome(each.session_id, committed)
-            if self._context.quotas is not None:
-                settle = self._context.quotas.made if outcome is None else self._context.quotas.not_made
+            if self._quotas is not None:
+                settle = self._quotas.made if outcome is None else self._quotas.not_made
                 settle([each.session_id], each.usage)
             if outcome is None:
                 kept.append(each)
@@ -466,8 +472,8 @@ class Import:
     def _charge(self, each: _New, results: dict[str, Result]) -> bool:
         """Whether the tenant may have the session; else `results` says why not."""
         try:
-            if self._context.quotas is not None:
-                self._context.quotas.begin([each.session_id], each.usage, owner_of(each.header.fields))
+            if self._quotas is not None:
+                self._quotas.begin([each.session_id], each.usage, owner_of(each.header.fields))
         except QuotaExceeded as error:
             results[each.session_id] = error
             return False
@@ -514,7 +520,7 @@ class Import:
             gone = SessionNotFound(
                 session_id, f"session {session_id!r} was replaced by one that was imported"
             )
-            self._context.removal.take_out(handle, gone)
+            self._context.turns.take_out(handle, gone)
             self._enter([each], stamp)
             return Imported.REPLACED
         if outcome is _CONFLICT:
@@ -538,8 +544,8 @@ class Import:
         Raises:
             QuotaExceeded: its tenant must not have as much.
         """
-        if self._context.quotas is not None:
-            self._context.quotas.change(session_id, more)
+        if self._quotas is not None:
+            self._quotas.change(session_id, more)
 
     def _enter(self, new: Sequence[_New], stamp: int) -> None:
         """Let the table have sessions that the store has kept."""

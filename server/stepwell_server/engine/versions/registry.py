@@ -273,18 +273,21 @@ class Versions:
             self.wanted = told.wanted
 
 
+Absence = Callable[[ModelRef], ServerError | None]
+"""Why a model, or a version of one, is not there: it is being loaded, or could not be. None: that is not known."""
+
+
 class Models:
     """Models by name and version, and by the sessions that they have. Lives on the event loop.
 
     Who needs a model asks here each time: models come and go.
     """
 
-    def __init__(self, table: SessionTable, elsewhere: str) -> None:
+    def __init__(self, table: SessionTable, elsewhere: str, absent: Absence = lambda _ref: None) -> None:
         """`elsewhere` is the store's: see `Store.elsewhere`."""
         self._table = table
         self._elsewhere = elsewhere
-        self.absent: Callable[[ModelRef], ServerError | None] = lambda _ref: None
-        """Says why a model, or a version of one, is not there, if that is known: it is being loaded, or could not be."""
+        self._absent = absent
         self._by_name: dict[str, Versions] = {}
         self.by_index: dict[int, Model] = {}
         """Versions that are loaded, by their numbers in the table."""
@@ -293,6 +296,11 @@ class Models:
     def __iter__(self) -> Iterator[Model]:
         """The versions that are loaded, in the order of names and versions."""
         return iter([served.loaded[version] for served in self.served() for version in sorted(served.loaded)])
+
+    def ring(self) -> None:
+        """Have the loop of each version look for work."""
+        for model in self:
+            model.work.ring()
 
     def served(self) -> list[Versions]:
         """The models of which some version is loaded, in the order of their names."""
@@ -367,7 +375,7 @@ class Models:
         One that could not be loaded here may be well on another server: so that is said, to be asked for there.
         """
         own = self._by_name.get(name)
-        why = self.absent(ModelRef(name, version))
+        why = self._absent(ModelRef(name, version))
         if own is None or isinstance(why, ModelLoading):
             return why
         version = own.wanted if version is None else version
