@@ -18,12 +18,10 @@ from stepwell_server.auth.opening import open_callers
 from stepwell_server.auth.quota_file import COUNTED_BY_TENANT, QuotaFile
 from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.files.folder import ModelFolder
-from stepwell_server.catalog.files.loading import Abandoned, Loaded, compiler_of, end_idle, load_models
 from stepwell_server.catalog.files.migrations import MigrationError, load_migrations
-from stepwell_server.catalog.files.sources import KeptModel, LoadError, begin_with
+from stepwell_server.catalog.files.sources import Candidates, KeptModel, LoadError, begin_with
 from stepwell_server.catalog.known_files import KnownFiles
-from stepwell_server.catalog.opening import admin_refusal, open_catalog
-from stepwell_server.catalog.restore import NotRestoredError
+from stepwell_server.catalog.opening import admin_refusal, compiler_of, end_idle, open_catalog
 from stepwell_server.catalog.start import ModelWork, absence, kept_models
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.compile.host.limits import memory_bytes
@@ -56,7 +54,14 @@ from stepwell_server.rpc.fronts.choice import HINT, Choice, NoNativeFrontError, 
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import DEFAULT_METRICS, Settings
 from stepwell_server.store.base import Store, StoreError
-from stepwell_server.store_opening import NotOpenedError, once_it_answers, open_own, open_shared
+from stepwell_server.store_opening import (
+    Abandoned,
+    NotOpenedError,
+    once_it_answers,
+    open_own,
+    open_shared,
+    unless_stopped,
+)
 from stepwell_server.store_watch import StoreWatch
 from stepwell_server.tracing.starting import TracingError
 from stepwell_server.tracing.starting import start as start_tracing
@@ -134,7 +139,7 @@ def serve(settings: Settings) -> int:
             own_store = open_own(settings, clock, writes)
         with asyncio.Runner(loop_factory=_new_event_loop) as runner:
             return runner.run(_run(settings, files, own_store, writes, clock))
-    except (LoadError, NotRestoredError, NotOpenedError) as error:
+    except (LoadError, NotOpenedError) as error:
         raise StartError(str(error)) from error
     except Abandoned:
         raise KeyboardInterrupt from None
@@ -278,23 +283,19 @@ async def _run(
         folder = None if settings.models_dir is None else ModelFolder(settings.models_dir)
         kept = await once_it_answers(lambda: _kept(store, settings), settings, clock, stop)
         wanted = await asyncio.to_thread(begin_with, settings, folder, kept)
-        models = Loaded()
+        engine = _engine(settings, wanted, store, clock, observer, quotas, files.migrations, readiness)
+        catalog = _catalog(settings, engine, compiler, clock, observer, quotas, readiness)
+        work = ModelWork(settings, wanted, kept, folder, engine, catalog, readiness, clock=clock)
         if settings.wait_for_models:
-            models = await load_models(settings, compiler, wanted, observer, readiness, stop)
-        engine = _engine(settings, models, store, clock, observer, quotas, files.migrations, readiness)
+            await unless_stopped(work.load(), stop)
         stats = engine.stats
         sources.append(lambda: gauges.of_engine(stats()))
         try:
             await once_it_answers(engine.start, settings, clock, stop)
         except DocumentError as error:  # other servers know a version by another file
             raise StartError(f"--store: {error}") from error
-        catalog = _catalog(settings, engine, compiler, clock, observer, quotas, readiness)
-        for name, failures in models.failed.items():
-            for version, why in failures.items():
-                catalog.failed(name, version, why)
-        work = ModelWork(settings, wanted, kept, folder, engine, catalog, readiness, clock=clock)
         if settings.wait_for_models:
-            await work.begin(models, stop)
+            await unless_stopped(work.begin(), stop)
         statuses = catalog.statuses
         sources.append(lambda: gauges.of_versions(statuses(), observer.models))
         looking = [asyncio.create_task(each.run()) for each in (catalog, work)]
@@ -334,7 +335,7 @@ async def _run(
 
 def _engine(
     settings: Settings,
-    models: Loaded,
+    wanted: Sequence[Candidates],
     store: Store,
     clock: Clock,
     observer: PrometheusObserver,
@@ -342,27 +343,19 @@ def _engine(
     migrations: Mapping[str, Migration],
     readiness: Readiness,
 ) -> Engine:
-    try:
-        return Engine(
-            {
-                f"{name}@{version}": program
-                for name, versions in models.programs.items()
-                for version, program in versions.items()
-            },
-            store=store,
-            clock=clock,
-            observer=observer,
-            max_batch_rows=settings.max_batch_rows,
-            resident_rows=_resident_rows(settings, models.programs.keys() | models.failed.keys()),
-            idle_limits=IdleLimits(settings.max_session_idle_s, settings.unnamed_session_idle_s),
-            compute_threads=settings.compute_threads,
-            quotas=quotas,
-            migrations=migrations,
-            policy=PagedOutOnly if settings.store_kind == "memory" else EveryChange,
-            absent=absence(readiness, tells_why=not settings.asks_callers),
-        )
-    except MemoryError as error:
-        raise StartError(f"--resident-rows: {error}") from error
+    return Engine(
+        store=store,
+        clock=clock,
+        observer=observer,
+        max_batch_rows=settings.max_batch_rows,
+        resident_rows=_resident_rows(settings, [model.name for model in wanted if model.choice(())]),
+        idle_limits=IdleLimits(settings.max_session_idle_s, settings.unnamed_session_idle_s),
+        compute_threads=settings.compute_threads,
+        quotas=quotas,
+        migrations=migrations,
+        policy=PagedOutOnly if settings.store_kind == "memory" else EveryChange,
+        absent=absence(readiness, tells_why=not settings.asks_callers),
+    )
 
 
 def _resident_rows(settings: Settings, names: Collection[str]) -> ResidentRows:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stepwell_server.catalog.files.loading import Abandoned
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import KeyFileError, Store, StoreBusy, StoreError, WriteObserver
@@ -21,6 +20,10 @@ WAIT_S = 30.0
 """For so long a shared store may be away when the server starts."""
 _PAUSE_S = 0.5
 _Found = TypeVar("_Found")
+
+
+class Abandoned(Exception):
+    """The server was stopped before it was ready."""
 
 
 class NotOpenedError(Exception):
@@ -94,7 +97,7 @@ async def once_it_answers(
     is_told = False
     while True:
         try:
-            return await _unless_stopped(ask(), stop)
+            return await unless_stopped(ask(), stop)
         except ServerError as error:
             if settings.shared_store is None:
                 raise NotOpenedError(f"--data-dir: {error.message}") from error
@@ -104,14 +107,14 @@ async def once_it_answers(
                 where = str(settings.shared_store)
                 _log.warning("the store does not answer yet", store=where, reason=error.message)
                 is_told = True
-        await _unless_stopped(asyncio.sleep(_PAUSE_S), stop)
+        await unless_stopped(asyncio.sleep(_PAUSE_S), stop)
 
 
-async def _unless_stopped(work: Coroutine[Any, Any, _Found], stop: asyncio.Event) -> _Found:
-    """What comes of some work, unless the server is to stop before.
+async def unless_stopped(work: Coroutine[Any, Any, _Found], stop: asyncio.Event) -> _Found:
+    """Return what some work of the start returns; it is cancelled when `stop` is set.
 
     Raises:
-        Abandoned: it is.
+        Abandoned: `stop` was set.
     """
     task, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
     try:

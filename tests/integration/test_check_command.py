@@ -187,7 +187,7 @@ def test_trust_is_shown_wherever_the_model_is(tmp_path: Path) -> None:
         ).stdout
         server.signal()
         _, _, err = server.finish()
-    (refused,) = (line for line in err.splitlines() if "a model cannot be served model=strict" in line)
+    (refused,) = (line for line in err.splitlines() if "a model cannot be loaded model=strict" in line)
     assert "--trust-causality NAME serves the model" in refused
     assert (proof.is_trusted, proof.compared_steps) == (True, 600)
     assert "Svd" in proof.unproven

@@ -124,7 +124,7 @@ def test_while_models_are_loaded_it_lives_and_is_not_ready(tmp_path: Path, front
             assert probe(http, "/readyz") == (200, "ready\n")
             failed_model = json.loads(probe(http, "/readyz?verbose")[1])["models"]["bad"]
             assert failed_model.startswith(
-                f"failed: model bad: {tmp_path / 'bad.keras'}: the compiling process ended"
+                f"failed: version 1 of model 'bad' cannot be loaded: {tmp_path / 'bad.keras'}: the compiling process ended"
             )
             scrape = Scrape.of(http)
             assert scrape.value("stepwell_model_loads_total", "bad", "failed") == 1
@@ -134,7 +134,7 @@ def test_while_models_are_loaded_it_lives_and_is_not_ready(tmp_path: Path, front
         server.signal()
         code, out, err = server.finish()
     assert (code, out.count("listening on")) == (0, 1)
-    assert "error a model cannot be served model=bad" in err
+    assert "error a model cannot be loaded model=bad" in err
 
 
 def test_without_a_model_that_can_be_served_there_is_no_server(tmp_path: Path) -> None:

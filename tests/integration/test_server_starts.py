@@ -46,7 +46,7 @@ def test_it_says_exactly_one_line_when_it_is_ready(front: str) -> None:
         server.signal()
         code, rest, err = server.finish()
     assert (code, rest) == (0, "")
-    assert "model loaded model=forecast executor=litert" in err
+    assert "model loaded model=forecast version=1 executor=litert" in err
 
 
 def test_each_line_on_stderr_is_one_of_the_log() -> None:
@@ -113,17 +113,17 @@ def test_models_of_a_folder(tmp_path: Path) -> None:
         server.signal()
         code, _, err = server.finish()
     assert code == 0
-    assert "model loaded model=forecast@2 " in err
-    assert "model=forecast@1" not in err
-    assert "model loaded model=words " in err
+    assert "model loaded model=forecast version=2 " in err
+    assert "model=forecast version=1" not in err
+    assert "model loaded model=words version=7 " in err
     # a file that cannot be loaded; a compiled model, for whose refusal nobody waits for TensorFlow
     (tmp_path / "forecast/3.stepwell").write_bytes(b"no model")
     assert "model forecast@3: " in _refused(*options)
     with ServerProcess(*options, "--bad-models", "skip") as server:
         server.signal()
         _, _, err = server.finish()
-    assert "error a model cannot be served model=forecast@3" in err
-    assert "model loaded model=forecast@2 " in err
+    assert "error a model cannot be loaded model=forecast version=3" in err
+    assert "model loaded model=forecast version=2 " in err
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from stepwell_server.catalog.start import absence
 from stepwell_server.clock import Clock
 from stepwell_server.core.cost import Cost
 from stepwell_server.core.idle import IdleLimits
+from stepwell_server.core.model_names import parse_reference
 from stepwell_server.core.quotas import QuotaTable
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.change import Change, Reply
@@ -415,7 +416,6 @@ async def running(
     if isinstance(store, Gated):
         store.serve(clock)
     engine = Engine(
-        programs or {"plain": PLAIN},
         store=store if is_shared else InProcessStore(store, clock),
         clock=clock,
         observer=observer or events,
@@ -431,6 +431,9 @@ async def running(
         policy=PagedOutOnly if isinstance(store, MemoryStore) and store.for_one_thread else EveryChange,
         absent=absence(readiness, tells_why=True),
     )
+    for ref, program in sorted((programs or {"plain": PLAIN}).items()):
+        named = parse_reference(ref)
+        engine.begin_with(named.name, named.version or 1, program)
     if counted is not None:
         await counted.count(store if is_shared else InProcessStore(store, clock))
     harness = Harness(engine, clock, hooks, store, events, readiness)

@@ -144,7 +144,7 @@ class FakeVersions:
     def __init__(self) -> None:
         self.names: dict[str, dict[int, VersionInfo]] = {}
         self.highest: dict[str, int] = {}
-        self.refusal: ServerError | None = None
+        self.refusal: ServerError | MemoryError | None = None
         """What the next change of a default, or of a label, fails with."""
         self.move_refusal: ServerError | None = None
         """With what moves of a default are judged impossible before a load."""
@@ -169,6 +169,11 @@ class FakeVersions:
     def give(self, name: str, version: int, **values: Any) -> None:
         """Change what is said of a version."""
         self.names[name][version] = dataclasses.replace(self.names[name][version], **values)
+
+    def begin_with(self, name: str, version: int, program: Program) -> None:
+        self.told.append(("begin", name, version))
+        info = VersionInfo(version, program.fingerprint, True, (), 0, "", 5.0, is_draining=False)
+        self.names.setdefault(name, {})[version] = info
 
     async def load_version(
         self,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stepwell_server.catalog.catalog import Catalog
-from stepwell_server.catalog.control import Progress
+from stepwell_server.catalog.control import LoadRequest, Progress
 from stepwell_server.catalog.files.kept_programs import KeptPrograms
 from stepwell_server.catalog.files.model_files import ModelFiles
 from stepwell_server.catalog.files.uploads import Uploads
@@ -32,7 +32,7 @@ class Loads:
         self.free.set()
 
     async def compile(
-        self, name: str, path: Path, progress: Progress, abandoned: threading.Event
+        self, request: LoadRequest, path: Path, progress: Progress, abandoned: threading.Event
     ) -> Compiled:
         """See `catalog.interfaces.Compile`."""
         progress("load")

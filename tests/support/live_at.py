@@ -39,7 +39,7 @@ class Compiler:
         self.abandoned: list[threading.Event] = []
 
     async def __call__(
-        self, name: str, path: Path, progress: Progress, abandoned: threading.Event
+        self, request: LoadRequest, path: Path, progress: Progress, abandoned: threading.Event
     ) -> Compiled:
         progress("load")
         self.running.append(path.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,42 @@ async def test_a_numbered_version_that_cannot_be_served_is_remembered_until_it_c
         ("m", 1, ""),
     ]
     assert at.states() == {2: VersionState.READY}
+
+
+async def test_before_the_engine_starts_it_gets_the_version_and_nothing_is_judged(at: At) -> None:
+    stages: list[str] = []
+    request = LoadRequest(
+        name="m", version=3, path="relative.keras", is_charged=False, is_before_start=True, keep_default=True
+    )
+    at.engine.move_refusal = SpecsDiffer("it is judged")
+    for version in (3, 4):
+        await at.live.load(dataclasses.replace(request, version=version), stages.append)
+    assert at.engine.told == [("begin", "m", 3), ("begin", "m", 4)]
+    assert stages == ["load", "load"]
+    assert at.how[-1] == ("m", 4, "loaded")
+    assert at.watcher.told == [("loaded", "m", "compiled")] * 2
+
+
+@pytest.mark.parametrize("is_fatal", [True, False])
+async def test_a_failure_that_ends_the_start_is_not_logged(
+    at: At, is_fatal: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    at.compiler.error = ModelError("m.keras: it sees the future")
+    with pytest.raises(ModelLoadFailed):
+        await at.load(version=1, is_charged=False, is_before_start=True, is_fatal=is_fatal)
+    assert ("a model cannot be loaded" in caplog.text) is not is_fatal
+
+
+async def test_a_version_for_whose_rows_there_is_no_room_is_refused_and_says_so(at: At) -> None:
+    at.engine.refusal = MemoryError("there is no room for 9 rows of model m")
+    with pytest.raises(ModelLoadFailed) as raised:
+        await at.load(version=1)
+    why = "version 1 of model 'm' cannot be loaded: there is no room for 9 rows of model m"
+    assert raised.value.message == why
+    (failed,) = at.live.status("m")
+    assert (failed.state, failed.reason) == (VersionState.FAILED, why)
+    at.engine.refusal = None
+    assert (await at.load(version=1)).version == 1
 
 
 async def test_a_refused_load_uses_no_number(at: At) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from stepwell_server import store_opening
-from stepwell_server.catalog.files.loading import Abandoned
 from stepwell_server.errors import StoreAway, Unavailable
 from stepwell_server.settings import Settings
 from stepwell_server.store.valkey.connection.url import parse
-from stepwell_server.store_opening import NotOpenedError, once_it_answers
+from stepwell_server.store_opening import Abandoned, NotOpenedError, once_it_answers
 from support.clock import ManualClock
 
 SHARED = Settings(models={"m": Path("m.keras")}, store=parse("valkey://127.0.0.1:6379/0"))

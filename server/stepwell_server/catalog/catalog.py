@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,8 +41,8 @@ from stepwell_server.errors import (
     VersionNotFound,
 )
 from stepwell_server.logs import Log
-from stepwell_server.process.readiness import Readiness
-from stepwell_server.program import FINGERPRINT_DIGITS
+from stepwell_server.process.readiness import LOADED, Readiness
+from stepwell_server.program import FINGERPRINT_DIGITS, Program
 
 _log = Log("models")
 _LOOK_S = 1.0
@@ -143,8 +144,8 @@ class Catalog:
         """
         request.require_valid()
         path = Path(request.path)
-        if request.path and not request.fingerprint:
-            path = await self.files.named(request.path, is_found=request.is_found or not request.is_charged)
+        if request.path and request.is_charged:
+            path = await self.files.named(request.path, is_found=request.is_found)
         version = self._number(request)
         if request.upload:
             path = self.files.sent(request.upload, request.tenant)
@@ -233,20 +234,22 @@ class Catalog:
         served = self._served(name)
         # what callers send makes no series
         self._observer.model_failed("" if load.request.is_charged and not served else name)
-        _log.error("a model cannot be loaded", model=name, version=version, reason=why)
+        if not load.request.is_fatal:
+            _log.error("a model cannot be loaded", model=name, version=version, reason=why)
         if version in served:
             return
         if load.request.version:
-            self.failed(name, version, why, str(load.path))
+            self._remember_failure(load, why)
         else:
             # The caller named no version: the next load gets the number. One that did may have failed with it before.
             before = self._own(name, version).failed
             self._readiness.version(name, version, before and f"failed: {before}")
 
-    def failed(self, name: str, version: int, why: str, path: str = "") -> None:
+    def _remember_failure(self, load: Load, why: str) -> None:
         """Remember that a version could not be loaded, until it can be or is unloaded."""
+        name, version = load.request.name, load.version
         own = self._versions.pop((name, version), _Version())
-        own.failed, own.path = why, path
+        own.failed, own.path = why, str(load.path)
         self._versions[name, version] = own  # the last one that failed
         self._readiness.version(name, version, f"failed: {why}")
         keys = [key for key, each in self._versions.items() if each.failed]
@@ -260,53 +263,44 @@ class Catalog:
         self._readiness.version(name, version, "")
 
     async def _load(self, load: Load, started: float) -> LoadedVersion:
-        request, name, version = load.request, load.request.name, load.version
+        name, version = load.request.name, load.version
         compiled = await self._compiled(load)
         load.require_wanted()
-        is_first = not self._served(name)
-        if not is_first:
-            await self._engine.require_possible(
-                name, version, compiled.program, request.policy, request.migration
-            )
-        load.tell(WARM_UP)
-        source, own = request.path if request.fingerprint else str(load.path), self._own(name, version)
-        if request.upload or request.is_temporary:
-            source = await self.files.keep(name, version, compiled.program)
-            own.is_unkept = not source
-        becomes = None
-        if not (is_first or request.keep_default):
-            leaves = _leaves(request.policy, request.keep_previous) or request.unload_previous
-            becomes = DefaultChange(version, request.policy, request.migration, leaves)
         try:
-            moved = await self._engine.load_version(
-                name,
-                version,
-                compiled.program,
-                source=source,
-                tenant=request.tenant,
-                labels=request.labels,
-                becomes=becomes,
-                begin=load.begin,
-            )
-        except BaseException:
-            await self._forget(name, version, "" if request.fingerprint else source)
-            raise
-        if request.is_charged or request.tenant:
-            own.owner = request.tenant
+            if load.request.is_before_start:
+                # Nothing is judged or written: the engine's start reads what the store has of all that are loaded then.
+                self._engine.begin_with(name, version, compiled.program)
+                moved = Moved(0, 0)
+            else:
+                moved = await self._serve(load, compiled.program)
+        except MemoryError as error:
+            raise _failure(load, str(error)) from error
         if moved.previous:
-            self._moved(name, version, request.policy, moved)
-        own.failed = ""
+            self._moved(name, version, load.request.policy, moved)
+        self._own(name, version).failed = ""
         seconds = time.perf_counter() - started
         self._observer.model_loaded(name, compiled.origin, seconds)
-        self._readiness.version(name, version, "loaded")
-        _log.info("model loaded", model=name, version=version, path=str(load.path), seconds=seconds)
+        self._readiness.version(name, version, LOADED)
+        program = compiled.program
+        _log.info(
+            "model loaded",
+            model=name,
+            version=version,
+            executor=program.executor,
+            proof=str(program.proof),
+            path=str(load.path),
+            seconds=seconds,
+        )
+        if program.proof.unproven:
+            unproven = program.proof.unproven
+            _log.warning("model is trusted, not proven", model=name, version=version, unproven=unproven)
         await self.look()
         return LoadedVersion(version, moved.previous, moved.sessions)
 
     async def _compiled(self, load: Load) -> Compiled:
         request = load.request
         try:
-            compiled = await self.compile(request.name, load.path, load.tell, load.abandoned)
+            compiled = await self.compile(request, load.path, load.report, load.abandoned)
             found, wanted = (
                 each[:FINGERPRINT_DIGITS] for each in (compiled.program.fingerprint, request.fingerprint)
             )
@@ -321,13 +315,42 @@ class Catalog:
             details = getattr(error, "details", "")
             if details:
                 _log.warning("model refused", model=request.name, version=load.version, details=details)
-            which = f"version {load.version}" if request.version else "a new version"
-            again = " again" if request.fingerprint else ""
-            raise ModelLoadFailed(
-                f"{which} of model {request.name!r} cannot be loaded{again}: {why}",
-                model=request.name,
-                version=str(load.version),
-            ) from error
+            raise _failure(load, why) from error
+
+    async def _serve(self, load: Load, program: Program) -> Moved:
+        """Have the engine serve a version beside the traffic."""
+        request, name, version = load.request, load.request.name, load.version
+        is_first = not self._served(name)
+        if not is_first:
+            await self._engine.require_possible(name, version, program, request.policy, request.migration)
+        load.report(WARM_UP)
+        source, own = request.path, self._own(name, version)
+        if not request.fingerprint:
+            source = await asyncio.to_thread(os.path.realpath, load.path)
+        if request.upload or request.is_temporary:
+            source = await self.files.keep(name, version, program)
+            own.is_unkept = not source
+        becomes = None
+        if not (is_first or request.keep_default):
+            leaves = _leaves(request.policy, request.keep_previous) or request.unload_previous
+            becomes = DefaultChange(version, request.policy, request.migration, leaves)
+        try:
+            moved = await self._engine.load_version(
+                name,
+                version,
+                program,
+                source=source,
+                tenant=request.tenant,
+                labels=request.labels,
+                becomes=becomes,
+                begin=load.begin,
+            )
+        except BaseException:
+            await self._forget(name, version, "" if request.fingerprint else source)
+            raise
+        if request.is_charged or request.tenant:
+            own.owner = request.tenant
+        return moved
 
     async def _forget(self, name: str, version: int, source: str) -> None:
         """Nothing stands for a version any more, but its load if one is under way, and why that failed."""
@@ -590,6 +613,17 @@ class Catalog:
 def _leaves(policy: SessionPolicy, keep_previous: bool) -> bool:
     """Whether the version that was the default is unloaded with its last session."""
     return policy is SessionPolicy.KEEP and not keep_previous
+
+
+def _failure(load: Load, why: str) -> ModelLoadFailed:
+    request = load.request
+    which = f"version {load.version}" if request.version else "a new version"
+    again = " again" if request.fingerprint else ""
+    return ModelLoadFailed(
+        f"{which} of model {request.name!r} cannot be loaded{again}: {why}",
+        model=request.name,
+        version=str(load.version),
+    )
 
 
 def _look_at(task: asyncio.Task[LoadedVersion]) -> None:

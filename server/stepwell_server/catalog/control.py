@@ -81,7 +81,11 @@ class LoadRequest:
     is_found: bool = False
     """The server itself has found the path: it need not lie in `--models`."""
     is_charged: bool = True
-    """Somebody asks by a call; else the server itself does: no quota counts, and the path is where the operator said."""
+    """A call asks for it. Else the server itself does: no quota counts, and the path is used as it is."""
+    is_before_start: bool = False
+    """The engine is not started yet: it reads what the store has of the version when it starts."""
+    is_fatal: bool = False
+    """A failure ends the start, whose one line says why: it is not logged."""
     fingerprint: str = ""
     """The server loads again what it had: from the path as it is, if that has the weights still."""
 

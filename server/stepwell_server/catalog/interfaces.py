@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from stepwell_server.catalog.control import Progress
+from stepwell_server.catalog.control import LoadRequest, Progress
 from stepwell_server.engine.api import DefaultChange, ModelInfo, Moved, SessionPolicy
 from stepwell_server.engine.versions.registry import Versions
 from stepwell_server.program import Program
@@ -22,8 +22,8 @@ class Compiled:
     origin: str
 
 
-Compile = Callable[[str, Path, Progress, threading.Event], Awaitable[Compiled]]
-"""Makes the program of a model's file; stages are told on the event loop. The event being set, nobody waits for it.
+Compile = Callable[[LoadRequest, Path, Progress, threading.Event], Awaitable[Compiled]]
+"""Makes the program of a model's file; reports stages on the event loop. When the event is set, nobody waits for it.
 
 Raises `ModelError`, `OSError`.
 """
@@ -40,6 +40,9 @@ class Engine(Protocol):
 
     def defaults_elsewhere(self) -> Mapping[str, int]:
         """The defaults of names that are not loaded here, where other servers share the store and may have them."""
+
+    def begin_with(self, name: str, version: int, program: Program) -> None:
+        """Serve a version from the engine's start on."""
 
     def next_version(self, name: str, /) -> int:
         """One more than the highest that the name ever had."""

@@ -28,7 +28,7 @@ class Load:
         self._progress = progress
         self._stopped = asyncio.Event()
 
-    def tell(self, stage: str) -> None:
+    def report(self, stage: str) -> None:
         """A stage begins."""
         self.stage = stage
         _log.info("loading model", model=self.request.name, version=self.version, stage=stage)
@@ -55,7 +55,7 @@ class Load:
             ModelLoadFailed: It was stopped before.
         """
         self.require_wanted()
-        self.tell(SWITCH)
+        self.report(SWITCH)
 
     async def turn(self, lock: asyncio.Lock) -> None:
         """Return with the lock, when its turn has come.

@@ -1,4 +1,4 @@
-"""Who loads models while a server runs, as its settings say."""
+"""Makes the catalog and its compiler, as the settings say."""
 
 from __future__ import annotations
 
@@ -10,18 +10,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepwell_server.catalog.catalog import Catalog
-from stepwell_server.catalog.control import Progress
+from stepwell_server.catalog.control import LoadRequest, Progress
 from stepwell_server.catalog.files import kept_programs, uploads
-from stepwell_server.catalog.files.loading import load_on_thread
 from stepwell_server.catalog.files.model_files import ModelFiles
+from stepwell_server.catalog.files.programs import load_program
 from stepwell_server.catalog.interfaces import Compile, Compiled, Engine, Observer, Quotas
+from stepwell_server.compile.errors import DataError, ModelError
+from stepwell_server.compile.host.compiler import WarmCompiler
+from stepwell_server.compile.host.limits import Limits
+from stepwell_server.logs import Log
 from stepwell_server.process.readiness import Readiness
+from stepwell_server.program import Program, ProofOptions
+from stepwell_server.program_file import is_program
 from stepwell_server.reach import beyond_loopback
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
-    from stepwell_server.compile.host.compiler import WarmCompiler
+    from stepwell_server.compile.comparison import Comparison
     from stepwell_server.settings import Settings
+
+_IDLE_CHECK_INTERVAL_S = 30.0
+_log = Log("app")
+
+
+def compiler_of(settings: Settings, clock: Clock) -> WarmCompiler:
+    """What compiles the models of a server, at its start and while it runs. Starts no process yet."""
+    memory, seconds = settings.max_compile_memory_bytes, settings.compile_timeout_s
+    limits = Limits(settings.max_model_bytes, memory, seconds)
+    return WarmCompiler(settings.cache_dir, settings.imports, limits, clock)
+
+
+async def end_idle(compiler: WarmCompiler) -> None:
+    """End the compiler's processes whenever they have been idle for a while, until cancelled."""
+    while True:
+        await asyncio.sleep(_IDLE_CHECK_INTERVAL_S)
+        if compiler.pids:
+            await asyncio.to_thread(compiler.end_idle)
 
 
 def open_catalog(
@@ -64,16 +88,69 @@ def _compiling(
     """Makes programs of files: of `.keras` files by processes of the compiler's, if they are not in the cache."""
 
     async def compile_model(
-        name: str, path: Path, progress: Progress, abandoned: threading.Event
+        request: LoadRequest, path: Path, progress: Progress, abandoned: threading.Event
     ) -> Compiled:
         if programs is not None and programs.holds(path):
             program = await asyncio.to_thread(programs.load, path)
             if program.executor == "tensorflow":  # which a file must not be that others may have written
                 return Compiled(program, "file")
+        loop, stages = asyncio.get_running_loop(), list[str]()
+
+        def report(stage: str) -> None:
+            stages.append(stage)
+            loop.call_soon_threadsafe(progress, stage)
+
         limits = dataclasses.replace(compiler.limits, abandoned=abandoned)
-        return Compiled(*await load_on_thread(settings, compiler, name, path, limits, progress, keep=True))
+        program = await asyncio.to_thread(_compile, settings, compiler, request, path, report, limits)
+        return Compiled(program, "file" if is_program(path) else "compiled" if stages else "cache")
 
     return compile_model
+
+
+def _compile(
+    settings: Settings,
+    compiler: WarmCompiler,
+    request: LoadRequest,
+    path: Path,
+    report: Progress,
+    limits: Limits,
+) -> Program:
+    """Return the program of a file, as the settings want models of that name to be compiled. Blocks.
+
+    Raises:
+        ModelError: it cannot be served; the message is one line for people.
+        OSError: the cache cannot be written.
+    """
+    name = request.name
+    data = settings.check_with.get(name)
+    try:
+        program = load_program(
+            path,
+            compiler,
+            report,
+            ProofOptions(settings.probe_steps.get(name), name in settings.trust_causality),
+            limits,
+            data=data,
+            keep=not request.is_before_start,  # else other weights of the model may follow
+        )
+        if data is not None:
+            _check(name, data, compiler.compare(path, program, data, limits))
+    except DataError as error:
+        raise DataError(f"--check-with: {error}") from error
+    return program
+
+
+def _check(name: str, data: Path, report: Comparison) -> None:
+    """Refuse a program that differs from Keras on the user's own sequences."""
+    for output in report.outputs:
+        _log.info("compared with Keras", model=name, data=str(data), **output.fields())
+    worst = report.worst
+    if worst is not None and not worst.is_allowed:
+        raise ModelError(f"--check-with {data}: {worst}")
+    if not report.is_conclusive:
+        raise ModelError(
+            f"--check-with {data}: nothing can be said of an output: rounding alone moves Keras's own values too far"
+        )
 
 
 def admin_refusal(settings: Settings) -> str:

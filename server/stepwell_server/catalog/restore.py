@@ -5,37 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import LoadRequest
 from stepwell_server.catalog.files.folder import SUFFIXES
-from stepwell_server.catalog.files.loading import unless_stopped
 from stepwell_server.catalog.interfaces import Engine
 from stepwell_server.engine.versions.registry import Known
 from stepwell_server.errors import ServerError
-
-if TYPE_CHECKING:
-    from stepwell_server.settings import Settings
-
-
-class NotRestoredError(Exception):
-    """A version that was the default cannot be loaded again. The message is one line for people."""
-
-
-async def restore_unless_stopped(
-    settings: Settings, engine: Engine, catalog: Catalog, stop: asyncio.Event
-) -> None:
-    """Load what was loaded by calls before the server ended, as its settings say.
-
-    Raises:
-        NotRestoredError: a default cannot be loaded, and the settings say that the start is refused then.
-        Abandoned: `stop` was set.
-    """
-    restoring = asyncio.create_task(restore(engine, catalog, settings.models_dir))
-    bad = await unless_stopped(restoring, stop, restoring.cancel)
-    if bad and settings.bad_models == "refuse":
-        raise NotRestoredError(f"{'; '.join(bad.values())}; or start with --bad-models skip")
 
 
 async def restore(engine: Engine, catalog: Catalog, root: Path | None) -> dict[str, str]:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from stepwell_server.catalog.control import LoadRequest, VersionState
-from stepwell_server.catalog.files.sources import Candidates, KeptModel
+from stepwell_server.catalog.files.sources import Candidates, KeptModel, LoadError, Source
 from stepwell_server.catalog.follower import FolderFollower, FolderOptions
 from stepwell_server.catalog.replicas import CatchingUp
-from stepwell_server.catalog.restore import is_of_folder, restore, restore_unless_stopped
+from stepwell_server.catalog.restore import is_of_folder, restore
+from stepwell_server.compile import data_file
+from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.core.model_names import ModelRef
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.versions import document
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 
     from stepwell_server.catalog.catalog import Catalog
     from stepwell_server.catalog.files.folder import ModelFolder
-    from stepwell_server.catalog.files.loading import Loaded
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
     from stepwell_server.engine.versions.registry import Known
@@ -84,7 +85,10 @@ def absence(readiness: Readiness, *, tells_why: bool) -> Callable[[ModelRef], Se
 
 
 class ModelWork:
-    """Loads what a server begins with, and follows the folder of models. Lives on the event loop."""
+    """Loads what a server begins with, and follows the folder of models. Lives on the event loop.
+
+    Either `load` and `begin` are called before the server takes calls, or `run` does both beside the traffic.
+    """
 
     def __init__(
         self,
@@ -119,68 +123,109 @@ class ModelWork:
         self._catching_up = CatchingUp(
             engine, catalog, root=settings.models_dir, clock=clock, is_left_out=self._is_followed
         )
-        self._is_begun = False
+        self._loaded: dict[str, set[int]] = {model.name: set() for model in wanted}
+        self._failed: dict[str, dict[int, str]] = {model.name: {} for model in wanted}
+        """Why versions could not be loaded."""
+        self._refuses = settings.wait_for_models and settings.bad_models == "refuse"
 
     def _is_followed(self, name: str, known: Known) -> bool:
         """Whether the folder that is watched has a version. Blocking."""
         root = self._settings.models_dir
         return self._settings.watch_models and root is not None and is_of_folder(name, known, root.resolve())
 
-    async def begin(self, loaded: Loaded, stop: asyncio.Event) -> None:
-        """Go on from what was loaded before the server takes calls.
-
-        Raises:
-            NotRestoredError, Abandoned: see `restore_unless_stopped`.
-        """
-        await restore_unless_stopped(self._settings, self._engine, self._catalog, stop)
-        await self._begin(
-            {name: set(programs) for name, programs in loaded.programs.items()},
-            {name: set(failed) for name, failed in loaded.failed.items()},
-        )
-
     async def run(self) -> None:
         """Load what is not loaded yet, beside the traffic, then follow the folder, if that was asked for, and other servers."""
-        if not self._is_begun:
-            await self._load_all()
+        if not self._settings.wait_for_models:
+            await self.load()
+            await self.begin()
         async with asyncio.TaskGroup() as group:
             if self._settings.watch_models:
                 group.create_task(self._follower.run())
             group.create_task(self._catching_up.run())
 
-    async def _load_all(self) -> None:
+    async def load(self) -> None:
+        """Load what the command line and the folder have. If calls wait for that, the engine is not started yet.
+
+        Raises:
+            LoadError: calls wait, and a version cannot be served and the settings refuse the start then; or none can.
+        """
+        waits = self._settings.wait_for_models
+        if waits:  # all of the files, before the first model takes its time
+            self._require_data()
+        place, total = 0, 0
         for model in self._wanted:
             for version in model.choice(()):
                 self._readiness.version(model.name, version, "waiting")
-        await restore(self._engine, self._catalog, self._settings.models_dir)
-        loaded: dict[str, set[int]] = {}
-        failed: dict[str, set[int]] = {}
+                total += 1
         for model in self._wanted:
-            done, bad = loaded.setdefault(model.name, set()), failed.setdefault(model.name, set())
-            # what was the default comes first: the first one is the default until all are there
+            loaded, failed = self._loaded[model.name], self._failed[model.name]
+            # The former default comes first: the first version is the default until all are there.
             while todo := [
-                v for v in sorted(model.choice(bad), key=lambda v: (v != model.default, -v)) if v not in done
+                v
+                for v in sorted(model.choice(failed), key=lambda v: (v != model.default, -v))
+                if v not in loaded
             ]:
+                place += 1
                 source = model.source(todo[0])
-                request = LoadRequest(
-                    name=source.name,
-                    version=source.version,
-                    path=str(source.path.absolute()),
-                    keep_default=True,
-                    is_charged=False,
-                )
-                try:
-                    await self._catalog.load(request)
-                except ServerError:  # the control has said why
-                    bad.add(source.version)
+                problem = await self._load(source, f"model {place} of {max(place, total)}")
+                if problem:
+                    failed[source.version] = problem
                 else:
-                    done.add(source.version)
-        await self._begin(loaded, failed)
+                    loaded.add(source.version)
+        problems = [why for failed in self._failed.values() for why in failed.values()]
+        if waits and problems and not any(self._loaded.values()):
+            raise LoadError(f"no model can be served; {'; '.join(problems)}")
 
-    async def _begin(self, loaded: Mapping[str, set[int]], failed: Mapping[str, set[int]]) -> None:
+    def _require_data(self) -> None:
+        for name, file in self._settings.check_with.items():
+            try:
+                data_file.load(file)
+            except DataError as error:
+                raise LoadError(f"model {name}: --check-with: {error}") from error
+
+    async def _load(self, source: Source, place: str) -> str:
+        """Load a version; return why it cannot be, empty if it is loaded."""
+        waits, name = self._settings.wait_for_models, source.name
+
+        def report(stage: str) -> None:
+            doing = f"{source.told}, {stage}" if stage else source.told
+            self._readiness.problem("models", f"{place} is being loaded ({doing})")
+
+        if waits:
+            self._readiness.version(name, source.version, "loading")
+            report("")
+        request = LoadRequest(
+            name=name,
+            version=source.version,
+            path=str(source.path),
+            keep_default=True,
+            is_charged=False,
+            is_before_start=waits,
+            is_fatal=self._refuses,
+        )
+        try:
+            await self._catalog.load(request, report if waits else None)
+        except ServerError as error:
+            problem = _problem(source, error)
+            if self._refuses:
+                raise LoadError(problem) from error
+            return problem
+        return ""
+
+    async def begin(self) -> None:
+        """Load what calls had loaded before the server ended, and let the folder be followed from here.
+
+        Raises:
+            LoadError: calls wait for it, a former default cannot be loaded, and the settings refuse the start then.
+        """
+        problems = await restore(self._engine, self._catalog, self._settings.models_dir)
+        if problems and self._refuses:
+            raise LoadError(f"{'; '.join(problems.values())}; or start with --bad-models skip")
         wanted = {model.name: model for model in self._wanted}
         catalogue = self._engine.catalogue()
         for name in sorted(wanted.keys() | self._kept.keys()):
             model = wanted.get(name)
+            loaded, failed = self._loaded.get(name, set()), self._failed.get(name, {})
             served = {
                 each.version: each.is_default
                 for each in self._catalog.status(name)
@@ -189,25 +234,34 @@ class ModelWork:
             default = next((version for version, is_default in served.items() if is_default), 0)
             former = self._kept[name].default if name in self._kept else 0
             if model is None and former in served:
-                continue  # somebody loaded it by a call: it is theirs
+                continue  # a call loaded it: the folder does not change it
             files = {} if model is None else model.files
             # loaded by a call, and made the default
-            is_chosen = default == former and default not in loaded.get(name, ())
+            is_chosen = default == former and default not in loaded
             former_default = 0 if former in served else former
             if (own := catalogue.get(name)) is not None and own.elsewhere:
-                # it is that of all servers: who starts with a new version has it, and moves nobody
+                # All servers have that default: one that starts with a new version has it too, and moves no session.
                 is_chosen |= not self._settings.watch_models
                 former_default = 0
             self._follower.begin_with(
                 name,
-                {version: files[version] for version in loaded.get(name, set())},
-                {version: files[version] for version in failed.get(name, set())},
+                {version: files[version] for version in loaded},
+                {version: files[version] for version in failed},
                 default=0 if is_chosen or (model is not None and model.is_default_chosen) else default,
                 former_default=former_default,
             )
-        self._is_begun = True
         await self._follower.settle()
 
     def _migration_of(self, name: str) -> str:
         """The function that makes states for a name: the one of that name, else the only one."""
         return name if name in self._settings.migrations else ""
+
+
+def _problem(source: Source, error: ServerError) -> str:
+    """Why a version cannot be loaded, as the start says it: with the option where one is at fault."""
+    cause = error.__cause__
+    if isinstance(cause, OSError):
+        return f"--cache-dir: {cause}"
+    if isinstance(cause, MemoryError):
+        return f"--resident-rows: {cause}"
+    return f"model {source.told}: {cause if isinstance(cause, ModelError) else error.message}"

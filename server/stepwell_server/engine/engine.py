@@ -12,7 +12,6 @@ from typing import Any
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.idle import IdleLimits, IdleWatch
-from stepwell_server.core.model_names import parse_reference
 from stepwell_server.core.scheduler import LoopQueue, Shares, Source
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import (
@@ -81,7 +80,6 @@ class Engine:
 
     def __init__(
         self,
-        programs: Mapping[str, Program],
         *,
         store: Store,
         clock: Clock,
@@ -96,10 +94,9 @@ class Engine:
         policy: Policy = EveryChange,
         absent: Absence = lambda _ref: None,
     ) -> None:
-        """Make an engine that serves `programs`.
+        """Make an engine that serves no model yet.
 
         Args:
-            programs: By model: NAME, whose version is 1, or NAME@VERSION.
             store: Where sessions are kept.
             clock: Where time comes from.
             observer: Who is told of what happens.
@@ -282,8 +279,10 @@ class Engine:
             clock=clock,
             observer=observer,
         )
-        for name in sorted(programs):
-            self._changes.begin_with(parse_reference(name), programs[name])
+
+    def begin_with(self, name: str, version: int, program: Program) -> None:
+        """Serve a version from `start` on: see `Changes.begin_with`."""
+        self._changes.begin_with(name, version, program)
 
     async def start(self) -> None:
         """Know what the store has of versions, and run each program once, so that the first callers do not pay for it.

@@ -111,7 +111,6 @@ class Replica:
             if self._most:
                 quotas = WatchedQuotas(self.world, self.clock, self._most, whose, self._book)
             engine = Engine(
-                {"plain@1": PLAIN, "plain@2": SECOND} if self.has_second else {"plain": PLAIN},
                 store=store,
                 clock=self.clock,
                 observer=Events(),
@@ -122,6 +121,8 @@ class Replica:
                 executor=lambda program: FakeExecutor(program, Hooks()),
                 quotas=quotas,
             )
+            for version, program in enumerate([PLAIN, SECOND] if self.has_second else [PLAIN], 1):
+                engine.begin_with("plain", version, program)
             inside = Inside(engine)
             inside.use_pool(LatePool(loop))
             try:

@@ -32,7 +32,9 @@ from support.versions import weights
 pytestmark = SHARED
 
 
-async def compiled(_name: str, path: Path, progress: Progress, _abandoned: threading.Event) -> Compiled:
+async def compiled(
+    _request: LoadRequest, path: Path, progress: Progress, _abandoned: threading.Event
+) -> Compiled:
     """A file's name is its weights."""
     progress("load")
     return Compiled(weights(int(path.stem)), "file")
@@ -328,6 +330,8 @@ async def test_what_others_have_is_loaded_only_from_where_files_may_be(tmp_path:
         assert await second.catching_up.look() == 1
 
 
-async def _broken(_name: str, _path: Path, progress: Progress, _abandoned: threading.Event) -> Compiled:
+async def _broken(
+    _request: LoadRequest, _path: Path, progress: Progress, _abandoned: threading.Event
+) -> Compiled:
     progress("load")
     raise ModelError("it is damaged")

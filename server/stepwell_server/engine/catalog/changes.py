@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
-from stepwell_server.core.model_names import LABEL_RULE, MAX_VERSION, ModelRef, is_label, is_name, is_version
+from stepwell_server.core.model_names import LABEL_RULE, MAX_VERSION, is_label, is_name, is_version
 from stepwell_server.engine.api import DefaultChange, Moved, SessionPolicy, VersionInfo
 from stepwell_server.engine.catalog.documents import Documents, Proposal
 from stepwell_server.engine.catalog.serving import Serving
@@ -74,16 +74,19 @@ class Changes:
         self._switching = switching
         self._documents = documents
 
-    def begin_with(self, ref: ModelRef, program: Program) -> None:
-        """Serve a version from the start, before there are sessions; the highest of a name is its default."""
-        version = ref.version or 1
-        own = self._models.versions(ref.name)
+    def begin_with(self, name: str, version: int, program: Program) -> None:
+        """Serve a version from `restore` on, which reads what the store has of it; the highest of a name is its default.
+
+        Raises:
+            MemoryError: there is no room for its rows.
+        """
+        own = self._models.versions(name)
         program = as_served(own, version, program)
         known = Known.of(version, program, "", self._context.clock.now())
-        model = self._serving.make(ref.name, version, program, self._sibling(own, program))
+        model = self._serving.make(name, version, program, self._sibling(own, program))
         self._models.add(model, known)
         own.default = max(own.loaded)
-        self._serving.observer.model_served(ref.name, program)
+        self._serving.observer.model_served(name, program)
 
     async def restore(self) -> None:
         """Know what the store has of versions, and have it know those that are served. Before anything is served.
@@ -174,7 +177,7 @@ class Changes:
             InvalidInput: name or number break a rule.
             VersionExists: there is one of that number.
             SpecsDiffer, MigrationFailed: sessions cannot be moved to it.
-            Overloaded: there is no memory for it.
+            MemoryError: there is no room for its rows.
             Unavailable: the store did not keep it.
         """
         _require_name(name)
