@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from google.protobuf import json_format
 
 from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import LoadRequest, VersionState, VersionStatus
@@ -34,7 +36,7 @@ _STATES = {
     VersionState.FAILED: "UNAVAILABLE",
 }
 _FILE = "file:"
-_MOST_CONFIG = 1 << 20
+_MAX_CONFIG = 1 << 20
 """Characters of a configuration."""
 _SHOWN = 160
 
@@ -199,8 +201,8 @@ def _policy(name: str, config: str | None) -> VersionPolicy | None:
     """
     if config is None:
         return None
-    if len(config) > _MOST_CONFIG:
-        raise InvalidInput(f"config must have at most {_MOST_CONFIG} characters; got {len(config)}")
+    if len(config) > _MAX_CONFIG:
+        raise InvalidInput(f"config must have at most {_MAX_CONFIG} characters; got {len(config)}")
     try:
         read = json.loads(config)
     except (ValueError, RecursionError) as error:
@@ -216,35 +218,18 @@ def _policy(name: str, config: str | None) -> VersionPolicy | None:
     policy = read.get("version_policy", read.get("versionPolicy"))
     if policy is None:
         return None
-    if isinstance(policy, dict) and len(policy) == 1:
-        ((kind, value),) = policy.items()
-        found = _policy_of(kind, value)
-        if found is not None:
-            return found
+    if policy == {"all": {}}:
+        return VersionPolicy()
+    parsed = pb.ModelConfig()
+    parsed.version_policy.latest.num_versions = 1  # where it says no number
+    try:
+        json_format.ParseDict({"version_policy": policy}, parsed)
+    except json_format.ParseError:
+        parsed.Clear()
+    latest, versions = parsed.version_policy.latest.num_versions, parsed.version_policy.specific.versions
+    if isinstance(policy, dict) and all(map(is_version, versions or [latest])):
+        return VersionPolicy(latest=latest) if latest else VersionPolicy(versions=frozenset(versions))
     raise InvalidInput(
         'version_policy in config must be {"latest": {"num_versions": N}}, {"all": {}} or {"specific": {"versions":'
         f" [N, ...]}}}}, with numbers from 1 on; got {json.dumps(policy)[:_SHOWN]}"
     )
-
-
-def _policy_of(kind: str, value: Any) -> VersionPolicy | None:
-    if not isinstance(value, dict):
-        return None
-    if kind == "all":
-        return VersionPolicy()
-    if kind == "latest":
-        count = _number(value.get("num_versions", value.get("numVersions", 1)))
-        return None if count is None else VersionPolicy(latest=count)
-    listed = value.get("versions")
-    if kind != "specific" or not isinstance(listed, list) or not listed:
-        return None
-    numbers = [_number(one) for one in listed]
-    versions = frozenset(number for number in numbers if number is not None)
-    return None if None in numbers else VersionPolicy(versions=versions)
-
-
-def _number(value: Any) -> int | None:
-    """A number from 1 on, which JSON made of protobuf has as a text if it has 64 bits."""
-    if isinstance(value, str):
-        return version_of(value)
-    return value if type(value) is int and is_version(value) else None
