@@ -18,7 +18,7 @@ from stepwell_server.engine.types import Members
 from stepwell_server.errors import SessionNotFound
 from stepwell_server.rpc.fronts.base import Ended, InputColumn, OutputColumn, Rest, StepColumns
 from stepwell_server.rpc.status import Status
-from stepwell_server.rpc.steps.columns import ColumnSteps
+from stepwell_server.rpc.steps.columns import STEPWELL, ColumnSteps
 from support.awaited import RemoteStore
 from support.engine import Harness, running, x
 from support.fake_call import Requests
@@ -93,9 +93,7 @@ class Columns:
     def __init__(self, at: Harness, limit: int = LIMIT) -> None:
         self.at = at
         self.observer = Requests()
-        self.steps = ColumnSteps(
-            at.engine, at.clock, limit, self.observer, lambda _: pytest.fail("not Triton's")
-        )
+        self.steps = ColumnSteps(at.engine, at.clock, limit, self.observer, requests=STEPWELL)
         self.rest: Rest | None = None
         self.changes: list[Change] = []
         submit = at.engine.submit

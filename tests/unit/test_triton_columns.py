@@ -23,7 +23,7 @@ from stepwell_server.rpc.server import RpcServer
 from stepwell_server.rpc.status import Status, code_of, message_of
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from stepwell_server.rpc.tracing import CallTrace
-from stepwell_server.rpc.triton.columns import InferForm
+from stepwell_server.rpc.triton.columns import ColumnInference
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.sequences import session_id_of
 from support import calls
@@ -133,7 +133,7 @@ class Front:
             at.clock,
             1 << 20,
             self.observer,
-            lambda columns: InferForm(columns, client.inference, at.clock, self.observer),
+            ColumnInference(client.inference).wire,
             tracer,
         )
         self.changes: list[Change] = []

@@ -18,7 +18,7 @@ from stepwell_server.errors import (
     Unavailable,
     Unsupported,
 )
-from stepwell_server.rpc.triton.parameters import read_parameters
+from stepwell_server.rpc.triton.request import read_parameters
 from stepwell_server.rpc.triton.sequences import EndedReplies, session_id_of
 from support.fake_executor import BAD, PLAIN
 from support.triton_requests import Array, inference, request
@@ -388,7 +388,7 @@ async def test_a_model_with_state_needs_a_sequence(sequence_id: int | str | None
 
 
 def test_a_model_without_state_needs_no_sequence() -> None:
-    assert read_parameters("plain", {}, keeps_state=False).sequence_id is None
+    assert read_parameters("plain", {}, keeps_state=False).sequence_id == 0
 
 
 async def test_a_prediction_is_to_be_asked_for() -> None:

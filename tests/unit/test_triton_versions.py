@@ -14,7 +14,6 @@ from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import InvalidInput, ModelNotFound, ServerError
 from stepwell_server.rpc.steps.stream import StreamLimits
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
-from stepwell_server.rpc.triton.liveness import Liveness
 from stepwell_server.rpc.triton.repository import Repository
 from stepwell_server.rpc.triton.servicer import TritonServicer
 from stepwell_server.rpc.triton.versions import InferModels, read_version
@@ -226,8 +225,6 @@ class Served:
 
     def __init__(self, at: Harness) -> None:
         self.observer = Requests()
-        self.liveness = Liveness()
-        self.liveness.announce_ready(is_ready=True)
         self.servicer = TritonServicer(
             at.engine,
             at.clock,
@@ -235,8 +232,8 @@ class Served:
             StreamLimits(8, 4096),
             self.observer,
             NoPasses(),
-            self.liveness,
             Repository(live_models(at.engine, at.clock, Loads()), KnownFiles(at.engine, {}, None)),
+            lambda: True,
         )
         self.call = FakeCall()
         self.call.who = Caller("ann", "", Role.ADMIN)
@@ -297,7 +294,7 @@ async def test_programs_of_versions_that_are_unloaded_are_not_kept() -> None:
             assert models.find("plain", str(version)) is seen[-1]
             await at.engine.unload_version("plain", version)
         gc.collect()
-        assert all(model.is_gone for model in seen)
+        assert all(model.is_of(None) for model in seen)
         with pytest.raises(ModelNotFound):
             _ = seen[0].program
         models.find("plain", "")

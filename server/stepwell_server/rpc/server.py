@@ -30,10 +30,9 @@ from stepwell_server.rpc.status import ADMIN_CODES, ANY_CODE, NAMING_CODES, UPLO
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from stepwell_server.rpc.steps.refusals import EarlySteps
 from stepwell_server.rpc.steps.stream import StreamLimits
-from stepwell_server.rpc.triton.liveness import Liveness
 from stepwell_server.rpc.triton.repository import KnownFiles, Repository
 from stepwell_server.rpc.triton.servicer import SERVICE as _TRITON
-from stepwell_server.rpc.triton.servicer import TritonServicer, unsupported_methods
+from stepwell_server.rpc.triton.servicer import Liveness, TritonServicer, unsupported_methods
 from stepwell_server.rpc.triton.statistics import PassObserver
 
 if TYPE_CHECKING:
@@ -96,7 +95,6 @@ class RpcServer:
         self._max_message_bytes = max_message_bytes
         self._sessions: SessionServicer | None = None
         self._triton: TritonServicer | None = None
-        self._liveness = Liveness()
         self._steps = EarlySteps(max_message_bytes, observer, traces=tracer is not None)
         self.starting = "the models are being loaded"
         """What is said to callers until there is an engine."""
@@ -123,7 +121,7 @@ class RpcServer:
         self._serve_by(health.SERVICE, self._health)
         for service in shown.services:
             self._serve_by(service, shown)
-        self._serve_by(_TRITON, self._liveness, only={"ServerLive", "ServerReady"})
+        self._serve_by(_TRITON, Liveness(self._health.is_serving), only={"ServerLive", "ServerReady"})
         for name, serve in unsupported_methods(self._boundary).items():
             judge = None if self.guard is None else self._boundary.judging(name)
             shape = Shape(empty_pb2.Empty.DESCRIPTOR)
@@ -181,15 +179,15 @@ class RpcServer:
             limits,
             observer,
             observer,
-            self._liveness,
             Repository(control, known_files, admin_refusal),
+            self._health.is_serving,
         )
         self._serve_by(_SESSIONS, self._sessions)
         models = ModelServicer(engine, self.info, limit, observer.slow_steps, clock, control)
         self._serve_by(_MODELS, models)
         self._serve_by(_MODEL_ADMIN, ModelAdminServicer(control, models, self._auditor, admin_refusal))
         self._serve_by(_TRITON, self._triton)
-        self._steps.go_to(ColumnSteps(engine, clock, limit, observer, self._triton.form_of, self._tracer))
+        self._steps.go_to(ColumnSteps(engine, clock, limit, observer, self._triton.wire, self._tracer))
         self._front.set_plain(are_taken=True)
         self.announce(self._report)
 
@@ -203,7 +201,6 @@ class RpcServer:
         self._report = report
         self.starting = report.problems.get("models", self.starting)
         has_engine = self._sessions is not None
-        self._liveness.announce_ready(is_ready=has_engine and report.is_ready)
         # a model need not wait for others
         are_answered = has_engine and not report.problems.keys() - {"models"}
         models = {name: are_answered and report.is_loaded(name) for name in report.versions}
@@ -220,7 +217,6 @@ class RpcServer:
         self._front.set_plain(are_taken=False)  # a step that is taken as such is answered by itself
         for servicer in self._streaming:
             servicer.refuse_streams()
-        self._liveness.announce_stop()
         self._health.stop()
 
     async def finish(self) -> None:

@@ -86,6 +86,10 @@ class HealthServicer:
             self._changed.set_result(None)
             self._changed = asyncio.get_running_loop().create_future()
 
+    def is_serving(self) -> bool:
+        """Whether the server is ready."""
+        return self._is_serving
+
     def stop(self) -> None:
         """Say from now on that nothing is served."""
         self._is_stopping = True

@@ -2,13 +2,14 @@
 
 All that came at once is one change, whoever sent it. What cannot go together, because a session is not in the table
 or something is refused, goes message by message, so that each gets the answer that it would get alone. So it is in
-every protocol; what differs between them is a `Form`.
+every protocol; what differs between them is in a `Wire` and, for each batch, a `Content`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -40,32 +41,73 @@ _PIECE = 32
 """Messages that are submitted one by one in one turn of the event loop."""
 
 
-class Form:
-    """Plain steps in their protocol: here Stepwell's own, and each other one's is derived from it."""
+@dataclasses.dataclass(slots=True)
+class Content:
+    """What a batch of plain steps asks for, as its protocol has read it."""
 
-    method, stream_method = "Step", "StepStream"
-    """Of its unary calls, and of its streams."""
+    inputs: Tensors
+    output_names: Sequence[str] = ()
+    replied: Callable[[Tensors], Tensors] | None = None
+    """Makes what is sent back of the outputs of members; None: the outputs are sent as they are."""
+    model: str = ""
+    """As `Change.continued_model`."""
+    versions: Collection[int] | None = None
+    """As `Change.continued_versions`."""
+    alone: Members | None = None
+    """Members that the protocol has to serve one by one; None: none."""
+    count: Callable[[Members | None, Reply | None], None] | None = None
+    """Counts members that were answered, for statistics of the protocol; with no reply, they failed."""
 
-    def __init__(self, columns: StepColumns, clock: Clock, observer: RequestObserver) -> None:
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wire:
+    """How plain steps of a protocol are read and answered. On the event loop."""
+
+    method: str
+    """Of its unary calls."""
+    stream_method: str
+    """Of its streams."""
+    read: Callable[[StepColumns], Content]
+    refusals: Callable[
+        [StepColumns, Members | None, ServerError], Iterable[tuple[Members | None, ServerError, bytes]]
+    ]
+    """An error as the protocol words it, and as its streams send it, with the members that are answered so."""
+    serve_alone: Callable[[Batch, int], None] | None = None
+    """Serves a member that the engine does not take as a step that continues."""
+
+
+STEPWELL = Wire(
+    "Step",
+    "StepStream",
+    lambda columns: Content(tensors.to_columns(columns.inputs), columns.output_names),
+    lambda _columns, members, error: [(members, error, to_proto(error).SerializeToString())],
+)
+
+
+class Batch:
+    """Plain steps that came together: what is left of them, and their answers. Lives on the event loop."""
+
+    def __init__(self, columns: StepColumns, wire: Wire, clock: Clock, observer: RequestObserver) -> None:
         self.columns = columns
-        self.members: Members = np.arange(len(columns.session_ids))
-        """Those that are to be done."""
-        self.left = self.members
-        """Those of them that nobody has taken yet."""
-        self.inputs: Tensors = {}
+        self.wire = wire
+        self.left: Members = np.arange(len(columns.session_ids))
+        """Members that nobody has taken yet."""
         self.traces: dict[int, CallTrace] = {}
         """Of messages that are traced, by their first members."""
+        self._content = Content({})
         self._clock = clock
         self._observer = observer
 
-    def prepare(self) -> None:
-        """Read the tensors."""
-        self.inputs = tensors.to_columns(self.columns.inputs)
+    def read(self) -> None:
+        """Read the tensors, and have served alone what must be."""
+        self._content = self.wire.read(self.columns)
+        if self._content.alone is not None:
+            self.serve_alone(self._content.alone)
 
     def change(self, members: Members | None) -> Change:
         """The change of some of the members; None: of the whole batch."""
-        columns, inputs = self.columns, self.inputs
-        expected, request_ids = columns.expected, columns.request_ids
+        columns, content = self.columns, self._content
+        inputs, expected, request_ids = content.inputs, columns.expected, columns.request_ids
         if members is not None:
             rows = _rows_of(columns, members)
             inputs = {name: array[rows] for name, array in inputs.items()}
@@ -77,22 +119,39 @@ class Form:
             inputs=inputs,
             expected=expected,
             request_ids=request_ids,
-            batch_sizes=sizes_of(columns, members) if columns.says_sizes else None,
+            batch_sizes=sizes_of(columns, members) if columns.says_sizes or content.model else None,
             select=messages.to_select(columns.select),
-            output_names=columns.output_names,
+            output_names=content.output_names,
+            continued_model=content.model,
+            continued_versions=content.versions,
         )
 
-    def decline(self, _members: Members) -> Members:
-        """The engine does not take a message alone. Returns members that are done in another way, maybe others' too."""
-        raise AssertionError("the engine refuses what it does not take, but steps that must continue")
+    def serve_alone(self, members: Members) -> Sequence[int]:
+        """Serve members one by one, with all others left that name the same sessions. Returns all of them."""
+        assert self.wire.serve_alone is not None, "the engine refuses other steps that it does not take"
+        ids = self.columns.session_ids
+        named = {ids[member] for member in members.tolist()}
+        alone = [member for member in self.left.tolist() if ids[member] in named]
+        self.left = np.setdiff1d(self.left, alone)
+        for member in alone:
+            self.wire.serve_alone(self, member)
+        return alone
 
     def applied(self, members: Members | None, reply: Reply) -> None:
         """Members were applied; None: all of the batch."""
-        self._answer(members, reply, [_output(name, array) for name, array in reply.outputs.items()])
+        content = self._content
+        self.answer(
+            members, reply, reply.outputs if content.replied is None else content.replied(reply.outputs)
+        )
+        if content.count is not None:
+            content.count(members, reply)
 
     def failed(self, members: Members | None, error: ServerError) -> None:
         """Members failed alike; None: all of the batch."""
-        self._refuse(members, error, to_proto(error).SerializeToString())
+        if self._content.count is not None:
+            self._content.count(members, None)
+        for some, known, message in self.wire.refusals(self.columns, members, error):
+            self.refuse(some, known, message)
 
     def traces_of(self, members: Members | None) -> Mapping[int, CallTrace]:
         """Those of some members, by their index among them; None: of all."""
@@ -110,7 +169,7 @@ class Form:
             facts = {"session.id": session, "tenant": whose.tenant, "caller": whose.name}
             self.traces.pop(first).end(code, reason, facts)
 
-    def _answer(self, members: Members | None, reply: Reply, outputs: Sequence[OutputColumn]) -> None:
+    def answer(self, members: Members | None, reply: Reply, outputs: Tensors) -> None:
         """Answer members that were applied, with these outputs."""
         if self.traces:
             self._end_traces(members, "OK", "")
@@ -118,26 +177,26 @@ class Form:
             members,
             reply.revisions,
             reply.positions,
-            outputs,
+            [_output_column(name, array) for name, array in outputs.items()],
             replayed=reply.replayed,
             model_version=reply.version,
         )
         self._ended(ended, "OK")
 
-    def _refuse(self, members: Members | None, error: ServerError, told: bytes) -> None:
-        """Refuse calls by the error's status, and answer streams with `told`."""
+    def refuse(self, members: Members | None, error: ServerError, message: bytes) -> None:
+        """Refuse calls by the error's status, and answer streams with `message`."""
         if self.traces:
             self._end_traces(members, code_of(error).name, error.reason)
         count = len(self.columns.session_ids) if members is None else len(members)
         self._observer.refused(error.reason, count, error.model)
-        self._ended(self.columns.replies.failed(members, to_status(error), told), code_of(error).name)
+        self._ended(self.columns.replies.failed(members, to_status(error), message), code_of(error).name)
 
     def _ended(self, ended: Ended, code: str) -> None:
         now = self._clock.monotonic()
         if len(ended.calls):
-            self._observer.requests_done(self.method, code, now - ended.calls)
+            self._observer.requests_done(self.wire.method, code, now - ended.calls)
         if len(ended.messages):
-            self._observer.messages_done(self.stream_method, now - ended.messages)
+            self._observer.messages_done(self.wire.stream_method, now - ended.messages)
 
 
 class ColumnSteps(Refusals):
@@ -149,7 +208,7 @@ class ColumnSteps(Refusals):
         clock: Clock,
         max_message_bytes: int,
         observer: RequestObserver,
-        form_of_requests: Callable[[StepColumns], Form],
+        requests: Wire,
         tracer: Tracer | None = None,
     ) -> None:
         super().__init__(max_message_bytes, observer)
@@ -157,75 +216,71 @@ class ColumnSteps(Refusals):
         self._clock = clock
         self._tracer = tracer
         self.traces = tracer is not None
-        self._form_of_requests = form_of_requests
-        """The form of Triton's requests."""
+        self._requests = requests
+        """Of Triton's requests."""
         self.go, self.add_part = engine.take_turns, engine.add_part
 
     def take(self, columns: StepColumns) -> Rest | None:
         """See `base.Steps`."""
-        if columns.model is None:
-            form = Form(columns, self._clock, self._observer)
-        else:
-            form = self._form_of_requests(columns)
+        wire = STEPWELL if columns.model is None else self._requests
+        batch = Batch(columns, wire, self._clock, self._observer)
         if self._tracer is not None:
             firsts = np.cumsum(columns.counts) - columns.counts
-            traced = self._tracer.of_messages(form.method, len(firsts))
+            traced = self._tracer.of_messages(wire.method, len(firsts))
             untraced = columns.replies.untraced() if traced else ()
-            form.traces = {int(firsts[n]): trace for n, trace in traced.items() if n not in untraced}
-        pieces = self._submit(form)
+            batch.traces = {int(firsts[n]): trace for n, trace in traced.items() if n not in untraced}
+        pieces = self._submit(batch)
 
         def go_on() -> bool:
             try:
                 return next(pieces, None) is not None
             except Exception as error:  # a defect: no caller may wait for ever, or be answered twice
-                left = np.intersect1d(form.left, form.members)
-                if len(left):
-                    form.failed(left, internal(error, method=form.method))
+                if len(batch.left):
+                    batch.failed(batch.left, internal(error, method=wire.method))
                 return False
 
         return go_on if go_on() else None
 
-    def _submit(self, form: Form) -> Iterator[bool]:
+    def _submit(self, batch: Batch) -> Iterator[bool]:
         """Submit all, with a pause after each piece of what must be submitted one by one."""
-        form.prepare()
-        form.left = form.members
-        self._end_late(form)
-        columns = form.columns
-        if len(columns.counts) > 1 and len(form.left) and not _names_one_twice(columns):
-            self._submit_together(form)
+        batch.read()
+        self._end_late(batch)
+        columns = batch.columns
+        if len(columns.counts) > 1 and len(batch.left) and not _names_one_twice(columns):
+            self._submit_together(batch)
         out: set[int] = set()
         is_one = len(columns.counts) == 1
-        for number, (first, count) in enumerate(_messages_of(columns, form.left), 1):
+        for number, (first, count) in enumerate(_messages_of(columns, batch.left), 1):
             if number % _PIECE == 0:
                 yield True
             if first in out:
                 continue
-            members = form.left if is_one else np.arange(first, first + count)
-            change = self._change(form, members)
+            members = batch.left if is_one else np.arange(first, first + count)
+            change = self._change(batch, members)
             change.caller, change.who = columns.callers[first], who_of(columns, first)
             change.deadline = float(columns.deadlines[first])
             try:
                 if len(self._engine.submit(change)):
-                    out.update(form.decline(members).tolist())
+                    out.update(batch.serve_alone(members))
             except ServerError as error:
                 change.replies.failed(np.arange(count), error)
-            form.left = _NOBODY if is_one else form.left[form.left >= first + count]
+            batch.left = _NOBODY if is_one else batch.left[batch.left >= first + count]
 
-    def _end_late(self, form: Form) -> None:
+    def _end_late(self, batch: Batch) -> None:
         """End the members whose time is over, all at once: one by one a flood of them would hold up others."""
-        deadlines, now = form.columns.deadlines, self._clock.monotonic()
+        deadlines, now = batch.columns.deadlines, self._clock.monotonic()
         if np.minimum.reduce(deadlines) > now:
             return
-        late = form.members[deadlines[form.members] <= now]
+        late = batch.left[deadlines[batch.left] <= now]
         if len(late):
-            form.members = form.left = np.setdiff1d(form.members, late)
-            form.failed(late, too_late())
+            batch.left = np.setdiff1d(batch.left, late)
+            batch.failed(late, too_late())
 
-    def _submit_together(self, form: Form) -> None:
+    def _submit_together(self, batch: Batch) -> None:
         """Submit all messages as one change; those that must be submitted alone are left."""
-        columns, members = form.columns, form.members
+        columns, members = batch.columns, batch.left
         is_whole = len(members) == len(columns.session_ids)
-        change = self._change(form, members)
+        change = self._change(batch, members)
         change.messages = np.repeat(np.arange(len(columns.counts)), columns.counts)[members]
         change.callers = columns.callers if is_whole else _some(columns.callers, members)
         if len(columns.whos) == 1:
@@ -237,13 +292,13 @@ class ColumnSteps(Refusals):
         if change.batch_sizes is None:
             change.batch_sizes = sizes_of(columns, members)  # whose rows are whose
         with contextlib.suppress(ServerError):  # each gets its own answer
-            form.left = members[self._engine.submit(change)]
+            batch.left = members[self._engine.submit(change)]
 
-    def _change(self, form: Form, members: Members) -> Change:
-        some = None if len(members) == len(form.columns.session_ids) else members
-        change = form.change(some)
-        if form.traces:
-            change.traces = form.traces_of(some)
+    def _change(self, batch: Batch, members: Members) -> Change:
+        some = None if len(members) == len(batch.columns.session_ids) else members
+        change = batch.change(some)
+        if batch.traces:
+            change.traces = batch.traces_of(some)
         messages.limit_reply(change, self._max_message_bytes)
         return change
 
@@ -296,21 +351,21 @@ def _names_one_twice(columns: StepColumns) -> bool:
 class _Replies:
     """Answers some members of a batch. `Replies`."""
 
-    __slots__ = ("_form", "_index")
+    __slots__ = ("_batch", "_index")
 
-    def __init__(self, form: Form, index: Members | None) -> None:
-        self._form = form
+    def __init__(self, batch: Batch, index: Members | None) -> None:
+        self._batch = batch
         self._index = index
         """Of its members in the batch; None: they are all of it."""
 
     def applied(self, members: Members, reply: Reply) -> None:
-        self._form.applied(self._members(members), reply)
+        self._batch.applied(self._members(members), reply)
 
     def failed(self, members: Members, error: ServerError) -> None:
-        self._form.failed(self._members(members), error)
+        self._batch.failed(self._members(members), error)
 
     def cancelled(self, members: Members) -> Members:
-        gone = self._form.columns.replies.gone()
+        gone = self._batch.columns.replies.gone()
         if not len(gone):
             return _NOBODY
         return members[np.isin(members if self._index is None else self._index[members], gone)]
@@ -319,9 +374,9 @@ class _Replies:
         """As the front counts them; None: all."""
         if self._index is not None:
             return self._index[members]
-        return None if len(members) == len(self._form.columns.session_ids) else members
+        return None if len(members) == len(self._batch.columns.session_ids) else members
 
 
-def _output(name: str, array: Array) -> OutputColumn:
+def _output_column(name: str, array: Array) -> OutputColumn:
     number, data = tensors.to_bytes(array)
     return OutputColumn(name, number, array.shape[1:], data)

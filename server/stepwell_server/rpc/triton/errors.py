@@ -69,9 +69,9 @@ def names_sequence(error: ServerError) -> bool:
     return isinstance(error, SessionGone | ModelMismatch | StateCorrupt)
 
 
-def translated(error: ServerError, sequence_id: SequenceId | None, model: str) -> ServerError:
-    """An error of the engine as this protocol says it to a request of a sequence, or of none, and a model."""
-    if names_sequence(error) and sequence_id is not None:
+def translated(error: ServerError, sequence_id: SequenceId, model: str) -> ServerError:
+    """An error of the engine in this protocol's words, for a request of a sequence (0 or empty: none) and a model."""
+    if names_sequence(error) and sequence_id:
         return not_started(sequence_id, model, error)
     if isinstance(error, Overloaded):
         return Unavailable(f"Exceeds maximum queue size: {error.message}", cause=error.reason)

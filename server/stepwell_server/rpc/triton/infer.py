@@ -6,7 +6,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stepwell_server.core.callers import Caller
 from stepwell_server.engine.api import Applied, Predicted
@@ -15,11 +15,11 @@ from stepwell_server.rpc import naming
 from stepwell_server.rpc.steps.messages import REPLY_BYTES
 from stepwell_server.rpc.triton.errors import translated
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
-from stepwell_server.rpc.triton.parameters import read_parameters, read_sequence_id
-from stepwell_server.rpc.triton.sequences import SequenceRequest, Sequences, Turn, session_id_of
-from stepwell_server.rpc.triton.statistics import PassObserver
+from stepwell_server.rpc.triton.request import Origin, Request, read_sequence_id
+from stepwell_server.rpc.triton.sequences import Sequences, Turn, session_id_of
+from stepwell_server.rpc.triton.statistics import PassObserver, Timing
 from stepwell_server.rpc.triton.tensors import write_outputs
-from stepwell_server.rpc.triton.versions import InferModels, Read, Reading
+from stepwell_server.rpc.triton.versions import InferModel, InferModels, Read
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
@@ -32,14 +32,6 @@ Answer = Applied | Predicted
 """The engine's reply to a step of a sequence, or to a prediction."""
 
 
-class Origin(NamedTuple):
-    """Where a request comes from that a front has read by itself: as `Call` has it."""
-
-    caller: str
-    who: Caller
-    deadline: float
-
-
 class Inference:
     """Answers inference requests. Lives on the event loop."""
 
@@ -47,28 +39,28 @@ class Inference:
         self._engine = engine
         self._clock = clock
         self._max_reply_bytes = max_reply_bytes
-        self.sequences = Sequences(engine, clock)
+        self.sequences = Sequences(engine, clock, max_reply_bytes)
         self.models = InferModels(engine, observer)
         self._running: set[asyncio.Task[None]] = set()
         """Work on requests that no call serves."""
 
-    def enter(self, request: pb.ModelInferRequest, who: Caller) -> Turn | None:
+    def enter(self, message: pb.ModelInferRequest, who: Caller) -> Turn | None:
         """Its place in the line of its sequence: the order of requests is that in which they got one. None: it needs none."""
-        sequence_id = read_sequence_id(request.parameters)
-        if sequence_id is None:
+        sequence_id = read_sequence_id(message.parameters)
+        if not sequence_id:
             return None
-        return self.sequences.enter(naming.inner(who, session_id_of(request.model_name, sequence_id)))
+        return self.sequences.enter(naming.inner(who, session_id_of(message.model_name, sequence_id)))
 
     async def infer(
-        self, request: pb.ModelInferRequest, call: Call, turn: Turn | None = None
+        self, message: pb.ModelInferRequest, call: Call, turn: Turn | None = None
     ) -> pb.ModelInferResponse:
         """The response to a request, which came with `call`, or on it. Otherwise as `serve`."""
-        turn = turn or self.enter(request, call.who)
-        return await self.serve(request, call, turn, functools.partial(_response, request))
+        turn = turn or self.enter(message, call.who)
+        return await self.serve(message, call, turn, functools.partial(_response, message))
 
     async def serve(
         self,
-        request: pb.ModelInferRequest,
+        message: pb.ModelInferRequest,
         origin: Origin | Call,
         turn: Turn | None,
         write: Callable[[Read, Answer], _T],
@@ -76,7 +68,7 @@ class Inference:
         """Serve a request, which may set itself a shorter deadline.
 
         Args:
-            request: What is asked.
+            message: What is asked.
             origin: Where it comes from.
             turn: As `enter` gave it; it is left.
             write: Makes the answer of what was read and of the engine's reply: what it returns is returned.
@@ -85,24 +77,23 @@ class Inference:
             ServerError: in Triton's words where it has some; nothing changed.
         """
         try:
-            reading = Reading(self.models, request)
+            request = Request(self.models, message, origin, turn)
             try:
-                read, reply = await self._reply(reading, request, origin, turn)
+                read, reply = await self._reply(request)
                 answer = write(read, reply)
             except BaseException:
-                reading.model.statistics.failed(reading.timing, time.perf_counter_ns())
+                request.model.statistics.failed(request.timing, time.perf_counter_ns())
                 raise
         finally:
             if turn is not None:
                 turn.leave()
-        reading.model.statistics.succeeded(
-            reading.timing,
-            time.perf_counter_ns(),
-            now_s=self._clock.now(),
-            rows=read.inputs.rows,
-            steps=read.inputs.steps,
-        )
+        self.succeeded(request.model, request.timing, rows=read.inputs.rows, steps=read.inputs.steps)
         return answer
+
+    def succeeded(self, model: InferModel, timing: Timing, *, rows: int, steps: int, count: int = 1) -> None:
+        """Count requests that have just been answered: see `RequestStatistics`."""
+        now_s, done = self._clock.now(), time.perf_counter_ns()
+        model.statistics.succeeded(timing, done, now_s=now_s, rows=rows, steps=steps, count=count)
 
     def run(self, work: Coroutine[Any, Any, None], turn: Turn) -> None:
         """Run the work of a request that no call serves, and leave its turn when that ends."""
@@ -116,50 +107,37 @@ class Inference:
         while self._running:
             await asyncio.wait(self._running)
 
-    async def _reply(
-        self, reading: Reading, request: pb.ModelInferRequest, call: Origin | Call, turn: Turn | None
-    ) -> tuple[Read, Answer]:
-        name, timing = request.model_name, reading.timing
-        parameters = read_parameters(name, request.parameters, keeps_state=bool(reading.model.program.state))
-        deadline = call.deadline
-        if parameters.timeout_us:
-            deadline = min(deadline, self._clock.monotonic() + parameters.timeout_us / 1e6)
+    async def _reply(self, request: Request) -> tuple[Read, Answer]:
+        request.read_parameters(self._clock.monotonic())
+        reply: Answer
         try:
-            if parameters.sequence_id is None or turn is None:
-                read = reading.read()
-                predicted = await self._engine.predict(
-                    f"{name}@{read.model.version}",
-                    read.inputs.arrays,
-                    deadline=deadline,
-                    source=call.caller,
-                    who=call.who,
-                    reply_limit=self._max_reply_bytes,
-                    reply_bytes=REPLY_BYTES,
-                )
-                timing.run = time.perf_counter_ns()
-                return read, predicted
-            reply, read = await self.sequences.step(
-                SequenceRequest(
-                    model=name,
-                    reading=reading,
-                    sequence_id=parameters.sequence_id,
-                    turn=turn,
-                    parameters=parameters,
-                    deadline=deadline,
-                    source=call.caller,
-                    who=call.who,
-                    max_reply_bytes=self._max_reply_bytes,
-                )
-            )
+            if request.turn is not None:
+                read, reply = await self.sequences.step(request, request.turn)
+            else:
+                read, reply = await self._predict(request)
         except ServerError as error:
-            raise translated(error, parameters.sequence_id, name) from error
-        timing.run = time.perf_counter_ns()
-        return reading.answered(read, reply.version, reply.outputs.keys()), reply
+            raise translated(error, request.parameters.sequence_id, request.name) from error
+        request.timing.run = time.perf_counter_ns()
+        return request.answered(read, reply.version, reply.outputs.keys()), reply
+
+    async def _predict(self, request: Request) -> tuple[Read, Answer]:
+        read = request.read()
+        predicted = await self._engine.predict(
+            f"{request.name}@{read.model.version}",
+            read.inputs.arrays,
+            deadline=request.deadline,
+            source=request.caller,
+            who=request.who,
+            reply_limit=self._max_reply_bytes,
+            reply_bytes=REPLY_BYTES,
+        )
+        return read, predicted
 
 
-def _response(request: pb.ModelInferRequest, read: Read, reply: Answer) -> pb.ModelInferResponse:
-    version = reply.version if isinstance(reply, Applied) else read.model.version
-    response = pb.ModelInferResponse(model_name=request.model_name, model_version=str(version), id=request.id)
+def _response(message: pb.ModelInferRequest, read: Read, reply: Answer) -> pb.ModelInferResponse:
+    response = pb.ModelInferResponse(
+        model_name=message.model_name, model_version=str(reply.version), id=message.id
+    )
     write_outputs(response, read.outputs, reply.outputs)
     if isinstance(reply, Applied):
         response.parameters["stepwell_revision"].int64_param = reply.revision

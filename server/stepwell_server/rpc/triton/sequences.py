@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stepwell_server.core.callers import Caller
 from stepwell_server.core.exactly_once import Kind, digests, row_numbers, seed_of
 from stepwell_server.engine.api import Applied, SessionInfo
 from stepwell_server.engine.change import Awaited, Change
@@ -44,12 +43,12 @@ from stepwell_server.rpc import naming
 from stepwell_server.rpc.steps.messages import limit_reply
 from stepwell_server.rpc.tracing import TRACES
 from stepwell_server.rpc.triton.errors import SequenceId, not_started, on_another_version
-from stepwell_server.rpc.triton.parameters import Parameters
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
-    from stepwell_server.rpc.triton.versions import Read, Reading
+    from stepwell_server.rpc.triton.request import Request
+    from stepwell_server.rpc.triton.versions import Read
 
 _log = Log("rpc.triton")
 _UNUSABLE = (SessionGone, ModelMismatch, StateCorrupt)
@@ -60,31 +59,6 @@ _MAX_ANSWERS = 10_000
 """Answers to the last requests of sequences that are kept."""
 _MAX_BYTES = 16 * 1024 * 1024
 """Of the outputs in them."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SequenceRequest:
-    """A request of a sequence, read and checked as far as that goes without the sequence."""
-
-    model: str
-    reading: Reading
-    """Of its tensors, when it is known which version of the model it is for."""
-    sequence_id: SequenceId
-    turn: Turn
-    """Its place in its sequence's line, which has the id of the sequence's session."""
-    parameters: Parameters
-    deadline: float
-    """On the clock's monotonic time."""
-    source: object
-    """Where it comes from."""
-    who: Caller
-    max_reply_bytes: int
-    """That the client can be sent."""
-
-    @property
-    def session_id(self) -> str:
-        """Of the sequence's session."""
-        return self.turn.key
 
 
 def session_id_of(model: str, sequence_id: SequenceId) -> str:
@@ -111,9 +85,10 @@ def sequence_of(model: str, session_id: str) -> SequenceId:
 class Sequences:
     """Steps sequences, one request of each at a time. Lives on the event loop."""
 
-    def __init__(self, engine: Engine, clock: Clock) -> None:
+    def __init__(self, engine: Engine, clock: Clock, max_reply_bytes: int) -> None:
         self._engine = engine
         self._clock = clock
+        self._max_reply_bytes = max_reply_bytes
         self._turns = Turns()
         self._ended = EndedReplies()
 
@@ -129,8 +104,8 @@ class Sequences:
         known = self._ended.are_known(session_ids, request_ids.tolist())
         return known if taken is None else taken | known
 
-    async def step(self, request: SequenceRequest) -> tuple[Applied, Read]:
-        """Serve a request when its turn has come; also say how it was read.
+    async def step(self, request: Request, turn: Turn) -> tuple[Read, Applied]:
+        """Serve a request when its turn has come. Returns how it was read, too.
 
         Raises:
             InvalidInput: the sequence has not begun, or the request does not fit it, or the version of the model that
@@ -138,54 +113,54 @@ class Sequences:
             ModelNotFound: that version is not loaded; nothing changed.
             ServerError: as of `Awaited.get`; nothing changed.
         """
-        await request.turn.come()
+        await turn.come()
         if self._clock.monotonic() >= request.deadline:
             raise DeadlineExceeded("the request's time was over before its sequence's turn; nothing changed")
         given = request.parameters
         if given.request_id and (ended := self._ended.get(request.session_id, given.request_id)):
-            read = request.reading.read_answered(ended.reply.version)
+            read = request.read_answered(ended.reply.version)
             if ended.content != _content_of(request, read):
                 raise reused_request(request.session_id, Kind.STEP, Kind.STEP)
-            return ended.reply, read
+            return read, ended.reply
         self._engine.require_accepting()
         try:
-            reply, read = await (self._start(request) if given.start else self._go_on(request))
+            read, reply = await (self._start(request) if given.start else self._continue(request))
         except Stopping as error:  # the sequence's session may have been closed or opened before that
             raise Unavailable(error.message) from error
         if given.end:
-            await self._end(request, read, reply)
-        return reply, read
+            if given.request_id:
+                self._ended.put(request.session_id, given.request_id, reply, _content_of(request, read))
+            await self._close_if_possible(request.session_id, given.request_id)
+        return read, reply
 
-    async def _start(self, request: SequenceRequest) -> tuple[Applied, Read]:
+    async def _start(self, request: Request) -> tuple[Read, Applied]:
         info = await self._live_or_cleared(request)
         if info is not None:
             await self._refuse_if_ended(request)
-        asked = request.reading.asked
-        read = request.reading.read()
+        read = request.read()
         inputs, program = read.inputs, read.model.program
         checked = check_inputs(program, inputs.arrays, inputs.rows)
         require_finite("input", checked.arrays, [spec.name for spec in program.inputs], inputs.arrays)
         if info is not None:
-            is_there = info.version == read.model.version and info.is_pinned == (asked is not None)
+            is_there = info.version == read.model.version and info.is_pinned == (request.asked is not None)
             if is_there and info.batch_size == inputs.rows:
-                return await self._advance(request, read, None, anew=True), read
+                return read, await self._advance(request, read, None, anew=True)
             if known := await self._applied_before(request, read, info):
-                return known, read
+                return read, known
             if request.parameters.request_id and request.parameters.request_id == info.request_id:
                 raise reused_request(request.session_id, Kind.STEP, Kind.STEP)
             await self._engine.close_session(request.session_id, deadline=request.deadline)
         revision, uid = await self._open(request, inputs.rows)
         try:
             # as when it is sent again: then the session is there, and begins anew
-            return await self._advance(request, read, revision, anew=True), read
+            return read, await self._advance(request, read, revision, anew=True)
         except BaseException:  # cancelled too: then nobody knows of the sequence
             await self._close_if_possible(request.session_id, uid=uid)
             raise
 
-    async def _open(self, request: SequenceRequest, rows: int) -> tuple[int, int]:
+    async def _open(self, request: Request, rows: int) -> tuple[int, int]:
         """Open the sequence's session, which stays on the version that the request names; its revision and uid."""
-        asked = request.reading.asked
-        ref = request.model if asked is None else f"{request.model}@{asked}"
+        ref = request.name if request.asked is None else f"{request.name}@{request.asked}"
         try:
             opened = await self._engine.open_session(
                 ref, session_id=request.session_id, batch_size=rows, must_be_new=True, who=request.who
@@ -199,37 +174,35 @@ class Sequences:
             )
             return int(many.revisions[0]), int(many.uids[0])
 
-    async def _go_on(self, request: SequenceRequest) -> tuple[Applied, Read]:
-        asked = request.reading.asked
+    async def _continue(self, request: Request) -> tuple[Read, Applied]:
+        sequence_id, asked = request.parameters.sequence_id, request.asked
         try:
             info = await self._live(request)
         except _UNUSABLE as error:
-            request.reading.read()  # what is wrong with its tensors is said first, as by Triton
+            request.read()  # what is wrong with its tensors is said first, as by Triton
             if isinstance(error, SessionGone):
                 await self._refuse_if_ended(request)
-            raise not_started(request.sequence_id, request.model, error) from error
+            raise not_started(sequence_id, request.name, error) from error
         await self._refuse_if_ended(request)
         if asked is not None and info.version != asked:
-            refusal = on_another_version(request.sequence_id, request.model, info.version, asked)
+            refusal = on_another_version(sequence_id, request.name, info.version, asked)
             if not request.parameters.request_id:
                 raise refusal
-            read = request.reading.read(info.version)
+            read = request.read(info.version)
             if known := await self._applied_before(request, read, info):
-                return known, read
+                return read, known
             raise refusal
-        read = request.reading.read(info.version)
+        read = request.read(info.version)
         if info.position == 0:
-            raise not_started(request.sequence_id, request.model)
+            raise not_started(sequence_id, request.name)
         if info.batch_size != read.inputs.rows:
             raise InvalidInput(
-                f"inference request for sequence {request.sequence_id} to model '{request.model}' must specify"
+                f"inference request for sequence {sequence_id} to model '{request.name}' must specify"
                 f" batch-size {info.batch_size} as its first request did; got {read.inputs.rows}"
             )
-        return await self._advance(request, read, request.parameters.revision), read
+        return read, await self._advance(request, read, request.parameters.revision)
 
-    async def _applied_before(
-        self, request: SequenceRequest, read: Read, info: SessionInfo
-    ) -> Applied | None:
+    async def _applied_before(self, request: Request, read: Read, info: SessionInfo) -> Applied | None:
         """The answer to a request that was the last change of its session, before this one moved to another version."""
         if not request.parameters.request_id or not info.revision:
             return None
@@ -238,12 +211,6 @@ class Sequences:
             return await self._advance(request, read, info.revision - 1, anew=request.parameters.start)
         except (RevisionConflict, InvalidInput):
             return None
-
-    async def _end(self, request: SequenceRequest, read: Read, reply: Applied) -> None:
-        if request.parameters.request_id:
-            content = _content_of(request, read)
-            self._ended.put(request.session_id, request.parameters.request_id, reply, content)
-        await self._close_if_possible(request.session_id, request.parameters.request_id)
 
     async def _close_if_possible(self, session_id: str, request_id: int = 0, *, uid: int = 0) -> None:
         try:
@@ -255,13 +222,13 @@ class Sequences:
             _log.warning("sequence not closed", session=session_id, error=error.message)
 
     async def _advance(
-        self, request: SequenceRequest, read: Read, expected: int | None, *, anew: bool = False
+        self, request: Request, read: Read, expected: int | None, *, anew: bool = False
     ) -> Applied:
         answer, given = Awaited(), request.parameters
         change = Change((request.session_id,), answer, read.inputs.arrays)
-        change.deadline, change.caller, change.who = request.deadline, request.source, request.who
+        change.deadline, change.caller, change.who = request.deadline, request.caller, request.who
         change.traces = TRACES.get()
-        limit_reply(change, request.max_reply_bytes)
+        limit_reply(change, self._max_reply_bytes)
         if anew:
             change.reset_rows = np.ones(read.inputs.rows, np.bool_)
         if expected is not None:
@@ -271,16 +238,16 @@ class Sequences:
         self._engine.submit(change)
         return await answer.get()
 
-    async def _live(self, request: SequenceRequest) -> SessionInfo:
+    async def _live(self, request: Request) -> SessionInfo:
         info = await self._engine.session_info(request.session_id, usable=True)
-        if info.model != request.model:
+        if info.model != request.name:
             raise InvalidInput(
-                f"session {request.session_id!r} must be of model '{request.model}' to be its sequence"
-                f" {request.sequence_id}; it is of '{info.model}'"
+                f"session {request.session_id!r} must be of model '{request.name}' to be its sequence"
+                f" {request.parameters.sequence_id}; it is of '{info.model}'"
             )
         return info
 
-    async def _live_or_cleared(self, request: SequenceRequest) -> SessionInfo | None:
+    async def _live_or_cleared(self, request: Request) -> SessionInfo | None:
         """The live session of the sequence; None if there is none. One that cannot be stepped is deleted."""
         try:
             return await self._live(request)
@@ -290,7 +257,7 @@ class Sequences:
             await self._engine.close_session(request.session_id, deadline=request.deadline)
             return None
 
-    async def _refuse_if_ended(self, request: SequenceRequest) -> None:
+    async def _refuse_if_ended(self, request: Request) -> None:
         """Refuse an END that is sent again where its answer is not known any more: another sequence may have begun.
 
         Raises:
@@ -301,13 +268,13 @@ class Sequences:
             return
         if await self._engine.was_closed_by(request.session_id, given.request_id):
             raise InvalidInput(
-                f"{not_started(request.sequence_id, request.model).message}: the last one ended with this very"
+                f"{not_started(request.parameters.sequence_id, request.name).message}: the last one ended with this very"
                 " request, and its answer was in the memory of the server process that gave it",
                 cause="ALREADY_APPLIED",
             )
 
 
-def _content_of(request: SequenceRequest, read: Read) -> int:
+def _content_of(request: Request, read: Read) -> int:
     """A digest of what a request says: it must say the same when it comes again after its END."""
     inputs, names = read.inputs, sorted(read.inputs.arrays)
     shapes = [inputs.arrays[name].shape for name in names]
@@ -359,64 +326,54 @@ def _size(reply: Applied) -> int:
 
 
 class Turns:
-    """Lines of requests, one for each sequence that has a request at work. On one event loop."""
+    """Lines of requests, one for each sequence that has a request running. On one event loop."""
 
     def __init__(self) -> None:
         self._lines: dict[str, deque[Turn]] = {}
 
     def are_taken(self, keys: Sequence[str]) -> Mask | None:
-        """Which sequences have a request at work; None: none of them."""
+        """Which sequences have a request running; None: none of them."""
         if not self._lines or self._lines.keys().isdisjoint(keys):
             return None
         return np.fromiter((key in self._lines for key in keys), np.bool_, len(keys))
 
     def enter(self, key: str) -> Turn:
-        """A place at the end of a line, also where it is too long: whoever waits there is told."""
+        """A place at the end of a line, also where the line is too long: `Turn.come` refuses that."""
         line = self._lines.setdefault(key, deque())
-        turn = Turn(key, self, line, is_refused=len(line) > MAX_WAITING)
+        turn = Turn(key, self._lines, is_refused=len(line) > MAX_WAITING)
         if not turn.is_refused:
             line.append(turn)
         return turn
 
-    def leave(self, turn: Turn) -> None:
-        """Let the next one take its turn."""
-        line = self._lines.get(turn.key)
-        if line is None or turn not in line:
-            return  # it has left already, or was never in it
-        line.remove(turn)
-        if line:
-            line[0].has_come()
-        else:
-            del self._lines[turn.key]
-
 
 class Turn:
-    """A request's place in the line of its sequence. Whoever has it leaves it, whatever comes of it."""
+    """A request's place in the line of its sequence. Its holder leaves it, even if the request fails."""
 
-    def __init__(self, key: str, turns: Turns, line: deque[Turn], *, is_refused: bool) -> None:
+    def __init__(self, key: str, lines: dict[str, deque[Turn]], *, is_refused: bool) -> None:
         self.key = key
         self.is_refused = is_refused
-        self._turns = turns
-        self._line = line
+        self._lines = lines
         self._coming: asyncio.Future[None] | None = None
 
     async def come(self) -> None:
-        """Return when everybody who came before has left. Without others, at once.
+        """Return when all earlier requests have left. Without any, at once.
 
         Raises:
             Overloaded: too many wait.
         """
         if self.is_refused:
             raise Overloaded(f"{MAX_WAITING} requests of the sequence wait already", 0.1)
-        if self._line[0] is not self:
+        if self._lines[self.key][0] is not self:
             self._coming = asyncio.get_running_loop().create_future()
             await self._coming
 
-    def has_come(self) -> None:
-        """It is the first of its line."""
-        if self._coming is not None and not self._coming.done():
-            self._coming.set_result(None)
-
     def leave(self, _task: object = None) -> None:
-        """Give it on. To leave twice is to leave once."""
-        self._turns.leave(self)
+        """Let the next request come. To leave twice is to leave once."""
+        line = self._lines.get(self.key)
+        if line is None or self not in line:
+            return
+        line.remove(self)
+        if not line:
+            del self._lines[self.key]
+        elif (coming := line[0]._coming) is not None and not coming.done():
+            coming.set_result(None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf import empty_pb2
@@ -15,20 +15,16 @@ from stepwell_server.rpc.boundary import Boundary, Serve
 from stepwell_server.rpc.fronts.base import Call
 from stepwell_server.rpc.status import UNSUPPORTED_CODES
 from stepwell_server.rpc.steps.stream import Streams
-from stepwell_server.rpc.triton import metadata
-from stepwell_server.rpc.triton.columns import InferForm
+from stepwell_server.rpc.triton.columns import ColumnInference
 from stepwell_server.rpc.triton.infer import Inference
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
-from stepwell_server.rpc.triton.liveness import Liveness
-from stepwell_server.rpc.triton.metadata import model_config
+from stepwell_server.rpc.triton.metadata import model_config, model_metadata, server_metadata
 from stepwell_server.rpc.triton.stream import InferStream
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.boundary import RequestObserver
-    from stepwell_server.rpc.fronts.base import Call, StepColumns
-    from stepwell_server.rpc.steps.columns import Form
     from stepwell_server.rpc.steps.stream import StreamLimits
     from stepwell_server.rpc.triton.repository import Repository
     from stepwell_server.rpc.triton.statistics import PassObserver
@@ -36,7 +32,23 @@ if TYPE_CHECKING:
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 
 
-class TritonServicer:
+class Liveness:
+    """ServerLive and ServerReady, which are answered before there is an engine. Lives on the event loop."""
+
+    def __init__(self, is_ready: Callable[[], bool]) -> None:
+        self.is_ready = is_ready
+        """Whether the server takes requests."""
+
+    async def server_live(self, _request: pb.ServerLiveRequest, _call: Call) -> pb.ServerLiveResponse:
+        """Whether the process runs."""
+        return pb.ServerLiveResponse(live=True)
+
+    async def server_ready(self, _request: pb.ServerReadyRequest, _call: Call) -> pb.ServerReadyResponse:
+        """Whether requests are taken."""
+        return pb.ServerReadyResponse(ready=self.is_ready())
+
+
+class TritonServicer(Liveness):
     """The calls of GRPCInferenceService, each by its name in snake case. Lives on the event loop."""
 
     def __init__(
@@ -47,20 +59,20 @@ class TritonServicer:
         limits: StreamLimits,
         observer: RequestObserver,
         passes: PassObserver,
-        liveness: Liveness,
         repository: Repository,
+        is_ready: Callable[[], bool],
     ) -> None:
+        super().__init__(is_ready)
         self.repository_index = repository.index
         self.repository_model_load, self.repository_model_unload = repository.load, repository.unload
         self._engine = engine
-        self._liveness = liveness
-        self.server_live, self.server_ready = liveness.server_live, liveness.server_ready
-        self._clock = clock
         self._limits = limits
         self._observer = observer
         self._inference = Inference(engine, clock, max_reply_bytes, passes)
         self._models = self._inference.models
         self._streams = Streams()
+        self.wire = ColumnInference(self._inference).wire
+        """How requests are served that come as columns."""
         self.refuse_streams = self._streams.refuse
         """End each stream that begins from now on with UNAVAILABLE, before anything of it is read."""
         self.stop = self._streams.stop
@@ -74,19 +86,19 @@ class TritonServicer:
             self._models.find(request.name, request.version)
         except ModelNotFound:
             return pb.ModelReadyResponse(ready=False)
-        return pb.ModelReadyResponse(ready=self._liveness.is_ready)
+        return pb.ModelReadyResponse(ready=self.is_ready())
 
     async def server_metadata(
         self, _request: pb.ServerMetadataRequest, _call: Call
     ) -> pb.ServerMetadataResponse:
         """Describe the server."""
-        return metadata.server_metadata()
+        return server_metadata()
 
     async def model_metadata(self, request: pb.ModelMetadataRequest, _call: Call) -> pb.ModelMetadataResponse:
         """Describe a model's inputs and outputs."""
         model = self._models.find(request.name, request.version)
         versions = [model.version] if request.version else self._models.loaded(model.name)
-        return metadata.model_metadata(model.name, versions, model.program, model.tensors)
+        return model_metadata(model.name, versions, model.program, model.tensors)
 
     async def model_config(self, request: pb.ModelConfigRequest, _call: Call) -> pb.ModelConfigResponse:
         """Describe a model as Triton's configuration would."""
@@ -98,7 +110,7 @@ class TritonServicer:
     async def model_statistics(
         self, request: pb.ModelStatisticsRequest, call: Call
     ) -> pb.ModelStatisticsResponse:
-        """Count what one version did, all of a model, or all: for everybody, so that only admins get the numbers."""
+        """Statistics of one version, of a model's versions, or of all. They count all tenants: only admins get them."""
         if request.name and request.version:
             models = [self._models.find(request.name, request.version)]
         else:
@@ -109,10 +121,6 @@ class TritonServicer:
         else:
             found = [pb.ModelStatistics(name=model.name, version=str(model.version)) for model in models]
         return pb.ModelStatisticsResponse(model_stats=found)
-
-    def form_of(self, columns: StepColumns) -> Form:
-        """What a front has read of requests by itself."""
-        return InferForm(columns, self._inference, self._clock, self._observer)
 
     async def model_infer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
         """Run a model once."""
@@ -145,7 +153,7 @@ _REASONS = {
 
 
 def unsupported_methods(boundary: Boundary) -> Mapping[str, Serve]:
-    """What serves each of them, by its name. What they are sent is not looked at."""
+    """The methods that are refused, by name. Their requests are not looked at."""
     return {name: _refuse(boundary, name, reason) for name, reason in _REASONS.items()}
 
 

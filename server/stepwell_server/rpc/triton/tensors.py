@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from stepwell_server.engine.types import Array
+from stepwell_server.engine.types import Array, Tensors
 from stepwell_server.errors import InvalidInput, Unsupported
 from stepwell_server.program import Program, TensorSpec, dtype_of
 from stepwell_server.rpc.fronts.base import InputColumn
@@ -69,7 +69,7 @@ _NAMES: Mapping[int, str] = {number_of(datatype.numpy_name): datatype.name for d
 """By their `stepwell.v1.DataType`."""
 _Parameters = Mapping[str, pb.InferParameter]
 MAX_BATCH_SIZE = 1024
-"""Rows of a request at most; what models are said to take in their configuration."""
+"""Rows of a request; models say so in their configuration."""
 _SHARED_MEMORY = "shared_memory_region"
 
 
@@ -86,7 +86,7 @@ class Inputs:
 
 
 class Tensor:
-    """An input or output of a model as this protocol tells of it."""
+    """An input or output of a model as this protocol describes it."""
 
     def __init__(self, spec: TensorSpec) -> None:
         self.spec = spec
@@ -96,7 +96,7 @@ class Tensor:
         """Of one row at one time step. Triton has no tensors without dimensions: one number is [1]."""
 
     def leading(self, rank: int) -> int | None:
-        """Dimensions before its own in an input of so many: 1, the rows', or 2, with time steps; None: it is no input."""
+        """Dimensions before its own in an input of this rank: 1 (rows) or 2 (rows, time steps); None: it does not fit."""
         leading = rank - len(self.dims)
         return leading if leading in ({1, 2} if self.spec.temporal else {1}) else None
 
@@ -110,6 +110,7 @@ class ModelTensors:
 
     def __init__(self, model: str, program: Program) -> None:
         self._model = model
+        self.keeps_state = bool(program.state)
         self.inputs = {spec.name: Tensor(spec) for spec in program.inputs}
         self.outputs = {spec.name: Tensor(spec) for spec in program.outputs}
 
@@ -127,7 +128,7 @@ class ModelTensors:
         arrays: dict[str, Array] = {}
         for given, data in zip(request.inputs, raw, strict=True):
             tensor = self.inputs[given.name]
-            shape = self._shape(tensor, given.name, tuple(given.shape), request.id)
+            shape = self._shape(tensor, tuple(given.shape), request.id)
             if rows and shape[0] != rows:
                 raise InvalidInput(
                     f"{about(request.id)}input '{given.name}' batch size does not match other inputs for"
@@ -138,8 +139,8 @@ class ModelTensors:
             arrays[given.name] = self._array(tensor, given, data, shape, request.id)
         return Inputs(arrays, rows, steps)
 
-    def of_columns(self, columns: Sequence[InputColumn]) -> tuple[Mapping[str, Array], int]:
-        """The inputs of many requests that a front has read, each with its rows, and how many time steps they have.
+    def of_columns(self, columns: Sequence[InputColumn]) -> Inputs:
+        """The inputs of many requests that a front has read, each with its rows.
 
         How many rows each request may have is not checked.
 
@@ -147,21 +148,22 @@ class ModelTensors:
             InvalidInput: as of `read`.
         """
         self._check_names([(column.name, _NAMES[column.dtype], {}) for column in columns], "")
+        rows, steps = 0, 1
         arrays: dict[str, Array] = {}
-        steps = 1
         for column in columns:
             tensor = self.inputs[column.name]
-            shape = self._shape(tensor, column.name, (1, *column.tail), "")
+            shape = self._shape(tensor, (1, *column.tail), "")
             steps = tensor.steps(shape) or steps
             arrays[column.name] = np.frombuffer(column.data, tensor.dtype).reshape(-1, *shape[1:])
-        return arrays, steps
+            rows = len(arrays[column.name])
+        return Inputs(arrays, rows, steps)
 
     def requested(self, outputs: Sequence[tuple[str, _Parameters]], request_id: str = "") -> Sequence[Tensor]:
         """The outputs that are asked for, by name and parameters, in that order; all if none is.
 
         Raises:
             InvalidInput: there is no such output, or one is asked for twice.
-            Unsupported: an output shall be classified, or put into shared memory.
+            Unsupported: an output is to be classified, or put into shared memory.
         """
         tensors: dict[str, Tensor] = {}
         for name, parameters in outputs:
@@ -197,7 +199,7 @@ class ModelTensors:
                     f" model '{self._model}' expects '{expected}'"
                 )
 
-    def _shape(self, tensor: Tensor, name: str, shape: tuple[int, ...], request_id: str) -> tuple[int, ...]:
+    def _shape(self, tensor: Tensor, shape: tuple[int, ...], request_id: str) -> tuple[int, ...]:
         """The shape for the engine: without the dimension that stands for one number."""
         leading = tensor.leading(len(shape))
         if (
@@ -207,11 +209,12 @@ class ModelTensors:
             and shape[0] <= MAX_BATCH_SIZE
         ):
             return (*shape[:leading], *tensor.spec.shape)
-        raise InvalidInput(about(request_id) + self._misfit(tensor, name, shape, leading))
+        raise InvalidInput(about(request_id) + self._misfit(tensor, shape, leading))
 
-    def _misfit(self, tensor: Tensor, name: str, shape: tuple[int, ...], leading: int | None) -> str:
+    def _misfit(self, tensor: Tensor, shape: tuple[int, ...], leading: int | None) -> str:
         """Why an input does not have this shape."""
-        what, dims = f"input '{name}' for model '{self._model}'", tensor.dims
+        name, dims = tensor.spec.name, tensor.dims
+        what = f"input '{name}' for model '{self._model}'"
         if not shape:
             return f"input '{name}' has no shape but model requires batch dimension for '{self._model}'"
         if min(shape) < 0:
@@ -233,30 +236,33 @@ class ModelTensors:
         shape: tuple[int, ...],
         request_id: str,
     ) -> Array:
-        what = f"input '{given.name}' for model '{self._model}'"
         where = f"input tensor '{given.name}' for model '{self._model}'"
-        array = (
-            None if data is not None else _read_contents(given.contents, tensor.datatype, tensor.dtype, where)
+        octets = None if data is None else np.frombuffer(data, np.uint8)
+        contents = given.contents
+        array: Array = (
+            _read_contents(contents, tensor.datatype, tensor.dtype, where) if octets is None else octets
         )
-        size = len(data or b"") if array is None else array.nbytes
         needed = math.prod(shape) * tensor.dtype.itemsize
-        if size != needed:
+        if array.nbytes != needed:
             raise InvalidInput(
-                f"{about(request_id)}input byte size mismatch for {what}. Expected {needed}, got {size}"
+                f"{about(request_id)}input byte size mismatch for input '{given.name}' for model '{self._model}'."
+                f" Expected {needed}, got {array.nbytes}"
             )
-        if array is None:
-            array = _from_raw(data or b"", tensor.dtype, where)
-        return array.reshape(shape)
+        if octets is not None and tensor.dtype.kind == "b" and (octets > 1).any():
+            raise InvalidInput(f"each byte of BOOL {where} must be 0 or 1, got {octets.max()}")
+        return array.view(tensor.dtype).reshape(shape)
 
 
-def write_outputs(
-    response: pb.ModelInferResponse, tensors: Sequence[Tensor], outputs: Mapping[str, Array]
-) -> None:
+def replied(wanted: Sequence[Tensor], outputs: Tensors) -> Tensors:
+    """The outputs that are wanted, in that order and with the dimensions that they have in this protocol."""
+    arrays = [(tensor.spec, outputs[tensor.spec.name]) for tensor in wanted]
+    return {spec.name: array if spec.shape else array[..., None] for spec, array in arrays}
+
+
+def write_outputs(response: pb.ModelInferResponse, wanted: Sequence[Tensor], outputs: Tensors) -> None:
     """Put outputs into a reply, as raw contents."""
-    for tensor in tensors:
-        array = outputs[tensor.spec.name]
-        shape = array.shape if tensor.spec.shape else (*array.shape, 1)
-        response.outputs.add(name=tensor.spec.name, datatype=tensor.datatype.name, shape=shape)
+    for tensor, array in zip(wanted, replied(wanted, outputs).values(), strict=True):
+        response.outputs.add(name=tensor.spec.name, datatype=tensor.datatype.name, shape=array.shape)
         response.raw_output_contents.append(array.tobytes())
 
 
@@ -268,25 +274,23 @@ def dims_text(dims: Sequence[int]) -> str:
 def _raw_by_index(request: pb.ModelInferRequest, model: str) -> Sequence[bytes | None]:
     """The raw contents of each input; None for those that come element by element."""
     raw = list(request.raw_input_contents)
-    for given in request.inputs:
-        if raw and given.HasField("contents"):
-            raise InvalidInput(
-                "contents field must not be specified when using raw_input_contents for"
-                f" '{given.name}' for model '{model}'"
-            )
-    if not raw and all(given.HasField("contents") for given in request.inputs):
-        return [None] * len(request.inputs)
-    if len(raw) > len(request.inputs):
+    typed = [given.name for given in request.inputs if given.HasField("contents")]
+    without = [given.name for given in request.inputs if not given.HasField("contents")]
+    if raw and typed:
+        raise InvalidInput(
+            "contents field must not be specified when using raw_input_contents for"
+            f" '{typed[0]}' for model '{model}'"
+        )
+    if len(raw) < len(without):
+        raise InvalidInput(
+            f"unable to find data for input tensor '{without[len(raw)]}' for model '{model}' in request."
+        )
+    if len(raw) > len(without):
         raise InvalidInput(
             f"raw_input_contents must have one entry for each of the {len(request.inputs)} inputs for model"
             f" '{model}'; got {len(raw)}"
         )
-    without = [given.name for given in request.inputs if not given.HasField("contents")][len(raw) :]
-    if without:
-        raise InvalidInput(
-            f"unable to find data for input tensor '{without[0]}' for model '{model}' in request."
-        )
-    return raw
+    return raw or [None] * len(typed)
 
 
 def _refuse_parameters(parameters: Mapping[str, pb.InferParameter], what: str) -> None:
@@ -305,20 +309,6 @@ def _shape_note(tensor: Tensor) -> str:
 
 def _quoted(names: Sequence[str]) -> str:
     return f"[{','.join(repr(name) for name in names)}]"
-
-
-def _from_raw(data: bytes, dtype: np.dtype[np.generic], where: str) -> Array:
-    """A read-only view of raw contents, `(n,)`. The size must be a multiple of the elements'.
-
-    Raises:
-        InvalidInput: a boolean is neither 0 nor 1.
-    """
-    if dtype.kind != "b":
-        return np.frombuffer(data, dtype)
-    octets = np.frombuffer(data, np.uint8)
-    if octets.size and octets.max() > 1:
-        raise InvalidInput(f"each byte of BOOL {where} must be 0 or 1, got {octets.max()}")
-    return octets.view(np.bool_)
 
 
 def _read_contents(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,13 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from stepwell_server.core.model_names import MAX_VERSION, is_version
 from stepwell_server.errors import InvalidInput, ModelLoading, ModelNotFound
 from stepwell_server.rpc.triton.errors import unknown_model
-from stepwell_server.rpc.triton.statistics import PassObserver, RequestStatistics, Timing
+from stepwell_server.rpc.triton.statistics import PassObserver, RequestStatistics
 from stepwell_server.rpc.triton.tensors import Inputs, ModelTensors, Tensor
 
 if TYPE_CHECKING:
     from stepwell_server.engine.engine import Engine
     from stepwell_server.program import Program
-    from stepwell_server.rpc.triton.inference import service_pb2 as pb
 
 _DIGITS = 19
 _SHOWN = 160
@@ -39,7 +37,7 @@ def read_version(text: str) -> int | None:
 
 
 class InferModel:
-    """A version of a model with what this protocol needs of it. It does not keep the program in memory."""
+    """A version of a model with what this protocol needs of it. It keeps nothing of an unloaded program in memory."""
 
     def __init__(self, name: str, version: int, program: Program, observer: PassObserver) -> None:
         self.name = name
@@ -61,17 +59,12 @@ class InferModel:
         return program
 
     def is_of(self, program: Program | None) -> bool:
-        """Whether it was made of a program."""
-        return program is not None and self._program() is program
-
-    @property
-    def is_gone(self) -> bool:
-        """Its program is not in memory any more."""
-        return self._program() is None
+        """Whether it was made of a program; None: of one that is not in memory any more."""
+        return self._program() is program
 
 
 class InferModels:
-    """The versions that are loaded; which these are, the engine says each time. Lives on the event loop."""
+    """The loaded versions, which the engine lists anew each time. Lives on the event loop."""
 
     def __init__(self, engine: Engine, observer: PassObserver) -> None:
         self._engine = engine
@@ -123,11 +116,7 @@ class InferModels:
         if len(programs) == 1:
             return None
         own = model.program
-        same = [
-            number
-            for number, program in programs.items()
-            if program.inputs == own.inputs and program.outputs == own.outputs
-        ]
+        same = [n for n, one in programs.items() if (one.inputs, one.outputs) == (own.inputs, own.outputs)]
         return None if len(same) == len(programs) else same
 
     def _programs(self, name: str) -> Mapping[int, Program]:
@@ -145,14 +134,14 @@ class InferModels:
             except ModelLoading as error:
                 return error
             except ModelNotFound:
-                pass  # it is told as Triton does
+                pass  # Triton's words are used
         return unknown_model(name, str(version))
 
     def _of(self, name: str, version: int, programs: Mapping[int, Program]) -> InferModel:
         program = programs[version]
         known = self._known.get((name, version))
         if known is None or not known.is_of(program):
-            self._known = {key: one for key, one in self._known.items() if not one.is_gone}
+            self._known = {key: one for key, one in self._known.items() if not one.is_of(None)}
             known = self._known[name, version] = InferModel(name, version, program, self._observer)
         return known
 
@@ -164,64 +153,3 @@ class Read(NamedTuple):
     outputs: Sequence[Tensor]
     """Those that are to come back."""
     inputs: Inputs
-
-
-class Reading:
-    """Reads the tensors of a request when it is known which version of its model they are for."""
-
-    def __init__(self, models: InferModels, request: pb.ModelInferRequest) -> None:
-        """Find the model.
-
-        Raises:
-            InvalidInput, ModelNotFound: as of `InferModels.find`.
-        """
-        self._models = models
-        self._request = request
-        self.asked = read_version(request.model_version)
-        """The version that the request names; None: none."""
-        self.timing = Timing(time.perf_counter_ns())
-        self.model = models.numbered(request.model_name, self.asked)
-        """The version that it is for, as far as that is known."""
-
-    def read(self, version: int | None = None) -> Read:
-        """Read them for a version; None: the one that is asked for, or is the default now.
-
-        Raises:
-            InvalidInput, Unsupported: they do not fit.
-            ModelNotFound: it is not loaded.
-        """
-        began = time.perf_counter_ns()
-        self.model = self._models.numbered(self._request.model_name, version or self.asked)
-        tensors = self.model.tensors
-        read = Read(self.model, self._outputs_of(self.model), tensors.read(self._request))
-        # what the request waited for before is the queue's
-        self.timing.read = self.timing.arrived + time.perf_counter_ns() - began
-        return read
-
-    def read_answered(self, version: int) -> Read:
-        """Read them for the version that has answered the request before, or the one asked for if it is not loaded."""
-        is_loaded = self._models.known(self._request.model_name, version) is not None
-        return self.read(version if is_loaded else None)
-
-    def answered(self, read: Read, version: int, names: Collection[str]) -> Read:
-        """As read, for the version that gave the answer with outputs of these names.
-
-        It is another one than was expected where the default has moved meanwhile.
-
-        Raises:
-            ModelNotFound: nobody knows any more what its outputs were.
-        """
-        if (
-            version
-            and version != read.model.version
-            and (model := self._models.known(read.model.name, version))
-        ):
-            self.model = model
-            read = Read(model, self._outputs_of(model), read.inputs)
-        if any(tensor.spec.name not in names for tensor in read.outputs):
-            raise unknown_model(read.model.name, str(version))
-        return read
-
-    def _outputs_of(self, model: InferModel) -> Sequence[Tensor]:
-        wanted = [(output.name, output.parameters) for output in self._request.outputs]
-        return model.tensors.requested(wanted, self._request.id)
