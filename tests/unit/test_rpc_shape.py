@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 
 from stepwell.v1 import models_pb2, sessions_pb2, tensors_pb2
 from stepwell.v1 import sessions_pb2 as pb
+from stepwell_server.rpc.fronts.python import check_shape
 from stepwell_server.rpc.fronts.shape import (
     MAX_ENTRIES,
     MAX_NAME_BYTES,
@@ -32,7 +33,7 @@ UNKNOWN = b"\x9a\x06"
 
 def _refused(request: Message, more: bytes = b"") -> str | None:
     descriptor: Any = request.DESCRIPTOR
-    error = Shape(descriptor).check(request.SerializeToString() + more)
+    error = check_shape(Shape(descriptor), request.SerializeToString() + more)
     return None if error is None else error.message
 
 
@@ -132,7 +133,7 @@ def test_everything_else_is_bounded_in_all(more: bytes) -> None:
 
 @pytest.mark.parametrize("raw", [bytes(2000), b"\x9b\x06" + bytes(2000), b"\x0a\xff\xff\x7f" + bytes(2000)])
 def test_bytes_that_are_no_message_are_refused_as_such(raw: bytes) -> None:
-    error = Shape(pb.GetSessionRequest.DESCRIPTOR).check(raw)
+    error = check_shape(Shape(pb.GetSessionRequest.DESCRIPTOR), raw)
     assert error is not None
     assert (
         error.message
@@ -185,4 +186,4 @@ def test_each_text_of_each_request_is_bounded(method: Any) -> None:
 
 
 def test_small_requests_are_not_looked_at() -> None:
-    assert Shape(pb.GetSessionRequest.DESCRIPTOR).check(b"\xff" * MAX_NAME_BYTES) is None
+    assert check_shape(Shape(pb.GetSessionRequest.DESCRIPTOR), b"\xff" * MAX_NAME_BYTES) is None

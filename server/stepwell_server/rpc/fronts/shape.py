@@ -1,8 +1,8 @@
 """What a request may hold before protobuf parses it: names, lists and the bytes of everything else are bounded.
 
 The rules come from the protocol's descriptors, once for each method. The native front checks them on the wire
-(`shape.rs`), so that Python never sees the bytes of a message that breaks one; `Shape.check` is its twin for the front in
-Python. Both name the same field of the same message.
+(`shape.rs`), so that Python never sees the bytes of a message that breaks one; the front in Python checks them where it
+takes a message (`python.check_shape`). Both name the same field of the same message.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ MAX_ELEMENTS = 1 << 20
 """Entries of a list of numbers that stands for a tensor or a mask of its rows."""
 MAX_SMALL_BYTES = 1 << 20
 """Bytes of a message beside its lists and the fields of `_LARGE`."""
-_SMALL, _MALFORMED = -1, -2
+SMALL, MALFORMED = -1, -2
+"""In place of a rule: too many bytes beside lists and large fields; no message."""
 _LONG = 4096
 #: Fields that hold tensors, records and files, and so as much as a message may.
 _LARGE = frozenset(
@@ -100,20 +101,6 @@ _FIXED = {
         Kind.FIXED64,
     ),
 }
-#: The wire types with which a field of each kind comes; with others protobuf takes it for an unknown one.
-_WIRE_TYPES = {
-    Kind.NAME: (2,),
-    Kind.LARGE: (2,),
-    Kind.MESSAGE: (2,),
-    Kind.VARINTS: (0, 2),
-    Kind.FIXED32: (5, 2),
-    Kind.FIXED64: (1, 2),
-}
-
-
-#: Lists whose entries are passed over in runs, while their size is below this.
-_RUNS = {Kind.NAME: 0x80, Kind.MESSAGE: 1}
-_CONTINUED = bytes(range(0x80, 0x100))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,22 +120,14 @@ class Rule:
     """The node of a `MESSAGE`; else 0."""
 
 
-class _Breach(Exception):
-    """A message breaks a rule: see `Shape.error`."""
-
-    def __init__(self, rule: int, size: int = 0) -> None:
-        super().__init__(rule, size)
-        self.rule = rule
-        self.size = size
-
-
 class Shape:
     """The rules of one method's requests. Immutable; for any thread."""
 
     def __init__(self, request: Descriptor) -> None:
         self._name = request.full_name
-        self._rules: list[Rule] = []
-        self._nodes: list[dict[int, Rule]] = []
+        self.rules: list[Rule] = []
+        self.nodes: list[dict[int, Rule]] = []
+        """The rules of each message within the request, by field number; the request itself is the first."""
         self._add_nodes(request)
 
     @property
@@ -159,33 +138,23 @@ class Shape:
                 (number, int(rule.kind), rule.child or rule.max_bytes, rule.max_entries)
                 for number, rule in node.items()
             ]
-            for node in self._nodes
+            for node in self.nodes
         ]
-
-    def check(self, raw: bytes) -> InvalidInput | None:
-        """The error of a request that breaks a rule; None if it breaks none."""
-        if len(raw) <= MAX_NAME_BYTES:
-            return None
-        try:
-            _Scan(self._nodes, len(self._rules)).message(raw, 0, len(raw), 0)
-        except _Breach as breach:
-            return self.error(breach.rule, len(raw) if breach.rule == _MALFORMED else breach.size)
-        return None
 
     def error(self, rule: int, size: int) -> InvalidInput:
         """What a caller is answered whose request breaks a rule.
 
         Args:
-            rule: The rule's index; -1: too many bytes beside lists and large fields; -2: the bytes are no message.
+            rule: The rule's index, `SMALL` or `MALFORMED`.
             size: Bytes of the name, or of what is no message; 0: a list has too many entries.
         """
-        if rule == _MALFORMED:
+        if rule == MALFORMED:
             return not_a_message(self._name, size)
-        if rule == _SMALL:
+        if rule == SMALL:
             return InvalidInput(
                 f"request must have at most {MAX_SMALL_BYTES} bytes beside lists, tensors, records and files; got more"
             )
-        broken = self._rules[rule]
+        broken = self.rules[rule]
         if size:
             return InvalidInput(f"{broken.path} must have at most {broken.max_bytes} bytes; got {size}")
         return InvalidInput(f"{broken.path} must have at most {broken.max_entries} entries; got more")
@@ -206,10 +175,10 @@ class Shape:
                     child = len(waiting)
                     waiting.append((field.message_type, f"{where}."))
                 max_bytes = _LIMITS.get(field.full_name, MAX_NAME_BYTES) if kind is Kind.NAME else 0
-                rule = Rule(len(self._rules), where, kind, max_bytes, _max_entries(field, kind), child)
+                rule = Rule(len(self.rules), where, kind, max_bytes, _max_entries(field, kind), child)
                 node[field.number] = rule
-                self._rules.append(rule)
-            self._nodes.append(node)
+                self.rules.append(rule)
+            self.nodes.append(node)
 
 
 def not_a_message(name: str, size: int) -> InvalidInput:
@@ -234,123 +203,3 @@ def _max_entries(field: FieldDescriptor, kind: Kind) -> int:
     if field.full_name in _ELEMENTS:
         return MAX_ELEMENTS
     return _ENTRIES.get(field.full_name, MAX_TENSORS if kind is Kind.MESSAGE else MAX_ENTRIES)
-
-
-class _Scan:
-    """What has been seen of a message: as `Scan` in shape.rs."""
-
-    def __init__(self, nodes: list[dict[int, Rule]], rules: int) -> None:
-        self._nodes = nodes
-        self._entries = [0] * rules
-        self._small = 0
-
-    def message(self, raw: bytes, at: int, end: int, node: int) -> None:
-        """Look at a message, or at a part of one.
-
-        Raises:
-            _Breach: a rule is broken.
-        """
-        rules = self._nodes[node]
-        while at < end:
-            begin = at
-            key = raw[at]
-            if key < 0x80:
-                at += 1
-            else:
-                key, at = _varint(raw, at, end)
-            if not 0 < key >> 3 < 1 << 32:
-                raise _Breach(_MALFORMED)
-            rule = rules.get(key >> 3)
-            if rule is not None and rule.max_entries and rule.kind in _RUNS and key < 0x80:
-                at = self._run(rule, raw, begin, end)
-                if at > begin:
-                    continue
-                at += 1
-            start, at = _value(raw, at, end, key & 7)
-            if rule is None or key & 7 not in _WIRE_TYPES[rule.kind]:
-                self._add_small(at - begin)
-            elif rule.kind is Kind.NAME:
-                if at - start > rule.max_bytes:
-                    raise _Breach(rule.index, at - start)
-                self._add(rule, 1, at - begin)
-            elif rule.kind is Kind.LARGE:
-                self._add(rule, 1, start - begin)
-            elif rule.kind is Kind.MESSAGE:
-                self._add(rule, 1, start - begin)
-                if start < at:
-                    self.message(raw, start, at, rule.child)
-            elif key & 7 == 2:
-                self._add_small(start - begin)
-                self._add(rule, _packed(rule, raw, start, at), 0)
-            else:
-                self._add(rule, 1, 0)
-
-    def _run(self, rule: Rule, raw: bytes, at: int, end: int) -> int:
-        """Pass over short names, or empty messages, of a list that follow one another. Returns where they end.
-
-        A list of very many sessions is read so in a tenth of the time.
-        """
-        key, begin, count, too_long = raw[at], at, 0, _RUNS[rule.kind]
-        last = end - 1
-        if key & 7 != 2:
-            return begin
-        while at < last and raw[at] == key and (size := raw[at + 1]) < too_long:
-            at += 2 + size
-            count += 1
-        if at > end:
-            raise _Breach(_MALFORMED)
-        if count:
-            self._add(rule, count, 0)
-        return at
-
-    def _add(self, rule: Rule, entries: int, size: int) -> None:
-        if not rule.max_entries:
-            self._add_small(size)
-            return
-        self._entries[rule.index] += entries
-        if self._entries[rule.index] > rule.max_entries:
-            raise _Breach(rule.index)
-
-    def _add_small(self, size: int) -> None:
-        self._small += size
-        if self._small > MAX_SMALL_BYTES:
-            raise _Breach(_SMALL)
-
-
-def _packed(rule: Rule, raw: bytes, start: int, end: int) -> int:
-    """Entries of a packed list, or any number above the limit."""
-    size = end - start
-    if rule.kind is not Kind.VARINTS:
-        return size // (4 if rule.kind is Kind.FIXED32 else 8)
-    if size > 10 * rule.max_entries:  # a number has at most 10 bytes, the last of them below 128
-        return size
-    return len(raw[start:end].translate(None, _CONTINUED))
-
-
-def _value(raw: bytes, at: int, end: int, wire_type: int) -> tuple[int, int]:
-    """Where the next field's value begins and ends."""
-    if wire_type == 0:
-        _, at = _varint(raw, at, end)
-        return at, at
-    if wire_type == 2:
-        size, at = _varint(raw, at, end)
-    elif wire_type in (1, 5):
-        size = 8 if wire_type == 1 else 4
-    else:
-        raise _Breach(_MALFORMED)  # groups are none of this protocol's
-    if size > end - at:
-        raise _Breach(_MALFORMED)
-    return at, at + size
-
-
-def _varint(raw: bytes, at: int, end: int) -> tuple[int, int]:
-    value = shift = 0
-    for place in range(at, min(at + 10, end)):
-        byte = raw[place]
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            if value >= 1 << 64:
-                break
-            return value, place + 1
-        shift += 7
-    raise _Breach(_MALFORMED)
