@@ -1,4 +1,4 @@
-"""SessionService: convert, delegate, convert back. StepStream is in `stream`."""
+"""SessionService: convert, delegate, convert back. Step and ResetStates are in `messages`, StepStream is in `stream`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.engine.api import Applied, Opened
-from stepwell_server.engine.change import Awaited, Change
+from stepwell_server.engine.api import Opened
 from stepwell_server.rpc import convert, naming, tensors
 from stepwell_server.rpc.services import admin
 from stepwell_server.rpc.status import to_proto
 from stepwell_server.rpc.steps import messages
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits, Streams
-from stepwell_server.rpc.tracing import TRACES
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
     from stepwell_server.rpc.tracing import Tracer
 
 
-class SessionServicer(admin.Administration):
+class SessionServicer(messages.UnaryChanges, admin.Administration):
     """The calls of SessionService, each by its name in snake case. Lives on the event loop."""
 
     def __init__(
@@ -116,20 +114,6 @@ class SessionServicer(admin.Administration):
         """Describe a session."""
         info = await self._engine.session_info(naming.inner(call.who, request.session_id))
         return pb.GetSessionResponse(session=convert.from_session(info))
-
-    async def step(self, request: pb.StepRequest, call: Call) -> pb.StepResponse:
-        """Advance a session."""
-        answer = Awaited()
-        change = messages.of_step(request, answer, call.who)
-        as_values = tensors.wants_values(request.tensor_format, request.inputs)
-        messages.limit_reply(change, tensors.reply_limit(self._max_reply_bytes, as_values=as_values))
-        return messages.step_reply(await self._apply(change, answer, call), as_values=as_values)
-
-    async def reset_states(self, request: pb.ResetStatesRequest, call: Call) -> pb.ResetStatesResponse:
-        """Set the state of a session, or of some of its rows."""
-        answer = Awaited()
-        change = messages.of_reset(request, answer, call.who)
-        return messages.reset_reply(await self._apply(change, answer, call))
 
     async def get_state(self, request: pb.GetStateRequest, call: Call) -> pb.GetStateResponse:
         """Read the state of a session."""
@@ -223,9 +207,3 @@ class SessionServicer(admin.Administration):
             self._auditor,
         )
         await self._streams.run(stream)
-
-    async def _apply(self, change: Change, answer: Awaited, call: Call) -> Applied:
-        change.deadline, change.caller = call.deadline, call.caller
-        change.traces = TRACES.get()
-        self._engine.submit(change)
-        return await answer.get()

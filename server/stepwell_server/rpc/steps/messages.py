@@ -1,8 +1,9 @@
-"""Between the messages of steps and resets and the engine's changes."""
+"""Steps and resets between messages and the engine's changes: the unary calls, and the messages of frames."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,11 +11,16 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core.callers import Caller
 from stepwell_server.core.sessions import MAX_RESET_POSITION
 from stepwell_server.engine.api import Applied, Select
-from stepwell_server.engine.change import Change, Replies, Reply
+from stepwell_server.engine.change import Awaited, Change, Replies, Reply
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import InvalidInput, ServerError
 from stepwell_server.rpc import convert, naming, tensors
 from stepwell_server.rpc.status import to_proto
+from stepwell_server.rpc.tracing import TRACES
+
+if TYPE_CHECKING:
+    from stepwell_server.engine.engine import Engine
+    from stepwell_server.rpc.fronts.base import Call
 
 FrameBody = pb.StepFrame | pb.ResetFrame
 #: Bytes that a member of a reply takes beside its outputs: index, revision, position, replayed index.
@@ -36,13 +42,40 @@ _STATES: dict[int, Select] = {
 }
 
 
+class UnaryChanges:
+    """Step and ResetStates, whose servicer has the attributes named here. Lives on the event loop."""
+
+    _engine: Engine
+    _max_reply_bytes: int
+
+    async def step(self, request: pb.StepRequest, call: Call) -> pb.StepResponse:
+        """Advance a session."""
+        answer = Awaited()
+        change = of_step(request, answer, call.who)
+        as_values = tensors.wants_values(request.tensor_format, request.inputs)
+        limit_reply(change, tensors.reply_limit(self._max_reply_bytes, as_values=as_values))
+        return step_reply(await self._apply(change, answer, call), as_values=as_values)
+
+    async def reset_states(self, request: pb.ResetStatesRequest, call: Call) -> pb.ResetStatesResponse:
+        """Set the state of a session, or of some of its rows."""
+        answer = Awaited()
+        change = of_reset(request, answer, call.who)
+        return reset_reply(await self._apply(change, answer, call))
+
+    async def _apply(self, change: Change, answer: Awaited, call: Call) -> Applied:
+        change.deadline, change.caller = call.deadline, call.caller
+        change.traces = TRACES.get()
+        self._engine.submit(change)
+        return await answer.get()
+
+
 def of_step(request: pb.StepRequest, replies: Replies, who: Caller) -> Change:
     """The change that a unary Step asks for.
 
     Raises:
         InvalidInput: it is none.
     """
-    change = _of_one(request.session_id, replies, who)
+    change = Change((naming.inner(who, request.session_id),), replies, who=who)
     change.inputs = tensors.to_arrays(request.inputs, "inputs")
     _say_step(change, request)
     change.rows = list(request.rows) or None
@@ -57,7 +90,7 @@ def of_reset(request: pb.ResetStatesRequest, replies: Replies, who: Caller) -> C
     Raises:
         InvalidInput: it is none.
     """
-    change = _of_one(request.session_id, replies, who)
+    change = Change((naming.inner(who, request.session_id),), replies, who=who)
     change.reset = True
     change.state = tensors.to_optional_arrays(request.state, "state")
     change.rows = list(request.rows) or None
@@ -70,10 +103,6 @@ def of_reset(request: pb.ResetStatesRequest, replies: Replies, who: Caller) -> C
     change.position = request.position
     _say_once(change, request)
     return change
-
-
-def _of_one(session_id: str, replies: Replies, who: Caller) -> Change:
-    return Change((naming.inner(who, session_id),), replies, who=who)
 
 
 def limit_reply(change: Change, limit: int) -> None:
