@@ -120,7 +120,7 @@ class Boundary:
         codes: Collection[str] = ANY_CODE,
     ) -> Serve:
         """Serves a method of one request and one reply, which may end with these status codes."""
-        auditor, keeps_bytes = self._auditor, self._keeps_bytes
+        auditor, tracer = self._auditor, self._tracer
 
         async def answer(call: Call) -> bytes:
             if call.refusal is not None:
@@ -128,7 +128,7 @@ class Boundary:
             request = parse(request_type, call.request)
             if auditor is not None:
                 auditor.parsed(method, request)
-            if not keeps_bytes():
+            if tracer is None and not _log.is_debug:  # else the end of the call looks at the bytes
                 call.request = b""  # one copy of a large request is enough
             try:
                 message = await behaviour(request, call)
@@ -279,10 +279,6 @@ class Boundary:
         if auditor is not None:
             auditor.refused(method, call, known)
         return status, known.reason
-
-    def _keeps_bytes(self) -> bool:
-        """Whether the end of a call still looks at its request: for traces and the log of requests."""
-        return _log.is_debug or self._tracer is not None
 
 
 def served_at(

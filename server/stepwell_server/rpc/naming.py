@@ -6,7 +6,7 @@ caller cannot name a session of another tenant: what it says is in its own names
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import Caller, is_name
@@ -17,7 +17,7 @@ from stepwell_server.rpc.access import ALL_TENANTS, TENANT_KEY
 _DECIDING = ("authorization", TENANT_KEY)
 
 
-def require_once(keys: Collection[str]) -> None:
+def require_once(keys: Sequence[str]) -> None:
     """Refuse a call whose metadata says more than once who calls, or for which tenant.
 
     Args:
@@ -27,7 +27,7 @@ def require_once(keys: Collection[str]) -> None:
         InvalidInput: it does.
     """
     for key in _DECIDING:
-        count = sum(each == key for each in keys)
+        count = keys.count(key)
         if count > 1:
             raise InvalidInput(f"{key} must be sent at most once; got {count}")
 

@@ -201,12 +201,12 @@ class _Replies:
         """See `base.ColumnReplies`."""
         some = None if members is None else members.astype(np.uint32).tobytes()
         columns = (revisions.tobytes(), positions.tobytes(), outputs)
-        return _ended(*self._batch.applied(some, *columns, replayed, model_version))
+        return Ended(*map(_times, self._batch.applied(some, *columns, replayed, model_version)))
 
     def failed(self, members: Members | None, status: Status, error: bytes) -> Ended:
         """See `base.ColumnReplies`."""
         some = None if members is None else members.astype(np.uint32).tobytes()
-        return _ended(*self._batch.failed(some, _wire_status(status), error))
+        return Ended(*map(_times, self._batch.failed(some, _wire_status(status), error)))
 
     def request(self, member: int) -> bytes:
         """See `base.ColumnReplies`."""
@@ -583,10 +583,6 @@ def _wire_status(status: Status) -> _WireStatus:
     """A status as the wire takes it."""
     details = next((value for _, value in status.trailers), b"")
     return int(status.code), status.message, details, status.may_go_elsewhere
-
-
-def _ended(calls: bytes, messages: bytes) -> Ended:
-    return Ended(_times(calls), _times(messages))
 
 
 def _times(raw: bytes) -> F64:
