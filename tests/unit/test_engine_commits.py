@@ -14,7 +14,7 @@ import pytest
 from stepwell_server.engine.commit import group_commit
 from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.errors import Internal, ServerError, Unavailable
-from stepwell_server.store.access import lanes
+from stepwell_server.store.access import lanes, thread
 from stepwell_server.store.access.lanes import MANY
 from stepwell_server.store.base import SMALL, Batch, Committed, LocalStore
 from stepwell_server.store.in_process import InProcessStore
@@ -375,65 +375,6 @@ async def test_small_changes_do_not_wait_for_a_checkpoint(
     assert told.names == "Lmabc"
 
 
-async def test_what_is_small_comes_before_a_checkpoint_and_before_what_is_large_behind_it(
-    logged: tuple[Logged, Commits, Told],
-) -> None:
-    store, commits, told = logged
-    store.waits_for_disk = True
-    checkpoint, kept_before = store.checkpoint, list[int]()
-
-    def noted(*, briefly: bool = False) -> None:
-        if store.needs_checkpoint:
-            kept_before.append(len(store.batches))
-        checkpoint(briefly=briefly)
-
-    store.checkpoint = noted  # type: ignore[method-assign]
-    told.submit("a", size=SMALL)
-    told.submit("b", size=MANY + 1)
-    told.submit("c")
-    store.needs_checkpoint = True
-    store.gate.set()
-    await commits.idle()
-    assert told.names == "Labc"
-    assert ["".join(i for i, _ in batch.puts) for batch in store.batches] == ["L", "a", "bc"]
-    assert commits.close(WAIT_S)
-    assert kept_before == [3], "after the last small one"
-
-
-@pytest.mark.parametrize("has_log", [True, False])
-async def test_changes_are_no_part_of_a_transaction_where_they_can_be_logged(has_log: bool) -> None:
-    store = Logged(waits_for_disk=True)
-    store.has_log = has_log
-    commits = Commits(store)
-    told = Told(commits, store)
-    store.gate.clear()
-    told.submit("m", is_change=True)
-    await inside(store)
-    for name in "abcd":
-        told.submit(name, is_change=name in "ab")
-    told.submit("e", size=SMALL + 1, is_change=True)
-    store.gate.set()
-    await commits.idle()
-    assert commits.close(WAIT_S)
-    together = ["m", "ab", "cd", "e"] if has_log else ["m", "abcde"]
-    assert ["".join(i for i, _ in batch.puts) for batch in store.batches] == together
-
-
-async def test_beside_small_changes_that_wait_for_the_disk_sessions_begin_few_at_a_time(
-    logged: tuple[Logged, Commits, Told], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lanes, "MAX_BESIDE", 3)
-    monkeypatch.setattr(lanes, "TURNS_BESIDE", 3)
-    store, commits, told = logged
-    told.submit("x", is_change=True)
-    for name, size in (("a", 1), ("b", 2), ("c", 1), ("d", 4), ("e", 3), ("f", 1), ("g", 1)):
-        told.submit(name, size=size)
-    store.gate.set()
-    await commits.idle()
-    together = ["L", "ab", "c", "d", "efg"] if store.waits_for_disk else ["L", "abcdefg"]
-    assert ["".join(i for i, _ in batch.puts) for batch in store.batches] == together
-
-
 async def test_what_was_put_after_a_wake_up_is_done_before_the_end() -> None:
     store = Logged(waits_for_disk=True)
     commits = Commits(store)
@@ -479,7 +420,7 @@ async def test_in_place_little_is_checkpointed_at_once_until_it_has_kept_up() ->
 async def test_a_transaction_takes_only_so_much(
     slow: tuple[Slow, Commits, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "MAX_RECORDS", 10)
+    monkeypatch.setattr(thread, "MAX_RECORDS", 10)
     store, commits, told = slow
     store.gate.clear()
     told.submit("a", size=HUGE)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 
 from stepwell_server.core.cost import Cost
-from stepwell_server.store.access.batches import MAX_RECORDS, fail, keep, merged
+from stepwell_server.store.access.batches import fail, keep, merged
 from stepwell_server.store.access.thread import StoreThread
 from stepwell_server.store.base import SMALL, Answer, LocalStore, Write
 
@@ -23,10 +23,6 @@ COMMIT_IN_PLACE_S = 1e-3
 MANY = 256
 #: So many records may be due to be checkpointed; then it is a thread that commits more, and checkpoints them.
 MAX_BEHIND = 4096
-#: Beside small changes that wait for the disk, so many sessions begin or end in one transaction: each is a page or two
-#: somewhere, and a small write waits at the disk for all of a transaction's. "Beside" are so many turns of the thread
-#: after each: a second or so.
-MAX_BESIDE, TURNS_BESIDE = 8, 1024
 
 
 class Lanes:
@@ -43,13 +39,9 @@ class Lanes:
         """Of those that the first thread has: what is no mere change of sessions."""
         self._changes = 0
         """And how many sessions the changes are of."""
-        self._turns = self._beside_until = 0
-        """How many the first thread had; and will have had when small changes have not come for long."""
         self._will_checkpoint = False
-        self._main = StoreThread("stepwell-store", self._commit, self._goes_along)
-        self._small = StoreThread(
-            "stepwell-store-log", self._append, lambda _items, size, _found: size < MAX_RECORDS
-        )
+        self._main = StoreThread("stepwell-store", self._commit)
+        self._small = StoreThread("stepwell-store-log", self._append)
 
     def commit(self, write: Write) -> Answer | None:
         """See `Store.commit`."""
@@ -103,8 +95,6 @@ class Lanes:
         self._handed_over += 1
         if write.size <= (SMALL if write.is_latency_sensitive and self._changes > MANY else MANY):
             write.make()
-        if write.is_change and write.is_small and self._store.waits_for_disk:
-            self._beside_until = self._turns + TURNS_BESIDE
         write.passes = self._passes(write)
         if write.passes:
             self._small.put(write)
@@ -131,18 +121,6 @@ class Lanes:
         else:
             self._others += by
 
-    def _goes_along(self, writes: Sequence[Write], size: int, found: Write) -> bool:
-        """For the first thread.
-
-        What is small does not wait for what is many behind it. And no change becomes part of a transaction where it can
-        be written to a log.
-        """
-        if self._store.has_log and found.is_change != writes[0].is_change:
-            return False
-        if not found.is_change and self._turns < self._beside_until and size + found.size > MAX_BESIDE:
-            return False
-        return size < MAX_RECORDS and not (size <= SMALL and found.size > MANY)
-
     def _append(self, writes: Sequence[Write]) -> bool:
         """Small changes, on their thread; False if nobody is left to be told."""
         if not self._try_append(writes):
@@ -163,7 +141,6 @@ class Lanes:
 
     def _commit(self, writes: Sequence[Write]) -> bool:
         """All else. Nothing at all is a wake-up: there is something to checkpoint."""
-        self._turns += 1
         size = sum(write.size for write in writes)
         started = time.perf_counter()
         keep(writes, self._store.commit)
@@ -174,7 +151,7 @@ class Lanes:
             # before anything is told: then the event loop may use the store
             self._store.checkpoint()
         goes_on = self._report(writes)
-        if waits_for_disk and goes_on and not self._main.has_small:  # they come first; those after them pass
+        if waits_for_disk and goes_on:  # small changes pass it
             self._store.checkpoint()
         return goes_on
 
