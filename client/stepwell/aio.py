@@ -12,34 +12,24 @@ open `client` and `session`.
 
 from __future__ import annotations
 
-import asyncio
-import functools
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 from stepwell._admin.aio_calls import AsyncAdminCalls
 from stepwell._admin.aio_model_calls import AsyncModelCalls
-from stepwell._base.flow import Ask, Call, Exchange, Flow, Lookup, Notify, Pause, drive_async
+from stepwell._base.bearer import AsyncToken
+from stepwell._base.flow import Flow
 from stepwell._base.metadata import Metadata
 from stepwell._base.tracebacks import end_here, ends_here
-from stepwell._batching.lanes import Exchanges
-from stepwell._batching.steps import Step
-from stepwell._core.aio_connections import AsyncConnection, AsyncConnections
-from stepwell._core.core import Core
-from stepwell._core.finisher import AsyncFinisher
+from stepwell._core.aio_driver import AsyncDriver
 from stepwell._core.group_core import GroupCore
 from stepwell._core.group_tracker import GroupTracker
-from stepwell._core.observer import notify_async
 from stepwell._core.tracker import SessionTracker
-from stepwell._routing.lookup import look_up_async
 from stepwell._routing.replica import ReplicaInfo
 from stepwell._state import display
 from stepwell._state.infos import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo, SlowSession
 from stepwell._state.state import State, States
-from stepwell._transport import channel
-from stepwell._transport.aio_stream import exchange_some
-from stepwell._transport.tokens import AsyncToken
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
 from stepwell.config import (
@@ -162,23 +152,8 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
     def __init__(self, config: ClientConfig, *, coalesce: bool = True) -> None:
         check_switch("coalesce", coalesce)
         self._config = config
-        self._coalesce = coalesce
-        self._finisher = AsyncFinisher(self._answer)
-        self._core = Core(config, finish=self._finisher.add)
-        self._closing = asyncio.Event()
-
-    # Made by the first call, because a channel belongs to a running event loop.
-
-    @functools.cached_property
-    def _only(self) -> AsyncConnection:
-        """To the server, where there is one."""
-        known = channel.tokens(self._config)
-        return AsyncConnection(self._config, self._core.retrier, known, None, coalesce=self._coalesce)
-
-    @functools.cached_property
-    def _routed(self) -> AsyncConnections:
-        """To its replicas, where there are several."""
-        return AsyncConnections(self._config, self._core.retrier, coalesce=self._coalesce)
+        self._driver = AsyncDriver(config, coalesce=coalesce)
+        self._core = self._driver.core
 
     @property
     def address(self) -> str:
@@ -207,7 +182,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
             >>> [model.name for model in await client.models()]
             ['forecast']
         """
-        return await self._run(self._core.models(self._core.deadline(timeout_s)))
+        return await self._driver.run(self._core.models(self._core.deadline(timeout_s)))
 
     async def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
         """The server: what speaks to the network, and all models.
@@ -216,7 +191,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
             >>> (await client.server_info()).front in ("native", "python")
             True
         """
-        return await self._run(self._core.server_info(self._core.deadline(timeout_s)))
+        return await self._driver.run(self._core.server_info(self._core.deadline(timeout_s)))
 
     async def slow_sessions(self, *, limit: int = 10, timeout_s: float | None = None) -> list[SlowSession]:
         """Sessions with the slowest steps of the last minute, the slowest first.
@@ -227,7 +202,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
             >>> (await client.slow_sessions(limit=1))[1:]
             []
         """
-        return await self._run(self._core.slow_sessions(limit, self._core.deadline(timeout_s)))
+        return await self._driver.run(self._core.slow_sessions(limit, self._core.deadline(timeout_s)))
 
     async def model(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
         """One model.
@@ -238,7 +213,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
             >>> [tensor.shape for tensor in (await client.model("forecast")).inputs]
             [(3,)]
         """
-        return await self._run(self._core.model(name, self._core.deadline(timeout_s)))
+        return await self._driver.run(self._core.model(name, self._core.deadline(timeout_s)))
 
     def open_session(
         self,
@@ -269,7 +244,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
 
     @ends_here
     async def _session(self, flow: Flow[SessionTracker], owned: bool) -> AsyncSession:
-        return AsyncSession(self, await self._run(flow), owned=owned)
+        return AsyncSession(self._driver, await self._driver.run(flow), owned=owned)
 
     def open_sessions(
         self,
@@ -301,7 +276,9 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
 
     @ends_here
     async def _group(self, flow: Flow[GroupTracker], owned: bool) -> AsyncSessionGroup:
-        return AsyncSessionGroup(self, GroupCore(self._core, await self._run(flow)), owned=owned)
+        return AsyncSessionGroup(
+            self._driver, GroupCore(self._core, await self._driver.run(flow)), owned=owned
+        )
 
     async def predict(
         self,
@@ -321,7 +298,9 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
             >>> y.shape, state.batch_size
             ((5, 1), 5)
         """
-        return await self._run(self._core.predict(model, x, state, self._core.deadline(timeout_s), reset))
+        return await self._driver.run(
+            self._core.predict(model, x, state, self._core.deadline(timeout_s), reset)
+        )
 
     async def session_info(self, session_id: str, *, timeout_s: float | None = None) -> SessionInfo:
         """One session as of its last completed change. Does not count as use of it.
@@ -332,7 +311,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
             >>> (await client.session_info(session.id)).model
             'forecast'
         """
-        return await self._run(self._core.session_info(session_id, self._core.deadline(timeout_s)))
+        return await self._driver.run(self._core.session_info(session_id, self._core.deadline(timeout_s)))
 
     async def close_session(self, session_id: str, *, timeout_s: float | None = None) -> None:
         """Deletes a session and its state.
@@ -342,7 +321,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
         Example:
             >>> await client.close_session((await client.open_session("forecast")).id)
         """
-        await self._run(self._core.close_session(session_id, self._core.deadline(timeout_s)))
+        await self._driver.run(self._core.close_session(session_id, self._core.deadline(timeout_s)))
 
     async def close(self) -> None:
         """Ends the connection; calls under way end with `ClosedError`. Sessions stay on the server.
@@ -350,16 +329,14 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
         Example:
             >>> await stepwell.aio.connect(address).close()
         """
-        await self._finisher.close()
-        self._closing.set()
-        await (self._only if self._core.router is None else self._routed).close()
+        await self._driver.close()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.address!r})"
 
     def _repr_html_(self) -> str:
         return display.facts_html(
-            display.handle(type(self).__name__, is_closed=self._closing.is_set()), self._facts()
+            display.handle(type(self).__name__, is_closed=self._driver.is_closed), self._facts()
         )
 
     def _facts(self) -> dict[str, object]:
@@ -372,44 +349,3 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-    async def _run(self, flow: Flow[T]) -> T:
-        """Runs a flow of the core to its result."""
-        return await drive_async(self._core.watched(flow), self._answer)
-
-    def _answer(self, ask: Ask) -> Awaitable[Any]:
-        if self._core.router is not None and not isinstance(ask, Notify | Pause):
-            return _answer_routed(self._routed, ask, self._config.connect_timeout_s)
-        if isinstance(ask, Step):
-            return self._only.step(ask)
-        if isinstance(ask, Call):
-            return self._only.transport.invoke(ask)
-        if isinstance(ask, Exchange):
-            return self._only.link.exchange(ask)
-        if isinstance(ask, Notify):
-            return notify_async(ask)
-        assert isinstance(ask, Pause)
-        return self._pause(ask.seconds if ask.is_waited else 0.0)
-
-    async def _pause(self, seconds: float) -> None:
-        if self._closing.is_set():
-            raise channel.closed()
-        if seconds <= 0:
-            return
-        try:
-            await asyncio.wait_for(self._closing.wait(), seconds)
-        except TimeoutError:
-            return
-        raise channel.closed()
-
-
-def _answer_routed(connections: AsyncConnections, ask: Ask, connect_timeout_s: float) -> Awaitable[Any]:
-    """Answers what is asked of replicas."""
-    if isinstance(ask, Exchanges):
-        return exchange_some(ask, lambda replica: connections.to(replica).link)
-    if isinstance(ask, Lookup):
-        return look_up_async(ask, connect_timeout_s)
-    assert isinstance(ask, Step | Call)
-    assert ask.to is not None
-    connection = connections.to(ask.to)
-    return connection.step(ask) if isinstance(ask, Step) else connection.transport.invoke(ask)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwell._base.tracebacks import end_here
 from stepwell._batching.frames import Counts
+from stepwell._core.aio_driver import AsyncDriver
 from stepwell._core.group_core import GroupCore, Members
 from stepwell._core.turns import AsyncMemberLock
 from stepwell._state import display
@@ -17,9 +18,6 @@ from stepwell._state.infos import Inputs, Mask, Outputs, OutputSelection, Rows, 
 from stepwell._state.state import State, States
 from stepwell._state.trace import Trace
 from stepwell.aio_session import AsyncHandle, AsyncSession, Opening
-
-if TYPE_CHECKING:
-    from stepwell.aio import AsyncClient
 
 
 @end_here
@@ -59,9 +57,9 @@ class AsyncSessionGroup(AsyncHandle):
     """
 
     def __init__(
-        self, client: AsyncClient, core: GroupCore, *, owned: bool, parent: AsyncHandle | None = None
+        self, driver: AsyncDriver, core: GroupCore, *, owned: bool, parent: AsyncHandle | None = None
     ) -> None:
-        super().__init__(client, owned, AsyncMemberLock(core.tracker.turns, core.members.where), parent)
+        super().__init__(driver, owned, AsyncMemberLock(core.tracker.turns, core.members.where), parent)
         self._group = core
 
     def __len__(self) -> int:
@@ -84,11 +82,11 @@ class AsyncSessionGroup(AsyncHandle):
             [0, 1, 2, 0]
         """
         if not isinstance(index, int | np.integer):
-            return AsyncSessionGroup(self._client, self._group.view(index), owned=False, parent=self._root)
+            return AsyncSessionGroup(self._driver, self._group.view(index), owned=False, parent=self._root)
         place = self._group.place(index)
         lock = AsyncMemberLock(self._group.tracker.turns, slice(place, place + 1))
         tracker = self._group.member(place)
-        return AsyncSession(self._client, tracker, owned=False, lock=lock, parent=self._root)
+        return AsyncSession(self._driver, tracker, owned=False, lock=lock, parent=self._root)
 
     def __iter__(self) -> Iterator[AsyncSession]:
         """The members, in their order."""
@@ -189,7 +187,7 @@ class AsyncSessionGroup(AsyncHandle):
             ...     y.shape, (await group.step(np.ones((2, 3), np.float32), reset=done, members=ready)).shape
             ((4, 1), (2, 1))
         """
-        deadline = self._client._core.deadline(timeout_s)
+        deadline = self._driver.core.deadline(timeout_s)
         some = self._group.some(members)
         change = self._group.step_change(some, x, outputs, time, reset, states)
         return await self._change(self._group.step(some, change, deadline), deadline, self._lock_of(some))
@@ -232,7 +230,7 @@ class AsyncSessionGroup(AsyncHandle):
             ...     group.revisions.tolist()
             [1, 0, 0, 1]
         """
-        deadline = self._client._core.deadline(timeout_s)
+        deadline = self._driver.core.deadline(timeout_s)
         some = self._group.some_or_rows(members, rows)
         await self._change(self._group.reset_states(some, states, deadline), deadline, self._lock_of(some))
 
@@ -248,7 +246,7 @@ class AsyncSessionGroup(AsyncHandle):
         """
         self._check_open()
         some = self._group.some(members)
-        return await self._client._run(self._group.get_states(some, self._client._core.deadline(timeout_s)))
+        return await self._driver.run(self._group.get_states(some, self._driver.core.deadline(timeout_s)))
 
     async def get_state(self, *, timeout_s: float | None = None) -> State:
         """As `get_states`, of all members.
@@ -283,9 +281,9 @@ class AsyncSessionGroup(AsyncHandle):
         self, session_ids: Sequence[str] | None, max_idle_s: float | None, timeout_s: float | None
     ) -> AsyncSessionGroup:
         self._check_open()
-        flow = self._group.fork(session_ids, max_idle_s, self._client._core.deadline(timeout_s))
-        core = GroupCore(self._client._core, await self._client._run(flow))
-        return AsyncSessionGroup(self._client, core, owned=session_ids is None)
+        flow = self._group.fork(session_ids, max_idle_s, self._driver.core.deadline(timeout_s))
+        core = GroupCore(self._driver.core, await self._driver.run(flow))
+        return AsyncSessionGroup(self._driver, core, owned=session_ids is None)
 
     async def refresh(self, *, timeout_s: float | None = None) -> None:
         """Takes over the server's revisions and positions, and drops changes left unfinished.
@@ -296,7 +294,7 @@ class AsyncSessionGroup(AsyncHandle):
             >>> async with client.open_sessions("forecast", 4) as group:
             ...     await group.refresh()
         """
-        deadline = self._client._core.deadline(timeout_s)
+        deadline = self._driver.core.deadline(timeout_s)
         await self._change(self._group.refresh(deadline), deadline)
 
     async def close(self, *, timeout_s: float | None = None) -> None:
@@ -307,7 +305,7 @@ class AsyncSessionGroup(AsyncHandle):
             >>> await group.close()
         """
         if not self._closed:
-            await self._client._run(self._group.close(self._client._core.deadline(timeout_s)))
+            await self._driver.run(self._group.close(self._driver.core.deadline(timeout_s)))
             self._closed = True
 
     def _lock_of(self, some: Members) -> AsyncMemberLock | None:

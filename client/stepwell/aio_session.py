@@ -6,10 +6,12 @@ import abc
 import asyncio
 from collections.abc import Coroutine, Generator
 from types import CoroutineType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, cast, overload
+from typing import Any, Literal, Self, TypeVar, cast, overload
 
 from stepwell._base.flow import Flow
 from stepwell._base.tracebacks import end_here, ends_here
+from stepwell._base.unawaited import Unawaited
+from stepwell._core.aio_driver import AsyncDriver
 from stepwell._core.tracker import SessionTracker
 from stepwell._core.turns import AsyncMemberLock
 from stepwell._state import display
@@ -18,9 +20,6 @@ from stepwell._state.state import State, States
 from stepwell._state.trace import Trace
 from stepwell._transport.retry import Deadline
 from stepwell.errors import ClosedError, DeadlineExceededError, InvalidInputError, StepwellError
-
-if TYPE_CHECKING:
-    from stepwell.aio import AsyncClient
 
 H = TypeVar("H", bound="AsyncHandle")
 T = TypeVar("T")
@@ -32,13 +31,13 @@ class AsyncHandle(abc.ABC):
 
     def __init__(
         self,
-        client: AsyncClient,
+        driver: AsyncDriver,
         owned: bool,
         lock: AsyncMemberLock | None = None,
         parent: AsyncHandle | None = None,
     ) -> None:
         """A handle; `lock`: the turns that it shares; `parent`: the group with which it is closed."""
-        self._client = client
+        self._driver = driver
         self._owned = owned
         self._closed = False
         self._lock = lock or asyncio.Lock()
@@ -59,7 +58,7 @@ class AsyncHandle(abc.ABC):
         try:
             self._changer = asyncio.current_task()
             self._check_open()
-            return await self._client._run(flow)
+            return await self._driver.run(flow)
         finally:
             self._changer = None
             turn.release()
@@ -100,31 +99,6 @@ class AsyncHandle(abc.ABC):
             if error is None:
                 raise
             error.add_note(f"and then closing the session failed: {closing}")
-
-
-class Unawaited:
-    """The result of a call that must be awaited. Any other use of it raises an error that says so."""
-
-    _call = "the call"
-    """The public call that made it, as "AsyncClient.open_session"."""
-    _instead = "use `async with`"
-
-    if not TYPE_CHECKING:  # type checkers know already what it lacks
-
-        def __getattr__(self, name: str) -> NoReturn:
-            raise AttributeError(f"{self._call}(...) {self._rule()}; got .{name}", name=name, obj=self)
-
-        def __getitem__(self, key: object) -> NoReturn:
-            raise TypeError(f"{self._call}(...) {self._rule()}; got [{key!r:.40}]")
-
-        def __enter__(self) -> NoReturn:
-            raise TypeError(f"{self._call}(...) {self._rule()}; got `with`")
-
-        def __exit__(self, *error: object) -> None:
-            pass
-
-    def _rule(self) -> str:
-        return f"is not awaited yet: await it first, or {self._instead}"
 
 
 class Opening(Unawaited, Coroutine[Any, Any, H]):
@@ -203,15 +177,15 @@ class AsyncSession(AsyncHandle):
 
     def __init__(
         self,
-        client: AsyncClient,
+        driver: AsyncDriver,
         tracker: SessionTracker,
         *,
         owned: bool,
         lock: AsyncMemberLock | None = None,
         parent: AsyncHandle | None = None,
     ) -> None:
-        super().__init__(client, owned, lock, parent)
-        self._core = client._core
+        super().__init__(driver, owned, lock, parent)
+        self._core = driver.core
         self._tracker = tracker
 
     @property
@@ -353,7 +327,7 @@ class AsyncSession(AsyncHandle):
             True
         """
         self._check_open()
-        return await self._client._run(self._core.get_state(self.id, self._core.deadline(timeout_s)))
+        return await self._driver.run(self._core.get_state(self.id, self._core.deadline(timeout_s)))
 
     def fork(
         self,
@@ -379,8 +353,8 @@ class AsyncSession(AsyncHandle):
     ) -> AsyncSession:
         self._check_open()
         deadline = self._core.deadline(timeout_s)
-        tracker = await self._client._run(self._core.fork(self._tracker, session_id, max_idle_s, deadline))
-        return AsyncSession(self._client, tracker, owned=session_id is None)
+        tracker = await self._driver.run(self._core.fork(self._tracker, session_id, max_idle_s, deadline))
+        return AsyncSession(self._driver, tracker, owned=session_id is None)
 
     async def refresh(self, *, timeout_s: float | None = None) -> None:
         """Takes over the server's revision and position, and drops a change left unfinished by an error.
@@ -401,7 +375,7 @@ class AsyncSession(AsyncHandle):
             >>> await session.close()
         """
         if not self._closed:
-            await self._client._run(self._core.close(self._tracker, self._core.deadline(timeout_s)))
+            await self._driver.run(self._core.close(self._tracker, self._core.deadline(timeout_s)))
             self._closed = True
 
     def __repr__(self) -> str:

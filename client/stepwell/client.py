@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 from stepwell._admin.calls import AdminCalls
 from stepwell._admin.model_calls import ModelCalls
-from stepwell._base.flow import Ask, Call, Exchange, Flow, Lookup, Notify, Pause, drive
+from stepwell._base import bearer
+from stepwell._base.bearer import Token
 from stepwell._base.hooks import require_sync
 from stepwell._base.metadata import Metadata
 from stepwell._base.tracebacks import end_here, ends_here
-from stepwell._batching.lanes import Exchanges
-from stepwell._batching.steps import Step
-from stepwell._core.connections import Connection, Connections
-from stepwell._core.core import Core
-from stepwell._core.finisher import Finisher
+from stepwell._core.driver import Driver
 from stepwell._core.group_core import GroupCore
-from stepwell._core.observer import notify
-from stepwell._routing.lookup import look_up
 from stepwell._routing.replica import ReplicaInfo
 from stepwell._state import display
 from stepwell._state.infos import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo, SlowSession
 from stepwell._state.state import State, States
-from stepwell._transport import channel, tokens
-from stepwell._transport.stream import exchange_some
-from stepwell._transport.tokens import Token
 from stepwell.config import (
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT_S,
@@ -139,19 +130,10 @@ class Client(AdminCalls, ModelCalls):
     def __init__(self, config: ClientConfig, *, coalesce: bool = True) -> None:
         check_switch("coalesce", coalesce)
         require_sync(config.event_hooks)
-        tokens.require_sync(config.token)
+        bearer.require_sync(config.token)
         self._config = config
-        self._finisher = Finisher(config)
-        self._core = Core(config, finish=self._finisher.add)
-        self._routed: Connections | None = None
-        """To its replicas, where there are several."""
-        retrier = self._core.retrier
-        if self._core.router is not None:
-            self._routed = Connections(config, retrier, coalesce=coalesce)
-        else:
-            self._only = Connection(config, retrier, channel.tokens(config), None, coalesce=coalesce)
-            """To the server, where there is one."""
-        self._closing = threading.Event()
+        self._driver = Driver(config, coalesce=coalesce)
+        self._core = self._driver.core
 
     @property
     def address(self) -> str:
@@ -180,7 +162,7 @@ class Client(AdminCalls, ModelCalls):
             >>> [model.name for model in client.models()]
             ['forecast']
         """
-        return self._run(self._core.models(self._core.deadline(timeout_s)))
+        return self._driver.run(self._core.models(self._core.deadline(timeout_s)))
 
     def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
         """The server: what speaks to the network, and all models.
@@ -189,7 +171,7 @@ class Client(AdminCalls, ModelCalls):
             >>> client.server_info().front in ("native", "python")
             True
         """
-        return self._run(self._core.server_info(self._core.deadline(timeout_s)))
+        return self._driver.run(self._core.server_info(self._core.deadline(timeout_s)))
 
     def slow_sessions(self, *, limit: int = 10, timeout_s: float | None = None) -> list[SlowSession]:
         """Sessions with the slowest steps of the last minute, the slowest first.
@@ -200,7 +182,7 @@ class Client(AdminCalls, ModelCalls):
             >>> client.slow_sessions(limit=1)[1:]
             []
         """
-        return self._run(self._core.slow_sessions(limit, self._core.deadline(timeout_s)))
+        return self._driver.run(self._core.slow_sessions(limit, self._core.deadline(timeout_s)))
 
     def model(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
         """One model: its default version, or with `NAME@2` or `NAME:canary` another one.
@@ -212,7 +194,7 @@ class Client(AdminCalls, ModelCalls):
             >>> [tensor.shape for tensor in client.model("forecast").inputs]
             [(3,)]
         """
-        return self._run(self._core.model(name, self._core.deadline(timeout_s)))
+        return self._driver.run(self._core.model(name, self._core.deadline(timeout_s)))
 
     def open_session(
         self,
@@ -258,10 +240,10 @@ class Client(AdminCalls, ModelCalls):
             >>> session.close()
         """
         deadline = self._core.deadline(timeout_s)
-        tracker = self._run(
+        tracker = self._driver.run(
             self._core.open_session(model, batch_size, session_id, state, must_be_new, max_idle_s, deadline)
         )
-        return Session(self, tracker, owned=session_id is None)
+        return Session(self._driver, tracker, owned=session_id is None)
 
     def open_sessions(
         self,
@@ -307,12 +289,12 @@ class Client(AdminCalls, ModelCalls):
             >>> again.close()
         """
         deadline = self._core.deadline(timeout_s)
-        tracker = self._run(
+        tracker = self._driver.run(
             self._core.open_sessions(
                 model, n, batch_size, session_ids, deadline, resume=resume, max_idle_s=max_idle_s
             )
         )
-        return SessionGroup(self, GroupCore(self._core, tracker), owned=session_ids is None)
+        return SessionGroup(self._driver, GroupCore(self._core, tracker), owned=session_ids is None)
 
     def predict(
         self,
@@ -345,7 +327,7 @@ class Client(AdminCalls, ModelCalls):
             >>> y.shape, state.batch_size
             ((5, 1), 5)
         """
-        return self._run(self._core.predict(model, x, state, self._core.deadline(timeout_s), reset))
+        return self._driver.run(self._core.predict(model, x, state, self._core.deadline(timeout_s), reset))
 
     def session_info(self, session_id: str, *, timeout_s: float | None = None) -> SessionInfo:
         """One session as of its last completed change. Does not count as use of it.
@@ -357,7 +339,7 @@ class Client(AdminCalls, ModelCalls):
             >>> client.session_info(session.id).model
             'forecast'
         """
-        return self._run(self._core.session_info(session_id, self._core.deadline(timeout_s)))
+        return self._driver.run(self._core.session_info(session_id, self._core.deadline(timeout_s)))
 
     def close_session(self, session_id: str, *, timeout_s: float | None = None) -> None:
         """Deletes a session and its state.
@@ -368,7 +350,7 @@ class Client(AdminCalls, ModelCalls):
         Example:
             >>> client.close_session(client.open_session("forecast").id)
         """
-        self._run(self._core.close_session(session_id, self._core.deadline(timeout_s)))
+        self._driver.run(self._core.close_session(session_id, self._core.deadline(timeout_s)))
 
     def close(self) -> None:
         """Ends the connection; calls under way end with `ClosedError`. Sessions stay on the server.
@@ -376,16 +358,14 @@ class Client(AdminCalls, ModelCalls):
         Example:
             >>> stepwell.connect(address).close()
         """
-        self._finisher.close()
-        self._closing.set()
-        (self._routed or self._only).close()
+        self._driver.close()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.address!r})"
 
     def _repr_html_(self) -> str:
         return display.facts_html(
-            display.handle(type(self).__name__, is_closed=self._closing.is_set()), self._facts()
+            display.handle(type(self).__name__, is_closed=self._driver.is_closed), self._facts()
         )
 
     def _facts(self) -> dict[str, object]:
@@ -398,35 +378,3 @@ class Client(AdminCalls, ModelCalls):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _run(self, flow: Flow[T]) -> T:
-        """Runs a flow of the core to its result."""
-        return drive(self._core.watched(flow), self._answer)
-
-    def _answer(self, ask: Ask) -> Any:
-        if self._routed is not None and not isinstance(ask, Notify | Pause):
-            return _answer_routed(self._routed, ask, self._config.connect_timeout_s)
-        if isinstance(ask, Call):
-            return self._only.transport.invoke(ask)
-        if isinstance(ask, Step):
-            return self._only.step(ask)
-        if isinstance(ask, Exchange):
-            return self._only.link.exchange(ask)
-        if isinstance(ask, Notify):
-            return notify(ask)
-        assert isinstance(ask, Pause)
-        if self._closing.wait(ask.seconds if ask.is_waited else 0.0):
-            raise channel.closed()
-        return None
-
-
-def _answer_routed(connections: Connections, ask: Ask, connect_timeout_s: float) -> Any:
-    """Answers what is asked of replicas."""
-    if isinstance(ask, Exchanges):
-        return exchange_some(ask, lambda replica: connections.to(replica).link)
-    if isinstance(ask, Lookup):
-        return look_up(ask, connect_timeout_s)
-    assert isinstance(ask, Step | Call)
-    assert ask.to is not None
-    connection = connections.to(ask.to)
-    return connection.step(ask) if isinstance(ask, Step) else connection.transport.invoke(ask)

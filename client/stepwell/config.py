@@ -18,10 +18,9 @@ import re
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from stepwell._base import addresses, hooks, metadata
+from stepwell._base import addresses, bearer, hooks, metadata
+from stepwell._base.bearer import AsyncToken
 from stepwell._base.metadata import Metadata
-from stepwell._transport import tokens
-from stepwell._transport.tokens import AsyncToken
 from stepwell.errors import InvalidInputError
 from stepwell.events import EventHooks
 
@@ -274,7 +273,7 @@ class ClientConfig:
         )
 
     def _check_token(self, target: str) -> None:
-        if tokens.checked(self.token) is None:
+        if bearer.checked(self.token) is None:
             return
         if any(key == "authorization" for key, _ in metadata.checked(self.metadata)):
             raise InvalidInputError("token must be None where metadata has the key 'authorization'; got both")
@@ -304,7 +303,7 @@ def token_or_variable(token: AsyncToken | None = None) -> AsyncToken | None:
     if not from_environment:
         return None
     try:
-        tokens.checked(from_environment)
+        bearer.checked(from_environment)
     except InvalidInputError as error:
         raise InvalidInputError(error.message.replace("token", TOKEN_VARIABLE, 1)) from None
     return from_environment

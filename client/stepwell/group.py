@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwell._base.tracebacks import end_here
 from stepwell._batching.frames import Counts
+from stepwell._core.driver import Driver
 from stepwell._core.group_core import GroupCore, Members
 from stepwell._core.turns import MemberLock
 from stepwell._state import display
@@ -17,9 +18,6 @@ from stepwell._state.infos import Inputs, Mask, Outputs, OutputSelection, Rows, 
 from stepwell._state.state import State, States
 from stepwell._state.trace import Trace
 from stepwell.session import Handle, Session
-
-if TYPE_CHECKING:
-    from stepwell.client import Client
 
 
 @end_here
@@ -54,8 +52,8 @@ class SessionGroup(Handle):
         ((8, 1), 8, [1, 1, 1, 1, 1, 1, 1, 1])
     """
 
-    def __init__(self, client: Client, core: GroupCore, *, owned: bool, parent: Handle | None = None) -> None:
-        super().__init__(client, owned, MemberLock(core.tracker.turns, core.members.where), parent)
+    def __init__(self, driver: Driver, core: GroupCore, *, owned: bool, parent: Handle | None = None) -> None:
+        super().__init__(driver, owned, MemberLock(core.tracker.turns, core.members.where), parent)
         self._group = core
 
     def __len__(self) -> int:
@@ -85,11 +83,11 @@ class SessionGroup(Handle):
             ([0, 1, 2, 0], True)
         """
         if not isinstance(index, int | np.integer):
-            return SessionGroup(self._client, self._group.view(index), owned=False, parent=self._root)
+            return SessionGroup(self._driver, self._group.view(index), owned=False, parent=self._root)
         place = self._group.place(index)
         lock = MemberLock(self._group.tracker.turns, slice(place, place + 1))
         tracker = self._group.member(place)
-        return Session(self._client, tracker, owned=False, lock=lock, parent=self._root)
+        return Session(self._driver, tracker, owned=False, lock=lock, parent=self._root)
 
     def __iter__(self) -> Iterator[Session]:
         """The members, in their order."""
@@ -213,7 +211,7 @@ class SessionGroup(Handle):
             [11, 10, 10, 1]
             >>> group.close()
         """
-        deadline = self._client._core.deadline(timeout_s)
+        deadline = self._driver.core.deadline(timeout_s)
         some = self._group.some(members)
         change = self._group.step_change(some, x, outputs, time, reset, states)
         return self._change(self._group.step(some, change, deadline), deadline, self._lock_of(some))
@@ -265,7 +263,7 @@ class SessionGroup(Handle):
             >>> group.reset_states(group.get_states(members=[0]), members=[2])
             >>> group.close()
         """
-        deadline = self._client._core.deadline(timeout_s)
+        deadline = self._driver.core.deadline(timeout_s)
         some = self._group.some_or_rows(members, rows)
         self._change(self._group.reset_states(some, states, deadline), deadline, self._lock_of(some))
 
@@ -290,7 +288,7 @@ class SessionGroup(Handle):
         """
         self._check_open()
         some = self._group.some(members)
-        return self._client._run(self._group.get_states(some, self._client._core.deadline(timeout_s)))
+        return self._driver.run(self._group.get_states(some, self._driver.core.deadline(timeout_s)))
 
     def get_state(self, *, timeout_s: float | None = None) -> State:
         """As `get_states`, of all members.
@@ -330,9 +328,9 @@ class SessionGroup(Handle):
             ([1, 1, 1, 1], [0, 0, 0, 0])
         """
         self._check_open()
-        flow = self._group.fork(session_ids, max_idle_s, self._client._core.deadline(timeout_s))
-        core = GroupCore(self._client._core, self._client._run(flow))
-        return SessionGroup(self._client, core, owned=session_ids is None)
+        flow = self._group.fork(session_ids, max_idle_s, self._driver.core.deadline(timeout_s))
+        core = GroupCore(self._driver.core, self._driver.run(flow))
+        return SessionGroup(self._driver, core, owned=session_ids is None)
 
     def refresh(self, *, timeout_s: float | None = None) -> None:
         """Takes over the server's revisions and positions, and drops changes left unfinished.
@@ -348,7 +346,7 @@ class SessionGroup(Handle):
             >>> group.refresh()
             >>> group.close()
         """
-        deadline = self._client._core.deadline(timeout_s)
+        deadline = self._driver.core.deadline(timeout_s)
         self._change(self._group.refresh(deadline), deadline)
 
     def close(self, *, timeout_s: float | None = None) -> None:
@@ -358,7 +356,7 @@ class SessionGroup(Handle):
             >>> client.open_sessions("forecast", 4).close()
         """
         if not self._closed:
-            self._client._run(self._group.close(self._client._core.deadline(timeout_s)))
+            self._driver.run(self._group.close(self._driver.core.deadline(timeout_s)))
             self._closed = True
 
     def _lock_of(self, some: Members) -> MemberLock | None:

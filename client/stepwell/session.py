@@ -7,10 +7,11 @@ import contextlib
 import math
 import threading
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeVar, overload
+from typing import Literal, Protocol, Self, TypeVar, overload
 
 from stepwell._base.flow import Flow
 from stepwell._base.tracebacks import end_here
+from stepwell._core.driver import Driver
 from stepwell._core.tracker import SessionTracker
 from stepwell._core.turns import MemberLock
 from stepwell._state import display
@@ -19,9 +20,6 @@ from stepwell._state.state import State, States
 from stepwell._state.trace import Trace
 from stepwell._transport.retry import Deadline
 from stepwell.errors import ClosedError, DeadlineExceededError, InvalidInputError, StepwellError
-
-if TYPE_CHECKING:
-    from stepwell.client import Client
 
 T = TypeVar("T")
 
@@ -41,10 +39,10 @@ class Handle(abc.ABC):
     """What a session and a group have in common: one change at a time, and an end."""
 
     def __init__(
-        self, client: Client, owned: bool, lock: MemberLock | None = None, parent: Handle | None = None
+        self, driver: Driver, owned: bool, lock: MemberLock | None = None, parent: Handle | None = None
     ) -> None:
         """A handle; `lock`: the turns that it shares; `parent`: the group with which it is closed."""
-        self._client = client
+        self._driver = driver
         self._owned = owned
         self._closed = False
         # A lock that only its holder can release: see `_change`.
@@ -71,7 +69,7 @@ class Handle(abc.ABC):
             self._take_turn(turn, deadline)
             self._changer = me
             self._check_open()
-            return self._client._run(flow)
+            return self._driver.run(flow)
         finally:
             if self._changer == me:
                 self._changer = None
@@ -148,15 +146,15 @@ class Session(Handle):
 
     def __init__(
         self,
-        client: Client,
+        driver: Driver,
         tracker: SessionTracker,
         *,
         owned: bool,
         lock: MemberLock | None = None,
         parent: Handle | None = None,
     ) -> None:
-        super().__init__(client, owned, lock, parent)
-        self._core = client._core
+        super().__init__(driver, owned, lock, parent)
+        self._core = driver.core
         self._tracker = tracker
 
     @property
@@ -348,7 +346,7 @@ class Session(Handle):
             True
         """
         self._check_open()
-        return self._client._run(self._core.get_state(self.id, self._core.deadline(timeout_s)))
+        return self._driver.run(self._core.get_state(self.id, self._core.deadline(timeout_s)))
 
     def fork(
         self,
@@ -373,10 +371,10 @@ class Session(Handle):
             (True, True)
         """
         self._check_open()
-        tracker = self._client._run(
+        tracker = self._driver.run(
             self._core.fork(self._tracker, session_id, max_idle_s, self._core.deadline(timeout_s))
         )
-        return Session(self._client, tracker, owned=session_id is None)
+        return Session(self._driver, tracker, owned=session_id is None)
 
     def refresh(self, *, timeout_s: float | None = None) -> None:
         """Takes over the server's revision and position, and drops a change left unfinished by an error.
@@ -397,7 +395,7 @@ class Session(Handle):
             >>> session.close()
         """
         if not self._closed:
-            self._client._run(self._core.close(self._tracker, self._core.deadline(timeout_s)))
+            self._driver.run(self._core.close(self._tracker, self._core.deadline(timeout_s)))
             self._closed = True
 
     def __repr__(self) -> str:

@@ -297,13 +297,15 @@ def test_a_message_over_the_limit_harms_no_other_call(served: Served) -> None:
         client.open_sessions("seq", 2) as small,
     ):
         small.step(np.ones((2, 3)))
-        stream = client._only.link._stream  # another one in its place would answer just the same
+        stream = client._driver.connections.to(
+            None
+        ).link._stream  # another one in its place would answer just the same
         with (
             served.nothing_changes(*large.ids),
             pytest.raises(InvalidInputError, match="max_message_bytes"),
         ):
             large.step(np.ones((2, 50_000, 3), np.float32))
-        assert client._only.link._stream is stream
+        assert client._driver.connections.to(None).link._stream is stream
         assert stream is not None
         assert stream.error is None
 

@@ -187,7 +187,7 @@ def test_one_that_was_interrupted_is_closed_though_the_channel_is_of_no_use_any_
 
     with stepwell.connect(server.address) as client:
         # a signal would have to come in the few instructions that hold that lock
-        monkeypatch.setattr(client._only.transport, "invoke", interrupted)
+        monkeypatch.setattr(client._driver.connections.to(None).transport, "invoke", interrupted)
         with pytest.raises(KeyboardInterrupt):
             client.open_session(MODEL)
         assert server.wait_until(lambda: bool(server.requests("CloseSessions")) and not server.sessions)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from stepwell import errors
+from stepwell._core.aio_driver import AsyncDriver
 from stepwell._transport.retry import RetryPolicy
 from support.proxy import Proxy
 from support.scripted_model import in_full
@@ -55,8 +56,9 @@ def is_unknown(error: errors.StepwellError) -> bool:
 
 def step_method(session_or_client: Any) -> str:
     """Where the steps of a session go: the async client sends them as frames."""
-    client = getattr(session_or_client, "_client", session_or_client)
-    return "StepStream" if getattr(client, "_coalesce", False) else "Step"
+    driver = session_or_client._driver
+    is_shared = isinstance(driver, AsyncDriver) and driver.connections._coalesce
+    return "StepStream" if is_shared else "Step"
 
 
 def changes(server: ScriptedServer, method: str) -> list[tuple[list[int], list[int]]]:

@@ -127,7 +127,7 @@ def go(steps, daemon):
     return threads
 
 def company():
-    while client._only.sender._thread is None:  # until there is one that the end may meet
+    while client._driver.connections.to(None).sender._thread is None:  # until there is one that the end may meet
         for thread in go(50, False):
             thread.join()
 """

@@ -28,8 +28,8 @@ class WaitingLine(collections.deque[Any]):
     @classmethod
     def of_client(cls, client: Any) -> Self:
         """Give the sender of a client such a line, and a clock that stands: the frame under way stays young."""
-        line = cls.of(client._only.sender)
-        client._only.sender._clock = lambda: 0.0
+        line = cls.of(client._driver.connections.to(None).sender)
+        client._driver.connections.to(None).sender._clock = lambda: 0.0
         return line
 
     def append(self, member: Any) -> None:

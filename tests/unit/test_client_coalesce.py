@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 
 from stepwell import errors
-from stepwell._base.flow import Ask, Call, Exchange, Retrier, drive_async
+from stepwell._base.flow import drive_async
 from stepwell._batching import coalesce
 from stepwell._batching.coalesce import Coalescer
 from stepwell._batching.frames import Change
-from stepwell._batching.in_flight import Sink
-from stepwell._batching.steps import Member, Step, Stepped, abandon, read
-from stepwell._core.arguments import pack_inputs
+from stepwell._batching.steps import FRAME_SHARE, Member, Step, Stepped, abandon, read
+from stepwell._core.lanes import Ask
+from stepwell._core.retrier import Retrier
+from stepwell._state.arguments import pack_inputs
 from stepwell._state.tensors import pack, to_messages, unpack
+from stepwell._transport.call import Call
 from stepwell._transport.retry import Deadline, RetryPolicy
+from stepwell._transport.stream import MakeRequest, Sink
 from stepwell.v1 import sessions_pb2
 from support.clock import ManualClock
 from support.scripted_model import in_full
@@ -40,7 +43,7 @@ class Wire:
 
     def __post_init__(self) -> None:
         self.retrier = Retrier(RetryPolicy(base_s=0.0), 1 << 20)
-        self.coalescer = Coalescer(self, self.retrier, self.unary, 1 << 20)
+        self.coalescer = Coalescer(self, self.unary, FRAME_SHARE << 20)
 
     async def step(self, step: Step) -> Stepped:
         """A step with its retries, as a client makes it."""
@@ -54,7 +57,7 @@ class Wire:
         return None  # a pause
 
     async def unary(self, step: Step) -> Stepped:
-        return read(self._call(self.retrier.unary(step)))
+        return read(self._call(step.call(1 << 20)))
 
     def _call(self, call: Call) -> sessions_pb2.StepResponse:
         request: Any = call.request
@@ -64,8 +67,8 @@ class Wire:
         y = 2 * unpack(request.inputs[0])
         return sessions_pb2.StepResponse(outputs=to_messages([pack("y", "y", y)]), revision=1, position=1)
 
-    def post(self, ask: Exchange, sink: Sink) -> Callable[[], None]:
-        frame = in_full(ask.request(1)).step
+    def post(self, make: MakeRequest, sink: Sink) -> Callable[[], None]:
+        frame = in_full(make(1)).step
         self._note(list(frame.session_ids), list(frame.request_ids))
         if self.answers:
             asyncio.get_running_loop().call_soon(sink, self._reply(frame))

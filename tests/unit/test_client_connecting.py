@@ -12,9 +12,11 @@ import pytest
 import stepwell
 from stepwell import config, errors
 from stepwell._base import addresses
-from stepwell._base.flow import Call, Flow, Pause, Retrier
+from stepwell._base.flow import Flow, Pause
 from stepwell._core.observer import Observer, notify
+from stepwell._core.retrier import Retrier
 from stepwell._transport import status
+from stepwell._transport.call import Call
 from stepwell._transport.connecting import Contact
 from stepwell._transport.retry import Deadline, RetryPolicy
 from stepwell.config import ClientConfig
@@ -256,7 +258,7 @@ class Server:
                     ask = flow.send("reply") if ended is None else flow.throw(ended)
                 else:
                     try:
-                        notify(ask)  # type: ignore[arg-type]  # what else could it be
+                        notify(ask)
                     except errors.StepwellError as error:
                         ask = flow.throw(error)
                     else:

@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell._base.flow import Ask, Call, Exchange, Flow, Retrier, drive
+from stepwell._base.flow import Flow, drive
+from stepwell._batching.exchange import Exchange
 from stepwell._batching.frames import Part
 from stepwell._batching.sender import Sender
 from stepwell._batching.steps import Step, Stepped
 from stepwell._core.core import Core
 from stepwell._core.group_core import GroupCore
 from stepwell._core.group_tracker import GroupTracker
+from stepwell._core.lanes import Ask
 from stepwell._core.tracker import SessionTracker
-from stepwell._transport.retry import RetryPolicy
+from stepwell._transport.call import Call
 from stepwell.config import ClientConfig
 from stepwell.group import SessionGroup
 from stepwell.session import Session
@@ -40,15 +42,15 @@ class AnsweringClient:
     """A client whose server answers at once: what a session and a group need of one."""
 
     def __init__(self) -> None:
-        self._core = Core(ClientConfig("nowhere:1"))
+        self.core = Core(ClientConfig("nowhere:1"))
         self.unaries = 0
-        self._sender = Sender(NoLink(), Retrier(RetryPolicy(), 1 << 20), self.unary, 1 << 20)
+        self._sender = Sender(NoLink(), self.unary, 1 << 20)
 
     def unary(self, step: Step) -> Stepped:
         self.unaries += 1
         return Stepped(1, 1, {"y": X})
 
-    def _run(self, flow: Flow[Any]) -> Any:
+    def run(self, flow: Flow[Any]) -> Any:
         return drive(flow, self.answer)
 
     def answer(self, ask: Ask) -> Any:
@@ -94,7 +96,7 @@ def of_session(client: Any) -> Session:
 
 
 def of_group(client: Any) -> SessionGroup:
-    return SessionGroup(client, GroupCore(client._core, GroupTracker("m", "f00d", 1, IDS)), owned=False)
+    return SessionGroup(client, GroupCore(client.core, GroupTracker("m", "f00d", 1, IDS)), owned=False)
 
 
 CHANGES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], object]]] = {

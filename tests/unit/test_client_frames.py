@@ -11,9 +11,9 @@ import pytest
 
 from stepwell import errors
 from stepwell._batching.frames import Change, Frame, Gathered, Part
+from stepwell._batching.step_arguments import step_change
 from stepwell._batching.steps import Step, Stepped, answer, framed
-from stepwell._core.arguments import pack_inputs
-from stepwell._core.step_arguments import step_change
+from stepwell._state.arguments import pack_inputs
 from stepwell._state.tensors import Array, pack, to_messages, unpack
 from stepwell._transport.retry import Deadline
 from stepwell.v1 import errors_pb2, sessions_pb2
@@ -245,7 +245,8 @@ def test_steps_that_ask_for_the_same_share_a_frame() -> None:
         assert of_session("a", **said).kind() == of_session("b", **said).kind()
         assert of_session("a", **said).may_share()
     assert not of_session("a", rows=(1,)).may_share()
-    assert list(of_session("a", rows=(1,)).request().rows) == [1]
+    request: Any = of_session("a", rows=(1,)).call(1 << 20).request
+    assert list(request.rows) == [1]
     members = [Waiting(of_session("a", reset=[True, False])), Waiting(of_session("b", reset=[False, True]))]
     one = framed(members)
     assert list(one.request(1, Deadline(1.0)).step.reset_mask) == [True, False, False, True]

@@ -8,9 +8,9 @@ import threading
 import numpy as np
 
 from stepwell._batching.frames import Change, Frame, Gathered, Part
-from stepwell._core.arguments import pack_inputs
 from stepwell._core.group_tracker import GroupTracker, MemberTracker
 from stepwell._core.turns import AsyncMemberLock, MemberLock, Turn, Turns
+from stepwell._state.arguments import pack_inputs
 from stepwell._transport.retry import Deadline
 from stepwell.errors import RevisionConflictError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from stepwell import config, errors
-from stepwell._core import arguments
+from stepwell._batching.step_arguments import check_outputs, step_change
 from stepwell._core.core import Core
-from stepwell._core.step_arguments import check_outputs, step_change
+from stepwell._state import arguments
 from stepwell._state.infos import ModelInfo, TensorInfo
 from stepwell._state.state import State
 

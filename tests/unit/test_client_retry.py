@@ -8,7 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from stepwell import errors
-from stepwell._base.flow import Call, Flow, Pause, Retrier
+from stepwell._base.flow import Flow, Pause
+from stepwell._core.retrier import Retrier
+from stepwell._transport.call import Call
 from stepwell._transport.connecting import ConnectError
 from stepwell._transport.retry import Deadline, RetryPolicy
 from stepwell.v1 import sessions_pb2

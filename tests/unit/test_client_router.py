@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from stepwell import errors
-from stepwell._base.flow import Lookup, Notify
+from stepwell._base.flow import Notify
+from stepwell._routing.lookup import Lookup
 from stepwell._routing.ranking import key_of, keys_of
 from stepwell._routing.replica import Replica
-from stepwell._routing.router import LONGEST_PROBE_S, LOOKUP_S, PROBE_S, RETURN_S, Router
+from stepwell._routing.router import LONGEST_PROBE_S, LOOKUP_S, PROBE_S, RETURN_S, Route, Router
 from stepwell._transport.connecting import ConnectError
 from stepwell._transport.retry import RepliesTooLargeError
 
@@ -27,11 +28,13 @@ class At:
         self.now_s = 100.0
         self.woken = 0
         self.dropped: list[Replica] = []
-        self.router = Router(targets, lambda: self.now_s, draw=draw, hooks=hooks)
-        self.router.attach(self.wake, self.dropped.append)
+        self.router = Router(targets, lambda: self.now_s, watch=lambda _: self, draw=draw, hooks=hooks)
 
     def wake(self) -> None:
         self.woken += 1
+
+    def drop(self, replica: Replica) -> None:
+        self.dropped.append(replica)
 
     @property
     def a(self) -> Replica:
@@ -180,7 +183,7 @@ def drive(flow: Any, answer: Any = None) -> Any:
 
 def test_a_call_goes_from_replica_to_replica(at: At) -> None:
     key = key_of("user-7")
-    route = at.router.route(key)
+    route = Route(at.router, key)
     asked = []
     for left in (True, True, False):
         asked.append(drive(route.next()))
@@ -192,7 +195,7 @@ def test_a_call_goes_from_replica_to_replica(at: At) -> None:
 def test_of_those_that_are_down_each_is_asked_in_turn(at: At) -> None:
     for replica in at.router.replicas:
         at.router.failed(replica, 0, REFUSED)
-    route = at.router.route(key_of("user-7"))
+    route = Route(at.router, key_of("user-7"))
     asked = []
     for _ in range(3):
         asked.append(drive(route.next()))

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 
 from stepwell import errors
-from stepwell._base.flow import Exchange, Retrier
 from stepwell._batching.frames import Change
-from stepwell._batching.in_flight import Answer, Sink
 from stepwell._batching.sender import Sender, WaitingStep
-from stepwell._batching.steps import Step, Stepped, read
-from stepwell._core.arguments import pack_inputs
+from stepwell._batching.steps import FRAME_SHARE, Step, Stepped, read
+from stepwell._state.arguments import pack_inputs
 from stepwell._state.tensors import pack, to_messages, unpack
-from stepwell._transport.retry import Deadline, RepliesTooLargeError, RetryPolicy
+from stepwell._transport.retry import Deadline, RepliesTooLargeError
+from stepwell._transport.stream import Answer, MakeRequest, Sink
 from stepwell.v1 import errors_pb2, sessions_pb2
 from support.scripted_model import in_full
 from support.waiting_line import WaitingLine
@@ -68,10 +67,10 @@ class FakeLink:
         self.error: Exception | None = None
         self.all: list[Posted] = []
 
-    def post(self, ask: Exchange, sink: Sink) -> Callable[[], None]:
+    def post(self, make: MakeRequest, sink: Sink) -> Callable[[], None]:
         if self.error is not None:
             raise self.error
-        posted = Posted(in_full(ask.request(1)), sink)
+        posted = Posted(in_full(make(1)), sink)
         self.all.append(posted)
         self.posts.put(posted)
         return posted.forgotten.set
@@ -87,8 +86,7 @@ class Bench:
         self.gate = threading.Event()
         self.lone = threading.Event()
         self.threads = futures.ThreadPoolExecutor(40)
-        retrier = Retrier(RetryPolicy(), 1 << 20)
-        self.sender = Sender(self.link, retrier, self.unary, max_frame_bytes, self.clock)
+        self.sender = Sender(self.link, self.unary, FRAME_SHARE * max_frame_bytes, self.clock)
         self.line = WaitingLine.of(self.sender)
 
     def clock(self) -> float:

@@ -15,8 +15,10 @@ import pytest
 import stepwell
 from stepwell import aio, errors
 from stepwell._base.addresses import is_on_this_machine
-from stepwell._base.flow import Call, Pause, Retrier
+from stepwell._base.flow import Pause
+from stepwell._core.retrier import Retrier
 from stepwell._transport import channel
+from stepwell._transport.call import Call
 from stepwell._transport.retry import Deadline, RetryPolicy
 from stepwell._transport.tokens import Tokens
 from stepwell.config import ClientConfig
@@ -101,7 +103,7 @@ def test_where_a_token_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
         assert client._config.token == "stw_variable"
         assert other._config.token == "stw_given"
         assert "stw_" not in repr(client._config) + repr(client) + client._repr_html_()
-        metadata = other._only.transport._tokens.metadata()
+        metadata = other._driver.connections.to(None).transport._tokens.metadata()
     assert metadata is not None
     affinity = dict(metadata)["stepwell-session"]
     assert len(affinity) == 16

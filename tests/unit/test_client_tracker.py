@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from stepwell._batching.frames import Change
-from stepwell._core.arguments import pack_inputs
 from stepwell._core.tracker import SessionTracker, new_request_ids
+from stepwell._state.arguments import pack_inputs
 from stepwell.errors import RevisionConflictError, UnavailableError
 from stepwell.v1 import sessions_pb2
 

@@ -30,13 +30,13 @@ _CALLS: dict[str, Callable[[Any], Any]] = {
 
 def _session(client: Any) -> AsyncSession:
     return AsyncSession(
-        client, SessionTracker(sessions_pb2.Session(session_id="a"), resumed=False), owned=False
+        client._driver, SessionTracker(sessions_pb2.Session(session_id="a"), resumed=False), owned=False
     )
 
 
 def _group(client: Any) -> AsyncSessionGroup:
     core = GroupCore(Core(ClientConfig("127.0.0.1:1")), GroupTracker("m", "f", 1, ["a", "b"]))
-    return AsyncSessionGroup(client, core, owned=False)
+    return AsyncSessionGroup(client._driver, core, owned=False)
 
 
 @pytest.mark.parametrize("name", _CALLS)

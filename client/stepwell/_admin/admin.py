@@ -11,8 +11,8 @@ from google.protobuf import duration_pb2
 
 from stepwell._admin.session_list import Page
 from stepwell._base.flow import Flow
-from stepwell._core import arguments
 from stepwell._core.tracker import new_request_id
+from stepwell._state import arguments
 from stepwell._state.infos import SessionInfo
 from stepwell._transport.retry import Deadline
 from stepwell._transport.status import from_message

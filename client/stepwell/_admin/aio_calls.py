@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
@@ -19,11 +18,10 @@ from stepwell._admin.admin import (
 )
 from stepwell._admin.calls import Progress, _tell
 from stepwell._admin.session_list import Page
-from stepwell._base.flow import Flow
 from stepwell._base.tracebacks import end_here
-from stepwell._core.core import Core
+from stepwell._base.unawaited import Unawaited
+from stepwell._core.aio_driver import AsyncDriver
 from stepwell._state.infos import SessionInfo
-from stepwell.aio_session import Unawaited
 from stepwell.errors import StepwellError
 
 T = TypeVar("T")
@@ -67,18 +65,14 @@ class AsyncSessionList(Unawaited):
 
 
 @end_here
-class AsyncAdminCalls(abc.ABC):
+class AsyncAdminCalls:
     """Lists, closing, export and import of many sessions."""
 
-    _core: Core
-
-    @abc.abstractmethod
-    async def _run(self, flow: Flow[T]) -> T:
-        """Runs a flow of the core to its result."""
+    _driver: AsyncDriver
 
     @property
     def _admin(self) -> Admin:
-        return Admin(self._core)
+        return Admin(self._driver.core)
 
     def sessions(
         self,
@@ -101,7 +95,9 @@ class AsyncAdminCalls(abc.ABC):
         request = self._admin.list_request(wanted, limit)
 
         async def read(token: str) -> Page:
-            return await self._run(self._admin.page(request, token, self._core.deadline(timeout_s)))
+            return await self._driver.run(
+                self._admin.page(request, token, self._driver.core.deadline(timeout_s))
+            )
 
         return AsyncSessionList(read, limit)
 
@@ -122,7 +118,7 @@ class AsyncAdminCalls(abc.ABC):
             0
         """
         wanted = SessionFilter(model, prefix, idle_longer_s)
-        return await self._run(self._admin.count(wanted, self._core.deadline(timeout_s)))
+        return await self._driver.run(self._admin.count(wanted, self._driver.core.deadline(timeout_s)))
 
     async def close_sessions(
         self,
@@ -147,13 +143,15 @@ class AsyncAdminCalls(abc.ABC):
         closed = 0
         if session_ids is not None and not everything and wanted == SessionFilter():
             for some in self._admin.close_parts(session_ids):
-                closed += await self._run(self._core.close_sessions(some, self._core.deadline(timeout_s)))
+                closed += await self._driver.run(
+                    self._driver.core.close_sessions(some, self._driver.core.deadline(timeout_s))
+                )
                 _tell(progress, closed)
             return closed
         request = self._admin.close_request(wanted, everything=everything or session_ids is not None)
         while True:
-            count, request.page_token = await self._run(
-                self._admin.close_page(request, self._core.deadline(timeout_s))
+            count, request.page_token = await self._driver.run(
+                self._admin.close_page(request, self._driver.core.deadline(timeout_s))
             )
             closed += count
             _tell(progress, closed)
@@ -184,7 +182,9 @@ class AsyncAdminCalls(abc.ABC):
         with session_file.Writer(path) as writer:
             for request in requests:
                 while True:
-                    page = await self._run(self._admin.export_page(request, self._core.deadline(timeout_s)))
+                    page = await self._driver.run(
+                        self._admin.export_page(request, self._driver.core.deadline(timeout_s))
+                    )
                     await asyncio.to_thread(writer.add, page.sessions)
                     failed.update(failures(page.errors))
                     done += len(page.sessions)
@@ -214,7 +214,9 @@ class AsyncAdminCalls(abc.ABC):
         report, done = ImportReport(), 0
         requests = self._admin.import_requests(session_file.read(path), existing)
         while (request := await asyncio.to_thread(next, requests, None)) is not None:
-            report += await self._run(self._admin.import_some(request, self._core.deadline(timeout_s)))
+            report += await self._driver.run(
+                self._admin.import_some(request, self._driver.core.deadline(timeout_s))
+            )
             done += len(request.sessions)
             _tell(progress, done)
         return report

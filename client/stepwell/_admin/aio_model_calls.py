@@ -11,9 +11,8 @@ from stepwell._admin import model_files
 from stepwell._admin.model_files import ModelSource
 from stepwell._admin.models import LoadProgress, ModelAdmin, SessionPolicy
 from stepwell._base import addresses
-from stepwell._base.flow import Flow
 from stepwell._base.tracebacks import end_here
-from stepwell._core.core import Core
+from stepwell._core.aio_driver import AsyncDriver
 from stepwell._state.infos import LoadedModel
 from stepwell.config import DEFAULT_LOAD_TIMEOUT_S
 
@@ -24,20 +23,16 @@ T = TypeVar("T")
 class AsyncModelCalls(abc.ABC):
     """Loads and unloads versions of models while they are served. For admins, where the server knows its callers."""
 
-    _core: Core
+    _driver: AsyncDriver
 
     @property
     @abc.abstractmethod
     def address(self) -> str:
         """Where the server is."""
 
-    @abc.abstractmethod
-    async def _run(self, flow: Flow[T]) -> T:
-        """Runs a flow of the core to its result."""
-
     @property
     def _model_admin(self) -> ModelAdmin:
-        return ModelAdmin(self._core)
+        return ModelAdmin(self._driver.core)
 
     async def load_model(
         self,
@@ -74,13 +69,13 @@ class AsyncModelCalls(abc.ABC):
             labels=labels,
             unload_previous=unload_previous,
         )
-        deadline = self._core.deadline(timeout_s)
+        deadline = self._driver.core.deadline(timeout_s)
         is_on_this_machine = addresses.are_on_this_machine(self.address)
         placing = model_files.placed(name, model, upload=upload, is_on_this_machine=is_on_this_machine)
         # To save a model of Keras takes its time.
         file = await asyncio.to_thread(placing.__enter__)
         try:
-            return await self._run(admin.load(request, file, deadline, progress))
+            return await self._driver.run(admin.load(request, file, deadline, progress))
         finally:
             placing.__exit__(None, None, None)
 
@@ -135,8 +130,8 @@ class AsyncModelCalls(abc.ABC):
             >>> loaded = await client.load_model("forecast", model_path, default=False)
             >>> await client.unload_model("forecast", loaded.version)
         """
-        deadline = self._core.deadline(timeout_s)
-        await self._run(self._model_admin.unload(name, version, force, deadline))
+        deadline = self._driver.core.deadline(timeout_s)
+        await self._driver.run(self._model_admin.unload(name, version, force, deadline))
 
     async def set_default(
         self,
@@ -156,8 +151,10 @@ class AsyncModelCalls(abc.ABC):
             >>> (await client.set_default("forecast", now)).previous_version == now
             True
         """
-        deadline = self._core.deadline(timeout_s)
-        return await self._run(self._model_admin.set_default(name, version, sessions, migration, deadline))
+        deadline = self._driver.core.deadline(timeout_s)
+        return await self._driver.run(
+            self._model_admin.set_default(name, version, sessions, migration, deadline)
+        )
 
     async def set_label(
         self, name: str, label: str, version: int, *, timeout_s: float | None = None
@@ -172,8 +169,8 @@ class AsyncModelCalls(abc.ABC):
             >>> (await client.model("forecast:stable")).version == now
             True
         """
-        deadline = self._core.deadline(timeout_s)
-        return await self._run(self._model_admin.set_label(name, label, version, deadline))
+        deadline = self._driver.core.deadline(timeout_s)
+        return await self._driver.run(self._model_admin.set_label(name, label, version, deadline))
 
     async def remove_label(self, name: str, label: str, *, timeout_s: float | None = None) -> None:
         """Takes a label away. Sessions that were opened by it stay where they are.
@@ -185,5 +182,5 @@ class AsyncModelCalls(abc.ABC):
             >>> labelled = await client.set_label("forecast", "nightly", now)
             >>> await client.remove_label("forecast", "nightly")
         """
-        deadline = self._core.deadline(timeout_s)
-        await self._run(self._model_admin.set_label(name, label, None, deadline))
+        deadline = self._driver.core.deadline(timeout_s)
+        await self._driver.run(self._model_admin.set_label(name, label, None, deadline))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -17,9 +16,8 @@ from stepwell._admin.admin import (
     failures,
 )
 from stepwell._admin.session_list import Page, SessionList
-from stepwell._base.flow import Flow
 from stepwell._base.tracebacks import end_here
-from stepwell._core.core import Core
+from stepwell._core.driver import Driver
 from stepwell.errors import StepwellError
 
 T = TypeVar("T")
@@ -29,18 +27,14 @@ Progress = Callable[[int], Any]
 
 
 @end_here
-class AdminCalls(abc.ABC):
+class AdminCalls:
     """Lists, closing, export and import of many sessions."""
 
-    _core: Core
-
-    @abc.abstractmethod
-    def _run(self, flow: Flow[T]) -> T:
-        """Runs a flow of the core to its result."""
+    _driver: Driver
 
     @property
     def _admin(self) -> Admin:
-        return Admin(self._core)
+        return Admin(self._driver.core)
 
     def sessions(
         self,
@@ -77,7 +71,7 @@ class AdminCalls(abc.ABC):
         request = self._admin.list_request(wanted, limit)
 
         def read(token: str) -> Page:
-            return self._run(self._admin.page(request, token, self._core.deadline(timeout_s)))
+            return self._driver.run(self._admin.page(request, token, self._driver.core.deadline(timeout_s)))
 
         return SessionList(read(""), read, limit)
 
@@ -96,7 +90,7 @@ class AdminCalls(abc.ABC):
             0
         """
         wanted = SessionFilter(model, prefix, idle_longer_s)
-        return self._run(self._admin.count(wanted, self._core.deadline(timeout_s)))
+        return self._driver.run(self._admin.count(wanted, self._driver.core.deadline(timeout_s)))
 
     def close_sessions(
         self,
@@ -138,13 +132,15 @@ class AdminCalls(abc.ABC):
         closed = 0
         if session_ids is not None and not everything and wanted == SessionFilter():
             for some in self._admin.close_parts(session_ids):
-                closed += self._run(self._core.close_sessions(some, self._core.deadline(timeout_s)))
+                closed += self._driver.run(
+                    self._driver.core.close_sessions(some, self._driver.core.deadline(timeout_s))
+                )
                 _tell(progress, closed)
             return closed
         request = self._admin.close_request(wanted, everything=everything or session_ids is not None)
         while True:
-            count, request.page_token = self._run(
-                self._admin.close_page(request, self._core.deadline(timeout_s))
+            count, request.page_token = self._driver.run(
+                self._admin.close_page(request, self._driver.core.deadline(timeout_s))
             )
             closed += count
             _tell(progress, closed)
@@ -190,7 +186,9 @@ class AdminCalls(abc.ABC):
         with session_file.Writer(path) as writer:
             for request in requests:
                 while True:
-                    page = self._run(self._admin.export_page(request, self._core.deadline(timeout_s)))
+                    page = self._driver.run(
+                        self._admin.export_page(request, self._driver.core.deadline(timeout_s))
+                    )
                     writer.add(page.sessions)
                     failed.update(failures(page.errors))
                     done += len(page.sessions)
@@ -231,7 +229,9 @@ class AdminCalls(abc.ABC):
         """
         report, done = ImportReport(), 0
         for request in self._admin.import_requests(session_file.read(path), existing):
-            report += self._run(self._admin.import_some(request, self._core.deadline(timeout_s)))
+            report += self._driver.run(
+                self._admin.import_some(request, self._driver.core.deadline(timeout_s))
+            )
             done += len(request.sessions)
             _tell(progress, done)
         return report

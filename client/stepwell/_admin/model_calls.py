@@ -10,9 +10,8 @@ from stepwell._admin import model_files
 from stepwell._admin.model_files import ModelSource
 from stepwell._admin.models import LoadProgress, ModelAdmin, SessionPolicy
 from stepwell._base import addresses
-from stepwell._base.flow import Flow
 from stepwell._base.tracebacks import end_here
-from stepwell._core.core import Core
+from stepwell._core.driver import Driver
 from stepwell._state.infos import LoadedModel
 from stepwell.config import DEFAULT_LOAD_TIMEOUT_S
 
@@ -23,20 +22,16 @@ T = TypeVar("T")
 class ModelCalls(abc.ABC):
     """Loads and unloads versions of models while they are served. For admins, where the server knows its callers."""
 
-    _core: Core
+    _driver: Driver
 
     @property
     @abc.abstractmethod
     def address(self) -> str:
         """Where the server is."""
 
-    @abc.abstractmethod
-    def _run(self, flow: Flow[T]) -> T:
-        """Runs a flow of the core to its result."""
-
     @property
     def _model_admin(self) -> ModelAdmin:
-        return ModelAdmin(self._core)
+        return ModelAdmin(self._driver.core)
 
     def load_model(
         self,
@@ -115,10 +110,10 @@ class ModelCalls(abc.ABC):
             labels=labels,
             unload_previous=unload_previous,
         )
-        deadline = self._core.deadline(timeout_s)
+        deadline = self._driver.core.deadline(timeout_s)
         is_on_this_machine = addresses.are_on_this_machine(self.address)
         with model_files.placed(name, model, upload=upload, is_on_this_machine=is_on_this_machine) as file:
-            return self._run(admin.load(request, file, deadline, progress))
+            return self._driver.run(admin.load(request, file, deadline, progress))
 
     def update_model(
         self,
@@ -185,8 +180,8 @@ class ModelCalls(abc.ABC):
             >>> loaded = client.load_model("forecast", model_path, default=False)
             >>> client.unload_model("forecast", loaded.version)
         """
-        deadline = self._core.deadline(timeout_s)
-        self._run(self._model_admin.unload(name, version, force, deadline))
+        deadline = self._driver.core.deadline(timeout_s)
+        self._driver.run(self._model_admin.unload(name, version, force, deadline))
 
     def set_default(
         self,
@@ -215,8 +210,8 @@ class ModelCalls(abc.ABC):
             >>> client.set_default("forecast", now).previous_version == now
             True
         """
-        deadline = self._core.deadline(timeout_s)
-        return self._run(self._model_admin.set_default(name, version, sessions, migration, deadline))
+        deadline = self._driver.core.deadline(timeout_s)
+        return self._driver.run(self._model_admin.set_default(name, version, sessions, migration, deadline))
 
     def set_label(
         self, name: str, label: str, version: int, *, timeout_s: float | None = None
@@ -241,8 +236,8 @@ class ModelCalls(abc.ABC):
             >>> client.model("forecast:stable").version == now
             True
         """
-        deadline = self._core.deadline(timeout_s)
-        return self._run(self._model_admin.set_label(name, label, version, deadline))
+        deadline = self._driver.core.deadline(timeout_s)
+        return self._driver.run(self._model_admin.set_label(name, label, version, deadline))
 
     def remove_label(self, name: str, label: str, *, timeout_s: float | None = None) -> None:
         """Takes a label away. Sessions that were opened by it stay where they are.
@@ -254,5 +249,5 @@ class ModelCalls(abc.ABC):
             >>> labelled = client.set_label("forecast", "nightly", client.model("forecast").version)
             >>> client.remove_label("forecast", "nightly")
         """
-        deadline = self._core.deadline(timeout_s)
-        self._run(self._model_admin.set_label(name, label, None, deadline))
+        deadline = self._driver.core.deadline(timeout_s)
+        self._driver.run(self._model_admin.set_label(name, label, None, deadline))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 
-from stepwell._base.flow import Retrier
-from stepwell._batching.in_flight import InFlightFrame, Link
-from stepwell._batching.steps import Gathering, Step, Stepped, abandon
-from stepwell._transport import channel
-from stepwell.errors import DeadlineExceededError
+from stepwell._batching.exchange import Link, unanswered
+from stepwell._batching.in_flight import InFlightFrame
+from stepwell._batching.steps import FRAME_SHARE, Gathering, Step, Stepped, abandon
+from stepwell._transport.channel import closed
 
 
 class WaitingStep:
@@ -40,14 +39,13 @@ class Coalescer:
     def __init__(
         self,
         link: Link,
-        retrier: Retrier,
         unary: Callable[[Step], Awaitable[Stepped]],
-        max_frame_bytes: int,
+        max_message_bytes: int,
     ) -> None:
         self._link = link
-        self._retrier = retrier
         self._unary = unary
-        self._max_frame_bytes = max_frame_bytes
+        self._max_message_bytes = max_message_bytes
+        self._max_frame_bytes = max_message_bytes // FRAME_SHARE
         self._waiting: Gathering[WaitingStep] = Gathering()
         self._in_flight: dict[Frame, asyncio.TimerHandle | None] = {}
         """Frames in flight, each with the timer of its members' next time limit."""
@@ -78,7 +76,7 @@ class Coalescer:
         for members in waiting.frames(self._max_frame_bytes, self._most):
             frame = Frame(self, members, now_s)
             self._in_flight[frame] = None
-            frame.send(self._link, self._retrier)
+            frame.send(self._link, self._max_message_bytes)
             self._watch(frame)
 
     def _watch(self, frame: Frame) -> None:
@@ -96,7 +94,7 @@ class Coalescer:
 
     def _on_time_limit(self, frame: Frame) -> None:
         late = [member for member in frame.members if member.step.deadline.remaining_s() <= 0]
-        abandon(late, DeadlineExceededError("the time limit passed while a frame was unanswered"))
+        abandon(late, unanswered())
         self._watch(frame)
 
     def over(self, frame: Frame) -> None:
@@ -113,7 +111,7 @@ class Coalescer:
     def close(self) -> None:
         """Fails queued steps and those in flight with `ClosedError`."""
         for members in self._waiting.frames(self._max_frame_bytes):
-            abandon(members, channel.closed())
+            abandon(members, closed())
         self._waiting = Gathering()
         for frame in list(self._in_flight):
-            frame.end(channel.closed())
+            frame.end(closed())

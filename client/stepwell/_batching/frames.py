@@ -6,22 +6,17 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwell import errors
 from stepwell._batching.sets import SessionSet
-from stepwell._routing.ranking import Keys, keys_of
 from stepwell._state.tensors import Array, Packed, to_messages, view_all
 from stepwell._transport.retry import Deadline
 from stepwell._transport.status import from_message
 from stepwell.v1 import sessions_pb2
-
-if TYPE_CHECKING:
-    from stepwell._routing.replica import Replica
-    from stepwell._routing.router import Router
 
 Indexes = npt.NDArray[np.intp]
 Counts = npt.NDArray[np.uint64]
@@ -122,11 +117,11 @@ class Frame:
             named: The sessions, if they are changed together again and again.
         """
         self._change = change
-        self._ids = ids
+        self.ids = ids
         self._rows = rows
         self._expected = expected
         self._request_ids = request_ids
-        self._named = named
+        self.named = named
         self._open = np.ones(len(ids), np.bool_)
         self._all: Indexes = np.arange(len(ids))
         self._sent = self._all
@@ -137,39 +132,19 @@ class Frame:
         """The last part of this round's reply was received."""
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self.ids)
 
-    def keys(self) -> Keys:
-        """The keys of its sessions: see `_routing.ranking`."""
-        return keys_of(self._ids) if self._named is None else self._named.keys()
-
-    def split(
-        self, router: Router, keys: Keys, members: Indexes, tried: tuple[Replica, ...]
-    ) -> list[tuple[Replica, Indexes, Frame]]:
-        """The frames of some members, by the replica that each has: with that and the members.
-
-        Args:
-            router: Says who has which.
-            keys: Of all members.
-            members: Ascending.
-            tried: Replicas to leave out.
-        """
-        if len(members) == len(self) and not tried:
-            divided = divide(router, self._named, keys)
-        else:
-            divided = [(to, members[own], None) for to, own in _parted(router, keys[members], tried)]
-        return [(to, own, self._part(own, named)) for to, own, named in divided]
-
-    def _part(self, members: Indexes, named: SessionSet | None) -> Frame:
+    def part(self, members: Indexes, named: SessionSet | None) -> Frame:
+        """The frame of some members, ascending; `named` as in the constructor."""
         if len(members) == len(self):
-            own = Frame(self._change, self._ids, self._rows, self._expected, self._request_ids, self._named)
+            own = Frame(self._change, self.ids, self._rows, self._expected, self._request_ids, self.named)
         else:
             ends = np.cumsum(self._rows)
             is_own = np.zeros(len(self), np.bool_)
             is_own[members] = True
             own = Frame(
                 self._change.some(np.flatnonzero(np.repeat(is_own, self._rows)), int(ends[-1])),
-                [self._ids[i] for i in members.tolist()] if named is None else named.ids,
+                [self.ids[i] for i in members.tolist()] if named is None else named.ids,
                 self._rows[members],
                 self._expected[members],
                 self._request_ids[members],
@@ -204,10 +179,10 @@ class Frame:
         frame.timeout_ms = _timeout_ms(deadline.remaining_s())
         if self.traceparent:
             frame.traceparent = self.traceparent
-        if self._named is not None and self._sent is self._all:
-            frame.MergeFromString(self._named.encoded())
+        if self.named is not None and self._sent is self._all:
+            frame.MergeFromString(self.named.encoded())
         else:
-            frame.session_ids.extend([self._ids[i] for i in self._sent.tolist()])
+            frame.session_ids.extend([self.ids[i] for i in self._sent.tolist()])
         rows, expected, request_ids = (
             column[self._sent] for column in (self._rows, self._expected, self._request_ids)
         )
@@ -294,7 +269,7 @@ class Frame:
     def _expect_all(self, failures: dict[int, errors.StepwellError]) -> None:
         for i in np.flatnonzero(self._open).tolist():
             if i not in self._waiting:
-                failures[i] = errors.InternalError(f"the server left session {self._ids[i]!r} unanswered")
+                failures[i] = errors.InternalError(f"the server left session {self.ids[i]!r} unanswered")
                 self._open[i] = False
 
     def unsettled(self) -> list[tuple[errors.StepwellError, Indexes]]:
@@ -340,29 +315,6 @@ class Frame:
 
 def _are_alike(numbers: npt.NDArray[Any]) -> bool:
     return len(numbers) > 1 and bool((numbers == numbers[0]).all())
-
-
-def divide(
-    router: Router, named: SessionSet | None, keys: Keys
-) -> list[tuple[Replica, Indexes, SessionSet | None]]:
-    """All members by replica; those of a set are sets of their own, the same ones each time."""
-    if named is None:
-        return [(to, own, None) for to, own in _parted(router, keys, ())]
-    router.look()
-    epoch = router.epoch
-    known, divided = named.split
-    if known != epoch:
-        divided = [
-            (to, own, SessionSet(tuple([named.ids[i] for i in own.tolist()]), named.rows[own]))
-            for to, own in _parted(router, keys, ())
-        ]
-        named.split = epoch, divided
-    return list(divided)
-
-
-def _parted(router: Router, keys: Keys, tried: tuple[Replica, ...]) -> list[tuple[Replica, Indexes]]:
-    replicas, of = router.choose_all(keys, tried)
-    return [(to, own) for i, to in enumerate(replicas) if len(own := np.flatnonzero(of == i))]
 
 
 class Gathered:

@@ -1,42 +1,19 @@
 """A frame that is in flight and carries the steps of many callers. Used by both clients.
 
-A frame is one attempt of each of its steps. Retrying is up to each step's own flow (`_base.flow.Retrier.step`), so
+A frame is one attempt of each of its steps. Retrying is up to each step's own flow (`_core.retrier.Retrier.step`), so
 that a broken stream is no special case.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeAlias
+from typing import Generic, Protocol
 
-from stepwell._base.flow import Exchange, Retrier
+from stepwell._batching.exchange import Exchange, Link
 from stepwell._batching.steps import M, abandon, answer, framed
 from stepwell._transport.retry import Deadline, RepliesTooLargeError
+from stepwell._transport.stream import Answer
 from stepwell.errors import ReplyTooLargeError, StepwellError
-from stepwell.v1 import sessions_pb2
-
-Answer: TypeAlias = sessions_pb2.StepStreamResponse | StepwellError
-"""A part of the reply to a frame, or the error that ended it."""
-Sink: TypeAlias = Callable[[Answer], None]
-
-
-class Link(Protocol):
-    """The stream that a frame is sent on."""
-
-    def post(self, ask: Exchange, sink: Sink, /) -> Callable[[], None]:
-        """Sends a frame without waiting for its reply.
-
-        Args:
-            ask: The frame. Its `on_part` is not called: the sink handles the reply.
-            sink: Called with each part of the reply, or with the error that ended it. It is called by the
-                reader of the stream, so it must neither block nor raise.
-
-        Returns:
-            A function that unregisters the sink. Must be called when the round is over.
-
-        Raises:
-            StepwellError: Nothing was sent, and the sink will not be called.
-        """
 
 
 class Owner(Protocol[M]):
@@ -63,11 +40,11 @@ class InFlightFrame(Generic[M]):
         self._frame = framed(members)
         self.forget: Callable[[], None] = _nothing
 
-    def send(self, link: Link, retrier: Retrier) -> None:
+    def send(self, link: Link, max_message_bytes: int) -> None:
         """Sends it. On any error every caller gets that error."""
         try:
-            ask = retrier.ask(self._frame, self.deadline, _nothing)
-            self.forget = link.post(ask, self._receive)
+            ask = Exchange(self._frame, self.deadline, _nothing, max_message_bytes)
+            self.forget = link.post(ask.request, self._receive)
         except Exception as error:
             self.end(error)
         if self._frame.round_over:

@@ -21,10 +21,10 @@ import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 
-from stepwell._base.flow import Retrier
-from stepwell._batching.in_flight import InFlightFrame, Link
-from stepwell._batching.steps import Gathering, Step, Stepped, abandon
-from stepwell._transport import channel
+from stepwell._batching.exchange import Link
+from stepwell._batching.in_flight import InFlightFrame
+from stepwell._batching.steps import FRAME_SHARE, Gathering, Step, Stepped, abandon
+from stepwell._transport.channel import closed
 from stepwell._transport.retry import Clock
 from stepwell.errors import DeadlineExceededError
 
@@ -81,15 +81,14 @@ class Sender:
     def __init__(
         self,
         link: Link,
-        retrier: Retrier,
         unary: Callable[[Step], Stepped],
-        max_frame_bytes: int,
+        max_message_bytes: int,
         clock: Clock = time.monotonic,
     ) -> None:
         self._link = link
-        self._retrier = retrier
         self._unary = unary
-        self._max_frame_bytes = max_frame_bytes
+        self._max_message_bytes = max_message_bytes
+        self._max_frame_bytes = max_message_bytes // FRAME_SHARE
         self._clock = clock
         self._alone = threading.RLock()
         """A lock that only its holder can release. Held by a step that is in flight as a unary call because no other step was in flight."""
@@ -221,7 +220,7 @@ class Sender:
         for members in gathering.frames(self._max_frame_bytes, self._most):
             frame = Frame(self, members, self._clock())
             self._in_flight.append(frame)
-            frame.send(self._link, self._retrier)
+            frame.send(self._link, self._max_message_bytes)
 
     def _dequeue_all(self) -> list[WaitingStep]:
         members = []
@@ -246,7 +245,7 @@ class Sender:
         self._most[members[0].step.kind()] = max(1, len(members) // 2)
 
     def _fail_queued(self) -> None:
-        abandon(self._dequeue_all(), channel.closed())
+        abandon(self._dequeue_all(), closed())
 
     def close(self) -> None:
         """Ends the thread; queued steps fail with `ClosedError`. Frames in flight end when the link is closed."""

@@ -11,19 +11,17 @@ import dataclasses
 import math
 import types
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from stepwell._base.metadata import Pairs, sampled
 from stepwell._batching.frames import Change, Frame, Part
 from stepwell._state.tensors import Array, to_messages, unpack_all
+from stepwell._transport.call import Call, Endpoint, check_size
 from stepwell._transport.retry import Deadline
 from stepwell.errors import StepwellError
 from stepwell.v1 import sessions_pb2
-
-if TYPE_CHECKING:
-    from stepwell._routing.replica import Replica
 
 
 class Stepped(NamedTuple):
@@ -44,6 +42,8 @@ class Stepped(NamedTuple):
 #: Steps with inputs up to this size share frames. Measured on two cores: 64 concurrent steps of 30 KiB each take half
 #: as long in frames as in unary calls.
 SHARED_BYTES = 64 * 1024
+#: The inputs of a frame take at most this part of the message limit: outputs may be larger than inputs.
+FRAME_SHARE = 4
 #: Bytes of a member in a frame besides its inputs, roughly.
 _MEMBER_BYTES = 64
 
@@ -61,11 +61,15 @@ class Step(NamedTuple):
     deadline: Deadline
     trace: Pairs = ()
     """What it says of the span that it belongs to."""
-    to: Replica | None = None
-    """The replica to ask; None: the client has one server."""
+    to: Endpoint | None = None
+    """None: the client has one server."""
 
-    def request(self) -> sessions_pb2.StepRequest:
-        """The request of a unary call."""
+    def call(self, max_message_bytes: int) -> Call:
+        """One attempt as a unary call.
+
+        Raises:
+            InvalidInputError: The message exceeds the limit.
+        """
         request = sessions_pb2.StepRequest(
             session_id=self.session_id,
             inputs=to_messages(self.change.tensors),
@@ -74,7 +78,8 @@ class Step(NamedTuple):
             rows=self.change.rows,
         )
         self.change.say(request)
-        return request
+        check_size("Step", request, max_message_bytes)
+        return Call("Step", request, self.deadline.grpc_timeout_s(), self.trace, to=self.to)
 
     def may_share(self) -> bool:
         """Whether it goes into a frame with others: a step of some of its session's rows, or a large one, does not."""

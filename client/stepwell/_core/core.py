@@ -12,27 +12,27 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from stepwell._base.flow import Flow, Retrier
+from stepwell._base.flow import Flow
 from stepwell._base.log import LOG
 from stepwell._batching.frames import Change, Counts, Frame, Indexes, Part
-from stepwell._batching.lanes import Exchanging
-from stepwell._core import arguments
+from stepwell._batching.step_arguments import as_one, pack_reset, selected, step_change
 from stepwell._core.finisher import TRY_FOR_S
 from stepwell._core.group_tracker import GroupTracker
+from stepwell._core.lanes import Exchanging
 from stepwell._core.observer import Observer
-from stepwell._core.step_arguments import as_one, pack_reset, selected, step_change
+from stepwell._core.retrier import Retrier
 from stepwell._core.tracing import Tracing
 from stepwell._core.tracker import SessionTracker, is_unknown, new_request_id
 from stepwell._core.versions import VersionWatch, is_pinned, name_of, reference
 from stepwell._routing.ranking import keys_of
 from stepwell._routing.replica import ReplicaInfo
-from stepwell._routing.router import Router
+from stepwell._routing.router import Router, Watcher, are_several
+from stepwell._state import arguments
 from stepwell._state.display import Listing
 from stepwell._state.infos import Inputs, Mask, ModelInfo, Outputs, Rows, ServerInfo, SessionInfo, SlowSession
 from stepwell._state.state import State, States
 from stepwell._state.tensors import Packed, to_messages, unpack_all
 from stepwell._state.trace import Trace, traced
-from stepwell._transport.channel import has_replicas
 from stepwell._transport.connecting import Contact
 from stepwell._transport.retry import Clock, Deadline, RetryPolicy
 from stepwell.config import ClientConfig, check_switch, check_timeout
@@ -68,6 +68,7 @@ class Core:
         clock: Clock = time.monotonic,
         *,
         finish: Callable[[Flow[None]], None] = _drop,
+        watch: Callable[[Router], Watcher] | None = None,
     ) -> None:
         """The operations for one server.
 
@@ -76,20 +77,22 @@ class Core:
             policy: When to try again.
             clock: Monotonic, in seconds.
             finish: Runs a flow in the background; returns at once.
+            watch: Makes what looks after replicas.
         """
         self._finish = finish
-        contact = Contact(config.address, config.connect_timeout_s)
         hooks = config.event_hooks
-        self.router = Router(config.targets, clock, hooks=hooks) if has_replicas(config) else None
+        self.router = router = (
+            Router(config.targets, clock, watch=watch, hooks=hooks) if are_several(config.targets) else None
+        )
         """Chooses replicas; None: there is one server."""
-        if self.router is not None:
-            contact.reasons = self.router.reasons
+        reasons = None if router is None else router.reasons
+        contact = Contact(config.address, config.connect_timeout_s, reasons=reasons)
         self.retrier = Retrier(
             policy or RetryPolicy(),
             config.max_message_bytes,
             contact,
             renews_tokens=callable(config.token),
-            router=self.router,
+            router=router,
         )
         self._config = config
         self._clock = clock
@@ -135,8 +138,7 @@ class Core:
         """Some sessions by the replica that has them: the places of each one's in `ids`."""
         if self.router is None or not ids:
             return [np.arange(len(ids))]
-        replicas, of = self.router.choose_all(keys_of(ids))
-        return [own for i in range(len(replicas)) if len(own := np.flatnonzero(of == i))]
+        return [own for _, own in self.router.split(keys_of(ids))]
 
     # Models.
 

@@ -17,8 +17,9 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from stepwell._base.flow import Ask, Call, Flow, Pause, drive, drive_async
-from stepwell._routing.replica import Replica
+from stepwell._base.flow import Flow, Pause, drive, drive_async
+from stepwell._core.lanes import Ask
+from stepwell._transport.call import Call, Endpoint
 from stepwell._transport.channel import SyncTransport, closed
 from stepwell.config import ClientConfig
 from stepwell.errors import StepwellError
@@ -45,7 +46,7 @@ class Finisher:
         self._flows: deque[Flow[None]] = deque()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._transports: dict[Replica | None, SyncTransport] = {}
+        self._transports: dict[Endpoint | None, SyncTransport] = {}
         self._closing = threading.Event()
 
     def add(self, flow: Flow[None]) -> None:
@@ -81,12 +82,12 @@ class Finisher:
             return None
         raise closed()
 
-    def _channel(self, replica: Replica | None) -> SyncTransport:
+    def _channel(self, replica: Endpoint | None) -> SyncTransport:
         with self._lock:
             if self._closing.is_set():
                 raise closed()
             if replica not in self._transports:
-                self._transports[replica] = SyncTransport(self._config, replica=replica)
+                self._transports[replica] = SyncTransport(self._config, endpoint=replica)
             return self._transports[replica]
 
     def close(self) -> None:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stepwell._batching.frames import Change, Counts, Frame, Gathered, Indexes, divide
+from stepwell._batching.frames import Change, Counts, Frame, Gathered, Indexes
 from stepwell._batching.sets import SessionSet
+from stepwell._core.lanes import divide, keys_in
 from stepwell._core.tracker import SessionTracker, explained, is_unknown, new_request_ids
 from stepwell._core.turns import Some, Turns
 from stepwell._core.versions import reference
@@ -116,7 +117,7 @@ class GroupTracker:
         if self._router is None or named is None or not self._router.replicas:
             return request_ids
         ordered = np.empty_like(request_ids)
-        ordered[np.concatenate([own for _, own, _ in divide(self._router, named, named.keys())])] = (
+        ordered[np.concatenate([own for _, own, _ in divide(self._router, named, keys_in(named))])] = (
             request_ids
         )
         return ordered

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from typing import Any, TypeVar
 
-from stepwell._base.flow import Ask, Call, Exchange, Flow, Lookup, Notify, Pause
-from stepwell._batching.lanes import Exchanges, Lane
-from stepwell._routing.replica import Replica
+from stepwell._base.flow import Flow, Notify, Pause
+from stepwell._batching.exchange import Exchange
+from stepwell._core.lanes import Ask, Exchanges, Lane
+from stepwell._routing.lookup import Lookup
+from stepwell._transport.call import Call
 from stepwell._transport.retry import Clock
 from stepwell.errors import StepwellError
 from stepwell.events import EventHooks, RequestEvent, ResponseEvent, RetryEvent
@@ -49,14 +51,14 @@ class Observer:
         attempt, request = 1, None
         lanes = _Lanes(self)
         try:
-            ask = next(flow)
+            ask: Ask = next(flow)
             while True:
                 yield from lanes.ended()
                 if isinstance(ask, Notify | Lookup):  # what the flow itself has to tell, or to know
                     answer, error = yield from _answer(ask)
                 elif isinstance(ask, Pause):
                     request = lanes.requests.get(ask.to, request)
-                    if ask.is_told and request is not None:  # else no replica was known yet
+                    if ask.is_reported and request is not None:  # else no replica was known yet
                         yield from _tell(self._retries, RetryEvent(request, ask.error, ask.seconds))
                     attempt = ask.attempt + 1
                     answer, error = yield from _answer(ask)
@@ -64,7 +66,8 @@ class Observer:
                     yield from lanes.begin(ask)
                     answer, error = yield from _answer(ask)
                 else:
-                    address = self.address if ask.to is None else ask.to.address
+                    to = None if isinstance(ask, Exchange) else ask.to
+                    address = self.address if to is None else to.address
                     request = RequestEvent(address, _rpc(ask), attempt, _sessions(ask))
                     attempt = 1
                     yield from _tell(self._requests, request)
@@ -95,7 +98,7 @@ class _Lanes:
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
         self._began: dict[Lane, tuple[RequestEvent, float]] = {}
-        self.requests: dict[Replica | None, RequestEvent] = {}
+        self.requests: dict[Hashable, RequestEvent] = {}
         """The last one to each."""
 
     def begin(self, ask: Exchanges) -> Flow[None]:

@@ -11,10 +11,13 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stepwell import _install
-from stepwell._base.flow import Ask, Call, Exchange, Flow, Lookup, Notify, Pause
+from stepwell._base.flow import Flow, Notify, Pause
 from stepwell._base.metadata import sampled
-from stepwell._batching.lanes import Exchanges
+from stepwell._batching.exchange import Exchange
 from stepwell._batching.steps import Step
+from stepwell._core.lanes import Ask, Exchanges
+from stepwell._routing.lookup import Lookup
+from stepwell._transport.call import Call
 from stepwell._transport.channel import service_of
 from stepwell.errors import InvalidInputError, StepwellError
 
@@ -51,7 +54,7 @@ class Tracing:
         said: Pairs = ()
         attempts = 0
         try:
-            ask = next(flow)
+            ask: Ask = next(flow)
             while True:
                 if not isinstance(ask, Pause | Notify | Lookup):
                     attempts += 1

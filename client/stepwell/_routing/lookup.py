@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import queue
 import socket
 import threading
@@ -10,8 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from stepwell._base import addresses
-from stepwell._base.flow import Lookup
 from stepwell._transport.connecting import ConnectError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lookup:
+    """Look a name up; the answer is the list of its addresses, HOST:PORT each."""
+
+    host: str
+    port: int
 
 
 def look_up(ask: Lookup, limit_s: float) -> list[str]:

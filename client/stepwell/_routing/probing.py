@@ -1,4 +1,4 @@
-"""Looks at replicas that are down, and looks names up again, beside the calls of a client: see `Router.due`.
+"""Looks at replicas that are down, and looks names up again, concurrently with the calls of a client: see `Router.due`.
 
 A sync client has a thread for it, an async one a task; either is there only while there is something to look at.
 """
@@ -12,8 +12,7 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable
 
-from stepwell._base.flow import Lookup
-from stepwell._routing.lookup import look_up, look_up_async
+from stepwell._routing.lookup import Lookup, look_up, look_up_async
 from stepwell._routing.replica import Replica
 from stepwell._routing.router import PROBE_TIMEOUT_S, Name, Router
 from stepwell._transport.connecting import ConnectError
@@ -36,10 +35,13 @@ class Prober:
         self,
         router: Router,
         check: Callable[[Replica, float], StepwellError | None],
+        drop: Callable[[Replica], None],
         connect_timeout_s: float,
     ) -> None:
         self._router = router
         self._check = check
+        self.drop = drop
+        """An endpoint is not a replica any more."""
         self._timeout_s = max(PROBE_TIMEOUT_S, min(connect_timeout_s, 20.0))
         self._woken = threading.Event()
         self._lock = threading.Lock()

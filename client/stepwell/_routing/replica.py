@@ -6,22 +6,20 @@ import dataclasses
 import math
 
 from stepwell._routing.ranking import key_of
+from stepwell._transport.call import Endpoint
 from stepwell.errors import StepwellError
 
 
-class Replica:
+class Replica(Endpoint):
     """What is known of a replica. Changed by the `Router` that has it. Equal only to itself."""
 
     __slots__ = (
-        "address",
-        "authority",
         "back_s",
         "checked_s",
         "due_s",
         "error",
         "failures",
         "generation",
-        "host",
         "is_checked",
         "is_down",
         "parts",
@@ -29,16 +27,7 @@ class Replica:
     )
 
     def __init__(self, address: str, host: str = "", name: str = "") -> None:
-        """A replica.
-
-        Args:
-            address: As gRPC takes it.
-            host: The host of the name that it was found by, which its certificate is for; empty if it was named itself.
-            name: That name with dns:/// and the port.
-        """
-        self.address = address
-        self.host = host
-        self.authority = name.removeprefix("dns:///")
+        super().__init__(address, host, name)
         self.seed = key_of(address if address.startswith("unix:") else address.lower())
         self.is_down = False
         self.error: StepwellError | None = None

@@ -17,15 +17,18 @@ import math
 import random
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from stepwell._base import addresses
-from stepwell._base.flow import Flow, Lookup, Notify
+from stepwell._base.flow import Flow, Notify
 from stepwell._base.log import LOG
-from stepwell._batching.frames import Indexes
+from stepwell._routing.lookup import Lookup
 from stepwell._routing.ranking import Keys, weight, weights
 from stepwell._routing.replica import Replica
+from stepwell._transport.call import Endpoint
 from stepwell._transport.connecting import ConnectError
 from stepwell._transport.retry import Clock, RepliesTooLargeError
 from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableError
@@ -46,6 +49,24 @@ _HUNG = "ping timeout"
 #: Replicas in the order in which a session prefers them: those that are there, those that are not given it back yet,
 #: those that are down.
 _UP, _RETURNING, _DOWN = 2, 1, 0
+
+
+Indexes = npt.NDArray[np.intp]
+
+
+def are_several(targets: Sequence[str]) -> bool:
+    """Whether a client of these addresses has a choice: there are several, or a name that may have several."""
+    return len(targets) > 1 or addresses.is_name(targets[0])
+
+
+class Watcher(Protocol):
+    """What looks after the replicas of a router."""
+
+    def wake(self) -> None:
+        """Something may be due: see `Router.due`."""
+
+    def drop(self, replica: Replica, /) -> None:
+        """A replica is not one any more."""
 
 
 class Name:
@@ -70,6 +91,7 @@ class Router:
         targets: Sequence[str],
         clock: Clock,
         *,
+        watch: Callable[[Router], Watcher] | None = None,
         hooks: EventHooks | None = None,
         draw: Callable[[float, float], float] = random.uniform,
     ) -> None:
@@ -78,6 +100,7 @@ class Router:
         Args:
             targets: Addresses as gRPC takes them, and names with dns:///.
             clock: Monotonic, in seconds.
+            watch: Makes what looks after the replicas; None: nothing does.
             hooks: Those of the client.
             draw: Draws from an interval.
         """
@@ -91,18 +114,12 @@ class Router:
         self._replicas = self._fixed
         self._returning = False
         self._lookup_s = -math.inf if self._names else math.inf
-        self._wake: Callable[[], None] = lambda: None
-        self._drop: Callable[[Replica], None] = lambda _: None
         self._gone: list[Replica] = []
         self.home = random.getrandbits(64)
         """The key of calls that are about no session: another one for each client, so that they share the replicas."""
         self.epoch = 0
         """Changes whenever sessions may have another replica than before."""
-
-    def attach(self, wake: Callable[[], None], drop: Callable[[Replica], None]) -> None:
-        """Says who looks at replicas, to be woken when there is something to do, and who has connections to end."""
-        self._wake = wake
-        self._drop = drop
+        self._watcher = None if watch is None else watch(self)
 
     @property
     def replicas(self) -> tuple[Replica, ...]:
@@ -114,10 +131,6 @@ class Router:
         return self._clock()
 
     # Choosing.
-
-    def route(self, key: int) -> Route:
-        """The way of one call."""
-        return Route(self, key)
 
     def ready(self) -> Flow[None]:
         """Looks names up if no replica is known yet.
@@ -163,6 +176,11 @@ class Router:
             table[i] = ranks[(drawn & np.uint64(7)).astype(np.intp)] | (drawn >> np.uint64(2))
         return replicas, np.argmax(table, axis=0)
 
+    def split(self, keys: Keys, tried: Collection[Replica] = ()) -> list[tuple[Replica, Indexes]]:
+        """The same by replica: each that has some of them, and their places among the keys."""
+        replicas, of = self.choose_all(keys, tried)
+        return [(to, own) for i, to in enumerate(replicas) if len(own := np.flatnonzero(of == i))]
+
     def _rank(self, replica: Replica, part: int) -> int:
         if replica.is_down:
             return _DOWN
@@ -177,6 +195,10 @@ class Router:
             self._give_back(now_s)
         if now_s >= self._lookup_s:
             self._wake()
+
+    def _wake(self) -> None:
+        if self._watcher is not None:
+            self._watcher.wake()
 
     def _give_back(self, now_s: float) -> None:
         """Replicas that are there again get more of their sessions."""
@@ -325,8 +347,9 @@ class Router:
             # its connections were left until now, for what was under way
             dropped, self._gone = self._gone, []
             self._set()
-        for replica in dropped:
-            self._drop(replica)
+        if self._watcher is not None:
+            for replica in dropped:
+                self._watcher.drop(replica)
 
     def not_found(self, name: Name) -> None:
         """It could not be: what was known of it stays."""
@@ -366,11 +389,13 @@ class Router:
 class Route:
     """Where the attempts of one call go."""
 
-    __slots__ = ("_generation", "_key", "_router", "_tried", "_was_down", "to")
+    __slots__ = ("_generation", "_key", "_only", "_router", "_tried", "_was_down", "to")
 
-    def __init__(self, router: Router, key: int) -> None:
+    def __init__(self, router: Router, key: int, only: Endpoint | None = None) -> None:
+        """The route of the call with this key; `only`: the replica to ask, and no other."""
         self._router = router
         self._key = key
+        self._only = only
         self._tried: tuple[Replica, ...] = ()
         self._was_down = False
         self._generation = 0
@@ -386,7 +411,12 @@ class Route:
         router = self._router
         if not router.replicas:
             yield from router.ready()
-        self.to = to = router.choose(self._key, self._tried)
+        if self._only is None:
+            to = router.choose(self._key, self._tried)
+        else:
+            assert isinstance(self._only, Replica)
+            to = self._only
+        self.to = to
         self._generation, self._was_down = to.generation, to.is_down
         yield from router.told()
         return to
@@ -397,8 +427,16 @@ class Route:
             self._router.up(self.to)
 
     def failed(self, error: StepwellError) -> Flow[bool]:
-        """It has failed; whether another replica is to be asked at once."""
+        """It has failed; whether another replica is to be asked at once.
+
+        Raises:
+            ConnectError: The only one to ask cannot be reached; nobody waits for it.
+        """
         if self.to is None or not self._router.failed(self.to, self._generation, error):
+            return False
+        if self._only is not None:
+            if isinstance(error, ConnectError):
+                raise error
             return False
         yield from self._router.told()
         self._tried = (*self._tried, self.to)

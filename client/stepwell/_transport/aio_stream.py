@@ -5,21 +5,16 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 
-from stepwell._base.flow import Exchange
 from stepwell._base.log import LOG
-from stepwell._batching.in_flight import Answer, Sink
-from stepwell._batching.lanes import Exchanges, Lane
-from stepwell._routing.replica import Replica
 from stepwell._transport import channel
-from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError, UnavailableError
+from stepwell._transport.stream import MakeRequest, Sink
+from stepwell.errors import StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2
 
-Inbox = asyncio.Queue[Answer]
 OpenStream = Callable[[AsyncIterator[sessions_pb2.StepStreamRequest]], Awaitable[channel.OpenedStream]]
 
 
@@ -32,27 +27,10 @@ class AsyncLink:
         self._stream: _Stream | None = None
         self._closed = False
 
-    async def exchange(self, ask: Exchange) -> None:
-        """Sends a frame and calls its `on_part` for each part of the reply.
-
-        Raises:
-            StepwellError: The stream broke or the time limit passed; unanswered members have an unknown outcome.
-        """
-        inbox = Inbox()
-        forget = self.post(ask, inbox.put_nowait)
-        try:
-            async with asyncio.timeout(ask.deadline.grpc_timeout_s()):
-                while not ask.frame.round_over:
-                    ask.on_part(ask.frame.accept(_received(await inbox.get())))
-        except TimeoutError:
-            raise DeadlineExceededError("the time limit passed while a frame was unanswered") from None
-        finally:
-            forget()
-
-    def post(self, ask: Exchange, sink: Sink) -> Callable[[], None]:
-        """Sends a frame without waiting for its reply; `_batching.in_flight.Link` has the rules."""
+    def post(self, make: MakeRequest, sink: Sink) -> Callable[[], None]:
+        """Sends a frame without waiting for its reply, by the rules of `Link.post`."""
         stream = self._open_stream()
-        return functools.partial(stream.forget, stream.send(ask, sink))
+        return functools.partial(stream.forget, stream.send(make, sink))
 
     def _open_stream(self) -> _Stream:
         if self._closed:
@@ -69,37 +47,6 @@ class AsyncLink:
         stream, self._stream = self._stream, None
         if stream is not None:
             await stream.close()
-
-
-async def exchange_some(ask: Exchanges, link_to: Callable[[Replica], AsyncLink]) -> None:
-    """Sends the lanes of a frame that are not sent yet, and waits until one is over, or as long as it is told."""
-    inbox: asyncio.Queue[tuple[Lane, Answer]]
-    inbox = ask.inbox = ask.inbox or asyncio.Queue()
-    for lane in ask.lanes:
-        if lane.forget is None and not lane.is_over:
-            try:
-                lane.forget = link_to(lane.to).post(lane.ask, functools.partial(_put, inbox, lane))
-            except ClosedError:
-                raise
-            except StepwellError as error:
-                lane.fail(error)
-    try:
-        async with asyncio.timeout(None if math.isinf(ask.wait_s) else ask.wait_s):
-            while not ask.has_news:
-                lane, answer = await inbox.get()
-                lane.take(answer)
-    except TimeoutError:
-        return
-
-
-def _put(inbox: asyncio.Queue[tuple[Lane, Answer]], lane: Lane, answer: Answer) -> None:
-    inbox.put_nowait((lane, answer))
-
-
-def _received(answer: Answer) -> sessions_pb2.StepStreamResponse:
-    if isinstance(answer, StepwellError):
-        raise answer
-    return answer
 
 
 class _Stream:
@@ -122,10 +69,10 @@ class _Stream:
         """Unregisters the sink of a frame."""
         self._sinks.pop(frame_id, None)
 
-    def send(self, ask: Exchange, sink: Sink) -> int:
+    def send(self, make: MakeRequest, sink: Sink) -> int:
         """Queues a frame; `sink` is called with the parts of its reply, or with the error. Returns its id."""
         frame_id = next(self._frame_ids)
-        request = ask.request(frame_id)
+        request = make(frame_id)
         self._sinks[frame_id] = sink
         self._outbox.put_nowait(request)
         return frame_id

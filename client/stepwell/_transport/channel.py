@@ -6,16 +6,16 @@ import asyncio
 import dataclasses
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
 from stepwell._base import addresses, metadata
-from stepwell._base.flow import Call
 from stepwell._base.metadata import Pairs
 from stepwell._transport import status, tls
+from stepwell._transport.call import Call, Endpoint
 from stepwell._transport.tokens import Tokens
 from stepwell.config import ClientConfig, TlsConfig
 from stepwell.errors import (
@@ -26,9 +26,6 @@ from stepwell.errors import (
     UnavailableError,
 )
 from stepwell.v1 import models_pb2_grpc, sessions_pb2, sessions_pb2_grpc
-
-if TYPE_CHECKING:
-    from stepwell._routing.replica import Replica
 
 #: gRPC's own limit of an attempt to connect.
 _LONGEST_CONNECT_S = 20.0
@@ -51,43 +48,38 @@ _SERVICES = {
 _FAILED_WRITE = 'Failed "execute_batch"'
 
 
-def open_channel(config: ClientConfig, replica: Replica | None = None) -> grpc.Channel:
+def open_channel(config: ClientConfig, endpoint: Endpoint | None = None) -> grpc.Channel:
     """A channel of the sync client. The connection is made by the first call.
 
     Args:
         config: What the client was told.
-        replica: The one of its replicas that it leads to; None: it has one server.
+        endpoint: Where it leads; None: the client has one server.
     """
-    config, options = _for(config, replica)
+    config, options = _for(config, endpoint)
     if config.tls is None:
         return grpc.insecure_channel(config.address, options=options)
     return grpc.secure_channel(config.address, tls.credentials(config.tls), options=options)
 
 
-def open_async_channel(config: ClientConfig, replica: Replica | None = None) -> grpc.aio.Channel:
+def open_async_channel(config: ClientConfig, endpoint: Endpoint | None = None) -> grpc.aio.Channel:
     """The same for the running event loop. Channels are opened nowhere else, not for `stepwell bench` either."""
-    config, options = _for(config, replica)
+    config, options = _for(config, endpoint)
     if config.tls is None:
         return grpc.aio.insecure_channel(config.address, options=options)
     return grpc.aio.secure_channel(config.address, tls.credentials(config.tls), options=options)
 
 
-def has_replicas(config: ClientConfig) -> bool:
-    """Whether a client has a choice: there are several addresses, or a name that may have several."""
-    return len(config.targets) > 1 or addresses.is_name(config.targets[0])
-
-
-def _for(config: ClientConfig, replica: Replica | None) -> tuple[ClientConfig, list[tuple[str, Any]]]:
-    """What a channel is told: the client's config, or that of one of its replicas, and gRPC's options."""
-    if replica is None:
+def _for(config: ClientConfig, endpoint: Endpoint | None) -> tuple[ClientConfig, list[tuple[str, Any]]]:
+    """What a channel is told: the client's config, or that of one of its endpoints, and gRPC's options."""
+    if endpoint is None:
         return config, _options(config)
     tls = config.tls
-    if tls is not None and replica.host and tls.server_name is None:
-        tls = TlsConfig(tls.ca, tls.cert, tls.key, replica.host)
-    config = dataclasses.replace(config, address=replica.address, tls=tls)
+    if tls is not None and endpoint.host and tls.server_name is None:
+        tls = TlsConfig(tls.ca, tls.cert, tls.key, endpoint.host)
+    config = dataclasses.replace(config, address=endpoint.address, tls=tls)
     options = _options(config)
-    if replica.authority and tls is None:
-        options.append(("grpc.default_authority", replica.authority))
+    if endpoint.authority and tls is None:
+        options.append(("grpc.default_authority", endpoint.authority))
     # what hangs, or is cut off, is found out while calls wait for it, and they go to another replica
     options.append(("grpc.keepalive_time_ms", _KEEPALIVE_MS))
     options.append(("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS))
@@ -255,9 +247,9 @@ class SyncTransport(_Transport):
     """A channel of the sync client."""
 
     def __init__(
-        self, config: ClientConfig, known: Tokens | None = None, replica: Replica | None = None
+        self, config: ClientConfig, known: Tokens | None = None, endpoint: Endpoint | None = None
     ) -> None:
-        self._channel = open_channel(config, replica)
+        self._channel = open_channel(config, endpoint)
         super().__init__(self._channel, config, known)
 
     def stream(self, requests: Iterator[sessions_pb2.StepStreamRequest]) -> OpenedStream:
@@ -315,9 +307,9 @@ class AsyncTransport(_Transport):
     """A channel of the async client."""
 
     def __init__(
-        self, config: ClientConfig, known: Tokens | None = None, replica: Replica | None = None
+        self, config: ClientConfig, known: Tokens | None = None, endpoint: Endpoint | None = None
     ) -> None:
-        self._channel = open_async_channel(config, replica)
+        self._channel = open_async_channel(config, endpoint)
         super().__init__(self._channel, config, known)
 
     async def stream(self, requests: AsyncIterator[sessions_pb2.StepStreamRequest]) -> OpenedStream:

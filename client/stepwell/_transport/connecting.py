@@ -108,18 +108,25 @@ class Contact:
     One object for all calls of a client; it may be used by many threads.
     """
 
-    __slots__ = ("address", "limit_s", "made", "reasons")
+    __slots__ = ("_reasons", "address", "limit_s", "made")
 
-    def __init__(self, address: str, limit_s: float, *, made: bool = False) -> None:
+    def __init__(
+        self,
+        address: str,
+        limit_s: float,
+        *,
+        made: bool = False,
+        reasons: Callable[[], str] | None = None,
+    ) -> None:
         """Of a client.
 
         Args:
             address: Of the server.
             limit_s: How long a call tries, in seconds, as long as there was no contact.
             made: There was.
+            reasons: Of a client of several replicas: why they cannot be reached; empty if that is known of one at most.
         """
-        self.reasons: Callable[[], str] = lambda: ""
-        """Of a client of several replicas: why they cannot be reached; empty where that is known of one at most."""
+        self._reasons = reasons
         self.address = address
         self.limit_s = limit_s
         self.made = made
@@ -152,7 +159,7 @@ class Contact:
 
     def _unreached(self, error: ConnectError, limit_s: float) -> str:
         hint = f"; {error.hint}" if error.hint else ""
-        message = self.reasons() or error.message
+        message = (self._reasons and self._reasons()) or error.message
         if self.made or isinstance(error, HandshakeError):
             return f"the server at {self.address} cannot be reached: {message}{hint}"
         within = ""

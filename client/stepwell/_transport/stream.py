@@ -9,26 +9,25 @@ from __future__ import annotations
 import atexit
 import functools
 import itertools
-import math
 import os
 import queue
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import grpc
 
-from stepwell._base.flow import Exchange
 from stepwell._base.log import LOG
-from stepwell._batching.in_flight import Answer, Sink
-from stepwell._batching.lanes import Exchanges, Lane
-from stepwell._routing.replica import Replica
 from stepwell._transport import channel
-from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError, UnavailableError
+from stepwell.errors import StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2
 
-Inbox = queue.SimpleQueue[Answer]
+Answer: TypeAlias = sessions_pb2.StepStreamResponse | StepwellError
+"""A part of the reply to a frame, or the error that ended it."""
+Sink: TypeAlias = Callable[[Answer], None]
+MakeRequest: TypeAlias = Callable[[int], sessions_pb2.StepStreamRequest]
+"""Makes the message of a frame that has this number on the stream."""
 OpenStream = Callable[[Iterator[sessions_pb2.StepStreamRequest]], channel.OpenedStream]
 
 # Reader threads must have ended before the interpreter shuts down.
@@ -49,24 +48,22 @@ class Link:
         self._loss: weakref.finalize[[], Link] | None = None
         _links.add(self)
 
-    def exchange(self, ask: Exchange) -> None:
-        """Sends a frame and calls its `on_part` for each part of the reply.
+    def post(self, make: MakeRequest, sink: Sink) -> Callable[[], None]:
+        """Sends a frame without waiting for its reply.
+
+        Args:
+            make: Makes its message.
+            sink: Called with each part of the reply, or with the error that ended it. The reader of the stream
+                calls it, so it must neither block nor raise.
+
+        Returns:
+            A function that unregisters the sink. Must be called when the round is over.
 
         Raises:
-            StepwellError: The stream broke or the time limit passed; unanswered members have an unknown outcome.
+            StepwellError: Nothing was sent, and the sink will not be called.
         """
-        inbox = Inbox()
-        forget = self.post(ask, inbox.put)
-        try:
-            while not ask.frame.round_over:
-                ask.on_part(ask.frame.accept(_receive(inbox, ask)))
-        finally:
-            forget()
-
-    def post(self, ask: Exchange, sink: Sink) -> Callable[[], None]:
-        """Sends a frame without waiting for its reply; `_batching.in_flight.Link` has the rules."""
         stream = self._open_stream()
-        return functools.partial(stream.forget, stream.send(ask, sink))
+        return functools.partial(stream.forget, stream.send(make, sink))
 
     def _open_stream(self) -> _Stream:
         with self._lock:
@@ -97,43 +94,6 @@ class Link:
             stream.close()
 
 
-def exchange_some(ask: Exchanges, link_to: Callable[[Replica], Link]) -> None:
-    """Sends the lanes of a frame that are not sent yet, and waits until one is over, or as long as it is told."""
-    inbox: queue.SimpleQueue[tuple[Lane, Answer]]
-    inbox = ask.inbox = ask.inbox or queue.SimpleQueue()
-    for lane in ask.lanes:
-        if lane.forget is None and not lane.is_over:
-            try:
-                lane.forget = link_to(lane.to).post(lane.ask, functools.partial(_put, inbox, lane))
-            except ClosedError:
-                raise
-            except StepwellError as error:
-                lane.fail(error)
-    until_s = time.monotonic() + ask.wait_s
-    while not ask.has_news:
-        remaining_s = until_s - time.monotonic()
-        try:
-            lane, answer = inbox.get(timeout=None if math.isinf(remaining_s) else max(0.0, remaining_s))
-        except queue.Empty:
-            return
-        lane.take(answer)
-
-
-def _put(inbox: queue.SimpleQueue[tuple[Lane, Answer]], lane: Lane, answer: Answer) -> None:
-    inbox.put((lane, answer))
-
-
-def _receive(inbox: Inbox, ask: Exchange) -> sessions_pb2.StepStreamResponse:
-    remaining_s = ask.deadline.remaining_s()
-    try:
-        answer = inbox.get(timeout=None if math.isinf(remaining_s) else remaining_s)
-    except queue.Empty:
-        raise DeadlineExceededError("the time limit passed while a frame was unanswered") from None
-    if isinstance(answer, StepwellError):
-        raise answer
-    return answer
-
-
 class _Stream:
     """One call of StepStream, with the thread that reads it."""
 
@@ -159,10 +119,10 @@ class _Stream:
         with self._lock:
             self._sinks.pop(frame_id, None)
 
-    def send(self, ask: Exchange, sink: Sink) -> int:
+    def send(self, make: MakeRequest, sink: Sink) -> int:
         """Queues a frame; `sink` is called with the parts of its reply, or with the error. Returns its id."""
         frame_id = next(self._frame_ids)
-        request = ask.request(frame_id)
+        request = make(frame_id)
         with self._lock:
             error = self.error
             if error is None:

@@ -7,52 +7,18 @@ import base64
 import binascii
 import inspect
 import json
-import re
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias
+from typing import Any
 
+from stepwell._base.bearer import PLAIN, RULE, which
 from stepwell._base.metadata import Pairs
-from stepwell.errors import InvalidInputError, UnauthenticatedError
-
-Token: TypeAlias = str | Callable[[], str]
-AsyncToken: TypeAlias = str | Callable[[], str | Awaitable[str]]
+from stepwell.errors import UnauthenticatedError
 
 RENEWED_S = 30.0
 """How long before it expires another token is asked for, at the most."""
-_PLAIN = re.compile(r"[!-~]+")
-_RULE = "must be a string of printable ASCII characters without spaces"
 Clock = Callable[[], float]
-
-
-def checked(token: object) -> Any:
-    """A token, or a function that has it, as a caller gave it. No message shows it.
-
-    Raises:
-        InvalidInputError: It is neither.
-    """
-    if token is None or callable(token):
-        return token
-    if not isinstance(token, str):
-        raise InvalidInputError(f"token {_RULE}, or a function without arguments; got {type(token).__name__}")
-    if not _PLAIN.fullmatch(token):
-        raise InvalidInputError(f"token {_RULE}; got {len(token)} characters, {_which(token)}")
-    return token
-
-
-def _which(token: str) -> str:
-    return "some of them others" if token else "none"
-
-
-def require_sync(token: object) -> None:
-    """Refuses a coroutine function, which a sync client cannot await.
-
-    Raises:
-        InvalidInputError: It is one.
-    """
-    if inspect.iscoroutinefunction(token):
-        raise InvalidInputError(f"token of a sync client must not be a coroutine function; got {token!r}")
 
 
 class Tokens:
@@ -119,14 +85,14 @@ class Tokens:
     def _take(self, given: Any) -> None:
         if inspect.iscoroutine(given):
             given.close()
-        if not isinstance(given, str) or not _PLAIN.fullmatch(given):
+        if not isinstance(given, str) or not PLAIN.fullmatch(given):
             got = (
                 type(given).__name__
                 if not isinstance(given, str)
-                else f"{len(given)} characters, {_which(given)}"
+                else f"{len(given)} characters, {which(given)}"
             )
             raise UnauthenticatedError(
-                f"the function that was given as token {_RULE.replace('be', 'return', 1)}; got {got}"
+                f"the function that was given as token {RULE.replace('be', 'return', 1)}; got {got}"
             )
         now, expires = self._now(), _expires(given)
         # One that is asked for again and is still the same is used to its end.

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
-from stepwell._core.arguments import pack_inputs
+from stepwell._state.arguments import pack_inputs
 from stepwell._state.tensors import to_messages
 from stepwell._transport import channel, status
 from stepwell.aio import AsyncSession, AsyncSessionGroup

@@ -58,7 +58,7 @@ class Worker:
         self._plan = plan
         config = plan.target.config(max_message_bytes=MAX_MESSAGE_BYTES)
         self._client = aio.AsyncClient(config)
-        self._ways = Ways(config, self._client._core.router, channel.tokens(config).metadata())
+        self._ways = Ways(config, self._client._driver.core.router, channel.tokens(config).metadata())
         self._opened: list[str] = []
         self._lanes: list[lanes.Lane] = []
         self._stopping = False
@@ -99,7 +99,7 @@ class Worker:
         # As `open_session` would make it, without a call for each: there may be a hundred thousand.
         plan = self._plan
         new = sessions_pb2.Session(session_id=session_id, model=plan.model, batch_size=plan.batch_size)
-        return aio.AsyncSession(self._client, SessionTracker(new), owned=False)
+        return aio.AsyncSession(self._client._driver, SessionTracker(new), owned=False)
 
     async def _group_lanes(self, specs: Sequence[Any]) -> list[lanes.Lane]:
         plan, ids = self._plan, self._plan.ids()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stepwell._batching.frames import SELECTIONS, STATES, Change
-from stepwell._core.arguments import pack_inputs
+from stepwell._state.arguments import pack_inputs
 from stepwell._state.infos import Inputs, Mask, Outputs
 from stepwell._state.tensors import Array, Packed
 from stepwell.errors import InvalidInputError

@@ -1,25 +1,36 @@
-"""A change of many sessions that several replicas have: a frame for each, all at the same time. No I/O.
+"""A change of many sessions that several replicas have: a frame for each, all at the same time.
 
 The members of a replica that fails go to the next replica in the order of each; the others take no notice.
 """
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import dataclasses
+import functools
+import math
+import queue
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from stepwell._base.flow import Exchange, Flow, Pause, Retrier
+from stepwell._base.flow import Flow, Notify, Pause
+from stepwell._batching.exchange import Exchange, Link, unanswered
 from stepwell._batching.frames import Frame, Indexes, Part
-from stepwell._batching.in_flight import Answer
-from stepwell._routing.ranking import Keys
+from stepwell._batching.sets import SessionSet
+from stepwell._batching.steps import Step
+from stepwell._core.retrier import Retrier
+from stepwell._routing.lookup import Lookup
+from stepwell._routing.ranking import Keys, keys_of
 from stepwell._routing.replica import Replica
 from stepwell._routing.router import Router
+from stepwell._transport.call import Call, Endpoint
 from stepwell._transport.retry import Attempts, Deadline
-from stepwell.errors import DeadlineExceededError, StepwellError
+from stepwell._transport.stream import Answer
+from stepwell.errors import ClosedError, StepwellError
 
 
 class Lane:
@@ -96,6 +107,10 @@ class Exchanges:
         return any(lane.is_over for lane in self.lanes)
 
 
+Ask: TypeAlias = Call | Step | Pause | Exchange | Exchanges | Notify | Lookup
+"""What the flows of a client ask for."""
+
+
 class _Rest:
     """Members that are not settled, and what was tried for them."""
 
@@ -124,7 +139,7 @@ class Exchanging:
         self._retrier = retrier
         self._router = router
         self._frame = frame
-        self._keys: Keys = frame.keys()
+        self._keys: Keys = keys_of(frame.ids) if frame.named is None else keys_in(frame.named)
         self._deadline = deadline
         self._on_part = on_part
         self._rests: list[_Rest] = []
@@ -174,7 +189,7 @@ class Exchanging:
         last = min(self._rests, key=lambda rest: rest.due_s)
         error = last.attempts.last
         assert error is not None
-        yield Pause(max(0.0, wait_s), last.attempts.made, error, is_told=False)
+        yield Pause(max(0.0, wait_s), last.attempts.made, error, is_reported=False)
         for rest in list(self._rests):
             try:
                 rest.attempts.woke()
@@ -184,10 +199,16 @@ class Exchanging:
 
     def _send(self, rest: _Rest) -> None:
         """Makes the lanes of some members: one for each replica that has some of them."""
-        for to, members, frame in self._frame.split(self._router, self._keys, rest.members, rest.tried):
+        frame = self._frame
+        if len(rest.members) == len(frame) and not rest.tried:
+            divided = divide(self._router, frame.named, self._keys)
+        else:
+            parts = self._router.split(self._keys[rest.members], rest.tried)
+            divided = [(to, rest.members[own], None) for to, own in parts]
+        for to, members, named in divided:
             attempts = rest.attempts if len(members) == len(rest.members) else copy.copy(rest.attempts)
             own = _Rest(members, attempts, rest.tried)
-            ask = self._retrier.ask(frame, self._deadline, self._mapped(members))
+            ask = self._retrier.ask(frame.part(members, named), self._deadline, self._mapped(members))
             self._ask.lanes.append(Lane(self._router, to, members, ask, own))
 
     def _mapped(self, members: Indexes) -> Callable[[Part], None]:
@@ -206,7 +227,7 @@ class Exchanging:
             if lane.forget is not None:
                 lane.forget()
             if not lane.is_over:
-                lane.fail(DeadlineExceededError("the time limit passed while a frame was unanswered"))
+                lane.fail(unanswered())
             if lane.error is None:
                 lane.answered()
                 for error, places in lane.ask.frame.unsettled():
@@ -238,3 +259,75 @@ class Exchanging:
         none = np.zeros(0, np.uint64)
         failures = {int(member): copy.copy(error) for member in members.tolist()}
         self._on_part(Part(members[:0], none, none, {}, failures))
+
+
+def exchange_some(ask: Exchanges, link_to: Callable[[Endpoint], Link]) -> None:
+    """Sends the lanes of a frame that are not sent yet, and waits until one is over, for `wait_s` at most."""
+    inbox: queue.SimpleQueue[tuple[Lane, Answer]]
+    inbox = ask.inbox = ask.inbox or queue.SimpleQueue()
+    _post(ask, link_to, inbox.put)
+    until_s = time.monotonic() + ask.wait_s
+    while not ask.has_news:
+        remaining_s = until_s - time.monotonic()
+        try:
+            lane, answer = inbox.get(timeout=None if math.isinf(remaining_s) else max(0.0, remaining_s))
+        except queue.Empty:
+            return
+        lane.take(answer)
+
+
+async def exchange_some_async(ask: Exchanges, link_to: Callable[[Endpoint], Link]) -> None:
+    """As `exchange_some`."""
+    inbox: asyncio.Queue[tuple[Lane, Answer]]
+    inbox = ask.inbox = ask.inbox or asyncio.Queue()
+    _post(ask, link_to, inbox.put_nowait)
+    try:
+        async with asyncio.timeout(None if math.isinf(ask.wait_s) else ask.wait_s):
+            while not ask.has_news:
+                lane, answer = await inbox.get()
+                lane.take(answer)
+    except TimeoutError:
+        return
+
+
+def _post(
+    ask: Exchanges, link_to: Callable[[Endpoint], Link], put: Callable[[tuple[Lane, Answer]], None]
+) -> None:
+    for lane in ask.lanes:
+        if lane.forget is None and not lane.is_over:
+            try:
+                lane.forget = link_to(lane.to).post(lane.ask.request, functools.partial(_put, put, lane))
+            except ClosedError:
+                raise
+            except StepwellError as error:
+                lane.fail(error)
+
+
+def _put(put: Callable[[tuple[Lane, Answer]], None], lane: Lane, answer: Answer) -> None:
+    put((lane, answer))
+
+
+def keys_in(sessions: SessionSet) -> Keys:
+    """The keys of the sessions of a set."""
+    if sessions.keys is None:
+        sessions.keys = keys_of(sessions.ids)
+    keys: Keys = sessions.keys
+    return keys
+
+
+def divide(
+    router: Router, named: SessionSet | None, keys: Keys
+) -> list[tuple[Replica, Indexes, SessionSet | None]]:
+    """All members by replica; those of a set are sets of their own, the same ones each time."""
+    if named is None:
+        return [(to, own, None) for to, own in router.split(keys)]
+    router.look()
+    epoch = router.epoch
+    known, divided = named.split
+    if known != epoch:
+        divided = [
+            (to, own, SessionSet(tuple([named.ids[i] for i in own.tolist()]), named.rows[own]))
+            for to, own in router.split(keys)
+        ]
+        named.split = epoch, divided
+    return list(divided)

@@ -1,0 +1,46 @@
+"""Checks of the bearer token that a caller gives."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+
+from stepwell.errors import InvalidInputError
+
+Token: TypeAlias = str | Callable[[], str]
+AsyncToken: TypeAlias = str | Callable[[], str | Awaitable[str]]
+
+PLAIN = re.compile(r"[!-~]+")
+RULE = "must be a string of printable ASCII characters without spaces"
+
+
+def checked(token: object) -> Any:
+    """A token, or a function that has it, as a caller gave it. No message shows it.
+
+    Raises:
+        InvalidInputError: It is neither.
+    """
+    if token is None or callable(token):
+        return token
+    if not isinstance(token, str):
+        raise InvalidInputError(f"token {RULE}, or a function without arguments; got {type(token).__name__}")
+    if not PLAIN.fullmatch(token):
+        raise InvalidInputError(f"token {RULE}; got {len(token)} characters, {which(token)}")
+    return token
+
+
+def which(token: str) -> str:
+    """Which characters a token has that it must not have."""
+    return "some of them others" if token else "none"
+
+
+def require_sync(token: object) -> None:
+    """Refuses a coroutine function, which a sync client cannot await.
+
+    Raises:
+        InvalidInputError: It is one.
+    """
+    if inspect.iscoroutinefunction(token):
+        raise InvalidInputError(f"token of a sync client must not be a coroutine function; got {token!r}")

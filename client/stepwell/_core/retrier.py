@@ -1,0 +1,198 @@
+"""Single attempts turned into flows that retry, on the replica that routing chooses for each attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from google.protobuf.message import Message
+
+from stepwell._base.flow import Flow, Pause
+from stepwell._batching.exchange import Exchange
+from stepwell._batching.frames import Frame, Part
+from stepwell._batching.steps import Step, Stepped, read
+from stepwell._routing.ranking import key_of, key_of_request
+from stepwell._routing.router import Route, Router
+from stepwell._transport.call import Call, Endpoint, Requests, check_size
+from stepwell._transport.connecting import ALREADY_MADE, Contact
+from stepwell._transport.retry import Attempts, Deadline, RepliesTooLargeError, RetryPolicy
+from stepwell.errors import StepwellError
+
+
+class Retrier:
+    """Makes the flows of a client's calls.
+
+    A `Step` as an ask means one attempt of it, in a frame with others or as a unary call; the answer is a
+    `Stepped`.
+    """
+
+    def __init__(
+        self,
+        policy: RetryPolicy,
+        max_message_bytes: int,
+        contact: Contact = ALREADY_MADE,
+        *,
+        renews_tokens: bool = False,
+        router: Router | None = None,
+    ) -> None:
+        self.router = router
+        """Chooses the replica of each attempt; None: there is one server."""
+        self._renews_tokens = renews_tokens
+        self._policy = policy
+        self._max_message_bytes = max_message_bytes
+        self._contact = contact
+
+    def call(
+        self,
+        rpc: str,
+        request: Message,
+        deadline: Deadline,
+        *,
+        changes: bool = False,
+        to: Endpoint | None = None,
+    ) -> Flow[Any]:
+        """Makes a unary call, with retries; the result is the response.
+
+        Args:
+            rpc: Name of the method.
+            request: The same in every attempt.
+            deadline: Covers all attempts.
+            changes: The call changes something, so an error must say whether it was applied.
+            to: The replica to ask, and no other; None: the one that the request's session has.
+        """
+        check_size(rpc, request, self._max_message_bytes)
+
+        def ask(to: Endpoint | None) -> Call:
+            return Call(rpc, request, deadline.grpc_timeout_s(), to=to)
+
+        router = self.router
+        key = 0 if router is None else key_of_request(request, router.home)
+        attempts = self.attempts(rpc, deadline, changes=changes)
+        return (yield from self._answered(ask, attempts, self._route(key, to)))
+
+    def streamed(
+        self,
+        rpc: str,
+        request: Message,
+        deadline: Deadline,
+        on_reply: Callable[[Any], object],
+        *,
+        to: Endpoint | None = None,
+    ) -> Flow[None]:
+        """Makes a call whose responses stream; `on_reply` is called with each.
+
+        It changes something, and is not tried again once the server may have received it.
+        """
+        check_size(rpc, request, self._max_message_bytes)
+
+        def ask(to: Endpoint | None) -> Call:
+            return Call(rpc, request, deadline.grpc_timeout_s(), on_reply=on_reply, to=to)
+
+        attempts = self.attempts(rpc, deadline, changes=True)
+        yield from self._answered(ask, attempts, self._route(0, to), once=True)
+
+    def sent(
+        self, rpc: str, requests: Requests, deadline: Deadline, *, to: Endpoint | None = None
+    ) -> Flow[Any]:
+        """Makes a call whose requests stream, with retries; the result is the response."""
+
+        def ask(to: Endpoint | None) -> Call:
+            return Call(rpc, requests, deadline.grpc_timeout_s(), to=to)
+
+        return (yield from self._answered(ask, self.attempts(rpc, deadline), self._route(0, to)))
+
+    def _route(self, key: int, only: Endpoint | None = None) -> Route | None:
+        return None if self.router is None else Route(self.router, key, only)
+
+    def attempts(self, rpc: str, deadline: Deadline, *, changes: bool = False) -> Attempts:
+        """The attempts of a call."""
+        return Attempts(
+            rpc, self._policy, deadline, self._contact, changes=changes, renews_tokens=self._renews_tokens
+        )
+
+    def step(self, step: Step) -> Flow[Stepped]:
+        """Makes a step, with retries. The client may send each attempt in a frame with other steps.
+
+        A reply that is too large ends the stream for every frame on it. So if a frame of one step ended that
+        way, another frame's reply may be the cause. The next attempt is a unary call, whose error, if any, is
+        about this step.
+        """
+        route = None if self.router is None else self._route(key_of(step.session_id))
+        attempts: Attempts | None = None
+        by_itself = False
+        while True:
+            try:
+                if route is not None:
+                    step = step._replace(to=(yield from route.next()))
+                stepped: Stepped = (
+                    read((yield step.call(self._max_message_bytes))) if by_itself else (yield step)
+                )
+            except StepwellError as error:
+                attempts = attempts or self.attempts("Step", step.deadline, changes=True)
+                by_itself = isinstance(error, RepliesTooLargeError) and error.members == 1
+                pause = yield from _pause(attempts, route, error)
+            else:
+                if route is not None:
+                    route.answered()
+                return stepped
+            yield pause
+            attempts.woke()
+
+    def _answered(
+        self,
+        ask: Callable[[Endpoint | None], Call],
+        attempts: Attempts,
+        route: Route | None,
+        *,
+        once: bool = False,
+    ) -> Flow[Any]:
+        """The answer of an attempt. `once`: one of unknown outcome is the last."""
+        while True:
+            try:
+                to = None if route is None else (yield from route.next())
+                answered = yield ask(to)
+            except StepwellError as error:
+                if once and getattr(error, "outcome", "not_applied") == "unknown":
+                    raise
+                pause = yield from _pause(attempts, route, error)
+            else:
+                if route is not None:
+                    route.answered()
+                self._contact.make()
+                return answered
+            yield pause
+            attempts.woke()
+
+    def ask(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Exchange:
+        """The ask for one round of a frame."""
+        return Exchange(frame, deadline, on_part, self._max_message_bytes)
+
+    def exchange(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Flow[None]:
+        """Sends a frame, with retries, until every member was applied or has failed for good; `on_part` hears of each at once."""
+        ask = self.ask(frame, deadline, on_part)
+        attempts = self.attempts("StepStream", deadline, changes=True)
+        try:
+            while (error := (yield from _round(ask))) is not None:
+                yield Pause(attempts.failed(error), attempts.made, error)
+                attempts.woke()
+        except StepwellError as final:
+            on_part(frame.give_up(final))
+
+
+def _pause(attempts: Attempts, route: Route | None, error: StepwellError) -> Flow[Pause]:
+    """What comes between a failed attempt and the next.
+
+    Raises:
+        StepwellError: There is no other; with the outcome of all attempts taken together.
+    """
+    elsewhere = False if route is None else (yield from route.failed(error))
+    return Pause(attempts.failed(error, elsewhere=elsewhere), attempts.made, error)
+
+
+def _round(ask: Exchange) -> Flow[StepwellError | None]:
+    """Sends the unsettled members once. The result is None, or why some are still unsettled."""
+    try:
+        yield ask
+    except StepwellError as error:
+        return error
+    return ask.frame.unsettled_error()

@@ -1,0 +1,62 @@
+"""Calls as values, and where they go. No I/O."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+from google.protobuf.message import Message
+
+from stepwell._base.metadata import Pairs
+from stepwell.errors import InvalidInputError
+
+Requests: TypeAlias = Callable[[], Iterator[Message]]
+"""Makes the requests of one attempt."""
+
+
+class Endpoint:
+    """One of several servers that a client may ask. Equal only to itself."""
+
+    __slots__ = ("address", "authority", "host")
+
+    def __init__(self, address: str, host: str = "", name: str = "") -> None:
+        """An endpoint.
+
+        Args:
+            address: As gRPC takes it.
+            host: The host that its certificate is for, if a name was looked up to find it; else empty.
+            name: That name with dns:/// and the port.
+        """
+        self.address = address
+        self.host = host
+        self.authority = name.removeprefix("dns:///")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """Make one attempt of a call; the answer is its response, or the last one."""
+
+    rpc: str
+    request: Message | Requests
+    """The request, or what makes those of a call whose requests stream."""
+    timeout_s: float | None
+    metadata: Pairs = ()
+    """In addition to that of every call."""
+    on_reply: Callable[[Any], object] | None = None
+    """Where responses stream: called with each."""
+    to: Endpoint | None = None
+    """None: the client has one server."""
+
+
+def check_size(what: str, request: Message, max_message_bytes: int) -> None:
+    """Checks the size of a message. gRPC would refuse a large one with the status of an overload.
+
+    Raises:
+        InvalidInputError: The message exceeds the limit.
+    """
+    size = request.ByteSize()
+    if size > max_message_bytes:
+        raise InvalidInputError(
+            f"the message of {what} must be at most max_message_bytes = {max_message_bytes}; got {size} bytes"
+        )
