@@ -27,7 +27,7 @@ from stepwell_server.store.record import Header, Stored, header_or_none
 
 
 def of_tenants(sessions: Iterable[tuple[str, str]], by: int) -> list[tuple[str, int]]:
-    """`Batch.tenant_counts` of sessions, each with its id and its model, that begin (1) or end (-1)."""
+    """`Batch.tenant_counts` where, for each id and model, `by` sessions of its tenant begin, or end if it is negative."""
     counts: dict[str, int] = {}
     for session_id, model in sessions:
         for whose in ("", tenant_of(session_id)) if SEPARATOR in session_id else ():

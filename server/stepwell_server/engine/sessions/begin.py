@@ -118,11 +118,11 @@ class NewSessions(Call):
     rows: Rows = dataclasses.field(default_factory=lambda: _NO_ROWS)
     """The arena's rows, with their states, of the first sessions, one after the other. The others begin paged out."""
     revisions: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
-    """`(n,)`: with which they begin. An id that had a session before continues its revisions: see `Directory.past`."""
+    """`(n,)`: with which they begin. An id that had a session before continues its revisions: see `Past`."""
     follows: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
-    """`(n,)`: see `Past.follows`."""
+    """`(n,)`: see `Past.stamp`."""
     closes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    """See `Past.closes`."""
+    """By the id: see `Past.closes`."""
     stamp: int = 0
     """Of all of their records: see `Store.new_stamp`."""
     created: float = 0.0
@@ -518,7 +518,8 @@ class Begin:
         """
         pending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         reserved, new.closes = 0, {}
-        new.revisions, new.follows = new.least_revisions.copy(), np.zeros(len(new.ids), np.uint64)
+        new.revisions = np.maximum(new.least_revisions, np.uint64(self._directory.store.first_revision))
+        new.follows = np.zeros(len(new.ids), np.uint64)
         try:
             async for part in self._pieces.of(new.ids):
                 ids = new.ids[part]
@@ -530,10 +531,11 @@ class Begin:
                     break
                 self._context.removal.pending.update(dict.fromkeys(ids, pending))
                 reserved = part.stop
-                past = self._directory.past(ids, seen)
-                new.revisions[part] = np.maximum(new.revisions[part], past.revisions)
-                new.follows[part] = past.follows
-                new.closes.update(past.closes)
+                for place, past in self._directory.past(ids, seen).items():
+                    new.follows[part][place] = past.stamp
+                    new.revisions[part][place] = max(past.revision, int(new.revisions[part][place]))
+                    if past.closes:
+                        new.closes[ids[place]] = past.closes
         finally:
             if reserved < len(new.ids):
                 self.release(new.ids[:reserved], pending)
@@ -640,7 +642,7 @@ class Begin:
             puts=joined,
             forgets=ids,
             counts=[(new.model.name, len(ids))],
-            tenant_counts=_of_tenants(ids, new.model.name, 1),
+            tenant_counts=counts.of_tenants([(ids[0], new.model.name)], len(ids)),
             follows=new.follows if joined else NO_STAMPS,
             stamps=stamped(new.stamp, len(joined)),
         )
@@ -681,7 +683,7 @@ class Begin:
         batch = Batch(
             deletes=ids,
             counts=[(model, -len(ids))],
-            tenant_counts=_of_tenants(ids, model, -1),
+            tenant_counts=counts.of_tenants([(ids[0], model)], -len(ids)),
             delete_follows=stamped(made.stamp, len(ids)),
             undoes=ids,
         )
@@ -748,11 +750,6 @@ class Begin:
 
 #: Another server has made a session of one of the ids. It may have been the same call.
 _OVERTAKEN = ServerError("overtaken")
-
-
-def _of_tenants(ids: Sequence[str], model: str, by: int) -> list[tuple[str, int]]:
-    """`Batch.tenant_counts` of sessions of one tenant."""
-    return counts.of_tenants([(session_id, model) for session_id in ids[:1]], by * len(ids))
 
 
 def _records(whole: NewSessions, part: slice) -> Sequence[tuple[str, Stored]]:

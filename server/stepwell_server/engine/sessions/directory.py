@@ -31,7 +31,7 @@ from stepwell_server.engine.sessions.lookup import READ_BATCH_SIZE, Loader, Look
 from stepwell_server.engine.shares import TURN, Pieces
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import U64, Members
+from stepwell_server.engine.types import Members
 from stepwell_server.engine.versions.history import How
 from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import (
@@ -77,16 +77,16 @@ class Context:
 
 
 class Past(NamedTuple):
-    """What is known of sessions that had some ids before."""
+    """What is remembered of an earlier session of an id."""
 
-    revisions: U64
-    """`(n,)`: the store's first revision, or one more than the last one of an earlier session.
+    revision: int
+    """The least one of a session that begins: one more than the last one of the earlier session.
 
     So whoever still has a revision of that one gets a conflict, and does not step a session that is not theirs."""
-    closes: dict[str, tuple[int, ...]]
-    """Request ids of the calls that closed them (`Tombstone.closes`), of those ids that have any."""
-    follows: U64
-    """`(n,)`: the stamps of their ends, 0 where there is none: what the store must have when sessions of the ids begin."""
+    closes: tuple[int, ...] = ()
+    """Request ids of the calls that closed it: see `Tombstone.closes`."""
+    stamp: int = 0
+    """Of its end: what the store must have when a session of the id begins; 0: nothing."""
 
 
 _Alike = dict[tuple[object, ...], tuple[ServerError, list[int]]]
@@ -372,15 +372,13 @@ class Directory:
         (stone,) = seen.tombstones([session_id])
         return None if stone is None else ended_by(stone)
 
-    def past(self, session_ids: Sequence[str], seen: Seen) -> Past:
-        """What ids that have no live session keep of earlier ones, as long as the end of those is remembered."""
-        first, found = self.store.first_revision, seen.all_of(session_ids)
-        stones = {i: each.tombstone for i, each in zip(session_ids, found, strict=True) if each.tombstone}
-        revisions = np.array([first], np.uint64).repeat(len(session_ids))
-        if stones:
-            revisions[:] = [max(first, stones[i].revision + 1) if i in stones else first for i in session_ids]
-        closes = {i: stone.closes for i, stone in stones.items() if stone.closes}
-        return Past(revisions, closes, np.array([each.stamp for each in found], np.uint64))
+    def past(self, session_ids: Sequence[str], seen: Seen) -> dict[int, Past]:
+        """The earlier sessions of ids that have no live one, by place, as long as their ends are remembered."""
+        return {
+            place: Past(max(self.store.first_revision, stone.revision + 1), stone.closes, each.stamp)
+            for place, each in enumerate(seen.all_of(session_ids))
+            if (stone := each.tombstone) is not None
+        }
 
     def stored_header(self, session_id: str, seen: Seen) -> Header | None:
         """What the store's record says of a session; None if there is none, or it cannot be read."""

@@ -76,7 +76,7 @@ class Seen:
         Raises:
             Unavailable: the store could not be read, or was not asked for the session. So do the others.
         """
-        return self._of(session_id).record
+        return self.all_of([session_id])[0].record
 
     def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
         """The records of many sessions, None where there is none."""
@@ -88,7 +88,7 @@ class Seen:
 
     def stamp(self, session_id: str) -> int:
         """Of the record, or else of the tombstone; 0 if there is neither."""
-        return self._of(session_id).stamp
+        return self.all_of([session_id])[0].stamp
 
     def stamps(self, session_ids: Sequence[str]) -> U64:
         """As `stamp`, of many."""
@@ -96,7 +96,7 @@ class Seen:
 
     def idle_s(self, session_id: str) -> float:
         """For how long nobody had used the session, by the store's clock; NaN if it has none."""
-        return self._of(session_id).idle_s
+        return self.all_of([session_id])[0].idle_s
 
     def newer(self, session_id: str) -> Fetched | None:
         """What another server made of a session that is in the table and has something under way here; None: nothing."""
@@ -114,9 +114,6 @@ class Seen:
             raise self._error or Unavailable(
                 f"session {missing.args[0]!r} must have been read from the store; it left the table meanwhile"
             ) from None
-
-    def _of(self, session_id: str) -> Fetched:
-        return self.all_of([session_id])[0]
 
 
 class Lookup:
@@ -270,9 +267,10 @@ class Lookup:
                 del known[session_id]
             return Seen(known | found, error, newer)
         seen = Seen(found, newer=newer)
-        ids, unusable = [] if seen.is_empty else list(found), list[str]()
-        async for part in self.pieces.of(ids):
-            unusable += self._loader.load_all(ids[part], seen)[1]
+        ids, unusable = list(found), list[str]()
+        if not seen.is_empty:
+            async for part in self.pieces.of(ids):
+                unusable += self._loader.load_all(ids[part], seen)[1]
         behind = self._loader.behind(unusable, seen) if unusable else None
         if behind:
             try:

@@ -24,7 +24,7 @@ from stepwell_server.engine.intake.validation import require_finite
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.begin import Begin
 from stepwell_server.engine.sessions.close import Closer
-from stepwell_server.engine.sessions.directory import Context, require_session_id
+from stepwell_server.engine.sessions.directory import Context, Past, require_session_id
 from stepwell_server.engine.sessions.end import Expiry
 from stepwell_server.engine.sessions.lookup import Loader, Seen
 from stepwell_server.engine.sessions.read import Query, SessionList
@@ -391,10 +391,11 @@ class Import:
         handles = self._directory.find_all(ids, seen)
         missing = [ids[place] for place in np.flatnonzero(handles < 0).tolist()]
         unusable = set(self._directory.unusable(missing, seen))
-        past = self._directory.past(ids, seen)
+        past, nothing = self._directory.past(ids, seen), Past(self._directory.store.first_revision)
         absent, others = list[_New](), list[_New]()
         for place, each in enumerate(new.values()):
-            session_id, handle, first = each.session_id, int(handles[place]), int(past.revisions[place])
+            session_id, handle = each.session_id, int(handles[place])
+            first, closes, stamp = past.get(place, nothing)
             is_free = handle < 0 and session_id not in unusable
             if is_free and each.header.revision + 1 < first and existing is not Existing.REPLACE:
                 results[session_id] = SessionExists(
@@ -403,9 +404,9 @@ class Import:
                     session_id=session_id,
                 )
             elif is_free:
-                own = each.after(past.closes.get(session_id, ()))
+                own = each.after(closes)
                 goes_back = first > 0 or existing is Existing.REPLACE
-                absent.append(dataclasses.replace(own, goes_back=goes_back, follows=int(past.follows[place])))
+                absent.append(dataclasses.replace(own, goes_back=goes_back, follows=stamp))
             elif handle >= 0 and seen.newer(session_id) is None and self._is_same(handle, each):
                 results[session_id] = Imported.IMPORTED
             elif existing is Existing.SKIP:
