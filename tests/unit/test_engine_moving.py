@@ -281,7 +281,7 @@ async def test_pages_of_what_fits_are_bounded() -> None:
         after, pages = "", 0
         while True:
             page, following = await at.engine.export_page(
-                SessionFilter(prefix="s"), after=after, page_bytes=400, most_bytes=300, deadline=float("inf")
+                SessionFilter(prefix="s"), after=after, page_bytes=400, max_bytes=300, deadline=float("inf")
             )
             found |= dict(page)
             pages += 1
@@ -293,7 +293,7 @@ async def test_pages_of_what_fits_are_bounded() -> None:
         assert [name for name, each in found.items() if isinstance(each, MessageTooLarge)] == ["s07"]
         page, _ = await at.engine.export_page(
             SessionFilter(idle_longer_s=30.0, model="plain"),
-            after="", page_bytes=1 << 20, most_bytes=1 << 20, deadline=float("inf"),
+            after="", page_bytes=1 << 20, max_bytes=1 << 20, deadline=float("inf"),
         )  # fmt: skip
         assert len(page) == 39
 

@@ -545,11 +545,11 @@ class Engine:
         return await self._export.sessions(session_ids, deadline=deadline)
 
     async def export_page(
-        self, wanted: SessionFilter, *, after: str, page_bytes: int, most_bytes: int, deadline: float
+        self, wanted: SessionFilter, *, after: str, page_bytes: int, max_bytes: int, deadline: float
     ) -> tuple[list[tuple[str, Exported]], str | None]:
         """The records of sessions that fit a filter, page by page: see `Export.page`."""
         return await self._export.page(
-            wanted, after=after, page_bytes=page_bytes, most_bytes=most_bytes, deadline=deadline
+            wanted, after=after, page_bytes=page_bytes, max_bytes=max_bytes, deadline=deadline
         )
 
     async def close_session(

@@ -105,12 +105,12 @@ class Export:
         *,
         after: str,
         page_bytes: int,
-        most_bytes: int,
+        max_bytes: int,
         deadline: float,
     ) -> tuple[list[tuple[str, Exported]], str | None]:
         """Sessions that fit a filter, about `page_bytes` of them but at least one, and the id behind which the next page begins.
 
-        A record of more than `most_bytes` is reported as an error.
+        A record of more than `max_bytes` is reported as an error.
         """
         query = Query(filter=wanted, after=after, limit=_EXPORT_PAGE_SIZE, count=False)
         page, _ = await self._listing.page(query)
@@ -122,9 +122,9 @@ class Export:
                 if isinstance(each, SessionGone):
                     continue  # it ended meanwhile
                 record = each
-                if not isinstance(record, ServerError) and len(record) > most_bytes:
+                if not isinstance(record, ServerError) and len(record) > max_bytes:
                     record = MessageTooLarge(
-                        f"session {session_id!r} must have at most {most_bytes} bytes to be exported;"
+                        f"session {session_id!r} must have at most {max_bytes} bytes to be exported;"
                         f" it has {len(record)}"
                     )
                 own = 0 if isinstance(record, ServerError) else len(record) + len(session_id)

@@ -116,7 +116,7 @@ class Administration:
                 wanted,
                 after=naming.inner_place(who, place) if place else "",
                 page_bytes=page_bytes,
-                most_bytes=most,
+                max_bytes=most,
                 deadline=call.deadline,
             )
             _add_exported(response, found, who)
