@@ -22,7 +22,7 @@ from stepwell_server.catalog.files.migrations import MigrationError, load_migrat
 from stepwell_server.catalog.files.sources import Candidates, KeptModel, LoadError, begin_with
 from stepwell_server.catalog.known_files import KnownFiles
 from stepwell_server.catalog.opening import admin_refusal, compiler_of, end_idle, open_catalog
-from stepwell_server.catalog.start import ModelWork, absence, kept_models
+from stepwell_server.catalog.start import ModelLoader, absence, kept_models
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.compile.host.limits import memory_bytes
 from stepwell_server.core.front_limits import FrontLimits
@@ -285,7 +285,7 @@ async def _run(
         wanted = await asyncio.to_thread(begin_with, settings, folder, kept)
         engine = _engine(settings, wanted, store, clock, observer, quotas, files.migrations, readiness)
         catalog = _catalog(settings, engine, compiler, clock, observer, quotas, readiness)
-        work = ModelWork(settings, wanted, kept, folder, engine, catalog, readiness, clock=clock)
+        work = ModelLoader(settings, wanted, kept, folder, engine, catalog, readiness, clock=clock)
         if settings.wait_for_models:
             await unless_stopped(work.load(), stop)
         stats = engine.stats
@@ -354,7 +354,7 @@ def _engine(
         quotas=quotas,
         migrations=migrations,
         policy=PagedOutOnly if settings.store_kind == "memory" else EveryChange,
-        absent=absence(readiness, tells_why=not settings.asks_callers),
+        absent=absence(readiness, shows_reason=not settings.asks_callers),
     )
 
 

@@ -429,7 +429,7 @@ async def running(
         quotas=(counted := None if quotas is None else Quotas(quotas, clock)),
         migrations=migrations,
         policy=PagedOutOnly if isinstance(store, MemoryStore) and store.for_one_thread else EveryChange,
-        absent=absence(readiness, tells_why=True),
+        absent=absence(readiness, shows_reason=True),
     )
     for ref, program in sorted((programs or {"plain": PLAIN}).items()):
         named = parse_reference(ref)

@@ -81,7 +81,7 @@ async def serving(
         follower = FolderFollower(
             ModelFolder(root),
             live,
-            FolderOptions(lambda _name: VersionPolicy.parse(policy), sessions, but={"plain"}),
+            FolderOptions(lambda _name: VersionPolicy.parse(policy), sessions, excluded={"plain"}),
             clock=at.clock,
             warn=warnings.append,
         )
@@ -332,7 +332,7 @@ class Busy:
 
 async def test_a_load_that_fails_for_want_of_room_is_tried_again_later(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
-        options = FolderOptions(lambda _name: VersionPolicy.parse("latest"), but={"plain"})
+        options = FolderOptions(lambda _name: VersionPolicy.parse("latest"), excluded={"plain"})
         control: Any = Busy(served.live)
         served.follower = FolderFollower(ModelFolder(served.root), control, options, clock=served.at.clock)
         served.put("forecast/1.keras", "forecast/2.keras")

@@ -40,10 +40,10 @@ async def test_what_the_store_knows_of_versions(tmp_path: Path) -> None:
         await kept_models(InProcessStore(store, ManualClock()), None)
 
 
-@pytest.mark.parametrize("tells_why", [True, False])
-def test_why_a_model_is_not_there(tells_why: bool) -> None:
+@pytest.mark.parametrize("shows_reason", [True, False])
+def test_why_a_model_is_not_there(shows_reason: bool) -> None:
     readiness = Readiness()
-    absent = absence(readiness, tells_why=tells_why)
+    absent = absence(readiness, shows_reason=shows_reason)
     assert absent(ModelRef("forecast")) is None
     readiness.version("forecast", 1, "failed: /secret/place: no model")
     readiness.version("forecast", 2, "waiting")
@@ -51,7 +51,7 @@ def test_why_a_model_is_not_there(tells_why: bool) -> None:
     assert isinstance(loading, ModelLoading)
     assert (loading.message, loading.retry_after_s) == ("model 'forecast' is being loaded (waiting)", 1.0)
     assert isinstance(failed, ModelNotFound)
-    why = "/secret/place: no model" if tells_why else "the server's log says why"
+    why = "/secret/place: no model" if shows_reason else "the server's log says why"
     assert failed.message == f"model 'forecast@1' is not served: it could not be loaded: {why}"
     readiness.version("forecast", 2, "loading: trace")
     assert "'forecast@2' is being loaded (loading: trace)" in str(absent(ModelRef("forecast", version=2)))

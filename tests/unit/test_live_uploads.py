@@ -28,11 +28,11 @@ def at(tmp_path: Path) -> At:
     return At(tmp_path)
 
 
-def _uploading(tmp_path: Path, most_bytes: int = 100) -> At:
+def _uploading(tmp_path: Path, max_bytes: int = 100) -> At:
     clock = ManualClock()
     at = At(
         tmp_path,
-        uploads=Uploads(tmp_path / "uploads", most_bytes, clock),
+        uploads=Uploads(tmp_path / "uploads", max_bytes, clock),
         kept=KeptPrograms(tmp_path / "kept"),
     )
     at.clock = clock
@@ -113,7 +113,7 @@ async def test_an_upload_that_fails_to_load_is_deleted(tmp_path: Path) -> None:
 
 
 async def test_uploads_are_bounded_in_size_number_and_time(tmp_path: Path) -> None:
-    at = _uploading(tmp_path, most_bytes=10)
+    at = _uploading(tmp_path, max_bytes=10)
     for name in ("m.h5", ".keras", "", "m.keras/"):
         with pytest.raises(InvalidInput, match="filename must be that of a model, ending in"):
             await at.live.begin_upload(name, "")
@@ -126,7 +126,7 @@ async def test_uploads_are_bounded_in_size_number_and_time(tmp_path: Path) -> No
     await upload.abort()
     assert list((tmp_path / "uploads").iterdir()) == []
     uploads = [await at.live.begin_upload("m.keras", "") for _ in range(8)]
-    with pytest.raises(ServerError, match="uploads that are not loaded must be at most 8; so many are there"):
+    with pytest.raises(ServerError, match="uploads that are not loaded must be at most 8; there are 8"):
         await at.live.begin_upload("m.keras", "")
     await uploads[0].write(b"x")
     sent = await uploads[0].finish()

@@ -33,7 +33,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> dict[str, dict[str, str]]:
 
 def sources(found: list[Candidates]) -> list[tuple[str, int, str, str]]:
     return [
-        (source.name, source.version, source.path.name, source.told)
+        (source.name, source.version, source.path.name, source.display_name)
         for each in found
         for version in each.choice(())
         for source in [each.source(version)]

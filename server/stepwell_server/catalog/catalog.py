@@ -45,8 +45,8 @@ from stepwell_server.process.readiness import LOADED, Readiness
 from stepwell_server.program import FINGERPRINT_DIGITS, Program
 
 _log = Log("models")
-_LOOK_S = 1.0
-"""Between two looks whether a version that drains has sessions."""
+_DRAIN_CHECK_INTERVAL_S = 1.0
+"""Between two checks whether draining versions have sessions, in seconds."""
 _RETRY_INTERVAL_S = 60.0
 """After this time a version is tried again that has no session in memory, and could not be unloaded as the store has some."""
 MAX_FAILED = 64
@@ -67,14 +67,14 @@ class _Version:
     owner: str | None = None
     """The tenant whose admin loaded it by a call."""
     is_unkept: bool = False
-    """Nobody keeps its file."""
+    """Its file was sent or is temporary, and no program is kept: it ends with this server."""
     drains: bool = False
-    """It is unloaded when it has no sessions and no labels, as somebody called `drain`."""
+    """It is unloaded when it has no sessions and no labels: `drain` was called."""
     not_before: float = 0.0
     """When to try again to unload it."""
 
     def state(self, info: VersionInfo | None) -> tuple[VersionState, str]:
-        """How it is, and what is to be known of that; `info` is the engine's, None if it is not loaded."""
+        """Its state and the reason; `info` is the engine's, None if it is not loaded."""
         if self.load is not None:
             return VersionState.LOADING, self.load.stage
         if info is None:
@@ -85,7 +85,7 @@ class _Version:
 
 
 class Catalog:
-    """The models of a server and their versions: loads them, unloads them, and says how they are.
+    """The models of a server and their versions: loads them, unloads them, and reports their states.
 
     Lives on the event loop; `run` must run beside it.
     """
@@ -167,7 +167,7 @@ class Catalog:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             load.stop()
-            task.add_done_callback(_look_at)  # nobody else does
+            task.add_done_callback(_look_at)  # so that its error counts as retrieved
             raise
 
     def _number(self, request: LoadRequest) -> int:
@@ -318,7 +318,7 @@ class Catalog:
             raise _failure(load, why) from error
 
     async def _serve(self, load: Load, program: Program) -> Moved:
-        """Have the engine serve a version beside the traffic."""
+        """Load a version into the engine beside the traffic."""
         request, name, version = load.request, load.request.name, load.version
         is_first = not self._served(name)
         if not is_first:
@@ -398,7 +398,7 @@ class Catalog:
     async def _unload(self, name: str, version: int, *, force: bool) -> None:
         info = self._served(name).get(version)
         if info is None:
-            return  # somebody else did
+            return  # it was unloaded meanwhile
         await self._engine.unload_version(name, version, force=force)
         await self._forget(name, version, info.source)
         self._readiness.version(name, version, "")
@@ -488,7 +488,7 @@ class Catalog:
         """
         return await self.files.begin_upload(filename, tenant)
 
-    # ------------------------------------------------------------------------------------------------------ how it is
+    # -------------------------------------------------------------------------------------------------------- states
 
     def default_elsewhere(self, name: str) -> int:
         """The default of a name if it is not loaded here, where other servers share the store; else 0."""
@@ -532,7 +532,7 @@ class Catalog:
     async def run(self) -> None:
         """Unload versions as their last sessions end, until cancelled."""
         while True:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_DRAIN_CHECK_INTERVAL_S)
             try:
                 if not self._turn.locked():
                     async with self._turn:
@@ -542,7 +542,7 @@ class Catalog:
                 _log.defect("models could not be looked after; the timer continues", error)
 
     async def look(self) -> int:
-        """Unload those that drain and have no sessions; return how many. The timer does it by itself."""
+        """Unload versions that drain and have no sessions; return how many. `run` does it at intervals."""
         self._readiness.defaults_elsewhere(self._engine.defaults_elsewhere())
         now, count = self._clock.monotonic(), 0
         for info in self._engine.models():

@@ -24,7 +24,7 @@ WAITING, WARM_UP, SWITCH = "waiting", "warm up", "switch"
 
 
 class VersionState(enum.Enum):
-    """How a version is."""
+    """The state of a version."""
 
     LOADING = "loading"
     READY = "ready"
@@ -40,7 +40,7 @@ class VersionStatus:
     version: int
     state: VersionState
     reason: str = ""
-    """The stage of one that is being loaded, why one failed; of one that is served what is to be known of it, mostly nothing."""
+    """The stage of a load, why one failed, or a remark on a served version; empty in the common case."""
     fingerprint: str = ""
     """Empty as long as it is not known."""
     is_default: bool = False
@@ -132,7 +132,7 @@ class VersionCounts:
 
 
 def counts_of(statuses: Mapping[str, Sequence[VersionStatus]]) -> dict[str, VersionCounts]:
-    """How many versions of each name are how."""
+    """Count the versions of each name by their states."""
     return {
         name: VersionCounts(
             {state: sum(one.state is state for one in versions) for state in VersionState},

@@ -1,4 +1,4 @@
-"""What who loads models asks of the others: the compiler, the engine, quotas, metrics."""
+"""What the catalog needs of the compiler, the engine, quotas and metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Compiled:
 
 
 Compile = Callable[[LoadRequest, Path, Progress, threading.Event], Awaitable[Compiled]]
-"""Makes the program of a model's file; reports stages on the event loop. When the event is set, nobody waits for it.
+"""Makes the program of a model's file; reports stages on the event loop. When the event is set, the load was stopped.
 
 Raises `ModelError`, `OSError`.
 """
@@ -101,4 +101,4 @@ class Observer(Protocol):
         """A version could not be loaded."""
 
     def sessions_moved(self, model: str, policy: str, count: int) -> None:
-        """The default moved, and so many sessions in memory with it."""
+        """The default moved, and `count` sessions in memory with it."""

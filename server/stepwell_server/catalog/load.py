@@ -1,4 +1,4 @@
-"""A load under way: in which stage it is, and whether anybody wants it still."""
+"""A running load: its stage, and whether it was stopped."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _log = Log("models")
 
 
 class Load:
-    """A load under way."""
+    """A running load."""
 
     def __init__(self, request: LoadRequest, version: int, path: Path, progress: Progress) -> None:
         self.request = request
         self.version = version
         self.stage = WAITING
         self.abandoned = threading.Event()
-        """Nobody wants it any more."""
+        """It was stopped."""
         self.why = "it was stopped by its caller"
         self.path = path
         self._progress = progress
@@ -35,7 +35,7 @@ class Load:
         self._progress(stage)
 
     def stop(self, why: str = "") -> None:
-        """Let it end, unless its switch has begun."""
+        """Stop it, unless its switch has begun."""
         if self.stage != SWITCH:
             self.why = why or self.why
             self.abandoned.set()

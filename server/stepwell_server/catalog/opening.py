@@ -154,7 +154,7 @@ def _check(name: str, data: Path, report: Comparison) -> None:
 
 
 def admin_refusal(settings: Settings) -> str:
-    """Why nobody may load models by a call; empty: admins may, and where nobody is asked who calls, everybody."""
+    """Why no call may load models; empty: admins may, and every caller where callers are not known."""
     knows = settings.asks_callers or settings.tls_client_ca is not None
     if knows or not beyond_loopback(settings.listen):
         return ""

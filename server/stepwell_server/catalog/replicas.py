@@ -1,8 +1,7 @@
-"""Loads what other servers on the same store have chosen, and this one does not have: defaults, and versions with labels.
+"""Loads defaults and versions with labels that other servers on the same store have chosen, and this one does not have.
 
-A version is loaded on each server by itself, and the choice is one for all. A server that was down when a version was
-loaded, or that nobody told, refuses what needs it until it has it too. The file that the version came from may be in the
-same place here, now or later: then nobody has to come.
+Each server loads versions for itself, and the choice is one for all. A server that does not have a chosen version
+refuses the calls that need it. If the file is in the same place here, now or later, the server loads it without a call.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from stepwell_server.files.stamp import Stamp, stamp
 from stepwell_server.logs import Log
 
 _log = Log("models")
-LOOK_S = 2.0
-"""Between two looks, in seconds."""
+SCAN_INTERVAL_S = 2.0
+"""Between two checks, in seconds."""
 _RETRY_INTERVAL_S = 30.0
-"""After so many seconds a load is tried again that failed for want of room, or of the store."""
+"""After this time a load is tried again that failed as there was no room, or no answer of the store, in seconds."""
 _Key = tuple[str, int]
 
 
-class CatchingUp:
+class ReplicaFollower:
     """Lives on the event loop; `run` runs in a task of its own."""
 
     def __init__(
@@ -48,7 +47,7 @@ class CatchingUp:
             catalog: loads it.
             root: `--models`: files must lie in it; None: anywhere.
             clock: says when to try again.
-            is_left_out: whether somebody else looks after the file of a version. Blocking.
+            is_left_out: whether the folder of models has the file of a version. Blocking.
         """
         self._engine = engine
         self._catalog = catalog
@@ -60,9 +59,9 @@ class CatchingUp:
         self._not_before: dict[_Key, float] = {}
 
     async def run(self) -> None:
-        """Look again and again, until cancelled."""
+        """Load what is missing at intervals, until cancelled."""
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(SCAN_INTERVAL_S)
             try:
                 await self.look()
             except Exception as error:
@@ -71,14 +70,14 @@ class CatchingUp:
                 )
 
     async def look(self) -> int:
-        """Load what can be loaded; return how many versions that were. The timer does it by itself."""
+        """Load what can be loaded; return how many versions that were. `run` does it at intervals."""
         missing = list(self._missing())
         for key in self._failed.keys() - {(name, known.version) for name, known in missing}:
             del self._failed[key]
         return sum([await self._load(name, known) for name, known in missing])
 
     def _missing(self) -> Iterator[tuple[str, Known]]:
-        """What was chosen, comes from a file, and is not loaded here; defaults first."""
+        """Chosen versions that come from a file and are not loaded here, defaults first."""
         for name, own in sorted(self._engine.catalogue().items()):
             for known in own.missing():
                 if known.source:
@@ -102,7 +101,7 @@ class CatchingUp:
         try:
             await asyncio.to_thread(paths.checked, known.source, self._root)
             await self._catalog.load(request)
-        except InvalidInput as error:  # it is not here, or not where files may be
+        except InvalidInput as error:  # the file is not here, or outside of --models
             self._failed[key] = now
             _log.warning(
                 "a version that other servers have is not loaded here",
@@ -110,10 +109,10 @@ class CatchingUp:
                 version=known.version,
                 reason=error.message,
             )
-        except (Unavailable, Overloaded, VersionExists):  # for now, or somebody loads it at this moment
+        except (Unavailable, Overloaded, VersionExists):  # transient, or another load of it is running
             self._not_before[key] = self._clock.monotonic() + _RETRY_INTERVAL_S
         except ServerError:
-            self._failed[key] = now  # who loads has said why
+            self._failed[key] = now  # the catalog has logged it
         else:
             _log.info(
                 "a version that other servers have is loaded here, too", model=name, version=known.version

@@ -1,4 +1,4 @@
-"""After a restart: versions that were loaded by calls are loaded again, before anybody is served."""
+"""After a restart: versions that calls had loaded are loaded again, before the server takes calls."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def restore(engine: Engine, catalog: Catalog, root: Path | None) -> dict[s
 def is_of_folder(name: str, known: Known, root: Path | None) -> bool:
     """Whether a version is one of those of `--models`, given without links: the policy says whether it is loaded.
 
-    Another file in there, which somebody named in a call, is not. Blocking.
+    Another file in the folder, which a call named, is not. Blocking.
     """
     if root is None:
         return False

@@ -1,4 +1,4 @@
-"""The models of a server from its start on: what the store knows of them, what is loaded when, and who follows the folder."""
+"""The models of a server from its start on: which are loaded, in which order, and from where they are followed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from stepwell_server.catalog.control import LoadRequest, VersionState
 from stepwell_server.catalog.files.sources import Candidates, KeptModel, LoadError, Source
 from stepwell_server.catalog.follower import FolderFollower, FolderOptions
-from stepwell_server.catalog.replicas import CatchingUp
+from stepwell_server.catalog.replicas import ReplicaFollower
 from stepwell_server.catalog.restore import is_of_folder, restore
 from stepwell_server.compile import data_file
 from stepwell_server.compile.errors import DataError, ModelError
@@ -34,15 +34,15 @@ _RETRY_S = 1.0
 
 
 async def kept_models(store: Store, root: Path | None) -> dict[str, KeptModel]:
-    """What the store knows of versions, by name.
+    """Return what the store has of versions, by name.
 
     Args:
         store: of the server.
         root: `--models`, of whose files the policy says which are loaded.
 
     Raises:
-        DocumentError: it cannot be read.
-        Unavailable: the store cannot be asked.
+        DocumentError: a document cannot be read.
+        Unavailable: the store does not answer.
     """
     found = {}
     root = None if root is None else await asyncio.to_thread(root.resolve)
@@ -59,12 +59,12 @@ async def kept_models(store: Store, root: Path | None) -> dict[str, KeptModel]:
     return found
 
 
-def absence(readiness: Readiness, *, tells_why: bool) -> Callable[[ModelRef], ServerError | None]:
-    """Says why a model is not there, for the engine.
+def absence(readiness: Readiness, *, shows_reason: bool) -> Callable[[ModelRef], ServerError | None]:
+    """Return what says why a model is not loaded, for the engine.
 
     Args:
         readiness: knows how far each version is.
-        tells_why: callers are told why a file could not be loaded, which may name paths of the server.
+        shows_reason: the answer says why a file could not be loaded, which may name paths of the server.
     """
 
     def absent(ref: ModelRef) -> ServerError | None:
@@ -75,7 +75,7 @@ def absence(readiness: Readiness, *, tells_why: bool) -> Callable[[ModelRef], Se
                 return ModelLoading(f"model {str(ref)!r} is being loaded ({how})", _RETRY_S, model=ref.name)
         for how in hows:
             if how.startswith("failed"):
-                why = how.removeprefix("failed: ") if tells_why else "the server's log says why"
+                why = how.removeprefix("failed: ") if shows_reason else "the server's log says why"
                 return ModelNotFound(
                     f"model {str(ref)!r} is not served: it could not be loaded: {why}", model=ref.name
                 )
@@ -84,7 +84,7 @@ def absence(readiness: Readiness, *, tells_why: bool) -> Callable[[ModelRef], Se
     return absent
 
 
-class ModelWork:
+class ModelLoader:
     """Loads what a server begins with, and follows the folder of models. Lives on the event loop.
 
     Either `load` and `begin` are called before the server takes calls, or `run` does both beside the traffic.
@@ -120,7 +120,7 @@ class ModelWork:
             clock=clock,
             warn=lambda problem: readiness.warning("models", problem),
         )
-        self._catching_up = CatchingUp(
+        self._replica_follower = ReplicaFollower(
             engine, catalog, root=settings.models_dir, clock=clock, is_left_out=self._is_followed
         )
         self._loaded: dict[str, set[int]] = {model.name: set() for model in wanted}
@@ -129,19 +129,19 @@ class ModelWork:
         self._refuses = settings.wait_for_models and settings.bad_models == "refuse"
 
     def _is_followed(self, name: str, known: Known) -> bool:
-        """Whether the folder that is watched has a version. Blocking."""
+        """Whether a version is in the folder that is watched. Blocking."""
         root = self._settings.models_dir
         return self._settings.watch_models and root is not None and is_of_folder(name, known, root.resolve())
 
     async def run(self) -> None:
-        """Load what is not loaded yet, beside the traffic, then follow the folder, if that was asked for, and other servers."""
+        """Load what is not loaded yet, then follow the folder, if the settings say so, and other servers, until cancelled."""
         if not self._settings.wait_for_models:
             await self.load()
             await self.begin()
         async with asyncio.TaskGroup() as group:
             if self._settings.watch_models:
                 group.create_task(self._follower.run())
-            group.create_task(self._catching_up.run())
+            group.create_task(self._replica_follower.run())
 
     async def load(self) -> None:
         """Load what the command line and the folder have. If calls wait for that, the engine is not started yet.
@@ -188,7 +188,7 @@ class ModelWork:
         waits, name = self._settings.wait_for_models, source.name
 
         def report(stage: str) -> None:
-            doing = f"{source.told}, {stage}" if stage else source.told
+            doing = f"{source.display_name}, {stage}" if stage else source.display_name
             self._readiness.problem("models", f"{place} is being loaded ({doing})")
 
         if waits:
@@ -264,4 +264,4 @@ def _problem(source: Source, error: ServerError) -> str:
         return f"--cache-dir: {cause}"
     if isinstance(cause, MemoryError):
         return f"--resident-rows: {cause}"
-    return f"model {source.told}: {cause if isinstance(cause, ModelError) else error.message}"
+    return f"model {source.display_name}: {cause if isinstance(cause, ModelError) else error.message}"

@@ -1,4 +1,4 @@
-"""What models are called: a name, one version of it, a label; and what each of these may be."""
+"""Names, versions and labels of models, and their rules."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ REFERENCE_RULE = "NAME, NAME@VERSION or NAME:LABEL"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _VERSION = re.compile(r"[1-9][0-9]{0,18}")
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_MOST_SHOWN = 160
+_MAX_SHOWN = 160
 """Characters of what came that a message shows."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelRef:
-    """Which model somebody means: a version, the version with a label, or (with neither) the default version."""
+    """A reference to a model: a version, the version with a label, or (with neither) the default version."""
 
     name: str
     version: int | None = None
@@ -36,7 +36,7 @@ def parse_reference(text: str) -> ModelRef:
     """Read `NAME`, `NAME@VERSION` or `NAME:LABEL`.
 
     Raises:
-        ValueError: it is none. The message goes on after the name of an argument: "must be ...; got ...".
+        ValueError: it is not a reference. The message continues the name of an argument: "must be ...; got ...".
     """
     name, mark, rest = _split(text)
     if not is_name(name):
@@ -69,7 +69,7 @@ def is_version(number: int) -> bool:
 
 
 def version_of(text: str) -> int | None:
-    """The number of a version as it is written; None if it is none."""
+    """The number of a version as it is written; None if it is not one."""
     if not _VERSION.fullmatch(text):
         return None
     number = int(text)
@@ -83,4 +83,4 @@ def _split(text: str) -> tuple[str, str, str]:
 
 def _shown(text: str) -> str:
     shown = repr(text)
-    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
+    return shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."

@@ -9,12 +9,12 @@ from typing import Self
 from stepwell_server.core.model_names import MAX_VERSION, version_of
 
 POLICY_RULE = "'latest N' (the N highest versions), 'all', or versions such as '3,5'"
-_MOST_SHOWN = 80
+_MAX_SHOWN = 80
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class VersionPolicy:
-    """The `latest` so many versions, those of a list, or (with neither) all."""
+    """The `latest` N versions, those of a list, or (with neither) all."""
 
     latest: int | None = None
     versions: frozenset[int] | None = None
@@ -24,7 +24,7 @@ class VersionPolicy:
         """Read `latest`, `latest N`, `all` or `3,5`.
 
         Raises:
-            ValueError: it is none. The message goes on after the name of an argument: "must be ...; got ...".
+            ValueError: it is not a policy. The message continues the name of an argument: "must be ...; got ...".
         """
         words = text.split()
         if words == ["all"]:
@@ -36,7 +36,7 @@ class VersionPolicy:
         numbers = [version_of(word.strip()) for word in text.split(",")]
         versions = frozenset(number for number in numbers if number is not None)
         if len(versions) != len(numbers):
-            shown = repr(text) if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]!r}..."
+            shown = repr(text) if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]!r}..."
             raise ValueError(
                 f"must be {POLICY_RULE}, whole numbers from 1 to {MAX_VERSION}, each once; got {shown}"
             )

@@ -16,7 +16,7 @@ from stepwell_server.catalog.files.folder import ModelFolder
 from stepwell_server.catalog.files.model_files import ModelFiles
 from stepwell_server.catalog.follower import FolderFollower, FolderOptions
 from stepwell_server.catalog.interfaces import Compiled
-from stepwell_server.catalog.replicas import CatchingUp
+from stepwell_server.catalog.replicas import ReplicaFollower
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.engine.api import SessionPolicy
@@ -62,7 +62,7 @@ class Replica:
             FolderOptions(lambda _name: VersionPolicy.parse("latest 1"), SessionPolicy.CARRY),
             clock=at.clock,
         )
-        self.catching_up = CatchingUp(at.engine, self.live, root=None, clock=at.clock)
+        self.replica_follower = ReplicaFollower(at.engine, self.live, root=None, clock=at.clock)
         self.readiness.version("plain", 1, "loaded")
 
     @property
@@ -266,15 +266,15 @@ async def test_a_default_that_others_have_is_loaded_where_its_file_is(tmp_path: 
         file.unlink()  # on the other machine it is not there yet
         await second.at.inside.look()
         for _ in range(2):
-            assert await second.catching_up.look() == 0
+            assert await second.replica_follower.look() == 0
             with pytest.raises(VersionElsewhere, match=r"stepwell models load plain@2 PATH --no-default"):
                 await second.at.step("a", x(1))
         file.write_text("2")
-        assert await second.catching_up.look() == 1
+        assert await second.replica_follower.look() == 1
         assert (await second.at.step("a", x(1))).version == 2
         assert second.readiness.report.is_loaded("plain", 2)
         assert not second.at.engine.defaults_elsewhere()
-        assert await second.catching_up.look() == 0
+        assert await second.replica_follower.look() == 0
         # so is what has a label, and nothing else
         for version, labels in ((3, ["canary"]), (4, [])):
             other = tmp_path / f"{version}.keras"
@@ -284,7 +284,7 @@ async def test_a_default_that_others_have_is_loaded_where_its_file_is(tmp_path: 
             )
             await first.live.load(request)
         await second.at.inside.look()
-        assert await second.catching_up.look() == 1
+        assert await second.replica_follower.look() == 1
         assert sorted(second.at.engine.catalogue()["plain"].loaded) == [1, 2, 3]
 
 
@@ -296,7 +296,7 @@ async def test_a_file_that_is_another_one_here_is_refused_once_and_others_are_as
         )
         second.live.compile = _broken
         await second.at.inside.look()
-        assert await second.catching_up.look() == 0
+        assert await second.replica_follower.look() == 0
         (status,) = [each for each in second.live.status("plain") if each.version == 2]
         assert status.state is VersionState.FAILED
         assert "it is damaged" in status.reason
@@ -304,9 +304,9 @@ async def test_a_file_that_is_another_one_here_is_refused_once_and_others_are_as
         with pytest.raises(VersionElsewhere):
             await second.at.open("b")
         second.live.compile = compiled
-        assert await second.catching_up.look() == 0, "the file has not changed"
+        assert await second.replica_follower.look() == 0, "the file has not changed"
         file.write_text("2 ")
-        assert await second.catching_up.look() == 1
+        assert await second.replica_follower.look() == 1
 
 
 async def test_what_others_have_is_loaded_only_from_where_files_may_be(tmp_path: Path) -> None:
@@ -316,18 +316,18 @@ async def test_what_others_have_is_loaded_only_from_where_files_may_be(tmp_path:
         )
         await second.at.inside.look()
         engine, live, clock = second.at.engine, second.live, second.at.clock
-        inside = CatchingUp(engine, live, root=second.folder, clock=clock)
+        inside = ReplicaFollower(engine, live, root=second.folder, clock=clock)
         assert await inside.look() == 0
-        left_out = CatchingUp(engine, live, root=None, clock=clock, is_left_out=lambda *_: True)
+        left_out = ReplicaFollower(engine, live, root=None, clock=clock, is_left_out=lambda *_: True)
         assert await left_out.look() == 0
         assert not [each for each in live.status("plain") if each.version == 2]
         # a store that does not answer is asked again later
         second.at.store.documents_error = Unavailable("away")
-        assert await second.catching_up.look() == 0
+        assert await second.replica_follower.look() == 0
         second.at.store.documents_error = None
-        assert await second.catching_up.look() == 0
+        assert await second.replica_follower.look() == 0
         clock.advance(31.0)
-        assert await second.catching_up.look() == 1
+        assert await second.replica_follower.look() == 1
 
 
 async def _broken(

@@ -1,7 +1,7 @@
 """A folder of models: `NAME/VERSION.keras`, or `NAME/VERSION/` with one file in it; `.stepwell` files likewise.
 
-It is looked at again and again, and others write into it meanwhile. So what is there counts when two looks in a row have
-found it the same, and what cannot be told now (a folder that cannot be read, two files for one version) stays as it was.
+It is scanned at intervals, while others write into it. So a file counts when two scans in a row find it the same. What is
+unclear (a folder that cannot be read, two files for one version) stays as it was.
 """
 
 from __future__ import annotations

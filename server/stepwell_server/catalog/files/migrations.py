@@ -10,7 +10,7 @@ from typing import Any
 
 from stepwell_server.engine.versions.forwarding import Migration
 
-_MOST_SHOWN = 100
+_MAX_SHOWN = 100
 
 
 class MigrationError(Exception):
@@ -40,7 +40,7 @@ def _function(name: str, text: str) -> Migration:
             raise _error(name, text, f"{module} has no {path}")
         found = getattr(found, attribute)
     if not callable(found):
-        raise _error(name, text, f"must be a function; it is {found!r:.{_MOST_SHOWN}}")
+        raise _error(name, text, f"must be a function; it is {found!r:.{_MAX_SHOWN}}")
     function: Migration = found
     return function
 

@@ -10,7 +10,7 @@ from stepwell_server.catalog.files.folder import SUFFIXES
 from stepwell_server.compile.keras_file.origin import folder_problem
 from stepwell_server.errors import InvalidInput
 
-_MOST_SHOWN = 300
+_MAX_SHOWN = 300
 
 
 def checked(text: str, root: Path | None) -> Path:
@@ -23,13 +23,13 @@ def checked(text: str, root: Path | None) -> Path:
     Raises:
         InvalidInput: it is not the absolute path of such a file.
     """
-    shown = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+    shown = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
     if not os.path.isabs(text) or "\0" in text:
         raise InvalidInput(f"path must be absolute, on the server's disk; got {shown!r}")
     if not text.endswith(SUFFIXES):
         raise InvalidInput(f"path must end in {' or '.join(SUFFIXES)}; got {shown!r}")
     real = Path(os.path.realpath(text))
-    # before anything is said of what is there: the caller may not know that
+    # First, so that the answer does not reveal which other files exist.
     if root is not None and not real.is_relative_to(os.path.realpath(root)):
         raise InvalidInput(
             f"path must be that of a file in --models, {root}, also through links; got {shown!r}"

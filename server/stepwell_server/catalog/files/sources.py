@@ -30,18 +30,18 @@ class Source:
     name: str
     version: int
     path: Path
-    told: str
-    """What people are told that it is: the name, with the version where there are others."""
+    display_name: str
+    """Its name in messages, with the version where there are others."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KeptModel:
-    """What the store knows of a name: the versions that were loaded when the server ended, and which was the default."""
+    """What the store has of a name: the versions that were loaded when the server ended, and the default."""
 
     versions: Collection[int]
     default: int
     from_elsewhere: Collection[int] = ()
-    """Those that were loaded by calls, and come back from files that neither the command line nor the folder has."""
+    """Those that calls loaded, from files that neither the command line nor the folder has."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,8 +54,7 @@ class Candidates:
     default: int = 0
     """The version that is the default before anything new becomes it; 0: the highest."""
     is_default_chosen: bool = False
-    """Somebody made a version the default though there were higher ones, or one that is not among the files: what is new
-    does not change that."""
+    """A call made a version the default that is not the highest, or not among the files: new versions do not change that."""
 
     def choice(self, failed: Collection[int]) -> list[int]:
         """The versions to serve if those cannot be, the highest first."""
@@ -65,8 +64,8 @@ class Candidates:
 
     def source(self, version: int) -> Source:
         """A version as it is loaded."""
-        told = self.name if len(self.files) == 1 else f"{self.name}@{version}"
-        return Source(self.name, version, Path(self.files[version].path), told)
+        display_name = self.name if len(self.files) == 1 else f"{self.name}@{version}"
+        return Source(self.name, version, Path(self.files[version].path), display_name)
 
 
 def begin_with(
@@ -87,7 +86,7 @@ def begin_with(
         look = folder.settled()
         if str(folder.root) in look.problems:
             raise LoadError(f"--models: {folder.root} {look.problems[str(folder.root)]}")
-        tell_problems(look)
+        log_problems(look)
         found += in_folder(settings, look)
         _require_some(settings, folder, look, found)
     return [_as_before(each, (kept or {}).get(each.name)) for each in found]
@@ -115,14 +114,14 @@ def in_folder(settings: Settings, look: Look) -> list[Candidates]:
     ]
 
 
-def tell_problems(look: Look) -> None:
+def log_problems(look: Look) -> None:
     """Log what is left out of the folder, once."""
     for path, why in sorted(look.new_problems.items()):
         _log.warning("a part of --models is not served", path=path, reason=why)
 
 
 def _require_some(settings: Settings, folder: ModelFolder, look: Look, found: Collection[Candidates]) -> None:
-    """Refuse, or tell if it may change, that there is less than the operator thinks."""
+    """Refuse models and options that are missing; log them if the folder is watched, as they may come."""
     problems = []
     both = sorted(look.versions.keys() & settings.versions.keys())
     if both:

@@ -24,14 +24,14 @@ from stepwell_server.errors import InvalidInput, MessageTooLarge, Overloaded, Un
 from stepwell_server.files import private_files
 from stepwell_server.logs import Log
 
-KEPT_S = 3600.0
-"""An upload that nobody loads is deleted after so long."""
-MOST = 8
-"""Uploads at a time, those among them that are on their way."""
+LIFETIME_S = 3600.0
+"""An upload that is not loaded is deleted after this time, in seconds."""
+MAX_UPLOADS = 8
+"""Uploads at a time, those among them that are being received."""
 FOLDER = "uploads"
 """What the folder is called."""
-_AGAIN_S = 5.0
-_LONGEST_NAME = 100
+_RETRY_INTERVAL_S = 5.0
+_MAX_NAME_LENGTH = 100
 _TOKEN = re.compile(r"u-[0-9a-f]{32}")
 _log = Log("uploads")
 
@@ -41,19 +41,19 @@ class Uploaded:
     """A file that is there."""
 
     token: str
-    """What a load names it by."""
+    """Its name in a load."""
     sha256: str
 
 
 class Uploads:
     """The files. `close` deletes them all."""
 
-    def __init__(self, folder: Path, most_bytes: int, clock: Clock, *, is_temporary: bool = False) -> None:
-        """Make the folder, or empty it: what an earlier server took nobody can name any more.
+    def __init__(self, folder: Path, max_bytes: int, clock: Clock, *, is_temporary: bool = False) -> None:
+        """Make the folder, or empty it: uploads of an earlier server have no names any more.
 
         Args:
             folder: for uploads alone.
-            most_bytes: of a file.
+            max_bytes: bytes of a file at most.
             clock: says when one has been there for too long.
             is_temporary: `close` deletes the folder, too.
 
@@ -62,7 +62,7 @@ class Uploads:
         """
         private_files.make_folder(folder, ["u-*"])
         self._folder = folder
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._clock = clock
         self._is_temporary = is_temporary
         self._files: dict[str, Upload] = {}
@@ -72,19 +72,19 @@ class Uploads:
 
     async def begin(self, filename: str, tenant: str) -> Upload:
         """Begin to take a file: see `Catalog.begin_upload`."""
-        name = re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(filename))[-_LONGEST_NAME:]
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(filename))[-_MAX_NAME_LENGTH:]
         if not name.endswith(SUFFIXES) or name in SUFFIXES:
             raise InvalidInput(
                 f"filename must be that of a model, ending in {' or '.join(SUFFIXES)}; got {filename[:300]!r}"
             )
         await self.expire()
-        if len(self._files) >= MOST:
+        if len(self._files) >= MAX_UPLOADS:
             raise Overloaded(
-                f"uploads that are not loaded must be at most {MOST}; so many are there",
-                retry_after_s=_AGAIN_S,
+                f"uploads that are not loaded must be at most {MAX_UPLOADS}; there are {len(self._files)}",
+                retry_after_s=_RETRY_INTERVAL_S,
             )
         token = f"u-{secrets.token_hex(16)}"
-        file = self._files[token] = Upload(self, token, self._folder / token / name, tenant, self._most_bytes)
+        file = self._files[token] = Upload(self, token, self._folder / token / name, tenant, self._max_bytes)
         try:
             await asyncio.to_thread(file.open)
         except BaseException:
@@ -117,7 +117,7 @@ class Uploads:
         """Delete what has been there for too long."""
         now = self._clock.monotonic()
         for token, file in list(self._files.items()):
-            if now - file.came >= KEPT_S and not file.is_taken:
+            if now - file.came >= LIFETIME_S and not file.is_taken:
                 _log.info("an upload was not loaded, and is deleted", upload=token, file=file.path.name)
                 await self.delete(token)
 
@@ -135,17 +135,17 @@ class Uploads:
 
 
 class Upload:
-    """A file on its way. Ends by one of `finish` and `abort`. Lives on the event loop."""
+    """A file that is being received. Ends by one of `finish` and `abort`. Lives on the event loop."""
 
-    def __init__(self, uploads: Uploads, token: str, path: Path, tenant: str, most_bytes: int) -> None:
+    def __init__(self, uploads: Uploads, token: str, path: Path, tenant: str, max_bytes: int) -> None:
         self._uploads = uploads
         self._token = token
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._digest = hashlib.sha256()
         self._size = 0
         self._descriptor = -1
         self._writing = threading.Lock()
-        """Held by whoever uses the descriptor: a call that is cancelled leaves its thread to itself."""
+        """Held while the descriptor is used: the thread of a cancelled call continues to write."""
         self.path = path
         self.tenant = tenant
         self.came = uploads.now
@@ -179,9 +179,9 @@ class Upload:
         """
         self._require_there()
         self._size += len(content)
-        if self._size > self._most_bytes:
+        if self._size > self._max_bytes:
             raise MessageTooLarge(
-                f"content must be at most {self._most_bytes} bytes in all (--max-model-bytes); at least {self._size} came"
+                f"content must be at most {self._max_bytes} bytes in all (--max-model-bytes); at least {self._size} came"
             )
         await asyncio.to_thread(self._write, content)
 

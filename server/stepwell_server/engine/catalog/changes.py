@@ -48,7 +48,7 @@ from stepwell_server.store.record import header_or_none
 _TRIED = 1024
 #: Sessions that are put away, or counted, before other work runs.
 _BATCH_SIZE = 250
-#: With more versions than this, an unload forgets those that nobody needs any more.
+#: With more versions than this, an unload forgets those that are not needed any more.
 MAX_KNOWN_VERSIONS = 64
 
 
@@ -89,29 +89,29 @@ class Changes:
         self._serving.observer.model_served(name, program)
 
     async def restore(self) -> None:
-        """Know what the store has of versions, and have it know those that are served. Before anything is served.
+        """Read what the store has of versions, and publish those that are loaded, before anything is served.
 
         Raises:
             DocumentError: it cannot be read, or other servers know a version by another file.
             Unavailable: the store cannot be asked.
         """
-        for name, told in (await self._documents.read()).items():
+        for name, stored in (await self._documents.read()).items():
             own = self._models.versions(name)
-            await self._name_as_before(own, told)
+            await self._name_as_before(own, stored)
             if own.elsewhere:
-                _require_same(own, told)
-                own.take(told)
+                _require_same(own, stored)
+                own.take(stored)
             else:
-                own.replace_files(told)
+                own.replace_files(stored)
             self._switching.mark(own, own.loaded.values())
         for own in self._models.served():
             if own.elsewhere:
                 await self._publish(own)
 
-    async def _name_as_before(self, own: Versions, told: Versions) -> None:
-        """Serve versions anew whose tensors have other names than before: their sessions' records have those."""
+    async def _name_as_before(self, own: Versions, stored: Versions) -> None:
+        """Serve versions with the names that their tensors had before: the records of their sessions have those."""
         for version, model in list(own.loaded.items()):
-            program = as_served(told, version, model.program)
+            program = as_served(stored, version, model.program)
             if program.names == model.program.names:
                 continue
             self._models.retire(model)
@@ -122,13 +122,13 @@ class Changes:
         own.default = max(own.loaded, default=0)
 
     async def _publish(self, own: Versions) -> None:
-        """Let other servers know the versions that this one begins with; the first to come says the default."""
+        """Publish the versions that this server begins with; the first server to do so sets the default."""
 
         async def attempt() -> Proposal:
-            told = self._documents.last_read(own.name)
-            if told is not None:
-                _require_same(own, told)
-            known = {} if told is None else told.known
+            stored = self._documents.last_read(own.name)
+            if stored is not None:
+                _require_same(own, stored)
+            known = {} if stored is None else stored.known
             if all(version in known and known[version].is_wanted for version in own.loaded):
                 return None
             wanted = {v: dataclasses.replace(own.known[v], is_wanted=True) for v in own.loaded}
@@ -246,7 +246,7 @@ class Changes:
         Raises:
             ModelNotFound, VersionNotFound: it is not loaded.
             ModelInUse: it has sessions, or it is the default and others are loaded, and `force` is not said.
-            Unavailable: the store could not be told; it is served as before.
+            Unavailable: the store did not keep it; it is served as before.
         """
         async with self._documents.lock(name):
             own = self._models.named(name)
@@ -311,15 +311,15 @@ class Changes:
         *,
         leaves: bool | None = None,
     ) -> Moved:
-        """Let the name stand for another version from now on, and the sessions that follow it do what the policy says.
+        """Make another version the default, and move the sessions that follow the default as the policy says.
 
-        With `leaves` the previous one is said to drain; None: as `KEEP` does.
+        With `leaves` the previous one is marked as draining; None: as `KEEP` does.
 
         Raises:
             ModelNotFound, VersionNotFound: it is not loaded.
             SpecsDiffer: its states or outputs are others, and sessions are to be carried.
             MigrationFailed: there is no such function, or it failed on states that there are.
-            Unavailable: the store could not be told; nothing changed.
+            Unavailable: the store did not keep it; nothing changed.
         """
         async with self._documents.lock(name):
             own = self._models.named(name)
@@ -344,7 +344,7 @@ class Changes:
     async def _choose(
         self, own: Versions, after: Versions, program: Program, change: DefaultChange
     ) -> tuple[int, How | None]:
-        """Let `after` have another default, which has this program.
+        """Set another default in `after`, which has this program.
 
         Returns:
             The default before, 0 if that is the same, and what becomes of the sessions that follow it; None: they stay.
@@ -365,12 +365,12 @@ class Changes:
         return previous, how
 
     async def set_label(self, name: str, label: str, version: int) -> None:
-        """Let a label stand for a loaded version, or, with version 0, for none.
+        """Give a label to a loaded version, or, with version 0, take it away.
 
         Raises:
             InvalidInput: the label breaks the rule.
             ModelNotFound, VersionNotFound: there is no such version, or no such label to take away.
-            Unavailable: the store could not be told; nothing changed.
+            Unavailable: the store did not keep it; nothing changed.
         """
         if not is_label(label):
             raise InvalidInput(f"label must be {LABEL_RULE}; got {label!r}")
@@ -499,7 +499,7 @@ class Changes:
         """Judge whether a version that is not loaded yet could become the default, as `set_default` would then.
 
         Raises:
-            SpecsDiffer, MigrationFailed: sessions cannot go on with it so.
+            SpecsDiffer, MigrationFailed: sessions cannot continue with it.
         """
         own = self._models.versions(name)
         if own.loaded and policy is not SessionPolicy.KEEP:
@@ -551,7 +551,7 @@ class Changes:
         )
 
     async def _empty(self, model: Model) -> None:
-        """Have no session in the table on a version that is served no longer."""
+        """Take the sessions of a version that is served no longer out of the table."""
         await self._serving.idle(model)
         while ids := self._ids(model)[:_BATCH_SIZE]:
             for session_id in ids:
@@ -559,7 +559,7 @@ class Changes:
             await asyncio.sleep(0)
 
     async def _put_away(self, session_id: str, model: Model) -> None:
-        """Let the store alone have a session."""
+        """Page a session out, and take it out of the table."""
         handle = self._table.find(session_id)
         if handle is None or self._table.model[handle] != model.index:
             return
@@ -591,20 +591,20 @@ def _loaded_again(own: Versions, here: Known) -> Known:
     return dataclasses.replace(here, source=here.source or before.source, tenant=here.tenant or before.tenant)
 
 
-def _require_same(own: Versions, told: Versions) -> None:
+def _require_same(own: Versions, stored: Versions) -> None:
     """Refuse to serve a version that other servers know by another file.
 
     Raises:
         DocumentError: so it is.
     """
     for version, model in own.loaded.items():
-        known = told.known.get(version)
+        known = stored.known.get(version)
         if known is not None and known.fingerprint != model.program.fingerprint:
             raise document.DocumentError(
                 f"version {version} of model {own.name!r} must be the file that it is for the servers that share the store: its"
                 f" fingerprint is {model.program.fingerprint[:FINGERPRINT_DIGITS]}, and"
                 f" {known.fingerprint[:FINGERPRINT_DIGITS]} there. Serve another file as another version:"
-                f" {own.name}@{told.highest + 1}=PATH"
+                f" {own.name}@{stored.highest + 1}=PATH"
             )
 
 

@@ -78,11 +78,11 @@ class Documents:
         if content == self._seen.get(own.name):
             return
         try:
-            told = Versions(own.name) if content is None else document.decode(own.name, content)
+            stored = Versions(own.name) if content is None else document.decode(own.name, content)
         except document.DocumentError as error:
             _log.error("versions of a model cannot be followed", model=own.name, reason=str(error))
             raise Unavailable(str(error)) from error
-        if told.change < own.change:
+        if stored.change < own.change:
             _log.warning(
                 "the store has lost a change of a model's versions; it is written again", model=own.name
             )
@@ -92,7 +92,7 @@ class Documents:
         await self._switching.all_left()  # what is late for the last change must not be early for this one
         self._saw(own.name, content)
         before = own.chosen
-        self._switching.take_over(own, told)
+        self._switching.take_over(own, stored)
         if before != own.chosen:
             _log.info(
                 "another server made another version the default of a model",
@@ -105,7 +105,7 @@ class Documents:
     async def propose(
         self, own: Versions, attempt: Callable[[], Awaitable[Proposal]], *, anyway: bool = False
     ) -> None:
-        """Have the store keep what `attempt` makes of what is known now, and make it true, even if the caller is cancelled.
+        """Commit what `attempt` makes of what is known now, and apply it, even if the caller is cancelled.
 
         The lock of the model is held. `attempt` is called again after each conflict. With `anyway` the document is
         written although it says nothing new of this server.
@@ -131,13 +131,13 @@ class Documents:
         )
 
     async def write(self, own: Versions, after: Versions, then: Callable[[], None]) -> bool:
-        """Have the store keep a document; `then` is called when it does, even if the caller is cancelled meanwhile.
+        """Commit a document; `then` is called when the store keeps it, even if the caller is cancelled meanwhile.
 
         Returns:
             False if another server has changed it, and it is as that one made it.
 
         Raises:
-            Unavailable: the store did not say that it keeps it. It may come to be there all the same, and is read then
+            Unavailable: the store did not say that it keeps it. It may be there all the same, and is read then
                 like a change of another server.
         """
         name, content = document.name_of(own.name), document.encode(after)

@@ -75,13 +75,13 @@ class Serving:
     def make(
         self, name: str, version: int, program: Program, sibling: Model | None = None, rows: int = 0
     ) -> Model:
-        """Make what serves a version. Nobody finds it yet.
+        """Make what serves a version, which is not in the registry yet.
 
         `sibling` is a version of the name whose rows are shared; `rows`, if it has none, are those that sessions keep,
-        0 for as many as the engine was told.
+        0 for the default of the settings.
 
         Raises:
-            MemoryError: there is no room for so many.
+            MemoryError: there is no room for them.
         """
         index = self._models.new_index()
         if sibling is None:
@@ -153,7 +153,7 @@ class Serving:
         await asyncio.to_thread(warm_up, runner, model.program, model.max_batch_rows)
 
     async def idle(self, model: Model) -> None:
-        """Return when nothing is under way on a version."""
+        """Return when a version has no running work."""
         loop = self.loops[model.index]
         while loop.busy or model.waiting:
             await loop.idle()
@@ -161,7 +161,7 @@ class Serving:
                 await asyncio.sleep(_LOOK_S)
 
     async def end(self, model: Model) -> None:
-        """Let go of what served a version that nobody finds any more."""
+        """End what served a version that was retired."""
         await self.idle(model)
         model.work.leave()
         self._capacity.threads.forget(model.work)

@@ -1,6 +1,6 @@
 """What is in memory when versions change: sessions go to other versions between two turns of the event loop.
 
-Who has made the change, this server or another one on the same store, is the same here.
+It makes no difference whether this server made the change or another one on the same store.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Switching:
 
     @staticmethod
     def mark(own: Versions, models: Collection[Model]) -> None:
-        """Let records say that their sessions have made all moves: those of some versions."""
+        """Mark the records of some versions from now on as those of sessions that have made all moves."""
         for model in models:
             model.epoch = own.history.epoch
 
@@ -60,9 +60,9 @@ class Switching:
             await self._none_late.wait()
 
     def move_default(self, own: Versions, after: Versions, how: How | None) -> int:
-        """Let the default be another, which is loaded, and the sessions in memory that follow it go there, unless `how` is None.
+        """Change the default to another loaded version, and move the sessions in memory that follow it, unless `how` is None.
 
-        `after` is what is to be. Returns how many go.
+        `after` is the state after the change. Returns how many move.
         """
         self._drain()  # earlier changes run on the version on which they were checked
         previous = own.chosen
@@ -74,14 +74,14 @@ class Switching:
         self.mark(own, [each for v, each in own.loaded.items() if v != previous or not self._late])
         return moved
 
-    def take_over(self, own: Versions, told: Versions) -> None:
-        """Let all be as another server made it. No session is late for a move.
+    def take_over(self, own: Versions, stored: Versions) -> None:
+        """Apply what another server changed. No session is late for a move.
 
-        What is under way goes on where it began, and is kept only if nobody else has changed its session.
+        Running work continues where it began, and is kept only if no other server has changed its session.
         """
         self._drain()
         since = own.history.epoch
-        own.take(told)
+        own.take(stored)
         going = []
         for source in own.loaded.values():
             move = own.history.of(source.version, since)
@@ -100,7 +100,7 @@ class Switching:
         self.mark(own, [each for v, each in own.loaded.items() if v not in late])
 
     def follow(self, handles: Handles, source: Model, epoch: int) -> None:
-        """Let sessions make the moves since an epoch, which began on a version then and are in the table only now."""
+        """Move sessions by the moves since an epoch, which began on a version then and are in the table only now."""
         own = self._models.versions(source.name)
         move = own.history.of(source.version, epoch)
         if move is None:
@@ -122,11 +122,11 @@ class Switching:
         return _Goal(own.name, version, own.loaded.get(version), how)
 
     def _go(self, source: Model, handles: Handles, goal: _Goal) -> int:
-        """Let sessions of a version go to another, now or when what is under way has ended; how many they are."""
+        """Move sessions of a version to another, now or when their running work has ended; return how many."""
         source.left_epoch = source.epoch
         table, target = self._table, goal.model
         if target is not None and goal.how is How.CARRY and source.arena is target.arena:
-            # what is under way goes on as it began, and what it makes is a state of the new version too
+            # running work continues as it began: its results are states of the new version, too
             table.model[handles] = target.index
             return len(handles)
         busy = table.claimed[handles]
@@ -138,7 +138,7 @@ class Switching:
         return len(handles)
 
     def _leave(self, handles: Handles, goal: _Goal) -> None:
-        """Let sessions go to a version: when their states are needed they come as its own."""
+        """Move sessions to a version: their states are brought to it when they are needed."""
         if goal.model is None:
             for handle in handles.tolist():
                 self._turns.forget(handle, self.away(handle, goal.name, goal.version))
@@ -151,7 +151,7 @@ class Switching:
             self._table.position[handles] = 0
 
     def _leave_late(self, handles: Handles) -> None:
-        """Let those of some sessions go whose claims end now; what waited for them is to be sent again."""
+        """Move those of some sessions whose claims end now; changes that waited for them must be sent again."""
         for handle in handles.tolist():
             if (late := self._late.pop(handle, None)) is None:
                 continue

@@ -90,7 +90,7 @@ class Watch:
 
     async def _read(self) -> None:
         async with self._reading:
-            self._next = None  # later callers want what is there later
+            self._next = None  # later callers need a later read
             for name in await self._documents.changed():
                 async with self._documents.lock(name):
                     await self._documents.learn(self._models.versions(name))

@@ -1,7 +1,7 @@
 """Whether sessions can go from one version of a model to another with their states, and what its tensors are called.
 
 A retrained model is the same model: where two versions differ only in names that Keras made up, the later one is served
-with the names of the earlier one. So clients' code and stored states go on fitting.
+with the names of the earlier one. So clients' code and stored states still fit.
 """
 
 from __future__ import annotations

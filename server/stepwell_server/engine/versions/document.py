@@ -31,7 +31,7 @@ def name_of(model: str) -> str:
 
 def encode(own: Versions) -> bytes:
     """The document."""
-    told = {
+    fields = {
         "form": _FORM,
         "change": own.change,
         "default": own.chosen,
@@ -41,7 +41,7 @@ def encode(own: Versions) -> bytes:
         "moves": [_move(move) for move in own.history.moves],
         "versions": [_version(known) for _, known in sorted(own.known.items())],
     }
-    return json.dumps(told, separators=(",", ":")).encode()
+    return json.dumps(fields, separators=(",", ":")).encode()
 
 
 def decode(model: str, content: bytes) -> Versions:
@@ -51,23 +51,23 @@ def decode(model: str, content: bytes) -> Versions:
         DocumentError: it was not made so.
     """
     try:
-        told = json.loads(content)
-        if told["form"] != _FORM:
-            when = "a later" if told["form"] > _FORM else "an earlier"
+        fields = json.loads(content)
+        if fields["form"] != _FORM:
+            when = "a later" if fields["form"] > _FORM else "an earlier"
             raise ValueError(
-                f"its form is {told['form']}, and this server reads {_FORM}: {when} server wrote it"
+                f"its form is {fields['form']}, and this server reads {_FORM}: {when} server wrote it"
             )
         return Versions(
             model,
-            wanted=int(told["default"]),
-            labels={str(label): int(version) for label, version in told["labels"].items()},
+            wanted=int(fields["default"]),
+            labels={str(label): int(version) for label, version in fields["labels"].items()},
             history=History(
-                int(told["epoch"]),
-                tuple(_read_move(*move) for move in told["moves"]),
+                int(fields["epoch"]),
+                tuple(_read_move(*move) for move in fields["moves"]),
             ),
-            known={int(each["version"]): _known(each) for each in told["versions"]},
-            highest=int(told["highest"]),
-            change=int(told.get("change", 0)),
+            known={int(each["version"]): _known(each) for each in fields["versions"]},
+            highest=int(fields["highest"]),
+            change=int(fields.get("change", 0)),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DocumentError(
@@ -108,23 +108,23 @@ def _version(known: Known) -> dict[str, Any]:
     }
 
 
-def _known(told: dict[str, Any]) -> Known:
+def _known(fields: dict[str, Any]) -> Known:
     return Known(
-        int(told["version"]),
-        str(told["fingerprint"]),
+        int(fields["version"]),
+        str(fields["fingerprint"]),
         Layout(
-            tuple(StateSpec(name, tuple(shape), dtype) for name, shape, dtype in told["states"]),
+            tuple(StateSpec(name, tuple(shape), dtype) for name, shape, dtype in fields["states"]),
             tuple(
                 TensorSpec(name, tuple(shape), dtype, temporal)
-                for name, shape, dtype, temporal in told["outputs"]
+                for name, shape, dtype, temporal in fields["outputs"]
             ),
         ),
-        str(told["source"]),
-        float(told["loaded"]),
-        str(told["tenant"]),
-        bool(told["wanted"]),
-        bool(told.get("leaving", False)),
-        replaced=int(told.get("replaced", 0)),
-        inputs=tuple(map(str, told["inputs"])),
-        structure=str(told["structure"]),
+        str(fields["source"]),
+        float(fields["loaded"]),
+        str(fields["tenant"]),
+        bool(fields["wanted"]),
+        bool(fields.get("leaving", False)),
+        replaced=int(fields.get("replaced", 0)),
+        inputs=tuple(map(str, fields["inputs"])),
+        structure=str(fields["structure"]),
     )

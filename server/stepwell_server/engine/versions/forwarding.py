@@ -1,6 +1,6 @@
 """Records of earlier epochs are brought to the version that their sessions are on now, when they are read.
 
-The rows of one that was carried are as they were. Those of one that migrates or begins anew become rows of the new
+The rows of one that was carried are as they were. Those of one that migrates or is reset become rows of the new
 version, and the reply that is remembered stays what it was, whatever the new version calls its outputs.
 """
 
@@ -39,7 +39,7 @@ class Forwarded:
     refused: dict[int, ServerError]
     """Those that cannot be brought there, by place; they are in `decoded` all the same, with rows of zeros."""
     begun: list[int]
-    """Places of those that begin anew: at position 0."""
+    """Places of those that are reset: at position 0."""
     replies: dict[int, int]
     """How the reply is kept of those of which that has changed, by place."""
 
@@ -197,7 +197,7 @@ class Forwarding:
             )
         try:
             given = dict(migrate({name: array.copy() for name, array in states.items()}))
-        except Exception as error:  # somebody's function raises what it likes
+        except Exception as error:  # an operator's function may raise anything
             raise MigrationFailed(f"migration {function!r} raised {type(error).__name__}: {error}") from error
         wanted = {spec.name: spec for spec in specs}
         if given.keys() != wanted.keys():
@@ -233,7 +233,7 @@ class Forwarding:
         indexes: Sequence[int],
         sizes: Sequence[int],
     ) -> None:
-        """Let what is remembered of replies say its own tensors, where the new version has others."""
+        """Store their own tensors with remembered replies, where the new version has others."""
         if layout == target:
             return
         decoded, low = forwarded.decoded, 0
@@ -268,7 +268,7 @@ def _misfits(decoded: Decoded, indexes: npt.NDArray[np.intp], layout: Layout) ->
         place: _misfit("its rows must have the size of its model's and of its batch_size; they have another")
         for place in places[wrong].tolist()
     }
-    # as mostly none has arrays, and all have replies of another kind
+    # common case: none has arrays, and all have replies of another kind
     for index in np.flatnonzero(
         ~wrong & ((heads["extra_bytes"] > 0) | (heads["reply"] >= Kept.ARRAYS))
     ).tolist():

@@ -24,13 +24,13 @@ from stepwell_server.errors import (
 from stepwell_server.program import FINGERPRINT_DIGITS, Names, Program
 from stepwell_server.store.record import Header
 
-#: After so many seconds it is worth to ask again for a version that is not loaded here; and for what is being read.
-_AGAIN_S, _SOON_S = 1.0, 0.05
+#: Seconds after which a caller may ask again for a version that is not loaded here; and for one that is being read.
+_RETRY_INTERVAL_S, _SHORT_RETRY_INTERVAL_S = 1.0, 0.05
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Known:
-    """What is remembered of a version, be it loaded or not."""
+    """What is remembered of a version, even if it is not loaded."""
 
     version: int
     fingerprint: str
@@ -125,7 +125,7 @@ class Versions:
         return self.wanted if self.wanted and self.elsewhere else self.default
 
     def model(self, ref: ModelRef) -> Model:
-        """The version that somebody means.
+        """The version that a reference means.
 
         Raises:
             VersionNotFound: it is not loaded, or there is no such label.
@@ -202,7 +202,7 @@ class Versions:
         return Trace(former, None if mark.is_pinned else self.history.of(former, mark.epoch))
 
     def forget_unused(self, used: Collection[int]) -> None:
-        """Forget versions that nobody wants, and on which no session is: `used` are those on which some are."""
+        """Forget versions that are not wanted and have no sessions: `used` are those on which some are."""
         needed = {*used, *self.loaded, *self.labels.values(), self.default, self.wanted}
         known = self.known
         free = {version for version, each in known.items() if version not in needed and not each.is_wanted}
@@ -223,7 +223,7 @@ class Versions:
         )
 
     def replace_files(self, kept: Versions) -> None:
-        """Let what is loaded be as it was before the server was started again, where no other server has any of it.
+        """Restore what is loaded as it was before the restart, where no other server has any of it.
 
         A version whose file was replaced meanwhile has its number for the new weights alone. The moves of sessions that
         left the old ones are kept under another number, so that those sessions still find where they went.
@@ -257,20 +257,20 @@ class Versions:
         else:
             self.wanted = kept.wanted
 
-    def take(self, told: Versions) -> None:
-        """Be as another server made it: what its document says, which is `told`; what is loaded here stays so."""
-        known = dict(told.known)
+    def take(self, stored: Versions) -> None:
+        """Apply the document of another server, `stored`; what is loaded here stays loaded."""
+        known = dict(stored.known)
         for version in self.loaded:
             own, there = self.known[version], known.get(version)
             if there is not None and there.fingerprint == own.fingerprint:
                 own = dataclasses.replace(there, source=own.source or there.source, loaded=own.loaded)
             known[version] = own
-        self.known, self.labels, self.history = known, told.labels, told.history
-        self.highest, self.change = max(self.highest, told.highest), told.change
-        if told.wanted in self.loaded:
-            self.default, self.wanted = told.wanted, 0
+        self.known, self.labels, self.history = known, stored.labels, stored.history
+        self.highest, self.change = max(self.highest, stored.highest), stored.change
+        if stored.wanted in self.loaded:
+            self.default, self.wanted = stored.wanted, 0
         else:
-            self.wanted = told.wanted
+            self.wanted = stored.wanted
 
 
 Absence = Callable[[ModelRef], ServerError | None]
@@ -280,7 +280,7 @@ Absence = Callable[[ModelRef], ServerError | None]
 class Models:
     """Models by name and version, and by the sessions that they have. Lives on the event loop.
 
-    Who needs a model asks here each time: models come and go.
+    Callers look models up each time, as models come and go.
     """
 
     def __init__(self, table: SessionTable, elsewhere: str, absent: Absence = lambda _ref: None) -> None:
@@ -331,7 +331,7 @@ class Models:
             own.wanted = 0
 
     def retire(self, model: Model) -> None:
-        """Let nobody name a version any more; its sessions in the table still find it."""
+        """Take a version out of the names; its sessions in the table still find it."""
         own = self._by_name[model.name]
         del own.loaded[model.version]
         if own.default == model.version:
@@ -423,19 +423,19 @@ class Models:
             f"{whose} version {version} of model {name!r}, which is not loaded on this server, where"
             f" {sorted(own.loaded) if own else []} are; {self._elsewhere}: ask that one, or again"
             f" when an admin has loaded it here (stepwell models load {name}@{version} PATH --no-default)",
-            _AGAIN_S,
+            _RETRY_INTERVAL_S,
             model=name,
             version=str(version),
         )
 
     @staticmethod
     def later(name: str, session_id: str = "") -> VersionElsewhere:
-        """Why a session is not touched whose record tells of what is not known here yet."""
+        """Why a session is not touched whose record names a move that is not known here yet."""
         whose = f"session {session_id!r}" if session_id else "a session"
         return VersionElsewhere(
             f"{whose} has made a move to another version of model {name!r} of which this server has not heard yet; it was not"
             " applied: send it again",
-            _SOON_S,
+            _SHORT_RETRY_INTERVAL_S,
             model=name,
         )
 
@@ -445,7 +445,7 @@ class Models:
         return VersionElsewhere(
             f"a session belongs to version {target} of model {name!r}, and is on version {version} on this server for a"
             " moment yet; it was not applied: send it again",
-            _SOON_S,
+            _SHORT_RETRY_INTERVAL_S,
             model=name,
         )
 
@@ -457,7 +457,7 @@ class Models:
         return 0 if mark is None or mark.is_pinned or mark.epoch <= known else mark.epoch
 
     def is_behind(self, header: Header) -> bool:
-        """Whether a record tells of moves or of a version of which nothing is known here; the store has their document."""
+        """Whether a record names moves or a version that are not known here; the store has their document."""
         own = self._by_name.get(header.model)
         if own is None or self.later_epoch(header):
             return True
