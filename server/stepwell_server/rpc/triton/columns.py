@@ -50,7 +50,7 @@ class ColumnInference:
         try:
             model = models.find(name, version)
             outputs = model.tensors.requested([(output, {}) for output in columns.output_names])
-            read = Read(model, outputs, model.tensors.of_columns(columns.inputs))
+            read = Read(model, outputs, model.tensors.of_columns(columns.inputs, int(columns.sizes.sum())))
         except (InvalidInput, ModelNotFound):
             return Content({}, alone=np.arange(len(columns.session_ids)))
         alone = columns.sizes > MAX_BATCH_SIZE

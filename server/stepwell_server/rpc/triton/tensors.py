@@ -68,6 +68,7 @@ def of_numpy(name: str) -> Datatype:
 _NAMES: Mapping[int, str] = {number_of(datatype.numpy_name): datatype.name for datatype in _ALL}
 """By their `stepwell.v1.DataType`."""
 _Parameters = Mapping[str, pb.InferParameter]
+_Data = bytes | pb.InferTensorContents
 MAX_BATCH_SIZE = 1024
 """Rows of a request; models say so in their configuration."""
 _SHARED_MEMORY = "shared_memory_region"
@@ -121,41 +122,39 @@ class ModelTensors:
             InvalidInput: a name, datatype, shape or size does not fit.
             Unsupported: an input is in shared memory.
         """
-        given_names = [(given.name, given.datatype, given.parameters) for given in request.inputs]
-        self._check_names(given_names, request.id)
-        raw = _raw_by_index(request, self._model)
-        rows, steps = 0, 1
-        arrays: dict[str, Array] = {}
-        for given, data in zip(request.inputs, raw, strict=True):
-            tensor = self.inputs[given.name]
-            shape = self._shape(tensor, tuple(given.shape), request.id)
-            if rows and shape[0] != rows:
-                raise InvalidInput(
-                    f"{about(request.id)}input '{given.name}' batch size does not match other inputs for"
-                    f" '{self._model}'"
-                )
-            rows = shape[0]
-            steps = tensor.steps(shape) or steps
-            arrays[given.name] = self._array(tensor, given, data, shape, request.id)
-        return Inputs(arrays, rows, steps)
+        given = request.inputs
+        self._check_names([(one.name, one.datatype, one.parameters) for one in given], request.id)
+        data = _data_of(request, self._model)
+        named = [(one.name, tuple(one.shape), data[place]) for place, one in enumerate(given)]
+        return self._inputs(named, MAX_BATCH_SIZE, request.id)
 
-    def of_columns(self, columns: Sequence[InputColumn]) -> Inputs:
-        """The inputs of many requests that a front has read, each with its rows.
-
-        How many rows each request may have is not checked.
+    def of_columns(self, columns: Sequence[InputColumn], rows: int) -> Inputs:
+        """The inputs of many requests that a front has read, `rows` in all. How many each may have is not checked.
 
         Raises:
             InvalidInput: as of `read`.
         """
         self._check_names([(column.name, _NAMES[column.dtype], {}) for column in columns], "")
+        named = [(column.name, (rows, *column.tail), column.data) for column in columns]
+        return self._inputs(named, rows, "")
+
+    def _inputs(
+        self, named: Sequence[tuple[str, tuple[int, ...], _Data]], max_rows: int, request_id: str
+    ) -> Inputs:
+        """Inputs whose names are checked, by name, shape and data."""
         rows, steps = 0, 1
         arrays: dict[str, Array] = {}
-        for column in columns:
-            tensor = self.inputs[column.name]
-            shape = self._shape(tensor, (1, *column.tail), "")
+        for name, dims, data in named:
+            tensor = self.inputs[name]
+            shape = self._shape(tensor, dims, max_rows, request_id)
+            if rows and shape[0] != rows:
+                raise InvalidInput(
+                    f"{about(request_id)}input '{name}' batch size does not match other inputs for"
+                    f" '{self._model}'"
+                )
+            rows = shape[0]
             steps = tensor.steps(shape) or steps
-            arrays[column.name] = np.frombuffer(column.data, tensor.dtype).reshape(-1, *shape[1:])
-            rows = len(arrays[column.name])
+            arrays[name] = self._array(tensor, data, shape, request_id)
         return Inputs(arrays, rows, steps)
 
     def requested(self, outputs: Sequence[tuple[str, _Parameters]], request_id: str = "") -> Sequence[Tensor]:
@@ -199,15 +198,12 @@ class ModelTensors:
                     f" model '{self._model}' expects '{expected}'"
                 )
 
-    def _shape(self, tensor: Tensor, shape: tuple[int, ...], request_id: str) -> tuple[int, ...]:
+    def _shape(
+        self, tensor: Tensor, shape: tuple[int, ...], max_rows: int, request_id: str
+    ) -> tuple[int, ...]:
         """The shape for the engine: without the dimension that stands for one number."""
         leading = tensor.leading(len(shape))
-        if (
-            leading
-            and shape[leading:] == tensor.dims
-            and min(shape[:leading]) > 0
-            and shape[0] <= MAX_BATCH_SIZE
-        ):
+        if leading and shape[leading:] == tensor.dims and min(shape[:leading]) > 0 and shape[0] <= max_rows:
             return (*shape[:leading], *tensor.spec.shape)
         raise InvalidInput(about(request_id) + self._misfit(tensor, shape, leading))
 
@@ -228,28 +224,23 @@ class ModelTensors:
             return f"{what} must have at least one row and time step, got {dims_text(shape)}"
         return f"inference request batch-size must be <= {MAX_BATCH_SIZE} for '{self._model}'"
 
-    def _array(
-        self,
-        tensor: Tensor,
-        given: pb.ModelInferRequest.InferInputTensor,
-        data: bytes | None,
-        shape: tuple[int, ...],
-        request_id: str,
-    ) -> Array:
-        where = f"input tensor '{given.name}' for model '{self._model}'"
-        octets = None if data is None else np.frombuffer(data, np.uint8)
-        contents = given.contents
-        array: Array = (
-            _read_contents(contents, tensor.datatype, tensor.dtype, where) if octets is None else octets
-        )
+    def _array(self, tensor: Tensor, data: _Data, shape: tuple[int, ...], request_id: str) -> Array:
+        name = tensor.spec.name
+        where = f"input tensor '{name}' for model '{self._model}'"
+        array: Array
+        if isinstance(data, pb.InferTensorContents):
+            array = _read_contents(data, tensor.datatype, tensor.dtype, where)
+        else:
+            octets = np.frombuffer(data, np.uint8)
+            if tensor.dtype.kind == "b" and (octets > 1).any():
+                raise InvalidInput(f"each byte of BOOL {where} must be 0 or 1, got {octets.max()}")
+            array = octets
         needed = math.prod(shape) * tensor.dtype.itemsize
         if array.nbytes != needed:
             raise InvalidInput(
-                f"{about(request_id)}input byte size mismatch for input '{given.name}' for model '{self._model}'."
+                f"{about(request_id)}input byte size mismatch for input '{name}' for model '{self._model}'."
                 f" Expected {needed}, got {array.nbytes}"
             )
-        if octets is not None and tensor.dtype.kind == "b" and (octets > 1).any():
-            raise InvalidInput(f"each byte of BOOL {where} must be 0 or 1, got {octets.max()}")
         return array.view(tensor.dtype).reshape(shape)
 
 
@@ -271,8 +262,8 @@ def dims_text(dims: Sequence[int]) -> str:
     return f"[{','.join(map(str, dims))}]"
 
 
-def _raw_by_index(request: pb.ModelInferRequest, model: str) -> Sequence[bytes | None]:
-    """The raw contents of each input; None for those that come element by element."""
+def _data_of(request: pb.ModelInferRequest, model: str) -> Sequence[_Data]:
+    """The data of each input: all of them raw, or all element by element."""
     raw = list(request.raw_input_contents)
     typed = [given.name for given in request.inputs if given.HasField("contents")]
     without = [given.name for given in request.inputs if not given.HasField("contents")]
@@ -290,7 +281,7 @@ def _raw_by_index(request: pb.ModelInferRequest, model: str) -> Sequence[bytes |
             f"raw_input_contents must have one entry for each of the {len(request.inputs)} inputs for model"
             f" '{model}'; got {len(raw)}"
         )
-    return raw or [None] * len(typed)
+    return raw or [given.contents for given in request.inputs]
 
 
 def _refuse_parameters(parameters: Mapping[str, pb.InferParameter], what: str) -> None:
