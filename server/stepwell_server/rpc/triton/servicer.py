@@ -97,15 +97,18 @@ class TritonServicer(Liveness):
     async def model_metadata(self, request: pb.ModelMetadataRequest, _call: Call) -> pb.ModelMetadataResponse:
         """Describe a model's inputs and outputs."""
         model = self._models.find(request.name, request.version)
-        versions = [model.version] if request.version else self._models.loaded(model.name)
+        versions = [model.version] if request.version else self._versions(model.name)
         return model_metadata(model.name, versions, model.program, model.tensors)
 
     async def model_config(self, request: pb.ModelConfigRequest, _call: Call) -> pb.ModelConfigResponse:
         """Describe a model as Triton's configuration would."""
         model = self._models.find(request.name, request.version)
-        versions, idle_s = self._models.loaded(model.name), self._engine.max_session_idle_s
+        versions, idle_s = self._versions(model.name), self._engine.max_session_idle_s
         config = model_config(model.name, versions, model.program, model.tensors, idle_s)
         return pb.ModelConfigResponse(config=config)
+
+    def _versions(self, name: str) -> list[int]:
+        return [model.version for model in self._models.all(name)]
 
     async def model_statistics(
         self, request: pb.ModelStatisticsRequest, call: Call

@@ -1,12 +1,13 @@
 """Counts and durations of the requests of one version of a model, in the sense of Triton's statistics extension.
 
-Requests are those of this protocol, and of the version. Passes are those of the model, whichever version they ran and
-whoever's rows they took along: that is what batching across clients means.
+Requests are those of this protocol, and of the version. Passes are those of the model, of any version and with the rows
+of any protocol: that is what batching across clients means.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -14,13 +15,13 @@ from stepwell_server.rpc.triton.inference import service_pb2 as pb
 
 
 class PassObserver(Protocol):
-    """Who has watched the passes of the models."""
+    """Keeps counts of the passes of the models."""
 
     def passes_by_rows(self, model: str) -> Mapping[int, tuple[int, float]]:
         """Number of passes and their seconds in all, by the rows they ran."""
 
     def seconds_per_time_step(self, model: str) -> float:
-        """What one time step took in the model's latest pass."""
+        """Duration of one time step in the model's latest pass."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -35,7 +36,7 @@ class Timing:
 
 
 class RequestStatistics:
-    """What became of the requests of one version of a model. Lives on the event loop."""
+    """Counts the requests of one version of a model. Lives on the event loop."""
 
     def __init__(self, model: str, version: int, observer: PassObserver) -> None:
         self._model = model
@@ -43,12 +44,10 @@ class RequestStatistics:
         self._observer = observer
         self._rows = 0
         self._last_ms = 0
-        self._succeeded = _Sum()
-        self._failed = _Sum()
-        self._queue = _Sum()
-        self._input = _Sum()
-        self._infer = _Sum()
-        self._output = _Sum()
+        self._counts: Counter[str] = Counter()
+        """Requests, by the fields of `InferStatistics`."""
+        self._ns: Counter[str] = Counter()
+        """Their durations."""
 
     def succeeded(
         self, timing: Timing, done: int, *, now_s: float, rows: int, steps: int, count: int = 1
@@ -58,37 +57,36 @@ class RequestStatistics:
         infer_ns = min(engine_ns, round(self._observer.seconds_per_time_step(self._model) * steps * 1e9))
         self._rows += rows
         self._last_ms = round(now_s * 1000)
-        self._succeeded.add(done - timing.arrived, count)
-        self._input.add(timing.read - timing.arrived, count)
-        self._infer.add(infer_ns, count)
-        self._queue.add(engine_ns - infer_ns, count)
-        self._output.add(done - timing.run, count)
+        self._add("success", done - timing.arrived, count)
+        self._add("compute_input", timing.read - timing.arrived, count)
+        self._add("compute_infer", infer_ns, count)
+        self._add("queue", engine_ns - infer_ns, count)
+        self._add("compute_output", done - timing.run, count)
 
     def failed(self, timing: Timing, done: int, count: int = 1) -> None:
         """Requests were refused at `done`."""
-        self._failed.add(done - timing.arrived, count)
+        self._add("fail", done - timing.arrived, count)
 
     def message(self) -> pb.ModelStatistics:
         """Everything counted so far."""
         passes = sorted(self._observer.passes_by_rows(self._model).items())
+        durations = {
+            field.name: pb.StatisticDuration(count=self._counts[field.name], ns=self._ns[field.name])
+            for field in pb.InferStatistics.DESCRIPTOR.fields
+        }
         return pb.ModelStatistics(
             name=self._model,
             version=str(self._version),
             last_inference=self._last_ms,
             inference_count=self._rows,
             execution_count=sum(count for _, (count, _) in passes),
-            inference_stats=pb.InferStatistics(
-                success=self._succeeded.message(),
-                fail=self._failed.message(),
-                queue=self._queue.message(),
-                compute_input=self._input.message(),
-                compute_infer=self._infer.message(),
-                compute_output=self._output.message(),
-                cache_hit=pb.StatisticDuration(),
-                cache_miss=pb.StatisticDuration(),
-            ),
+            inference_stats=pb.InferStatistics(**durations),
             batch_stats=[_batch(rows, count, seconds) for rows, (count, seconds) in passes],
         )
+
+    def _add(self, field: str, ns: int, count: int) -> None:
+        self._counts[field] += count
+        self._ns[field] += ns * count
 
 
 def _batch(rows: int, count: int, seconds: float) -> pb.InferBatchStatistics:
@@ -99,16 +97,3 @@ def _batch(rows: int, count: int, seconds: float) -> pb.InferBatchStatistics:
         compute_infer=pb.StatisticDuration(count=count, ns=round(seconds * 1e9)),
         compute_output=copying,
     )
-
-
-@dataclasses.dataclass(slots=True)
-class _Sum:
-    count: int = 0
-    ns: int = 0
-
-    def add(self, ns: int, count: int) -> None:
-        self.count += count
-        self.ns += ns * count
-
-    def message(self) -> pb.StatisticDuration:
-        return pb.StatisticDuration(count=self.count, ns=self.ns)

@@ -1,4 +1,4 @@
-"""Versions of models as requests name them, and what this protocol needs of each."""
+"""Versions of models as requests name them, with the tensors and statistics of each."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class InferModel:
 
 
 class InferModels:
-    """The loaded versions, which the engine lists anew each time. Lives on the event loop."""
+    """The loaded versions, as the engine lists them each time. Lives on the event loop."""
 
     def __init__(self, engine: Engine, observer: PassObserver) -> None:
         self._engine = engine
@@ -105,10 +105,6 @@ class InferModels:
             return self.numbered(name, version)
         except ModelNotFound:
             return None
-
-    def loaded(self, name: str) -> Collection[int]:
-        """The numbers of the versions of a model. Errors as of `all`."""
-        return self._programs(name).keys()
 
     def alike(self, model: InferModel) -> Collection[int] | None:
         """The versions of a model with the same inputs and outputs as this one; None: all of them have."""
