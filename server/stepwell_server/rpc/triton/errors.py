@@ -2,7 +2,7 @@
 
 Wording that clients match on is Triton's, character for character. What Triton has no word for keeps
 ours. The reason that a `ServerError` carries travels as ErrorInfo in the trailer of a unary call, so that a
-client that looks there can still tell an expired sequence from one that was never begun.
+client that looks there can distinguish an expired sequence from one that never began.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the server and its models are, as this protocol tells of it."""
+"""Descriptions of the server and its models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepwell_server.rpc.triton.tensors import MAX_BATCH_SIZE, ModelTensors, Ten
 _Described = TypeVar("_Described", pb.ModelInput, pb.ModelOutput)
 
 SERVER_NAME = "stepwell"
-"""What this server is called. The protocol leaves the name to the server; Triton's clients go by the extensions."""
+"""The server's name, which the protocol leaves to it; Triton's clients look at the extensions."""
 EXTENSIONS = (
     "sequence",
     "sequence(string_id)",
@@ -39,7 +39,7 @@ def server_metadata() -> pb.ServerMetadataResponse:
 def model_metadata(
     name: str, versions: Collection[int], program: Program, tensors: ModelTensors
 ) -> pb.ModelMetadataResponse:
-    """The inputs and outputs of a version of a model, with the batch dimension, and versions that there are."""
+    """The inputs and outputs of a version of a model, with the batch dimension, and the loaded versions."""
     response = pb.ModelMetadataResponse(
         name=name, versions=[str(version) for version in versions], platform=platform_of(program)
     )

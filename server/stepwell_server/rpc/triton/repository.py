@@ -45,7 +45,7 @@ class Repository:
     """Lists, loads and unloads versions. Lives on the event loop."""
 
     def __init__(self, control: Catalog, known_files: KnownFiles, refusal: str = "") -> None:
-        """`refusal` is why nobody may load and unload; if it is empty, callers with the role may."""
+        """`refusal` is why no caller may load and unload; if it is empty, callers with the role may."""
         self._control = control
         self._known_files = known_files
         self._refusal = refusal
@@ -102,7 +102,7 @@ class Repository:
             )
         served = {one.version: one for one in self._control.status(name) if one.fingerprint}
         default = max((one.version for one in served.values() if one.is_default), default=0)
-        # the highest first: it becomes the default if it is higher than what is the default now
+        # the highest first: it becomes the default if it is higher than the current one
         for version in sorted(chosen - served.keys(), reverse=True):
             await self._control.load(
                 LoadRequest(

@@ -60,7 +60,7 @@ class Parameters:
 def read_parameters(model: str, given: Mapping[str, pb.InferParameter], *, keeps_state: bool) -> Parameters:
     """Read a request's parameters. Parameters of other names are for models, and no model here takes any.
 
-    A model that keeps state would begin anew with each request without a sequence.
+    A model that keeps state would begin from its initial state with each request without a sequence.
 
     Raises:
         InvalidInput: a value has the wrong type or breaks a rule, or a model that keeps state has no sequence.
@@ -84,7 +84,7 @@ def read_parameters(model: str, given: Mapping[str, pb.InferParameter], *, keeps
 
 
 def read_sequence_id(given: Mapping[str, pb.InferParameter]) -> SequenceId:
-    """Which sequence a request is of; 0 or empty: of none, or `read_parameters` says what is wrong."""
+    """Which sequence a request is of; 0 or empty: of none, or `read_parameters` will refuse it."""
     if "sequence_id" not in given:
         return 0
     try:
@@ -207,7 +207,7 @@ class Request:
         It is another one than was expected where the default has moved meanwhile.
 
         Raises:
-            ModelNotFound: nobody knows any more what its outputs were.
+            ModelNotFound: that version is unloaded, and its outputs are not known.
         """
         if version not in (0, read.model.version) and (model := self._models.known(self.name, version)):
             self.model = model

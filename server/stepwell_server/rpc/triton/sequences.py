@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 _log = Log("rpc.triton")
 _UNUSABLE = (SessionGone, ModelMismatch, StateCorrupt)
-"""Why there is no sequence to go on with, though there may have been one."""
+"""Why a sequence cannot continue, though there may have been one."""
 MAX_WAITING = 1024
 """Requests of one sequence that may wait."""
 _MAX_ANSWERS = 10_000
@@ -97,7 +97,7 @@ class Sequences:
         return self._turns.enter(session_id)
 
     def must_wait(self, session_ids: Sequence[str], request_ids: U64 | None) -> Mask | None:
-        """Which sequences have a request at work, or have answered this one with an END; None: none of them."""
+        """Which sequences have a request running, or have answered this one with an END; None: none of them."""
         taken = self._turns.are_taken(session_ids)
         if request_ids is None:
             return taken
@@ -144,7 +144,7 @@ class Sequences:
         if info is not None:
             is_there = info.version == read.model.version and info.is_pinned == (request.asked is not None)
             if is_there and info.batch_size == inputs.rows:
-                return read, await self._advance(request, read, None, anew=True)
+                return read, await self._advance(request, read, None, resets=True)
             if known := await self._applied_before(request, read, info):
                 return read, known
             if request.parameters.request_id and request.parameters.request_id == info.request_id:
@@ -152,9 +152,9 @@ class Sequences:
             await self._engine.close_session(request.session_id, deadline=request.deadline)
         revision, uid = await self._open(request, inputs.rows)
         try:
-            # as when it is sent again: then the session is there, and begins anew
-            return read, await self._advance(request, read, revision, anew=True)
-        except BaseException:  # cancelled too: then nobody knows of the sequence
+            # reset and step, as when it is sent again: then the session is there
+            return read, await self._advance(request, read, revision, resets=True)
+        except BaseException:  # also cancelled: no client knows that the sequence is there
             await self._close_if_possible(request.session_id, uid=uid)
             raise
 
@@ -179,7 +179,7 @@ class Sequences:
         try:
             info = await self._live(request)
         except _UNUSABLE as error:
-            request.read()  # what is wrong with its tensors is said first, as by Triton
+            request.read()  # faults of its tensors are reported first, as by Triton
             if isinstance(error, SessionGone):
                 await self._refuse_if_ended(request)
             raise not_started(sequence_id, request.name, error) from error
@@ -208,7 +208,7 @@ class Sequences:
             return None
         try:
             # the session is past this revision: the request is answered again, or refused
-            return await self._advance(request, read, info.revision - 1, anew=request.parameters.start)
+            return await self._advance(request, read, info.revision - 1, resets=request.parameters.start)
         except (RevisionConflict, InvalidInput):
             return None
 
@@ -216,20 +216,20 @@ class Sequences:
         try:
             await self._engine.close_session(session_id, request_id=request_id, uid=uid)
         except SessionGone:
-            return  # somebody else closed it
+            return  # another call closed it
         except ServerError as error:
-            # what the caller is to be told is known already; the session stays until it has been idle for too long
+            # the caller has its answer or its error; the session stays until it has been idle for too long
             _log.warning("sequence not closed", session=session_id, error=error.message)
 
     async def _advance(
-        self, request: Request, read: Read, expected: int | None, *, anew: bool = False
+        self, request: Request, read: Read, expected: int | None, *, resets: bool = False
     ) -> Applied:
         answer, given = Awaited(), request.parameters
         change = Change((request.session_id,), answer, read.inputs.arrays)
         change.deadline, change.caller, change.who = request.deadline, request.caller, request.who
         change.traces = TRACES.get()
         limit_reply(change, self._max_reply_bytes)
-        if anew:
+        if resets:
             change.reset_rows = np.ones(read.inputs.rows, np.bool_)
         if expected is not None:
             change.expected = np.array([expected], np.uint64)

@@ -2,7 +2,7 @@
 
 The reader takes the place of each request in its sequence's line, and starts a task for it, so requests of different
 sequences run together; those of one sequence wait for each other. The writer sends the answers in the order in which the requests came. A
-request that fails is answered with its error, and the stream goes on. Reading stops while too many requests,
+request that fails is answered with its error, and the stream continues. Reading stops while too many requests,
 or too many bytes of them and their answers, are held.
 """
 
