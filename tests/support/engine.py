@@ -265,21 +265,13 @@ STORES = Stores()
 class Harness:
     """An engine under test."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        clock: ManualClock,
-        hooks: Hooks,
-        store: Any,
-        events: Events,
-        readiness: Readiness,
-    ) -> None:
+    def __init__(self, engine: Engine, clock: ManualClock, hooks: Hooks, store: Any, events: Events) -> None:
         self.engine = engine
         self.clock = clock
         self.hooks = hooks
         self.store = store
         self.events = events
-        self.readiness = readiness
+        self.readiness = Readiness()
         self.inside = Inside(engine)
         self.quotas: Quotas | None = None
         runners = self.inside.runners()
@@ -436,8 +428,8 @@ async def running(
         engine.begin_with(named.name, named.version or 1, program)
     if counted is not None:
         await counted.count(store if is_shared else InProcessStore(store, clock))
-    harness = Harness(engine, clock, hooks, store, events, readiness)
-    harness.quotas = counted
+    harness = Harness(engine, clock, hooks, store, events)
+    harness.quotas, harness.readiness = counted, readiness
     for model in harness.inside.models:
         model.cost = FixedCost(1.0 if threads else 0.0, steps)
     try:

@@ -258,7 +258,7 @@ class Engine:
             clock=clock,
         )
         self._export = Export(context, self._expiry, self._list, records, store)
-        self._import = Import(context, begin, loader, self._closing, quotas)
+        self._import = Import(context, self._group, begin, loader, self._closing, quotas)
         self._serving = Serving(
             context,
             self._group,

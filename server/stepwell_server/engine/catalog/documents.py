@@ -141,7 +141,6 @@ class Documents:
                 like a change of another server.
         """
         name, content = document.name_of(own.name), document.encode(after)
-        kept: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         batch = Batch(documents=[(name, content)], documents_follow={name: self._seen.get(own.name)})
 
         def make_true() -> None:
@@ -152,10 +151,8 @@ class Documents:
         def done(answer: Answer) -> None:
             if not isinstance(answer, ServerError) and name not in answer.stale:
                 make_true()
-            kept.set_result(answer)
 
-        self._commits.submit(lambda: batch, 1, done)
-        answer = await asyncio.shield(kept)
+        answer = await self._commits.keep(batch, 1, done)
         if not isinstance(answer, ServerError):
             return name not in answer.stale
         if not await self._is_there(own.name, content):

@@ -83,6 +83,17 @@ class GroupCommit:
         else:
             done(answer)
 
+    async def keep(self, batch: Batch, size: int, done: Done = lambda _answer: None) -> Answer:
+        """Commit a batch and wait for the answer: see `submit`. If the caller is cancelled, `done` still gets it."""
+        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+        def kept(answer: Answer) -> None:
+            done(answer)
+            answered.set_result(answer)
+
+        self.submit(lambda: batch, size, kept)
+        return await asyncio.shield(answered)
+
     def _add_waiting(self, count: int) -> None:
         self.waiting += count
         self.is_full = self.waiting >= MAX_WAITING

@@ -49,7 +49,15 @@ from stepwell_server.errors import (
 )
 from stepwell_server.logs import Log
 from stepwell_server.store import counts
-from stepwell_server.store.base import NO_STAMPS, Batch, Committed, as_server_error, new_stamp, stamped
+from stepwell_server.store.base import (
+    NO_STAMPS,
+    Answer,
+    Batch,
+    Committed,
+    as_server_error,
+    new_stamp,
+    stamped,
+)
 from stepwell_server.store.record import Joined, RecordTemplate, Stored, decode_header
 
 _log = Log("engine.begin")
@@ -57,6 +65,12 @@ _log = Log("engine.begin")
 _NO_ROWS: Rows = np.zeros(0, np.intp)
 
 _T = TypeVar("_T")
+
+
+def sessions_of(array: Array, places: Members, batch_size: int) -> Array:
+    """The rows of some sessions, `(len(places) * batch_size, ...)`, of sessions whose rows lie one after the other."""
+    by_session = array.reshape(-1, batch_size, *array.shape[1:])
+    return by_session[places].reshape(-1, *array.shape[1:])
 
 
 class Made(NamedTuple):
@@ -165,7 +179,9 @@ class NewSessions(Call):
             content=self.content[places],
             least_revisions=self.least_revisions[places],
             positions=self.positions[places],
-            states=None if self.states is None else [self._rows(array, places) for array in self.states],
+            states=None
+            if self.states is None
+            else [sessions_of(array, places, self.batch_size) for array in self.states],
         )
 
     def part(self, part: slice) -> NewSessions:
@@ -198,10 +214,6 @@ class NewSessions(Call):
             first,
             version=self.model.version,
         )
-
-    def _rows(self, array: Array, places: Members) -> Array:
-        by_session = array.reshape(-1, self.batch_size, *array.shape[1:])
-        return by_session[places].reshape(-1, *array.shape[1:])
 
 
 Find = Callable[[NewSessions, Seen], Awaitable[_T | Members | None]]
@@ -358,16 +370,13 @@ class Attempts:
 
     async def _stamp(self, puts: Sequence[tuple[str, Stored]], follows: U64, stamp: int) -> bool:
         """Write records as they are, with a new stamp; False if one was changed meanwhile."""
-        answered: asyncio.Future[Committed | ServerError] = asyncio.get_running_loop().create_future()
 
-        def done(committed: Committed | ServerError) -> None:
+        def done(committed: Answer) -> None:
             if isinstance(committed, Committed):
                 self._set_stamps(puts, follows, stamp, committed)
-            answered.set_result(committed)
 
         batch = Batch(puts=puts, follows=follows, stamps=stamped(stamp, len(puts)))
-        self._commits.submit(lambda: batch, len(puts), done)
-        committed = await asyncio.shield(answered)
+        committed = await self._commits.keep(batch, len(puts), done)
         if isinstance(committed, ServerError):
             raise committed
         if committed.unknown:
@@ -516,8 +525,8 @@ class Begin:
         Raises:
             ServerError: one must not begin, and none is reserved.
         """
-        pending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        reserved, new.closes = 0, {}
+        removal = self._context.removal
+        pending, reserved, new.closes = removal.reserve(()), 0, {}
         new.revisions = np.maximum(new.least_revisions, np.uint64(self._directory.store.first_revision))
         new.follows = np.zeros(len(new.ids), np.uint64)
         try:
@@ -527,9 +536,9 @@ class Begin:
                     self._directory.require_new(new.field, ids, seen)
                 if new.are_named:  # others may have had these ids
                     self._directory.require_own(ids, seen)
-                if self._context.removal.are_pending(ids):
+                if removal.are_pending(ids):
                     break
-                self._context.removal.pending.update(dict.fromkeys(ids, pending))
+                pending = removal.reserve(ids, pending)
                 reserved = part.stop
                 for place, past in self._directory.past(ids, seen).items():
                     new.follows[part][place] = past.stamp
@@ -538,25 +547,12 @@ class Begin:
                         new.closes[ids[place]] = past.closes
         finally:
             if reserved < len(new.ids):
-                self.release(new.ids[:reserved], pending)
+                removal.release(new.ids[:reserved], pending)
         return reserved == len(new.ids)
-
-    def reserve(self, ids: Sequence[str]) -> asyncio.Future[None]:
-        """Reserve ids of which no call makes sessions; what is returned is for `release`."""
-        pending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._context.removal.pending.update(dict.fromkeys(ids, pending))
-        return pending
-
-    def release(self, ids: Sequence[str], pending: asyncio.Future[None]) -> None:
-        """End a reservation, and let those look who wait for it."""
-        for session_id in ids:
-            self._context.removal.pending.pop(session_id, None)
-        if not pending.done():
-            pending.set_result(None)
 
     def _give_up(self, new: NewSessions) -> None:
         """Give ids and rows of sessions back that do not begin."""
-        self.release(new.ids, self._context.removal.pending[new.ids[0]])
+        self._context.removal.release(new.ids, self._context.removal.pending[new.ids[0]])
         new.model.slots.free_resident(new.rows)
         new.rows = new.rows[:0]
         self._row_queue.room_may_have_come()
@@ -616,7 +612,7 @@ class Begin:
         async for part in self._pieces.of(new.ids):
             entered += self._enter(new.part(part), usage.bytes)
         self._expiry.watch(np.concatenate(entered))
-        self.release(new.ids, self._context.removal.pending[new.ids[0]])
+        self._context.removal.release(new.ids, self._context.removal.pending[new.ids[0]])
         self._row_queue.room_may_have_come()  # the rows are of sessions that have nothing under way
         try:
             return self._directory.info(self._directory.find(new.ids[0], self._directory.here))
@@ -646,7 +642,7 @@ class Begin:
             follows=new.follows if joined else NO_STAMPS,
             stamps=stamped(new.stamp, len(joined)),
         )
-        committed = await self.commit(batch, len(ids))
+        committed = await self._commits.keep(batch, len(ids))
         if isinstance(committed, ServerError):
             return committed
         conflicts = committed.conflicts.intersection(ids)
@@ -662,12 +658,6 @@ class Begin:
         if not new.is_repeatable:  # else it may exist, and another attempt may have been answered so
             await self._delete(Made(ids, new.stamp, new.model.name))
         return not_known()
-
-    async def commit(self, batch: Batch, size: int) -> Committed | ServerError:
-        """Have the store keep a batch of `size` sessions."""
-        answered: asyncio.Future[Committed | ServerError] = asyncio.get_running_loop().create_future()
-        self._commits.submit(lambda: batch, size, answered.set_result)
-        return await asyncio.shield(answered)
 
     async def undo(self, call: Call) -> None:
         """Delete what attempts here have made of a call that is refused for good. To be cancelled does not stop it."""
@@ -687,7 +677,7 @@ class Begin:
             delete_follows=stamped(made.stamp, len(ids)),
             undoes=ids,
         )
-        undone = await self.commit(batch, len(ids))
+        undone = await self._commits.keep(batch, len(ids))
         if isinstance(undone, ServerError) or undone.unknown:
             _log.warning("sessions of a call that was refused may still be in the store", sessions=len(ids))
 

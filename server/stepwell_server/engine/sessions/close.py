@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import math
 from collections import Counter
@@ -36,7 +35,7 @@ from stepwell_server.errors import (
     SessionReplaced,
     StateCorrupt,
 )
-from stepwell_server.store.base import Batch, Committed, End, Fetched, Outcome, Tombstone, with_close
+from stepwell_server.store.base import Batch, End, Fetched, Outcome, Tombstone, with_close
 from stepwell_server.store.record import Header, decode_header, header_or_none
 
 #: Sessions deleted in one transaction by one call: each needs room on the disk before it gives any back.
@@ -179,11 +178,8 @@ class Closer:
         """
         if not isinstance(self._directory.ended(session_id, seen), SessionLost):
             return False
-        kept: asyncio.Future[Committed | ServerError] = asyncio.get_running_loop().create_future()
         stone = Tombstone(session_id, End.CLOSED, self._clock.now(), with_close(request_id, ()))
-        batch = Batch(tombstones=[stone])
-        self._commits.submit(lambda: batch, 1, kept.set_result)
-        committed = await asyncio.shield(kept)
+        committed = await self._commits.keep(Batch(tombstones=[stone]), 1)
         if isinstance(committed, ServerError):
             raise committed
         if committed.of(session_id) is Outcome.UNKNOWN:

@@ -244,7 +244,7 @@ class Directory:
         _, unusable = self._loader.load_all(session_ids, seen)
         if self._table.has_any(session_ids):
             session_id = next(i for i in session_ids if i in self._table)
-            raise SessionExists(f"{name} must be new; session {session_id!r} is open", session_id=session_id)
+            raise exists(name, session_id)
         if unusable:
             raise self.why_not(unusable[0], seen)
 
@@ -592,3 +592,8 @@ def shown(session_id: str) -> str:
     if len(name) <= MAX_ID_LENGTH:
         return repr(session_id)
     return f"{len(name)} characters, {name[:32]!r}..."
+
+
+def exists(field: str, session_id: str) -> SessionExists:
+    """Why a session cannot begin with an id that the request has in a field."""
+    return SessionExists(f"{field} must be new; session {session_id!r} is open", session_id=session_id)

@@ -159,6 +159,21 @@ class Removal:
     def __contains__(self, session_id: str) -> bool:
         return session_id in self.table or session_id in self.pending
 
+    def reserve(
+        self, session_ids: Sequence[str], pending: asyncio.Future[None] | None = None
+    ) -> asyncio.Future[None]:
+        """Have sessions be `pending`, none of which is, under a new future or that of others. It is for `release`."""
+        pending = asyncio.get_running_loop().create_future() if pending is None else pending
+        self.pending.update(dict.fromkeys(session_ids, pending))
+        return pending
+
+    def release(self, session_ids: Sequence[str], pending: asyncio.Future[None]) -> None:
+        """Have sessions be `pending` no longer, and wake who waits for that."""
+        for session_id in session_ids:
+            self.pending.pop(session_id, None)
+        if not pending.done():
+            pending.set_result(None)
+
     def are_pending(self, session_ids: Sequence[str]) -> bool:
         """Whether some of these sessions are `pending`."""
         return bool(self.pending) and not self.pending.keys().isdisjoint(session_ids)
@@ -220,12 +235,10 @@ class Removal:
             for each, handle in zip(sessions, handles.tolist(), strict=True)
             if handle < 0 or end is End.EXPIRED
         ]
-        gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.pending.update(dict.fromkeys(hidden, gone))
+        gone = self.reserve(hidden)
 
         def done(answer: Answer) -> None:
-            for session_id in hidden:
-                del self.pending[session_id]
+            self.release(hidden, gone)
             error = answer if isinstance(answer, ServerError) else None
             for place, each in enumerate(sessions):
                 outcome = Outcome.UNKNOWN if isinstance(answer, ServerError) else answer.of(each.session_id)
@@ -236,7 +249,6 @@ class Removal:
             if places[Outcome.UNKNOWN]:
                 error = error or not_known()
                 self._give_up(sessions, handles, places[Outcome.UNKNOWN], error)
-            gone.set_result(None)
             answered.set_result(error)
 
         def release() -> None:

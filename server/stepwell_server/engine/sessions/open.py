@@ -16,13 +16,18 @@ from stepwell_server.engine.api import Observer, Opened, OpenedMany, SessionInfo
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
 from stepwell_server.engine.content import content_of_fork, content_of_open
 from stepwell_server.engine.intake.validation import check_finite_state, require_sessions
-from stepwell_server.engine.sessions.begin import Begin, Call, NewSessions
-from stepwell_server.engine.sessions.directory import MAX_SESSIONS_PER_CALL, Directory, require_session_id
+from stepwell_server.engine.sessions.begin import Begin, Call, NewSessions, sessions_of
+from stepwell_server.engine.sessions.directory import (
+    MAX_SESSIONS_PER_CALL,
+    Directory,
+    exists,
+    require_session_id,
+)
 from stepwell_server.engine.sessions.end import Uses
 from stepwell_server.engine.sessions.lookup import Seen
 from stepwell_server.engine.sessions.read import StateReader
 from stepwell_server.engine.shares import TURN
-from stepwell_server.engine.types import U64, Array, Members, Tensors
+from stepwell_server.engine.types import U64, Members, Tensors
 from stepwell_server.errors import (
     InvalidInput,
     MessageTooLarge,
@@ -141,7 +146,7 @@ class Open:
             return self._directory.live(name, seen)
         except (ModelMismatch, ModelNotFound) as error:
             if must_be_new:  # it exists, whatever it belongs to
-                raise _exists(name) from error
+                raise exists("session_id", name) from error
             raise
 
     async def _resume(self, new: NewSessions, handle: int, seen: Seen, *, must_be_new: bool) -> Opened | None:
@@ -152,7 +157,7 @@ class Open:
             await self._begin.attempts.free(new.ids)
             return None
         if must_be_new:
-            raise _exists(name)
+            raise exists("session_id", name)
         if info.model != model.name or info.batch_size != new.batch_size:
             raise SessionExists(
                 f"session {name!r} is open with model {info.model!r} and batch_size {info.batch_size};"
@@ -466,7 +471,7 @@ class Fork:
             )
             batch_size, states = int(read.sizes[0]), list(read.state.values())
             if len(read.members) < len(ids):
-                states = [_repeated(array, chosen, batch_size) for array in states]
+                states = [sessions_of(array, chosen, batch_size) for array in states]
             new = NewSessions(
                 ids=ids,
                 are_named=call.are_named,
@@ -575,13 +580,3 @@ def _as_many(read: StateRead) -> StatesRead:
         version=info.version,
         are_pinned=info.is_pinned,
     )
-
-
-def _repeated(array: Array, chosen: Members, batch_size: int) -> Array:
-    """The rows of the chosen ones of sessions whose rows lie one after the other."""
-    by_session = array.reshape(-1, batch_size, *array.shape[1:])
-    return by_session[chosen].reshape(-1, *array.shape[1:])
-
-
-def _exists(session_id: str) -> SessionExists:
-    return SessionExists(f"session_id must be new; session {session_id!r} is open", session_id=session_id)

@@ -18,13 +18,14 @@ from stepwell_server.core.sessions import MAX_IMPORT_POSITION
 from stepwell_server.engine.api import SessionFilter
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
 from stepwell_server.engine.commit.committer import not_known
+from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.engine.commit.records import Records, as_it_is, encoded
 from stepwell_server.engine.commit.tombstones import ended_by
 from stepwell_server.engine.intake.validation import require_finite
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.begin import Begin
 from stepwell_server.engine.sessions.close import Closer
-from stepwell_server.engine.sessions.directory import Context, Past, require_session_id
+from stepwell_server.engine.sessions.directory import Context, Past, exists, require_session_id
 from stepwell_server.engine.sessions.end import Expiry
 from stepwell_server.engine.sessions.lookup import Loader, Seen
 from stepwell_server.engine.sessions.read import Query, SessionList
@@ -266,12 +267,19 @@ class Import:
     """Imports sessions. Lives on the event loop."""
 
     def __init__(
-        self, context: Context, begin: Begin, loader: Loader, closer: Closer, quotas: Quotas | None
+        self,
+        context: Context,
+        commits: GroupCommit,
+        begin: Begin,
+        loader: Loader,
+        closer: Closer,
+        quotas: Quotas | None,
     ) -> None:
         self._context = context
         self._quotas = quotas
         self._table = context.table
         self._directory = context.directory
+        self._commits = commits
         self._begin = begin
         self._loader = loader
         self._closer = closer
@@ -412,9 +420,7 @@ class Import:
             elif existing is Existing.SKIP:
                 results[session_id] = Imported.SKIPPED
             elif existing is Existing.REFUSE:
-                results[session_id] = SessionExists(
-                    f"session_id must be new; session {session_id!r} is open", session_id=session_id
-                )
+                results[session_id] = exists("session_id", session_id)
             else:
                 each.must_close = handle < 0
                 others.append(each)
@@ -444,7 +450,7 @@ class Import:
         if not new:
             return
         ids = [each.session_id for each in new]
-        pending = self._begin.reserve(ids)
+        pending = self._context.removal.reserve(ids)
         stamp = self._directory.store.new_stamp()
         batch = Batch(
             puts=[_record(each) for each in new],
@@ -455,7 +461,7 @@ class Import:
             follows=np.array([each.follows for each in new], np.uint64),
             stamps=stamped(stamp, len(new)),
         )
-        committed = await self._begin.commit(batch, len(new))
+        committed = await self._commits.keep(batch, len(new))
         kept: list[_New] = []
         for each in new:
             outcome = _outcome(each.session_id, committed)
@@ -468,7 +474,7 @@ class Import:
             elif outcome is not _CONFLICT:
                 results[each.session_id] = outcome
         self._enter(kept, stamp)
-        self._begin.release(ids, pending)
+        self._context.removal.release(ids, pending)
 
     def _charge(self, each: _New, results: dict[str, Result]) -> bool:
         """Whether the tenant may have the session; else `results` says why not."""
@@ -515,7 +521,7 @@ class Import:
             follows=table.stamp[handle : handle + 1].copy(),
             stamps=stamped(stamp, 1),
         )
-        outcome = _outcome(session_id, await self._begin.commit(batch, 1))
+        outcome = _outcome(session_id, await self._commits.keep(batch, 1))
         self._recount(session_id, new - old - more if outcome is None else more * -1)
         if outcome is None:
             gone = SessionNotFound(
