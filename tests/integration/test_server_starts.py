@@ -75,6 +75,16 @@ def test_the_environment_will_do() -> None:
     assert '"event": "model loaded", "model": "b"' in err
 
 
+def test_an_option_at_fault_when_models_load_is_named(tmp_path: Path) -> None:
+    model, file = forecast(), tmp_path / "file"
+    file.touch()
+    rows = ("--cache-dir", str(model.cache_dir), "--resident-rows", str(10**14))
+    found = _refused(f"x={model.path}", *rows)
+    assert found.startswith("stepwell: error: --resident-rows: there is no room for 100000000000000 rows")
+    found = _refused(f"x={model.path}", "--cache-dir", str(file / "cache"))
+    assert found.startswith("stepwell: error: --cache-dir: ")
+
+
 def test_tensorflow_stays_out_of_the_process() -> None:
     with serve() as server:
         mapped = Path(f"/proc/{server.process.pid}/maps").read_text()
