@@ -11,8 +11,7 @@ import numpy.typing as npt
 from stepwell._base.tracebacks import end_here
 from stepwell._batching.frames import Counts
 from stepwell._core.aio_driver import AsyncDriver
-from stepwell._core.group_core import GroupCore, Members
-from stepwell._core.turns import AsyncMemberLock
+from stepwell._core.group_core import GroupCore
 from stepwell._state import display
 from stepwell._state.infos import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell._state.state import State, States
@@ -31,7 +30,7 @@ class AsyncSessionGroup(AsyncHandle):
 
     **Members.** `members` are indexes, each at most once, or booleans, one for each member. `group[i]` is an
     ordinary `AsyncSession`, `group[2:5]`, `group[mask]` and `group[[0, 3]]` are groups of these members in this order,
-    and a group may be iterated over. They are views: they share revisions, positions and turns with the group they
+    and a group may be iterated over. They are views: they share revisions, positions and locks with the group they
     were taken from, whichever of them makes a change, and end when it is closed.
 
     **After an error.** A change of a group may fail for some members only. When all members are settled, the
@@ -59,7 +58,7 @@ class AsyncSessionGroup(AsyncHandle):
     def __init__(
         self, driver: AsyncDriver, core: GroupCore, *, owned: bool, parent: AsyncHandle | None = None
     ) -> None:
-        super().__init__(driver, owned, AsyncMemberLock(core.tracker.turns, core.members.where), parent)
+        super().__init__(driver, owned, core.tracker.locks, core.members.where, parent)
         self._group = core
 
     def __len__(self) -> int:
@@ -84,9 +83,11 @@ class AsyncSessionGroup(AsyncHandle):
         if not isinstance(index, int | np.integer):
             return AsyncSessionGroup(self._driver, self._group.view(index), owned=False, parent=self._root)
         place = self._group.place(index)
-        lock = AsyncMemberLock(self._group.tracker.turns, slice(place, place + 1))
-        tracker = self._group.member(place)
-        return AsyncSession(self._driver, tracker, owned=False, lock=lock, parent=self._root)
+        tracker, members = self._group.member(place), slice(place, place + 1)
+        locks = self._group.tracker.locks
+        return AsyncSession(
+            self._driver, tracker, owned=False, locks=locks, members=members, parent=self._root
+        )
 
     def __iter__(self) -> Iterator[AsyncSession]:
         """The members, in their order."""
@@ -190,7 +191,7 @@ class AsyncSessionGroup(AsyncHandle):
         deadline = self._driver.core.deadline(timeout_s)
         some = self._group.some(members)
         change = self._group.step_change(some, x, outputs, time, reset, states)
-        return await self._change(self._group.step(some, change, deadline), deadline, self._lock_of(some))
+        return await self._change(self._group.step(some, change, deadline), deadline, some.where)
 
     async def trace(
         self,
@@ -232,7 +233,7 @@ class AsyncSessionGroup(AsyncHandle):
         """
         deadline = self._driver.core.deadline(timeout_s)
         some = self._group.some_or_rows(members, rows)
-        await self._change(self._group.reset_states(some, states, deadline), deadline, self._lock_of(some))
+        await self._change(self._group.reset_states(some, states, deadline), deadline, some.where)
 
     async def get_states(self, members: Rows | None = None, *, timeout_s: float | None = None) -> State:
         """A copy of the members' states, one after the other: (n * batch_size, ...) each.
@@ -307,10 +308,6 @@ class AsyncSessionGroup(AsyncHandle):
         if not self._closed:
             await self._driver.run(self._group.close(self._driver.core.deadline(timeout_s)))
             self._closed = True
-
-    def _lock_of(self, some: Members) -> AsyncMemberLock | None:
-        """The turns of some members; None: of all of this view."""
-        return None if some is self._group.members else AsyncMemberLock(self._group.tracker.turns, some.where)
 
     def __repr__(self) -> str:
         return f"AsyncSessionGroup({len(self)} sessions, model={self.model!r}, batch_size={self.batch_size})"

@@ -12,8 +12,8 @@ from stepwell._base.flow import Flow
 from stepwell._base.tracebacks import end_here, ends_here
 from stepwell._base.unawaited import Unawaited
 from stepwell._core.aio_driver import AsyncDriver
+from stepwell._core.locks import Locks, Some, TaskHolder
 from stepwell._core.tracker import SessionTracker
-from stepwell._core.turns import AsyncMemberLock
 from stepwell._state import display
 from stepwell._state.infos import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell._state.state import State, States
@@ -23,6 +23,7 @@ from stepwell.errors import ClosedError, DeadlineExceededError, InvalidInputErro
 
 H = TypeVar("H", bound="AsyncHandle")
 T = TypeVar("T")
+_EVERYONE = slice(None)
 
 
 @end_here
@@ -33,44 +34,44 @@ class AsyncHandle(abc.ABC):
         self,
         driver: AsyncDriver,
         owned: bool,
-        lock: AsyncMemberLock | None = None,
+        locks: Locks,
+        members: Some = _EVERYONE,
         parent: AsyncHandle | None = None,
     ) -> None:
-        """A handle; `lock`: the turns that it shares; `parent`: the group with which it is closed."""
+        """A handle; `locks`: those of `members`, which it may share; `parent`: the group with which it is closed."""
         self._driver = driver
         self._owned = owned
         self._closed = False
-        self._lock = lock or asyncio.Lock()
+        self._locks = locks
+        self._members = members
         self._parent = parent
         self._changer: asyncio.Task[Any] | None = None
-        """The task whose change is under way."""
+        """The task whose change is running."""
 
-    async def _change(self, flow: Flow[T], deadline: Deadline, lock: AsyncMemberLock | None = None) -> T:
-        """Runs a change, one at a time; waiting for one's turn counts against the time limit."""
+    async def _change(self, flow: Flow[T], deadline: Deadline, members: Some | None = None) -> T:
+        """Runs a change, one at a time; waiting for the locks counts against the time limit."""
         self._check_open()
-        turn = lock or self._lock
-        if isinstance(turn, AsyncMemberLock):
-            turn = turn.fresh()
-        if turn.locked():
-            await self._wait_for_turn(turn, deadline)
-        else:
-            await turn.acquire()
+        me = asyncio.current_task()
+        holder = TaskHolder(self._members if members is None else members)
         try:
-            self._changer = asyncio.current_task()
+            if not self._locks.acquire(holder):
+                await self._wait(holder, deadline)
+            self._changer = me
             self._check_open()
             return await self._driver.run(flow)
         finally:
-            self._changer = None
-            turn.release()
+            if self._changer is me:
+                self._changer = None
+            self._locks.release(holder)
 
-    async def _wait_for_turn(self, turn: asyncio.Lock | AsyncMemberLock, deadline: Deadline) -> None:
+    async def _wait(self, holder: TaskHolder, deadline: Deadline) -> None:
         if self._changer is asyncio.current_task():
             raise InvalidInputError(
                 "a change must not be made by an event hook of a change of the same session"
             )
         try:
             async with asyncio.timeout(deadline.grpc_timeout_s()):
-                await turn.acquire()
+                await holder.wait()
         except TimeoutError:
             raise DeadlineExceededError(
                 "the time limit passed while another change of this session was under way",
@@ -181,10 +182,11 @@ class AsyncSession(AsyncHandle):
         tracker: SessionTracker,
         *,
         owned: bool,
-        lock: AsyncMemberLock | None = None,
+        locks: Locks | None = None,
+        members: Some = _EVERYONE,
         parent: AsyncHandle | None = None,
     ) -> None:
-        super().__init__(driver, owned, lock, parent)
+        super().__init__(driver, owned, locks or Locks(1), members, parent)
         self._core = driver.core
         self._tracker = tracker
 

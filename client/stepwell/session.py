@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import abc
-import contextlib
-import math
 import threading
 from types import TracebackType
-from typing import Literal, Protocol, Self, TypeVar, overload
+from typing import Literal, Self, TypeVar, overload
 
 from stepwell._base.flow import Flow
 from stepwell._base.tracebacks import end_here
 from stepwell._core.driver import Driver
+from stepwell._core.locks import Locks, Some, ThreadHolder
 from stepwell._core.tracker import SessionTracker
-from stepwell._core.turns import MemberLock
 from stepwell._state import display
 from stepwell._state.infos import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell._state.state import State, States
@@ -22,16 +20,7 @@ from stepwell._transport.retry import Deadline
 from stepwell.errors import ClosedError, DeadlineExceededError, InvalidInputError, StepwellError
 
 T = TypeVar("T")
-
-
-class Lock(Protocol):
-    """What a handle asks of a lock."""
-
-    def acquire(self, *, timeout: float) -> bool:
-        """Waits for it, at most so many seconds; -1: for ever. Whether it is held now."""
-
-    def release(self) -> None:
-        """Releases it; where it is not held, does nothing or raises a `RuntimeError`."""
+_EVERYONE = slice(None)
 
 
 @end_here
@@ -39,34 +28,41 @@ class Handle(abc.ABC):
     """What a session and a group have in common: one change at a time, and an end."""
 
     def __init__(
-        self, driver: Driver, owned: bool, lock: MemberLock | None = None, parent: Handle | None = None
+        self,
+        driver: Driver,
+        owned: bool,
+        locks: Locks,
+        members: Some = _EVERYONE,
+        parent: Handle | None = None,
     ) -> None:
-        """A handle; `lock`: the turns that it shares; `parent`: the group with which it is closed."""
+        """A handle; `locks`: those of `members`, which it may share; `parent`: the group with which it is closed."""
         self._driver = driver
         self._owned = owned
         self._closed = False
-        # A lock that only its holder can release: see `_change`.
-        self._lock = lock or threading.RLock()
+        self._locks = locks
+        self._members = members
         self._parent = parent
         self._changer: int | None = None
-        """The thread whose change is under way."""
+        """The thread whose change is running."""
 
-    def _change(self, flow: Flow[T], deadline: Deadline, lock: MemberLock | None = None) -> T:
-        """Runs a change, one at a time; waiting for one's turn counts against the time limit.
+    def _change(self, flow: Flow[T], deadline: Deadline, members: Some | None = None) -> T:
+        """Runs a change, one at a time; waiting for the locks counts against the time limit.
 
-        Ctrl-C may arrive after any call, that of `acquire` included, when nothing here says yet that the lock is held.
-        So the lock is released in any case, which does nothing where it is not held.
+        An interrupt may arrive at any call, that of `release` included: then it is called again.
         """
         me = threading.get_ident()
         if self._changer == me:
             raise InvalidInputError(
                 "a change must not be made by an event hook of a change of the same session"
             )
-        turn = lock or self._lock
-        if isinstance(turn, MemberLock):
-            turn = turn.fresh()
+        self._check_open()
+        holder = ThreadHolder(self._members if members is None else members)
         try:
-            self._take_turn(turn, deadline)
+            if not self._locks.acquire(holder) and not holder.wait(deadline.remaining_s()):
+                raise DeadlineExceededError(
+                    "the time limit passed while another change of this session was under way",
+                    outcome="not_applied",
+                )
             self._changer = me
             self._check_open()
             return self._driver.run(flow)
@@ -74,22 +70,10 @@ class Handle(abc.ABC):
             if self._changer == me:
                 self._changer = None
             try:
-                turn.release()
-            except RuntimeError:  # not held
-                pass
-            except BaseException:  # Ctrl-C as it began, or as it ended
-                with contextlib.suppress(RuntimeError):
-                    turn.release()
+                self._locks.release(holder)
+            except BaseException:
+                self._locks.release(holder)
                 raise
-
-    def _take_turn(self, turn: Lock, deadline: Deadline) -> None:
-        self._check_open()
-        remaining_s = deadline.remaining_s()
-        if not turn.acquire(timeout=-1 if math.isinf(remaining_s) else remaining_s):
-            raise DeadlineExceededError(
-                "the time limit passed while another change of this session was under way",
-                outcome="not_applied",
-            )
 
     def _check_open(self) -> None:
         if self._closed or (self._parent is not None and self._parent._closed):
@@ -150,10 +134,11 @@ class Session(Handle):
         tracker: SessionTracker,
         *,
         owned: bool,
-        lock: MemberLock | None = None,
+        locks: Locks | None = None,
+        members: Some = _EVERYONE,
         parent: Handle | None = None,
     ) -> None:
-        super().__init__(driver, owned, lock, parent)
+        super().__init__(driver, owned, locks or Locks(1), members, parent)
         self._core = driver.core
         self._tracker = tracker
 

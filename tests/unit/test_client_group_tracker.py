@@ -9,7 +9,7 @@ import numpy as np
 
 from stepwell._batching.frames import Change, Frame, Gathered, Part
 from stepwell._core.group_tracker import GroupTracker, MemberTracker
-from stepwell._core.turns import AsyncMemberLock, MemberLock, Turn, Turns
+from stepwell._core.locks import Holder, Locks, Some, TaskHolder, ThreadHolder
 from stepwell._state.arguments import pack_inputs
 from stepwell._transport.retry import Deadline
 from stepwell.errors import RevisionConflictError, StepwellError, UnavailableError
@@ -190,68 +190,95 @@ def test_one_number_stands_for_those_of_all_members_where_they_are_alike() -> No
     assert (list(alone.expected_revisions), len(alone.request_ids)) == ([7], 1)
 
 
-def test_turns_are_taken_in_their_order_and_only_those_of_the_same_members_wait() -> None:
-    turns, told = Turns(4), []
-    first, last = Turn(np.array([0, 1]), lambda: None), Turn(slice(3, 4), lambda: None)
-    assert turns.take(first)
-    assert turns.take(last)
-    everyone = Turn(slice(0, 4), lambda: told.append("all"))
-    assert not turns.take(everyone)
-    one = Turn(slice(2, 3), lambda: told.append("2"))
-    assert not turns.take(one), "those who came before are not overtaken for ever"
-    turns.end(first)
-    turns.end(first)
-    assert told == []
-    turns.end(last)
-    assert told == ["all"]
-    turns.end(first)
-    assert told == ["all"], "what is over ends nobody else's turn"
-    turns.end(everyone)
-    assert told == ["all", "2"]
-    turns.end(one)
-    assert turns.are_free(slice(0, 4)), "who gives up what came in the same moment gives it back"
+class Named(Holder):
+    """A holder that notes when it is woken."""
+
+    def __init__(self, name: str, members: Some, woken: list[str]) -> None:
+        super().__init__(members)
+        self._name, self._woken = name, woken
+
+    def wake(self) -> None:
+        self._woken.append(self._name)
+
+
+def are_free(locks: Locks, members: slice) -> bool:
+    holder = Named("", members, [])
+    is_free = locks.acquire(holder)
+    locks.release(holder)
+    return is_free
+
+
+def test_locks_are_acquired_in_order_and_only_changes_of_the_same_members_wait() -> None:
+    locks, woken = Locks(4), list[str]()
+    first, last = Named("first", np.array([0, 1]), woken), Named("last", slice(3, 4), woken)
+    assert locks.acquire(first)
+    assert locks.acquire(last)
+    everyone = Named("all", slice(0, 4), woken)
+    assert not locks.acquire(everyone)
+    one = Named("2", slice(2, 3), woken)
+    assert not locks.acquire(one), "those who came before are not overtaken for ever"
+    locks.release(first)
+    locks.release(first)
+    assert woken == []
+    locks.release(last)
+    assert woken == ["all"]
+    locks.release(first)
+    assert woken == ["all"], "what is over releases nobody else's locks"
+    locks.release(everyone)
+    assert woken == ["all", "2"]
+    locks.release(one)
+    assert are_free(locks, slice(0, 4)), "who gives up in the moment of waking releases the locks"
 
 
 def test_who_gives_up_lets_those_behind_go() -> None:
-    turns, told = Turns(2), []
-    assert turns.take(Turn(slice(0, 1), lambda: None))
-    everyone = Turn(slice(0, 2), lambda: told.append("all"))
-    assert not turns.take(everyone)
-    assert not turns.take(Turn(slice(1, 2), lambda: told.append("1")))
-    turns.end(everyone)
-    assert told == ["1"]
+    locks, woken = Locks(2), list[str]()
+    assert locks.acquire(Named("0", slice(0, 1), woken))
+    everyone = Named("all", slice(0, 2), woken)
+    assert not locks.acquire(everyone)
+    assert not locks.acquire(Named("1", slice(1, 2), woken))
+    locks.release(everyone)
+    assert woken == ["1"]
 
 
-def test_a_thread_waits_for_the_turns_of_its_members() -> None:
-    turns = Turns(3)
-    ours, theirs, others = (MemberLock(turns, members) for members in (slice(0, 2), ALL, slice(2, 3)))
-    assert ours.acquire()
-    assert others.acquire(timeout=0)
-    assert not theirs.fresh().acquire(timeout=0)
+def test_a_thread_waits_for_the_locks_of_its_members() -> None:
+    locks = Locks(3)
+    ours, theirs, others = ThreadHolder(slice(0, 2)), ThreadHolder(ALL), ThreadHolder(slice(2, 3))
+    assert locks.acquire(ours)
+    assert locks.acquire(others)
+    late = ThreadHolder(ALL)
+    assert not locks.acquire(late)
+    assert not late.wait(0)
+    locks.release(late)
     got = threading.Event()
 
     def wait() -> None:
-        theirs.acquire(WAIT_S)
+        assert not locks.acquire(theirs)
+        queued.set()
+        assert theirs.wait(WAIT_S)
         got.set()
 
+    queued = threading.Event()
     waiting = threading.Thread(target=wait)
     waiting.start()
-    others.release()
-    ours.release()
+    assert queued.wait(WAIT_S)
+    locks.release(others)
+    locks.release(ours)
     assert got.wait(WAIT_S)
     waiting.join()
-    theirs.release()
-    assert turns.are_free(slice(0, 3))
+    locks.release(theirs)
+    assert are_free(locks, slice(0, 3))
 
 
-async def test_a_task_that_is_cancelled_in_line_leaves_it() -> None:
-    turns = Turns(2)
-    lock, both = AsyncMemberLock(turns, slice(0, 1)), AsyncMemberLock(turns, slice(0, 2))
-    await lock.acquire()
-    assert both.locked()
-    waiting = asyncio.create_task(both.acquire())
+async def test_a_task_that_is_cancelled_while_it_waits_gives_way() -> None:
+    locks = Locks(2)
+    first, both = TaskHolder(slice(0, 1)), TaskHolder(slice(0, 2))
+    assert locks.acquire(first)
+    assert not locks.acquire(both)
+    waiting = asyncio.create_task(both.wait())
     await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
-    lock.release()
-    assert turns.are_free(slice(0, 2))
+    locks.release(first)
+    assert not are_free(locks, slice(0, 1))
+    locks.release(both)
+    assert are_free(locks, slice(0, 2))

@@ -1,4 +1,4 @@
-"""The steps of many threads leave as frames; whoever leaves, fails or is interrupted does so alone."""
+"""The steps of many threads leave as frames; whoever leaves or fails does so alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from stepwell import errors
 from stepwell._batching.frames import Change
-from stepwell._batching.sender import Sender, WaitingStep
+from stepwell._batching.sender import Sender
 from stepwell._batching.steps import FRAME_SHARE, Step, Stepped, read
 from stepwell._state.arguments import pack_inputs
 from stepwell._state.tensors import pack, to_messages, unpack
@@ -374,28 +374,6 @@ def test_closing_refuses_the_line_and_ends_the_thread(bench: Bench) -> None:
     assert not thread.is_alive()
     assert isinstance(error(bench.go("late")), errors.ClosedError)
     bench.sender.close()
-
-
-def test_an_interrupted_caller_leaves_the_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, posted = bench.first()
-    [other] = bench.stand("other")
-    wait, here = WaitingStep.wait, threading.get_ident()
-
-    def interrupted(self: WaitingStep, timeout_s: float) -> bool:
-        # Only here: the thread of "other" stands in the line, but need not wait for its answer yet.
-        if threading.get_ident() == here:
-            raise KeyboardInterrupt
-        return wait(self, timeout_s)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(WaitingStep, "wait", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            bench.sender.step(step("interrupted"))
-    posted.answer()
-    second = bench.posted()
-    assert second.ids == ["other"]
-    second.answer()
-    assert result(other)[0] == 5
 
 
 def test_a_sender_that_nobody_closed_ends_with_its_last_reference() -> None:

@@ -9,6 +9,7 @@ from stepwell._batching.exchange import Link, unanswered
 from stepwell._batching.in_flight import InFlightFrame
 from stepwell._batching.steps import FRAME_SHARE, Gathering, Step, Stepped, abandon
 from stepwell._transport.channel import closed
+from stepwell.errors import StepwellError
 
 
 class WaitingStep:
@@ -108,10 +109,10 @@ class Coalescer:
         """The replies to these steps exceed the message limit together: smaller frames from now on."""
         self._most[members[0].step.kind()] = max(1, len(members) // 2)
 
-    def close(self) -> None:
-        """Fails queued steps and those in flight with `ClosedError`."""
+    def close(self, ended: Callable[[], StepwellError] = closed) -> None:
+        """Fails queued steps and those in flight with these errors."""
         for members in self._waiting.frames(self._max_frame_bytes):
-            abandon(members, closed())
+            abandon(members, ended())
         self._waiting = Gathering()
         for frame in list(self._in_flight):
-            frame.end(closed())
+            frame.end(ended())

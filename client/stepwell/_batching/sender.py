@@ -6,7 +6,7 @@ flight; while one is, further steps queue up. That thread only sends: the thread
 out the replies. A frame is one attempt of each of its steps; each step's own flow decides about the next one.
 
 A queued step belongs to whoever removes it from the queue: the thread that sends it, the caller whose time
-limit passed or who was interrupted, or `close`. So one caller's failure never touches another's step.
+limit passed, or `close`. So one caller's failure never touches another's step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stepwell._batching.in_flight import InFlightFrame
 from stepwell._batching.steps import FRAME_SHARE, Gathering, Step, Stepped, abandon
 from stepwell._transport.channel import closed
 from stepwell._transport.retry import Clock
-from stepwell.errors import DeadlineExceededError
+from stepwell.errors import DeadlineExceededError, StepwellError
 
 #: A frame that was sent longer ago does not hold up the next: one slow session must not slow down the rest.
 _RECENT_S = 0.01
@@ -90,8 +90,8 @@ class Sender:
         self._max_message_bytes = max_message_bytes
         self._max_frame_bytes = max_message_bytes // FRAME_SHARE
         self._clock = clock
-        self._alone = threading.RLock()
-        """A lock that only its holder can release. Held by a step that is in flight as a unary call because no other step was in flight."""
+        self._alone = threading.Lock()
+        """Held by a step that is in flight as a unary call because no other step was in flight."""
         self._waiting: collections.deque[WaitingStep] = collections.deque()
         self._in_flight: list[Frame] = []
         self._most: dict[Hashable, int] = {}
@@ -99,7 +99,7 @@ class Sender:
         self._wake = Wake()
         self._idle = False
         """The thread sleeps because the queue was empty: the next step must wake it."""
-        self._closed = False
+        self._ended: Callable[[], StepwellError] | None = None
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         _senders.add(self)
@@ -114,27 +114,18 @@ class Sender:
             return self._unary(step)
         if self._waiting or self._in_flight:
             return self._shared(step)
+        if not self._alone.acquire(blocking=False):
+            return self._shared(step)
         try:
-            if self._alone.acquire(blocking=False):
-                return self._unary(step)
+            return self._unary(step)
         finally:
-            # In any case, and by one call: Ctrl-C may arrive between `acquire` and what follows it.
-            try:  # noqa: SIM105  # `suppress` is a call too
-                self._alone.release()
-            except RuntimeError:  # another thread holds it
-                pass
-        return self._shared(step)
+            self._alone.release()
 
     def _shared(self, step: Step) -> Stepped:
         member = WaitingStep(step)
-        try:
-            self._waiting.append(member)
-            self._notify()
-            answered = member.wait(step.deadline.remaining_s())
-        except BaseException:
-            # Ctrl-C: a step that was not sent yet is not sent any more.
-            self._dequeue(member)
-            raise
+        self._waiting.append(member)
+        self._notify()
+        answered = member.wait(step.deadline.remaining_s())
         if not answered:
             self._time_is_up(member)
         return member.result()
@@ -143,15 +134,15 @@ class Sender:
         """Makes sure that the thread will look at the queue."""
         if self._thread is None:
             self._start()
-        if self._closed:
+        if self._ended is not None:
             # `close` may have emptied the queue before this step was in it: empty it again.
-            self._fail_queued()
+            self._fail_queued(self._ended())
         elif self._idle or not self._in_flight:
             self._wake_up()
 
     def _start(self) -> None:
         with self._starting:
-            if self._thread is None and not self._closed:
+            if self._thread is None and self._ended is None:
                 # The thread holds no reference to this object while it sleeps, so that a client which
                 # was not closed can still be collected. The finalizer then wakes the thread, which ends.
                 weakref.finalize(self, self._wake.put, None).atexit = False
@@ -162,8 +153,7 @@ class Sender:
                 self._thread = thread
 
     def _wake_up(self) -> None:
-        # If the wake-up queue is not empty the thread has yet to look. (A flag of our own would not do:
-        # Ctrl-C could come between setting it and waking the thread.)
+        # If the wake-up queue is not empty the thread has yet to look.
         if self._wake.empty():
             self._wake.put(None)
 
@@ -189,7 +179,7 @@ class Sender:
         Returns:
             Seconds until it must be called again; None if that is when the thread is woken.
         """
-        while not self._closed:
+        while self._ended is None:
             wait_s = self._wait_s()
             if wait_s > 0:
                 self._idle = False
@@ -244,14 +234,14 @@ class Sender:
         """The replies to these steps exceed the message limit together: smaller frames from now on."""
         self._most[members[0].step.kind()] = max(1, len(members) // 2)
 
-    def _fail_queued(self) -> None:
-        abandon(self._dequeue_all(), closed())
+    def _fail_queued(self, error: StepwellError) -> None:
+        abandon(self._dequeue_all(), error)
 
-    def close(self) -> None:
-        """Ends the thread; queued steps fail with `ClosedError`. Frames in flight end when the link is closed."""
+    def close(self, ended: Callable[[], StepwellError] = closed) -> None:
+        """Ends the thread; queued steps fail with these errors. Frames in flight end when the link is closed."""
         with self._starting:
-            self._closed = True
-        self._fail_queued()
+            self._ended = ended
+        self._fail_queued(ended())
         if self._thread is not None:
             self._wake.put(None)
             self._thread.join()
@@ -259,7 +249,7 @@ class Sender:
     @property
     def is_closed(self) -> bool:
         """Whether it was closed."""
-        return self._closed
+        return self._ended is not None
 
 
 def _run(sender: weakref.ref[Sender], wake: Wake) -> None:
@@ -268,8 +258,6 @@ def _run(sender: weakref.ref[Sender], wake: Wake) -> None:
             wake.get(timeout=timeout_s)
         except queue.Empty:
             continue
-    # If Ctrl-C came while the thread was being started there may be a second one, which must end too.
-    wake.put(None)
 
 
 _END = -1.0

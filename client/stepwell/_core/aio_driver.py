@@ -19,7 +19,7 @@ from stepwell._routing.probing import AsyncProber
 from stepwell._routing.router import Router
 from stepwell._transport.aio_stream import AsyncLink
 from stepwell._transport.call import Call, Endpoint
-from stepwell._transport.channel import AsyncTransport, closed, tokens
+from stepwell._transport.channel import AsyncTransport, closed, dropped, tokens
 from stepwell._transport.tokens import Tokens
 from stepwell.config import ClientConfig
 from stepwell.errors import StepwellError
@@ -43,17 +43,12 @@ class AsyncConnection:
     async def _unary(self, step: Step) -> Stepped:
         return read(await self.transport.invoke(step.call(self._max_message_bytes)))
 
-    async def close(self) -> None:
-        """Ends the calls in flight, then the channel."""
-        self.transport.is_closed = True
-        self._coalescer.close()
-        await self.link.close()
+    async def close(self, ended: Callable[[], StepwellError] = closed) -> None:
+        """Ends the calls in flight, with these errors, then the channel."""
+        self.transport.end(ended)
+        self._coalescer.close(ended)
+        await self.link.close(ended)
         await self.transport.close()
-
-    async def drop(self) -> None:
-        """The same while the client stays open: calls in flight are tried again elsewhere."""
-        await self.transport.drop()
-        await self.link.close()
 
 
 class AsyncConnections:
@@ -82,10 +77,10 @@ class AsyncConnections:
         return await self.to(endpoint).transport.check(timeout_s)
 
     async def drop(self, endpoint: Endpoint) -> None:
-        """An endpoint is not asked any more: its connection is closed."""
+        """An endpoint is not asked any more: its connection is closed, and calls in flight are tried elsewhere."""
         connection = self._made.pop(endpoint, None)
         if connection is not None:
-            await connection.drop()
+            await connection.close(dropped)
 
     async def close(self) -> None:
         """Ends all of them."""

@@ -18,7 +18,7 @@ from stepwell._routing.lookup import Lookup, look_up
 from stepwell._routing.probing import Prober
 from stepwell._routing.router import Router
 from stepwell._transport.call import Call, Endpoint
-from stepwell._transport.channel import SyncTransport, closed, tokens
+from stepwell._transport.channel import SyncTransport, closed, dropped, tokens
 from stepwell._transport.stream import Link
 from stepwell._transport.tokens import Tokens
 from stepwell.config import ClientConfig
@@ -43,18 +43,12 @@ class Connection:
         self.step: Callable[[Step], Stepped] = self.sender.step if coalesce else unary
         """Makes one attempt of a step."""
 
-    def close(self) -> None:
-        """Ends the calls in flight, then the channel."""
-        self.transport.is_closed = True
-        self.sender.close()
-        self.link.close()
+    def close(self, ended: Callable[[], StepwellError] = closed) -> None:
+        """Ends the calls in flight, with these errors, then the channel."""
+        self.transport.end(ended)
+        self.sender.close(ended)
+        self.link.close(ended)
         self.transport.close()
-
-    def drop(self) -> None:
-        """The same while the client stays open: calls in flight are tried again elsewhere."""
-        self.transport.drop()
-        self.sender.close()
-        self.link.close()
 
 
 class Connections:
@@ -87,11 +81,23 @@ class Connections:
         return self.to(endpoint).transport.check(timeout_s)
 
     def drop(self, endpoint: Endpoint) -> None:
-        """An endpoint is not asked any more: its connection is closed."""
+        """An endpoint is not asked any more: its connection is closed, and calls in flight are tried elsewhere."""
         with self._lock:
             connection = self._made.pop(endpoint, None)
         if connection is not None:
-            connection.drop()
+            connection.close(dropped)
+
+    def renew(self) -> None:
+        """Leaves all connections, so that the next calls connect again; calls in flight are tried again there.
+
+        The old ones are closed by threads of their own, which wait for good if a lock of gRPC's was left locked.
+        """
+        with self._lock:
+            made, self._made = self._made, {}
+        for connection in made.values():
+            threading.Thread(
+                target=connection.close, args=(dropped,), name="stepwell-drop", daemon=True
+            ).start()
 
     def close(self) -> None:
         """Ends all of them."""
@@ -116,7 +122,7 @@ class Driver:
         self._probers = probers
         self._closing = threading.Event()
         self._connect_timeout_s = config.connect_timeout_s
-        self._finisher = Finisher(config)
+        self._finisher = Finisher(self.answer, self._end)
         self.core = Core(config, finish=self._finisher.add, watch=watch)
         if self.core.router is None:
             connections.to(None)
@@ -131,15 +137,26 @@ class Driver:
         return drive(self.core.watched(flow), self.answer)
 
     def answer(self, ask: Ask) -> Any:
-        """Does what a flow asks for."""
-        if isinstance(ask, Step):
-            return self.connections.to(ask.to).step(ask)
-        if isinstance(ask, Call):
-            return self.connections.to(ask.to).transport.invoke(ask)
-        if isinstance(ask, Exchange):
-            return exchange(self._link_to(None), ask)
-        if isinstance(ask, Exchanges):
-            return exchange_some(ask, self._link_to)
+        """Does what a flow asks for.
+
+        An interrupt (Ctrl-C, or any exception that is not of the SDK) costs the connections, never a session: it may
+        have come anywhere in gRPC and in what sends frames, so nothing of either is used again. The session's change
+        has an unknown outcome then, and the same call finishes it.
+        """
+        try:
+            if isinstance(ask, Step):
+                return self.connections.to(ask.to).step(ask)
+            if isinstance(ask, Call):
+                return self.connections.to(ask.to).transport.invoke(ask)
+            if isinstance(ask, Exchange):
+                return exchange(self._link_to(None), ask)
+            if isinstance(ask, Exchanges):
+                return exchange_some(ask, self._link_to)
+        except StepwellError:
+            raise
+        except BaseException:
+            self.connections.renew()
+            raise
         if isinstance(ask, Notify):
             return notify(ask)
         if isinstance(ask, Lookup):
@@ -154,6 +171,8 @@ class Driver:
     def close(self) -> None:
         """Ends the connections; calls in flight end with `ClosedError`."""
         self._finisher.close()
+
+    def _end(self) -> None:
         self._closing.set()
         for prober in self._probers:
             prober.close()

@@ -17,11 +17,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from stepwell._base.flow import Flow, Pause, drive, drive_async
-from stepwell._core.lanes import Ask
-from stepwell._transport.call import Call, Endpoint
-from stepwell._transport.channel import SyncTransport, closed
-from stepwell.config import ClientConfig
+from stepwell._base.flow import Flow, drive, drive_async
 from stepwell.errors import StepwellError
 
 #: How long a flow may retry, in seconds, counted from when the caller gave up: long enough for a server to restart.
@@ -35,24 +31,26 @@ os.register_at_fork(after_in_child=_open.clear)
 
 
 class Finisher:
-    """Runs flows one after the other, in a thread that ends when there are none. Thread-safe.
+    """Runs flows one after the other, in a thread that ends when there are none. Thread-safe."""
 
-    It has a channel of its own. Ctrl-C may have come while the main thread held a lock of gRPC's channel
-    (a Python `threading.Condition`), and then that channel never makes a call again.
-    """
+    def __init__(self, answer: Callable[[Any], Any], end: Callable[[], None]) -> None:
+        """A client's.
 
-    def __init__(self, config: ClientConfig) -> None:
-        self._config = config
+        Args:
+            answer: Does what a flow asks for.
+            end: Ends the client's connections, so that the flow that runs ends too.
+        """
+        self._answer = answer
+        self._end = end
         self._flows: deque[Flow[None]] = deque()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._transports: dict[Endpoint | None, SyncTransport] = {}
-        self._closing = threading.Event()
+        self._is_closed = False
 
     def add(self, flow: Flow[None]) -> None:
         """Queues a flow; returns at once."""
         with self._lock:
-            if self._closing.is_set():
+            if self._is_closed:
                 return
             self._flows.append(flow)
             if self._thread is None:
@@ -67,49 +65,27 @@ class Finisher:
 
     def _next(self) -> Flow[None] | None:
         with self._lock:
-            if self._flows and not self._closing.is_set():
+            if self._flows and not self._is_closed:
                 return self._flows.popleft()
             self._thread = None
-            transports, self._transports = self._transports, {}
-        for transport in transports.values():
-            transport.close()
-        return None
-
-    def _answer(self, ask: Ask) -> Any:
-        if isinstance(ask, Call):
-            return self._channel(ask.to).invoke(ask)
-        if isinstance(ask, Pause) and not self._closing.wait(ask.seconds):
             return None
-        raise closed()
-
-    def _channel(self, replica: Endpoint | None) -> SyncTransport:
-        with self._lock:
-            if self._closing.is_set():
-                raise closed()
-            if replica not in self._transports:
-                self._transports[replica] = SyncTransport(self._config, endpoint=replica)
-            return self._transports[replica]
 
     def close(self) -> None:
-        """Waits up to `GRACE_S` for the queued flows, then ends them."""
+        """Waits up to `GRACE_S` for the queued flows, then ends them and the client's connections."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(GRACE_S)
         with self._lock:
-            thread = self._thread
-            if thread is None:
-                self._closing.set()
-                return
-        thread.join(GRACE_S)
-        with self._lock:
-            self._closing.set()
-            transports = list(self._transports.values())
-        for transport in transports:
-            transport.close()
-        thread.join()
+            self._is_closed = True
+        self._end()
+        if thread is not None:
+            thread.join()
 
 
 class AsyncFinisher:
     """Runs flows one after the other, in a task that ends when there are none. Belongs to one event loop."""
 
-    def __init__(self, answer: Callable[[Ask], Awaitable[Any]]) -> None:
+    def __init__(self, answer: Callable[[Any], Awaitable[Any]]) -> None:
         self._answer = answer
         self._flows: deque[Flow[None]] = deque()
         self._task: asyncio.Task[None] | None = None

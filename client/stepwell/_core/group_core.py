@@ -15,7 +15,7 @@ from stepwell._batching.frames import RETRYABLE, Change, Counts, Gathered, Index
 from stepwell._batching.step_arguments import check_outputs, check_states, selected, step_change
 from stepwell._core.core import MAX_IDS, Core
 from stepwell._core.group_tracker import GroupTracker, MemberTracker, Move, as_index
-from stepwell._core.turns import Some
+from stepwell._core.locks import Some
 from stepwell._state import arguments
 from stepwell._state.arguments import pack_inputs
 from stepwell._state.infos import (

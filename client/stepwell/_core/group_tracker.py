@@ -16,8 +16,8 @@ import numpy as np
 from stepwell._batching.frames import Change, Counts, Frame, Gathered, Indexes
 from stepwell._batching.sets import SessionSet
 from stepwell._core.lanes import divide, keys_in
+from stepwell._core.locks import Locks, Some
 from stepwell._core.tracker import SessionTracker, explained, is_unknown, new_request_ids
-from stepwell._core.turns import Some, Turns
 from stepwell._core.versions import reference
 from stepwell._routing.router import Router
 
@@ -74,7 +74,7 @@ class GroupTracker:
         self.is_pinned = is_pinned
         self.resumed = np.zeros(count, np.bool_)
         """Which were live before this client opened them."""
-        self.turns = Turns(count)
+        self.locks = Locks(count)
         self.everyone: Indexes = np.arange(count)
         self.everyone.flags.writeable = False
         self._ids = np.array(self.ids, object)
@@ -140,7 +140,6 @@ class GroupTracker:
     def _drop(self, members: Indexes) -> None:
         numbers = self._pending_of[members]
         for number in set(numbers[numbers > 0].tolist()):
-            # Without a call in between, after which Ctrl-C might come.
             self._pending_of[self._pending[number].members] = 0
             del self._pending[number]
 

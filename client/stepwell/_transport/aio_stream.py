@@ -25,7 +25,7 @@ class AsyncLink:
         self._open = open_stream
         self._address = address
         self._stream: _Stream | None = None
-        self._closed = False
+        self._ended: Callable[[], StepwellError] | None = None
 
     def post(self, make: MakeRequest, sink: Sink) -> Callable[[], None]:
         """Sends a frame without waiting for its reply, by the rules of `Link.post`."""
@@ -33,17 +33,17 @@ class AsyncLink:
         return functools.partial(stream.forget, stream.send(make, sink))
 
     def _open_stream(self) -> _Stream:
-        if self._closed:
-            raise channel.closed()
+        if self._ended is not None:
+            raise self._ended()
         if self._stream is None or self._stream.error is not None:
             if self._stream is not None:
                 LOG.info("opening the stream to %s anew, which broke: %s", self._address, self._stream.error)
             self._stream = _Stream(self._open)
         return self._stream
 
-    async def close(self) -> None:
-        """Ends the stream; frames in flight get an error."""
-        self._closed = True
+    async def close(self, ended: Callable[[], StepwellError] = channel.closed) -> None:
+        """Ends the stream; frames in flight get an error, later ones these."""
+        self._ended = ended
         stream, self._stream = self._stream, None
         if stream is not None:
             await stream.close()

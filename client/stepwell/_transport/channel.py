@@ -144,8 +144,9 @@ def closed() -> ClosedError:
     return ClosedError("the client must be open; it was closed")
 
 
-def _dropped() -> UnavailableError:
-    return UnavailableError("its name does not have this replica any more")
+def dropped() -> UnavailableError:
+    """The error of calls on a connection that the client leaves while it stays open."""
+    return UnavailableError("the client has closed this connection")
 
 
 def translate(error: grpc.RpcError) -> StepwellError:
@@ -238,6 +239,11 @@ class _Transport:
         self._ended: Callable[[], StepwellError] = closed
         self.is_closed = False
 
+    def end(self, ended: Callable[[], StepwellError]) -> None:
+        """From now on calls end with these errors."""
+        self._ended = ended
+        self.is_closed = True
+
     def _check_open(self) -> None:
         if self.is_closed:
             raise self._ended()
@@ -291,11 +297,6 @@ class SyncTransport(_Transport):
             return _unwell_by(error)
         except ValueError:  # the channel was closed meanwhile
             return closed()
-
-    def drop(self) -> None:
-        """Closes it while the client goes on: calls on it are tried again elsewhere."""
-        self._ended = _dropped
-        self.close()
 
     def close(self) -> None:
         """Ends the channel and the calls on it."""
@@ -357,11 +358,6 @@ class AsyncTransport(_Transport):
             return _unwell_by(error)
         except grpc.aio.UsageError:  # the channel was closed meanwhile
             return closed()
-
-    async def drop(self) -> None:
-        """Closes it while the client goes on: calls on it are tried again elsewhere."""
-        self._ended = _dropped
-        await self.close()
 
     async def close(self) -> None:
         """Ends the channel and the calls on it."""

@@ -44,7 +44,7 @@ class Link:
         self._address = address
         self._lock = threading.Lock()
         self._stream: _Stream | None = None
-        self._closed = False
+        self._ended: Callable[[], StepwellError] | None = None
         self._loss: weakref.finalize[[], Link] | None = None
         _links.add(self)
 
@@ -67,8 +67,8 @@ class Link:
 
     def _open_stream(self) -> _Stream:
         with self._lock:
-            if self._closed:
-                raise channel.closed()
+            if self._ended is not None:
+                raise self._ended()
             if self._stream is None or self._stream.error is not None:
                 if self._stream is not None:
                     LOG.info(
@@ -85,10 +85,10 @@ class Link:
         self._loss = weakref.finalize(self, hang_up)
         self._loss.atexit = False
 
-    def close(self) -> None:
-        """Ends the stream; frames in flight get an error."""
+    def close(self, ended: Callable[[], StepwellError] = channel.closed) -> None:
+        """Ends the stream; frames in flight get an error, later ones these."""
         with self._lock:
-            self._closed = True
+            self._ended = ended
             stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()
