@@ -24,7 +24,7 @@ from support.clock import ManualClock
 from support.engine import SEGMENT_BYTES, STORES, Answer, Harness, running
 from support.fake_executor import WAIT_S
 from support.gates import Gated
-from support.stored import base_of, copy_files, logs_of
+from support.stored import base_of, copy_files, wal_of
 
 Array = npt.NDArray[Any]
 Running = Callable[..., AbstractAsyncContextManager[Harness]]
@@ -173,7 +173,7 @@ class Disk:
     async def put(self, session_id: str, record: Stored) -> None:
         """Have a record be another one, behind the back of the server."""
         base_of(self.store.store).commit(Batch(puts=[(session_id, record)]))
-        logs_of(self.store.store).discard([session_id])
+        wal_of(self.store.store).discard([session_id])
 
     async def write(self, batch: Batch) -> None:
         """Write into the store behind the back of the server."""

@@ -22,7 +22,6 @@ from stepwell_server.store.base import Answer, Batch, Committed, End, LocalStore
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.disk.wal.log import WriteAheadLog
-from stepwell_server.store.disk.wal.pair import WriteAheadLogs
 from stepwell_server.store.record import Puts, RecordTemplate, Stored, Texts
 from support.clock import ManualClock
 from support.records import Record, decode, scan_local
@@ -150,20 +149,10 @@ def base_of(store: DiskStore) -> LmdbStore:
     return store._base
 
 
-def logs_of(store: DiskStore) -> WriteAheadLogs:
-    """The write-ahead logs of a store that has them: where the platform can."""
-    assert store._wals is not None
-    return store._wals
-
-
 def wal_of(store: DiskStore) -> WriteAheadLog:
-    """The log of what is committed."""
-    return logs_of(store).commits
-
-
-def beside_of(store: DiskStore) -> WriteAheadLog:
-    """The log of what is appended beside commits."""
-    return logs_of(store).beside
+    """The write-ahead log of a store that has one: where the platform can."""
+    assert store._wal is not None
+    return store._wal
 
 
 def in_lmdb(store: DiskStore) -> dict[str, int]:
@@ -184,9 +173,7 @@ def fill_one(store: DiskStore, revision: int = 1) -> list[str]:
 
 def place_of(store: DiskStore, session_id: str) -> tuple[str, int]:
     """In which file a session's record is, and where there."""
-    for segment in (
-        segment for wal in (wal_of(store), beside_of(store)) for segment in (wal._active, wal._sealed)
-    ):
+    for segment in (wal_of(store)._active, wal_of(store)._sealed):
         if session_id in segment.offsets:
             return segment.path.name, segment.offsets[session_id]
     raise AssertionError(f"{session_id} is in no segment")

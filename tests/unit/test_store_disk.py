@@ -24,7 +24,6 @@ from support.stored import (
     DURABILITIES,
     SEGMENT_BYTES,
     begin,
-    beside_of,
     end,
     fill_one,
     in_lmdb,
@@ -74,7 +73,6 @@ class Two:
             self.disk.close()
             self.disk = opened(self.disk.path, self._durability)
             assert wal_of(self.disk).is_empty
-            assert beside_of(self.disk).is_empty
         elif deed == "beside":
             puts = self._part(chance)
             self.memory.commit(Batch(puts=puts))

@@ -24,7 +24,7 @@ from support.clock import ManualClock
 from support.processes import opened_below
 from support.stored import begin, fill_one, opened, put, revisions
 
-PARTS = ["", "server.lock", "sessions/data.mdb", "wal/0", "wal/1", "wal/2", "wal/3"]
+PARTS = ["", "server.lock", "sessions/data.mdb", "wal/0", "wal/1"]
 
 
 def remove(path: Path) -> None:

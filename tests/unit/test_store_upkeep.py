@@ -274,7 +274,7 @@ def test_a_log_is_read_beside_its_writer(tmp_path: Path) -> None:
     reads = 0
     while not done.is_set() or not reads:  # the writer may end before the first read
         before = written
-        found = reader.read_log(tmp_path, ("0", "1"), 7)
+        found = reader.read_log(tmp_path, 7)
         kept = max(int.from_bytes(found["s"][8:16], "little") if found else 0, checkpointed)
         if kept < before:
             problems.append(f"{kept} of {before}")
@@ -283,7 +283,7 @@ def test_a_log_is_read_beside_its_writer(tmp_path: Path) -> None:
     assert not problems
     assert reads
     with pytest.raises(reader.LogReplaced):
-        reader.read_log(tmp_path, ("0", "1"), 8)
+        reader.read_log(tmp_path, 8)
     for file in (segment, other):
         file.close()
     for name in "01":
@@ -292,7 +292,7 @@ def test_a_log_is_read_beside_its_writer(tmp_path: Path) -> None:
         data[at + 6] ^= 1
         (tmp_path / name).write_bytes(data)
     with pytest.raises(StoreError, match="acknowledged are missing"):
-        reader.read_log(tmp_path, ("0", "1"), 7)
+        reader.read_log(tmp_path, 7)
 
 
 def test_the_data_file_stays_while_it_is_read(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.store.base import StoreError
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 """Of everything in the folder: database, write-ahead logs, records. Raise it whenever one of them changes.
 
 A folder of another version is refused, and stays as it is.

@@ -2,7 +2,6 @@
 
     sessions/           see `lmdb`
     wal/0, 1            the segments of the log, see `wal.log`
-    wal/2, 3            with `sync`: those of another log, for small changes that are kept beside a commit, see `wal.pair`
 
 What begins or ends sessions, or has documents, is a transaction of LMDB. A change of existing sessions, and nearly all are such, is one
 write to the log. A checkpoint takes it over into LMDB later, unless the session has changed again by then. A record
@@ -30,8 +29,7 @@ from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealt
 from stepwell_server.store.disk.files import flush_folders
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, Durability, LmdbStore
 from stepwell_server.store.disk.room import Room
-from stepwell_server.store.disk.wal.log import SEGMENT_BYTES, Parts, Records, WriteAheadLog, room_for
-from stepwell_server.store.disk.wal.pair import COMMITS, Mark, WriteAheadLogs, mark_of
+from stepwell_server.store.disk.wal.log import SEGMENT_BYTES, Mark, Parts, Records, WriteAheadLog, room_for
 from stepwell_server.store.disk.wal.segment import SegmentDamaged
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Joined, Stored, is_sound, supersedes
@@ -85,9 +83,9 @@ class DiskStore(LocalStore):
         self._closed = self._in_trouble = False
         self._in_doubt: set[str] = set()
         """Sessions whose transaction failed, and may have been kept all the same."""
-        self._wals: WriteAheadLogs | None = None
+        self._wal: WriteAheadLog | None = None
         try:
-            self._open_wals(path / _FOLDER, segment_bytes)
+            self._open_wal(path / _FOLDER, segment_bytes)
             self._watch_files()
         except BaseException:
             self._close_files()
@@ -110,16 +108,16 @@ class DiskStore(LocalStore):
     @property
     def has_log(self) -> bool:  # type: ignore[override]
         """See `LocalStore`."""
-        return self._wals is not None
+        return self._wal is not None
 
     @override
     def append(self, puts: Sequence[tuple[str, Stored]]) -> bool:
-        wals = self._wals
-        if wals is None or self._closed:
+        wal = self._wal
+        if wal is None or self._closed:
             return False
         try:
             self._base.files.require()
-            return self._log(wals.beside, _parts(puts), -1.0 if self.waits_for_disk else _PATIENCE_S)
+            return self._log(wal, _parts(puts), -1.0 if self.waits_for_disk else _PATIENCE_S)
         except (Unavailable, OSError) as error:
             # `commit` does it, or says what is wrong
             self._complain("a change could not be written to the write-ahead log, and goes to LMDB", error)
@@ -128,7 +126,7 @@ class DiskStore(LocalStore):
     @property
     @override
     def needs_checkpoint(self) -> bool:
-        return self._wals is not None and self._wals.needs_checkpoint
+        return self._wal is not None and self._wal.needs_checkpoint
 
     @override
     def commit(self, batch: Batch) -> None:
@@ -140,43 +138,42 @@ class DiskStore(LocalStore):
 
     def _commit(self, batch: Batch) -> None:
         self._base.files.require()
-        wals = self._wals
-        if wals is None or self._closed:
+        wal = self._wal
+        if wal is None or self._closed:
             self._write(batch)
             return
         others = batch.deletes or batch.forgets or batch.tombstones or batch.counts or batch.documents
-        if others or not batch.puts or not self._append(wals.commits, batch.puts):
+        if others or not batch.puts or not self._append(wal, batch.puts):
             ids = [*(session_id for session_id, _ in batch.puts), *batch.deletes]
             try:
                 if batch.goes_back:
-                    self._empty(wals)
+                    self._empty(wal)
                 self._write(batch)
             except BaseException:
                 self._in_doubt.update(ids)
                 raise
-            wals.discard(ids)
+            wal.discard(ids)
             self._in_doubt.difference_update(ids)
 
     @property
     def behind(self) -> int:  # type: ignore[override]
         """See `LocalStore`."""
-        return 0 if self._wals is None or self._closed else self._wals.due
+        return 0 if self._wal is None or self._closed else self._wal.due
 
     @override
     def checkpoint(self, *, briefly: bool = False) -> None:
-        for wal in () if self._wals is None or self._closed else self._wals.each:
-            if not wal.needs_checkpoint:
-                continue
-            try:
-                self._checkpoint(wal, briefly=briefly)
-                while self._checkpoint_limit is not None and wal.due and wal.needs_checkpoint:
-                    self._checkpoint(wal)
-            except StoreGone:
-                wal.due = 0
-                return  # `check` reports it, and the server ends
-            except (Unavailable, OSError) as error:
-                wal.due = 0  # not again before the next write
-                self._complain("changes stay in the write-ahead log until they can be checkpointed", error)
+        wal = self._wal
+        if wal is None or self._closed or not wal.needs_checkpoint:
+            return
+        try:
+            self._checkpoint(wal, briefly=briefly)
+            while self._checkpoint_limit is not None and wal.due and wal.needs_checkpoint:
+                self._checkpoint(wal)
+        except StoreGone:
+            wal.due = 0  # `check` reports it, and the server ends
+        except (Unavailable, OSError) as error:
+            wal.due = 0  # not again before the next write
+            self._complain("changes stay in the write-ahead log until they can be checkpointed", error)
 
     @override
     def get(self, session_id: str) -> Stored | None:
@@ -185,7 +182,7 @@ class DiskStore(LocalStore):
 
     @override
     def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        if self._wals is None or self._wals.is_empty:
+        if self._wal is None or self._wal.is_empty:
             return self._base.get_many(session_ids)
         found: list[Stored | None] = [self._find(session_id) for session_id in session_ids]
         missing = [place for place, record in enumerate(found) if record is None]
@@ -198,9 +195,9 @@ class DiskStore(LocalStore):
     @override
     def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:
         keys, records = self._base.values(after=after, prefix=prefix, limit=limit)
-        if self._wals is not None and not self._wals.is_empty:
+        if self._wal is not None and not self._wal.is_empty:
             ids = [str(key, "utf-8", "replace") for key in keys]
-            for place in self._wals.places_of(ids):
+            for place in self._wal.places_of(ids):
                 records[place] = self._find(ids[place]) or records[place]
         return heads_of(keys, records)
 
@@ -234,55 +231,55 @@ class DiskStore(LocalStore):
     def close(self) -> None:
         if self._closed:
             return
-        if self._wals is not None and not self._base.files.is_gone:
+        if self._wal is not None and not self._base.files.is_gone:
             try:
-                self._checkpoint_all(self._wals)
+                self._checkpoint_all(self._wal)
             except (Unavailable, OSError) as error:
                 _log.warning("the write-ahead log keeps what could not be checkpointed: %s", error)
         self._close_files()
 
     # ------------------------------------------------------------------------------------------------------ opening
 
-    def _open_wals(self, folder: Path, size: int) -> None:
-        """Load the logs that belong to LMDB's data, else make new ones."""
+    def _open_wal(self, folder: Path, size: int) -> None:
+        """Load the log that belongs to LMDB's data, else make a new one."""
         mark = Mark.unpacked(self._base.wal_mark) if self._base.wal_mark else None
         if mark is not None:
-            self._wals = self._loaded(folder, mark)
-        if self._wals is None:
+            self._wal = self._loaded(folder, mark)
+        if self._wal is None:
             try:
-                self._wals = self._made(folder, size)
+                self._wal = self._made(folder, size)
             except (OSError, Unavailable) as error:
                 _log.warning("there is no write-ahead log, every change is a transaction: %s", error)
 
     def _watch_files(self) -> None:
-        if self._wals is not None:
-            for place, descriptor in self._wals.descriptors():
+        if self._wal is not None:
+            for place, descriptor in self._wal.descriptors():
                 self._base.files.add(place, descriptor)
 
-    def _loaded(self, folder: Path, mark: Mark) -> WriteAheadLogs | None:
-        """Load the logs; None if new ones are to be made: something is missing and may be, or there are others with this durability.
+    def _loaded(self, folder: Path, mark: Mark) -> WriteAheadLog | None:
+        """Load the log; None if a new one is to be made, because acknowledged changes are missing and may be.
 
         Raises:
-            StoreError: acknowledged changes are missing, or a log cannot be read.
+            StoreError: acknowledged changes are missing, or the log cannot be read.
         """
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
-            wals = self._wals_in(folder, mark, make=False)
+            wal = self._wal_in(folder, mark, make=False)
         except OSError as error:
             raise _unreadable(folder, error) from error
         try:
             try:
-                damage = wals.load(self._later)
+                damage = wal.load(self._later)
             except (OSError, Unavailable) as error:
                 raise _unreadable(folder, error) from error
             self._report(damage)
-            if bool(mark.beside_size) == self.waits_for_disk and not damage:
-                return wals
-            self._salvage(wals)
+            if not damage:
+                return wal
+            self._salvage(wal)
         except BaseException:
-            wals.close()
+            wal.close()
             raise
-        wals.close()
+        wal.close()
         return None
 
     def _report(self, damage: Sequence[SegmentDamaged]) -> None:
@@ -294,33 +291,31 @@ class DiskStore(LocalStore):
                 )
             _log.warning("%s: sessions go on from what there is of them", problem)
 
-    def _salvage(self, wals: WriteAheadLogs) -> None:
-        """Checkpoint what could be read, and do without the logs."""
+    def _salvage(self, wal: WriteAheadLog) -> None:
+        """Checkpoint what could be read, and do without the log."""
         try:
-            self._checkpoint_all(wals)
+            self._checkpoint_all(wal)
         except (Unavailable, OSError) as error:
             raise StoreError(
                 f"what is left of the write-ahead log must find its way into the store: {error}"
             ) from error
 
-    def _made(self, folder: Path, size: int) -> WriteAheadLogs:
+    def _made(self, folder: Path, size: int) -> WriteAheadLog:
         folder.mkdir(mode=0o700, exist_ok=True)
-        mark = mark_of(
-            secrets.randbits(31) + 1, room_for(folder, COMMITS, size), has_beside=self.waits_for_disk
-        )
-        wals = self._wals_in(folder, mark, make=True)
+        mark = Mark(secrets.randbits(31) + 1, room_for(folder, size))
+        wal = self._wal_in(folder, mark, make=True)
         try:
-            wals.truncate()
+            wal.truncate()
             flush_folders(folder, folder.parent)
             self._base.set_wal_mark(mark.packed())
         except BaseException:
-            wals.close()
+            wal.close()
             raise
-        return wals
+        return wal
 
-    def _wals_in(self, folder: Path, mark: Mark, *, make: bool) -> WriteAheadLogs:
+    def _wal_in(self, folder: Path, mark: Mark, *, make: bool) -> WriteAheadLog:
         check = self._base.files.check
-        return WriteAheadLogs(folder, mark, flush=self.waits_for_disk, make=make, before_rotate=check)
+        return WriteAheadLog(folder, mark, flush=self.waits_for_disk, make=make, before_rotate=check)
 
     def _later(self, records: Records) -> list[bool]:
         """Whether each record counts. One that is damaged does, so that its session does not go back silently."""
@@ -375,26 +370,25 @@ class DiskStore(LocalStore):
         self._in_trouble = False
         return bool(ids)
 
-    def _empty(self, wals: WriteAheadLogs) -> None:
-        """Leave nothing in the logs, not even what does not count any more: it could be taken for a later change.
+    def _empty(self, wal: WriteAheadLog) -> None:
+        """Leave nothing in the log, not even what does not count any more: it could be taken for a later change.
 
         Raises:
             Unavailable: that could not be done.
         """
         try:
-            for wal in 2 * wals.each:
+            for _ in range(2):  # the sealed segment, then the active one
                 while not wal.rotate():
                     self._checkpoint(wal)
         except OSError as error:
             raise Unavailable(f"the write-ahead log must be writable; got {error}") from error
 
-    def _checkpoint_all(self, wals: WriteAheadLogs) -> None:
+    def _checkpoint_all(self, wal: WriteAheadLog) -> None:
         """Checkpoint everything."""
-        for wal in wals.each:
-            while not wal.rotate():
-                self._checkpoint(wal)
-            while self._checkpoint(wal):
-                pass
+        while not wal.rotate():
+            self._checkpoint(wal)
+        while self._checkpoint(wal):
+            pass
         self._base.sync()
         self._base.set_wal_mark(b"")
 
@@ -406,17 +400,17 @@ class DiskStore(LocalStore):
     def _close_files(self) -> None:
         self._closed = True
         self._base.files.forget()
-        if self._wals is not None:
-            self._wals.close()
+        if self._wal is not None:
+            self._wal.close()
         self._base.close()
 
     # ------------------------------------------------------------------------------------------------------ reading
 
     def _find(self, session_id: str) -> bytes | None:
-        if self._wals is None or self._closed:
+        if self._wal is None or self._closed:
             return None
         try:
-            record = self._wals.find(session_id)
+            record = self._wal.find(session_id)
         except OSError as error:
             raise Unavailable(f"the write-ahead log must be readable; got {error}") from error
         if record is None or session_id not in self._in_doubt:

@@ -26,8 +26,8 @@ from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.disk.keys import all_entries, is_digest, named
 from stepwell_server.store.disk.lock import read_lock
 from stepwell_server.store.disk.tombstones import age_of, tombstone
-from stepwell_server.store.disk.wal.pair import Mark
-from stepwell_server.store.disk.wal.reader import LogReplaced, read_logs
+from stepwell_server.store.disk.wal.log import Mark
+from stepwell_server.store.disk.wal.reader import LogReplaced, read_log
 from stepwell_server.store.disk.whole_file import require_whole_file
 from stepwell_server.store.record import is_sound, supersedes
 
@@ -213,5 +213,5 @@ def _log(path: Path, environment: Any) -> dict[str, bytes]:
         if not stored:
             return {}
         with contextlib.suppress(LogReplaced):
-            return read_logs(path / _LOG, Mark.unpacked(stored))
+            return read_log(path / _LOG, Mark.unpacked(stored).owner)
     raise StoreError(f"{path / _LOG} must belong to this store; it belongs to another")

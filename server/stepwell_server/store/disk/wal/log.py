@@ -5,15 +5,21 @@ from __future__ import annotations
 import errno
 import itertools
 import shutil
+import struct
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple, Self
 
+from stepwell_server.store.base import StoreError
 from stepwell_server.store.disk.wal.segment import Segment, SegmentDamaged
 from stepwell_server.store.record import Stored
 
+SEGMENTS = ("0", "1")
+"""Their names."""
 SEGMENT_BYTES = 8 * 2**20
 """Size of each segment."""
+_MARK = struct.Struct("<IQ")
 
 #: A segment takes at most this part of the free disk.
 _SHARE = 64
@@ -32,13 +38,39 @@ Parts = Sequence[Sequence[tuple[str, Stored]]]
 """Changes that are written together, each with its sessions' records."""
 
 
-def room_for(folder: Path, names: Sequence[str], size: int) -> int:
-    """The size of each of these segments, at most `size`.
+class Mark(NamedTuple):
+    """The entry about the log that LMDB has while there may be something in the log."""
+
+    owner: int
+    """Of the segments, see `Segment`."""
+    size: int
+    """Of each segment."""
+
+    def packed(self) -> bytes:
+        """As it is stored."""
+        return _MARK.pack(*self)
+
+    @classmethod
+    def unpacked(cls, stored: bytes) -> Self:
+        """Read what `packed` gave.
+
+        Raises:
+            StoreError: it was not made so.
+        """
+        if len(stored) != _MARK.size:
+            raise StoreError(
+                f"the mark of the write-ahead log must have {_MARK.size} bytes; it is damaged and has {len(stored)}"
+            )
+        return cls(*_MARK.unpack(stored))
+
+
+def room_for(folder: Path, size: int) -> int:
+    """The size of each segment, at most `size`.
 
     Raises:
         OSError: there is too little room.
     """
-    sizes = {(folder / name).stat().st_size if (folder / name).is_file() else 0 for name in names}
+    sizes = {(folder / name).stat().st_size if (folder / name).is_file() else 0 for name in SEGMENTS}
     minimum = min(size, _MIN_BYTES)
     if len(sizes) == 1 and (there := sizes.pop()) >= minimum:
         return there  # the files are there already, and take no more room
@@ -56,37 +88,31 @@ class WriteAheadLog:
 
     def __init__(
         self,
-        paths: Sequence[Path],
-        size: int,
-        owner: int,
+        folder: Path,
+        mark: Mark,
         *,
         flush: bool,
         make: bool,
         before_rotate: Callable[[], None],
-        appended: Callable[[Parts], None],
-        find: Callable[[str], bytes | None],
     ) -> None:
         """Open the two segments, to be loaded, or make them. See `Segment`.
 
-        `before_rotate` raises if what is appended would be lost. `appended` is called with what was, before anybody can
-        checkpoint it. `find` gives a session's record in any log.
+        `before_rotate` raises if what is appended would be lost.
 
         Raises:
             OSError: one cannot be opened, or there is no room.
         """
-        self.size = size
         self._before_rotate = before_rotate
-        self._appended = appended
-        self._find = find
         self.due = 0
         """Records that are to be checkpointed to keep up with what was appended."""
         # Held to append or to rotate.
         self._appending = threading.Lock()
         # Held to read both segments, so that neither is truncated meanwhile.
         self._looking = threading.Lock()
-        self._active = Segment(paths[0], size, owner, flush=flush, make=make)
+        first, second = (folder / name for name in SEGMENTS)
+        self._active = Segment(first, mark.size, mark.owner, flush=flush, make=make)
         try:
-            self._sealed = Segment(paths[1], size, owner, flush=flush, make=make)
+            self._sealed = Segment(second, mark.size, mark.owner, flush=flush, make=make)
         except BaseException:
             self._active.close()
             raise
@@ -147,7 +173,7 @@ class WriteAheadLog:
     @property
     def _is_due(self) -> bool:
         """There is something to checkpoint before the segments can be rotated."""
-        return bool(self._sealed.offsets or self._sealed.moved)
+        return bool(self._sealed.offsets)
 
     def append(self, parts: Parts, patience_s: float = -1.0) -> bool:
         """Append changes; False if there is no room until more is checkpointed, or ever.
@@ -162,10 +188,7 @@ class WriteAheadLog:
         if not self._appending.acquire(timeout=patience_s):
             return False
         try:
-            if not self._append(parts):
-                return False
-            self._appended(parts)
-            return True
+            return self._append(parts)
         finally:
             self._appending.release()
 
@@ -202,29 +225,11 @@ class WriteAheadLog:
         active, sealed = self._active.offsets, self._sealed.offsets
         return [place for place, i in enumerate(session_ids) if i in active or i in sealed]
 
-    def ids(self) -> set[str]:
-        """Sessions that it has records of."""
-        return {*self._active.offsets, *self._sealed.offsets}
-
     def discard(self, session_ids: Iterable[str]) -> None:
         """Discard the log's records of sessions: the store has later ones."""
-        self._drop(session_ids, are_moved=False)
-
-    def moved(self, session_ids: Iterable[str]) -> None:
-        """Another log has later records of these sessions.
-
-        The store gets them before the earlier ones are overwritten here. So a reader of one log, then of the other, then of
-        the store misses no change that was acknowledged before.
-        """
-        self._drop(session_ids, are_moved=True)
-
-    def _drop(self, session_ids: Iterable[str], *, are_moved: bool) -> None:
         for segment in self._segments:  # the store has all of one that is truncated meanwhile
             offsets = segment.offsets
-            there = offsets.keys() & session_ids if offsets else ()
-            if are_moved:
-                segment.moved.update(there)
-            for session_id in there:
+            for session_id in offsets.keys() & session_ids if offsets else ():
                 offsets.pop(session_id, None)
 
     def to_checkpoint(self, *, briefly: bool = False, limit: int | None = None) -> tuple[list[str], Records]:
@@ -235,20 +240,17 @@ class WriteAheadLog:
         wanted = _MIN_RECORDS if briefly else max(_MIN_RECORDS, self.due)
         count = wanted if limit is None else min(limit, wanted)
         ids = list(itertools.islice(sealed.offsets, count))
-        moved = list(itertools.islice(sealed.moved, count - len(ids)))
-        self.due = max(0, self.due - len(ids) - len(moved)) if ids or moved else 0
+        self.due = max(0, self.due - len(ids)) if ids else 0
         # the active segment has a later record of the others
         last_here = [session_id for session_id in ids if session_id not in active.offsets]
         records: Records = [(i, record) for i in last_here if (record := sealed.record(i)) is not None]
-        records += [(i, record) for i in moved if (record := self._find(i)) is not None]
-        return [*ids, *moved], records
+        return ids, records
 
     def checkpointed(self, session_ids: Iterable[str]) -> None:
         """The store has what `to_checkpoint` gave."""
-        offsets, moved = self._sealed.offsets, self._sealed.moved
+        offsets = self._sealed.offsets
         for session_id in session_ids:
             offsets.pop(session_id, None)
-            moved.discard(session_id)
 
     def rotate(self) -> bool:
         """Seal the active segment, and append to the other; False if that one is not empty.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from stepwell_server.store.base import StoreError
 from stepwell_server.store.disk.wal.layout import Content, content_of
-from stepwell_server.store.disk.wal.pair import BESIDE, COMMITS, Mark, is_later
+from stepwell_server.store.disk.wal.log import SEGMENTS
 from stepwell_server.store.record import HEADER, is_sound, size_of
 
 #: A busy log differs at each read; it is read at most this often.
@@ -23,16 +23,7 @@ class LogReplaced(Exception):
     """The segments are another store's: a server that was started meanwhile made new ones."""
 
 
-def read_logs(folder: Path, mark: Mark) -> dict[str, bytes]:
-    """As `read_log`, of all logs of a store."""
-    found = read_log(folder, COMMITS, mark.owner)
-    for session_id, record in read_log(folder, BESIDE, mark.owner).items() if mark.beside_size else ():
-        if session_id not in found or is_later(session_id, record, found[session_id]):
-            found[session_id] = record
-    return found
-
-
-def read_log(folder: Path, names: tuple[str, str], owner: int) -> dict[str, bytes]:
+def read_log(folder: Path, owner: int) -> dict[str, bytes]:
     """The last record of each session that the segments of a store have; those that were damaged as they are.
 
     Raises:
@@ -40,7 +31,7 @@ def read_log(folder: Path, names: tuple[str, str], owner: int) -> dict[str, byte
         StoreError: changes are missing that were acknowledged, or a segment cannot be read.
     """
     try:
-        segments = [_read(folder / name) for name in names]
+        segments = [_read(folder / name) for name in SEGMENTS]
         first, last = sorted(segments, key=_order)
         if not first.content.problem and first.content.sequence < last.content.base_sequence:
             # The earlier segment may have been read before its last writes, after which the later one was begun.

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from stepwell._admin.record_file import HEAD
@@ -26,9 +26,6 @@ WRITE_THROUGH: int = getattr(os, "RWF_DSYNC", 0)
 _GUESS_BYTES = 2048
 #: Buffers in one write.
 _MAX_BUFFERS = 512
-#: A larger write that is flushed is made in pieces of this many bytes, each flushed: a small write to another file waits
-#: at the disk for one of them at most.
-_PIECE_BYTES = 256 * 1024
 _NO_HEAD = bytes(HEAD.size)
 
 
@@ -56,8 +53,6 @@ class Segment:
         self.size = size
         self.offsets: dict[str, int] = {}
         """Where each session's last record is."""
-        self.moved: set[str] = set()
-        """Sessions whose last record was here, until another log had a later one."""
         self.end = 0
         self.sequence = 0
         """Sequence number of the last write."""
@@ -88,7 +83,7 @@ class Segment:
         Raises:
             OSError: it could not be written; then this is to be done again before anything is appended.
         """
-        self.offsets, self.moved = {}, set()
+        self.offsets = {}
         self._generation, self.end = 0, self.size  # there is no room until this is done
         generation = secrets.randbits(63) + 1
         start = layout.lay_out((), generation, sequence, owner=self._owner)
@@ -198,15 +193,6 @@ class Segment:
     def _write(self, buffers: Sequence[Stored], at: int, size: int) -> None:
         if len(buffers) > _MAX_BUFFERS:
             buffers = [b"".join(buffers)]
-        if not self._flush or size <= _PIECE_BYTES:
-            self._write_piece(buffers, at, size)
-            return
-        for piece in _pieces(buffers):
-            piece_size = sum(map(len, piece))
-            self._write_piece(piece, at, piece_size)
-            at += piece_size
-
-    def _write_piece(self, buffers: Sequence[Stored], at: int, size: int) -> None:
         written = os.pwritev(self._file, buffers, at, self._flags)
         if written < size:
             data = memoryview(b"".join(buffers))
@@ -220,20 +206,3 @@ class Segment:
             # should this fail as well, a change that was reported as failed may be found later
             with contextlib.suppress(OSError):
                 os.pwrite(self._file, _NO_HEAD, at)
-
-
-def _pieces(buffers: Iterable[Stored]) -> Iterator[list[Stored]]:
-    """The same bytes, in pieces of at most `_PIECE_BYTES`."""
-    piece: list[Stored] = []
-    room = _PIECE_BYTES
-    for buffer in buffers:
-        left = memoryview(buffer)
-        while left:
-            piece.append(left[:room])
-            room -= len(piece[-1])
-            left = left[len(piece[-1]) :]
-            if not room:
-                yield piece
-                piece, room = [], _PIECE_BYTES
-    if piece:
-        yield piece
