@@ -132,10 +132,9 @@ async def test_what_comes_during_a_stall_is_kept_together(lasting: Lasting) -> N
         for answers in (first, *asked):
             assert kinds(await answers.all()) == ["Answer"]
         await asyncio.gather(*calls)
-        changes, *others = lasting.store.tried[so_far:]
-        assert (len(changes.puts), len(changes.counts)) == (40, 0), "which are written to the log"
-        assert sum(len(batch.puts) for batch in others) == 11
-        assert len(others) <= 2
+        batches = lasting.store.tried[so_far:]
+        assert sum(len(batch.puts) for batch in batches) == 51
+        assert len(batches) <= 3
 
 
 async def test_passes_wait_while_too_much_waits_for_the_store(
