@@ -35,7 +35,8 @@ from stepwell_server.reach import ReachError, require_closed
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
 from stepwell_server.rpc.fronts.choice import HOW, Choice, NoNativeFrontError, choose
-from stepwell_server.settings import Settings, SettingsError, cores
+from stepwell_server.settings import Settings, cores
+from stepwell_server.settings.fields import SettingsError
 
 if TYPE_CHECKING:
     from stepwell_server.store.base import Holder

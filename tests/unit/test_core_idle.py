@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.cli import serve
+from stepwell_server import settings
 from stepwell_server.core.idle import MAX_IDLE_MS, SLOTS, IdleLimits, IdleWatch
 from stepwell_server.core.sessions import Handles, SessionTable
 
@@ -219,4 +219,4 @@ def test_a_limit_of_its_own_and_that_of_the_server() -> None:
     assert IdleLimits(0.0).seconds_of(np.array([0, 5000])).tolist() == [math.inf, 5.0]
     asked = [limits.of_new(ms, is_named=named) for ms in (None, 0, 5000) for named in (False, True)]
     assert asked == [3_600_000, 0, 0, 0, 5000, 5000]
-    assert IdleLimits(0.0, 1e300).of_new(None, is_named=False) == MAX_IDLE_MS == serve.MAX_IDLE_S * 1000
+    assert IdleLimits(0.0, 1e300).of_new(None, is_named=False) == MAX_IDLE_MS == settings.MAX_IDLE_S * 1000

@@ -333,6 +333,21 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert document["store"] == {"kind": "disk"}
     assert document["versions"]["grpcio"]
 
+    # the command line of serve is one of doctor too, and wins
+    options = [
+        f"--data-dir={tmp_path / 'other'}",
+        "--max-batch-rows=7",
+        "--trust-causality=a",
+        "a=x.stepwell",
+    ]
+    assert (
+        json.loads(run(main, ["doctor", "--json", *options]).stdout)["data_dir"]["path"]
+        == f"{tmp_path}/other"
+    )
+    result = run(main, ["doctor", "--max-batch-rows=0"])
+    assert result.exit_code == 1
+    assert "wrong: Invalid value for '--max-batch-rows': must be a whole number from 1" in result.stdout
+
     config.write_text("lisen = 5")
     result = run(main, ["doctor"])
     assert result.exit_code == 1

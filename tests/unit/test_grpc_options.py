@@ -10,9 +10,9 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined,unused-ignore]
 
 from stepwell._transport import channel
 from stepwell.config import ClientConfig
-from stepwell_server.cli.serve import MOST_OF_GRPC
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.rpc.fronts import python
+from stepwell_server.settings.formats import MAX_INT32
 
 SERVER = python._options(FrontLimits(1, age_s=1.0))
 CLIENT = [
@@ -29,5 +29,5 @@ def test_grpc_knows_the_option(name: str) -> None:
 
 
 def test_the_largest_that_a_setting_may_be_fits_an_option() -> None:
-    most = FrontLimits(MOST_OF_GRPC, streams=MOST_OF_GRPC, age_s=1e308, age_grace_s=1e308)
-    assert max(value for _, value in python._options(most)) == MOST_OF_GRPC == 2**31 - 1
+    most = FrontLimits(MAX_INT32, streams=MAX_INT32, age_s=1e308, age_grace_s=1e308)
+    assert max(value for _, value in python._options(most)) == MAX_INT32 == 2**31 - 1

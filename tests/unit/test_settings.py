@@ -1,12 +1,11 @@
 """Settings from options and variables, and the message for each that cannot be used."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Any
 from unittest import mock
 
 import click
@@ -15,9 +14,12 @@ from click.testing import CliRunner
 
 from stepwell.cli import main
 from stepwell_server.addresses import Address, UnixAddress
-from stepwell_server.cli.serve import serve, settings_of
+from stepwell_server.cli.options import config_option, given, setting_options
+from stepwell_server.cli.serve import SETTINGS, serve, settings_from
 from stepwell_server.core.version_policy import VersionPolicy
-from stepwell_server.settings import Settings, SettingsError
+from stepwell_server.settings import Settings, sources
+from stepwell_server.settings.fields import SettingsError, settings_of
+from stepwell_server.settings.formats import MODEL_NAME, SECONDS, Several
 from stepwell_server.store.valkey.connection.url import Login, StoreUrl, Tls
 
 
@@ -25,7 +27,7 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
     """What `stepwell serve` would start with."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("STEPWELL_")}
     with mock.patch.dict(os.environ, clean | dict(environment), clear=True):
-        settings = settings_of(serve.make_context("serve", list(arguments)))
+        settings = settings_from(given(serve.make_context("serve", list(arguments)), SETTINGS))
         settings.require_models()
         return settings
 
@@ -79,12 +81,11 @@ def test_the_files_of_tls_go_together(model: str) -> None:
     settings = read_settings([model, "--tls-cert", "c"], {"STEPWELL_TLS_KEY": "k"})
     assert (settings.tls_cert, settings.tls_key, settings.tls_client_ca) == (Path("c"), Path("k"), None)
     for arguments, message in (
-        (["--tls-cert", "c"], "--tls-key: must be given with --tls-cert"),
-        (["--tls-key", "k"], "--tls-cert: must be given with --tls-key"),
-        (["--tls-client-ca", "a"], "--tls-cert: must be given with --tls-client-ca"),
+        (["--tls-cert", "c"], "--tls-cert: must be given with --tls-key"),
+        (["--tls-key", "k"], "--tls-key: must be given with --tls-cert"),
+        (["--tls-client-ca", "a"], "--tls-client-ca: must be given with --tls-cert"),
     ):
-        with pytest.raises(SettingsError, match=message):
-            read_settings([model, *arguments], {})
+        assert refused([model, *arguments], {}) == message
 
 
 def test_what_is_said_of_callers_goes_together(model: str) -> None:
@@ -101,22 +102,16 @@ def test_what_is_said_of_callers_goes_together(model: str) -> None:
     assert (named.auth_jwt_tenant_claim, named.auth_jwt_role_claim) == ("org", "may")
     for arguments, message in (
         (["--auth-certificates", "c"], "--auth-certificates: must be given with --tls-client-ca"),
-        (jwks[:4], "--auth-jwt-issuer: must be given with --auth-jwks"),
-        ([*jwks[:2], *jwks[4:]], "--auth-jwt-audience: must be given with --auth-jwks"),
-        ([*jwks[:2], "--auth-jwt-audience", "", *jwks[4:]], "--auth-jwt-audience: must be given"),
-        (jwks[2:4], "--auth-jwt-audience: must be given with --auth-jwks, the keys"),
-        (
-            ["--auth-jwt-tenant-claim", "org"],
-            "--auth-jwt-tenant-claim: must be given with --auth-jwks, .* 'org'",
-        ),
-        (["--auth-jwt-role-claim", "may"], "--auth-jwt-role-claim: must be given with --auth-jwks, .* 'may'"),
-        (
-            [*jwks, "--auth-jwt-role-claim", ""],
-            "--auth-jwt-role-claim: must be the name of a claim; it is empty",
-        ),
+        (jwks[:4], "--auth-jwks: must be given with --auth-jwt-issuer: what others signed"),
+        ([*jwks[:2], *jwks[4:]], "--auth-jwks: must be given with --auth-jwt-audience: what others"),
+        ([*jwks[:2], "--auth-jwt-audience", "", *jwks[4:]], "must be given with --auth-jwt-audience"),
+        (jwks[2:4], "--auth-jwt-audience: must be given with --auth-jwks, the keys that sign"),
+        (["--auth-jwt-audience", ""], "--auth-jwt-audience: must be given with --auth-jwks"),
+        (["--auth-jwt-tenant-claim", "org"], "--auth-jwt-tenant-claim: must be given with --auth-jwks"),
+        (["--auth-jwt-role-claim", "may"], "--auth-jwt-role-claim: must be given with --auth-jwks"),
+        ([*jwks, "--auth-jwt-role-claim", ""], "must be the name of a claim; got ''"),
     ):
-        with pytest.raises(SettingsError, match=message):
-            read_settings([model, *arguments], {})
+        assert message in refused([model, *arguments], {})
 
 
 def test_models_may_stand_between_options_and_have_commas(model: str) -> None:
@@ -207,8 +202,8 @@ def test_a_folder_of_models(model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--watch-models"], "--watch-models: must be given with --models, the folder that it is about"),
-        (["--version-policy", "all"], "--version-policy: must be given with --models, the folder that"),
+        (["--watch-models"], "--watch-models: must be given with --models-dir, the folder that it is about"),
+        (["--version-policy", "all"], "--version-policy: must be given with --models-dir, the folder that"),
         (["--sessions", "migrate"], "--sessions: with migrate the function must be given by --migration"),
         (["--models", "/nowhere"], "--models: must be a folder; /nowhere does not exist"),
         (["--models", __file__], f"--models: must be a folder; {__file__} is a file"),
@@ -250,18 +245,18 @@ def test_resident_rows_are_of_each_model_or_of_the_one_that_is_named(model: str)
     ("option", "value", "rule"),
     [
         ("probe-steps", "forecast", "must be NAME=N; got"),
-        ("probe-steps", "forecast=0", "'forecast=0': 0 is not in the range 1<=x<=100000"),
-        ("probe-steps", "forecast=1e3", "'forecast=1e3': '1e3' is not a valid integer range"),
+        ("probe-steps", "forecast=0", "must be NAME=N with a whole number from 1 to 100000; got"),
+        ("probe-steps", "forecast=1e3", "must be NAME=N with a whole number from 1 to 100000; got"),
         ("trust-causality", "a/b", "the name of a model"),
         ("check-with", "forecast=gone.npy", "an .npy or .npz file that exists"),
         ("check-with", "forecast", "must be NAME=FILE.npy; got"),
         ("version-policy", "newest", "must be POLICY or NAME=POLICY with 'latest N' (the N highest"),
         ("version-policy", "forecast=latest 0", "must be POLICY or NAME=POLICY with 'latest N'"),
         ("version-policy", "a/b=all", "must be POLICY or NAME=POLICY with a name of 1 to 128"),
-        ("sessions", "drop", "is not one of 'keep', 'carry', 'migrate', 'reset'"),
+        ("sessions", "drop", "must be one of keep, carry, migrate, reset; got"),
         ("migration", "widen", "must be NAME=MODULE:FUNCTION; got"),
-        ("migration", "widen=a.b", "must be MODULE:FUNCTION; got 'a.b'"),
-        ("migration", "widen=a-b:c", "must be MODULE:FUNCTION; got 'a-b:c'"),
+        ("migration", "widen=a.b", "with a module and a function as MODULE:FUNCTION; got"),
+        ("migration", "widen=a-b:c", "with a module and a function as MODULE:FUNCTION; got"),
         ("migration", "a/b=c:d", "must be NAME=MODULE:FUNCTION with a name of 1 to 128"),
         ("listen", "50051", "HOST:PORT"),
         ("listen", "localhost:70000", "0 to 65535"),
@@ -273,9 +268,9 @@ def test_resident_rows_are_of_each_model_or_of_the_one_that_is_named(model: str)
         ("listen", "unix:/" + 107 * "x", "of at most 107 bytes"),
         ("metrics-listen", "localhost:http", "HOST:PORT"),
         ("metrics-listen", "unix:/path", "65535, or off"),
-        ("max-batch-rows", "0", "not in the range 1<=x"),
-        ("max-batch-rows", "ten", "not a valid integer"),
-        ("max-batch-rows", "9" * 30, "not in the range"),
+        ("max-batch-rows", "0", "must be a whole number from 1 to 1000000000000000000; got"),
+        ("max-batch-rows", "ten", "must be a whole number from 1 to"),
+        ("max-batch-rows", "9" * 30, "must be a whole number from 1 to"),
         ("resident-rows", "-1", "must be N or NAME=N with a whole number from 1 to"),
         ("resident-rows", "forecast=0", "with a whole number from 1 to"),
         ("resident-rows", "a/b=1", "must be N or NAME=N with a name of 1 to 128 letters"),
@@ -290,21 +285,22 @@ def test_resident_rows_are_of_each_model_or_of_the_one_that_is_named(model: str)
         ("max-model-bytes", "1.5", "a whole number of bytes"),
         ("max-model-bytes", "9" * 400 + "TiB", "a whole number of bytes"),
         ("compile-timeout-s", "-1", "a number of seconds"),
-        ("compute-threads", "1.5", "not a valid integer"),
+        ("compute-threads", "1.5", "must be a whole number from 1 to 4096; got"),
         ("store", "redis", "must be disk, memory, or the URL of a Valkey, valkey://HOST/0 say; got 'redis'"),
-        ("durability", "none", "is not one of 'sync', 'async'"),
-        ("log-level", "loud", "is not one of 'debug'"),
-        ("log-format", "xml", "is not one of 'text', 'json'"),
+        ("durability", "none", "must be one of sync, async; got"),
+        ("log-level", "loud", "must be one of debug, info"),
+        ("log-format", "xml", "must be one of text, json; got"),
         ("import", "not a module", "the name of a module"),
         ("max-message-bytes", "5", "1024 to 2147483647"),
         ("max-message-bytes", "2GiB", "a whole number of bytes, 1024 to 2147483647"),
-        ("max-calls-per-connection", "4294967296", "not in the range 1<=x<=2147483647"),
-        ("max-connections", "0", "not in the range 1<=x"),
-        ("max-calls-per-connection", "none", "not a valid integer"),
+        ("max-calls-per-connection", "4294967296", "must be a whole number from 1 to 2147483647; got"),
+        ("max-connections", "0", "must be a whole number from 1 to"),
+        ("max-calls-per-connection", "none", "must be a whole number from 1 to"),
         ("max-held-bytes", "1000", "1024 or more"),
         ("trace-sample", "nan", "a number from 0 to 1"),
         ("trace-sample", "1.01", "a number from 0 to 1"),
         ("trace-sample", "few", "a number from 0 to 1"),
+        ("trace-sample", "1e", "a number from 0 to 1"),
     ],
 )
 def test_a_value_that_cannot_be_read_is_named_with_its_origin(
@@ -321,6 +317,57 @@ def test_a_value_that_cannot_be_read_is_named_with_its_origin(
         assert value in message
 
 
+def test_a_variable_of_a_flag_is_true_or_false(model: str) -> None:
+    for text, expected in (("1", True), ("YES", True), ("off", False), ("", True)):
+        environment = {"STEPWELL_WAIT_FOR_MODELS": text}
+        assert read_settings([model], environment).wait_for_models is expected
+        assert not read_settings([model, "--no-wait-for-models"], environment).wait_for_models
+    assert refused([model], {"STEPWELL_INSECURE_LISTEN": "maybe"}) == (
+        "Invalid value for STEPWELL_INSECURE_LISTEN: must be true or false; got 'maybe'"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MoreSettings(Settings):
+    retry_limit_s: Annotated[float, SECONDS, "Time for retries."] = 90.0
+    blocked: Annotated[Sequence[str], Several(MODEL_NAME), "Model that is refused."] = ()
+
+
+def test_a_new_field_is_a_setting_everywhere(tmp_path: Path) -> None:
+    settings = settings_of(MoreSettings)
+
+    @click.command
+    @setting_options(settings)
+    @config_option
+    @click.pass_context
+    def command(ctx: click.Context, /, **_values: Any) -> None:
+        found = given(ctx, settings)
+        more = MoreSettings(**{name: each.value for name, each in found.items()})
+        click.echo(sources.show(more, found))
+
+    def shown(*arguments: str, **environment: str) -> list[str]:
+        result = CliRunner().invoke(command, ["--store", "memory", *arguments], env=environment)
+        assert result.exit_code == 0, result.output
+        return [line for line in result.output.splitlines() if line.startswith(("retry-limit-s", "blocked"))]
+
+    file = tmp_path / "stepwell.toml"
+    file.write_text("retry-limit-s = '2m'\nblocked = ['a']\n")
+    assert shown() == ["retry-limit-s = 90  # default", "blocked = []  # default"]
+    assert shown("--config", str(file)) == [f"retry-limit-s = 120  # {file}", f'blocked = ["a"]  # {file}']
+    variables = {"STEPWELL_RETRY_LIMIT_S": "1.5", "STEPWELL_BLOCKED": "b, c"}
+    assert shown("--config", str(file), **variables) == [
+        "retry-limit-s = 1.5  # STEPWELL_RETRY_LIMIT_S",
+        'blocked = ["b", "c"]  # STEPWELL_BLOCKED',
+    ]
+    assert shown("--retry-limit-s", "1h", "--blocked=d", "--blocked=e", **variables) == [
+        "retry-limit-s = 3600  # command line",
+        'blocked = ["d", "e"]  # command line',
+    ]
+    text = re.sub(r"\s+", " ", CliRunner().invoke(command, ["--help"]).output)
+    assert "--retry-limit-s TIME Time for retries. Default: 90. [env var: STEPWELL_RETRY_LIMIT_S]" in text
+    assert "--blocked NAME Model that is refused. May be given again. [env var: STEPWELL_BLOCKED]" in text
+
+
 def test_a_password_in_what_should_be_the_url_of_a_store_is_not_shown(model: str) -> None:
     for text in ("valkey//u:s3cret@h/0", "valkey://u:s3cret/x@h/0", "valkey://u:s3cret?x=1@h/0"):
         assert "s3c" not in refused([model, f"--store={text}"], {})
@@ -334,10 +381,10 @@ def test_a_password_in_what_should_be_the_url_of_a_store_is_not_shown(model: str
         (["=x.keras"], r"a name of 1 to 128 letters"),
         (["a@0=x.keras"], r"must be NAME=PATH with a name .*, or NAME@VERSION with a whole number from 1 to"),
         (["a:b=x.keras"], r"or NAME@VERSION with a whole number from 1 to 9223372036854775807"),
-        (["a@2=x.keras", "a@2=y.keras"], r"different names; got 'a@2' twice"),
+        (["a@2=x.keras", "a@2=y.keras"], r"must be given once for each name; got it twice for 'a@2'"),
         (["a b=x.keras"], r"a name of 1 to 128 letters.*got 'a b=x.keras'"),
         (["a" * 129 + "=x.keras"], r"a name of 1 to 128 letters"),
-        (["a=x.keras", "a=y.keras"], r"different names; got 'a' twice"),
+        (["a=x.keras", "a=y.keras"], r"must be given once for each name; got it twice for 'a'"),
         (
             ["a=/nowhere/x.keras"],
             r"model a: PATH must be a .keras or .stepwell file; /nowhere/x.keras does not exist",
@@ -435,7 +482,7 @@ def test_a_home_that_is_not_there_is_refused(model: str, monkeypatch: pytest.Mon
         refused([model, "--data-dir", "~/x", "--cache-dir", "/c"], {}),
     )
     assert re.search(
-        r"m.keras': must be a path that can be found: ~nobody_here has no home",
+        r"with a path that can be found: ~nobody_here has no home here; got 'm=~nobody_here/m.keras'",
         refused(["m=~nobody_here/m.keras"], {}),
     )
 
@@ -472,8 +519,8 @@ def test_help_explains_every_option_and_names_its_variable() -> None:
         if field.name != "models":
             assert isinstance(option, click.Option)
             assert re.search(rf"{option.opts[0]}[, ].*[.)] \[env var: {option.envvar}[];]", text), field.name
-    assert "at most. Default: 64MiB. [env var: STEPWELL_MAX_MESSAGE_BYTES]" in text
-    assert "is queued. Default: 30. [env var: STEPWELL_DRAIN_TIMEOUT_S]" in text
+    assert "or reply. Default: 64MiB. [env var: STEPWELL_MAX_MESSAGE_BYTES]" in text
+    assert "queued work. Default: 30. [env var: STEPWELL_DRAIN_TIMEOUT_S]" in text
 
 
 def test_times_and_sizes_have_units(model: str) -> None:

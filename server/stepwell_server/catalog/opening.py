@@ -17,7 +17,6 @@ from stepwell_server.catalog.files.programs import load_program
 from stepwell_server.catalog.interfaces import Compile, Compiled, Engine, Observer, Quotas
 from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.compile.host.compiler import WarmCompiler
-from stepwell_server.compile.host.limits import Limits
 from stepwell_server.logs import Log
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.program import Program, ProofOptions
@@ -27,6 +26,7 @@ from stepwell_server.reach import beyond_loopback
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.compile.comparison import Comparison
+    from stepwell_server.compile.host.limits import Limits
     from stepwell_server.settings import Settings
 
 _IDLE_CHECK_INTERVAL_S = 30.0
@@ -35,9 +35,7 @@ _log = Log("app")
 
 def compiler_of(settings: Settings, clock: Clock) -> WarmCompiler:
     """What compiles the models of a server, at its start and while it runs. Starts no process yet."""
-    memory, seconds = settings.max_compile_memory_bytes, settings.compile_timeout_s
-    limits = Limits(settings.max_model_bytes, memory, seconds)
-    return WarmCompiler(settings.cache_dir, settings.imports, limits, clock)
+    return WarmCompiler(settings.cache_dir, settings.imports, settings.compile_limits, clock)
 
 
 async def end_idle(compiler: WarmCompiler) -> None:

@@ -21,11 +21,12 @@ from stepwell_server.cli.compiling import (
     proof_json,
     proof_lines,
 )
-from stepwell_server.cli.values import PathOf
+from stepwell_server.cli.options import Written
 from stepwell_server.compile.comparison import Comparison, Difference
 from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.program import Program
-from stepwell_server.settings import SettingsError
+from stepwell_server.settings.fields import SettingsError
+from stepwell_server.settings.formats import FILE
 
 #: Lines at most for the time steps of one output.
 _RANGES = 16
@@ -93,11 +94,11 @@ class Verdict(enum.Enum):
         ),
     ),
 )
-@click.argument("model", metavar="MODEL", type=PathOf("file"))
+@click.argument("model", metavar="MODEL", type=Written(FILE))
 @click.option(
     "--data",
     metavar="FILE.npy",
-    type=PathOf("file"),
+    type=Written(FILE),
     help="Your own sequences, (batch, T, features) or (T, features); an .npz with one array for each input of a model "
     "that has several. Default: the hard sequences of the proof.",
 )

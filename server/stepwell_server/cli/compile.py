@@ -20,10 +20,11 @@ from stepwell_server.cli.compiling import (
     proof_json,
     proof_lines,
 )
-from stepwell_server.cli.values import PathOf
+from stepwell_server.cli.options import Written
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.program import Program
-from stepwell_server.settings import SettingsError
+from stepwell_server.settings.fields import SettingsError
+from stepwell_server.settings.formats import FILE
 
 
 @click.command(
@@ -55,12 +56,12 @@ from stepwell_server.settings import SettingsError
         ),
     ),
 )
-@click.argument("model", metavar="MODEL.keras", type=PathOf("file"))
+@click.argument("model", metavar="MODEL.keras", type=Written(FILE))
 @click.option(
     "-o",
     "--output",
     metavar="FILE.stepwell",
-    type=PathOf("file"),
+    type=Written(FILE),
     help="File to write, or to replace. Default: the model's name with .stepwell, in this folder.",
 )
 @compile_options

@@ -6,21 +6,25 @@ import contextlib
 import dataclasses
 import functools
 import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import click
 
-from stepwell.cli._types import Duration, Size
-from stepwell_server.cli.setting import setting
-from stepwell_server.cli.values import ModuleName, PathOf
+from stepwell_server.cli.options import Written, given, setting_options
 from stepwell_server.compile.host.compiler import WarmCompiler
-from stepwell_server.compile.host.limits import Limits
 from stepwell_server.program import Program, ProofOptions
-from stepwell_server.settings import default_cache_dir
+from stepwell_server.settings import Settings
+from stepwell_server.settings.fields import settings_of
+from stepwell_server.settings.formats import MODULE
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+_SETTINGS = [
+    each
+    for each in settings_of(Settings)
+    if each.field in {"cache_dir", "max_model_bytes", "max_compile_memory_bytes", "compile_timeout_s"}
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,25 +33,17 @@ class Compiling:
 
     imports: tuple[str, ...]
     proof: ProofOptions
-    limits: Limits
-    given_cache_dir: Path | None
-
-    @property
-    def cache_dir(self) -> Path:
-        """The folder for compiled models.
-
-        Raises:
-            SettingsError: none is given, and there is no home.
-        """
-        return self.given_cache_dir or default_cache_dir()
+    given: Mapping[str, Any]
+    """The settings that are given."""
 
     def compiler(self) -> WarmCompiler:
-        """What compiles it; a context manager, at whose end no process is left.
+        """Return what compiles it, as a server does: a context manager, at whose end no process is left.
 
         Raises:
-            SettingsError: no cache is given, and there is no home.
+            SettingsError: no cache folder is given, and there is no home.
         """
-        return WarmCompiler(self.cache_dir, self.imports, self.limits)
+        settings = Settings(imports=self.imports, store="memory", **self.given)
+        return WarmCompiler(settings.cache_dir, settings.imports, settings.compile_limits)
 
 
 def compile_options(function: Function) -> Function:
@@ -59,22 +55,13 @@ def compile_options(function: Function) -> Function:
         imports: tuple[str, ...],
         probe_steps: int | None,
         trust_causality: bool,
-        cache_dir: Path | None,
-        max_model_bytes: int | None,
-        max_compile_memory_bytes: int | None,
-        compile_timeout_s: float | None,
         **options: Any,
     ) -> Any:
-        given: dict[str, Any] = {
-            "model_bytes": max_model_bytes,
-            "memory_bytes": max_compile_memory_bytes,
-            "timeout_s": compile_timeout_s,
-        }
-        limits = dataclasses.replace(
-            Limits(), **{name: value for name, value in given.items() if value is not None}
-        )
+        found = {name: each.value for name, each in given(click.get_current_context(), _SETTINGS).items()}
+        for setting in _SETTINGS:
+            del options[setting.field]
         proof = ProofOptions(probe_steps, trust_causality)
-        return function(*args, compiling=Compiling(imports, proof, limits, cache_dir), **options)
+        return function(*args, compiling=Compiling(imports, proof, found), **options)
 
     added = [
         click.option(
@@ -82,7 +69,7 @@ def compile_options(function: Function) -> Function:
             "imports",
             metavar="MODULE",
             multiple=True,
-            type=ModuleName(),
+            type=Written(MODULE),
             help="Module to import first, for the model's own layers and functions. May be given again.",
         ),
         click.option(
@@ -96,27 +83,7 @@ def compile_options(function: Function) -> Function:
             is_flag=True,
             help="Go on where the graph does not prove that the model may be stepped.",
         ),
-        setting(
-            "--cache-dir", metavar="DIR", type=PathOf("dir"), help="Folder for compiled models, as of serve."
-        ),
-        setting(
-            "--max-model-bytes",
-            metavar="SIZE",
-            type=Size(1),
-            help="What the file may hold when it is unpacked; a larger one is refused.",
-        ),
-        setting(
-            "--max-compile-memory-bytes",
-            metavar="SIZE",
-            type=Size(1),
-            help="Memory that compiling may take. Default: three quarters of what there is. Linux only.",
-        ),
-        setting(
-            "--compile-timeout-s",
-            metavar="TIME",
-            type=Duration(),
-            help="Time that compiling may take; 0 means as long as it takes.",
-        ),
+        setting_options(_SETTINGS),
     ]
     for option in reversed(added):
         option(with_compiling)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,11 +12,12 @@ from stepwell.cli._help import Command
 from stepwell.cli._target import json_option
 from stepwell.cli.bench.cpu import listening_pid
 from stepwell_server import program_file
-from stepwell_server.cli.serve import serve, settings_of
-from stepwell_server.cli.values import PathOf
+from stepwell_server.cli.options import config_option, given, setting_options
+from stepwell_server.cli.serve import SETTINGS, settings_from
 from stepwell_server.clock import SystemClock
 from stepwell_server.doctor import Examination, Finding
-from stepwell_server.settings import Settings, SettingsError
+from stepwell_server.settings import Settings
+from stepwell_server.settings.fields import SettingsError
 
 
 @click.command(
@@ -25,6 +26,7 @@ from stepwell_server.settings import Settings, SettingsError
     examples=(
         "stepwell doctor",
         "stepwell doctor --config stepwell.toml",
+        "stepwell doctor forecast=model.keras --data-dir /var/lib/stepwell",
         "stepwell doctor --store valkey://db.example/0",
         "stepwell doctor --json | jq -r '.wrong[].what'",
     ),
@@ -55,37 +57,21 @@ from stepwell_server.settings import Settings, SettingsError
     ),
     exit_codes=(("0", "nothing is wrong"), ("1", "something is"), ("2", "the command line is wrong")),
 )
-@click.option(
-    "--config",
-    metavar="FILE",
-    type=PathOf("file"),
-    help="Config file of the server that is meant. Its settings come from the variables of serve, too.",
-)
-@click.option(
-    "--store",
-    metavar="URL",
-    help="A store that servers share, as their --store has it, in place of the one that the settings name.",
-)
-@click.option(
-    "--durability",
-    type=click.Choice(["sync", "async"]),
-    help="That of the servers, as it decides what the store must be like. Default: that of the settings.",
-)
+@setting_options(SETTINGS, hidden=True)
+@config_option
 @json_option
 @click.pass_context
-def doctor(
-    ctx: click.Context, /, config: Path | None, store: str | None, durability: str | None, as_json: bool
-) -> None:
+def doctor(ctx: click.Context, /, as_json: bool, **_values: Any) -> None:
     """Look at this machine as a server would meet it: versions, limits, folders, disk, ports, clock; and its settings.
+
+    It takes the arguments of 'stepwell serve' and all its options, which 'stepwell serve --help' lists, its variables and
+    its config file.
 
     Says what is wrong and the way on, then what would be better. Nothing is changed, and a server that runs is not
     disturbed: its folder and ports are said to be in use, which is not wrong. Without the packages of a server only
     what concerns clients is looked at.
     """
-    given = [("--config", config), ("--store", store), ("--durability", durability)]
-    settings, problem = read_settings(
-        [text for name, value in given if value is not None for text in (name, str(value))]
-    )
+    settings, problem = read_settings(ctx)
     missing = _of_server.missing_packages("serve")
     uncompiled = [] if missing else _of_server.missing_packages("server")
     found = Examination(settings, SystemClock(), serves=not missing, listening=listening_pid)
@@ -113,14 +99,11 @@ def doctor(
     ctx.exit(1 if wrong else 0)
 
 
-def read_settings(arguments: list[str]) -> tuple[Settings, str]:
-    """The settings of the server that is meant, or the default ones and why they cannot be read."""
+def read_settings(ctx: click.Context) -> tuple[Settings, str]:
+    """Return the settings that are given, or the default ones and why those that are given cannot be used."""
     try:
-        with serve.make_context("serve", arguments) as context:
-            return settings_of(context), ""
-    except click.UsageError as error:
-        return default_settings(), error.format_message()
-    except SettingsError as error:
+        return settings_from(given(ctx, SETTINGS)), ""
+    except (click.UsageError, SettingsError) as error:
         return default_settings(), str(error)
 
 

@@ -17,14 +17,15 @@ from stepwell.cli import _render
 from stepwell.cli._errors import Failure
 from stepwell.cli._help import Command, Group
 from stepwell.cli._target import json_option
-from stepwell.cli._types import Size
-from stepwell_server.cli.values import PathOf, StoreFolder, StorePlace
+from stepwell_server.cli.options import Written
 from stepwell_server.clock import SystemClock
+from stepwell_server.settings.formats import FILE, FOLDER, parse_path, size
+from stepwell_server.store.valkey.connection.url import StoreUrl, UrlError, is_store_url
+from stepwell_server.store.valkey.connection.url import parse as parse_store_url
 
 if TYPE_CHECKING:
     from stepwell_server.store.checking import Examined
     from stepwell_server.store.encryption.keyring import Keyring
-    from stepwell_server.store.valkey.connection.url import StoreUrl
 
 #: Sessions that are named where there may be many.
 _NAMED = 5
@@ -32,19 +33,37 @@ _DONE = (
     ("0", "done"),
     ("2", "it cannot be done, and nothing is changed: what is given, a file, or a server that runs"),
 )
-_FILE = PathOf("file")
 
+
+def _parse_place(text: str) -> Path | StoreUrl:
+    """Read a path, or the URL of a store that several servers share."""
+    return parse_store_url(text) if is_store_url(text) else parse_path(text)
+
+
+def _parse_folder(text: str) -> Path:
+    """Read the folder of one server's store. The message does not repeat a URL, which may have a password."""
+    if is_store_url(text):
+        raise UrlError(
+            "must be the data directory of one server; got the URL of a store that servers share: docs/valkey.md says "
+            "what is done with those"
+        )
+    return parse_path(text)
+
+
+_PLACE = Written(dataclasses.replace(FOLDER, parse=_parse_place))
 key_file_option = click.option(
     "--encryption-key-file",
     "key_file",
     metavar="FILE",
-    type=_FILE,
+    type=Written(FILE),
     envvar="STEPWELL_ENCRYPTION_KEY_FILE",
     show_envvar=True,
     help="Keys of an encrypted store, as stepwell serve has them.",
 )
-data_dir_argument = click.argument("data_dir", metavar="DATA_DIR", type=StoreFolder("dir"))
-place_argument = click.argument("place", metavar="DATA_DIR|URL", type=StorePlace("dir"))
+data_dir_argument = click.argument(
+    "data_dir", metavar="DATA_DIR", type=Written(dataclasses.replace(FOLDER, parse=_parse_folder))
+)
+place_argument = click.argument("place", metavar="DATA_DIR|URL", type=_PLACE)
 
 
 @click.group(
@@ -97,7 +116,7 @@ def store() -> None:
         ("2", "it cannot be read at all, or a key is missing"),
     ),
 )
-@click.argument("path", metavar="PATH|URL", type=StorePlace("file"))
+@click.argument("path", metavar="PATH|URL", type=_PLACE)
 @key_file_option
 @json_option
 @click.pass_context
@@ -149,9 +168,12 @@ def verify(ctx: click.Context, path: Path | StoreUrl, key_file: Path | None, as_
     exit_codes=_DONE,
 )
 @place_argument
-@click.argument("file", metavar="FILE", type=_FILE)
+@click.argument("file", metavar="FILE", type=Written(FILE))
 @click.option(
-    "--max-rate", metavar="SIZE", type=Size(1), help="Bytes to write in a second at most. Default: no limit."
+    "--max-rate",
+    metavar="SIZE",
+    type=Written(size()),
+    help="Bytes to write in a second at most. Default: no limit.",
 )
 @json_option
 def backup(place: Path | StoreUrl, file: Path, max_rate: int | None, as_json: bool) -> None:
@@ -200,7 +222,7 @@ def backup(place: Path | StoreUrl, file: Path, max_rate: int | None, as_json: bo
     ),
     exit_codes=_DONE,
 )
-@click.argument("file", metavar="FILE", type=_FILE)
+@click.argument("file", metavar="FILE", type=Written(FILE))
 @place_argument
 @key_file_option
 @click.option(
@@ -245,7 +267,11 @@ def restore(file: Path, place: Path | StoreUrl, key_file: Path | None, moved: bo
     exit_codes=_DONE,
 )
 @click.option(
-    "--file", metavar="FILE", type=_FILE, required=True, help="The key file; it is made if it is not there."
+    "--file",
+    metavar="FILE",
+    type=Written(FILE),
+    required=True,
+    help="The key file; it is made if it is not there.",
 )
 @click.option("--id", "key_id", metavar="ID", help="What the key is called, for ever. Default: the date.")
 @click.option(

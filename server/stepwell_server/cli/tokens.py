@@ -11,11 +11,11 @@ from stepwell.cli import _render
 from stepwell.cli._errors import Failure
 from stepwell.cli._help import Group
 from stepwell.cli._target import json_option
-from stepwell.cli._types import Duration
 from stepwell_server.auth import token_file
 from stepwell_server.auth.tokens import NO_TENANT, Token, caller_of, digest_of, new_token, time_text
-from stepwell_server.cli.values import PathOf
+from stepwell_server.cli.options import Written
 from stepwell_server.core.callers import Role
+from stepwell_server.settings.formats import FILE, seconds
 
 TOKEN_KEYS = (
     ("id", "the beginning of the token's hash, by which one of several is revoked"),
@@ -46,7 +46,7 @@ def tokens() -> None:
 file_option = click.option(
     "--file",
     metavar="FILE",
-    type=PathOf("file"),
+    type=Written(FILE),
     envvar="STEPWELL_AUTH_TOKENS",
     show_envvar=True,
     required=True,
@@ -82,7 +82,7 @@ name_argument = click.argument("name", metavar="NAME")
 @click.option(
     "--expires-in",
     metavar="TIME",
-    type=Duration(1.0, LONGEST_S),
+    type=Written(seconds(1.0, LONGEST_S)),
     help="Time after which it is refused, as in 90d or 12h. Default: never.",
 )
 @file_option

@@ -1,0 +1,133 @@
+"""Settings as options of a command, and the formats of their values as types of click."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from stepwell.cli._types import ParamType
+from stepwell_server.settings import sources
+from stepwell_server.settings.fields import Setting, SettingsError
+from stepwell_server.settings.formats import FILE, FLAG, Format, Several, Table
+from stepwell_server.settings.sources import Given
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Unread(ParamType):
+    """A text of a format that is read later, with those of the other sources. Shells complete it.
+
+    Args:
+        form: The format.
+    """
+
+    def __init__(self, form: Format | Several) -> None:
+        self.name = form.form
+        self.of = form.of if isinstance(form, Several) else form
+        self.has_name = isinstance(form, Table)
+
+    def shell_complete(
+        self,
+        ctx: click.Context,  # noqa: ARG002 - click's signature
+        param: click.Parameter,  # noqa: ARG002
+        incomplete: str,
+    ) -> list[CompletionItem]:
+        """Leave paths to the shell, but not those after NAME=, which it may take for a part of the word."""
+        completes = self.of.completes
+        if not isinstance(completes, str):
+            return [CompletionItem(word) for word in completes if word.startswith(incomplete)]
+        name, equals, begun = incomplete.partition("=")
+        if not (self.has_name and equals):
+            return [CompletionItem(incomplete, type=completes)]
+        found = sorted(glob.glob(f"{glob.escape(begun)}*"))
+        return [CompletionItem(f"{name}={path}{'/' if os.path.isdir(path) else ''}") for path in found]
+
+
+class Written(Unread):
+    """A text of a format that is read at once, for options that are no settings."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it; what has been read already stays."""
+        try:
+            return self.of.read(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class SettingOption(click.Option):
+    """The option of a setting. `given` reads its variable, and not click: it reads the values that lose, too."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> None:
+        """Leave the variable to `given`."""
+
+
+config_option = click.option(
+    "--config",
+    metavar="FILE",
+    type=Written(FILE),
+    envvar="STEPWELL_CONFIG",
+    show_envvar=True,
+    help="TOML file with settings: the names of the options without the dashes before them, and a table models.",
+)
+
+
+def setting_options(settings: Sequence[Setting], *, hidden: bool = False) -> Callable[[Function], Function]:
+    """Add settings to a command as its options; one of them may be its argument.
+
+    Args:
+        settings: The settings.
+        hidden: The command's help does not list them: it names another command that does.
+    """
+
+    def add(function: Function) -> Function:
+        for setting in reversed(settings):
+            function = _parameter(setting, hidden)(function)
+        return function
+
+    return add
+
+
+def _parameter(setting: Setting, hidden: bool) -> Callable[[Function], Function]:
+    form = setting.format
+    attributes: dict[str, Any] = {"metavar": form.form, "multiple": form.repeats, "type": Unread(form)}
+    names = [setting.option, *filter(None, [setting.names.alias]), setting.field]
+    if setting.names.is_argument:
+        return click.argument(setting.field, nargs=-1, metavar=setting.hint, type=Unread(form))
+    if form is FLAG:
+        attributes = {"is_flag": True}
+        if setting.default is True:
+            names[0] = f"{setting.option}/--no-{setting.name}"
+    return click.option(
+        *names,
+        cls=SettingOption,
+        default=None,
+        envvar=setting.variable,
+        show_envvar=True,
+        hidden=hidden,
+        help=setting.full_help,
+        **attributes,
+    )
+
+
+def given(ctx: click.Context, settings: Sequence[Setting]) -> dict[str, Given]:
+    """Read the settings that are given to a command, in variables, and in the config file that `config_option` names.
+
+    Raises:
+        click.UsageError: one cannot be read, there is no such setting, or two of them exclude each other.
+    """
+    command_line = {each.field: texts for each in settings if (texts := _texts(ctx.params[each.field]))}
+    try:
+        return sources.read(settings, command_line, os.environ, ctx.params.get("config"))
+    except SettingsError as error:
+        raise click.UsageError(str(error), ctx) from None
+
+
+def _texts(value: bool | str | tuple[str, ...] | None) -> list[str]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, tuple) else [str(value)]

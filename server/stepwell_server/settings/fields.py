@@ -1,0 +1,128 @@
+"""A setting is one field of a class: its format, default and help. All its names come from the field's name."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any, Literal
+
+from stepwell_server.settings.formats import FLAG, Format, Several, choice
+
+PREFIX = "STEPWELL_"
+
+
+class SettingsError(Exception):
+    """Settings that cannot be used together, or at all. The message is one line and names the option."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Names:
+    """What a setting is called, where that does not come from the name of its field."""
+
+    name: str = ""
+    """In place of the field's name."""
+    alias: str = ""
+    """Another name of the option."""
+    is_argument: bool = False
+    """The command line has it without the name of an option."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Needs:
+    """A setting may only be given together with another one."""
+
+    field: str
+    """Of the other one."""
+    why: str = ""
+    """Stands after its option in a message."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting: how it is called and written, and what it means."""
+
+    field: str
+    """Of the class."""
+    name: str
+    """In the config file."""
+    format: Format | Several
+    default: object
+    """None: nothing is set, or it depends on the machine; the help says what holds then."""
+    help: str
+    names: Names
+    needs: tuple[Needs, ...]
+
+    @property
+    def option(self) -> str:
+        """The option of the command line."""
+        return f"--{self.name}"
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return PREFIX + self.name.replace("-", "_").upper()
+
+    @property
+    def hint(self) -> str:
+        """What messages call it if the command line has it."""
+        return f"{self.format.form}..." if self.names.is_argument else f"'{self.option}'"
+
+    @property
+    def default_text(self) -> str:
+        """The default as one would write it; empty if it is none, or if the format says it."""
+        if self.default in (None, ()) or self.format is FLAG:
+            return ""
+        return self.format.toml(self.default).strip('"')
+
+    @property
+    def full_help(self) -> str:
+        """What the setting means, and what the other fields say of it."""
+        needs = "".join(f" Needs {_option(each.field)}." for each in self.needs)
+        again = " May be given again." if self.format.repeats else ""
+        return self.help + needs + again + (f" Default: {self.default_text}." if self.default_text else "")
+
+    def check_needs(self, settings: object) -> None:
+        """Check that what it needs is given, if it is given.
+
+        Raises:
+            SettingsError: it is not.
+        """
+        value = getattr(settings, self.field)
+        for each in self.needs:
+            if value not in (self.default, {}) and not getattr(settings, each.field):
+                raise SettingsError(f"{self.option}: must be given with {_option(each.field)}{each.why}")
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+def settings_of(cls: type) -> tuple[Setting, ...]:
+    """Return the settings of a dataclass, in its order.
+
+    The annotation of a field has the type, the format, the help and perhaps `Names` and `Needs`: `Annotated[int, COUNT, "Threads."]`.
+    A bool and a Literal need no format.
+    """
+    return tuple(map(_setting_of, dataclasses.fields(cls)))
+
+
+def _setting_of(field: dataclasses.Field[Any]) -> Setting:
+    annotation, *about = typing.get_args(field.type)
+    names = next((item for item in about if isinstance(item, Names)), Names())
+    default = None if field.default is dataclasses.MISSING else field.default
+    return Setting(
+        field.name,
+        names.name or _option(field.name).removeprefix("--"),
+        next((item for item in about if isinstance(item, Format | Several)), None) or _format_of(annotation),
+        default,
+        next(item for item in about if isinstance(item, str)),
+        names,
+        tuple(item for item in about if isinstance(item, Needs)),
+    )
+
+
+def _format_of(annotation: Any) -> Format:
+    if annotation is bool:
+        return FLAG
+    assert typing.get_origin(annotation) is Literal
+    return choice(*typing.get_args(annotation))

@@ -1,0 +1,386 @@
+"""How values of settings are written: on the command line, in environment variables and in the config file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from stepwell._base.units import MAX_BYTES, parse_bytes, parse_seconds, size_text
+from stepwell_server.addresses import Address, UnixAddress
+from stepwell_server.core.model_names import NAME_RULE, VERSION_RULE, is_name, parse_reference
+from stepwell_server.core.version_policy import POLICY_RULE, VersionPolicy
+from stepwell_server.store.valkey.connection.url import StoreUrl, UrlError
+from stepwell_server.store.valkey.connection.url import parse as parse_store_url
+
+MAX_COUNT = 10**18
+MAX_INT32 = 2**31 - 1
+"""The largest number of bytes in a message of protobuf, and the largest value of an option of gRPC."""
+_MAX_SOCKET_PATH_BYTES = 107
+"""Of Linux."""
+Types = tuple[type, ...]
+_TEXT: Types = (str,)
+_NUMBER: Types = (int, float, str)
+_FLAG: Types = (bool,)
+_KINDS = {
+    _TEXT: "a string that is not empty",
+    _NUMBER: "a number or string that is not empty",
+    _FLAG: "true or false",
+}
+"""What a value of the config file must be, by the types that it may have."""
+_FLAGS = dict.fromkeys(("1", "true", "t", "yes", "y", "on"), True)
+_FLAGS |= dict.fromkeys(("0", "false", "f", "no", "n", "off"), False)
+_URL = re.compile(r"https?://[^\s/:@]+(:\d{1,5})?(/\S*)?|https?://\[[0-9a-fA-F:.]+\](:\d{1,5})?(/\S*)?")
+_NAMES = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
+_DOTTED, _FUNCTION = re.compile(_NAMES), re.compile(f"{_NAMES}:{_NAMES}")
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How one value is written."""
+
+    repeats: ClassVar[bool] = False
+    """The option may be given again."""
+
+    form: str
+    """What help calls a value."""
+    rule: str
+    """What a text must be: a message says "must be" before it."""
+    parse: Callable[[str], Any]
+    """Returns the value of a text. Raises ValueError, with the rule that is broken if it is not `rule`."""
+    write: Callable[[Any], str] = str
+    """Returns the text of a value."""
+    types: Types = _TEXT
+    """What a value may be in the config file."""
+    resolve: Callable[[str, Path], str] = lambda text, _folder: text
+    """Makes a relative path in a text absolute: it begins at the folder."""
+    completes: str | Sequence[str] = ()
+    """What shells complete: "file", "dir" or some words."""
+    separator: str = ","
+    """A pattern of what is between several values in one variable."""
+
+    def read(self, text: str) -> Any:
+        """Return the value of a text.
+
+        Raises:
+            ValueError: the text cannot be read. The message is "must be ...; got ...".
+        """
+        try:
+            return self.parse(text)
+        except UrlError:  # its message shows no password, which the text may have
+            raise
+        except ValueError as error:
+            raise ValueError(f"must be {str(error) or self.rule}; got {text!r}") from None
+
+    def read_all(self, texts: Sequence[str]) -> Any:
+        """Return the value of an option that is given with these texts: the last one counts.
+
+        Raises:
+            ValueError: as of `read`.
+        """
+        return self.read(texts[-1])
+
+    def split(self, text: str) -> list[str]:
+        """Return the texts in an environment variable."""
+        return [text]
+
+    def texts(self, value: object, folder: Path) -> list[str]:
+        """Return the texts of a value of a config file in a folder.
+
+        Raises:
+            ValueError: the value has another type. The message is "must be ...; got ...".
+        """
+        if type(value) not in self.types or value == "":
+            raise ValueError(f"must be {_KINDS[self.types]}; got {value!r}")
+        return [self.resolve(value if isinstance(value, str) else json.dumps(value), folder)]
+
+    def toml(self, value: Any) -> str:
+        """Return the value as the config file has it."""
+        text = self.write(value)
+        return quoted(text) if self.types is _TEXT or text.endswith("B") else text
+
+
+class Several:
+    """Values of one format: a list in the config file, with commas between them in a variable."""
+
+    repeats = True
+
+    def __init__(self, of: Format) -> None:
+        self.of = of
+        self.form = of.form
+
+    def read_all(self, texts: Sequence[str]) -> tuple[Any, ...]:
+        """Return all values."""
+        return tuple(map(self.of.read, texts))
+
+    def split(self, text: str) -> list[str]:
+        """Return the texts in an environment variable."""
+        return [item.strip() for item in re.split(self.of.separator, text)]
+
+    def texts(self, value: object, folder: Path) -> list[str]:
+        """Return the texts of a list."""
+        if not isinstance(value, list):
+            raise ValueError(f"must be a list; got {value!r}")
+        return [text for item in value for text in self.of.texts(item, folder)]
+
+    def toml(self, value: Any) -> str:
+        """Return a list."""
+        return f"[{', '.join(map(self.of.toml, value))}]"
+
+
+class Table(Several):
+    """NAME=VALUE for each of some names: a table in the config file.
+
+    Args:
+        of: The format of the values.
+        versions: NAME may be NAME@VERSION.
+        common: A VALUE without a name may be given, for all other names. It has the empty name.
+    """
+
+    def __init__(self, of: Format, *, versions: bool = False, common: bool = False) -> None:
+        super().__init__(of)
+        self.form = f"{of.form}|NAME={of.form}" if common else f"NAME={of.form}"
+        self._versions = versions
+        self._common = common
+
+    def read_all(self, texts: Sequence[str]) -> Any:
+        """Return the values by name."""
+        values: dict[str, Any] = {}
+        for text in texts:
+            try:
+                name, value = self._parse(text)
+            except ValueError as error:
+                form = self.form.replace("|", " or ")
+                raise ValueError(f"must be {form}{error}; got {text!r}") from None
+            if name in values:
+                whose = f"for {name!r}" if name else "for all models"
+                raise ValueError(f"must be given once for each name; got it twice {whose}")
+            values[name] = value
+        return values
+
+    def texts(self, value: object, folder: Path) -> list[str]:
+        """Return the texts of a table; or of a list, or of one value, if a name may be left out."""
+        if isinstance(value, dict):
+            return [f"{name}={text}" for name, item in value.items() for text in self.of.texts(item, folder)]
+        if not self._common:
+            raise ValueError(f"must be a table of names and values; got {value!r}")
+        return super().texts(value if isinstance(value, list) else [value], folder)
+
+    def toml(self, value: Any) -> str:
+        """Return the lines of a table; or one value, or a list, if a name is left out."""
+        if value.keys() == {""}:
+            return self.of.toml(value[""])
+        if "" in value:
+            texts = (f"{name}={item}" if name else str(item) for name, item in value.items())
+            return f"[{', '.join(map(quoted, texts))}]"
+        return "\n".join(f"{key(name)} = {self.of.toml(item)}" for name, item in value.items())
+
+    def _parse(self, text: str) -> tuple[str, Any]:
+        name, equals, rest = text.rpartition("=") if self._common else text.partition("=")
+        if not rest and not self._common:
+            is_model = text.endswith((".keras", ".stepwell"))
+            raise ValueError(f", such as {Path(text).stem}={text}" if is_model else "")
+        if equals or not self._common:
+            self._check_name(name)
+        try:
+            return name, self.of.parse(rest)
+        except ValueError as error:
+            raise ValueError(f" with {str(error) or self.of.rule}") from None
+
+    def _check_name(self, name: str) -> None:
+        try:
+            is_valid = parse_reference(name).label is None if self._versions else is_name(name)
+        except ValueError:
+            is_valid = False
+        if not is_valid:
+            version = f", or NAME@VERSION with {VERSION_RULE}" if self._versions else ""
+            raise ValueError(f" with {NAME_RULE}{version}")
+
+
+def checked(form: str, rule: str, keeps: Callable[[str], object], completes: Sequence[str] = ()) -> Format:
+    """A text that keeps a rule."""
+
+    def parse(text: str) -> str:
+        if not keeps(text):
+            raise ValueError
+        return text
+
+    return Format(form, rule, parse, completes=completes)
+
+
+def choice(*words: str) -> Format:
+    """One of some words."""
+    return checked(f"[{'|'.join(words)}]", f"one of {', '.join(words)}", words.__contains__, words)
+
+
+def number(form: str, rule: str, parse: Callable[[str], Any], write: Callable[[Any], str] = str) -> Format:
+    """A number, perhaps with a unit."""
+    return Format(form, rule, parse, write, _NUMBER)
+
+
+def count(smallest: int = 1, largest: int = MAX_COUNT) -> Format:
+    """A whole number."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,19}", text) or not smallest <= int(text) <= largest:
+            raise ValueError
+        return int(text)
+
+    return number("N", f"a whole number from {smallest} to {largest}", parse)
+
+
+def seconds(smallest: float = 0.0, largest: float = math.inf) -> Format:
+    """A time: a number of seconds, or one with units."""
+    return number("TIME", "", lambda text: parse_seconds(text, smallest, largest), "{:.15g}".format)
+
+
+def size(smallest: int = 1, largest: int = MAX_BYTES) -> Format:
+    """A number of bytes, or one with a unit."""
+    return number("SIZE", "", lambda text: parse_bytes(text, smallest, largest), size_text)
+
+
+def file_path(form: str = "FILE", parse: Callable[[str], Path] | None = None) -> Format:
+    """The path of a file; ~ is a home."""
+    return Format(form, "a path", parse or parse_path, write_path, resolve=resolve_path, completes="file")
+
+
+def parse_path(text: str) -> Path:
+    """Read a path."""
+    if not text:
+        raise ValueError
+    try:
+        return expanded(text)
+    except LookupError as error:
+        raise ValueError(f"a path that can be found: {error}") from None
+
+
+def write_path(path: Path) -> str:
+    """Return a path made absolute, or - for standard error."""
+    return str(path) if str(path) == "-" else str(path.absolute())
+
+
+def resolve_path(text: str, folder: Path) -> str:
+    """Return a path that is relative as one in the folder."""
+    return text if text == "-" or text.startswith("~") else str(folder.absolute() / text)
+
+
+def _parse_data_file(text: str) -> Path:
+    file = parse_path(text)
+    if file.suffix not in {".npy", ".npz"} or not file.is_file():
+        raise ValueError("an .npy or .npz file that exists")
+    return file
+
+
+def _parse_share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:  # nan is none of these
+        raise ValueError
+    return share
+
+
+def _parse_flag(text: str) -> bool:
+    if text.lower() not in _FLAGS:
+        raise ValueError
+    return _FLAGS[text.lower()]
+
+
+def _parse_policy(text: str) -> VersionPolicy:
+    try:
+        return VersionPolicy.parse(text)
+    except ValueError:
+        raise ValueError from None
+
+
+def _parse_tcp(text: str) -> Address:
+    host, _, port = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if (
+        not bare
+        or not re.fullmatch(r"[0-9]{1,5}", port)
+        or int(port) > 65535
+        or (":" in bare) is (bare == host)
+    ):
+        raise ValueError
+    return Address(bare, int(port))
+
+
+def _parse_listen(text: str) -> Address | UnixAddress:
+    kind, _, path = text.partition(":")
+    if kind != "unix":
+        return _parse_tcp(text)
+    if path.startswith("//"):  # a URL; without a host, so that a third slash begins the path
+        path = path[2:] if path.startswith("///") else ""
+    path = os.path.abspath(path) if path and "\0" not in path else ""
+    if not path or len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
+        most = f"the path made absolute of at most {_MAX_SOCKET_PATH_BYTES} bytes"
+        raise ValueError(f"unix:PATH or unix:///PATH, {most}")
+    return UnixAddress(path)
+
+
+def _resolve_listen(text: str, folder: Path) -> str:
+    kind, _, path = text.partition(":")
+    is_relative = kind == "unix" and path and not path.startswith("/")
+    return f"unix:{folder.absolute() / path}" if is_relative else text
+
+
+def _parse_store(text: str) -> StoreUrl | str:
+    if "://" in text:
+        return parse_store_url(text)
+    if text not in {"disk", "memory"}:
+        got = "a text with '@'" if "@" in text else repr(text)  # perhaps meant to be a URL with a password
+        raise UrlError(f"must be disk, memory, or the URL of a Valkey, valkey://HOST/0 say; got {got}")
+    return text
+
+
+_TCP_RULE = "HOST:PORT, or [HOST]:PORT for IPv6, with a port from 0 to 65535"
+
+TEXT, CLAIM = Format("TEXT", "", str), checked("NAME", "the name of a claim", bool)
+FLAG = Format("", "true or false", _parse_flag, lambda value: str(value).lower(), _FLAG)
+COUNT, SECONDS = count(), seconds()
+SHARE = number("RATIO", "a number from 0 to 1", _parse_share, "{:.15g}".format)
+FILE, DATA_FILE = file_path(), file_path("FILE.npy", _parse_data_file)
+FOLDER = dataclasses.replace(file_path("DIR"), completes="dir")
+LISTEN = Format("ADDRESS", f"{_TCP_RULE}, or unix:PATH", _parse_listen, resolve=_resolve_listen)
+ADDRESS_OR_OFF = Format(
+    "HOST:PORT|off", f"{_TCP_RULE}, or off", lambda text: text if text == "off" else _parse_tcp(text)
+)
+URL = checked("URL", "http://HOST:PORT or https://HOST:PORT", _URL.fullmatch)
+STORE = Format("disk|memory|URL", "", _parse_store, completes=("disk", "memory"))
+MODEL_NAME = checked("NAME", f"the name of a model, {NAME_RULE}", is_name)
+MODULE = checked("MODULE", "the name of a module", _DOTTED.fullmatch)
+FUNCTION = checked("MODULE:FUNCTION", "a module and a function as MODULE:FUNCTION", _FUNCTION.fullmatch)
+# Commas between numbers belong to one value.
+POLICY = Format("POLICY", POLICY_RULE, _parse_policy, separator=r",(?!\s*\d+\s*(?:,|$))")
+
+
+def key(name: str) -> str:
+    """Return a name as a key of TOML."""
+    return name if _BARE_KEY.fullmatch(name) else quoted(name)
+
+
+def quoted(text: str) -> str:
+    """Return a text as a basic string of TOML: JSON's escapes, and DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def expanded(text: str) -> Path:
+    """Return the path, with ~ and ~NAME for a home: shells expand neither in `--option=~/x`.
+
+    Raises:
+        LookupError: there is no such home.
+    """
+    if not text.startswith("~"):
+        return Path(text)
+    path = os.path.expanduser(text)
+    if path.startswith("~") or (text.partition("/")[0] == "~" and os.environ.get("HOME") == ""):
+        raise LookupError(f"{text.partition('/')[0]} has no home here")
+    return Path(path)
