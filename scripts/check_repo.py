@@ -25,6 +25,36 @@ REGISTRY_HOSTS = re.compile(
 PATH_IN_DOCUMENT = re.compile(r"`([\w.-]+(?:/[\w.-]+)+/?|[\w-]+/)`|\]\((?!https?:|#|mailto:)([^)#\s]+)")
 FOLDERS_OF_PACKAGES = ("", "client/stepwell", "server/stepwell_server", "tests")
 MAKE_OPTIONS = ("", "-o .venv/.installed ")
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
+OPTIONS_OF_OTHERS = {
+    f"--{name}"
+    for name in [
+        "base",
+        "build-arg",
+        "cap-drop",
+        "check",
+        "fail",
+        "frame",
+        "losses",
+        "now",
+        "pipe",
+        "publish",
+        "raise",
+        "read-only",
+        "security-opt",
+        "seed",
+        "since",
+        "steps-per-s",
+        "tag",
+        "tmpfs",
+        "trace",
+        "units",
+        "update",
+        "volume",
+        "wait",
+    ]
+}
+"""Those of programs of others, and of scripts, that documents name."""
 VARIABLE = re.compile(r"\bSTEPWELL_[A-Z0-9_]+\b")
 
 
@@ -135,9 +165,9 @@ def changelog_has_the_version() -> Iterator[str]:
 
 def environment_variables_are_documented() -> Iterator[str]:
     """Every variable that the server reads is in a document, and no document names another."""
-    from stepwell_server.cli.serve import serve
+    from stepwell_server.cli.serve import SETTINGS
 
-    read = {str(parameter.envvar) for parameter in serve.params if parameter.envvar}
+    read = {setting.variable for setting in SETTINGS}
     for name in modules():
         if name.startswith(("client/", "server/")):
             read.update(VARIABLE.findall(text_of(name)))
@@ -149,6 +179,15 @@ def environment_variables_are_documented() -> Iterator[str]:
         read.update(VARIABLE.findall(text_of(name)))
     for variable in sorted(documented.keys() - read):
         yield f"{documented[variable]}: names {variable}, which nothing reads"
+
+
+def documents_name_real_options() -> Iterator[str]:
+    """Every option in a document is one of `stepwell`'s, which docs/cli.md has, or of another program."""
+    known = set(OPTION.findall(text_of("docs/cli.md"))) | OPTIONS_OF_OTHERS
+    for name in documents():
+        if name != "CHANGELOG.md":  # names what was removed
+            for option in sorted(set(OPTION.findall(text_of(name))) - known):
+                yield f"{name}: names the option {option}, which no command has"
 
 
 def documents_are_wrapped() -> Iterator[str]:
@@ -232,6 +271,7 @@ RULES = (
     documents_name_real_paths,
     documents_name_real_targets,
     documents_are_wrapped,
+    documents_name_real_options,
     changelog_has_the_version,
     environment_variables_are_documented,
 )
