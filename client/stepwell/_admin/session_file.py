@@ -10,7 +10,6 @@ import datetime as dt
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -39,6 +38,8 @@ class Writer:
         self._file: IO[bytes] = os.fdopen(descriptor, "wb")
 
     def __enter__(self) -> Self:
+        from importlib import metadata  # brings twenty modules
+
         try:
             start = {"release": metadata.version("stepwell"), "created": dt.datetime.now(dt.UTC).isoformat()}
             self._entries = record_file.Writer(self._file, FORMAT, start)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from stepwell._core.group_tracker import GroupTracker
 from stepwell._core.lanes import Exchanging
 from stepwell._core.observer import Observer
 from stepwell._core.retrier import Retrier
-from stepwell._core.tracing import Tracing
 from stepwell._core.tracker import SessionTracker, is_unknown, new_request_id
 from stepwell._core.versions import VersionWatch, is_pinned, name_of, reference
 from stepwell._routing.ranking import keys_of
@@ -38,6 +37,9 @@ from stepwell._transport.retry import Clock, Deadline, RetryPolicy
 from stepwell.config import ClientConfig, check_switch, check_timeout
 from stepwell.errors import InvalidInputError, ModelMismatchError, SessionGoneError, StepwellError
 from stepwell.v1 import models_pb2, sessions_pb2
+
+if TYPE_CHECKING:
+    from stepwell._core.tracing import Tracing
 
 _Opening: TypeAlias = (
     sessions_pb2.OpenSessionRequest
@@ -100,7 +102,11 @@ class Core:
         """Makes the events of calls; None if there are no hooks."""
         self.versions = VersionWatch(hooks, config.address)
         """Told of sessions that go on with another version of their model."""
-        self._tracing = Tracing(config.address) if config.tracing else None
+        self._tracing: Tracing | None = None
+        if config.tracing:
+            from stepwell._core.tracing import Tracing
+
+            self._tracing = Tracing(config.address)
         self._models: dict[str, ModelInfo] = {}
 
     def watched(self, flow: Flow[T]) -> Flow[T]:
