@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from stepwell.cli import main as root
-from stepwell.cli._lazy import Lazy
+from stepwell.cli.toolkit.lazy import Lazy
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 WIDTH = 100

@@ -193,10 +193,10 @@ def test_versions_and_labels_are_completed(server: ScriptedModels, file: str, ru
 def test_a_person_sees_the_stages(
     server: ScriptedModels, file: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stepwell.cli import _render
+    from stepwell.cli.toolkit import render
 
     told: list[str] = []
-    monkeypatch.setattr(_render, "stages", lambda _: _Told(told))
+    monkeypatch.setattr(render, "stages", lambda _: _Told(told))
     said(run("load", MODEL, file))
     assert told == ["waiting", "convert", "warm up", "switch"]
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import stepwell
-from stepwell.cli._errors import Failure
+from stepwell.cli.toolkit.errors import Failure
 from stepwell.cli.top.metrics import ServerMetrics, server_ids
 from support.server_process import FEATURES, ServerProcess, serve
 

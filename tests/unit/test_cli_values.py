@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stepwell._state.infos import TensorInfo
-from stepwell.cli import _values
+from stepwell.cli.toolkit import values
 
 
 def spec(name: str, dtype: str, shape: tuple[int, ...], temporal: bool = True) -> TensorInfo:
@@ -27,9 +27,9 @@ def spec(name: str, dtype: str, shape: tuple[int, ...], temporal: bool = True) -
     ],
 )
 def test_json_is_read_with_and_without_names(text: str, expected: dict[str | None, object]) -> None:
-    values = _values.read_input(text)
+    found = values.read_input(text)
 
-    assert {name: value.array.tolist() for name, value in values.items()} == expected
+    assert {name: value.array.tolist() for name, value in found.items()} == expected
 
 
 def test_json_is_read_from_a_file_and_from_stdin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,9 +37,9 @@ def test_json_is_read_from_a_file_and_from_stdin(tmp_path: Path, monkeypatch: py
     file.write_text("[[1.0]]")
     monkeypatch.setattr("sys.stdin", io.StringIO("[[2.0]]"))
 
-    assert _values.read_input(f"x=@{file}")["x"].array.tolist() == [[1.0]]
-    assert _values.read_input(f"@{file}")[None].array.tolist() == [[1.0]]
-    assert _values.read_input("-")[None].array.tolist() == [[2.0]]
+    assert values.read_input(f"x=@{file}")["x"].array.tolist() == [[1.0]]
+    assert values.read_input(f"@{file}")[None].array.tolist() == [[1.0]]
+    assert values.read_input("-")[None].array.tolist() == [[2.0]]
 
 
 def test_numpy_files_are_read(tmp_path: Path) -> None:
@@ -47,8 +47,8 @@ def test_numpy_files_are_read(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", x)
     np.savez(tmp_path / "both.npz", x=x, y=y)
 
-    alone = _values.read_input(f"{tmp_path}/x.npy")[None].array
-    both = _values.read_input(f"{tmp_path}/both.npz")
+    alone = values.read_input(f"{tmp_path}/x.npy")[None].array
+    both = values.read_input(f"{tmp_path}/both.npz")
 
     assert alone.dtype == np.float32
     np.testing.assert_array_equal(alone, x)
@@ -60,7 +60,7 @@ def test_csv_lines_are_time_steps(tmp_path: Path, header: str) -> None:
     file = tmp_path / "x.csv"
     file.write_text(f"{header}1,2.5\n3,4\n\n5,6\n", encoding="utf-8")
 
-    value = _values.read_input(str(file))[None]
+    value = values.read_input(str(file))[None]
 
     assert value.is_csv
     assert value.array.tolist() == [[1, 2.5], [3, 4], [5, 6]]
@@ -70,8 +70,8 @@ def test_whole_numbers_of_csv_stay_whole_for_models_that_take_them(tmp_path: Pat
     file = tmp_path / "tokens.csv"
     file.write_text("token\n17\n4\n")
 
-    given = _values.read_input(str(file))
-    fitted = _values.fit([given], [spec("tokens", "int32", ())])
+    given = values.read_input(str(file))
+    fitted = values.fit([given], [spec("tokens", "int32", ())])
 
     assert fitted["tokens"].dtype.kind == "i"
     assert fitted["tokens"].tolist() == [[17, 4]]
@@ -126,19 +126,19 @@ def test_what_cannot_be_read_says_why(tmp_path: Path, text: str, says: str) -> N
     (tmp_path / "binary.csv").write_bytes(b"\xff\x00")
 
     with pytest.raises(ValueError, match=r".") as caught:
-        _values.read_input(text.replace("{folder}", str(tmp_path)))
+        values.read_input(text.replace("{folder}", str(tmp_path)))
 
     assert says in str(caught.value)
 
 
 def test_whole_numbers_become_floats_where_the_model_has_floats() -> None:
-    fitted = _values.fit([_values.read_input("[[1, 2, 3]]")], [spec("x", "float32", (3,))])
+    fitted = values.fit([values.read_input("[[1, 2, 3]]")], [spec("x", "float32", (3,))])
 
     assert fitted["x"].dtype == np.float32
 
 
 def test_floats_stay_floats_where_the_model_has_integers() -> None:
-    fitted = _values.fit([_values.read_input("[[1.5]]")], [spec("x", "int32", ())])
+    fitted = values.fit([values.read_input("[[1.5]]")], [spec("x", "int32", ())])
 
     assert fitted["x"].dtype == np.float64
 
@@ -146,28 +146,28 @@ def test_floats_stay_floats_where_the_model_has_integers() -> None:
 def test_columns_of_csv_are_folded_into_features(tmp_path: Path) -> None:
     file = tmp_path / "x.csv"
     file.write_text("1,2,3,4\n5,6,7,8\n")
-    given = _values.read_input(str(file))
+    given = values.read_input(str(file))
 
-    assert _values.fit([given], [spec("x", "float32", (2, 2))])["x"].shape == (1, 2, 2, 2)
-    assert _values.fit([given], [spec("x", "float32", (3,))])["x"].shape == (1, 2, 4)
-    assert _values.fit([given], [spec("x", "float32", (4,), temporal=False)])["x"].shape == (2, 4)
+    assert values.fit([given], [spec("x", "float32", (2, 2))])["x"].shape == (1, 2, 2, 2)
+    assert values.fit([given], [spec("x", "float32", (3,))])["x"].shape == (1, 2, 4)
+    assert values.fit([given], [spec("x", "float32", (4,), temporal=False)])["x"].shape == (2, 4)
 
 
 def test_several_inputs_need_names() -> None:
     specs = [spec("x", "float32", (1,)), spec("y", "float32", (1,))]
 
     with pytest.raises(click.UsageError, match="the model's inputs are x, y"):
-        _values.fit([_values.read_input("[[1]]")], specs)
+        values.fit([values.read_input("[[1]]")], specs)
 
 
 def test_an_input_given_twice_is_refused() -> None:
-    given = [_values.read_input("x=[[1]]"), _values.read_input("[[2]]")]
+    given = [values.read_input("x=[[1]]"), values.read_input("[[2]]")]
 
     with pytest.raises(click.UsageError, match="got x twice"):
-        _values.fit(given, [spec("x", "float32", (1,))])
+        values.fit(given, [spec("x", "float32", (1,))])
 
 
 def test_an_unknown_input_is_left_to_the_server_to_refuse() -> None:
-    fitted = _values.fit([_values.read_input("z=[[1]]")], [spec("x", "float32", (1,))])
+    fitted = values.fit([values.read_input("z=[[1]]")], [spec("x", "float32", (1,))])
 
     assert list(fitted) == ["z"]

@@ -13,7 +13,7 @@ from stepwell import config
 from stepwell._transport import status
 from stepwell._transport.connecting import Contact
 from stepwell._transport.retry import Attempts, Deadline, RetryPolicy
-from stepwell.cli import _target
+from stepwell.cli.toolkit import target
 from support.certificates import Authority
 
 
@@ -84,7 +84,7 @@ def test_what_a_failed_connection_means_is_said_and_what_lasts_is_not_tried_agai
     contact = Contact("h:1", 0.0 if is_tried_again else 1000.0)
     with pytest.raises(stepwell.UnavailableError, match="attempts: 1") as final:
         Attempts("Step", RetryPolicy(), Deadline(1000.0), contact, changes=True).failed(error)
-    assert meaning in _target.as_options(final.value.message)
+    assert meaning in target.as_options(final.value.message)
     assert text in final.value.message
     assert "h:1" in final.value.message
     assert type(final.value) is stepwell.UnavailableError

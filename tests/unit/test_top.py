@@ -11,7 +11,7 @@ import pytest
 
 import stepwell
 from stepwell import ServerInfo, UnavailableError
-from stepwell.cli._errors import SERVER_ERROR, Failure
+from stepwell.cli.toolkit.errors import SERVER_ERROR, Failure
 from stepwell.cli.top import command, metrics
 from stepwell.cli.top.metrics import url_of
 from stepwell.cli.top.scrape import Scrape

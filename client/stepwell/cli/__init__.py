@@ -2,16 +2,19 @@
 
 `main` is the program. It imports nothing heavy until a command runs, so that `stepwell --help` is fast.
 
-    _help.py      commands whose help shows examples, JSON keys and exit codes
-    _errors.py    every expected error as one line on stderr and an exit code
-    _target.py    --server and --timeout-s, and the connection they make
-    _values.py    inputs on the command line: JSON, files, stdin
-    _types.py     times and sizes
-    _complete.py  models and sessions, as shells complete them
-    _render.py    tables for people, JSON for programs
-    _lazy.py      commands whose code is read when they are called
+    _root.py      the list of commands
     _of_server.py commands that the server's package has: serve, check, doctor, tokens ...
-    models.py sessions.py step.py state.py bench/ completion.py    the other commands
+    models.py sessions.py step.py state.py ...    a module or a folder for each other command
+    toolkit/      what commands share
+        help.py      commands whose help shows examples, JSON keys and exit codes
+        errors.py    every expected error as one line on stderr and an exit code
+        target.py    --server and --timeout-s, and the connection they make
+        session.py   a session that exists, or may be opened
+        values.py    inputs on the command line: JSON, files, stdin
+        types.py     times and sizes
+        complete.py  models and sessions, as shells complete them
+        render.py    tables for people, JSON for programs
+        lazy.py      commands whose code is read when they are called
 """
 
 from stepwell.cli._root import main

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from stepwell import _install
-from stepwell.cli._errors import Failure
-from stepwell.cli._lazy import Lazy
+from stepwell.cli.toolkit.errors import Failure
+from stepwell.cli.toolkit.lazy import Lazy
 
 INSTALL = {
     "serve": f"{_install.SERVER}, or for compiled models (.stepwell) only {_install.SERVE}, {_install.IN_A_CLONE}",

@@ -6,23 +6,24 @@ from typing import Any
 
 import click
 
-from stepwell.cli import _errors, _help
-from stepwell.cli._lazy import Lazy
 from stepwell.cli._of_server import OfServer
+from stepwell.cli.toolkit import errors
+from stepwell.cli.toolkit.help import Group
+from stepwell.cli.toolkit.lazy import Lazy
 
 
-class Root(_help.Group):
+class Root(Group):
     """A group that reports every expected error of its commands."""
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         """Parse the command line up to the command's name."""
-        _errors.accept_any_text()
-        with _errors.reported():
+        errors.accept_any_text()
+        with errors.reported():
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        with _errors.reported():
+        with errors.reported():
             return super().invoke(ctx)
 
 
@@ -34,7 +35,7 @@ def show_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) 
         try:
             click.echo(f"stepwell {metadata.version('stepwell')}")
         except metadata.PackageNotFoundError:
-            raise _errors.Failure("the version is not known: stepwell is not installed") from None
+            raise errors.Failure("the version is not known: stepwell is not installed") from None
         ctx.exit()
 
 

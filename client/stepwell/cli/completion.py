@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from stepwell.cli._help import Command
+from stepwell.cli.toolkit.help import Command
 
 VARIABLE = "_STEPWELL_COMPLETE"
 """By which the script asks for completions; click makes it of the program's name."""

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import click
 from click.core import ParameterSource
 
-from stepwell.cli import _complete, _render
-from stepwell.cli._errors import SERVER_ERROR, Failure
-from stepwell.cli._help import Command
-from stepwell.cli._target import Target, json_option, server_options
+from stepwell.cli.toolkit import complete, render
+from stepwell.cli.toolkit.errors import SERVER_ERROR, Failure
+from stepwell.cli.toolkit.help import Command
+from stepwell.cli.toolkit.target import Target, json_option, server_options
 
 if TYPE_CHECKING:
     from stepwell import LoadedModel
@@ -113,7 +113,7 @@ def settled(hint: str) -> Iterator[None]:
     values=tuple((f"--sessions {name}", meaning) for name, meaning in POLICIES),
     json_keys=CHANGE_KEYS,
 )
-@click.argument("name", metavar="NAME[@VERSION]", shell_complete=_complete.models)
+@click.argument("name", metavar="NAME[@VERSION]", shell_complete=complete.models)
 @click.argument("path", metavar="PATH", type=click.Path())
 @click.option(
     "--version",
@@ -160,7 +160,7 @@ def load(
         raise click.UsageError(f"give the version once; got {name} and --version {version}")
     with (
         target.connect("Loading the model", prints=True) as client,
-        _render.stages(f"Loading {found} at {target.address}") as progress,
+        render.stages(f"Loading {found} at {target.address}") as progress,
         settled("whether it was loaded is not known"),
     ):
         loaded = client.load_model(
@@ -195,7 +195,7 @@ def time_limit(target: Target) -> dict[str, float]:
     examples=("stepwell models unload forecast@1", "stepwell models unload forecast --force"),
     json_keys=(("name, version", "what was unloaded; version null: all of them"),),
 )
-@click.argument("name", metavar="NAME[@VERSION]", shell_complete=_complete.references)
+@click.argument("name", metavar="NAME[@VERSION]", shell_complete=complete.references)
 @click.option("--force", is_flag=True, help="Also if it is the default, or has sessions.")
 @json_option
 @server_options
@@ -209,7 +209,7 @@ def unload(target: Target, name: str, force: bool, as_json: bool) -> None:
     with target.connect("Unloading the model") as client, settled("it may be unloaded"):
         client.unload_model(found, version, force=force)
     if as_json:
-        _render.print_json({"name": found, "version": version})
+        render.print_json({"name": found, "version": version})
     else:
         click.echo(f"unloaded {name}")
 
@@ -225,7 +225,7 @@ def unload(target: Target, name: str, force: bool, as_json: bool) -> None:
     values=tuple((f"--sessions {name}", meaning) for name, meaning in POLICIES),
     json_keys=(*CHANGE_KEYS, ("previous_version", "the version that was the default before")),
 )
-@click.argument("name", metavar="NAME@VERSION", shell_complete=_complete.references)
+@click.argument("name", metavar="NAME@VERSION", shell_complete=complete.references)
 @policy_option
 @migration_option
 @json_option
@@ -255,7 +255,7 @@ def default(target: Target, name: str, policy: Policy, migration: str | None, as
         ("version", "the version that the label stands for now; null: none"),
     ),
 )
-@click.argument("name", metavar="NAME[@VERSION]", shell_complete=_complete.references)
+@click.argument("name", metavar="NAME[@VERSION]", shell_complete=complete.references)
 @click.argument("label", metavar="LABEL")
 @click.option("--remove", is_flag=True, help="Take the label away; NAME is enough.")
 @json_option
@@ -272,7 +272,7 @@ def label(target: Target, name: str, label: str, remove: bool, as_json: bool) ->
         else:
             client.set_label(found, label, version)
     if as_json:
-        _render.print_json({"name": found, "label": label, "version": version})
+        render.print_json({"name": found, "label": label, "version": version})
     else:
         click.echo(f"removed {found}:{label}" if version is None else f"{found}:{label} is {found}@{version}")
 
@@ -289,7 +289,7 @@ def say(changed: LoadedModel, what: str, as_json: bool, *, moves: bool, **more: 
     """
     document = change_json(changed)
     if as_json:
-        _render.print_json(document | more)
+        render.print_json(document | more)
         return
     traits = ["the default"] if document["is_default"] and not what.endswith("now") else []
     traits += [f"label {one}" for one in own(changed)[1]]

@@ -13,11 +13,12 @@ from click.shell_completion import CompletionItem
 
 from stepwell import _install
 from stepwell._state.display import short
-from stepwell.cli import _complete, _render, model_changes
-from stepwell.cli._errors import Failure
-from stepwell.cli._help import Listing
-from stepwell.cli._target import Target, json_option, server_options
+from stepwell.cli import model_changes
 from stepwell.cli.sessions import time_text
+from stepwell.cli.toolkit import complete, render
+from stepwell.cli.toolkit.errors import Failure
+from stepwell.cli.toolkit.help import Listing
+from stepwell.cli.toolkit.target import Target, json_option, server_options
 
 if TYPE_CHECKING:
     from stepwell import ModelInfo, ModelVersionInfo, ProvenanceInfo, TensorInfo
@@ -104,13 +105,13 @@ def models(ctx: click.Context, target: Target, versions: bool, as_json: bool) ->
     with target.connect("Reading the models") as client:
         server = client.server_info()
     if as_json:
-        _render.print_json({"front": server.front, "models": [model_json(model) for model in server.models]})
+        render.print_json({"front": server.front, "models": [model_json(model) for model in server.models]})
         return
     if not server.models:
         click.echo("no models", err=True)
     elif versions:
         rows = [version_cells(model, each) for model in server.models for each in model.versions]
-        _render.print_records(VERSION_HEADINGS, rows, right=("VERSION", "SESSIONS"))
+        render.print_records(VERSION_HEADINGS, rows, right=("VERSION", "SESSIONS"))
         return
     else:
         headings = (
@@ -125,7 +126,7 @@ def models(ctx: click.Context, target: Target, versions: bool, as_json: bool) ->
             "EXECUTOR",
             "WHY",
         )
-        _render.print_records(headings, [model_cells(model) for model in server.models], right=("SESSIONS",))
+        render.print_records(headings, [model_cells(model) for model in server.models], right=("SESSIONS",))
     click.echo(f"front: {front_text(server.front)}")
 
 
@@ -141,9 +142,9 @@ def model_cells(model: ModelInfo) -> tuple[str, ...]:
         model.name,
         "\n".join(map(version_text, model.versions)) or "1",
         short(model.fingerprint),
-        "\n".join(map(_render.shape_text, model.inputs)),
-        "\n".join(map(_render.shape_text, model.outputs)),
-        "\n".join(map(_render.shape_text, model.state)),
+        "\n".join(map(render.shape_text, model.inputs)),
+        "\n".join(map(render.shape_text, model.outputs)),
+        "\n".join(map(render.shape_text, model.state)),
         str(model.sessions),
         str(model.proof),
         model.executor,
@@ -224,7 +225,7 @@ def _complete_model_or_file(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Models of the server, and files, which the shell finds."""
-    return [*_complete.references(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
+    return [*complete.references(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
 
 
 @models.command(
@@ -263,18 +264,18 @@ def show(target: Target, model: str, as_json: bool) -> None:
             info = client.model(model)
     if as_json:
         document = model_json(info) | {"provenance": provenance_json(info.provenance)}
-        _render.print_json(document | ({"sessions": None} if is_file else {}))
+        render.print_json(document | ({"sessions": None} if is_file else {}))
         return
     of_server = [
         ("version", str(info.version)),
         ("versions", "\n".join(map(version_text, info.versions))),
         ("sessions", str(info.sessions)),
     ]
-    _render.print_facts([*facts(info), *([] if is_file else of_server)])
+    render.print_facts([*facts(info), *([] if is_file else of_server)])
     layers = info.provenance.layers if info.provenance is not None else ()
     if layers:
         click.echo()
-        _render.print_table(
+        render.print_table(
             ("LAYER", "CLASS", "OUTPUT", "PARAMETERS"),
             [(layer.name, layer.kind, layer.output, str(layer.parameters)) for layer in layers],
             right=("PARAMETERS",),
@@ -318,9 +319,9 @@ def facts(info: ModelInfo) -> list[tuple[str, str]]:
     found = [
         ("model", info.name),
         ("fingerprint", info.fingerprint),
-        ("inputs", "\n".join(map(_render.shape_text, info.inputs))),
-        ("outputs", "\n".join(map(_render.shape_text, info.outputs))),
-        ("state", "\n".join(map(_render.shape_text, info.state)) or "none"),
+        ("inputs", "\n".join(map(render.shape_text, info.inputs))),
+        ("outputs", "\n".join(map(render.shape_text, info.outputs))),
+        ("state", "\n".join(map(render.shape_text, info.state)) or "none"),
         ("size of it", f"{info.state_row_bytes} bytes a row"),
         ("executor", f"{info.executor} ({info.executor_reason})"),
         ("batch sizes", ", ".join(map(str, info.batch_sizes)) or "any"),

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from stepwell.cli import _complete, _render
-from stepwell.cli._errors import Failure, one_line
-from stepwell.cli._help import Group
-from stepwell.cli._target import Target, json_option, server_options
-from stepwell.cli._types import Duration
+from stepwell.cli.toolkit import complete, render
+from stepwell.cli.toolkit.errors import Failure, one_line
+from stepwell.cli.toolkit.help import Group
+from stepwell.cli.toolkit.target import Target, json_option, server_options
+from stepwell.cli.toolkit.types import Duration
 
 if TYPE_CHECKING:
     from stepwell import SessionInfo, StepwellError
@@ -80,7 +80,7 @@ def filter_options(function: Function) -> Function:
         ),
         click.option("--prefix", metavar="TEXT", help="Only sessions whose id begins with this."),
         click.option(
-            "--model", metavar="NAME", shell_complete=_complete.models, help="Only sessions of this model."
+            "--model", metavar="NAME", shell_complete=complete.models, help="Only sessions of this model."
         ),
     ):
         option(with_filter)
@@ -127,7 +127,7 @@ def list_sessions(target: Target, wanted: Filter, limit: int | None, every: bool
         found = client.sessions(**wanted, limit=limit)
         if as_json:
             for session in found:
-                _render.print_json(session_json(session))
+                render.print_json(session_json(session))
             return
         coming = iter(found)
         first = list(itertools.islice(coming, PAGE))
@@ -145,7 +145,7 @@ def list_sessions(target: Target, wanted: Filter, limit: int | None, every: bool
         )
         numbers = ("VERSION", "BATCH", "REVISION", "POSITION", "AGE", "IDLE", "MAX-IDLE")
         rows = (session_cells(session, everybodys=everybodys) for session in itertools.chain(first, coming))
-        if not _render.print_rows(("TENANT",) * everybodys + headings, rows, right=numbers):
+        if not render.print_rows(("TENANT",) * everybodys + headings, rows, right=numbers):
             click.echo("no sessions", err=True)
         elif is_cut and len(first) == SHOWN and (more := client.count_sessions(**wanted) - SHOWN) > 0:
             click.echo(f"{more:,} more: --all lists them, --limit N another number of them", err=True)
@@ -157,7 +157,7 @@ def list_sessions(target: Target, wanted: Filter, limit: int | None, every: bool
     examples=("stepwell sessions show user-42",),
     json_keys=SESSION_KEYS,
 )
-@click.argument("session_id", metavar="SESSION", shell_complete=_complete.sessions)
+@click.argument("session_id", metavar="SESSION", shell_complete=complete.sessions)
 @json_option
 @server_options
 def show(target: Target, session_id: str, as_json: bool) -> None:
@@ -165,9 +165,9 @@ def show(target: Target, session_id: str, as_json: bool) -> None:
     with target.connect("Reading the session") as client:
         session = client.session_info(session_id)
     if as_json:
-        _render.print_json(session_json(session))
+        render.print_json(session_json(session))
     else:
-        _render.print_facts(session_facts(session))
+        render.print_facts(session_facts(session))
 
 
 @sessions.command(
@@ -184,7 +184,7 @@ def show(target: Target, session_id: str, as_json: bool) -> None:
         ("would_close, sample", "with --dry-run: how many there are, and the ids of some of them"),
     ),
 )
-@click.argument("session_ids", metavar="[SESSION...]", nargs=-1, shell_complete=_complete.sessions)
+@click.argument("session_ids", metavar="[SESSION...]", nargs=-1, shell_complete=complete.sessions)
 @filter_options
 @click.option("--all", "everything", is_flag=True, help="All sessions of the server.")
 @click.option("--dry-run", is_flag=True, help="Only show what would be closed.")
@@ -224,7 +224,7 @@ def close(
         count = client.count_sessions(**wanted)
         sample = [session.session_id for session in client.sessions(**wanted, limit=SAMPLE)]
     if dry_run and as_json:
-        _render.print_json({"would_close": count, "sample": sample})
+        render.print_json({"would_close": count, "sample": sample})
     elif dry_run or not (yes or as_json):
         click.echo(preview(count, sample), err=not dry_run)
     if dry_run:
@@ -235,11 +235,11 @@ def close(
     if count:
         with (
             target.connect("Closing sessions", prints=True) as client,
-            _render.counting(f"Closing sessions at {target.address}") as progress,
+            render.counting(f"Closing sessions at {target.address}") as progress,
         ):
             closed = client.close_sessions(**wanted, everything=everything, progress=progress)
     if as_json:
-        _render.print_json({"closed": closed})
+        render.print_json({"closed": closed})
     else:
         click.echo(f"closed {closed} sessions")
 
@@ -253,7 +253,7 @@ def close_named(
             for session_id in session_ids:
                 client.session_info(session_id)
         if as_json:
-            _render.print_json({"would_close": len(session_ids), "sample": list(session_ids[:SAMPLE])})
+            render.print_json({"would_close": len(session_ids), "sample": list(session_ids[:SAMPLE])})
         else:
             click.echo(preview(len(session_ids), session_ids[:SAMPLE]))
         return
@@ -272,7 +272,7 @@ def close_named(
 def print_closed(closed: list[str], as_json: bool) -> None:
     """Say what was closed, also when an error stopped it half-way."""
     if as_json:
-        _render.print_json({"closed": closed})
+        render.print_json({"closed": closed})
     for session_id in () if as_json else closed:
         click.echo(f"closed {session_id}")
 
@@ -281,7 +281,7 @@ def preview(count: int, sample: Sequence[str]) -> str:
     """What would be closed."""
     if not count:
         return "no sessions fit"
-    names = ", ".join(map(_render.short_text, sample))
+    names = ", ".join(map(render.short_text, sample))
     more = f" and {count - len(sample):,} more" if count > len(sample) else ""
     return f"{count:,} session{'s' if count != 1 else ''}: {names}{more}"
 
@@ -300,7 +300,7 @@ def preview(count: int, sample: Sequence[str]) -> str:
         ("file", "where they were saved"),
     ),
 )
-@click.argument("session_ids", metavar="[SESSION...]", nargs=-1, shell_complete=_complete.sessions)
+@click.argument("session_ids", metavar="[SESSION...]", nargs=-1, shell_complete=complete.sessions)
 @filter_options
 @click.option(
     "-o",
@@ -325,7 +325,7 @@ def export_sessions(
         raise click.UsageError("give either sessions or a filter (--model, --prefix, --idle-longer)")
     with (
         target.connect("Saving sessions", prints=True) as client,
-        _render.counting(f"Saving sessions of {target.address}") as progress,
+        render.counting(f"Saving sessions of {target.address}") as progress,
     ):
         try:
             report = client.export_sessions(output, session_ids or None, **wanted, progress=progress)
@@ -333,7 +333,7 @@ def export_sessions(
             raise Failure(f"cannot write -o {output}: {error.strerror}") from None
     if as_json:
         failed = {session_id: error.message for session_id, error in report.failures.items()}
-        _render.print_json({"exported": report.exported, "failed": failed, "file": str(output)})
+        render.print_json({"exported": report.exported, "failed": failed, "file": str(output)})
     else:
         click.echo(f"exported {report.exported} sessions to {output}")
     end_with("export", report.failures)
@@ -371,12 +371,12 @@ def import_sessions(target: Target, file: Path, skip_existing: bool, replace: bo
     )
     with (
         target.connect("Importing sessions", prints=True) as client,
-        _render.counting(f"Importing sessions at {target.address}") as progress,
+        render.counting(f"Importing sessions at {target.address}") as progress,
     ):
         report = client.import_sessions(file, existing=existing, progress=progress)
     if as_json:
         failed = {session_id: error.message for session_id, error in report.failures.items()}
-        _render.print_json(
+        render.print_json(
             {
                 "imported": report.imported,
                 "replaced": report.replaced,
@@ -427,14 +427,14 @@ def session_cells(session: SessionInfo, *, everybodys: bool) -> tuple[str, ...]:
     """A session as a row of the table; `everybodys`: it says whose it is."""
     return (
         *((session.tenant or "-",) if everybodys else ()),
-        _render.short_text(session.session_id),
-        _render.short_text(session.model),
+        render.short_text(session.session_id),
+        render.short_text(session.model),
         str(session.model_version),
         str(session.batch_size),
         str(session.revision),
         str(session.position),
-        _render.duration_text(age_s(session.created_time)),
-        _render.duration_text(age_s(session.last_used_time)),
+        render.duration_text(age_s(session.created_time)),
+        render.duration_text(age_s(session.last_used_time)),
         idle_limit_text(session),
     )
 
@@ -450,8 +450,8 @@ def session_facts(session: SessionInfo) -> list[tuple[str, str]]:
         ("batch size", str(session.batch_size)),
         ("revision", str(session.revision)),
         ("position", str(session.position)),
-        ("opened", f"{time_text(created)} ({_render.duration_text(age_s(created))} ago)"),
-        ("last used", f"{time_text(used)} ({_render.duration_text(age_s(used))} ago)"),
+        ("opened", f"{time_text(created)} ({render.duration_text(age_s(created))} ago)"),
+        ("last used", f"{time_text(used)} ({render.duration_text(age_s(used))} ago)"),
         ("state is", "in memory" if session.resident else "paged out to the store"),
         ("idle limit", idle_limit_text(session)),
     ]
@@ -480,7 +480,7 @@ def session_json(session: SessionInfo) -> dict[str, object]:
 
 def idle_limit_text(session: SessionInfo) -> str:
     """For how long a session may be unused, for people."""
-    return "none" if session.max_idle_s is None else _render.duration_text(session.max_idle_s)
+    return "none" if session.max_idle_s is None else render.duration_text(session.max_idle_s)
 
 
 def time_text(time: datetime) -> str:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stepwell.cli import _complete, _render
-from stepwell.cli._errors import Failure
-from stepwell.cli._help import Group
-from stepwell.cli._session import attach
-from stepwell.cli._target import Target, json_option, server_options
+from stepwell.cli.toolkit import complete, render
+from stepwell.cli.toolkit.errors import Failure
+from stepwell.cli.toolkit.help import Group
+from stepwell.cli.toolkit.session import attach
+from stepwell.cli.toolkit.target import Target, json_option, server_options
 
 if TYPE_CHECKING:
     from stepwell import State
@@ -59,7 +59,7 @@ def state() -> None:
         ("file", "where it was saved; null without -o"),
     ),
 )
-@click.argument("session_id", metavar="SESSION", shell_complete=_complete.sessions)
+@click.argument("session_id", metavar="SESSION", shell_complete=complete.sessions)
 @click.option(
     "-o",
     "--output",
@@ -80,7 +80,7 @@ def get(target: Target, session_id: str, output: Path | None, as_json: bool) -> 
     if output is not None:
         save_state(read, output)
     if as_json:
-        _render.print_json({"session_id": session_id, **state_json(read), "file": output and str(output)})
+        render.print_json({"session_id": session_id, **state_json(read), "file": output and str(output)})
     else:
         print_state(read)
         if output is not None:
@@ -97,7 +97,7 @@ def get(target: Target, session_id: str, output: Path | None, as_json: bool) -> 
     ),
     json_keys=(("session_id", "the session"), ("revision, position", "after the change")),
 )
-@click.argument("session_id", metavar="SESSION", shell_complete=_complete.sessions)
+@click.argument("session_id", metavar="SESSION", shell_complete=complete.sessions)
 @click.argument(
     "file",
     metavar="[FILE.safetensors]",
@@ -129,7 +129,7 @@ def set_state(
         position = 0 if new is None or rows else new.position or 0
         session.reset_states(new, rows=rows, position=position)
     if as_json:
-        _render.print_json(
+        render.print_json(
             {"session_id": session.id, "revision": session.revision, "position": session.position}
         )
     else:
@@ -169,11 +169,11 @@ def load_state(file: Path) -> State:
 def print_state(read: State) -> None:
     """Print a state in short."""
     rows: list[Sequence[str]] = [
-        (name, str(array.dtype), _render.array_shape(array), *_render.summary_cells(array))
+        (name, str(array.dtype), render.array_shape(array), *render.summary_cells(array))
         for name, array in read.items()
     ]
     headings = ("TENSOR", "DTYPE", "SHAPE", "MIN", "MEAN", "MAX", "ZEROS")
-    _render.print_table(headings, rows, right=("MIN", "MEAN", "MAX", "ZEROS"))
+    render.print_table(headings, rows, right=("MIN", "MEAN", "MAX", "ZEROS"))
     click.echo(f"{read.model} at revision {read.revision}, position {read.position}")
 
 
@@ -184,5 +184,5 @@ def state_json(read: State) -> dict[str, object]:
         "model_fingerprint": read.fingerprint,
         "revision": read.revision,
         "position": read.position,
-        "state": {name: _render.array_json(array) for name, array in read.items()},
+        "state": {name: render.array_json(array) for name, array in read.items()},
     }

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from stepwell.cli import _complete, _render, _values
-from stepwell.cli._help import Command
-from stepwell.cli._session import attach, attach_or_open
-from stepwell.cli._target import Target, json_option, server_options
-from stepwell.cli._types import Duration
+from stepwell.cli.toolkit import complete, render, values
+from stepwell.cli.toolkit.help import Command
+from stepwell.cli.toolkit.session import attach, attach_or_open
+from stepwell.cli.toolkit.target import Target, json_option, server_options
+from stepwell.cli.toolkit.types import Duration
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,15 +41,15 @@ if TYPE_CHECKING:
         ("outputs", "by name: dtype, shape and values (nested lists); empty with --outputs none"),
     ),
 )
-@click.argument("session_id", metavar="SESSION", shell_complete=_complete.sessions)
+@click.argument("session_id", metavar="SESSION", shell_complete=complete.sessions)
 @click.option(
-    "--model", metavar="NAME", shell_complete=_complete.models, help="The model that the session must have."
+    "--model", metavar="NAME", shell_complete=complete.models, help="The model that the session must have."
 )
 @click.option(
     "--open",
     "open_model",
     metavar="NAME",
-    shell_complete=_complete.models,
+    shell_complete=complete.models,
     help="Open the session with this model if it is not there.",
 )
 @click.option(
@@ -71,8 +71,8 @@ if TYPE_CHECKING:
     metavar="[NAME=]VALUE",
     multiple=True,
     required=True,
-    callback=_values.read_inputs,
-    shell_complete=_values.complete_file,
+    callback=values.read_inputs,
+    shell_complete=values.complete_file,
     help="An input; again for each of several.",
 )
 @click.option(
@@ -91,7 +91,7 @@ def step(
     open_model: str | None,
     batch_size: int | None,
     max_idle_s: float | None,
-    inputs: tuple[_values.Values, ...],
+    inputs: tuple[values.Values, ...],
     outputs: Literal["all", "last", "none"],
     as_json: bool,
 ) -> None:
@@ -110,14 +110,12 @@ def step(
             session = attach_or_open(client, session_id, open_model, batch_size, max_idle_s)
         info = client.model(session.model)
         try:
-            result = session.step(_values.fit(inputs, info.inputs), outputs=outputs)
+            result = session.step(values.fit(inputs, info.inputs), outputs=outputs)
         except InvalidInputError as error:
-            raise InvalidInputError(
-                _values.as_json_hint(error.message, inputs), reason=error.reason
-            ) from None
+            raise InvalidInputError(values.as_json_hint(error.message, inputs), reason=error.reason) from None
     arrays = named_outputs(result, info)
     if as_json:
-        _render.print_json(step_json(session, arrays))
+        render.print_json(step_json(session, arrays))
     else:
         print_outputs(session, arrays)
 
@@ -144,8 +142,8 @@ def named_outputs(result: Any, info: ModelInfo) -> Mapping[str, NDArray[Any]]:
 def print_outputs(session: Session, outputs: Mapping[str, NDArray[Any]]) -> None:
     """Print the outputs for people."""
     for name, array in outputs.items():
-        click.echo(f"{name} {array.dtype} {_render.array_shape(array)}")
-        click.echo(_render.array_text(array))
+        click.echo(f"{name} {array.dtype} {render.array_shape(array)}")
+        click.echo(render.array_text(array))
     click.echo(f"revision {session.revision}, position {session.position}")
 
 
@@ -156,5 +154,5 @@ def step_json(session: Session, outputs: Mapping[str, NDArray[Any]]) -> dict[str
         "model": session.model,
         "revision": session.revision,
         "position": session.position,
-        "outputs": {name: _render.array_json(array) for name, array in outputs.items()},
+        "outputs": {name: render.array_json(array) for name, array in outputs.items()},
     }

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from stepwell.cli import _render
-from stepwell.cli._errors import Failure
-from stepwell.cli._help import Command
-from stepwell.cli._target import json_option
+from stepwell.cli.toolkit import render
+from stepwell.cli.toolkit.errors import Failure
+from stepwell.cli.toolkit.help import Command
+from stepwell.cli.toolkit.target import json_option
 from stepwell_server import program_file
 from stepwell_server.catalog.files.programs import load_program
 from stepwell_server.cli.compiling import (
@@ -137,7 +137,7 @@ def check(
         raise _not_done("not checked", str(error), as_json) from None
     verdict = Verdict.of(found)
     if as_json:
-        _render.print_json(_document(program, found, verdict))
+        render.print_json(_document(program, found, verdict))
     else:
         click.echo("\n".join([*_lines(program, found, data), "", str(verdict)]))
     ctx.exit(0 if verdict is Verdict.EQUAL else 1)
@@ -146,14 +146,14 @@ def check(
 def _not_done(verdict: str, reason: str, as_json: bool) -> Failure:
     """Why there is nothing to show: as an error, and in the document if one was asked for."""
     if as_json:
-        _render.print_json({"verdict": verdict, "reason": reason})
+        render.print_json({"verdict": verdict, "reason": reason})
     return Failure(f"{verdict}: {reason}")
 
 
 def _show_compiled(program: Program, as_json: bool) -> None:
     """Say of a compiled model what can be said without Keras; it has been tried by now."""
     if as_json:
-        _render.print_json(_head(program, Verdict.SAME))
+        render.print_json(_head(program, Verdict.SAME))
     else:
         click.echo("\n".join([*proof_lines(program), "", str(Verdict.SAME)]))
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from stepwell.cli import _render
-from stepwell.cli._errors import Failure
-from stepwell.cli._help import Command
-from stepwell.cli._target import json_option
+from stepwell.cli.toolkit import render
+from stepwell.cli.toolkit.errors import Failure
+from stepwell.cli.toolkit.help import Command
+from stepwell.cli.toolkit.target import json_option
 from stepwell_server import program_file
 from stepwell_server.catalog.files.programs import load_program
 from stepwell_server.cli.compiling import (
@@ -104,7 +104,7 @@ def compile(model: Path, output: Path | None, compiling: Compiling, as_json: boo
         except OSError as error:
             raise Failure(f"{target}: cannot be written: {error.strerror}") from None
     if as_json:
-        _render.print_json(_document(program, target, cached=not stages))
+        render.print_json(_document(program, target, cached=not stages))
     else:
         click.echo("\n".join(_lines(program, target, cached=not stages)))
 

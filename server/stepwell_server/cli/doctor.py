@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
-from stepwell.cli import _of_server, _render
-from stepwell.cli._errors import Failure
-from stepwell.cli._help import Command
-from stepwell.cli._target import json_option
+from stepwell.cli import _of_server
 from stepwell.cli.bench.cpu import listening_pid
+from stepwell.cli.toolkit import render
+from stepwell.cli.toolkit.errors import Failure
+from stepwell.cli.toolkit.help import Command
+from stepwell.cli.toolkit.target import json_option
 from stepwell_server import program_file
 from stepwell_server.cli.options import config_option, given, setting_options
 from stepwell_server.cli.serve import SETTINGS, settings_from
@@ -121,14 +122,14 @@ def show_json(found: Examination, wrong: list[Finding], advice: list[Finding]) -
         key: [{"what": finding.what, "way_on": finding.way_on} for finding in some]
         for key, some in (("wrong", wrong), ("advice", advice))
     }
-    _render.print_json(findings | {key.replace("-", "_"): facts for key, facts in found.facts.items()})
+    render.print_json(findings | {key.replace("-", "_"): facts for key, facts in found.facts.items()})
 
 
 def show_text(found: Examination, wrong: list[Finding], advice: list[Finding]) -> None:
     """Print everything for people, what matters at the end."""
     for section, facts in found.facts.items():
         click.echo(f"{section}:")
-        _render.print_facts(
+        render.print_facts(
             [(f"  {fact_name(name)}", fact_text(name, value)) for name, value in facts.items()]
         )
     click.echo()
@@ -152,5 +153,5 @@ def fact_text(key: str, value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if key.endswith("_bytes") and isinstance(value, int):
-        return _render.rounded_size(value)
+        return render.rounded_size(value)
     return f"{value} ms" if key.endswith("_ms") else str(value)

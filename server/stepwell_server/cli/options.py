@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from stepwell.cli._types import ParamType
+from stepwell.cli.toolkit.types import ParamType
 from stepwell_server.settings import sources
 from stepwell_server.settings.fields import Setting, SettingsError
 from stepwell_server.settings.formats import FILE, FLAG, Format, Several, Table

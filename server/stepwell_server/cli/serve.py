@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from stepwell.cli._errors import SERVER_ERROR, Failure
-from stepwell.cli._help import Command
+from stepwell.cli.toolkit.errors import SERVER_ERROR, Failure
+from stepwell.cli.toolkit.help import Command
 from stepwell_server.cli.options import config_option, given, setting_options
 from stepwell_server.process.importing import without_collecting
 from stepwell_server.settings import Settings, sources

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stepwell.cli import _render
-from stepwell.cli._errors import Failure
-from stepwell.cli._help import Command, Group
-from stepwell.cli._target import json_option
+from stepwell.cli.toolkit import render
+from stepwell.cli.toolkit.errors import Failure
+from stepwell.cli.toolkit.help import Command, Group
+from stepwell.cli.toolkit.target import json_option
 from stepwell_server.cli.options import Written
 from stepwell_server.clock import SystemClock
 from stepwell_server.settings.formats import FILE, FOLDER, parse_path, size
@@ -138,7 +138,7 @@ def verify(ctx: click.Context, path: Path | StoreUrl, key_file: Path | None, as_
             found = _shared().examine(path, keyring, SystemClock())
     if as_json:
         fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-        _render.print_json(fields)
+        render.print_json(fields)
     else:
         _show(found)
     ctx.exit(1 if found.problems else 0)
@@ -192,11 +192,9 @@ def backup(place: Path | StoreUrl, file: Path, max_rate: int | None, as_json: bo
         else:
             done = _shared().back_up(place, file, SystemClock(), bytes_per_s=rate)
     if as_json:
-        _render.print_json({**dataclasses.asdict(done), "file": str(done.file)})
+        render.print_json({**dataclasses.asdict(done), "file": str(done.file)})
         return
-    click.echo(
-        f"{done.file}: {done.sessions} sessions, {_render.rounded_size(done.bytes)}{_needs(done.keys)}"
-    )
+    click.echo(f"{done.file}: {done.sessions} sessions, {render.rounded_size(done.bytes)}{_needs(done.keys)}")
     if done.damaged:
         click.echo(f"{done.damaged} of them have damaged records; stepwell store verify names them", err=True)
     _say_damaged_documents(done.damaged_documents)
@@ -251,7 +249,7 @@ def restore(file: Path, place: Path | StoreUrl, key_file: Path | None, moved: bo
     if as_json:
         facts = {"data_dir": str(place), "backed_up_time": created, **dataclasses.asdict(done)}
         facts.pop("created")
-        _render.print_json(facts)
+        render.print_json(facts)
         return
     click.echo(f"{place}: {done.sessions} sessions, as of {created}")
     if done.damaged:
@@ -325,7 +323,7 @@ def rekey(data_dir: Path, key_file: Path | None, decrypt: bool, as_json: bool) -
         assert keyring is not None
         done = mending.rekey(data_dir, SystemClock(), keyring, decrypt=decrypt)
     if as_json:
-        _render.print_json({**dataclasses.asdict(done), "left": sorted(done.left)})
+        render.print_json({**dataclasses.asdict(done), "left": sorted(done.left)})
         return
     click.echo(
         f"{data_dir}: {done.sessions} sessions, {'not encrypted' if decrypt else f'encrypted with {keyring.first}'}"
@@ -364,7 +362,7 @@ def repair(data_dir: Path, as_json: bool) -> None:
 
         done = mending.repair(data_dir, SystemClock())
     if as_json:
-        _render.print_json(dataclasses.asdict(done))
+        render.print_json(dataclasses.asdict(done))
         return
     click.echo(
         f"{data_dir}: {done.sessions} sessions; {len(done.recovered)} found again, {len(done.damaged)} with damaged records,"
@@ -426,7 +424,7 @@ def _show(found: Examined) -> None:
         ("decrypted", found.opened),
         ("documents", found.documents),
     ]
-    _render.print_facts(
+    render.print_facts(
         [(name, str(fact)) for name, fact in facts if fact not in ("", 0) or name == "sessions"]
     )
     for kind, names in (

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from stepwell.cli import _render
-from stepwell.cli._errors import Failure
-from stepwell.cli._help import Group
-from stepwell.cli._target import json_option
+from stepwell.cli.toolkit import render
+from stepwell.cli.toolkit.errors import Failure
+from stepwell.cli.toolkit.help import Group
+from stepwell.cli.toolkit.target import json_option
 from stepwell_server.auth import token_file
 from stepwell_server.auth.tokens import NO_TENANT, Token, caller_of, digest_of, new_token, time_text
 from stepwell_server.cli.options import Written
@@ -105,7 +105,7 @@ def add(name: str, tenant: str, role: str, expires_in: float | None, file: Path,
     except ValueError as error:
         raise Failure(f"--file: {file}: {error}") from None
     if as_json:
-        _render.print_json({"token": secret} | facts(token))
+        render.print_json({"token": secret} | facts(token))
         return
     until = "" if expires is None else f", until {time_text(expires)}"
     click.echo(f"token {token.id} of {caller}, {role}{until}: {secret}")
@@ -131,9 +131,7 @@ def list_tokens(file: Path, as_json: bool) -> None:
         raise Failure(f"--file: {file}: {error}") from None
     now = dt.datetime.now(dt.UTC).timestamp()
     if as_json:
-        _render.print_json(
-            {"tokens": [facts(token) | {"expired": token.has_expired(now)} for token in known]}
-        )
+        render.print_json({"tokens": [facts(token) | {"expired": token.has_expired(now)} for token in known]})
         return
     rows = []
     for token in known:
@@ -143,7 +141,7 @@ def list_tokens(file: Path, as_json: bool) -> None:
         created = "-" if token.created is None else time_text(token.created)
         caller = token.caller
         rows.append([token.id, caller.name, caller.tenant or NO_TENANT, caller.role.value, created, expires])
-    _render.print_table(["ID", "NAME", "TENANT", "ROLE", "CREATED", "EXPIRES"], rows)
+    render.print_table(["ID", "NAME", "TENANT", "ROLE", "CREATED", "EXPIRES"], rows)
 
 
 @tokens.command(
@@ -182,7 +180,7 @@ def revoke(name: str, tenant: str | None, token_id: str | None, file: Path, as_j
         which = "" if token_id is None else f" with the id {token_id!r}"
         raise Failure(f"NAME: must be a caller of {file}; it has no token of {name!r}{which}")
     if as_json:
-        _render.print_json({"revoked": [facts(token) for token in revoked]})
+        render.print_json({"revoked": [facts(token) for token in revoked]})
         return
     for token in revoked:
         click.echo(f"revoked token {token.id} of {token.caller}")

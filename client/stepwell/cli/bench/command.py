@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stepwell.cli import _complete, _render
-from stepwell.cli._errors import INTERRUPTED, SERVER_ERROR, Failure
-from stepwell.cli._help import Command
-from stepwell.cli._target import Target, json_option, server_options
-from stepwell.cli._types import Duration
 from stepwell.cli.bench import plan as plans
+from stepwell.cli.toolkit import complete, render
+from stepwell.cli.toolkit.errors import INTERRUPTED, SERVER_ERROR, Failure
+from stepwell.cli.toolkit.help import Command
+from stepwell.cli.toolkit.target import Target, json_option, server_options
+from stepwell.cli.toolkit.types import Duration
 
 if TYPE_CHECKING:
     from stepwell.cli.bench.plan import Mode, Plan
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
         ("errors, first_error", "how often each class of error came; the first one's text"),
     ),
 )
-@click.argument("model", shell_complete=_complete.models)
+@click.argument("model", shell_complete=complete.models)
 @click.option(
     "--mode",
     type=click.Choice(plans.MODES),
@@ -188,7 +188,7 @@ def run(
         client.model(plan.model)
     listener = find_listener(target.address)
     with Fleet(plan, processes) as fleet:
-        with _render.working(f"Opening {plan.sessions:,} sessions at {target.address}"):
+        with render.working(f"Opening {plan.sessions:,} sessions at {target.address}"):
             fleet.wait_ready()
         with report.live(warm_up_s + duration_s, warm_up_s) as watch:
             measured = fleet.run(warm_up_s, duration_s, listener, watch)
@@ -196,7 +196,7 @@ def run(
     if not measured.calls and not measured.interrupted:
         raise Failure(report.nothing_stepped(measured), SERVER_ERROR)
     if as_json:
-        _render.print_json(report.document(plan, size, measured, listener))
+        render.print_json(report.document(plan, size, measured, listener))
     else:
         report.show(plan, size, measured, listener)
     if measured.interrupted:

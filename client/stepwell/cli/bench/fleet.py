@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from stepwell.cli._errors import SERVER_ERROR, Failure
 from stepwell.cli.bench.cpu import Listener
 from stepwell.cli.bench.histogram import Histogram
 from stepwell.cli.bench.plan import Plan
+from stepwell.cli.toolkit.errors import SERVER_ERROR, Failure
 
 OPEN_S = 600.0
 """How long opening the sessions may take."""

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Literal, Self
 
-from stepwell.cli._target import Target
+from stepwell.cli.toolkit.target import Target
 
 Mode = Literal["unary", "stream", "frames", "group"]
 MODES: tuple[Mode, ...] = ("unary", "stream", "frames", "group")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from stepwell.cli import _render
+from stepwell.cli.toolkit import render
 
 if TYPE_CHECKING:
     from stepwell.cli.bench.cpu import Listener
@@ -71,7 +71,7 @@ def show(plan: Plan, processes: int, measured: Measured, listener: Listener) -> 
         facts.append((f"{name} ms", "" if value is None else f"{value:,.3f}"))
     facts.append(("server CPU", cpu_text(measured, steps, listener)))
     facts.append(("errors", errors_text(measured)))
-    _render.print_facts(facts)
+    render.print_facts(facts)
 
 
 def load_text(plan: Plan, processes: int) -> str:

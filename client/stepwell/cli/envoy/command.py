@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from stepwell._base import addresses
-from stepwell.cli._errors import Failure
-from stepwell.cli._help import Command
-from stepwell.cli._types import Duration, Size
+from stepwell.cli.toolkit.errors import Failure
+from stepwell.cli.toolkit.help import Command
+from stepwell.cli.toolkit.types import Duration, Size
 
 if TYPE_CHECKING:
     from stepwell.cli.envoy.bootstrap import Address, CallerTls, ReplicaTls

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stepwell._base import addresses
-from stepwell.cli import _render
-from stepwell.cli._errors import Failure
-from stepwell.cli._help import Command
-from stepwell.cli._target import Target, json_option, server_options
-from stepwell.cli._types import Duration
+from stepwell.cli.toolkit import render
+from stepwell.cli.toolkit.errors import Failure
+from stepwell.cli.toolkit.help import Command
+from stepwell.cli.toolkit.target import Target, json_option, server_options
+from stepwell.cli.toolkit.types import Duration
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -175,7 +175,7 @@ def top(
             time.sleep(interval)
             found = _picture(clients, watch.look(), rows)
             if as_json:
-                _render.print_json(found)
+                render.print_json(found)
             else:
                 _print(found, rows)
             return

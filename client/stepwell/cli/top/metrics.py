@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from stepwell._base import addresses
-from stepwell.cli._errors import SERVER_ERROR, Failure, as_failure
+from stepwell.cli.toolkit.errors import SERVER_ERROR, Failure, as_failure
 from stepwell.cli.top.scrape import Scrape, scrape
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from stepwell.cli._errors import SERVER_ERROR, Failure
+from stepwell.cli.toolkit.errors import SERVER_ERROR, Failure
 
 _SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')

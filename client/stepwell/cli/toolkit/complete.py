@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 from click.shell_completion import CompletionItem
 
-from stepwell.cli._target import Target
+from stepwell.cli.toolkit.target import Target
 
 if TYPE_CHECKING:
     import grpc

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from stepwell.cli._render import working
-from stepwell.cli._types import Duration
+from stepwell.cli.toolkit.render import working
+from stepwell.cli.toolkit.types import Duration
 
 if TYPE_CHECKING:
     from stepwell import Client, TlsConfig
@@ -151,6 +151,7 @@ class TokenFile:
         self()
 
     def __call__(self) -> str:
+        """Read the token."""
         try:
             return pathlib.Path(self._path).read_text("utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:

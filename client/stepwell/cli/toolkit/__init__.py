@@ -1,0 +1,1 @@
+"""What commands share: errors and exit codes, help, options of a connection, types of values, tables and JSON."""
