@@ -21,11 +21,13 @@ from stepwell_server.compile.errors import ModelError
 from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import MigrationFailed, Unavailable, VersionElsewhere
+from support.durable import begun
 from support.engine import Harness, x
 from support.fake_executor import PLAIN
+from support.gates import Gated
 from support.kinds import SHARED
 from support.live_at import Watcher
-from support.replicas import serving_two
+from support.replicas import both_know, serving_two
 from support.version_changes import told
 from support.versions import weights
 
@@ -127,6 +129,30 @@ async def test_folders_that_are_seen_at_different_times_lead_to_one_default(tmp_
             await each.look()
         assert (first.default, second.default) == (3, 3)
         assert (await first.at.step("a", x(1))).version == 3
+
+
+async def test_a_close_behind_a_step_that_must_go_elsewhere_ends_what_the_store_has(tmp_path: Path) -> None:
+    """The session leaves the table while the close waits: what this server knew of it is not what is closed."""
+    async with two(tmp_path) as (first, second):
+        await both_know(first.at, second.at, "a")
+        store: Gated = second.at.store
+        commits = len(store.asked("commit"))
+        store.commits_held = True
+        step = second.at.submit("a", x(1))
+        await store.until("commit", commits + 1)
+        first.put(1, 2)
+        await first.look()
+        moved = await first.at.step("a", x(1))
+        assert moved.version == 2
+        closing = await begun(second.at.engine.close_session("a"))
+        for _ in range(20):  # it waits for the step
+            await asyncio.sleep(0)
+        store.let_go()
+        with pytest.raises(VersionElsewhere):
+            await step.only()
+        await asyncio.wait_for(closing, 60)
+        opened = await first.at.engine.open_session("plain", session_id="a", batch_size=1)
+        assert opened.session.revision == moved.revision + 1
 
 
 async def test_a_version_that_is_taken_away_is_left_once(tmp_path: Path) -> None:

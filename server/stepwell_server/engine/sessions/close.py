@@ -34,6 +34,7 @@ from stepwell_server.errors import (
     SessionNotFound,
     SessionReplaced,
     StateCorrupt,
+    VersionElsewhere,
 )
 from stepwell_server.store.base import Batch, End, Fetched, Outcome, Tombstone, with_close
 from stepwell_server.store.record import Header, decode_header, header_or_none
@@ -88,7 +89,9 @@ class Closer:
         for _ in range(MAX_TRIES):
             try:
                 handle = self._directory.find(session_id, seen)
-                await self._turns.hold(handle, deadline, rows=False)
+                if not await self._hold(handle, deadline):
+                    seen = await self._directory.look([session_id], anew=True)
+                    continue
             except SessionGone as error:
                 seen = await self._directory.look([session_id], anew=True)
                 answer = await self._ended_meanwhile(session_id, request_id, uid, seen, error)
@@ -125,6 +128,14 @@ class Closer:
             if answer is not None:
                 return answer
         raise changed_elsewhere(session_id)
+
+    async def _hold(self, handle: int, deadline: float) -> bool:
+        """Claim a session when its turn comes; False if it left the table: only the store knows its last revision then."""
+        try:
+            await self._turns.hold(handle, deadline, rows=False)
+        except VersionElsewhere:
+            return False
+        return True
 
     async def _ended_meanwhile(
         self, session_id: str, request_id: int, uid: int, seen: Seen, error: SessionGone | None
