@@ -226,6 +226,19 @@ def test_a_segment_is_rotated_only_onto_an_empty_one(path: Path) -> None:
     store.close()
 
 
+def test_nothing_is_behind_once_no_checkpoint_is_needed(path: Path) -> None:
+    """The event loop makes checkpoints, a little in each iteration, as long as something is behind."""
+    store = opened(path, segment_bytes=1 << 16)
+    begin(store, "a")
+    later = itertools.count(1)
+    while not store.needs_checkpoint:
+        put(store, "a", revision=next(later))
+    store.checkpoint(briefly=True)
+    assert not store.needs_checkpoint
+    assert store.behind == 0
+    store.close()
+
+
 @pytest.mark.parametrize("error", [Unavailable("no room"), StoreGone("no folder")])
 def test_to_keep_up_twice_as_much_is_checkpointed_as_is_written(
     path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

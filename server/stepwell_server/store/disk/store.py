@@ -158,7 +158,8 @@ class DiskStore(LocalStore):
     @property
     def behind(self) -> int:  # type: ignore[override]
         """See `LocalStore`."""
-        return 0 if self._wal is None or self._closed else self._wal.due
+        # what is due of a log that needs no checkpoint is for the next one: whoever waited for it would wait for ever
+        return 0 if self._wal is None or not self.needs_checkpoint or self._closed else self._wal.due
 
     @override
     def checkpoint(self, *, briefly: bool = False) -> None:
