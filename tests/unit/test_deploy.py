@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 
-from stepwell_server.cli.serve import serve
+from stepwell_server.cli.serve import SETTINGS, serve
 from stepwell_server.errors import reasons
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +21,7 @@ DEPLOY, DOCS = ROOT / "deploy", ROOT / "docs"
 PAGES = [DOCS / name for name in ("production.md", "certificates.md", "upgrade.md", "incidents.md")]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OPTIONS = {name for option in serve.params for name in option.opts if name.startswith("--")}
-VARIABLES = {str(option.envvar) for option in serve.params if option.envvar}
+VARIABLES = {"STEPWELL_CONFIG", *(setting.variable for setting in SETTINGS)}
 
 
 def _blocks(page: Path, kind: str) -> list[str]:

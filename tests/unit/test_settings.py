@@ -513,14 +513,24 @@ def test_help_explains_every_option_and_names_its_variable() -> None:
     text = re.sub(r"\s+", " ", CliRunner().invoke(main, ["serve", "--help"]).output)
     assert text.startswith("Usage: main serve [OPTIONS] NAME=PATH...")
     assert "STEPWELL_MODELS is that of the models" in text
-    settings = {str(parameter.name): parameter for parameter in serve.params}
-    for field in dataclasses.fields(Settings):
-        option = settings[field.name]
-        if field.name != "models":
-            assert isinstance(option, click.Option)
-            assert re.search(rf"{option.opts[0]}[, ].*[.)] \[env var: {option.envvar}[];]", text), field.name
+    for setting in SETTINGS:
+        if not setting.names.is_argument:
+            about = rf"{setting.option}[, ].*[.)] \[env var: {setting.variable}\]"
+            assert re.search(about, text), setting.field
     assert "or reply. Default: 64MiB. [env var: STEPWELL_MAX_MESSAGE_BYTES]" in text
     assert "queued work. Default: 30. [env var: STEPWELL_DRAIN_TIMEOUT_S]" in text
+
+
+def test_documents_have_the_defaults_that_hold() -> None:
+    """Where a value stands before an option, as in "64 MiB (`--max-message-bytes`)"."""
+    defaults = {setting.option: setting.default_text for setting in SETTINGS if setting.default_text}
+    found = {}
+    for page in (Path(__file__).parents[2] / "docs").glob("*.md"):
+        for text, option in re.findall(r"(\d[\d,.]*(?: [KMG]iB)?) \(`(--[a-z-]+)`\)", page.read_text()):
+            if option in defaults:
+                found[option] = re.sub("[, ]", "", text)
+                assert found[option] == defaults[option], f"{page.name}: {text} ({option})"
+    assert found.keys() >= {"--max-message-bytes", "--max-calls-per-connection"}
 
 
 def test_times_and_sizes_have_units(model: str) -> None:

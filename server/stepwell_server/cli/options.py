@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 from collections.abc import Callable, Sequence
@@ -19,51 +20,39 @@ from stepwell_server.settings.sources import Given
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class Unread(ParamType):
-    """A text of a format that is read later, with those of the other sources. Shells complete it.
+class Written(ParamType):
+    """A value in a format, for options that are no settings."""
 
-    Args:
-        form: The format.
-    """
-
-    def __init__(self, form: Format | Several) -> None:
+    def __init__(self, form: Format) -> None:
         self.name = form.form
-        self.of = form.of if isinstance(form, Several) else form
-        self.has_name = isinstance(form, Table)
-
-    def shell_complete(
-        self,
-        ctx: click.Context,  # noqa: ARG002 - click's signature
-        param: click.Parameter,  # noqa: ARG002
-        incomplete: str,
-    ) -> list[CompletionItem]:
-        """Leave paths to the shell, but not those after NAME=, which it may take for a part of the word."""
-        completes = self.of.completes
-        if not isinstance(completes, str):
-            return [CompletionItem(word) for word in completes if word.startswith(incomplete)]
-        name, equals, begun = incomplete.partition("=")
-        if not (self.has_name and equals):
-            return [CompletionItem(incomplete, type=completes)]
-        found = sorted(glob.glob(f"{glob.escape(begun)}*"))
-        return [CompletionItem(f"{name}={path}{'/' if os.path.isdir(path) else ''}") for path in found]
-
-
-class Written(Unread):
-    """A text of a format that is read at once, for options that are no settings."""
+        self.form = form
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it; what has been read already stays."""
+        """Read a text; what has been read already stays."""
         try:
-            return self.of.read(value) if isinstance(value, str) else value
+            return self.form.read(value) if isinstance(value, str) else value
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Complete what the format says."""
+        return _completed(self.form, ctx, param, incomplete)
 
-class SettingOption(click.Option):
-    """The option of a setting. `given` reads its variable, and not click: it reads the values that lose, too."""
 
-    def resolve_envvar_value(self, ctx: click.Context) -> None:
-        """Leave the variable to `given`."""
+def _completed(
+    form: Format | Several, _ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Leave paths to the shell, but not those after NAME=, which it may take for a part of the word."""
+    completes = form.of.completes if isinstance(form, Several) else form.completes
+    if not isinstance(completes, str):
+        return [CompletionItem(word) for word in completes if word.startswith(incomplete)]
+    name, equals, begun = incomplete.partition("=")
+    if not (isinstance(form, Table) and equals):
+        return [CompletionItem(incomplete, type=completes)]
+    found = sorted(glob.glob(f"{glob.escape(begun)}*"))
+    return [CompletionItem(f"{name}={path}{'/' if os.path.isdir(path) else ''}") for path in found]
 
 
 config_option = click.option(
@@ -94,24 +83,17 @@ def setting_options(settings: Sequence[Setting], *, hidden: bool = False) -> Cal
 
 def _parameter(setting: Setting, hidden: bool) -> Callable[[Function], Function]:
     form = setting.format
-    attributes: dict[str, Any] = {"metavar": form.form, "multiple": form.repeats, "type": Unread(form)}
-    names = [setting.option, *filter(None, [setting.names.alias]), setting.field]
+    complete = functools.partial(_completed, form)
     if setting.names.is_argument:
-        return click.argument(setting.field, nargs=-1, metavar=setting.hint, type=Unread(form))
+        return click.argument(setting.field, nargs=-1, metavar=setting.hint, shell_complete=complete)
+    names = [setting.option, *filter(None, [setting.names.alias]), setting.field]
+    kind: dict[str, Any] = {"metavar": form.form, "multiple": form.repeats, "shell_complete": complete}
     if form is FLAG:
-        attributes = {"is_flag": True}
+        kind = {"is_flag": True}
         if setting.default is True:
             names[0] = f"{setting.option}/--no-{setting.name}"
-    return click.option(
-        *names,
-        cls=SettingOption,
-        default=None,
-        envvar=setting.variable,
-        show_envvar=True,
-        hidden=hidden,
-        help=setting.full_help,
-        **attributes,
-    )
+    # `given` reads the variable, and not click: values that lose are read too.
+    return click.option(*names, default=None, hidden=hidden, help=setting.full_help, **kind)
 
 
 def given(ctx: click.Context, settings: Sequence[Setting]) -> dict[str, Given]:

@@ -48,8 +48,8 @@ def serve(ctx: click.Context, /, show_config: bool, **_values: Any) -> None:
 
     NAME is what clients call a model. PATH is the file that Keras saved (.keras), or one that 'stepwell compile' made of
     it (.stepwell), which needs no TensorFlow. Give as many as you like. Each option has an environment variable, named
-    in its help; STEPWELL_MODELS is that of the models. What may be given again has commas
-    between the values there. The command line wins over a variable, a variable over the config file.
+    in its help; STEPWELL_MODELS is that of the models. Several values
+    in one variable have commas between them. The command line wins over a variable, a variable over the config file.
 
     A TIME is a number of seconds or has units, as in 500ms, 90s or 1h30m; a SIZE is a number of bytes or has one, as
     in 512MiB or 2GB.

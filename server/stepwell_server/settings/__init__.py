@@ -30,6 +30,7 @@ from stepwell_server.settings.formats import (
     LISTEN,
     MAX_INT32,
     MODEL_NAME,
+    MODELS,
     MODULE,
     POLICY,
     SECONDS,
@@ -41,7 +42,6 @@ from stepwell_server.settings.formats import (
     Table,
     count,
     expanded,
-    file_path,
     seconds,
     size,
 )
@@ -59,25 +59,12 @@ _NEEDS_KEYS = Needs("auth_jwks", ", the keys that sign")
 _NEEDS_FOLDER = Needs("models_dir", ", the folder that it is about")
 
 
-def default_cache_dir() -> Path:
-    """Return the folder for compiled models where none is given.
-
-    Raises:
-        SettingsError: there is no home.
-    """
-    return _default_folder("--cache-dir", "XDG_CACHE_HOME", "~/.cache")
-
-
-def default_data_dir() -> Path:
-    """Return the folder of the store where none is given.
-
-    Raises:
-        SettingsError: there is no home.
-    """
-    return _default_folder("--data-dir", "XDG_DATA_HOME", "~/.local/share")
-
-
 def _default_folder(option: str, variable: str, fallback: str) -> Path:
+    """Return the folder where none is given.
+
+    Raises:
+        SettingsError: there is no home.
+    """
     try:
         return Path(os.environ.get(variable) or expanded(fallback)) / "stepwell"
     except LookupError:
@@ -104,7 +91,7 @@ class Settings:
 
     models: Annotated[
         Mapping[str, Path],
-        Table(file_path("PATH"), versions=True),
+        MODELS,
         "Models to serve, by NAME or NAME@VERSION.",
         Names(is_argument=True),
     ] = dataclasses.field(default_factory=dict)
@@ -343,7 +330,9 @@ class Settings:
     ] = dataclasses.field(default_factory=dict)
     cache_dir: Annotated[
         Path, FOLDER, "Folder for compiled models. Default: stepwell in the user's cache folder."
-    ] = dataclasses.field(default_factory=default_cache_dir)
+    ] = dataclasses.field(
+        default_factory=lambda: _default_folder("--cache-dir", "XDG_CACHE_HOME", "~/.cache")
+    )
     max_model_bytes: Annotated[
         int, size(), "Largest size of a model's file when it is unpacked. A larger one is refused."
     ] = Limits.model_bytes
@@ -389,7 +378,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.store == "disk" and self.data_dir is None:
-            object.__setattr__(self, "data_dir", default_data_dir())
+            data_dir = _default_folder("--data-dir", "XDG_DATA_HOME", "~/.local/share")
+            object.__setattr__(self, "data_dir", data_dir)
         if self.store == "memory" and self.encryption_key_file is not None:
             raise SettingsError(
                 "--encryption-key-file: with --store memory nothing is kept on disk to encrypt"

@@ -79,7 +79,8 @@ class Setting:
         """What the setting means, and what the other fields say of it."""
         needs = "".join(f" Needs {_option(each.field)}." for each in self.needs)
         again = " May be given again." if self.format.repeats else ""
-        return self.help + needs + again + (f" Default: {self.default_text}." if self.default_text else "")
+        default = f" Default: {self.default_text}." if self.default_text else ""
+        return f"{self.help}{needs}{again}{default}  [env var: {self.variable}]"
 
     def check_needs(self, settings: object) -> None:
         """Check that what it needs is given, if it is given.

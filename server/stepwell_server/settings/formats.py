@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from stepwell._base.units import MAX_BYTES, parse_bytes, parse_seconds, size_text
 from stepwell_server.addresses import Address, UnixAddress
-from stepwell_server.core.model_names import NAME_RULE, VERSION_RULE, is_name, parse_reference
+from stepwell_server.core.model_names import NAME_RULE, VERSION_RULE, is_name, version_of
 from stepwell_server.core.version_policy import POLICY_RULE, VersionPolicy
 from stepwell_server.store.valkey.connection.url import StoreUrl, UrlError
 from stepwell_server.store.valkey.connection.url import parse as parse_store_url
@@ -139,14 +139,23 @@ class Table(Several):
 
     Args:
         of: The format of the values.
-        versions: NAME may be NAME@VERSION.
+        is_name: What a name must be.
+        rule: The same in words.
         common: A VALUE without a name may be given, for all other names. It has the empty name.
     """
 
-    def __init__(self, of: Format, *, versions: bool = False, common: bool = False) -> None:
+    def __init__(
+        self,
+        of: Format,
+        *,
+        is_name: Callable[[str], bool] = is_name,
+        rule: str = NAME_RULE,
+        common: bool = False,
+    ) -> None:
         super().__init__(of)
         self.form = f"{of.form}|NAME={of.form}" if common else f"NAME={of.form}"
-        self._versions = versions
+        self._is_name = is_name
+        self._rule = rule
         self._common = common
 
     def read_all(self, texts: Sequence[str]) -> Any:
@@ -186,21 +195,12 @@ class Table(Several):
         if not rest and not self._common:
             is_model = text.endswith((".keras", ".stepwell"))
             raise ValueError(f", such as {Path(text).stem}={text}" if is_model else "")
-        if equals or not self._common:
-            self._check_name(name)
+        if (equals or not self._common) and not self._is_name(name):
+            raise ValueError(f" with {self._rule}")
         try:
             return name, self.of.parse(rest)
         except ValueError as error:
             raise ValueError(f" with {str(error) or self.of.rule}") from None
-
-    def _check_name(self, name: str) -> None:
-        try:
-            is_valid = parse_reference(name).label is None if self._versions else is_name(name)
-        except ValueError:
-            is_valid = False
-        if not is_valid:
-            version = f", or NAME@VERSION with {VERSION_RULE}" if self._versions else ""
-            raise ValueError(f" with {NAME_RULE}{version}")
 
 
 def checked(form: str, rule: str, keeps: Callable[[str], object], completes: Sequence[str] = ()) -> Format:
@@ -219,11 +219,6 @@ def choice(*words: str) -> Format:
     return checked(f"[{'|'.join(words)}]", f"one of {', '.join(words)}", words.__contains__, words)
 
 
-def number(form: str, rule: str, parse: Callable[[str], Any], write: Callable[[Any], str] = str) -> Format:
-    """A number, perhaps with a unit."""
-    return Format(form, rule, parse, write, _NUMBER)
-
-
 def count(smallest: int = 1, largest: int = MAX_COUNT) -> Format:
     """A whole number."""
 
@@ -232,17 +227,17 @@ def count(smallest: int = 1, largest: int = MAX_COUNT) -> Format:
             raise ValueError
         return int(text)
 
-    return number("N", f"a whole number from {smallest} to {largest}", parse)
+    return Format("N", f"a whole number from {smallest} to {largest}", parse, types=_NUMBER)
 
 
 def seconds(smallest: float = 0.0, largest: float = math.inf) -> Format:
     """A time: a number of seconds, or one with units."""
-    return number("TIME", "", lambda text: parse_seconds(text, smallest, largest), "{:.15g}".format)
+    return Format("TIME", "", lambda text: parse_seconds(text, smallest, largest), "{:.15g}".format, _NUMBER)
 
 
 def size(smallest: int = 1, largest: int = MAX_BYTES) -> Format:
     """A number of bytes, or one with a unit."""
-    return number("SIZE", "", lambda text: parse_bytes(text, smallest, largest), size_text)
+    return Format("SIZE", "", lambda text: parse_bytes(text, smallest, largest), size_text, _NUMBER)
 
 
 def file_path(form: str = "FILE", parse: Callable[[str], Path] | None = None) -> Format:
@@ -268,6 +263,12 @@ def write_path(path: Path) -> str:
 def resolve_path(text: str, folder: Path) -> str:
     """Return a path that is relative as one in the folder."""
     return text if text == "-" or text.startswith("~") else str(folder.absolute() / text)
+
+
+def is_version(text: str) -> bool:
+    """Whether a text is NAME or NAME@VERSION."""
+    name, at, version = text.partition("@")
+    return is_name(name) and (not at or version_of(version) is not None)
 
 
 def _parse_data_file(text: str) -> Path:
@@ -344,9 +345,12 @@ def _parse_store(text: str) -> StoreUrl | str:
 _TCP_RULE = "HOST:PORT, or [HOST]:PORT for IPv6, with a port from 0 to 65535"
 
 TEXT, CLAIM = Format("TEXT", "", str), checked("NAME", "the name of a claim", bool)
+MODELS = Table(
+    file_path("PATH"), is_name=is_version, rule=f"{NAME_RULE}, or NAME@VERSION with {VERSION_RULE}"
+)
 FLAG = Format("", "true or false", _parse_flag, lambda value: str(value).lower(), _FLAG)
 COUNT, SECONDS = count(), seconds()
-SHARE = number("RATIO", "a number from 0 to 1", _parse_share, "{:.15g}".format)
+SHARE = Format("RATIO", "a number from 0 to 1", _parse_share, "{:.15g}".format, _NUMBER)
 FILE, DATA_FILE = file_path(), file_path("FILE.npy", _parse_data_file)
 FOLDER = dataclasses.replace(file_path("DIR"), completes="dir")
 LISTEN = Format("ADDRESS", f"{_TCP_RULE}, or unix:PATH", _parse_listen, resolve=_resolve_listen)
