@@ -18,8 +18,8 @@ from stepwell_server.auth.opening import open_callers
 from stepwell_server.auth.quota_file import COUNTED_BY_TENANT, QuotaFile
 from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.files.folder import ModelFolder
-from stepwell_server.catalog.files.migrations import MigrationError, load_migrations
-from stepwell_server.catalog.files.sources import Candidates, KeptModel, LoadError, begin_with
+from stepwell_server.catalog.files.migrations import load_migrations
+from stepwell_server.catalog.files.sources import Candidates, KeptModel, begin_with
 from stepwell_server.catalog.known_files import KnownFiles
 from stepwell_server.catalog.opening import admin_refusal, compiler_of, end_idle, open_catalog
 from stepwell_server.catalog.start import ModelLoader, absence, kept_models
@@ -33,51 +33,44 @@ from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.versions.document import DocumentError
 from stepwell_server.engine.versions.forwarding import Migration
-from stepwell_server.files.audit_log import AuditError, AuditLog
-from stepwell_server.files.watched import WatchedFileError
+from stepwell_server.errors import StartError
+from stepwell_server.files.audit_log import AuditLog
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics import gauges
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.metrics.series import StoreWrites
 from stepwell_server.metrics.server import MetricsServer, Source
-from stepwell_server.metrics.token import MetricsToken, TokenError
+from stepwell_server.metrics.token import MetricsToken
 from stepwell_server.process import signals
 from stepwell_server.process.open_files import RESERVE, raise_limit
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.process.systemd import Notifier
-from stepwell_server.reach import ReachError, require_closed
+from stepwell_server.reach import require_closed
 from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.base import BindError, Front
-from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
-from stepwell_server.rpc.fronts.choice import HINT, Choice, NoNativeFrontError, choose
+from stepwell_server.rpc.fronts.certificates import CertificateFiles
+from stepwell_server.rpc.fronts.choice import HINT, choose
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import DEFAULT_METRICS, Settings
 from stepwell_server.store.base import Store, StoreError
 from stepwell_server.store_opening import (
     Abandoned,
-    NotOpenedError,
     once_it_answers,
     open_own,
     open_shared,
     unless_stopped,
 )
 from stepwell_server.store_watch import StoreWatch
-from stepwell_server.tracing.starting import TracingError
 from stepwell_server.tracing.starting import start as start_tracing
 
 if TYPE_CHECKING:
     from stepwell_server.compile.host.compiler import WarmCompiler
-    from stepwell_server.tracing.spans import Tracing
 
 _log = Log("app")
 _SWITCH_INTERVAL_S = 0.1e-3
 _GONE_DRAIN_S = 5.0
 """Without a store nothing can be finished; this is for telling callers so."""
-
-
-class StartError(Exception):
-    """The server cannot start. The message is one line for people."""
 
 
 class _Observer(PrometheusObserver):
@@ -139,8 +132,6 @@ def serve(settings: Settings) -> int:
             own_store = open_own(settings, clock, writes)
         with asyncio.Runner(loop_factory=_new_event_loop) as runner:
             return runner.run(_run(settings, files, own_store, writes, clock))
-    except (LoadError, NotOpenedError) as error:
-        raise StartError(str(error)) from error
     except Abandoned:
         raise KeyboardInterrupt from None
 
@@ -153,19 +144,14 @@ def _files(settings: Settings, clock: Clock) -> _Files:
     """
     counted = COUNTED_BY_TENANT if settings.store_kind == "valkey" else ()
     token = settings.metrics_token_file
-    try:
-        return _Files(
-            _certificates(settings),
-            None if settings.quotas is None else QuotaFile(settings.quotas, only_tenants=counted),
-            load_migrations(settings.migrations),
-            open_callers(settings, clock),
-            None if settings.audit_log is None else AuditLog(settings.audit_log),
-            None if token is None else MetricsToken.of(token),
-        )
-    except AuditError as error:
-        raise StartError(f"--audit-log: {error}") from error
-    except (CertificateError, WatchedFileError, MigrationError, TokenError) as error:
-        raise StartError(str(error)) from error
+    return _Files(
+        _certificates(settings),
+        None if settings.quotas is None else QuotaFile(settings.quotas, only_tenants=counted),
+        load_migrations(settings.migrations),
+        open_callers(settings, clock),
+        None if settings.audit_log is None else AuditLog(settings.audit_log),
+        None if token is None else MetricsToken.of(token),
+    )
 
 
 def _certificates(settings: Settings) -> CertificateFiles | None:
@@ -201,13 +187,10 @@ def _require_free(option: str, address: Address | UnixAddress) -> None:
 
 def _require_closed(settings: Settings) -> None:
     """Refuse to be open to others without a word."""
-    try:
-        front = _front_choice(settings)
-        require_closed(settings, front_problem=front.advice)
-        if front.problem:
-            _log.warning(f"the front in Python serves, which is slower: {front.advice}")
-    except ReachError as error:
-        raise StartError(str(error)) from error
+    front = choose(settings.front)
+    require_closed(settings, front_problem=front.advice)
+    if front.problem:
+        _log.warning(f"the front in Python serves, which is slower: {front.advice}")
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:
@@ -223,7 +206,7 @@ async def _run(
     certificates, audit = files.certificates, files.audit
     auditor = None if audit is None else Auditor(audit, settings.audit_when_full)
     observer = _Observer(auditor)
-    tracing = _start_tracing(settings, clock)
+    tracing = start_tracing(settings.trace_endpoint, settings.trace_sample, clock)
     notifier = Notifier()
 
     def reload() -> None:
@@ -394,13 +377,6 @@ def _catalog(
         raise StartError(f"--allow-model-upload: there can be no folder for uploads: {error}") from error
 
 
-def _start_tracing(settings: Settings, clock: Clock) -> Tracing | None:
-    try:
-        return start_tracing(settings.trace_endpoint, settings.trace_sample, clock)
-    except TracingError as error:
-        raise StartError(str(error)) from error
-
-
 async def _quotas(file: QuotaFile | None, settings: Settings, store: Store, clock: Clock) -> Quotas | None:
     """The quotas, with the sessions counted that are there."""
     if file is None:
@@ -413,20 +389,13 @@ async def _quotas(file: QuotaFile | None, settings: Settings, store: Store, cloc
 
 def _front(settings: Settings, clock: Clock, open_files: int) -> Front:
     limits = _limits(settings, open_files)
-    choice = _front_choice(settings)
+    choice = choose(settings.front)
     if choice.native is not None:
         return choice.native(clock, limits)
     # Here: it brings grpc, 8 MiB that the native front does not need.
     from stepwell_server.rpc.fronts.python import PythonFront
 
     return PythonFront(clock, limits)
-
-
-def _front_choice(settings: Settings) -> Choice:
-    try:
-        return choose(settings.front)
-    except NoNativeFrontError as error:
-        raise StartError(str(error)) from error
 
 
 def _limits(settings: Settings, open_files: int) -> FrontLimits:
@@ -503,8 +472,6 @@ async def _listen(
         address = await rpc.start(settings.listen, certificates, metrics_address)
     except BindError as error:
         raise StartError(f"--listen: {error}") from error
-    except CertificateError as error:
-        raise StartError(str(error)) from error
     _log.info("listening, not ready yet", address=str(address))
     return address
 
@@ -534,7 +501,7 @@ async def _say_ready(
     gc.collect()
     gc.freeze()
     await store.announce(str(address))
-    hint = f" ({HINT})" if _front_choice(settings).problem else ""
+    hint = f" ({HINT})" if choose(settings.front).problem else ""
     sys.stdout.write(f"stepwell: {rpc.front.name} front{hint}, listening on {address}\n")
     sys.stdout.flush()
 

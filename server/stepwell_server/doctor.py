@@ -29,14 +29,14 @@ from stepwell_server.catalog.files.folder import LAYOUT, ModelFolder
 from stepwell_server.clock import Clock
 from stepwell_server.compile import cache
 from stepwell_server.compile.host import sandbox
+from stepwell_server.errors import StartError
 from stepwell_server.files import private_files
 from stepwell_server.process.open_files import RESERVE
-from stepwell_server.reach import ReachError, require_closed
+from stepwell_server.reach import require_closed
 from stepwell_server.rpc.fronts import unix_socket
-from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
-from stepwell_server.rpc.fronts.choice import HOW, Choice, NoNativeFrontError, choose
+from stepwell_server.rpc.fronts.certificates import CertificateFiles
+from stepwell_server.rpc.fronts.choice import HOW, Choice, choose
 from stepwell_server.settings import Settings, cores
-from stepwell_server.settings.fields import SettingsError
 
 if TYPE_CHECKING:
     from stepwell_server.store.base import Holder
@@ -150,7 +150,7 @@ class Examination:
         """The front that a server would have; what is wrong if that is not the native one."""
         try:
             choice = choose(self._settings.front)
-        except NoNativeFrontError as error:
+        except StartError as error:
             self.wrong(str(error), "or leave --front away")
             return Choice(None)
         if choice.problem:
@@ -304,7 +304,7 @@ class Examination:
     def _reach(self, front: Choice) -> None:
         try:
             require_closed(self._settings, front_problem=front.advice)
-        except (ReachError, OSError) as error:
+        except (StartError, OSError) as error:
             self.wrong(str(error), "docs/security.md has a set-up that is closed")
 
     def _compiling(self) -> Facts:
@@ -328,7 +328,7 @@ class Examination:
                 self._models_folder(ModelFolder(settings.models_dir))
             if settings.tls_cert is not None and settings.tls_key is not None:
                 CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-        except (SettingsError, CertificateError) as error:
+        except StartError as error:
             self.wrong(str(error), "name another file")
         self._secrets()
 
@@ -337,8 +337,7 @@ class Examination:
         # All of these need packages of the server.
         from stepwell_server.auth.opening import open_callers
         from stepwell_server.auth.quota_file import QuotaFile
-        from stepwell_server.files.watched import WatchedFileError
-        from stepwell_server.metrics.token import MetricsToken, TokenError
+        from stepwell_server.metrics.token import MetricsToken
         from stepwell_server.store.base import KeyFileError
         from stepwell_server.store.encryption.keyring import read_keys
 
@@ -353,7 +352,7 @@ class Examination:
             try:
                 if path is not None:
                     read(path)
-            except (WatchedFileError, TokenError, KeyFileError) as error:
+            except (StartError, KeyFileError) as error:
                 self.wrong(f"{option}{error}", "mend the file, or name another")
         audit = settings.audit_log
         if audit is not None and str(audit) != "-" and not audit.parent.is_dir():

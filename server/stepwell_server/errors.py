@@ -48,6 +48,13 @@ MAX_FACT_CHARACTERS = 1024
 """Of an error's message, and of each of its facts: what a caller has sent may be part of them."""
 
 
+class StartError(Exception):
+    """A server cannot start with what it was given, or use a file that has changed since.
+
+    The message is one line and names the option, or the model.
+    """
+
+
 class ServerError(Exception):
     """Base of every error that a caller may see."""
 

@@ -10,14 +10,11 @@ import ipaddress
 import socket
 
 from stepwell_server.addresses import Address, UnixAddress
+from stepwell_server.errors import StartError
 from stepwell_server.logs import Log
 from stepwell_server.settings import Settings
 
 _log = Log("reach")
-
-
-class ReachError(Exception):
-    """Others could reach the server who must not. The message is one line and names the options."""
 
 
 def require_closed(settings: Settings, *, front_problem: str) -> None:
@@ -29,7 +26,7 @@ def require_closed(settings: Settings, *, front_problem: str) -> None:
             one; empty if the native one serves.
 
     Raises:
-        ReachError: others could reach it.
+        StartError: others could reach it.
     """
     if others := beyond_loopback(settings.listen):
         _require_known(settings, others)
@@ -40,7 +37,7 @@ def require_closed(settings: Settings, *, front_problem: str) -> None:
     if others := beyond_loopback(metrics):
         problem = f"everybody who reaches {_named(metrics, others)} reads the metrics, which name models and tenants"
         if not settings.insecure_listen:
-            raise ReachError(
+            raise StartError(
                 "--metrics-listen: beyond loopback it must be given with --metrics-token-file, or with --insecure-listen,"
                 f" which allows it to be without; {problem}"
             )
@@ -84,7 +81,7 @@ def _require_known(settings: Settings, others: list[str]) -> None:
         return
     what = " and ".join(problems)
     if not settings.insecure_listen:
-        raise ReachError(
+        raise StartError(
             "--listen: beyond loopback a server must speak TLS and know its callers, or be given --insecure-listen, which"
             f" allows it to be without; {what}; got {_named(settings.listen, others)}"
         )
@@ -98,7 +95,7 @@ def _require_bounds(settings: Settings, front_problem: str) -> None:
     if settings.front == "python":
         _log.warning("the front in Python does not bound what clients take", listen=str(settings.listen))
     elif front_problem:
-        raise ReachError(
+        raise StartError(
             "--listen: without the native front it must be a loopback address, because the front in Python does not bound"
             f" what clients take; {front_problem}; or accept that with --front python (docs/operations.md);"
             f" got {settings.listen}"

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stepwell_server.errors import ServerError
+from stepwell_server.errors import ServerError, StartError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import KeyFileError, Store, StoreBusy, StoreError, WriteObserver
 from stepwell_server.store.opening import open_shared_store, open_store
@@ -26,15 +26,11 @@ class Abandoned(Exception):
     """The server was stopped before it was ready."""
 
 
-class NotOpenedError(Exception):
-    """The store cannot be opened. The message is one line for people, and names the option."""
-
-
 def open_own(settings: Settings, clock: Clock, observer: WriteObserver) -> Store | None:
     """The store that is this server's alone, whose writes to the disk `observer` gets; None if others use it too.
 
     Raises:
-        NotOpenedError: it cannot be opened.
+        StartError: it cannot be opened.
     """
     if settings.store == "disk" or settings.store == "memory":
         kind = settings.store
@@ -50,13 +46,13 @@ def open_own(settings: Settings, clock: Clock, observer: WriteObserver) -> Store
             key_file=settings.encryption_key_file,
         )
     except StoreBusy as error:
-        raise NotOpenedError(
+        raise StartError(
             f"--data-dir: {error}; give this server another folder, or --store memory"
         ) from error
     except KeyFileError as error:
-        raise NotOpenedError(f"--encryption-key-file: {error}") from error
+        raise StartError(f"--encryption-key-file: {error}") from error
     except StoreError as error:
-        raise NotOpenedError(f"--data-dir: {error}") from error
+        raise StartError(f"--data-dir: {error}") from error
     return store
 
 
@@ -64,7 +60,7 @@ async def open_shared(settings: Settings, clock: Clock, stop: asyncio.Event) -> 
     """The store that others use too; one that does not answer is waited for.
 
     Raises:
-        NotOpenedError: it cannot be used, or did not answer in time.
+        StartError: it cannot be used, or did not answer in time.
         Abandoned: `stop` was set.
     """
     url = settings.shared_store
@@ -78,9 +74,9 @@ async def open_shared(settings: Settings, clock: Clock, stop: asyncio.Event) -> 
     try:
         return await once_it_answers(opening, settings, clock, stop)
     except KeyFileError as error:
-        raise NotOpenedError(f"--encryption-key-file: {error}") from error
+        raise StartError(f"--encryption-key-file: {error}") from error
     except StoreError as error:
-        raise NotOpenedError(f"--store: {error}") from error
+        raise StartError(f"--store: {error}") from error
 
 
 async def once_it_answers(
@@ -89,7 +85,7 @@ async def once_it_answers(
     """What the store is asked at the start; a shared one that does not answer is asked again for a while.
 
     Raises:
-        NotOpenedError: it did not answer in time.
+        StartError: it did not answer in time.
         Abandoned: `stop` was set.
         Exception: whatever else `ask` raises.
     """
@@ -100,9 +96,9 @@ async def once_it_answers(
             return await unless_stopped(ask(), stop)
         except ServerError as error:
             if settings.shared_store is None:
-                raise NotOpenedError(f"--data-dir: {error.message}") from error
+                raise StartError(f"--data-dir: {error.message}") from error
             if clock.monotonic() >= end:
-                raise NotOpenedError(f"--store: {error.message}; it was waited for {WAIT_S:g} s") from error
+                raise StartError(f"--store: {error.message}; it was waited for {WAIT_S:g} s") from error
             if not is_told:
                 where = str(settings.shared_store)
                 _log.warning("the store does not answer yet", store=where, reason=error.message)

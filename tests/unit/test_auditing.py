@@ -18,8 +18,8 @@ import pytest
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core.callers import Caller, Credential, Known, Role
-from stepwell_server.errors import Overloaded, PermissionDenied, StoreAway, Unauthenticated
-from stepwell_server.files.audit_log import MAX_LINE_BYTES, MAX_WAITING_BYTES, AuditError, AuditLog
+from stepwell_server.errors import Overloaded, PermissionDenied, StartError, StoreAway, Unauthenticated
+from stepwell_server.files.audit_log import MAX_LINE_BYTES, MAX_WAITING_BYTES, AuditLog
 from stepwell_server.rpc.access import Access, require
 from stepwell_server.rpc.auditing import AUDITED, MOST_NAMED, UNAUDITED, Auditor
 from stepwell_server.rpc.boundary import Boundary
@@ -508,5 +508,5 @@ def test_it_goes_on_in_a_new_file_when_the_old_one_was_renamed(file: Path, tmp_p
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     link = tmp_path / "link"
     link.symlink_to(file)
-    with pytest.raises(AuditError, match="must be a file that can be written"):
+    with pytest.raises(StartError, match="must be a file that can be written"):
         AuditLog(link)

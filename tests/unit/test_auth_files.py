@@ -22,8 +22,8 @@ from stepwell_server.auth import certificate_map, token_file, tokens, web_tokens
 from stepwell_server.auth.callers import Callers
 from stepwell_server.auth.tokens import Token, caller_of, digest_of
 from stepwell_server.core.callers import Caller, Role
-from stepwell_server.errors import Unauthenticated
-from stepwell_server.files.watched import WatchedFile, WatchedFileError
+from stepwell_server.errors import StartError, Unauthenticated
+from stepwell_server.files.watched import WatchedFile
 from support.clock import ManualClock
 from support.fake_call import FakeCall
 
@@ -255,17 +255,13 @@ def test_broken_files_of_keys(keys: Any, words: str) -> None:
 def test_a_folder_is_no_file_whatever_its_mode(tmp_path: Path) -> None:
     folder = tmp_path / "tokens"
     folder.mkdir(0o755)
-    with pytest.raises(
-        WatchedFileError, match=r"^--x: .*tokens: must be a file that can be read; Is a directory$"
-    ):
+    with pytest.raises(StartError, match=r"^--x: .*tokens: must be a file that can be read; Is a directory$"):
         WatchedFile("--x", folder, str, is_private=True)
 
 
 def test_a_file_is_read_again_when_it_has_changed_and_is_still(tmp_path: Path) -> None:
     path = tmp_path / "numbers"
-    with pytest.raises(
-        WatchedFileError, match=r"^--x: .*numbers: must be a file that can be read; No such file"
-    ):
+    with pytest.raises(StartError, match=r"^--x: .*numbers: must be a file that can be read; No such file"):
         WatchedFile("--x", path, int)
     path.write_text("1")
     file = WatchedFile("--x", path, int)
@@ -279,12 +275,12 @@ def test_a_file_is_read_again_when_it_has_changed_and_is_still(tmp_path: Path) -
     ]
     path.write_text("x")
     assert not file.changed()
-    with pytest.raises(WatchedFileError, match="invalid literal"):
+    with pytest.raises(StartError, match="invalid literal"):
         file.changed()
     assert (file.changed(), file.value) == (False, 22)  # said once
     path.unlink()
     assert not file.changed()
-    with pytest.raises(WatchedFileError, match="No such file"):
+    with pytest.raises(StartError, match="No such file"):
         file.changed()
     path.write_text("333")
     assert (file.changed(at_once=True), file.value) == (True, 333)
@@ -309,7 +305,7 @@ def test_nobody_else_reads_secrets_or_writes(
     if words is None:
         assert WatchedFile("--x", path, int, is_private=is_private).value == 1
         return
-    with pytest.raises(WatchedFileError, match=words):
+    with pytest.raises(StartError, match=words):
         WatchedFile("--x", path, int, is_private=is_private)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles, Certificates, follow
+from stepwell_server.errors import StartError
+from stepwell_server.rpc.fronts.certificates import CertificateFiles, Certificates, follow
 from support.certificates import Authority, Pair
 
 
@@ -57,7 +58,7 @@ def test_what_cannot_be_used_is_refused_with_option_rule_and_file(
     shared.key.chmod(0o622)
     refusals.append(((*shared, None), f"--tls-key: {shared.key} must be a file that no other user can write"))
     for files, message in refusals:
-        with pytest.raises(CertificateError) as refused:
+        with pytest.raises(StartError) as refused:
             CertificateFiles(*files)
         assert message in str(refused.value)
 
@@ -78,7 +79,7 @@ def test_a_change_is_taken_over_when_it_is_whole_and_said_once(authority: Author
 
     os.unlink(used.key)
     assert files.changed() is None
-    with pytest.raises(CertificateError, match="--tls-key: must be a file that can be read"):
+    with pytest.raises(StartError, match="--tls-key: must be a file that can be read"):
         files.changed()
     assert files.changed() is None, "it was said"
 

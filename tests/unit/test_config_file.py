@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -119,13 +118,6 @@ def test_the_file_in_the_documents_is_one(tmp_path: Path) -> None:
     settings = read("--config", str(tmp_path / "stepwell.toml"))
     assert settings.models == {"forecast": tmp_path / "models/forecast.keras"}
     assert settings.max_session_idle_s == 5400
-
-
-def test_every_setting_may_stand_in_it() -> None:
-    keys = {str(parameter.opts[0]).removeprefix("--"): parameter.name for parameter in serve.params}
-    for field in dataclasses.fields(Settings):
-        assert field.name in keys.values()
-    assert keys["import"] == "imports"
 
 
 def test_a_variable_wins_over_it_and_the_command_line_over_both(file: Path) -> None:

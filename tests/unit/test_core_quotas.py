@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stepwell_server.auth.quota_file import COUNTED_BY_TENANT, QuotaFile, parse
 from stepwell_server.core.quotas import Buckets, Limits, QuotaTable, TokenBucket
-from stepwell_server.files.watched import WatchedFileError
+from stepwell_server.errors import StartError
 
 FILE = """
 [default]
@@ -110,7 +110,7 @@ def test_a_file_is_read_again_when_it_changes_and_a_broken_one_changes_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, other = tmp_path / "quotas.toml", tmp_path / "other"
-    with pytest.raises(WatchedFileError, match=r"^--quotas: .*quotas.toml: must be .* read; No such file"):
+    with pytest.raises(StartError, match=r"^--quotas: .*quotas.toml: must be .* read; No such file"):
         QuotaFile(path)
     path.write_text("[default]\nsessions = 1\n")
     file = QuotaFile(path)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from stepwell_server.core.front_limits import FrontLimits
-from stepwell_server.rpc.fronts.choice import HOW, Choice, NoNativeFrontError, choose
+from stepwell_server.errors import StartError
+from stepwell_server.rpc.fronts.choice import HOW, Choice, choose
 from support.fronts import needs_native
 
 NATIVE = "stepwell_server.rpc.fronts.native"
@@ -17,7 +18,7 @@ NATIVE = "stepwell_server.rpc.fronts.native"
 def expect(front: str, problem: str) -> None:
     """The front in Python is chosen for this reason, and `native` is refused with it."""
     if front == "native":
-        with pytest.raises(NoNativeFrontError) as caught:
+        with pytest.raises(StartError) as caught:
             choose(front)
         assert str(caught.value) == f"--front native: {problem}; {HOW}"
         return

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from stepwell_server.catalog.files.folder import ModelFolder
-from stepwell_server.catalog.files.sources import Candidates, KeptModel, LoadError, begin_with
+from stepwell_server.catalog.files.sources import Candidates, KeptModel, begin_with
 from stepwell_server.core.version_policy import VersionPolicy
+from stepwell_server.errors import StartError
 from stepwell_server.settings import Settings
 
 
@@ -123,13 +124,13 @@ def test_a_folder_without_models_is_refused_with_what_is_wrong(
 ) -> None:
     (tmp_path / "1.keras").touch()
     says = f"--models: must hold NAME/VERSION.keras, .*; {tmp_path} holds no model; {tmp_path}/1.keras must be in a folder"
-    with pytest.raises(LoadError, match=f"^{says} "):
+    with pytest.raises(StartError, match=f"^{says} "):
         begin(tmp_path)
     # more may come
     assert begin(tmp_path, watch_models=True) == []
     assert any("holds no model" in event for event in logged(caplog))
     tmp_path.joinpath("1.keras").unlink()
-    with pytest.raises(LoadError, match=r"--models: .* cannot be read: No such file or directory"):
+    with pytest.raises(StartError, match=r"--models: .* cannot be read: No such file or directory"):
         begin(tmp_path / "gone", watch_models=True)
 
 
@@ -145,7 +146,7 @@ def test_an_option_about_a_model_that_is_not_there(
     root: Path, option: str, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     told = f"{option}: there is no model 'other'; the models are forecast, words"
-    with pytest.raises(LoadError, match=f"^{told}$"):
+    with pytest.raises(StartError, match=f"^{told}$"):
         begin(root, **settings)
     assert len(begin(root, watch_models=True, **settings)) == 2
     assert told in logged(caplog)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from stepwell_server.addresses import Address, UnixAddress
-from stepwell_server.metrics.token import MetricsToken, TokenError
-from stepwell_server.reach import ReachError, require_closed
+from stepwell_server.errors import StartError
+from stepwell_server.metrics.token import MetricsToken
+from stepwell_server.reach import require_closed
 from stepwell_server.settings import Settings
 
 OPEN = ["0.0.0.0", "::", "::ffff:0.0.0.0", "::ffff:192.0.2.1", "192.0.2.1", "fe80::1", "0", "names"]
@@ -42,7 +43,7 @@ def settings(host: str, **others: Any) -> Settings:
 def refused(asked: Settings, front_problem: str = "") -> str:
     try:
         require_closed(asked, front_problem=front_problem)
-    except ReachError as error:
+    except StartError as error:
         (line,) = str(error).splitlines()
         return line
     return ""
@@ -141,12 +142,12 @@ def test_what_is_no_token_is_refused(content: str, tmp_path: Path) -> None:
     file.touch(0o600)
     file.write_text(content)
     with pytest.raises(
-        TokenError, match=r"^--metrics-token-file: must hold a token: one line of 16 to 4096 "
+        StartError, match=r"^--metrics-token-file: must hold a token: one line of 16 to 4096 "
     ):
         MetricsToken.of(file)
     file.chmod(0o644)
-    with pytest.raises(TokenError, match=r"^--metrics-token-file: .* must be readable by its owner only"):
+    with pytest.raises(StartError, match=r"^--metrics-token-file: .* must be readable by its owner only"):
         MetricsToken.of(file)
     file.unlink()
-    with pytest.raises(TokenError, match="No such file"):
+    with pytest.raises(StartError, match="No such file"):
         MetricsToken.of(file)

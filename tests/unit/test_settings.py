@@ -17,8 +17,9 @@ from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.cli.options import config_option, given, setting_options
 from stepwell_server.cli.serve import SETTINGS, serve, settings_from
 from stepwell_server.core.version_policy import VersionPolicy
+from stepwell_server.errors import StartError
 from stepwell_server.settings import Settings, sources
-from stepwell_server.settings.fields import SettingsError, settings_of
+from stepwell_server.settings.fields import settings_of
 from stepwell_server.settings.formats import MODEL_NAME, SECONDS, Several
 from stepwell_server.store.valkey.connection.url import Login, StoreUrl, Tls
 
@@ -34,7 +35,7 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
 
 def refused(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
     """What `stepwell serve` says of settings that cannot be used."""
-    with pytest.raises((click.UsageError, SettingsError)) as caught:
+    with pytest.raises((click.UsageError, StartError)) as caught:
         read_settings(arguments, environment)
     error = caught.value
     message = error.format_message() if isinstance(error, click.UsageError) else str(error)
@@ -402,7 +403,7 @@ def test_a_saved_model_folder_is_told_from_another(tmp_path: Path) -> None:
         r"is a SavedModel folder, which holds a graph and no Keras model: ", refused([f"a={tmp_path}"], {})
     )
     (tmp_path / "keras_metadata.pb").touch()
-    with pytest.raises(SettingsError, match=r"is a SavedModel folder of Keras 2: .*tf_keras") as caught:
+    with pytest.raises(StartError, match=r"is a SavedModel folder of Keras 2: .*tf_keras") as caught:
         read_settings([f"a={tmp_path}"], {})
     assert f"load_model('{tmp_path.name}').save_weights('name.weights.h5')" in str(caught.value)
 
@@ -429,7 +430,7 @@ def test_a_store_that_is_shared(model: str) -> None:
     refusal = refused([model, "--store", "valkey://u:hidden@h", "--data-dir", "/x"], {})
     assert "'--data-dir': with '--store' valkey://u@h:6379/0 nothing is kept on disk" in refusal
     assert read_settings([model, "--store", "valkey://h"], {"STEPWELL_DATA_DIR": "/x"}).data_dir is None
-    with pytest.raises(SettingsError, match="--data-dir: with --store URL sessions are kept there"):
+    with pytest.raises(StartError, match="--data-dir: with --store URL sessions are kept there"):
         Settings(store=StoreUrl(addresses=(("h", 1),)), data_dir=Path("/x"))
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from stepwell_server import store_opening
-from stepwell_server.errors import StoreAway, Unavailable
+from stepwell_server.errors import StartError, StoreAway, Unavailable
 from stepwell_server.settings import Settings
 from stepwell_server.store.valkey.connection.url import parse
-from stepwell_server.store_opening import Abandoned, NotOpenedError, once_it_answers
+from stepwell_server.store_opening import Abandoned, once_it_answers
 from support.clock import ManualClock
 
 SHARED = Settings(models={"m": Path("m.keras")}, store=parse("valkey://127.0.0.1:6379/0"))
@@ -48,7 +48,7 @@ async def test_it_is_asked_until_it_answers() -> None:
 async def test_it_is_not_waited_for_for_ever() -> None:
     clock = ManualClock()
     ask = Asked(clock, away=1000, seconds=10.0)
-    with pytest.raises(NotOpenedError, match="--store: it does not answer; it was waited for 30 s"):
+    with pytest.raises(StartError, match="--store: it does not answer; it was waited for 30 s"):
         await once_it_answers(ask, SHARED, clock, asyncio.Event())
     assert ask.times == 3
 
@@ -64,5 +64,5 @@ async def test_a_store_of_this_machine_is_asked_once() -> None:
     async def ask() -> None:
         raise Unavailable("it cannot be read")
 
-    with pytest.raises(NotOpenedError, match="--data-dir: it cannot be read"):
+    with pytest.raises(StartError, match="--data-dir: it cannot be read"):
         await once_it_answers(ask, OWN, ManualClock(), asyncio.Event())

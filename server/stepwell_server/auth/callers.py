@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from stepwell_server.auth import certificate_map, tokens
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import Credential, Known
-from stepwell_server.errors import Unauthenticated
-from stepwell_server.files.watched import WatchedFile, WatchedFileError
+from stepwell_server.errors import StartError, Unauthenticated
+from stepwell_server.files.watched import WatchedFile
 from stepwell_server.logs import Log
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Callers:
         web_tokens: `--auth-jwks`.
 
     Raises:
-        WatchedFileError: a file cannot be used.
+        StartError: a file cannot be used.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Callers:
         for file in self._files:
             try:
                 changed |= file.changed(at_once=at_once)
-            except WatchedFileError as error:
+            except StartError as error:
                 _log.warning("the changed callers cannot be used, the old ones stay", reason=str(error))
         return changed
 

@@ -49,7 +49,7 @@ def open_callers(settings: AuthSettings, clock: Clock) -> Callers | None:
     """Who finds callers by the files that the settings name; None without any: nobody is asked.
 
     Raises:
-        WatchedFileError: a file cannot be used.
+        StartError: a file cannot be used.
     """
     if not settings.asks_callers:
         return None

@@ -12,7 +12,8 @@ from typing import Any
 
 from stepwell_server.core.callers import is_name, is_subject
 from stepwell_server.core.quotas import Limits, QuotaTable
-from stepwell_server.files.watched import WatchedFile, WatchedFileError
+from stepwell_server.errors import StartError
+from stepwell_server.files.watched import WatchedFile
 from stepwell_server.logs import Log
 
 _log = Log("quotas")
@@ -102,7 +103,7 @@ class QuotaFile:
         """Read it; see `parse`.
 
         Raises:
-            WatchedFileError: it cannot be, or breaks a rule.
+            StartError: it cannot be, or breaks a rule.
         """
         self._path = path
         self._file = WatchedFile("--quotas", path, functools.partial(parse, only_tenants=only_tenants))
@@ -117,7 +118,7 @@ class QuotaFile:
         try:
             if not self._file.changed():
                 return False
-        except WatchedFileError as error:
+        except StartError as error:
             _log.error("the quotas stay as they are: the file cannot be used", reason=str(error))
             return False
         _log.info("quotas read", file=str(self._path))

@@ -69,7 +69,7 @@ class WebTokens:
     """Finds callers by their JWTs. Lives on the event loop.
 
     Raises:
-        WatchedFileError: the file cannot be used.
+        StartError: the file cannot be used.
     """
 
     def __init__(self, path: Path, claims: Claims, clock: Clock) -> None:

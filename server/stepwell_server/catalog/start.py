@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from stepwell_server.catalog.control import LoadRequest, VersionState
-from stepwell_server.catalog.files.sources import Candidates, KeptModel, LoadError, Source
+from stepwell_server.catalog.files.sources import Candidates, KeptModel, Source
 from stepwell_server.catalog.follower import FolderFollower, FolderOptions
 from stepwell_server.catalog.replicas import ReplicaFollower
 from stepwell_server.catalog.restore import is_of_folder, restore
@@ -16,7 +16,7 @@ from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.core.model_names import ModelRef
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.versions import document
-from stepwell_server.errors import ModelLoading, ModelNotFound, ServerError
+from stepwell_server.errors import ModelLoading, ModelNotFound, ServerError, StartError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -147,7 +147,7 @@ class ModelLoader:
         """Load what the command line and the folder have. If calls wait for that, the engine is not started yet.
 
         Raises:
-            LoadError: calls wait, and a version cannot be served and the settings refuse the start then; or none can.
+            StartError: calls wait, and a version cannot be served and the settings refuse the start then; or none can.
         """
         waits = self._settings.wait_for_models
         if waits:  # all of the files, before the first model takes its time
@@ -174,14 +174,14 @@ class ModelLoader:
                     loaded.add(source.version)
         problems = [why for failed in self._failed.values() for why in failed.values()]
         if waits and problems and not any(self._loaded.values()):
-            raise LoadError(f"no model can be served; {'; '.join(problems)}")
+            raise StartError(f"no model can be served; {'; '.join(problems)}")
 
     def _require_data(self) -> None:
         for name, file in self._settings.check_with.items():
             try:
                 data_file.load(file)
             except DataError as error:
-                raise LoadError(f"model {name}: --check-with: {error}") from error
+                raise StartError(f"model {name}: --check-with: {error}") from error
 
     async def _load(self, source: Source, place: str) -> str:
         """Load a version; return why it cannot be, empty if it is loaded."""
@@ -208,7 +208,7 @@ class ModelLoader:
         except ServerError as error:
             problem = _problem(source, error)
             if self._refuses:
-                raise LoadError(problem) from error
+                raise StartError(problem) from error
             return problem
         return ""
 
@@ -216,11 +216,11 @@ class ModelLoader:
         """Load what calls had loaded before the server ended, and let the folder be followed from here.
 
         Raises:
-            LoadError: calls wait for it, a former default cannot be loaded, and the settings refuse the start then.
+            StartError: calls wait for it, a former default cannot be loaded, and the settings refuse the start then.
         """
         problems = await restore(self._engine, self._catalog, self._settings.models_dir)
         if problems and self._refuses:
-            raise LoadError(f"{'; '.join(problems.values())}; or start with --bad-models skip")
+            raise StartError(f"{'; '.join(problems.values())}; or start with --bad-models skip")
         wanted = {model.name: model for model in self._wanted}
         catalogue = self._engine.catalogue()
         for name in sorted(wanted.keys() | self._kept.keys()):

@@ -24,8 +24,8 @@ from stepwell_server.cli.compiling import (
 from stepwell_server.cli.options import Written
 from stepwell_server.compile.comparison import Comparison, Difference
 from stepwell_server.compile.errors import DataError, ModelError
+from stepwell_server.errors import StartError
 from stepwell_server.program import Program
-from stepwell_server.settings.fields import SettingsError
 from stepwell_server.settings.formats import FILE
 
 #: Lines at most for the time steps of one output.
@@ -133,7 +133,7 @@ def check(
         raise _not_done("refused", str(error), as_json) from None
     except OSError as error:
         raise _not_done("not checked", f"--cache-dir: {error}", as_json) from None
-    except SettingsError as error:
+    except StartError as error:
         raise _not_done("not checked", str(error), as_json) from None
     verdict = Verdict.of(found)
     if as_json:

@@ -22,8 +22,8 @@ from stepwell_server.cli.compiling import (
 )
 from stepwell_server.cli.options import Written
 from stepwell_server.compile.errors import ModelError
+from stepwell_server.errors import StartError
 from stepwell_server.program import Program
-from stepwell_server.settings.fields import SettingsError
 from stepwell_server.settings.formats import FILE
 
 
@@ -94,7 +94,7 @@ def compile(model: Path, output: Path | None, compiling: Compiling, as_json: boo
         try:
             with compiling.compiler() as compiler:
                 program = load_program(model, compiler, report, compiling.proof, keep=False)
-        except (ModelError, SettingsError) as error:
+        except (ModelError, StartError) as error:
             raise Failure(f"refused: {error}") from None
         except OSError as error:
             raise Failure(f"--cache-dir: {error}") from None

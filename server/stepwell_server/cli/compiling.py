@@ -40,7 +40,7 @@ class Compiling:
         """Return what compiles it, as a server does: a context manager, at whose end no process is left.
 
         Raises:
-            SettingsError: no cache folder is given, and there is no home.
+            StartError: no cache folder is given, and there is no home.
         """
         settings = Settings(imports=self.imports, store="memory", **self.given)
         return WarmCompiler(settings.cache_dir, settings.imports, settings.compile_limits)

@@ -17,8 +17,8 @@ from stepwell_server.cli.options import config_option, given, setting_options
 from stepwell_server.cli.serve import SETTINGS, settings_from
 from stepwell_server.clock import SystemClock
 from stepwell_server.doctor import Examination, Finding
+from stepwell_server.errors import StartError
 from stepwell_server.settings import Settings
-from stepwell_server.settings.fields import SettingsError
 
 
 @click.command(
@@ -104,7 +104,7 @@ def read_settings(ctx: click.Context) -> tuple[Settings, str]:
     """Return the settings that are given, or the default ones and why those that are given cannot be used."""
     try:
         return settings_from(given(ctx, SETTINGS)), ""
-    except (click.UsageError, SettingsError) as error:
+    except (click.UsageError, StartError) as error:
         return default_settings(), str(error)
 
 
@@ -112,7 +112,7 @@ def default_settings() -> Settings:
     """The settings of a server that was given none."""
     try:
         return Settings()
-    except SettingsError as error:
+    except StartError as error:
         raise Failure(str(error)) from None
 
 

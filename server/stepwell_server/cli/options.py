@@ -12,8 +12,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from stepwell.cli.toolkit.types import ParamType
+from stepwell_server.errors import StartError
 from stepwell_server.settings import sources
-from stepwell_server.settings.fields import Setting, SettingsError
+from stepwell_server.settings.fields import Setting
 from stepwell_server.settings.formats import FILE, FLAG, Format, Several, Table
 from stepwell_server.settings.sources import Given
 
@@ -90,8 +91,7 @@ def _parameter(setting: Setting, hidden: bool) -> Callable[[Function], Function]
     kind: dict[str, Any] = {"metavar": form.form, "multiple": form.repeats, "shell_complete": complete}
     if form is FLAG:
         kind = {"is_flag": True}
-        if setting.default is True:
-            names[0] = f"{setting.option}/--no-{setting.name}"
+        names[0] += f"/--no-{setting.name}" if setting.default else ""
     # `given` reads the variable, and not click: values that lose are read too.
     return click.option(*names, default=None, hidden=hidden, help=setting.full_help, **kind)
 
@@ -105,7 +105,7 @@ def given(ctx: click.Context, settings: Sequence[Setting]) -> dict[str, Given]:
     command_line = {each.field: texts for each in settings if (texts := _texts(ctx.params[each.field]))}
     try:
         return sources.read(settings, command_line, os.environ, ctx.params.get("config"))
-    except SettingsError as error:
+    except StartError as error:
         raise click.UsageError(str(error), ctx) from None
 
 

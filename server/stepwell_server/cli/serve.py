@@ -11,9 +11,10 @@ import click
 from stepwell.cli.toolkit.errors import SERVER_ERROR, Failure
 from stepwell.cli.toolkit.help import Command
 from stepwell_server.cli.options import config_option, given, setting_options
+from stepwell_server.errors import StartError
 from stepwell_server.process.importing import without_collecting
 from stepwell_server.settings import Settings, sources
-from stepwell_server.settings.fields import SettingsError, settings_of
+from stepwell_server.settings.fields import settings_of
 from stepwell_server.settings.sources import Given
 
 SETTINGS = settings_of(Settings)
@@ -61,18 +62,14 @@ def serve(ctx: click.Context, /, show_config: bool, **_values: Any) -> None:
             click.echo(sources.show(settings, found))
             return
         settings.require_models()
-    except SettingsError as error:
-        raise Failure(str(error)) from None
-    # gRPC would write lines of its own into the log, one for each handshake of TLS that fails
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    # numpy would start a thread for each core but one, and the server multiplies no matrices by it
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    with without_collecting():
-        from stepwell_server import app
-
-    try:
+        # gRPC would write lines of its own into the log, one for each handshake of TLS that fails
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+        # numpy would start a thread for each core but one, and the server multiplies no matrices by it
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        with without_collecting():
+            from stepwell_server import app
         ctx.exit(app.serve(settings))
-    except app.StartError as error:
+    except StartError as error:
         raise Failure(str(error)) from None
     except KeyboardInterrupt:
         raise Failure("stopped before it was ready", SERVER_ERROR) from None
@@ -82,6 +79,6 @@ def settings_from(found: Mapping[str, Given]) -> Settings:
     """Return the settings of which some are given.
 
     Raises:
-        SettingsError: they contradict each other.
+        StartError: they contradict each other.
     """
     return Settings(**{name: each.value for name, each in found.items()})

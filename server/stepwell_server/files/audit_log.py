@@ -20,6 +20,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from stepwell_server.errors import StartError
 from stepwell_server.logs import Log
 
 _log = Log("audit")
@@ -38,10 +39,6 @@ _AGAIN_S, _LAST_S = 1.0, 5.0
 _STOP, _REOPEN = object(), object()
 
 
-class AuditError(Exception):
-    """The file cannot be written. The message is one line for people."""
-
-
 class AuditLog:
     """Writes events to a file. `write` is for any thread; the others for one."""
 
@@ -49,7 +46,7 @@ class AuditLog:
         """Open the file, which is made with mode 0600 if it is not there; `-` is standard error.
 
         Raises:
-            AuditError: it cannot be written.
+            StartError: it cannot be written.
         """
         self._path = path
         self._waiting: queue.Queue[object] = queue.Queue(most_waiting)
@@ -65,7 +62,9 @@ class AuditLog:
         try:
             self._descriptor = self._open()
         except OSError as error:
-            raise AuditError(f"{path} must be a file that can be written; {error.strerror}") from error
+            raise StartError(
+                f"--audit-log: {path} must be a file that can be written; {error.strerror}"
+            ) from error
         self._thread = threading.Thread(target=self._run, name="stepwell-audit", daemon=True)
         self._thread.start()
 

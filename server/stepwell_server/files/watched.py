@@ -6,15 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from stepwell_server.errors import StartError
 from stepwell_server.files import private_files
 from stepwell_server.files.stamp import stamp
 
 T = TypeVar("T")
 _MAX_BYTES = 64 << 20
-
-
-class WatchedFileError(Exception):
-    """A file cannot be used. The message is one line that names the option, the file, the rule and the line."""
 
 
 class WatchedFile(Generic[T]):
@@ -27,7 +24,7 @@ class WatchedFile(Generic[T]):
         is_private: Nobody but its owner may read it. Nobody else may ever write it.
 
     Raises:
-        WatchedFileError: it cannot be used.
+        StartError: it cannot be used.
     """
 
     def __init__(
@@ -48,21 +45,21 @@ class WatchedFile(Generic[T]):
             at_once: Somebody says that it is whole: read it whatever the looks find.
 
         Raises:
-            WatchedFileError: it has changed to what cannot be used, and the value stays; raised once for each change.
+            StartError: it has changed to what cannot be used, and the value stays; raised once for each change.
         """
         now, seen = stamp(self._path), self._seen
         self._seen = now
         if not at_once and (now == self._used or now != seen):
             return False
-        found: T | WatchedFileError
+        found: T | StartError
         try:
             found = self._read()
-        except WatchedFileError as error:
+        except StartError as error:
             found = error
         if stamp(self._path) != now:
             return False  # what was looked at and what was read may be two things
         self._used = now
-        if isinstance(found, WatchedFileError):
+        if isinstance(found, StartError):
             raise found
         self.value = found
         return True
@@ -74,7 +71,7 @@ class WatchedFile(Generic[T]):
             with open(self._path, "rb") as file:
                 raw = file.read(_MAX_BYTES + 1)
         except private_files.NotPrivateError as error:
-            raise WatchedFileError(f"{self._option}: {error}") from error
+            raise StartError(f"{self._option}: {error}") from error
         except OSError as error:
             raise self._error(f"must be a file that can be read; {error.strerror}") from error
         if len(raw) > _MAX_BYTES:
@@ -86,5 +83,5 @@ class WatchedFile(Generic[T]):
         except ValueError as error:
             raise self._error(str(error)) from error
 
-    def _error(self, rule: str) -> WatchedFileError:
-        return WatchedFileError(f"{self._option}: {self._path}: {rule}")
+    def _error(self, rule: str) -> StartError:
+        return StartError(f"{self._option}: {self._path}: {rule}")

@@ -7,6 +7,7 @@ import hmac
 from pathlib import Path
 from typing import Self
 
+from stepwell_server.errors import StartError
 from stepwell_server.files import private_files
 from stepwell_server.files.stamp import stamp
 from stepwell_server.logs import Log
@@ -14,10 +15,6 @@ from stepwell_server.logs import Log
 _log = Log("metrics")
 _LEAST_CHARACTERS, _MOST_BYTES = 16, 4096
 _SCHEME = "bearer"
-
-
-class TokenError(Exception):
-    """The file of the token cannot be used. The message is one line that names the option, the rule and the file."""
 
 
 class MetricsToken:
@@ -32,7 +29,7 @@ class MetricsToken:
         """Read the file.
 
         Raises:
-            TokenError: it cannot be used.
+            StartError: it cannot be used.
         """
         read_at = stamp(path)
         return cls(path, read_at, _read(path))
@@ -52,7 +49,7 @@ class MetricsToken:
             try:
                 digest = _read(self._path)
                 _log.info("scrapes need the changed token")
-            except TokenError as error:
+            except StartError as error:
                 _log.warning("the changed token cannot be used, the old one stays", reason=str(error))
             self._known = now, digest
         return digest
@@ -65,13 +62,13 @@ def _read(path: Path) -> bytes:
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
     except private_files.NotPrivateError as error:
-        raise TokenError(f"--metrics-token-file: {error}") from error
+        raise StartError(f"--metrics-token-file: {error}") from error
     except OSError as error:
-        raise TokenError(f"{rule}; {path}: {error.strerror}") from error
+        raise StartError(f"{rule}; {path}: {error.strerror}") from error
     token = content.strip()
     is_plain = all(33 <= byte <= 126 for byte in token)
     if not is_plain or not _LEAST_CHARACTERS <= len(token) <= _MOST_BYTES:
-        raise TokenError(
+        raise StartError(
             f"{rule}: one line of {_LEAST_CHARACTERS} to {_MOST_BYTES} ASCII characters without spaces (such as of: openssl "
             f"rand -hex 32); {path} holds something else"
         )

@@ -141,7 +141,7 @@ class RpcServer:
 
         Raises:
             BindError: the address is taken, or not one of this machine's.
-            CertificateError: the files hold what this front cannot use.
+            StartError: the files hold what this front cannot use.
         """
         self.info.metrics_address = metrics_address
         certificates = None if files is None else files.at_start

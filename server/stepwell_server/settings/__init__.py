@@ -18,7 +18,8 @@ from stepwell_server.compile.keras_file.origin import folder_problem
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.model_names import ModelRef, parse_reference, version_of
 from stepwell_server.core.version_policy import LATEST, VersionPolicy
-from stepwell_server.settings.fields import Names, Needs, SettingsError, settings_of
+from stepwell_server.errors import StartError
+from stepwell_server.settings.fields import Names, Needs, settings_of
 from stepwell_server.settings.formats import (
     ADDRESS_OR_OFF,
     CLAIM,
@@ -63,12 +64,12 @@ def _default_folder(option: str, variable: str, fallback: str) -> Path:
     """Return the folder where none is given.
 
     Raises:
-        SettingsError: there is no home.
+        StartError: there is no home.
     """
     try:
         return Path(os.environ.get(variable) or expanded(fallback)) / "stepwell"
     except LookupError:
-        raise SettingsError(
+        raise StartError(
             f"{option}: give a folder; without a home (HOME) and without {variable} there is no default"
         ) from None
 
@@ -86,7 +87,7 @@ class Settings:
     nothing else: a new setting is a new field.
 
     Raises:
-        SettingsError: they contradict each other.
+        StartError: they contradict each other.
     """
 
     models: Annotated[
@@ -381,13 +382,9 @@ class Settings:
             data_dir = _default_folder("--data-dir", "XDG_DATA_HOME", "~/.local/share")
             object.__setattr__(self, "data_dir", data_dir)
         if self.store == "memory" and self.encryption_key_file is not None:
-            raise SettingsError(
-                "--encryption-key-file: with --store memory nothing is kept on disk to encrypt"
-            )
+            raise StartError("--encryption-key-file: with --store memory nothing is kept on disk to encrypt")
         if self.shared_store is not None and self.data_dir is not None:
-            raise SettingsError(
-                "--data-dir: with --store URL sessions are kept there, and nothing on disk here"
-            )
+            raise StartError("--data-dir: with --store URL sessions are kept there, and nothing on disk here")
         versions = self.versions  # raises
         for option, names in (
             ("--probe-steps", self.probe_steps),
@@ -400,16 +397,16 @@ class Settings:
                     name not in self.versions and self.models_dir is None
                 ):  # what is in a folder is not known yet
                     known = ", ".join(versions)
-                    raise SettingsError(f"{option}: there is no model {name!r}; the models are {known}")
+                    raise StartError(f"{option}: there is no model {name!r}; the models are {known}")
         for each in settings_of(type(self)):
             each.check_needs(self)
         if self.sessions == "migrate" and not self.migrations:
-            raise SettingsError(
+            raise StartError(
                 "--sessions: with migrate the function must be given by --migration; there is none"
             )
         held, message = self.max_held_bytes, self.max_message_bytes
         if held is not None and held < message:
-            raise SettingsError(
+            raise StartError(
                 f"--max-held-bytes must be at least --max-message-bytes, which is {message}; got {held}"
             )
 
@@ -446,27 +443,27 @@ class Settings:
         """Find out whether there is something to serve.
 
         Raises:
-            SettingsError: no model is given, or the file of one is none, or the folder.
+            StartError: no model is given, or the file of one is none, or the folder.
         """
         if not self.models and self.models_dir is None:
-            raise SettingsError(
+            raise StartError(
                 "models: give at least one as NAME=PATH, such as forecast=model.keras, or in STEPWELL_MODELS; or a folder of "
                 "them by --models"
             )
         for name, path in self.models.items():
             if not path.is_file():
                 what = folder_problem(path) if path.is_dir() else "does not exist"
-                raise SettingsError(f"model {name}: PATH must be a .keras or .stepwell file; {path} {what}")
+                raise StartError(f"model {name}: PATH must be a .keras or .stepwell file; {path} {what}")
         if self.models_dir is not None and not self.models_dir.is_dir():
             what = "is a file" if self.models_dir.exists() else "does not exist"
-            raise SettingsError(f"--models: must be a folder; {self.models_dir} {what}")
+            raise StartError(f"--models: must be a folder; {self.models_dir} {what}")
 
 
 def _versions_of(models: Mapping[str, Path]) -> dict[str, dict[int, Path]]:
     """The files by name and version.
 
     Raises:
-        SettingsError: a version has two.
+        StartError: a version has two.
     """
     found: dict[str, dict[int, Path]] = {}
     said: dict[tuple[str, int], str] = {}
@@ -475,7 +472,7 @@ def _versions_of(models: Mapping[str, Path]) -> dict[str, dict[int, Path]]:
         version = ref.version or _version_in(ref, path)
         before = said.setdefault((ref.name, version), text)
         if before is not text:
-            raise SettingsError(
+            raise StartError(
                 f"models: each version must be given once; {ref.name}@{version} is given as {before}={models[before]} and as "
                 f"{text}={path}"
             )

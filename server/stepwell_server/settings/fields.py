@@ -6,13 +6,10 @@ import dataclasses
 import typing
 from typing import Any, Literal
 
+from stepwell_server.errors import StartError
 from stepwell_server.settings.formats import FLAG, Format, Several, choice
 
 PREFIX = "STEPWELL_"
-
-
-class SettingsError(Exception):
-    """Settings that cannot be used together, or at all. The message is one line and names the option."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,12 +83,12 @@ class Setting:
         """Check that what it needs is given, if it is given.
 
         Raises:
-            SettingsError: it is not.
+            StartError: it is not.
         """
         value = getattr(settings, self.field)
         for each in self.needs:
             if value not in (self.default, {}) and not getattr(settings, each.field):
-                raise SettingsError(f"{self.option}: must be given with {_option(each.field)}{each.why}")
+                raise StartError(f"{self.option}: must be given with {_option(each.field)}{each.why}")
 
 
 def _option(field: str) -> str:

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepwell_server.settings.fields import Setting, SettingsError, settings_of
+from stepwell_server.errors import StartError
+from stepwell_server.settings.fields import Setting, settings_of
 from stepwell_server.settings.formats import key
 
 
@@ -45,7 +46,7 @@ def read(
         file: The config file.
 
     Raises:
-        SettingsError: the file or a value cannot be read, or the file names a setting that there is not.
+        StartError: the file or a value cannot be read, or the file names a setting that there is not.
     """
     written = {} if file is None else _read_file(settings, file)
     found: dict[str, Given] = {}
@@ -61,7 +62,7 @@ def read(
                 try:
                     found[each.field] = Given(each.format.read_all(texts), origin, source, rank)
                 except ValueError as error:
-                    raise SettingsError(f"Invalid value for {origin}: {error}") from None
+                    raise StartError(f"Invalid value for {origin}: {error}") from None
     _leave_one_store(found)
     return found
 
@@ -70,20 +71,20 @@ def _read_file(settings: Sequence[Setting], file: Path) -> dict[str, list[str]]:
     try:
         document = tomllib.loads(file.read_text("utf-8"))
     except OSError as error:
-        raise SettingsError(f"Invalid value for '--config': cannot read {file}: {error.strerror}") from None
+        raise StartError(f"Invalid value for '--config': cannot read {file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise SettingsError(f"Invalid value for '--config': {file} is not TOML: {error}") from None
+        raise StartError(f"Invalid value for '--config': {file} is not TOML: {error}") from None
     known = {each.name: each for each in settings}
     texts = {}
     for name, value in document.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
-            raise SettingsError(f"{file}: there is no setting {name!r}{hint}")
+            raise StartError(f"{file}: there is no setting {name!r}{hint}")
         try:
             texts[known[name].field] = known[name].format.texts(value, file.parent)
         except ValueError as error:
-            raise SettingsError(f"Invalid value for '{name}' in {file}: {error}") from None
+            raise StartError(f"Invalid value for '{name}' in {file}: {error}") from None
     return texts
 
 
@@ -93,7 +94,7 @@ def _leave_one_store(found: dict[str, Given]) -> None:
     if store is None or data_dir is None or store.value == "disk":
         return
     if store.rank == data_dir.rank:
-        raise SettingsError(
+        raise StartError(
             f"{data_dir.origin}: with {store.origin} {store.value} nothing is kept on disk; give one of the two"
         )
     del found["data_dir" if store.rank > data_dir.rank else "store"]

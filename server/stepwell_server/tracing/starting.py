@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from stepwell import _install
+from stepwell_server.errors import StartError
 from stepwell_server.logs import Log
 from stepwell_server.rpc.server import SERVICES
 
@@ -18,15 +19,11 @@ _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT
 _HOW = _install.advice(_install.OTEL)
 
 
-class TracingError(Exception):
-    """Traces cannot be made. The message is one line."""
-
-
 def start(endpoint: str | None, share: float, clock: Clock) -> Tracing | None:
     """What makes traces; None: nobody has said where to.
 
     Raises:
-        TracingError: `endpoint` is given, and OpenTelemetry is not installed.
+        StartError: `endpoint` is given, and OpenTelemetry is not installed.
     """
     found = endpoint or next((value for name in _ENDPOINTS if (value := os.environ.get(name))), None)
     if found is None or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
@@ -36,7 +33,7 @@ def start(endpoint: str | None, share: float, clock: Clock) -> Tracing | None:
         from stepwell_server.tracing.spans import Tracing
     except ImportError as error:
         if endpoint is not None:
-            raise TracingError(f"--trace-endpoint: needs OpenTelemetry: {_HOW} ({error})") from error
+            raise StartError(f"--trace-endpoint: needs OpenTelemetry: {_HOW} ({error})") from error
         _log.warning(f"nothing is traced: OpenTelemetry is not installed; {_HOW}", endpoint=found)
         return None
     tracing = Tracing(exporter_to(endpoint), share, SERVICES, clock)

@@ -9,19 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from stepwell_server.engine.versions.forwarding import Migration
+from stepwell_server.errors import StartError
 
 _MAX_SHOWN = 100
-
-
-class MigrationError(Exception):
-    """A function cannot be had. The message is one line that names the option and what it was given."""
 
 
 def load_migrations(named: Mapping[str, str]) -> dict[str, Migration]:
     """Import functions, each written as MODULE:FUNCTION; modules are looked for in the current folder first.
 
     Raises:
-        MigrationError: one is not there, its module cannot be imported, or it is no function.
+        StartError: one is not there, its module cannot be imported, or it is no function.
     """
     if named and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -45,5 +42,5 @@ def _function(name: str, text: str) -> Migration:
     return function
 
 
-def _error(name: str, text: str, why: str) -> MigrationError:
-    return MigrationError(f"--migration: {name}={text}: {' '.join(why.split())}")
+def _error(name: str, text: str, why: str) -> StartError:
+    return StartError(f"--migration: {name}={text}: {' '.join(why.split())}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from stepwell_server.catalog.files.folder import LAYOUT, Look, ModelFolder, VersionFile
 from stepwell_server.core.version_policy import VersionPolicy
+from stepwell_server.errors import StartError
 from stepwell_server.files.stamp import stamp
 from stepwell_server.logs import Log
 
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
 
 _ALL = VersionPolicy()
 _log = Log("app")
-
-
-class LoadError(Exception):
-    """A model, or a folder, cannot be used. The message is one line for people."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,7 +73,7 @@ def begin_with(
     `kept` is what the store knows of versions, by name.
 
     Raises:
-        LoadError: the folder cannot be used, or an option is about a model that is not there, and none can come.
+        StartError: the folder cannot be used, or an option is about a model that is not there, and none can come.
     """
     found = [
         Candidates(name, {version: _file(path) for version, path in versions.items()}, _ALL)
@@ -85,7 +82,7 @@ def begin_with(
     if folder is not None:
         look = folder.settled()
         if str(folder.root) in look.problems:
-            raise LoadError(f"--models: {folder.root} {look.problems[str(folder.root)]}")
+            raise StartError(f"--models: {folder.root} {look.problems[str(folder.root)]}")
         log_problems(look)
         found += in_folder(settings, look)
         _require_some(settings, folder, look, found)
@@ -145,7 +142,7 @@ def _require_some(settings: Settings, folder: ModelFolder, look: Look, found: Co
             if name and name not in names
         ]
     if problems and not settings.watch_models:
-        raise LoadError(problems[0])
+        raise StartError(problems[0])
     for problem in problems:
         _log.warning(problem)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from stepwell_server.errors import StartError
 from stepwell_server.files.private_files import NotPrivateError, require_secret
 from stepwell_server.files.stamp import Stamp, stamp
 from stepwell_server.logs import Log
@@ -21,10 +22,6 @@ _NOT_ITS_KEY = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"}
 _BEGIN_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
 
 Option = Literal["--tls-cert", "--tls-key", "--tls-client-ca"]
-
-
-class CertificateError(Exception):
-    """A file of TLS cannot be used. The message is one line that names the option, the rule and the file."""
 
 
 class Unusable(Exception):
@@ -62,7 +59,7 @@ class CertificateFiles:
     """The files that `--tls-cert`, `--tls-key` and `--tls-client-ca` name. For one thread at a time.
 
     Raises:
-        CertificateError: one cannot be used.
+        StartError: one cannot be used.
     """
 
     def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
@@ -83,10 +80,10 @@ class CertificateFiles:
         """Callers need a certificate."""
         return self._client_ca is not None
 
-    def refused(self, problem: Unusable) -> CertificateError:
+    def refused(self, problem: Unusable) -> StartError:
         """What to say of files that a front cannot use."""
         files = {"--tls-cert": self._certificate, "--tls-key": self._key, "--tls-client-ca": self._client_ca}
-        return CertificateError(
+        return StartError(
             f"{problem.option}: must be one that this server can use; {files[problem.option]}: {problem.reason}"
         )
 
@@ -94,21 +91,21 @@ class CertificateFiles:
         """What is in them, if they have changed and two looks have found them the same: else they are being written.
 
         Raises:
-            CertificateError: they have changed to what cannot be used; raised once for each change.
+            StartError: they have changed to what cannot be used; raised once for each change.
         """
         stamp, seen = self._stamp(), self._seen
         self._seen = stamp
         if stamp == self._used or stamp != seen:
             return None
-        found: Certificates | CertificateError
+        found: Certificates | StartError
         try:
             found = self._checked()
-        except CertificateError as error:
+        except StartError as error:
             found = error
         if self._stamp() != stamp:
             return None  # what was checked and what was read may be two things
         self._used = stamp
-        if isinstance(found, CertificateError):
+        if isinstance(found, StartError):
             raise found
         return found
 
@@ -116,7 +113,7 @@ class CertificateFiles:
         """What is in them now, as someone says that it is whole.
 
         Raises:
-            CertificateError: they cannot be used.
+            StartError: they cannot be used.
         """
         self._used = self._seen = self._stamp()
         return self._checked()
@@ -130,7 +127,7 @@ class CertificateFiles:
         try:
             require_secret(self._key, may_be_read=True)
         except NotPrivateError as error:
-            raise CertificateError(f"--tls-key: {error}") from error
+            raise StartError(f"--tls-key: {error}") from error
         key = _read("--tls-key", self._key)
         client_ca = None if self._client_ca is None else _read("--tls-client-ca", self._client_ca)
         _check_certificates("--tls-cert", self._certificate, chain)
@@ -151,35 +148,33 @@ class CertificateFiles:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._certificate, self._key, password)
         except ssl.SSLError as error:
             if error.reason in _NOT_ITS_KEY:
-                raise CertificateError(
+                raise StartError(
                     f"--tls-key: must be the key of the first certificate in {self._certificate}, which is the server's own; "
                     f"that in {self._key} is another's"
                 ) from error
             what = "is encrypted" if asked else f"cannot be read as one ({error.reason or 'no PEM'})"
-            raise CertificateError(
+            raise StartError(
                 f"--tls-key: must be a private key in PEM that is not encrypted; {self._key} {what}"
             ) from error
         except OSError as error:  # it was there a moment ago
-            raise CertificateError(f"--tls-cert, --tls-key: {error.strerror}") from error
+            raise StartError(f"--tls-cert, --tls-key: {error.strerror}") from error
 
 
 def _read(option: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CertificateError(
-            f"{option}: must be a file that can be read; {path}: {error.strerror}"
-        ) from error
+        raise StartError(f"{option}: must be a file that can be read; {path}: {error.strerror}") from error
 
 
 def _check_certificates(option: str, path: Path, pem: bytes) -> None:
     rule = f"{option}: must hold certificates in PEM; {path}"
     if _BEGIN_CERTIFICATE not in pem:
-        raise CertificateError(f"{rule} holds none")
+        raise StartError(f"{rule} holds none")
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode("ascii", "ignore"))
     except ssl.SSLError as error:
-        raise CertificateError(
+        raise StartError(
             f"{rule} holds one that cannot be read ({error.reason or 'it is cut off or no PEM'})"
         ) from error
 
@@ -202,7 +197,7 @@ async def follow(files: CertificateFiles, use: Callable[[Certificates], None]) -
                 continue
             use(found)
             files.used = found
-        except (CertificateError, Unusable) as error:
+        except (StartError, Unusable) as error:
             files.failures += 1
             known = files.refused(error) if isinstance(error, Unusable) else error
             _log.warning("the changed certificates cannot be used, the old ones stay", reason=str(known))

@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from stepwell import _install
+from stepwell_server.errors import StartError
 from stepwell_server.rpc.fronts.base import OtherFront
 
 if TYPE_CHECKING:
@@ -16,10 +17,6 @@ HOW = f"for the native front install cargo (https://rustup.rs) and run: {_instal
 """How to get the native front, for the end of a sentence."""
 HINT = f"slower, this machine only; for the native one: {_install.NATIVE_FRONT}, {_install.IN_A_CLONE}"
 """The same, short, for the line that says that a server is ready."""
-
-
-class NoNativeFrontError(Exception):
-    """`--front native` was given, and there is no native front that fits. The message is one line."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,13 +43,13 @@ def choose(option: str) -> Choice:
     """The front for a value of `--front`.
 
     Raises:
-        NoNativeFrontError: the option is `native`, and that cannot be.
+        StartError: the option is `native`, and that cannot be.
     """
     if option == "python":
         return Choice(None)
     native, problem = _installed()
     if native is None and option == "native":
-        raise NoNativeFrontError(f"--front native: {problem}; {HOW}")
+        raise StartError(f"--front native: {problem}; {HOW}")
     return Choice(native, problem)
 
 
