@@ -1,4 +1,4 @@
-"""A frame is settled part by part and round by round; what is unsettled is sent again, and only that."""
+"""A frame is settled part by part; what is unsettled is sent again, and only that."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def failed(members: list[int], error: errors_pb2.Error, *, last: bool) -> sessio
     return response
 
 
-def test_first_round_holds_everything() -> None:
+def test_a_frame_holds_everything() -> None:
     message = frame().request(7, Deadline(1.5, lambda: 0.0))
     assert message.frame_id == 7
     assert list(message.step.session_ids) == ["a", "b", "c"]
@@ -63,40 +63,47 @@ def test_no_limit_is_zero_and_the_last_millisecond_is_one() -> None:
     assert frame().request(1, Deadline(1e-9, lambda: 0.0)).step.timeout_ms == 1
 
 
-def test_second_round_holds_what_is_unsettled_with_the_same_ids() -> None:
+def again_of(one: Frame) -> Frame:
+    """The frame of the members that are unsettled."""
+    return one.part(one.open_members(), None)
+
+
+def test_the_next_frame_holds_what_is_unsettled_with_the_same_ids() -> None:
     one = frame()
     one.request(1, Deadline(1.0))
     part = one.accept(reply([1], last=False))
     assert part.applied.tolist() == [1]
-    again = one.request(2, Deadline(1.0)).step
+    left = again_of(one)
+    again = left.request(2, Deadline(1.0)).step
     assert list(again.session_ids) == ["a", "c"]
     assert list(again.expected_revisions) == [10, 30]
     assert list(again.request_ids) == [11, 31]
     assert (again.batch_size, list(again.batch_sizes)) == (1, [])
     assert np.array_equal(unpack(again.inputs[0]), X[[0, 3]])
-    # Indexes of the second reply are those of the second message.
-    assert one.accept(reply([1], last=False)).applied.tolist() == [2]
+    # Indexes of its reply are those of its own message.
+    assert left.accept(reply([1], last=False)).applied.tolist() == [1]
 
 
 def test_members_of_several_rows_are_resent_whole() -> None:
     one = frame()
     one.request(1, Deadline(1.0))
     one.accept(reply([0, 2], last=False))
-    assert np.array_equal(unpack(one.request(2, Deadline(1.0)).step.inputs[0]), X[1:3])
+    assert np.array_equal(unpack(again_of(one).request(2, Deadline(1.0)).step.inputs[0]), X[1:3])
 
 
-def test_retryable_errors_ask_for_another_round() -> None:
+def test_retryable_errors_ask_for_another_frame() -> None:
     one = frame()
     one.request(1, Deadline(1.0))
     one.accept(reply([0, 1], last=False))
     part = one.accept(failed([2], OVERLOADED, last=True))
     assert part.failures == {}
-    error = one.unsettled_error()
+    [(error, members)] = one.unsettled()
     assert isinstance(error, errors.OverloadedError)
-    assert error.retry_after_s == 0.05
-    one.request(2, Deadline(1.0))
-    one.accept(reply([0], last=True))
-    assert one.unsettled_error() is None
+    assert (error.retry_after_s, members.tolist()) == (0.05, [2])
+    left = again_of(one)
+    left.request(2, Deadline(1.0))
+    left.accept(reply([0], last=True))
+    assert left.unsettled() == []
 
 
 def test_final_errors_are_passed_on() -> None:
@@ -108,7 +115,7 @@ def test_final_errors_are_passed_on() -> None:
     )
     assert part.failures[1] is not part.failures[2]
     one.accept(reply([0], last=True))
-    assert one.unsettled_error() is None
+    assert one.unsettled() == []
 
 
 def test_error_of_the_whole_frame() -> None:
@@ -155,15 +162,6 @@ def test_counts_that_do_not_fit() -> None:
         one.accept(sessions_pb2.StepStreamResponse(members=[0, 1], revisions=[1], positions=[1, 2]))
 
 
-def test_giving_up_settles_the_rest() -> None:
-    one = frame()
-    one.request(1, Deadline(1.0))
-    one.accept(reply([0], last=False))
-    part = one.give_up(errors.UnavailableError("gone", outcome="unknown"))
-    assert sorted(part.failures) == [1, 2]
-    assert one.give_up(errors.UnavailableError("gone")).failures == {}
-
-
 def test_outputs_are_put_together_in_the_members_order() -> None:
     change = Change("step", pack_inputs(np.zeros((6, 2))))
     counts = np.zeros(3, np.uint64)
@@ -179,7 +177,7 @@ def test_outputs_are_put_together_in_the_members_order() -> None:
 MASK = np.array([[1, 0], [0, 0], [1, 1], [0, 1]], np.bool_)
 
 
-def test_a_round_of_some_members_has_their_rows_of_the_mask_and_says_all_else_again() -> None:
+def test_a_frame_of_some_members_has_their_rows_of_the_mask_and_says_all_else_again() -> None:
     numbers = np.array([10, 20, 30], np.uint64)
     change = step_change(
         np.zeros((4, 2, 3), np.float32), 4, reset=MASK, outputs=["y"], time="last", states="all"
@@ -190,7 +188,7 @@ def test_a_round_of_some_members_has_their_rows_of_the_mask_and_says_all_else_ag
     part = reply([1], last=False)
     part.states.extend(to_messages([pack("h", "h", np.ones((2, 2, 5), np.float32))]))
     assert one.accept(part).states["h"].shape == (2, 2, 5)
-    again = one.request(2, Deadline(1.0)).step
+    again = again_of(one).request(2, Deadline(1.0)).step
     assert list(again.reset_mask) == MASK[[0, 3]].reshape(-1).tolist()
     for each in (message, again):
         assert list(each.output_names) == ["y"]

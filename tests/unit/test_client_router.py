@@ -13,7 +13,7 @@ from stepwell._base.flow import Notify
 from stepwell._routing.lookup import Lookup
 from stepwell._routing.ranking import key_of, keys_of
 from stepwell._routing.replica import Replica
-from stepwell._routing.router import LONGEST_PROBE_S, LOOKUP_S, PROBE_S, RETURN_S, Route, Router
+from stepwell._routing.router import LOOKUP_S, MAX_PROBE_S, PROBE_S, RETURN_S, Route, Router
 from stepwell._transport.connecting import ConnectError
 from stepwell._transport.retry import RepliesTooLargeError
 
@@ -119,7 +119,7 @@ def test_a_replica_that_is_down_is_looked_at_ever_more_seldom(at: At) -> None:
         at.now_s += waits[-1]
         assert at.check(REFUSED) == ["a:1"]
     assert waits[:3] == [PROBE_S, 2 * PROBE_S, 4 * PROBE_S]
-    assert waits[-1] == LONGEST_PROBE_S
+    assert waits[-1] == MAX_PROBE_S
 
 
 def test_a_replica_that_hangs_is_down_without_a_check(at: At) -> None:
@@ -210,14 +210,14 @@ def test_hooks_are_told_once() -> None:
     at = At("a:1", "b:1", hooks={"replica": [print]})
     at.router.failed(at.a, 0, REFUSED)
     at.router.up(at.a)
-    told = list(at.router.told())
+    told = list(at.router.notifications())
     assert all(isinstance(each, Notify) for each in told)
     events: list[Any] = [each.event for each in told if isinstance(each, Notify)]
     assert [(event.address, event.is_up, event.error) for event in events] == [
         ("a:1", False, REFUSED),
         ("a:1", True, None),
     ]
-    assert list(at.router.told()) == []
+    assert list(at.router.notifications()) == []
 
 
 def test_why_they_are_down_is_said_of_several(at: At) -> None:

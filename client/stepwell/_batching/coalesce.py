@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 
-from stepwell._batching.exchange import Link, unanswered
-from stepwell._batching.in_flight import InFlightFrame
+from stepwell._batching.in_flight import InFlightFrame, Link, unanswered
 from stepwell._batching.steps import FRAME_SHARE, Gathering, Step, Stepped, abandon
 from stepwell._transport.channel import closed
 from stepwell.errors import StepwellError
@@ -50,7 +49,7 @@ class Coalescer:
         self._waiting: Gathering[WaitingStep] = Gathering()
         self._in_flight: dict[Frame, asyncio.TimerHandle | None] = {}
         """Frames in flight, each with the timer of its members' next time limit."""
-        self._most: dict[Hashable, int] = {}
+        self._max_members: dict[Hashable, int] = {}
         """Most steps per frame, by kind, for kinds whose replies were too large for one message."""
 
     def step(self, step: Step) -> Awaitable[Stepped]:
@@ -74,7 +73,7 @@ class Coalescer:
     def _send_queued(self) -> None:
         waiting, self._waiting = self._waiting, Gathering()
         now_s = asyncio.get_running_loop().time()
-        for members in waiting.frames(self._max_frame_bytes, self._most):
+        for members in waiting.frames(self._max_frame_bytes, self._max_members):
             frame = Frame(self, members, now_s)
             self._in_flight[frame] = None
             frame.send(self._link, self._max_message_bytes)
@@ -107,7 +106,7 @@ class Coalescer:
 
     def too_large(self, members: Sequence[WaitingStep]) -> None:
         """The replies to these steps exceed the message limit together: smaller frames from now on."""
-        self._most[members[0].step.kind()] = max(1, len(members) // 2)
+        self._max_members[members[0].step.kind()] = max(1, len(members) // 2)
 
     def close(self, ended: Callable[[], StepwellError] = closed) -> None:
         """Fails queued steps and those in flight with these errors."""

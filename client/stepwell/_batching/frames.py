@@ -14,8 +14,10 @@ import numpy.typing as npt
 from stepwell import errors
 from stepwell._batching.sets import SessionSet
 from stepwell._state.tensors import Array, Packed, to_messages, view_all
+from stepwell._transport.call import check_size
 from stepwell._transport.retry import Deadline
 from stepwell._transport.status import from_message
+from stepwell._transport.stream import MakeRequest
 from stepwell.v1 import sessions_pb2
 
 Indexes = npt.NDArray[np.intp]
@@ -58,7 +60,7 @@ class Change:
     position: int = 0
     """Of a reset: the session's afterwards."""
 
-    def say(self, message: sessions_pb2.StepRequest | sessions_pb2.StepFrame) -> None:
+    def fill(self, message: sessions_pb2.StepRequest | sessions_pb2.StepFrame) -> None:
         """Puts what a step asks for, beside its inputs, into its message."""
         message.outputs = SELECTIONS[self.outputs]
         if self.reset:
@@ -95,7 +97,7 @@ class Part:
 
 
 class Frame:
-    """A change of many sessions. It may take several rounds; each sends the members that are unsettled."""
+    """A change of many sessions as one message. It may be sent again as long as no member is settled."""
 
     def __init__(
         self,
@@ -106,7 +108,7 @@ class Frame:
         request_ids: Counts,
         named: SessionSet | None = None,
     ) -> None:
-        """A frame before its first round.
+        """A frame that was not sent yet.
 
         Args:
             change: Its tensors hold the members' rows one after the other.
@@ -124,7 +126,6 @@ class Frame:
         self.named = named
         self._open = np.ones(len(ids), np.bool_)
         self._all: Indexes = np.arange(len(ids))
-        self._sent = self._all
         self._waiting: dict[int, errors.StepwellError] = {}
         self.traceparent = ""
         """The span that it belongs to, if it is one of a trace that is kept."""
@@ -136,39 +137,47 @@ class Frame:
 
     def part(self, members: Indexes, named: SessionSet | None) -> Frame:
         """The frame of some members, ascending; `named` as in the constructor."""
-        if len(members) == len(self):
-            own = Frame(self._change, self.ids, self._rows, self._expected, self._request_ids, self.named)
-        else:
-            ends = np.cumsum(self._rows)
-            is_own = np.zeros(len(self), np.bool_)
-            is_own[members] = True
-            own = Frame(
-                self._change.some(np.flatnonzero(np.repeat(is_own, self._rows)), int(ends[-1])),
-                [self.ids[i] for i in members.tolist()] if named is None else named.ids,
-                self._rows[members],
-                self._expected[members],
-                self._request_ids[members],
-                named,
-            )
+        is_own = np.zeros(len(self), np.bool_)
+        is_own[members] = True
+        own = Frame(
+            self._change.some(np.flatnonzero(np.repeat(is_own, self._rows)), int(self._rows.sum())),
+            [self.ids[i] for i in members.tolist()] if named is None else named.ids,
+            self._rows[members],
+            self._expected[members],
+            self._request_ids[members],
+            named,
+        )
         own.traceparent = self.traceparent
         return own
 
+    def maker(self, deadline: Deadline, max_message_bytes: int) -> MakeRequest:
+        """Makes the message of the next round.
+
+        It raises an `InvalidInputError` if the message exceeds the limit.
+        """
+
+        def make(frame_id: int) -> sessions_pb2.StepStreamRequest:
+            message = self.request(frame_id, deadline)
+            check_size("a frame", message, max_message_bytes)
+            return message
+
+        return make
+
     def request(self, frame_id: int, deadline: Deadline) -> sessions_pb2.StepStreamRequest:
-        """Begins a round: the message with all members that are still unsettled.
+        """Begins a round: the message with all members.
 
         Args:
             frame_id: Its number on the stream.
             deadline: Members that still wait then are dropped.
         """
-        self._sent = self._all if self._open.all() else np.flatnonzero(self._open)
         self._waiting = {}
         self.round_over = False
         message = _pb.StepStreamRequest(frame_id=frame_id)
-        change = self._change_of_sent()
+        change = self._change
         if change.kind == "step":
             frame = message.step
             frame.inputs.extend(to_messages(change.tensors))
-            change.say(frame)
+            change.fill(frame)
             self._fill(frame, deadline)
         else:
             message.reset.state.extend(to_messages(change.tensors))
@@ -179,13 +188,11 @@ class Frame:
         frame.timeout_ms = _timeout_ms(deadline.remaining_s())
         if self.traceparent:
             frame.traceparent = self.traceparent
-        if self.named is not None and self._sent is self._all:
+        if self.named is not None:
             frame.MergeFromString(self.named.encoded())
         else:
-            frame.session_ids.extend([self.ids[i] for i in self._sent.tolist()])
-        rows, expected, request_ids = (
-            column[self._sent] for column in (self._rows, self._expected, self._request_ids)
-        )
+            frame.session_ids.extend(self.ids)
+        rows, expected, request_ids = self._rows, self._expected, self._request_ids
         # As this side knows them, so that a member that is gone, or replaced, cannot shift the others' rows.
         if _are_alike(rows):
             frame.batch_size = int(rows[0])
@@ -199,11 +206,6 @@ class Frame:
             frame.request_id_base = int(request_ids[0])
         else:
             frame.request_ids.extend(request_ids.tolist())
-
-    def _change_of_sent(self) -> Change:
-        if self._sent is self._all:
-            return self._change
-        return self._change.some(np.flatnonzero(np.repeat(self._open, self._rows)), int(self._rows.sum()))
 
     def accept(self, response: sessions_pb2.StepStreamResponse) -> Part:
         """Handles one part of the reply.
@@ -238,29 +240,29 @@ class Frame:
 
     def _applied(self, response: sessions_pb2.StepStreamResponse) -> Indexes:
         if response.all_members:
-            return self._sent
+            return self._all
         if not response.member_count:
             return self._members(response.members)
         first, past = response.first_member, response.first_member + response.member_count
-        if past > len(self._sent):
+        if past > len(self):
             raise self._outside()
-        return self._sent[first:past]
+        return self._all[first:past]
 
     def _outside(self) -> errors.InternalError:
-        return errors.InternalError(f"the server answered members outside of a frame of {len(self._sent)}")
+        return errors.InternalError(f"the server answered members outside of a frame of {len(self)}")
 
     def _members(self, members: Sequence[int]) -> Indexes:
         indexes = np.fromiter(members, np.intp, len(members))
-        if len(indexes) and not 0 <= indexes.min() <= indexes.max() < len(self._sent):
+        if len(indexes) and not 0 <= indexes.min() <= indexes.max() < len(self):
             raise self._outside()
-        return self._sent[indexes]
+        return indexes
 
     def _failures(self, response: sessions_pb2.StepStreamResponse) -> dict[int, errors.StepwellError]:
         failures: dict[int, errors.StepwellError] = {}
         for entry in response.errors:
             error = from_message(entry.error)
             # One exception object per member: raising an exception changes it.
-            for i in (self._members(entry.members) if entry.members else self._sent).tolist():
+            for i in (self._members(entry.members) if entry.members else self._all).tolist():
                 into = self._waiting if isinstance(error, RETRYABLE) else failures
                 into[i] = copy.copy(error)
         self._open[list(failures)] = False
@@ -293,24 +295,12 @@ class Frame:
         """Those that are not settled."""
         return np.flatnonzero(self._open)
 
-    def unsettled_error(self) -> errors.StepwellError | None:
-        """After a round: the error that asks for the longest wait, or None if all are settled."""
-        waiting = list(self._waiting.values())
-        return max(waiting, key=lambda error: getattr(error, "retry_after_s", 0.0), default=None)
-
     def fail_retryable(self) -> Part:
         """After a round: settles the members that could be retried as failed, each with its own error."""
         open_ = np.flatnonzero(self._open)
         self._open[:] = False
         none = np.zeros(0, np.uint64)
         return Part(open_[:0], none, none, {}, {i: self._waiting[i] for i in open_.tolist()})
-
-    def give_up(self, error: errors.StepwellError) -> Part:
-        """Settles the remaining members as failed."""
-        left = np.flatnonzero(self._open)
-        self._open[:] = False
-        none = np.zeros(0, np.uint64)
-        return Part(left[:0], none, none, {}, {i: copy.copy(error) for i in left.tolist()})
 
 
 def _are_alike(numbers: npt.NDArray[Any]) -> bool:

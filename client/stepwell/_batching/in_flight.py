@@ -9,11 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol
 
-from stepwell._batching.exchange import Exchange, Link
 from stepwell._batching.steps import M, abandon, answer, framed
 from stepwell._transport.retry import Deadline, RepliesTooLargeError
-from stepwell._transport.stream import Answer
-from stepwell.errors import ReplyTooLargeError, StepwellError
+from stepwell._transport.stream import Answer, MakeRequest, Sink
+from stepwell.errors import DeadlineExceededError, ReplyTooLargeError, StepwellError
+
+
+class Link(Protocol):
+    """The stream that a frame is sent on."""
+
+    def post(self, make: MakeRequest, sink: Sink, /) -> Callable[[], None]:
+        """See `Link.post` of `_transport.stream`."""
 
 
 class Owner(Protocol[M]):
@@ -43,8 +49,7 @@ class InFlightFrame(Generic[M]):
     def send(self, link: Link, max_message_bytes: int) -> None:
         """Sends it. On any error every caller gets that error."""
         try:
-            ask = Exchange(self._frame, self.deadline, _nothing, max_message_bytes)
-            self.forget = link.post(ask.request, self._receive)
+            self.forget = link.post(self._frame.maker(self.deadline, max_message_bytes), self._receive)
         except Exception as error:
             self.end(error)
         if self._frame.round_over:
@@ -74,6 +79,11 @@ class InFlightFrame(Generic[M]):
         """Fails every step that has no answer yet."""
         abandon(self.members, error)
         self._owner.over(self)
+
+
+def unanswered() -> DeadlineExceededError:
+    """The error of a frame whose time limit passed before all of its members were answered."""
+    return DeadlineExceededError("the time limit passed while a frame was unanswered")
 
 
 def _nothing(_: object = None) -> None:

@@ -21,8 +21,7 @@ import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 
-from stepwell._batching.exchange import Link
-from stepwell._batching.in_flight import InFlightFrame
+from stepwell._batching.in_flight import InFlightFrame, Link
 from stepwell._batching.steps import FRAME_SHARE, Gathering, Step, Stepped, abandon
 from stepwell._transport.channel import closed
 from stepwell._transport.retry import Clock
@@ -94,7 +93,7 @@ class Sender:
         """Held by a step that is in flight as a unary call because no other step was in flight."""
         self._waiting: collections.deque[WaitingStep] = collections.deque()
         self._in_flight: list[Frame] = []
-        self._most: dict[Hashable, int] = {}
+        self._max_members: dict[Hashable, int] = {}
         """Most steps per frame, by kind, for kinds whose replies were too large for one message."""
         self._wake = Wake()
         self._idle = False
@@ -207,7 +206,7 @@ class Sender:
         gathering: Gathering[WaitingStep] = Gathering()
         for member in self._dequeue_all():
             gathering.add(member)
-        for members in gathering.frames(self._max_frame_bytes, self._most):
+        for members in gathering.frames(self._max_frame_bytes, self._max_members):
             frame = Frame(self, members, self._clock())
             self._in_flight.append(frame)
             frame.send(self._link, self._max_message_bytes)
@@ -232,7 +231,7 @@ class Sender:
 
     def too_large(self, members: Sequence[WaitingStep]) -> None:
         """The replies to these steps exceed the message limit together: smaller frames from now on."""
-        self._most[members[0].step.kind()] = max(1, len(members) // 2)
+        self._max_members[members[0].step.kind()] = max(1, len(members) // 2)
 
     def _fail_queued(self, error: StepwellError) -> None:
         abandon(self._dequeue_all(), error)

@@ -77,7 +77,7 @@ class Step(NamedTuple):
             request_id=self.request_id,
             rows=self.change.rows,
         )
-        self.change.say(request)
+        self.change.fill(request)
         check_size("Step", request, max_message_bytes)
         return Call("Step", request, self.deadline.grpc_timeout_s(), self.trace, to=self.to)
 
@@ -145,16 +145,16 @@ class Gathering(Generic[M]):
             group = self._groups[kind, limit, nth] = {}
         group[session_id] = member
 
-    def frames(self, max_bytes: int, most: Mapping[Hashable, int] | None = None) -> Iterator[list[M]]:
+    def frames(self, max_bytes: int, max_members: Mapping[Hashable, int] | None = None) -> Iterator[list[M]]:
         """The members frame by frame.
 
         Args:
             max_bytes: Inputs of a frame have at most this size, unless it has a single member.
-            most: Members of a frame at most, by the kind of their step; others have no such limit.
+            max_members: Members of a frame at most, by the kind of their step; others have no such limit.
         """
         for (kind, _, _), group in self._groups.items():
             members = list(group.values())
-            count = most.get(kind, len(members)) if most else len(members)
+            count = max_members.get(kind, len(members)) if max_members else len(members)
             begin, size = 0, 0
             for i, member in enumerate(members):
                 own = member.step.input_bytes() + _MEMBER_BYTES

@@ -8,11 +8,10 @@ from typing import Any, TypeVar
 
 from stepwell._base.flow import Flow, Notify, drive_async
 from stepwell._batching.coalesce import Coalescer
-from stepwell._batching.exchange import Exchange, exchange_async
 from stepwell._batching.steps import Step, Stepped, read
 from stepwell._core.core import Core
 from stepwell._core.finisher import AsyncFinisher
-from stepwell._core.lanes import Ask, Exchanges, exchange_some_async
+from stepwell._core.lanes import Ask, Exchange, exchange_async
 from stepwell._core.observer import notify_async
 from stepwell._routing.lookup import Lookup, look_up_async
 from stepwell._routing.probing import AsyncProber
@@ -122,9 +121,7 @@ class AsyncDriver:
         if isinstance(ask, Call):
             return self.connections.to(ask.to).transport.invoke(ask)
         if isinstance(ask, Exchange):
-            return exchange_async(self._link_to(None), ask)
-        if isinstance(ask, Exchanges):
-            return exchange_some_async(ask, self._link_to)
+            return exchange_async(ask, self._link_to)
         if isinstance(ask, Notify):
             return notify_async(ask)
         if isinstance(ask, Lookup):

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
+from stepwell._base import addresses
 from stepwell._base.flow import Flow
 from stepwell._base.log import LOG
 from stepwell._batching.frames import Change, Counts, Frame, Indexes, Part
 from stepwell._batching.step_arguments import as_one, pack_reset, selected, step_change
 from stepwell._core.finisher import TRY_FOR_S
 from stepwell._core.group_tracker import GroupTracker
-from stepwell._core.lanes import Exchanging
+from stepwell._core.lanes import FrameExchange
 from stepwell._core.observer import Observer
 from stepwell._core.retrier import Retrier
 from stepwell._core.tracker import SessionTracker, is_unknown, new_request_id
@@ -75,7 +76,7 @@ class Core:
         """The operations for one server.
 
         Args:
-            config: What the client was told.
+            config: Of the client.
             policy: When to try again.
             clock: Monotonic, in seconds.
             finish: Runs a flow in the background; returns at once.
@@ -116,20 +117,23 @@ class Core:
         return flow if self._tracing is None else self._tracing.traced(flow)
 
     @property
+    def is_on_this_machine(self) -> bool:
+        """Whether the client's servers are on this machine."""
+        return addresses.are_on_this_machine(self._config.address)
+
+    @property
     def max_message_bytes(self) -> int:
         """Largest message to send or receive."""
         return self._config.max_message_bytes
 
     def deadline(self, timeout_s: float | None) -> Deadline:
         """A call's time limit, from now on."""
-        limit_s = self._config.timeout_s if timeout_s is None else timeout_s
-        return Deadline(check_timeout("timeout_s", limit_s), self._clock)
+        limit_s = self._config.timeout_s if timeout_s is None else check_timeout("timeout_s", timeout_s)
+        return Deadline(limit_s, self._clock)
 
     def exchange(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Flow[None]:
-        """Sends a frame, or one to each replica that has some of its members; see `Retrier.exchange`."""
-        if self.router is None:
-            return self.retrier.exchange(frame, deadline, on_part)
-        return Exchanging(self.retrier, self.router, frame, deadline, on_part).run()
+        """Sends a frame, or one to each replica that has some of its members, until each member is settled."""
+        return FrameExchange(self.retrier, frame, deadline, on_part, self.max_message_bytes).run()
 
     @property
     def replicas(self) -> tuple[ReplicaInfo, ...]:

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from stepwell._base.flow import Flow, Notify, drive
-from stepwell._batching.exchange import Exchange, exchange
 from stepwell._batching.sender import Sender
 from stepwell._batching.steps import Step, Stepped, read
 from stepwell._core.core import Core
 from stepwell._core.finisher import Finisher
-from stepwell._core.lanes import Ask, Exchanges, exchange_some
+from stepwell._core.lanes import Ask, Exchange, exchange
 from stepwell._core.observer import notify
 from stepwell._routing.lookup import Lookup, look_up
 from stepwell._routing.probing import Prober
@@ -149,9 +148,7 @@ class Driver:
             if isinstance(ask, Call):
                 return self.connections.to(ask.to).transport.invoke(ask)
             if isinstance(ask, Exchange):
-                return exchange(self._link_to(None), ask)
-            if isinstance(ask, Exchanges):
-                return exchange_some(ask, self._link_to)
+                return exchange(ask, self._link_to)
         except StepwellError:
             raise
         except BaseException:

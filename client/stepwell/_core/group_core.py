@@ -289,7 +289,7 @@ class GroupCore:
             raise self._failed(some, read.failures, None)
 
     def _read(self, some: Members, read: _States, at_once: int, deadline: Deadline) -> Flow[None]:
-        """Reads members, so many at once; those that the server has no room for now are asked for again."""
+        """Reads members, at most `at_once` in a request; those that the server has no room for now are asked for again."""
         attempts = self._core.retrier.attempts("GetStates", deadline)
         left: Indexes = np.arange(len(some))
         while True:
@@ -302,7 +302,7 @@ class GroupCore:
             read.waiting.clear()
             try:
                 yield Pause(attempts.failed(longest), attempts.made, longest)
-                attempts.woke()
+                attempts.require_time()
             except StepwellError as final:
                 read.failures.update({place: copy.copy(final) for place in left.tolist()})
                 return

@@ -1,4 +1,4 @@
-"""A change of many sessions that several replicas have: a frame for each, all at the same time.
+"""A change of many sessions: one frame, or one for each replica that has some of them, all at the same time.
 
 The members of a replica that fails go to the next replica in the order of each; the others take no notice.
 """
@@ -18,8 +18,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from stepwell._base.flow import Flow, Notify, Pause
-from stepwell._batching.exchange import Exchange, Link, unanswered
 from stepwell._batching.frames import Frame, Indexes, Part
+from stepwell._batching.in_flight import Link, unanswered
 from stepwell._batching.sets import SessionSet
 from stepwell._batching.steps import Step
 from stepwell._core.retrier import Retrier
@@ -30,33 +30,45 @@ from stepwell._routing.router import Router
 from stepwell._transport.call import Call, Endpoint
 from stepwell._transport.retry import Attempts, Deadline
 from stepwell._transport.stream import Answer
-from stepwell.errors import ClosedError, StepwellError
+from stepwell.errors import StepwellError
 
 
 class Lane:
-    """A frame on its way to one replica."""
+    """A frame on its way to one replica, or to the one server."""
 
     __slots__ = (
         "_generation",
-        "_router",
         "_was_down",
-        "ask",
+        "attempts",
         "error",
         "forget",
+        "frame",
         "is_over",
         "members",
-        "rest",
+        "on_part",
         "to",
+        "tried",
     )
 
-    def __init__(self, router: Router, to: Replica, members: Indexes, ask: Exchange, rest: _Rest) -> None:
-        self._router = router
-        self._generation, self._was_down = to.generation, to.is_down
+    def __init__(
+        self,
+        to: Replica | None,
+        frame: Frame,
+        members: Indexes,
+        on_part: Callable[[Part], None],
+        attempts: Attempts,
+        tried: tuple[Replica, ...],
+    ) -> None:
+        self._generation, self._was_down = (0, False) if to is None else (to.generation, to.is_down)
         self.to = to
+        self.frame = frame
         self.members = members
         """Its members, as indexes of the whole frame."""
-        self.ask = ask
-        self.rest = rest
+        self.on_part = on_part
+        self.attempts = attempts
+        """Those before this one."""
+        self.tried = tried
+        """Replicas that were asked before."""
         self.forget: Callable[[], None] | None = None
         """Unregisters it at its link; None: it is not sent yet."""
         self.is_over = False
@@ -69,12 +81,12 @@ class Lane:
             self.fail(answer)
             return
         try:
-            part = self.ask.frame.accept(answer)
+            part = self.frame.accept(answer)
         except StepwellError as error:
             self.fail(error)
             return
-        self.ask.on_part(part)
-        if self.ask.frame.round_over:
+        self.on_part(part)
+        if self.frame.round_over:
             self.is_over = True
 
     def fail(self, error: StepwellError) -> None:
@@ -82,20 +94,24 @@ class Lane:
         if not self.is_over:
             self.error, self.is_over = error, True
 
-    def answered(self) -> None:
+    def answered(self, router: Router) -> None:
         """The replica has answered."""
-        if self._was_down:
-            self._router.up(self.to)
+        if self._was_down and self.to is not None:
+            router.up(self.to)
 
-    def failed(self, error: StepwellError) -> bool:
-        """Whether it was because of the replica."""
-        return self._router.failed(self.to, self._generation, error)
+    def tried_after(self, error: StepwellError, router: Router) -> tuple[Replica, ...]:
+        """The replicas that its members are not sent to next: this one too if it failed because of the replica."""
+        if self.to is None or not router.failed(self.to, self._generation, error):
+            return self.tried
+        return (*self.tried, self.to)
 
 
 @dataclasses.dataclass(slots=True)
-class Exchanges:
+class Exchange:
     """Send the lanes that are not sent yet, and wait until one is over, or for `wait_s`; the answer is None."""
 
+    deadline: Deadline
+    max_message_bytes: int
     lanes: list[Lane] = dataclasses.field(default_factory=list)
     wait_s: float = 0.0
     inbox: Any = None
@@ -104,10 +120,26 @@ class Exchanges:
     @property
     def has_news(self) -> bool:
         """Whether one is over."""
-        return any(lane.is_over for lane in self.lanes)
+        return True in [lane.is_over for lane in self.lanes]
+
+    def post(
+        self, link_to: Callable[[Endpoint | None], Link], put: Callable[[tuple[Lane, Answer]], None]
+    ) -> None:
+        """Sends the lanes that are not sent yet; `put` gets each lane's answers."""
+        for lane in self.lanes:
+            if lane.forget is None and not lane.is_over:
+                make = lane.frame.maker(self.deadline, self.max_message_bytes)
+                try:
+                    lane.forget = link_to(lane.to).post(make, functools.partial(_put, put, lane))
+                except StepwellError as error:
+                    lane.fail(error)
 
 
-Ask: TypeAlias = Call | Step | Pause | Exchange | Exchanges | Notify | Lookup
+def _put(put: Callable[[tuple[Lane, Answer]], None], lane: Lane, answer: Answer) -> None:
+    put((lane, answer))
+
+
+Ask: TypeAlias = Call | Step | Pause | Exchange | Notify | Lookup
 """What the flows of a client ask for."""
 
 
@@ -123,50 +155,52 @@ class _Rest:
         self.attempts = attempts
         self.tried = tried
         self.due_s = due_s
+        """When they are to be sent, in seconds since the change began."""
 
 
-class Exchanging:
-    """The exchange of one frame."""
+class FrameExchange:
+    """The exchange of one frame, with retries, until every member was applied or has failed for good."""
 
     def __init__(
         self,
         retrier: Retrier,
-        router: Router,
         frame: Frame,
         deadline: Deadline,
         on_part: Callable[[Part], None],
+        max_message_bytes: int,
     ) -> None:
         self._retrier = retrier
-        self._router = router
+        self._router = retrier.router
         self._frame = frame
-        self._keys: Keys = keys_of(frame.ids) if frame.named is None else keys_in(frame.named)
         self._deadline = deadline
         self._on_part = on_part
         self._rests: list[_Rest] = []
-        self._ask = Exchanges()
+        self._ask = Exchange(deadline, max_message_bytes)
 
     def run(self) -> Flow[None]:
-        """Exchanges it, with retries, until every member was applied or has failed for good."""
-        if not self._router.replicas:
-            yield from self._ready()
-        attempts = self._attempts()
-        self._rests.append(_Rest(np.arange(len(self._frame)), attempts))
-        ask = self._ask
+        """The flow; `on_part` gets each part at once."""
+        router, ask = self._router, self._ask
+        if router is not None and not router.replicas:
+            yield from self._ready(router)
+        self._rests.append(_Rest(np.arange(len(self._frame)), self._attempts()))
         try:
             while self._rests or ask.lanes:
-                now_s = self._router.now_s()
+                now_s = self._deadline.elapsed_s()
                 due = [rest for rest in self._rests if rest.due_s <= now_s]
                 self._rests = [rest for rest in self._rests if rest.due_s > now_s]
                 for rest in due:
                     self._send(rest)
-                yield from self._router.told()
-                wait_s = min([rest.due_s for rest in self._rests], default=float("inf")) - now_s
-                if not ask.lanes:
-                    yield from self._wait(wait_s)
-                    continue
-                ask.wait_s = min(max(0.0, wait_s), self._deadline.remaining_s())
-                yield ask
-                yield from self._look()
+                if router is not None:
+                    yield from router.notifications()
+                wait_s = min([rest.due_s for rest in self._rests], default=math.inf) - now_s
+                if ask.lanes:
+                    ask.wait_s = min(max(0.0, wait_s), self._deadline.remaining_s())
+                    yield ask
+                    yield from self._look()
+                elif self._rests:
+                    last = min(self._rests, key=lambda rest: rest.due_s).attempts
+                    assert last.last is not None
+                    yield Pause(max(0.0, wait_s), last.made, last.last, is_reported=False)
         finally:
             for lane in ask.lanes:
                 if lane.forget is not None:
@@ -175,41 +209,39 @@ class Exchanging:
     def _attempts(self) -> Attempts:
         return self._retrier.attempts("StepStream", self._deadline, changes=True)
 
-    def _ready(self) -> Flow[None]:
+    def _ready(self, router: Router) -> Flow[None]:
         attempts = self._attempts()
-        while not self._router.replicas:
+        while not router.replicas:
             try:
-                yield from self._router.ready()
+                yield from router.ready()
             except StepwellError as error:
                 yield Pause(attempts.failed(error), attempts.made, error)
-                attempts.woke()
-
-    def _wait(self, wait_s: float) -> Flow[None]:
-        """Nothing is under way: waits for what is due next."""
-        last = min(self._rests, key=lambda rest: rest.due_s)
-        error = last.attempts.last
-        assert error is not None
-        yield Pause(max(0.0, wait_s), last.attempts.made, error, is_reported=False)
-        for rest in list(self._rests):
-            try:
-                rest.attempts.woke()
-            except StepwellError as final:
-                self._rests.remove(rest)
-                self._give_up(rest.members, final)
+                attempts.require_time()
 
     def _send(self, rest: _Rest) -> None:
-        """Makes the lanes of some members: one for each replica that has some of them."""
+        """Makes the lanes of some members, one for each replica that has some of them, if there is time for it."""
+        try:
+            rest.attempts.require_time()
+        except StepwellError as final:
+            self._give_up(rest.members, final)
+            return
         frame = self._frame
-        if len(rest.members) == len(frame) and not rest.tried:
-            divided = divide(self._router, frame.named, self._keys)
-        else:
-            parts = self._router.split(self._keys[rest.members], rest.tried)
-            divided = [(to, rest.members[own], None) for to, own in parts]
-        for to, members, named in divided:
+        for to, members, named in self._divided(rest):
             attempts = rest.attempts if len(members) == len(rest.members) else copy.copy(rest.attempts)
-            own = _Rest(members, attempts, rest.tried)
-            ask = self._retrier.ask(frame.part(members, named), self._deadline, self._mapped(members))
-            self._ask.lanes.append(Lane(self._router, to, members, ask, own))
+            part, on_part = frame, self._on_part
+            if len(members) < len(frame):
+                part, on_part = frame.part(members, named), self._mapped(members)
+            self._ask.lanes.append(Lane(to, part, members, on_part, attempts, rest.tried))
+
+    def _divided(self, rest: _Rest) -> list[tuple[Replica | None, Indexes, SessionSet | None]]:
+        """Some members by replica, with the set of these."""
+        frame, router, members = self._frame, self._router, rest.members
+        if router is None:
+            return [(None, members, None)]
+        keys = keys_of(frame.ids) if frame.named is None else keys_in(frame.named)
+        if len(members) == len(frame) and not rest.tried:
+            return [*divide(router, frame.named, keys)]
+        return [(to, members[own], None) for to, own in router.split(keys[members], rest.tried)]
 
     def _mapped(self, members: Indexes) -> Callable[[Part], None]:
         def on_part(part: Part) -> None:
@@ -228,31 +260,31 @@ class Exchanging:
                 lane.forget()
             if not lane.is_over:
                 lane.fail(unanswered())
-            if lane.error is None:
-                lane.answered()
-                for error, places in lane.ask.frame.unsettled():
-                    yield from self._again(lane, lane.members[places], error)
-            else:
-                yield from self._again(lane, lane.members[lane.ask.frame.open_members()], lane.error)
+            if lane.error is not None:
+                yield from self._again(lane, lane.members[lane.frame.open_members()], lane.error)
+                continue
+            if self._router is not None:
+                lane.answered(self._router)
+            for error, places in lane.frame.unsettled():
+                yield from self._again(lane, lane.members[places], error)
 
     def _again(self, lane: Lane, members: Indexes, error: StepwellError) -> Flow[None]:
         """Some members have failed: they are tried again, elsewhere or later, or have failed for good."""
         if not len(members):
             return
-        rest = lane.rest
-        tried, elsewhere = rest.tried, False
-        if lane.failed(error):
-            tried = (*tried, lane.to)
-            elsewhere = self._router.is_another_up(tried)
-            if all(each in tried for each in self._router.replicas):
+        router, tried, elsewhere = self._router, lane.tried, False
+        if router is not None:
+            tried = lane.tried_after(error, router)
+            elsewhere = tried is not lane.tried and router.is_another_up(tried)
+            if all(each in tried for each in router.replicas):
                 tried = ()
-        attempts = copy.copy(rest.attempts)
+        attempts = copy.copy(lane.attempts)
         try:
             delay_s = attempts.failed(error, elsewhere=elsewhere)
         except StepwellError as final:
             self._give_up(members, final)
             return
-        self._rests.append(_Rest(members, attempts, tried, self._router.now_s() + delay_s))
+        self._rests.append(_Rest(members, attempts, tried, self._deadline.elapsed_s() + delay_s))
         yield Pause(delay_s, attempts.made, error, is_waited=False, to=lane.to)
 
     def _give_up(self, members: Indexes, error: StepwellError) -> None:
@@ -261,11 +293,11 @@ class Exchanging:
         self._on_part(Part(members[:0], none, none, {}, failures))
 
 
-def exchange_some(ask: Exchanges, link_to: Callable[[Endpoint], Link]) -> None:
-    """Sends the lanes of a frame that are not sent yet, and waits until one is over, for `wait_s` at most."""
+def exchange(ask: Exchange, link_to: Callable[[Endpoint | None], Link]) -> None:
+    """Answers an `Exchange`."""
     inbox: queue.SimpleQueue[tuple[Lane, Answer]]
     inbox = ask.inbox = ask.inbox or queue.SimpleQueue()
-    _post(ask, link_to, inbox.put)
+    ask.post(link_to, inbox.put)
     until_s = time.monotonic() + ask.wait_s
     while not ask.has_news:
         remaining_s = until_s - time.monotonic()
@@ -276,11 +308,11 @@ def exchange_some(ask: Exchanges, link_to: Callable[[Endpoint], Link]) -> None:
         lane.take(answer)
 
 
-async def exchange_some_async(ask: Exchanges, link_to: Callable[[Endpoint], Link]) -> None:
-    """As `exchange_some`."""
+async def exchange_async(ask: Exchange, link_to: Callable[[Endpoint | None], Link]) -> None:
+    """Answers an `Exchange`."""
     inbox: asyncio.Queue[tuple[Lane, Answer]]
     inbox = ask.inbox = ask.inbox or asyncio.Queue()
-    _post(ask, link_to, inbox.put_nowait)
+    ask.post(link_to, inbox.put_nowait)
     try:
         async with asyncio.timeout(None if math.isinf(ask.wait_s) else ask.wait_s):
             while not ask.has_news:
@@ -288,23 +320,6 @@ async def exchange_some_async(ask: Exchanges, link_to: Callable[[Endpoint], Link
                 lane.take(answer)
     except TimeoutError:
         return
-
-
-def _post(
-    ask: Exchanges, link_to: Callable[[Endpoint], Link], put: Callable[[tuple[Lane, Answer]], None]
-) -> None:
-    for lane in ask.lanes:
-        if lane.forget is None and not lane.is_over:
-            try:
-                lane.forget = link_to(lane.to).post(lane.ask.request, functools.partial(_put, put, lane))
-            except ClosedError:
-                raise
-            except StepwellError as error:
-                lane.fail(error)
-
-
-def _put(put: Callable[[tuple[Lane, Answer]], None], lane: Lane, answer: Answer) -> None:
-    put((lane, answer))
 
 
 def keys_in(sessions: SessionSet) -> Keys:

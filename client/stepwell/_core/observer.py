@@ -7,10 +7,9 @@ from collections.abc import Callable, Generator, Hashable, Sequence
 from typing import Any, TypeVar
 
 from stepwell._base.flow import Flow, Notify, Pause
-from stepwell._batching.exchange import Exchange
-from stepwell._core.lanes import Ask, Exchanges, Lane
+from stepwell._core.lanes import Ask, Exchange, Lane
 from stepwell._routing.lookup import Lookup
-from stepwell._transport.call import Call
+from stepwell._transport.call import Call, Endpoint
 from stepwell._transport.retry import Clock
 from stepwell.errors import StepwellError
 from stepwell.events import EventHooks, RequestEvent, ResponseEvent, RetryEvent
@@ -36,8 +35,8 @@ class Observer:
     """Makes the events of a client's calls."""
 
     def __init__(self, hooks: EventHooks, address: str, clock: Clock) -> None:
-        self._requests = hooks.get("request", ())
-        self._responses = hooks.get("response", ())
+        self.requests = hooks.get("request", ())
+        self.responses = hooks.get("response", ())
         self._retries = hooks.get("retry", ())
         self.address = address
         self.clock = clock
@@ -54,27 +53,26 @@ class Observer:
             ask: Ask = next(flow)
             while True:
                 yield from lanes.ended()
-                if isinstance(ask, Notify | Lookup):  # what the flow itself has to tell, or to know
+                if isinstance(ask, Notify | Lookup):  # the flow's own events and questions
                     answer, error = yield from _answer(ask)
                 elif isinstance(ask, Pause):
                     request = lanes.requests.get(ask.to, request)
                     if ask.is_reported and request is not None:  # else no replica was known yet
-                        yield from _tell(self._retries, RetryEvent(request, ask.error, ask.seconds))
+                        yield from _notify(self._retries, RetryEvent(request, ask.error, ask.seconds))
                     attempt = ask.attempt + 1
                     answer, error = yield from _answer(ask)
-                elif isinstance(ask, Exchanges):
+                elif isinstance(ask, Exchange):
                     yield from lanes.begin(ask)
                     answer, error = yield from _answer(ask)
                 else:
-                    to = None if isinstance(ask, Exchange) else ask.to
-                    address = self.address if to is None else to.address
-                    request = RequestEvent(address, _rpc(ask), attempt, _sessions(ask))
+                    rpc = ask.rpc if isinstance(ask, Call) else "Step"
+                    request = RequestEvent(self.address_of(ask.to), rpc, attempt, 1)
                     attempt = 1
-                    yield from _tell(self._requests, request)
+                    yield from _notify(self.requests, request)
                     began_s = self.clock()
                     answer, error = yield from _answer(ask)
                     response = ResponseEvent(request, self.clock() - began_s, error)
-                    yield from _tell(self._responses, response)
+                    yield from _notify(self.responses, response)
                 ask = flow.send(answer) if error is None else flow.throw(error)
         except StopIteration as stop:
             result: T = stop.value
@@ -83,13 +81,9 @@ class Observer:
         finally:
             flow.close()
 
-    def request(self, event: RequestEvent) -> Flow[None]:
-        """Tells of an attempt that is about to be made."""
-        return _tell(self._requests, event)
-
-    def response(self, event: ResponseEvent) -> Flow[None]:
-        """Tells of one that has ended."""
-        return _tell(self._responses, event)
+    def address_of(self, endpoint: Endpoint | None) -> str:
+        """Where an attempt goes."""
+        return self.address if endpoint is None else endpoint.address
 
 
 class _Lanes:
@@ -101,23 +95,22 @@ class _Lanes:
         self.requests: dict[Hashable, RequestEvent] = {}
         """The last one to each."""
 
-    def begin(self, ask: Exchanges) -> Flow[None]:
+    def begin(self, ask: Exchange) -> Flow[None]:
         """Some are about to be sent."""
         for lane in ask.lanes:
             if lane not in self._began:
-                event = RequestEvent(
-                    lane.to.address, "StepStream", lane.rest.attempts.made + 1, len(lane.members)
-                )
+                address, attempt = self._observer.address_of(lane.to), lane.attempts.made + 1
+                event = RequestEvent(address, "StepStream", attempt, len(lane.members))
                 self.requests[lane.to] = event
                 self._began[lane] = event, self._observer.clock()
-                yield from self._observer.request(event)
+                yield from _notify(self._observer.requests, event)
 
     def ended(self) -> Flow[None]:
         """Some may be over."""
         for lane in [each for each in self._began if each.is_over]:
             event, began_s = self._began.pop(lane)
             elapsed_s = self._observer.clock() - began_s
-            yield from self._observer.response(ResponseEvent(event, elapsed_s, lane.error))
+            yield from _notify(self._observer.responses, ResponseEvent(event, elapsed_s, lane.error))
 
 
 def _answer(ask: Ask) -> Generator[Ask, Any, tuple[Any, StepwellError | None]]:
@@ -128,16 +121,6 @@ def _answer(ask: Ask) -> Generator[Ask, Any, tuple[Any, StepwellError | None]]:
         return None, error
 
 
-def _tell(hooks: Sequence[Callable[[Any], object]], event: object) -> Flow[None]:
+def _notify(hooks: Sequence[Callable[[Any], object]], event: object) -> Flow[None]:
     if hooks:
         yield Notify(hooks, event)
-
-
-def _rpc(ask: Ask) -> str:
-    if isinstance(ask, Call):
-        return ask.rpc
-    return "StepStream" if isinstance(ask, Exchange) else "Step"
-
-
-def _sessions(ask: Ask) -> int:
-    return len(ask.frame) if isinstance(ask, Exchange) else 1

@@ -8,8 +8,6 @@ from typing import Any
 from google.protobuf.message import Message
 
 from stepwell._base.flow import Flow, Pause
-from stepwell._batching.exchange import Exchange
-from stepwell._batching.frames import Frame, Part
 from stepwell._batching.steps import Step, Stepped, read
 from stepwell._routing.ranking import key_of, key_of_request
 from stepwell._routing.router import Route, Router
@@ -136,7 +134,7 @@ class Retrier:
                     route.answered()
                 return stepped
             yield pause
-            attempts.woke()
+            attempts.require_time()
 
     def _answered(
         self,
@@ -161,22 +159,7 @@ class Retrier:
                 self._contact.make()
                 return answered
             yield pause
-            attempts.woke()
-
-    def ask(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Exchange:
-        """The ask for one round of a frame."""
-        return Exchange(frame, deadline, on_part, self._max_message_bytes)
-
-    def exchange(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Flow[None]:
-        """Sends a frame, with retries, until every member was applied or has failed for good; `on_part` hears of each at once."""
-        ask = self.ask(frame, deadline, on_part)
-        attempts = self.attempts("StepStream", deadline, changes=True)
-        try:
-            while (error := (yield from _round(ask))) is not None:
-                yield Pause(attempts.failed(error), attempts.made, error)
-                attempts.woke()
-        except StepwellError as final:
-            on_part(frame.give_up(final))
+            attempts.require_time()
 
 
 def _pause(attempts: Attempts, route: Route | None, error: StepwellError) -> Flow[Pause]:
@@ -187,12 +170,3 @@ def _pause(attempts: Attempts, route: Route | None, error: StepwellError) -> Flo
     """
     elsewhere = False if route is None else (yield from route.failed(error))
     return Pause(attempts.failed(error, elsewhere=elsewhere), attempts.made, error)
-
-
-def _round(ask: Exchange) -> Flow[StepwellError | None]:
-    """Sends the unsettled members once. The result is None, or why some are still unsettled."""
-    try:
-        yield ask
-    except StepwellError as error:
-        return error
-    return ask.frame.unsettled_error()

@@ -6,16 +6,14 @@ What a call says of it travels in its metadata; what a frame of steps says, in t
 
 from __future__ import annotations
 
-import dataclasses
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stepwell import _install
 from stepwell._base.flow import Flow, Notify, Pause
 from stepwell._base.metadata import sampled
-from stepwell._batching.exchange import Exchange
 from stepwell._batching.steps import Step
-from stepwell._core.lanes import Ask, Exchanges
+from stepwell._core.lanes import Ask, Exchange
 from stepwell._routing.lookup import Lookup
 from stepwell._transport.call import Call
 from stepwell._transport.channel import service_of
@@ -69,10 +67,11 @@ class Tracing:
                 try:
                     answer = yield ask
                 except StepwellError as error:
-                    if span is not None and span.is_recording():
-                        span.add_event("failed", {"error.type": type(error).__name__, "message": str(error)})
+                    _note(span, error)
                     ask = flow.throw(error)
                 else:
+                    for lane in ask.lanes if isinstance(ask, Exchange) else ():
+                        _note(span, lane.error)
                     ask = flow.send(answer)
         except StopIteration as stop:
             result: T = stop.value
@@ -95,11 +94,8 @@ class Tracing:
             "rpc.method": method,
             "server.address": self._address,
         }
-        if isinstance(ask, Exchanges):
-            facts["stepwell.sessions"] = sum(len(lane.members) for lane in ask.lanes)
-            return facts
         if isinstance(ask, Exchange):
-            facts["stepwell.sessions"] = len(ask.frame)
+            facts["stepwell.sessions"] = sum(len(lane.members) for lane in ask.lanes)
             return facts
         asked: Any = ask.request if isinstance(ask, Call) else ask
         for name, fact in (("session_id", "stepwell.session.id"), ("model", "stepwell.model")):
@@ -112,7 +108,13 @@ def _name(ask: Ask) -> str:
     """The method that an ask is for, or would be if steps never shared a message."""
     if isinstance(ask, Call):
         return f"stepwell.v1.{service_of(ask.rpc)}/{ask.rpc}"
-    return "stepwell.v1.SessionService/" + ("StepStream" if isinstance(ask, Exchange | Exchanges) else "Step")
+    return "stepwell.v1.SessionService/" + ("StepStream" if isinstance(ask, Exchange) else "Step")
+
+
+def _note(span: Span | None, error: StepwellError | None) -> None:
+    """Adds the event of an attempt that failed."""
+    if error is not None and span is not None and span.is_recording():
+        span.add_event("failed", {"error.type": type(error).__name__, "message": str(error)})
 
 
 def _said(span: Span) -> Pairs:
@@ -126,12 +128,10 @@ def _said(span: Span) -> Pairs:
 
 def _with(ask: Ask, said: Pairs) -> Ask:
     if isinstance(ask, Call):
-        return dataclasses.replace(ask, metadata=said)
+        return ask._replace(metadata=said)
     if isinstance(ask, Step):
         return ask._replace(trace=said)
     if isinstance(ask, Exchange):
-        ask.frame.traceparent = sampled(said)
-    if isinstance(ask, Exchanges):
         for lane in ask.lanes:
-            lane.ask.frame.traceparent = sampled(said)
+            lane.frame.traceparent = sampled(said)
     return ask

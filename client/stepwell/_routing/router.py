@@ -35,7 +35,7 @@ from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableErr
 from stepwell.events import EventHooks, ReplicaEvent
 
 #: First delay before a replica that is down is looked at again, and the longest, in seconds.
-PROBE_S, LONGEST_PROBE_S = 0.1, 2.0
+PROBE_S, MAX_PROBE_S = 0.1, 2.0
 #: How long the answer to a health check may take.
 PROBE_TIMEOUT_S = 2.0
 #: A suspect is not looked at more often.
@@ -43,7 +43,7 @@ _SUSPECT_S = 0.2
 #: In how many parts, and in what time, a replica that is there again gets its sessions back.
 RETURN_S, _PARTS = 2.0, 8
 #: How often a name is looked up, and how often at the most where a replica of it is down.
-LOOKUP_S, LOOKUP_AGAIN_S = 30.0, 1.0
+LOOKUP_S, LOOKUP_RETRY_S = 30.0, 1.0
 #: What gRPC says of a connection whose peer has answered no ping.
 _HUNG = "ping timeout"
 #: Replicas in the order in which a session prefers them: those that are there, those that are not given it back yet,
@@ -125,10 +125,6 @@ class Router:
     def replicas(self) -> tuple[Replica, ...]:
         """Those that are known now."""
         return self._replicas
-
-    def now_s(self) -> float:
-        """By the clock."""
-        return self._clock()
 
     # Choosing.
 
@@ -249,7 +245,7 @@ class Router:
             self.epoch += 1
             for name in self._names:
                 if replica.address in name.found:
-                    name.due_s = min(name.due_s, name.looked_up_s + LOOKUP_AGAIN_S)
+                    name.due_s = min(name.due_s, name.looked_up_s + LOOKUP_RETRY_S)
             self._set_lookup()
             self._tell(replica)
         LOG.info("replica %s is not asked any more: %s", replica.address, error.message)
@@ -279,8 +275,8 @@ class Router:
         if self._hooks:
             self._events.append(ReplicaEvent(replica.address, not replica.is_down, replica.error))
 
-    def told(self) -> Flow[None]:
-        """Tells the hooks what has happened since."""
+    def notifications(self) -> Flow[None]:
+        """Calls the hooks of events since the last time."""
         while self._events:
             try:
                 event = self._events.popleft()
@@ -336,7 +332,7 @@ class Router:
             self._down(replica, error)
 
     def _delay_s(self, replica: Replica) -> float:
-        longest = min(LONGEST_PROBE_S, PROBE_S * 2 ** min(replica.failures, 10))
+        longest = min(MAX_PROBE_S, PROBE_S * 2 ** min(replica.failures, 10))
         return self._draw(longest / 2, longest)
 
     def found(self, name: Name, addresses: Iterable[str]) -> None:
@@ -361,7 +357,7 @@ class Router:
         name.looked_up_s = self._clock()
         name.due_s = name.looked_up_s + self._draw(LOOKUP_S / 2, LOOKUP_S)
         if any(each.is_down and each.address in name.found for each in self._replicas):
-            name.due_s = name.looked_up_s + self._draw(LOOKUP_AGAIN_S, 2 * LOOKUP_AGAIN_S)
+            name.due_s = name.looked_up_s + self._draw(LOOKUP_RETRY_S, 2 * LOOKUP_RETRY_S)
         self._set_lookup()
 
     def _set_lookup(self) -> None:
@@ -418,7 +414,7 @@ class Route:
             to = self._only
         self.to = to
         self._generation, self._was_down = to.generation, to.is_down
-        yield from router.told()
+        yield from router.notifications()
         return to
 
     def answered(self) -> None:
@@ -438,7 +434,7 @@ class Route:
             if isinstance(error, ConnectError):
                 raise error
             return False
-        yield from self._router.told()
+        yield from self._router.notifications()
         self._tried = (*self._tried, self.to)
         if self._router.is_another_up(self._tried):
             return True

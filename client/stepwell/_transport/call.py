@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from google.protobuf.message import Message
 
@@ -33,8 +32,7 @@ class Endpoint:
         self.authority = name.removeprefix("dns:///")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """Make one attempt of a call; the answer is its response, or the last one."""
 
     rpc: str

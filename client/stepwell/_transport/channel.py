@@ -52,7 +52,7 @@ def open_channel(config: ClientConfig, endpoint: Endpoint | None = None) -> grpc
     """A channel of the sync client. The connection is made by the first call.
 
     Args:
-        config: What the client was told.
+        config: Of the client.
         endpoint: Where it leads; None: the client has one server.
     """
     config, options = _for(config, endpoint)
@@ -70,7 +70,7 @@ def open_async_channel(config: ClientConfig, endpoint: Endpoint | None = None) -
 
 
 def _for(config: ClientConfig, endpoint: Endpoint | None) -> tuple[ClientConfig, list[tuple[str, Any]]]:
-    """What a channel is told: the client's config, or that of one of its endpoints, and gRPC's options."""
+    """The configuration of a channel: the client's config, or that of one of its endpoints, and gRPC's options."""
     if endpoint is None:
         return config, _options(config)
     tls = config.tls

@@ -14,7 +14,7 @@ from stepwell._base.log import LOG
 from stepwell._transport.connecting import ConnectError, Contact, HandshakeError
 
 # An attempt that the time limit cuts short has an unknown outcome, so none is made with less time than this.
-_LEAST_ATTEMPT_S = 0.02
+_MIN_ATTEMPT_S = 0.02
 _LASTING_QUOTAS = frozenset({"sessions", "bytes", "models"})
 """Quotas that stay used up until somebody closes or unloads something: waiting does not help."""
 
@@ -178,14 +178,14 @@ class Attempts:
             return self._deadline.remaining_s()
         return min(self._deadline.remaining_s(), self._limit_s(error) - self._deadline.elapsed_s())
 
-    def woke(self) -> None:
+    def require_time(self) -> None:
         """To be called after the wait: checks that there is time for another attempt.
 
         Raises:
             StepwellError: The last error, if there is not.
         """
         last = self._last
-        if last is not None and self._remaining_s(last) < min(_LEAST_ATTEMPT_S, self._limit_s(last) / 10):
+        if last is not None and self._remaining_s(last) < min(_MIN_ATTEMPT_S, self._limit_s(last) / 10):
             raise self._final(last)
 
     def _final(self, error: errors.StepwellError) -> errors.StepwellError:
