@@ -177,7 +177,7 @@ class _Wanted(NamedTuple):
 
 
 class _Told(NamedTuple):
-    """What a client was told."""
+    """The configuration of a client."""
 
     timeout_s: float
     max_message_bytes: int

@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
-import numpy.typing as npt
 
 from stepwell._base.tracebacks import end_here
-from stepwell._batching.frames import Counts
 from stepwell._core.aio_driver import AsyncDriver
 from stepwell._core.group_core import GroupCore
-from stepwell._state import display
+from stepwell._core.handles import BaseHandle, GroupFacts
 from stepwell._state.infos import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell._state.state import State, States
 from stepwell._state.trace import Trace
@@ -20,7 +18,7 @@ from stepwell.aio_session import AsyncHandle, AsyncSession, Opening
 
 
 @end_here
-class AsyncSessionGroup(AsyncHandle):
+class AsyncSessionGroup(GroupFacts, AsyncHandle):
     """Many sessions of one model and batch size, stepped together: one message for all of them.
 
     Made by `AsyncClient.open_sessions`, and by `fork`. The members are ordinary sessions on the server, each with its
@@ -56,13 +54,10 @@ class AsyncSessionGroup(AsyncHandle):
     """
 
     def __init__(
-        self, driver: AsyncDriver, core: GroupCore, *, owned: bool, parent: AsyncHandle | None = None
+        self, driver: AsyncDriver, core: GroupCore, *, owned: bool, parent: BaseHandle[Any] | None = None
     ) -> None:
         super().__init__(driver, owned, core.tracker.locks, core.members.where, parent)
         self._group = core
-
-    def __len__(self) -> int:
-        return len(self._group.members)
 
     @overload
     def __getitem__(self, index: int | np.integer[Any]) -> AsyncSession: ...
@@ -94,51 +89,8 @@ class AsyncSessionGroup(AsyncHandle):
         return (self[i] for i in range(len(self)))
 
     @property
-    def _root(self) -> AsyncHandle:
+    def _root(self) -> BaseHandle[Any]:
         return self._parent or self
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """The members' ids, in their order."""
-        return self._group.members.ids
-
-    @property
-    def model(self) -> str:
-        """Name of their model."""
-        return self._group.tracker.model
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of each member."""
-        return self._group.tracker.batch_size
-
-    @property
-    def revisions(self) -> Counts:
-        """Changes of each member so far, (n,) uint64; a copy."""
-        return self._group.tracker.revisions[self._group.members.indexes]
-
-    @property
-    def positions(self) -> Counts:
-        """Time steps of each member since its last reset, (n,) uint64; a copy."""
-        return self._group.tracker.positions[self._group.members.indexes]
-
-    @property
-    def resumed(self) -> npt.NDArray[np.bool_]:
-        """Which members were live before, (n,) bool; a copy. See `open_sessions(resume=True)`."""
-        return self._group.tracker.resumed[self._group.members.indexes]
-
-    @property
-    def model_versions(self) -> Counts:
-        """Version of the model that each member is on, as of the last answers, (n,) uint64; a copy.
-
-        0 where the server does not say.
-        """
-        return self._group.tracker.model_versions[self._group.members.indexes]
-
-    @property
-    def model_version_pinned(self) -> bool:
-        """Whether they stay on their version; see `Session.model_version_pinned`."""
-        return self._group.tracker.is_pinned
 
     @overload
     async def step(
@@ -188,7 +140,7 @@ class AsyncSessionGroup(AsyncHandle):
             ...     y.shape, (await group.step(np.ones((2, 3), np.float32), reset=done, members=ready)).shape
             ((4, 1), (2, 1))
         """
-        deadline = self._driver.core.deadline(timeout_s)
+        deadline = self._core.deadline(timeout_s)
         some = self._group.some(members)
         change = self._group.step_change(some, x, outputs, time, reset, states)
         return await self._change(self._group.step(some, change, deadline), deadline, some.where)
@@ -231,7 +183,7 @@ class AsyncSessionGroup(AsyncHandle):
             ...     group.revisions.tolist()
             [1, 0, 0, 1]
         """
-        deadline = self._driver.core.deadline(timeout_s)
+        deadline = self._core.deadline(timeout_s)
         some = self._group.some_or_rows(members, rows)
         await self._change(self._group.reset_states(some, states, deadline), deadline, some.where)
 
@@ -247,7 +199,7 @@ class AsyncSessionGroup(AsyncHandle):
         """
         self._check_open()
         some = self._group.some(members)
-        return await self._driver.run(self._group.get_states(some, self._driver.core.deadline(timeout_s)))
+        return await self._driver.run(self._group.get_states(some, self._core.deadline(timeout_s)))
 
     async def get_state(self, *, timeout_s: float | None = None) -> State:
         """As `get_states`, of all members.
@@ -282,8 +234,8 @@ class AsyncSessionGroup(AsyncHandle):
         self, session_ids: Sequence[str] | None, max_idle_s: float | None, timeout_s: float | None
     ) -> AsyncSessionGroup:
         self._check_open()
-        flow = self._group.fork(session_ids, max_idle_s, self._driver.core.deadline(timeout_s))
-        core = GroupCore(self._driver.core, await self._driver.run(flow))
+        flow = self._group.fork(session_ids, max_idle_s, self._core.deadline(timeout_s))
+        core = GroupCore(self._core, await self._driver.run(flow))
         return AsyncSessionGroup(self._driver, core, owned=session_ids is None)
 
     async def refresh(self, *, timeout_s: float | None = None) -> None:
@@ -295,7 +247,7 @@ class AsyncSessionGroup(AsyncHandle):
             >>> async with client.open_sessions("forecast", 4) as group:
             ...     await group.refresh()
         """
-        deadline = self._driver.core.deadline(timeout_s)
+        deadline = self._core.deadline(timeout_s)
         await self._change(self._group.refresh(deadline), deadline)
 
     async def close(self, *, timeout_s: float | None = None) -> None:
@@ -306,11 +258,5 @@ class AsyncSessionGroup(AsyncHandle):
             >>> await group.close()
         """
         if not self._closed:
-            await self._driver.run(self._group.close(self._driver.core.deadline(timeout_s)))
+            await self._driver.run(self._group.close(self._core.deadline(timeout_s)))
             self._closed = True
-
-    def __repr__(self) -> str:
-        return f"AsyncSessionGroup({len(self)} sessions, model={self.model!r}, batch_size={self.batch_size})"
-
-    def _repr_html_(self) -> str:
-        return display.group_html("AsyncSessionGroup", self, is_closed=self._closed)

@@ -12,41 +12,25 @@ from stepwell._base.flow import Flow
 from stepwell._base.tracebacks import end_here, ends_here
 from stepwell._base.unawaited import Unawaited
 from stepwell._core.aio_driver import AsyncDriver
+from stepwell._core.handles import EVERYONE, BaseHandle, SessionFacts
 from stepwell._core.locks import Locks, Some, TaskHolder
 from stepwell._core.tracker import SessionTracker
-from stepwell._state import display
 from stepwell._state.infos import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell._state.state import State, States
 from stepwell._state.trace import Trace
 from stepwell._transport.retry import Deadline
-from stepwell.errors import ClosedError, DeadlineExceededError, InvalidInputError, StepwellError
+from stepwell.errors import DeadlineExceededError, InvalidInputError, StepwellError
 
 H = TypeVar("H", bound="AsyncHandle")
 T = TypeVar("T")
-_EVERYONE = slice(None)
 
 
 @end_here
-class AsyncHandle(abc.ABC):
+class AsyncHandle(BaseHandle[AsyncDriver], abc.ABC):
     """What a session and a group have in common: one change at a time, and an end."""
 
-    def __init__(
-        self,
-        driver: AsyncDriver,
-        owned: bool,
-        locks: Locks,
-        members: Some = _EVERYONE,
-        parent: AsyncHandle | None = None,
-    ) -> None:
-        """A handle; `locks`: those of `members`, which it may share; `parent`: the group with which it is closed."""
-        self._driver = driver
-        self._owned = owned
-        self._closed = False
-        self._locks = locks
-        self._members = members
-        self._parent = parent
-        self._changer: asyncio.Task[Any] | None = None
-        """The task whose change is running."""
+    _changer: asyncio.Task[Any] | None = None
+    """The task whose change is running."""
 
     async def _change(self, flow: Flow[T], deadline: Deadline, members: Some | None = None) -> T:
         """Runs a change, one at a time; waiting for the locks counts against the time limit."""
@@ -77,10 +61,6 @@ class AsyncHandle(abc.ABC):
                 "the time limit passed while another change of this session was under way",
                 outcome="not_applied",
             ) from None
-
-    def _check_open(self) -> None:
-        if self._closed or (self._parent is not None and self._parent._closed):
-            raise ClosedError("the session must be open; it was closed by this handle")
 
     @abc.abstractmethod
     async def close(self, *, timeout_s: float | None = None) -> None:
@@ -144,7 +124,7 @@ class Opening(Unawaited, Coroutine[Any, Any, H]):
 
 
 @end_here
-class AsyncSession(AsyncHandle):
+class AsyncSession(SessionFacts, AsyncHandle):
     """One user's conversation with one model: a recurrent state on the server, advanced step by step.
 
     Made by `AsyncClient.open_session`, by `fork`, and by a group for one of its members. At most one change (step or reset) of a session is
@@ -183,55 +163,11 @@ class AsyncSession(AsyncHandle):
         *,
         owned: bool,
         locks: Locks | None = None,
-        members: Some = _EVERYONE,
-        parent: AsyncHandle | None = None,
+        members: Some = EVERYONE,
+        parent: BaseHandle[Any] | None = None,
     ) -> None:
         super().__init__(driver, owned, locks or Locks(1), members, parent)
-        self._core = driver.core
         self._tracker = tracker
-
-    @property
-    def id(self) -> str:
-        """Its id on the server."""
-        return self._tracker.session_id
-
-    @property
-    def model(self) -> str:
-        """Name of its model."""
-        return self._tracker.model
-
-    @property
-    def batch_size(self) -> int:
-        """Rows, fixed when it was opened."""
-        return self._tracker.batch_size
-
-    @property
-    def revision(self) -> int:
-        """Changes so far, as of the last answer to this handle."""
-        return self._tracker.revision
-
-    @property
-    def position(self) -> int:
-        """Time steps since the last reset of the whole state, as of the last answer to this handle."""
-        return self._tracker.position
-
-    @property
-    def model_version(self) -> int:
-        """Version of its model that it is on, as of the last answer to this handle; 0: the server does not say."""
-        return self._tracker.model_version
-
-    @property
-    def model_version_pinned(self) -> bool:
-        """Whether it stays on that version, because it was opened with a version or a label.
-
-        Else it goes where the default version goes, as the operator decides.
-        """
-        return self._tracker.model_version_pinned
-
-    @property
-    def resumed(self) -> bool:
-        """Whether opening it found the session there and resumed it; False for a new one and for a fork."""
-        return self._tracker.resumed
 
     @overload
     async def step(
@@ -379,12 +315,3 @@ class AsyncSession(AsyncHandle):
         if not self._closed:
             await self._driver.run(self._core.close(self._tracker, self._core.deadline(timeout_s)))
             self._closed = True
-
-    def __repr__(self) -> str:
-        return (
-            f"AsyncSession({self.id!r}, model={self.model!r}, batch_size={self.batch_size}, "
-            f"revision={self.revision}, position={self.position})"
-        )
-
-    def _repr_html_(self) -> str:
-        return display.session_html("AsyncSession", self, is_closed=self._closed)

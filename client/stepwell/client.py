@@ -15,8 +15,7 @@ from stepwell._base.metadata import Metadata
 from stepwell._base.tracebacks import end_here, ends_here
 from stepwell._core.driver import Driver
 from stepwell._core.group_core import GroupCore
-from stepwell._routing.replica import ReplicaInfo
-from stepwell._state import display
+from stepwell._core.handles import ClientFacts
 from stepwell._state.infos import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo, SlowSession
 from stepwell._state.state import State, States
 from stepwell.config import (
@@ -59,7 +58,7 @@ def connect(
         address: HOST:PORT, [IPv6]:PORT, unix:PATH, dns:///HOST:PORT, grpc://HOST:PORT (without TLS) or
             grpcs://HOST:PORT (with TLS). None: the environment variable STEPWELL_SERVER, else 127.0.0.1:50051.
             Several, in a list or with commas between, are replicas that share a store, and so is each address of a
-            name after dns:///. Each session has one of them; when that is gone it goes on at another one.
+            name after dns:///. Each session has one of them; when that is gone it continues at another one.
         timeout_s: Time limit of each call over all its attempts, in seconds, unless the call is given
             another; `math.inf` for none.
         connect_timeout_s: Time limit of a call as long as this client has never reached the server, in
@@ -74,7 +73,7 @@ def connect(
             way, say. Values are strings, or bytes where the key ends in "-bin".
         event_hooks: Functions to call at each event, by the name of the event, "request", "response" or
             "retry": `stepwell.events` says what they get.
-        tracing: Make a span of OpenTelemetry of each operation, and tell the server of it, which goes on with the trace.
+        tracing: Make a span of OpenTelemetry of each operation, and send it to the server, which continues the trace.
             What becomes of spans is up to the provider that this process has set. Needs opentelemetry-api.
         token: The bearer token to send with every call, for servers that ask who calls; or a function without
             arguments that returns it. It is called for the first call, again shortly before its token expires, if
@@ -110,7 +109,7 @@ def connect(
 
 
 @end_here
-class Client(AdminCalls, ModelCalls):
+class Client(AdminCalls, ModelCalls, ClientFacts):
     """A connection to a server. Make one with `connect`, and share it.
 
     Every method takes `timeout_s`, the time limit of that call over all its attempts; None means the
@@ -134,26 +133,6 @@ class Client(AdminCalls, ModelCalls):
         self._config = config
         self._driver = Driver(config, coalesce=coalesce)
         self._core = self._driver.core
-
-    @property
-    def address(self) -> str:
-        """Where the server is, as gRPC takes it: HOST:PORT or unix:PATH, without grpc:// or grpcs://.
-
-        The addresses of several replicas stand there with commas between.
-        """
-        return self._config.address
-
-    @property
-    def replicas(self) -> tuple[ReplicaInfo, ...]:
-        """The replicas as this client sees them now, without asking; of a client of one server that one.
-
-        Those of a name that was not looked up yet are not known, and it has none.
-
-        Example:
-            >>> [replica.is_up for replica in client.replicas]
-            [True]
-        """
-        return self._core.replicas
 
     def models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
         """All models of the server, in the order of their names.
@@ -359,17 +338,6 @@ class Client(AdminCalls, ModelCalls):
             >>> stepwell.connect(address).close()
         """
         self._driver.close()
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.address!r})"
-
-    def _repr_html_(self) -> str:
-        return display.facts_html(
-            display.handle(type(self).__name__, is_closed=self._driver.is_closed), self._facts()
-        )
-
-    def _facts(self) -> dict[str, object]:
-        return display.client_facts(self._config)
 
     def __enter__(self) -> Self:
         return self

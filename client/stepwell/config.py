@@ -1,4 +1,4 @@
-"""What a client can be told, its defaults, and the environment variables that stand for what it is not told.
+"""The configuration of a client: its defaults, and the environment variables that stand for missing arguments.
 
 `STEPWELL_SERVER` is the address used where none is given, `STEPWELL_CONNECT_TIMEOUT_S` the `connect_timeout_s` and
 `STEPWELL_TOKEN` the token: by `connect()` and by every command of the CLI. Nothing else is read from the environment
@@ -135,7 +135,7 @@ def _pem(name: str, given: Pem | None, kind: tuple[bytes, str]) -> bytes | None:
 
 
 def tls_config(tls: TlsConfig | bool | None) -> TlsConfig | None:
-    """What `connect` was told of TLS: True is the default `TlsConfig`, False and None are no TLS.
+    """The `tls` argument of `connect`: True is the default `TlsConfig`, False and None are no TLS.
 
     Raises:
         InvalidInputError: It is something else.
@@ -202,7 +202,7 @@ def connect_timeout(timeout_s: float | None = None) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ClientConfig:
-    """What a client was told when it was made; `connect` makes it from its arguments.
+    """The configuration of a client; `connect` makes it from its arguments.
 
     Example:
         >>> stepwell.config.ClientConfig("localhost:50051").timeout_s
@@ -256,7 +256,7 @@ class ClientConfig:
             self._check_token(target)
         self._check_tenant(self.tenant)
         object.__setattr__(self, "event_hooks", hooks.checked(self.event_hooks))
-        check_timeout("timeout_s", self.timeout_s)
+        object.__setattr__(self, "timeout_s", check_timeout("timeout_s", self.timeout_s))
         check_timeout("connect_timeout_s", self.connect_timeout_s)
         if isinstance(self.max_message_bytes, bool) or not isinstance(self.max_message_bytes, int):
             raise InvalidInputError(f"max_message_bytes must be an int; got {self.max_message_bytes!r}")

@@ -100,7 +100,7 @@ class ModelVersionEvent:
     """An answer has told that sessions are on another version of their model than before.
 
     That happens where the default version of a model moves, and takes the sessions with it that were opened by the
-    name alone. It is told once for each handle that learns of it.
+    name alone. It comes once for each handle that learns of it.
 
     Example:
         >>> events = []

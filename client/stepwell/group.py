@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
-import numpy.typing as npt
 
 from stepwell._base.tracebacks import end_here
-from stepwell._batching.frames import Counts
 from stepwell._core.driver import Driver
 from stepwell._core.group_core import GroupCore
-from stepwell._state import display
+from stepwell._core.handles import BaseHandle, GroupFacts
 from stepwell._state.infos import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell._state.state import State, States
 from stepwell._state.trace import Trace
@@ -20,7 +18,7 @@ from stepwell.session import Handle, Session
 
 
 @end_here
-class SessionGroup(Handle):
+class SessionGroup(GroupFacts, Handle):
     """Many sessions of one model and batch size, stepped together: one message for all of them.
 
     Made by `Client.open_sessions`, and by `fork`. The members are ordinary sessions on the server, each with its
@@ -51,12 +49,11 @@ class SessionGroup(Handle):
         ((8, 1), 8, [1, 1, 1, 1, 1, 1, 1, 1])
     """
 
-    def __init__(self, driver: Driver, core: GroupCore, *, owned: bool, parent: Handle | None = None) -> None:
+    def __init__(
+        self, driver: Driver, core: GroupCore, *, owned: bool, parent: BaseHandle[Any] | None = None
+    ) -> None:
         super().__init__(driver, owned, core.tracker.locks, core.members.where, parent)
         self._group = core
-
-    def __len__(self) -> int:
-        return len(self._group.members)
 
     @overload
     def __getitem__(self, index: int | np.integer[Any]) -> Session: ...
@@ -93,51 +90,8 @@ class SessionGroup(Handle):
         return (self[i] for i in range(len(self)))
 
     @property
-    def _root(self) -> Handle:
+    def _root(self) -> BaseHandle[Any]:
         return self._parent or self
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """The members' ids, in their order."""
-        return self._group.members.ids
-
-    @property
-    def model(self) -> str:
-        """Name of their model."""
-        return self._group.tracker.model
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of each member."""
-        return self._group.tracker.batch_size
-
-    @property
-    def revisions(self) -> Counts:
-        """Changes of each member so far, (n,) uint64; a copy."""
-        return self._group.tracker.revisions[self._group.members.indexes]
-
-    @property
-    def positions(self) -> Counts:
-        """Time steps of each member since its last reset, (n,) uint64; a copy."""
-        return self._group.tracker.positions[self._group.members.indexes]
-
-    @property
-    def resumed(self) -> npt.NDArray[np.bool_]:
-        """Which members were live before, (n,) bool; a copy. See `open_sessions(resume=True)`."""
-        return self._group.tracker.resumed[self._group.members.indexes]
-
-    @property
-    def model_versions(self) -> Counts:
-        """Version of the model that each member is on, as of the last answers, (n,) uint64; a copy.
-
-        0 where the server does not say.
-        """
-        return self._group.tracker.model_versions[self._group.members.indexes]
-
-    @property
-    def model_version_pinned(self) -> bool:
-        """Whether they stay on their version; see `Session.model_version_pinned`."""
-        return self._group.tracker.is_pinned
 
     @overload
     def step(
@@ -210,7 +164,7 @@ class SessionGroup(Handle):
             [11, 10, 10, 1]
             >>> group.close()
         """
-        deadline = self._driver.core.deadline(timeout_s)
+        deadline = self._core.deadline(timeout_s)
         some = self._group.some(members)
         change = self._group.step_change(some, x, outputs, time, reset, states)
         return self._change(self._group.step(some, change, deadline), deadline, some.where)
@@ -262,7 +216,7 @@ class SessionGroup(Handle):
             >>> group.reset_states(group.get_states(members=[0]), members=[2])
             >>> group.close()
         """
-        deadline = self._driver.core.deadline(timeout_s)
+        deadline = self._core.deadline(timeout_s)
         some = self._group.some_or_rows(members, rows)
         self._change(self._group.reset_states(some, states, deadline), deadline, some.where)
 
@@ -287,7 +241,7 @@ class SessionGroup(Handle):
         """
         self._check_open()
         some = self._group.some(members)
-        return self._driver.run(self._group.get_states(some, self._driver.core.deadline(timeout_s)))
+        return self._driver.run(self._group.get_states(some, self._core.deadline(timeout_s)))
 
     def get_state(self, *, timeout_s: float | None = None) -> State:
         """As `get_states`, of all members.
@@ -327,8 +281,8 @@ class SessionGroup(Handle):
             ([1, 1, 1, 1], [0, 0, 0, 0])
         """
         self._check_open()
-        flow = self._group.fork(session_ids, max_idle_s, self._driver.core.deadline(timeout_s))
-        core = GroupCore(self._driver.core, self._driver.run(flow))
+        flow = self._group.fork(session_ids, max_idle_s, self._core.deadline(timeout_s))
+        core = GroupCore(self._core, self._driver.run(flow))
         return SessionGroup(self._driver, core, owned=session_ids is None)
 
     def refresh(self, *, timeout_s: float | None = None) -> None:
@@ -345,7 +299,7 @@ class SessionGroup(Handle):
             >>> group.refresh()
             >>> group.close()
         """
-        deadline = self._driver.core.deadline(timeout_s)
+        deadline = self._core.deadline(timeout_s)
         self._change(self._group.refresh(deadline), deadline)
 
     def close(self, *, timeout_s: float | None = None) -> None:
@@ -355,11 +309,5 @@ class SessionGroup(Handle):
             >>> client.open_sessions("forecast", 4).close()
         """
         if not self._closed:
-            self._driver.run(self._group.close(self._driver.core.deadline(timeout_s)))
+            self._driver.run(self._group.close(self._core.deadline(timeout_s)))
             self._closed = True
-
-    def __repr__(self) -> str:
-        return f"SessionGroup({len(self)} sessions, model={self.model!r}, batch_size={self.batch_size})"
-
-    def _repr_html_(self) -> str:
-        return display.group_html("SessionGroup", self, is_closed=self._closed)

@@ -8,7 +8,6 @@ import datetime as dt
 import html.parser
 import re
 import struct
-import types
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +17,15 @@ import pytest
 
 import stepwell
 from stepwell import ModelInfo, ServerInfo, SessionInfo, TensorInfo
+from stepwell._core.group_core import GroupCore
+from stepwell._core.group_tracker import GroupTracker
+from stepwell._core.tracker import SessionTracker
 from stepwell._state import display
 from stepwell._state.display import Listing
 from stepwell._state.state import State
+from stepwell.group import SessionGroup
+from stepwell.session import Session
+from stepwell.v1 import sessions_pb2
 
 EVIL = "<script>alert('x')</script>&"
 NOON = dt.datetime(2026, 11, 26, 12, 0, 1, 5, tzinfo=dt.UTC)
@@ -64,17 +69,6 @@ def state(tensors: int = 1, units: int = 16) -> State:
     return State(
         {f"lstm_{i}/h": values for i in range(tensors)}, model="forecast", fingerprint="f", batch_size=2
     )
-
-
-def handle(**more: Any) -> Any:
-    facts: dict[str, Any] = {
-        "id": "user-42",
-        "model": "forecast",
-        "batch_size": 1,
-        "revision": 7,
-        "position": 30,
-    }
-    return types.SimpleNamespace(**facts | more)
 
 
 def test_text_says_what_people_look_for() -> None:
@@ -132,19 +126,21 @@ def test_what_comes_from_outside_is_escaped(kind: str) -> None:
 
 
 def test_handles_show_what_they_know() -> None:
-    text = display.session_html("Session", handle(id=EVIL), is_closed=True)
+    with stepwell.connect("127.0.0.1:1") as client:
+        opened = sessions_pb2.Session(
+            session_id=EVIL, model="forecast", batch_size=1, revision=7, position=30
+        )
+        one = Session(client._driver, SessionTracker(opened), owned=False)
+        one._closed = True
+        tracker = GroupTracker("forecast", "f", 1, [f"{EVIL}{i}" for i in range(3)], [1, 5, 1])
+        group = SessionGroup(client._driver, GroupCore(client._core, tracker), owned=False)
+    text = one._repr_html_()
     assert "<script" not in text
     assert {"Session (closed)", "forecast", "7", "30"} <= set(Checked(text).words)
-    counts = np.array([1, 5, 1])
-    group = handle(ids=[f"{EVIL}{i}" for i in range(3)], revisions=counts, positions=counts * 0)
-    text = display.group_html("SessionGroup", group, is_closed=False)
+    text = group._repr_html_()
     assert "<script" not in text
     assert {"SessionGroup", "3", "1 to 5", "0"} <= set(Checked(text).words)
-    Checked(
-        display.group_html(
-            "SessionGroup", handle(ids=[], revisions=counts[:0], positions=counts[:0]), is_closed=False
-        )
-    )
+    Checked(group[[]]._repr_html_())
     with stepwell.connect("127.0.0.1:1") as client:
         assert {"Client", "127.0.0.1:1", "30 s", "no"} <= set(Checked(client._repr_html_()).words)
     assert "Client (closed)" in Checked(client._repr_html_()).words

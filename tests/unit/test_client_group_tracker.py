@@ -194,7 +194,7 @@ class Named(Holder):
     """A holder that notes when it is woken."""
 
     def __init__(self, name: str, members: Some, woken: list[str]) -> None:
-        super().__init__(members)
+        self.members, self.is_holding = members, False
         self._name, self._woken = name, woken
 
     def wake(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import asyncio
 from collections.abc import Sequence
 from typing import TypeVar
@@ -10,7 +9,6 @@ from typing import TypeVar
 from stepwell._admin import model_files
 from stepwell._admin.model_files import ModelSource
 from stepwell._admin.models import LoadProgress, ModelAdmin, SessionPolicy
-from stepwell._base import addresses
 from stepwell._base.tracebacks import end_here
 from stepwell._core.aio_driver import AsyncDriver
 from stepwell._state.infos import LoadedModel
@@ -20,15 +18,10 @@ T = TypeVar("T")
 
 
 @end_here
-class AsyncModelCalls(abc.ABC):
+class AsyncModelCalls:
     """Loads and unloads versions of models while they are served. For admins, where the server knows its callers."""
 
     _driver: AsyncDriver
-
-    @property
-    @abc.abstractmethod
-    def address(self) -> str:
-        """Where the server is."""
 
     @property
     def _model_admin(self) -> ModelAdmin:
@@ -70,7 +63,7 @@ class AsyncModelCalls(abc.ABC):
             unload_previous=unload_previous,
         )
         deadline = self._driver.core.deadline(timeout_s)
-        is_on_this_machine = addresses.are_on_this_machine(self.address)
+        is_on_this_machine = self._driver.core.is_on_this_machine
         placing = model_files.placed(name, model, upload=upload, is_on_this_machine=is_on_this_machine)
         # To save a model of Keras takes its time.
         file = await asyncio.to_thread(placing.__enter__)

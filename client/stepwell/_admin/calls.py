@@ -207,7 +207,7 @@ class AdminCalls:
     ) -> ImportReport:
         """Makes sessions of a file that `export_sessions` wrote, here or on another server; returns what became of them.
 
-        Each is made by itself, with its id, and goes on where it was. Its model must be served under its name with the
+        Each is made by itself, with its id, and continues where it was. Its model must be served under its name with the
         same fingerprint. To repeat an import does no harm.
 
         Args:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Sequence
 from typing import TypeVar
 
 from stepwell._admin import model_files
 from stepwell._admin.model_files import ModelSource
 from stepwell._admin.models import LoadProgress, ModelAdmin, SessionPolicy
-from stepwell._base import addresses
 from stepwell._base.tracebacks import end_here
 from stepwell._core.driver import Driver
 from stepwell._state.infos import LoadedModel
@@ -19,15 +17,10 @@ T = TypeVar("T")
 
 
 @end_here
-class ModelCalls(abc.ABC):
+class ModelCalls:
     """Loads and unloads versions of models while they are served. For admins, where the server knows its callers."""
 
     _driver: Driver
-
-    @property
-    @abc.abstractmethod
-    def address(self) -> str:
-        """Where the server is."""
 
     @property
     def _model_admin(self) -> ModelAdmin:
@@ -111,7 +104,7 @@ class ModelCalls(abc.ABC):
             unload_previous=unload_previous,
         )
         deadline = self._driver.core.deadline(timeout_s)
-        is_on_this_machine = addresses.are_on_this_machine(self.address)
+        is_on_this_machine = self._driver.core.is_on_this_machine
         with model_files.placed(name, model, upload=upload, is_on_this_machine=is_on_this_machine) as file:
             return self._driver.run(admin.load(request, file, deadline, progress))
 

@@ -14,7 +14,7 @@ _HOST = re.compile(r"[^\s/:@?#\[\]\0-\x1f\x7f]+")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _BRACKETS = re.compile(r"\[([^\]]*)\]")
 #: Bytes of a Unix socket's path, without the 0 at its end.
-_MOST_PATH = 107
+_MAX_PATH_BYTES = 107
 _RESOLVERS = ("dns:///", "dns:", "ipv4:", "ipv6:")
 """What gRPC takes before HOST:PORT."""
 
@@ -159,9 +159,9 @@ def _unix(name: str, given: str) -> Address:
     if not path or (path.startswith("//") and not path.startswith("///")):
         raise InvalidInputError(f"{name} must be unix:PATH or unix:///PATH; got {given!r}")
     length = len(os.fsencode(path.removeprefix("//")))
-    if length > _MOST_PATH:
+    if length > _MAX_PATH_BYTES:
         raise InvalidInputError(
-            f"{name} must be unix:PATH with a path of at most {_MOST_PATH} bytes; got one of {length}"
+            f"{name} must be unix:PATH with a path of at most {_MAX_PATH_BYTES} bytes; got one of {length}"
         )
     return Address(given, None)
 

@@ -1,7 +1,7 @@
 """The SDK's logger, `stepwell`: connections, retries, streams that are opened anew, what happens in the background.
 
-Nothing is logged per step. Level INFO is for what a caller is told anyway, sooner or later, by a result or an error;
-WARNING for what nobody else is told.
+Nothing is logged per step. Level INFO is for what a caller learns anyway, sooner or later, by a result or an error;
+WARNING for what nobody else learns.
 """
 
 from __future__ import annotations

@@ -26,9 +26,8 @@ class Holder(abc.ABC):
 
     __slots__ = ("is_holding", "members")
 
-    def __init__(self, members: Some) -> None:
-        self.members = members
-        self.is_holding = False
+    members: Some
+    is_holding: bool
 
     @abc.abstractmethod
     def wake(self) -> None:
@@ -44,14 +43,17 @@ class Locks:
 
     def __init__(self, count: int) -> None:
         self._held = np.zeros(count, np.bool_)
+        self._holders = 0
+        """How many hold locks."""
         self._queue: list[Holder] = []
         self._lock = threading.Lock()
 
     def acquire(self, holder: Holder) -> bool:
         """Acquires the locks of the holder's members. False if it must wait: `wake` is called when it holds them."""
         with self._lock:
-            if not self._queue and not self._held[holder.members].any():
+            if not self._queue and (not self._holders or not self._held[holder.members].any()):
                 self._held[holder.members] = holder.is_holding = True
+                self._holders += 1
                 return True
             self._queue.append(holder)
             self._admit()
@@ -62,6 +64,7 @@ class Locks:
         with self._lock:
             if holder.is_holding:
                 self._held[holder.members] = holder.is_holding = False
+                self._holders -= 1
             if self._queue:
                 if holder in self._queue:
                     self._queue.remove(holder)
@@ -78,6 +81,7 @@ class Locks:
                     blocked[holder.members] = True
                     continue
                 self._held[holder.members] = holder.is_holding = True
+                self._holders += 1
             blocked[holder.members] = True
             holder.wake()
         self._queue = left
@@ -89,7 +93,8 @@ class ThreadHolder(Holder):
     __slots__ = ("_gate",)
 
     def __init__(self, members: Some) -> None:
-        super().__init__(members)
+        self.members = members
+        self.is_holding = False
         self._gate = threading.Lock()  # the cheapest thing that a thread can wait for
         self._gate.acquire()
 
@@ -108,13 +113,17 @@ class TaskHolder(Holder):
     __slots__ = ("_woken",)
 
     def __init__(self, members: Some) -> None:
-        super().__init__(members)
-        self._woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.members = members
+        self.is_holding = False
+        self._woken: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
-        if not self._woken.done():  # else its task was cancelled in the same moment
+        if (
+            self._woken is not None and not self._woken.done()
+        ):  # else its task was cancelled in the same moment
             self._woken.set_result(None)
 
     async def wait(self) -> None:
-        """Waits for the locks."""
+        """Waits for the locks. Called in the same moment in which `acquire` did not give them."""
+        self._woken = asyncio.get_running_loop().create_future()
         await self._woken

@@ -23,7 +23,7 @@ from stepwell.errors import InvalidInputError, ModelMismatchError
 
 _MAX_ID = 256
 _MAX_UINT32 = 2**32 - 1
-_MOST_POSITION = 2**61
+_MAX_POSITION = 2**61
 #: Ten years.
 _MAX_IDLE_S = 3650 * 86400
 
@@ -236,8 +236,8 @@ def check_max_idle(max_idle_s: object) -> duration_pb2.Duration | None:
 def check_position(position: object) -> int:
     """An integer that the server takes: far from where 64 bits end, so that no stepping gets there."""
     checked = _integer("position", position)
-    if not 0 <= checked <= _MOST_POSITION:
-        raise InvalidInputError(f"position must be from 0 to 2**61, {_MOST_POSITION}; got {checked}")
+    if not 0 <= checked <= _MAX_POSITION:
+        raise InvalidInputError(f"position must be from 0 to 2**61, {_MAX_POSITION}; got {checked}")
     return checked
 
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from stepwell.config import ClientConfig
-
 _NAMED = 8
 """Things that a line of text names."""
 _LINES = 10
@@ -124,76 +122,12 @@ def facts_html(title: str, facts: Mapping[str, object]) -> str:
     return table_html(title, (), facts.items())
 
 
-class Session(Protocol):
-    """What a session says of itself without asking the server."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def revision(self) -> int: ...
-    @property
-    def position(self) -> int: ...
+def handle_html(kind: str, facts: Mapping[str, object], *, is_closed: bool) -> str:
+    """A client, session or group, as of the last answer to it."""
+    return facts_html(f"{kind} (closed)" if is_closed else kind, facts)
 
 
-class Group(Protocol):
-    """What a group says of itself without asking the server."""
-
-    @property
-    def ids(self) -> Sequence[str]: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def revisions(self) -> npt.NDArray[Any]: ...
-    @property
-    def positions(self) -> npt.NDArray[Any]: ...
-
-
-def session_html(kind: str, session: Session, *, is_closed: bool) -> str:
-    """A session as of the last answer to its handle."""
-    facts = {
-        "id": session.id,
-        "model": session.model,
-        "batch_size": session.batch_size,
-        "revision": session.revision,
-        "position": session.position,
-    }
-    return facts_html(handle(kind, is_closed=is_closed), facts)
-
-
-def group_html(kind: str, group: Group, *, is_closed: bool) -> str:
-    """A group as of the last answer to its handle."""
-    facts = {
-        "sessions": len(group.ids),
-        "ids": some(group.ids),
-        "model": group.model,
-        "batch_size": group.batch_size,
-        "revisions": _span(group.revisions),
-        "positions": _span(group.positions),
-    }
-    return facts_html(handle(kind, is_closed=is_closed), facts)
-
-
-def client_facts(config: ClientConfig) -> dict[str, object]:
-    """What a client was told."""
-    return {
-        "address": config.address,
-        "time limit of a call": f"{config.timeout_s:g} s",
-        "TLS": "no" if config.tls is None else "yes",
-    }
-
-
-def handle(kind: str, *, is_closed: bool) -> str:
-    """What a client, session or group is."""
-    return f"{kind} (closed)" if is_closed else kind
-
-
-def _span(numbers: npt.NDArray[Any]) -> str:
+def span(numbers: npt.NDArray[Any]) -> str:
     """One number if all are alike, else the least and the greatest."""
     if not numbers.size:
         return ""

@@ -81,7 +81,7 @@ class ProofInfo:
 
     @property
     def is_trusted(self) -> bool:
-        """It does not all follow from the graph: the server was told to trust the rest."""
+        """It does not all follow from the graph: the server was configured to trust the rest."""
         return bool(self.unproven)
 
     def __str__(self) -> str:
