@@ -18,7 +18,7 @@ import numpy as np
 import stepwell
 from bench import harness
 from bench.harness import HERE, MODELS, OUT, Result
-from stepwell.cli.bench.cpu import Listener
+from stepwell.cli.toolkit.listener import Listener
 from stepwell.testing import LocalServer
 from stepwell.v1 import sessions_pb2, tensors_pb2
 from stepwell_server.rpc.triton.inference import service_pb2

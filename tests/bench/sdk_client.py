@@ -28,7 +28,7 @@ import numpy as np
 
 import stepwell
 from stepwell import aio
-from stepwell.cli.bench.cpu import Listener
+from stepwell.cli.toolkit.listener import Listener
 
 _SAMPLE_S = 0.002
 _SHOWN = 9

@@ -48,7 +48,7 @@ def command(served: Served, *options: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "mode"),
-    [("seq", "unary"), ("multi", "unary"), ("multi", "stream"), ("multi", "frames"), ("multi", "group")],
+    [("seq", "unary"), ("multi", "unary"), ("multi", "frames"), ("multi", "group")],
 )
 def test_every_mode_counts_what_it_does(bench: Bench, served: Served, mode: str, model: str) -> None:
     shape = ("--sessions", "5", "--concurrency", "3", "--batch-size", "2", "--steps-per-call", "4")
@@ -69,6 +69,7 @@ def test_every_mode_counts_what_it_does(bench: Bench, served: Served, mode: str,
     assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["p99.9"] <= latency["max"]
     assert result["processes"] == 2
     assert result["server_pid"] in (served.server.pid, None)
+    assert 0 < result["client_busy"] < 1.1
 
 
 def test_the_document_has_every_documented_key(bench: Bench) -> None:
@@ -128,7 +129,7 @@ def test_interrupted_it_reports_and_closes_its_sessions(
 
 
 def test_killed_it_leaves_no_process_and_no_session(served: Served, nothing_is_left: None) -> None:
-    options = ("seq", "--mode", "stream", "--sessions", "8", "--processes", "2", "--duration-s", "300")
+    options = ("seq", "--mode", "frames", "--sessions", "8", "--processes", "2", "--duration-s", "300")
     process = subprocess.Popen(command(served, *options))
     until(lambda: any(one.revision > 5 for one in served.client.sessions(prefix="bench-")))
 

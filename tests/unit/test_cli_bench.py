@@ -1,13 +1,14 @@
-"""The parts of `stepwell bench`: histograms, plans, inputs, and what it finds out about the server."""
+"""The parts of `stepwell bench`: latencies, plans, inputs, and what it finds out about the server."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import pickle
 import socket
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,17 +17,14 @@ from click.testing import CliRunner
 import stepwell
 from stepwell import TensorInfo
 from stepwell.cli import main
-from stepwell.cli.bench import cpu, inputs, lanes
-from stepwell.cli.bench.histogram import BUCKETS, Histogram
-from stepwell.cli.bench.plan import Plan, parts
-from stepwell.v1 import sessions_pb2
+from stepwell.cli.bench import Counts, Latencies, Plan, facts, parts, random_inputs
+from stepwell.cli.toolkit import listener
+from stepwell.cli.toolkit.target import Target
 
 WHOLE = Plan(
-    address="127.0.0.1:50051",
-    timeout_s=10.0,
+    target=Target("127.0.0.1:50051", 10.0),
     model="forecast",
     mode="unary",
-    first_session=0,
     sessions=10,
     concurrency=7,
     group_size=1,
@@ -40,51 +38,70 @@ def plan(**changes: object) -> Plan:
     return dataclasses.replace(WHOLE, **changes)  # type: ignore[arg-type]
 
 
-# --- histogram ---
+# --- latencies ---
 
 
 def test_quantiles_are_numpys_to_one_per_cent() -> None:
-    latencies = np.random.default_rng(1).lognormal(-6, 1.5, 5000)
-    histogram = Histogram()
-    for one in latencies:
-        histogram.add(float(one))
+    times = np.random.default_rng(1).lognormal(-6, 1.5, 5000)
+    latencies = Latencies()
+    for one in times:
+        latencies.add(float(one))
 
     for q in (0.5, 0.9, 0.99, 0.999):
-        exact = float(np.quantile(latencies, q, method="inverted_cdf"))
-        assert histogram.quantile_s(q) == pytest.approx(exact, rel=0.01)
-    assert histogram.max_s == latencies.max()
-    assert histogram.quantile_s(1.0) <= latencies.max()
-    assert histogram.mean_s == pytest.approx(latencies.mean())
+        exact = float(np.quantile(times, q, method="inverted_cdf"))
+        assert latencies.quantile_s(q) == pytest.approx(exact, rel=0.01)
+    assert latencies.max_s == times.max()
+    assert latencies.quantile_s(1.0) <= times.max()
+    assert latencies.count == 5000
+    assert latencies.in_ms()["mean"] == pytest.approx(times.mean() * 1e3, abs=1e-4)
 
 
-def test_latencies_of_any_size_have_a_bucket() -> None:
-    histogram = Histogram()
+def test_latencies_of_any_size_are_counted() -> None:
+    latencies = Latencies()
     for seconds in (0.0, 1e-9, 1e-6, 3600.0, 1e9):
-        histogram.add(seconds)
+        latencies.add(seconds)
 
-    assert histogram.count == 5
-    counts = histogram.to_dict()["counts"]
-    assert isinstance(counts, dict)
-    assert sum(counts.values()) == 5
-    assert all(0 <= int(bucket) < BUCKETS for bucket in counts)
+    assert latencies.quantile_s(0.5) == pytest.approx(1e-6, rel=0.01)
+    assert latencies.quantile_s(1.0) == pytest.approx(3600, rel=0.01)
+    assert latencies.count == 5
 
 
-def test_a_histogram_without_calls_has_no_quantiles() -> None:
-    assert Histogram().quantile_s(0.5) is None
-    assert Histogram().mean_s is None
+def test_without_calls_there_are_no_quantiles() -> None:
+    assert set(Latencies().in_ms().values()) == {None}
 
 
-def test_histograms_merge_through_json() -> None:
-    left, right, both = Histogram(), Histogram(), Histogram()
-    for i in range(1, 1000):
+def test_latencies_of_processes_merge() -> None:
+    left, right, both = Latencies(), Latencies(), Latencies()
+    for i in range(1, 10_000):
         one = left if i % 3 else right
         one.add(i / 1000)
         both.add(i / 1000)
 
-    merged = Histogram.merged(json.loads(json.dumps([left.to_dict(), right.to_dict()])))
+    merged = Latencies()
+    for one in (left, right):
+        merged.merge(pickle.loads(pickle.dumps(one)))  # noqa: S301 - our own
 
-    assert merged.to_dict()["counts"] == both.to_dict()["counts"]
-    assert (merged.count, merged.max_s) == (both.count, both.max_s)
+    expected = both.in_ms()
+    assert merged.count == both.count
+    assert merged.in_ms() == expected
+
+
+def test_the_client_is_the_limit_when_its_event_loop_works_all_the_time() -> None:
+    counts = Counts()
+    until = time.monotonic() + 10
+    while time.thread_time() - counts.began_cpu_s < 0.05 and time.monotonic() < until:
+        sum(range(10_000))
+    counts.end()
+    assert 0 < counts.busy <= 1.1
+
+    found: dict[str, Any] = {
+        "steps_per_s": 1.0, "batch_size": 1, "server_cpu_s": None, "server_cpu_note": "it is elsewhere",
+        "sessions": 1, "concurrency": 1, "group_size": None, "steps_per_call": 1, "processes": 1, "mode": "unary",
+        "seconds": 1.0, "calls": 1, "steps": 1, "calls_per_s": 1.0, "latency_ms": {}, "errors": {},
+    }  # fmt: skip
+    for busy, says in ((0.95, True), (0.5, False)):
+        shown = dict(facts(found | {"client_busy": busy, "client_is_limit": says}))
+        assert ("the client is the limit: use more --processes" in shown["client CPU"]) is says
 
 
 # --- plan ---
@@ -99,7 +116,7 @@ def test_shares_are_the_whole(
     mode: str, processes: int, sessions: int, concurrency: int, group_size: int
 ) -> None:
     whole = plan(mode=mode, sessions=sessions, group_size=group_size if mode == "group" else 1)
-    whole = whole.with_concurrency(concurrency, processes)
+    whole = dataclasses.replace(whole, concurrency=min(concurrency, whole.units))
 
     shares = whole.shares(processes)
 
@@ -118,10 +135,6 @@ def test_smaller_numbers_have_no_larger_parts() -> None:
                 assert all(a <= b for a, b in pairs)
 
 
-def test_a_plan_travels() -> None:
-    assert Plan.from_json(WHOLE.to_json()) == WHOLE
-
-
 # --- inputs ---
 
 
@@ -133,35 +146,20 @@ def spec(dtype: str, *shape: int, temporal: bool = True) -> TensorInfo:
     ("dtype", "sent"), [("float32", "float32"), ("int32", "int32"), ("bool", "bool"), ("bfloat16", "float32")]
 )
 def test_inputs_have_the_models_type(dtype: str, sent: str) -> None:
-    for one in inputs.pool([spec(dtype, 3)], rows=5, steps=4, seed=0):
+    for one in random_inputs([spec(dtype, 3)], rows=5, steps=4, seed=0):
         assert one["x"].dtype == sent
         assert one["x"].shape == (5, 4, 3)
 
 
 def test_inputs_without_time_and_single_steps_have_no_time_axis() -> None:
-    assert inputs.pool([spec("float32", 3)], 5, 1, 0)[0]["x"].shape == (5, 3)
-    assert inputs.pool([spec("float32", 3, temporal=False)], 5, 4, 0)[0]["x"].shape == (5, 3)
+    assert random_inputs([spec("float32", 3)], 5, 1, 0)[0]["x"].shape == (5, 3)
+    assert random_inputs([spec("float32", 3, temporal=False)], 5, 4, 0)[0]["x"].shape == (5, 3)
 
 
 def test_inputs_take_bounded_memory() -> None:
-    assert len(inputs.pool([spec("float32", 1024)], rows=1024, steps=8, seed=0)) == 2
+    assert len(random_inputs([spec("float32", 1024)], rows=1024, steps=8, seed=0)) == 2
     with pytest.raises(stepwell.InvalidInputError, match="1073741824 bytes at most"):
-        inputs.pool([spec("float32", 1024)], rows=1 << 20, steps=1, seed=0)
-
-
-def test_a_failed_change_is_sent_again_as_the_same_one() -> None:
-    """The request too: other inputs under the same request id are refused."""
-    session = lanes.LaneSession[sessions_pb2.StepRequest]("one")
-    failed, other = sessions_pb2.StepRequest(), sessions_pb2.StepRequest()
-    assert session.begin(failed) is failed
-    request_id = session.request_id
-    assert request_id
-    assert session.begin(other) is failed
-    assert session.request_id == request_id
-    session.applied()
-    assert session.begin(other) is other
-    assert session.request_id != request_id
-    assert session.revision == 1
+        random_inputs([spec("float32", 1024)], rows=1 << 20, steps=1, seed=0)
 
 
 # --- processor time ---
@@ -178,21 +176,21 @@ def test_the_listener_is_found(family: int, host: str) -> None:
         listening.listen()
         port = listening.getsockname()[1]
 
-        found = cpu.find_listener(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        found = listener.find_listener(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
 
     assert found.pid == os.getpid()
 
 
 def test_processor_time_grows() -> None:
-    listener = cpu.Listener((os.getpid(),))
-    before = listener.cpu_s()
+    server = listener.Listener((os.getpid(),))
+    before = server.cpu_s()
     assert before is not None
 
     until = time.monotonic() + 10
-    while (listener.cpu_s() or 0.0) <= before and time.monotonic() < until:
+    while (server.cpu_s() or 0.0) <= before and time.monotonic() < until:
         sum(range(100_000))
 
-    assert (listener.cpu_s() or 0.0) > before
+    assert (server.cpu_s() or 0.0) > before
 
 
 @pytest.mark.parametrize(
@@ -204,7 +202,7 @@ def test_processor_time_grows() -> None:
     ],
 )
 def test_a_server_that_is_not_found_is_explained(address: str, says: str) -> None:
-    found = cpu.find_listener(address)
+    found = listener.find_listener(address)
 
     assert found.pid is None
     assert found.cpu_s() is None

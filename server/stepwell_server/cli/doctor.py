@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from stepwell.cli import _of_server
-from stepwell.cli.bench.cpu import listening_pid
+from stepwell.cli.toolkit.listener import listening_pid
 from stepwell.cli.toolkit import render
 from stepwell.cli.toolkit.errors import Failure
 from stepwell.cli.toolkit.help import Command

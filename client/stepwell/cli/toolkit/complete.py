@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 1.0
 """Time that the server has, while someone waits for a line to be completed."""
-MOST = 100
-"""Sessions that are asked for: nobody chooses from more."""
+MAX_SESSIONS = 100
+"""Sessions to ask for: nobody chooses from more."""
 
 
 def models(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -66,7 +66,7 @@ def sessions(ctx: click.Context, _param: click.Parameter, incomplete: str) -> li
 
     def ids(channel: grpc.Channel, metadata: Pairs | None) -> Iterable[str]:
         request = sessions_pb2.ListSessionsRequest(
-            session_id_prefix=incomplete, page_size=MOST, skip_total=True
+            session_id_prefix=incomplete, page_size=MAX_SESSIONS, skip_total=True
         )
         list_sessions = sessions_pb2_grpc.SessionServiceStub(channel).ListSessions
         reply = list_sessions(request, timeout=TIMEOUT_S, metadata=metadata)
