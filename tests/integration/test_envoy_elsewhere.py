@@ -7,7 +7,6 @@ and when all replicas miss theirs it tries every one. So it is here, always.
 from __future__ import annotations
 
 import contextlib
-import json
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +16,11 @@ import grpc
 import numpy as np
 import pytest
 
-from stepwell.cli.envoy import routing
 from stepwell.v1 import models_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.rpc import status
 from support import secured, wire
-from support.envoy import Envoy
+from support.envoy import Envoy, config
 from support.fronts import needs_native
 from support.held_start import MODEL as LOADING
 from support.held_start import held_start
@@ -198,8 +196,8 @@ def test_when_all_replicas_miss_their_checks_all_are_tried(well: Server, tmp_pat
 
 
 def test_all_know_the_same_header() -> None:
-    assert routing.GO_ELSEWHERE == status.GO_ELSEWHERE
-    assert json.dumps(routing.retry_policy()).count(status.GO_ELSEWHERE[1]) == 1
+    name, value = status.GO_ELSEWHERE
+    assert config("--replica", "a:1").count(f"{{name: {name}, string_match: {{exact: {value}}}}}") == 1
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell.cli import main
-from stepwell.cli.envoy import _yaml, descriptors
-from stepwell.cli.envoy.routing import SESSION_HEADER
-from stepwell.v1 import sessions_pb2
+from stepwell.cli.envoy import filled
+from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.rpc.fronts import python
 from support.envoy import validate
@@ -99,7 +97,7 @@ def test_steps_are_sent_once() -> None:
     refused = [route["name"] for route in host["routes"] if "direct_response" in route]
     assert refused == ["other-origin", "unknown-call"]
     for route in host["routes"][len(refused) :]:
-        assert route["route"]["hash_policy"][0]["header"] == {"header_name": SESSION_HEADER}
+        assert route["route"]["hash_policy"][0]["header"] == {"header_name": "stepwell-session"}
         if route["name"].endswith("-read"):
             assert route["match"]["safe_regex"]["regex"] == (
                 r"/stepwell\.v1\.(Session|Model)Service/(Get|List|Predict).*"
@@ -144,15 +142,37 @@ def test_what_callers_may_take_of_envoy() -> None:
     assert "actions" not in written(*REPLICAS)["overload_manager"]
 
 
+def manager_of(document: Any) -> Any:
+    (listener,) = document["static_resources"]["listeners"]
+    return listener["filter_chains"][0]["filters"][0]["typed_config"]
+
+
 def test_the_protocol_is_in_it() -> None:
-    files = FileDescriptorSet.FromString(base64.b64decode(descriptors.encoded()))
+    manager = manager_of(written(*REPLICAS))
+    (transcoder,) = [
+        each["typed_config"] for each in manager["http_filters"] if each["name"].endswith("json_transcoder")
+    ]
+    files = FileDescriptorSet.FromString(base64.b64decode(transcoder["proto_descriptor_bin"]))
     pool = DescriptorPool()
     for file in files.file:
         pool.Add(file)  # type: ignore[no-untyped-call,unused-ignore]  # each after what it imports
-    for service in descriptors.services():
+    assert "stepwell.v1.SessionService" in transcoder["services"]
+    for service in transcoder["services"]:
         assert pool.FindServiceByName(service).methods
     assert "reason" in pool.FindMessageTypeByName("google.rpc.ErrorInfo").fields_by_name
-    assert "/stepwell.v1.SessionService/StepStream" in descriptors.streams()
+
+
+def test_streams_and_only_streams_live_as_long_as_they_want() -> None:
+    routes = manager_of(written(*REPLICAS))["route_config"]["virtual_hosts"][0]["routes"]
+    streams = {route["match"]["path"]: route["route"] for route in routes if route["name"] == "stream"}
+    for file in (sessions_pb2.DESCRIPTOR, models_pb2.DESCRIPTOR):
+        for service in file.services_by_name.values():
+            for method in service.methods:
+                is_stream = method.client_streaming or method.server_streaming
+                assert (f"/{service.full_name}/{method.name}" in streams) is is_stream
+    assert "/inference.GRPCInferenceService/ModelStreamInfer" in streams
+    for route in streams.values():
+        assert route["timeout"] == route["idle_timeout"] == "0s"
 
 
 def test_every_call_that_is_no_stream_has_an_http_rule() -> None:
@@ -246,14 +266,16 @@ def test_what_is_wrong_is_said(name: str) -> None:
     assert done.stdout == ""
 
 
-_TEXTS = st.text(max_size=10)
-_SCALARS = st.one_of(_TEXTS, st.integers(), st.booleans(), st.floats(allow_nan=False, allow_infinity=False))
-_DOCUMENTS = st.recursive(
-    _SCALARS, lambda inner: st.one_of(st.lists(inner), st.dictionaries(_TEXTS, inner)), max_leaves=10
+_VALUES = st.recursive(
+    st.one_of(st.text(st.characters(codec="utf-8", exclude_categories=["C"])), st.integers(), st.booleans()),
+    lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text("ab:# -{'", max_size=5), inner)),
+    max_leaves=10,
 )
 
 
 @settings(max_examples=30)
-@given(st.dictionaries(_TEXTS, _DOCUMENTS, min_size=1))
-def test_documents_come_back(document: Mapping[str, _yaml.Value]) -> None:
-    assert yaml.safe_load(_yaml.dump(document)) == document
+@given(_VALUES)
+def test_values_come_back(value: object) -> None:
+    template = "#: if shown\nvalue: [${value}]\n#: end\n#: if not shown\nvalue: hidden\n#: end\n"
+    assert yaml.safe_load(filled(template, {"shown": True, "value": value})) == {"value": [value]}
+    assert yaml.safe_load(filled(template, {"shown": "", "value": value})) == {"value": "hidden"}
