@@ -18,7 +18,7 @@ import pytest
 
 import stepwell
 from stepwell.cli.toolkit.errors import Failure
-from stepwell.cli.top.metrics import ServerMetrics, server_ids
+from stepwell.cli.top import Source
 from support.server_process import FEATURES, ServerProcess, serve
 
 _TIMEOUT_S = 100.0
@@ -143,7 +143,7 @@ def test_metrics_of_another_server_are_never_shown_without_a_word(
             wrong = dataclasses.replace(mine, metrics_address=theirs.metrics_address)
             patch.setattr(stepwell.Client, "server_info", lambda *_, **__: wrong)
             with pytest.raises(Failure) as caught:
-                ServerMetrics(server.address, client, None, 10.0).look()
+                Source(server.address, client, None, 10.0).read()
         for name in (server.address, mine.id, f"http://{theirs.metrics_address}/metrics", theirs.id):
             assert name in caught.value.message
     named = _top(server, metrics=theirs.metrics_address or "")
@@ -163,11 +163,11 @@ def test_a_server_that_was_restarted_is_asked_again(
     told = [before, after]
     with stepwell.connect(busy[0].address) as client, pytest.MonkeyPatch.context() as patch:
         patch.setattr(stepwell.Client, "server_info", lambda *_, **__: told[0])
-        metrics = ServerMetrics(busy[0].address, client, None, 10.0)
-        assert server_ids(metrics.look()) == [before.id]
+        metrics = Source(busy[0].address, client, None, 10.0)
+        assert metrics.read().server_ids == [before.id]
         told.pop(0)
         metrics._id = "of a process that is gone"
-        assert server_ids(metrics.look()) == [after.id]
+        assert metrics.read().server_ids == [after.id]
         assert metrics.name == after.metrics_address
 
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import pytest
+from rich.console import Console
 
 import stepwell
 from stepwell import ServerInfo, UnavailableError
+from stepwell.cli import top
+from stepwell.cli.activity import Scrape, Seen, picture
 from stepwell.cli.toolkit.errors import SERVER_ERROR, Failure
-from stepwell.cli.top import command, metrics
-from stepwell.cli.top.metrics import url_of
-from stepwell.cli.top.scrape import Scrape
+from stepwell.cli.top import Source, screen, url_of
 
 SERVER = {"version": "9.8.7", "front": "native", "uptime_s": 1.0, "memory_bytes": 1, "cores": 0.0}
 PICTURE = {
     "server": SERVER | {"connections": 1, "streams": 0, "store_ready": True},
-    "servers": [{}],
+    "servers": [{"metrics": "127.0.0.1:9464", "error": "", "id": "5e1f"}],
     "models": [],
     "methods": [],
     "errors": [],
@@ -59,9 +61,9 @@ def test_metrics_of_another_machine_alone_are_explained(monkeypatch: pytest.Monk
 
     client = mock.create_autospec(stepwell.Client, instance=True)
     client.server_info.return_value = ServerInfo("native", (), "5e1f", "127.0.0.1:9464")
-    monkeypatch.setattr(metrics, "scrape", scrape)
+    monkeypatch.setattr(top, "scrape", scrape)
     with pytest.raises(Failure, match=r"127\.0\.0\.1:9464 of its own machine: run 'stepwell top' there"):
-        metrics.ServerMetrics("a.example:50051", client, None, 1.0).look()
+        Source("a.example:50051", client, None, 1.0).read()
 
 
 def test_it_goes_on_over_a_restart_of_the_server(
@@ -79,22 +81,82 @@ def test_it_goes_on_over_a_restart_of_the_server(
 
         yield pressed
 
-    def look() -> Any:
+    def show() -> dict[str, Any]:
         turn = next(turns)
         if isinstance(turn, Exception):
             raise turn
-        return turn
-
-    def picture(clients: object, now: object, rows: int) -> dict[str, Any]:
-        seen.append(now)
+        seen.append(turn)
         return PICTURE
 
-    monkeypatch.setattr(command, "_keys", keys)
-    monkeypatch.setattr(command, "_picture", picture)
+    monkeypatch.setattr(top, "_keys", keys)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    command._live([], look, 0.1, 10)
+    top._live(show, 0.1, 10)
     assert seen == ["seen", "back"]
     out = capsys.readouterr().out
     assert "no answer, it is asked again: refused" in out
     assert "is starting" in out
     assert "9.8.7" in out
+
+
+def scrape_of(when: float, **values: float) -> Scrape:
+    lines = [f'stepwell_build_info{{version="1.0",front="native",server_id="{when}"}} 1.0']
+    lines += [
+        f'{name}{{model="m",stage="total",change="step",le="+Inf"}} {value}' for name, value in values.items()
+    ]
+    lines += ['stepwell_store_info{store_id="one"} 1.0', 'stepwell_sessions{model="m"} 7.0']
+    return Scrape("\n".join(lines), when)
+
+
+def test_several_servers_are_their_sum_and_one_that_is_gone_is_named() -> None:
+    seen = [
+        Seen(
+            "a:1", scrape_of(10.0, stepwell_row_steps_total=5), scrape_of(12.0, stepwell_row_steps_total=25)
+        ),
+        Seen(
+            "b:1", scrape_of(10.0, stepwell_row_steps_total=90), scrape_of(11.0, stepwell_row_steps_total=120)
+        ),
+        Seen("c:1", None, None, "cannot be read"),
+    ]
+    found = picture(seen, [], 0.0)
+    (model,) = found["models"]
+    assert model["row_steps_per_s"] == found["server"]["row_steps_per_s"] == 10 + 30
+    assert model["sessions"] == 7  # of the store that both have
+    assert [(one["metrics"], one["id"], one["error"]) for one in found["servers"]] == [
+        ("a:1", "12.0", ""),
+        ("b:1", "11.0", ""),
+        ("c:1", "", "cannot be read"),
+    ]
+    console = Console(width=80, highlight=False, record=True, file=io.StringIO())
+    console.print(screen(found, 10))
+    shown = console.export_text()
+    assert shown.startswith("3 servers, stepwell 1.0 (native)")
+    assert "NO ANSWER: c:1" in shown.splitlines()
+    assert "NO ANSWER: a:1" not in shown
+
+
+def test_a_restarted_server_counts_from_0() -> None:
+    seen = [
+        Seen("a:1", scrape_of(1.0, stepwell_row_steps_total=100), scrape_of(2.0, stepwell_row_steps_total=3))
+    ]
+    assert picture(seen, [], 0.0)["models"][0]["row_steps_per_s"] == 0
+
+
+@pytest.mark.parametrize(
+    ("counts", "p50_s", "p99_s"),
+    [
+        ({"0.1": 0.0, "+Inf": 0.0}, None, None),
+        ({"0.1": 10.0, "0.2": 20.0, "+Inf": 20.0}, 0.1, 0.198),
+        ({"0.1": 4.0, "+Inf": 10.0}, 0.1, 0.1),
+    ],
+)
+def test_percentiles_are_those_of_prometheus(
+    counts: dict[str, float], p50_s: float | None, p99_s: float | None
+) -> None:
+    name = 'stepwell_stage_seconds_bucket{model="m",stage="total",le='
+    texts = ["\n".join([f'{name}"{le}"}} {value * sign}' for le, value in counts.items()]) for sign in (0, 1)]
+    before, now = (Scrape(text, number) for number, text in enumerate(texts))
+    server = picture([Seen("a:1", before, now)], [], 0.0)["server"]
+    assert (server["p50_s"], server["p99_s"]) == (
+        None if p50_s is None else pytest.approx(p50_s),
+        None if p99_s is None else pytest.approx(p99_s),
+    )

@@ -1,0 +1,232 @@
+"""What servers did between two scrapes of their metrics: the document of `stepwell top --json`.
+
+Several servers are shown as their sum. They are replicas that share a store, or just several: rates, queues and what is
+in memory are added up, percentiles are those of all calls together, and sessions count once for each store.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from stepwell import SlowSession
+
+_SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)")
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+
+class Sample(NamedTuple):
+    """One value of a metric."""
+
+    labels: Mapping[str, str]
+    value: float
+
+
+class Scrape:
+    """What a server answered, in Prometheus's text format.
+
+    Args:
+        text: The answer.
+        when: On this machine's monotonic clock, in seconds.
+    """
+
+    def __init__(self, text: str, when: float) -> None:
+        self.when = when
+        self._samples: dict[str, list[Sample]] = {}
+        for found in filter(None, map(_SAMPLE.match, text.splitlines())):
+            labels = dict(_LABEL.findall(found[2] or ""))
+            self._samples.setdefault(found[1], []).append(Sample(labels, float(found[3])))
+
+    def samples(self, name: str, **labels: str) -> list[Sample]:
+        """Values of a metric whose labels have these values, among others."""
+        wanted = labels.items()
+        return [sample for sample in self._samples.get(name, ()) if wanted <= sample.labels.items()]
+
+    def total(self, name: str, **labels: str) -> float:
+        """Their sum; 0 if there is none."""
+        return sum(sample.value for sample in self.samples(name, **labels))
+
+    @property
+    def server_ids(self) -> list[str]:
+        """The random id of the server process that these metrics are of."""
+        return [sample.labels.get("server_id", "") for sample in self.samples("stepwell_build_info")]
+
+
+class Seen(NamedTuple):
+    """The result of one look at a server."""
+
+    metrics: str
+    """Where its metrics are: HOST:PORT, or what else the URL has there."""
+    before: Scrape | None
+    """The scrape before; None: there was none yet."""
+    now: Scrape | None
+    """None: it did not answer."""
+    error: str = ""
+    """Why not."""
+
+
+class _Activity:
+    """Servers between two scrapes each."""
+
+    def __init__(self, seen: Sequence[Seen]) -> None:
+        self.pairs = [(one.before, one.now) for one in seen if one.before is not None and one.now is not None]
+        self._now = [one.now for one in seen if one.now is not None]
+
+    def samples(self, name: str, **labels: str) -> list[Sample]:
+        """Values of a metric now, of all servers."""
+        return [sample for now in self._now for sample in now.samples(name, **labels)]
+
+    def values(self, name: str, label: str) -> list[str]:
+        """The values of a label of a metric, in their order."""
+        return sorted({sample.labels[label] for sample in self.samples(name) if label in sample.labels})
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum of what the servers have now."""
+        return sum(sample.value for sample in self.samples(name, **labels))
+
+    def of_stores(self, name: str, **labels: str) -> int:
+        """The sum over stores of what the servers report of their store."""
+        found: dict[str, float] = {}
+        for number, now in enumerate(self._now):
+            info = now.samples("stepwell_store_info")
+            store = info[0].labels["store_id"] if info else f"of server {number}"
+            found[store] = max(found.get(store, 0.0), now.total(name, **labels))
+        return int(sum(found.values()))
+
+    def rates(self, name: str, **labels: str) -> list[float]:
+        """How much a counter has grown in a second, on each server. A server that was restarted counts from 0."""
+        return [
+            max(0.0, now.total(name, **labels) - before.total(name, **labels))
+            / max(now.when - before.when, 1e-9)
+            for before, now in self.pairs
+        ]
+
+    def rate(self, name: str, **labels: str) -> float:
+        """The same, of all servers together."""
+        return sum(self.rates(name, **labels))
+
+    def quantiles(self, name: str, **labels: str) -> dict[str, float | None]:
+        """The median and the 99th percentile as Prometheus's histogram_quantile has them; None: there is no value."""
+        grown: dict[float, float] = {}
+        for before, now in self.pairs:
+            was = {sample.labels["le"]: sample.value for sample in before.samples(f"{name}_bucket", **labels)}
+            for sample in now.samples(f"{name}_bucket", **labels):
+                le = sample.labels["le"]
+                grown[float(le)] = grown.get(float(le), 0.0) + max(0.0, sample.value - was.get(le, 0.0))
+        return {"p50_s": _quantile(grown, 0.5), "p99_s": _quantile(grown, 0.99)}
+
+
+def _quantile(counts: Mapping[float, float], quantile: float) -> float | None:
+    """Within its bucket as if all there were spread evenly."""
+    wanted = quantile * max(counts.values(), default=0.0)
+    low, below = 0.0, 0.0
+    for bound in sorted(counts):
+        if counts[bound] >= wanted > 0:
+            if math.isinf(bound):
+                return low
+            inside = counts[bound] - below
+            return low + (bound - low) * ((wanted - below) / inside if inside else 1.0)
+        low, below = bound, counts[bound]
+    return None
+
+
+def picture(seen: Sequence[Seen], slow: Sequence[SlowSession], wall_s: float) -> dict[str, Any]:
+    """The document of `--json`. Rates are of the time between the scrapes.
+
+    Args:
+        seen: The servers, in their order. At least one has answered.
+        slow: Their slow sessions.
+        wall_s: Now, in seconds since the epoch.
+    """
+    activity = _Activity(seen)
+    rate = activity.rate
+    methods = [
+        {
+            "method": method,
+            "calls_per_s": rate("stepwell_requests_total", method=method),
+            "messages_per_s": rate("stepwell_request_seconds_count", method=method),
+            **activity.quantiles("stepwell_request_seconds", method=method),
+        }
+        for method in activity.values("stepwell_request_seconds_count", "method")
+    ]
+    kinds = [
+        dict(pair)
+        for pair in dict.fromkeys(
+            (("model", sample.labels["model"]), ("reason", sample.labels["reason"]))
+            for sample in activity.samples("stepwell_errors_total")
+        )
+    ]
+    errors = [{**kind, "per_s": rate("stepwell_errors_total", **kind)} for kind in kinds]
+    tenants = [
+        {
+            "tenant": tenant,
+            "row_steps_per_s": rate("stepwell_tenant_steps_total", tenant=tenant),
+            "sessions": activity.of_stores("stepwell_tenant_sessions", tenant=tenant),
+        }
+        for tenant in activity.values("stepwell_tenant_sessions", "tenant")
+    ]
+    return {
+        "server": _server(activity, wall_s),
+        "servers": [
+            {
+                "metrics": one.metrics,
+                "error": one.error,
+                "id": ", ".join(one.now.server_ids if one.now else ()),
+            }
+            for one in seen
+        ],
+        "models": [_model(name, activity) for name in activity.values("stepwell_sessions", "model")],
+        "methods": _busiest(methods, "messages_per_s", least=0.0),
+        "errors": _busiest(errors, "per_s", least=0.0),
+        "tenants": _busiest(tenants, "row_steps_per_s"),
+        "slow_sessions": [
+            {"session_id": one.session_id, "model": one.model, "seconds": one.seconds, "age_s": one.age_s}
+            for one in slow
+        ],
+    }
+
+
+def _busiest(rows: list[dict[str, Any]], key: str, least: float = -1.0) -> list[dict[str, Any]]:
+    """Rows with more than `least` under a key, the largest first."""
+    return sorted((row for row in rows if row[key] > least), key=lambda row: -float(row[key]))
+
+
+def _server(activity: _Activity, wall_s: float) -> dict[str, Any]:
+    """One server, or several as one: sums, and for names that differ a list with commas."""
+    started = [sample.value for sample in activity.samples("process_start_time_seconds")]
+    ready = activity.samples("stepwell_ready")
+    return {
+        "version": ", ".join(activity.values("stepwell_build_info", "version")),
+        "front": ", ".join(activity.values("stepwell_build_info", "front")),
+        "uptime_s": wall_s - max(started, default=wall_s),
+        "memory_bytes": activity.total("process_resident_memory_bytes"),
+        "cores": activity.rate("process_cpu_seconds_total"),
+        "connections": activity.total("stepwell_front_connections"),
+        "streams": activity.total("stepwell_open_streams"),
+        "store_ready": all(sample.value for sample in activity.samples("stepwell_store_ready")),
+        "ready": bool(ready) and all(sample.value for sample in ready),
+        "row_steps_per_s": activity.rate("stepwell_row_steps_total", change="step"),
+        **activity.quantiles("stepwell_stage_seconds", stage="total"),
+        "resident_rows": int(activity.total("stepwell_resident_rows")),
+        "queued_rows": int(activity.total("stepwell_queued_rows")),
+        "errors_per_s": activity.rate("stepwell_errors_total"),
+    }
+
+
+def _model(name: str, activity: _Activity) -> dict[str, Any]:
+    passes = activity.rate("stepwell_pass_rows_count", model=name)
+    return {
+        "model": name,
+        "row_steps_per_s": activity.rate("stepwell_row_steps_total", model=name, change="step"),
+        "passes_per_s": passes,
+        "rows_per_pass": activity.rate("stepwell_pass_rows_sum", model=name) / passes if passes else None,
+        "busy": max(activity.rates("stepwell_pass_seconds_sum", model=name), default=0.0),
+        **activity.quantiles("stepwell_stage_seconds", model=name, stage="total"),
+        "sessions": activity.of_stores("stepwell_sessions", model=name),
+        "resident_rows": int(activity.total("stepwell_resident_rows", model=name)),
+        "paged_in_per_s": activity.rate("stepwell_paged_sessions_total", model=name, direction="in"),
+        "queued_rows": int(activity.total("stepwell_queued_rows", model=name)),
+    }

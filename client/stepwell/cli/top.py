@@ -1,0 +1,553 @@
+"""`stepwell top`: what one server does, or several together, from their metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import select
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from stepwell._base import addresses
+from stepwell.cli.activity import Scrape, Seen, picture
+from stepwell.cli.toolkit import render
+from stepwell.cli.toolkit.errors import SERVER_ERROR, Failure, as_failure
+from stepwell.cli.toolkit.help import Command
+from stepwell.cli.toolkit.target import Target, json_option, server_options
+from stepwell.cli.toolkit.types import Duration
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from stepwell import Client, ServerInfo, SlowSession
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+PORT = 9464
+"""Where a server has its metrics by default."""
+_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - read, not listened on
+"""Hosts that stand for all addresses of a server, and the one that reaches it from its own machine."""
+_URL = re.compile(r"https?://[^\s/]+(/\S*)?")
+_MAX_METRICS_BYTES = 16 << 20
+_SLOW_S = 1.0
+"""Time limit of each of several servers to answer a call: the picture does not wait for one that is gone."""
+_WIDTH = 80
+"""Columns of a picture that goes to no terminal."""
+
+
+def _metrics_urls(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str]:
+    """Those that are named; none if none are."""
+    found = []
+    for url in [each.strip() for each in value.split(",")] if value is not None else []:
+        if not _URL.fullmatch(url):
+            raise click.BadParameter(
+                f"must be http://HOST:PORT or https://HOST:PORT, or several with commas between; got {url!r}",
+                ctx,
+                param,
+            )
+        full = url if url.count("/") > 2 and not url.endswith("/") else url.rstrip("/") + "/metrics"
+        if full in found:
+            raise click.BadParameter(f"must name each server once; got {url!r} twice", ctx, param)
+        found.append(full)
+    return found
+
+
+def _require_single(servers: Sequence[str]) -> None:
+    """Check that each server can be asked where its metrics are.
+
+    Raises:
+        click.UsageError: One is a name whose every address is a server.
+    """
+    names = [server for server in servers if addresses.is_name(server)]
+    if names:
+        raise click.UsageError(
+            "--metrics must name the metrics of each server, with commas between, where --server has a name that stands"
+            f" for several; got --server {names[0]}"
+        )
+
+
+@click.command(
+    cls=Command,
+    short_help="Show what a server does, live.",
+    examples=(
+        "stepwell top",
+        "stepwell top --server 10.0.0.5:50051 --metrics http://10.0.0.5:9464",
+        "stepwell top --server a:50051,b:50051,c:50051",
+        "stepwell top --once",
+        "stepwell top --json | jq '.models[] | {model, row_steps_per_s, p99_s}'",
+    ),
+    json_keys=(
+        (
+            "server",
+            (
+                "version, front, uptime_s, memory_bytes, cores, connections, streams, store_ready, ready, errors_per_s and"
+                " what models have; of several servers the sums"
+            ),
+        ),
+        (
+            "servers",
+            "list: metrics (where they are), id, error (if it did not answer)",
+        ),
+        (
+            "models",
+            "list: model, row_steps_per_s, passes_per_s, rows_per_pass, busy (0 to 1), p50_s, p99_s, sessions, ...",
+        ),
+        ("methods", "list, the busiest first: method, calls_per_s, messages_per_s, p50_s, p99_s"),
+        ("errors", "list: model, reason, per_s"),
+        ("tenants", "list: tenant, row_steps_per_s, sessions; empty: the server knows none"),
+        ("slow_sessions", "list, the slowest first: session_id, model, seconds, age_s"),
+    ),
+)
+@click.option(
+    "--metrics",
+    metavar="URL",
+    envvar="STEPWELL_METRICS_URL",
+    show_envvar=True,
+    callback=_metrics_urls,
+    help="Where the server serves its metrics; of several servers all, with commas between. Default: where each server"
+    " says; to callers that are no admins it does not, and port 9464 of its host is tried.",
+)
+@click.option(
+    "--metrics-token-file",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    envvar="STEPWELL_METRICS_TOKEN_FILE",
+    show_envvar=True,
+    help="File that holds the token for the metrics, if they need one.",
+)
+@click.option(
+    "--interval",
+    metavar="TIME",
+    type=Duration(0.1, 3600),
+    default=2.0,
+    show_default=True,
+    help="Time between two pictures, which rates and percentiles are of.",
+)
+@click.option(
+    "--rows",
+    metavar="N",
+    type=click.IntRange(1, 100),
+    default=10,
+    show_default=True,
+    help="Rows of a table.",
+)
+@click.option(
+    "--once", is_flag=True, help="Print one picture and end, as it does where stdout is no terminal."
+)
+@json_option
+@server_options
+def top(
+    target: Target,
+    metrics: list[str],
+    metrics_token_file: Path | None,
+    interval: float,
+    rows: int,
+    once: bool,
+    as_json: bool,
+) -> None:
+    """Show what a server does, or several together: steps, latency, passes, sessions, tenants, errors, and who is slow.
+
+    The numbers are those of their metrics, and of one call that asks for slow sessions. Metrics of another server
+    process than --server are refused. On a terminal the picture is renewed every --interval until you press q, also
+    over restarts of a server.
+
+    Of several servers it shows the sum: rates are added up, percentiles are those of all calls, sessions those of the
+    store that they share. A server that does not answer is named and left out. Name one server to see it alone.
+    """
+    servers = addresses.split(target.address)
+    token = metrics_token_file.read_text().strip() if metrics_token_file is not None else None
+    if not metrics:
+        _require_single(servers)
+    with contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(dataclasses.replace(target, address=server).connect("Looking", prints=True))
+            for server in servers
+        ]
+        sources = [Source(url, None, token, target.timeout_s) for url in metrics] or [
+            Source(server, client, token, target.timeout_s)
+            for server, client in zip(servers, clients, strict=True)
+        ]
+        scrapes = [one.now for one in look(sources) if one.now is not None]
+        if metrics:
+            _note_others(servers, clients, scrapes)
+
+        def show() -> dict[str, Any]:
+            return picture(look(sources), _slow(clients, rows), time.time())
+
+        if not as_json and not once and sys.stdout.isatty():
+            _live(show, interval, rows)
+            return
+        time.sleep(interval)
+        if as_json:
+            render.print_json(show())
+        else:
+            from rich.console import Console
+
+            width = None if sys.stdout.isatty() else _WIDTH
+            Console(width=width, highlight=False).print(screen(show(), rows))
+
+
+def in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """The results of a function that waits, for each item."""
+    with ThreadPoolExecutor(len(items)) as pool:
+        return list(pool.map(function, items))
+
+
+class Source:
+    """The metrics of one server.
+
+    Args:
+        where: Their URL, as --metrics has it; with a client the server's address.
+        client: Asks the server where its metrics are; again, when they are not there: it may have been restarted.
+        token: For the metrics, if they need one.
+        timeout_s: For each request.
+    """
+
+    def __init__(self, where: str, client: Client | None, token: str | None, timeout_s: float) -> None:
+        self._server, self._client = where, client
+        self._token, self._timeout_s = token, timeout_s
+        self._url, self._id = "" if client else where, ""
+        self.last: Scrape | None = None
+
+    @property
+    def name(self) -> str:
+        """HOST:PORT, or what else the URL has there; the server's address until the metrics are known."""
+        return self._url.partition("://")[2].removesuffix("/metrics") or self._server
+
+    def look(self) -> Seen:
+        """What the metrics are now, and what they were before; or why they cannot be read."""
+        before = self.last
+        try:
+            self.last = self.read()
+        except Failure as failure:
+            return Seen(self.name, None, None, failure.message)
+        return Seen(self.name, before, self.last)
+
+    def read(self) -> Scrape:
+        """What the metrics are now.
+
+        Raises:
+            Failure: They cannot be read, or are those of another server.
+        """
+        if self._client is None:
+            return scrape(self._url, self._token, self._timeout_s)
+        if self._url:
+            with contextlib.suppress(Failure):
+                found = scrape(self._url, self._token, self._timeout_s)
+                if self._id in found.server_ids:
+                    return found
+        info = _info(self._client, self._timeout_s)
+        self._url, self._id = url_of(self._server, info), info.id
+        try:
+            found = scrape(self._url, self._token, self._timeout_s)
+        except Failure as failure:
+            raise Failure(failure.message + self._hint(info), failure.exit_code) from None
+        if self._id not in found.server_ids:
+            raise Failure(
+                f"the metrics at {self._url} are of the server process {', '.join(found.server_ids)}, not of"
+                f" the one at {self._server} (--server), which is {self._id}{self._hint(info)}",
+                SERVER_ERROR,
+            )
+        return found
+
+    def _hint(self, info: ServerInfo) -> str:
+        address = info.metrics_address
+        if address is None:
+            return "; only admins see the address of a server's metrics: give it with --metrics"
+        is_loopback = not addresses.host_and_port_problem(address) and addresses.is_on_this_machine(address)
+        if is_loopback and not addresses.is_on_this_machine(self._server):
+            return (
+                f"; that server has its metrics at {address} of its own machine: run 'stepwell top' there, or"
+                " let --metrics name an address that leads to them"
+            )
+        return "; --metrics says where else they are"
+
+
+def look(sources: Sequence[Source]) -> list[Seen]:
+    """Look at all servers.
+
+    Raises:
+        Failure: None answers; the reason of the first.
+    """
+    seen = in_parallel(Source.look, sources)
+    if all(one.now is None for one in seen):
+        raise Failure(seen[0].error, SERVER_ERROR)
+    return seen
+
+
+def _info(client: Client, timeout_s: float) -> ServerInfo:
+    from stepwell.errors import StepwellError
+
+    try:
+        return client.server_info(timeout_s=timeout_s)
+    except StepwellError as error:
+        failure = as_failure(error)
+        assert failure is not None
+        raise failure from None
+
+
+def url_of(server: str, info: ServerInfo) -> str:
+    """Where the metrics of a server are.
+
+    Args:
+        server: Its address, as --server has it, of one server.
+        info: What it says of itself.
+
+    Raises:
+        Failure: It serves none, or what it says is no address.
+    """
+    is_on_this_machine = addresses.is_on_this_machine(server)
+    host_of_server = server.rpartition("/")[2].rpartition(":")[0]
+    if info.metrics_address is None:
+        return f"http://{'127.0.0.1' if is_on_this_machine else host_of_server}:{PORT}/metrics"
+    if not info.metrics_address:
+        raise Failure(
+            f"the server at {server} (--server) serves no metrics: --metrics-listen of 'stepwell serve' gives them an"
+            " address",
+            SERVER_ERROR,
+        )
+    problem = addresses.host_and_port_problem(info.metrics_address)
+    if problem:
+        raise Failure(
+            f"the server at {server} (--server) must have its metrics at HOST:PORT; it says {info.metrics_address!r}:"
+            f" {problem}. --metrics says where they are",
+            SERVER_ERROR,
+        )
+    host, port = addresses.host_and_port(info.metrics_address)
+    if host in _WILDCARDS:
+        return f"http://{_WILDCARDS[host] if is_on_this_machine else host_of_server}:{port}/metrics"
+    return f"http://{addresses.of_host(host, port)}/metrics"
+
+
+def scrape(url: str, token: str | None, timeout_s: float) -> Scrape:
+    """Read the metrics at a URL.
+
+    Raises:
+        Failure: Nothing answers, or not with metrics.
+    """
+    request = urllib.request.Request(url)  # noqa: S310 - the option takes http and https only
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:  # noqa: S310
+            text = answer.read(_MAX_METRICS_BYTES).decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        hint = "; --metrics-token-file has the token" if error.code in {401, 403} else ""
+        raise Failure(
+            f"the metrics at {url} (--metrics) are refused: {error.code} {error.reason}{hint}", SERVER_ERROR
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise Failure(f"the metrics at {url} (--metrics) cannot be read: {reason}", SERVER_ERROR) from None
+    found = Scrape(text, time.monotonic())
+    if not found.server_ids:
+        raise Failure(
+            f"what answers at {url} (--metrics) must be a Stepwell server's metrics; it has no stepwell_build_info",
+            SERVER_ERROR,
+        )
+    return found
+
+
+def _note_others(servers: Sequence[str], clients: Sequence[Client], found: Sequence[Scrape]) -> None:
+    """Print a note on stderr where --metrics names metrics of other servers than --server does.
+
+    That may be right, behind a proxy say; but slow sessions are those of --server.
+    """
+
+    def ask(client: Client) -> str:
+        try:
+            return _info(client, _SLOW_S).id
+        except Failure:
+            return ""
+
+    known = in_parallel(ask, clients)
+    others = {server_id for one in found for server_id in one.server_ids} - set(known)
+    if others and all(known) and not any(map(addresses.is_name, servers)):
+        click.echo(
+            f"stepwell: note: --metrics has metrics of the server process {', '.join(sorted(others))}; --server is"
+            f" {', '.join(known)}",
+            err=True,
+        )
+
+
+def _slow(clients: Sequence[Client], rows: int) -> list[SlowSession]:
+    """The slowest sessions of all servers that answer.
+
+    Raises:
+        StepwellError: None does.
+    """
+    from stepwell import DeadlineExceededError, UnavailableError
+
+    if len(clients) == 1:
+        return clients[0].slow_sessions(limit=rows)
+
+    def ask(client: Client) -> list[SlowSession] | UnavailableError | DeadlineExceededError:
+        try:
+            return client.slow_sessions(limit=rows, timeout_s=_SLOW_S)
+        except (UnavailableError, DeadlineExceededError) as error:
+            return error
+
+    answers = in_parallel(ask, clients)
+    found = [answer for answer in answers if isinstance(answer, list)]
+    for answer in answers:
+        if not found and not isinstance(answer, list):
+            raise answer
+    return sorted((one for some in found for one in some), key=lambda one: -one.seconds)[:rows]
+
+
+def _live(show: Callable[[], dict[str, Any]], interval: float, rows: int) -> None:
+    """Show a new picture every `interval` seconds until q is pressed, also while no server answers."""
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from stepwell import StepwellError
+
+    console = Console(highlight=False)
+    last: RenderableType = Text("...")
+    with _keys() as pressed, Live(last, console=console, screen=True, auto_refresh=False) as live:
+        while not pressed(interval):
+            try:
+                last = screen(show(), rows)
+            except (Failure, StepwellError) as error:
+                # someone who watches a restart wants to see the server come back
+                text = f"no answer, it is asked again: {error}"
+                live.update(Group(Text(text, style="bold red"), "", last), refresh=True)
+                continue
+            live.update(last, refresh=True)
+
+
+def _slept(seconds: float) -> bool:
+    time.sleep(seconds)
+    return False
+
+
+@contextlib.contextmanager
+def _keys() -> Iterator[Callable[[float], bool]]:
+    """A function that waits for some seconds, or until q is pressed, and returns whether it was."""
+    if os.name != "posix" or not sys.stdin.isatty():
+        yield _slept
+        return
+    import termios
+    import tty
+
+    stdin = sys.stdin.fileno()
+    before = termios.tcgetattr(stdin)
+
+    def pressed(seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if select.select([stdin], [], [], left)[0] and os.read(stdin, 64).lower().startswith(
+                (b"q", b"\x04")
+            ):
+                return True
+        return False
+
+    tty.setcbreak(stdin)
+    try:
+        yield pressed
+    finally:
+        termios.tcsetattr(stdin, termios.TCSADRAIN, before)
+
+
+def screen(found: dict[str, Any], rows: int) -> RenderableType:
+    """The picture for people: tables that fit into 80 columns, of at most `rows` rows."""
+    from rich.console import Group
+    from rich.text import Text
+
+    server, servers = found["server"], found["servers"]
+    several = f"{len(servers)} servers, " if len(servers) > 1 else ""
+    head = Text(
+        f"{several}stepwell {server['version']} ({server['front']}), up {_long(server['uptime_s'])}, "
+        f"{server['cores']:.1f} cores, {server['memory_bytes'] / (1 << 20):.0f} MiB, "
+        f"{server['connections']:.0f} connections, {server['streams']:.0f} streams"
+    )
+    if not server["store_ready"]:
+        head.append("\nTHE STORE CANNOT BE USED", style="bold red")
+    for one in servers:
+        if one["error"]:
+            head.append(f"\nNO ANSWER: {one['metrics']}", style="bold red")
+    tables = [
+        _table(*table, found[name][:rows])
+        for name, table in _TABLES.items()
+        if found[name] or name == "models"
+    ]
+    return Group(head, *(part for table in tables for part in ("", table)))
+
+
+def _table(headings: str, keys: str, rows: Sequence[dict[str, Any]]) -> RenderableType:
+    """A table with a column for each key; names stand to the left, and the first column gives way where it is narrow."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    for place, (heading, key) in enumerate(zip(headings.split("|"), keys.split(), strict=True)):
+        table.add_column(
+            heading,
+            justify="left" if key in _NAMES else "right",
+            no_wrap=True,
+            overflow="ellipsis",
+            ratio=None if place else 1,
+        )
+    for row in rows:
+        table.add_row(*(Text(_cell(key, row[key])) for key in keys.split()))
+    return table
+
+
+_TABLES = {
+    "models": (
+        "MODEL|STEPS/S|P50|P99|PASSES/S|ROWS|BUSY|SESSIONS|RESIDENT|QUEUED",
+        "model row_steps_per_s p50_s p99_s passes_per_s rows_per_pass busy sessions resident_rows queued_rows",
+    ),
+    "methods": ("METHOD|PER S|P50|P99", "method messages_per_s p50_s p99_s"),
+    "tenants": ("TENANT|STEPS/S|SESSIONS", "tenant row_steps_per_s sessions"),
+    "slow_sessions": ("SLOW SESSION|MODEL|TOOK|AGO", "session_id model seconds age_s"),
+    "errors": ("ERROR|MODEL|PER S", "reason model per_s"),
+}
+"""Headings and keys of the tables, by what the picture has for them."""
+_NAMES = {"model", "method", "tenant", "session_id", "reason"}
+
+
+def _cell(key: str, value: Any) -> str:
+    """A value as it stands in a table."""
+    if key in _NAMES:
+        return str(value or "(none)")
+    if value is None:
+        return "-"
+    if key == "busy":
+        return f"{value:.0%}"
+    if key == "age_s":
+        return f"{value:.0f} s"
+    return _time(value) if key in {"p50_s", "p99_s", "seconds"} else _number(value)
+
+
+def _number(value: float) -> str:
+    for factor, unit in ((1e9, "G"), (1e6, "M")):
+        if value >= factor:
+            return f"{value / factor:.1f}{unit}"
+    if value >= 1e4:
+        return f"{value / 1e3:.1f}k"
+    return f"{value:.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} us"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def _long(seconds: float) -> str:
+    if seconds >= 86_400:
+        return f"{seconds / 86_400:.1f} d"
+    return f"{seconds / 3_600:.1f} h" if seconds >= 3_600 else f"{seconds:.0f} s"
