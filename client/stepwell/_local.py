@@ -88,11 +88,12 @@ def local(
     """
     sources = model_files.named(models, name)
     arguments = serve_arguments(extra_args)
-    told = _Told(timeout_s, max_message_bytes, coalesce)
-    told.config(_NO_ADDRESS)  # what is wrong is refused while nothing has been started or ended
+    # bad values are refused while nothing has been started or ended
+    check_switch("coalesce", coalesce)
+    config = ClientConfig(_NO_ADDRESS, timeout_s, max_message_bytes)
     with tempfile.TemporaryDirectory(prefix="stepwell-") as folder:
         files = {name: model_files.file_of(name, source, folder) for name, source in sources.items()}
-        wanted = _Wanted(
+        content = _Content(
             {
                 name: (os.path.abspath(file.path) if file.is_given else "", file.digest())
                 for name, file in files.items()
@@ -106,8 +107,16 @@ def local(
         paths = {name: file.path for name, file in files.items()}
 
         def start() -> LocalServer:
+            server = LocalServer(
+                paths,
+                content.data_dir,
+                content.extra_args,
+                cache_dir=content.cache_dir,
+                start_timeout_s=start_timeout_s,
+                on_log=_Progress(paths).on_log,
+            )
             try:
-                return _new_server(wanted, paths, start_timeout_s)
+                server.start()
             except ServerStartError as error:
                 if not error.refusal:
                     raise
@@ -116,8 +125,9 @@ def local(
                     if not file.is_given:  # a temporary file of this call, whose name says nothing
                         message = message.replace(f"{file.path}: ", "")
                 raise ServerStartError(f"{message} (the server did not start)", refusal=message) from None
+            return server
 
-        return place.client(wanted, told, start)
+        return place.client(content, config, coalesce, start)
 
 
 class LocalClient(Client):
@@ -166,31 +176,15 @@ class LocalClient(Client):
         self._place.end(self)
 
 
-class _Wanted(NamedTuple):
+class _Content(NamedTuple):
     """What a server is made of."""
 
     models: Mapping[str, tuple[str, str]]
+    """Paths of given files and digests, by name."""
     data_dir: str | None
     extra_args: tuple[str, ...]
     cache_dir: str | None
     variables: Mapping[str, str]
-
-
-class _Told(NamedTuple):
-    """The configuration of a client."""
-
-    timeout_s: float
-    max_message_bytes: int
-    coalesce: bool
-
-    def config(self, address: str) -> ClientConfig:
-        """Of a client of a server.
-
-        Raises:
-            InvalidInputError: It breaks a rule.
-        """
-        check_switch("coalesce", self.coalesce)
-        return ClientConfig(address, self.timeout_s, self.max_message_bytes)
 
 
 class _Cell(NamedTuple):
@@ -200,43 +194,43 @@ class _Cell(NamedTuple):
     run: str
 
 
-@dataclasses.dataclass
-class _Running:
-    wanted: _Wanted
-    told: _Told
-    client: LocalClient
-    cell: _Cell | None
-
-
 class _Place:
-    """Where the server of a set of names is, or is to be."""
+    """The server of a set of names, if one runs, and its client."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._running: _Running | None = None
+        self._client: LocalClient | None = None
+        self._content: _Content | None = None
+        self._options: tuple[ClientConfig, bool] | None = None
+        """Of the client."""
+        self._cell: _Cell | None = None
+        """The cell that has asked for it last."""
 
-    def client(self, wanted: _Wanted, told: _Told, start: Callable[[], LocalServer]) -> LocalClient:
-        """The client that was made of the same, or a new one."""
-        cell = _running_cell()
+    def client(
+        self, content: _Content, config: ClientConfig, coalesce: bool, start: Callable[[], LocalServer]
+    ) -> LocalClient:
+        """The client of a server with this content and these options, or a new one."""
+        cell, options = _running_cell(), (config, coalesce)
         with self._lock:
-            running = self._running
-            if running is None or running.wanted != wanted or running.client.server.pid is None:
+            client = self._client
+            if client is None or client.server.pid is None or self._content != content:
                 self._end()
                 server = start()
-            elif running.told != told:  # the server may stay
-                server = running.client.server
-                Client.close(running.client)
+            elif self._options != options:  # the server may stay
+                server = client.server
+                Client.close(client)
             else:
-                running.cell = cell
-                return running.client
-            client = LocalClient(told.config(server.address), server, self, coalesce=told.coalesce)
-            self._running = _Running(wanted, told, client, cell)
+                self._cell = cell
+                return client
+            config = dataclasses.replace(config, address=server.address)
+            self._client = client = LocalClient(config, server, self, coalesce=coalesce)
+            self._content, self._options, self._cell = content, options, cell
             return client
 
     def end(self, client: LocalClient) -> None:
         """Ends what runs here, if it is (still) that client's."""
         with self._lock:
-            if self._running is not None and self._running.client is client:
+            if self._client is client:
                 self._end()
 
     def end_idle(self) -> None:
@@ -250,21 +244,19 @@ class _Place:
     def end_earlier(self, cell: _Cell) -> None:
         """Ends what runs here if an earlier run of this cell has started it."""
         with self._lock:
-            own = None if self._running is None else self._running.cell
+            own = self._cell
             if own is not None and own.id == cell.id and own.run != cell.run:
                 self._end()
 
     def _end(self) -> None:
-        if self._running is None:
-            return
-        server = self._running.client.server
-        Client.close(self._running.client)
-        if server.pid is not None:
-            if self._running.wanted.data_dir is None:
+        if self._client is not None and self._content is not None:
+            server = self._client.server
+            Client.close(self._client)
+            if server.pid is not None and self._content.data_dir is None:
                 server.kill()  # it has nothing to finish: its sessions end with it
-            else:
+            elif server.pid is not None:
                 server.stop(_STOP_S)
-        self._running = None
+        self._client = self._cell = None
 
 
 class _Places:
@@ -295,19 +287,6 @@ class _Places:
 _places = _Places()
 atexit.register(_places.end_all)
 os.register_at_fork(after_in_child=_places.forget)
-
-
-def _new_server(wanted: _Wanted, paths: Mapping[str, str], start_timeout_s: float) -> LocalServer:
-    server = LocalServer(
-        paths,
-        wanted.data_dir,
-        wanted.extra_args,
-        cache_dir=wanted.cache_dir,
-        start_timeout_s=start_timeout_s,
-        on_log=_Progress(paths).on_log,
-    )
-    server.start()
-    return server
 
 
 class _Progress:
