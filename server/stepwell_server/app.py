@@ -12,13 +12,12 @@ from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from stepwell_server import start_files
 from stepwell_server.addresses import Address, UnixAddress, bind_problem
 from stepwell_server.auth.callers import Callers
-from stepwell_server.auth.opening import open_callers
-from stepwell_server.auth.quota_file import COUNTED_BY_TENANT, QuotaFile
+from stepwell_server.auth.quota_file import QuotaFile
 from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.files.folder import ModelFolder
-from stepwell_server.catalog.files.migrations import load_migrations
 from stepwell_server.catalog.files.sources import Candidates, KeptModel, begin_with
 from stepwell_server.catalog.known_files import KnownFiles
 from stepwell_server.catalog.opening import admin_refusal, compiler_of, end_idle, open_catalog
@@ -142,22 +141,8 @@ def _files(settings: Settings, clock: Clock) -> _Files:
     Raises:
         StartError: one of them cannot be used.
     """
-    counted = COUNTED_BY_TENANT if settings.store_kind == "valkey" else ()
-    token = settings.metrics_token_file
-    return _Files(
-        _certificates(settings),
-        None if settings.quotas is None else QuotaFile(settings.quotas, only_tenants=counted),
-        load_migrations(settings.migrations),
-        open_callers(settings, clock),
-        None if settings.audit_log is None else AuditLog(settings.audit_log),
-        None if token is None else MetricsToken.of(token),
-    )
-
-
-def _certificates(settings: Settings) -> CertificateFiles | None:
-    if settings.tls_cert is None or settings.tls_key is None:
-        return None
-    return CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    found = {name: read() for name, read in start_files.readers(settings, clock).items()}
+    return _Files(audit=None if settings.audit_log is None else AuditLog(settings.audit_log), **found)
 
 
 def _build(settings: Settings, *, front: str, server_id: str) -> dict[str, str]:

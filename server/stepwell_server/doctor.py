@@ -14,10 +14,12 @@ import platform
 import resource
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +36,6 @@ from stepwell_server.files import private_files
 from stepwell_server.process.open_files import RESERVE
 from stepwell_server.reach import require_closed
 from stepwell_server.rpc.fronts import unix_socket
-from stepwell_server.rpc.fronts.certificates import CertificateFiles
 from stepwell_server.rpc.fronts.choice import HOW, Choice, choose
 from stepwell_server.settings import Settings, cores
 
@@ -55,9 +56,9 @@ PACKAGES = {
 }
 """Distributions by the name that people know."""
 _REMOTE = {"9p", "afs", "ceph", "cifs", "fuse.sshfs", "glusterfs", "nfs", "nfs4", "smb3", "smbfs"}
-_LEAST_FREE_BYTES = 64 << 20
-_LEAST_FREE_SHARE = 0.05
-_LEAST_OPEN_FILES = 4096
+_MIN_FREE_BYTES = 64 << 20
+_MIN_FREE_SHARE = 0.05
+_MIN_OPEN_FILES = 4096
 _WRITES = 21
 _SLOW_MS = 20.0
 _EARLIEST = dt.datetime(2025, 1, 1, tzinfo=dt.UTC).timestamp()
@@ -69,12 +70,12 @@ class Finding:
     """Something that is not as it should be."""
 
     what: str
-    way_on: str
+    fix: str
     is_wrong: bool = True
     """False: a server would start and keep its promises all the same."""
 
     def __str__(self) -> str:
-        return f"{self.what}; {self.way_on}"
+        return f"{self.what}; {self.fix}"
 
 
 class Examination:
@@ -120,6 +121,8 @@ class Examination:
             self.facts["data-dir"]["used_by"] = self._server and str(self._server)
             self.facts["disk"] = self._disk(data_dir)
         if self._serves:
+            self._store_and_keys(data_dir)
+        if self._serves:
             url = self._settings.shared_store
             self.facts["store"] = {"kind": self._settings.store_kind}
             if url is not None:
@@ -133,13 +136,13 @@ class Examination:
             self._files_of_settings()
         self.facts["clock"] = self._time()
 
-    def wrong(self, what: str, way_on: str) -> None:
+    def wrong(self, what: str, fix: str) -> None:
         """A server would not start, or not keep its promises."""
-        self.findings.append(Finding(what, way_on))
+        self.findings.append(Finding(what, fix))
 
-    def advise(self, what: str, way_on: str) -> None:
+    def advise(self, what: str, fix: str) -> None:
         """A server would do, but not well."""
-        self.findings.append(Finding(what, way_on, is_wrong=False))
+        self.findings.append(Finding(what, fix, is_wrong=False))
 
     def _versions(self) -> Facts:
         facts: Facts = {"python": platform.python_version(), "system": platform.platform()}
@@ -165,7 +168,7 @@ class Examination:
         file_bytes, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         quota = _cgroup_cpus()
         memory = psutil.virtual_memory()
-        if hard != resource.RLIM_INFINITY and hard < _LEAST_OPEN_FILES:
+        if hard != resource.RLIM_INFINITY and hard < _MIN_OPEN_FILES:
             self.advise(
                 f"{hard} files may be open, which leaves room for {max(1, hard - RESERVE)} connections",
                 "raise the hard limit (ulimit -Hn, LimitNOFILE of systemd)",
@@ -207,12 +210,12 @@ class Examination:
                 f"give another folder, or its user the right to write ({psutil.Process().username()})",
             )
         usage = shutil.disk_usage(there)
-        if usage.free < _LEAST_FREE_BYTES:
+        if usage.free < _MIN_FREE_BYTES:
             self.wrong(
                 f"{option}: the disk of {path} is full, {usage.free} bytes are free",
                 "make room, or give another folder",
             )
-        elif usage.free < usage.total * _LEAST_FREE_SHARE:
+        elif usage.free < usage.total * _MIN_FREE_SHARE:
             self.advise(
                 f"{option}: {usage.free / usage.total:.1%} of the disk of {path} are free",
                 "make room in time",
@@ -252,6 +255,30 @@ class Examination:
                 "take a faster disk, or --durability async, which survives kill -9 but no loss of power",
             )
         return {"flush_ms": round(median, 3), "slowest_flush_ms": round(times[-1], 3)}
+
+    def _store_and_keys(self, data_dir: Path | None) -> None:
+        """Whether a server could open the store on disk: its version, its log, and the keys of its records."""
+        from stepwell_server.store.base import KeyFileError, StoreError, require_no_keys
+        from stepwell_server.store.disk.backup import snapshot
+        from stepwell_server.store.opening import read_keyring
+
+        key_file = self._settings.encryption_key_file
+        try:
+            keyring = None if key_file is None else read_keyring(key_file)
+            if data_dir is None or not (data_dir / snapshot.DATA).is_file():
+                return
+            with snapshot.opened(data_dir) as stored:
+                known = stored.key_checks
+            if keyring is None:
+                require_no_keys(f"in {data_dir}", known)
+            else:
+                keyring.require(known)
+        except KeyFileError as error:
+            self.wrong(f"--encryption-key-file: {error}", "correct the file, or name another")
+        except StoreError as error:
+            self.wrong(
+                f"--data-dir: {error}", "give another folder; 'stepwell store' checks and repairs stores"
+            )
 
     def _shared_store(self, url: StoreUrl) -> Facts:
         from stepwell_server.store.base import StoreError
@@ -326,34 +353,18 @@ class Examination:
                 self._model(name, path)
             if settings.models_dir is not None:
                 self._models_folder(ModelFolder(settings.models_dir))
-            if settings.tls_cert is not None and settings.tls_key is not None:
-                CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
         except StartError as error:
             self.wrong(str(error), "name another file")
-        self._secrets()
+        from stepwell_server import start_files  # needs packages of the server
 
-    def _secrets(self) -> None:
-        """Who calls, what they may have, and what guards metrics and records, each as a server reads it."""
-        # All of these need packages of the server.
-        from stepwell_server.auth.opening import open_callers
-        from stepwell_server.auth.quota_file import QuotaFile
-        from stepwell_server.metrics.token import MetricsToken
-        from stepwell_server.store.base import KeyFileError
-        from stepwell_server.store.encryption.keyring import read_keys
-
-        settings = self._settings
-        reads: list[tuple[str, Path | None, Callable[[Path], object]]] = [
-            ("", settings.metrics_token_file, MetricsToken.of),
-            ("", settings.quotas, QuotaFile),
-            ("--encryption-key-file: ", settings.encryption_key_file, read_keys),
-            ("", Path(), lambda _: open_callers(settings, self._clock)),
-        ]
-        for option, path, read in reads:
+        for read in start_files.readers(settings, self._clock).values():
             try:
-                if path is not None:
-                    read(path)
-            except (StartError, KeyFileError) as error:
-                self.wrong(f"{option}{error}", "mend the file, or name another")
+                read()
+            except StartError as error:
+                self.wrong(str(error), "correct the file, or name another")
+        for name in settings.imports:
+            if PathFinder.find_spec(name.partition(".")[0], [os.getcwd(), *sys.path]) is None:
+                self.wrong(f"--import: there is no module {name}", "install it, or name another")
         audit = settings.audit_log
         if audit is not None and str(audit) != "-" and not audit.parent.is_dir():
             self.wrong(

@@ -10,6 +10,7 @@ import resource
 import shutil
 import socket
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from stepwell_server.doctor import Examination
 from stepwell_server.rpc.fronts.choice import Choice, choose
 from stepwell_server.settings import Settings
 from stepwell_server.store.disk.lock import DirectoryLock
+from stepwell_server.store.encryption.keyring import add_key
+from stepwell_server.store.opening import open_store
 from stepwell_server.store.valkey.connection.url import parse
 from support.clock import ManualClock
 from support.shared import opened, put
@@ -99,10 +102,59 @@ def test_secrets_are_read_as_a_server_reads_them(settings: Settings, tmp_path: P
         audit_log=tmp_path / "none" / "audit.jsonl",
     )
     found = wrong(settings)
-    options = ("--metrics-token-file", "--quotas", "--encryption-key-file", "--auth-tokens", "--audit-log")
-    assert [line.partition(":")[0] for line in found] == list(options)
+    options = {"--metrics-token-file", "--quotas", "--encryption-key-file", "--auth-tokens", "--audit-log"}
+    assert len(found) == len(options)
+    assert {line.partition(":")[0] for line in found} == options
     files["tokens"].chmod(0o644)
     assert any("readable by its owner only" in line for line in wrong(settings))
+
+
+def test_a_store_that_a_server_would_refuse(settings: Settings, tmp_path: Path) -> None:
+    assert settings.data_dir is not None
+    keys = tmp_path / "keys"
+    add_key(keys, "one")
+    store = open_store(
+        "disk", data_dir=settings.data_dir, durability="async", clock=ManualClock(), key_file=keys
+    )
+    asyncio.run(store.close())
+    assert wrong(dataclasses.replace(settings, encryption_key_file=keys)) == []
+    (line,) = wrong(settings)
+    assert line.startswith(f"--encryption-key-file: the store in {settings.data_dir} is encrypted, with key")
+    other = tmp_path / "other keys"
+    add_key(other, "two")
+    (line,) = wrong(dataclasses.replace(settings, encryption_key_file=other))
+    assert "the key file must have all keys that the store was encrypted with" in line
+
+    shutil.rmtree(settings.data_dir)
+    settings.data_dir.mkdir(mode=0o700)
+    with tarfile.open(Path(__file__).parents[1] / "data" / "store-schema-8.tar.xz") as archive:
+        archive.extractall(settings.data_dir, filter="data")
+    assert any(
+        line.startswith("--data-dir: the store in") and "must be of schema" in line
+        for line in wrong(settings)
+    )
+
+
+def test_functions_and_modules_that_are_not_there(settings: Settings, tmp_path: Path) -> None:
+    named = {"a": "json:dumps", "b": "json:gone", "c": "no_such_module:f"}
+    (line,) = wrong(dataclasses.replace(settings, migrations=named))
+    assert line.startswith("--migration: b=json:gone: json has no gone")
+    assert (
+        wrong(dataclasses.replace(settings, migrations={"a": "json:dumps"}, imports=("json.decoder",))) == []
+    )
+    (line,) = wrong(dataclasses.replace(settings, imports=("json", "no_such_module.layers")))
+    assert line.startswith("--import: there is no module no_such_module.layers")
+
+
+def test_quotas_that_a_shared_store_cannot_count(settings: Settings, tmp_path: Path) -> None:
+    quotas = tmp_path / "quotas.toml"
+    quotas.write_text('[callers."acme/ann"]\nrows = 5\n')
+    quotas.chmod(0o600)
+    assert wrong(dataclasses.replace(settings, quotas=quotas)) == []
+    shared = dataclasses.replace(
+        settings, quotas=quotas, store=parse("valkey://127.0.0.1:1/0", {}), data_dir=None
+    )
+    assert any(line.startswith("--quotas: ") for line in wrong(shared))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root looks after the server of another user")
@@ -273,7 +325,7 @@ def test_the_front_in_python_is_not_for_other_machines(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "choose", lambda option: Choice(None, "there is none"))
-    monkeypatch.setattr("stepwell_server.doctor.CertificateFiles", lambda *files: None)
+    monkeypatch.setattr("stepwell_server.start_files.CertificateFiles", lambda *files: None)
     files: dict[str, Any] = {name: Path(name) for name in ("tls_cert", "tls_key", "tls_client_ca")}
     (said,) = wrong(dataclasses.replace(settings, listen=Address("0.0.0.0", 0), **files))
     assert said.startswith("--listen: without the native front it must be a loopback address")

@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
+from stepwell import _install
 from stepwell.cli import _of_server
-from stepwell.cli.toolkit.listener import listening_pid
 from stepwell.cli.toolkit import render
 from stepwell.cli.toolkit.errors import Failure
 from stepwell.cli.toolkit.help import Command
+from stepwell.cli.toolkit.listener import listening_pid
 from stepwell.cli.toolkit.target import json_option
 from stepwell_server import program_file
 from stepwell_server.cli.options import config_option, given, setting_options
@@ -84,6 +85,12 @@ def doctor(ctx: click.Context, /, as_json: bool, **_values: Any) -> None:
             f"no server can run here, {', '.join(missing)} are not installed",
             f"to serve: {_of_server.INSTALL['serve']}",
         )
+    untraced = _of_server.missing_packages("otel") if settings.trace_endpoint else []
+    if untraced and not missing:
+        found.wrong(
+            f"--trace-endpoint: traces need packages that are not installed ({', '.join(untraced)})",
+            _install.advice(_install.OTEL),
+        )
     if uncompiled:
         is_needed = not all(map(program_file.is_program, settings.models.values()))
         say = found.wrong if is_needed else found.advise
@@ -119,7 +126,7 @@ def default_settings() -> Settings:
 def show_json(found: Examination, wrong: list[Finding], advice: list[Finding]) -> None:
     """Print everything for programs."""
     findings = {
-        key: [{"what": finding.what, "way_on": finding.way_on} for finding in some]
+        key: [{"what": finding.what, "way_on": finding.fix} for finding in some]
         for key, some in (("wrong", wrong), ("advice", advice))
     }
     render.print_json(findings | {key.replace("-", "_"): facts for key, facts in found.facts.items()})
