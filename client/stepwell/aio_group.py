@@ -78,11 +78,8 @@ class AsyncSessionGroup(GroupFacts, AsyncHandle):
         if not isinstance(index, int | np.integer):
             return AsyncSessionGroup(self._driver, self._group.view(index), owned=False, parent=self._root)
         place = self._group.place(index)
-        tracker, members = self._group.member(place), slice(place, place + 1)
-        locks = self._group.tracker.locks
-        return AsyncSession(
-            self._driver, tracker, owned=False, locks=locks, members=members, parent=self._root
-        )
+        tracker, locks = self._group.member(place), self._group.tracker.locks
+        return AsyncSession(self._driver, tracker, owned=False, locks=locks, members=place, parent=self._root)
 
     def __iter__(self) -> Iterator[AsyncSession]:
         """The members, in their order."""

@@ -12,7 +12,7 @@ from stepwell._base.flow import Flow
 from stepwell._base.tracebacks import end_here, ends_here
 from stepwell._base.unawaited import Unawaited
 from stepwell._core.aio_driver import AsyncDriver
-from stepwell._core.handles import EVERYONE, BaseHandle, SessionFacts
+from stepwell._core.handles import ALONE, BaseHandle, SessionFacts
 from stepwell._core.locks import Locks, Some, TaskHolder
 from stepwell._core.tracker import SessionTracker
 from stepwell._state.infos import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
@@ -163,7 +163,7 @@ class AsyncSession(SessionFacts, AsyncHandle):
         *,
         owned: bool,
         locks: Locks | None = None,
-        members: Some = EVERYONE,
+        members: Some = ALONE,
         parent: BaseHandle[Any] | None = None,
     ) -> None:
         super().__init__(driver, owned, locks or Locks(1), members, parent)

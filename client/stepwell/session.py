@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, TypeVar, overload
 from stepwell._base.flow import Flow
 from stepwell._base.tracebacks import end_here
 from stepwell._core.driver import Driver
-from stepwell._core.handles import EVERYONE, BaseHandle, SessionFacts
+from stepwell._core.handles import ALONE, BaseHandle, SessionFacts
 from stepwell._core.locks import Locks, Some, ThreadHolder
 from stepwell._core.tracker import SessionTracker
 from stepwell._state.infos import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
@@ -115,7 +115,7 @@ class Session(SessionFacts, Handle):
         *,
         owned: bool,
         locks: Locks | None = None,
-        members: Some = EVERYONE,
+        members: Some = ALONE,
         parent: BaseHandle[Any] | None = None,
     ) -> None:
         super().__init__(driver, owned, locks or Locks(1), members, parent)

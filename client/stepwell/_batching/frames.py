@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -39,8 +39,7 @@ STATES: Mapping[str, sessions_pb2.StateSelection.ValueType] = {
 RETRYABLE = (errors.OverloadedError, errors.UnavailableError)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """A step or a reset as a value: two are equal if they are the same on the wire."""
 
     kind: Literal["step", "reset"]
@@ -75,9 +74,7 @@ class Change:
         reset = self.reset
         if reset:
             reset = np.frombuffer(reset, np.uint8).reshape(count, -1)[rows].tobytes()
-        return dataclasses.replace(
-            self, tensors=tuple([_take(tensor, rows) for tensor in self.tensors]), reset=reset
-        )
+        return self._replace(tensors=tuple([_take(tensor, rows) for tensor in self.tensors]), reset=reset)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ threads (`_batching.sender`).
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import types
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -177,7 +176,7 @@ def framed(members: Sequence[Member]) -> Frame:
     if len(steps) > 1:
         changes = [step.change for step in steps]
         reset = b"".join([each.reset for each in changes])
-        change = dataclasses.replace(change, tensors=_joined(changes), reset=reset)
+        change = change._replace(tensors=_joined(changes), reset=reset)
     frame = Frame(
         change,
         [step.session_id for step in steps],

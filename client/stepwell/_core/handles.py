@@ -17,7 +17,8 @@ from stepwell._state import display
 from stepwell.config import ClientConfig
 from stepwell.errors import ClosedError
 
-EVERYONE = slice(None)
+ALONE = 0
+"""The member that a session is of the locks of a group of one."""
 
 
 class HasCore(Protocol):
@@ -39,7 +40,7 @@ class BaseHandle(Generic[D]):
         driver: D,
         owned: bool,
         locks: Locks,
-        members: Some = EVERYONE,
+        members: Some = ALONE,
         parent: BaseHandle[Any] | None = None,
     ) -> None:
         """A handle.

@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-Some: TypeAlias = slice | npt.NDArray[np.intp]
+Some: TypeAlias = int | slice | npt.NDArray[np.intp]
 """Members, as an index of their columns."""
 
 
