@@ -79,6 +79,10 @@ def test_top_shows_the_sum_and_counts_sessions_once(cluster: _Cluster) -> None:
                 group.step(np.zeros((_SESSIONS, FEATURES), np.float32))
             found = cluster.run("top", "--metrics", metrics, "--interval", "6s", "--json")
             shown = cluster.run("top", "--interval", "300ms", "--once")  # each says where its metrics are
+            alone = [
+                json.loads(cluster.run("top", "--metrics", f"http://{each}", "--json").stdout)
+                for each in cluster.metrics
+            ]
         finally:
             steps.terminate()
             steps.communicate(timeout=_TIMEOUT_S)
@@ -87,10 +91,6 @@ def test_top_shows_the_sum_and_counts_sessions_once(cluster: _Cluster) -> None:
         assert [row["metrics"] for row in picture["servers"]] == cluster.metrics
         (model,) = picture["models"]
         assert model["sessions"] == 2 * _SESSIONS  # each of them says so
-        alone = [
-            json.loads(cluster.run("top", "--metrics", f"http://{each}", "--json").stdout)
-            for each in cluster.metrics
-        ]
         assert picture["server"]["row_steps_per_s"] == pytest.approx(model["row_steps_per_s"])
         assert min(one["server"]["row_steps_per_s"] for one in alone) > 0
         assert picture["server"]["resident_rows"] == model["resident_rows"]
