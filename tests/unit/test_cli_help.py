@@ -164,6 +164,19 @@ def test_serve_without_its_packages_says_how_to_get_them(monkeypatch: pytest.Mon
         )
 
 
+def test_commands_of_the_server_are_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {name for name, command in main.commands.items() if isinstance(command, _of_server.OfServer)}
+    assert named == {each.name for each in importlib.metadata.entry_points(group=_of_server.COMMANDS)}
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: ())
+    for arguments in (["serve", "m=x.keras"], ["tokens", "list"], ["models", "show", "x.stepwell"]):
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 2
+        assert result.stderr.startswith("stepwell: error: no installed package has '")
+        assert "install Stepwell again, pip install '.[server]' ./server/front (in a clone" in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
 def test_compiling_needs_what_serving_a_compiled_model_does_and_the_frameworks() -> None:
     serve, server = (set(_of_server.packages_of(extra)) for extra in ("serve", "server"))
     assert "ai-edge-litert" in serve

@@ -1,4 +1,4 @@
-"""Commands that the server's package has: its code is found by name, so that the client's code nowhere imports it."""
+"""Commands that the server's package has. They are entry points: the client's code nowhere imports the server's."""
 
 from __future__ import annotations
 
@@ -18,27 +18,48 @@ INSTALL = {
 """How to get what an extra has. `server` has all of `serve`, and what compiles models."""
 
 
+COMMANDS, MODEL_FILES = "stepwell.commands", "stepwell.model_files"
+"""Groups of entry points: commands by name, and what reads files of compiled models."""
+
+
+def entry_point(group: str, name: str) -> Any:
+    """What an installed package has under a name in a group of entry points.
+
+    Raises:
+        Failure: No package has it.
+    """
+    from importlib import metadata
+
+    for found in metadata.entry_points(group=group, name=name):
+        return found.load()
+    raise Failure(
+        f"no installed package has {name!r} (an entry point of {group}): install Stepwell again, {INSTALL['server']}"
+    )
+
+
 class OfServer(Lazy):
     """Stands for a command of the server's package, and says what to install where it is not there.
 
     Args:
-        name: The command, and the module of `stepwell_server.cli` that has it.
+        name: The command; the server's package has an entry point of this name.
         short_help: What lists of commands say.
         doing: What it does, as "serving", if it needs packages of an extra.
         extra: The extra, `serve` or `server`.
     """
 
     def __init__(self, name: str, short_help: str, doing: str = "", extra: str = "serve") -> None:
-        super().__init__(name, short_help, f"stepwell_server.cli.{name}")
+        super().__init__(name, short_help, "")
         self.doing = doing
         self.extra = extra
 
     def load(self) -> click.Command:
         """The command itself."""
         try:
-            return super().load()
+            command = entry_point(COMMANDS, str(self.name))
         except ModuleNotFoundError as error:
             raise self.lacking(str(error.name)) from None
+        assert isinstance(command, click.Command)
+        return command
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any

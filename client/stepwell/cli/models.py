@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
@@ -14,6 +13,7 @@ from click.shell_completion import CompletionItem
 from stepwell import _install
 from stepwell._state.display import short
 from stepwell.cli import model_changes
+from stepwell.cli._of_server import MODEL_FILES, entry_point
 from stepwell.cli.sessions import time_text
 from stepwell.cli.toolkit import complete, render
 from stepwell.cli.toolkit.errors import Failure
@@ -306,10 +306,9 @@ def read_file(path: str) -> ModelInfo:
     """
     from stepwell import ModelInfo
 
-    # By name, so that the client's code nowhere imports the server's.
-    described = importlib.import_module("stepwell_server.cli.described")
+    described = entry_point(MODEL_FILES, "stepwell")
     try:
-        return ModelInfo._from_message(described.described(path))
+        return ModelInfo._from_message(described(path))
     except (ValueError, OSError) as error:
         raise Failure(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 

@@ -1,4 +1,4 @@
-"""The commands of `stepwell` that need the server's code. `stepwell.cli` finds them by name, when they are called.
+"""The commands of `stepwell` that need the server's code. `stepwell.cli` finds them as entry points, when they are called.
 
 options.py      settings as options of a command: `stepwell_server.settings` has all of each setting
 compiling.py    what check and compile have in common
