@@ -55,10 +55,9 @@ class OfServer(Lazy):
     def load(self) -> click.Command:
         """The command itself."""
         try:
-            command = entry_point(COMMANDS, str(self.name))
+            command: click.Command = entry_point(COMMANDS, str(self.name))
         except ModuleNotFoundError as error:
             raise self.lacking(str(error.name)) from None
-        assert isinstance(command, click.Command)
         return command
 
     def make_context(

@@ -63,20 +63,6 @@ def _metrics_urls(ctx: click.Context, param: click.Parameter, value: str | None)
     return found
 
 
-def _require_single(servers: Sequence[str]) -> None:
-    """Check that each server can be asked where its metrics are.
-
-    Raises:
-        click.UsageError: One is a name whose every address is a server.
-    """
-    names = [server for server in servers if addresses.is_name(server)]
-    if names:
-        raise click.UsageError(
-            "--metrics must name the metrics of each server, with commas between, where --server has a name that stands"
-            f" for several; got --server {names[0]}"
-        )
-
-
 @click.command(
     cls=Command,
     short_help="Show what a server does, live.",
@@ -167,8 +153,11 @@ def top(
     """
     servers = addresses.split(target.address)
     token = metrics_token_file.read_text().strip() if metrics_token_file is not None else None
-    if not metrics:
-        _require_single(servers)
+    if not metrics and (names := list(filter(addresses.is_name, servers))):
+        raise click.UsageError(
+            "--metrics must name the metrics of each server, with commas between, where --server has a name that stands"
+            f" for several; got --server {names[0]}"
+        )
     with contextlib.ExitStack() as stack:
         clients = [
             stack.enter_context(dataclasses.replace(target, address=server).connect("Looking", prints=True))

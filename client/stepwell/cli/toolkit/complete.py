@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import grpc
 
     from stepwell._base.metadata import Pairs
+    from stepwell.v1 import models_pb2
 
 TIMEOUT_S = 1.0
 """Time that the server has, while someone waits for a line to be completed."""
@@ -29,35 +30,35 @@ MAX_SESSIONS = 100
 
 def models(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Models of the server whose names begin so."""
-    from stepwell.v1 import models_pb2, models_pb2_grpc
-
-    def names(channel: grpc.Channel, metadata: Pairs | None) -> Iterable[str]:
-        list_models = models_pb2_grpc.ModelServiceStub(channel).ListModels
-        reply = list_models(models_pb2.ListModelsRequest(), timeout=TIMEOUT_S, metadata=metadata)
-        return (model.name for model in reply.models if model.name.startswith(incomplete))
-
-    return answered(ctx, names)
+    return of_models(ctx, incomplete, lambda model: [model.name])
 
 
 def references(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Models of the server, and after the name of one and an @ or a colon its versions or labels."""
+
+    def names(model: models_pb2.Model) -> Iterable[str]:
+        yield model.name
+        for version in model.versions:
+            if "@" in incomplete:
+                yield f"{model.name}@{version.version}"
+            elif ":" in incomplete:
+                yield from (f"{model.name}:{label}" for label in version.labels)
+
+    return of_models(ctx, incomplete, names)
+
+
+def of_models(
+    ctx: click.Context, incomplete: str, names: Callable[[models_pb2.Model], Iterable[str]]
+) -> list[CompletionItem]:
+    """Those of the names of the server's models that begin so."""
     from stepwell.v1 import models_pb2, models_pb2_grpc
 
-    def names(channel: grpc.Channel, metadata: Pairs | None) -> Iterable[str]:
+    def found(channel: grpc.Channel, metadata: Pairs | None) -> Iterable[str]:
         list_models = models_pb2_grpc.ModelServiceStub(channel).ListModels
         reply = list_models(models_pb2.ListModelsRequest(), timeout=TIMEOUT_S, metadata=metadata)
-        for model in reply.models:
-            yield model.name
-            for version in model.versions:
-                if "@" in incomplete:
-                    yield f"{model.name}@{version.version}"
-                elif ":" in incomplete:
-                    yield from (f"{model.name}:{label}" for label in version.labels)
+        return [name for model in reply.models for name in names(model) if name.startswith(incomplete)]
 
-    def begun(channel: grpc.Channel, metadata: Pairs | None) -> Iterable[str]:
-        return (name for name in names(channel, metadata) if name.startswith(incomplete))
-
-    return answered(ctx, begun)
+    return answered(ctx, found)
 
 
 def sessions(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:

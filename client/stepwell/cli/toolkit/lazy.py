@@ -23,8 +23,8 @@ class Lazy(click.Command):
 
     def load(self) -> click.Command:
         """The command itself."""
-        command = getattr(importlib.import_module(self.module), str(self.name).replace("-", "_"))
-        assert isinstance(command, click.Command)
+        name = str(self.name).replace("-", "_")
+        command: click.Command = getattr(importlib.import_module(self.module), name)
         return command
 
     def make_context(
