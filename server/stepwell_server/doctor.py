@@ -30,7 +30,9 @@ from stepwell_server.addresses import Address, UnixAddress, bind_problem
 from stepwell_server.catalog.files.folder import LAYOUT, ModelFolder
 from stepwell_server.clock import Clock
 from stepwell_server.compile import cache
-from stepwell_server.compile.host import sandbox
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.host import sandbox, source
+from stepwell_server.compile.keras_file import origin
 from stepwell_server.errors import StartError
 from stepwell_server.files import private_files
 from stepwell_server.process.open_files import RESERVE
@@ -387,6 +389,13 @@ class Examination:
         try:
             if program_file.is_program(path):
                 program_file.load(path, self._settings.max_model_bytes)
+                return
+            with source.opened(path):  # no pipe or device, which reading would wait for
+                problem = origin.archive_problem(path)
+            if problem:
+                self.wrong(f"model {name}: {path}: {problem}", "name another file")
+        except ModelError as error:
+            self.wrong(f"model {name}: {error}", "name another file")
         except (program_file.ProgramFileError, OSError) as error:
             self.wrong(f"model {name}: {path}: {error}", "name another file, or compile the model anew")
 

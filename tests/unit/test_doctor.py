@@ -11,6 +11,7 @@ import shutil
 import socket
 import sys
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -356,6 +357,33 @@ def test_files_of_the_settings_that_are_not_there(settings: Settings, tmp_path: 
         f"--tls-cert: must be a file that can be read; {gone}"
         in wrong(dataclasses.replace(settings, tls_cert=gone, tls_key=gone))[0]
     )
+
+
+def test_files_that_are_no_models_of_keras(settings: Settings, tmp_path: Path) -> None:
+    model, save = tmp_path / "m.keras", "save the model with model.save('name.keras')"
+    served = dataclasses.replace(settings, models={"m": model})
+
+    def problem() -> str:
+        (found,) = wrong(served)
+        assert found.endswith("; name another file")
+        return found.removeprefix(f"model m: {model}: ").removesuffix("; name another file")
+
+    model.write_bytes(b"junk")
+    assert problem() == f"not a .keras file, or a truncated one; {save}"
+    model.write_bytes(b"")
+    assert problem() == f"is empty; {save}"
+    model.write_bytes(b"\x89HDF\r\n\x1a\n")
+    assert problem().startswith("an HDF5 file: Stepwell serves .keras files of Keras 3")
+    with zipfile.ZipFile(model, "w") as archive:
+        archive.writestr("config.json", "{}")
+    assert problem() == "not a .keras file: it has no metadata.json, model.weights.h5"
+    whole = model.read_bytes()
+    model.write_bytes(whole.replace(b"PK\x01\x02", b"PK\x01\x03"))
+    assert problem().startswith("damaged .keras file: ")
+    with zipfile.ZipFile(model, "w") as archive:
+        for name in ("config.json", "metadata.json", "model.weights.h5"):
+            archive.writestr(name, "{}")
+    assert wrong(served) == []
 
 
 def test_a_folder_of_models_is_looked_at(settings: Settings, tmp_path: Path) -> None:

@@ -20,8 +20,6 @@ from stepwell_server.compile.keras_file import configuration, origin, weights
 from stepwell_server.compile.keras_file.sizes import UNREADABLE
 from stepwell_server.program import Architecture, Program
 
-_MEMBERS = ("config.json", "metadata.json", weights.MEMBER)
-
 
 def load_model(path: Path) -> Any:
     """Load the Keras model in ``path``, with Keras's safe mode on.
@@ -53,18 +51,15 @@ def check_archive(path: Path) -> None:
     # is a matter of chance, HDF5 finds its signature in it.
     if not zipfile.is_zipfile(path) and h5py.is_hdf5(path):
         raise ModelError(f"{path}: {_hdf5_problem(path)}")
-    if not zipfile.is_zipfile(path):
-        raise ModelError(f"{path}: {origin.other_problem(path)}")
+    if problem := origin.archive_problem(path):
+        raise ModelError(f"{path}: {problem}")
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-            missing = [name for name in _MEMBERS if name not in archive.namelist()]
     except UNREADABLE as error:
         raise ModelError(f"{path}: damaged .keras file: {error}") from error
     if broken:
         raise ModelError(f"{path}: damaged .keras file: {broken} does not match its checksum")
-    if missing:
-        raise ModelError(f"{path}: not a .keras file: it has no {', '.join(missing)}")
     _require_config(path)
     # By another name Keras may take a file for something else: one that is HDF5 as well holds code that it runs.
     if path.suffix != ".keras":

@@ -7,9 +7,12 @@ saved: Keras 3 loads none of their files as models, and all of their weights. Im
 from __future__ import annotations
 
 import re
+import struct
+import zipfile
 from pathlib import Path
 
 _SERVED = "Stepwell serves .keras files of Keras 3"
+_MEMBERS = ("config.json", "metadata.json", "model.weights.h5")
 _COMPARE = "compare what both models compute: some functions are not the same, such as hard_sigmoid"
 
 
@@ -77,6 +80,19 @@ def folder_problem(folder: Path) -> str:
     return "is a folder; give the file in it that model.save('name.keras') wrote"
 
 
+def archive_problem(file: Path) -> str:
+    """What to say of a file that is no archive of Keras, by the names in it; empty: it is one."""
+    if not zipfile.is_zipfile(file):
+        return other_problem(file)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, struct.error) as error:
+        return f"damaged .keras file: {error}"
+    missing = [name for name in _MEMBERS if name not in names]
+    return f"not a .keras file: it has no {', '.join(missing)}" if missing else ""
+
+
 def other_problem(file: Path) -> str:
     """What to say of a file that is neither a zip archive nor HDF5."""
     with file.open("rb") as stream:
@@ -84,6 +100,8 @@ def other_problem(file: Path) -> str:
     save = "save the model with model.save('name.keras')"
     if not start:
         return f"is empty; {save}"
+    if start == b"\x89HDF\r\n\x1a\n":
+        return f"an HDF5 file: {_SERVED}; {save}"
     if re.match(rb"\x80[\x02-\x05]", start):
         return (
             "is a Python pickle, which is not read, because reading one runs what is in it; load it where it was made, and "
