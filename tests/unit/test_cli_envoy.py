@@ -74,6 +74,9 @@ def test_only_names_of_this_machine_are_taken_on_loopback() -> None:
         (("--listen", "127.0.0.2:1"), ["localhost", "127.0.0.1", "[::1]", "127.0.0.2"]),
         (("--listen", "0.0.0.0:1", "--insecure-listen"), ["*"]),
         (("--host", "example.org", "--host", "[2001:db8::1]"), ["example.org", "[2001:db8::1]"]),
+        (("--host", "a.example", "--host", "A.Example"), ["a.example"]),
+        (("--host", "*"), ["*"]),
+        (("--host", "a.example", "--host", "*"), ["*"]),
     ):
         (listener,) = written(*REPLICAS, *options)["static_resources"]["listeners"]
         manager = listener["filter_chains"][0]["filters"][0]["typed_config"]

@@ -137,7 +137,7 @@ def _file(name: str, text: str) -> Callable[[_Function], _Function]:
     "hosts",
     metavar="NAME",
     multiple=True,
-    help="Name or address by which callers call Envoy, as https://NAME; others are refused. Default: the names of this "
+    help="Name or address by which callers call Envoy, as https://NAME; others are refused. * is any. Default: the names of this "
     "machine for itself where --listen is one of them, else any.",
 )
 @click.option(
@@ -312,13 +312,15 @@ def _write(path: Path, text: str, *, replaces: bool) -> None:
 
 
 def _hosts(given: Sequence[str], listen: Address) -> list[str]:
-    """The names by which callers may call; empty: any."""
+    """The names by which callers may call, in lower case as Envoy compares them; empty: any."""
+    if "*" in given:
+        return []
     for name in given:
         problem = addresses.host_and_port_problem(f"{name}:1")
         _require(not problem, f"--host must be a name or an address, without a port; got {name!r}: {problem}")
     own = f"[{listen.host}]" if ":" in listen.host else listen.host
     names = [*given] if given or not listen.is_loopback else ["localhost", "127.0.0.1", "[::1]", own]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(map(str.lower, names)))
 
 
 def _admin(text: str, listen: Address) -> dict[str, object] | None:
