@@ -178,7 +178,9 @@ def test_commands_of_the_server_are_entry_points(monkeypatch: pytest.MonkeyPatch
 
 
 def test_compiling_needs_what_serving_a_compiled_model_does_and_the_frameworks() -> None:
-    serve, server = (set(_of_server.packages_of(extra)) for extra in ("serve", "server"))
+    listed = [_of_server.packages_of(extra) for extra in ("serve", "server")]
+    assert [len(names) for names in listed] == [len(set(names)) for names in listed]
+    serve, server = map(set, listed)
     assert "ai-edge-litert" in serve
     assert server - serve == {"h5py", "keras", "tensorflow"}
     assert serve < server

@@ -66,6 +66,13 @@ def test_metrics_of_another_machine_alone_are_explained(monkeypatch: pytest.Monk
         Source("a.example:50051", client, None, 1.0).read()
 
 
+def test_a_time_limit_is_named_as_people_set_it() -> None:
+    client = mock.create_autospec(stepwell.Client, instance=True)
+    client.server_info.side_effect = UnavailableError("no server was reached within 1 s (connect_timeout_s)")
+    with pytest.raises(Failure, match=r"within 1 s \(STEPWELL_CONNECT_TIMEOUT_S\)"):
+        Source("127.0.0.1:1", client, None, 1.0).read()
+
+
 def test_it_goes_on_over_a_restart_of_the_server(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

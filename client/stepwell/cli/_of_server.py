@@ -94,7 +94,7 @@ def packages_of(extra: str) -> list[str]:
     extras = "serve|server" if extra == "server" else extra
     lines = [line for line in requirements if re.search(rf"extra\s*==\s*['\"](?:{extras})['\"]", line)]
     names = [re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for line in lines]
-    return [name for name in names if name != "stepwell"]  # which names its own extras
+    return [name for name in dict.fromkeys(names) if name != "stepwell"]  # which names its own extras
 
 
 def is_installed(name: str) -> bool:

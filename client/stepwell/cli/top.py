@@ -23,7 +23,7 @@ from stepwell.cli.activity import Scrape, Seen, picture
 from stepwell.cli.toolkit import render
 from stepwell.cli.toolkit.errors import SERVER_ERROR, Failure, as_failure
 from stepwell.cli.toolkit.help import Command
-from stepwell.cli.toolkit.target import Target, json_option, server_options
+from stepwell.cli.toolkit.target import Target, as_options, json_option, server_options
 from stepwell.cli.toolkit.types import Duration
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def _info(client: Client, timeout_s: float) -> ServerInfo:
     except StepwellError as error:
         failure = as_failure(error)
         assert failure is not None
-        raise failure from None
+        raise Failure(as_options(failure.message), failure.exit_code) from None
 
 
 def url_of(server: str, info: ServerInfo) -> str:
