@@ -18,6 +18,7 @@ from stepwell_server.errors import (
     Unavailable,
     Unsupported,
 )
+from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.request import read_parameters
 from stepwell_server.rpc.triton.sequences import EndedReplies, session_id_of
 from support.fake_executor import BAD, PLAIN
@@ -389,6 +390,17 @@ async def test_a_model_with_state_needs_a_sequence(sequence_id: int | str | None
 
 def test_a_model_without_state_needs_no_sequence() -> None:
     assert read_parameters("plain", {}, keeps_state=False).sequence_id == 0
+
+
+def test_of_two_faults_the_same_one_is_said_whatever_the_order() -> None:
+    """A map of a message has another order in each process."""
+    faults = {
+        "timeout": pb.InferParameter(string_param="soon"),
+        "sequence_id": pb.InferParameter(string_param="s" * 129),
+    }
+    for names in (("timeout", "sequence_id"), ("sequence_id", "timeout")):
+        with pytest.raises(Unsupported, match="correlation ID cannot be longer"):
+            read_parameters("plain", {name: faults[name] for name in names}, keeps_state=True)
 
 
 async def test_a_prediction_is_to_be_asked_for() -> None:

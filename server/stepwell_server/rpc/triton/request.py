@@ -67,7 +67,10 @@ def read_parameters(model: str, given: Mapping[str, pb.InferParameter], *, keeps
         Unsupported: the sequence's id is too long.
     """
     read = Parameters()
-    for name, parameter in given.items():
+    for name in sorted(
+        given
+    ):  # a map has an order of its own in each process: of several faults the same one is said
+        parameter = given[name]
         if name in _KNOWN:
             value = _value(name, parameter)
             if field := _KNOWN[name][0]:
