@@ -209,6 +209,17 @@ async def test_only_so_many_failures_are_remembered(at: At) -> None:
     assert at.live.statuses() == {}
 
 
+async def test_a_refused_unload_forgets_no_failure(at: At) -> None:
+    await at.load()
+    at.engine.give("m", 1, sessions=1)
+    at.compiler.error = ModelError("no")
+    with pytest.raises(ModelLoadFailed):
+        await at.load(version=2)
+    with pytest.raises(ModelInUse):
+        await at.live.unload("m", 0, force=False)
+    assert at.states() == {1: VersionState.READY, 2: VersionState.FAILED}
+
+
 async def test_a_refused_switch_leaves_no_half(at: At) -> None:
     await at.load()
     at.engine.refusal = SpecsDiffer("state 'h' is new")

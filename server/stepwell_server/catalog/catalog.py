@@ -368,6 +368,8 @@ class Catalog:
             ModelNotFound, VersionNotFound: there is none.
             ModelInUse: it is the default, or has sessions, and `force` is not given.
         """
+        if not version and not force:
+            self._require_unused(name)
         under_way = self._loads(name, version)
         for load in under_way:
             load.stop("it was unloaded meanwhile")
@@ -385,15 +387,19 @@ class Catalog:
             if version:
                 await self._unload(name, version, force=force)
                 return
-            busy = {number: info.sessions for number, info in served.items() if info.sessions}
-            if busy and not force:
-                raise ModelInUse(
-                    f"model {name!r} must have no sessions to be unloaded, unless force is given; it has"
-                    f" {sum(busy.values())} on versions {sorted(busy)}",
-                    model=name,
-                )
+            if not force:
+                self._require_unused(name)
             for number in sorted(served, key=lambda one: (served[one].is_default, one)):
                 await self._unload(name, number, force=True)
+
+    def _require_unused(self, name: str) -> None:
+        busy = {number: info.sessions for number, info in self._served(name).items() if info.sessions}
+        if busy:
+            raise ModelInUse(
+                f"model {name!r} must have no sessions to be unloaded, unless force is given; it has"
+                f" {sum(busy.values())} on versions {sorted(busy)}",
+                model=name,
+            )
 
     async def _unload(self, name: str, version: int, *, force: bool) -> None:
         info = self._served(name).get(version)
