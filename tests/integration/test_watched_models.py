@@ -281,6 +281,56 @@ def test_sessions_of_a_model_that_is_still_loaded_are_told_to_come_back(tmp_path
         assert [session.session_id for session in listed.sessions] == ["named"]
 
 
+def _after_loads(tmp_path: Path, count: int) -> tuple[str, ...]:
+    """The arguments of a server whose last default is one of `count` versions that calls loaded; it was killed."""
+    kept = forecast()
+    options = (
+        *(f"forecast={kept.path}", "--cache-dir", str(kept.cache_dir), "--listen", "127.0.0.1:0"),
+        *("--data-dir", str(tmp_path / "data"), "--no-wait-for-models"),
+    )
+    with ServerProcess(*options) as server, stepwell.connect(server.address) as client:
+        for _ in range(count):
+            client.load_model("forecast", retrained().path, sessions="carry")
+        client.open_session(f"forecast@{count}", session_id="pinned")
+    return options
+
+
+def test_nothing_stands_in_for_versions_that_a_start_beside_the_traffic_has_yet_to_load(
+    tmp_path: Path,
+) -> None:
+    """New sessions wait for the default, and sessions for their version: the SDK comes back by itself."""
+    count = 12
+    options = _after_loads(tmp_path, count)
+    x = random_tensor(1, 1, 1, FEATURES)
+    with ServerProcess(*options) as server, grpc.insecure_channel(server.address) as channel:
+        stub = sessions_pb2_grpc.SessionServiceStub(channel)
+
+        def answer(method: Any, request: Any) -> Any:
+            while True:
+                try:
+                    return method(request, timeout=_TIMEOUT_S)
+                except grpc.RpcError as error:
+                    if refusal(error)[::2] != (grpc.StatusCode.UNAVAILABLE, "STARTING"):
+                        raise
+
+        opened = answer(stub.OpenSession, sessions_pb2.OpenSessionRequest(model="forecast"))
+        assert opened.session.model_version == count + 1
+        stepped = answer(stub.Step, sessions_pb2.StepRequest(session_id="pinned", inputs=[x]))
+        assert stepped.model_version == count
+
+
+def test_a_default_that_a_call_chooses_beside_the_start_is_kept(tmp_path: Path) -> None:
+    """Also if it takes away the one that was the default before."""
+    count = 12
+    options = _after_loads(tmp_path, count)
+    with ServerProcess(*options) as server, stepwell.connect(server.address) as client:
+        for _ in range(2):
+            client.load_model("forecast", retrained().path, sessions="carry", unload_previous=True)
+        server.wait_for_log("a model keeps the default version that was chosen for it")
+        (model,) = client.models()
+        assert [each.version for each in model.versions if each.is_default] == [count + 3]
+
+
 def test_a_file_of_the_folder_that_is_no_version_of_it_is_loaded_again_too(
     root: Path, tmp_path: Path
 ) -> None:

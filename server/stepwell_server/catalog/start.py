@@ -153,6 +153,9 @@ class ModelLoader:
         if waits:  # all of the files, before the first model takes its time
             self._require_data()
         place, total = 0, 0
+        for name, kept in self._kept.items():
+            for version in kept.from_elsewhere:  # `begin` loads them
+                self._readiness.version(name, version, "waiting")
         for model in self._wanted:
             for version in model.choice(()):
                 self._readiness.version(model.name, version, "waiting")
@@ -221,6 +224,10 @@ class ModelLoader:
         problems = await restore(self._engine, self._catalog, self._settings.models_dir)
         if problems and self._refuses:
             raise StartError(f"{'; '.join(problems.values())}; or start with --bad-models skip")
+        for name, versions in self._readiness.report.versions.items():
+            for version, how in versions.items():
+                if how == "waiting":  # a call has unloaded it meanwhile
+                    self._readiness.version(name, version, "")
         wanted = {model.name: model for model in self._wanted}
         catalogue = self._engine.catalogue()
         for name in sorted(wanted.keys() | self._kept.keys()):
@@ -232,14 +239,16 @@ class ModelLoader:
                 if each.state is not VersionState.FAILED
             }
             default = next((version for version, is_default in served.items() if is_default), 0)
-            former = self._kept[name].default if name in self._kept else 0
+            own = catalogue.get(name)
+            # calls beside this start may have chosen another one than the store had
+            former = 0 if name not in self._kept else self._kept[name].default if own is None else own.chosen
             if model is None and former in served:
                 continue  # a call loaded it: the folder does not change it
             files = {} if model is None else model.files
             # loaded by a call, and made the default
             is_chosen = default == former and default not in loaded
             former_default = 0 if former in served else former
-            if (own := catalogue.get(name)) is not None and own.elsewhere:
+            if own is not None and own.elsewhere:
                 # All servers have that default: one that starts with a new version has it too, and moves no session.
                 is_chosen |= not self._settings.watch_models
                 former_default = 0

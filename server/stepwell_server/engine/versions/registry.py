@@ -353,7 +353,7 @@ class Models:
             ModelNotFound: there is no model of that name, or no such version of it.
         """
         own = self._by_name.get(ref)
-        if own is not None and (model := own.loaded.get(own.meant)):  # the common case
+        if own is not None and not own.wanted and (model := own.loaded.get(own.default)):  # the common case
             return model
         try:
             meant = parse_reference(ref)
@@ -365,6 +365,10 @@ class Models:
         version = meant.version
         if version is None:
             version = own.labels.get(meant.label) if meant.label else own.meant
+            if not meant.label and isinstance(
+                why := self._absent(ModelRef(own.name, own.wanted)), ModelLoading
+            ):
+                raise why  # nothing stands in for a default that comes in a moment
         if version is not None and version not in own.loaded and (why := self._away(meant.name, version)):
             raise why
         return own.model(meant)
