@@ -14,7 +14,7 @@ import pytest
 
 import stepwell
 from support.processes import until
-from support.served import Served
+from support.served import Served, local_server
 
 QUICK = ("--duration-s", "0.6", "--warm-up-s", "0.2", "--timeout-s", "100")
 Bench = Callable[..., Any]
@@ -126,6 +126,91 @@ def test_interrupted_it_reports_and_closes_its_sessions(
     result = json.loads(output)
     assert result["interrupted"]
     assert result["steps"] > 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups of signals")
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
+def test_ended_by_a_signal_to_all_its_processes_it_reports_and_closes_its_sessions(
+    served: Served, nothing_is_left: None, number: str
+) -> None:
+    options = (
+        "seq",
+        "--sessions",
+        "8",
+        "--processes",
+        "2",
+        "--warm-up-s",
+        "0",
+        "--duration-s",
+        "300",
+        "--json",
+    )
+    process = subprocess.Popen(
+        command(served, *options), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    until(lambda: any(one.revision > 5 for one in served.client.sessions(prefix="bench-")))
+    # should the machine kill all processes of the run, the server closes the sessions
+    idle_s = {one.max_idle_s for one in served.client.sessions(prefix="bench-")}
+
+    for _ in range(2):  # as `timeout` does
+        os.killpg(process.pid, getattr(signal, number))
+    output, _ = process.communicate(timeout=200)
+
+    assert process.returncode == 130
+    result = json.loads(output)
+    assert result["interrupted"]
+    assert result["steps"] > 0
+    assert result["unanswered"] == 0
+    assert idle_s == {3600.0 + 300.0}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGSTOP")
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
+def test_calls_that_a_dead_server_never_answers_are_counted(number: str) -> None:
+    options = (
+        "seq",
+        "--sessions",
+        "6",
+        "--processes",
+        "2",
+        "--warm-up-s",
+        "0",
+        "--duration-s",
+        "8",
+        "--json",
+    )
+    with local_server("seq") as server, stepwell.connect(server.address) as client:
+        arguments = [
+            sys.executable,
+            "-m",
+            "stepwell",
+            "bench",
+            "--server",
+            server.address,
+            "--timeout-s",
+            "100",
+        ]
+        process = subprocess.Popen(
+            [*arguments, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        until(lambda: sum(one.revision > 5 for one in client.sessions(prefix="bench-")) == 6)
+
+        assert server.pid is not None
+        os.kill(server.pid, getattr(signal, number))
+        try:
+            output, errors = process.communicate(timeout=200)
+        finally:
+            server.kill()
+
+    assert process.returncode == 1, errors
+    result = json.loads(output)
+    assert result["unanswered"] == 6
+    assert result["calls"] > 0
+    # each session's last call waited until the run gave up, longer than all that were answered
+    assert result["latency_ms"]["max"] == pytest.approx(result["longest_wait_s"] * 1e3, abs=1)
+    assert result["longest_wait_s"] > 5
+    assert "the server did not answer calls at the end: 6, the longest for " in errors
 
 
 def test_killed_it_leaves_no_process_and_no_session(served: Served, nothing_is_left: None) -> None:

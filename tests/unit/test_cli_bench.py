@@ -98,6 +98,7 @@ def test_the_client_is_the_limit_when_its_event_loop_works_all_the_time() -> Non
         "steps_per_s": 1.0, "batch_size": 1, "server_cpu_s": None, "server_cpu_note": "it is elsewhere",
         "sessions": 1, "concurrency": 1, "group_size": None, "steps_per_call": 1, "processes": 1, "mode": "unary",
         "seconds": 1.0, "calls": 1, "steps": 1, "calls_per_s": 1.0, "latency_ms": {}, "errors": {},
+        "unanswered": 0,
     }  # fmt: skip
     for busy, says in ((0.95, True), (0.5, False)):
         shown = dict(facts(found | {"client_busy": busy, "client_is_limit": says}))

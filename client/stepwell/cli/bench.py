@@ -53,8 +53,12 @@ CLOSE_S = 60.0
 """Time limit for a process to finish its calls and close its sessions."""
 FINISH_S = 5.0
 """Time limit for calls that are in flight at the end."""
+IDLE_S = 3600.0
+"""How long sessions stay, beyond the length of the run, when every process of the run was killed."""
 MIN_PAUSE_S, MAX_PAUSE_S = 0.05, 1.0
 """How long a lane waits after a call that failed; in between, the server chooses."""
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals that end the run: it reports and closes its sessions. Windows has no SIGHUP."""
 SESSIONS_OF_CALL = 1024
 """Sessions opened or closed by one call."""
 MAX_MESSAGE_BYTES = 2**31 - 1
@@ -80,6 +84,8 @@ class Plan:
     prefix: str
     """What the ids of this run's sessions begin with; no other run's do."""
     first_session: int = 0
+    max_idle_s: float = IDLE_S
+    """Idle limit of the sessions."""
 
     def ids(self) -> list[str]:
         """The ids of its sessions."""
@@ -174,6 +180,13 @@ class Counts:
         self.session_steps = 0
         self.errors: collections.Counter[str] = collections.Counter()
         self.first_error = ""
+        self.unanswered: list[float] = []
+        """How long each call had waited that was in flight at the end and got no answer in time, in seconds."""
+
+    @property
+    def calls(self) -> int:
+        """How many calls were answered."""
+        return self.latencies.count - len(self.unanswered)
 
     def end(self) -> None:
         """The measurement ends. Call it in the thread that made the counts."""
@@ -190,6 +203,7 @@ class Worker:
         self._opened: list[str] = []
         self._lanes: list[asyncio.Task[None]] = []
         self._pools: dict[int, list[Inputs]] = {}
+        self._unanswered: list[float] = []
         self.is_stopping = False
         self.counts = Counts()
 
@@ -202,7 +216,11 @@ class Worker:
         for start in range(0, plan.sessions, size):
             some = ids[start : start + size]
             group = await self._client.open_sessions(
-                plan.model, len(some), batch_size=plan.batch_size, session_ids=some
+                plan.model,
+                len(some),
+                batch_size=plan.batch_size,
+                session_ids=some,
+                max_idle_s=plan.max_idle_s,
             )
             self._opened += some
             units += [(group, len(group))] if plan.mode == "group" else [(session, 1) for session in group]
@@ -224,8 +242,11 @@ class Worker:
             began = time.perf_counter()
             try:
                 await unit.step(next(inputs[count]))
+            except asyncio.CancelledError:
+                self._unanswered.append(time.perf_counter() - began)
+                raise
             except StepwellError as error:
-                self._failed(error)
+                self._failed(error, time.perf_counter() - began)
                 wanted = error.retry_after_s if isinstance(error, OverloadedError) else 0.0
                 await asyncio.sleep(min(MAX_PAUSE_S, max(MIN_PAUSE_S, wanted)))
             else:
@@ -236,11 +257,15 @@ class Worker:
             if self.is_stopping:
                 return
 
-    def _failed(self, error: StepwellError) -> None:
+    def _failed(self, error: StepwellError, waited_s: float) -> None:
+        from stepwell import DeadlineExceededError, UnavailableError
+
+        causes = error.failures.values() or (error,)  # of a group, each member that failed counts
         if not self.is_stopping:
-            # of a group, each member that failed counts
-            self.counts.errors.update(type(one).__name__ for one in error.failures.values() or (error,))
+            self.counts.errors.update(type(one).__name__ for one in causes)
             self.counts.first_error = self.counts.first_error or str(error)
+        elif any(isinstance(one, UnavailableError | DeadlineExceededError) for one in causes):
+            self._unanswered.append(waited_s)
 
     def measure(self) -> None:
         """Count from now on."""
@@ -254,15 +279,25 @@ class Worker:
             self.is_stopping = True
             self.counts.end()
 
+    async def finish(self) -> None:
+        """Wait for the calls in flight, and count those that get no answer and have waited longer than any other."""
+        self.stop()
+        if any(not lane.done() for lane in self._lanes):
+            _, late = await asyncio.wait(self._lanes, timeout=FINISH_S)
+            for lane in late:
+                lane.cancel()
+            if late:
+                await asyncio.wait(late, timeout=FINISH_S)
+            longest_s = self.counts.latencies.quantile_s(1.0) if self.counts.latencies.count else 0.0
+            self.counts.unanswered = [waited for waited in self._unanswered if waited > longest_s]
+            for waited in self.counts.unanswered:
+                self.counts.latencies.add(waited)
+
     async def close(self) -> None:
         """Finish the calls in flight and close the sessions."""
         from stepwell import StepwellError
 
-        self.stop()
-        if self._lanes:
-            _, late = await asyncio.wait(self._lanes, timeout=FINISH_S)
-            for lane in late:
-                lane.cancel()
+        await self.finish()
         try:
             await self._client.close_sessions(self._opened, timeout_s=FINISH_S)
         except StepwellError as error:
@@ -355,12 +390,31 @@ async def _work(plan: Plan, parent: Connection) -> None:
                     worker.start(lanes)
                 else:
                     worker.measure()
-            worker.stop()
+            await worker.finish()
             parent.send(worker.counts)
         except StepwellError as error:
             parent.send(Failure(str(error), SERVER_ERROR))
         finally:
             await worker.close()
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does. One that is ignored stays so, as `nohup` wants it."""
+    ours = [one for one in STOP_SIGNALS if signal.getsignal(one) == signal.SIG_DFL]
+
+    def stop(*_: object) -> None:
+        for one in ours:
+            signal.signal(one, signal.SIG_IGN)  # `timeout` sends it twice
+        raise KeyboardInterrupt
+
+    try:
+        for one in ours:
+            signal.signal(one, stop)
+        yield
+    finally:
+        for one in ours:
+            signal.signal(one, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -370,9 +424,7 @@ def processes_of(shares: Sequence[Plan]) -> Iterator[list[Connection]]:
     connections: list[Connection] = []
     processes = []
     try:
-        interrupt = signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # they inherit it: Ctrl-C is for this process
+        handlers = {one: signal.signal(one, signal.SIG_IGN) for one in STOP_SIGNALS}  # they inherit it
         try:
             for share in shares:
                 ours, theirs = context.Pipe()
@@ -382,7 +434,8 @@ def processes_of(shares: Sequence[Plan]) -> Iterator[list[Connection]]:
                 processes.append(process)
                 theirs.close()
         finally:
-            signal.signal(signal.SIGINT, interrupt)
+            for one, handler in handlers.items():
+                signal.signal(one, handler)
         yield connections
     finally:
         for connection in connections:
@@ -451,10 +504,11 @@ class Measured:
     def document(self) -> dict[str, Any]:
         """The result as programs read it."""
         plan, counts, cpu_s = self.plan, self.counts, self.server_cpu_s
-        latencies, errors = Latencies(), collections.Counter[str]()
+        latencies, errors, unanswered = Latencies(), collections.Counter[str](), list[float]()
         for one in counts:
             latencies.merge(one.latencies)
             errors += one.errors
+            unanswered += one.unanswered
         steps = sum(one.session_steps for one in counts) * plan.steps_per_call
         steps_per_s = sum(one.session_steps / one.seconds for one in counts) * plan.steps_per_call
         busy = max(one.busy for one in counts)
@@ -470,9 +524,9 @@ class Measured:
             "processes": len(counts),
             "seconds": round(self.seconds, 4),
             "interrupted": self.is_interrupted,
-            "calls": latencies.count,
+            "calls": sum(one.calls for one in counts),
             "steps": steps,
-            "calls_per_s": round(sum(one.latencies.count / one.seconds for one in counts), 2),
+            "calls_per_s": round(sum(one.calls / one.seconds for one in counts), 2),
             "steps_per_s": round(steps_per_s, 2),
             "row_steps_per_s": round(steps_per_s * plan.batch_size, 2),
             "latency_ms": latencies.in_ms(),
@@ -484,13 +538,15 @@ class Measured:
             if cpu_s is None or not steps
             else round(cpu_s / steps * 1e6, 4),
             "server_cpu_note": self.listener.reason,
+            "unanswered": len(unanswered),
+            "longest_wait_s": round(max(unanswered), 3) if unanswered else None,
             "errors": dict(errors.most_common()),
             "first_error": next((one.first_error for one in counts if one.first_error), ""),
         }
 
 
 def measure(plan: Plan, processes: int, warm_up_s: float, duration_s: float) -> Measured:
-    """Open sessions, step for a while, count for a while, close the sessions. Ctrl-C ends the counting early.
+    """Open sessions, step for a while, count for a while, close the sessions. A stop signal ends the counting early.
 
     Raises:
         Failure: A process failed.
@@ -498,7 +554,7 @@ def measure(plan: Plan, processes: int, warm_up_s: float, duration_s: float) -> 
     from stepwell.cli.toolkit.listener import find_listener
 
     listener = find_listener(plan.target.address)
-    with processes_of(plan.shares(processes)) as connections:
+    with stop_signals(), processes_of(plan.shares(processes)) as connections:
         with render.working(f"Opening {plan.sessions:,} sessions at {plan.target.address}"):
             receive(connections, OPEN_S)
         cpu_before, began, is_interrupted = None, time.monotonic(), False
@@ -532,6 +588,7 @@ def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     if found["client_is_limit"]:
         client += "; the client is the limit: use more --processes, or more machines"
     errors = ", ".join(f"{kind} {count:,}" for kind, count in found["errors"].items())
+    unanswered = [("unanswered", unanswered_text(found))] if found["unanswered"] else []
     return [
         ("load", load_text(found)),
         ("measured", f"{found['seconds']:.1f} s, {found['calls']:,} calls, {found['steps']:,} steps"),
@@ -540,8 +597,14 @@ def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         *((f"{name} ms", "" if ms is None else f"{ms:,.3f}") for name, ms in found["latency_ms"].items()),
         ("client CPU", client),
         ("server CPU", server),
+        *unanswered,
         ("errors", f"{errors}; the first: {found['first_error']}" if errors else "none"),
     ]
+
+
+def unanswered_text(found: Mapping[str, Any]) -> str:
+    """How many calls in flight at the end got no answer."""
+    return f"{found['unanswered']:,}, the longest for {found['longest_wait_s']:.1f} s"
 
 
 def load_text(found: Mapping[str, Any]) -> str:
@@ -579,11 +642,14 @@ def load_text(found: Mapping[str, Any]) -> str:
         ("group_size", "sessions of a group; null in other modes"),
         ("steps_per_call, batch_size", "time steps of a call, rows of a session"),
         ("processes", "processes that made the load"),
-        ("seconds, interrupted", "how long was counted; whether Ctrl-C ended it early"),
+        ("seconds, interrupted", "how long was counted; whether Ctrl-C, SIGTERM or SIGHUP ended it early"),
         ("calls, steps", "calls answered; time steps of sessions that they made"),
         ("calls_per_s, steps_per_s", "the same per second"),
         ("row_steps_per_s", "steps per second times the batch size"),
-        ("latency_ms", "of a call: mean, p50, p90, p99, p99.9, max; null if none was answered"),
+        (
+            "latency_ms",
+            "of a call: mean, p50, p90, p99, p99.9, max, with how long unanswered ones had waited; null without calls",
+        ),
         (
             "client_busy, client_is_limit",
             "share of the time that the busiest event loop of the load worked; whether that is the limit (0.9 or more)",
@@ -594,6 +660,10 @@ def load_text(found: Mapping[str, Any]) -> str:
         ),
         ("server_cpu_ms_per_1000_steps", "processor time in ms for 1,000 steps; null where not known"),
         ("server_cpu_note", "why it is not known; else empty"),
+        (
+            "unanswered, longest_wait_s",
+            "calls in flight at the end that waited longer than any other and got no answer; the longest wait, or null",
+        ),
         ("errors, first_error", "how often each class of error came; the first one's text"),
     ),
 )
@@ -681,8 +751,11 @@ def bench(
     """Load a server with steps of many sessions, and measure how many it does and how long each takes.
 
     It opens sessions of its own, steps them with random inputs made before the run, each call as soon as the
-    last one is answered, and closes them at the end, also after Ctrl-C. A step is one time step of one
-    session. Other users of the server will notice.
+    last one is answered, and closes them at the end, also after Ctrl-C, SIGTERM and SIGHUP, which all exit with
+    130. A step is one time step of one session. Other users of the server will notice.
+
+    When the server does not answer the calls that are in flight at the end, the result counts them as unanswered,
+    and the exit code is 1.
 
     Of several addresses, those of replicas, each session is stepped on the one that the SDK sends it to, and on
     another when that is gone.
@@ -702,6 +775,7 @@ def bench(
         concurrency=concurrency or DEFAULT_CONCURRENCY,
         group_size=group_size or 1,
         prefix=f"bench-{secrets.token_hex(8)}-",
+        max_idle_s=IDLE_S + warm_up_s + duration_s,
         **load,
     )
     plan = dataclasses.replace(plan, concurrency=min(plan.concurrency, plan.units))
@@ -710,7 +784,8 @@ def bench(
     measured = measure(plan, processes, warm_up_s, duration_s)
     found = measured.document()
     if not found["calls"] and not measured.is_interrupted:
-        why = found["first_error"] or "no call was answered in time; a longer --duration-s may help"
+        calls = f" (unanswered: {unanswered_text(found)})" if found["unanswered"] else ""
+        why = found["first_error"] or f"no call was answered in time{calls}; a longer --duration-s may help"
         raise Failure(f"not one step was answered: {why}", SERVER_ERROR)
     if as_json:
         render.print_json(found)
@@ -718,3 +793,5 @@ def bench(
         render.print_facts(facts(found))
     if measured.is_interrupted:
         raise click.exceptions.Exit(INTERRUPTED)
+    if found["unanswered"]:
+        raise Failure(f"the server did not answer calls at the end: {unanswered_text(found)}", SERVER_ERROR)
