@@ -7,6 +7,8 @@ import dataclasses
 import json
 import os
 import pty
+import select
+import signal
 import subprocess
 import sys
 import threading
@@ -190,6 +192,51 @@ def test_what_cannot_be_read_is_said(busy: tuple[ServerProcess, str]) -> None:
         assert f"http://{address}" in failed.stderr
         assert said in failed.stderr
         assert failed.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [0, 130])
+def test_a_server_that_is_gone_holds_up_nothing(busy: tuple[ServerProcess, str], code: int) -> None:
+    """Its calls may take an hour; pictures, and the way out, do not wait for them."""
+    server, _ = busy
+    ours, theirs = pty.openpty()
+    seen = b""
+
+    def wait_for(words: bytes, times: int = 1) -> None:
+        nonlocal seen
+        seen = b""
+        while seen.count(words) < times:
+            assert select.select([ours], [], [], _TIMEOUT_S)[0], seen
+            seen += os.read(ours, 65536)
+
+    with serve("--metrics-listen", "127.0.0.1:0") as gone:
+        program = str(Path(sys.executable).with_name("stepwell"))
+        addresses = f"{gone.address},{server.address}"
+        running = subprocess.Popen(
+            [program, "top", "--interval", "500ms", "--timeout-s", "1h", "--server", addresses],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "30"},
+        )
+        os.close(theirs)
+        try:
+            wait_for(b"2 servers")
+            gone.process.kill()
+            wait_for(b"NO ANSWER", 3)  # pictures go on
+            assert seen.count(b"2 servers") >= 2
+            if code:
+                running.send_signal(signal.SIGINT)
+            else:
+                os.write(ours, b"q")
+            with contextlib.suppress(OSError):  # it has closed the terminal
+                while os.read(ours, 65536):
+                    pass
+            assert running.wait(_TIMEOUT_S) == code
+        finally:
+            running.kill()
+            running.wait()
+            os.close(ours)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -16,7 +17,7 @@ from stepwell import ServerInfo, UnavailableError
 from stepwell.cli import top
 from stepwell.cli.activity import Scrape, Seen, picture
 from stepwell.cli.toolkit.errors import SERVER_ERROR, Failure
-from stepwell.cli.top import Source, screen, url_of
+from stepwell.cli.top import Calls, Source, look, screen, url_of
 
 SERVER = {"version": "9.8.7", "front": "native", "uptime_s": 1.0, "memory_bytes": 1, "cores": 0.0}
 PICTURE = {
@@ -139,6 +140,41 @@ def test_several_servers_are_their_sum_and_one_that_is_gone_is_named() -> None:
     assert shown.startswith("3 servers, stepwell 1.0 (native)")
     assert "NO ANSWER: c:1" in shown.splitlines()
     assert "NO ANSWER: a:1" not in shown
+
+
+def test_a_server_that_says_nothing_is_named_and_not_waited_for() -> None:
+    silent, answered = mock.create_autospec(stepwell.Client, instance=True), threading.Event()
+
+    def server_info(**_: object) -> ServerInfo:
+        answered.wait()
+        raise UnavailableError("refused", outcome="not_applied")
+
+    silent.server_info.side_effect = server_info
+    sources = [Source("a:1", silent, None, 1.0), Source("b:1", None, None, 1.0)]
+    now = scrape_of(1.0)
+    looks = [Calls(sources[0].look), Calls(lambda: Seen("b:1", None, now))]
+
+    def seen() -> list[str]:
+        looks[1].begin().exception()  # it has ended
+        found = look(sources, looks, 0.25)
+        assert found[1].now is now
+        return [one.error for one in found]
+
+    try:
+        assert seen() == seen() == ["a:1 has not answered within 0.25 s", ""]
+    finally:
+        answered.set()
+    assert looks[0].begin().result().error == "refused"
+    answered.clear()
+    try:
+        assert seen() == ["refused", ""]
+        assert seen() == ["refused", ""], "a new call is under way"
+    finally:
+        answered.set()
+    looks[0].begin().result()
+    assert silent.server_info.call_count == 2
+    with pytest.raises(Failure, match="refused"):
+        look(sources[:1], looks[:1], 0.25)
 
 
 def test_a_restarted_server_counts_from_0() -> None:

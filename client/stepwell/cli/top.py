@@ -8,13 +8,15 @@ import os
 import re
 import select
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import click
 
@@ -29,7 +31,7 @@ from stepwell.cli.toolkit.types import Duration
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from stepwell import Client, ServerInfo, SlowSession
+    from stepwell import Client, ServerInfo, SlowSession, StepwellError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -42,6 +44,8 @@ _URL = re.compile(r"https?://[^\s/]+(/\S*)?")
 _MAX_METRICS_BYTES = 16 << 20
 _SLOW_S = 1.0
 """Time limit of each of several servers to answer a call: the picture does not wait for one that is gone."""
+_MIN_PATIENCE_S = 0.25
+"""A live picture waits for answers for half of its interval, but not shorter than this."""
 _WIDTH = 80
 """Columns of a picture that goes to no terminal."""
 
@@ -167,14 +171,20 @@ def top(
             Source(server, client, token, target.timeout_s)
             for server, client in zip(servers, clients, strict=True)
         ]
-        scrapes = [one.now for one in look(sources) if one.now is not None]
+        is_live = not as_json and not once and sys.stdout.isatty()
+        looks = [Calls(source.look) for source in sources]
+        slow = [Calls(partial(_slow, client, rows, alone=len(clients) == 1)) for client in clients]
+        calls: list[Calls[Any]] = [*looks, *slow]
+        scrapes = [one.now for one in look(sources, looks) if one.now is not None]
         if metrics:
             _note_others(servers, clients, scrapes)
 
         def show() -> dict[str, Any]:
-            return picture(look(sources), _slow(clients, rows), time.time())
+            patience_s = max(interval / 2, _MIN_PATIENCE_S) if is_live else None
+            wait([one.begin() for one in calls], patience_s)
+            return picture(look(sources, looks, patience_s), _slowest(slow, rows, patience_s), time.time())
 
-        if not as_json and not once and sys.stdout.isatty():
+        if is_live:
             _live(show, interval, rows)
             return
         time.sleep(interval)
@@ -187,10 +197,42 @@ def top(
             Console(width=width, highlight=False).print(screen(show(), rows))
 
 
+class Calls(Generic[Result]):
+    """Calls of a function that waits for a server, one at a time, each in a thread that the program's end does not await.
+
+    Args:
+        function: It is called without arguments.
+    """
+
+    def __init__(self, function: Callable[[], Result]) -> None:
+        self._function = function
+        self._call: Future[Result] | None = None
+
+    def begin(self) -> Future[Result]:
+        """The call whose result was not taken yet, or a new one."""
+        if self._call is None:
+            self._call = Future()
+            threading.Thread(target=self._run, args=(self._call,), daemon=True).start()
+        return self._call
+
+    def take(self, patience_s: float | None) -> Result | None:
+        """The result of the call, waited for where there is no limit; None if there is one and the call is under way."""
+        call = self.begin()
+        if patience_s is not None and not call.done():
+            return None
+        self._call = None
+        return call.result()
+
+    def _run(self, call: Future[Result]) -> None:
+        try:
+            call.set_result(self._function())
+        except BaseException as error:
+            call.set_exception(error)
+
+
 def in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """The results of a function that waits, for each item."""
-    with ThreadPoolExecutor(len(items)) as pool:
-        return list(pool.map(function, items))
+    return [call.result() for call in [Calls(partial(function, item)).begin() for item in items]]
 
 
 class Source:
@@ -208,6 +250,7 @@ class Source:
         self._token, self._timeout_s = token, timeout_s
         self._url, self._id = "" if client else where, ""
         self.last: Scrape | None = None
+        self._error = ""
 
     @property
     def name(self) -> str:
@@ -220,8 +263,14 @@ class Source:
         try:
             self.last = self.read()
         except Failure as failure:
+            self._error = failure.message
             return Seen(self.name, None, None, failure.message)
+        self._error = ""
         return Seen(self.name, before, self.last)
+
+    def pending(self, patience_s: float | None) -> str:
+        """What to say while a look is under way: why the last one failed, if it did."""
+        return self._error or f"{self.name} has not answered within {patience_s:g} s"
 
     def read(self) -> Scrape:
         """What the metrics are now.
@@ -263,13 +312,25 @@ class Source:
         return "; --metrics says where else they are"
 
 
-def look(sources: Sequence[Source]) -> list[Seen]:
-    """Look at all servers.
+def look(
+    sources: Sequence[Source], looks: Sequence[Calls[Seen]], patience_s: float | None = None
+) -> list[Seen]:
+    """What the looks at all servers have found.
+
+    Args:
+        sources: The metrics of the servers.
+        looks: Calls that look at them.
+        patience_s: How long they were waited for; None: they are waited for now.
 
     Raises:
         Failure: None answers; the reason of the first.
     """
-    seen = in_parallel(Source.look, sources)
+    for one in looks:
+        one.begin()
+    seen = [
+        one.take(patience_s) or Seen(source.name, None, None, source.pending(patience_s))
+        for source, one in zip(sources, looks, strict=True)
+    ]
     if all(one.now is None for one in seen):
         raise Failure(seen[0].error, SERVER_ERROR)
     return seen
@@ -370,27 +431,28 @@ def _note_others(servers: Sequence[str], clients: Sequence[Client], found: Seque
         )
 
 
-def _slow(clients: Sequence[Client], rows: int) -> list[SlowSession]:
+def _slow(client: Client, rows: int, *, alone: bool) -> list[SlowSession] | StepwellError:
+    """The slowest sessions of a server, or why it does not answer; of several it must answer soon."""
+    from stepwell import DeadlineExceededError, UnavailableError
+
+    try:
+        return client.slow_sessions(limit=rows, timeout_s=None if alone else _SLOW_S)
+    except (UnavailableError, DeadlineExceededError) as error:
+        return error
+
+
+def _slowest(
+    calls: Sequence[Calls[list[SlowSession] | StepwellError]], rows: int, patience_s: float | None
+) -> list[SlowSession]:
     """The slowest sessions of all servers that answer.
 
     Raises:
         StepwellError: None does.
     """
-    from stepwell import DeadlineExceededError, UnavailableError
-
-    if len(clients) == 1:
-        return clients[0].slow_sessions(limit=rows)
-
-    def ask(client: Client) -> list[SlowSession] | UnavailableError | DeadlineExceededError:
-        try:
-            return client.slow_sessions(limit=rows, timeout_s=_SLOW_S)
-        except (UnavailableError, DeadlineExceededError) as error:
-            return error
-
-    answers = in_parallel(ask, clients)
+    answers = [one.take(patience_s) for one in calls]
     found = [answer for answer in answers if isinstance(answer, list)]
     for answer in answers:
-        if not found and not isinstance(answer, list):
+        if not found and isinstance(answer, Exception):
             raise answer
     return sorted((one for some in found for one in some), key=lambda one: -one.seconds)[:rows]
 
@@ -406,7 +468,9 @@ def _live(show: Callable[[], dict[str, Any]], interval: float, rows: int) -> Non
     console = Console(highlight=False)
     last: RenderableType = Text("...")
     with _keys() as pressed, Live(last, console=console, screen=True, auto_refresh=False) as live:
-        while not pressed(interval):
+        due = time.monotonic() + interval
+        while not pressed(due - time.monotonic()):
+            due = max(due, time.monotonic() - interval) + interval
             try:
                 last = screen(show(), rows)
             except (Failure, StepwellError) as error:
@@ -418,7 +482,7 @@ def _live(show: Callable[[], dict[str, Any]], interval: float, rows: int) -> Non
 
 
 def _slept(seconds: float) -> bool:
-    time.sleep(seconds)
+    time.sleep(max(0.0, seconds))
     return False
 
 
@@ -436,10 +500,8 @@ def _keys() -> Iterator[Callable[[float], bool]]:
 
     def pressed(seconds: float) -> bool:
         until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            if select.select([stdin], [], [], left)[0] and os.read(stdin, 64).lower().startswith(
-                (b"q", b"\x04")
-            ):
+        while select.select([stdin], [], [], max(0.0, until - time.monotonic()))[0]:
+            if os.read(stdin, 64).lower().startswith((b"q", b"\x04")):
                 return True
         return False
 
