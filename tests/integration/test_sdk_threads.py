@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import signal
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -154,43 +149,6 @@ def test_ctrl_c_ends_one_callers_wait_and_costs_the_others_a_retry(
     assert np.array_equal(session.step(X), X), "the same call finishes the change, whether it was sent or not"
     assert np.array_equal(session.step(2 * X), 3 * X)
     assert (other.revision, session.revision) == (1, 2)
-
-
-def test_ctrl_c_at_a_lock_of_grpc_leaves_no_connection_open(server: ScriptedServer) -> None:
-    codes = {getattr(function, "__code__", None) for function in vars(threading.Condition).values()}
-
-    def interrupt_at(moment: int) -> bool:
-        moments = itertools.count()
-
-        def profile(frame: FrameType, event: str, _: object) -> None:
-            if event == "call" and frame.f_code in codes and next(moments) == moment:
-                sys.setprofile(None)
-                raise KeyboardInterrupt
-
-        with stepwell.connect(server.address) as client:
-            session = client.open_session(MODEL)
-            sys.setprofile(profile)
-            try:
-                session.step(X)
-            except KeyboardInterrupt:
-                return True
-            finally:
-                sys.setprofile(None)
-        return False
-
-    def drops() -> list[threading.Thread]:
-        return [t for t in threading.enumerate() if t.name == "stepwell-drop" and t not in others]
-
-    others = set(threading.enumerate())
-    assert not interrupt_at(1000)  # what gRPC opens once is open now
-    files = len(os.listdir("/dev/fd"))
-    interrupts = sum(1 for _ in itertools.takewhile(interrupt_at, itertools.count()))
-    assert interrupts > 0
-    deadline_s = time.monotonic() + 10
-    while (len(os.listdir("/dev/fd")) > files or drops()) and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    assert not drops()
-    assert len(os.listdir("/dev/fd")) <= files
 
 
 def test_threads_that_share_a_session_lose_no_step(server: ScriptedServer) -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import gc
-import operator
 import secrets
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -60,32 +57,8 @@ def open_channel(config: ClientConfig, endpoint: Endpoint | None = None) -> grpc
     """
     config, options = _for(config, endpoint)
     if config.tls is None:
-        opened = grpc.insecure_channel(config.address, options=options)
-    else:
-        opened = grpc.secure_channel(config.address, tls.credentials(config.tls), options=options)
-    _harden(opened)
-    return opened
-
-
-class _Condition(threading.Condition):
-    """A condition whose lock is taken and released by functions of C, in which Python raises no KeyboardInterrupt."""
-
-    __enter__ = property(operator.attrgetter("_lock.__enter__"))
-    __exit__ = property(operator.attrgetter("_lock.__exit__"))
-
-
-def _harden(opened: grpc.Channel) -> None:
-    """Makes Ctrl-C leave a channel in a state in which it can be closed.
-
-    gRPC takes the condition of its channel when a call has started and when its answer came. Most interrupts came in
-    `Condition.__enter__` or `__exit__` there: the lock stayed locked, or the call was never freed, which kept the
-    connection open for good. gRPC gives no access to the condition; one that is not found stays as it is. An interrupt
-    between the two, while the call waits, still costs its connection: gRPC frees no call that it stops waiting for.
-    """
-    for state in gc.get_referents(getattr(opened, "_channel", None)):
-        for condition in gc.get_referents(state):
-            if type(condition) is threading.Condition:
-                condition.__class__ = _Condition
+        return grpc.insecure_channel(config.address, options=options)
+    return grpc.secure_channel(config.address, tls.credentials(config.tls), options=options)
 
 
 def open_async_channel(config: ClientConfig, endpoint: Endpoint | None = None) -> grpc.aio.Channel:
