@@ -129,15 +129,15 @@ against: $(INSTALLED) $(FRONT) ## Send the same programs and malformed messages 
 
 .PHONY: bench
 bench: $(INSTALLED) $(FRONT) ## Measure rates, latencies, memory and start (at most twelve minutes on two idle cores; ARGS="sessions tls" runs some cases)
-	$(BIN)/python tests/bench/measure.py $(ARGS)
+	$(BIN)/python bench/measure.py $(ARGS)
 
 .PHONY: bench-scale
 bench-scale: $(INSTALLED) $(FRONT) ## Measure a server with a million sessions (a few minutes, 2 GB of disk; ARGS="--sessions 50000")
-	$(BIN)/python tests/bench/million.py $(ARGS)
+	$(BIN)/python bench/million.py $(ARGS)
 
 .PHONY: bench-plots
 bench-plots: $(INSTALLED) ## Draw the plots and fill in the tables of docs/performance.md from the last `make bench` and `bench-scale`
-	$(BIN)/python tests/bench/plots.py
+	$(BIN)/python bench/plots.py
 	$(BIN)/python scripts/wrap_documents.py
 
 .PHONY: check
@@ -221,4 +221,4 @@ image: $(INSTALLED) ## Build the container image with podman, docker or buildah 
 .PHONY: clean
 clean: ## Remove everything that the targets above have made
 	rm -rf .venv .tools out dist server/front/target server/front/.cargo server/front/Cargo.lock build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
-	find client server tests scripts examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find client server tests bench scripts examples -name __pycache__ -type d -prune -exec rm -rf {} +

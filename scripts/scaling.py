@@ -1,4 +1,4 @@
-"""How many replicas and Valkey nodes so many sessions need: a model, fitted to what tests/bench/capacity.py measured.
+"""How many replicas and Valkey nodes so many sessions need: a model, fitted to what bench/capacity.py measured.
 
     python scripts/scaling.py                                       fill in the tables of docs/scaling.md
     python scripts/scaling.py --check                               fail if they are not as this makes them
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 from bench.tables import number, table  # noqa: E402
 

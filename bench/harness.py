@@ -22,7 +22,7 @@ import stepwell
 from stepwell.testing import LocalServer
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parent
 OUT = ROOT / "out" / "bench"
 """Models, their programs, the compiled generator and the results."""
 

@@ -1,8 +1,8 @@
 """Measure what users ask of the server: rates and latencies by sessions, width, durability, protocol, transport.
 
-    python tests/bench/measure.py                    everything, at most twelve minutes on two cores
-    python tests/bench/measure.py sessions tls       some cases; the results of the others stay
-    python tests/bench/measure.py --repeats 5
+    python bench/measure.py                    everything, at most twelve minutes on two cores
+    python bench/measure.py sessions tls       some cases; the results of the others stay
+    python bench/measure.py --repeats 5
 
 Each case measures its contenders in turn, back and forth: on a shared machine times are noisy and ratios of
 neighbours hold. Results go to out/bench/results.json after each case; a case that fails is said so there and here,
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.extend(str(Path(__file__).resolve().parents[1] / name) for name in (".", "tests"))
 
 from bench import harness
 from bench.cases import CASES

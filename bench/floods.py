@@ -1,7 +1,7 @@
 """What a flood of one client costs another: p99 of eight streams beside each flood, as a ratio to alone.
 
     make bench ARGS='floods floods_on_disk'
-    chrt -r 1 .venv/bin/python tests/bench/measure.py floods     (on a machine that does other things, too)
+    chrt -r 1 .venv/bin/python bench/measure.py floods     (on a machine that does other things, too)
 
 Streams and flood are processes of their own, over connections of their own; with tokens they are of two tenants. Each
 pair (alone, beside) is measured on a server of its own.

@@ -1,7 +1,7 @@
 """What sessions and steps cost a replica and Valkey: what docs/scaling.md is computed from.
 
-    python tests/bench/capacity.py                    about five minutes; writes docs/scaling/measured.json
-    python tests/bench/capacity.py --seconds 1 --sessions 2000
+    python bench/capacity.py                    about five minutes; writes docs/scaling/measured.json
+    python bench/capacity.py --seconds 1 --sessions 2000
 
 Costs are processor time, memory and bytes, which other work on the machine changes little; no rate is measured here. A
 real server and a real Valkey (append-only log, `appendfsync always`), one model after the other.
@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.extend(str(Path(__file__).resolve().parents[1] / name) for name in (".", "tests"))
 
 import numpy as np
 import psutil

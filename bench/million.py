@@ -1,7 +1,7 @@
 """A million sessions on one server: what they cost, and what their number does to a step, a start, a list.
 
-    python tests/bench/million.py                         about eight minutes on two cores, two gigabytes of disk
-    python tests/bench/million.py --sessions 50000 --seconds 2
+    python bench/million.py                         about eight minutes on two cores, two gigabytes of disk
+    python bench/million.py --sessions 50000 --seconds 2
 
 Rows of memory are few (`--resident-rows`), so that nearly every random step finds its session paged out. A hot
 set, a quarter of the rows, is stepped between the others and stays. Everything is checked: replies by
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.extend(str(Path(__file__).resolve().parents[1] / name) for name in (".", "tests"))
 
 import numpy as np
 from google.protobuf import duration_pb2
