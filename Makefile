@@ -136,7 +136,7 @@ bench-scale: $(INSTALLED) $(FRONT) ## Measure a server with a million sessions (
 	$(BIN)/python bench/million.py $(ARGS)
 
 .PHONY: bench-plots
-bench-plots: $(INSTALLED) ## Draw the plots and fill in the tables of docs/performance.md from the last `make bench` and `bench-scale`
+bench-plots: $(INSTALLED) ## Draw the plots and fill in the tables of docs/explanation/performance.md from the last `make bench` and `bench-scale`
 	$(BIN)/python bench/plots.py
 	$(BIN)/python scripts/wrap_documents.py
 
@@ -194,7 +194,7 @@ proto: $(INSTALLED) ## Generate the protocols' code from proto/
 	$(BIN)/python scripts/proto.py
 
 .PHONY: docs
-docs: $(INSTALLED) ## Write docs/cli.md from the commands' help
+docs: $(INSTALLED) ## Write docs/reference/cli.md from the commands' help
 	$(BIN)/python scripts/cli_reference.py
 
 .PHONY: surface

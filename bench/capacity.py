@@ -1,6 +1,6 @@
-"""What sessions and steps cost a replica and Valkey: what docs/scaling.md is computed from.
+"""What sessions and steps cost a replica and Valkey: what docs/operate/scaling.md is computed from.
 
-    python bench/capacity.py                    about five minutes; writes docs/scaling/measured.json
+    python bench/capacity.py                    about five minutes; writes docs/operate/scaling/measured.json
     python bench/capacity.py --seconds 1 --sessions 2000
 
 Costs are processor time, memory and bytes, which other work on the machine changes little; no rate is measured here. A
@@ -31,7 +31,7 @@ from bench.many import OPENED_AT_ONCE, ManySessions
 from stepwell.testing import LocalServer
 from support.valkey import Valkey
 
-TO = ROOT / "docs" / "scaling" / "measured.json"
+TO = ROOT / "docs" / "operate" / "scaling" / "measured.json"
 FRAME = 256
 TASKS = 4
 

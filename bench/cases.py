@@ -1,4 +1,4 @@
-"""The cases of `make bench`: what users ask, each as points for the tables and plots of docs/performance.md."""
+"""The cases of `make bench`: what users ask, each as points for the tables and plots of docs/explanation/performance.md."""
 
 from __future__ import annotations
 

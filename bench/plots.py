@@ -1,4 +1,4 @@
-"""Draw docs/performance/*.png and fill in the tables of docs/performance.md, from what was last measured.
+"""Draw docs/explanation/performance/*.png and fill in the tables of docs/explanation/performance.md, from what was last measured.
 
 Reads out/bench/results.json of measure.py, and out/bench/million.json of million.py where it is there. The tables go
 between the page's `<!-- measured: NAME -->` and `<!-- end -->`; the rest of the page is left as it is.
@@ -27,8 +27,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from bench import tables
 from bench.harness import MODELS, OUT, ROOT
 
-PAGE = ROOT / "docs" / "performance.md"
-PLOTS = ROOT / "docs" / "performance"
+PAGE = ROOT / "docs" / "explanation" / "performance.md"
+PLOTS = ROOT / "docs" / "explanation" / "performance"
 
 INK, FAINT = "#2b2b33", "#d9d9e0"
 LOOKS = {

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, from the results of `measure` and `million`."""
+"""The tables of docs/explanation/performance.md, from the results of `measure` and `million`."""
 
 from __future__ import annotations
 
@@ -385,6 +385,6 @@ def fill_in(page: str, made: Mapping[str, str]) -> str:
     for name, text in made.items():
         pattern = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(page):
-            raise LookupError(f"docs/performance.md has no place for {name}")
+            raise LookupError(f"docs/explanation/performance.md has no place for {name}")
         page = pattern.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)  # type: ignore[misc]
     return page

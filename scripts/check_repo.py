@@ -182,8 +182,8 @@ def environment_variables_are_documented() -> Iterator[str]:
 
 
 def documents_name_real_options() -> Iterator[str]:
-    """Every option in a document is one of `stepwell`'s, which docs/cli.md has, or of another program."""
-    known = set(OPTION.findall(text_of("docs/cli.md"))) | OPTIONS_OF_OTHERS
+    """Every option in a document is one of `stepwell`'s, which docs/reference/cli.md has, or of another program."""
+    known = set(OPTION.findall(text_of("docs/reference/cli.md"))) | OPTIONS_OF_OTHERS
     for name in documents():
         if name != "CHANGELOG.md":  # names what was removed
             for option in sorted(set(OPTION.findall(text_of(name))) - known):

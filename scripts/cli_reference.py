@@ -1,4 +1,4 @@
-"""Write docs/cli.md from what `--help` says, or check with `--check` that it is up to date."""
+"""Write docs/reference/cli.md from what `--help` says, or check with `--check` that it is up to date."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 from stepwell.cli import main as root
 from stepwell.cli.toolkit.lazy import Lazy
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "cli.md"
 WIDTH = 100
 
 INTRODUCTION = """\

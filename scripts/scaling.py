@@ -1,10 +1,10 @@
 """How many replicas and Valkey nodes so many sessions need: a model, fitted to what bench/capacity.py measured.
 
-    python scripts/scaling.py                                       fill in the tables of docs/scaling.md
+    python scripts/scaling.py                                       fill in the tables of docs/operate/scaling.md
     python scripts/scaling.py --check                               fail if they are not as this makes them
     python scripts/scaling.py --sessions 2e6 --steps-per-s 50000 --units 256 --frame 64 --active 0.2
 
-The measurements are docs/scaling/measured.json: processor time, bytes of memory and of network for steps and sessions
+The measurements are docs/operate/scaling/measured.json: processor time, bytes of memory and of network for steps and sessions
 of three widths, on one machine. Every cost is a straight line in the bytes of a session's record, fitted by least
 squares, and, for the part that a frame or a commit has once, divided by the sessions in it. What is bought is that cost
 over the share of a machine that is meant to be used.
@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 from bench.tables import number, table  # noqa: E402
 
-PAGE = ROOT / "docs" / "scaling.md"
-MEASURED = ROOT / "docs" / "scaling" / "measured.json"
+PAGE = ROOT / "docs" / "operate" / "scaling.md"
+MEASURED = ROOT / "docs" / "operate" / "scaling" / "measured.json"
 GIB = 2**30
 SIZES = (1e4, 1e5, 1e6, 1e7, 1e8)
 """Sessions in the tables."""
@@ -283,7 +283,9 @@ def main(arguments: Sequence[str]) -> int:
     after = page(before, measured)
     if is_check:
         if after != before:
-            print("docs/scaling.md is not as docs/scaling/measured.json says; run scripts/scaling.py")
+            print(
+                "docs/operate/scaling.md is not as docs/operate/scaling/measured.json says; run scripts/scaling.py"
+            )
         return int(after != before)
     PAGE.write_text(after)
     return 0

@@ -4,7 +4,7 @@
     python scripts/surface.py --check   write nothing; fail and show each difference
 
 A difference is a change that users may notice: the commit that makes it names it and its reason. The files are the
-SDK's signatures, the protocols, the reasons of errors and the metrics. The commands' options are in docs/cli.md, which
+SDK's signatures, the protocols, the reasons of errors and the metrics. The commands' options are in docs/reference/cli.md, which
 `scripts/cli_reference.py` makes and checks.
 """
 

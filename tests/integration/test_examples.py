@@ -124,7 +124,7 @@ def test_policy_gradient(server: LocalServer, tmp_path: Path, monkeypatch: pytes
 
 
 def _blocks_of_reinforcement_learning() -> list[str]:
-    text = (EXAMPLES.parent / "docs" / "reinforcement-learning.md").read_text()
+    text = (EXAMPLES.parent / "docs" / "guides" / "reinforcement-learning.md").read_text()
     return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 

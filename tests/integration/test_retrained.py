@@ -22,7 +22,7 @@ from support import programs
 pytestmark = pytest.mark.plain("it loads models, for which a secured server wants an admin")
 LIMIT_S = 200.0
 _numbers = itertools.count(1)
-PAGE = Path(__file__).parents[2] / "docs" / "notebooks.md"
+PAGE = Path(__file__).parents[2] / "docs" / "tutorials" / "notebooks.md"
 
 
 def unnamed(units: int = 4, *, depth: int = 1, rate: float = 0.0) -> Any:

@@ -1,4 +1,4 @@
-"""The code in docs/seed.md runs, and prints what the page shows."""
+"""The code in docs/tutorials/seed.md runs, and prints what the page shows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from stepwell.testing import LocalServer
 
-PAGE = Path(__file__).parents[2] / "docs" / "seed.md"
+PAGE = Path(__file__).parents[2] / "docs" / "tutorials" / "seed.md"
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 pytestmark = [
@@ -54,6 +54,6 @@ def run_all(names: dict[str, object], capsys: pytest.CaptureFixture[str]) -> Non
         capsys.readouterr()
         exec(compile("\n" * line + code, str(PAGE), "exec"), names)  # noqa: S102  # our own page
         printed = capsys.readouterr().out
-        assert printed == expected, f"docs/seed.md, the code at line {line}"
+        assert printed == expected, f"docs/tutorials/seed.md, the code at line {line}"
         shown += bool(expected)
     assert shown >= 8

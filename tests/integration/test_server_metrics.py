@@ -200,7 +200,7 @@ def test_names_keep_to_the_rules_of_prometheus(scraped: Scrape) -> None:
 
 
 def test_each_question_in_the_manual_can_be_asked(scraped: Scrape) -> None:
-    text = (_ROOT / "docs" / "operations.md").read_text()
+    text = (_ROOT / "docs" / "operate" / "operations.md").read_text()
     blocks = re.findall(r"```promql\n(.*?)```", text, re.DOTALL)
     expressions = [line for block in blocks for line in block.splitlines() if not line.startswith("#")]
     assert len(expressions) > 20

@@ -190,7 +190,7 @@ def test_every_request_counts_once_though_the_server_is_killed(tmp_path: Path) -
 
 
 def test_the_page_for_those_who_come_from_triton(server: LocalServer) -> None:
-    page = (Path(triton.__file__).parents[2] / "docs" / "coming-from-triton.md").read_text()
+    page = (Path(triton.__file__).parents[2] / "docs" / "guides" / "coming-from-triton.md").read_text()
     code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
     for model in ("lstm", "tokens", "acc_int64"):
         client = 'triton.InferenceServerClient("127.0.0.1:50051")'

@@ -35,15 +35,15 @@ FILES = (
 """Files that commands of the documents read and that readers have."""
 PYTHON_PAGES = {
     "README.md": "tests/packaging/test_examples.py",
-    "docs/client.md": "tests/packaging/test_examples.py",
-    "docs/operations.md": "tests/packaging/test_examples.py",
-    "docs/production.md": "tests/packaging/test_production_page.py",
-    "docs/steps.md": "tests/packaging/test_examples.py",
-    "docs/notebooks.md": "tests/packaging/test_pages.py",
-    "docs/testing.md": "tests/packaging/test_pages.py",
-    "docs/seed.md": "tests/integration/test_seed_docs.py",
-    "docs/coming-from-triton.md": "tests/integration/test_triton_clients.py",
-    "docs/reinforcement-learning.md": "tests/integration/test_examples.py",
+    "docs/guides/client.md": "tests/packaging/test_examples.py",
+    "docs/operate/operations.md": "tests/packaging/test_examples.py",
+    "docs/operate/production.md": "tests/packaging/test_production_page.py",
+    "docs/guides/steps.md": "tests/packaging/test_examples.py",
+    "docs/tutorials/notebooks.md": "tests/packaging/test_pages.py",
+    "docs/guides/testing.md": "tests/packaging/test_pages.py",
+    "docs/tutorials/seed.md": "tests/integration/test_seed_docs.py",
+    "docs/guides/coming-from-triton.md": "tests/integration/test_triton_clients.py",
+    "docs/guides/reinforcement-learning.md": "tests/integration/test_examples.py",
 }
 """The test that runs all Python blocks of a page."""
 

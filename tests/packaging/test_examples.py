@@ -156,7 +156,7 @@ def test_the_public_name_is_documented(name: str) -> None:
 
 def test_the_page_on_steps(root: Path, server: LocalServer) -> None:
     """Its blocks run in order, with a client and a session of four rows."""
-    blocks = BLOCK.findall((root / "docs" / "steps.md").read_text())
+    blocks = BLOCK.findall((root / "docs" / "guides" / "steps.md").read_text())
     assert len(blocks) > 3
     with stepwell.connect(server.address) as client, client.open_session("forecast", batch_size=4) as session:
         names: dict[str, Any] = {"stepwell": stepwell, "np": np, "client": client, "session": session}
@@ -164,7 +164,7 @@ def test_the_page_on_steps(root: Path, server: LocalServer) -> None:
             exec(compile(block, "steps.md", "exec", dont_inherit=True), names)  # noqa: S102  our own documentation
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/client.md", "docs/operations.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/guides/client.md", "docs/operate/operations.md"])
 def test_the_blocks_of(
     document: str,
     root: Path,
@@ -185,7 +185,7 @@ def test_the_blocks_of(
     text = (root / document).read_text()
     blocks = BLOCK.findall(text)
     assert blocks, f"{document} has no Python block"
-    if document == "docs/client.md":  # it loads the file of the model that is served already
+    if document == "docs/guides/client.md":  # it loads the file of the model that is served already
         shutil.copy(model_path, "forecast.keras")
     names: dict[str, Any] = {"__name__": "__main__"}
     with contextlib.ExitStack() as stack:

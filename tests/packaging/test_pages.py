@@ -42,7 +42,7 @@ def test_the_page_for_notebooks(
     names: dict[str, Any] = {"__name__": "__main__"}
     shown = []
     with asyncio.Runner() as runner:
-        for number, block in enumerate(blocks(root / "docs" / "notebooks.md", "python")):
+        for number, block in enumerate(blocks(root / "docs" / "tutorials" / "notebooks.md", "python")):
             tree = ast.parse(block)
             last = tree.body[-1]
             if isinstance(last, ast.Expr):  # a cell shows the value of its last line
@@ -74,7 +74,7 @@ def test_the_page_for_tests(
     pytester: pytest.Pytester,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    page = root / "docs" / "testing.md"
+    page = root / "docs" / "guides" / "testing.md"
     (pytester.path / "models").mkdir()
     (pytester.path / "models" / "forecast.keras").symlink_to(model_path)
     monkeypatch.setenv("STEPWELL_CACHE_DIR", str(compiled))

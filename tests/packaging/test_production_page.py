@@ -1,4 +1,4 @@
-"""docs/production.md as it is written: its blocks in order, from a clone and an empty environment to a step over TLS.
+"""docs/operate/production.md as it is written: its blocks in order, from a clone and an empty environment to a step over TLS.
 
 What needs systemd, a container tool or a cluster is marked in the page. The native front is built by pip, with the
 crates that `make front` has compiled before.
@@ -21,7 +21,7 @@ import pytest
 
 from support.fronts import needs_native
 
-PAGE = "docs/production.md"
+PAGE = "docs/operate/production.md"
 BLOCK = re.compile(r"(?:<!-- test: ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BACKGROUND = "in the background"
 REASONS = {"systemd", "container tool", "Kubernetes", "a file of cron", "an example"}

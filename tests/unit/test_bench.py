@@ -1,4 +1,4 @@
-"""What the benchmarks make of what they measure: turns, ratios, failures, and the tables of docs/performance.md."""
+"""What the benchmarks make of what they measure: turns, ratios, failures, and the tables of docs/explanation/performance.md."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_process_has_a_limit() -> None:
 def test_every_case_has_its_tables_and_they_their_places_on_the_page() -> None:
     assert {case for case, _ in tables.TABLES.values()} == cases.CASES.keys()
     assert tables.MODELS.keys() == harness.MODELS.keys()
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "explanation" / "performance.md").read_text(encoding="utf-8")
     machine = dict.fromkeys(("date", "processor", "cores", "system", "packages", "commit"), "x")
     point = {"front": "native", "kind": "unary", "sessions": 1, "rate": 5000.0, "p50_ms": 0.2, "p99_ms": 0.3}
     refused = point | {"kind": "stream", "refused": 0.0027}

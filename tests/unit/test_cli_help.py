@@ -90,7 +90,7 @@ def test_what_talks_to_a_server_takes_the_server(path: tuple[str, ...]) -> None:
 
 
 def test_the_page_names_every_command() -> None:
-    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
 
     for path in COMMANDS:
         assert f"# {' '.join(('stepwell', *path))}\n" in page

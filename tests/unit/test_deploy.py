@@ -17,7 +17,7 @@ from stepwell_server.cli.serve import SETTINGS, serve
 from stepwell_server.errors import reasons
 
 ROOT = Path(__file__).parents[2]
-DEPLOY, DOCS = ROOT / "deploy", ROOT / "docs"
+DEPLOY, DOCS = ROOT / "deploy", ROOT / "docs" / "operate"
 PAGES = [DOCS / name for name in ("production.md", "certificates.md", "upgrade.md", "incidents.md")]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OPTIONS = {name for option in serve.params for name in option.opts if name.startswith("--")}
@@ -33,7 +33,7 @@ def test_every_option_of_serve_that_is_named_there_is_one() -> None:
     container = (DEPLOY / "Containerfile").read_text()
     named = set(re.findall(r"- (--[a-z-]+)=", kubernetes))
     named |= set(re.findall(r'"(--[a-z-]+)"', container))
-    for page in (*PAGES, *DOCS.glob("*.md"), ROOT / "README.md"):
+    for page in (*PAGES, *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"):
         for command in re.findall(r"stepwell serve ((?:[^\n`]|\\\n)*)", page.read_text()):
             named |= set(re.findall(r"(?<!\S)(--[a-z][a-z-]*)", command))
     assert len(named) > 10
@@ -72,7 +72,7 @@ def test_the_image_is_pinned_and_runs_as_nobody_in_particular() -> None:
         if name == "COPY" and not value.startswith("--from"):
             assert all((ROOT / source).exists() for source in value.split()[:-1]), value
     assert not re.search(r"https?://(?!127)|curl |wget |index.url|:latest", text)
-    # what builds the native front, as docs/production.md has it
+    # what builds the native front, as docs/operate/production.md has it
     assert "$(python server/front/backend/front_cargo.py)" in text
     assert "REQUIRE_NATIVE_FRONT=1" in text
     assert '".[$EXTRA]" ./server/front' in text

@@ -526,7 +526,7 @@ def test_documents_have_the_defaults_that_hold() -> None:
     """Where a value stands before an option, as in "64 MiB (`--max-message-bytes`)"."""
     defaults = {setting.option: setting.default_text for setting in SETTINGS if setting.default_text}
     found = {}
-    for page in (Path(__file__).parents[2] / "docs").glob("*.md"):
+    for page in (Path(__file__).parents[2] / "docs").rglob("*.md"):
         for text, option in re.findall(r"(\d[\d,.]*(?: [KMG]iB)?) \(`(--[a-z-]+)`\)", page.read_text()):
             if option in defaults:
                 found[option] = re.sub("[, ]", "", text)

@@ -83,7 +83,7 @@ def cores() -> int:
 class Settings:
     """What a server is started with. Times are in seconds, sizes in bytes.
 
-    The command line, environment variables, the config file, --show-config and docs/cli.md have what stands here, and
+    The command line, environment variables, the config file, --show-config and docs/reference/cli.md have what stands here, and
     nothing else: a new setting is a new field.
 
     Raises:
@@ -176,7 +176,7 @@ class Settings:
         STORE,
         "Where sessions are kept: on disk under --data-dir; in memory, where they end with the server; or in "
         "a Valkey that several servers share, valkey://HOST[:PORT][,HOST[:PORT]...]/DB?..., valkeys:// over "
-        "TLS: see docs/valkey.md. Needs the extra valkey.",
+        "TLS: see docs/operate/valkey.md. Needs the extra valkey.",
     ] = "disk"
     data_dir: Annotated[
         Path | None,
@@ -216,7 +216,7 @@ class Settings:
     quotas: Annotated[
         Path | None,
         FILE,
-        "TOML file of quotas of tenants and callers, read again when it changes: see docs/security.md. "
+        "TOML file of quotas of tenants and callers, read again when it changes: see docs/operate/security.md. "
         "Default: none.",
     ] = None
     metrics_tenants: Annotated[
