@@ -133,9 +133,40 @@ def test_what_makes_code_heavy_is_counted() -> None:
         "folders_over_15_modules": 1,
         "constructors_over_8_arguments": 1,
         "words_to_decode": 2,
+        "words_to_decode_in_documents": 0,
         "questions_about_the_kind_of_store": 2,
         "lines_of_other_text": 0,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "in_code", "in_documents"),
+    [
+        ("server/stepwell_server/core/a.py", "# it goes\n# on, and it is told\nSTEPS_AT_ONCE = 1\n", 3, 0),
+        ("server/front/src/a.rs", "/// It goes\n/// on: MOST_ROWS.\n", 2, 0),
+        ("README.md", "It goes on. All but for\none are told apart, with what is under way on it.\n", 0, 2),
+        ("docs/guides/client.md", "- It goes\n  on.\n\n> Callers are\n> told.\n", 0, 2),
+        ("proto/stepwell/v1/a.proto", "// One of those\n// that ended.\n", 0, 1),
+        (
+            "CONTRIBUTING.md",
+            "| instead of | write |\n| --- | --- |\n| goes on | continues |\n\nIt goes on.\n",
+            0,
+            1,
+        ),
+        ("docs/surface/sdk.txt", "It goes on.\n", 0, 0),
+        ("docs/cli.md", "It goes on.\n", 0, 0),
+        ("docs/reference/cli.md", "It goes on.\n", 0, 0),
+        ("proto/google/api/http.proto", "// It goes on.\n", 0, 0),
+        ("tests/support/README.md", "It goes on.\n", 0, 0),
+    ],
+)
+def test_words_to_decode_count_in_the_product_and_in_documents(
+    name: str, text: str, in_code: int, in_documents: int
+) -> None:
+    files = {name: text} if size.counts_at_all(name) else {}
+    counts = size.size_of(files).counts
+    assert (counts["words_to_decode"], counts["words_to_decode_in_documents"]) == (in_code, in_documents)
+    assert counts["lines_of_other_text"] == 0
 
 
 Write = Callable[[str, int], None]
