@@ -20,15 +20,15 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Error(_message.Message):
-    """An error of one session or of a whole frame on a stream, where no gRPC status can be sent for it
-    alone. It says what the status of a unary call would say.
+    """The error of one session, or of a whole frame on a stream. It carries what the gRPC status of a failed unary call
+    carries, where no status can be sent for one session alone.
 
-    The status of a unary call that fails carries the same as details, a google.rpc.Status in the trailer
-    grpc-status-details-bin: a google.rpc.ErrorInfo with the reason and the metadata, its domain stepwell, and a
-    google.rpc.RetryInfo where it is worth while to come again. These messages are not in this package. Generate
-    them from google/rpc/status.proto and google/rpc/error_details.proto of github.com/googleapis/googleapis, or
-    take your language's build of them: googleapis-common-protos with grpcio-status (Python),
-    google.golang.org/genproto/googleapis/rpc (Go), com.google.api.grpc:proto-google-common-protos (Java).
+    A failed unary call has the same facts in its status details. The trailer grpc-status-details-bin holds a
+    google.rpc.Status with a google.rpc.ErrorInfo (the reason, the metadata and the domain "stepwell"), and with a
+    google.rpc.RetryInfo if a retry can succeed. This package does not contain these messages. Generate them from
+    google/rpc/status.proto and google/rpc/error_details.proto of github.com/googleapis/googleapis, or use the library
+    for your language: googleapis-common-protos with grpcio-status (Python), google.golang.org/genproto/googleapis/rpc
+    (Go), com.google.api.grpc:proto-google-common-protos (Java).
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -61,14 +61,14 @@ class Error(_message.Message):
     code: _builtins.int
     """gRPC status code (google.rpc.Code)."""
     message: _builtins.str
-    """Names the argument, the rule and what came."""
+    """Explanation for people: the argument, the rule and the value that was received."""
     reason: _builtins.str
-    """Machine-readable reason, e.g. SESSION_EXPIRED; the reason of google.rpc.ErrorInfo on unary calls."""
+    """Reason for programs, such as SESSION_EXPIRED. The same as ErrorInfo.reason of a unary call."""
     retry_after_ms: _builtins.int
-    """Milliseconds to wait before a retry. 0: no advice."""
+    """Time to wait before a retry, in milliseconds. 0: the server does not suggest one."""
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Facts behind the reason, e.g. expected_revision and actual_revision; the metadata of ErrorInfo."""
+        """Facts about the error, such as expected_revision and actual_revision. The same as ErrorInfo.metadata."""
 
     def __init__(
         self,

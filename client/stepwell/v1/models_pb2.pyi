@@ -28,35 +28,39 @@ class _SessionPolicy:
 class _SessionPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SessionPolicy.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SESSION_POLICY_UNSPECIFIED: _SessionPolicy.ValueType  # 0
-    """As KEEP."""
+    """The same as SESSION_POLICY_KEEP."""
     SESSION_POLICY_KEEP: _SessionPolicy.ValueType  # 1
-    """They stay on their version until they end. It is unloaded when the last of them has ended."""
+    """Sessions stay on their version until they end. The version is unloaded when the last of them has ended."""
     SESSION_POLICY_CARRY: _SessionPolicy.ValueType  # 2
-    """They go on with their states under the new weights, all of them between two passes. The specs of states and outputs
-    must be equal. Names that Keras made up are matched through the model's graph; the new version is served with the
-    names of the old one.
+    """Sessions keep their states and continue with the new weights; all of them move between two batches. Both versions
+    must have the same names, types and shapes of states and outputs. Names that Keras generated are matched by the
+    model's graph, and the new version is served under the names of the old one.
     """
     SESSION_POLICY_MIGRATE: _SessionPolicy.ValueType  # 3
-    """A function that was named at the server's start (--migration) makes their new states of the old ones."""
+    """A function computes each session's new state from the old one. It is registered when the server starts
+    (--migration).
+    """
     SESSION_POLICY_RESET: _SessionPolicy.ValueType  # 4
-    """They begin anew, from the initial state of the new version."""
+    """Sessions restart from the initial state of the new version."""
 
 class SessionPolicy(_SessionPolicy, metaclass=_SessionPolicyEnumTypeWrapper):
-    """What becomes of the sessions that follow the default when it moves to another version."""
+    """How to treat the sessions that follow the default when it moves to another version."""
 
 SESSION_POLICY_UNSPECIFIED: SessionPolicy.ValueType  # 0
-"""As KEEP."""
+"""The same as SESSION_POLICY_KEEP."""
 SESSION_POLICY_KEEP: SessionPolicy.ValueType  # 1
-"""They stay on their version until they end. It is unloaded when the last of them has ended."""
+"""Sessions stay on their version until they end. The version is unloaded when the last of them has ended."""
 SESSION_POLICY_CARRY: SessionPolicy.ValueType  # 2
-"""They go on with their states under the new weights, all of them between two passes. The specs of states and outputs
-must be equal. Names that Keras made up are matched through the model's graph; the new version is served with the
-names of the old one.
+"""Sessions keep their states and continue with the new weights; all of them move between two batches. Both versions
+must have the same names, types and shapes of states and outputs. Names that Keras generated are matched by the
+model's graph, and the new version is served under the names of the old one.
 """
 SESSION_POLICY_MIGRATE: SessionPolicy.ValueType  # 3
-"""A function that was named at the server's start (--migration) makes their new states of the old ones."""
+"""A function computes each session's new state from the old one. It is registered when the server starts
+(--migration).
+"""
 SESSION_POLICY_RESET: SessionPolicy.ValueType  # 4
-"""They begin anew, from the initial state of the new version."""
+"""Sessions restart from the initial state of the new version."""
 Global___SessionPolicy: _TypeAlias = SessionPolicy  # noqa: Y015
 
 class _ModelState:
@@ -68,27 +72,27 @@ class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState
     MODEL_STATE_UNSPECIFIED: _ModelState.ValueType  # 0
     """Never sent."""
     MODEL_STATE_LOADING: _ModelState.ValueType  # 1
-    """It is being compiled or warmed up."""
+    """The version is being compiled or warmed up."""
     MODEL_STATE_READY: _ModelState.ValueType  # 2
-    """It is served."""
+    """The version is served."""
     MODEL_STATE_DRAINING: _ModelState.ValueType  # 3
-    """It is served to the sessions that it has, and unloaded when they have ended."""
+    """The version serves only its existing sessions, and is unloaded when they have ended."""
     MODEL_STATE_FAILED: _ModelState.ValueType  # 4
-    """It could not be loaded; the reason says why."""
+    """The version could not be loaded. ModelVersion.reason has the cause."""
 
 class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
-    """How a version is."""
+    """Lifecycle state of a version."""
 
 MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
 """Never sent."""
 MODEL_STATE_LOADING: ModelState.ValueType  # 1
-"""It is being compiled or warmed up."""
+"""The version is being compiled or warmed up."""
 MODEL_STATE_READY: ModelState.ValueType  # 2
-"""It is served."""
+"""The version is served."""
 MODEL_STATE_DRAINING: ModelState.ValueType  # 3
-"""It is served to the sessions that it has, and unloaded when they have ended."""
+"""The version serves only its existing sessions, and is unloaded when they have ended."""
 MODEL_STATE_FAILED: ModelState.ValueType  # 4
-"""It could not be loaded; the reason says why."""
+"""The version could not be loaded. ModelVersion.reason has the cause."""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
 @_typing.final
@@ -107,28 +111,32 @@ class ModelVersion(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     LOADED_TIME_FIELD_NUMBER: _builtins.int
     version: _builtins.int
-    """Its number."""
+    """Number of the version."""
     state: Global___ModelState.ValueType
-    """How it is."""
+    """Lifecycle state."""
     reason: _builtins.str
-    """Why it is so, as a sentence: the stage of LOADING, what FAILED; of one that is served what is to be known of it,
-    mostly nothing.
+    """Explanation of the state, for people: the stage while LOADING, the cause of FAILED. Usually empty for a version
+    that is served.
     """
     fingerprint: _builtins.str
-    """The fingerprint. Empty while it is not known."""
+    """Fingerprint of the version. Empty: not known yet."""
     is_default: _builtins.bool
-    """It is what the name stands for."""
+    """Whether this is the default version, which the name alone refers to."""
     sessions: _builtins.int
-    """Open sessions on it, everybody's, among those in memory. 0 for callers that are known and are no admins."""
+    """Number of open sessions on the version, of all tenants, that are in memory. 0 if the server authenticates its
+    callers and the caller is not an admin.
+    """
     path: _builtins.str
-    """The file that it came from. Empty for callers that are known and are no admins."""
+    """File that the version was loaded from. Empty if the server authenticates its callers and the caller is not an
+    admin.
+    """
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Its labels, in their order."""
+        """Labels of the version, sorted."""
 
     @_builtins.property
     def loaded_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was loaded."""
+        """Time at which the version was loaded."""
 
     def __init__(
         self,
@@ -153,7 +161,7 @@ Global___ModelVersion: _TypeAlias = ModelVersion  # noqa: Y015
 
 @_typing.final
 class LoadModelRequest(_message.Message):
-    """A version to load."""
+    """Request of LoadModel."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -168,28 +176,32 @@ class LoadModelRequest(_message.Message):
     UNLOAD_PREVIOUS_FIELD_NUMBER: _builtins.int
     IS_TEMPORARY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the model; one that is not served yet begins with this version as its default."""
+    """Name of the model. If the name is new, this version becomes its default."""
     version: _builtins.int
-    """Number of the version. 0: one more than the highest that the name ever had; a load that fails then uses none."""
+    """Number of the version. 0: the highest number that the name ever had, plus one; a load that fails does not use up
+    the number.
+    """
     path: _builtins.str
-    """A .keras or .stepwell file on the server's disk. Empty: `upload` is given."""
+    """Path of a .keras or .stepwell file on the server's disk. Empty: use `upload`."""
     upload: _builtins.str
-    """What UploadModel returned."""
+    """Identifier of an uploaded file, from UploadModelResponse. Empty: use `path`."""
     keep_default: _builtins.bool
-    """It stays beside the default; else it becomes the default."""
+    """Whether the default stays as it is. False: the loaded version becomes the default."""
     sessions: Global___SessionPolicy.ValueType
-    """What becomes of the sessions that follow the default. With keep_default nothing, but a version to which they could not
-    move in this way is refused: a client of several servers loads it on each, and then moves the default once.
+    """How to treat the sessions that follow the default. With keep_default the sessions stay, but the load fails if they
+    could not move in this way. So a client of several servers can load the version on each, and then move the default.
     """
     migration: _builtins.str
-    """For MIGRATE: the name of the function. Empty: the only one there is."""
+    """Name of the function for SESSION_POLICY_MIGRATE. Empty: the only one that is registered."""
     unload_previous: _builtins.bool
-    """The version that was the default is unloaded once nothing is under way on it and it has no session."""
+    """Whether to unload the previous default, once it has no sessions and no running calls."""
     is_temporary: _builtins.bool
-    """The file of `path` will not be there after the load: the server keeps what it made of it, as it does of an upload."""
+    """Whether the file at `path` is removed after the load. The server then keeps a compiled copy, as it does for an
+    upload.
+    """
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Labels that it gets."""
+        """Labels to assign to the version."""
 
     def __init__(
         self,
@@ -215,7 +227,7 @@ Global___LoadModelRequest: _TypeAlias = LoadModelRequest  # noqa: Y015
 
 @_typing.final
 class LoadModelResponse(_message.Message):
-    """How far a load is."""
+    """Response of LoadModel: the progress of the load, or its result in the last message."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -224,16 +236,16 @@ class LoadModelResponse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     MOVED_SESSIONS_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """What is done now: "waiting", the stages of compiling, "warm up", "switch". Empty in the last message."""
+    """Current stage: "waiting", the stages of compilation, "warm up", "switch". Empty in the last message."""
     version: _builtins.int
-    """The version that was loaded. In the last message only."""
+    """Number of the loaded version. Set only in the last message."""
     moved_sessions: _builtins.int
-    """Sessions in memory that were carried, and those that will be migrated or reset when they are next used, as far as
-    they are in memory. In the last message only.
+    """Number of sessions in memory that were carried, or that will be migrated or reset at their next use. Set only in
+    the last message.
     """
     @_builtins.property
     def model(self) -> Global___Model:
-        """The model as it is now. In the last message only."""
+        """The model after the load. Set only in the last message."""
 
     def __init__(
         self,
@@ -253,16 +265,16 @@ Global___LoadModelResponse: _TypeAlias = LoadModelResponse  # noqa: Y015
 
 @_typing.final
 class UploadModelRequest(_message.Message):
-    """A piece of a file."""
+    """Request of UploadModel: one piece of a file."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FILENAME_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     filename: _builtins.str
-    """The file's name, ending in .keras or .stepwell. In the first message only."""
+    """Name of the file, ending in .keras or .stepwell. Set only in the first message."""
     content: _builtins.bytes
-    """The next bytes of it."""
+    """The next bytes of the file."""
     def __init__(
         self,
         *,
@@ -279,16 +291,16 @@ Global___UploadModelRequest: _TypeAlias = UploadModelRequest  # noqa: Y015
 
 @_typing.final
 class UploadModelResponse(_message.Message):
-    """The whole of a file is there."""
+    """Response of UploadModel, sent once the whole file has arrived."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     UPLOAD_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     upload: _builtins.str
-    """What LoadModel names it by; it is deleted when it was loaded, or after an hour."""
+    """Identifier of the upload, for LoadModelRequest.upload. The file is deleted once it is loaded, or after an hour."""
     sha256: _builtins.str
-    """SHA-256 of what came, in hexadecimal digits."""
+    """SHA-256 digest of the received file, in hexadecimal digits."""
     def __init__(
         self,
         *,
@@ -305,7 +317,7 @@ Global___UploadModelResponse: _TypeAlias = UploadModelResponse  # noqa: Y015
 
 @_typing.final
 class UnloadModelRequest(_message.Message):
-    """A version to serve no longer."""
+    """Request of UnloadModel."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -315,10 +327,10 @@ class UnloadModelRequest(_message.Message):
     name: _builtins.str
     """Name of the model."""
     version: _builtins.int
-    """Number of the version. 0: all versions of the name."""
+    """Number of the version. 0: all versions of the model."""
     force: _builtins.bool
-    """Also if sessions are on it, or it is the default: the sessions stay in the store and fail until it is loaded
-    again. With --store memory nothing keeps them, and they end.
+    """Whether to unload the version even if it has sessions or is the default. Its sessions stay in the store, and their
+    calls fail until the version is loaded again. With --store memory the sessions end.
     """
     def __init__(
         self,
@@ -337,7 +349,7 @@ Global___UnloadModelRequest: _TypeAlias = UnloadModelRequest  # noqa: Y015
 
 @_typing.final
 class UnloadModelResponse(_message.Message):
-    """It is not served any more."""
+    """Response of UnloadModel."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -354,7 +366,7 @@ Global___UnloadModelResponse: _TypeAlias = UnloadModelResponse  # noqa: Y015
 
 @_typing.final
 class SetDefaultRequest(_message.Message):
-    """A version to be the default."""
+    """Request of SetDefault."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -365,11 +377,11 @@ class SetDefaultRequest(_message.Message):
     name: _builtins.str
     """Name of the model."""
     version: _builtins.int
-    """Number of the version, which is loaded."""
+    """Number of a loaded version."""
     sessions: Global___SessionPolicy.ValueType
-    """What becomes of the sessions that follow the default."""
+    """How to treat the sessions that follow the default."""
     migration: _builtins.str
-    """As in LoadModelRequest."""
+    """Name of the function for SESSION_POLICY_MIGRATE. Empty: the only one that is registered."""
     def __init__(
         self,
         *,
@@ -388,7 +400,7 @@ Global___SetDefaultRequest: _TypeAlias = SetDefaultRequest  # noqa: Y015
 
 @_typing.final
 class SetDefaultResponse(_message.Message):
-    """The default is another."""
+    """Response of SetDefault."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -396,12 +408,12 @@ class SetDefaultResponse(_message.Message):
     PREVIOUS_VERSION_FIELD_NUMBER: _builtins.int
     MOVED_SESSIONS_FIELD_NUMBER: _builtins.int
     previous_version: _builtins.int
-    """The version that was the default before."""
+    """Number of the previous default version."""
     moved_sessions: _builtins.int
-    """As in LoadModelResponse."""
+    """Number of sessions in memory that were carried, or that will be migrated or reset at their next use."""
     @_builtins.property
     def model(self) -> Global___Model:
-        """The model as it is now."""
+        """The model after the change."""
 
     def __init__(
         self,
@@ -420,7 +432,7 @@ Global___SetDefaultResponse: _TypeAlias = SetDefaultResponse  # noqa: Y015
 
 @_typing.final
 class SetLabelRequest(_message.Message):
-    """A label."""
+    """Request of SetLabel."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -430,9 +442,9 @@ class SetLabelRequest(_message.Message):
     name: _builtins.str
     """Name of the model."""
     label: _builtins.str
-    """1 to 64 letters, digits, "_", "." and "-", not digits alone."""
+    """The label: 1 to 64 letters, digits, "_", "." and "-", but not digits alone."""
     version: _builtins.int
-    """Number of a loaded version that it stands for from now on. 0: the label goes."""
+    """Number of the loaded version that the label refers to from now on. 0: remove the label."""
     def __init__(
         self,
         *,
@@ -450,14 +462,14 @@ Global___SetLabelRequest: _TypeAlias = SetLabelRequest  # noqa: Y015
 
 @_typing.final
 class SetLabelResponse(_message.Message):
-    """It is as was asked."""
+    """Response of SetLabel."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> Global___Model:
-        """The model as it is now."""
+        """The model after the change."""
 
     def __init__(
         self,
@@ -474,13 +486,13 @@ Global___SetLabelResponse: _TypeAlias = SetLabelResponse  # noqa: Y015
 
 @_typing.final
 class ListSlowSessionsRequest(_message.Message):
-    """Which sessions had slow steps?"""
+    """Request of ListSlowSessions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LIMIT_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
-    """Sessions at most, up to 100. 0: 10. The server keeps 100 of all models and tenants together."""
+    """Maximum number of sessions to return, at most 100. 0: 10. The server keeps 100 for all models and tenants together."""
     def __init__(
         self,
         *,
@@ -496,14 +508,14 @@ Global___ListSlowSessionsRequest: _TypeAlias = ListSlowSessionsRequest  # noqa: 
 
 @_typing.final
 class ListSlowSessionsResponse(_message.Message):
-    """Sessions with slow steps."""
+    """Response of ListSlowSessions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlowSession]:
-        """The slowest first, each at most once."""
+        """The sessions with the slowest steps, the slowest first, each at most once."""
 
     def __init__(
         self,
@@ -530,15 +542,15 @@ class SlowSession(_message.Message):
     AGE_SECONDS_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """The session, which may have been closed meanwhile."""
+    """ID of the session. The session may be closed by now."""
     model: _builtins.str
-    """Its model."""
+    """Name of its model."""
     seconds: _builtins.float
-    """From when the step was taken in until it was answered, in seconds."""
+    """Time from the arrival of the step to its reply, in seconds."""
     age_seconds: _builtins.float
-    """How long ago that was, in seconds."""
+    """Time since the reply, in seconds."""
     tenant: _builtins.str
-    """Whose it is, where everybody's sessions are listed. Empty elsewhere, and for sessions of no tenant."""
+    """Tenant that owns the session. Set only if the call lists the sessions of all tenants."""
     def __init__(
         self,
         *,
@@ -558,7 +570,7 @@ Global___SlowSession: _TypeAlias = SlowSession  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
-    """One model as it is served."""
+    """A model that the server serves."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -578,52 +590,52 @@ class Model(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     STRUCTURE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name it is served under."""
+    """Name of the model."""
     fingerprint: _builtins.str
-    """Hash of its architecture and weights, without names that Keras made up. A state belongs to one fingerprint, and fits
-    other versions of its model with the same structure.
+    """Hash of the model's architecture and weights; names that Keras generated do not count. A state has the fingerprint
+    of its model, and also fits other versions of the model with the same structure.
     """
     executor: _builtins.str
-    """What runs it: "litert" or "tensorflow"."""
+    """Executor of the model: "litert" or "tensorflow"."""
     executor_reason: _builtins.str
-    """Why that executor runs it, as a sentence for people."""
+    """Reason for the choice of the executor, for people."""
     state_row_bytes: _builtins.int
-    """Size in bytes of the state of one row."""
+    """Size of the state of one row, in bytes."""
     sessions: _builtins.int
-    """Open sessions, everybody's. 0 for callers that are known and are no admins."""
+    """Number of open sessions of all tenants. 0 if the server authenticates its callers and the caller is not an admin."""
     version: _builtins.int
-    """The version that all of this is about: the default, unless another one was asked for."""
+    """Number of the version that this message describes: the default, unless the request named another one."""
     structure: _builtins.str
-    """Digest of its architecture without weights, and without names that Keras made up. A state of one version of a model
-    fits every version of it with the same structure, tensor by tensor in their order. Empty: it is not known.
+    """Hash of the model's architecture without weights; names that Keras generated do not count. A state of one version
+    fits every version with the same structure, tensor by tensor in their order. Empty: not known.
     """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.TensorSpec]:
-        """Its inputs."""
+        """Inputs of the model."""
 
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.TensorSpec]:
-        """Its outputs."""
+        """Outputs of the model."""
 
     @_builtins.property
     def state(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.TensorSpec]:
-        """Its state tensors, in the order in which a list of states is read."""
+        """State tensors of the model, in the order of a list of states."""
 
     @_builtins.property
     def batch_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Batch sizes that give the same bits for a row; others are padded up to one of them. Empty: all do."""
+        """Batch sizes at which a row has the same bits; other sizes are padded to the next of these. Empty: every batch size."""
 
     @_builtins.property
     def proof(self) -> Global___Proof:
-        """How it is known that stepping it gives what one call of it over the sequence gives."""
+        """Proof that stepping the model equals one call of it over the whole sequence."""
 
     @_builtins.property
     def provenance(self) -> Global___Provenance:
-        """Where its program comes from. Absent: it is not known."""
+        """Origin of the compiled model. Absent: not known."""
 
     @_builtins.property
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelVersion]:
-        """All versions of the name, in their order, those that are being loaded or failed among them."""
+        """All versions of the model, by number, including those that are loading or failed."""
 
     def __init__(
         self,
@@ -654,7 +666,7 @@ Global___Model: _TypeAlias = Model  # noqa: Y015
 
 @_typing.final
 class Proof(_message.Message):
-    """The proof that a model may be stepped, made when it was compiled."""
+    """Evidence that a model can be stepped, collected when it was compiled."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -662,14 +674,14 @@ class Proof(_message.Message):
     UNPROVEN_FIELD_NUMBER: _builtins.int
     COMPARED_SHARE_FIELD_NUMBER: _builtins.int
     compared_steps: _builtins.int
-    """Length of the sequences on which it was compared with Keras, in time steps."""
+    """Length of the sequences on which the model was compared with Keras, in time steps."""
     unproven: _builtins.str
-    """What does not follow from the model's graph and was trusted (--trust-causality), as a clause. Empty: all
-    follows from the graph, for sequences of every length.
+    """The part that the model's graph does not prove and that was trusted (--trust-causality), as a clause. Empty: the
+    graph proves everything, for sequences of every length.
     """
     compared_share: _builtins.float
-    """Share of the rows and time steps of those sequences of which the comparison says something, 0 to 1: elsewhere
-    one rounding of the inputs moves the model's own values too far.
+    """Share of the compared rows and time steps at which the comparison is meaningful, 0 to 1. At the others, rounding
+    one input changes Keras's own result too much.
     """
     def __init__(
         self,
@@ -688,7 +700,7 @@ Global___Proof: _TypeAlias = Proof  # noqa: Y015
 
 @_typing.final
 class Provenance(_message.Message):
-    """Where a program comes from, for people: what was compiled, when and by what, and the Keras model's layers."""
+    """Origin of a compiled model, for people: the source file, the time and tools of the compilation, and the layers."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -720,24 +732,26 @@ class Provenance(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """Name of the file that Keras saved, without its folder."""
+    """Name of the source file, without its folder."""
     source_sha256: _builtins.str
-    """SHA-256 of that file, in hexadecimal digits."""
+    """SHA-256 digest of the source file, in hexadecimal digits."""
     processor: _builtins.str
-    """Kind of the processor that compiled it, such as "x86_64"."""
+    """Architecture of the processor that compiled the model, such as "x86_64"."""
     parameters: _builtins.int
-    """Numbers in the weights of the model."""
+    """Number of parameters of the model."""
     @_builtins.property
     def compiled_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was compiled."""
+        """Time of the compilation."""
 
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Versions of what compiled it, by distribution: "stepwell", "tensorflow", "keras", "ai-edge-litert"."""
+        """Versions of the tools that compiled the model, by distribution: "stepwell", "tensorflow", "keras",
+        "ai-edge-litert".
+        """
 
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Layer]:
-        """Its layers in its order, those of nested models after the others."""
+        """Layers of the model in its order; layers of nested models come last."""
 
     def __init__(
         self,
@@ -760,7 +774,7 @@ Global___Provenance: _TypeAlias = Provenance  # noqa: Y015
 
 @_typing.final
 class Layer(_message.Message):
-    """One layer of a Keras model."""
+    """One layer of a model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -769,13 +783,13 @@ class Layer(_message.Message):
     OUTPUT_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Its name."""
+    """Name of the layer."""
     kind: _builtins.str
-    """Its class, such as "LSTM"."""
+    """Class of the layer, such as "LSTM"."""
     output: _builtins.str
-    """Shape of what it returns, as Keras prints it, several with commas between them. Empty: not known."""
+    """Shape of the layer's output as Keras prints it; several outputs are separated by commas. Empty: not known."""
     parameters: _builtins.int
-    """Numbers in its weights."""
+    """Number of parameters of the layer."""
     def __init__(
         self,
         *,
@@ -794,7 +808,7 @@ Global___Layer: _TypeAlias = Layer  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):
-    """Asks for all models."""
+    """Request of ListModels."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -811,7 +825,7 @@ Global___ListModelsRequest: _TypeAlias = ListModelsRequest  # noqa: Y015
 
 @_typing.final
 class ListModelsResponse(_message.Message):
-    """All models, and what serves them."""
+    """Response of ListModels."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -819,11 +833,11 @@ class ListModelsResponse(_message.Message):
     SERVER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
-        """In the order of their names."""
+        """All models, ordered by name."""
 
     @_builtins.property
     def server(self) -> Global___Server:
-        """The server itself."""
+        """The server that serves them."""
 
     def __init__(
         self,
@@ -841,7 +855,7 @@ Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
 
 @_typing.final
 class Server(_message.Message):
-    """A server."""
+    """A server process."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -849,12 +863,12 @@ class Server(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     front: _builtins.str
-    """What speaks to the network: "native" or "python" (--front)."""
+    """Network front of the server: "native" or "python" (--front)."""
     id: _builtins.str
-    """Of this process, random: another one after a restart. Label server_id of the metric stepwell_build_info."""
+    """Random identifier of the process, new after each restart. The metric stepwell_build_info has it as label server_id."""
     metrics_address: _builtins.str
-    """Where its metrics are, HOST:PORT as the server listens there: 0.0.0.0 or [::] for all of its addresses. Empty: it
-    serves none. Absent: the caller is no admin, and may not know.
+    """Address at which the server serves its metrics, as HOST:PORT. The host 0.0.0.0 or [::] means all addresses of the
+    machine. Empty: the server serves no metrics. Absent: the caller is not an admin and may not see it.
     """
     def __init__(
         self,
@@ -875,13 +889,13 @@ Global___Server: _TypeAlias = Server  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):
-    """Asks for one model."""
+    """Request of GetModel."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """NAME for its default version, NAME@VERSION or NAME:LABEL for another."""
+    """NAME for the default version, NAME@VERSION or NAME:LABEL for another version."""
     def __init__(
         self,
         *,
@@ -897,7 +911,7 @@ Global___GetModelRequest: _TypeAlias = GetModelRequest  # noqa: Y015
 
 @_typing.final
 class GetModelResponse(_message.Message):
-    """One model."""
+    """Response of GetModel."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -921,7 +935,7 @@ Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
 
 @_typing.final
 class PredictRequest(_message.Message):
-    """A run without a session."""
+    """Request of Predict."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -931,21 +945,21 @@ class PredictRequest(_message.Message):
     RESET_MASK_FIELD_NUMBER: _builtins.int
     TENSOR_FORMAT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """The model, as in GetModelRequest."""
+    """The model: NAME for the default version, NAME@VERSION or NAME:LABEL for another version."""
     tensor_format: _tensors_pb2.TensorFormat.ValueType
-    """How the tensors of the answer say their elements. Not said: as the inputs do."""
+    """Encoding of the tensors in the response. Not set: the encoding of the inputs."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """Inputs, (batch, T, features...); one time step may leave out T. The batch size is free, >= 1."""
+        """Inputs of the model, each (B, T, features...), with any batch size B >= 1. A single time step may omit the axis T."""
 
     @_builtins.property
     def state(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """Initial state, each (batch, ...). Absent: the model's initial state. All of the state or none of it."""
+        """Initial state, each tensor (B, ...). Give all tensors of the state or none. Absent: the model's initial state."""
 
     @_builtins.property
     def reset_mask(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
-        """Rows that begin anew, (batch) or (batch * T) entries as in StepRequest: where it is true, the row is set to the
-        model's own initial state, not to `state`, before that time step. Empty: none.
+        """Rows to reset, with (B) or (B * T) entries as in StepRequest.reset_mask. True sets the row to the model's initial
+        state, not to `state`, before that time step. Empty: no row is reset.
         """
 
     def __init__(
@@ -967,7 +981,7 @@ Global___PredictRequest: _TypeAlias = PredictRequest  # noqa: Y015
 
 @_typing.final
 class PredictResponse(_message.Message):
-    """The result of a run without a session."""
+    """Response of Predict."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -975,14 +989,14 @@ class PredictResponse(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     model_version: _builtins.int
-    """Version of the model that ran it."""
+    """Number of the version that ran the request."""
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """Outputs in the model's own shape."""
+        """Outputs in the model's output shape."""
 
     @_builtins.property
     def state(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """State after the last time step, each (batch, ...)."""
+        """State after the last time step, each tensor (B, ...)."""
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ModelServiceStub(object):
-    """The models of a server, and their use without a session.
+    """Lists and describes the models of a server, and runs them without a session.
     """
 
     def __init__(self, channel):
@@ -58,11 +58,11 @@ class ModelServiceStub(object):
 
 
 class ModelServiceServicer(object):
-    """The models of a server, and their use without a session.
+    """Lists and describes the models of a server, and runs them without a session.
     """
 
     def ListModels(self, request, context):
-        """Lists the models, in the order of their names.
+        """Lists the models, ordered by name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,16 +76,16 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Predict(self, request, context):
-        """Runs a model without a session: any batch size, an optional initial state in, outputs and final
-        state out. The same weights and the same bits as stepping a session.
+        """Runs a model without a session: it takes inputs of any batch size and an optional initial state, and returns the
+        outputs and the final state. The results are bit for bit those of a session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSlowSessions(self, request, context):
-        """Lists sessions with the slowest steps of the last minute, the slowest first. Of each pass only its slowest session
-        is looked at.
+        """Lists the sessions with the slowest steps of the last minute, the slowest first. Each batch that the server ran
+        contributes only its slowest session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,7 +123,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService(object):
-    """The models of a server, and their use without a session.
+    """Lists and describes the models of a server, and runs them without a session.
     """
 
     @staticmethod
@@ -236,11 +236,11 @@ class ModelService(object):
 
 
 class ModelAdminServiceStub(object):
-    """Changes which models are served, while they are. For admins, where the server knows its callers.
+    """Changes which models are served, without a restart. If the server authenticates its callers, only admins may call it.
 
-    A model has versions, whole numbers of 1 or more, of which one is the default. What names a model says NAME for the
-    default, NAME@VERSION for that version or NAME:LABEL for the version that has the label. A session stays on the version
-    that it was opened with; one that was opened by the name alone goes on to a new default if SessionPolicy says so.
+    A model has numbered versions, from 1 upwards, and one of them is the default. NAME refers to the default version,
+    NAME@VERSION to that version, and NAME:LABEL to the version with that label. A session stays on the version that it
+    was opened with. A session that was opened by NAME alone moves to a new default if the SessionPolicy says so.
     """
 
     def __init__(self, channel):
@@ -277,44 +277,46 @@ class ModelAdminServiceStub(object):
 
 
 class ModelAdminServiceServicer(object):
-    """Changes which models are served, while they are. For admins, where the server knows its callers.
+    """Changes which models are served, without a restart. If the server authenticates its callers, only admins may call it.
 
-    A model has versions, whole numbers of 1 or more, of which one is the default. What names a model says NAME for the
-    default, NAME@VERSION for that version or NAME:LABEL for the version that has the label. A session stays on the version
-    that it was opened with; one that was opened by the name alone goes on to a new default if SessionPolicy says so.
+    A model has numbered versions, from 1 upwards, and one of them is the default. NAME refers to the default version,
+    NAME@VERSION to that version, and NAME:LABEL to the version with that label. A session stays on the version that it
+    was opened with. A session that was opened by NAME alone moves to a new default if the SessionPolicy says so.
     """
 
     def LoadModel(self, request, context):
-        """Loads a version of a model beside the traffic, and makes it the default if asked to. Tells how far it is; the last
-        message has the model. What fails changes nothing.
+        """Loads a version of a model while the others are served, and makes it the default unless keep_default is set. The
+        stream reports the progress; its last message contains the model. A load that fails changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UploadModel(self, request_iterator, context):
-        """Sends a file to the server, if it allows that (--allow-model-upload); LoadModel then names it.
+        """Sends a model file to the server, in pieces. Pass the returned `upload` to LoadModel. The server must be started
+        with --allow-model-upload.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Serves a version no longer, when what is under way on it has ended.
+        """Stops serving a version, once the calls that are running on it have ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetDefault(self, request, context):
-        """Makes a loaded version the default: the way forward and the way back.
+        """Makes a loaded version the default: to roll out a new version, or to roll back to an older one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetLabel(self, request, context):
-        """Gives a label to a loaded version, or takes it away. Sessions that were opened by it stay where they are.
+        """Assigns a label to a loaded version, or removes the label. Sessions that were opened by the label stay on their
+        version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -357,11 +359,11 @@ def add_ModelAdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelAdminService(object):
-    """Changes which models are served, while they are. For admins, where the server knows its callers.
+    """Changes which models are served, without a restart. If the server authenticates its callers, only admins may call it.
 
-    A model has versions, whole numbers of 1 or more, of which one is the default. What names a model says NAME for the
-    default, NAME@VERSION for that version or NAME:LABEL for the version that has the label. A session stays on the version
-    that it was opened with; one that was opened by the name alone goes on to a new default if SessionPolicy says so.
+    A model has numbered versions, from 1 upwards, and one of them is the default. NAME refers to the default version,
+    NAME@VERSION to that version, and NAME:LABEL to the version with that label. A session stays on the version that it
+    was opened with. A session that was opened by NAME alone moves to a new default if the SessionPolicy says so.
     """
 
     @staticmethod

@@ -27,45 +27,45 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelServiceStub:
-    """The models of a server, and their use without a session."""
+    """Lists and describes the models of a server, and runs them without a session."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_models_pb2.ListModelsRequest, _models_pb2.ListModelsResponse]
-    """Lists the models, in the order of their names."""
+    """Lists the models, ordered by name."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_models_pb2.GetModelRequest, _models_pb2.GetModelResponse]
     """Describes one model."""
     Predict: _grpc.UnaryUnaryMultiCallable[_models_pb2.PredictRequest, _models_pb2.PredictResponse]
-    """Runs a model without a session: any batch size, an optional initial state in, outputs and final
-    state out. The same weights and the same bits as stepping a session.
+    """Runs a model without a session: it takes inputs of any batch size and an optional initial state, and returns the
+    outputs and the final state. The results are bit for bit those of a session.
     """
     ListSlowSessions: _grpc.UnaryUnaryMultiCallable[_models_pb2.ListSlowSessionsRequest, _models_pb2.ListSlowSessionsResponse]
-    """Lists sessions with the slowest steps of the last minute, the slowest first. Of each pass only its slowest session
-    is looked at.
+    """Lists the sessions with the slowest steps of the last minute, the slowest first. Each batch that the server ran
+    contributes only its slowest session.
     """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
-    """The models of a server, and their use without a session."""
+    """Lists and describes the models of a server, and runs them without a session."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_models_pb2.ListModelsRequest, _models_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Lists the models, in the order of their names."""
+    """Lists the models, ordered by name."""
     GetModel: _aio.UnaryUnaryMultiCallable[_models_pb2.GetModelRequest, _models_pb2.GetModelResponse]  # type: ignore[assignment]
     """Describes one model."""
     Predict: _aio.UnaryUnaryMultiCallable[_models_pb2.PredictRequest, _models_pb2.PredictResponse]  # type: ignore[assignment]
-    """Runs a model without a session: any batch size, an optional initial state in, outputs and final
-    state out. The same weights and the same bits as stepping a session.
+    """Runs a model without a session: it takes inputs of any batch size and an optional initial state, and returns the
+    outputs and the final state. The results are bit for bit those of a session.
     """
     ListSlowSessions: _aio.UnaryUnaryMultiCallable[_models_pb2.ListSlowSessionsRequest, _models_pb2.ListSlowSessionsResponse]  # type: ignore[assignment]
-    """Lists sessions with the slowest steps of the last minute, the slowest first. Of each pass only its slowest session
-    is looked at.
+    """Lists the sessions with the slowest steps of the last minute, the slowest first. Each batch that the server ran
+    contributes only its slowest session.
     """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The models of a server, and their use without a session."""
+    """Lists and describes the models of a server, and runs them without a session."""
 
     @_abc_1.abstractmethod
     def ListModels(
@@ -73,7 +73,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _models_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_models_pb2.ListModelsResponse, _abc.Awaitable[_models_pb2.ListModelsResponse]]:
-        """Lists the models, in the order of their names."""
+        """Lists the models, ordered by name."""
 
     @_abc_1.abstractmethod
     def GetModel(
@@ -89,8 +89,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _models_pb2.PredictRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_models_pb2.PredictResponse, _abc.Awaitable[_models_pb2.PredictResponse]]:
-        """Runs a model without a session: any batch size, an optional initial state in, outputs and final
-        state out. The same weights and the same bits as stepping a session.
+        """Runs a model without a session: it takes inputs of any batch size and an optional initial state, and returns the
+        outputs and the final state. The results are bit for bit those of a session.
         """
 
     @_abc_1.abstractmethod
@@ -99,18 +99,18 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _models_pb2.ListSlowSessionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_models_pb2.ListSlowSessionsResponse, _abc.Awaitable[_models_pb2.ListSlowSessionsResponse]]:
-        """Lists sessions with the slowest steps of the last minute, the slowest first. Of each pass only its slowest session
-        is looked at.
+        """Lists the sessions with the slowest steps of the last minute, the slowest first. Each batch that the server ran
+        contributes only its slowest session.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class ModelAdminServiceStub:
-    """Changes which models are served, while they are. For admins, where the server knows its callers.
+    """Changes which models are served, without a restart. If the server authenticates its callers, only admins may call it.
 
-    A model has versions, whole numbers of 1 or more, of which one is the default. What names a model says NAME for the
-    default, NAME@VERSION for that version or NAME:LABEL for the version that has the label. A session stays on the version
-    that it was opened with; one that was opened by the name alone goes on to a new default if SessionPolicy says so.
+    A model has numbered versions, from 1 upwards, and one of them is the default. NAME refers to the default version,
+    NAME@VERSION to that version, and NAME:LABEL to the version with that label. A session stays on the version that it
+    was opened with. A session that was opened by NAME alone moves to a new default if the SessionPolicy says so.
     """
 
     @_typing.overload
@@ -118,47 +118,55 @@ class ModelAdminServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelAdminServiceAsyncStub: ...
     LoadModel: _grpc.UnaryStreamMultiCallable[_models_pb2.LoadModelRequest, _models_pb2.LoadModelResponse]
-    """Loads a version of a model beside the traffic, and makes it the default if asked to. Tells how far it is; the last
-    message has the model. What fails changes nothing.
+    """Loads a version of a model while the others are served, and makes it the default unless keep_default is set. The
+    stream reports the progress; its last message contains the model. A load that fails changes nothing.
     """
     UploadModel: _grpc.StreamUnaryMultiCallable[_models_pb2.UploadModelRequest, _models_pb2.UploadModelResponse]
-    """Sends a file to the server, if it allows that (--allow-model-upload); LoadModel then names it."""
+    """Sends a model file to the server, in pieces. Pass the returned `upload` to LoadModel. The server must be started
+    with --allow-model-upload.
+    """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_models_pb2.UnloadModelRequest, _models_pb2.UnloadModelResponse]
-    """Serves a version no longer, when what is under way on it has ended."""
+    """Stops serving a version, once the calls that are running on it have ended."""
     SetDefault: _grpc.UnaryUnaryMultiCallable[_models_pb2.SetDefaultRequest, _models_pb2.SetDefaultResponse]
-    """Makes a loaded version the default: the way forward and the way back."""
+    """Makes a loaded version the default: to roll out a new version, or to roll back to an older one."""
     SetLabel: _grpc.UnaryUnaryMultiCallable[_models_pb2.SetLabelRequest, _models_pb2.SetLabelResponse]
-    """Gives a label to a loaded version, or takes it away. Sessions that were opened by it stay where they are."""
+    """Assigns a label to a loaded version, or removes the label. Sessions that were opened by the label stay on their
+    version.
+    """
 
 @_typing.type_check_only
 class ModelAdminServiceAsyncStub(ModelAdminServiceStub):
-    """Changes which models are served, while they are. For admins, where the server knows its callers.
+    """Changes which models are served, without a restart. If the server authenticates its callers, only admins may call it.
 
-    A model has versions, whole numbers of 1 or more, of which one is the default. What names a model says NAME for the
-    default, NAME@VERSION for that version or NAME:LABEL for the version that has the label. A session stays on the version
-    that it was opened with; one that was opened by the name alone goes on to a new default if SessionPolicy says so.
+    A model has numbered versions, from 1 upwards, and one of them is the default. NAME refers to the default version,
+    NAME@VERSION to that version, and NAME:LABEL to the version with that label. A session stays on the version that it
+    was opened with. A session that was opened by NAME alone moves to a new default if the SessionPolicy says so.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     LoadModel: _aio.UnaryStreamMultiCallable[_models_pb2.LoadModelRequest, _models_pb2.LoadModelResponse]  # type: ignore[assignment]
-    """Loads a version of a model beside the traffic, and makes it the default if asked to. Tells how far it is; the last
-    message has the model. What fails changes nothing.
+    """Loads a version of a model while the others are served, and makes it the default unless keep_default is set. The
+    stream reports the progress; its last message contains the model. A load that fails changes nothing.
     """
     UploadModel: _aio.StreamUnaryMultiCallable[_models_pb2.UploadModelRequest, _models_pb2.UploadModelResponse]  # type: ignore[assignment]
-    """Sends a file to the server, if it allows that (--allow-model-upload); LoadModel then names it."""
+    """Sends a model file to the server, in pieces. Pass the returned `upload` to LoadModel. The server must be started
+    with --allow-model-upload.
+    """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_models_pb2.UnloadModelRequest, _models_pb2.UnloadModelResponse]  # type: ignore[assignment]
-    """Serves a version no longer, when what is under way on it has ended."""
+    """Stops serving a version, once the calls that are running on it have ended."""
     SetDefault: _aio.UnaryUnaryMultiCallable[_models_pb2.SetDefaultRequest, _models_pb2.SetDefaultResponse]  # type: ignore[assignment]
-    """Makes a loaded version the default: the way forward and the way back."""
+    """Makes a loaded version the default: to roll out a new version, or to roll back to an older one."""
     SetLabel: _aio.UnaryUnaryMultiCallable[_models_pb2.SetLabelRequest, _models_pb2.SetLabelResponse]  # type: ignore[assignment]
-    """Gives a label to a loaded version, or takes it away. Sessions that were opened by it stay where they are."""
+    """Assigns a label to a loaded version, or removes the label. Sessions that were opened by the label stay on their
+    version.
+    """
 
 class ModelAdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Changes which models are served, while they are. For admins, where the server knows its callers.
+    """Changes which models are served, without a restart. If the server authenticates its callers, only admins may call it.
 
-    A model has versions, whole numbers of 1 or more, of which one is the default. What names a model says NAME for the
-    default, NAME@VERSION for that version or NAME:LABEL for the version that has the label. A session stays on the version
-    that it was opened with; one that was opened by the name alone goes on to a new default if SessionPolicy says so.
+    A model has numbered versions, from 1 upwards, and one of them is the default. NAME refers to the default version,
+    NAME@VERSION to that version, and NAME:LABEL to the version with that label. A session stays on the version that it
+    was opened with. A session that was opened by NAME alone moves to a new default if the SessionPolicy says so.
     """
 
     @_abc_1.abstractmethod
@@ -167,8 +175,8 @@ class ModelAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _models_pb2.LoadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_models_pb2.LoadModelResponse], _abc.AsyncIterator[_models_pb2.LoadModelResponse]]:
-        """Loads a version of a model beside the traffic, and makes it the default if asked to. Tells how far it is; the last
-        message has the model. What fails changes nothing.
+        """Loads a version of a model while the others are served, and makes it the default unless keep_default is set. The
+        stream reports the progress; its last message contains the model. A load that fails changes nothing.
         """
 
     @_abc_1.abstractmethod
@@ -177,7 +185,9 @@ class ModelAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_models_pb2.UploadModelRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_models_pb2.UploadModelResponse, _abc.Awaitable[_models_pb2.UploadModelResponse]]:
-        """Sends a file to the server, if it allows that (--allow-model-upload); LoadModel then names it."""
+        """Sends a model file to the server, in pieces. Pass the returned `upload` to LoadModel. The server must be started
+        with --allow-model-upload.
+        """
 
     @_abc_1.abstractmethod
     def UnloadModel(
@@ -185,7 +195,7 @@ class ModelAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _models_pb2.UnloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_models_pb2.UnloadModelResponse, _abc.Awaitable[_models_pb2.UnloadModelResponse]]:
-        """Serves a version no longer, when what is under way on it has ended."""
+        """Stops serving a version, once the calls that are running on it have ended."""
 
     @_abc_1.abstractmethod
     def SetDefault(
@@ -193,7 +203,7 @@ class ModelAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _models_pb2.SetDefaultRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_models_pb2.SetDefaultResponse, _abc.Awaitable[_models_pb2.SetDefaultResponse]]:
-        """Makes a loaded version the default: the way forward and the way back."""
+        """Makes a loaded version the default: to roll out a new version, or to roll back to an older one."""
 
     @_abc_1.abstractmethod
     def SetLabel(
@@ -201,6 +211,8 @@ class ModelAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _models_pb2.SetLabelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_models_pb2.SetLabelResponse, _abc.Awaitable[_models_pb2.SetLabelResponse]]:
-        """Gives a label to a loaded version, or takes it away. Sessions that were opened by it stay where they are."""
+        """Assigns a label to a loaded version, or removes the label. Sessions that were opened by the label stay on their
+        version.
+        """
 
 def add_ModelAdminServiceServicer_to_server(servicer: ModelAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -30,25 +30,27 @@ class _OutputSelection:
 class _OutputSelectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OutputSelection.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     OUTPUT_SELECTION_UNSPECIFIED: _OutputSelection.ValueType  # 0
-    """As ALL."""
+    """The same as OUTPUT_SELECTION_ALL."""
     OUTPUT_SELECTION_ALL: _OutputSelection.ValueType  # 1
     """Every time step."""
     OUTPUT_SELECTION_LAST: _OutputSelection.ValueType  # 2
-    """The last time step only, without a time axis."""
+    """Only the last time step, without a time axis."""
     OUTPUT_SELECTION_NONE: _OutputSelection.ValueType  # 3
-    """No outputs at all."""
+    """No outputs."""
 
 class OutputSelection(_OutputSelection, metaclass=_OutputSelectionEnumTypeWrapper):
-    """Which time steps of the temporal outputs come back. Outputs without a time axis come unless NONE."""
+    """Time steps at which the response contains the outputs. Outputs without a time axis are sent except with
+    OUTPUT_SELECTION_NONE.
+    """
 
 OUTPUT_SELECTION_UNSPECIFIED: OutputSelection.ValueType  # 0
-"""As ALL."""
+"""The same as OUTPUT_SELECTION_ALL."""
 OUTPUT_SELECTION_ALL: OutputSelection.ValueType  # 1
 """Every time step."""
 OUTPUT_SELECTION_LAST: OutputSelection.ValueType  # 2
-"""The last time step only, without a time axis."""
+"""Only the last time step, without a time axis."""
 OUTPUT_SELECTION_NONE: OutputSelection.ValueType  # 3
-"""No outputs at all."""
+"""No outputs."""
 Global___OutputSelection: _TypeAlias = OutputSelection  # noqa: Y015
 
 class _StateSelection:
@@ -58,7 +60,7 @@ class _StateSelection:
 class _StateSelectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StateSelection.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     STATE_SELECTION_UNSPECIFIED: _StateSelection.ValueType  # 0
-    """As NONE."""
+    """The same as STATE_SELECTION_NONE."""
     STATE_SELECTION_NONE: _StateSelection.ValueType  # 1
     """No states."""
     STATE_SELECTION_LAST: _StateSelection.ValueType  # 2
@@ -67,10 +69,10 @@ class _StateSelectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StateS
     """The state after every time step."""
 
 class StateSelection(_StateSelection, metaclass=_StateSelectionEnumTypeWrapper):
-    """For which time steps the state comes back with the outputs."""
+    """Time steps at which the response contains the state."""
 
 STATE_SELECTION_UNSPECIFIED: StateSelection.ValueType  # 0
-"""As NONE."""
+"""The same as STATE_SELECTION_NONE."""
 STATE_SELECTION_NONE: StateSelection.ValueType  # 1
 """No states."""
 STATE_SELECTION_LAST: StateSelection.ValueType  # 2
@@ -86,25 +88,25 @@ class _ExistingSession:
 class _ExistingSessionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExistingSession.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     EXISTING_SESSION_UNSPECIFIED: _ExistingSession.ValueType  # 0
-    """As REFUSE."""
+    """The same as EXISTING_SESSION_REFUSE."""
     EXISTING_SESSION_REFUSE: _ExistingSession.ValueType  # 1
-    """Leave the one that is there, and say ALREADY_EXISTS."""
+    """Keep the open session and report ALREADY_EXISTS for the imported one."""
     EXISTING_SESSION_SKIP: _ExistingSession.ValueType  # 2
-    """Leave the one that is there."""
+    """Keep the open session and report IMPORT_OUTCOME_SKIPPED."""
     EXISTING_SESSION_REPLACE: _ExistingSession.ValueType  # 3
-    """Replace the one that is there."""
+    """Replace the open session by the imported one."""
 
 class ExistingSession(_ExistingSession, metaclass=_ExistingSessionEnumTypeWrapper):
-    """What to do with a session that is imported while there is one of its id."""
+    """Action for an imported session whose ID an open session has."""
 
 EXISTING_SESSION_UNSPECIFIED: ExistingSession.ValueType  # 0
-"""As REFUSE."""
+"""The same as EXISTING_SESSION_REFUSE."""
 EXISTING_SESSION_REFUSE: ExistingSession.ValueType  # 1
-"""Leave the one that is there, and say ALREADY_EXISTS."""
+"""Keep the open session and report ALREADY_EXISTS for the imported one."""
 EXISTING_SESSION_SKIP: ExistingSession.ValueType  # 2
-"""Leave the one that is there."""
+"""Keep the open session and report IMPORT_OUTCOME_SKIPPED."""
 EXISTING_SESSION_REPLACE: ExistingSession.ValueType  # 3
-"""Replace the one that is there."""
+"""Replace the open session by the imported one."""
 Global___ExistingSession: _TypeAlias = ExistingSession  # noqa: Y015
 
 class _ImportOutcome:
@@ -116,32 +118,32 @@ class _ImportOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ImportO
     IMPORT_OUTCOME_UNSPECIFIED: _ImportOutcome.ValueType  # 0
     """Never sent."""
     IMPORT_OUTCOME_IMPORTED: _ImportOutcome.ValueType  # 1
-    """The session was made, or was there as it would be imported."""
+    """The session was created, or an equal session was already open."""
     IMPORT_OUTCOME_REPLACED: _ImportOutcome.ValueType  # 2
-    """The session was made in place of another one."""
+    """The session replaced an open session."""
     IMPORT_OUTCOME_SKIPPED: _ImportOutcome.ValueType  # 3
-    """There is one of that id, and it was left as it is."""
+    """An open session has this ID, and was kept."""
     IMPORT_OUTCOME_FAILED: _ImportOutcome.ValueType  # 4
-    """Nothing was done."""
+    """The session was not imported, and nothing changed."""
 
 class ImportOutcome(_ImportOutcome, metaclass=_ImportOutcomeEnumTypeWrapper):
-    """What an import did."""
+    """Result of importing one session."""
 
 IMPORT_OUTCOME_UNSPECIFIED: ImportOutcome.ValueType  # 0
 """Never sent."""
 IMPORT_OUTCOME_IMPORTED: ImportOutcome.ValueType  # 1
-"""The session was made, or was there as it would be imported."""
+"""The session was created, or an equal session was already open."""
 IMPORT_OUTCOME_REPLACED: ImportOutcome.ValueType  # 2
-"""The session was made in place of another one."""
+"""The session replaced an open session."""
 IMPORT_OUTCOME_SKIPPED: ImportOutcome.ValueType  # 3
-"""There is one of that id, and it was left as it is."""
+"""An open session has this ID, and was kept."""
 IMPORT_OUTCOME_FAILED: ImportOutcome.ValueType  # 4
-"""Nothing was done."""
+"""The session was not imported, and nothing changed."""
 Global___ImportOutcome: _TypeAlias = ImportOutcome  # noqa: Y015
 
 @_typing.final
 class Session(_message.Message):
-    """A session as others may see it."""
+    """An open session."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -160,42 +162,46 @@ class Session(_message.Message):
     UID_FIELD_NUMBER: _builtins.int
     MAX_IDLE_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """1 to 256 printable characters."""
+    """ID of the session: 1 to 256 printable characters."""
     model: _builtins.str
     """Name of its model."""
     model_fingerprint: _builtins.str
-    """Fingerprint of the model its state belongs to."""
+    """Fingerprint of the model that its state belongs to."""
     batch_size: _builtins.int
-    """Rows, fixed when it was opened."""
+    """Number of rows, fixed when the session was opened."""
     revision: _builtins.int
-    """Changes so far, those of sessions that had the id before among them: no revision of an id comes twice."""
+    """Number of changes so far. It continues from earlier sessions with the same ID, so no revision of an ID occurs
+    twice.
+    """
     position: _builtins.int
-    """Time steps consumed since the last reset of the whole state, of all rows at once. A step of some rows counts as one
-    of all.
+    """Number of time steps since the last reset of the whole state, which resets all rows. A step of some rows counts
+    like a step of all rows.
     """
     resident: _builtins.bool
-    """Its state is in a slot (true) or only in the store (false)."""
+    """Whether the state is in memory (true) or only in the store (false)."""
     tenant: _builtins.str
-    """Whose it is, where everybody's sessions are listed. Empty elsewhere, and for sessions of no tenant."""
+    """Tenant that owns the session. Set only if the call lists the sessions of all tenants."""
     model_version: _builtins.int
-    """Version of its model that its next change runs on."""
+    """Number of the model version that runs the session's next change."""
     model_version_pinned: _builtins.bool
-    """It was opened with a version or a label and stays on its version; else it goes where the default goes, as the
-    operator decides.
+    """Whether the session was opened with a version or a label, and so stays on its version. Otherwise it follows the
+    default version as the operator's SessionPolicy says.
     """
     uid: _builtins.int
-    """Tells sessions apart that had the same id one after the other: no two of them have the same. Random and non-zero."""
+    """Random, non-zero identifier that separates this session from earlier and later sessions with the same ID."""
     @_builtins.property
     def created_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was opened."""
+        """Time at which the session was opened."""
 
     @_builtins.property
     def last_used_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was last changed, read (GetState) or resumed."""
+        """Time at which the session was last changed, read (GetState) or resumed."""
 
     @_builtins.property
     def max_idle(self) -> _duration_pb2.Duration:
-        """It expires when it was not used for this long: its own limit, or the server's where that is shorter. Absent: never."""
+        """Time without use after which the session expires: its own limit, or the server's if that is shorter. Absent: the
+        session does not expire.
+        """
 
     def __init__(
         self,
@@ -225,7 +231,7 @@ Global___Session: _TypeAlias = Session  # noqa: Y015
 
 @_typing.final
 class OpenSessionRequest(_message.Message):
-    """Opens or resumes a session."""
+    """Request of OpenSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -238,32 +244,32 @@ class OpenSessionRequest(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     MAX_IDLE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """The model: NAME for its default version, NAME@VERSION for that one, NAME:LABEL for the one that has the label."""
+    """The model: NAME for the default version, NAME@VERSION for that version, NAME:LABEL for the version with that label."""
     session_id: _builtins.str
-    """1 to 256 printable characters without leading or trailing space. Absent or empty: the server makes
-    an unguessable one.
+    """ID of the session: 1 to 256 printable characters without leading or trailing space. Absent or empty: the server
+    generates an ID that cannot be guessed.
     """
     batch_size: _builtins.int
-    """Rows, >= 1. 0 or absent: 1. Must be the session's own when it is resumed."""
+    """Number of rows, at least 1. 0 or absent: 1. If the session is resumed, it must equal the session's batch size."""
     must_be_new: _builtins.bool
-    """Refuse with ALREADY_EXISTS instead of resuming."""
+    """Whether to fail with ALREADY_EXISTS instead of resuming an open session."""
     request_id: _builtins.int
-    """Random and non-zero. A retry with the same request id of the request that opened the session is
-    answered with the first answer, also with must_be_new. 0: none.
+    """Random, non-zero ID of this request. A retry with the same ID gets the first response, even with must_be_new. 0:
+    the request has no ID.
     """
     model_fingerprint: _builtins.str
-    """Fingerprint the model must have, else FAILED_PRECONDITION. Empty: any."""
+    """Fingerprint that the model must have; otherwise the call fails with FAILED_PRECONDITION. Empty: any."""
     @_builtins.property
     def state(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """Initial state, each (batch_size, ...). Absent: the model's initial state. All of the state or none
-        of it. Not used when a session is resumed.
+        """Initial state, each tensor (batch_size, ...). Give all tensors of the state or none. Absent: the model's initial
+        state. Ignored if the session is resumed.
         """
 
     @_builtins.property
     def max_idle(self) -> _duration_pb2.Duration:
-        """The session expires when it was not used for this long: 1 s to 3650 days, or 0 for no limit of its own. The server's
-        max_session_idle_s is an upper bound all the same. Not used when a session is resumed, which keeps its limit.
-        Absent: the server's unnamed_session_idle_s if the server makes the id, else no limit of its own.
+        """Time without use after which the session expires: 1 s to 3650 days, or 0 for no limit of its own. The server's
+        max_session_idle_s still applies. Ignored if the session is resumed, which keeps its limit. Absent: the server's
+        unnamed_session_idle_s if the server generates the ID, otherwise no limit of its own.
         """
 
     def __init__(
@@ -288,7 +294,7 @@ Global___OpenSessionRequest: _TypeAlias = OpenSessionRequest  # noqa: Y015
 
 @_typing.final
 class OpenSessionResponse(_message.Message):
-    """The open session."""
+    """Response of OpenSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -296,12 +302,12 @@ class OpenSessionResponse(_message.Message):
     RESUMED_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     resumed: _builtins.bool
-    """It was there before."""
+    """Whether the session was already open."""
     replayed: _builtins.bool
-    """The answer to a request that was sent again."""
+    """Whether this is the remembered response to a repeated request."""
     @_builtins.property
     def session(self) -> Global___Session:
-        """As it is now."""
+        """The open session."""
 
     def __init__(
         self,
@@ -320,7 +326,7 @@ Global___OpenSessionResponse: _TypeAlias = OpenSessionResponse  # noqa: Y015
 
 @_typing.final
 class OpenSessionsRequest(_message.Message):
-    """Opens many sessions."""
+    """Request of OpenSessions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -332,26 +338,27 @@ class OpenSessionsRequest(_message.Message):
     RESUME_FIELD_NUMBER: _builtins.int
     MAX_IDLE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """The model, as in OpenSessionRequest."""
+    """The model: NAME for the default version, NAME@VERSION for that version, NAME:LABEL for the version with that label."""
     count: _builtins.int
-    """How many, 1 to 65536; ids are made by the server. 0: as many as session_ids."""
+    """Number of sessions, 1 to 65536, whose IDs the server generates. 0: use session_ids."""
     batch_size: _builtins.int
-    """Rows of each, >= 1. 0 or absent: 1."""
+    """Number of rows of each session, at least 1. 0 or absent: 1."""
     request_id: _builtins.int
-    """Random and non-zero. A retry with the same request id is answered with the first answer as long as
-    the server remembers it. 0: none.
+    """Random, non-zero ID of this request. A retry with the same ID gets the first response while the server remembers
+    it. 0: the request has no ID.
     """
     resume: _builtins.bool
-    """Resume the sessions of session_ids that are live, and open the others. A live one must be of this model and have this
-    batch_size, else the call ends with ALREADY_EXISTS and changes nothing. Of those that are opened all are, or none.
+    """Whether to resume the sessions that are already open, and open the others. An open session must have this model and
+    batch size; otherwise the call fails with ALREADY_EXISTS and changes nothing. The server opens all new sessions or
+    none.
     """
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids; must all be new, unless resume says otherwise. Empty: count says how many."""
+        """IDs of the sessions, which must all be new unless `resume` is set. Empty: use `count`."""
 
     @_builtins.property
     def max_idle(self) -> _duration_pb2.Duration:
-        """As in OpenSessionRequest, of each session that is opened."""
+        """Time without use after which each new session expires, as in OpenSessionRequest.max_idle."""
 
     def __init__(
         self,
@@ -374,7 +381,7 @@ Global___OpenSessionsRequest: _TypeAlias = OpenSessionsRequest  # noqa: Y015
 
 @_typing.final
 class OpenSessionsResponse(_message.Message):
-    """The open sessions, at revision 0 unless they were resumed."""
+    """Response of OpenSessions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -390,34 +397,36 @@ class OpenSessionsResponse(_message.Message):
     model_fingerprint: _builtins.str
     """Fingerprint of their model."""
     replayed: _builtins.bool
-    """The answer to a request that was sent again."""
+    """Whether this is the remembered response to a repeated request."""
     model_version: _builtins.int
-    """Version of the model that they were opened on."""
+    """Number of the model version that the new sessions were opened on."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """In the order of the request, or of their making."""
+        """IDs of the sessions, in the order of the request or of their creation."""
 
     @_builtins.property
     def revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Their revisions, one each; empty if all are 0. A session whose id another one had before, as far as that is
-        remembered, does not begin with 0 but with a revision that the other never had.
+        """Revisions, one per session. Empty: all are 0. If an earlier session had the same ID and the server remembers it,
+        the new session starts at a revision that the earlier one never had.
         """
 
     @_builtins.property
     def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Their positions, one each; empty if all are 0."""
+        """Positions, one per session. Empty: all are 0."""
 
     @_builtins.property
     def resumed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
-        """Whether each was there before, one each; empty if none was."""
+        """Whether each session was already open, one entry per session. Empty: none was."""
 
     @_builtins.property
     def model_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Version of the model that each is on; empty if all are on model_version."""
+        """Number of each session's model version. Empty: all are on model_version."""
 
     @_builtins.property
     def uids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Their uids: one each, or a single one if all have the same, as sessions that one call opens do."""
+        """Session.uid of the sessions: one per session, or a single one if all are equal. One call gives all the sessions
+        that it opens the same uid.
+        """
 
     def __init__(
         self,
@@ -442,7 +451,7 @@ Global___OpenSessionsResponse: _TypeAlias = OpenSessionsResponse  # noqa: Y015
 
 @_typing.final
 class CloseSessionRequest(_message.Message):
-    """Deletes a session."""
+    """Request of CloseSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -450,15 +459,15 @@ class CloseSessionRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     UID_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """The session."""
+    """ID of the session."""
     request_id: _builtins.int
-    """Random and non-zero. A retry with the same request id succeeds as long as the server remembers it, and deletes no
-    session that was opened with this session_id since. An id remembers the last 4 calls that closed a session of it.
-    0: none.
+    """Random, non-zero ID of this request. A retry with the same ID succeeds while the server remembers it, and does not
+    close a session that was opened with this session_id since. The server remembers the last 4 closing calls of a
+    session_id. 0: the request has no ID.
     """
     uid: _builtins.int
-    """The session's uid: another session that has the id now is not deleted, and the call fails as if there were none.
-    0: whichever session has the id.
+    """Session.uid of the session. If another session has this session_id now, the call fails as if no session had it. 0:
+    any session with this session_id.
     """
     def __init__(
         self,
@@ -477,13 +486,13 @@ Global___CloseSessionRequest: _TypeAlias = CloseSessionRequest  # noqa: Y015
 
 @_typing.final
 class CloseSessionResponse(_message.Message):
-    """The session is deleted."""
+    """Response of CloseSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
-    """The answer to a request that was sent again."""
+    """Whether this is the remembered response to a repeated request."""
     def __init__(
         self,
         *,
@@ -499,7 +508,7 @@ Global___CloseSessionResponse: _TypeAlias = CloseSessionResponse  # noqa: Y015
 
 @_typing.final
 class CloseSessionsRequest(_message.Message):
-    """Deletes many sessions."""
+    """Request of CloseSessions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -507,14 +516,14 @@ class CloseSessionsRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     UIDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
-    """As in CloseSessionRequest, for each of them."""
+    """Random, non-zero ID of this request, as in CloseSessionRequest.request_id. 0: the request has no ID."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The sessions, at most 4096."""
+        """IDs of the sessions, at most 4096."""
 
     @_builtins.property
     def uids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """As in CloseSessionRequest: one for each of session_ids, or one for all. Empty: whichever sessions have the ids."""
+        """Session.uid of the sessions: one per session_id, or one for all. Empty: any sessions with these session_ids."""
 
     def __init__(
         self,
@@ -533,13 +542,13 @@ Global___CloseSessionsRequest: _TypeAlias = CloseSessionsRequest  # noqa: Y015
 
 @_typing.final
 class CloseSessionsResponse(_message.Message):
-    """They are deleted."""
+    """Response of CloseSessions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CLOSED_FIELD_NUMBER: _builtins.int
     closed: _builtins.int
-    """How many of them this request deleted, now or before."""
+    """Number of sessions that this request closed, including those that its first attempt closed."""
     def __init__(
         self,
         *,
@@ -555,8 +564,8 @@ Global___CloseSessionsResponse: _TypeAlias = CloseSessionsResponse  # noqa: Y015
 
 @_typing.final
 class CloseMatchingSessionsRequest(_message.Message):
-    """Deletes sessions that fit a filter: those that fit when the first request of a row of pages came, and still do
-    when their turn comes. At least one of the filters must be there.
+    """Request of CloseMatchingSessions. It closes the sessions that match when the first page is requested and still match
+    when the server reaches them. At least one of the filters model, session_id_prefix, idle_longer and all is required.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -569,22 +578,22 @@ class CloseMatchingSessionsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Only sessions of this model. Empty: of all models."""
+    """Name of the model whose sessions match. Empty: every model."""
     session_id_prefix: _builtins.str
-    """Only ids that begin with this. Empty: all."""
+    """Prefix of the session IDs that match. Empty: every ID."""
     all: _builtins.bool
-    """All sessions, if no filter is there."""
+    """Whether to close all sessions when no other filter is set."""
     page_size: _builtins.int
-    """At most this many are closed by this call, up to 10000. 0: 1000."""
+    """Maximum number of sessions that this call closes, at most 10000. 0: 1000."""
     page_token: _builtins.str
-    """next_page_token of the response before, with the same filters. Empty: the first call."""
+    """next_page_token of the previous response, with the same filters. Empty: the first page."""
     request_id: _builtins.int
-    """As in CloseSessionRequest, for each session that is deleted: another one for each call. A retry with the same one
-    deletes no session that was opened with an id after this call had closed another one of it.
+    """Random, non-zero ID of this request, different for each page. A retry with the same ID does not close a session
+    that was opened after this call had closed another with its session ID. 0: the request has no ID.
     """
     @_builtins.property
     def idle_longer(self) -> _duration_pb2.Duration:
-        """Only sessions that nobody has changed, read or resumed for longer than this. Absent: all."""
+        """Close only sessions that were not changed, read or resumed for longer than this. Absent: any."""
 
     def __init__(
         self,
@@ -607,16 +616,16 @@ Global___CloseMatchingSessionsRequest: _TypeAlias = CloseMatchingSessionsRequest
 
 @_typing.final
 class CloseMatchingSessionsResponse(_message.Message):
-    """Some are deleted."""
+    """Response of CloseMatchingSessions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CLOSED_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     closed: _builtins.int
-    """How many were closed by this call."""
+    """Number of sessions that this call closed."""
     next_page_token: _builtins.str
-    """Pass it to go on. Empty: there are no more."""
+    """Token for the next page. Empty: this was the last page."""
     def __init__(
         self,
         *,
@@ -633,13 +642,13 @@ Global___CloseMatchingSessionsResponse: _TypeAlias = CloseMatchingSessionsRespon
 
 @_typing.final
 class GetSessionRequest(_message.Message):
-    """Asks for a session."""
+    """Request of GetSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """The session."""
+    """ID of the session."""
     def __init__(
         self,
         *,
@@ -655,14 +664,14 @@ Global___GetSessionRequest: _TypeAlias = GetSessionRequest  # noqa: Y015
 
 @_typing.final
 class GetSessionResponse(_message.Message):
-    """One session."""
+    """Response of GetSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def session(self) -> Global___Session:
-        """As of its last completed change."""
+        """The session as of its last completed change."""
 
     def __init__(
         self,
@@ -679,7 +688,7 @@ Global___GetSessionResponse: _TypeAlias = GetSessionResponse  # noqa: Y015
 
 @_typing.final
 class ListSessionsRequest(_message.Message):
-    """Asks for a page of sessions, which come in the order of their ids."""
+    """Request of ListSessions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -690,18 +699,18 @@ class ListSessionsRequest(_message.Message):
     IDLE_LONGER_FIELD_NUMBER: _builtins.int
     SKIP_TOTAL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Only sessions of this model. Empty: of all models."""
+    """Name of the model whose sessions to list. Empty: every model."""
     page_size: _builtins.int
-    """At most this many, up to 10000. 0: 1000."""
+    """Maximum number of sessions on the page, at most 10000. 0: 1000."""
     page_token: _builtins.str
-    """next_page_token of the page before. Empty: the first page."""
+    """next_page_token of the previous page. Empty: the first page."""
     session_id_prefix: _builtins.str
-    """Only ids that begin with this. Empty: all."""
+    """Prefix of the session IDs to list. Empty: every ID."""
     skip_total: _builtins.bool
-    """Do not count all that fit: a page costs less then."""
+    """Whether to skip the count of all matching sessions, which makes the call cheaper."""
     @_builtins.property
     def idle_longer(self) -> _duration_pb2.Duration:
-        """Only sessions that nobody has changed, read or resumed for longer than this. Absent: all."""
+        """List only sessions that were not changed, read or resumed for longer than this. Absent: any."""
 
     def __init__(
         self,
@@ -723,7 +732,7 @@ Global___ListSessionsRequest: _TypeAlias = ListSessionsRequest  # noqa: Y015
 
 @_typing.final
 class ListSessionsResponse(_message.Message):
-    """A page of sessions."""
+    """Response of ListSessions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -731,12 +740,12 @@ class ListSessionsResponse(_message.Message):
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Pass it to get the next page. Empty: this is the last."""
+    """Token for the next page. Empty: this is the last page."""
     total: _builtins.int
-    """Live sessions that fit the request, over all pages. 0 with skip_total."""
+    """Number of open sessions that match the request, on all pages. 0 with skip_total."""
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Session]:
-        """In the order of their ids. A page may have fewer than were asked for, or none, and not be the last."""
+        """A page of sessions, ordered by ID. A page may hold fewer sessions than requested, or none, and not be the last."""
 
     def __init__(
         self,
@@ -755,7 +764,7 @@ Global___ListSessionsResponse: _TypeAlias = ListSessionsResponse  # noqa: Y015
 
 @_typing.final
 class StepRequest(_message.Message):
-    """One step of one session."""
+    """Request of Step."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -771,50 +780,50 @@ class StepRequest(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     TENSOR_FORMAT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """The session."""
+    """ID of the session."""
     expected_revision: _builtins.int
-    """Revision the session must have. Absent: applied at any revision."""
+    """Revision that the session must have. Absent: any."""
     request_id: _builtins.int
-    """Random and non-zero, the same in a retry. 0: none."""
+    """Random, non-zero ID of this change, the same in each retry. 0: the change has no ID."""
     outputs: Global___OutputSelection.ValueType
-    """Which time steps come back."""
+    """Time steps at which the response contains the outputs."""
     states: Global___StateSelection.ValueType
-    """For which time steps states come back. They count towards the size of the reply, which is refused before
-    anything changes if it is too large for a message. A server that does not know what is asked for says
-    INVALID_ARGUMENT.
+    """Time steps at which the response contains the state. States count towards the size of the response. If the response
+    would be too large for a message, the call fails and changes nothing. A server that does not know the value fails
+    with INVALID_ARGUMENT.
     """
     tensor_format: _tensors_pb2.TensorFormat.ValueType
-    """How the tensors of the answer say their elements. Not said: as the inputs do."""
+    """Encoding of the tensors in the response. Not set: the encoding of the inputs."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """Inputs, (R, T, features...) with R the batch size, or the number of rows where these are given; one time step may
-        leave out T. Every input of the model.
+        """Inputs of the model, each (R, T, features...). R is the batch size, or the number of `rows` if these are set. A
+        single time step may omit the axis T. Give every input of the model.
         """
 
     @_builtins.property
     def reset_mask(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
-        """Rows that begin anew: where it is true, the row is set to the model's initial state before that time step, and the
-        step goes on from there; all of it is one change. (R) entries, one for each row of the inputs, speak of the first
-        time step; (R * T) entries of every one, a row's time steps one after the other (row-major). Empty: none.
-        The position begins at 0 again before each time step at which every row of the session is reset: with t the last
-        of them, counted from 0, it is T - t after the step.
+        """Rows to reset within this change. True sets the row to the model's initial state before that time step. (R)
+        entries, one per row of the inputs, apply to the first time step. (R * T) entries apply to each time step,
+        row-major: the time steps of the first row come first. Empty: no row is reset. A time step at which all rows of the
+        session are reset sets the position to 0: if t, counted from 0, is the last such time step, the position after the
+        step is T - t.
         """
 
     @_builtins.property
     def output_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of the outputs that come back. Empty: all of them."""
+        """Names of the outputs to return. Empty: all outputs."""
 
     @_builtins.property
     def state_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Rows whose states come back, in this order, each in 0 to batch_size - 1 and at most once; with rows, among them.
-        Empty: all rows that advance.
+        """Rows whose states to return, in this order. Each is in 0 to batch_size - 1, occurs at most once, and is one of
+        `rows` if these are set. Empty: all rows that advance.
         """
 
     @_builtins.property
     def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Rows that advance, each in 0 to batch_size - 1 and at most once: the other rows keep their state. R is then the
-        number of rows, and inputs, reset_mask, outputs and states are theirs, in this order. It is one change, revision
-        and position count it as any other: the position by T. Empty: all rows, R is batch_size.
+        """Rows to advance, each in 0 to batch_size - 1 and at most once. The other rows keep their state. inputs, reset_mask,
+        outputs and states then have these rows, in this order, and R is their number. Like any step, it adds 1 to the
+        revision and T to the position. Empty: all rows, and R is the batch size.
         """
 
     def __init__(
@@ -844,7 +853,7 @@ Global___StepRequest: _TypeAlias = StepRequest  # noqa: Y015
 
 @_typing.final
 class StepResponse(_message.Message):
-    """The step is applied."""
+    """Response of Step."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -855,22 +864,24 @@ class StepResponse(_message.Message):
     STATES_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """After the step."""
+    """Revision of the session after the step."""
     position: _builtins.int
-    """After the step."""
+    """Position of the session after the step."""
     replayed: _builtins.bool
-    """The remembered answer to a step that was sent again."""
+    """Whether this is the remembered response to a repeated step."""
     model_version: _builtins.int
-    """Version of the model that ran it, now or, of a remembered reply, that the session is on."""
+    """Number of the model version that ran the step. In a replayed response: the version that the session is on."""
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """Outputs in the model's own shape: (R, T, ...) where it returns sequences and the inputs had T, else (R, ...), R as
-        in the inputs. Empty with NONE.
+        """Outputs in the model's output shape: (R, T, ...) if it returns sequences and the inputs have the axis T, otherwise
+        (R, ...). R is that of the inputs. Empty with OUTPUT_SELECTION_NONE.
         """
 
     @_builtins.property
     def states(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """States as asked for, in the model's order: (rows, T, ...) with ALL if the inputs had T, else (rows, ...)."""
+        """States in the model's order, if requested: (rows, T, ...) with STATE_SELECTION_ALL if the inputs have the axis T,
+        otherwise (rows, ...).
+        """
 
     def __init__(
         self,
@@ -892,7 +903,7 @@ Global___StepResponse: _TypeAlias = StepResponse  # noqa: Y015
 
 @_typing.final
 class StepStreamRequest(_message.Message):
-    """One frame."""
+    """Request of StepStream: one frame."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -900,14 +911,14 @@ class StepStreamRequest(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     RESET_FIELD_NUMBER: _builtins.int
     frame_id: _builtins.int
-    """Chosen by the client, unique among its unanswered frames on this stream; echoed in every part."""
+    """Number chosen by the client, unique among its unanswered frames on this stream. Every response to the frame has it."""
     @_builtins.property
     def step(self) -> Global___StepFrame:
-        """Advance them."""
+        """Advance the sessions."""
 
     @_builtins.property
     def reset(self) -> Global___ResetFrame:
-        """Reset them."""
+        """Reset the sessions."""
 
     def __init__(
         self,
@@ -928,7 +939,7 @@ Global___StepStreamRequest: _TypeAlias = StepStreamRequest  # noqa: Y015
 
 @_typing.final
 class StepFrame(_message.Message):
-    """Steps of many sessions of one model."""
+    """Frame that steps many sessions of one model. Its members are the sessions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -948,61 +959,62 @@ class StepFrame(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     outputs: Global___OutputSelection.ValueType
-    """Which time steps come back."""
+    """Time steps at which the response contains the outputs."""
     timeout_ms: _builtins.int
-    """Milliseconds after which steps that still wait are dropped unapplied. 0: no limit."""
+    """Time limit in milliseconds. The server drops steps that still wait after it, without applying them. 0: no limit."""
     states: Global___StateSelection.ValueType
-    """As in StepRequest."""
+    """Time steps at which the response contains the states, as in StepRequest.states."""
     expected_revision: _builtins.int
-    """In place of expected_revisions, where it is the same for all sessions."""
+    """Revision that every session must have; use it instead of expected_revisions. Absent: use expected_revisions."""
     request_id_base: _builtins.int
-    """In place of request_ids: that of the first session; each further one's is greater by 1. It and the last one are
-    within 1 to 2^64 - 1. A member that is sent again in another frame has its own there. 0: none.
+    """Request ID of the first session; each following session has the next higher ID. Use it instead of request_ids. All
+    the IDs are in 1 to 2^64 - 1. To retry a member in another frame, send the same ID for it there. 0: use
+    request_ids.
     """
     traceparent: _builtins.str
-    """The client's span, if it is one of a sampled trace: W3C's traceparent. What the metadata of the stream say is the
-    stream's. Empty: none.
+    """Span of the client, as a W3C traceparent, if its trace is sampled. A traceparent in the stream's metadata is that
+    of the whole stream. Empty: none.
     """
     batch_size: _builtins.int
-    """In place of batch_sizes, where it is the same for all sessions. 0: none."""
+    """Number of rows of every session; use it instead of batch_sizes. 0: use batch_sizes."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The sessions, each at most once."""
+        """IDs of the sessions, each at most once."""
 
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """Inputs, (R, T, features...) with R the sum of the sessions' batch sizes, in the order of
-        session_ids; one time step may leave out T. Every input of the model.
+        """Inputs of the model, each (R, T, features...). R is the sum of the batch sizes; the rows are in the order of
+        session_ids. A single time step may omit the axis T. Give every input of the model.
         """
 
     @_builtins.property
     def expected_revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Revision each session must have. Empty: applied at any revision."""
+        """Revisions that the sessions must have, one per session. Empty: any."""
 
     @_builtins.property
     def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Random and non-zero, one per session, the same in a retry. Empty: none."""
+        """Random, non-zero IDs of the changes, one per session, the same in each retry. Empty: the changes have no IDs."""
 
     @_builtins.property
     def batch_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Rows of each session, as the client knows them: they tell whose rows are whose when some of the
-        sessions are gone. Empty: the server's own knowledge; then two sessions of more than one row that
-        are gone at once make it refuse the whole frame.
+        """Number of rows of each session, according to the client. They assign the rows of the inputs if some sessions no
+        longer exist. Empty: the server uses the batch sizes that it knows, and rejects the whole frame if two or more
+        sessions with several rows no longer exist.
         """
 
     @_builtins.property
     def reset_mask(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
-        """As in StepRequest, (R) or (R * T) for the rows of all sessions. The position of a session begins at 0 again where
-        all of its own rows are reset.
+        """Rows to reset, with (R) or (R * T) entries as in StepRequest.reset_mask, for the rows of all sessions. The position
+        of a session becomes 0 at a time step that resets all rows of that session.
         """
 
     @_builtins.property
     def output_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """As in StepRequest."""
+        """Names of the outputs to return. Empty: all outputs."""
 
     @_builtins.property
     def state_members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Indexes into session_ids of the members whose states come back, ascending. Empty: all members."""
+        """Members whose states to return, as ascending indexes into session_ids. Empty: all members."""
 
     def __init__(
         self,
@@ -1035,7 +1047,7 @@ Global___StepFrame: _TypeAlias = StepFrame  # noqa: Y015
 
 @_typing.final
 class ResetFrame(_message.Message):
-    """Resets of many sessions of one model."""
+    """Frame that resets many sessions of one model. Its members are the sessions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1050,36 +1062,36 @@ class ResetFrame(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     timeout_ms: _builtins.int
-    """Milliseconds after which resets that still wait are dropped unapplied. 0: no limit."""
+    """Time limit in milliseconds. The server drops resets that still wait after it, without applying them. 0: no limit."""
     expected_revision: _builtins.int
-    """As in StepFrame."""
+    """Revision that every session must have; use it instead of expected_revisions. Absent: use expected_revisions."""
     request_id_base: _builtins.int
-    """As in StepFrame."""
+    """Request ID of the first session, as in StepFrame.request_id_base. 0: use request_ids."""
     traceparent: _builtins.str
-    """As in StepFrame."""
+    """Span of the client, as a W3C traceparent, if its trace is sampled. Empty: none."""
     batch_size: _builtins.int
-    """As in StepFrame."""
+    """Number of rows of every session; use it instead of batch_sizes. 0: use batch_sizes."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The sessions, each at most once."""
+        """IDs of the sessions, each at most once."""
 
     @_builtins.property
     def state(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """New states, each (R, ...) with R the sum of the sessions' batch sizes, in the order of
-        session_ids. Absent: the model's initial state. All of the state or none of it.
+        """New states, each tensor (R, ...). R is the sum of the batch sizes; the rows are in the order of session_ids. Give
+        all tensors of the state or none. Absent: the model's initial state.
         """
 
     @_builtins.property
     def expected_revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Revision each session must have. Empty: applied at any revision."""
+        """Revisions that the sessions must have, one per session. Empty: any."""
 
     @_builtins.property
     def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Random and non-zero, one per session, the same in a retry. Empty: none."""
+        """Random, non-zero IDs of the changes, one per session, the same in each retry. Empty: the changes have no IDs."""
 
     @_builtins.property
     def batch_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """As in StepFrame."""
+        """Number of rows of each session, as in StepFrame.batch_sizes."""
 
     def __init__(
         self,
@@ -1107,7 +1119,9 @@ Global___ResetFrame: _TypeAlias = ResetFrame  # noqa: Y015
 
 @_typing.final
 class StepStreamResponse(_message.Message):
-    """A part of a frame's reply. Every member of the frame is in exactly one part, as applied or as failed."""
+    """Response of StepStream: one part of the reply to a frame. Every member of the frame is in exactly one part, as
+    applied or as failed.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1127,54 +1141,56 @@ class StepStreamResponse(_message.Message):
     MEMBER_COUNT_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     frame_id: _builtins.int
-    """The frame."""
+    """Number of the frame, from StepStreamRequest.frame_id."""
     all_members: _builtins.bool
-    """Every member of the frame was applied and is in this part, in the frame's order."""
+    """Whether every member of the frame was applied and is in this part, in the order of the frame."""
     last: _builtins.bool
-    """No part of this frame follows."""
+    """Whether this is the last part of the frame's reply."""
     revision: _builtins.int
-    """In place of revisions, where it is the same for all applied members. This field, position, first_member and
-    member_count are used only if the frame has expected_revision or request_id_base.
+    """Revision of every applied member, if it is the same for all; it replaces `revisions`. The server sets this field,
+    position, first_member and member_count only if the frame has expected_revision or request_id_base.
     """
     position: _builtins.int
-    """In place of positions, where it is the same for all applied members."""
+    """Position of every applied member, if it is the same for all; it replaces `positions`."""
     first_member: _builtins.int
-    """In place of members, where they follow one another: the first of them."""
+    """Index of the first applied member, if the applied members are consecutive; it replaces `members`."""
     member_count: _builtins.int
-    """In place of members, where they follow one another: how many. 0: members or all_members says which they are."""
+    """Number of consecutive applied members, from first_member. 0: see members or all_members."""
     model_version: _builtins.int
-    """Version of the model that ran these members, or that they are on: those of several versions are answered in several parts."""
+    """Number of the model version that ran these members or, in a replayed response, that they are on. Members on
+    different versions are in different parts.
+    """
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Indexes into session_ids of the members applied in this part, ascending. Empty with
-        all_members and with member_count.
+        """Members that this part reports as applied, as ascending indexes into session_ids. Empty if all_members is set or
+        member_count is not 0.
         """
 
     @_builtins.property
     def revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """After the change, one per applied member."""
+        """Revisions after the change, one per applied member."""
 
     @_builtins.property
     def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """After the change, one per applied member."""
+        """Positions after the change, one per applied member."""
 
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """Outputs, rows of the applied members one after the other: (rows, T, ...) or (rows, ...) as in
-        StepResponse. Empty with NONE and for resets.
+        """Outputs of the applied members, with their rows in order: (rows, T, ...) or (rows, ...) as in StepResponse.outputs.
+        Empty with OUTPUT_SELECTION_NONE and for resets.
         """
 
     @_builtins.property
     def replayed_members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Indexes into session_ids of the members answered with a remembered reply."""
+        """Members that got a remembered response, as indexes into session_ids."""
 
     @_builtins.property
     def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemberError]:
-        """Members that failed; nothing changed for them."""
+        """Errors of the members that failed. Nothing changed for these members."""
 
     @_builtins.property
     def states(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """States as asked for, rows of the applied members among state_members one after the other."""
+        """States, if requested, of those applied members that are in state_members, with their rows in order."""
 
     def __init__(
         self,
@@ -1212,7 +1228,7 @@ Global___StepStreamResponse: _TypeAlias = StepStreamResponse  # noqa: Y015
 
 @_typing.final
 class MemberError(_message.Message):
-    """An error of members of a frame."""
+    """Error of some members of a frame."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1220,11 +1236,11 @@ class MemberError(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Indexes into session_ids. Empty: every member of the frame."""
+        """The members, as indexes into session_ids. Empty: every member of the frame."""
 
     @_builtins.property
     def error(self) -> _errors_pb2.Error:
-        """The error they share."""
+        """The error that they share."""
 
     def __init__(
         self,
@@ -1242,7 +1258,7 @@ Global___MemberError: _TypeAlias = MemberError  # noqa: Y015
 
 @_typing.final
 class ResetStatesRequest(_message.Message):
-    """Sets the state of a session."""
+    """Request of ResetStates."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1253,26 +1269,24 @@ class ResetStatesRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """The session."""
+    """ID of the session."""
     expected_revision: _builtins.int
-    """Revision the session must have. Absent: applied at any revision."""
+    """Revision that the session must have. Absent: any."""
     request_id: _builtins.int
-    """Random and non-zero, the same in a retry. 0: none."""
+    """Random, non-zero ID of this change, the same in each retry. 0: the change has no ID."""
     position: _builtins.int
-    """Position after the reset of all rows, where the values are those of a session at that position: at most 2^61.
-    Absent: 0.
+    """Position after a reset of all rows, at most 2^61: the number of time steps that the new state stands for. Absent:
+    0.
     """
     @_builtins.property
     def state(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """New values, each (batch_size, ...), or (number of rows, ...) with rows. Absent: the model's initial
-        state. All of the state or none of it.
+        """New state, each tensor (batch_size, ...), or (number of rows, ...) if `rows` are set. Give all tensors of the state
+        or none. Absent: the model's initial state.
         """
 
     @_builtins.property
     def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Rows to set, each in 0 to batch_size - 1 and at most once. Empty: all rows, and the position
-        becomes 0.
-        """
+        """Rows to set, each in 0 to batch_size - 1 and at most once. Empty: all rows, and the position is set too."""
 
     def __init__(
         self,
@@ -1296,7 +1310,7 @@ Global___ResetStatesRequest: _TypeAlias = ResetStatesRequest  # noqa: Y015
 
 @_typing.final
 class ResetStatesResponse(_message.Message):
-    """The state is set."""
+    """Response of ResetStates."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1305,13 +1319,13 @@ class ResetStatesResponse(_message.Message):
     REPLAYED_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """After the reset."""
+    """Revision of the session after the reset."""
     position: _builtins.int
-    """After the reset."""
+    """Position of the session after the reset."""
     replayed: _builtins.bool
-    """The remembered answer to a reset that was sent again."""
+    """Whether this is the remembered response to a repeated reset."""
     model_version: _builtins.int
-    """Version of the model that the session is on."""
+    """Number of the model version that the session is on."""
     def __init__(
         self,
         *,
@@ -1330,16 +1344,16 @@ Global___ResetStatesResponse: _TypeAlias = ResetStatesResponse  # noqa: Y015
 
 @_typing.final
 class GetStateRequest(_message.Message):
-    """Asks for the state of a session."""
+    """Request of GetState."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     TENSOR_FORMAT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """The session."""
+    """ID of the session."""
     tensor_format: _tensors_pb2.TensorFormat.ValueType
-    """How the states say their elements. Not said: as data."""
+    """Encoding of the tensors in the response. Not set: TENSOR_FORMAT_DATA."""
     def __init__(
         self,
         *,
@@ -1356,7 +1370,7 @@ Global___GetStateRequest: _TypeAlias = GetStateRequest  # noqa: Y015
 
 @_typing.final
 class GetStateResponse(_message.Message):
-    """The state of a session."""
+    """Response of GetState."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1364,14 +1378,14 @@ class GetStateResponse(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     MODEL_STRUCTURE_FIELD_NUMBER: _builtins.int
     model_structure: _builtins.str
-    """Structure of its model: see Model. Empty: it is not known."""
+    """Model.structure of the session's model. Empty: not known."""
     @_builtins.property
     def state(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """Each (batch_size, ...), in the model's order."""
+        """State tensors in the model's order, each (batch_size, ...)."""
 
     @_builtins.property
     def session(self) -> Global___Session:
-        """As it was when the state was read."""
+        """The session at the moment of the read."""
 
     def __init__(
         self,
@@ -1390,7 +1404,7 @@ Global___GetStateResponse: _TypeAlias = GetStateResponse  # noqa: Y015
 
 @_typing.final
 class ForkSessionRequest(_message.Message):
-    """Opens a session with the state of another."""
+    """Request of ForkSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1400,18 +1414,20 @@ class ForkSessionRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MAX_IDLE_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """The session to copy."""
+    """ID of the session to copy."""
     new_session_id: _builtins.str
-    """Id of the new session; must be new. Absent or empty: the server makes an unguessable one."""
-    expected_revision: _builtins.int
-    """Revision the session to copy must have. Absent: any."""
-    request_id: _builtins.int
-    """Random and non-zero. A retry with the same request id of the request that made the new session is
-    answered with the first answer. 0: none.
+    """ID of the new session, which no open session may have. Absent or empty: the server generates an ID that cannot be
+    guessed.
     """
+    expected_revision: _builtins.int
+    """Revision that the session to copy must have. Absent: any."""
+    request_id: _builtins.int
+    """Random, non-zero ID of this request. A retry with the same ID gets the first response. 0: the request has no ID."""
     @_builtins.property
     def max_idle(self) -> _duration_pb2.Duration:
-        """As in OpenSessionRequest; the limit of the session that is copied is not."""
+        """Time without use after which the new session expires, as in OpenSessionRequest.max_idle. The limit of the copied
+        session is not inherited.
+        """
 
     def __init__(
         self,
@@ -1434,17 +1450,17 @@ Global___ForkSessionRequest: _TypeAlias = ForkSessionRequest  # noqa: Y015
 
 @_typing.final
 class ForkSessionResponse(_message.Message):
-    """The new session."""
+    """Response of ForkSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
-    """The answer to a request that was sent again."""
+    """Whether this is the remembered response to a repeated request."""
     @_builtins.property
     def session(self) -> Global___Session:
-        """The new session; revision and position are those of the session it was copied from."""
+        """The new session, with the revision and position of the copied session."""
 
     def __init__(
         self,
@@ -1462,7 +1478,7 @@ Global___ForkSessionResponse: _TypeAlias = ForkSessionResponse  # noqa: Y015
 
 @_typing.final
 class GetStatesRequest(_message.Message):
-    """Asks for the states of many sessions. One that cannot be read fails for itself, not for the others."""
+    """Request of GetStates. A session that cannot be read does not fail the others."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1470,14 +1486,15 @@ class GetStatesRequest(_message.Message):
     WITHOUT_STATE_FIELD_NUMBER: _builtins.int
     TENSOR_FORMAT_FIELD_NUMBER: _builtins.int
     without_state: _builtins.bool
-    """Revisions and positions alone. The states count towards the size of the reply: a request for more than a message
-    holds is refused with MESSAGE_TOO_LARGE, and may be made again for fewer sessions each.
+    """Whether to return only revisions and positions, without states. States count towards the size of the response. A
+    request whose response would be too large for a message fails with MESSAGE_TOO_LARGE; repeat it with fewer
+    sessions.
     """
     tensor_format: _tensors_pb2.TensorFormat.ValueType
-    """How the states say their elements. Not said: as data."""
+    """Encoding of the tensors in the response. Not set: TENSOR_FORMAT_DATA."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The sessions, 1 to 4096, each at most once, of the model of the first of them that is there."""
+        """IDs of the sessions, 1 to 4096, each at most once. All must have the same model as the first one that exists."""
 
     def __init__(
         self,
@@ -1496,7 +1513,7 @@ Global___GetStatesRequest: _TypeAlias = GetStatesRequest  # noqa: Y015
 
 @_typing.final
 class GetStatesResponse(_message.Message):
-    """States of many sessions."""
+    """Response of GetStates."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1512,40 +1529,40 @@ class GetStatesResponse(_message.Message):
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     MODEL_STRUCTURE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of their model. Empty if none was read."""
+    """Name of the sessions' model. Empty: no session was read."""
     model_fingerprint: _builtins.str
-    """Fingerprint of their model."""
+    """Fingerprint of the sessions' model."""
     all_members: _builtins.bool
-    """All of them were read."""
+    """Whether all sessions were read."""
     model_version: _builtins.int
-    """Version of the model that they are on."""
+    """Number of the model version that the sessions are on."""
     model_structure: _builtins.str
-    """Structure of their model: see Model. Empty: it is not known, or they have different ones."""
+    """Model.structure of the sessions' model. Empty: not known, or not the same for all sessions."""
     @_builtins.property
     def state(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """Each (R, ...), in the model's order: the rows of the sessions that were read, one session after the other, in the
-        order of session_ids.
+        """State tensors in the model's order, each (R, ...): the rows of the sessions that were read, in the order of
+        session_ids.
         """
 
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Indexes into session_ids of those that were read, ascending. Empty with all_members."""
+        """Sessions that were read, as ascending indexes into session_ids. Empty if all_members is set."""
 
     @_builtins.property
     def batch_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Rows of each session that was read: R is their sum."""
+        """Number of rows of each session that was read. R is their sum."""
 
     @_builtins.property
     def revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """As it was when its state was read, of each session that was read."""
+        """Revision of each session that was read, at the moment of the read."""
 
     @_builtins.property
     def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """As it was when its state was read, of each session that was read."""
+        """Position of each session that was read, at the moment of the read."""
 
     @_builtins.property
     def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemberError]:
-        """The others, and why they were not read."""
+        """Errors of the sessions that could not be read."""
 
     def __init__(
         self,
@@ -1572,8 +1589,8 @@ Global___GetStatesResponse: _TypeAlias = GetStatesResponse  # noqa: Y015
 
 @_typing.final
 class ForkSessionsRequest(_message.Message):
-    """Opens sessions with the states of others. Each is copied after the changes received before for it; they are not
-    held up for one another, so that two of them may be copied at different moments.
+    """Request of ForkSessions. Each session is copied after the changes received before for it. The sessions do not wait
+    for one another, so two of them may be copied at different moments.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1584,26 +1601,30 @@ class ForkSessionsRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MAX_IDLE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
-    """Random and non-zero. A retry with the same request id is answered with the first answer as long as the server
-    remembers it. 0: none.
+    """Random, non-zero ID of this request. A retry with the same ID gets the first response while the server remembers
+    it. 0: the request has no ID.
     """
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The sessions to copy, 1 to 65536, of one model and batch size. One that is named more than once is copied so often,
-        each time with the same state.
+        """IDs of the sessions to copy, 1 to 65536, all with the same model and batch size. An ID that occurs several times
+        makes as many copies, all with the same state.
         """
 
     @_builtins.property
     def new_session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids of the new sessions, one each; must all be new. Empty: the server makes unguessable ones."""
+        """IDs of the new sessions, one per session_id, which no open sessions may have. Empty: the server generates IDs that
+        cannot be guessed.
+        """
 
     @_builtins.property
     def expected_revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Revision each session to copy must have. Empty: any."""
+        """Revisions that the sessions to copy must have, one per session_id. Empty: any."""
 
     @_builtins.property
     def max_idle(self) -> _duration_pb2.Duration:
-        """As in OpenSessionRequest; the limit of the session that is copied is not."""
+        """Time without use after which each new session expires, as in OpenSessionRequest.max_idle. The limits of the copied
+        sessions are not inherited.
+        """
 
     def __init__(
         self,
@@ -1624,7 +1645,7 @@ Global___ForkSessionsRequest: _TypeAlias = ForkSessionsRequest  # noqa: Y015
 
 @_typing.final
 class ForkSessionsResponse(_message.Message):
-    """The new sessions."""
+    """Response of ForkSessions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1638,30 +1659,32 @@ class ForkSessionsResponse(_message.Message):
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     UIDS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of their model."""
+    """Name of the sessions' model."""
     model_fingerprint: _builtins.str
-    """Fingerprint of their model."""
+    """Fingerprint of the sessions' model."""
     batch_size: _builtins.int
-    """Rows of each."""
+    """Number of rows of each session."""
     replayed: _builtins.bool
-    """The answer to a request that was sent again."""
+    """Whether this is the remembered response to a repeated request."""
     model_version: _builtins.int
-    """Version of the model that they are on."""
+    """Number of the model version that the sessions are on."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """In the order of the request."""
+        """IDs of the new sessions, in the order of the request."""
 
     @_builtins.property
     def revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Those of the sessions they were copied from, or greater where another session had the id before."""
+        """Revisions of the new sessions, one each: that of the copied session, or a greater one if an earlier session had the
+        ID.
+        """
 
     @_builtins.property
     def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Those of the sessions they were copied from."""
+        """Positions of the new sessions, one each: that of the copied session."""
 
     @_builtins.property
     def uids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Their uids: one each, or a single one if all have the same."""
+        """Session.uid of the new sessions: one per session, or a single one if all are equal."""
 
     def __init__(
         self,
@@ -1686,7 +1709,7 @@ Global___ForkSessionsResponse: _TypeAlias = ForkSessionsResponse  # noqa: Y015
 
 @_typing.final
 class ExportSessionsRequest(_message.Message):
-    """Asks for sessions with all that is kept of them: those named, or those that fit the filters, page by page."""
+    """Request of ExportSessions: the listed sessions, or those that match the filters, page by page."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1697,20 +1720,22 @@ class ExportSessionsRequest(_message.Message):
     PAGE_BYTES_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Only sessions of this model. Empty: of all models."""
+    """Name of the model whose sessions to export. Empty: every model."""
     session_id_prefix: _builtins.str
-    """Only ids that begin with this. Empty: all."""
+    """Prefix of the session IDs to export. Empty: every ID."""
     page_bytes: _builtins.int
-    """At most about so many bytes of sessions in this response, but at least one session. 0: 1 MiB."""
+    """Approximate maximum size of the page, in bytes. A page that is not empty may exceed it with its only session. 0: 1
+    MiB.
+    """
     page_token: _builtins.str
-    """next_page_token of the response before, with the same sessions or filters. Empty: the first page."""
+    """next_page_token of the previous response, with the same sessions or filters. Empty: the first page."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The sessions, at most 1000. Empty: those that fit the filters."""
+        """IDs of the sessions, at most 1000. Empty: use the filters."""
 
     @_builtins.property
     def idle_longer(self) -> _duration_pb2.Duration:
-        """Only sessions that nobody has changed, read or resumed for longer than this. Absent: all."""
+        """Export only sessions that were not changed, read or resumed for longer than this. Absent: any."""
 
     def __init__(
         self,
@@ -1732,7 +1757,7 @@ Global___ExportSessionsRequest: _TypeAlias = ExportSessionsRequest  # noqa: Y015
 
 @_typing.final
 class ExportSessionsResponse(_message.Message):
-    """A page of sessions."""
+    """Response of ExportSessions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1740,14 +1765,14 @@ class ExportSessionsResponse(_message.Message):
     ERRORS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Pass it to get the next page. Empty: this is the last."""
+    """Token for the next page. Empty: this is the last page."""
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExportedSession]:
-        """In the order of the request, or of their ids."""
+        """A page of sessions, in the order of the request or of their IDs."""
 
     @_builtins.property
     def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionError]:
-        """Sessions that could not be read, and why."""
+        """Errors of the sessions that could not be read."""
 
     def __init__(
         self,
@@ -1766,8 +1791,8 @@ Global___ExportSessionsResponse: _TypeAlias = ExportSessionsResponse  # noqa: Y0
 
 @_typing.final
 class ExportedSession(_message.Message):
-    """A session as of its last completed change: revision, position, creation, state, and the answer that is remembered
-    for a retry of its last change.
+    """A complete session as of its last completed change: revision, position, creation time, state, and the response that
+    the server remembers for a retry of the last change.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1776,12 +1801,12 @@ class ExportedSession(_message.Message):
     RECORD_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """Its id."""
+    """ID of the session."""
     record: _builtins.bytes
-    """The record of a server, with a version and a checksum, little-endian: opaque for clients."""
+    """The session in the server's own format, with a format version and a checksum. Clients pass it on unchanged."""
     tenant: _builtins.str
-    """Whose it was. An import makes it the session of the tenant that it is done for, or of this one where it is done for
-    everybody's sessions (metadata stepwell-tenant: *). Empty: of no tenant.
+    """Tenant that owned the session. An import gives the session to the tenant of the call. An import for all tenants
+    (metadata stepwell-tenant: *) gives it to this tenant. Empty: no tenant.
     """
     def __init__(
         self,
@@ -1800,7 +1825,7 @@ Global___ExportedSession: _TypeAlias = ExportedSession  # noqa: Y015
 
 @_typing.final
 class SessionError(_message.Message):
-    """What went wrong with one session."""
+    """Error of one session."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1808,9 +1833,9 @@ class SessionError(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """The session."""
+    """ID of the session."""
     tenant: _builtins.str
-    """Whose it is, where everybody's sessions are meant. Empty elsewhere, and for sessions of no tenant."""
+    """Tenant that owns the session. Set only if the call is for all tenants."""
     @_builtins.property
     def error(self) -> _errors_pb2.Error:
         """The error."""
@@ -1832,17 +1857,17 @@ Global___SessionError: _TypeAlias = SessionError  # noqa: Y015
 
 @_typing.final
 class ImportSessionsRequest(_message.Message):
-    """Sessions to make."""
+    """Request of ImportSessions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSIONS_FIELD_NUMBER: _builtins.int
     EXISTING_FIELD_NUMBER: _builtins.int
     existing: Global___ExistingSession.ValueType
-    """For ids that are there. A session that is there exactly as it would be imported counts as imported."""
+    """Action for IDs that open sessions have. An open session that equals the imported one counts as imported."""
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExportedSession]:
-        """As ExportSessions gave them, at most 1000, each id once."""
+        """Sessions from ExportSessions, at most 1000, each ID at most once."""
 
     def __init__(
         self,
@@ -1860,14 +1885,14 @@ Global___ImportSessionsRequest: _TypeAlias = ImportSessionsRequest  # noqa: Y015
 
 @_typing.final
 class ImportSessionsResponse(_message.Message):
-    """What became of them."""
+    """Response of ImportSessions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImportedSession]:
-        """In the order of the request."""
+        """Results, in the order of the request."""
 
     def __init__(
         self,
@@ -1884,7 +1909,7 @@ Global___ImportSessionsResponse: _TypeAlias = ImportSessionsResponse  # noqa: Y0
 
 @_typing.final
 class ImportedSession(_message.Message):
-    """What became of a session."""
+    """Result of importing one session."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1893,14 +1918,14 @@ class ImportedSession(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """The session."""
+    """ID of the session."""
     outcome: Global___ImportOutcome.ValueType
-    """What was done."""
+    """Result of the import."""
     tenant: _builtins.str
-    """Whose it is, where everybody's sessions are meant. Empty elsewhere, and for sessions of no tenant."""
+    """Tenant that owns the session. Set only if the call is for all tenants."""
     @_builtins.property
     def error(self) -> _errors_pb2.Error:
-        """Why it FAILED."""
+        """The error, with IMPORT_OUTCOME_FAILED."""
 
     def __init__(
         self,

@@ -26,30 +26,31 @@ if _version_not_supported:
 
 
 class SessionServiceStub(object):
-    """Sessions: one user's conversation with one model each. A session owns one state and a fixed batch
-    size; its changes (Step and ResetStates) are applied in the order received and counted by its revision.
+    """Opens, steps, reads and closes sessions. A session is one user's conversation with one model. It has one state and a
+    fixed batch size. The server applies its changes (Step and ResetStates) in the order received, and its revision
+    counts them.
 
-    A change may carry the revision it expects and a random non-zero request id. With the session at
-    revision r: expected r applies it, after which the session is at r + 1 and remembers the request id
-    and the reply; expected r - 1 with the same request id sends the remembered reply, marked replayed;
-    anything else is ABORTED and changes nothing.
+    A change may carry the revision that it expects and a random, non-zero request ID. For a session at revision r: if
+    the expected revision is r, the server applies the change, the session is at r + 1, and the server remembers the
+    request ID and the reply. If the expected revision is r - 1 and the request ID is the remembered one, the server
+    sends the remembered reply and sets `replayed`. Anything else is ABORTED and changes nothing.
 
-    A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
-    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
-    would be applied too: with expected r, or without an expected revision. The same holds for calls that
-    open sessions: another model, batch size, state, max_idle or source is other content. How tensors say their elements
-    makes no difference, nor does the message: a step may come alone first and in a frame later.
+    A request ID stands for one change. If the same ID arrives with another kind of change or with other content (values,
+    rows, masks, requested outputs), the call is INVALID_ARGUMENT and changes nothing. This also holds if the change
+    could be applied: with expected revision r, or without one. It also holds for calls that open sessions: another
+    model, batch size, state, max_idle or source is other content. The encoding of tensors makes no difference, nor does
+    the method: a client may send a step with Step first and repeat it in a frame of StepStream.
 
-    Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
-    expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
-    in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
-    INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
+    Errors carry details in addition to their status. The reason in google.rpc.ErrorInfo separates, for example, a
+    session that has expired from a session that was closed. google.rpc.RetryInfo suggests when to retry. errors.proto
+    explains where to get these messages. If a required session_id is missing, the status is INVALID_ARGUMENT. If it
+    belongs to no open session, the status is NOT_FOUND.
 
-    Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
-    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids
-    of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
-    about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
-    CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
+    If the server authenticates its callers, session IDs and request IDs belong to the caller's tenant. For every call,
+    another tenant's session does not exist, and lists, filters and counts cover only the caller's tenant. An admin
+    selects the tenant with the metadata key stepwell-tenant: the name of a tenant, or * for all tenants. Only
+    ListSessions, ExportSessions with filters, CloseMatchingSessions and ImportSessions accept *. Sessions without a
+    tenant are visible only to callers without a tenant.
     """
 
     def __init__(self, channel):
@@ -141,34 +142,35 @@ class SessionServiceStub(object):
 
 
 class SessionServiceServicer(object):
-    """Sessions: one user's conversation with one model each. A session owns one state and a fixed batch
-    size; its changes (Step and ResetStates) are applied in the order received and counted by its revision.
+    """Opens, steps, reads and closes sessions. A session is one user's conversation with one model. It has one state and a
+    fixed batch size. The server applies its changes (Step and ResetStates) in the order received, and its revision
+    counts them.
 
-    A change may carry the revision it expects and a random non-zero request id. With the session at
-    revision r: expected r applies it, after which the session is at r + 1 and remembers the request id
-    and the reply; expected r - 1 with the same request id sends the remembered reply, marked replayed;
-    anything else is ABORTED and changes nothing.
+    A change may carry the revision that it expects and a random, non-zero request ID. For a session at revision r: if
+    the expected revision is r, the server applies the change, the session is at r + 1, and the server remembers the
+    request ID and the reply. If the expected revision is r - 1 and the request ID is the remembered one, the server
+    sends the remembered reply and sets `replayed`. Anything else is ABORTED and changes nothing.
 
-    A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
-    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
-    would be applied too: with expected r, or without an expected revision. The same holds for calls that
-    open sessions: another model, batch size, state, max_idle or source is other content. How tensors say their elements
-    makes no difference, nor does the message: a step may come alone first and in a frame later.
+    A request ID stands for one change. If the same ID arrives with another kind of change or with other content (values,
+    rows, masks, requested outputs), the call is INVALID_ARGUMENT and changes nothing. This also holds if the change
+    could be applied: with expected revision r, or without one. It also holds for calls that open sessions: another
+    model, batch size, state, max_idle or source is other content. The encoding of tensors makes no difference, nor does
+    the method: a client may send a step with Step first and repeat it in a frame of StepStream.
 
-    Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
-    expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
-    in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
-    INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
+    Errors carry details in addition to their status. The reason in google.rpc.ErrorInfo separates, for example, a
+    session that has expired from a session that was closed. google.rpc.RetryInfo suggests when to retry. errors.proto
+    explains where to get these messages. If a required session_id is missing, the status is INVALID_ARGUMENT. If it
+    belongs to no open session, the status is NOT_FOUND.
 
-    Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
-    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids
-    of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
-    about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
-    CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
+    If the server authenticates its callers, session IDs and request IDs belong to the caller's tenant. For every call,
+    another tenant's session does not exist, and lists, filters and counts cover only the caller's tenant. An admin
+    selects the tenant with the metadata key stepwell-tenant: the name of a tenant, or * for all tenants. Only
+    ListSessions, ExportSessions with filters, CloseMatchingSessions and ImportSessions accept *. Sessions without a
+    tenant are visible only to callers without a tenant.
     """
 
     def OpenSession(self, request, context):
-        """Opens a session, or resumes the live session of that id.
+        """Opens a session, or resumes the open session with that ID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -182,57 +184,58 @@ class SessionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CloseSession(self, request, context):
-        """Deletes a session and its state, after the changes received before.
+        """Closes a session and deletes its state, after the changes received before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CloseSessions(self, request, context):
-        """Deletes many sessions. Those that are not there any more are passed over.
+        """Closes many sessions. It ignores sessions that no longer exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CloseMatchingSessions(self, request, context):
-        """Deletes the sessions that fit a filter, some of them at a time.
+        """Closes the sessions that match a filter, one page per call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetSession(self, request, context):
-        """Describes a session as of its last completed change. Does not count as use.
+        """Describes a session as of its last completed change. Does not count as use for the idle limit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """Lists live sessions page by page, in the order of their ids or in another one.
+        """Lists open sessions page by page, ordered by ID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Step(self, request, context):
-        """Advances a session by one time step, or by T with a time axis: whole or not at all.
+        """Advances a session by one time step, or by T time steps if the inputs have a time axis. The server applies all of
+        them or none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StepStream(self, request_iterator, context):
-        """Advances many sessions at once: each request is a frame, each frame is answered in one or more
-        parts. Frames of different sessions overtake each other, those of one session do not.
+        """Steps or resets many sessions on one stream. Each request is a frame, and each frame has one or more responses.
+        Frames of different sessions may overtake each other. Frames of one session are answered in order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResetStates(self, request, context):
-        """Sets the state, or some rows of it, to the model's initial state or to given values.
+        """Sets the state, or some rows of it, to the model's initial state or to the given values.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -246,35 +249,35 @@ class SessionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ForkSession(self, request, context):
-        """Opens a new session with the state, revision and position of another.
+        """Opens a new session with the state, revision and position of another session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetStates(self, request, context):
-        """Reads the states of many sessions of one model, of each after the changes received before for it.
+        """Reads the states of many sessions of one model, each after the changes received before for that session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ForkSessions(self, request, context):
-        """Opens new sessions with the states, revisions and positions of others: all of them or none.
+        """Opens new sessions with the states, revisions and positions of other sessions: all of them or none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportSessions(self, request, context):
-        """Reads sessions with all that is kept of them, to be imported elsewhere. Does not count as use.
+        """Reads complete sessions, to import them elsewhere. Does not count as use for the idle limit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ImportSessions(self, request, context):
-        """Makes sessions of what was exported, each by itself.
+        """Creates sessions from exported ones. Each succeeds or fails by itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -372,30 +375,31 @@ def add_SessionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class SessionService(object):
-    """Sessions: one user's conversation with one model each. A session owns one state and a fixed batch
-    size; its changes (Step and ResetStates) are applied in the order received and counted by its revision.
+    """Opens, steps, reads and closes sessions. A session is one user's conversation with one model. It has one state and a
+    fixed batch size. The server applies its changes (Step and ResetStates) in the order received, and its revision
+    counts them.
 
-    A change may carry the revision it expects and a random non-zero request id. With the session at
-    revision r: expected r applies it, after which the session is at r + 1 and remembers the request id
-    and the reply; expected r - 1 with the same request id sends the remembered reply, marked replayed;
-    anything else is ABORTED and changes nothing.
+    A change may carry the revision that it expects and a random, non-zero request ID. For a session at revision r: if
+    the expected revision is r, the server applies the change, the session is at r + 1, and the server remembers the
+    request ID and the reply. If the expected revision is r - 1 and the request ID is the remembered one, the server
+    sends the remembered reply and sets `replayed`. Anything else is ABORTED and changes nothing.
 
-    A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
-    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
-    would be applied too: with expected r, or without an expected revision. The same holds for calls that
-    open sessions: another model, batch size, state, max_idle or source is other content. How tensors say their elements
-    makes no difference, nor does the message: a step may come alone first and in a frame later.
+    A request ID stands for one change. If the same ID arrives with another kind of change or with other content (values,
+    rows, masks, requested outputs), the call is INVALID_ARGUMENT and changes nothing. This also holds if the change
+    could be applied: with expected revision r, or without one. It also holds for calls that open sessions: another
+    model, batch size, state, max_idle or source is other content. The encoding of tensors makes no difference, nor does
+    the method: a client may send a step with Step first and repeat it in a frame of StepStream.
 
-    Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
-    expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
-    in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
-    INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
+    Errors carry details in addition to their status. The reason in google.rpc.ErrorInfo separates, for example, a
+    session that has expired from a session that was closed. google.rpc.RetryInfo suggests when to retry. errors.proto
+    explains where to get these messages. If a required session_id is missing, the status is INVALID_ARGUMENT. If it
+    belongs to no open session, the status is NOT_FOUND.
 
-    Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
-    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids
-    of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
-    about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
-    CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
+    If the server authenticates its callers, session IDs and request IDs belong to the caller's tenant. For every call,
+    another tenant's session does not exist, and lists, filters and counts cover only the caller's tenant. An admin
+    selects the tenant with the metadata key stepwell-tenant: the name of a tenant, or * for all tenants. Only
+    ListSessions, ExportSessions with filters, CloseMatchingSessions and ImportSessions accept *. Sessions without a
+    tenant are visible only to callers without a tenant.
     """
 
     @staticmethod

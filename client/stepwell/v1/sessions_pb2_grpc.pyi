@@ -27,30 +27,31 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class SessionServiceStub:
-    """Sessions: one user's conversation with one model each. A session owns one state and a fixed batch
-    size; its changes (Step and ResetStates) are applied in the order received and counted by its revision.
+    """Opens, steps, reads and closes sessions. A session is one user's conversation with one model. It has one state and a
+    fixed batch size. The server applies its changes (Step and ResetStates) in the order received, and its revision
+    counts them.
 
-    A change may carry the revision it expects and a random non-zero request id. With the session at
-    revision r: expected r applies it, after which the session is at r + 1 and remembers the request id
-    and the reply; expected r - 1 with the same request id sends the remembered reply, marked replayed;
-    anything else is ABORTED and changes nothing.
+    A change may carry the revision that it expects and a random, non-zero request ID. For a session at revision r: if
+    the expected revision is r, the server applies the change, the session is at r + 1, and the server remembers the
+    request ID and the reply. If the expected revision is r - 1 and the request ID is the remembered one, the server
+    sends the remembered reply and sets `replayed`. Anything else is ABORTED and changes nothing.
 
-    A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
-    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
-    would be applied too: with expected r, or without an expected revision. The same holds for calls that
-    open sessions: another model, batch size, state, max_idle or source is other content. How tensors say their elements
-    makes no difference, nor does the message: a step may come alone first and in a frame later.
+    A request ID stands for one change. If the same ID arrives with another kind of change or with other content (values,
+    rows, masks, requested outputs), the call is INVALID_ARGUMENT and changes nothing. This also holds if the change
+    could be applied: with expected revision r, or without one. It also holds for calls that open sessions: another
+    model, batch size, state, max_idle or source is other content. The encoding of tensors makes no difference, nor does
+    the method: a client may send a step with Step first and repeat it in a frame of StepStream.
 
-    Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
-    expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
-    in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
-    INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
+    Errors carry details in addition to their status. The reason in google.rpc.ErrorInfo separates, for example, a
+    session that has expired from a session that was closed. google.rpc.RetryInfo suggests when to retry. errors.proto
+    explains where to get these messages. If a required session_id is missing, the status is INVALID_ARGUMENT. If it
+    belongs to no open session, the status is NOT_FOUND.
 
-    Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
-    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids
-    of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
-    about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
-    CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
+    If the server authenticates its callers, session IDs and request IDs belong to the caller's tenant. For every call,
+    another tenant's session does not exist, and lists, filters and counts cover only the caller's tenant. An admin
+    selects the tenant with the metadata key stepwell-tenant: the name of a tenant, or * for all tenants. Only
+    ListSessions, ExportSessions with filters, CloseMatchingSessions and ImportSessions accept *. Sessions without a
+    tenant are visible only to callers without a tenant.
     """
 
     @_typing.overload
@@ -58,129 +59,135 @@ class SessionServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SessionServiceAsyncStub: ...
     OpenSession: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.OpenSessionRequest, _sessions_pb2.OpenSessionResponse]
-    """Opens a session, or resumes the live session of that id."""
+    """Opens a session, or resumes the open session with that ID."""
     OpenSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.OpenSessionsRequest, _sessions_pb2.OpenSessionsResponse]
     """Opens many sessions of one model and batch size: all of them or none."""
     CloseSession: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.CloseSessionRequest, _sessions_pb2.CloseSessionResponse]
-    """Deletes a session and its state, after the changes received before."""
+    """Closes a session and deletes its state, after the changes received before."""
     CloseSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.CloseSessionsRequest, _sessions_pb2.CloseSessionsResponse]
-    """Deletes many sessions. Those that are not there any more are passed over."""
+    """Closes many sessions. It ignores sessions that no longer exist."""
     CloseMatchingSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.CloseMatchingSessionsRequest, _sessions_pb2.CloseMatchingSessionsResponse]
-    """Deletes the sessions that fit a filter, some of them at a time."""
+    """Closes the sessions that match a filter, one page per call."""
     GetSession: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.GetSessionRequest, _sessions_pb2.GetSessionResponse]
-    """Describes a session as of its last completed change. Does not count as use."""
+    """Describes a session as of its last completed change. Does not count as use for the idle limit."""
     ListSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ListSessionsRequest, _sessions_pb2.ListSessionsResponse]
-    """Lists live sessions page by page, in the order of their ids or in another one."""
+    """Lists open sessions page by page, ordered by ID."""
     Step: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.StepRequest, _sessions_pb2.StepResponse]
-    """Advances a session by one time step, or by T with a time axis: whole or not at all."""
+    """Advances a session by one time step, or by T time steps if the inputs have a time axis. The server applies all of
+    them or none.
+    """
     StepStream: _grpc.StreamStreamMultiCallable[_sessions_pb2.StepStreamRequest, _sessions_pb2.StepStreamResponse]
-    """Advances many sessions at once: each request is a frame, each frame is answered in one or more
-    parts. Frames of different sessions overtake each other, those of one session do not.
+    """Steps or resets many sessions on one stream. Each request is a frame, and each frame has one or more responses.
+    Frames of different sessions may overtake each other. Frames of one session are answered in order.
     """
     ResetStates: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ResetStatesRequest, _sessions_pb2.ResetStatesResponse]
-    """Sets the state, or some rows of it, to the model's initial state or to given values."""
+    """Sets the state, or some rows of it, to the model's initial state or to the given values."""
     GetState: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.GetStateRequest, _sessions_pb2.GetStateResponse]
     """Reads the state, after the changes received before."""
     ForkSession: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ForkSessionRequest, _sessions_pb2.ForkSessionResponse]
-    """Opens a new session with the state, revision and position of another."""
+    """Opens a new session with the state, revision and position of another session."""
     GetStates: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.GetStatesRequest, _sessions_pb2.GetStatesResponse]
-    """Reads the states of many sessions of one model, of each after the changes received before for it."""
+    """Reads the states of many sessions of one model, each after the changes received before for that session."""
     ForkSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ForkSessionsRequest, _sessions_pb2.ForkSessionsResponse]
-    """Opens new sessions with the states, revisions and positions of others: all of them or none."""
+    """Opens new sessions with the states, revisions and positions of other sessions: all of them or none."""
     ExportSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ExportSessionsRequest, _sessions_pb2.ExportSessionsResponse]
-    """Reads sessions with all that is kept of them, to be imported elsewhere. Does not count as use."""
+    """Reads complete sessions, to import them elsewhere. Does not count as use for the idle limit."""
     ImportSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ImportSessionsRequest, _sessions_pb2.ImportSessionsResponse]
-    """Makes sessions of what was exported, each by itself."""
+    """Creates sessions from exported ones. Each succeeds or fails by itself."""
 
 @_typing.type_check_only
 class SessionServiceAsyncStub(SessionServiceStub):
-    """Sessions: one user's conversation with one model each. A session owns one state and a fixed batch
-    size; its changes (Step and ResetStates) are applied in the order received and counted by its revision.
+    """Opens, steps, reads and closes sessions. A session is one user's conversation with one model. It has one state and a
+    fixed batch size. The server applies its changes (Step and ResetStates) in the order received, and its revision
+    counts them.
 
-    A change may carry the revision it expects and a random non-zero request id. With the session at
-    revision r: expected r applies it, after which the session is at r + 1 and remembers the request id
-    and the reply; expected r - 1 with the same request id sends the remembered reply, marked replayed;
-    anything else is ABORTED and changes nothing.
+    A change may carry the revision that it expects and a random, non-zero request ID. For a session at revision r: if
+    the expected revision is r, the server applies the change, the session is at r + 1, and the server remembers the
+    request ID and the reply. If the expected revision is r - 1 and the request ID is the remembered one, the server
+    sends the remembered reply and sets `replayed`. Anything else is ABORTED and changes nothing.
 
-    A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
-    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
-    would be applied too: with expected r, or without an expected revision. The same holds for calls that
-    open sessions: another model, batch size, state, max_idle or source is other content. How tensors say their elements
-    makes no difference, nor does the message: a step may come alone first and in a frame later.
+    A request ID stands for one change. If the same ID arrives with another kind of change or with other content (values,
+    rows, masks, requested outputs), the call is INVALID_ARGUMENT and changes nothing. This also holds if the change
+    could be applied: with expected revision r, or without one. It also holds for calls that open sessions: another
+    model, batch size, state, max_idle or source is other content. The encoding of tensors makes no difference, nor does
+    the method: a client may send a step with Step first and repeat it in a frame of StepStream.
 
-    Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
-    expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
-    in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
-    INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
+    Errors carry details in addition to their status. The reason in google.rpc.ErrorInfo separates, for example, a
+    session that has expired from a session that was closed. google.rpc.RetryInfo suggests when to retry. errors.proto
+    explains where to get these messages. If a required session_id is missing, the status is INVALID_ARGUMENT. If it
+    belongs to no open session, the status is NOT_FOUND.
 
-    Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
-    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids
-    of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
-    about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
-    CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
+    If the server authenticates its callers, session IDs and request IDs belong to the caller's tenant. For every call,
+    another tenant's session does not exist, and lists, filters and counts cover only the caller's tenant. An admin
+    selects the tenant with the metadata key stepwell-tenant: the name of a tenant, or * for all tenants. Only
+    ListSessions, ExportSessions with filters, CloseMatchingSessions and ImportSessions accept *. Sessions without a
+    tenant are visible only to callers without a tenant.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.OpenSessionRequest, _sessions_pb2.OpenSessionResponse]  # type: ignore[assignment]
-    """Opens a session, or resumes the live session of that id."""
+    """Opens a session, or resumes the open session with that ID."""
     OpenSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.OpenSessionsRequest, _sessions_pb2.OpenSessionsResponse]  # type: ignore[assignment]
     """Opens many sessions of one model and batch size: all of them or none."""
     CloseSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.CloseSessionRequest, _sessions_pb2.CloseSessionResponse]  # type: ignore[assignment]
-    """Deletes a session and its state, after the changes received before."""
+    """Closes a session and deletes its state, after the changes received before."""
     CloseSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.CloseSessionsRequest, _sessions_pb2.CloseSessionsResponse]  # type: ignore[assignment]
-    """Deletes many sessions. Those that are not there any more are passed over."""
+    """Closes many sessions. It ignores sessions that no longer exist."""
     CloseMatchingSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.CloseMatchingSessionsRequest, _sessions_pb2.CloseMatchingSessionsResponse]  # type: ignore[assignment]
-    """Deletes the sessions that fit a filter, some of them at a time."""
+    """Closes the sessions that match a filter, one page per call."""
     GetSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.GetSessionRequest, _sessions_pb2.GetSessionResponse]  # type: ignore[assignment]
-    """Describes a session as of its last completed change. Does not count as use."""
+    """Describes a session as of its last completed change. Does not count as use for the idle limit."""
     ListSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ListSessionsRequest, _sessions_pb2.ListSessionsResponse]  # type: ignore[assignment]
-    """Lists live sessions page by page, in the order of their ids or in another one."""
+    """Lists open sessions page by page, ordered by ID."""
     Step: _aio.UnaryUnaryMultiCallable[_sessions_pb2.StepRequest, _sessions_pb2.StepResponse]  # type: ignore[assignment]
-    """Advances a session by one time step, or by T with a time axis: whole or not at all."""
+    """Advances a session by one time step, or by T time steps if the inputs have a time axis. The server applies all of
+    them or none.
+    """
     StepStream: _aio.StreamStreamMultiCallable[_sessions_pb2.StepStreamRequest, _sessions_pb2.StepStreamResponse]  # type: ignore[assignment]
-    """Advances many sessions at once: each request is a frame, each frame is answered in one or more
-    parts. Frames of different sessions overtake each other, those of one session do not.
+    """Steps or resets many sessions on one stream. Each request is a frame, and each frame has one or more responses.
+    Frames of different sessions may overtake each other. Frames of one session are answered in order.
     """
     ResetStates: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ResetStatesRequest, _sessions_pb2.ResetStatesResponse]  # type: ignore[assignment]
-    """Sets the state, or some rows of it, to the model's initial state or to given values."""
+    """Sets the state, or some rows of it, to the model's initial state or to the given values."""
     GetState: _aio.UnaryUnaryMultiCallable[_sessions_pb2.GetStateRequest, _sessions_pb2.GetStateResponse]  # type: ignore[assignment]
     """Reads the state, after the changes received before."""
     ForkSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ForkSessionRequest, _sessions_pb2.ForkSessionResponse]  # type: ignore[assignment]
-    """Opens a new session with the state, revision and position of another."""
+    """Opens a new session with the state, revision and position of another session."""
     GetStates: _aio.UnaryUnaryMultiCallable[_sessions_pb2.GetStatesRequest, _sessions_pb2.GetStatesResponse]  # type: ignore[assignment]
-    """Reads the states of many sessions of one model, of each after the changes received before for it."""
+    """Reads the states of many sessions of one model, each after the changes received before for that session."""
     ForkSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ForkSessionsRequest, _sessions_pb2.ForkSessionsResponse]  # type: ignore[assignment]
-    """Opens new sessions with the states, revisions and positions of others: all of them or none."""
+    """Opens new sessions with the states, revisions and positions of other sessions: all of them or none."""
     ExportSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ExportSessionsRequest, _sessions_pb2.ExportSessionsResponse]  # type: ignore[assignment]
-    """Reads sessions with all that is kept of them, to be imported elsewhere. Does not count as use."""
+    """Reads complete sessions, to import them elsewhere. Does not count as use for the idle limit."""
     ImportSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ImportSessionsRequest, _sessions_pb2.ImportSessionsResponse]  # type: ignore[assignment]
-    """Makes sessions of what was exported, each by itself."""
+    """Creates sessions from exported ones. Each succeeds or fails by itself."""
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Sessions: one user's conversation with one model each. A session owns one state and a fixed batch
-    size; its changes (Step and ResetStates) are applied in the order received and counted by its revision.
+    """Opens, steps, reads and closes sessions. A session is one user's conversation with one model. It has one state and a
+    fixed batch size. The server applies its changes (Step and ResetStates) in the order received, and its revision
+    counts them.
 
-    A change may carry the revision it expects and a random non-zero request id. With the session at
-    revision r: expected r applies it, after which the session is at r + 1 and remembers the request id
-    and the reply; expected r - 1 with the same request id sends the remembered reply, marked replayed;
-    anything else is ABORTED and changes nothing.
+    A change may carry the revision that it expects and a random, non-zero request ID. For a session at revision r: if
+    the expected revision is r, the server applies the change, the session is at r + 1, and the server remembers the
+    request ID and the reply. If the expected revision is r - 1 and the request ID is the remembered one, the server
+    sends the remembered reply and sets `replayed`. Anything else is ABORTED and changes nothing.
 
-    A request id stands for one change. If it returns with another kind of change, or with other content (values, rows,
-    masks, or what is to be returned), the call is INVALID_ARGUMENT and changes nothing. This holds where the change
-    would be applied too: with expected r, or without an expected revision. The same holds for calls that
-    open sessions: another model, batch size, state, max_idle or source is other content. How tensors say their elements
-    makes no difference, nor does the message: a step may come alone first and in a frame later.
+    A request ID stands for one change. If the same ID arrives with another kind of change or with other content (values,
+    rows, masks, requested outputs), the call is INVALID_ARGUMENT and changes nothing. This also holds if the change
+    could be applied: with expected revision r, or without one. It also holds for calls that open sessions: another
+    model, batch size, state, max_idle or source is other content. The encoding of tensors makes no difference, nor does
+    the method: a client may send a step with Step first and repeat it in a frame of StepStream.
 
-    Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
-    expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
-    in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
-    INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
+    Errors carry details in addition to their status. The reason in google.rpc.ErrorInfo separates, for example, a
+    session that has expired from a session that was closed. google.rpc.RetryInfo suggests when to retry. errors.proto
+    explains where to get these messages. If a required session_id is missing, the status is INVALID_ARGUMENT. If it
+    belongs to no open session, the status is NOT_FOUND.
 
-    Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
-    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids
-    of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
-    about: the name of a tenant, or * for everybody's, which ListSessions, ExportSessions with filters,
-    CloseMatchingSessions and ImportSessions take. Sessions of no tenant are found by callers of none alone.
+    If the server authenticates its callers, session IDs and request IDs belong to the caller's tenant. For every call,
+    another tenant's session does not exist, and lists, filters and counts cover only the caller's tenant. An admin
+    selects the tenant with the metadata key stepwell-tenant: the name of a tenant, or * for all tenants. Only
+    ListSessions, ExportSessions with filters, CloseMatchingSessions and ImportSessions accept *. Sessions without a
+    tenant are visible only to callers without a tenant.
     """
 
     @_abc_1.abstractmethod
@@ -189,7 +196,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sessions_pb2.OpenSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.OpenSessionResponse, _abc.Awaitable[_sessions_pb2.OpenSessionResponse]]:
-        """Opens a session, or resumes the live session of that id."""
+        """Opens a session, or resumes the open session with that ID."""
 
     @_abc_1.abstractmethod
     def OpenSessions(
@@ -205,7 +212,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sessions_pb2.CloseSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.CloseSessionResponse, _abc.Awaitable[_sessions_pb2.CloseSessionResponse]]:
-        """Deletes a session and its state, after the changes received before."""
+        """Closes a session and deletes its state, after the changes received before."""
 
     @_abc_1.abstractmethod
     def CloseSessions(
@@ -213,7 +220,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sessions_pb2.CloseSessionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.CloseSessionsResponse, _abc.Awaitable[_sessions_pb2.CloseSessionsResponse]]:
-        """Deletes many sessions. Those that are not there any more are passed over."""
+        """Closes many sessions. It ignores sessions that no longer exist."""
 
     @_abc_1.abstractmethod
     def CloseMatchingSessions(
@@ -221,7 +228,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sessions_pb2.CloseMatchingSessionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.CloseMatchingSessionsResponse, _abc.Awaitable[_sessions_pb2.CloseMatchingSessionsResponse]]:
-        """Deletes the sessions that fit a filter, some of them at a time."""
+        """Closes the sessions that match a filter, one page per call."""
 
     @_abc_1.abstractmethod
     def GetSession(
@@ -229,7 +236,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sessions_pb2.GetSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.GetSessionResponse, _abc.Awaitable[_sessions_pb2.GetSessionResponse]]:
-        """Describes a session as of its last completed change. Does not count as use."""
+        """Describes a session as of its last completed change. Does not count as use for the idle limit."""
 
     @_abc_1.abstractmethod
     def ListSessions(
@@ -237,7 +244,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sessions_pb2.ListSessionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.ListSessionsResponse, _abc.Awaitable[_sessions_pb2.ListSessionsResponse]]:
-        """Lists live sessions page by page, in the order of their ids or in another one."""
+        """Lists open sessions page by page, ordered by ID."""
 
     @_abc_1.abstractmethod
     def Step(
@@ -245,7 +252,9 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sessions_pb2.StepRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.StepResponse, _abc.Awaitable[_sessions_pb2.StepResponse]]:
-        """Advances a session by one time step, or by T with a time axis: whole or not at all."""
+        """Advances a session by one time step, or by T time steps if the inputs have a time axis. The server applies all of
+        them or none.
+        """
 
     @_abc_1.abstractmethod
     def StepStream(
@@ -253,8 +262,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_sessions_pb2.StepStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_sessions_pb2.StepStreamResponse], _abc.AsyncIterator[_sessions_pb2.StepStreamResponse]]:
-        """Advances many sessions at once: each request is a frame, each frame is answered in one or more
-        parts. Frames of different sessions overtake each other, those of one session do not.
+        """Steps or resets many sessions on one stream. Each request is a frame, and each frame has one or more responses.
+        Frames of different sessions may overtake each other. Frames of one session are answered in order.
         """
 
     @_abc_1.abstractmethod
@@ -263,7 +272,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sessions_pb2.ResetStatesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.ResetStatesResponse, _abc.Awaitable[_sessions_pb2.ResetStatesResponse]]:
-        """Sets the state, or some rows of it, to the model's initial state or to given values."""
+        """Sets the state, or some rows of it, to the model's initial state or to the given values."""
 
     @_abc_1.abstractmethod
     def GetState(
@@ -279,7 +288,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sessions_pb2.ForkSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.ForkSessionResponse, _abc.Awaitable[_sessions_pb2.ForkSessionResponse]]:
-        """Opens a new session with the state, revision and position of another."""
+        """Opens a new session with the state, revision and position of another session."""
 
     @_abc_1.abstractmethod
     def GetStates(
@@ -287,7 +296,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sessions_pb2.GetStatesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.GetStatesResponse, _abc.Awaitable[_sessions_pb2.GetStatesResponse]]:
-        """Reads the states of many sessions of one model, of each after the changes received before for it."""
+        """Reads the states of many sessions of one model, each after the changes received before for that session."""
 
     @_abc_1.abstractmethod
     def ForkSessions(
@@ -295,7 +304,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sessions_pb2.ForkSessionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.ForkSessionsResponse, _abc.Awaitable[_sessions_pb2.ForkSessionsResponse]]:
-        """Opens new sessions with the states, revisions and positions of others: all of them or none."""
+        """Opens new sessions with the states, revisions and positions of other sessions: all of them or none."""
 
     @_abc_1.abstractmethod
     def ExportSessions(
@@ -303,7 +312,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sessions_pb2.ExportSessionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.ExportSessionsResponse, _abc.Awaitable[_sessions_pb2.ExportSessionsResponse]]:
-        """Reads sessions with all that is kept of them, to be imported elsewhere. Does not count as use."""
+        """Reads complete sessions, to import them elsewhere. Does not count as use for the idle limit."""
 
     @_abc_1.abstractmethod
     def ImportSessions(
@@ -311,6 +320,6 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sessions_pb2.ImportSessionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.ImportSessionsResponse, _abc.Awaitable[_sessions_pb2.ImportSessionsResponse]]:
-        """Makes sessions of what was exported, each by itself."""
+        """Creates sessions from exported ones. Each succeeds or fails by itself."""
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

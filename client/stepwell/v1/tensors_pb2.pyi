@@ -26,7 +26,7 @@ class _DataType:
 class _DataTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DataType.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     DATA_TYPE_UNSPECIFIED: _DataType.ValueType  # 0
-    """Not said. Refused in requests."""
+    """Not set. In a request, only a tensor with `values` may leave the type out."""
     DATA_TYPE_FLOAT32: _DataType.ValueType  # 1
     """IEEE 754 binary32, 4 bytes."""
     DATA_TYPE_FLOAT64: _DataType.ValueType  # 2
@@ -58,7 +58,7 @@ class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
     """Element type of a tensor."""
 
 DATA_TYPE_UNSPECIFIED: DataType.ValueType  # 0
-"""Not said. Refused in requests."""
+"""Not set. In a request, only a tensor with `values` may leave the type out."""
 DATA_TYPE_FLOAT32: DataType.ValueType  # 1
 """IEEE 754 binary32, 4 bytes."""
 DATA_TYPE_FLOAT64: DataType.ValueType  # 2
@@ -94,32 +94,32 @@ class _TensorFormat:
 class _TensorFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TensorFormat.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     TENSOR_FORMAT_UNSPECIFIED: _TensorFormat.ValueType  # 0
-    """As the tensors of the request do: as values if one of them has values, else as data."""
+    """Like the request: TENSOR_FORMAT_VALUES if any of its tensors uses `values`, else TENSOR_FORMAT_DATA."""
     TENSOR_FORMAT_DATA: _TensorFormat.ValueType  # 1
-    """As bytes."""
+    """As bytes, in the field `data`."""
     TENSOR_FORMAT_VALUES: _TensorFormat.ValueType  # 2
-    """As numbers. The tensors of such an answer may have at most 256 KiB of elements together; what would be more is
-    refused with MESSAGE_TOO_LARGE before anything changes. A tensor that has integers of 2^53 or more comes as
-    data, since doubles do not hold all of them.
+    """As numbers, in the field `values`. The tensors of such a response may hold at most 256 KiB of elements together. A
+    request whose response would hold more fails with MESSAGE_TOO_LARGE and changes nothing. A tensor with an integer
+    of 2^53 or more is sent as `data`, because a double cannot represent all of these integers.
     """
 
 class TensorFormat(_TensorFormat, metaclass=_TensorFormatEnumTypeWrapper):
-    """How the tensors of an answer say their elements."""
+    """How the tensors of a response encode their elements."""
 
 TENSOR_FORMAT_UNSPECIFIED: TensorFormat.ValueType  # 0
-"""As the tensors of the request do: as values if one of them has values, else as data."""
+"""Like the request: TENSOR_FORMAT_VALUES if any of its tensors uses `values`, else TENSOR_FORMAT_DATA."""
 TENSOR_FORMAT_DATA: TensorFormat.ValueType  # 1
-"""As bytes."""
+"""As bytes, in the field `data`."""
 TENSOR_FORMAT_VALUES: TensorFormat.ValueType  # 2
-"""As numbers. The tensors of such an answer may have at most 256 KiB of elements together; what would be more is
-refused with MESSAGE_TOO_LARGE before anything changes. A tensor that has integers of 2^53 or more comes as
-data, since doubles do not hold all of them.
+"""As numbers, in the field `values`. The tensors of such a response may hold at most 256 KiB of elements together. A
+request whose response would hold more fails with MESSAGE_TOO_LARGE and changes nothing. A tensor with an integer
+of 2^53 or more is sent as `data`, because a double cannot represent all of these integers.
 """
 Global___TensorFormat: _TypeAlias = TensorFormat  # noqa: Y015
 
 @_typing.final
 class Tensor(_message.Message):
-    """A dense array. Its elements are said by `data` or by `values`, not by both."""
+    """A dense array. Its elements are in `data` or in `values`, never in both."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -129,25 +129,25 @@ class Tensor(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the model's input, output or state that this is. Empty in a request: the model's only one."""
+    """Name of the model's input, output or state tensor. Empty in a request: the model's only one."""
     dtype: Global___DataType.ValueType
-    """Element type. With values it may be left out: whole numbers are then taken as integers where the model wants
-    those. Inputs and states of another float type than the model's are cast to it; floats
-    where the model takes integers are refused.
+    """Element type. Optional with `values`: whole numbers are then read as integers if the model needs integers. Inputs
+    and states of another float type are cast to the model's type. Floats are rejected if the model needs integers.
     """
     data: _builtins.bytes
-    """The elements: little-endian, row-major, without padding."""
+    """The elements as bytes: little-endian, row-major, without padding."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Size of each axis, outermost first. The product times the element size is the length of `data`, or the product
-        alone the number of `values`. With values it may be left out: (1, number of values), one row at one time step.
+        """Size of each axis, outermost first. The product of the sizes is the number of elements: the length of `values`, or
+        the length of `data` divided by the element size. Optional with `values`: it is then (1, number of values), one row
+        at one time step.
         """
 
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """The elements as numbers, row-major: for who writes JSON. At most 65536 in all tensors of a request. Each must be one
-        that the dtype, if it is given, can hold: integers are whole and in its range, booleans 0 or 1; floats are rounded.
-        As numbers of JSON, integers are exact below 2^53.
+        """The elements as numbers, row-major: the convenient form in JSON. All tensors of one request field may have at most
+        65536 together. If the dtype is set, each number must fit it: integers are whole and in range, booleans are 0 or 1,
+        and floats are rounded. JSON numbers represent integers exactly below 2^53.
         """
 
     def __init__(
@@ -169,7 +169,7 @@ Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
 
 @_typing.final
 class TensorSpec(_message.Message):
-    """What a model says of one of its tensors."""
+    """Name, type and shape of one of a model's tensors."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -182,12 +182,12 @@ class TensorSpec(_message.Message):
     dtype: Global___DataType.ValueType
     """Element type the model computes with."""
     temporal: _builtins.bool
-    """Inputs: takes a time axis after the batch axis. Outputs: comes with one when the inputs have one.
-    States: always false.
+    """Whether the tensor has a time axis after the batch axis. An input accepts one. An output has one if the inputs have
+    one. False for states.
     """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Shape of one row at one time step: without the batch axis and the time axis."""
+        """Shape of one row at one time step, without the batch axis and the time axis."""
 
     def __init__(
         self,
