@@ -31,7 +31,7 @@ from stepwell_server.engine.engine import Engine, EveryChange, PagedOutOnly
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.versions.document import DocumentError
-from stepwell_server.engine.versions.forwarding import Migration
+from stepwell_server.engine.versions.record_upgrade import Migration
 from stepwell_server.errors import StartError
 from stepwell_server.files.audit_log import AuditLog
 from stepwell_server.logs import Log, configure

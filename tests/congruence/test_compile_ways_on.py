@@ -36,7 +36,7 @@ def _compiled(model: Any, folder: Path) -> Program:
 def _stepped(program: Program, inputs: list[Any], states: list[Any] | None = None) -> Any:
     """Step through sequences; returns the first output of each time step."""
     from stepwell_server.compile.probe.sequences import at
-    from stepwell_server.engine.executors.stepping import initial_rows, step_of_executor
+    from stepwell_server.engine.executors.step_function import initial_rows, step_of_executor
 
     step = step_of_executor(load_executor(program))
     steps = next(value.shape[1] for value, spec in zip(inputs, program.inputs, strict=True) if spec.temporal)

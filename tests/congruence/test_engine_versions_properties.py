@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from stepwell_server.engine.api import Select, SessionPolicy
 from stepwell_server.engine.catalog import changes
-from stepwell_server.engine.sessions.transfer import Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutcome, SessionRecord
 from stepwell_server.errors import Overloaded, ServerError, Unavailable
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
@@ -301,8 +301,8 @@ class Play:
         (record,) = await self.at.engine.export_sessions([name], deadline=float("inf"))
         assert not isinstance(record, ServerError), record
         arriving = SessionRecord(new, name, bytes(record))
-        (result,) = await self.at.engine.import_sessions([arriving], Existing.REPLACE)
-        assert isinstance(result, Imported), result
+        (result,) = await self.at.engine.import_sessions([arriving], ExistingPolicy.REPLACE)
+        assert isinstance(result, ImportOutcome), result
         twin = session.copy()
         # it goes to the version with its weights, of which there may be two
         equal = [v for v in model.loaded if PROGRAMS[v] is PROGRAMS[session.version]]

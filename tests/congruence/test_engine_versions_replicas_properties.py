@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepwell_server.engine.api import Moved, SessionPolicy
+from stepwell_server.engine.api import DefaultMove, SessionPolicy
 from stepwell_server.engine.catalog import changes
 from stepwell_server.errors import (
     RevisionConflict,
@@ -375,7 +375,7 @@ class Play:
             if do.version in self.loaded[do.server]:
                 raise
             return
-        assert isinstance(moved, Moved)
+        assert isinstance(moved, DefaultMove)
         assert moved.previous == before
         if before != do.version:
             self.changes.append(Change(before, do.version, do.how))

@@ -21,10 +21,10 @@ from stepwell_server.core.quotas import Usage
 from stepwell_server.engine import usage_counts
 from stepwell_server.engine.intake import admission
 from stepwell_server.engine.intake.admission import Admission
-from stepwell_server.engine.intake.paging import Pager
+from stepwell_server.engine.intake.pager import Pager
 from stepwell_server.engine.passes import loop
 from stepwell_server.engine.quotas import Quotas
-from stepwell_server.engine.sessions.begin import Attempts, Begin, Made, NewSessions
+from stepwell_server.engine.sessions.begin import Attempts, CreatedSessions, NewSessions, SessionCreator
 from stepwell_server.engine.usage_counts import UsageCounts
 from stepwell_server.errors import SessionExists
 from stepwell_server.store.base import Committed
@@ -406,10 +406,10 @@ def test_a_replica_that_reads_its_own_copy_is_found(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_refused_call_for_many_that_leaves_some_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def nothing(_self: Begin, _made: Made) -> None:
+    async def nothing(_self: SessionCreator, _made: CreatedSessions) -> None:
         """Leave them."""
 
-    monkeypatch.setattr(Begin, "_delete", nothing)
+    monkeypatch.setattr(SessionCreator, "_delete", nothing)
     assert is_found(range(100), contested=True, faults=(), shards=3, owners=[], guests=0, seconds=6.0)
 
 

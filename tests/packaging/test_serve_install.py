@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from stepwell.cli import main
 from stepwell_server import program_file
 from stepwell_server.engine.executors import load_executor
-from stepwell_server.engine.executors.stepping import initial_rows, step_of_executor
+from stepwell_server.engine.executors.step_function import initial_rows, step_of_executor
 from support import programs
 
 # the environment is installed from the package registry

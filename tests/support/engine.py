@@ -24,7 +24,7 @@ from stepwell_server.core.model_names import parse_reference
 from stepwell_server.core.quotas import QuotaTable
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.change import Change, Reply
-from stepwell_server.engine.commit.policy import EveryChange, PagedOutOnly
+from stepwell_server.engine.commit.store_policy import EveryChange, PagedOutOnly
 from stepwell_server.engine.engine import Engine
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.passes.batch import Pass

@@ -11,8 +11,8 @@ import numpy as np
 
 from stepwell_server.engine.api import (
     DefaultChange,
+    DefaultMove,
     ModelInfo,
-    Moved,
     SessionInfo,
     SessionPolicy,
     VersionInfo,
@@ -186,11 +186,11 @@ class FakeVersions:
         labels: Sequence[str] = (),
         becomes: DefaultChange | None = None,
         begin: Callable[[], None] = lambda: None,
-    ) -> Moved:
+    ) -> DefaultMove:
         begin()
         self._refuse()
         self.told.append(("load", name, version, source, tenant))
-        found, moved = self.names.setdefault(name, {}), Moved(0, 0)
+        found, moved = self.names.setdefault(name, {}), DefaultMove(0, 0)
         found[version] = VersionInfo(
             version, program.fingerprint, not found, (), 0, source, 5.0, is_draining=False
         )
@@ -224,13 +224,13 @@ class FakeVersions:
         migration: str = "",
         *,
         leaves: bool | None = None,
-    ) -> Moved:
+    ) -> DefaultMove:
         self.told.append(("default", name, version, policy, migration))
         self._refuse()
         previous = next(info.version for info in self.names[name].values() if info.is_default)
         self.give(name, previous, is_default=False, is_draining=bool(leaves))
         self.give(name, version, is_default=True, is_draining=False)
-        return Moved(previous, 3)
+        return DefaultMove(previous, 3)
 
     async def set_label(self, name: str, label: str, version: int) -> None:
         self.told.append(("label", name, label, version))

@@ -16,9 +16,9 @@ import pytest
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.engine.engine import Engine
-from stepwell_server.engine.intake.queues import Turns
+from stepwell_server.engine.intake.queues import SessionQueues
 from stepwell_server.engine.passes.runner import Runner
-from stepwell_server.engine.sessions.end import Removal, Sweep, Uses
+from stepwell_server.engine.sessions.end import Removal, Sweep, UseNotifier
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ModelMismatch, ModelNotFound
 from stepwell_server.store.in_process import InProcessStore
@@ -37,7 +37,7 @@ class Inside:
         return self._engine._table
 
     @property
-    def turns(self) -> Turns:
+    def turns(self) -> SessionQueues:
         """Claims, and who waits for them."""
         return self._engine._turns
 
@@ -51,7 +51,7 @@ class Inside:
             patch.setattr(store._lanes, "_is_short", lambda _size: False)
 
     @property
-    def uses(self) -> Uses:
+    def uses(self) -> UseNotifier:
         """What notifies the store of use."""
         return self._engine._uses
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.engine.api import Predicted, Select, StateRead
+from stepwell_server.engine.api import PredictResult, Select, StateResult
 from stepwell_server.errors import Overloaded, ServerError, Unavailable
 from support.actions import NAMES, Action, Change, Fork, ForkMany, Open, ReadMany, Shape, Simple
 from support.engine import Answer, Answers, Harness
@@ -258,7 +258,7 @@ class Play:
             if ran is None:
                 assert type(result).__name__ == "InvalidInput"
                 return
-            assert isinstance(result, Predicted)
+            assert isinstance(result, PredictResult)
             assert result.outputs["y"].tobytes() == ran[0].tobytes()
             assert result.state["sum"].tobytes() == ran[1].tobytes()
 
@@ -519,8 +519,8 @@ async def result_of(call: Awaitable[Any]) -> Any:
         return error
 
 
-def same_session(read: StateRead, session: ModelSession) -> None:
-    assert isinstance(read, StateRead)
+def same_session(read: StateResult, session: ModelSession) -> None:
+    assert isinstance(read, StateResult)
     assert read.state["sum"].tobytes() == session.state.tobytes()
     info = read.session
     assert (info.revision, info.position) == (session.revision, session.position)

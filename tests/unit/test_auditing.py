@@ -17,7 +17,7 @@ import pytest
 
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.core.callers import Caller, Credential, Known, Role
+from stepwell_server.core.callers import Caller, Credential, KnownCaller, Role
 from stepwell_server.errors import Overloaded, PermissionDenied, StartError, StoreAway, Unauthenticated
 from stepwell_server.files.audit_log import MAX_LINE_BYTES, MAX_WAITING_BYTES, AuditLog
 from stepwell_server.rpc.access import Access, require
@@ -317,7 +317,7 @@ async def test_a_step_that_must_have_a_line_is_refused_where_there_is_no_room(fi
 
 
 async def test_who_acts_in_another_tenant_is_not_taken_for_a_caller_of_that(file: Path) -> None:
-    log, known = AuditLog(file), Known(Caller("ann", "acme", Role.ADMIN), Credential("token", b"ann"))
+    log, known = AuditLog(file), KnownCaller(Caller("ann", "acme", Role.ADMIN), Credential("token", b"ann"))
     guard = Guard(Mock(identify=lambda _call: known), Mock(), ManualClock())
     boundary = Boundary(Requests(), 1024, guard, Auditor(log, "drop"))
 

@@ -7,7 +7,7 @@ import gc
 import numpy as np
 import pytest
 
-from stepwell_server.core.remembered import Remembered
+from stepwell_server.core.recent_values import RecentValues
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Slots
 
@@ -175,7 +175,7 @@ def test_paging_out_leaves_no_rows_behind() -> None:
 
 
 def test_the_oldest_is_forgotten_first_and_what_is_set_again_is_new() -> None:
-    remembered: Remembered[str, int] = Remembered(2)
+    remembered: RecentValues[str, int] = RecentValues(2)
     remembered.put("a", 1)
     remembered.put("b", 2)
     remembered.put("a", 3)

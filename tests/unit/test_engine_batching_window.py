@@ -15,7 +15,7 @@ import pytest
 
 from stepwell_server.core.cost import Cost
 from stepwell_server.engine.passes.batching_window import BatchingWindow
-from stepwell_server.engine.shares import Threads
+from stepwell_server.engine.threads import Threads
 from support.clock import ManualClock
 from support.engine import FixedCost, Harness, running, x
 from support.fake_executor import PLAIN, WAIT_S

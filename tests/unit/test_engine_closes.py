@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.api import SessionFilter
-from stepwell_server.engine.sessions.transfer import Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutcome, SessionRecord
 from stepwell_server.errors import InvalidInput, ServerError, SessionGone, SessionNotFound
 from support.engine import Harness, running, x
 
@@ -151,7 +151,7 @@ async def test_all_ways_in_which_a_session_begins_remember_the_closes_of_its_id(
         await at.engine.fork("source", new_session_id="fork")
         await at.engine.fork_sessions(["source"], new_session_ids=["forks"])
         arriving = SessionRecord("import", "source", bytes(exported))
-        assert await at.engine.import_sessions([arriving], Existing.REPLACE) == [Imported.IMPORTED]
+        assert await at.engine.import_sessions([arriving], ExistingPolicy.REPLACE) == [ImportOutcome.IMPORTED]
         for name in ("open", "many", "fork", "forks", "import"):
             assert await at.engine.close_session(name, request_id=30) is True, name
             revision = (await at.engine.session_info(name)).revision

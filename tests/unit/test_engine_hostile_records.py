@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from stepwell import SessionInfo
 from stepwell.cli.sessions import session_cells, session_facts, session_json
 from stepwell.v1 import sessions_pb2
-from stepwell_server.engine.sessions.transfer import Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutcome, SessionRecord
 from stepwell_server.errors import Internal, ServerError, StateCorrupt
 from stepwell_server.rpc.convert import from_session
 from stepwell_server.rpc.pages import from_token, to_token
@@ -218,10 +218,10 @@ def test_any_record_is_imported_or_refused_alone(some: list[Mutation], store_kin
             answer = await begun(at)
             first, second = await at.engine.import_sessions(
                 [SessionRecord("a", "a", _applied(some, good)), SessionRecord("b", "a", good)],
-                Existing.REFUSE,
+                ExistingPolicy.REFUSE,
             )
-            assert second is Imported.IMPORTED, "it is not the other's fault"
-            assert first is Imported.IMPORTED or isinstance(first, ServerError)
+            assert second is ImportOutcome.IMPORTED, "it is not the other's fault"
+            assert first is ImportOutcome.IMPORTED or isinstance(first, ServerError)
             assert not isinstance(first, Internal)
             await harmless(at, answer)
 
@@ -266,8 +266,8 @@ async def test_a_reply_of_other_rows_moves_nobody_elses(store_kind: str) -> None
             later = dataclasses.replace(decode("a", _with_rows(bytes(record), rows)), revision=100).encode(
                 "a"
             )
-            (told,) = await at.engine.import_sessions([SessionRecord("a", "a", later)], Existing.REFUSE)
-            assert (told is Imported.IMPORTED) is is_taken
+            (told,) = await at.engine.import_sessions([SessionRecord("a", "a", later)], ExistingPolicy.REFUSE)
+            assert (told is ImportOutcome.IMPORTED) is is_taken
             if not is_taken:
                 await at.open("a", batch_size=2)
                 continue

@@ -9,7 +9,7 @@ import pytest
 
 from stepwell_server.core.scheduler import LoopQueue
 from stepwell_server.engine.sessions.directory import MAX_ID_LENGTH, IdMaker, require_session_id, shown
-from stepwell_server.engine.shares import Pieces
+from stepwell_server.engine.threads import Pieces
 from stepwell_server.errors import InvalidInput
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore

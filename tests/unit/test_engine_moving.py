@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.api import SessionFilter, SessionInfo
-from stepwell_server.engine.sessions.transfer import Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutcome, SessionRecord
 from stepwell_server.errors import (
     InvalidInput,
     MessageTooLarge,
@@ -50,7 +50,7 @@ async def exported(at: Harness, *session_ids: str) -> list[tuple[str, bytes]]:
 
 
 async def brought(
-    at: Harness, sessions: Sequence[tuple[str, bytes]], existing: Existing = Existing.REFUSE
+    at: Harness, sessions: Sequence[tuple[str, bytes]], existing: ExistingPolicy = ExistingPolicy.REFUSE
 ) -> list[Any]:
     arriving = [SessionRecord(session_id, session_id, record) for session_id, record in sessions]
     return await at.engine.import_sessions(arriving, existing)
@@ -96,7 +96,7 @@ async def test_what_moves_goes_on_and_a_retry_is_answered_once() -> None:
         sessions = await exported(old, *names)
         after = {name: await old.engine.session_info(name) for name in names}
         assert after == before, "an export is no use"
-        assert await brought(new, sessions) == [Imported.IMPORTED] * len(names)
+        assert await brought(new, sessions) == [ImportOutcome.IMPORTED] * len(names)
         for name in names:
             info = await new.engine.session_info(name)
             assert kept(info) == kept(before[name])
@@ -126,12 +126,15 @@ async def test_what_is_there_is_left_unless_it_is_to_be_replaced() -> None:
         results = await brought(new, sessions)
         assert [type(result).__name__ for result in results] == ["SessionExists", "Imported", "Imported"]
         assert results[0].message == "session_id must be new; session 'a' is open"
-        assert await brought(new, sessions, Existing.SKIP) == [Imported.SKIPPED, *[Imported.IMPORTED] * 2]
+        assert await brought(new, sessions, ExistingPolicy.SKIP) == [
+            ImportOutcome.SKIPPED,
+            *[ImportOutcome.IMPORTED] * 2,
+        ]
         assert (await new.engine.session_info("a")).batch_size == 2
         pending = await new.begin_pass("a", x(2), sizes=[2])
-        replacing = await begun(brought(new, sessions, Existing.REPLACE))
+        replacing = await begun(brought(new, sessions, ExistingPolicy.REPLACE))
         new.hooks.open_gate()
-        assert await replacing == [Imported.REPLACED, *[Imported.IMPORTED] * 2]
+        assert await replacing == [ImportOutcome.REPLACED, *[ImportOutcome.IMPORTED] * 2]
         assert (await pending.only()).revision == 3, "it was under way before"
         info = await new.engine.session_info("a")
         assert (info.batch_size, info.revision, info.model) == (1, 1, "plain")
@@ -139,7 +142,7 @@ async def test_what_is_there_is_left_unless_it_is_to_be_replaced() -> None:
         assert type((await brought(new, sessions))[1]).__name__ == "SessionExists", "it has gone on"
         await new.engine.close_session("a")
         await new.open("a", model="rich")
-        assert (await brought(new, sessions[:1], Existing.REPLACE)) == [Imported.REPLACED]
+        assert (await brought(new, sessions[:1], ExistingPolicy.REPLACE)) == [ImportOutcome.REPLACED]
         assert [model.sessions for model in new.engine.models()] == [3, 0]
 
 
@@ -147,14 +150,14 @@ async def test_a_session_that_ended_later_does_not_come_back_older() -> None:
     async with two() as (old, new):
         await old.open("a")
         sessions = await exported(old, "a")
-        assert await brought(new, sessions) == [Imported.IMPORTED]
+        assert await brought(new, sessions) == [ImportOutcome.IMPORTED]
         await new.step("a", x(1))
         await new.engine.close_session("a")
         error = await refused(new, *sessions[0])
         assert error.message == "session 'a' must not go back to revision 0: it ended here at revision 1"
-        assert await brought(new, sessions, Existing.REPLACE) == [Imported.IMPORTED]
+        assert await brought(new, sessions, ExistingPolicy.REPLACE) == [ImportOutcome.IMPORTED]
         await new.engine.close_session("a")
-        assert await brought(new, sessions) == [Imported.IMPORTED], "as it was when it ended"
+        assert await brought(new, sessions) == [ImportOutcome.IMPORTED], "as it was when it ended"
 
 
 async def test_a_limit_for_being_idle_moves_and_counts_from_the_import() -> None:
@@ -162,14 +165,14 @@ async def test_a_limit_for_being_idle_moves_and_counts_from_the_import() -> None
         opened = await old.engine.open_session("plain", max_idle_ms=60_000)
         name = opened.session.session_id
         old.clock.advance(50.0)
-        assert await brought(new, await exported(old, name)) == [Imported.IMPORTED]
+        assert await brought(new, await exported(old, name)) == [ImportOutcome.IMPORTED]
         new.clock.advance(50.0)
         await new.inside.expire_idle()
         assert (await new.engine.session_info(name)).max_idle_s == 60.0
         replaced = await old.engine.open_session("plain", session_id="other", max_idle_ms=90_000)
         await new.open("other")
         sessions = await exported(old, replaced.session.session_id)
-        assert await brought(new, sessions, Existing.REPLACE) == [Imported.REPLACED]
+        assert await brought(new, sessions, ExistingPolicy.REPLACE) == [ImportOutcome.REPLACED]
         assert (await new.engine.session_info("other")).max_idle_s == 90.0
         await new.step(name, x(1))
         new.clock.advance(60.5)
@@ -255,7 +258,9 @@ async def test_bad_records_change_nothing() -> None:
             await brought(new, [("a", record)] * 2)
         assert isinstance(await refused(new, " a", record), InvalidInput)
         assert await new.engine.list_sessions() == ([], 0)
-        assert await brought(new, [("b", b""), ("a", record)]) != [Imported.IMPORTED] * 2, "each by itself"
+        assert await brought(new, [("b", b""), ("a", record)]) != [ImportOutcome.IMPORTED] * 2, (
+            "each by itself"
+        )
         assert (await new.engine.list_sessions())[1] == 1
 
 
@@ -311,12 +316,12 @@ async def test_what_was_imported_outlives_a_kill_and_a_store_that_fails_has_noth
         results = await brought(at, sessions)
         assert [str(result) for result in results] == ["no room"] * 2
         assert await at.engine.list_sessions() == ([], 0)
-        assert await brought(at, sessions) == [Imported.IMPORTED] * 2
+        assert await brought(at, sessions) == [ImportOutcome.IMPORTED] * 2
         await at.step("b", x(1))
         disk.store.fail(Unavailable("no room"))
-        assert str((await brought(at, sessions[1:], Existing.REPLACE))[0]) == "no room"
+        assert str((await brought(at, sessions[1:], ExistingPolicy.REPLACE))[0]) == "no room"
         assert (await at.step("b", x(1))).revision == 2
-        assert await brought(at, sessions[1:], Existing.REPLACE) == [Imported.REPLACED]
+        assert await brought(at, sessions[1:], ExistingPolicy.REPLACE) == [ImportOutcome.REPLACED]
         disk.kill()
     assert unpack_fields(decode("b", disk.store.get("b")).fields)[2] == b"tenant"
     async with disk.engine() as at:
@@ -325,8 +330,8 @@ async def test_what_was_imported_outlives_a_kill_and_a_store_that_fails_has_noth
         same_reply(await at.single("a", x(1, 2), expected=0, request_id=5).only(), answer)
         disk.kill()
     async with disk.engine({"plain": dataclasses.replace(PLAIN, fingerprint="f-old")}) as at:
-        assert isinstance(await refused(at, *sessions[0], existing=Existing.SKIP), ModelMismatch)
+        assert isinstance(await refused(at, *sessions[0], existing=ExistingPolicy.SKIP), ModelMismatch)
         as_served = dataclasses.replace(decode("a", sessions[0][1]), fingerprint="f-old").encode("a")
         assert isinstance(await refused(at, "a", as_served), SessionExists)
-        assert await brought(at, [("a", as_served)], Existing.REPLACE) == [Imported.REPLACED]
+        assert await brought(at, [("a", as_served)], ExistingPolicy.REPLACE) == [ImportOutcome.REPLACED]
         assert (await at.step("a", x(1))).revision == 2

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.api import Applied
+from stepwell_server.engine.api import ChangeResult
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.passes.completion import Completion
 from stepwell_server.engine.state.model import SHORT_PASS_S
@@ -145,7 +145,7 @@ async def test_cancelling_any_member_of_a_batch_harms_no_other(victim: int) -> N
                 assert answer.outputs["y"].tobytes() == outputs_of(value[i : i + 1]).tobytes()
 
 
-async def _step(at: Harness, change: Change, answer: Awaited) -> Applied:
+async def _step(at: Harness, change: Change, answer: Awaited) -> ChangeResult:
     at.engine.submit(change)
     return await answer.get()
 

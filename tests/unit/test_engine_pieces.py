@@ -14,8 +14,8 @@ import pytest
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.core.scheduler import LoopQueue
-from stepwell_server.engine import shares, submission
-from stepwell_server.engine.api import OpenedMany
+from stepwell_server.engine import submission, threads
+from stepwell_server.engine.api import OpenManyResult
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.sessions import (
     close,
@@ -44,8 +44,8 @@ COUNT = 10 * PIECE
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directory, "PIECE", PIECE)
-    for module in (shares, opening, close, directory):
-        monkeypatch.setattr(module, "TURN", PIECE)
+    for module in (threads, opening, close, directory):
+        monkeypatch.setattr(module, "PIECE_SIZE", PIECE)
     monkeypatch.setattr(submission, "REFUSED_AT_ONCE", PIECE)
     for module in (lookup, directory):
         monkeypatch.setattr(module, "READ_BATCH_SIZE", PIECE)
@@ -110,7 +110,7 @@ async def test_some_thousand_sessions_are_opened_a_few_at_a_time() -> None:
     async with running(resident_rows=4) as at:
         _, turns = await turns_of(at.engine.open_sessions("plain", count=2048))
         # they get ids, are looked at, get records and are made
-        assert turns >= 4 * (2048 // shares.TURN - 1)
+        assert turns >= 4 * (2048 // threads.PIECE_SIZE - 1)
 
 
 async def most_per_turn(look: Callable[[], int], calls: Coroutine[Any, Any, T]) -> tuple[T, int]:
@@ -141,21 +141,21 @@ async def test_of_many_large_calls_one_piece_is_done_in_a_turn(part: str) -> Non
         }[part]
         opening = asyncio.gather(*(at.engine.open_sessions("plain", count=1024) for _ in range(4)))
 
-        async def all_of_them() -> Sequence[OpenedMany]:
+        async def all_of_them() -> Sequence[OpenManyResult]:
             return await opening
 
         opened, most = await most_per_turn(look, all_of_them())
-        assert most == shares.TURN
+        assert most == threads.PIECE_SIZE
         assert look() == (0 if part == "reserved" else 4096 - 4 * (part == "stored"))
         assert len({one for each in opened for one in each.session_ids}) == 4096
 
 
 async def test_tenants_take_turns_with_their_pieces() -> None:
     taken: list[str] = []
-    whose = shares.Pieces(LoopQueue(asyncio.get_running_loop().call_soon))
+    whose = threads.Pieces(LoopQueue(asyncio.get_running_loop().call_soon))
 
     async def call(tenant: str) -> None:
-        ids = [f"{tenant}{SEPARATOR}{place}" for place in range(4 * shares.TURN)]
+        ids = [f"{tenant}{SEPARATOR}{place}" for place in range(4 * threads.PIECE_SIZE)]
         async for _ in whose.of(ids):
             taken.append(tenant)  # noqa: PERF401 - each in its turn
 
@@ -165,7 +165,7 @@ async def test_tenants_take_turns_with_their_pieces() -> None:
 
 
 async def test_pieces_go_on_when_a_call_is_cancelled_that_waits_for_its_turn() -> None:
-    whose = shares.Pieces(LoopQueue(asyncio.get_running_loop().call_soon))
+    whose = threads.Pieces(LoopQueue(asyncio.get_running_loop().call_soon))
     waiting = [asyncio.create_task(whose.turn(tenant)) for tenant in ("a", "a", "b")]
     await asyncio.sleep(0)
     waiting[0].cancel()
@@ -175,7 +175,7 @@ async def test_pieces_go_on_when_a_call_is_cancelled_that_waits_for_its_turn() -
 
 async def test_if_one_piece_is_not_kept_none_is() -> None:
     class Full(MemoryStore):
-        room = 3 * shares.TURN
+        room = 3 * threads.PIECE_SIZE
 
         def commit(self, batch: Batch) -> None:
             if self.count() + len(batch.puts) > self.room:
@@ -184,11 +184,11 @@ async def test_if_one_piece_is_not_kept_none_is() -> None:
 
     async with running(resident_rows=4, store=(store := Full())) as at:
         with pytest.raises(Unavailable, match="no room"):
-            await at.engine.open_sessions("plain", count=4 * shares.TURN)
+            await at.engine.open_sessions("plain", count=4 * threads.PIECE_SIZE)
         assert (store.count(), store.count_of("plain"), len(at.inside.table)) == (0, 0, 0)
         assert at.inside.models[0].slots.resident == 0
         assert not at.inside.removal.pending
-        await at.engine.open_sessions("plain", count=2 * shares.TURN)
+        await at.engine.open_sessions("plain", count=2 * threads.PIECE_SIZE)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -219,7 +219,7 @@ async def test_a_session_that_somebody_opens_meanwhile_is_noticed() -> None:
             assert isinstance(result, SessionExists) is not one.resumed
             _, total = await at.engine.list_sessions()
             assert total == (COUNT if one.resumed else 1)
-    assert found == {"SessionExists", "OpenedMany"}
+    assert found == {"SessionExists", "OpenManyResult"}
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -268,7 +268,7 @@ async def test_steps_of_others_are_answered_between_the_pieces(call: str, are_th
         if call == "close":
             assert result == (COUNT if are_there else 0)
         elif call == "fork":
-            assert isinstance(result, OpenedMany if are_there else ServerError)
+            assert isinstance(result, OpenManyResult if are_there else ServerError)
         elif call == "frame":
             answers, parts = result
             assert (set(kinds(answers)), parts) == ({"SessionNotFound"}, 1)
@@ -311,7 +311,7 @@ async def test_of_many_lists_one_piece_is_done_in_a_turn(
         pages, most = await most_per_turn(lambda: done, all_of_them())
     assert [len(page.sessions) for page in pages] == [512] * 4
     assert done == 4 * 512
-    assert most <= shares.TURN
+    assert most <= threads.PIECE_SIZE
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -345,11 +345,11 @@ async def test_a_store_on_disk_is_asked_for_a_long_list_in_parts(
 
 
 async def test_ids_for_many_sessions_are_drawn_by_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[int] = []
+    idents: list[int] = []
     digits_of = directory._digits
 
     def noted(tokens: bytes) -> Any:
-        threads.append(threading.get_ident())
+        idents.append(threading.get_ident())
         return digits_of(tokens)
 
     monkeypatch.setattr(directory, "_digits", noted)
@@ -359,7 +359,7 @@ async def test_ids_for_many_sessions_are_drawn_by_a_thread(monkeypatch: pytest.M
         again = await at.engine.open_sessions("plain", count=COUNT, request_id=7)
     assert (again.session_ids, again.replayed) == (few.session_ids, True)
     here = threading.get_ident()
-    assert [thread == here for thread in threads] == [True, False]
+    assert [thread == here for thread in idents] == [True, False]
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -446,7 +446,7 @@ async def test_what_is_too_late_when_it_was_looked_for_is_not_applied() -> None:
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.stores("async", "sync", "awaited")
 async def test_a_frame_of_unknown_ids_is_looked_for_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shares, "TURN", PIECE)
+    monkeypatch.setattr(threads, "PIECE_SIZE", PIECE)
     async with running() as at:
         names = [f"never{number}" for number in range(COUNT)]
         (answers, parts), turns = await turns_of(frame(at, names))

@@ -16,7 +16,7 @@ from stepwell_server.core.callers import Caller, Role
 from stepwell_server.core.namespaces import prefix_of, tenant_of
 from stepwell_server.core.quotas import NOTHING, Limits, QuotaTable, Usage
 from stepwell_server.engine.quotas import OTHER, Quotas
-from stepwell_server.engine.sessions.transfer import Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutcome, SessionRecord
 from stepwell_server.errors import InvalidInput, Overloaded, QuotaExceeded, ServerError
 from stepwell_server.rpc.status import to_proto
 from stepwell_server.store.counts import usage_of_record
@@ -152,7 +152,7 @@ async def test_sessions_and_rows_are_those_that_are_there_whatever_happened() ->
                         if not isinstance(record, ServerError):
                             again = chosen.choice([ids[0], f"{ids[0]}-copy"])
                             told = await at.engine.import_sessions(
-                                [SessionRecord(again, ids[0], bytes(record))], Existing.REPLACE
+                                [SessionRecord(again, ids[0], bytes(record))], ExistingPolicy.REPLACE
                             )
                             refused += isinstance(told[0], QuotaExceeded)
                     case 7 | 8:
@@ -199,7 +199,7 @@ async def test_an_import_makes_no_session_larger_than_its_tenant_may_have_rows()
         async def brought() -> object:
             assert not isinstance(record, ServerError)
             arriving = SessionRecord("a", "a", bytes(record))
-            return (await at.engine.import_sessions([arriving], Existing.REPLACE))[0]
+            return (await at.engine.import_sessions([arriving], ExistingPolicy.REPLACE))[0]
 
         await at.engine.open_session("plain", session_id="a", batch_size=6)
         (record,) = await at.engine.export_sessions(["a"], deadline=float("inf"))
@@ -212,7 +212,7 @@ async def test_an_import_makes_no_session_larger_than_its_tenant_may_have_rows()
         assert dict(at.quotas.tenants()) == await recount(at)
         assert without_bytes(at.quotas.tenants()) == {"": (2, 4)}
         await at.engine.close_session("b")
-        assert await brought() is Imported.REPLACED
+        assert await brought() is ImportOutcome.REPLACED
         assert dict(at.quotas.tenants()) == await recount(at)
         assert without_bytes(at.quotas.tenants()) == {"": (1, 6)}
 
@@ -282,14 +282,18 @@ async def test_sessions_and_rows_of_a_caller_are_those_that_it_made(tmp_path: Pa
         assert not isinstance(record, ServerError)
         arriving = [SessionRecord(f"{namespace}copy", first, bytes(record))]
         assert isinstance(
-            (await at.engine.import_sessions(arriving, Existing.REPLACE, ANN))[0], QuotaExceeded
+            (await at.engine.import_sessions(arriving, ExistingPolicy.REPLACE, ANN))[0], QuotaExceeded
         )
-        assert (await at.engine.import_sessions(arriving, Existing.REPLACE, OTHERS))[0] is Imported.IMPORTED
+        assert (await at.engine.import_sessions(arriving, ExistingPolicy.REPLACE, OTHERS))[
+            0
+        ] is ImportOutcome.IMPORTED
         assert without_bytes(at.quotas.callers()) == {"acme/ann": (3, 4)}
         # a session that is replaced stays whose it was, whoever does it
         await at.step(first, x(2))
         again = [SessionRecord(first, first, bytes(record))]
-        assert (await at.engine.import_sessions(again, Existing.REPLACE, OTHERS))[0] is Imported.REPLACED
+        assert (await at.engine.import_sessions(again, ExistingPolicy.REPLACE, OTHERS))[
+            0
+        ] is ImportOutcome.REPLACED
         assert without_bytes(at.quotas.callers()) == {"acme/ann": (3, 4)}
         await at.step(first, x(2))
         counts = at.quotas.counts()

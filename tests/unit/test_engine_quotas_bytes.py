@@ -13,7 +13,7 @@ from stepwell_server.core.callers import Caller, Role
 from stepwell_server.core.namespaces import prefix_of
 from stepwell_server.core.quotas import SESSION_BYTES, Limits, QuotaTable, Usage
 from stepwell_server.engine.api import Select, SessionPolicy
-from stepwell_server.engine.sessions.transfer import Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutcome, SessionRecord
 from stepwell_server.errors import QuotaExceeded, ServerError
 from stepwell_server.rpc.status import to_proto
 from stepwell_server.store import counts
@@ -78,15 +78,15 @@ async def test_sessions_begin_within_it_however_they_begin() -> None:
         await refused(at.engine.fork("b"))
         await refused(at.engine.fork_sessions(["a", "a"]))
         larger = with_fields(record)
-        (told,) = await at.engine.import_sessions([SessionRecord("d", "a", larger)], Existing.REFUSE)
+        (told,) = await at.engine.import_sessions([SessionRecord("d", "a", larger)], ExistingPolicy.REFUSE)
         assert isinstance(told, QuotaExceeded)
-        (told,) = await at.engine.import_sessions([SessionRecord("a", "a", larger)], Existing.REPLACE)
+        (told,) = await at.engine.import_sessions([SessionRecord("a", "a", larger)], ExistingPolicy.REPLACE)
         assert isinstance(told, QuotaExceeded)
         assert known(at) == 2 * SESSION + ROW
         assert await exported(at, "a") == record, "it stays as it is"
         await at.engine.close_session("b")
-        (told,) = await at.engine.import_sessions([SessionRecord("a", "a", larger)], Existing.REPLACE)
-        assert told is Imported.REPLACED
+        (told,) = await at.engine.import_sessions([SessionRecord("a", "a", larger)], ExistingPolicy.REPLACE)
+        assert told is ImportOutcome.REPLACED
         assert known(at) == SESSION + 504
         await refused(at.engine.open_session("plain", session_id="b", batch_size=2))
         await at.engine.close_session("a")
@@ -226,7 +226,7 @@ async def test_a_store_that_servers_share_counts_it() -> None:
         await check()
         await at.engine.fork(names[3], new_session_id=f"{acme}fork")
         record = await exported(at, names[0])
-        for existing, name in ((Existing.REPLACE, names[1]), (Existing.REFUSE, f"{acme}new")):
+        for existing, name in ((ExistingPolicy.REPLACE, names[1]), (ExistingPolicy.REFUSE, f"{acme}new")):
             (told,) = await at.engine.import_sessions([SessionRecord(name, names[0], record)], existing)
             assert not isinstance(told, ServerError)
             await check()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.api import Opened, Select
+from stepwell_server.engine.api import OpenResult, Select
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.errors import InvalidInput, RevisionConflict, ServerError
 from support.engine import BOTH_WAYS, Harness, running, x
@@ -283,7 +283,7 @@ async def test_another_opening_with_a_request_id_is_refused(other: str) -> None:
         assert f"of session 'b': it stands for {message}" in caught.value.message
         again = await first(at)
         assert again.replayed
-        if isinstance(made, Opened):
+        if isinstance(made, OpenResult):
             assert again.session.uid == made.session.uid
         assert len((await at.engine.list_sessions())[0]) == 3
 

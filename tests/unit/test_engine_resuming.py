@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.api import OpenedMany
+from stepwell_server.engine.api import OpenManyResult
 from stepwell_server.errors import InvalidInput, SessionExists
 from support.durable import begun
 from support.engine import Harness, running, x
@@ -17,7 +17,7 @@ from support.fake_executor import PLAIN, RICH
 from support.replicas import two
 
 
-async def resume(at: Harness, ids: Sequence[str], **fields: Any) -> OpenedMany:
+async def resume(at: Harness, ids: Sequence[str], **fields: Any) -> OpenManyResult:
     return await at.engine.open_sessions("plain", session_ids=ids, resume=True, **fields)
 
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from stepwell_server.core.scheduler import CREDIT_S, LoopQueue, Share, Shares
-from stepwell_server.engine.shares import ACTIVE_S, MIN_PASS_S, Then, Threads
+from stepwell_server.engine.threads import ACTIVE_S, MIN_PASS_S, Then, Threads
 from support.clock import ManualClock
 from support.fake_executor import WAIT_S
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.api import SessionPolicy
-from stepwell_server.engine.sessions.transfer import Existing, SessionRecord
+from stepwell_server.engine.sessions.transfer import ExistingPolicy, SessionRecord
 from stepwell_server.errors import (
     InvalidInput,
     MigrationFailed,
@@ -389,7 +389,7 @@ async def test_what_is_exported_is_of_the_version_by_now(
         await at.engine.set_default("plain", 2, policy)
         (record,) = await at.engine.export_sessions(["a"], deadline=float("inf"))
         assert not isinstance(record, ServerError)
-        await at.engine.import_sessions([SessionRecord("copy", "a", bytes(record))], Existing.REFUSE)
+        await at.engine.import_sessions([SessionRecord("copy", "a", bytes(record))], ExistingPolicy.REFUSE)
         assert await at_version(at, "copy") == (2, False)
         wanted = state + np.float32(policy is MIGRATE)
         np.testing.assert_array_equal((await at.state("copy"))["sum"], wanted)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from stepwell_server.engine.executors.loading import light_imports
+from stepwell_server.engine.executors.light_imports import light_imports
 
 
 @pytest.mark.parametrize("name", ["IPython", "matplotlib", "pandas"])

@@ -13,7 +13,7 @@ import pytest
 
 from stepwell_server.catalog.control import LoadedVersion, LoadRequest, VersionState
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.engine.api import Moved, SessionPolicy
+from stepwell_server.engine.api import DefaultMove, SessionPolicy
 from stepwell_server.errors import (
     InvalidInput,
     ModelInUse,
@@ -292,7 +292,7 @@ async def test_a_switch_that_has_begun_is_finished_although_its_caller_goes(at: 
     begun, go_on = asyncio.Event(), asyncio.Event()
     switch = at.engine.load_version
 
-    async def slow(*arguments: Any, begin: Callable[[], None], **options: Any) -> Moved:
+    async def slow(*arguments: Any, begin: Callable[[], None], **options: Any) -> DefaultMove:
         begin()
         begun.set()
         await go_on.wait()

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 
 from stepwell_server.addresses import Address
-from stepwell_server.core.callers import ANYBODY, Caller, Credential, Known, Role
+from stepwell_server.core.callers import ANYBODY, Caller, Credential, KnownCaller, Role
 from stepwell_server.errors import PermissionDenied, Unauthenticated
 from stepwell_server.process.readiness import Report
 from stepwell_server.rpc import guard
@@ -36,17 +36,17 @@ class Named:
         self.changed = False
         self.clock = clock
 
-    def identify(self, call: Call) -> Known:
+    def identify(self, call: Call) -> KnownCaller:
         name = str(call.metadata.get("authorization"))
         if name not in self.callers:
             raise Unauthenticated("nobody")
         return self._known(name)
 
-    def _known(self, name: str) -> Known:
+    def _known(self, name: str) -> KnownCaller:
         until = self.until.get(name, float("inf"))
-        return Known(self.callers[name], Credential("token", name.encode()), until)
+        return KnownCaller(self.callers[name], Credential("token", name.encode()), until)
 
-    def renewed(self, known: Known) -> Known | None:
+    def renewed(self, known: KnownCaller) -> KnownCaller | None:
         name = known.credential.digest.decode()
         if self.callers.get(name) != known.caller:
             return None

@@ -10,7 +10,7 @@ import pytest
 
 from stepwell_server.clock import SystemClock
 from stepwell_server.core.idle import IdleLimits
-from stepwell_server.engine.sessions.transfer import Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutcome, SessionRecord
 from stepwell_server.errors import (
     ServerError,
     SessionLost,
@@ -331,7 +331,9 @@ async def test_a_session_that_was_lost_is_brought_back_from_an_export(valkey: Va
         (why,) = await second.engine.export_sessions(["a"], deadline=float("inf"))
         assert isinstance(why, SessionLost)
         arriving = [SessionRecord("a", "a", bytes(saved))]
-        assert await second.engine.import_sessions(arriving, Existing.REFUSE) == [Imported.IMPORTED]
+        assert await second.engine.import_sessions(arriving, ExistingPolicy.REFUSE) == [
+            ImportOutcome.IMPORTED
+        ]
         assert (await first.step("a", x(1), expected=1)).revision == 2
         assert await first.store.count_of("plain") == 1
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.api import Applied
+from stepwell_server.engine.api import ChangeResult
 from stepwell_server.errors import (
     InvalidInput,
     Overloaded,
@@ -300,10 +300,10 @@ def test_answers_to_ends_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepwell_server.rpc.triton.sequences._MAX_BYTES", 100)
     ended = EndedReplies()
     for i in range(5):
-        ended.put("s", i + 1, Applied(i, i, {"y": np.zeros(10, np.float32)}, replayed=False), 7)
+        ended.put("s", i + 1, ChangeResult(i, i, {"y": np.zeros(10, np.float32)}, replayed=False), 7)
     kept = [i for i in range(6) if ended.get("s", i) is not None]
     assert kept == [4, 5]
-    ended.put("s", 5, Applied(0, 0, {"y": np.zeros(1, np.float32)}, replayed=False), 7)
+    ended.put("s", 5, ChangeResult(0, 0, {"y": np.zeros(1, np.float32)}, replayed=False), 7)
     assert [i for i in range(6) if ended.get("s", i) is not None] == [4, 5]
     reply = ended.get("s", 5)
     assert reply is not None

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from stepwell_server.engine.versions.history import History, How, Migrated, Move
+from stepwell_server.engine.versions.history import History, MigrationStep, Move, MoveKind
 
-_Change = tuple[int, int, How]
+_Change = tuple[int, int, MoveKind]
 
 
 def _followed(changes: list[_Change | None], version: int, epoch: int) -> tuple[int, list[str]]:
@@ -22,9 +22,9 @@ def _followed(changes: list[_Change | None], version: int, epoch: int) -> tuple[
         source, target, how = change
         if number > epoch and source == version:
             version = target
-            if how is How.RESET or effect == ["reset"]:
+            if how is MoveKind.RESET or effect == ["reset"]:
                 effect = ["reset"]
-            elif how is How.MIGRATE:
+            elif how is MoveKind.MIGRATE:
                 effect.append(f"{source}>{target}")
     return version, effect
 
@@ -33,13 +33,13 @@ def _found(history: History, version: int, epoch: int) -> tuple[int, list[str]]:
     move = history.of(version, epoch)
     if move is None:
         return version, []
-    effect = ["reset"] if move.how is How.RESET else [step.function for step in move.migrations]
+    effect = ["reset"] if move.how is MoveKind.RESET else [step.function for step in move.migrations]
     return move.target, effect
 
 
 def _changed(chance: random.Random, history: History, source: int, target: int) -> tuple[History, _Change]:
-    how = chance.choices(list(How), [6, 1, 2])[0]
-    function = f"{source}>{target}" if how is How.MIGRATE else ""
+    how = chance.choices(list(MoveKind), [6, 1, 2])[0]
+    function = f"{source}>{target}" if how is MoveKind.MIGRATE else ""
     return history.with_move(source, target, how, function), (source, target, how)
 
 
@@ -102,7 +102,7 @@ def test_sessions_of_forgotten_versions_go_where_they_went(seed: int) -> None:
 def test_a_hundred_carries_are_one_move_for_each_version() -> None:
     history = History()
     for version in range(1, 101):
-        history = history.with_move(version, version + 1, How.CARRY)
+        history = history.with_move(version, version + 1, MoveKind.CARRY)
     assert len(history.moves) == 100
     assert history.of(1, 0) == Move(1, 1, 101)
     assert history.of(50, 49) == Move(50, 50, 101)
@@ -110,12 +110,12 @@ def test_a_hundred_carries_are_one_move_for_each_version() -> None:
 
 
 def test_there_and_back_is_nothing() -> None:
-    history = History().with_move(1, 2, How.CARRY).with_move(2, 1, How.CARRY)
+    history = History().with_move(1, 2, MoveKind.CARRY).with_move(2, 1, MoveKind.CARRY)
     assert history == History(2, (Move(2, 2, 1),))
 
 
-@pytest.mark.parametrize("how", [How.CARRY, How.RESET])
-def test_a_default_that_goes_there_and_back_keeps_few_moves(how: How) -> None:
+@pytest.mark.parametrize("how", [MoveKind.CARRY, MoveKind.RESET])
+def test_a_default_that_goes_there_and_back_keeps_few_moves(how: MoveKind) -> None:
     history = History()
     for number in range(200):
         source = 1 + number % 2
@@ -124,33 +124,33 @@ def test_a_default_that_goes_there_and_back_keeps_few_moves(how: How) -> None:
 
 
 def test_what_was_reset_before_a_carry_is_reset() -> None:
-    history = History().with_move(1, 2, How.RESET).with_move(2, 3, How.CARRY)
-    assert history.of(1, 0) == Move(1, 1, 3, How.RESET)
+    history = History().with_move(1, 2, MoveKind.RESET).with_move(2, 3, MoveKind.CARRY)
+    assert history.of(1, 0) == Move(1, 1, 3, MoveKind.RESET)
     assert history.of(2, 1) == Move(2, 2, 3)
 
 
 def test_migrations_are_made_one_after_the_other_until_a_reset() -> None:
-    history = History().with_move(1, 2, How.MIGRATE, "f").with_move(2, 3, How.CARRY)
-    history = history.with_move(3, 4, How.MIGRATE, "g")
-    assert history.of(1, 0) == Move(1, 1, 4, How.MIGRATE, (Migrated("f", 2), Migrated("g", 4)))
+    history = History().with_move(1, 2, MoveKind.MIGRATE, "f").with_move(2, 3, MoveKind.CARRY)
+    history = history.with_move(3, 4, MoveKind.MIGRATE, "g")
+    assert history.of(1, 0) == Move(1, 1, 4, MoveKind.MIGRATE, (MigrationStep("f", 2), MigrationStep("g", 4)))
     assert history.versions() == {1, 2, 3, 4}
     assert history.renumbered(2, -1).of(1, 0) == Move(
-        1, 1, 4, How.MIGRATE, (Migrated("f", -1), Migrated("g", 4))
+        1, 1, 4, MoveKind.MIGRATE, (MigrationStep("f", -1), MigrationStep("g", 4))
     )
-    assert history.with_move(4, 5, How.RESET).of(1, 0) == Move(1, 1, 5, How.RESET)
+    assert history.with_move(4, 5, MoveKind.RESET).of(1, 0) == Move(1, 1, 5, MoveKind.RESET)
 
 
 def test_neighbours_that_say_the_same_are_one_move() -> None:
     history = History()
     for version in range(1, 101):
-        history = history.with_move(version, version + 1, How.CARRY)
+        history = history.with_move(version, version + 1, MoveKind.CARRY)
     left = history.without(range(1, 101), {101}, lambda _one, _other: True)
     assert left.moves == (Move(100, 100, 101, others=((1, 99),)),)
     assert left.of(7, 6) == left.of(99, 98) == left.moves[0]
     assert left.of(7, 100) is None
     assert len(history.without(range(1, 51), range(51, 102), lambda _one, _other: True).moves) == 50
     assert history.without(range(1, 101), {101}, lambda _one, _other: False) == history
-    later = left.with_move(101, 102, How.CARRY)
+    later = left.with_move(101, 102, MoveKind.CARRY)
     assert later.without({100, 101}, {102}, lambda _one, _other: True).moves == (
         Move(101, 101, 102, others=((1, 100),)),
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from stepwell_server.auth import certificate_map, tokens
 from stepwell_server.clock import Clock
-from stepwell_server.core.callers import Credential, Known
+from stepwell_server.core.callers import Credential, KnownCaller
 from stepwell_server.errors import StartError, Unauthenticated
 from stepwell_server.files.watched import WatchedFile
 from stepwell_server.logs import Log
@@ -81,7 +81,7 @@ class Callers:
             ways.append("show a certificate that the server knows")
         self._rule = f"callers must {' or '.join(ways)}"
 
-    def identify(self, call: Shown) -> Known:
+    def identify(self, call: Shown) -> KnownCaller:
         """Who makes a call.
 
         Raises:
@@ -94,7 +94,7 @@ class Callers:
             return self._by_names(tuple(call.certificate_names))
         raise Unauthenticated(f"{self._rule}; got none")
 
-    def renewed(self, known: Known) -> Known | None:
+    def renewed(self, known: KnownCaller) -> KnownCaller | None:
         """What is known now of a caller who was found before, by the same credential; None: it does not hold any more."""
         now = self._clock.monotonic()
         if known.signer:
@@ -132,7 +132,7 @@ class Callers:
                 _log.warning("the changed callers cannot be used, the old ones stay", reason=str(error))
         return changed
 
-    def _by_token(self, header: str | bytes) -> Known:
+    def _by_token(self, header: str | bytes) -> KnownCaller:
         token = header[len(_SCHEME) :].strip() if isinstance(header, str) else ""
         if not token or not str(header).lower().startswith(_SCHEME):
             raise Unauthenticated(f"{self._rule}; got another authorization")
@@ -145,16 +145,16 @@ class Callers:
             return self._web_tokens.identify(token, digest)
         raise Unauthenticated(_UNKNOWN)
 
-    def _known(self, token: tokens.Token) -> Known:
+    def _known(self, token: tokens.Token) -> KnownCaller:
         until = math.inf
         if token.expires is not None:
             now = self._clock.now()
             if token.has_expired(now):
                 raise Unauthenticated(f"the bearer token has expired, at {tokens.time_text(token.expires)}")
             until = self._clock.monotonic() + token.expires.timestamp() - now
-        return Known(token.caller, Credential("token", token.digest), until)
+        return KnownCaller(token.caller, Credential("token", token.digest), until)
 
-    def _by_names(self, names: tuple[str, ...]) -> Known:
+    def _by_names(self, names: tuple[str, ...]) -> KnownCaller:
         assert self._certificates is not None
         found = self._certificates.value.callers_of(names)
         if not found:
@@ -163,4 +163,4 @@ class Callers:
             raise Unauthenticated(
                 "a certificate must have names of one caller; got one with those of several"
             )
-        return Known(found.pop(), Credential("names", names=names))
+        return KnownCaller(found.pop(), Credential("names", names=names))

@@ -18,7 +18,7 @@ from stepwell_server.core.callers import (
     MAX_SUBJECT_LENGTH,
     Caller,
     Credential,
-    Known,
+    KnownCaller,
     Role,
     is_name,
     is_subject,
@@ -76,13 +76,13 @@ class WebTokens:
         self.file = WatchedFile("--auth-jwks", path, parse)
         self._claims = claims
         self._clock = clock
-        self._known: collections.OrderedDict[bytes, Known] = collections.OrderedDict()
+        self._known: collections.OrderedDict[bytes, KnownCaller] = collections.OrderedDict()
 
-    def holds(self, known: Known) -> bool:
+    def holds(self, known: KnownCaller) -> bool:
         """Whether the key that has signed it is still trusted."""
         return any(key.thumbprint == known.signer for key in self.file.value.values())
 
-    def identify(self, token: str, digest: bytes) -> Known:
+    def identify(self, token: str, digest: bytes) -> KnownCaller:
         """Whose token it is.
 
         Raises:
@@ -102,7 +102,7 @@ class WebTokens:
         self._known[digest] = known
         return known
 
-    def _verified(self, token: str, digest: bytes) -> Known:
+    def _verified(self, token: str, digest: bytes) -> KnownCaller:
         key = self._key_of(jwt.get_unverified_header(token))
         claims = self._claims
         said = jwt.decode(
@@ -116,7 +116,7 @@ class WebTokens:
         )
         left = float(said["exp"]) + LEEWAY_S - self._clock.now()
         until = self._clock.monotonic() + left
-        return Known(self._caller_of(said), Credential("token", digest), until, key.thumbprint)
+        return KnownCaller(self._caller_of(said), Credential("token", digest), until, key.thumbprint)
 
     def _key_of(self, header: Mapping[str, Any]) -> Key:
         keys, kid = self.file.value, header.get("kid")

@@ -30,7 +30,7 @@ from stepwell_server.catalog.interfaces import Compile, Compiled, Engine, Observ
 from stepwell_server.catalog.load import Load
 from stepwell_server.clock import Clock
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.engine.api import DefaultChange, Moved, SessionPolicy, VersionInfo
+from stepwell_server.engine.api import DefaultChange, DefaultMove, SessionPolicy, VersionInfo
 from stepwell_server.errors import (
     InvalidInput,
     ModelInUse,
@@ -270,7 +270,7 @@ class Catalog:
             if load.request.is_before_start:
                 # Nothing is judged or written: the engine's start reads what the store has of all that are loaded then.
                 self._engine.begin_with(name, version, compiled.program)
-                moved = Moved(0, 0)
+                moved = DefaultMove(0, 0)
             else:
                 moved = await self._serve(load, compiled.program)
         except MemoryError as error:
@@ -317,7 +317,7 @@ class Catalog:
                 _log.warning("model refused", model=request.name, version=load.version, details=details)
             raise _failure(load, why) from error
 
-    async def _serve(self, load: Load, program: Program) -> Moved:
+    async def _serve(self, load: Load, program: Program) -> DefaultMove:
         """Load a version into the engine beside the traffic."""
         request, name, version = load.request, load.request.name, load.version
         is_first = not self._served(name)
@@ -446,7 +446,7 @@ class Catalog:
         self._moved(name, version, policy, moved)
         return LoadedVersion(version, moved.previous, moved.sessions)
 
-    def _moved(self, name: str, version: int, policy: SessionPolicy, moved: Moved) -> None:
+    def _moved(self, name: str, version: int, policy: SessionPolicy, moved: DefaultMove) -> None:
         """Report a default that is another version."""
         self.drain(name, version, drains=False)
         self._observer.sessions_moved(name, policy.value, moved.sessions)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from stepwell_server.catalog.control import LoadRequest, Progress
-from stepwell_server.engine.api import DefaultChange, ModelInfo, Moved, SessionPolicy
+from stepwell_server.engine.api import DefaultChange, DefaultMove, ModelInfo, SessionPolicy
 from stepwell_server.engine.versions.registry import Versions
 from stepwell_server.program import Program
 
@@ -63,7 +63,7 @@ class Engine(Protocol):
         labels: Sequence[str] = (),
         becomes: DefaultChange | None = None,
         begin: Callable[[], None] = lambda: None,
-    ) -> Moved:
+    ) -> DefaultMove:
         """Serve a version, with labels and as the default: all of it, or nothing. The first of a name is its default."""
 
     async def unload_version(self, name: str, version: int, *, force: bool = False) -> None:
@@ -77,7 +77,7 @@ class Engine(Protocol):
         migration: str = "",
         *,
         leaves: bool | None = None,
-    ) -> Moved:
+    ) -> DefaultMove:
         """Make it the default; the previous one is remembered as one that `leaves`, or not."""
 
     async def set_label(self, name: str, label: str, version: int) -> None:

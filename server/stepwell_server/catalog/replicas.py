@@ -15,7 +15,7 @@ from stepwell_server.catalog.control import LoadRequest
 from stepwell_server.catalog.files import paths
 from stepwell_server.catalog.interfaces import Engine
 from stepwell_server.clock import Clock
-from stepwell_server.engine.versions.registry import Known
+from stepwell_server.engine.versions.registry import KnownVersion
 from stepwell_server.errors import InvalidInput, Overloaded, ServerError, Unavailable, VersionExists
 from stepwell_server.files.stamp import Stamp, stamp
 from stepwell_server.logs import Log
@@ -38,7 +38,7 @@ class ReplicaFollower:
         *,
         root: Path | None,
         clock: Clock,
-        is_left_out: Callable[[str, Known], bool] = lambda _name, _known: False,
+        is_left_out: Callable[[str, KnownVersion], bool] = lambda _name, _known: False,
     ) -> None:
         """Wire it.
 
@@ -76,14 +76,14 @@ class ReplicaFollower:
             del self._failed[key]
         return sum([await self._load(name, known) for name, known in missing])
 
-    def _missing(self) -> Iterator[tuple[str, Known]]:
+    def _missing(self) -> Iterator[tuple[str, KnownVersion]]:
         """Chosen versions that come from a file and are not loaded here, defaults first."""
         for name, own in sorted(self._engine.catalogue().items()):
             for known in own.missing():
                 if known.source:
                     yield name, known
 
-    async def _load(self, name: str, known: Known) -> bool:
+    async def _load(self, name: str, known: KnownVersion) -> bool:
         key, path = (name, known.version), Path(known.source)
         if self._clock.monotonic() < self._not_before.get(key, 0.0):
             return False

@@ -10,7 +10,7 @@ from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import LoadRequest
 from stepwell_server.catalog.files.folder import SUFFIXES
 from stepwell_server.catalog.interfaces import Engine
-from stepwell_server.engine.versions.registry import Known
+from stepwell_server.engine.versions.registry import KnownVersion
 from stepwell_server.errors import ServerError
 
 
@@ -60,7 +60,7 @@ async def restore(engine: Engine, catalog: Catalog, root: Path | None) -> dict[s
     return bad
 
 
-def is_of_folder(name: str, known: Known, root: Path | None) -> bool:
+def is_of_folder(name: str, known: KnownVersion, root: Path | None) -> bool:
     """Whether a version is one of those of `--models`, given without links: the policy says whether it is loaded.
 
     Another file in the folder, which a call named, is not. Blocking.

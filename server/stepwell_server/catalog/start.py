@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from stepwell_server.catalog.files.folder import ModelFolder
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
-    from stepwell_server.engine.versions.registry import Known
+    from stepwell_server.engine.versions.registry import KnownVersion
     from stepwell_server.process.readiness import Readiness
     from stepwell_server.settings import Settings
     from stepwell_server.store.base import Store
@@ -128,7 +128,7 @@ class ModelLoader:
         """Why versions could not be loaded."""
         self._refuses = settings.wait_for_models and settings.bad_models == "refuse"
 
-    def _is_followed(self, name: str, known: Known) -> bool:
+    def _is_followed(self, name: str, known: KnownVersion) -> bool:
         """Whether a version is in the folder that is watched. Blocking."""
         root = self._settings.models_dir
         return self._settings.watch_models and root is not None and is_of_folder(name, known, root.resolve())

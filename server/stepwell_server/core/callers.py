@@ -55,7 +55,7 @@ class Credential(NamedTuple):
     """Of the certificate, in its order."""
 
 
-class Known(NamedTuple):
+class KnownCaller(NamedTuple):
     """A caller that was found by what a call shows."""
 
     caller: Caller

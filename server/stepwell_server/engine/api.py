@@ -132,7 +132,7 @@ class DefaultChange:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Moved:
+class DefaultMove:
     """What a change of the default did."""
 
     previous: int
@@ -175,7 +175,7 @@ class ModelStats:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Opened:
+class OpenResult:
     """Answer to opening or forking."""
 
     session: SessionInfo
@@ -184,7 +184,7 @@ class Opened:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class OpenedMany:
+class OpenManyResult:
     """Answer to opening or forking many sessions."""
 
     session_ids: Sequence[str]
@@ -209,7 +209,7 @@ class OpenedMany:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class StateRead:
+class StateResult:
     """Answer to reading a state: `(batch_size, ...)` each, in the model's order."""
 
     state: Mapping[str, Array]
@@ -219,7 +219,7 @@ class StateRead:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class StatesRead:
+class StatesResult:
     """Answer to reading the states of many sessions of one model; members are named by their index."""
 
     model: str
@@ -246,7 +246,7 @@ class StatesRead:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Predicted:
+class PredictResult:
     """Answer to a run without a session."""
 
     outputs: Mapping[str, Array]
@@ -256,7 +256,7 @@ class Predicted:
 
 
 @dataclasses.dataclass(slots=True)
-class Applied:
+class ChangeResult:
     """Answer to a change of one session."""
 
     revision: int

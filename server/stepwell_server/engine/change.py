@@ -32,7 +32,7 @@ from stepwell_server.core.exactly_once import (
 from stepwell_server.core.scheduler import Source, source_of
 from stepwell_server.core.sessions import Handles
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import Applied, Select, Trace
+from stepwell_server.engine.api import ChangeResult, Select, Trace
 from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors
 from stepwell_server.errors import DeadlineExceeded, ServerError, Unavailable
 from stepwell_server.logs import Log
@@ -379,9 +379,9 @@ class Awaited(Replies):
     """The answer to a change of one session, for a task that waits for it. `Replies`."""
 
     def __init__(self) -> None:
-        self._answer: asyncio.Future[Applied | ServerError] = asyncio.get_running_loop().create_future()
+        self._answer: asyncio.Future[ChangeResult | ServerError] = asyncio.get_running_loop().create_future()
 
-    async def get(self) -> Applied:
+    async def get(self) -> ChangeResult:
         """Wait for the answer. Cancelling the waiting task cancels the change.
 
         Raises:
@@ -396,7 +396,7 @@ class Awaited(Replies):
     def applied(self, _members: Members, reply: Reply) -> None:
         if not self._answer.done():
             self._answer.set_result(
-                Applied(
+                ChangeResult(
                     int(reply.revisions[0]),
                     int(reply.positions[0]),
                     reply.outputs,

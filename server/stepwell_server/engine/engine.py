@@ -16,54 +16,61 @@ from stepwell_server.core.scheduler import LoopQueue, Shares, Source
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import (
     DefaultChange,
+    DefaultMove,
     ModelInfo,
     ModelStats,
-    Moved,
     Observer,
-    Opened,
-    OpenedMany,
-    Predicted,
+    OpenManyResult,
+    OpenResult,
+    PredictResult,
     SessionFilter,
     SessionInfo,
     SessionPage,
     SessionPolicy,
-    StateRead,
-    StatesRead,
+    StateResult,
+    StatesResult,
 )
 from stepwell_server.engine.catalog.changes import Changes
 from stepwell_server.engine.catalog.documents import Documents
-from stepwell_server.engine.catalog.serving import Capacity, Serving
-from stepwell_server.engine.catalog.switching import Switching
+from stepwell_server.engine.catalog.runtimes import Capacity, Runtimes
+from stepwell_server.engine.catalog.session_moves import SessionMoves
 from stepwell_server.engine.catalog.watch import Watch
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.commit.committer import Committer, Recorder
 from stepwell_server.engine.commit.group_commit import GroupCommit
-from stepwell_server.engine.commit.policy import EveryChange, PagedOutOnly, Policy
 from stepwell_server.engine.commit.records import Records
+from stepwell_server.engine.commit.store_policy import EveryChange, PagedOutOnly, StorePolicyFactory
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.intake.admission import Admission
-from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.intake.queues import Inboxes, RowQueue, Turns
+from stepwell_server.engine.intake.pager import Pager
+from stepwell_server.engine.intake.queues import Inboxes, RowQueue, SessionQueues
 from stepwell_server.engine.intake.validation import Validation, require_sessions
 from stepwell_server.engine.prediction import Prediction
 from stepwell_server.engine.quotas import Quotas
-from stepwell_server.engine.sessions.begin import Begin
+from stepwell_server.engine.sessions.begin import SessionCreator
 from stepwell_server.engine.sessions.close import Closer, Place
 from stepwell_server.engine.sessions.directory import MAX_IDS_PER_CALL, Context, Directory
-from stepwell_server.engine.sessions.end import MAX_PAGED_OUT, Expiry, Removal, Sweep, Uses
+from stepwell_server.engine.sessions.end import MAX_PAGED_OUT, Expiry, Removal, Sweep, UseNotifier
 from stepwell_server.engine.sessions.lookup import Loader, Lookup
-from stepwell_server.engine.sessions.open import Fork, Open
+from stepwell_server.engine.sessions.open import Forker, Opener
 from stepwell_server.engine.sessions.read import SessionCounts, SessionList, StateReader
-from stepwell_server.engine.sessions.transfer import Existing, Export, Exported, Import, Result, SessionRecord
-from stepwell_server.engine.shares import Pieces, Threads
+from stepwell_server.engine.sessions.transfer import (
+    ExistingPolicy,
+    Exporter,
+    ExportResult,
+    Importer,
+    ImportResult,
+    SessionRecord,
+)
 from stepwell_server.engine.sizes import Sizes
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.submission import Submission
+from stepwell_server.engine.threads import Pieces, Threads
 from stepwell_server.engine.types import U64, Mask, Members, Tensors
-from stepwell_server.engine.versions.forwarding import Forwarding, Migration
+from stepwell_server.engine.versions.record_upgrade import Migration, RecordUpgrader
 from stepwell_server.engine.versions.registry import Absence, Models, Versions
 from stepwell_server.errors import InvalidInput, MessageTooLarge
 from stepwell_server.logs import Log
@@ -91,7 +98,7 @@ class Engine:
         executor: Callable[[Program], Executor] = load_executor,
         quotas: Quotas | None = None,
         migrations: Mapping[str, Migration] | None = None,
-        policy: Policy = EveryChange,
+        policy: StorePolicyFactory = EveryChange,
         absent: Absence = lambda _ref: None,
     ) -> None:
         """Make an engine that serves no model yet.
@@ -128,7 +135,7 @@ class Engine:
         fields = Fields(table)
         records = Records(table, fields)
         keeping = policy(store, table, records, clock)
-        forwarding = Forwarding(self._models, migrations or {})
+        forwarding = RecordUpgrader(self._models, migrations or {})
         self._pager = pager = Pager(
             table,
             self._models,
@@ -140,7 +147,7 @@ class Engine:
             observer=observer,
         )
         row_queue = RowQueue(table, self._models, pager)
-        self._turns = Turns(table, self._models, pager, row_queue, store, idle_limits, clock)
+        self._turns = SessionQueues(table, self._models, pager, row_queue, store, idle_limits, clock)
         self._row_queue = row_queue
         self._inboxes = Inboxes()
         watch = IdleWatch(table, idle_limits, -math.inf)
@@ -155,7 +162,7 @@ class Engine:
             observer=observer,
         )
         self._expiry = Expiry(watch, removal, self._turns, store, clock=clock)
-        self._uses = uses = Uses(watch, store, clock)
+        self._uses = uses = UseNotifier(watch, store, clock)
         self._sweep = Sweep(
             watch,
             self._expiry,
@@ -188,7 +195,7 @@ class Engine:
             observer=observer,
         )
         self._drain_inboxes = self._admission.drain
-        switching = Switching(table, self._turns, pager, self._models, self._drain_inboxes)
+        switching = SessionMoves(table, self._turns, pager, self._models, self._drain_inboxes)
         documents = Documents(store, self._group, self._models, switching)
         self._watch = Watch(store, self._models, documents, switching)
         loader = Loader(table, self._models, self._expiry, fields)
@@ -234,7 +241,7 @@ class Engine:
         """
         self._reader = StateReader(table, self._directory, self._turns, pager, uses, clock=clock)
         context = Context(table, self._directory, self._turns, pager, removal, clock, observer)
-        begin = Begin(
+        begin = SessionCreator(
             context,
             self._group,
             keeping,
@@ -244,8 +251,8 @@ class Engine:
             switching.follow,
         )
         require_open = self._submission.require_open
-        self._open = Open(table, self._directory, begin, uses, observer, require_open)
-        self._fork = Fork(self._directory, begin, self._reader, self._drain_inboxes, require_open)
+        self._open = Opener(table, self._directory, begin, uses, observer, require_open)
+        self._fork = Forker(self._directory, begin, self._reader, self._drain_inboxes, require_open)
         self._list = SessionList(table, self._directory, self._expiry, removal, keeping, store, clock)
         self._closing = Closer(
             self._directory,
@@ -257,9 +264,9 @@ class Engine:
             fields=fields,
             clock=clock,
         )
-        self._export = Export(context, self._expiry, self._list, records, store)
-        self._import = Import(context, self._group, begin, loader, self._closing, quotas)
-        self._serving = Serving(
+        self._export = Exporter(context, self._expiry, self._list, records, store)
+        self._import = Importer(context, self._group, begin, loader, self._closing, quotas)
+        self._serving = Runtimes(
             context,
             self._group,
             self._models,
@@ -340,7 +347,7 @@ class Engine:
         who: Caller = ANYBODY,
         reply_limit: int = sys.maxsize,
         reply_bytes: int = 0,
-    ) -> Predicted:
+    ) -> PredictResult:
         """Run a model without a session: see `Prediction.predict`."""
         return await self._prediction.predict(
             model,
@@ -368,7 +375,7 @@ class Engine:
         labels: Sequence[str] = (),
         becomes: DefaultChange | None = None,
         begin: Callable[[], None] = lambda: None,
-    ) -> Moved:
+    ) -> DefaultMove:
         """Serve a version of a model from now on: see `Changes.load`."""
         return await self._changes.load(
             name,
@@ -400,7 +407,7 @@ class Engine:
         migration: str = "",
         *,
         leaves: bool | None = None,
-    ) -> Moved:
+    ) -> DefaultMove:
         """Let a name stand for another version: see `Changes.set_default`."""
         return await self._changes.set_default(name, version, policy, migration, leaves=leaves)
 
@@ -435,8 +442,8 @@ class Engine:
         max_idle_ms: int | None = None,
         namespace: str = "",
         who: Caller = ANYBODY,
-    ) -> Opened:
-        """Open a session, or resume the live one of that id: see `Open.one`."""
+    ) -> OpenResult:
+        """Open a session, or resume the live one of that id: see `Opener.one`."""
         return await self._open.one(
             model,
             session_id=session_id,
@@ -462,8 +469,8 @@ class Engine:
         namespace: str = "",
         who: Caller = ANYBODY,
         resume: bool = False,
-    ) -> OpenedMany:
-        """Open many sessions, all of them or none: see `Open.many`."""
+    ) -> OpenManyResult:
+        """Open many sessions, all of them or none: see `Opener.many`."""
         return await self._open.many(
             model,
             count=count,
@@ -486,8 +493,8 @@ class Engine:
         max_idle_ms: int | None = None,
         deadline: float = math.inf,
         who: Caller = ANYBODY,
-    ) -> Opened:
-        """Open a session with the state, revision and position of another: see `Fork.one`."""
+    ) -> OpenResult:
+        """Open a session with the state, revision and position of another: see `Forker.one`."""
         return await self._fork.one(
             session_id,
             new_session_id=new_session_id,
@@ -508,8 +515,8 @@ class Engine:
         max_idle_ms: int | None = None,
         deadline: float = math.inf,
         who: Caller = ANYBODY,
-    ) -> OpenedMany:
-        """Open sessions with the states of others, all of them or none: see `Fork.many`."""
+    ) -> OpenManyResult:
+        """Open sessions with the states of others, all of them or none: see `Forker.many`."""
         return await self._fork.many(
             session_ids,
             new_session_ids=new_session_ids,
@@ -521,9 +528,9 @@ class Engine:
         )
 
     async def import_sessions(
-        self, sessions: Sequence[SessionRecord], existing: Existing, who: Caller = ANYBODY
-    ) -> list[Result]:
-        """Begin sessions with records, each for itself: see `Import.run`."""
+        self, sessions: Sequence[SessionRecord], existing: ExistingPolicy, who: Caller = ANYBODY
+    ) -> list[ImportResult]:
+        """Begin sessions with records, each for itself: see `Importer.run`."""
         return await self._import.run(sessions, existing, who)
 
     async def session_info(self, session_id: str, *, usable: bool = False) -> SessionInfo:
@@ -540,14 +547,14 @@ class Engine:
         """Make the counts of `models` current, unless the store was just asked."""
         await self._counts.refresh()
 
-    async def export_sessions(self, session_ids: Sequence[str], *, deadline: float) -> list[Exported]:
-        """The records of sessions, or why there is none: see `Export.sessions`."""
+    async def export_sessions(self, session_ids: Sequence[str], *, deadline: float) -> list[ExportResult]:
+        """The records of sessions, or why there is none: see `Exporter.sessions`."""
         return await self._export.sessions(session_ids, deadline=deadline)
 
     async def export_page(
         self, wanted: SessionFilter, *, after: str, page_bytes: int, max_bytes: int, deadline: float
-    ) -> tuple[list[tuple[str, Exported]], str | None]:
-        """The records of sessions that fit a filter, page by page: see `Export.page`."""
+    ) -> tuple[list[tuple[str, ExportResult]], str | None]:
+        """The records of sessions that fit a filter, page by page: see `Exporter.page`."""
         return await self._export.page(
             wanted, after=after, page_bytes=page_bytes, max_bytes=max_bytes, deadline=deadline
         )
@@ -591,7 +598,7 @@ class Engine:
         """Whether a request has closed a session of an id: see `Closer.was_closed_by`."""
         return await self._closing.was_closed_by(session_id, request_id)
 
-    async def get_state(self, session_id: str, *, deadline: float = float("inf")) -> StateRead:
+    async def get_state(self, session_id: str, *, deadline: float = float("inf")) -> StateResult:
         """Read a session's state after what was received before.
 
         Raises:
@@ -609,7 +616,7 @@ class Engine:
         deadline: float = float("inf"),
         reply_limit: int = sys.maxsize,
         reply_bytes: int = 0,
-    ) -> StatesRead:
+    ) -> StatesResult:
         """Read the states of many sessions of one model, of each after what was received before for it.
 
         Each is read when its turn comes, for itself: those that are paged out stay so. Without `with_state` revisions

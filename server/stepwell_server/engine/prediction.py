@@ -8,7 +8,7 @@ from collections.abc import Callable
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.scheduler import source_of
-from stepwell_server.engine.api import Observer, Predicted
+from stepwell_server.engine.api import Observer, PredictResult
 from stepwell_server.engine.intake.queues import Inboxes
 from stepwell_server.engine.intake.validation import (
     check_finite_state,
@@ -58,7 +58,7 @@ class Prediction:
         who: Caller = ANYBODY,
         reply_limit: int = sys.maxsize,
         reply_bytes: int = 0,
-    ) -> Predicted:
+    ) -> PredictResult:
         """Run a model without a session. The limit of the reply, and the rows that are reset, are as of `Change`.
 
         Raises:

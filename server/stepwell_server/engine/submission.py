@@ -22,7 +22,7 @@ from stepwell_server.engine.intake.split import part_of
 from stepwell_server.engine.intake.validation import Refusals, Validation, require_lists
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.lookup import Lookup, Seen
+from stepwell_server.engine.sessions.lookup import Lookup, LookupResult
 from stepwell_server.engine.sizes import Sizes
 from stepwell_server.engine.types import Mask, Members
 from stepwell_server.errors import Overloaded, ServerError, Stopping
@@ -116,7 +116,7 @@ class Submission:
             raise
         return left
 
-    def _take_found(self, change: Change, seen: Seen) -> Members:
+    def _take_found(self, change: Change, seen: LookupResult) -> Members:
         """As `_take`, of a change whose sessions were looked up: those that are there are in the table now."""
         handles = self._directory.find_all(change.session_ids, seen)
         missing = np.flatnonzero(handles < 0)
@@ -125,7 +125,7 @@ class Submission:
             return _NOBODY
         return self._take(change, handles, missing, seen)
 
-    def _take(self, change: Change, handles: Handles, missing: Members, seen: Seen) -> Members:
+    def _take(self, change: Change, handles: Handles, missing: Members, seen: LookupResult) -> Members:
         """Check a change some of whose sessions are there, and queue it.
 
         Returns:
@@ -159,7 +159,7 @@ class Submission:
         self._queue(change, refused, missing, seen)
         return _NOBODY
 
-    def _queue(self, change: Change, refused: Refusals, missing: Members, seen: Seen) -> None:
+    def _queue(self, change: Change, refused: Refusals, missing: Members, seen: LookupResult) -> None:
         """Count and charge what was checked, and let it wait for the next turn of its model; answer the other members.
 
         Raises:
@@ -179,13 +179,13 @@ class Submission:
             change.find_again = self._find_again
             inbox.put(change)
 
-    def _take_without(self, change: Change, members: Members, seen: Seen) -> Members:
+    def _take_without(self, change: Change, members: Members, seen: LookupResult) -> Members:
         """Take a change but for some members, their messages and what must not overtake these; return all of those."""
         out = change.with_followers(members)
         rest = np.setdiff1d(np.arange(change.size), out)
         return np.union1d(out, self._take_parts(change, [rest], seen)) if len(rest) else out
 
-    def _take_apart(self, change: Change, others: Members, seen: Seen) -> Members:
+    def _take_apart(self, change: Change, others: Members, seen: LookupResult) -> Members:
         """Take a change of sessions of several versions, or models, as two: what fails in one does not in the other."""
         if change.messages is not None:
             others = change.whole_messages(others)
@@ -193,7 +193,7 @@ class Submission:
         # else one message names sessions of several
         return self._take_parts(change, [rest, others], seen) if len(rest) else others
 
-    def _take_parts(self, change: Change, parts: Sequence[Members], seen: Seen) -> Members:
+    def _take_parts(self, change: Change, parts: Sequence[Members], seen: LookupResult) -> Members:
         """Take parts of a change, each by itself; return the members that were not taken. See `part_of` for what is raised."""
         left, reply_bytes = _NOBODY, 0
         for members in parts:
@@ -260,7 +260,7 @@ class Submission:
         change.members = np.arange(change.size)
         waiting = change
 
-        def found(seen: Seen) -> Sequence[str]:
+        def found(seen: LookupResult) -> Sequence[str]:
             nonlocal waiting
             own = waiting
             self._count_loading(-rows, -count)
@@ -303,7 +303,7 @@ class Submission:
     def _when_found(
         self,
         session_ids: Sequence[str],
-        found: Callable[[Seen], Sequence[str]],
+        found: Callable[[LookupResult], Sequence[str]],
         failed: Callable[[ServerError], None],
         *,
         compare: bool = False,
@@ -322,7 +322,7 @@ class Submission:
             self._loading.add(task)
             task.add_done_callback(self._loading.discard)
 
-    def _refuse_missing(self, change: Change, members: Members, seen: Seen) -> None:
+    def _refuse_missing(self, change: Change, members: Members, seen: LookupResult) -> None:
         for group in change.alike(members):
             if len(group) <= REFUSED_AT_ONCE:
                 for some, error in self._directory.why_not_all(change.session_ids, group, seen):
@@ -332,14 +332,14 @@ class Submission:
             self._loading.add(task)
             task.add_done_callback(self._loading.discard)
 
-    async def _refuse_in_pieces(self, change: Change, members: Members, seen: Seen) -> None:
+    async def _refuse_in_pieces(self, change: Change, members: Members, seen: LookupResult) -> None:
         for some, error in await self._directory.why_not_many(change.session_ids, members, seen):
             change.fail(some, error)
 
     def _find_again(self, change: Change, members: Members, admit: Callable[[Change, Members], None]) -> None:
         """Look up members whose sessions have left the table since they were checked; admit them, or answer those that ended."""
 
-        def found(seen: Seen) -> Sequence[str]:
+        def found(seen: LookupResult) -> Sequence[str]:
             if not self._are_dropped(change, members):
                 admit(change, self._found_again(change, members, seen))
             return ()
@@ -347,7 +347,7 @@ class Submission:
         ids = [change.session_ids[member] for member in members.tolist()]
         self._when_found(ids, found, lambda error: change.fail(members, error))
 
-    def _found_again(self, change: Change, members: Members, seen: Seen) -> Members:
+    def _found_again(self, change: Change, members: Members, seen: LookupResult) -> Members:
         found = self._directory.find_all([change.session_ids[member] for member in members.tolist()], seen)
         fits: Mask = (found >= 0) & (self._table.batch_size[found] == change.own_sizes(members))
         fits &= self._table.model[found] == change.model.index

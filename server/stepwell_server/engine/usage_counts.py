@@ -32,7 +32,7 @@ _AT_ONCE = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Asked:
+class _StoreCount:
     """What the store said of a tenant, and what had begun and ended here when it was asked."""
 
     has: Usage = NOTHING
@@ -43,7 +43,7 @@ class _Asked:
     """What is counted here since is all that there is: sessions that end make room at once."""
 
 
-_NEVER = _Asked()
+_NEVER = _StoreCount()
 
 
 class UsageCounts:
@@ -53,7 +53,7 @@ class UsageCounts:
         self.store: Store | None = None
         """Where the sessions are; None: only what is counted here is known."""
         self._clock = clock
-        self._asked: dict[str, _Asked] = {}
+        self._asked: dict[str, _StoreCount] = {}
         self._making: dict[str, Usage] = {}
         self._began: dict[str, Usage] = {}
         self._ended: dict[str, Usage] = {}
@@ -147,4 +147,4 @@ class UsageCounts:
         if has is None:
             self._asked[tenant] = dataclasses.replace(_NEVER, is_exact=True)
         else:
-            self._asked[tenant] = _Asked(has, began, ended, at)
+            self._asked[tenant] = _StoreCount(has, began, ended, at)

@@ -20,7 +20,7 @@ from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import ANYBODY
 from stepwell_server.core.quotas import TokenBucket
-from stepwell_server.core.remembered import Remembered
+from stepwell_server.core.recent_values import RecentValues
 from stepwell_server.errors import (
     InvalidInput,
     ModelNotFound,
@@ -130,7 +130,7 @@ class Auditor:
         self._log = log
         self._refuses = when_full == "refuse"
         self._now = now
-        self._budgets: Remembered[tuple[str, str], _Budget] = Remembered(_MAX_CALLERS)
+        self._budgets: RecentValues[tuple[str, str], _Budget] = RecentValues(_MAX_CALLERS)
         """By tenant and name; of strangers by neither."""
 
     def begins(self, method: str, call: Call) -> None:

@@ -11,7 +11,7 @@ import math
 from typing import Protocol
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.callers import Credential, Known
+from stepwell_server.core.callers import Credential, KnownCaller
 from stepwell_server.errors import Unauthenticated
 from stepwell_server.logs import Log
 from stepwell_server.rpc.access import Access, acting, require
@@ -34,14 +34,14 @@ class Authenticator(Protocol):
     asked: asyncio.Event
     """Set by whoever says that something has changed."""
 
-    def identify(self, call: Call) -> Known:
+    def identify(self, call: Call) -> KnownCaller:
         """Who makes a call, by its metadata and its certificate.
 
         Raises:
             Unauthenticated: nobody who is known, or nothing says who.
         """
 
-    def renewed(self, known: Known) -> Known | None:
+    def renewed(self, known: KnownCaller) -> KnownCaller | None:
         """What is known now of a caller who was found before, by the same credential; None: it does not hold any more."""
 
     async def refresh(self, *, at_once: bool = False) -> bool:
@@ -81,7 +81,7 @@ class _Entry:
 
     __slots__ = ("due", "is_told", "known", "streams")
 
-    def __init__(self, known: Known) -> None:
+    def __init__(self, known: KnownCaller) -> None:
         self.known = known
         self.due = math.inf
         """When it is looked at, at the latest."""
@@ -103,7 +103,7 @@ class Guard:
         """A heap: when one of them must be looked at; some are gone."""
         self._order = itertools.count()
 
-    def admit(self, call: Call, method: str, access: Access) -> Known:
+    def admit(self, call: Call, method: str, access: Access) -> KnownCaller:
         """Find out who makes a call, and in whose tenant, and refuse those who may not.
 
         Raises:
@@ -122,7 +122,7 @@ class Guard:
             call.who = who  # whoever is refused is named, too
         return known
 
-    def enter(self, known: Known) -> Guarded:
+    def enter(self, known: KnownCaller) -> Guarded:
         """A stream begins, in the running task."""
         stream = Guarded(known.credential)
         self._remember(known).streams.add(stream)
@@ -164,7 +164,7 @@ class Guard:
                 entry.due = math.inf
                 self._review(entry)
 
-    def _remember(self, known: Known) -> _Entry:
+    def _remember(self, known: KnownCaller) -> _Entry:
         credential = known.credential
         entry = self._entries.get(credential)
         if entry is not None and entry.known.caller != known.caller:  # the files have changed this moment

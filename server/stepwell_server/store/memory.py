@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from stepwell_server.core.remembered import Remembered
+from stepwell_server.core.recent_values import RecentValues
 from stepwell_server.store.base import TOMBSTONES, Batch, LocalStore, StoreHealth, Tombstone
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Stored
@@ -28,7 +28,7 @@ class MemoryStore(LocalStore):
         self.incarnation = secrets.token_hex(4)
         self.secret = secrets.token_bytes(32)
         self._records: dict[str, bytes] = {}
-        self._tombstones: Remembered[str, Tombstone] = Remembered(tombstones)
+        self._tombstones: RecentValues[str, Tombstone] = RecentValues(tombstones)
         self._counts: Counter[str] = Counter()
         self._documents: dict[str, bytes] = {}
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from stepwell_server.core.exactly_once import ANY_REVISION
-from stepwell_server.engine.api import Opened, OpenedMany, SessionInfo, StateRead, StatesRead
+from stepwell_server.engine.api import OpenManyResult, OpenResult, SessionInfo, StateResult, StatesResult
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.engine import Engine
 from stepwell_server.errors import (
@@ -325,7 +325,7 @@ def changed(answer: Answer | ServerError) -> End:
     )
 
 
-def opened(result: Opened) -> End:
+def opened(result: OpenResult) -> End:
     """What an opening or a fork was answered."""
     info = result.session
     return End(
@@ -336,7 +336,7 @@ def opened(result: Opened) -> End:
     )
 
 
-def opened_many(result: OpenedMany, *, is_found: bool = False) -> list[End]:
+def opened_many(result: OpenManyResult, *, is_found: bool = False) -> list[End]:
     """What the opening, or the forks, of many sessions were answered; `is_found`: they may have been there before."""
     found = is_found or result.replayed
     return [
@@ -345,14 +345,14 @@ def opened_many(result: OpenedMany, *, is_found: bool = False) -> list[End]:
     ]
 
 
-def read(result: StateRead) -> End:
+def read(result: StateResult) -> End:
     """What a reader was told."""
     info = result.session
     states = {name: np.array(array, np.float32) for name, array in result.state.items()}
     return End(outcome="acknowledged", revision=info.revision, position=info.position, states=states)
 
 
-def read_each(result: StatesRead, count: int) -> list[End]:
+def read_each(result: StatesResult, count: int) -> list[End]:
     """What a reader was told of each of many sessions."""
     ends: dict[int, End] = {}
     row = 0

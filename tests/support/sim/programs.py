@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stepwell_server.engine.api import StateRead
+from stepwell_server.engine.api import StateResult
 from stepwell_server.engine.engine import Engine
 from stepwell_server.errors import ServerError
 from support.engine import Answer
@@ -432,7 +432,7 @@ async def _submitted(members: Sequence[Member], engine: Engine) -> list[Answer |
     return await submitted(engine, members)
 
 
-async def _read(name: str, engine: Engine) -> StateRead:
+async def _read(name: str, engine: Engine) -> StateResult:
     return await engine.get_state(name)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stepwell_server.engine.sessions.transfer import Existing, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutcome, SessionRecord
 from stepwell_server.errors import ServerError, SessionNotFound
 from support.durable import begun
 from support.engine import Answers, Harness, x
@@ -91,8 +91,8 @@ async def test_the_session_is_forked_that_has_the_id_now() -> None:
         assert (await told(second, fork, step)).session.batch_size == 2
 
 
-@pytest.mark.parametrize("existing", list(Existing))
-async def test_it_is_imported(existing: Existing) -> None:
+@pytest.mark.parametrize("existing", list(ExistingPolicy))
+async def test_it_is_imported(existing: ExistingPolicy) -> None:
     async with two() as (first, second):
         await both_know(first, second, "a")
         (record,) = await first.engine.export_sessions(["a"], deadline=float("inf"))
@@ -100,7 +100,7 @@ async def test_it_is_imported(existing: Existing) -> None:
         step = await closed_behind(first, second)
         arriving = [SessionRecord("a", "a", bytes(record))]
         assert await told(second, second.engine.import_sessions(arriving, existing), step) == [
-            Imported.IMPORTED
+            ImportOutcome.IMPORTED
         ]
         assert (await first.engine.session_info("a")).revision == 1
 

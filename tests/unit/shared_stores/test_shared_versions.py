@@ -8,7 +8,7 @@ import contextlib
 import numpy as np
 import pytest
 
-from stepwell_server.engine.api import Moved, SessionPolicy
+from stepwell_server.engine.api import DefaultMove, SessionPolicy
 from stepwell_server.engine.state.fields import Mark
 from stepwell_server.engine.versions import document
 from stepwell_server.errors import (
@@ -45,7 +45,7 @@ async def test_a_change_of_the_default_is_one_for_all(policy: SessionPolicy) -> 
     async with two_versions() as (first, second):
         await load_2(first, second)
         await both_know(first, second, "a")
-        assert await first.engine.set_default("plain", 2, policy) == Moved(1, 1)
+        assert await first.engine.set_default("plain", 2, policy) == DefaultMove(1, 1)
         await second.inside.look()
         assert second.engine.version("plain") == 2
         info = await second.engine.session_info("a")
@@ -371,11 +371,11 @@ async def test_two_make_the_same_version_the_default() -> None:
         held = hold_commits(second.store)
         slow = await begun(second.engine.set_default("plain", 2, CARRY))
         await held
-        assert await first.engine.set_default("plain", 2, CARRY) == Moved(1, 1)
+        assert await first.engine.set_default("plain", 2, CARRY) == DefaultMove(1, 1)
         second.store.let_go()
         assert (await slow).sessions <= 1
         assert (await told(first))["epoch"] == 1, "it is one move"
-        assert await second.engine.set_default("plain", 2, CARRY) == Moved(2, 0)
+        assert await second.engine.set_default("plain", 2, CARRY) == DefaultMove(2, 0)
 
 
 async def test_a_change_is_judged_again_by_what_others_made() -> None:
@@ -398,7 +398,7 @@ async def test_who_asks_for_a_default_that_it_only_thinks_is_there_makes_it() ->
     async with two_versions() as (first, second):
         await load_2(first, second)
         await first.engine.set_default("plain", 2, CARRY)
-        assert await second.engine.set_default("plain", 1, CARRY) == Moved(2, 0)
+        assert await second.engine.set_default("plain", 1, CARRY) == DefaultMove(2, 0)
         await first.inside.look()
         assert first.engine.version("plain") == 1
 
@@ -426,7 +426,7 @@ async def test_a_write_whose_answer_is_lost_is_looked_for() -> None:
     async with two_versions() as (first, second):
         await load_2(first, second)
         first.store.fail(Unavailable("the connection broke"), kept=True)
-        assert await first.engine.set_default("plain", 2, CARRY) == Moved(1, 0)
+        assert await first.engine.set_default("plain", 2, CARRY) == DefaultMove(1, 0)
         assert first.engine.version("plain") == (await told(first))["default"] == 2
         first.store.commit_error = Unavailable("the store is away")
         await fails(first.engine.set_default("plain", 1, CARRY), Unavailable, "away")

@@ -9,7 +9,7 @@ import pytest
 
 from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change
-from stepwell_server.engine.state.replies import KeptArrays
+from stepwell_server.engine.state.replies import ReplyArrays
 from stepwell_server.errors import ServerError, Unavailable
 from support.durable import Lasting, same_reply
 from support.engine import Answer, Answers, Later, x
@@ -82,7 +82,7 @@ async def test_replies_beyond_their_share_of_the_memory_are_only_in_the_store(
     lasting: Lasting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     value = x(1, 5)
-    own = KeptArrays({"y": value}, {"sum": value}).byte_count
+    own = ReplyArrays({"y": value}, {"sum": value}).byte_count
     monkeypatch.setattr("stepwell_server.engine.state.replies.MOST_BYTES", 3 * own)
     said: dict[str, Any] = {"states": Select.ALL, "request_ids": 7, "expected": 0}
     async with lasting.engine() as at:
@@ -109,6 +109,6 @@ async def test_who_knows_no_states_in_a_record_reads_its_outputs(lasting: Lastin
     async with lasting.engine() as at:
         replies = at.inside.model("plain").replies
         outputs, states = {"y": x(2, 3)}, {"sum": x(2, 3, seed=1)}
-        before = replies.pack(KeptArrays(outputs, {}))
-        assert replies.pack(KeptArrays(outputs, states)).startswith(before)
+        before = replies.pack(ReplyArrays(outputs, {}))
+        assert replies.pack(ReplyArrays(outputs, states)).startswith(before)
         assert before == bytes([3]) + np.array([2, 3, 2], "<u4").tobytes() + outputs["y"].tobytes()

@@ -10,7 +10,7 @@ import pytest
 
 from stepwell_server.engine.api import DefaultChange, SessionPolicy
 from stepwell_server.engine.catalog import changes
-from stepwell_server.engine.sessions.transfer import Existing, SessionRecord
+from stepwell_server.engine.sessions.transfer import ExistingPolicy, SessionRecord
 from stepwell_server.engine.state.fields import Mark, mark_of
 from stepwell_server.engine.versions import document
 from stepwell_server.engine.versions.registry import Versions
@@ -215,7 +215,7 @@ async def test_what_is_to_move_moves_when_it_is_read(policy: SessionPolicy, last
         assert [(each.session_id, each.version) for each in listed] == [("a", 2), ("b", 2)]
         (record,) = await at.engine.export_sessions(["b"], deadline=float("inf"))
         assert not isinstance(record, ServerError)
-        await at.engine.import_sessions([SessionRecord("copy", "b", bytes(record))], Existing.REFUSE)
+        await at.engine.import_sessions([SessionRecord("copy", "b", bytes(record))], ExistingPolicy.REFUSE)
         b = WIDE.initial[0][None] if policy is RESET else np.concatenate([INITIAL, -INITIAL], axis=1)
         np.testing.assert_array_equal((await at.state("copy"))["wide"], b)
 

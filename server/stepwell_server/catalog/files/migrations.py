@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from stepwell_server.engine.versions.forwarding import Migration
+from stepwell_server.engine.versions.record_upgrade import Migration
 from stepwell_server.errors import StartError
 
 _MAX_SHOWN = 100

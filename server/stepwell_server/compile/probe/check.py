@@ -6,7 +6,7 @@ from stepwell_server.compile.errors import quoted
 from stepwell_server.compile.probe.evidence import compare
 from stepwell_server.compile.probe.probe import Traced
 from stepwell_server.compile.probe.sequences import run, tolerance, worst
-from stepwell_server.engine.executors.stepping import Step
+from stepwell_server.engine.executors.step_function import Step
 
 
 class CheckError(Exception):

@@ -17,7 +17,7 @@ from stepwell_server.compile.graph.tensorflow_setup import tf
 from stepwell_server.compile.probe.probe import Traced
 from stepwell_server.compile.probe.sequences import step_of_function, tolerance
 from stepwell_server.compile.probe.whole_call import perturbed_inputs
-from stepwell_server.engine.executors.stepping import Step, initial_rows
+from stepwell_server.engine.executors.step_function import Step, initial_rows
 
 Array = npt.NDArray[np.generic]
 #: Sizes of the inputs of each row, twice: for both signs.

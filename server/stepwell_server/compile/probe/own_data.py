@@ -19,7 +19,7 @@ from stepwell_server.compile.keras_file import archive
 from stepwell_server.compile.probe import evidence
 from stepwell_server.compile.probe.sequences import Array, run, tolerance
 from stepwell_server.engine.executors import load_executor
-from stepwell_server.engine.executors.stepping import step_of_executor
+from stepwell_server.engine.executors.step_function import step_of_executor
 from stepwell_server.program import Program, TensorSpec
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from stepwell_server.compile.graph.plan import Plan
 from stepwell_server.compile.graph.tensorflow_setup import tf
-from stepwell_server.engine.executors.stepping import Step, initial_rows
+from stepwell_server.engine.executors.step_function import Step, initial_rows
 from stepwell_server.program import TensorSpec
 
 Array = npt.NDArray[np.generic]

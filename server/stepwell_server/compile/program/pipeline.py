@@ -22,7 +22,7 @@ from stepwell_server.compile.probe.sequences import Array, tolerance
 from stepwell_server.compile.program import convert
 from stepwell_server.engine.executors import load_executor, trial
 from stepwell_server.engine.executors.base import ExecutionError
-from stepwell_server.engine.executors.stepping import step_of_executor
+from stepwell_server.engine.executors.step_function import step_of_executor
 from stepwell_server.program import FLATBUFFER, Program, ProofOptions, Provenance, dtype_of
 
 #: Times what rounding may make where a program is compiled, it may make on another processor in a few time steps.

@@ -15,19 +15,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 
 from stepwell_server.core.model_names import LABEL_RULE, MAX_VERSION, is_label, is_name, is_version
-from stepwell_server.engine.api import DefaultChange, Moved, SessionPolicy, VersionInfo
+from stepwell_server.engine.api import DefaultChange, DefaultMove, SessionPolicy, VersionInfo
 from stepwell_server.engine.catalog.documents import Documents, Proposal
-from stepwell_server.engine.catalog.serving import Serving
-from stepwell_server.engine.catalog.switching import Switching
+from stepwell_server.engine.catalog.runtimes import Runtimes
+from stepwell_server.engine.catalog.session_moves import SessionMoves
 from stepwell_server.engine.sessions.directory import Context
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.versions import document
 from stepwell_server.engine.versions.compatibility import as_served, refusal
-from stepwell_server.engine.versions.forwarding import Forwarding
-from stepwell_server.engine.versions.history import How
-from stepwell_server.engine.versions.registry import Known, Models, Versions
+from stepwell_server.engine.versions.history import MoveKind
+from stepwell_server.engine.versions.record_upgrade import RecordUpgrader
+from stepwell_server.engine.versions.registry import KnownVersion, Models, Versions
 from stepwell_server.errors import (
     InvalidInput,
     MigrationFailed,
@@ -59,10 +59,10 @@ class Changes:
         self,
         context: Context,
         models: Models,
-        serving: Serving,
-        switching: Switching,
+        serving: Runtimes,
+        switching: SessionMoves,
         documents: Documents,
-        forwarding: Forwarding,
+        forwarding: RecordUpgrader,
         store: Store,
     ) -> None:
         self._context = context
@@ -82,7 +82,7 @@ class Changes:
         """
         own = self._models.versions(name)
         program = as_served(own, version, program)
-        known = Known.of(version, program, "", self._context.clock.now())
+        known = KnownVersion.of(version, program, "", self._context.clock.now())
         model = self._serving.make(name, version, program, self._sibling(own, program))
         self._models.add(model, known)
         own.default = max(own.loaded)
@@ -118,7 +118,7 @@ class Changes:
             self._models.forget(model)
             await self._serving.end(model)
             again = self._serving.make(own.name, version, program, self._sibling(own, program))
-            self._models.add(again, Known.of(version, program, "", self._context.clock.now()))
+            self._models.add(again, KnownVersion.of(version, program, "", self._context.clock.now()))
         own.default = max(own.loaded, default=0)
 
     async def _publish(self, own: Versions) -> None:
@@ -154,7 +154,7 @@ class Changes:
         labels: Sequence[str] = (),
         becomes: DefaultChange | None = None,
         begin: Callable[[], None] = lambda: None,
-    ) -> Moved:
+    ) -> DefaultMove:
         """Serve a version from now on, with its labels, and as the default if that is asked for: all of it, or nothing.
 
         The first version of a name is its default.
@@ -186,10 +186,10 @@ class Changes:
         async with self._documents.lock(name):
             own = self._models.versions(name)
             program = as_served(own, version, program)
-            here = Known.of(version, program, source, self._context.clock.now(), tenant)
+            here = KnownVersion.of(version, program, source, self._context.clock.now(), tenant)
             self._require_new(own, here)
             model = self._serving.make(name, version, program, self._sibling(own, program), rows)
-            moved = Moved(0, 0)
+            moved = DefaultMove(0, 0)
 
             async def attempt() -> Proposal:
                 self._require_new(own, here)
@@ -213,7 +213,7 @@ class Changes:
                     own.labels = after.labels
                     self._serving.observer.model_served(name, program)
                     if previous:
-                        moved = Moved(previous, self._switching.move_default(own, after, how))
+                        moved = DefaultMove(previous, self._switching.move_default(own, after, how))
 
                 return after, serve
 
@@ -310,7 +310,7 @@ class Changes:
         migration: str = "",
         *,
         leaves: bool | None = None,
-    ) -> Moved:
+    ) -> DefaultMove:
         """Make another version the default, and move the sessions that follow the default as the policy says.
 
         With `leaves` the previous one is marked as draining; None: as `KEEP` does.
@@ -324,17 +324,17 @@ class Changes:
         async with self._documents.lock(name):
             own = self._models.named(name)
             target = own.require(version)
-            change, moved = DefaultChange(version, policy, migration, leaves), Moved(version, 0)
+            change, moved = DefaultChange(version, policy, migration, leaves), DefaultMove(version, 0)
 
             async def attempt() -> Proposal:
                 nonlocal moved
                 after = own.changed()
                 previous, how = await self._choose(own, after, target.program, change)
-                moved = Moved(previous or version, 0)
+                moved = DefaultMove(previous or version, 0)
 
                 def switch() -> None:
                     nonlocal moved
-                    moved = Moved(previous, self._switching.move_default(own, after, how))
+                    moved = DefaultMove(previous, self._switching.move_default(own, after, how))
 
                 return (after, switch) if previous else None
 
@@ -343,7 +343,7 @@ class Changes:
 
     async def _choose(
         self, own: Versions, after: Versions, program: Program, change: DefaultChange
-    ) -> tuple[int, How | None]:
+    ) -> tuple[int, MoveKind | None]:
         """Set another default in `after`, which has this program.
 
         Returns:
@@ -352,7 +352,7 @@ class Changes:
         previous, version = own.chosen, change.version
         if previous == version:
             return 0, None
-        how = None if change.policy is SessionPolicy.KEEP else How(change.policy.value)
+        how = None if change.policy is SessionPolicy.KEEP else MoveKind(change.policy.value)
         function = await self._require_possible(own, previous, version, program, how, change.migration)
         leaves = how is None if change.leaves is None else change.leaves
         after.default, after.wanted = version, 0
@@ -466,7 +466,7 @@ class Changes:
 
     # ------------------------------------------------------------------------------------------------ what is possible
 
-    def _require_new(self, own: Versions, known: Known) -> None:
+    def _require_new(self, own: Versions, known: KnownVersion) -> None:
         version, before = known.version, own.known.get(known.version)
         if version in own.loaded:
             raise VersionExists(
@@ -505,17 +505,23 @@ class Changes:
         if own.loaded and policy is not SessionPolicy.KEEP:
             program = as_served(own, version, program)
             previous = own.chosen
-            await self._require_possible(own, previous, version, program, How(policy.value), migration)
+            await self._require_possible(own, previous, version, program, MoveKind(policy.value), migration)
 
     async def _require_possible(
-        self, own: Versions, previous: int, version: int, program: Program, how: How | None, migration: str
+        self,
+        own: Versions,
+        previous: int,
+        version: int,
+        program: Program,
+        how: MoveKind | None,
+        migration: str,
     ) -> str:
         """Find out before anything changes whether sessions can go to a version; returns what migrates them."""
         if how is None or previous not in own.known:
             return ""
-        if how is How.CARRY and (problem := refusal(own, previous, version, program)):
+        if how is MoveKind.CARRY and (problem := refusal(own, previous, version, program)):
             raise SpecsDiffer(problem, model=own.name)
-        if how is not How.MIGRATE:
+        if how is not MoveKind.MIGRATE:
             return ""
         names = sorted(self._forwarding.migrations)
         if not migration and len(names) == 1:
@@ -580,7 +586,7 @@ class Changes:
         ]
 
 
-def _loaded_again(own: Versions, here: Known) -> Known:
+def _loaded_again(own: Versions, here: KnownVersion) -> KnownVersion:
     """A version that is loaded here, with what was known of its number: before a restart or an unload, or on another server."""
     before = own.known.get(here.version)
     if before is None:

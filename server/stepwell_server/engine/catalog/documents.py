@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
-from stepwell_server.engine.catalog.switching import Switching
+from stepwell_server.engine.catalog.session_moves import SessionMoves
 from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.engine.versions import document
 from stepwell_server.engine.versions.registry import Models, Versions
@@ -29,7 +29,7 @@ Proposal = tuple[Versions, Callable[[], None]] | None
 class Documents:
     """Reads and writes them by the names of the models. Lives on the event loop; one change of a name at a time."""
 
-    def __init__(self, store: Store, commits: GroupCommit, models: Models, switching: Switching) -> None:
+    def __init__(self, store: Store, commits: GroupCommit, models: Models, switching: SessionMoves) -> None:
         self._store = store
         self._commits = commits
         self._models = models

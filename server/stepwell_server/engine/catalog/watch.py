@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Iterable
 
 from stepwell_server.engine.catalog.documents import Documents
-from stepwell_server.engine.catalog.switching import Switching
+from stepwell_server.engine.catalog.session_moves import SessionMoves
 from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.engine.versions.history import History
 from stepwell_server.engine.versions.registry import Models, Versions
@@ -28,7 +28,7 @@ _MAX_WAIT_S = 5.0
 class Watch:
     """Follows what other servers made of versions. Lives on the event loop; `run` runs in a task of its own."""
 
-    def __init__(self, store: Store, models: Models, documents: Documents, switching: Switching) -> None:
+    def __init__(self, store: Store, models: Models, documents: Documents, switching: SessionMoves) -> None:
         self._store = store
         self._models = models
         self._documents = documents

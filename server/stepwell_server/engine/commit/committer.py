@@ -133,7 +133,7 @@ class Committer:
         if len(kept):
             self._set(outcome.part(kept), answer, kept)
         if len(unknown):
-            error = not_known()
+            error = outcome_unknown()
             answer(error, unknown)
             self._drop(handles[unknown], error)
         if len(conflicts):
@@ -164,7 +164,7 @@ def _may_resize(outcome: Outcome) -> bool:
     return bool(outcome.arrays or outcome.model.replies.series or outcome.model.epoch)
 
 
-def not_known() -> OutcomeUnknown:
+def outcome_unknown() -> OutcomeUnknown:
     """The answer to a change if it is not known whether the store kept it."""
     return OutcomeUnknown(
         "the store must say that it kept the change; it did not answer, and may have kept it"

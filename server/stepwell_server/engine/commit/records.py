@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.core.remembered import Remembered
+from stepwell_server.core.recent_values import RecentValues
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.state.replies import KeptArrays
+from stepwell_server.engine.state.replies import ReplyArrays
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.store.record import Header, Joined, RecordTemplate, Stored, Texts, encode
 
@@ -45,7 +45,7 @@ class Outcome:
     """See `core.exactly_once`; 0 for none."""
     replies: npt.NDArray[np.uint8]
     """How each reply is kept: `Kept`."""
-    arrays: Mapping[int, KeptArrays] = dataclasses.field(default_factory=dict)
+    arrays: Mapping[int, ReplyArrays] = dataclasses.field(default_factory=dict)
     """The replies that are kept as arrays of their own, by their place."""
     stamp: int = 0
     """Of its records, if others use the store."""
@@ -69,7 +69,7 @@ class Outcome:
         )
 
 
-def as_it_is(table: SessionTable, model: Model, handles: Handles) -> Outcome:
+def current_outcome(table: SessionTable, model: Model, handles: Handles) -> Outcome:
     """The outcome that equals the table and the arena now, for claimed sessions of a model."""
     return Outcome(
         model,
@@ -161,7 +161,7 @@ class Templates:
         self._fields = fields
         self._kept: OrderedDict[bytes, tuple[_Facts, RecordTemplate]] = OrderedDict()
         self._bytes = 0
-        self._seen: Remembered[int, bool] = Remembered(_MAX_SEEN)
+        self._seen: RecentValues[int, bool] = RecentValues(_MAX_SEEN)
 
     def of(self, model: Model, handles: Handles) -> RecordTemplate:
         """A template for sessions of one batch size whose fields have one length; to be filled.

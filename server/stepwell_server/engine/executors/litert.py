@@ -13,7 +13,7 @@ from ai_edge_litert.interpreter import Interpreter
 from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.executors.padded import PaddedExecutor
 from stepwell_server.engine.executors.quiet import without_announcements
-from stepwell_server.engine.executors.stepping import fill
+from stepwell_server.engine.executors.step_function import fill
 from stepwell_server.engine.types import Array
 from stepwell_server.program import FLATBUFFER, Program, StateSpec, TensorSpec
 

@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from stepwell_server.engine.executors.base import ExecutionError, Executor
-from stepwell_server.engine.executors.loading import light_imports
+from stepwell_server.engine.executors.light_imports import light_imports
 from stepwell_server.engine.executors.padded import PaddedExecutor
 from stepwell_server.engine.types import Array
 from stepwell_server.logs import Log

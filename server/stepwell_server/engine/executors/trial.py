@@ -16,7 +16,7 @@ import numpy as np
 
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import ExecutionError
-from stepwell_server.engine.executors.stepping import Step, initial_rows, step_of_executor
+from stepwell_server.engine.executors.step_function import Step, initial_rows, step_of_executor
 from stepwell_server.engine.types import Array
 from stepwell_server.program import Program, Trial
 

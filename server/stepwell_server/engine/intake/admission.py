@@ -21,10 +21,10 @@ from stepwell_server.engine.change import MAX_ERRORS, NO_STATES, Change, Reply, 
 from stepwell_server.engine.commit.committer import Committer
 from stepwell_server.engine.commit.records import Outcome
 from stepwell_server.engine.content import reused_request
-from stepwell_server.engine.intake.paging import ALL_HERE, Pager, Refused
-from stepwell_server.engine.intake.queues import Inboxes, RowQueue, Starter, Turns, joined_where_alike
+from stepwell_server.engine.intake.pager import ALL_HERE, Pager, Refused
+from stepwell_server.engine.intake.queues import Inboxes, RowQueue, SessionQueues, Starter, joined_where_alike
 from stepwell_server.engine.job import Job
-from stepwell_server.engine.state.replies import Kept, named_states
+from stepwell_server.engine.state.replies import ReplyForm, named_states
 from stepwell_server.engine.types import U64, Mask, Members, Tensors
 from stepwell_server.errors import (
     NoRows,
@@ -51,7 +51,7 @@ class Admission(Starter):
     def __init__(
         self,
         table: SessionTable,
-        turns: Turns,
+        turns: SessionQueues,
         row_queue: RowQueue,
         pager: Pager,
         committer: Committer,
@@ -450,7 +450,7 @@ class Admission(Starter):
             table.position[handles] if some else np.full(len(handles), change.position, np.uint64),
             change.requests_of(members),
             change.digests_of(members),
-            np.full(len(handles), Kept.EMPTY, np.uint8),
+            np.full(len(handles), ReplyForm.EMPTY, np.uint8),
         )
 
         def answer(error: ServerError | None, places: Members | None) -> None:

@@ -24,7 +24,7 @@ from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.scheduler import Source
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.change import Change, joined, kind_of, may_join, too_late
-from stepwell_server.engine.intake.paging import Pager, Refused
+from stepwell_server.engine.intake.pager import Pager, Refused
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members
 from stepwell_server.engine.versions.registry import Models
@@ -278,7 +278,7 @@ class Hold:
 Waiter: TypeAlias = "tuple[Starter, Change, int] | Hold"
 
 
-class Turns:
+class SessionQueues:
     """Claims of sessions and their lines, until the sessions leave the table. Lives on the event loop."""
 
     def __init__(

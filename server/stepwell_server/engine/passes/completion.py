@@ -17,7 +17,7 @@ from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes.batch import Pass, join, outputs_of
 from stepwell_server.engine.passes.predict import PredictCall
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.state.replies import Kept, KeptArrays, named_states
+from stepwell_server.engine.state.replies import ReplyArrays, ReplyForm, named_states
 from stepwell_server.engine.types import U64, Mask, Members, Tensors
 from stepwell_server.errors import ServerError
 from stepwell_server.store.base import SMALL
@@ -26,7 +26,7 @@ from stepwell_server.store.base import SMALL
 _SMALL = 8
 
 
-class _Ended:
+class _FinishedJob:
     """A job that has run its last time step."""
 
     __slots__ = ("change", "job", "kept", "outputs", "place", "states")
@@ -81,7 +81,7 @@ class Completion:
         ended, place = [], 0
         for index, job in jobs:
             states = NO_STATES if job.states is Select.NONE else self._states_of(job)
-            ended.append(_Ended(job, _change(job), outputs_of(work, index, job), states, place))
+            ended.append(_FinishedJob(job, _change(job), outputs_of(work, index, job), states, place))
             place += len(job.members)
         outcome = self._outcome(ended)
         outcome.is_latency_sensitive = is_latency_sensitive
@@ -117,11 +117,11 @@ class Completion:
             )
         return named_states(specs, series, with_time=False)
 
-    def _outcome(self, ended: Sequence[_Ended]) -> Outcome:
+    def _outcome(self, ended: Sequence[_FinishedJob]) -> Outcome:
         handles = join([each.job.handles for each in ended if each.job.handles is not None])
-        arrays: dict[int, KeptArrays] = {}
+        arrays: dict[int, ReplyArrays] = {}
         for each in ended:
-            if each.kept is Kept.ARRAYS or each.job.state_series:
+            if each.kept is ReplyForm.ARRAYS or each.job.state_series:
                 arrays.update(enumerate(_arrays_of(each), each.place))
         return Outcome(
             self._model,
@@ -134,7 +134,7 @@ class Completion:
             arrays,
         )
 
-    def _positions(self, ended: Sequence[_Ended], handles: Handles) -> U64:
+    def _positions(self, ended: Sequence[_FinishedJob], handles: Handles) -> U64:
         positions: U64 = self._table.position[handles]
         for each in ended:
             own = positions[each.place : each.place + len(each.job.members)]
@@ -144,7 +144,7 @@ class Completion:
                 each.change.count_from_reset(own, each.job.members)
         return positions
 
-    def _succeed(self, outcome: Outcome, ended: Sequence[_Ended], which: Mask | None) -> None:
+    def _succeed(self, outcome: Outcome, ended: Sequence[_FinishedJob], which: Mask | None) -> None:
         """Answer the sessions of an outcome that are kept; None: all."""
         now, count, row_steps = self._clock.monotonic(), 0, 0
         slowest, queued_at = "", now
@@ -203,7 +203,7 @@ def _mask(count: int, places: Members) -> Mask:
     return mask
 
 
-def _by_job(ended: Sequence[_Ended], which: Mask | None) -> Iterator[tuple[_Ended, Mask | None]]:
+def _by_job(ended: Sequence[_FinishedJob], which: Mask | None) -> Iterator[tuple[_FinishedJob, Mask | None]]:
     """Jobs some of whose sessions are meant, and which of them; None: all."""
     for each in ended:
         own = None if which is None else which[each.place : each.place + len(each.job.members)]
@@ -213,27 +213,27 @@ def _by_job(ended: Sequence[_Ended], which: Mask | None) -> Iterator[tuple[_Ende
             yield each, own
 
 
-def _kept(job: Job) -> Kept:
+def _kept(job: Job) -> ReplyForm:
     """How the replies of a job are remembered."""
     if job.select is Select.NONE:
-        return Kept.EMPTY
+        return ReplyForm.EMPTY
     has_series = job.collected and any(array is not None for array in job.collected)
     if has_series or job.advancing is not None:
-        return Kept.ARRAYS
-    return Kept.ROWS_WITH_TIME if job.has_time else Kept.ROWS
+        return ReplyForm.ARRAYS
+    return ReplyForm.ROWS_WITH_TIME if job.has_time else ReplyForm.ROWS
 
 
-def _arrays_of(each: _Ended) -> list[KeptArrays]:
+def _arrays_of(each: _FinishedJob) -> list[ReplyArrays]:
     """A job's outputs, and states of several time steps, by session, as far as they are remembered as arrays."""
     job = each.job
-    outputs = each.outputs if each.kept is Kept.ARRAYS else NO_STATES
+    outputs = each.outputs if each.kept is ReplyForm.ARRAYS else NO_STATES
     states = each.states if job.state_series else NO_STATES
     sizes = job.sizes
     if states and job.state_rows is not None:
         whose = np.repeat(np.arange(len(sizes)), sizes)[job.state_rows]
         sizes = np.bincount(whose, minlength=len(job.sizes))
     of_outputs, of_states = _parts(outputs, job.sizes), _parts(states, sizes)
-    return [KeptArrays(*own) for own in zip(of_outputs, of_states, strict=True)]
+    return [ReplyArrays(*own) for own in zip(of_outputs, of_states, strict=True)]
 
 
 def _parts(tensors: Tensors, sizes: Rows) -> list[Tensors]:

@@ -31,7 +31,7 @@ from stepwell_server.engine.passes.batching_window import BatchingWindow
 from stepwell_server.engine.passes.completion import Completion
 from stepwell_server.engine.passes.runner import IN_PLACE_S, SHORT_SLICE_S, SLICE_S, Runner
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.state.replies import Kept
+from stepwell_server.engine.state.replies import ReplyForm
 from stepwell_server.engine.types import Array, Mask, Members
 from stepwell_server.errors import InvalidInput, ServerError
 from stepwell_server.logs import Log
@@ -159,10 +159,10 @@ class Inline:
         for view, array in zip(executor.inputs(), inputs, strict=True):
             view[...] = array
 
-    def _named(self, kept: Kept, outputs: Sequence[Array]) -> dict[str, Array]:
-        if kept is Kept.EMPTY:
+    def _named(self, kept: ReplyForm, outputs: Sequence[Array]) -> dict[str, Array]:
+        if kept is ReplyForm.EMPTY:
             return {}
-        if kept is Kept.ROWS_WITH_TIME:
+        if kept is ReplyForm.ROWS_WITH_TIME:
             outputs = [
                 output[:, None] if spec.temporal else output
                 for spec, output in zip(self._model.program.outputs, outputs, strict=True)
@@ -468,7 +468,7 @@ def _compact(work: Pass, kept: Mask) -> None:
     work.target_rows = work.target_rows[kept]
 
 
-def _kept_inline(change: Change) -> Kept:
+def _kept_inline(change: Change) -> ReplyForm:
     if change.select is Select.NONE:
-        return Kept.EMPTY
-    return Kept.ROWS_WITH_TIME if change.with_time and change.select is Select.ALL else Kept.ROWS
+        return ReplyForm.EMPTY
+    return ReplyForm.ROWS_WITH_TIME if change.with_time and change.select is Select.ALL else ReplyForm.ROWS

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from stepwell_server.core.scheduler import Source
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import Predicted, Select, Trace
+from stepwell_server.engine.api import PredictResult, Select, Trace
 from stepwell_server.engine.change import cancelled, too_late
 from stepwell_server.engine.intake.validation import CheckedInputs
 from stepwell_server.engine.job import Job, Owner
@@ -44,7 +44,7 @@ class PredictCall(Owner):
         self._state = state
         self._resets = resets
         self._deadline = deadline
-        self._done: asyncio.Future[Predicted] = asyncio.get_running_loop().create_future()
+        self._done: asyncio.Future[PredictResult] = asyncio.get_running_loop().create_future()
         self._left = rows
         self._outputs: list[Array | None] = [None] * len(model.program.outputs)
         self._final = [np.empty((rows, *s.shape), s.dtype) for s in model.program.state]
@@ -55,7 +55,7 @@ class PredictCall(Owner):
             self._make_job(checked, low, min(low + limit, rows), source, now) for low in range(0, rows, limit)
         ]
 
-    async def run(self) -> Predicted:
+    async def run(self) -> PredictResult:
         """Put the jobs in line and wait for all of them."""
         jobs, self._jobs = self._jobs, []  # each has this as its owner: no circle is left
         for job in jobs:
@@ -98,10 +98,10 @@ class PredictCall(Owner):
                 whole = self._outputs[i] = np.empty((self._rows, *array.shape[1:]), array.dtype)
             whole[job.members] = array
 
-    def _result(self) -> Predicted:
+    def _result(self) -> PredictResult:
         program = self._model.program
         named = zip(program.outputs, self._outputs, strict=True)
-        return Predicted(
+        return PredictResult(
             outputs={spec.name: array for spec, array in named if array is not None},
             state={spec.name: array for spec, array in zip(program.state, self._final, strict=True)},
             version=self._model.version,

@@ -16,8 +16,8 @@ from stepwell_server.engine.api import Select, Trace
 from stepwell_server.engine.executors.base import ExecutionError
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes.batch import Lane, Pass
-from stepwell_server.engine.shares import Then, Threads
 from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.threads import Then, Threads
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
 

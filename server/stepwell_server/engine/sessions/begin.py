@@ -27,18 +27,18 @@ from stepwell_server.core.exactly_once import Kind
 from stepwell_server.core.quotas import SESSION_BYTES, Usage
 from stepwell_server.core.sessions import Handles
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import OpenedMany, SessionInfo
+from stepwell_server.engine.api import OpenManyResult, SessionInfo
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
-from stepwell_server.engine.commit.committer import not_known
+from stepwell_server.engine.commit.committer import outcome_unknown
 from stepwell_server.engine.commit.group_commit import GroupCommit
-from stepwell_server.engine.commit.policy import StorePolicy
+from stepwell_server.engine.commit.store_policy import StorePolicy
 from stepwell_server.engine.content import require_same_opening
 from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.engine.intake.queues import RowQueue
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Context
 from stepwell_server.engine.sessions.end import Expiry
-from stepwell_server.engine.sessions.lookup import Seen
+from stepwell_server.engine.sessions.lookup import LookupResult
 from stepwell_server.engine.state.fields import Mark, at_birth, joined
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Members
@@ -73,7 +73,7 @@ def sessions_of(array: Array, places: Members, batch_size: int) -> Array:
     return by_session[places].reshape(-1, *array.shape[1:])
 
 
-class Made(NamedTuple):
+class CreatedSessions(NamedTuple):
     """Sessions of one model that are in the store, or may be."""
 
     ids: Sequence[str]
@@ -96,7 +96,7 @@ class Call:
     kind: Kind
     content: U64
     """`(n,)`, what it says of each: see `content`."""
-    undos: list[Made] = dataclasses.field(default_factory=list)
+    undos: list[CreatedSessions] = dataclasses.field(default_factory=list)
     """What attempts here have made, or taken over: it is deleted if the call is refused for good."""
 
 
@@ -201,9 +201,9 @@ class NewSessions(Call):
             follows=self.follows[part],
         )
 
-    def answer(self, first: SessionInfo) -> OpenedMany:
+    def answer(self, first: SessionInfo) -> OpenManyResult:
         """The answer to the call that has made them; `first` is the first of them, as it began."""
-        return OpenedMany(
+        return OpenManyResult(
             self.ids,
             self.model.name,
             self.model.program.fingerprint,
@@ -216,7 +216,7 @@ class NewSessions(Call):
         )
 
 
-Find = Callable[[NewSessions, Seen], Awaitable[_T | Members | None]]
+Find = Callable[[NewSessions, LookupResult], Awaitable[_T | Members | None]]
 """Finds the answer to a call in what exists already, or the places of the sessions that are to begin; None: look again."""
 
 
@@ -230,7 +230,7 @@ class Attempts:
         self._directory = context.directory
         self._pieces = context.directory.pieces
 
-    def answer(self, ids: Sequence[str], handles: Handles, seen: Seen) -> OpenedMany:
+    def answer(self, ids: Sequence[str], handles: Handles, seen: LookupResult) -> OpenManyResult:
         """What live sessions are, by what another server made of them while something is under way here.
 
         Raises:
@@ -247,7 +247,7 @@ class Attempts:
         for index in indexes.tolist():
             versions[table.model[handles] == index] = models.by_index[index].version
         own = models.by_handle(int(handles[0]))
-        return OpenedMany(
+        return OpenManyResult(
             ids,
             own.name,
             own.program.fingerprint if len(indexes) == 1 else "",
@@ -274,7 +274,7 @@ class Attempts:
             stored = self._table.opened_digest[handles[own]]
             require_same_opening(model, names, stored, call.kind, content[own])
 
-    async def find(self, call: Call, seen: Seen) -> OpenedMany | Members | None:
+    async def find(self, call: Call, seen: LookupResult) -> OpenManyResult | Members | None:
         """The answer of an earlier attempt of the call, or else the places of the sessions that are to begin.
 
         Those are all of them, or those that an earlier attempt did not make. A call is only completed if nobody has
@@ -312,10 +312,12 @@ class Attempts:
         stamp = self._directory.store.new_stamp()
         if not await self.take_over(made, request_id, stamp):
             return None
-        call.undos.append(Made(made, stamp, self._directory.models.by_handle(int(handles[there][0])).name))
+        call.undos.append(
+            CreatedSessions(made, stamp, self._directory.models.by_handle(int(handles[there][0])).name)
+        )
         return every[~there]
 
-    async def _answer_again(self, call: Call, handles: Handles, seen: Seen) -> OpenedMany | None:
+    async def _answer_again(self, call: Call, handles: Handles, seen: LookupResult) -> OpenManyResult | None:
         """The answer to a call that has made all of its sessions; None: one of them has ended, or is another one by now."""
         try:
             answer = self.answer(call.ids, handles, seen)
@@ -380,7 +382,7 @@ class Attempts:
         if isinstance(committed, ServerError):
             raise committed
         if committed.unknown:
-            raise not_known()
+            raise outcome_unknown()
         return not committed.conflicts
 
     def _set_stamps(
@@ -395,7 +397,7 @@ class Attempts:
                 table.stamp[handle] = stamp
 
 
-class Begin:
+class SessionCreator:
     """Begins sessions. Lives on the event loop."""
 
     def __init__(
@@ -433,7 +435,7 @@ class Begin:
 
     # -------------------------------------------------------------------------------------------------------- the path
 
-    async def look(self, session_ids: Sequence[str]) -> Seen:
+    async def look(self, session_ids: Sequence[str]) -> LookupResult:
         """What the store has of ids while nobody makes sessions of them; what their tenants have is known then.
 
         A session of them that has ended on another server while something is under way for it here ends first.
@@ -451,10 +453,10 @@ class Begin:
             elif not self._context.removal.are_pending(session_ids):
                 return seen
 
-    async def begin_many(self, new: NewSessions) -> OpenedMany:
+    async def begin_many(self, new: NewSessions) -> OpenManyResult:
         """Begin sessions, unless an earlier attempt of the call has: see `begin`."""
         found = await self.begin(new, self.attempts.find)
-        return found if isinstance(found, OpenedMany) else new.answer(found)
+        return found if isinstance(found, OpenManyResult) else new.answer(found)
 
     async def begin(self, every: NewSessions, find: Find[_T]) -> _T | SessionInfo:
         """Begin sessions, all or none, unless `find` has another answer to the call. To be cancelled undoes nothing.
@@ -482,7 +484,7 @@ class Begin:
             await self.undo(every)
             raise
 
-    async def _attempt(self, new: NewSessions, seen: Seen) -> SessionInfo | None:
+    async def _attempt(self, new: NewSessions, seen: LookupResult) -> SessionInfo | None:
         """Begin sessions that were not there when the store was `seen`; None: another call or server was faster.
 
         Returns:
@@ -519,7 +521,7 @@ class Begin:
         if not task.cancelled():
             task.exception()  # nobody else asks for it if the caller was cancelled
 
-    async def _reserve(self, new: NewSessions, seen: Seen) -> bool:
+    async def _reserve(self, new: NewSessions, seen: LookupResult) -> bool:
         """Reserve the ids, and find what they had before; False if another call is making a session of one of them.
 
         Raises:
@@ -631,7 +633,7 @@ class Begin:
                 some = new.part(part)
                 puts.append(self._policy.begin(some.ids, some.ready, functools.partial(_records, some)))
         except Exception as error:
-            self._policy.came_back(ids)
+            self._policy.after_page_in(ids)
             return as_server_error(error)
         joined = puts[0] if len(puts) == 1 else Joined([each for each in puts if each])
         batch = Batch(
@@ -647,7 +649,7 @@ class Begin:
             return committed
         conflicts = committed.conflicts.intersection(ids)
         if conflicts:
-            made = Made([i for i in ids if i not in conflicts], new.stamp, new.model.name)
+            made = CreatedSessions([i for i in ids if i not in conflicts], new.stamp, new.model.name)
             if new.is_repeatable:
                 new.undos.append(made)
             else:
@@ -656,8 +658,8 @@ class Begin:
         if committed.unknown.isdisjoint(ids):
             return None
         if not new.is_repeatable:  # else it may exist, and another attempt may have been answered so
-            await self._delete(Made(ids, new.stamp, new.model.name))
-        return not_known()
+            await self._delete(CreatedSessions(ids, new.stamp, new.model.name))
+        return outcome_unknown()
 
     async def undo(self, call: Call) -> None:
         """Delete what attempts here have made of a call that is refused for good. To be cancelled does not stop it."""
@@ -665,7 +667,7 @@ class Begin:
         for made in undos:
             await self.run_to_the_end(self._delete(made))
 
-    async def _delete(self, made: Made) -> None:
+    async def _delete(self, made: CreatedSessions) -> None:
         """Delete sessions of a call that is refused, but those that others have changed, or taken over."""
         ids, model = made.ids, made.model
         if not ids:

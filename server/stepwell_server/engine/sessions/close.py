@@ -13,16 +13,16 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles
 from stepwell_server.engine.api import SessionFilter
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
-from stepwell_server.engine.commit.committer import not_known
+from stepwell_server.engine.commit.committer import outcome_unknown
 from stepwell_server.engine.commit.group_commit import GroupCommit
-from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.intake.queues import Turns
+from stepwell_server.engine.intake.pager import Pager
+from stepwell_server.engine.intake.queues import SessionQueues
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.end import Ended, Idle, Removal, ended_of
-from stepwell_server.engine.sessions.lookup import Seen, refresh
+from stepwell_server.engine.sessions.end import EndedSession, IdleBounds, Removal, ended_of
+from stepwell_server.engine.sessions.lookup import LookupResult, refresh
 from stepwell_server.engine.sessions.read import Query, SessionList
-from stepwell_server.engine.shares import TURN
 from stepwell_server.engine.state.fields import Fields, closes_of
+from stepwell_server.engine.threads import PIECE_SIZE
 from stepwell_server.engine.types import U64, Mask
 from stepwell_server.errors import (
     InvalidInput,
@@ -61,7 +61,7 @@ class Closer:
     def __init__(
         self,
         directory: Directory,
-        turns: Turns,
+        turns: SessionQueues,
         pager: Pager,
         commits: GroupCommit,
         *,
@@ -83,7 +83,7 @@ class Closer:
         self._clock = clock
 
     async def close(
-        self, session_id: str, seen: Seen, *, request_id: int, deadline: float, uid: int = 0
+        self, session_id: str, seen: LookupResult, *, request_id: int, deadline: float, uid: int = 0
     ) -> bool:
         """Delete a session when its turn comes. See `Engine.close_session`."""
         for _ in range(MAX_TRIES):
@@ -138,7 +138,7 @@ class Closer:
         return True
 
     async def _ended_meanwhile(
-        self, session_id: str, request_id: int, uid: int, seen: Seen, error: SessionGone | None
+        self, session_id: str, request_id: int, uid: int, seen: LookupResult, error: SessionGone | None
     ) -> bool | None:
         """The answer to a close whose session somebody else has ended: True if it was this very request.
 
@@ -169,7 +169,7 @@ class Closer:
         seen = await self._directory.look([session_id], anew=True)
         return self._was_closed_by(session_id, request_id, seen)
 
-    def _was_closed_by(self, session_id: str, request_id: int, seen: Seen) -> bool:
+    def _was_closed_by(self, session_id: str, request_id: int, seen: LookupResult) -> bool:
         if not request_id:
             return False
         try:
@@ -181,7 +181,7 @@ class Closer:
             return self._directory.was_closed_by(session_id, request_id, seen)
         return self._has_closed_before(handle, request_id)
 
-    async def _close_lost(self, session_id: str, request_id: int, seen: Seen) -> bool:
+    async def _close_lost(self, session_id: str, request_id: int, seen: LookupResult) -> bool:
         """Have a session that a shared store has lost count as closed; False if it is none.
 
         Raises:
@@ -194,7 +194,7 @@ class Closer:
         if isinstance(committed, ServerError):
             raise committed
         if committed.of(session_id) is Outcome.UNKNOWN:
-            raise not_known()
+            raise outcome_unknown()
         return True
 
     async def close_many(
@@ -240,7 +240,7 @@ class Closer:
                 free, others = self._claim_free(some, seen, request_id, used_before)
                 claimed.append(free)
                 rest.update(dict.fromkeys(others))
-                if part.stop == len(ids) or sum(map(len, claimed)) + TURN > _CLOSE_AT_ONCE:
+                if part.stop == len(ids) or sum(map(len, claimed)) + PIECE_SIZE > _CLOSE_AT_ONCE:
                     handles, claimed = np.concatenate(claimed), []
                     idle_s = self._clock.monotonic() - used_before if is_timed else 0.0
                     closed += (
@@ -275,7 +275,7 @@ class Closer:
         return apart
 
     def _claim_free(
-        self, wanted: Mapping[str, int], seen: Seen, request_id: int, used_before: float
+        self, wanted: Mapping[str, int], seen: LookupResult, request_id: int, used_before: float
     ) -> tuple[Handles, Sequence[str]]:
         """Claim those of some sessions, with their uids, that are there and have nothing under way.
 
@@ -342,7 +342,7 @@ class Closer:
     ) -> Handles:
         """As `_delete`; returns those that another server has changed, which are claimed still."""
         sessions, count = self._removal.described(handles), len(handles)
-        idle = Idle(np.full(count, idle_s), np.full(count, np.inf)) if idle_s else None
+        idle = IdleBounds(np.full(count, idle_s), np.full(count, np.inf)) if idle_s else None
         conflicts = await self._removal.delete(
             sessions, handles, End.CLOSED, request_id=request_id, idle=idle, ended=ended
         )
@@ -388,7 +388,7 @@ class Closer:
         return True
 
     async def _delete_unusable(
-        self, session_id: str, model: str, request_id: int, header: Header | None, seen: Seen
+        self, session_id: str, model: str, request_id: int, header: Header | None, seen: LookupResult
     ) -> bool:
         """Delete a session that only the store has; False if another server has changed it meanwhile.
 
@@ -396,7 +396,7 @@ class Closer:
             Unavailable: the store did not.
         """
         _, usage = self._directory.stored_usage(session_id, seen)
-        ended = Ended(session_id, model, 0, usage, seen.stamp(session_id))
+        ended = EndedSession(session_id, model, 0, usage, seen.stamp(session_id))
         if header is not None:
             ended = ended_of(session_id, header, ended.stamp)._replace(model=model)
         # its model may not be served: no event says it

@@ -24,15 +24,15 @@ from stepwell_server.engine.api import Observer, SessionInfo
 from stepwell_server.engine.change import MAX_ERRORS, for_all
 from stepwell_server.engine.commit.tombstones import ended_by
 from stepwell_server.engine.eager import Rest, start
-from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.intake.queues import Turns
+from stepwell_server.engine.intake.pager import Pager
+from stepwell_server.engine.intake.queues import SessionQueues
 from stepwell_server.engine.sessions.end import Expiry, Removal
-from stepwell_server.engine.sessions.lookup import READ_BATCH_SIZE, Loader, Lookup, Seen
-from stepwell_server.engine.shares import TURN, Pieces
+from stepwell_server.engine.sessions.lookup import READ_BATCH_SIZE, Loader, Lookup, LookupResult
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.threads import PIECE_SIZE, Pieces
 from stepwell_server.engine.types import Members
-from stepwell_server.engine.versions.history import How
+from stepwell_server.engine.versions.history import MoveKind
 from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import (
     InvalidInput,
@@ -69,14 +69,14 @@ class Context:
 
     table: SessionTable
     directory: Directory
-    turns: Turns
+    turns: SessionQueues
     pager: Pager
     removal: Removal
     clock: Clock
     observer: Observer
 
 
-class Past(NamedTuple):
+class EarlierSession(NamedTuple):
     """What is remembered of an earlier session of an id."""
 
     revision: int
@@ -127,10 +127,10 @@ class Directory:
         self._loader = loader
         self.store = store
         self.ids = IdMaker(store)
-        self.here = Seen({})
+        self.here = LookupResult({})
         """What is known of sessions without a `look`: of those in the table, enough."""
 
-    async def look(self, session_ids: Sequence[str], *, anew: bool = False) -> Seen:
+    async def look(self, session_ids: Sequence[str], *, anew: bool = False) -> LookupResult:
         """See what the store has of sessions, in the order of all that names them: see `Lookup.wait`.
 
         Raises:
@@ -153,13 +153,13 @@ class Directory:
             return False
         return all(each.is_known for each in found)
 
-    async def _look_in_parts(self, session_ids: Sequence[str], *, anew: bool) -> Seen:
+    async def _look_in_parts(self, session_ids: Sequence[str], *, anew: bool) -> LookupResult:
         """As `look`, of a long list: a part in each turn of the event loop.
 
         Nothing is known then of sessions that were in the table and leave it while others are looked for: who needs it gets
         `Unavailable`, and is to come again.
         """
-        tenant, seen = tenant_of(session_ids[0]), Seen({})
+        tenant, seen = tenant_of(session_ids[0]), LookupResult({})
         for at in range(0, len(session_ids), READ_BATCH_SIZE):
             await self.pieces.turn(tenant)
             part = session_ids[at : at + READ_BATCH_SIZE]
@@ -170,7 +170,7 @@ class Directory:
                 seen.add(found, [i for i in part if i in self._table] if is_here else ())
         return seen
 
-    def find(self, session_id: str, seen: Seen) -> int:
+    def find(self, session_id: str, seen: LookupResult) -> int:
         """The handle of a live session.
 
         Raises:
@@ -184,11 +184,11 @@ class Directory:
             raise self.gone(session_id, seen)
         return handle
 
-    def _find(self, session_id: str, seen: Seen) -> int | None:
+    def _find(self, session_id: str, seen: LookupResult) -> int | None:
         handle = self._table.find(session_id)
         return self._loader.load(session_id, seen) if handle is None else handle
 
-    def live(self, session_id: str, seen: Seen) -> int | None:
+    def live(self, session_id: str, seen: LookupResult) -> int | None:
         """The handle of a live session, or None.
 
         Raises:
@@ -199,7 +199,7 @@ class Directory:
         except SessionGone:
             return None
 
-    def find_all(self, session_ids: Sequence[str], seen: Seen) -> Handles:
+    def find_all(self, session_ids: Sequence[str], seen: LookupResult) -> Handles:
         """Handles of many sessions, -1 for those that cannot be had; `why_not_all` says why."""
         handles = self._table.find_all(session_ids)
         if are_missing(handles):
@@ -233,7 +233,7 @@ class Directory:
             raise InvalidInput(f"{field} must be different from each other; got one of them twice")
         return list(named)
 
-    def require_new(self, name: str, session_ids: Sequence[str], seen: Seen) -> None:
+    def require_new(self, name: str, session_ids: Sequence[str], seen: LookupResult) -> None:
         """Refuse ids of sessions that are there, even if they cannot be stepped here.
 
         Raises:
@@ -248,13 +248,13 @@ class Directory:
         if unusable:
             raise self.why_not(unusable[0], seen)
 
-    def require_not_gone(self, name: str, seen: Seen) -> None:
+    def require_not_gone(self, name: str, seen: LookupResult) -> None:
         """Refuse a call that made a session and comes again when that is gone: it must not begin anew."""
         error = self.ended(name, seen)
         if error is not None:
             raise error
 
-    def require_own(self, chosen: Sequence[str], seen: Seen) -> None:
+    def require_own(self, chosen: Sequence[str], seen: LookupResult) -> None:
         """Refuse chosen ids of sessions which are gone if those must not begin again unnoticed.
 
         A server may have made the id, or the store lost sessions, and nobody can tell that this is none of them.
@@ -279,7 +279,7 @@ class Directory:
                 session_id=session_id,
             )
 
-    def why_not(self, session_id: str, seen: Seen) -> ServerError:
+    def why_not(self, session_id: str, seen: LookupResult) -> ServerError:
         """Why a session cannot be had."""
         try:
             self.find(session_id, seen)
@@ -288,7 +288,7 @@ class Directory:
         return Unavailable(f"session {session_id!r} must be readable; it was not, just now")
 
     def why_not_all(
-        self, session_ids: Sequence[str], members: Members, seen: Seen
+        self, session_ids: Sequence[str], members: Members, seen: LookupResult
     ) -> Iterator[tuple[Members, ServerError]]:
         """Why those of some sessions, by their index, cannot be had.
 
@@ -304,17 +304,19 @@ class Directory:
         yield from _errors_of(alike)
 
     async def why_not_many(
-        self, session_ids: Sequence[str], members: Members, seen: Seen
+        self, session_ids: Sequence[str], members: Members, seen: LookupResult
     ) -> list[tuple[Members, ServerError]]:
         """As `why_not_all`; others have turns meanwhile if there are many."""
-        if len(members) <= TURN:
+        if len(members) <= PIECE_SIZE:
             return list(self.why_not_all(session_ids, members, seen))
         alike: _Alike = {}
         async for part in self.pieces.parts(len(members), tenant_of(session_ids[0])):
             self._sort_missing(session_ids, members[part], seen, alike)
         return list(_errors_of(alike))
 
-    def _sort_missing(self, session_ids: Sequence[str], members: Members, seen: Seen, alike: _Alike) -> None:
+    def _sort_missing(
+        self, session_ids: Sequence[str], members: Members, seen: LookupResult, alike: _Alike
+    ) -> None:
         """Put sessions that cannot be had, by their index, to those that are gone alike."""
         ids = [session_ids[member] for member in members.tolist()]
         named = [session_id for session_id in ids if session_id]
@@ -336,14 +338,14 @@ class Directory:
                 alike[kind] = self.why_not(session_id, seen), []
             alike[kind][1].append(member)
 
-    def unusable(self, session_ids: Sequence[str], seen: Seen) -> Sequence[str]:
+    def unusable(self, session_ids: Sequence[str], seen: LookupResult) -> Sequence[str]:
         """Those that are in the store and cannot be stepped here, or all if it cannot be read."""
         try:
             return self._loader.load_all(session_ids, seen)[1]
         except ServerError:
             return session_ids
 
-    def gone(self, session_id: str, seen: Seen) -> ServerError:
+    def gone(self, session_id: str, seen: LookupResult) -> ServerError:
         """Why there is no such session."""
         if not session_id:  # a field that was left out or misspelt, not a session that has ended
             return InvalidInput("session_id is missing; it must be that of an open session")
@@ -367,25 +369,27 @@ class Directory:
             session_id, f"session_id must be that of an open session; got {shown(session_id)}"
         )
 
-    def ended(self, session_id: str, seen: Seen) -> SessionGone | None:
+    def ended(self, session_id: str, seen: LookupResult) -> SessionGone | None:
         """How a session ended, as far as that is remembered."""
         (stone,) = seen.tombstones([session_id])
         return None if stone is None else ended_by(stone)
 
-    def past(self, session_ids: Sequence[str], seen: Seen) -> dict[int, Past]:
+    def past(self, session_ids: Sequence[str], seen: LookupResult) -> dict[int, EarlierSession]:
         """The earlier sessions of ids that have no live one, by place, as long as their ends are remembered."""
         return {
-            place: Past(max(self.store.first_revision, stone.revision + 1), stone.closes, each.stamp)
+            place: EarlierSession(
+                max(self.store.first_revision, stone.revision + 1), stone.closes, each.stamp
+            )
             for place, each in enumerate(seen.all_of(session_ids))
             if (stone := each.tombstone) is not None
         }
 
-    def stored_header(self, session_id: str, seen: Seen) -> Header | None:
+    def stored_header(self, session_id: str, seen: LookupResult) -> Header | None:
         """What the store's record says of a session; None if there is none, or it cannot be read."""
         stored = seen.get(session_id)
         return None if stored is None else header_or_none(session_id, stored)
 
-    def stored_usage(self, session_id: str, seen: Seen) -> tuple[int, Usage]:
+    def stored_usage(self, session_id: str, seen: LookupResult) -> tuple[int, Usage]:
         """The revision that the store has of a session, 0 if it cannot tell, and what it takes, as it was counted."""
         try:
             stored = seen.get(session_id)
@@ -393,7 +397,7 @@ class Directory:
             stored = b""
         return (0, NOTHING) if stored is None else counts.usage_of_record(session_id, stored)
 
-    def was_closed_by(self, session_id: str, request_id: int, seen: Seen) -> bool:
+    def was_closed_by(self, session_id: str, request_id: int, seen: LookupResult) -> bool:
         """Whether a call has closed a session of an id that has no live one."""
         (stone,) = seen.tombstones([session_id])
         return stone is not None and request_id in stone.closes
@@ -418,7 +422,7 @@ class Directory:
             request_id=int(table.request_id[handle]),
         )
 
-    def info_now(self, handle: int, seen: Seen, *, is_same: bool = False) -> SessionInfo:
+    def info_now(self, handle: int, seen: LookupResult, *, is_same: bool = False) -> SessionInfo:
         """Describe a session, by what another server made of it while something is under way for it here.
 
         Raises:
@@ -465,7 +469,7 @@ class Directory:
             model, move = self.models.place(session_id, header)
         except (ModelNotFound, ModelMismatch):
             return info
-        position = 0 if move is not None and move.how is How.RESET else info.position
+        position = 0 if move is not None and move.how is MoveKind.RESET else info.position
         # lists have many sessions of which the record says it all
         return (
             info

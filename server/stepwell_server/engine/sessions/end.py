@@ -25,10 +25,10 @@ from stepwell_server.core.idle import IdleWatch
 from stepwell_server.core.quotas import Usage
 from stepwell_server.core.sessions import Handles, SessionTable, are_missing
 from stepwell_server.engine.api import Observer
-from stepwell_server.engine.commit.committer import not_known
+from stepwell_server.engine.commit.committer import outcome_unknown
 from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.engine.commit.tombstones import ended_by, expired
-from stepwell_server.engine.intake.queues import Turns
+from stepwell_server.engine.intake.queues import SessionQueues
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.fields import closes_of
 from stepwell_server.engine.versions.registry import Models
@@ -82,7 +82,7 @@ _TRIMMED_SHARE = 1 / 8
 _NOTHING = Fetched()
 
 
-class Ended(NamedTuple):
+class EndedSession(NamedTuple):
     """A session that ends."""
 
     session_id: str
@@ -98,21 +98,21 @@ class Ended(NamedTuple):
     """Request ids of the calls that closed earlier sessions of the id: see `Tombstone.closes`."""
 
 
-class Idle(NamedTuple):
+class IdleBounds(NamedTuple):
     """For how long sessions that end must be unused, `(n,)` each: see `Batch.min_idle_s` and `Batch.max_idle_s`."""
 
     min_s: F64
     max_s: F64
 
 
-def ended_of(session_id: str, header: Header, stamp: int = 0) -> Ended:
+def ended_of(session_id: str, header: Header, stamp: int = 0) -> EndedSession:
     """A session that ends and only the store has, by its record's header and stamp."""
     closes = closes_of(header.fields)
-    return Ended(session_id, header.model, header.revision, counts.usage_of(header), stamp, closes)
+    return EndedSession(session_id, header.model, header.revision, counts.usage_of(header), stamp, closes)
 
 
 def batch_of(
-    sessions: Sequence[Ended], end: End, at: float, request_id: int = 0, idle: Idle | None = None
+    sessions: Sequence[EndedSession], end: End, at: float, request_id: int = 0, idle: IdleBounds | None = None
 ) -> Batch:
     """What the store is to know of sessions that ended; `request_id` is that of the call that closed them, 0 for none."""
     batch = Batch(
@@ -137,7 +137,7 @@ class Removal:
         self,
         table: SessionTable,
         models: Models,
-        turns: Turns,
+        turns: SessionQueues,
         store: Store,
         commits: GroupCommit,
         *,
@@ -183,11 +183,11 @@ class Removal:
         while self.are_pending(session_ids):
             await asyncio.wait({self.pending[i] for i in session_ids if i in self.pending})
 
-    def described(self, handles: Handles) -> list[Ended]:
+    def described(self, handles: Handles) -> list[EndedSession]:
         """What the store is to know of sessions of the table when they end."""
         table = self.table
         return [
-            Ended(
+            EndedSession(
                 table.session_id(handle),
                 self._models.by_handle(handle).name,
                 int(table.revision[handle]),
@@ -200,12 +200,12 @@ class Removal:
 
     async def delete(
         self,
-        sessions: Sequence[Ended],
+        sessions: Sequence[EndedSession],
         handles: Handles,
         end: End,
         *,
         request_id: int = 0,
-        idle: Idle | None = None,
+        idle: IdleBounds | None = None,
         ended: Counter[str] | None = None,
     ) -> Handles:
         """Delete sessions that are claimed, or that only the store has: their handles are -1.
@@ -247,7 +247,7 @@ class Removal:
             for place in places[Outcome.KEPT]:
                 self._leave(sessions[place], int(handles[place]), batch.tombstones[place], ended)
             if places[Outcome.UNKNOWN]:
-                error = error or not_known()
+                error = error or outcome_unknown()
                 self._give_up(sessions, handles, places[Outcome.UNKNOWN], error)
             answered.set_result(error)
 
@@ -266,11 +266,13 @@ class Removal:
             raise error
         return np.array(places[Outcome.CONFLICT], np.intp)
 
-    def _end(self, sessions: Sequence[Ended]) -> None:
+    def _end(self, sessions: Sequence[EndedSession]) -> None:
         if self._quotas is not None:
             self._quotas.end((each.session_id, each.usage) for each in sessions)
 
-    def _leave(self, session: Ended, handle: int, stone: Tombstone, ended: Counter[str] | None) -> None:
+    def _leave(
+        self, session: EndedSession, handle: int, stone: Tombstone, ended: Counter[str] | None
+    ) -> None:
         """Take a session that ended out of the table, and tell of it."""
         if handle >= 0:
             self._turns.take_out(handle, ended_by(stone))
@@ -280,7 +282,7 @@ class Removal:
             ended[session.model] += 1
 
     def _give_up(
-        self, sessions: Sequence[Ended], handles: Handles, places: Sequence[int], error: ServerError
+        self, sessions: Sequence[EndedSession], handles: Handles, places: Sequence[int], error: ServerError
     ) -> None:
         """Let the store say later what became of sessions of which it did not say whether they were deleted."""
         for place in places:
@@ -314,7 +316,7 @@ class Expiry:
     """Judges which sessions have been unused for too long, and ends them. Lives on the event loop."""
 
     def __init__(
-        self, watch: IdleWatch, removal: Removal, turns: Turns, store: Store, *, clock: Clock
+        self, watch: IdleWatch, removal: Removal, turns: SessionQueues, store: Store, *, clock: Clock
     ) -> None:
         self._table, self._watch, self.limits = watch.table, watch, watch.limits
         self._removal = removal
@@ -470,7 +472,7 @@ class Expiry:
             return 0
         limits_s = self.limits.seconds_of(self._table.max_idle_ms[due])
         idle_s = self._clock.monotonic() - self._table.used[due]
-        return await self._end(self._removal.described(due), Idle(limits_s, idle_s + _LATE_S))
+        return await self._end(self._removal.described(due), IdleBounds(limits_s, idle_s + _LATE_S))
 
     async def expire_found(self, found: Mapping[str, Fetched]) -> set[str]:
         """End those of some sessions that only the store has, and has so, which are over.
@@ -491,7 +493,7 @@ class Expiry:
             sessions = [ended_of(i, header, found[i].stamp) for i, (header, _, _) in mine.items()]
             limits_s = np.array([limit_s for _, limit_s, _ in mine.values()], np.float64)
             idle_s = np.array([idle_s for _, _, idle_s in mine.values()], np.float64)
-            await self._end(sessions, Idle(limits_s, idle_s + _LATE_S))
+            await self._end(sessions, IdleBounds(limits_s, idle_s + _LATE_S))
         return {*over}
 
     def _over(self, found: Mapping[str, Fetched]) -> dict[str, tuple[Header, float, float]]:
@@ -517,7 +519,7 @@ class Expiry:
             if self._may_end(str(page.heads.keys[place], "utf-8", "replace"))
         ]
         sessions = [
-            Ended(
+            EndedSession(
                 str(page.heads.keys[place], "utf-8", "replace"),
                 names[int(page.heads.model[place])],
                 int(heads["revision"][place]),
@@ -529,7 +531,7 @@ class Expiry:
         ]
         if not sessions:
             return 0
-        return await self._end(sessions, Idle(limits_s[places], page.idle_s[places] + _LATE_S))
+        return await self._end(sessions, IdleBounds(limits_s[places], page.idle_s[places] + _LATE_S))
 
     def _may_end(self, session_id: str) -> bool:
         """Whether the table does not know better: what is under way here is use of which the store may not have heard."""
@@ -556,7 +558,7 @@ class Expiry:
                 self._watch.watch(left[left >= 0])  # somebody has used them, or the store could not be asked
         return count
 
-    async def _end(self, sessions: Sequence[Ended], idle: Idle) -> int:
+    async def _end(self, sessions: Sequence[EndedSession], idle: IdleBounds) -> int:
         """End sessions that were just judged; return how many. What ends together is reported together.
 
         Raises:
@@ -576,7 +578,7 @@ class Expiry:
         return len(sessions) - len(conflicts)
 
 
-class Uses:
+class UseNotifier:
     """Notifies the store of uses that write nothing, of each session at most every tenth of its limit.
 
     What comes while a call to the store is under way goes into the next call together. If the store cannot be notified
@@ -664,7 +666,7 @@ class Sweep:
         watch: IdleWatch,
         expiry: Expiry,
         removal: Removal,
-        uses: Uses,
+        uses: UseNotifier,
         store: Store,
         commits: GroupCommit,
         clock: Clock,

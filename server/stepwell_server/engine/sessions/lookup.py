@@ -1,7 +1,7 @@
 """Looks sessions up in the store and takes them into the table, without their states: those come when they are needed.
 
 Whatever names sessions that are not in the table waits for `Lookup`, and then finds them in the table, or in what was
-`Seen` why they are not there.
+`LookupResult` why they are not there.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.engine.sessions.end import Expiry, Removal
-from stepwell_server.engine.shares import Pieces
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.threads import Pieces
 from stepwell_server.engine.types import U64, Members
-from stepwell_server.engine.versions.history import How
+from stepwell_server.engine.versions.history import MoveKind
 from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import (
     ModelMismatch,
@@ -44,7 +44,7 @@ MAX_WAITING = 16_384
 _RETRY_AFTER_S = 0.5
 
 
-class Seen:
+class LookupResult:
     """What a store had of the sessions that it was asked for; of others nothing is known."""
 
     def __init__(
@@ -61,7 +61,7 @@ class Seen:
         """The sessions that were in the table had been compared with what the store has of them."""
         self._newer = dict(newer or {})
 
-    def add(self, other: Seen, here: Sequence[str]) -> None:
+    def add(self, other: LookupResult, here: Sequence[str]) -> None:
         """Know what another one knows, but for sessions that are in the table now."""
         self.is_empty = other.is_empty and (self.is_empty or not self._found)
         self._found.update(other._found)
@@ -195,8 +195,8 @@ class Lookup:
         session_ids: Sequence[str],
         *,
         anew: bool = False,
-        use: Callable[[Seen], Sequence[str]] | None = None,
-    ) -> Seen:
+        use: Callable[[LookupResult], Sequence[str]] | None = None,
+    ) -> LookupResult:
         """Ask the store for those of some sessions that are not in the table.
 
         `anew`: the store is asked for those in the table too, as other servers may have changed them, unless they
@@ -215,7 +215,7 @@ class Lookup:
             self._drain()
         tails = self._tails
         before = {tail for i in session_ids if (tail := tails.get(i)) is not None} if tails else set()
-        rest: Rest[Seen] | None = None
+        rest: Rest[LookupResult] | None = None
         if not before:
             seen = start(self._ask(session_ids, use, anew=anew))
             if not isinstance(seen, Rest):
@@ -233,8 +233,8 @@ class Lookup:
             self._end_after(before, own, session_ids)
 
     async def _ask(
-        self, session_ids: Sequence[str], use: Callable[[Seen], Sequence[str]] | None, *, anew: bool
-    ) -> Seen:
+        self, session_ids: Sequence[str], use: Callable[[LookupResult], Sequence[str]] | None, *, anew: bool
+    ) -> LookupResult:
         newer: Mapping[str, Fetched] | None = None
         if anew:
             self._drain()  # what came before is under way then
@@ -245,7 +245,7 @@ class Lookup:
         doubted = () if use is None else use(seen)
         return await self._ask(doubted, use, anew=True) if doubted else seen
 
-    async def _look(self, session_ids: Sequence[str], newer: Mapping[str, Fetched] | None) -> Seen:
+    async def _look(self, session_ids: Sequence[str], newer: Mapping[str, Fetched] | None) -> LookupResult:
         found: dict[str, Fetched] = {}
         table = self._table
         try:
@@ -265,8 +265,8 @@ class Lookup:
             known = dict.fromkeys(session_ids, _NOTHING)
             for session_id in self._expiry.only_stored(session_ids):
                 del known[session_id]
-            return Seen(known | found, error, newer)
-        seen = Seen(found, newer=newer)
+            return LookupResult(known | found, error, newer)
+        seen = LookupResult(found, newer=newer)
         ids, unusable = list(found), list[str]()
         if not seen.is_empty:
             async for part in self.pieces.of(ids):
@@ -279,14 +279,14 @@ class Lookup:
                 known = dict.fromkeys(session_ids, _NOTHING)
                 for session_id in behind:
                     del found[session_id], known[session_id]
-                return Seen(known | found, error, newer)
+                return LookupResult(known | found, error, newer)
             self._loader.load_all(ids, seen)
         has_left = table.removals != removals and not found.keys() >= {*self._expiry.only_stored(session_ids)}
         if has_left or self._removal.are_pending(session_ids):  # or begin or end here
             return await self._look(session_ids, newer)
         if len(found) == len(session_ids):
             return seen
-        return Seen(dict.fromkeys(session_ids, _NOTHING) | found, newer=newer)
+        return LookupResult(dict.fromkeys(session_ids, _NOTHING) | found, newer=newer)
 
     async def _read(self, session_ids: Sequence[str]) -> dict[str, Fetched]:
         """What the store has of sessions. It is asked in pieces, and they are awaited together."""
@@ -360,7 +360,7 @@ class Loader:
         self._expiry = expiry
         self._fields = fields
 
-    def load(self, session_id: str, seen: Seen) -> int | None:
+    def load(self, session_id: str, seen: LookupResult) -> int | None:
         """The handle of a session that was only in the store; None if it is not there."""
         stored = seen.get(session_id) if self._expiry.only_stored([session_id]) else None
         if stored is None:
@@ -368,7 +368,7 @@ class Loader:
         served, idle_s = self._served(session_id, stored), [seen.idle_s(session_id)]
         return int(self.adopt([served], seen.stamps([session_id]), idle_s)[0])
 
-    def load_all(self, session_ids: Sequence[str], seen: Seen) -> tuple[int, list[str]]:
+    def load_all(self, session_ids: Sequence[str], seen: LookupResult) -> tuple[int, list[str]]:
         """Take those sessions into the table that are in the store and can be stepped.
 
         Returns:
@@ -394,7 +394,7 @@ class Loader:
             self.adopt(found, seen.stamps(ids), [*map(seen.idle_s, ids)])
         return len(found), unusable
 
-    def behind(self, session_ids: Sequence[str], seen: Seen) -> dict[str, Header]:
+    def behind(self, session_ids: Sequence[str], seen: LookupResult) -> dict[str, Header]:
         """Those sessions of the store, with their heads, that tell of versions or moves which are not known here."""
         found: dict[str, Header] = {}
         for session_id, stored in zip(session_ids, seen.get_many(session_ids), strict=True):
@@ -407,7 +407,7 @@ class Loader:
         """A stored session, if it can be stepped here."""
         header = decode_header(session_id, stored)
         model, move = self._models.place(session_id, header)
-        if move is not None and move.how is How.RESET:  # its state follows when it is needed
+        if move is not None and move.how is MoveKind.RESET:  # its state follows when it is needed
             header = dataclasses.replace(header, position=0)
         return session_id, header, model
 
@@ -419,7 +419,7 @@ class Loader:
     ) -> Handles:
         """Take sessions of the store into the table, none of which is there.
 
-        Headers and stamps are those of their records; for `idle_s` see `Seen.idle_s`.
+        Headers and stamps are those of their records; for `idle_s` see `LookupResult.idle_s`.
         """
         headers = [header for _, header, _ in sessions]
         handles = self._table.add(

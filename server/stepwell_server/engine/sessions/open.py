@@ -12,21 +12,28 @@ from stepwell_server.core import namespaces
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.exactly_once import Kind
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.api import Observer, Opened, OpenedMany, SessionInfo, StateRead, StatesRead
+from stepwell_server.engine.api import (
+    Observer,
+    OpenManyResult,
+    OpenResult,
+    SessionInfo,
+    StateResult,
+    StatesResult,
+)
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
 from stepwell_server.engine.content import content_of_fork, content_of_open
 from stepwell_server.engine.intake.validation import check_finite_state, require_sessions
-from stepwell_server.engine.sessions.begin import Begin, Call, NewSessions, sessions_of
+from stepwell_server.engine.sessions.begin import Call, NewSessions, SessionCreator, sessions_of
 from stepwell_server.engine.sessions.directory import (
     MAX_SESSIONS_PER_CALL,
     Directory,
     exists,
     require_session_id,
 )
-from stepwell_server.engine.sessions.end import Uses
-from stepwell_server.engine.sessions.lookup import Seen
+from stepwell_server.engine.sessions.end import UseNotifier
+from stepwell_server.engine.sessions.lookup import LookupResult
 from stepwell_server.engine.sessions.read import StateReader
-from stepwell_server.engine.shares import TURN
+from stepwell_server.engine.threads import PIECE_SIZE
 from stepwell_server.engine.types import U64, Members, Tensors
 from stepwell_server.errors import (
     InvalidInput,
@@ -49,15 +56,15 @@ _RETRY_S = 0.1
 _MAX_NAMED = 5
 
 
-class Open:
+class Opener:
     """Opens sessions, or resumes live ones. Lives on the event loop."""
 
     def __init__(
         self,
         table: SessionTable,
         directory: Directory,
-        begin: Begin,
-        uses: Uses,
+        begin: SessionCreator,
+        uses: UseNotifier,
         observer: Observer,
         require_open: Callable[[], None],
     ) -> None:
@@ -83,7 +90,7 @@ class Open:
         max_idle_ms: int | None = None,
         namespace: str = "",
         who: Caller = ANYBODY,
-    ) -> Opened:
+    ) -> OpenResult:
         """Open a session, or resume the live one of that id.
 
         `max_idle_ms` is the session's own limit if it begins: 0 for none, None for what the server gives
@@ -118,7 +125,7 @@ class Open:
             are_absent=True,  # else it resumes the session
         )
 
-        async def find(new: NewSessions, seen: Seen) -> Opened | Members | None:
+        async def find(new: NewSessions, seen: LookupResult) -> OpenResult | Members | None:
             handle = self._live(name, seen, must_be_new)
             if handle is None:
                 new.states = check_finite_state(served.program, state, batch_size)
@@ -136,12 +143,12 @@ class Open:
                 )
                 new.content = content_of_open(model, batch_size, max_idle_ms, values or ())
             found = await self._begin.attempts.find(new, seen)
-            return Opened(found.first, replayed=True) if isinstance(found, OpenedMany) else found
+            return OpenResult(found.first, replayed=True) if isinstance(found, OpenManyResult) else found
 
-        made: Opened | SessionInfo = await self._begin.begin(new, find)
-        return made if isinstance(made, Opened) else Opened(made)
+        made: OpenResult | SessionInfo = await self._begin.begin(new, find)
+        return made if isinstance(made, OpenResult) else OpenResult(made)
 
-    def _live(self, name: str, seen: Seen, must_be_new: bool) -> int | None:
+    def _live(self, name: str, seen: LookupResult, must_be_new: bool) -> int | None:
         try:
             return self._directory.live(name, seen)
         except (ModelMismatch, ModelNotFound) as error:
@@ -149,7 +156,9 @@ class Open:
                 raise exists("session_id", name) from error
             raise
 
-    async def _resume(self, new: NewSessions, handle: int, seen: Seen, *, must_be_new: bool) -> Opened | None:
+    async def _resume(
+        self, new: NewSessions, handle: int, seen: LookupResult, *, must_be_new: bool
+    ) -> OpenResult | None:
         name, model = new.ids[0], new.model
         try:
             info = self._directory.info_now(handle, seen, is_same=True)
@@ -166,7 +175,7 @@ class Open:
             )
         self._uses.used(np.array([handle]))
         self._observer.session_event("resumed", model.name, name)
-        return Opened(self._directory.info_now(handle, seen, is_same=True), resumed=True)
+        return OpenResult(self._directory.info_now(handle, seen, is_same=True), resumed=True)
 
     async def many(
         self,
@@ -180,7 +189,7 @@ class Open:
         namespace: str = "",
         who: Caller = ANYBODY,
         resume: bool = False,
-    ) -> OpenedMany:
+    ) -> OpenManyResult:
         """Open many sessions: all of them or none. The `namespace`, and errors, are as of `one`.
 
         Where a shared store does not say what it kept, some of them may exist: the same call makes the others when it
@@ -222,7 +231,7 @@ class Open:
             raise InvalidInput("resume must come with session_ids; got none")
         return await self._resume_many(new)
 
-    async def _resume_many(self, new: NewSessions) -> OpenedMany:
+    async def _resume_many(self, new: NewSessions) -> OpenManyResult:
         opened: set[str] = set()
         for _ in range(MAX_TRIES):
             absent = await self._absent(new, await self._begin.look(new.ids))
@@ -239,7 +248,7 @@ class Open:
                 return resumed
         raise changed_elsewhere(new.ids[0])
 
-    async def _absent(self, new: NewSessions, seen: Seen) -> Members:
+    async def _absent(self, new: NewSessions, seen: LookupResult) -> Members:
         """Places of sessions that are not live, for a call that resumes the live ones.
 
         Raises:
@@ -285,7 +294,9 @@ class Open:
             f" batch_size {rows}"
         )
 
-    async def _resume_live(self, new: NewSessions, seen: Seen, opened: Container[str]) -> OpenedMany | None:
+    async def _resume_live(
+        self, new: NewSessions, seen: LookupResult, opened: Container[str]
+    ) -> OpenManyResult | None:
         """Resume live sessions, except those that this attempt has `opened`.
 
         Returns:
@@ -315,7 +326,7 @@ class Open:
         return dataclasses.replace(answer, resumed=~is_new)
 
 
-class Fork:
+class Forker:
     """Forks sessions: their states are read, each after what was received before, and sessions begin with them.
 
     No session is held up for another one, nor while the new ones are committed. Lives on the event loop.
@@ -324,12 +335,12 @@ class Fork:
     def __init__(
         self,
         directory: Directory,
-        begin: Begin,
+        begin: SessionCreator,
         reading: StateReader,
         drain: Callable[[], None],
         require_open: Callable[[], None],
     ) -> None:
-        """`drain` admits the changes that wait in the inboxes; for `require_open` see `Open`."""
+        """`drain` admits the changes that wait in the inboxes; for `require_open` see `Opener`."""
         self._directory = directory
         self._begin = begin
         self._reading = reading
@@ -348,7 +359,7 @@ class Fork:
         max_idle_ms: int | None = None,
         deadline: float = float("inf"),
         who: Caller = ANYBODY,
-    ) -> Opened:
+    ) -> OpenResult:
         """Open a session with the state, revision and position of another, after what was received before for that one.
 
         Raises:
@@ -370,7 +381,7 @@ class Fork:
         revisions = None if expected is None else np.array([expected], np.uint64)
         limit_ms = self._begin.limit(max_idle_ms, is_named=call.are_named)
         made = await self._fork(call, [session_id], revisions, limit_ms, deadline, who)
-        return Opened(made.first, replayed=made.replayed)
+        return OpenResult(made.first, replayed=made.replayed)
 
     async def many(
         self,
@@ -382,7 +393,7 @@ class Fork:
         max_idle_ms: int | None = None,
         deadline: float = float("inf"),
         who: Caller = ANYBODY,
-    ) -> OpenedMany:
+    ) -> OpenManyResult:
         """Open sessions with the states, revisions and positions of others: all of them or none.
 
         Each is read after what was received before for it, and no session is held up for another one.
@@ -434,7 +445,7 @@ class Fork:
         max_idle_ms: int,
         deadline: float,
         who: Caller,
-    ) -> OpenedMany:
+    ) -> OpenManyResult:
         try:
             return await self._attempt(call, session_ids, expected, max_idle_ms, deadline, who)
         except Unavailable:  # the call comes again, and continues with what it has made
@@ -451,18 +462,18 @@ class Fork:
         max_idle_ms: int,
         deadline: float,
         who: Caller,
-    ) -> OpenedMany:
+    ) -> OpenManyResult:
         ids, sources, is_single = call.ids, list(dict.fromkeys(session_ids)), call.field == "new_session_id"
         # Together: between two looks at a store that is awaited, changes that came later would overtake the reading.
         seen = await self._begin.look([*ids, *sources])
         self._drain()
         found = await self._begin.attempts.find(call, seen)
-        if isinstance(found, OpenedMany):  # also if those it was made of have ended by now
+        if isinstance(found, OpenManyResult):  # also if those it was made of have ended by now
             return found
         missing = [ids[place] for place in found.tolist()] if call.are_named and found is not None else ()
         async for part in self._directory.pieces.of(missing):
             self._directory.require_new(call.field, missing[part], seen)
-        if len(missing) > TURN or found is None or len(found) < len(ids):  # others had turns meanwhile
+        if len(missing) > PIECE_SIZE or found is None or len(found) < len(ids):  # others had turns meanwhile
             seen = await self._directory.look(sources, anew=True)
             self._drain()
         with self._copying(session_ids) as admit:
@@ -528,13 +539,13 @@ class Fork:
         self,
         session_ids: Sequence[str],
         sources: Sequence[str],
-        seen: Seen,
+        seen: LookupResult,
         expected: U64 | None,
         deadline: float,
         admit: Callable[[int], None],
         *,
         is_single: bool,
-    ) -> tuple[StatesRead, Members]:
+    ) -> tuple[StatesResult, Members]:
         """The states of `sources`, and which of them each of `session_ids` is."""
         if is_single:
             read = _as_many(await self._reading.read(session_ids[0], seen, deadline))
@@ -565,10 +576,10 @@ def _require_revisions(session_ids: Sequence[str], expected: U64, actual: U64) -
         raise RevisionConflict(session_ids[place], int(expected[place]), int(actual[place]))
 
 
-def _as_many(read: StateRead) -> StatesRead:
+def _as_many(read: StateResult) -> StatesResult:
     """The state of one session, as if it had been read with others."""
     info, one = read.session, np.zeros(1, np.intp)
-    return StatesRead(
+    return StatesResult(
         info.model,
         info.fingerprint,
         read.state,

@@ -17,14 +17,14 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.namespaces import prefix_of, tenant_of
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import SessionFilter, SessionInfo, SessionPage, StateRead, StatesRead
+from stepwell_server.engine.api import SessionFilter, SessionInfo, SessionPage, StateResult, StatesResult
 from stepwell_server.engine.change import MAX_ERRORS, MAX_TRIES, changed_elsewhere, for_all, too_late
-from stepwell_server.engine.commit.policy import StorePolicy
-from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.intake.queues import Turns
+from stepwell_server.engine.commit.store_policy import StorePolicy
+from stepwell_server.engine.intake.pager import Pager
+from stepwell_server.engine.intake.queues import SessionQueues
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.end import Expiry, Removal, Uses
-from stepwell_server.engine.sessions.lookup import Seen
+from stepwell_server.engine.sessions.end import Expiry, Removal, UseNotifier
+from stepwell_server.engine.sessions.lookup import LookupResult
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Mask, Members
 from stepwell_server.engine.versions.registry import Models
@@ -59,9 +59,9 @@ class StateReader:
         self,
         table: SessionTable,
         directory: Directory,
-        turns: Turns,
+        turns: SessionQueues,
         pager: Pager,
-        usage: Uses,
+        usage: UseNotifier,
         *,
         clock: Clock,
     ) -> None:
@@ -73,7 +73,7 @@ class StateReader:
         self._pager = pager
         self._clock = clock
 
-    async def read(self, session_id: str, seen: Seen, deadline: float) -> StateRead:
+    async def read(self, session_id: str, seen: LookupResult, deadline: float) -> StateResult:
         """Read a state when its turn comes. See `Engine.get_state`."""
         handle = await self._held(session_id, seen, deadline)
         try:
@@ -81,11 +81,11 @@ class StateReader:
             model = self._directory.models.by_handle(handle)
             arrays = await self._in_pieces(model, self._table.rows(handle))
             state = {spec.name: array for spec, array in zip(model.program.state, arrays, strict=True)}
-            return StateRead(state, self._directory.info(handle), model.program.structure)
+            return StateResult(state, self._directory.info(handle), model.program.structure)
         finally:
             self._turns.release(np.array([handle]))
 
-    async def _held(self, session_id: str, seen: Seen, deadline: float) -> int:
+    async def _held(self, session_id: str, seen: LookupResult, deadline: float) -> int:
         """A session, claimed and in the arena."""
         for _ in range(MAX_TRIES):
             handle = self._directory.find(session_id, seen)
@@ -116,12 +116,12 @@ class StateReader:
     async def read_many(
         self,
         session_ids: Sequence[str],
-        seen: Seen,
+        seen: LookupResult,
         deadline: float,
         *,
         admit: Callable[[int], None] = _anything,
         with_state: bool = True,
-    ) -> StatesRead:
+    ) -> StatesResult:
         """Read the states of many sessions, each when its turn comes. See `Engine.get_states`.
 
         `admit` is told how many bytes of states that will be, and raises if they are too many.
@@ -149,7 +149,7 @@ class StateReader:
         admit(sum(reader.byte_count for _, reader in readers))
         if self._clock.monotonic() >= deadline:
             raise too_late()
-        parts: list[StatesRead] = []
+        parts: list[StatesResult] = []
         for own, reader in readers:
 
             def why_not(place: int, own: Members = own) -> ServerError:
@@ -161,7 +161,7 @@ class StateReader:
             parts.append(reader.answer(own, failed))
         return _together(parts, errors)
 
-    async def _find(self, session_ids: Sequence[str], seen: Seen) -> Handles:
+    async def _find(self, session_ids: Sequence[str], seen: LookupResult) -> Handles:
         """Handles of many sessions, -1 for those that cannot be had; others have turns meanwhile."""
         handles = np.full(len(session_ids), -1, np.intp)
         births = np.zeros(len(session_ids), self._table.birth.dtype)
@@ -203,12 +203,12 @@ class _GroupRead:
     def __init__(
         self,
         table: SessionTable,
-        turns: Turns,
+        turns: SessionQueues,
         pager: Pager,
         model: Model,
         handles: Handles,
         with_state: bool,
-        usage: Uses,
+        usage: UseNotifier,
     ) -> None:
         self._usage = usage
         self._table = table
@@ -393,14 +393,14 @@ class _GroupRead:
             else:
                 yield np.array(places), for_all(self._failed[places[0]], len(places))
 
-    def answer(self, there: Members, errors: Sequence[tuple[Members, ServerError]]) -> StatesRead:
+    def answer(self, there: Members, errors: Sequence[tuple[Members, ServerError]]) -> StatesResult:
         """What was read; `there` are the members that the places stand for."""
         arrays, read = self._arrays, self._was_read
         if not read.all():
             rows = np.repeat(read, self._sizes)
             arrays = [array[rows] for array in arrays]
         program = self._model.program
-        return StatesRead(
+        return StatesResult(
             self._model.name,
             program.fingerprint,
             {spec.name: array for spec, array in zip(program.state, arrays, strict=False)},
@@ -415,7 +415,7 @@ class _GroupRead:
         )
 
 
-def _together(parts: Sequence[StatesRead], errors: Sequence[tuple[Members, ServerError]]) -> StatesRead:
+def _together(parts: Sequence[StatesResult], errors: Sequence[tuple[Members, ServerError]]) -> StatesResult:
     """What was read of sessions of several versions, in the order of the members; `errors` beside theirs."""
     errors = [*errors, *(error for part in parts for error in part.errors)]
     if len(parts) == 1:
@@ -440,10 +440,10 @@ def _together(parts: Sequence[StatesRead], errors: Sequence[tuple[Members, Serve
     )
 
 
-def _nothing_of(errors: Sequence[tuple[Members, ServerError]]) -> StatesRead:
+def _nothing_of(errors: Sequence[tuple[Members, ServerError]]) -> StatesResult:
     none = np.zeros(0, np.intp)
     counts = np.zeros(0, np.uint64)
-    return StatesRead("", "", {}, none, none, counts, counts, errors)
+    return StatesResult("", "", {}, none, none, counts, counts, errors)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

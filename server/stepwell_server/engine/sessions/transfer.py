@@ -17,17 +17,17 @@ from stepwell_server.core.quotas import Usage
 from stepwell_server.core.sessions import MAX_IMPORT_POSITION
 from stepwell_server.engine.api import SessionFilter
 from stepwell_server.engine.change import MAX_TRIES, changed_elsewhere
-from stepwell_server.engine.commit.committer import not_known
+from stepwell_server.engine.commit.committer import outcome_unknown
 from stepwell_server.engine.commit.group_commit import GroupCommit
-from stepwell_server.engine.commit.records import Records, as_it_is, encoded
+from stepwell_server.engine.commit.records import Records, current_outcome, encoded
 from stepwell_server.engine.commit.tombstones import ended_by
 from stepwell_server.engine.intake.validation import require_finite
 from stepwell_server.engine.quotas import Quotas
-from stepwell_server.engine.sessions.begin import Begin
+from stepwell_server.engine.sessions.begin import SessionCreator
 from stepwell_server.engine.sessions.close import Closer
-from stepwell_server.engine.sessions.directory import Context, Past, exists, require_session_id
+from stepwell_server.engine.sessions.directory import Context, EarlierSession, exists, require_session_id
 from stepwell_server.engine.sessions.end import Expiry
-from stepwell_server.engine.sessions.lookup import Loader, Seen
+from stepwell_server.engine.sessions.lookup import Loader, LookupResult
 from stepwell_server.engine.sessions.read import Query, SessionList
 from stepwell_server.engine.state.fields import (
     Mark,
@@ -40,7 +40,7 @@ from stepwell_server.engine.state.fields import (
 )
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import check_reply
-from stepwell_server.engine.versions.history import How
+from stepwell_server.engine.versions.history import MoveKind
 from stepwell_server.errors import (
     InvalidInput,
     MessageTooLarge,
@@ -72,10 +72,10 @@ _EXPORT_PAGE_SIZE = 1000
 #: Records that are read before others get a turn of the event loop.
 _EXPORT_BATCH_SIZE = 64
 
-Exported = Stored | ServerError
+ExportResult = Stored | ServerError
 
 
-class Export:
+class Exporter:
     """Exports sessions. Lives on the event loop."""
 
     def __init__(
@@ -91,7 +91,7 @@ class Export:
         self._records = records
         self._store = store
 
-    async def sessions(self, session_ids: Sequence[str], *, deadline: float) -> list[Exported]:
+    async def sessions(self, session_ids: Sequence[str], *, deadline: float) -> list[ExportResult]:
         """The records of sessions as of their last completed changes, or why there is none."""
         fetched = await self._store.fetch(session_ids)
         found = [self._stored(i, each) for i, each in zip(session_ids, fetched, strict=True)]
@@ -108,14 +108,14 @@ class Export:
         page_bytes: int,
         max_bytes: int,
         deadline: float,
-    ) -> tuple[list[tuple[str, Exported]], str | None]:
+    ) -> tuple[list[tuple[str, ExportResult]], str | None]:
         """Sessions that fit a filter, about `page_bytes` of them but at least one, and the id behind which the next page begins.
 
         A record of more than `max_bytes` is reported as an error.
         """
         query = Query(filter=wanted, after=after, limit=_EXPORT_PAGE_SIZE, count=False)
         page, _ = await self._listing.page(query)
-        found: list[tuple[str, Exported]] = []
+        found: list[tuple[str, ExportResult]] = []
         size = 0
         for start in range(0, len(page), _EXPORT_BATCH_SIZE):
             ids = [info.session_id for info in page[start : start + _EXPORT_BATCH_SIZE]]
@@ -136,7 +136,7 @@ class Export:
             await asyncio.sleep(0)
         return found, page.next
 
-    def _stored(self, session_id: str, fetched: Fetched) -> Exported | None:
+    def _stored(self, session_id: str, fetched: Fetched) -> ExportResult | None:
         """A session as the store has it; None: the store does not say it all.
 
         Its state is only in the arena, or another one under the version that it is on by now. Or it begins or ends just now.
@@ -155,7 +155,7 @@ class Export:
             )
         return None if self._expiry.is_over(session_id, fetched) else self._as_now(session_id, record)
 
-    async def _held(self, session_id: str, deadline: float, *, needs_rows: bool = False) -> Exported:
+    async def _held(self, session_id: str, deadline: float, *, needs_rows: bool = False) -> ExportResult:
         """The record of a session that nothing else is under way for, made of what is in the arena if that has its state."""
         try:
             seen = await self._directory.look([session_id], anew=True)
@@ -172,7 +172,7 @@ class Export:
                 record = self._as_now(session_id, found.record)
             else:
                 model = self._directory.models.by_handle(handle)
-                outcome = as_it_is(self._table, model, np.array([handle]))
+                outcome = current_outcome(self._table, model, np.array([handle]))
                 last_used = self._clock.now() - (self._clock.monotonic() - float(self._table.used[handle]))
                 ((_, record),) = self._records.of(outcome, last_used)
         finally:
@@ -188,7 +188,7 @@ class Export:
             return record  # it leaves as it is
         if move is None:
             return record
-        if move.how is not How.CARRY:
+        if move.how is not MoveKind.CARRY:
             return None
         decoded = decode_many([session_id], [record])
         _, rest = split(header.fields)
@@ -204,7 +204,7 @@ def _lost(session_id: str) -> SessionLost:
     return SessionLost(session_id, f"session {session_id!r} was paged out and is not in the store")
 
 
-class Existing(enum.Enum):
+class ExistingPolicy(enum.Enum):
     """What becomes of a session that exists when one of its id is imported."""
 
     REFUSE = "refuse"
@@ -212,7 +212,7 @@ class Existing(enum.Enum):
     REPLACE = "replace"
 
 
-class Imported(enum.Enum):
+class ImportOutcome(enum.Enum):
     """What an import did with a session."""
 
     IMPORTED = "imported"
@@ -220,7 +220,7 @@ class Imported(enum.Enum):
     SKIPPED = "skipped"
 
 
-Result = Imported | ServerError
+ImportResult = ImportOutcome | ServerError
 
 
 class SessionRecord(NamedTuple):
@@ -234,7 +234,7 @@ class SessionRecord(NamedTuple):
 
 
 @dataclasses.dataclass(slots=True)
-class _New:
+class _ImportedSession:
     """A session that is to begin with a record."""
 
     session_id: str
@@ -252,7 +252,7 @@ class _New:
     has_replaced: bool = False
     """That was done."""
 
-    def after(self, closes: tuple[int, ...]) -> _New:
+    def after(self, closes: tuple[int, ...]) -> _ImportedSession:
         """The same, of an id whose earlier sessions these calls closed."""
         fields = with_closes(self.header.fields, closes)
         return dataclasses.replace(self, header=dataclasses.replace(self.header, fields=fields))
@@ -263,14 +263,14 @@ class _New:
         return counts.usage_of(self.header)
 
 
-class Import:
+class Importer:
     """Imports sessions. Lives on the event loop."""
 
     def __init__(
         self,
         context: Context,
         commits: GroupCommit,
-        begin: Begin,
+        begin: SessionCreator,
         loader: Loader,
         closer: Closer,
         quotas: Quotas | None,
@@ -285,8 +285,8 @@ class Import:
         self._closer = closer
 
     async def run(
-        self, sessions: Sequence[SessionRecord], existing: Existing, who: Caller = ANYBODY
-    ) -> list[Result]:
+        self, sessions: Sequence[SessionRecord], existing: ExistingPolicy, who: Caller = ANYBODY
+    ) -> list[ImportResult]:
         """Begin sessions with records, each for itself: what became of each, or why it did not begin.
 
         A session begins as used now. Its revision, position, creation and limit for being idle, and the answer that is
@@ -301,8 +301,8 @@ class Import:
             raise InvalidInput(f"sessions must be at most {MAX_IMPORTED}; got {len(ids)}")
         if len(set(ids)) != len(ids):
             raise InvalidInput("sessions must be different from each other; got one of them twice")
-        results: dict[str, Result] = {}  # a session that is not in it is looked at again
-        left: dict[str, _New] = {}
+        results: dict[str, ImportResult] = {}  # a session that is not in it is looked at again
+        left: dict[str, _ImportedSession] = {}
         for place, session in enumerate(sessions):
             if place % _IMPORT_BATCH_SIZE == _IMPORT_BATCH_SIZE - 1:
                 await asyncio.sleep(0)
@@ -326,7 +326,7 @@ class Import:
 
     # -------------------------------------------------------------------------------------------------------- checking
 
-    def _checked(self, session: SessionRecord, who: Caller) -> _New:
+    def _checked(self, session: SessionRecord, who: Caller) -> _ImportedSession:
         """What would be imported, if it may be.
 
         Raises:
@@ -356,7 +356,7 @@ class Import:
             state_bytes=len(decoded.rows) + len(extra),
             fields=joined(Mark(model.version, model.epoch, is_pinned=is_pinned), rest),
         )
-        return _New(session_id, header, model, decoded.rows, extra)
+        return _ImportedSession(session_id, header, model, decoded.rows, extra)
 
     def _version_of(self, session_id: str, header: Header) -> Model:
         """The version that an imported session is on: that with its weights, or the one that took its sessions over.
@@ -381,7 +381,7 @@ class Import:
         known = own.version_with(header.fingerprint)
         if known is not None:
             move = own.history.of(known, 0)
-            if move is not None and move.how is How.CARRY and move.target in own.loaded:
+            if move is not None and move.how is MoveKind.CARRY and move.target in own.loaded:
                 return own.loaded[move.target]
         raise ModelMismatch(
             f"the model of session {session_id!r} must be a version of {header.model!r} that is served, of fingerprint"
@@ -392,20 +392,24 @@ class Import:
     # -------------------------------------------------------------------------------------------------------- the path
 
     def _sorted(
-        self, new: Mapping[str, _New], seen: Seen, existing: Existing, results: dict[str, Result]
-    ) -> tuple[list[_New], list[_New]]:
+        self,
+        new: Mapping[str, _ImportedSession],
+        seen: LookupResult,
+        existing: ExistingPolicy,
+        results: dict[str, ImportResult],
+    ) -> tuple[list[_ImportedSession], list[_ImportedSession]]:
         """Sessions whose ids are free, and those that replace another one; `results` gets the others."""
         ids = list(new)
         handles = self._directory.find_all(ids, seen)
         missing = [ids[place] for place in np.flatnonzero(handles < 0).tolist()]
         unusable = set(self._directory.unusable(missing, seen))
-        past, nothing = self._directory.past(ids, seen), Past(self._directory.store.first_revision)
-        absent, others = list[_New](), list[_New]()
+        past, nothing = self._directory.past(ids, seen), EarlierSession(self._directory.store.first_revision)
+        absent, others = list[_ImportedSession](), list[_ImportedSession]()
         for place, each in enumerate(new.values()):
             session_id, handle = each.session_id, int(handles[place])
             first, closes, stamp = past.get(place, nothing)
             is_free = handle < 0 and session_id not in unusable
-            if is_free and each.header.revision + 1 < first and existing is not Existing.REPLACE:
+            if is_free and each.header.revision + 1 < first and existing is not ExistingPolicy.REPLACE:
                 results[session_id] = SessionExists(
                     f"session {session_id!r} must not go back to revision {each.header.revision}: it ended here"
                     f" at revision {first - 1}",
@@ -413,20 +417,20 @@ class Import:
                 )
             elif is_free:
                 own = each.after(closes)
-                goes_back = first > 0 or existing is Existing.REPLACE
+                goes_back = first > 0 or existing is ExistingPolicy.REPLACE
                 absent.append(dataclasses.replace(own, goes_back=goes_back, follows=stamp))
             elif handle >= 0 and seen.newer(session_id) is None and self._is_same(handle, each):
-                results[session_id] = Imported.IMPORTED
-            elif existing is Existing.SKIP:
-                results[session_id] = Imported.SKIPPED
-            elif existing is Existing.REFUSE:
+                results[session_id] = ImportOutcome.IMPORTED
+            elif existing is ExistingPolicy.SKIP:
+                results[session_id] = ImportOutcome.SKIPPED
+            elif existing is ExistingPolicy.REFUSE:
                 results[session_id] = exists("session_id", session_id)
             else:
                 each.must_close = handle < 0
                 others.append(each)
         return absent, others
 
-    def _is_same(self, handle: int, each: _New) -> bool:
+    def _is_same(self, handle: int, each: _ImportedSession) -> bool:
         table, header = self._table, each.header
         return self._directory.models.by_handle(handle) is each.model and (
             header.batch_size,
@@ -444,7 +448,7 @@ class Import:
             float(table.created[handle]),
         )
 
-    async def _begin_all(self, absent: Sequence[_New], results: dict[str, Result]) -> None:
+    async def _begin_all(self, absent: Sequence[_ImportedSession], results: dict[str, ImportResult]) -> None:
         """Begin sessions whose ids are free, in the moment in which they were found to be."""
         new = [each for each in absent if self._charge(each, results)]
         if not new:
@@ -462,7 +466,7 @@ class Import:
             stamps=stamped(stamp, len(new)),
         )
         committed = await self._commits.keep(batch, len(new))
-        kept: list[_New] = []
+        kept: list[_ImportedSession] = []
         for each in new:
             outcome = _outcome(each.session_id, committed)
             if self._quotas is not None:
@@ -470,13 +474,15 @@ class Import:
                 settle([each.session_id], each.usage)
             if outcome is None:
                 kept.append(each)
-                results[each.session_id] = Imported.REPLACED if each.has_replaced else Imported.IMPORTED
+                results[each.session_id] = (
+                    ImportOutcome.REPLACED if each.has_replaced else ImportOutcome.IMPORTED
+                )
             elif outcome is not _CONFLICT:
                 results[each.session_id] = outcome
         self._enter(kept, stamp)
         self._context.removal.release(ids, pending)
 
-    def _charge(self, each: _New, results: dict[str, Result]) -> bool:
+    def _charge(self, each: _ImportedSession, results: dict[str, ImportResult]) -> bool:
         """Whether the tenant may have the session; else `results` says why not."""
         try:
             if self._quotas is not None:
@@ -486,7 +492,7 @@ class Import:
             return False
         return True
 
-    async def _replace(self, each: _New, seen: Seen) -> Result | None:
+    async def _replace(self, each: _ImportedSession, seen: LookupResult) -> ImportResult | None:
         """Begin a session in the place of another, after what was received before for that one; None: look again."""
         session_id, table = each.session_id, self._table
         try:
@@ -529,14 +535,14 @@ class Import:
             )
             self._context.turns.take_out(handle, gone)
             self._enter([each], stamp)
-            return Imported.REPLACED
+            return ImportOutcome.REPLACED
         if outcome is _CONFLICT:
             self._context.turns.release(np.array([handle]))
             return None
         self._context.removal.drop(np.array([handle]), outcome)  # what the store has is the truth
         return outcome
 
-    async def _close(self, each: _New, seen: Seen) -> None:
+    async def _close(self, each: _ImportedSession, seen: LookupResult) -> None:
         """Close a session that cannot be stepped here, if its tenant may have the new one, which begins then."""
         _, old = self._directory.stored_usage(each.session_id, seen)
         more = (each.usage - old).positive()
@@ -554,7 +560,7 @@ class Import:
         if self._quotas is not None:
             self._quotas.change(session_id, more)
 
-    def _enter(self, new: Sequence[_New], stamp: int) -> None:
+    def _enter(self, new: Sequence[_ImportedSession], stamp: int) -> None:
         """Let the table have sessions that the store has kept."""
         if not new:
             return
@@ -575,10 +581,10 @@ def _outcome(session_id: str, committed: Committed | ServerError) -> ServerError
     outcome = committed.of(session_id)
     if outcome is Outcome.KEPT:
         return None
-    return not_known() if outcome is Outcome.UNKNOWN else _CONFLICT
+    return outcome_unknown() if outcome is Outcome.UNKNOWN else _CONFLICT
 
 
-def _record(each: _New) -> tuple[str, bytes]:
+def _record(each: _ImportedSession) -> tuple[str, bytes]:
     return each.session_id, encoded(each.session_id, each.header, each.rows, each.extra)
 
 

@@ -32,7 +32,7 @@ _MAX_NUMBER_BYTES = 8
 _FOREIGN = b"\xff"
 
 
-class Kept(enum.IntEnum):
+class ReplyForm(enum.IntEnum):
     """How the outputs of a reply are kept; the values of the session table's column `reply`."""
 
     EMPTY = 0
@@ -45,7 +45,7 @@ class Kept(enum.IntEnum):
     """Arrays of their own."""
 
 
-class KeptArrays(NamedTuple):
+class ReplyArrays(NamedTuple):
     """What of a reply is kept as arrays."""
 
     outputs: Tensors
@@ -79,11 +79,11 @@ class ReplyMemory:
         self._program = program
         self._table = table
         self._arena = arena
-        self.series: dict[int, KeptArrays] = {}
+        self.series: dict[int, ReplyArrays] = {}
         """Arrays of their own, by session; those that were kept last at the end."""
         self._bytes = 0
 
-    def remember(self, handles: Handles, arrays: Mapping[int, KeptArrays]) -> None:
+    def remember(self, handles: Handles, arrays: Mapping[int, ReplyArrays]) -> None:
         """Keep replies where some are, or were, arrays; else the table's column says all.
 
         The last time step's outputs are in the arena already. `arrays` are by the session's place.
@@ -100,7 +100,7 @@ class ReplyMemory:
         if gone is not None:
             self._bytes -= gone.byte_count
 
-    def _put(self, handle: int, arrays: KeptArrays) -> None:
+    def _put(self, handle: int, arrays: ReplyArrays) -> None:
         self.forget(handle)
         self.series[handle] = arrays
         self._bytes += arrays.byte_count
@@ -125,7 +125,7 @@ class ReplyMemory:
         Places of those that have one form, and theirs one after the other.
         """
         kinds, own = self._table.reply[handles], self._have_arrays(handles)
-        for kind in (Kept.EMPTY, Kept.ROWS, Kept.ROWS_WITH_TIME):
+        for kind in (ReplyForm.EMPTY, ReplyForm.ROWS, ReplyForm.ROWS_WITH_TIME):
             places = np.flatnonzero((kinds == kind) & ~own)
             if len(places):
                 yield places, self._of_rows(kind, handles[places]), {}
@@ -138,9 +138,9 @@ class ReplyMemory:
             alike.setdefault(form, []).append(place)
         for some in alike.values():
             found = [self.series[int(handle)] for handle in handles[some].tolist()]
-            kind = Kept(kinds[some[0]])
+            kind = ReplyForm(kinds[some[0]])
             outputs = _together([arrays.outputs for arrays in found])
-            if kind is not Kept.ARRAYS:
+            if kind is not ReplyForm.ARRAYS:
                 outputs = self._of_rows(kind, handles[some])
             yield np.array(some, np.intp), outputs, _together([arrays.states for arrays in found])
 
@@ -149,21 +149,23 @@ class ReplyMemory:
             return np.zeros(len(handles), np.bool_)
         return np.fromiter(map(self.series.__contains__, handles.tolist()), np.bool_, len(handles))
 
-    def _of_rows(self, kept: Kept, handles: Handles) -> Tensors:
-        if kept is Kept.EMPTY:
+    def _of_rows(self, kept: ReplyForm, handles: Handles) -> Tensors:
+        if kept is ReplyForm.EMPTY:
             return {}
         rows: Rows = self._table.rows_of(handles)
         return {
-            spec.name: array[rows][:, None] if kept is Kept.ROWS_WITH_TIME and spec.temporal else array[rows]
+            spec.name: array[rows][:, None]
+            if kept is ReplyForm.ROWS_WITH_TIME and spec.temporal
+            else array[rows]
             for spec, array in zip(self._program.outputs, self._arena.outputs, strict=True)
         }
 
-    def arrays(self, handles: Handles) -> dict[int, KeptArrays]:
+    def arrays(self, handles: Handles) -> dict[int, ReplyArrays]:
         """What of the replies of sessions is kept as arrays, by place."""
         places = np.flatnonzero(self._have_arrays(handles)).tolist()
         return {place: self.series[int(handles[place])] for place in places}
 
-    def pack(self, arrays: KeptArrays) -> bytes:
+    def pack(self, arrays: ReplyArrays) -> bytes:
         """Arrays of a reply as bytes: shape and data of each output and then of each state, in the program's order.
 
         Outputs that are not kept have the shape (0,). States that are not kept are left out: so it was before there
@@ -176,7 +178,7 @@ class ReplyMemory:
             parts += [_packed(arrays.states[spec.name]) for spec in self._program.state]
         return b"".join(parts)
 
-    def packed_bytes(self, arrays: KeptArrays) -> int:
+    def packed_bytes(self, arrays: ReplyArrays) -> int:
         """How many bytes `pack` makes of arrays."""
         if arrays.are_foreign:
             return len(pack_foreign(arrays))
@@ -192,7 +194,7 @@ class ReplyMemory:
         """Keep what `pack` returned of the reply of a session."""
         self._put(handle, self.unpacked(packed))
 
-    def unpacked(self, packed: bytes) -> KeptArrays:
+    def unpacked(self, packed: bytes) -> ReplyArrays:
         """What `pack` was given.
 
         Raises:
@@ -201,7 +203,7 @@ class ReplyMemory:
         return unpack_reply(packed, self._program.outputs, self._program.state)
 
 
-def unpack_reply(packed: bytes, outputs: Sequence[TensorSpec], states: Sequence[StateSpec]) -> KeptArrays:
+def unpack_reply(packed: bytes, outputs: Sequence[TensorSpec], states: Sequence[StateSpec]) -> ReplyArrays:
     """What was packed of the reply of a session of a version with these tensors.
 
     Raises:
@@ -216,7 +218,7 @@ def unpack_reply(packed: bytes, outputs: Sequence[TensorSpec], states: Sequence[
         raise ValueError(f"a reply must be as it was packed: {error}") from error
     if at != len(packed):
         raise ValueError(f"a reply must have {at} bytes; it has {len(packed)}")
-    return KeptArrays(kept, after)
+    return ReplyArrays(kept, after)
 
 
 def check_reply(
@@ -234,9 +236,9 @@ def check_reply(
     Raises:
         ValueError: No session of that version has such a reply.
     """
-    if kind not in {each.value for each in Kept}:
-        raise ValueError(f"the kind of its reply must be 0 to {max(Kept)}; it is {kind}")
-    if kind == Kept.ARRAYS and not packed:
+    if kind not in {each.value for each in ReplyForm}:
+        raise ValueError(f"the kind of its reply must be 0 to {max(ReplyForm)}; it is {kind}")
+    if kind == ReplyForm.ARRAYS and not packed:
         raise ValueError("a reply of arrays must have some; it has none")
     if not packed:
         return
@@ -253,7 +255,7 @@ def check_reply(
                 )
 
 
-def pack_foreign(arrays: KeptArrays) -> bytes:
+def pack_foreign(arrays: ReplyArrays) -> bytes:
     """As `ReplyMemory.pack`, with what the arrays are: a version with other tensors made them."""
     told = [[[name, a.dtype.name, a.shape] for name, a in tensors.items()] for tensors in arrays[:2]]
     head = json.dumps(told).encode()
@@ -261,7 +263,7 @@ def pack_foreign(arrays: KeptArrays) -> bytes:
     return b"".join([_FOREIGN, struct.pack("<I", len(head)), head, *parts])
 
 
-def _unpack_foreign(packed: bytes) -> KeptArrays:
+def _unpack_foreign(packed: bytes) -> ReplyArrays:
     (size,) = struct.unpack_from("<I", packed, 1)
     at, found = 5 + size, list[dict[str, Array]]()
     for told in json.loads(packed[5:at]):
@@ -280,7 +282,7 @@ def _unpack_foreign(packed: bytes) -> KeptArrays:
     outputs, states = found
     if at != len(packed):
         raise ValueError(f"a reply must have {at} bytes; it has {len(packed)}")
-    return KeptArrays(outputs, states, are_foreign=True)
+    return ReplyArrays(outputs, states, are_foreign=True)
 
 
 def named_states(specs: Sequence[StateSpec], arrays: Sequence[Array], with_time: bool) -> Tensors:

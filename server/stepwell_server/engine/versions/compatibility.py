@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from stepwell_server.architecture.connections import moved
 from stepwell_server.architecture.differences import Differences, compare
 from stepwell_server.engine.state.layout import Layout
-from stepwell_server.engine.versions.registry import Known, Versions
+from stepwell_server.engine.versions.registry import KnownVersion, Versions
 from stepwell_server.program import Program
 
 _MAX_SHOWN = 8
@@ -45,7 +45,7 @@ def as_served(own: Versions, version: int, program: Program) -> Program:
     return program
 
 
-def _candidates(own: Versions, version: int) -> Iterator[Known]:
+def _candidates(own: Versions, version: int) -> Iterator[KnownVersion]:
     default = own.chosen
     for number in dict.fromkeys((version, default, *sorted(own.known, reverse=True))):
         if number in own.known:

@@ -10,8 +10,8 @@ import json
 from typing import Any
 
 from stepwell_server.engine.state.layout import Layout
-from stepwell_server.engine.versions.history import History, How, Migrated, Move
-from stepwell_server.engine.versions.registry import Known, Versions
+from stepwell_server.engine.versions.history import History, MigrationStep, Move, MoveKind
+from stepwell_server.engine.versions.registry import KnownVersion, Versions
 from stepwell_server.program import StateSpec, TensorSpec
 
 PREFIX = "models/"
@@ -85,13 +85,13 @@ def _read_move(epoch: int, source: int, target: int, how: str, steps: list[Any],
         int(epoch),
         int(source),
         int(target),
-        How(how),
-        tuple(Migrated(str(function), int(version)) for function, version in steps),
+        MoveKind(how),
+        tuple(MigrationStep(str(function), int(version)) for function, version in steps),
         tuple((int(first), int(last)) for first, last in others),
     )
 
 
-def _version(known: Known) -> dict[str, Any]:
+def _version(known: KnownVersion) -> dict[str, Any]:
     return {
         "version": known.version,
         "fingerprint": known.fingerprint,
@@ -108,8 +108,8 @@ def _version(known: Known) -> dict[str, Any]:
     }
 
 
-def _known(fields: dict[str, Any]) -> Known:
-    return Known(
+def _known(fields: dict[str, Any]) -> KnownVersion:
+    return KnownVersion(
         int(fields["version"]),
         str(fields["fingerprint"]),
         Layout(

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 
 
-class How(enum.Enum):
+class MoveKind(enum.Enum):
     """What becomes of the state of a session that moves."""
 
     CARRY = "carry"
@@ -28,7 +28,7 @@ class How(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Migrated:
+class MigrationStep:
     """One step of a migration."""
 
     function: str
@@ -43,8 +43,8 @@ class Move:
     epoch: int
     source: int
     target: int
-    how: How = How.CARRY
-    migrations: tuple[Migrated, ...] = ()
+    how: MoveKind = MoveKind.CARRY
+    migrations: tuple[MigrationStep, ...] = ()
     """What makes their states, one after the other; empty unless they migrate."""
     others: tuple[tuple[int, int], ...] = ()
     """Numbers of forgotten versions, the first and the last of each range: their records are like those of `source`, and
@@ -54,14 +54,14 @@ class Move:
         """Whether it takes along the sessions of a version."""
         return version == self.source or any(first <= version <= last for first, last in self.others)
 
-    def then(self, target: int, how: How, function: str) -> Move:
+    def then(self, target: int, how: MoveKind, function: str) -> Move:
         """The same sessions after one change more."""
-        if How.RESET in (self.how, how):
-            return dataclasses.replace(self, target=target, how=How.RESET, migrations=())
-        if how is How.CARRY:
+        if MoveKind.RESET in (self.how, how):
+            return dataclasses.replace(self, target=target, how=MoveKind.RESET, migrations=())
+        if how is MoveKind.CARRY:
             return dataclasses.replace(self, target=target)
-        steps = (*self.migrations, Migrated(function, target))
-        return dataclasses.replace(self, target=target, how=How.MIGRATE, migrations=steps)
+        steps = (*self.migrations, MigrationStep(function, target))
+        return dataclasses.replace(self, target=target, how=MoveKind.MIGRATE, migrations=steps)
 
     def says_as(self, other: Move) -> bool:
         """Whether it does the same to its sessions as another one to those of its own."""
@@ -99,7 +99,7 @@ class History:
             return None
         return next((move for move in self.moves if move.epoch > epoch and move.is_of(version)), None)
 
-    def with_move(self, source: int, target: int, how: How, function: str = "") -> History:
+    def with_move(self, source: int, target: int, how: MoveKind, function: str = "") -> History:
         """The history after sessions have gone from `source` to `target`.
 
         A move that says as much as the next one of its version is left out, and a last one that says nothing.
@@ -158,7 +158,8 @@ class History:
                 source=numbers.get(move.source, move.source),
                 target=numbers.get(move.target, move.target),
                 migrations=tuple(
-                    Migrated(step.function, numbers.get(step.target, step.target)) for step in move.migrations
+                    MigrationStep(step.function, numbers.get(step.target, step.target))
+                    for step in move.migrations
                 ),
             )
             for move in self.moves

@@ -29,7 +29,7 @@ _RETRY_INTERVAL_S, _SHORT_RETRY_INTERVAL_S = 1.0, 0.05
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Known:
+class KnownVersion:
     """What is remembered of a version, even if it is not loaded."""
 
     version: int
@@ -54,7 +54,7 @@ class Known:
     """`Program.structure`."""
 
     @classmethod
-    def of(cls, version: int, program: Program, source: str, loaded: float, tenant: str = "") -> Known:
+    def of(cls, version: int, program: Program, source: str, loaded: float, tenant: str = "") -> KnownVersion:
         """What there is to remember of a version when it is loaded: of a program with the names that are served."""
         return cls(
             version,
@@ -76,7 +76,7 @@ class Known:
         return Names(self.inputs, tuple(outputs), tuple(states))
 
 
-class Trace(NamedTuple):
+class RecordTrace(NamedTuple):
     """Where the session of a record is."""
 
     version: int
@@ -104,7 +104,7 @@ class Versions:
     """What was made the default and could not be loaded yet; 0: `default` is it."""
     labels: dict[str, int] = dataclasses.field(default_factory=dict)
     history: History = dataclasses.field(default_factory=History)
-    known: dict[int, Known] = dataclasses.field(default_factory=dict)
+    known: dict[int, KnownVersion] = dataclasses.field(default_factory=dict)
     highest: int = 0
     """The highest number that a version ever had."""
     change: int = 0
@@ -159,7 +159,7 @@ class Versions:
             )
         return found
 
-    def missing(self) -> list[Known]:
+    def missing(self) -> list[KnownVersion]:
         """The default and versions with labels that are wanted and not loaded here, where another server may have them."""
         chosen = dict.fromkeys((self.wanted, *sorted(self.labels.values()))) if self.elsewhere else {}
         found = [self.known[version] for version in chosen if version in self.known]
@@ -171,7 +171,7 @@ class Versions:
             return list(self.loaded.values())
         return [self.loaded[version] for version in versions if version in self.loaded]
 
-    def known_after(self, previous: int, version: int, *, leaves: bool) -> dict[int, Known]:
+    def known_after(self, previous: int, version: int, *, leaves: bool) -> dict[int, KnownVersion]:
         """What is known when another version is the default; `leaves`: the previous one is to be unloaded."""
         known = dict(self.known)
         if previous in known:
@@ -185,21 +185,21 @@ class Versions:
         lowest = min(found, key=lambda each: each.replaced or each.version, default=None)
         return None if lowest is None else lowest.version
 
-    def trace(self, mark: Mark | None, fingerprint: str) -> Trace | None:
+    def trace(self, mark: Mark | None, fingerprint: str) -> RecordTrace | None:
         """Find the session of a record by its mark and the fingerprint of its weights; None: its version is not known."""
         if mark is None:
             lowest = self.version_with(fingerprint)
-            return None if lowest is None else Trace(lowest, self.history.of(lowest, 0))
+            return None if lowest is None else RecordTrace(lowest, self.history.of(lowest, 0))
         known = self.known.get(mark.version)
         move = None if mark.is_pinned else self.history.of(mark.version, mark.epoch)
         if known is not None and known.fingerprint == fingerprint:
-            return Trace(mark.version, move)
+            return RecordTrace(mark.version, move)
         if move is not None and move.source != mark.version:  # the version was forgotten
-            return Trace(move.source, move)
+            return RecordTrace(move.source, move)
         former = self._replaced(mark.version, fingerprint)
         if former is None:
             return None
-        return Trace(former, None if mark.is_pinned else self.history.of(former, mark.epoch))
+        return RecordTrace(former, None if mark.is_pinned else self.history.of(former, mark.epoch))
 
     def forget_unused(self, used: Collection[int]) -> None:
         """Forget versions that are not wanted and have no sessions: `used` are those on which some are."""
@@ -318,7 +318,7 @@ class Models:
             own = self._by_name[name] = Versions(name, self._elsewhere)
         return own
 
-    def add(self, model: Model, known: Known) -> None:
+    def add(self, model: Model, known: KnownVersion) -> None:
         """Serve a version from now on, which is not loaded."""
         own = self.versions(model.name)
         assert model.version not in own.loaded, "a version is loaded once"

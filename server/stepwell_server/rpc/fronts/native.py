@@ -17,7 +17,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.callers import ANYBODY, Caller, Credential
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.namespaces import SEPARATOR, prefix_of
-from stepwell_server.core.remembered import Remembered
+from stepwell_server.core.recent_values import RecentValues
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
@@ -239,7 +239,7 @@ class NativeFront:
         self._known: stepwell_front.KnownCallers | None = None
         """None: nobody is asked."""
         self._arrivals = Arrivals(self._do, self._do_later, clock.monotonic)
-        self._callers: Remembered[str, Caller] = Remembered(_CALLERS)
+        self._callers: RecentValues[str, Caller] = RecentValues(_CALLERS)
         """Who called last over each connection."""
         self._peers: dict[int, str] = {}
         """Connections of the calls that have come."""

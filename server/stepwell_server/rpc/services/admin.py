@@ -12,7 +12,13 @@ from stepwell_server.core.idle import MAX_IDLE_MS, MIN_IDLE_S
 from stepwell_server.engine.api import SessionFilter as Filter
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.sessions.close import Place
-from stepwell_server.engine.sessions.transfer import MAX_IMPORTED, Existing, Exported, Imported, SessionRecord
+from stepwell_server.engine.sessions.transfer import (
+    MAX_IMPORTED,
+    ExistingPolicy,
+    ExportResult,
+    ImportOutcome,
+    SessionRecord,
+)
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.rpc import convert, naming
 from stepwell_server.rpc.pages import from_token, to_token
@@ -28,16 +34,16 @@ _LARGEST_PAGE = 10_000
 _AT_ONCE = 64
 #: Of sessions in one page, unless another size is asked for.
 _EXPORTED_BYTES = 1 << 20
-_EXISTING: dict[int, Existing] = {
-    pb.EXISTING_SESSION_UNSPECIFIED: Existing.REFUSE,
-    pb.EXISTING_SESSION_REFUSE: Existing.REFUSE,
-    pb.EXISTING_SESSION_SKIP: Existing.SKIP,
-    pb.EXISTING_SESSION_REPLACE: Existing.REPLACE,
+_EXISTING: dict[int, ExistingPolicy] = {
+    pb.EXISTING_SESSION_UNSPECIFIED: ExistingPolicy.REFUSE,
+    pb.EXISTING_SESSION_REFUSE: ExistingPolicy.REFUSE,
+    pb.EXISTING_SESSION_SKIP: ExistingPolicy.SKIP,
+    pb.EXISTING_SESSION_REPLACE: ExistingPolicy.REPLACE,
 }
 _OUTCOMES = {
-    Imported.IMPORTED: pb.IMPORT_OUTCOME_IMPORTED,
-    Imported.REPLACED: pb.IMPORT_OUTCOME_REPLACED,
-    Imported.SKIPPED: pb.IMPORT_OUTCOME_SKIPPED,
+    ImportOutcome.IMPORTED: pb.IMPORT_OUTCOME_IMPORTED,
+    ImportOutcome.REPLACED: pb.IMPORT_OUTCOME_REPLACED,
+    ImportOutcome.SKIPPED: pb.IMPORT_OUTCOME_SKIPPED,
 }
 
 
@@ -180,7 +186,7 @@ def _listed(info: SessionInfo, who: Caller) -> pb.Session:
 
 
 def _add_exported(
-    response: pb.ExportSessionsResponse, found: Sequence[tuple[str, Exported]], who: Caller
+    response: pb.ExportSessionsResponse, found: Sequence[tuple[str, ExportResult]], who: Caller
 ) -> None:
     for session_id, each in found:
         own = naming.own(session_id)

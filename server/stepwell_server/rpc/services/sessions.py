@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.engine.api import Opened
+from stepwell_server.engine.api import OpenResult
 from stepwell_server.rpc import convert, naming, tensors
 from stepwell_server.rpc.services import admin
 from stepwell_server.rpc.status import to_proto
@@ -131,7 +131,7 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
 
     async def fork_session(self, request: pb.ForkSessionRequest, call: Call) -> pb.ForkSessionResponse:
         """Open a session with the state of another."""
-        forked: Opened = await self._engine.fork(
+        forked: OpenResult = await self._engine.fork(
             naming.inner(call.who, request.session_id),
             new_session_id=naming.inner(call.who, request.new_session_id),
             expected=request.expected_revision if request.HasField("expected_revision") else None,

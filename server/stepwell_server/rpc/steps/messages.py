@@ -10,7 +10,7 @@ import numpy as np
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core.callers import Caller
 from stepwell_server.core.sessions import MAX_RESET_POSITION
-from stepwell_server.engine.api import Applied, Select
+from stepwell_server.engine.api import ChangeResult, Select
 from stepwell_server.engine.change import Awaited, Change, Replies, Reply
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import InvalidInput, ServerError
@@ -62,7 +62,7 @@ class UnaryChanges:
         change = of_reset(request, answer, call.who)
         return reset_reply(await self._apply(change, answer, call))
 
-    async def _apply(self, change: Change, answer: Awaited, call: Call) -> Applied:
+    async def _apply(self, change: Change, answer: Awaited, call: Call) -> ChangeResult:
         change.deadline, change.caller = call.deadline, call.caller
         change.traces = TRACES.get()
         self._engine.submit(change)
@@ -228,7 +228,7 @@ def same_frame_id(frame_id: int) -> InvalidInput:
     return InvalidInput(f"frame_id must not be that of an unanswered frame; got {frame_id}")
 
 
-def step_reply(answer: Applied, *, as_values: bool = False) -> pb.StepResponse:
+def step_reply(answer: ChangeResult, *, as_values: bool = False) -> pb.StepResponse:
     """The reply to a unary Step, its tensors as data or as values."""
     response = pb.StepResponse(
         revision=answer.revision,
@@ -241,7 +241,7 @@ def step_reply(answer: Applied, *, as_values: bool = False) -> pb.StepResponse:
     return response
 
 
-def reset_reply(answer: Applied) -> pb.ResetStatesResponse:
+def reset_reply(answer: ChangeResult) -> pb.ResetStatesResponse:
     """The reply to a unary ResetStates."""
     return pb.ResetStatesResponse(
         revision=answer.revision,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stepwell_server.engine.api import Applied
+from stepwell_server.engine.api import ChangeResult
 from stepwell_server.engine.change import NO_STATES, Reply
 from stepwell_server.engine.types import Members, Tensors
 from stepwell_server.errors import InvalidInput, ModelNotFound, ServerError, release_frames
@@ -114,7 +114,7 @@ class ColumnInference:
 
 
 def _answer(batch: Batch, members: Members, read: Read, reply: Answer) -> None:
-    assert isinstance(reply, Applied), "it is of a sequence"
+    assert isinstance(reply, ChangeResult), "it is of a sequence"
     revisions, positions = np.array([[reply.revision], [reply.position]], np.uint64)
     of_one = Reply(revisions, positions, reply.outputs, NO_STATES, reply.replayed, reply.version)
     batch.answer(members, of_one, replied(read.outputs, reply.outputs))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stepwell_server.core.callers import Caller
-from stepwell_server.engine.api import Applied, Predicted
+from stepwell_server.engine.api import ChangeResult, PredictResult
 from stepwell_server.errors import ServerError
 from stepwell_server.rpc import naming
 from stepwell_server.rpc.steps.messages import REPLY_BYTES
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 _T = TypeVar("_T")
-Answer = Applied | Predicted
+Answer = ChangeResult | PredictResult
 """The engine's reply to a step of a sequence, or to a prediction."""
 
 
@@ -139,7 +139,7 @@ def _response(message: pb.ModelInferRequest, read: Read, reply: Answer) -> pb.Mo
         model_name=message.model_name, model_version=str(reply.version), id=message.id
     )
     write_outputs(response, read.outputs, reply.outputs)
-    if isinstance(reply, Applied):
+    if isinstance(reply, ChangeResult):
         response.parameters["stepwell_revision"].int64_param = reply.revision
         response.parameters["stepwell_position"].int64_param = reply.position
         if reply.replayed:

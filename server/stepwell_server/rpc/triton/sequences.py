@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stepwell_server.core.exactly_once import Kind, digests, row_numbers, seed_of
-from stepwell_server.engine.api import Applied, SessionInfo
+from stepwell_server.engine.api import ChangeResult, SessionInfo
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.content import reused_request
 from stepwell_server.engine.intake.validation import check_inputs, require_finite
@@ -104,7 +104,7 @@ class Sequences:
         known = self._ended.are_known(session_ids, request_ids.tolist())
         return known if taken is None else taken | known
 
-    async def step(self, request: Request, turn: Turn) -> tuple[Read, Applied]:
+    async def step(self, request: Request, turn: Turn) -> tuple[Read, ChangeResult]:
         """Serve a request when its turn has come. Returns how it was read, too.
 
         Raises:
@@ -133,7 +133,7 @@ class Sequences:
             await self._close_if_possible(request.session_id, given.request_id)
         return read, reply
 
-    async def _start(self, request: Request) -> tuple[Read, Applied]:
+    async def _start(self, request: Request) -> tuple[Read, ChangeResult]:
         info = await self._live_or_cleared(request)
         if info is not None:
             await self._refuse_if_ended(request)
@@ -174,7 +174,7 @@ class Sequences:
             )
             return int(many.revisions[0]), int(many.uids[0])
 
-    async def _continue(self, request: Request) -> tuple[Read, Applied]:
+    async def _continue(self, request: Request) -> tuple[Read, ChangeResult]:
         sequence_id, asked = request.parameters.sequence_id, request.asked
         try:
             info = await self._live(request)
@@ -202,7 +202,7 @@ class Sequences:
             )
         return read, await self._advance(request, read, request.parameters.revision)
 
-    async def _applied_before(self, request: Request, read: Read, info: SessionInfo) -> Applied | None:
+    async def _applied_before(self, request: Request, read: Read, info: SessionInfo) -> ChangeResult | None:
         """The answer to a request that was the last change of its session, before this one moved to another version."""
         if not request.parameters.request_id or not info.revision:
             return None
@@ -223,7 +223,7 @@ class Sequences:
 
     async def _advance(
         self, request: Request, read: Read, expected: int | None, *, resets: bool = False
-    ) -> Applied:
+    ) -> ChangeResult:
         answer, given = Awaited(), request.parameters
         change = Change((request.session_id,), answer, read.inputs.arrays)
         change.deadline, change.caller, change.who = request.deadline, request.caller, request.who
@@ -287,7 +287,7 @@ def _content_of(request: Request, read: Read) -> int:
 class EndedReply:
     """The answer to a request with END."""
 
-    reply: Applied
+    reply: ChangeResult
     """Marked as replayed."""
     content: int
     """A digest of what the request said."""
@@ -309,7 +309,7 @@ class EndedReplies:
         pairs = zip(session_ids, request_ids, strict=True)
         return np.fromiter((pair in self._replies for pair in pairs), np.bool_, len(session_ids))
 
-    def put(self, session_id: str, request_id: int, reply: Applied, content: int) -> None:
+    def put(self, session_id: str, request_id: int, reply: ChangeResult, content: int) -> None:
         """Keep an answer, and forget the oldest ones if there are too many or they are too large."""
         kept = dataclasses.replace(
             reply, outputs={name: array.copy() for name, array in reply.outputs.items()}, replayed=True
@@ -321,7 +321,7 @@ class EndedReplies:
             self._bytes -= _size(self._replies.popitem(last=False)[1].reply)
 
 
-def _size(reply: Applied) -> int:
+def _size(reply: ChangeResult) -> int:
     return sum(array.nbytes for array in reply.outputs.values())
 
 

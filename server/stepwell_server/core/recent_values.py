@@ -13,7 +13,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Remembered(Generic[K, V]):
+class RecentValues(Generic[K, V]):
     """The last `limit` values by key; a key set again counts as new."""
 
     def __init__(self, limit: int) -> None:

@@ -15,10 +15,16 @@ import numpy.typing as npt
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.state.replies import Kept, KeptArrays, check_reply, pack_foreign, unpack_reply
+from stepwell_server.engine.state.replies import (
+    ReplyArrays,
+    ReplyForm,
+    check_reply,
+    pack_foreign,
+    unpack_reply,
+)
 from stepwell_server.engine.types import Array
-from stepwell_server.engine.versions.history import How, Move
-from stepwell_server.engine.versions.registry import Models, Trace, Versions
+from stepwell_server.engine.versions.history import Move, MoveKind
+from stepwell_server.engine.versions.registry import Models, RecordTrace, Versions
 from stepwell_server.errors import MigrationFailed, ServerError, StateCorrupt, Unavailable
 from stepwell_server.program import StateSpec, dtype_of
 from stepwell_server.store.record import Decoded
@@ -32,7 +38,7 @@ it made is only stored with the session's next change.
 
 
 @dataclasses.dataclass(slots=True)
-class Forwarded:
+class UpgradedRecords:
     """Records as of the version that their sessions are on."""
 
     decoded: Decoded
@@ -44,14 +50,16 @@ class Forwarded:
     """How the reply is kept of those of which that has changed, by place."""
 
 
-class Forwarding:
+class RecordUpgrader:
     """Brings records forward. Lives on the event loop; `bring` may be called on any thread while nothing moves."""
 
     def __init__(self, models: Models, migrations: Mapping[str, Migration]) -> None:
         self._models = models
         self.migrations = migrations
 
-    def trace(self, model: Model, fingerprint: str, fields: bytes, *, is_as_known: bool) -> Trace | None:
+    def trace(
+        self, model: Model, fingerprint: str, fields: bytes, *, is_as_known: bool
+    ) -> RecordTrace | None:
         """Find the session of a record that is on a version of a model in the table; None: it is another session.
 
         With `is_as_known` the record is the one that the session in the table was made of, or has written.
@@ -78,8 +86,8 @@ class Forwarding:
             raise self._models.leaving(model.name, model.version, trace.now)
         # a move is being made: what is under way continues where it began
         if trace.version == model.version:
-            return Trace(trace.version, None)
-        is_carried = trace.move is not None and trace.move.how is How.CARRY
+            return RecordTrace(trace.version, None)
+        is_carried = trace.move is not None and trace.move.how is MoveKind.CARRY
         if is_carried and own.known[trace.now].layout == Layout.of(model.program):
             return trace
         raise Unavailable(
@@ -88,18 +96,18 @@ class Forwarding:
 
     def migrates(self, model: Model) -> bool:
         """Whether records of a model's sessions may have to be migrated, which takes as long as it takes."""
-        return any(move.how is How.MIGRATE for move in self._models.versions(model.name).history.moves)
+        return any(move.how is MoveKind.MIGRATE for move in self._models.versions(model.name).history.moves)
 
-    def bring(self, model: Model, decoded: Decoded, as_known: Sequence[bool]) -> Forwarded:
+    def bring(self, model: Model, decoded: Decoded, as_known: Sequence[bool]) -> UpgradedRecords:
         """Bring the records of sessions of a version there. Those of another model's sessions stay as they are.
 
         `as_known` says of each place whether its record is as the table knows it: see `trace`.
         """
-        forwarded = Forwarded(decoded, {}, [], {})
+        forwarded = UpgradedRecords(decoded, {}, [], {})
         own, target = self._models.versions(model.name), Layout.of(model.program)
         forwarded.refused.update(_misfits(decoded, np.arange(len(decoded.sound)), target))
-        groups: dict[Trace, list[int]] = {}
-        traces: dict[tuple[str, bytes, bool], Trace | Unavailable | None] = {}  # few differ
+        groups: dict[RecordTrace, list[int]] = {}
+        traces: dict[tuple[str, bytes, bool], RecordTrace | Unavailable | None] = {}  # few differ
         for index, place in enumerate(decoded.sound.tolist()):
             key = decoded.fingerprints[index], decoded.fields.get(place, b""), as_known[place]
             if key not in traces:
@@ -121,7 +129,7 @@ class Forwarding:
             (trace.version, trace.move): indexes
             for trace, indexes in groups.items()
             if trace.move is not None
-            and (trace.move.how is not How.CARRY or own.known[trace.version].layout != target)
+            and (trace.move.how is not MoveKind.CARRY or own.known[trace.version].layout != target)
         }
         if changed or forwarded.refused:
             self._rewrite(model, own, forwarded, changed, target)
@@ -131,7 +139,7 @@ class Forwarding:
         self,
         model: Model,
         own: Versions,
-        forwarded: Forwarded,
+        forwarded: UpgradedRecords,
         groups: Mapping[tuple[int, Move], list[int]],
         target: Layout,
     ) -> None:
@@ -161,7 +169,7 @@ class Forwarding:
                 )
                 forwarded.refused.update(dict.fromkeys(places, broken))
                 made = [np.repeat(value[None], sum(sizes), axis=0) for value in model.program.initial]
-            if move.how is How.RESET:
+            if move.how is MoveKind.RESET:
                 forwarded.begun += places
             for index, part in zip(indexes, _packed(model, made, kept, sizes), strict=True):
                 rows[index] = part
@@ -174,7 +182,7 @@ class Forwarding:
     ) -> list[Array]:
         """The states after a move, in the order of the version that it ends with."""
         rows = len(states[0]) if states else 0
-        if move.how is How.RESET:
+        if move.how is MoveKind.RESET:
             return [np.repeat(value[None], rows, axis=0) for value in model.program.initial]
         named: Mapping[str, Array] = dict(zip([spec.name for spec in layout.states], states, strict=True))
         for step in move.migrations:
@@ -225,7 +233,7 @@ class Forwarding:
 
     @staticmethod
     def _keep_replies(
-        forwarded: Forwarded,
+        forwarded: UpgradedRecords,
         extras: dict[int, bytes],
         layout: Layout,
         target: Layout,
@@ -240,18 +248,18 @@ class Forwarding:
         for index, size in zip(indexes, sizes, strict=True):
             place, high = int(decoded.sound[index]), low + size
             kind = int(decoded.heads["reply"][index])
-            kept = KeptArrays({}, {})
+            kept = ReplyArrays({}, {})
             if place in extras:
                 kept = unpack_reply(extras[place], layout.outputs, layout.states)
-            if kind in (Kept.ROWS, Kept.ROWS_WITH_TIME) and layout.outputs != target.outputs:
-                with_time = kind == Kept.ROWS_WITH_TIME
+            if kind in (ReplyForm.ROWS, ReplyForm.ROWS_WITH_TIME) and layout.outputs != target.outputs:
+                with_time = kind == ReplyForm.ROWS_WITH_TIME
                 kept = kept._replace(
                     outputs={
                         spec.name: array[low:high, None] if with_time and spec.temporal else array[low:high]
                         for spec, array in zip(layout.outputs, outputs, strict=True)
                     }
                 )
-                forwarded.replies[place] = Kept.ARRAYS
+                forwarded.replies[place] = ReplyForm.ARRAYS
             if kept.outputs or kept.states:
                 extras[place] = pack_foreign(kept)
             low = high
@@ -270,7 +278,7 @@ def _misfits(decoded: Decoded, indexes: npt.NDArray[np.intp], layout: Layout) ->
     }
     # common case: none has arrays, and all have replies of another kind
     for index in np.flatnonzero(
-        ~wrong & ((heads["extra_bytes"] > 0) | (heads["reply"] >= Kept.ARRAYS))
+        ~wrong & ((heads["extra_bytes"] > 0) | (heads["reply"] >= ReplyForm.ARRAYS))
     ).tolist():
         place = int(places[index])
         kind, batch_size = int(heads["reply"][index]), int(heads["batch_size"][index])

@@ -106,7 +106,7 @@ class Threads:
 
 
 #: Sessions of one piece: some 0.1 ms of work.
-TURN = 64
+PIECE_SIZE = 64
 
 
 class Pieces:
@@ -124,7 +124,7 @@ class Pieces:
     def of(self, session_ids: Sequence[str]) -> AsyncIterator[slice]:
         """Slices of many ids of one tenant, each in its turn; what is one piece needs none."""
         count = len(session_ids)
-        return _Parts(self, count, tenant_of(session_ids[0]) if count > TURN else "")
+        return _Parts(self, count, tenant_of(session_ids[0]) if count > PIECE_SIZE else "")
 
     def parts(self, count: int, tenant: str) -> AsyncIterator[slice]:
         """As `of`, of as many things of a tenant."""
@@ -145,7 +145,7 @@ class _Parts(AsyncIterator[slice]):
         start, count = self._start, self._count
         if start >= count:
             raise StopAsyncIteration
-        if count > TURN:
+        if count > PIECE_SIZE:
             await self._pieces.turn(self._tenant)
-        self._start = start + TURN
+        self._start = start + PIECE_SIZE
         return slice(start, min(self._start, count))

@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection
 import numpy as np
 
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.intake.paging import Pager
-from stepwell_server.engine.intake.queues import Turns
+from stepwell_server.engine.intake.pager import Pager
+from stepwell_server.engine.intake.queues import SessionQueues
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.versions.history import How
+from stepwell_server.engine.versions.history import MoveKind
 from stepwell_server.engine.versions.registry import Models, Versions
 from stepwell_server.errors import ServerError, Unavailable, VersionNotFound
 
@@ -28,14 +28,19 @@ class _Goal:
     version: int
     model: Model | None
     """None: it is not loaded here; they leave the table, and the store has them."""
-    how: How
+    how: MoveKind
 
 
-class Switching:
+class SessionMoves:
     """Moves sessions of the table from version to version. Lives on the event loop."""
 
     def __init__(
-        self, table: SessionTable, turns: Turns, pager: Pager, models: Models, drain: Callable[[], None]
+        self,
+        table: SessionTable,
+        turns: SessionQueues,
+        pager: Pager,
+        models: Models,
+        drain: Callable[[], None],
     ) -> None:
         """`drain` admits the changes that wait in the inboxes."""
         self._table = table
@@ -59,7 +64,7 @@ class Switching:
             self._none_late.clear()
             await self._none_late.wait()
 
-    def move_default(self, own: Versions, after: Versions, how: How | None) -> int:
+    def move_default(self, own: Versions, after: Versions, how: MoveKind | None) -> int:
         """Change the default to another loaded version, and move the sessions in memory that follow it, unless `how` is None.
 
         `after` is the state after the change. Returns how many move.
@@ -118,14 +123,14 @@ class Switching:
         return followers
 
     @staticmethod
-    def _goal(own: Versions, version: int, how: How) -> _Goal:
+    def _goal(own: Versions, version: int, how: MoveKind) -> _Goal:
         return _Goal(own.name, version, own.loaded.get(version), how)
 
     def _go(self, source: Model, handles: Handles, goal: _Goal) -> int:
         """Move sessions of a version to another, now or when their running work has ended; return how many."""
         source.left_epoch = source.epoch
         table, target = self._table, goal.model
-        if target is not None and goal.how is How.CARRY and source.arena is target.arena:
+        if target is not None and goal.how is MoveKind.CARRY and source.arena is target.arena:
             # running work continues as it began: its results are states of the new version, too
             table.model[handles] = target.index
             return len(handles)
@@ -147,7 +152,7 @@ class Switching:
         if len(here):
             self._pager.page_out(here)
         self._table.model[handles] = goal.model.index
-        if goal.how is How.RESET:
+        if goal.how is MoveKind.RESET:
             self._table.position[handles] = 0
 
     def _leave_late(self, handles: Handles) -> None:

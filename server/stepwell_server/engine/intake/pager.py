@@ -19,13 +19,13 @@ from stepwell_server.core.quotas import SESSION_BYTES
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer
-from stepwell_server.engine.commit.policy import StorePolicy
+from stepwell_server.engine.commit.store_policy import StorePolicy
 from stepwell_server.engine.commit.tombstones import ended_by
 from stepwell_server.engine.eager import Rest, finish, start
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Mask
-from stepwell_server.engine.versions.forwarding import Forwarded, Forwarding
+from stepwell_server.engine.versions.record_upgrade import RecordUpgrader, UpgradedRecords
 from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import NoRows, ServerError, SessionLost, SessionReplaced, Unavailable
 from stepwell_server.store.base import Fetched, Store, as_server_error
@@ -72,7 +72,7 @@ class Pager:
         store: Store,
         policy: StorePolicy,
         fields: Fields,
-        forwarding: Forwarding,
+        forwarding: RecordUpgrader,
         *,
         clock: Clock,
         observer: Observer,
@@ -247,13 +247,13 @@ class Pager:
 
     async def _forward(
         self, model: Model, handles: Handles, ids: Sequence[str], found: Sequence[Fetched]
-    ) -> Forwarded:
+    ) -> UpgradedRecords:
         """Read records, as of the version of the model that their sessions are on now."""
         stamps = self._table.stamp[handles].tolist()
         as_known = [each.stamp == stamp for each, stamp in zip(found, stamps, strict=True)]
         stored = [each.record if each.record is not None else b"" for each in found]
 
-        def bring() -> Forwarded:
+        def bring() -> UpgradedRecords:
             return self._forwarding.bring(model, decode_many(ids, stored), as_known)
 
         # a migration may take long
@@ -264,7 +264,7 @@ class Pager:
         model: Model,
         handles: Handles,
         found: Sequence[Fetched],
-        forwarded: Forwarded,
+        forwarded: UpgradedRecords,
         rows: Rows,
     ) -> Refused:
         """Fill the rows of those whose records are sound, and give `rows` back that are not needed."""
@@ -278,7 +278,7 @@ class Pager:
         return refused
 
     def _settle(
-        self, model: Model, handles: Handles, found: Sequence[Fetched], forwarded: Forwarded
+        self, model: Model, handles: Handles, found: Sequence[Fetched], forwarded: UpgradedRecords
     ) -> tuple[Decoded, Mask, Refused]:
         """Records that were read, which of them are sound and these sessions', and why the others are not.
 
@@ -313,7 +313,7 @@ class Pager:
         for place, extra in decoded.extras.items():
             if sound[place]:
                 model.replies.restore(int(handles[place]), extra)
-        self._policy.came_back(self._ids(here))
+        self._policy.after_page_in(self._ids(here))
 
     def _refresh(
         self,

@@ -19,11 +19,11 @@ from stepwell_server.engine.passes.completion import Completion
 from stepwell_server.engine.passes.loop import Inline, PassLoop
 from stepwell_server.engine.passes.runner import Runner, warm_up
 from stepwell_server.engine.sessions.directory import Context
-from stepwell_server.engine.shares import Threads
 from stepwell_server.engine.state.arena import Arena
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import ReplyMemory
 from stepwell_server.engine.state.resident import ResidentRows
+from stepwell_server.engine.threads import Threads
 from stepwell_server.engine.versions.registry import Models
 from stepwell_server.program import Program
 from stepwell_server.store.record import Texts
@@ -47,7 +47,7 @@ class Capacity:
     resident_rows: ResidentRows
 
 
-class Serving:
+class Runtimes:
     """The loops and inboxes of the versions that are loaded. Lives on the event loop."""
 
     def __init__(

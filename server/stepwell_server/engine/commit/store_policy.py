@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.commit.records import Records, as_it_is
+from stepwell_server.engine.commit.records import Records, current_outcome
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ServerError
 from stepwell_server.store import counts
@@ -94,7 +94,7 @@ class StorePolicy(Protocol):
     def begin(self, ids: Sequence[str], ready: int, records: Callable[[slice], Puts], /) -> Puts:
         """Some sessions of a call are about to begin: the records that the call must commit, of all of them or of none.
 
-        Until the call is done nothing else sees them. If it fails, `came_back` takes back what was done here.
+        Until the call is done nothing else sees them. If it fails, `after_page_in` takes back what was done here.
 
         Args:
             ids: Of the sessions.
@@ -105,7 +105,7 @@ class StorePolicy(Protocol):
     def leave(self, model: Model, handles: Handles, /) -> None:
         """Sessions are about to leave the arena."""
 
-    def came_back(self, session_ids: Sequence[str], /) -> None:
+    def after_page_in(self, session_ids: Sequence[str], /) -> None:
         """Sessions are in the arena again."""
 
 
@@ -132,7 +132,7 @@ class EveryChange(StorePolicy):
         """Its records are there."""
 
     @override
-    def came_back(self, session_ids: Sequence[str]) -> None:
+    def after_page_in(self, session_ids: Sequence[str]) -> None:
         """Its records stay there."""
 
 
@@ -185,11 +185,11 @@ class PagedOutOnly(StorePolicy):
 
     @override
     def leave(self, model: Model, handles: Handles) -> None:
-        outcome = as_it_is(self._table, model, handles)
+        outcome = current_outcome(self._table, model, handles)
         self._commit(Batch(puts=self._records.of(outcome, self._clock.now())))
 
     @override
-    def came_back(self, session_ids: Sequence[str]) -> None:
+    def after_page_in(self, session_ids: Sequence[str]) -> None:
         self._commit(Batch(deletes=session_ids))
 
     def _commit(self, batch: Batch) -> None:
@@ -202,5 +202,5 @@ def _nothing(_answer: Answer) -> None:
     """The answer is there at once."""
 
 
-Policy: TypeAlias = Callable[[Store, SessionTable, Records, Clock], StorePolicy]
+StorePolicyFactory: TypeAlias = Callable[[Store, SessionTable, Records, Clock], StorePolicy]
 """Makes the store policy of an engine: one of these classes."""
