@@ -33,7 +33,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv .venv || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; rm -rf .venv; exit 1; }
 	@echo "Installing into .venv (TensorFlow is large: the first time takes one to five minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[server,demo,otel,valkey]' --group dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[server,demo,otel,valkey]' --group dev --group docs
 	@echo "Compiling what all targets import"
 	@$(BIN)/python -c "import keras, tensorflow" 2>/dev/null
 	@touch $@
@@ -141,7 +141,7 @@ bench-plots: $(INSTALLED) ## Draw the plots and fill in the tables of docs/expla
 	$(BIN)/python scripts/wrap_documents.py
 
 .PHONY: check
-check: check-format check-lint check-types check-arrows check-proto check-front check-repo check-surface check-size ## Run every check that is not a test: all those below
+check: check-format check-lint check-types check-arrows check-proto check-front check-repo check-surface check-size docs-site ## Run every check that is not a test: all those below, and docs-site
 
 .PHONY: check-format
 check-format: $(INSTALLED) ## Is everything formatted?
@@ -196,6 +196,11 @@ proto: $(INSTALLED) ## Generate the protocols' code from proto/
 .PHONY: docs
 docs: $(INSTALLED) ## Write docs/reference/cli.md from the commands' help
 	$(BIN)/python scripts/cli_reference.py
+
+.PHONY: docs-site
+docs-site: $(INSTALLED) ## Build the documents as a site into out/site; every warning and broken link is an error
+	@$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going --nitpicky --conf-dir docs --doctree-dir out/site-cache . out/site
+	@echo "Open out/site/index.html"
 
 .PHONY: surface
 surface: $(INSTALLED) ## Write docs/surface/ from the code: signatures, protocols, reasons of errors, metrics

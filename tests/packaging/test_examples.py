@@ -164,7 +164,9 @@ def test_the_page_on_steps(root: Path, server: LocalServer) -> None:
             exec(compile(block, "steps.md", "exec", dont_inherit=True), names)  # noqa: S102  our own documentation
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/guides/client.md", "docs/operate/operations.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/index.md", "docs/guides/client.md", "docs/operate/operations.md"]
+)
 def test_the_blocks_of(
     document: str,
     root: Path,
