@@ -17,10 +17,10 @@ from stepwell_server.addresses import Address, UnixAddress, bind_problem
 from stepwell_server.auth.callers import Callers
 from stepwell_server.auth.quota_file import QuotaFile
 from stepwell_server.catalog.catalog import Catalog
+from stepwell_server.catalog.factory import admin_refusal, compiler_of, end_idle, open_catalog
 from stepwell_server.catalog.files.folder import ModelFolder
 from stepwell_server.catalog.files.sources import Candidates, KeptModel, begin_with
 from stepwell_server.catalog.known_files import KnownFiles
-from stepwell_server.catalog.opening import admin_refusal, compiler_of, end_idle, open_catalog
 from stepwell_server.catalog.start import ModelLoader, absence, kept_models
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.compile.host.limits import memory_bytes
@@ -33,6 +33,7 @@ from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.versions.document import DocumentError
 from stepwell_server.engine.versions.record_upgrade import Migration
 from stepwell_server.errors import StartError
+from stepwell_server.exposure import require_closed
 from stepwell_server.files.audit_log import AuditLog
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics import gauges
@@ -44,7 +45,6 @@ from stepwell_server.process import signals
 from stepwell_server.process.open_files import RESERVE, raise_limit
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.process.systemd import Notifier
-from stepwell_server.reach import require_closed
 from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.base import BindError, Front
@@ -53,14 +53,14 @@ from stepwell_server.rpc.fronts.choice import HINT, choose
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import DEFAULT_METRICS, Settings
 from stepwell_server.store.base import Store, StoreError
-from stepwell_server.store_opening import (
+from stepwell_server.store_monitor import StoreMonitor
+from stepwell_server.store_startup import (
     Abandoned,
     once_it_answers,
     open_own,
     open_shared,
     unless_stopped,
 )
-from stepwell_server.store_watch import StoreWatch
 from stepwell_server.tracing.starting import start as start_tracing
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ async def _run(
         count = await once_it_answers(store.count, settings, clock, stop)
         _log.info("store opened", **where, sessions=count)
     readiness = Readiness()
-    watch = StoreWatch(store, readiness)
+    watch = StoreMonitor(store, readiness)
     quotas = await _quotas(files.quotas, settings, store, clock)
     rpc = RpcServer(
         _front(settings, clock, open_files),
@@ -403,7 +403,7 @@ def _limits(settings: Settings, open_files: int) -> FrontLimits:
     )
 
 
-async def _until_stopped(stop: asyncio.Event, watch: StoreWatch) -> bool:
+async def _until_stopped(stop: asyncio.Event, watch: StoreMonitor) -> bool:
     """Return when the server is to end; True if that is because the store is gone."""
     stopped, watching = asyncio.create_task(stop.wait()), asyncio.create_task(watch.run())
     await asyncio.wait((stopped, watching), return_when=asyncio.FIRST_COMPLETED)

@@ -34,9 +34,9 @@ from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.host import sandbox, source
 from stepwell_server.compile.keras_file import origin
 from stepwell_server.errors import StartError
+from stepwell_server.exposure import require_closed
 from stepwell_server.files import private_files
 from stepwell_server.process.open_files import RESERVE
-from stepwell_server.reach import require_closed
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.choice import HOW, Choice, choose
 from stepwell_server.settings import Settings, cores
@@ -262,7 +262,7 @@ class Examination:
         """Whether a server could open the store on disk: its version, its log, and the keys of its records."""
         from stepwell_server.store.base import KeyFileError, StoreError, require_no_keys
         from stepwell_server.store.disk.backup import snapshot
-        from stepwell_server.store.opening import read_keyring
+        from stepwell_server.store.factory import read_keyring
 
         key_file = self._settings.encryption_key_file
         try:
@@ -284,7 +284,7 @@ class Examination:
 
     def _shared_store(self, url: StoreUrl) -> Facts:
         from stepwell_server.store.base import StoreError
-        from stepwell_server.store.opening import inspect_shared_store
+        from stepwell_server.store.factory import inspect_shared_store
 
         facts: Facts = {
             "url": str(url),

@@ -79,8 +79,8 @@ def silent(_stage: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", samples.some(AGAIN))
 def test_it_is_what_compiling_it_anew_gives(name: str, tmp_path: Path) -> None:
-    from stepwell_server.compile.program.again import compile_again, may_be_reused
     from stepwell_server.compile.program.pipeline import compile_traced
+    from stepwell_server.compile.program.recompile import compile_again, may_be_reused
 
     model = models.build(name)
     model.save(tmp_path / "first.keras")
@@ -105,8 +105,8 @@ def unnamed() -> Any:
 
 
 def test_names_that_keras_made_up_are_those_of_the_file(tmp_path: Path) -> None:
-    from stepwell_server.compile.program.again import compile_again, may_be_reused
     from stepwell_server.compile.program.pipeline import compile_traced
+    from stepwell_server.compile.program.recompile import compile_again, may_be_reused
 
     for name in ("first", "other"):
         unnamed().save(tmp_path / f"{name}.keras")
@@ -127,8 +127,8 @@ def architecture_of(program: Program) -> Architecture:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", samples.some(list(ANEW)))
 def test_what_must_be_traced_anew_is(name: str, tmp_path: Path) -> None:
-    from stepwell_server.compile.program.again import may_be_reused
     from stepwell_server.compile.program.pipeline import compile_traced
+    from stepwell_server.compile.program.recompile import may_be_reused
 
     models.build(name).save(tmp_path / "model.keras")
     program, traced = compile_traced(tmp_path / "model.keras")
@@ -148,8 +148,8 @@ def by_position(scale: float) -> Any:
 
 
 def test_a_proof_that_only_holds_for_these_weights_is_not_reused(tmp_path: Path) -> None:
-    from stepwell_server.compile.program.again import may_be_reused
     from stepwell_server.compile.program.pipeline import compile_traced
+    from stepwell_server.compile.program.recompile import may_be_reused
 
     by_position(0.0).save(tmp_path / "none.keras")
     by_position(1.0).save(tmp_path / "some.keras")

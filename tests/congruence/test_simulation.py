@@ -27,10 +27,10 @@ from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.begin import Attempts, CreatedSessions, NewSessions, SessionCreator
 from stepwell_server.engine.usage_counts import UsageCounts
 from stepwell_server.errors import SessionExists
-from stepwell_server.store.base import Committed
+from stepwell_server.store.base import CommitResult
 from stepwell_server.store.valkey import store as valkey_store
 from stepwell_server.store.valkey.commits import Part, outcome_of
-from stepwell_server.store.valkey.connection.client import Refused
+from stepwell_server.store.valkey.connection.client import ErrorReply
 from stepwell_server.store.valkey.connection.nodes import Node
 from stepwell_server.store.valkey.connection.requests import Request, Requests
 from stepwell_server.store.valkey.scripts import CHANGE, COMMIT
@@ -204,10 +204,12 @@ def is_found(seeds: range, bugs: Bugs | None = None, *, is_told: bool = True, **
     return False
 
 
-def outcome_without(what: Callable[[Sequence[Part], Committed], Committed]) -> Callable[..., Committed]:
+def outcome_without(
+    what: Callable[[Sequence[Part], CommitResult], CommitResult],
+) -> Callable[..., CommitResult]:
     """`outcome_of` with something wrong."""
 
-    def outcome(parts: Sequence[Part], *args: Any, **options: Any) -> Committed:
+    def outcome(parts: Sequence[Part], *args: Any, **options: Any) -> CommitResult:
         return what(parts, outcome_of(parts, *args, **options))
 
     return outcome
@@ -242,9 +244,9 @@ def test_a_client_that_knows_after_attempts_what_it_cannot_know_is_found(
 ) -> None:
     """A conflict after an attempt without an answer may be that attempt's own change, and another's after it."""
 
-    def as_if_sent_once(parts: Sequence[Part], told: Committed) -> Committed:
+    def as_if_sent_once(parts: Sequence[Part], told: CommitResult) -> CommitResult:
         answered = {i for part in parts if part.request.problem is None for i in part.session_ids}
-        return Committed(told.conflicts | (told.unknown & answered), told.unknown - answered, told.stale)
+        return CommitResult(told.conflicts | (told.unknown & answered), told.unknown - answered, told.stale)
 
     monkeypatch.setattr(valkey_store, "outcome_of", outcome_without(as_if_sent_once))
     assert is_found(range(200), faults=("cut",), fault_every_s=0.3, guests=2)
@@ -293,7 +295,7 @@ def test_a_client_that_takes_for_done_what_is_sent_elsewhere_is_found(
     """While a slot moves from node to node."""
     goes_on = Requests._goes_on
 
-    async def believe(self: Requests, node: Node, request: Request, reply: Refused) -> bool:
+    async def believe(self: Requests, node: Node, request: Request, reply: ErrorReply) -> bool:
         if reply.code == code and request.command[1] in (CHANGE.sha, COMMIT.sha):
             request.reply, request.is_answered = [], True
         return await goes_on(self, node, request, reply)

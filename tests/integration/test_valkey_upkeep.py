@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 import stepwell
-from stepwell_server.store import shared as upkeep
+from stepwell_server.store import shared_backup as upkeep
 from stepwell_server.store.base import Batch, End, KeyFileError, StoreError, Tombstone
 from stepwell_server.store.encryption.keyring import Keyring, add_key
+from stepwell_server.store.valkey.bulk import Whole
 from stepwell_server.store.valkey.connection import url as urls
 from stepwell_server.store.valkey.connection.url import StoreUrl
-from stepwell_server.store.valkey.whole import Whole
 from support.clock import ManualClock
 from support.records import scan
 from support.replica_processes import Replicas
@@ -161,7 +161,7 @@ async def test_a_restore_that_is_broken_off_leaves_nothing_and_no_server_takes_a
     was, new = place(valkey), place(valkey)
     await filled(was)
     run(upkeep.back_up, was, tmp_path / "backup", CLOCK)
-    monkeypatch.setattr(upkeep, "_MOST_TOGETHER", 10)
+    monkeypatch.setattr(upkeep, "_MAX_BATCH_SIZE", 10)
     put_in, seen = Whole.put, list[str]()
 
     async def put(self: Whole, part: Any) -> None:

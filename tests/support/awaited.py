@@ -17,16 +17,16 @@ from stepwell_server.store import counts
 from stepwell_server.store.base import (
     ALL_KEPT,
     Batch,
-    Committed,
-    Fetched,
+    CommitResult,
     LocalStore,
+    StoredSession,
     StoreHealth,
-    Unused,
+    UnusedSessions,
     new_stamp,
 )
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.in_process import fetched
-from stepwell_server.store.record import Header, Stored, decode_header
+from stepwell_server.store.record import Header, RecordBytes, decode_header
 from support.clock import ManualClock
 from support.gates import Gated
 
@@ -85,10 +85,10 @@ class FakeShared:
             self.kept.used[session_id] = self.now if header is None else header.last_used
         return max(0.0, self.now - self.kept.used[session_id])
 
-    async def read(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+    async def read(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[StoredSession]:
         stamps = known or [0] * len(session_ids)
         return [
-            Fetched(stamp=stamp, is_known=True, idle_s=self.idle_s(session_id))
+            StoredSession(stamp=stamp, is_known=True, idle_s=self.idle_s(session_id))
             if stamp and stamp == self.kept.stamps.get(session_id)
             else dataclasses.replace(each, stamp=self.stamp_of(session_id), idle_s=self.idle_s(session_id))
             if each.record is not None
@@ -103,11 +103,11 @@ class FakeShared:
             if self.kept.stamps.get(session_id) == stamp:
                 self.kept.used[session_id] = self.now
 
-    async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> Unused:
+    async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> UnusedSessions:
         found = [key.decode() for key in self.shared.heads(after=cursor, limit=limit).keys]
         ids = [i for i in found if self.idle_s(i) >= min(limits.max_s, 5.0)]
         records = [record or b"" for record in self.shared.get_many(ids)]
-        return Unused(
+        return UnusedSessions(
             heads_of([i.encode() for i in ids], records),
             np.array([self.stamp_of(i) for i in ids], np.uint64),
             np.array([self.idle_s(i) for i in ids], np.float64),
@@ -129,7 +129,7 @@ class FakeShared:
             return 0
         return self.kept.stamps.setdefault(session_id, new_stamp())
 
-    async def apply(self, batch: Batch) -> Committed:
+    async def apply(self, batch: Batch) -> CommitResult:
         stale = self._stale(batch)
         documents = [(name, content) for name, content in batch.documents if name not in stale]
         if documents:
@@ -147,7 +147,7 @@ class FakeShared:
             and there.get(name) not in (batch.documents_follow[name], content)
         )
 
-    def _commit(self, batch: Batch, stale: frozenset[str]) -> Committed:
+    def _commit(self, batch: Batch, stale: frozenset[str]) -> CommitResult:
         stones = {stone.session_id: stone for stone in batch.tombstones}
         conflicts: set[str] = set()
         for (session_id, record), follows, stamp in zip(
@@ -203,9 +203,9 @@ class FakeShared:
             self.kept.used.pop(session_id, None)
         if not (conflicts or stale):
             return ALL_KEPT
-        return Committed(frozenset(conflicts), stale=stale)
+        return CommitResult(frozenset(conflicts), stale=stale)
 
-    def _more_usage(self, session_id: str, record: Stored | None) -> list[tuple[str, int]]:
+    def _more_usage(self, session_id: str, record: RecordBytes | None) -> list[tuple[str, int]]:
         """What the tenant has more of when a record is put in place of that which is there."""
         there = self.shared.get(session_id)
         before = NOTHING if there is None else counts.usage_of_record(session_id, there)[1]
@@ -275,6 +275,6 @@ class RemoteStore(Gated):
         stamps: dict[str, int] = self.inner.kept.stamps
         return stamps
 
-    async def put_back(self, session_id: str, before: Fetched) -> None:
+    async def put_back(self, session_id: str, before: StoredSession) -> None:
         self.shared.commit(Batch(puts=[(session_id, bytes(before.record or b""))]))
         self.stamps[session_id] = before.stamp

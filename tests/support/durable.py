@@ -19,7 +19,7 @@ from stepwell_server.errors import Unavailable
 from stepwell_server.program import Program
 from stepwell_server.store.base import Batch, Tombstone
 from stepwell_server.store.disk.store import DiskStore
-from stepwell_server.store.record import Stored
+from stepwell_server.store.record import RecordBytes
 from support.clock import ManualClock
 from support.engine import SEGMENT_BYTES, STORES, Answer, Harness, running
 from support.fake_executor import WAIT_S
@@ -79,7 +79,7 @@ class Troubled:
         """Return when a commit does not come back."""
         assert await asyncio.to_thread(self.inside.wait, WAIT_S), "no commit has begun"
 
-    def append(self, puts: Sequence[tuple[str, Stored]]) -> bool:
+    def append(self, puts: Sequence[tuple[str, RecordBytes]]) -> bool:
         self._keep(Batch(puts=puts), may_append=True)
         return True
 
@@ -160,7 +160,7 @@ class Disk:
         self.clock = ManualClock(monotonic=5.0 + next(_NUMBERS), now=self.clock.now() + away_s)
         self.store = Troubled(self._opened(folder))
 
-    async def record(self, session_id: str) -> Stored | None:
+    async def record(self, session_id: str) -> RecordBytes | None:
         """What is stored of a session now."""
         return self.store.store.get(session_id)
 
@@ -170,7 +170,7 @@ class Disk:
     async def count(self) -> int:
         return int(self.store.count())
 
-    async def put(self, session_id: str, record: Stored) -> None:
+    async def put(self, session_id: str, record: RecordBytes) -> None:
         """Have a record be another one, behind the back of the server."""
         base_of(self.store.store).commit(Batch(puts=[(session_id, record)]))
         wal_of(self.store.store).discard([session_id])
@@ -233,7 +233,7 @@ class Database:
         self.clock = ManualClock(monotonic=5.0 + next(_NUMBERS), now=self.clock.now() + away_s)
         self._began = now + max(0.0, away_s) - self.clock.monotonic()
 
-    async def record(self, session_id: str) -> Stored | None:
+    async def record(self, session_id: str) -> RecordBytes | None:
         """What is stored of a session now."""
         return (await self.store.found(session_id))[0].record
 
@@ -243,7 +243,7 @@ class Database:
     async def count(self) -> int:
         return len(await self.store.ids())
 
-    async def put(self, session_id: str, record: Stored) -> None:
+    async def put(self, session_id: str, record: RecordBytes) -> None:
         """Have a record be another one, behind the back of the server."""
         (found,) = await self.store.found(session_id)
         await self.store.put_back(session_id, dataclasses.replace(found, record=record))

@@ -29,12 +29,14 @@ from support.faulty_server import replace  # noqa: E402
 
 def trust_copies() -> None:
     """What is in the arena is answered as it is, whatever other replicas have done since."""
-    from stepwell_server.store.base import KNOWN, Fetched
+    from stepwell_server.store.base import KNOWN, StoredSession
     from stepwell_server.store.valkey.store import ValkeyStore
 
     fetch = ValkeyStore.fetch
 
-    async def trusting(store: ValkeyStore, ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+    async def trusting(
+        store: ValkeyStore, ids: Sequence[str], known: Sequence[int] = ()
+    ) -> list[StoredSession]:
         found = await fetch(store, ids, known)
         return [KNOWN if stamp else each for stamp, each in zip(known or [0] * len(ids), found, strict=True)]
 

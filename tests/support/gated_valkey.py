@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from stepwell_server.clock import Clock
-from stepwell_server.store.base import Fetched
+from stepwell_server.store.base import StoredSession
 from stepwell_server.store.valkey import scripts
 from stepwell_server.store.valkey.keys import HEAD, RECORD
 from stepwell_server.store.valkey.store import ValkeyStore
@@ -115,7 +115,7 @@ class GatedValkey(Gated):
         super().serve(clock)
         self._database.clock = self._database.clock or clock
 
-    async def put_back(self, session_id: str, before: Fetched) -> None:
+    async def put_back(self, session_id: str, before: StoredSession) -> None:
         key = self._inner._keys.session(session_id)
         head = HEAD.pack(RECORD, before.stamp.to_bytes(8, "little"), round(self._database.now * 1000))
         self._database.valkey.ask("SET", key, head + bytes(before.record or b""))

@@ -14,16 +14,16 @@ from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.quotas import Usage
 from stepwell_server.errors import Unavailable
 from stepwell_server.store import counts
-from stepwell_server.store.access.reads import Reads
-from stepwell_server.store.access.together import Together
+from stepwell_server.store.access.remote_reads import RemoteReads
+from stepwell_server.store.access.remote_writes import RemoteWrites
 from stepwell_server.store.base import (
     Answer,
     Batch,
-    Committed,
-    Fetched,
+    CommitResult,
     Store,
+    StoredSession,
     StoreHealth,
-    Unused,
+    UnusedSessions,
     Write,
     new_stamp,
 )
@@ -84,8 +84,8 @@ class Gated(Store):
         self._commits_now = 0
         self._errors: deque[tuple[Exception, bool]] = deque()
         self._gates: list[tuple[str, asyncio.Future[None]]] = []
-        self._together: Together | None = None
-        self._reads: Reads | None = None
+        self._together: RemoteWrites | None = None
+        self._reads: RemoteReads | None = None
         self._came = asyncio.Event()
         self._stalled_at = 0
 
@@ -153,7 +153,7 @@ class Gated(Store):
 
     # ------------------------------------------------------------------------------------ what the test sees at any time
 
-    async def found(self, *session_ids: str) -> list[Fetched]:
+    async def found(self, *session_ids: str) -> list[StoredSession]:
         """What the store has of sessions now; no gate and no error is in the way."""
         return list(await self.inner.read(list(session_ids)))
 
@@ -161,7 +161,7 @@ class Gated(Store):
         """The sessions that the store has now."""
         return {key.decode() for key in (await self.inner.heads(limit=10_000)).keys}
 
-    async def put_back(self, session_id: str, before: Fetched) -> None:
+    async def put_back(self, session_id: str, before: StoredSession) -> None:
         """Have the store lose all writes to a session since `before`, as a failover can."""
         raise NotImplementedError
 
@@ -185,12 +185,12 @@ class Gated(Store):
         await self._pass(kind, names, held=self.commits_held)
         _raise(self.told_error)
 
-    async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+    async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[StoredSession]:
         if self._reads is None:
-            self._reads = Reads(lambda ids, known: self.read(ids, known))  # noqa: PLW0108 - tests replace it
+            self._reads = RemoteReads(lambda ids, known: self.read(ids, known))  # noqa: PLW0108 - tests replace it
         return await self._reads.fetch(session_ids, known)
 
-    async def read(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+    async def read(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[StoredSession]:
         """As `ValkeyStore.read`."""
         await self._read("read", *session_ids)
         return list(await self.inner.read(session_ids, known))
@@ -199,9 +199,9 @@ class Gated(Store):
         await self._tell("touch", session_ids)
         await self.inner.touch(session_ids, stamps)
 
-    async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> Unused:
+    async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> UnusedSessions:
         await self._read("unused")
-        return cast("Unused", await self.inner.unused(cursor, limits=limits, limit=limit))
+        return cast("UnusedSessions", await self.inner.unused(cursor, limits=limits, limit=limit))
 
     async def claim(self, name: str, whose: str, for_s: float) -> float | None:
         if name == "service" and self.service.is_constant:
@@ -214,13 +214,13 @@ class Gated(Store):
 
     def commit(self, write: Write) -> Answer | None:
         if self._together is None:
-            self._together = Together(lambda batch: self.apply(batch))  # noqa: PLW0108 - tests replace it
+            self._together = RemoteWrites(lambda batch: self.apply(batch))  # noqa: PLW0108 - tests replace it
         return self._together.commit(write)
 
     async def end_commits(self, timeout_s: float) -> bool:
         return self._together is None or await self._together.end(timeout_s)
 
-    async def apply(self, batch: Batch) -> Committed:
+    async def apply(self, batch: Batch) -> CommitResult:
         """As `ValkeyStore.apply`."""
         # as it is now: whoever made it may fill its buffers with the next one
         batch = dataclasses.replace(batch, puts=[(name, bytes(record)) for name, record in batch.puts])
@@ -244,11 +244,11 @@ class Gated(Store):
         _raise(error)
         return committed
 
-    async def _applied(self, batch: Batch) -> Committed:
+    async def _applied(self, batch: Batch) -> CommitResult:
         named = {*(name for name, _ in batch.puts), *batch.deletes}
         unknown = {name: self.unknown.pop(name) for name in list(self.unknown) if name in named}
         lost = {name for name, kept in unknown.items() if not kept}
-        committed: Committed = await self.inner.apply(_without(batch, lost))
+        committed: CommitResult = await self.inner.apply(_without(batch, lost))
         return (
             dataclasses.replace(committed, unknown=frozenset(unknown) - committed.conflicts)
             if unknown

@@ -7,7 +7,7 @@ import dataclasses
 from stepwell_server.store.base import LocalStore, Store
 from stepwell_server.store.record import (
     Header,
-    Stored,
+    RecordBytes,
     Texts,
     decode_header,
     decode_many,
@@ -32,7 +32,7 @@ class Record(Header):
         return encode(session_id, texts, **said)
 
 
-def decode(session_id: str, stored: Stored) -> Record:
+def decode(session_id: str, stored: RecordBytes) -> Record:
     """Read a record back; raises `StateCorrupt` as `decode_header` does."""
     header, whole = decode_header(session_id, stored), decode_many([session_id], [stored])
     said = {name: getattr(header, name) for name in _SAID}

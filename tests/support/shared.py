@@ -11,11 +11,11 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.engine.types import U64
-from stepwell_server.store.base import Batch, Committed, Tombstone, new_stamp
+from stepwell_server.store.base import Batch, CommitResult, Tombstone, new_stamp
 from stepwell_server.store.encryption.keyring import Keyring
-from stepwell_server.store.record import Stored
+from stepwell_server.store.record import RecordBytes
 from stepwell_server.store.valkey.connection import url as urls
-from stepwell_server.store.valkey.opening import open_valkey
+from stepwell_server.store.valkey.factory import open_valkey
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.clock import ManualClock
 
@@ -25,7 +25,7 @@ _NUMBERS = itertools.count(1)
 class Shared(Protocol):
     """A store that others use too."""
 
-    def apply(self, batch: Batch) -> Awaitable[Committed]:
+    def apply(self, batch: Batch) -> Awaitable[CommitResult]:
         """See `ValkeyStore.apply`."""
 
 
@@ -67,12 +67,12 @@ def stamps(*values: int) -> U64:
 
 async def put(
     store: Shared,
-    records: Sequence[tuple[str, Stored]],
+    records: Sequence[tuple[str, RecordBytes]],
     follows: Sequence[int],
     stamp: int = 0,
     *,
     anew: bool = False,
-) -> tuple[Committed, int]:
+) -> tuple[CommitResult, int]:
     """Commit records that follow stamps (0, or `anew`: the sessions begin); also the stamp that they have then."""
     stamp = stamp or new_stamp()
     batch = Batch(
@@ -88,7 +88,7 @@ async def put(
 
 async def end(
     store: Shared, stones: Sequence[Tombstone], follows: Sequence[int], *, idle_s: float = 0.0
-) -> Committed:
+) -> CommitResult:
     """End sessions whose records have these stamps (0: whatever is there)."""
     batch = Batch(
         deletes=[stone.session_id for stone in stones],

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from stepwell_server.errors import ServerError, StateCorrupt
-from stepwell_server.store.base import Answer, Batch, Committed, End, LocalStore, Store, Tombstone, Write
+from stepwell_server.store.base import Answer, Batch, CommitResult, End, LocalStore, Store, Tombstone, Write
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.disk.wal.log import WriteAheadLog
-from stepwell_server.store.record import Puts, RecordTemplate, Stored, Texts
+from stepwell_server.store.record import Puts, RecordBytes, RecordTemplate, Texts
 from support.clock import ManualClock
 from support.records import Record, decode, scan_local
 
@@ -32,7 +32,7 @@ SEGMENT_BYTES = 4096
 DURABILITIES = pytest.mark.parametrize("durability", ["sync", "async"])
 
 
-async def committed(store: Store, batch: Batch) -> Committed:
+async def committed(store: Store, batch: Batch) -> CommitResult:
     """Have a store keep a batch, and return what became of it, or raise why nothing of it was kept."""
     later: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
     answer = store.commit(Write(lambda: batch, len(batch.puts), later.set_result)) or await later
@@ -74,7 +74,7 @@ def template(session_ids: Sequence[str], revision: int = 0, size: int = 20) -> P
     return made.fill(revisions=revision, positions=revision, request_ids=0, last_used=0.0, replies=0)
 
 
-def is_damaged(session_id: str, stored: Stored) -> bool:
+def is_damaged(session_id: str, stored: RecordBytes) -> bool:
     """Whether whoever reads a record is told that it is not as it was written."""
     try:
         decode(session_id, stored)

@@ -21,7 +21,7 @@ from stepwell_server.core.callers import Caller, Credential, KnownCaller, Role
 from stepwell_server.errors import Overloaded, PermissionDenied, StartError, StoreAway, Unauthenticated
 from stepwell_server.files.audit_log import MAX_LINE_BYTES, MAX_WAITING_BYTES, AuditLog
 from stepwell_server.rpc.access import Access, require
-from stepwell_server.rpc.auditing import AUDITED, MOST_NAMED, UNAUDITED, Auditor
+from stepwell_server.rpc.auditing import AUDITED, MAX_NAMED, UNAUDITED, Auditor
 from stepwell_server.rpc.boundary import Boundary
 from stepwell_server.rpc.fronts.base import CallEnded
 from stepwell_server.rpc.guard import Guard
@@ -62,7 +62,7 @@ async def test_who_did_what_to_which_sessions_and_nothing_more(file: Path) -> No
     log = AuditLog(file)
     async with calls(auditor=Auditor(log, "drop")) as client:
         await client.call(pb.OpenSessionRequest(model="plain", session_id="a", request_id=7))
-        opened = await client.call(pb.OpenSessionsRequest(model="plain", count=MOST_NAMED + 5))
+        opened = await client.call(pb.OpenSessionsRequest(model="plain", count=MAX_NAMED + 5))
         x = tensors({"x": np.full((1, 1, 2), 0.123456789, np.float32)})
         await client.call(pb.StepRequest(session_id="a", inputs=x))
         await client.call(pb.ResetStatesRequest(session_id="a"))
@@ -83,7 +83,7 @@ async def test_who_did_what_to_which_sessions_and_nothing_more(file: Path) -> No
     found = [(line["action"], line["outcome"], line.get("sessions"), line.get("count")) for line in lines]
     assert found == [
         ("open", "OK", ["a"], 1),
-        ("open", "OK", list(opened.session_ids[:MOST_NAMED]), MOST_NAMED + 5),
+        ("open", "OK", list(opened.session_ids[:MAX_NAMED]), MAX_NAMED + 5),
         ("reset", "OK", ["a"], 1),
         ("read_state", "OK", ["a"], 1),
         ("fork", "OK", ["a", "b"], 2),
@@ -225,7 +225,7 @@ def test_names_are_cut_and_lines_are_bounded(file: Path) -> None:
     prefix, closed, certificates, anything = _lines(file)
     assert prefix["session_id_prefix"] == "\x01" * 256 + "... (900 characters)"
     assert (closed["count"], closed["cut"]) == (3, True)
-    assert 0 < len(closed["sessions"]) < MOST_NAMED
+    assert 0 < len(closed["sessions"]) < MAX_NAMED
     assert certificates["cut"]
     assert len(anything["anything"]) == 64
 

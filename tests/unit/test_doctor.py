@@ -30,7 +30,7 @@ from stepwell_server.rpc.fronts.choice import Choice, choose
 from stepwell_server.settings import Settings
 from stepwell_server.store.disk.lock import DirectoryLock
 from stepwell_server.store.encryption.keyring import add_key
-from stepwell_server.store.opening import open_store
+from stepwell_server.store.factory import open_store
 from stepwell_server.store.valkey.connection.url import parse
 from support.clock import ManualClock
 from support.shared import opened, put

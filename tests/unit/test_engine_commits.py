@@ -14,12 +14,12 @@ import pytest
 from stepwell_server.engine.commit import group_commit
 from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.errors import Internal, ServerError, Unavailable
-from stepwell_server.store.access import lanes, thread
-from stepwell_server.store.access.lanes import MANY
-from stepwell_server.store.base import SMALL, Batch, Committed, LocalStore
+from stepwell_server.store.access import local_writes, thread
+from stepwell_server.store.access.local_writes import MANY
+from stepwell_server.store.base import SMALL, Batch, CommitResult, LocalStore
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store.record import Stored
+from stepwell_server.store.record import RecordBytes
 from support.clock import ManualClock
 from support.durable import until
 from support.fake_executor import WAIT_S
@@ -77,7 +77,7 @@ class Commits(GroupCommit):
         return self.lanes.close(timeout_s)
 
 
-def error_of(told: Committed | ServerError) -> ServerError | None:
+def error_of(told: CommitResult | ServerError) -> ServerError | None:
     return told if isinstance(told, ServerError) else None
 
 
@@ -93,7 +93,7 @@ class Told:
     def submit(self, name: str, batch: Batch | None = None, size: int = 1, **how: bool) -> None:
         batch = Batch(puts=[(name, b"record")]) if batch is None else batch
 
-        def done(told: Committed | ServerError) -> None:
+        def done(told: CommitResult | ServerError) -> None:
             self.told.append((name, error_of(told)))
 
         self._commits.submit(lambda: batch, size, done, **how)
@@ -216,7 +216,7 @@ class Logged(Slow):
         self.has_room = True
         self.append_error: Exception | None = None
 
-    def append(self, puts: Sequence[tuple[str, Stored]]) -> bool:
+    def append(self, puts: Sequence[tuple[str, RecordBytes]]) -> bool:
         if self.append_error is not None:
             raise self.append_error
         if self.has_room:
@@ -277,7 +277,7 @@ async def test_what_the_log_refuses_is_told_and_it_goes_on(
     times = (
         itertools.count()
     )  # each look at the clock is a second later: what failed says nothing of what others cost
-    monkeypatch.setattr(lanes, "time", SimpleNamespace(perf_counter=lambda: float(next(times))))
+    monkeypatch.setattr(local_writes, "time", SimpleNamespace(perf_counter=lambda: float(next(times))))
     costs = commits.may_commit_here(1)
     store.append_error = ValueError("a secret detail")
     told.submit("a", is_change=True)
@@ -410,7 +410,7 @@ async def test_in_place_little_is_checkpointed_at_once_until_it_has_kept_up() ->
     await until(lambda: store.behind == 0)
     await asyncio.sleep(0)
     assert store.pieces == [True] * 3
-    store.behind = lanes.MAX_BEHIND + 1
+    store.behind = local_writes.MAX_BEHIND + 1
     assert commits.may_commit_here(SMALL)
     assert not commits.may_commit_here(SMALL + 1), "a thread does that, and checkpoints"
     store.behind = 0

@@ -10,7 +10,7 @@ import pytest
 
 from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.errors import ServerError, Unavailable
-from stepwell_server.store.base import ALL_KEPT, Batch, Committed
+from stepwell_server.store.base import ALL_KEPT, Batch, CommitResult
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
 from support.fake_executor import WAIT_S
@@ -43,7 +43,7 @@ async def test_a_document_is_never_in_two_commits_at_a_time() -> None:
 
 
 async def test_one_commit_begins_at_once_and_the_next_ones_together() -> None:
-    store, told = RemoteStore(MemoryStore()), list[Committed | ServerError]()
+    store, told = RemoteStore(MemoryStore()), list[CommitResult | ServerError]()
     commits = GroupCommit(store)
     store.commits_held = True
     for name in "abc":
@@ -56,10 +56,10 @@ async def test_one_commit_begins_at_once_and_the_next_ones_together() -> None:
 
 
 async def test_a_batch_that_the_store_does_not_take_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    store, told = RemoteStore(MemoryStore()), list[Committed | ServerError]()
+    store, told = RemoteStore(MemoryStore()), list[CommitResult | ServerError]()
     commits, commit = GroupCommit(store), store.apply
 
-    def taken(batch: Batch) -> Awaitable[Committed]:
+    def taken(batch: Batch) -> Awaitable[CommitResult]:
         if batch.session_ids == ["bad"]:
             raise Unavailable("not this one")
         return commit(batch)

@@ -17,7 +17,7 @@ from stepwell_server.errors import (
     SessionNotFound,
     Unavailable,
 )
-from stepwell_server.store.access import reads
+from stepwell_server.store.access import remote_reads
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
 from support.clock import ManualClock
@@ -243,8 +243,8 @@ async def test_no_more_bytes_wait_than_may_wait(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_sessions_are_read_many_at_once_and_with_few_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reads, "MAX_AT_ONCE", 8)
-    monkeypatch.setattr(reads, "MAX_READS", 2)
+    monkeypatch.setattr(remote_reads, "MAX_READ_SIZE", 8)
+    monkeypatch.setattr(remote_reads, "MAX_CONCURRENT_READS", 2)
     names = [f"s{number:02}" for number in range(24)]
     async with after(*names) as (at, store):
         store.reads_held = True

@@ -11,8 +11,8 @@ import pytest
 
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.errors import StartError
+from stepwell_server.exposure import require_closed
 from stepwell_server.metrics.token import MetricsToken
-from stepwell_server.reach import require_closed
 from stepwell_server.settings import Settings
 
 OPEN = ["0.0.0.0", "::", "::ffff:0.0.0.0", "::ffff:192.0.2.1", "192.0.2.1", "fe80::1", "0", "names"]

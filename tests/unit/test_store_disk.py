@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from stepwell_server.store.base import Batch, End, Tombstone
 from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store.record import Joined
+from stepwell_server.store.record import JoinedPuts
 from support.records import decode, scan_local
 from support.samples import examples
 from support.stored import (
@@ -100,7 +100,7 @@ class Two:
 
     def _put(self, chance: random.Random) -> Batch:
         parts = [part for _ in range(chance.choice([1, 1, 2, 3])) if (part := self._part(chance))]
-        return Batch(puts=Joined(parts) if len(parts) > 1 else [put for part in parts for put in part])
+        return Batch(puts=JoinedPuts(parts) if len(parts) > 1 else [put for part in parts for put in part])
 
     def _part(self, chance: random.Random) -> Any:
         some = [i for i in self._lives if chance.random() < 0.5]
@@ -189,7 +189,7 @@ def test_a_template_is_kept_as_its_records_are(path: Path) -> None:
     store, names = opened(path), ["a", "b", "c"]
     begin(store, *names)
     puts = template(names, 1)
-    store.commit(Batch(puts=Joined([puts, [("a", record("a", 2))]])))
+    store.commit(Batch(puts=JoinedPuts([puts, [("a", record("a", 2))]])))
     assert revisions(store) == {"a": 2, "b": 1, "c": 1}
     store = killed(store)
     assert revisions(store) == {"a": 2, "b": 1, "c": 1}

@@ -12,7 +12,7 @@ import pytest
 
 from stepwell_server.store.base import Batch, StoreError
 from stepwell_server.store.disk.lmdb import Durability
-from stepwell_server.store.record import Joined
+from stepwell_server.store.record import JoinedPuts
 from support.records import scan_local
 from support.samples import examples
 from support.stored import (
@@ -235,7 +235,7 @@ def test_a_loss_of_power_takes_nothing_but_the_change_that_was_not_acknowledged(
             chance.sample(names, chance.choice([1, 1, 1, 4])) for _ in range(chance.choice([1, 2, 2, 3]))
         ]
         puts = [[(name, record(name, revision, size)) for name in part] for part in parts]
-        store.commit(Batch(puts=Joined(puts)))
+        store.commit(Batch(puts=JoinedPuts(puts)))
         # the others were too large for a segment
         pictures = [last.torn(chance) for _ in range(5)] if last.count > count else []
         name, after = last.path.name, revisions(store)

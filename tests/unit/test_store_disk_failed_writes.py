@@ -14,7 +14,7 @@ from stepwell_server.errors import Unavailable
 from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.disk.store import DiskStore
-from stepwell_server.store.record import Stored
+from stepwell_server.store.record import RecordBytes
 from support.stored import begin, fill_one, killed, left_behind, opened, put, record, revisions
 
 
@@ -130,7 +130,7 @@ def test_a_segment_that_was_truncated_though_that_failed_is_no_damage(
     changed = fill_one(store)
     pwritev, failures = os.pwritev, list[int]()
 
-    def late(file: int, buffers: Sequence[Stored], at: int, flags: int = 0) -> int:
+    def late(file: int, buffers: Sequence[RecordBytes], at: int, flags: int = 0) -> int:
         written = pwritev(file, buffers, at, flags)
         if at == 0:
             failures.append(at)

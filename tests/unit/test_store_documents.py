@@ -14,12 +14,12 @@ from click.testing import CliRunner
 from stepwell.cli import main
 from stepwell_server.clock import SystemClock
 from stepwell_server.errors import Unavailable
-from stepwell_server.store import backup, checking, mending
+from stepwell_server.store import backup, repair, verification
 from stepwell_server.store.base import (
-    MOST_DOCUMENT_BYTES,
-    MOST_NAME_BYTES,
+    MAX_DOCUMENT_BYTES,
+    MAX_NAME_BYTES,
     Batch,
-    DocumentsDamaged,
+    DocumentsCorrupt,
     LocalStore,
     StoreError,
 )
@@ -27,9 +27,9 @@ from stepwell_server.store.disk import documents as in_lmdb
 from stepwell_server.store.disk.backup.file import BackupError
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.encryption.keyring import Keyring
+from stepwell_server.store.factory import encrypted
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store.opening import encrypted
 from support.clock import ManualClock
 from support.samples import some
 from support.stored import (
@@ -51,7 +51,7 @@ from support.stored import (
 
 CLOCK = SystemClock()
 RING = Keyring({"new": b"\1" * 32})
-LONGEST = "é" * (MOST_NAME_BYTES // 2)
+LONGEST = "é" * (MAX_NAME_BYTES // 2)
 DOCUMENTS = {
     "model/a": b"content of a", "model/b": b"", LONGEST: b"\0" * 10_000, "z": bytes(range(256)) * 4096,
 }  # fmt: skip
@@ -121,23 +121,23 @@ async def test_they_are_found_where_a_store_is_awaited(tmp_path: Path, kind: str
         ),
         ("\ud800", b"", r"the name of a document must be text that UTF-8 can encode; got '\\ud800'"),
         ("é" * 200 + "a", None, "must have 1 to 400 bytes"),
-        ("a", bytes(MOST_DOCUMENT_BYTES + 1), "document 'a' must have at most 1048576 bytes; it has 1048577"),
+        ("a", bytes(MAX_DOCUMENT_BYTES + 1), "document 'a' must have at most 1048576 bytes; it has 1048577"),
     ],
 )
 def test_no_batch_has_one_that_is_too_large_or_has_no_name(
     name: str, content: bytes | None, message: str
 ) -> None:
-    Batch(documents=[(LONGEST, bytes(MOST_DOCUMENT_BYTES)), (LONGEST, None)])
+    Batch(documents=[(LONGEST, bytes(MAX_DOCUMENT_BYTES)), (LONGEST, None)])
     with pytest.raises(ValueError, match=message):
         Batch(documents=[("b", b""), (name, content)])
 
 
 def test_the_map_grows_for_them(tmp_path: Path) -> None:
     store = LmdbStore(tmp_path, durability="async", clock=ManualClock(), first_map_bytes=256 * 1024)
-    contents = {f"n{n}": bytes([n]) * MOST_DOCUMENT_BYTES for n in range(3)}
+    contents = {f"n{n}": bytes([n]) * MAX_DOCUMENT_BYTES for n in range(3)}
     store.commit(Batch(documents=list(contents.items())))
     assert store.documents() == contents
-    more = {f"m{n}": bytes([n]) * MOST_DOCUMENT_BYTES for n in range(9)}
+    more = {f"m{n}": bytes([n]) * MAX_DOCUMENT_BYTES for n in range(9)}
     store.put_documents([in_lmdb.item(name, content) for name, content in more.items()])
     assert store.documents() == more | contents
     store.close()
@@ -232,7 +232,7 @@ def test_one_that_is_damaged_is_named_and_nothing_else_is_concerned(path: Path) 
     store = opened(path)
     rule = "^document 'model/a' must be as it was written; it is damaged: stepwell store verify says more"
     for prefix in ("", "model/", "model/a"):
-        with pytest.raises(DocumentsDamaged, match=rule) as error:
+        with pytest.raises(DocumentsCorrupt, match=rule) as error:
             store.documents(prefix)
         assert error.value.names == ["model/a"]
         assert error.value.sound == {
@@ -246,7 +246,7 @@ def test_one_that_is_damaged_is_named_and_nothing_else_is_concerned(path: Path) 
     store.commit(Batch(documents=[("model/a", b"anew")]))
     assert store.documents() == DOCUMENTS | {"model/a": b"anew"}, "who writes it anew has it"
     store.close()
-    assert checking.examine(path, None).problems == []
+    assert verification.examine(path, None).problems == []
 
 
 @pytest.mark.parametrize("at", some(range(len(value_of("model/a")) + len(b"model/a"))))
@@ -255,16 +255,16 @@ def test_no_bit_of_it_can_change_unnoticed(path: Path, at: int) -> None:
     key = b"model/a"
     flip(path, key + value_of("model/a"), at, at % 8)
     store = opened(path)
-    with pytest.raises(DocumentsDamaged) as error:
+    with pytest.raises(DocumentsCorrupt) as error:
         store.documents()
     assert error.value.sound == {name: content for name, content in DOCUMENTS.items() if name != "model/a"}
     assert error.value.names == ["model/a"]
     assert revisions(store) == SESSIONS
     store.close()
-    found = checking.examine(path, None)
+    found = verification.examine(path, None)
     assert found.problems == ["1 documents are not as they were written"]
     assert (found.documents, found.damaged_documents) == (4, ["model/a"])
-    done = mending.repair(path, CLOCK)
+    done = repair.repair(path, CLOCK)
     kept = at < len(key)
     assert (done.documents, done.lost_documents, done.missing_documents) == (
         4 if kept else 3, [] if kept else ["model/a"], 0,
@@ -279,12 +279,12 @@ def test_one_written_anew_beside_a_damaged_key_is_not_mixed_up_with_it(path: Pat
     flip(path, b"model/a" + value_of("model/a"), 0)
     store = opened(path)
     store.commit(Batch(documents=[("model/a", b"anew")]))
-    with pytest.raises(DocumentsDamaged) as error:
+    with pytest.raises(DocumentsCorrupt) as error:
         store.documents()
     assert error.value.names == ["model/a"]
     assert error.value.sound == DOCUMENTS | {"model/a": b"anew"}
     store.close()
-    assert mending.repair(path, CLOCK).lost_documents == []
+    assert repair.repair(path, CLOCK).lost_documents == []
     store = opened(path)
     assert store.documents() == DOCUMENTS | {"model/a": b"anew"}
     store.close()
@@ -298,22 +298,22 @@ def test_one_that_is_missing_is_missed(path: Path, tmp_path: Path) -> None:
         transaction.delete(b"model/b", db=environment.open_db(b"documents", transaction))
     store = opened(path)
     with pytest.raises(
-        DocumentsDamaged, match="the store must have all its documents; 1 of 4 are missing"
+        DocumentsCorrupt, match="the store must have all its documents; 1 of 4 are missing"
     ) as error:
         store.documents("model/")
     assert (error.value.names, error.value.sound) == ([], {"model/a": b"content of a"})
     assert revisions(store) == SESSIONS
     store.close()
-    assert checking.examine(path, None).problems == ["documents: 1 of 4 are missing"]
+    assert verification.examine(path, None).problems == ["documents: 1 of 4 are missing"]
     for refused in (
         lambda: backup.back_up(path, tmp_path / "backup", CLOCK),
-        lambda: mending.rekey(path, CLOCK, RING),
+        lambda: repair.rekey(path, CLOCK, RING),
     ):
         with pytest.raises(StoreError, match="must have all its documents; 1 of 4 are missing"):
             refused()
     assert not (tmp_path / "backup").exists()
-    assert mending.repair(path, CLOCK).missing_documents == 1
-    assert checking.examine(path, None).problems == []
+    assert repair.repair(path, CLOCK).missing_documents == 1
+    assert verification.examine(path, None).problems == []
 
 
 @pytest.mark.parametrize("what", ["database", "pages"])
@@ -334,15 +334,15 @@ def test_all_of_them_missing_leaves_the_sessions(path: Path, what: str) -> None:
                 data[page + 10 : page + 12] = b"\0\0"  # it is no kind of page any more
         (path / "sessions" / "data.mdb").write_bytes(data)
         problem = "a page cannot be read"
-    assert checking.examine(path, None).problems[0].startswith(f"documents: {problem}")
+    assert verification.examine(path, None).problems[0].startswith(f"documents: {problem}")
     store = opened(path)
     assert revisions(store) == SESSIONS
     begin(store, "new")
-    with pytest.raises(DocumentsDamaged, match=problem):
+    with pytest.raises(DocumentsCorrupt, match=problem):
         store.documents()
     assert store.damage == ""
     store.close()
-    assert mending.repair(path, CLOCK).missing_documents == 4
+    assert repair.repair(path, CLOCK).missing_documents == 4
     store = opened(path)
     assert store.documents() == {}
     assert revisions(store) == SESSIONS | {"new": 0}
@@ -355,11 +355,11 @@ def test_all_of_them_missing_leaves_the_sessions(path: Path, what: str) -> None:
 def test_they_are_in_a_backup_and_in_the_store_made_of_it(path: Path, tmp_path: Path) -> None:
     done = backup.back_up(path, tmp_path / "backup", CLOCK)
     assert (done.documents, done.damaged_documents, done.sessions) == (4, 0, 2)
-    assert checking.examine_backup(tmp_path / "backup", None).documents == 4
+    assert verification.examine_backup(tmp_path / "backup", None).documents == 4
     for name, ring, moved in (("moved", None, True), ("back", None, False), ("sealed", RING, False)):
         made = backup.restore(tmp_path / "backup", tmp_path / name, CLOCK, ring, moved=moved)
         assert (made.documents, made.damaged_documents, made.sessions) == (4, 0, 2)
-        assert checking.examine(tmp_path / name, ring).problems == []
+        assert verification.examine(tmp_path / name, ring).problems == []
         store = opened(tmp_path / name)
         assert store.documents() == DOCUMENTS
         store.close()
@@ -368,13 +368,13 @@ def test_they_are_in_a_backup_and_in_the_store_made_of_it(path: Path, tmp_path: 
 def test_a_damaged_one_is_in_a_backup_as_it_is(path: Path, tmp_path: Path) -> None:
     flip(path, b"content of a", 3)
     assert backup.back_up(path, tmp_path / "backup", CLOCK).damaged_documents == 1
-    found = checking.examine_backup(tmp_path / "backup", None)
+    found = verification.examine_backup(tmp_path / "backup", None)
     assert found.problems == ["1 documents are not as they were written"]
     assert found.damaged_documents == ["model/a"]
     made = backup.restore(tmp_path / "backup", tmp_path / "to", CLOCK, None, moved=True)
     assert (made.documents, made.damaged_documents) == (4, 1)
     store = opened(tmp_path / "to")
-    with pytest.raises(DocumentsDamaged) as error:
+    with pytest.raises(DocumentsCorrupt) as error:
         store.documents()
     assert error.value.names == ["model/a"]
     assert len(error.value.sound) == 3
@@ -395,8 +395,8 @@ def test_a_backup_without_some_of_them_is_refused(path: Path, tmp_path: Path) ->
 
 def test_a_store_that_is_encrypted_anew_or_decrypted_has_them(path: Path) -> None:
     for decrypt in (False, True):
-        mending.rekey(path, CLOCK, RING, decrypt=decrypt)
-        assert checking.examine(path, RING).problems == []
+        repair.rekey(path, CLOCK, RING, decrypt=decrypt)
+        assert verification.examine(path, RING).problems == []
         disk = opened(path)
         store = encrypted(disk, None if decrypt else RING)
         assert store.documents() == DOCUMENTS

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 from stepwell_server.errors import StateCorrupt
-from stepwell_server.store import mending
 from stepwell_server.store import record as records
+from stepwell_server.store import repair
 from stepwell_server.store.base import Batch, KeyFileError, LocalStore
 from stepwell_server.store.encryption import xaes
 from stepwell_server.store.encryption.keyring import Keyring, add_key, read_keys
 from stepwell_server.store.encryption.sealer import Sealer
 from stepwell_server.store.encryption.store import EncryptedStore
+from stepwell_server.store.factory import encrypted, open_store
 from stepwell_server.store.fields import VERSION, pack_fields
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store.opening import encrypted, open_store
-from stepwell_server.store.record import Joined, Stored, decode_many
+from stepwell_server.store.record import JoinedPuts, RecordBytes, decode_many
 from support.clock import ManualClock
 from support.records import Record, decode
 from support.stored import left_behind, opened, template, wal_of
@@ -72,7 +72,7 @@ def test_what_is_kept_is_the_same_and_no_file_has_a_state(tmp_path: Path) -> Non
     assert kept(store) == first | {i: bytes(r) for i, r in template(group)}
     # changes of a group and of others, written to the log together; then one alone
     later = {"a": a_record("a", 1), LONG: a_record(LONG, 1)}
-    store.commit(Batch(puts=Joined([template(group, 3), list(later.items())])))
+    store.commit(Batch(puts=JoinedPuts([template(group, 3), list(later.items())])))
     store.commit(Batch(puts=[("b", a_record("b", 9, fields=fields))]))
     expected = {**first, **later, "b": a_record("b", 9, fields=fields)}
     expected |= {i: bytes(r) for i, r in template(group, 3)}
@@ -114,7 +114,7 @@ def sealer() -> Sealer:
     return Sealer(Keyring(KEYS))
 
 
-def resealed(session_id: str, record: Stored, at: int) -> bytes:
+def resealed(session_id: str, record: RecordBytes, at: int) -> bytes:
     """A record of which somebody has changed a byte, and the checksum to fit."""
     changed = bytearray(record)
     changed[at] ^= 1
@@ -167,7 +167,9 @@ def test_a_server_that_knows_no_encryption_refuses_the_record(
 
 def test_no_nonce_comes_twice(sealer: Sealer) -> None:
     ids = [f"s{n}" for n in range(50)]
-    sealed = [r for _ in range(20) for _, r in sealer.seal(Joined([template(ids), [("a", a_record("a"))]]))]
+    sealed = [
+        r for _ in range(20) for _, r in sealer.seal(JoinedPuts([template(ids), [("a", a_record("a"))]]))
+    ]
     nonces = [bytes(r[records.fields_at(r) + 4 :][: xaes.NONCE_BYTES]) for r in sealed]
     assert len(set(nonces)) == len(nonces) == 20 * 51
 
@@ -282,5 +284,5 @@ def test_with_none_keys_decrypt_and_nothing_is_encrypted(tmp_path: Path) -> None
     assert records.key_id_of(disk.get("y") or b"") == "a"
     disk.close()
     with pytest.raises(KeyFileError, match="must begin with the key that is to encrypt"):
-        mending.rekey(tmp_path / "data", ManualClock(), waiting)
-    assert mending.rekey(tmp_path / "data", ManualClock(), waiting, decrypt=True).sessions == 2
+        repair.rekey(tmp_path / "data", ManualClock(), waiting)
+    assert repair.rekey(tmp_path / "data", ManualClock(), waiting, decrypt=True).sessions == 2

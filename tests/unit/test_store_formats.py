@@ -24,7 +24,7 @@ from stepwell._admin.session_file import read as read_sessions
 from stepwell.v1 import sessions_pb2
 from stepwell_server import program_file
 from stepwell_server.compile import cache
-from stepwell_server.store import backup, checking, mending
+from stepwell_server.store import backup, repair, verification
 from stepwell_server.store.base import Batch, StoreError
 from stepwell_server.store.disk.backup.file import FORMAT, BackupError, Reader
 from stepwell_server.store.disk.backup.file import Writer as BackupWriter
@@ -90,10 +90,10 @@ def test_a_store_of_another_version_is_refused_and_stays(
     uses: list[Callable[[], object]] = [
         lambda: opened(folder, "async"),
         lambda: opened(folder, "sync"),
-        lambda: checking.examine(folder, None),
+        lambda: verification.examine(folder, None),
         lambda: backup.back_up(folder, tmp_path / "backup", CLOCK),
-        lambda: mending.repair(folder, CLOCK),
-        lambda: mending.rekey(folder, CLOCK, Keyring({"k": bytes(32)})),
+        lambda: repair.repair(folder, CLOCK),
+        lambda: repair.rekey(folder, CLOCK, Keyring({"k": bytes(32)})),
     ]
     for use in uses:
         with pytest.raises(StoreError, match=message):
@@ -126,7 +126,7 @@ def test_a_backup_of_another_format_is_refused_and_stays(start: bytes, message: 
     file = tmp_path / "backup"
     file.write_bytes(start + bytes(100))
     uses: list[Callable[[], object]] = [
-        lambda: checking.examine_backup(file, None),
+        lambda: verification.examine_backup(file, None),
         lambda: backup.restore(file, tmp_path / "new", CLOCK, None, moved=False),
     ]
     for use in uses:
@@ -157,7 +157,7 @@ def test_forged_sessions_of_a_backup_are_reported_and_answer_for_themselves(tmp_
         writer.session(session_id, stored)
     writer.finish()
     writer.close()
-    found = checking.examine_backup(tmp_path / "forged", None)
+    found = verification.examine_backup(tmp_path / "forged", None)
     assert found.damaged == ["far", "nan", "none", "position"]
     assert found.problems == ["4 sessions have records that are not as they were written"]
     restored = backup.restore(tmp_path / "forged", tmp_path / "new", CLOCK, None, moved=False)
@@ -167,7 +167,7 @@ def test_forged_sessions_of_a_backup_are_reported_and_answer_for_themselves(tmp_
         header = header_or_none(session_id, store.get(session_id) or b"")
         assert (header is not None) is (session_id == "sound")
     store.close()
-    assert checking.examine(tmp_path / "new", None).damaged == ["far", "last", "nan", "none", "position"]
+    assert verification.examine(tmp_path / "new", None).damaged == ["far", "last", "nan", "none", "position"]
 
 
 @pytest.mark.parametrize(

@@ -13,18 +13,18 @@ from stepwell_server.store.base import (
     ALL_KEPT,
     SOLE,
     Batch,
-    Committed,
+    CommitResult,
     End,
-    Fetched,
     Outcome,
     Store,
     StoreBusy,
+    StoredSession,
     Tombstone,
 )
 from stepwell_server.store.disk.store import DiskStore
+from stepwell_server.store.factory import Kind, open_store
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store.opening import Kind, open_store
 from support.clock import ManualClock
 from support.stored import committed, record
 
@@ -58,7 +58,7 @@ async def test_it_answers_as_in_place(tmp_path: Path, kind: str) -> None:
         False,
         True,
     ], "nobody else changes it"
-    assert await store.fetch(["d"]) == [Fetched()]
+    assert await store.fetch(["d"]) == [StoredSession()]
     assert (await store.count(), await store.count_of("m")) == (2, 2)
     assert (await store.heads(after="b", limit=9)).keys == local.heads(after="b", limit=9).keys == [b"c"]
     assert [each.tombstone for each in found] == local.tombstones(NAMES) == [stone, None, None]
@@ -103,7 +103,7 @@ async def test_what_is_refused_in_place_is_refused_when_awaited(tmp_path: Path) 
 
 
 def test_the_outcome_of_each_member_is_told() -> None:
-    result = Committed(conflicts=frozenset({"a"}), unknown=frozenset({"b"}))
+    result = CommitResult(conflicts=frozenset({"a"}), unknown=frozenset({"b"}))
     assert [result.of(name) for name in NAMES] == [Outcome.CONFLICT, Outcome.UNKNOWN, Outcome.KEPT]
     assert ALL_KEPT.of("a") is Outcome.KEPT
 

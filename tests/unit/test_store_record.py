@@ -22,8 +22,8 @@ from stepwell_server.store.record import (
     MAX_COUNTER,
     MAX_TIME,
     Header,
+    RecordBytes,
     RecordTemplate,
-    Stored,
     Texts,
     decode_header,
     decode_many,
@@ -249,7 +249,7 @@ def test_the_header_has_no_gaps() -> None:
     assert HEADER.itemsize == 96
 
 
-def _encode_many(ids: list[str], found: list[Record]) -> list[Stored]:
+def _encode_many(ids: list[str], found: list[Record]) -> list[RecordBytes]:
     def column(name: str, dtype: type[np.generic]) -> Any:
         return np.array([getattr(r, name) for r in found], dtype)
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from stepwell.cli import main
 from stepwell_server.clock import SystemClock
-from stepwell_server.store import backup, checking, mending
+from stepwell_server.store import backup, repair, verification
 from stepwell_server.store.base import Batch, End, KeyFileError, StoreBusy, StoreError, Tombstone
 from stepwell_server.store.counts import of_tenants
 from stepwell_server.store.disk.backup.file import About, BackupError, Writer
@@ -23,7 +23,7 @@ from stepwell_server.store.disk.lock import read_lock
 from stepwell_server.store.disk.wal import reader
 from stepwell_server.store.disk.wal.segment import Segment
 from stepwell_server.store.encryption.keyring import Keyring, add_key
-from stepwell_server.store.opening import encrypted
+from stepwell_server.store.factory import encrypted
 from support.clock import ManualClock
 from support.samples import some
 from support.stored import base_of, begin, end, opened, put, record, revisions
@@ -110,7 +110,7 @@ def test_a_backup_becomes_the_same_store_or_one_ahead(path: Path, tmp_path: Path
     assert not (tmp_path / "back2").exists()
     again = backup.restore(tmp_path / "backup2", tmp_path / "back2", CLOCK, RING, moved=False)
     assert again.first_revision >= first + 10**12
-    assert not checking.examine(tmp_path / "back2", RING).problems
+    assert not verification.examine(tmp_path / "back2", RING).problems
 
 
 def test_a_store_that_goes_back_to_the_same_backup_twice_is_ahead_of_itself(
@@ -140,14 +140,14 @@ def test_sessions_of_tenants_are_counted_as_theirs(tmp_path: Path) -> None:
     store.close()
     backup.back_up(tmp_path / "data", tmp_path / "backup", CLOCK)
     backup.restore(tmp_path / "backup", tmp_path / "to", CLOCK, RING, moved=False)
-    mending.rekey(tmp_path / "data", CLOCK, RING)
+    repair.rekey(tmp_path / "data", CLOCK, RING)
     for path in (tmp_path / "data", tmp_path / "to"):
-        assert not checking.examine(path, RING).problems
+        assert not verification.examine(path, RING).problems
         store = opened(path)
         assert [store.count_of(name) for name in ("m", "acme\x1fm", "\x1f", "other\x1f")] == [4, 2, 3, 1]
         store.commit(Batch(tenant_counts=[("acme\x1fm", 1)]))
         store.close()
-        (problem,) = checking.examine(path, RING).problems
+        (problem,) = verification.examine(path, RING).problems
         assert "the numbers of sessions must be" in problem
 
 
@@ -193,7 +193,7 @@ def test_a_backup_that_was_damaged_or_cut_off_is_refused(path: Path, tmp_path: P
                 backup.restore(changed, tmp_path / "restored", CLOCK, None, moved=True)
     changed.write_bytes(whole + whole[18:])
     with pytest.raises(BackupError, match=r"as it was written; at byte \d+: something follows its end"):
-        checking.examine_backup(changed, None)
+        verification.examine_backup(changed, None)
     assert not (tmp_path / "restored").exists()
 
 
@@ -224,18 +224,18 @@ def change(path: Path, what: bytes, at: int, *, places: int | None = None) -> No
 
 
 def test_a_check_says_all_that_is_wrong(path: Path, tmp_path: Path) -> None:
-    found = checking.examine(path, None)
+    found = verification.examine(path, None)
     assert (found.problems, found.sessions, found.logged, found.tombstones) == ([], len(IDS), 3, 1)
     assert found.models == {"m": len(IDS)}
     change(path, record("s050"), 80)  # of a record
     change(path, b"s100", 3)  # of a key
-    found = checking.examine(path, None)
+    found = verification.examine(path, None)
     assert "s050" in found.damaged
     assert any("not as they were written" in problem for problem in found.problems)
     assert any("are missing" in problem for problem in found.problems)
     assert len(found.damaged) == 2, "one has another id"
     with pytest.raises(StoreError, match="must hold a store"):
-        checking.examine(tmp_path, None)
+        verification.examine(tmp_path, None)
 
 
 def test_a_check_with_keys_opens_all(path: Path) -> None:
@@ -243,10 +243,10 @@ def test_a_check_with_keys_opens_all(path: Path) -> None:
     put(store, "a", revision=4)
     store.close()
     for ring, opened_count in ((None, 0), (RING, 1)):
-        found = checking.examine(path, ring)
+        found = verification.examine(path, ring)
         assert (found.problems, found.encrypted, found.opened) == ([], {"old": 1}, opened_count)
     with pytest.raises(KeyFileError, match=r"it lacks old\. Without a key file all is checked but"):
-        checking.examine(path, Keyring({"new": b"\1" * 32}))
+        verification.examine(path, Keyring({"new": b"\1" * 32}))
 
 
 def test_a_log_is_read_beside_its_writer(tmp_path: Path) -> None:
@@ -302,9 +302,9 @@ def test_the_data_file_stays_while_it_is_read(tmp_path: Path) -> None:
     before = (tmp_path / "sessions" / "data.mdb").stat()
     with read_lock(tmp_path):
         with pytest.raises(StoreError, match="nobody may read the store"):
-            mending.repair(tmp_path, CLOCK)
+            repair.repair(tmp_path, CLOCK)
         assert (tmp_path / "sessions" / "data.mdb").stat().st_ino == before.st_ino
-    mending.repair(tmp_path, CLOCK)
+    repair.repair(tmp_path, CLOCK)
     assert (tmp_path / "sessions" / "data.mdb").stat().st_ino != before.st_ino
 
 
@@ -336,22 +336,22 @@ def test_all_is_encrypted_anew_and_nothing_else_is_left(path: Path) -> None:
     store = encrypted(opened(path), OLD)
     put(store, "a", revision=4)
     with pytest.raises(StoreBusy):
-        mending.rekey(path, CLOCK, RING)
+        repair.rekey(path, CLOCK, RING)
     store.close()
     plain = record("s050")[80:-4]
     assert any(plain in file.read_bytes() for file in path.rglob("*") if file.is_file())
     with pytest.raises(KeyFileError, match="lacks old"):
-        mending.rekey(path, CLOCK, Keyring({"new": b"\1" * 32}))
-    assert mending.rekey(path, CLOCK, RING).sessions == len(IDS)
+        repair.rekey(path, CLOCK, Keyring({"new": b"\1" * 32}))
+    assert repair.rekey(path, CLOCK, RING).sessions == len(IDS)
     assert not any(plain in file.read_bytes() for file in path.rglob("*") if file.is_file())
     alone = Keyring({"new": b"\1" * 32})
-    found = checking.examine(path, alone)
+    found = verification.examine(path, alone)
     assert (found.problems, found.encrypted, found.opened) == ([], {"new": len(IDS)}, len(IDS))
     store = encrypted(opened(path), alone)
     assert revisions(store) == EXPECTED | {"a": 4}
     put(store, "a", revision=5)
     store.close()
-    mending.rekey(path, CLOCK, alone, decrypt=True)
+    repair.rekey(path, CLOCK, alone, decrypt=True)
     assert content(path) == EXPECTED | {"a": 5}
     store = opened(path)
     assert not store.key_checks
@@ -361,12 +361,12 @@ def test_all_is_encrypted_anew_and_nothing_else_is_left(path: Path) -> None:
 def test_what_is_left_of_a_damaged_store_is_a_store(path: Path, tmp_path: Path) -> None:
     change(path, b"s100", 3)
     change(path, record("s050"), 80)
-    assert checking.examine(path, None).problems
-    found = mending.repair(path, CLOCK)
+    assert verification.examine(path, None).problems
+    found = repair.repair(path, CLOCK)
     assert found.recovered == ["s100"]
     assert found.damaged == ["s050"]
     assert (found.lost, found.sessions) == (0, len(IDS))
-    assert [p for p in checking.examine(path, None).problems if "not as they were written" not in p] == []
+    assert [p for p in verification.examine(path, None).problems if "not as they were written" not in p] == []
     store = opened(path)
     assert store.damage == ""
     assert store.get("s100") == record("s100")
@@ -385,10 +385,10 @@ def test_a_damaged_page_of_tombstones_costs_no_session(path: Path) -> None:
             data[page + 10 : page + 12] = b"\0\0"  # it is no kind of page any more
     file.write_bytes(data)
     with pytest.raises(StoreError, match=r"a page of .* cannot be read"):
-        checking.examine(path, None)
-    assert mending.repair(path, CLOCK).sessions == len(IDS)
+        verification.examine(path, None)
+    assert repair.repair(path, CLOCK).sessions == len(IDS)
     assert set(content(path)) == set(IDS)
-    assert checking.examine(path, None).tombstones == 0
+    assert verification.examine(path, None).tombstones == 0
 
 
 @pytest.mark.parametrize("bit", some(range(8)))
@@ -399,7 +399,7 @@ def test_a_session_whose_key_cannot_be_told_is_lost_and_counted(path: Path, bit:
         data[at + 1] ^= 1 << bit
         data[at + 2] ^= 1 << bit
     file.write_bytes(data)
-    found = mending.repair(path, CLOCK)
+    found = repair.repair(path, CLOCK)
     assert len(found.damaged) == 1
     assert found.recovered == []
     store = opened(path)

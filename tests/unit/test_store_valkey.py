@@ -18,17 +18,17 @@ from stepwell_server.store import counts
 from stepwell_server.store.base import (
     ALL_KEPT,
     Batch,
-    Committed,
-    DocumentsDamaged,
+    CommitResult,
+    DocumentsCorrupt,
     End,
-    Fetched,
     Store,
+    StoredSession,
     StoreError,
     Tombstone,
     new_stamp,
 )
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store.record import Joined, decode_header
+from stepwell_server.store.record import JoinedPuts, decode_header
 from stepwell_server.store.valkey.commits import Part, outcome_of
 from stepwell_server.store.valkey.connection.requests import Request
 from stepwell_server.store.valkey.scripts import UNDONE_MS
@@ -49,8 +49,8 @@ def valkey() -> Iterator[Valkey]:
         yield server
 
 
-def conflict(*session_ids: str) -> Committed:
-    return Committed(conflicts=frozenset(session_ids))
+def conflict(*session_ids: str) -> CommitResult:
+    return CommitResult(conflicts=frozenset(session_ids))
 
 
 async def test_a_session_begins_changes_and_ends(valkey: Valkey) -> None:
@@ -67,7 +67,9 @@ async def test_a_session_begins_changes_and_ends(valkey: Valkey) -> None:
         assert (await a.fetch(["s"], [first]))[0].stamp == second
         stone = Tombstone("s", End.CLOSED, 12.5, (7,), 1)
         assert await end(a, [stone], [second]) is ALL_KEPT
-        assert _plain(await b.fetch(["s", "never"])) == _plain([Fetched(tombstone=stone), Fetched()])
+        assert _plain(await b.fetch(["s", "never"])) == _plain(
+            [StoredSession(tombstone=stone), StoredSession()]
+        )
         assert await b.count() == await b.count_of("m") == 0
 
 
@@ -118,7 +120,7 @@ def test_a_conflict_behind_an_answer_that_was_lost_may_be_ones_own() -> None:
     request.reply, request.is_answered = [1], True
     assert outcome_of([Part(request, ["s"])], frozenset(), documents_kept=False) == conflict("s")
     request.is_sent = True
-    unknown = Committed(unknown=frozenset({"s"}))
+    unknown = CommitResult(unknown=frozenset({"s"}))
     assert outcome_of([Part(request, ["s"])], frozenset(), documents_kept=False) == unknown
 
 
@@ -189,7 +191,9 @@ async def test_what_is_known_of_an_opening_that_was_undone_goes_by_itself(valkey
 async def test_many_records_of_all_sizes(valkey: Valkey) -> None:
     async with shared(valkey.url()) as (store,):
         ids = [f"s{i}" for i in range(1500)]
-        begun = Joined([template(ids[:700]), [(i, record(i, size=n % 90)) for n, i in enumerate(ids[700:])]])
+        begun = JoinedPuts(
+            [template(ids[:700]), [(i, record(i, size=n % 90)) for n, i in enumerate(ids[700:])]]
+        )
         kept, first = await put(store, begun, [0] * 1500)
         assert kept is ALL_KEPT
         found = await store.fetch(ids)
@@ -197,7 +201,7 @@ async def test_many_records_of_all_sizes(valkey: Valkey) -> None:
         # of one size, and laid out together; then of several
         some = template(ids[:300], revision=1)
         assert (await put(store, some, [first] * 300))[0] is ALL_KEPT
-        mixed = Joined([template(ids[700:1400], 1), [(ids[1400], record(ids[1400], 1, size=61))]])
+        mixed = JoinedPuts([template(ids[700:1400], 1), [(ids[1400], record(ids[1400], 1, size=61))]])
         kept, second = await put(store, mixed, [first] * 701)
         assert kept is ALL_KEPT
         found = await store.fetch(ids[700:1401], [second] * 701)
@@ -409,12 +413,12 @@ async def test_documents(valkey: Valkey) -> None:
             documents=[("m/1", b"new"), ("m/2", None), ("m/3", b"z")],
             documents_follow={"m/1": b"other", "m/2": b"y", "m/3": None},
         )
-        assert await b.apply(batch) == Committed(stale=frozenset({"m/1"}))
+        assert await b.apply(batch) == CommitResult(stale=frozenset({"m/1"}))
         assert await a.documents() == {"m/1": b"x", "m/3": b"z", "n": b""}
         # sent again: what is as it is to be was written before
-        assert await b.apply(batch) == Committed(stale=frozenset({"m/1"}))
+        assert await b.apply(batch) == CommitResult(stale=frozenset({"m/1"}))
         again = Batch(documents=[("m/3", b"q")], documents_follow={"m/3": None})
-        assert await a.apply(again) == Committed(stale=frozenset({"m/3"}))
+        assert await a.apply(again) == CommitResult(stale=frozenset({"m/3"}))
 
 
 async def test_a_request_without_a_task_finds_its_server(valkey: Valkey) -> None:
@@ -445,7 +449,7 @@ async def test_a_damaged_document_is_named(valkey: Valkey) -> None:
     store = await opened(valkey.url(f"?prefix={prefix}"))
     await store.apply(Batch(documents=[("a", b"x"), ("b", b"y")]))
     valkey.ask("HSET", f"{prefix}{{meta}}documents", "a", b"nonsense")
-    with pytest.raises(DocumentsDamaged, match="document 'a' must be as it was written") as caught:
+    with pytest.raises(DocumentsCorrupt, match="document 'a' must be as it was written") as caught:
         await store.documents()
     assert caught.value.sound == {"b": b"y"}
     await store.close()
@@ -594,7 +598,7 @@ async def _after_the_end(store: Store, batch: Batch) -> Batch:
     return dataclasses.replace(batch, follows=follows)
 
 
-def _plain(found: list[Fetched]) -> list[Fetched]:
+def _plain(found: list[StoredSession]) -> list[StoredSession]:
     """With records as bytes, and without what time says, and chance."""
     return [
         dataclasses.replace(

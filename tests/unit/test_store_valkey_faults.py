@@ -17,10 +17,10 @@ from stepwell_server.errors import Overloaded, ServerError, StoreAway, StoreGone
 from stepwell_server.store.base import (
     ALL_KEPT,
     Batch,
-    Committed,
+    CommitResult,
     End,
-    Fetched,
     KeyFileError,
+    StoredSession,
     StoreError,
     Tombstone,
     new_stamp,
@@ -29,9 +29,9 @@ from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.record import decode_header
 from stepwell_server.store.valkey.connection import requests
 from stepwell_server.store.valkey.connection import url as urls
-from stepwell_server.store.valkey.connection.client import Access, Link, Lost
-from stepwell_server.store.valkey.connection.nodes import MOST_LINKS
-from stepwell_server.store.valkey.inspecting import inspect
+from stepwell_server.store.valkey.connection.client import Access, ConnectionLost, Link
+from stepwell_server.store.valkey.connection.nodes import MAX_LINKS
+from stepwell_server.store.valkey.inspection import inspect
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.certificates import Authority
 from support.cut import Cut
@@ -92,7 +92,7 @@ async def test_a_commit_that_is_never_answered_is_unknown(valkey: Valkey) -> Non
         _, first = await put(store, [("s", record("s"))], [0])
         cut.losses = 10_000
         kept, second = await put(store, [("s", record("s", 1))], [first])
-        assert kept == Committed(unknown=frozenset({"s"}))
+        assert kept == CommitResult(unknown=frozenset({"s"}))
         with pytest.raises(StoreAway):
             await store.fetch(["s"])
         cut.losses = 0
@@ -111,7 +111,7 @@ def test_a_name_that_is_looked_up_for_too_long_leaves_no_error_behind() -> None:
             opening = asyncio.create_task(Link.open(("nobody.invalid", 1), Access()))
             await asyncio.sleep(0)  # it has begun, and looks the name up
             opening.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Lost):
+            with contextlib.suppress(asyncio.CancelledError, ConnectionLost):
                 await opening
             with pytest.raises(socket.gaierror):  # and by now nobody is said to be there
                 await loop.getaddrinfo("nobody.invalid", 1)
@@ -159,14 +159,14 @@ async def test_a_server_that_answers_nobody_holds_up_nobody_for_long() -> None:
                 kept = [each[0] for each in results if isinstance(each, tuple)]
                 refused = [each for each in results if isinstance(each, BaseException)]
                 assert len(kept) + len(refused) == 120
-                assert all(each == Committed(unknown=each.unknown) and each.unknown for each in kept)
+                assert all(each == CommitResult(unknown=each.unknown) and each.unknown for each in kept)
                 assert {type(each) for each in refused} == {StoreAway}
                 assert f"{valkey.address} " in (await store.check()).problem
             found = await store.fetch(ids)
             assert {
                 decode_header(i, each.record or b"").revision for i, each in zip(ids, found, strict=True)
             } <= {0, 1}
-            assert int(valkey.info("clients")["connected_clients"]) <= MOST_LINKS + 2
+            assert int(valkey.info("clients")["connected_clients"]) <= MAX_LINKS + 2
             kept_again, _ = await put(store, template(ids, 2), [each.stamp for each in found])
             assert kept_again is ALL_KEPT
 
@@ -229,7 +229,7 @@ async def test_sync_is_what_waits_for_disk_and_replicas(valkey: Valkey) -> None:
     plain = await opened(valkey.url(f"?prefix={prefix}"), durability="sync")
     _, stamp = await put(quick, [("s", record("s")), ("gone", record("gone"))], [0, 0])
     await end(quick, [Tombstone("gone", End.CLOSED, 0.0)], [stamp])
-    assert (await put(strict, [("t", record("t"))], [0]))[0] == Committed(unknown=frozenset({"t"}))
+    assert (await put(strict, [("t", record("t"))], [0]))[0] == CommitResult(unknown=frozenset({"t"}))
     # nor what others have written: it is not told before
     for name in ("s", "gone"):
         with pytest.raises(
@@ -269,7 +269,7 @@ async def test_sync_is_what_waits_for_disk_and_replicas(valkey: Valkey) -> None:
         assert [each.record is not None for each in found] == [i % 4 == 2 for i in range(40)]
         # nobody waits for disks to hear that nothing is there, or that nothing has changed
         before = valkey.info("commandstats")["cmdstat_waitaof"]
-        assert await patient.fetch(["no", "one"]) == [Fetched(), Fetched()]
+        assert await patient.fetch(["no", "one"]) == [StoredSession(), StoredSession()]
         assert (await patient.fetch(["s"], [stamp]))[0].is_known
         assert valkey.info("commandstats")["cmdstat_waitaof"] == before
         await patient.close()
@@ -428,7 +428,7 @@ async def test_the_log_is_told_of_a_flood_of_refusals_once(
         store = await opened(valkey.url())
         valkey.ask("CONFIG", "SET", "min-replicas-to-write", "1")
         for tell_s, said in [(1e9, [{}]), (0.0, [{}, {"more_before": 19}])]:
-            monkeypatch.setattr(requests, "TELL_S", tell_s)
+            monkeypatch.setattr(requests, "REPEAT_LOG_S", tell_s)
             for _ in range(20 if tell_s else 1):
                 with pytest.raises(Unavailable):
                     await put(store, [("s", record("s"))], [0])
@@ -447,7 +447,7 @@ async def test_a_store_whose_replica_hangs_is_not_well() -> None:
         assert (await put(store, [("s", record("s"))], [0]))[0] is ALL_KEPT
         assert (await store.check()).problem == ""
         with paused(replica):  # it is connected still
-            assert (await put(store, [("t", record("t"))], [0]))[0] == Committed(unknown=frozenset({"t"}))
+            assert (await put(store, [("t", record("t"))], [0]))[0] == CommitResult(unknown=frozenset({"t"}))
             assert "1 replicas (replicas=1)" in (await store.check()).problem
         assert (await put(store, [("u", record("u"))], [0]))[0] is ALL_KEPT
         assert (await store.check()).problem == ""

@@ -18,9 +18,9 @@ from stepwell_server.errors import (
     StateCorrupt,
     Unavailable,
 )
-from stepwell_server.store.base import ALL_KEPT, Batch, Committed, End, Fetched, Tombstone
+from stepwell_server.store.base import ALL_KEPT, Batch, CommitResult, End, StoredSession, Tombstone
 from stepwell_server.store.valkey.connection import url as urls
-from stepwell_server.store.valkey.inspecting import inspect
+from stepwell_server.store.valkey.inspection import inspect
 from stepwell_server.store.valkey.keys import LOST_STAMP
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.engine import Harness, running, x
@@ -50,8 +50,8 @@ def part(store: ValkeyStore, session_id: str) -> list[str]:
     return [prefix + name for name in ("ids", "counts", "mark")]
 
 
-def lost(session_id: str) -> Fetched:
-    return Fetched(tombstone=Tombstone(session_id, End.LOST, 0.0), stamp=LOST_STAMP)
+def lost(session_id: str) -> StoredSession:
+    return StoredSession(tombstone=Tombstone(session_id, End.LOST, 0.0), stamp=LOST_STAMP)
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -62,8 +62,8 @@ async def test_a_session_that_is_listed_and_has_no_key_is_lost(valkey: Valkey, k
         found = await b.fetch(["s", "t", "never"], [stamp if known else 0, 0, 0])
         assert found[0] == lost("s")
         assert found[1].stamp == stamp
-        assert found[2] == Fetched()
-        assert (await put(b, [("s", record("s"))], [0]))[0] == Committed(conflicts=frozenset({"s"}))
+        assert found[2] == StoredSession()
+        assert (await put(b, [("s", record("s"))], [0]))[0] == CommitResult(conflicts=frozenset({"s"}))
         assert (await b.fetch(["s"]))[0] == lost("s"), "it has not begun"
         health = await b.check()
         assert (health.lost_sessions, health.problem, b.damage) == (1, "", "")
@@ -77,9 +77,9 @@ async def test_a_change_of_a_session_that_was_lost_is_a_conflict(valkey: Valkey)
         _, stamp = await put(store, [("s", record("s"))], [0])
         valkey.ask("DEL", key(store, "s"))
         kept, _ = await put(store, [("s", record("s", 1))], [stamp])
-        assert kept == Committed(conflicts=frozenset({"s"}))
+        assert kept == CommitResult(conflicts=frozenset({"s"}))
         ended = await end(store, [Tombstone("s", End.CLOSED, 1.0)], [stamp])
-        assert ended == Committed(conflicts=frozenset({"s"}))
+        assert ended == CommitResult(conflicts=frozenset({"s"}))
 
 
 async def test_an_id_that_was_lost_is_closed_or_put_back(valkey: Valkey) -> None:
@@ -96,7 +96,7 @@ async def test_an_id_that_was_lost_is_closed_or_put_back(valkey: Valkey) -> None
         assert (await store.count(), await store.count_of("m")) == (1, 1)
         assert (await put(store, [("s", record("s"))], [found.stamp]))[0] is ALL_KEPT
         kept, _ = await put(store, [("u", record("u"))], [LOST_STAMP], anew=True)
-        assert kept == Committed(conflicts=frozenset({"u"})), "it was not lost"
+        assert kept == CommitResult(conflicts=frozenset({"u"})), "it was not lost"
 
 
 async def test_who_looks_through_the_store_finds_what_was_lost(valkey: Valkey) -> None:
@@ -120,7 +120,7 @@ async def test_who_looks_through_the_store_finds_what_was_lost(valkey: Valkey) -
         assert (await a.count(), await a.count_of("m")) == (36, 36)
         assert 0 < valkey.ask("PTTL", key(a, "s0")) <= 60_000, "that is forgotten some day too"
         valkey.ask("DEL", key(a, "s39"))  # its tombstone has run out
-        assert (await a.fetch(["s39"]))[0] == Fetched()
+        assert (await a.fetch(["s39"]))[0] == StoredSession()
         assert (await put(a, [("s39", record("s39"))], [0]))[0] is ALL_KEPT
 
 
@@ -171,7 +171,7 @@ async def test_no_session_begins_in_a_part_that_was_emptied_before_that_is_known
         await put(store, [("s", record("s"))], [0])
         valkey.ask("DEL", *part(store, "s"), key(store, "s"))
         assert store.damage == ""
-        assert (await put(store, [("s", record("s"))], [0]))[0] == Committed(conflicts=frozenset({"s"}))
+        assert (await put(store, [("s", record("s"))], [0]))[0] == CommitResult(conflicts=frozenset({"s"}))
         assert store.damage_of("s")
         assert (await put(store, [("s", record("s"))], [0]))[0] is ALL_KEPT, "whoever asks decides"
 
@@ -180,7 +180,7 @@ async def test_who_finds_nothing_in_a_part_that_was_emptied_knows_it(valkey: Val
     async with shared(valkey.url()) as (store,):
         await put(store, [("s", record("s"))], [0])
         valkey.ask("DEL", *part(store, "s"), key(store, "s"))
-        assert await store.fetch(["s"]) == [Fetched()]
+        assert await store.fetch(["s"]) == [StoredSession()]
         assert store.damage_of("s")
 
 
@@ -227,8 +227,8 @@ async def test_a_key_of_another_type_is_a_damaged_session_and_nothing_more(
         assert (await store.fetch(["s3"], [stamp]))[0].record == b""
         await store.touch(ids, [stamp] * 10)
         kept, second = await put(store, [(i, record(i, 1)) for i in ids], [stamp] * 10)
-        assert kept == Committed(conflicts=frozenset({"s3"}))
-        assert (await put(store, [("s3", record("s3"))], [0]))[0] == Committed(conflicts=frozenset({"s3"}))
+        assert kept == CommitResult(conflicts=frozenset({"s3"}))
+        assert (await put(store, [("s3", record("s3"))], [0]))[0] == CommitResult(conflicts=frozenset({"s3"}))
         assert await store.count() == 10
         assert await end(store, [Tombstone(i, End.CLOSED, 1.0) for i in ids[2:4]], [second, 0]) is ALL_KEPT
         assert await store.count() == 8

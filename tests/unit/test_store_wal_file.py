@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from stepwell._admin.record_file import HEAD
 from stepwell_server.store.disk.wal import layout
-from stepwell_server.store.disk.wal.segment import Segment, SegmentDamaged
-from stepwell_server.store.record import Stored
+from stepwell_server.store.disk.wal.segment import Segment, SegmentCorrupt
+from stepwell_server.store.record import RecordBytes
 from support.samples import examples, some
 from support.stored import is_damaged, put_all, record, template
 
-Part = Sequence[tuple[str, Stored]]
+Part = Sequence[tuple[str, RecordBytes]]
 Write = Sequence[Part]
 SIZE = 16 * 1024
 SECTOR = 512
@@ -73,7 +73,7 @@ def all_of(writes: Sequence[Write]) -> dict[str, bytes]:
     return put_all([part for write in writes for part in write])
 
 
-def records_of(revision: int, *session_ids: str, size: int = 20) -> list[tuple[str, Stored]]:
+def records_of(revision: int, *session_ids: str, size: int = 20) -> list[tuple[str, RecordBytes]]:
     return [(i, record(i, revision, size)) for i in session_ids]
 
 
@@ -232,7 +232,7 @@ def test_the_very_last_byte_can_be_used(path: Path) -> None:
 def test_a_file_that_was_laid_out_and_no_more_has_nothing(path: Path) -> None:
     opened(path).close()
     segment = opened(path)
-    with pytest.raises(SegmentDamaged, match="must have"):
+    with pytest.raises(SegmentCorrupt, match="must have"):
         segment.load()
     assert not append(segment, [records_of(0, "a")]), "it must be filled first"
     segment.close()
@@ -391,7 +391,7 @@ def require_told(path: Path, picture: bytes, wanted: dict[str, bytes]) -> bool:
     path.write_bytes(picture)
     try:
         found = found_in(path)
-    except SegmentDamaged:
+    except SegmentCorrupt:
         return True
     assert set(found) == set(wanted)
     changed = [i for i in wanted if found[i] != wanted[i]]
@@ -439,7 +439,7 @@ def test_what_can_be_read_of_a_damaged_segment_is_loaded(path: Path) -> None:
     picture[ends[2] + 4] ^= 1
     path.write_bytes(picture)
     segment = opened(path)
-    with pytest.raises(SegmentDamaged, match=f"^{path} cannot be read from byte {ends[2]} on$"):
+    with pytest.raises(SegmentCorrupt, match=f"^{path} cannot be read from byte {ends[2]} on$"):
         segment.load()
     assert held(segment) == all_of(writes[:2])
     segment.close()
@@ -448,7 +448,7 @@ def test_what_can_be_read_of_a_damaged_segment_is_loaded(path: Path) -> None:
 def test_a_file_that_is_no_segment_says_so(path: Path) -> None:
     path.write_bytes(b"no segment" * 100)
     segment = opened(path)
-    with pytest.raises(SegmentDamaged, match=f"^{path} cannot be read: "):
+    with pytest.raises(SegmentCorrupt, match=f"^{path} cannot be read: "):
         segment.load()
     assert not segment.offsets
     assert not append(segment, [records_of(0, "a")])
@@ -483,7 +483,7 @@ class Disk:
         self._at_once, self._sealed = at_once, most
         self.calls = 0
 
-    def __call__(self, file: int, buffers: Sequence[Stored], at: int, flags: int = 0) -> int:
+    def __call__(self, file: int, buffers: Sequence[RecordBytes], at: int, flags: int = 0) -> int:
         self.calls += 1
         if not self._sealed:
             raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -24,8 +24,8 @@ from stepwell_server.store.valkey.connection.url import StoreUrl, UrlError, is_s
 from stepwell_server.store.valkey.connection.url import parse as parse_store_url
 
 if TYPE_CHECKING:
-    from stepwell_server.store.checking import Examined
     from stepwell_server.store.encryption.keyring import Keyring
+    from stepwell_server.store.verification import Verification
 
 #: Sessions that are named where there may be many.
 _NAMED = 5
@@ -129,10 +129,12 @@ def verify(ctx: click.Context, path: Path | StoreUrl, key_file: Path | None, as_
     with _failures():
         keyring = _keyring(key_file)
         if isinstance(path, Path):
-            from stepwell_server.store import checking
+            from stepwell_server.store import verification
 
             found = (
-                checking.examine(path, keyring) if path.is_dir() else checking.examine_backup(path, keyring)
+                verification.examine(path, keyring)
+                if path.is_dir()
+                else verification.examine_backup(path, keyring)
             )
         else:
             found = _shared().examine(path, keyring, SystemClock())
@@ -317,11 +319,11 @@ def rekey(data_dir: Path, key_file: Path | None, decrypt: bool, as_json: bool) -
     if key_file is None:
         raise Failure("--encryption-key-file: give the keys")
     with _failures():
-        from stepwell_server.store import mending
+        from stepwell_server.store import repair
 
         keyring = _keyring(key_file)
         assert keyring is not None
-        done = mending.rekey(data_dir, SystemClock(), keyring, decrypt=decrypt)
+        done = repair.rekey(data_dir, SystemClock(), keyring, decrypt=decrypt)
     if as_json:
         render.print_json({**dataclasses.asdict(done), "left": sorted(done.left)})
         return
@@ -358,9 +360,9 @@ def repair(data_dir: Path, as_json: bool) -> None:
     after this, what is not found is not there.
     """
     with _failures():
-        from stepwell_server.store import mending
+        from stepwell_server.store import repair
 
-        done = mending.repair(data_dir, SystemClock())
+        done = repair.repair(data_dir, SystemClock())
     if as_json:
         render.print_json(dataclasses.asdict(done))
         return
@@ -385,13 +387,13 @@ def _shared() -> ModuleType:
     Raises:
         StoreError: the client of Valkey is not installed.
     """
-    from stepwell_server.store.opening import shared_stores
+    from stepwell_server.store.factory import shared_stores
 
     return shared_stores()
 
 
 def _keyring(file: Path | None) -> Keyring | None:
-    from stepwell_server.store.opening import read_keyring
+    from stepwell_server.store.factory import read_keyring
 
     return None if file is None else read_keyring(file)
 
@@ -410,7 +412,7 @@ def _failures() -> Iterator[None]:
         raise Failure(error.message) from None
 
 
-def _show(found: Examined) -> None:
+def _show(found: Verification) -> None:
     """Print what was found for people."""
     facts: list[tuple[str, Any]] = [
         ("sessions", found.sessions),

@@ -24,7 +24,7 @@ from stepwell_server.errors import StartError
 from stepwell_server.logs import Log
 
 _log = Log("audit")
-MOST_WAITING = 16_384
+MAX_WAITING = 16_384
 """Events. A line has some hundreds of bytes, or some thousands where it names sessions."""
 MAX_WAITING_BYTES = 16 << 20
 """Bytes of the lines that wait, those that are being written among them."""
@@ -34,7 +34,7 @@ _BATCH_BYTES = 1 << 20
 _SHORT = 64
 """Characters that are left of each text where a line is too long without its lists, too."""
 _AT_ONCE = 512
-_AGAIN_S, _LAST_S = 1.0, 5.0
+_RETRY_INTERVAL_S, _LAST_S = 1.0, 5.0
 """Time between two tries, and how long the end waits for the last one."""
 _STOP, _REOPEN = object(), object()
 
@@ -42,7 +42,7 @@ _STOP, _REOPEN = object(), object()
 class AuditLog:
     """Writes events to a file. `write` is for any thread; the others for one."""
 
-    def __init__(self, path: Path, most_waiting: int = MOST_WAITING) -> None:
+    def __init__(self, path: Path, most_waiting: int = MAX_WAITING) -> None:
         """Open the file, which is made with mode 0600 if it is not there; `-` is standard error.
 
         Raises:
@@ -165,7 +165,7 @@ class AuditLog:
                     self.written += count - lost
                     self._drop(lost)
                     return
-                self._nudge.wait(_AGAIN_S)
+                self._nudge.wait(_RETRY_INTERVAL_S)
                 if self._must_turn:
                     begin = data.rfind(b"\n", 0, done) + 1
                     if self._cut(done - begin):

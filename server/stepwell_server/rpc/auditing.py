@@ -103,7 +103,7 @@ _OF_MODELS = (
 _ABOUT_MODELS = tuple(
     method.input_type for method in models_pb2.DESCRIPTOR.services_by_name["ModelAdminService"].methods
 )
-MOST_NAMED = 100
+MAX_NAMED = 100
 """Session ids of a line; of more only the count is said."""
 MAX_NAME_CHARACTERS = 256
 """Characters of a text in a line; of a longer one the length is said."""
@@ -212,7 +212,7 @@ class Auditor:
 
         For ``failed`` of its sessions it ended with an error, of the last for this reason.
         """
-        names = [namespaces.own(session_id) for session_id in session_ids[:MOST_NAMED]]
+        names = [namespaces.own(session_id) for session_id in session_ids[:MAX_NAMED]]
         facts: dict[str, object] = {"count": len(session_ids), "sessions": names}
         if failed:
             facts["failed"] = failed
@@ -281,7 +281,7 @@ def _cut(value: object) -> object:
     """A value as it may stand in a line: of a long text its beginning and its length."""
     if isinstance(value, str):
         return shorten(value, MAX_NAME_CHARACTERS)
-    return [_cut(each) for each in value[:MOST_NAMED]] if isinstance(value, list) else value
+    return [_cut(each) for each in value[:MAX_NAMED]] if isinstance(value, list) else value
 
 
 def _is_refusal(error: ServerError) -> bool:
@@ -303,7 +303,7 @@ def _said(request: Message, reply: Message | None) -> dict[str, object]:
         ids |= dict.fromkeys(_ids(reply))
     if ids:
         facts["count"] = len(ids)
-        facts["sessions"] = list(itertools.islice(ids, MOST_NAMED))
+        facts["sessions"] = list(itertools.islice(ids, MAX_NAMED))
     closed = getattr(reply, "closed", None)
     if closed is not None:
         facts["count"] = closed

@@ -28,7 +28,7 @@ from stepwell_server.store.record import MAX_COUNTER, header_or_none, is_sound, 
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class BackedUp:
+class BackupSummary:
     """What a backup has."""
 
     file: Path
@@ -44,7 +44,7 @@ class BackedUp:
     """So many of them were damaged in the store already; they are in the backup as they are."""
 
 
-def back_up(path: Path, file: Path, clock: Clock, *, bytes_per_s: float = math.inf) -> BackedUp:
+def back_up(path: Path, file: Path, clock: Clock, *, bytes_per_s: float = math.inf) -> BackupSummary:
     """Write the store in a data directory into a new file, whether or not a server uses it.
 
     Each session is in it as it was at some moment between the begin and the end of this call: with all that was
@@ -82,7 +82,7 @@ def back_up(path: Path, file: Path, clock: Clock, *, bytes_per_s: float = math.i
         writer.finish()
     finally:
         writer.close()
-    return BackedUp(
+    return BackupSummary(
         file,
         writer.byte_count,
         writer.counts[Kind.SESSION],
@@ -95,7 +95,7 @@ def back_up(path: Path, file: Path, clock: Clock, *, bytes_per_s: float = math.i
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Restored:
+class RestoreSummary:
     """What a store has that was made of a backup."""
 
     created: float
@@ -142,7 +142,7 @@ def checked(file: Path, clock: Clock, keyring: Keyring | None, *, moved: bool) -
     return Source(reader, about, first_revision, change)
 
 
-def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, moved: bool) -> Restored:
+def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, moved: bool) -> RestoreSummary:
     """Make a store of a backup in a new data directory. The whole backup is read and checked before.
 
     Args:
@@ -178,7 +178,7 @@ def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, mo
         values |= {meta.INCARNATION: about.incarnation.encode(), meta.SECRET: about.secret}
     with new_folder(path) as folder:
         count = make(folder, clock, sessions(), stones, lambda: documents.items, lambda: values)
-    return Restored(
+    return RestoreSummary(
         about.created,
         count,
         len(stones),

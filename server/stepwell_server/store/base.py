@@ -23,7 +23,7 @@ from stepwell_server.core.quotas import Usage
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.heads import Heads
-from stepwell_server.store.record import F64, U64, Stored
+from stepwell_server.store.record import F64, U64, RecordBytes
 
 _log = Log("store")
 
@@ -33,7 +33,7 @@ NO_LIMITS: F64 = np.zeros(0, np.float64)
 """Of nothing."""
 TOMBSTONES = 100_000
 """Of the latest sessions that are gone, a local store remembers so many."""
-MOST_NAME_BYTES, MOST_DOCUMENT_BYTES = 400, 2**20
+MAX_NAME_BYTES, MAX_DOCUMENT_BYTES = 400, 2**20
 """Of a document: the limits of its name, as UTF-8, and of its content."""
 
 
@@ -41,7 +41,7 @@ class StoreError(Exception):
     """The store cannot be opened: the server does not start."""
 
 
-class DocumentsDamaged(StoreError):
+class DocumentsCorrupt(StoreError):
     """Documents are not as they were written, or missing. Sessions and other documents are not concerned."""
 
     def __init__(self, message: str, names: Sequence[str], sound: dict[str, bytes]) -> None:
@@ -162,10 +162,10 @@ class Tombstone:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Fetched:
+class StoredSession:
     """What a store has of a session."""
 
-    record: Stored | None = None
+    record: RecordBytes | None = None
     tombstone: Tombstone | None = None
     """Only looked for where there is no record."""
     stamp: int = 0
@@ -177,7 +177,7 @@ class Fetched:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Unused:
+class UnusedSessions:
     """Some sessions that nobody has used lately, as far as the store knows, in an order of the store's own."""
 
     heads: Heads
@@ -194,7 +194,7 @@ class Unused:
 class Batch:
     """Changes that are kept together or not at all. They are applied in the order of these fields."""
 
-    puts: Sequence[tuple[str, Stored]] = ()
+    puts: Sequence[tuple[str, RecordBytes]] = ()
     """Records by session id, as `store.record` encodes them; the last one of an id counts.
 
     A batch that has nothing else is of sessions that are there: one that begins is in `counts`.
@@ -216,7 +216,7 @@ class Batch:
     """Small byte strings of the server itself by name, each as a whole; None removes one, where it is. The last of a name
     counts.
 
-    A name has 1 to `MOST_NAME_BYTES` bytes of UTF-8, a content at most `MOST_DOCUMENT_BYTES`.
+    A name has 1 to `MAX_NAME_BYTES` bytes of UTF-8, a content at most `MAX_DOCUMENT_BYTES`.
     """
 
     goes_back: bool = False
@@ -270,13 +270,13 @@ def _require_document(name: str, content: bytes | None) -> None:
         size = len(name.encode())
     except UnicodeEncodeError:
         raise ValueError(f"the name of a document must be text that UTF-8 can encode; got {name!r}") from None
-    if not 1 <= size <= MOST_NAME_BYTES:
+    if not 1 <= size <= MAX_NAME_BYTES:
         raise ValueError(
-            f"the name of a document must have 1 to {MOST_NAME_BYTES} bytes of UTF-8; {name[:40]!r} has {size}"
+            f"the name of a document must have 1 to {MAX_NAME_BYTES} bytes of UTF-8; {name[:40]!r} has {size}"
         )
-    if content is not None and len(content) > MOST_DOCUMENT_BYTES:
+    if content is not None and len(content) > MAX_DOCUMENT_BYTES:
         raise ValueError(
-            f"document {name!r} must have at most {MOST_DOCUMENT_BYTES} bytes; it has {len(content)}"
+            f"document {name!r} must have at most {MAX_DOCUMENT_BYTES} bytes; it has {len(content)}"
         )
 
 
@@ -291,7 +291,7 @@ class Outcome(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Committed:
+class CommitResult:
     """What became of a batch, by the sessions that it puts or deletes, and its documents."""
 
     conflicts: frozenset[str] = frozenset()
@@ -306,12 +306,12 @@ class Committed:
         return Outcome.UNKNOWN if session_id in self.unknown else Outcome.KEPT
 
 
-ALL_KEPT = Committed()
+ALL_KEPT = CommitResult()
 
 
-Answer: TypeAlias = "Committed | ServerError"
+Answer: TypeAlias = "CommitResult | ServerError"
 """What became of each session of a batch, or why nothing of it was kept."""
-Done: TypeAlias = "Callable[[Answer], None]"
+OnAnswer: TypeAlias = "Callable[[Answer], None]"
 
 
 def as_server_error(error: Exception) -> ServerError:
@@ -335,7 +335,7 @@ class Write:
     """Makes the batch; maybe on another thread."""
     size: int
     """Records in it, about."""
-    done: Done
+    done: OnAnswer
     """Gets the answer on the event loop, if `Store.commit` did not return it. It must not raise."""
     is_change: bool = False
     """It may be kept before what waits: it changes sessions that have been kept, and that are claimed, so nothing that
@@ -386,7 +386,7 @@ def stamped(stamp: int, count: int) -> U64:
     return np.array([stamp], np.uint64).repeat(count)
 
 
-KNOWN = Fetched(is_known=True)
+KNOWN = StoredSession(is_known=True)
 """Of a session whose stamp was known, in a store that says no more of it."""
 
 
@@ -440,7 +440,7 @@ class Store(Protocol):
     def new_stamp(self) -> int:
         """The stamp of records that are written together: `SOLE` in a store of one server, else one that is drawn."""
 
-    async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+    async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[StoredSession]:
         """What it has of many sessions: their records, and how those ended that have none.
 
         A store that has them at hand does not wait for anything. So it is with a record that nobody else can have changed.
@@ -469,7 +469,7 @@ class Store(Protocol):
         """
         return
 
-    async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> Unused:
+    async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> UnusedSessions:
         """Sessions that may have been unused for longer than their limits, by the store's clock.
 
         The caller judges each of them: a store may return sessions that are not due. A session that is due is in some page
@@ -587,7 +587,7 @@ class LocalStore(Protocol):
     has_log: bool = False
     """`append` is worth trying."""
 
-    def append(self, puts: Sequence[tuple[str, Stored]]) -> bool:  # noqa: ARG002
+    def append(self, puts: Sequence[tuple[str, RecordBytes]]) -> bool:  # noqa: ARG002
         """Keep changes of sessions that are there, as durably as `commit`, beside a commit that is under way.
 
         Args:
@@ -612,7 +612,7 @@ class LocalStore(Protocol):
             briefly: A small part: somebody may be waiting.
         """
 
-    def get(self, session_id: str) -> Stored | None:
+    def get(self, session_id: str) -> RecordBytes | None:
         """The record of a session, or None.
 
         Raises:
@@ -620,7 +620,7 @@ class LocalStore(Protocol):
             Unavailable: the store cannot be read now.
         """
 
-    def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
+    def get_many(self, session_ids: Sequence[str]) -> list[RecordBytes | None]:
         """The records of many sessions, None where there is none.
 
         Where a record is there and cannot be read it is empty: decoding it says `StateCorrupt`.
@@ -653,7 +653,7 @@ class LocalStore(Protocol):
         """All documents whose name begins with `prefix`, in the order of their names.
 
         Raises:
-            DocumentsDamaged: one of them is not as it was written, or some document is missing.
+            DocumentsCorrupt: one of them is not as it was written, or some document is missing.
             Unavailable: the store cannot be read now.
         """
 

@@ -23,7 +23,7 @@ from stepwell_server.core.quotas import SESSION_BYTES, Usage
 from stepwell_server.store.base import Store
 from stepwell_server.store.fields import counted_bytes
 from stepwell_server.store.heads import heads_of
-from stepwell_server.store.record import Header, Stored, header_or_none
+from stepwell_server.store.record import Header, RecordBytes, header_or_none
 
 
 def of_tenants(sessions: Iterable[tuple[str, str]], by: int) -> list[tuple[str, int]]:
@@ -42,7 +42,7 @@ def usage_of(header: Header) -> Usage:
     return Usage(1, header.batch_size, SESSION_BYTES + extra_bytes)
 
 
-def usage_of_record(session_id: str, stored: Stored) -> tuple[int, Usage]:
+def usage_of_record(session_id: str, stored: RecordBytes) -> tuple[int, Usage]:
     """The revision that a record says, and what the session takes; 0 and what was counted of it if it is damaged."""
     header = header_or_none(session_id, stored)
     if header is None:

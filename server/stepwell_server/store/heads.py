@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from stepwell_server.core.quotas import SESSION_BYTES, Usage
 from stepwell_server.store.fields import FIELD, SEAL, counted_bytes
-from stepwell_server.store.record import HEADER, MAX_TIME, Stored
+from stepwell_server.store.record import HEADER, MAX_TIME, RecordBytes
 
 _EMPTY = bytes(HEADER.itemsize)
 _HEAD_BYTES = np.arange(HEADER.itemsize)
@@ -42,7 +42,7 @@ class Heads:
         return len(self.keys)
 
 
-def heads_of(keys: list[bytes], records: Sequence[Stored], *, is_whole: bool = True) -> Heads:
+def heads_of(keys: list[bytes], records: Sequence[RecordBytes], *, is_whole: bool = True) -> Heads:
     """The columns of records: a few array operations, as there may be a million of them.
 
     `is_whole`: they come with their rows and arrays.

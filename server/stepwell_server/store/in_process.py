@@ -15,22 +15,22 @@ from typing_extensions import override
 from stepwell_server.clock import Clock
 from stepwell_server.core.idle import IdleLimits
 from stepwell_server.errors import ServerError
-from stepwell_server.store.access.lanes import Lanes
+from stepwell_server.store.access.local_writes import LocalWrites
 from stepwell_server.store.base import (
     KNOWN,
     SOLE,
     Answer,
-    Fetched,
     LocalStore,
     Store,
+    StoredSession,
     StoreHealth,
-    Unused,
+    UnusedSessions,
     Write,
 )
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import F64, header_or_none
 
-_NOTHING = Fetched()
+_NOTHING = StoredSession()
 #: The records are first searched for unused sessions this long after the start at the latest. Then the search rests: at
 #: least this many times as long as it took.
 _FIRST_SEARCH_S, _REST = 5.0, 10.0
@@ -39,7 +39,7 @@ _NOTED, _RECORDS = "noted", ">"
 
 
 class InProcessStore(Store):
-    """Commits go through `Lanes`; a look after the store is a thread's; all else is done in place.
+    """Commits go through `LocalWrites`; a look after the store is a thread's; all else is done in place.
 
     Its server alone uses sessions, so the store knows what the server notes when a session leaves its table. Of other
     records it knows that they were not used since the start. Time before the start does not count: nobody could use them.
@@ -63,7 +63,7 @@ class InProcessStore(Store):
         # several servers may have been set up from one backup
         self.labels = {"store_id": f"{local.incarnation}-{secrets.token_hex(4)}", "shared": "false"}
         self.first_revision = local.first_revision
-        self._lanes = Lanes(local)
+        self._lanes = LocalWrites(local)
 
     @property
     @override
@@ -79,7 +79,7 @@ class InProcessStore(Store):
         return await asyncio.to_thread(self._lanes.close, timeout_s)
 
     @override
-    async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+    async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[StoredSession]:
         if len(known) and all(known):
             return [KNOWN] * len(known)
         unknown = (
@@ -109,7 +109,7 @@ class InProcessStore(Store):
             heapq.heappush(self._ends, (max(used, self._opened) + limit_s, session_id, used))
 
     @override
-    async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> Unused:
+    async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> UnusedSessions:
         """First those that were noted, then the records; these only when a limit can have ended."""
         now, due = self._clock.monotonic(), dict[str, float]()
         if cursor.startswith(_RECORDS):
@@ -131,7 +131,7 @@ class InProcessStore(Store):
         self._search_began, self._next_end = now, math.inf
         return dataclasses.replace(page, cursor=_RECORDS)
 
-    def _search(self, after: str, limits: IdleLimits, limit: int) -> Unused:
+    def _search(self, after: str, limits: IdleLimits, limit: int) -> UnusedSessions:
         heads, now = self.local.heads(after=after, limit=limit), self._clock.monotonic()
         ids = [str(key, "utf-8", "replace") for key in heads.keys]
         ends = self._opened + limits.seconds_of(heads.heads["max_idle_ms"].astype(np.int64))
@@ -144,7 +144,7 @@ class InProcessStore(Store):
         self._next_search = max(self._next_end, now + _REST * (now - self._search_began))
         return page
 
-    def _page(self, session_ids: Sequence[str], idle_s: F64) -> Unused:
+    def _page(self, session_ids: Sequence[str], idle_s: F64) -> UnusedSessions:
         """Those that are there and whose records are sound: others cannot say what their limits are."""
         records = self.local.get_many(session_ids) if session_ids else []
         sound = [
@@ -153,7 +153,7 @@ class InProcessStore(Store):
             if record is not None and header_or_none(session_id, record) is not None
         ]
         heads = heads_of([session_ids[i].encode() for i in sound], [records[i] or b"" for i in sound])
-        return Unused(heads, np.full(len(sound), SOLE, np.uint64), idle_s[sound], "")
+        return UnusedSessions(heads, np.full(len(sound), SOLE, np.uint64), idle_s[sound], "")
 
     @override
     async def claim(self, name: str, whose: str, for_s: float) -> float | None:
@@ -207,7 +207,7 @@ class InProcessStore(Store):
         await asyncio.to_thread(self.local.close)
 
 
-def fetched(local: LocalStore, session_ids: Sequence[str]) -> list[Fetched]:
+def fetched(local: LocalStore, session_ids: Sequence[str]) -> list[StoredSession]:
     """What a store that answers in place has of sessions.
 
     Raises:
@@ -216,8 +216,8 @@ def fetched(local: LocalStore, session_ids: Sequence[str]) -> list[Fetched]:
     records = local.get_many(session_ids)
     missing = [i for i, record in zip(session_ids, records, strict=True) if record is None]
     stones = iter(local.tombstones(missing)) if missing else iter(())
-    found: list[Fetched] = []
+    found: list[StoredSession] = []
     for record in records:
         stone = next(stones) if record is None else None
-        found.append(_NOTHING if record is None and stone is None else Fetched(record, stone, SOLE))
+        found.append(_NOTHING if record is None and stone is None else StoredSession(record, stone, SOLE))
     return found

@@ -12,7 +12,7 @@ from typing_extensions import override
 from stepwell_server.core.recent_values import RecentValues
 from stepwell_server.store.base import TOMBSTONES, Batch, LocalStore, StoreHealth, Tombstone
 from stepwell_server.store.heads import Heads, heads_of
-from stepwell_server.store.record import Stored
+from stepwell_server.store.record import RecordBytes
 
 
 class MemoryStore(LocalStore):
@@ -60,7 +60,7 @@ class MemoryStore(LocalStore):
         return self._records.get(session_id)
 
     @override
-    def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
+    def get_many(self, session_ids: Sequence[str]) -> list[RecordBytes | None]:
         return [self._records.get(session_id) for session_id in session_ids]
 
     @override

@@ -43,7 +43,7 @@ MAX_BATCH_SIZE = 2**31 - 1
 MAX_TIME = 253_402_300_800.0
 """Seconds from the epoch to the end of the year 9999: times of records are from 0 up to it."""
 
-Stored = bytes | bytearray | memoryview
+RecordBytes = bytes | bytearray | memoryview
 """An encoded record."""
 
 HEADER = np.dtype(
@@ -173,10 +173,12 @@ def encode_ids(session_ids: Sequence[str]) -> bytes:
     return b"".join([_encoded(session_id)[0] for session_id in session_ids])
 
 
-class Puts(list[tuple[str, Stored]]):
+class Puts(list[tuple[str, RecordBytes]]):
     """Ids and records that lie one after the other, and may be put again: the same objects with other contents."""
 
-    def __init__(self, session_ids: Sequence[str], records: Sequence[Stored], together: memoryview) -> None:
+    def __init__(
+        self, session_ids: Sequence[str], records: Sequence[RecordBytes], together: memoryview
+    ) -> None:
         super().__init__(zip(session_ids, records, strict=True))
         self.session_ids = session_ids
         self.sizes = [len(record) for record in records]
@@ -201,24 +203,24 @@ class Puts(list[tuple[str, Stored]]):
         """What the checksum of each record begins with."""
         return [crc32(key) for key in self.keys]
 
-    def with_checksums(self, records: Sequence[Stored], together: memoryview, checksums: bytes) -> Puts:
+    def with_checksums(self, records: Sequence[RecordBytes], together: memoryview, checksums: bytes) -> Puts:
         """Other records of the same sessions."""
         puts = Puts(self.session_ids, records, together)
         puts.checksums, puts.encoded_ids = checksums, self.encoded_ids
         return puts
 
 
-class Joined(Sequence[tuple[str, Stored]]):
+class JoinedPuts(Sequence[tuple[str, RecordBytes]]):
     """Ids and records of several changes, as one sequence."""
 
-    def __init__(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> None:
+    def __init__(self, parts: Sequence[Sequence[tuple[str, RecordBytes]]]) -> None:
         self.parts = parts
 
     def __len__(self) -> int:
         """How many records there are."""
         return sum(map(len, self.parts))
 
-    def __iter__(self) -> Iterator[tuple[str, Stored]]:
+    def __iter__(self) -> Iterator[tuple[str, RecordBytes]]:
         """The records of one part after the other."""
         return itertools.chain.from_iterable(self.parts)
 
@@ -280,7 +282,7 @@ class RecordTemplate:
         heads["max_idle_ms"] = max_idle_ms
         self.byte_count = buffer.nbytes
         flat = memoryview(buffer.reshape(-1).data)
-        records: list[Stored] = [flat[at : at + size] for at in range(0, buffer.size, size)]
+        records: list[RecordBytes] = [flat[at : at + size] for at in range(0, buffer.size, size)]
         self._bodies = [record[_CHECKSUM_BYTES:] for record in records]
         self._seeds = [_encoded(session_id)[1] for session_id in session_ids]
         self._puts = Puts(session_ids, records, flat)
@@ -309,7 +311,7 @@ class RecordTemplate:
         return self._puts
 
 
-def decode_header(session_id: str, stored: Stored) -> Header:
+def decode_header(session_id: str, stored: RecordBytes) -> Header:
     """Read what a record says beside the state; the whole record is checked all the same.
 
     Raises:
@@ -342,7 +344,7 @@ def _header(view: memoryview) -> Header:
     )
 
 
-def header_or_none(session_id: str, stored: Stored) -> Header | None:
+def header_or_none(session_id: str, stored: RecordBytes) -> Header | None:
     """As `decode_header`, of encrypted records too; None if the record cannot be read."""
     try:
         return _header(_checked(session_id, stored, sealed=True))
@@ -350,19 +352,19 @@ def header_or_none(session_id: str, stored: Stored) -> Header | None:
         return None
 
 
-def size_of(head: Stored) -> int:
+def size_of(head: RecordBytes) -> int:
     """How many bytes a record has, by its header; nothing is checked."""
     facts = _STRUCT.unpack_from(head)
     sizes: int = facts[_FINGERPRINT] + facts[_MODEL] + facts[_ROWS] + facts[_EXTRA] + facts[_FIELDS]
     return HEADER.itemsize + sizes
 
 
-def max_idle_ms_of(record: Stored) -> int:
+def max_idle_ms_of(record: RecordBytes) -> int:
     """The limit of its own that a record says, 0 for none; nothing is checked."""
     return 0 if len(record) < HEADER.itemsize else int(_MAX_IDLE.unpack_from(record, _MAX_IDLE_AT)[0])
 
 
-def is_sound(session_id: str, stored: Stored) -> bool:
+def is_sound(session_id: str, stored: RecordBytes) -> bool:
     """Whether a record is as it was written, and this session's; a later server may have written it."""
     try:
         _intact(session_id, stored)
@@ -371,7 +373,7 @@ def is_sound(session_id: str, stored: Stored) -> bool:
     return True
 
 
-def supersedes(newer: Stored, older: Stored) -> bool:
+def supersedes(newer: RecordBytes, older: RecordBytes) -> bool:
     """Whether a record is of the same session as another, not only of the same id, and of a later change."""
     if len(newer) < HEADER.itemsize or len(older) < HEADER.itemsize:
         return False
@@ -381,7 +383,7 @@ def supersedes(newer: Stored, older: Stored) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Decoded:
+class DecodedRecords:
     """Many records read at once. Those that could not be read are in `errors` and nowhere else."""
 
     sound: npt.NDArray[np.intp]
@@ -400,7 +402,7 @@ class Decoded:
     """By place."""
 
 
-def decode_many(session_ids: Sequence[str], stored: Sequence[Stored]) -> Decoded:
+def decode_many(session_ids: Sequence[str], stored: Sequence[RecordBytes]) -> DecodedRecords:
     """Read many records at once, for sessions that come back to the arena together."""
     errors: dict[int, StateCorrupt] = {}
     sound: list[int] = []
@@ -413,7 +415,7 @@ def decode_many(session_ids: Sequence[str], stored: Sequence[Stored]) -> Decoded
             errors[place] = error
     heads = np.frombuffer(b"".join([view[: HEADER.itemsize] for view in views]), HEADER)
     cuts = _cuts(heads)
-    return Decoded(
+    return DecodedRecords(
         np.array(sound, np.intp),
         heads,
         [str(view[HEADER.itemsize : end], "utf-8") for view, (end, _, _) in zip(views, cuts, strict=True)],
@@ -450,7 +452,7 @@ def _seed(session_id: str) -> int:
     return crc32(session_id.encode())
 
 
-def _intact(session_id: str, stored: Stored) -> memoryview:
+def _intact(session_id: str, stored: RecordBytes) -> memoryview:
     """The record, if its checksum is right and, as far as its schema is known, its header can be true.
 
     A checksum says nothing of who made a record: whoever imports or restores one can make it anew.
@@ -499,25 +501,25 @@ def _require_possible(session_id: str, view: memoryview) -> None:
         raise _corrupt(session_id, problem)
 
 
-def checksums_of(bodies: Iterable[Stored], seeds: Iterable[int]) -> npt.NDArray[np.uint32]:
+def checksums_of(bodies: Iterable[RecordBytes], seeds: Iterable[int]) -> npt.NDArray[np.uint32]:
     """The checksums of records that go on with `bodies` behind it; see `Puts.seeds`."""
     return np.fromiter(map(crc32, bodies, seeds), np.dtype("<u4"))
 
 
-def with_checksum(session_id: str, record: Stored) -> bytes:
+def with_checksum(session_id: str, record: RecordBytes) -> bytes:
     """A record with the checksum that it must have, whatever stands in its place."""
     body = memoryview(record)[_CHECKSUM_BYTES:]
     return b"".join((crc32(body, _encoded(session_id)[1]).to_bytes(_CHECKSUM_BYTES, "little"), body))
 
 
-def with_revision(session_id: str, record: Stored, revision: int) -> bytes:
+def with_revision(session_id: str, record: RecordBytes, revision: int) -> bytes:
     """A record as of another revision."""
     changed = bytearray(record)
     _REVISION.pack_into(changed, _REVISION_AT, revision)
     return with_checksum(session_id, bytes(changed))
 
 
-def head_with(head: Stored, fields_bytes: int) -> bytes:
+def head_with(head: RecordBytes, fields_bytes: int) -> bytes:
     """What stands before the rows of a record, as it is with so many bytes of fields; the checksum is not made."""
     changed = bytearray(head)
     _START.pack_into(changed, 0, 0, SCHEMA_VERSION)
@@ -525,18 +527,18 @@ def head_with(head: Stored, fields_bytes: int) -> bytes:
     return bytes(changed)
 
 
-def state_at(record: Stored) -> int:
+def state_at(record: RecordBytes) -> int:
     """Where rows and extra of a record begin; nothing is checked."""
     facts = _STRUCT.unpack_from(record)
     return int(HEADER.itemsize + facts[_FINGERPRINT] + facts[_MODEL])
 
 
-def fields_at(record: Stored) -> int:
+def fields_at(record: RecordBytes) -> int:
     """Where the extension fields of a record begin; nothing is checked."""
     return max(0, len(record) - int(_LENGTH.unpack_from(record, HEADER.itemsize - _LENGTH.size)[0]))
 
 
-def seal_end(record: Stored) -> int:
+def seal_end(record: RecordBytes) -> int:
     """Where the extension fields begin that are not about encryption; nothing is checked."""
     at = fields_at(record)
     if at + FIELD.itemsize > len(record):
@@ -545,7 +547,7 @@ def seal_end(record: Stored) -> int:
     return at + FIELD.itemsize + length if tag == SEAL else at
 
 
-def key_id_of(record: Stored) -> str | None:
+def key_id_of(record: RecordBytes) -> str | None:
     """The id of the key that a record is encrypted with; None if it is not. Nothing is checked."""
     if len(record) < HEADER.itemsize:
         return None
@@ -553,7 +555,7 @@ def key_id_of(record: Stored) -> str | None:
     return None if start == end else str(record[start + FIELD.itemsize + KEY_ID_AT : end], "utf-8", "replace")
 
 
-def _checked(session_id: str, stored: Stored, *, sealed: bool = False) -> memoryview:
+def _checked(session_id: str, stored: RecordBytes, *, sealed: bool = False) -> memoryview:
     """The record, if it is intact and of a form that this server can use; an encrypted one only if it may be `sealed`."""
     view = _intact(session_id, stored)
     _, schema = _START.unpack_from(view)

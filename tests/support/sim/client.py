@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from stepwell_server.clock import Clock
 from stepwell_server.store.valkey.connection import url
-from stepwell_server.store.valkey.connection.client import Access, Command, Lost, Reply
+from stepwell_server.store.valkey.connection.client import Access, Command, ConnectionLost, Reply
 from stepwell_server.store.valkey.connection.nodes import Cluster, Node, Primary
 from stepwell_server.store.valkey.connection.requests import Requests
 from stepwell_server.store.valkey.connection.url import Address
@@ -54,10 +54,10 @@ class _NodeOver(Node):
     async def ask(self, commands: Sequence[Command], limit_s: float) -> list[Reply]:
         answer: asyncio.Future[list[Reply]] = self._loop.create_future()
 
-        def done(result: list[Reply] | Lost) -> None:
+        def done(result: list[Reply] | ConnectionLost) -> None:
             if answer.done():
                 return
-            if isinstance(result, Lost):
+            if isinstance(result, ConnectionLost):
                 answer.set_exception(result)
             else:
                 answer.set_result(result)
@@ -67,7 +67,10 @@ class _NodeOver(Node):
 
     @override
     def begin(
-        self, commands: Sequence[Command], limit_s: float, done: Callable[[list[Reply] | Lost], None]
+        self,
+        commands: Sequence[Command],
+        limit_s: float,
+        done: Callable[[list[Reply] | ConnectionLost], None],
     ) -> bool:
         if self._loop.world.chance(_NO_LINK):
             return False
@@ -75,25 +78,28 @@ class _NodeOver(Node):
         return True
 
     def _send(
-        self, commands: Sequence[Command], limit_s: float, done: Callable[[list[Reply] | Lost], None]
+        self,
+        commands: Sequence[Command],
+        limit_s: float,
+        done: Callable[[list[Reply] | ConnectionLost], None],
     ) -> None:
         node, network, loop = self._node, self._network, self._loop
         generation = node.generation
-        late = loop.call_later(limit_s, lambda: done(Lost("no answer in time", sent=True)))
+        late = loop.call_later(limit_s, lambda: done(ConnectionLost("no answer in time", sent=True)))
 
-        def come(result: list[Reply] | Lost) -> None:
+        def come(result: list[Reply] | ConnectionLost) -> None:
             if not late.cancelled() and late.when() > loop.time():
                 late.cancel()
                 done(result)
 
-        def tell(result: list[Reply] | Lost) -> None:
+        def tell(result: list[Reply] | ConnectionLost) -> None:
             network.send(node.name, loop.name, loop.call_soon, come, result)
 
         def arrive() -> None:
             if node.is_down or generation != node.generation:
                 loop.world.note(loop.name, "meets nobody at", node.name)
                 # it was sent if there was a connection from before
-                tell(Lost("nobody is there", sent=generation != node.generation))
+                tell(ConnectionLost("nobody is there", sent=generation != node.generation))
                 return
             now = node.generation
             loop.world.note(loop.name, "at", node.name, *map(said, commands))

@@ -11,7 +11,7 @@ from typing import Any
 from support.sim.world import NodeLoop, World
 
 
-class Refused(Exception):
+class ErrorReply(Exception):
     """Nobody listens there: the request was not taken."""
 
 

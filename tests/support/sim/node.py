@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store.base import End
 from stepwell_server.store.record import decode_header
-from stepwell_server.store.valkey.connection.client import Command, Refused, Reply, slot_of
+from stepwell_server.store.valkey.connection.client import Command, ErrorReply, Reply, slot_of
 from stepwell_server.store.valkey.keys import HEAD, RECORD, TOMBSTONE, unpack_tombstone
 from support.register import Life, Rollback
 from support.sim.keyspace import Kept, Keyspace
@@ -192,7 +192,7 @@ class ModelNode:
         refused = None if command in _KEYLESS else self._refusal([words[1]], is_asking=is_asking)
         return self._keys.call(*words) if refused is None else refused
 
-    def _refusal(self, keys: Sequence[bytes], *, is_asking: bool) -> Refused | None:
+    def _refusal(self, keys: Sequence[bytes], *, is_asking: bool) -> ErrorReply | None:
         """As `getNodeByQuery` of Valkey decides."""
         tags = {_tag(key) for key in keys}
         assert len(tags) == 1 or len(self.owners) == 0, "keys of a request must be of one slot"
@@ -204,15 +204,17 @@ class ModelNode:
         if owner is not self:
             if tag in self.importing and is_asking:
                 return (
-                    Refused.of("TRYAGAIN some keys are on their way") if len(keys) > 1 and missing else None
+                    ErrorReply.of("TRYAGAIN some keys are on their way")
+                    if len(keys) > 1 and missing
+                    else None
                 )
-            return Refused.of(f"MOVED {slot_of(tag)} {owner.name}:{owner.address[1]}")
+            return ErrorReply.of(f"MOVED {slot_of(tag)} {owner.name}:{owner.address[1]}")
         target = self.migrating.get(tag)
         if target is None or not missing:
             return None
         if missing < len(keys):
-            return Refused.of("TRYAGAIN some keys are on their way")
-        return Refused.of(f"ASK {slot_of(tag)} {target.name}:{target.address[1]}")
+            return ErrorReply.of("TRYAGAIN some keys are on their way")
+        return ErrorReply.of(f"ASK {slot_of(tag)} {target.name}:{target.address[1]}")
 
     def _wrote(self, key: bytes, before: Kept) -> None:
         self._log.append(_Written(self.world.now, self._commands, key, before))

@@ -13,7 +13,7 @@ from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.commit import group_commit as commits
 from stepwell_server.engine.sessions import end
 from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
-from stepwell_server.store.access import lanes
+from stepwell_server.store.access import local_writes
 from stepwell_server.store.base import SMALL
 from support.durable import Lasting, begun, everything, facts, stalled, until
 from support.engine import STORES, Harness, Later, kinds, x
@@ -485,7 +485,7 @@ async def test_small_jobs_are_committed_apart_from_large_ones_of_their_pass(last
 async def test_a_lone_step_does_not_wait_for_large_changes_of_others(
     lasting: Lasting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "MANY", SMALL)
+    monkeypatch.setattr(local_writes, "MANY", SMALL)
     ids = [f"s{number:03}" for number in range(SMALL + 1)]
     async with lasting.engine(resident_rows=200, max_batch_rows=200) as at:
         await begin(at)

@@ -32,7 +32,7 @@ _ALWAYS = ("stepwell_server.engine.executors.litert", "stepwell_server.engine.ex
 _FRAMEWORKS = (
     "stepwell_server.compile.keras_file.sizes",
     "stepwell_server.compile.program.pipeline",
-    "stepwell_server.compile.program.again",
+    "stepwell_server.compile.program.recompile",
     "stepwell_server.compile.probe.own_data",
 )
 

@@ -109,8 +109,8 @@ class _Jobs:
 
     def _compile(self, job: dict[str, Any], model: Path) -> bool:
         """Compile a model; returns whether it may be compiled `again`."""
-        from stepwell_server.compile.program.again import may_be_reused
         from stepwell_server.compile.program.pipeline import compile_traced
+        from stepwell_server.compile.program.recompile import may_be_reused
 
         program, traced = compile_traced(
             model,
@@ -130,7 +130,7 @@ class _Jobs:
         Raises:
             Exception: anything; the server has it compiled by a new worker then, which reports what is wrong.
         """
-        from stepwell_server.compile.program.again import compile_again
+        from stepwell_server.compile.program.recompile import compile_again
 
         assert self._traced is not None
         assert self._architecture is not None

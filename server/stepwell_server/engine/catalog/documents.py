@@ -16,7 +16,7 @@ from stepwell_server.engine.versions import document
 from stepwell_server.engine.versions.registry import Models, Versions
 from stepwell_server.errors import ServerError, Unavailable
 from stepwell_server.logs import Log
-from stepwell_server.store.base import Answer, Batch, DocumentsDamaged, Store
+from stepwell_server.store.base import Answer, Batch, DocumentsCorrupt, Store
 
 _log = Log("engine.versions")
 MAX_TRIES = 16
@@ -46,7 +46,7 @@ class Documents:
         """Read all documents, by model, before anything is served.
 
         Raises:
-            DocumentError, DocumentsDamaged: one of them cannot be read.
+            DocumentError, DocumentsCorrupt: one of them cannot be read.
             Unavailable: the store cannot be asked.
         """
         found = _by_model(await self._store.documents(document.PREFIX))
@@ -174,7 +174,7 @@ class Documents:
     async def _found(self, prefix: str) -> dict[str, bytes]:
         try:
             return await self._store.documents(prefix)
-        except DocumentsDamaged as error:
+        except DocumentsCorrupt as error:
             raise Unavailable(str(error)) from error
 
     def _saw(self, model: str, content: bytes | None) -> None:

@@ -21,8 +21,8 @@ from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import OutcomeUnknown, ServerError
 from stepwell_server.store import base
-from stepwell_server.store.base import ALL_KEPT, Batch, Committed, Done, stamped
-from stepwell_server.store.record import Joined
+from stepwell_server.store.base import ALL_KEPT, Batch, CommitResult, OnAnswer, stamped
+from stepwell_server.store.record import JoinedPuts
 
 Answer = Callable[[ServerError | None, Members | None], None]
 """Called with the error, or None, and with the places of the outcome that it is for; None: all of them."""
@@ -51,19 +51,19 @@ class Recorder:
         self._clock = clock
         self._observer = observer
 
-    def keep(self, outcome: Outcome, sizes: Sizes, done: Done) -> None:
+    def keep(self, outcome: Outcome, sizes: Sizes, done: OnAnswer) -> None:
         """Keep an outcome of claimed sessions; `done` is called then, maybe before this returns."""
         clock, count = self._clock, len(outcome.handles)
         last_used, began = clock.now(), clock.monotonic()
         outcome.stamp = self._new_stamp()
 
-        def kept(committed: Committed | ServerError) -> None:
+        def kept(committed: CommitResult | ServerError) -> None:
             self._observer.stage(outcome.model.name, "commit", clock.monotonic() - began, count)
             done(committed)
 
         def build() -> Batch:
             puts, follows = self._records.of(outcome, last_used), self._table.stamp[outcome.handles]
-            if isinstance(puts, Joined) and np.count_nonzero(follows != follows[0]):
+            if isinstance(puts, JoinedPuts) and np.count_nonzero(follows != follows[0]):
                 # records of several lengths are not in the order of the outcome
                 follows = self._table.stamp[self._table.find_all([session_id for session_id, _ in puts])]
             return Batch(
@@ -111,7 +111,7 @@ class Committer:
             self._set(outcome, answer, None)
             return
 
-        def done(committed: Committed | ServerError) -> None:
+        def done(committed: CommitResult | ServerError) -> None:
             if committed is ALL_KEPT:
                 self._set(outcome, answer, None)
             elif isinstance(committed, ServerError):
@@ -122,7 +122,7 @@ class Committer:
 
         self._recorder.keep(outcome, self._sizes, done)
 
-    def _settle(self, outcome: Outcome, committed: Committed, answer: Answer, again: Again) -> None:
+    def _settle(self, outcome: Outcome, committed: CommitResult, answer: Answer, again: Again) -> None:
         """Each session has a fate of its own."""
         ids = [self._table.session_id(handle) for handle in outcome.handles.tolist()]
         fates = np.array([committed.of(session_id).value for session_id in ids])

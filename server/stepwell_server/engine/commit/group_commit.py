@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 
 from stepwell_server.errors import Overloaded
-from stepwell_server.store.base import Answer, Batch, Done, Store, Write
+from stepwell_server.store.base import Answer, Batch, OnAnswer, Store, Write
 
 #: Sessions that may wait for the store before passes wait too.
 MAX_WAITING = 32_768
@@ -53,7 +53,7 @@ class GroupCommit:
         self,
         build: Callable[[], Batch],
         size: int,
-        done: Done,
+        done: OnAnswer,
         *,
         is_change: bool = False,
         is_latency_sensitive: bool = False,
@@ -83,7 +83,7 @@ class GroupCommit:
         else:
             done(answer)
 
-    async def keep(self, batch: Batch, size: int, done: Done = lambda _answer: None) -> Answer:
+    async def keep(self, batch: Batch, size: int, done: OnAnswer = lambda _answer: None) -> Answer:
         """Commit a batch and wait for the answer: see `submit`. If the caller is cancelled, `done` still gets it."""
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 

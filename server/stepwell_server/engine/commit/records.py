@@ -15,7 +15,7 @@ from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import ReplyArrays
 from stepwell_server.engine.types import U64, Members
-from stepwell_server.store.record import Header, Joined, RecordTemplate, Stored, Texts, encode
+from stepwell_server.store.record import Header, JoinedPuts, RecordBytes, RecordTemplate, Texts, encode
 
 #: Records of fewer sessions are laid out each time.
 _WORTH_KEEPING = 16
@@ -91,7 +91,7 @@ class Records:
         self._fields = fields
         self._templates = Templates(table, fields)
 
-    def of(self, outcome: Outcome, last_used: float) -> Sequence[tuple[str, Stored]]:
+    def of(self, outcome: Outcome, last_used: float) -> Sequence[tuple[str, RecordBytes]]:
         """What the store keeps of an outcome, by session id."""
         handles = outcome.handles
         rows, sizes = self._table.rows_of(handles), self._table.batch_size[handles]
@@ -107,7 +107,7 @@ class Records:
         if (lengths != lengths[0]).any():  # the records of a template are of one length
             same = lengths == lengths[0]
             parts_of = [outcome.part(np.flatnonzero(same)), outcome.part(np.flatnonzero(~same))]
-            return Joined([self.of(part, last_used) for part in parts_of])
+            return JoinedPuts([self.of(part, last_used) for part in parts_of])
         template = self._templates.of(outcome.model, handles)
         outcome.model.arena.pack_into(rows, template.rows)
         return template.fill(
@@ -119,7 +119,7 @@ class Records:
             replies=outcome.replies,
         )
 
-    def _one(self, outcome: Outcome, place: int, rows: bytes, last_used: float) -> tuple[str, Stored]:
+    def _one(self, outcome: Outcome, place: int, rows: bytes, last_used: float) -> tuple[str, RecordBytes]:
         table, model, handle = self._table, outcome.model, int(outcome.handles[place])
         session_id, arrays = table.session_id(handle), outcome.arrays.get(place)
         return session_id, encode(

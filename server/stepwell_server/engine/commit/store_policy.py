@@ -25,9 +25,9 @@ from stepwell_server.errors import ServerError
 from stepwell_server.store import counts
 from stepwell_server.store.base import Answer, Batch, Store, Write
 from stepwell_server.store.heads import Heads, heads_of
-from stepwell_server.store.record import Stored
+from stepwell_server.store.record import RecordBytes
 
-Puts: TypeAlias = Sequence[tuple[str, Stored]]
+Puts: TypeAlias = Sequence[tuple[str, RecordBytes]]
 
 
 class IdOrder:

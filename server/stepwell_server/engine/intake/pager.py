@@ -28,9 +28,9 @@ from stepwell_server.engine.types import U64, Array, Mask
 from stepwell_server.engine.versions.record_upgrade import RecordUpgrader, UpgradedRecords
 from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import NoRows, ServerError, SessionLost, SessionReplaced, Unavailable
-from stepwell_server.store.base import Fetched, Store, as_server_error
+from stepwell_server.store.base import Store, StoredSession, as_server_error
 from stepwell_server.store.fields import counted_bytes
-from stepwell_server.store.record import Decoded, decode_many
+from stepwell_server.store.record import DecodedRecords, decode_many
 
 #: Columns of the table that are in the header of a record.
 _FROM_RECORDS = (
@@ -246,7 +246,7 @@ class Pager:
         return found
 
     async def _forward(
-        self, model: Model, handles: Handles, ids: Sequence[str], found: Sequence[Fetched]
+        self, model: Model, handles: Handles, ids: Sequence[str], found: Sequence[StoredSession]
     ) -> UpgradedRecords:
         """Read records, as of the version of the model that their sessions are on now."""
         stamps = self._table.stamp[handles].tolist()
@@ -263,7 +263,7 @@ class Pager:
         self,
         model: Model,
         handles: Handles,
-        found: Sequence[Fetched],
+        found: Sequence[StoredSession],
         forwarded: UpgradedRecords,
         rows: Rows,
     ) -> Refused:
@@ -278,8 +278,8 @@ class Pager:
         return refused
 
     def _settle(
-        self, model: Model, handles: Handles, found: Sequence[Fetched], forwarded: UpgradedRecords
-    ) -> tuple[Decoded, Mask, Refused]:
+        self, model: Model, handles: Handles, found: Sequence[StoredSession], forwarded: UpgradedRecords
+    ) -> tuple[DecodedRecords, Mask, Refused]:
         """Records that were read, which of them are sound and these sessions', and why the others are not.
 
         The table is told what those say that another server may have written, and what changed on their way here.
@@ -305,7 +305,7 @@ class Pager:
         self._table.position[handles[forwarded.begun]] = 0
         return decoded, sound, refused
 
-    def _fill(self, model: Model, handles: Handles, rows: Rows, decoded: Decoded, sound: Mask) -> None:
+    def _fill(self, model: Model, handles: Handles, rows: Rows, decoded: DecodedRecords, sound: Mask) -> None:
         here = handles[sound]
         model.arena.unpack(rows, _packed(decoded, sound).reshape(len(rows), -1))
         self._table.set_rows_of(here, rows)
@@ -321,7 +321,7 @@ class Pager:
         handles: Handles,
         stamps: U64,
         is_changed: Mask,
-        decoded: Decoded,
+        decoded: DecodedRecords,
         sound: Mask,
         refused: Refused,
     ) -> None:
@@ -350,7 +350,7 @@ class Pager:
             table.bytes[handle] = SESSION_BYTES + extra + counted_bytes(fields)
             self._fields.take(handle, fields)
 
-    def _are_of(self, model: Model, decoded: Decoded) -> Mask:
+    def _are_of(self, model: Model, decoded: DecodedRecords) -> Mask:
         """Which records are of sessions of a model."""
         known: dict[tuple[str, bytes], bool] = {}
         found = [
@@ -364,7 +364,7 @@ class Pager:
                 known[each] = True  # it is refused already
         return np.array([known[each] for each in found], np.bool_)
 
-    def _gone(self, handle: int, found: Fetched) -> ServerError:
+    def _gone(self, handle: int, found: StoredSession) -> ServerError:
         """Why a session that is in the table has no record."""
         if found.tombstone is not None:
             return ended_by(found.tombstone)
@@ -421,7 +421,7 @@ class Pager:
         return [self._table.session_id(handle) for handle in handles.tolist()]
 
 
-def _packed(decoded: Decoded, sound: Mask) -> npt.NDArray[np.uint8]:
+def _packed(decoded: DecodedRecords, sound: Mask) -> npt.NDArray[np.uint8]:
     """The packed rows of those records that are sound, one after the other."""
     fits = sound[decoded.sound]
     packed = np.frombuffer(decoded.rows, np.uint8)

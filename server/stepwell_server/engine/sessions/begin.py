@@ -53,12 +53,12 @@ from stepwell_server.store.base import (
     NO_STAMPS,
     Answer,
     Batch,
-    Committed,
+    CommitResult,
     as_server_error,
     new_stamp,
     stamped,
 )
-from stepwell_server.store.record import Joined, RecordTemplate, Stored, decode_header
+from stepwell_server.store.record import JoinedPuts, RecordBytes, RecordTemplate, decode_header
 
 _log = Log("engine.begin")
 
@@ -355,7 +355,7 @@ class Attempts:
 
     async def _take_over_part(self, ids: Sequence[str], request_id: int, stamp: int) -> bool:
         for _ in range(MAX_TRIES):
-            puts: list[tuple[str, Stored]] = []
+            puts: list[tuple[str, RecordBytes]] = []
             follows: list[int] = []
             for session_id, each in zip(ids, await self._directory.store.fetch(ids), strict=True):
                 if each.record is None:
@@ -370,11 +370,11 @@ class Attempts:
                 return True
         raise changed_elsewhere(ids[0])
 
-    async def _stamp(self, puts: Sequence[tuple[str, Stored]], follows: U64, stamp: int) -> bool:
+    async def _stamp(self, puts: Sequence[tuple[str, RecordBytes]], follows: U64, stamp: int) -> bool:
         """Write records as they are, with a new stamp; False if one was changed meanwhile."""
 
         def done(committed: Answer) -> None:
-            if isinstance(committed, Committed):
+            if isinstance(committed, CommitResult):
                 self._set_stamps(puts, follows, stamp, committed)
 
         batch = Batch(puts=puts, follows=follows, stamps=stamped(stamp, len(puts)))
@@ -386,7 +386,7 @@ class Attempts:
         return not committed.conflicts
 
     def _set_stamps(
-        self, puts: Sequence[tuple[str, Stored]], follows: U64, stamp: int, committed: Committed
+        self, puts: Sequence[tuple[str, RecordBytes]], follows: U64, stamp: int, committed: CommitResult
     ) -> None:
         """Note in the table what its sessions are stamped with now."""
         table = self._table
@@ -627,7 +627,7 @@ class SessionCreator:
 
     async def _keep(self, new: NewSessions) -> ServerError | None:
         """Have the store keep records of sessions, of all or of none; why it did not."""
-        ids, puts = new.ids, list[Sequence[tuple[str, Stored]]]()
+        ids, puts = new.ids, list[Sequence[tuple[str, RecordBytes]]]()
         try:
             async for part in self._pieces.of(ids):
                 some = new.part(part)
@@ -635,7 +635,7 @@ class SessionCreator:
         except Exception as error:
             self._policy.after_page_in(ids)
             return as_server_error(error)
-        joined = puts[0] if len(puts) == 1 else Joined([each for each in puts if each])
+        joined = puts[0] if len(puts) == 1 else JoinedPuts([each for each in puts if each])
         batch = Batch(
             puts=joined,
             forgets=ids,
@@ -744,7 +744,7 @@ class SessionCreator:
 _OVERTAKEN = ServerError("overtaken")
 
 
-def _records(whole: NewSessions, part: slice) -> Sequence[tuple[str, Stored]]:
+def _records(whole: NewSessions, part: slice) -> Sequence[tuple[str, RecordBytes]]:
     new = whole.part(part)
     model, ready, count = new.model, new.ready, len(new.ids)
     mark = Mark(model.version, new.epoch, is_pinned=new.is_pinned)

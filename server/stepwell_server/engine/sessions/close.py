@@ -36,7 +36,7 @@ from stepwell_server.errors import (
     StateCorrupt,
     VersionElsewhere,
 )
-from stepwell_server.store.base import Batch, End, Fetched, Outcome, Tombstone, with_close
+from stepwell_server.store.base import Batch, End, Outcome, StoredSession, Tombstone, with_close
 from stepwell_server.store.record import Header, decode_header, header_or_none
 
 #: Sessions deleted in one transaction by one call: each needs room on the disk before it gives any back.
@@ -370,7 +370,7 @@ class Closer:
             raise
         return np.array(there, np.intp), closed
 
-    def _is_there(self, handle: int, found: Fetched) -> bool:
+    def _is_there(self, handle: int, found: StoredSession) -> bool:
         session_id = self._table.session_id(handle)
         if found.is_known:
             return True
@@ -441,7 +441,7 @@ def _another(session_id: str) -> SessionNotFound:
     return SessionNotFound(session_id, f"session {session_id!r} was closed, and another one has its id now")
 
 
-def _closes(session_id: str, found: Fetched) -> tuple[int, ...]:
+def _closes(session_id: str, found: StoredSession) -> tuple[int, ...]:
     """Request ids of the calls that closed earlier sessions of an id."""
     if found.tombstone is not None:
         return found.tombstone.closes

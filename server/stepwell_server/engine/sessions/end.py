@@ -40,11 +40,11 @@ from stepwell_server.store.base import (
     Answer,
     Batch,
     End,
-    Fetched,
     Outcome,
     Store,
+    StoredSession,
     Tombstone,
-    Unused,
+    UnusedSessions,
     as_server_error,
     with_close,
 )
@@ -79,7 +79,7 @@ _PASSES, _MAX_INTERVAL_S, _MIN_INTERVAL_S = 10, 30.0, 0.1
 _REST, _MIN_REST_S = 3.0, 0.01
 #: The table becomes smaller by this share of its limit at once: to find the least recently used is a look at all.
 _TRIMMED_SHARE = 1 / 8
-_NOTHING = Fetched()
+_NOTHING = StoredSession()
 
 
 class EndedSession(NamedTuple):
@@ -369,7 +369,7 @@ class Expiry:
             held_s = await self._store.claim("service", "all", BREAK_S)
             self._watch.since, self._asked_at = at - (held_s or 0.0), at
 
-    def is_over(self, session_id: str, found: Fetched) -> bool:
+    def is_over(self, session_id: str, found: StoredSession) -> bool:
         """Whether a session, as the store has it, has been unused for too long."""
         return found.record is not None and self._limit_if_over(session_id, found) is not None
 
@@ -377,7 +377,7 @@ class Expiry:
         """Whether a session with this limit has ended, if it was unused for `idle_s` and has nothing under way: see `refresh`."""
         return min(idle_s, self._clock.monotonic() - self._watch.since) > limit_s
 
-    def _limit_if_over(self, session_id: str, found: Fetched) -> tuple[Header, float, float] | None:
+    def _limit_if_over(self, session_id: str, found: StoredSession) -> tuple[Header, float, float] | None:
         """The header of a record that is over, its limit, and for how long it was unused; None: it is not over."""
         assert found.record is not None, "the caller has looked"
         limit_s = self.limits.seconds(max_idle_ms_of(found.record))
@@ -390,7 +390,7 @@ class Expiry:
         idle_s = self._clock.monotonic() - self.take_use(header, found.idle_s)
         return (header, limit_s, idle_s) if self.is_too_long(limit_s, idle_s) else None
 
-    async def compare(self, session_ids: Sequence[str]) -> dict[str, Fetched]:
+    async def compare(self, session_ids: Sequence[str]) -> dict[str, StoredSession]:
         """Forget sessions that other servers have changed, of those of the table that have nothing under way here.
 
         The table knows then when the store last heard of the use of the others.
@@ -418,7 +418,7 @@ class Expiry:
         if found.count(KNOWN) == len(found):
             return {}
         births, now = dict(zip(ids, were.tolist(), strict=True)), self._clock.monotonic()
-        newer: dict[str, Fetched] = {}
+        newer: dict[str, StoredSession] = {}
         changed: list[str] = []
         for handle, (session_id, each) in zip(
             table.find_all(ids).tolist(), zip(ids, found, strict=True), strict=True
@@ -474,7 +474,7 @@ class Expiry:
         idle_s = self._clock.monotonic() - self._table.used[due]
         return await self._end(self._removal.described(due), IdleBounds(limits_s, idle_s + _LATE_S))
 
-    async def expire_found(self, found: Mapping[str, Fetched]) -> set[str]:
+    async def expire_found(self, found: Mapping[str, StoredSession]) -> set[str]:
         """End those of some sessions that only the store has, and has so, which are over.
 
         Returns:
@@ -496,14 +496,14 @@ class Expiry:
             await self._end(sessions, IdleBounds(limits_s, idle_s + _LATE_S))
         return {*over}
 
-    def _over(self, found: Mapping[str, Fetched]) -> dict[str, tuple[Header, float, float]]:
+    def _over(self, found: Mapping[str, StoredSession]) -> dict[str, tuple[Header, float, float]]:
         return {
             i: over
             for i, each in found.items()
             if each.record is not None and (over := self._limit_if_over(i, each)) is not None
         }
 
-    async def expire_page(self, page: Unused) -> int:
+    async def expire_page(self, page: UnusedSessions) -> int:
         """End those of a page that are over, unless this server's table knows better; return how many.
 
         Raises:

@@ -31,10 +31,10 @@ from stepwell_server.errors import (
     Unavailable,
 )
 from stepwell_server.store import counts
-from stepwell_server.store.base import Fetched, Store, Tombstone
-from stepwell_server.store.record import Header, Stored, decode_header, header_or_none
+from stepwell_server.store.base import Store, StoredSession, Tombstone
+from stepwell_server.store.record import Header, RecordBytes, decode_header, header_or_none
 
-_NOTHING = Fetched()
+_NOTHING = StoredSession()
 _NO_MEMBERS: Members = np.zeros(0, np.intp)
 _FIRST: Members = np.zeros(1, np.intp)
 #: Sessions that the store is asked for in one turn of the event loop: about 1 ms of it.
@@ -49,9 +49,9 @@ class LookupResult:
 
     def __init__(
         self,
-        found: Mapping[str, Fetched],
+        found: Mapping[str, StoredSession],
         error: ServerError | None = None,
-        newer: Mapping[str, Fetched] | None = None,
+        newer: Mapping[str, StoredSession] | None = None,
     ) -> None:
         self._found = found if isinstance(found, dict) else dict(found)
         self._error = error
@@ -70,7 +70,7 @@ class LookupResult:
         self._error = self._error or other._error
         self._newer.update(other._newer)
 
-    def get(self, session_id: str) -> Stored | None:
+    def get(self, session_id: str) -> RecordBytes | None:
         """The record of a session, or None.
 
         Raises:
@@ -78,7 +78,7 @@ class LookupResult:
         """
         return self.all_of([session_id])[0].record
 
-    def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
+    def get_many(self, session_ids: Sequence[str]) -> list[RecordBytes | None]:
         """The records of many sessions, None where there is none."""
         return [each.record for each in self.all_of(session_ids)]
 
@@ -98,7 +98,7 @@ class LookupResult:
         """For how long nobody had used the session, by the store's clock; NaN if it has none."""
         return self.all_of([session_id])[0].idle_s
 
-    def newer(self, session_id: str) -> Fetched | None:
+    def newer(self, session_id: str) -> StoredSession | None:
         """What another server made of a session that is in the table and has something under way here; None: nothing."""
         return self._newer.get(session_id)
 
@@ -106,7 +106,7 @@ class LookupResult:
         """Sessions that are in the table, have something under way here, and have ended on another server."""
         return [session_id for session_id, each in self._newer.items() if each.record is None]
 
-    def all_of(self, session_ids: Sequence[str]) -> list[Fetched]:
+    def all_of(self, session_ids: Sequence[str]) -> list[StoredSession]:
         """All that is known of some sessions."""
         try:
             return [*map(self._found.__getitem__, session_ids)]
@@ -235,7 +235,7 @@ class Lookup:
     async def _ask(
         self, session_ids: Sequence[str], use: Callable[[LookupResult], Sequence[str]] | None, *, anew: bool
     ) -> LookupResult:
-        newer: Mapping[str, Fetched] | None = None
+        newer: Mapping[str, StoredSession] | None = None
         if anew:
             self._drain()  # what came before is under way then
             # what is in the table when it has been made may have been changed elsewhere since it was kept
@@ -245,8 +245,10 @@ class Lookup:
         doubted = () if use is None else use(seen)
         return await self._ask(doubted, use, anew=True) if doubted else seen
 
-    async def _look(self, session_ids: Sequence[str], newer: Mapping[str, Fetched] | None) -> LookupResult:
-        found: dict[str, Fetched] = {}
+    async def _look(
+        self, session_ids: Sequence[str], newer: Mapping[str, StoredSession] | None
+    ) -> LookupResult:
+        found: dict[str, StoredSession] = {}
         table = self._table
         try:
             await self._expiry.expire_named(session_ids, is_compared=newer is not None)
@@ -288,10 +290,10 @@ class Lookup:
             return seen
         return LookupResult(dict.fromkeys(session_ids, _NOTHING) | found, newer=newer)
 
-    async def _read(self, session_ids: Sequence[str]) -> dict[str, Fetched]:
+    async def _read(self, session_ids: Sequence[str]) -> dict[str, StoredSession]:
         """What the store has of sessions. It is asked in pieces, and they are awaited together."""
-        found: dict[str, Fetched] = {}
-        later: list[tuple[Sequence[str], asyncio.Future[list[Fetched]]]] = []
+        found: dict[str, StoredSession] = {}
+        later: list[tuple[Sequence[str], asyncio.Future[list[StoredSession]]]] = []
         for at in range(0, len(session_ids), READ_BATCH_SIZE):
             if at:
                 await self.pieces.turn(tenant_of(session_ids[0]))
@@ -403,7 +405,7 @@ class Loader:
                 found[session_id] = header
         return found
 
-    def _served(self, session_id: str, stored: Stored) -> tuple[str, Header, Model]:
+    def _served(self, session_id: str, stored: RecordBytes) -> tuple[str, Header, Model]:
         """A stored session, if it can be stepped here."""
         header = decode_header(session_id, stored)
         model, move = self._models.place(session_id, header)

@@ -30,7 +30,7 @@ from stepwell_server.engine.types import Array, Mask, Members
 from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import InvalidInput, Overloaded, ServerError, SessionGone, SessionLost
 from stepwell_server.logs import Log
-from stepwell_server.store.base import Fetched, Store
+from stepwell_server.store.base import Store, StoredSession
 from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import header_or_none
 
@@ -583,7 +583,7 @@ class SessionList:
             left = departed
         return [infos[session_id] for session_id in session_ids if session_id in infos]
 
-    def _info(self, session_id: str, found: Fetched) -> SessionInfo | None:
+    def _info(self, session_id: str, found: StoredSession) -> SessionInfo | None:
         """A session by its record, or by the table if that has the same; None: it has ended, or nobody sees it yet."""
         handle = self._table.find(session_id)
         here = None if handle is None else self._directory.info(handle)

@@ -55,9 +55,9 @@ from stepwell_server.errors import (
     StateCorrupt,
 )
 from stepwell_server.store import counts
-from stepwell_server.store.base import Batch, Committed, Fetched, Outcome, Store, stamped
+from stepwell_server.store.base import Batch, CommitResult, Outcome, Store, StoredSession, stamped
 from stepwell_server.store.fields import KNOWN_TAGS, pack_fields, unpack_fields
-from stepwell_server.store.record import Header, Stored, decode_header, decode_many, is_sound, key_id_of
+from stepwell_server.store.record import Header, RecordBytes, decode_header, decode_many, is_sound, key_id_of
 
 MAX_IMPORTED = 1000
 """Sessions in one call."""
@@ -72,7 +72,7 @@ _EXPORT_PAGE_SIZE = 1000
 #: Records that are read before others get a turn of the event loop.
 _EXPORT_BATCH_SIZE = 64
 
-ExportResult = Stored | ServerError
+ExportResult = RecordBytes | ServerError
 
 
 class Exporter:
@@ -136,7 +136,7 @@ class Exporter:
             await asyncio.sleep(0)
         return found, page.next
 
-    def _stored(self, session_id: str, fetched: Fetched) -> ExportResult | None:
+    def _stored(self, session_id: str, fetched: StoredSession) -> ExportResult | None:
         """A session as the store has it; None: the store does not say it all.
 
         Its state is only in the arena, or another one under the version that it is on by now. Or it begins or ends just now.
@@ -179,7 +179,7 @@ class Exporter:
             self._turns.release(np.array([handle]))
         return await self._held(session_id, deadline, needs_rows=True) if record is None else record
 
-    def _as_now(self, session_id: str, record: Stored) -> Stored | None:
+    def _as_now(self, session_id: str, record: RecordBytes) -> RecordBytes | None:
         """A record as of the version that its session is on by now; None: its state is another there."""
         try:
             header = decode_header(session_id, record)
@@ -574,7 +574,7 @@ class Importer:
 _CONFLICT = ServerError("conflict")
 
 
-def _outcome(session_id: str, committed: Committed | ServerError) -> ServerError | None:
+def _outcome(session_id: str, committed: CommitResult | ServerError) -> ServerError | None:
     """Why a session was not kept; None: it was."""
     if isinstance(committed, ServerError):
         return committed

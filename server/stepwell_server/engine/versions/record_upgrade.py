@@ -27,7 +27,7 @@ from stepwell_server.engine.versions.history import Move, MoveKind
 from stepwell_server.engine.versions.registry import Models, RecordTrace, Versions
 from stepwell_server.errors import MigrationFailed, ServerError, StateCorrupt, Unavailable
 from stepwell_server.program import StateSpec, dtype_of
-from stepwell_server.store.record import Decoded
+from stepwell_server.store.record import DecodedRecords
 
 Migration = Callable[[dict[str, Array]], Mapping[str, Array]]
 """Makes states of one version, `(rows, ...)` each by name, states of another: as many rows, in their order.
@@ -41,7 +41,7 @@ it made is only stored with the session's next change.
 class UpgradedRecords:
     """Records as of the version that their sessions are on."""
 
-    decoded: Decoded
+    decoded: DecodedRecords
     refused: dict[int, ServerError]
     """Those that cannot be brought there, by place; they are in `decoded` all the same, with rows of zeros."""
     begun: list[int]
@@ -98,7 +98,7 @@ class RecordUpgrader:
         """Whether records of a model's sessions may have to be migrated, which takes as long as it takes."""
         return any(move.how is MoveKind.MIGRATE for move in self._models.versions(model.name).history.moves)
 
-    def bring(self, model: Model, decoded: Decoded, as_known: Sequence[bool]) -> UpgradedRecords:
+    def bring(self, model: Model, decoded: DecodedRecords, as_known: Sequence[bool]) -> UpgradedRecords:
         """Bring the records of sessions of a version there. Those of another model's sessions stay as they are.
 
         `as_known` says of each place whether its record is as the table knows it: see `trace`.
@@ -265,7 +265,9 @@ class RecordUpgrader:
             low = high
 
 
-def _misfits(decoded: Decoded, indexes: npt.NDArray[np.intp], layout: Layout) -> dict[int, ServerError]:
+def _misfits(
+    decoded: DecodedRecords, indexes: npt.NDArray[np.intp], layout: Layout
+) -> dict[int, ServerError]:
     """Why some of the records, by their index, cannot be sessions of a version with this layout, by place.
 
     Each is refused by itself: what fills the rows of many at once must find that they fit.

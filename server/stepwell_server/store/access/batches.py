@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from stepwell_server.store.base import NO_LIMITS, Batch, Write, as_server_error
-from stepwell_server.store.record import F64, Joined, Stored
+from stepwell_server.store.record import F64, JoinedPuts, RecordBytes
 
 #: Records in one transaction at most, unless a single batch has more.
 MAX_RECORDS = 8192
@@ -58,7 +58,7 @@ def merged(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
     return Batch(
-        puts=Joined([part for batch in batches for part in _parts(batch.puts)]),
+        puts=JoinedPuts([part for batch in batches for part in _parts(batch.puts)]),
         deletes=[name for batch in batches for name in batch.deletes],
         forgets=[name for batch in batches for name in batch.forgets],
         tombstones=[stone for batch in batches for stone in batch.tombstones],
@@ -89,5 +89,5 @@ def _limits(limits: Sequence[F64], batches: Sequence[Batch], none: float) -> F64
     )
 
 
-def _parts(puts: Sequence[tuple[str, Stored]]) -> Sequence[Sequence[tuple[str, Stored]]]:
-    return puts.parts if isinstance(puts, Joined) else [puts] if puts else ()
+def _parts(puts: Sequence[tuple[str, RecordBytes]]) -> Sequence[Sequence[tuple[str, RecordBytes]]]:
+    return puts.parts if isinstance(puts, JoinedPuts) else [puts] if puts else ()

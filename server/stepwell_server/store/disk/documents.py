@@ -16,7 +16,7 @@ from typing import Any
 import lmdb
 from isal.isal_zlib import crc32
 
-from stepwell_server.store.base import DocumentsDamaged
+from stepwell_server.store.base import DocumentsCorrupt
 from stepwell_server.store.disk import key_sums
 from stepwell_server.store.disk.key_sums import Sums
 
@@ -100,7 +100,7 @@ class DocumentSet:
         """Those whose name begins with `prefix`.
 
         Raises:
-            DocumentsDamaged: one of them is damaged, or some document is missing.
+            DocumentsCorrupt: one of them is damaged, or some document is missing.
         """
         sound = {name: content for name, content in self.sound.items() if name.startswith(prefix)}
         damaged = [name for name in self.damaged if name.startswith(prefix)]
@@ -110,7 +110,7 @@ class DocumentSet:
         if self.problem:
             problems.append(f"the store must have all its documents; {self.problem}")
         rule = "stepwell store verify says more, stepwell store repair goes on without them"
-        raise DocumentsDamaged(f"{'; '.join(problems)}: {rule}", damaged, sound)
+        raise DocumentsCorrupt(f"{'; '.join(problems)}: {rule}", damaged, sound)
 
 
 def write(transaction: Any, documents: Any, meta: Any, items: Iterable[Item]) -> None:

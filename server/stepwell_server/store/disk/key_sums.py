@@ -18,7 +18,7 @@ from typing import Any
 
 from isal.isal_zlib import crc32
 
-from stepwell_server.store.record import Stored
+from stepwell_server.store.record import RecordBytes
 
 NAME = b"key sums"
 """In LMDB's `meta`."""
@@ -70,7 +70,7 @@ class Change:
     """The sums afterwards, if they are others."""
 
     def put(
-        self, transaction: Any, sessions: Any, items: Sequence[tuple[bytes, Stored]], begin: int | None
+        self, transaction: Any, sessions: Any, items: Sequence[tuple[bytes, RecordBytes]], begin: int | None
     ) -> None:
         """Put records, of which `begin` are of sessions that begin; None: it is not known.
 

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stepwell_server.store.record import Stored
+from stepwell_server.store.record import RecordBytes
 
 _MAX_KEY_BYTES = 511
 _DIGEST_BYTES = 32
@@ -29,12 +29,12 @@ def key_of(session_id: str) -> bytes:
     return key[:_KEPT_BYTES] + b"\xff" + hashlib.sha256(key).digest()
 
 
-def is_digest(key: Stored) -> bool:
+def is_digest(key: RecordBytes) -> bool:
     """Whether a key is that of a long id."""
     return len(key) == _MAX_KEY_BYTES and key[_KEPT_BYTES] == 0xFF
 
 
-def items(puts: Sequence[tuple[str, Stored]]) -> list[tuple[bytes, Stored]]:
+def items(puts: Sequence[tuple[str, RecordBytes]]) -> list[tuple[bytes, RecordBytes]]:
     """Keys and values in the order of the keys, so that a cursor mostly stays on its page. The sort is stable."""
     found = [(session_id.encode(), record) for session_id, record in puts]
     if max(map(len, map(_first, found))) > _MAX_KEY_BYTES:
@@ -43,7 +43,7 @@ def items(puts: Sequence[tuple[str, Stored]]) -> list[tuple[bytes, Stored]]:
     return found
 
 
-def _item(put: tuple[str, Stored]) -> tuple[bytes, Stored]:
+def _item(put: tuple[str, RecordBytes]) -> tuple[bytes, RecordBytes]:
     """Key and value of a record."""
     session_id, record = put
     key = key_of(session_id)
@@ -61,7 +61,7 @@ def own(session_id: str, key: bytes, value: bytes | None) -> bytes | None:
     return bytes(record) if bytes(name) == session_id.encode() else b""
 
 
-def _split(value: Stored) -> tuple[memoryview, memoryview]:
+def _split(value: RecordBytes) -> tuple[memoryview, memoryview]:
     """Id and record of a long id's value; both empty if it is too short for an id."""
     view = memoryview(value)
     if len(view) < _ID_LENGTH.size:
@@ -70,7 +70,7 @@ def _split(value: Stored) -> tuple[memoryview, memoryview]:
     return view[_ID_LENGTH.size : end], view[end:]
 
 
-def values(cursor: Any, after: str, prefix: str, limit: int) -> tuple[list[bytes], list[Stored]]:
+def values(cursor: Any, after: str, prefix: str, limit: int) -> tuple[list[bytes], list[RecordBytes]]:
     """Ids, as UTF-8, and records behind `after`, of a cursor that gives bytes, which is faster than views."""
     start, shared = key_of(after), prefix.encode()[:_KEPT_BYTES]
     if limit <= 0 or not cursor.set_range(max(start, shared) or b"\0"):
@@ -79,7 +79,7 @@ def values(cursor: Any, after: str, prefix: str, limit: int) -> tuple[list[bytes
     some = some[1:] if some[0][0] == start else some[:limit]
     some = [each for each in some if each[0].startswith(shared)]
     keys: list[bytes] = [key for key, _ in some]
-    records: list[Stored] = [value for _, value in some]
+    records: list[RecordBytes] = [value for _, value in some]
     if max(map(len, keys), default=0) >= _MAX_KEY_BYTES:
         for place in [place for place, key in enumerate(keys) if is_digest(key)]:
             name, record = _split(records[place])

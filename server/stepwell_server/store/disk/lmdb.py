@@ -39,15 +39,15 @@ from stepwell_server.files import private_files
 from stepwell_server.store.base import TOMBSTONES, Batch, LocalStore, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk import documents as in_lmdb
 from stepwell_server.store.disk import meta
+from stepwell_server.store.disk.file_length import lengthen, require_whole_file, within_limit
 from stepwell_server.store.disk.files import OpenFiles, explain, flush_folders, start_errors
 from stepwell_server.store.disk.key_sums import BATCH_SIZE, Change, KeyCheck, UnexpectedKeys
 from stepwell_server.store.disk.keys import items, key_of, own, values
 from stepwell_server.store.disk.lock import DirectoryLock
 from stepwell_server.store.disk.reserve import Extent, NoSpace, Reserve
 from stepwell_server.store.disk.tombstones import bury, next_age, tombstone
-from stepwell_server.store.disk.whole_file import lengthen, require_whole_file, within_limit
 from stepwell_server.store.heads import Heads, heads_of
-from stepwell_server.store.record import Stored
+from stepwell_server.store.record import RecordBytes
 
 Durability = Literal["sync", "async"]
 T = TypeVar("T")
@@ -189,10 +189,10 @@ class LmdbStore(LocalStore):
         return self._read(session_id, read)
 
     @override
-    def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
+    def get_many(self, session_ids: Sequence[str]) -> list[RecordBytes | None]:
         keys = [key_of(session_id) for session_id in session_ids]
 
-        def read(transaction: _Transaction) -> list[Stored | None]:
+        def read(transaction: _Transaction) -> list[RecordBytes | None]:
             get, sessions = transaction.get, self._sessions
             return [
                 own(session_id, key, get(key, db=sessions))
@@ -208,7 +208,7 @@ class LmdbStore(LocalStore):
     def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:
         return heads_of(*self.values(after=after, prefix=prefix, limit=limit))
 
-    def values(self, *, after: str, prefix: str = "", limit: int) -> tuple[list[bytes], list[Stored]]:
+    def values(self, *, after: str, prefix: str = "", limit: int) -> tuple[list[bytes], list[RecordBytes]]:
         """Ids, as UTF-8, and records, in the order of the ids."""
         return self._read(
             "", lambda transaction: values(transaction.cursor(self._sessions), after, prefix, limit)

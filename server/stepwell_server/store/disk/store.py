@@ -27,12 +27,12 @@ from stepwell_server.clock import Clock
 from stepwell_server.errors import StoreGone, Unavailable
 from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealth, Tombstone, WriteObserver
 from stepwell_server.store.disk.files import flush_folders
+from stepwell_server.store.disk.free_space import Room
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, Durability, LmdbStore
-from stepwell_server.store.disk.room import Room
 from stepwell_server.store.disk.wal.log import SEGMENT_BYTES, Mark, Parts, Records, WriteAheadLog, room_for
-from stepwell_server.store.disk.wal.segment import SegmentDamaged
+from stepwell_server.store.disk.wal.segment import SegmentCorrupt
 from stepwell_server.store.heads import Heads, heads_of
-from stepwell_server.store.record import Joined, Stored, is_sound, supersedes
+from stepwell_server.store.record import JoinedPuts, RecordBytes, is_sound, supersedes
 
 _FOLDER = "wal"
 
@@ -111,7 +111,7 @@ class DiskStore(LocalStore):
         return self._wal is not None
 
     @override
-    def append(self, puts: Sequence[tuple[str, Stored]]) -> bool:
+    def append(self, puts: Sequence[tuple[str, RecordBytes]]) -> bool:
         wal = self._wal
         if wal is None or self._closed:
             return False
@@ -177,15 +177,15 @@ class DiskStore(LocalStore):
             self._complain("changes stay in the write-ahead log until they can be checkpointed", error)
 
     @override
-    def get(self, session_id: str) -> Stored | None:
+    def get(self, session_id: str) -> RecordBytes | None:
         record = self._find(session_id)
         return self._base.get(session_id) if record is None else record
 
     @override
-    def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
+    def get_many(self, session_ids: Sequence[str]) -> list[RecordBytes | None]:
         if self._wal is None or self._wal.is_empty:
             return self._base.get_many(session_ids)
-        found: list[Stored | None] = [self._find(session_id) for session_id in session_ids]
+        found: list[RecordBytes | None] = [self._find(session_id) for session_id in session_ids]
         missing = [place for place, record in enumerate(found) if record is None]
         for place, record in zip(
             missing, self._base.get_many([session_ids[place] for place in missing]), strict=True
@@ -283,7 +283,7 @@ class DiskStore(LocalStore):
         wal.close()
         return None
 
-    def _report(self, damage: Sequence[SegmentDamaged]) -> None:
+    def _report(self, damage: Sequence[SegmentCorrupt]) -> None:
         for problem in damage:
             if self.waits_for_disk:
                 raise StoreError(
@@ -328,7 +328,7 @@ class DiskStore(LocalStore):
 
     # ------------------------------------------------------------------------------------------------------ writing
 
-    def _append(self, wal: WriteAheadLog, puts: Sequence[tuple[str, Stored]]) -> bool:
+    def _append(self, wal: WriteAheadLog, puts: Sequence[tuple[str, RecordBytes]]) -> bool:
         parts = _parts(puts)
         try:
             if self._log(wal, parts):
@@ -425,5 +425,5 @@ def _unreadable(folder: Path, error: Exception) -> StoreError:
     return StoreError(f"the write-ahead log in {folder} must be readable: {error}")
 
 
-def _parts(puts: Sequence[tuple[str, Stored]]) -> Parts:
-    return [part for part in puts.parts if len(part)] if isinstance(puts, Joined) else [puts]
+def _parts(puts: Sequence[tuple[str, RecordBytes]]) -> Parts:
+    return [part for part in puts.parts if len(part)] if isinstance(puts, JoinedPuts) else [puts]

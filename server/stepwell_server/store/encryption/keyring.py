@@ -26,8 +26,8 @@ from stepwell_server.files import private_files
 from stepwell_server.store.base import KeyFileError
 from stepwell_server.store.encryption.xaes import KEY_BYTES, Key
 
-MOST_ID_BYTES = 32
-_ID = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MOST_ID_BYTES - 1}}}")
+MAX_ID_BYTES = 32
+_ID = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_ID_BYTES - 1}}}")
 _CHECK_BYTES = 16
 _NONE = "none"
 
@@ -174,4 +174,4 @@ def _bytes_of(value: str) -> bytes | None:
 
 
 def _id_rule() -> str:
-    return f"an id must be 1 to {MOST_ID_BYTES} letters, digits, '.', '_' or '-', the first a letter or digit"
+    return f"an id must be 1 to {MAX_ID_BYTES} letters, digits, '.', '_' or '-', the first a letter or digit"

@@ -34,9 +34,9 @@ from stepwell_server.store.record import (
     HEADER,
     SCHEMA_VERSION,
     U8,
-    Joined,
+    JoinedPuts,
     Puts,
-    Stored,
+    RecordBytes,
     checksums_of,
     fields_at,
     head_with,
@@ -63,26 +63,26 @@ class Sealer:
         self._seal_head = _HEAD.pack(SEAL, value_bytes)
         self._seal_bytes = len(self._seal_head) + value_bytes
 
-    def seal(self, puts: Sequence[tuple[str, Stored]]) -> Sequence[tuple[str, Stored]]:
+    def seal(self, puts: Sequence[tuple[str, RecordBytes]]) -> Sequence[tuple[str, RecordBytes]]:
         """The same records, encrypted; those that are are not to be given. Where no key encrypts, the same."""
         if self._key is None:
             return puts
         nonces = random_nonces(len(puts))
         cipher = self._key.derive(nonces[:1].tobytes())
-        if not isinstance(puts, Joined):
+        if not isinstance(puts, JoinedPuts):
             return self._part(puts, cipher, nonces)
         sealed, at = [], 0
         for part in puts.parts:
             if len(part):
                 sealed.append(self._part(part, cipher, nonces[at : at + len(part)]))
                 at += len(part)
-        return Joined(sealed)
+        return JoinedPuts(sealed)
 
     def knows(self, key_id: str) -> bool:
         """Whether there is a key of that id."""
         return key_id in self._keys
 
-    def open(self, session_id: str, record: Stored) -> Stored:
+    def open(self, session_id: str, record: RecordBytes) -> RecordBytes:
         """A record as it was before it was encrypted; one that is not is returned as it is.
 
         Raises:
@@ -93,7 +93,7 @@ class Sealer:
             raise self._refused(session_id, record)
         return found
 
-    def opened_or_as_is(self, session_id: str, record: Stored) -> Stored:
+    def opened_or_as_is(self, session_id: str, record: RecordBytes) -> RecordBytes:
         """As `open`; what cannot be opened is returned as it is, and decoding it says `StateCorrupt`."""
         key_id = key_id_of(record)
         if key_id is None or not is_sound(session_id, record) or key_id not in self._keys:
@@ -115,7 +115,7 @@ class Sealer:
             session_id, b"".join((head_with(view[:start], len(view) - rest), state, view[rest:]))
         )
 
-    def _refused(self, session_id: str, record: Stored) -> StateCorrupt:
+    def _refused(self, session_id: str, record: RecordBytes) -> StateCorrupt:
         rule = f"the stored record of session {session_id!r} must be as it was written"
         key_id = key_id_of(record)
         if not is_sound(session_id, record):
@@ -127,14 +127,14 @@ class Sealer:
         return StateCorrupt(f"{rule}: {problem}", session_id=session_id)
 
     def _part(
-        self, puts: Sequence[tuple[str, Stored]], cipher: AESGCM, nonces: U8
-    ) -> Sequence[tuple[str, Stored]]:
+        self, puts: Sequence[tuple[str, RecordBytes]], cipher: AESGCM, nonces: U8
+    ) -> Sequence[tuple[str, RecordBytes]]:
         if isinstance(puts, Puts) and len(puts) > 1:
             return self._laid_out(puts, cipher, nonces)
         sealed = zip(puts, _rows(nonces), strict=True)
         return [(i, self._one(i, record, cipher, nonce)) for (i, record), nonce in sealed]
 
-    def _one(self, session_id: str, record: Stored, cipher: AESGCM, nonce: bytes) -> bytes:
+    def _one(self, session_id: str, record: RecordBytes, cipher: AESGCM, nonce: bytes) -> bytes:
         view = memoryview(record)
         start, end = state_at(view), fields_at(view)
         fields = view[end:]
@@ -170,7 +170,7 @@ class Sealer:
         both = np.frombuffer(b"".join(states), np.uint8).reshape(count, end - start + TAG_BYTES)
         out[:, start:end], out[:, tags:key_ids] = both[:, :-TAG_BYTES], both[:, -TAG_BYTES:]
         flat, sealed_bytes = memoryview(out.reshape(-1).data), out.shape[1]
-        records: list[Stored] = [flat[at : at + sealed_bytes] for at in range(0, out.size, sealed_bytes)]
+        records: list[RecordBytes] = [flat[at : at + sealed_bytes] for at in range(0, out.size, sealed_bytes)]
         sums = checksums_of((record[_CHECKSUM_BYTES:] for record in records), puts.seeds)
         heads["checksum"] = sums
         return puts.with_checksums(records, flat, sums.tobytes())

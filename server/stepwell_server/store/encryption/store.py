@@ -10,7 +10,7 @@ from typing_extensions import override
 from stepwell_server.store.base import Batch, LocalStore, StoreHealth, Tombstone
 from stepwell_server.store.encryption.sealer import Sealer
 from stepwell_server.store.heads import Heads
-from stepwell_server.store.record import Stored
+from stepwell_server.store.record import RecordBytes
 
 
 class EncryptedStore(LocalStore):
@@ -49,7 +49,7 @@ class EncryptedStore(LocalStore):
         return self._local.behind
 
     @override
-    def append(self, puts: Sequence[tuple[str, Stored]]) -> bool:
+    def append(self, puts: Sequence[tuple[str, RecordBytes]]) -> bool:
         return self._local.has_log and self._local.append(self._sealer.seal(puts))
 
     @property
@@ -62,12 +62,12 @@ class EncryptedStore(LocalStore):
         self._local.checkpoint(briefly=briefly)
 
     @override
-    def get(self, session_id: str) -> Stored | None:
+    def get(self, session_id: str) -> RecordBytes | None:
         record = self._local.get(session_id)
         return None if record is None else self._sealer.open(session_id, record)
 
     @override
-    def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
+    def get_many(self, session_ids: Sequence[str]) -> list[RecordBytes | None]:
         opened = self._sealer.opened_or_as_is
         found = zip(session_ids, self._local.get_many(session_ids), strict=True)
         return [None if record is None else opened(session_id, record) for session_id, record in found]

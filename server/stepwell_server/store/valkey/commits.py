@@ -13,15 +13,15 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from stepwell_server.errors import ServerError
-from stepwell_server.store.base import ALL_KEPT, Batch, Committed, Tombstone
-from stepwell_server.store.record import F64, U64, Puts, Stored
+from stepwell_server.store.base import ALL_KEPT, Batch, CommitResult, Tombstone
+from stepwell_server.store.record import F64, U64, Puts, RecordBytes
 from stepwell_server.store.valkey import scripts
 from stepwell_server.store.valkey.connection.requests import Request
 from stepwell_server.store.valkey.keys import META, STAMP_BYTES, Keys, pack_tombstone
 
-MOST_KEYS = 512
+MAX_KEYS = 512
 """Sessions in one script: nobody else is served while it runs, and Lua's stack has room for 8000 values."""
-MOST_BYTES = 4 * 2**20
+MAX_BYTES = 4 * 2**20
 """Of records in one script, unless a single one is larger."""
 _NO_STAMP = bytes(STAMP_BYTES)
 _ANY_IDLE_MS = 2**53
@@ -54,7 +54,7 @@ class _Change:
     session_id: str
     follows: bytes = _NO_STAMP
     stamp: bytes = _NO_STAMP
-    content: Stored = b""
+    content: RecordBytes = b""
     min_idle_ms: int = 0
     max_idle_ms: int = _ANY_IDLE_MS
     """It only ends if it was unused for a time between these two."""
@@ -148,7 +148,7 @@ class Commits:
         )
         return Part(request, session_ids)
 
-    def _one(self, session_id: str, record: Stored, follows: U64, stamps: U64) -> Part:
+    def _one(self, session_id: str, record: RecordBytes, follows: U64, stamps: U64) -> Part:
         request = Request.of(
             self._keys.partition(session_id),
             scripts.CHANGE,
@@ -160,7 +160,7 @@ class Commits:
         )
         return Part(request, (session_id,))
 
-    def _follow(self, puts: Sequence[tuple[str, Stored]], follows: U64, stamps: U64) -> list[Part]:
+    def _follow(self, puts: Sequence[tuple[str, RecordBytes]], follows: U64, stamps: U64) -> list[Part]:
         parts = []
         for partition, places in self._groups([session_id for session_id, _ in puts]):
             for some in _pieces(places, [len(puts[place][1]) for place in places]):
@@ -219,7 +219,7 @@ class Commits:
         return parts
 
 
-def outcome_of(parts: Sequence[Part], stale: frozenset[str], *, documents_kept: bool) -> Committed:
+def outcome_of(parts: Sequence[Part], stale: frozenset[str], *, documents_kept: bool) -> CommitResult:
     """What became of a batch whose requests were sent.
 
     Raises:
@@ -246,7 +246,7 @@ def outcome_of(parts: Sequence[Part], stale: frozenset[str], *, documents_kept: 
         raise refusal
     if not (conflicts or unknown or stale):
         return ALL_KEPT
-    return Committed(frozenset(conflicts), frozenset(unknown), stale)
+    return CommitResult(frozenset(conflicts), frozenset(unknown), stale)
 
 
 def _milliseconds(seconds: F64) -> list[int]:
@@ -260,7 +260,7 @@ def _limits(limits_ms: Sequence[int], none: int) -> bytes:
 
 
 def _fits(puts: Puts) -> bool:
-    return 0 < len(puts) <= MOST_KEYS and len(puts.together) <= MOST_BYTES
+    return 0 < len(puts) <= MAX_KEYS and len(puts.together) <= MAX_BYTES
 
 
 def _bytes(stamps: U64) -> list[bytes]:
@@ -277,7 +277,7 @@ def _pieces(places: Sequence[int], sizes: Sequence[int]) -> Iterable[list[int]]:
     piece: list[int] = []
     size = 0
     for place, own in zip(places, sizes, strict=True):
-        if piece and (len(piece) == MOST_KEYS or size + own > MOST_BYTES):
+        if piece and (len(piece) == MAX_KEYS or size + own > MAX_BYTES):
             yield piece
             piece, size = [], 0
         piece.append(place)

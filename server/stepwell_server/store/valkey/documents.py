@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from isal.isal_zlib import crc32
 
-from stepwell_server.store.base import Batch, DocumentsDamaged
+from stepwell_server.store.base import Batch, DocumentsCorrupt
 from stepwell_server.store.valkey import scripts
 from stepwell_server.store.valkey.connection.client import Reply
 from stepwell_server.store.valkey.connection.requests import Request
@@ -44,7 +44,7 @@ def found_in(reply: Reply, prefix: str) -> dict[str, bytes]:
     """Documents whose name begins with `prefix`, in the order of their names.
 
     Raises:
-        DocumentsDamaged: one of them is not as it was written.
+        DocumentsCorrupt: one of them is not as it was written.
     """
     stored = pairs_of(reply)
     sound: dict[str, bytes] = {}
@@ -61,7 +61,7 @@ def found_in(reply: Reply, prefix: str) -> dict[str, bytes]:
         problems = "; ".join(
             f"document {name!r} must be as it was written; it is damaged" for name in damaged
         )
-        raise DocumentsDamaged(problems, damaged, sound)
+        raise DocumentsCorrupt(problems, damaged, sound)
     return sound
 
 

@@ -7,7 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from stepwell_server.store.valkey.connection.client import Command, Denied, Lost, Refused, Reply
+from stepwell_server.store.valkey.connection.client import (
+    AccessDenied,
+    Command,
+    ConnectionLost,
+    ErrorReply,
+    Reply,
+)
 from stepwell_server.store.valkey.connection.nodes import Node, Topology
 from stepwell_server.store.valkey.connection.requests import WAIT_SHARE
 from stepwell_server.store.valkey.connection.url import StoreUrl, shown
@@ -48,7 +54,7 @@ async def examine(
     """Look at every server that has a part of the store.
 
     Raises:
-        Denied, Lost: it is not known which these are.
+        AccessDenied, ConnectionLost: it is not known which these are.
     """
     found = Findings()
     for node in await topology.primaries():
@@ -61,11 +67,11 @@ async def _examine(
 ) -> Findings:
     try:
         info, config = await node.ask(_ASK, limit_s)
-    except Denied as error:
+    except AccessDenied as error:
         return Findings(unfit=[str(error)])
-    except Lost as error:
+    except ConnectionLost as error:
         return Findings(problems=[str(error)])
-    if isinstance(info, Refused):
+    if isinstance(info, ErrorReply):
         return Findings(warnings=[f"how {shown(node.address)} is cannot be seen: {info}"])
     facts, settings = _facts(info), _settings(config)
     if durability == "sync":
@@ -144,7 +150,7 @@ def _facts(info: Reply) -> Mapping[str, str]:
 
 def _settings(config: Reply) -> Mapping[str, str]:
     """What CONFIG GET says; nothing where we may not ask."""
-    if isinstance(config, Refused):
+    if isinstance(config, ErrorReply):
         return {}
     words = [str(word, "utf-8", "replace") for word in config]
     return dict(zip(words[::2], words[1::2], strict=True))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from stepwell_server.store.valkey.connection.requests import Request, Requests
 from stepwell_server.store.valkey.keys import Keys
 
-_LEAST = 8
+_MIN_PAGE_SIZE = 8
 """Ids of one partition that are read at once, at least."""
 _BEYOND = b"\xff"
 """No byte of UTF-8 is as high."""
@@ -31,7 +31,7 @@ async def ids_after(requests: Requests, keys: Keys, after: str, prefix: str, lim
     low, high = _range(after.encode(), prefix.encode())
     pages = {partition: _Page() for partition in range(keys.partitions)}
     # mostly enough at once, as ids are spread evenly
-    size = max(_LEAST, limit // keys.partitions + limit // (4 * keys.partitions) + 1)
+    size = max(_MIN_PAGE_SIZE, limit // keys.partitions + limit // (4 * keys.partitions) + 1)
     while True:
         bound = min(
             (page.found[-1] for page in pages.values() if not page.is_last and page.found), default=None

@@ -18,9 +18,9 @@ from stepwell_server.store.valkey.connection.requests import Request, Requests
 from stepwell_server.store.valkey.keys import Keys
 
 _log = Log("store.valkey")
-_MOST_LOOKED_AT = 256
+_BATCH_SIZE = 256
 """Marks, in one look."""
-_MOST_KNOWN = 10_000
+_MAX_KNOWN = 10_000
 """Sessions that are known to be lost: more of them are counted, maybe twice."""
 _TOKEN_BYTES = 8
 
@@ -100,8 +100,8 @@ class Losses:
             ServerError: they cannot be asked for.
         """
         every = range(self._keys.partitions)
-        for at in range(0, len(every), _MOST_LOOKED_AT):
-            await self.look(every[at : at + _MOST_LOOKED_AT], must_be_there=must_be_there)
+        for at in range(0, len(every), _BATCH_SIZE):
+            await self.look(every[at : at + _BATCH_SIZE], must_be_there=must_be_there)
         before = [p for p, mark in self._marks.items() if mark.lost_ms and p not in self._emptied]
         if before:
             last = max((self._marks[p] for p in before), key=lambda mark: mark.lost_ms)
@@ -119,7 +119,7 @@ class Losses:
             ServerError: they cannot be asked for.
         """
         count = self._keys.partitions
-        some = [(self._next + i) % count for i in range(min(count, _MOST_LOOKED_AT))]
+        some = [(self._next + i) % count for i in range(min(count, _BATCH_SIZE))]
         self._next = (self._next + len(some)) % count
         await self.look(some)
         self._say()
@@ -181,7 +181,7 @@ class Losses:
         """Sessions were found to be lost."""
         for session_id in session_ids:
             if session_id not in self._lost:
-                if len(self._lost) >= _MOST_KNOWN:
+                if len(self._lost) >= _MAX_KNOWN:
                     del self._lost[next(iter(self._lost))]
                 self._lost[session_id] = None
                 self.count += 1

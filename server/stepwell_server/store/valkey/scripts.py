@@ -106,7 +106,7 @@ return conflicts
 """,
 )
 
-MOST_RECOUNTED = 10_000
+MAX_RECOUNTED = 10_000
 """Sessions of a partition: nobody else is served while they are counted."""
 
 UNDONE_MS = 3_600_000
@@ -180,7 +180,7 @@ local function bytes_at(key, value)
 end
 -- Of a session that was lost nobody knows what it counted for: all of the partition are counted, unless they are too many.
 local function recount()
-  if call('ZCARD', index) > MOST_RECOUNTED then return end
+  if call('ZCARD', index) > MAX_RECOUNTED then return end
   local before, sums = sub(KEYS[4], 1, id_at - 1), {}
   for _, id in ipairs(call('ZRANGE', index, 0, -1)) do
     local value = pcall('GETRANGE', before .. id, 0, HEAD_BYTES - 1)
@@ -300,7 +300,7 @@ for i = 1, #KEYS - 3 do
 end
 if was_lost then recount() end
 return conflicts
-""".replace("MOST_RECOUNTED", str(MOST_RECOUNTED)).replace("UNDONE_MS", str(UNDONE_MS)),
+""".replace("MAX_RECOUNTED", str(MAX_RECOUNTED)).replace("UNDONE_MS", str(UNDONE_MS)),
 )
 
 FETCH = _script(

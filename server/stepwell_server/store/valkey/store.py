@@ -17,18 +17,18 @@ from stepwell_server.core.quotas import Usage
 from stepwell_server.errors import Overloaded, ServerError, StateCorrupt, StoreAway, StoreGone, StoreRefuses
 from stepwell_server.logs import Log
 from stepwell_server.store import counts
-from stepwell_server.store.access.reads import Reads
-from stepwell_server.store.access.together import Together
+from stepwell_server.store.access.remote_reads import RemoteReads
+from stepwell_server.store.access.remote_writes import RemoteWrites
 from stepwell_server.store.base import (
     Answer,
     Batch,
-    Committed,
+    CommitResult,
     End,
-    Fetched,
     Store,
+    StoredSession,
     StoreHealth,
     Tombstone,
-    Unused,
+    UnusedSessions,
     Write,
     new_stamp,
 )
@@ -36,8 +36,8 @@ from stepwell_server.store.encryption.sealer import Sealer
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import is_sound, key_id_of
 from stepwell_server.store.valkey import documents, meta, scripts
-from stepwell_server.store.valkey.commits import MOST_KEYS, Commits, Part, outcome_of
-from stepwell_server.store.valkey.connection.client import Lost, Reply
+from stepwell_server.store.valkey.commits import MAX_KEYS, Commits, Part, outcome_of
+from stepwell_server.store.valkey.connection.client import ConnectionLost, Reply
 from stepwell_server.store.valkey.connection.nodes import Topology
 from stepwell_server.store.valkey.connection.requests import LIMIT, Request, Requests
 from stepwell_server.store.valkey.connection.url import StoreUrl
@@ -59,10 +59,10 @@ from stepwell_server.store.valkey.listing import ids_after
 from stepwell_server.store.valkey.losses import Losses
 
 _log = Log("store.valkey")
-_NOTHING = Fetched()
-_MOST_READ_BYTES = 8 * 2**20
+_NOTHING = StoredSession()
+_MAX_READ_BYTES = 8 * 2**20
 """Of records in the answers to one read, beside the last one of each answer."""
-_MOST_AT_ONCE = 2 * MOST_KEYS
+_BATCH_SIZE = 2 * MAX_KEYS
 _RETRY_AFTER_S = 1.0
 #: Pages of unused sessions leave out what was used within this time: sessions with a shorter limit end a little later.
 _MIN_IDLE_S = 5.0
@@ -116,8 +116,8 @@ class ValkeyStore(Store):
         self._limit_s = LIMIT * url.timeout_s
         self._losses = losses
         self._looking: set[asyncio.Task[None]] = set()
-        self._together = Together(self.apply)
-        self._reads = Reads(self.read)
+        self._together = RemoteWrites(self.apply)
+        self._reads = RemoteReads(self.read)
 
     @property
     @override
@@ -136,7 +136,7 @@ class ValkeyStore(Store):
     async def end_commits(self, timeout_s: float) -> bool:
         return await self._together.end(timeout_s)
 
-    def apply(self, batch: Batch) -> Awaitable[Committed]:
+    def apply(self, batch: Batch) -> Awaitable[CommitResult]:
         """Keep each session's change of a batch or nothing of it, beside other commits of this store.
 
         It is at work before what it returns is awaited, and has done with the batch's buffers when it returns.
@@ -151,7 +151,7 @@ class ValkeyStore(Store):
         parts = self._commits.of(batch)
         if batch.documents:
             return self._commit_with_documents(batch, parts)
-        committed: asyncio.Future[Committed] = asyncio.get_running_loop().create_future()
+        committed: asyncio.Future[CommitResult] = asyncio.get_running_loop().create_future()
 
         def settle(_: object = None) -> None:
             try:
@@ -172,7 +172,7 @@ class ValkeyStore(Store):
         self._requests.begin([part.request for part in parts], done, waits=True)
         return committed
 
-    async def _commit_with_documents(self, batch: Batch, parts: Sequence[Part]) -> Committed:
+    async def _commit_with_documents(self, batch: Batch, parts: Sequence[Part]) -> CommitResult:
         stale = await self._write_documents(batch)
         if parts:
             await self._requests.send([part.request for part in parts], waits=True)
@@ -198,10 +198,10 @@ class ValkeyStore(Store):
         return documents.stale_of(request.reply)
 
     @override
-    async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+    async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[StoredSession]:
         return await self._reads.fetch(session_ids, known)
 
-    async def read(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+    async def read(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[StoredSession]:
         """As `fetch`, beside other reads."""
         found = await self.stored(session_ids, known)
         for session_id, each in zip(session_ids, found, strict=True):
@@ -232,12 +232,12 @@ class ValkeyStore(Store):
     def new_stamp(self) -> int:
         return new_stamp()
 
-    async def stored(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+    async def stored(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[StoredSession]:
         """As `fetch`, with records as they are stored."""
         found = [_NOTHING] * len(session_ids)
         known = known if len(known) else [0] * len(session_ids)
-        for at in range(0, len(session_ids), _MOST_AT_ONCE):
-            left = self._groups(session_ids[at : at + _MOST_AT_ONCE], at)
+        for at in range(0, len(session_ids), _BATCH_SIZE):
+            left = self._groups(session_ids[at : at + _BATCH_SIZE], at)
             changed: list[tuple[int, list[int]]] = []
             if self._requests.confirms:
                 while left:
@@ -252,7 +252,7 @@ class ValkeyStore(Store):
         session_ids: Sequence[str],
         known: Sequence[int],
         groups: Sequence[tuple[int, list[int]]],
-        found: list[Fetched],
+        found: list[StoredSession],
         changed: list[tuple[int, list[int]]] | None,
     ) -> list[tuple[int, list[int]]]:
         """Put what sessions have into `found`, and return those for which there was no room in the answers.
@@ -270,7 +270,7 @@ class ValkeyStore(Store):
                 [self._keys.session(session_ids[place]) for place in places],
                 b"".join([stamps[STAMP_BYTES * i : STAMP_BYTES * (i + 1)] for i in places]),
                 b"2" if self._requests.confirms else b"1" if is_fenced else b"0",
-                _MOST_READ_BYTES // len(groups),
+                _MAX_READ_BYTES // len(groups),
             )
             for partition, places in groups
         ]
@@ -301,31 +301,31 @@ class ValkeyStore(Store):
             await self._losses.look(list(unmarked))
         return left
 
-    def _fetched(self, session_id: str, value: bytes, now_ms: int, known: int) -> Fetched:
+    def _fetched(self, session_id: str, value: bytes, now_ms: int, known: int) -> StoredSession:
         if value == _LOST:
             self._losses.note([session_id])
-            return Fetched(tombstone=Tombstone(session_id, End.LOST, 0.0), stamp=LOST_STAMP)
+            return StoredSession(tombstone=Tombstone(session_id, End.LOST, 0.0), stamp=LOST_STAMP)
         if len(value) < HEAD.size:
             if value == _OTHER_TYPE:
                 key = str(self._keys.session(session_id), "utf-8", "replace")
                 _log.error("a key of the store is of another type: its session cannot be used", key=key)
-            return Fetched(b"")
+            return StoredSession(b"")
         kind, packed, used_ms = HEAD.unpack_from(value)
         stamp = int.from_bytes(packed, "little")
         if kind == TOMBSTONE:
-            return Fetched(tombstone=_tombstone(session_id, value[HEAD.size :]), stamp=stamp)
+            return StoredSession(tombstone=_tombstone(session_id, value[HEAD.size :]), stamp=stamp)
         idle_s = max(0, now_ms - used_ms) / 1000
         if kind != RECORD:
-            return Fetched(b"", stamp=stamp, idle_s=idle_s)
+            return StoredSession(b"", stamp=stamp, idle_s=idle_s)
         if known and stamp == known:
-            return Fetched(stamp=stamp, is_known=True, idle_s=idle_s)
-        return Fetched(value[HEAD.size :], stamp=stamp, idle_s=idle_s)
+            return StoredSession(stamp=stamp, is_known=True, idle_s=idle_s)
+        return StoredSession(value[HEAD.size :], stamp=stamp, idle_s=idle_s)
 
     @override
     async def touch(self, session_ids: Sequence[str], stamps: Sequence[int]) -> None:
         packed = np.array(stamps, np.uint64).tobytes()
-        for at in range(0, len(session_ids), MOST_KEYS):
-            some = session_ids[at : at + MOST_KEYS]
+        for at in range(0, len(session_ids), MAX_KEYS):
+            some = session_ids[at : at + MAX_KEYS]
             own = packed[STAMP_BYTES * at : STAMP_BYTES * (at + len(some))]
             requests = [
                 Request.of(
@@ -339,10 +339,10 @@ class ValkeyStore(Store):
             await self._requests.ask(*requests)
 
     @override
-    async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> Unused:
+    async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> UnusedSessions:
         """Of one partition after the other."""
         number, _, after = cursor.partition(":")
-        partition, size = int(number or 0), min(limit, MOST_KEYS)
+        partition, size = int(number or 0), min(limit, MAX_KEYS)
         low = b"(" + after.encode() if after else b"-"
         command = (b"ZRANGEBYLEX", self._keys.ids(partition), low, b"+", b"LIMIT", 0, size)
         (keys,) = await self._requests.ask(Request(partition, command, otherwise=()))
@@ -355,7 +355,7 @@ class ValkeyStore(Store):
             cursor = f"{partition}:{session_ids[-1]}"
         else:
             cursor = f"{partition + 1}:" if partition + 1 < self._keys.partitions else ""
-        return Unused(
+        return UnusedSessions(
             heads_of(
                 [keys[place] for place in there], [found[place].record for place in there], is_whole=False
             ),
@@ -399,12 +399,12 @@ class ValkeyStore(Store):
     async def _read_heads(self, session_ids: Sequence[str], *, idle_ms: int = 0) -> list[_Head]:
         """What records say beside the state, of those that were unused for so long."""
         found = [_NO_HEAD] * len(session_ids)
-        size = 8 * MOST_KEYS
+        size = 8 * MAX_KEYS
         for begin in range(0, len(session_ids), size):
             groups = [
-                (partition, places[at : at + MOST_KEYS])
+                (partition, places[at : at + MAX_KEYS])
                 for partition, places in self._groups(session_ids[begin : begin + size])
-                for at in range(0, len(places), MOST_KEYS)
+                for at in range(0, len(places), MAX_KEYS)
             ]
             replies = await self._requests.ask(
                 *(
@@ -485,7 +485,7 @@ class ValkeyStore(Store):
             return StoreHealth(problem=error.why, warns_of="store")
         except ServerError as error:
             return StoreHealth(problem=error.message, warns_of="store")
-        except Lost as error:
+        except ConnectionLost as error:
             return StoreHealth(problem=str(error), warns_of="store")
         except TimeoutError:
             return StoreHealth(problem="its servers do not say how they are", warns_of="store")

@@ -18,12 +18,12 @@ from stepwell_server.store.disk.documents import Item
 from stepwell_server.store.disk.files import flush, flush_folders
 from stepwell_server.store.disk.lmdb import COPY, LmdbStore
 from stepwell_server.store.disk.lock import DirectoryLock, try_write_lock
-from stepwell_server.store.record import Stored, header_or_none
+from stepwell_server.store.record import RecordBytes, header_or_none
 
 #: Sessions in one transaction, and bytes of them.
 _BATCH_SIZE, _BATCH_BYTES = 4096, 16 * 2**20
 
-Pair = tuple[str, Stored]
+Pair = tuple[str, RecordBytes]
 
 
 def make(

@@ -22,13 +22,13 @@ from stepwell_server.files import private_files
 from stepwell_server.store.base import StoreError, Tombstone
 from stepwell_server.store.disk import documents as in_lmdb
 from stepwell_server.store.disk import key_sums, meta
+from stepwell_server.store.disk.file_length import require_whole_file
 from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.disk.keys import all_entries, is_digest, named
 from stepwell_server.store.disk.lock import read_lock
 from stepwell_server.store.disk.tombstones import age_of, tombstone
 from stepwell_server.store.disk.wal.log import Mark
 from stepwell_server.store.disk.wal.reader import LogReplaced, read_log
-from stepwell_server.store.disk.whole_file import require_whole_file
 from stepwell_server.store.record import is_sound, supersedes
 
 DATA = Path("sessions") / "data.mdb"

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from isal.isal_zlib import crc32
 
 from stepwell._admin.record_file import ALIGNMENT, CHECKSUM_BYTES, HEAD, LENGTH, MAGIC
-from stepwell_server.store.record import HEADER, Puts, Stored, encode_ids, is_sound, size_of
+from stepwell_server.store.record import HEADER, Puts, RecordBytes, encode_ids, is_sound, size_of
 
 _MARK = struct.Struct("<IQ")  # magic, generation
 
@@ -38,7 +38,7 @@ class Entry(NamedTuple):
     """An entry to be written."""
 
     layout: Layout
-    buffers: Sequence[Stored]
+    buffers: Sequence[RecordBytes]
     size: int
 
     def offsets(self, at: int) -> Iterator[tuple[str, int]]:
@@ -85,7 +85,12 @@ class Content:
 
 
 def lay_out(
-    puts: Sequence[tuple[str, Stored]], generation: int, sequence: int, *, remaining: int = 0, owner: int = 0
+    puts: Sequence[tuple[str, RecordBytes]],
+    generation: int,
+    sequence: int,
+    *,
+    remaining: int = 0,
+    owner: int = 0,
 ) -> Entry:
     """Make an entry of records."""
     layout, records = _layout(puts), _records(puts)
@@ -103,7 +108,7 @@ def lay_out(
     return Entry(layout, [checksum + head, layout.text, *records, bytes(padding)], size + padding)
 
 
-def lay_out_one(session_id: str, record: Stored, generation: int, sequence: int) -> tuple[bytes, int]:
+def lay_out_one(session_id: str, record: RecordBytes, generation: int, sequence: int) -> tuple[bytes, int]:
     """What `lay_out` would have written for one record, and the offset of the record in it. A fast path for a lone step."""
     key = session_id.encode()
     start = b"".join((
@@ -192,15 +197,15 @@ def is_whole(data: bytes, found: StoredEntry) -> bool:
     )
 
 
-def _checksum(head: Stored, text: bytes, checksums: bytes) -> int:
+def _checksum(head: RecordBytes, text: bytes, checksums: bytes) -> int:
     return crc32(checksums, crc32(text, crc32(head)))
 
 
-def _records(puts: Sequence[tuple[str, Stored]]) -> Sequence[Stored]:
+def _records(puts: Sequence[tuple[str, RecordBytes]]) -> Sequence[RecordBytes]:
     return [puts.together] if isinstance(puts, Puts) else [record for _, record in puts]
 
 
-def _layout(puts: Sequence[tuple[str, Stored]]) -> Layout:
+def _layout(puts: Sequence[tuple[str, RecordBytes]]) -> Layout:
     if isinstance(puts, Puts):
         return Layout(puts.session_ids, puts.sizes, puts.encoded_ids)
     ids = [session_id for session_id, _ in puts]

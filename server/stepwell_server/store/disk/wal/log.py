@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from stepwell_server.store.base import StoreError
-from stepwell_server.store.disk.wal.segment import Segment, SegmentDamaged
-from stepwell_server.store.record import Stored
+from stepwell_server.store.disk.wal.segment import Segment, SegmentCorrupt
+from stepwell_server.store.record import RecordBytes
 
 SEGMENTS = ("0", "1")
 """Their names."""
@@ -33,8 +33,8 @@ _MIN_RECORDS = 64
 #: A write of more records leaves this part of a segment free: smaller ones have room while it waits for a checkpoint.
 _SMALL_WRITE, _KEPT_FREE = 512, 1 / 8
 
-Records = list[tuple[str, Stored]]
-Parts = Sequence[Sequence[tuple[str, Stored]]]
+Records = list[tuple[str, RecordBytes]]
+Parts = Sequence[Sequence[tuple[str, RecordBytes]]]
 """Changes that are written together, each with its sessions' records."""
 
 
@@ -131,7 +131,7 @@ class WriteAheadLog:
         self._sealed.truncate(0)
         self._active.truncate(0)
 
-    def load(self, counts: Callable[[Records], Iterable[bool]]) -> list[SegmentDamaged]:
+    def load(self, counts: Callable[[Records], Iterable[bool]]) -> list[SegmentCorrupt]:
         """Read what the files have.
 
         Args:
@@ -147,7 +147,7 @@ class WriteAheadLog:
         for segment in (self._active, self._sealed):
             try:
                 segment.load()
-            except SegmentDamaged as error:
+            except SegmentCorrupt as error:
                 damage.append(error)
         if (self._sealed.sequence, self._sealed.base_sequence) > (
             self._active.sequence,
@@ -155,7 +155,7 @@ class WriteAheadLog:
         ):
             self._swap()
         if not damage and self._sealed.sequence < self._active.base_sequence:
-            damage.append(SegmentDamaged(f"{self._sealed.path} cannot be read to its end"))
+            damage.append(SegmentCorrupt(f"{self._sealed.path} cannot be read to its end"))
         for segment in (self._active, self._sealed):
             self._drop_superseded(segment, counts)
         return damage

@@ -18,7 +18,7 @@ from pathlib import Path
 from stepwell._admin.record_file import HEAD
 from stepwell_server.store.disk.files import flush_content, flush_open, write_zeros
 from stepwell_server.store.disk.wal import layout
-from stepwell_server.store.record import Stored, size_of
+from stepwell_server.store.record import RecordBytes, size_of
 
 #: A write returns when the disk has it; 0 where the system has no such writes, and a flush follows instead (macOS).
 WRITE_THROUGH: int = getattr(os, "RWF_DSYNC", 0)
@@ -29,7 +29,7 @@ _MAX_BUFFERS = 512
 _NO_HEAD = bytes(HEAD.size)
 
 
-class SegmentDamaged(Exception):
+class SegmentCorrupt(Exception):
     """Changes are missing that later ones followed; their sessions are not known."""
 
 
@@ -95,7 +95,7 @@ class Segment:
             sequence,
         )
 
-    def append(self, parts: Sequence[Sequence[tuple[str, Stored]]], leave: int = 0) -> bool:
+    def append(self, parts: Sequence[Sequence[tuple[str, RecordBytes]]], leave: int = 0) -> bool:
         """Write entries, all of them or none; False if there is no room for them and `leave` more bytes.
 
         Raises:
@@ -120,7 +120,7 @@ class Segment:
         self.sequence = sequence
         return True
 
-    def append_one(self, session_id: str, record: Stored) -> bool:
+    def append_one(self, session_id: str, record: RecordBytes) -> bool:
         """As `append`, of one record."""
         sequence, start = self.sequence + 1, self.end
         data, record_at = layout.lay_out_one(session_id, record, self._generation, sequence)
@@ -153,21 +153,21 @@ class Segment:
         """Read what the file has. A write that was under way when the process or the machine ended is left out.
 
         Raises:
-            SegmentDamaged: with `flush` nothing is done about it; else what could be read is loaded, and the rest is dropped.
+            SegmentCorrupt: with `flush` nothing is done about it; else what could be read is loaded, and the rest is dropped.
             OSError: the file cannot be read.
         """
         self.end = self.size  # nothing can be appended before it is loaded or truncated
         data = os.pread(self._file, self.size, 0)
         found = layout.content_of(data)
         if found.owner is None:
-            raise SegmentDamaged(f"{self.path} {found.problem}")
+            raise SegmentCorrupt(f"{self.path} {found.problem}")
         if found.owner != self._owner:
-            raise SegmentDamaged(f"{self.path} cannot be read: it does not belong to this store")
+            raise SegmentCorrupt(f"{self.path} cannot be read: it does not belong to this store")
         self._generation, self.base_sequence = found.generation, found.base_sequence
         self.offsets, self.end, self.sequence = found.offsets, found.end, found.sequence
         there = os.fstat(self._file).st_size
         if there != self.size:
-            raise SegmentDamaged(
+            raise SegmentCorrupt(
                 f"{self.path} cannot be read to its end: it must have {self.size} bytes; it has {there}"
             )
         if found.has_rest and not (found.problem and self._flush):
@@ -175,7 +175,7 @@ class Segment:
             write_zeros(self._file, self.end, self.size)
             flush_open(self._file)
         if found.problem:
-            raise SegmentDamaged(f"{self.path} {found.problem}")
+            raise SegmentCorrupt(f"{self.path} {found.problem}")
 
     def close(self) -> None:
         """End; not to be used any more."""
@@ -190,7 +190,7 @@ class Segment:
             os.ftruncate(self._file, 0)
             raise
 
-    def _write(self, buffers: Sequence[Stored], at: int, size: int) -> None:
+    def _write(self, buffers: Sequence[RecordBytes], at: int, size: int) -> None:
         if len(buffers) > _MAX_BUFFERS:
             buffers = [b"".join(buffers)]
         written = os.pwritev(self._file, buffers, at, self._flags)

@@ -29,13 +29,13 @@ _log = Log("store.valkey")
 Command = Sequence[bytes | str | int]
 """Words; the largest one last, where there is a choice."""
 Reply = Any
-"""Bytes, an int, None, a list of such, or `Refused`."""
+"""Bytes, an int, None, a list of such, or `ErrorReply`."""
 _LARGE = 32_768
 """Bytes of a word that is worth sending by itself."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Refused:
+class ErrorReply:
     """An answer that is an error: nothing was done."""
 
     code: str
@@ -45,7 +45,7 @@ class Refused:
     """Of the node to ask, with MOVED and ASK; an empty host: the one that was asked."""
 
     @classmethod
-    def of(cls, line: str) -> Refused:
+    def of(cls, line: str) -> ErrorReply:
         """What a line of the protocol says."""
         code, _, text = line.partition(" ")
         if code not in {"MOVED", "ASK"}:
@@ -58,7 +58,7 @@ class Refused:
         return f"{self.code} {self.text}".strip()
 
 
-class Lost(Exception):
+class ConnectionLost(Exception):
     """A connection could not be made, or did not answer. The message is for people."""
 
     def __init__(self, message: str, *, sent: bool) -> None:
@@ -67,7 +67,7 @@ class Lost(Exception):
         """What was asked may have been done."""
 
 
-class Denied(Lost):
+class AccessDenied(ConnectionLost):
     """The server does not let us in: user, password, certificate or database are not right."""
 
     def __init__(self, message: str) -> None:
@@ -179,7 +179,7 @@ class _Answers(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._reader = libvalkey.Reader(
-            protocolError=_Nonsense, replyError=cast("Any", Refused.of), notEnoughData=_NOT_ALL
+            protocolError=_Nonsense, replyError=cast("Any", ErrorReply.of), notEnoughData=_NOT_ALL
         )
         self._found: list[Reply] = []
         self._wanted = 0
@@ -250,8 +250,8 @@ class Link:
         """Connect and log in. Its time is limited by the caller.
 
         Raises:
-            Denied: we may not, for a reason that stays.
-            Lost: nobody is there, or it is not ready.
+            AccessDenied: we may not, for a reason that stays.
+            ConnectionLost: nobody is there, or it is not ready.
         """
         await access.read_password()
         connection = _Connection(access, address)
@@ -269,26 +269,29 @@ class Link:
         """Send commands together and read their answers. After an exception, a cancellation too, it must be closed.
 
         Raises:
-            Lost: it did not answer within `limit_s`.
+            ConnectionLost: it did not answer within `limit_s`.
         """
-        answers: asyncio.Future[list[Reply] | Lost] = self._loop.create_future()
+        answers: asyncio.Future[list[Reply] | ConnectionLost] = self._loop.create_future()
 
-        def done(result: list[Reply] | Lost) -> None:
+        def done(result: list[Reply] | ConnectionLost) -> None:
             if not answers.done():
                 answers.set_result(result)
 
         self.begin(commands, limit_s, done)
         result = await answers
-        if isinstance(result, Lost):
+        if isinstance(result, ConnectionLost):
             raise result
         return result
 
     def begin(
-        self, commands: Sequence[Command], limit_s: float, done: Callable[[list[Reply] | Lost], None]
+        self,
+        commands: Sequence[Command],
+        limit_s: float,
+        done: Callable[[list[Reply] | ConnectionLost], None],
     ) -> None:
         """Send commands together; `done` is called with their answers, at the latest after `limit_s`.
 
-        If it gets `Lost` instead, the connection must be closed.
+        If it gets `ConnectionLost` instead, the connection must be closed.
         """
 
         def came(result: list[Reply] | str) -> None:
@@ -316,14 +319,14 @@ class Link:
         if pieces:
             self._transport.writelines(pieces)
 
-    def _checked(self, result: list[Reply] | str) -> list[Reply] | Lost:
+    def _checked(self, result: list[Reply] | str) -> list[Reply] | ConnectionLost:
         if isinstance(result, str):
-            return Lost(f"{shown(self._address)} did not answer: {result}", sent=True)
+            return ConnectionLost(f"{shown(self._address)} did not answer: {result}", sent=True)
         first = result[0]
-        if isinstance(first, Refused) and first.code in _NOT_READY:
-            return Lost(f"{shown(self._address)} is not ready: {first}", sent=False)
-        if isinstance(first, Refused) and first.code == "NOAUTH":
-            return Denied(f"{shown(self._address)} does not let us in any more: {first}")
+        if isinstance(first, ErrorReply) and first.code in _NOT_READY:
+            return ConnectionLost(f"{shown(self._address)} is not ready: {first}", sent=False)
+        if isinstance(first, ErrorReply) and first.code == "NOAUTH":
+            return AccessDenied(f"{shown(self._address)} does not let us in any more: {first}")
         return result
 
     def _ring_at(self, moment: float) -> None:
@@ -364,16 +367,16 @@ class _Nonsense(Exception):
 def _why_not_open(address: Address, error: BaseException) -> BaseException:
     where = shown(address)
     if isinstance(error, theirs.AuthenticationError | theirs.AuthorizationError | theirs.NoPermissionError):
-        return Denied(f"{where} does not let us in: {error}")
+        return AccessDenied(f"{where} does not let us in: {error}")
     if isinstance(error, theirs.BusyLoadingError):
-        return Lost(f"{where} is loading its data", sent=False)
+        return ConnectionLost(f"{where} is loading its data", sent=False)
     if isinstance(error, theirs.ResponseError):
-        return Denied(f"{where} refuses the connection: {error}")
+        return AccessDenied(f"{where} refuses the connection: {error}")
     if isinstance(error, theirs.ValkeyError | OSError):
         deepest = _deepest(error)
         if _is_about_tls(deepest):
-            return Denied(f"TLS with {where} must succeed: {deepest}")
-        return Lost(f"{where} cannot be connected to: {_reason(deepest)}", sent=False)
+            return AccessDenied(f"TLS with {where} must succeed: {deepest}")
+        return ConnectionLost(f"{where} cannot be connected to: {_reason(deepest)}", sent=False)
     return error
 
 

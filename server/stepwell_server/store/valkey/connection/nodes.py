@@ -13,11 +13,11 @@ from typing_extensions import override
 from stepwell_server.store.valkey import scripts
 from stepwell_server.store.valkey.connection.client import (
     Access,
+    AccessDenied,
     Command,
-    Denied,
+    ConnectionLost,
+    ErrorReply,
     Link,
-    Lost,
-    Refused,
     Reply,
     context_of,
     slot_of,
@@ -25,7 +25,7 @@ from stepwell_server.store.valkey.connection.client import (
 from stepwell_server.store.valkey.connection.url import Address, StoreUrl, shown
 from stepwell_server.store.valkey.keys import META
 
-MOST_LINKS = 24
+MAX_LINKS = 24
 """Exchanges with one node that may wait for a connection: 8 commits, 4 reads, and what else is asked at the same time."""
 _DOWN_S = 0.1
 """For so long nobody tries again to connect to a node that could not be connected to."""
@@ -44,19 +44,19 @@ async def open_link(address: Address, access: Access, *, to_primary: bool) -> Li
     """A connection to a server that knows our scripts.
 
     Raises:
-        Denied, Lost: as `Link.open`; also if it is a replica, and must be a primary.
+        AccessDenied, ConnectionLost: as `Link.open`; also if it is a replica, and must be a primary.
     """
     link = await Link.open(address, access)
     try:
         # the caller has a limit for all of it
         role, *loaded = await link.ask(_FIRST, _FIRST_S)
         if to_primary and isinstance(role, list) and role[0] != b"master":
-            raise Lost(f"{shown(address)} is a replica, the primary is another", sent=False)
+            raise ConnectionLost(f"{shown(address)} is a replica, the primary is another", sent=False)
         for reply in loaded:
-            if isinstance(reply, Refused):
+            if isinstance(reply, ErrorReply):
                 _require_ready(address, reply)
-                raise Denied(f"{shown(address)} must allow scripts (SCRIPT LOAD, EVALSHA): {reply}")
-    except Lost as error:
+                raise AccessDenied(f"{shown(address)} must allow scripts (SCRIPT LOAD, EVALSHA): {reply}")
+    except ConnectionLost as error:
         link.close()
         error.sent = False
         raise
@@ -66,9 +66,9 @@ async def open_link(address: Address, access: Access, *, to_primary: bool) -> Li
     return link
 
 
-def _require_ready(address: Address, reply: Refused) -> None:
+def _require_ready(address: Address, reply: ErrorReply) -> None:
     if reply.code in {"LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN"}:
-        raise Lost(f"{shown(address)} is not ready: {reply}", sent=False)
+        raise ConnectionLost(f"{shown(address)} is not ready: {reply}", sent=False)
 
 
 class Node:
@@ -78,7 +78,7 @@ class Node:
         self.address = address
         self._opens = opens
         self._idle: list[Link] = []
-        self._turns = asyncio.Semaphore(MOST_LINKS)
+        self._turns = asyncio.Semaphore(MAX_LINKS)
         self._age = 0
         """Goes up when connections that were made before are of no use any more."""
         self._down_until = 0.0
@@ -89,8 +89,8 @@ class Node:
         """Send commands together, on a connection of their own, and read their answers.
 
         Raises:
-            Denied: the node does not let us in.
-            Lost: it cannot be connected to, or did not answer within `limit_s`.
+            AccessDenied: the node does not let us in.
+            ConnectionLost: it cannot be connected to, or did not answer within `limit_s`.
         """
         now = asyncio.get_running_loop().time
         end = now() + limit_s
@@ -107,14 +107,17 @@ class Node:
                 else:
                     link.close()
             return replies
-        except Lost:
+        except ConnectionLost:
             self.hang_up()
             raise
         finally:
             self._turns.release()
 
     def begin(
-        self, commands: Sequence[Command], limit_s: float, done: Callable[[list[Reply] | Lost], None]
+        self,
+        commands: Sequence[Command],
+        limit_s: float,
+        done: Callable[[list[Reply] | ConnectionLost], None],
     ) -> bool:
         """Send commands on a connection that is there and idle, and call `done` with their answers; False: there is none."""
         link = self._ready()
@@ -122,8 +125,8 @@ class Node:
             return False
         age = self._age
 
-        def ended(result: list[Reply] | Lost) -> None:
-            if isinstance(result, Lost):
+        def ended(result: list[Reply] | ConnectionLost) -> None:
+            if isinstance(result, ConnectionLost):
                 link.close()
                 self.hang_up()
             elif age == self._age:
@@ -165,20 +168,20 @@ class Node:
     async def _connected(self, limit_s: float) -> Link:
         now = asyncio.get_running_loop().time
         if now() < self._down_until:
-            raise Lost(self._why_down, sent=False)
+            raise ConnectionLost(self._why_down, sent=False)
         await asyncio.sleep(0)  # as in `_turn`
         try:
             async with asyncio.timeout(limit_s):
                 return await self._opens(self.address)
-        except Denied:
+        except AccessDenied:
             raise
-        except (TimeoutError, Lost) as error:
-            lost = error if isinstance(error, Lost) else self._late(limit_s)
+        except (TimeoutError, ConnectionLost) as error:
+            lost = error if isinstance(error, ConnectionLost) else self._late(limit_s)
             self._down_until, self._why_down = now() + _DOWN_S, str(lost)
             raise lost from None
 
-    def _late(self, limit_s: float) -> Lost:
-        return Lost(f"{shown(self.address)} must answer within {limit_s:.2g} s", sent=False)
+    def _late(self, limit_s: float) -> ConnectionLost:
+        return ConnectionLost(f"{shown(self.address)} must answer within {limit_s:.2g} s", sent=False)
 
 
 class Topology(abc.ABC):
@@ -194,7 +197,7 @@ class Topology(abc.ABC):
         """The node of each partition, or of `META`. The time that it takes is limited by the caller.
 
         Raises:
-            Denied, Lost: it cannot be found out.
+            AccessDenied, ConnectionLost: it cannot be found out.
         """
 
     @abc.abstractmethod
@@ -214,7 +217,7 @@ class Topology(abc.ABC):
         """All nodes that have something.
 
         Raises:
-            Denied, Lost: they cannot be found.
+            AccessDenied, ConnectionLost: they cannot be found.
         """
 
     @abc.abstractmethod
@@ -222,7 +225,7 @@ class Topology(abc.ABC):
         """Look whether who has what is still so, every now and then: a server that lost its part may not know it.
 
         Raises:
-            Denied, Lost: nobody says it.
+            AccessDenied, ConnectionLost: nobody says it.
         """
 
     def node_at(self, address: Address) -> Node:
@@ -322,7 +325,7 @@ class Cluster(Topology):
                 address = self._slots.owner(slot_of(self._tag(partition)))
                 if address is None:
                     self._is_doubted = True
-                    raise Lost("the Cluster must have all slots; some are nobody's", sent=False)
+                    raise ConnectionLost("the Cluster must have all slots; some are nobody's", sent=False)
                 node = self._known[partition] = self.node_at(address)
             found[partition] = node
         return found
@@ -361,13 +364,13 @@ class Cluster(Topology):
                 return
             if self._slots.owners and loop.time() < self._looked + _REFRESH_S:
                 return
-            problem: Lost | None = None
+            problem: ConnectionLost | None = None
             for address in dict.fromkeys((*sorted(self._slots.owners), *self._seeds)):
                 try:
                     slots = await self._slots_as_seen_by(address)
-                except Denied:
+                except AccessDenied:
                     raise
-                except Lost as error:
+                except ConnectionLost as error:
                     problem = error
                     continue
                 self._slots, self._is_doubted, self._looked = slots, False, loop.time()
@@ -380,14 +383,16 @@ class Cluster(Topology):
     async def _slots_as_seen_by(self, address: Address) -> _Slots:
         node = self.node_at(address)
         (reply,) = await node.ask([("CLUSTER", "SLOTS")], self._timeout_s)
-        if isinstance(reply, Refused):
-            raise Denied(f"{shown(address)} must be a node of a Cluster: {reply}")
+        if isinstance(reply, ErrorReply):
+            raise AccessDenied(f"{shown(address)} must be a node of a Cluster: {reply}")
         ranges = []
         for first, last, primary, *_ in reply:
             host = (primary[0] or b"").decode()
             ranges.append((first, last, (host if host not in {"", "?"} else address[0], int(primary[1]))))
         if not ranges:
-            raise Lost(f"{shown(address)} must belong to a Cluster; it knows of no slots", sent=False)
+            raise ConnectionLost(
+                f"{shown(address)} must belong to a Cluster; it knows of no slots", sent=False
+            )
         return _Slots(ranges)
 
 
@@ -463,15 +468,15 @@ class _First:
                     found = await self._ask(address)
             except TimeoutError:
                 problems.append(f"{shown(address)} must answer within {self._limit_s:g} s")
-            except Denied:
+            except AccessDenied:
                 raise
-            except Lost as error:
+            except ConnectionLost as error:
                 problems.append(str(error))
             else:
                 self._addresses.remove(address)
                 self._addresses.insert(0, address)
                 return found
-        raise Lost("; ".join(problems), sent=False)
+        raise ConnectionLost("; ".join(problems), sent=False)
 
 
 class _AskServer:
@@ -495,9 +500,9 @@ class _AskSentinel:
     async def __call__(self, address: Address) -> Address:
         with contextlib.closing(await Link.open(address, self._access)) as link:
             (reply,) = await link.ask([("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._name)], _FIRST_S)
-        if isinstance(reply, Refused):
-            raise Denied(f"{shown(address)} must be a Sentinel: {reply}")
+        if isinstance(reply, ErrorReply):
+            raise AccessDenied(f"{shown(address)} must be a Sentinel: {reply}")
         if reply is None:
-            raise Denied(f"the Sentinel {shown(address)} knows no primary named {self._name!r}")
+            raise AccessDenied(f"the Sentinel {shown(address)} knows no primary named {self._name!r}")
         host, port = reply
         return host.decode(), int(port)

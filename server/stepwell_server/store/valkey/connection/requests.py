@@ -9,7 +9,13 @@ from collections.abc import Callable, Coroutine, Sequence
 
 from stepwell_server.errors import Overloaded, ServerError, StoreAway, StoreRefuses
 from stepwell_server.logs import Log
-from stepwell_server.store.valkey.connection.client import Command, Denied, Lost, Refused, Reply
+from stepwell_server.store.valkey.connection.client import (
+    AccessDenied,
+    Command,
+    ConnectionLost,
+    ErrorReply,
+    Reply,
+)
 from stepwell_server.store.valkey.connection.nodes import Node, Topology
 from stepwell_server.store.valkey.connection.url import Address
 from stepwell_server.store.valkey.scripts import ALL, Script
@@ -18,12 +24,12 @@ LIMIT = 2.5
 """Of the time for an answer: for so long a request is sent again before it is given up."""
 WAIT_SHARE = 0.8
 """Of the time for an answer: so long a server waits for its disk, beside the time for the answer itself."""
-TELL_S = 10.0
+REPEAT_LOG_S = 10.0
 """The log is told again of a refusal after so long, if it comes again."""
 _RETRY_AFTER_S = 1.0
-_LEAST_S = 0.01
+_MIN_REMAINING_S = 0.01
 """With less time left nothing is tried any more."""
-_LATE = Lost("time was up", sent=False)
+_LATE = ConnectionLost("time was up", sent=False)
 _log = Log("store.valkey")
 _PAUSES_S = (0.0, 0.02, 0.05, 0.1, 0.2)
 _WRONG_TYPE, _OTHER_TYPE = "WRONGTYPE", "a key of the store is of another type than it must be"
@@ -91,7 +97,7 @@ class Requests:
         )
         self._loop = asyncio.get_running_loop()
         self._down_since: float | None = None
-        self.trouble: Lost | Refused | None = None
+        self.trouble: ConnectionLost | ErrorReply | None = None
         """Why the last request was not answered, for people who run the server; None: it was."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._told: dict[str, tuple[float, int]] = {}
@@ -148,16 +154,18 @@ class Requests:
         deadline = self._loop.time() + self._limit_s()
         node = self._topology.known({request.partition for request in requests})
 
-        def came(replies: list[Reply] | Lost) -> None:
+        def came(replies: list[Reply] | ConnectionLost) -> None:
             assert node is not None, "it has answered"
-            refused = () if isinstance(replies, Lost) else self._note_replies(requests, wait, replies)
-            if isinstance(replies, Lost) or refused:
+            refused = (
+                () if isinstance(replies, ConnectionLost) else self._note_replies(requests, wait, replies)
+            )
+            if isinstance(replies, ConnectionLost) or refused:
                 self._spawn(go_on(self._after(node, requests, replies, refused)), done)
             else:
                 self._note(None)
                 done()
 
-        async def go_on(first: Coroutine[None, None, Lost | Refused | None]) -> None:
+        async def go_on(first: Coroutine[None, None, ConnectionLost | ErrorReply | None]) -> None:
             await self._send_left(requests, wait, deadline, await first)
 
         limit_s = min(self._answer_s(wait), deadline - self._loop.time())
@@ -179,7 +187,7 @@ class Requests:
         requests: Sequence[Request],
         wait: Command | None,
         deadline: float,
-        why: Lost | Refused | None,
+        why: ConnectionLost | ErrorReply | None,
         *,
         once: bool = False,
     ) -> None:
@@ -188,8 +196,8 @@ class Requests:
         while left := [one for one in requests if not one.is_answered and one.problem is None]:
             pause_s = _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)]
             attempt += 1
-            is_late = self._loop.time() + pause_s + _LEAST_S > deadline
-            if is_late or once or isinstance(why, Denied):
+            is_late = self._loop.time() + pause_s + _MIN_REMAINING_S > deadline
+            if is_late or once or isinstance(why, AccessDenied):
                 break
             if pause_s:
                 await asyncio.sleep(pause_s)
@@ -210,7 +218,7 @@ class Requests:
     def _answer_s(self, wait: Command | None) -> float:
         return self._timeout_s if wait is None else self._timeout_s * (1 + WAIT_SHARE)
 
-    def _note(self, problem: Lost | Refused | None) -> None:
+    def _note(self, problem: ConnectionLost | ErrorReply | None) -> None:
         if problem is None:
             self._down_since = self.trouble = None
             return
@@ -220,7 +228,7 @@ class Requests:
 
     async def _attempt(
         self, requests: Sequence[Request], wait: Command | None, deadline: float
-    ) -> Lost | Refused | None:
+    ) -> ConnectionLost | ErrorReply | None:
         """Send each once, and say why some are left."""
         left_s = deadline - self._loop.time()
         if not any(request._ask for request in requests):
@@ -235,8 +243,8 @@ class Requests:
                 nodes = await self._topology.nodes_of({request.partition for request in requests})
         except TimeoutError:
             self._topology.doubt()
-            return Lost("nobody said in time who has its keys", sent=False)
-        except Lost as error:
+            return ConnectionLost("nobody said in time who has its keys", sent=False)
+        except ConnectionLost as error:
             self._topology.doubt()
             return error
         groups: dict[tuple[Node, bool], list[Request]] = {}
@@ -245,7 +253,7 @@ class Requests:
             node = nodes[request.partition] if asked is None else self._topology.node_at(asked)
             groups.setdefault((node, asked is not None), []).append(request)
         # at least a moment, so that time that is up is said by who was asked last
-        limit_s = max(_LEAST_S, min(self._answer_s(wait), deadline - self._loop.time()))
+        limit_s = max(_MIN_REMAINING_S, min(self._answer_s(wait), deadline - self._loop.time()))
         sent = [
             self._send_to(node, group, wait, limit_s, asking=asking)
             for (node, asking), group in groups.items()
@@ -255,10 +263,10 @@ class Requests:
 
     async def _send_to(
         self, node: Node, requests: Sequence[Request], wait: Command | None, limit_s: float, *, asking: bool
-    ) -> Lost | Refused | None:
+    ) -> ConnectionLost | ErrorReply | None:
         try:
             replies = await node.ask(self._commands(requests, wait, asking=asking), limit_s)
-        except Lost as error:
+        except ConnectionLost as error:
             return await self._after(node, requests, error, ())
         refused = self._note_replies(requests, wait, replies, asking=asking)
         return await self._after(node, requests, replies, refused) if refused else None
@@ -276,12 +284,12 @@ class Requests:
 
     def _note_replies(
         self, requests: Sequence[Request], wait: Command | None, replies: list[Reply], *, asking: bool = False
-    ) -> Sequence[tuple[Request, Refused]]:
+    ) -> Sequence[tuple[Request, ErrorReply]]:
         """Note what was answered; what was refused is returned."""
         waited: Reply = replies.pop() if wait is not None else None
         if asking:
             replies = replies[1::2]
-        if isinstance(waited, Refused):  # such as UNBLOCKED: the server is no primary any more
+        if isinstance(waited, ErrorReply):  # such as UNBLOCKED: the server is no primary any more
             self._topology.doubt()
             if wait is self._confirm and waited.code == "NOPERM":
                 _log.warning("the user of the store should have the right +wait: reads are slower without")
@@ -290,10 +298,14 @@ class Requests:
         refused = []
         for request, reply in zip(requests, replies, strict=True):
             request._ask = None
-            if isinstance(reply, Refused) and reply.code == _WRONG_TYPE and request.otherwise is not NO_OTHER:
+            if (
+                isinstance(reply, ErrorReply)
+                and reply.code == _WRONG_TYPE
+                and request.otherwise is not NO_OTHER
+            ):
                 _log.error(_OTHER_TYPE, key=request.keys)
                 request.reply, request.is_answered, request.is_durable = request.otherwise, True, is_durable
-            elif isinstance(reply, Refused):
+            elif isinstance(reply, ErrorReply):
                 refused.append((request, reply))
             else:
                 request.reply, request.is_answered, request.is_durable = reply, True, is_durable
@@ -303,17 +315,17 @@ class Requests:
         self,
         node: Node,
         requests: Sequence[Request],
-        replies: list[Reply] | Lost,
-        refused: Sequence[tuple[Request, Refused]],
-    ) -> Lost | Refused | None:
+        replies: list[Reply] | ConnectionLost,
+        refused: Sequence[tuple[Request, ErrorReply]],
+    ) -> ConnectionLost | ErrorReply | None:
         """Do what must be done before anything is sent again; why some requests are left."""
-        if isinstance(replies, Lost):
+        if isinstance(replies, ConnectionLost):
             for request in requests:
                 request.is_sent |= replies.sent
                 request._ask = None
             self._topology.doubt()
             return replies
-        problem: Refused | None = None
+        problem: ErrorReply | None = None
         for request, reply in refused:
             if await self._goes_on(node, request, reply):
                 problem = reply
@@ -321,7 +333,7 @@ class Requests:
                 request.problem = self._error(reply, request)
         return problem
 
-    async def _goes_on(self, node: Node, request: Request, reply: Refused) -> bool:
+    async def _goes_on(self, node: Node, request: Request, reply: ErrorReply) -> bool:
         """Whether to send again what was refused."""
         if reply.code in _REDIRECTIONS:
             host, port = reply.address or ("", 0)
@@ -344,7 +356,7 @@ class Requests:
     async def _load(self, node: Node) -> None:
         try:
             await node.ask(_LOAD, self._timeout_s)
-        except Lost:
+        except ConnectionLost:
             self._topology.doubt()
 
     def _is_enough(self, waited: Reply) -> bool:
@@ -353,7 +365,7 @@ class Requests:
             return waited >= replicas
         return isinstance(waited, list) and waited[0] >= here and waited[1] >= replicas
 
-    def _error(self, reply: Refused, request: Request) -> ServerError:
+    def _error(self, reply: ErrorReply, request: Request) -> ServerError:
         """What callers are told; the log and `StoreRefuses.why` have what the server said."""
         if reply.code == _WRONG_TYPE:
             _log.error(_OTHER_TYPE, key=request.keys)
@@ -364,11 +376,11 @@ class Requests:
         refuses = "the store must do what it is asked; it refuses"
         return StoreRefuses(f"{refuses}: {reply.code}", why=f"{refuses}: {reply}")
 
-    def _tell(self, reply: Refused) -> None:
+    def _tell(self, reply: ErrorReply) -> None:
         """Write to the log that the store refuses, not for every request of a flood."""
         now = self._loop.time()
         told, more = self._told.get(reply.code, (-math.inf, 0))
-        if now < told + TELL_S:
+        if now < told + REPEAT_LOG_S:
             self._told[reply.code] = told, more + 1
             return
         self._told[reply.code] = now, 0

@@ -23,8 +23,8 @@ SENTINEL_PASSWORD_VARIABLE = "STEPWELL_VALKEY_SENTINEL_PASSWORD"  # noqa: S105 (
 DEFAULT_PREFIX = "stepwell:"
 DEFAULT_PARTITIONS = 64
 MAX_PARTITIONS = 4096
-MOST_PREFIX_BYTES = 64
-MOST_REPLICAS = 16
+MAX_PREFIX_BYTES = 64
+MAX_REPLICAS = 16
 _PORT, _SENTINEL_PORT = 6379, 26379
 _PLAIN, _SECURE = frozenset({"valkey", "redis"}), frozenset({"valkeys", "rediss"})
 SCHEMES = _PLAIN | _SECURE
@@ -162,7 +162,7 @@ def parse(text: str, environ: Mapping[str, str] | None = None) -> StoreUrl:
         tls=tls,
         prefix=_prefix(options.text("prefix", DEFAULT_PREFIX)),
         partitions=options.number("partitions", range(1, MAX_PARTITIONS + 1)),
-        replicas=options.number("replicas", range(MOST_REPLICAS + 1)) or 0,
+        replicas=options.number("replicas", range(MAX_REPLICAS + 1)) or 0,
         timeout_s=(options.number("timeout_ms", _TIMEOUTS_MS) or _TIMEOUT_MS) / 1000,
         tombstone_s=options.number("tombstone_s", _TOMBSTONES_S) or _WEEK_S,
     )
@@ -271,9 +271,9 @@ def _database(parts: SplitResult) -> int:
 
 def _prefix(prefix: str) -> str:
     size = len(prefix.encode())
-    if size > MOST_PREFIX_BYTES or not prefix.isprintable() or "{" in prefix or "}" in prefix:
+    if size > MAX_PREFIX_BYTES or not prefix.isprintable() or "{" in prefix or "}" in prefix:
         raise UrlError(
-            f"prefix must have at most {MOST_PREFIX_BYTES} bytes, all printable, and no braces; got {prefix!r}"
+            f"prefix must have at most {MAX_PREFIX_BYTES} bytes, all printable, and no braces; got {prefix!r}"
         )
     return prefix
 

@@ -25,7 +25,7 @@ MANY = 256
 MAX_BEHIND = 4096
 
 
-class Lanes:
+class LocalWrites:
     """Writes to a store that answers in place. Lives on the event loop."""
 
     def __init__(self, store: LocalStore) -> None:

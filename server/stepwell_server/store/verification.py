@@ -18,12 +18,12 @@ from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.encryption.sealer import Sealer
 from stepwell_server.store.record import header_or_none, is_sound, key_id_of
 
-MOST_NAMED = 1000
+MAX_NAMED = 1000
 """So many sessions are named at most of each kind of trouble."""
 
 
 @dataclasses.dataclass(slots=True)
-class Examined:
+class Verification:
     """What was found."""
 
     sessions: int = 0
@@ -35,7 +35,7 @@ class Examined:
     opened: int = 0
     """How many of them were decrypted."""
     damaged: list[str] = dataclasses.field(default_factory=list)
-    """Sessions whose record is not as it was written, or cannot be read by this release; `MOST_NAMED` of them."""
+    """Sessions whose record is not as it was written, or cannot be read by this release; `MAX_NAMED` of them."""
     sealed: list[str] = dataclasses.field(default_factory=list)
     """Sessions whose record no given key opens."""
     unreachable: list[str] = dataclasses.field(default_factory=list)
@@ -45,14 +45,14 @@ class Examined:
     models: Counter[str] = dataclasses.field(default_factory=Counter)
     documents: int = 0
     damaged_documents: list[str] = dataclasses.field(default_factory=list)
-    """Names of documents that are not as they were written, or not found by their name; `MOST_NAMED` of them."""
+    """Names of documents that are not as they were written, or not found by their name; `MAX_NAMED` of them."""
 
 
 class Records:
     """Looks at records, one by one."""
 
     def __init__(self, keyring: Keyring | None) -> None:
-        self.found = Examined()
+        self.found = Verification()
         self._sealer = None if keyring is None else Sealer(keyring)
         self._counts: Counter[str] = Counter()
         self._of_tenants: Counter[str] = Counter()
@@ -81,7 +81,7 @@ class Records:
     def documents(self, found: DocumentSet) -> None:
         """Say what was found of documents, when all else was said."""
         self.found.documents = len(found.items)
-        self.found.damaged_documents = found.damaged[:MOST_NAMED]
+        self.found.damaged_documents = found.damaged[:MAX_NAMED]
         if found.damaged:
             self.found.problems.append(f"{len(found.damaged)} documents are not as they were written")
         if found.problem:
@@ -97,10 +97,10 @@ class Records:
 
     def _name(self, kind: str, names: list[str], session_id: str) -> None:
         self._counts[kind] += 1
-        if len(names) < MOST_NAMED:
+        if len(names) < MAX_NAMED:
             names.append(session_id)
 
-    def conclude(self) -> Examined:
+    def conclude(self) -> Verification:
         """All records were looked at."""
         for kind, what in (
             ("damaged", "sessions have records that are not as they were written"),
@@ -112,7 +112,7 @@ class Records:
         return self.found
 
 
-def examine(path: Path, keyring: Keyring | None) -> Examined:
+def examine(path: Path, keyring: Keyring | None) -> Verification:
     """Look at all of a store, whether or not a server uses it. With keys, records are decrypted too.
 
     Raises:
@@ -146,7 +146,7 @@ def examine(path: Path, keyring: Keyring | None) -> Examined:
     return result
 
 
-def examine_backup(file: Path, keyring: Keyring | None) -> Examined:
+def examine_backup(file: Path, keyring: Keyring | None) -> Verification:
     """As `examine`, of a backup.
 
     Raises:

@@ -11,10 +11,10 @@ import pytest
 from stepwell_server.errors import Unavailable
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.store.base import Batch, StoreHealth
-from stepwell_server.store.disk.room import Room
+from stepwell_server.store.disk.free_space import Room
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store_watch import StoreWatch
+from stepwell_server.store_monitor import StoreMonitor
 from support.clock import ManualClock
 
 GIB = 1 << 30
@@ -71,7 +71,7 @@ def test_a_disk_that_is_nearly_full_is_warned_of_until_there_is_clearly_more(
 
 def test_probes_and_log_hear_of_it_once_each_time_it_changes(caplog: pytest.LogCaptureFixture) -> None:
     readiness = Readiness()
-    watch = StoreWatch(InProcessStore(MemoryStore(), ManualClock()), readiness)
+    watch = StoreMonitor(InProcessStore(MemoryStore(), ManualClock()), readiness)
     readiness.problem("models", "")
     heard: list[bool] = []
     readiness.listen(lambda report: heard.append(report.is_ready))

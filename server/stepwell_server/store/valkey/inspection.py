@@ -8,7 +8,7 @@ from typing import Literal
 
 from stepwell_server.store.base import StoreError
 from stepwell_server.store.valkey import meta
-from stepwell_server.store.valkey.connection.client import Lost, Reply
+from stepwell_server.store.valkey.connection.client import ConnectionLost, Reply
 from stepwell_server.store.valkey.connection.nodes import topology_of
 from stepwell_server.store.valkey.connection.requests import Request, Requests
 from stepwell_server.store.valkey.connection.url import StoreUrl, shown
@@ -50,7 +50,7 @@ async def inspect(url: StoreUrl, durability: Literal["sync", "async"]) -> Inspec
         findings = findings.joined(Findings(warnings=warnings))
         servers = [shown(node.address) for node in await topology.primaries()]
         return Inspection(servers, None if found is None else found.partitions, sessions, findings)
-    except Lost as error:
+    except ConnectionLost as error:
         raise StoreError(str(error)) from None
     finally:
         topology.close()

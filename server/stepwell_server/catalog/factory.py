@@ -17,11 +17,11 @@ from stepwell_server.catalog.files.programs import load_program
 from stepwell_server.catalog.interfaces import Compile, Compiled, Engine, Observer, Quotas
 from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.compile.host.compiler import WarmCompiler
+from stepwell_server.exposure import beyond_loopback
 from stepwell_server.logs import Log
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.program import Program, ProofOptions
 from stepwell_server.program_file import is_program
-from stepwell_server.reach import beyond_loopback
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock

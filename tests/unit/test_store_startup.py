@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from stepwell_server import store_opening
+from stepwell_server import store_startup
 from stepwell_server.errors import StartError, StoreAway, Unavailable
 from stepwell_server.settings import Settings
 from stepwell_server.store.valkey.connection.url import parse
-from stepwell_server.store_opening import Abandoned, once_it_answers
+from stepwell_server.store_startup import Abandoned, once_it_answers
 from support.clock import ManualClock
 
 SHARED = Settings(models={"m": Path("m.keras")}, store=parse("valkey://127.0.0.1:6379/0"))
@@ -20,7 +20,7 @@ OWN = Settings(models={"m": Path("m.keras")}, store="memory")
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_opening, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(store_startup, "_PAUSE_S", 0.0)
 
 
 class Asked:

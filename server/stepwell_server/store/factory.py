@@ -16,7 +16,7 @@ from stepwell_server.store.memory import MemoryStore
 if TYPE_CHECKING:
     from stepwell_server.store.encryption.keyring import Keyring
     from stepwell_server.store.valkey.connection.url import StoreUrl
-    from stepwell_server.store.valkey.inspecting import Inspection
+    from stepwell_server.store.valkey.inspection import Inspection
 
 Kind = Literal["disk", "memory"]
 
@@ -66,7 +66,7 @@ async def open_shared_store(
         ServerError: it does not answer.
     """
     try:
-        from stepwell_server.store.valkey.opening import open_valkey
+        from stepwell_server.store.valkey.factory import open_valkey
     except ImportError as error:
         raise _without_client(error) from error
     keyring = None if key_file is None else read_keyring(key_file)
@@ -80,7 +80,7 @@ async def inspect_shared_store(url: StoreUrl, durability: Literal["sync", "async
         StoreError: it cannot be looked at, or the client is not installed.
     """
     try:
-        from stepwell_server.store.valkey.inspecting import inspect
+        from stepwell_server.store.valkey.inspection import inspect
     except ImportError as error:
         raise _without_client(error) from error
     return await inspect(url, durability)
@@ -93,10 +93,10 @@ def shared_stores() -> ModuleType:
         StoreError: the client is not installed.
     """
     try:
-        from stepwell_server.store import shared
+        from stepwell_server.store import shared_backup
     except ImportError as error:
         raise _without_client(error) from error
-    return shared
+    return shared_backup
 
 
 def _without_client(error: ImportError) -> StoreError:

@@ -7,25 +7,25 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from stepwell_server.alarm import Alarm
 from stepwell_server.store.access.batches import MAX_RECORDS, fail, merged
-from stepwell_server.store.base import Answer, Batch, Committed, Write
+from stepwell_server.store.base import Answer, Batch, CommitResult, Write
 
 #: Commits at the same time.
-MAX_UNDER_WAY = 8
+MAX_CONCURRENT_COMMITS = 8
 
 _Named = set[str | tuple[str]]
 """Sessions and, each as a tuple, documents."""
 
 
-class Together:
+class RemoteWrites:
     """Commits at once if none is under way, else with what comes in the same turn of the event loop. Lives there."""
 
-    def __init__(self, apply: Callable[[Batch], Awaitable[Committed]]) -> None:
+    def __init__(self, apply: Callable[[Batch], Awaitable[CommitResult]]) -> None:
         """`apply` has a batch kept; what it returns must be awaited, and it may be at work before that."""
         self._apply = apply
         self._queue: list[Write] = []
         self._busy: _Named = set()
         """What a commit which is under way names."""
-        self._under_way: set[asyncio.Future[Committed]] = set()
+        self._under_way: set[asyncio.Future[CommitResult]] = set()
         self._work = Alarm(self._start)
 
     def commit(self, write: Write) -> Answer | None:
@@ -47,7 +47,7 @@ class Together:
         return not self._under_way
 
     def _start(self) -> None:
-        while self._queue and len(self._under_way) < MAX_UNDER_WAY:
+        while self._queue and len(self._under_way) < MAX_CONCURRENT_COMMITS:
             writes, names = self._take()
             if not writes:
                 return
@@ -85,12 +85,12 @@ class Together:
         self._busy |= names
         self._under_way.add(under_way)
 
-        def ended(under_way: asyncio.Future[Committed]) -> None:
+        def ended(under_way: asyncio.Future[CommitResult]) -> None:
             self._under_way.discard(under_way)
             self._busy -= names
             if under_way.cancelled():  # the event loop ends
                 return
-            answer: Committed | None = None
+            answer: CommitResult | None = None
             try:
                 answer = under_way.result()
             except Exception as error:

@@ -7,23 +7,25 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
 from stepwell_server.alarm import Alarm
-from stepwell_server.store.base import Fetched, as_server_error
+from stepwell_server.store.base import StoredSession, as_server_error
 
 #: Sessions in one read.
-MAX_AT_ONCE = 1024
+MAX_READ_SIZE = 1024
 #: Reads at the same time.
-MAX_READS = 4
+MAX_CONCURRENT_READS = 4
 
-_Asked = tuple[Sequence[str], Sequence[int], "asyncio.Future[list[Fetched]]"]
+_Asked = tuple[Sequence[str], Sequence[int], "asyncio.Future[list[StoredSession]]"]
 
 
-class Reads:
+class RemoteReads:
     """Reads records, and the tombstones of sessions that have none. Lives on the event loop.
 
     What is asked for in one turn of the event loop, or while as many reads are under way as may be, is read together.
     """
 
-    def __init__(self, read: Callable[[Sequence[str], Sequence[int]], Awaitable[list[Fetched]]]) -> None:
+    def __init__(
+        self, read: Callable[[Sequence[str], Sequence[int]], Awaitable[list[StoredSession]]]
+    ) -> None:
         """`read` asks the store; arguments and result are those of `Store.fetch`."""
         self._ask_store = read
         self._loop = asyncio.get_running_loop()
@@ -31,25 +33,25 @@ class Reads:
         self._tasks: set[asyncio.Task[None]] = set()
         self._work = Alarm(self._start)
 
-    async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[Fetched]:
+    async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[StoredSession]:
         """What the store has of sessions, as of a moment after this was called: see `Store.fetch`.
 
         Raises:
             Unavailable: the store cannot be read now.
         """
         stamps = known or [0] * len(session_ids)
-        cuts = [slice(at, at + MAX_AT_ONCE) for at in range(0, len(session_ids), MAX_AT_ONCE)]
+        cuts = [slice(at, at + MAX_READ_SIZE) for at in range(0, len(session_ids), MAX_READ_SIZE)]
         parts = [self._ask(session_ids[cut], stamps[cut]) for cut in cuts]
         return [found for part in await asyncio.gather(*parts) for found in part]
 
-    def _ask(self, session_ids: Sequence[str], known: Sequence[int]) -> asyncio.Future[list[Fetched]]:
-        answer: asyncio.Future[list[Fetched]] = self._loop.create_future()
+    def _ask(self, session_ids: Sequence[str], known: Sequence[int]) -> asyncio.Future[list[StoredSession]]:
+        answer: asyncio.Future[list[StoredSession]] = self._loop.create_future()
         self._wanted.append((session_ids, known, answer))
         self._work.ring()
         return answer
 
     def _start(self) -> None:
-        while self._wanted and len(self._tasks) < MAX_READS:
+        while self._wanted and len(self._tasks) < MAX_CONCURRENT_READS:
             task = self._loop.create_task(self._read(self._take()))
             self._tasks.add(task)
             task.add_done_callback(self._ended)
@@ -61,7 +63,7 @@ class Reads:
     def _take(self) -> list[_Asked]:
         taken = [self._wanted.popleft()]
         count = len(taken[0][0])
-        while self._wanted and count + len(self._wanted[0][0]) <= MAX_AT_ONCE:
+        while self._wanted and count + len(self._wanted[0][0]) <= MAX_READ_SIZE:
             taken.append(self._wanted.popleft())
             count += len(taken[-1][0])
         return taken

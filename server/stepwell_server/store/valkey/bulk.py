@@ -12,8 +12,8 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.errors import ServerError
-from stepwell_server.store.base import Batch, Fetched, StoreError
-from stepwell_server.store.record import Stored
+from stepwell_server.store.base import Batch, StoredSession, StoreError
+from stepwell_server.store.record import RecordBytes
 from stepwell_server.store.valkey import meta
 from stepwell_server.store.valkey.connection.client import Reply
 from stepwell_server.store.valkey.connection.nodes import topology_of
@@ -24,7 +24,7 @@ from stepwell_server.store.valkey.losses import Losses
 from stepwell_server.store.valkey.meta import Meta
 from stepwell_server.store.valkey.store import ValkeyStore
 
-_AT_ONCE = 1000
+_PAGE_SIZE = 1000
 """Sessions that are asked for together."""
 
 
@@ -33,7 +33,7 @@ class Member:
     """A session by its id in the index of a partition."""
 
     session_id: str
-    record: Stored | None
+    record: RecordBytes | None
     """As it is stored; empty: it is no record. None: there is none, though the index has the id."""
 
 
@@ -72,7 +72,9 @@ class Whole:
                 if is_there
             ]
             again = (
-                dict(zip(lost, await self.store.stored(lost), strict=True)) if lost else dict[str, Fetched]()
+                dict(zip(lost, await self.store.stored(lost), strict=True))
+                if lost
+                else dict[str, StoredSession]()
             )
             yield [
                 Member(name, each.record if name not in again else again[name].record)
@@ -83,7 +85,7 @@ class Whole:
 
     async def _ids(self, partition: int, after: bytes) -> Sequence[bytes]:
         low = b"(" + after if after else b"-"
-        command = (b"ZRANGEBYLEX", self._keys.ids(partition), low, b"+", b"LIMIT", 0, _AT_ONCE)
+        command = (b"ZRANGEBYLEX", self._keys.ids(partition), low, b"+", b"LIMIT", 0, _PAGE_SIZE)
         (ids,) = await self._requests.ask(Request(partition, command, otherwise=()))
         return ids  # type: ignore[no-any-return]
 
@@ -101,7 +103,7 @@ class Whole:
         pairs = zip(reply[::2], reply[1::2], strict=True)
         return Counter({str(name, "utf-8", "replace"): int(count) for name, count in pairs if int(count)})
 
-    async def put(self, sessions: Sequence[tuple[str, Stored]]) -> None:
+    async def put(self, sessions: Sequence[tuple[str, RecordBytes]]) -> None:
         """Put sessions into a new store, as they are to be stored.
 
         Raises:

@@ -20,26 +20,26 @@ from stepwell._admin.record_file import Kind
 from stepwell_server.clock import Clock
 from stepwell_server.errors import ServerError
 from stepwell_server.store import counts
-from stepwell_server.store.backup import BackedUp, Restored, Source, checked
-from stepwell_server.store.base import Batch, DocumentsDamaged, StoreError, Tombstone
-from stepwell_server.store.checking import MOST_NAMED, Examined, Records, require_keys
+from stepwell_server.store.backup import BackupSummary, RestoreSummary, Source, checked
+from stepwell_server.store.base import Batch, DocumentsCorrupt, StoreError, Tombstone
 from stepwell_server.store.disk.backup.file import About, Writer
 from stepwell_server.store.disk.backup.new_store import Pair
 from stepwell_server.store.disk.documents import DocumentSet, Item, item
 from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.record import header_or_none, is_sound
+from stepwell_server.store.valkey.bulk import Whole, made, opened
 from stepwell_server.store.valkey.connection.url import DEFAULT_PARTITIONS, StoreUrl
 from stepwell_server.store.valkey.meta import Meta
-from stepwell_server.store.valkey.whole import Whole, made, opened
+from stepwell_server.store.verification import MAX_NAMED, Records, Verification, require_keys
 
-_MOST_TOGETHER, _MOST_BYTES = 500, 4 * 2**20
+_MAX_BATCH_SIZE, _MAX_BATCH_BYTES = 500, 4 * 2**20
 """Sessions that are put together, and bytes of them."""
 _LOOKS = 3
 """So often counts are compared: sessions may begin and end between looking at them and at their counts."""
 _Result = TypeVar("_Result")
 
 
-def back_up(url: StoreUrl, file: Path, clock: Clock, *, bytes_per_s: float = math.inf) -> BackedUp:
+def back_up(url: StoreUrl, file: Path, clock: Clock, *, bytes_per_s: float = math.inf) -> BackupSummary:
     """Write a shared store into a new file, whether or not servers use it.
 
     Each session that is there all the time is in it with all that was acknowledged before, or later.
@@ -50,7 +50,7 @@ def back_up(url: StoreUrl, file: Path, clock: Clock, *, bytes_per_s: float = mat
     return _run(url, _back_up(url, file, clock, bytes_per_s))
 
 
-async def _back_up(url: StoreUrl, file: Path, clock: Clock, bytes_per_s: float) -> BackedUp:
+async def _back_up(url: StoreUrl, file: Path, clock: Clock, bytes_per_s: float) -> BackupSummary:
     writer = Writer(file, bytes_per_s=bytes_per_s)
     damaged, lost = 0, list[str]()
     try:
@@ -77,7 +77,7 @@ async def _back_up(url: StoreUrl, file: Path, clock: Clock, bytes_per_s: float) 
         writer.finish()
     finally:
         writer.close()
-    return BackedUp(
+    return BackupSummary(
         file,
         writer.byte_count,
         writer.counts[Kind.SESSION],
@@ -93,12 +93,14 @@ async def _documents(whole: Whole) -> tuple[list[Item], list[str]]:
     """Those that are as they were written, and the names of the others."""
     try:
         found, damaged = await whole.store.documents(), list[str]()
-    except DocumentsDamaged as error:
+    except DocumentsCorrupt as error:
         found, damaged = error.sound, list(error.names)
     return [item(name, content) for name, content in found.items()], damaged
 
 
-def restore(file: Path, url: StoreUrl, clock: Clock, keyring: Keyring | None, *, moved: bool) -> Restored:
+def restore(
+    file: Path, url: StoreUrl, clock: Clock, keyring: Keyring | None, *, moved: bool
+) -> RestoreSummary:
     """Make a shared store of a backup, where there is none yet. The whole backup is read and checked before.
 
     No server can use the store before it is whole. Documents that are damaged in the backup are left out.
@@ -126,7 +128,7 @@ def restore(file: Path, url: StoreUrl, clock: Clock, keyring: Keyring | None, *,
     return _run(url, _restore(source, url, clock, said))
 
 
-async def _restore(source: Source, url: StoreUrl, clock: Clock, said: Meta) -> Restored:
+async def _restore(source: Source, url: StoreUrl, clock: Clock, said: Meta) -> RestoreSummary:
     documents, stones, part = DocumentSet(), list[Tombstone](), list[Pair]()
     size = sessions = ended = 0
     async with made(url, clock, said) as whole:
@@ -135,13 +137,13 @@ async def _restore(source: Source, url: StoreUrl, clock: Clock, said: Meta) -> R
                 documents.add(entry)
             elif isinstance(entry, Tombstone):
                 stones.append(entry)
-                if len(stones) == _MOST_TOGETHER:
+                if len(stones) == _MAX_BATCH_SIZE:
                     await whole.store.apply(Batch(tombstones=stones))
                     stones, ended = [], ended + len(stones)
             else:
                 part.append(source.change(*entry))
                 size += len(part[-1][1])
-                if len(part) == _MOST_TOGETHER or size >= _MOST_BYTES:
+                if len(part) == _MAX_BATCH_SIZE or size >= _MAX_BATCH_BYTES:
                     await whole.put(part)
                     part, size, sessions = [], 0, sessions + len(part)
         if part:
@@ -150,7 +152,7 @@ async def _restore(source: Source, url: StoreUrl, clock: Clock, said: Meta) -> R
             await whole.store.apply(Batch(tombstones=stones))
         if documents.sound:
             await whole.store.apply(Batch(documents=list(documents.sound.items())))
-    return Restored(
+    return RestoreSummary(
         source.about.created,
         sessions + len(part),
         ended + len(stones),
@@ -161,7 +163,7 @@ async def _restore(source: Source, url: StoreUrl, clock: Clock, said: Meta) -> R
     )
 
 
-def examine(url: StoreUrl, keyring: Keyring | None, clock: Clock) -> Examined:
+def examine(url: StoreUrl, keyring: Keyring | None, clock: Clock) -> Verification:
     """Look at all of a shared store, whether or not servers use it. With keys, records are decrypted too.
 
     Raises:
@@ -170,7 +172,7 @@ def examine(url: StoreUrl, keyring: Keyring | None, clock: Clock) -> Examined:
     return _run(url, _examine(url, keyring, clock))
 
 
-async def _examine(url: StoreUrl, keyring: Keyring | None, clock: Clock) -> Examined:
+async def _examine(url: StoreUrl, keyring: Keyring | None, clock: Clock) -> Verification:
     wrong: list[str] = []
     lost = 0
     async with opened(url, clock) as whole:
@@ -182,7 +184,7 @@ async def _examine(url: StoreUrl, keyring: Keyring | None, clock: Clock) -> Exam
                 for member in members:
                     if member.record is None:
                         lost += 1
-                        if len(records.found.unreachable) < MOST_NAMED:
+                        if len(records.found.unreachable) < MAX_NAMED:
                             records.found.unreachable.append(member.session_id)
                         expected = None
                         continue

@@ -13,7 +13,7 @@ from stepwell_server.store.base import StoreError, require_no_keys
 from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.encryption.sealer import Sealer
 from stepwell_server.store.valkey import meta
-from stepwell_server.store.valkey.connection.client import Denied, Lost
+from stepwell_server.store.valkey.connection.client import AccessDenied, ConnectionLost
 from stepwell_server.store.valkey.connection.nodes import Topology, topology_of
 from stepwell_server.store.valkey.connection.requests import LIMIT, Requests
 from stepwell_server.store.valkey.connection.url import StoreUrl
@@ -61,7 +61,7 @@ async def _asked(requests: Requests, url: StoreUrl) -> meta.Meta:
     try:
         return await meta.read(requests, url.prefix, url.partitions)
     except StoreAway as error:
-        if isinstance(requests.trouble, Denied):
+        if isinstance(requests.trouble, AccessDenied):
             raise StoreError(str(requests.trouble)) from None
         raise StoreAway(f"{error.message}: {requests.trouble}", error.retry_after_s) from None
 
@@ -70,7 +70,7 @@ async def _require_fit(topology: Topology, url: StoreUrl, durability: Literal["s
     try:
         async with asyncio.timeout(LIMIT * url.timeout_s):
             found = await examine(topology, url, durability, url.timeout_s)
-    except Lost as error:
+    except ConnectionLost as error:
         raise StoreAway(str(error), _RETRY_AFTER_S) from None
     except TimeoutError:
         raise StoreAway("the servers of the store do not say how they are", _RETRY_AFTER_S) from None

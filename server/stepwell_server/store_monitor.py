@@ -23,7 +23,7 @@ _WARNINGS = {
 """What is said when a warning begins, and when it is over."""
 
 
-class StoreWatch:
+class StoreMonitor:
     """Looks after the store. Lives on the event loop."""
 
     def __init__(self, store: Store, readiness: Readiness) -> None:

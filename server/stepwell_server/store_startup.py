@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from stepwell_server.errors import ServerError, StartError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import KeyFileError, Store, StoreBusy, StoreError, WriteObserver
-from stepwell_server.store.opening import open_shared_store, open_store
+from stepwell_server.store.factory import open_shared_store, open_store
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock

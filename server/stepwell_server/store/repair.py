@@ -26,7 +26,7 @@ _KEPT = (meta.INCARNATION, meta.SECRET, meta.FIRST_REVISION, meta.KEYS)
 
 
 @dataclasses.dataclass(slots=True)
-class Rekeyed:
+class RekeySummary:
     """What became of a store's sessions."""
 
     sessions: int = 0
@@ -36,7 +36,7 @@ class Rekeyed:
     """Ids of keys that those were encrypted with."""
 
 
-def rekey(path: Path, clock: Clock, keyring: Keyring, *, decrypt: bool = False) -> Rekeyed:
+def rekey(path: Path, clock: Clock, keyring: Keyring, *, decrypt: bool = False) -> RekeySummary:
     """Encrypt all sessions of a store with the first key, or none; no server may use it.
 
     Afterwards no other key is needed, and no file of the store has what was not encrypted; the disk may, where those were.
@@ -50,7 +50,7 @@ def rekey(path: Path, clock: Clock, keyring: Keyring, *, decrypt: bool = False) 
         raise KeyFileError(
             "the key file must begin with the key that is to encrypt; it begins with none, which --decrypt is for"
         )
-    sealer, found = Sealer(keyring), Rekeyed()
+    sealer, found = Sealer(keyring), RekeySummary()
 
     def sessions(old: Snapshot) -> Iterator[Pair]:
         keyring.require(old.key_checks)
@@ -70,7 +70,7 @@ def rekey(path: Path, clock: Clock, keyring: Keyring, *, decrypt: bool = False) 
     return found
 
 
-def _rekeyed(sealer: Sealer, session_id: str, record: bytes, found: Rekeyed, *, decrypt: bool) -> bytes:
+def _rekeyed(sealer: Sealer, session_id: str, record: bytes, found: RekeySummary, *, decrypt: bool) -> bytes:
     plain = sealer.opened_or_as_is(session_id, record) if is_sound(session_id, record) else record
     if plain is record and (not is_sound(session_id, record) or key_id_of(record) is not None):
         found.damaged += 1
@@ -84,7 +84,7 @@ def _rekeyed(sealer: Sealer, session_id: str, record: bytes, found: Rekeyed, *, 
 
 
 @dataclasses.dataclass(slots=True)
-class Mended:
+class RepairSummary:
     """What was found in a damaged store."""
 
     sessions: int = 0
@@ -101,7 +101,7 @@ class Mended:
     """Others that are not there any more; nobody can tell which."""
 
 
-def repair(path: Path, clock: Clock) -> Mended:
+def repair(path: Path, clock: Clock) -> RepairSummary:
     """Make a store of what is left of one that lost sessions; no server may use it.
 
     Afterwards sessions that are not found are not there, as everywhere: what is lost is taken for lost. One that begins under
@@ -111,7 +111,7 @@ def repair(path: Path, clock: Clock) -> Mended:
         StoreBusy: a server uses it.
         StoreError: it cannot be read or written.
     """
-    found = Mended()
+    found = RepairSummary()
 
     def sessions(old: Snapshot) -> Iterator[Pair]:
         seen = set[str]()
