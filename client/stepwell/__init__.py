@@ -1,4 +1,6 @@
-"""Stepwell: recurrent models served to many live users, each with a state of their own.
+"""Stepwell serves recurrent models to many live users and keeps a separate state for each.
+
+::
 
     import stepwell
 
@@ -6,8 +8,8 @@
         with client.open_session("forecast") as session:
             y = session.step(x)
 
-In a notebook or a script, `stepwell.local("forecast.keras")` starts the server too. The async client is
-`stepwell.aio`; a server for tests is `stepwell.testing.LocalServer`.
+In a notebook or a script, `stepwell.local("forecast.keras")` also starts the server. `stepwell.aio` is the async
+client. `stepwell.testing.LocalServer` is a server for tests.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`stepwell.local`: a server of one's own models that lives with this process, for notebooks and scripts.
+"""`stepwell.local`: a server with your own models that lives as long as this process, for notebooks and scripts.
 
-There is one server for each set of names. What makes it up is compared when it is asked for again: the same is used
-again, anything else takes its place.
+There is one server for each set of names. A call compares the content of the server with its arguments: it reuses a
+server with the same content, and replaces any other.
 """
 
 from __future__ import annotations
@@ -42,41 +42,44 @@ def local(
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     coalesce: bool = True,
 ) -> LocalClient:
-    """A client of a server of one's own models, which this call starts, or finds running.
+    """Returns a client of a server with your own models, and starts that server if it is not running.
 
     The server is a process of its own on a free port of 127.0.0.1. There is one for each set of names:
 
-    - The same call again, as when the cell of a notebook is run again, gives the same server and the same client,
-      sessions included. A model object is the same if its architecture and weights are, a file if its bytes are.
-    - A call for the same names with anything else different (weights, options, a variable `STEPWELL_...`) ends the
-      server, its client and, without `data_dir`, its sessions, and starts another; to give the server new weights
-      and keep its sessions, use `client.update_model`. In Jupyter a cell that is run again
-      also ends what it started under other names before.
-    - It ends with `client.close()` or the client's `with` block, and with this process: on Linux however that ends,
-      `kill -9` and a kernel restart included. The stop button and Ctrl-C leave it alone.
+    - The same call again, for example by running a notebook cell again, returns the same server and client, with its
+      sessions. A model object is the same if its architecture and weights are; a file is the same if its bytes are.
+    - A call for the same names with any other difference (weights, options, a variable `STEPWELL_...`) ends the
+    server, its
+      client and, without `data_dir`, its sessions, and starts another server. To give the server new weights and keep
+      its sessions, use `client.update_model`. In Jupyter, running a cell again also ends what it started under other
+      names before.
+    - The server ends with `client.close()` or the client's `with` block, and with this process. On Linux that
+    includes
+      `kill -9` and a kernel restart. The stop button and Ctrl-C leave it alone.
 
-    A model that is new to the machine is compiled, which can take half a minute and is said in a line on stderr.
+    A model that is new to this machine is compiled first. This can take half a minute, and a line on stderr announces
+    it.
 
-    Safe to call from many threads at once. After a fork the child has no servers: those of the parent are left alone.
+    Safe to call from many threads at once. After a fork the child has no servers; those of the parent are left alone.
 
     Args:
-        models: Path of a `.keras` or `.stepwell` file, a `keras.Model`, or a mapping of names to these; several versions
-            of a model are named `NAME@1`, `NAME@2`.
-        name: Name to serve a single model under. None: that of the file without its suffix; of an object the name it
-            was given, or "model" if Keras made one up.
-        data_dir: Where the server keeps sessions. None: in memory, so that they end with it.
-        extra_args: Further options of `stepwell serve`. Layers of one's own must be in a module: `["--import", NAME]`.
-        cache_dir: Where it keeps compiled models. None: the server's own default.
-        start_timeout_s: How long it may take to be ready, in seconds; models are compiled in this time.
+        models: Path of a `.keras` or `.stepwell` file, a `keras.Model`, or a mapping of names to these. Names of
+            several versions of a model are `NAME@1`, `NAME@2`.
+        name: Name of a single model. None: the name of the file without its suffix. For an object, the name that you
+            gave it, or "model" if Keras generated its name.
+        data_dir: Folder for the sessions. None: in memory, so that they end with the server.
+        extra_args: Additional options of `stepwell serve`. Custom layers must be in a module: `["--import", NAME]`.
+        cache_dir: Folder for compiled models. None: the server's default.
+        start_timeout_s: Time limit for the start, which includes compiling the models, in seconds.
         timeout_s: See `connect`.
         max_message_bytes: See `connect`.
         coalesce: See `connect`.
 
     Raises:
-        InvalidInputError: An argument breaks its rule.
+        InvalidInputError: An argument breaks a rule.
         FileNotFoundError: There is no such file.
-        ServerStartError: The server cannot start (a model that cannot be served; packages that are not installed:
-            the message begins with the reason).
+        ServerStartError: The server cannot start, for example because a model cannot be served or a package is not
+            installed. The message begins with the reason.
 
     Example:
         >>> client = stepwell.local(model_path, name="forecast")
@@ -131,10 +134,10 @@ def local(
 
 
 class LocalClient(Client):
-    """The client that `stepwell.local` gives: a `Client` whose server ends with it.
+    """The client that `stepwell.local` returns: a `Client` that also owns its server.
 
-    There is one for each server, so closing it ends the server for all who have it. Safe to use from many threads at
-    once; not fork-safe.
+    There is one for each server, so closing it ends the server for everyone who has the client. Safe to use from many
+    threads at once; not fork-safe.
 
     Example:
         >>> with stepwell.local(model_path, name="forecast") as client:
@@ -151,7 +154,7 @@ class LocalClient(Client):
 
     @property
     def server(self) -> LocalServer:
-        """The server: its log, its process, its address for clients of other kinds.
+        """The server, with its log, its process id and its address for other clients.
 
         Example:
             >>> with stepwell.local(model_path, name="forecast") as client:
@@ -165,7 +168,7 @@ class LocalClient(Client):
         return super()._facts() | {"server": process}
 
     def close(self) -> None:
-        """Ends the connection and the server, and with it all sessions unless it has a `data_dir`.
+        """Closes the connection and ends the server, and with it all sessions unless it has a `data_dir`.
 
         Closing again does nothing.
 
@@ -177,10 +180,10 @@ class LocalClient(Client):
 
 
 class _Content(NamedTuple):
-    """What a server is made of."""
+    """The content of a server: everything that a call compares."""
 
     models: Mapping[str, tuple[str, str]]
-    """Paths of given files and digests, by name."""
+    """Paths of given files, and digests, by name."""
     data_dir: str | None
     extra_args: tuple[str, ...]
     cache_dir: str | None
@@ -188,28 +191,28 @@ class _Content(NamedTuple):
 
 
 class _Cell(NamedTuple):
-    """A cell of a notebook, and which run of it."""
+    """A cell of a notebook, and one run of it."""
 
     id: str
     run: str
 
 
 class _Place:
-    """The server of a set of names, if one runs, and its client."""
+    """The server for a set of names, if one runs, and its client."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._client: LocalClient | None = None
         self._content: _Content | None = None
         self._options: tuple[ClientConfig, bool] | None = None
-        """Of the client."""
+        """The options of the client."""
         self._cell: _Cell | None = None
-        """The cell that has asked for it last."""
+        """The cell that requested it last."""
 
     def client(
         self, content: _Content, config: ClientConfig, coalesce: bool, start: Callable[[], LocalServer]
     ) -> LocalClient:
-        """The client of a server with this content and these options, or a new one."""
+        """Returns the client of a server with this content and these options, or a new one."""
         cell, options = _running_cell(), (config, coalesce)
         with self._lock:
             client = self._client
@@ -228,13 +231,13 @@ class _Place:
             return client
 
     def end(self, client: LocalClient) -> None:
-        """Ends what runs here, if it is (still) that client's."""
+        """Ends the server and its client, if the place still has that client."""
         with self._lock:
             if self._client is client:
                 self._end()
 
     def end_idle(self) -> None:
-        """Ends what runs here, unless another thread is starting or ending it."""
+        """Ends the server and its client, unless another thread is starting or ending them."""
         if self._lock.acquire(blocking=False):
             try:
                 self._end()
@@ -242,7 +245,7 @@ class _Place:
                 self._lock.release()
 
     def end_earlier(self, cell: _Cell) -> None:
-        """Ends what runs here if an earlier run of this cell has started it."""
+        """Ends the server and its client if an earlier run of this cell started them."""
         with self._lock:
             own = self._cell
             if own is not None and own.id == cell.id and own.run != cell.run:
@@ -266,7 +269,7 @@ class _Places:
         self.forget()
 
     def forget(self) -> None:
-        """For a child after a fork: what runs is its parent's."""
+        """Forgets all places, in a child after a fork: the servers belong to its parent."""
         self._lock = threading.Lock()
         self._places: dict[frozenset[str], _Place] = {}
 
@@ -279,7 +282,7 @@ class _Places:
             return list(self._places.values())
 
     def end_all(self) -> None:
-        """At the end of the process. What a thread of it is just starting ends with the process."""
+        """Ends all servers at the end of the process. A server that a thread is just starting ends with the process."""
         for place in self.all():
             place.end_idle()
 
@@ -290,7 +293,7 @@ os.register_at_fork(after_in_child=_places.forget)
 
 
 class _Progress:
-    """Says once of each model that it is being compiled."""
+    """Reports once for each model that it is being compiled."""
 
     def __init__(self, paths: Mapping[str, str]) -> None:
         self._unsaid = {name for name, path in paths.items() if not path.endswith(_COMPILED)}
@@ -307,7 +310,7 @@ class _Progress:
 
 
 def _running_cell() -> _Cell | None:
-    """The cell of a notebook that is running now, if it is one; what it ran before is looked after at its end."""
+    """Returns the notebook cell that is running now, if there is one, and watches for its end."""
     shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     message = shell.get_parent() if hasattr(shell, "get_parent") else {}
     try:
@@ -319,7 +322,7 @@ def _running_cell() -> _Cell | None:
 
 
 def _end_earlier_after(shell: Any, cell: _Cell) -> None:
-    """When the cell has run without an error, ends what an earlier run of it started and this one did not ask for."""
+    """Ends what an earlier run of the cell started and this run did not request, once the cell has run without an error."""
 
     def sweep(result: Any) -> None:
         shell.events.unregister("post_run_cell", sweep)

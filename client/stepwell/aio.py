@@ -1,13 +1,15 @@
-"""The async client: the same as `stepwell.connect`, awaited.
+"""The async client: the same methods as those of `stepwell.connect`, awaited.
+
+::
 
     async with stepwell.aio.connect("127.0.0.1:50051") as client:
         async with client.open_session("forecast") as session:
             y = await session.step(x)
 
-Steps awaited at the same time, by `asyncio.gather` or by many tasks, leave together as one message.
+Steps awaited at the same time, by `asyncio.gather` or by many tasks, are sent as one message.
 
-The examples of classes are whole programs. Those of methods are as one types them into `python -m asyncio`, with an
-open `client` and `session`.
+The examples of classes are whole programs. Type those of methods into `python -m asyncio`, with an open `client` and
+`session`.
 """
 
 from __future__ import annotations
@@ -65,39 +67,38 @@ def connect(
     allow_insecure_token: bool = False,
     tenant: str | None = None,
 ) -> AsyncClient:
-    """A client of the server at `address`. The connection itself is made by the first call.
+    """Returns an async client of the server at `address`. The first call makes the connection.
 
     Args:
         address: HOST:PORT, [IPv6]:PORT, unix:PATH, dns:///HOST:PORT, grpc://HOST:PORT (without TLS) or
-            grpcs://HOST:PORT (with TLS). None: the environment variable STEPWELL_SERVER, else 127.0.0.1:50051.
-            Several, in a list or with commas between, are replicas that share a store, and so is each address of a
-            name after dns:///. Each session has one of them; when that is gone it continues at another one.
-        timeout_s: Time limit of each call over all its attempts, in seconds, unless the call is given
-            another; `math.inf` for none.
-        connect_timeout_s: Time limit of a call as long as this client has never reached the server, in
-            seconds; `math.inf`: as `timeout_s`. Once it has, calls are tried again up to their own limit. None:
-            the environment variable STEPWELL_CONNECT_TIMEOUT_S, else 1 second.
-        max_message_bytes: Largest message to send or receive.
-        coalesce: Steps awaited at the same time leave together as one message, which is where throughput
-            comes from. False: each step is a call of its own.
-        tls: How to speak TLS; True: with the CAs of the system. None: not at all, unless the address says so.
-        metadata: Pairs of key and value, or a mapping, to send with every call: headers, for a proxy on the
-            way, say. Values are strings, or bytes where the key ends in "-bin".
-        event_hooks: Functions to call at each event, by the name of the event, "request", "response" or
-            "retry": `stepwell.events` says what they get, and that they may be coroutine functions.
-        tracing: Make a span of OpenTelemetry of each operation, and send it to the server, which continues the trace.
-            What becomes of spans is up to the provider that this process has set. Needs opentelemetry-api.
-        token: The bearer token to send with every call, for servers that ask who calls; or a function without
-            arguments that returns it, or a coroutine function. It is called for the first call, again shortly before its token expires, if
-            that is a JWT, and when a server refuses its token: the call is then made once more. None: the environment
-            variable STEPWELL_TOKEN, else none.
-        allow_insecure_token: Send the token also over a plain connection to another machine, where anybody on the
-            way can read it.
-        tenant: The tenant to act in, for callers whose role is admin; "*" for all of them, where sessions are listed.
-            None: the caller's own.
+            grpcs://HOST:PORT (with TLS). None: the environment variable STEPWELL_SERVER, or 127.0.0.1:50051 if it is
+            not set. Several addresses, in a list or separated by commas, are replicas that share a store; so are all
+            addresses of a name after dns:///. Each session is served by one replica. If that replica fails, another
+            one continues the session.
+        timeout_s: Default time limit of a call, over all its attempts, in seconds; `math.inf` for none.
+        connect_timeout_s: Time limit of calls until this client has reached the server for the first time, in
+            seconds; `math.inf`: the same as `timeout_s`. Later calls are retried up to their own limit. None: the
+            environment variable STEPWELL_CONNECT_TIMEOUT_S, or 1 second if it is not set.
+        max_message_bytes: Size of the largest message to send or receive, in bytes.
+        coalesce: Send the steps that are awaited at the same time as one message, which gives the highest throughput.
+            False: every step is a call of its own.
+        tls: A `TlsConfig`, or True for TLS with the CAs of the system. None: no TLS, unless the address asks for it.
+        metadata: Headers to send with every call: a mapping, or pairs, of key and value. Values are strings, or
+            bytes if the key ends in "-bin".
+        event_hooks: Functions or coroutine functions to call at each event, by the name of the event: "request",
+            "response", "retry", "model_version" or "replica". `stepwell.events` describes them and their arguments.
+        tracing: Create an OpenTelemetry span for each operation and let the server continue its trace. The tracer
+            provider of this process decides where spans go. Needs opentelemetry-api.
+        token: The bearer token to send with every call, or a function or coroutine function without arguments that
+            returns it. The function is called before the first call, shortly before its token expires if that is a
+            JWT, and when the server rejects its token; that call is then made once more. None: the environment
+            variable STEPWELL_TOKEN, or no token if it is not set.
+        allow_insecure_token: Send the token to another machine even without TLS, where anybody on the network path
+            can read it.
+        tenant: The tenant to act in, for admins; "*" lists the sessions of all tenants. None: the caller's own.
 
     Raises:
-        InvalidInputError: An argument, or the variable, breaks its rule.
+        InvalidInputError: An argument or environment variable breaks a rule; the message names it.
 
     Example:
         >>> import asyncio
@@ -125,17 +126,16 @@ def connect(
 
 @end_here
 class AsyncClient(AsyncAdminCalls, AsyncModelCalls, ClientFacts):
-    """A connection to a server. Make one with `connect`, and share it.
+    """A connection to a server. Create one with `connect`, and share it.
 
-    Every method takes `timeout_s`, the time limit of that call over all its attempts; None means the
-    client's own. UNAVAILABLE and overload are retried within it (see `stepwell.errors`); a server that was never
-    reached is given up after `connect_timeout_s`.
+    Every method takes `timeout_s`, the time limit of the call over all its attempts, in seconds. None means the
+    client's default. Within it, the client retries calls that fail because the server is unavailable or overloaded;
+    see `stepwell.errors`. Calls to a server that this client has never reached fail after `connect_timeout_s`.
 
-    Belongs to the event loop it is first used in; not for use from other threads or loops. Not fork-safe:
-    gRPC's threads do not survive a fork, so connect in the child.
+    The client belongs to the event loop in which you first use it. Do not use it from other threads or loops. Not
+    fork-safe, because gRPC's threads do not survive a fork: connect in the child process.
 
-    A call that is cancelled may still be carried out by the server. The session stays usable, by the rule
-    of `AsyncSession`.
+    The server may still carry out a call that you cancel. `AsyncSession` explains how to continue after that.
 
     Example:
         >>> import asyncio
@@ -155,7 +155,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls, ClientFacts):
         self._core = self._driver.core
 
     async def models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
-        """All models of the server, in the order of their names.
+        """Returns all models of the server, sorted by name.
 
         Example:
             >>> [model.name for model in await client.models()]
@@ -164,7 +164,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls, ClientFacts):
         return await self._driver.run(self._core.models(self._core.deadline(timeout_s)))
 
     async def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
-        """The server: what speaks to the network, and all models.
+        """Describes the server: its id, its network front and all its models.
 
         Example:
             >>> (await client.server_info()).front in ("native", "python")
@@ -173,9 +173,9 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls, ClientFacts):
         return await self._driver.run(self._core.server_info(self._core.deadline(timeout_s)))
 
     async def slow_sessions(self, *, limit: int = 10, timeout_s: float | None = None) -> list[SlowSession]:
-        """Sessions with the slowest steps of the last minute, the slowest first.
+        """Returns the sessions with the slowest steps of the last minute, slowest first.
 
-        The server looks at the slowest session of each pass, and keeps a hundred.
+        Arguments, result and errors are those of `Client.slow_sessions`.
 
         Example:
             >>> (await client.slow_sessions(limit=1))[1:]
@@ -184,7 +184,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls, ClientFacts):
         return await self._driver.run(self._core.slow_sessions(limit, self._core.deadline(timeout_s)))
 
     async def model(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
-        """One model.
+        """Describes one model.
 
         Arguments, result and errors are those of `Client.model`.
 
@@ -205,9 +205,9 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls, ClientFacts):
         max_idle_s: float | None = None,
         timeout_s: float | None = None,
     ) -> Opening[AsyncSession]:
-        """Opens a session, or resumes the live session of that id.
+        """Opens a session, or resumes the live session with that id.
 
-        Arguments, result and errors are those of `Client.open_session`.
+        Arguments, result and errors are those of `Client.open_session`. Await the result, or use it in `async with`.
 
         Example:
             >>> session = await client.open_session("forecast", session_id="user-43")
@@ -236,11 +236,9 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls, ClientFacts):
         max_idle_s: float | None = None,
         timeout_s: float | None = None,
     ) -> Opening[AsyncSessionGroup]:
-        """Opens many sessions of one model, to be stepped together: all of them or none.
+        """Opens many sessions of one model to step together. The call opens all of them or none.
 
-        With `resume` it takes up those of `session_ids` that are live.
-
-        Arguments, result and errors are those of `Client.open_sessions`.
+        Arguments, result and errors are those of `Client.open_sessions`. Await the result, or use it in `async with`.
 
         Example:
             >>> async with client.open_sessions("forecast", 8) as group:
@@ -268,7 +266,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls, ClientFacts):
         reset: Mask | None = None,
         timeout_s: float | None = None,
     ) -> tuple[Outputs, State]:
-        """Runs a model without a session: the same weights and the same bits.
+        """Runs a model without a session. Its outputs have the same bits as those of a session.
 
         Arguments, result and errors are those of `Client.predict`.
 
@@ -282,7 +280,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls, ClientFacts):
         )
 
     async def session_info(self, session_id: str, *, timeout_s: float | None = None) -> SessionInfo:
-        """One session as of its last completed change. Does not count as use of it.
+        """Describes a session as of its last completed change. This does not count as use of the session.
 
         Arguments, result and errors are those of `Client.session_info`.
 
@@ -303,7 +301,7 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls, ClientFacts):
         await self._driver.run(self._core.close_session(session_id, self._core.deadline(timeout_s)))
 
     async def close(self) -> None:
-        """Ends the connection; calls under way end with `ClosedError`. Sessions stay on the server.
+        """Closes the connection. Active calls raise `ClosedError`. Sessions stay on the server.
 
         Example:
             >>> await stepwell.aio.connect(address).close()

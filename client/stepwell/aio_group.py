@@ -1,4 +1,4 @@
-"""A group of sessions of the async client. As `group`, awaited."""
+"""A group of sessions of the async client; the same as `group`, awaited."""
 
 from __future__ import annotations
 
@@ -19,28 +19,30 @@ from stepwell.aio_session import AsyncHandle, AsyncSession, Opening
 
 @end_here
 class AsyncSessionGroup(GroupFacts, AsyncHandle):
-    """Many sessions of one model and batch size, stepped together: one message for all of them.
+    """Many sessions of one model and batch size that you step together, with one message for all of them.
 
-    Made by `AsyncClient.open_sessions`, and by `fork`. The members are ordinary sessions on the server, each with its
-    own revision. At most one change of a member is under way at a time: a change waits until no other one of any
-    of its members is, within its time limit; changes of different members go at the same time. Belongs to the event
-    loop of its client; not for use from other threads.
+    `AsyncClient.open_sessions` and `fork` return groups. The members are ordinary sessions on the server, each with
+    its own revision. A member runs one change at a time: a change waits, within its time limit, until no other change
+    of its members is active. Changes of different members run concurrently. A group belongs to the event loop of its
+    client. Do not use it from other threads.
 
-    **Members.** `members` are indexes, each at most once, or booleans, one for each member. `group[i]` is an
-    ordinary `AsyncSession`, `group[2:5]`, `group[mask]` and `group[[0, 3]]` are groups of these members in this order,
-    and a group may be iterated over. They are views: they share revisions, positions and locks with the group they
-    were taken from, whichever of them makes a change, and end when it is closed.
+    **Members.** `members` are indexes without repetition, or booleans, one for each member. `group[i]` is an ordinary
+    `AsyncSession`. `group[2:5]`, `group[mask]` and `group[[0, 3]]` are groups of these members, in this order. You
+    can also iterate over a group. All of them are views: they share revisions, positions and locks with their group,
+    and end when it is closed.
 
-    **After an error.** A change of a group may fail for some members only. When all members are settled, the
-    error of the first failed member is raised: its `.failures` maps the index of each failed member to its
-    error, its `.outputs` holds the outputs of the others (zeros for the failed), and the revisions of the
-    others are taken over. The same call for the same members with the same arguments again finishes that change:
-    members that have it answer with their first answer, the others apply it. Any other change of one of them
-    is a new one, and ends what was unfinished: the same call is then a new change of all its members. To give up a
-    change of unknown outcome, call `refresh`, which waits for each member's turn, behind the changes that the
-    server has received.
+    **After an error.** A change may fail for some members only. Once the outcome of every member is known, the error
+    of the first failed member is raised. Its `failures` maps the index of each failed member to its error. Its
+    `outputs` has the outputs of the others, and zeros for the failed members. The revisions of the others are up to
+    date.
 
-    **At the end of an `async with` block** a group opened without ids is closed; a named one, or a view, lives on.
+    Repeat the same call for the same members with the same arguments to complete the change. Members that applied it
+    return their first answer, and the others apply it. Any other change of one of these members is a new change, and
+    abandons the unfinished one. To abandon a change of unknown outcome, call `refresh`, which waits for the changes
+    of each member that the server has already received.
+
+    **At the end of an `async with` block** a group opened without ids is closed. A group with ids, or a view, stays
+    open.
 
     Example:
         >>> import asyncio
@@ -66,7 +68,7 @@ class AsyncSessionGroup(GroupFacts, AsyncHandle):
     def __getitem__(self, index: slice | Rows) -> AsyncSessionGroup: ...
 
     def __getitem__(self, index: int | np.integer[Any] | slice | Rows) -> AsyncSession | AsyncSessionGroup:
-        """One member, or a view of some, in their order.
+        """Returns one member as an `AsyncSession`, or a view of some members, in their order.
 
         Example:
             >>> async with client.open_sessions("forecast", 4) as group:
@@ -82,7 +84,7 @@ class AsyncSessionGroup(GroupFacts, AsyncHandle):
         return AsyncSession(self._driver, tracker, owned=False, locks=locks, members=place, parent=self._root)
 
     def __iter__(self) -> Iterator[AsyncSession]:
-        """The members, in their order."""
+        """Iterates over the members, in their order."""
         return (self[i] for i in range(len(self)))
 
     @property
@@ -126,7 +128,7 @@ class AsyncSessionGroup(GroupFacts, AsyncHandle):
         states: StateSelection = "none",
         timeout_s: float | None = None,
     ) -> Outputs | Trace:
-        """Advances every member, or some, by one time step, or by T.
+        """Advances every member, or some members, by one time step or by T.
 
         Arguments, result and errors are those of `SessionGroup.step`.
 
@@ -150,7 +152,7 @@ class AsyncSessionGroup(GroupFacts, AsyncHandle):
         *,
         timeout_s: float | None = None,
     ) -> Trace:
-        """Advances members, and returns their states after every time step with the outputs.
+        """Advances members and returns the outputs and their states after every time step.
 
         Arguments, result and errors are those of `SessionGroup.trace`.
 
@@ -170,7 +172,7 @@ class AsyncSessionGroup(GroupFacts, AsyncHandle):
         members: Rows | None = None,
         timeout_s: float | None = None,
     ) -> None:
-        """Sets the whole state of every member, or of some.
+        """Sets the whole state of every member, or of some members.
 
         Arguments, result and errors are those of `SessionGroup.reset_states`.
 
@@ -185,7 +187,7 @@ class AsyncSessionGroup(GroupFacts, AsyncHandle):
         await self._change(self._group.reset_states(some, states, deadline), deadline, some.where)
 
     async def get_states(self, members: Rows | None = None, *, timeout_s: float | None = None) -> State:
-        """A copy of the members' states, one after the other: (n * batch_size, ...) each.
+        """Returns a copy of the members' states, one after the other, with tensors of shape (n * batch_size, ...).
 
         Arguments, result and errors are those of `SessionGroup.get_states`.
 
@@ -199,7 +201,7 @@ class AsyncSessionGroup(GroupFacts, AsyncHandle):
         return await self._driver.run(self._group.get_states(some, self._core.deadline(timeout_s)))
 
     async def get_state(self, *, timeout_s: float | None = None) -> State:
-        """As `get_states`, of all members.
+        """Returns the states of all members, as `get_states` does.
 
         Example:
             >>> async with client.open_sessions("forecast", 4) as group:
@@ -215,9 +217,9 @@ class AsyncSessionGroup(GroupFacts, AsyncHandle):
         max_idle_s: float | None = None,
         timeout_s: float | None = None,
     ) -> Opening[AsyncSessionGroup]:
-        """A new group of sessions with the members' states, revisions and positions: all of them or none.
+        """Opens a new group with the members' states, revisions and positions. The call copies all of them or none.
 
-        Arguments, result and errors are those of `SessionGroup.fork`.
+        Arguments, result and errors are those of `SessionGroup.fork`. Await the result, or use it in `async with`.
 
         Example:
             >>> async with client.open_sessions("forecast", 4) as group, group.fork() as twins:
@@ -236,9 +238,9 @@ class AsyncSessionGroup(GroupFacts, AsyncHandle):
         return AsyncSessionGroup(self._driver, core, owned=session_ids is None)
 
     async def refresh(self, *, timeout_s: float | None = None) -> None:
-        """Takes over the server's revisions and positions, and drops changes left unfinished.
+        """Adopts the server's revisions and positions, and drops changes that an error left unfinished.
 
-        As `SessionGroup.refresh`.
+        Result and errors are those of `SessionGroup.refresh`.
 
         Example:
             >>> async with client.open_sessions("forecast", 4) as group:
@@ -248,7 +250,7 @@ class AsyncSessionGroup(GroupFacts, AsyncHandle):
         await self._change(self._group.refresh(deadline), deadline)
 
     async def close(self, *, timeout_s: float | None = None) -> None:
-        """Deletes all members on the server: of a view, those of the view. Closing again does nothing.
+        """Deletes all members on the server; for a view, the members of the view. Closing again does nothing.
 
         Example:
             >>> group = await client.open_sessions("forecast", 4)

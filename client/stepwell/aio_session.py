@@ -1,4 +1,4 @@
-"""A session of the async client, and what it has in common with a group. As `session`, awaited."""
+"""A session of the async client, and the base class that it shares with a group; the same as `session`, awaited."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ T = TypeVar("T")
 
 @end_here
 class AsyncHandle(BaseHandle[AsyncDriver], abc.ABC):
-    """What a session and a group have in common: one change at a time, and an end."""
+    """The common part of a session and a group: one change at a time, and closing."""
 
     _changer: asyncio.Task[Any] | None = None
     """The task whose change is running."""
 
     async def _change(self, flow: Flow[T], deadline: Deadline, members: Some | None = None) -> T:
-        """Runs a change, one at a time; waiting for the locks counts against the time limit."""
+        """Runs a change, one at a time. Waiting for the locks counts against the time limit."""
         self._check_open()
         me = asyncio.current_task()
         holder = TaskHolder(self._members if members is None else members)
@@ -64,7 +64,7 @@ class AsyncHandle(BaseHandle[AsyncDriver], abc.ABC):
 
     @abc.abstractmethod
     async def close(self, *, timeout_s: float | None = None) -> None:
-        """Deletes what it stands for."""
+        """Deletes the session or sessions of this handle."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -83,13 +83,13 @@ class AsyncHandle(BaseHandle[AsyncDriver], abc.ABC):
 
 
 class Opening(Unawaited, Coroutine[Any, Any, H]):
-    """A session or group that is being opened: `await` it, or use it in `async with` directly.
+    """A call that opens a session or group: `await` it, or use it directly in `async with`.
 
-    A coroutine in every other respect, so that a task can be made of it.
+    Otherwise it is a coroutine, so you can create a task from it.
     """
 
     def __init__(self, opening: Coroutine[Any, Any, H], call: str) -> None:
-        """`call`: the public call that made it, for messages."""
+        """`call` is the name of the public method, for messages."""
         cast(
             "CoroutineType[Any, Any, H]", opening
         ).__qualname__ = call  # Python's warning of an await that is missing
@@ -125,25 +125,24 @@ class Opening(Unawaited, Coroutine[Any, Any, H]):
 
 @end_here
 class AsyncSession(SessionFacts, AsyncHandle):
-    """One user's conversation with one model: a recurrent state on the server, advanced step by step.
+    """One user's conversation with one model: a recurrent state on the server that you advance step by step.
 
-    Made by `AsyncClient.open_session`, by `fork`, and by a group for one of its members. At most one change (step or reset) of a session is
-    under way at a time: a second task waits for its turn, within its time limit. Belongs to the event loop
-    of its client; not for use from other threads.
+    `AsyncClient.open_session` and `fork` return sessions, and so does indexing a group. A session runs one change
+    (step or reset) at a time; a second task waits, within its time limit. A session belongs to the event loop of its
+    client. Do not use it from other threads.
 
-    **After an error.** `DeadlineExceededError` and `UnavailableError` say in `.outcome` whether the change
-    was "not_applied" or is "unknown". In both cases make the same call with the same arguments again: it
-    finishes that change, and it is applied once, however often it was sent. A call with other arguments is
-    a new change; if the unfinished one did get through, it raises `RevisionConflictError`, and `refresh`
-    takes over the server's revision. The same holds after a cancelled call: its outcome is unknown.
+    **After an error.** The `outcome` of `DeadlineExceededError` and `UnavailableError` is "not_applied" or "unknown".
+    In both cases repeat the same call with the same arguments. That completes the change, and the server applies it
+    once, however often you send it. A call with other arguments is a new change. If the unfinished change was applied
+    after all, the new one raises `RevisionConflictError`; call `refresh` to adopt the server's revision. The same
+    holds after a cancelled call, whose outcome is unknown.
 
-    To give up a change of unknown outcome, call `get_state`, then `refresh`. `refresh` alone does not wait:
-    while the change is still under way on the server it returns the old revision, and the change lands
-    afterwards, so that the next one raises `RevisionConflictError` after all. `get_state` waits for its turn,
-    behind the changes that the server has received. Where the connection broke a request may be received later
-    still; the same call again is what settles it for certain.
+    To abandon a change of unknown outcome, call `get_state`, then `refresh`. `get_state` waits for the changes that
+    the server has already received. `refresh` alone does not wait: if the change is still active on the server, it
+    lands afterwards, and your next change raises `RevisionConflictError`. After a broken connection, a request may
+    arrive even later. Only repeating the same call settles its outcome for certain.
 
-    **At the end of an `async with` block** a session opened without an id is closed; a named one lives on.
+    **At the end of an `async with` block** a session opened without an id is closed. A named session stays open.
 
     Example:
         >>> import asyncio
@@ -206,7 +205,7 @@ class AsyncSession(SessionFacts, AsyncHandle):
         states: StateSelection = "none",
         timeout_s: float | None = None,
     ) -> Outputs | Trace:
-        """Advances the session by one time step, or by T: whole or not at all.
+        """Advances the session by one time step, or by T. The server applies the whole call or nothing of it.
 
         Arguments, result and errors are those of `Session.step`.
 
@@ -226,7 +225,7 @@ class AsyncSession(SessionFacts, AsyncHandle):
         *,
         timeout_s: float | None = None,
     ) -> Trace:
-        """Advances the session, and returns the state after every time step with the outputs.
+        """Advances the session and returns the outputs and the state after every time step.
 
         Arguments, result and errors are those of `Session.trace`.
 
@@ -258,7 +257,9 @@ class AsyncSession(SessionFacts, AsyncHandle):
         await self._change(self._core.reset_states(self._tracker, states, rows, deadline, position), deadline)
 
     async def get_state(self, *, timeout_s: float | None = None) -> State:
-        """A copy of the state, after the changes received before.
+        """Returns a copy of the state, after all changes that the server received before this call.
+
+        Arguments, result and errors are those of `Session.get_state`.
 
         Example:
             >>> (await session.get_state()).revision == session.revision
@@ -274,9 +275,9 @@ class AsyncSession(SessionFacts, AsyncHandle):
         max_idle_s: float | None = None,
         timeout_s: float | None = None,
     ) -> Opening[AsyncSession]:
-        """A new session with the state, revision and position of this one; from then on they are apart.
+        """Opens a new session with the state, revision and position of this one. The two then change independently.
 
-        Arguments, result and errors are those of `Session.fork`.
+        Arguments, result and errors are those of `Session.fork`. Await the result, or use it in `async with`.
 
         Example:
             >>> async with session.fork() as twin:
@@ -295,7 +296,7 @@ class AsyncSession(SessionFacts, AsyncHandle):
         return AsyncSession(self._driver, tracker, owned=session_id is None)
 
     async def refresh(self, *, timeout_s: float | None = None) -> None:
-        """Takes over the server's revision and position, and drops a change left unfinished by an error.
+        """Adopts the server's revision and position, and drops a change that an error left unfinished.
 
         Example:
             >>> await session.refresh()
@@ -306,7 +307,7 @@ class AsyncSession(SessionFacts, AsyncHandle):
         await self._change(self._core.refresh(self._tracker, deadline), deadline)
 
     async def close(self, *, timeout_s: float | None = None) -> None:
-        """Deletes the session on the server. Closing again, or a session that is gone, does nothing.
+        """Deletes the session on the server. Closing it again, or after it expired, does nothing.
 
         Example:
             >>> session = await client.open_session("forecast")

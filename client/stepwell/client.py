@@ -52,40 +52,38 @@ def connect(
     allow_insecure_token: bool = False,
     tenant: str | None = None,
 ) -> Client:
-    """A client of the server at `address`. The connection itself is made by the first call.
+    """Returns a client of the server at `address`. The first call makes the connection.
 
     Args:
         address: HOST:PORT, [IPv6]:PORT, unix:PATH, dns:///HOST:PORT, grpc://HOST:PORT (without TLS) or
-            grpcs://HOST:PORT (with TLS). None: the environment variable STEPWELL_SERVER, else 127.0.0.1:50051.
-            Several, in a list or with commas between, are replicas that share a store, and so is each address of a
-            name after dns:///. Each session has one of them; when that is gone it continues at another one.
-        timeout_s: Time limit of each call over all its attempts, in seconds, unless the call is given
-            another; `math.inf` for none.
-        connect_timeout_s: Time limit of a call as long as this client has never reached the server, in
-            seconds; `math.inf`: as `timeout_s`. Once it has, calls are tried again up to their own limit. None:
-            the environment variable STEPWELL_CONNECT_TIMEOUT_S, else 1 second.
-        max_message_bytes: Largest message to send or receive.
-        coalesce: Steps that several threads make at the same time leave together as one message, which is
-            where throughput comes from; a step made alone is a call of its own. False: each step is a call
-            of its own.
-        tls: How to speak TLS; True: with the CAs of the system. None: not at all, unless the address says so.
-        metadata: Pairs of key and value, or a mapping, to send with every call: headers, for a proxy on the
-            way, say. Values are strings, or bytes where the key ends in "-bin".
-        event_hooks: Functions to call at each event, by the name of the event, "request", "response" or
-            "retry": `stepwell.events` says what they get.
-        tracing: Make a span of OpenTelemetry of each operation, and send it to the server, which continues the trace.
-            What becomes of spans is up to the provider that this process has set. Needs opentelemetry-api.
-        token: The bearer token to send with every call, for servers that ask who calls; or a function without
-            arguments that returns it. It is called for the first call, again shortly before its token expires, if
-            that is a JWT, and when a server refuses its token: the call is then made once more. None: the environment
-            variable STEPWELL_TOKEN, else none.
-        allow_insecure_token: Send the token also over a plain connection to another machine, where anybody on the
-            way can read it.
-        tenant: The tenant to act in, for callers whose role is admin; "*" for all of them, where sessions are listed.
-            None: the caller's own.
+            grpcs://HOST:PORT (with TLS). None: the environment variable STEPWELL_SERVER, or 127.0.0.1:50051 if it is
+            not set. Several addresses, in a list or separated by commas, are replicas that share a store; so are all
+            addresses of a name after dns:///. Each session is served by one replica. If that replica fails, another
+            one continues the session.
+        timeout_s: Default time limit of a call, over all its attempts, in seconds; `math.inf` for none.
+        connect_timeout_s: Time limit of calls until this client has reached the server for the first time, in
+            seconds; `math.inf`: the same as `timeout_s`. Later calls are retried up to their own limit. None: the
+            environment variable STEPWELL_CONNECT_TIMEOUT_S, or 1 second if it is not set.
+        max_message_bytes: Size of the largest message to send or receive, in bytes.
+        coalesce: Send the steps that several threads make at the same time as one message, which gives the highest
+            throughput. A step made alone is still a call of its own. False: every step is a call of its own.
+        tls: A `TlsConfig`, or True for TLS with the CAs of the system. None: no TLS, unless the address asks for it.
+        metadata: Headers to send with every call: a mapping, or pairs, of key and value. Values are strings, or
+            bytes if the key ends in "-bin".
+        event_hooks: Functions to call at each event, by the name of the event: "request", "response", "retry",
+            "model_version" or "replica". `stepwell.events` describes them and their arguments.
+        tracing: Create an OpenTelemetry span for each operation and let the server continue its trace. The tracer
+            provider of this process decides where spans go. Needs opentelemetry-api.
+        token: The bearer token to send with every call, or a function without arguments that returns it. The
+            function is called before the first call, shortly before its token expires if that is a JWT, and when the
+            server rejects its token; that call is then made once more. None: the environment variable
+            STEPWELL_TOKEN, or no token if it is not set.
+        allow_insecure_token: Send the token to another machine even without TLS, where anybody on the network path
+            can read it.
+        tenant: The tenant to act in, for admins; "*" lists the sessions of all tenants. None: the caller's own.
 
     Raises:
-        InvalidInputError: An argument, or the variable, breaks its rule.
+        InvalidInputError: An argument or environment variable breaks a rule; the message names it.
 
     Example:
         >>> with stepwell.connect(address) as client:
@@ -110,14 +108,14 @@ def connect(
 
 @end_here
 class Client(AdminCalls, ModelCalls, ClientFacts):
-    """A connection to a server. Make one with `connect`, and share it.
+    """A connection to a server. Create one with `connect`, and share it.
 
-    Every method takes `timeout_s`, the time limit of that call over all its attempts; None means the
-    client's own. UNAVAILABLE and overload are retried within it (see `stepwell.errors`); a server that was never
-    reached is given up after `connect_timeout_s`.
+    Every method takes `timeout_s`, the time limit of the call over all its attempts, in seconds. None means the
+    client's default. Within it, the client retries calls that fail because the server is unavailable or overloaded;
+    see `stepwell.errors`. Calls to a server that this client has never reached fail after `connect_timeout_s`.
 
-    Safe to use from many threads at once. Not fork-safe: gRPC's threads do not survive a fork, so connect
-    in the child.
+    Safe to use from many threads at once. Not fork-safe, because gRPC's threads do not survive a fork: connect in
+    the child process.
 
     Example:
         >>> with stepwell.connect(address) as client:
@@ -135,7 +133,7 @@ class Client(AdminCalls, ModelCalls, ClientFacts):
         self._core = self._driver.core
 
     def models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
-        """All models of the server, in the order of their names.
+        """Returns all models of the server, sorted by name.
 
         Example:
             >>> [model.name for model in client.models()]
@@ -144,7 +142,7 @@ class Client(AdminCalls, ModelCalls, ClientFacts):
         return self._driver.run(self._core.models(self._core.deadline(timeout_s)))
 
     def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
-        """The server: what speaks to the network, and all models.
+        """Describes the server: its id, its network front and all its models.
 
         Example:
             >>> client.server_info().front in ("native", "python")
@@ -153,9 +151,13 @@ class Client(AdminCalls, ModelCalls, ClientFacts):
         return self._driver.run(self._core.server_info(self._core.deadline(timeout_s)))
 
     def slow_sessions(self, *, limit: int = 10, timeout_s: float | None = None) -> list[SlowSession]:
-        """Sessions with the slowest steps of the last minute, the slowest first.
+        """Returns the sessions with the slowest steps of the last minute, slowest first.
 
-        The server looks at the slowest session of each pass, and keeps a hundred.
+        The server records the slowest session of each pass and keeps the last 100.
+
+        Args:
+            limit: How many sessions to return at most.
+            timeout_s: Time limit of this call over all its attempts, in seconds; None: the client's.
 
         Example:
             >>> client.slow_sessions(limit=1)[1:]
@@ -164,10 +166,14 @@ class Client(AdminCalls, ModelCalls, ClientFacts):
         return self._driver.run(self._core.slow_sessions(limit, self._core.deadline(timeout_s)))
 
     def model(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
-        """One model: its default version, or with `NAME@2` or `NAME:canary` another one.
+        """Describes one model.
+
+        Args:
+            name: Name of the model, for its default version; `NAME@2` for version 2, `NAME:canary` for a label.
+            timeout_s: Time limit of this call over all its attempts, in seconds; None: the client's.
 
         Raises:
-            ModelNotFoundError: No model is served under that name, or not that version or label of it.
+            ModelNotFoundError: The server has no model of that name, or the model has no such version or label.
 
         Example:
             >>> [tensor.shape for tensor in client.model("forecast").inputs]
@@ -186,31 +192,31 @@ class Client(AdminCalls, ModelCalls, ClientFacts):
         max_idle_s: float | None = None,
         timeout_s: float | None = None,
     ) -> Session:
-        """Opens a session, or resumes the live session of that id: `Session.resumed` says which.
+        """Opens a session, or resumes the live session with that id. `Session.resumed` shows which.
 
-        If the call ends without an answer, the session may be there all the same. One without an id, which
-        nobody could find again, is then closed in the background as soon as the server can be reached, as
-        long as the client is open. The same holds for `open_sessions` and `Session.fork`.
+        If the call fails without an answer, the server may have opened the session. If you gave no id, nobody can
+        find that session again, so the client closes it in the background as soon as it reaches the server. The same
+        holds for `open_sessions` and `Session.fork`.
 
         Args:
-            model: Name of the model, for its default version; `NAME@2` for that version, `NAME:canary` for the one that
-                has that label. By its name alone a session may go on to later versions: see `load_model`.
-            batch_size: Rows of the session, fixed from now on.
-            session_id: 1 to 256 printable characters. None: the server makes an unguessable one, and the
-                session is closed when its `with` block ends. A named session outlives its block.
-            state: Initial state, each tensor (batch_size, ...); a mapping of name to array, a list in the
-                model's order, or a `State`. None: the model's own. Not used when a session is resumed.
-            must_be_new: Refuse instead of resuming.
-            max_idle_s: The session expires when it was not used for this many seconds: 1 to ten years, or 0 for no limit of
-                its own. The server's `max_session_idle_s` is an upper bound all the same. None: a session without an id
-                has the server's `unnamed_session_idle_s`, an hour by default; one with an id has no limit of its own.
-                Not used when a session is resumed.
-            timeout_s: Time limit of this call over all its attempts; None: the client's.
+            model: Name of the model, for its default version; `NAME@2` for version 2, `NAME:canary` for a label. A
+                session opened by the name alone may move to later versions: see `load_model`.
+            batch_size: Number of rows of the session. It cannot change later.
+            session_id: 1 to 256 printable characters. A named session outlives its `with` block. None: the server
+                creates an unguessable id, and the end of the `with` block closes the session.
+            state: Initial state, with tensors of shape (batch_size, ...): a mapping of name to array, a list in the
+                model's order, or a `State`. None: the model's initial state. Ignored for a resumed session.
+            must_be_new: Raise `SessionExistsError` instead of resuming a session.
+            max_idle_s: Expire the session after this many seconds without use, from 1 second to ten years; 0 for no
+                limit of its own. The server's `max_session_idle_s` still applies. None: the server's
+                `unnamed_session_idle_s` (one hour by default) for a session without an id, and no limit of its own
+                for a named one. Ignored for a resumed session.
+            timeout_s: Time limit of this call over all its attempts, in seconds; None: the client's.
 
         Raises:
-            ModelNotFoundError: No model is served under that name, or not that version of it.
-            ModelMismatchError: The state, or the session resumed, belongs to another model.
-            SessionExistsError: The session is there and must be new, or has another batch size.
+            ModelNotFoundError: The server has no model of that name, or the model has no such version or label.
+            ModelMismatchError: The state, or the resumed session, belongs to another model.
+            SessionExistsError: The session exists although it must be new, or it has another batch size.
 
         Example:
             >>> session = client.open_session("forecast", session_id="user-42")
@@ -235,25 +241,26 @@ class Client(AdminCalls, ModelCalls, ClientFacts):
         max_idle_s: float | None = None,
         timeout_s: float | None = None,
     ) -> SessionGroup:
-        """Opens many sessions of one model, to be stepped together: all of them or none.
+        """Opens many sessions of one model to step together. The call opens all of them or none.
 
         Args:
-            model: Name of the model, with a version or a label as in `open_session`.
-            n: How many, 1 to 65536.
-            batch_size: Rows of each.
-            session_ids: n ids, none of them in use unless `resume` is given. None: the server makes them, and the
-                sessions are closed when the group's `with` block ends.
-            resume: Take up the sessions of `session_ids` that are live, with their states, revisions and positions, and
-                open the others: `SessionGroup.resumed` says which. For trainers that restart. The same call again
-                succeeds and changes nothing.
-            max_idle_s: Of each session that is opened, as in `open_session`.
-            timeout_s: Time limit of this call over all its attempts; None: the client's.
+            model: Name of the model, with a version or label as in `open_session`.
+            n: Number of sessions, 1 to 65536.
+            batch_size: Number of rows of each session.
+            session_ids: n ids. Without `resume`, none of them may be in use. None: the server creates the ids, and
+                the end of the group's `with` block closes the sessions.
+            resume: Resume the live sessions among `session_ids`, with their states, revisions and positions, and open
+                the others. `SessionGroup.resumed` shows which. A trainer that restarts can repeat the same call
+                safely.
+            max_idle_s: Idle limit of each newly opened session, in seconds, as in `open_session`.
+            timeout_s: Time limit of this call over all its attempts, in seconds; None: the client's.
 
         Raises:
-            ModelNotFoundError: No model is served under that name, or not that version of it.
-            SessionExistsError: One of the ids is in use; with `resume`: by a session of another model or batch size, or of
-                another version if `model` names one. The message names those sessions, and nothing is opened.
-            SessionLostError: The store lost one of them; it does not begin anew unnoticed.
+            ModelNotFoundError: The server has no model of that name, or the model has no such version or label.
+            SessionExistsError: An id is in use. With `resume`: by a session of another model or batch size, or of
+                another version than `model` names. The message names those sessions.
+            SessionLostError: The store has lost one of the sessions. It never restarts silently from the initial
+                state.
 
         Example:
             >>> with client.open_sessions("forecast", 8) as group:
@@ -284,15 +291,16 @@ class Client(AdminCalls, ModelCalls, ClientFacts):
         reset: Mask | None = None,
         timeout_s: float | None = None,
     ) -> tuple[Outputs, State]:
-        """Runs a model without a session: the same weights and the same bits.
+        """Runs a model without a session. Its outputs have the same bits as those of a session.
 
         Args:
-            model: Name of the model, with a version or a label as in `open_session`.
-            x: (batch, features...) or (batch, T, features...), any batch size; by name for several inputs.
-            state: Initial state, each tensor (batch, ...). None: the model's own.
-            reset: Rows that begin anew, with the model's own initial state: booleans of shape (batch,), or
-                (batch, T) for every time step.
-            timeout_s: Time limit of this call over all its attempts; None: the client's.
+            model: Name of the model, with a version or label as in `open_session`.
+            x: Array of shape (batch, features...) or (batch, T, features...), for any batch size; a mapping of name
+                to array for several inputs.
+            state: Initial state, with tensors of shape (batch, ...). None: the model's initial state.
+            reset: Rows that restart from the model's initial state: booleans of shape (batch,), or (batch, T) for
+                every time step.
+            timeout_s: Time limit of this call over all its attempts, in seconds; None: the client's.
 
         Returns:
             The outputs, in the model's own shape, and the state after the last time step.
@@ -309,10 +317,10 @@ class Client(AdminCalls, ModelCalls, ClientFacts):
         return self._driver.run(self._core.predict(model, x, state, self._core.deadline(timeout_s), reset))
 
     def session_info(self, session_id: str, *, timeout_s: float | None = None) -> SessionInfo:
-        """One session as of its last completed change. Does not count as use of it.
+        """Describes a session as of its last completed change. This does not count as use of the session.
 
         Raises:
-            SessionNotFoundError, SessionExpiredError, SessionLostError: It is not there, and why.
+            SessionGoneError: There is no such session; the subclass tells why.
 
         Example:
             >>> client.session_info(session.id).model
@@ -324,7 +332,7 @@ class Client(AdminCalls, ModelCalls, ClientFacts):
         """Deletes a session and its state.
 
         Raises:
-            SessionNotFoundError, SessionExpiredError, SessionLostError: It is not there, and why.
+            SessionGoneError: There is no such session; the subclass tells why.
 
         Example:
             >>> client.close_session(client.open_session("forecast").id)
@@ -332,7 +340,7 @@ class Client(AdminCalls, ModelCalls, ClientFacts):
         self._driver.run(self._core.close_session(session_id, self._core.deadline(timeout_s)))
 
     def close(self) -> None:
-        """Ends the connection; calls under way end with `ClosedError`. Sessions stay on the server.
+        """Closes the connection. Active calls raise `ClosedError`. Sessions stay on the server.
 
         Example:
             >>> stepwell.connect(address).close()

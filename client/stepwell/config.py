@@ -1,11 +1,12 @@
-"""The configuration of a client: its defaults, and the environment variables that stand for missing arguments.
+"""The configuration of a client: its defaults, and the environment variables that replace missing arguments.
 
-`STEPWELL_SERVER` is the address used where none is given, `STEPWELL_CONNECT_TIMEOUT_S` the `connect_timeout_s` and
-`STEPWELL_TOKEN` the token: by `connect()` and by every command of the CLI. Nothing else is read from the environment
-here.
+`STEPWELL_SERVER` is the default address, `STEPWELL_CONNECT_TIMEOUT_S` the default `connect_timeout_s` and
+`STEPWELL_TOKEN` the default token of `connect()` and of every command. This module reads no other environment
+variables.
 
 An address is HOST:PORT, [IPv6]:PORT, unix:PATH, dns:///HOST:PORT, grpc://HOST:PORT (without TLS) or grpcs://HOST:PORT
-(with TLS). Several, with commas between, are replicas that share a store, and so is each address of a name after dns:///.
+(with TLS). Several addresses, separated by commas, are replicas that share a store; so are all addresses of a name
+after dns:///.
 """
 
 from __future__ import annotations
@@ -43,19 +44,19 @@ __all__ = [
 SERVER_VARIABLE = "STEPWELL_SERVER"
 """Environment variable with the server's address."""
 CONNECT_TIMEOUT_VARIABLE = "STEPWELL_CONNECT_TIMEOUT_S"
-"""Environment variable with the time limit of calls to a server that was never reached, in seconds."""
+"""Environment variable with the default of `connect_timeout_s`, in seconds."""
 TOKEN_VARIABLE = "STEPWELL_TOKEN"  # noqa: S105 - the name, not the token
-"""Environment variable with the token that a client sends where it is given none."""
+"""Environment variable with the token to send if no token is given."""
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-"""Where a server listens unless told otherwise."""
+"""The address where a server listens by default."""
 DEFAULT_TIMEOUT_S = 30.0
 """Time limit of a call over all its attempts, in seconds."""
 DEFAULT_LOAD_TIMEOUT_S = 600.0
-"""Time limit of a call that loads a model, in seconds: it may have to be compiled."""
+"""Time limit of a call that loads a model, which the server may have to compile, in seconds."""
 DEFAULT_CONNECT_TIMEOUT_S = 1.0
-"""How long a call tries to reach a server that this client has never reached, in seconds."""
+"""Time limit of calls until the client has reached the server for the first time, in seconds."""
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-"""Largest message sent or received, in bytes."""
+"""Size of the largest message to send or receive, in bytes."""
 
 
 _LONGEST_S = 1e9
@@ -66,10 +67,10 @@ Pem: TypeAlias = str | os.PathLike[str] | bytes
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TlsConfig:
-    """How to speak TLS with a server. Each of the first three is the path of a PEM file, or its bytes.
+    """TLS settings of a client. `ca`, `cert` and `key` are each the path of a PEM file, or its content as bytes.
 
     Raises:
-        InvalidInputError: A file cannot be read or is no PEM, or of certificate and key only one is given.
+        InvalidInputError: A file cannot be read or is not PEM, or only one of `cert` and `key` is given.
 
     Example:
         >>> stepwell.TlsConfig(server_name="stepwell.example").server_name
@@ -79,11 +80,11 @@ class TlsConfig:
     ca: Pem | None = None
     """Certificates of the CAs to trust. None: those of the system."""
     cert: Pem | None = None
-    """Certificate of this client, followed by those between it and its CA, for servers that demand one."""
+    """Certificate of this client, followed by the intermediate certificates, for servers that require one."""
     key: Pem | None = dataclasses.field(default=None, repr=False)
-    """Its private key, not encrypted."""
+    """Private key of that certificate, not encrypted."""
     server_name: str | None = None
-    """Name that the server's certificate must have. None: the host of the address, `localhost` for a Unix socket."""
+    """Name that the server's certificate must have. None: the host of the address, or `localhost` for a Unix socket."""
 
     def __post_init__(self) -> None:
         if (self.cert is None) is not (self.key is None):
@@ -94,10 +95,10 @@ class TlsConfig:
         self.contents()
 
     def contents(self) -> tuple[bytes | None, bytes | None, bytes | None]:
-        """The PEM of `ca`, `cert` and `key`.
+        """Returns the PEM content of `ca`, `cert` and `key`, with None for those that are not given.
 
         Raises:
-            InvalidInputError: A file cannot be read or is no PEM.
+            InvalidInputError: A file cannot be read or is not PEM.
 
         Example:
             >>> stepwell.TlsConfig().contents()
@@ -112,7 +113,7 @@ _KEY = (b"PRIVATE KEY-----", "hold a private key in PEM that is not encrypted")
 
 
 def _pem(name: str, given: Pem | None, kind: tuple[bytes, str]) -> bytes | None:
-    """The bytes of an argument of `TlsConfig`."""
+    """Returns the bytes of an argument of `TlsConfig`."""
     sign, rule = kind
     if given is None:
         return None
@@ -135,10 +136,10 @@ def _pem(name: str, given: Pem | None, kind: tuple[bytes, str]) -> bytes | None:
 
 
 def tls_config(tls: TlsConfig | bool | None) -> TlsConfig | None:
-    """The `tls` argument of `connect`: True is the default `TlsConfig`, False and None are no TLS.
+    """Converts the `tls` argument of `connect`: True is the default `TlsConfig`; False and None mean no TLS.
 
     Raises:
-        InvalidInputError: It is something else.
+        InvalidInputError: It is another value.
     """
     if tls is None or isinstance(tls, TlsConfig):
         return tls
@@ -148,17 +149,17 @@ def tls_config(tls: TlsConfig | bool | None) -> TlsConfig | None:
 
 
 def check_switch(name: str, given: object) -> None:
-    """What is on or off: any other value would be on or off by its truth, "no" on.
+    """Checks that an argument is True or False. Other values would count by their truth, so that "no" would mean True.
 
     Raises:
-        InvalidInputError: It is no bool.
+        InvalidInputError: It is not a bool.
     """
     if not isinstance(given, bool):
         raise InvalidInputError(f"{name} must be True or False; got {given!r}")
 
 
 def check_timeout(name: str, timeout_s: float) -> float:
-    """A time limit that is a number above zero, `math.inf` included.
+    """Checks that a time limit is a number above zero, which includes `math.inf`.
 
     Raises:
         InvalidInputError: It is not.
@@ -174,13 +175,13 @@ def check_timeout(name: str, timeout_s: float) -> float:
 
 
 def connect_timeout(timeout_s: float | None = None) -> float:
-    """The `connect_timeout_s` of a client: what is given, else `STEPWELL_CONNECT_TIMEOUT_S`, else 1 second.
+    """Returns the `connect_timeout_s` of a client: the argument, or `STEPWELL_CONNECT_TIMEOUT_S`, or 1 second.
 
     Args:
         timeout_s: In seconds, or None.
 
     Raises:
-        InvalidInputError: It, or the variable, is no time limit; the message names which.
+        InvalidInputError: The argument or the variable is not a time limit; the message names it.
 
     Example:
         >>> stepwell.config.connect_timeout(2)
@@ -202,7 +203,7 @@ def connect_timeout(timeout_s: float | None = None) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ClientConfig:
-    """The configuration of a client; `connect` makes it from its arguments.
+    """The configuration of a client, which `connect` makes from its arguments.
 
     Example:
         >>> stepwell.config.ClientConfig("localhost:50051").timeout_s
@@ -210,31 +211,32 @@ class ClientConfig:
     """
 
     address: str
-    """As in the docstring of this module; afterwards without grpc:// or grpcs://, which `tls` then stands for."""
+    """The address, in one of the forms that the module lists. It is stored without grpc:// or grpcs://, which set `tls`."""
     timeout_s: float = DEFAULT_TIMEOUT_S
     """Time limit of a call over all its attempts, in seconds; `math.inf` for none."""
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
-    """Largest message sent or received, in bytes."""
+    """Size of the largest message to send or receive, in bytes."""
     tls: TlsConfig | None = None
-    """How to speak TLS. None: not at all, unless the address says grpcs://. Files are read here, once."""
+    """TLS settings. None: no TLS, unless the address starts with grpcs://. Files are read here, once."""
     connect_timeout_s: float = dataclasses.field(default_factory=connect_timeout)
-    """Time limit of a call as long as this client has never reached the server, in seconds; `math.inf`: as `timeout_s`.
-    What accepts connections and says nothing, as a server on a machine that is busy may, is given ten times as long.
-    After the first contact every call is tried again up to its own limit."""
+    """Time limit of calls until the client has reached the server for the first time, in seconds; `math.inf`: the same
+    as `timeout_s`. A server that accepts connections but does not answer, for example on a busy machine, gets ten
+    times as long. After the first contact every call is retried up to its own limit.
+    """
     metadata: Metadata = dataclasses.field(default=(), repr=False)
-    """Pairs of key and value to send with every call; afterwards a tuple of pairs with lower-case keys."""
+    """Headers to send with every call, as pairs of key and value. They are stored as a tuple with lower-case keys."""
     event_hooks: EventHooks | None = dataclasses.field(default=None, hash=False)
-    """Functions to call before and after attempts and before retries, see `stepwell.events`."""
+    """Functions to call before and after attempts and before retries; see `stepwell.events`."""
     tracing: bool = False
-    """Make spans of OpenTelemetry, and tell the server of them."""
+    """Create OpenTelemetry spans, and let the server continue their traces."""
     token: AsyncToken | None = dataclasses.field(default=None, repr=False)
-    """The bearer token to send with every call, or a function that has it: see `connect`."""
+    """The bearer token to send with every call, or a function that returns it; see `connect`."""
     allow_insecure_token: bool = False
-    """Send it also over a plain connection to another machine."""
+    """Send the token to another machine even without TLS."""
     tenant: str | None = None
-    """The tenant to act in, for admins; "*" for all where sessions are listed. None: the caller's own."""
+    """The tenant to act in, for admins; "*" lists the sessions of all tenants. None: the caller's own."""
     targets: tuple[str, ...] = dataclasses.field(default=(), init=False, repr=False, compare=False)
-    """The addresses in `address`: more than one where they are those of replicas."""
+    """The addresses in `address`; more than one means replicas."""
 
     def __post_init__(self) -> None:
         targets, says_tls = addresses.parse_all("address", self.address)
@@ -285,13 +287,13 @@ class ClientConfig:
 
 
 def token_or_variable(token: AsyncToken | None = None) -> AsyncToken | None:
-    """The token to send: what is given, else `STEPWELL_TOKEN`, else None.
+    """Returns the token to send: the argument, or `STEPWELL_TOKEN`, or None.
 
     Args:
-        token: A token, a function that has it, or None.
+        token: A token, a function that returns it, or None.
 
     Raises:
-        InvalidInputError: The variable holds what is no token; it is not shown.
+        InvalidInputError: The variable does not hold a valid token. The message does not show it.
 
     Example:
         >>> stepwell.config.token_or_variable("stw_secret")
@@ -310,16 +312,16 @@ def token_or_variable(token: AsyncToken | None = None) -> AsyncToken | None:
 
 
 def server_address(address: str | Sequence[str] | None = None) -> str:
-    """The server to talk to: the address given, else `STEPWELL_SERVER`, else 127.0.0.1:50051.
+    """Returns the address of the server: the argument, or `STEPWELL_SERVER`, or 127.0.0.1:50051.
 
     Args:
-        address: As in the docstring of this module, or None.
+        address: An address in one of the forms that the module lists, several of them, or None.
 
     Returns:
-        The address; those of several replicas with commas between.
+        The address; those of several replicas are separated by commas.
 
     Raises:
-        InvalidInputError: The address, or the variable, is no address; the message names which.
+        InvalidInputError: The argument or the variable is not an address; the message names it.
 
     Example:
         >>> stepwell.config.server_address("localhost:50051")

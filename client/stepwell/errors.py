@@ -1,49 +1,59 @@
-"""What can go wrong, as a tree. Every error the SDK raises for a call derives from `StepwellError`.
+"""The errors that calls raise. All of them derive from `StepwellError`.
+
+::
 
     StepwellError
-    ├── InvalidInputError          an argument breaks a rule: shape, dtype, name, value, size
-    │   └── ReplyTooLargeError     the reply is over a size limit: see .outcome
-    ├── SessionGoneError           there is no such session (any more)
-    │   ├── SessionNotFoundError   closed, or never opened on this server
-    │   ├── SessionExpiredError    idle for too long, therefore deleted
-    │   └── SessionLostError       it was there, its state cannot be recovered
-    ├── SessionExistsError         the id is taken
+    ├── InvalidInputError          an argument breaks a rule: shape, dtype, name, value or size
+    │   └── ReplyTooLargeError     the reply exceeds a size limit: see .outcome
+    ├── SessionGoneError           the session does not exist, or no longer exists
+    │   ├── SessionNotFoundError   it was closed, or never opened on this server
+    │   ├── SessionExpiredError    it was idle for too long and was deleted
+    │   └── SessionLostError       it existed, but its state cannot be recovered
+    ├── SessionExistsError         the session id is in use
     ├── RevisionConflictError      someone else changed the session: see .expected and .actual
-    ├── ModelNotFoundError         no model is served under that name, or not that version or label of it
-    ├── ModelMismatchError         the state belongs to a model of another fingerprint, or cannot be carried to it
-    ├── OverloadedError            no room now: see .retry_after_s
-    ├── UnavailableError           the server cannot be reached, or cannot do it now: see .outcome
+    ├── ModelNotFoundError         the server has no such model, version or label
+    ├── ModelMismatchError         the state belongs to another model, or cannot be carried to the new version
+    ├── OverloadedError            the server has no capacity now: see .retry_after_s
+    ├── UnavailableError           the server cannot be reached, or cannot serve the call now: see .outcome
     ├── DeadlineExceededError      the time limit passed: see .outcome
-    ├── StateCorruptError          the stored record of the session is damaged
-    ├── RefusedError               the server does not offer this, or does not allow it
-    │   ├── UnauthenticatedError   the server asks who calls, and does not know this client
-    │   ├── PermissionDeniedError  it knows this client, whose role does not allow it
+    ├── StateCorruptError          the stored record of the session is corrupt
+    ├── RefusedError               the server does not offer or allow the call
+    │   ├── UnauthenticatedError   the server does not know this client
+    │   ├── PermissionDeniedError  the role of this client does not allow the call
     │   ├── ModelVersionExistsError  the model has that version, or it is being loaded
     │   ├── ModelInUseError        the version is the default, or has sessions
-    │   ├── ModelLoadError         the file cannot be served
-    │   └── MigrationFailedError   the function that makes new states of old ones is not there, or failed
-    ├── InternalError              a defect of the server: its log has the details under .error_id
-    ├── ServerStartError           a server that this process starts did not start: `stepwell.local`, `LocalServer`
-    └── ClosedError                the client or session was closed on this side
+    │   ├── ModelLoadError         the model cannot be loaded or served
+    │   └── MigrationFailedError   the function that converts old states does not exist, or failed
+    ├── InternalError              a defect of the server: search its log for .error_id
+    ├── ServerStartError           `stepwell.local` or `LocalServer` could not start a server
+    └── ClosedError                the client, session or group was closed by this program
 
-| class | gRPC status | retried by the SDK |
-| --- | --- | --- |
-| InvalidInputError | INVALID_ARGUMENT, OUT_OF_RANGE | no |
-| ReplyTooLargeError | RESOURCE_EXHAUSTED of gRPC's own | no |
-| SessionNotFoundError, SessionExpiredError, SessionLostError, ModelNotFoundError | NOT_FOUND, by reason | no |
-| SessionExistsError | ALREADY_EXISTS | no |
-| RevisionConflictError | ABORTED | no |
-| ModelMismatchError | FAILED_PRECONDITION | no |
-| OverloadedError | RESOURCE_EXHAUSTED | after its delay; not where `quota` is `sessions`, `bytes` or `models` |
-| UnavailableError | UNAVAILABLE, CANCELLED | yes |
-| DeadlineExceededError | DEADLINE_EXCEEDED | no; the caller may |
-| StateCorruptError | DATA_LOSS | no |
-| RefusedError | UNIMPLEMENTED | no |
-| ModelVersionExistsError | ALREADY_EXISTS, by reason | no |
-| ModelInUseError, ModelLoadError, MigrationFailedError | FAILED_PRECONDITION, by reason | no |
-| UnauthenticatedError | UNAUTHENTICATED | once, where the token is a function: see `stepwell.connect` |
-| PermissionDeniedError | PERMISSION_DENIED | no |
-| InternalError | INTERNAL, UNKNOWN | no |
+=======================  ===============================  ========================================================
+class                    gRPC status                      retried by the SDK
+=======================  ===============================  ========================================================
+InvalidInputError        INVALID_ARGUMENT, OUT_OF_RANGE   no
+ReplyTooLargeError       RESOURCE_EXHAUSTED by gRPC       no
+SessionNotFoundError     NOT_FOUND, by reason             no
+SessionExpiredError      NOT_FOUND, by reason             no
+SessionLostError         NOT_FOUND, by reason             no
+SessionExistsError       ALREADY_EXISTS                   no
+RevisionConflictError    ABORTED                          no
+ModelNotFoundError       NOT_FOUND, by reason             no
+ModelMismatchError       FAILED_PRECONDITION              no
+OverloadedError          RESOURCE_EXHAUSTED               after `retry_after_s`; not for the quotas `sessions`,
+                                                          `bytes` and `models`
+UnavailableError         UNAVAILABLE, CANCELLED           yes
+DeadlineExceededError    DEADLINE_EXCEEDED                no; you may repeat the call
+StateCorruptError        DATA_LOSS                        no
+RefusedError             UNIMPLEMENTED                    no
+ModelVersionExistsError  ALREADY_EXISTS, by reason        no
+ModelInUseError          FAILED_PRECONDITION, by reason   no
+ModelLoadError           FAILED_PRECONDITION, by reason   no
+MigrationFailedError     FAILED_PRECONDITION, by reason   no
+UnauthenticatedError     UNAUTHENTICATED                  once, if the token is a function: see `stepwell.connect`
+PermissionDeniedError    PERMISSION_DENIED                no
+InternalError            INTERNAL, UNKNOWN                no
+=======================  ===============================  ========================================================
 """
 
 from __future__ import annotations
@@ -58,7 +68,7 @@ Outcome = Literal["not_applied", "unknown"]
 
 
 class StepwellError(Exception):
-    """Base of every error of this package.
+    """Base class of every error of this package.
 
     Example:
         >>> try:
@@ -69,13 +79,13 @@ class StepwellError(Exception):
     """
 
     message: str
-    """Names the argument, the rule and what came."""
+    """The message. It names the argument, the rule and the given value."""
     reason: str
-    """Machine-readable reason the server gave, e.g. SESSION_EXPIRED; empty for errors of this side."""
+    """Machine-readable reason from the server, such as SESSION_EXPIRED; empty for errors that the client raises itself."""
     failures: Mapping[int, StepwellError]
-    """Of a `SessionGroup`'s change: the error of each member that failed, by index. Else empty."""
+    """Errors of the failed members of a `SessionGroup`, by index; otherwise empty."""
     outputs: npt.NDArray[Any] | dict[str, npt.NDArray[Any]] | None
-    """Of a `SessionGroup`'s step: the outputs of the members that were applied; zeros for the others."""
+    """Outputs of the members of a `SessionGroup` that applied a step, with zeros for the others; otherwise None."""
 
     def __init__(self, message: str, *, reason: str = "") -> None:
         super().__init__(message)
@@ -90,14 +100,14 @@ class InvalidInputError(StepwellError):
 
 
 class ReplyTooLargeError(InvalidInputError):
-    """The reply is over a size limit, so it did not arrive; a change may have been applied all the same.
+    """The reply exceeds a size limit, so the client did not receive it. The server may have applied the change.
 
-    The same call by a client with a larger `max_message_bytes` is answered, and applies nothing twice. To
-    do something else instead, call `refresh()` on the session first.
+    A client with a larger `max_message_bytes` can repeat the same call to get the reply; the change is not applied
+    twice. To make another change instead, call `refresh()` on the session first.
     """
 
     outcome: Outcome
-    """ "unknown": a change may have been applied."""
+    """Always "unknown": the server may have applied the change."""
 
     def __init__(self, message: str, *, reason: str = "") -> None:
         super().__init__(message, reason=reason)
@@ -105,10 +115,10 @@ class ReplyTooLargeError(InvalidInputError):
 
 
 class SessionGoneError(StepwellError):
-    """There is no such session (any more)."""
+    """The session does not exist, or no longer exists. The subclass tells why."""
 
     session_id: str
-    """The id asked for; empty if the server did not say."""
+    """Id of the session; empty if the server did not report it."""
 
     def __init__(self, message: str, *, session_id: str = "", reason: str = "") -> None:
         super().__init__(message, reason=reason)
@@ -116,32 +126,32 @@ class SessionGoneError(StepwellError):
 
 
 class SessionNotFoundError(SessionGoneError):
-    """The session was closed, or never opened on this server."""
+    """The session was closed, or was never opened on this server."""
 
 
 class SessionExpiredError(SessionGoneError):
-    """The session was idle for longer than its limit, and is deleted."""
+    """The session was idle for longer than its limit and was deleted."""
 
 
 class SessionLostError(SessionGoneError):
-    """The session was there; its state cannot be recovered."""
+    """The session existed, but its state cannot be recovered."""
 
 
 class SessionExistsError(StepwellError):
-    """The session id is taken."""
+    """The session id is in use."""
 
 
 class RevisionConflictError(StepwellError):
-    """The session is at another revision than this handle expected; nothing changed.
+    """The session is at another revision than this handle expected. Nothing changed.
 
-    Someone else changed the session, or an earlier change of this handle got through after it was given up
-    here (cancelled, timed out). `session.refresh()` takes over the server's revision.
+    Someone else changed the session, or the server applied an earlier change that this handle had given up, for
+    example after a timeout. Call `session.refresh()` to adopt the server's revision.
     """
 
     expected: int | None
-    """Revision this side expected."""
+    """Revision that this handle expected."""
     actual: int | None
-    """Revision the session is at."""
+    """Revision of the session on the server."""
 
     def __init__(
         self, message: str, *, expected: int | None = None, actual: int | None = None, reason: str = ""
@@ -152,20 +162,22 @@ class RevisionConflictError(StepwellError):
 
 
 class ModelNotFoundError(StepwellError):
-    """No model is served under that name, or it has not that version or label."""
+    """The server has no model of that name, or the model has no such version or label."""
 
 
 class ModelMismatchError(StepwellError):
-    """The state belongs to a model of another fingerprint, or to a version whose states or outputs are others."""
+    """The state belongs to another model, or the new version of a model has other states or outputs."""
 
 
 class OverloadedError(StepwellError):
-    """The server has no room now; nothing changed. Raised once the time limit leaves no room to wait."""
+    """The server has no capacity now, and there was no time left to wait. Nothing changed."""
 
     retry_after_s: float
-    """Seconds the server asks to wait; 0.0 if it gave no advice."""
+    """Seconds that the server asks you to wait; 0.0 if it gave no advice."""
     quota: str
-    """The quota that is used up: ``sessions``, ``rows``, ``bytes``, ``steps_per_second`` or ``bytes_in_flight``; ``""`` if it is none."""
+    """The exhausted quota: "sessions", "rows", "bytes", "steps_per_second", "bytes_in_flight" or "models". Empty if it
+    is not a quota.
+    """
 
     def __init__(
         self, message: str, *, retry_after_s: float = 0.0, quota: str = "", reason: str = ""
@@ -176,11 +188,12 @@ class OverloadedError(StepwellError):
 
 
 class _OpenEndedError(StepwellError):
-    """Base of the errors after which a change may have been applied all the same."""
+    """Base class of errors after which a change may have been applied."""
 
     outcome: Outcome
-    """ "not_applied": it is settled that nothing changed. "unknown": the change may have been applied or
-    may still be. Make the same call again: it finishes the change and never applies it twice."""
+    """ "not_applied": nothing changed, for certain. "unknown": the server may have applied the change, or may still apply
+    it. Repeat the same call: it completes the change and never applies it twice.
+    """
 
     def __init__(self, message: str, *, outcome: Outcome = "unknown", reason: str = "") -> None:
         super().__init__(message, reason=reason)
@@ -188,7 +201,7 @@ class _OpenEndedError(StepwellError):
 
 
 class UnavailableError(_OpenEndedError):
-    """The server cannot be reached, or cannot do it now, and the time limit left no room to try again."""
+    """The server cannot be reached or cannot serve the call now, and there was no time left to retry."""
 
 
 class DeadlineExceededError(_OpenEndedError):
@@ -196,22 +209,24 @@ class DeadlineExceededError(_OpenEndedError):
 
 
 class StateCorruptError(StepwellError):
-    """The stored record of this session is damaged; other sessions are not concerned."""
+    """The stored record of this session is corrupt. Other sessions are not affected."""
 
 
 class RefusedError(StepwellError):
-    """The server does not offer this call, does not allow it, or cannot do it as things are: `reason` says which."""
+    """The server does not offer this call, does not allow it, or cannot carry it out now; `reason` tells which."""
 
 
 class UnauthenticatedError(RefusedError):
-    """The server asks who calls, and does not know this client: no token, a wrong or a revoked one, no certificate.
+    """The server authenticates callers and does not know this client.
 
-    Where the token is a function, it was asked for another one, and that was refused as well.
+    Its token or certificate is missing, wrong or revoked. If the token is a function, the client has already called
+    it again, and the server rejected that token too.
     """
 
     outcome: Outcome
-    """ "not_applied": nothing changed. "unknown": what the call changes may have been applied before the token was
-    refused; made again, with a token that is known, it is never applied twice."""
+    """ "not_applied": nothing changed. "unknown": the server may have applied the change before it rejected the token.
+    Repeat the call with a valid token: the change is never applied twice.
+    """
 
     def __init__(self, message: str, *, outcome: Outcome = "not_applied", reason: str = "") -> None:
         super().__init__(message, reason=reason)
@@ -219,30 +234,33 @@ class UnauthenticatedError(RefusedError):
 
 
 class PermissionDeniedError(RefusedError):
-    """The server knows this client, whose role does not allow the call."""
+    """The server knows this client, but its role does not allow the call."""
 
 
 class ModelVersionExistsError(RefusedError):
-    """The model has a version of that number, or one is being loaded. Versions do not change; nothing changed."""
+    """The model has a version of that number, or one is being loaded. A version never changes. Nothing changed."""
 
 
 class ModelInUseError(RefusedError):
-    """The version was not unloaded, for it is the default, or has sessions; nothing changed."""
+    """The version was not unloaded because it is the default or has sessions. Nothing changed."""
 
 
 class ModelLoadError(RefusedError):
-    """The file is no model, or one that cannot be served, or it took too long; the message says why. Nothing changed."""
+    """The file is not a model, or the model cannot be served, or loading it took too long.
+
+    The message tells why. Nothing changed.
+    """
 
 
 class MigrationFailedError(RefusedError):
-    """The function that makes new states of old ones is not there, raised, or returned what cannot be states."""
+    """The function that converts old states does not exist, raised an exception, or returned invalid states."""
 
 
 class InternalError(StepwellError):
-    """A defect of the server; its log has the details."""
+    """A defect of the server. Its log has the details."""
 
     error_id: str
-    """Find it in the server's log. Empty if the server gave none."""
+    """Search the server's log for this id. Empty if the server gave none."""
 
     def __init__(self, message: str, *, error_id: str = "", reason: str = "") -> None:
         super().__init__(message, reason=reason)
@@ -256,7 +274,7 @@ class ServerStartError(StepwellError):
     """
 
     refusal: str
-    """What the server says about it, in one line. Empty if it says nothing: the message has its last log lines."""
+    """The server's explanation, in one line. If it gave none, this is empty and the message has its last log lines."""
 
     def __init__(self, message: str, *, refusal: str = "") -> None:
         super().__init__(message)
@@ -264,7 +282,7 @@ class ServerStartError(StepwellError):
 
 
 class ClosedError(StepwellError):
-    """The client, session or group was closed on this side."""
+    """The client, session or group was closed by this program."""
 
 
 __all__ = [

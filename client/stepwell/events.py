@@ -1,18 +1,23 @@
-"""Event hooks: functions of yours that a client calls before and after each attempt of a call, and before a retry.
+"""Event hooks: your functions that a client calls before and after each attempt of a call, and before a retry.
+
+::
 
     def slow(event: stepwell.events.ResponseEvent) -> None:
         if event.elapsed_s > 0.1:
             print(event.request.rpc, "took", event.elapsed_s, "s")
 
+
     client = stepwell.connect(event_hooks={"response": [slow]})
 
-The hooks of an event are called one after the other, in the thread, or the task, that makes the call. Those of the
-async client may be coroutine functions, which are awaited. What a hook raises goes to the caller of the call as it is,
-and ends that call: nothing more is sent for it. If it was raised after the answer ("response"), the call has done its
-work all the same; the same call again is answered with the first answer. A hook must not change the session whose
-change it is called for. A client without hooks pays nothing for them.
+The hooks of an event run one after the other, in the thread or task that makes the call. Hooks of the async client
+may be coroutine functions, which are awaited.
 
-Steps that leave together in one message are events of their own. What the SDK closes in the background is none.
+If a hook raises an exception, the caller of the call gets it as it is, and the call ends without further attempts. If
+a "response" hook raises it, the server may have applied the change; repeating the same call returns the first answer.
+A hook must not change the session whose change it is called for. A client without hooks pays nothing for them.
+
+Steps that are sent as one message are one event. There are no events for sessions that the SDK closes in the
+background.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ __all__ = ["EventHooks", "ModelVersionEvent", "ReplicaEvent", "RequestEvent", "R
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RequestEvent:
-    """An attempt of a call is about to be made.
+    """An attempt of a call is about to start.
 
     Example:
         >>> rpcs = []
@@ -41,18 +46,18 @@ class RequestEvent:
     """
 
     address: str
-    """Of the server; of a client of several replicas, of the one that is asked."""
+    """Address of the server, or of the replica that is asked."""
     rpc: str
-    """The method: "OpenSession", "Step", "GetState", ...; "StepStream" for a change of a `SessionGroup`."""
+    """Name of the method, such as "OpenSession", "Step" or "GetState"; "StepStream" for a change of a `SessionGroup`."""
     attempt: int
-    """1 for the first, 2 for the first retry, ..."""
+    """1 for the first attempt, 2 for the first retry, and so on."""
     sessions: int
-    """How many sessions a change of a group concerns; 1 for every other call."""
+    """Number of sessions that a change of a group concerns; 1 for every other call."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ResponseEvent:
-    """An attempt has ended.
+    """An attempt of a call has ended.
 
     Example:
         >>> errors = []
@@ -65,17 +70,18 @@ class ResponseEvent:
     """
 
     request: RequestEvent
-    """Of the same attempt."""
+    """The event of the same attempt."""
     elapsed_s: float
-    """From the request to the answer, in seconds."""
+    """Time from the request to the answer, in seconds."""
     error: StepwellError | None
-    """How it failed; None: it did not. Of a change of a group: why the whole of it failed; see `StepwellError.failures`
-    for what is said of single members."""
+    """Why the attempt failed; None if it succeeded. For a change of a group, why the whole change failed; errors of
+    single members are in `StepwellError.failures`.
+    """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RetryEvent:
-    """An attempt has failed, and there will be another.
+    """An attempt has failed, and the client will retry the call.
 
     Example:
         >>> retries = []
@@ -88,19 +94,19 @@ class RetryEvent:
     """
 
     request: RequestEvent
-    """Of the attempt that failed."""
+    """The event of the failed attempt."""
     error: StepwellError
-    """How."""
+    """Why it failed."""
     delay_s: float
-    """Until the next, in seconds."""
+    """Time until the next attempt, in seconds."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelVersionEvent:
-    """An answer has told that sessions are on another version of their model than before.
+    """An answer shows that sessions have moved to another version of their model.
 
-    That happens where the default version of a model moves, and takes the sessions with it that were opened by the
-    name alone. It comes once for each handle that learns of it.
+    Sessions opened by the model's name alone move when its default version moves. Each handle reports the move once,
+    when it learns of it.
 
     Example:
         >>> events = []
@@ -112,22 +118,23 @@ class ModelVersionEvent:
     """
 
     address: str
-    """Of the server."""
+    """Address of the server."""
     model: str
     """Name of the model."""
     session_ids: tuple[str, ...]
-    """The sessions: one, or those members of a group that this answer was for."""
+    """Ids of the sessions: one, or the members of a group that this answer concerns."""
     previous: int
-    """The version that they were on."""
+    """The version before the move."""
     version: int
-    """The version that has answered, and that they are on now."""
+    """The version after the move, which answered."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReplicaEvent:
-    """A replica is not asked any more, or is asked again: its sessions move to other replicas, or come back.
+    """A client of several replicas stops or resumes sending calls to one of them.
 
-    Told by clients of several replicas, to whoever makes the call that finds it out, or the next one.
+    Its sessions move to other replicas, or move back. The event is reported in the call that detects the change, or
+    in the next one.
 
     Example:
         >>> events = []
@@ -139,15 +146,15 @@ class ReplicaEvent:
     """
 
     address: str
-    """Of the replica."""
+    """Address of the replica."""
     is_up: bool
-    """It is asked again. False: it is not, and its sessions go to the next replica in their order."""
+    """Whether the client sends calls to it again. If not, the next replica in their order serves its sessions."""
     error: StepwellError | None
-    """Why it is not."""
+    """Why the client sends no calls to it; None if it does."""
 
 
 class EventHooks(TypedDict, total=False):
-    """The hooks of a client, by event; each a list of functions of one argument. What they return is not looked at.
+    """The hooks of a client: for each event a list of functions of one argument. Their results are ignored.
 
     Example:
         >>> hooks: stepwell.events.EventHooks = {"retry": [lambda event: print(event.error)]}

@@ -19,28 +19,29 @@ from stepwell.session import Handle, Session
 
 @end_here
 class SessionGroup(GroupFacts, Handle):
-    """Many sessions of one model and batch size, stepped together: one message for all of them.
+    """Many sessions of one model and batch size that you step together, with one message for all of them.
 
-    Made by `Client.open_sessions`, and by `fork`. The members are ordinary sessions on the server, each with its
-    own revision. At most one change of a member is under way at a time: a change waits until no other one of any
-    of its members is, within its time limit; changes of different members go at the same time. Safe to use from
-    many threads; not fork-safe.
+    `Client.open_sessions` and `fork` return groups. The members are ordinary sessions on the server, each with its
+    own revision. A member runs one change at a time: a change waits, within its time limit, until no other change of
+    its members is active. Changes of different members run concurrently. Safe to use from many threads; not
+    fork-safe.
 
-    **Members.** `members` are indexes, each at most once, or booleans, one for each member. `group[i]` is an
-    ordinary `Session`, `group[2:5]`, `group[mask]` and `group[[0, 3]]` are groups of these members in this order,
-    and a group may be iterated over. They are views: they share revisions, positions and locks with the group they
-    were taken from, whichever of them makes a change, and end when it is closed.
+    **Members.** `members` are indexes without repetition, or booleans, one for each member. `group[i]` is an ordinary
+    `Session`. `group[2:5]`, `group[mask]` and `group[[0, 3]]` are groups of these members, in this order. You can
+    also iterate over a group. All of them are views: they share revisions, positions and locks with their group, and
+    end when it is closed.
 
-    **After an error.** A change of a group may fail for some members only. When all members are settled, the
-    error of the first failed member is raised: its `.failures` maps the index of each failed member to its
-    error, its `.outputs` holds the outputs of the others (zeros for the failed), and the revisions of the
-    others are taken over. The same call for the same members with the same arguments again finishes that change:
-    members that have it answer with their first answer, the others apply it. Any other change of one of them
-    is a new one, and ends what was unfinished: the same call is then a new change of all its members. To give up a
-    change of unknown outcome, call `refresh`, which waits for each member's turn, behind the changes that the
-    server has received.
+    **After an error.** A change may fail for some members only. Once the outcome of every member is known, the error
+    of the first failed member is raised. Its `failures` maps the index of each failed member to its error. Its
+    `outputs` has the outputs of the others, and zeros for the failed members. The revisions of the others are up to
+    date.
 
-    **At the end of a `with` block** a group opened without ids is closed; a named one, or a view, lives on.
+    Repeat the same call for the same members with the same arguments to complete the change. Members that applied it
+    return their first answer, and the others apply it. Any other change of one of these members is a new change, and
+    abandons the unfinished one. To abandon a change of unknown outcome, call `refresh`, which waits for the changes
+    of each member that the server has already received.
+
+    **At the end of a `with` block** a group opened without ids is closed. A group with ids, or a view, stays open.
 
     Example:
         >>> with client.open_sessions("forecast", 8) as group:
@@ -62,7 +63,7 @@ class SessionGroup(GroupFacts, Handle):
     def __getitem__(self, index: slice | Rows) -> SessionGroup: ...
 
     def __getitem__(self, index: int | np.integer[Any] | slice | Rows) -> Session | SessionGroup:
-        """One member, or a view of some, in their order.
+        """Returns one member as a `Session`, or a view of some members, in their order.
 
         Example:
             >>> with client.open_sessions("forecast", 4) as group:
@@ -85,7 +86,7 @@ class SessionGroup(GroupFacts, Handle):
         return Session(self._driver, tracker, owned=False, locks=locks, members=place, parent=self._root)
 
     def __iter__(self) -> Iterator[Session]:
-        """The members, in their order."""
+        """Iterates over the members, in their order."""
         return (self[i] for i in range(len(self)))
 
     @property
@@ -129,28 +130,29 @@ class SessionGroup(GroupFacts, Handle):
         states: StateSelection = "none",
         timeout_s: float | None = None,
     ) -> Outputs | Trace:
-        """Advances every member, or some, by one time step, or by T.
+        """Advances every member, or some members, by one time step or by T.
 
         Args:
-            x: (n * batch_size, features...) or (n * batch_size, T, features...), the members' rows one after
-                the other; a mapping of name to array for several inputs. With members, only theirs, in that order.
-            outputs: "all" time steps, the "last", or "none"; or a list of names: only these outputs.
-            time: With names, "all" their time steps or the "last".
-            reset: Those that begin anew: booleans, one for each member or for each row that x has, or of shape
-                (..., T) for every time step. Where it is true, the initial state is set before that time step.
-                Reset and step are one change.
-            members: Those that advance, as indexes or as booleans of shape (n,); the others keep their state.
-                None: all. With none chosen nothing happens, and the outputs have no rows.
-            states: "last": the states after the last time step come back too, "all": after every one.
-            timeout_s: Time limit of this call over all its attempts; None: the client's.
+            x: Array of shape (n * batch_size, features...) or (n * batch_size, T, features...), with the rows of one
+                member after those of the other; a mapping of name to array for several inputs. With `members`, it has
+                the rows of these members only, in that order.
+            outputs: Time steps to return: "all", "last" or "none"; or the names of the outputs to return.
+            time: If `outputs` has names, the time steps of these outputs to return: "all" or "last".
+            reset: Members or rows that restart: booleans, one for each member or for each row of x, or of shape (...,
+                T) for every time step. Where it is true, the initial state is set before that time step. Resets and
+                steps are one change.
+            members: Members to advance, as indexes or as booleans of shape (n,); the others keep their state. None:
+                all members. An empty selection changes nothing and returns outputs without rows.
+            states: "last" also returns the states after the last time step, "all" those after every time step.
+            timeout_s: Time limit of this call over all its attempts, in seconds; None: the client's.
 
         Returns:
-            The members' outputs one after the other, (n * batch_size, ...). A dict by name if the model has
-            several outputs, or they were asked for by name; None with "none". A `Trace` of it and the states
-            where these are asked for.
+            The outputs of one member after those of the other, (n * batch_size, ...). A dict by name if the model has
+            several outputs or `outputs` has names. None if `outputs` is "none". A `Trace` of the outputs and the
+            states if `states` is given.
 
         Raises:
-            StepwellError: The first failed member's error; see the class.
+            StepwellError: The error of the first failed member; see the class above.
 
         Example:
             >>> group = client.open_sessions("forecast", 4)
@@ -176,7 +178,7 @@ class SessionGroup(GroupFacts, Handle):
         *,
         timeout_s: float | None = None,
     ) -> Trace:
-        """Advances members, and returns their states after every time step with the outputs; see `Session.trace`.
+        """Advances members and returns the outputs and their states after every time step; see `Session.trace`.
 
         Example:
             >>> with client.open_sessions("forecast", 4) as group:
@@ -194,18 +196,18 @@ class SessionGroup(GroupFacts, Handle):
         members: Rows | None = None,
         timeout_s: float | None = None,
     ) -> None:
-        """Sets the whole state of every member, or of some.
+        """Sets the whole state of every member, or of some members.
 
         Args:
-            states: As in `Session.reset_states`, (n * batch_size, ...) each, or (len(members) * batch_size, ...).
-                None: the model's initial state.
-            rows: Another name of members.
-            members: Those to reset, as indexes, each at most once, or as booleans of shape (n,). None: all. An
-                empty list resets none.
-            timeout_s: Time limit of this call over all its attempts; None: the client's.
+            states: As in `Session.reset_states`, with arrays of shape (n * batch_size, ...), or (len(members) *
+                batch_size, ...). None: the model's initial state.
+            rows: Another name for `members`.
+            members: Members to reset, as indexes without repetition or as booleans of shape (n,). None: all members.
+                An empty list resets none.
+            timeout_s: Time limit of this call over all its attempts, in seconds; None: the client's.
 
         Raises:
-            StepwellError: The first failed member's error; see the class.
+            StepwellError: The error of the first failed member; see the class above.
 
         Example:
             >>> group = client.open_sessions("forecast", 4)
@@ -220,18 +222,18 @@ class SessionGroup(GroupFacts, Handle):
         self._change(self._group.reset_states(some, states, deadline), deadline, some.where)
 
     def get_states(self, members: Rows | None = None, *, timeout_s: float | None = None) -> State:
-        """A copy of the members' states, one after the other: (n * batch_size, ...) each.
+        """Returns a copy of the members' states, one after the other, with tensors of shape (n * batch_size, ...).
 
-        Each is read after the changes that the server has received for it. It is one call, or a few if the states
-        are more than a message holds. If some members cannot be read, the error's `.outputs` has the others'
-        states by name (zeros for the failed).
+        Each state is read after the changes of that member that the server has received. This takes one call, or a
+        few if the states do not fit into one message. If some members cannot be read, `outputs` of the error has the
+        states of the others by name, with zeros for the failed members.
 
         Args:
-            members: Those to read, as indexes, each at most once, or as booleans of shape (n,). None: all.
-            timeout_s: Time limit of this call over all its attempts; None: the client's.
+            members: Members to read, as indexes without repetition or as booleans of shape (n,). None: all members.
+            timeout_s: Time limit of this call over all its attempts, in seconds; None: the client's.
 
         Raises:
-            StepwellError: The first failed member's error; see the class.
+            StepwellError: The error of the first failed member; see the class above.
 
         Example:
             >>> with client.open_sessions("forecast", 4) as group:
@@ -243,7 +245,7 @@ class SessionGroup(GroupFacts, Handle):
         return self._driver.run(self._group.get_states(some, self._core.deadline(timeout_s)))
 
     def get_state(self, *, timeout_s: float | None = None) -> State:
-        """As `get_states`, of all members.
+        """Returns the states of all members, as `get_states` does.
 
         Example:
             >>> with client.open_sessions("forecast", 4) as group:
@@ -259,15 +261,16 @@ class SessionGroup(GroupFacts, Handle):
         max_idle_s: float | None = None,
         timeout_s: float | None = None,
     ) -> SessionGroup:
-        """A new group of sessions with the members' states, revisions and positions: all of them or none.
+        """Opens a new group with the members' states, revisions and positions. The call copies all of them or none.
 
-        Each member is copied after the changes that the server has received for it.
+        Each member is copied after the changes of it that the server has received.
 
         Args:
-            session_ids: Ids of the new sessions, one each, none of them in use. None: the server makes them, and
-                the sessions are closed when the new group's `with` block ends.
-            max_idle_s: Of each new session, as in `Client.open_session`; the limits of the members are not taken over.
-            timeout_s: Time limit of this call over all its attempts; None: the client's.
+            session_ids: Ids of the new sessions, one for each member, none of them in use. None: the server creates
+                them, and the end of the new group's `with` block closes the sessions.
+            max_idle_s: Idle limit of each new session, in seconds, as in `Client.open_session`. They do not inherit
+                the limits of the members.
+            timeout_s: Time limit of this call over all its attempts, in seconds; None: the client's.
 
         Raises:
             SessionExistsError: One of the ids is in use.
@@ -285,13 +288,13 @@ class SessionGroup(GroupFacts, Handle):
         return SessionGroup(self._driver, core, owned=session_ids is None)
 
     def refresh(self, *, timeout_s: float | None = None) -> None:
-        """Takes over the server's revisions and positions, and drops changes left unfinished.
+        """Adopts the server's revisions and positions, and drops changes that an error left unfinished.
 
-        Each member's are read after the changes that the server has received for it. Those of members that are there
-        are taken over even if others are gone.
+        Each revision is read after the changes of that member that the server has received. If some members no longer
+        exist, those of the others are adopted all the same.
 
         Raises:
-            StepwellError: The first failed member's error; see the class.
+            StepwellError: The error of the first failed member; see the class above.
 
         Example:
             >>> group = client.open_sessions("forecast", 4)
@@ -302,7 +305,7 @@ class SessionGroup(GroupFacts, Handle):
         self._change(self._group.refresh(deadline), deadline)
 
     def close(self, *, timeout_s: float | None = None) -> None:
-        """Deletes all members on the server: of a view, those of the view. Closing again does nothing.
+        """Deletes all members on the server; for a view, the members of the view. Closing again does nothing.
 
         Example:
             >>> client.open_sessions("forecast", 4).close()

@@ -1,19 +1,25 @@
-"""The pytest plugin: a real server of your models for the tests of what uses them.
+"""The pytest plugin: a real server with your models, for tests of code that uses them.
 
-pytest finds it by itself where this package is installed (`-p no:stepwell` leaves it out). It has two fixtures:
+pytest loads it wherever this package is installed; `-p no:stepwell` disables it. It has two fixtures:
 
-- `stepwell_server`, for the whole run: a `stepwell.testing.LocalServer`, started when the first test asks for it. It
-  keeps sessions in memory.
-- `stepwell_client`, for each test: a `stepwell.Client` of it. Sessions that the test has opened, by whatever client,
-  are closed in the end, and a server that the test has killed is started again for the next.
+- `stepwell_server`, one for the whole run: a `stepwell.testing.LocalServer`. It starts when the first test requests
+it,
+  and keeps sessions in memory.
+- `stepwell_client`, one for each test: a `stepwell.Client` of that server. After the test it closes the sessions that
+  the test has opened, with any client. If the test has killed the server, the next test gets a new one.
 
-The server serves all models that are named in one of three ways: the ini option `stepwell_models`, lines NAME=PATH;
-a fixture `stepwell_models` of your own (scope "session") that returns paths or Keras models by name, and takes the
-place of the option; marks `@pytest.mark.stepwell_models(NAME=PATH, ...)` of the tests that are run. Paths are relative
-to the ini file. `stepwell_args`, an ini option or a fixture, has further options of `stepwell serve`. If a test that
-uses the server fails, the report has its last log lines.
+The server serves the models that you name in one of three ways:
 
-What is heavy is imported by the fixtures: a run that does not use them pays nothing.
+- the ini option `stepwell_models`, with a line NAME=PATH for each model;
+- a fixture `stepwell_models` of your own (scope "session"), which returns paths or Keras models by name and replaces
+the
+  option;
+- marks `@pytest.mark.stepwell_models(NAME=PATH, ...)` of the tests in the run.
+
+Paths are relative to the ini file. `stepwell_args`, an ini option or a fixture, has additional options of `stepwell
+serve`. If a test that uses the server fails, the report shows the last lines of its log.
+
+The fixtures import the heavy packages, so a run that does not use them pays nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +42,7 @@ _SHOWN_LINES = 30
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The options of the ini file."""
+    """Adds the ini options."""
     parser.addini(
         _MODELS, "models for the fixture stepwell_server, a line NAME=PATH for each", "linelist", []
     )
@@ -44,7 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The mark."""
+    """Registers the mark."""
     config.addinivalue_line(
         "markers", f"{_MODELS}(NAME=PATH, ...): models that the test needs from the fixture stepwell_server"
     )
@@ -52,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def stepwell_models(pytestconfig: pytest.Config) -> Mapping[str, ModelSource]:
-    """Models by name: those of the ini option, unless you define this fixture yourself."""
+    """The models by name, from the ini option. Define a fixture of this name to replace it."""
     models: dict[str, ModelSource] = {}
     for line in pytestconfig.getini(_MODELS):
         name, equals, path = (part.strip() for part in line.partition("="))
@@ -66,7 +72,7 @@ def stepwell_models(pytestconfig: pytest.Config) -> Mapping[str, ModelSource]:
 
 @pytest.fixture(scope="session")
 def stepwell_args(pytestconfig: pytest.Config) -> list[str]:
-    """Options of `stepwell serve`: those of the ini option, unless you define this fixture yourself."""
+    """Options of `stepwell serve`, from the ini option. Define a fixture of this name to replace it."""
     args: list[str] = pytestconfig.getini(_ARGS)
     return args
 
@@ -78,7 +84,7 @@ def stepwell_server(
     stepwell_args: list[str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[LocalServer]:
-    """A server of all models that the run needs."""
+    """A server with all models that the run needs."""
     from stepwell._admin import model_files
     from stepwell.errors import InvalidInputError
     from stepwell.testing import LocalServer, ServerStartError
@@ -131,7 +137,7 @@ def stepwell_client(stepwell_server: LocalServer) -> Iterator[Client]:
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Shows the server's log where a test that uses it has failed."""
+    """Adds the server's log to the report of a failed test that uses it."""
     report = yield
     if report.failed:
         server: LocalServer | None = getattr(item, "funcargs", {}).get("stepwell_server")
@@ -146,7 +152,7 @@ def _folder(config: pytest.Config) -> Path:
 
 
 def _with_marked(session: pytest.Session, models: Mapping[str, ModelSource]) -> dict[str, ModelSource]:
-    """The models, and those that the marks of all tests of the run add to them."""
+    """Returns the models, with those that the marks of all tests of the run add."""
     if not isinstance(models, Mapping):
         pytest.fail(
             f"the fixture {_MODELS} must be a mapping of names to models; got {models!r}", pytrace=False

@@ -1,4 +1,4 @@
-"""A session of the sync client, and what it has in common with a group of sessions."""
+"""A session of the sync client, and the base class that it shares with a group of sessions."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ T = TypeVar("T")
 
 @end_here
 class Handle(BaseHandle[Driver], abc.ABC):
-    """What a session and a group have in common: one change at a time, and an end."""
+    """The common part of a session and a group: one change at a time, and closing."""
 
     _changer: int | None = None
     """The thread whose change is running."""
 
     def _change(self, flow: Flow[T], deadline: Deadline, members: Some | None = None) -> T:
-        """Runs a change, one at a time; waiting for the locks counts against the time limit.
+        """Runs a change, one at a time. Waiting for the locks counts against the time limit.
 
-        An interrupt may arrive at any call, that of `release` included: then it is called again.
+        Ctrl-C may interrupt any call, also that of `release`: then it is called again.
         """
         me = threading.get_ident()
         if self._changer == me:
@@ -61,7 +61,7 @@ class Handle(BaseHandle[Driver], abc.ABC):
 
     @abc.abstractmethod
     def close(self, *, timeout_s: float | None = None) -> None:
-        """Deletes what it stands for."""
+        """Deletes the session or sessions of this handle."""
 
     def __enter__(self) -> Self:
         return self
@@ -81,25 +81,23 @@ class Handle(BaseHandle[Driver], abc.ABC):
 
 @end_here
 class Session(SessionFacts, Handle):
-    """One user's conversation with one model: a recurrent state on the server, advanced step by step.
+    """One user's conversation with one model: a recurrent state on the server that you advance step by step.
 
-    Made by `Client.open_session`, by `fork`, and by a group for one of its members. At most one change (step or reset) of a session is under
-    way at a time: a second thread waits for its turn, within its time limit. Safe to use from many
-    threads; not fork-safe.
+    `Client.open_session` and `fork` return sessions, and so does indexing a group. A session runs one change (step or
+    reset) at a time; a second thread waits, within its time limit. Safe to use from many threads; not fork-safe.
 
-    **After an error.** `DeadlineExceededError` and `UnavailableError` say in `.outcome` whether the change
-    was "not_applied" or is "unknown". In both cases make the same call with the same arguments again: it
-    finishes that change, and it is applied once, however often it was sent. A call with other arguments is
-    a new change; if the unfinished one did get through, it raises `RevisionConflictError`, and `refresh`
-    takes over the server's revision. The same holds after Ctrl-C.
+    **After an error.** The `outcome` of `DeadlineExceededError` and `UnavailableError` is "not_applied" or "unknown".
+    In both cases repeat the same call with the same arguments. That completes the change, and the server applies it
+    once, however often you send it. A call with other arguments is a new change. If the unfinished change was applied
+    after all, the new one raises `RevisionConflictError`; call `refresh` to adopt the server's revision. The same
+    holds after Ctrl-C.
 
-    To give up a change of unknown outcome, call `get_state`, then `refresh`. `refresh` alone does not wait:
-    while the change is still under way on the server it returns the old revision, and the change lands
-    afterwards, so that the next one raises `RevisionConflictError` after all. `get_state` waits for its turn,
-    behind the changes that the server has received. Where the connection broke a request may be received later
-    still; the same call again is what settles it for certain.
+    To abandon a change of unknown outcome, call `get_state`, then `refresh`. `get_state` waits for the changes that
+    the server has already received. `refresh` alone does not wait: if the change is still active on the server, it
+    lands afterwards, and your next change raises `RevisionConflictError`. After a broken connection, a request may
+    arrive even later. Only repeating the same call settles its outcome for certain.
 
-    **At the end of a `with` block** a session opened without an id is closed; a named one lives on.
+    **At the end of a `with` block** a session opened without an id is closed. A named session stays open.
 
     Example:
         >>> with client.open_session("forecast") as session:
@@ -158,32 +156,33 @@ class Session(SessionFacts, Handle):
         states: StateSelection = "none",
         timeout_s: float | None = None,
     ) -> Outputs | Trace:
-        """Advances the session by one time step, or by T: whole or not at all.
+        """Advances the session by one time step, or by T. The server applies the whole call or nothing of it.
 
         Args:
-            x: (batch_size, features...) for one time step, (batch_size, T, features...) for T; a mapping of
-                name to array for several inputs. Other float types are cast to the model's. With rows, only
-                theirs: (len(rows), ...).
-            outputs: "all" time steps, the "last", or "none"; or a list of names: only these outputs.
-            time: With names, "all" their time steps or the "last".
-            reset: Rows that begin anew: booleans of shape (batch_size,), or (batch_size, T) for every time
-                step. Where it is true, the row is set to the model's initial state before that time step.
-                All of it is one change.
-            rows: Rows that advance, as indexes or as booleans of shape (batch_size,); the others keep their
-                state. x, reset, outputs and states are theirs, in this order. None: all.
-            states: "last": the states after the last time step come back too, "all": after every one.
-            timeout_s: Time limit of this call over all its attempts; None: the client's.
+            x: Array of shape (batch_size, features...) for one time step, or (batch_size, T, features...) for T; a
+                mapping of name to array for several inputs. Other float types are cast to the model's. With `rows`,
+                the first axis has len(rows) entries.
+            outputs: Time steps to return: "all", "last" or "none"; or the names of the outputs to return.
+            time: If `outputs` has names, the time steps of these outputs to return: "all" or "last".
+            reset: Rows that restart: booleans of shape (batch_size,), or (batch_size, T) for every time step. Where
+                it is true, the row is set to the model's initial state before that time step. Resets and steps are
+                one change.
+            rows: Rows to advance, as indexes or as booleans of shape (batch_size,); the others keep their state. x,
+                reset, outputs and states have these rows, in this order. None: all rows.
+            states: "last" also returns the states after the last time step, "all" those after every time step.
+            timeout_s: Time limit of this call over all its attempts, in seconds; None: the client's.
 
         Returns:
-            (batch_size, T, ...) where the model returns sequences and x had T, else (batch_size, ...). A
-            dict by name if the model has several outputs, or they were asked for by name; None with "none".
-            A `Trace` of it and the states where these are asked for.
+            An array of shape (batch_size, T, ...) if the model returns sequences and x has a time axis, otherwise
+            (batch_size, ...). A dict by name if the model has several outputs or `outputs` has names. None if
+            `outputs` is "none". A `Trace` of the outputs and the states if `states` is given.
 
         Raises:
             InvalidInputError: An input breaks a rule; nothing changed.
             RevisionConflictError: Someone else changed the session; nothing changed. See `refresh`.
-            SessionNotFoundError, SessionExpiredError, SessionLostError: It is gone, and why.
-            DeadlineExceededError, UnavailableError: See `.outcome` and the class.
+            SessionGoneError: The session no longer exists; the subclass tells why.
+            DeadlineExceededError: The time limit passed. See `outcome`, and the class above.
+            UnavailableError: The server cannot be reached. See `outcome`, and the class above.
 
         Example:
             >>> session.step(np.ones((1, 10, 3), np.float32), outputs="last").shape
@@ -204,16 +203,17 @@ class Session(SessionFacts, Handle):
         *,
         timeout_s: float | None = None,
     ) -> Trace:
-        """Advances the session, and returns the state after every time step with the outputs.
+        """Advances the session and returns the outputs and the state after every time step.
 
-        It is a step like any other, one change, and a retry gets the same states. The reply must fit into one
-        message (max_message_bytes), else it is refused and nothing changes: trace a long sequence in pieces.
+        This is one change, like any other step, and a retry returns the same states. The reply must fit into one
+        message (`max_message_bytes`); otherwise the call is rejected and nothing changes. Trace a long sequence in
+        pieces.
 
         Args:
             x: As in `step`.
             reset: As in `step`.
             rows: As in `step`.
-            timeout_s: Time limit of this call over all its attempts; None: the client's.
+            timeout_s: Time limit of this call over all its attempts, in seconds; None: the client's.
 
         Raises:
             StepwellError: As in `step`.
@@ -236,13 +236,13 @@ class Session(SessionFacts, Handle):
         """Sets the state, or some rows of it.
 
         Args:
-            states: Mapping of name to array, list of arrays in the model's order, or a `State`; each
-                (batch_size, ...), or (len(rows), ...) with rows. None: the model's initial state.
-            rows: Rows to set, as indexes, each at most once, or as booleans of shape (batch_size,). None: all,
-                and the position becomes `position`. An empty list sets nothing and is no change.
-            position: The session's position afterwards, where all rows are set to states that a session had at that
-                position; at most 2**61.
-            timeout_s: Time limit of this call over all its attempts; None: the client's.
+            states: A mapping of name to array, a list of arrays in the model's order, or a `State`. Arrays have the
+                shape (batch_size, ...), or (len(rows), ...) with `rows`. None: the model's initial state.
+            rows: Rows to set, as indexes without repetition or as booleans of shape (batch_size,). None: all rows,
+                which also sets the position. An empty list changes nothing.
+            position: Position of the session afterwards, at most 2**61. Use it when you set all rows to states that
+                were read at that position.
+            timeout_s: Time limit of this call over all its attempts, in seconds; None: the client's.
 
         Raises:
             InvalidInputError: A state or a row breaks a rule; nothing changed.
@@ -259,7 +259,13 @@ class Session(SessionFacts, Handle):
         self._change(self._core.reset_states(self._tracker, states, rows, deadline, position), deadline)
 
     def get_state(self, *, timeout_s: float | None = None) -> State:
-        """A copy of the state, after the changes received before.
+        """Returns a copy of the state, after all changes that the server received before this call.
+
+        Args:
+            timeout_s: Time limit of this call over all its attempts, in seconds; None: the client's.
+
+        Returns:
+            A `State` with tensors of shape (batch_size, ...), its revision and its position.
 
         Example:
             >>> state = session.get_state()
@@ -276,12 +282,13 @@ class Session(SessionFacts, Handle):
         max_idle_s: float | None = None,
         timeout_s: float | None = None,
     ) -> Session:
-        """A new session with the state, revision and position of this one; from then on they are apart.
+        """Opens a new session with the state, revision and position of this one. The two then change independently.
 
         Args:
-            session_id: Id of the new session, not in use. None: the server makes one.
-            max_idle_s: As in `Client.open_session`; the limit of this one is not taken over.
-            timeout_s: Time limit of this call over all its attempts; None: the client's.
+            session_id: Id of the new session; it must not be in use. None: the server creates one.
+            max_idle_s: Idle limit of the new session, in seconds, as in `Client.open_session`. It does not inherit
+                the limit of this one.
+            timeout_s: Time limit of this call over all its attempts, in seconds; None: the client's.
 
         Raises:
             SessionExistsError: The id is in use.
@@ -298,7 +305,7 @@ class Session(SessionFacts, Handle):
         return Session(self._driver, tracker, owned=session_id is None)
 
     def refresh(self, *, timeout_s: float | None = None) -> None:
-        """Takes over the server's revision and position, and drops a change left unfinished by an error.
+        """Adopts the server's revision and position, and drops a change that an error left unfinished.
 
         Example:
             >>> session.refresh()
@@ -309,7 +316,7 @@ class Session(SessionFacts, Handle):
         self._change(self._core.refresh(self._tracker, deadline), deadline)
 
     def close(self, *, timeout_s: float | None = None) -> None:
-        """Deletes the session on the server. Closing again, or a session that is gone, does nothing.
+        """Deletes the session on the server. Closing it again, or after it expired, does nothing.
 
         Example:
             >>> session = client.open_session("forecast")

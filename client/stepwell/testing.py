@@ -1,4 +1,4 @@
-"""A real server for tests and trials, started and stopped by the program that uses it."""
+"""A real server for tests and experiments, started and stopped by the program that uses it."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def serve_arguments(extra_args: object) -> list[str]:
-    """Further options of `stepwell serve`, as strings.
+    """Converts additional options of `stepwell serve` to strings.
 
     Raises:
-        InvalidInputError: It is no list, or holds something else.
+        InvalidInputError: It is not a list, or an entry is not a string or path.
     """
     if isinstance(extra_args, Sequence) and not isinstance(extra_args, str | bytes):
         wrong = [one for one in extra_args if not isinstance(one, str | os.PathLike)]
@@ -58,25 +58,24 @@ def serve_arguments(extra_args: object) -> list[str]:
 
 
 class LocalServer:
-    """A `stepwell serve` of its own process, on a free port of 127.0.0.1.
+    """A `stepwell serve` in a process of its own, on a free port of 127.0.0.1.
 
-    Ends with its `with` block. On Linux it also ends when this process dies, however it dies. It belongs to no
-    terminal and to no process group of its parent's: Ctrl-C, and a notebook's stop button, interrupt the program and
-    leave the server and its sessions alone. Methods are for one thread at a time; the server itself serves any number
-    of clients.
+    The server ends with the `with` block. On Linux it also ends when this process dies for any reason. It has a
+    process group of its own: Ctrl-C and a notebook's stop button interrupt your program, and leave the server and its
+    sessions alone. Call the methods from one thread at a time; the server itself serves any number of clients.
 
     Args:
-        models: Path of the `.keras` or `.stepwell` file by name to serve it under, or by `NAME@VERSION`; more can be
-            loaded while it runs: see `Client.load_model`.
-        data_dir: Where it keeps sessions. None: in memory, so that they are gone after `kill` or `restart`.
-        extra_args: Further options of `stepwell serve`.
-        cache_dir: Where it keeps compiled models. None: the server's own default.
-        env: Further environment variables.
-        start_timeout_s: How long it may take to be ready, in seconds; models are compiled in this time.
+        models: A mapping of names, or `NAME@VERSION`, to paths of `.keras` or `.stepwell` files. `Client.load_model`
+            loads more while the server runs.
+        data_dir: Folder for the sessions. None: in memory, so that `kill` and `restart` lose them.
+        extra_args: Additional options of `stepwell serve`.
+        cache_dir: Folder for compiled models. None: the server's default.
+        env: Additional environment variables.
+        start_timeout_s: Time limit for the start, which includes compiling the models, in seconds.
         on_log: Called by `start` with each line that the server writes until it is ready.
 
     Raises:
-        InvalidInputError: extra_args or start_timeout_s breaks its rule.
+        InvalidInputError: extra_args or start_timeout_s breaks a rule.
 
     Example:
         >>> from stepwell.testing import LocalServer
@@ -119,12 +118,12 @@ class LocalServer:
         self._on_log = on_log
         self._address: str | None = None
         self._release: Callable[[], object] | None = None
-        """Gives its port back."""
+        """Releases the server's port."""
         self._run: _Run | None = None
 
     @property
     def address(self) -> str:
-        """Where it listens, 127.0.0.1:PORT; the same after a restart: on Linux nobody else gets the port meanwhile."""
+        """The server's address, 127.0.0.1:PORT, also after a restart. On Linux no other program can take the port."""
         if self._address is None:
             raise ServerStartError(
                 "the server must be started before it has an address; use `with` or start()"
@@ -133,14 +132,14 @@ class LocalServer:
 
     @property
     def pid(self) -> int | None:
-        """Id of its process; None when it does not run."""
+        """Id of the server's process; None if it is not running."""
         return None if self._run is None else self._run.pid
 
     def start(self) -> None:
-        """Starts it and waits until it is ready. A `with` block does this by itself.
+        """Starts the server and waits until it is ready. A `with` block does this for you.
 
         Raises:
-            ServerStartError: It refused to start, or was not ready in time.
+            ServerStartError: The server refused to start, or was not ready in time.
         """
         if self.pid is not None:
             raise ServerStartError(f"the server must be stopped before it is started; it runs as {self.pid}")
@@ -171,7 +170,7 @@ class LocalServer:
         return [sys.executable, "-m", "stepwell_server", *models, *listen, *self._store, *self._extra_args]
 
     def _new_address(self) -> str:
-        """A port that is kept for it until its `with` block ends, or nobody has the object any more."""
+        """Reserves a port until the `with` block ends or the object is collected."""
         if self._release is not None:
             self._release()
         held = reserved("127.0.0.1")
@@ -181,21 +180,21 @@ class LocalServer:
         return f"127.0.0.1:{held.getsockname()[1]}"
 
     def stop(self, timeout_s: float = 30.0) -> int:
-        """Asks it to finish (SIGTERM) and waits for it.
+        """Asks the server to finish (SIGTERM) and waits for it.
 
         Args:
-            timeout_s: How long it may take, in seconds; after that it is killed.
+            timeout_s: How long to wait before killing it, in seconds.
 
         Returns:
-            Its exit code, negative for a signal.
+            The exit code; negative if a signal ended the process.
         """
         return self._end(signal.SIGTERM, timeout_s)
 
     def kill(self) -> int:
-        """Kills it at once (SIGKILL), as a crash would.
+        """Kills the server immediately (SIGKILL), like a crash.
 
         Returns:
-            Its exit code, -9 if it was still running.
+            The exit code: -9 if the server was running.
         """
         return self._end(signal.SIGKILL, None)
 
@@ -205,17 +204,17 @@ class LocalServer:
         return self._run.end(with_signal, timeout_s)
 
     def restart(self) -> None:
-        """Starts it again on the same port with the same data; stops it before if it still runs.
+        """Starts the server again on the same port with the same data. Stops it first if it is running.
 
         Raises:
-            ServerStartError: It refused to start, or was not ready in time.
+            ServerStartError: The server refused to start, or was not ready in time.
         """
         if self.pid is not None:
             self.stop()
         self.start()
 
     def logs(self) -> str:
-        """What the running or last process has written, the last 10,000 lines of it."""
+        """Returns the output of the current or last process, up to its last 10,000 lines."""
         return "" if self._run is None else self._run.text()
 
     def __enter__(self) -> Self:
@@ -236,10 +235,10 @@ def _left_s(deadline: float) -> float:
 
 
 class _Run:
-    """One process of the server, and the thread that starts it and reads what it writes.
+    """One process of the server, and the thread that starts it and reads its output.
 
-    The kernel ties the child's life to the thread that made it, not to the process; so the thread that
-    lives as long as the child is the one to make it.
+    The kernel ties the child to the thread that created it, not to the process. So the thread that lives as long as
+    the child creates it.
     """
 
     def __init__(self, command: list[str], env: Mapping[str, str]) -> None:
@@ -254,7 +253,7 @@ class _Run:
         self._thread = threading.Thread(target=self._serve, name="stepwell-local-server", daemon=True)
 
     def start(self) -> None:
-        """Makes the process.
+        """Creates the process.
 
         Raises:
             ServerStartError: The system refuses to.
@@ -294,7 +293,10 @@ class _Run:
         self._early.put(None)
 
     def wait_ready(self, timeout_s: float, on_log: Callable[[str], object] | None) -> str | None:
-        """Its address; None if it ended or took too long. Hands over the lines until then, in this thread."""
+        """Returns the server's address, or None if the server ended or took too long.
+
+        Passes on the lines until then, in this thread.
+        """
         deadline = time.monotonic() + timeout_s
         try:
             while (line := self._early.get(timeout=_left_s(deadline))) is not None:
@@ -310,7 +312,7 @@ class _Run:
 
     @property
     def pid(self) -> int | None:
-        """Id of the process; None when it does not run."""
+        """Id of the process; None if it is not running."""
         return None if self._process is None or self._process.poll() is not None else self._process.pid
 
     @property
@@ -318,7 +320,7 @@ class _Run:
         return None if self._process is None else self._process.poll()
 
     def end(self, with_signal: signal.Signals, timeout_s: float | None) -> int:
-        """Sends a signal, waits, and kills what does not obey."""
+        """Sends a signal, waits, and kills the process if it does not end in time."""
         if self._thread.ident is not None:
             self._started.wait()
         if self._process is None:
@@ -333,11 +335,11 @@ class _Run:
         return self._process.wait()
 
     def text(self, last: int = 0) -> str:
-        """What it has written: the `last` lines of it, or all that is kept."""
+        """Returns the output: its `last` lines, or all lines kept."""
         return "".join(tuple(self._lines)[-last:])
 
     def refusal(self) -> str:
-        """Why it did not start, by its last line; empty if that does not say it."""
+        """Returns why the server did not start, from its last line; empty if that line does not tell."""
         lines = tuple(self._lines)
         last = lines[-1].rstrip() if lines else ""
         if (refusal := _REFUSAL.match(last)) is not None:

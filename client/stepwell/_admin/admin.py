@@ -1,4 +1,4 @@
-"""Flows for those who look after many sessions: lists, closing by filters, export and import."""
+"""Flows that list, close, export and import many sessions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stepwell._core.core import Core
 
 ExistingSession: TypeAlias = Literal["refuse", "skip", "replace"]
-"""What becomes of a session that is there when one of its id is imported."""
+"""What to do with a live session of the same id as an imported one."""
 
 _EXISTING: Mapping[str, sessions_pb2.ExistingSession.ValueType] = {
     "refuse": sessions_pb2.EXISTING_SESSION_REFUSE,
@@ -39,7 +39,7 @@ _IMPORTED_BYTES, _IMPORTED_AT_ONCE = 1 << 20, 1000
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SessionFilter:
-    """Which sessions are meant: those for which all of it holds."""
+    """A filter of sessions; a session must match all of it."""
 
     model: str | None = None
     prefix: str | None = None
@@ -51,10 +51,10 @@ class SessionFilter:
         | sessions_pb2.CloseMatchingSessionsRequest
         | sessions_pb2.ExportSessionsRequest,
     ) -> bool:
-        """Say it in a request; whether there was anything to say.
+        """Writes the filter to a request. Returns whether there was anything to write.
 
         Raises:
-            InvalidInputError: An argument breaks its rule.
+            InvalidInputError: An argument breaks a rule.
         """
         if self.model is not None:
             request.model = arguments.check_model(self.model)
@@ -67,7 +67,7 @@ class SessionFilter:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What an export has done.
+    """The result of an export.
 
     Example:
         >>> report = client.export_sessions("some.sessions", [session.id, "nobody"])
@@ -76,14 +76,14 @@ class ExportReport:
     """
 
     exported: int
-    """Sessions in the file."""
+    """Number of sessions in the file."""
     failures: dict[str, StepwellError]
-    """Sessions that could not be read, and why; by id, where everybody's are meant by `TENANT/ID`."""
+    """Errors of sessions that could not be read, by id, or by `TENANT/ID` if the client acts for all tenants."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImportReport:
-    """What an import has done with the sessions of a file.
+    """The result of an import.
 
     Example:
         >>> exported = client.export_sessions("some.sessions", [session.id])
@@ -92,13 +92,13 @@ class ImportReport:
     """
 
     imported: int = 0
-    """Sessions that were made, or were there already exactly as in the file."""
+    """Number of sessions that were created, or already existed exactly as in the file."""
     replaced: int = 0
-    """Sessions that took the place of another one."""
+    """Number of sessions that replaced another one."""
     skipped: int = 0
-    """Sessions that were there and were left as they are."""
+    """Number of sessions that existed and were kept."""
     failures: dict[str, StepwellError] = dataclasses.field(default_factory=dict)
-    """Sessions of which nothing was done, and why; by id, where everybody's are meant by `TENANT/ID`."""
+    """Errors of sessions that were not imported, by id, or by `TENANT/ID` if the client acts for all tenants."""
 
     def __add__(self, other: ImportReport) -> ImportReport:
         return ImportReport(
@@ -110,10 +110,10 @@ class ImportReport:
 
 
 def duration(name: str, seconds: float) -> duration_pb2.Duration:
-    """A time span as a message has it.
+    """Converts a number of seconds to the type that messages use.
 
     Raises:
-        InvalidInputError: It is no number, or below 0.
+        InvalidInputError: It is not a number, or is out of range.
     """
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise InvalidInputError(f"{name} must be a number of seconds; got {seconds!r}")
@@ -124,17 +124,17 @@ def duration(name: str, seconds: float) -> duration_pb2.Duration:
 
 
 class Admin:
-    """The flows; see `Client` for what they do."""
+    """The flows; `Client` documents what they do."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._retrier = core.retrier
 
     def list_request(self, wanted: SessionFilter, limit: int | None) -> sessions_pb2.ListSessionsRequest:
-        """The request of a list, whose pages `page` reads.
+        """Builds the request of a list, whose pages `page` reads.
 
         Raises:
-            InvalidInputError: An argument breaks its rule.
+            InvalidInputError: An argument breaks a rule.
         """
         size = _FIRST_PAGE if limit is None else min(_FIRST_PAGE, arguments.check_count("limit", limit))
         request = sessions_pb2.ListSessionsRequest(page_size=size, skip_total=True)
@@ -142,7 +142,7 @@ class Admin:
         return request
 
     def page(self, request: sessions_pb2.ListSessionsRequest, token: str, deadline: Deadline) -> Flow[Page]:
-        """A page; an empty token is the first one."""
+        """Reads a page; an empty token means the first one."""
         asked = sessions_pb2.ListSessionsRequest()
         asked.CopyFrom(request)
         asked.page_token = token
@@ -154,7 +154,7 @@ class Admin:
         return Page([SessionInfo._from_message(session) for session in reply.sessions], reply.next_page_token)
 
     def count(self, wanted: SessionFilter, deadline: Deadline) -> Flow[int]:
-        """How many sessions fit."""
+        """Counts the matching sessions."""
         request = sessions_pb2.ListSessionsRequest(page_size=1)
         wanted.put(request)
         reply: sessions_pb2.ListSessionsResponse = yield from self._retrier.call(
@@ -163,7 +163,7 @@ class Admin:
         return reply.total
 
     def close_parts(self, ids: Iterable[str]) -> Iterator[list[str]]:
-        """The ids of sessions that are closed together."""
+        """Yields the ids of sessions to close with one call."""
         checked = arguments.check_some_ids(ids)
         for start in range(0, len(checked), _CLOSED_AT_ONCE):
             yield checked[start : start + _CLOSED_AT_ONCE]
@@ -171,10 +171,10 @@ class Admin:
     def close_request(
         self, wanted: SessionFilter, *, everything: bool
     ) -> sessions_pb2.CloseMatchingSessionsRequest:
-        """The request that closes what fits.
+        """Builds the request that closes matching sessions.
 
         Raises:
-            InvalidInputError: An argument breaks its rule.
+            InvalidInputError: An argument breaks a rule.
         """
         request = sessions_pb2.CloseMatchingSessionsRequest(page_size=_CLOSED_AT_ONCE, all=everything)
         if wanted.put(request) is everything:
@@ -187,7 +187,7 @@ class Admin:
     def close_page(
         self, request: sessions_pb2.CloseMatchingSessionsRequest, deadline: Deadline
     ) -> Flow[tuple[int, str]]:
-        """Close some of what fits; how many, and where to go on."""
+        """Closes some of the matching sessions. Returns their number and the token of the next page."""
         request.request_id = new_request_id()
         reply: sessions_pb2.CloseMatchingSessionsResponse = yield from self._retrier.call(
             "CloseMatchingSessions", request, deadline, changes=True
@@ -197,10 +197,10 @@ class Admin:
     def export_requests(
         self, ids: Iterable[str] | None, wanted: SessionFilter
     ) -> list[sessions_pb2.ExportSessionsRequest]:
-        """The requests that export sessions, each page by page.
+        """Builds the requests that export sessions, each page by page.
 
         Raises:
-            InvalidInputError: An argument breaks its rule.
+            InvalidInputError: An argument breaks a rule.
         """
         request = sessions_pb2.ExportSessionsRequest()
         is_filtered = wanted.put(request)
@@ -217,7 +217,7 @@ class Admin:
     def export_page(
         self, request: sessions_pb2.ExportSessionsRequest, deadline: Deadline
     ) -> Flow[sessions_pb2.ExportSessionsResponse]:
-        """A page of an export; where the next begins is put into the request."""
+        """Reads a page of an export, and writes the token of the next page to the request."""
         reply: sessions_pb2.ExportSessionsResponse = yield from self._retrier.call(
             "ExportSessions", request, deadline
         )
@@ -227,10 +227,10 @@ class Admin:
     def import_requests(
         self, sessions: Iterable[sessions_pb2.ExportedSession], existing: str
     ) -> Iterator[sessions_pb2.ImportSessionsRequest]:
-        """The requests that import sessions.
+        """Yields the requests that import sessions.
 
         Raises:
-            InvalidInputError: An argument breaks its rule.
+            InvalidInputError: An argument breaks a rule.
         """
         if existing not in _EXISTING:
             raise InvalidInputError(f"existing must be one of {list(_EXISTING)}; got {existing!r}")
@@ -259,7 +259,7 @@ class Admin:
     def import_some(
         self, request: sessions_pb2.ImportSessionsRequest, deadline: Deadline
     ) -> Flow[ImportReport]:
-        """Import some sessions."""
+        """Imports some sessions."""
         reply: sessions_pb2.ImportSessionsResponse = yield from self._retrier.call(
             "ImportSessions", request, deadline, changes=True
         )
@@ -275,7 +275,7 @@ class Admin:
 def failures(
     failed: Iterable[sessions_pb2.SessionError | sessions_pb2.ImportedSession],
 ) -> dict[str, StepwellError]:
-    """Errors of sessions, by their ids."""
+    """Errors of sessions, by id."""
     return {
         f"{each.tenant}/{each.session_id}" if each.tenant else each.session_id: from_message(each.error)
         for each in failed

@@ -1,4 +1,4 @@
-"""What an async client does for those who look after many sessions. Part of `AsyncClient`."""
+"""The methods of `AsyncClient` that list, close, export and import many sessions."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ T = TypeVar("T")
 
 
 class AsyncSessionList(Unawaited):
-    """Sessions of a server. Made by `AsyncClient.sessions`: awaited it is a list of all of them.
+    """Sessions of a server, returned by `AsyncClient.sessions`. Await it for a list of all of them.
 
-    `async for` goes through them page by page and keeps nothing, however many there are.
+    `async for` reads them page by page and keeps nothing in memory, however many there are.
 
     Example:
         >>> session.id in [info.session_id async for info in client.sessions(model="forecast")]
@@ -66,7 +66,7 @@ class AsyncSessionList(Unawaited):
 
 @end_here
 class AsyncAdminCalls:
-    """Lists, closing, export and import of many sessions."""
+    """Lists, closes, exports and imports many sessions."""
 
     _driver: AsyncDriver
 
@@ -83,9 +83,10 @@ class AsyncAdminCalls:
         limit: int | None = None,
         timeout_s: float | None = None,
     ) -> AsyncSessionList:
-        """The live sessions: awaited a list of all, with `async for` page by page.
+        """Returns the live sessions, sorted by id.
 
-        Arguments and errors are those of `Client.sessions`.
+        Await the result for a list, or read it page by page with `async for`. Arguments and errors are those of
+        `Client.sessions`.
 
         Example:
             >>> session.id in [info.session_id async for info in client.sessions(model="forecast")]
@@ -109,7 +110,7 @@ class AsyncAdminCalls:
         idle_longer_s: float | None = None,
         timeout_s: float | None = None,
     ) -> int:
-        """How many sessions there are, or fit the filters.
+        """Counts the sessions, or those that match the filters of `sessions`, without reading them.
 
         Arguments and errors are those of `Client.count_sessions`.
 
@@ -131,7 +132,7 @@ class AsyncAdminCalls:
         progress: Progress | None = None,
         timeout_s: float | None = None,
     ) -> int:
-        """Deletes many sessions and their states, some thousands at a time; returns how many.
+        """Deletes many sessions and their states, some thousand at a time, and returns how many it deleted.
 
         Arguments and errors are those of `Client.close_sessions`.
 
@@ -169,7 +170,7 @@ class AsyncAdminCalls:
         progress: Progress | None = None,
         timeout_s: float | None = None,
     ) -> ExportReport:
-        """Writes sessions with all that is kept of them to a file, for `import_sessions`.
+        """Writes sessions to a file for `import_sessions`.
 
         Arguments, result and errors are those of `Client.export_sessions`.
 
@@ -201,7 +202,7 @@ class AsyncAdminCalls:
         progress: Progress | None = None,
         timeout_s: float | None = None,
     ) -> ImportReport:
-        """Makes sessions of a file that `export_sessions` wrote, here or on another server.
+        """Creates sessions from a file that `export_sessions` wrote, here or on another server.
 
         Arguments, result and errors are those of `Client.import_sessions`.
 

@@ -1,4 +1,4 @@
-"""What an async client does for those who change which models a server has. Part of `AsyncClient`."""
+"""The methods of `AsyncClient` that change which models a server has."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @end_here
 class AsyncModelCalls:
-    """Loads and unloads versions of models while they are served. For admins, where the server knows its callers."""
+    """Loads and unloads versions of models while the server runs. Only admins may, if the server authenticates callers."""
 
     _driver: AsyncDriver
 
@@ -85,7 +85,7 @@ class AsyncModelCalls:
         upload: bool | None = None,
         timeout_s: float = DEFAULT_LOAD_TIMEOUT_S,
     ) -> LoadedModel:
-        """Gives a model new weights: loads the next version, makes it the default and unloads the one before.
+        """Gives a model new weights: loads the next version, makes it the default and unloads the previous one.
 
         Arguments, result and errors are those of `Client.update_model`.
 
@@ -115,7 +115,7 @@ class AsyncModelCalls:
         force: bool = False,
         timeout_s: float | None = None,
     ) -> None:
-        """Serves a version no longer, when what is under way on it has ended.
+        """Stops serving a version, on every replica, once active calls on it have ended.
 
         Arguments, result and errors are those of `Client.unload_model`.
 
@@ -135,7 +135,7 @@ class AsyncModelCalls:
         migration: str | None = None,
         timeout_s: float | None = None,
     ) -> LoadedModel:
-        """Makes a loaded version the default: the way forward, and the way back.
+        """Makes a loaded version the default. Use it to roll forward or back.
 
         Arguments, result and errors are those of `Client.set_default`.
 
@@ -152,7 +152,7 @@ class AsyncModelCalls:
     async def set_label(
         self, name: str, label: str, version: int, *, timeout_s: float | None = None
     ) -> LoadedModel:
-        """Gives a label to a loaded version; `NAME:LABEL` stands for it from now on.
+        """Gives a label to a loaded version. From then on, `NAME:LABEL` refers to that version.
 
         Arguments, result and errors are those of `Client.set_label`.
 
@@ -166,7 +166,7 @@ class AsyncModelCalls:
         return await self._driver.run(self._model_admin.set_label(name, label, version, deadline))
 
     async def remove_label(self, name: str, label: str, *, timeout_s: float | None = None) -> None:
-        """Takes a label away. Sessions that were opened by it stay where they are.
+        """Removes a label. Sessions that were opened by it stay on their version.
 
         Arguments, result and errors are those of `Client.remove_label`.
 

@@ -1,4 +1,4 @@
-"""What a sync client does for those who look after many sessions. Part of `Client`."""
+"""The methods of `Client` that list, close, export and import many sessions."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from stepwell.errors import StepwellError
 T = TypeVar("T")
 
 Progress = Callable[[int], Any]
-"""Called with the number of sessions that are done, now and then."""
+"""Called from time to time with the number of sessions done so far."""
 
 
 @end_here
 class AdminCalls:
-    """Lists, closing, export and import of many sessions."""
+    """Lists, closes, exports and imports many sessions."""
 
     _driver: Driver
 
@@ -45,21 +45,21 @@ class AdminCalls:
         limit: int | None = None,
         timeout_s: float | None = None,
     ) -> SessionList:
-        """The live sessions, in the order of their ids: a list that is read as it is used.
+        """Returns the live sessions, sorted by id, as a list that reads page after page when you use it.
 
-        However many there are, to iterate over it takes little memory and no long call, for it asks for a page when it
-        comes to it. `len`, an index or `list` read all of it once: see `SessionList`.
+        Iterating takes little memory and no long call, however many sessions there are. `len`, an index or `list`
+        read the whole list once: see `SessionList`.
 
         Args:
-            model: Only those of this model.
-            prefix: Only those whose ids begin with this.
-            idle_longer_s: Only those that nobody has changed, read or resumed for longer than this.
-            limit: At most so many.
-            timeout_s: Time limit of each page over all attempts; None: the client's.
+            model: Only sessions of this model.
+            prefix: Only sessions whose ids start with this.
+            idle_longer_s: Only sessions that nobody has changed, read or resumed for more than this many seconds.
+            limit: How many sessions to return at most.
+            timeout_s: Time limit of each page over all its attempts, in seconds; None: the client's.
 
         Raises:
-            ModelNotFoundError: No model is served under that name.
-            InvalidInputError: An argument breaks its rule.
+            ModelNotFoundError: The server has no model of that name.
+            InvalidInputError: An argument breaks a rule.
 
         Example:
             >>> session.id in [info.session_id for info in client.sessions(model="forecast")]
@@ -83,7 +83,7 @@ class AdminCalls:
         idle_longer_s: float | None = None,
         timeout_s: float | None = None,
     ) -> int:
-        """How many sessions there are, or fit the filters, which are those of `sessions`; none is read.
+        """Counts the sessions, or those that match the filters of `sessions`, without reading them.
 
         Example:
             >>> client.count_sessions(prefix="nobody-")
@@ -103,23 +103,23 @@ class AdminCalls:
         progress: Progress | None = None,
         timeout_s: float | None = None,
     ) -> int:
-        """Deletes many sessions and their states, some thousands at a time; returns how many.
+        """Deletes many sessions and their states, some thousand at a time, and returns how many it deleted.
 
-        Those of `session_ids` that are not there are passed over. With filters, those of `sessions`, it deletes what
-        fits when it begins, and still does when its turn comes: a session that is used meanwhile is not idle, and stays.
+        Ids in `session_ids` that no longer exist are skipped. With filters, a session must match both when the call
+        begins and when the server reaches it. A session that is used in the meantime is not idle, and stays.
 
         Args:
-            session_ids: The sessions. None: those that fit the filters.
-            model: Only those of this model.
-            prefix: Only those whose ids begin with this.
-            idle_longer_s: Only those that nobody has changed, read or resumed for longer than this.
-            everything: All sessions, without a filter.
-            progress: Called with how many were deleted so far.
-            timeout_s: Time limit of each part over all attempts; None: the client's.
+            session_ids: The sessions to delete. None: those that match the filters.
+            model: Only sessions of this model.
+            prefix: Only sessions whose ids start with this.
+            idle_longer_s: Only sessions that nobody has changed, read or resumed for more than this many seconds.
+            everything: Delete all sessions, without a filter.
+            progress: Called with the number of sessions deleted so far.
+            timeout_s: Time limit of each part over all its attempts, in seconds; None: the client's.
 
         Raises:
-            InvalidInputError: There is neither a session, a filter nor `everything`, or more than one of these.
-            UnavailableError: The server did not delete all.
+            InvalidInputError: There is no `session_ids`, filter or `everything`, or more than one of them.
+            UnavailableError: The server did not delete all of them.
 
         Example:
             >>> group = client.open_sessions("forecast", 3)
@@ -158,24 +158,24 @@ class AdminCalls:
         progress: Progress | None = None,
         timeout_s: float | None = None,
     ) -> ExportReport:
-        """Writes sessions with all that is kept of them to a file, for `import_sessions`.
+        """Writes sessions to a file for `import_sessions`.
 
-        That is their state, revision, position and creation, and the answer to each one's last change, so that a retry
-        after the move is answered with it. A session is written as of its last completed change; nothing changes for it,
-        and it does not count as use. The file appears when all of it is there, in place of an old one of that name.
+        The file holds each session's state, revision, position and creation time, and the answer to its last change,
+        so that a retry after the move gets that answer. A session is written as of its last completed change. Nothing
+        changes for it, and this does not count as use. The file replaces an old one of that name once it is complete.
 
         Args:
-            path: The file.
-            session_ids: The sessions. None: those that fit the filters, all if there are none.
-            model: Only those of this model.
-            prefix: Only those whose ids begin with this.
-            idle_longer_s: Only those that nobody has changed, read or resumed for longer than this.
-            progress: Called with how many were written so far.
-            timeout_s: Time limit of each part over all attempts; None: the client's.
+            path: Path of the file to write.
+            session_ids: The sessions to export. None: those that match the filters, or all without filters.
+            model: Only sessions of this model.
+            prefix: Only sessions whose ids start with this.
+            idle_longer_s: Only sessions that nobody has changed, read or resumed for more than this many seconds.
+            progress: Called with the number of sessions written so far.
+            timeout_s: Time limit of each part over all its attempts, in seconds; None: the client's.
 
         Raises:
-            InvalidInputError: There are sessions and filters.
-            OSError: The file cannot be written; names the path.
+            InvalidInputError: There are both `session_ids` and filters.
+            OSError: The file cannot be written; the error names the path.
 
         Example:
             >>> client.export_sessions("some.sessions", [session.id]).exported
@@ -205,21 +205,24 @@ class AdminCalls:
         progress: Progress | None = None,
         timeout_s: float | None = None,
     ) -> ImportReport:
-        """Makes sessions of a file that `export_sessions` wrote, here or on another server; returns what became of them.
+        """Creates sessions from a file that `export_sessions` wrote, here or on another server.
 
-        Each is made by itself, with its id, and continues where it was. Its model must be served under its name with the
-        same fingerprint. To repeat an import does no harm.
+        Each session is imported separately, with its id, and continues where it was. The server must have a model
+        with the same name and fingerprint. You can repeat an import safely.
 
         Args:
-            path: The file. It is looked through to its end before the first session is sent.
-            existing: What becomes of a session that is there when one of its id is imported: "refuse" leaves it and
-                counts as a failure, "skip" leaves it, "replace" replaces it.
-            progress: Called with how many were sent so far.
-            timeout_s: Time limit of each part over all attempts; None: the client's.
+            path: Path of the file. The whole file is checked before the first session is sent.
+            existing: What to do with a live session of the same id: "refuse" keeps it and reports a failure, "skip"
+                keeps it, "replace" replaces it.
+            progress: Called with the number of sessions sent so far.
+            timeout_s: Time limit of each part over all its attempts, in seconds; None: the client's.
+
+        Returns:
+            How many sessions were imported, replaced or skipped, and the failures by id.
 
         Raises:
-            InvalidInputError: It is no such file, or it is not as it was written.
-            OSError: It cannot be read; names the path.
+            InvalidInputError: The file is not an export, or is corrupt.
+            OSError: The file cannot be read; the error names the path.
 
         Example:
             >>> exported = client.export_sessions("some.sessions", [session.id])

@@ -1,4 +1,4 @@
-"""What a sync client does for those who change which models a server has. Part of `Client`."""
+"""The methods of `Client` that change which models a server has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @end_here
 class ModelCalls:
-    """Loads and unloads versions of models while they are served. For admins, where the server knows its callers."""
+    """Loads and unloads versions of models while the server runs. Only admins may, if the server authenticates callers."""
 
     _driver: Driver
 
@@ -43,49 +43,49 @@ class ModelCalls:
     ) -> LoadedModel:
         """Loads a version of a model while the server runs, and makes it the default. Returns when it is live.
 
-        It is compiled and warmed up beside the traffic; a file that fails changes nothing. When the default moves,
-        `sessions` says what becomes of the sessions that follow it, which are those that were opened by the name alone;
-        sessions that were opened with a version or a label stay where they are. Each step is applied once, whatever
-        moves meanwhile, and its answer says on which version: `Session.model_version`.
+        The server compiles the model and warms it up while it keeps serving. A file that fails to load changes
+        nothing. When the default moves, `sessions` decides what happens to the sessions that follow it: those opened
+        by the model's name alone. Sessions opened with a version or a label stay where they are. Each step is applied
+        once, even if the default moves in the meantime, and `Session.model_version` shows which version answered.
 
-        Where there are several replicas, each that can be reached loads it, one after the other, beside what is the
-        default; then the default moves, once for all. If one of them cannot load it, the default stays where it is, a
-        note of the error says which have it, and the same call with its number as `version` goes on: a replica that has
-        the same file under that number already is passed over.
+        **Replicas.** The call loads the version on one reachable replica after the other, and then moves the default
+        once for all of them. If one replica cannot load it, the default does not move, and a note of the error names
+        the replicas that have it. Repeat the call with that number as `version` to continue. Replicas that already
+        have the same file under that number are skipped.
 
-        If the answer is lost, the load is not tried again, and the error says that the outcome is unknown:
-        `model(name).versions` has what there is. With `version` the same call may be made again, for a version that is
-        there is refused.
+        **After an error.** If the answer is lost, the client does not retry the load, and the outcome is unknown.
+        Check `model(name).versions`. With `version`, you can repeat the call safely, because the server rejects a
+        version that exists.
 
         Args:
-            name: Name of the model. One that is not served yet begins with this version.
+            name: Name of the model. It may be new to the server.
             model: Path of a `.keras` or `.stepwell` file, or a `keras.Model`.
-            version: Number of the version, which must not be there. None: one more than the highest that there was.
-            sessions: "keep": they stay on their version until they end. "carry": they go on with their states under the
-                new weights, all of them between two steps; states and outputs must have the same names, shapes and
-                dtypes. "migrate": a function of the operator's (`stepwell serve --migration`) makes new states of the
-                old ones. "reset": they begin anew.
-            default: Make it the default. False: it stays beside it, reached as `NAME@VERSION` or by a label.
-            migration: Name of the function; None: the only one that there is.
-            labels: Labels that it gets.
-            unload_previous: Unload the version that was the default when nothing is under way on it and it has no
-                session. Of several replicas one where it is in use just then keeps it.
-            progress: Called with what is done now: "waiting", a stage of compiling, "warm up", "switch".
-            upload: Send the file to the server, which must allow that (`--allow-model-upload`). False: the path is one
-                on the server's disk. None: send it if the server is on another machine. A server without a data folder, as
-                those that share a store, keeps nothing of a file that was sent: the version ends with it, and the
-                `reason` of the version in the answer's `versions` says so.
-            timeout_s: Time limit of all of it; the server compiles a new architecture in some seconds or, if it is
-                large, minutes.
+            version: Number of the version, which must not exist. None: one more than the highest number so far.
+            sessions: "keep": the sessions stay on their version until they end. "carry": they continue with their
+                states under the new weights, all of them between two steps; states and outputs must have the same
+                names, shapes and dtypes. "migrate": a function of the operator (`stepwell serve --migration`)
+                converts their states. "reset": they restart from the initial state.
+            default: Make it the default. False: keep the default; `NAME@VERSION` or a label reaches the new version.
+            migration: Name of the function for "migrate". None: the only one that the server has.
+            labels: Labels to give to the version.
+            unload_previous: Unload the previous default version once nothing uses it and it has no sessions. A
+                replica on which it is in use at that moment keeps it.
+            progress: Called with each stage: "waiting", a stage of compiling, "warm up", "switch".
+            upload: Send the file to the server, which must allow that (`--allow-model-upload`). False: the path is
+                one on the server's disk. None: send it if the server is on another machine. A server without a data
+                folder, such as one that shares a store, does not keep the file: the version is gone after a restart,
+                and the `reason` of the version in the result's `versions` states that.
+            timeout_s: Time limit of the whole call, in seconds. Compiling a new architecture takes some seconds, or
+                minutes if it is large.
 
         Raises:
-            InvalidInputError: An argument breaks its rule.
-            FileNotFoundError: There is no such file here.
-            ModelVersionExistsError: The version is there, or is being loaded.
-            ModelLoadError: The file is no model, or one that cannot be served.
-            ModelMismatchError: "carry" to a version with other states or outputs; the message says which differ.
-            MigrationFailedError: The function is not there, or failed.
-            PermissionDeniedError: The caller is no admin.
+            InvalidInputError: An argument breaks a rule.
+            FileNotFoundError: There is no such file on this machine.
+            ModelVersionExistsError: The version exists, or is being loaded.
+            ModelLoadError: The file is not a model, or the model cannot be served.
+            ModelMismatchError: "carry" to a version with other states or outputs; the message names the differences.
+            MigrationFailedError: The function does not exist, or failed.
+            PermissionDeniedError: The caller is not an admin.
 
         Example:
             >>> loaded = client.load_model("forecast", model_path, default=False, labels=["canary"])
@@ -121,13 +121,13 @@ class ModelCalls:
         upload: bool | None = None,
         timeout_s: float = DEFAULT_LOAD_TIMEOUT_S,
     ) -> LoadedModel:
-        """Gives a model new weights: loads the next version, makes it the default and unloads the one before.
+        """Gives a model new weights: loads the next version, makes it the default and unloads the previous one.
 
-        For trainers, who push weights every few seconds while sessions go on. It is `load_model` with other defaults:
-        sessions keep their states, and the old version is unloaded. Where the architecture is that of before, nothing
-        is traced anew.
+        This is for trainers that push weights every few seconds while sessions continue. It is `load_model` with
+        other defaults: sessions keep their states, and the previous version is unloaded. If the architecture is the
+        same, the server does not trace the model again.
 
-        Arguments and errors are those of `load_model`.
+        Arguments, result and errors are those of `load_model`.
 
         Example:
             >>> before = session.model_version
@@ -156,17 +156,17 @@ class ModelCalls:
         force: bool = False,
         timeout_s: float | None = None,
     ) -> None:
-        """Serves a version no longer, when what is under way on it has ended; on each replica, if there are several.
+        """Stops serving a version, on every replica, once active calls on it have ended.
 
         Args:
             name: Name of the model.
-            version: Number of the version. None: all versions of the name.
-            force: Also if it is the default, or has sessions: these stay in the store, and fail until it is loaded
-                again.
-            timeout_s: Time limit of this call over all its attempts; None: the client's.
+            version: Number of the version. None: all versions of the model.
+            force: Unload it even if it is the default or has sessions. The store keeps these sessions; calls on them
+                fail until the version is loaded again.
+            timeout_s: Time limit of this call over all its attempts, in seconds; None: the client's.
 
         Raises:
-            ModelInUseError: It is the default or has sessions, and `force` is not given.
+            ModelInUseError: The version is the default or has sessions, and `force` is not given.
             ModelNotFoundError: There is no such version.
 
         Example:
@@ -185,18 +185,19 @@ class ModelCalls:
         migration: str | None = None,
         timeout_s: float | None = None,
     ) -> LoadedModel:
-        """Makes a loaded version the default: the way forward, and the way back.
+        """Makes a loaded version the default. Use it to roll forward or back.
 
         Args:
             name: Name of the model.
             version: Number of the version.
-            sessions: What becomes of the sessions that follow the default; as in `load_model`.
+            sessions: What happens to the sessions that follow the default; as in `load_model`.
             migration: As in `load_model`.
-            timeout_s: Time limit of this call over all its attempts; None: the client's.
+            timeout_s: Time limit of this call over all its attempts, in seconds; None: the client's.
 
         Raises:
             ModelNotFoundError: There is no such version.
-            ModelMismatchError, MigrationFailedError: As in `load_model`.
+            ModelMismatchError: As in `load_model`.
+            MigrationFailedError: As in `load_model`.
 
         Example:
             >>> now = client.model("forecast").version
@@ -209,16 +210,16 @@ class ModelCalls:
     def set_label(
         self, name: str, label: str, version: int, *, timeout_s: float | None = None
     ) -> LoadedModel:
-        """Gives a label to a loaded version; `NAME:LABEL` stands for it from now on.
+        """Gives a label to a loaded version. From then on, `NAME:LABEL` refers to that version.
 
-        A version may have several labels; a label stands for one version. Sessions that were opened by it stay where
-        they are.
+        A version may have several labels; a label refers to one version. Sessions that were opened by the label stay
+        on their version.
 
         Args:
             name: Name of the model.
-            label: 1 to 64 letters, digits, "_", "-" or ".", not digits alone.
+            label: 1 to 64 letters, digits, "_", "-" or ".", not only digits.
             version: Number of the version.
-            timeout_s: Time limit of this call over all its attempts; None: the client's.
+            timeout_s: Time limit of this call over all its attempts, in seconds; None: the client's.
 
         Raises:
             ModelNotFoundError: There is no such version.
@@ -233,7 +234,7 @@ class ModelCalls:
         return self._driver.run(self._model_admin.set_label(name, label, version, deadline))
 
     def remove_label(self, name: str, label: str, *, timeout_s: float | None = None) -> None:
-        """Takes a label away. Sessions that were opened by it stay where they are.
+        """Removes a label. Sessions that were opened by it stay on their version.
 
         Raises:
             ModelNotFoundError: There is no such label.

@@ -1,4 +1,4 @@
-"""Models as people name them: paths, objects of Keras, or several by name. Keras is not imported."""
+"""Models as callers name them: paths, Keras objects, or several by name. This module does not import Keras."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class KerasModel(Protocol):
     """A `keras.Model`; this package does not import Keras."""
 
     def save(self, filepath: Any, /) -> object:
-        """Writes it to a file."""
+        """Saves it to a file."""
 
 
 ModelSource: TypeAlias = str | os.PathLike[str] | KerasModel
-"""A model: the path of its file, or the object."""
+"""A model: the path of its file, or a Keras object."""
 
 
 def named(models: object, name: str | None) -> dict[str, Any]:
-    """The models by name, each of which is a path or an object that can be saved.
+    """Returns the models by name, each of which is a path or an object that can be saved.
 
     Raises:
-        InvalidInputError: An argument breaks its rule.
+        InvalidInputError: An argument breaks a rule.
     """
     if isinstance(models, Mapping):
         if name is not None:
@@ -64,7 +64,7 @@ def named(models: object, name: str | None) -> dict[str, Any]:
 
 
 def is_name(name: object) -> bool:
-    """Whether a model may have this name."""
+    """Whether this is a valid name of a model."""
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
@@ -99,12 +99,12 @@ class ModelFile(NamedTuple):
     """The file of a model."""
 
     path: str
-    """Where it is."""
+    """Path of the file."""
     is_given: bool
-    """It is the caller's own; else it was saved from an object."""
+    """Whether it is the caller's own file. Otherwise it was saved from an object."""
 
     def digest(self) -> str:
-        """Hash of its content; empty for a folder."""
+        """Returns the hash of its content; empty for a folder."""
         if os.path.isdir(self.path):
             return ""
         with open(self.path, "rb") as file:
@@ -112,7 +112,7 @@ class ModelFile(NamedTuple):
 
 
 def file_of(name: str, source: ModelSource, folder: str) -> ModelFile:
-    """The file of a model: the one that is named, or one in `folder` to which the object is saved.
+    """Returns the file of a model: the given file, or one in `folder` to which it saves the object.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -130,30 +130,30 @@ def file_of(name: str, source: ModelSource, folder: str) -> ModelFile:
 
 
 class Placed(NamedTuple):
-    """A file to be loaded."""
+    """A file to load."""
 
     path: str
-    """On this machine's disk if it is sent, else on the server's."""
+    """Path on this machine if the file is sent, otherwise on the server."""
     is_sent: bool
     is_temporary: bool
-    """It is deleted after the load."""
+    """Whether it is deleted after the load."""
 
 
 @contextlib.contextmanager
 def placed(
     name: str, source: ModelSource, *, upload: bool | None, is_on_this_machine: bool
 ) -> Iterator[Placed]:
-    """The file of a model for the body of a `with`; an object is saved to one that is deleted afterwards.
+    """Yields the file of a model for the body of a `with`. An object is saved to a file that is deleted afterwards.
 
     Args:
         name: Name of the model.
         source: Its file, or the object.
-        upload: Send it to the server. False: the server reads the path as it is given. None: send it if the server is
-            on another machine.
-        is_on_this_machine: It is on this one.
+        upload: Send the file to the server. False: the server reads the path on its own disk. None: send it if the
+            server is on another machine.
+        is_on_this_machine: Whether the server is on this machine.
 
     Raises:
-        InvalidInputError: An argument breaks its rule.
+        InvalidInputError: An argument breaks a rule.
         FileNotFoundError: There is no such file.
     """
     if not _is_source(source):
@@ -172,7 +172,7 @@ def placed(
 
 
 def _copy_without_dates(saved: str, path: str) -> None:
-    """The same model at another time is the same file: for us, and for the server's cache."""
+    """Copies a saved model without its dates, so that the same model always has the same digest."""
     with zipfile.ZipFile(saved) as old, zipfile.ZipFile(path, "w") as new:
         for entry in old.infolist():
             content = old.read(entry)

@@ -1,10 +1,9 @@
-"""Flows for those who change which models a server has: load, unload, default, labels.
+"""Flows that load and unload versions of models, and set defaults and labels.
 
-**What is tried again.** A load that found no server is tried again, as every call. One that may have reached it, and whose
-answer is lost, is not: without a number, which the server then chooses, it would load the file a second time. Its error
-says that the outcome is "unknown". The same call with a version is safe to make again: the server refuses a version that
-is there, so that it is loaded once. To send a file, to unload, to set a default or a label is the same however often it is
-done, and is tried again.
+**Retries.** A load that reached no server is retried, like every call. A load that may have reached one is not
+retried when its answer is lost: without a number, which the server then chooses, a retry would load the file a second
+time. The outcome of its error is "unknown". The same call with a version is safe to repeat, because the server
+rejects a version that exists. Uploads, unloads, defaults and labels are idempotent, and are retried.
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ from stepwell.v1 import models_pb2
 
 T = TypeVar("T")
 SessionPolicy: TypeAlias = Literal["keep", "carry", "migrate", "reset"]
-"""What becomes of the sessions that follow the default version of a model when it moves to another one.
+"""What happens to the sessions that follow the default version of a model when the default moves.
 
-"keep": they stay on their version until they end. "carry": they go on with their states under the new weights. "migrate":
-a function of the operator's makes their new states of the old ones. "reset": they begin anew.
+"keep": they stay on their version until they end. "carry": they continue with their states under the new weights.
+"migrate": a function of the operator converts their states. "reset": they restart from the initial state.
 """
 LoadProgress: TypeAlias = Callable[[str], Any]
-"""Called with what is done now, in a word or two, whenever that changes."""
+"""Called with the name of each stage when it starts."""
 
 _POLICIES: Mapping[str, models_pb2.SessionPolicy.ValueType] = {
     "keep": models_pb2.SESSION_POLICY_KEEP,
@@ -62,7 +61,7 @@ _PIECE_BYTES = 1 << 18
 
 
 class ModelAdmin:
-    """The flows; see `Client` for what they do. Arguments are checked before the first call."""
+    """The flows; `Client` documents what they do. Arguments are checked before the first call."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
@@ -78,10 +77,10 @@ class ModelAdmin:
         labels: object,
         unload_previous: bool,
     ) -> models_pb2.LoadModelRequest:
-        """The request of a load, without the file.
+        """Builds the request of a load, without the file.
 
         Raises:
-            InvalidInputError: An argument breaks its rule.
+            InvalidInputError: An argument breaks a rule.
         """
         request = models_pb2.LoadModelRequest(
             name=_name(name),
@@ -105,7 +104,7 @@ class ModelAdmin:
         deadline: Deadline,
         progress: LoadProgress | None,
     ) -> Flow[LoadedModel]:
-        """Loads a version, sending its file before if the server cannot read it; on each replica, if there are several."""
+        """Loads a version, on every replica. Sends its file first if the server cannot read it."""
         if progress is not None and not callable(progress):
             raise InvalidInputError(
                 f"progress must be a function that takes a text, or None; got {progress!r}"
@@ -148,7 +147,7 @@ class ModelAdmin:
     def _upload(
         self, path: str, deadline: Deadline, progress: LoadProgress | None, to: Replica | None
     ) -> Flow[str]:
-        """Sends a file; the result is what the server calls it."""
+        """Sends a file. Returns the name that the server gave to the upload."""
         size = os.stat(path).st_size
         if progress is not None:
             progress(f"upload of {size / 1e6:.1f} MB")
@@ -184,7 +183,7 @@ class ModelAdmin:
         previous: int = 0,
         to: Replica | None = None,
     ) -> Flow[LoadedModel]:
-        """What became of a model; described as the version that was meant."""
+        """Describes a model after a change, as the version that the call named."""
         if model.version != version:
             request = models_pb2.GetModelRequest(name=reference(model.name, version))
             reply: models_pb2.GetModelResponse = yield from self._core.retrier.call(
@@ -196,7 +195,7 @@ class ModelAdmin:
         return dataclasses.replace(info, moved_sessions=moved, previous_version=previous)
 
     def unload(self, name: object, version: object, force: bool, deadline: Deadline) -> Flow[None]:
-        """Unloads a version, or all of them; on each replica, if there are several."""
+        """Unloads a version, or all versions, on every replica."""
         number = 0 if version is None else _version(version)
         request = models_pb2.UnloadModelRequest(name=_name(name), version=number, force=force)
         router = self._core.router
@@ -209,7 +208,7 @@ class ModelAdmin:
     def unload_one(
         self, request: models_pb2.UnloadModelRequest, deadline: Deadline, to: Replica | None = None
     ) -> Flow[None]:
-        """Unloads on one server."""
+        """Unloads a version on one server."""
         yield from self._core.retrier.call("UnloadModel", request, deadline, changes=True, to=to)
 
     def set_default(
@@ -221,7 +220,7 @@ class ModelAdmin:
         return (yield from self.move(request, deadline))
 
     def move(self, request: models_pb2.SetDefaultRequest, deadline: Deadline) -> Flow[LoadedModel]:
-        """Makes a version the default. One replica does so for all."""
+        """Makes a version the default. One replica does so for all of them."""
         reply: models_pb2.SetDefaultResponse = yield from self._core.retrier.call(
             "SetDefault", request, deadline, changes=True
         )
@@ -234,7 +233,7 @@ class ModelAdmin:
     def set_label(
         self, name: object, label: object, version: object, deadline: Deadline
     ) -> Flow[LoadedModel]:
-        """Gives a label to a version, or takes it away (None)."""
+        """Gives a label to a version, or removes it (None)."""
         number = 0 if version is None else _version(version)
         request = models_pb2.SetLabelRequest(name=_name(name), label=_label("label", label), version=number)
         reply: models_pb2.SetLabelResponse = yield from self._core.retrier.call(
@@ -246,9 +245,10 @@ class ModelAdmin:
 class Everywhere:
     """One change of the models of all replicas.
 
-    A version is loaded on one replica after the other, beside what is the default, and the default moves when all have
-    it: until then each replica has what sessions are on. Defaults and labels are set once, for they are in the store that
-    the replicas share. A replica that is down is passed over; sessions of versions that it lacks go to others.
+    A version is loaded on one replica after the other, while the default stays. The default moves when all replicas
+    have the version, so that each replica always has the versions of its sessions. Defaults and labels are set once,
+    because they are in the store that the replicas share. A replica that is down is skipped; sessions of versions
+    that it lacks move to other replicas.
     """
 
     def __init__(
@@ -266,10 +266,11 @@ class Everywhere:
         self._missed: list[str] = []
 
     def load(self, file: Placed, progress: LoadProgress | None) -> Flow[LoadedModel]:
-        """Loads a version on each replica, then makes it the default if that is asked for, and gives it its labels.
+        """Loads a version on each replica, then makes it the default if requested, and gives it its labels.
 
         Raises:
-            StepwellError: A replica could not; the default has not moved. A note says who has the version.
+            StepwellError: A replica failed; the default has not moved. A note names the replicas that have the
+                version.
         """
         asked = self._request
         assert isinstance(asked, models_pb2.LoadModelRequest)
@@ -324,7 +325,7 @@ class Everywhere:
         """Unloads a version on each replica that has it.
 
         Raises:
-            ModelNotFoundError: None has it.
+            ModelNotFoundError: No replica has it.
         """
         absent: ModelNotFoundError | None = None
         is_done = False
@@ -342,7 +343,7 @@ class Everywhere:
         return True
 
     def _on(self, to: Replica, flow: Flow[T]) -> Flow[T | None]:
-        """What one replica answers; None where it cannot be reached."""
+        """Returns the answer of one replica; None if it cannot be reached."""
         try:
             answer = yield from flow
         except ConnectError:
@@ -372,7 +373,7 @@ class Everywhere:
 
 
 def _explained(error: StepwellError, request: models_pb2.LoadModelRequest) -> StepwellError:
-    """The error of a load; where its outcome is unknown, with the way to find out."""
+    """Adds to the error of a load with unknown outcome how to find out what happened."""
     if not is_unknown(error):
         return error
     note = f"whether the model was loaded is not known: client.model({request.name!r}).versions says it"

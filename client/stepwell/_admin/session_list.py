@@ -1,4 +1,4 @@
-"""Lists of sessions that are read as they are used."""
+"""Lists of sessions that read page after page when they are used."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from stepwell._state.infos import SessionInfo
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Page:
-    """Some sessions of a list."""
+    """One page of a list of sessions."""
 
     sessions: list[SessionInfo]
     token: str
-    """Where the next page begins; empty: this is the last."""
+    """Token of the next page; empty on the last page."""
 
 
 class SessionList(Sequence[SessionInfo]):
-    """Sessions of a server, read page by page as they are gone through. Made by `Client.sessions`.
+    """Sessions of a server, returned by `Client.sessions` and read page by page.
 
-    To iterate over it keeps nothing, however many sessions there are; to do so again asks the server again. What needs
-    all of it (`len`, an index, `list`, a comparison) reads the rest once and keeps it: from then on it is as a list that
-    does not change. Safe to use from many threads.
+    Iterating keeps nothing in memory, however many sessions there are, and iterating again asks the server again.
+    `len`, an index, `list` or a comparison read the rest once and keep it: from then on the list does not change.
+    Safe to use from many threads.
 
     Example:
         >>> found = client.sessions(model="forecast")
@@ -35,7 +35,7 @@ class SessionList(Sequence[SessionInfo]):
     def __init__(self, first: Page, read: Callable[[str], Page], limit: int | None) -> None:
         self._shown = first
         self._first: Page | None = first
-        """What the first who goes through the list begins with."""
+        """The page with which the first iteration starts."""
         self._read = read
         self._limit = limit
         self._all: list[SessionInfo] | None = None

@@ -1,4 +1,4 @@
-"""Handles of sessions and groups without their calls: what both clients know of them."""
+"""The part of sessions, groups and clients that makes no calls, for the sync and the async client."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stepwell.config import ClientConfig
 from stepwell.errors import ClosedError
 
 ALONE = 0
-"""The member that a session is of the locks of a group of one."""
+"""The index of a session among the locks of a group of one."""
 
 
 class HasCore(Protocol):
@@ -33,7 +33,7 @@ D = TypeVar("D", bound=HasCore)
 
 
 class BaseHandle(Generic[D]):
-    """What a session and a group have in common: one change at a time of each member, and an end."""
+    """The common part of a session and a group: one change of each member at a time, and closing."""
 
     def __init__(
         self,
@@ -46,11 +46,11 @@ class BaseHandle(Generic[D]):
         """A handle.
 
         Args:
-            driver: Of its client.
-            owned: Leaving its `with` block closes it.
-            locks: Those of its members, shared with other handles of the same sessions.
-            members: Which of the locks.
-            parent: The group with which it is closed.
+            driver: The driver of its client.
+            owned: Whether the end of its `with` block closes it.
+            locks: The locks of its members, shared with other handles of the same sessions.
+            members: Which of the locks are its own.
+            parent: The group that closes it.
         """
         self._driver = driver
         self._core = driver.core
@@ -66,26 +66,26 @@ class BaseHandle(Generic[D]):
 
 
 class ClientFacts:
-    """What a client says without a call."""
+    """The properties of a client."""
 
     _config: ClientConfig
     _core: Core
     _driver: Any
-    """A driver of the kind of the client."""
+    """The sync or async driver of the client."""
 
     @property
     def address(self) -> str:
-        """Where the server is, as gRPC takes it: HOST:PORT or unix:PATH, without grpc:// or grpcs://.
+        """Address of the server, as gRPC takes it: HOST:PORT or unix:PATH, without grpc:// or grpcs://.
 
-        The addresses of several replicas stand there with commas between.
+        The addresses of several replicas are separated by commas.
         """
         return self._config.address
 
     @property
     def replicas(self) -> tuple[ReplicaInfo, ...]:
-        """The replicas as this client sees them now, without asking; of a client of one server that one.
+        """The replicas as this client sees them now, without a call. A client of one server has one.
 
-        Those of a name that was not looked up yet are not known, and it has none.
+        It is empty if the address is a name that has not been looked up yet.
 
         Example:
             >>> [replica.is_up for replica in client.replicas]
@@ -108,29 +108,29 @@ class ClientFacts:
 
 
 class SessionFacts:
-    """What a handle of a session says without a call."""
+    """The properties of a session."""
 
     _tracker: SessionTracker
     _closed: bool
 
     @property
     def id(self) -> str:
-        """Its id on the server."""
+        """The session's id on the server."""
         return self._tracker.session_id
 
     @property
     def model(self) -> str:
-        """Name of its model."""
+        """Name of the session's model."""
         return self._tracker.model
 
     @property
     def batch_size(self) -> int:
-        """Rows, fixed when it was opened."""
+        """Number of rows, fixed when the session was opened."""
         return self._tracker.batch_size
 
     @property
     def revision(self) -> int:
-        """Changes so far, as of the last answer to this handle."""
+        """Number of changes of the session, as of the last answer to this handle."""
         return self._tracker.revision
 
     @property
@@ -140,20 +140,23 @@ class SessionFacts:
 
     @property
     def model_version(self) -> int:
-        """Version of its model that it is on, as of the last answer to this handle; 0: the server does not say."""
+        """Version of the model that the session uses, as of the last answer to this handle.
+
+        It is 0 if the server does not report it.
+        """
         return self._tracker.model_version
 
     @property
     def model_version_pinned(self) -> bool:
-        """Whether it stays on that version, because it was opened with a version or a label.
+        """Whether the session stays on that version because it was opened with a version or a label.
 
-        Else it follows the default version, as the operator decides.
+        Otherwise it follows the default version, as the operator decides.
         """
         return self._tracker.model_version_pinned
 
     @property
     def resumed(self) -> bool:
-        """Whether opening it found the session there and resumed it; False for a new one and for a fork."""
+        """Whether the call that opened this handle resumed a live session; False for a new session and for a fork."""
         return self._tracker.resumed
 
     def __repr__(self) -> str:
@@ -174,7 +177,7 @@ class SessionFacts:
 
 
 class GroupFacts:
-    """What a handle of a group says without a call."""
+    """The properties of a group."""
 
     _group: GroupCore
     _closed: bool
@@ -184,45 +187,45 @@ class GroupFacts:
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """The members' ids, in their order."""
+        """The ids of the members, in their order."""
         return self._group.members.ids
 
     @property
     def model(self) -> str:
-        """Name of their model."""
+        """Name of the members' model."""
         return self._group.tracker.model
 
     @property
     def batch_size(self) -> int:
-        """Rows of each member."""
+        """Number of rows of each member."""
         return self._group.tracker.batch_size
 
     @property
     def revisions(self) -> Counts:
-        """Changes of each member so far, (n,) uint64; a copy."""
+        """Number of changes of each member, as of the last answers: a copy, (n,) uint64."""
         return self._group.tracker.revisions[self._group.members.indexes]
 
     @property
     def positions(self) -> Counts:
-        """Time steps of each member since its last reset, (n,) uint64; a copy."""
+        """Time steps of each member since its last reset, as of the last answers: a copy, (n,) uint64."""
         return self._group.tracker.positions[self._group.members.indexes]
 
     @property
     def resumed(self) -> npt.NDArray[np.bool_]:
-        """Which members were live before, (n,) bool; a copy. See `open_sessions(resume=True)`."""
+        """Which members `open_sessions(resume=True)` resumed: a copy, (n,) bool."""
         return self._group.tracker.resumed[self._group.members.indexes]
 
     @property
     def model_versions(self) -> Counts:
-        """Version of the model that each member is on, as of the last answers, (n,) uint64; a copy.
+        """Version of the model that each member uses, as of the last answers: a copy, (n,) uint64.
 
-        0 where the server does not say.
+        It is 0 where the server does not report it.
         """
         return self._group.tracker.model_versions[self._group.members.indexes]
 
     @property
     def model_version_pinned(self) -> bool:
-        """Whether they stay on their version; see `Session.model_version_pinned`."""
+        """Whether the members stay on their version; see `Session.model_version_pinned`."""
         return self._group.tracker.is_pinned
 
     def __repr__(self) -> str:

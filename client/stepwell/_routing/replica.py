@@ -11,7 +11,7 @@ from stepwell.errors import StepwellError
 
 
 class Replica(Endpoint):
-    """What is known of a replica. Changed by the `Router` that has it. Equal only to itself."""
+    """The state of a replica, which its `Router` changes. Compared by identity."""
 
     __slots__ = (
         "back_s",
@@ -33,17 +33,17 @@ class Replica(Endpoint):
         self.error: StepwellError | None = None
         """Why it is down."""
         self.generation = 0
-        """Counts up when it goes down or comes back, so that what came before is known as old."""
+        """Increases when the replica goes down or comes back, so that earlier results are recognized as old."""
         self.failures = 0
-        """Checks that failed, one after the other, since it is down."""
+        """Number of consecutive failed checks since it went down."""
         self.is_checked = False
-        """A check is under way."""
+        """Whether a check is running."""
         self.checked_s = -math.inf
-        """When it was checked last."""
+        """Time of the last check."""
         self.due_s = math.inf
-        """When it is to be checked."""
+        """Time of the next check."""
         self.back_s = -math.inf
-        """When it came back."""
+        """Time when it came back."""
         self.parts = 8
         """How many of the eight parts of its sessions it has."""
 
@@ -63,6 +63,8 @@ class ReplicaInfo:
     address: str
     """HOST:PORT or unix:PATH."""
     is_up: bool
-    """It is asked. False: its sessions go to the next replica in their order until it is there again."""
+    """Whether the client sends calls to it. If not, the next replica in their order serves its sessions until it is
+    back.
+    """
     error: StepwellError | None = None
-    """Why it is not asked."""
+    """Why the client sends no calls to it; None if it does."""

@@ -1,4 +1,4 @@
-"""The values that calls take and return: descriptions of models and sessions."""
+"""Arguments and results of calls: arrays, and descriptions of models and sessions."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from stepwell._state.tensors import Array, dtype_name
 from stepwell.v1 import models_pb2, sessions_pb2, tensors_pb2
 
 Inputs: TypeAlias = npt.ArrayLike | Mapping[str, npt.ArrayLike]
-"""One array, or arrays by the names of the model's inputs."""
+"""One array, or a mapping from the names of the model's inputs to arrays."""
 Outputs: TypeAlias = Array | Any
-"""One array; a dict of arrays by name if the model has several outputs; None if none were asked for.
+"""One array; a dict of arrays by name if the model has several outputs; None if no outputs were requested.
 
-Which of them it is, the model and the call decide at run time; `Any` spares every caller the narrowing.
+The model and the call decide at run time which of these it is. `Any` saves callers from narrowing the type.
 """
 OutputSelection: TypeAlias = Literal["all", "last", "none"] | Sequence[str]
-"""Which outputs come back: of all of them every time step or the last, or none; or those of these names."""
+"""Outputs to return: "all" time steps of all outputs, the "last" one, "none", or the names of some outputs."""
 TimeSelection: TypeAlias = Literal["all", "last"]
-"""Which time steps of the outputs come back."""
+"""Time steps of the named outputs to return."""
 StateSelection: TypeAlias = Literal["all", "last", "none"]
-"""After which time steps the states come back."""
+"""Time steps after which to return the states."""
 Rows: TypeAlias = Iterable[int] | npt.NDArray[np.bool_]
-"""Some rows: their indexes, or booleans, one for each row."""
+"""A selection of rows: their indexes, or booleans, one for each row."""
 Mask: TypeAlias = npt.ArrayLike
 """Booleans: one for each row, (rows,), or for each row and time step, (rows, T)."""
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
@@ -47,13 +47,13 @@ class TensorInfo:
     """
 
     name: str
-    """Its name, e.g. "lstm/h"."""
+    """Name of the tensor, for example "lstm/h"."""
     dtype: str
-    """Element type the model computes with, as numpy calls it, e.g. "float32"."""
+    """The element type that the model computes with, as numpy calls it, for example "float32"."""
     shape: tuple[int, ...]
-    """Shape of one row at one time step: without the batch and the time axis."""
+    """Shape of one row at one time step, without the batch axis and the time axis."""
     temporal: bool
-    """It has a time axis after the batch axis (an output: when the inputs have one)."""
+    """Whether the tensor has a time axis after the batch axis. An output has one if the inputs have one."""
 
     @classmethod
     def _from_message(cls, spec: tensors_pb2.TensorSpec) -> Self:
@@ -65,7 +65,7 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProofInfo:
-    """How it is known that stepping a model gives what one call of it over the sequence gives.
+    """The evidence that stepping a model gives the same result as one call of it on the whole sequence.
 
     Example:
         >>> client.model("forecast").proof.is_trusted
@@ -73,15 +73,15 @@ class ProofInfo:
     """
 
     compared_steps: int
-    """Length of the sequences on which it was compared with Keras, in time steps."""
+    """Length, in time steps, of the sequences on which the model was compared with Keras."""
     unproven: str
-    """What does not follow from its graph and was trusted (``--trust-causality``), as a clause, or empty."""
+    """The property that the graph does not prove and ``--trust-causality`` trusts, as a clause; otherwise empty."""
     compared_share: float = 1.0
-    """Share of their rows and time steps of which the comparison says something, 0 to 1."""
+    """Share of the rows and time steps for which the comparison is conclusive, 0 to 1."""
 
     @property
     def is_trusted(self) -> bool:
-        """It does not all follow from the graph: the server was configured to trust the rest."""
+        """Whether the graph does not prove everything and the server was configured to trust the rest."""
         return bool(self.unproven)
 
     def __str__(self) -> str:
@@ -104,18 +104,18 @@ class LayerInfo:
     """
 
     name: str
-    """Its name."""
+    """Name of the layer."""
     kind: str
-    """Its class, e.g. "LSTM"."""
+    """Class of the layer, for example "LSTM"."""
     output: str
-    """Shape of what it returns, as Keras prints it, or empty."""
+    """Shape of its output as Keras prints it, or empty."""
     parameters: int
-    """Numbers in its weights."""
+    """Number of its weights."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProvenanceInfo:
-    """Where the program of a model comes from: what was compiled, when and by what.
+    """The origin of a model's program: the file it was compiled from, when, and with which versions.
 
     Example:
         >>> client.model("forecast").provenance.source
@@ -125,17 +125,17 @@ class ProvenanceInfo:
     source: str
     """Name of the file that Keras saved, without its folder."""
     source_sha256: str
-    """SHA-256 of that file, in hexadecimal digits."""
+    """SHA-256 of that file, in hexadecimal."""
     compiled_time: dt.datetime
-    """When it was compiled, in UTC."""
+    """Time of compilation, in UTC."""
     versions: Mapping[str, str]
-    """Versions of what compiled it, by distribution: stepwell, tensorflow, keras, ai-edge-litert."""
+    """Versions of the packages that compiled it: stepwell, tensorflow, keras and ai-edge-litert."""
     processor: str
-    """Kind of the processor that compiled it, e.g. "x86_64"."""
+    """Architecture of the processor that compiled it, for example "x86_64"."""
     parameters: int
-    """Numbers in the weights of the model."""
+    """Number of the model's weights."""
     layers: tuple[LayerInfo, ...]
-    """Its layers in its order, those of nested models after the others."""
+    """Layers in the model's order, followed by those of nested models."""
 
     @classmethod
     def _from_message(cls, message: models_pb2.Provenance) -> Self:
@@ -153,7 +153,7 @@ class ProvenanceInfo:
 
 
 ModelState: TypeAlias = Literal["", "loading", "ready", "draining", "failed"]
-"""How a version of a model is."""
+"""The state of a version of a model."""
 _MODEL_STATES: Mapping[models_pb2.ModelState.ValueType, ModelState] = {
     models_pb2.MODEL_STATE_LOADING: "loading",
     models_pb2.MODEL_STATE_READY: "ready",
@@ -164,7 +164,7 @@ _MODEL_STATES: Mapping[models_pb2.ModelState.ValueType, ModelState] = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelVersionInfo:
-    """A version of a model: one that is loaded, is being loaded, or could not be.
+    """A version of a model that is loaded, is being loaded, or failed to load.
 
     Example:
         >>> {version.state for version in client.model("forecast").versions}
@@ -172,24 +172,27 @@ class ModelVersionInfo:
     """
 
     version: int
-    """Its number."""
+    """Number of the version."""
     state: ModelState
-    """ "ready" if it is served, "loading", "failed", or "draining" if it is served only to the sessions that it has
-    and unloaded when they have ended; empty if the server is of another release, which has more states."""
+    """ "ready" if it is served; "loading"; "failed"; "draining" if it is served only until its sessions end, and then
+    unloaded. Empty if the server is of a release with other states.
+    """
     reason: str
-    """Why it is so, as a sentence: the stage of "loading", what "failed"; else mostly empty."""
+    """Explanation of the state, as a sentence: the stage of "loading", or the error of "failed"; usually empty
+    otherwise.
+    """
     fingerprint: str
-    """Hash of its architecture and weights; empty while it is not known."""
+    """Hash of its architecture and weights; empty until it is known."""
     is_default: bool
-    """It is what the name alone stands for."""
+    """Whether the model's name alone refers to this version."""
     labels: tuple[str, ...]
-    """Its labels, in their order."""
+    """Labels of the version, sorted."""
     sessions: int
-    """Open sessions on it, among those in memory."""
+    """Number of open sessions on it, among the sessions in memory."""
     path: str
-    """The file that it came from, on the server's disk; empty if the server does not say."""
+    """Path of its file on the server's disk; empty if the server does not report it."""
     loaded_time: dt.datetime | None
-    """When it was loaded, in UTC; None while it is not."""
+    """Time when it was loaded, in UTC; None if it is not loaded."""
 
     @classmethod
     def _from_message(cls, message: models_pb2.ModelVersion) -> Self:
@@ -209,7 +212,7 @@ class ModelVersionInfo:
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class ModelInfo:
-    """A model as it is served.
+    """A served model, described as one of its versions.
 
     Example:
         >>> client.model("forecast").name
@@ -217,38 +220,39 @@ class ModelInfo:
     """
 
     name: str
-    """Name it is served under."""
+    """Name of the model on the server."""
     fingerprint: str
-    """Hash of its architecture and weights, without names that Keras made up. A state belongs to one fingerprint, and
-    fits other versions of its model with the same `structure`."""
+    """Hash of its architecture and weights, without names that Keras generated. A state belongs to one fingerprint, and
+    fits other versions of the model that have the same `structure`.
+    """
     inputs: tuple[TensorInfo, ...]
-    """Its inputs."""
+    """Inputs of the model."""
     outputs: tuple[TensorInfo, ...]
-    """Its outputs."""
+    """Outputs of the model."""
     state: tuple[TensorInfo, ...]
-    """Its state tensors, in the order in which a list of states is read."""
+    """State tensors of the model. A list of state arrays has this order."""
     executor: str
-    """What runs it: "litert" or "tensorflow"."""
+    """The runtime that executes it: "litert" or "tensorflow"."""
     executor_reason: str
-    """Why, as a sentence."""
+    """Why that runtime was chosen, as a sentence."""
     batch_sizes: tuple[int, ...]
-    """Batch sizes that give the same bits for a row; others are padded up. Empty: all do."""
+    """Batch sizes at which a row has the same bits; other batches are padded to them. Empty: all batch sizes."""
     state_row_bytes: int
     """Size of the state of one row, in bytes."""
     sessions: int
-    """Open sessions when it was described."""
+    """Number of open sessions at the time of the call."""
     proof: ProofInfo = ProofInfo(0, "")
-    """How it is known that it may be stepped."""
+    """The evidence that the model can be stepped."""
     provenance: ProvenanceInfo | None = None
-    """Where its program comes from; None if it is not known."""
+    """The origin of its program; None if it is not known."""
     version: int = 0
-    """The version that all of this is about: the default, unless another one was asked for; 0 if it was read from
-    a file."""
+    """The version described here: the default unless the call named another one; 0 for a model read from a file."""
     versions: tuple[ModelVersionInfo, ...] = ()
-    """All versions of the name, in their order."""
+    """All versions of the model, sorted by number."""
     structure: str = ""
-    """Digest of its architecture without weights, and without names that Keras made up. A state of one version of a model
-    fits every version of it with the same structure. Empty: it is not known."""
+    """Digest of its architecture without weights and without names that Keras generated. A state fits every version of
+    the model with the same structure. Empty if it is not known.
+    """
 
     @classmethod
     def _from_message(cls, model: models_pb2.Model) -> Self:
@@ -310,7 +314,7 @@ class ModelInfo:
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class LoadedModel(ModelInfo):
-    """A model whose versions were changed, described as the version that the call was about.
+    """A model whose versions a call has changed, described as the version that the call named.
 
     Example:
         >>> client.set_default("forecast", client.model("forecast").version).moved_sessions
@@ -318,9 +322,9 @@ class LoadedModel(ModelInfo):
     """
 
     moved_sessions: int = 0
-    """Sessions in memory that have gone on to this version, or will when they are next used."""
+    """Number of sessions in memory that moved to this version, or will move when they are next used."""
     previous_version: int = 0
-    """The version that was the default before, as `Client.set_default` tells it; else 0."""
+    """The previous default version, in a result of `Client.set_default`; otherwise 0."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -333,20 +337,22 @@ class SlowSession:
     """
 
     session_id: str
-    """It may have been closed meanwhile."""
+    """Id of the session, which may have been closed since."""
     model: str
-    """Its model."""
+    """Name of the session's model."""
     seconds: float
-    """From when the server took the step in until it was answered."""
+    """Time from the arrival of the step at the server to its answer, in seconds."""
     age_s: float
     """How long ago that was, in seconds."""
     tenant: str = ""
-    """Whose it is, where everybody's sessions are listed (`tenant="*"`). Empty elsewhere, and for sessions of no tenant."""
+    """Tenant of the session, if the client lists those of all tenants (`tenant="*"`). Otherwise empty, as for sessions
+    without a tenant.
+    """
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class ServerInfo:
-    """A server and what it serves.
+    """A server and its models.
 
     Example:
         >>> [model.name for model in client.server_info().models]
@@ -354,14 +360,17 @@ class ServerInfo:
     """
 
     front: str
-    """What speaks to the network: "native" or "python"."""
+    """The network front: "native" or "python"."""
     models: tuple[ModelInfo, ...]
-    """Its models, in the order of their names."""
+    """Models of the server, sorted by name."""
     id: str = ""
-    """Of the server's process, random: another one after a restart. Label `server_id` of the metric `stepwell_build_info`."""
+    """Random id of the server's process, which changes at a restart. It is the label `server_id` of the metric
+    `stepwell_build_info`.
+    """
     metrics_address: str | None = None
-    """Where its metrics are, HOST:PORT as the server listens there; "0.0.0.0" or "[::]" stands for all of its addresses.
-    Empty: it serves none. None: only admins may know."""
+    """Address of its metrics, HOST:PORT as the server listens there; "0.0.0.0" or "[::]" means all of its addresses.
+    Empty if it serves no metrics. None if the caller is not an admin.
+    """
 
     @classmethod
     def _from_message(cls, reply: models_pb2.ListModelsResponse) -> Self:
@@ -383,7 +392,7 @@ class ServerInfo:
 
 
 _TENSORS = 50
-"""Tensors of a model that a notebook shows."""
+"""Number of tensors of a model that a notebook shows."""
 
 
 def _names(infos: Sequence[TensorInfo]) -> str:
@@ -404,32 +413,35 @@ class SessionInfo:
     """
 
     session_id: str
-    """Its id."""
+    """Id of the session."""
     model: str
-    """Name of its model."""
+    """Name of the session's model."""
     fingerprint: str
-    """Fingerprint of the model its state belongs to."""
+    """Fingerprint of the model that the state belongs to."""
     batch_size: int
-    """Rows."""
+    """Number of rows."""
     revision: int
-    """Changes so far."""
+    """Number of changes so far."""
     position: int
-    """Time steps consumed since the last reset of the whole state."""
+    """Time steps since the last reset of the whole state."""
     created_time: dt.datetime
-    """When it was opened, in UTC."""
+    """Time when it was opened, in UTC."""
     last_used_time: dt.datetime
-    """When it was last changed, read or resumed, in UTC."""
+    """Time when it was last changed, read or resumed, in UTC."""
     resident: bool
-    """Its state is in memory (True) or only in the store (False)."""
+    """Whether its state is in memory; otherwise it is only in the store."""
     max_idle_s: float | None = None
-    """It expires when it was not used for this many seconds: its own limit, or the server's where that is shorter. None:
-    never."""
+    """The session expires after this many seconds without use: its own limit, or the server's if that is shorter. None
+    if it never expires.
+    """
     tenant: str = ""
-    """Whose it is, where everybody's sessions are listed (`tenant="*"`). Empty elsewhere, and for sessions of no tenant."""
+    """Tenant of the session, if the client lists those of all tenants (`tenant="*"`). Otherwise empty, as for sessions
+    without a tenant.
+    """
     model_version: int = 0
-    """Version of its model that its next change runs on."""
+    """Version of its model that runs its next change."""
     model_version_pinned: bool = False
-    """It was opened with a version or a label, and stays on that version."""
+    """Whether it was opened with a version or a label, and stays on that version."""
 
     @classmethod
     def _from_message(cls, session: sessions_pb2.Session) -> Self:
@@ -479,6 +491,9 @@ def _second(time: dt.datetime) -> str:
 
 
 def _time_of(message: timestamp_pb2.Timestamp) -> dt.datetime:
-    """A time in UTC; the nearest one that a `datetime` can be, as one row of a list must not fail the others."""
+    """Converts a time to UTC, or to the nearest time that `datetime` can represent.
+
+    One row of a list must not fail the others.
+    """
     seconds = min(max(_FIRST_SECOND, message.seconds), _LAST_SECOND)
     return _EPOCH + dt.timedelta(seconds=seconds, microseconds=min(max(0, message.nanos // 1000), 999_999))

@@ -22,14 +22,14 @@ States: TypeAlias = "State | Mapping[str, npt.ArrayLike] | Sequence[npt.ArrayLik
 
 
 class State(Mapping[str, Array]):
-    """A recurrent state as a value: tensors by name, and what they belong to.
+    """A recurrent state as a value: tensors by name, and the model that they belong to.
 
-    A mapping of the tensors' names: `state["lstm/h"]` is an array, (batch_size, ...), and `len` counts tensors.
-    With rows in place of a name, `state[0]`, `state[1:3]`, `state[[0, 2]]` or `state[done]` (a mask of batch_size
-    booleans), it is the `State` of those rows; one row is a state of batch size 1.
+    It is a mapping of the tensors' names: `state["lstm/h"]` is an array of shape (batch_size, ...), and `len` counts
+    tensors. Index it by rows to get the `State` of these rows: `state[0]`, `state[1:3]`, `state[[0, 2]]` or
+    `state[mask]`, where `mask` has batch_size booleans. One row is a state of batch size 1.
 
-    It is a copy; changing its arrays changes no session. Two states are equal if they belong to the same
-    fingerprint and hold the same bytes. Safe to share between threads as long as nobody writes to its arrays.
+    It is a copy: changing its arrays changes no session. Two states are equal if they belong to the same fingerprint
+    and hold the same bytes. Threads may share it if none of them writes to its arrays.
 
     Example:
         >>> state = session.get_state()
@@ -55,19 +55,21 @@ class State(Mapping[str, Array]):
     ) -> None:
         self._tensors = dict(tensors)
         self.model = model
-        """Name of the model it came from."""
+        """Name of the model that it came from."""
         self.fingerprint = fingerprint
-        """Fingerprint of the model it belongs to."""
+        """Fingerprint of the model that it belongs to."""
         self.batch_size = batch_size
-        """Rows: the first axis of every tensor."""
+        """Number of rows: the first axis of every tensor."""
         self.revision = revision
-        """Revision of the session when it was read. None if it is not the state of one session, as from `predict`, a
-        group or `concat`."""
+        """Revision of the session when the state was read. None if it is not the state of one session, as from
+        `predict`, a group or `concat`.
+        """
         self.position = position
-        """Position of the session when it was read. None as `revision`."""
+        """Position of the session when the state was read. None in the same cases as `revision`."""
         self.structure = structure
-        """Structure of the model (`ModelInfo.structure`): the state fits every version of the model that has the same
-        one. Empty: only the fingerprint says what it fits."""
+        """Structure of the model (`ModelInfo.structure`): the state fits every version of the model with the same
+        structure. Empty: it fits only models with its fingerprint.
+        """
 
     @overload
     def __getitem__(self, key: str) -> Array: ...
@@ -120,7 +122,7 @@ class State(Mapping[str, Array]):
         return display.tensors_html(title, self._tensors)
 
     def _counts(self) -> dict[str, int]:
-        """Revision and position, if it has them."""
+        """The revision and position, if known."""
         counts = {"revision": self.revision, "position": self.position}
         return {name: count for name, count in counts.items() if count is not None}
 
@@ -129,17 +131,17 @@ class State(Mapping[str, Array]):
 
     @classmethod
     def concat(cls, states: Sequence[State]) -> Self:
-        """The rows of several states of one model, one after the other.
+        """Joins the rows of several states of one model, one after the other.
 
         Args:
-            states: One or more, of one fingerprint; of any batch sizes.
+            states: One or more states of one fingerprint, of any batch sizes.
 
         Returns:
-            A state of as many rows as all of them have; its revision and position are None.
+            A state with the rows of all of them. Its revision and position are None.
 
         Raises:
-            InvalidInputError: There is none, one is no `State`, or their tensors differ.
-            ModelMismatchError: They belong to different fingerprints.
+            InvalidInputError: The list is empty, an entry is not a `State`, or their tensors differ.
+            ModelMismatchError: The states belong to different fingerprints.
 
         Example:
             >>> state = stepwell.State.concat([session.get_state(), session.get_state()])
@@ -166,10 +168,11 @@ class State(Mapping[str, Array]):
         )
 
     def to_dataframe(self) -> pd.DataFrame:
-        """A copy as a pandas `DataFrame`: a row for each row, a column for each number of it.
+        """Returns a copy as a pandas `DataFrame`, with a line for each row and a column for each of its numbers.
 
-        Columns have two levels, `tensor` and `unit`, so that `df["lstm/h"]` is one tensor; units of tensors with
-        several axes are numbered in C order. `df.attrs` holds model, fingerprint, and revision and position if it has them.
+        Columns have two levels, `tensor` and `unit`, so that `df["lstm/h"]` is one tensor. Units of tensors with
+        several axes are numbered in C order. `df.attrs` has the model, the fingerprint and, if known, the revision
+        and position.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -182,10 +185,10 @@ class State(Mapping[str, Array]):
         return tables.to_dataframe(self._tensors, (self.batch_size,), self._attrs(), "State.to_dataframe")
 
     def to_xarray(self) -> xr.Dataset:
-        """A copy as an xarray `Dataset`: a variable for each tensor, with the axis `row` and those of its layer.
+        """Returns a copy as an xarray `Dataset`, with a variable for each tensor.
 
-        The axes after `row` are called after the layer, `lstm.1` and so on; tensors of one layer share them.
-        `ds.attrs` holds model, fingerprint, and revision and position if it has them.
+        The first axis is `row`. The other axes are named after the layer, such as `lstm.1`; tensors of one layer
+        share them. `ds.attrs` has the model, the fingerprint and, if known, the revision and position.
 
         Raises:
             ModuleNotFoundError: xarray is not installed.
@@ -201,17 +204,18 @@ class State(Mapping[str, Array]):
         return {"model": self.model, "fingerprint": self.fingerprint, **self._counts()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all; an old file of that name is replaced.
+        """Writes a safetensors file, completely or not at all. An existing file of that name is replaced.
 
-        The state of a model that keeps none is saved too: it has no tensors, and says what it belongs to.
+        The state of a model without state tensors can be saved too.
 
         Args:
-            path: Where to; the suffix .safetensors is customary.
+            path: Path of the file; the suffix .safetensors is customary.
 
         Raises:
-            InvalidInputError: It could not be loaded again: a tensor does not have `batch_size` rows, or is
-                empty.
-            OSError: The file cannot be written. It is Python's own, no `StepwellError`, and names the path.
+            InvalidInputError: The file could not be loaded again: a tensor is empty, or does not have `batch_size`
+                rows.
+            OSError: The file cannot be written. This is Python's own error, not a `StepwellError`, and it names the
+                path.
 
         Example:
             >>> session.get_state().save("user-42.safetensors")
@@ -227,14 +231,16 @@ class State(Mapping[str, Array]):
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads a file that `save` wrote.
 
+        Files from untrusted sources are safe to try: the file is read into memory as a whole, and no code in it is
+        run.
+
         Args:
-            path: The file.
+            path: Path of the file.
 
         Raises:
-            OSError: The file cannot be read, or is not there (`FileNotFoundError`). It is Python's own, no
-                `StepwellError`.
-            InvalidInputError: It is no saved state, or a damaged one. A file from anywhere may be tried: it is
-                read whole into memory, and no code in it is run.
+            OSError: The file cannot be read or does not exist (`FileNotFoundError`). This is Python's own error, not
+                a `StepwellError`.
+            InvalidInputError: The file is not a saved state, or is corrupt.
 
         Example:
             >>> session.get_state().save("user-42.safetensors")

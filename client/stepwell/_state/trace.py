@@ -1,4 +1,4 @@
-"""What a step leaves behind: its outputs and the states after it, as one value."""
+"""The outputs of a step and the states after it, as one value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class TracedStates(Mapping[str, Array]):
-    """State tensors by name, in the model's order: copies of (rows, ...), or (rows, T, ...) after each time step.
+    """State tensors by name, in the model's order: copies of shape (rows, ...), or (rows, T, ...) for every time step.
 
     Example:
         >>> states = session.trace(np.ones((1, 10, 3), np.float32)).states
@@ -27,7 +27,7 @@ class TracedStates(Mapping[str, Array]):
     def __init__(self, tensors: Mapping[str, Array], *, has_time: bool) -> None:
         self._tensors = dict(tensors)
         self.has_time = has_time
-        """Whether the second axis is T."""
+        """Whether the second axis is time."""
 
     def __getitem__(self, name: str) -> Array:
         try:
@@ -46,7 +46,9 @@ class TracedStates(Mapping[str, Array]):
         return f"TracedStates({{{display.some(shapes)}}})"
 
     def to_dataframe(self) -> pd.DataFrame:
-        """A copy as a pandas `DataFrame`: a row for each row, or each row and time step; columns as `State.to_dataframe`.
+        """Returns a copy as a pandas `DataFrame`, with a line for each row, or for each row and time step.
+
+        Columns are those of `State.to_dataframe`.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -59,7 +61,7 @@ class TracedStates(Mapping[str, Array]):
         return tables.to_dataframe(self._tensors, self._shape(), {}, "TracedStates.to_dataframe")
 
     def to_xarray(self) -> xr.Dataset:
-        """A copy as an xarray `Dataset`: as `State.to_xarray`, with the axis `time` after `row`.
+        """Returns a copy as an xarray `Dataset`, as `State.to_xarray` does, with the axis `time` after `row`.
 
         Raises:
             ModuleNotFoundError: xarray is not installed.
@@ -83,7 +85,7 @@ class TracedStates(Mapping[str, Array]):
 class Trace:
     """The outputs of a step, and the states after it or after each of its time steps.
 
-    Made by `Session.trace`, and by `Session.step` where states are asked for. Its arrays are copies.
+    `Session.trace` returns it, and so does `Session.step` with `states`. Its arrays are copies.
 
     Example:
         >>> trace = session.trace(np.ones((1, 10, 3), np.float32))
@@ -94,20 +96,21 @@ class Trace:
     """
 
     outputs: Outputs
-    """As `Session.step` returns them."""
+    """Outputs as `Session.step` returns them."""
     states: TracedStates
-    """State tensors by name, in the model's order: (rows, T, ...) after every time step, (rows, ...) after the last
-    one or if the inputs had no time axis."""
+    """State tensors by name, in the model's order: (rows, T, ...) after every time step, or (rows, ...) after the last
+    one or if the inputs have no time axis.
+    """
     revision: int | None
-    """Of the session, after the step; None from a group, whose members have their own."""
+    """Revision of the session after the step; None for a group, whose members have revisions of their own."""
     position: int | None
-    """Of the session, after the step; None from a group."""
+    """Position of the session after the step; None for a group."""
     model_version: int = 0
-    """Version of the model that the session is on; 0 from a group, see `SessionGroup.model_versions`."""
+    """Version of the model that the session uses; 0 for a group, see `SessionGroup.model_versions`."""
 
 
 def traced(states: Mapping[str, Array], info: ModelInfo | None) -> TracedStates:
-    """States as a caller receives them. `info`: of their model; None if they have no time axis."""
+    """Returns states as a caller receives them. `info` describes their model; None if they have no time axis."""
     axes = {} if info is None else {spec.name: len(spec.shape) for spec in info.state}
     return TracedStates(
         states, has_time=any(array.ndim > 1 + axes.get(name, array.ndim) for name, array in states.items())
