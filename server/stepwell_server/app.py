@@ -45,7 +45,7 @@ from stepwell_server.process import signals
 from stepwell_server.process.open_files import RESERVE, raise_limit
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.process.systemd import Notifier
-from stepwell_server.rpc.auditing import Auditor
+from stepwell_server.rpc.audit import Auditor
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.base import BindError, Front
 from stepwell_server.rpc.fronts.certificates import CertificateFiles
@@ -61,7 +61,7 @@ from stepwell_server.store_startup import (
     open_shared,
     unless_stopped,
 )
-from stepwell_server.tracing.starting import start as start_tracing
+from stepwell_server.tracing.setup import start as start_tracing
 
 if TYPE_CHECKING:
     from stepwell_server.compile.host.compiler import WarmCompiler

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from stepwell_server.auth.opening import open_callers
 from stepwell_server.auth.quota_file import COUNTED_BY_TENANT, QuotaFile
+from stepwell_server.auth.setup import open_callers
 from stepwell_server.catalog.files.migrations import load_migrations
 from stepwell_server.clock import Clock
 from stepwell_server.metrics.token import MetricsToken

@@ -23,7 +23,7 @@ from stepwell_server.core.callers import ANYBODY, Caller, Credential
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.metrics.observer import SlowestSteps
 from stepwell_server.program import Program
-from stepwell_server.rpc.auditing import Auditor
+from stepwell_server.rpc.audit import Auditor
 from stepwell_server.rpc.fronts.base import CallEnded, FrontCounts, Method, Steps
 from stepwell_server.rpc.fronts.certificates import Certificates
 from stepwell_server.rpc.server import RpcServer

@@ -21,7 +21,7 @@ from stepwell_server.core.callers import Caller, Credential, KnownCaller, Role
 from stepwell_server.errors import Overloaded, PermissionDenied, StartError, StoreAway, Unauthenticated
 from stepwell_server.files.audit_log import MAX_LINE_BYTES, MAX_WAITING_BYTES, AuditLog
 from stepwell_server.rpc.access import Access, require
-from stepwell_server.rpc.auditing import AUDITED, MAX_NAMED, UNAUDITED, Auditor
+from stepwell_server.rpc.audit import AUDITED, MAX_NAMED, UNAUDITED, Auditor
 from stepwell_server.rpc.boundary import Boundary
 from stepwell_server.rpc.fronts.base import CallEnded
 from stepwell_server.rpc.guard import Guard

@@ -21,7 +21,7 @@ from stepwell.v1 import sessions_pb2
 from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutcome, SessionRecord
 from stepwell_server.errors import Internal, ServerError, StateCorrupt
 from stepwell_server.rpc.convert import from_session
-from stepwell_server.rpc.pages import from_token, to_token
+from stepwell_server.rpc.page_tokens import from_token, to_token
 from stepwell_server.store.base import Batch
 from stepwell_server.store.fields import CRITICAL, OWNER, VERSION, pack_fields
 from stepwell_server.store.record import HEADER, header_or_none, with_checksum

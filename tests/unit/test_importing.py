@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stepwell_server.process.importing import without_collecting
+from stepwell_server.process.garbage_collection import collection_paused
 
 SERVE = """
 import atexit, gc, os, sys
@@ -29,7 +29,7 @@ main(["serve", f"m={sys.argv[1]}", "--store", "memory", "--listen", "127.0.0.1:0
 
 def test_none_is_looked_for_meanwhile_nor_in_it_later() -> None:
     frozen = gc.get_freeze_count()
-    with without_collecting():
+    with collection_paused():
         assert not gc.isenabled()
         kept: list[list[int]] = [[] for _ in range(1000)]
     assert gc.isenabled()
@@ -39,12 +39,12 @@ def test_none_is_looked_for_meanwhile_nor_in_it_later() -> None:
 def test_what_was_off_before_stays_so_and_errors_come_through() -> None:
     gc.disable()
     try:
-        with without_collecting():
+        with collection_paused():
             pass
         assert not gc.isenabled()
     finally:
         gc.enable()
-    with pytest.raises(ModuleNotFoundError), without_collecting():
+    with pytest.raises(ModuleNotFoundError), collection_paused():
         raise ModuleNotFoundError
     assert gc.isenabled()
 

@@ -14,7 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from stepwell.v1 import models_pb2
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.rpc.pages import to_token
+from stepwell_server.rpc.page_tokens import to_token
 from support import wire
 from support.calls import BAD_ARGUMENT, calls
 from support.fake_executor import PLAIN, RICH
@@ -318,7 +318,7 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
     **{
         f"page token {token!r:.10}": (
             pb.ListSessionsRequest(page_token=token),
-            (*BAD_ARGUMENT, f"page_token must be the next_page_token of another page; got {shown}"),
+            (*BAD_ARGUMENT, f"page_token must be the next_page_token of the previous page; got {shown}"),
         )
         for token, shown in [
             *((token, repr(token)) for token in ("junk", "page-03", "a", "é", "\0", "=")),

@@ -19,7 +19,7 @@ from stepwell_server.core.callers import Caller, Role
 from stepwell_server.errors import PermissionDenied
 from stepwell_server.files.audit_log import AuditLog
 from stepwell_server.rpc.access import Access, access_of, require
-from stepwell_server.rpc.auditing import Auditor
+from stepwell_server.rpc.audit import Auditor
 from stepwell_server.rpc.fronts.base import CallEnded
 from support.awaited import RemoteStore
 from support.calls import Calls, calls

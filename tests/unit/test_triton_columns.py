@@ -17,7 +17,7 @@ from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import Overloaded, ServerError, SessionNotFound
-from stepwell_server.rpc import naming
+from stepwell_server.rpc import tenancy
 from stepwell_server.rpc.fronts.base import Ended, InputColumn, OutputColumn, StepColumns, Steps
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.rpc.status import Status, code_of, message_of
@@ -184,7 +184,7 @@ class Front:
             batch.requests.append(asked.SerializeToString())
         self.steps.take(
             StepColumns(
-                [naming.inner(self.client.who, session_id_of(model[0], one)) for one in ids],
+                [tenancy.internal_id(self.client.who, session_id_of(model[0], one)) for one in ids],
                 [f"caller of {one}" for one in ids],
                 [self.client.who],
                 rows,
@@ -414,7 +414,7 @@ async def test_each_failure_is_told_in_tritons_words(who: Caller) -> None:
         inside = at.client.harness.inside
         x = np.array([[1, 1], [1, np.nan], [1, 1]], np.float32)
         batch = at.take(1, 2, 3, inputs=[InputColumn("x", FLOAT32, (2,), x.tobytes())])
-        name = naming.inner(who, "triton/plain/3")
+        name = tenancy.internal_id(who, "triton/plain/3")
         inside.turns.forget(int(inside.handle(name)[0]), SessionNotFound(name, "gone"))
         await at.client.harness.settled()
         assert batch.done[0] == 2

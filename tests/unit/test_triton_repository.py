@@ -16,7 +16,7 @@ from stepwell_server.core.callers import Caller, Role
 from stepwell_server.errors import PermissionDenied, QuotaExceeded
 from stepwell_server.files.audit_log import AuditLog
 from stepwell_server.rpc.access import Access, access_of, require
-from stepwell_server.rpc.auditing import Auditor
+from stepwell_server.rpc.audit import Auditor
 from stepwell_server.rpc.fronts.base import CallEnded
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from support.calls import Calls, calls

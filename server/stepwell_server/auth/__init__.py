@@ -1,5 +1,5 @@
-"""Who calls, and what each may have, as files of the operator say.
+"""Authentication of callers and their quotas, from the operator's files.
 
-Callers are found by what their calls show: a token, a certificate or a JWT. It may touch those files and the rules of
-`core`; who asks, and what becomes of the answer, is not its affair.
+A call is authenticated by a token, a certificate or a JWT. This package reads the files and uses the rules of `core`; it
+knows nothing of gRPC.
 """

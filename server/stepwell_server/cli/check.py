@@ -13,8 +13,8 @@ from stepwell.cli.toolkit.help import Command
 from stepwell.cli.toolkit.target import json_option
 from stepwell_server import program_file
 from stepwell_server.catalog.files.programs import load_program
-from stepwell_server.cli.compiling import (
-    Compiling,
+from stepwell_server.cli.compile_options import (
+    CompileOptions,
     compile_options,
     ended_by_signals,
     progress,
@@ -109,7 +109,7 @@ def check(
     ctx: click.Context,
     model: Path,
     data: Path | None,
-    compiling: Compiling,
+    options: CompileOptions,
     as_json: bool,
 ) -> None:
     """Prove that a Keras model may be stepped, and compare stepping it with Keras's own call of it over whole sequences.
@@ -120,8 +120,8 @@ def check(
     on this processor.
     """
     try:
-        with ended_by_signals(), compiling.compiler() as compiler:
-            program = load_program(model, compiler, progress, compiling.proof, data=data, keep=False)
+        with ended_by_signals(), options.compiler() as compiler:
+            program = load_program(model, compiler, progress, options.proof, data=data, keep=False)
             if program_file.is_program(model):
                 _show_compiled(program, as_json)
                 return

@@ -12,8 +12,8 @@ from stepwell.cli.toolkit.help import Command
 from stepwell.cli.toolkit.target import json_option
 from stepwell_server import program_file
 from stepwell_server.catalog.files.programs import load_program
-from stepwell_server.cli.compiling import (
-    Compiling,
+from stepwell_server.cli.compile_options import (
+    CompileOptions,
     compile_options,
     ended_by_signals,
     progress,
@@ -66,7 +66,7 @@ from stepwell_server.settings.formats import FILE
 )
 @compile_options
 @json_option
-def compile(model: Path, output: Path | None, compiling: Compiling, as_json: bool) -> None:  # noqa: A001 - its name
+def compile(model: Path, output: Path | None, options: CompileOptions, as_json: bool) -> None:  # noqa: A001 - its name
     """Compile a Keras model into one file, which 'stepwell serve' serves without TensorFlow and Keras.
 
     The model is proven and compared with Keras as by a server that serves it. The file holds the program for LiteRT
@@ -92,8 +92,8 @@ def compile(model: Path, output: Path | None, compiling: Compiling, as_json: boo
 
     with ended_by_signals():
         try:
-            with compiling.compiler() as compiler:
-                program = load_program(model, compiler, report, compiling.proof, keep=False)
+            with options.compiler() as compiler:
+                program = load_program(model, compiler, report, options.proof, keep=False)
         except (ModelError, StartError) as error:
             raise Failure(f"refused: {error}") from None
         except OSError as error:

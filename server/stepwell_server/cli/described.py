@@ -1,4 +1,4 @@
-"""A compiled model's file in the protocol's words, for `stepwell models show`. Needs none of the server's packages."""
+"""Describes a compiled model file as a `stepwell.v1.Model`, for `stepwell models show`. Imports no server packages."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from stepwell_server.rpc import convert
 
 
 def described(path: str) -> models_pb2.Model:
-    """Read and check the file ``path``, whose name is the model's.
+    """Read and check a .stepwell file. The model is named by its path.
 
     Raises:
-        ValueError: it is none, or damaged.
+        ValueError: it is not a compiled model, or it is corrupt.
         OSError: it cannot be read.
     """
     return convert.from_model(ModelInfo(path, program_file.load(Path(path)), 0), counted=False)

@@ -12,7 +12,7 @@ from stepwell.cli.toolkit.errors import SERVER_ERROR, Failure
 from stepwell.cli.toolkit.help import Command
 from stepwell_server.cli.options import config_option, given, setting_options
 from stepwell_server.errors import StartError
-from stepwell_server.process.importing import without_collecting
+from stepwell_server.process.garbage_collection import collection_paused
 from stepwell_server.settings import Settings, sources
 from stepwell_server.settings.fields import settings_of
 from stepwell_server.settings.sources import Given
@@ -66,7 +66,7 @@ def serve(ctx: click.Context, /, show_config: bool, **_values: Any) -> None:
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         # numpy would start a thread for each core but one, and the server multiplies no matrices by it
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        with without_collecting():
+        with collection_paused():
             from stepwell_server import app
         ctx.exit(app.serve(settings))
     except StartError as error:

@@ -29,9 +29,9 @@ from stepwell_server.errors import (
     release_frames,
 )
 from stepwell_server.logs import Log
-from stepwell_server.rpc import naming
+from stepwell_server.rpc import tenancy
 from stepwell_server.rpc.access import Access, access_of
-from stepwell_server.rpc.auditing import AUDITED, UNAUDITED, Auditor
+from stepwell_server.rpc.audit import AUDITED, UNAUDITED, Auditor
 from stepwell_server.rpc.fronts.base import Call, CallEnded
 from stepwell_server.rpc.fronts.shape import not_a_message
 from stepwell_server.rpc.guard import Guard, Guarded
@@ -174,7 +174,7 @@ class Boundary:
             if guard is None or access is Access.ANYONE:
                 return
             try:
-                naming.require_once(call.metadata_keys)
+                tenancy.require_once(call.metadata_keys)
                 guard.admit(call, method, access)
             except Exception as raised:
                 status, reason = self._end_of(raised, None, method, call)
@@ -206,7 +206,9 @@ class Boundary:
         observer, streams, access = self._observer, request_type is None, access_of(method)
         guard = None if access is Access.ANYONE else self._guard
         auditor = self._auditor
-        assert method in AUDITED or method in UNAUDITED, f"{method}: say in auditing.py whether it is audited"
+        assert method in AUDITED or method in UNAUDITED, (
+            f"{method}: list it in AUDITED or UNAUDITED (audit.py)"
+        )
         tracer = None if access is Access.ANYONE or not counts else self._tracer
         observer.method_served(method, codes, streams=streams)
 
@@ -220,12 +222,12 @@ class Boundary:
                 observer.stream_began(method)
             guarded: Guarded | None = None
             try:
-                naming.require_once(call.metadata_keys)
+                tenancy.require_once(call.metadata_keys)
                 if guard is not None:
                     found = guard.admit(call, method, access)
                     guarded = guard.enter(found) if streams else None
                 elif access is not Access.ANYONE:
-                    naming.require_no_tenant(call.metadata)
+                    tenancy.require_no_tenant(call.metadata)
                 if auditor is not None:
                     auditor.begins(method, call)
                 return await answer(call)

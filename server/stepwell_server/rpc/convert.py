@@ -16,7 +16,7 @@ from stepwell_server.engine.api import ModelInfo, SessionInfo
 from stepwell_server.engine.types import U64
 from stepwell_server.errors import InvalidInput
 from stepwell_server.program import Provenance, StateSpec, TensorSpec
-from stepwell_server.rpc import naming
+from stepwell_server.rpc import tenancy
 from stepwell_server.rpc.tensors import number_of
 
 _VERSION_STATES: dict[VersionState, models_pb2.ModelState.ValueType] = {
@@ -51,7 +51,7 @@ def to_numbers(
 def from_session(info: SessionInfo, tenant: str = "") -> sessions_pb2.Session:
     """A session as others may see it; `tenant` is whose it is, where that is told."""
     return sessions_pb2.Session(
-        session_id=naming.own(info.session_id),
+        session_id=tenancy.external_id(info.session_id),
         model=info.model,
         model_fingerprint=info.fingerprint,
         batch_size=info.batch_size,

@@ -16,7 +16,7 @@ from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.errors import Starting, Unauthenticated
 from stepwell_server.process.readiness import Report
 from stepwell_server.rpc.access import Access, access_of
-from stepwell_server.rpc.auditing import Auditor
+from stepwell_server.rpc.audit import Auditor
 from stepwell_server.rpc.boundary import Boundary, RequestObserver, Serve, served_at
 from stepwell_server.rpc.fronts.base import Call, CallEnded, Front, Method
 from stepwell_server.rpc.fronts.certificates import CertificateFiles, Unusable, follow

@@ -1,1 +1,1 @@
-"""Traces by OpenTelemetry: `spans` makes them, `export` sends them. Imported only where the server is told to trace."""
+"""Traces with OpenTelemetry: `spans` creates them, `export` sends them. Imported only if tracing is configured."""

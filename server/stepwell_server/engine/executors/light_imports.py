@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from stepwell_server.process.importing import without_collecting
+from stepwell_server.process.garbage_collection import collection_paused
 
 _UNUSED = ("IPython", "matplotlib", "pandas")
 """What Keras and TensorFlow import where it is there: to show and to draw, and for data frames. No server does that."""
@@ -23,7 +23,7 @@ def light_imports() -> Iterator[None]:
     # the documented way to make an import fail
     sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
     try:
-        with without_collecting():
+        with collection_paused():
             yield
     finally:
         for name in absent:

@@ -20,8 +20,8 @@ from stepwell_server.engine.sessions.transfer import (
     SessionRecord,
 )
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
-from stepwell_server.rpc import convert, naming
-from stepwell_server.rpc.pages import from_token, to_token
+from stepwell_server.rpc import convert, tenancy
+from stepwell_server.rpc.page_tokens import from_token, to_token
 from stepwell_server.rpc.status import to_proto
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Administration:
             tenant=wanted.tenant,
             prefix=wanted.prefix,
             idle_longer_s=wanted.idle_longer_s,
-            after=naming.inner_place(call.who, after) if after else "",
+            after=tenancy.internal_page_end(call.who, after) if after else "",
             limit=_page_size(request.page_size),
             count=not request.skip_total,
         )
@@ -82,7 +82,7 @@ class Administration:
                 if len(page) > _AT_ONCE:
                     await asyncio.sleep(0)
         response.next_page_token = (
-            "" if page.next is None else to_token(naming.own_place(call.who, page.next))
+            "" if page.next is None else to_token(tenancy.external_page_end(call.who, page.next))
         )
         return response
 
@@ -101,10 +101,12 @@ class Administration:
         closed, place = await self._engine.close_matching(
             wanted,
             limit=_page_size(request.page_size),
-            place=Place(as_of, naming.inner_place(call.who, after)) if request.page_token else None,
+            place=Place(as_of, tenancy.internal_page_end(call.who, after)) if request.page_token else None,
             request_id=request.request_id,
         )
-        token = "" if place is None else to_token(naming.own_place(call.who, place.after), place.as_of)
+        token = (
+            "" if place is None else to_token(tenancy.external_page_end(call.who, place.after), place.as_of)
+        )
         return pb.CloseMatchingSessionsResponse(closed=closed, next_page_token=token)
 
     async def export_sessions(
@@ -120,13 +122,13 @@ class Administration:
         if not request.session_ids:
             found, end = await self._engine.export_page(
                 wanted,
-                after=naming.inner_place(who, place) if place else "",
+                after=tenancy.internal_page_end(who, place) if place else "",
                 page_bytes=page_bytes,
                 max_bytes=most,
                 deadline=call.deadline,
             )
             _add_exported(response, found, who)
-            response.next_page_token = "" if end is None else to_token(naming.own_place(who, end))
+            response.next_page_token = "" if end is None else to_token(tenancy.external_page_end(who, end))
             return response
         if wanted != Filter(tenant=wanted.tenant):
             raise InvalidInput(
@@ -138,7 +140,7 @@ class Administration:
         if place and place not in ids:
             raise InvalidInput("page_token must be that of a page of the same session_ids; got another one")
         size = 0
-        inner = naming.inner_all(who, ids)
+        inner = tenancy.internal_ids(who, ids)
         for at in range(ids.index(place) + 1 if place else 0, len(ids)):
             (each,) = await self._engine.export_sessions([inner[at]], deadline=call.deadline)
             if not isinstance(each, ServerError):
@@ -162,8 +164,8 @@ class Administration:
             raise InvalidInput(f"existing must be an ExistingSession; got {request.existing}")
         sessions = [
             SessionRecord(
-                naming.imported(call.who, each.tenant, each.session_id),
-                naming.recorded(each.tenant, each.session_id),
+                tenancy.imported_id(call.who, each.tenant, each.session_id),
+                tenancy.recorded_id(each.tenant, each.session_id),
                 each.record,
             )
             for each in request.sessions
@@ -171,7 +173,7 @@ class Administration:
         response = pb.ImportSessionsResponse()
         results = await self._engine.import_sessions(sessions, existing, call.who)
         for each, result in zip(request.sessions, results, strict=True):
-            tenant = naming.tenant_told(call.who, naming.recorded(each.tenant, each.session_id))
+            tenant = tenancy.shown_tenant(call.who, tenancy.recorded_id(each.tenant, each.session_id))
             told = response.sessions.add(session_id=each.session_id, tenant=tenant)
             if isinstance(result, ServerError):
                 told.outcome = pb.IMPORT_OUTCOME_FAILED
@@ -182,19 +184,19 @@ class Administration:
 
 
 def _listed(info: SessionInfo, who: Caller) -> pb.Session:
-    return convert.from_session(info, naming.tenant_told(who, info.session_id))
+    return convert.from_session(info, tenancy.shown_tenant(who, info.session_id))
 
 
 def _add_exported(
     response: pb.ExportSessionsResponse, found: Sequence[tuple[str, ExportResult]], who: Caller
 ) -> None:
     for session_id, each in found:
-        own = naming.own(session_id)
+        own = tenancy.external_id(session_id)
         if isinstance(each, ServerError):
-            tenant = naming.tenant_told(who, session_id)
+            tenant = tenancy.shown_tenant(who, session_id)
             response.errors.add(session_id=own, tenant=tenant, error=to_proto(each))
         else:
-            response.sessions.add(session_id=own, tenant=naming.tenant_of(session_id), record=bytes(each))
+            response.sessions.add(session_id=own, tenant=tenancy.tenant_of(session_id), record=bytes(each))
 
 
 def max_idle_of(request: _Opening) -> int | None:
@@ -219,7 +221,9 @@ def _filter_of(request: _Filtered, who: Caller) -> Filter:
     if request.HasField("idle_longer"):
         idle = convert.to_seconds(request.idle_longer, "idle_longer")
     prefix = request.session_id_prefix
-    return Filter(model=request.model, tenant=naming.listed(who, prefix), prefix=prefix, idle_longer_s=idle)
+    return Filter(
+        model=request.model, tenant=tenancy.tenant_filter(who, prefix), prefix=prefix, idle_longer_s=idle
+    )
 
 
 def _page_size(asked: int) -> int:

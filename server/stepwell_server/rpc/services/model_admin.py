@@ -13,11 +13,11 @@ from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import LoadRequest
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import InvalidInput, PermissionDenied, ServerError
-from stepwell_server.rpc import naming
+from stepwell_server.rpc import tenancy
 from stepwell_server.rpc.boundary import parse
 
 if TYPE_CHECKING:
-    from stepwell_server.rpc.auditing import Auditor
+    from stepwell_server.rpc.audit import Auditor
     from stepwell_server.rpc.fronts.base import Call
     from stepwell_server.rpc.services.models import ModelServicer
 
@@ -67,7 +67,7 @@ class ModelAdminServicer:
             migration=request.migration,
             labels=list(request.labels),
             unload_previous=request.unload_previous,
-            tenant=naming.one_tenant(call.who),
+            tenant=tenancy.single_tenant(call.who),
         )
         stages: asyncio.Queue[str] = asyncio.Queue()
         loading = asyncio.create_task(self._control.load(wanted, stages.put_nowait))
@@ -101,7 +101,7 @@ class ModelAdminServicer:
 
     async def _upload(self, first: pb.UploadModelRequest, call: Call) -> pb.UploadModelResponse:
         self._require_allowed("UploadModel")
-        upload = await self._control.begin_upload(first.filename, naming.one_tenant(call.who))
+        upload = await self._control.begin_upload(first.filename, tenancy.single_tenant(call.who))
         piece = first
         try:
             while True:

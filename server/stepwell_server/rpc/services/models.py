@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from stepwell.v1 import models_pb2 as pb
 from stepwell_server.core.callers import Role
 from stepwell_server.errors import InvalidInput
-from stepwell_server.rpc import convert, naming, tensors
+from stepwell_server.rpc import convert, tenancy, tensors
 from stepwell_server.rpc.steps.messages import REPLY_BYTES
 
 if TYPE_CHECKING:
@@ -101,17 +101,17 @@ class ModelServicer:
         """List sessions with slow steps: those of the caller's tenant."""
         if request.limit > MAX_SLOW_SESSIONS:
             raise InvalidInput(f"limit must be at most {MAX_SLOW_SESSIONS}; got {request.limit}")
-        now, tenant = self._clock.monotonic(), naming.listed(call.who, "")
+        now, tenant = self._clock.monotonic(), tenancy.tenant_filter(call.who, "")
         own = [
             step
             for step in self._slow_steps.list(now)
-            if tenant is None or naming.tenant_of(step.session_id) == tenant
+            if tenant is None or tenancy.tenant_of(step.session_id) == tenant
         ]
         return pb.ListSlowSessionsResponse(
             sessions=[
                 pb.SlowSession(
-                    session_id=naming.own(step.session_id),
-                    tenant=naming.tenant_told(call.who, step.session_id),
+                    session_id=tenancy.external_id(step.session_id),
+                    tenant=tenancy.shown_tenant(call.who, step.session_id),
                     model=step.model,
                     seconds=step.seconds,
                     age_seconds=now - step.when,

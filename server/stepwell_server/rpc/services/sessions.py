@@ -8,7 +8,7 @@ import numpy as np
 
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.engine.api import OpenResult
-from stepwell_server.rpc import convert, naming, tensors
+from stepwell_server.rpc import convert, tenancy, tensors
 from stepwell_server.rpc.services import admin
 from stepwell_server.rpc.status import to_proto
 from stepwell_server.rpc.steps import messages
@@ -17,7 +17,7 @@ from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits, Streams
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
-    from stepwell_server.rpc.auditing import Auditor
+    from stepwell_server.rpc.audit import Auditor
     from stepwell_server.rpc.boundary import RequestObserver
     from stepwell_server.rpc.fronts.base import Call
     from stepwell_server.rpc.tracing import Tracer
@@ -52,14 +52,14 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
         """Open a session, or resume a live one."""
         opened = await self._engine.open_session(
             request.model,
-            session_id=naming.inner(call.who, request.session_id),
+            session_id=tenancy.internal_id(call.who, request.session_id),
             batch_size=request.batch_size or 1,
             state=tensors.to_optional_arrays(request.state, "state"),
             must_be_new=request.must_be_new,
             request_id=request.request_id,
             fingerprint=request.model_fingerprint,
             max_idle_ms=admin.max_idle_of(request),
-            namespace=naming.namespace_of(call.who),
+            namespace=tenancy.namespace_of(call.who),
             who=call.who,
         )
         return pb.OpenSessionResponse(
@@ -71,16 +71,16 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
         opened = await self._engine.open_sessions(
             request.model,
             count=request.count,
-            session_ids=naming.inner_all(call.who, request.session_ids),
+            session_ids=tenancy.internal_ids(call.who, request.session_ids),
             batch_size=request.batch_size or 1,
             request_id=request.request_id,
             max_idle_ms=admin.max_idle_of(request),
-            namespace=naming.namespace_of(call.who),
+            namespace=tenancy.namespace_of(call.who),
             who=call.who,
             resume=request.resume,
         )
         return pb.OpenSessionsResponse(
-            session_ids=naming.own_all(opened.session_ids),
+            session_ids=tenancy.external_ids(opened.session_ids),
             model_fingerprint=opened.fingerprint,
             replayed=opened.replayed,
             revisions=opened.revisions.tolist() if opened.revisions.any() else (),
@@ -94,7 +94,7 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
     async def close_session(self, request: pb.CloseSessionRequest, call: Call) -> pb.CloseSessionResponse:
         """Delete a session."""
         replayed = await self._engine.close_session(
-            naming.inner(call.who, request.session_id),
+            tenancy.internal_id(call.who, request.session_id),
             request_id=request.request_id,
             uid=request.uid,
             deadline=call.deadline,
@@ -104,7 +104,7 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
     async def close_sessions(self, request: pb.CloseSessionsRequest, call: Call) -> pb.CloseSessionsResponse:
         """Delete many sessions."""
         closed = await self._engine.close_sessions(
-            naming.inner_all(call.who, request.session_ids),
+            tenancy.internal_ids(call.who, request.session_ids),
             request_id=request.request_id,
             uids=np.array(request.uids, np.uint64) if request.uids else None,
         )
@@ -112,14 +112,14 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
 
     async def get_session(self, request: pb.GetSessionRequest, call: Call) -> pb.GetSessionResponse:
         """Describe a session."""
-        info = await self._engine.session_info(naming.inner(call.who, request.session_id))
+        info = await self._engine.session_info(tenancy.internal_id(call.who, request.session_id))
         return pb.GetSessionResponse(session=convert.from_session(info))
 
     async def get_state(self, request: pb.GetStateRequest, call: Call) -> pb.GetStateResponse:
         """Read the state of a session."""
         as_values = tensors.wants_values(request.tensor_format)
         read = await self._engine.get_state(
-            naming.inner(call.who, request.session_id), deadline=call.deadline
+            tenancy.internal_id(call.who, request.session_id), deadline=call.deadline
         )
         if as_values:
             tensors.require_room_as_values(read.state)
@@ -132,8 +132,8 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
     async def fork_session(self, request: pb.ForkSessionRequest, call: Call) -> pb.ForkSessionResponse:
         """Open a session with the state of another."""
         forked: OpenResult = await self._engine.fork(
-            naming.inner(call.who, request.session_id),
-            new_session_id=naming.inner(call.who, request.new_session_id),
+            tenancy.internal_id(call.who, request.session_id),
+            new_session_id=tenancy.internal_id(call.who, request.new_session_id),
             expected=request.expected_revision if request.HasField("expected_revision") else None,
             request_id=request.request_id,
             max_idle_ms=admin.max_idle_of(request),
@@ -146,7 +146,7 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
         """Read the states of many sessions."""
         as_values = tensors.wants_values(request.tensor_format)
         read = await self._engine.get_states(
-            naming.inner_all(call.who, request.session_ids),
+            tenancy.internal_ids(call.who, request.session_ids),
             with_state=not request.without_state,
             deadline=call.deadline,
             reply_limit=self._max_reply_bytes,
@@ -174,8 +174,8 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
         """Open sessions with the states of others."""
         count = len(request.session_ids)
         forked = await self._engine.fork_sessions(
-            naming.inner_all(call.who, request.session_ids),
-            new_session_ids=naming.inner_all(call.who, request.new_session_ids),
+            tenancy.internal_ids(call.who, request.session_ids),
+            new_session_ids=tenancy.internal_ids(call.who, request.new_session_ids),
             expected=convert.to_numbers(request.expected_revisions, np.uint64, "expected_revisions", count),
             request_id=request.request_id,
             max_idle_ms=admin.max_idle_of(request),
@@ -183,7 +183,7 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
             who=call.who,
         )
         return pb.ForkSessionsResponse(
-            session_ids=naming.own_all(forked.session_ids),
+            session_ids=tenancy.external_ids(forked.session_ids),
             model=forked.model,
             model_fingerprint=forked.fingerprint,
             batch_size=forked.batch_size,

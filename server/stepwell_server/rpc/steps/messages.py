@@ -14,7 +14,7 @@ from stepwell_server.engine.api import ChangeResult, Select
 from stepwell_server.engine.change import Awaited, Change, Replies, Reply
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import InvalidInput, ServerError
-from stepwell_server.rpc import convert, naming, tensors
+from stepwell_server.rpc import convert, tenancy, tensors
 from stepwell_server.rpc.status import to_proto
 from stepwell_server.rpc.tracing import TRACES
 
@@ -75,7 +75,7 @@ def of_step(request: pb.StepRequest, replies: Replies, who: Caller) -> Change:
     Raises:
         InvalidInput: it is none.
     """
-    change = Change((naming.inner(who, request.session_id),), replies, who=who)
+    change = Change((tenancy.internal_id(who, request.session_id),), replies, who=who)
     change.inputs = tensors.to_arrays(request.inputs, "inputs")
     _say_step(change, request)
     change.rows = list(request.rows) or None
@@ -90,7 +90,7 @@ def of_reset(request: pb.ResetStatesRequest, replies: Replies, who: Caller) -> C
     Raises:
         InvalidInput: it is none.
     """
-    change = Change((naming.inner(who, request.session_id),), replies, who=who)
+    change = Change((tenancy.internal_id(who, request.session_id),), replies, who=who)
     change.reset = True
     change.state = tensors.to_optional_arrays(request.state, "state")
     change.rows = list(request.rows) or None
@@ -174,7 +174,7 @@ def of_frame(body: FrameBody, replies: Replies, who: Caller) -> Change:
     Raises:
         InvalidInput: it is none.
     """
-    change = Change(naming.inner_all(who, body.session_ids), replies, who=who)
+    change = Change(tenancy.internal_ids(who, body.session_ids), replies, who=who)
     if body.batch_size:
         _require_left_out("batch_size", body, "batch_sizes")
         change.batch_sizes = np.full(change.size, body.batch_size, np.intp)

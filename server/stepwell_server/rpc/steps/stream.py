@@ -21,7 +21,7 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import ServerError, Stopping
 from stepwell_server.logs import Log
-from stepwell_server.rpc.auditing import step_actions
+from stepwell_server.rpc.audit import step_actions
 from stepwell_server.rpc.boundary import parse
 from stepwell_server.rpc.status import code_of
 from stepwell_server.rpc.steps import messages
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.change import Change, Reply
     from stepwell_server.engine.engine import Engine
-    from stepwell_server.rpc.auditing import Auditor
+    from stepwell_server.rpc.audit import Auditor
     from stepwell_server.rpc.boundary import RequestObserver
     from stepwell_server.rpc.fronts.base import Call
     from stepwell_server.rpc.tracing import CallTrace, Tracer

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from stepwell_server.core.callers import Caller
 from stepwell_server.engine.api import ChangeResult, PredictResult
 from stepwell_server.errors import ServerError
-from stepwell_server.rpc import naming
+from stepwell_server.rpc import tenancy
 from stepwell_server.rpc.steps.messages import REPLY_BYTES
 from stepwell_server.rpc.triton.errors import translated
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
@@ -49,7 +49,7 @@ class Inference:
         sequence_id = read_sequence_id(message.parameters)
         if not sequence_id:
             return None
-        return self.sequences.enter(naming.inner(who, session_id_of(message.model_name, sequence_id)))
+        return self.sequences.enter(tenancy.internal_id(who, session_id_of(message.model_name, sequence_id)))
 
     async def infer(
         self, message: pb.ModelInferRequest, call: Call, turn: Turn | None = None

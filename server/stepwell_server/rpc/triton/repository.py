@@ -20,7 +20,7 @@ from stepwell_server.errors import (
     Unsupported,
     VersionNotFound,
 )
-from stepwell_server.rpc import naming
+from stepwell_server.rpc import tenancy
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Repository:
         """
         self._require_allowed("RepositoryModelLoad")
         _require_no_name(request.repository_name)
-        name, tenant = request.model_name, naming.one_tenant(call.who)
+        name, tenant = request.model_name, tenancy.single_tenant(call.who)
         policy = _policy(name, _checked(request.parameters))
         files = [key for key in request.parameters if key.startswith(_FILE)]
         if files:

@@ -39,7 +39,7 @@ from stepwell_server.errors import (
     VersionNotFound,
 )
 from stepwell_server.logs import Log
-from stepwell_server.rpc import naming
+from stepwell_server.rpc import tenancy
 from stepwell_server.rpc.steps.messages import limit_reply
 from stepwell_server.rpc.tracing import TRACES
 from stepwell_server.rpc.triton.errors import SequenceId, not_started, on_another_version
@@ -65,7 +65,7 @@ def session_id_of(model: str, sequence_id: SequenceId) -> str:
     """The id of a sequence's session: `triton/<model>/5` for 5, `triton/<model>/"5"` for the text 5.
 
     A text that cannot be a part of an id, because of its characters or its length, is replaced by its
-    SHA-256: `triton/<model>/sha256:<hex>`. It is what the caller's tenant calls it: `naming.inner` is to be asked for
+    SHA-256: `triton/<model>/sha256:<hex>`. It is what the caller's tenant calls it: `tenancy.internal_id` is to be asked for
     the engine's id. The native front makes ids of the first two kinds, in the tenants' namespaces (triton/request.rs).
     """
     prefix = f"triton/{model}/"
@@ -78,7 +78,7 @@ def session_id_of(model: str, sequence_id: SequenceId) -> str:
 
 def sequence_of(model: str, session_id: str) -> SequenceId:
     """The sequence of a session's id that is not a digest, in whatever namespace: the other way round."""
-    name = naming.own(session_id).removeprefix(f"triton/{model}/")
+    name = tenancy.external_id(session_id).removeprefix(f"triton/{model}/")
     return name[1:-1] if name.startswith('"') else int(name)
 
 

@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 
 from stepwell_server.core.callers import Role
 from stepwell_server.errors import ModelNotFound, Unsupported
-from stepwell_server.rpc import naming
+from stepwell_server.rpc import tenancy
 from stepwell_server.rpc.boundary import Boundary, Serve
 from stepwell_server.rpc.fronts.base import Call
 from stepwell_server.rpc.status import UNSUPPORTED_CODES
@@ -131,7 +131,7 @@ class TritonServicer(Liveness):
 
     async def model_stream_infer(self, call: Call) -> None:
         """Run models, request by request."""
-        naming.namespace_of(call.who)  # raises where no sequence can be named
+        tenancy.namespace_of(call.who)  # raises where no sequence can be named
         stream = InferStream(
             lambda request: self._inference.enter(request, call.who),
             lambda request, turn: self._inference.infer(request, call, turn),

@@ -1,4 +1,4 @@
-"""Page tokens: where a page ended, so marked that other strings are told from them."""
+"""Page tokens: the end of a page of a list, with a checksum that exposes foreign strings."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import zlib
 from stepwell_server.engine.sessions.directory import shown
 from stepwell_server.errors import InvalidInput
 
-#: Before the id where a number belongs to it; its first byte stands in no UTF-8.
+#: Precedes the id in a token with a number. Its first byte never occurs in UTF-8.
 _NUMBER = struct.Struct(">Bd")
 _MARK = 0xFF
 
 
 def to_token(session_id: str, number: float = 0.0) -> str:
-    """The token of the page that follows the one which ended with this id, and this number if it is not 0."""
+    """Return the token of the page after the one that ended with this id, and with this number unless it is 0."""
     raw = (_NUMBER.pack(_MARK, number) if number else b"") + session_id.encode()
     checksum = zlib.crc32(raw).to_bytes(4, "big")
     return base64.urlsafe_b64encode(checksum + raw).decode().rstrip("=")
 
 
 def from_token(token: str) -> tuple[str, float]:
-    """The id, and the number, after which a page begins; no token means the first page.
+    """Return the id and the number after which the page begins. An empty token means the first page.
 
     Raises:
-        InvalidInput: it is no token of `to_token`.
+        InvalidInput: the token was not made by `to_token`.
     """
     if not token:
         return "", 0.0
@@ -39,5 +39,5 @@ def from_token(token: str) -> tuple[str, float]:
     except (binascii.Error, ValueError):
         session_id = ""
     if to_token(session_id, number) != token:
-        raise InvalidInput(f"page_token must be the next_page_token of another page; got {shown(token)}")
+        raise InvalidInput(f"page_token must be the next_page_token of the previous page; got {shown(token)}")
     return session_id, number

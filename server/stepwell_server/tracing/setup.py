@@ -1,4 +1,4 @@
-"""Whether a server traces: it imports OpenTelemetry only if it does."""
+"""Starts tracing if it is configured. Only then is OpenTelemetry imported."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ _HOW = _install.advice(_install.OTEL)
 
 
 def start(endpoint: str | None, share: float, clock: Clock) -> Tracing | None:
-    """What makes traces; None: nobody has said where to.
+    """Return the tracing of a server; None: no collector is configured.
+
+    Args:
+        endpoint: URL of the collector. None: the one in OpenTelemetry's environment variables.
+        share: Share of calls to trace, 0 to 1.
+        clock: The time.
 
     Raises:
-        StartError: `endpoint` is given, and OpenTelemetry is not installed.
+        StartError: `endpoint` is given, but OpenTelemetry is not installed.
     """
     found = endpoint or next((value for name in _ENDPOINTS if (value := os.environ.get(name))), None)
     if found is None or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
@@ -34,7 +39,7 @@ def start(endpoint: str | None, share: float, clock: Clock) -> Tracing | None:
     except ImportError as error:
         if endpoint is not None:
             raise StartError(f"--trace-endpoint: needs OpenTelemetry: {_HOW} ({error})") from error
-        _log.warning(f"nothing is traced: OpenTelemetry is not installed; {_HOW}", endpoint=found)
+        _log.warning(f"tracing is off: OpenTelemetry is not installed; {_HOW}", endpoint=found)
         return None
     tracing = Tracing(exporter_to(endpoint), share, SERVICES, clock)
     _log.info("tracing", endpoint=found, sample=share)

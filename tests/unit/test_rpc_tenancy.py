@@ -12,7 +12,7 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import ANYBODY, Caller, Role
 from stepwell_server.errors import InvalidInput, SessionNotFound
-from stepwell_server.rpc import naming
+from stepwell_server.rpc import tenancy
 from stepwell_server.rpc.boundary import Boundary
 from stepwell_server.rpc.fronts.base import CallEnded
 from stepwell_server.rpc.status import to_proto, to_status
@@ -28,19 +28,19 @@ CALLERS = st.sampled_from([ANYBODY, ANN, BOB])
 def test_no_two_callers_name_the_same_session_and_each_gets_its_own_words_back(
     one: Caller, said: str, other: Caller, also_said: str
 ) -> None:
-    inner = naming.inner(one, said)
-    assert naming.own(inner) == said
+    inner = tenancy.internal_id(one, said)
+    assert tenancy.external_id(inner) == said
     if said:
-        is_same = inner == naming.inner(other, also_said)
+        is_same = inner == tenancy.internal_id(other, also_said)
         assert is_same is ((one.tenant, said) == (other.tenant, also_said))
         assert "\x1f" not in said or one.tenant or namespaces.tenant_of(inner) == "-"
-    assert naming.inner_all(one, [said, also_said]) == [inner, naming.inner(one, also_said)]
+    assert tenancy.internal_ids(one, [said, also_said]) == [inner, tenancy.internal_id(one, also_said)]
 
 
 # What has the separator in it is no id of a session: of such words more may be left out.
 @given(st.sampled_from([ANN, BOB]), TEXT.filter(lambda said: "\x1f" not in said) | st.just("acme\x1fx"))
 def test_whatever_names_a_session_is_told_in_its_callers_words(who: Caller, said: str) -> None:
-    inner = naming.inner(who, said)
+    inner = tenancy.internal_id(who, said)
     error = SessionNotFound(inner, f"session {inner!r} is not there, nor {[inner]}")
     told = to_proto(error)
     assert told.message == f"session {said!r} is not there, nor {[said]}"[:2048]
@@ -49,19 +49,19 @@ def test_whatever_names_a_session_is_told_in_its_callers_words(who: Caller, said
 
 
 def test_lists_of_a_tenant_come_back_as_it_knows_them() -> None:
-    assert naming.own_all([]) == []
-    assert naming.own_all(["a", "b"]) == ["a", "b"]
-    assert naming.own_all(naming.inner_all(ANN, ["a", "b"])) == ["a", "b"]
+    assert tenancy.external_ids([]) == []
+    assert tenancy.external_ids(["a", "b"]) == ["a", "b"]
+    assert tenancy.external_ids(tenancy.internal_ids(ANN, ["a", "b"])) == ["a", "b"]
 
 
 def test_who_is_about_all_tenants_names_no_session() -> None:
     for call in (
-        lambda: naming.inner(OF_ALL, "a"),
-        lambda: naming.inner_all(OF_ALL, ["a"]),
-        lambda: naming.namespace_of(OF_ALL),
+        lambda: tenancy.internal_id(OF_ALL, "a"),
+        lambda: tenancy.internal_ids(OF_ALL, ["a"]),
+        lambda: tenancy.namespace_of(OF_ALL),
     ):
         with pytest.raises(
-            InvalidInput, match=re.escape("stepwell-tenant must be one tenant where sessions")
+            InvalidInput, match=re.escape("stepwell-tenant must name one tenant for this call")
         ):
             call()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepwell_server.rpc.pages import from_token, to_token
+from stepwell_server.rpc.page_tokens import from_token, to_token
 
 
 @given(st.text(max_size=256), st.floats(allow_nan=False, allow_infinity=False))

@@ -1,4 +1,4 @@
-"""Who finds callers, as the settings say."""
+"""Creates the authentication that the settings configure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stepwell_server.clock import Clock
 
 
 class AuthSettings(Protocol):
-    """What the settings of a server say of this (`settings.Settings`)."""
+    """The settings of a server that concern authentication (`settings.Settings`)."""
 
     @property
     def auth_tokens(self) -> Path | None:
@@ -42,11 +42,11 @@ class AuthSettings(Protocol):
 
     @property
     def asks_callers(self) -> bool:
-        """Whether any of them is given."""
+        """Whether any way of authentication is configured."""
 
 
 def open_callers(settings: AuthSettings, clock: Clock) -> Callers | None:
-    """Who finds callers by the files that the settings name; None without any: nobody is asked.
+    """Return the authentication from the configured files; None: callers are not authenticated.
 
     Raises:
         StartError: a file cannot be used.
@@ -55,7 +55,7 @@ def open_callers(settings: AuthSettings, clock: Clock) -> Callers | None:
         return None
     web_tokens = None
     if settings.auth_jwks is not None:
-        # Here: it brings the cryptography, which nobody else needs.
+        # Imported here: only JWTs need the cryptography package.
         from stepwell_server.auth.web_tokens import Claims, WebTokens
 
         audience, issuer = settings.auth_jwt_audience, settings.auth_jwt_issuer

@@ -1,4 +1,4 @@
-"""What the commands that compile a model have in common: the options of it, and a signal that ends it cleanly."""
+"""The options that `stepwell check` and `stepwell compile` share, and a clean end on SIGTERM."""
 
 from __future__ import annotations
 
@@ -28,40 +28,40 @@ _SETTINGS = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiling:
-    """How a model is to be compiled."""
+class CompileOptions:
+    """Options for compiling a model."""
 
     imports: tuple[str, ...]
     proof: ProofOptions
     given: Mapping[str, Any]
-    """The settings that are given."""
+    """Values of the settings that the user gave."""
 
     def compiler(self) -> WarmCompiler:
-        """Return what compiles it, as a server does: a context manager, at whose end no process is left.
+        """Return the compiler that a server would use. It is a context manager that ends its process.
 
         Raises:
-            StartError: no cache folder is given, and there is no home.
+            StartError: no cache folder is given, and the user has no home folder.
         """
         settings = Settings(imports=self.imports, store="memory", **self.given)
         return WarmCompiler(settings.cache_dir, settings.imports, settings.compile_limits)
 
 
 def compile_options(function: Function) -> Function:
-    """Add the options of compiling to a command; its function gets them as `compiling`."""
+    """Add the options to a command. Its function receives them as the argument `options`."""
 
     @functools.wraps(function)
-    def with_compiling(
+    def with_options(
         *args: Any,
         imports: tuple[str, ...],
         probe_steps: int | None,
         trust_causality: bool,
-        **options: Any,
+        **others: Any,
     ) -> Any:
         found = {name: each.value for name, each in given(click.get_current_context(), _SETTINGS).items()}
         for setting in _SETTINGS:
-            del options[setting.field]
+            del others[setting.field]
         proof = ProofOptions(probe_steps, trust_causality)
-        return function(*args, compiling=Compiling(imports, proof, found), **options)
+        return function(*args, options=CompileOptions(imports, proof, found), **others)
 
     added = [
         click.option(
@@ -70,29 +70,30 @@ def compile_options(function: Function) -> Function:
             metavar="MODULE",
             multiple=True,
             type=Written(MODULE),
-            help="Module to import first, for the model's own layers and functions. May be given again.",
+            help="Module to import first, for custom layers and functions of the model. May be given again.",
         ),
         click.option(
             "--probe-steps",
             metavar="N",
             type=click.IntRange(1, 100_000),
-            help="Time steps over which the proof compares, if more than 512 and twice what the layers reach.",
+            help="Time steps over which the model is compared with Keras. It only raises the default, which is 512 or "
+            "twice the reach of the layers, whichever is larger.",
         ),
         click.option(
             "--trust-causality",
             is_flag=True,
-            help="Go on where the graph does not prove that the model may be stepped.",
+            help="Continue even if the graph does not prove that the model can be stepped.",
         ),
         setting_options(_SETTINGS),
     ]
     for option in reversed(added):
-        option(with_compiling)
-    return with_compiling  # type: ignore[return-value]
+        option(with_options)
+    return with_options  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM end the block like Ctrl-C: a compiling process is ended, and its file removed, on the way."""
+    """Let SIGTERM end the block like Ctrl-C, so that the compile process is stopped and its file removed."""
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
@@ -105,12 +106,12 @@ def _interrupt(_number: int, _frame: object) -> NoReturn:
 
 
 def progress(stage: str) -> None:
-    """Say on stderr which stage begins."""
+    """Print the stage that begins, on stderr."""
     click.echo(f"{stage}...", err=True)
 
 
 def proof_json(program: Program) -> dict[str, object]:
-    """How a program was proven, as programs read it."""
+    """Return the proof of a program, as JSON."""
     return {
         "compared_steps": program.proof.steps,
         "compared_share": program.proof.compared,
@@ -119,7 +120,7 @@ def proof_json(program: Program) -> dict[str, object]:
 
 
 def proof_lines(program: Program) -> list[str]:
-    """How a program was proven and what runs it, for people."""
+    """Return the proof and the executor of a program, as text."""
     lines = [f"proof: {program.proof}"]
     if program.proof.unproven:
         lines.append(f"not proven: {program.proof.unproven}")
