@@ -73,7 +73,7 @@ async def test_a_tenant_is_refused_where_nobody_is_asked_who_calls() -> None:
         raise SessionNotFound("s", "it was served")
 
     for method, told in (
-        ("GetSession", "must not be sent to a server that does not ask"),
+        ("GetSession", "must not be sent to a server that does not authenticate"),
         ("Check", "served"),
     ):
         call = FakeCall()
