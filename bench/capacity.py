@@ -1,4 +1,4 @@
-"""What sessions and steps cost a replica and Valkey: what docs/operate/scaling.md is computed from.
+"""What sessions and steps cost a replica and Valkey: what docs/operate/scale-out.md is computed from.
 
     python bench/capacity.py                    about five minutes; writes docs/operate/scaling/measured.json
     python bench/capacity.py --seconds 1 --sessions 2000

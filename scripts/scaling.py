@@ -1,6 +1,6 @@
 """How many replicas and Valkey nodes so many sessions need: a model, fitted to what bench/capacity.py measured.
 
-    python scripts/scaling.py                                       fill in the tables of docs/operate/scaling.md
+    python scripts/scaling.py                                       fill in the tables of docs/operate/scale-out.md
     python scripts/scaling.py --check                               fail if they are not as this makes them
     python scripts/scaling.py --sessions 2e6 --steps-per-s 50000 --units 256 --frame 64 --active 0.2
 
@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.tables import number, table  # noqa: E402
 
-PAGE = ROOT / "docs" / "operate" / "scaling.md"
+PAGE = ROOT / "docs" / "operate" / "scale-out.md"
 MEASURED = ROOT / "docs" / "operate" / "scaling" / "measured.json"
 GIB = 2**30
 SIZES = (1e4, 1e5, 1e6, 1e7, 1e8)
@@ -284,7 +284,7 @@ def main(arguments: Sequence[str]) -> int:
     if is_check:
         if after != before:
             print(
-                "docs/operate/scaling.md is not as docs/operate/scaling/measured.json says; run scripts/scaling.py"
+                "docs/operate/scale-out.md is not as docs/operate/scaling/measured.json says; run scripts/scaling.py"
             )
         return int(after != before)
     PAGE.write_text(after)

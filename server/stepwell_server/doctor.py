@@ -296,12 +296,12 @@ class Examination:
         try:
             found = asyncio.run(inspect_shared_store(url, self._settings.durability))
         except StoreError as error:
-            self.wrong(f"--store: {error}", "docs/operate/valkey.md says what it needs")
+            self.wrong(f"--store: {error}", "docs/operate/scale-out.md says what it needs")
             return facts
         for what in (*found.findings.unfit, *found.findings.problems):
-            self.wrong(f"--store: {what}", "docs/operate/valkey.md has the settings of Valkey")
+            self.wrong(f"--store: {what}", "docs/operate/scale-out.md has the settings of Valkey")
         for what in found.findings.warnings:
-            self.advise(f"--store: {what}", "docs/operate/valkey.md has the settings of Valkey")
+            self.advise(f"--store: {what}", "docs/operate/scale-out.md has the settings of Valkey")
         facts["servers"], facts["exists"] = ", ".join(found.servers), found.partitions is not None
         facts["partitions"], facts["sessions"] = found.partitions, found.sessions
         return facts
@@ -334,7 +334,7 @@ class Examination:
         try:
             require_closed(self._settings, front_problem=front.advice)
         except (StartError, OSError) as error:
-            self.wrong(str(error), "docs/operate/security.md has a set-up that is closed")
+            self.wrong(str(error), "docs/operate/secure.md has a set-up that is closed")
 
     def _compiling(self) -> Facts:
         """What the kernel takes away from the process that looks at somebody's model."""
@@ -342,7 +342,7 @@ class Examination:
         if protection.missing:
             self.advise(
                 f"a process that compiles a model cannot be kept from {protection.missing}",
-                "on a kernel with seccomp and Landlock it is (docs/operate/security.md); compile models elsewhere, or only your own",
+                "on a kernel with seccomp and Landlock it is (docs/operate/secure.md); compile models elsewhere, or only your own",
             )
         return {name: by or None for name, by in dataclasses.asdict(protection).items()}
 

@@ -97,6 +97,6 @@ def _require_bounds(settings: Settings, front_problem: str) -> None:
     elif front_problem:
         raise StartError(
             "--listen: without the native front it must be a loopback address, because the front in Python does not bound"
-            f" what clients take; {front_problem}; or accept that with --front python (docs/operate/operations.md);"
+            f" what clients take; {front_problem}; or accept that with --front python (docs/operate/run.md);"
             f" got {settings.listen}"
         )

@@ -200,7 +200,7 @@ def test_names_keep_to_the_rules_of_prometheus(scraped: Scrape) -> None:
 
 
 def test_each_question_in_the_manual_can_be_asked(scraped: Scrape) -> None:
-    text = (_ROOT / "docs" / "operate" / "operations.md").read_text()
+    text = (_ROOT / "docs" / "operate" / "when-it-breaks.md").read_text()
     blocks = re.findall(r"```promql\n(.*?)```", text, re.DOTALL)
     expressions = [line for block in blocks for line in block.splitlines() if not line.startswith("#")]
     assert len(expressions) > 20
@@ -241,7 +241,7 @@ def test_dashboard_and_rules_ask_for_what_is_there(scraped: Scrape) -> None:
         assert alert["labels"]["severity"] in {"page", "ticket"}
         assert (
             alert["annotations"]["runbook_url"]
-            == f"https://runbooks.example/stepwell/incidents.md#{name.lower()}"
+            == f"https://runbooks.example/stepwell/when-it-breaks.md#{name.lower()}"
         )
         said = set(re.findall(r"\$labels\.(\w+)", " ".join(alert["annotations"].values())))
         assert said <= labels(alert["expr"], scraped, recorded), name

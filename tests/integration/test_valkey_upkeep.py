@@ -268,7 +268,7 @@ def test_doctor_looks_at_a_store_that_it_is_told(valkey: Valkey) -> None:
 
 @pytest.mark.slow
 def test_encryption_begins_in_a_rolling_restart(valkey: Valkey, tmp_path: Path) -> None:
-    """As docs/operate/valkey.md says, while sessions are stepped: no call fails, and nothing is plain of what is written then."""
+    """As docs/operate/scale-out.md says, while sessions are stepped: no call fails, and nothing is plain of what is written then."""
     keys, url = tmp_path / "keys", place(valkey)
     add_key(keys, "k", is_last=True)
     failed: list[BaseException] = []

@@ -109,7 +109,7 @@ def test_tenants_share_a_server_and_no_sessions(server: ServerProcess, tmp_path:
     assert table[-1].split()[:2] == ["-", "old"]
     assert run("sessions", "list", *shown).split()[0] == "SESSION"
 
-    # what is said in docs/operate/security.md of sessions from before there were callers
+    # what is said in docs/operate/secure.md of sessions from before there were callers
     file = str(tmp_path / "old.sessions")
     run("sessions", "export", "-o", file, *shown)
     run("sessions", "import", file, "--tenant", "acme", *shown)

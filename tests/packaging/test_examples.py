@@ -165,17 +165,24 @@ def test_the_page_on_steps(root: Path, server: LocalServer) -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/index.md", "docs/guides/client.md", "docs/operate/operations.md"]
+    ("document", "section"),
+    [
+        ("README.md", ""),
+        ("docs/index.md", ""),
+        ("docs/guides/client.md", ""),
+        ("docs/operate/run.md", "## Look after sessions"),
+    ],
 )
 def test_the_blocks_of(
     document: str,
+    section: str,
     root: Path,
     model_path: Path,
     compiled: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its blocks run in order, in one namespace; the server starts before the first that names its address.
+    """Its blocks, from a section on, run in order, in one namespace; the server starts before the first that names its address.
 
     It serves the model of the document's own `stepwell serve NAME=PATH` if an earlier block has saved it there, else
     the tests' model under the name `forecast`.
@@ -185,6 +192,7 @@ def test_the_blocks_of(
     log = logging.getLogger("stepwell")
     monkeypatch.setattr(log, "level", log.level)  # put back afterwards: a block may set it
     text = (root / document).read_text()
+    text = text[text.index(section) :]
     blocks = BLOCK.findall(text)
     assert blocks, f"{document} has no Python block"
     if document == "docs/guides/client.md":  # it loads the file of the model that is served already

@@ -17,7 +17,7 @@ import repository
 
 from stepwell import _install
 
-PAGE = {_install.SERVER: "docs/operate/production.md"}
+PAGE = {_install.SERVER: "docs/operate/run.md"}
 """Run by test_production_page, with cargo."""
 RUN = {
     _install.LIGHT: "import stepwell.client",

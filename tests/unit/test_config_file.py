@@ -113,11 +113,11 @@ def test_standard_error_is_no_path_in_its_folder(file: Path) -> None:
 
 
 def test_the_file_in_the_documents_is_one(tmp_path: Path) -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "operate" / "operations.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "operate" / "run.md").read_text()
     (tmp_path / "stepwell.toml").write_text(re.findall(r"^```toml\n(.*?)^```", page, re.M | re.S)[0])
     settings = read("--config", str(tmp_path / "stepwell.toml"))
-    assert settings.models == {"forecast": tmp_path / "models/forecast.keras"}
-    assert settings.max_session_idle_s == 5400
+    assert settings.models == {"forecast": Path("/opt/stepwell/models/forecast.stepwell")}
+    assert settings.max_session_idle_s == 7 * 24 * 3600
 
 
 def test_a_variable_wins_over_it_and_the_command_line_over_both(file: Path) -> None:

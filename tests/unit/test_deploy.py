@@ -18,7 +18,6 @@ from stepwell_server.errors import reasons
 
 ROOT = Path(__file__).parents[2]
 DEPLOY, DOCS = ROOT / "deploy", ROOT / "docs" / "operate"
-PAGES = [DOCS / name for name in ("production.md", "certificates.md", "upgrade.md", "incidents.md")]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OPTIONS = {name for option in serve.params for name in option.opts if name.startswith("--")}
 VARIABLES = {"STEPWELL_CONFIG", *(setting.variable for setting in SETTINGS)}
@@ -33,7 +32,7 @@ def test_every_option_of_serve_that_is_named_there_is_one() -> None:
     container = (DEPLOY / "Containerfile").read_text()
     named = set(re.findall(r"- (--[a-z-]+)=", kubernetes))
     named |= set(re.findall(r'"(--[a-z-]+)"', container))
-    for page in (*PAGES, *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"):
+    for page in (*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"):
         for command in re.findall(r"stepwell serve ((?:[^\n`]|\\\n)*)", page.read_text()):
             named |= set(re.findall(r"(?<!\S)(--[a-z][a-z-]*)", command))
     assert len(named) > 10
@@ -45,7 +44,7 @@ def test_every_option_of_serve_that_is_named_there_is_one() -> None:
 
 
 def test_every_reason_and_every_alert_has_its_section() -> None:
-    headings = set(re.findall(r"^### (\S+)$", (DOCS / "incidents.md").read_text(), re.MULTILINE))
+    headings = set(re.findall(r"^### (\S+)$", (DOCS / "when-it-breaks.md").read_text(), re.MULTILINE))
     assert set(reasons()) <= headings
     alerts = [
         alert
@@ -72,7 +71,7 @@ def test_the_image_is_pinned_and_runs_as_nobody_in_particular() -> None:
         if name == "COPY" and not value.startswith("--from"):
             assert all((ROOT / source).exists() for source in value.split()[:-1]), value
     assert not re.search(r"https?://(?!127)|curl |wget |index.url|:latest", text)
-    # what builds the native front, as docs/operate/production.md has it
+    # what builds the native front, as docs/operate/run.md has it
     assert "$(python server/front/backend/front_cargo.py)" in text
     assert "REQUIRE_NATIVE_FRONT=1" in text
     assert '".[$EXTRA]" ./server/front' in text
@@ -157,14 +156,18 @@ def test_kubernetes_finds_what_it_wants() -> None:
 
 def test_the_commands_for_certificates_and_the_settings_of_production_are_right(tmp_path: Path) -> None:
     """The whole page is run by tests/packaging/test_production_page.py, which takes minutes."""
-    certificates = [] if shutil.which("openssl") is None else _blocks(DOCS / "certificates.md", "sh")
+    certificates = [
+        block
+        for block in _blocks(DOCS / "secure.md", "sh")
+        if block.startswith("openssl") and shutil.which("openssl") is not None
+    ]
     tokens = f'"{sys.executable}" -m stepwell tokens add shop --tenant acme --file tokens'
     for block in (tokens, *certificates):
         done = subprocess.run(
             ["bash", "-euc", block], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-    (settings,) = _blocks(DOCS / "production.md", "toml")
+    (settings,) = _blocks(DOCS / "run.md", "toml")
     file = tmp_path / "stepwell.toml"
     file.write_text(settings)
     secrets = {"STEPWELL_AUTH_TOKENS": str(tmp_path / "tokens"), "STEPWELL_DATA_DIR": str(tmp_path / "data")}

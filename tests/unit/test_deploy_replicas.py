@@ -219,7 +219,7 @@ def test_valkey_starts_with_its_password(where: str, tmp_path: Path) -> None:
 
 
 def test_valkey_has_room_to_write_its_file_anew() -> None:
-    """docs/operate/valkey.md: twice what the sessions take, as pages that change meanwhile are copied."""
+    """docs/operate/scale-out.md: twice what the sessions take, as pages that change meanwhile are copied."""
     (pod,) = [pod for name, pod in pods() if name == "stepwell-valkey"]
     (container,) = pod["spec"]["containers"]
     found = re.search(r"--maxmemory (\d+)gb", container["args"][0])

@@ -85,7 +85,7 @@ def test_loopback_and_unix_sockets_need_nothing(host: str, caplog: pytest.LogCap
 def test_the_front_in_python_has_to_be_asked_for_as_well() -> None:
     assert refused(settings("0.0.0.0", **MUTUAL), PROBLEM) == (
         "--listen: without the native front it must be a loopback address, because the front in Python does not bound what"
-        f" clients take; {PROBLEM}; or accept that with --front python (docs/operate/operations.md); got 0.0.0.0:1"
+        f" clients take; {PROBLEM}; or accept that with --front python (docs/operate/run.md); got 0.0.0.0:1"
     )
     assert not refused(settings("0.0.0.0", front="python", **MUTUAL))
 

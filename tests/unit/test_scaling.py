@@ -1,4 +1,4 @@
-"""The model of docs/operate/scaling.md: its lines go through what was measured, and more is never cheaper."""
+"""The model of docs/operate/scale-out.md: its lines go through what was measured, and more is never cheaper."""
 
 from __future__ import annotations
 

@@ -263,7 +263,7 @@ def envoy_config(
         version = metadata.version("stepwell")
     except metadata.PackageNotFoundError:
         version = "(version not known)"
-    text = f"# Made by `stepwell envoy-config` of Stepwell {version}; docs/operate/replicas.md says what it does.\n"
+    text = f"# Made by `stepwell envoy-config` of Stepwell {version}; docs/operate/scale-out.md says what it does.\n"
     text += filled(resources.files("stepwell.cli").joinpath("envoy.yaml").read_text("utf-8"), values)
     if output == "-":
         click.echo(text, nl=False)

@@ -44,7 +44,7 @@ def _parse_folder(text: str) -> Path:
     """Read the folder of one server's store. The message does not repeat a URL, which may have a password."""
     if is_store_url(text):
         raise UrlError(
-            "must be the data directory of one server; got the URL of a store that servers share: docs/operate/valkey.md says "
+            "must be the data directory of one server; got the URL of a store that servers share: docs/operate/scale-out.md says "
             "what is done with those"
         )
     return parse_path(text)
@@ -279,7 +279,7 @@ def restore(file: Path, place: Path | StoreUrl, key_file: Path | None, moved: bo
     "is_last",
     is_flag=True,
     help="Put it behind the others: it decrypts, and encrypts nothing before its line is moved to the top. For servers that "
-    "share a store: docs/operate/valkey.md says why.",
+    "share a store: docs/operate/scale-out.md says why.",
 )
 def new_key(file: Path, key_id: str | None, is_last: bool) -> None:
     """Put a new key before those of a key file: a server that is started with it encrypts with that one from then on.

@@ -1,4 +1,4 @@
-"""What clients may take of a front, in one place. docs/operate/operations.md says what becomes of who wants more."""
+"""What clients may take of a front, in one place. docs/reference/limits.md describes each limit."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ class Settings:
         STORE,
         "Where sessions are kept: on disk under --data-dir; in memory, where they end with the server; or in "
         "a Valkey that several servers share, valkey://HOST[:PORT][,HOST[:PORT]...]/DB?..., valkeys:// over "
-        "TLS: see docs/operate/valkey.md. Needs the extra valkey.",
+        "TLS: see docs/operate/scale-out.md. Needs the extra valkey.",
     ] = "disk"
     data_dir: Annotated[
         Path | None,
@@ -216,7 +216,7 @@ class Settings:
     quotas: Annotated[
         Path | None,
         FILE,
-        "TOML file of quotas of tenants and callers, read again when it changes: see docs/operate/security.md. "
+        "TOML file of quotas of tenants and callers, read again when it changes: see docs/operate/secure.md. "
         "Default: none.",
     ] = None
     metrics_tenants: Annotated[

@@ -1,4 +1,4 @@
-"""docs/operate/replicas.md: its calls by curl run, and answer what it says."""
+"""docs/guides/json.md: its calls by curl run, and answer what it says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.envoy import Envoy
 from support.secured import Server
 from support.server_process import forecast
 
-PAGE = Path(__file__).parents[2] / "docs" / "operate" / "replicas.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "json.md"
 BLOCK = re.compile(r"^```(sh|json)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 #: For machines without curl: as much of it as the page uses.
 CURL = """
