@@ -90,6 +90,11 @@ coverage: $(INSTALLED) $(FRONT) ## Run what `make test` runs, and fail if that c
 	@$(BIN)/python $(PROGRAMS)
 	$(BIN)/pytest --cov --cov-report=term $(ALL) $(if $(ARGS),,-m "not slow") $(ARGS)
 
+.PHONY: mutants
+mutants: $(INSTALLED) ## Change one thing at a time in core and intake, a hundred times each, and show what no unit test notices (half an hour; ARGS="server/stepwell_server/core --count 20 --seed 7" tries others)
+	@$(BIN)/python $(PROGRAMS)
+	$(if $(ARGS),$(BIN)/python scripts/mutants.py $(ARGS),for package in core engine/intake; do $(BIN)/python scripts/mutants.py server/stepwell_server/$$package; done)
+
 # What runs once more with TLS and tokens, which is said to the harness by STEPWELL_TEST_SECURED=1.
 SECURED := tests/fault $(addprefix tests/integration/test_,$(addsuffix .py,wire_* fronts* sdk_* native_* groups server_stops triton_clients))
 
