@@ -36,6 +36,7 @@ FILES = (
 PYTHON_PAGES = {
     "README.md": "tests/packaging/test_examples.py",
     "docs/guides/client.md": "tests/packaging/test_examples.py",
+    "docs/guides/sessions.md": "tests/packaging/test_examples.py",
     "docs/index.md": "tests/packaging/test_examples.py",
     "docs/operate/run.md": "tests/packaging/test_production_page.py",
     "docs/guides/steps.md": "tests/packaging/test_examples.py",
