@@ -97,7 +97,7 @@ def test_a_server_says_what_is_wrong_with_its_store(valkey: Valkey, tmp_path: Pa
     cases = [
         (
             (url, "--data-dir", str(tmp_path)),
-            "'--data-dir': with '--store' valkey://.* nothing is kept on disk",
+            "'--data-dir': cannot be used with '--store' valkey://.*, which keeps nothing on disk",
         ),
         ((valkey.url("?partitions=x"),), "'--store': partitions must be a number from 1 to 4096; got 'x'"),
         ((valkey.url("?replicas=1").replace("/0?", "/99?"),), "--store: .* refuses the connection: .*index"),

@@ -136,7 +136,10 @@ def test_a_store_on_the_command_line_wins_over_the_folder_in_it(file: Path) -> N
     assert read("--config", str(file), "--data-dir", "/d").store == "disk"
     shown = run("--config", str(file), "--data-dir", "/d", "--show-config").stdout.splitlines()
     assert 'store = "disk"  # default' in shown
-    assert f"'data-dir' in {file}: with 'store' in {file} memory nothing" in run("--config", str(file)).stderr
+    assert (
+        f"'data-dir' in {file}: cannot be used with 'store' in {file} memory"
+        in run("--config", str(file)).stderr
+    )
 
 
 def test_what_is_shown_says_where_it_came_from_and_can_be_read_again(file: Path) -> None:
@@ -198,14 +201,14 @@ def test_rows_are_a_number_a_table_or_a_list(tmp_path: Path) -> None:
             "{file}: there is no setting 'max_batch_rows'; did you mean 'max-batch-rows'?",
         ),
         ("lisen = 'x:1'", "{file}: there is no setting 'lisen'; did you mean 'listen'?"),
-        ("config = 'x'", "{file}: there is no setting 'config'; there are models,"),
-        ("zzz = 1", "{file}: there is no setting 'zzz'; there are models, listen, insecure-listen,"),
+        ("config = 'x'", "{file}: there is no setting 'config'; the settings are models,"),
+        ("zzz = 1", "{file}: there is no setting 'zzz'; the settings are models, listen, insecure-listen,"),
         ("insecure-listen = 'yes'", "'insecure-listen' in {file}: must be true or false; got 'yes'"),
-        ("listen = 5", "'listen' in {file}: must be a string that is not empty; got 5"),
-        ("data-dir = ''", "'data-dir' in {file}: must be a string that is not empty; got ''"),
+        ("listen = 5", "'listen' in {file}: must be a non-empty string; got 5"),
+        ("data-dir = ''", "'data-dir' in {file}: must be a non-empty string; got ''"),
         ("listen = 'here'", "'listen' in {file}: must be HOST:PORT"),
         ("max-batch-rows = 0", "'max-batch-rows' in {file}: must be a whole number from 1 to"),
-        ("max-batch-rows = true", "'max-batch-rows' in {file}: must be a number or string"),
+        ("max-batch-rows = true", "'max-batch-rows' in {file}: must be a number or a non-empty string"),
         (
             "drain-timeout-s = 'soon'",
             "'drain-timeout-s' in {file}: must be a number of seconds, or a time such as",
@@ -213,7 +216,7 @@ def test_rows_are_a_number_a_table_or_a_list(tmp_path: Path) -> None:
         ("import = 'a'", "'import' in {file}: must be a list; got 'a'"),
         ("models = 'm=x.keras'", "'models' in {file}: must be a table of names and values; got 'm=x.keras'"),
         ("[models]\n'a b' = 'x'", "'models' in {file}: must be NAME=PATH with a name of 1 to 128"),
-        ("[models]\nm = 5", "'models' in {file}: must be a string that is not empty; got 5"),
+        ("[models]\nm = 5", "'models' in {file}: must be a non-empty string; got 5"),
         (
             "listen 5",
             "{file} is not TOML: Expected '=' after a key in a key/value pair (at line 1, column 8)",

@@ -436,7 +436,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     homeless = {"HOME": "", "XDG_DATA_HOME": None, "XDG_CACHE_HOME": None, "STEPWELL_CONFIG": None}
     result = CliRunner(env=homeless).invoke(main, ["doctor"])
     assert result.exit_code == 2
-    assert result.stderr.startswith("stepwell: error: --cache-dir: give a folder; without a home")
+    assert result.stderr.startswith("stepwell: error: --cache-dir: give a folder; there is no default")
 
     lacking = {"serve": [], "server": ["no-such-framework"]}
     monkeypatch.setattr(_of_server, "packages_of", lacking.__getitem__)

@@ -234,7 +234,7 @@ async def test_a_stream_that_ends_by_itself_keeps_its_own_end() -> None:
 async def test_the_front_knows_a_bounded_number_and_those_with_streams_stay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(guard, "MOST_KNOWN", 3)
+    monkeypatch.setattr(guard, "MAX_KNOWN", 3)
     doors = Doors()
     ann = await doors.open("ann")
     for number in range(10):

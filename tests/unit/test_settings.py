@@ -103,10 +103,13 @@ def test_what_is_said_of_callers_goes_together(model: str) -> None:
     assert (named.auth_jwt_tenant_claim, named.auth_jwt_role_claim) == ("org", "may")
     for arguments, message in (
         (["--auth-certificates", "c"], "--auth-certificates: must be given with --tls-client-ca"),
-        (jwks[:4], "--auth-jwks: must be given with --auth-jwt-issuer: what others signed"),
-        ([*jwks[:2], *jwks[4:]], "--auth-jwks: must be given with --auth-jwt-audience: what others"),
+        (jwks[:4], "--auth-jwks: must be given with --auth-jwt-issuer: without it, the server would accept"),
+        (
+            [*jwks[:2], *jwks[4:]],
+            "--auth-jwks: must be given with --auth-jwt-audience: without it, the server",
+        ),
         ([*jwks[:2], "--auth-jwt-audience", "", *jwks[4:]], "must be given with --auth-jwt-audience"),
-        (jwks[2:4], "--auth-jwt-audience: must be given with --auth-jwks, the keys that sign"),
+        (jwks[2:4], "--auth-jwt-audience: must be given with --auth-jwks, the keys that sign the JWTs"),
         (["--auth-jwt-audience", ""], "--auth-jwt-audience: must be given with --auth-jwks"),
         (["--auth-jwt-tenant-claim", "org"], "--auth-jwt-tenant-claim: must be given with --auth-jwks"),
         (["--auth-jwt-role-claim", "may"], "--auth-jwt-role-claim: must be given with --auth-jwks"),
@@ -203,18 +206,21 @@ def test_a_folder_of_models(model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--watch-models"], "--watch-models: must be given with --models-dir, the folder that it is about"),
+        (
+            ["--watch-models"],
+            "--watch-models: must be given with --models-dir, the folder that it applies to",
+        ),
         (["--version-policy", "all"], "--version-policy: must be given with --models-dir, the folder that"),
-        (["--sessions", "migrate"], "--sessions: with migrate the function must be given by --migration"),
+        (["--sessions", "migrate"], "--sessions: migrate needs a function, given by --migration"),
         (["--models", "/nowhere"], "--models: must be a folder; /nowhere does not exist"),
         (["--models", __file__], f"--models: must be a folder; {__file__} is a file"),
         (
             ["--models", ".", "--version-policy", "all", "--version-policy", "latest"],
-            "must be given once for each name; got it twice for all models",
+            "must be given once for each name; got two values for all models",
         ),
         (
             ["--models", ".", "--version-policy", "a=all", "--version-policy", "a=1"],
-            "must be given once for each name; got it twice for 'a'",
+            "must be given once for each name; got two values for 'a'",
         ),
     ],
 )
@@ -235,10 +241,10 @@ def test_resident_rows_are_of_each_model_or_of_the_one_that_is_named(model: str)
         "--resident-rows: there is no model 'other'; the models are forecast"
     )
     assert refused([model, "--resident-rows", "7", "--resident-rows", "8"], {}).endswith(
-        "must be given once for each name; got it twice for all models"
+        "must be given once for each name; got two values for all models"
     )
     assert refused([model, "--resident-rows=forecast=7", "--resident-rows=forecast=8"], {}).endswith(
-        "must be given once for each name; got it twice for 'forecast'"
+        "must be given once for each name; got two values for 'forecast'"
     )
 
 
@@ -287,7 +293,11 @@ def test_resident_rows_are_of_each_model_or_of_the_one_that_is_named(model: str)
         ("max-model-bytes", "9" * 400 + "TiB", "a whole number of bytes"),
         ("compile-timeout-s", "-1", "a number of seconds"),
         ("compute-threads", "1.5", "must be a whole number from 1 to 4096; got"),
-        ("store", "redis", "must be disk, memory, or the URL of a Valkey, valkey://HOST/0 say; got 'redis'"),
+        (
+            "store",
+            "redis",
+            "must be disk, memory, or the URL of a Valkey such as valkey://HOST/0; got 'redis'",
+        ),
         ("durability", "none", "must be one of sync, async; got"),
         ("log-level", "loud", "must be one of debug, info"),
         ("log-format", "xml", "must be one of text, json; got"),
@@ -382,10 +392,10 @@ def test_a_password_in_what_should_be_the_url_of_a_store_is_not_shown(model: str
         (["=x.keras"], r"a name of 1 to 128 letters"),
         (["a@0=x.keras"], r"must be NAME=PATH with a name .*, or NAME@VERSION with a whole number from 1 to"),
         (["a:b=x.keras"], r"or NAME@VERSION with a whole number from 1 to 9223372036854775807"),
-        (["a@2=x.keras", "a@2=y.keras"], r"must be given once for each name; got it twice for 'a@2'"),
+        (["a@2=x.keras", "a@2=y.keras"], r"must be given once for each name; got two values for 'a@2'"),
         (["a b=x.keras"], r"a name of 1 to 128 letters.*got 'a b=x.keras'"),
         (["a" * 129 + "=x.keras"], r"a name of 1 to 128 letters"),
-        (["a=x.keras", "a=y.keras"], r"must be given once for each name; got it twice for 'a'"),
+        (["a=x.keras", "a=y.keras"], r"must be given once for each name; got two values for 'a'"),
         (
             ["a=/nowhere/x.keras"],
             r"model a: PATH must be a .keras or .stepwell file; /nowhere/x.keras does not exist",
@@ -409,13 +419,15 @@ def test_a_saved_model_folder_is_told_from_another(tmp_path: Path) -> None:
 
 
 def test_a_data_dir_and_the_memory_store_exclude_each_other(model: str) -> None:
-    rule = "nothing is kept on disk; give one of the two"
+    rule = ", which keeps nothing on disk; give only one of the two"
     assert re.search(
-        f"^'--data-dir': with '--store' memory {rule}$",
+        f"^'--data-dir': cannot be used with '--store' memory{rule}$",
         refused([model, "--store", "memory", "--data-dir", "/x"], {}),
     )
     environment = {"STEPWELL_STORE": "memory", "STEPWELL_DATA_DIR": "/x"}
-    assert re.search(f"^STEPWELL_DATA_DIR: with STEPWELL_STORE memory {rule}$", refused([model], environment))
+    assert re.search(
+        f"^STEPWELL_DATA_DIR: cannot be used with STEPWELL_STORE memory{rule}$", refused([model], environment)
+    )
 
 
 def test_a_store_that_is_shared(model: str) -> None:
@@ -428,9 +440,12 @@ def test_a_store_that_is_shared(model: str) -> None:
     refusal = refused([model, "--store", "valkey://h?color=red"], {})
     assert "'--store': color is not known; there are prefix, partitions" in refusal
     refusal = refused([model, "--store", "valkey://u:hidden@h", "--data-dir", "/x"], {})
-    assert "'--data-dir': with '--store' valkey://u@h:6379/0 nothing is kept on disk" in refusal
+    assert (
+        "'--data-dir': cannot be used with '--store' valkey://u@h:6379/0, which keeps nothing on disk"
+        in refusal
+    )
     assert read_settings([model, "--store", "valkey://h"], {"STEPWELL_DATA_DIR": "/x"}).data_dir is None
-    with pytest.raises(StartError, match="--data-dir: with --store URL sessions are kept there"):
+    with pytest.raises(StartError, match="--data-dir: must be left out with --store URL"):
         Settings(store=StoreUrl(addresses=(("h", 1),)), data_dir=Path("/x"))
 
 
@@ -472,18 +487,20 @@ def test_a_home_that_is_not_there_is_refused(model: str, monkeypatch: pytest.Mon
     for variable in ("XDG_CACHE_HOME", "XDG_DATA_HOME"):
         monkeypatch.delenv(variable, raising=False)
     assert re.search(
-        r"^--data-dir: give a folder; without a home \(HOME\)", refused([model, "--cache-dir", "/c"], {})
+        r"^--data-dir: give a folder; there is no default because neither HOME nor",
+        refused([model, "--cache-dir", "/c"], {}),
     )
     assert re.search(
-        r"^--cache-dir: give a folder; without a home \(HOME\)", refused([model, "--data-dir", "/d"], {})
+        r"^--cache-dir: give a folder; there is no default because neither HOME nor",
+        refused([model, "--data-dir", "/d"], {}),
     )
     assert read_settings([model, "--store", "memory", "--cache-dir", "/c"], {}).store == "memory"
     assert re.search(
-        r"'--data-dir': must be a path that can be found: ~ has no home here; got '~/x'",
+        r"'--data-dir': must be a path that exists: ~ has no home folder on this machine; got '~/x'",
         refused([model, "--data-dir", "~/x", "--cache-dir", "/c"], {}),
     )
     assert re.search(
-        r"with a path that can be found: ~nobody_here has no home here; got 'm=~nobody_here/m.keras'",
+        r"with a path that exists: ~nobody_here has no home folder on this machine; got 'm=~nobody_here/m.keras'",
         refused(["m=~nobody_here/m.keras"], {}),
     )
 
@@ -519,7 +536,7 @@ def test_help_explains_every_option_and_names_its_variable() -> None:
             about = rf"{setting.option}[, ].*[.)] \[env var: {setting.variable}\]"
             assert re.search(about, text), setting.field
     assert "or reply. Default: 64MiB. [env var: STEPWELL_MAX_MESSAGE_BYTES]" in text
-    assert "queued work. Default: 30. [env var: STEPWELL_DRAIN_TIMEOUT_S]" in text
+    assert "when the server stops. Default: 30. [env var: STEPWELL_DRAIN_TIMEOUT_S]" in text
 
 
 def test_documents_have_the_defaults_that_hold() -> None:

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
 /// Sockets that are in the set at the same time; while there are more, the loop does not drive.
-const MOST_SOCKETS: usize = 64;
+const MAX_SOCKETS: usize = 64;
 
 /// Any thread may ring.
 #[derive(Debug)]
@@ -74,7 +74,7 @@ impl Wakeup {
 
     /// A socket is open, until what this returns is dropped.
     pub fn watch(&self, socket: &impl AsRawFd) -> Watched {
-        let is_watched = self.counts.watched.load(Ordering::Relaxed) < MOST_SOCKETS
+        let is_watched = self.counts.watched.load(Ordering::Relaxed) < MAX_SOCKETS
             && control(&self.sockets, libc::EPOLL_CTL_ADD, socket.as_raw_fd()).is_ok();
         let watched = Watched { counts: self.counts.clone(), is_watched };
         watched.count().fetch_add(1, Ordering::Relaxed);
@@ -199,7 +199,7 @@ mod tests {
     #[test]
     fn more_sockets_than_it_watches_are_counted() {
         let wakeup = Wakeup::new().unwrap();
-        let pairs: Vec<_> = (0..=MOST_SOCKETS).map(|_| UnixStream::pair().unwrap()).collect();
+        let pairs: Vec<_> = (0..=MAX_SOCKETS).map(|_| UnixStream::pair().unwrap()).collect();
         let mut watched: Vec<_> = pairs.iter().map(|(here, _)| wakeup.watch(here)).collect();
         assert!(!wakeup.sees_all());
         watched.pop();

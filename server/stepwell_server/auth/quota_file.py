@@ -20,8 +20,8 @@ _log = Log("quotas")
 #: So often the file is looked at, in seconds. Two looks must have seen a change.
 LOOK_S = 0.25
 #: Of any quota: more is a slip of the hand, and beyond what counters hold.
-_MOST = 10**15
-_MOST_SHOWN = 40
+_MAX_QUOTA = 10**15
+_MAX_SHOWN = 40
 _OF_TENANTS = tuple(field.name for field in dataclasses.fields(Limits))
 _OF_CALLERS = ("sessions", "rows", "bytes", "steps_per_second", "burst", "bytes_in_flight")
 #: A store that servers share counts for all of them, and counts by tenants.
@@ -73,7 +73,7 @@ def _table(where: str, value: object) -> Mapping[str, Any]:
 
 def _shown(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _limits(where: str, value: object, allowed: tuple[str, ...]) -> Limits:
@@ -86,10 +86,10 @@ def _limits(where: str, value: object, allowed: tuple[str, ...]) -> Limits:
             kinds, lowest = (int, float), 1  # type: ignore[assignment]
         elif name in {"burst", "bytes_in_flight"}:
             lowest = 1
-        if not isinstance(number, kinds) or isinstance(number, bool) or not lowest <= number <= _MOST:
+        if not isinstance(number, kinds) or isinstance(number, bool) or not lowest <= number <= _MAX_QUOTA:
             what = "number" if name == "steps_per_second" else "whole number"
             raise ValueError(
-                f"{where} {name} must be a {what} of at least {lowest}, at most {_MOST}; got {_shown(number)}"
+                f"{where} {name} must be a {what} of at least {lowest}, at most {_MAX_QUOTA}; got {_shown(number)}"
             )
     if "burst" in given and "steps_per_second" not in given:
         raise ValueError(f"{where} burst must be given with steps_per_second")

@@ -36,9 +36,9 @@ _ALGORITHMS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("EC", "P-521"): ("ES512",),
     ("OKP", "Ed25519"): ("EdDSA",),
 }
-_LEAST_RSA_BITS = 2048
+_MIN_RSA_BITS = 2048
 _PRIVATE = {"d", "k", "p", "q"}
-_MOST_KNOWN = 4096
+_MAX_KNOWN = 4096
 """Tokens of which it is remembered that they are in order."""
 _ROLES = (Role.ADMIN, Role.USER, Role.VIEWER)
 
@@ -97,7 +97,7 @@ class WebTokens:
             raise Unauthenticated("the JWT has expired; send a new one") from None
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise Unauthenticated(f"the JWT must be one that this server takes: {_reason(error)}") from None
-        while len(self._known) >= _MOST_KNOWN:
+        while len(self._known) >= _MAX_KNOWN:
             self._known.popitem(last=False)
         self._known[digest] = known
         return known
@@ -228,7 +228,7 @@ def _key(given: object, *, is_only: bool) -> tuple[str, Key]:
         public = jwt.PyJWK(given, allowed[0]).key
     except (jwt.PyJWTError, ValueError, TypeError) as error:
         raise ValueError(f"must be a whole key: {type(error).__name__}") from None
-    if isinstance(public, RSAPublicKey) and public.key_size < _LEAST_RSA_BITS:
-        raise ValueError(f"must have at least {_LEAST_RSA_BITS} bits; it has {public.key_size}")
+    if isinstance(public, RSAPublicKey) and public.key_size < _MIN_RSA_BITS:
+        raise ValueError(f"must have at least {_MIN_RSA_BITS} bits; it has {public.key_size}")
     raw = json.dumps({name: given.get(name) for name in ("kty", "crv", "n", "e", "x", "y", "alg", "kid")})
     return kid, Key(public, allowed, hashlib.sha256(raw.encode()).hexdigest())

@@ -1,4 +1,4 @@
-"""Prometheus metrics: `observer` counts, `gauges` describes the moment of a scrape, `server` answers it.
+"""Prometheus metrics: `observer` counts events, `gauges` reads current values, `server` answers scrapes.
 
 There is no global registry, and prometheus_client is imported only if metrics are scraped.
 """

@@ -1,4 +1,4 @@
-"""Prometheus's families from plain numbers: the one module that makes them, so that prometheus_client is imported by a scrape alone."""
+"""Creates Prometheus's metric families. Only this module imports prometheus_client, and only for a scrape."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
     _Family = TypeVar("_Family", CounterMetricFamily, GaugeMetricFamily)
 
 Labels = tuple[str, ...]
-"""Names of labels, or values of them in the same order."""
+"""Names of labels, or their values in the same order."""
 Values = float | Mapping[Any, float]
-"""One number without labels, or numbers by the value of the only label or the values of several."""
+"""One number without labels, or numbers by label value (one label) or by tuple of label values."""
 
 
 def gauge(name: str, text: str, values: Values, labels: Labels = ()) -> GaugeMetricFamily:
-    """Numbers that rise and fall."""
+    """Return a gauge, whose numbers rise and fall."""
     from prometheus_client.core import GaugeMetricFamily
 
     return _filled(GaugeMetricFamily(name, text, labels=labels), values)
 
 
 def counter(name: str, text: str, values: Values, labels: Labels = ()) -> CounterMetricFamily:
-    """Numbers that only grow; `name` is without `_total`."""
+    """Return a counter, whose numbers only grow. `name` is without `_total`."""
     from prometheus_client.core import CounterMetricFamily
 
     return _filled(CounterMetricFamily(name, text, labels=labels), values)
 
 
 def histogram(name: str, text: str, values: Mapping[Any, Series], labels: Labels) -> HistogramMetricFamily:
-    """Counts of values up to each of some bounds, and their sums, by the value of the only label or the values of several."""
+    """Return a histogram of values, by label values."""
     from prometheus_client.core import HistogramMetricFamily
 
     family = HistogramMetricFamily(name, text, labels=labels)
@@ -50,7 +50,7 @@ def histogram(name: str, text: str, values: Mapping[Any, Series], labels: Labels
 def info(
     name: str, text: str, facts: Mapping[Any, Mapping[str, str]], labels: Labels = ()
 ) -> InfoMetricFamily:
-    """Texts as labels of a series that is always 1; `name` is without `_info`."""
+    """Return texts as the labels of a series that is always 1. `name` is without `_info`."""
     from prometheus_client.core import InfoMetricFamily
 
     family = InfoMetricFamily(name, text, labels=labels)

@@ -1,4 +1,4 @@
-"""How things are at the moment of a scrape, beside the limits that they have."""
+"""Gauges: values at the moment of a scrape, and the limits that apply to them."""
 
 from __future__ import annotations
 
@@ -23,54 +23,63 @@ if TYPE_CHECKING:
     from stepwell_server.rpc.fronts.certificates import CertificateFiles
     from stepwell_server.store.base import StoreHealth
 
-#: What there can be warnings of (`Report.warnings`): each has a series from the start.
+#: Subjects of warnings (`Report.warnings`). Each has a series from the start.
 WARNINGS = ("default versions", "disk", "models", "store")
-#: What a front has to do (`FrontCounts.now`).
+#: Help of the front's current values (`FrontCounts.now`).
 _FRONT = {
-    "connections": "Connections open.",
-    "calls": "Calls under way.",
-    "unknown_calls": "Those of them whose caller is not known, or not yet.",
-    "health_calls": "Those of them that ask how the server is.",
-    "watches": "Those of them that ask so for as long as they like.",
+    "connections": "Open connections.",
+    "calls": "Running calls.",
+    "unknown_calls": "Running calls whose caller is not authenticated, or not yet.",
+    "health_calls": "Running health checks.",
+    "watches": "Running health watches, which end only when their clients end them.",
     "held_bytes": "Bytes of requests and replies in memory.",
-    "queued_bytes": "Bytes of plain steps that the event loop has not taken.",
-    "window_bytes": "Bytes that clients may send before they are read.",
-    "unwritten_replies": "Replies that are not on their way.",
+    "queued_bytes": "Bytes of steps that wait for the event loop.",
+    "window_bytes": "Bytes that clients may send before the server reads on.",
+    "unwritten_replies": "Replies that are not yet written to the network.",
 }
-#: What clients may take of it (`FrontLimits`): the metric, and what it says.
+#: Name and help of the metric of each limit of the front (`FrontLimits`).
 _FRONT_LIMITS = {
-    "connections": ("max_connections", "Connections at most."),
-    "address_connections": ("max_address_connections", "Connections from one address at most; 0: no limit."),
-    "calls": ("max_calls", "Calls under way at most."),
-    "unknown_calls": ("max_unknown_calls", "Calls under way at most whose caller is not known."),
-    "health_calls": ("max_health_calls", "Calls under way at most that ask how the server is."),
-    "watches": ("max_watches", "The same that ask for as long as they like."),
-    "receive_s": ("receive_timeout_seconds", "So long a message may pause while it comes."),
+    "connections": ("max_connections", "Limit of open connections."),
+    "address_connections": (
+        "max_address_connections",
+        "Limit of connections from one address; 0: no limit.",
+    ),
+    "calls": ("max_calls", "Limit of running calls."),
+    "unknown_calls": ("max_unknown_calls", "Limit of running calls whose caller is not authenticated."),
+    "health_calls": ("max_health_calls", "Limit of running health checks."),
+    "watches": ("max_watches", "Limit of running health watches."),
+    "receive_s": ("receive_timeout_seconds", "Longest pause while a message arrives, in seconds."),
     "receive_bytes_per_s": (
         "min_receive_bytes_per_second",
-        "The rate at which a message must come after that time.",
+        "Lowest rate at which a message may arrive after that time.",
     ),
-    "streams": ("max_connection_calls", "Calls under way of one connection at most."),
-    "budget_bytes": ("max_held_bytes", "Bytes of requests and replies in memory before calls are refused."),
-    "connection_bytes": ("max_connection_held_bytes", "The same, of one connection."),
-    "connection_steps": ("max_connection_steps", "Steps of one connection without an answer at most."),
-    "frames": ("max_stream_frames", "Frames of one stream without an answer at most."),
-    "queued_bytes": ("max_queued_bytes", "Bytes of plain steps that may wait for the event loop."),
-    "message_bytes": ("max_message_bytes", "Bytes of a request or reply at most."),
-    "open_message_bytes": ("max_open_message_bytes", "Bytes of a health check at most."),
-    "header_bytes": ("max_header_bytes", "Bytes of the headers of a call at most."),
-    "keepalive_s": ("keepalive_seconds", "A client that is silent for so long is pinged."),
-    "keepalive_timeout_s": ("keepalive_timeout_seconds", "So long it may take to answer."),
-    "handshake_s": ("handshake_timeout_seconds", "So long a connection may take to begin."),
-    "unread_s": ("unread_timeout_seconds", "So long replies may wait for their client before the call ends."),
-    "age_s": ("max_connection_age_seconds", "So long a connection takes calls; 0: for ever."),
-    "age_grace_s": ("max_connection_age_grace_seconds", "So long its calls may go on after that."),
+    "streams": ("max_connection_calls", "Limit of running calls of one connection."),
+    "budget_bytes": (
+        "max_held_bytes",
+        "Bytes of requests and replies in memory, above which calls are refused.",
+    ),
+    "connection_bytes": ("max_connection_held_bytes", "The same for one connection."),
+    "connection_steps": ("max_connection_steps", "Limit of unanswered steps of one connection."),
+    "frames": ("max_stream_frames", "Limit of unanswered frames of one stream."),
+    "queued_bytes": ("max_queued_bytes", "Limit of bytes of steps that wait for the event loop."),
+    "message_bytes": ("max_message_bytes", "Largest request or reply, in bytes."),
+    "open_message_bytes": ("max_open_message_bytes", "Largest health check, in bytes."),
+    "header_bytes": ("max_header_bytes", "Largest headers of a call, in bytes."),
+    "keepalive_s": ("keepalive_seconds", "Silence of a client after which it is pinged, in seconds."),
+    "keepalive_timeout_s": ("keepalive_timeout_seconds", "Longest time to answer such a ping, in seconds."),
+    "handshake_s": ("handshake_timeout_seconds", "Longest handshake of a connection, in seconds."),
+    "unread_s": (
+        "unread_timeout_seconds",
+        "Longest time that a client may leave replies unread before its call ends, in seconds.",
+    ),
+    "age_s": ("max_connection_age_seconds", "Time during which a connection takes calls; 0: no limit."),
+    "age_grace_s": ("max_connection_age_grace_seconds", "Time that its calls then have to end, in seconds."),
 }
 
 
 def of_build(facts: Mapping[str, str]) -> Iterator[Metric]:
     """The release, the interpreter, the front, the store."""
-    yield info("stepwell_build", "What this server is.", {(): facts})
+    yield info("stepwell_build", "Versions and identity of this server.", {(): facts})
 
 
 def of_versions(
@@ -92,7 +101,7 @@ def of_versions(
         for one in versions
         if one.is_default
     }
-    yield info("stepwell_model", "The models that are served.", served, ("model",))
+    yield info("stepwell_model", "The served models.", served, ("model",))
     counts = counts_of(statuses)
     yield gauge(
         "stepwell_model_versions",
@@ -102,17 +111,17 @@ def of_versions(
     )
     yield gauge(
         "stepwell_model_default_version",
-        "The version that the model's name stands for; 0: none is served.",
+        "The default version of the model; 0: none is served.",
         {name: each.default for name, each in counts.items()},
         ("model",),
     )
 
 
 def of_readiness(report: Report) -> Iterator[Metric]:
-    """What /readyz says, and what it warns of."""
+    """Readiness and warnings, as /readyz reports them."""
     text = "1 if calls can be answered, 0 while models are loaded, the store cannot be used, or the server stops."
     yield gauge("stepwell_ready", text, report.is_ready)
-    text = "1 while /readyz?verbose warns of it: the server is ready, and somebody should look at this."
+    text = "1 while /readyz?verbose has this warning: the server is ready, but somebody should look at it."
     warnings = {
         about.replace(" ", "_"): about in report.warnings for about in sorted({*WARNINGS, *report.warnings})
     }
@@ -120,43 +129,41 @@ def of_readiness(report: Report) -> Iterator[Metric]:
 
 
 def of_front(counts: FrontCounts, limits: Mapping[str, float]) -> Iterator[Metric]:
-    """What the front has to do, and what it lets clients take."""
+    """The load of the front, and its limits."""
     for name, value in counts.now.items():
         yield gauge(f"stepwell_front_{name}", _FRONT[name], value)
     text = "Connections and calls that the front refused or ended, by reason."
     yield counter("stepwell_front_refused", text, counts.refused, ("reason",))
     if counts.taken:
         text = (
-            "How often the event loop took what had come, by who read and wrote the sockets: a thread of the front, or the"
-            " event loop, as while one client alone steps back to back."
+            "How often the event loop took received messages, by driver of the sockets: a thread of the front, or the event"
+            " loop itself, which drives them while a single client steps back to back."
         )
         yield counter("stepwell_front_taken", text, counts.taken, ("driver",))
-    for name, most in limits.items():
+    for name, limit in limits.items():
         metric, text = _FRONT_LIMITS[name]
-        yield gauge(f"stepwell_front_{metric}", text, most)
+        yield gauge(f"stepwell_front_{metric}", text, limit)
 
 
 def of_audit(written: int, dropped: int) -> Iterator[Metric]:
     """Events of the audit log."""
-    text = "Events of the audit log; dropped: it was written too slowly, or could not be."
+    text = "Events of the audit log; dropped: the disk was too slow, or the log could not be written."
     outcomes = {"written": written, "dropped": dropped}
     yield counter("stepwell_audit_events", text, outcomes, labels=("outcome",))
 
 
 def of_spans(counts: Mapping[str, int]) -> Iterator[Metric]:
-    """Spans of traces, by outcome; those that are not counted are 0."""
-    text = "Spans of traces by what became of them: sent to the collector, refused by it, or dropped by a full queue."
+    """Spans of traces, by outcome; missing outcomes are 0."""
+    text = "Spans of traces by outcome: exported to the collector, failed there, or dropped by a full queue."
     outcomes = {"exported": 0, "failed": 0, "dropped": 0, **counts}
     yield counter("stepwell_trace_spans", text, outcomes, ("outcome",))
 
 
 def of_certificates(files: CertificateFiles) -> Iterator[Metric]:
-    """How long the certificates that new connections get are valid, and whether changes of them could be used."""
-    text = (
-        "When the first certificate of a file that is in use is no longer valid, in seconds since the epoch."
-    )
+    """Expiry of the certificates in use, and failures to reload them."""
+    text = "Expiry of the certificates in a file, the earliest of them, in seconds since the epoch."
     yield gauge("stepwell_certificate_expiry_timestamp_seconds", text, files.used.ends(), ("file",))
-    text = "How often changed certificates could not be used, so that the old ones stayed."
+    text = "How often changed certificates could not be used, and the old ones stayed in use."
     yield counter("stepwell_certificate_failures", text, files.failures)
 
 
@@ -165,73 +172,83 @@ def of_store(
 ) -> Iterator[Metric]:
     """The store, and the durations of its writes if it is on disk (`writes`).
 
-    Servers that share a store have the same `labels`, so that what all of them report is counted once.
+    Servers that share a store have the same `labels`, so that their common values can be counted once.
     """
-    text = "Which store the server has: store_id is the same for those that share it; shared: true or false."
+    text = (
+        "The store of the server. Servers that share a store have the same store_id; shared is true or false."
+    )
     yield info("stepwell_store", text, {(): labels})
     yield gauge("stepwell_store_ready", "1 if the store can be used, 0 if not.", not health.problem)
-    text = "1 if sessions are missing from the store although nobody ended them, 0 if none are known to be."
+    text = "1 if sessions are known to be missing from the store although nobody ended them, else 0."
     yield gauge("stepwell_store_damaged", text, is_damaged)
-    text = "How many sessions were found to be lost whose keys a shared store does not have any more."
+    text = "Sessions found lost because a shared store no longer has their keys."
     yield counter("stepwell_store_lost_sessions", text, health.lost_sessions)
-    text = "How often the store was opened anew because its disk had failed."
+    text = "How often the store was reopened after its disk had failed."
     yield counter("stepwell_store_reopened", text, health.reopened)
     if writes is None:
         return
-    text = "Duration of a write, with --durability sync until the disk has it: one to the log, a transaction of data.mdb."
+    text = "Duration of a write to the log, or of a transaction of data.mdb; with --durability sync including the flush."
     series = {"log": writes.log, "data": writes.data}
     yield histogram("stepwell_store_write_seconds", text, series, ("file",))
-    text = "Records of sessions written to the log; those that come together are one write."
+    text = "Session records written to the log. Records that arrive together are one write."
     yield counter("stepwell_store_log_records", text, writes.log_records)
 
 
 def of_tenants(counts: TenantCounts) -> Iterator[Metric]:
-    """What tenants have, do and are refused, as far as they have labels of their own."""
+    """Usage and refusals of the tenants that have labels of their own."""
     label = ("tenant",)
     yield gauge("stepwell_tenant_sessions", "Sessions of the tenant.", counts.sessions, label)
     yield gauge("stepwell_tenant_rows", "Rows of the tenant's sessions.", counts.rows, label)
-    yield gauge("stepwell_tenant_bytes", "Bytes that are kept of the tenant's sessions.", counts.bytes, label)
-    text = "Steps that the tenant was charged for: rows times time steps."
+    yield gauge("stepwell_tenant_bytes", "Stored bytes of the tenant's sessions.", counts.bytes, label)
+    text = "Steps charged to the tenant: rows times time steps."
     yield counter("stepwell_tenant_steps", text, counts.steps, label)
-    text = "What a quota refused to the tenant."
+    text = "Requests of the tenant that a quota refused."
     yield counter("stepwell_tenant_refused", text, counts.refused, ("tenant", "quota"))
 
 
 def of_engine(stats: Sequence[ModelStats]) -> Iterator[Metric]:
-    """What the models have and do, and how much that may be."""
+    """The load of the models, and its limits."""
     of_models: list[tuple[str, str, Callable[[ModelStats], int]]] = [
-        ("sessions", "Sessions live.", lambda model: model.sessions),
-        ("resident_rows", "Rows of state ready to step.", lambda model: model.resident_rows),
-        ("max_resident_rows", "Rows of state ready to step at most.", lambda model: model.max_resident_rows),
+        ("sessions", "Open sessions.", lambda model: model.sessions),
+        ("resident_rows", "Rows of state in memory.", lambda model: model.resident_rows),
+        ("max_resident_rows", "Limit of rows of state in memory.", lambda model: model.max_resident_rows),
         ("queued_rows", "Rows that wait for a pass, or for their session.", lambda model: model.queued_rows),
-        ("max_queued_rows", "Beyond so many, steps are refused.", lambda model: model.max_queued_rows),
-        ("max_pass_rows", "Rows of a pass at most.", lambda model: model.max_pass_rows),
+        (
+            "max_queued_rows",
+            "Limit of queued rows, above which steps are refused.",
+            lambda model: model.max_queued_rows,
+        ),
+        ("max_pass_rows", "Limit of rows in a pass.", lambda model: model.max_pass_rows),
     ]
     for name, text, value in of_models:
         yield gauge(f"stepwell_{name}", text, {model.name: value(model) for model in stats}, ("model",))
     waiting = max((model.queued_bytes for model in stats), default=0)  # each says the sum over all models
     commits = max((model.uncommitted for model in stats), default=0)
     for name, text, number in (
-        ("queued_bytes", "Bytes of the inputs that wait for a pass, over all models.", waiting),
-        ("max_queued_bytes", "Beyond so many, steps are refused.", MAX_WAITING_BYTES),
+        ("queued_bytes", "Bytes of inputs that wait for a pass, over all models.", waiting),
+        ("max_queued_bytes", "Limit of queued bytes, above which steps are refused.", MAX_WAITING_BYTES),
         ("uncommitted_sessions", "Sessions whose changes wait for the store.", commits),
-        ("max_uncommitted_sessions", "From so many on, no pass begins.", MAX_WAITING),
+        (
+            "max_uncommitted_sessions",
+            "Limit of uncommitted sessions, from which no pass begins.",
+            MAX_WAITING,
+        ),
     ):
         yield gauge(f"stepwell_{name}", text, number)
 
 
-def of_memory(most: int) -> Iterator[Metric]:
-    """The memory that the process may take, beside what it has (`process_resident_memory_bytes`)."""
-    yield gauge("stepwell_max_memory_bytes", "Memory of the machine or the container.", most)
+def of_memory(limit: int) -> Iterator[Metric]:
+    """The memory that the process may use. `process_resident_memory_bytes` is the memory in use."""
+    yield gauge("stepwell_max_memory_bytes", "Memory of the machine or the container.", limit)
 
 
 def of_disk(folder: Path) -> Iterator[Metric]:
-    """The file system that has a folder, if it can be asked. Not on the event loop: a disk that fails may take its time."""
+    """The file system of a folder, if it can be read. Call it outside the event loop: a failing disk can be slow."""
     try:
         usage = shutil.disk_usage(folder)
-    except OSError:  # the folder is gone: the log says so, and no value is better than an old one
+    except OSError:  # the folder is gone: the log reports it, and no value is better than an old one
         return
-    text = "Bytes of the file system that has --data-dir which the server may still use."
+    text = "Free bytes of the file system of --data-dir."
     yield gauge("stepwell_store_disk_free_bytes", text, usage.free)
-    text = "Bytes of the file system that has --data-dir."
+    text = "Size of the file system of --data-dir, in bytes."
     yield gauge("stepwell_store_disk_size_bytes", text, usage.total)

@@ -1,4 +1,4 @@
-"""What is counted of what the engine, the services and the compiler do, on the event loop, where a scrape takes a copy."""
+"""Counts what the engine, the services and the compiler do. It counts on the event loop, where a scrape takes a copy."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _CHANGES = ("step", "reset", "predict")
 _REPLAYED = ("step", "reset", "open", "fork")
 _STAGES = ("wait", "commit", "total")
 _SOURCES = ("cache", "compiled", "file", "failed")
-#: In place of a model where an error, or what was sent again, is of none that is served.
+#: Label of errors and retries that belong to no served model.
 _NO_MODEL = ""
-#: How long a slow step is kept.
+#: Time for which a slow step is listed.
 SLOW_KEPT_S = 60.0
 
 
@@ -39,7 +39,7 @@ class SlowestSteps:
     def __init__(self) -> None:
         self._found: dict[str, SlowStep] = {}
         self._threshold_s = 0.0
-        """Quicker steps are not among the slowest before the next trim."""
+        """Faster steps cannot be among the slowest before the next trim."""
         self._next_trim = 0.0
 
     def note(self, model: str, session_id: str, seconds: float, now: float) -> None:
@@ -64,16 +64,16 @@ class SlowestSteps:
 
 
 class PrometheusObserver(Observer):
-    """Counts what the engine and the gRPC side do. All methods on the event loop.
+    """Counts what the engine and the gRPC side do. Call all methods on the event loop.
 
-    Labels have values from the server's own lists alone: what callers send makes no series.
+    Label values come only from the server's own lists, so callers cannot create series.
     """
 
     def __init__(self) -> None:
         model = ("model",)
         self._reasons = reasons()
         self.models: dict[str, Mapping[str, str]] = {}
-        """Those that are served, with facts of each."""
+        """The served models, with facts about each."""
         self._alone: dict[str, Series] = {}
         self._batches: defaultdict[str, dict[int, tuple[int, float]]] = defaultdict(dict)
         self._time_step_s: dict[str, float] = {}
@@ -92,51 +92,51 @@ class PrometheusObserver(Observer):
             "stepwell_row_steps", "Rows times time steps of the changes applied.", ("model", "change")
         )
         self._replays = Counter(
-            "stepwell_replays", "Retries that were answered with the remembered reply.", ("model", "change")
+            "stepwell_replays", "Retries answered with the remembered reply.", ("model", "change")
         )
         self._conflicts = Counter(
             "stepwell_store_conflicts",
-            "Changes judged again because another server had changed the session in the store.",
+            "Changes checked again because another server had changed the session in the store.",
             model,
         )
         self._errors = Counter(
             "stepwell_errors",
-            "Calls and changes refused, by model (empty: of none that is known) and reason.",
+            "Calls and changes refused, by model (empty: no served model) and reason.",
             ("model", "reason"),
         )
         self._errors.declare((_NO_MODEL, reason) for reason in self._reasons)
         self._time_steps = Counter("stepwell_pass_time_steps", "Time steps run in passes.", model)
-        self._pass_rows = Histogram("stepwell_pass_rows", "Rows of a pass.", model, ROWS)
+        self._pass_rows = Histogram("stepwell_pass_rows", "Rows in a pass.", model, ROWS)
         self._pass_seconds = Histogram("stepwell_pass_seconds", "Duration of a pass.", model)
         self._stages = Histogram(
             "stepwell_stage_seconds",
-            "Seconds of a change by stage: wait (for its pass), commit (for the store), total (until its answer).",
+            "Duration of a change by stage: wait (for its pass), commit (for the store), total (until its reply).",
             ("model", "stage"),
         )
         self._paged = Counter(
             "stepwell_paged_sessions",
-            "Sessions paged in and out: moved between store and arena.",
+            "Sessions paged in and out, between the store and memory.",
             ("model", "direction"),
         )
         self._paging_seconds = Histogram(
             "stepwell_paging_seconds",
-            "Duration of a move of sessions between store and arena, of some at once.",
+            "Duration of paging a batch of sessions between the store and memory.",
             ("model", "direction"),
         )
         self._loads = Counter(
             "stepwell_model_loads",
-            "Versions of models made ready, by where their programs came from; failed: it could not be done.",
+            "Model versions loaded, by source of the program; failed: the load failed.",
             ("model", "source"),
         )
         self._moved = Counter(
             "stepwell_moved_sessions",
-            "Sessions in memory when the default version of their model moved, by what became of them.",
+            "Sessions in memory when the default version of their model moved, by policy.",
             ("model", "policy"),
         )
-        self._requests = Counter("stepwell_requests", "Calls ended, by status code.", ("method", "code"))
+        self._requests = Counter("stepwell_requests", "Completed calls, by status code.", ("method", "code"))
         self._request_seconds = Histogram(
             "stepwell_request_seconds",
-            "Duration of a call; of a stream that of each message, from its arrival to the last part of its answer.",
+            "Duration of a call. For a stream: of each message, from its arrival to the last part of its reply.",
             ("method",),
         )
 
@@ -164,17 +164,17 @@ class PrometheusObserver(Observer):
         self._pass_seconds.of((model,))
 
     def model_loaded(self, model: str, source: str, seconds: float) -> None:
-        """A model was made ready, which took so long: its program is from the `cache` or a `file`, or was `compiled`."""
+        """A model was loaded in this time. The program came from the `cache` or a `file`, or was `compiled`."""
         self._loads.declare((model, each) for each in _SOURCES)
         self._loads.values[model, source] += 1
         self._load_seconds[model] = seconds
 
     def sessions_moved(self, model: str, policy: str, count: int) -> None:
-        """The default version of a model moved, with so many sessions in memory."""
+        """The default version of a model moved, with this number of sessions in memory."""
         self._moved.values[model, policy] += count
 
     def model_failed(self, model: str) -> None:
-        """A version could not be made ready; an empty model: of a name that is not served."""
+        """A version could not be loaded. The model is empty if its name is not served."""
         self._loads.declare((model, each) for each in _SOURCES)
         self._loads.values[model, "failed"] += 1
 
@@ -205,7 +205,7 @@ class PrometheusObserver(Observer):
         self.slow_steps.note(model, session_id, seconds, now)
 
     def _count_alone(self) -> None:
-        """Add the steps that ran alone to everything they belong to."""
+        """Add the steps that ran alone to all counts that include them."""
         for model, alone in self._alone.items():
             steps = sum(alone.counts)
             self._pass_seconds.of((model,)).add(alone)
@@ -233,12 +233,12 @@ class PrometheusObserver(Observer):
         batches[rows] = (passes + count, before + seconds)
 
     def passes_by_rows(self, model: str) -> Mapping[int, tuple[int, float]]:
-        """How many passes of the model ran, and their seconds in all, by the rows they ran."""
+        """Return the number of the model's passes and their total seconds, by number of rows."""
         self._count_alone()
         return self._batches[model]
 
     def seconds_per_time_step(self, model: str) -> float:
-        """Seconds that one time step took in the model's latest pass; 0 before the first."""
+        """Return the seconds per time step of the model's latest pass; 0 before the first."""
         return self._time_step_s.get(model, 0.0)
 
     @override
@@ -266,14 +266,14 @@ class PrometheusObserver(Observer):
         self._paging_seconds.observe(labels, seconds)
 
     def refused(self, reason: str, count: int, model: str = _NO_MODEL) -> None:
-        """Calls or changes of a frame ended with an error; `model` is theirs, if it is known, or what a caller took for one."""
+        """Calls, or changes of a frame, ended with an error. `model` may be a name that is not served."""
         self._errors.values[self._known(model), reason] += count
 
     def _known(self, model: str) -> str:
         return model if model in self.models else _NO_MODEL
 
     def method_served(self, method: str, codes: Collection[str], *, streams: bool) -> None:
-        """Calls of `method` may come, and end with these status codes."""
+        """The server takes calls of `method`, which end with one of these status codes."""
         self._requests.declare((method, code) for code in codes)
         if streams:
             self._streams[method] = 0
@@ -281,14 +281,14 @@ class PrometheusObserver(Observer):
             self._request_seconds.of((method,))
 
     def request_done(self, method: str, code: str, seconds: float) -> None:
-        """A call ended that is no stream."""
+        """A unary call ended."""
         self._requests.values[method, code] += 1
         series = self._request_seconds.series.get((method,)) or self._request_seconds.of((method,))
         series.counts[bisect_left(SECONDS, seconds)] += 1
         series.total += seconds
 
     def requests_done(self, method: str, code: str, seconds: npt.NDArray[np.float64]) -> None:
-        """Several calls of a method ended alike."""
+        """Several calls of a method ended with the same status code."""
         if len(seconds) == 1:
             self.request_done(method, code, float(seconds[0]))
             return
@@ -305,7 +305,7 @@ class PrometheusObserver(Observer):
         self._requests.values[method, code] += 1
 
     def messages_done(self, method: str, seconds: npt.NDArray[np.float64]) -> None:
-        """Messages of streams were answered to their last parts, which took so long since they had come."""
+        """Messages of streams were answered completely, in these times since their arrival."""
         self._request_seconds.of((method,)).observe_all(seconds)
 
     def families(self) -> Iterator[Metric]:
@@ -318,6 +318,6 @@ class PrometheusObserver(Observer):
             *(self._requests, self._request_seconds),
         ]
         yield from (each.family() for each in counted)
-        text = "What making the model's last version ready took: compiling it, if it was not in the cache."
+        text = "Duration of the model's latest load, including the compilation if it was not in the cache."
         yield gauge("stepwell_model_load_seconds", text, self._load_seconds, ("model",))
-        yield gauge("stepwell_open_streams", "Streams open.", self._streams, ("method",))
+        yield gauge("stepwell_open_streams", "Open streams.", self._streams, ("method",))

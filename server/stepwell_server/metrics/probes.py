@@ -1,8 +1,8 @@
-"""/livez and /readyz, for whoever starts, watches and sends traffic to servers.
+"""/livez and /readyz, for supervisors and load balancers.
 
-/livez says that the process works: its event loop has its turns. A server that compiles models, or whose disk is full,
-lives: to restart it would help nobody. /readyz says that calls can be answered, and if not, why. Both answer anybody,
-for what probes cannot show a token; but where metrics need one, only who shows it is told why.
+/livez reports whether the process works, that is, whether its event loop runs. A server that compiles models, or whose disk
+is full, is alive: a restart would not help. /readyz reports whether the server can answer calls, and the reason if not. Both
+answer without a token, which probes cannot send. If metrics need a token, only its holders see the reason.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 PATHS = ("/livez", "/readyz")
 ALIVE_S = 5.0
-"""An event loop that has had no turn for longer hangs. A piece of work on it takes milliseconds."""
+"""An event loop that runs nothing for longer than this is stuck. A piece of work on it takes milliseconds."""
 
 
 class Probes:
-    """Answers them, on the threads of the HTTP server."""
+    """Answers probes, on the threads of the HTTP server."""
 
     def __init__(
         self,
@@ -40,13 +40,13 @@ class Probes:
         self._alive_s = alive_s
 
     def answer(self, environment: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
-        """Answer a request for one of the paths; `?verbose` asks for JSON."""
+        """Answer a request for one of the paths, with `?verbose` in JSON."""
         if environment["PATH_INFO"] == "/livez":
             is_well, text, document = self._live()
         else:
             token = self._token
-            is_told = token is None or token.allows(environment.get("HTTP_AUTHORIZATION", ""))
-            is_well, text, document = self._ready(is_told=is_told)
+            has_access = token is None or token.allows(environment.get("HTTP_AUTHORIZATION", ""))
+            is_well, text, document = self._ready(has_access=has_access)
         kind = "text/plain; charset=utf-8"
         if "verbose" in parse_qs(environment.get("QUERY_STRING", ""), keep_blank_values=True):
             kind, text = "application/json", json.dumps(document)
@@ -57,21 +57,21 @@ class Probes:
         return [f"{text}\n".encode()]
 
     def _live(self) -> tuple[bool, str, dict[str, object]]:
-        async def turn() -> None:
-            """Nothing: that it runs is the answer."""
+        async def run() -> None:
+            """Do nothing: running is the answer."""
 
-        waiting = asyncio.run_coroutine_threadsafe(turn(), self._loop)
+        waiting = asyncio.run_coroutine_threadsafe(run(), self._loop)
         try:
             waiting.result(self._alive_s)
         except TimeoutError:
             waiting.cancel()
-            problem = f"the event loop has had no turn for {self._alive_s:g} s"
+            problem = f"the event loop has been blocked for {self._alive_s:g} s"
             return False, f"not alive: {problem}", {"alive": False, "problem": problem}
         return True, "alive", {"alive": True}
 
-    def _ready(self, *, is_told: bool) -> tuple[bool, str, dict[str, object]]:
+    def _ready(self, *, has_access: bool) -> tuple[bool, str, dict[str, object]]:
         report = self._readiness.report
-        if not is_told:
+        if not has_access:
             text = "ready" if report.is_ready else "not ready"
             return report.is_ready, text, {"ready": report.is_ready}
         document: dict[str, object] = {

@@ -1,6 +1,6 @@
-"""Metrics and probes over HTTP, and nothing else, by waitress, which bounds what its clients take.
+"""Serves metrics and probes over HTTP, with waitress, which bounds the resources of its clients.
 
-A scrape comes on a thread and has the event loop take a copy of what was counted.
+A scrape runs on a thread; the event loop makes a copy of the counts for it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from stepwell_server.process.readiness import Readiness
 
 Source: TypeAlias = "Callable[[], Iterable[Metric]]"
-"""Gives the metrics of one part of the server as they are now. On the event loop."""
+"""Returns the current metrics of one part of the server. Called on the event loop."""
 _SCRAPE_TIMEOUT_S = 5.0
-#: Scrapes at the same time, connections, bytes of a request, and how long a connection may be silent.
+#: Concurrent scrapes, connections, bytes of a request, and longest silence of a connection.
 _THREADS, _MAX_CONNECTIONS, _MAX_REQUEST_BYTES, _SILENCE_S = 2, 64, 16 << 10, 3
 _BACKLOG = 64
 _CHALLENGE = ("WWW-Authenticate", 'Bearer realm="metrics"')
 
 
 class MetricsServer:
-    """Answers scrapes over HTTP on a thread of its own. Made on the event loop."""
+    """Answers scrapes over HTTP on a thread of its own. Create it on the event loop."""
 
     def __init__(
         self,
@@ -49,25 +49,25 @@ class MetricsServer:
         """Listen at once.
 
         Args:
-            sources: Give the metrics. Each scrape asks all that are there then, on the event loop.
-            address: Where to listen.
-            readiness: What probes ask.
-            data_dir: The folder whose disk has metrics too.
-            token: Scrapes must show it.
+            sources: Functions that return the metrics. Each scrape calls all of them, on the event loop.
+            address: Address to listen on.
+            readiness: The readiness that probes report.
+            data_dir: Folder whose disk has metrics too.
+            token: Token that scrapes must send.
 
         Raises:
-            OSError: the address is taken, or not one of this machine's.
+            OSError: the address is in use, or not an address of this machine.
         """
         from waitress.server import create_server
 
-        for name in ("waitress", "waitress.queue"):  # what they have to say is what clients do wrong
+        for name in ("waitress", "waitress.queue"):  # they log only mistakes of clients
             logging.getLogger(name).setLevel(logging.CRITICAL)
         loop = asyncio.get_running_loop()
         collector = _Collector(sources, loop, data_dir)
         family, _, _, _, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(place[:2], family=family, backlog=_BACKLOG)
         self.address = address._replace(port=listener.getsockname()[1])
-        """Where it listens, with the port that the system chose if it was 0."""
+        """The address it listens on, with the port that the system chose if it was 0."""
         self._map: dict[int, Any] = {}
         self._server = create_server(
             _application(collector, Probes(loop, readiness, token), token),
@@ -87,7 +87,7 @@ class MetricsServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening and cut off who is being answered. Blocks for a moment: call it on another thread than the loop's."""
+        """Stop listening and cut off running requests. Blocks for a moment: do not call it on the event loop's thread."""
         from waitress.wasyncore import close_all
 
         self._server.trigger.pull_trigger(lambda: close_all(self._map))
@@ -98,7 +98,7 @@ class MetricsServer:
 def _application(collector: _Collector, probes: Probes, token: MetricsToken | None) -> WSGIApplication:
     @functools.cache
     def metrics() -> WSGIApplication:
-        # Metrics are on by default: a server that nobody scrapes does not import this.
+        # Metrics are on by default, but a server that nobody scrapes should not import this.
         from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 
         registry = CollectorRegistry(auto_describe=False)
@@ -109,9 +109,9 @@ def _application(collector: _Collector, probes: Probes, token: MetricsToken | No
     def serve(environment: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         path = environment["PATH_INFO"]
         if path not in {"/metrics", *PATHS}:
-            return _refused(start, "404 Not Found", f"only /metrics, {' and '.join(PATHS)} are here")
+            return _refused(start, "404 Not Found", f"this port has only /metrics, {' and '.join(PATHS)}")
         if environment["REQUEST_METHOD"] not in {"GET", "HEAD"}:
-            return _refused(start, "405 Method Not Allowed", f"{path} is for GET and HEAD")
+            return _refused(start, "405 Method Not Allowed", f"{path} accepts only GET and HEAD")
         if path in PATHS:
             return probes.answer(environment, start)
         if token is not None and not token.allows(environment.get("HTTP_AUTHORIZATION", "")):
@@ -130,7 +130,7 @@ def _refused(start: StartResponse, status: str, text: str, *headers: tuple[str, 
 
 
 class _Collector:
-    """What the registry asks, on the thread of a scrape."""
+    """Collects the metrics for the registry, on the thread of a scrape."""
 
     def __init__(
         self, sources: Sequence[Source], loop: asyncio.AbstractEventLoop, data_dir: Path | None

@@ -1,4 +1,4 @@
-"""The token that guards metrics: a file of one line, which is read at the start and again when it has changed."""
+"""The token that protects metrics: a file of one line, read at the start and again after each change."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from stepwell_server.files.stamp import stamp
 from stepwell_server.logs import Log
 
 _log = Log("metrics")
-_LEAST_CHARACTERS, _MOST_BYTES = 16, 4096
+_MIN_CHARACTERS, _MAX_BYTES = 16, 4096
 _SCHEME = "bearer"
 
 
 class MetricsToken:
-    """Whether a scrape has shown the token. For any thread."""
+    """Checks the token of a scrape. For any thread."""
 
     def __init__(self, path: Path, read_at: tuple[int, ...], digest: bytes) -> None:
         self._path = path
@@ -35,10 +35,10 @@ class MetricsToken:
         return cls(path, read_at, _read(path))
 
     def allows(self, authorization: str) -> bool:
-        """Whether a request's Authorization header has the token. How long this takes says nothing about it."""
+        """Whether a request's Authorization header has the token. The time of the comparison reveals nothing about it."""
         scheme, _, shown = authorization.partition(" ")
         known = self._current()
-        # Digests are compared: they are of one length, whatever was sent.
+        # Digests have the same length, whatever was sent.
         fits = hmac.compare_digest(_digest(shown.strip().encode("latin-1", "replace")), known)
         return fits and scheme.lower() == _SCHEME
 
@@ -48,9 +48,9 @@ class MetricsToken:
         if now != read_at:
             try:
                 digest = _read(self._path)
-                _log.info("scrapes need the changed token")
+                _log.info("reloaded the token of metrics")
             except StartError as error:
-                _log.warning("the changed token cannot be used, the old one stays", reason=str(error))
+                _log.warning("the changed token cannot be used, the old one stays valid", reason=str(error))
             self._known = now, digest
         return digest
 
@@ -60,17 +60,17 @@ def _read(path: Path) -> bytes:
     try:
         private_files.require_secret(path)
         with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+            content = file.read(_MAX_BYTES + 1)
     except private_files.NotPrivateError as error:
         raise StartError(f"--metrics-token-file: {error}") from error
     except OSError as error:
         raise StartError(f"{rule}; {path}: {error.strerror}") from error
     token = content.strip()
     is_plain = all(33 <= byte <= 126 for byte in token)
-    if not is_plain or not _LEAST_CHARACTERS <= len(token) <= _MOST_BYTES:
+    if not is_plain or not _MIN_CHARACTERS <= len(token) <= _MAX_BYTES:
         raise StartError(
-            f"{rule}: one line of {_LEAST_CHARACTERS} to {_MOST_BYTES} ASCII characters without spaces (such as of: openssl "
-            f"rand -hex 32); {path} holds something else"
+            f"{rule}: one line of {_MIN_CHARACTERS} to {_MAX_BYTES} ASCII characters without spaces (for example from "
+            f"'openssl rand -hex 32'); {path} contains something else"
         )
     return _digest(token)
 

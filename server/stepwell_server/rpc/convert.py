@@ -26,7 +26,7 @@ _VERSION_STATES: dict[VersionState, models_pb2.ModelState.ValueType] = {
     VersionState.FAILED: models_pb2.MODEL_STATE_FAILED,
 }
 #: Of a `google.protobuf.Duration`.
-_MOST_SECONDS = 315_576_000_000
+_MAX_SECONDS = 315_576_000_000
 #: The last second of the year 9999: the last one of a `google.protobuf.Timestamp`, and of many calendars.
 _LAST_SECOND = 253_402_300_799.0
 
@@ -76,7 +76,7 @@ def once(uids: U64) -> list[int]:
 
 def from_seconds(seconds: float) -> duration_pb2.Duration:
     """A time span, of at most what its type can say."""
-    seconds = min(max(0.0, seconds), _MOST_SECONDS) if seconds == seconds else 0.0
+    seconds = min(max(0.0, seconds), _MAX_SECONDS) if seconds == seconds else 0.0
     whole = math.floor(seconds)
     return duration_pb2.Duration(seconds=whole, nanos=min(round((seconds - whole) * 1e9), 999_999_999))
 
@@ -89,8 +89,8 @@ def to_seconds(duration: duration_pb2.Duration, argument: str) -> float:
     """
     if not 0 <= duration.nanos < 1_000_000_000:
         raise InvalidInput(f"{argument} must have nanos of 0 to 999999999; got {duration.nanos}")
-    if not 0 <= duration.seconds <= _MOST_SECONDS:
-        raise InvalidInput(f"{argument} must be 0 to {_MOST_SECONDS} s; got {seconds_text(duration)} s")
+    if not 0 <= duration.seconds <= _MAX_SECONDS:
+        raise InvalidInput(f"{argument} must be 0 to {_MAX_SECONDS} s; got {seconds_text(duration)} s")
     return duration.seconds + duration.nanos / 1e9
 
 

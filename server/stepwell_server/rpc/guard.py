@@ -20,9 +20,9 @@ from stepwell_server.rpc.fronts.base import Call, Front
 _log = Log("rpc")
 LOOK_S = 0.25
 """Between two looks whether all still holds. A change is believed when two looks have seen it."""
-MOST_KNOWN = 65_536
+MAX_KNOWN = 65_536
 """Credentials that a front is told of."""
-_AT_ONCE = 256
+_BATCH_SIZE = 256
 """Credentials that are reviewed before others have a turn of the event loop."""
 _CLOSE_S = 1.0
 """Ends of what is known that differ by less are the same, computed anew."""
@@ -155,7 +155,7 @@ class Guard:
             for number, entry in enumerate(list(self._entries.values()), 1):
                 if self._entries.get(entry.known.credential) is entry:
                     self._review(entry)
-                if number % _AT_ONCE == 0:
+                if number % _BATCH_SIZE == 0:
                     await asyncio.sleep(0)
             _log.info("the callers are those of the changed files")
         while self._ends and self._ends[0][0] <= self._clock.monotonic():
@@ -171,7 +171,7 @@ class Guard:
             self._end(entry)
             entry = None
         if entry is None:
-            if len(self._entries) >= MOST_KNOWN:
+            if len(self._entries) >= MAX_KNOWN:
                 self._make_room()
             entry = self._entries[credential] = _Entry(known)
         entry.known = known

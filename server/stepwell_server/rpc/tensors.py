@@ -32,9 +32,9 @@ _NUMBERS: dict[str, tensors_pb2.DataType.ValueType] = {
     name: tensors_pb2.DataType.Value(f"DATA_TYPE_{name.upper()}") for name in _NAMES.values()
 }
 #: Elements given as numbers, of all tensors of an argument: each takes a Python object on its way into an array.
-MOST_VALUES = 65_536
+MAX_VALUES = 65_536
 #: Bytes of elements, as data, of the tensors of an answer that come as numbers.
-MOST_REPLY_BYTES = 256 * 1024
+MAX_REPLY_BYTES = 256 * 1024
 #: A double below this is no other integer that was rounded.
 _EXACT = 2.0**53
 
@@ -62,7 +62,7 @@ def to_arrays(tensors: Sequence[tensors_pb2.Tensor], argument: str) -> dict[str,
     for tensor in tensors:
         name = tensor.name
         count += len(tensor.values)
-        if count > MOST_VALUES:
+        if count > MAX_VALUES:
             raise _too_many_values(tensors, argument)
         if name in arrays:
             raise InvalidInput(f"{argument}: each tensor must be given once; got {name!r} twice")
@@ -192,7 +192,7 @@ def wants_values(wanted: int, inputs: Sequence[tensors_pb2.Tensor] = ()) -> bool
 
 def reply_limit(limit: int, *, as_values: bool) -> int:
     """How many bytes a reply may have, counted with its tensors as data, if it may have ``limit`` with them so."""
-    return min(limit, MOST_REPLY_BYTES) if as_values else limit
+    return min(limit, MAX_REPLY_BYTES) if as_values else limit
 
 
 def require_room_as_values(arrays: Mapping[str, Array]) -> None:
@@ -202,10 +202,10 @@ def require_room_as_values(arrays: Mapping[str, Array]) -> None:
         MessageTooLarge: they are more than that.
     """
     size = sum(array.nbytes for array in arrays.values())
-    if size > MOST_REPLY_BYTES:
+    if size > MAX_REPLY_BYTES:
         raise MessageTooLarge(
-            f"tensor_format must be DATA for more than {MOST_REPLY_BYTES} bytes of elements; got {size}",
-            limit_bytes=str(MOST_REPLY_BYTES),
+            f"tensor_format must be DATA for more than {MAX_REPLY_BYTES} bytes of elements; got {size}",
+            limit_bytes=str(MAX_REPLY_BYTES),
             reply_bytes=str(size),
         )
 
@@ -213,7 +213,7 @@ def require_room_as_values(arrays: Mapping[str, Array]) -> None:
 def _too_many_values(tensors: Sequence[tensors_pb2.Tensor], argument: str) -> InvalidInput:
     count = sum(len(tensor.values) for tensor in tensors)
     return InvalidInput(
-        f"{argument}: values must be at most {MOST_VALUES} in all tensors, more go into data; got {count}"
+        f"{argument}: values must be at most {MAX_VALUES} in all tensors, more go into data; got {count}"
     )
 
 

@@ -1,4 +1,4 @@
-"""A setting is one field of a class: its format, default and help. All its names come from the field's name."""
+"""A setting is one field of a class, with its format, default and help. All its names derive from the field's name."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ PREFIX = "STEPWELL_"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Names:
-    """What a setting is called, where that does not come from the name of its field."""
+    """Names of a setting that do not derive from the name of its field."""
 
     name: str = ""
-    """In place of the field's name."""
+    """Name to use instead of the field's."""
     alias: str = ""
-    """Another name of the option."""
+    """Second name of the option."""
     is_argument: bool = False
-    """The command line has it without the name of an option."""
+    """On the command line it is an argument, not an option."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Needs:
-    """A setting may only be given together with another one."""
+    """A setting that another setting requires."""
 
     field: str
-    """Of the other one."""
+    """Field of the required setting."""
     why: str = ""
-    """Stands after its option in a message."""
+    """Explanation that follows its option in a message."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting: how it is called and written, and what it means."""
+    """One setting: its names, format, default and meaning."""
 
     field: str
-    """Of the class."""
+    """Name of the class's field."""
     name: str
-    """In the config file."""
+    """Name in the config file."""
     format: Format | Several
     default: object
-    """None: nothing is set, or it depends on the machine; the help says what holds then."""
+    """None: not set, or dependent on the machine, as the help explains."""
     help: str
     names: Names
     needs: tuple[Needs, ...]
@@ -61,29 +61,29 @@ class Setting:
 
     @property
     def hint(self) -> str:
-        """What messages call it if the command line has it."""
+        """Its name in messages about the command line."""
         return f"{self.format.form}..." if self.names.is_argument else f"'{self.option}'"
 
     @property
     def default_text(self) -> str:
-        """The default as one would write it; empty if it is none, or if the format says it."""
+        """The default as a user would write it. Empty for no default and for flags."""
         if self.default in (None, ()) or self.format is FLAG:
             return ""
         return self.format.toml(self.default).strip('"')
 
     @property
     def full_help(self) -> str:
-        """What the setting means, and what the other fields say of it."""
+        """The help, with the required settings, the default and the environment variable."""
         needs = "".join(f" Needs {_option(each.field)}." for each in self.needs)
         again = " May be given again." if self.format.repeats else ""
         default = f" Default: {self.default_text}." if self.default_text else ""
         return f"{self.help}{needs}{again}{default}  [env var: {self.variable}]"
 
     def check_needs(self, settings: object) -> None:
-        """Check that what it needs is given, if it is given.
+        """Check that the required settings are given too.
 
         Raises:
-            StartError: it is not.
+            StartError: one is missing.
         """
         value = getattr(settings, self.field)
         for each in self.needs:

@@ -20,19 +20,19 @@ from stepwell_server.store.valkey.connection.url import parse as parse_store_url
 
 MAX_COUNT = 10**18
 MAX_INT32 = 2**31 - 1
-"""The largest number of bytes in a message of protobuf, and the largest value of an option of gRPC."""
+"""The maximum size of a protobuf message, and the largest value of a gRPC option."""
 _MAX_SOCKET_PATH_BYTES = 107
-"""Of Linux."""
+"""Limit of Linux."""
 Types = tuple[type, ...]
 _TEXT: Types = (str,)
 _NUMBER: Types = (int, float, str)
 _FLAG: Types = (bool,)
 _KINDS = {
-    _TEXT: "a string that is not empty",
-    _NUMBER: "a number or string that is not empty",
+    _TEXT: "a non-empty string",
+    _NUMBER: "a number or a non-empty string",
     _FLAG: "true or false",
 }
-"""What a value of the config file must be, by the types that it may have."""
+"""The rule for a value of the config file, by its allowed types."""
 _FLAGS = dict.fromkeys(("1", "true", "t", "yes", "y", "on"), True)
 _FLAGS |= dict.fromkeys(("0", "false", "f", "no", "n", "off"), False)
 _URL = re.compile(r"https?://[^\s/:@]+(:\d{1,5})?(/\S*)?|https?://\[[0-9a-fA-F:.]+\](:\d{1,5})?(/\S*)?")
@@ -46,24 +46,24 @@ class Format:
     """How one value is written."""
 
     repeats: ClassVar[bool] = False
-    """The option may be given again."""
+    """Whether the option may be repeated."""
 
     form: str
-    """What help calls a value."""
+    """Name of a value in help texts."""
     rule: str
-    """What a text must be: a message says "must be" before it."""
+    """The rule for a text, which follows "must be" in a message."""
     parse: Callable[[str], Any]
-    """Returns the value of a text. Raises ValueError, with the rule that is broken if it is not `rule`."""
+    """Returns the value of a text. Raises ValueError, with the broken rule if that is not `rule`."""
     write: Callable[[Any], str] = str
     """Returns the text of a value."""
     types: Types = _TEXT
-    """What a value may be in the config file."""
+    """Allowed types in the config file."""
     resolve: Callable[[str, Path], str] = lambda text, _folder: text
-    """Makes a relative path in a text absolute: it begins at the folder."""
+    """Makes a path in a text absolute. A relative path begins at the given folder."""
     completes: str | Sequence[str] = ()
-    """What shells complete: "file", "dir" or some words."""
+    """Completions in shells: "file", "dir" or a list of words."""
     separator: str = ","
-    """A pattern of what is between several values in one variable."""
+    """Pattern that separates several values in an environment variable."""
 
     def read(self, text: str) -> Any:
         """Return the value of a text.
@@ -73,16 +73,16 @@ class Format:
         """
         try:
             return self.parse(text)
-        except UrlError:  # its message shows no password, which the text may have
+        except UrlError:  # its message hides the password that the text may contain
             raise
         except ValueError as error:
             raise ValueError(f"must be {str(error) or self.rule}; got {text!r}") from None
 
     def read_all(self, texts: Sequence[str]) -> Any:
-        """Return the value of an option that is given with these texts: the last one counts.
+        """Return the value of an option that is given with these texts. The last one counts.
 
         Raises:
-            ValueError: as of `read`.
+            ValueError: see `read`.
         """
         return self.read(texts[-1])
 
@@ -91,23 +91,23 @@ class Format:
         return [text]
 
     def texts(self, value: object, folder: Path) -> list[str]:
-        """Return the texts of a value of a config file in a folder.
+        """Return the texts of a value in a config file of this folder.
 
         Raises:
-            ValueError: the value has another type. The message is "must be ...; got ...".
+            ValueError: the value has a wrong type. The message is "must be ...; got ...".
         """
         if type(value) not in self.types or value == "":
             raise ValueError(f"must be {_KINDS[self.types]}; got {value!r}")
         return [self.resolve(value if isinstance(value, str) else json.dumps(value), folder)]
 
     def toml(self, value: Any) -> str:
-        """Return the value as the config file has it."""
+        """Return the value as TOML."""
         text = self.write(value)
         return quoted(text) if self.types is _TEXT or text.endswith("B") else text
 
 
 class Several:
-    """Values of one format: a list in the config file, with commas between them in a variable."""
+    """Several values of one format: a list in the config file, separated by commas in a variable."""
 
     repeats = True
 
@@ -135,13 +135,13 @@ class Several:
 
 
 class Table(Several):
-    """NAME=VALUE for each of some names: a table in the config file.
+    """Values by name, as NAME=VALUE: a table in the config file.
 
     Args:
-        of: The format of the values.
-        is_name: What a name must be.
-        rule: The same in words.
-        common: A VALUE without a name may be given, for all other names. It has the empty name.
+        of: Format of the values.
+        is_name: Whether a text is a valid name.
+        rule: The rule for names, in words.
+        common: Whether a VALUE without a name is allowed, for all other names. It is stored under the empty name.
     """
 
     def __init__(
@@ -168,13 +168,13 @@ class Table(Several):
                 form = self.form.replace("|", " or ")
                 raise ValueError(f"must be {form}{error}; got {text!r}") from None
             if name in values:
-                whose = f"for {name!r}" if name else "for all models"
-                raise ValueError(f"must be given once for each name; got it twice {whose}")
+                scope = f"for {name!r}" if name else "for all models"
+                raise ValueError(f"must be given once for each name; got two values {scope}")
             values[name] = value
         return values
 
     def texts(self, value: object, folder: Path) -> list[str]:
-        """Return the texts of a table; or of a list, or of one value, if a name may be left out."""
+        """Return the texts of a table. If names are optional, also those of a list or of one value."""
         if isinstance(value, dict):
             return [f"{name}={text}" for name, item in value.items() for text in self.of.texts(item, folder)]
         if not self._common:
@@ -182,7 +182,7 @@ class Table(Several):
         return super().texts(value if isinstance(value, list) else [value], folder)
 
     def toml(self, value: Any) -> str:
-        """Return the lines of a table; or one value, or a list, if a name is left out."""
+        """Return the lines of a table, or one value or a list if a value has no name."""
         if value.keys() == {""}:
             return self.of.toml(value[""])
         if "" in value:
@@ -204,7 +204,7 @@ class Table(Several):
 
 
 def checked(form: str, rule: str, keeps: Callable[[str], object], completes: Sequence[str] = ()) -> Format:
-    """A text that keeps a rule."""
+    """Format of a text that must satisfy a rule."""
 
     def parse(text: str) -> str:
         if not keeps(text):
@@ -215,12 +215,12 @@ def checked(form: str, rule: str, keeps: Callable[[str], object], completes: Seq
 
 
 def choice(*words: str) -> Format:
-    """One of some words."""
+    """Format of one of several words."""
     return checked(f"[{'|'.join(words)}]", f"one of {', '.join(words)}", words.__contains__, words)
 
 
 def count(smallest: int = 1, largest: int = MAX_COUNT) -> Format:
-    """A whole number."""
+    """Format of a whole number."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,19}", text) or not smallest <= int(text) <= largest:
@@ -231,17 +231,17 @@ def count(smallest: int = 1, largest: int = MAX_COUNT) -> Format:
 
 
 def seconds(smallest: float = 0.0, largest: float = math.inf) -> Format:
-    """A time: a number of seconds, or one with units."""
+    """Format of a time: a number of seconds, or a number with units."""
     return Format("TIME", "", lambda text: parse_seconds(text, smallest, largest), "{:.15g}".format, _NUMBER)
 
 
 def size(smallest: int = 1, largest: int = MAX_BYTES) -> Format:
-    """A number of bytes, or one with a unit."""
+    """Format of a size: a number of bytes, or a number with a unit."""
     return Format("SIZE", "", lambda text: parse_bytes(text, smallest, largest), size_text, _NUMBER)
 
 
 def file_path(form: str = "FILE", parse: Callable[[str], Path] | None = None) -> Format:
-    """The path of a file; ~ is a home."""
+    """Format of the path of a file. ~ stands for a home folder."""
     return Format(form, "a path", parse or parse_path, write_path, resolve=resolve_path, completes="file")
 
 
@@ -252,16 +252,16 @@ def parse_path(text: str) -> Path:
     try:
         return expanded(text)
     except LookupError as error:
-        raise ValueError(f"a path that can be found: {error}") from None
+        raise ValueError(f"a path that exists: {error}") from None
 
 
 def write_path(path: Path) -> str:
-    """Return a path made absolute, or - for standard error."""
+    """Return the absolute path, or - for standard error."""
     return str(path) if str(path) == "-" else str(path.absolute())
 
 
 def resolve_path(text: str, folder: Path) -> str:
-    """Return a path that is relative as one in the folder."""
+    """Return the absolute path of a path in a config file of this folder."""
     return text if text == "-" or text.startswith("~") else str(folder.absolute() / text)
 
 
@@ -318,12 +318,12 @@ def _parse_listen(text: str) -> Address | UnixAddress:
     kind, _, path = text.partition(":")
     if kind != "unix":
         return _parse_tcp(text)
-    if path.startswith("//"):  # a URL; without a host, so that a third slash begins the path
+    if path.startswith("//"):  # a URL without a host: the third slash begins the path
         path = path[2:] if path.startswith("///") else ""
     path = os.path.abspath(path) if path and "\0" not in path else ""
     if not path or len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
-        most = f"the path made absolute of at most {_MAX_SOCKET_PATH_BYTES} bytes"
-        raise ValueError(f"unix:PATH or unix:///PATH, {most}")
+        limit = f"with an absolute path of at most {_MAX_SOCKET_PATH_BYTES} bytes"
+        raise ValueError(f"unix:PATH or unix:///PATH, {limit}")
     return UnixAddress(path)
 
 
@@ -337,8 +337,8 @@ def _parse_store(text: str) -> StoreUrl | str:
     if "://" in text:
         return parse_store_url(text)
     if text not in {"disk", "memory"}:
-        got = "a text with '@'" if "@" in text else repr(text)  # perhaps meant to be a URL with a password
-        raise UrlError(f"must be disk, memory, or the URL of a Valkey, valkey://HOST/0 say; got {got}")
+        got = "a text with '@'" if "@" in text else repr(text)  # perhaps a mistyped URL with a password
+        raise UrlError(f"must be disk, memory, or the URL of a Valkey such as valkey://HOST/0; got {got}")
     return text
 
 
@@ -362,29 +362,29 @@ STORE = Format("disk|memory|URL", "", _parse_store, completes=("disk", "memory")
 MODEL_NAME = checked("NAME", f"the name of a model, {NAME_RULE}", is_name)
 MODULE = checked("MODULE", "the name of a module", _DOTTED.fullmatch)
 FUNCTION = checked("MODULE:FUNCTION", "a module and a function as MODULE:FUNCTION", _FUNCTION.fullmatch)
-# Commas between numbers belong to one value.
+# Commas between numbers are part of one value.
 POLICY = Format("POLICY", POLICY_RULE, _parse_policy, separator=r",(?!\s*\d+\s*(?:,|$))")
 
 
 def key(name: str) -> str:
-    """Return a name as a key of TOML."""
+    """Return a name as a TOML key."""
     return name if _BARE_KEY.fullmatch(name) else quoted(name)
 
 
 def quoted(text: str) -> str:
-    """Return a text as a basic string of TOML: JSON's escapes, and DEL."""
+    """Return a text as a TOML basic string: with JSON's escapes, and DEL escaped."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def expanded(text: str) -> Path:
-    """Return the path, with ~ and ~NAME for a home: shells expand neither in `--option=~/x`.
+    """Return the path with ~ or ~NAME expanded, because shells expand neither in `--option=~/x`.
 
     Raises:
-        LookupError: there is no such home.
+        LookupError: there is no such home folder.
     """
     if not text.startswith("~"):
         return Path(text)
     path = os.path.expanduser(text)
     if path.startswith("~") or (text.partition("/")[0] == "~" and os.environ.get("HOME") == ""):
-        raise LookupError(f"{text.partition('/')[0]} has no home here")
+        raise LookupError(f"{text.partition('/')[0]} has no home folder on this machine")
     return Path(path)

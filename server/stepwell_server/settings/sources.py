@@ -1,4 +1,4 @@
-"""Reads settings: the command line wins over environment variables, those over the config file, that over defaults.
+"""Reads settings. The command line overrides environment variables, which override the config file, then the defaults.
 
 The config file is TOML. Its keys are the names of the options without the dashes, and `models`. A path in it is relative
 to the file's folder. A setting with several values is a list, one with names is a table.
@@ -20,15 +20,15 @@ from stepwell_server.settings.formats import key
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Given:
-    """A value that stands somewhere."""
+    """A value and where it was given."""
 
     value: Any
     origin: str
-    """Where it stands, as messages name it."""
+    """Place of the value, as messages name it."""
     source: str
-    """The same as --show-config names it."""
+    """Place of the value, as --show-config names it."""
     rank: int
-    """The higher one wins."""
+    """The value with the higher rank wins."""
 
 
 def read(
@@ -37,16 +37,16 @@ def read(
     environment: Mapping[str, str],
     file: Path | None = None,
 ) -> dict[str, Given]:
-    """Read the settings that are given, by the names of their fields. The values that lose are read too.
+    """Return the given settings by the names of their fields. Overridden values are checked too.
 
     Args:
-        settings: The settings that there are.
-        command_line: The texts of the options that are given, by the names of the fields.
+        settings: All settings.
+        command_line: Texts of the given options, by the names of the fields.
         environment: The environment variables. An empty one counts as not given.
         file: The config file.
 
     Raises:
-        StartError: the file or a value cannot be read, or the file names a setting that there is not.
+        StartError: the file or a value cannot be read, or the file has an unknown setting.
     """
     written = {} if file is None else _read_file(settings, file)
     found: dict[str, Given] = {}
@@ -79,7 +79,7 @@ def _read_file(settings: Sequence[Setting], file: Path) -> dict[str, list[str]]:
     for name, value in document.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
+            hint = f"; did you mean {close[0]!r}?" if close else f"; the settings are {', '.join(known)}"
             raise StartError(f"{file}: there is no setting {name!r}{hint}")
         try:
             texts[known[name].field] = known[name].format.texts(value, file.parent)
@@ -89,23 +89,24 @@ def _read_file(settings: Sequence[Setting], file: Path) -> dict[str, list[str]]:
 
 
 def _leave_one_store(found: dict[str, Given]) -> None:
-    """Keep the winner of a data folder and another store than that on disk: they exclude each other."""
+    """Drop the lower-ranked of --data-dir and a --store that is not on disk, which exclude each other."""
     store, data_dir = found.get("store"), found.get("data_dir")
     if store is None or data_dir is None or store.value == "disk":
         return
     if store.rank == data_dir.rank:
         raise StartError(
-            f"{data_dir.origin}: with {store.origin} {store.value} nothing is kept on disk; give one of the two"
+            f"{data_dir.origin}: cannot be used with {store.origin} {store.value}, which keeps nothing on disk; give only one"
+            " of the two"
         )
     del found["data_dir" if store.rank > data_dir.rank else "store"]
 
 
 def show(settings: object, found: Mapping[str, Given]) -> str:
-    """Return settings as a config file, with comments that say where each value is from.
+    """Return settings as a config file, with the source of each value as a comment.
 
     Args:
         settings: The settings.
-        found: What was given of them.
+        found: The values that were given.
     """
     lines, tables = [], []
     for each in settings_of(type(settings)):

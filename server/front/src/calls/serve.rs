@@ -28,7 +28,7 @@ use tokio::time::{sleep, timeout, Sleep};
 mod receive;
 
 /// Messages that Python has not looked at, before reading stops.
-const MOST_UNREAD: usize = 16;
+const MAX_UNREAD: usize = 16;
 
 pub fn begin(
     request: http::Request<RecvStream>,
@@ -359,7 +359,7 @@ impl Served {
                 && !self.is_deaf
                 && self.is_admitted
                 && state.end.is_none()
-                && state.unread.len() < MOST_UNREAD
+                && state.unread.len() < MAX_UNREAD
                 && state.frames.len() + state.ordered.len() < limits.frames
                 && state.held_bytes() < limits.message_bytes
         };

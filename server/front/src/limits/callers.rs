@@ -21,7 +21,7 @@ const TENANT: &str = "stepwell-tenant";
 /// What says who calls, and for whom: sent once, for whoever reads another one than we do would be deceived.
 const DECIDING: [&str; 2] = ["authorization", TENANT];
 /// Credentials that are known at the same time; more of them are Python's. Signed tokens are as many as their issuer likes.
-const MOST_KNOWN: usize = 65_536;
+const MAX_KNOWN: usize = 65_536;
 
 /// How a caller shows who it is. A token may have any bytes, so its digest never stands for a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -184,7 +184,7 @@ impl Table {
 
     /// Whether there is room for one more, when those whose time is over have left.
     fn has_room(&mut self) -> bool {
-        if self.known.len() < MOST_KNOWN {
+        if self.known.len() < MAX_KNOWN {
             return true;
         }
         if clock::now() < self.full_until {
@@ -192,7 +192,7 @@ impl Table {
         }
         self.known.retain(|_, known| known.is_valid());
         self.full_until = self.known.values().map(|known| known.until()).fold(f64::INFINITY, f64::min);
-        self.known.len() < MOST_KNOWN
+        self.known.len() < MAX_KNOWN
     }
 }
 
@@ -427,7 +427,7 @@ mod tests {
         let callers = Arc::default();
         let numbered =
             |number: usize| Credential::Token(std::array::from_fn(|at| (number >> (at % 8 * 8)) as u8));
-        for number in 0..MOST_KNOWN {
+        for number in 0..MAX_KNOWN {
             know(&callers, numbered(number), "acme", clock::now() + 3600.0);
         }
         know(&callers, token("anna"), "acme", f64::INFINITY);

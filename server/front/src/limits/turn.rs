@@ -39,7 +39,7 @@ const MANY_SMALL: i64 = 131_072;
 /// Small frames of calls that have ended are not counted back. This time makes up for one.
 const FORGET_EVERY: Duration = Duration::from_millis(50);
 /// Frames that carry no call, in a burst; each frame that does allows one more.
-const MOST_CONTROL: usize = 1000;
+const MAX_CONTROL: usize = 1000;
 /// And so many more as time passes.
 const CONTROL_EVERY: Duration = Duration::from_millis(10);
 /// SETTINGS, which may change something of each call of the connection: a burst, and one more as time passes.
@@ -280,7 +280,7 @@ impl Control {
             skip: PREFACE_BYTES,
             head: [0; HEAD_BYTES],
             known: 0,
-            control: Bucket::new(MOST_CONTROL, CONTROL_EVERY, now),
+            control: Bucket::new(MAX_CONTROL, CONTROL_EVERY, now),
             settings: Bucket::new(MAX_SETTINGS, SETTINGS_INTERVAL, now),
             fields: Fields::default(),
             header_bytes: 0,
@@ -444,7 +444,7 @@ mod tests {
             for part in bytes.chunks(piece) {
                 prop_assert!(control.may_send(part, || start));
             }
-            prop_assert_eq!(control.control.left, MOST_CONTROL - sizes.len());
+            prop_assert_eq!(control.control.left, MAX_CONTROL - sizes.len());
         }
     }
 

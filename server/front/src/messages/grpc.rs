@@ -188,7 +188,7 @@ pub fn put_prefix(out: &mut BytesMut, size: usize) {
 pub struct NoTimeout;
 
 /// Of a `grpc-timeout`.
-const MOST_DIGITS: usize = 8;
+const MAX_DIGITS: usize = 8;
 
 /// What `grpc-timeout` says; None: no limit.
 pub fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, NoTimeout> {
@@ -197,7 +197,7 @@ pub fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, NoTimeout> {
     if number.is_empty() || !number.iter().all(u8::is_ascii_digit) || !b"HMSmun".contains(unit) {
         return Err(NoTimeout);
     }
-    if number.len() > MOST_DIGITS {
+    if number.len() > MAX_DIGITS {
         return Ok(None); // longer than anybody waits, as gRPC's own servers take it
     }
     let number = number.iter().fold(0, |number, digit| number * 10 + u64::from(digit - b'0'));

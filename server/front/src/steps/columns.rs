@@ -19,9 +19,9 @@ pub const MAX_IN_BATCH: usize = 1024;
 /// Sessions of a step that shares no batch with other connections' steps: these would wait for it.
 pub const LARGE: usize = 64;
 /// Calls that have begun since Python looked last.
-const MOST_CALLS: usize = 10_000;
+const MAX_CALLS: usize = 10_000;
 /// Batches of different signatures that are filled at the same time.
-const MOST_OPEN: usize = 16;
+const MAX_OPEN: usize = 16;
 
 /// What steps must have in common to stand in the same columns.
 #[derive(Debug, PartialEq, Eq)]
@@ -237,7 +237,7 @@ pub struct Arrivals {
 impl Arrivals {
     /// So many calls have begun that Python does not know of that more of them are refused.
     pub fn has_many_calls(&self) -> bool {
-        self.calls >= MOST_CALLS
+        self.calls >= MAX_CALLS
     }
 
     pub fn is_empty(&self) -> bool {
@@ -315,7 +315,7 @@ impl Arrivals {
                 return at;
             }
             self.open.clear();
-        } else if self.open.len() == MOST_OPEN {
+        } else if self.open.len() == MAX_OPEN {
             self.open.clear();
         } else if self.open.len() == 1 {
             // from now on it matters who is in which

@@ -10,8 +10,8 @@ use bytes::Bytes;
 use std::sync::Arc;
 
 /// Most sessions of one message that are read here.
-pub const MOST_MEMBERS: usize = 65_536;
-const MOST_RANK: usize = 32;
+pub const MAX_MEMBERS: usize = 65_536;
+const MAX_RANK: usize = 32;
 /// Tensors of one message that are read here: each is compared with the others.
 const MAX_TENSORS: usize = 256;
 /// The revision that stands for "any" in Python's columns, so no session has it.
@@ -232,7 +232,7 @@ impl<'a> Step<'a> {
         let rows = self.rows()?;
         let fits = |length: usize| length == 0 || length == count;
         if count == 0
-            || count > MOST_MEMBERS
+            || count > MAX_MEMBERS
             || self.session_ids.iter().any(|id| id.is_empty())
             || self.sizes.len() != count
             || self.sizes.contains(&0)
@@ -271,7 +271,7 @@ impl<'a> Tensor<'a> {
         let mut axes = Fields::new(packed);
         while let Some(axis) = axes.packed()? {
             self.shape.push(usize::try_from(axis).map_err(|_| NotPlain)?);
-            if self.shape.len() > MOST_RANK {
+            if self.shape.len() > MAX_RANK {
                 return Err(NotPlain);
             }
         }
@@ -313,7 +313,7 @@ pub fn text(bytes: &[u8]) -> Result<&str, NotPlain> {
 
 /// Add to a list that has at most one entry for each session.
 pub fn push<T>(list: &mut Vec<T>, entry: T) -> Result<(), NotPlain> {
-    if list.len() >= MOST_MEMBERS {
+    if list.len() >= MAX_MEMBERS {
         return Err(NotPlain);
     }
     list.push(entry);
@@ -420,8 +420,8 @@ pub mod tests {
             put_bytes(&mut tensor, 4, &[0; 4]);
             tensor
         };
-        assert_eq!(Tensor::of(&in_parts(MOST_RANK)).unwrap().shape, [1; MOST_RANK]);
-        assert_eq!(Tensor::of(&in_parts(MOST_RANK + 1)).unwrap_err(), NotPlain);
+        assert_eq!(Tensor::of(&in_parts(MAX_RANK)).unwrap().shape, [1; MAX_RANK]);
+        assert_eq!(Tensor::of(&in_parts(MAX_RANK + 1)).unwrap_err(), NotPlain);
     }
 
     #[test]

@@ -10,9 +10,9 @@ use bytes::Bytes;
 use std::fmt::Write;
 
 /// Characters of a session's id at most.
-const MOST_ID: usize = 256;
+const MAX_ID: usize = 256;
 /// Bytes of a text that is a sequence's id at most.
-const MOST_SEQUENCE: usize = 128;
+const MAX_SEQUENCE: usize = 128;
 /// Bytes of a request's id at most: it comes back, and Python says how large a reply may be.
 const MAX_REQUEST_ID_BYTES: usize = 256;
 
@@ -83,7 +83,7 @@ fn write_session_id(into: &mut String, model: &str, sequence: Sequence<'_>) -> R
         Sequence::Text(name) => write!(into, "triton/{model}/\"{name}\""),
     }
     .map_err(|_| NotPlain)?;
-    if into.len() > MOST_ID || into.contains(SEPARATOR) {
+    if into.len() > MAX_ID || into.contains(SEPARATOR) {
         return Err(NotPlain);
     }
     Ok(())
@@ -105,7 +105,7 @@ const BOOL: u32 = 1;
 const INT64: u32 = 2;
 const STRING: u32 = 3;
 const UINT64: u32 = 5;
-const MOST_INT64: u64 = i64::MAX as u64;
+const MAX_INT64: u64 = i64::MAX as u64;
 
 #[derive(Default)]
 struct Parameters<'a> {
@@ -145,10 +145,10 @@ impl<'a> Parameters<'a> {
                 BOOL,
                 Value::Varint(0),
             ) => {}
-            ("timeout", INT64, Value::Varint(us)) if us <= MOST_INT64 => self.timeout_us = us,
+            ("timeout", INT64, Value::Varint(us)) if us <= MAX_INT64 => self.timeout_us = us,
             // the others are whole numbers that are not negative
             ("priority" | "stepwell_revision" | "stepwell_request_id", INT64, Value::Varint(number))
-                if number > MOST_INT64 =>
+                if number > MAX_INT64 =>
             {
                 return Err(NotPlain);
             }
@@ -165,7 +165,7 @@ impl<'a> Parameters<'a> {
 
 /// Whether a text may be a part of a session's id as it is. Python knows of more that may.
 fn is_plain_name(name: &[u8]) -> bool {
-    !name.is_empty() && name.len() <= MOST_SEQUENCE && name.iter().all(|byte| (b' '..=b'~').contains(byte))
+    !name.is_empty() && name.len() <= MAX_SEQUENCE && name.iter().all(|byte| (b' '..=b'~').contains(byte))
 }
 
 /// An `InferInputTensor`, without its data.

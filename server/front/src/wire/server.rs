@@ -263,9 +263,9 @@ const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 /// What h2 takes of a call's replies, as the client makes room, before they are written to the socket.
 const SEND_BUFFER_BYTES: usize = 256 << 10;
 /// Calls of one connection that end before they were looked at: a client that begins and cancels them as fast as it can.
-const MOST_RESET: usize = 1000;
+const MAX_RESET: usize = 1000;
 /// Calls of one connection that break HTTP/2's rules.
-const MOST_MISTAKES: usize = 1000;
+const MAX_MISTAKES: usize = 1000;
 /// Calls that we have ended, of which h2 still knows for a moment: what their clients had sent meanwhile is no mistake.
 const REMEMBERED_RESETS: usize = 1000;
 const REMEMBER_RESETS: Duration = Duration::from_secs(5);
@@ -280,8 +280,8 @@ fn http2(limits: &Limits) -> h2::server::Builder {
         .initial_connection_window_size(FIRST_WINDOW_BYTES)
         .initial_window_size(STREAM_WINDOW_BYTES)
         .max_send_buffer_size(SEND_BUFFER_BYTES)
-        .max_pending_accept_reset_streams(MOST_RESET)
-        .max_local_error_reset_streams(Some(MOST_MISTAKES))
+        .max_pending_accept_reset_streams(MAX_RESET)
+        .max_local_error_reset_streams(Some(MAX_MISTAKES))
         .max_concurrent_reset_streams(REMEMBERED_RESETS)
         .reset_stream_duration(REMEMBER_RESETS);
     builder

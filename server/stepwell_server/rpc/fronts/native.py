@@ -63,7 +63,7 @@ _OPTIONS: Mapping[str, Option] = {
     "client_ca": "--tls-client-ca",
 }
 #: So often the wire is asked for more in one turn of the event loop, while several connections are about.
-_TAKEN_AT_ONCE = 16
+_MAX_TAKES = 16
 #: The source of what has come, among other large work.
 _ARRIVALS = ("arrivals",)
 #: Connections of which it is remembered who calls; of others the next call says it.
@@ -371,7 +371,7 @@ class NativeFront:
         self._run(lambda: self._take_all(front))
 
     def _take_all(self, front: stepwell_front.Front) -> None:
-        most = _TAKEN_AT_ONCE
+        most = _MAX_TAKES
         while most:
             try:
                 taken = front.take()

@@ -50,8 +50,8 @@ _ALTERNATIVE_NAMES, _COMMON_NAME = "x509_subject_alternative_name", "x509_common
 _OTHER_NAME = b"other types of SAN"
 _Context = grpc.aio.ServicerContext[Any, Any]
 #: Servers that have stopped by themselves, and whose calls go on.
-_MOST_STOPPED = 8
-_BIND_AGAIN_S = 0.02
+_MAX_STOPPED = 8
+_BIND_RETRY_S = 0.02
 _GONE_S = 30.0
 _log = Log("rpc.front")
 #: The wire types with which a field of each kind comes; with others protobuf takes it for an unknown one.
@@ -142,7 +142,7 @@ class PythonFront:
         self._server = grpc.aio.server(options=_options(limits))
         self._healing: asyncio.Task[None] | None = None
         self._handlers: list[grpc.GenericRpcHandler] = []
-        self._stopped: collections.deque[grpc.aio.Server] = collections.deque(maxlen=_MOST_STOPPED)
+        self._stopped: collections.deque[grpc.aio.Server] = collections.deque(maxlen=_MAX_STOPPED)
         """Those that have stopped by themselves, and may still have calls."""
         self._calls = 0
         self._certificates: Certificates | None = None
@@ -196,7 +196,7 @@ class PythonFront:
                     self._listen(address, self._certificates)
                     break
                 except BindError:  # gRPC gives the address free when it comes to it
-                    await asyncio.sleep(_BIND_AGAIN_S)
+                    await asyncio.sleep(_BIND_RETRY_S)
             serving = await self._begin()
 
     def _listen(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _DEFAULT_PAGE = 1000
 _LARGEST_PAGE = 10_000
 #: Sessions that are made messages of before others get a turn.
-_AT_ONCE = 64
+_BATCH_SIZE = 64
 #: Of sessions in one page, unless another size is asked for.
 _EXPORTED_BYTES = 1 << 20
 _EXISTING: dict[int, ExistingPolicy] = {
@@ -75,11 +75,13 @@ class Administration:
             count=not request.skip_total,
         )
         response = pb.ListSessionsResponse(total=total)
-        for start in range(0, len(page), _AT_ONCE):
+        for start in range(0, len(page), _BATCH_SIZE):
             # its calls take turns: in each turn of the event loop there is one piece of one of them
             async with self._listing:
-                response.sessions.extend([_listed(info, call.who) for info in page[start : start + _AT_ONCE]])
-                if len(page) > _AT_ONCE:
+                response.sessions.extend(
+                    [_listed(info, call.who) for info in page[start : start + _BATCH_SIZE]]
+                )
+                if len(page) > _BATCH_SIZE:
                     await asyncio.sleep(0)
         response.next_page_token = (
             "" if page.next is None else to_token(tenancy.external_page_end(call.who, page.next))
