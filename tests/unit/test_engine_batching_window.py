@@ -305,8 +305,8 @@ def rows_of(at: Harness) -> list[int]:
 
 async def two_halves(at: Harness, **fields: Any) -> None:
     """The first half is answered, and the second waits."""
-    first = await at.begin_pass(["a", "b"], x(2), caller="me")
-    at.submit(["c", "d"], x(2), caller="me", **fields)
+    first = await at.begin_pass(["a", "b"], x(2), connection="me")
+    at.submit(["c", "d"], x(2), connection="me", **fields)
     at.clock.advance(Wide.fixed_s)
     at.hooks.open_gate()
     await first.none_fails()
@@ -316,7 +316,7 @@ async def test_those_who_wait_and_those_who_were_just_answered_have_the_next_pas
     async with running(threads=True) as at:
         await open_wide(at)
         await two_halves(at)
-        await at.submit(["a", "b"], x(2), caller="me").none_fails()
+        await at.submit(["a", "b"], x(2), connection="me").none_fails()
         await at.settled()
         assert rows_of(at) == [2, 4]
 
@@ -347,13 +347,13 @@ async def test_an_alarm_that_is_heard_late_has_no_second_one_set_for_the_next_wa
         await two_halves(at)
         heard = await asyncio.wait_for(alarms.get(), WAIT_S)
         assert await asyncio.to_thread(rang.wait, WAIT_S)
-        await at.submit(["a", "b"], x(2), caller="me").none_fails()
-        at.submit(["a", "b"], x(2), caller="me")
+        await at.submit(["a", "b"], x(2), connection="me").none_fails()
+        at.submit(["a", "b"], x(2), connection="me")
         await asyncio.wait_for(alarms.get(), WAIT_S)
         heard()
         for _ in range(5):  # turns of the event loop
             await asyncio.sleep(0)
-        await at.submit(["c", "d"], x(2), caller="me").none_fails()
+        await at.submit(["c", "d"], x(2), connection="me").none_fails()
         assert alarms.empty()
         assert rows_of(at) == [2, 4, 4]
 
@@ -361,13 +361,15 @@ async def test_an_alarm_that_is_heard_late_has_no_second_one_set_for_the_next_wa
 async def test_nobody_waits_for_others() -> None:
     async with running(threads=True) as at:
         await open_wide(at)
-        first = await at.begin_pass(["a", "b"], x(2), caller="me")
-        other = at.submit("c", x(1), caller="another")
+        first = await at.begin_pass(["a", "b"], x(2), connection="me")
+        other = at.submit("c", x(1), connection="another")
         at.clock.advance(Wide.fixed_s)
         at.hooks.open_gate()
         await first.none_fails()
         await other.none_fails()  # the clock stands still: it has not waited
-        await at.submit("a", x(1), caller="me").none_fails()  # nor does one in a pass after others were about
+        await at.submit(
+            "a", x(1), connection="me"
+        ).none_fails()  # nor does one in a pass after others were about
         assert rows_of(at) == [2, 1, 1]
 
 

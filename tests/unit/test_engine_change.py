@@ -112,7 +112,7 @@ async def test_a_modest_caller_is_in_the_next_pass_whatever_a_greedy_one_has_sen
         for name in [*greedy, "modest"]:
             told = Later(lambda _answer, name=name: order.append(name))  # type: ignore[misc]
             caller = "modest" if name == "modest" else "greedy"
-            at.engine.submit(Change([name], told, inputs={"": x(1)}, caller=caller))
+            at.engine.submit(Change([name], told, inputs={"": x(1)}, connection=caller))
         at.hooks.open_gate()
         await at.settled()
         assert "modest" in order[:4]
@@ -124,13 +124,13 @@ async def test_changes_that_become_one_say_of_each_member_who_asked_for_it() -> 
     async with running(threads=True, resident_rows=64) as at:
         await at.open("a", "b", "c", "busy")
         await at.begin_pass("busy", x(1))
-        changes = [Change([name], Answers([1]), inputs={"": x(1)}, who=who)
+        changes = [Change([name], Answers([1]), inputs={"": x(1)}, caller=who)
                    for name, who in (("a", ann), ("b", ann), ("c", bob))]  # fmt: skip
         for change in changes:
             at.engine.submit(change)
         alike, different = joined(changes[:2]), joined(changes)
-        assert (alike.who, alike.whos) == (ann, None)
-        assert different.whos == [ann, ann, bob]
+        assert (alike.caller, alike.callers) == (ann, None)
+        assert different.callers == [ann, ann, bob]
         at.hooks.open_gate()
         await at.settled()
 
@@ -142,7 +142,7 @@ async def test_all_that_one_connection_sends_has_one_source() -> None:
         with mock.patch.object(Scheduler, "add", autospec=True, side_effect=Scheduler.add) as add:
             for names, caller in ((["a"], "here"), (["b"], "here"), (["c", "d"], "here")):
                 inputs = {"": x(len(names))}
-                at.engine.submit(Change(names, Answers([1] * len(names)), inputs=inputs, caller=caller))
+                at.engine.submit(Change(names, Answers([1] * len(names)), inputs=inputs, connection=caller))
             at.hooks.open_gate()
             await at.settled()
             sources = {call.args[1].source for call in add.call_args_list}

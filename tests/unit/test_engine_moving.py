@@ -124,7 +124,11 @@ async def test_what_is_there_is_left_unless_it_is_to_be_replaced() -> None:
         await new.step("a", x(2))
         await new.step("a", x(2))
         results = await brought(new, sessions)
-        assert [type(result).__name__ for result in results] == ["SessionExists", "Imported", "Imported"]
+        assert [type(result).__name__ for result in results] == [
+            "SessionExists",
+            "ImportOutcome",
+            "ImportOutcome",
+        ]
         assert results[0].message == "session_id must be new; session 'a' is open"
         assert await brought(new, sessions, ExistingPolicy.SKIP) == [
             ImportOutcome.SKIPPED,

@@ -56,9 +56,9 @@ async def test_steps_are_charged_to_who_asks_and_refused_with_the_time_to_wait()
     )
     async with running(quotas=quotas) as at:
         await at.open("a", "b", "c")
-        await at.submit("a", x(1, 5), who=ANN).only()
+        await at.submit("a", x(1, 5), caller=ANN).only()
         with pytest.raises(QuotaExceeded) as refused:
-            at.submit("a", x(1, 3), who=ANN)
+            at.submit("a", x(1, 3), caller=ANN)
         error = refused.value
         assert isinstance(error, Overloaded)
         assert error.retry_after_s == pytest.approx(0.6)
@@ -71,17 +71,17 @@ async def test_steps_are_charged_to_who_asks_and_refused_with_the_time_to_wait()
         assert told.retry_after_ms == 600
         # the tenant was not charged for what its caller may not do
         # and an admin of another tenant, who acts in it, is not its caller of that name
-        await at.submit("b", x(1, 10), who=Caller("ann", "acme", Role.ADMIN, own_tenant="beta")).only()
-        await at.submit("b", x(1, 5), who=OTHERS).only()
+        await at.submit("b", x(1, 10), caller=Caller("ann", "acme", Role.ADMIN, own_tenant="beta")).only()
+        await at.submit("b", x(1, 5), caller=OTHERS).only()
         with pytest.raises(QuotaExceeded, match="steps_per_second of tenant 'acme' must stay within 10"):
-            at.submit("b", x(1), who=OTHERS)
-        await at.submit("c", x(1, 50), who=BOB).only()
+            at.submit("b", x(1), caller=OTHERS)
+        await at.submit("c", x(1, 50), caller=BOB).only()
         at.clock.advance(0.6)
-        await at.submit("a", x(1, 3), who=ANN).only()
+        await at.submit("a", x(1, 3), caller=ANN).only()
         with pytest.raises(InvalidInput, match=r"at most the burst of the quota .* 'acme', 20; got 21"):
-            at.submit("a", x(1, 21), who=OTHERS)
+            at.submit("a", x(1, 21), caller=OTHERS)
         with pytest.raises(QuotaExceeded):
-            await at.engine.predict("plain", {"": x(4)}, who=ANN)
+            await at.engine.predict("plain", {"": x(4)}, caller=ANN)
         assert at.quotas is not None
         counts = at.quotas.counts()
         assert counts.steps == {"acme": 23, "beta": 50, "": 0}
@@ -97,8 +97,8 @@ async def test_of_a_change_of_many_callers_each_is_charged_for_its_own() -> None
             ["a", "b", "c", "d"],
             x(4),
             batch_sizes=[1] * 4,
-            callers=["1", "2", "1", "1"],
-            whos=[ANN, BOB, ANN, OTHERS],
+            connections=["1", "2", "1", "1"],
+            callers=[ANN, BOB, ANN, OTHERS],
         )
         first, second, third, fourth = await answers.all()
         assert isinstance(fourth, QuotaExceeded), "its tenant has nothing left"
@@ -251,7 +251,7 @@ async def test_sessions_and_rows_of_a_caller_are_those_that_it_made(tmp_path: Pa
 
     async def opened(at: Harness, who: Caller, rows: int = 1, count: int = 1) -> list[str]:
         made = await at.engine.open_sessions(
-            "plain", count=count, batch_size=rows, namespace=namespace, who=who
+            "plain", count=count, batch_size=rows, namespace=namespace, caller=who
         )
         return list(made.session_ids)
 
@@ -263,11 +263,11 @@ async def test_sessions_and_rows_of_a_caller_are_those_that_it_made(tmp_path: Pa
             QuotaExceeded, match="rows of caller 'acme/ann' must stay within 5; there are 2, and 4 came"
         ):
             await opened(at, ANN, 2, 2)
-        forked = await at.engine.fork(first, who=ANN)
+        forked = await at.engine.fork(first, caller=ANN)
         with pytest.raises(
             QuotaExceeded, match="rows of caller 'acme/ann' must stay within 5; there are 4, and 2 came"
         ) as told:
-            await at.engine.fork_sessions([first], who=ANN)
+            await at.engine.fork_sessions([first], caller=ANN)
         assert dict(to_proto(told.value).metadata) == {"quota": "rows", "limit": "5"}
         # it does not matter who closes it
         await at.engine.close_session(forked.session.session_id)

@@ -148,7 +148,7 @@ async def test_of_many_callers_who_is_over_it_is_refused_alone() -> None:
     async with running(quotas=quotas) as at:
         await at.open(acme, beta)
         found = await at.submit(
-            [acme, beta], x(2, 3), batch_sizes=[1, 1], callers=["1", "2"], whos=[ANN, BOB]
+            [acme, beta], x(2, 3), batch_sizes=[1, 1], connections=["1", "2"], callers=[ANN, BOB]
         ).all()
         assert isinstance(found[0], QuotaExceeded)
         assert not isinstance(found[1], ServerError)
@@ -161,9 +161,9 @@ async def test_a_caller_has_one_of_what_it_has_made() -> None:
     quotas = QuotaTable(callers={"acme/ann": Limits(bytes=SESSION + SERIES + 50)})
     async with running(quotas=quotas) as at:
         name, other = prefix_of("acme") + "s", prefix_of("acme") + "t"
-        await at.engine.open_session("plain", session_id=name, who=ANN)
+        await at.engine.open_session("plain", session_id=name, caller=ANN)
         await at.engine.open_session("plain", session_id=other)
-        await refused(at.engine.fork(name, who=ANN))
+        await refused(at.engine.fork(name, caller=ANN))
         await at.step(name, x(1, 3))
         await at.step(other, x(1, 30))
         error = refused_step(at, name, 30)

@@ -55,8 +55,8 @@ def test_each_part_has_its_rows_and_what_is_said_of_its_members() -> None:
         states=Select.LAST,
         state_members=[1, 2],
         deadline=5.0,
-        caller="conn",
-        who=ANN,
+        connection="conn",
+        caller=ANN,
         traces={0: trace},
         reply_limit=1000,
         reply_bytes=90,
@@ -77,7 +77,7 @@ def test_each_part_has_its_rows_and_what_is_said_of_its_members() -> None:
             assert own is not None
             assert whole is not None
             np.testing.assert_array_equal(own, whole[members])
-        said = (part.select, part.output_names, part.states, part.deadline, part.caller, part.who)
+        said = (part.select, part.output_names, part.states, part.deadline, part.connection, part.caller)
         assert said == (Select.LAST, ("y",), Select.LAST, 5.0, "conn", ANN)
         assert part.reply_limit == 1000
     assert (stay.state_members, other.state_members) == ([1], [0])
@@ -154,11 +154,11 @@ def test_what_cannot_be_parted_is_refused_as_a_whole(values: dict[str, Any], wor
 
 def test_a_part_of_several_messages_keeps_who_asked_for_which_and_until_when() -> None:
     bob, numbers = dataclasses.replace(ANN, name="bob"), np.array([3, 5, 5])
-    change = frame(messages=numbers, callers=["c", "d", "d"], whos=[ANN, bob, bob], batch_sizes=SIZES)
+    change = frame(messages=numbers, connections=["c", "d", "d"], callers=[ANN, bob, bob], batch_sizes=SIZES)
     change.deadlines = numbers.astype(np.float64)
     _, last = split(change, np.array([1, 2]))
     messages = None if last.messages is None else last.messages.tolist()
-    assert (last.callers, last.whos, last.deadline, messages) == (["d", "d"], [bob, bob], 5.0, [5, 5])
+    assert (last.connections, last.callers, last.deadline, messages) == (["d", "d"], [bob, bob], 5.0, [5, 5])
 
 
 def test_what_cannot_be_taken_holds_back_its_message_and_all_where_a_session_is_named_twice() -> None:

@@ -476,13 +476,13 @@ async def test_each_change_says_who_asked_for_it(columns: Columns) -> None:
     columns.take(["a", "gone", "b"], x(3), whos=[ann, ann, bob])
     columns.take(["a", "b"], x(2), whos=[ann])
     await columns.at.settled()
-    assert [(change.who, change.whos) for change in columns.changes if len(change.session_ids) > 1] == [
+    assert [(change.caller, change.callers) for change in columns.changes if len(change.session_ids) > 1] == [
         (ANYBODY, [ann, bob]),
         (bob, None),
         (ANYBODY, [ann, ann, bob]),
         (ann, None),
     ]
-    assert [change.who for change in columns.changes if change.session_ids == ["gone"]] == [ann]
+    assert [change.caller for change in columns.changes if change.session_ids == ["gone"]] == [ann]
 
 
 @pytest.mark.stores("memory", "async", "sync")

@@ -31,9 +31,9 @@ Source = tuple[Hashable, ...]
 T = TypeVar("T")
 
 
-def source_of(who: Caller, connection: Hashable) -> Source:
+def source_of(caller: Caller, connection: Hashable) -> Source:
     """The source of what a caller asks for over a connection."""
-    return (who.tenant, who.name, connection)
+    return (caller.tenant, caller.name, connection)
 
 
 class _Node(Generic[T]):

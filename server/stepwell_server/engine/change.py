@@ -132,9 +132,9 @@ class Change:
     """The versions of `continued_model` that they must be on; None: any."""
     traces: Mapping[int, Trace] | None = None
     """Of members whose calls are traced; that of a call of many is with its first. None: of none."""
-    caller: Hashable = None
+    connection: Hashable = None
     """Who sent it: the scheduler takes turns between callers. None: nobody else sends for the same caller."""
-    who: Caller = ANYBODY
+    caller: Caller = ANYBODY
     """Who asks for it, as far as the server knows callers."""
 
     reply_limit: int = sys.maxsize
@@ -185,11 +185,11 @@ class Change:
     messages: Members | None = None
     """The number of each member's message, where several were put together. One that cannot be taken with the others is
     left out as a whole: `Engine.submit` returns its members. None: there is one message."""
-    callers: Sequence[Hashable] | None = None
-    """One per member, in place of `caller`: the same session may then be among the members more than once, to be
+    connections: Sequence[Hashable] | None = None
+    """One per member, in place of `connection`: the same session may then be among the members more than once, to be
     applied in their order."""
-    whos: Sequence[Caller] | None = None
-    """One per member, in place of `who`; None: it is the same for all."""
+    callers: Sequence[Caller] | None = None
+    """One per member, in place of `caller`; None: it is the same for all."""
     deadlines: npt.NDArray[np.float64] | None = None
     """One per member; `deadline` is the earliest of them."""
 
@@ -308,26 +308,26 @@ class Change:
 
     def alike(self, members: Members) -> Sequence[Members]:
         """The members in groups that may share an error: it names a session, which is no other caller's business."""
-        return [members] if self.callers is None else [members[at : at + 1] for at in range(len(members))]
+        return [members] if self.connections is None else [members[at : at + 1] for at in range(len(members))]
 
     @property
     def only_source(self) -> Source | None:
         """That of all members; None: they have several, as far as is known without a look at each."""
-        if self.callers is None:
-            return source_of(self.who, self.caller if self.caller is not None else self)
-        first = self.callers[0]
-        is_one = self.whos is None and self.callers.count(first) == len(self.callers)
-        return source_of(self.who, first) if is_one else None
+        if self.connections is None:
+            return source_of(self.caller, self.connection if self.connection is not None else self)
+        first = self.connections[0]
+        is_one = self.callers is None and self.connections.count(first) == len(self.connections)
+        return source_of(self.caller, first) if is_one else None
 
     def by_source(self, members: Members) -> Iterator[tuple[Source, Members]]:
         """The members of each source, of a change that has no `only_source`."""
-        assert self.callers is not None, "it has several"
+        assert self.connections is not None, "it has several"
         sources: dict[tuple[Caller, Hashable], list[int]] = {}
-        whos = [self.who] * self.size if self.whos is None else self.whos
+        callers = [self.caller] * self.size if self.callers is None else self.callers
         for member in members.tolist():
-            sources.setdefault((whos[member], self.callers[member]), []).append(member)
-        for (who, caller), own in sources.items():
-            yield source_of(who, caller), np.array(own, np.intp)
+            sources.setdefault((callers[member], self.connections[member]), []).append(member)
+        for (caller, connection), own in sources.items():
+            yield source_of(caller, connection), np.array(own, np.intp)
 
     def drop(self, members: Members, now: float) -> Sequence[tuple[Members, ServerError]]:
         """Those of the members that should not go on, and why. See `job.Owner`."""
@@ -471,11 +471,11 @@ def joined(parts: Sequence[Change]) -> Change:
         _Callers(parts),
         select=first.select,
         states=first.states,
-        callers=[part if part.caller is None else part.caller for part in parts],
-        who=first.who,
+        connections=[part if part.connection is None else part.connection for part in parts],
+        caller=first.caller,
     )
-    if any(part.who is not first.who for part in parts):
-        whole.whos = [part.who for part in parts]
+    if any(part.caller is not first.caller for part in parts):
+        whole.callers = [part.caller for part in parts]
     if any(part.traces for part in parts):
         whole.traces = {at: each for at, part in enumerate(parts) for each in (part.traces or {}).values()}
     whole.model, whole.find_again = first.model, first.find_again

@@ -344,7 +344,7 @@ class Engine:
         reset: Mask | None = None,
         deadline: float = math.inf,
         source: object = None,
-        who: Caller = ANYBODY,
+        caller: Caller = ANYBODY,
         reply_limit: int = sys.maxsize,
         reply_bytes: int = 0,
     ) -> PredictResult:
@@ -356,7 +356,7 @@ class Engine:
             reset=reset,
             deadline=deadline,
             source=source,
-            who=who,
+            caller=caller,
             reply_limit=reply_limit,
             reply_bytes=reply_bytes,
         )
@@ -441,7 +441,7 @@ class Engine:
         fingerprint: str = "",
         max_idle_ms: int | None = None,
         namespace: str = "",
-        who: Caller = ANYBODY,
+        caller: Caller = ANYBODY,
     ) -> OpenResult:
         """Open a session, or resume the live one of that id: see `Opener.one`."""
         return await self._open.one(
@@ -454,7 +454,7 @@ class Engine:
             fingerprint=fingerprint,
             max_idle_ms=max_idle_ms,
             namespace=namespace,
-            who=who,
+            caller=caller,
         )
 
     async def open_sessions(
@@ -467,7 +467,7 @@ class Engine:
         request_id: int = 0,
         max_idle_ms: int | None = None,
         namespace: str = "",
-        who: Caller = ANYBODY,
+        caller: Caller = ANYBODY,
         resume: bool = False,
     ) -> OpenManyResult:
         """Open many sessions, all of them or none: see `Opener.many`."""
@@ -479,7 +479,7 @@ class Engine:
             request_id=request_id,
             max_idle_ms=max_idle_ms,
             namespace=namespace,
-            who=who,
+            caller=caller,
             resume=resume,
         )
 
@@ -492,7 +492,7 @@ class Engine:
         request_id: int = 0,
         max_idle_ms: int | None = None,
         deadline: float = math.inf,
-        who: Caller = ANYBODY,
+        caller: Caller = ANYBODY,
     ) -> OpenResult:
         """Open a session with the state, revision and position of another: see `Forker.one`."""
         return await self._fork.one(
@@ -502,7 +502,7 @@ class Engine:
             request_id=request_id,
             max_idle_ms=max_idle_ms,
             deadline=deadline,
-            who=who,
+            caller=caller,
         )
 
     async def fork_sessions(
@@ -514,7 +514,7 @@ class Engine:
         request_id: int = 0,
         max_idle_ms: int | None = None,
         deadline: float = math.inf,
-        who: Caller = ANYBODY,
+        caller: Caller = ANYBODY,
     ) -> OpenManyResult:
         """Open sessions with the states of others, all of them or none: see `Forker.many`."""
         return await self._fork.many(
@@ -524,14 +524,14 @@ class Engine:
             request_id=request_id,
             max_idle_ms=max_idle_ms,
             deadline=deadline,
-            who=who,
+            caller=caller,
         )
 
     async def import_sessions(
-        self, sessions: Sequence[SessionRecord], existing: ExistingPolicy, who: Caller = ANYBODY
+        self, sessions: Sequence[SessionRecord], existing: ExistingPolicy, caller: Caller = ANYBODY
     ) -> list[ImportResult]:
         """Begin sessions with records, each for itself: see `Importer.run`."""
-        return await self._import.run(sessions, existing, who)
+        return await self._import.run(sessions, existing, caller)
 
     async def session_info(self, session_id: str, *, usable: bool = False) -> SessionInfo:
         """Describe a session as of its last completed change: see `Directory.describe`."""

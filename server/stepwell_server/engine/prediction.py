@@ -55,7 +55,7 @@ class Prediction:
         reset: Mask | None = None,
         deadline: float = float("inf"),
         source: object = None,
-        who: Caller = ANYBODY,
+        caller: Caller = ANYBODY,
         reply_limit: int = sys.maxsize,
         reply_bytes: int = 0,
     ) -> PredictResult:
@@ -77,7 +77,9 @@ class Prediction:
         self._drain()
         byte_count = sum(array.nbytes for array in (*checked.arrays, *(values or ())))
         self._inboxes.of[served.index].require_room(rows, byte_count)
-        release = None if self._quotas is None else self._quotas.charge(who, rows * checked.steps, byte_count)
+        release = (
+            None if self._quotas is None else self._quotas.charge(caller, rows * checked.steps, byte_count)
+        )
         now = self._clock.monotonic()
         call = PredictCall(
             served,
@@ -86,7 +88,7 @@ class Prediction:
             rows,
             resets=resets,
             deadline=deadline,
-            source=source_of(who, object() if source is None else source),
+            source=source_of(caller, object() if source is None else source),
             now=now,
         )
         self._inboxes.bytes += byte_count

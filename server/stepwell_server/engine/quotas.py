@@ -107,15 +107,15 @@ class Quotas:
 
     # ------------------------------------------------------------------------------------------------------- sessions
 
-    def owner(self, who: Caller, session_id: str = "") -> str:
+    def owner(self, caller: Caller, session_id: str = "") -> str:
         """As whose sessions those count, beside its tenant's, that a caller makes now; empty: as nobody's.
 
         One of an id that is there, and is replaced, stays whose it was.
         """
         if session_id in self._owners:
             return self._owners[session_id]
-        limits = self._table.callers.get(str(who)) if who.name else None
-        return str(who) if limits is not None and limits.counts_sessions else ""
+        limits = self._table.callers.get(str(caller)) if caller.name else None
+        return str(caller) if limits is not None and limits.counts_sessions else ""
 
     def begin(self, session_ids: Sequence[str], each: Usage, owner: str = "") -> None:
         """Count sessions that are about to be made, of one tenant: then they are `made`, or `not_made`.
@@ -240,14 +240,14 @@ class Quotas:
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
-    def charge(self, who: Caller, steps: int, byte_count: int) -> Callable[[], None]:
+    def charge(self, caller: Caller, steps: int, byte_count: int) -> Callable[[], None]:
         """Charge somebody for steps, and for bytes until what is returned is called.
 
         Raises:
             QuotaExceeded: it is too much now, and nothing is charged.
             InvalidInput: it will always be.
         """
-        now, scopes = self._clock.monotonic(), self._scopes(who)
+        now, scopes = self._clock.monotonic(), self._scopes(caller)
         for what, name, limits in scopes:
             if limits.steps_per_second is not None and steps > limits.most_steps:
                 raise InvalidInput(
@@ -262,7 +262,7 @@ class Quotas:
                 )
             if most is not None and self._bytes[name] + byte_count > most:
                 raise self._exceeded(
-                    who.tenant,
+                    caller.tenant,
                     "bytes_in_flight",
                     most,
                     f"bytes_in_flight of {what} must stay within {most}; {self._bytes[name]} are, and {byte_count} came",
@@ -279,7 +279,7 @@ class Quotas:
                     other.give_back(steps)
                 rate = limits.steps_per_second
                 raise self._exceeded(
-                    who.tenant,
+                    caller.tenant,
                     "steps_per_second",
                     rate,
                     f"steps_per_second of {what} must stay within {rate:g}, {limits.most_steps} at once; {steps} came",
@@ -289,7 +289,7 @@ class Quotas:
         names = [name for _, name, limits in scopes if limits.bytes_in_flight is not None]
         for name in names:
             self._bytes[name] += byte_count
-        self._steps[self._label(who.tenant)] += steps
+        self._steps[self._label(caller.tenant)] += steps
 
         def release() -> None:
             for name in names:
@@ -318,15 +318,15 @@ class Quotas:
         releases: list[Callable[[], None]] = []
         groups = list(_by_caller(change))
         row_bytes = change.byte_count // max(1, change.row_count)
-        for who, members in groups:
+        for caller, members in groups:
             rows = int(change.sizes[members].sum())
             try:
                 grown = {} if growth is None else self._growth(change, members, growth)
                 releases.append(
-                    self.charge(who, 0 if change.reset else rows * change.steps, rows * row_bytes)
+                    self.charge(caller, 0 if change.reset else rows * change.steps, rows * row_bytes)
                 )
             except (QuotaExceeded, InvalidInput) as error:
-                if len(groups) == 1 and change.callers is None:
+                if len(groups) == 1 and change.connections is None:
                     raise
                 refused.append((members, error))
                 continue
@@ -371,9 +371,9 @@ class Quotas:
             if not self._growing[tenant]:
                 del self._growing[tenant]
 
-    def _scopes(self, who: Caller) -> list[_Scope]:
-        table, name = self._table, str(who)
-        scopes: list[_Scope] = [(_named(who.tenant), f"{who.tenant}/", table.of_tenant(who.tenant))]
+    def _scopes(self, caller: Caller) -> list[_Scope]:
+        table, name = self._table, str(caller)
+        scopes: list[_Scope] = [(_named(caller.tenant), f"{caller.tenant}/", table.of_tenant(caller.tenant))]
         own = table.callers.get(name) if name else None
         if own is not None:
             scopes.append((f"caller {name!r}", name, own))
@@ -422,9 +422,9 @@ def _named(tenant: str) -> str:
 
 
 def _by_caller(change: Change) -> Iterable[tuple[Caller, Members]]:
-    if change.whos is None:
-        return [(change.who, change.members)]
+    if change.callers is None:
+        return [(change.caller, change.members)]
     found: dict[Caller, list[int]] = {}
     for member in change.members.tolist():
-        found.setdefault(change.whos[member], []).append(member)
-    return [(who, np.array(own, np.intp)) for who, own in found.items()]
+        found.setdefault(change.callers[member], []).append(member)
+    return [(caller, np.array(own, np.intp)) for caller, own in found.items()]

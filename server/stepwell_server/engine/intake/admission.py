@@ -104,7 +104,7 @@ class Admission(Starter):
     @staticmethod
     def _first(change: Change, members: Members) -> tuple[Members, Members]:
         """Members that are the first of their session, and those that name it again and come after."""
-        if change.callers is None or len(set(change.handles[members].tolist())) == len(members):
+        if change.connections is None or len(set(change.handles[members].tolist())) == len(members):
             return members, _NOBODY
         is_first = np.zeros(len(members), np.bool_)
         is_first[np.unique(change.handles[members], return_index=True)[1]] = True

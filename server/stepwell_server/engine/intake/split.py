@@ -18,7 +18,7 @@ from stepwell_server.engine.types import Mask, Members, Tensors
 from stepwell_server.errors import InvalidInput, ServerError
 
 #: Columns of a change that have one entry for each member.
-_OF_MEMBERS = ("session_ids", "expected", "request_ids", "messages", "callers", "whos", "deadlines")
+_OF_MEMBERS = ("session_ids", "expected", "request_ids", "messages", "connections", "callers", "deadlines")
 
 
 def split(change: Change, others: Members) -> tuple[Change, Change]:

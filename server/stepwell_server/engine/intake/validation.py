@@ -164,7 +164,7 @@ def require_lists(change: Change) -> None:
     """
     ids = change.session_ids
     if len(ids) != 1:
-        require_sessions(ids, may_repeat=change.callers is not None)
+        require_sessions(ids, may_repeat=change.connections is not None)
     if change.expected is not None and len(change.expected) != len(ids):
         raise _wrong_length("expected_revisions", change.expected, ids)
     if change.request_ids is not None and len(change.request_ids) != len(ids):

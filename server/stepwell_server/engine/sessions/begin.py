@@ -429,9 +429,9 @@ class SessionCreator:
         """See `IdleLimits.of_new`."""
         return self._expiry.limits.of_new(asked_ms, is_named=is_named)
 
-    def owner(self, who: Caller, session_id: str = "") -> str:
+    def owner(self, caller: Caller, session_id: str = "") -> str:
         """See `Quotas.owner`."""
-        return "" if self._quotas is None else self._quotas.owner(who, session_id)
+        return "" if self._quotas is None else self._quotas.owner(caller, session_id)
 
     # -------------------------------------------------------------------------------------------------------- the path
 

@@ -89,7 +89,7 @@ class Opener:
         fingerprint: str = "",
         max_idle_ms: int | None = None,
         namespace: str = "",
-        who: Caller = ANYBODY,
+        caller: Caller = ANYBODY,
     ) -> OpenResult:
         """Open a session, or resume the live one of that id.
 
@@ -116,7 +116,7 @@ class Opener:
             model=served,
             batch_size=batch_size,
             max_idle_ms=self._begin.limit(max_idle_ms, is_named=bool(session_id)),
-            owner=self._begin.owner(who),
+            owner=self._begin.owner(caller),
             least_revisions=np.zeros(1, np.uint64),
             positions=np.zeros(1, np.uint64),
             is_pinned=self._directory.models.is_pinned(model),
@@ -187,7 +187,7 @@ class Opener:
         request_id: int = 0,
         max_idle_ms: int | None = None,
         namespace: str = "",
-        who: Caller = ANYBODY,
+        caller: Caller = ANYBODY,
         resume: bool = False,
     ) -> OpenManyResult:
         """Open many sessions: all of them or none. The `namespace`, and errors, are as of `one`.
@@ -219,7 +219,7 @@ class Opener:
             model=served,
             batch_size=batch_size,
             max_idle_ms=self._begin.limit(max_idle_ms, is_named=bool(session_ids)),
-            owner=self._begin.owner(who),
+            owner=self._begin.owner(caller),
             least_revisions=np.zeros(wanted, np.uint64),
             positions=np.zeros(wanted, np.uint64),
             is_pinned=self._directory.models.is_pinned(model),
@@ -358,7 +358,7 @@ class Forker:
         request_id: int = 0,
         max_idle_ms: int | None = None,
         deadline: float = float("inf"),
-        who: Caller = ANYBODY,
+        caller: Caller = ANYBODY,
     ) -> OpenResult:
         """Open a session with the state, revision and position of another, after what was received before for that one.
 
@@ -380,7 +380,7 @@ class Forker:
         )
         revisions = None if expected is None else np.array([expected], np.uint64)
         limit_ms = self._begin.limit(max_idle_ms, is_named=call.are_named)
-        made = await self._fork(call, [session_id], revisions, limit_ms, deadline, who)
+        made = await self._fork(call, [session_id], revisions, limit_ms, deadline, caller)
         return OpenResult(made.first, replayed=made.replayed)
 
     async def many(
@@ -392,7 +392,7 @@ class Forker:
         request_id: int = 0,
         max_idle_ms: int | None = None,
         deadline: float = float("inf"),
-        who: Caller = ANYBODY,
+        caller: Caller = ANYBODY,
     ) -> OpenManyResult:
         """Open sessions with the states, revisions and positions of others: all of them or none.
 
@@ -405,7 +405,7 @@ class Forker:
             request_id: 0 for none.
             max_idle_ms: Of each, as in `open`.
             deadline: Of the reading.
-            who: The caller.
+            caller: The caller that makes the call.
 
         Raises:
             SessionGone, SessionExists, RevisionConflict, InvalidInput, Overloaded, DeadlineExceeded, Unavailable
@@ -435,7 +435,7 @@ class Forker:
             content=content,
         )
         limit_ms = self._begin.limit(max_idle_ms, is_named=call.are_named)
-        return await self._fork(call, session_ids, expected, limit_ms, deadline, who)
+        return await self._fork(call, session_ids, expected, limit_ms, deadline, caller)
 
     async def _fork(
         self,
@@ -444,10 +444,10 @@ class Forker:
         expected: U64 | None,
         max_idle_ms: int,
         deadline: float,
-        who: Caller,
+        caller: Caller,
     ) -> OpenManyResult:
         try:
-            return await self._attempt(call, session_ids, expected, max_idle_ms, deadline, who)
+            return await self._attempt(call, session_ids, expected, max_idle_ms, deadline, caller)
         except Unavailable:  # the call comes again, and continues with what it has made
             raise
         except ServerError:
@@ -461,7 +461,7 @@ class Forker:
         expected: U64 | None,
         max_idle_ms: int,
         deadline: float,
-        who: Caller,
+        caller: Caller,
     ) -> OpenManyResult:
         ids, sources, is_single = call.ids, list(dict.fromkeys(session_ids)), call.field == "new_session_id"
         # Together: between two looks at a store that is awaited, changes that came later would overtake the reading.
@@ -493,7 +493,7 @@ class Forker:
                 model=self._directory.models.by_name(f"{read.model}@{read.version}"),
                 batch_size=batch_size,
                 max_idle_ms=max_idle_ms,
-                owner=self._begin.owner(who),
+                owner=self._begin.owner(caller),
                 least_revisions=read.revisions[chosen],
                 positions=read.positions[chosen],
                 states=states,

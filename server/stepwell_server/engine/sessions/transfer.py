@@ -285,7 +285,7 @@ class Importer:
         self._closer = closer
 
     async def run(
-        self, sessions: Sequence[SessionRecord], existing: ExistingPolicy, who: Caller = ANYBODY
+        self, sessions: Sequence[SessionRecord], existing: ExistingPolicy, caller: Caller = ANYBODY
     ) -> list[ImportResult]:
         """Begin sessions with records, each for itself: what became of each, or why it did not begin.
 
@@ -307,7 +307,7 @@ class Importer:
             if place % _IMPORT_BATCH_SIZE == _IMPORT_BATCH_SIZE - 1:
                 await asyncio.sleep(0)
             try:
-                left[session.session_id] = self._checked(session, who)
+                left[session.session_id] = self._checked(session, caller)
             except ServerError as error:
                 results[session.session_id] = error
         for _ in range(MAX_TRIES):
@@ -326,7 +326,7 @@ class Importer:
 
     # -------------------------------------------------------------------------------------------------------- checking
 
-    def _checked(self, session: SessionRecord, who: Caller) -> _ImportedSession:
+    def _checked(self, session: SessionRecord, caller: Caller) -> _ImportedSession:
         """What would be imported, if it may be.
 
         Raises:
@@ -347,7 +347,7 @@ class Importer:
         _check_state(session_id, header, model, decoded.rows, extra)
         mark, _ = split(header.fields)
         rest = _kept_fields(session_id, header.fields)
-        rest = at_birth(self._begin.owner(who, session_id), None, rest)
+        rest = at_birth(self._begin.owner(caller, session_id), None, rest)
         is_pinned = mark is not None and Mark.unpack(mark).is_pinned
         header = dataclasses.replace(
             header,

@@ -131,7 +131,7 @@ class ModelServicer:
             reset=tensors.to_mask(request.reset_mask),
             deadline=call.deadline,
             source=call.caller,
-            who=call.who,
+            caller=call.who,
             reply_limit=tensors.reply_limit(self._max_reply_bytes, as_values=as_values),
             reply_bytes=REPLY_BYTES,
         )

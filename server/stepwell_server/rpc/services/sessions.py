@@ -60,7 +60,7 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
             fingerprint=request.model_fingerprint,
             max_idle_ms=admin.max_idle_of(request),
             namespace=tenancy.namespace_of(call.who),
-            who=call.who,
+            caller=call.who,
         )
         return pb.OpenSessionResponse(
             session=convert.from_session(opened.session), resumed=opened.resumed, replayed=opened.replayed
@@ -76,7 +76,7 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
             request_id=request.request_id,
             max_idle_ms=admin.max_idle_of(request),
             namespace=tenancy.namespace_of(call.who),
-            who=call.who,
+            caller=call.who,
             resume=request.resume,
         )
         return pb.OpenSessionsResponse(
@@ -138,7 +138,7 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
             request_id=request.request_id,
             max_idle_ms=admin.max_idle_of(request),
             deadline=call.deadline,
-            who=call.who,
+            caller=call.who,
         )
         return pb.ForkSessionResponse(session=convert.from_session(forked.session), replayed=forked.replayed)
 
@@ -180,7 +180,7 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
             request_id=request.request_id,
             max_idle_ms=admin.max_idle_of(request),
             deadline=call.deadline,
-            who=call.who,
+            caller=call.who,
         )
         return pb.ForkSessionsResponse(
             session_ids=tenancy.external_ids(forked.session_ids),

@@ -257,7 +257,7 @@ class ColumnSteps(Refusals):
                 continue
             members = batch.left if is_one else np.arange(first, first + count)
             change = self._change(batch, members)
-            change.caller, change.who = columns.callers[first], who_of(columns, first)
+            change.connection, change.caller = columns.callers[first], who_of(columns, first)
             change.deadline = float(columns.deadlines[first])
             try:
                 if len(self._engine.submit(change)):
@@ -282,11 +282,11 @@ class ColumnSteps(Refusals):
         is_whole = len(members) == len(columns.session_ids)
         change = self._change(batch, members)
         change.messages = np.repeat(np.arange(len(columns.counts)), columns.counts)[members]
-        change.callers = columns.callers if is_whole else _some(columns.callers, members)
+        change.connections = columns.callers if is_whole else _some(columns.callers, members)
         if len(columns.whos) == 1:
-            (change.who,) = columns.whos
+            (change.caller,) = columns.whos
         else:
-            change.whos = columns.whos if is_whole else _some(columns.whos, members)
+            change.callers = columns.whos if is_whole else _some(columns.whos, members)
         change.deadlines = columns.deadlines if is_whole else columns.deadlines[members]
         change.deadline = float(np.minimum.reduce(change.deadlines))
         if change.batch_sizes is None:

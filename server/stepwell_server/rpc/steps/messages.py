@@ -63,7 +63,7 @@ class UnaryChanges:
         return reset_reply(await self._apply(change, answer, call))
 
     async def _apply(self, change: Change, answer: Awaited, call: Call) -> ChangeResult:
-        change.deadline, change.caller = call.deadline, call.caller
+        change.deadline, change.connection = call.deadline, call.caller
         change.traces = TRACES.get()
         self._engine.submit(change)
         return await answer.get()
@@ -75,7 +75,7 @@ def of_step(request: pb.StepRequest, replies: Replies, who: Caller) -> Change:
     Raises:
         InvalidInput: it is none.
     """
-    change = Change((tenancy.internal_id(who, request.session_id),), replies, who=who)
+    change = Change((tenancy.internal_id(who, request.session_id),), replies, caller=who)
     change.inputs = tensors.to_arrays(request.inputs, "inputs")
     _say_step(change, request)
     change.rows = list(request.rows) or None
@@ -90,7 +90,7 @@ def of_reset(request: pb.ResetStatesRequest, replies: Replies, who: Caller) -> C
     Raises:
         InvalidInput: it is none.
     """
-    change = Change((tenancy.internal_id(who, request.session_id),), replies, who=who)
+    change = Change((tenancy.internal_id(who, request.session_id),), replies, caller=who)
     change.reset = True
     change.state = tensors.to_optional_arrays(request.state, "state")
     change.rows = list(request.rows) or None
@@ -174,7 +174,7 @@ def of_frame(body: FrameBody, replies: Replies, who: Caller) -> Change:
     Raises:
         InvalidInput: it is none.
     """
-    change = Change(tenancy.internal_ids(who, body.session_ids), replies, who=who)
+    change = Change(tenancy.internal_ids(who, body.session_ids), replies, caller=who)
     if body.batch_size:
         _require_left_out("batch_size", body, "batch_sizes")
         change.batch_sizes = np.full(change.size, body.batch_size, np.intp)

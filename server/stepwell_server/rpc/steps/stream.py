@@ -211,7 +211,7 @@ class FrameStream:
         change = messages.of_frame(body, frame, self._call.who)
         frame.size = frame.left = change.size
         frame.is_short = messages.has_short_reply(body)
-        change.caller, change.deadline = self._caller, self._deadline_of(body)
+        change.connection, change.deadline = self._caller, self._deadline_of(body)
         messages.limit_reply(change, self._max_reply_bytes)
         if self._tracer is not None:
             frame.trace = self._tracer.of_frame("StepStream", body.traceparent)

@@ -127,7 +127,7 @@ class Inference:
             read.inputs.arrays,
             deadline=request.deadline,
             source=request.caller,
-            who=request.who,
+            caller=request.who,
             reply_limit=self._max_reply_bytes,
             reply_bytes=REPLY_BYTES,
         )

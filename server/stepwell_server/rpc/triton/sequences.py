@@ -163,14 +163,14 @@ class Sequences:
         ref = request.name if request.asked is None else f"{request.name}@{request.asked}"
         try:
             opened = await self._engine.open_session(
-                ref, session_id=request.session_id, batch_size=rows, must_be_new=True, who=request.who
+                ref, session_id=request.session_id, batch_size=rows, must_be_new=True, caller=request.who
             )
             return opened.session.revision, opened.session.uid
         except Overloaded:
             # Sessions with something under way have all rows. Triton's clients do not come again as our SDK does: so
             # the session begins without rows, and its first step waits in line for them.
             many = await self._engine.open_sessions(
-                ref, session_ids=[request.session_id], batch_size=rows, who=request.who
+                ref, session_ids=[request.session_id], batch_size=rows, caller=request.who
             )
             return int(many.revisions[0]), int(many.uids[0])
 
@@ -226,7 +226,7 @@ class Sequences:
     ) -> ChangeResult:
         answer, given = Awaited(), request.parameters
         change = Change((request.session_id,), answer, read.inputs.arrays)
-        change.deadline, change.caller, change.who = request.deadline, request.caller, request.who
+        change.deadline, change.connection, change.caller = request.deadline, request.caller, request.who
         change.traces = TRACES.get()
         limit_reply(change, self._max_reply_bytes)
         if resets:
