@@ -351,7 +351,7 @@ def test_a_replica_that_forgets_what_it_is_making_is_found(monkeypatch: pytest.M
     def nothing(_self: UsageCounts, *_args: Any) -> None:
         """Count what the store has."""
 
-    monkeypatch.setattr(UsageCounts, "making", nothing)
+    monkeypatch.setattr(UsageCounts, "add_pending", nothing)
     assert is_found(range(100), **QUOTAS)
 
 
@@ -360,10 +360,10 @@ def test_a_replica_that_forgets_what_the_store_may_have_made_is_found(
 ) -> None:
     def forget(self: Quotas, session_ids: Sequence[str], each: Usage) -> None:
         """Take sessions for not made when the store's answer was lost."""
-        self._counts.making(tenant_of(session_ids[0]), each * -len(session_ids))
+        self._counts.add_pending(tenant_of(session_ids[0]), each * -len(session_ids))
         self.end((session_id, each) for session_id in session_ids)
 
-    monkeypatch.setattr(Quotas, "not_made", forget)
+    monkeypatch.setattr(Quotas, "cancel", forget)
     faults = ("pause", "fail_over", "storm")
     assert is_found(range(200), must_sync=True, flush_s=0.3, faults=faults, **QUOTAS)
 

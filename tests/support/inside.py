@@ -39,7 +39,7 @@ class Inside:
     @property
     def turns(self) -> SessionQueues:
         """Claims, and who waits for them."""
-        return self._engine._turns
+        return self._engine._queues
 
     @property
     def commits(self) -> GroupCommit:
@@ -199,4 +199,4 @@ class Inside:
 
     async def look(self) -> None:
         """Know what other servers made of versions."""
-        await self._engine._watch.look()
+        await self._engine._watch.poll()

@@ -50,6 +50,6 @@ def test_a_dropped_line_is_handed_over_once() -> None:
     claims.claim(handles(0))
     claims.wait(0, "a")
     claims.wait(0, "b")
-    assert list(claims.drop_line(0)) == ["a", "b"]
-    assert list(claims.drop_line(0)) == []
+    assert list(claims.drop_queue(0)) == ["a", "b"]
+    assert list(claims.drop_queue(0)) == []
     assert claims.release(handles(0)) == []

@@ -18,10 +18,10 @@ from stepwell_server.core.exactly_once import (
     judge,
     kind_of,
     mask_numbers,
+    mismatches,
     prefix_of,
     row_numbers,
     seed_of,
-    unlike,
 )
 
 MAX = 2**64 - 1
@@ -105,7 +105,7 @@ def _by_the_rule(revision: int, last: int, expected: int | None, request: int, s
 
 
 def _decided(verdict: Verdict, stored: np.ndarray, own: np.ndarray) -> list[str]:
-    kinds, contents = unlike(stored, own)
+    kinds, contents = mismatches(stored, own)
     refused = verdict.same_id & (kinds | contents)
     masks = {"apply": verdict.apply, "replay": verdict.replay, "conflict": verdict.conflict}
     assert (np.sum(list(masks.values()), axis=0) == 1).all()
@@ -210,7 +210,7 @@ def test_what_is_unlike() -> None:
     reset = digest_of_one(prefix_of(Kind.RESET, [("x", "float32")]), SEED, [np.ones((1, 3), "f4")])
     elsewhere = digest_of_one(prefix_of(Kind.STEP, [("x", "float16")]), SEED, [np.ones((1, 3), "f2")])
     stored = np.array([step, step, step, step, 0, step], np.uint64)
-    kinds, contents = unlike(stored, np.array([step, other, reset, elsewhere, step, 0], np.uint64))
+    kinds, contents = mismatches(stored, np.array([step, other, reset, elsewhere, step, 0], np.uint64))
     assert kinds.tolist() == [False, False, True, False, False, False]
     assert contents.tolist() == [False, True, False, False, False, False]
     assert (kind_of(step), kind_of(reset)) == (Kind.STEP, Kind.RESET)

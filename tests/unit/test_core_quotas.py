@@ -62,7 +62,7 @@ def test_a_file_says_whose_quotas_are_which() -> None:
     table = parse(FILE)
     assert table.of_tenant("") == table.of_tenant("other") == Limits(sessions=100)
     assert table.of_tenant("acme") == Limits(rows=5, steps_per_second=2.5, bytes_in_flight=1000)
-    assert table.of_tenant("acme").most_steps == 2
+    assert table.of_tenant("acme").max_steps == 2
     assert table.callers == {
         "acme/ann": Limits(steps_per_second=10, burst=30),
         "root": Limits(bytes_in_flight=1),

@@ -18,13 +18,13 @@ class Job:
     of: str | Source = "a"
     row_count: int = 1
     steps_left: int = 1
-    may_part: bool = False
+    is_splittable: bool = False
 
     @property
     def source(self) -> Source:
         return (self.of,) if isinstance(self.of, str) else self.of
 
-    def part(self, rows: int) -> Job:
+    def split_off(self, rows: int) -> Job:
         if rows >= self.row_count:
             return self
         self.row_count -= rows
@@ -102,10 +102,10 @@ def test_several_steps_together_only_if_nothing_else_waits() -> None:
     assert scheduler.steps_together(chosen, 0) == 1
 
 
-def many(tenant: str, connections: int, rows: int, *, may_part: bool = False) -> list[Job]:
+def many(tenant: str, connections: int, rows: int, *, is_splittable: bool = False) -> list[Job]:
     who = Caller("ann", tenant, Role.USER)
     return [
-        Job(f"{tenant}{n}", source_of(who, f"{tenant}{n}"), rows, may_part=may_part)
+        Job(f"{tenant}{n}", source_of(who, f"{tenant}{n}"), rows, is_splittable=is_splittable)
         for n in range(connections)
     ]
 
@@ -120,7 +120,7 @@ def test_while_others_are_about_a_pass_is_short_and_shared_in_rows() -> None:
     scheduler = scheduler_of(1000, *many("quiet", 1, 8))
     assert scheduler.max_rows_of_pass(0.0, 100) is None, "it is alone"
     scheduler.next_pass(0.0)
-    for job in many("flood", 2, 600, may_part=True):
+    for job in many("flood", 2, 600, is_splittable=True):
         scheduler.add(job)
     assert scheduler.max_rows_of_pass(ACTIVE_S / 2, 100) == 100, "the other will be back"
     taken = scheduler.next_pass(ACTIVE_S / 2, 100)
@@ -187,8 +187,8 @@ def test_no_tenant_waits_for_more_than_a_round_and_nothing_is_lost(
     asked: list[tuple[str, int, int, bool]], most: int
 ) -> None:
     jobs = [
-        Job(str(n), (tenant, "", connection), rows, may_part=may_part)
-        for n, (tenant, connection, rows, may_part) in enumerate(asked)
+        Job(str(n), (tenant, "", connection), rows, is_splittable=is_splittable)
+        for n, (tenant, connection, rows, is_splittable) in enumerate(asked)
     ]
     expected = Counter({job.name: job.row_count for job in jobs})
     scheduler = scheduler_of(64, *jobs)

@@ -59,7 +59,7 @@ async def test_what_comes_after_a_fork_of_many_is_not_in_it() -> None:
 
 async def test_states_come_in_the_order_asked_for_wherever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of several sessions, resident and paged out, in pieces; those that are paged out stay so."""
-    monkeypatch.setattr(reading, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(reading, "COPY_BATCH_ROWS", 3)
     async with running(resident_rows=6) as at:
         states = await stepped(at, *"abcdefg", batch_size=2)
         resident = {i: at.inside.has_row(i) for i in "abcdefg" if at.inside.table.find(i) is not None}
@@ -128,7 +128,7 @@ async def test_a_session_that_cannot_be_read_fails_alone() -> None:
 @pytest.mark.stores("memory")
 async def test_one_that_is_closed_between_two_pieces_was_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another one has its place in the table then."""
-    monkeypatch.setattr(reading, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(reading, "COPY_BATCH_ROWS", 1)
     async with running(resident_rows=300) as at:
         ids = list((await at.engine.open_sessions("plain", count=200)).session_ids)
         reading_ = await begun(at.engine.get_states(ids))
@@ -176,7 +176,7 @@ async def test_what_cannot_be_read_at_all_is_refused() -> None:
 
 async def test_many_are_forked_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than there are rows for, one of them twice, by a call that is sent again when all have gone on."""
-    monkeypatch.setattr(reading, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(reading, "COPY_BATCH_ROWS", 2)
     async with running(resident_rows=5) as at:
         states = await stepped(at, *"abc")
         sources = [*"cabc", *"aaa"]

@@ -38,7 +38,7 @@ async def test_ids_of_one_call_lie_together_and_tell_nothing_of_each_other(
     # Of 4,096 random numbers of 128 bits no two are alike in their first 66 bits, or in their last 62: an
     # exception is to be expected once in 100,000 million runs.
     assert len({part[:11] for part in parts}) == len({part[-11:] for part in parts}) == 4096
-    assert all(ids.is_made_by_a_server(one) and not ids.is_from_elsewhere(one) for one in made)
+    assert all(ids.is_generated(one) and not ids.is_from_elsewhere(one) for one in made)
     assert all(len(one) <= MAX_ID_LENGTH for one in made)
 
 
@@ -77,7 +77,7 @@ async def test_ids_follow_from_the_request_the_namespace_and_the_sources(
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_ids_of_earlier_releases_are_known(ids: IdMaker, namespace: str) -> None:
     for made in (FOREIGN, f"{FOREIGN}-00ff", f"{FOREIGN}abcd"):
-        assert ids.is_made_by_a_server(namespace + made)
+        assert ids.is_generated(namespace + made)
         assert ids.is_from_elsewhere(namespace + made)
     for chosen in (
         "s-00000000-short",
@@ -86,7 +86,7 @@ def test_ids_of_earlier_releases_are_known(ids: IdMaker, namespace: str) -> None
         "user",
         f"acme\x1f{namespace}{FOREIGN}x",
     ):
-        assert not ids.is_made_by_a_server(namespace + chosen)
+        assert not ids.is_generated(namespace + chosen)
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)

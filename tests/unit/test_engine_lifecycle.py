@@ -348,17 +348,17 @@ async def test_a_reader_that_is_cancelled_as_the_session_goes_takes_nothing_from
         closing = await task_of(at.engine.close_session("a"))
         reading = await task_of(at.state("a"))
         turns, table = at.inside.turns, at.inside.table
-        handle, take_out = table.find("a"), turns.take_out
+        handle, remove = table.find("a"), turns.remove
 
         def take_out_and_reuse(*args: Any) -> None:
-            take_out(*args)
+            remove(*args)
             reading.cancel()
             with pytest.raises(StopIteration):  # in memory it is done at once
                 at.engine.open_sessions("plain", session_ids=["b"]).send(None)
             at.hooks.close_gate()
             at.submit("b", x(1))
 
-        monkeypatch.setattr(turns, "take_out", take_out_and_reuse)
+        monkeypatch.setattr(turns, "remove", take_out_and_reuse)
         at.hooks.open_gate()
         await closing
         await asyncio.wait([reading])
@@ -379,7 +379,7 @@ async def test_sessions_are_listed_in_the_order_of_their_ids(monkeypatch: pytest
             return [info.session_id for info in infos], total
 
         for at_once in (10_000, 2):  # others get a turn after so many
-            monkeypatch.setattr(read, "_HEADS_AT_ONCE", at_once)
+            monkeypatch.setattr(read, "_HEADS_BATCH_SIZE", at_once)
             assert await listed() == (["a1", "b1", "b2", "b3", "c"], 5)
             assert await listed(prefix="b") == (["b1", "b2", "b3"], 3)
             assert await listed(prefix="b", model="plain") == (["b1", "b2"], 2)

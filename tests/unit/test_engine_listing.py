@@ -106,7 +106,7 @@ async def check_lists(
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "_HEADS_AT_ONCE", 5)
+    monkeypatch.setattr(read, "_HEADS_BATCH_SIZE", 5)
     monkeypatch.setattr(read, "_MAX_HEADS", 5)
 
 

@@ -46,7 +46,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directory, "PIECE", PIECE)
     for module in (threads, opening, close, directory):
         monkeypatch.setattr(module, "PIECE_SIZE", PIECE)
-    monkeypatch.setattr(submission, "REFUSED_AT_ONCE", PIECE)
+    monkeypatch.setattr(submission, "REFUSAL_BATCH_SIZE", PIECE)
     for module in (lookup, directory):
         monkeypatch.setattr(module, "READ_BATCH_SIZE", PIECE)
 
@@ -414,14 +414,14 @@ async def test_a_large_state_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) 
         await at.open("a", batch_size=23)
         await at.step("a", x(23))
         whole, few = await turns_of(at.engine.get_state("a"))
-        monkeypatch.setattr(read, "ROWS_AT_ONCE", 4)
+        monkeypatch.setattr(read, "COPY_BATCH_ROWS", 4)
         again, turns = await turns_of(at.engine.get_state("a"))
         assert turns >= few + 5
         assert again.state["sum"].tobytes() == whole.state["sum"].tobytes()
 
 
 async def test_a_step_waits_while_a_large_state_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(read, "COPY_BATCH_ROWS", 1)
     async with running() as at:
         await at.open("a", batch_size=8)
         reading = await begun(at.engine.get_state("a"))

@@ -218,7 +218,7 @@ async def test_an_import_makes_no_session_larger_than_its_tenant_may_have_rows()
 
 
 async def test_what_a_store_has_counts_from_the_start_and_tenants_beyond_the_limit_share_a_label() -> None:
-    quotas = Quotas(QuotaTable(tenants={"acme": Limits(sessions=2)}), ManualClock(), most_labels=2)
+    quotas = Quotas(QuotaTable(tenants={"acme": Limits(sessions=2)}), ManualClock(), max_labels=2)
     quotas.begin([f"{prefix_of('acme')}{n}" for n in range(2)], Usage(1, 3, 30))
     for n in range(5):
         quotas.begin([f"{prefix_of(f't{n}')}s"], Usage(1, 1, 10))

@@ -87,7 +87,7 @@ async def test_however_often_it_is_rung_there_is_one_turn_between_two_looks_at_t
     share.ring()
     for _ in range(5):  # as a front does with what has come
         share.ring()
-        shares.go()
+        shares.run_next()
     turns.clear()
     for _ in range(10):
         await asyncio.sleep(0)
@@ -289,6 +289,6 @@ async def test_models_have_their_turns_among_other_large_work() -> None:
         await asyncio.sleep(0)
         assert len(order) == count
     assert order == ["pass", "other"] * 4
-    shares.go()
+    shares.run_next()
     assert order[8:] == ["pass"]
     share.leave()

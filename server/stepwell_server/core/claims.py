@@ -46,13 +46,13 @@ class Claims(Generic[T]):
         self._table.claimed[handles] = False
         if not self._waiting:
             return []
-        return [(handle, self._next(handle)) for handle in self._with_line(handles)]
+        return [(handle, self._next(handle)) for handle in self._with_queue(handles)]
 
-    def drop_line(self, handle: int) -> Iterable[T]:
+    def drop_queue(self, handle: int) -> Iterable[T]:
         """Empty the line of a session that goes away."""
         return self._waiting.pop(handle, ())
 
-    def _with_line(self, handles: Handles) -> list[int]:
+    def _with_queue(self, handles: Handles) -> list[int]:
         if len(handles) <= len(self._waiting):
             return [handle for handle in handles.tolist() if handle in self._waiting]
         lines = np.fromiter(self._waiting, np.intp, len(self._waiting))

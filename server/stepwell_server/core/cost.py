@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 #: So many items tell what one costs, fewer what the fixed part is.
-_MANY = 16
+_MANY_ITEMS = 16
 #: Weight of the latest measurement.
 _WEIGHT = 0.2
-_LEAST_S = 1e-6
+_MIN_S = 1e-6
 
 
 class Cost:
@@ -26,19 +26,19 @@ class Cost:
     def learn(self, items: int, seconds: float, times: int = 1) -> None:
         """Take into account that `items` items took `seconds`, done `times` times in a row."""
         once = seconds / times
-        if items >= _MANY:
+        if items >= _MANY_ITEMS:
             self._each_s += _WEIGHT * (max(0.0, once - self._fixed_s) / items - self._each_s)
         else:
-            self._fixed_s += _WEIGHT * (max(_LEAST_S, once - items * self._each_s) - self._fixed_s)
+            self._fixed_s += _WEIGHT * (max(_MIN_S, once - items * self._each_s) - self._fixed_s)
         self.one_s = self._fixed_s + self._each_s
 
     def of(self, items: int, times: int = 1) -> float:
         """Seconds that so many items are expected to take, `times` times in a row."""
         return (self._fixed_s + items * self._each_s) * times
 
-    def items_within(self, seconds: float, most_fixed: float) -> int:
+    def items_within(self, seconds: float, max_fixed_share: float) -> int:
         """How many items fit into a time, or as many as make the fixed part at most that share of the whole."""
-        worth = self._fixed_s * (1 / most_fixed - 1)
+        worth = self._fixed_s * (1 / max_fixed_share - 1)
         return max(1, int(max(seconds - self._fixed_s, worth) / max(self._each_s, 1e-9)))
 
     def times_within(self, items: int, seconds: float) -> int:

@@ -36,7 +36,7 @@ class Verdict:
     replay: Mask
     conflict: Mask
     same_id: Mask
-    """Which of those that are no conflict have the request id of the last change; what is `unlike` it is refused."""
+    """Which of those that are no conflict have the request id of the last change; what is `mismatches` it is refused."""
 
 
 def applies(revision: int, last_request: int, expected: int | None, request: int) -> bool:
@@ -166,7 +166,7 @@ def kind_of(digest: int) -> Kind | None:
     return Kind(kind) if kind in _KINDS else None
 
 
-def unlike(stored: U64, own: U64) -> tuple[Mask, Mask]:
+def mismatches(stored: U64, own: U64) -> tuple[Mask, Mask]:
     """Which changes are of another kind, and which of the same one have other content, than those that are stored.
 
     `(n,)` each. 0 is no digest, and like any; so is other content where another model has read it, of other dtypes.

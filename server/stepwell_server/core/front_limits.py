@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-_LEAST_BUDGET_BYTES = 256 << 20
-_MOST_BYTES = 1 << 62  # the native front takes it twice, in 64 bits
+_MIN_BUDGET_BYTES = 256 << 20
+_MAX_BYTES = 1 << 62  # the native front takes it twice, in 64 bits
 #: 30 years: the longest time that timers are asked for.
-_LONGEST_S = 1e9
+_MAX_S = 1e9
 #: Messages of the largest size for which there is room at the same time: in all, and of one connection.
 _MESSAGES, _MESSAGES_OF_CONNECTION = 4, 2
 
@@ -71,9 +71,7 @@ class FrontLimits:
     def values(self) -> Mapping[str, float]:
         """All of them by name, with none left open."""
         given = dataclasses.asdict(self)
-        budget = min(
-            _MOST_BYTES, self.budget_bytes or max(_LEAST_BUDGET_BYTES, _MESSAGES * self.message_bytes)
-        )
+        budget = min(_MAX_BYTES, self.budget_bytes or max(_MIN_BUDGET_BYTES, _MESSAGES * self.message_bytes))
         own = self.connection_bytes or _MESSAGES_OF_CONNECTION * self.message_bytes
-        ages = {name: min(given[name], _LONGEST_S) for name in ("age_s", "age_grace_s")}
+        ages = {name: min(given[name], _MAX_S) for name in ("age_s", "age_grace_s")}
         return given | ages | {"budget_bytes": budget, "connection_bytes": min(budget, own)}

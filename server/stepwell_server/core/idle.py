@@ -24,9 +24,9 @@ MAX_IDLE_MS = 3650 * 86_400_000
 SLOTS = 16
 """In the time that is left of a limit, at least."""
 #: A slot is no narrower than that of a session that has this many seconds left.
-_NARROWEST_S = 0.5
+_MIN_SLOT_S = 0.5
 #: Limits count as if they were in this range, in seconds, where a slot is chosen: a slot may come too early.
-_SHORTEST_S, _LONGEST_S = 2.0**-20, 2.0**40
+_MIN_LIMIT_S, _MAX_LIMIT_S = 2.0**-20, 2.0**40
 #: `SessionTable.due` is the number of a slot times this, plus the exponent of its width, plus the bias.
 _WIDTHS, _BIAS = 128, 64
 
@@ -143,7 +143,7 @@ class IdleWatch:
         limit = self._limits.seconds(int(table.max_idle_ms[handle]))
         if limit == math.inf:
             return
-        limit = min(max(limit, _SHORTEST_S), _LONGEST_S)
+        limit = min(max(limit, _MIN_LIMIT_S), _MAX_LIMIT_S)
         exponent = math.frexp(limit / SLOTS)[1] - 1
         end = max(float(table.used[handle]), self.since) + limit
         due = math.floor(math.ldexp(end, -exponent)) * _WIDTHS + exponent + _BIAS
@@ -160,11 +160,11 @@ class IdleWatch:
             handles, limits = handles[is_limited], limits[is_limited]
         if not len(handles):
             return
-        limits = np.clip(limits, _SHORTEST_S, _LONGEST_S)
+        limits = np.clip(limits, _MIN_LIMIT_S, _MAX_LIMIT_S)
         ends, left = np.maximum(table.used[handles], self.since) + limits, limits
         if now is not None:
             ends = np.maximum(ends, now)
-            left = np.maximum(ends - now, _NARROWEST_S)
+            left = np.maximum(ends - now, _MIN_SLOT_S)
         exponents = np.frexp(left / SLOTS)[1].astype(np.int64) - 1
         dues = np.floor(np.ldexp(ends, -exponents)).astype(np.int64) * _WIDTHS + exponents + _BIAS
         table.due[handles] = dues

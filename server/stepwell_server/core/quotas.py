@@ -8,7 +8,7 @@ from collections.abc import Mapping
 SESSION_BYTES = 256
 """What counts of each session beside its rows, its arrays and its fields: header, names and keys, about."""
 #: Buckets that are kept of those who have done nothing lately.
-_MOST_BUCKETS = 10_000
+_MAX_BUCKETS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Limits:
         return (self.sessions, self.rows, self.bytes) != (None, None, None)
 
     @property
-    def most_steps(self) -> int:
+    def max_steps(self) -> int:
         """Steps at once."""
         if self.burst is not None:
             return self.burst
@@ -142,13 +142,13 @@ class Buckets:
         known, bucket = self._buckets.get(name, (None, None))
         if bucket is None:
             self._forget_idle(now)
-            bucket = TokenBucket(limits.steps_per_second, limits.most_steps, now)
+            bucket = TokenBucket(limits.steps_per_second, limits.max_steps, now)
         elif known is not limits:
-            bucket.change(limits.steps_per_second, limits.most_steps, now)
+            bucket.change(limits.steps_per_second, limits.max_steps, now)
         self._buckets[name] = limits, bucket
         return bucket
 
     def _forget_idle(self, now: float) -> None:
-        if len(self._buckets) >= _MOST_BUCKETS:
+        if len(self._buckets) >= _MAX_BUCKETS:
             kept = {name: each for name, each in self._buckets.items() if not each[1].is_full(now)}
             self._buckets = kept

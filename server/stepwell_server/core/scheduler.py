@@ -21,7 +21,7 @@ ACTIVE_S = 0.05
 #: Rows that one source has in a row, of a pass that several share.
 _QUANTUM = 16
 #: A source with at most this part of a short pass has every other pass without those that have more.
-_LIGHT_PART = 4
+_LIGHT_SHARE = 4
 
 #: A model that comes anew on the event loop is taken to have used this many seconds less than the others: one turn.
 CREDIT_S = 400e-6
@@ -158,19 +158,19 @@ class LoopQueue:
         self._parts: FairQueue[Callable[[], None]] = FairQueue()
         self._is_scheduled = False
 
-    def add(self, source: Source, part: Callable[[], None]) -> None:
-        """Call `part` in an iteration of the event loop in which no other part runs; sources have equal numbers of them."""
-        self._parts.add(source, part)
+    def add(self, source: Source, split_off: Callable[[], None]) -> None:
+        """Call `split_off` in an iteration of the event loop in which no other part runs; sources have equal numbers of them."""
+        self._parts.add(source, split_off)
         if not self._is_scheduled:
             self._is_scheduled = True
             self._call_soon(self._run_next)
 
     def _run_next(self) -> None:
         source = self._parts.next()
-        part = self._parts.pop(source)
+        split_off = self._parts.pop(source)
         self._parts.charge(source, 1)
         try:
-            part()
+            split_off()
         finally:  # the loop logs what was raised
             self._is_scheduled = bool(self._parts)
             if self._is_scheduled:
@@ -244,7 +244,7 @@ class Shares:
         self.due.add((share,), share)
         self._schedule()
 
-    def go(self) -> None:
+    def run_next(self) -> None:
         """Run the model that is next now, if one is due, rather than in another iteration of the event loop."""
         if self.due:
             self._run()
@@ -256,7 +256,7 @@ class Shares:
 
     def _scheduled(self) -> None:
         self._is_scheduled = False
-        self.go()
+        self.run_next()
 
     def _run(self) -> None:
         source = self.due.next()
@@ -286,10 +286,10 @@ class Schedulable(Protocol):
         """Who sent it."""
 
     @property
-    def may_part(self) -> bool:
-        """`part` can be called."""
+    def is_splittable(self) -> bool:
+        """`split_off` can be called."""
 
-    def part(self, rows: int, /) -> Self:
+    def split_off(self, rows: int, /) -> Self:
         """Split off its first sessions, of that many rows together but at least one session, as a job of their own.
 
         Itself if they are all.
@@ -358,7 +358,7 @@ class Scheduler(Generic[J]):
         if self.rows_waiting <= short or not self.is_contended(now):
             return None
         rows = {source: rows for source, (_, rows) in self._active.items()} | self._waiting
-        light = [source for source, count in self._waiting.items() if count <= short // _LIGHT_PART]
+        light = [source for source, count in self._waiting.items() if count <= short // _LIGHT_SHARE]
         self._light = light if not self._was_light and len(light) < len(self._waiting) else []
         return max(short, len(rows) * min(rows.values()))
 
@@ -370,7 +370,7 @@ class Scheduler(Generic[J]):
         light, self._light = self._light, []
         self._was_light = bool(light)
         room = self._max_rows if limit is None else min(limit, self._max_rows)
-        taken = self._of_light(light, room) if light else self._in_turn(room, can_split=limit is not None)
+        taken = self._of_light(light, room) if light else self._round_robin(room, can_split=limit is not None)
         rows: dict[Source, int] = {}
         for job in taken:
             self._wait(job.source, -job.row_count)
@@ -391,7 +391,7 @@ class Scheduler(Generic[J]):
                 room -= rows
         return taken
 
-    def _in_turn(self, room: int, *, can_split: bool) -> list[J]:
+    def _round_robin(self, room: int, *, can_split: bool) -> list[J]:
         """What sources have, a little of each in turn; a job that does not fit ends it."""
         queue = self._queue
         chosen: dict[J, int] = {}
@@ -400,7 +400,7 @@ class Scheduler(Generic[J]):
             source = queue.next()
             job = queue.first(source)
             left = job.row_count - chosen.get(job, 0)
-            count = min(left, room, _QUANTUM) if can_split and job.may_part else left
+            count = min(left, room, _QUANTUM) if can_split and job.is_splittable else left
             if count > room and chosen:
                 break
             chosen[job] = chosen.get(job, 0) + count
@@ -408,11 +408,11 @@ class Scheduler(Generic[J]):
             if count == left:
                 queue.pop(source)
             queue.charge(source, count)
-        return [self._part(job, count) for job, count in chosen.items()]
+        return [self._taken_part(job, count) for job, count in chosen.items()]
 
-    def _part(self, job: J, count: int) -> J:
+    def _taken_part(self, job: J, count: int) -> J:
         """A job, or its part of that many rows, of which the rest has stayed first of its source."""
-        taken = job if count == job.row_count else job.part(count)
+        taken = job if count == job.row_count else job.split_off(count)
         if (
             taken is job and count < job.row_count
         ):  # it is one session, and has more rows than there was room for

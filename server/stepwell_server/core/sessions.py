@@ -51,7 +51,7 @@ _COLUMNS: dict[str, type[np.generic]] = {
 _REQUIRED = {"model", "batch_size", "used", "created"}
 #: Sessions for which columns have room, in address space. With more of them each column is copied, twice as long.
 _CAPACITY = 1 << 22
-_IDS_OF_A_CHUNK = 1024
+_IDS_PER_CHUNK = 1024
 
 
 def are_missing(handles: Handles) -> bool:
@@ -75,16 +75,16 @@ class _Ids:
         return list(zip(self._changes, self._chunks, strict=True))
 
     def __getitem__(self, handle: int) -> str:
-        found: str = self._chunks[handle // _IDS_OF_A_CHUNK][handle % _IDS_OF_A_CHUNK]
+        found: str = self._chunks[handle // _IDS_PER_CHUNK][handle % _IDS_PER_CHUNK]
         return found
 
     def __setitem__(self, handle: int, session_id: str) -> None:
-        self._chunks[handle // _IDS_OF_A_CHUNK][handle % _IDS_OF_A_CHUNK] = session_id
-        self._changes[handle // _IDS_OF_A_CHUNK] += 1
+        self._chunks[handle // _IDS_PER_CHUNK][handle % _IDS_PER_CHUNK] = session_id
+        self._changes[handle // _IDS_PER_CHUNK] += 1
 
     def append(self, session_id: str) -> None:
-        if self._count == len(self._chunks) * _IDS_OF_A_CHUNK:
-            self._chunks.append(np.empty(_IDS_OF_A_CHUNK, np.object_))
+        if self._count == len(self._chunks) * _IDS_PER_CHUNK:
+            self._chunks.append(np.empty(_IDS_PER_CHUNK, np.object_))
             self._changes.append(0)
         self._count += 1
         self[self._count - 1] = session_id

@@ -48,7 +48,7 @@ class SessionFilter:
         """Whether every session fits whose id begins with `ids_begin_with`."""
         return self.tenant != "" and not self.model and self.idle_longer_s is None
 
-    def is_meant(self, session_id: str) -> bool:
+    def is_of_tenant(self, session_id: str) -> bool:
         """Whether a session whose id begins so is whose it has to be."""
         return self.tenant != "" or SEPARATOR not in session_id
 

@@ -46,7 +46,7 @@ MAX_TRIES = 8
 #: Members of a change that have an error each where they fail in one way; more of them share one.
 MAX_ERRORS = 32
 _seed_of = functools.lru_cache(4096)(seed_of)
-_NOBODY: Members = np.zeros(0, np.intp)
+_NO_MEMBERS: Members = np.zeros(0, np.intp)
 _FIRST: Members = np.zeros(1, np.intp)
 _FIRST.flags.writeable = False
 _ANY: U64 = np.array([ANY_REVISION], np.uint64)
@@ -216,7 +216,7 @@ class Change:
         return total
 
     @property
-    def may_leave_out(self) -> bool:
+    def may_skip_members(self) -> bool:
         """`Engine.submit` may return members that must be submitted in another way."""
         return self.messages is not None or bool(self.continued_model)
 
@@ -290,9 +290,9 @@ class Change:
         if self.advancing is not None and len(self.advancing) < self.batch_size:
             positions += steps
             return
-        anew = np.logical_and.reduceat(self.reset_rows, self.starts, axis=0)[members]
-        last = anew.shape[1] - 1 - np.argmax(anew[:, ::-1], axis=1)
-        positions[:] = np.where(anew.any(axis=1), steps - last.astype(np.uint64), positions + steps)
+        restarts = np.logical_and.reduceat(self.reset_rows, self.starts, axis=0)[members]
+        last = restarts.shape[1] - 1 - np.argmax(restarts[:, ::-1], axis=1)
+        positions[:] = np.where(restarts.any(axis=1), steps - last.astype(np.uint64), positions + steps)
 
     def state_rows_among(self, members: Members) -> Rows | None:
         """Which of the members' rows have their states sent back, as indexes into them; None: all."""
@@ -413,10 +413,10 @@ class Awaited(Replies):
 
     @override
     def cancelled(self, members: Members) -> Members:
-        return members if self._answer.cancelled() else _NOBODY
+        return members if self._answer.cancelled() else _NO_MEMBERS
 
 
-class _Callers:
+class _JoinedReplies:
     """The callers of the changes of one session each that were put together. `Replies`."""
 
     def __init__(self, parts: Sequence[Change]) -> None:
@@ -428,8 +428,8 @@ class _Callers:
             here = slice(at, at + 1)
             own = {name: array[here] for name, array in reply.outputs.items()}
             after = {name: array[here] for name, array in states.items()} if states else states
-            told = Reply(reply.revisions[here], reply.positions[here], own, after, reply.replayed)
-            self._parts[member].succeed(_FIRST, told)
+            own_reply = Reply(reply.revisions[here], reply.positions[here], own, after, reply.replayed)
+            self._parts[member].succeed(_FIRST, own_reply)
 
     def failed(self, members: Members, error: ServerError) -> None:
         for member in members.tolist():
@@ -438,7 +438,7 @@ class _Callers:
     def cancelled(self, members: Members) -> Members:
         parts = self._parts
         gone = [member for member in members.tolist() if len(parts[member].replies.cancelled(_FIRST))]
-        return np.array(gone, np.intp) if gone else _NOBODY
+        return np.array(gone, np.intp) if gone else _NO_MEMBERS
 
 
 def may_join(change: Change) -> bool:
@@ -468,7 +468,7 @@ def joined(parts: Sequence[Change]) -> Change:
     first = parts[0]
     whole = Change(
         [part.session_ids[0] for part in parts],
-        _Callers(parts),
+        _JoinedReplies(parts),
         select=first.select,
         states=first.states,
         connections=[part if part.connection is None else part.connection for part in parts],
@@ -539,7 +539,7 @@ def _step_seed(change: Change, states: Select) -> np.uint64:
     )
 
 
-def for_all(error: ServerError, count: int) -> ServerError:
+def shared_error(error: ServerError, count: int) -> ServerError:
     """An error that so many members share, and that names the first of them."""
     if count > 1:
         error.message = f"{error.message} (and so for {count - 1} others of the session_ids)"

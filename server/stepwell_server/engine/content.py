@@ -12,9 +12,9 @@ from stepwell_server.core.exactly_once import (
     Kind,
     digests,
     kind_of,
+    mismatches,
     row_numbers,
     seed_of,
-    unlike,
 )
 from stepwell_server.engine.types import U64, Array
 from stepwell_server.errors import InvalidInput
@@ -72,7 +72,7 @@ def require_same_opening(
     Raises:
         InvalidInput: it is another one.
     """
-    other_kind, other_content = unlike(stored, content | model.digest_prefixes[kind])
+    other_kind, other_content = mismatches(stored, content | model.digest_prefixes[kind])
     for place in np.flatnonzero(other_kind | other_content)[:1].tolist():
         raise reused_request(session_ids[place], kind_of(int(stored[place])), kind)
 

@@ -124,7 +124,7 @@ class Engine:
             lambda model, error: _log.defect("a turn raised", error, model=model),
         )
         self._threads = Threads(compute_threads)
-        self.take_turns: Callable[[], None] = self._shares.go
+        self.take_turns: Callable[[], None] = self._shares.run_next
         """Do now what has come, rather than in the next turn of the event loop."""
         self.add_part: Callable[[Source, Callable[[], None]], None] = self._loop_queue.add
         """Do a part of large work in an iteration of the event loop that has no other: see `LoopQueue.add`."""
@@ -134,34 +134,34 @@ class Engine:
         self._group = GroupCommit(store, self._models.ring)
         fields = Fields(table)
         records = Records(table, fields)
-        keeping = policy(store, table, records, clock)
+        store_policy = policy(store, table, records, clock)
         forwarding = RecordUpgrader(self._models, migrations or {})
         self._pager = pager = Pager(
             table,
             self._models,
             store,
-            keeping,
+            store_policy,
             fields,
             forwarding,
             clock=clock,
             observer=observer,
         )
         row_queue = RowQueue(table, self._models, pager)
-        self._turns = SessionQueues(table, self._models, pager, row_queue, store, idle_limits, clock)
+        self._queues = SessionQueues(table, self._models, pager, row_queue, store, idle_limits, clock)
         self._row_queue = row_queue
         self._inboxes = Inboxes()
         watch = IdleWatch(table, idle_limits, -math.inf)
         self._removal = removal = Removal(
             table,
             self._models,
-            self._turns,
+            self._queues,
             store,
             self._group,
             quotas=quotas,
             clock=clock,
             observer=observer,
         )
-        self._expiry = Expiry(watch, removal, self._turns, store, clock=clock)
+        self._expiry = Expiry(watch, removal, self._queues, store, clock=clock)
         self._uses = uses = UseNotifier(watch, store, clock)
         self._sweep = Sweep(
             watch,
@@ -171,22 +171,22 @@ class Engine:
             store,
             self._group,
             clock,
-            max_paged_out=math.inf if keeping.others is None else MAX_PAGED_OUT,
+            max_paged_out=math.inf if store_policy.others is None else MAX_PAGED_OUT,
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._quotas = quotas
         sizes = Sizes(table, quotas)
         recorder = None
-        if keeping.others is not None:
+        if store_policy.others is not None:
             recorder = Recorder(
                 self._group, table, records, new_stamp=store.new_stamp, clock=clock, observer=observer
             )
         self._committer = Committer(
-            sizes, recorder, clock, release=self._turns.release, drop=removal.drop, discard=pager.discard
+            sizes, recorder, clock, release=self._queues.release, drop=removal.drop, discard=pager.discard
         )
         self._admission = Admission(
             table,
-            self._turns,
+            self._queues,
             row_queue,
             pager,
             self._committer,
@@ -195,7 +195,7 @@ class Engine:
             observer=observer,
         )
         self._drain_inboxes = self._admission.drain
-        switching = SessionMoves(table, self._turns, pager, self._models, self._drain_inboxes)
+        switching = SessionMoves(table, self._queues, pager, self._models, self._drain_inboxes)
         documents = Documents(store, self._group, self._models, switching)
         self._watch = Watch(store, self._models, documents, switching)
         loader = Loader(table, self._models, self._expiry, fields)
@@ -239,12 +239,12 @@ class Engine:
         Raises:
             ServerError: the change is refused as a whole; its replies get nothing.
         """
-        self._reader = StateReader(table, self._directory, self._turns, pager, uses, clock=clock)
-        context = Context(table, self._directory, self._turns, pager, removal, clock, observer)
+        self._reader = StateReader(table, self._directory, self._queues, pager, uses, clock=clock)
+        context = Context(table, self._directory, self._queues, pager, removal, clock, observer)
         begin = SessionCreator(
             context,
             self._group,
-            keeping,
+            store_policy,
             self._expiry,
             quotas,
             row_queue,
@@ -253,10 +253,10 @@ class Engine:
         require_open = self._submission.require_open
         self._open = Opener(table, self._directory, begin, uses, observer, require_open)
         self._fork = Forker(self._directory, begin, self._reader, self._drain_inboxes, require_open)
-        self._list = SessionList(table, self._directory, self._expiry, removal, keeping, store, clock)
+        self._list = SessionList(table, self._directory, self._expiry, removal, store_policy, store, clock)
         self._closing = Closer(
             self._directory,
-            self._turns,
+            self._queues,
             pager,
             self._group,
             removal=removal,
@@ -604,7 +604,7 @@ class Engine:
         Raises:
             SessionGone, DeadlineExceeded, Overloaded
         """
-        seen = await self._directory.look([session_id], anew=True)
+        seen = await self._directory.look([session_id], reread=True)
         self._drain_inboxes()
         return await self._reader.read(session_id, seen, deadline)
 
@@ -628,7 +628,7 @@ class Engine:
             DeadlineExceeded: it has passed.
         """
         require_sessions(session_ids, limit=MAX_IDS_PER_CALL)
-        seen = await self._directory.look(session_ids, anew=True)
+        seen = await self._directory.look(session_ids, reread=True)
         self._drain_inboxes()
 
         def admit(byte_count: int) -> None:
@@ -655,7 +655,7 @@ class Engine:
             resident_rows=sum(each.resident for each in slots),
             max_resident_rows=sum(each.resident_limit for each in slots),
             queued_rows=sum(inbox.waiting for inbox in inboxes),
-            max_queued_rows=max(inbox.most_waiting for inbox in inboxes),
+            max_queued_rows=max(inbox.max_waiting for inbox in inboxes),
             max_pass_rows=versions[0].max_batch_rows,
             queued_bytes=self._inboxes.bytes,
             uncommitted=self._group.waiting,

@@ -139,14 +139,14 @@ class Job:
         return array[:, self.done : self.done + steps]
 
     @property
-    def may_part(self) -> bool:
+    def is_splittable(self) -> bool:
         """It has several sessions, and has not begun."""
         return self.handles is not None and len(self.handles) > 1 and self.done == 0 and self.working is None
 
-    def part(self, rows: int) -> Job:
+    def split_off(self, rows: int) -> Job:
         """Take its first sessions away, of so many rows together but at least one session, as a job of their own.
 
-        Itself if they are all. Only if it `may_part`.
+        Itself if they are all. Only if it `is_splittable`.
         """
         assert self.handles is not None, "a job without sessions has no parts"
         count = max(1, int(np.searchsorted(np.cumsum(self.sizes), rows, side="right")))
@@ -156,7 +156,7 @@ class Job:
         first, rest = slice(0, count), slice(count, None)
         own, others = slice(0, at), slice(at, None)
         state_rows = self.state_rows
-        part = dataclasses.replace(
+        split_off = dataclasses.replace(
             self,
             members=self.members[first],
             handles=self.handles[first],
@@ -173,8 +173,8 @@ class Job:
         self.inputs = [array[others] for array in self.inputs]
         self.reset_rows = None if self.reset_rows is None else self.reset_rows[others]
         self.state_rows = None if state_rows is None else state_rows[state_rows >= at] - at
-        self.row_count -= part.row_count
-        return part
+        self.row_count -= split_off.row_count
+        return split_off
 
     def row_mask(self, kept: Mask) -> Mask:
         """The mask over rows of a mask over sessions."""

@@ -40,7 +40,7 @@ _SESSIONS_RETRY_S, _BYTES_RETRY_S = 1.0, 0.05
 #: So often it is asked what tenants have in a store that others use, for people who look at it, in seconds.
 _LOOK_S = 15.0
 #: Records that are counted before others get a turn.
-_AT_ONCE = 2000
+_COUNT_BATCH_SIZE = 2000
 _log = Log("engine.quotas")
 QUOTAS = ("sessions", "rows", "bytes", "steps_per_second", "bytes_in_flight", "models")
 OTHER = "other"
@@ -66,10 +66,10 @@ _Scope = tuple[str, str, Limits]
 class Quotas:
     """Counts and limits of tenants and callers. Lives on the event loop."""
 
-    def __init__(self, table: QuotaTable, clock: Clock, most_labels: int = 100) -> None:
-        """`most_labels` tenants have a label in the metrics: those of the table first, then as they come."""
+    def __init__(self, table: QuotaTable, clock: Clock, max_labels: int = 100) -> None:
+        """`max_labels` tenants have a label in the metrics: those of the table first, then as they come."""
         self._clock = clock
-        self._most_labels = most_labels
+        self._most_labels = max_labels
         self._labels: dict[str, str] = {}
         self._buckets = Buckets()
         self._bytes: Counter[str] = Counter()
@@ -94,7 +94,7 @@ class Quotas:
     async def count(self, store: Store) -> None:
         """Count the sessions that a store has and does not count by itself, at the start."""
         self._counts.store, after = store, ""
-        while len(heads := await store.uncounted(after=after, limit=_AT_ONCE)):
+        while len(heads := await store.uncounted(after=after, limit=_COUNT_BATCH_SIZE)):
             ids = [str(key, "utf-8", "replace") for key in heads.keys]
             after = ids[-1]
             for place, fields in heads.fields.items():
@@ -118,7 +118,7 @@ class Quotas:
         return str(caller) if limits is not None and limits.counts_sessions else ""
 
     def begin(self, session_ids: Sequence[str], each: Usage, owner: str = "") -> None:
-        """Count sessions that are about to be made, of one tenant: then they are `made`, or `not_made`.
+        """Count sessions that are about to be made, of one tenant: then they are `made`, or `cancel`.
 
         `each` is what each of them takes; `owner`: see `owner`.
 
@@ -129,15 +129,15 @@ class Quotas:
         self._require_usage(tenant, owner, more)
         if owner:
             self._own(owner, session_ids, each)
-        self._counts.making(tenant, more)
+        self._counts.add_pending(tenant, more)
 
     def made(self, session_ids: Sequence[str], each: Usage) -> None:
         """The store has sessions that were counted, of one tenant."""
         tenant, more = tenant_of(session_ids[0]), each * len(session_ids)
         self._counts.begin(tenant, more)
-        self._counts.making(tenant, more * -1)
+        self._counts.add_pending(tenant, more * -1)
 
-    def not_made(self, session_ids: Sequence[str], each: Usage) -> None:
+    def cancel(self, session_ids: Sequence[str], each: Usage) -> None:
         """Sessions that were counted, of one tenant, are not there, as far as that is known.
 
         A store that others use may have them all the same, if its answer was lost: they count until it is asked again.
@@ -186,7 +186,7 @@ class Quotas:
 
     def _require_usage(self, tenant: str, owner: str, more: Usage) -> None:
         """Refuse what would be more than a tenant may have, and than a caller of it may have made."""
-        there = self._counts.at_most(tenant) + Usage(bytes=self._growing[tenant])
+        there = self._counts.upper_bound(tenant) + Usage(bytes=self._growing[tenant])
         scopes = [(_named(tenant), self._table.of_tenant(tenant), there)]
         if owner:
             own = self._table.callers.get(owner, NO_LIMITS), self._of_callers.get(owner, NOTHING)
@@ -249,10 +249,10 @@ class Quotas:
         """
         now, scopes = self._clock.monotonic(), self._scopes(caller)
         for what, name, limits in scopes:
-            if limits.steps_per_second is not None and steps > limits.most_steps:
+            if limits.steps_per_second is not None and steps > limits.max_steps:
                 raise InvalidInput(
                     f"steps of one request (rows times time steps) must be at most the burst of the quota"
-                    f" steps_per_second of {what}, {limits.most_steps}; got {steps}: send fewer at once"
+                    f" steps_per_second of {what}, {limits.max_steps}; got {steps}: send fewer at once"
                 )
             most = limits.bytes_in_flight
             if most is not None and byte_count > most:
@@ -282,7 +282,7 @@ class Quotas:
                     caller.tenant,
                     "steps_per_second",
                     rate,
-                    f"steps_per_second of {what} must stay within {rate:g}, {limits.most_steps} at once; {steps} came",
+                    f"steps_per_second of {what} must stay within {rate:g}, {limits.max_steps} at once; {steps} came",
                     delay_s,
                 )
             taken.append(bucket)
@@ -401,7 +401,7 @@ class Quotas:
 
     def tenants(self) -> Mapping[str, Usage]:
         """What each tenant has, of the tenants that this server knows to have sessions."""
-        known = {tenant: self._counts.about(tenant) for tenant in self._counts.tenants()}
+        known = {tenant: self._counts.estimate(tenant) for tenant in self._counts.tenants()}
         return {tenant: has for tenant, has in known.items() if has.sessions}
 
     def _label(self, tenant: str) -> str:

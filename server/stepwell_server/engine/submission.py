@@ -32,10 +32,10 @@ _log = Log("engine.submission")
 #: Rows of changes that may wait for their sessions to be loaded, over all models.
 MAX_LOADING_ROWS = 65_536
 _RETRY_AFTER_S = 0.1
-_NOBODY: Members = np.zeros(0, np.intp)
+_NO_MEMBERS: Members = np.zeros(0, np.intp)
 
 #: Members without a session that are refused in one go: of more others have turns meanwhile.
-REFUSED_AT_ONCE = 1024
+REFUSAL_BATCH_SIZE = 1024
 
 
 class Submission:
@@ -101,16 +101,16 @@ class Submission:
         handles, table = self._table.find_all(change.session_ids), self._table
         if self._lookup.waiting or are_missing(handles) or self._clock.monotonic() > table.next_end:
             away = self._lookup.away(change.session_ids, handles)
-            if len(away) and change.may_leave_out:
+            if len(away) and change.may_skip_members:
                 return self._take_without(change, away, self._directory.here)
             if len(away):
                 self._look_up(change)
-                return _NOBODY
+                return _NO_MEMBERS
         try:
-            left = self._take(change, handles, _NOBODY, self._directory.here)
-            if len(left) and not change.may_leave_out:
+            left = self._take(change, handles, _NO_MEMBERS, self._directory.here)
+            if len(left) and not change.may_skip_members:
                 self._look_up(_only(change, left), compare=True)
-                return _NOBODY
+                return _NO_MEMBERS
         except ServerError as error:
             error.model = change.model_name
             raise
@@ -122,7 +122,7 @@ class Submission:
         missing = np.flatnonzero(handles < 0)
         if len(missing) == change.size:
             self._refuse_missing(change, missing, seen)
-            return _NOBODY
+            return _NO_MEMBERS
         return self._take(change, handles, missing, seen)
 
     def _take(self, change: Change, handles: Handles, missing: Members, seen: LookupResult) -> Members:
@@ -136,9 +136,9 @@ class Submission:
             ServerError: it is refused as a whole; nobody is answered.
         """
         if change.messages is not None or change.continued_model:
-            unfit = self._validation.unfit(change, handles)
-            if len(unfit):
-                return self._take_without(change, unfit, seen)
+            mismatched = self._validation.mismatched(change, handles)
+            if len(mismatched):
+                return self._take_without(change, mismatched, seen)
         reply_bytes = change.reply_bytes
         refused: Refusals = []
         problem: ServerError | None = None
@@ -157,7 +157,7 @@ class Submission:
         if problem is not None:
             raise problem
         self._queue(change, refused, missing, seen)
-        return _NOBODY
+        return _NO_MEMBERS
 
     def _queue(self, change: Change, refused: Refusals, missing: Members, seen: LookupResult) -> None:
         """Count and charge what was checked, and let it wait for the next turn of its model; answer the other members.
@@ -195,9 +195,9 @@ class Submission:
 
     def _take_parts(self, change: Change, parts: Sequence[Members], seen: LookupResult) -> Members:
         """Take parts of a change, each by itself; return the members that were not taken. See `part_of` for what is raised."""
-        left, reply_bytes = _NOBODY, 0
+        left, reply_bytes = _NO_MEMBERS, 0
         for members in parts:
-            part, own = part_of(change, members), _NOBODY
+            part, own = part_of(change, members), _NO_MEMBERS
             everybody = np.arange(part.size)
             try:
                 own = self._take_found(part, seen)
@@ -312,7 +312,7 @@ class Submission:
 
         async def wait() -> None:
             try:
-                await self._lookup.wait(session_ids, anew=compare, use=found)
+                await self._lookup.wait(session_ids, reread=compare, use=found)
             except ServerError as error:
                 failed(error)
 
@@ -324,8 +324,8 @@ class Submission:
 
     def _refuse_missing(self, change: Change, members: Members, seen: LookupResult) -> None:
         for group in change.alike(members):
-            if len(group) <= REFUSED_AT_ONCE:
-                for some, error in self._directory.why_not_all(change.session_ids, group, seen):
+            if len(group) <= REFUSAL_BATCH_SIZE:
+                for some, error in self._directory.errors_for(change.session_ids, group, seen):
                     change.fail(some, error)
                 continue
             task = asyncio.create_task(self._refuse_in_pieces(change, group, seen))
@@ -333,7 +333,7 @@ class Submission:
             task.add_done_callback(self._loading.discard)
 
     async def _refuse_in_pieces(self, change: Change, members: Members, seen: LookupResult) -> None:
-        for some, error in await self._directory.why_not_many(change.session_ids, members, seen):
+        for some, error in await self._directory.errors_for_many(change.session_ids, members, seen):
             change.fail(some, error)
 
     def _find_again(self, change: Change, members: Members, admit: Callable[[Change, Members], None]) -> None:

@@ -28,7 +28,7 @@ from stepwell_server.store.base import Store
 #: What is older is asked for again, in seconds, before sessions begin.
 FRESH_S = 1.0
 #: Tenants that are asked for at the same time, for people who look at them.
-_AT_ONCE = 8
+_MAX_CONCURRENT = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,13 +59,13 @@ class UsageCounts:
         self._ended: dict[str, Usage] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
 
-    def making(self, tenant: str, more: Usage) -> None:
+    def add_pending(self, tenant: str, more: Usage) -> None:
         """So many more are being made here, or fewer: then they have begun, and ended too if they were not made."""
-        making = self._making.get(tenant, NOTHING) + more
-        if making == NOTHING:
+        add_pending = self._making.get(tenant, NOTHING) + more
+        if add_pending == NOTHING:
             self._making.pop(tenant, None)
         else:
-            self._making[tenant] = making
+            self._making[tenant] = add_pending
 
     def begin(self, tenant: str, usage: Usage) -> None:
         """So many have begun here, or sessions have grown by so much."""
@@ -81,15 +81,15 @@ class UsageCounts:
             if is_all and self._ended[tenant] == self._began.get(tenant):
                 del self._began[tenant], self._ended[tenant]  # it has nothing
 
-    def at_most(self, tenant: str) -> Usage:
+    def upper_bound(self, tenant: str) -> Usage:
         """What a tenant has at most, as far as that is known here."""
         asked = self._asked.get(tenant, _NEVER)
         there = asked.has + self._began.get(tenant, NOTHING) - asked.began + self._making.get(tenant, NOTHING)
         return there - self._ended_since(tenant) if asked.is_exact else there
 
-    def about(self, tenant: str) -> Usage:
+    def estimate(self, tenant: str) -> Usage:
         """What a tenant has, for people who look at it."""
-        there = self.at_most(tenant)
+        there = self.upper_bound(tenant)
         is_exact = self._asked.get(tenant, _NEVER).is_exact
         return there if is_exact else (there - self._ended_since(tenant)).positive()
 
@@ -137,8 +137,8 @@ class UsageCounts:
     async def refresh_all(self, tenants: Iterable[str]) -> None:
         """As `refresh`, of many, some at a time."""
         wanted = list(tenants)
-        for at in range(0, len(wanted), _AT_ONCE):
-            await asyncio.gather(*map(self.refresh, wanted[at : at + _AT_ONCE]))
+        for at in range(0, len(wanted), _MAX_CONCURRENT):
+            await asyncio.gather(*map(self.refresh, wanted[at : at + _MAX_CONCURRENT]))
 
     async def _ask(self, tenant: str) -> None:
         began, ended = self._began.get(tenant, NOTHING), self._ended.get(tenant, NOTHING)

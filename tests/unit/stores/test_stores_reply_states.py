@@ -83,7 +83,7 @@ async def test_replies_beyond_their_share_of_the_memory_are_only_in_the_store(
 ) -> None:
     value = x(1, 5)
     own = ReplyArrays({"y": value}, {"sum": value}).byte_count
-    monkeypatch.setattr("stepwell_server.engine.state.replies.MOST_BYTES", 3 * own)
+    monkeypatch.setattr("stepwell_server.engine.state.replies.MAX_ARRAY_BYTES", 3 * own)
     said: dict[str, Any] = {"states": Select.ALL, "request_ids": 7, "expected": 0}
     async with lasting.engine() as at:
         names = [f"s{i}" for i in range(8)]
@@ -101,7 +101,7 @@ async def test_replies_beyond_their_share_of_the_memory_are_only_in_the_store(
         for name in names:
             await at.step(name, x(1))
         assert not replies.series
-        assert not replies.are_too_many
+        assert not replies.is_over_limit
 
 
 async def test_who_knows_no_states_in_a_record_reads_its_outputs(lasting: Lasting) -> None:

@@ -45,7 +45,7 @@ from stepwell_server.store.base import Store
 from stepwell_server.store.record import header_or_none
 
 #: Sessions on whose states a migration is tried before anything changes.
-_TRIED = 1024
+_TRIAL_SESSIONS = 1024
 #: Sessions that are put away, or counted, before other work runs.
 _BATCH_SIZE = 250
 #: With more versions than this, an unload forgets those that are not needed any more.
@@ -97,7 +97,7 @@ class Changes:
         """
         for name, stored in (await self._documents.read()).items():
             own = self._models.versions(name)
-            await self._name_as_before(own, stored)
+            await self._restore_names(own, stored)
             if own.elsewhere:
                 _require_same(own, stored)
                 own.take(stored)
@@ -108,7 +108,7 @@ class Changes:
             if own.elsewhere:
                 await self._publish(own)
 
-    async def _name_as_before(self, own: Versions, stored: Versions) -> None:
+    async def _restore_names(self, own: Versions, stored: Versions) -> None:
         """Serve versions with the names that their tensors had before: the records of their sessions have those."""
         for version, model in list(own.loaded.items()):
             program = as_served(stored, version, model.program)
@@ -140,7 +140,7 @@ class Changes:
             return after, published
 
         async with self._documents.lock(own.name):
-            await self._documents.propose(own, attempt, anyway=True)
+            await self._documents.propose(own, attempt, even_if_unchanged=True)
 
     async def load(
         self,
@@ -265,7 +265,7 @@ class Changes:
                         after.wanted = max(own.loaded.keys() - {version}, default=0)
                 if is_default:
                     # what is late for another version must not be early for the name
-                    await self._switching.all_left()
+                    await self._switching.wait_until_moved()
 
                 if used is not None and len(after.known) > MAX_KNOWN_VERSIONS:
                     after.forget_unused(used)
@@ -281,7 +281,7 @@ class Changes:
                 return after, unloaded
 
             await self._documents.propose(own, attempt)
-            await self._empty(model)
+            await self._evict_all(model)
             self._models.forget(model)
             await self._serving.end(model)
 
@@ -358,7 +358,7 @@ class Changes:
         after.default, after.wanted = version, 0
         after.known = after.known_after(previous, version, leaves=leaves)
         # what is late for the last change must not be early for this one
-        await self._switching.all_left()
+        await self._switching.wait_until_moved()
         self._switching.mark(own, own.loaded.values())
         if how is not None:
             after.history = own.history.with_move(previous, version, how, function)
@@ -437,7 +437,7 @@ class Changes:
     async def _count(self, own: Versions) -> Counter[int]:
         """The sessions of each version; and the records of files that were replaced, by their numbers below 0."""
         for model in list(own.loaded.values()):
-            await self._context.directory.look(self._ids(model), anew=True)  # others may have changed them
+            await self._context.directory.look(self._ids(model), reread=True)  # others may have changed them
         found = Counter(
             {v: count for v, model in own.loaded.items() if (count := self._table.count(model.index))}
         )
@@ -539,7 +539,7 @@ class Changes:
     async def _try_migration(self, function: str, source: Model, target: Program) -> None:
         table = self._table
         on_it = np.flatnonzero(table.model[: table.end] == source.index)
-        free = on_it[(table.row[on_it] >= 0) & ~table.claimed[on_it] & ~table.pinned[on_it]][:_TRIED]
+        free = on_it[(table.row[on_it] >= 0) & ~table.claimed[on_it] & ~table.pinned[on_it]][:_TRIAL_SESSIONS]
         arrays = [np.asarray(value)[None] for value in source.program.initial]
         if len(free):
             arrays = list(source.arena.read(table.rows_of(free)))
@@ -556,26 +556,26 @@ class Changes:
             (model for version, model in own.loaded.items() if own.known[version].layout == layout), None
         )
 
-    async def _empty(self, model: Model) -> None:
+    async def _evict_all(self, model: Model) -> None:
         """Take the sessions of a version that is served no longer out of the table."""
         await self._serving.idle(model)
         while ids := self._ids(model)[:_BATCH_SIZE]:
             for session_id in ids:
-                await self._put_away(session_id, model)
+                await self._evict(session_id, model)
             await asyncio.sleep(0)
 
-    async def _put_away(self, session_id: str, model: Model) -> None:
+    async def _evict(self, session_id: str, model: Model) -> None:
         """Page a session out, and take it out of the table."""
         handle = self._table.find(session_id)
         if handle is None or self._table.model[handle] != model.index:
             return
         try:
-            await self._context.turns.hold(handle, float("inf"), rows=False)
+            await self._context.queues.hold(handle, float("inf"), rows=False)
         except (SessionGone, VersionElsewhere):
             return
         if self._table.row[handle] >= 0:
             self._context.pager.page_out(np.array([handle]))
-        self._context.turns.forget(handle, self._switching.away(handle, model.name, model.version))
+        self._context.queues.forget(handle, self._switching.not_loaded(handle, model.name, model.version))
 
     def _ids(self, model: Model) -> list[str]:
         """The sessions of the table on a version."""

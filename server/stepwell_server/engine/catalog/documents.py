@@ -64,7 +64,7 @@ class Documents:
         Raises:
             Unavailable: the store cannot be asked.
         """
-        found = _by_model(await self._found(document.PREFIX))
+        found = _by_model(await self._documents(document.PREFIX))
         names = found.keys() | {own.name for own in self._models.all()}
         return sorted(name for name in names if found.get(name) != self._seen.get(name))
 
@@ -86,11 +86,13 @@ class Documents:
             _log.warning(
                 "the store has lost a change of a model's versions; it is written again", model=own.name
             )
-            self._saw(own.name, content)
+            self._remember(own.name, content)
             await self.write(own, own, lambda: None)
             return
-        await self._switching.all_left()  # what is late for the last change must not be early for this one
-        self._saw(own.name, content)
+        await (
+            self._switching.wait_until_moved()
+        )  # what is late for the last change must not be early for this one
+        self._remember(own.name, content)
         before = own.chosen
         self._switching.take_over(own, stored)
         if before != own.chosen:
@@ -103,11 +105,11 @@ class Documents:
             )
 
     async def propose(
-        self, own: Versions, attempt: Callable[[], Awaitable[Proposal]], *, anyway: bool = False
+        self, own: Versions, attempt: Callable[[], Awaitable[Proposal]], *, even_if_unchanged: bool = False
     ) -> None:
         """Commit what `attempt` makes of what is known now, and apply it, even if the caller is cancelled.
 
-        The lock of the model is held. `attempt` is called again after each conflict. With `anyway` the document is
+        The lock of the model is held. `attempt` is called again after each conflict. With `even_if_unchanged` the document is
         written although it says nothing new of this server.
 
         Raises:
@@ -119,7 +121,7 @@ class Documents:
             if made is None:
                 return
             after, then = made
-            if document.encode(after) == document.encode(own.changed()) and not anyway:
+            if document.encode(after) == document.encode(own.changed()) and not even_if_unchanged:
                 then()
                 return
             if await self.write(own, after, then):
@@ -169,15 +171,15 @@ class Documents:
 
     async def _read(self, model: str) -> bytes | None:
         name = document.name_of(model)
-        return (await self._found(name)).get(name)
+        return (await self._documents(name)).get(name)
 
-    async def _found(self, prefix: str) -> dict[str, bytes]:
+    async def _documents(self, prefix: str) -> dict[str, bytes]:
         try:
             return await self._store.documents(prefix)
         except DocumentsCorrupt as error:
             raise Unavailable(str(error)) from error
 
-    def _saw(self, model: str, content: bytes | None) -> None:
+    def _remember(self, model: str, content: bytes | None) -> None:
         if content is None:
             self._seen.pop(model, None)
         else:

@@ -37,18 +37,18 @@ class SessionMoves:
     def __init__(
         self,
         table: SessionTable,
-        turns: SessionQueues,
+        queues: SessionQueues,
         pager: Pager,
         models: Models,
         drain: Callable[[], None],
     ) -> None:
         """`drain` admits the changes that wait in the inboxes."""
         self._table = table
-        self._turns = turns
+        self._queues = queues
         self._pager = pager
         self._models = models
         self._drain = drain
-        self._late: dict[int, tuple[int, _Goal]] = {}
+        self._pending: dict[int, tuple[int, _Goal]] = {}
         """Sessions that leave for another version when their claims end: births, where they go and how."""
         self._none_late = asyncio.Event()
 
@@ -58,9 +58,9 @@ class SessionMoves:
         for model in models:
             model.epoch = own.history.epoch
 
-    async def all_left(self) -> None:
+    async def wait_until_moved(self) -> None:
         """Return when no session is late for a move."""
-        while self._late:
+        while self._pending:
             self._none_late.clear()
             await self._none_late.wait()
 
@@ -75,8 +75,8 @@ class SessionMoves:
         own.known = after.known
         moved, source = 0, own.loaded.get(previous)
         if how is not None and source is not None:
-            moved = self._go(source, self._followers(source), self._goal(own, after.default, how))
-        self.mark(own, [each for v, each in own.loaded.items() if v != previous or not self._late])
+            moved = self._move(source, self._followers(source), self._goal(own, after.default, how))
+        self.mark(own, [each for v, each in own.loaded.items() if v != previous or not self._pending])
         return moved
 
     def take_over(self, own: Versions, stored: Versions) -> None:
@@ -98,9 +98,9 @@ class SessionMoves:
             handles,
             goal,
         ) in going:  # all were found before the first went: it may go where others leave
-            before = len(self._late)
-            self._go(source, handles, goal)
-            if len(self._late) > before:
+            before = len(self._pending)
+            self._move(source, handles, goal)
+            if len(self._pending) > before:
                 late.add(source.version)
         self.mark(own, [each for v, each in own.loaded.items() if v not in late])
 
@@ -112,7 +112,7 @@ class SessionMoves:
             return
         now, source.epoch = source.epoch, epoch  # records that are written here are of that time
         left = source.left_epoch
-        self._go(source, handles, self._goal(own, move.target, move.how))
+        self._move(source, handles, self._goal(own, move.target, move.how))
         source.epoch, source.left_epoch = now, left
 
     def _followers(self, source: Model) -> Handles:
@@ -126,7 +126,7 @@ class SessionMoves:
     def _goal(own: Versions, version: int, how: MoveKind) -> _Goal:
         return _Goal(own.name, version, own.loaded.get(version), how)
 
-    def _go(self, source: Model, handles: Handles, goal: _Goal) -> int:
+    def _move(self, source: Model, handles: Handles, goal: _Goal) -> int:
         """Move sessions of a version to another, now or when their running work has ended; return how many."""
         source.left_epoch = source.epoch
         table, target = self._table, goal.model
@@ -137,16 +137,16 @@ class SessionMoves:
         busy = table.claimed[handles]
         self._leave(handles[~busy], goal)
         for handle in handles[busy].tolist():
-            self._late[handle] = int(table.birth[handle]), goal
-        if self._late:
-            self._turns.leave_when_free = self._leave_late
+            self._pending[handle] = int(table.birth[handle]), goal
+        if self._pending:
+            self._queues.leave_when_free = self._leave_late
         return len(handles)
 
     def _leave(self, handles: Handles, goal: _Goal) -> None:
         """Move sessions to a version: their states are brought to it when they are needed."""
         if goal.model is None:
             for handle in handles.tolist():
-                self._turns.forget(handle, self.away(handle, goal.name, goal.version))
+                self._queues.forget(handle, self.not_loaded(handle, goal.name, goal.version))
             return
         here = handles[self._table.row[handles] >= 0]
         if len(here):
@@ -158,7 +158,7 @@ class SessionMoves:
     def _leave_late(self, handles: Handles) -> None:
         """Move those of some sessions whose claims end now; changes that waited for them must be sent again."""
         for handle in handles.tolist():
-            if (late := self._late.pop(handle, None)) is None:
+            if (late := self._pending.pop(handle, None)) is None:
                 continue
             birth, goal = late
             if self._table.birth[handle] != birth:
@@ -171,12 +171,12 @@ class SessionMoves:
                 f"session {session_id!r} went to version {goal.version} of model {goal.name!r} while this waited;"
                 " it was not applied: send it again"
             )
-            self._turns.close_line(handle, moved)
-        if not self._late:
-            self._turns.leave_when_free = None
+            self._queues.close_queue(handle, moved)
+        if not self._pending:
+            self._queues.leave_when_free = None
             self._none_late.set()
 
-    def away(self, handle: int, name: str, version: int) -> ServerError:
+    def not_loaded(self, handle: int, name: str, version: int) -> ServerError:
         """Why a session of the table has to leave it, whose version is not loaded."""
         session_id = self._table.session_id(handle)
         return self._models.elsewhere(name, version, session_id) or VersionNotFound(

@@ -50,7 +50,7 @@ class Watch:
         while True:
             await self._store.documents_changed()
             try:
-                await self.look()
+                await self.poll()
                 self._trouble = ""
             except ServerError as error:
                 if self._trouble != error.message:
@@ -59,33 +59,33 @@ class Watch:
             except Exception as error:
                 _log.defect("versions could not be followed; the timer continues", error)
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Know what the store says of versions at a moment after this was called.
 
         Raises:
             Unavailable: the store cannot be asked.
         """
-        if (look := self._look()) is not None:
-            await asyncio.shield(look)
+        if (poll := self._poll()) is not None:
+            await asyncio.shield(poll)
 
-    def _look(self) -> asyncio.Task[None] | None:
+    def _poll(self) -> asyncio.Task[None] | None:
         """A look that begins to read now or later; None: it is over already."""
         if self._next is not None:
             return self._next
         if self._reading.locked():
-            look = self._next = asyncio.create_task(self._read())
+            poll = self._next = asyncio.create_task(self._read())
         else:
             read = start(self._read())
             if not isinstance(read, Rest):
                 return None
-            look = asyncio.create_task(finish(read))
-        self._looks.add(look)
-        look.add_done_callback(self._looked)
-        return look
+            poll = asyncio.create_task(finish(read))
+        self._looks.add(poll)
+        poll.add_done_callback(self._on_polled)
+        return poll
 
-    def _looked(self, look: asyncio.Task[None]) -> None:
-        self._looks.discard(look)
-        if not look.cancelled() and (error := look.exception()) is not None:
+    def _on_polled(self, poll: asyncio.Task[None]) -> None:
+        self._looks.discard(poll)
+        if not poll.cancelled() and (error := poll.exception()) is not None:
             _log.debug("versions could not be read", reason=str(error))
 
     async def _read(self) -> None:
@@ -104,11 +104,11 @@ class Watch:
         behind = [header for header in headers if self._models.is_behind(header)]
         if not behind:
             return
-        if (look := self._look()) is not None:
-            await asyncio.wait((look,), timeout=_MAX_WAIT_S)
-            if not look.done():
+        if (poll := self._poll()) is not None:
+            await asyncio.wait((poll,), timeout=_MAX_WAIT_S)
+            if not poll.done():
                 raise self._models.later(behind[0].model)
-            look.result()
+            poll.result()
         latest: dict[str, int] = {}
         for header in behind:
             if (epoch := self._models.later_epoch(header)) > latest.get(header.model, 0):
@@ -129,7 +129,7 @@ class Watch:
                 model=own.name,
                 epoch=epoch,
             )
-            await self._switching.all_left()
+            await self._switching.wait_until_moved()
             history = History(epoch, own.history.moves)
 
             def raise_epoch() -> None:

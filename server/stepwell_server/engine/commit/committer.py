@@ -26,7 +26,7 @@ from stepwell_server.store.record import JoinedPuts
 
 Answer = Callable[[ServerError | None, Members | None], None]
 """Called with the error, or None, and with the places of the outcome that it is for; None: all of them."""
-Again = Callable[[Members], None]
+Rejudge = Callable[[Members], None]
 """Called with places of the outcome whose sessions another server has changed: they are claimed, and paged out."""
 
 
@@ -102,10 +102,10 @@ class Committer:
         self._discard = discard
         """Takes such sessions out of the arena alone."""
 
-    def commit(self, outcome: Outcome, answer: Answer, again: Again) -> None:
+    def commit(self, outcome: Outcome, answer: Answer, rejudge: Rejudge) -> None:
         """Make an outcome of claimed sessions true and have its callers answered, now or later; then their claims end.
 
-        Neither `answer` nor `again` may raise.
+        Neither `answer` nor `rejudge` may raise.
         """
         if self._recorder is None:
             self._set(outcome, answer, None)
@@ -118,11 +118,11 @@ class Committer:
                 answer(committed, None)
                 self._drop(outcome.handles, committed)
             else:
-                self._settle(outcome, committed, answer, again)
+                self._settle(outcome, committed, answer, rejudge)
 
         self._recorder.keep(outcome, self._sizes, done)
 
-    def _settle(self, outcome: Outcome, committed: CommitResult, answer: Answer, again: Again) -> None:
+    def _settle(self, outcome: Outcome, committed: CommitResult, answer: Answer, rejudge: Rejudge) -> None:
         """Each session has a fate of its own."""
         ids = [self._table.session_id(handle) for handle in outcome.handles.tolist()]
         fates = np.array([committed.of(session_id).value for session_id in ids])
@@ -138,7 +138,7 @@ class Committer:
             self._drop(handles[unknown], error)
         if len(conflicts):
             self._discard(outcome.model, handles[conflicts])
-            again(conflicts)
+            rejudge(conflicts)
 
     def _set(self, outcome: Outcome, answer: Answer, places: Members | None) -> None:
         """What was kept is true from here on; `places`: of a larger outcome, None: all."""

@@ -43,7 +43,7 @@ def load(program: Program) -> Executor:
 _has_announced_itself = threading.Event()
 
 
-def _let_it_announce_itself(interpreter: Interpreter) -> None:
+def _swallow_announcement(interpreter: Interpreter) -> None:
     """Have LiteRT say which delegate it made, as it does once in a process, where nobody sees it."""
     if not _has_announced_itself.is_set():
         with without_announcements():
@@ -60,7 +60,7 @@ class LiteRTExecutor(Executor):
     def __init__(self, program: Program) -> None:
         """Take the flatbuffer and find its tensors by their signature keys."""
         self._interpreter = Interpreter(model_content=program.files[FLATBUFFER], num_threads=1)
-        _let_it_announce_itself(self._interpreter)
+        _swallow_announcement(self._interpreter)
         # The runner holds the interpreter's memory: it must be gone before the first resize.
         runner = self._interpreter.get_signature_runner()
         details = runner.get_input_details()

@@ -26,14 +26,14 @@ TENSORFLOW_SIZES = (1, 2, 4, 8, 16, 32, 64)
 #: Time steps before the bits are compared, so that states are ones the model reaches.
 _WARM_STEPS = 3
 #: The largest size compared where all would take too long, or more bytes than that for the rows.
-_SMALL, _MOST_BYTES = 33, 1 << 28
+_SMALL, _MAX_BYTES = 33, 1 << 28
 #: How long the bits may be compared, about: when a program is compiled, and when one that was is loaded.
 COMPILE_BUDGET_S, LOAD_BUDGET_S = 30.0, 5.0
 #: Rows of known inputs, of which there are fewer where a row is large.
 _ROWS, _ROWS_BYTES = 64, 1 << 20
 #: Rows and time steps for which the answers are known, and how many of their values may be others by more than
 #: rounding: where a model rounds or compares, another last bit of a processor can be another number.
-_ANSWERED_ROWS, _ANSWERED_STEPS, _MAY_DIFFER = 16, 4, 0.1
+_ANSWERED_ROWS, _ANSWERED_STEPS, _MAX_DIFFERING = 16, 4, 0.1
 
 ANY_SIZE = "LiteRT converts every operation of the model"
 SOME_SIZES = f"{ANY_SIZE}, but a row's bits depend on the batch size"
@@ -105,7 +105,7 @@ def agreeing_sizes(
     other neighbours; there are twice as many rows as fit the largest size for that.
     """
     rows = 2 * max(sizes)
-    reached, states = _reached(program, inputs, step, rows)
+    reached, states = _reachable(program, inputs, step, rows)
     groups: dict[bytes, list[int]] = {}
     rng = np.random.default_rng(11)
     for size in sizes:
@@ -123,10 +123,10 @@ def affordable(
     Too long is more than about ``budget_s``.
     """
     row_bytes = sum(spec.row_bytes for spec in (*program.inputs, *program.outputs))
-    if 2 * max(sizes) * (row_bytes + 2 * program.state_row_bytes) > _MOST_BYTES:
+    if 2 * max(sizes) * (row_bytes + 2 * program.state_row_bytes) > _MAX_BYTES:
         return tuple(size for size in sizes if size <= _SMALL)
     rows = 16
-    reached, states = _reached(program, inputs, step, rows)
+    reached, states = _reachable(program, inputs, step, rows)
     start = time.perf_counter()
     step(reached, states)
     row_s = (time.perf_counter() - start) / rows
@@ -156,7 +156,7 @@ def _compare(program: Program, trial: Trial, found: Sequence[Array]) -> None:
         same = (one == two) | (np.isnan(one) & np.isnan(two))
         with np.errstate(invalid="ignore"):
             same |= np.abs(one - two) <= trial.tolerance * largest
-        if np.mean(~same) > _MAY_DIFFER:
+        if np.mean(~same) > _MAX_DIFFERING:
             raise TrialError(
                 f"output {spec.name!r} has other values on this processor than where the program was compiled, by more "
                 f"than rounding ({np.mean(~same):.0%} of them); compile the model on a machine of this kind"
@@ -170,18 +170,18 @@ def _best(groups: Mapping[bytes, list[int]]) -> tuple[int, ...]:
     return tuple(best[-1])
 
 
-def _reached(
+def _reachable(
     program: Program, inputs: Sequence[Array], step: Step, rows: int
 ) -> tuple[list[Array], Sequence[Array]]:
     """Return inputs and states of ``rows`` rows, each with a history of its own."""
     rng = np.random.default_rng(13)
     states: Sequence[Array] = initial_rows(program.initial, rows)
     for _ in range(_WARM_STEPS):
-        _, states = step(_drawn(rng, inputs, rows), states)
-    return _drawn(rng, inputs, rows), states
+        _, states = step(_shuffled(rng, inputs, rows), states)
+    return _shuffled(rng, inputs, rows), states
 
 
-def _drawn(rng: np.random.Generator, inputs: Sequence[Array], rows: int) -> list[Array]:
+def _shuffled(rng: np.random.Generator, inputs: Sequence[Array], rows: int) -> list[Array]:
     chosen = rng.integers(len(inputs[0]), size=rows)
     return [x[chosen] for x in inputs]
 

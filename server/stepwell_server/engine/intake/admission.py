@@ -12,16 +12,23 @@ import numpy as np
 from typing_extensions import override
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.exactly_once import Kind, Verdict, judge, kind_of, unlike
+from stepwell_server.core.exactly_once import Kind, Verdict, judge, kind_of, mismatches
 from stepwell_server.core.scheduler import Source
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Select
-from stepwell_server.engine.change import MAX_ERRORS, NO_STATES, Change, Reply, changed_elsewhere, for_all
+from stepwell_server.engine.change import (
+    MAX_ERRORS,
+    NO_STATES,
+    Change,
+    Reply,
+    changed_elsewhere,
+    shared_error,
+)
 from stepwell_server.engine.commit.committer import Committer
 from stepwell_server.engine.commit.records import Outcome
 from stepwell_server.engine.content import reused_request
-from stepwell_server.engine.intake.pager import ALL_HERE, Pager, Refused
+from stepwell_server.engine.intake.pager import ALL_HERE, PageInErrors, Pager
 from stepwell_server.engine.intake.queues import Inboxes, RowQueue, SessionQueues, Starter, joined_where_alike
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.state.replies import ReplyForm, named_states
@@ -38,11 +45,11 @@ from stepwell_server.logs import Log
 
 _log = Log("engine.admission")
 #: The source of a job of many callers' steps, as long as there is room for all of them in one pass.
-_EVERYBODY: Source = (None,)
+_ALL_CALLERS: Source = (None,)
 
 Wait = Callable[[Change, Members], None]
 Judge = Callable[[Change, Members, Handles], Handles]
-_NOBODY: Members = np.zeros(0, np.intp)
+_NO_MEMBERS: Members = np.zeros(0, np.intp)
 
 
 class Admission(Starter):
@@ -51,7 +58,7 @@ class Admission(Starter):
     def __init__(
         self,
         table: SessionTable,
-        turns: SessionQueues,
+        queues: SessionQueues,
         row_queue: RowQueue,
         pager: Pager,
         committer: Committer,
@@ -61,7 +68,7 @@ class Admission(Starter):
         observer: Observer,
     ) -> None:
         self._table = table
-        self._turns = turns
+        self._queues = queues
         self._row_queue = row_queue
         self._pager = pager
         self._committer = committer
@@ -86,7 +93,7 @@ class Admission(Starter):
             members = self._live(change, members)
             claimed = self._table.claimed[change.handles[members]]
             if np.count_nonzero(claimed):
-                self._turns.line_up(self, change, members[claimed])
+                self._queues.enqueue(self, change, members[claimed])
                 members = members[~claimed]
             first, members = self._first(change, members)
             if len(first):
@@ -97,7 +104,7 @@ class Admission(Starter):
         stale = self._table.birth[change.handles[members]] != change.births[members]
         if not np.count_nonzero(stale):
             return members
-        self.look_again(change, members[stale])
+        self.retry_lookup(change, members[stale])
         there: Members = members[~stale]
         return there
 
@@ -105,37 +112,37 @@ class Admission(Starter):
     def _first(change: Change, members: Members) -> tuple[Members, Members]:
         """Members that are the first of their session, and those that name it again and come after."""
         if change.connections is None or len(set(change.handles[members].tolist())) == len(members):
-            return members, _NOBODY
+            return members, _NO_MEMBERS
         is_first = np.zeros(len(members), np.bool_)
         is_first[np.unique(change.handles[members], return_index=True)[1]] = True
         return members[is_first], members[~is_first]
 
     def _release(self, done: Handles) -> None:
         if len(done):
-            self._turns.release(done)
+            self._queues.release(done)
 
     @override
     def start_due(self, change: Change, members: Members) -> Handles:
         handles = change.handles[members]
-        self._turns.claim(handles)
+        self._queues.claim(handles)
         if self._row_queue.count(change.model.index):
             # who came before has not found room yet: only those that need none go on
             absent = self._table.row[handles] < 0
             if absent.any():
                 self._wait_for_rows(change, members[absent])
                 members, handles = members[~absent], handles[~absent]
-        return self._bring_in(change, members, handles, self._wait_for_rows)
+        return self._page_in(change, members, handles, self._wait_for_rows)
 
     @override
-    def look_again(self, change: Change, members: Members) -> None:
-        self._release(self._look_again(change, members))
+    def retry_lookup(self, change: Change, members: Members) -> None:
+        self._release(self._retry_lookup(change, members))
 
-    def conflicted(self, change: Change, members: Members) -> None:
+    def on_conflict(self, change: Change, members: Members) -> None:
         """Another server has changed the sessions of members before these were kept. They are claimed, and paged out."""
         self._observer.judged_again(change.model.name, len(members))
-        self.look_again(change, members)
+        self.retry_lookup(change, members)
 
-    def _look_again(self, change: Change, members: Members) -> Handles:
+    def _retry_lookup(self, change: Change, members: Members) -> Handles:
         """Go back to the lookup with members whose sessions are not what they were taken for, `MAX_TRIES` times at most.
 
         Sessions that are there are claimed by them: their records are read again. Those that left the table are looked
@@ -155,7 +162,7 @@ class Admission(Starter):
         if len(gone):
             assert change.find_again is not None, "it was taken in"
             change.find_again(change, gone, self.admit_some)
-        more = self._bring_in(change, members[claimed], handles[claimed], self._wait_for_rows, compare=True)
+        more = self._page_in(change, members[claimed], handles[claimed], self._wait_for_rows, compare=True)
         return np.concatenate([done, more])
 
     @override
@@ -166,7 +173,7 @@ class Admission(Starter):
             members = np.setdiff1d(members, dropped)
             change.fail(dropped, error)
         if len(members):
-            done.append(self._bring_in(change, members, change.handles[members], self._wait_again))
+            done.append(self._page_in(change, members, change.handles[members], self._wait_again))
         if done:
             self._release(np.concatenate(done))
 
@@ -176,7 +183,7 @@ class Admission(Starter):
     def _wait_again(self, change: Change, members: Members) -> None:
         self._row_queue.put_back(self, change, members)
 
-    def _bring_in(
+    def _page_in(
         self, change: Change, members: Members, handles: Handles, wait: Wait, *, compare: bool = False
     ) -> Handles:
         """Have the rows of claimed sessions and judge their members, or let them wait.
@@ -189,23 +196,23 @@ class Admission(Starter):
         if not len(members):
             return handles
 
-        def later(came: Handles, refused: Refused) -> None:
+        def later(came: Handles, refused: PageInErrors) -> None:
             where = np.isin(handles, came)
-            self._came(change, members[where], handles[where], refused)
+            self._on_paged_in(change, members[where], handles[where], refused)
 
         judge = self._judge_as_stored if compare else self._judge
-        paged = self._pager.page_in(change.model, handles, later, anew=compare)
+        paged = self._pager.page_in(change.model, handles, later, reread=compare)
         if paged is ALL_HERE:
             return judge(change, members, handles)
         here = np.isin(handles, paged.coming, invert=True)
-        return self._judge_but(change, members[here], handles[here], paged.refused, wait, judge)
+        return self._judge_present(change, members[here], handles[here], paged.refused, wait, judge)
 
-    def _came(self, change: Change, members: Members, handles: Handles, refused: Refused) -> None:
+    def _on_paged_in(self, change: Change, members: Members, handles: Handles, refused: PageInErrors) -> None:
         """Go on with members whose sessions have come back from a store that was awaited, or have not."""
         for dropped, error in change.drop(members, self._clock.monotonic()):
             change.fail(dropped, error)
             for handle in change.handles[dropped].tolist():
-                self._turns.end(handle, refused.get(handle))
+                self._queues.end(handle, refused.get(handle))
             members = np.setdiff1d(members, dropped)
         handles = change.handles[members]
         ended = [
@@ -216,15 +223,21 @@ class Admission(Starter):
         for place in ended:
             handle = int(handles[place])
             change.fail(members[place : place + 1], refused[handle])
-            self._turns.end(handle, refused[handle])
+            self._queues.end(handle, refused[handle])
         members, handles = np.delete(members, ended), np.delete(handles, ended)
         wait, judge = self._wait_for_rows, self._judge_as_stored
-        self._release(self._judge_but(change, members, handles, refused, wait, judge))
+        self._release(self._judge_present(change, members, handles, refused, wait, judge))
 
-    def _judge_but(
-        self, change: Change, members: Members, handles: Handles, refused: Refused, wait: Wait, judge: Judge
+    def _judge_present(
+        self,
+        change: Change,
+        members: Members,
+        handles: Handles,
+        refused: PageInErrors,
+        wait: Wait,
+        judge: Judge,
     ) -> Handles:
-        """Judge members but those whose sessions stay away: these fail, or wait for rows. As `_bring_in`."""
+        """Judge members but those whose sessions stay away: these fail, or wait for rows. As `_page_in`."""
         if not len(members):
             return handles
         if not refused:
@@ -245,7 +258,7 @@ class Admission(Starter):
         return np.concatenate([np.array(failed, np.intp), done])
 
     def _judge(self, change: Change, members: Members, handles: Handles) -> Handles:
-        """Start members that are the next change of their sessions as the table has them. As `_bring_in`.
+        """Start members that are the next change of their sessions as the table has them. As `_page_in`.
 
         Other servers may have changed the sessions: that a member is not the next change only their records say.
         """
@@ -253,11 +266,11 @@ class Admission(Starter):
         if verdict is None:
             return self._begin(change, members, handles)
         apply = verdict[0].apply
-        done = self._look_again(change, members[~apply])
+        done = self._retry_lookup(change, members[~apply])
         return np.concatenate([done, self._begin(change, members[apply], handles[apply])])
 
     def _judge_as_stored(self, change: Change, members: Members, handles: Handles) -> Handles:
-        """Start or answer members; the table has what their sessions' records said after the claim. As `_bring_in`."""
+        """Start or answer members; the table has what their sessions' records said after the claim. As `_page_in`."""
         done = handles[:0]
         if change.continued_model:
             is_begun = self._table.position[handles] > 0
@@ -291,7 +304,7 @@ class Admission(Starter):
         return own, reused
 
     def _begin(self, change: Change, members: Members, handles: Handles) -> Handles:
-        """Start members that are to be applied. As `_bring_in`."""
+        """Start members that are to be applied. As `_page_in`."""
         try:
             if len(members):
                 self._apply(change, members, handles)
@@ -317,7 +330,7 @@ class Admission(Starter):
                     " of the change; it has others",
                     session_id=self._table.session_id(int(own[0])),
                 )
-                change.fail(members[some], for_all(problem, len(some)))
+                change.fail(members[some], shared_error(problem, len(some)))
                 continue
             kind = "reset" if change.reset else "step"
             self._observer.replayed(change.model.name, kind, len(some))
@@ -331,7 +344,7 @@ class Admission(Starter):
             error = RevisionConflict(
                 self._table.session_id(int(handles[conflicts[places[0]]])), expected, actual
             )
-            change.fail(some, for_all(error, len(some)))
+            change.fail(some, shared_error(error, len(some)))
 
     def _are_of_rows(
         self, change: Change, members: Members, handles: Handles, outputs: Tensors, states: Tensors
@@ -348,7 +361,9 @@ class Admission(Starter):
         other_kind, other_content = np.zeros_like(same_id), np.zeros_like(same_id)
         if np.count_nonzero(same_id):
             stored = self._table.digest[handles[same_id]]
-            other_kind[same_id], other_content[same_id] = unlike(stored, change.digests_of(members[same_id]))
+            other_kind[same_id], other_content[same_id] = mismatches(
+                stored, change.digests_of(members[same_id])
+            )
         return other_kind, other_content
 
     def _refuse_reused(self, change: Change, members: Members) -> None:
@@ -357,7 +372,7 @@ class Admission(Starter):
         for group in _in_groups(change, members):
             kind = kind_of(int(self._table.digest[change.handles[group[0]]]))
             error = reused_request(change.session_ids[int(group[0])], kind, own)
-            change.fail(group, for_all(error, len(group)))
+            change.fail(group, shared_error(error, len(group)))
 
     def _states_now(self, change: Change, members: Members, handles: Handles) -> Tensors:
         """The states after a step that is the last change of its sessions: those that they have, if asked for."""
@@ -399,11 +414,11 @@ class Admission(Starter):
             return [(only, members)]
         if model.ready.rows_waiting + len(members) <= model.max_batch_rows:
             if len(members) <= model.rows_of_a_short_pass:
-                return [(_EVERYBODY, members)]
+                return [(_ALL_CALLERS, members)]
             sources = list(change.by_source(members))
             # where all have the like of it, nobody is better off with passes that are shorter
             if len(members) <= len(sources) * min(len(own) for _, own in sources):
-                return [(_EVERYBODY, members)]
+                return [(_ALL_CALLERS, members)]
             return sources
         return list(change.by_source(members))
 
@@ -462,7 +477,7 @@ class Admission(Starter):
             self._observer.applied(model.name, "reset", len(own), row_count)
             change.succeed(own, Reply(told.revisions, told.positions, {}, NO_STATES))
 
-        self._committer.commit(outcome, answer, lambda places: self.conflicted(change, members[places]))
+        self._committer.commit(outcome, answer, lambda places: self.on_conflict(change, members[places]))
 
 
 def _in_groups(change: Change, members: Members) -> Iterator[Members]:

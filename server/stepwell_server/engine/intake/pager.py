@@ -38,25 +38,25 @@ _FROM_RECORDS = (
 )  # fmt: skip
 #: When rows are needed, this share of the arena is paged out at once: finding the least recently used
 #: means a look at all sessions, and should not be paid for each row.
-SHARE_AT_ONCE = 1 / 16
+PAGE_OUT_SHARE = 1 / 16
 
-_NOBODY: Handles = np.zeros(0, np.intp)
+_NO_MEMBERS: Handles = np.zeros(0, np.intp)
 _NO_ROWS: Rows = np.zeros(0, np.intp)
 
-Refused = dict[int, ServerError]
+PageInErrors = dict[int, ServerError]
 """Why sessions stay away, by handle: `NoRows`, `SessionGone`, `StateCorrupt`, `Overloaded`, `Unavailable`, `Internal`."""
-Later = Callable[[Handles, Refused], None]
+OnPagedIn = Callable[[Handles, PageInErrors], None]
 """Called with sessions that were coming, and which of them stay away all the same."""
 
 
 class PageIn(NamedTuple):
     """What has become of sessions that were to come back; those in neither are in the arena."""
 
-    refused: Refused
+    refused: PageInErrors
     coming: Handles
 
 
-ALL_HERE = PageIn({}, _NOBODY)
+ALL_HERE = PageIn({}, _NO_MEMBERS)
 
 
 class Pager:
@@ -85,7 +85,7 @@ class Pager:
         self._forwarding = forwarding
         self._clock = clock
         self._observer = observer
-        self._tasks: set[asyncio.Task[Refused]] = set()
+        self._tasks: set[asyncio.Task[PageInErrors]] = set()
 
     @property
     def is_idle(self) -> bool:
@@ -119,34 +119,34 @@ class Pager:
             retry_after_s=max(0.05, model.expected_wait_s),
         )
 
-    def page_in(self, model: Model, handles: Handles, later: Later, *, anew: bool = False) -> PageIn:
+    def page_in(self, model: Model, handles: Handles, later: OnPagedIn, *, reread: bool = False) -> PageIn:
         """Bring claimed sessions back to the arena, those that are not there and for which there is room.
 
-        `anew`: those that are there come back, too, where another server has changed them.
+        `reread`: those that are there come back, too, where another server has changed them.
 
         `later` is called when those that are coming have come; their claims must last until then.
         """
         absent = handles[self._table.row[handles] < 0]
-        if not (len(absent) or anew):
+        if not (len(absent) or reread):
             return ALL_HERE
-        refused: Refused = {}
+        refused: PageInErrors = {}
         sizes = self._table.batch_size[absent]
         fits = np.cumsum(sizes) <= self.room(model, int(sizes.sum()))
         if not fits.all():
             short = self._no_rows(model, int(sizes.sum()))
             refused = dict.fromkeys(absent[~fits].tolist(), short)
             absent = absent[fits]
-        coming = handles[np.isin(handles, list(refused), invert=True)] if anew else absent
+        coming = handles[np.isin(handles, list(refused), invert=True)] if reread else absent
         if not len(coming):
             return PageIn(refused, coming)
         rows = self.take(model, int(self._table.batch_size[absent].sum())) if len(absent) else _NO_ROWS
         came = start(self._fetch(model, coming, rows))
         if not isinstance(came, Rest):
-            return PageIn(refused | came, _NOBODY) if refused or came else ALL_HERE
+            return PageIn(refused | came, _NO_MEMBERS) if refused or came else ALL_HERE
         task = asyncio.create_task(finish(came))
         self._tasks.add(task)
 
-        def ended(task: asyncio.Task[Refused]) -> None:
+        def ended(task: asyncio.Task[PageInErrors]) -> None:
             self._tasks.discard(task)
             if not task.cancelled():  # the event loop ends
                 later(coming, task.result())
@@ -154,7 +154,7 @@ class Pager:
         task.add_done_callback(ended)
         return PageIn(refused, coming)
 
-    async def states_of(self, model: Model, handles: Handles) -> tuple[Sequence[Array], Refused]:
+    async def states_of(self, model: Model, handles: Handles) -> tuple[Sequence[Array], PageInErrors]:
         """States of claimed sessions that are paged out, and stay so.
 
         Returns:
@@ -212,7 +212,7 @@ class Pager:
             self._leave(model, own)
             self._paged(model, "out", len(own), began)
 
-    async def _fetch(self, model: Model, handles: Handles, rows: Rows) -> Refused:
+    async def _fetch(self, model: Model, handles: Handles, rows: Rows) -> PageInErrors:
         """Bring sessions back, to the rows that were taken for those that have none. Why the others stay away."""
         began = self._clock.monotonic()
         try:
@@ -231,7 +231,7 @@ class Pager:
                 if not len(handles):
                     return {}
             forwarded = await self._forward(model, handles, ids, found)
-            refused = self._bring_back(model, handles, found, forwarded, rows)
+            refused = self._restore(model, handles, found, forwarded, rows)
             self._paged(model, "in", len(handles) - len(refused), began)
         except Exception as error:  # whatever it is: their claims must end
             model.slots.free_resident(rows)
@@ -259,14 +259,14 @@ class Pager:
         # a migration may take long
         return await asyncio.to_thread(bring) if self._forwarding.migrates(model) else bring()
 
-    def _bring_back(
+    def _restore(
         self,
         model: Model,
         handles: Handles,
         found: Sequence[StoredSession],
         forwarded: UpgradedRecords,
         rows: Rows,
-    ) -> Refused:
+    ) -> PageInErrors:
         """Fill the rows of those whose records are sound, and give `rows` back that are not needed."""
         decoded, sound, refused = self._settle(model, handles, found, forwarded)
         if not sound.all():
@@ -279,13 +279,13 @@ class Pager:
 
     def _settle(
         self, model: Model, handles: Handles, found: Sequence[StoredSession], forwarded: UpgradedRecords
-    ) -> tuple[DecodedRecords, Mask, Refused]:
+    ) -> tuple[DecodedRecords, Mask, PageInErrors]:
         """Records that were read, which of them are sound and these sessions', and why the others are not.
 
         The table is told what those say that another server may have written, and what changed on their way here.
         """
         decoded = forwarded.decoded
-        refused: Refused = {
+        refused: PageInErrors = {
             int(handles[place]): error
             if found[place].record is not None
             else self._gone(int(handles[place]), found[place])
@@ -302,7 +302,7 @@ class Pager:
             self._refresh(model, handles, stamps, is_changed, decoded, sound, refused)
         for place, kind in forwarded.replies.items():
             self._table.reply[handles[place]] = kind
-        self._table.position[handles[forwarded.begun]] = 0
+        self._table.position[handles[forwarded.reset]] = 0
         return decoded, sound, refused
 
     def _fill(self, model: Model, handles: Handles, rows: Rows, decoded: DecodedRecords, sound: Mask) -> None:
@@ -323,7 +323,7 @@ class Pager:
         is_changed: Mask,
         decoded: DecodedRecords,
         sound: Mask,
-        refused: Refused,
+        refused: PageInErrors,
     ) -> None:
         """Let the table say what records say that another server wrote; refuse what is another session now.
 
@@ -379,23 +379,23 @@ class Pager:
         """Rows that could be had for sessions: free ones, and if these are too few those of sessions that may go."""
         room = model.slots.resident_limit - model.slots.resident
         if wanted > room:
-            room += int(self._table.batch_size[self._may_go(model)].sum())
+            room += int(self._table.batch_size[self._evictable(model)].sum())
         return room
 
     def _make_room(self, model: Model, count: int) -> None:
         short = model.slots.resident + count - model.slots.resident_limit
-        wanted = max(short, int(model.slots.resident_limit * SHARE_AT_ONCE))
-        victims = self._oldest(model, wanted)
+        wanted = max(short, int(model.slots.resident_limit * PAGE_OUT_SHARE))
+        victims = self._least_recently_used(model, wanted)
         self.page_out(victims)
 
-    def _oldest(self, model: Model, rows: int) -> Handles:
+    def _least_recently_used(self, model: Model, rows: int) -> Handles:
         """The least recently used sessions that have `rows` rows together, or all that may go."""
-        table, candidates = self._table, self._may_go(model)
+        table, candidates = self._table, self._evictable(model)
         by_age = candidates[np.argsort(table.used[candidates], kind="stable")]
         enough = int(np.searchsorted(np.cumsum(table.batch_size[by_age]), rows)) + 1
         return by_age[:enough]
 
-    def _may_go(self, model: Model) -> Handles:
+    def _evictable(self, model: Model) -> Handles:
         # by row, not by session: there are many more sessions than rows
         table, rows = self._table, np.arange(model.slots.touched)
         handles = model.slots.owner[rows]

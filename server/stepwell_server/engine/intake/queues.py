@@ -24,7 +24,7 @@ from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.scheduler import Source
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.change import Change, joined, kind_of, may_join, too_late
-from stepwell_server.engine.intake.pager import Pager, Refused
+from stepwell_server.engine.intake.pager import PageInErrors, Pager
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members
 from stepwell_server.engine.versions.registry import Models
@@ -36,7 +36,7 @@ MAX_WAITING_PASSES = 64
 #: Bytes of inputs that may wait, over all models.
 MAX_WAITING_BYTES = 512 << 20
 #: Changes that may wait in one session's line.
-MAX_LINE = 256
+MAX_SESSION_QUEUE = 256
 
 
 @dataclasses.dataclass(slots=True)
@@ -65,7 +65,7 @@ class Inbox:
         inboxes.of[model.index] = self
         self._waiting: list[Change] = []
         self._rows = 0
-        self.most_waiting = MAX_WAITING_PASSES * model.max_batch_rows
+        self.max_waiting = MAX_WAITING_PASSES * model.max_batch_rows
         """So many rows and changes may wait, unless one change alone has more."""
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ class Inbox:
             Overloaded: with the time after which there should be room.
         """
         model, held, waiting = self._model, self._inboxes.bytes, self.waiting
-        limit = self.most_waiting
+        limit = self.max_waiting
         if waiting and waiting + rows > limit:
             raise Overloaded(
                 f"rows waiting for model {model.name!r} must stay within {limit}; {waiting} wait and {rows} came",
@@ -175,7 +175,7 @@ class Starter(Protocol):
     def start_due(self, change: Change, members: Members, /) -> Handles:
         """Their turn has come: claim their sessions and start them; return sessions that are done with already."""
 
-    def look_again(self, change: Change, members: Members, /) -> None:
+    def retry_lookup(self, change: Change, members: Members, /) -> None:
         """Their session has left the table: start them if the store has it, and answer them else."""
 
     def start_waiting(self, change: Change, members: Members, /) -> None:
@@ -196,7 +196,7 @@ class RowQueue:
         self._waiting: dict[int, deque[tuple[Starter, Change, int]]] = {}
         self.waiting = 0
         """Changes of all models."""
-        self._look = Alarm(self._let_in)
+        self._look = Alarm(self._admit)
         self._is_full = False
         """Somebody that was let in was put back."""
 
@@ -226,17 +226,17 @@ class RowQueue:
             )
             self._add(change.model, len(members))
 
-    def room_may_have_come(self) -> None:
+    def check_room(self) -> None:
         """A session is done, made or gone: look in the next turn of the event loop whether somebody fits now."""
         if self:
             self._look.ring()
 
-    def _let_in(self) -> None:
+    def _admit(self) -> None:
         for model, waiting in list(self._waiting.items()):  # answers may bring what waits for another model
             if waiting:
-                self._let_in_some(self._models.by_index[model], waiting)
+                self._admit_some(self._models.by_index[model], waiting)
 
-    def _let_in_some(self, model: Model, waiting: deque[tuple[Starter, Change, int]]) -> None:
+    def _admit_some(self, model: Model, waiting: deque[tuple[Starter, Change, int]]) -> None:
         fitting = self._fitting(model, waiting)
         self._is_full = False
         while fitting and not self._is_full:  # answers may bring what takes the room
@@ -345,11 +345,11 @@ class SessionQueues:
 
     async def _await_turn(self, handle: int, deadline: float) -> None:
         """Wait in a claimed session's line until the claim is this one's."""
-        granted = self.turn_of(handle, deadline)
+        granted = self.request_claim(handle, deadline)
         try:
             await granted
         except asyncio.CancelledError:
-            self.give_back(handle, granted)
+            self.withdraw(handle, granted)
             raise
 
     async def free(self, handle: int) -> None:
@@ -359,22 +359,22 @@ class SessionQueues:
                 await self.hold(handle, math.inf, rows=False)
                 self.release(np.array([handle]))
 
-    def turn_of(self, handle: int, deadline: float) -> asyncio.Future[None]:
+    def request_claim(self, handle: int, deadline: float) -> asyncio.Future[None]:
         """Take a place in a claimed session's line: the claim is the caller's when the future is done without an error.
 
-        Who does not want it any more says so by `give_back`.
+        Who does not want it any more says so by `withdraw`.
 
         Raises:
             Overloaded: too much waits there.
         """
-        if self._claims.waiting(handle) >= MAX_LINE:
-            raise self._line_full(handle)
+        if self._claims.waiting(handle) >= MAX_SESSION_QUEUE:
+            raise self._queue_full(handle)
         model = self._models.by_handle(handle)
         hold = Hold(asyncio.get_running_loop().create_future(), deadline, model)
         self._wait(model, handle, hold)
         return hold.granted
 
-    def give_back(self, handle: int, granted: asyncio.Future[None]) -> None:
+    def withdraw(self, handle: int, granted: asyncio.Future[None]) -> None:
         """Leave a session's line, or end the claim if the turn came in the same moment."""
         granted.cancel()
         if not granted.cancelled() and granted.exception() is None:
@@ -385,7 +385,7 @@ class SessionQueues:
         handles = np.array([handle])
         came: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
 
-        def later(_handles: Handles, refused: Refused) -> None:
+        def later(_handles: Handles, refused: PageInErrors) -> None:
             error = refused.get(handle)
             if came.done():  # who waited was cancelled
                 self.end(handle, error)
@@ -415,12 +415,12 @@ class SessionQueues:
         else:
             self.release(np.array([handle]))
 
-    def line_up(self, starter: Starter, change: Change, members: Members) -> None:
+    def enqueue(self, starter: Starter, change: Change, members: Members) -> None:
         """Let members wait for the turn of their claimed sessions; refuse those whose line is full."""
         for member in members.tolist():
             handle = int(change.handles[member])
-            if self._claims.waiting(handle) >= MAX_LINE:
-                change.fail(np.array([member]), self._line_full(handle))
+            if self._claims.waiting(handle) >= MAX_SESSION_QUEUE:
+                change.fail(np.array([member]), self._queue_full(handle))
             else:
                 self._wait(change.model, handle, (starter, change, member))
 
@@ -431,7 +431,7 @@ class SessionQueues:
         if not self._count:  # nobody waits in any line: neither do claims that are ending now
             self._table.claimed[handles] = False
             if self._row_queue.waiting:
-                self._row_queue.room_may_have_come()
+                self._row_queue.check_room()
             return
         self._ending.append(handles)
         if self._is_ending:
@@ -442,14 +442,14 @@ class SessionQueues:
                 self._start_next(self._ending.popleft())
         finally:
             self._is_ending = False
-        self._row_queue.room_may_have_come()
+        self._row_queue.check_room()
 
     def _wait(self, model: Model, handle: int, waiter: Waiter) -> None:
         self._count += 1
         model.waiting += 1
         self._claims.wait(handle, waiter)
 
-    def _taken(self, waiter: Waiter) -> None:
+    def _removed(self, waiter: Waiter) -> None:
         self._count -= 1
         # that of the session may be another version by now
         model = waiter.model if isinstance(waiter, Hold) else waiter[1].model
@@ -461,9 +461,9 @@ class SessionQueues:
         limit_s = self._limits.seconds(int(table.max_idle_ms[handle]))
         idle_s = self._clock.monotonic() - float(table.used[handle])
         self._store.note_use(table.session_id(handle), idle_s=idle_s, limit_s=limit_s)
-        self.take_out(handle, error)
+        self.remove(handle, error)
 
-    def take_out(self, handle: int, error: ServerError) -> None:
+    def remove(self, handle: int, error: ServerError) -> None:
         """Take a session that is claimed or idle out of the table, and refuse what waits for it."""
         model = self._models.by_handle(handle)
         if self._table.row[handle] >= 0:
@@ -472,17 +472,17 @@ class SessionQueues:
         self._table.claimed[handle] = False
         self._table.remove(handle)
         # last: a caller who is refused may ask again at once, and must not get into the line of a session that is gone
-        self.close_line(handle, error)
+        self.close_queue(handle, error)
 
-    def close_line(self, handle: int, error: ServerError) -> None:
+    def close_queue(self, handle: int, error: ServerError) -> None:
         """Refuse what waited for a session that has gone away.
 
         It may have been opened anew since it ended: changes look for it once more.
         """
         looks_again = isinstance(error, SessionGone)
         changes: dict[Change, tuple[Starter, list[int]]] = {}
-        for waiter in self._claims.drop_line(handle):
-            self._taken(waiter)
+        for waiter in self._claims.drop_queue(handle):
+            self._removed(waiter)
             if isinstance(waiter, Hold):
                 if not waiter.granted.done():
                     waiter.granted.set_exception(error)
@@ -491,15 +491,15 @@ class SessionQueues:
             else:
                 waiter[1].fail(np.array([waiter[2]]), error)
         for change, (starter, members) in changes.items():
-            starter.look_again(change, np.sort(np.array(members, np.intp)))
+            starter.retry_lookup(change, np.sort(np.array(members, np.intp)))
         if self.leave_when_free is not None:
             self.leave_when_free(np.array([handle]))
-        self._row_queue.room_may_have_come()
+        self._row_queue.check_room()
 
     def _start_next(self, handles: Handles) -> None:
         changes: dict[Change, tuple[Starter, list[int]]] = {}
         for handle, waiter in self._claims.release(handles):
-            self._taken(waiter)
+            self._removed(waiter)
             if isinstance(waiter, Hold):
                 if not self._grant(waiter, handle):
                     self._ending.append(np.array([handle]))
@@ -529,8 +529,8 @@ class SessionQueues:
             change.fail(members, error)
         return bool(dropped)
 
-    def _line_full(self, handle: int) -> Overloaded:
+    def _queue_full(self, handle: int) -> Overloaded:
         return Overloaded(
-            f"changes waiting for session {self._table.session_id(handle)!r} must stay within {MAX_LINE}",
+            f"changes waiting for session {self._table.session_id(handle)!r} must stay within {MAX_SESSION_QUEUE}",
             retry_after_s=max(0.01, self._models.by_handle(handle).expected_wait_s),
         )

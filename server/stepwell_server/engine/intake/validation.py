@@ -31,7 +31,7 @@ MAX_BATCH_SIZE = 1 << 31
 _ANY = np.uint64(ANY_REVISION)
 _ONLY: Members = np.zeros(1, np.intp)
 _ONLY.flags.writeable = False
-_NOBODY: Members = np.zeros(0, np.intp)
+_NO_MEMBERS: Members = np.zeros(0, np.intp)
 
 Refusals = list[tuple[int, ServerError]]
 
@@ -196,7 +196,7 @@ class Validation:
         self._table = table
         self._models = models
 
-    def unfit(self, change: Change, handles: Handles) -> Members:
+    def mismatched(self, change: Change, handles: Handles) -> Members:
         """Members that cannot be taken with the others of several messages, or as steps that continue.
 
         Their sessions have other rows than the message says, or do not continue as `continued_model` asks for. All of them
@@ -205,18 +205,18 @@ class Validation:
         table, said = self._table, change.batch_sizes
         own = table.batch_size[handles]
         if not change.continued_model:
-            return _NOBODY if said is None else np.flatnonzero(own != said)
+            return _NO_MEMBERS if said is None else np.flatnonzero(own != said)
         model = self._models.find(change.continued_model)
         indexes = [] if model is None else [each.index for each in model.among(change.continued_versions)]
         if len(handles) == 1:  # one comparison of arrays costs as much
             handle = handles[0]
             fits_all = table.position[handle] > 0 and table.model[handle] in indexes
-            return _NOBODY if fits_all and said is not None and said[0] == own[0] else _ONLY
+            return _NO_MEMBERS if fits_all and said is not None and said[0] == own[0] else _ONLY
         fits: Mask = table.position[handles] > 0
         models = table.model[handles]
         fits &= models == indexes[0] if len(indexes) == 1 else np.isin(models, indexes)
         fits &= own == said
-        return _NOBODY if fits.all() else np.flatnonzero(~fits)
+        return _NO_MEMBERS if fits.all() else np.flatnonzero(~fits)
 
     def look(self, change: Change, handles: Handles) -> Members:
         """Set the columns that follow from a change's sessions, some of which are there: -1 for the others.
@@ -237,7 +237,7 @@ class Validation:
             change.row_count, change.members = int(change.sizes[0]), _ONLY
             if change.rows is not None:
                 _take_rows(change, change.rows)
-            return _NOBODY
+            return _NO_MEMBERS
         there: Mask = handles >= 0
         all_there = np.count_nonzero(there) == len(there)
         models = table.model[handles if all_there else handles[there]]
@@ -256,7 +256,7 @@ class Validation:
         change.members = np.arange(len(there)) if all_there else np.flatnonzero(there)
         if change.rows is not None:
             raise InvalidInput(f"rows may be given for one session only; got {change.size} sessions")
-        return _NOBODY
+        return _NO_MEMBERS
 
     def check(self, change: Change) -> tuple[Refusals, bool]:
         """Check a change after a `look`, and set its other columns. It answers nothing.

@@ -49,7 +49,7 @@ class Completion:
         model: Model,
         table: SessionTable,
         committer: Committer,
-        again: Callable[[Change, Members], None],
+        rejudge: Callable[[Change, Members], None],
         forget_replies: Callable[[Model], None],
         *,
         clock: Clock,
@@ -58,7 +58,7 @@ class Completion:
         self._model = model
         self._table = table
         self._committer = committer
-        self._again = again
+        self._again = rejudge
         self._forget_replies = forget_replies
         """Bounds what is remembered of replies in memory."""
         self._clock = clock
@@ -68,7 +68,7 @@ class Completion:
         """Commit and answer jobs (with their index in the pass) that have run their last time step."""
         changes = [(index, job) for index, job in jobs if job.handles is not None]
         is_latency_sensitive = self._model.ready.is_contended(self._clock.monotonic())
-        for some in _apart(changes) if is_latency_sensitive else (changes,):
+        for some in _split_small(changes) if is_latency_sensitive else (changes,):
             if some:
                 self._commit(work, some, is_latency_sensitive=is_latency_sensitive)
         for index, job in jobs:
@@ -99,12 +99,12 @@ class Completion:
                 for each, own in _by_job(ended, which):
                     each.change.fail(each.job.members if own is None else each.job.members[own], error)
 
-        def again(places: Members) -> None:
+        def rejudge(places: Members) -> None:
             for each, own in _by_job(ended, _mask(place, places)):
                 self._again(each.change, each.job.members if own is None else each.job.members[own])
 
-        self._committer.commit(outcome, answer, again)
-        if self._model.replies.series and self._model.replies.are_too_many:
+        self._committer.commit(outcome, answer, rejudge)
+        if self._model.replies.series and self._model.replies.is_over_limit:
             self._forget_replies(self._model)
 
     def _states_of(self, job: Job) -> Tensors:
@@ -190,7 +190,9 @@ class Completion:
         self._model.arena.keep_outputs(work.target_rows[rows], [output[rows] for output in last])
 
 
-def _apart(jobs: Sequence[tuple[int, Job]]) -> tuple[Sequence[tuple[int, Job]], Sequence[tuple[int, Job]]]:
+def _split_small(
+    jobs: Sequence[tuple[int, Job]],
+) -> tuple[Sequence[tuple[int, Job]], Sequence[tuple[int, Job]]]:
     """Those that are small beside the others, which they need not wait for; and the others."""
     most = min(SMALL, sum(len(job.members) for _, job in jobs) // _SMALL)
     few = [(index, job) for index, job in jobs if len(job.members) <= most]

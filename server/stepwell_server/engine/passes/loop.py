@@ -55,7 +55,7 @@ class Inline:
         table: SessionTable,
         executor: Executor,
         committer: Committer,
-        again: Callable[[Change, Members], None],
+        rejudge: Callable[[Change, Members], None],
         *,
         clock: Clock,
         observer: Observer,
@@ -64,7 +64,7 @@ class Inline:
         self._table = table
         self._executor = executor
         self._committer = committer
-        self._again = again
+        self._again = rejudge
         self._clock = clock
         self._observer = observer
         self._names = [spec.name for spec in model.program.outputs]
@@ -209,7 +209,7 @@ class PassLoop:
         self._alarm.set()
         self._idle = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        model.work.listen(self._turn)
+        model.work.listen(self._iterate)
 
     @property
     def busy(self) -> bool:
@@ -222,13 +222,13 @@ class PassLoop:
             self._idle.clear()
             await self._idle.wait()
 
-    def _turn(self) -> bool:
+    def _iterate(self) -> bool:
         """What came is drained, admitted and chosen from; what was chosen runs, is committed and answered.
 
         Returns:
             Whether there is something to do in another turn. Where a pass runs, its end rings.
         """
-        if self._running or self._commits.is_full or (self._window.is_open and self._waits()):
+        if self._running or self._commits.is_full or (self._window.is_open and self._waits_for_callers()):
             return False
         came = self._inbox.drain()
         if came and not (len(came) == 1 and self._inline.run(came[0])):
@@ -242,13 +242,13 @@ class PassLoop:
             rows = sum(job.row_count for job in jobs)
             if self._run(jobs, wanted):  # then `_finish`: commit and reply
                 return False
-            self._model.turn_cost.learn(rows, self._clock.monotonic() - began)
+            self._model.iteration_cost.learn(rows, self._clock.monotonic() - began)
         has_more = bool(self._inbox) or self._model.ready.rows_waiting > 0
         if not has_more:
             self._idle.set()
         return has_more
 
-    def _waits(self) -> bool:
+    def _waits_for_callers(self) -> bool:
         """Whether what has come waits for those who were just answered. They ring when they come, and else the alarm."""
         left_s = 0.0
         if not self._may_wait():
@@ -288,13 +288,13 @@ class PassLoop:
         if self.runner.is_small(work):
             broken: BaseException | None = None
             try:
-                self.runner.run_here(work)
+                self.runner.run_in_place(work)
             except Exception as error:
                 broken = error
             self._finish(work, broken)
             return False
         work.rows_wanted = wanted
-        self.runner.run_on_threads(work, lambda broken: self._tell(work, broken))
+        self.runner.run_on_threads(work, lambda broken: self._wake_loop(work, broken))
         return True
 
     def _choose(self) -> list[Job]:
@@ -336,7 +336,7 @@ class PassLoop:
                     trace.stage("queue", job.queued_at, now)
         chosen.append(job)
 
-    def _tell(self, work: Pass, broken: BaseException | None) -> None:
+    def _wake_loop(self, work: Pass, broken: BaseException | None) -> None:
         """From a compute thread: one wake-up of the event loop per pass."""
         self._loop.call_soon_threadsafe(self._finish_on_loop, work, broken)
 
@@ -414,11 +414,11 @@ class PassLoop:
 def _refusal(work: Pass, index: int, unit: FailedUnit) -> ServerError:
     # LiteRT's text goes on about nodes, and about failures before this one
     cause = unit.cause.strip().partition("Node number")[0].strip().splitlines()
-    said = cause[0][:200] if cause else "no reason given"
+    shown = cause[0][:200] if cause else "no reason given"
     sizes = work.jobs[index].sizes
     low = int(work.starts[index] + sizes[: unit.session].sum())
     got = _whole_numbers(work, low, low + int(sizes[unit.session]))
-    return InvalidInput(f"inputs must be ones that the model can run{got}; it refused them: {said}")
+    return InvalidInput(f"inputs must be ones that the model can run{got}; it refused them: {shown}")
 
 
 def _whole_numbers(work: Pass, low: int, high: int) -> str:

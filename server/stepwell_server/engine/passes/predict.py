@@ -20,7 +20,7 @@ from stepwell_server.engine.types import Array, Mask, Members
 from stepwell_server.errors import ServerError
 
 #: Rows of a job: it cannot be parted, and others want their turns.
-_MOST_ROWS = 256
+_MAX_ROWS = 256
 
 
 class PredictCall(Owner):
@@ -50,7 +50,7 @@ class PredictCall(Owner):
         self._final = [np.empty((rows, *s.shape), s.dtype) for s in model.program.state]
         self._rows = rows
         self._error: ServerError | None = None
-        limit = min(model.max_batch_rows, model.slots.working_limit, _MOST_ROWS)
+        limit = min(model.max_batch_rows, model.slots.working_limit, _MAX_ROWS)
         self._jobs = [
             self._make_job(checked, low, min(low + limit, rows), source, now) for low in range(0, rows, limit)
         ]

@@ -43,7 +43,7 @@ class Runner:
         """Whether the pass should run in place; a slice of something longer does not, or the loop would do little else."""
         return not work.is_slice and self._model.cost.of(work.row_count, work.steps) <= IN_PLACE_S
 
-    def run_here(self, work: Pass) -> None:
+    def run_in_place(self, work: Pass) -> None:
         """Run a pass on the calling thread."""
         started = time.perf_counter()
         lane = self._lanes[0]
@@ -56,7 +56,7 @@ class Runner:
         work.seconds = time.perf_counter() - started
         self._model.cost.learn(work.row_count, lane.spent_s, work.steps)
 
-    def try_out(self, work: Pass) -> None:
+    def measure(self, work: Pass) -> None:
         """Run a pass on the calling thread for its cost alone; nothing is stored."""
         lane = self._lanes[0]
         lane.attempt(work, 0, work.row_count)
@@ -151,7 +151,7 @@ _WARM_UP_SIZES = (1, 8, 64)
 _WARM_UP_TIMES = 3
 
 
-class _Nobody:
+class _NoOwner:
     traces: Mapping[int, Trace] | None = None
 
     def drop(self, _members: Rows, _now: float) -> Sequence[tuple[Rows, ServerError]]:
@@ -169,13 +169,13 @@ def warm_up(runner: Runner, program: Program, max_rows: int) -> None:
     for size in _WARM_UP_SIZES:
         for _ in range(_WARM_UP_TIMES):
             if size <= max_rows:
-                runner.try_out(Pass(program, [_zeros(program, size)], 1))
+                runner.measure(Pass(program, [_zeros(program, size)], 1))
 
 
 def _zeros(program: Program, size: int) -> Job:
     rows = np.zeros(size, np.intp)
     return Job(
-        owner=_Nobody(),
+        owner=_NoOwner(),
         members=np.arange(size),
         handles=None,
         rows=rows,

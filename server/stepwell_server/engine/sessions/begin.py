@@ -110,7 +110,7 @@ class NewSessions(Call):
     """Limit of each for being unused; 0: it has no limit of its own."""
     owner: str
     """The caller for whom the sessions count, beside their tenant: see `Quotas.owner`."""
-    least_revisions: U64
+    min_revisions: U64
     """`(n,)`. They begin with these at least."""
     positions: U64
     """`(n,)`."""
@@ -177,7 +177,7 @@ class NewSessions(Call):
             self,
             ids=[self.ids[place] for place in places.tolist()],
             content=self.content[places],
-            least_revisions=self.least_revisions[places],
+            min_revisions=self.min_revisions[places],
             positions=self.positions[places],
             states=None
             if self.states is None
@@ -193,7 +193,7 @@ class NewSessions(Call):
             self,
             ids=self.ids[part],
             content=self.content[part],
-            least_revisions=self.least_revisions[part],
+            min_revisions=self.min_revisions[part],
             positions=self.positions[part],
             states=None if self.states is None else [array[own] for array in self.states],
             rows=self.rows[own],
@@ -240,7 +240,7 @@ class Attempts:
         revisions, positions = table.revision[handles], table.position[handles]
         for place, session_id in enumerate(ids):
             if seen.newer(session_id) is not None:
-                info = self._directory.info_now(int(handles[place]), seen, is_same=True)
+                info = self._directory.current_info(int(handles[place]), seen, is_same=True)
                 revisions[place], positions[place] = info.revision, info.position
         indexes = np.unique(table.model[handles])
         versions = np.zeros(len(ids), np.uint64)
@@ -255,7 +255,7 @@ class Attempts:
             revisions,
             positions,
             table.opened_with[handles],
-            self._directory.info_now(int(handles[0]), seen),
+            self._directory.current_info(int(handles[0]), seen),
             version=int(versions[0]),
             versions=versions if len(indexes) > 1 else None,
         )
@@ -337,7 +337,7 @@ class Attempts:
         for session_id in session_ids:
             handle = self._table.find(session_id)
             if handle is not None:
-                await self._context.turns.free(handle)
+                await self._context.queues.free(handle)
 
     async def take_over(self, ids: Sequence[str], request_id: int, stamp: int) -> bool:
         """Give sessions that an attempt of a call has made a new stamp; False if one of them is gone.
@@ -446,7 +446,7 @@ class SessionCreator:
         while True:
             if self._quotas is not None:
                 await self._quotas.refresh(session_ids)
-            seen = await self._directory.look(session_ids, anew=True)
+            seen = await self._directory.look(session_ids, reread=True)
             ended = seen.ended_elsewhere()
             if ended:
                 await self.attempts.free(ended)
@@ -499,14 +499,14 @@ class SessionCreator:
         except BaseException:
             self._give_up(new)
             raise
-        first = await self.run_to_the_end(self._create(new))
+        first = await self.run_shielded(self._create(new))
         if first is None:
-            await self._require_not_over(new.ids)
+            await self._require_still_open(new.ids)
             return None
         self._report(new)
         return first
 
-    async def run_to_the_end(self, work: Coroutine[Any, Any, _T]) -> _T:
+    async def run_shielded(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Run what must not end in the middle if the caller is cancelled."""
         result = start(work)
         if not isinstance(result, Rest):
@@ -529,7 +529,7 @@ class SessionCreator:
         """
         removal = self._context.removal
         pending, reserved, new.closes = removal.reserve(()), 0, {}
-        new.revisions = np.maximum(new.least_revisions, np.uint64(self._directory.store.first_revision))
+        new.revisions = np.maximum(new.min_revisions, np.uint64(self._directory.store.first_revision))
         new.follows = np.zeros(len(new.ids), np.uint64)
         try:
             async for part in self._pieces.of(new.ids):
@@ -542,11 +542,11 @@ class SessionCreator:
                     break
                 pending = removal.reserve(ids, pending)
                 reserved = part.stop
-                for place, past in self._directory.past(ids, seen).items():
-                    new.follows[part][place] = past.stamp
-                    new.revisions[part][place] = max(past.revision, int(new.revisions[part][place]))
-                    if past.closes:
-                        new.closes[ids[place]] = past.closes
+                for place, earlier in self._directory.earlier(ids, seen).items():
+                    new.follows[part][place] = earlier.stamp
+                    new.revisions[part][place] = max(earlier.revision, int(new.revisions[part][place]))
+                    if earlier.closes:
+                        new.closes[ids[place]] = earlier.closes
         finally:
             if reserved < len(new.ids):
                 removal.release(new.ids[:reserved], pending)
@@ -557,7 +557,7 @@ class SessionCreator:
         self._context.removal.release(new.ids, self._context.removal.pending[new.ids[0]])
         new.model.slots.free_resident(new.rows)
         new.rows = new.rows[:0]
-        self._row_queue.room_may_have_come()
+        self._row_queue.check_room()
 
     async def _prepare(self, new: NewSessions) -> None:
         """Take rows: for one session there must be some.
@@ -601,7 +601,7 @@ class SessionCreator:
                 quotas.begin(new.ids, usage, new.owner)
             error = await self._keep(new)
             if quotas is not None:
-                (quotas.made if error is None else quotas.not_made)(new.ids, usage)
+                (quotas.made if error is None else quotas.cancel)(new.ids, usage)
         except BaseException:
             self._give_up(new)
             raise
@@ -615,7 +615,7 @@ class SessionCreator:
             entered += self._enter(new.part(part), usage.bytes)
         self._expiry.watch(np.concatenate(entered))
         self._context.removal.release(new.ids, self._context.removal.pending[new.ids[0]])
-        self._row_queue.room_may_have_come()  # the rows are of sessions that have nothing under way
+        self._row_queue.check_room()  # the rows are of sessions that have nothing under way
         try:
             return self._directory.info(self._directory.find(new.ids[0], self._directory.here))
         except ServerError as gone:  # the default has moved to a version that another server has
@@ -665,7 +665,7 @@ class SessionCreator:
         """Delete what attempts here have made of a call that is refused for good. To be cancelled does not stop it."""
         undos, call.undos = call.undos, []
         for made in undos:
-            await self.run_to_the_end(self._delete(made))
+            await self.run_shielded(self._delete(made))
 
     async def _delete(self, made: CreatedSessions) -> None:
         """Delete sessions of a call that is refused, but those that others have changed, or taken over."""
@@ -724,7 +724,7 @@ class SessionCreator:
         else:
             self._context.observer.sessions_opened(new.model.name, len(new.ids), event)
 
-    async def _require_not_over(self, ids: Sequence[str]) -> None:
+    async def _require_still_open(self, ids: Sequence[str]) -> None:
         """Refuse to continue when another server was faster, and what began there has ended already.
 
         It may have been this very call, sent there after it got no answer here: it is done once.

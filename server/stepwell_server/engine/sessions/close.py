@@ -40,7 +40,7 @@ from stepwell_server.store.base import Batch, End, Outcome, StoredSession, Tombs
 from stepwell_server.store.record import Header, decode_header, header_or_none
 
 #: Sessions deleted in one transaction by one call: each needs room on the disk before it gives any back.
-_CLOSE_AT_ONCE = 500
+_CLOSE_BATCH_SIZE = 500
 #: A session that cannot be stepped here can be closed all the same.
 _UNUSABLE = (ModelMismatch, ModelNotFound, StateCorrupt)
 
@@ -61,7 +61,7 @@ class Closer:
     def __init__(
         self,
         directory: Directory,
-        turns: SessionQueues,
+        queues: SessionQueues,
         pager: Pager,
         commits: GroupCommit,
         *,
@@ -72,7 +72,7 @@ class Closer:
     ) -> None:
         self._table = removal.table
         self._directory = directory
-        self._turns = turns
+        self._queues = queues
         self._pager = pager
         self._store = directory.store
         self._commits = commits
@@ -90,10 +90,10 @@ class Closer:
             try:
                 handle = self._directory.find(session_id, seen)
                 if not await self._hold(handle, deadline):
-                    seen = await self._directory.look([session_id], anew=True)
+                    seen = await self._directory.look([session_id], reread=True)
                     continue
             except SessionGone as error:
-                seen = await self._directory.look([session_id], anew=True)
+                seen = await self._directory.look([session_id], reread=True)
                 answer = await self._ended_meanwhile(session_id, request_id, uid, seen, error)
                 if answer is not None:
                     return answer
@@ -103,7 +103,7 @@ class Closer:
                 if self._was_closed_by(session_id, request_id, seen):
                     return True
                 if header is not None and uid not in {0, header.opened_with}:
-                    raise _another(session_id) from error
+                    raise _replaced(session_id) from error
                 model = error.metadata.get("model", "")
                 if await self._delete_unusable(session_id, model, request_id, header, seen):
                     return False
@@ -111,19 +111,19 @@ class Closer:
                 continue
             handles = np.array([handle])
             if self._has_closed_before(handle, request_id):
-                self._turns.release(handles)
+                self._queues.release(handles)
                 return True
             if uid and int(self._table.opened_with[handle]) != uid:
                 # the store says which session it is now
-                handles, _ = await self._read_anew(handles, 0)
+                handles, _ = await self._read_records(handles, 0)
                 if len(handles) and int(self._table.opened_with[handle]) != uid:
-                    self._turns.release(handles)
-                    raise _another(session_id)
+                    self._queues.release(handles)
+                    raise _replaced(session_id)
             if len(handles):
                 deleted, before = await self._delete(handles, request_id)
                 if deleted or before:
                     return not deleted
-            seen = await self._directory.look([session_id], anew=True)
+            seen = await self._directory.look([session_id], reread=True)
             answer = await self._ended_meanwhile(session_id, request_id, uid, seen, None)
             if answer is not None:
                 return answer
@@ -132,7 +132,7 @@ class Closer:
     async def _hold(self, handle: int, deadline: float) -> bool:
         """Claim a session when its turn comes; False if it left the table: only the store knows its last revision then."""
         try:
-            await self._turns.hold(handle, deadline, rows=False)
+            await self._queues.hold(handle, deadline, rows=False)
         except VersionElsewhere:
             return False
         return True
@@ -166,7 +166,7 @@ class Closer:
 
     async def was_closed_by(self, session_id: str, request_id: int) -> bool:
         """Whether a call has closed a session of an id; another session may have the id by now."""
-        seen = await self._directory.look([session_id], anew=True)
+        seen = await self._directory.look([session_id], reread=True)
         return self._was_closed_by(session_id, request_id, seen)
 
     def _was_closed_by(self, session_id: str, request_id: int, seen: LookupResult) -> bool:
@@ -231,7 +231,7 @@ class Closer:
         ids = list(wanted)
         is_timed = used_before < math.inf
         # of a store that others use it is known then when they used the sessions
-        seen = await self._directory.look(ids, anew=is_timed)
+        seen = await self._directory.look(ids, reread=is_timed)
         ended: Counter[str] | None = Counter() if len(ids) > 1 else None
         closed, rest, claimed = 0, dict[str, None](), list[Handles]()
         try:
@@ -240,7 +240,7 @@ class Closer:
                 free, others = self._claim_free(some, seen, request_id, used_before)
                 claimed.append(free)
                 rest.update(dict.fromkeys(others))
-                if part.stop == len(ids) or sum(map(len, claimed)) + PIECE_SIZE > _CLOSE_AT_ONCE:
+                if part.stop == len(ids) or sum(map(len, claimed)) + PIECE_SIZE > _CLOSE_BATCH_SIZE:
                     handles, claimed = np.concatenate(claimed), []
                     idle_s = self._clock.monotonic() - used_before if is_timed else 0.0
                     closed += (
@@ -248,10 +248,10 @@ class Closer:
                     )
         except BaseException:
             for handles in claimed:
-                self._turns.release(handles)
+                self._queues.release(handles)
             raise
         finally:
-            self._removal.tell("closed", ended or Counter())
+            self._removal.report("closed", ended or Counter())
         # one after the other: to hold some while waiting for others could wait for ever
         left = list(rest)
         async for part in self._pieces.of(left):
@@ -266,7 +266,7 @@ class Closer:
                 closed += 1
         return closed
 
-    def _apart(self, handles: Handles, there: Mask, uids: U64, request_id: int) -> Mask:
+    def _in_doubt(self, handles: Handles, there: Mask, uids: U64, request_id: int) -> Mask:
         """Which sessions that are there may not be those that a call means to close."""
         apart: Mask = there & (uids != 0) & (self._table.opened_with[handles] != uids)
         if request_id and self._table.fields:
@@ -290,7 +290,7 @@ class Closer:
         is_claimed = self._table.claimed[handles] & there
         if used_before < math.inf:
             there &= ~is_claimed & (self._table.used[handles] < used_before)
-        apart = self._apart(handles, there, np.fromiter(wanted.values(), np.uint64, len(ids)), request_id)
+        apart = self._in_doubt(handles, there, np.fromiter(wanted.values(), np.uint64, len(ids)), request_id)
         free = handles[there & ~is_claimed & ~apart]
         rest = [ids[place] for place in np.flatnonzero(there & (is_claimed | apart)).tolist()]
         rest += self._directory.unusable(missing, seen)
@@ -307,7 +307,7 @@ class Closer:
                 if stone is not None
                 and (stone.end is End.LOST or (request_id and request_id in stone.closes))
             ]
-        self._turns.claim(free)
+        self._queues.claim(free)
         return free, rest
 
     async def _delete(
@@ -329,12 +329,12 @@ class Closer:
             deleted += len(handles) - len(conflicts)
             if not len(conflicts):
                 return deleted, before
-            handles, closed = await self._read_anew(conflicts, request_id)
+            handles, closed = await self._read_records(conflicts, request_id)
             before += closed
             if idle_s:
-                self._turns.release(handles)
+                self._queues.release(handles)
                 return deleted, before
-        self._turns.release(handles)
+        self._queues.release(handles)
         raise changed_elsewhere(self._table.session_id(int(handles[0])))
 
     async def _try_to_delete(
@@ -348,7 +348,7 @@ class Closer:
         )
         return handles[conflicts]
 
-    async def _read_anew(self, handles: Handles, request_id: int) -> tuple[Handles, int]:
+    async def _read_records(self, handles: Handles, request_id: int) -> tuple[Handles, int]:
         """Let the table say what the store has of claimed sessions.
 
         Returns:
@@ -366,7 +366,7 @@ class Closer:
                     closed += 1
         except BaseException:
             left = [h for h, i in zip(handles.tolist(), ids, strict=True) if self._table.find(i) == h]
-            self._turns.release(np.array(left, np.intp))
+            self._queues.release(np.array(left, np.intp))
             raise
         return np.array(there, np.intp), closed
 
@@ -376,12 +376,12 @@ class Closer:
             return True
         if found.record is None:
             gone = SessionNotFound(session_id, f"session {session_id!r} was closed on another server")
-            self._turns.forget(handle, gone)
+            self._queues.forget(handle, gone)
             return False
         header = decode_header(session_id, found.record)
         table = self._table
         if (header.created, header.opened_with) != (table.created[handle], table.opened_with[handle]):
-            self._turns.forget(handle, _another(session_id))
+            self._queues.forget(handle, _replaced(session_id))
             return False
         refresh(table, self._fields, handle, header, found.stamp)
         self._pager.discard(self._directory.models.by_handle(handle), np.array([handle]))
@@ -437,7 +437,7 @@ class Closer:
         return closed, None if page.next is None else dataclasses.replace(at, after=page.next)
 
 
-def _another(session_id: str) -> SessionNotFound:
+def _replaced(session_id: str) -> SessionNotFound:
     return SessionNotFound(session_id, f"session {session_id!r} was closed, and another one has its id now")
 
 

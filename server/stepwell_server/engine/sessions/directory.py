@@ -21,7 +21,7 @@ from stepwell_server.core.namespaces import own, tenant_of
 from stepwell_server.core.quotas import NOTHING, Usage
 from stepwell_server.core.sessions import Handles, SessionTable, are_missing
 from stepwell_server.engine.api import Observer, SessionInfo
-from stepwell_server.engine.change import MAX_ERRORS, for_all
+from stepwell_server.engine.change import MAX_ERRORS, shared_error
 from stepwell_server.engine.commit.tombstones import ended_by
 from stepwell_server.engine.eager import Rest, start
 from stepwell_server.engine.intake.pager import Pager
@@ -55,7 +55,7 @@ MAX_SESSIONS_PER_CALL = 65_536
 MAX_IDS_PER_CALL = 4096
 """Ids of one call that closes or reads sessions, each for itself. Parsing and naming them takes about 1 ms."""
 #: The second form is of one of many sessions; the third was before, and they are still there.
-_MADE_BY_A_SERVER = re.compile(r"s-([0-9a-f]{8})-[A-Za-z0-9_-]{22}([A-Za-z0-9_-]{4}|-[0-9a-f]{4})?")
+_GENERATED_ID = re.compile(r"s-([0-9a-f]{8})-[A-Za-z0-9_-]{22}([A-Za-z0-9_-]{4}|-[0-9a-f]{4})?")
 _TOKEN_BYTES, _TOKEN_LENGTH, _DIGITS = 16, 22, 24
 #: Of what the ids of one call have in common.
 _GROUP_BYTES = 3
@@ -69,7 +69,7 @@ class Context:
 
     table: SessionTable
     directory: Directory
-    turns: SessionQueues
+    queues: SessionQueues
     pager: Pager
     removal: Removal
     clock: Clock
@@ -96,7 +96,7 @@ _Alike = dict[tuple[object, ...], tuple[ServerError, list[int]]]
 def _errors_of(alike: _Alike) -> Iterator[tuple[Members, ServerError]]:
     """Their errors, one for all that are gone alike."""
     for error, some in alike.values():
-        yield np.array(some, np.intp), for_all(error, len(some))
+        yield np.array(some, np.intp), shared_error(error, len(some))
 
 
 class Directory:
@@ -130,7 +130,7 @@ class Directory:
         self.here = LookupResult({})
         """What is known of sessions without a `look`: of those in the table, enough."""
 
-    async def look(self, session_ids: Sequence[str], *, anew: bool = False) -> LookupResult:
+    async def look(self, session_ids: Sequence[str], *, reread: bool = False) -> LookupResult:
         """See what the store has of sessions, in the order of all that names them: see `Lookup.wait`.
 
         Raises:
@@ -138,11 +138,11 @@ class Directory:
             Unavailable: it cannot be read, and one of the sessions has something under way here.
         """
         if len(session_ids) > READ_BATCH_SIZE:
-            return await self._look_in_parts(session_ids, anew=anew)
-        if not (anew or self._lookup.must_wait(session_ids)):
+            return await self._look_in_parts(session_ids, reread=reread)
+        if not (reread or self._lookup.must_wait(session_ids)):
             return self.here
         self._lookup.require_room()
-        return await self._lookup.wait(session_ids, anew=anew)
+        return await self._lookup.wait(session_ids, reread=reread)
 
     def are_as_stored(self, handles: Handles) -> bool:
         """Whether the store says at once that it has sessions of the table as the table has them."""
@@ -153,7 +153,7 @@ class Directory:
             return False
         return all(each.is_known for each in found)
 
-    async def _look_in_parts(self, session_ids: Sequence[str], *, anew: bool) -> LookupResult:
+    async def _look_in_parts(self, session_ids: Sequence[str], *, reread: bool) -> LookupResult:
         """As `look`, of a long list: a part in each turn of the event loop.
 
         Nothing is known then of sessions that were in the table and leave it while others are looked for: who needs it gets
@@ -163,9 +163,9 @@ class Directory:
         for at in range(0, len(session_ids), READ_BATCH_SIZE):
             await self.pieces.turn(tenant)
             part = session_ids[at : at + READ_BATCH_SIZE]
-            if anew or self._lookup.must_wait(part):
+            if reread or self._lookup.must_wait(part):
                 self._lookup.require_room()
-                found = await self._lookup.wait(part, anew=anew)
+                found = await self._lookup.wait(part, reread=reread)
                 is_here = self._table.has_any(part)
                 seen.add(found, [i for i in part if i in self._table] if is_here else ())
         return seen
@@ -200,7 +200,7 @@ class Directory:
             return None
 
     def find_all(self, session_ids: Sequence[str], seen: LookupResult) -> Handles:
-        """Handles of many sessions, -1 for those that cannot be had; `why_not_all` says why."""
+        """Handles of many sessions, -1 for those that cannot be had; `errors_for` says why."""
         handles = self._table.find_all(session_ids)
         if are_missing(handles):
             missing = [session_ids[i] for i in np.flatnonzero(handles < 0).tolist()]
@@ -212,7 +212,7 @@ class Directory:
                 handles = self._table.find_all(session_ids)
         return handles
 
-    async def named_or_new(
+    async def chosen_or_new(
         self,
         field: str,
         named: Sequence[str],
@@ -246,7 +246,7 @@ class Directory:
             session_id = next(i for i in session_ids if i in self._table)
             raise exists(name, session_id)
         if unusable:
-            raise self.why_not(unusable[0], seen)
+            raise self.error_for(unusable[0], seen)
 
     def require_not_gone(self, name: str, seen: LookupResult) -> None:
         """Refuse a call that made a session and comes again when that is gone: it must not begin anew."""
@@ -261,7 +261,7 @@ class Directory:
         """
         for session_id, stone in zip(chosen, seen.tombstones(chosen), strict=True):
             is_lost = self.store.damage_of(session_id) if stone is None else stone.end is End.LOST
-            if is_lost or self.ids.is_made_by_a_server(session_id):
+            if is_lost or self.ids.is_generated(session_id):
                 raise self.gone(session_id, seen)
 
     def require_version(self, handle: int, wanted: Model) -> None:
@@ -279,7 +279,7 @@ class Directory:
                 session_id=session_id,
             )
 
-    def why_not(self, session_id: str, seen: LookupResult) -> ServerError:
+    def error_for(self, session_id: str, seen: LookupResult) -> ServerError:
         """Why a session cannot be had."""
         try:
             self.find(session_id, seen)
@@ -287,7 +287,7 @@ class Directory:
             return error
         return Unavailable(f"session {session_id!r} must be readable; it was not, just now")
 
-    def why_not_all(
+    def errors_for(
         self, session_ids: Sequence[str], members: Members, seen: LookupResult
     ) -> Iterator[tuple[Members, ServerError]]:
         """Why those of some sessions, by their index, cannot be had.
@@ -297,18 +297,18 @@ class Directory:
         """
         if len(members) <= MAX_ERRORS:
             for member in members.tolist():
-                yield np.array([member]), self.why_not(session_ids[member], seen)
+                yield np.array([member]), self.error_for(session_ids[member], seen)
             return
         alike: _Alike = {}
         self._sort_missing(session_ids, members, seen, alike)
         yield from _errors_of(alike)
 
-    async def why_not_many(
+    async def errors_for_many(
         self, session_ids: Sequence[str], members: Members, seen: LookupResult
     ) -> list[tuple[Members, ServerError]]:
-        """As `why_not_all`; others have turns meanwhile if there are many."""
+        """As `errors_for`; others have turns meanwhile if there are many."""
         if len(members) <= PIECE_SIZE:
-            return list(self.why_not_all(session_ids, members, seen))
+            return list(self.errors_for(session_ids, members, seen))
         alike: _Alike = {}
         async for part in self.pieces.parts(len(members), tenant_of(session_ids[0])):
             self._sort_missing(session_ids, members[part], seen, alike)
@@ -333,9 +333,9 @@ class Directory:
                 stone is None and self.ids.is_from_elsewhere(session_id),
             )
             if session_id in unusable:
-                kind = (type(self.why_not(session_id, seen)),)
+                kind = (type(self.error_for(session_id, seen)),)
             if kind not in alike:
-                alike[kind] = self.why_not(session_id, seen), []
+                alike[kind] = self.error_for(session_id, seen), []
             alike[kind][1].append(member)
 
     def unusable(self, session_ids: Sequence[str], seen: LookupResult) -> Sequence[str]:
@@ -374,7 +374,7 @@ class Directory:
         (stone,) = seen.tombstones([session_id])
         return None if stone is None else ended_by(stone)
 
-    def past(self, session_ids: Sequence[str], seen: LookupResult) -> dict[int, EarlierSession]:
+    def earlier(self, session_ids: Sequence[str], seen: LookupResult) -> dict[int, EarlierSession]:
         """The earlier sessions of ids that have no live one, by place, as long as their ends are remembered."""
         return {
             place: EarlierSession(
@@ -422,7 +422,7 @@ class Directory:
             request_id=int(table.request_id[handle]),
         )
 
-    def info_now(self, handle: int, seen: LookupResult, *, is_same: bool = False) -> SessionInfo:
+    def current_info(self, handle: int, seen: LookupResult, *, is_same: bool = False) -> SessionInfo:
         """Describe a session, by what another server made of it while something is under way for it here.
 
         Raises:
@@ -453,9 +453,9 @@ class Directory:
             ModelMismatch, ModelNotFound: it cannot be stepped here, and is to be `usable`.
             StateCorrupt, Unavailable: it cannot be read.
         """
-        seen = await self.look([session_id], anew=True)
+        seen = await self.look([session_id], reread=True)
         try:
-            return self.info_now(self.find(session_id, seen), seen)
+            return self.current_info(self.find(session_id, seen), seen)
         except (ModelMismatch, ModelNotFound):
             stored = None if usable else seen.get(session_id)
             if stored is None:
@@ -556,13 +556,13 @@ class IdMaker:
         return hmac.digest(self._secret, said, "sha256")[:_TOKEN_BYTES]
 
     @staticmethod
-    def is_made_by_a_server(session_id: str) -> bool:
+    def is_generated(session_id: str) -> bool:
         """Whether it is one of the ids that servers make: nobody may choose it for a session of theirs."""
-        return _MADE_BY_A_SERVER.fullmatch(own(session_id)) is not None
+        return _GENERATED_ID.fullmatch(own(session_id)) is not None
 
     def is_from_elsewhere(self, session_id: str) -> bool:
         """Whether a server made the id with a store that is not there any more."""
-        made = _MADE_BY_A_SERVER.fullmatch(own(session_id))
+        made = _GENERATED_ID.fullmatch(own(session_id))
         return made is not None and made[1] != self._incarnation
 
 

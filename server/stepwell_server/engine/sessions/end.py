@@ -67,7 +67,7 @@ MAX_PAGED_OUT = 1 << 20
 #: What was judged longer ago is judged again.
 _LATE_S = 5.0
 #: A server says so often that it serves the store.
-_SERVES_EVERY_S = 5.0
+_SERVES_INTERVAL_S = 5.0
 #: Sessions in one notification; and the limit that counts for those that never end by themselves.
 _USES_PER_CALL, _MAX_LIMIT_S = 1024, 600.0
 #: The sweep looks at what is due at least and at most this often; and at sessions that have something under way.
@@ -78,7 +78,7 @@ _PASSES, _MAX_INTERVAL_S, _MIN_INTERVAL_S = 10, 30.0, 0.1
 #: After a page the pass rests: this many times as long as the page took, and at least this long.
 _REST, _MIN_REST_S = 3.0, 0.01
 #: The table becomes smaller by this share of its limit at once: to find the least recently used is a look at all.
-_TRIMMED_SHARE = 1 / 8
+_TRIM_SHARE = 1 / 8
 _NOTHING = StoredSession()
 
 
@@ -137,7 +137,7 @@ class Removal:
         self,
         table: SessionTable,
         models: Models,
-        turns: SessionQueues,
+        queues: SessionQueues,
         store: Store,
         commits: GroupCommit,
         *,
@@ -147,7 +147,7 @@ class Removal:
     ) -> None:
         self.table = table
         self._models = models
-        self._turns = turns
+        self._queues = queues
         self._store = store
         self._commits = commits
         self._quotas = quotas
@@ -218,7 +218,7 @@ class Removal:
             end: How they end.
             request_id: Of the call that closes them; 0: none.
             idle: For how long they must be unused.
-            ended: Count them there by their models, instead of telling of each; `tell` tells of all of them at once.
+            ended: Count them there by their models, instead of telling of each; `report` tells of all of them at once.
 
         Returns:
             The places of conflicts: those that another server has changed, or used. They are claimed still.
@@ -253,7 +253,7 @@ class Removal:
 
         def release() -> None:
             claimed = handles[places[Outcome.CONFLICT]]
-            self._turns.release(claimed[claimed >= 0])
+            self._queues.release(claimed[claimed >= 0])
 
         self._commits.submit(lambda: batch, len(sessions), done)
         try:
@@ -275,7 +275,7 @@ class Removal:
     ) -> None:
         """Take a session that ended out of the table, and tell of it."""
         if handle >= 0:
-            self._turns.take_out(handle, ended_by(stone))
+            self._queues.remove(handle, ended_by(stone))
         if ended is None:
             self._observer.session_event(stone.end.name.lower(), session.model, session.session_id)
         else:
@@ -292,7 +292,7 @@ class Removal:
         if len(here := here[here >= 0]):
             self.drop(here, error)
 
-    def tell(self, event: str, ended: Counter[str]) -> None:
+    def report(self, event: str, ended: Counter[str]) -> None:
         """Tell how many sessions ended."""
         for model, count in ended.items():
             self._observer.session_events(event, model, count)
@@ -301,14 +301,14 @@ class Removal:
         """Forget claimed sessions whose rows are not what the store holds; they are loaded when next named."""
         _log.warning("sessions left the arena", sessions=len(handles), error=error)
         for handle in handles.tolist():
-            self._turns.forget(handle, error)
+            self._queues.forget(handle, error)
 
     def forget_idle(self, session_ids: Sequence[str]) -> int:
         """Let the store say what became of sessions that have nothing under way here; return how many these are."""
         handles = np.unique(self.table.find_all(session_ids))
         handles = handles[(handles >= 0) & ~self.table.claimed[handles]]
         for handle in handles.tolist():
-            self._turns.forget(handle, expired(self.table.session_id(handle)))
+            self._queues.forget(handle, expired(self.table.session_id(handle)))
         return len(handles)
 
 
@@ -316,11 +316,11 @@ class Expiry:
     """Judges which sessions have been unused for too long, and ends them. Lives on the event loop."""
 
     def __init__(
-        self, watch: IdleWatch, removal: Removal, turns: SessionQueues, store: Store, *, clock: Clock
+        self, watch: IdleWatch, removal: Removal, queues: SessionQueues, store: Store, *, clock: Clock
     ) -> None:
         self._table, self._watch, self.limits = watch.table, watch, watch.limits
         self._removal = removal
-        self._turns = turns
+        self._queues = queues
         self._store = store
         self._clock = clock
         self._asked_at = -math.inf
@@ -365,7 +365,7 @@ class Expiry:
             Unavailable: the store cannot be asked now.
         """
         at = self._clock.monotonic()
-        if at - self._asked_at >= _SERVES_EVERY_S:
+        if at - self._asked_at >= _SERVES_INTERVAL_S:
             held_s = await self._store.claim("service", "all", BREAK_S)
             self._watch.since, self._asked_at = at - (held_s or 0.0), at
 
@@ -565,14 +565,14 @@ class Expiry:
             Unavailable: the store did not say what became of them.
         """
         handles = self._table.find_all([each.session_id for each in sessions])
-        self._turns.claim(handles[handles >= 0])
+        self._queues.claim(handles[handles >= 0])
         ended: Counter[str] | None = Counter() if len(sessions) > EVENT_LIMIT else None
         try:
             conflicts = await self._removal.delete(sessions, handles, End.EXPIRED, idle=idle, ended=ended)
         finally:
-            self._removal.tell("expired", ended or Counter())
+            self._removal.report("expired", ended or Counter())
         here = handles[conflicts]
-        self._turns.release(here[here >= 0])
+        self._queues.release(here[here >= 0])
         # somebody has used or changed them: the store says it, unless what waited for them is under way now
         self._removal.forget_idle([sessions[place].session_id for place in conflicts.tolist()])
         return len(sessions) - len(conflicts)
@@ -771,7 +771,7 @@ class Sweep:
         away = np.flatnonzero((table.model[:end] >= 0) & (table.row[:end] < 0) & ~table.claimed[:end])
         if len(away) <= self.max_paged_out:
             return 0
-        count = len(away) - int(self.max_paged_out * (1 - _TRIMMED_SHARE))
+        count = len(away) - int(self.max_paged_out * (1 - _TRIM_SHARE))
         oldest = away[np.argpartition(table.used[away], min(count, len(away)) - 1)[:count]]
         births, forgotten = table.birth[oldest], 0
         for at in range(0, len(oldest), BATCH_SIZE):

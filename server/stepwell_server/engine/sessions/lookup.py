@@ -194,16 +194,16 @@ class Lookup:
         self,
         session_ids: Sequence[str],
         *,
-        anew: bool = False,
+        reread: bool = False,
         use: Callable[[LookupResult], Sequence[str]] | None = None,
     ) -> LookupResult:
         """Ask the store for those of some sessions that are not in the table.
 
-        `anew`: the store is asked for those in the table too, as other servers may have changed them, unless they
+        `reread`: the store is asked for those in the table too, as other servers may have changed them, unless they
         have something under way here.
 
         `use` is called with the answer before anything continues that came later for one of the sessions. It returns
-        those that are to be asked for `anew`, and is called once more for these.
+        those that are to be asked for `reread`, and is called once more for these.
 
         It returns when what came before for these sessions has been let in, and the store was asked for them. Who
         awaits it goes on in the same moment: nothing comes between. To be cancelled changes nothing for those that
@@ -217,7 +217,7 @@ class Lookup:
         before = {tail for i in session_ids if (tail := tails.get(i)) is not None} if tails else set()
         rest: Rest[LookupResult] | None = None
         if not before:
-            seen = start(self._ask(session_ids, use, anew=anew))
+            seen = start(self._ask(session_ids, use, reread=reread))
             if not isinstance(seen, Rest):
                 return seen
             rest = seen
@@ -228,22 +228,22 @@ class Lookup:
             if rest is not None:
                 return await rest
             await asyncio.wait(before)
-            return await self._ask(session_ids, use, anew=anew)
+            return await self._ask(session_ids, use, reread=reread)
         finally:
             self._end_after(before, own, session_ids)
 
     async def _ask(
-        self, session_ids: Sequence[str], use: Callable[[LookupResult], Sequence[str]] | None, *, anew: bool
+        self, session_ids: Sequence[str], use: Callable[[LookupResult], Sequence[str]] | None, *, reread: bool
     ) -> LookupResult:
         newer: Mapping[str, StoredSession] | None = None
-        if anew:
+        if reread:
             self._drain()  # what came before is under way then
             # what is in the table when it has been made may have been changed elsewhere since it was kept
             await self._removal.settled(session_ids)
             newer = await self._expiry.compare(session_ids)
         seen = await self._look(session_ids, newer)
         doubted = () if use is None else use(seen)
-        return await self._ask(doubted, use, anew=True) if doubted else seen
+        return await self._ask(doubted, use, reread=True) if doubted else seen
 
     async def _look(
         self, session_ids: Sequence[str], newer: Mapping[str, StoredSession] | None

@@ -117,7 +117,7 @@ class Opener:
             batch_size=batch_size,
             max_idle_ms=self._begin.limit(max_idle_ms, is_named=bool(session_id)),
             owner=self._begin.owner(caller),
-            least_revisions=np.zeros(1, np.uint64),
+            min_revisions=np.zeros(1, np.uint64),
             positions=np.zeros(1, np.uint64),
             is_pinned=self._directory.models.is_pinned(model),
             is_version="@" in model,
@@ -161,7 +161,7 @@ class Opener:
     ) -> OpenResult | None:
         name, model = new.ids[0], new.model
         try:
-            info = self._directory.info_now(handle, seen, is_same=True)
+            info = self._directory.current_info(handle, seen, is_same=True)
         except SessionGone:  # on another server, while something is under way for it here
             await self._begin.attempts.free(new.ids)
             return None
@@ -175,7 +175,7 @@ class Opener:
             )
         self._uses.used(np.array([handle]))
         self._observer.session_event("resumed", model.name, name)
-        return OpenResult(self._directory.info_now(handle, seen, is_same=True), resumed=True)
+        return OpenResult(self._directory.current_info(handle, seen, is_same=True), resumed=True)
 
     async def many(
         self,
@@ -206,7 +206,7 @@ class Opener:
         wanted = len(session_ids) or count
         if not 1 <= wanted <= MAX_SESSIONS_PER_CALL:
             raise InvalidInput(f"count must be 1 to {MAX_SESSIONS_PER_CALL}; got {wanted}")
-        ids = await self._directory.named_or_new(
+        ids = await self._directory.chosen_or_new(
             "session_ids", session_ids, wanted, request_id, namespace=namespace
         )
         new = NewSessions(
@@ -220,7 +220,7 @@ class Opener:
             batch_size=batch_size,
             max_idle_ms=self._begin.limit(max_idle_ms, is_named=bool(session_ids)),
             owner=self._begin.owner(caller),
-            least_revisions=np.zeros(wanted, np.uint64),
+            min_revisions=np.zeros(wanted, np.uint64),
             positions=np.zeros(wanted, np.uint64),
             is_pinned=self._directory.models.is_pinned(model),
             is_version="@" in model,
@@ -420,7 +420,7 @@ class Forker:
             )
         field = "new_session_ids"
         namespace = namespaces.prefix_of(namespaces.tenant_of(session_ids[0]))  # they have one caller
-        ids = await self._directory.named_or_new(
+        ids = await self._directory.chosen_or_new(
             field, new_session_ids, count, request_id, session_ids, namespace=namespace
         )
         content = np.zeros(count, np.uint64)
@@ -474,7 +474,7 @@ class Forker:
         async for part in self._directory.pieces.of(missing):
             self._directory.require_new(call.field, missing[part], seen)
         if len(missing) > PIECE_SIZE or found is None or len(found) < len(ids):  # others had turns meanwhile
-            seen = await self._directory.look(sources, anew=True)
+            seen = await self._directory.look(sources, reread=True)
             self._drain()
         with self._copying(session_ids) as admit:
             read, chosen = await self._read(
@@ -494,7 +494,7 @@ class Forker:
                 batch_size=batch_size,
                 max_idle_ms=max_idle_ms,
                 owner=self._begin.owner(caller),
-                least_revisions=read.revisions[chosen],
+                min_revisions=read.revisions[chosen],
                 positions=read.positions[chosen],
                 states=states,
                 is_pinned=read.are_pinned,

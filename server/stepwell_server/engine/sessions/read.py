@@ -18,7 +18,7 @@ from stepwell_server.core.namespaces import prefix_of, tenant_of
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import SessionFilter, SessionInfo, SessionPage, StateResult, StatesResult
-from stepwell_server.engine.change import MAX_ERRORS, MAX_TRIES, changed_elsewhere, for_all, too_late
+from stepwell_server.engine.change import MAX_ERRORS, MAX_TRIES, changed_elsewhere, shared_error, too_late
 from stepwell_server.engine.commit.store_policy import StorePolicy
 from stepwell_server.engine.intake.pager import Pager
 from stepwell_server.engine.intake.queues import SessionQueues
@@ -37,9 +37,9 @@ from stepwell_server.store.record import header_or_none
 _log = Log("engine.read")
 
 #: Rows that are copied before others get a turn of the event loop.
-ROWS_AT_ONCE = 4096
+COPY_BATCH_ROWS = 4096
 #: Heads of sessions that are read together: about a millisecond of the event loop, with the fields of each.
-_HEADS_AT_ONCE = 128
+_HEADS_BATCH_SIZE = 128
 #: Heads that one page reads, at most, to find sessions that fit.
 _MAX_HEADS = 20_000
 #: Not printable, so no id has it: behind all ids of a namespace.
@@ -48,7 +48,7 @@ _LAST = "\U0010ffff"
 _FRESH_S, _COUNT_INTERVAL_S = 1.0, 5.0
 
 
-def _anything(_byte_count: int) -> None:
+def _no_limit(_byte_count: int) -> None:
     """No limit."""
 
 
@@ -59,7 +59,7 @@ class StateReader:
         self,
         table: SessionTable,
         directory: Directory,
-        turns: SessionQueues,
+        queues: SessionQueues,
         pager: Pager,
         usage: UseNotifier,
         *,
@@ -69,7 +69,7 @@ class StateReader:
         self._call_pieces = directory.pieces
         self._table = table
         self._directory = directory
-        self._turns = turns
+        self._queues = queues
         self._pager = pager
         self._clock = clock
 
@@ -83,19 +83,19 @@ class StateReader:
             state = {spec.name: array for spec, array in zip(model.program.state, arrays, strict=True)}
             return StateResult(state, self._directory.info(handle), model.program.structure)
         finally:
-            self._turns.release(np.array([handle]))
+            self._queues.release(np.array([handle]))
 
     async def _held(self, session_id: str, seen: LookupResult, deadline: float) -> int:
         """A session, claimed and in the arena."""
         for _ in range(MAX_TRIES):
             handle = self._directory.find(session_id, seen)
             try:
-                await self._turns.hold(handle, deadline)
+                await self._queues.hold(handle, deadline)
             except SessionLost:
                 raise
             except SessionGone:
                 # while it was waited for; by now somebody may have opened it anew
-                seen = await self._directory.look([session_id], anew=True)
+                seen = await self._directory.look([session_id], reread=True)
                 continue
             return handle
         raise changed_elsewhere(session_id)
@@ -103,11 +103,11 @@ class StateReader:
     @staticmethod
     async def _in_pieces(model: Model, rows: Rows) -> Sequence[Array]:
         """Copies of the states of a claimed session's rows; others get a turn between the pieces of a large one."""
-        if len(rows) <= ROWS_AT_ONCE:
+        if len(rows) <= COPY_BATCH_ROWS:
             return model.arena.read(rows)
         arrays = [np.empty((len(rows), *state.shape[1:]), state.dtype) for state in model.arena.states]
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
+        for start in range(0, len(rows), COPY_BATCH_ROWS):
+            part = slice(start, start + COPY_BATCH_ROWS)
             for array, piece in zip(arrays, model.arena.read(rows[part]), strict=True):
                 array[part] = piece
             await asyncio.sleep(0)
@@ -119,7 +119,7 @@ class StateReader:
         seen: LookupResult,
         deadline: float,
         *,
-        admit: Callable[[int], None] = _anything,
+        admit: Callable[[int], None] = _no_limit,
         with_state: bool = True,
     ) -> StatesResult:
         """Read the states of many sessions, each when its turn comes. See `Engine.get_states`.
@@ -127,16 +127,16 @@ class StateReader:
         `admit` is told how many bytes of states that will be, and raises if they are too many.
         """
         handles = await self._find(session_ids, seen)
-        errors = await self._directory.why_not_many(session_ids, np.flatnonzero(handles < 0), seen)
+        errors = await self._directory.errors_for_many(session_ids, np.flatnonzero(handles < 0), seen)
         there = np.flatnonzero(handles >= 0)
         if not len(there):
-            return _nothing_of(errors)
+            return _none_read(errors)
         readers = [
             (
                 there[places],
                 _GroupRead(
                     self._table,
-                    self._turns,
+                    self._queues,
                     self._pager,
                     model,
                     handles[there[places]],
@@ -152,14 +152,14 @@ class StateReader:
         parts: list[StatesResult] = []
         for own, reader in readers:
 
-            def why_not(place: int, own: Members = own) -> ServerError:
-                return self._directory.why_not(session_ids[own[place]], seen)
+            def error_for(place: int, own: Members = own) -> ServerError:
+                return self._directory.error_for(session_ids[own[place]], seen)
 
-            await reader.run(deadline, why_not)
-            await self._look_again(reader)
+            await reader.run(deadline, error_for)
+            await self._retry_ended(reader)
             failed = [(own[places], error) for places, error in reader.errors()]
             parts.append(reader.answer(own, failed))
-        return _together(parts, errors)
+        return _merged(parts, errors)
 
     async def _find(self, session_ids: Sequence[str], seen: LookupResult) -> Handles:
         """Handles of many sessions, -1 for those that cannot be had; others have turns meanwhile."""
@@ -172,10 +172,12 @@ class StateReader:
         handles[births != self._table.birth[handles]] = -1
         return handles
 
-    async def _look_again(self, reader: _GroupRead) -> None:
+    async def _retry_ended(self, reader: _GroupRead) -> None:
         """Of sessions that ended while they were waited for: another server may have opened them anew by now."""
         ended = reader.ended()
-        seen = await self._directory.look(list(ended.values()), anew=True) if ended else self._directory.here
+        seen = (
+            await self._directory.look(list(ended.values()), reread=True) if ended else self._directory.here
+        )
         for place, session_id in ended.items():
             if self._directory.live(session_id, seen) is not None:
                 reader.fail(place, changed_elsewhere(session_id))
@@ -203,7 +205,7 @@ class _GroupRead:
     def __init__(
         self,
         table: SessionTable,
-        turns: SessionQueues,
+        queues: SessionQueues,
         pager: Pager,
         model: Model,
         handles: Handles,
@@ -212,7 +214,7 @@ class _GroupRead:
     ) -> None:
         self._usage = usage
         self._table = table
-        self._turns = turns
+        self._queues = queues
         self._pager = pager
         self._model = model
         self._handles = handles
@@ -236,8 +238,8 @@ class _GroupRead:
         """Bytes of the states that are read."""
         return int(self._sizes.sum()) * self._model.program.state_row_bytes if self._with_state else 0
 
-    async def run(self, deadline: float, why_not: Callable[[int], ServerError]) -> None:
-        """Read all of them that can be read; `why_not` says why one is not there any more, by its place."""
+    async def run(self, deadline: float, error_for: Callable[[int], ServerError]) -> None:
+        """Read all of them that can be read; `error_for` says why one is not there any more, by its place."""
         if self._with_state:
             rows = int(self._sizes.sum())
             self._arrays = [np.empty((rows, *s.shape[1:]), s.dtype) for s in self._model.arena.states]
@@ -248,7 +250,7 @@ class _GroupRead:
                     await asyncio.sleep(0)
                 gone = births[part] != self._table.birth[self._handles[part]]
                 for place in part[gone].tolist():
-                    self._failed[place] = why_not(place)
+                    self._failed[place] = error_for(place)
                 await self._begin(part[~gone], deadline)
             while self._lines:
                 await self._has_come.wait()
@@ -256,21 +258,21 @@ class _GroupRead:
                 await self._read_in_pieces(np.array(self._take_turns(), np.intp))
         finally:
             for place, line in self._lines.items():
-                self._turns.give_back(int(self._handles[place]), line)
+                self._queues.withdraw(int(self._handles[place]), line)
 
     async def _begin(self, places: Members, deadline: float) -> None:
         """Read those that have nothing under way, and take places in the lines of the others."""
         is_busy = self._table.claimed[self._handles[places]]
         for place in places[is_busy].tolist():
             try:
-                line = self._turns.turn_of(int(self._handles[place]), deadline)
+                line = self._queues.request_claim(int(self._handles[place]), deadline)
             except Overloaded as error:
                 self._failed[place] = error
                 continue
             self._lines[place] = line
             line.add_done_callback(functools.partial(self._note, place))
         free = places[~is_busy]
-        self._turns.claim(self._handles[free])
+        self._queues.claim(self._handles[free])
         await self._read_in_pieces(free)
 
     def _note(self, place: int, _line: asyncio.Future[None]) -> None:
@@ -301,14 +303,14 @@ class _GroupRead:
                 left = left[len(part) :]
         finally:
             if len(left):
-                self._turns.release(self._handles[left])
+                self._queues.release(self._handles[left])
 
     def _pieces(self, places: Members) -> Iterator[Members]:
         ends = np.cumsum(self._sizes[places])
         start = 0
         while start < len(places):
             before = ends[start - 1] if start else 0
-            end = max(start + 1, int(np.searchsorted(ends, before + ROWS_AT_ONCE, side="right")))
+            end = max(start + 1, int(np.searchsorted(ends, before + COPY_BATCH_ROWS, side="right")))
             yield places[start:end]
             start = end
 
@@ -339,15 +341,15 @@ class _GroupRead:
         for place in places[~is_sound].tolist():
             handle = int(self._handles[place])
             self._failed[place] = refused[handle]
-            self._turns.end(handle, refused[handle])
+            self._queues.end(handle, refused[handle])
 
     async def _copy(self, places: Members, rows: Rows) -> None:
         """Copy the arena's rows of sessions; others get a turn between the pieces of a large one."""
         where = self._rows_of(places)
-        for start in range(0, len(rows), ROWS_AT_ONCE):
+        for start in range(0, len(rows), COPY_BATCH_ROWS):
             if start:
                 await asyncio.sleep(0)
-            part = slice(start, start + ROWS_AT_ONCE)
+            part = slice(start, start + COPY_BATCH_ROWS)
             for array, values in zip(self._arrays, self._model.arena.read(rows[part]), strict=True):
                 array[where[part]] = values
 
@@ -369,7 +371,7 @@ class _GroupRead:
         self._revisions[places] = self._table.revision[handles]
         self._positions[places] = self._table.position[handles]
         self._was_read[places] = True
-        self._turns.release(handles)
+        self._queues.release(handles)
 
     def ended(self) -> dict[int, str]:
         """Ids of the sessions that are gone, by their places."""
@@ -391,7 +393,7 @@ class _GroupRead:
                 for place in places:
                     yield np.array([place]), self._failed[place]
             else:
-                yield np.array(places), for_all(self._failed[places[0]], len(places))
+                yield np.array(places), shared_error(self._failed[places[0]], len(places))
 
     def answer(self, there: Members, errors: Sequence[tuple[Members, ServerError]]) -> StatesResult:
         """What was read; `there` are the members that the places stand for."""
@@ -415,7 +417,7 @@ class _GroupRead:
         )
 
 
-def _together(parts: Sequence[StatesResult], errors: Sequence[tuple[Members, ServerError]]) -> StatesResult:
+def _merged(parts: Sequence[StatesResult], errors: Sequence[tuple[Members, ServerError]]) -> StatesResult:
     """What was read of sessions of several versions, in the order of the members; `errors` beside theirs."""
     errors = [*errors, *(error for part in parts for error in part.errors)]
     if len(parts) == 1:
@@ -440,7 +442,7 @@ def _together(parts: Sequence[StatesResult], errors: Sequence[tuple[Members, Ser
     )
 
 
-def _nothing_of(errors: Sequence[tuple[Members, ServerError]]) -> StatesResult:
+def _none_read(errors: Sequence[tuple[Members, ServerError]]) -> StatesResult:
     none = np.zeros(0, np.intp)
     counts = np.zeros(0, np.uint64)
     return StatesResult("", "", {}, none, none, counts, counts, errors)
@@ -506,7 +508,7 @@ class SessionList:
 
     async def _page(self, query: Query) -> SessionPage:
         page, wanted, read = SessionPage(), query.filter, 0
-        most = min(_HEADS_AT_ONCE, query.limit + 1) if wanted.is_by_prefix_alone else _HEADS_AT_ONCE
+        most = min(_HEADS_BATCH_SIZE, query.limit + 1) if wanted.is_by_prefix_alone else _HEADS_BATCH_SIZE
         async for own, fitting in self._pieces(wanted, query.after, most):
             left = fitting
             while left:
@@ -534,10 +536,10 @@ class SessionList:
                 return
             ids = [str(key, "utf-8", "replace") for key in heads.keys]
             fits = self._fitting(heads, ids, wanted)
-            places = [place for place, i in enumerate(ids) if wanted.is_meant(i) and i.startswith(prefix)]
+            places = [place for place, i in enumerate(ids) if wanted.is_of_tenant(i) and i.startswith(prefix)]
             yield [ids[place] for place in places], [ids[place] for place in places if fits[place]]
             after = ids[-1]
-            if not wanted.is_meant(after):
+            if not wanted.is_of_tenant(after):
                 after = prefix_of(tenant_of(after)) + _LAST  # behind all of that tenant's
             await self._directory.pieces.turn(wanted.tenant or "")
 
@@ -561,7 +563,7 @@ class SessionList:
         if not wanted.prefix and wanted.idle_longer_s is None:
             return await self._policy.count(wanted.tenant, wanted.model)
         total = 0
-        async for _, fitting in self._pieces(wanted, "", _HEADS_AT_ONCE):
+        async for _, fitting in self._pieces(wanted, "", _HEADS_BATCH_SIZE):
             total += len(fitting)
         return total
 

@@ -83,7 +83,7 @@ class Exporter:
     ) -> None:
         self._table = context.table
         self._directory = context.directory
-        self._turns = context.turns
+        self._queues = context.queues
         self._removal = context.removal
         self._expiry = expiry
         self._clock = context.clock
@@ -158,9 +158,9 @@ class Exporter:
     async def _held(self, session_id: str, deadline: float, *, needs_rows: bool = False) -> ExportResult:
         """The record of a session that nothing else is under way for, made of what is in the arena if that has its state."""
         try:
-            seen = await self._directory.look([session_id], anew=True)
+            seen = await self._directory.look([session_id], reread=True)
             handle = self._directory.find(session_id, seen)
-            await self._turns.hold(handle, deadline, rows=needs_rows)
+            await self._queues.hold(handle, deadline, rows=needs_rows)
         except ServerError as error:
             return error
         try:
@@ -176,7 +176,7 @@ class Exporter:
                 last_used = self._clock.now() - (self._clock.monotonic() - float(self._table.used[handle]))
                 ((_, record),) = self._records.of(outcome, last_used)
         finally:
-            self._turns.release(np.array([handle]))
+            self._queues.release(np.array([handle]))
         return await self._held(session_id, deadline, needs_rows=True) if record is None else record
 
     def _as_now(self, session_id: str, record: RecordBytes) -> RecordBytes | None:
@@ -243,7 +243,7 @@ class _ImportedSession:
     model: Model
     rows: bytes
     extra: bytes
-    goes_back: bool = False
+    may_go_back: bool = False
     """The store may have a later revision of a session of its id."""
     follows: int = 0
     """See `Directory.follows`."""
@@ -315,9 +315,9 @@ class Importer:
                 break
             seen = await self._begin.look(list(left))
             absent, others = self._sorted(left, seen, existing, results)
-            await self._begin.run_to_the_end(self._begin_all(absent, results))
+            await self._begin.run_shielded(self._begin_all(absent, results))
             for each in others:
-                result = await self._begin.run_to_the_end(self._replace(each, seen))
+                result = await self._begin.run_shielded(self._replace(each, seen))
                 if result is not None:
                     results[each.session_id] = result
             left = {i: each for i, each in left.items() if i not in results}
@@ -403,11 +403,14 @@ class Importer:
         handles = self._directory.find_all(ids, seen)
         missing = [ids[place] for place in np.flatnonzero(handles < 0).tolist()]
         unusable = set(self._directory.unusable(missing, seen))
-        past, nothing = self._directory.past(ids, seen), EarlierSession(self._directory.store.first_revision)
+        earlier, nothing = (
+            self._directory.earlier(ids, seen),
+            EarlierSession(self._directory.store.first_revision),
+        )
         absent, others = list[_ImportedSession](), list[_ImportedSession]()
         for place, each in enumerate(new.values()):
             session_id, handle = each.session_id, int(handles[place])
-            first, closes, stamp = past.get(place, nothing)
+            first, closes, stamp = earlier.get(place, nothing)
             is_free = handle < 0 and session_id not in unusable
             if is_free and each.header.revision + 1 < first and existing is not ExistingPolicy.REPLACE:
                 results[session_id] = SessionExists(
@@ -417,8 +420,8 @@ class Importer:
                 )
             elif is_free:
                 own = each.after(closes)
-                goes_back = first > 0 or existing is ExistingPolicy.REPLACE
-                absent.append(dataclasses.replace(own, goes_back=goes_back, follows=stamp))
+                may_go_back = first > 0 or existing is ExistingPolicy.REPLACE
+                absent.append(dataclasses.replace(own, may_go_back=may_go_back, follows=stamp))
             elif handle >= 0 and seen.newer(session_id) is None and self._is_same(handle, each):
                 results[session_id] = ImportOutcome.IMPORTED
             elif existing is ExistingPolicy.SKIP:
@@ -461,7 +464,7 @@ class Importer:
             forgets=ids,
             counts=list(Counter(each.model.name for each in new).items()),
             tenant_counts=counts.of_tenants([(each.session_id, each.model.name) for each in new], 1),
-            goes_back=any(each.goes_back for each in new),
+            goes_back=any(each.may_go_back for each in new),
             follows=np.array([each.follows for each in new], np.uint64),
             stamps=stamped(stamp, len(new)),
         )
@@ -470,7 +473,7 @@ class Importer:
         for each in new:
             outcome = _outcome(each.session_id, committed)
             if self._quotas is not None:
-                settle = self._quotas.made if outcome is None else self._quotas.not_made
+                settle = self._quotas.made if outcome is None else self._quotas.cancel
                 settle([each.session_id], each.usage)
             if outcome is None:
                 kept.append(each)
@@ -501,7 +504,7 @@ class Importer:
                 await self._close(each, seen)
             if each.must_close or handle is None:
                 return None
-            await self._context.turns.hold(handle, float("inf"), rows=False)
+            await self._context.queues.hold(handle, float("inf"), rows=False)
         except SessionGone:
             return None  # meanwhile
         except ServerError as error:
@@ -511,7 +514,7 @@ class Importer:
         try:
             self._recount(session_id, more)
         except QuotaExceeded as error:
-            self._context.turns.release(np.array([handle]))
+            self._context.queues.release(np.array([handle]))
             return error
         each = each.after(closes_of(table.fields.get(handle, b"")))
         name, stamp = self._directory.models.by_handle(handle).name, self._directory.store.new_stamp()
@@ -533,11 +536,11 @@ class Importer:
             gone = SessionNotFound(
                 session_id, f"session {session_id!r} was replaced by one that was imported"
             )
-            self._context.turns.take_out(handle, gone)
+            self._context.queues.remove(handle, gone)
             self._enter([each], stamp)
             return ImportOutcome.REPLACED
         if outcome is _CONFLICT:
-            self._context.turns.release(np.array([handle]))
+            self._context.queues.release(np.array([handle]))
             return None
         self._context.removal.drop(np.array([handle]), outcome)  # what the store has is the truth
         return outcome

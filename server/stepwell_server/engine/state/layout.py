@@ -75,7 +75,7 @@ def _unnamed(specs: Sequence[StateSpec | TensorSpec]) -> list[StateSpec | Tensor
 
 
 def _shown(spec: StateSpec | TensorSpec) -> str:
-    said = f"{spec.dtype}{list(spec.shape)}"
+    shown = f"{spec.dtype}{list(spec.shape)}"
     if isinstance(spec, TensorSpec):
-        said += ", one for each time step" if spec.temporal else ", one for all time steps"
-    return said
+        shown += ", one for each time step" if spec.temporal else ", one for all time steps"
+    return shown

@@ -18,9 +18,9 @@ from stepwell_server.program import FINGERPRINT_DIGITS, Program
 from stepwell_server.store.record import Texts
 
 #: A pass takes about so long at most while others are about, in seconds; but its fixed part is at most this share of it.
-SHORT_PASS_S, _MOST_FIXED = 0.1e-3, 0.4
+SHORT_PASS_S, _MAX_FIXED_SHARE = 0.1e-3, 0.4
 #: The same of a turn of the loop: the pass, if it runs in place, and the commit and the answers, as far as they are.
-SHORT_TURN_S, _MOST_FIXED_OF_TURN = 0.3e-3, 0.6
+SHORT_ITERATION_S, _MAX_FIXED_SHARE_OF_ITERATION = 0.3e-3, 0.6
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -50,7 +50,7 @@ class Model:
     """Of a pass by its rows, on one thread."""
     work: Share
     """Rung when something has come for the model's loop; its turns, and its passes on threads."""
-    turn_cost: Cost = dataclasses.field(default_factory=Cost)
+    iteration_cost: Cost = dataclasses.field(default_factory=Cost)
     """Of a turn of the model's loop by the rows of its pass, where that runs in place."""
     epoch: int = 0
     """Of the records of its sessions: see `engine.versions.history`."""
@@ -98,12 +98,13 @@ class Model:
     def rows_of_a_short_pass(self) -> int:
         """Rows of a pass while others are about: as many as make them wait for a moment only, but worth a pass."""
         return min(
-            self.rows_within(SHORT_PASS_S), self.turn_cost.items_within(SHORT_TURN_S, _MOST_FIXED_OF_TURN)
+            self.rows_within(SHORT_PASS_S),
+            self.iteration_cost.items_within(SHORT_ITERATION_S, _MAX_FIXED_SHARE_OF_ITERATION),
         )
 
     def rows_within(self, seconds: float) -> int:
         """Rows of a pass of so many seconds on one thread, but enough to be worth one."""
-        return self.cost.items_within(seconds, _MOST_FIXED)
+        return self.cost.items_within(seconds, _MAX_FIXED_SHARE)
 
     @property
     def expected_wait_s(self) -> float:

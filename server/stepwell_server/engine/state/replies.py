@@ -22,7 +22,7 @@ from stepwell_server.engine.types import Array, Mask, Members, Tensors
 from stepwell_server.program import Program, StateSpec, TensorSpec, dtype_of
 
 #: Bytes of the arrays of one model that are kept in memory where the store has them too.
-MOST_BYTES = 256 << 20
+MAX_ARRAY_BYTES = 256 << 20
 #: In place of an array that is not kept.
 _EMPTY = struct.pack("<BI", 1, 0)
 _EMPTY_BYTES = len(_EMPTY)
@@ -106,13 +106,13 @@ class ReplyMemory:
         self._bytes += arrays.byte_count
 
     @property
-    def are_too_many(self) -> bool:
+    def is_over_limit(self) -> bool:
         """The arrays take more memory than they should."""
-        return self._bytes > MOST_BYTES
+        return self._bytes > MAX_ARRAY_BYTES
 
     def oldest(self) -> Iterator[int]:
         """Sessions whose arrays are too many, beginning with those that were kept first."""
-        excess = self._bytes - MOST_BYTES
+        excess = self._bytes - MAX_ARRAY_BYTES
         for handle, arrays in self.series.items():
             if excess <= 0:
                 return
@@ -139,10 +139,10 @@ class ReplyMemory:
         for some in alike.values():
             found = [self.series[int(handle)] for handle in handles[some].tolist()]
             kind = ReplyForm(kinds[some[0]])
-            outputs = _together([arrays.outputs for arrays in found])
+            outputs = _concatenated([arrays.outputs for arrays in found])
             if kind is not ReplyForm.ARRAYS:
                 outputs = self._of_rows(kind, handles[some])
-            yield np.array(some, np.intp), outputs, _together([arrays.states for arrays in found])
+            yield np.array(some, np.intp), outputs, _concatenated([arrays.states for arrays in found])
 
     def _have_arrays(self, handles: Handles) -> Mask:
         if not self.series:
@@ -292,7 +292,7 @@ def named_states(specs: Sequence[StateSpec], arrays: Sequence[Array], with_time:
     }
 
 
-def _together(parts: Sequence[Tensors]) -> Tensors:
+def _concatenated(parts: Sequence[Tensors]) -> Tensors:
     return {name: np.concatenate([tensors[name] for tensors in parts]) for name in parts[0]}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from stepwell_server.program import Program
 
-_MOST_ROWS = 65_536
+_MAX_ROWS = 65_536
 _SHARE_OF_MEMORY = 1 / 4
 
 
@@ -31,4 +31,4 @@ class ResidentRows:
         row_bytes = max(1, program.state_row_bytes + sum(spec.row_bytes for spec in program.outputs))
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         part = int(memory * _SHARE_OF_MEMORY) // max(1, self.models)
-        return max(1, min(_MOST_ROWS, part // (2 * row_bytes)))
+        return max(1, min(_MAX_ROWS, part // (2 * row_bytes)))

@@ -50,7 +50,7 @@ class Move:
     """Numbers of forgotten versions, the first and the last of each range: their records are like those of `source`, and
     their sessions do the same."""
 
-    def is_of(self, version: int) -> bool:
+    def covers(self, version: int) -> bool:
         """Whether it takes along the sessions of a version."""
         return version == self.source or any(first <= version <= last for first, last in self.others)
 
@@ -63,11 +63,11 @@ class Move:
         steps = (*self.migrations, MigrationStep(function, target))
         return dataclasses.replace(self, target=target, how=MoveKind.MIGRATE, migrations=steps)
 
-    def says_as(self, other: Move) -> bool:
+    def has_effect_of(self, other: Move) -> bool:
         """Whether it does the same to its sessions as another one to those of its own."""
         return (self.target, self.how, self.migrations) == (other.target, other.how, other.migrations)
 
-    def with_versions_of(self, move: Move) -> Move:
+    def merged_with(self, move: Move) -> Move:
         """The same, for the versions of another move too."""
         ranges: list[tuple[int, int]] = []
         for first, last in sorted((*self.others, *move.others, (move.source, move.source))):
@@ -77,11 +77,11 @@ class Move:
                 ranges.append((first, last))
         return dataclasses.replace(self, others=tuple(ranges))
 
-    def meets(self, other: Move) -> bool:
+    def overlaps(self, other: Move) -> bool:
         """Whether both take along sessions of one version."""
         ends = [(each, number) for each in (self, other) for pair in each.others for number in pair]
         ends += [(self, self.source), (other, other.source)]
-        return any((other if each is self else self).is_of(number) for each, number in ends)
+        return any((other if each is self else self).covers(number) for each, number in ends)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class History:
         """The move of sessions that were on `version` in `epoch`; None: they are still there."""
         if epoch >= self.epoch:
             return None
-        return next((move for move in self.moves if move.epoch > epoch and move.is_of(version)), None)
+        return next((move for move in self.moves if move.epoch > epoch and move.covers(version)), None)
 
     def with_move(self, source: int, target: int, how: MoveKind, function: str = "") -> History:
         """The history after sessions have gone from `source` to `target`.
@@ -110,7 +110,7 @@ class History:
         following: dict[int, Move] = {}
         for move in reversed([*former, Move(epoch, source, source).then(target, how, function)]):
             next_one = following.get(move.source) or Move(epoch, move.source, move.source)
-            if move.others or not move.says_as(next_one):
+            if move.others or not move.has_effect_of(next_one):
                 following[move.source] = move
                 moves.append(move)
         return History(epoch, tuple(reversed(moves)))
@@ -128,10 +128,12 @@ class History:
         left: list[Move] = []
         for move in reversed(self.moves):
             if move.source in free and count[move.source] == 1:
-                hosts = (i for i, to in enumerate(left) if to.says_as(move) and alike(to.source, move.source))
+                hosts = (
+                    i for i, to in enumerate(left) if to.has_effect_of(move) and alike(to.source, move.source)
+                )
                 place = next(hosts, None)
                 if place is not None and not self._is_used_again(move, kept):
-                    left[place] = left[place].with_versions_of(move)
+                    left[place] = left[place].merged_with(move)
                     continue
             left.append(move)
         return History(self.epoch, tuple(reversed(left)))
@@ -139,7 +141,7 @@ class History:
     def _is_used_again(self, move: Move, kept: Collection[int]) -> bool:
         """Whether a number of a move is that of another version too."""
         others = [each for each in self.moves if each is not move and (each.others or move.others)]
-        return any(map(move.is_of, kept)) or any(each.meets(move) for each in others)
+        return any(map(move.covers, kept)) or any(each.overlaps(move) for each in others)
 
     def versions(self) -> set[int]:
         """All versions that some move begins with, ends with or goes through, but forgotten ones."""

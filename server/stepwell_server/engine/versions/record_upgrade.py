@@ -44,7 +44,7 @@ class UpgradedRecords:
     decoded: DecodedRecords
     refused: dict[int, ServerError]
     """Those that cannot be brought there, by place; they are in `decoded` all the same, with rows of zeros."""
-    begun: list[int]
+    reset: list[int]
     """Places of those that are reset: at position 0."""
     replies: dict[int, int]
     """How the reply is kept of those of which that has changed, by place."""
@@ -170,7 +170,7 @@ class RecordUpgrader:
                 forwarded.refused.update(dict.fromkeys(places, broken))
                 made = [np.repeat(value[None], sum(sizes), axis=0) for value in model.program.initial]
             if move.how is MoveKind.RESET:
-                forwarded.begun += places
+                forwarded.reset += places
             for index, part in zip(indexes, _packed(model, made, kept, sizes), strict=True):
                 rows[index] = part
         heads = decoded.heads.copy()
