@@ -155,14 +155,16 @@ def module_files(module: str) -> list[Path]:
     Raises:
         ModelError: there is no such module.
     """
-    path: Sequence[str] | None = [os.getcwd(), *sys.path]
+    path = [os.getcwd(), *sys.path]
     spec = None
-    for end in range(1, len(module.split(".")) + 1):
-        name = ".".join(module.split(".")[:end])
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
+    parts = module.split(".")
+    for end, part in enumerate(parts, 1):
+        # `part` alone: with a full name, a folder without __init__.py wants its parent to be imported
+        spec = importlib.machinery.PathFinder.find_spec(part, path)
         if spec is None:
+            name = ".".join(parts[:end])
             raise ModelError(f"--import {module}: there is no module {name!r} here or on the Python path")
-        path = spec.submodule_search_locations
+        path = list(spec.submodule_search_locations or ())
     if spec is not None and spec.submodule_search_locations:
         return sorted(
             file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.py")
